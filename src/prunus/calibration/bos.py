@@ -17,8 +17,6 @@ from typing import Any, Literal, get_args
 
 import torch
 
-__all__ = ["Bos", "UsedBos", "bos_token", "check_bos", "put_bos_first", "refuse_bos", "used_bos"]
-
 #: What the user chooses. `auto` puts BOS first in every window if the tokenizer puts it before a
 #: text, as generation and lm-eval do. `no` cuts windows as they come, as the papers do.
 Bos = Literal["auto", "yes", "no"]
@@ -33,11 +31,7 @@ def check_bos(bos: str) -> None:
 
 
 def bos_token(tokenizer: Any, bos: Bos) -> int | None:
-    """The token that begins every window; None if windows begin with the text.
-
-    Raises:
-        ValueError: `bos` is unknown, or "yes" for a tokenizer that has no BOS token.
-    """
+    """The token that begins every window; None if windows begin with the text."""
     check_bos(bos)
     if bos == "no":
         return None

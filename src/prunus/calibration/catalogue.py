@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["CHOICES", "CORPORA", "SOURCES"]
-
 #: Source -> what it gives. A source that is none of these names is a path.
 SOURCES = {
     "c4": "C4, English, first train shard: random windows of random documents, as in the papers",

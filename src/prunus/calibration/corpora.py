@@ -120,11 +120,7 @@ LOCAL_CORPORA = ("c4", "wikitext2", "ptb")
 
 
 def data_folder(data_dir: Path | None) -> Path | None:
-    """The folder of local datasets: `data_dir`, the folder in PRUNUS_DATA, or None without both.
-
-    Raises:
-        FileNotFoundError: the folder does not exist.
-    """
+    """The folder of local datasets: `data_dir`, the folder in PRUNUS_DATA, or None without both."""
     if data_dir is None and not os.environ.get("PRUNUS_DATA"):
         return None
     folder = Path(data_dir if data_dir is not None else os.environ["PRUNUS_DATA"])
@@ -210,9 +206,6 @@ def python_docs(part: Part) -> list[str]:
     Many sections belong to several topics. A repeated paragraph is dropped, because text seen in
     calibration must not be scored. Topics are sorted; the first half ends with the paragraph that
     reaches half of all characters.
-
-    Raises:
-        ValueError: the documentation is empty in this Python.
     """
     from pydoc_data.topics import topics
 

@@ -66,11 +66,7 @@ class Text:
 def draw_windows(
     text: Text, tokenizer: Any, *, samples: int, seqlen: int, rng: random.Random
 ) -> tuple[torch.Tensor, str]:
-    """Random windows (N, S) of a text, and where they come from, for people.
-
-    Raises:
-        ValueError: the text is too short; names its source.
-    """
+    """Random windows (N, S) of a text, and where they come from, for people."""
     sizes: dict[str, Any] = {"samples": samples, "seqlen": seqlen, "rng": rng}
     try:
         if not text.by_document:
@@ -172,9 +168,6 @@ def windows_from_stream(
 
     Returns:
         (N, S) int64.
-
-    Raises:
-        ValueError: the text has no more than S tokens, or fewer than N different windows.
 
     >>> windows_from_stream(torch.arange(100), samples=2, seqlen=4, rng=random.Random(0))
     tensor([[49, 50, 51, 52],

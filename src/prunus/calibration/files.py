@@ -27,9 +27,6 @@ def file_kind(path: Path) -> str:
 
     `.json.gz` counts as JSON lines, because the shards of C4 are called so.
 
-    Raises:
-        ValueError: the name ends in none of `SUFFIXES`.
-
     >>> file_kind(Path("c4-train.00000-of-01024.json.gz"))
     'json'
     """
@@ -88,12 +85,7 @@ def read_documents(path: Path) -> list[str]:
 
 
 def read_text(path: Path) -> str:
-    """The whole of a text file, decompressed if its name ends in `.gz`. Keeps line ends.
-
-    Raises:
-        ValueError: the gzip file is damaged or far larger than an ordinary text, or the text is not
-            UTF-8.
-    """
+    """The whole of a text file, decompressed if its name ends in `.gz`. Keeps line ends."""
     try:
         data = _decompress(path) if path.name.lower().endswith(".gz") else path.read_bytes()
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -133,11 +125,7 @@ def _decompress(path: Path) -> bytes:
 
 
 def read_json_lines(path: Path, fields: tuple[str, ...] = ("text",)) -> list[str]:
-    """One string per non-blank line: the values of `fields` of its JSON object, concatenated.
-
-    Raises:
-        ValueError: a line is no JSON object with text in these fields; gives its number.
-    """
+    """One string per non-blank line: the values of `fields` of its JSON object, concatenated."""
     documents = []
     # Not splitlines: JSON strings may hold U+2028 and other characters that it treats as line ends.
     for number, line in enumerate(read_text(path).split("\n"), start=1):

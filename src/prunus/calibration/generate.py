@@ -64,9 +64,6 @@ def write_windows(model: Any, first_N: torch.Tensor, *, seqlen: int, seed: int) 
 
     Returns:
         (N, S) int64, on the CPU.
-
-    Raises:
-        ValueError: the model's context is shorter than `seqlen`, or its logits are not finite.
     """
     from transformers import GenerationConfig
 

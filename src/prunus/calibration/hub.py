@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-__all__ = ["json_rows", "load_column"]
-
 #: The longest wait for a connection to the hub. The library itself retries for more than a minute.
 _CONNECT_SECONDS = 5.0
 
@@ -22,16 +20,7 @@ def load_column(
 ) -> Sequence[str]:
     """One column of a split of a data set on the hub, which reads a row when it is indexed.
 
-    Args:
-        name: of the corpus, for the message.
-        arguments: of `datasets.load_dataset`, apart from the split.
-        split, column: of the data set.
-        local: the file of local datasets that would do as well, for the message.
-
     Where the hub cannot be reached, only what was downloaded earlier is used.
-
-    Raises:
-        OSError: the hub does not answer, or has no such data set.
     """
     import datasets
 

@@ -18,15 +18,6 @@ from typing import Any
 
 import torch
 
-__all__ = [
-    "ImageFolder",
-    "check_images",
-    "draw_images",
-    "hash_pixels",
-    "list_images",
-    "read_images",
-]
-
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -48,13 +39,7 @@ class ImageFolder:
 
 
 def list_images(folder: Path) -> ImageFolder:
-    """The images of a folder. Opens none.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it holds no images, or images next to folders of images.
-        ModuleNotFoundError: Pillow is not installed; names the extra.
-    """
+    """The images of a folder. Opens none."""
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder} is not a folder of images: give one with images in it, or with a subfolder "
@@ -111,9 +96,6 @@ def read_images(paths: Sequence[Path], processor: Any) -> torch.Tensor:
 
     Returns:
         (N, channels, height, width) float32.
-
-    Raises:
-        ValueError: a file is no image, or images come out in different sizes; names the file.
     """
     from PIL import Image
 

@@ -27,8 +27,6 @@ from prunus.calibration.images import check_images, draw_images, hash_pixels, re
 from prunus.calibration.texts import Documents, are_texts
 from prunus.calibration.windows import Wanted, Windows, hash_ids
 
-__all__ = ["TENSORS", "IdsFile", "Source", "TextSource", "find_source"]
-
 #: What tensors that a program gives are called.
 TENSORS = ("token ids", "pixel values")
 
@@ -91,11 +89,7 @@ class TextSource(Source):
         self.read = read
 
     def tokenizer(self, wanted: Wanted) -> Any:
-        """The tokenizer, without which no window can be cut.
-
-        Raises:
-            ValueError: there is none.
-        """
+        """The tokenizer, without which no window can be cut."""
         found = wanted.tokenizer()
         if found is None:
             raise ValueError(
@@ -239,7 +233,6 @@ def find_source(given: Any, chat_text: Callable[[Any, Any], str] | None = None) 
     Args:
         given: a name of `SOURCES`, a path, token ids (samples, seqlen), pixel values (samples,
             channels, height, width), or texts; see `Documents`.
-        chat_text: turns a tokenizer and messages into text, where chats are given.
 
     Raises:
         ValueError: an unknown name, or a file of an unknown kind.

@@ -12,8 +12,6 @@ from typing import Any, TypeGuard
 
 import torch
 
-__all__ = ["Documents", "are_texts"]
-
 ChatText = Callable[[Any, Any], str]
 
 _WANTED = (
@@ -24,9 +22,6 @@ _WANTED = (
 
 def are_texts(given: Any) -> TypeGuard[Sequence[Any]]:
     """Whether `given` is a list or a data set, and not the name of a source or a tensor.
-
-    Raises:
-        TypeError: it is nothing that calibration takes, or it has no length.
 
     >>> are_texts(["one text", "another"]), are_texts("c4"), are_texts(None)
     (True, False, False)
@@ -45,9 +40,6 @@ def are_texts(given: Any) -> TypeGuard[Sequence[Any]]:
 
 class Documents(Sequence[str]):
     """The documents of texts that a program gives; each is read when it is drawn.
-
-    Args:
-        given: strings, rows of a data set, or chats.
 
     >>> Documents(["one", {"text": "two"}], None, None)[1]
     'two'

@@ -21,8 +21,6 @@ from prunus.calibration.draw import encode, encode_documents
 from prunus.calibration.sources import IdsFile, TextSource, find_source
 from prunus.calibration.windows import Wanted, hash_ids
 
-__all__ = ["TrainingText", "training_text"]
-
 
 class TrainingText:
     """Windows to train on, and held-out windows that are never trained on.
@@ -33,8 +31,6 @@ class TrainingText:
 
     Args:
         windows: yields all windows, (S,) int64 each.
-        held_out: how many of the first windows to hold out.
-        seed: of the order in which windows come again.
 
     Attributes:
         held_out: the held-out windows, (held_out, S) int64.
@@ -106,8 +102,6 @@ def training_text(
     """The training text of a source.
 
     Args:
-        source: a name of `SOURCES` or the path of a file.
-        wanted: the windows; how many there are does not matter.
         held_out: windows to hold out, at least 1.
         windows: for `self`, how many windows the training will use; the model writes no more.
 

@@ -15,8 +15,6 @@ import torch
 
 from prunus.calibration.bos import Bos, UsedBos
 
-__all__ = ["Wanted", "Windows", "check_context", "hash_ids"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:

@@ -10,8 +10,6 @@ import typer
 from prunus.options.declaration import ADVANCED
 from prunus.runs.options import DtypeName
 
-__all__ = ["ComputeDtype", "Json", "Model"]
-
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id (safetensors only).")
 ]

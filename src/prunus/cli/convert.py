@@ -23,8 +23,6 @@ from prunus.runs.options import RunOptions
 if TYPE_CHECKING:
     from prunus.evaluation.records import PerplexityResult
 
-__all__ = ["import_", "pack", "unpack"]
-
 
 def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE.gguf", help="A GGUF file.")],

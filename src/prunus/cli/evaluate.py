@@ -17,8 +17,6 @@ from prunus.runs.options import RunOptions
 if TYPE_CHECKING:
     from prunus.evaluation.records import PerplexityResult
 
-__all__ = ["bench", "evaluate"]
-
 
 @with_flags(RunOptions, only=("rank_timeout",))
 @with_flags(TextOptions, TaskOptions)

@@ -19,8 +19,6 @@ import typer
 from prunus.options import Option, Options
 from prunus.options.declaration import ADVANCED
 
-__all__ = ["RecipeFile", "as_flags", "with_flags"]
-
 #: Names of all options that are flags, for messages.
 FLAGS: set[str] = set()
 _NAME = re.compile(r"`([a-z][a-z_0-9]*)`")
@@ -43,8 +41,6 @@ def with_flags(
 
     Args:
         *models: Models of options. A parameter of the verb hides an option of the same name.
-        without: Options that the verb does not take.
-        only: The options that it takes; empty for all of them.
     """
 
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:
@@ -155,11 +151,8 @@ def opt(
     """An option of a single verb. Its default is in the help, in words.
 
     Args:
-        text: The help.
         metavar: Stands for the value in the help; None for a switch.
         names: Its flags, where they are not those that typer makes.
-        panel: Its group in the help.
-        **more: Further arguments of `typer.Option`.
     """
     return typer.Option(
         *names, metavar=metavar, help=text, rich_help_panel=panel, show_default=False, **more

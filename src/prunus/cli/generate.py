@@ -12,8 +12,6 @@ from prunus.cli.flags import opt, with_flags
 from prunus.cli.terminal import log, print_text, user_errors, write_json
 from prunus.evaluation.options import WritingOptions
 
-__all__ = ["generate"]
-
 #: What a user types to end a conversation.
 _END = ("/exit", "/quit")
 

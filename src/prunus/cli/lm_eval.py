@@ -8,8 +8,6 @@ import typer
 
 from prunus.cli.terminal import user_errors
 
-__all__ = ["lm_eval"]
-
 
 def lm_eval(
     arguments: Annotated[

@@ -9,8 +9,6 @@ from prunus.cli.flags import opt, with_flags
 from prunus.cli.terminal import print_result, print_text, user_errors, write_json
 from prunus.runs.options import RunOptions
 
-__all__ = ["doctor", "inspect"]
-
 
 @with_flags(RunOptions, only=("trust_remote_code",))
 def inspect(

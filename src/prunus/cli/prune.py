@@ -14,8 +14,6 @@ from prunus.compression.recipe import CompressionRecipe
 from prunus.pruning.recipe import Recipe
 from prunus.runs.options import RunOptions
 
-__all__ = ["compress", "plan", "prune"]
-
 _MAX_PRESET = "Preset max"
 
 
@@ -181,6 +179,8 @@ def plan(
         described = describe_plan(job)
         if trains:
             from prunus.recovery.max_preset import plan_training
+
+            assert isinstance(chosen, Recipe), "compress has no preset"
 
             described["training"] = plan_training(model, output, chosen, how)
         print_result(plan_facts(described), json_file, described)

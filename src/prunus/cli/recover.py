@@ -13,8 +13,6 @@ from prunus.cli.terminal import Counted, print_result, progress_console, user_er
 from prunus.recovery.options import RecoveryOptions
 from prunus.runs.options import RunOptions
 
-__all__ = ["recover"]
-
 
 @with_flags(RecoveryOptions, RunOptions, without=("memory", "trust_remote_code"))
 def recover(

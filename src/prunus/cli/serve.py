@@ -11,8 +11,6 @@ from prunus.cli.flags import opt, with_flags
 from prunus.cli.terminal import log, user_errors
 from prunus.runs.options import RunOptions
 
-__all__ = ["serve"]
-
 
 @with_flags(RunOptions, only=("device", "trust_remote_code"))
 def serve(

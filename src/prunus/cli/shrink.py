@@ -13,8 +13,6 @@ from prunus.cli.terminal import carry_out, user_errors
 from prunus.runs.options import RunOptions
 from prunus.structure.recipe import StructureRecipe
 
-__all__ = ["shrink"]
-
 
 @with_flags(StructureRecipe, RunOptions)
 def shrink(

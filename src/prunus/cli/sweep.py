@@ -12,8 +12,6 @@ from prunus.cli.flags import opt, with_flags
 from prunus.cli.terminal import log, note, print_result, user_errors, write_json
 from prunus.runs.options import RunOptions
 
-__all__ = ["report", "sweep"]
-
 
 @with_flags(RunOptions, without=("overwrite", "resume"))
 def sweep(

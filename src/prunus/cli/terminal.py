@@ -24,22 +24,6 @@ from prunus.cli.flags import as_flags
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = [
-    "Counted",
-    "carry_out",
-    "is_quiet",
-    "log",
-    "log_step",
-    "may_be_quiet",
-    "note",
-    "print_result",
-    "print_summary",
-    "print_text",
-    "progress_console",
-    "user_errors",
-    "write_json",
-]
-
 #: The value of `--json` that stands for standard output.
 STDOUT = Path("-")
 
@@ -260,11 +244,6 @@ def carry_out(
 
     Args:
         run: Called with the parts of `work` and the options of the run; returns the record.
-        title: Precedes the bar.
-        work: The model, the folder of the result and the recipe.
-        given: The options of the run that are flags.
-        json_file: Value of `--json`.
-        table: Makes the table of a record.
     """
     from prunus.reporting.progress import show_pruning
     from prunus.runs.options import RunOptions
@@ -291,7 +270,6 @@ def print_result(shown: Any, json_file: Path | None, content: Any) -> None:
     Args:
         shown: a section, a table or facts of `prunus.runs.document`; or a list of these.
         json_file: value of `--json`. With `-`, the table is printed on standard error.
-        content: the figures, as JSON can hold them.
     """
     from prunus.distributed import is_rank_0
     from prunus.reporting.console import TerminalConsole
@@ -319,7 +297,6 @@ def print_text(text: str, json_file: Path | None = None) -> bool:
     """Print text on standard output at once, with control characters escaped.
 
     Args:
-        text: what to print; nothing is added to it.
         json_file: value of `--json`. With `-`, the text is printed on standard error.
 
     Returns:
@@ -354,9 +331,6 @@ def _goes_to_reader(json_file: Path | None) -> Iterator[TextIO]:
 
     The reader of a pipe may leave (`| head`), and a terminal may be closed. By then the work is
     done and JSON is written, so this is no error. All later output is dropped.
-
-    Args:
-        json_file: value of `--json`. With `-`, standard output is for JSON alone.
     """
     stream = sys.stdout if json_file != STDOUT else sys.stderr
     try:

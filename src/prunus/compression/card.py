@@ -9,8 +9,6 @@ from prunus.model.checkpoint.card import add_tags, with_fields
 from prunus.pruning.card import calibration_words, sparsity_tag
 from prunus.runs.card import result_card, source_name
 
-__all__ = ["compressed_card", "packed_card", "unpacked_card"]
-
 _TITLE = "\n## Packed by prunus\n"
 _SECTION = """
 The linears are stored in the packed format (`docs/reference/packed-format.md` of prunus). Install
@@ -68,7 +66,6 @@ def packed_card(readme: str | None, loader: str = "AutoModelForCausalLM") -> str
 
     Args:
         readme: the card of the source, or None.
-        loader: the class of transformers that loads it.
     """
     text = (readme or "# A packed model\n") + _TITLE + _SECTION.replace("LOADER", loader)
     return with_fields(add_tags(text, ["prunus", "packed"]), {"library_name": "prunus"})

@@ -26,8 +26,6 @@ from prunus.pruning.reconstruction.memory import activation_bytes
 from prunus.pruning.selection import LinearSelection
 from prunus.runs.block_memory import BlockMemory
 
-__all__ = ["CompressionJob"]
-
 # A tensor's entry in the header of a shard, without its name.
 _HEADER_BYTES = 75
 # What a quantised weight has besides its data: classes, steps and scales.
@@ -133,9 +131,6 @@ def _packable(
 
     The rest stays dense: transposed linears, linears of special classes, and experts that the
     checkpoint stores in one tensor.
-
-    Raises:
-        NotImplementedError: Nothing is left.
     """
     stored = source.stored_names()
     kept: list[list[str]] = []

@@ -31,14 +31,6 @@ from prunus.model.linears import Linear
 from prunus.model.stream import Stream
 from prunus.pruning.block.hooks import output_hooks, tokens_of
 
-__all__ = [
-    "PROBE_TOKENS",
-    "PROBE_WINDOWS",
-    "LinearSensitivity",
-    "loss_sensitivities",
-    "part_width",
-]
-
 #: The windows that measure, and their length.
 PROBE_WINDOWS, PROBE_TOKENS = 8, 256
 # This share of its linear's mean is added to the sensitivity of every row. A few tokens say little
@@ -89,11 +81,8 @@ def loss_sensitivities(
     """Measure all selected linears of the dense model.
 
     Args:
-        stream: the dense model; the windows `ids` wait at its first block.
         ids: token ids (windows, tokens) of every batch.
         selected: per block the relative names of the linears.
-        options: the damping of the Gram matrices.
-        seed: of the tokens y that are drawn.
 
     Returns:
         Full name of a linear -> its sensitivity.

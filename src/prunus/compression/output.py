@@ -27,8 +27,6 @@ from prunus.pruning.output import PrunedFolder
 from prunus.runs.loop import Made
 from prunus.runs.record import shard_name
 
-__all__ = ["MEASUREMENT", "CompressedFolder", "embedding_and_head"]
-
 #: Measurements of an unfinished run; they decide the bytes of all blocks.
 MEASUREMENT = "sensitivity.safetensors"
 

@@ -36,8 +36,6 @@ from prunus.packed.forms import relative_error
 from prunus.packed.weight import PackedWeight, named_tensors
 from prunus.runs.record import OUTSIDE_SHARD, shard_name
 
-__all__ = ["pack"]
-
 
 def pack(
     model: str | Path,

@@ -23,18 +23,6 @@ from prunus.runs.folder import ResultFolder, find_earlier, held
 from prunus.runs.options import RunOptions
 from prunus.runs.record import RunInputs, RunRecord
 
-__all__ = [
-    "KEPT_RECORDS",
-    "ConversionRecord",
-    "PackOptions",
-    "PackRecord",
-    "StoredLinear",
-    "UnpackRecord",
-    "find_inputs",
-    "opened",
-    "write_shard",
-]
-
 #: Records of earlier work that hold for the packed and for the unpacked model as well.
 KEPT_RECORDS = ("prunus.json", "prunus-compress.json")
 

@@ -29,8 +29,6 @@ from prunus.packed.plane_codes import MAX_RAW, max_level
 from prunus.packed.planes import encode
 from prunus.packed.weight import QuantizedWeight
 
-__all__ = ["quantize_rows"]
-
 # Levels beyond this one cannot have all raw bits, without which large levels take more bits.
 _MAX_LEVEL = max_level(MAX_RAW)
 _ROW_EXPONENT = 0.5
@@ -48,10 +46,6 @@ def quantize_rows(weight_OI: torch.Tensor, bits: float) -> QuantizedWeight:
         weight_OI: bfloat16, float16 or float32, on the CPU, finite.
         bits: from 2 to 8. A weight takes fewer than 8 bits even at the finest levels there are,
             247 between the extremes of each row.
-
-    Raises:
-        ValueError: the weight is not a finite matrix, or `bits` is out of range, or so small a
-            weight cannot have so few bits.
 
     >>> weight = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
     >>> quantised = quantize_rows(weight, 4)

@@ -27,8 +27,6 @@ from prunus.methods.rate_distortion import expected_bits
 from prunus.methods.statistics import InputStatistics
 from prunus.packed.plane_codes import choose_codes, code_lengths, column_histograms
 
-__all__ = ["LinearRate", "RateControl", "side_bits"]
-
 # A code costs about this many bits above the entropy, until a linear of its kind is known.
 _FIRST_SURPLUS = 0.08
 # Bisection steps for log2 Δ, which halve an interval of this size.
@@ -78,7 +76,6 @@ class RateControl:
 
     Args:
         bits: per weight, over all linears, with all that belongs to them in the file.
-        linears: all linears of the run.
         sparsities: full name -> share of zeros that a mask forces; those that are missing have 0.
 
     >>> flat = LinearSensitivity(torch.ones(64), 1.0, torch.ones(8))

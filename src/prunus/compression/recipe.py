@@ -8,8 +8,6 @@ from prunus.methods.options import DenseWeight
 from prunus.options import Option, between, one_of
 from prunus.pruning.options import PruningOptions, Sparsity
 
-__all__ = ["CompressionRecipe"]
-
 
 class CompressionRecipe(PruningOptions):
     """One run of compress, in the words of the command line.

@@ -9,8 +9,6 @@ from pydantic import Field
 from prunus.compression.recipe import CompressionRecipe
 from prunus.pruning.manifest import PruningRecord
 
-__all__ = ["CompressionRecord"]
-
 
 class CompressionRecord(PruningRecord):
     """The record of compress.

@@ -35,8 +35,6 @@ from prunus.runs.options import RunOptions
 from prunus.runs.progress_bar import pruning_step, shows_progress
 from prunus.runs.windows import given_windows
 
-__all__ = ["CompressVerb", "compress", "run"]
-
 
 @shows_progress("compress", pruning_step)
 @takes(CompressionRecipe, RunOptions)

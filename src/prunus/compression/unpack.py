@@ -26,8 +26,6 @@ from prunus.packed.bitmap import kept
 from prunus.packed.description import Description
 from prunus.packed.forms import checked_weight, expand
 
-__all__ = ["unpack"]
-
 
 def unpack(
     model: str | Path,

@@ -13,15 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = [
-    "SINGLE_PROCESS",
-    "OtherRankError",
-    "RankError",
-    "Ranks",
-    "own_part",
-    "split_range",
-]
-
 _Item = TypeVar("_Item")
 
 
@@ -37,8 +28,6 @@ def split_range(count: int, size: int, multiple_of: int = 1) -> list[range]:
     """Split `range(count)` into one contiguous range per rank, in order and as equal as possible.
 
     Args:
-        count: how many items there are.
-        size: number of ranks.
         multiple_of: every boundary between two ranges is a multiple of this, for items that must
             stay together in runs of that many.
 
@@ -114,7 +103,6 @@ class Ranks:
         """Concatenate the tensors (n, …) of all ranks along axis 0. All ranks must call it.
 
         Args:
-            tensor: this rank's part; its length n may differ between ranks.
             lengths: the n of every rank, if known. This saves one exchange of messages.
         """
         return tensor
@@ -126,7 +114,6 @@ class Ranks:
 
         Args:
             what: name of the work; the same on all ranks, and used only once in a run.
-            count: how many pieces the work has.
         """
         return iter(range(count))
 

@@ -22,8 +22,6 @@ import torch.distributed as dist
 from prunus.distributed.base import OtherRankError, RankError, Ranks
 from prunus.distributed.heartbeat import Heartbeat
 
-__all__ = ["ProcessGroup"]
-
 _DTYPES = {str(dtype): dtype for dtype in torch.__dict__.values() if isinstance(dtype, torch.dtype)}
 _MAX_SLEEP = 1e-3  # seconds between two looks at a collective
 _SPIN = 1e-3  # seconds in which a rank that waits does not sleep

@@ -33,8 +33,6 @@ from typing import Any
 
 from prunus.distributed.base import RankError
 
-__all__ = ["Heartbeat"]
-
 _LEFT = "left"  # the last heartbeat of a rank that left on purpose
 
 

@@ -25,8 +25,6 @@ from prunus.distributed.base import SINGLE_PROCESS, OtherRankError, RankError, R
 from prunus.distributed.group import ProcessGroup
 from prunus.distributed.heartbeat import Heartbeat
 
-__all__ = ["DEFAULT_TIMEOUT", "is_rank_0", "process_group"]
-
 #: Seconds after which a rank without a heartbeat, or late for a collective call, counts as lost.
 DEFAULT_TIMEOUT = 600.0
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -28,8 +28,6 @@ from prunus.evaluation.task_scores import (
     paired_difference,
 )
 
-__all__ = ["Difference", "compare", "side_by_side"]
-
 
 @dataclass(frozen=True)
 class Difference(EvaluationRecord):
@@ -106,7 +104,6 @@ def side_by_side(
 
     Args:
         perplexities: model -> its perplexities. The lists may be empty.
-        results: of the same models on tasks, or an empty sequence.
         sizes: model -> its size, where it is known.
     """
     sizes = sizes or {}

@@ -27,8 +27,6 @@ from prunus.model.device import choose_device
 from prunus.model.kinds import IMAGES, kind_of
 from prunus.model.tokenizer import load_image_processor
 
-__all__ = ["ImageScore", "image_accuracy"]
-
 #: Images per forward pass where `batch` is auto.
 _AT_ONCE = 16
 
@@ -90,9 +88,7 @@ def image_accuracy(
     label, as for ImageNet's folders.
 
     Args:
-        models: checkpoint folders or hub ids.
         folder: a folder with a subfolder of images per class.
-        progress: called with a line of text after every batch.
         **options: see `ImageOptions`.
 
     Raises:

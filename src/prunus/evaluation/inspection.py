@@ -23,8 +23,6 @@ from prunus.packed.source import PackedSource, is_packed
 from prunus.pruning.records import mean_bits
 from prunus.runs.document import Table, table_of
 
-__all__ = ["Inspection", "LinearInfo", "inspect", "open_by_blocks"]
-
 Readable = CheckpointSource | ModuleSource | PackedSource
 
 #: The patterns that are checked, the strictest first.

@@ -8,8 +8,6 @@ from typing import Any
 
 from prunus.evaluation.task_scores import Metric, TaskScore
 
-__all__ = ["read_scores"]
-
 
 def read_scores(
     found: Mapping[str, Any], *, definition: str, source: str, seconds: float

@@ -13,8 +13,6 @@ from typing import Any
 
 from prunus.calibration.hub import json_rows
 
-__all__ = ["FOLDER", "fewshot_split", "load_splits", "local_files"]
-
 FOLDER = "zeroshot"
 #: Task -> its name in file names, where that is another one.
 _NAMES = {"winogrande": "winogrande_xl"}
@@ -27,7 +25,6 @@ def local_files(
     """Find the files of all tasks, before any is read.
 
     Args:
-        folder: the folder that contains `zeroshot/`.
         configs: task -> its definition in lm-eval. None for a group, and for a task that is Python
             code.
         shots: worked examples per prompt; None takes the task's own number.
@@ -35,10 +32,6 @@ def local_files(
     Returns:
         Task -> split -> file. The split that is scored comes first. lm-eval opens that of the
         examples even for prompts without any, so the file of a split that is not used may be None.
-
-    Raises:
-        ValueError: a local folder cannot provide the rows of a task.
-        FileNotFoundError: files are missing; the message names all of them.
     """
     found, missing = {}, []
     for task, config in configs.items():

@@ -12,8 +12,6 @@ from typing import Any, Protocol
 
 import torch
 
-__all__ = ["LogitsSource", "Rows", "WholeModel", "WindowProgress", "check_windows", "rows_of"]
-
 #: A function of (first, stop) that returns the logits (T, V) of these tokens of a window.
 Rows = Callable[[int, int], torch.Tensor]
 
@@ -48,7 +46,6 @@ class LogitsSource(Protocol):
 
         Args:
             ids: token ids (W, S), int64. With more ranks than batches, a rank may have no windows.
-            batch: B, the number of windows that a model or a block computes at once.
             progress: called after every batch or block. It counts shares of windows: half of the
                 blocks for all W windows count as W / 2.
             compared: another model of this size gives its logits at the same time, so this one
@@ -109,12 +106,7 @@ def rows_of(logits_SV: torch.Tensor) -> Rows:
 
 
 def check_windows(model: Any, ids: torch.Tensor, name: str) -> None:
-    """Check that token ids (W, S) are in the vocabulary, and that the windows fit in the context.
-
-    Args:
-        model: a transformers model, which may be on the meta device.
-        name: what to call the model in an error.
-    """
+    """Check that token ids (W, S) are in the vocabulary, and that windows fit in the context."""
     vocabulary = model.get_input_embeddings().num_embeddings
     largest = int(ids.max())
     if largest >= vocabulary:

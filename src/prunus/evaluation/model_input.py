@@ -15,15 +15,9 @@ from prunus.model.config import load_config
 from prunus.model.kinds import require_causal
 from prunus.model.tokenizer import load_tokenizer, token_ids
 
-__all__ = ["ModelInput", "check_as_loaded", "check_same_vocabulary", "find_folder", "find_model"]
-
 
 def find_folder(model: str | Path) -> Path:
-    """The folder of a checkpoint or an adapter; a hub id is downloaded.
-
-    Raises:
-        FileNotFoundError: neither a folder nor a hub id, or a folder without a model.
-    """
+    """The folder of a checkpoint or an adapter; a hub id is downloaded."""
     folder = resolve_folder(model)
     if not (folder / "config.json").is_file() and not is_adapter(folder):
         raise FileNotFoundError(
@@ -98,10 +92,6 @@ class ModelInput:
 
 def find_model(model: Any, trust_remote_code: bool = False) -> ModelInput:
     """Find a model, and check its kind. Reads no weights.
-
-    Args:
-        model: a folder, a hub id, or a loaded transformers model.
-        trust_remote_code: run the code of the checkpoint.
 
     Raises:
         FileNotFoundError: no such model, or no model in the folder.

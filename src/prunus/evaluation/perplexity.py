@@ -42,8 +42,6 @@ from prunus.model.device import choose_device
 from prunus.options import takes
 from prunus.runs.progress_bar import shows_progress, window_step
 
-__all__ = ["perplexity"]
-
 
 @takes(TextOptions)
 @shows_progress("perplexity", window_step)

@@ -10,17 +10,6 @@ from pydantic.dataclasses import dataclass
 
 from prunus.runs.document import Column, Measured, Table, text_of
 
-__all__ = [
-    "FORMS",
-    "Divergence",
-    "Error",
-    "EvaluationRecord",
-    "Figure",
-    "ModelSize",
-    "PerplexityResult",
-    "finite",
-]
-
 
 def finite(value: float | None) -> float | None:
     """A value for JSON, which has neither infinity nor NaN: it has None in their place."""

@@ -27,8 +27,6 @@ from prunus.model.block_lists import find_block_list
 from prunus.model.calls import hidden_of, replaced_forward
 from prunus.model.hidden_states import HiddenStates
 
-__all__ = ["Reference"]
-
 
 class _LastBlockDone(BaseException):
     """Ends a run early: only what the last block returns is needed."""
@@ -46,10 +44,6 @@ class Reference:
         with prunus.Reference("MODEL") as reference:
             for model in ("pruned", "packed"):
                 print(prunus.perplexity(model, "wikitext2", reference=reference).divergence)
-
-    Args:
-        model: a folder, a hub id, or a loaded transformers model.
-        texts: for how many texts hidden states are kept at the same time.
 
     Attributes:
         watched: the files of the checkpoint, which must not change; None for a loaded model.

@@ -21,8 +21,6 @@ from prunus.model.source import CheckpointSource
 from prunus.packed.bitmap import packed_bytes
 from prunus.packed.source import PackedSource
 
-__all__ = ["file_bytes", "packed_size", "stored_size"]
-
 #: Dtypes that `prunus pack` stores without loss.
 _LOSSLESS = (torch.bfloat16, torch.float16)
 

@@ -27,8 +27,6 @@ from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.loading import check_architecture, load_model
 from prunus.packed import use_dense_kernel, use_fast_decoding
 
-__all__ = ["Speed", "bench", "measure"]
-
 _MEASUREMENTS = ("resident_bytes", "prefill_tokens_per_second", "decode_tokens_per_second")
 
 
@@ -58,8 +56,6 @@ def bench(
     """Measure models side by side, in turns.
 
     Args:
-        models: checkpoint folders, dense or packed.
-        progress: called with a line of text before each measurement.
         **options: see `SpeedOptions`.
 
     Raises:

@@ -35,14 +35,6 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.model.stream import Stream
 
-__all__ = [
-    "ComputeOptions",
-    "StreamedModel",
-    "choose_streamed",
-    "whole_bytes",
-    "whole_only",
-]
-
 
 @dataclass(frozen=True)
 class ComputeOptions:
@@ -83,13 +75,7 @@ def choose_streamed(
     Loaded models, whose folder is None, packed ones and adapters are never streamed.
 
     Args:
-        folders: the checkpoints.
         stream: what the user chose; None streams if the whole models do not fit in memory.
-        tokens: tokens in one forward pass.
-        options: how the models are computed.
-
-    Raises:
-        ValueError: `stream` is True, and a model is packed or an adapter.
     """
     if stream is False:
         return [False] * len(folders)
@@ -244,7 +230,6 @@ class StreamedModel:
         """The logits of every window, in order, from what the last block returns.
 
         Args:
-            states: of `run_blocks`, with the same ids and batch.
             by_rows: compute rows of logits when they are asked for, which takes the least memory.
                 Otherwise compute all of a batch at once, as the whole model does. The last bit of
                 a product can depend on the number of rows.

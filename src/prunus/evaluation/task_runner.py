@@ -29,8 +29,6 @@ from prunus.options import takes
 from prunus.runs.progress import Shown
 from prunus.runs.progress_bar import shows_progress
 
-__all__ = ["TaskRun", "evaluate", "prepare_tasks"]
-
 #: Sequences at once for batch "auto" on a CPU, where no device memory limits the batch.
 _CPU_BATCH = 8
 

@@ -13,17 +13,6 @@ from pydantic.dataclasses import dataclass
 from prunus.evaluation.records import Error, EvaluationRecord, finite
 from prunus.runs.document import Column, Table
 
-__all__ = [
-    "MEAN",
-    "PAPER7",
-    "Metric",
-    "TaskResults",
-    "TaskScore",
-    "mean_of_tasks",
-    "paired_difference",
-    "paper_mean",
-]
-
 #: The zero-shot tasks of the Wanda paper (its section 4.1), in the order of its tables.
 PAPER7 = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 #: The name of the mean over these tasks in tables and comparisons.

@@ -31,8 +31,6 @@ from prunus.evaluation.lm_eval_results import read_scores
 from prunus.evaluation.local_tasks import FOLDER, load_splits, local_files
 from prunus.evaluation.task_scores import PAPER7, TaskScore
 
-__all__ = ["LoadedTask", "load_tasks", "require_lm_eval", "run_lm_eval", "run_task", "wrap_model"]
-
 ALIASES = {"paper7": PAPER7}
 #: lm-eval's own seed for drawing few-shot examples.
 SEED = 1234
@@ -158,9 +156,6 @@ def run_task(task: LoadedTask, wrapped: Any) -> list[TaskScore] | None:
     Returns:
         The scores on rank 0, None on the other ranks. A group returns its own score first, then
         those of its members.
-
-    Raises:
-        ValueError: a token id is outside the model's vocabulary, or outputs are not finite.
     """
     started = time.perf_counter()
     with _quiet_lm_eval(), torch.random.fork_rng():

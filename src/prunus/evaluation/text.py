@@ -24,15 +24,6 @@ from prunus.calibration.draw import encode
 from prunus.calibration.files import check_file, file_kind, read_documents, read_ids
 from prunus.evaluation.options import Protocol, TextOptions
 
-__all__ = [
-    "ScoringText",
-    "ScoringWindows",
-    "check_text",
-    "first_scored_row",
-    "load_scoring_text",
-    "scoring_windows",
-]
-
 #: SHA-256 of the joined test text of WikiText-2, 1,296,370 bytes.
 WIKITEXT2_TEST_SHA256 = "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83"
 #: GPTQ and Wanda score the first 1100 documents of C4's validation shard, and at most 256 windows
@@ -142,9 +133,6 @@ def first_scored_row(protocol: Protocol, seqlen: int) -> int:
 
     >>> first_scored_row("papers", 512), first_scored_row("llama.cpp", 512)
     (0, 256)
-
-    Raises:
-        ValueError: a window without a row to score.
     """
     shortest = 2 if protocol == "papers" else 3
     if seqlen < shortest:
@@ -160,9 +148,7 @@ def scoring_windows(
     Args:
         name: see `load_scoring_text`, or a `.safetensors` file with input_ids, whose windows stay
             as they are.
-        tokenizer: a function that returns the tokenizer. It is called for text only.
         seqlen: S, tokens per window.
-        options: how many windows, with or without BOS, and the data folder.
     """
     bos, samples, data = options.bos, options.samples, options.data
     check_text(name, data)

@@ -14,16 +14,11 @@ from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint.reader import INDEX_NAME
 
-__all__ = ["WatchedCheckpoint", "unchanged"]
-
 _NAMES = ("config.json", "adapter_config.json", INDEX_NAME)
 
 
 class WatchedCheckpoint:
     """The files of a checkpoint when this object was made. Those of an adapter's base belong to it.
-
-    Args:
-        folder: the checkpoint.
 
     Attributes:
         states: path -> size in bytes and time of the last change, of weights, index and

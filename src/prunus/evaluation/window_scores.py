@@ -31,8 +31,6 @@ from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.evaluation.logits import LogitsSource, Rows, WindowProgress
 from prunus.evaluation.records import Divergence
 
-__all__ = ["ROWS", "WindowScores", "exponential", "score_windows", "token_divergences"]
-
 #: Rows of logits (one per token) that are in float32 at the same time. A whole window of 2048
 #: tokens and a vocabulary of 128,000 would take 1 GB in float32.
 ROWS = 512
@@ -100,11 +98,9 @@ def score_windows(
     Args:
         ids: token ids (W, S), int64, of all ranks; S at least 2.
         reference: the model to compare with. If it runs block by block, it runs all of them first.
-        batch: number of windows in one forward pass.
         start: the first row of a window that is scored. Rows before it are context only.
         progress: called with the number of windows done, and the number of all windows. A window
             counts half when one of two models is done with it.
-        ranks: processes that split the windows.
 
     Raises:
         ValueError: outputs are not finite, or the vocabularies differ.

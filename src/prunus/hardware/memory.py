@@ -19,18 +19,6 @@ from typing import Any
 
 import torch
 
-__all__ = [
-    "HeapTrimmer",
-    "available_memory",
-    "describe_hardware",
-    "keep_freed_memory",
-    "memory_budget",
-    "peak_memory",
-    "processor_name",
-    "resident_memory",
-    "versions",
-]
-
 
 def peak_memory(device: torch.device | None = None) -> int:
     """The peak memory of this process so far, in bytes.
@@ -107,7 +95,6 @@ def memory_budget(device: torch.device, memory: int | None) -> int:
     """The memory in bytes that this process may use in all, on the device that computes.
 
     Args:
-        device: the device that computes. The budget counts its memory.
         memory: a budget given by the user, or None to use what is free now. On a CUDA device a
             tenth of the free memory is left for the rounding of its allocator, and a larger budget
             counts as what is free there.

@@ -19,17 +19,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = [
-    "all_finite",
-    "count_zeros",
-    "low_precision_factor",
-    "low_precision_product",
-    "multiplies_bfloat16",
-    "native_bfloat16",
-    "row_spans",
-    "tf32_products",
-]
-
 # Below this number of multiplications, rounding the factors costs more time than it saves.
 _MIN_MULTIPLICATIONS = 2**24
 # The elements of a temporary on a processor: 16 MB as float32. glibc returns pieces larger than

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["parse_bytes"]
-
 _BYTES = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*$", re.IGNORECASE)
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
@@ -18,9 +16,6 @@ def parse_bytes(text: str) -> int:
 
     Returns:
         The size in bytes, at least 1.
-
-    Raises:
-        ValueError: the text is not a size, or the size is 0 or beyond 2⁶³ bytes.
 
     >>> parse_bytes("1.5GiB")
     1610612736

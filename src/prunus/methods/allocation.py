@@ -11,8 +11,6 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-__all__ = ["allocate_by_error", "round_to_whole_weights"]
-
 # The limit of a layer's sparsity: an empty layer would cut the network in two.
 _MAX_SPARSITY = 0.95
 
@@ -29,12 +27,6 @@ def allocate_by_error(
     Args:
         curves: of each layer, points (sparsity, error) of rising sparsity. Errors of different
             layers are added up, so they must have the same unit.
-        weights: the number of weights of each layer.
-        sparsity: of all layers together.
-
-    Raises:
-        ValueError: the curves do not reach the budget, or a curve has fewer than two points, or
-            points that do not rise or are not finite; or a layer has no weights.
 
     >>> robust, fragile = [(0.0, 0.0), (0.5, 1.0)], [(0.0, 0.0), (0.5, 10.0)]
     >>> allocate_by_error([robust, fragile], [100, 100], 0.25)
@@ -107,7 +99,6 @@ def round_to_whole_weights(
     Args:
         sparsities: of each linear, in [0, 1).
         shapes: (out, in) of each linear.
-        sparsity: of all linears together.
 
     Returns:
         For each linear the smallest float s for which `int(in * s)` is the decided number.

@@ -48,8 +48,6 @@ from prunus.methods.solvers.least_squares import ScaledGram, conjugate_gradients
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import UNSHARDED, RowShard, Work
 
-__all__ = ["DATA_LIMITED_ITERATIONS", "ITERATIONS", "prune"]
-
 #: The default number of iterations, and the one for wide linears with few tokens, whose penalty
 #: grows at every iteration; see `solvers/admm_operator.py`.
 ITERATIONS, DATA_LIMITED_ITERATIONS = 12, 5

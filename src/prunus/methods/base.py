@@ -17,8 +17,6 @@ from torch import Tensor
 
 from prunus.methods.quantized import Quantized
 
-__all__ = ["Pruned", "masked", "unchanged"]
-
 
 @dataclass(slots=True)
 class Pruned:

@@ -27,8 +27,6 @@ from prunus.methods.statistics import InputStatistics
 from prunus.methods.table import Method
 from prunus.methods.work import RowShard, Work
 
-__all__ = ["compose"]
-
 
 def compose(method: Method, options: MethodOptions, quantizes: bool = False) -> Method:
     """Add the steps that `options` choose to a method: dense targets, refinement, weight update.
@@ -37,8 +35,6 @@ def compose(method: Method, options: MethodOptions, quantizes: bool = False) -> 
     choices that exclude each other.
 
     Args:
-        method: the method that chooses the mask.
-        options: the same options that the work of the composed method will have.
         quantizes: whether the weights become integers at the end, as `Work.quantization` says.
 
     Returns:

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from prunus.hardware.numerics import low_precision_product, multiplies_bfloat16, tf32_products
 
-__all__ = ["add_gram", "add_in_reference_order", "drift_product", "feature_sums"]
-
 # How many elements are squared at once. On a CPU the temporary must stay in the cache, which is
 # ten times faster. A GPU wants long kernels.
 _CPU_ELEMENTS = 2**20
@@ -48,7 +46,6 @@ def add_gram(
 
     Args:
         sums_II: float32; changed in place.
-        X_TI: the batch.
         squares_I: float64, the sums of its squares.
         low_precision: multiply bfloat16 inputs in bfloat16 where the processor supports it, and
             round the products to 8 bits. The diagonal keeps its full precision.

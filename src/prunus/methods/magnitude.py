@@ -13,8 +13,6 @@ from prunus.methods.patterns import Pattern, keep_above_threshold, keep_mask
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import Work
 
-__all__ = ["magnitude_mask", "prune"]
-
 
 def magnitude_mask(weight_OI: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
     """The mask, bool (O, I), True where a weight is kept.

@@ -20,8 +20,6 @@ from prunus.methods.statistics import InputStatistics
 from prunus.methods.wanda import wanda_score
 from prunus.methods.work import RowShard, Work
 
-__all__ = ["prune"]
-
 
 def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
     """Prune one linear.

@@ -15,8 +15,6 @@ from pydantic import field_validator, model_validator
 
 from prunus.options import Option, Options, Range, at_least, between
 
-__all__ = ["METHOD", "DenseWeight", "MethodOptions"]
-
 #: The panel of these options in the help.
 METHOD = "Method"
 

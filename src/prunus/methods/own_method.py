@@ -14,17 +14,12 @@ from pathlib import Path
 
 from prunus.methods.table import METHODS, Method
 
-__all__ = ["GIVEN", "check_method_name", "get_method", "method_sha256"]
-
 #: A recipe names a `Method` that was given in Python by this prefix and the method's own name.
 GIVEN = "given:"
 
 
 def check_method_name(method: str) -> None:
     """Check what can be checked of a method's name without loading a file.
-
-    Raises:
-        ValueError: the name is not one of the table, and names no file.
 
     >>> check_method_name("wandb")
     Traceback (most recent call last):
@@ -68,12 +63,7 @@ def get_method(method: str) -> Method:
 
 
 def method_sha256(method: str, given: Method | None = None) -> str | None:
-    """The SHA-256 of the code of a user's own method; None for the methods of the table.
-
-    Args:
-        method: the option `method`.
-        given: the method, where it was given in Python.
-    """
+    """The SHA-256 of the code of a user's own method; None for the methods of the table."""
     if given is not None:
         try:
             return hashlib.sha256(inspect.getsource(given.function).encode()).hexdigest()  # type: ignore[arg-type]

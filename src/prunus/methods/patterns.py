@@ -16,8 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["GROUPS", "Pattern", "check_shape", "keep_above_threshold", "keep_mask"]
-
 GROUPS = ("row", "layer", "column")
 
 # Groups are ranked about this many scores at a time. On a CPU temporaries are then small and stay

@@ -12,8 +12,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["MAX_LEVEL", "CodeLengths", "LinearQuantization", "Quantized"]
-
 #: Integers lie in [-MAX_LEVEL, MAX_LEVEL].
 MAX_LEVEL = 127
 

@@ -52,8 +52,6 @@ from prunus.methods.solvers.obs import TILE, inverse_factor, sweep_columns
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import RowShard, Work
 
-__all__ = ["DAMPING", "expected_bits", "quantize", "relative_steps"]
-
 #: λ, a fraction of the mean diagonal of the Gram matrix.
 DAMPING = 0.1
 # The largest weight of a column is at most this many steps before the sweep. The rest of the range
@@ -83,7 +81,6 @@ def quantize(
 
     Args:
         weight_OI: float32, what the result approximates.
-        statistics: with a Gram matrix.
         work: how the weight is quantised, its damping, and how its rows are split.
         keep_OI: bool (O, I), False where the weight must become 0; None allows all levels.
 

@@ -19,16 +19,9 @@ from prunus.methods.patterns import keep_mask
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import Work
 
-__all__ = ["prune", "ria_score"]
-
 
 def ria_score(weight_OI: Tensor, statistics: InputStatistics, power: float) -> Tensor:
     """RIA's score, (O, I) in the dtype of the weight; 0 where a weight is 0.
-
-    Args:
-        weight_OI: the weight.
-        statistics: with norms of the inputs.
-        power: the exponent a of the norms.
 
     >>> statistics = InputStatistics(2, "norms")
     >>> statistics.add(torch.ones(1, 2))

@@ -16,8 +16,6 @@ from prunus.methods.solvers.obs import block_mask, prune_by_obs
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import RowShard, Work
 
-__all__ = ["prune"]
-
 
 def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
     """The weights with the largest errors, which also correct for the removed ones."""

@@ -25,8 +25,6 @@ from prunus.methods.input_sums import (
     feature_sums,
 )
 
-__all__ = ["NEEDS", "Drift", "InputStatistics", "Needs", "StatisticsSpec", "statistics_bytes"]
-
 Needs = Literal["none", "norms", "gram"]
 NEEDS: tuple[Needs, ...] = ("none", "norms", "gram")
 #: Whose drift from the dense model is summed: nobody's, that of some batches, or that of all.

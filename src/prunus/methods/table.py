@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from prunus.methods.statistics import InputStatistics, Needs
     from prunus.methods.work import PruneFunction, Work
 
-__all__ = ["METHODS", "Method", "check_options", "check_owners"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
@@ -183,9 +181,6 @@ def check_owners(method: Method, options: MethodOptions) -> None:
 
     An option that has its default is never refused, whatever the method is.
 
-    Raises:
-        ValueError: the method does not read an option that was given.
-
     >>> check_owners(METHODS["wanda"], MethodOptions(ria_power=1.0))
     Traceback (most recent call last):
     ValueError: ria_power belongs to method ria, not to wanda: drop it, or choose method ria
@@ -211,17 +206,6 @@ def check_options(
     """Check that a method supports a pattern, a sparsity and its options, before any work is done.
 
     `patterns.check_shape` checks for each linear whether an N:M pattern fits its width.
-
-    Args:
-        method: the method, without the steps that `compose` adds.
-        pattern: which weights compete.
-        sparsity: the share of the weights to remove.
-        options: of the method and of the steps after it.
-        quantizes: whether the weights become integers at the end.
-
-    Raises:
-        ValueError: a value is out of range, or two choices exclude each other; the message says
-            what to choose instead.
     """
     options = options or MethodOptions()
     if pattern.is_unstructured and not 0 <= sparsity < 1:

@@ -16,15 +16,9 @@ from prunus.methods.patterns import keep_mask
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import Work
 
-__all__ = ["prune", "wanda_score"]
-
 
 def wanda_score(weight_OI: Tensor, statistics: InputStatistics) -> Tensor:
     """|W_ij| · ‖X_j‖₂, (O, I) in the dtype of the weight.
-
-    Args:
-        weight_OI: the weight.
-        statistics: with norms of the inputs.
 
     >>> import torch
     >>> statistics = InputStatistics(2, "norms")

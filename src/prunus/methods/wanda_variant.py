@@ -21,8 +21,6 @@ from prunus.methods.statistics import InputStatistics
 from prunus.methods.wanda import wanda_score
 from prunus.methods.work import Work
 
-__all__ = ["prune"]
-
 _TOLERANCE = 0.001
 # The original code searches α from 0 to this value.
 _MAX_ALPHA = 0.8

@@ -24,8 +24,6 @@ from prunus.methods.patterns import Pattern
 from prunus.methods.quantized import LinearQuantization
 from prunus.methods.statistics import InputStatistics
 
-__all__ = ["EVERY_ROW", "UNSHARDED", "PruneFunction", "RowShard", "RowSharding", "Work"]
-
 
 class RowShard(Protocol):
     """The rows of a linear that this process solves."""
@@ -38,7 +36,6 @@ class RowShard(Protocol):
         """Choose a mask for which all rows of the linear compete, and return this shard's rows.
 
         Args:
-            score_OB: the scores of this shard's rows.
             choose: maps the scores of all rows (all rows, B) to a bool mask of the same shape.
         """
 
@@ -50,13 +47,7 @@ class RowSharding(Protocol):
     """How the rows of a linear are split into shards."""
 
     def solve(self, rows: int, rows_per_group: int, solve: Callable[[RowShard], Pruned]) -> Pruned:
-        """Solve a linear shard by shard and return the result for all its rows.
-
-        Args:
-            rows: how many rows the linear has.
-            rows_per_group: rows that compete with each other; no shard splits such a group.
-            solve: the solver of one shard.
-        """
+        """Solve a linear shard by shard and return the result for all its rows."""
 
 
 @dataclass(frozen=True)

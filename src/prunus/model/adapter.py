@@ -28,16 +28,6 @@ from prunus.model.config_limits import read_config
 from prunus.model.kinds import CAUSAL
 from prunus.model.meta_model import build_on_meta
 
-__all__ = [
-    "add_lora",
-    "base_folder",
-    "check_adapter",
-    "is_adapter",
-    "packed_lora_layer",
-    "require_peft",
-    "save_adapter",
-]
-
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _NAME = "default"  # the name that peft gives to the only adapter of a model
@@ -53,10 +43,6 @@ def base_folder(folder: Path) -> Path:
 
     A relative path counts from the working directory, as in peft, and then from the adapter's
     folder.
-
-    Raises:
-        ValueError: the configuration names no base, or one that is an adapter itself.
-        FileNotFoundError: the base is not there.
     """
     name = read_config(folder / CONFIG_NAME).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
@@ -160,7 +146,6 @@ def add_lora(
 
     Args:
         targets: last parts of the names of the linears that get a layer, e.g. `q_proj`.
-        rank, alpha: of the update.
         transposed: whether the linears store (in, out), as GPT-2's Conv1D does.
 
     Returns:
@@ -238,11 +223,7 @@ def packed_lora_layer() -> type[torch.nn.Module]:
             return result
 
         def merge(self, *_: Any, **__: Any) -> None:
-            """Refuse to merge.
-
-            Raises:
-                ValueError: always; says what to do.
-            """
+            """Refuse to merge."""
             raise ValueError(
                 "an adapter cannot be merged into a packed model, whose weights do not change: "
                 "prunus unpack it, and load the adapter on the result"

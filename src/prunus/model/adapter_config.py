@@ -14,8 +14,6 @@ from typing import Any
 from prunus.model.checkpoint.reader import TensorInfo
 from prunus.model.config_limits import read_config
 
-__all__ = ["check_adapter_config"]
-
 _PLAIN = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _MAX_NAMES = 10_000
 #: Lists of names of modules.

@@ -11,8 +11,6 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["BLOCK_LISTS", "find_block_list"]
-
 #: model_type -> path of the module list, for models whose own declaration is missing or ambiguous.
 BLOCK_LISTS: dict[str, str] = {
     "convnextv2": "convnextv2.encoder.stages",
@@ -24,11 +22,7 @@ BLOCK_LISTS: dict[str, str] = {
 
 
 def find_block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The path and the module list of a model's transformer blocks, or of its stages.
-
-    Raises:
-        NotImplementedError: there is no list of blocks, or more than one that could be meant.
-    """
+    """The path and the module list of a model's transformer blocks, or of its stages."""
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", type(model).__name__)
     if model_type in BLOCK_LISTS:

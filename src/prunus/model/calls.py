@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["BlockCall", "hidden_of", "replaced_forward", "split_hidden"]
-
 
 @dataclass(frozen=True)
 class BlockCall:

@@ -17,8 +17,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["apply_chat_template"]
-
 _SECONDS = 10
 #: Bytes of memory that the template may take, and of text that it may give.
 _MEMORY, _TEXT = 2**29, 2**22
@@ -34,12 +32,7 @@ def apply_chat_template(
     """The text that a tokenizer's chat template makes of messages.
 
     Args:
-        answer_follows: end with the beginning of an answer, which a model then continues.
         variables: more that the template may read, such as `tools` or `enable_thinking`.
-
-    Raises:
-        ValueError: the template is damaged, refuses the messages, takes longer than ten seconds, or
-            asks for more than 512 MiB.
     """
     variables["add_generation_prompt"] = answer_follows
     reading, writing = os.pipe()

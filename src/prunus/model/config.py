@@ -12,8 +12,6 @@ from transformers import AutoConfig
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.config_limits import check_config
 
-__all__ = ["load_config", "require_config"]
-
 # `packed.description.METHOD`, from which this room may not import.
 _PACKED = "prunus"
 

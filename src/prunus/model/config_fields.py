@@ -15,17 +15,6 @@ from typing import Any
 
 from prunus.model.checkpoint.atomic_files import write_json
 
-__all__ = [
-    "blocks_that_take_images",
-    "canonical",
-    "expert_count",
-    "expert_groups",
-    "experts_per_token",
-    "parsed",
-    "rewritten",
-    "without_blocks",
-]
-
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _EXPERTS_PER_TOKEN = (
     "num_experts_per_tok",
@@ -159,11 +148,7 @@ def blocks_that_take_images(config: Any) -> int:
 
 
 def parsed(config: Any, raw: Mapping[str, Any]) -> Any:
-    """The configuration that transformers reads from the content of a config.json.
-
-    Args:
-        config: of the same class; it decides how attention is computed.
-    """
+    """The configuration that transformers reads from the content of a config.json."""
     # transformers reads a file otherwise than a dict: it turns words such as Infinity into numbers.
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder, "config.json"), raw)

@@ -18,8 +18,6 @@ from typing import Any
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.reader import Checkpoint
 
-__all__ = ["StoredSizes", "check_config", "check_processor_files", "read_config"]
-
 _MAX_BYTES = 2**24  # of a JSON file that describes a model
 _MAX_DEPTH = 32  # of lists and objects in each other
 _MAX_LIST = 10_000  # entries; transformers may repeat a list once per layer
@@ -142,11 +140,7 @@ def check_processor_files(folder: Path) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The content of a JSON file that describes a model.
-
-    Raises:
-        ValueError: it is larger than 16 MiB, or no JSON object.
-    """
+    """The content of a JSON file that describes a model."""
     if path.stat().st_size > _MAX_BYTES:
         raise ValueError(
             f"{path} has {path.stat().st_size:,} bytes, and at most {_MAX_BYTES:,} are read; is "

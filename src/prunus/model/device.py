@@ -7,8 +7,6 @@ import re
 import torch
 from torch import nn
 
-__all__ = ["DTYPES", "check_dtype", "choose_device"]
-
 #: The dtypes that users can name, for computation and storage.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -29,14 +27,8 @@ def choose_device(name: str, loaded: nn.Module | None = None, processes: int = 1
     """The device called `name`. Each of several processes on a host takes a CUDA device of its own.
 
     Args:
-        name: "cpu", "cuda", "cuda:<number>" or "auto".
         loaded: for "auto", a loaded model, whose device is taken. Without one, "auto" is CUDA if
             there is any, and the CPU if not.
-        processes: how many processes of the run are on this host.
-
-    Raises:
-        ValueError: this is no name of a device, that CUDA device does not exist, or processes would
-            have to share one.
 
     >>> choose_device("cpu")
     device(type='cpu')

@@ -24,17 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "Experts",
-    "Fused",
-    "find_fused_experts",
-    "find_routers",
-    "fusing_rules",
-    "is_fusing_rule",
-    "split_loaded_experts",
-    "unfuse_experts",
-]
-
 #: Names of gate, up and down if the checkpoint stores fused tensors and so has no names for them.
 _LEAVES = ("gate_proj", "up_proj", "down_proj")
 #: How transformers fuses experts that are stored one by one. Other conversions are not undone here.
@@ -236,11 +225,6 @@ def is_fusing_rule(rule: Any) -> bool:
 
 def unfuse_experts(rules: Sequence[Any], block: nn.Module, path: str) -> list[Fused]:
     """Replace every module of fused experts in a block by an `Experts` module on the meta device.
-
-    Args:
-        rules: `fusing_rules` of the model.
-        block: one of its blocks, or the whole model.
-        path: name of the block in the model, or "".
 
     Returns:
         The tensors that the block no longer has, in the order in which they were registered.

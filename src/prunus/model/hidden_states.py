@@ -14,8 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-__all__ = ["HiddenStates", "StatesPlace"]
-
 
 @dataclass(frozen=True)
 class StatesPlace:
@@ -36,7 +34,6 @@ class HiddenStates:
     Args:
         spill_to: folder for the file, or None to keep the tensors in memory. The
             file has no name, so nothing is left behind when the process is killed.
-        device: where `get` puts the tensors.
         on_device: keep the tensors on `device` between blocks; otherwise in pinned host memory.
 
     >>> states = HiddenStates(1, spill_to=None, device=torch.device("cpu"))

@@ -13,20 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = [
-    "CAUSAL",
-    "IMAGES",
-    "IMAGE_TEXT",
-    "MASKED",
-    "SEQUENCES",
-    "TOKENS",
-    "Kind",
-    "image_size",
-    "image_tokens",
-    "kind_of",
-    "require_causal",
-]
-
 
 @dataclass(frozen=True)
 class Kind:
@@ -107,11 +93,7 @@ _NO_ROW_OF_BLOCKS = {
 
 
 def kind_of(config: Any) -> Kind:
-    """The kind of model that a transformers configuration describes.
-
-    Raises:
-        NotImplementedError: it is of none of the kinds; names the model type and the kinds.
-    """
+    """The kind of model that a transformers configuration describes."""
     from transformers.models.auto import modeling_auto
 
     model_type = str(getattr(config, "model_type", type(config).__name__))
@@ -168,9 +150,6 @@ def require_causal(config: Any, what: str) -> None:
 
 def image_size(config: Any) -> tuple[int, int]:
     """(height, width) of the images of a classifier, in pixels.
-
-    Raises:
-        ValueError: the configuration's `image_size` is neither a number of pixels nor two.
 
     >>> from types import SimpleNamespace
     >>> image_size(SimpleNamespace(image_size=224))

@@ -17,8 +17,6 @@ from transformers.pytorch_utils import Conv1D
 
 from prunus.model.experts import find_routers
 
-__all__ = ["Linear", "find_linears", "left_dense", "tied_embedding"]
-
 
 @dataclass(frozen=True, slots=True)
 class Linear:
@@ -84,12 +82,7 @@ def find_linears(block: nn.Module) -> list[Linear]:
 
 
 def left_dense(block: nn.Module, linears: list[Linear]) -> dict[str, tuple[int, ...]]:
-    """Weights of two or more dimensions in `block` that are not among `linears`: name -> shape.
-
-    Raises:
-        NotImplementedError: experts fused into one parameter of three or more dimensions. Most of
-            such a model would stay dense without a word.
-    """
+    """Weights of two or more dimensions in `block` that are not among `linears`: name -> shape."""
     taken = {id(parameter) for linear in linears for parameter in linear.module.parameters()}
     found: dict[str, tuple[int, ...]] = {}
     for module_name, module in block.named_modules():

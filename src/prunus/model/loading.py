@@ -17,8 +17,6 @@ from prunus.model.meta_model import build_on_meta
 from prunus.model.saving import keep_records, records_of
 from prunus.model.tokenizer import load_image_processor, load_tokenizer
 
-__all__ = ["LoadedModel", "check_architecture", "load", "load_model"]
-
 
 class LoadedModel(NamedTuple):
     """A model in memory and what turns text into its inputs; `model, tokenizer = load(path)`.
@@ -87,9 +85,6 @@ def load_model(
     The weights of an adapter are not merged. They compute in float32, as peft loads them.
 
     Args:
-        folder: a checkpoint or an adapter.
-        dtype: of weights and computation; "auto" is that of the checkpoint.
-        trust_remote_code: let transformers run the code of the checkpoint.
         attention: one of transformers' implementations, which agree up to rounding; None for the
             default of transformers, which an adapter always gets.
         kind: which class of transformers loads it; None for what its configuration says. An

@@ -22,8 +22,6 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from prunus.model.kinds import Kind
 from prunus.model.placement import release
 
-__all__ = ["build_on_meta", "limited_modules"]
-
 #: Modules of a model. A model of 61 blocks with 384 experts each has 94,000.
 _MAX_MODULES = 2**17
 #: Bytes of all tables together that a model may compute before it has any weight.
@@ -54,11 +52,7 @@ def limited_modules() -> Iterator[None]:
 
 
 def build_on_meta(kind: Kind, config: Any, dtype: Any, trust_remote_code: bool) -> Any:
-    """The transformers model of a configuration, with its parameters on the meta device.
-
-    Raises:
-        ValueError: transformers makes no model of it, or one beyond all limits.
-    """
+    """The transformers model of a configuration, with its parameters on the meta device."""
     loader = getattr(transformers, kind.loader)
     try:
         # What code computes while it is imported must not be on the meta device.

@@ -11,8 +11,6 @@ from typing import Any
 
 from prunus.model.skeleton import Skeleton
 
-__all__ = ["names_in_model", "naming_rules", "stored_names"]
-
 
 def naming_rules(model: Any) -> tuple[list[Any], list[Any]]:
     """The rules by which names in checkpoints of this model become names of the model.
@@ -76,11 +74,7 @@ def names_in_model(
 
 
 def stored_names(model: Any, keys: Iterable[str], names: Collection[str]) -> dict[str, str]:
-    """Return stored name -> the model's name, for some tensors of a loaded model.
-
-    Raises:
-        NotImplementedError: the checkpoint stores one of them in another form.
-    """
+    """Return stored name -> the model's name, for some tensors of a loaded model."""
     from transformers.core_model_loading import rename_source_key
 
     renamings, expected = naming_rules(model)[0], dict.fromkeys(names, True)

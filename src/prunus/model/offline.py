@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-__all__ = ["no_downloads"]
-
 
 @contextlib.contextmanager
 def no_downloads() -> Iterator[None]:

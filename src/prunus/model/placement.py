@@ -16,16 +16,6 @@ from torch import nn
 
 from prunus.model.calls import replaced_forward
 
-__all__ = [
-    "advise",
-    "embedding_as_stored",
-    "fill_with_zeros",
-    "move_buffers",
-    "place",
-    "release",
-    "whole_pages",
-]
-
 
 def place(
     module: nn.Module,
@@ -36,7 +26,6 @@ def place(
     """Replace parameters and buffers of `module` by `values`. Tied parameters stay tied.
 
     Args:
-        module: its parameters are on the meta device.
         values: tensors by name relative to `module`. Each is converted to the dtype that the
             parameter has in the skeleton, and copied, so that no mapped file is kept alive.
         device: where they go; None leaves each where it is.

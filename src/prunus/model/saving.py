@@ -17,8 +17,6 @@ from prunus.model.checkpoint.atomic_files import read_json, write_text
 from prunus.model.checkpoint.card import add_tags
 from prunus.model.checkpoint.regular_files import read_card
 
-__all__ = ["keep_records", "manifest_text", "records_of"]
-
 _CARD, _MANIFESTS = "README.md", ("prunus.json", "prunus-compress.json")
 _OF_UPLOADS = ("commit_message", "private", "revision", "create_pr", "tags")
 

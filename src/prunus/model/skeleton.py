@@ -28,8 +28,6 @@ from prunus.model.linears import Linear, find_linears, left_dense
 from prunus.model.meta_model import build_on_meta, limited_modules
 from prunus.model.stubs import BlockStubs
 
-__all__ = ["Skeleton"]
-
 ReadTensors = Callable[[list[str]], dict[str, torch.Tensor]]
 
 
@@ -143,7 +141,6 @@ class Skeleton:
         """Give the modules outside the blocks their weights for the length of a `with` block.
 
         Args:
-            with_head: give an untied head its weights too.
             with_embedding: give an untied embedding its weights. Without them it returns zeros,
                 which is enough to run only what follows the blocks.
         """
@@ -251,11 +248,7 @@ class Skeleton:
         return logits
 
     def head(self) -> Linear:
-        """The output head as a linear, by its full name.
-
-        Raises:
-            NotImplementedError: there is none, it is no linear, or it is tied to the embedding.
-        """
+        """The output head as a linear, by its full name."""
         head = self._output_head()
         name = next((name for name, module in self.model.named_modules() if module is head), None)
         if name is None or not isinstance(head, nn.Linear):

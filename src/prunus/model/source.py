@@ -26,8 +26,6 @@ from prunus.model.experts import Fused
 from prunus.model.names import names_in_model
 from prunus.model.skeleton import Skeleton
 
-__all__ = ["CheckpointSource", "ModuleSource", "Source", "tensors_digest"]
-
 
 class Source(Protocol):
     """Stored weights of a model, addressed by the names of the model's own parameters.
@@ -243,11 +241,7 @@ class CheckpointSource:
         return sorted(key for key in self.checkpoint.tensors if key not in inside)
 
     def outside_digests(self) -> dict[str, str]:
-        """SHA-256 of every tensor outside the blocks, by stored name. A result has copies of them.
-
-        Raises:
-            ValueError: a tensor is not finite; names it.
-        """
+        """SHA-256 of every tensor outside the blocks, by stored name. Results copy them."""
         found = {}
         for key in self.outside_keys():
             for name, tensor in self.checkpoint.views([key]):

@@ -18,16 +18,11 @@ from prunus.model.hidden_states import HiddenStates
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import Source
 
-__all__ = ["Stream"]
-
 
 class Stream:
     """The windows of one model in batches; all wait at the same block. `len` counts batches.
 
     Call `embed` first.
-
-    Args:
-        device: where blocks and, between blocks, hidden states live.
     """
 
     def __init__(self, skeleton: Skeleton, source: Source, device: torch.device) -> None:

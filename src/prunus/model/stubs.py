@@ -18,19 +18,13 @@ from torch import nn
 from prunus.model import placement
 from prunus.model.calls import BlockCall, replaced_forward, split_hidden
 
-__all__ = ["BlockStubs"]
-
 
 class _LastBlockReached(BaseException):
     """Ends a recording run early: the final norm and the head are not needed."""
 
 
 class BlockStubs:
-    """Stand-ins for the blocks of one model.
-
-    Args:
-        images: the model takes images, whose hidden states may be grids.
-    """
+    """Stand-ins for the blocks of one model."""
 
     def __init__(self, model_name: str, blocks: Sequence[nn.Module], images: bool = False) -> None:
         self._model_name = model_name
@@ -46,10 +40,6 @@ class BlockStubs:
         Returns:
             The hidden states (batch, tokens, hidden) that the first block receives, and the call of
             every block.
-
-        Raises:
-            NotImplementedError: the model changes hidden states between its blocks, passes them
-                in another shape, or does not call each block exactly once and in order.
         """
         calls: list[BlockCall] = []
         first: list[torch.Tensor] = []

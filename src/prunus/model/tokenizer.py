@@ -10,8 +10,6 @@ from transformers import AutoImageProcessor, AutoTokenizer
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.config_limits import check_config, check_processor_files
 
-__all__ = ["load_image_processor", "load_tokenizer", "token_ids"]
-
 _FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 
 

@@ -22,8 +22,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from prunus.options.ranges import Range
 from prunus.options.toml import read_toml, to_toml
 
-__all__ = ["ADVANCED", "Option", "Options", "explain"]
-
 #: The panel of options that few users need. Help shows it last.
 ADVANCED = "Advanced"
 #: An error lists at most this many faults.

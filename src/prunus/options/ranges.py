@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Range", "at_least", "between", "one_of"]
-
 
 @dataclass(frozen=True, slots=True)
 class Range:
@@ -23,9 +21,6 @@ class Range:
 
     def check(self, name: str, value: Any) -> None:
         """Check the value of the option `name`. None stands for the default and passes.
-
-        Raises:
-            ValueError: The value is out of range.
 
         >>> at_least(1).check("samples", 0)
         Traceback (most recent call last):

@@ -9,8 +9,6 @@ from typing import Any, TypeVar, cast
 
 from prunus.options.declaration import Options
 
-__all__ = ["takes"]
-
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -25,7 +23,6 @@ def takes(
     Args:
         *models: The options that the function takes. A parameter of its own hides an option of the
             same name.
-        without: Options that the function does not take.
     """
 
     def decorate(function: _Function) -> _Function:

@@ -11,20 +11,13 @@ from typing import Any
 
 from prunus.model.checkpoint.regular_files import read_limited
 
-__all__ = ["read_toml", "to_toml"]
-
 _MAX_BYTES = 2**18  # of a TOML file
 #: A key of more than sixteen parts. Python's parser takes time and memory of the square of them.
 _LONG_KEY = re.compile(r"""(?<![\w-])(?:(?>[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){16}""")
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """The content of a TOML file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not TOML, larger than 256 KiB, or has keys of more than sixteen parts.
-    """
+    """The content of a TOML file."""
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(

@@ -16,8 +16,6 @@ from torch import nn
 
 from prunus.packed.operators import on_reference_path
 
-__all__ = ["use_decode_attention"]
-
 _NAME = "prunus_sdpa"
 
 
@@ -25,9 +23,6 @@ def use_decode_attention(model: Any) -> bool:
     """Let a transformers model that uses `sdpa` use this attention, in place.
 
     A model with any other attention stays as it is.
-
-    Args:
-        model: a loaded transformers model.
 
     Returns:
         True if the model uses this attention now. That needs heads that share keys and a family

@@ -14,17 +14,6 @@ from prunus.packed.coding import check_coding, coded_bytes, decode, encode, high
 from prunus.packed.kernels.library import load
 from prunus.packed.weight import PackedWeight, require
 
-__all__ = [
-    "INT8_LEVELS",
-    "check",
-    "expand",
-    "expand_rows",
-    "kept",
-    "pack_weight",
-    "packed_bytes",
-    "row_offsets",
-]
-
 #: int8 values lie in [-127, 127]; the scale of a row is its largest magnitude / 127.
 INT8_LEVELS = 127
 # Above this share of kept entries, the form without a mask is tried first.
@@ -44,9 +33,6 @@ def kept(weight_OI: torch.Tensor) -> torch.Tensor:
     Args:
         weight_OI: bfloat16, float16 or float32.
 
-    Raises:
-        ValueError: another dtype.
-
     >>> kept(torch.tensor([[0.0, -0.0, 2.0]], dtype=torch.bfloat16)).tolist()
     [[False, True, True]]
     """
@@ -63,14 +49,9 @@ def pack_weight(weight_OI: torch.Tensor, values: torch.dtype) -> PackedWeight:
     bfloat16 values are coded (see `coding.py`) where their exponents allow it.
 
     Args:
-        weight_OI: a tensor on the CPU with at least one entry, any strides.
         values: the dtype of `weight_OI` (lossless: bfloat16 or float16) or int8. int8 rounds to the
             nearest of 255 symmetric levels with one scale per row. The mask does not depend on the
             choice, but int8 may round a kept entry to 0.
-
-    Raises:
-        ValueError: the dtype cannot be packed this way, or a weight is not finite and int8 is asked
-            for.
 
     >>> weight = torch.tensor([[0.0, 1.5], [0.0, -2.0]], dtype=torch.float16)
     >>> packed = pack_weight(weight, torch.float16)
@@ -169,10 +150,6 @@ def row_offsets(mask: torch.Tensor, in_features: int) -> torch.Tensor:
 
     Args:
         mask: uint8 (O, ceil(I / 8)) on the CPU.
-        in_features: I.
-
-    Raises:
-        ValueError: a bit beyond the last column is set.
     """
     kernels = load()
     if kernels is not None:

@@ -20,8 +20,6 @@ import torch
 
 from prunus.packed.weight import Coding, require
 
-__all__ = ["check_coding", "coded_bytes", "decode", "encode", "high_byte_counts", "padded"]
-
 _CODES = 16
 _GROUP = 64
 _PART = _GROUP << 16  # values encoded at a time

@@ -16,17 +16,6 @@ from prunus.packed.coding import padded
 from prunus.packed.plane_codes import MAX_CLASSES, MAX_FEATURES, check_code
 from prunus.packed.weight import Packed, PlaneCode, QuantizedWeight, from_tensors
 
-__all__ = [
-    "FORMAT_VERSION",
-    "METHOD",
-    "REFUSAL",
-    "Description",
-    "PackedShape",
-    "QuantizedShape",
-    "Stored",
-    "StoredTensor",
-]
-
 #: `quant_method` in config.json.
 METHOD = "prunus"
 #: This number grows whenever a reader of an earlier version would misread the files.
@@ -64,11 +53,7 @@ class PackedShape(NamedTuple):
 
     @classmethod
     def from_json(cls, name: str, entry: Any, may_be_coded: bool) -> PackedShape:
-        """Read what `to_json` returned of the linear `name`, or anything.
-
-        Raises:
-            ValueError: a number is missing or out of range.
-        """
+        """Read what `to_json` returned of the linear `name`, or anything."""
         if not _are_integers(entry) or len(entry) not in ((3, 4) if may_be_coded else (3,)):
             or_four = ", or four with rare" if may_be_coded else ""
             raise ValueError(
@@ -206,9 +191,6 @@ class Description:
 
         Args:
             found: name -> something with the `shape` and `dtype` of the tensor in the shards.
-
-        Raises:
-            ValueError: a tensor is missing, or has another shape or dtype.
         """
         for linear in self.linears:
             for name, expected in self.tensors(linear).items():
@@ -245,12 +227,7 @@ class Description:
 
     @classmethod
     def from_dict(cls, content: Any) -> Description:
-        """Read a `quantization_config`.
-
-        Raises:
-            ValueError: it does not describe a packed checkpoint in the version of the format that
-                this prunus reads.
-        """
+        """Read a `quantization_config`."""
         if not isinstance(content, Mapping) or content.get("quant_method") != METHOD:
             raise ValueError(f"config.json has no quantization_config with quant_method {METHOD!r}")
         version = content.get("version")
@@ -268,9 +245,6 @@ class Description:
         Args:
             linears: name of each linear in the checkpoint -> the `to_json` of its shape.
             values: see `Description`.
-
-        Raises:
-            ValueError: an entry is damaged, or there are none.
         """
         if not isinstance(linears, Mapping) or not linears:
             raise ValueError("quantization_config names no packed linears")

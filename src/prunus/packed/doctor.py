@@ -14,8 +14,6 @@ import transformers
 from prunus.packed.description import METHOD
 from prunus.packed.kernels import library as kernels
 
-__all__ = ["describe", "in_sentences"]
-
 #: Extra of the package -> the modules that it installs, and what they are for.
 _EXTRAS = {
     "data": (("datasets",), "C4, WikiText-2 and PTB from the hub"),
@@ -74,11 +72,7 @@ def describe() -> dict[str, Any]:
 
 
 def in_sentences(state: dict[str, Any]) -> list[str]:
-    """Say what `describe` found, one sentence or two on a subject.
-
-    Args:
-        state: the result of `describe`.
-    """
+    """Say what `describe` found, one sentence or two on a subject."""
     said = [
         f"Python {state['python']} on {state['machine']}, torch {state['torch']}, transformers "
         f"{state['transformers']}."

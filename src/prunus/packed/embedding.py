@@ -16,8 +16,6 @@ from prunus.packed.linear import PackedLinear, plain_linear
 from prunus.packed.operators import as_arguments, look_up, packed_embedding
 from prunus.packed.weight import Packed
 
-__all__ = ["PackedEmbedding", "TiedHead", "pack_module", "unpack_module"]
-
 
 class PackedEmbedding(PackedLinear):
     """Replaces an `nn.Embedding` whose weight is packed; its state is that of a `PackedLinear`.
@@ -71,13 +69,8 @@ def pack_module(model: Any, name: str, packed: Packed, stored: int | None = None
     is tied to it.
 
     Args:
-        model: a transformers model.
-        name: path of the module.
         packed: the weight; its tensors may be on the meta device, see `PackedLinear`.
         stored: see `PackedLinear`.
-
-    Raises:
-        ValueError: the head that is tied to the embedding is not a plain linear.
     """
     dense = model.get_submodule(name)
     if not isinstance(dense, nn.Embedding):
@@ -101,8 +94,6 @@ def unpack_module(model: Any, name: str, dtype: torch.dtype | None = None) -> No
     one dense weight.
 
     Args:
-        model: the model.
-        name: path of the packed module.
         dtype: of the dense weight; None is that of the rows of an embedding, and of the values of a
             linear, see `PackedLinear.dense`.
     """

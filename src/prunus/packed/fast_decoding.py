@@ -9,8 +9,6 @@ from prunus.packed.norm import use_decode_norms
 from prunus.packed.pages import use_large_pages
 from prunus.packed.rotary import use_decode_rotary
 
-__all__ = ["use_fast_decoding"]
-
 
 def use_fast_decoding(model: nn.Module) -> None:
     """Give a loaded model prunus's attention, norms, rotary embedding and large pages.

@@ -14,14 +14,11 @@ from prunus.packed import bitmap, planes
 from prunus.packed.description import Description
 from prunus.packed.weight import Packed, QuantizedWeight
 
-__all__ = ["check", "checked_weight", "expand", "expand_rows", "relative_error"]
-
 
 def check(weight: Packed, stored: int | None = None) -> torch.Tensor | None:
     """Check that the parts of a weight fit each other, before anything computes with them.
 
     Args:
-        weight: the weight as it was read.
         stored: for bitmaps, the declared number of stored entries, or None.
 
     Returns:
@@ -38,16 +35,7 @@ def check(weight: Packed, stored: int | None = None) -> torch.Tensor | None:
 def checked_weight(
     described: Description, linear: str, tensors: Mapping[str, torch.Tensor]
 ) -> tuple[Packed, torch.Tensor | None]:
-    """Return a linear's weight from the tensors of its checkpoint, and the offsets of `check`.
-
-    Args:
-        described: the packed linears of the checkpoint.
-        linear: the name of one of them.
-        tensors: holds those that `described.tensors(linear)` names.
-
-    Raises:
-        ValueError: the weight is damaged; names the linear.
-    """
+    """Return a linear's weight from the tensors of its checkpoint, and the offsets of `check`."""
     weight = described.weight(linear, tensors)
     try:
         return weight, check(weight, described.linears[linear].stored)
@@ -64,10 +52,8 @@ def expand(
     """Return the dense weight (O, I).
 
     Args:
-        weight: a weight that `check` accepted.
         dtype: bfloat16, float16 or float32; None is the dtype of the entries of a bitmap, and
             bfloat16 for integers.
-        offsets: what `check` returned; it saves a second scan.
         out: contiguous memory (O, I) of `dtype` that may be written to.
     """
     form = planes if isinstance(weight, QuantizedWeight) else bitmap
@@ -80,9 +66,6 @@ def expand_rows(
     """Return some rows of the dense weight, as `expand` would give them: (..., I) of `dtype`.
 
     Args:
-        weight: a weight that `check` accepted.
-        rows: integer tensor (...); rows may repeat and have any order.
-        offsets: what `check` returned.
         dtype: bfloat16, float16 or float32.
 
     Raises:

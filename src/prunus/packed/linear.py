@@ -20,8 +20,6 @@ from prunus.packed.operators import (
 )
 from prunus.packed.weight import Packed, from_tensors, layout_of, named_tensors
 
-__all__ = ["DenseLinear", "PackedLinear", "plain_linear", "use_dense_kernel"]
-
 
 class PackedLinear(nn.Module):
     """Replaces an `nn.Linear` whose weight is packed, as a bitmap or quantised.

@@ -18,8 +18,6 @@ from torch import nn
 from prunus.packed.kernels import library as kernels
 from prunus.packed.operators import fit_kernel, loaded_kernels
 
-__all__ = ["use_decode_norms"]
-
 _FORMS = range(3)  # as `prunus_rms_norm` numbers them
 _EPS = ("variance_epsilon", "eps")
 #: Inputs of more numbers than this are left to torch, which uses several threads.

@@ -34,23 +34,6 @@ from prunus.packed.weight import (
     named_tensors,
 )
 
-__all__ = [
-    "FLOATS",
-    "as_arguments",
-    "dense_linear",
-    "fit_kernel",
-    "is_plain",
-    "loaded_kernels",
-    "look_up",
-    "on_reference_path",
-    "packed_embedding",
-    "packed_linear",
-    "reference_path",
-    "run_dense",
-    "run_packed",
-    "warn_of_expansion",
-]
-
 #: Dtypes of activations that the kernels take.
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _reference = False

@@ -18,8 +18,6 @@ from torch import nn
 from prunus.model.placement import advise, whole_pages
 from prunus.packed.linear import DenseLinear, PackedLinear
 
-__all__ = ["use_large_pages"]
-
 _PAGE = 2 << 20
 _CHUNK = 64 * _PAGE
 _ALIGNMENT = 64  # a cache line

@@ -20,28 +20,6 @@ import torch
 
 from prunus.packed.weight import PlaneCode, QuantizedWeight, require
 
-__all__ = [
-    "CHUNK_WEIGHTS",
-    "CYCLE_PRICE",
-    "GROUP",
-    "MAX_CLASSES",
-    "MAX_FEATURES",
-    "MAX_LAYERS",
-    "MAX_LAYER_BITS",
-    "MAX_LEVEL",
-    "MAX_RAW",
-    "check_code",
-    "check_parts",
-    "choose_codes",
-    "class_order",
-    "code_lengths",
-    "column_histograms",
-    "default_rows_per_chunk",
-    "from_zigzag",
-    "max_level",
-    "zigzag",
-]
-
 #: Bits a weight that one processor cycle for 64 weights counts, when codes are chosen.
 CYCLE_PRICE = 0.02
 #: Columns of one group: a plane of a group is one 64-bit word.
@@ -205,9 +183,6 @@ def choose_codes(
     Returns:
         Classes, uint8 (I,), and the codes of the classes.
 
-    Raises:
-        ValueError: the histograms have another shape, or `max_classes` is out of range.
-
     >>> histograms = torch.zeros(128, 255)
     >>> histograms[:, 127] = 512
     >>> choose_codes(histograms)[1]
@@ -297,9 +272,7 @@ def _best_chains(
     """Return the cost of the best chain (N,) and, per layer, the bits chosen (N, Z); 0 ends it.
 
     Args:
-        reaching_NZ: how many values have a zigzag number of at least z.
         raws_N: raw bits in front of the chain, which then must have a layer.
-        chunks: number of chunks, each of which pads its layers.
         cycle_price: see `choose_codes`.
     """
     ended_NZ = _ESCAPE_BITS * _with_padding(reaching_NZ, chunks, 8)

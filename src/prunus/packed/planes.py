@@ -64,11 +64,7 @@ def encode(
         scales_O: floats (O,), rounded to bfloat16.
         classes_I: uint8 (I,): the class of each column. None takes the classes and codes of
             `choose_codes`, which take the fewest bits.
-        codes: the code of each class.
         rows_per_chunk: None takes as many as make about 32,768 weights.
-
-    Raises:
-        ValueError: an argument has another shape or dtype, or a number is out of range.
 
     >>> levels = torch.tensor([[0, 1, -1, 5], [0, 0, 2, -127]], dtype=torch.int8)
     >>> weight = encode(levels, torch.ones(4), torch.ones(2))

@@ -27,8 +27,6 @@ from prunus.packed.fast_decoding import use_fast_decoding
 from prunus.packed.linear import PackedLinear, use_dense_kernel
 from prunus.packed.weight_readers import expand_read_linears
 
-__all__ = ["PrunusConfig", "PrunusQuantizer", "register_with_transformers"]
-
 
 class PrunusConfig(QuantizationConfigMixin):
     """The `quantization_config` of a packed checkpoint; see `description.Description`.

@@ -24,8 +24,6 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["register", "register_with_torch"]
-
 
 def register() -> None:
     """Register what is loaded now, and the rest when it is imported. A second call does nothing."""
@@ -100,10 +98,6 @@ class _Waiting(MetaPathFinder):
     """Waits for the import of a module and adds an action after it.
 
     It removes itself at once, so that it cannot disturb later imports.
-
-    Args:
-        table: full name of the module.
-        action: what to do once it is loaded.
     """
 
     def __init__(self, table: str, action: Callable[[], None]) -> None:

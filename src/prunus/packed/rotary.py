@@ -21,8 +21,6 @@ from torch import nn
 from prunus.packed.kernels import library as kernels
 from prunus.packed.operators import FLOATS, fit_kernel, loaded_kernels
 
-__all__ = ["use_decode_rotary"]
-
 _NAME = "apply_rotary_pos_emb"
 _MARK = "_prunus_rotary"
 

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-__all__ = ["SemiStructuredChoice", "to_semi_structured"]
-
 # torch's kernels take 16-bit weights whose rows and columns are multiples of these numbers.
 _ROWS, _COLUMNS = 32, 64
 _ROUNDS = 20
@@ -48,11 +46,6 @@ def to_semi_structured(model: nn.Module, tokens: int = 1) -> list[SemiStructured
 
     Returns:
         One choice per linear, in the order of the model.
-
-    Raises:
-        RuntimeError: there is no CUDA device, or it has no sparse tensor cores (compute capability
-            below 8.0).
-        ValueError: the model is not on the device, or tokens is below 1.
     """
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}")

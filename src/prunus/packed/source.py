@@ -14,8 +14,6 @@ from prunus.model.skeleton import Skeleton
 from prunus.packed.description import METHOD, Description, QuantizedShape
 from prunus.packed.forms import checked_weight, expand
 
-__all__ = ["PackedSource", "is_packed"]
-
 
 def is_packed(folder: Path) -> bool:
     """Whether the config.json of a checkpoint says that prunus has packed it."""
@@ -28,10 +26,6 @@ def is_packed(folder: Path) -> bool:
 
 class PackedSource:
     """A packed checkpoint whose linears are expanded when they are read.
-
-    Args:
-        folder: of the checkpoint.
-        trust_remote_code: let transformers run the code of the checkpoint.
 
     Attributes:
         config: the configuration of the dense model.
@@ -81,11 +75,7 @@ class PackedSource:
         return self._checkpoint.nbytes(list(self._described.tensors(stored)) if packed else [key])
 
     def block(self, index: int) -> dict[str, torch.Tensor]:
-        """The dense tensors of one block, by names relative to it.
-
-        Raises:
-            ValueError: a packed weight is damaged, or a weight is missing; names it.
-        """
+        """The dense tensors of one block, by names relative to it."""
         prefix = self._skeleton.block_name(index) + "."
         found: dict[str, torch.Tensor] = {}
         fused = {each.name: each for each in self._skeleton.fused(index)}

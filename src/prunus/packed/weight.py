@@ -14,19 +14,6 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = [
-    "Coding",
-    "Layout",
-    "Packed",
-    "PackedWeight",
-    "PlaneCode",
-    "QuantizedWeight",
-    "from_tensors",
-    "layout_of",
-    "named_tensors",
-    "require",
-]
-
 
 class Coding(NamedTuple):
     """The high bytes of bfloat16 values, in four bits each.
@@ -128,7 +115,6 @@ def named_tensors(linear: str, weight: Packed) -> dict[str, torch.Tensor]:
 
     Args:
         linear: the linear's name in the checkpoint, or "" for names relative to it.
-        weight: its weight.
 
     >>> list(named_tensors("up", PackedWeight((1, 2), torch.ones(2))))
     ['up.weight']

@@ -17,8 +17,6 @@ import torch
 from prunus.packed.embedding import TiedHead, unpack_module
 from prunus.packed.linear import PackedLinear
 
-__all__ = ["expand_read_linears"]
-
 #: Methods that prepare a model, and do not compute with it.
 _PREPARING = re.compile(r"_*(init|reset|tie|get_|set_|resize)")
 
@@ -28,10 +26,6 @@ _NEVER_IN_PRACTICE = {("BloomAttention", "dense"), ("BloomMLP", "dense_4h_to_h")
 
 def expand_read_linears(model: Any, dtype: torch.dtype) -> list[str]:
     """Replace packed linears whose weight the model's code reads by dense ones.
-
-    Args:
-        model: a transformers model whose packed weights are loaded.
-        dtype: of the dense weights.
 
     Returns:
         Paths of the packed modules that were replaced.

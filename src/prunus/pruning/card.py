@@ -8,8 +8,6 @@ from prunus.pruning.manifest import Manifest, PruningRecord
 from prunus.runs.card import result_card, source_name
 from prunus.runs.record import bos_words
 
-__all__ = ["calibration_words", "pruned_card", "sparsity_tag"]
-
 
 def pruned_card(
     manifest: Manifest, loader: str = "AutoModelForCausalLM", source: Path | None = None

@@ -30,8 +30,6 @@ from prunus.pruning.selection import LinearSelection
 from prunus.runs.job import RunJob
 from prunus.runs.record import Walk
 
-__all__ = ["PruningJob"]
-
 
 @dataclass(kw_only=True)
 class PruningJob(RunJob):

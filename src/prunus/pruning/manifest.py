@@ -17,8 +17,6 @@ from prunus.runs.record import BlockwiseRecord, bos_words
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Manifest", "PruningRecord"]
-
 #: The number of an expert in a linear's name. All experts count as one kind of linear.
 _EXPERT_NUMBER = re.compile(r"\.\d+\.")
 
@@ -51,12 +49,7 @@ class PruningRecord(BlockwiseRecord):
         return "pruned"
 
     def close(self, seconds: float, device: torch.device) -> None:
-        """Enter the totals.
-
-        Args:
-            seconds: Time of the run; of a resumed run, since it was resumed.
-            device: Where blocks ran; a GPU's peak memory is entered too.
-        """
+        """Enter the totals."""
         # It imports torch, which whoever only reads a record does not need.
         from prunus.hardware.memory import peak_memory
 

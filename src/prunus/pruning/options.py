@@ -21,8 +21,6 @@ from prunus.methods.table import METHODS, check_owners
 from prunus.options import Option, at_least, between
 from prunus.runs.options import WindowOptions
 
-__all__ = ["SELECTION", "PruningOptions", "Sparsity"]
-
 SELECTION = "Allocation and selection"
 _PATTERN = re.compile(r"^(\d+):(\d+)$")
 
@@ -224,11 +222,7 @@ class PruningOptions(MethodOptions, WindowOptions):
         return wanted and not any(fnmatch.fnmatchcase(name, glob) for glob in self.ignore)
 
     def check_names(self, names: Iterable[str]) -> None:
-        """Refuse name patterns that match nothing: a typing error would prune the wrong linears.
-
-        Raises:
-            ValueError: A pattern of `only` or `ignore` matches no name, or no linear is left.
-        """
+        """Refuse name patterns that match nothing: a typing error would prune the wrong linears."""
         known = list(names)
         for option, globs in (("only", self.only), ("ignore", self.ignore)):
             for glob in globs:

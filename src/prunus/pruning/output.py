@@ -19,8 +19,6 @@ from prunus.runs.block_folder import BlockFolder
 from prunus.runs.loop import BlockOutput, Made
 from prunus.runs.record import OUTSIDE_SHARD, shard_name
 
-__all__ = ["InPlaceOutput", "PrunedFolder", "PruningOutput"]
-
 
 class PruningOutput(BlockOutput, Protocol):
     """What a run writes to.

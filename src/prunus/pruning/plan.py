@@ -26,8 +26,6 @@ from prunus.runs.batch_size import windows_per_batch
 from prunus.runs.options import RunOptions
 from prunus.runs.plan import check_memory, open_model
 
-__all__ = ["describe_plan", "needs_inputs", "plan_run"]
-
 
 def plan_run(
     model: str | Path | nn.Module,
@@ -87,11 +85,6 @@ def needs_inputs(recipe: PruningOptions, method: Method) -> bool:
 def _linear_settings(recipe: PruningOptions, own: Method | None, quantizes: bool) -> LinearSettings:
     """How every linear is pruned: the recipe's method with its refinement and weight update.
 
-    Args:
-        recipe: What to do.
-        own: A method that was given in place of a name.
-        quantizes: Whether weights become integers at the end.
-
     Raises:
         ValueError: Method, pattern, sparsity and options do not fit together.
     """
@@ -110,11 +103,7 @@ def _linear_settings(recipe: PruningOptions, own: Method | None, quantizes: bool
 
 
 def _batch(job: PruningJob) -> int:
-    """Calibration windows per forward pass.
-
-    Raises:
-        ValueError: All windows are one batch, and reconstruction needs a second one for validation.
-    """
+    """Calibration windows per forward pass."""
     recipe, trains = job.recipe, job.reconstructs != "none"
     if recipe.batch is not None:
         batch = recipe.batch

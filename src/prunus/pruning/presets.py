@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["MAX", "PRESETS", "preset_options"]
-
 #: Name -> options of a recipe. Options that the user gives explicitly override them.
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "wanda"},
@@ -20,9 +18,6 @@ _UNSTRUCTURED: dict[str, dict[str, Any]] = {"best": {"allocation": "search"}}
 
 def preset_options(values: dict[str, Any]) -> dict[str, Any]:
     """Put `values` on top of the options of the preset that they name, if any.
-
-    Raises:
-        ValueError: there is no such preset; the message lists all presets.
 
     >>> preset_options({"preset": "fast", "seed": 1})
     {'method': 'wanda', 'preset': 'fast', 'seed': 1}

@@ -13,8 +13,6 @@ from prunus.options import Option, at_least, between
 from prunus.pruning.options import SELECTION, PruningOptions
 from prunus.pruning.presets import preset_options
 
-__all__ = ["Recipe"]
-
 _RECONSTRUCTION = "Reconstruction"
 
 

@@ -9,15 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from prunus.runs.record import Walk
 
-__all__ = [
-    "BlockRecord",
-    "LinearRecord",
-    "ReconstructionRecord",
-    "SizedLinear",
-    "mean_bits",
-    "mean_error",
-]
-
 
 class LinearRecord(BaseModel):
     """What happened to one linear.

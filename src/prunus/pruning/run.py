@@ -50,8 +50,6 @@ from prunus.runs.rank_checks import check_same_on_all_ranks
 from prunus.runs.record import Walk
 from prunus.runs.windows import calibration_windows, given_windows, run_inputs
 
-__all__ = ["PruneVerb", "carry_out", "prune", "run"]
-
 
 @shows_progress("prune", pruning_step)
 @takes(Recipe, RunOptions)

@@ -8,8 +8,6 @@ from prunus.methods.patterns import Pattern, check_shape
 from prunus.model.skeleton import Skeleton
 from prunus.pruning.options import PruningOptions
 
-__all__ = ["LinearSelection", "select_linears"]
-
 
 class LinearSelection(NamedTuple):
     """The linears of a model, sorted into those that are pruned and the rest.

@@ -9,8 +9,6 @@ from prunus.recovery.record import RecoveryRecord
 from prunus.runs.card import extended_card, result_card, source_name
 from prunus.runs.record import bos_words
 
-__all__ = ["adapter_card", "checkpoint_card"]
-
 _TRAINED: dict[Mode, str] = {
     "lora": "low-rank layers added to its linears (LoRA)",
     "masked": "all its weights except the pruned ones",
@@ -32,13 +30,7 @@ def checkpoint_card(record: RecoveryRecord, card: str | None) -> str:
 
 
 def adapter_card(record: RecoveryRecord, base: str, source: Path) -> str:
-    """The card of an adapter, with the fields that the cards of peft have.
-
-    Args:
-        record: Of the recovery.
-        base: The model that the adapter is for.
-        source: The folder of that model.
-    """
+    """The card of an adapter, with the fields that the cards of peft have."""
     return result_card(
         record,
         "adapter",

@@ -18,8 +18,6 @@ from torch import nn
 from prunus.model.checkpoint.writer import save_safetensors
 from prunus.recovery.record import Evaluation
 
-__all__ = ["Checkpoints", "TrainingState"]
-
 _STATE_NAME = "training.safetensors"
 _KEY = "state"
 #: What is stored of each parameter: its weight, and what AdamW keeps.

@@ -35,17 +35,6 @@ from prunus.recovery.record import RecoveryInputs, RecoveryRecord
 from prunus.recovery.training import step_count, training_dtype
 from prunus.runs.options import RunOptions
 
-__all__ = [
-    "RecoveryJob",
-    "check_ranks",
-    "check_teacher",
-    "default_mode",
-    "draw_training_text",
-    "full_fingerprint",
-    "open_checkpoint",
-    "plan_recovery",
-]
-
 
 @dataclass(frozen=True)
 class RecoveryJob:
@@ -102,7 +91,6 @@ def plan_recovery(
     """Check everything that can be checked and decide what is left open; nothing is written.
 
     Args:
-        model, teacher: See `prunus.recover`.
         earlier: The record of this recovery in the output folder, or None.
         name: What the record calls the model; None for `model`.
     """
@@ -210,9 +198,7 @@ def draw_training_text(
     """The windows of the text, which fit the model.
 
     Args:
-        source: The model in training, whose tokenizer cuts the text.
         dense: The teacher, or None.
-        device: Where a model runs that writes the text itself.
     """
     config = source.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)

@@ -14,8 +14,6 @@ from prunus.model.linears import Linear
 from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.trainable import Trainable
 
-__all__ = ["default_target_modules", "lora"]
-
 _QUERY_AND_VALUE = ("q_proj", "v_proj")
 #: Names under which some families store query, key and value in one matrix.
 _FUSED = ("query_key_value", "qkv_proj", "c_attn", "Wqkv")
@@ -23,9 +21,6 @@ _FUSED = ("query_key_value", "qkv_proj", "c_attn", "Wqkv")
 
 def default_target_modules(names: Iterable[str]) -> tuple[str, ...]:
     """The names of the query and value projections, or of the matrix that holds them.
-
-    Args:
-        names: Full names of linears. The result holds last parts of such names.
 
     >>> default_target_modules(["h.0.attn.c_attn", "h.0.mlp.c_fc"])
     ('c_attn',)
@@ -48,14 +43,7 @@ def lora(
     """Add fresh LoRA layers to linears; `Trainable.model` is then a peft model.
 
     Args:
-        model: A causal LM.
-        linears: All linears of its blocks by full name.
         recipe: Rank, scale, seed, and the last parts of the names of the linears to extend.
-        base: What the adapter names as its base model.
-
-    Raises:
-        ValueError: A target does not exist, the rank is too large, or some linears store their
-            weight transposed and others do not.
     """
     targets = recipe.target_modules or default_target_modules(linears)
     last_parts = {name: name.rpartition(".")[2] for name in linears}

@@ -22,8 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["next_token_loss"]
-
 # Rows of logits that are in float32 at a time. On a CPU they should stay in the cache.
 _ROWS = 64
 _CUDA_ROWS = 4096

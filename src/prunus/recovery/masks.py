@@ -20,15 +20,6 @@ from prunus.model.linears import Linear, find_linears
 from prunus.pruning.manifest import Manifest
 from prunus.recovery.record import LinearMask, RecoveryRecord
 
-__all__ = [
-    "block_linears",
-    "check_zeros",
-    "kept_rms",
-    "mask_of",
-    "pruned_linears",
-    "unpruned_linears",
-]
-
 #: Fraction of zeros from which a linear counts as pruned if no record names the pruned linears.
 _MIN_ZERO_FRACTION = 0.05
 
@@ -65,9 +56,6 @@ def pruned_linears(model: nn.Module, folder: Path) -> dict[str, Linear]:
     """The pruned linears of a model that was loaded from `folder`, by full name.
 
     Fused experts must have been split; see `split_loaded_experts`.
-
-    Raises:
-        ValueError: There are none, or a record is damaged.
     """
     linears = block_linears(model)
     head = _head_name(model)
@@ -84,11 +72,7 @@ def pruned_linears(model: nn.Module, folder: Path) -> dict[str, Linear]:
 
 
 def unpruned_linears(model: nn.Module, folder: Path) -> dict[str, Linear]:
-    """The linears in the blocks of a model without pruned weights, by full name.
-
-    Raises:
-        ValueError: Some of them are pruned, so that training all weights would fill zeros.
-    """
+    """The linears in the blocks of a model without pruned weights, by full name."""
     linears, recorded = block_linears(model), _recorded_linears(folder, None)
     pruned = [name for name, x in linears.items() if _is_pruned(name, x.weight_OI, recorded)]
     if pruned:
@@ -133,13 +117,8 @@ def check_zeros(
     """Check, weight by weight, that every zero of a linear is still zero.
 
     Args:
-        name: For the message.
         shape: (out, in).
         before, after: The weight as it was stored and as it will be, in the same orientation.
-
-    Raises:
-        RuntimeError: A pruned weight is not zero any more. Training never does that, so the result
-            is worthless.
 
     >>> before = torch.tensor([[0.0, 1.0, 2.0]])
     >>> check_zeros("up_proj", (1, 3), before, 2 * before)

@@ -43,8 +43,6 @@ from prunus.runs.folder import ResultFolder, find_earlier, held
 from prunus.runs.options import RunOptions
 from prunus.runs.progress import Progress
 
-__all__ = ["PRUNED", "MaxRun", "max_run", "plan_training", "prune_and_recover", "training_options"]
-
 #: Name of the folder inside the result that holds the pruned checkpoint during the work.
 PRUNED = ".prunus-pruned"
 #: Minutes of training if no budget is given.
@@ -199,10 +197,6 @@ def training_options(
     recipe: Recipe, *, minutes: float | None = None, tokens: int | None = None, ranks: int = 1
 ) -> RecoveryOptions:
     """How the pruned model is trained: on the text that it is calibrated on.
-
-    Args:
-        recipe: Of the pruning. It gives text, seed, BOS and dtype.
-        ranks: Number of processes; each needs a window of every step.
 
     >>> options = training_options(Recipe(calibration="wikitext2", seqlen=256))
     >>> options.mode, options.text, options.seqlen, options.minutes

@@ -10,8 +10,6 @@ from pydantic import Field, model_validator
 from prunus.options import Option, Options, Range, at_least, between
 from prunus.runs.options import BOS, BosName
 
-__all__ = ["MODES", "Mode", "RecoveryOptions"]
-
 Mode = Literal["lora", "masked", "full", "scales"]
 MODES: tuple[Mode, ...] = ("lora", "masked", "full", "scales")
 

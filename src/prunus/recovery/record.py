@@ -9,8 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from prunus.recovery.options import RecoveryOptions
 from prunus.runs.record import RunInputs, RunRecord, UsedBos
 
-__all__ = ["Evaluation", "LinearMask", "RecoveryInputs", "RecoveryRecord"]
-
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid")

@@ -30,8 +30,6 @@ from prunus.runs.folder import ResultFolder
 from prunus.runs.record import OUTSIDE_SHARD, shard_name
 from prunus.structure.record import StructureRecord
 
-__all__ = ["write_result"]
-
 # Records of what was done to the source before. They hold for the result as well.
 _KEPT_RECORDS = (Manifest.FILE, CompressionRecord.FILE, StructureRecord.FILE)
 

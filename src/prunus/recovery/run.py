@@ -33,8 +33,6 @@ from prunus.runs.options import RunOptions
 from prunus.runs.progress import Shown
 from prunus.runs.progress_bar import shows_progress
 
-__all__ = ["carry_out", "recover"]
-
 # Options of other runs. A whole model is trained, as transformers defines it.
 _NOT_TAKEN = ("memory", "tokenizer", "trust_remote_code")
 

@@ -24,8 +24,6 @@ from prunus.packed.planes import decode_levels
 from prunus.packed.weight import QuantizedWeight
 from prunus.recovery.trainable import Trainable
 
-__all__ = ["ScaledLinear", "dense_size", "scales", "trained_tensors"]
-
 
 class ScaledLinear(nn.Module):
     """A quantised linear in training: its integers are fixed, its scales and steps are trained.
@@ -34,7 +32,6 @@ class ScaledLinear(nn.Module):
     held-out loss is that of the result. The gradient passes through the rounding unchanged.
 
     Args:
-        linear: The quantised linear. Its bias stays the same parameter.
         dtype: Of the matrix product, and of the integers in memory. bfloat16 holds them exactly.
     """
 
@@ -77,10 +74,6 @@ def scales(model: Any, dtype: torch.dtype) -> Trainable:
 
     A quantised embedding stays as it is, and so does the head that is tied to it. A weight that is
     packed but not trained is expanded, so that a step does not decode it again.
-
-    Args:
-        model: a causal LM with at least one quantised linear. It is changed.
-        dtype: of matrix products.
     """
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):

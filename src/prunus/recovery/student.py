@@ -17,8 +17,6 @@ from prunus.recovery.masks import block_linears, pruned_linears, unpruned_linear
 from prunus.recovery.scales import dense_size, scales
 from prunus.recovery.trainable import Trainable, full, masked
 
-__all__ = ["base_name", "load_student", "load_teacher"]
-
 # Up to this many tokens per window, the fused attention of torch is slower on a CPU than two
 # batched matrix products.
 _MAX_EAGER_TOKENS = 512

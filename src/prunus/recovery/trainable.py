@@ -12,8 +12,6 @@ from torch import nn
 from prunus.model.linears import Linear
 from prunus.recovery.masks import kept_rms, mask_of
 
-__all__ = ["Trainable", "full", "masked"]
-
 
 @dataclass(frozen=True)
 class Trainable:
@@ -51,20 +49,13 @@ def masked(model: Any, linears: Mapping[str, Linear]) -> Trainable:
     Gradients of pruned weights are set to zero before the optimizer sees them. Their moments then
     stay zero. So a step of Adam (0 / (√0 + ε)) and weight decay (0 · λ) leave an exact zero in
     place. Gradient clipping sees only the gradients of what is trained.
-
-    Args:
-        linears: The pruned linears by full name.
     """
     masks = {f"{name}.weight": mask_of(linear.parameter) for name, linear in linears.items()}
     return Trainable(model, _all(model), linears, masks, weight_rms=kept_rms(linears))
 
 
 def full(model: Any, linears: Mapping[str, Linear]) -> Trainable:
-    """Mode full: train all parameters of a float32 model that has no pruned weights.
-
-    Args:
-        linears: The linears of its blocks by full name.
-    """
+    """Mode full: train all parameters of a float32 model that has no pruned weights."""
     return Trainable(model, _all(model), weight_rms=kept_rms(linears))
 
 

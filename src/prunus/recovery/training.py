@@ -25,8 +25,6 @@ from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.record import Evaluation
 from prunus.recovery.trainable import Trainable
 
-__all__ = ["Step", "Training", "step_count", "training_dtype"]
-
 # A step of more tokens is split into several forward passes, whose gradients add up.
 _TOKENS_PER_PASS = 2048
 

@@ -17,8 +17,6 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-__all__ = ["TerminalConsole", "printable", "progress_console"]
-
 # Control characters other than tab and newline, marks that reorder text, and lone surrogates, which
 # stand for the bytes of a file name that is not UTF-8 and cannot be encoded.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -34,11 +32,7 @@ def printable(text: str) -> str:
 
 
 class TerminalConsole(Console):
-    """A console that reads no text as markup or emoji, and that passes on no control character.
-
-    Args:
-        options: of `rich.console.Console`.
-    """
+    """A console that reads no text as markup or emoji, and that passes on no control character."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, "emoji": False, **options})

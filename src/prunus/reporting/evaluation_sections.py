@@ -19,8 +19,6 @@ from prunus.runs.document import (
     table_of,
 )
 
-__all__ = ["decode_speeds", "evaluation_section", "form_of", "speed_section"]
-
 #: Metrics of lm-eval that are shares of the rows.
 _SHARES = ("acc", "exact_match", "f1", "em")
 
@@ -28,15 +26,7 @@ _SHARES = ("acc", "exact_match", "f1", "em")
 def evaluation_section(
     content: dict[str, Any], speeds: Mapping[str, float] | None = None
 ) -> Section:
-    """The section of an evaluation: quality, size and speed, then tasks.
-
-    Args:
-        content: what `prunus eval --json` wrote.
-        speeds: of `decode_speeds`.
-
-    Raises:
-        ValueError: `content` is something else.
-    """
+    """The section of an evaluation: quality, size and speed, then tasks."""
     try:
         models = content["models"]
         names = short_names([one["model"] for one in models])
@@ -165,23 +155,12 @@ def form_of(metric: str) -> str:
 
 
 def decode_speeds(content: list[dict[str, Any]]) -> dict[str, float]:
-    """Model -> median decoding speed in tokens per second.
-
-    Args:
-        content: what `prunus bench --json` wrote.
-    """
+    """Model -> median decoding speed in tokens per second."""
     return {row["model"]: row["decode_tokens_per_second"][1] for row in content}
 
 
 def speed_section(content: list[dict[str, Any]]) -> Section:
-    """The section of a benchmark: size and speed of models, each a median with its spread.
-
-    Args:
-        content: what `prunus bench --json` wrote.
-
-    Raises:
-        ValueError: `content` is something else.
-    """
+    """The section of a benchmark: size and speed of models, each a median with its spread."""
     try:
         decode = [row["decode_tokens_per_second"] for row in content]
         rows = tuple(

@@ -14,8 +14,6 @@ from typing import Any
 
 from prunus.runs.document import Chart, HeatMap, Lines, text_of
 
-__all__ = ["figure_json"]
-
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "hexagon")
 #: Shift between two series at one category, as a share of the distance between categories.
 _SHIFT = 0.05

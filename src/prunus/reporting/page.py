@@ -24,8 +24,6 @@ from typing import Any
 from prunus.reporting.figures import figure_json
 from prunus.runs.document import Chart, Document, Facts, Part, Section, Table, part_html
 
-__all__ = ["document_json", "to_html"]
-
 _LIBRARY = "plotly-cartesian.min.js.gz"
 
 

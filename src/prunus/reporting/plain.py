@@ -15,8 +15,6 @@ from rich.text import Text
 from prunus.reporting.console import printable
 from prunus.runs.document import Document, Facts, Part, Section, Table, text_of
 
-__all__ = ["to_markdown", "to_terminal"]
-
 # Names of rows up to this width stay on one line, so that they can be copied.
 _NAME_WIDTH = 32
 _MARKUP = re.compile(r"([\\`*_\[\]<>|])")

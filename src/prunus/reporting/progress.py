@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from prunus.recovery.training import Step as RecoveryStep
     from prunus.runs.progress import Progress as PruningStep
 
-__all__ = ["show_pruning", "show_recovery"]
-
 
 def show_pruning(
     title: str, console: Console | None = None
@@ -25,7 +23,6 @@ def show_pruning(
     """Show a pruning run: what it prepares, finished blocks, time left and peak memory.
 
     Args:
-        title: is written before the bar.
         console: where to print; standard error by default.
 
     Returns:
@@ -60,7 +57,6 @@ def show_recovery(
     """Show a recovery: share of the budget, loss, and every evaluation.
 
     Args:
-        title: is written before the bar.
         console: where to print; standard error by default.
 
     Returns:

@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 from prunus.evaluation.records import FORMS
 from prunus.runs.document import Lines, Measured, Series, text_of
 
-__all__ = ["LOG_FROM", "Point", "decode_speed", "plain", "quality_charts"]
-
 #: The y axis is logarithmic from this ratio of the largest to the smallest value.
 LOG_FROM = 6.0
 #: A chart's x axis: the sizes, of which the first that tells results apart is taken, and the speed.
@@ -40,10 +38,7 @@ def quality_charts(
     """A chart of perplexity against size, and one against decoding speed where that was measured.
 
     Args:
-        where: name of the text, for the titles.
-        points: the results, the dense model among them where its size is known.
         dense: perplexity of the dense model, which is drawn as a line; or None.
-        labelled: write names next to the points; otherwise series have a legend.
     """
     known = {title: _positions(points, title) for title in (*_SIZES, _SPEED)}
     spread = [title for title in known if len({x for _, x, _ in known[title]}) > 1]
@@ -96,7 +91,6 @@ def decode_speed(speeds: Mapping[str, float], model: str, *names: str) -> float 
 
     Args:
         speeds: model as it was given to `prunus bench` -> median speed.
-        model: the name of the model.
         names: parts of a path by which the model is known as well, such as the name of its folder.
     """
     if model in speeds:

@@ -12,8 +12,6 @@ from prunus.runs.document import Column, Section, Table, table_of
 if TYPE_CHECKING:
     from prunus.pruning.manifest import PruningRecord
 
-__all__ = ["comparison_section"]
-
 
 def comparison_section(runs: Mapping[str, PruningRecord]) -> Section:
     """The section that compares runs.
@@ -23,8 +21,8 @@ def comparison_section(runs: Mapping[str, PruningRecord]) -> Section:
     """
     errors = {name: found for name, run in runs.items() if (found := block_errors(run))}
     chart = [lines_over_blocks("Mean error by block", "mean error", errors, ".3%")]
-    charts = tuple(chart if errors else [])
-    parts = (_totals(runs), _differences(runs), *charts, _errors_by_kind(runs))
+    charts: tuple[Part, ...] = tuple(chart if errors else [])
+    parts: tuple[Part, ...] = (_totals(runs), _differences(runs), *charts, _errors_by_kind(runs))
     return Section("Runs compared", parts=parts)
 
 

@@ -24,8 +24,6 @@ from prunus.runs.record import BlockwiseRecord, bos_words
 if TYPE_CHECKING:
     from prunus.pruning.manifest import PruningRecord
 
-__all__ = ["block_errors", "blocks_map", "circumstances", "lines_over_blocks", "run_section"]
-
 _Value = TypeVar("_Value")
 #: Name of an error -> its definition.
 _DEFINITIONS = {
@@ -39,11 +37,7 @@ _DEFINITIONS = {
 
 
 def run_section(manifest: PruningRecord) -> Section:
-    """The section of a run.
-
-    Args:
-        manifest: of a run that is finished or not.
-    """
+    """The section of a run."""
     error, mean = mean_error(manifest.all_totals())
     errors = {error: block_errors(manifest)}
     by_block = [lines_over_blocks(f"Mean {error} by block", error, errors, ".3%")]

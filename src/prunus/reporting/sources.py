@@ -20,8 +20,6 @@ from prunus.runs.document import Document, Section
 from prunus.structure.record import StructureRecord
 from prunus.sweeping.results import RESULTS_NAME, SweepResults
 
-__all__ = ["read_document"]
-
 
 def read_document(
     paths: Sequence[Path], bench: Path | None = None, title: str | None = None
@@ -105,11 +103,7 @@ def _read_file(path: Path, make_section: Callable[[Any], Section]) -> Section:
 
 
 def _checked(path: Path, make_section: Callable[[], Section]) -> Section:
-    """A section whose figures can all be shown.
-
-    Raises:
-        ValueError: the file has something else than a figure where one belongs; names the file.
-    """
+    """A section whose figures can all be shown."""
     try:
         section = make_section()
         to_markdown(Document(section.title, (section,)))

@@ -14,8 +14,6 @@ from prunus.structure.card import what_was_removed
 if TYPE_CHECKING:
     from prunus.structure.record import BlockChange, PartChange, StructureRecord
 
-__all__ = ["structure_section", "structure_table"]
-
 _MEASURES = {
     "divergence": "KL divergence, nats per token",
     "influence": "influence: 1 − cosine of the hidden states before and after a block",
@@ -23,11 +21,7 @@ _MEASURES = {
 
 
 def structure_section(record: StructureRecord) -> Section:
-    """The section of a run that made a model smaller.
-
-    Args:
-        record: of a run that is finished or not.
-    """
+    """The section of a run that made a model smaller."""
     parts: list[Part] = [_headline(record), structure_table(record)]
     parts += [*_targets(record), *_repairs(record)]
     details: list[Part] = [

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from prunus.pruning.recipe import Recipe
     from prunus.sweeping.results import CellResult
 
-__all__ = ["quality_parts"]
-
 #: Title and value of the columns of a table, which are the x axis of the chart as well.
 _AXES: dict[str, Callable[[Recipe], Any]] = {
     "sparsity": lambda recipe: _shape(recipe),  # noqa: PLW0108
@@ -45,9 +43,7 @@ def quality_parts(
     """What the report shows of a model and a text at once, and what it folds away.
 
     Args:
-        where: name of the text, for the titles.
         cells: name -> the cell of a sweep and its row of figures; see `prunus.reporting.quality`.
-        dense: the figures of the dense model.
     """
     recipes = [cell.recipe for cell, _ in cells.values()]
     axis = next((name for name, f in _AXES.items() if len(set(map(f, recipes))) > 1), "sparsity")

@@ -14,8 +14,6 @@ from prunus.runs.record import bos_words
 if TYPE_CHECKING:
     from prunus.sweeping.results import SweepResults
 
-__all__ = ["check_section", "sweep_section"]
-
 _WHAT_WOULD_HAPPEN = {
     "waiting": "would run",
     "running": "would continue",
@@ -28,7 +26,6 @@ def sweep_section(results: SweepResults, speeds: Mapping[str, float] | None = No
     """The section of a sweep, finished or not.
 
     Args:
-        results: what the sweep has found so far.
         speeds: model as it was given to `prunus bench` -> tokens per second, for models that lie
             in the folders of cells.
     """

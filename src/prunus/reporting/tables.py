@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from prunus.evaluation.images import ImageScore
     from prunus.recovery.record import RecoveryRecord
 
-__all__ = ["images_table", "packing_table", "plan_facts", "recovery_table"]
-
 _BOS_OF_PLAN = {
     "auto": "if the tokenizer puts it before a text",
     "yes": "yes",

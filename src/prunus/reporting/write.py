@@ -11,8 +11,6 @@ from prunus.reporting.plain import to_markdown
 from prunus.reporting.sources import read_document
 from prunus.runs.document import Document
 
-__all__ = ["report"]
-
 
 def report(
     paths: str | Path | Sequence[str | Path],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["windows_per_batch"]
-
 # Tokens of one forward pass: enough for large matrix products, few enough to stay in the cache.
 _TOKENS_PER_BATCH = 4096
 

@@ -14,8 +14,6 @@ from prunus.runs.job import RunJob
 from prunus.runs.loop import Made
 from prunus.runs.record import BlockwiseRecord, shard_name
 
-__all__ = ["BlockFolder"]
-
 
 class BlockFolder(ResultFolder):
     """Writes a result block by block, under the names of the checkpoint.

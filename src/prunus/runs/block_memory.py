@@ -4,13 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = [
-    "BYTES_PER_PRUNED_WEIGHT",
-    "BlockMemory",
-    "paused_bytes",
-    "transient_bytes",
-]
-
 #: Temporaries per weight of a linear while it is pruned: the float32 weight and score, the sorted
 #: copy of the score, and the result in the checkpoint's 2-byte dtype.
 BYTES_PER_PRUNED_WEIGHT = 14

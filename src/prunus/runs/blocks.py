@@ -11,15 +11,9 @@ from prunus.distributed import RankError, Ranks
 from prunus.hardware.numerics import all_finite
 from prunus.model.source import tensors_digest
 
-__all__ = ["StoredBlock", "check_same", "read_stored"]
-
 
 def check_same(ranks: Ranks, name: str, changed: Mapping[str, torch.Tensor]) -> None:
-    """Check that all ranks have pruned to the same bytes. Each must: it continues with its own.
-
-    Raises:
-        RankError: the bytes differ, as they may on processors of different kinds. Names the ranks.
-    """
+    """Check that all ranks have pruned to the same bytes. Each must: it continues with its own."""
     if ranks.size == 1:
         return
     digests = ranks.gather_text(tensors_digest(changed))
@@ -44,11 +38,7 @@ class StoredBlock(NamedTuple):
 
 
 def read_stored(name: str, tensors: Mapping[str, torch.Tensor]) -> StoredBlock:
-    """Read every byte of a block, and check that all weights are finite.
-
-    Raises:
-        ValueError: a tensor holds NaN or infinity; names it.
-    """
+    """Read every byte of a block, and check that all weights are finite."""
     for key in sorted(tensors):
         tensor = tensors[key]
         if tensor.is_floating_point() and not all_finite(tensor):

@@ -12,8 +12,6 @@ from pathlib import Path
 from prunus.model.checkpoint.card import add_tags, base_model, inherited_fields, with_fields
 from prunus.runs.record import RunRecord
 
-__all__ = ["extended_card", "result_card", "source_name"]
-
 
 def source_name(record: RunRecord) -> str:
     """The name of the model that a result was made from, without the folders above it."""
@@ -32,12 +30,7 @@ def result_card(
     """The card of a model that a run has made.
 
     Args:
-        record: Of the finished run.
-        title: What was done, after the name of the model: "pruned".
-        paragraphs: What the result is.
-        tags: For the hub; the tag prunus is added.
         fields: Further fields, as YAML; None leaves one out.
-        source: Folder of the model that it was made from, if there is one.
     """
     body = "\n\n".join(
         [
@@ -71,11 +64,6 @@ def extended_card(
 
     Args:
         card: Of the model, or None.
-        title: Of the section.
-        section: Its text.
-        name: Of the model, where it has no card.
-        tags: To add for the hub.
-        without: Tags to remove.
     """
     before = (card if card is not None else f"# {name}\n").split(f"## {title}\n")[0].rstrip()
     return add_tags(f"{before}\n\n## {title}\n\n{section.rstrip()}\n", tags, without)

@@ -25,8 +25,6 @@ from prunus.model.device import DTYPES
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import Source
 
-__all__ = ["MAX_CHANGE", "ComputeDtype", "decide_dtype", "native_bfloat16"]
-
 #: Largest relative change of the first block's output at which bfloat16 counts as harmless.
 MAX_CHANGE = 0.02
 _TRIAL_TOKENS = 256
@@ -52,11 +50,7 @@ def decide_dtype(
 
     Args:
         requested: auto, float32, bfloat16 or float16.
-        source: The model's weights; a trial reads the first block.
         skeleton: The model in the dtype that is stored, which the source is bound to.
-        device: Where the blocks will run.
-        needs: The statistics that the method reads.
-        trust_remote_code: Run the model code of the checkpoint.
         adds_ridge: Whether the method adds a ridge to a Gram matrix; see `prunus.methods.Method`.
     """
     if requested != "auto":

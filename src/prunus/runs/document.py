@@ -13,26 +13,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "MISSING",
-    "Chart",
-    "Column",
-    "Document",
-    "Facts",
-    "HeatMap",
-    "Lines",
-    "Measured",
-    "Part",
-    "Section",
-    "Series",
-    "Table",
-    "items_of",
-    "part_html",
-    "short_names",
-    "table_of",
-    "text_of",
-]
-
 MISSING = "–"
 #: Values of at most this many characters are shown several in a row.
 _SHORT = 28

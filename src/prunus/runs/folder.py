@@ -39,8 +39,6 @@ from prunus.options import Options
 from prunus.runs.options import RunOptions
 from prunus.runs.record import RunRecord
 
-__all__ = ["ResultFolder", "bytes_in", "find_earlier", "held", "locked_output"]
-
 _Record = TypeVar("_Record", bound=RunRecord)
 
 
@@ -62,12 +60,7 @@ def find_earlier(
     """The record of the run in the output folder that this run resumes or finds finished.
 
     Args:
-        kind: The record of the verb.
-        output: The folder of the result; it need not exist.
-        recipe: Of the run. An earlier run with another recipe is refused.
-        options: Of the run: `overwrite` and `resume`.
         *sources: Checkpoints that the run reads, which must lie apart from the output.
-        inside: Name of a folder in the output that this run may have left there.
 
     Returns:
         The record; None for a new run, or one that replaces what is there.
@@ -102,9 +95,6 @@ def held(
     Only rank 0 touches the folder. All ranks must enter the block, and all fail if rank 0 does.
 
     Args:
-        kind: The record of the verb.
-        output: The folder of the result; it need not exist.
-        ranks: The processes of the run.
         find: Calls `find_earlier`. It is called twice: before anything is written, so that a folder
             of somebody else stays untouched, and while the folder is held, because another run may
             finish in between.
@@ -131,8 +121,6 @@ def locked_output(output: Path, ranks: Ranks, look: Callable[[], object]) -> Ite
     """Hold a folder against other runs; see `held`.
 
     Args:
-        output: The folder of the result; it need not exist.
-        ranks: The processes of the run.
         look: Raises an error for a folder that the run cannot use, before a lock is written there.
     """
     with contextlib.ExitStack() as stack:
@@ -208,11 +196,6 @@ class ResultFolder:
     ) -> None:
         """Write a shard and note its SHA-256; the caller enters it in the record and saves that.
 
-        Args:
-            name: File name.
-            tensors: By stored name.
-            uncached: Drop the pages of the file from memory once they are on disk.
-
         Raises:
             ValueError: The source was changed while it was read.
         """
@@ -233,12 +216,9 @@ class ResultFolder:
         """Complete the result: companions, configuration, card, and at last the index.
 
         Args:
-            shards: File names of all shards of the result.
-            card: Content of README.md.
             config: Content of config.json; None copies the source's.
             keep_records: Records of earlier work on the source that hold for the result as well.
                 Which parts were removed stays known.
-            code: Copy Python files that come with the checkpoint.
         """
         folder = self.folder
         if self.source is not None:

@@ -9,19 +9,13 @@ import torch
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import Source, tensors_digest
 
-__all__ = ["HashedSource", "check_measured"]
-
 
 def check_measured(digests: dict[str, str], block: str, digest: str) -> None:
     """Check that a block still has the weights that a measurement before the run read.
 
     Args:
         digests: Name of a block -> SHA-256 of the weights that were read.
-        block: Its name.
         digest: SHA-256 of its weights now.
-
-    Raises:
-        FileExistsError: It was changed.
     """
     if digests.get(block, digest) != digest:
         raise FileExistsError(
@@ -35,8 +29,6 @@ class HashedSource:
     """Reads blocks of another source, and notes or compares what it reads for the first time.
 
     Args:
-        source: The other source.
-        skeleton: The model that it is bound to.
         digests: Name of a block -> SHA-256 of its weights; gets an entry for each block.
     """
 

@@ -25,8 +25,6 @@ from prunus.runs.hashed_source import HashedSource
 from prunus.runs.options import RunOptions, WindowOptions
 from prunus.runs.record import Walk
 
-__all__ = ["RunJob"]
-
 
 @dataclass(kw_only=True)
 class RunJob:

@@ -8,6 +8,7 @@ Disk and processor work at the same time where memory has room for two more bloc
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +22,6 @@ from prunus.runs.hashed_source import check_measured
 from prunus.runs.job import RunJob
 from prunus.runs.overlap import BackgroundWrites, read_ahead
 from prunus.runs.progress import Progress
-
-__all__ = ["BlockOutput", "BlockStep", "Made", "run_blocks"]
 
 
 @dataclass(frozen=True)
@@ -79,10 +78,6 @@ def run_blocks(
     """Change the blocks of a model, from the first one that is not finished to the last.
 
     Args:
-        job: The checked run.
-        step: What is done to a block.
-        output: Where finished blocks are kept.
-        finished: How many blocks an earlier run has finished.
         made_from: The block of the source for each block of the result; None for all in order.
         names: The name of each block of the result; None for those of the source.
         again: Change finished blocks once more without writing them, because the next block depends
@@ -115,7 +110,7 @@ def run_blocks(
             check_measured(job.measured, source_name, stored.digest)
             made = step.make(place, stored)
             if place >= finished:
-                writes.submit(lambda place=place, made=made: output.write_block(place, made))
+                writes.submit(functools.partial(output.write_block, place, made))
             if job.ranks.size > 1:
                 heap.trim_if_grown()
             report(place, made.message)

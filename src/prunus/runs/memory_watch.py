@@ -10,8 +10,6 @@ from typing import Self
 from prunus.hardware.memory import available_memory, resident_memory
 from prunus.runs.job import RunJob
 
-__all__ = ["MemoryWatch"]
-
 #: With less than this many free bytes, the system begins to swap and to kill.
 _LEAST_FREE = 3 * 10**8
 _SECONDS_BETWEEN_LOOKS = 0.25

@@ -20,8 +20,6 @@ from prunus.options.declaration import ADVANCED
 if TYPE_CHECKING:
     from prunus.distributed import Ranks
 
-__all__ = ["BOS", "CALIBRATION", "DTYPE", "BosName", "DtypeName", "RunOptions", "WindowOptions"]
-
 CALIBRATION = "Calibration"
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]

@@ -14,8 +14,6 @@ from typing import Self, TypeVar
 
 import torch
 
-__all__ = ["BackgroundWrites", "read_ahead"]
-
 T = TypeVar("T")
 
 
@@ -26,8 +24,6 @@ def read_ahead(indices: Iterable[int], read: Callable[[int], T], overlaps: bool)
     one block while the other arrives.
 
     Args:
-        indices: what to read, in order.
-        read: called on a thread of its own, one call at a time.
         overlaps: False reads each one when it is asked for.
 
     >>> list(read_ahead([1, 2, 3], lambda index: 10 * index, overlaps=True))

@@ -28,8 +28,6 @@ from prunus.runs.job import RunJob
 from prunus.runs.options import RunOptions, WindowOptions
 from prunus.runs.windows import check_inputs
 
-__all__ = ["check_memory", "check_room", "open_model"]
-
 #: Memory that a run leaves to other programs, where the user gives no budget: this share of what is
 #: free, and at least this many bytes.
 _SHARE_FOR_OTHERS, _BYTES_FOR_OTHERS = 0.1, 10**9
@@ -49,11 +47,6 @@ def open_model(
     """Open a model for a run, and decide what the recipe leaves open. Reads no weights and no text.
 
     Args:
-        model: A checkpoint folder, a hub id or a loaded model.
-        recipe: What to do.
-        options: How to do it.
-        needs: The statistics that are kept of the inputs of linears.
-        needs_inputs: Whether calibration windows run through the model at all.
         adds_ridge: Whether a ridge is added to Gram matrices; see `prunus.methods.Method`.
         decided_dtype: What dtype "auto" meant in the run that is resumed; None for a new run.
         check: Checks the structure of the model, before a trial of the dtype runs.
@@ -110,11 +103,7 @@ def open_model(
 
 
 def check_memory(job: RunJob) -> None:
-    """Check that every block fits with its hidden states elsewhere and one batch in flight.
-
-    Raises:
-        ValueError: A block does not fit into the memory budget.
-    """
+    """Check that every block fits with its hidden states elsewhere and one batch in flight."""
     needed = max(memory.minimum for memory in job.block_memory)
     if job.budget < needed:
         held = resident_memory()

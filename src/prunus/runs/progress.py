@@ -8,16 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-__all__ = [
-    "SECONDS_BETWEEN_LINES",
-    "LineInterval",
-    "Progress",
-    "Shown",
-    "eta",
-    "one_line",
-    "terminal_bar",
-]
-
 SECONDS_BETWEEN_LINES = 15.0
 
 

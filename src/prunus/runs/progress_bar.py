@@ -19,8 +19,6 @@ from typing import Any, Literal, TypeVar, cast
 from prunus.distributed import is_rank_0
 from prunus.runs.progress import LineInterval, Progress, Shown, eta, one_line, terminal_bar
 
-__all__ = ["ProgressBar", "pruning_step", "shows_progress", "window_step"]
-
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 #: Seconds between two changes of a notebook's bar. Each change is a message to the browser.
 _NOTEBOOK_INTERVAL = 0.2

@@ -7,9 +7,6 @@ import json
 from prunus.runs.job import RunJob
 from prunus.runs.record import RunRecord, Walk
 
-__all__ = ["check_same_on_all_ranks"]
-
-
 # From the walk that needs most memory to the one that needs least.
 _WALKS: tuple[Walk, ...] = ("lockstep", "replay", "two_pass")
 
@@ -20,9 +17,6 @@ def check_same_on_all_ranks(job: RunJob, record: RunRecord) -> list[Walk]:
     Returns:
         Per block the walk that all ranks use: lockstep only where it fits on every rank. Replay
         gives the same bits.
-
-    Raises:
-        ValueError: The ranks differ; names one of them and what differs.
     """
     ranks = job.ranks
     ranks.set_location("the start")

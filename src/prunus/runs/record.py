@@ -14,19 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from prunus.model.checkpoint.atomic_files import read_json, write_json
 from prunus.options import Options
 
-__all__ = [
-    "OUTSIDE_SHARD",
-    "BlockwiseRecord",
-    "RunInputs",
-    "RunRecord",
-    "UsedBos",
-    "Walk",
-    "WindowInputs",
-    "bos_words",
-    "read_record",
-    "shard_name",
-]
-
 _Record = TypeVar("_Record", bound=BaseModel)
 
 #: Shard of everything outside the blocks: embeddings, final norm and head.
@@ -60,11 +47,7 @@ def bos_words(bos: UsedBos) -> str:
 
 
 def read_record(path: Path, kind: type[_Record]) -> _Record:
-    """The record in the JSON file `path`, which must exist.
-
-    Raises:
-        ValueError: it is damaged or of another version; names the first fault.
-    """
+    """The record in the JSON file `path`, which must exist."""
     try:
         return kind.model_validate(read_json(path))
     except ValidationError as fault:
@@ -161,11 +144,7 @@ class RunRecord(BaseModel):
         """Check that this record belongs to the same run, which may then be resumed.
 
         Args:
-            recipe: Of the run.
             inputs: Of the run; None while they are not known yet.
-
-        Raises:
-            FileExistsError: It belongs to another run; names the first difference.
         """
         before, now = self.recipe.model_dump(), recipe.model_dump()
         if inputs is not None:

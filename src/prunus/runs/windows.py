@@ -24,8 +24,6 @@ from prunus.runs.job import RunJob
 from prunus.runs.options import RunOptions, WindowOptions
 from prunus.runs.record import WindowInputs
 
-__all__ = ["calibration_windows", "check_inputs", "describe_given", "given_windows", "run_inputs"]
-
 
 def describe_given(given: Any) -> dict[str, Any]:
     """The options of a recipe that describe the calibration data of the caller.
@@ -63,9 +61,6 @@ def describe_given(given: Any) -> dict[str, Any]:
 def given_windows(calibration: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The caller's calibration as options of a run, and as the options of a recipe that say so.
 
-    Args:
-        calibration: As for `describe_given`.
-
     >>> given_windows(["one text", "another"])
     ({'texts': ['one text', 'another']}, {'calibration': 'texts'})
     """
@@ -85,11 +80,7 @@ def check_inputs(kind: Kind, recipe: WindowOptions, options: RunOptions) -> None
 
 
 def calibration_windows(job: RunJob) -> Windows:
-    """The calibration windows of a run; none if nothing in the run looks at inputs.
-
-    Raises:
-        ValueError: There is no tokenizer, or the model cannot take the windows.
-    """
+    """The calibration windows of a run; none if nothing in the run looks at inputs."""
     recipe = job.recipe
     if not job.needs_inputs:
         nothing = torch.zeros((0, recipe.seqlen), dtype=torch.int64)

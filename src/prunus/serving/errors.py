@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["RequestError"]
-
 
 class RequestError(Exception):
     """A request that is not served.
 
     Args:
-        status: HTTP status of the answer.
-        message: what was given, what is wrong, what to do.
-        code: OpenAI's short name of the error, such as `model_not_found`.
-        param: the field of the request that is wrong.
         retry_after: seconds after which another attempt may succeed.
 
     >>> RequestError(404, "there is no model x", code="model_not_found").body()["error"]["code"]

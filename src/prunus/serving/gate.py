@@ -18,8 +18,6 @@ from typing import Any
 from prunus.serving.errors import RequestError
 from prunus.serving.job import Job, working_on
 
-__all__ = ["Gate", "is_loopback"]
-
 _Message = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[_Message]]
 _Send = Callable[[_Message], Awaitable[None]]
@@ -46,7 +44,6 @@ class Gate:
     turn, in the order in which they came; the rest get status 503 and the header Retry-After.
 
     Args:
-        app: the application behind the gate.
         api_key: the key that requests must carry, or None. Without a key, the header Host must name
             this machine: otherwise a page in a browser could reach the server under a name of its
             own (DNS rebinding).

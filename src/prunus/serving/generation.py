@@ -30,14 +30,11 @@ from prunus.serving.errors import RequestError
 from prunus.serving.job import current_job
 from prunus.serving.stop_text import StopText, cut_at_stop
 
-__all__ = ["ThreadedGeneration"]
-
 
 class ThreadedGeneration(GenerationState):
     """The state that transformers' handlers share, with one manager for the only model.
 
     Args:
-        max_concurrent: number of threads, each of which computes one request.
         context: largest number of tokens of prompt and answer together; None for no limit.
     """
 

@@ -14,8 +14,6 @@ from prunus.serving.request_options import ChatOptions, CompletionOptions, Optio
 from prunus.serving.served_model import unknown_model
 from prunus.serving.stop_text import cut_at_stop
 
-__all__ = ["ChatHandler", "TextHandler"]
-
 
 class _OneModelHandler:
     """What both handlers do differently from transformers."""

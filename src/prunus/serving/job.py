@@ -8,8 +8,6 @@ import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 
-__all__ = ["Job", "current_job", "working_on"]
-
 
 class Job:
     """A request between its arrival and the last byte of its answer.

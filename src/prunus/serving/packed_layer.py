@@ -16,8 +16,6 @@ from prunus.packed.description import Description
 from prunus.packed.linear import DenseLinear, PackedLinear, plain_linear
 from prunus.packed.operators import look_up, run_dense, run_packed
 
-__all__ = ["PackedLayer"]
-
 
 class PackedLayer(nn.Module):
     """The weights of one layer, whose rows follow each other; at least one of them is packed.
@@ -25,7 +23,6 @@ class PackedLayer(nn.Module):
     Tensors are handed over with `take`, in any order. `prepare` then builds the weights.
 
     Args:
-        described: the packed linears of the checkpoint.
         names: names of the layer's linears in the checkpoint, in the order of their rows. One that
             is not described is dense.
     """
@@ -58,9 +55,6 @@ class PackedLayer(nn.Module):
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Check the tensors and build the weights. A second call does nothing.
-
-        Args:
-            dtype: of the inputs, to which dense weights are converted.
 
         Raises:
             ValueError: a tensor is missing, or a weight is damaged; names it.

@@ -13,8 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from prunus.serving.errors import RequestError
 
-__all__ = ["ChatOptions", "CompletionOptions", "Options", "parse_options"]
-
 #: OpenAI takes four stop sequences. Long ones would only cost time for every token.
 _MAX_STOPS, _MAX_STOP_LENGTH = 4, 256
 _MAX_BIASES = 300
@@ -157,11 +155,7 @@ _Kind = TypeVar("_Kind", bound=Options)
 
 
 def parse_options(kind: type[_Kind], body: dict[str, Any]) -> _Kind:
-    """Read and check the options of a request.
-
-    Raises:
-        RequestError: status 400; names the first option that is wrong or not supported.
-    """
+    """Read and check the options of a request."""
     for name, neutral in _NOT_SUPPORTED.items():
         if body.get(name) not in neutral:
             raise RequestError(

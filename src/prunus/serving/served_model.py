@@ -10,8 +10,6 @@ from transformers.cli.serving.utils import Modality
 from prunus.model.chat_template import apply_chat_template
 from prunus.serving.errors import RequestError
 
-__all__ = ["ChatTokenizer", "ServedModel", "context_length", "unknown_model"]
-
 
 class ChatTokenizer:
     """A fast tokenizer in the place where transformers expects a processor.
@@ -60,13 +58,7 @@ class ChatTokenizer:
 
 
 class ServedModel(ModelManager):
-    """Manages one model that is loaded already, and never loads another.
-
-    Args:
-        name: the name under which clients ask for it.
-        model: a causal language model.
-        tokenizer: its tokenizer.
-    """
+    """Manages one model that is loaded already, and never loads another."""
 
     def __init__(self, name: str, model: Any, tokenizer: Any) -> None:
         super().__init__(model_timeout=-1)

@@ -20,8 +20,6 @@ from prunus.model.tokenizer import load_tokenizer
 from prunus.serving.errors import RequestError
 from prunus.serving.gate import Gate, is_loopback
 
-__all__ = ["build_app", "make_server", "open_socket", "serve"]
-
 _LIBRARIES = ("fastapi", "uvicorn", "openai")
 #: Paths that stay of transformers' application. The others load models, drop them, or do what a
 #: language model cannot.
@@ -48,13 +46,10 @@ def serve(
         model: checkpoint folder, dense or packed, folder of an adapter, or hub id. For a folder,
             nothing is downloaded.
         name: how clients call the model; None for the folder's name or the hub id.
-        host: address to listen on.
         port: TCP port; 0 takes a free one.
         api_key: the key that requests must carry. Required where `host` is not loopback.
-        max_concurrent: requests that are computed at once.
         max_waiting: requests that wait for their turn; those beyond get status 503.
         device, dtype: where and in which dtype the model computes; see `load_model`.
-        trust_remote_code: let transformers run the code of the checkpoint.
         log: called with a line of text when the server is ready, and when it ends.
 
     Raises:
@@ -119,11 +114,7 @@ def _require_libraries() -> None:
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """A socket that is bound to an address and takes no connections yet.
-
-    Raises:
-        ValueError: the address or the port cannot be used; quotes the reason.
-    """
+    """A socket that is bound to an address and takes no connections yet."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -153,9 +144,6 @@ def build_app(
 ) -> tuple[Gate, Any]:
     """The application for one loaded causal language model, and the state of its generation, whose
     `shutdown` waits for its threads. The options are those of `serve`.
-
-    Raises:
-        ValueError: the tokenizer is none of the library tokenizers, which streams need.
     """
     from transformers.cli.serving.server import build_server
 

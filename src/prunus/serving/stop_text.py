@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["StopText", "cut_at_stop"]
-
 
 class StopText:
     """Shows a text, piece by piece, up to the first stop sequence.
 
     The end of a piece may be the beginning of a stop sequence. It is held back until the next
     pieces tell.
-
-    Args:
-        stop: the stop sequences.
 
     Attributes:
         found: whether a stop sequence was met. From then on nothing comes through.

@@ -22,8 +22,6 @@ from prunus.packed.operators import FLOATS
 from prunus.packed.pages import use_large_pages
 from prunus.serving.packed_layer import PackedLayer
 
-__all__ = ["register"]
-
 #: How vLLM numbers the parts of a joined layer of attention.
 _PARTS = {"q": 0, "k": 1, "v": 2}
 #: Last parts of the names that output heads have in checkpoints.
@@ -90,11 +88,7 @@ def _config_class() -> Any:
             self.names = hf_to_vllm_mapper.apply_dict(self.names)
 
         def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
-            """Return how a layer is computed; None leaves it to vLLM.
-
-            Raises:
-                ValueError: the layer holds packed experts.
-            """
+            """Return how a layer is computed; None leaves it to vLLM."""
             from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
             from vllm.model_executor.layers.vocab_parallel_embedding import (
                 ParallelLMHead,

@@ -25,14 +25,6 @@ from prunus.model.stream import Stream
 from prunus.structure.plan import PROBE_TOKENS, PROBE_WINDOWS, StructureJob
 from prunus.structure.record import SearchStep
 
-__all__ = [
-    "blocks_left",
-    "candidate_states",
-    "choose_blocks",
-    "divergences",
-    "search_by_divergence",
-]
-
 # All candidates are measured in every fourth step. The steps in between measure the better half of
 # those that the step before measured.
 _FULL_STEPS = 4
@@ -44,10 +36,7 @@ def choose_blocks(
     """Choose the blocks that stay.
 
     Args:
-        job: the checked run.
         ids: calibration windows (windows, tokens).
-        steps: what an earlier run has found; new steps are added.
-        save: called after every new step.
 
     Returns:
         Positions of the blocks that stay, rising.
@@ -87,11 +76,7 @@ def search_by_divergence(
     """Search greedily by KL divergence. Rank 0 carries it out; all ranks call it.
 
     Args:
-        job: the checked run.
         probes: the windows that are read (windows, tokens).
-        steps: what an earlier run has found; new steps are added.
-        save: called after every new step.
-        enough: whether the search ends with the blocks that are left.
 
     Returns:
         None, or why the search has ended early: no other block of this family can be removed.
@@ -164,14 +149,7 @@ def _promising(steps: Sequence[SearchStep], left: Sequence[int]) -> list[int]:
 def candidate_states(
     stream: Stream, first: Tensor, left: Sequence[int], measured: Collection[int]
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """The hidden states after the last block: of the base model, and without each candidate.
-
-    Args:
-        stream: the windows of the dense model.
-        first: the hidden states before its first block.
-        left: the blocks of the base model.
-        measured: the candidates.
-    """
+    """The hidden states after the last block: of the base model, and without each candidate."""
     base, candidates = first, dict[int, Tensor]()
     for index in left:
         block = stream.skeleton.fill(index, stream.source.block(index), stream.device)
@@ -190,10 +168,7 @@ def divergences(
     """The KL divergence of every candidate, in nats per token.
 
     Args:
-        stream: of the dense model, or of another one with the same head.
         ids: the windows (windows, tokens).
-        dense: the hidden states of the dense model after its last block.
-        candidates: the same of other models.
     """
     skeleton, device = stream.skeleton, stream.device
     sums, tokens = dict.fromkeys(candidates, 0.0), 0

@@ -8,8 +8,6 @@ from prunus.runs.card import result_card, source_name
 from prunus.runs.record import bos_words
 from prunus.structure.record import StructureRecord
 
-__all__ = ["structure_card", "what_was_removed"]
-
 
 def what_was_removed(record: StructureRecord) -> list[str]:
     """One line per kind of part that was removed."""
@@ -62,12 +60,7 @@ def what_was_removed(record: StructureRecord) -> list[str]:
 
 
 def structure_card(record: StructureRecord, source: Path) -> str:
-    """What the checkpoint is, and how it was made.
-
-    Args:
-        record: of the finished run.
-        source: folder of the model that it was made from.
-    """
+    """What the checkpoint is, and how it was made."""
     name, totals = source_name(record), record.totals
     return result_card(
         record,

@@ -12,8 +12,6 @@ from prunus.model.stream import Stream
 from prunus.structure.plan import StructureJob
 from prunus.structure.record import ExpertChange
 
-__all__ = ["choose_experts"]
-
 
 def choose_experts(
     job: StructureJob, stream: Stream, place: int, index: int, stored: Mapping[str, Tensor]
@@ -21,11 +19,7 @@ def choose_experts(
     """Choose the experts of a block that stay; None for a block without experts.
 
     Args:
-        job: the checked run.
         stream: the windows of the smaller model, before its block `place`. They do not move.
-        place: position of the block in the smaller model.
-        index: its position in the old model.
-        stored: its tensors, by relative name.
     """
     plan, old = job.experts, job.skeleton
     assert plan is not None

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from prunus.model.experts import Experts
 from prunus.model.skeleton import Skeleton
 
-__all__ = ["axis_that_changes", "check_same_blocks", "cut", "old_names", "shapes_of"]
-
 #: Attributes of modules that tell the position of a module, and not what it computes.
 _POSITIONS = {"layer_idx", "layer_id", "layer_index", "training"}
 
@@ -30,13 +28,7 @@ def shapes_of(block: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def old_names(block: nn.Module, new: Collection[str], kept: Sequence[int]) -> dict[str, str]:
-    """New name -> old name of the tensors of a block in which only some experts stay.
-
-    Args:
-        block: the old block.
-        new: relative names in the new block.
-        kept: the experts that stay.
-    """
+    """New name -> old name of the tensors of a block in which only some experts stay."""
     found = {name: name for name in new}
     for path in (n for n, module in block.named_modules() if isinstance(module, Experts)):
         for name in new:
@@ -51,9 +43,6 @@ def axis_that_changes(old: Sequence[int], new: Sequence[int]) -> int | None:
 
     >>> axis_that_changes((8, 32), (6, 32)), axis_that_changes((8, 32), (8, 32))
     (0, None)
-
-    Raises:
-        ValueError: they differ in more than one axis.
     """
     differ = [axis for axis, sizes in enumerate(zip(old, new, strict=False)) if len({*sizes}) > 1]
     if len(old) != len(new) or len(differ) > 1:
@@ -74,15 +63,6 @@ def check_same_blocks(
     The classes of all modules, their plain attributes, and the shapes of all tensors are compared,
     apart from those of single experts. This finds families whose blocks depend on their position by
     more than a list in the configuration.
-
-    Args:
-        old: the model.
-        new: the smaller model.
-        kept: the old block of each new one.
-        may_change: pairs of an old size and a new one, of what becomes smaller.
-
-    Raises:
-        NotImplementedError: something else differs; names it.
     """
     for place, index in enumerate(kept):
         different = _difference(old.blocks[index], new.blocks[place], may_change)

@@ -16,8 +16,6 @@ from prunus.structure.card import structure_card
 from prunus.structure.plan import SmallerModel, StructureJob
 from prunus.structure.record import StructureRecord
 
-__all__ = ["SmallerFolder", "renumbered"]
-
 
 def renumbered(key: str, old: int, new: int) -> str:
     """The stored name of a tensor of block `old` when it becomes block `new`.

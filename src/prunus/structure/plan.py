@@ -36,16 +36,6 @@ from prunus.structure.target_plan import Level, TargetPlan
 from prunus.structure.width_layout import LayoutFinder
 from prunus.structure.width_plan import WidthPlan, WidthPlanner
 
-__all__ = [
-    "PROBE_TOKENS",
-    "PROBE_WINDOWS",
-    "ExpertPlan",
-    "SmallerModel",
-    "StructureJob",
-    "plan_structure",
-    "probe_windows",
-]
-
 #: A search reads this many windows, cut to this many tokens, as one batch.
 PROBE_WINDOWS, PROBE_TOKENS = 8, 128
 
@@ -130,9 +120,6 @@ class StructureJob(RunJob):
 
         Returns:
             The content of its config.json, and the model without weights.
-
-        Raises:
-            NotImplementedError: the family has no such model.
         """
         fewer = {self.experts.field: self.experts.keep} if self.experts is not None else {}
         config, changes = self.source.config, fewer | dict(changes)
@@ -146,14 +133,7 @@ class StructureJob(RunJob):
             ) from fault
 
     def smaller(self, made_from: Sequence[int]) -> SmallerModel:
-        """The model in which only some blocks stay, with all else that the recipe asks for.
-
-        Args:
-            made_from: the old blocks that stay, in order.
-
-        Raises:
-            NotImplementedError: the family has no such model.
-        """
+        """The model in which only some blocks stay, with all else that the recipe asks for."""
         config = self.source.config
         self._check_images(made_from)
         changes: dict[str, Any] = without_blocks(
@@ -192,7 +172,6 @@ class StructureJob(RunJob):
 
         Args:
             level: its width; None for that of the model.
-            samples: the number of windows.
         """
         recipe = self.recipe.model_copy(update={"samples": samples})
         width = level.plan if level is not None else None
@@ -211,9 +190,6 @@ def plan_structure(
     """Check everything that needs neither weights nor text.
 
     Args:
-        model: a checkpoint folder or a hub id.
-        recipe: what is removed.
-        options: how the work is done.
         decided_dtype: what dtype "auto" meant in the run that is resumed; None for a new run.
 
     Raises:

@@ -10,8 +10,6 @@ from prunus.options import Option, between
 from prunus.runs.options import WindowOptions
 from prunus.structure.target import parse_target
 
-__all__ = ["Amount", "StructureRecipe", "kept_count"]
-
 #: A share to remove in (0, 1), or a number to keep.
 Amount = float | int
 

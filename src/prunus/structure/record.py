@@ -10,16 +10,6 @@ from prunus.pruning.records import ReconstructionRecord
 from prunus.runs.record import BlockwiseRecord
 from prunus.structure.recipe import StructureRecipe
 
-__all__ = [
-    "BlockChange",
-    "ExpertChange",
-    "PartChange",
-    "SearchStep",
-    "StructureRecord",
-    "TargetModel",
-    "WidthChange",
-]
-
 
 class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid")

@@ -26,20 +26,12 @@ from prunus.runs.record import Walk
 from prunus.structure.layout import shapes_of
 from prunus.structure.plan import SmallerModel, StructureJob
 
-__all__ = ["Repair"]
-
 
 class Repair:
     """Trains the blocks of a smaller model, one after the other. Call `advance` for each in order.
 
     Args:
-        job: the checked run.
-        smaller: the model that is made.
-        stream: this rank's windows in the smaller model.
-        dense: the same windows in the dense model.
         walks: per block of the dense model how the ranks run their batches through it.
-        batches: how many batches all ranks have.
-        split: the ranks that split the windows of a training step.
     """
 
     def __init__(
@@ -82,7 +74,6 @@ class Repair:
 
         Args:
             place: position of the block. The smaller stream is before it, and does not move.
-            tensors: its tensors by relative name, as stored.
 
         Returns:
             The tensors of the trained block, and the record of the training; the same tensors and

@@ -37,8 +37,6 @@ from prunus.structure.record import SearchStep, StructureRecord
 from prunus.structure.step import ShrinkStep
 from prunus.structure.target_search import TargetSearch
 
-__all__ = ["run", "shrink"]
-
 
 @shows_progress("shrink", pruning_step)
 @takes(StructureRecipe, RunOptions)

@@ -19,8 +19,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Cut", "KeptUnits", "Span", "UnitKind", "Units", "possible_spans"]
-
 UnitKind = Literal["channels", "heads", "groups"]
 #: How many units of each kind there are before and after.
 Units = Mapping[UnitKind, tuple[int, int]]
@@ -79,8 +77,6 @@ def possible_spans(length: tuple[int, int], units: Units, width: int) -> list[tu
     """The runs of units that an axis may consist of, the likeliest first.
 
     Args:
-        length: of the axis, before and after units are removed.
-        units: how many there are of each kind, before and after.
         width: entries per unit where units are read.
 
     >>> possible_spans((6, 4), {"channels": (3, 2)}, 1)[0]

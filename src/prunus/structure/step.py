@@ -27,18 +27,13 @@ from prunus.structure.record import BlockChange
 from prunus.structure.repair import Repair
 from prunus.structure.width import narrow
 
-__all__ = ["ShrinkStep"]
-
 
 class ShrinkStep:
     """Makes one block after the other; see `prunus.runs.loop.BlockStep`.
 
     Args:
-        job: the checked run.
-        smaller: the model that is made.
         ids: the calibration windows of all ranks (windows, tokens).
         walks: per block of the old model how the ranks run their batches through it.
-        spill_to: folder for a file of hidden states.
     """
 
     def __init__(

@@ -17,8 +17,6 @@ from typing import Literal
 
 from prunus.hardware.sizes import parse_bytes
 
-__all__ = ["Target", "parse_target"]
-
 
 @dataclass(frozen=True)
 class Target:
@@ -35,10 +33,6 @@ class Target:
 
     def reached(self, size: int, whole: int) -> float:
         """What a model of some size reaches, in the unit of the target.
-
-        Args:
-            size: of the smaller model.
-            whole: of the model that it is made from.
 
         >>> Target("speed", 1.3).reached(20, 30)
         1.5
@@ -72,9 +66,6 @@ def parse_target(text: str) -> Target:
 
     >>> parse_target("speed=1.3x")
     Target(kind='speed', value=1.3)
-
-    Raises:
-        ValueError: it is not a target.
     """
     kind, _, value = (part.strip() for part in text.partition("="))
     if kind == "memory":

@@ -16,8 +16,6 @@ from prunus.structure.recipe import StructureRecipe
 from prunus.structure.target import parse_target
 from prunus.structure.width_plan import WidthPlan, WidthPlanner
 
-__all__ = ["Level", "TargetPlan"]
-
 #: Width is removed in steps of a 128th, and at most half of it.
 _PARTS, _MOST = 128, 64
 
@@ -41,11 +39,6 @@ class Level:
 
 class TargetPlan:
     """What a search for a target needs to know before any work.
-
-    Args:
-        job: the source and its skeleton.
-        recipe: of the run, with its target.
-        planner: of narrower versions of the model.
 
     Attributes:
         target: what is asked for.
@@ -100,11 +93,7 @@ class TargetPlan:
         return different
 
     def check(self) -> None:
-        """Check that the target can be met, and that something has to be removed for it.
-
-        Raises:
-            ValueError: it cannot, or nothing has to; says what is possible.
-        """
+        """Check that the target can be met, and that something has to be removed for it."""
         target, whole, name = self.target, self.whole, self._job.model_name
         levels = [None, self._level(_MOST, None), self._level(_MOST, self._heads)]
         every = range(len(self._full))

@@ -38,8 +38,6 @@ from prunus.structure.step import ShrinkStep
 from prunus.structure.target_plan import Level, TargetPlan
 from prunus.structure.width_plan import WidthPlan
 
-__all__ = ["TargetSearch", "split_windows"]
-
 
 @dataclass(frozen=True)
 class Candidate:
@@ -66,11 +64,8 @@ class TargetSearch:
     """The search of one run.
 
     Args:
-        job: the checked run, which has a target.
         ids: calibration windows (windows, tokens).
         record: of the run. What it holds is not searched for again, and what is found is added.
-        save: writes the record.
-        spill_to: folder for files of hidden states.
     """
 
     def __init__(

@@ -29,8 +29,6 @@ from prunus.structure.spans import KeptUnits
 from prunus.structure.width_layout import PartLayout
 from prunus.structure.width_plan import HeadPlan, WidthPlan
 
-__all__ = ["narrow"]
-
 
 def narrow(
     job: StructureJob,
@@ -43,11 +41,7 @@ def narrow(
     """Make one block narrower.
 
     Args:
-        job: the checked run.
-        plan: how many channels and heads stay.
         stream: the windows of the smaller model, before its block `place`. They do not move.
-        place: position of the block in the smaller model.
-        index: its position in the old model.
         stored: its tensors at full width, by relative name, with only the experts that stay.
 
     Returns:
@@ -132,8 +126,6 @@ def _keep_heads(reader: Reader, plan: HeadPlan, size: int) -> Kept:
     """The query heads that stay: first remove whole key-value groups, then heads inside groups.
 
     Args:
-        reader: the linear that reads them.
-        plan: how many stay.
         size: the inputs per head.
     """
     per_group = plan.heads // plan.groups

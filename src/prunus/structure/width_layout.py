@@ -25,8 +25,6 @@ from prunus.model.stream import Stream
 from prunus.structure.layout import axis_that_changes, shapes_of
 from prunus.structure.spans import Cut, KeptUnits, Span, UnitKind, Units, possible_spans
 
-__all__ = ["LayoutFinder", "PartLayout"]
-
 _TRIAL_TOKENS = 16
 
 
@@ -48,28 +46,14 @@ class PartLayout:
 
 
 class LayoutFinder:
-    """Finds the layouts of the blocks of a model. Blocks of one kind are run once.
-
-    Args:
-        skeleton: the model.
-        source: its weights.
-        device: where blocks run.
-    """
+    """Finds the layouts of the blocks of a model. Blocks of one kind are run once."""
 
     def __init__(self, skeleton: Skeleton, source: Source, device: torch.device) -> None:
         self._skeleton, self._source, self._device = skeleton, source, device
         self._known: dict[tuple[object, ...], Cut | None] = {}
 
     def channels(self, old: nn.Module, new: nn.Module, index: int) -> list[PartLayout]:
-        """Where the channels of each MLP are. Every routed expert is an MLP of its own.
-
-        Args:
-            old, new: the block, and that with fewer channels.
-            index: position of the block.
-
-        Raises:
-            NotImplementedError: the channels are read or written in another way than in an MLP.
-        """
+        """Where the channels of each MLP are. Every routed expert is an MLP of its own."""
         axes, readers = _changes(old, new, "channels")
         # The tensors of an MLP are in the module of the linear that reads its channels.
         owners = {name.rpartition(".")[0]: name for name in readers}
@@ -95,16 +79,7 @@ class LayoutFinder:
         return found
 
     def heads(self, old: nn.Module, new: nn.Module, units: Units, index: int) -> PartLayout | None:
-        """Where the heads of a block are; None for a block without heads.
-
-        Args:
-            old, new: the block, and that with fewer heads.
-            units: the numbers of "heads", and of "groups" if heads share them.
-            index: position of the block.
-
-        Raises:
-            NotImplementedError: fewer heads would change more than sizes.
-        """
+        """Where the heads of a block are; None for a block without heads."""
         axes, readers = _changes(old, new, "heads")
         if not axes:
             return None
@@ -160,15 +135,7 @@ class LayoutFinder:
     def choose(
         self, index: int, reader: str, read: Cut, name: str, layouts: Sequence[Cut]
     ) -> Cut | None:
-        """The first layout of a tensor that holds when the block runs; None if none does.
-
-        Args:
-            index: position of the block.
-            reader: relative name of the linear whose inputs the units are.
-            read: where they are among its inputs.
-            name: relative name of the tensor.
-            layouts: the possible ones, the likeliest first.
-        """
+        """The first layout of a tensor that holds when the block runs; None if none does."""
         skeleton = self._skeleton
         key = (type(skeleton.blocks[index]), reader, read, name, *layouts)
         if key in self._known:

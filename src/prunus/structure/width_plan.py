@@ -17,8 +17,6 @@ from prunus.structure.recipe import StructureRecipe
 from prunus.structure.spans import UnitKind
 from prunus.structure.width_layout import LayoutFinder, PartLayout
 
-__all__ = ["BlockWidth", "HeadPlan", "WidthPlan", "WidthPlanner"]
-
 #: Fields that count the channels of an MLP, of routed experts, or of a shared expert.
 _CHANNEL_FIELDS = (
     "intermediate_size",

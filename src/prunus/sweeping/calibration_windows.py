@@ -21,8 +21,6 @@ from prunus.pruning.recipe import Recipe
 from prunus.runs.options import RunOptions
 from prunus.sweeping.results import CalibrationSet, SweepResults
 
-__all__ = ["shared_windows"]
-
 FOLDER = "calibration"
 
 

@@ -27,8 +27,6 @@ from prunus.runs.progress import Progress
 from prunus.sweeping.grid import Scoring
 from prunus.sweeping.results import CellResult, SweptModel
 
-__all__ = ["discard_weights", "prune_cell", "recover_cell", "score_model", "task_options"]
-
 WEIGHTS = "model"
 
 
@@ -102,10 +100,6 @@ def score_model(
     """Measure a checkpoint's size, and score it on every text and task that its record lacks.
 
     Args:
-        model: the checkpoint.
-        scoring: texts, tasks and protocol of the sweep.
-        options: options of the sweep.
-        record: where size and scores are entered.
         dense: the dense model, which cells are compared with. It scores itself with what the
             comparisons need as well.
         finished: called with what was scored and its value, after each text and each metric.

@@ -20,8 +20,6 @@ from prunus.sweeping.cells import task_options
 from prunus.sweeping.grid import Sweep
 from prunus.sweeping.results import RESULTS_NAME, CellResult, DenseResult, SweepResults
 
-__all__ = ["check_folder", "check_sweep"]
-
 
 def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> SweepResults:
     """Check a sweep before any work. Nothing is written.
@@ -100,11 +98,7 @@ def check_folder(sweep: Sweep, output: Path) -> bool:
 
 
 def _merge_earlier(earlier: SweepResults, now: SweepResults, output: Path) -> None:
-    """Enter the results of an earlier run into `now`, which may add cells and change nothing else.
-
-    Raises:
-        FileExistsError: something was changed; the message names the first change.
-    """
+    """Enter the results of an earlier run into `now`, which may add cells and no more."""
 
     def check(what: str, before: Any, after: Any) -> None:
         if before != after:

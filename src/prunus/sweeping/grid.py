@@ -30,8 +30,6 @@ from prunus.options.toml import read_toml
 from prunus.pruning.recipe import Recipe
 from prunus.runs.options import DtypeName
 
-__all__ = ["Cell", "Scoring", "Sweep", "load_sweep"]
-
 #: Options that a grid cannot vary, because their values are lists themselves.
 _NOT_AXES = {"only", "ignore"}
 #: Cells of a sweep. At a minute per cell, these take a week.
@@ -101,11 +99,7 @@ class Sweep(BaseModel):
     )
 
     def labels(self) -> dict[str, str]:
-        """Label -> model. The label is the last part of the path or hub id, used in cell names.
-
-        Raises:
-            ValueError: there are no models, or two have the same label.
-        """
+        """Label -> model. The label is the last part of the path or hub id, used in cell names."""
         if not self.models:
             raise ValueError(
                 "no model: give models = [...] in the sweep file, or name some when you run it"
@@ -122,11 +116,7 @@ class Sweep(BaseModel):
         return found
 
     def cells(self) -> list[Cell]:
-        """All combinations in the order of the file; a recovery follows the cell that it recovers.
-
-        Raises:
-            ValueError: an unknown option, a value out of range, or a recovery without a table.
-        """
+        """All combinations in the order of the file; a recovery follows its own cell."""
         self._check_count()
         base = _recipe("[recipe]", self.recipe)
         found: dict[str, list[Cell]] = {}
@@ -168,10 +158,6 @@ class Sweep(BaseModel):
 
 def load_sweep(path: Path, models: tuple[str, ...] = ()) -> Sweep:
     """Read and validate a sweep file.
-
-    Args:
-        path: the TOML file.
-        models: models to use instead of those in the file, if there are any.
 
     Raises:
         FileNotFoundError: no such file.

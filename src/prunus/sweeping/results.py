@@ -21,17 +21,6 @@ from prunus.runs.document import Measured, Table, table_of
 from prunus.runs.record import UsedBos, read_record
 from prunus.sweeping.grid import Cell
 
-__all__ = [
-    "RESULTS_NAME",
-    "CalibrationSet",
-    "CellResult",
-    "DenseResult",
-    "SweepResults",
-    "SweptModel",
-    "residual_gap",
-    "residual_gaps",
-]
-
 RESULTS_NAME = "results.json"
 TABLE_NAME = "results.csv"
 #: Smallest loss of Wanda, as a share of the dense perplexity, for which a residual gap is computed.

@@ -40,8 +40,6 @@ from prunus.sweeping.checks import check_folder, check_sweep
 from prunus.sweeping.grid import Sweep, load_sweep
 from prunus.sweeping.results import CellResult, DenseResult, SweepResults, SweptModel
 
-__all__ = ["run_sweep", "sweep"]
-
 _CELLS_FOLDER = "cells"
 #: What ranks other than 0 have found for a cell or a dense model.
 _CELL_FILE = "cell.json"
@@ -95,9 +93,6 @@ def run_sweep(
     Args:
         sweep: see `load_sweep`.
         output: folder for `results.json`, `results.csv`, the calibration windows and the cells.
-        options: for all cells.
-        file: name of the sweep file, for the results.
-        progress: called with a line of text after every step.
     """
     with contextlib.ExitStack() as stack:
         how = stack.enter_context((options or RunOptions()).with_ranks())

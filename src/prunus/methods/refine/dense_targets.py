@@ -39,15 +39,6 @@ from prunus.methods.solvers.least_squares import (
 )
 from prunus.methods.statistics import InputStatistics
 
-__all__ = [
-    "DEFAULT_DENSE_WEIGHT",
-    "MAX_DRIFT_STRIDE",
-    "best_dense_weight",
-    "dense_target",
-    "drift_is_worthwhile",
-    "has_drift",
-]
-
 #: α where none is given, or no tokens are held out to find it; see docs/concepts/targets.md.
 DEFAULT_DENSE_WEIGHT = 0.25
 #: At least one of this many batches also runs through the dense model.
@@ -61,7 +52,6 @@ def dense_target(
 
     Args:
         weight_OI: float32, the trained weights W₀.
-        statistics: with Gram matrix and drift.
         dense_weight: α, from 0 to 1.
         damping: λ, or None for `least_squares.ridge`.
 
@@ -143,7 +133,6 @@ def best_dense_weight(
 
     Args:
         weight_OI: float32, the trained weights W₀.
-        statistics: with Gram matrix, drift, and their shares from held-out tokens.
         damping: λ, or None for `least_squares.ridge` of the tokens that are not held out.
 
     Returns:

@@ -31,8 +31,6 @@ from prunus.methods.patterns import Pattern
 from prunus.methods.solvers.least_squares import scaled_gram_of
 from prunus.methods.statistics import InputStatistics
 
-__all__ = ["refine_by_swaps"]
-
 _MAX_ROUNDS = 100
 _CANDIDATES = 32
 # The maximum number of swaps per row and round.
@@ -57,9 +55,6 @@ def refine_by_swaps(
 
     Args:
         weight_OI: float32, the trained weights.
-        keep_OI: bool, the mask to start from.
-        statistics: with a Gram matrix.
-        pattern: the pattern of the mask.
         damping: λ of the Gram matrix, or None for `least_squares.ridge`.
         max_rounds: the maximum number of rounds, with up to 16 swaps per row each; None for 100.
 

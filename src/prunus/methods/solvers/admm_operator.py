@@ -30,8 +30,6 @@ from prunus.hardware.numerics import all_finite, low_precision_factor, low_preci
 from prunus.methods.solvers.least_squares import ScaledGram
 from prunus.methods.statistics import InputStatistics
 
-__all__ = ["OVER_RELAXATION", "admm_operator", "leading_eigenvectors", "penalties"]
-
 #: ω. Twelve iterations at 1.2 are as good as sixteen at 1; at 1.6 the error is 1 % larger.
 OVER_RELAXATION = 1.2
 # ρ relative to a diagonal of H of about 1; each serves a quarter of the iterations. On four linears
@@ -51,7 +49,6 @@ def penalties(scaled: ScaledGram, iterations: int) -> list[float]:
     """The penalty ρ of each iteration, never falling.
 
     Args:
-        scaled: the Gram matrix, which decides between the two rules.
         iterations: how many penalties to return, at least 1.
     """
     if not scaled.is_data_limited:
@@ -70,7 +67,6 @@ def admm_operator(
 
     Args:
         statistics: the inputs; what linears with the same input can share is kept next to them.
-        scaled: their scaled and damped Gram matrix.
         rows: the rows that will be multiplied by the matrix. They decide whether it is rounded, see
             `numerics.low_precision_factor`.
     """
@@ -183,7 +179,6 @@ def leading_eigenvectors(matrix_II: Tensor, count: int) -> tuple[Tensor, Tensor]
 
     Args:
         matrix_II: float32, symmetric.
-        count: the number R of eigenvectors.
 
     Returns:
         The vectors (I, R) as columns, and their eigenvalues (R,), growing.

@@ -30,17 +30,6 @@ from prunus.methods.base import Pruned, masked
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import EVERY_ROW, RowShard
 
-__all__ = [
-    "ScaledGram",
-    "conjugate_gradients",
-    "fit_least_squares",
-    "inner_product",
-    "is_data_limited",
-    "ridge",
-    "scale_and_damp",
-    "scaled_gram_of",
-]
-
 # The maximum number of conjugate gradient steps of `fit_least_squares`.
 _MAX_STEPS = 30
 # Steps end when the residual has fallen to this share of its first norm.
@@ -107,7 +96,6 @@ def scaled_gram_of(statistics: InputStatistics, damping: float | None) -> Scaled
     """Scale and damp the Gram matrix of these statistics, once for all linears that share them.
 
     Args:
-        statistics: with a Gram matrix.
         damping: λ, or None for `ridge`.
     """
     gram_II = statistics.gram_II
@@ -153,7 +141,6 @@ def conjugate_gradients(
     Args:
         start_OI: float32, the first guess; values outside the mask are ignored.
         target_OI: float32, the weights that would have no error.
-        keep_OI: bool, the mask.
         gram_II: float32, symmetric and positive definite.
         max_steps: the maximum number of steps. Fewer are taken when the residual is small enough.
         shard: which rows of the linear these are; all shards stop at the same step.
@@ -262,11 +249,7 @@ def fit_least_squares(
 
     Args:
         weight_OI: float32, the trained weights, or the dense target.
-        start: the mask, and the first guess of the weights.
-        statistics: with a Gram matrix.
         damping: λ, or None for `ridge`.
-        max_steps: the maximum number of conjugate gradient steps.
-        shard: which rows of the linear these are.
 
     Returns:
         The same mask with new weights. The notes gain `ridge` and `conjugate_gradients` (steps).

@@ -37,17 +37,6 @@ from prunus.methods.solvers.obs_reference_order import sweep_in_reference_order
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import EVERY_ROW, RowShard, Work
 
-__all__ = [
-    "BLOCK",
-    "DAMPING",
-    "TILE",
-    "ChooseMask",
-    "block_mask",
-    "inverse_factor",
-    "prune_by_obs",
-    "sweep_columns",
-]
-
 #: λ as published, a fraction of the mean diagonal of the Gram matrix.
 DAMPING = 0.01
 #: Columns whose corrections of all later columns are one matrix product, as published. Where a
@@ -75,7 +64,6 @@ def prune_by_obs(
 
     Args:
         weight_OI: float32, the trained weights.
-        statistics: with a Gram matrix.
         work: its pattern decides how many columns a mask is chosen for: M for N:M, else `BLOCK`.
         choose: chooses the mask of the next columns, once all columns to their left are pruned.
 
@@ -163,7 +151,6 @@ def sweep_columns(
 
     Args:
         weight_IO: float32, the weight with a column in each row; corrected in place.
-        factor_II: U, with the columns in the order of `weight_IO`.
         block: the columns whose corrections of everything after them are one matrix product.
         tile: the columns that are corrected one at a time; a block is cut into tiles.
         finish: called with j once column j is corrected for all columns before it. It writes
@@ -211,14 +198,10 @@ def inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, dict[str, A
 
     Args:
         gram_II: float32.
-        damping: a fraction of the mean diagonal.
 
     Returns:
         U, float32 (I, I), and notes: the damping used, and where it applies how often it was raised
         and that float64 was needed.
-
-    Raises:
-        ValueError: this is not a Gram matrix: it is not finite, or far from positive semi-definite.
 
     >>> factor_II, notes = inverse_factor(torch.tensor([[4.0, 0.0], [0.0, 4.0]]), 0.5625)
     >>> factor_II

@@ -20,8 +20,6 @@ from torch import Tensor
 from prunus.hardware.numerics import all_finite
 from prunus.methods.base import Pruned
 
-__all__ = ["sweep_in_reference_order"]
-
 
 def sweep_in_reference_order(
     weight_OI: Tensor,
@@ -35,9 +33,6 @@ def sweep_in_reference_order(
     Args:
         weight_OI: float32, the trained weights.
         gram_II: float32, summed in the reference order as well.
-        damping: a fraction of the mean diagonal of the Gram matrix.
-        widths: the columns that get a mask at once, and the columns of a block.
-        choose: as in `obs.prune_by_obs`, without the shard.
 
     Returns:
         None where the matrix cannot be factorised this way; the original code would have stopped.

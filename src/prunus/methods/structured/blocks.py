@@ -15,8 +15,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["cosine_sum", "divergence_sum"]
-
 
 def cosine_sum(before_TH: Tensor, after_TH: Tensor) -> float:
     """The sum over tokens of the cosine between two hidden states.
@@ -33,7 +31,6 @@ def divergence_sum(dense_TV: Tensor, logits_TV: Tensor) -> float:
 
     Args:
         dense_TV: log probabilities of the dense model, float32.
-        logits_TV: logits of the other model.
 
     >>> half = torch.tensor([[0.5, 0.5]]).log()
     >>> round(divergence_sum(half, torch.tensor([[0.0, 2.0]])), 4)

@@ -28,8 +28,6 @@ from torch import Tensor
 
 from prunus.methods.solvers.least_squares import inner_product, is_data_limited
 
-__all__ = ["Kept", "Reader"]
-
 #: Units are removed in this many rounds. Within one round scores are not updated.
 _ROUNDS = 16
 
@@ -68,11 +66,6 @@ class Reader:
     def with_bias(self, bias_O: Tensor, sum_I: Tensor, tokens: int) -> Reader:
         """The linear with a bias as its last column, whose input is 1.
 
-        Args:
-            bias_O: of the linear.
-            sum_I: the sum of the inputs over all tokens.
-            tokens: their number.
-
         >>> reader = Reader(torch.ones(2, 1), torch.tensor([[5.0]]), damping=0.0)
         >>> reader.with_bias(torch.zeros(2), torch.tensor([3.0]), 2).gram_II
         tensor([[5., 3.],
@@ -94,9 +87,7 @@ class Reader:
         """Choose the units of columns that stay.
 
         Args:
-            units: how many there are. Columns after the last unit always stay.
             width: columns per unit.
-            keep: units that stay.
             groups: units form this many groups of neighbours, each of which keeps the same number.
         """
         per_group, remove = units // groups, (units - keep) // groups

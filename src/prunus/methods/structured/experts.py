@@ -20,14 +20,9 @@ from torch import Tensor
 
 from prunus.distributed import Ranks
 
-__all__ = ["ExpertSums", "kept_experts"]
-
 
 class ExpertSums:
     """Sums over the tokens that chose each expert of one layer.
-
-    Args:
-        count: number of experts.
 
     >>> sums = ExpertSums(2)
     >>> sums.add(1, torch.tensor([[3.0, 4.0]]), torch.tensor([0.5]))
@@ -45,9 +40,7 @@ class ExpertSums:
         """Add tokens that chose an expert.
 
         Args:
-            expert: number of the expert.
             output_TH: what the expert returns for these tokens, before the router's weight.
-            weight_T: the router's weights.
         """
         norm_T = output_TH.float().norm(dim=-1)
         self._weighted_E[expert] += float(
@@ -79,7 +72,6 @@ def kept_experts(saliency_E: Tensor, keep: int, groups: int = 1) -> list[int]:
 
     Args:
         saliency_E: one number per expert (E,).
-        keep: how many stay; divisible by `groups`.
         groups: the router chooses among groups of neighbouring experts of one size, so every group
             keeps the same number.
 

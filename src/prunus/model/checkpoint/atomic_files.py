@@ -29,19 +29,6 @@ from typing import Any, BinaryIO
 
 from prunus.model.checkpoint.regular_files import open_regular, read_limited
 
-__all__ = [
-    "TEMPORARY_SUFFIX",
-    "copy_file",
-    "file_digest",
-    "fsync_folder",
-    "make_folder",
-    "read_json",
-    "remove_temporaries",
-    "replacing",
-    "write_json",
-    "write_text",
-]
-
 TEMPORARY_SUFFIX = ".partial"
 
 

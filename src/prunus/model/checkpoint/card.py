@@ -12,8 +12,6 @@ from pathlib import Path
 
 from prunus.model.checkpoint.regular_files import read_card
 
-__all__ = ["add_tags", "base_model", "inherited_fields", "read_fields", "with_fields"]
-
 _FENCE = "---"
 _FIELD = re.compile(r"^([A-Za-z_][A-Za-z0-9_-]*):(.*)$")
 #: A model on the hub: owner and name.

@@ -14,8 +14,6 @@ from prunus.model.checkpoint.atomic_files import copy_file
 from prunus.model.checkpoint.reader import INDEX_NAME, PICKLE_SUFFIXES
 from prunus.model.checkpoint.regular_files import check_regular, open_regular
 
-__all__ = ["auxiliary_files", "check_companions", "copy_companion"]
-
 #: Most bytes of a file that is copied next to the weights.
 _MAX_BYTES = 2**30
 # Weights in any format and prunus' own files. All other files are copied next to the result.

@@ -13,8 +13,6 @@ from pathlib import Path
 
 from prunus.model.checkpoint.atomic_files import file_digest, read_json
 
-__all__ = ["RECORD_FILES", "check_shard", "fingerprint_with", "recorded_digests", "verify_shards"]
-
 #: Records of results. A recovered or packed checkpoint also has a copy of the record of its source,
 #: which describes the source's shards. So the first record that is there counts.
 RECORD_FILES = (
@@ -31,9 +29,6 @@ def recorded_digests(folder: Path) -> dict[str, str]:
     """File name of a shard -> the SHA-256 in the record of a result.
 
     Empty for a checkpoint that prunus did not write.
-
-    Raises:
-        ValueError: the record is damaged.
     """
     path = next((folder / name for name in RECORD_FILES if (folder / name).exists()), None)
     content = read_json(path) if path is not None else {}

@@ -31,8 +31,6 @@ from prunus.model.device import DTYPES
 from prunus.model.kinds import CAUSAL
 from prunus.model.meta_model import build_on_meta
 
-__all__ = ["check_destination", "check_extra", "import_gguf"]
-
 
 def import_gguf(
     path: Path,

@@ -16,8 +16,6 @@ import struct
 from pathlib import Path
 from typing import Any
 
-__all__ = ["check_header"]
-
 # Types of values: a string, an array, and scalars with their struct codes.
 _STRING, _ARRAY = 8, 9
 _SCALARS = {

@@ -24,8 +24,6 @@ from typing import Any
 
 from prunus.model.checkpoint.atomic_files import make_folder
 
-__all__ = ["LOCK_NAME", "locked"]
-
 LOCK_NAME = ".prunus.lock"
 # Errors of file systems without flock, such as some network file systems. There the process id in
 # the file decides.

@@ -9,8 +9,6 @@ from prunus.model.checkpoint.atomic_files import TEMPORARY_SUFFIX
 from prunus.model.checkpoint.lock import LOCK_NAME
 from prunus.model.checkpoint.reader import Checkpoint
 
-__all__ = ["check_apart", "check_disk", "check_resume", "check_whole", "is_vacant"]
-
 
 def check_apart(output: Path, source: Path) -> None:
     """Check that output and source are different folders, and that neither lies in the other.
@@ -33,9 +31,6 @@ def is_vacant(output: Path, inside: str | None = None) -> bool:
 
     A killed run leaves files under their temporary names, the file of its lock, and, if it has one,
     the folder `inside` for a step before the last one.
-
-    Raises:
-        FileExistsError: `output` exists and is no folder.
 
     >>> is_vacant(Path("no such folder"))
     True

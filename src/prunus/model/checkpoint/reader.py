@@ -30,15 +30,6 @@ from prunus.model.checkpoint.digests import check_shard
 from prunus.model.checkpoint.regular_files import check_folder, check_regular
 from prunus.model.checkpoint.writer import TENSOR_DTYPES
 
-__all__ = [
-    "INDEX_NAME",
-    "PICKLE_SUFFIXES",
-    "SINGLE_NAME",
-    "Checkpoint",
-    "TensorInfo",
-    "resolve_folder",
-]
-
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 #: Suffixes of files that are never read, because reading them can run code.
@@ -74,7 +65,6 @@ class Checkpoint:
     Opening reads the headers only. Every shard must be there, whole, and hold what the index says.
 
     Args:
-        folder: the checkpoint.
         only: names of shards to read in place of the index, for a folder that is still being
             written.
 
@@ -199,11 +189,7 @@ class Checkpoint:
         """Yield (name, tensor) on the CPU in the dtype of the file.
 
         Args:
-            names: stored names.
             pinned: use pinned memory, from which a CUDA device copies without the host waiting.
-
-        Raises:
-            ValueError: a shard was changed; see `check_unchanged` and `verify_on_read`.
         """
         for file, members in self._by_file(names):
             with open(self.folder / file, "rb", buffering=0) as plain:

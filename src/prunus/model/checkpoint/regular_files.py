@@ -13,8 +13,6 @@ import stat
 from io import BufferedReader
 from pathlib import Path
 
-__all__ = ["check_folder", "check_regular", "open_regular", "read_card", "read_limited"]
-
 _MIB = 2**20
 #: Most bytes of a file by its name or suffix. Weights and other files have no limit here.
 _MAX_BYTES = {

@@ -14,8 +14,6 @@ import torch
 
 from prunus.model.checkpoint.atomic_files import replacing
 
-__all__ = ["TENSOR_DTYPES", "save_safetensors"]
-
 #: Names that safetensors gives to dtypes, in the order in which a file holds them.
 TENSOR_DTYPES = {
     "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32,

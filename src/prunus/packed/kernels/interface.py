@@ -14,18 +14,6 @@ import torch
 
 from prunus.packed.weight import Packed, PackedWeight, PlaneCode, QuantizedWeight
 
-__all__ = [
-    "ABI",
-    "BAD_ARGUMENT",
-    "DAMAGE",
-    "FAULTS",
-    "KINDS",
-    "OFFSETS",
-    "declare",
-    "describe",
-    "torch_runtime",
-]
-
 #: The version of `kernels.h` that this file describes.
 ABI = 6
 #: How `kernels.h` numbers dtypes.

@@ -30,8 +30,6 @@ from prunus.packed.kernels.interface import (
 )
 from prunus.packed.weight import Packed, PackedWeight, QuantizedWeight
 
-__all__ = ["ISAS", "MAX_TOKENS", "MAX_TOKENS_AS_MATRIX", "Kernels", "load", "why_not"]
-
 #: Instruction sets from slowest to fastest, as `kernels.h` numbers them.
 ISAS = ("portable", "avx2", "avx512", "avx512-bf16", "amx")
 #: Up to this many tokens every instruction set multiplies straight from the packed weight.
@@ -100,8 +98,6 @@ class Kernels:
 
         Args:
             x: bfloat16, float16 or float32 (..., I), contiguous and not empty.
-            weight: a weight that `forms.check` accepted.
-            offsets: what `forms.check` returned.
             bias: (O,) in the dtype of `x`, or None.
         """
         shape, described = x.shape, describe(weight, offsets)
@@ -148,12 +144,8 @@ class Kernels:
         Of the chunk of a quantised row, layer 0 is decoded for that row only.
 
         Args:
-            weight, offsets: as for `linear`.
             rows: int64, contiguous.
             out: (number of rows, I); its dtype is as for `expand`.
-
-        Raises:
-            IndexError: a row number is out of range.
         """
         planes, library = isinstance(weight, QuantizedWeight), self.library
         function = library.prunus_plane_expand_rows if planes else library.prunus_expand_rows
@@ -173,9 +165,6 @@ class Kernels:
         """Find where the layers of every chunk and class begin; see `planes.check`.
 
         The data may hold anything.
-
-        Raises:
-            ValueError: the parts do not fit each other, or the planes are damaged.
         """
         (rows, in_features), parts = weight.shape, (weight.classes, weight.steps, weight.scales)
         if [part.numel() for part in parts] != [in_features, in_features, rows]:

@@ -27,8 +27,6 @@ from prunus.pruning.allocation.sensitivity import (
 )
 from prunus.pruning.job import PruningJob
 
-__all__ = ["allocate"]
-
 # A search never prunes one layer alone beyond this sparsity.
 _MAX_PROBE = 0.95
 # Interpolated curves have a point per this much sparsity.
@@ -42,7 +40,6 @@ def allocate(job: PruningJob, ids: torch.Tensor | None) -> dict[str, float]:
     row, so the mean may fall short by less than one column of one linear.
 
     Args:
-        job: The checked run.
         ids: Calibration windows (windows, tokens), of which a few are used. They may be None where
             nothing is measured.
 
@@ -136,11 +133,7 @@ def _interpolated(curve: Sequence[CurvePoint]) -> list[CurvePoint]:
 
 
 def _check_room(job: PruningJob, windows: int, seqlen: int) -> None:
-    """Check that the hidden states of all probes fit in memory.
-
-    Raises:
-        ValueError: They do not.
-    """
+    """Check that the hidden states of all probes fit in memory."""
     tokens, hidden = job.skeleton.window_shape(0, seqlen)
     needed = windows * tokens * hidden * job.dtype.itemsize
     if needed > job.budget:

@@ -23,19 +23,6 @@ from prunus.model.stream import Stream
 from prunus.pruning.block.hooks import input_hooks
 from prunus.pruning.reconstruction.kl_loss import kl_divergence
 
-__all__ = [
-    "PROBE_PARTS",
-    "PROBE_STEPS",
-    "PROBE_TOKENS",
-    "PROBE_WINDOWS",
-    "CurvePoint",
-    "Layer",
-    "layers_of",
-    "output_errors",
-    "pruned_models",
-    "sensitivity_curves",
-]
-
 #: A search runs every probe on this many windows, cut to this many tokens, as one batch. More
 #: windows improve the measurement further than longer windows do.
 PROBE_WINDOWS, PROBE_TOKENS = 4, 128
@@ -76,10 +63,6 @@ def layers_of(selected: Sequence[Sequence[str]], by: str) -> list[Layer]:
 
     >>> layers_of([["q", "k"], ["q"]], by="linear")[1:]
     [Layer(block=0, linears=('k',)), Layer(block=1, linears=('q',))]
-
-    Args:
-        selected: Per block the relative names of the linears to prune.
-        by: "block" or "linear": what gets a sparsity of its own.
     """
     if by == "block":
         return [Layer(index, tuple(names)) for index, names in enumerate(selected) if names]
@@ -96,7 +79,6 @@ def sensitivity_curves(
 
     Args:
         stream: The dense model's windows, before the first block. They end after the last one.
-        layers: The layers, in the order of their blocks.
         sparsities: Rising and above 0. Every curve also begins with the point (0, 0).
     """
     probes: list[_Probe] = []
@@ -160,7 +142,6 @@ def output_errors(stream: Stream, outputs: Sequence[Tensor]) -> list[float]:
     """How far a model's outputs move when its last block returns other hidden states.
 
     Args:
-        stream: One batch of the dense model's windows, after the last block.
         outputs: Hidden states (windows, tokens, hidden) in their place.
 
     Returns:

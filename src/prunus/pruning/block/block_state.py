@@ -16,8 +16,6 @@ from prunus.pruning.reconstruction.reconstruct_block import BlockReconstruction
 from prunus.pruning.records import BlockRecord, LinearRecord, ReconstructionRecord
 from prunus.runs.record import Walk
 
-__all__ = ["BlockState", "FinishedBlock"]
-
 
 @dataclass(frozen=True)
 class FinishedBlock:

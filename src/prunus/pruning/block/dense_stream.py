@@ -30,14 +30,6 @@ from prunus.model.stream import Stream
 from prunus.pruning.block.hooks import input_hooks
 from prunus.pruning.block.walk import Accumulate
 
-__all__ = [
-    "DenseBlockInputs",
-    "DenseStream",
-    "accumulate_with_drift",
-    "drift_stride_for",
-    "held_out_batches",
-]
-
 # Tokens per input feature that are enough to measure a linear's drift.
 _TOKENS_PER_FEATURE = 2.5
 
@@ -46,9 +38,6 @@ class DenseStream:
     """All calibration windows on their way through the dense model.
 
     Args:
-        skeleton: the model without weights.
-        source: its trained weights.
-        device: where the copies of the blocks run.
         stride: one batch in `stride` runs through the dense model, counted over all ranks, from
             the first batch on.
 
@@ -106,11 +95,7 @@ class DenseBlockInputs:
     """The inputs of the linears of one dense block, batch by batch; see `DenseStream.copy_block`.
 
     Args:
-        stream: hidden states before the block.
         dense_number: number of a batch in the pruned stream -> its number in `stream`.
-        index: position of the block.
-        block: a copy of the block, with its trained weights.
-        linears: linears of the copy whose inputs may be read.
         cache: run every batch once and keep the inputs of all `linears` (for lockstep, which keeps
             all batches in memory anyway). Otherwise every call of `get` runs the batch again.
     """

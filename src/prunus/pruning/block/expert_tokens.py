@@ -23,8 +23,6 @@ from prunus.distributed import Ranks
 from prunus.methods.statistics import Needs
 from prunus.model.experts import Experts
 
-__all__ = ["MIN_TOKENS", "ExpertCounter", "find_expert_counters", "min_expert_tokens"]
-
 #: An expert with fewer tokens than this loses less when it is pruned by the statistics of all
 #: tokens. Norms need few tokens; a Gram matrix of few tokens has no full rank. The measurements are
 #: in docs/reference/models.md.
@@ -45,13 +43,7 @@ def min_expert_tokens(needs: Needs, requested: int | None) -> int:
 
 
 class ExpertCounter:
-    """Counts the tokens that choose each expert of one experts module.
-
-    Args:
-        name: of the module, relative to the block.
-        experts: the module.
-        min_tokens: tokens below which an expert is measured on all of them.
-    """
+    """Counts the tokens that choose each expert of one experts module."""
 
     def __init__(self, name: str, experts: Experts, min_tokens: int) -> None:
         self.name = name

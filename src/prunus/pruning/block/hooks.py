@@ -14,8 +14,6 @@ import torch
 from prunus.model.linears import Linear
 from prunus.pruning.block.expert_tokens import ExpertCounter
 
-__all__ = ["input_hooks", "output_hooks", "tokens_of"]
-
 
 def tokens_of(x: torch.Tensor) -> torch.Tensor:
     """Flatten (…, in) to one row per token.
@@ -36,9 +34,7 @@ def input_hooks(
     """While active, call a function before every forward of certain modules.
 
     Args:
-        linears: linears to observe.
         on_input: called with a linear and its input (…, in).
-        expert_counters: experts modules to observe.
         on_routing: called with a counter and the numbers of the experts that each token chose,
             integers (tokens, experts per token). Required where there are counters.
     """

@@ -21,8 +21,6 @@ from prunus.pruning.block.row_sharding import row_sharding
 from prunus.pruning.block.settings import LinearSettings
 from prunus.pruning.records import LinearRecord
 
-__all__ = ["LinearFinish", "PrunedLinear", "prune_linear"]
-
 
 class LinearFinish(Protocol):
     """What a verb does to each linear after its zeros are chosen, such as rounding it."""
@@ -72,16 +70,10 @@ def prune_linear(
     unrounded weights, and a resumed run prunes finished blocks again.
 
     Args:
-        settings: method, pattern, sparsity and options.
-        linear: the module; its weight is overwritten.
-        full_name: name of the linear in the model, for messages.
         stored: the weight in the checkpoint's dtype and orientation, on any device.
         statistics: of its inputs, complete; see `InputStatistics.complete`.
         ranks: processes that prune the same linear at the same time and can split its rows.
         finish: what the verb does to the linear at the end; None for nothing.
-
-    Raises:
-        ValueError: weights or activations are not finite; names the linear.
     """
     started = time.perf_counter()
     method, notes = settings.method, dict[str, Any]()

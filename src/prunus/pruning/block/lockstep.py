@@ -35,8 +35,6 @@ from prunus.pruning.block.expert_tokens import ExpertCounter
 from prunus.pruning.block.hooks import input_hooks, tokens_of
 from prunus.pruning.block.walk import BlockWalk, called_again
 
-__all__ = ["lockstep"]
-
 #: The tensor that a batch last added to statistics, and the linear that these belong to. The
 #: reference is weak: an input must not stay in memory only to be compared with the next one.
 LastInput = tuple[weakref.ref[torch.Tensor], str]
@@ -169,8 +167,6 @@ def synchronize(
     Args:
         waiting: per batch of this rank: the module that it waits at, and its input there.
         last: per batch of this rank: the input that it last added to statistics.
-        order: positions of the modules in the order of execution.
-        ranks: the processes that have batches of the same run.
 
     Returns:
         The same on all ranks; None once all batches of all ranks are through.

@@ -48,8 +48,6 @@ from prunus.pruning.records import LinearRecord
 from prunus.runs.blocks import StoredBlock, check_same
 from prunus.runs.record import Walk
 
-__all__ = ["BlockPruner"]
-
 _WALKS: dict[Walk, Callable[[BlockWalk], list[Linear]]] = {
     "lockstep": lockstep,
     "replay": replay,

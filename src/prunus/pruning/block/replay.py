@@ -26,8 +26,6 @@ from prunus.pruning.block.expert_tokens import ExpertCounter
 from prunus.pruning.block.hooks import input_hooks, tokens_of
 from prunus.pruning.block.walk import BlockWalk, called_again
 
-__all__ = ["replay"]
-
 
 class _Stop(BaseException):
     """Ends the forward pass of a batch at the first input after the group that is measured."""

@@ -17,8 +17,6 @@ from prunus.distributed import Ranks, split_range
 from prunus.methods.base import Pruned
 from prunus.methods.work import UNSHARDED, RowShard, RowSharding
 
-__all__ = ["row_sharding"]
-
 # Notes that count something: those of the shards add up. Of other numbers the largest is kept.
 _COUNTS = frozenset({"swaps"})
 

@@ -11,8 +11,6 @@ from prunus.methods import Method, Work
 from prunus.methods.statistics import Drift, StatisticsSpec
 from prunus.pruning.reconstruction.schedule import ReconstructionSettings
 
-__all__ = ["BlockSettings", "LinearSettings"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class LinearSettings:

@@ -16,8 +16,6 @@ from prunus.pruning.block.expert_tokens import ExpertCounter
 from prunus.pruning.block.hooks import input_hooks, tokens_of
 from prunus.pruning.block.walk import BlockWalk
 
-__all__ = ["two_pass"]
-
 
 def two_pass(walk: BlockWalk) -> list[Linear]:
     """Measure all linears of the unpruned block, prune them, then run the pruned block.

@@ -24,17 +24,6 @@ from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear
 from prunus.pruning.block.expert_tokens import ExpertCounter
 
-__all__ = [
-    "Accumulate",
-    "BlockWalk",
-    "Finish",
-    "Forward",
-    "NewStatistics",
-    "Prune",
-    "accumulate_inputs",
-    "called_again",
-]
-
 Forward = Callable[[int], torch.Tensor]
 Finish = Callable[[int, torch.Tensor], None]
 Prune = Callable[[Linear, InputStatistics], None]

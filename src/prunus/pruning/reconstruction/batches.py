@@ -18,8 +18,6 @@ import torch
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.model.hidden_states import HiddenStates
 
-__all__ = ["ReconstructionBatches", "step_parts", "step_ranks"]
-
 
 def step_ranks(ranks: Ranks, windows: int, device: torch.device) -> Ranks:
     """Return the ranks that split the windows of one training step.

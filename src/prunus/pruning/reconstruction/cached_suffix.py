@@ -29,8 +29,6 @@ from torch import nn
 
 from prunus.model.calls import replaced_forward
 
-__all__ = ["ALL_TOKENS", "CachedSuffix", "after_attention", "find_suffix", "suffix_module"]
-
 ALL_TOKENS = slice(None)
 
 #: The batch whose forward pass is running. Each greenlet has a context of its own, so that paused
@@ -62,7 +60,6 @@ class CachedSuffix:
     It always uses the current weights of `module`.
 
     Args:
-        module: the suffix.
         forward: batch -> output of the whole block. With no windows it may skip the block.
         keep: cache what reaches the suffix, two tensors of the size of the hidden states per batch.
             They come from `recording` or from the first call. If False, they are computed again in

@@ -28,8 +28,6 @@ from torch import Tensor
 from prunus.distributed import SINGLE_PROCESS, Ranks, split_range
 from prunus.pruning.reconstruction.output_loss import OutputLoss
 
-__all__ = ["CHUNK_TOKENS", "LOGIT_STRIDE", "kl_divergence"]
-
 #: Tokens per window whose logits are in memory at a time.
 CHUNK_TOKENS = 128
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["learning_rate"]
-
 
 def learning_rate(peak: float, fraction: float, warmup: float = 0.0) -> float:
     """Return the learning rate when `fraction` of the training is done.
@@ -13,7 +11,6 @@ def learning_rate(peak: float, fraction: float, warmup: float = 0.0) -> float:
     The shape is that of Loshchilov and Hutter (arXiv 1608.03983) without restarts.
 
     Args:
-        peak: the highest rate, which is reached at the end of the warm-up.
         fraction: how much of the budget is spent, from 0 to 1. The unit of the budget does not
             matter: steps, tokens or seconds. Values above 1 count as 1.
         warmup: fraction of the training over which the rate rises from 0, below 1.

@@ -6,8 +6,6 @@ from prunus.pruning.reconstruction.kl_loss import CHUNK_TOKENS
 from prunus.pruning.reconstruction.reconstruct_block import in_front_of_head
 from prunus.runs.job import RunJob
 
-__all__ = ["activation_bytes", "training_bytes"]
-
 
 def activation_bytes(
     tokens: int, window_tokens: int, hidden: int, widest: int, heads: int, itemsize: int

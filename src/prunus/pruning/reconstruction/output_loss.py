@@ -10,8 +10,6 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-__all__ = ["OutputLoss", "relative_error"]
-
 #: (output_WTH, target_WTH) -> (loss summed over tokens, what to divide that sum by), two scalars.
 #: The first is differentiable in the output. They stay apart because several batches, and several
 #: ranks, add up both before they divide.

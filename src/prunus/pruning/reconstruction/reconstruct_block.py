@@ -36,8 +36,6 @@ from prunus.pruning.reconstruction.train import BlockBatches
 from prunus.pruning.records import ReconstructionRecord
 from prunus.runs.record import Walk
 
-__all__ = ["BlockReconstruction", "BlockReconstructor", "in_front_of_head"]
-
 Forward = Callable[[int], torch.Tensor]
 
 

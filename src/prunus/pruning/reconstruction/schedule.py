@@ -21,18 +21,6 @@ from prunus.pruning.reconstruction.output_loss import OutputLoss, relative_error
 from prunus.pruning.reconstruction.train import BlockBatches, TrainOptions, train_block
 from prunus.pruning.records import ReconstructionRecord
 
-__all__ = [
-    "VALIDATION_STRIDE",
-    "PrunedBlock",
-    "ReconstructionSchedule",
-    "ReconstructionSettings",
-    "default_schedule",
-    "linears_to_train",
-    "reconstruct",
-    "split_batches",
-    "validation_count",
-]
-
 #: One batch in this many is a validation batch: it is not trained on, and chooses the result.
 VALIDATION_STRIDE = 16
 
@@ -106,10 +94,6 @@ def default_schedule(
 
     Args:
         tokens: per batch.
-        hidden: size of the block's hidden states.
-        by_token: the trained part of the block can run on some tokens of a batch.
-        batches: number of batches, for training and validation together.
-        by_logits: the loss compares logits, as it does for the last block.
 
     Example:
         >>> default_schedule(tokens=1024, hidden=576, by_token=True, batches=32)
@@ -210,9 +194,6 @@ def reconstruct(
     Returns:
         The trained tensors by relative name, in the dtype and orientation of `block.stored`, and
         the record for the manifest.
-
-    Raises:
-        ValueError: outputs or targets are not finite; the message names the block.
     """
     started = time.perf_counter()
     options = TrainOptions(

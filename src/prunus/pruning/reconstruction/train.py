@@ -39,8 +39,6 @@ from prunus.pruning.reconstruction.trained_weights import (
     trainable,
 )
 
-__all__ = ["BlockBatches", "TrainOptions", "TrainResult", "train_block"]
-
 # Adam's second moments are estimates from few gradients at first, so the rate rises slowly.
 _WARMUP = 0.05
 
@@ -120,18 +118,10 @@ def train_block(
     """Train the surviving weights of `block`; its own parameters end as they began.
 
     Args:
-        block: with its weights in place, on the device where it runs.
-        batches: what it learns from.
         masks: relative name of a parameter -> bool of its shape, True for kept weights. Only these
             parameters are trained.
-        options: how it is trained.
-        loss: compares an output with its target.
         ranks: processes that split the windows of every batch. `batches` gives each its own
             windows, which may be none, and gradients are summed.
-
-    Raises:
-        ValueError: there is nothing to train, or no batches; or outputs or targets are not finite
-            before any training.
 
     Example:
         >>> block = nn.Linear(2, 1, bias=False).requires_grad_(False)

@@ -10,8 +10,6 @@ from torch import nn
 
 from prunus.distributed import Ranks
 
-__all__ = ["TrainedWeights", "in_float32", "kept_rms", "trainable"]
-
 
 class TrainedWeights:
     """The trained parameters of a block, and the float32 masters that Adam updates.
