@@ -17,8 +17,6 @@ from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.loading import load_model
 from prunus.model.tokenizer import load_tokenizer
 
-__all__ = ["Conversation", "chosen_settings", "generate", "token_settings"]
-
 #: Settings of a checkpoint that choose the next token or end the text.
 _SETTINGS = (
     "do_sample",
@@ -38,15 +36,10 @@ _SETTINGS = (
 
 
 def generate(model: str | Path, prompt: str, **options: Any) -> Iterator[str]:
-    """Yield the continuation of `prompt` piece by piece, with the model's own generation settings.
+    """Yield the continuation of a prompt in pieces, with the model's own generation settings.
 
     Args:
-        model: checkpoint folder or hub id, dense or packed.
-        prompt: the text to continue.
         **options: see `WritingOptions`.
-
-    Raises:
-        ValueError: an empty prompt, or an option out of range.
     """
     if not prompt:
         raise ValueError("the prompt is empty; give some text")
@@ -100,10 +93,6 @@ class Conversation:
         """Yield the answer to a message piece by piece. Both become part of the conversation.
 
         An answer that the caller does not read to its end is kept as far as it was read.
-
-        Raises:
-            ValueError: the message is empty or longer than the model's context, or the template
-                cannot be applied.
         """
         if not message.strip():
             raise ValueError("the message is empty; give some text")
@@ -160,9 +149,6 @@ def token_settings(settings: Any) -> Any:
     """The settings of a checkpoint's generation_config.json that choose tokens, and no others.
 
     The others can ask for any number of beams or sequences, or for a cache of any length.
-
-    Raises:
-        ValueError: a setting is of another kind; names it.
     """
     from transformers import GenerationConfig
 

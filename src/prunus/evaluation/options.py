@@ -12,16 +12,6 @@ from prunus.options import Option, Options, Range, at_least, between
 from prunus.options.declaration import ADVANCED
 from prunus.runs.options import BosName, RunOptions
 
-__all__ = [
-    "PROTOCOLS",
-    "ImageOptions",
-    "Protocol",
-    "SpeedOptions",
-    "TaskOptions",
-    "TextOptions",
-    "WritingOptions",
-]
-
 #: Which tokens of a window are scored. `papers`: all but the first. `llama.cpp`: those of the
 #: second half, as its perplexity tool does.
 Protocol = Literal["papers", "llama.cpp"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunus.pruning.records import mean_error
 from prunus.reporting.run_sections import block_errors, lines_over_blocks
-from prunus.runs.document import Column, Section, Table, table_of
+from prunus.runs.document import Column, Part, Section, Table, table_of
 
 if TYPE_CHECKING:
     from prunus.pruning.manifest import PruningRecord
