@@ -198,8 +198,7 @@ def preset_table(figures: Figures) -> str:
         ),
         "best": (
             "`best`",
-            "the same with every block reconstructed; sparsities by search, or for N:M a better "
-            "order of channels",
+            "the same with every block reconstructed; sparsities by search, except for N:M",
         ),
     }
     rows = [

@@ -63,9 +63,9 @@ def evaluate(
 ) -> None:
     """Score models by perplexity, tasks of lm-eval, or images.
 
-    Several models are shown side by side, with the differences to the first. Perplexity is computed
-    as in the papers; --reference also says how far each model is from the dense one. Under torchrun
-    the processes share windows and rows; each holds the whole model.
+    Several models are shown side by side, with the differences of task scores to the first.
+    Perplexity is computed as in the papers; --reference also says how far each model is from the
+    dense one. Under torchrun the processes share windows and rows; each holds the whole model.
     """
     with user_errors(json_file):
         models = list(dict.fromkeys(models))

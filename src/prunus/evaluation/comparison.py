@@ -100,7 +100,7 @@ def side_by_side(
     results: Sequence[TaskResults],
     sizes: Mapping[str, ModelSize] | None = None,
 ) -> dict[str, Any]:
-    """What `prunus eval --json` writes: every model's results, and the differences to the first.
+    """What `prunus eval --json` writes: every model's results, and how tasks differ from the first.
 
     Args:
         perplexities: model -> its perplexities. The lists may be empty.
