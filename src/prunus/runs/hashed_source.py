@@ -36,9 +36,9 @@ class HashedSource:
         self._source, self._skeleton, self._digests = source, skeleton, digests
         self._seen: set[int] = set()
 
-    def block(self, index: int) -> dict[str, torch.Tensor]:
+    def block(self, index: int, pinned: bool = False) -> dict[str, torch.Tensor]:
         """The tensors of a block, as the other source reads them."""
-        found = self._source.block(index)
+        found = self._source.block(index, pinned)
         if index not in self._seen:
             self._seen.add(index)
             name, digest = self._skeleton.block_name(index), tensors_digest(found)
