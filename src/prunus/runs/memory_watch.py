@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import _thread
+import signal
 import threading
 from types import TracebackType
 from typing import Self
@@ -13,6 +13,8 @@ from prunus.runs.job import RunJob
 #: With less than this many free bytes, the system begins to swap and to kill.
 _LEAST_FREE = 3 * 10**8
 _SECONDS_BETWEEN_LOOKS = 0.25
+#: Interrupts the main thread. A shell lets programs in the background ignore SIGINT.
+_SIGNAL = signal.SIGUSR1
 
 
 class MemoryWatch:
@@ -27,7 +29,7 @@ class MemoryWatch:
         self._planned = job.peak_bytes() + resident_memory()
         self._fault: str | None = None
         self._ended = threading.Event()
-        # Only the main thread can be interrupted.
+        # Only the main thread gets signals.
         runs_in_main = threading.current_thread() is threading.main_thread()
         on_host = runs_in_main and job.device.type == "cpu"
         self._thread = threading.Thread(target=self._look, daemon=True) if on_host else None
@@ -41,11 +43,12 @@ class MemoryWatch:
                     "planned, and no memory is left. Finished blocks are kept: run the same "
                     "command again with a lower `memory`, such as half of the machine's"
                 )
-                _thread.interrupt_main()
+                signal.pthread_kill(threading.main_thread().ident or 0, _SIGNAL)
                 return
 
     def __enter__(self) -> Self:
         if self._thread is not None:
+            self._handler = signal.signal(_SIGNAL, signal.default_int_handler)
             self._thread.start()
         return self
 
@@ -58,5 +61,6 @@ class MemoryWatch:
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
+            signal.signal(_SIGNAL, self._handler or signal.SIG_DFL)
         if self._fault is not None and isinstance(error, KeyboardInterrupt):
             raise MemoryError(self._fault) from None
