@@ -12,7 +12,6 @@ from prunus.runs.job import RunJob
 from tiny import tiny_checkpoint, token_ids
 
 
-@pytest.mark.usefixtures("interruptible")
 def test_a_run_beyond_its_plan_ends_before_the_system_kills_it(tmp_path, monkeypatch):
     dense = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=3)
     options = {"calibration": token_ids(), "batch": 1, "method": "wanda"}
