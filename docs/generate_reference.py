@@ -86,7 +86,8 @@ def option_table(model: Any) -> str:
     lines = [f"### {model.__name__}", ""]
     lines += ["| Option | Meaning | Default | Flag |", "| --- | --- | --- | --- |"]
     for name, option in model.declared().items():
-        value = model.model_fields[name].get_default(call_default_factory=True)
+        field = model.model_fields[name]
+        value = None if field.is_required() else field.get_default(call_default_factory=True)
         default = option.default or ("" if value in (None, ()) else f"`{json.dumps(value)}`")
         flag = f"`--{name.replace('_', '-')}`" if option.flag else ""
         cells = (f"`{name}`", option.help, default, flag)

@@ -1,5 +1,6 @@
 """The Markdown of the repository: width, links, and names that exist."""
 
+import pkgutil
 import re
 from pathlib import Path
 
@@ -67,3 +68,9 @@ def test_the_architecture_page_lists_all_rooms():
     text = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"^  (\w+)/ ", text, re.MULTILINE))
     assert listed == ROOMS - {"__pycache__"}
+
+
+def test_the_reference_names_objects_that_exist():
+    for page in CURRENT:
+        for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE):
+            pkgutil.resolve_name(name)
