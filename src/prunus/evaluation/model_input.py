@@ -13,7 +13,7 @@ from prunus.model.adapter import base_folder, check_adapter, is_adapter
 from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.config import load_config
 from prunus.model.kinds import require_causal
-from prunus.model.tokenizer import load_tokenizer, token_ids
+from prunus.model.tokenizer import load_tokenizer, token_ids, tokenizer_of_loaded
 
 
 def find_folder(model: str | Path) -> Path:
@@ -66,9 +66,7 @@ class ModelInput:
         if self.folder is not None:
             return load_tokenizer(self.folder, self.trust_remote_code)
         try:
-            if not (name := str(getattr(self.loaded, "name_or_path", "") or "")):
-                raise ValueError("the model does not say where it was loaded from")
-            return load_tokenizer(resolve_folder(name), self.trust_remote_code)
+            return tokenizer_of_loaded(self.loaded, self.trust_remote_code)
         except (ValueError, FileNotFoundError) as fault:
             raise ValueError(
                 "scoring a loaded model needs its tokenizer: pass `tokenizer`, or score a file of "

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from prunus.model.adapter import base_folder, is_adapter
+from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.config_limits import check_config, check_processor_files
 
 _FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
@@ -24,6 +25,18 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         folder = base_folder(folder)
     remedy = "add its files, or give token ids instead: a .safetensors file with input_ids"
     return _load(AutoTokenizer, folder, "tokenizer", remedy, trust_remote_code=trust_remote_code)
+
+
+def tokenizer_of_loaded(model: Any, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a loaded transformers model, from the folder it was loaded from.
+
+    Raises:
+        ValueError: the model does not say where it was loaded from; see also `load_tokenizer`.
+        FileNotFoundError: that folder is gone.
+    """
+    if not (name := str(getattr(model, "name_or_path", "") or "")):
+        raise ValueError("the model does not say where it was loaded from")
+    return load_tokenizer(resolve_folder(name), trust_remote_code)
 
 
 def load_image_processor(folder: Path, trust_remote_code: bool = False) -> Any:

@@ -15,11 +15,14 @@ from prunus.calibration.sources import TENSORS, Source, find_source
 from prunus.calibration.texts import are_texts
 from prunus.calibration.windows import Wanted, Windows, hash_ids
 from prunus.model.chat_template import apply_chat_template
-from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.kinds import IMAGES, Kind
 from prunus.model.loading import load_model
 from prunus.model.source import CheckpointSource, ModuleSource
-from prunus.model.tokenizer import load_image_processor, load_tokenizer
+from prunus.model.tokenizer import (
+    load_image_processor,
+    load_tokenizer,
+    tokenizer_of_loaded,
+)
 from prunus.runs.job import RunJob
 from prunus.runs.options import RunOptions, WindowOptions
 from prunus.runs.record import WindowInputs
@@ -167,11 +170,8 @@ def _tokenizer(job: RunJob) -> Any:
             "pruning a loaded image classifier needs its image processor: pass tokenizer=, or "
             "pixel values as calibration="
         )
-    name = str(getattr(job.source.model, "name_or_path", "") or "")
     try:
-        if not name:
-            raise ValueError("the model does not say where it was loaded from")
-        return read(resolve_folder(name), options.trust_remote_code)
+        return tokenizer_of_loaded(job.source.model, options.trust_remote_code)
     except (ValueError, FileNotFoundError) as fault:
         raise ValueError(
             "pruning a loaded model needs its tokenizer: pass tokenizer=, or token ids as "

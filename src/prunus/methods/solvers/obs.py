@@ -39,8 +39,8 @@ from prunus.methods.work import EVERY_ROW, RowShard, Work
 
 #: λ as published, a fraction of the mean diagonal of the Gram matrix.
 DAMPING = 0.01
-#: Columns whose corrections of all later columns are one matrix product, as published. Where a
-#: mask is chosen in blocks of columns, it is chosen for so many at once.
+#: Columns whose corrections of all later columns are one matrix product, as published. A mask that
+#: is chosen in blocks of columns is chosen for this number of columns at a time.
 BLOCK = 128
 #: Columns that are corrected one at a time. Later columns wait for one matrix product.
 TILE = 16
