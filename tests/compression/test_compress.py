@@ -32,7 +32,7 @@ from prunus.pruning.plan import describe_plan, plan_run
 from prunus.pruning.recipe import Recipe
 from prunus.reporting.run_sections import run_section
 from prunus.reporting.tables import plan_facts
-from prunus.runs.block_memory import BlockMemory
+from prunus.runs.job import BlockMemory
 from prunus.runs.options import RunOptions
 from scripts import run_script
 from stopping import StopError, stop_after

@@ -9,9 +9,9 @@ import prunus
 import reference
 from prunus.methods.patterns import Pattern
 from prunus.model.stream import Stream
-from prunus.pruning.allocation.allocate import allocate
-from prunus.pruning.allocation.sensitivity import (
+from prunus.pruning.allocation.allocate import (
     Layer,
+    allocate,
     output_errors,
     pruned_models,
     sensitivity_curves,

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from prunus.hardware.sizes import parse_bytes
-from prunus.pruning.presets import PRESETS
-from prunus.pruning.recipe import Recipe
+from prunus.pruning.recipe import PRESETS, Recipe
 
 # Any text that UTF-8 can hold: names of files and of linears may be anything.
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)

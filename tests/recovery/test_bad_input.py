@@ -13,8 +13,8 @@ import prunus
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.model.loading import load_model
 from prunus.recovery import training
-from prunus.recovery.masks import check_zeros
 from prunus.recovery.record import RecoveryRecord
+from prunus.recovery.trainable import check_zeros
 from recovery_cases import SHORT, dense_checkpoint, pruned_checkpoint, recover, shards
 from tiny import tiny_checkpoint, weights
 from tiny_tokenizer import VOCABULARY, byte_tokenizer

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from prunus.calibration.training_text import training_text
 from prunus.calibration.windows import Wanted
-from prunus.pruning.reconstruction.learning_rate import learning_rate
+from prunus.pruning.reconstruction.train import learning_rate
 from prunus.recovery import loss as loss_page
 from prunus.recovery.loss import next_token_loss
 from tiny_tokenizer import EOS, byte_tokenizer

@@ -19,9 +19,8 @@ from prunus.model.adapter import add_lora
 from prunus.model.loading import load_model
 from prunus.pruning.manifest import Manifest
 from prunus.recovery import training
-from prunus.recovery.masks import pruned_linears
 from prunus.recovery.record import RecoveryRecord
-from prunus.recovery.trainable import masked
+from prunus.recovery.trainable import masked, pruned_linears
 from recovery_cases import SHORT, dense_checkpoint, pruned_checkpoint, recover, shards
 from tiny import tiny_checkpoint, weights
 from tiny_tokenizer import VOCABULARY, byte_tokenizer

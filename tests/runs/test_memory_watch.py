@@ -6,9 +6,8 @@ import threading
 import pytest
 
 import prunus
-from prunus.runs import memory_watch
-from prunus.runs.block_memory import BlockMemory
-from prunus.runs.job import RunJob
+from prunus.runs import loop
+from prunus.runs.job import BlockMemory, RunJob
 from tiny import tiny_checkpoint, token_ids
 
 
@@ -21,11 +20,11 @@ def test_a_run_beyond_its_plan_ends_before_the_system_kills_it(tmp_path, monkeyp
     def fill_the_memory(step):
         finished.append(step)
         with monkeypatch.context() as patch:
-            patch.setattr(memory_watch, "available_memory", lambda: 0)
-            patch.setattr(memory_watch, "resident_memory", lambda: 10**15)
+            patch.setattr(loop, "available_memory", lambda: 0)
+            patch.setattr(loop, "resident_memory", lambda: 10**15)
             threading.Event().wait(60)  # the interrupt ends it
 
-    monkeypatch.setattr(memory_watch, "_SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(loop, "_SECONDS_BETWEEN_LOOKS", 0.01)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script
     try:
         with pytest.raises(MemoryError, match="GB were planned, and no memory is left"):

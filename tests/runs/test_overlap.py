@@ -7,7 +7,7 @@ import torch
 
 import prunus
 from prunus.pruning.job import PruningJob
-from prunus.runs.overlap import BackgroundWrites, read_ahead
+from prunus.runs.loop import BackgroundWrites, read_ahead
 from tiny import shards, tiny_checkpoint, token_ids
 
 

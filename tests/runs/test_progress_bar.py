@@ -8,9 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 import prunus
-from prunus.runs import progress_bar
-from prunus.runs.progress import Progress
-from prunus.runs.progress_bar import ProgressBar, Shown, shows_progress
+from prunus.runs import progress
+from prunus.runs.progress import Progress, ProgressBar, Shown, shows_progress
 from tiny import tiny_checkpoint, token_ids
 
 
@@ -74,7 +73,7 @@ def test_false_and_none_show_nothing_and_a_function_is_called_as_before(monkeypa
 
 def test_other_ranks_show_nothing(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setattr(progress_bar, "is_rank_0", lambda: False)
+    monkeypatch.setattr("prunus.distributed.is_rank_0", lambda: False)
     assert count() is None
 
 
@@ -101,7 +100,7 @@ def test_what_is_shown_is_escaped(notebook):
 
 
 def test_pruning_and_scoring_show_their_steps(notebook, tmp_path, monkeypatch):
-    monkeypatch.setattr(progress_bar, "_NOTEBOOK_INTERVAL", -1.0)
+    monkeypatch.setattr(progress, "_NOTEBOOK_INTERVAL", -1.0)
     dense = tiny_checkpoint(tmp_path / "dense")
     prunus.prune(dense, tmp_path / "out", calibration=token_ids(2))
     assert any("reading block 0" in text for text in notebook)

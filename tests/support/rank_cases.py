@@ -28,7 +28,7 @@ from prunus.pruning.block import dense_stream  # noqa: E402
 from prunus.pruning.reconstruction import kl_loss  # noqa: E402
 from prunus.pruning.job import PruningJob  # noqa: E402
 from prunus.pruning.manifest import Manifest  # noqa: E402
-from prunus.pruning.reconstruction.batches import ReconstructionBatches  # noqa: E402
+from prunus.pruning.reconstruction.reconstruct_block import ReconstructionBatches  # noqa: E402
 from prunus.structure.record import StructureRecord  # noqa: E402
 from ranks import answers, forked, in_ranks  # noqa: E402
 from stopping import StopError, stop_after  # noqa: E402

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from prunus.compression.record import CompressionRecord
 from prunus.model.checkpoint.card import add_tags, with_fields
-from prunus.pruning.card import calibration_words, sparsity_tag
-from prunus.runs.card import result_card, source_name
+from prunus.pruning.manifest import calibration_words, sparsity_tag
+from prunus.runs.record import result_card, source_name
 
 _TITLE = "\n## Packed by prunus\n"
 _SECTION = """

@@ -20,11 +20,10 @@ from prunus.model.kinds import require_causal
 from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
-from prunus.pruning.job import PruningJob
+from prunus.pruning.job import LinearSelection, PruningJob
 from prunus.pruning.manifest import PruningRecord
-from prunus.pruning.reconstruction.memory import activation_bytes
-from prunus.pruning.selection import LinearSelection
-from prunus.runs.block_memory import BlockMemory
+from prunus.pruning.reconstruction.reconstruct_block import activation_bytes
+from prunus.runs.job import BlockMemory
 
 # A tensor's entry in the header of a shard, without its name.
 _HEADER_BYTES = 75

@@ -32,7 +32,7 @@ from prunus.pruning.manifest import PruningRecord
 from prunus.pruning.output import PruningOutput
 from prunus.pruning.run import PruneVerb, carry_out
 from prunus.runs.options import RunOptions
-from prunus.runs.progress_bar import pruning_step, shows_progress
+from prunus.runs.progress import pruning_step, shows_progress
 from prunus.runs.windows import given_windows
 
 

@@ -20,7 +20,7 @@ from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.packed.source import PackedSource, is_packed
-from prunus.pruning.records import mean_bits
+from prunus.pruning.manifest import mean_bits
 from prunus.runs.document import Table, table_of
 
 Readable = CheckpointSource | ModuleSource | PackedSource

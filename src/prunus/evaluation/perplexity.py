@@ -40,7 +40,7 @@ from prunus.evaluation.watched import unchanged
 from prunus.evaluation.window_scores import exponential, score_windows
 from prunus.model.device import choose_device
 from prunus.options import takes
-from prunus.runs.progress_bar import shows_progress, window_step
+from prunus.runs.progress import shows_progress, window_step
 
 
 @takes(TextOptions)

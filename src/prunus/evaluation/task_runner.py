@@ -26,8 +26,7 @@ from prunus.evaluation.watched import unchanged
 from prunus.hardware.memory import describe_hardware, processor_name, versions
 from prunus.model.device import choose_device
 from prunus.options import takes
-from prunus.runs.progress import Shown
-from prunus.runs.progress_bar import shows_progress
+from prunus.runs.progress import Shown, shows_progress
 
 #: Sequences at once for batch "auto" on a CPU, where no device memory limits the batch.
 _CPU_BATCH = 8

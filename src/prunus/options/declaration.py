@@ -12,15 +12,19 @@ reads it from a TOML file and checks it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import functools
+import inspect
+import json
+import re
+import tomllib
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
-from prunus.options.ranges import Range
-from prunus.options.toml import read_toml, to_toml
+from prunus.model.checkpoint.regular_files import read_limited
 
 #: The panel of options that few users need. Help shows it last.
 ADVANCED = "Advanced"
@@ -172,3 +176,151 @@ def _brief(value: Any) -> str:
         return f"a {type(value).__name__} of shape {tuple(value.shape)}"
     text = repr(value)
     return text if len(text) <= 200 else f"a {type(value).__name__}"
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Which values an option takes.
+
+    Attributes:
+        allows: Whether a value is in range.
+        must: The range in words, after "must": "lie in (0, 1)".
+    """
+
+    allows: Callable[[Any], bool]
+    must: str
+
+    def check(self, name: str, value: Any) -> None:
+        """Check the value of the option `name`. None stands for the default and passes.
+
+        >>> at_least(1).check("samples", 0)
+        Traceback (most recent call last):
+        ValueError: samples must be at least 1; got 0
+        """
+        if value is not None and not self.allows(value):
+            raise ValueError(f"{name} must {self.must}; got {value!r}")
+
+
+def at_least(minimum: int, what: str = "") -> Range:
+    """The range of a count: `minimum` or more. `what` continues the sentence."""
+    return Range(lambda value: value >= minimum, f"be at least {minimum}{what}")
+
+
+def between(text: str, what: str = "") -> Range:
+    """The range of a number in an interval such as "(0, 1)" or "[0, 1)".
+
+    A bracket includes its end, a parenthesis excludes it. No interval includes NaN.
+
+    >>> between("[0, 1)").allows(0), between("[0, 1)").allows(1)
+    (True, False)
+    """
+    low, high = (float(end) for end in text[1:-1].split(","))
+
+    def allows(value: float) -> bool:
+        above = value >= low if text[0] == "[" else value > low
+        below = value <= high if text[-1] == "]" else value < high
+        return above and below
+
+    return Range(allows, f"lie in {text}{what}")
+
+
+def one_of(choices: Sequence[Any]) -> Range:
+    """The range of a name or a number in a list.
+
+    >>> one_of((4, 6, 8)).must
+    'be 4, 6 or 8'
+    """
+    listed = f"{', '.join(map(str, choices[:-1]))} or {choices[-1]}"
+    return Range(lambda value: value in choices, f"be {listed}")
+
+
+_MAX_BYTES = 2**18  # of a TOML file
+#: A key of more than sixteen parts. Python's parser takes time and memory of the square of them.
+_LONG_KEY = re.compile(r"""(?<![\w-])(?:(?>[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){16}""")
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """The content of a TOML file."""
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ValueError(
+                f"{what} {path} has {path.stat().st_size:,} bytes, and at most {_MAX_BYTES:,} are "
+                "read; is it the right file?"
+            )
+        text = read_limited(path).decode("utf-8")
+        if found := _LONG_KEY.search(text):
+            raise ValueError(
+                f"{what} {path} has a key of more than sixteen parts: {found[0][:40]}…; is it the "
+                "right file?"
+            )
+        return tomllib.loads(text)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no {what} {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as fault:
+        raise ValueError(f"{what} {path} is not valid TOML: {fault}") from fault
+
+
+def to_toml(values: Mapping[str, Any]) -> str:
+    """Values by name as TOML. Those that are None are left out, because TOML has no such value."""
+    return "".join(f"{key} = {_value(each)}\n" for key, each in values.items() if each is not None)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        # JSON and TOML escape equally, except for DEL, which only TOML escapes.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(map(_value, value)) + "]"
+    return repr(value)
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def takes(
+    *models: type[Options], without: Collection[str] = ()
+) -> Callable[[_Function], _Function]:
+    """Give a function that ends in `**options` the fields of `models` as keywords.
+
+    The function itself still gets them in `options`. Its docstring gets a line per keyword, and its
+    signature names each one with its type and default.
+
+    Args:
+        *models: The options that the function takes. A parameter of its own hides an option of the
+            same name.
+    """
+
+    def decorate(function: _Function) -> _Function:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        names = {*without, *(parameter.name for parameter in own)}
+        added, lines = [], []
+        for model in models:
+            declared = model.declared()
+            for name, field in model.model_fields.items():
+                if name in names or name not in declared:
+                    continue
+                names.add(name)
+                kind = inspect.formatannotation(field.annotation).replace("typing.", "")
+                added.append(
+                    inspect.Parameter(
+                        name,
+                        inspect.Parameter.KEYWORD_ONLY,
+                        default=field.get_default(call_default_factory=True),
+                        annotation=kind,
+                    )
+                )
+                lines.append(f"    {name}: {declared[name].help}")
+
+        @functools.wraps(function)
+        def called(*arguments: Any, **options: Any) -> Any:
+            return function(*arguments, **options)
+
+        called.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+        doc = inspect.cleandoc(function.__doc__ or "")
+        called.__doc__ = doc + ("\n\nOptions:\n" + "\n".join(lines) if lines else "") + "\n"
+        return cast(_Function, called)
+
+    return decorate

@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
 from prunus.hardware.numerics import native_bfloat16
+from prunus.methods.patterns import Pattern, check_shape
 from prunus.methods.refine.dense_targets import drift_is_worthwhile
 from prunus.methods.statistics import statistics_bytes
 from prunus.model.linears import Linear
@@ -24,9 +25,8 @@ from prunus.pruning.block.settings import BlockSettings, LinearSettings
 from prunus.pruning.manifest import Manifest, PruningRecord
 from prunus.pruning.options import PruningOptions
 from prunus.pruning.recipe import Recipe
-from prunus.pruning.reconstruction.memory import training_bytes
+from prunus.pruning.reconstruction.reconstruct_block import training_bytes
 from prunus.pruning.reconstruction.schedule import ReconstructionSettings
-from prunus.pruning.selection import LinearSelection
 from prunus.runs.job import RunJob
 from prunus.runs.record import Walk
 
@@ -202,3 +202,43 @@ def training_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """
     fast = device.type == "cuda" or native_bfloat16()
     return torch.bfloat16 if fast and dtype != torch.float16 else torch.float32
+
+
+class LinearSelection(NamedTuple):
+    """The linears of a model, sorted into those that are pruned and the rest.
+
+    Attributes:
+        selected: Per block the relative names of the linears to prune.
+        left_dense: All other weights with two or more dimensions in the blocks: full name -> shape.
+    """
+
+    selected: list[list[str]]
+    left_dense: dict[str, tuple[int, ...]]
+
+
+def select_linears(skeleton: Skeleton, recipe: PruningOptions, pattern: Pattern) -> LinearSelection:
+    """Apply `only` and `ignore` of a recipe to the linears of a model.
+
+    Raises:
+        ValueError: A name pattern matches nothing, or `pattern` does not fit a linear.
+        NotImplementedError: The model stores its experts in an unknown form.
+    """
+    by_block = [skeleton.linears(index) for index in range(len(skeleton))]
+    recipe.check_names(
+        f"{skeleton.block_name(index)}.{linear.name}"
+        for index, linears in enumerate(by_block)
+        for linear in linears
+    )
+    found = LinearSelection([], {})
+    for index, linears in enumerate(by_block):
+        names = []
+        for linear in linears:
+            full_name = f"{skeleton.block_name(index)}.{linear.name}"
+            if recipe.selects(full_name):
+                check_shape(pattern, linear.shape, full_name)
+                names.append(linear.name)
+            else:
+                found.left_dense[f"{full_name}.weight"] = linear.shape
+        found.selected.append(names)
+        found.left_dense.update(skeleton.left_dense(index))
+    return found

@@ -12,10 +12,9 @@ import torch
 from prunus.model.kinds import kind_of
 from prunus.model.saving import keep_records, manifest_text
 from prunus.model.source import ModuleSource
-from prunus.pruning.card import pruned_card
 from prunus.pruning.job import PruningJob
-from prunus.pruning.manifest import Manifest, PruningRecord
-from prunus.runs.block_folder import BlockFolder
+from prunus.pruning.manifest import Manifest, PruningRecord, pruned_card
+from prunus.runs.folder import BlockFolder
 from prunus.runs.loop import BlockOutput, Made
 from prunus.runs.record import OUTSIDE_SHARD, shard_name
 

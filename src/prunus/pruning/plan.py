@@ -18,11 +18,10 @@ from prunus.methods.patterns import Pattern, check_shape
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.pruning.block.settings import LinearSettings
-from prunus.pruning.job import PruningJob
+from prunus.pruning.job import LinearSelection, PruningJob, select_linears
 from prunus.pruning.options import PruningOptions
 from prunus.pruning.recipe import Recipe
-from prunus.pruning.selection import LinearSelection, select_linears
-from prunus.runs.batch_size import windows_per_batch
+from prunus.runs.job import windows_per_batch
 from prunus.runs.options import RunOptions
 from prunus.runs.plan import check_memory, open_model
 

@@ -11,7 +11,6 @@ from typing import Annotated, Any, ClassVar, Literal
 from prunus.methods.options import METHOD
 from prunus.options import Option, at_least, between
 from prunus.pruning.options import SELECTION, PruningOptions
-from prunus.pruning.presets import preset_options
 
 _RECONSTRUCTION = "Reconstruction"
 
@@ -121,3 +120,37 @@ class Recipe(PruningOptions):
     def reconstructs(self) -> bool:
         """Whether any block is reconstructed."""
         return self.reconstruct != "none"
+
+
+#: Name -> options of a recipe. Options that the user gives explicitly override them.
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"method": "wanda"},
+    "balanced": {"method": "alps", "dense_weight": 0.25, "reconstruct": "last"},
+    "best": {"method": "alps", "dense_weight": 0.25, "reconstruct": "all"},
+}
+#: The preset of `prunus prune` that trains the whole model after pruning it by preset best.
+MAX = "max"
+# Only an unstructured sparsity can be distributed over layers.
+_UNSTRUCTURED: dict[str, dict[str, Any]] = {"best": {"allocation": "search"}}
+
+
+def preset_options(values: dict[str, Any]) -> dict[str, Any]:
+    """Put `values` on top of the options of the preset that they name, if any.
+
+    >>> preset_options({"preset": "fast", "seed": 1})
+    {'method': 'wanda', 'preset': 'fast', 'seed': 1}
+    >>> "allocation" in preset_options({"preset": "best", "pattern": "2:4"})
+    False
+    """
+    name = values.get("preset")
+    if name is None:
+        return values
+    if name == MAX:
+        raise ValueError(
+            "the preset 'max' is more than a recipe: it prunes with preset best and then trains. "
+            "Give it as prunus prune --preset max, call prunus.prune_and_recover, or choose best"
+        )
+    if name not in PRESETS:
+        raise ValueError(f"the preset {name!r} is unknown: choose one of {', '.join(PRESETS)}")
+    unstructured = values.get("pattern", "unstructured") == "unstructured"
+    return PRESETS[name] | (_UNSTRUCTURED.get(name, {}) if unstructured else {}) | values

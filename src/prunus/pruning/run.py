@@ -39,14 +39,11 @@ from prunus.pruning.options import PruningOptions
 from prunus.pruning.output import InPlaceOutput, PrunedFolder, PruningOutput
 from prunus.pruning.plan import plan_run
 from prunus.pruning.recipe import Recipe
-from prunus.runs.blocks import StoredBlock
 from prunus.runs.folder import find_earlier, held
-from prunus.runs.loop import Made, run_blocks
-from prunus.runs.memory_watch import MemoryWatch
+from prunus.runs.loop import Made, MemoryWatch, StoredBlock, run_blocks
 from prunus.runs.options import RunOptions
-from prunus.runs.plan import check_room
-from prunus.runs.progress_bar import pruning_step, shows_progress
-from prunus.runs.rank_checks import check_same_on_all_ranks
+from prunus.runs.plan import check_room, check_same_on_all_ranks
+from prunus.runs.progress import pruning_step, shows_progress
 from prunus.runs.record import Walk
 from prunus.runs.windows import calibration_windows, given_windows, run_inputs
 

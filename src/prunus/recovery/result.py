@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
@@ -19,15 +20,21 @@ from prunus.model.names import stored_names
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.pruning.manifest import Manifest
-from prunus.recovery.card import adapter_card, checkpoint_card
 from prunus.recovery.job import RecoveryJob
-from prunus.recovery.masks import check_zeros
+from prunus.recovery.options import Mode
 from prunus.recovery.record import LinearMask, RecoveryRecord
 from prunus.recovery.scales import trained_tensors
 from prunus.recovery.student import base_name
-from prunus.recovery.trainable import Trainable
+from prunus.recovery.trainable import Trainable, check_zeros
 from prunus.runs.folder import ResultFolder
-from prunus.runs.record import OUTSIDE_SHARD, shard_name
+from prunus.runs.record import (
+    OUTSIDE_SHARD,
+    bos_words,
+    extended_card,
+    result_card,
+    shard_name,
+    source_name,
+)
 from prunus.structure.record import StructureRecord
 
 # Records of what was done to the source before. They hold for the result as well.
@@ -132,3 +139,44 @@ def _zero_totals(record: RecoveryRecord) -> dict[str, float]:
     weights = sum(linear.shape[0] * linear.shape[1] for linear in linears)
     zeros = sum(linear.zeros_after for linear in linears)
     return {"weights": weights, "zeros": zeros, "sparsity": zeros / weights if weights else 0.0}
+
+
+_TRAINED: dict[Mode, str] = {
+    "lora": "low-rank layers added to its linears (LoRA)",
+    "masked": "all its weights except the pruned ones",
+    "full": "all its weights",
+    "scales": "the row scales and column steps of its linears, norm weights and biases",
+}
+_KEPT: dict[Mode, str] = {
+    "lora": "Every pruned weight is still zero",
+    "masked": "Every pruned weight is still zero",
+    "full": "Its shapes are those of the smaller model",
+    "scales": "All integers are those of the compressed model",
+}
+
+
+def checkpoint_card(record: RecoveryRecord, card: str | None) -> str:
+    """The pruned model's card with a section about its recovery."""
+    section = f"{_section(record)} Figures are in `{record.FILE}`."
+    return extended_card(card, "Recovery", section, name=f"{source_name(record)}, recovered")
+
+
+def adapter_card(record: RecoveryRecord, base: str, source: Path) -> str:
+    """The card of an adapter, with the fields that the cards of peft have."""
+    return result_card(
+        record,
+        "adapter",
+        [_section(record)],
+        tags=["lora", "pruned", "sparse"],
+        fields={"base_model": base, "library_name": "peft"},
+        source=source,
+    )
+
+
+def _section(record: RecoveryRecord) -> str:
+    target = "the dense model" if record.teacher is not None else "the text alone"
+    mode, inputs = record.recipe.mode, record.inputs
+    return (
+        f"Recovered by prunus. Trained: {_TRAINED[mode]}, on {inputs.text}, "
+        f"{bos_words(inputs.bos)}, learning from {target}. {_KEPT[mode]}."
+    )

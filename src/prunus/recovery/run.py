@@ -30,8 +30,7 @@ from prunus.recovery.trainable import Trainable
 from prunus.recovery.training import Step, Training
 from prunus.runs.folder import ResultFolder, find_earlier, held
 from prunus.runs.options import RunOptions
-from prunus.runs.progress import Shown
-from prunus.runs.progress_bar import shows_progress
+from prunus.runs.progress import Shown, shows_progress
 
 # Options of other runs. A whole model is trained, as transformers defines it.
 _NOT_TAKEN = ("memory", "tokenizer", "trust_remote_code")

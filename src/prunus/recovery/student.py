@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from prunus.hardware.memory import keep_freed_memory
+from prunus.model.adapter import add_lora
 from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.experts import split_loaded_experts
+from prunus.model.linears import Linear
 from prunus.model.loading import load_model
 from prunus.recovery.job import RecoveryJob
-from prunus.recovery.lora import lora
-from prunus.recovery.masks import block_linears, pruned_linears, unpruned_linears
+from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.scales import dense_size, scales
-from prunus.recovery.trainable import Trainable, full, masked
+from prunus.recovery.trainable import (
+    Trainable,
+    block_linears,
+    full,
+    masked,
+    pruned_linears,
+    unpruned_linears,
+)
 
 # Up to this many tokens per window, the fused attention of torch is slower on a CPU than two
 # batched matrix products.
@@ -67,3 +76,69 @@ def _load(job: RecoveryJob, folder: Path, dtype: torch.dtype) -> Any:
     short = job.recipe.seqlen <= _MAX_EAGER_TOKENS
     attention = "eager" if job.device.type == "cpu" and short else None
     return load_model(folder, dtype, attention=attention, mapped=False).to(job.device)
+
+
+_QUERY_AND_VALUE = ("q_proj", "v_proj")
+#: Names under which some families store query, key and value in one matrix.
+_FUSED = ("query_key_value", "qkv_proj", "c_attn", "Wqkv")
+
+
+def default_target_modules(names: Iterable[str]) -> tuple[str, ...]:
+    """The names of the query and value projections, or of the matrix that holds them.
+
+    >>> default_target_modules(["h.0.attn.c_attn", "h.0.mlp.c_fc"])
+    ('c_attn',)
+    """
+    known = {name.rpartition(".")[2] for name in names}
+    if known.issuperset(_QUERY_AND_VALUE):
+        return _QUERY_AND_VALUE
+    fused = tuple(name for name in _FUSED if name in known)
+    if not fused:
+        raise ValueError(
+            "the query and value projections of this model have unknown names; choose "
+            f"`target_modules` among {', '.join(sorted(known))}"
+        )
+    return fused
+
+
+def lora(
+    model: Any, linears: Mapping[str, Linear], recipe: RecoveryOptions, base: str
+) -> Trainable:
+    """Add fresh LoRA layers to linears; `Trainable.model` is then a peft model.
+
+    Args:
+        recipe: Rank, scale, seed, and the last parts of the names of the linears to extend.
+    """
+    targets = recipe.target_modules or default_target_modules(linears)
+    last_parts = {name: name.rpartition(".")[2] for name in linears}
+    for target in targets:
+        if target not in last_parts.values():
+            raise ValueError(
+                f"target_modules {target!r} names none of the linears; their names are "
+                f"{', '.join(sorted(set(last_parts.values())))}"
+            )
+    selected = {name: x for name, x in linears.items() if last_parts[name] in targets}
+    for name, linear in selected.items():
+        if recipe.rank > min(linear.shape):
+            raise ValueError(
+                f"rank {recipe.rank} is more than {name} of shape {linear.shape} can have: "
+                f"lower `rank` to {min(linear.shape)} or less"
+            )
+    orientations = {linear.transposed for linear in selected.values()}
+    if len(orientations) > 1:
+        raise ValueError(
+            f"target_modules {','.join(targets)} mixes linears that store their weight "
+            "transposed with others; train them in two runs"
+        )
+    model.requires_grad_(False)
+    adapted = add_lora(
+        model,
+        targets,
+        rank=recipe.rank,
+        alpha=recipe.alpha,
+        seed=recipe.seed,
+        base=base,
+        transposed=orientations.pop(),
+    )
+    parameters = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    return Trainable(adapted, parameters, added=sum(p.numel() for p in parameters.values()))

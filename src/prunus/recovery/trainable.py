@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from prunus.model.linears import Linear
-from prunus.recovery.masks import kept_rms, mask_of
+from prunus.model.block_lists import find_block_list
+from prunus.model.linears import Linear, find_linears
+from prunus.pruning.manifest import Manifest
+from prunus.recovery.record import LinearMask, RecoveryRecord
 
 
 @dataclass(frozen=True)
@@ -62,3 +66,117 @@ def full(model: Any, linears: Mapping[str, Linear]) -> Trainable:
 def _all(model: nn.Module) -> dict[str, nn.Parameter]:
     model.requires_grad_(True)
     return dict(model.named_parameters())
+
+
+#: Fraction of zeros from which a linear counts as pruned if no record names the pruned linears.
+_MIN_ZERO_FRACTION = 0.05
+
+
+def mask_of(weight: torch.Tensor) -> torch.Tensor:
+    """Return the mask of a weight: bool of its shape, True for kept weights.
+
+    >>> mask_of(torch.tensor([[0.5, 0.0]]))
+    tensor([[ True, False]])
+    """
+    return weight != 0
+
+
+def kept_rms(linears: Mapping[str, Linear]) -> float:
+    """Return the root mean square of all kept weights of these linears; 1 if there are none."""
+    squares, kept = 0.0, 0
+    for linear in linears.values():
+        # Sum in float64: float32 sums of this many squares lose digits.
+        weight = linear.parameter.detach()
+        squares += float(weight.float().square().sum(dtype=torch.float64))
+        kept += int(torch.count_nonzero(mask_of(linear.parameter)))
+    return math.sqrt(squares / kept) if squares else 1.0
+
+
+def block_linears(model: nn.Module) -> dict[str, Linear]:
+    """All linears in the blocks of a model by full name."""
+    path, blocks = find_block_list(model)
+    return {
+        f"{path}.{i}.{x.name}": x for i, block in enumerate(blocks) for x in find_linears(block)
+    }
+
+
+def pruned_linears(model: nn.Module, folder: Path) -> dict[str, Linear]:
+    """The pruned linears of a model that was loaded from `folder`, by full name.
+
+    Fused experts must have been split; see `split_loaded_experts`.
+    """
+    linears = block_linears(model)
+    head = _head_name(model)
+    if head is not None:
+        linears[head] = Linear(head, model.get_submodule(head))
+    recorded = _recorded_linears(folder, head)
+    found = {name: x for name, x in linears.items() if _is_pruned(name, x.weight_OI, recorded)}
+    if not found:
+        raise ValueError(
+            f"{folder} has no pruned linears: no {Manifest.FILE} names any, and none has "
+            f"{_MIN_ZERO_FRACTION:.0%} zeros; prune it first (prunus prune)"
+        )
+    return found
+
+
+def unpruned_linears(model: nn.Module, folder: Path) -> dict[str, Linear]:
+    """The linears in the blocks of a model without pruned weights, by full name."""
+    linears, recorded = block_linears(model), _recorded_linears(folder, None)
+    pruned = [name for name, x in linears.items() if _is_pruned(name, x.weight_OI, recorded)]
+    if pruned:
+        raise ValueError(
+            f"{folder} has pruned linears ({pruned[0]} and others), whose zeros mode full would "
+            "fill: choose mode masked"
+        )
+    return linears
+
+
+def _head_name(model: nn.Module) -> str | None:
+    """Full name of the output head, if it is a linear of its own and not the embedding."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+    if not isinstance(head, nn.Linear) or head.weight is embedding.weight:
+        return None
+    return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def _recorded_linears(folder: Path, head: str | None) -> set[str] | None:
+    """Full names of the pruned linears by the records in a folder; None if there is no record.
+
+    `prunus.json` says that the output head was pruned, but not its name, so `head` gives it.
+    """
+    if (folder / RecoveryRecord.FILE).exists():
+        return set(RecoveryRecord.load(folder).linears)
+    if not (folder / Manifest.FILE).exists():
+        return None
+    manifest = Manifest.load(folder)
+    names = {f"{block.name}.{linear}" for block in manifest.blocks for linear in block.linears}
+    return names | ({head} if manifest.head is not None and head is not None else set())
+
+
+def _is_pruned(name: str, weight: torch.Tensor, recorded: Collection[str] | None) -> bool:
+    if recorded is not None:
+        return name in recorded
+    return float((weight == 0).float().mean()) >= _MIN_ZERO_FRACTION
+
+
+def check_zeros(
+    name: str, shape: tuple[int, int], before: torch.Tensor, after: torch.Tensor
+) -> LinearMask:
+    """Check, weight by weight, that every zero of a linear is still zero.
+
+    Args:
+        shape: (out, in).
+        before, after: The weight as it was stored and as it will be, in the same orientation.
+
+    >>> before = torch.tensor([[0.0, 1.0, 2.0]])
+    >>> check_zeros("up_proj", (1, 3), before, 2 * before)
+    LinearMask(shape=(1, 3), zeros_before=1, zeros_after=1)
+    """
+    pruned = before == 0
+    grown = int(torch.count_nonzero(after[pruned]))
+    if grown:
+        raise RuntimeError(
+            f"{name}: {grown} pruned weights are not zero after training; nothing was written"
+        )
+    zeros_after = after.numel() - int(torch.count_nonzero(after))
+    return LinearMask(shape=shape, zeros_before=int(pruned.sum()), zeros_after=zeros_after)

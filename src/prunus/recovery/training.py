@@ -18,7 +18,7 @@ import torch
 from prunus.calibration.training_text import TrainingText
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.hardware.numerics import native_bfloat16
-from prunus.pruning.reconstruction.learning_rate import learning_rate
+from prunus.pruning.reconstruction.train import learning_rate
 from prunus.recovery.checkpoints import Checkpoints, TrainingState
 from prunus.recovery.loss import next_token_loss
 from prunus.recovery.options import RecoveryOptions

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from prunus.pruning.records import mean_error
+from prunus.pruning.manifest import mean_error
 from prunus.reporting.run_sections import block_errors, lines_over_blocks
 from prunus.runs.document import Column, Part, Section, Table, table_of
 

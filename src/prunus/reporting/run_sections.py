@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from prunus.compression.record import CompressionRecord
-from prunus.pruning.records import mean_error
+from prunus.pruning.manifest import mean_error
 from prunus.runs.document import (
     Facts,
     HeatMap,

@@ -8,20 +8,14 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from prunus.distributed import Ranks
 from prunus.methods.statistics import Needs, statistics_bytes
 from prunus.model.skeleton import Skeleton
-from prunus.model.source import CheckpointSource, ModuleSource
-from prunus.runs.block_memory import (
-    BYTES_PER_PRUNED_WEIGHT,
-    BlockMemory,
-    paused_bytes,
-    transient_bytes,
-)
-from prunus.runs.hashed_source import HashedSource
+from prunus.model.source import CheckpointSource, ModuleSource, Source, tensors_digest
 from prunus.runs.options import RunOptions, WindowOptions
 from prunus.runs.record import Walk
 
@@ -229,3 +223,131 @@ class RunJob:
             return 0
         spilled = max(memory.hidden for memory in self.block_memory) if self.spills else 0
         return self.file_bytes() + spilled
+
+
+#: Temporaries per weight of a linear while it is pruned: the float32 weight and score, the sorted
+#: copy of the score, and the result in the checkpoint's 2-byte dtype.
+BYTES_PER_PRUNED_WEIGHT = 14
+
+
+@dataclass(frozen=True)
+class BlockMemory:
+    """The memory of one block by purpose, in bytes.
+
+    >>> memory = BlockMemory(weights=40, working=20, hidden=8, paused=16, transient=4)
+    >>> memory.total(hidden=True, paused=True), memory.minimum
+    (88, 64)
+
+    Attributes:
+        weights: The block in the dtype of the computation, the block as stored, and the pruned
+            tensors that wait to be written.
+        working: The temporaries of the largest linear while it is pruned, and its input
+            statistics.
+        hidden: The hidden states of all windows between two blocks.
+        paused: What windows that pause at a linear hold next to their hidden states; see
+            `paused_bytes`.
+        transient: The activations of one batch's forward pass; see `transient_bytes`.
+    """
+
+    weights: int
+    working: int
+    hidden: int
+    paused: int
+    transient: int
+
+    def total(self, *, hidden: bool, paused: bool) -> int:
+        """Bytes in all.
+
+        Args:
+            hidden: Whether hidden states stay in this memory (otherwise in a file or on the host).
+            paused: Whether all windows pause at once (lockstep; otherwise replay or two passes).
+        """
+        always = self.weights + self.working + self.transient
+        return always + hidden * self.hidden + paused * self.paused
+
+    @property
+    def minimum(self) -> int:
+        """Bytes with the hidden states elsewhere and one batch in flight."""
+        return self.total(hidden=False, paused=False)
+
+
+def paused_bytes(tokens: int, hidden: int, widest: int, itemsize: int) -> int:
+    """Bytes that paused windows hold next to their hidden states.
+
+    Per token these are four hidden states (residual, normed input, and queries with keys and
+    values), and one activation as wide as the widest linear.
+
+    >>> paused_bytes(tokens=10, hidden=4, widest=16, itemsize=2)
+    640
+    """
+    return tokens * (4 * hidden + widest) * itemsize
+
+
+def transient_bytes(tokens: int, hidden: int, widest: int, itemsize: int) -> int:
+    """Bytes of the activations of one forward pass over `tokens` tokens.
+
+    The arguments are those of `paused_bytes`. The peak lies in the feed-forward network: six hidden
+    states and three activations of the widest linear are alive there.
+
+    >>> transient_bytes(tokens=10, hidden=4, widest=16, itemsize=2)
+    1440
+    """
+    return tokens * (6 * hidden + 3 * widest) * itemsize
+
+
+# Tokens of one forward pass: enough for large matrix products, few enough to stay in the cache.
+_TOKENS_PER_BATCH = 4096
+
+
+def windows_per_batch(samples: int, window_tokens: int, for_training: bool = False) -> int:
+    """The default batch size, at least 1 window.
+
+    >>> windows_per_batch(samples=128, window_tokens=512)
+    8
+    >>> windows_per_batch(samples=128, window_tokens=512, for_training=True)
+    4
+    >>> windows_per_batch(samples=3, window_tokens=512)
+    3
+    """
+    windows = min(samples, _TOKENS_PER_BATCH // window_tokens)
+    return max(1, windows // 2 if for_training else windows)
+
+
+def check_measured(digests: dict[str, str], block: str, digest: str) -> None:
+    """Check that a block still has the weights that a measurement before the run read.
+
+    Args:
+        digests: Name of a block -> SHA-256 of the weights that were read.
+        digest: SHA-256 of its weights now.
+    """
+    if digests.get(block, digest) != digest:
+        raise FileExistsError(
+            f"{block} of the source is not what it was when the run measured the model: the "
+            "checkpoint was changed since. Put it back as it was, or choose `overwrite` to start "
+            "again"
+        )
+
+
+class HashedSource:
+    """Reads blocks of another source, and notes or compares what it reads for the first time.
+
+    Args:
+        digests: Name of a block -> SHA-256 of its weights; gets an entry for each block.
+    """
+
+    def __init__(self, source: Source, skeleton: Skeleton, digests: dict[str, str]) -> None:
+        self._source, self._skeleton, self._digests = source, skeleton, digests
+        self._seen: set[int] = set()
+
+    def block(self, index: int, pinned: bool = False) -> dict[str, torch.Tensor]:
+        """The tensors of a block, as the other source reads them."""
+        found = self._source.block(index, pinned)
+        if index not in self._seen:
+            self._seen.add(index)
+            name, digest = self._skeleton.block_name(index), tensors_digest(found)
+            check_measured(self._digests, name, digest)
+            self._digests[name] = digest
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)

@@ -9,18 +9,22 @@ Disk and processor work at the same time where memory has room for two more bloc
 from __future__ import annotations
 
 import functools
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 
-from prunus.hardware.memory import HeapTrimmer, peak_memory
-from prunus.runs.blocks import StoredBlock, read_stored
-from prunus.runs.hashed_source import check_measured
-from prunus.runs.job import RunJob
-from prunus.runs.overlap import BackgroundWrites, read_ahead
+from prunus.distributed import RankError, Ranks
+from prunus.hardware.memory import HeapTrimmer, available_memory, peak_memory, resident_memory
+from prunus.hardware.numerics import all_finite
+from prunus.model.source import tensors_digest
+from prunus.runs.job import RunJob, check_measured
 from prunus.runs.progress import Progress
 
 
@@ -124,3 +128,184 @@ def _read(job: RunJob, index: int) -> StoredBlock:
     """
     tensors = job.source.block(index, pinned=job.overlaps and job.device.type == "cuda")
     return read_stored(job.skeleton.block_name(index), tensors)
+
+
+def check_same(ranks: Ranks, name: str, changed: Mapping[str, torch.Tensor]) -> None:
+    """Check that all ranks have pruned to the same bytes. Each must: it continues with its own."""
+    if ranks.size == 1:
+        return
+    digests = ranks.gather_text(tensors_digest(changed))
+    others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        raise RankError(
+            f"{name} was pruned to other bytes on rank {', '.join(map(str, others))} than on "
+            "rank 0: their machines round differently. Run the ranks on machines of one kind"
+        )
+
+
+class StoredBlock(NamedTuple):
+    """A block as a checkpoint stores it.
+
+    Attributes:
+        tensors: its tensors by relative name, in the checkpoint's dtypes.
+        digest: their SHA-256.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    digest: str
+
+
+def read_stored(name: str, tensors: Mapping[str, torch.Tensor]) -> StoredBlock:
+    """Read every byte of a block, and check that all weights are finite."""
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        if tensor.is_floating_point() and not all_finite(tensor):
+            raise ValueError(
+                f"{name}.{key} holds weights that are not finite (NaN or infinity), so the "
+                "block cannot be pruned: check the checkpoint"
+            )
+    return StoredBlock(tensors, tensors_digest(tensors))
+
+
+T = TypeVar("T")
+
+
+def read_ahead(indices: Iterable[int], read: Callable[[int], T], overlaps: bool) -> Iterator[T]:
+    """Yield `read(index)` for each index, and read the next one meanwhile.
+
+    The next one is read from the moment when its predecessor is taken, so the caller computes with
+    one block while the other arrives.
+
+    Args:
+        overlaps: False reads each one when it is asked for.
+
+    >>> list(read_ahead([1, 2, 3], lambda index: 10 * index, overlaps=True))
+    [10, 20, 30]
+    """
+    if not overlaps:
+        yield from map(read, indices)
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="read") as executor:
+        coming: Future[T] | None = None
+        for index in indices:
+            ready, coming = coming, executor.submit(read, index)
+            if ready is not None:
+                yield ready.result()
+            # What was taken can leave memory before the next one is asked for.
+            del ready
+        if coming is not None:
+            yield coming.result()
+
+
+class BackgroundWrites:
+    """Runs writes one at a time and in order, on a thread of its own.
+
+    Leaving the `with` waits for the last write, also if an error ends the run: what is finished is
+    not lost. An error of a write is raised by the next call.
+
+    >>> with BackgroundWrites(overlaps=True) as writes:
+    ...     writes.submit(lambda: print("written"))
+    written
+    """
+
+    def __init__(self, overlaps: bool) -> None:
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="write") if overlaps else None
+        self._last: Future[None] | None = None
+
+    def submit(self, write: Callable[[], None]) -> None:
+        """Wait for the write before this one, then begin this one.
+
+        Raises:
+            Exception: the write before this one failed; its error.
+        """
+        self.wait()
+        if self._executor is None:
+            write()
+        else:
+            self._last = self._executor.submit(_without_gradients, write)
+
+    def wait(self) -> None:
+        """Wait until everything is written.
+
+        Raises:
+            Exception: a write failed; its error.
+        """
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(wait=True)
+        if error is None:
+            self.wait()
+
+
+def _without_gradients(write: Callable[[], None]) -> None:
+    # Each thread has a gradient mode of its own.
+    with torch.no_grad():
+        write()
+
+
+#: With less than this many free bytes, the system begins to swap and to kill.
+_LEAST_FREE = 3 * 10**8
+_SECONDS_BETWEEN_LOOKS = 0.25
+#: Interrupts the main thread. A shell lets programs in the background ignore SIGINT.
+_SIGNAL = signal.SIGUSR1
+
+
+class MemoryWatch:
+    """While active, looks at the memory of this process and of the machine.
+
+    A run within its plan is left alone, whatever other programs take. Where the run holds more than
+    was planned and nearly nothing is free, it ends with a `MemoryError` that gives both figures.
+    Finished blocks are kept.
+    """
+
+    def __init__(self, job: RunJob) -> None:
+        self._planned = job.peak_bytes() + resident_memory()
+        self._fault: str | None = None
+        self._ended = threading.Event()
+        # Only the main thread gets signals.
+        runs_in_main = threading.current_thread() is threading.main_thread()
+        on_host = runs_in_main and job.device.type == "cpu"
+        self._thread = threading.Thread(target=self._look, daemon=True) if on_host else None
+
+    def _look(self) -> None:
+        while not self._ended.wait(_SECONDS_BETWEEN_LOOKS):
+            held = resident_memory()
+            if held > self._planned and available_memory() < _LEAST_FREE:
+                self._fault = (
+                    f"the run holds {held / 1e9:.1f} GB where {self._planned / 1e9:.1f} GB were "
+                    "planned, and no memory is left. Finished blocks are kept: run the same "
+                    "command again with a lower `memory`, such as half of the machine's"
+                )
+                signal.pthread_kill(threading.main_thread().ident or 0, _SIGNAL)
+                return
+
+    def __enter__(self) -> Self:
+        if self._thread is not None:
+            self._handler = signal.signal(_SIGNAL, signal.default_int_handler)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+            signal.signal(_SIGNAL, self._handler or signal.SIG_DFL)
+        if self._fault is not None and isinstance(error, KeyboardInterrupt):
+            raise MemoryError(self._fault) from None

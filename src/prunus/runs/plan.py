@@ -5,27 +5,31 @@ Whatever would make a run fail later fails here, and nothing is written.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from prunus.calibration.windows import check_context
 from prunus.hardware.memory import available_memory, memory_budget, resident_memory
+from prunus.hardware.numerics import native_bfloat16
 from prunus.methods.statistics import Needs
+from prunus.model.calls import hidden_of
 from prunus.model.checkpoint.companions import check_companions
 from prunus.model.checkpoint.output_folder import check_disk
 from prunus.model.checkpoint.reader import resolve_folder
-from prunus.model.device import choose_device
+from prunus.model.device import DTYPES, choose_device
 from prunus.model.kinds import IMAGES, kind_of
 from prunus.model.skeleton import Skeleton
-from prunus.model.source import CheckpointSource, ModuleSource
-from prunus.runs.batch_size import windows_per_batch
-from prunus.runs.compute_dtype import decide_dtype
+from prunus.model.source import CheckpointSource, ModuleSource, Source
 from prunus.runs.folder import bytes_in
-from prunus.runs.job import RunJob
+from prunus.runs.job import RunJob, windows_per_batch
 from prunus.runs.options import RunOptions, WindowOptions
+from prunus.runs.record import RunRecord, Walk
 from prunus.runs.windows import check_inputs
 
 #: Memory that a run leaves to other programs, where the user gives no budget: this share of what is
@@ -130,3 +134,114 @@ def _host_budget(options: RunOptions) -> int:
     free = available_memory()
     kept = max(int(_SHARE_FOR_OTHERS * free), _BYTES_FOR_OTHERS)
     return max(0, free - kept) // options.processes.local_size
+
+
+# From the walk that needs most memory to the one that needs least.
+_WALKS: tuple[Walk, ...] = ("lockstep", "replay", "two_pass")
+
+
+def check_same_on_all_ranks(job: RunJob, record: RunRecord) -> list[Walk]:
+    """Check that all ranks are about to do the same run. All ranks must call this.
+
+    Returns:
+        Per block the walk that all ranks use: lockstep only where it fits on every rank. Replay
+        gives the same bits.
+    """
+    ranks = job.ranks
+    ranks.set_location("the start")
+    own = {
+        "recipe": job.recipe.model_dump(mode="json"),
+        **record.inputs.model_dump(mode="json", exclude={"dtype_reason", "calibration"}),
+        **{key: value for key, value in record.versions.items() if key != "python"},
+        "state": record.state,
+    }
+    gathered = [json.loads(text) for text in ranks.gather_text(json.dumps(own))]
+    with ranks.fail_together():
+        for rank, values in enumerate(gathered):
+            for key, value in gathered[0].items():
+                if values[key] != value:
+                    raise ValueError(
+                        f"rank {rank} has another {key} than rank 0 ({values[key]!r}, not "
+                        f"{value!r}): all ranks need the same options, checkpoint, text and "
+                        "versions, and processors of one kind. `dtype` and `batch` settle what "
+                        "each would decide for itself"
+                    )
+    own_walks = [_WALKS.index(job.walk(index)) for index in range(len(job.skeleton))]
+    return [_WALKS[max(block)] for block in zip(*ranks.gather_ints(own_walks), strict=True)]
+
+
+#: Largest relative change of the first block's output at which bfloat16 counts as harmless.
+MAX_CHANGE = 0.02
+_TRIAL_TOKENS = 256
+
+
+class ComputeDtype(NamedTuple):
+    """The dtype of the forward passes, and the reason for it in words."""
+
+    dtype: torch.dtype
+    reason: str
+
+
+def decide_dtype(
+    requested: str,
+    source: Source,
+    skeleton: Skeleton,
+    device: torch.device,
+    needs: Needs,
+    trust_remote_code: bool = False,
+    adds_ridge: bool = False,
+) -> ComputeDtype:
+    """Choose the dtype of the forward passes.
+
+    Args:
+        requested: auto, float32, bfloat16 or float16.
+        skeleton: The model in the dtype that is stored, which the source is bound to.
+        adds_ridge: Whether the method adds a ridge to a Gram matrix; see `prunus.methods.Method`.
+    """
+    if requested != "auto":
+        return ComputeDtype(DTYPES[requested], "requested")
+    stored = source.stored_dtype
+    if device.type == "cuda":
+        if stored in (torch.bfloat16, torch.float16):
+            return ComputeDtype(stored, "the checkpoint's own, native on this device")
+        return ComputeDtype(torch.float32, "the checkpoint's own")
+    if stored is not torch.bfloat16:
+        name = str(stored).removeprefix("torch.")
+        return ComputeDtype(torch.float32, f"the checkpoint is stored in {name}")
+    if needs == "gram" and not adds_ridge:
+        return ComputeDtype(torch.float32, "the method inverts Gram matrices of little damping")
+    if not native_bfloat16():
+        return ComputeDtype(torch.float32, "this processor has no native bfloat16")
+    change = _trial(source, skeleton, trust_remote_code)
+    if change < MAX_CHANGE:
+        return ComputeDtype(
+            torch.bfloat16, f"native, and changes the first block's output by {change:.2%} only"
+        )
+    return ComputeDtype(
+        torch.float32, f"bfloat16 would change the first block's output by {change:.2%}"
+    )
+
+
+@torch.no_grad()
+def _trial(source: Source, stored: Skeleton, trust_remote_code: bool) -> float:
+    """How much bfloat16 changes what the first block adds to the hidden states.
+
+    Returns:
+        ‖bfloat16 − float32‖ / ‖float32‖ on token ids spread over the vocabulary; infinity if either
+        output is not finite.
+    """
+    outputs = []
+    cpu = torch.device("cpu")
+    for skeleton in (Skeleton(source.config, torch.float32, trust_remote_code), stored):
+        with skeleton.outside_blocks(source.read_outside, cpu):
+            hidden, calls = skeleton.record(skeleton.trial_batch(_TRIAL_TOKENS))
+        block = skeleton.fill(0, source.block(0), cpu)
+        output = hidden_of(block(hidden, *calls[0].args, **calls[0].kwargs))
+        # The residual is left out: it is large and would hide the change.
+        outputs.append((output - hidden).float())
+        skeleton.release(0)
+    exact, rounded = outputs
+    change = float(
+        (rounded - exact).norm() / exact.norm().clamp_min(torch.finfo(torch.float32).tiny)
+    )
+    return change if math.isfinite(change) else float("inf")

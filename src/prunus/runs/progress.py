@@ -1,12 +1,21 @@
-"""What a run says of its progress, and how often where no live bar is shown."""
+"""What a run says of its progress, and the bar that shows it where a person looks.
+
+The command line has displays of its own, see `prunus.reporting.progress`. A function that is called
+from Python shows a bar if standard error is a terminal, or if the code runs in a notebook.
+Everywhere else nothing is printed. Imports no torch.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from html import escape
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 SECONDS_BETWEEN_LINES = 15.0
 
@@ -125,3 +134,123 @@ def terminal_bar(title: str, console: Any = None) -> Iterator[Callable[[Shown], 
 def one_line(text: str) -> str:
     """Names come from files of others: no character of them commands a terminal."""
     return "".join(letter if letter.isprintable() else "�" for letter in text)
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+#: Seconds between two changes of a notebook's bar. Each change is a message to the browser.
+_NOTEBOOK_INTERVAL = 0.2
+
+
+class ProgressBar:
+    """What a function calls in place of the caller's `progress`, to change a bar."""
+
+    def __init__(self, update: Callable[[Shown], None], read: Callable[..., Shown]) -> None:
+        self._update, self._read = update, read
+
+    def __call__(self, *step: Any) -> None:
+        """Show a step."""
+        self._update(self._read(*step))
+
+    def say(self, text: str) -> None:
+        """Show what is being prepared, before the first step."""
+        self._update(Shown(None, text))
+
+
+def shows_progress(title: str, read: Callable[..., Shown]) -> Callable[[_Function], _Function]:
+    """Give a function a keyword `progress`: True shows a bar, and a function is called.
+
+    The function itself gets the keywords `report` and `announce` of `RunOptions` in its place, or
+    `progress` if it has a parameter of that name. With False and None, and where nobody would see
+    a bar, the value is None.
+    """
+
+    def decorate(function: _Function) -> _Function:
+        signature = inspect.signature(function)
+        own = "progress" in signature.parameters
+        keyword = inspect.Parameter("progress", inspect.Parameter.KEYWORD_ONLY, default=True)
+
+        @functools.wraps(function)
+        def showing(*arguments: Any, progress: Any = True, **options: Any) -> Any:
+            from prunus.distributed import is_rank_0  # It imports torch.
+
+            name = "progress" if own else "report"
+            if callable(progress):
+                return function(*arguments, **{name: progress}, **options)
+            place = _place() if progress and is_rank_0() else None
+            if place is None:
+                return function(*arguments, **{name: None}, **options)
+            with (_notebook_bar if place == "notebook" else terminal_bar)(title) as update:
+                bar = ProgressBar(update, read)
+                said = {} if own else {"announce": bar.say}
+                return function(*arguments, **{name: bar}, **said, **options)
+
+        if not own:
+            showing.__signature__ = signature.replace(  # type: ignore[attr-defined]
+                parameters=[*signature.parameters.values(), keyword]
+            )
+        return cast(_Function, showing)
+
+    return decorate
+
+
+def pruning_step(step: Progress) -> Shown:
+    """What a bar shows after a block.
+
+    >>> pruning_step(Progress(1, 4, "block 0 pruned", seconds=10.0, peak_memory=2 * 10**9))
+    Shown(share=0.25, state='1/4 blocks, left 0:30, peak 2.0 GB')
+    """
+    left = eta(step.done, step.total, step.seconds)
+    state = f"{step.done}/{step.total} blocks, left {left}, peak {step.peak_memory / 1e9:.1f} GB"
+    return Shown(step.done / step.total, state)
+
+
+def window_step(done: float, total: float) -> Shown:
+    """What a bar shows after some windows.
+
+    >>> window_step(3, 12)
+    Shown(share=0.25, state='3/12 windows')
+    """
+    return Shown(done / total, f"{done:.0f}/{total:.0f} windows")
+
+
+def _place() -> Literal["notebook", "terminal"] | None:
+    """Where a person sees a bar."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if shell is not None and getattr(shell, "kernel", None) is not None:
+        return "notebook"
+    return "terminal" if sys.stderr is not None and sys.stderr.isatty() else None
+
+
+@contextlib.contextmanager
+def _notebook_bar(title: str) -> Iterator[Callable[[Shown], None]]:
+    """Show a bar as HTML, which needs no widgets, and change it where it stands."""
+    from IPython.display import HTML, display
+
+    started = time.monotonic()
+    last = Shown(None, "…")
+    due = LineInterval(_NOTEBOOK_INTERVAL)
+    place = display(HTML(_markup(title, last, 0.0)), display_id=True)
+
+    def show() -> None:
+        place.update(HTML(_markup(title, last, time.monotonic() - started)))
+        due.restart()
+
+    def update(shown: Shown) -> None:
+        nonlocal last
+        last = Shown(last.share if shown.share is None else shown.share, shown.state)
+        if due.due():
+            show()
+
+    try:
+        yield update
+    finally:
+        show()
+
+
+def _markup(title: str, shown: Shown, seconds: float) -> str:
+    value = "" if shown.share is None else f' value="{shown.share:.4f}"'
+    minutes, rest = divmod(round(seconds), 60)
+    return (
+        f'<div>{escape(title)} <progress max="1"{value} style="width: 20em"></progress> '
+        f"{minutes}:{rest:02} {escape(one_line(shown.state))}</div>"
+    )

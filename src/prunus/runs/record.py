@@ -6,12 +6,14 @@ verb adds fields of its own. Imports no torch.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prunus.model.checkpoint.atomic_files import read_json, write_json
+from prunus.model.checkpoint.card import add_tags, base_model, inherited_fields, with_fields
 from prunus.options import Options
 
 _Record = TypeVar("_Record", bound=BaseModel)
@@ -199,3 +201,59 @@ def _brief(value: Any) -> str:
     """A value in an error; of a hash, its beginning."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:12]}…"
+
+
+def source_name(record: RunRecord) -> str:
+    """The name of the model that a result was made from, without the folders above it."""
+    return Path(record.source).name or record.source
+
+
+def result_card(
+    record: RunRecord,
+    title: str,
+    paragraphs: Iterable[str],
+    *,
+    tags: Iterable[str],
+    fields: Mapping[str, str | None] | None = None,
+    source: Path | None = None,
+) -> str:
+    """The card of a model that a run has made.
+
+    Args:
+        fields: Further fields, as YAML; None leaves one out.
+    """
+    body = "\n\n".join(
+        [
+            f"# {source_name(record)}, {title}",
+            *paragraphs,
+            f"All figures are in `{record.FILE}`.",
+            f"```toml\n{record.recipe.to_toml().rstrip()}\n```",
+        ]
+    )
+    known = {
+        **inherited_fields(source),
+        "base_model": base_model(record.source, source),
+        "library_name": "transformers",
+        "tags": f"[{', '.join(['prunus', *tags])}]",
+    }
+    return with_fields(f"{body}\n", known | dict(fields or {}))
+
+
+def extended_card(
+    card: str | None,
+    title: str,
+    section: str,
+    *,
+    name: str,
+    tags: Iterable[str] = (),
+    without: Iterable[str] = (),
+) -> str:
+    """The card of a model with a section about what was done to it afterwards.
+
+    A section with the same title, and all that follows it, is replaced.
+
+    Args:
+        card: Of the model, or None.
+    """
+    before = (card if card is not None else f"# {name}\n").split(f"## {title}\n")[0].rstrip()
+    return add_tags(f"{before}\n\n## {title}\n\n{section.rstrip()}\n", tags, without)

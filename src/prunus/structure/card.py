@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prunus.runs.card import result_card, source_name
-from prunus.runs.record import bos_words
+from prunus.runs.record import bos_words, result_card, source_name
 from prunus.structure.record import StructureRecord
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.names import names_in_model
-from prunus.runs.block_folder import BlockFolder
+from prunus.runs.folder import BlockFolder
 from prunus.runs.loop import Made
 from prunus.runs.record import OUTSIDE_SHARD, shard_name
 from prunus.structure.card import structure_card

@@ -25,9 +25,8 @@ from prunus.model.config_fields import (
 from prunus.model.experts import Experts
 from prunus.model.kinds import require_causal
 from prunus.model.skeleton import Skeleton
-from prunus.pruning.reconstruction.memory import training_bytes
-from prunus.runs.batch_size import windows_per_batch
-from prunus.runs.job import RunJob
+from prunus.pruning.reconstruction.reconstruct_block import training_bytes
+from prunus.runs.job import RunJob, windows_per_batch
 from prunus.runs.options import RunOptions
 from prunus.runs.plan import check_memory, open_model
 from prunus.structure.layout import check_same_blocks

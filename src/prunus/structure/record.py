@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from prunus.pruning.records import ReconstructionRecord
+from prunus.pruning.manifest import ReconstructionRecord
 from prunus.runs.record import BlockwiseRecord
 from prunus.structure.recipe import StructureRecipe
 

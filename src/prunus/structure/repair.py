@@ -19,9 +19,9 @@ from torch import Tensor
 from prunus.distributed import Ranks, split_range
 from prunus.model.stream import Stream
 from prunus.pruning.job import training_dtype
+from prunus.pruning.manifest import ReconstructionRecord
 from prunus.pruning.reconstruction.reconstruct_block import BlockReconstructor
 from prunus.pruning.reconstruction.schedule import ReconstructionSettings
-from prunus.pruning.records import ReconstructionRecord
 from prunus.runs.record import Walk
 from prunus.structure.layout import shapes_of
 from prunus.structure.plan import SmallerModel, StructureJob

@@ -25,9 +25,8 @@ from prunus.options import takes
 from prunus.runs.folder import find_earlier, held
 from prunus.runs.loop import run_blocks
 from prunus.runs.options import RunOptions
-from prunus.runs.plan import check_room
-from prunus.runs.progress_bar import pruning_step, shows_progress
-from prunus.runs.rank_checks import check_same_on_all_ranks
+from prunus.runs.plan import check_room, check_same_on_all_ranks
+from prunus.runs.progress import pruning_step, shows_progress
 from prunus.runs.windows import calibration_windows, given_windows, run_inputs
 from prunus.structure.blocks import choose_blocks
 from prunus.structure.output import SmallerFolder

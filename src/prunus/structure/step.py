@@ -16,9 +16,8 @@ from torch import Tensor
 
 from prunus.distributed import own_part
 from prunus.model.stream import Stream
-from prunus.pruning.reconstruction.batches import step_parts, step_ranks
-from prunus.runs.blocks import StoredBlock, check_same
-from prunus.runs.loop import Made
+from prunus.pruning.reconstruction.reconstruct_block import step_parts, step_ranks
+from prunus.runs.loop import Made, StoredBlock, check_same
 from prunus.runs.record import Walk
 from prunus.structure.experts import choose_experts
 from prunus.structure.layout import axis_that_changes, cut, old_names, shapes_of

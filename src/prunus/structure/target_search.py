@@ -24,8 +24,8 @@ from torch import Tensor
 
 from prunus.model.skeleton import Skeleton
 from prunus.model.stream import Stream
-from prunus.runs.blocks import read_stored
-from prunus.runs.rank_checks import check_same_on_all_ranks
+from prunus.runs.loop import read_stored
+from prunus.runs.plan import check_same_on_all_ranks
 from prunus.structure.blocks import (
     blocks_left,
     candidate_states,

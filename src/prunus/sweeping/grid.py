@@ -25,8 +25,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from prunus.options.declaration import explain
-from prunus.options.toml import read_toml
+from prunus.options.declaration import explain, read_toml
 from prunus.pruning.recipe import Recipe
 from prunus.runs.options import DtypeName
 

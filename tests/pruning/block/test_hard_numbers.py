@@ -12,7 +12,7 @@ from prunus.methods.statistics import InputStatistics, StatisticsSpec
 from prunus.model.linears import Linear
 from prunus.pruning.block.linear import prune_linear
 from prunus.pruning.block.settings import LinearSettings
-from prunus.pruning.records import LinearRecord
+from prunus.pruning.manifest import LinearRecord
 from tiny import tiny_checkpoint, token_ids
 
 NAME = "model.layers.3.mlp.up_proj"

@@ -4,8 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from prunus.pruning.reconstruction.kl_loss import CHUNK_TOKENS, LOGIT_STRIDE, kl_divergence
-from prunus.pruning.reconstruction.output_loss import relative_error
+from prunus.pruning.reconstruction.kl_loss import (
+    CHUNK_TOKENS,
+    LOGIT_STRIDE,
+    kl_divergence,
+    relative_error,
+)
 from prunus.pruning.reconstruction.schedule import ReconstructionSchedule, default_schedule
 from prunus.pruning.reconstruction.train import (
     BlockBatches,

@@ -6,13 +6,16 @@ The only forward hooks of prunus are here.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from prunus.distributed import Ranks
+from prunus.methods.statistics import Needs
+from prunus.model.experts import Experts
 from prunus.model.linears import Linear
-from prunus.pruning.block.expert_tokens import ExpertCounter
 
 
 def tokens_of(x: torch.Tensor) -> torch.Tensor:
@@ -85,3 +88,92 @@ def output_hooks(
     finally:
         for handle in handles:
             handle.remove()
+
+
+#: An expert with fewer tokens than this loses less when it is pruned by the statistics of all
+#: tokens. Norms need few tokens; a Gram matrix of few tokens has no full rank. The measurements are
+#: in docs/reference/models.md.
+MIN_TOKENS: dict[Needs, int] = {"none": 0, "norms": 32, "gram": 512}
+
+
+def min_expert_tokens(needs: Needs, requested: int | None) -> int:
+    """The tokens below which an expert is measured on all of them.
+
+    >>> min_expert_tokens("gram", None), min_expert_tokens("gram", 100)
+    (512, 100)
+    >>> min_expert_tokens("none", 100)
+    0
+    """
+    if needs == "none":
+        return 0
+    return MIN_TOKENS[needs] if requested is None else requested
+
+
+class ExpertCounter:
+    """Counts the tokens that choose each expert of one experts module."""
+
+    def __init__(self, name: str, experts: Experts, min_tokens: int) -> None:
+        self.name = name
+        self.experts = experts
+        self.min_tokens = min_tokens
+        self._by_batch: dict[int, Tensor] = {}
+        self._tokens_E: list[int] | None = None
+
+    def owns(self, linear: str) -> bool:
+        """Whether a linear, by its name relative to the block, belongs to these experts."""
+        return linear.startswith(f"{self.name}.")
+
+    def count(self, batch: int, chosen_TK: Tensor) -> None:
+        """Count the tokens of one batch; `chosen_TK` holds the numbers of their experts.
+
+        A batch that is run again replaces its earlier count.
+        """
+        chosen = chosen_TK.flatten()
+        # Some models use numbers out of range for slots that no expert fills.
+        known = chosen[(chosen >= 0) & (chosen < self.experts.count)]
+        self._by_batch[batch] = torch.bincount(known, minlength=self.experts.count).cpu()
+
+    def complete(self, ranks: Ranks) -> None:
+        """Add up the counts of all ranks and choose the experts that are measured on all tokens.
+
+        All ranks call it at once, after all their batches are counted.
+        """
+        own_E = sum(self._by_batch.values(), torch.zeros(self.experts.count, dtype=torch.int64))
+        counts = ranks.gather_ints(own_E.tolist())
+        self._tokens_E = [sum(each) for each in zip(*counts, strict=True)]
+        self.experts.measured_on_all = frozenset(
+            number for number, tokens in enumerate(self._tokens_E) if tokens < self.min_tokens
+        )
+
+    def reset(self) -> None:
+        """Let every expert see only the tokens that chose it again."""
+        self.experts.measured_on_all = frozenset()
+
+    def notes(self, linear: str) -> dict[str, Any]:
+        """The manifest's notes on a linear of these experts; none before `complete`."""
+        if self._tokens_E is None:
+            return {}
+        tokens = self._tokens_E[int(linear.removeprefix(f"{self.name}.").partition(".")[0])]
+        if tokens >= self.min_tokens:
+            return {"routed_tokens": tokens}
+        return {
+            "routed_tokens": tokens,
+            "measured_on": (
+                f"all tokens of the block: fewer than {self.min_tokens} chose this expert"
+            ),
+        }
+
+
+def find_expert_counters(
+    block: nn.Module, linears: Iterable[str], min_tokens: int
+) -> list[ExpertCounter]:
+    """Make a counter for every experts module of a block that owns one of `linears`."""
+    if min_tokens == 0:
+        return []
+    names = list(linears)
+    counters = [
+        ExpertCounter(name, module, min_tokens)
+        for name, module in block.named_modules()
+        if isinstance(module, Experts)
+    ]
+    return [counter for counter in counters if any(counter.owns(name) for name in names)]

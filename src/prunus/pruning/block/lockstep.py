@@ -12,7 +12,7 @@ here inside a forward pre-hook. So the statistics of every linear come from a bl
 linears are pruned already, and yet the block runs only once.
 
 Linears with the very same input (q, k and v; gate and up) share their statistics. Before experts
-all batches pause as well, until the tokens of each expert are counted; see `expert_tokens.py`.
+all batches pause as well, until the tokens of each expert are counted; see `hooks.py`.
 
 With several ranks, all of them prune the same linear at the same time. `synchronize` finds the
 next linear, the first that any batch of any rank waits at. A rank without a batch there takes part
@@ -31,8 +31,7 @@ from greenlet import greenlet
 from prunus.distributed import Ranks
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear
-from prunus.pruning.block.expert_tokens import ExpertCounter
-from prunus.pruning.block.hooks import input_hooks, tokens_of
+from prunus.pruning.block.hooks import ExpertCounter, input_hooks, tokens_of
 from prunus.pruning.block.walk import BlockWalk, called_again
 
 #: The tensor that a batch last added to statistics, and the linear that these belong to. The

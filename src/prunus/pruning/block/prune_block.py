@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from prunus.distributed import SINGLE_PROCESS, Ranks, own_part, split_range
 from prunus.hardware.numerics import count_zeros
@@ -28,24 +29,29 @@ from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import Source
 from prunus.model.stream import Stream
-from prunus.pruning.block.block_state import BlockState, FinishedBlock
+from prunus.packed.weight import QuantizedWeight
 from prunus.pruning.block.dense_stream import (
+    DenseBlockInputs,
     DenseStream,
     accumulate_with_drift,
     held_out_batches,
 )
-from prunus.pruning.block.expert_tokens import find_expert_counters, min_expert_tokens
+from prunus.pruning.block.hooks import ExpertCounter, find_expert_counters, min_expert_tokens
 from prunus.pruning.block.linear import LinearFinish, prune_linear
 from prunus.pruning.block.lockstep import lockstep
 from prunus.pruning.block.replay import replay
 from prunus.pruning.block.settings import BlockSettings
 from prunus.pruning.block.two_pass import two_pass
 from prunus.pruning.block.walk import Accumulate, BlockWalk, accumulate_inputs
-from prunus.pruning.reconstruction.batches import step_parts, step_ranks
-from prunus.pruning.reconstruction.reconstruct_block import BlockReconstructor
+from prunus.pruning.manifest import BlockRecord, LinearRecord, ReconstructionRecord
+from prunus.pruning.reconstruction.reconstruct_block import (
+    BlockReconstruction,
+    BlockReconstructor,
+    step_parts,
+    step_ranks,
+)
 from prunus.pruning.reconstruction.schedule import linears_to_train
-from prunus.pruning.records import LinearRecord
-from prunus.runs.blocks import StoredBlock, check_same
+from prunus.runs.loop import StoredBlock, check_same
 from prunus.runs.record import Walk
 
 _WALKS: dict[Walk, Callable[[BlockWalk], list[Linear]]] = {
@@ -305,3 +311,72 @@ class BlockPruner:
 
 def _discard(_batch: int, _output: torch.Tensor) -> None:
     """Drop the output of a block that still changes."""
+
+
+@dataclass(frozen=True)
+class FinishedBlock:
+    """What was made of a block.
+
+    Attributes:
+        changed: the pruned tensors by relative name, in their stored dtype and orientation.
+        packed: the linears that a compressed checkpoint stores as integers, by relative name.
+        record: what the manifest says about the block.
+    """
+
+    changed: dict[str, torch.Tensor]
+    packed: dict[str, QuantizedWeight]
+    record: BlockRecord
+
+
+@dataclass
+class BlockState:
+    """One block while it is pruned.
+
+    Attributes:
+        index: position of the block.
+        name: of the block in the model.
+        stored: its dense tensors by relative name, in the checkpoint's dtypes.
+        digest: SHA-256 of `stored`.
+        module: the block with its weights in place.
+        linears: the linears to prune.
+        walk: how the windows go through it.
+        expert_counters: of its experts modules.
+        dense_inputs: inputs of the dense block, if the run needs them.
+        reconstruction: of this block, or None.
+        changed: the finished tensors by relative name, as far as they differ from `stored`.
+        records: of the linears, by relative name.
+        packed: the linears that a compressed checkpoint stores as integers, by relative name.
+        reconstructed: the record of the reconstruction.
+    """
+
+    index: int
+    name: str
+    stored: Mapping[str, torch.Tensor]
+    digest: str
+    module: nn.Module
+    linears: list[Linear]
+    walk: Walk
+    expert_counters: list[ExpertCounter]
+    dense_inputs: DenseBlockInputs | None
+    reconstruction: BlockReconstruction | None
+    changed: dict[str, torch.Tensor] = field(default_factory=dict)
+    records: dict[str, LinearRecord] = field(default_factory=dict)
+    packed: dict[str, QuantizedWeight] = field(default_factory=dict)
+    reconstructed: ReconstructionRecord | None = None
+
+    @property
+    def finished(self) -> dict[str, torch.Tensor]:
+        """All tensors of the block by relative name, as far as they are pruned."""
+        return {**self.stored, **self.changed}
+
+    def result(self, ranks: int) -> FinishedBlock:
+        """The finished block; the seconds of its record are still missing."""
+        record = BlockRecord(
+            name=self.name,
+            input_sha256=self.digest,
+            walk=self.walk,
+            ranks=ranks,
+            linears={linear.name: self.records[linear.name] for linear in self.linears},
+            reconstruction=self.reconstructed,
+        )
+        return FinishedBlock(self.changed, self.packed, record)

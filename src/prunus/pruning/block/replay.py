@@ -22,8 +22,7 @@ import torch
 
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear
-from prunus.pruning.block.expert_tokens import ExpertCounter
-from prunus.pruning.block.hooks import input_hooks, tokens_of
+from prunus.pruning.block.hooks import ExpertCounter, input_hooks, tokens_of
 from prunus.pruning.block.walk import BlockWalk, called_again
 
 

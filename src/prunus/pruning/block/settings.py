@@ -38,7 +38,7 @@ class BlockSettings:
         device: where blocks run and, between blocks, hidden states live.
         sparsities: the sparsity of single linears, by full name.
         min_expert_tokens: an expert that fewer tokens choose is measured on all tokens; None for
-            the method's own minimum. See `expert_tokens.py`.
+            the method's own minimum. See `hooks.py`.
         reconstruction: how blocks are reconstructed after they are pruned, or None.
         drift_stride: one batch in `drift_stride` also runs through the dense model.
         uses_dense_target: whether a linear with this number of inputs is pruned towards the outputs

@@ -22,7 +22,7 @@ import torch
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear
-from prunus.pruning.block.expert_tokens import ExpertCounter
+from prunus.pruning.block.hooks import ExpertCounter
 
 Forward = Callable[[int], torch.Tensor]
 Finish = Callable[[int, torch.Tensor], None]

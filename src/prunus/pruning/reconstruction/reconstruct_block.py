@@ -10,6 +10,7 @@ inputs and targets on every rank, and runs only the suffix of the block where th
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,12 +19,12 @@ import torch
 from torch import nn
 
 from prunus.distributed import SINGLE_PROCESS, Ranks
+from prunus.model.hidden_states import HiddenStates
 from prunus.model.skeleton import Skeleton
 from prunus.model.stream import Stream
-from prunus.pruning.reconstruction.batches import ReconstructionBatches
+from prunus.pruning.manifest import ReconstructionRecord
 from prunus.pruning.reconstruction.cached_suffix import CachedSuffix, find_suffix, suffix_module
-from prunus.pruning.reconstruction.kl_loss import kl_divergence
-from prunus.pruning.reconstruction.output_loss import OutputLoss
+from prunus.pruning.reconstruction.kl_loss import CHUNK_TOKENS, OutputLoss, kl_divergence
 from prunus.pruning.reconstruction.schedule import (
     PrunedBlock,
     ReconstructionSchedule,
@@ -33,7 +34,7 @@ from prunus.pruning.reconstruction.schedule import (
     split_batches,
 )
 from prunus.pruning.reconstruction.train import BlockBatches
-from prunus.pruning.records import ReconstructionRecord
+from prunus.runs.job import RunJob
 from prunus.runs.record import Walk
 
 Forward = Callable[[int], torch.Tensor]
@@ -217,3 +218,100 @@ def _default_schedule(
     shape = inputs.shape(0)
     hidden = shape[-1] if len(shape) == 3 else shape[1]
     return default_schedule(math.prod(shape) // hidden, hidden, by_token, len(inputs), by_logits)
+
+
+def activation_bytes(
+    tokens: int, window_tokens: int, hidden: int, widest: int, heads: int, itemsize: int
+) -> int:
+    """Bytes of the activations of a block that a backward pass needs.
+
+    Per token these are about 24 hidden states (the residual stream before and after both parts,
+    two norms with their statistics, queries, keys, values, outputs, and the gradients of as many),
+    eight activations of the widest linear (gate, up, their product and its gradients), and four
+    rows of attention scores per head: before and after the softmax, with gradients.
+    """
+    return itemsize * tokens * (24 * hidden + 8 * widest + 4 * heads * window_tokens)
+
+
+def training_bytes(job: RunJob, index: int) -> tuple[int, int]:
+    """Bytes of the training of block `index`: those that stay, and those of one batch."""
+    linears = job.skeleton.linears(index)
+    parameters = sum(p.numel() for p in job.skeleton.blocks[index].parameters())
+    window_tokens, hidden = job.skeleton.window_shape(index, job.recipe.seqlen)
+    tokens = min(job.batch, job.windows) * window_tokens
+    widest = max(max(linear.shape) for linear in linears)
+    heads = int(getattr(job.source.config.get_text_config(), "num_attention_heads", 1) or 1)
+    moves = activation_bytes(tokens, window_tokens, hidden, widest, heads, itemsize=4)
+    if in_front_of_head(job.skeleton, index):
+        # The head, and for some tokens the logits of both models; see `kl_divergence`.
+        vocabulary = job.skeleton.vocabulary
+        moves += vocabulary * hidden * job.dtype.itemsize
+        moves += 24 * CHUNK_TOKENS * job.batch * vocabulary
+    # Six float32 tensors per parameter: the weight, its gradient, Adam's two moments, a copy of the
+    # start and a copy of the best so far.
+    return 6 * 4 * parameters, moves
+
+
+def step_ranks(ranks: Ranks, windows: int, device: torch.device) -> Ranks:
+    """Return the ranks that split the windows of one training step.
+
+    These are all ranks, or only this one if a batch cannot be split. On CUDA they are always all
+    ranks: gradients need not be the same twice there, so even the gradient of a single window comes
+    from one rank for all.
+    """
+    return ranks if windows > 1 or device.type == "cuda" else SINGLE_PROCESS
+
+
+def step_parts(batches: Sequence[torch.Tensor], split: Ranks) -> list[torch.Tensor]:
+    """What a rank may get of each batch in a training step.
+
+    Blocks must know how they are called with as many windows.
+    """
+    return [ids[: len(split.own_range(len(ids)))] for ids in batches]
+
+
+class ReconstructionBatches:
+    """The batches of all ranks as one sequence, in the order of ranks.
+
+    The constructor and `get` synchronize: every rank calls them, in the same order.
+    """
+
+    def __init__(
+        self,
+        states: HiddenStates,
+        chosen: Sequence[int],
+        counts: Sequence[int],
+        ranks: Ranks,
+        split: Ranks,
+        device: torch.device,
+    ) -> None:
+        self._states, self._chosen = states, chosen
+        self._ranks, self._split, self._device = ranks, split, device
+        self._owners = [rank for rank, count in enumerate(counts) for _ in range(count)]
+        self._first = sum(counts[: ranks.rank])
+        # A rank must allocate a batch before it receives it, so all ranks learn shapes and dtypes.
+        layouts = [states.layout(batch) for batch in chosen]
+        own = json.dumps(
+            [[list(shape), str(dtype).removeprefix("torch.")] for shape, dtype in layouts]
+        )
+        self._layouts = [layout for text in ranks.gather_text(own) for layout in json.loads(text)]
+
+    def __len__(self) -> int:
+        return len(self._owners)
+
+    def shape(self, batch: int) -> tuple[int, ...]:
+        """Return the shape of a batch with all its windows."""
+        return tuple(self._layouts[batch][0])
+
+    def get(self, batch: int) -> torch.Tensor:
+        """Return this rank's windows of a batch; there may be none."""
+        owner, (shape, dtype) = self._owners[batch], self._layouts[batch]
+        if owner == self._ranks.rank:
+            # Receivers get contiguous memory. Kernels may round differently on other strides, so
+            # the owner must use the same layout.
+            whole = self._states.get(self._chosen[batch - self._first]).contiguous()
+        else:
+            whole = torch.empty(shape, dtype=getattr(torch, dtype), device=self._device)
+        self._ranks.broadcast(whole, owner)
+        own = self._split.own_range(len(whole))
+        return whole[own.start : own.stop]

@@ -15,11 +15,10 @@ import torch
 from torch import nn
 
 from prunus.distributed import SINGLE_PROCESS, Ranks
+from prunus.pruning.manifest import ReconstructionRecord
 from prunus.pruning.reconstruction.cached_suffix import after_attention
-from prunus.pruning.reconstruction.kl_loss import LOGIT_STRIDE
-from prunus.pruning.reconstruction.output_loss import OutputLoss, relative_error
+from prunus.pruning.reconstruction.kl_loss import LOGIT_STRIDE, OutputLoss, relative_error
 from prunus.pruning.reconstruction.train import BlockBatches, TrainOptions, train_block
-from prunus.pruning.records import ReconstructionRecord
 
 #: One batch in this many is a validation batch: it is not trained on, and chooses the result.
 VALIDATION_STRIDE = 16

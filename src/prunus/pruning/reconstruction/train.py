@@ -30,8 +30,7 @@ from torch import nn
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.hardware.numerics import tf32_products
 from prunus.pruning.reconstruction.cached_suffix import ALL_TOKENS
-from prunus.pruning.reconstruction.learning_rate import learning_rate
-from prunus.pruning.reconstruction.output_loss import OutputLoss, relative_error
+from prunus.pruning.reconstruction.kl_loss import OutputLoss, relative_error
 from prunus.pruning.reconstruction.trained_weights import (
     TrainedWeights,
     in_float32,
@@ -305,3 +304,23 @@ def _interpolations(
         fraction = (3 * before - 4 * middle + after) / (2 * curvature)
         if 0 < fraction < 1 and (fraction := round(8 * fraction) / 8) not in (0, 0.5, 1):
             yield fraction, error_at(fraction)
+
+
+def learning_rate(peak: float, fraction: float, warmup: float = 0.0) -> float:
+    """Return the learning rate when `fraction` of the training is done.
+
+    The shape is that of Loshchilov and Hutter (arXiv 1608.03983) without restarts.
+
+    Args:
+        fraction: how much of the budget is spent, from 0 to 1. The unit of the budget does not
+            matter: steps, tokens or seconds. Values above 1 count as 1.
+        warmup: fraction of the training over which the rate rises from 0, below 1.
+
+    Example:
+        >>> [round(learning_rate(2.0, f, warmup=0.1), 6) for f in (0.0, 0.05, 0.1, 0.55, 1.0)]
+        [0.0, 1.0, 2.0, 1.0, 0.0]
+    """
+    if fraction < warmup:
+        return peak * fraction / warmup
+    decayed = (min(fraction, 1.0) - warmup) / (1.0 - warmup)
+    return peak * (0.5 + 0.5 * math.cos(math.pi * decayed))
