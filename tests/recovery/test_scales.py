@@ -14,7 +14,7 @@ from prunus.model.loading import load_model
 from prunus.packed.linear import PackedLinear
 from prunus.packed.operators import reference_path
 from prunus.recovery.record import RecoveryRecord
-from prunus.recovery.scales import ScaledLinear, scales
+from prunus.recovery.student import ScaledLinear, scales
 from recovery_cases import dense_checkpoint, pruned_checkpoint, recover
 from scripts import run_script
 from tiny import stored

@@ -127,12 +127,12 @@ def _prune_and_recover(
     from prunus.reporting.progress import show_pruning, show_recovery
     from prunus.reporting.tables import recovery_table
 
-    with max_run(model, output, recipe, how, **budget) as checked:
+    with max_run(model, output, recipe, how, **budget) as (prune_first, train):
         with show_pruning(f"{recipe.method} {output}", progress_console()) as progress:
-            manifest = checked.prune(progress, announce=progress)
+            manifest = prune_first(progress, progress)
         with show_recovery(f"training {output}", progress_console()) as progress_of_training:
             steps = Counted(progress_of_training)
-            record = checked.train(steps)
+            record = train(steps)
     steps.log_if_none(output)
     figures = {
         "pruning": manifest.model_dump(mode="json"),

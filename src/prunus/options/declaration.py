@@ -183,7 +183,6 @@ class Range:
     """Which values an option takes.
 
     Attributes:
-        allows: Whether a value is in range.
         must: The range in words, after "must": "lie in (0, 1)".
     """
 

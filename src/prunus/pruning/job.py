@@ -36,8 +36,6 @@ class PruningJob(RunJob):
     """The decisions of one run of prune.
 
     Attributes:
-        linear_settings: How every linear is pruned.
-        selected: Per block the relative names of the linears to prune.
         left_dense: The weights of the blocks that stay dense: full name -> shape.
     """
 
@@ -55,19 +53,11 @@ class PruningJob(RunJob):
     def select(
         cls, found: LinearSelection, source: CheckpointSource | ModuleSource, skeleton: Skeleton
     ) -> LinearSelection:
-        """The part of a selection that the verb can change.
-
-        Raises:
-            ValueError, NotImplementedError: The verb cannot work on this model.
-        """
+        """The part of a selection that the verb can change."""
         return found
 
     def check(self) -> None:
-        """Check what only this verb demands, before any work.
-
-        Raises:
-            ValueError: The recipe cannot be carried out on this model, or not in this memory.
-        """
+        """Check what only this verb demands, before any work."""
 
     def describe(self) -> dict[str, object]:
         """What only this verb adds to a plan, as JSON values."""
@@ -208,7 +198,6 @@ class LinearSelection(NamedTuple):
     """The linears of a model, sorted into those that are pruned and the rest.
 
     Attributes:
-        selected: Per block the relative names of the linears to prune.
         left_dense: All other weights with two or more dimensions in the blocks: full name -> shape.
     """
 
@@ -217,12 +206,7 @@ class LinearSelection(NamedTuple):
 
 
 def select_linears(skeleton: Skeleton, recipe: PruningOptions, pattern: Pattern) -> LinearSelection:
-    """Apply `only` and `ignore` of a recipe to the linears of a model.
-
-    Raises:
-        ValueError: A name pattern matches nothing, or `pattern` does not fit a linear.
-        NotImplementedError: The model stores its experts in an unknown form.
-    """
+    """Apply `only` and `ignore` of a recipe to the linears of a model."""
     by_block = [skeleton.linears(index) for index in range(len(skeleton))]
     recipe.check_names(
         f"{skeleton.block_name(index)}.{linear.name}"

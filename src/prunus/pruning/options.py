@@ -195,11 +195,7 @@ class PruningOptions(MethodOptions, WindowOptions):
         return self
 
     def check_fit(self) -> None:
-        """Check the rules of a verb.
-
-        Raises:
-            ValueError: Two options exclude each other.
-        """
+        """Check the rules of a verb."""
 
     @property
     def n_of_m(self) -> tuple[int, int] | None:

@@ -23,7 +23,6 @@ class PruningOutput(BlockOutput, Protocol):
     """What a run writes to.
 
     Attributes:
-        spill_folder: Where hidden states are kept that do not fit in memory.
         finished: Blocks that an earlier run has written; known after `begin`.
     """
 

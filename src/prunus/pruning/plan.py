@@ -33,12 +33,7 @@ def plan_run(
     kind: type[PruningJob] = PruningJob,
     decided_dtype: str | None = None,
 ) -> PruningJob:
-    """Check everything that needs neither weights nor text, and decide what the recipe leaves open.
-
-    Raises:
-        FileNotFoundError, ValueError, NotImplementedError, OSError: Something does not fit; every
-            message names what was given, what is wrong and what to do.
-    """
+    """Check all that needs neither weights nor text, and decide what the recipe leaves open."""
     settings = _linear_settings(recipe, options.own_method, kind.QUANTIZES)
     method = settings.method
     selections: list[LinearSelection] = []
@@ -82,11 +77,7 @@ def needs_inputs(recipe: PruningOptions, method: Method) -> bool:
 
 
 def _linear_settings(recipe: PruningOptions, own: Method | None, quantizes: bool) -> LinearSettings:
-    """How every linear is pruned: the recipe's method with its refinement and weight update.
-
-    Raises:
-        ValueError: Method, pattern, sparsity and options do not fit together.
-    """
+    """How every linear is pruned: the recipe's method with its refinement and weight update."""
     published = own or get_method(recipe.method)
     method = compose(published, recipe, quantizes)
     # Two passes are the published procedure. There the published solvers also sum in its order.

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -232,21 +233,17 @@ class PruneStep:
     def make(self, place: int, stored: StoredBlock) -> Made:
         started = time.perf_counter()
         walk = self._walks[place]
-        finished = self._pruner.prune(place, stored, self._job.selected[place], walk)
-        record = finished.record
+        made = self._pruner.prune(place, stored, self._job.selected[place], walk)
+        record = made.record
         record.seconds = round(time.perf_counter() - started, 3)
         message = f"{self._record.done} in {record.seconds:.2f} s"
         if record.walk == "replay":
             message += ", with one batch in flight: paused windows do not fit in the memory budget"
-        return Made({**stored.tensors, **finished.changed}, record, message, finished.packed)
+        return replace(made, message=message)
 
 
 def _record(job: PruningJob, windows: Windows, earlier: PruningRecord | None) -> PruningRecord:
-    """A new record, or the record of the run that is resumed.
-
-    Raises:
-        FileExistsError: The earlier run had other inputs.
-    """
+    """A new record, or the record of the run that is resumed."""
     own_sha256 = method_sha256(job.recipe.method, job.options.own_method)
     inputs = run_inputs(job, windows).model_copy(update={"method_sha256": own_sha256})
     if earlier is not None:

@@ -7,11 +7,13 @@ written first, and the first names it, so a kill between the two writes loses ne
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -28,10 +30,7 @@ class TrainingState(BaseModel):
     """How far a training is, over all attempts.
 
     Attributes:
-        step, tokens, seconds: So far. The time includes evaluations.
-        best: Number of the evaluation with the lowest held-out loss.
         stopped: Why training ended before the budget was spent, or None.
-        diverged: Training ended because the loss was not finite.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -78,29 +77,19 @@ class Checkpoints:
     ) -> TrainingState | None:
         """Restore weights and moments, and return the state; None if there is nothing to resume.
 
-        Raises:
-            ValueError: The state is damaged; names the file. Nothing is restored then.
+        Nothing is restored from a damaged state.
         """
         path = self.folder / _STATE_NAME
         if not path.exists():
             return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                state = TrainingState.model_validate_json((file.metadata() or {})[_KEY])
-                if not 0 <= state.best < len(state.evaluations):
-                    raise ValueError(f"evaluation {state.best} of {len(state.evaluations)}")
-                if not self._best(state).exists():
-                    return None
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        with _opened(path) as file:
+            state = TrainingState.model_validate_json((file.metadata() or {})[_KEY])
+            if not 0 <= state.best < len(state.evaluations):
+                raise ValueError(f"evaluation {state.best} of {len(state.evaluations)}")
+            if not self._best(state).exists():
+                return None
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             _check_tensors(tensors, parameters)
-        except (
-            *(SafetensorError, ValidationError, OSError),
-            *(LookupError, TypeError, ValueError, AttributeError, RecursionError),
-        ) as fault:
-            raise ValueError(
-                f"{path} is damaged ({' '.join(str(fault).split())[:200]}), so the training cannot "
-                "go on from it; `overwrite` it to start again"
-            ) from fault
         with torch.no_grad():
             for key, tensor in tensors.items():
                 kind, _, name = key.partition("/")
@@ -113,19 +102,12 @@ class Checkpoints:
 
     def load_best(self, state: TrainingState, parameters: Mapping[str, nn.Parameter]) -> None:
         """Restore the weights with the lowest held-out loss."""
-        path = self._best(state)
-        try:
-            with safe_open(path, framework="pt") as file, torch.no_grad():
-                for name, parameter in parameters.items():
-                    tensor = file.get_tensor(name)
-                    if tensor.shape != parameter.shape:
-                        raise ValueError(f"{name} has shape {tuple(tensor.shape)}")
-                    parameter.copy_(tensor)
-        except (SafetensorError, ValueError, OSError) as fault:
-            raise ValueError(
-                f"{path} is damaged ({' '.join(str(fault).split())[:200]}); `overwrite` it to "
-                "train again"
-            ) from fault
+        with _opened(self._best(state)) as file, torch.no_grad():
+            for name, parameter in parameters.items():
+                tensor = file.get_tensor(name)
+                if tensor.shape != parameter.shape:
+                    raise ValueError(f"{name} has shape {tuple(tensor.shape)}")
+                parameter.copy_(tensor)
 
     def clear(self) -> None:
         """Delete the files: the result is in place, or a new training begins."""
@@ -134,6 +116,22 @@ class Checkpoints:
 
     def _best(self, state: TrainingState) -> Path:
         return self.folder / f"best-{state.evaluations[state.best].step:08d}.safetensors"
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A file of tensors that is open for reading; an error about its content names the file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (
+        *(SafetensorError, ValueError, OSError),
+        *(LookupError, TypeError, AttributeError, RecursionError),
+    ) as fault:
+        raise ValueError(
+            f"{path} is damaged ({' '.join(str(fault).split())[:200]}), so the training cannot "
+            "continue from it; `overwrite` it to start again"
+        ) from fault
 
 
 def _check_tensors(

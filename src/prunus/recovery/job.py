@@ -41,12 +41,8 @@ class RecoveryJob:
     """A checked recovery.
 
     Attributes:
-        model: The pruned or compressed model as the user named it.
-        source: Its checkpoint.
         skeleton: The model without weights, to which the source is bound; None in mode scales.
         teacher: The dense checkpoint, or None.
-        text: Windows to train on and held-out windows.
-        device, dtype: Of matrix products.
         record: A new one, or that of the unfinished or finished recovery in the output folder.
         card: The pruned model's README.md, or None.
     """

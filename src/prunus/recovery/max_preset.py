@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,53 +52,6 @@ _SEQLEN = 512
 _STATE_BYTES = 16
 
 
-@dataclass(frozen=True)
-class MaxRun:
-    """A run of preset max that has passed all checks. Call `prune` first, and then `train`.
-
-    Attributes:
-        training: How the pruned model is trained.
-        options: How the work is done, with the processes of the run.
-        finished: The record if the result is in place already.
-        unfinished: The record of a training that has begun.
-    """
-
-    model: str | Path
-    output: Path
-    recipe: Recipe
-    training: RecoveryOptions
-    options: RunOptions
-    finished: RecoveryRecord | None
-    unfinished: RecoveryRecord | None
-
-    def prune(
-        self,
-        progress: Callable[[Progress], None] | None = None,
-        announce: Callable[[str], None] | None = None,
-    ) -> Manifest:
-        """Prune the dense model into the folder inside `output`, and return the manifest."""
-        if self.finished is not None:
-            return Manifest.load(self.output)
-        ways = {"announce": announce, "report": progress, "resume": None}
-        options = self.options.model_copy(update=ways)
-        return run(self.model, self.output / PRUNED, self.recipe, options)
-
-    def train(self, progress: Callable[[Step], None] | None = None) -> RecoveryRecord:
-        """Train the pruned model, remove its folder, and return the record."""
-        pruned, ranks = self.output / PRUNED, self.options.processes
-        record = self.finished or carry_out(
-            pruned,
-            self.output,
-            self.training,
-            self.options.model_copy(update={"report": progress}),
-            self.model,
-            self.unfinished,
-            name=str(self.model),
-        )
-        ranks.on_rank_0(lambda: _remove(pruned))
-        return record
-
-
 @takes(Recipe, RunOptions)
 def prune_and_recover(
     model: str | Path,
@@ -137,17 +89,23 @@ def prune_and_recover(
     chosen = Recipe.read(recipe, given if recipe is not None else {"preset": "best"} | given)
     how, budget = RunOptions.read(None, work), {"minutes": minutes, "tokens": tokens}
     with max_run(model, Path(output), chosen, how, **budget) as checked:
-        return checked.prune(pruning_progress), checked.train(training_progress)
+        prune, train = checked
+        return prune(pruning_progress), train(training_progress)
 
 
 @contextlib.contextmanager
 def max_run(
     model: str | Path, output: Path, recipe: Recipe, options: RunOptions, **budget: Any
-) -> Iterator[MaxRun]:
-    """Check a run of preset max, and yield it with the folder of the result held.
+) -> Iterator[tuple[Callable[..., Manifest], Callable[..., RecoveryRecord]]]:
+    """Check a run of preset max, and hold the folder of its result.
 
     The arguments and errors are those of `prune_and_recover`.
+
+    Yields:
+        The two steps, to be called in this order: prune(report, announce) and train(report). What
+        they take are callbacks of `RunOptions`.
     """
+    pruned = output / PRUNED
     with options.with_ranks() as joint:
         ranks = joint.processes
         training = training_options(recipe, ranks=ranks.size, **budget)
@@ -165,7 +123,21 @@ def max_run(
                     same = {"teacher": full_fingerprint(source)}
                     finished.check_same_run(training, finished.inputs.model_copy(update=same))
                 ResultFolder(output, finished, ranks=ranks).check_finished()
-            yield MaxRun(model, output, recipe, training, joint, finished, earlier)
+
+            def prune(report: Any = None, announce: Any = None) -> Manifest:
+                if finished is not None:
+                    return Manifest.load(output)
+                ways = {"announce": announce, "report": report, "resume": None}
+                return run(model, pruned, recipe, joint.model_copy(update=ways))
+
+            def train(report: Any = None) -> RecoveryRecord:
+                how = joint.model_copy(update={"report": report})
+                name = str(model)
+                record = finished or carry_out(pruned, output, training, how, model, earlier, name)
+                ranks.on_rank_0(lambda: _remove(pruned))
+                return record
+
+            yield prune, train
 
 
 def plan_training(

@@ -12,25 +12,42 @@ Both models are read into memory before the training. A model that changes durin
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from prunus.compression.record import CompressionRecord
 from prunus.hardware.memory import peak_memory
-from prunus.model.adapter import CONFIG_NAME
+from prunus.model.adapter import CONFIG_NAME, save_adapter
+from prunus.model.checkpoint.atomic_files import write_text
 from prunus.model.checkpoint.output_folder import check_disk
+from prunus.model.checkpoint.reader import Checkpoint
+from prunus.model.names import stored_names
+from prunus.model.skeleton import Skeleton
+from prunus.model.source import CheckpointSource
 from prunus.options import takes
+from prunus.pruning.manifest import Manifest
 from prunus.recovery.checkpoints import Checkpoints, TrainingState
 from prunus.recovery.job import RecoveryJob, check_ranks, default_mode, plan_recovery
-from prunus.recovery.options import RecoveryOptions
+from prunus.recovery.options import Mode, RecoveryOptions
 from prunus.recovery.record import RecoveryRecord
-from prunus.recovery.result import write_result
-from prunus.recovery.student import load_student, load_teacher
-from prunus.recovery.trainable import Trainable
+from prunus.recovery.student import base_name, load_student, load_teacher, trained_tensors
+from prunus.recovery.trainable import Trainable, check_zeros
 from prunus.recovery.training import Step, Training
 from prunus.runs.folder import ResultFolder, find_earlier, held
 from prunus.runs.options import RunOptions
 from prunus.runs.progress import Shown, shows_progress
+from prunus.runs.record import (
+    OUTSIDE_SHARD,
+    bos_words,
+    extended_card,
+    result_card,
+    shard_name,
+    source_name,
+)
+from prunus.structure.record import StructureRecord
 
 # Options of other runs. A whole model is trained, as transformers defines it.
 _NOT_TAKEN = ("memory", "tokenizer", "trust_remote_code")
@@ -193,3 +210,118 @@ def _fill_record(
         "held_out_perplexity_before": state.evaluations[0].perplexity,
         "held_out_perplexity_after": state.evaluations[state.best].perplexity,
     }
+
+
+#: Tensors of the source by name -> what the result has in their place.
+_Replaced = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+# Records of what was done to the source before. They hold for the result as well.
+_KEPT_RECORDS = (Manifest.FILE, CompressionRecord.FILE, StructureRecord.FILE)
+
+
+def write_result(job: RecoveryJob, folder: ResultFolder, trainable: Trainable) -> None:
+    """Write the adapter, or the checkpoint with its zeros checked, and complete the record."""
+    record, source = job.record, job.source
+    if job.recipe.mode == "lora":
+        record.sha256 |= save_adapter(trainable.model, folder.folder)
+        card = adapter_card(record, base_name(job.model), source.checkpoint.folder)
+        write_text(folder.folder / "README.md", card)
+        record.state = "finished"
+        folder.save()
+        return
+    if job.skeleton is not None:
+        # A tied head and embedding are one parameter with two names; both may be stored.
+        changed = dict(trainable.model.named_parameters(remove_duplicate=False))
+    else:
+        trained = trained_tensors(trainable)
+        names = stored_names(trainable.model, source.checkpoint.tensors, trained)
+        changed = {key: trained[name] for key, name in names.items()}
+
+    def replaced(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors after the training, with every zero of the pruned linears checked."""
+        written = {
+            name: changed[name].detach().to("cpu", tensor.dtype) if name in changed else tensor
+            for name, tensor in tensors.items()
+        }
+        for name, linear in trainable.pruned.items():
+            key = f"{name}.weight"
+            if key in written:
+                record.linears[name] = check_zeros(name, linear.shape, tensors[key], written[key])
+        return written
+
+    if job.skeleton is None:
+        _write_as_stored(source.checkpoint, folder, replaced)
+    else:
+        _write_blocks(source, job.skeleton, folder, replaced)
+        weights = sum(linear.shape[0] * linear.shape[1] for linear in record.linears.values())
+        zeros = sum(linear.zeros_after for linear in record.linears.values())
+        sparsity = zeros / weights if weights else 0.0
+        record.totals |= {"weights": weights, "zeros": zeros, "sparsity": sparsity}
+    card = checkpoint_card(record, job.card)
+    folder.finish(record.sha256, card=card, keep_records=_KEPT_RECORDS)
+
+
+def _write_blocks(
+    source: CheckpointSource, skeleton: Skeleton, folder: ResultFolder, replaced: _Replaced
+) -> None:
+    """Write one shard per block, with experts one by one, and one for all outside the blocks."""
+    for index in range(len(skeleton)):
+        prefix = f"{skeleton.block_name(index)}."
+        block = replaced({f"{prefix}{name}": x for name, x in source.block(index).items()})
+        relative = {name.removeprefix(prefix): x for name, x in block.items()}
+        folder.write_shard(shard_name(index), source.as_stored(index, relative))
+    names = {key: name for name, key in source.stored_names().items()}
+    outside = dict(source.checkpoint.read(source.outside_keys()))
+    if outside:
+        # The model has no name for some stored tensors.
+        found = replaced({names.get(key, key): x for key, x in outside.items()})
+        folder.write_shard(OUTSIDE_SHARD, {key: found[names.get(key, key)] for key in outside})
+
+
+def _write_as_stored(checkpoint: Checkpoint, folder: ResultFolder, replaced: _Replaced) -> None:
+    """Write the shards of a compressed checkpoint, tensor by tensor as it stores them."""
+    files = sorted({info.file for info in checkpoint.tensors.values()})
+    for number, file in enumerate(files, start=1):
+        keys = [key for key, info in checkpoint.tensors.items() if info.file == file]
+        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        folder.write_shard(name, replaced(dict(checkpoint.read(keys))))
+
+
+_TRAINED: dict[Mode, str] = {
+    "lora": "low-rank layers added to its linears (LoRA)",
+    "masked": "all its weights except the pruned ones",
+    "full": "all its weights",
+    "scales": "the row scales and column steps of its linears, norm weights and biases",
+}
+_KEPT: dict[Mode, str] = {
+    "lora": "Every pruned weight is still zero",
+    "masked": "Every pruned weight is still zero",
+    "full": "Its shapes are those of the smaller model",
+    "scales": "All integers are those of the compressed model",
+}
+
+
+def checkpoint_card(record: RecoveryRecord, card: str | None) -> str:
+    """The pruned model's card with a section about its recovery."""
+    section = f"{_section(record)} Figures are in `{record.FILE}`."
+    return extended_card(card, "Recovery", section, name=f"{source_name(record)}, recovered")
+
+
+def adapter_card(record: RecoveryRecord, base: str, source: Path) -> str:
+    """The card of an adapter, with the fields that the cards of peft have."""
+    return result_card(
+        record,
+        "adapter",
+        [_section(record)],
+        tags=["lora", "pruned", "sparse"],
+        fields={"base_model": base, "library_name": "peft"},
+        source=source,
+    )
+
+
+def _section(record: RecoveryRecord) -> str:
+    target = "the dense model" if record.teacher is not None else "the text alone"
+    mode, inputs = record.recipe.mode, record.inputs
+    return (
+        f"Recovered by prunus. Trained: {_TRAINED[mode]}, on {inputs.text}, "
+        f"{bos_words(inputs.bos)}, learning from {target}. {_KEPT[mode]}."
+    )

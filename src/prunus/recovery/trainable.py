@@ -22,7 +22,6 @@ class Trainable:
     """A model that is ready to be trained.
 
     Attributes:
-        model: A causal LM. Everything in it but `parameters` stays as it is.
         parameters: What is trained, float32. The names identify them in a checkpoint.
         pruned: Full name -> pruned linear, in mode masked. Its zeros stay zero.
         masks: Name of a parameter -> bool of its shape, False where it must stay zero.
@@ -166,7 +165,6 @@ def check_zeros(
 
     Args:
         shape: (out, in).
-        before, after: The weight as it was stored and as it will be, in the same orientation.
 
     >>> before = torch.tensor([[0.0, 1.0, 2.0]])
     >>> check_zeros("up_proj", (1, 3), before, 2 * before)

@@ -100,8 +100,6 @@ class Training:
         trainable: Model and parameters. The parameters end as the best on the held-out windows.
         dtype: Of matrix products and activations; see `training_dtype`.
         teacher: A causal LM whose logits are the target, or None.
-        report: Called after every step and every evaluation.
-        ranks: Processes that split the windows of every step.
     """
 
     trainable: Trainable
@@ -137,9 +135,6 @@ class Training:
         Returns:
             The state at the end. If a loss was not finite, `diverged` is set, and the parameters
             are the best ones from before.
-
-        Raises:
-            ValueError: The loss is not finite before any training.
         """
         parameters = self.trainable.parameters
         state = self.state = self.checkpoints.load(parameters, self.optimizer) or TrainingState()

@@ -47,10 +47,8 @@ class Table:
     """A table.
 
     Attributes:
-        title: heading.
         columns: one per value of a row.
         rows: unformatted values; None where a figure is missing.
-        note: text below the table, in one or more lines.
         total: a last row that sums up the others, which sorting leaves in its place; () for none.
     """
 
@@ -88,13 +86,9 @@ class Lines:
     """A chart of lines, with a marker at each measured point.
 
     Attributes:
-        title, x_title, y_title: headings of the chart and its axes.
-        series: the lines.
         level: name and value of a horizontal line to compare with, such as the dense model's.
         categories: all values of x in order, if x is a category; empty if x is a number.
-        log_x, log_y: whether the axis is logarithmic.
         round_ticks: whether the x axis has ticks at round numbers, rather than one at every value.
-        labelled: whether names are written next to the points, rather than in a legend.
     """
 
     title: str
@@ -114,10 +108,7 @@ class HeatMap:
     """A chart with one coloured cell per row and column.
 
     Attributes:
-        title, x_title: headings of the chart and its x axis.
-        columns, rows: names of the columns and rows.
         values: one tuple per row; None where there is no value.
-        form: how to format a value, as in `Column`.
     """
 
     title: str

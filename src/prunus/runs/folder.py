@@ -67,11 +67,6 @@ def find_earlier(
 
     Returns:
         The record; None for a new run, or one that replaces what is there.
-
-    Raises:
-        FileExistsError: The folder holds something else, or another run.
-        FileNotFoundError: There is nothing to resume, and `resume` is True.
-        ValueError: Output and a source overlap, or the record is damaged.
     """
     for source in sources:
         check_apart(output, source)
@@ -104,10 +99,6 @@ def held(
 
     Yields:
         What `find` returned the second time, on every rank.
-
-    Raises:
-        FileExistsError: Another run holds the folder.
-        OSError: The folder cannot be written.
     """
 
     def look() -> dict[str, Any] | None:
@@ -160,9 +151,6 @@ class ResultFolder:
 
         Afterwards the folder holds no shards but those that the record names, and the record names
         no shard that is missing.
-
-        Raises:
-            ValueError: A disk or a copy has changed a shard of the run that is resumed; names it.
         """
         folder, record = self.folder, self.record
         make_folder(folder)
@@ -197,11 +185,7 @@ class ResultFolder:
     def write_shard(
         self, name: str, tensors: Mapping[str, torch.Tensor], *, uncached: bool = False
     ) -> None:
-        """Write a shard and note its SHA-256; the caller enters it in the record and saves that.
-
-        Raises:
-            ValueError: The source was changed while it was read.
-        """
+        """Write a shard and note its SHA-256; the caller enters it in the record and saves that."""
         if self.source is not None:
             # The shard may hold views of the source's files, which must not have changed.
             self.source.check_unchanged()
@@ -245,11 +229,7 @@ class ResultFolder:
         self.record.save(folder)
 
     def check_finished(self) -> None:
-        """Check that the finished result of an earlier run still has all its shards.
-
-        Raises:
-            FileExistsError: A file was deleted or cut off.
-        """
+        """Check that the finished result of an earlier run still has all its shards."""
         self.ranks.on_rank_0(lambda: check_whole(self.folder))
 
 
@@ -298,11 +278,7 @@ class BlockFolder(ResultFolder):
         return self.job.checkpoint.from_stored(index, found)
 
     def read_block(self, place: int) -> Mapping[str, torch.Tensor]:
-        """The tensors of a finished block, by relative name.
-
-        Raises:
-            FileExistsError: The block was made from other weights than the source holds now.
-        """
+        """The tensors of a finished block, by relative name."""
         return self.ranks.tensors_from_rank_0(lambda: self._read_block(place))
 
     def _read_block(self, place: int) -> dict[str, torch.Tensor]:

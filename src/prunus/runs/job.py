@@ -28,16 +28,9 @@ class RunJob:
         recipe: The options that decide the bytes of the result.
         options: The options that only decide how the work is done.
         model_name: The model as the user named it; the class name of a loaded model.
-        source: The dense weights.
-        skeleton: The model without weights, in the dtype of the computation.
-        device: Where blocks run.
-        dtype: The dtype of the forward passes, and in `dtype_reason` why.
         batch: Calibration windows per forward pass.
         budget: Memory for the run on `device`, in bytes.
         host_budget: Memory for the run on the host, in bytes. On a CPU both budgets are the same.
-        needs: The statistics that are kept of the inputs of linears.
-        needs_inputs: Whether calibration windows run through the model at all.
-        block_memory: The memory that each block needs.
         measured: Name of a block -> SHA-256 of the weights that a measurement before the first
             block read. The record of the run holds the same.
     """
@@ -101,11 +94,7 @@ class RunJob:
         return "lockstep" if self.fits_lockstep(index) else "replay"
 
     def check_ranks(self) -> None:
-        """Check that the ranks can carry out the recipe together.
-
-        Raises:
-            ValueError: They cannot; says why.
-        """
+        """Check that the ranks can carry out the recipe together."""
 
     def working_bytes(self, index: int) -> int:
         """Bytes of temporaries while a linear of block `index` changes, and of its statistics."""
@@ -243,7 +232,6 @@ class BlockMemory:
             tensors that wait to be written.
         working: The temporaries of the largest linear while it is pruned, and its input
             statistics.
-        hidden: The hidden states of all windows between two blocks.
         paused: What windows that pause at a linear hold next to their hidden states; see
             `paused_bytes`.
         transient: The activations of one batch's forward pass; see `transient_bytes`.

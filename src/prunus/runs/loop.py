@@ -30,14 +30,7 @@ from prunus.runs.progress import Progress
 
 @dataclass(frozen=True)
 class Made:
-    """What a step has made of a block.
-
-    Attributes:
-        tensors: All tensors of the finished block by relative name, as they are stored.
-        record: What the record of the run says about it.
-        message: The same in a few words, for the progress.
-        packed: By relative name, the linears that the result stores in another form.
-    """
+    """What a step has made of a block."""
 
     tensors: Mapping[str, torch.Tensor]
     record: Any
@@ -121,11 +114,7 @@ def run_blocks(
 
 
 def _read(job: RunJob, index: int) -> StoredBlock:
-    """Read a block of the source, check it and hash it.
-
-    Raises:
-        ValueError: It holds NaN or infinity, or its file was changed.
-    """
+    """Read a block of the source, check it and hash it."""
     tensors = job.source.block(index, pinned=job.overlaps and job.device.type == "cuda")
     return read_stored(job.skeleton.block_name(index), tensors)
 
@@ -147,7 +136,6 @@ class StoredBlock(NamedTuple):
     """A block as a checkpoint stores it.
 
     Attributes:
-        tensors: its tensors by relative name, in the checkpoint's dtypes.
         digest: their SHA-256.
     """
 
@@ -213,11 +201,7 @@ class BackgroundWrites:
         self._last: Future[None] | None = None
 
     def submit(self, write: Callable[[], None]) -> None:
-        """Wait for the write before this one, then begin this one.
-
-        Raises:
-            Exception: the write before this one failed; its error.
-        """
+        """Wait for the write before this one, then begin this one."""
         self.wait()
         if self._executor is None:
             write()
@@ -225,11 +209,7 @@ class BackgroundWrites:
             self._last = self._executor.submit(_without_gradients, write)
 
     def wait(self) -> None:
-        """Wait until everything is written.
-
-        Raises:
-            Exception: a write failed; its error.
-        """
+        """Wait until everything is written."""
         last, self._last = self._last, None
         if last is not None:
             last.result()

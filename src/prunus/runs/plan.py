@@ -53,14 +53,9 @@ def open_model(
     Args:
         adds_ridge: Whether a ridge is added to Gram matrices; see `prunus.methods.Method`.
         decided_dtype: What dtype "auto" meant in the run that is resumed; None for a new run.
-        check: Checks the structure of the model, before a trial of the dtype runs.
 
     Returns:
         The fields of a `RunJob`. The batch is that of a run that trains nothing.
-
-    Raises:
-        FileNotFoundError, ValueError, NotImplementedError, OSError: Something does not fit; every
-            message names what was given, what is wrong and what to do.
     """
     loaded = model if isinstance(model, nn.Module) else None
     trust, ranks = options.trust_remote_code, options.processes
@@ -119,11 +114,7 @@ def check_memory(job: RunJob) -> None:
 
 
 def check_room(job: RunJob, output: Path) -> None:
-    """Check that the disk has room for the result, beyond what an earlier run has written.
-
-    Raises:
-        OSError: It has not.
-    """
+    """Check that the disk has room for the result, beyond what an earlier run has written."""
     check_disk(output, job.disk_bytes() - bytes_in(output))
 
 
@@ -195,7 +186,6 @@ def decide_dtype(
 
     Args:
         requested: auto, float32, bfloat16 or float16.
-        skeleton: The model in the dtype that is stored, which the source is bound to.
         adds_ridge: Whether the method adds a ridge to a Gram matrix; see `prunus.methods.Method`.
     """
     if requested != "auto":

@@ -56,7 +56,6 @@ class LineInterval:
     True
 
     Attributes:
-        seconds: shortest time between two lines.
         clock: a function that returns the time in seconds.
     """
 
@@ -99,7 +98,6 @@ class Shown(NamedTuple):
 
     Attributes:
         share: of the work that is done, from 0 to 1; None where it is not known.
-        state: a few words next to the bar.
     """
 
     share: float | None

@@ -178,7 +178,6 @@ class BlockwiseRecord(RunRecord):
     Attributes:
         measured: Name of a block -> SHA-256 of its dense weights, where a measurement before the
             first block read all blocks and decides their results.
-        blocks: What happened to each finished block, in order. Verbs give the type.
     """
 
     inputs: WindowInputs

@@ -41,10 +41,6 @@ def describe_given(given: Any) -> dict[str, Any]:
     Args:
         given: The name of a source, texts, integers (samples, seqlen), or floats (samples,
             channels, height, width).
-
-    Raises:
-        ValueError: A tensor is neither token ids nor pixel values.
-        TypeError: It is something else.
     """
     if are_texts(given):
         return {"calibration": "texts"}
@@ -74,11 +70,7 @@ def given_windows(calibration: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def check_inputs(kind: Kind, recipe: WindowOptions, options: RunOptions) -> None:
-    """Check that the calibration data suit the model and the recipe, before any are read.
-
-    Raises:
-        ValueError, FileNotFoundError, ModuleNotFoundError: See `Source.check`.
-    """
+    """Check that the calibration data suit the model and the recipe, before any are read."""
     _source(recipe, options).check(_wanted(recipe, options), images=kind is IMAGES)
 
 
@@ -132,11 +124,7 @@ def _wanted(recipe: WindowOptions, options: RunOptions) -> Wanted:
 
 
 def run_inputs(job: RunJob, windows: Windows) -> WindowInputs:
-    """What the result of a run depends on besides its recipe, for its record.
-
-    Raises:
-        ValueError: A tensor outside the blocks is not finite; names it.
-    """
+    """What the result of a run depends on besides its recipe, for its record."""
     source = job.source
     outside: dict[str, str] = {}
     if isinstance(source, CheckpointSource):

@@ -43,9 +43,6 @@ def allocate(job: PruningJob, ids: torch.Tensor | None) -> dict[str, float]:
 
     Returns:
         The sparsities; empty for "uniform".
-
-    Raises:
-        ValueError: The search cannot reach the sparsity, or its probes do not fit in memory.
     """
     recipe = job.recipe
     if not recipe.searches:
@@ -165,7 +162,6 @@ class CurvePoint(NamedTuple):
     """One point of an error curve.
 
     Attributes:
-        sparsity: Share of the layer's weights that are removed.
         error: Mean over tokens of ‖change‖² / ‖dense output‖², at the outputs of the last block.
     """
 
@@ -175,12 +171,7 @@ class CurvePoint(NamedTuple):
 
 @dataclass(frozen=True)
 class Layer:
-    """Linears that get one common sparsity.
-
-    Attributes:
-        block: Position of their block.
-        linears: Their names relative to the block.
-    """
+    """Linears that get one common sparsity."""
 
     block: int
     linears: tuple[str, ...]
@@ -318,12 +309,7 @@ def _relative_change(changed: Sequence[Tensor], dense: Sequence[Tensor]) -> floa
 
 @dataclass(frozen=True)
 class _DenseBlock:
-    """A dense block in memory; both mappings are by relative name.
-
-    Attributes:
-        linears: All its linears.
-        norms: The norms of their inputs.
-    """
+    """A dense block in memory; both mappings are by relative name."""
 
     linears: Mapping[str, Linear]
     norms: Mapping[str, InputStatistics]
@@ -338,9 +324,6 @@ def _dense_pass(stream: Stream, index: int) -> Iterator[_DenseBlock]:
     """Block `index` with its weights, after one pass of all windows; it is released at the end.
 
     Inside the `with` the stream's hidden states are still the block's inputs.
-
-    Raises:
-        ValueError: The inputs of a linear are not finite; names it.
     """
     skeleton = stream.skeleton
     block = skeleton.fill(index, stream.source.block(index), stream.device)

@@ -42,7 +42,6 @@ class DenseStream:
             the first batch on.
 
     Attributes:
-        stream: hidden states before the next block.
         dense_number: number of a batch in the pruned stream -> its number in this stream. Batches
             that do not run through the dense model are missing.
     """

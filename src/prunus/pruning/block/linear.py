@@ -47,8 +47,6 @@ class PrunedLinear:
     """A finished linear.
 
     Attributes:
-        weight: in dtype and orientation of the stored weight, on its device.
-        record: for the manifest.
         packed: the weight as a compressed checkpoint stores it, or None.
     """
 
@@ -74,7 +72,6 @@ def prune_linear(
     unrounded weights, and a resumed run prunes finished blocks again.
 
     Args:
-        stored: the weight in the checkpoint's dtype and orientation, on any device.
         statistics: of its inputs, complete; see `InputStatistics.complete`.
         ranks: processes that prune the same linear at the same time and can split its rows.
         finish: what the verb does to the linear at the end; None for nothing.

@@ -44,9 +44,6 @@ def lockstep(walk: BlockWalk) -> list[Linear]:
 
     Returns:
         The linears that no batch of any rank reached.
-
-    Raises:
-        NotImplementedError: the block calls a linear more than once.
     """
     return _Lockstep(walk).run()
 
@@ -144,7 +141,6 @@ class Turn:
     """What all ranks do next.
 
     Attributes:
-        name: the linear to prune, or the experts module whose tokens are counted.
         leader: an earlier linear whose statistics serve for this one too, because every batch gives
             both the very same tensor (q, k, v; gate, up). None if there is none.
         keep: linears whose statistics a later linear may reuse, so they must stay in memory.

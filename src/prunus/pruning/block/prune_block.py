@@ -51,7 +51,7 @@ from prunus.pruning.reconstruction.reconstruct_block import (
     step_ranks,
 )
 from prunus.pruning.reconstruction.schedule import linears_to_train
-from prunus.runs.loop import StoredBlock, check_same
+from prunus.runs.loop import Made, StoredBlock, check_same
 from prunus.runs.record import Walk
 
 _WALKS: dict[Walk, Callable[[BlockWalk], list[Linear]]] = {
@@ -68,13 +68,7 @@ class BlockPruner:
     Call `embed` first, then `prune` or `propagate` once per block in order, then `close`.
 
     Attributes:
-        skeleton: the model without weights.
-        source: its weights.
-        settings: how blocks are pruned.
-        ranks: the processes that have windows of the same run.
         finish: what the verb does to each linear at the end; None for nothing.
-        stream: the hidden states of the pruned model before the next block.
-        dense: the hidden states of the dense model, if the run needs them.
     """
 
     skeleton: Skeleton
@@ -137,9 +131,7 @@ class BlockPruner:
         if self.dense is not None:
             self.dense.propagate(index)
 
-    def prune(
-        self, index: int, stored: StoredBlock, selected: Sequence[str], walk: Walk
-    ) -> FinishedBlock:
+    def prune(self, index: int, stored: StoredBlock, selected: Sequence[str], walk: Walk) -> Made:
         """Prune one block and take all batches through it.
 
         Returns:
@@ -313,40 +305,15 @@ def _discard(_batch: int, _output: torch.Tensor) -> None:
     """Drop the output of a block that still changes."""
 
 
-@dataclass(frozen=True)
-class FinishedBlock:
-    """What was made of a block.
-
-    Attributes:
-        changed: the pruned tensors by relative name, in their stored dtype and orientation.
-        packed: the linears that a compressed checkpoint stores as integers, by relative name.
-        record: what the manifest says about the block.
-    """
-
-    changed: dict[str, torch.Tensor]
-    packed: dict[str, QuantizedWeight]
-    record: BlockRecord
-
-
 @dataclass
 class BlockState:
     """One block while it is pruned.
 
     Attributes:
-        index: position of the block.
-        name: of the block in the model.
-        stored: its dense tensors by relative name, in the checkpoint's dtypes.
         digest: SHA-256 of `stored`.
-        module: the block with its weights in place.
-        linears: the linears to prune.
-        walk: how the windows go through it.
-        expert_counters: of its experts modules.
-        dense_inputs: inputs of the dense block, if the run needs them.
         reconstruction: of this block, or None.
         changed: the finished tensors by relative name, as far as they differ from `stored`.
-        records: of the linears, by relative name.
         packed: the linears that a compressed checkpoint stores as integers, by relative name.
-        reconstructed: the record of the reconstruction.
     """
 
     index: int
@@ -369,7 +336,7 @@ class BlockState:
         """All tensors of the block by relative name, as far as they are pruned."""
         return {**self.stored, **self.changed}
 
-    def result(self, ranks: int) -> FinishedBlock:
+    def result(self, ranks: int) -> Made:
         """The finished block; the seconds of its record are still missing."""
         record = BlockRecord(
             name=self.name,
@@ -379,4 +346,4 @@ class BlockState:
             linears={linear.name: self.records[linear.name] for linear in self.linears},
             reconstruction=self.reconstructed,
         )
-        return FinishedBlock(self.changed, self.packed, record)
+        return Made(self.finished, record, "", self.packed)

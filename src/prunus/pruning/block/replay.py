@@ -40,16 +40,7 @@ class _Group:
 
 @dataclass
 class _FirstGroup:
-    """Observes one batch: measures the first linear that it reaches, finds the rest of its group.
-
-    Attributes:
-        walk: the walk.
-        batch: number of the batch.
-        groups: the groups that batches have reached in this pass, by their first linear.
-        counted: names of the experts modules that batches have reached first in this pass.
-        pending: the linears that are not pruned yet.
-        called: names of the linears that the batch has reached.
-    """
+    """Observes one batch: measures the first linear that it reaches, and finds its group."""
 
     walk: BlockWalk
     batch: int
@@ -93,9 +84,6 @@ def replay(walk: BlockWalk) -> list[Linear]:
 
     Returns:
         The linears that no batch of any rank reached.
-
-    Raises:
-        NotImplementedError: the block calls a linear more than once.
     """
     ranks = walk.ranks
     pending = {linear.name: linear for linear in walk.linears}

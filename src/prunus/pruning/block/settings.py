@@ -17,7 +17,6 @@ class LinearSettings:
     """How a linear is pruned.
 
     Attributes:
-        method: the method, with refinements and weight updates composed in.
         work: what is asked of it. How its rows are split and rounded is decided linear by linear.
     """
 
@@ -34,13 +33,9 @@ class BlockSettings:
     """How every block of a run is pruned.
 
     Attributes:
-        linear: how its linears are pruned, where `sparsities` does not say otherwise.
-        device: where blocks run and, between blocks, hidden states live.
-        sparsities: the sparsity of single linears, by full name.
         min_expert_tokens: an expert that fewer tokens choose is measured on all tokens; None for
             the method's own minimum. See `hooks.py`.
         reconstruction: how blocks are reconstructed after they are pruned, or None.
-        drift_stride: one batch in `drift_stride` also runs through the dense model.
         uses_dense_target: whether a linear with this number of inputs is pruned towards the outputs
             of the dense model.
     """

@@ -21,9 +21,6 @@ def two_pass(walk: BlockWalk) -> list[Linear]:
 
     Returns:
         The linears that no batch of any rank reached.
-
-    Raises:
-        RuntimeError: two linears share their input for some windows and not for others.
     """
     _count_expert_tokens(walk)
     statistics, leaders = _measure(walk)

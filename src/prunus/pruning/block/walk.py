@@ -58,15 +58,10 @@ class BlockWalk:
     All walks but `two_pass` refuse a linear that the block calls twice; see `called_again`.
 
     Attributes:
-        linears: the linears to prune, in the order of registration.
-        count: number of batches on this rank.
-        forward: runs the block on batch i and returns its output hidden states.
         finish: stores the output of batch i; called as soon as the batch is through.
         new_statistics: makes empty statistics for the inputs of a linear.
         prune: prunes a linear, given the complete statistics of its inputs. It is called once per
             linear, in the order of execution.
-        accumulate: adds the input of a linear, for one batch, to its statistics.
-        ranks: the processes that have batches of the same run.
         expert_counters: the experts modules of the block whose tokens must be counted before any
             of their linears is measured.
     """

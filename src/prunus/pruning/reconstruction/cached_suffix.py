@@ -64,7 +64,6 @@ class CachedSuffix:
         keep: cache what reaches the suffix, two tensors of the size of the hidden states per batch.
             They come from `recording` or from the first call. If False, they are computed again in
             every call.
-        by_token: the suffix treats every token independently and can run on some of them.
     """
 
     def __init__(

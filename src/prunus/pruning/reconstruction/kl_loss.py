@@ -47,7 +47,6 @@ def kl_divergence(
     Args:
         logits: hidden states (windows, tokens, hidden) after the last block -> logits. It must be
             differentiable and treat every token independently.
-        ranks: processes that call the loss with the same two tensors at the same time.
         stride: 1 if the caller has already chosen the tokens for a gradient step.
 
     Example:

@@ -45,12 +45,8 @@ class BlockReconstructor:
     """What the reconstruction of any block of a run needs.
 
     Attributes:
-        settings: of the run.
-        stream: hidden states of the pruned model, before the block.
-        dense: hidden states of the dense model, of some of these batches.
         numbers: per batch of `dense`, its number in `stream`.
         counts: per rank, how many batches `dense` has.
-        ranks: the processes of the run.
         split: ranks that split the windows of a training step; see `step_ranks`.
     """
 
@@ -83,11 +79,6 @@ class BlockReconstruction:
     """The reconstruction of one block, from the walk of its windows to its trained weights.
 
     Attributes:
-        shared: what the blocks of a run have in common.
-        index: position of the block.
-        block: the block.
-        trained: relative names of the linears that are trained.
-        caches_suffix: the walk records what reaches the block's suffix, if it has one.
         suffix: the suffix, with its inputs cached during the walk; None before it or without one.
     """
 

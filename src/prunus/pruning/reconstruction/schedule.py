@@ -45,8 +45,6 @@ class ReconstructionSchedule:
     """Training schedule of one block.
 
     Attributes:
-        epochs: passes over the training batches.
-        token_stride: a step runs the trained part of the block on one token in this many.
         learning_rate: peak rate relative to the RMS of each tensor's kept weights; see
             `TrainOptions.relative`.
         logit_stride: with the loss on logits, one in this many of the tokens of a step is compared.
@@ -66,7 +64,6 @@ class ReconstructionSettings:
         epochs: passes over the training batches; None for the block's `default_schedule`.
         learning_rate: peak rate of Adam, the same for all tensors; None for the relative rate of
             the block's `default_schedule`.
-        dtype: of matrix products and activations.
         last_only: only the last block is reconstructed.
     """
 
@@ -156,8 +153,6 @@ class PrunedBlock:
     """A pruned block whose weights are to be trained.
 
     Attributes:
-        name: for messages.
-        module: the block, with the pruned weights in place.
         stored: the dense block's tensors by relative name, as stored. Biases come from here.
         weights: relative name -> pruned weight, as stored, for every trained linear. Its zeros are
             the mask. The linear's bias is trained as well.

@@ -53,8 +53,6 @@ class BlockBatches:
         forward: (batch, tokens) -> the block's output (windows, tokens, hidden) on these tokens of
             the batch. Training calls it under autograd.
         target: batch -> what the output should be, for all tokens, in any floating dtype.
-        train: numbers of the batches to train on.
-        validation: numbers of the batches that choose between the candidates.
     """
 
     forward: Callable[[int, slice], torch.Tensor]
@@ -73,8 +71,6 @@ class TrainOptions:
             weights, as in Adafactor (arXiv 1804.04235, section 8). A step of Adam moves every
             weight by about the rate, whatever the gradient's size. Models differ tenfold in the
             size of their weights, so a plain rate that suits one model destroys another.
-        epochs: passes over the training batches.
-        token_stride: a step uses one token in this many. The next epoch uses the next ones.
         dtype: of matrix products and activations, float32 or bfloat16. A block in this dtype
             computes in it throughout; any other computes in float32 with its products cast.
     """
@@ -95,7 +91,6 @@ class TrainResult:
             their masks.
         error_before, error_after: loss on the validation batches, of the weights before training
             and of the best candidate.
-        steps: gradient steps taken.
         stopped: why training ended early, or None.
     """
 
