@@ -7,7 +7,6 @@ A verb that prunes and then does more to each linear has a job of a class of its
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -21,7 +20,7 @@ from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.pruning.block.dense_stream import drift_stride_for
-from prunus.pruning.block.settings import BlockSettings, LinearSettings
+from prunus.pruning.block.linear import LinearSettings
 from prunus.pruning.manifest import Manifest, PruningRecord
 from prunus.pruning.options import PruningOptions
 from prunus.pruning.recipe import Recipe
@@ -91,7 +90,7 @@ class PruningJob(RunJob):
 
     @property
     def runs_dense_stream(self) -> bool:
-        return self.block_settings({}).runs_dense_stream
+        return self.linear_settings.method.needs_drift or self.reconstruction is not None
 
     def uses_dense_target(self, in_features: int) -> bool:
         """Whether a linear with this many inputs also uses its inputs in the dense model."""
@@ -128,22 +127,6 @@ class PruningJob(RunJob):
             recipe.reconstruct_lr,
             training_dtype(self.device, self.dtype),
             last_only=recipe.reconstruct == "last",
-        )
-
-    def block_settings(self, sparsities: Mapping[str, float]) -> BlockSettings:
-        """How every block is pruned.
-
-        Args:
-            sparsities: The sparsity of each linear, by full name; empty if all have the recipe's.
-        """
-        return BlockSettings(
-            linear=self.linear_settings,
-            device=self.device,
-            sparsities=sparsities,
-            min_expert_tokens=self.recipe.min_expert_tokens,
-            reconstruction=self.reconstruction,
-            drift_stride=self.drift_stride,
-            uses_dense_target=self.uses_dense_target,
         )
 
     @property

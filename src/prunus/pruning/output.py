@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -15,36 +14,8 @@ from prunus.model.source import ModuleSource
 from prunus.pruning.job import PruningJob
 from prunus.pruning.manifest import Manifest, PruningRecord, pruned_card
 from prunus.runs.folder import BlockFolder
-from prunus.runs.loop import BlockOutput, Made
+from prunus.runs.loop import Made
 from prunus.runs.record import OUTSIDE_SHARD, shard_name
-
-
-class PruningOutput(BlockOutput, Protocol):
-    """What a run writes to.
-
-    Attributes:
-        finished: Blocks that an earlier run has written; known after `begin`.
-    """
-
-    spill_folder: Path
-    finished: int
-
-    def begin(self, overwrite: bool) -> None:
-        """Get ready for blocks. Blocks that are lost are removed from the record."""
-        ...
-
-    def complete(self, changed: Mapping[str, torch.Tensor]) -> None:
-        """Complete the result after the last block; the record has its totals already.
-
-        Args:
-            changed: Pruned tensors outside the blocks, by the model's names: the head, if the
-                recipe prunes it.
-        """
-        ...
-
-    def check_finished(self) -> None:
-        """Check that a result of an earlier run, which its record calls finished, is whole."""
-        ...
 
 
 class InPlaceOutput:
@@ -138,3 +109,8 @@ class PrunedFolder(BlockFolder):
             uncached = 4 * source.checkpoint.nbytes(keys) > self.job.host_budget
             tensors = self.outside(dict(source.checkpoint.views(keys)) | replaced)
             self.write_shard(OUTSIDE_SHARD, tensors, uncached=uncached)
+
+
+#: What a run writes to. All have a folder for hidden states that do not fit in memory, and know
+#: after `begin` how many blocks an earlier run has finished.
+PruningOutput = InPlaceOutput | PrunedFolder

@@ -17,7 +17,7 @@ from prunus.methods import Method, Work, check_options, compose, get_method
 from prunus.methods.patterns import Pattern, check_shape
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
-from prunus.pruning.block.settings import LinearSettings
+from prunus.pruning.block.linear import LinearSettings
 from prunus.pruning.job import LinearSelection, PruningJob, select_linears
 from prunus.pruning.options import PruningOptions
 from prunus.pruning.recipe import Recipe

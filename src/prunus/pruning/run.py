@@ -190,8 +190,7 @@ def _carry_out(
 
     output.begin(job.options.overwrite)
     finish = verb.finish_linear(job, windows.ids, output, record)
-    settings = job.block_settings(record.allocation)
-    pruner = BlockPruner(job.skeleton, job.source, settings, ranks, finish)
+    pruner = BlockPruner(job, record.allocation, finish)
     one_thread = 1 if job.reference_order else None
     with MemoryWatch(job), torch.no_grad(), contextlib.closing(pruner), _threads(one_thread):
         # Everything before the first block: windows become hidden states.

@@ -10,8 +10,7 @@ from prunus.methods import METHODS, MethodOptions, Work, compose
 from prunus.methods.patterns import Pattern
 from prunus.methods.statistics import InputStatistics, StatisticsSpec
 from prunus.model.linears import Linear
-from prunus.pruning.block.linear import prune_linear
-from prunus.pruning.block.settings import LinearSettings
+from prunus.pruning.block.linear import LinearSettings, prune_linear
 from prunus.pruning.manifest import LinearRecord
 from tiny import tiny_checkpoint, token_ids
 

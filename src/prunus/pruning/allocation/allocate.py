@@ -23,7 +23,7 @@ from prunus.model.linears import Linear
 from prunus.model.stream import Stream
 from prunus.pruning.block.hooks import input_hooks
 from prunus.pruning.job import PruningJob
-from prunus.pruning.reconstruction.kl_loss import kl_divergence
+from prunus.pruning.reconstruction.kl_loss import kl_divergence, logits_of
 
 # A search never prunes one layer alone beyond this sparsity.
 _MAX_PROBE = 0.95
@@ -272,15 +272,8 @@ def output_errors(stream: Stream, outputs: Sequence[Tensor]) -> list[float]:
     if skeleton.kind is not CAUSAL:
         return [_relative_change([output], [dense]) for output in outputs]
 
-    def logits(hidden: Tensor) -> Tensor:
-        # The head needs no token ids, only their shape.
-        ids = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
-        return skeleton.logits(ids, hidden.to(skeleton.dtype))
-
-    loss = kl_divergence(logits)
-    with skeleton.outside_blocks(
-        stream.source.read_outside, stream.device, with_head=True, with_embedding=False
-    ):
+    with logits_of(stream) as logits:
+        loss = kl_divergence(logits)
         # One window at a time: the logits of a large vocabulary take much memory.
         pairs = [
             [loss(x, y) for x, y in zip(output.split(1), dense.split(1), strict=True)]

@@ -16,14 +16,27 @@ from torch import Tensor
 
 from prunus.distributed import SINGLE_PROCESS, Ranks, split_range
 from prunus.hardware.numerics import all_finite, count_zeros, low_precision_product, row_spans
+from prunus.methods import Method, Work
 from prunus.methods.base import Pruned
 from prunus.methods.quantized import LinearQuantization, Quantized
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import UNSHARDED, RowShard, RowSharding
 from prunus.model.linears import Linear
 from prunus.packed.weight import QuantizedWeight
-from prunus.pruning.block.settings import LinearSettings
 from prunus.pruning.manifest import LinearRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSettings:
+    """How a linear is pruned.
+
+    Attributes:
+        method: With refinements and weight updates composed in.
+        work: What is asked of it. How its rows are split and rounded is decided linear by linear.
+    """
+
+    method: Method
+    work: Work
 
 
 class LinearFinish(Protocol):

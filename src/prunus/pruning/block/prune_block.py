@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -24,10 +24,8 @@ from torch import nn
 
 from prunus.distributed import SINGLE_PROCESS, Ranks, own_part, split_range
 from prunus.hardware.numerics import count_zeros
-from prunus.methods.statistics import InputStatistics
+from prunus.methods.statistics import Drift, InputStatistics, StatisticsSpec
 from prunus.model.linears import Linear
-from prunus.model.skeleton import Skeleton
-from prunus.model.source import Source
 from prunus.model.stream import Stream
 from prunus.packed.weight import QuantizedWeight
 from prunus.pruning.block.dense_stream import (
@@ -40,9 +38,9 @@ from prunus.pruning.block.hooks import ExpertCounter, find_expert_counters, min_
 from prunus.pruning.block.linear import LinearFinish, prune_linear
 from prunus.pruning.block.lockstep import lockstep
 from prunus.pruning.block.replay import replay
-from prunus.pruning.block.settings import BlockSettings
 from prunus.pruning.block.two_pass import two_pass
 from prunus.pruning.block.walk import Accumulate, BlockWalk, accumulate_inputs
+from prunus.pruning.job import PruningJob
 from prunus.pruning.manifest import BlockRecord, LinearRecord, ReconstructionRecord
 from prunus.pruning.reconstruction.reconstruct_block import (
     BlockReconstruction,
@@ -71,10 +69,8 @@ class BlockPruner:
         finish: what the verb does to each linear at the end; None for nothing.
     """
 
-    skeleton: Skeleton
-    source: Source
-    settings: BlockSettings
-    ranks: Ranks = SINGLE_PROCESS
+    job: PruningJob
+    sparsities: Mapping[str, float] = field(default_factory=dict)
     finish: LinearFinish | None = None
     stream: Stream = field(init=False)
     dense: DenseStream | None = field(init=False, default=None)
@@ -83,31 +79,30 @@ class BlockPruner:
     _reconstructor: BlockReconstructor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        settings = self.settings
-        self.stream = Stream(self.skeleton, self.source, settings.device)
-        if settings.runs_dense_stream:
-            self.dense = DenseStream(
-                self.skeleton, self.source, settings.device, settings.drift_stride
-            )
+        job = self.job
+        self.ranks, self.skeleton = job.ranks, job.skeleton
+        self.stream = Stream(job.skeleton, job.source, job.device)
+        if job.runs_dense_stream:
+            self.dense = DenseStream(job.skeleton, job.source, job.device, job.drift_stride)
 
     def embed(
         self, batches: Sequence[torch.Tensor], spill_to: Path | None, on_device: bool = True
     ) -> None:
         """Run what precedes the blocks on this rank's share of the batches."""
-        settings = self.settings
+        reconstruction = self.job.reconstruction
         self._counts = [len(part) for part in split_range(len(batches), self.ranks.size)]
         split: Ranks = SINGLE_PROCESS
         partial: list[torch.Tensor] = []
-        if settings.reconstruction is not None:
-            split = step_ranks(self.ranks, max(map(len, batches)), settings.device)
+        if reconstruction is not None:
+            split = step_ranks(self.ranks, max(map(len, batches)), self.job.device)
             partial = step_parts(batches, split)
         own = self.own_batches(batches)
         self.stream.embed(own, spill_to, on_device, partial)
         if self.dense is not None:
             self.dense.embed(own, spill_to, on_device, self._first_batch)
-        if self.dense is not None and settings.reconstruction is not None:
+        if self.dense is not None and reconstruction is not None:
             self._reconstructor = BlockReconstructor(
-                settings=settings.reconstruction,
+                settings=reconstruction,
                 stream=self.stream,
                 dense=self.dense.stream,
                 numbers=list(self.dense.dense_number),
@@ -152,18 +147,18 @@ class BlockPruner:
         self, index: int, stored: StoredBlock, selected: Sequence[str], walk: Walk
     ) -> BlockState:
         """Put the weights into the block, and prepare all that its walk needs."""
-        settings, name = self.settings, self.skeleton.block_name(index)
-        method = settings.linear.method
+        job, name = self.job, self.skeleton.block_name(index)
+        method = job.linear_settings.method
         self.ranks.set_location(name)
-        module = self.skeleton.fill(index, stored.tensors, settings.device)
+        module = self.skeleton.fill(index, stored.tensors, job.device)
         linears = [linear for linear in self.skeleton.linears(index) if linear.name in selected]
         names = [linear.name for linear in linears]
-        minimum = min_expert_tokens(method.needs, settings.min_expert_tokens)
+        minimum = min_expert_tokens(method.needs, job.recipe.min_expert_tokens)
         counters = find_expert_counters(module, names, minimum)
         # Copied before anything changes in the block: neither weights nor wrapped forwards follow.
         dense_inputs = None
         if self.dense is not None:
-            aimed = [x.name for x in linears if settings.uses_dense_target(x.shape[1])]
+            aimed = [x.name for x in linears if job.uses_dense_target(x.shape[1])]
             dense_inputs = self.dense.copy_block(
                 index, stored.tensors, aimed, cache=walk == "lockstep"
             )
@@ -219,8 +214,10 @@ class BlockPruner:
     def _prune_linear(self, state: BlockState, linear: Linear, statistics: InputStatistics) -> None:
         key, full_name = f"{linear.name}.weight", f"{state.name}.{linear.name}"
         self.ranks.set_location(full_name)
+        settings = self.job.linear_settings
+        sparsity = self.sparsities.get(full_name, settings.work.sparsity)
         finished = prune_linear(
-            self.settings.for_linear(full_name),
+            replace(settings, work=replace(settings.work, sparsity=sparsity)),
             linear,
             full_name,
             state.stored[key],
@@ -252,23 +249,32 @@ class BlockPruner:
         """Replace the hidden states by the outputs of the trained block; else the walk has."""
         if state.reconstruction is None or not len(self.stream):
             return
-        module = self.skeleton.fill(state.index, state.finished, self.settings.device)
+        module = self.skeleton.fill(state.index, state.finished, self.job.device)
         # The cached inputs of the suffix save running the attention again.
         suffix = state.reconstruction.suffix
         self.stream.advance(suffix or self.stream.forward(state.index, module))
 
     def _accumulate(self, state: BlockState) -> Accumulate:
         """How a linear's inputs are added to its statistics."""
-        if state.dense_inputs is None or not self.settings.linear.method.needs_drift:
+        if state.dense_inputs is None or not self.job.linear_settings.method.needs_drift:
             return accumulate_inputs
         held_out = held_out_batches(sum(self._counts))
         own = frozenset(batch - self._first_batch for batch in held_out)
         return accumulate_with_drift(state.dense_inputs, own)
 
     def _new_statistics(self, linear: Linear) -> InputStatistics:
-        in_features = linear.shape[1]
-        spec = self.settings.statistics_spec(in_features, distributed=self.ranks.size > 1)
-        return InputStatistics(in_features, spec, self.settings.device)
+        job, in_features = self.job, linear.shape[1]
+        method = job.linear_settings.method
+        drift: Drift = "some" if job.drift_stride > 1 else "all"
+        spec = StatisticsSpec(
+            needs=method.needs,
+            drift=drift if job.uses_dense_target(in_features) else "none",
+            hold_out=method.needs_held_out,
+            low_precision=method.adds_ridge,
+            reference_order=job.reference_order,
+            distributed=self.ranks.size > 1,
+        )
+        return InputStatistics(in_features, spec, job.device)
 
     def prune_head(
         self, batches: Sequence[torch.Tensor]
@@ -279,17 +285,17 @@ class BlockPruner:
             The pruned tensor by its name in the model, in its stored dtype, and the record.
         """
         head = self.skeleton.head()
-        key, device = f"{head.name}.weight", self.settings.device
-        with self.skeleton.outside_blocks(self.source.read_outside, device, with_head=True):
+        key, device = f"{head.name}.weight", self.job.device
+        with self.skeleton.outside_blocks(self.job.source.read_outside, device, with_head=True):
             self.ranks.set_location(head.name)
             statistics = self._new_statistics(head)
             for batch, ids in enumerate(self.own_batches(batches)):
                 x = self.skeleton.head_input(ids.to(device), self.stream.states.get(batch))
                 statistics.add(x.reshape(-1, x.shape[-1]))
             statistics.complete(self.ranks)
-            stored = self.source.read_outside([key])[key]
+            stored = self.job.source.read_outside([key])[key]
             finished = prune_linear(
-                self.settings.linear, head, head.name, stored, statistics, ranks=self.ranks
+                self.job.linear_settings, head, head.name, stored, statistics, ranks=self.ranks
             )
         check_same(self.ranks, head.name, {key: finished.weight})
         return {key: finished.weight}, finished.record

@@ -18,20 +18,38 @@ Legend: W windows, T tokens per window, H hidden size, P chunks of tokens.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from prunus.distributed import SINGLE_PROCESS, Ranks, split_range
+from prunus.model.stream import Stream
 
 #: Tokens per window whose logits are in memory at a time.
 CHUNK_TOKENS = 128
 
 #: One token in this many is compared during validation, and for gradients by default.
 LOGIT_STRIDE = 4
+
+
+@contextlib.contextmanager
+def logits_of(stream: Stream) -> Iterator[Callable[[Tensor], Tensor]]:
+    """The function from hidden states after the last block to logits, with the head in memory."""
+    skeleton = stream.skeleton
+
+    def logits(hidden: Tensor) -> Tensor:
+        # The head needs no token ids, only their shape.
+        ids = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+        return skeleton.logits(ids, hidden.to(skeleton.dtype))
+
+    with skeleton.outside_blocks(
+        stream.source.read_outside, stream.device, with_head=True, with_embedding=False
+    ):
+        yield logits
 
 
 def kl_divergence(

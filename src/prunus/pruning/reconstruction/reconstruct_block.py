@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,16 +25,19 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.stream import Stream
 from prunus.pruning.manifest import ReconstructionRecord
 from prunus.pruning.reconstruction.cached_suffix import CachedSuffix, find_suffix, suffix_module
-from prunus.pruning.reconstruction.kl_loss import CHUNK_TOKENS, OutputLoss, kl_divergence
+from prunus.pruning.reconstruction.kl_loss import (
+    CHUNK_TOKENS,
+    OutputLoss,
+    kl_divergence,
+    relative_error,
+)
 from prunus.pruning.reconstruction.schedule import (
-    PrunedBlock,
     ReconstructionSchedule,
     ReconstructionSettings,
     default_schedule,
-    reconstruct,
     split_batches,
 )
-from prunus.pruning.reconstruction.train import BlockBatches
+from prunus.pruning.reconstruction.train import BlockBatches, TrainOptions, train_block
 from prunus.runs.job import RunJob
 from prunus.runs.record import Walk
 
@@ -133,17 +137,53 @@ class BlockReconstruction:
         by_token = suffix is not None and suffix.by_token
         by_logits = in_front_of_head(skeleton, self.index)
         schedule = _default_schedule(inputs, by_token, by_logits)
-        block = PrunedBlock(
-            name,
-            self.block,
-            stored,
-            {f"{linear}.weight": pruned[f"{linear}.weight"] for linear in self.trained},
+        settings, keys = shared.settings, [f"{linear}.weight" for linear in self.trained]
+        options = TrainOptions(
+            # A rate that the user gives is plain; the default is relative to the weights' size.
+            learning_rate=settings.learning_rate or schedule.learning_rate,
+            relative=settings.learning_rate is None,
+            epochs=settings.epochs or schedule.epochs,
+            token_stride=schedule.token_stride,
+            dtype=settings.dtype,
         )
+        masks = self._masks({key: pruned[key] for key in keys}, stored)
         batches = BlockBatches(outputs, targets.get, *split_batches(len(inputs)))
-        with (
-            self._logit_loss(schedule.logit_stride) if by_logits else contextlib.nullcontext()
-        ) as loss:
-            return reconstruct(block, batches, shared.settings, schedule, loss, shared.split)
+        started = time.perf_counter()
+        with self._loss(by_logits, schedule.logit_stride) as loss:
+            try:
+                result = train_block(self.block, batches, masks, options, loss, shared.split)
+            except ValueError as fault:
+                raise ValueError(f"{name}: {fault}") from fault
+        trained = {
+            key: weight.to(stored[key].dtype).to(stored[key].device)
+            for key, weight in result.weights.items()
+        }
+        record = ReconstructionRecord(
+            error_before=result.error_before,
+            error_after=result.error_after,
+            measure="logits" if by_logits else "outputs",
+            steps=result.steps,
+            stopped=result.stopped,
+            dtype=str(settings.dtype).removeprefix("torch."),
+            seconds=round(time.perf_counter() - started, 3),
+        )
+        return trained, record
+
+    def _masks(
+        self, pruned: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Relative name -> bool of the parameter's shape, True for what is trained.
+
+        These are the kept weights of the trained linears, and their biases.
+        """
+        device = next(self.block.parameters()).device
+        masks = {key: (weight != 0).to(device) for key, weight in pruned.items()}
+        for key, parameter in self.block.named_parameters():
+            # Norms are left alone: the weights next to them can learn the same scale.
+            linear = key.removesuffix(".bias")
+            if linear != key and f"{linear}.weight" in pruned and key in stored:
+                masks[key] = torch.ones(parameter.shape, dtype=torch.bool, device=device)
+        return masks
 
     def _batches(self, stream: Stream, numbers: Sequence[int]) -> ReconstructionBatches:
         shared = self.shared
@@ -177,22 +217,16 @@ class BlockReconstruction:
         return CachedSuffix(module, forward, keep=False, by_token=all(vote[2] for vote in votes))
 
     @contextlib.contextmanager
-    def _logit_loss(self, logit_stride: int) -> Iterator[OutputLoss]:
-        """The KL divergence of the logits, with the model's head in place."""
-        shared = self.shared
-        skeleton, device = shared.stream.skeleton, shared.stream.device
-
-        def logits(hidden: torch.Tensor) -> torch.Tensor:
-            # The head needs no token ids, only their shape.
-            ids = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
-            return skeleton.logits(ids, hidden.to(skeleton.dtype))
-
+    def _loss(self, by_logits: bool, logit_stride: int) -> Iterator[OutputLoss]:
+        """The relative error of outputs, or the KL divergence of logits with the head in place."""
+        if not by_logits:
+            yield relative_error
+            return
         # Ranks that do not split the windows of a step hold the same tensors, so they can split
         # the tokens that are compared instead.
+        shared = self.shared
         ranks = shared.ranks if shared.split is SINGLE_PROCESS else SINGLE_PROCESS
-        with skeleton.outside_blocks(
-            shared.stream.source.read_outside, device, with_head=True, with_embedding=False
-        ):
+        with logits_of(shared.stream) as logits:
             yield kl_divergence(logits, ranks, logit_stride)
 
 

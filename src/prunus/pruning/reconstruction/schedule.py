@@ -7,18 +7,13 @@ into tensors as they are stored.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from prunus.distributed import SINGLE_PROCESS, Ranks
-from prunus.pruning.manifest import ReconstructionRecord
 from prunus.pruning.reconstruction.cached_suffix import after_attention
-from prunus.pruning.reconstruction.kl_loss import LOGIT_STRIDE, OutputLoss, relative_error
-from prunus.pruning.reconstruction.train import BlockBatches, TrainOptions, train_block
+from prunus.pruning.reconstruction.kl_loss import LOGIT_STRIDE
 
 #: One batch in this many is a validation batch: it is not trained on, and chooses the result.
 VALIDATION_STRIDE = 16
@@ -146,75 +141,3 @@ def linears_to_train(linears: Sequence[str], updated: bool) -> list[str]:
         ['self_attn.q_proj', 'mlp.up_proj']
     """
     return after_attention(linears) if updated else list(linears)
-
-
-@dataclass(frozen=True)
-class PrunedBlock:
-    """A pruned block whose weights are to be trained.
-
-    Attributes:
-        stored: the dense block's tensors by relative name, as stored. Biases come from here.
-        weights: relative name -> pruned weight, as stored, for every trained linear. Its zeros are
-            the mask. The linear's bias is trained as well.
-    """
-
-    name: str
-    module: nn.Module
-    stored: Mapping[str, torch.Tensor]
-    weights: Mapping[str, torch.Tensor]
-
-    def masks(self) -> dict[str, torch.Tensor]:
-        """Return relative name -> bool of the parameter's shape, True for what is trained."""
-        device = next(self.module.parameters()).device
-        masks = {key: (weight != 0).to(device) for key, weight in self.weights.items()}
-        for key, parameter in self.module.named_parameters():
-            # Norms are left alone: the weights next to them can learn the same scale.
-            linear = key.removesuffix(".bias")
-            if linear != key and f"{linear}.weight" in self.weights and key in self.stored:
-                masks[key] = torch.ones(parameter.shape, dtype=torch.bool, device=device)
-        return masks
-
-
-def reconstruct(
-    block: PrunedBlock,
-    batches: BlockBatches,
-    settings: ReconstructionSettings,
-    schedule: ReconstructionSchedule,
-    loss: OutputLoss | None = None,
-    ranks: Ranks = SINGLE_PROCESS,
-) -> tuple[dict[str, torch.Tensor], ReconstructionRecord]:
-    """Train a pruned block towards the dense block's outputs; its module ends as it began.
-
-    Returns:
-        The trained tensors by relative name, in the dtype and orientation of `block.stored`, and
-        the record for the manifest.
-    """
-    started = time.perf_counter()
-    options = TrainOptions(
-        # A rate that the user gives is plain; the default is relative to the size of the weights.
-        learning_rate=settings.learning_rate or schedule.learning_rate,
-        relative=settings.learning_rate is None,
-        epochs=settings.epochs or schedule.epochs,
-        token_stride=schedule.token_stride,
-        dtype=settings.dtype,
-    )
-    try:
-        result = train_block(
-            block.module, batches, block.masks(), options, loss or relative_error, ranks
-        )
-    except ValueError as fault:
-        raise ValueError(f"{block.name}: {fault}") from fault
-    trained_tensors = {
-        key: weight.to(block.stored[key].dtype).to(block.stored[key].device)
-        for key, weight in result.weights.items()
-    }
-    record = ReconstructionRecord(
-        error_before=result.error_before,
-        error_after=result.error_after,
-        measure="outputs" if loss is None else "logits",
-        steps=result.steps,
-        stopped=result.stopped,
-        dtype=str(settings.dtype).removeprefix("torch."),
-        seconds=round(time.perf_counter() - started, 3),
-    )
-    return trained_tensors, record
