@@ -9,7 +9,7 @@ import pytest
 
 import prunus
 from prunus.runs import progress
-from prunus.runs.progress import Progress, ProgressBar, Shown, shows_progress
+from prunus.runs.progress import Progress, Shown, shows_progress
 from tiny import tiny_checkpoint, token_ids
 
 
@@ -54,7 +54,7 @@ def test_nothing_is_printed_where_nobody_looks(capfd):
 def test_a_terminal_gets_a_bar(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    assert isinstance(count(), ProgressBar)
+    assert callable(count())
     assert "count" in terminal.getvalue() and "2 of 2" in terminal.getvalue()
 
 

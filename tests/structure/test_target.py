@@ -7,7 +7,7 @@ import pytest
 from torch import Tensor
 
 from prunus.runs.options import RunOptions
-from prunus.runs.windows import describe_given
+from prunus.runs.windows import given_windows
 from prunus.structure import target_search
 from prunus.structure.recipe import StructureRecipe
 from prunus.structure.record import StructureRecord, TargetModel
@@ -51,7 +51,7 @@ def test_the_best_of_the_models_that_meet_the_target_is_made(target, repair, tmp
     def made(folder: Path, ids: Tensor, width: float | None, each: TargetModel) -> Path:
         gone = 4 - each.blocks
         given = {"width": width, "heads": each.heads, "blocks": each.blocks if gone else None}
-        recipe = StructureRecipe.read(None, {**given, **options, **describe_given(ids)})
+        recipe = StructureRecipe.read(None, {**given, **options, **given_windows(ids)[1]})
         run(dense, folder, recipe, RunOptions(input_ids=ids), record.search[:gone])
         return folder
 

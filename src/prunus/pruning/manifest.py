@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -73,18 +73,11 @@ def mean_error(totals: Mapping[str, Any]) -> tuple[str, float | None]:
     return "removed energy", totals["mean_removed_energy"]
 
 
-class SizedLinear(Protocol):
-    """A linear whose size in a file may be known: bits per weight, or None."""
+def mean_bits(linears: Iterable[Any]) -> float | None:
+    """The mean bits per weight of those linears whose bits are known; None where none are.
 
-    @property
-    def shape(self) -> tuple[int, int]: ...
-
-    @property
-    def bits(self) -> float | None: ...
-
-
-def mean_bits(linears: Iterable[SizedLinear]) -> float | None:
-    """The mean bits per weight of those linears whose bits are known; None where none are."""
+    A linear has a `shape`, and `bits` or None.
+    """
     known = [(x.bits, x.shape[0] * x.shape[1]) for x in linears if x.bits is not None]
     return sum(bits * n for bits, n in known) / sum(n for _, n in known) if known else None
 

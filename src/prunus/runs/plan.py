@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -166,13 +166,6 @@ MAX_CHANGE = 0.02
 _TRIAL_TOKENS = 256
 
 
-class ComputeDtype(NamedTuple):
-    """The dtype of the forward passes, and the reason for it in words."""
-
-    dtype: torch.dtype
-    reason: str
-
-
 def decide_dtype(
     requested: str,
     source: Source,
@@ -181,35 +174,34 @@ def decide_dtype(
     needs: Needs,
     trust_remote_code: bool = False,
     adds_ridge: bool = False,
-) -> ComputeDtype:
-    """Choose the dtype of the forward passes.
+) -> tuple[torch.dtype, str]:
+    """The dtype of the forward passes, and the reason for it in words.
 
     Args:
         requested: auto, float32, bfloat16 or float16.
         adds_ridge: Whether the method adds a ridge to a Gram matrix; see `prunus.methods.Method`.
     """
     if requested != "auto":
-        return ComputeDtype(DTYPES[requested], "requested")
+        return DTYPES[requested], "requested"
     stored = source.stored_dtype
     if device.type == "cuda":
         if stored in (torch.bfloat16, torch.float16):
-            return ComputeDtype(stored, "the checkpoint's own, native on this device")
-        return ComputeDtype(torch.float32, "the checkpoint's own")
+            return stored, "the checkpoint's own, native on this device"
+        return torch.float32, "the checkpoint's own"
     if stored is not torch.bfloat16:
         name = str(stored).removeprefix("torch.")
-        return ComputeDtype(torch.float32, f"the checkpoint is stored in {name}")
+        return torch.float32, f"the checkpoint is stored in {name}"
     if needs == "gram" and not adds_ridge:
-        return ComputeDtype(torch.float32, "the method inverts Gram matrices of little damping")
+        return torch.float32, "the method inverts Gram matrices of little damping"
     if not native_bfloat16():
-        return ComputeDtype(torch.float32, "this processor has no native bfloat16")
+        return torch.float32, "this processor has no native bfloat16"
     change = _trial(source, skeleton, trust_remote_code)
     if change < MAX_CHANGE:
-        return ComputeDtype(
-            torch.bfloat16, f"native, and changes the first block's output by {change:.2%} only"
+        return (
+            torch.bfloat16,
+            f"native, and changes the first block's output by {change:.2%} only",
         )
-    return ComputeDtype(
-        torch.float32, f"bfloat16 would change the first block's output by {change:.2%}"
-    )
+    return torch.float32, f"bfloat16 would change the first block's output by {change:.2%}"
 
 
 @torch.no_grad()

@@ -139,21 +139,6 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _NOTEBOOK_INTERVAL = 0.2
 
 
-class ProgressBar:
-    """What a function calls in place of the caller's `progress`, to change a bar."""
-
-    def __init__(self, update: Callable[[Shown], None], read: Callable[..., Shown]) -> None:
-        self._update, self._read = update, read
-
-    def __call__(self, *step: Any) -> None:
-        """Show a step."""
-        self._update(self._read(*step))
-
-    def say(self, text: str) -> None:
-        """Show what is being prepared, before the first step."""
-        self._update(Shown(None, text))
-
-
 def shows_progress(title: str, read: Callable[..., Shown]) -> Callable[[_Function], _Function]:
     """Give a function a keyword `progress`: True shows a bar, and a function is called.
 
@@ -178,9 +163,10 @@ def shows_progress(title: str, read: Callable[..., Shown]) -> Callable[[_Functio
             if place is None:
                 return function(*arguments, **{name: None}, **options)
             with (_notebook_bar if place == "notebook" else terminal_bar)(title) as update:
-                bar = ProgressBar(update, read)
-                said = {} if own else {"announce": bar.say}
-                return function(*arguments, **{name: bar}, **said, **options)
+                shown: dict[str, Any] = {name: lambda *step: update(read(*step))}
+                if not own:
+                    shown["announce"] = lambda text: update(Shown(None, text))
+                return function(*arguments, **shown, **options)
 
         if not own:
             showing.__signature__ = signature.replace(  # type: ignore[attr-defined]

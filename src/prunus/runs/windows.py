@@ -28,45 +28,34 @@ from prunus.runs.options import RunOptions, WindowOptions
 from prunus.runs.record import WindowInputs
 
 
-def describe_given(given: Any) -> dict[str, Any]:
-    """The options of a recipe that describe the calibration data of the caller.
-
-    >>> describe_given(torch.zeros(8, 512, dtype=torch.int64))
-    {'calibration': 'token ids', 'samples': 8, 'seqlen': 512}
-    >>> describe_given(["one text", "another"])
-    {'calibration': 'texts'}
-    >>> describe_given("c4")
-    {'calibration': 'c4'}
-
-    Args:
-        given: The name of a source, texts, integers (samples, seqlen), or floats (samples,
-            channels, height, width).
-    """
-    if are_texts(given):
-        return {"calibration": "texts"}
-    if not isinstance(given, torch.Tensor):
-        return {"calibration": None if given is None else str(given)}
-    shape, is_float = tuple(given.shape), given.dtype.is_floating_point
-    if given.numel() and len(shape) == 4 and is_float:
-        return {"calibration": "pixel values", "samples": shape[0]}
-    if given.numel() and len(shape) == 2 and not is_float:
-        return {"calibration": "token ids", "samples": shape[0], "seqlen": shape[1]}
-    raise ValueError(
-        f"calibration ids must be integers (samples, seqlen), got {given.dtype} {shape}; pixel "
-        "values of images are floats (samples, channels, height, width)"
-    )
-
-
 def given_windows(calibration: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The caller's calibration as options of a run, and as the options of a recipe that say so.
 
+    >>> given_windows(torch.zeros(8, 512, dtype=torch.int64))[1]
+    {'calibration': 'token ids', 'samples': 8, 'seqlen': 512}
     >>> given_windows(["one text", "another"])
     ({'texts': ['one text', 'another']}, {'calibration': 'texts'})
+    >>> given_windows("c4")
+    ({}, {'calibration': 'c4'})
+
+    Args:
+        calibration: The name of a source, texts, integers (samples, seqlen), or floats (samples,
+            channels, height, width).
     """
-    described = describe_given(calibration)
-    if isinstance(calibration, torch.Tensor):
-        return {"input_ids": calibration}, described
-    return ({"texts": calibration} if are_texts(calibration) else {}), described
+    if are_texts(calibration):
+        return {"texts": calibration}, {"calibration": "texts"}
+    if not isinstance(calibration, torch.Tensor):
+        return {}, {"calibration": None if calibration is None else str(calibration)}
+    given, shape = {"input_ids": calibration}, tuple(calibration.shape)
+    is_float = calibration.dtype.is_floating_point
+    if calibration.numel() and len(shape) == 4 and is_float:
+        return given, {"calibration": "pixel values", "samples": shape[0]}
+    if calibration.numel() and len(shape) == 2 and not is_float:
+        return given, {"calibration": "token ids", "samples": shape[0], "seqlen": shape[1]}
+    raise ValueError(
+        f"calibration ids must be integers (samples, seqlen), got {calibration.dtype} {shape}; "
+        "pixel values of images are floats (samples, channels, height, width)"
+    )
 
 
 def check_inputs(kind: Kind, recipe: WindowOptions, options: RunOptions) -> None:

@@ -5,15 +5,18 @@ import pytest
 import torch
 from torch import nn
 
-from prunus.pruning.reconstruction.cached_suffix import CachedSuffix, after_attention, find_suffix
+from prunus.pruning.reconstruction.cached_suffix import CachedSuffix, find_suffix
+from prunus.pruning.reconstruction.schedule import linears_to_train
 
 
 def test_attention_is_the_submodule_that_comes_first():
     llama = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
-    assert after_attention(llama) == ["mlp.gate_proj", "mlp.down_proj"]
-    assert after_attention(["self_attn.q_proj", "fc1", "fc2"]) == ["fc1", "fc2"]
-    assert after_attention(llama[:2]) == llama[:2], "if only attention is pruned, it is trained"
-    assert after_attention(["fc1"]) == ["fc1"]
+    assert linears_to_train(llama, updated=True) == ["mlp.gate_proj", "mlp.down_proj"]
+    assert linears_to_train(["self_attn.q_proj", "fc1", "fc2"], updated=True) == ["fc1", "fc2"]
+    assert linears_to_train(llama[:2], updated=True) == llama[:2], (
+        "if only attention is pruned, it is trained"
+    )
+    assert linears_to_train(["fc1"], updated=True) == ["fc1"]
 
 
 class Block(nn.Module):

@@ -96,19 +96,6 @@ def output_hooks(
 MIN_TOKENS: dict[Needs, int] = {"none": 0, "norms": 32, "gram": 512}
 
 
-def min_expert_tokens(needs: Needs, requested: int | None) -> int:
-    """The tokens below which an expert is measured on all of them.
-
-    >>> min_expert_tokens("gram", None), min_expert_tokens("gram", 100)
-    (512, 100)
-    >>> min_expert_tokens("none", 100)
-    0
-    """
-    if needs == "none":
-        return 0
-    return MIN_TOKENS[needs] if requested is None else requested
-
-
 class ExpertCounter:
     """Counts the tokens that choose each expert of one experts module."""
 
@@ -165,10 +152,15 @@ class ExpertCounter:
 
 
 def find_expert_counters(
-    block: nn.Module, linears: Iterable[str], min_tokens: int
+    block: nn.Module, linears: Iterable[str], needs: Needs, requested: int | None
 ) -> list[ExpertCounter]:
-    """Make a counter for every experts module of a block that owns one of `linears`."""
-    if min_tokens == 0:
+    """Make a counter for every experts module of a block that owns one of `linears`.
+
+    Args:
+        requested: The tokens below which an expert is measured on all; None for `MIN_TOKENS`.
+    """
+    min_tokens = MIN_TOKENS[needs] if requested is None else requested
+    if min_tokens == 0 or needs == "none":
         return []
     names = list(linears)
     counters = [

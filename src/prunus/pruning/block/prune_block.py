@@ -34,7 +34,7 @@ from prunus.pruning.block.dense_stream import (
     accumulate_with_drift,
     held_out_batches,
 )
-from prunus.pruning.block.hooks import ExpertCounter, find_expert_counters, min_expert_tokens
+from prunus.pruning.block.hooks import ExpertCounter, find_expert_counters
 from prunus.pruning.block.linear import LinearFinish, prune_linear
 from prunus.pruning.block.lockstep import lockstep
 from prunus.pruning.block.replay import replay
@@ -96,7 +96,7 @@ class BlockPruner:
         if reconstruction is not None:
             split = step_ranks(self.ranks, max(map(len, batches)), self.job.device)
             partial = step_parts(batches, split)
-        own = self.own_batches(batches)
+        own = own_part(self.ranks, batches)
         self.stream.embed(own, spill_to, on_device, partial)
         if self.dense is not None:
             self.dense.embed(own, spill_to, on_device, self._first_batch)
@@ -110,10 +110,6 @@ class BlockPruner:
                 ranks=self.ranks,
                 split=split,
             )
-
-    def own_batches(self, batches: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """The batches of this rank, out of those of all ranks."""
-        return own_part(self.ranks, batches)
 
     @property
     def _first_batch(self) -> int:
@@ -153,8 +149,8 @@ class BlockPruner:
         module = self.skeleton.fill(index, stored.tensors, job.device)
         linears = [linear for linear in self.skeleton.linears(index) if linear.name in selected]
         names = [linear.name for linear in linears]
-        minimum = min_expert_tokens(method.needs, job.recipe.min_expert_tokens)
-        counters = find_expert_counters(module, names, minimum)
+        least = job.recipe.min_expert_tokens
+        counters = find_expert_counters(module, names, method.needs, least)
         # Copied before anything changes in the block: neither weights nor wrapped forwards follow.
         dense_inputs = None
         if self.dense is not None:
@@ -289,7 +285,7 @@ class BlockPruner:
         with self.skeleton.outside_blocks(self.job.source.read_outside, device, with_head=True):
             self.ranks.set_location(head.name)
             statistics = self._new_statistics(head)
-            for batch, ids in enumerate(self.own_batches(batches)):
+            for batch, ids in enumerate(own_part(self.ranks, batches)):
                 x = self.skeleton.head_input(ids.to(device), self.stream.states.get(batch))
                 statistics.add(x.reshape(-1, x.shape[-1]))
             statistics.complete(self.ranks)

@@ -40,20 +40,6 @@ _BATCH: ContextVar[int] = ContextVar("batch")
 _ROUNDING = 0.02
 
 
-def after_attention(linears: Sequence[str]) -> list[str]:
-    """Return the linears of a block that run after its attention.
-
-    Attention is taken to be the submodule that holds the first linear. If it holds all of them, all
-    are returned.
-
-    Example:
-        >>> after_attention(["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj"])
-        ['mlp.up_proj']
-    """
-    first = linears[0].partition(".")[0]
-    return [name for name in linears if name.partition(".")[0] != first] or list(linears)
-
-
 class CachedSuffix:
     """A function from the number of a batch to the block's output; `find_suffix` makes one.
 

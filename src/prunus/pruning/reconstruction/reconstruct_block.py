@@ -29,6 +29,7 @@ from prunus.pruning.reconstruction.kl_loss import (
     CHUNK_TOKENS,
     OutputLoss,
     kl_divergence,
+    logits_of,
     relative_error,
 )
 from prunus.pruning.reconstruction.schedule import (

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-from prunus.pruning.reconstruction.cached_suffix import after_attention
 from prunus.pruning.reconstruction.kl_loss import LOGIT_STRIDE
 
 #: One batch in this many is a validation batch: it is not trained on, and chooses the result.
@@ -140,4 +139,7 @@ def linears_to_train(linears: Sequence[str], updated: bool) -> list[str]:
         >>> linears_to_train(["self_attn.q_proj", "mlp.up_proj"], updated=False)
         ['self_attn.q_proj', 'mlp.up_proj']
     """
-    return after_attention(linears) if updated else list(linears)
+    # Attention is taken to be the submodule that holds the first linear.
+    first = linears[0].partition(".")[0]
+    after = [name for name in linears if updated and name.partition(".")[0] != first]
+    return after or list(linears)
