@@ -9,7 +9,7 @@ import prunus
 import reference
 from prunus.methods.patterns import Pattern
 from prunus.model.stream import Stream
-from prunus.pruning.allocation.allocate import (
+from prunus.pruning.allocation import (
     Layer,
     allocate,
     output_errors,
@@ -29,9 +29,7 @@ EMBED = Stream.embed
 @pytest.mark.parametrize("by", ["block", "linear"])
 def test_budget_is_exact_and_every_linear_gets_what_the_manifest_says(by, tmp_path, monkeypatch):
     # The search may decide for a uniform sparsity; here it takes what it found.
-    monkeypatch.setattr(
-        "prunus.pruning.allocation.allocate.output_errors", lambda *a: [5, 4, 3, 2, 1]
-    )
+    monkeypatch.setattr("prunus.pruning.allocation.output_errors", lambda *a: [5, 4, 3, 2, 1])
     dense = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=3)
     report = prunus.prune(
         dense,
@@ -61,7 +59,7 @@ def test_a_resumed_run_keeps_the_same_sparsities(tmp_path, monkeypatch):
         prunus.prune(dense, tmp_path / "out", **options, progress=stop_after(1))
     kept = Manifest.load(tmp_path / "out").allocation
     monkeypatch.setattr(
-        "prunus.pruning.allocation.allocate._measured", lambda *a: pytest.fail("measured twice")
+        "prunus.pruning.allocation._measured", lambda *a: pytest.fail("measured twice")
     )
     report = prunus.prune(dense, tmp_path / "out", **options)
     assert report.allocation == kept
@@ -162,7 +160,7 @@ def test_a_search_takes_the_part_that_harms_whole_models_least(tmp_path, monkeyp
             return EMBED(self, batches, *arguments, **options)
 
         monkeypatch.setattr("prunus.model.stream.Stream.embed", embed)
-        monkeypatch.setattr("prunus.pruning.allocation.allocate.output_errors", lambda *a: errors)
+        monkeypatch.setattr("prunus.pruning.allocation.output_errors", lambda *a: errors)
         recipe = Recipe(
             calibration="token ids", samples=8, seqlen=16, dtype="float32", allocation="search"
         )

@@ -19,6 +19,7 @@ class CompressionRecord(PruningRecord):
 
     FILE: ClassVar[str] = "prunus-compress.json"
     VERB: ClassVar[str] = "prunus compress"
+    DONE: ClassVar[str] = "compressed"
 
     recipe: CompressionRecipe
     packed_outside: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -26,7 +27,3 @@ class CompressionRecord(PruningRecord):
     @property
     def what(self) -> str:
         return f"{self.recipe.bits:g} bits"
-
-    @property
-    def done(self) -> str:
-        return "compressed"

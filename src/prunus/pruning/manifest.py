@@ -142,6 +142,9 @@ class PruningRecord(BlockwiseRecord):
         left_dense: Weights of the blocks that stay as they are: full name -> shape.
     """
 
+    #: What happened to a block, in one word.
+    DONE: ClassVar[str] = "pruned"
+
     recipe: PruningOptions
     blocks: list[BlockRecord] = Field(default_factory=list)
     head: LinearRecord | None = None
@@ -153,11 +156,6 @@ class PruningRecord(BlockwiseRecord):
     def what(self) -> str:
         """What was done, in two or three words."""
         return self.recipe.method
-
-    @property
-    def done(self) -> str:
-        """What happened to a block, in one word."""
-        return "pruned"
 
     def close(self, seconds: float, device: torch.device) -> None:
         """Enter the totals."""

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +30,7 @@ from prunus.methods.own_method import GIVEN, method_sha256
 from prunus.methods.table import Method
 from prunus.model.source import ModuleSource
 from prunus.options import takes
-from prunus.pruning.allocation.allocate import allocate
+from prunus.pruning.allocation import allocate
 from prunus.pruning.block.linear import LinearFinish
 from prunus.pruning.block.prune_block import BlockPruner
 from prunus.pruning.job import PruningJob
@@ -41,11 +40,10 @@ from prunus.pruning.output import InPlaceOutput, PrunedFolder, PruningOutput
 from prunus.pruning.plan import plan_run
 from prunus.pruning.recipe import Recipe
 from prunus.runs.folder import find_earlier, held
-from prunus.runs.loop import Made, MemoryWatch, StoredBlock, run_blocks
+from prunus.runs.loop import MemoryWatch, run_blocks
 from prunus.runs.options import RunOptions
 from prunus.runs.plan import check_room, check_same_on_all_ranks
 from prunus.runs.progress import pruning_step, shows_progress
-from prunus.runs.record import Walk
 from prunus.runs.windows import calibration_windows, given_windows, run_inputs
 
 
@@ -190,7 +188,7 @@ def _carry_out(
 
     output.begin(job.options.overwrite)
     finish = verb.finish_linear(job, windows.ids, output, record)
-    pruner = BlockPruner(job, record.allocation, finish)
+    pruner = BlockPruner(job, walks, record.allocation, finish)
     one_thread = 1 if job.reference_order else None
     with MemoryWatch(job), torch.no_grad(), contextlib.closing(pruner), _threads(one_thread):
         # Everything before the first block: windows become hidden states.
@@ -204,41 +202,13 @@ def _carry_out(
         )
         # In the reference order the next block depends on weights before they were rounded for
         # storage, so a finished block is pruned once more.
-        step = PruneStep(job, pruner, record, walks)
-        run_blocks(job, step, output, output.finished, again=job.reference_order)
+        run_blocks(job, pruner, output, output.finished, again=job.reference_order)
         pruned_head: dict[str, torch.Tensor] = {}
         if job.prunes_head:
             pruned_head, record.head = pruner.prune_head(batches)
     record.close(seconds=time.perf_counter() - started, device=job.device)
     output.complete(pruned_head)
     return record
-
-
-class PruneStep:
-    """Prunes one block after the other; see `prunus.runs.loop.BlockStep`."""
-
-    def __init__(
-        self,
-        job: PruningJob,
-        pruner: BlockPruner,
-        record: PruningRecord,
-        walks: Sequence[Walk],
-    ) -> None:
-        self._job, self._pruner, self._record, self._walks = job, pruner, record, walks
-
-    def take(self, place: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._pruner.propagate(place, tensors)
-
-    def make(self, place: int, stored: StoredBlock) -> Made:
-        started = time.perf_counter()
-        walk = self._walks[place]
-        made = self._pruner.prune(place, stored, self._job.selected[place], walk)
-        record = made.record
-        record.seconds = round(time.perf_counter() - started, 3)
-        message = f"{self._record.done} in {record.seconds:.2f} s"
-        if record.walk == "replay":
-            message += ", with one batch in flight: paused windows do not fit in the memory budget"
-        return replace(made, message=message)
 
 
 def _record(job: PruningJob, windows: Windows, earlier: PruningRecord | None) -> PruningRecord:

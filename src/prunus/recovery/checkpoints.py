@@ -27,11 +27,7 @@ _KINDS = ("weight", "step", "exp_avg", "exp_avg_sq")
 
 
 class TrainingState(BaseModel):
-    """How far a training is, over all attempts.
-
-    Attributes:
-        stopped: Why training ended before the budget was spent, or None.
-    """
+    """How far a training is, over all attempts."""
 
     model_config = ConfigDict(extra="forbid")
 

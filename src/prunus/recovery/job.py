@@ -42,9 +42,7 @@ class RecoveryJob:
 
     Attributes:
         skeleton: The model without weights, to which the source is bound; None in mode scales.
-        teacher: The dense checkpoint, or None.
         record: A new one, or that of the unfinished or finished recovery in the output folder.
-        card: The pruned model's README.md, or None.
     """
 
     model: str | Path
@@ -87,7 +85,6 @@ def plan_recovery(
     """Check everything that can be checked and decide what is left open; nothing is written.
 
     Args:
-        earlier: The record of this recovery in the output folder, or None.
         name: What the record calls the model; None for `model`.
     """
     if recipe.mode == "lora":
@@ -191,11 +188,7 @@ def draw_training_text(
     device: torch.device,
     data: Path | None,
 ) -> TrainingText:
-    """The windows of the text, which fit the model.
-
-    Args:
-        dense: The teacher, or None.
-    """
+    """The windows of the text, which fit the model."""
     config = source.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     check_context(positions if isinstance(positions, int) else None, recipe.seqlen)

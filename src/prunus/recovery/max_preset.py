@@ -145,9 +145,6 @@ def plan_training(
 ) -> dict[str, Any]:
     """Check the training of preset max, and say what it takes. Nothing is written.
 
-    Args:
-        output: Folder of the result, or None to leave it unchecked.
-
     Returns:
         JSON values: `minutes`, `text`, `seqlen`, `batch` (windows of a step), and `memory_bytes`
         of the trained model and the dense one, without the activations of a step.

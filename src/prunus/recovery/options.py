@@ -178,9 +178,6 @@ class RecoveryOptions(Options):
     def peak_rate(self, weight_rms: float = 1.0) -> float:
         """The peak learning rate.
 
-        Args:
-            weight_rms: What a default rate is relative to; see `Trainable.weight_rms`.
-
         >>> RecoveryOptions(mode="full").peak_rate(weight_rms=0.2)
         0.000154
         >>> RecoveryOptions(mode="masked", learning_rate=1e-4).peak_rate(weight_rms=0.2)

@@ -127,7 +127,6 @@ def carry_out(
     """Recover a model into a folder that this run holds; see `recover`.
 
     Args:
-        earlier: The record of this recovery in `output`, or None.
         name: What the record calls the model; None for `model`.
     """
     started, ranks = time.perf_counter(), options.processes

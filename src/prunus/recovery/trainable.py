@@ -163,9 +163,6 @@ def check_zeros(
 ) -> LinearMask:
     """Check, weight by weight, that every zero of a linear is still zero.
 
-    Args:
-        shape: (out, in).
-
     >>> before = torch.tensor([[0.0, 1.0, 2.0]])
     >>> check_zeros("up_proj", (1, 3), before, 2 * before)
     LinearMask(shape=(1, 3), zeros_before=1, zeros_after=1)

@@ -99,7 +99,6 @@ class Training:
     Attributes:
         trainable: Model and parameters. The parameters end as the best on the held-out windows.
         dtype: Of matrix products and activations; see `training_dtype`.
-        teacher: A causal LM whose logits are the target, or None.
     """
 
     trainable: Trainable

@@ -105,11 +105,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A chart with one coloured cell per row and column.
-
-    Attributes:
-        values: one tuple per row; None where there is no value.
-    """
+    """A chart with one coloured cell per row and column."""
 
     title: str
     x_title: str
@@ -210,10 +206,6 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
 
 def text_of(value: Any, form: str | None) -> str:
     """Format a value for people.
-
-    Args:
-        value: number, text, `Measured`, or None if it is missing.
-        form: Python format specification; None for text.
 
     Returns:
         The text. A missing value becomes a dash.

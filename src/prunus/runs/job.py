@@ -25,10 +25,7 @@ class RunJob:
     """The decisions of one run, as far as they concern its model and its windows.
 
     Attributes:
-        recipe: The options that decide the bytes of the result.
-        options: The options that only decide how the work is done.
         model_name: The model as the user named it; the class name of a loaded model.
-        batch: Calibration windows per forward pass.
         budget: Memory for the run on `device`, in bytes.
         host_budget: Memory for the run on the host, in bytes. On a CPU both budgets are the same.
         measured: Name of a block -> SHA-256 of the weights that a measurement before the first
@@ -302,12 +299,7 @@ def windows_per_batch(samples: int, window_tokens: int, for_training: bool = Fal
 
 
 def check_measured(digests: dict[str, str], block: str, digest: str) -> None:
-    """Check that a block still has the weights that a measurement before the run read.
-
-    Args:
-        digests: Name of a block -> SHA-256 of the weights that were read.
-        digest: SHA-256 of its weights now.
-    """
+    """Check that a block still has the weights that a measurement before the run read."""
     if digests.get(block, digest) != digest:
         raise FileExistsError(
             f"{block} of the source is not what it was when the run measured the model: the "

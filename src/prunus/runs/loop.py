@@ -132,11 +132,7 @@ def check_same(ranks: Ranks, name: str, changed: Mapping[str, torch.Tensor]) -> 
 
 
 class StoredBlock(NamedTuple):
-    """A block as a checkpoint stores it.
-
-    Attributes:
-        digest: their SHA-256.
-    """
+    """A block as a checkpoint stores it."""
 
     tensors: Mapping[str, torch.Tensor]
     digest: str
@@ -162,9 +158,6 @@ def read_ahead(indices: Iterable[int], read: Callable[[int], T], overlaps: bool)
 
     The next one is read from the moment when its predecessor is taken, so the caller computes with
     one block while the other arrives.
-
-    Args:
-        overlaps: False reads each one when it is asked for.
 
     >>> list(read_ahead([1, 2, 3], lambda index: 10 * index, overlaps=True))
     [10, 20, 30]

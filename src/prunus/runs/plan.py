@@ -175,12 +175,7 @@ def decide_dtype(
     trust_remote_code: bool = False,
     adds_ridge: bool = False,
 ) -> tuple[torch.dtype, str]:
-    """The dtype of the forward passes, and the reason for it in words.
-
-    Args:
-        requested: auto, float32, bfloat16 or float16.
-        adds_ridge: Whether the method adds a ridge to a Gram matrix; see `prunus.methods.Method`.
-    """
+    """The dtype of the forward passes, and the reason for it in words."""
     if requested != "auto":
         return DTYPES[requested], "requested"
     stored = source.stored_dtype

@@ -54,9 +54,6 @@ class LineInterval:
     >>> now = 115.0
     >>> lines.due()
     True
-
-    Attributes:
-        clock: a function that returns the time in seconds.
     """
 
     seconds: float = SECONDS_BETWEEN_LINES

@@ -143,11 +143,7 @@ class RunRecord(BaseModel):
         return read_record(folder / cls.FILE, cls)
 
     def check_same_run(self, recipe: Options, inputs: RunInputs | None = None) -> None:
-        """Check that this record belongs to the same run, which may then be resumed.
-
-        Args:
-            inputs: Of the run; None while they are not known yet.
-        """
+        """Check that this record belongs to the same run, which may then be resumed."""
         before, now = self.recipe.model_dump(), recipe.model_dump()
         if inputs is not None:
             # What "auto" meant replaces the recipe's batch and dtype. The recipe's bos is kept.
@@ -216,11 +212,7 @@ def result_card(
     fields: Mapping[str, str | None] | None = None,
     source: Path | None = None,
 ) -> str:
-    """The card of a model that a run has made.
-
-    Args:
-        fields: Further fields, as YAML; None leaves one out.
-    """
+    """The card of a model that a run has made."""
     body = "\n\n".join(
         [
             f"# {source_name(record)}, {title}",
@@ -250,9 +242,6 @@ def extended_card(
     """The card of a model with a section about what was done to it afterwards.
 
     A section with the same title, and all that follows it, is replaced.
-
-    Args:
-        card: Of the model, or None.
     """
     before = (card if card is not None else f"# {name}\n").split(f"## {title}\n")[0].rstrip()
     return add_tags(f"{before}\n\n## {title}\n\n{section.rstrip()}\n", tags, without)

@@ -94,7 +94,6 @@ class DenseBlockInputs:
     """The inputs of the linears of one dense block, batch by batch; see `DenseStream.copy_block`.
 
     Args:
-        dense_number: number of a batch in the pruned stream -> its number in `stream`.
         cache: run every batch once and keep the inputs of all `linears` (for lockstep, which keeps
             all batches in memory anyway). Otherwise every call of `get` runs the batch again.
     """

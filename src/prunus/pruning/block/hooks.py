@@ -37,7 +37,6 @@ def input_hooks(
     """While active, call a function before every forward of certain modules.
 
     Args:
-        on_input: called with a linear and its input (…, in).
         on_routing: called with a counter and the numbers of the experts that each token chose,
             integers (tokens, experts per token). Required where there are counters.
     """

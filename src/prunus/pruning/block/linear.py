@@ -57,11 +57,7 @@ class LinearFinish(Protocol):
 
 @dataclass(frozen=True)
 class PrunedLinear:
-    """A finished linear.
-
-    Attributes:
-        packed: the weight as a compressed checkpoint stores it, or None.
-    """
+    """A finished linear."""
 
     weight: torch.Tensor
     record: LinearRecord
@@ -87,7 +83,6 @@ def prune_linear(
     Args:
         statistics: of its inputs, complete; see `InputStatistics.complete`.
         ranks: processes that prune the same linear at the same time and can split its rows.
-        finish: what the verb does to the linear at the end; None for nothing.
     """
     started = time.perf_counter()
     method, notes = settings.method, dict[str, Any]()

@@ -1,6 +1,6 @@
 """Prunes the blocks of a model one after the other, with all calibration windows in step.
 
-The steps of one block, as `BlockPruner.prune` takes them:
+The steps of one block, as `BlockPruner.make` takes them:
 
     load         weights into the block; a copy of the dense block where its inputs are needed
     walk         all windows through the block; every linear is pruned when its statistics are known
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -63,13 +64,11 @@ _WALKS: dict[Walk, Callable[[BlockWalk], list[Linear]]] = {
 class BlockPruner:
     """Takes all calibration windows through a model, one block at a time.
 
-    Call `embed` first, then `prune` or `propagate` once per block in order, then `close`.
-
-    Attributes:
-        finish: what the verb does to each linear at the end; None for nothing.
+    Call `embed` first, then `make` or `take` once per block in order, then `close`.
     """
 
     job: PruningJob
+    walks: Sequence[Walk]
     sparsities: Mapping[str, float] = field(default_factory=dict)
     finish: LinearFinish | None = None
     stream: Stream = field(init=False)
@@ -116,34 +115,32 @@ class BlockPruner:
         """Number of this rank's first batch among those of all ranks."""
         return sum(self._counts[: self.ranks.rank])
 
-    def propagate(self, index: int, stored: Mapping[str, torch.Tensor]) -> None:
-        """Take all batches through a block that an earlier run has finished, as `prune` does."""
-        self.stream.propagate(index, stored)
+    def take(self, place: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take all batches through a block that an earlier run has finished, as `make` does."""
+        self.stream.propagate(place, tensors)
         if self.dense is not None:
-            self.dense.propagate(index)
+            self.dense.propagate(place)
 
-    def prune(self, index: int, stored: StoredBlock, selected: Sequence[str], walk: Walk) -> Made:
-        """Prune one block and take all batches through it.
-
-        Returns:
-            The finished block. The caller sets the seconds of its record.
-
-        Raises:
-            ValueError: activations are not finite; names the tensor.
-        """
-        state = self._load(index, stored, selected, walk)
+    def make(self, place: int, stored: StoredBlock) -> Made:
+        """Prune one block and take all batches through it."""
+        started = time.perf_counter()
+        state = self._load(place, stored)
         self._walk(state)
         self._reconstruct(state)
         self._advance(state)
-        self.skeleton.release(index)
+        self.skeleton.release(place)
         check_same(self.ranks, state.name, state.changed)
-        return state.result(self.ranks.size)
+        record = state.record(self.ranks.size)
+        record.seconds = round(time.perf_counter() - started, 3)
+        message = f"{self.job.RECORD.DONE} in {record.seconds:.2f} s"
+        if record.walk == "replay":
+            message += ", with one batch in flight: paused windows do not fit in the memory budget"
+        return Made(state.finished, record, message, state.packed)
 
-    def _load(
-        self, index: int, stored: StoredBlock, selected: Sequence[str], walk: Walk
-    ) -> BlockState:
+    def _load(self, index: int, stored: StoredBlock) -> BlockState:
         """Put the weights into the block, and prepare all that its walk needs."""
         job, name = self.job, self.skeleton.block_name(index)
+        selected, walk = job.selected[index], self.walks[index]
         method = job.linear_settings.method
         self.ranks.set_location(name)
         module = self.skeleton.fill(index, stored.tensors, job.device)
@@ -312,8 +309,6 @@ class BlockState:
     """One block while it is pruned.
 
     Attributes:
-        digest: SHA-256 of `stored`.
-        reconstruction: of this block, or None.
         changed: the finished tensors by relative name, as far as they differ from `stored`.
         packed: the linears that a compressed checkpoint stores as integers, by relative name.
     """
@@ -338,9 +333,9 @@ class BlockState:
         """All tensors of the block by relative name, as far as they are pruned."""
         return {**self.stored, **self.changed}
 
-    def result(self, ranks: int) -> Made:
-        """The finished block; the seconds of its record are still missing."""
-        record = BlockRecord(
+    def record(self, ranks: int) -> BlockRecord:
+        """The record of the finished block; its seconds are still missing."""
+        return BlockRecord(
             name=self.name,
             input_sha256=self.digest,
             walk=self.walk,
@@ -348,4 +343,3 @@ class BlockState:
             linears={linear.name: self.records[linear.name] for linear in self.linears},
             reconstruction=self.reconstructed,
         )
-        return Made(self.finished, record, "", self.packed)

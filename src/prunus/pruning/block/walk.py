@@ -59,7 +59,6 @@ class BlockWalk:
 
     Attributes:
         finish: stores the output of batch i; called as soon as the batch is through.
-        new_statistics: makes empty statistics for the inputs of a linear.
         prune: prunes a linear, given the complete statistics of its inputs. It is called once per
             linear, in the order of execution.
         expert_counters: the experts modules of the block whose tokens must be counted before any

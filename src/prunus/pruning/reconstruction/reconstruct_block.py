@@ -81,11 +81,7 @@ class BlockReconstructor:
 
 @dataclass
 class BlockReconstruction:
-    """The reconstruction of one block, from the walk of its windows to its trained weights.
-
-    Attributes:
-        suffix: the suffix, with its inputs cached during the walk; None before it or without one.
-    """
+    """The reconstruction of one block, from the walk of its windows to its trained weights."""
 
     shared: BlockReconstructor
     index: int

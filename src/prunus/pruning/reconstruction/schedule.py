@@ -58,7 +58,6 @@ class ReconstructionSettings:
         epochs: passes over the training batches; None for the block's `default_schedule`.
         learning_rate: peak rate of Adam, the same for all tensors; None for the relative rate of
             the block's `default_schedule`.
-        last_only: only the last block is reconstructed.
     """
 
     epochs: int | None

@@ -91,7 +91,6 @@ class TrainResult:
             their masks.
         error_before, error_after: loss on the validation batches, of the weights before training
             and of the best candidate.
-        stopped: why training ended early, or None.
     """
 
     weights: dict[str, torch.Tensor]

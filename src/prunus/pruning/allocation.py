@@ -260,9 +260,6 @@ def pruned_models(
 def output_errors(stream: Stream, outputs: Sequence[Tensor]) -> list[float]:
     """How far a model's outputs move when its last block returns other hidden states.
 
-    Args:
-        outputs: Hidden states (windows, tokens, hidden) in their place.
-
     Returns:
         Per entry of `outputs` the mean KL divergence of the next token's distribution from the
         dense model's, in nats; for models without logits per token, the relative change of the

@@ -1,1 +1,0 @@
-"""How a sparsity is distributed over the layers of a model."""
