@@ -101,12 +101,10 @@ def plan_recovery(
         source = CheckpointSource(folder, quantized=True)
         require_causal(source.config, "prunus recover")
     else:
-        source, skeleton = open_checkpoint(folder)
+        source, skeleton = _open(folder)
     dense = None
     if teacher is not None:
-        dense_folder = resolve_folder(teacher)
-        check_teacher(dense_folder)
-        dense, _ = open_checkpoint(dense_folder)
+        dense = open_teacher(teacher)
         _check_vocabulary(source, dense)
     elif recipe.distill_weight != 1:
         raise ValueError(
@@ -154,16 +152,18 @@ def check_ranks(recipe: RecoveryOptions, ranks: Ranks) -> None:
         )
 
 
-def check_teacher(folder: Path) -> None:
-    """Check that a folder holds a model that can teach."""
+def open_teacher(model: str | Path) -> CheckpointSource:
+    """The checkpoint of a dense causal LM, which can teach."""
+    folder = resolve_folder(model)
     if _form(folder) != "dense":
         raise ValueError(
             f"the teacher {folder} is packed; give the dense model that it was made from, or "
             f"expand it first (prunus unpack {folder} DEST)"
         )
+    return _open(folder)[0]
 
 
-def open_checkpoint(folder: Path) -> tuple[CheckpointSource, Skeleton]:
+def _open(folder: Path) -> tuple[CheckpointSource, Skeleton]:
     """A checkpoint of a causal LM, bound to the skeleton of its model."""
     source = CheckpointSource(folder)
     require_causal(source.config, "prunus recover")

@@ -21,7 +21,6 @@ import torch
 from prunus.calibration.sources import find_source
 from prunus.calibration.windows import Wanted
 from prunus.model.checkpoint.output_folder import check_apart, check_disk, check_resume, is_vacant
-from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.source import CheckpointSource
 from prunus.options import takes
 from prunus.pruning.manifest import Manifest
@@ -29,10 +28,9 @@ from prunus.pruning.recipe import Recipe
 from prunus.pruning.run import run
 from prunus.recovery.job import (
     check_ranks,
-    check_teacher,
     draw_training_text,
     full_fingerprint,
-    open_checkpoint,
+    open_teacher,
 )
 from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.record import RecoveryRecord
@@ -222,11 +220,9 @@ def _check_training(
     find_source(training.text).check(
         Wanted(samples=1, seqlen=training.seqlen, bos=training.bos, data=options.data)
     )
-    folder = resolve_folder(model)
-    check_teacher(folder)
+    source = open_teacher(model)
     if output is not None:
-        check_apart(output, folder)
-    source, _ = open_checkpoint(folder)
+        check_apart(output, source.checkpoint.folder)
     if training.text != "self":  # The model would write the text, which is work.
         draw_training_text(training, source, source, torch.device("cpu"), options.data)
     elif training.tokens is None:
