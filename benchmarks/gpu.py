@@ -40,9 +40,8 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.packed import to_semi_structured
 from prunus.pruning.block import prune_block
-from prunus.pruning.job import PruningJob
+from prunus.pruning.job import PruningJob, describe_plan, plan_run
 from prunus.pruning.output import PrunedFolder
-from prunus.pruning.plan import describe_plan, plan_run
 from prunus.pruning.recipe import Recipe
 from prunus.runs import loop
 from prunus.runs.options import RunOptions

@@ -26,9 +26,8 @@ from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.packed import PackedLinear, reference_path
 from prunus.packed.description import Description, StoredTensor
-from prunus.pruning.job import PruningJob
+from prunus.pruning.job import PruningJob, describe_plan, plan_run
 from prunus.pruning.manifest import Manifest
-from prunus.pruning.plan import describe_plan, plan_run
 from prunus.pruning.recipe import Recipe
 from prunus.reporting.run_sections import run_section
 from prunus.reporting.tables import plan_facts

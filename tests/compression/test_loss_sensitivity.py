@@ -18,8 +18,7 @@ from prunus.compression.recipe import CompressionRecipe
 from prunus.methods.rate_distortion import relative_steps
 from prunus.model.skeleton import Skeleton
 from prunus.model.stream import Stream
-from prunus.pruning.job import PruningJob
-from prunus.pruning.plan import plan_run
+from prunus.pruning.job import PruningJob, plan_run
 from prunus.runs.options import RunOptions
 from tiny import tiny_checkpoint, token_ids
 

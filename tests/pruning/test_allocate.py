@@ -16,8 +16,8 @@ from prunus.pruning.allocation import (
     pruned_models,
     sensitivity_curves,
 )
+from prunus.pruning.job import plan_run
 from prunus.pruning.manifest import Manifest
-from prunus.pruning.plan import plan_run
 from prunus.pruning.recipe import Recipe
 from prunus.runs.options import RunOptions
 from stopping import StopError, stop_after

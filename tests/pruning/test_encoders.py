@@ -21,7 +21,7 @@ import prunus
 from command_line import call
 from prunus.model.kinds import CAUSAL, kind_of
 from prunus.model.stubs import BlockStubs
-from prunus.pruning.plan import plan_run
+from prunus.pruning.job import plan_run
 from prunus.pruning.recipe import Recipe
 from prunus.runs.options import RunOptions
 from reference import assert_three_ways_agree, wanda_by_whole_runs

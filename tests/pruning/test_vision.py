@@ -20,8 +20,7 @@ from prunus.calibration.images import draw_images, list_images, read_images
 from prunus.evaluation.images import ImageScore, image_accuracy
 from prunus.model.hidden_states import HiddenStates
 from prunus.model.skeleton import Skeleton
-from prunus.pruning.job import PruningJob
-from prunus.pruning.plan import plan_run
+from prunus.pruning.job import PruningJob, plan_run
 from prunus.pruning.recipe import Recipe
 from prunus.runs.options import RunOptions
 from reference import assert_three_ways_agree, prune_as_called, prune_rows

@@ -159,8 +159,7 @@ def plan(
     """
     with user_errors(json_file):
         from prunus.compression.job import CompressionJob
-        from prunus.pruning.job import PruningJob
-        from prunus.pruning.plan import describe_plan, plan_run
+        from prunus.pruning.job import PruningJob, describe_plan, plan_run
         from prunus.reporting.tables import plan_facts
         from prunus.runs.folder import find_earlier
         from prunus.runs.plan import check_room

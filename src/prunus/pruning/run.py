@@ -33,11 +33,10 @@ from prunus.options import takes
 from prunus.pruning.allocation import allocate
 from prunus.pruning.block.linear import LinearFinish
 from prunus.pruning.block.prune_block import BlockPruner
-from prunus.pruning.job import PruningJob
+from prunus.pruning.job import PruningJob, plan_run
 from prunus.pruning.manifest import Manifest, PruningRecord
 from prunus.pruning.options import PruningOptions
 from prunus.pruning.output import InPlaceOutput, PrunedFolder, PruningOutput
-from prunus.pruning.plan import plan_run
 from prunus.pruning.recipe import Recipe
 from prunus.runs.folder import find_earlier, held
 from prunus.runs.loop import MemoryWatch, run_blocks

@@ -13,7 +13,7 @@ from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.device import choose_device
 from prunus.model.kinds import require_causal
 from prunus.model.source import CheckpointSource
-from prunus.pruning.plan import plan_run
+from prunus.pruning.job import plan_run
 from prunus.recovery.options import RecoveryOptions
 from prunus.runs.options import RunOptions
 from prunus.sweeping.cells import task_options

@@ -17,8 +17,7 @@ from prunus.pruning.block.lockstep import lockstep
 from prunus.pruning.block.replay import replay
 from prunus.pruning.block.two_pass import two_pass
 from prunus.pruning.block.walk import BlockWalk
-from prunus.pruning.job import PruningJob
-from prunus.pruning.plan import plan_run
+from prunus.pruning.job import PruningJob, plan_run
 from prunus.pruning.recipe import Recipe
 from prunus.runs import plan
 from prunus.runs.options import RunOptions
