@@ -25,7 +25,7 @@ import prunus  # noqa: E402, I001
 from prunus.compression.record import CompressionRecord  # noqa: E402
 from prunus.distributed import SINGLE_PROCESS, process_group  # noqa: E402
 from prunus.pruning.block import dense_stream  # noqa: E402
-from prunus.pruning.reconstruction import kl_loss  # noqa: E402
+from prunus.pruning.reconstruction import output_loss  # noqa: E402
 from prunus.pruning.job import PruningJob  # noqa: E402
 from prunus.pruning.manifest import Manifest  # noqa: E402
 from prunus.pruning.reconstruction.reconstruct_block import ReconstructionBatches  # noqa: E402
@@ -203,7 +203,7 @@ def reconstructed(scratch: Path) -> dict[str, Any]:
 
     With one window per step all ranks compute the same. With several they split the windows.
     """
-    kl_loss.TOKENS = 6  # the logits of a window are computed in three pieces
+    output_loss.CHUNK_TOKENS = 6  # the logits of a window are computed in three pieces
     # Low enough that one batch in four runs through the dense model where the method allows it.
     dense_stream._TOKENS_PER_FEATURE = 0.1
     llama = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)

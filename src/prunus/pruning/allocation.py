@@ -23,7 +23,7 @@ from prunus.model.linears import Linear
 from prunus.model.stream import Stream
 from prunus.pruning.block.hooks import input_hooks
 from prunus.pruning.job import PruningJob
-from prunus.pruning.reconstruction.kl_loss import kl_divergence, logits_of
+from prunus.pruning.reconstruction.output_loss import kl_divergence, logits_of
 
 # A search never prunes one layer alone beyond this sparsity.
 _MAX_PROBE = 0.95

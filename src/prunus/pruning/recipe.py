@@ -123,6 +123,7 @@ class Recipe(PruningOptions):
 
 
 #: Name -> options of a recipe. Options that the user gives explicitly override them.
+#: They are chosen by measurement; docs/results/index.md has the figures.
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "wanda"},
     "balanced": {"method": "alps", "dense_weight": 0.25, "reconstruct": "last"},

@@ -7,6 +7,7 @@ text ──► windows ──────────────► training lo
                 best weights ──► zeros checked weight by weight ──► result and record
 
 Both models are read into memory before the training. A model that changes during the work ends it.
+Tensors are stored in the dtype of the pruned checkpoint.
 """
 
 from __future__ import annotations

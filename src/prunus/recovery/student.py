@@ -109,7 +109,10 @@ def default_target_modules(names: Iterable[str]) -> tuple[str, ...]:
 def lora(
     model: Any, linears: Mapping[str, Linear], recipe: RecoveryOptions, base: str
 ) -> Trainable:
-    """Add fresh LoRA layers to linears; `Trainable.model` is then a peft model.
+    """Mode lora (Hu et al., arXiv 2106.09685): add low-rank layers, as the Wanda paper does.
+
+    The query and value projections get layers of rank 8. `Trainable.model` is then a peft model.
+    The base model stays as it is, zeros included.
 
     Args:
         recipe: Rank, scale, seed, and the last parts of the names of the linears to extend.
@@ -194,7 +197,14 @@ class ScaledLinear(nn.Module):
 
 
 def scales(model: Any, dtype: torch.dtype) -> Trainable:
-    """Turn a loaded compressed model into one whose scales, steps, norms and biases are trained.
+    """Mode scales: train everything continuous in a compressed model; its integers stay.
+
+        W_ij = scale_i · exp(α_i) · step_j · exp(β_j) · level_ij
+
+    The logarithms α (O,) and β (I,) begin at 0, so all share one learning rate, whatever the size
+    of the weights. Norm weights and biases are trained as they are, with rates relative to their
+    root mean squares. AQLM (arXiv 2401.06118) and QuIP# (arXiv 2402.04396) also train the
+    continuous parameters of a quantised model towards its dense model.
 
     A quantised embedding stays as it is, and so does the head that is tied to it. A weight that is
     packed but not trained is expanded, so that a step does not decode it again.

@@ -1,4 +1,10 @@
-"""What a mode trains: the model, the trained parameters, and which of their weights stay zero."""
+"""What a mode trains: the model, the trained parameters, and which of their weights stay zero.
+
+A weight counts as pruned if it is exactly zero and belongs to a pruned linear. `prunus.json`, or
+the record of an earlier recovery, names the pruned linears. In a checkpoint from elsewhere these
+are the linears with at least 5 % zeros. Zeros in all other places are ordinary weights: biases, for
+example, often begin as zeros.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@
 
 A finished shard is a checkpoint of the run. It is written under a temporary name, made durable and
 renamed, and the record names it afterwards. The index is written last. No loader finds the weights
-without it, so nobody takes an unfinished folder for a model.
+without it, so nobody takes an unfinished folder for a model. `BlockFolder` has a shard
+for each block and one for all that lies outside them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A checked run of blocks: its model, its windows, where the data live, and what fits in memory.
 
 Every verb that takes calibration windows through a model block by block has such a job. It adds
-what it does to a block. `plan.py` makes the part that is the same for all.
+what it does to a block. `prunus.runs.plan` makes the part that is the same for all.
 """
 
 from __future__ import annotations

@@ -3,7 +3,10 @@
     finished by an earlier run   the windows run through the stored block
     all others                   read the block ► the step changes it ► write its shard
 
-Disk and processor work at the same time where memory has room for two more blocks.
+Disk and processor work at the same time where memory has room for two more blocks. Two threads do
+it, which change nothing but the time: blocks are read and written one at a time and in order, and a
+shard still has its final name before the record names it. A watch ends a run that grows beyond its
+plan, before the system kills it.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from prunus.pruning.reconstruction.kl_loss import (
+from prunus.pruning.reconstruction.output_loss import (
     CHUNK_TOKENS,
     LOGIT_STRIDE,
     kl_divergence,

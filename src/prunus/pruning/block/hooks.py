@@ -1,6 +1,8 @@
 """Hooks that show what linears and experts are given while a block runs.
 
 The only forward hooks of prunus are here.
+
+Shape suffixes: T tokens, K experts per token, E experts.
 """
 
 from __future__ import annotations
@@ -96,7 +98,14 @@ MIN_TOKENS: dict[Needs, int] = {"none": 0, "norms": 32, "gram": 512}
 
 
 class ExpertCounter:
-    """Counts the tokens that choose each expert of one experts module."""
+    """Counts the tokens that choose each expert of one experts module.
+
+    An expert that fewer than `min_tokens` tokens chose is measured on all tokens of the calibration
+    set, as if all had chosen it. Its gate and up projections see what the experts module is given,
+    its down projection sees what they make of that. The block itself continues with the tokens that
+    chose the expert. They are counted while all batches of all ranks wait at the experts module, so
+    the counts are those of the pruned model.
+    """
 
     def __init__(self, name: str, experts: Experts, min_tokens: int) -> None:
         self.name = name

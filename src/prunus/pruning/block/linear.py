@@ -1,6 +1,8 @@
 """One linear: score, mask, write back, measure. The only place where a method meets a module.
 
-Shape suffixes: O outputs (rows), I inputs (columns).
+Several ranks split the rows: each solves its own, and all get the whole linear.
+
+Shape suffixes: O outputs (rows), I inputs (columns), B bytes or columns of a block.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.stream import Stream
 from prunus.pruning.manifest import ReconstructionRecord
 from prunus.pruning.reconstruction.cached_suffix import CachedSuffix, find_suffix, suffix_module
-from prunus.pruning.reconstruction.kl_loss import (
+from prunus.pruning.reconstruction.output_loss import (
     CHUNK_TOKENS,
     OutputLoss,
     kl_divergence,
@@ -294,6 +294,11 @@ def step_parts(batches: Sequence[torch.Tensor], split: Ranks) -> list[torch.Tens
 
 class ReconstructionBatches:
     """The batches of all ranks as one sequence, in the order of ranks.
+
+    The recipe decides which windows form a step, so that one process and many take the same steps.
+    So the owner of a batch sends it to all ranks, which takes far less time than the gradients of a
+    block. Each rank computes with a part of the windows, and the gradients are summed. A batch of a
+    single window cannot be split: all ranks compute the same with it.
 
     The constructor and `get` synchronize: every rank calls them, in the same order.
     """

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from prunus.pruning.reconstruction.kl_loss import LOGIT_STRIDE
+from prunus.pruning.reconstruction.output_loss import LOGIT_STRIDE
 
 #: One batch in this many is a validation batch: it is not trained on, and chooses the result.
 VALIDATION_STRIDE = 16

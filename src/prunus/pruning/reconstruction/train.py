@@ -30,7 +30,7 @@ from torch import nn
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.hardware.numerics import tf32_products
 from prunus.pruning.reconstruction.cached_suffix import ALL_TOKENS
-from prunus.pruning.reconstruction.kl_loss import OutputLoss, relative_error
+from prunus.pruning.reconstruction.output_loss import OutputLoss, relative_error
 from prunus.pruning.reconstruction.trained_weights import (
     TrainedWeights,
     in_float32,

@@ -1,9 +1,8 @@
-"""KL divergence between the next-token distributions that the head computes from two hidden states.
+"""How far the outputs of a block are from their targets: relative error, or KL divergence of logits.
 
-Σ_t Σ_v p_tv (log p_tv − log q_tv), where p is the distribution of the target (the dense model) and
-q that of the output (the pruned model).
-
-Block reconstruction uses it for the last block only. Logits are expensive in two ways, and the code
+The KL divergence Σ_t Σ_v p_tv (log p_tv − log q_tv) compares the next-token distributions that the
+head computes: p from the target (the dense model) and q from the output (the pruned model). Block
+reconstruction uses it for the last block only. Logits are expensive in two ways, and the code
 has an answer to each:
 
 - *Memory*: the logits of one window can take more memory than the block. So they are computed for
