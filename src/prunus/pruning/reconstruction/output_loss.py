@@ -1,4 +1,4 @@
-"""How far the outputs of a block are from their targets: relative error, or KL divergence of logits.
+"""How far outputs of a block are from their targets: relative error, or KL divergence of logits.
 
 The KL divergence Σ_t Σ_v p_tv (log p_tv − log q_tv) compares the next-token distributions that the
 head computes: p from the target (the dense model) and q from the output (the pruned model). Block
