@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from prunus.pruning.options import PruningOptions
 from prunus.pruning.recipe import Recipe
 from prunus.runs.document import Table, table_of
-from prunus.runs.record import BlockwiseRecord, Walk, bos_words, result_card, source_name
+from prunus.runs.record import BlockwiseRecord, Part, Walk, bos_words, result_card, source_name
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _EXPERT_NUMBER = re.compile(r"\.\d+\.")
 
 
-class LinearRecord(BaseModel):
+class LinearRecord(Part):
     """What happened to one linear.
 
     Attributes:
@@ -43,8 +43,6 @@ class LinearRecord(BaseModel):
         packed: The linear's entry in the config.json of the compressed checkpoint, or None.
         notes: Remarks of the method, such as raised damping.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     shape: tuple[int, int]
     zeros: int
@@ -82,7 +80,7 @@ def mean_bits(linears: Iterable[Any]) -> float | None:
     return sum(bits * n for bits, n in known) / sum(n for _, n in known) if known else None
 
 
-class ReconstructionRecord(BaseModel):
+class ReconstructionRecord(Part):
     """What block reconstruction did to a block.
 
     Attributes:
@@ -95,8 +93,6 @@ class ReconstructionRecord(BaseModel):
         seconds: Time to train.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
     error_before: float
     error_after: float
     measure: Literal["outputs", "logits"] = "outputs"
@@ -106,7 +102,7 @@ class ReconstructionRecord(BaseModel):
     seconds: float
 
 
-class BlockRecord(BaseModel):
+class BlockRecord(Part):
     """One finished block.
 
     Attributes:
@@ -120,8 +116,6 @@ class BlockRecord(BaseModel):
             of the result.
         reconstruction: None for blocks that were not reconstructed.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     name: str
     input_sha256: str

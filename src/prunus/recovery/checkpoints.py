@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from prunus.model.checkpoint.writer import save_safetensors
 from prunus.recovery.record import Evaluation
+from prunus.runs.record import Part
 
 _STATE_NAME = "training.safetensors"
 _KEY = "state"
@@ -26,10 +27,8 @@ _KEY = "state"
 _KINDS = ("weight", "step", "exp_avg", "exp_avg_sq")
 
 
-class TrainingState(BaseModel):
+class TrainingState(Part):
     """How far a training is, over all attempts."""
-
-    model_config = ConfigDict(extra="forbid")
 
     step: int = 0
     tokens: int = 0

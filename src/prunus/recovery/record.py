@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import math
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from prunus.recovery.options import RecoveryOptions
-from prunus.runs.record import RunInputs, RunRecord, UsedBos
+from prunus.runs.record import Part, RunInputs, RunRecord, UsedBos
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Evaluation(_Model):
+class Evaluation(Part):
     """One evaluation of the held-out windows.
 
     Attributes:
@@ -38,7 +34,7 @@ class Evaluation(_Model):
         return math.exp(self.held_out_loss) if self.held_out_loss < 700 else math.inf
 
 
-class LinearMask(_Model):
+class LinearMask(Part):
     """A pruned linear of shape (out, in), before and after.
 
     Every weight that was zero before is zero afterwards.

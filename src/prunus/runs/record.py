@@ -60,10 +60,14 @@ def read_record(path: Path, kind: type[_Record]) -> _Record:
         ) from fault
 
 
-class RunInputs(BaseModel):
-    """What the bytes of the result depend on, next to the options."""
+class Part(BaseModel):
+    """A part of a record, in which an unknown field is an error."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+class RunInputs(Part):
+    """What the bytes of the result depend on, next to the options."""
 
     checkpoint: str = Field(description="fingerprint of the source checkpoint")
     outside: dict[str, str] = Field(
@@ -100,7 +104,7 @@ class WindowInputs(RunInputs):
     bos: UsedBos = Field(description="whether every calibration window begins with BOS")
 
 
-class RunRecord(BaseModel):
+class RunRecord(Part):
     """The state of a run: "running" until every shard and the index exist, then "finished".
 
     Attributes:
@@ -111,7 +115,6 @@ class RunRecord(BaseModel):
         totals: Figures of the whole run.
     """
 
-    model_config = ConfigDict(extra="forbid")
     #: Name of the file, and of the verb that writes it.
     FILE: ClassVar[str]
     VERB: ClassVar[str]
