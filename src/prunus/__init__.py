@@ -20,7 +20,7 @@ report       show runs, sweeps and evaluations as tables and pages
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from prunus.packed.register import register
+from prunus_autoload import register
 
 if TYPE_CHECKING:
     from prunus.compression.pack import pack

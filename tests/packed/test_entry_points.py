@@ -1,6 +1,7 @@
 """Programs that never import prunus, and what its entry points do for them."""
 
 import os
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -11,7 +12,6 @@ import pytest
 from packed_reference import pruned_checkpoint
 from places import REPOSITORY
 from prunus import pack
-from prunus.packed import register
 
 LOAD = """
 import sys
@@ -57,9 +57,63 @@ def test_a_packed_checkpoint_loads_without_an_import_of_prunus(module, installed
     assert "PackedLinear" in done.stdout
 
 
-def test_a_fault_of_prunus_does_not_keep_torch_from_being_imported(monkeypatch):
-    def fail() -> None:
-        raise RuntimeError("broken")
+#: What torch does with its group of entry points when it is imported.
+TORCH = """
+from importlib.metadata import entry_points
 
-    monkeypatch.setattr(register, "register", fail)
-    register.register_with_torch()
+for point in entry_points(group="torch.backends"):
+    try:
+        point.load()()
+    except Exception as fault:
+        raise RuntimeError(f"Failed to load the backend extension: {point.name}") from fault
+"""
+BROKEN = {
+    "gone": {},
+    "half removed": {"prunus/__init__.py": ""},
+    "its import fails": {"prunus/__init__.py": "raise RuntimeError('broken')"},
+    "another program": {"prunus.py": "answer = 42"},
+}
+
+
+@pytest.mark.parametrize("options", [[], ["-W", "error"]])
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_prunus_ends_no_import(broken, options, installed):
+    """Of torch, or of transformers, of any version: the stand-ins have neither a table nor a part
+    that prunus needs."""
+    files = {
+        "torch/__init__.py": TORCH,
+        "transformers/__init__.py": "",
+        "transformers/quantizers/__init__.py": "",
+        "transformers/quantizers/auto.py": "",
+        "prunus_autoload.py": (REPOSITORY / "src" / "prunus_autoload.py").read_text(),
+        **BROKEN[broken],
+    }
+    for name, text in files.items():
+        path = installed / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    code = (
+        "import torch, sys; assert 'prunus' not in sys.modules; import transformers.quantizers.auto"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", *options, "-c", code],
+        cwd=installed,
+        env={"PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("prunus is installed") == (not options)
+
+
+def test_an_editable_install_leaves_nothing_that_torch_would_call():
+    """Its metadata would stay in the environment when the clone is moved."""
+    pytest.importorskip("setuptools", minversion="77")
+    backend = runpy.run_path(str(REPOSITORY / "build_backend.py"))
+    groups = [
+        "[console_scripts]\na = b:c",
+        "[torch.backends]\nd = e:f",
+        "[vllm.general_plugins]\ng = h:i",
+    ]
+    assert backend["without_group"]("\n\n".join(groups)) == f"{groups[0]}\n\n{groups[2]}"

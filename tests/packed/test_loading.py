@@ -397,7 +397,7 @@ def test_registration_is_lazy():
     code = """
 import sys
 import prunus
-from prunus.packed.register import register
+from prunus_autoload import register
 register()
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 import transformers.quantizers.auto as table

@@ -56,6 +56,10 @@ def main() -> None:
     # A program that does not import prunus: torch calls its entry point.
     program = "import sys, transformers as t; t.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
     subprocess.run([sys.executable, "-c", program, folder / "packed"], check=True)
+    # A package that was removed in part ends no import of torch, also where warnings are errors.
+    hidden = installed.parent.rename(installed.parent.with_name("prunus-hidden"))
+    subprocess.run([sys.executable, "-W", "error", "-c", "import torch"], check=True)
+    hidden.rename(installed.parent)
     command("report", folder / "pruned", "--output", folder / "page.html")
     assert "</html>" in (folder / "page.html").read_text(encoding="utf-8")
     print(f"{command('--version').strip()} works as it is installed in {installed.parent}")

@@ -1,14 +1,14 @@
-"""Make transformers and peft know packed linears once torch and they are imported.
+"""Make transformers and peft know packed linears, whoever imports them, and never disturb others.
 
 An installed prunus has an entry point in the group `torch.backends`, which torch calls when it is
-imported, so that a program need not import prunus. `import prunus` calls `register` too: it is for
-folders that are not installed, and where TORCH_DEVICE_BACKEND_AUTOLOAD=0 switches torch's calls
-off.
+imported. So a program loads packed checkpoints without importing prunus. `import prunus` calls
+`register` too, for folders that are not installed and where TORCH_DEVICE_BACKEND_AUTOLOAD=0
+switches the calls of torch off.
 
-`import prunus` must be quick, and importing transformers takes seconds, so prunus does not import
-it. If transformers is loaded already, the quantizer is registered at once. If not, an import hook
-registers it right after transformers has loaded its table of quantizers. The same goes for the
-configuration of peft's LoRA.
+Every program that imports torch imports this module. It is not part of the package and imports
+nothing of it, so a broken prunus cannot end an import of torch. It waits until transformers has
+loaded its table of quantizers, or peft its configuration of LoRA. Only then it imports prunus, and
+a failure becomes one warning.
 """
 
 from __future__ import annotations
@@ -31,17 +31,14 @@ def register() -> None:
         if table not in sys.modules:
             _wait(table, action)
         elif not _is_being_imported(table):
-            action()
+            _attempt(action)
         elif table not in _followed:
             # Its own import has led to torch's, which called this. It is whole before this module:
             _wait(later, action)
 
 
 def register_with_torch() -> None:
-    """The entry point that torch calls: `register`, except that nothing can make it fail.
-
-    An error would end the import of torch, also in programs that have nothing to do with prunus.
-    """
+    """The entry point that torch calls. An error in it would end the import of torch."""
     with contextlib.suppress(Exception):
         register()
 
@@ -92,6 +89,7 @@ _ACTIONS: dict[str, tuple[str, Callable[[], None]]] = {
 }
 #: Modules that are being imported, and whose action follows.
 _followed: set[str] = set()
+_has_warned = False
 
 
 class _Waiting(MetaPathFinder):
@@ -125,12 +123,23 @@ def _load(loader: Any, action: Callable[[], None], module: ModuleType) -> None:
         loader.exec_module(module)
     finally:
         _followed.discard(module.__name__)
+    _attempt(action)
+
+
+def _attempt(action: Callable[[], None]) -> None:
+    """Do an action of prunus. A failure becomes a warning, once.
+
+    The program may have nothing to do with packed checkpoints, and may turn warnings into errors.
+    """
+    global _has_warned  # noqa: PLW0603 (one flag of the process)
     try:
         action()
     except Exception as fault:
-        # The program may have nothing to do with packed checkpoints.
-        warnings.warn(
-            f"prunus could not add its packed format to {module.__name__}: {fault}. Packed "
-            "checkpoints will not load; are the versions those that prunus asks for?",
-            stacklevel=2,
-        )
+        if not _has_warned:
+            _has_warned = True
+            with contextlib.suppress(Warning):
+                warnings.warn(
+                    f"prunus is installed, and cannot be used: {fault}. Packed checkpoints will "
+                    "not load. Install prunus again, with the versions that it asks for.",
+                    stacklevel=2,
+                )
