@@ -15,7 +15,7 @@ from torch import nn
 from prunus.compression.card import compressed_card
 from prunus.compression.quantize_rows import quantize_rows
 from prunus.compression.record import CompressionRecord
-from prunus.model.checkpoint.atomic_files import read_json
+from prunus.model.checkpoint.atomic_files import read_json, remove
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.checkpoint.writer import save_safetensors
 from prunus.model.kinds import kind_of
@@ -56,7 +56,7 @@ class CompressedFolder(PrunedFolder):
 
     def _forget_measurement(self) -> None:
         if self.ranks.rank == 0:
-            (self.folder / MEASUREMENT).unlink(missing_ok=True)
+            remove(self.folder / MEASUREMENT)
 
     def stored(self, place: int, made: Made) -> dict[str, torch.Tensor]:
         tensors = super().stored(place, made)

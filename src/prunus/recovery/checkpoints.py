@@ -17,6 +17,7 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from prunus.model.checkpoint.atomic_files import remove
 from prunus.model.checkpoint.writer import save_safetensors
 from prunus.recovery.record import Evaluation
 from prunus.runs.record import Part
@@ -65,7 +66,7 @@ class Checkpoints:
         save_safetensors(self.folder / _STATE_NAME, tensors, {_KEY: state.model_dump_json()})
         for path in self.folder.glob("best-*.safetensors"):
             if path != self._best(state):
-                path.unlink()
+                remove(path)
 
     def load(
         self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
@@ -107,7 +108,7 @@ class Checkpoints:
     def clear(self) -> None:
         """Delete the files: the result is in place, or a new training begins."""
         for path in (self.folder / _STATE_NAME, *self.folder.glob("best-*.safetensors")):
-            path.unlink(missing_ok=True)
+            remove(path)
 
     def _best(self, state: TrainingState) -> Path:
         return self.folder / f"best-{state.evaluations[state.best].step:08d}.safetensors"

@@ -20,6 +20,7 @@ import torch
 
 from prunus.calibration.sources import find_source
 from prunus.calibration.windows import Wanted
+from prunus.model.checkpoint.atomic_files import remove
 from prunus.model.checkpoint.output_folder import check_apart, check_disk, check_resume, is_vacant
 from prunus.model.source import CheckpointSource
 from prunus.options import takes
@@ -241,7 +242,7 @@ def _remove(pruned: Path) -> None:
     if (pruned / Manifest.FILE).exists():
         for path in pruned.iterdir():
             if path.is_file() and path.name != Manifest.FILE:
-                path.unlink()
-        (pruned / Manifest.FILE).unlink()
+                remove(path)
+        remove(pruned / Manifest.FILE)
     with contextlib.suppress(OSError):  # There is none, or something that is not ours is in it.
         pruned.rmdir()

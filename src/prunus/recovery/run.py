@@ -22,7 +22,7 @@ from torch import Tensor
 from prunus.compression.record import CompressionRecord
 from prunus.hardware.memory import peak_memory
 from prunus.model.adapter import CONFIG_NAME, save_adapter
-from prunus.model.checkpoint.atomic_files import write_text
+from prunus.model.checkpoint.atomic_files import remove, write_text
 from prunus.model.checkpoint.output_folder import check_disk
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.names import stored_names
@@ -190,7 +190,7 @@ def _claim(job: RecoveryJob, folder: ResultFolder, student: Trainable, overwrite
     if overwrite:
         # No mixture of a checkpoint and an adapter may look whole.
         for name in ("config.json", CONFIG_NAME):
-            (folder.folder / name).unlink(missing_ok=True)
+            remove(folder.folder / name)
 
 
 def _fill_record(

@@ -21,6 +21,7 @@ from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.model.checkpoint.atomic_files import (
     fsync_folder,
     make_folder,
+    remove,
     remove_temporaries,
     write_json,
     write_text,
@@ -162,7 +163,7 @@ class ResultFolder:
         # The record claims the folder first. Then the index is removed, so that the rest of an
         # overwritten result is no model any more.
         record.save(folder)
-        (folder / INDEX_NAME).unlink(missing_ok=True)
+        remove(folder / INDEX_NAME)
         fsync_folder(folder)
         if overwrite:
             self._remove_others()
@@ -174,10 +175,10 @@ class ResultFolder:
         """Remove shards of the result that is replaced, and records of other verbs about it."""
         for path in self.folder.glob("*.safetensors"):
             if path.name not in self.record.sha256:
-                path.unlink()
+                remove(path)
         for name in RECORD_FILES:
             if name != self.record.FILE:
-                (self.folder / name).unlink(missing_ok=True)
+                remove(self.folder / name)
 
     def has(self, shard: str) -> bool:
         """Whether a shard is there, and the record names it."""

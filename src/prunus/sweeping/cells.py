@@ -17,7 +17,7 @@ from prunus.evaluation.perplexity import perplexity
 from prunus.evaluation.reference import Reference
 from prunus.evaluation.size import packed_size, stored_size
 from prunus.evaluation.task_runner import evaluate
-from prunus.model.checkpoint.atomic_files import TEMPORARY_SUFFIX, copy_file, make_folder
+from prunus.model.checkpoint.atomic_files import TEMPORARY_SUFFIX, copy_file, in_held, make_folder
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.run import run
 from prunus.recovery.record import RecoveryRecord
@@ -43,7 +43,7 @@ def prune_cell(
     An earlier attempt is resumed. The cell's `pruning` is filled in. `ids` has the shared
     calibration windows (samples, seqlen); it is None for methods that use only weights.
     """
-    weights = folder / WEIGHTS
+    weights = in_held(folder / WEIGHTS)
     make_folder(folder)
     own = options.model_copy(update={"input_ids": ids, "report": progress})
     manifest = run(model, weights, cell.recipe, own)
@@ -72,7 +72,7 @@ def recover_cell(
     An earlier attempt is resumed. The cell's `recovered` is filled in. `recovery` is a table of the
     sweep file; with `teacher = "dense"` the model before pruning is the teacher.
     """
-    weights = folder / WEIGHTS
+    weights = in_held(folder / WEIGHTS)
     make_folder(folder)
     chosen = recovery | ({"teacher": dense} if recovery.get("teacher") == "dense" else {})
     record = recover(
@@ -151,7 +151,7 @@ def task_options(scoring: Scoring, options: RunOptions) -> dict[str, Any]:
 
 def discard_weights(folder: Path) -> None:
     """Delete a cell's weights. A kill in between leaves no folder that looks like a checkpoint."""
-    weights = folder / WEIGHTS
+    weights = in_held(folder / WEIGHTS)
     doomed = weights.with_name(WEIGHTS + TEMPORARY_SUFFIX)
     shutil.rmtree(doomed, ignore_errors=True)
     if weights.exists():

@@ -26,6 +26,7 @@ from prunus.methods import get_method
 from prunus.model.checkpoint.atomic_files import (
     make_folder,
     read_json,
+    remove,
     remove_temporaries,
     write_json,
 )
@@ -166,7 +167,7 @@ class _Runner:
                     self._enter(known, type(known).model_validate(read_json(path)))
                     # Saved before the file is deleted, so that a kill in between loses nothing.
                     self.results.save(self.output)
-                    path.unlink()
+                    remove(path)
             self.results.save(self.output)
             return self.results.model_dump(mode="json")
 

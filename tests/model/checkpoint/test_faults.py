@@ -191,6 +191,40 @@ def test_a_tensor_that_was_read_does_not_depend_on_its_file(tmp_path):
         list(names)
 
 
+# --- the output folder is exchanged ---
+
+
+@pytest.mark.parametrize("verb", list(KILLS))
+def test_nothing_is_written_through_a_link_that_takes_the_place_of_the_output(
+    verb, material, monkeypatch, tmp_path
+):
+    work = verbs(*material)[verb]
+    work(tmp_path / "whole")
+    out, moved, foreign = tmp_path / "out", tmp_path / "moved", tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "model.safetensors.partial").write_text("of somebody else")
+    renames, rename = 0, os.replace
+
+    def exchange(source, target):
+        nonlocal renames
+        rename(source, target)
+        renames += 1
+        if renames == 2:
+            out.rename(moved)
+            out.symlink_to(foreign)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", exchange)
+        with pytest.raises(FileExistsError, match="was exchanged for something else"):
+            work(out)
+    assert [path.name for path in foreign.iterdir()] == ["model.safetensors.partial"]
+    assert audit(moved) == []
+    out.unlink()
+    moved.rename(out)
+    work(out)
+    assert outcome(out) == outcome(tmp_path / "whole")
+
+
 # --- a power cut ---
 
 

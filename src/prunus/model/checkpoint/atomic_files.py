@@ -8,6 +8,10 @@ The order matters. Without the first fsync, a power cut may leave the final name
 it, because a file system may store the rename before the data. Without the second fsync, the rename
 itself may be lost, although a record written later says that it took place.
 
+The folder of a run is held by an open handle (`locked`), and all paths in it are resolved from that
+handle. If somebody exchanges the folder for a link or another folder during the run, nothing is
+written there, and the run ends.
+
 Temporary names are random, and their files are created with O_EXCL and O_NOFOLLOW. So a link that
 somebody placed in the folder is never followed, and two processes never write one temporary file. A
 killed process leaves its temporary file; `remove_temporaries` clears a folder that is locked.
@@ -30,6 +34,53 @@ from typing import Any, BinaryIO
 from prunus.model.checkpoint.regular_files import open_regular, read_limited
 
 TEMPORARY_SUFFIX = ".partial"
+#: Absolute path of a folder that this process holds -> the open handle of that folder.
+_held: dict[Path, int] = {}
+
+
+@contextlib.contextmanager
+def holding(folder: Path) -> Iterator[int]:
+    """Keep a handle of `folder` open, from which paths in it are resolved. Yields the handle."""
+    handle, name = os.open(folder, os.O_RDONLY | os.O_DIRECTORY), Path(os.path.abspath(folder))
+    _held[name] = handle
+    try:
+        yield handle
+    finally:
+        del _held[name]
+        os.close(handle)
+
+
+def in_held(path: Path) -> Path:
+    """The path to write to or to remove instead of `path`: from a handle, if its folder is held.
+
+    Linux offers open handles as paths. On other systems the check comes just before the work.
+
+    Raises:
+        FileExistsError: The name of the held folder now belongs to something else.
+    """
+    absolute = Path(os.path.abspath(path))
+    for folder in (absolute, *absolute.parents):
+        if folder not in _held:
+            continue
+        state = os.fstat(_held[folder])
+        if not folder.exists() or not os.path.samestat(state, folder.stat()):
+            raise FileExistsError(
+                f"{folder} was exchanged for something else while the run wrote to it. The run "
+                "wrote nothing there and its finished work is kept: put the folder back, and the "
+                "same command continues"
+            )
+        opened = Path(f"/proc/self/fd/{_held[folder]}")
+        return opened / absolute.relative_to(folder) if opened.exists() else path
+    return path
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a link, or a folder with all that is in it, if it is there."""
+    path = in_held(path)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def fsync_folder(folder: Path) -> None:
@@ -43,6 +94,7 @@ def fsync_folder(folder: Path) -> None:
 
 def make_folder(folder: Path) -> None:
     """Make `folder` and the missing ones above it, so that they survive a power cut."""
+    folder = in_held(folder)
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in reversed(missing):
@@ -56,6 +108,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Yields a new temporary file to write to. When the block ends, it becomes `path`; after an error
     it is removed, and `path` stays as it was.
     """
+    path = in_held(path)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(6)}{TEMPORARY_SUFFIX}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     file = os.fdopen(os.open(temporary, flags, 0o666), "wb")
@@ -74,10 +127,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def remove_temporaries(folder: Path) -> None:
     """Remove what killed runs left under temporary names, in a folder that this run holds."""
     for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        remove(path)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -20,7 +20,9 @@ import torch
 from prunus.model.checkpoint.atomic_files import (
     TEMPORARY_SUFFIX,
     fsync_folder,
+    in_held,
     read_json,
+    remove,
     remove_temporaries,
     write_json,
 )
@@ -70,7 +72,7 @@ def import_gguf(
     header = _read_header(path)
     with locked(dest):
         check_destination(dest, overwrite=overwrite)
-        staging = dest / f"import{TEMPORARY_SUFFIX}"
+        staging = in_held(dest / f"import{TEMPORARY_SUFFIX}")
         remove_temporaries(dest)
         staging.mkdir()
         try:
@@ -200,14 +202,12 @@ def _put_in_place(staging: Path, dest: Path) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
     # The configuration makes a folder a model, so it is removed first and appears last.
-    old = [path for path in dest.iterdir() if path != staging and path.name != LOCK_NAME]
+    kept = (staging.name, LOCK_NAME)
+    old = [path for path in dest.iterdir() if path.name not in kept]
     for path in sorted(old, key=lambda path: path.name != "config.json"):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        remove(path)
     for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
-        os.replace(path, dest / path.name)
+        os.replace(path, in_held(dest / path.name))
         fsync_folder(dest)
 
 

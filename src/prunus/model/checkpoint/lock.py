@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prunus.model.checkpoint.atomic_files import make_folder
+from prunus.model.checkpoint.atomic_files import holding, make_folder
 
 LOCK_NAME = ".prunus.lock"
 # Errors of file systems without flock, such as some network file systems. There the process id in
@@ -44,17 +44,22 @@ def locked(folder: Path) -> Iterator[None]:
         OSError: the folder cannot be written.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    handle = _acquire(folder)
+    lock = _acquire(folder)
     try:
-        yield
+        with holding(folder) as handle:
+            if not _has_name(lock, Path(LOCK_NAME), handle):
+                raise FileExistsError(f"{folder} was exchanged when the run began; start it again")
+            try:
+                yield
+            finally:
+                # The name goes first and the lock second. In the other order, a run that takes the
+                # lock in between would hold a file that has lost its name, and a third run could
+                # enter.
+                with contextlib.suppress(OSError):
+                    if _has_name(lock, Path(LOCK_NAME), handle):
+                        os.unlink(LOCK_NAME, dir_fd=handle)
     finally:
-        # The name goes first and the lock second. In the other order, a run that takes the lock in
-        # between would hold a file that has lost its name, and a third run could enter.
-        with contextlib.suppress(OSError):
-            # The folder may have been exchanged for another one, whose lock is not ours.
-            if _has_name(handle, folder / LOCK_NAME):
-                (folder / LOCK_NAME).unlink()
-        os.close(handle)
+        os.close(lock)
         with contextlib.suppress(OSError):
             for path in made:
                 path.rmdir()  # fails, as it should, for a folder with something in it
@@ -103,10 +108,10 @@ def _open(path: Path) -> int:
     return handle
 
 
-def _has_name(handle: int, path: Path) -> bool:
-    """Whether an open file is the one that `path` names now."""
+def _has_name(handle: int, path: Path, folder: int | None = None) -> bool:
+    """Whether an open file is the one that `path` names now, in an open folder if one is given."""
     try:
-        return os.path.samestat(os.fstat(handle), path.lstat())
+        return os.path.samestat(os.fstat(handle), os.lstat(path, dir_fd=folder))
     except FileNotFoundError:
         return False
 
