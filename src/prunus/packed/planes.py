@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from prunus.packed.kernels.library import Kernels, load
+from prunus.packed.kernels.library import load
 from prunus.packed.plane_codes import (
     GROUP,
     MAX_LAYERS,
@@ -44,7 +44,6 @@ _SPREAD = torch.tensor(
 ).view(torch.int64)[:, 0]
 # The int8 of every zigzag number, by its bits as uint8.
 _TOPS = from_zigzag(torch.arange(256, dtype=torch.int16)).to(torch.uint8).numpy()
-_CHECKED_ROWS = 1024  # rows expanded at a time to check their levels
 
 
 def encode(
@@ -171,49 +170,35 @@ def check(weight: QuantizedWeight) -> torch.Tensor:
     if kernels is None:
         offsets = _scan_all(host)
         for _ in _decoded_chunks(host, offsets, None):
-            pass  # it checks the levels
+            pass  # decoding checks the levels
     else:
         offsets = kernels.plane_offsets(host)
-        if _may_be_below(host, offsets):
-            _check_levels(host, offsets, kernels)
+        for _ in _decoded_chunks(host, offsets, _suspicious_chunks(host, offsets)):
+            pass
     return offsets.to(weight.data.device)
 
 
-def _may_be_below(weight: QuantizedWeight, offsets: torch.Tensor) -> bool:
-    """Whether a level may be below -127. This looks at few bytes, and `_check_levels` at all.
+def _suspicious_chunks(weight: QuantizedWeight, offsets: torch.Tensor) -> list[int]:
+    """The chunks that may hold a level below -127. This looks at few bytes.
 
-    Such a level has the lowest top of its class. Layers rarely reach it, so it is an escape byte.
+    Kernels hold such a level in a byte, each in its own way, so that torch has to look. The level
+    has the lowest top of its class or, by overflow, one above the highest. Layers rarely name such
+    tops; otherwise it is an escape byte with the lowest top.
     """
-    data = weight.data.numpy()
+    data, found = weight.data.numpy(), np.zeros(len(offsets), dtype=bool)
     begins = torch.stack(
         [offsets[:, index, 0] for index in range(len(weight.codes))], dim=1
     ).flatten()
     ends = torch.cat([begins[1:], torch.tensor([len(data)])]).view(-1, len(weight.codes))
     for index, (raw, layers) in enumerate(weight.codes):
         lowest = 128 >> raw
-        if sum((1 << bits) - 1 for bits in layers) > 2 * lowest:
-            return True
-        suspects = np.flatnonzero(data == (256 - lowest) & 255)
+        if sum((1 << bits) - 1 for bits in layers) >= 2 * lowest:
+            return list(range(len(offsets)))
+        suspects = np.flatnonzero(data == 256 - lowest)
         starts = offsets[:, index, len(layers)].numpy()
         chunks = np.searchsorted(starts, suspects, side="right") - 1
-        if bool((suspects < ends[:, index].numpy()[chunks])[chunks >= 0].any()):
-            return True
-    return False
-
-
-def _check_levels(weight: QuantizedWeight, offsets: torch.Tensor, kernels: Kernels) -> None:
-    """Check that no level is below -127: kernels and torch hold such levels in different ways."""
-    (rows, columns), step = weight.shape, weight.rows_per_chunk
-    bare = weight._replace(steps=torch.ones_like(weight.steps))
-    at_once = max(1, _CHECKED_ROWS // step)
-    for first in range(0, len(offsets), at_once):
-        count, after = min(at_once * step, rows - first * step), first + at_once
-        part = bare._replace(shape=(count, columns), scales=torch.ones(count).bfloat16())
-        if after < len(offsets):  # the kernel takes the end of the data for that of its last chunk
-            part = part._replace(data=weight.data[: int(offsets[after, 0, 0])])
-        out = torch.empty(part.shape, dtype=torch.bfloat16)
-        kernels.expand(part, offsets[first:after], out)
-        _refuse_below(int(out.min()))
+        found[chunks[(chunks >= 0) & (suspects < ends[:, index].numpy()[chunks])]] = True
+    return found.nonzero()[0].tolist()
 
 
 def _refuse_below(lowest: int) -> None:
