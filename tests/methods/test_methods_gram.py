@@ -46,11 +46,12 @@ def test_ria_spares_rows_and_columns_that_magnitude_empties():
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
 def test_the_fit_is_the_exact_solution(pattern, damping, monkeypatch):
     monkeypatch.setattr("prunus.methods.solvers.least_squares._TOLERANCE", 1e-6)
+    monkeypatch.setattr("prunus.methods.solvers.least_squares._MAX_STEPS", 200)
     weight_OI, X_TI = example(9, 24)
     X_TI[:, 7] = 0
     statistics = gather(X_TI)
     start = METHODS["wanda"].prune(weight_OI, statistics, pattern, 0.5)
-    fitted = fit_least_squares(weight_OI, start, statistics, damping, max_steps=200)
+    fitted = fit_least_squares(weight_OI, start, statistics, damping)
     used = damping or ridge(24, 200)
     assert fitted.notes["ridge"] == used
     expected = reference.least_squares(weight_OI, start.keep_OI, statistics.gram_II, used)
@@ -202,7 +203,7 @@ def test_inverses_that_take_too_much_memory_are_not_kept(monkeypatch):
     weight_OI, X_TI = example(6, 24)
     statistics = gather(X_TI)
     kept = METHODS["alps"].prune(weight_OI, statistics, Pattern(), 0.5)
-    monkeypatch.setattr("prunus.methods.solvers.admm_operator._MAX_KEPT_BYTES", 1)
+    monkeypatch.setattr("prunus.methods.alps._MAX_KEPT_BYTES", 1)
     statistics = gather(X_TI)
     again = METHODS["alps"].prune(weight_OI, statistics, Pattern(), 0.5)
     assert torch.equal(kept.weight_OI, again.weight_OI)

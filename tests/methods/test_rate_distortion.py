@@ -16,9 +16,9 @@ import reference
 from method_cases import WEIRD, example, gather, weird_example
 from prunus.methods import METHODS, MethodOptions, Pruned, Work, compose
 from prunus.methods.patterns import Pattern
-from prunus.methods.quantized import MAX_LEVEL, CodeLengths, LinearQuantization
 from prunus.methods.rate_distortion import expected_bits, quantize
-from prunus.methods.work import UNSHARDED, RowSharding
+from prunus.methods.work import UNSHARDED, CodeLengths, LinearQuantization, RowSharding
+from prunus.packed.plane_codes import MAX_LEVEL
 
 # The distance of entropy coded scalar quantisation from the limit, in squared error: 2πe / 12.
 SCALAR_LOSS = 2 * math.pi * math.e / 12

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from prunus.distributed import SINGLE_PROCESS
 from prunus.hardware import numerics
-from prunus.methods import input_sums
 from prunus.methods.statistics import InputStatistics, StatisticsSpec, statistics_bytes
 
 
@@ -30,7 +29,7 @@ def test_sums_over_batches_are_sums_over_all_tokens(batches, width, seed):
 
 
 def test_long_batches_are_summed_in_parts(monkeypatch):
-    monkeypatch.setattr(input_sums, "_CPU_ELEMENTS", 10)
+    monkeypatch.setattr("prunus.methods.statistics._CPU_ELEMENTS", 10)
     X_TI = torch.randn(101, 4)
     statistics = InputStatistics(4, "norms")
     statistics.add(X_TI)

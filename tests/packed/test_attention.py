@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from prunus.packed import reference_path
-from prunus.packed.attention import use_decode_attention
+from prunus.packed.fast_decoding import use_decode_attention
 from tiny import tiny_model, token_ids
 
 

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from prunus.hardware.memory import resident_memory
-from prunus.packed import DenseLinear, pages, use_dense_kernel
-from prunus.packed.pages import use_large_pages
+from prunus.packed import DenseLinear, fast_decoding, use_dense_kernel
+from prunus.packed.fast_decoding import use_large_pages
 from tiny import tiny_model, token_ids
 
 pytestmark = pytest.mark.skipif(
@@ -19,9 +19,9 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def model(monkeypatch):
-    monkeypatch.setattr(pages, "_SMALL", 1)
-    monkeypatch.setattr(pages, "_CHUNK", 3 * 4096)
-    monkeypatch.setattr(pages, "_PAGE", 4096)
+    monkeypatch.setattr(fast_decoding, "_SMALL", 1)
+    monkeypatch.setattr(fast_decoding, "_CHUNK", 3 * 4096)
+    monkeypatch.setattr(fast_decoding, "_PAGE", 4096)
     model = tiny_model("llama", torch.bfloat16, tie_word_embeddings=True)
     use_dense_kernel(model)
     return model

@@ -6,7 +6,7 @@ from torch import nn
 from packed_reference import random_sparse
 from prunus.packed.bitmap import pack_weight
 from prunus.packed.linear import PackedLinear
-from prunus.packed.weight_readers import expand_read_linears
+from prunus.packed.quantizer import expand_read_linears
 
 
 class Block(nn.Module):

@@ -12,7 +12,7 @@ import prunus
 from devices import PRETEND, assert_same_weights
 from prunus.calibration.generate import write_windows
 from prunus.compression import loss_sensitivity
-from prunus.methods import input_sums, patterns
+from prunus.methods import patterns, statistics
 from prunus.methods.solvers import least_squares
 from prunus.pruning.job import PruningJob
 from stopping import StopError, stop_after
@@ -220,13 +220,13 @@ def test_a_block_stays_within_its_budget(method, waits, tmp_path, monkeypatch):
 
 def test_products_that_lose_nothing_by_it_use_tf32(dense, tmp_path, monkeypatch):
     """Gram matrices of 16-bit inputs do, those of float32 inputs do not."""
-    found, add = [], input_sums._add_gram
+    found, add = [], statistics._add_symmetric
 
     def recorded(gram_II, X_TI):
         found.append(torch.backends.cuda.matmul.fp32_precision)
         add(gram_II, X_TI)
 
-    monkeypatch.setattr(input_sums, "_add_gram", recorded)
+    monkeypatch.setattr(statistics, "_add_symmetric", recorded)
     before = torch.backends.cuda.matmul.fp32_precision
     for dtype, expected in (("bfloat16", "tf32"), ("float32", before)):
         found.clear()

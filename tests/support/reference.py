@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from prunus.methods.patterns import Pattern
-from prunus.methods.quantized import CodeLengths
+from prunus.methods.work import CodeLengths
 
 # From a linear's full name, its weight (out, in) and its inputs (tokens, in), one tensor per
 # window, to the new weight.

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from prunus.compression.loss_sensitivity import LinearSensitivity
-from prunus.methods.quantized import CodeLengths, LinearQuantization
 from prunus.methods.rate_distortion import expected_bits
 from prunus.methods.statistics import InputStatistics
+from prunus.methods.work import CodeLengths, LinearQuantization
 from prunus.packed.plane_codes import choose_codes, code_lengths, column_histograms
 
 # A code costs about this many bits above the entropy, until a linear of its kind is known.

@@ -20,8 +20,8 @@ from prunus.compression.output import CompressedFolder
 from prunus.compression.rate_control import LinearRate, RateControl
 from prunus.compression.recipe import CompressionRecipe
 from prunus.compression.record import CompressionRecord
-from prunus.methods.quantized import LinearQuantization, Quantized
 from prunus.methods.statistics import InputStatistics
+from prunus.methods.work import LinearQuantization, Quantized
 from prunus.model.stream import Stream
 from prunus.options import takes
 from prunus.packed.description import QuantizedShape

@@ -1,10 +1,8 @@
 """Pruning methods: pure tensor functions, one file each.
 
-    table.py          the table of methods: what is known of each before it runs
+    table.py          methods by their names, also a user's own: what is known of each
     options.py        the options of methods
-    own_method.py     a method by its name, also from a user's own file
-    base.py           what a method gives back
-    work.py           how the work on a linear is done, such as the split of its rows
+    work.py           what is asked of a method, how its rows are split, and what it returns
     patterns.py       which weights compete, and from scores to a mask
     statistics.py     what a method knows of a linear's inputs
     allocation.py     how a sparsity is distributed over layers
@@ -16,10 +14,11 @@
     sparsegpt.py      mask and weight update by the OBS sweep
     obs_ablations.py  a mask from magnitude or Wanda, and the update of the OBS sweep
     alps.py           mask and weights together by ADMM
+    rate_distortion.py  integers whose code is short and whose error is small
 
     composition.py    a method, a refinement of its mask and a weight update as one method
     refine/           better masks and targets: swaps, dense targets
-    solvers/          the OBS sweep, least squares on a mask, the ADMM operator
+    solvers/          the OBS sweep, least squares on a mask
     structured/       which channels, heads, experts and blocks to remove
 
 Names are imported when they are first used, so that a recipe can check options without torch.
@@ -29,14 +28,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunus.methods.base import Pruned, masked
     from prunus.methods.composition import compose
     from prunus.methods.options import MethodOptions
-    from prunus.methods.own_method import get_method
     from prunus.methods.patterns import Pattern, keep_mask
     from prunus.methods.statistics import InputStatistics
-    from prunus.methods.table import METHODS, Method, check_options
-    from prunus.methods.work import Work
+    from prunus.methods.table import METHODS, Method, check_options, get_method
+    from prunus.methods.work import Pruned, Work, masked
 
 __all__ = [
     "METHODS",
@@ -54,22 +51,17 @@ __all__ = [
 ]
 
 _HOMES = {
-    "METHODS": "table",
-    "InputStatistics": "statistics",
-    "Method": "table",
-    "MethodOptions": "options",
-    "Pattern": "patterns",
-    "Pruned": "base",
-    "Work": "work",
-    "check_options": "table",
-    "compose": "composition",
-    "get_method": "own_method",
-    "keep_mask": "patterns",
-    "masked": "base",
+    "composition": ("compose",),
+    "options": ("MethodOptions",),
+    "patterns": ("Pattern", "keep_mask"),
+    "statistics": ("InputStatistics",),
+    "table": ("METHODS", "Method", "check_options", "get_method"),
+    "work": ("Pruned", "Work", "masked"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"prunus.methods.{_HOMES[name]}"), name)
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,7 @@
 """How a sparsity is allocated to layers, where a layer is a block or a single linear.
 
-`allocate_by_error` removes weights where the measured error per removed weight is smallest. These
-are pure functions from a few numbers per layer to a sparsity per layer. Their mean, weighted by the
-layers' numbers of weights, is the sparsity of the whole. Nothing here knows a model.
+These are pure functions from a few numbers per layer to a sparsity per layer. Their mean, weighted
+by the layers' numbers of weights, is the sparsity of the whole.
 """
 
 from __future__ import annotations
@@ -24,9 +23,8 @@ def allocate_by_error(
     only rises with the sparsity, so the greedy choice is optimal: no other sparsities of the same
     weighted mean have a lower sum of (interpolated) errors.
 
-    Args:
-        curves: of each layer, points (sparsity, error) of rising sparsity. Errors of different
-            layers are added up, so they must have the same unit.
+    A curve has points (sparsity, error) of rising sparsity. Errors of different layers are added
+    up, so they must have the same unit.
 
     >>> robust, fragile = [(0.0, 0.0), (0.5, 1.0)], [(0.0, 0.0), (0.5, 10.0)]
     >>> allocate_by_error([robust, fragile], [100, 100], 0.25)
@@ -96,12 +94,8 @@ def round_to_whole_weights(
     would be lost in every linear. Here the fractions are added up, and given to the linears that
     were nearest to the next whole weight. The total misses the budget by less than one column.
 
-    Args:
-        sparsities: of each linear, in [0, 1).
-        shapes: (out, in) of each linear.
-
-    Returns:
-        For each linear the smallest float s for which `int(in * s)` is the decided number.
+    The result has for each linear of a shape (out, in) the smallest float s for which `int(in * s)`
+    is the decided number.
 
     >>> round_to_whole_weights([0.45, 0.55], [(1, 10), (1, 10)], 0.5)
     [0.5, 0.5]

@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from prunus.hardware.numerics import count_zeros
-from prunus.methods.base import Pruned, masked, unchanged
 from prunus.methods.options import MethodOptions
 from prunus.methods.rate_distortion import quantize
 from prunus.methods.refine.dense_targets import (
@@ -25,20 +24,17 @@ from prunus.methods.refine.swaps import refine_by_swaps
 from prunus.methods.solvers.least_squares import fit_least_squares
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.table import Method
-from prunus.methods.work import RowShard, Work
+from prunus.methods.work import Pruned, RowShard, Work, masked, unchanged
 
 
 def compose(method: Method, options: MethodOptions, quantizes: bool = False) -> Method:
     """Add the steps that `options` choose to a method: dense targets, refinement, weight update.
 
-    The composed method needs the statistics of its most demanding step. `check_options` refuses
-    choices that exclude each other.
+    The composed method needs the statistics of its most demanding step; where nothing is added, it
+    is `method` itself. `check_options` refuses choices that exclude each other.
 
     Args:
         quantizes: whether the weights become integers at the end, as `Work.quantization` says.
-
-    Returns:
-        A new method, or `method` itself where nothing is added.
     """
     refines = options.refine != "none"
     updates = options.weight_update == "least-squares"
@@ -53,7 +49,11 @@ def compose(method: Method, options: MethodOptions, quantizes: bool = False) -> 
         dense_weight = 0.0
         if uses_dense_target:
             # All later steps treat the target as if it were the trained weight.
-            dense_weight = _dense_weight(weight_OI, statistics, options)
+            if options.dense_weight == "auto":
+                best = best_dense_weight(weight_OI, statistics, options.damping)
+                dense_weight = DEFAULT_DENSE_WEIGHT if best is None else best
+            else:
+                dense_weight = options.dense_weight
             weight_OI = dense_target(weight_OI, statistics, dense_weight, options.damping)
         pruned = unchanged(weight_OI)
         if not work.removes_nothing:
@@ -65,17 +65,10 @@ def compose(method: Method, options: MethodOptions, quantizes: bool = False) -> 
             own_OI = weight_OI[shard.rows]
             result = Pruned(pruned.weight_OI[shard.rows], pruned.keep_OI[shard.rows], pruned.notes)
             if refines:
-                keep_OI, notes = refine_by_swaps(
-                    own_OI,
-                    result.keep_OI,
-                    statistics,
-                    work.pattern,
-                    options.damping,
-                    options.refine_steps,
-                )
+                keep_OI, notes = refine_by_swaps(own_OI, result.keep_OI, statistics, work)
                 result = masked(own_OI, keep_OI, result.notes | notes)
             if updates:
-                result = fit_least_squares(own_OI, result, statistics, options.damping, shard=shard)
+                result = fit_least_squares(own_OI, result, statistics, options.damping, shard)
             return result
 
         if (refines or updates) and not work.removes_nothing:
@@ -105,14 +98,6 @@ def compose(method: Method, options: MethodOptions, quantizes: bool = False) -> 
         adds_ridge=not quantizes and (method.adds_ridge or method.needs != "gram"),
         updates_weights=method.updates_weights or updates or quantizes,
     )
-
-
-def _dense_weight(weight_OI: Tensor, statistics: InputStatistics, options: MethodOptions) -> float:
-    """α of the dense targets: as given, or the best on held-out tokens, or the default."""
-    if options.dense_weight != "auto":
-        return options.dense_weight
-    best = best_dense_weight(weight_OI, statistics, options.damping)
-    return DEFAULT_DENSE_WEIGHT if best is None else best
 
 
 def _target_notes(

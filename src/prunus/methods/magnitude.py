@@ -8,17 +8,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from prunus.methods.base import Pruned, masked
 from prunus.methods.patterns import Pattern, keep_above_threshold, keep_mask
 from prunus.methods.statistics import InputStatistics
-from prunus.methods.work import Work
+from prunus.methods.work import Pruned, Work, masked
 
 
 def magnitude_mask(weight_OI: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
-    """The mask, bool (O, I), True where a weight is kept.
-
-    Where the whole matrix competes, equal magnitudes are treated equally, see
-    `patterns.keep_above_threshold`.
+    """The mask. Where the whole matrix competes, equal magnitudes are treated equally.
 
     >>> import torch
     >>> magnitude_mask(torch.tensor([[0.5, -2.0, 1.0, -0.1]]), Pattern(), 0.5)

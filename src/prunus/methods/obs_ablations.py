@@ -12,13 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunus.methods.base import Pruned, unchanged
 from prunus.methods.magnitude import magnitude_mask
 from prunus.methods.patterns import keep_mask
 from prunus.methods.solvers.obs import block_mask, prune_by_obs
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.wanda import wanda_score
-from prunus.methods.work import RowShard, Work
+from prunus.methods.work import Pruned, RowShard, Work, unchanged
 
 
 def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:

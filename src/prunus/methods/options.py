@@ -1,9 +1,6 @@
 """The options of pruning methods, each declared once. Imports no torch.
 
 A recipe has these fields too. `table.py` says which options each method takes.
-
-    >>> MethodOptions(damping=0.1).damping
-    0.1
 """
 
 from __future__ import annotations
@@ -39,11 +36,7 @@ DenseWeight = Annotated[
 
 
 class MethodOptions(Options):
-    """What methods, the refinement of their masks and the update of their weights read.
-
-    Raises:
-        pydantic.ValidationError: a `ValueError` that lists every option that is out of range.
-    """
+    """What methods, the refinement of their masks and the update of their weights read."""
 
     damping: Annotated[
         float | None,

@@ -1,7 +1,6 @@
 """Which weights compete with each other, and from a score per weight to a mask.
 
-A pattern knows nothing of models, statistics or methods. It takes a score for every weight and
-decides which weights stay: in every group of competing weights the lowest scores are removed.
+In every group of competing weights the lowest scores are removed.
 
 Shape suffixes: O outputs (rows), I inputs (columns); G groups of weights that compete, C
 competitors in a group, D dropped weights of a group, K positions of tied scores.
@@ -10,6 +9,7 @@ competitors in a group, D dropped weights of a group, K positions of tied scores
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,14 +46,6 @@ class Pattern:
     - an integer k: k consecutive rows; `int(k * in * sparsity)` are removed. The last group may be
       smaller.
 
-    Attributes:
-        n: the number of weights that N:M keeps of every `m`; None for unstructured sparsity.
-        m: the number of consecutive inputs that compete in N:M; None for unstructured sparsity.
-        group: which weights compete in unstructured sparsity.
-
-    Raises:
-        ValueError: an n without an m, an n outside 0..m, or an unknown group.
-
     >>> str(Pattern(2, 4)), Pattern(2, 4).sparsity
     ('2:4', 0.5)
     """
@@ -83,9 +75,6 @@ class Pattern:
     def parse(cls, text: str, group: str | int = "row") -> Pattern:
         """Read "2:4" (any N:M) or "unstructured"; `group` may be a number written as text.
 
-        Raises:
-            ValueError: for anything else.
-
         >>> Pattern.parse("unstructured", "16")
         Pattern(n=None, m=None, group=16)
         """
@@ -107,11 +96,7 @@ class Pattern:
 
     @property
     def sparsity(self) -> float:
-        """The fraction of weights that N:M removes, `1 - n/m`.
-
-        Raises:
-            ValueError: the pattern is unstructured; its sparsity is chosen, not implied.
-        """
+        """The fraction of weights that N:M removes, `1 - n/m`."""
         if self.n is None or self.m is None:
             raise ValueError("an unstructured pattern implies no sparsity: it must be given")
         return 1 - self.n / self.m
@@ -126,9 +111,6 @@ class Pattern:
 
 def check_shape(pattern: Pattern, shape: tuple[int, int], name: str) -> None:
     """Check that `pattern` fits a linear of `shape` (out, in), before any work is done.
-
-    Raises:
-        ValueError: names the linear and says why the pattern does not fit.
 
     >>> check_shape(Pattern(2, 4), (8, 10), "q_proj")
     Traceback (most recent call last):
@@ -156,14 +138,10 @@ def keep_mask(score_OI: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
 
     Args:
         score_OI: finite scores, any float dtype.
-        pattern: which weights compete.
         sparsity: the fraction to remove, in [0, 1). N:M ignores it, because it implies its own.
 
     Returns:
         bool (O, I), True where a weight is kept.
-
-    Raises:
-        ValueError: the pattern does not fit the shape, or the sparsity is out of range.
 
     >>> score_OI = torch.tensor([[1.0, 4.0, 3.0, 2.0]])
     >>> keep_mask(score_OI, Pattern(1, 2), 0.0)
@@ -204,13 +182,6 @@ def keep_above_threshold(score_OI: Tensor, sparsity: float) -> Tensor:
     ties would remove more than 1 % of the matrix beyond the sparsity (coarsely quantised weights),
     the exact count of `keep_mask` is used.
 
-    Args:
-        score_OI: finite scores, any float dtype.
-        sparsity: the fraction to remove, in [0, 1).
-
-    Returns:
-        bool (O, I), True where a weight is kept.
-
     >>> keep_above_threshold(torch.arange(1000.0).view(20, 50), 0.5).sum()
     tensor(499)
     """
@@ -229,9 +200,11 @@ def _check_sparsity(sparsity: float) -> None:
         raise ValueError(f"the sparsity is {sparsity}: it must be at least 0 and less than 1")
 
 
-def _groups_at_a_time(score_GC: Tensor) -> int:
+def _in_parts(score_GC: Tensor, keep_GC: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     on_cpu = score_GC.device.type == "cpu"
-    return max(1, (_SCORES_AT_A_TIME if on_cpu else _SCORES_AT_A_TIME_ON_GPU) // score_GC.shape[1])
+    at_a_time = _SCORES_AT_A_TIME if on_cpu else _SCORES_AT_A_TIME_ON_GPU
+    groups = max(1, at_a_time // score_GC.shape[1])
+    return zip(score_GC.split(groups), keep_GC.split(groups), strict=True)
 
 
 def _keep_n_of_m(score_GC: Tensor, n: int) -> Tensor:
@@ -240,8 +213,7 @@ def _keep_n_of_m(score_GC: Tensor, n: int) -> Tensor:
     drop = score_GC.shape[1] - n
     if drop == 0:
         return keep_GC
-    groups = _groups_at_a_time(score_GC)
-    for score, keep in zip(score_GC.split(groups), keep_GC.split(groups), strict=True):
+    for score, keep in _in_parts(score_GC, keep_GC):
         if score.device.type == "cpu" and score.shape[1] <= _MAX_COMPARED:
             # Comparing pairs decides almost all groups. topk decides the few with ties, so that
             # the result is always that of topk.
@@ -288,8 +260,7 @@ def _keep_highest(score_GC: Tensor, drop: int) -> Tensor:
     keep_GC = torch.ones(score_GC.shape, dtype=torch.bool, device=score_GC.device)
     if drop == 0:
         return keep_GC
-    groups = _groups_at_a_time(score_GC)
-    for score, keep in zip(score_GC.split(groups), keep_GC.split(groups), strict=True):
+    for score, keep in _in_parts(score_GC, keep_GC):
         threshold_G1 = _kth_lowest(score, drop)
         torch.gt(score, threshold_G1, out=keep)
         # Scores equal to the threshold are all dropped so far. Some of them may have to be kept.

@@ -46,11 +46,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prunus.methods.base import Pruned
-from prunus.methods.quantized import Quantized
 from prunus.methods.solvers.obs import TILE, inverse_factor, sweep_columns
 from prunus.methods.statistics import InputStatistics
-from prunus.methods.work import RowShard, Work
+from prunus.methods.work import Pruned, Quantized, RowShard, Work
 
 #: λ, a fraction of the mean diagonal of the Gram matrix.
 DAMPING = 0.1
@@ -72,25 +70,18 @@ _BLOCK = 128
 
 
 def quantize(
-    weight_OI: Tensor,
-    statistics: InputStatistics,
-    work: Work,
-    keep_OI: Tensor | None = None,
+    weight_OI: Tensor, statistics: InputStatistics, work: Work, keep_OI: Tensor | None = None
 ) -> Pruned:
     """Quantise a weight with the steps step · U_jj.
 
     Args:
         weight_OI: float32, what the result approximates.
-        work: how the weight is quantised, its damping, and how its rows are split.
         keep_OI: bool (O, I), False where the weight must become 0; None allows all levels.
 
     Returns:
         The dense weight, the mask of its non-zero integers, and the quantised weight.
 
-    Raises:
-        ValueError: the Gram matrix cannot be inverted, see `obs.inverse_factor`.
-
-    >>> from prunus.methods.quantized import CodeLengths, LinearQuantization
+    >>> from prunus.methods.work import CodeLengths, LinearQuantization
     >>> statistics = InputStatistics(2, "gram")
     >>> statistics.add(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
     >>> flat = CodeLengths(torch.zeros(1, 255), torch.zeros(2, dtype=torch.int64))
@@ -227,13 +218,7 @@ def _sweep(
 
 
 def expected_bits(deviations: Tensor) -> Tensor:
-    """The entropy in bits of rounded normal values, by their standard deviation in steps.
-
-    Args:
-        deviations: any shape; at most about 1e4.
-
-    Returns:
-        float32 of the same shape.
+    """The entropy in bits of rounded normal values, by their standard deviations in steps.
 
     >>> [round(bits, 2) for bits in expected_bits(torch.tensor([0.0, 1.0, 4.0])).tolist()]
     [0.0, 2.1, 4.05]

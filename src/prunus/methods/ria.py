@@ -14,10 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunus.methods.base import Pruned, masked
 from prunus.methods.patterns import keep_mask
 from prunus.methods.statistics import InputStatistics
-from prunus.methods.work import Work
+from prunus.methods.work import Pruned, Work, masked
 
 
 def ria_score(weight_OI: Tensor, statistics: InputStatistics, power: float) -> Tensor:

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from prunus.methods.base import Pruned, unchanged
 from prunus.methods.solvers.obs import block_mask, prune_by_obs
 from prunus.methods.statistics import InputStatistics
-from prunus.methods.work import RowShard, Work
+from prunus.methods.work import Pruned, RowShard, Work, unchanged
 
 
 def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:

@@ -1,28 +1,30 @@
 """What a method learns about a linear's inputs: norms of the features, or their Gram matrix.
 
 The statistics know nothing of models or methods. Batches of tokens are added as they pass, and
-only sums are kept. A `StatisticsSpec` says which sums; `input_sums.py` computes them.
+only sums are kept. A `StatisticsSpec` says which sums.
 
-Shape suffixes: T tokens, I inputs (features). X_TI are the inputs of a linear, Y_TI its inputs in
-the dense model for the same tokens. G_II = XᵀX, with the diagonal d_j = ‖X_j‖².
+Shape suffixes: T tokens, I inputs (features), 2 the pair (squares, values). X_TI are the inputs of
+a linear, Y_TI its inputs in the dense model for the same tokens. G_II = XᵀX, with the diagonal
+d_j = ‖X_j‖².
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import math
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from prunus.distributed import Ranks
-from prunus.hardware.numerics import all_finite
-from prunus.methods.input_sums import (
-    add_gram,
-    add_in_reference_order,
-    drift_product,
-    feature_sums,
+from prunus.hardware.numerics import (
+    all_finite,
+    low_precision_product,
+    multiplies_bfloat16,
+    tf32_products,
 )
 
 Needs = Literal["none", "norms", "gram"]
@@ -30,6 +32,13 @@ NEEDS: tuple[Needs, ...] = ("none", "norms", "gram")
 #: Whose drift from the dense model is summed: nobody's, that of some batches, or that of all.
 Drift = Literal["none", "some", "all"]
 _Value = TypeVar("_Value")
+# How many elements are squared at once. On a CPU the temporary must stay in the cache, which is
+# ten times faster. A GPU wants long kernels.
+_CPU_ELEMENTS = 2**20
+_GPU_ELEMENTS = 2**26
+# A Gram matrix of at least this width is computed in `_PARTS` x `_PARTS` blocks, because only the
+# blocks on and above the diagonal are needed. Smaller products would be too small to be fast.
+_SYMMETRIC_FROM, _PARTS = 512, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +55,6 @@ class StatisticsSpec:
             faster. Only for methods that add a ridge before they invert the Gram.
         reference_order: sum the Gram in the order of SparseGPT's code, to reproduce its masks.
         distributed: other ranks see the rest of the batches; see `InputStatistics.complete`.
-
-    Raises:
-        ValueError: `needs` is none of the three.
-
-    >>> StatisticsSpec(needs="gram", drift="all").hold_out
-    False
     """
 
     needs: Needs
@@ -71,9 +74,7 @@ class InputStatistics:
     """Sums over all tokens that reached a linear. A sum that the spec does not ask for is None.
 
     Args:
-        in_features: width of the inputs.
         spec: which sums; "norms" alone means `StatisticsSpec(needs="norms")`.
-        device: where the sums live.
 
     Attributes:
         tokens: how many tokens were added, in rows of X_TI.
@@ -87,9 +88,6 @@ class InputStatistics:
         drift_II: (Y − X)ᵀX, float32, over the tokens whose Y is known.
         held_drift_II: its share from held-out tokens.
 
-    Raises:
-        ValueError: the linear has no inputs, or the spec is not known.
-
     >>> statistics = InputStatistics(2, "gram")
     >>> statistics.add(torch.tensor([[3.0, 0.0], [4.0, 1.0]]))
     >>> statistics.norms_I
@@ -100,10 +98,7 @@ class InputStatistics:
     """
 
     def __init__(
-        self,
-        in_features: int,
-        spec: StatisticsSpec | Needs,
-        device: torch.device | str = "cpu",
+        self, in_features: int, spec: StatisticsSpec | Needs, device: torch.device | str = "cpu"
     ) -> None:
         self.spec = spec = spec if isinstance(spec, StatisticsSpec) else StatisticsSpec(needs=spec)
         if in_features < 1:
@@ -142,11 +137,6 @@ class InputStatistics:
         return equal
 
     @property
-    def needs(self) -> Needs:
-        """The kind of statistics these are; see `StatisticsSpec`."""
-        return self.spec.needs
-
-    @property
     def norms_I(self) -> Tensor:
         """‖X_j‖₂ of every feature over all tokens, float32."""
         return self.sum_squares_I.sqrt().float()
@@ -162,12 +152,6 @@ class InputStatistics:
         Args:
             key: names the value, and everything next to these statistics that it depends on.
             compute: computes the value. Callers must not write to it.
-
-        >>> statistics = InputStatistics(2, "norms")
-        >>> statistics.derived("answer", lambda: 42)
-        42
-        >>> statistics.derived("answer", lambda: 43)
-        42
         """
         if key not in self._derived:
             self._derived[key] = compute()
@@ -175,16 +159,12 @@ class InputStatistics:
 
     @torch.no_grad()
     def add(self, X_TI: Tensor, dense_TI: Tensor | None = None, held_out: bool = False) -> None:
-        """Add one batch of tokens; squares and products are taken in float32.
+        """Add one batch of inputs, in any float dtype; products are taken in float32.
 
         Args:
-            X_TI: inputs of the linear, in any float dtype.
-            dense_TI: its inputs in the dense model for the same tokens, where they are known.
+            dense_TI: the inputs in the dense model for the same tokens, where they are known.
                 Without `drift` they are not used.
             held_out: add these tokens to the held-out sums too.
-
-        Raises:
-            ValueError: X_TI is not a matrix of `in_features` columns.
         """
         if X_TI.dim() != 2 or X_TI.shape[1] != self.in_features:
             raise ValueError(
@@ -194,10 +174,10 @@ class InputStatistics:
         # Values derived from the sums so far are out of date.
         self._derived.clear()
         if self.spec.reference_order and self.gram_II is not None:
-            add_in_reference_order(self.gram_II, self.sum_squares_I, X_TI, self._windows)
+            _add_in_reference_order(self.gram_II, self.sum_squares_I, X_TI, self._windows)
             self._windows += 1
             return
-        sums_2I = feature_sums(X_TI, squares=self.needs != "none", means=self.spec.means)
+        sums_2I = _feature_sums(X_TI, squares=self.spec.needs != "none", means=self.spec.means)
         if self._by_batch is None:
             self._add_features(sums_2I)
         else:
@@ -206,9 +186,9 @@ class InputStatistics:
         if self.gram_II is not None:
             belongs = ((self.held_gram_II, held_out), (self.drift_gram_II, dense_TI is not None))
             shares = [share for share, here in belongs if share is not None and here]
-            add_gram([self.gram_II, *shares], X_TI, sums_2I[0], self.spec.low_precision)
+            _add_gram([self.gram_II, *shares], X_TI, sums_2I[0], self.spec.low_precision)
         if self.drift_II is not None and dense_TI is not None:
-            part_II = drift_product(X_TI, dense_TI)
+            part_II = _drift_product(X_TI, dense_TI)
             self.drift_II += part_II
             if held_out and self.held_drift_II is not None:
                 self.held_drift_II += part_II
@@ -247,21 +227,13 @@ class InputStatistics:
                 ranks.all_reduce(sum_II)
 
     def check_finite(self, name: str) -> None:
-        """Check that no activation was infinite or NaN; any that was shows in the sums.
-
-        Raises:
-            ValueError: one was; the message contains `name`, the linear's.
-        """
+        """Check that no activation of linear `name` was infinite or NaN: it would show in sums."""
         bad = int((~self.sum_squares_I.isfinite()).sum())
         if bad == 0 and (self.gram_II is None or all_finite(self.gram_II)):
             return
-        where = (
-            f"{bad} of its {self.in_features} input features"
-            if bad
-            else "products of its input features"
-        )
+        where = f"{bad} of its {self.in_features}" if bad else "products of its"
         raise ValueError(
-            f"the activations that reach {name} are not finite ({where}): "
+            f"the activations that reach {name} are not finite ({where} input features): "
             "compute in bfloat16 or float32, or check the weights before it"
         )
 
@@ -273,3 +245,93 @@ def statistics_bytes(in_features: int, needs: Needs) -> int:
     (8000, 4008000)
     """
     return 8 * in_features + 4 * in_features**2 * (needs == "gram")
+
+
+def _feature_sums(X_TI: Tensor, *, squares: bool, means: bool) -> Tensor:
+    """Σ_t x² and Σ_t x of one batch, float64 (2, I); zeros for what is not asked for."""
+    sums_2I = torch.zeros(2, X_TI.shape[1], dtype=torch.float64, device=X_TI.device)
+    if means:
+        sums_2I[1] = X_TI.sum(dim=0, dtype=torch.float64)
+    if squares:
+        elements = _CPU_ELEMENTS if X_TI.device.type == "cpu" else _GPU_ELEMENTS
+        for part_TI in X_TI.split(max(1, elements // X_TI.shape[1])):
+            # Convert before squaring: in float16 the square of anything above 256 overflows.
+            part_TI = part_TI.float()
+            sums_2I[0] += (part_TI * part_TI).sum(dim=0)
+    return sums_2I
+
+
+def _add_gram(
+    sums_II: Sequence[Tensor], X_TI: Tensor, squares_I: Tensor, low_precision: bool
+) -> None:
+    """Add XᵀX of one batch to every matrix of `sums_II`, in place.
+
+    Args:
+        squares_I: the diagonal of XᵀX, float64.
+        low_precision: multiply bfloat16 inputs in bfloat16 where the processor supports it, and
+            round the products to 8 bits. The diagonal keeps its full precision.
+    """
+    first_II, *others = sums_II
+    # The product is computed once and added to every sum that these tokens belong to.
+    part_II = torch.zeros_like(first_II) if others else first_II
+    if low_precision and X_TI.dtype == torch.bfloat16 and multiplies_bfloat16(X_TI.device):
+        # Whatever inverts the Gram depends on its diagonal most, so that is kept exact.
+        diagonal_I = part_II.diagonal() + squares_I
+        _add_symmetric(part_II, X_TI)
+        part_II.diagonal().copy_(diagonal_I)
+    else:
+        # Inputs of 16 bits fit into TF32, so that a CUDA device loses nothing by it.
+        with tf32_products(X_TI.device.type == "cuda" and X_TI.dtype.itemsize == 2):
+            _add_symmetric(part_II, X_TI.float())
+    if others:
+        for sum_II in sums_II:
+            sum_II += part_II
+
+
+def _drift_product(X_TI: Tensor, dense_TI: Tensor) -> Tensor:
+    """(Y − X)ᵀX of one batch, float32. It is small against the Gram, so it may be rounded."""
+    if not X_TI.dtype == dense_TI.dtype == torch.bfloat16:
+        X_TI, dense_TI = X_TI.float(), dense_TI.float()
+    return low_precision_product((dense_TI - X_TI).T, X_TI)
+
+
+def _add_in_reference_order(
+    gram_II: Tensor, sum_squares_I: Tensor, X_TI: Tensor, window: int
+) -> None:
+    """Add window number `window` (from 0) as the code of SparseGPT and of Wanda's ablations does.
+
+    The Gram is a running mean of 2·xᵀx over windows, in float32. The original takes the squares of
+    inputs that are scaled already, so that the k-th window counts 2/k in them. That is a slip, but
+    without it the original's masks cannot be reproduced. Only the ratios between features matter.
+    """
+    gram_II *= window / (window + 1)
+    sum_squares_I *= window / (window + 1)
+    X_IT = math.sqrt(2 / (window + 1)) * X_TI.float().T
+    gram_II += X_IT @ X_IT.T
+    sum_squares_I += X_IT.norm(p=2, dim=1).square() / (window + 1)
+
+
+def _add_symmetric(gram_II: Tensor, X_TI: Tensor) -> None:
+    """Add XᵀX to `gram_II`.
+
+    A CPU computes only the blocks on and above the diagonal, and copies them to the other side:
+    XᵀX is symmetric, so the blocks below are their transposes.
+    """
+    width = len(gram_II)
+    if gram_II.device.type != "cpu" or width < _SYMMETRIC_FROM:
+        _add_product(gram_II, X_TI.T, X_TI)
+        return
+    edges = [width * part // _PARTS for part in range(_PARTS + 1)]
+    spans = [slice(start, stop) for start, stop in pairwise(edges)]
+    for place, rows in enumerate(spans):
+        for columns in spans[place:]:
+            _add_product(gram_II[rows, columns], X_TI[:, rows].T, X_TI[:, columns])
+            if columns != rows:
+                gram_II[columns, rows] = gram_II[rows, columns].T
+
+
+def _add_product(sum_II: Tensor, left_IT: Tensor, right_TI: Tensor) -> None:
+    if right_TI.dtype == sum_II.dtype:
+        sum_II.addmm_(left_IT, right_TI)
+    else:
+        sum_II.add_(left_IT @ right_TI)

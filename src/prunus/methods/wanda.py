@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from prunus.methods.base import Pruned, masked
 from prunus.methods.patterns import keep_mask
 from prunus.methods.statistics import InputStatistics
-from prunus.methods.work import Work
+from prunus.methods.work import Pruned, Work, masked
 
 
 def wanda_score(weight_OI: Tensor, statistics: InputStatistics) -> Tensor:

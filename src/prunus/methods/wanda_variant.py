@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prunus.methods.base import Pruned, masked
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.wanda import wanda_score
-from prunus.methods.work import Work
+from prunus.methods.work import Pruned, Work, masked
 
 _TOLERANCE = 0.001
 # The original code searches α from 0 to this value.

@@ -1,4 +1,7 @@
-"""The work on one linear: what is asked of a method, and how it is done.
+"""The work on one linear: what is asked of a method, how it is done, and what the method returns.
+
+Methods are pure tensor functions. They see no module, tokenizer, path or configuration, so each can
+be tested on small matrices and used outside of a run. `table.py` says what is known of each.
 
 Once the statistics of its inputs are known, the rows (outputs) of a linear hardly depend on each
 other. So several processes can split one linear by rows. Two things still connect the rows: a mask
@@ -7,22 +10,86 @@ for which all rows compete, and the decision when an iteration ends. `RowShard` 
 A solver is written once, for the rows of a shard. A single process gets a shard that holds all
 rows, so solvers need no branch for it.
 
-Shape suffixes: O outputs (rows), B columns of a block.
+Shape suffixes in all files of this package: O outputs (rows), S some of them, I inputs (columns),
+T tokens, B columns of a block. Here also K classes of columns and V values −127 to 127.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-from prunus.methods.base import Pruned
 from prunus.methods.options import MethodOptions
 from prunus.methods.patterns import Pattern
-from prunus.methods.quantized import LinearQuantization
 from prunus.methods.statistics import InputStatistics
+
+
+class CodeLengths(NamedTuple):
+    """The lengths of a code of integers.
+
+    Attributes:
+        lengths_KV: float32 (K, 255), the bits of −127 to 127 in every class of columns.
+        classes_I: int64 (I,), the class of each column.
+    """
+
+    lengths_KV: Tensor
+    classes_I: Tensor
+
+
+class Quantized(NamedTuple):
+    """A quantised weight: W_ij = scale_i · step_j · level_ij.
+
+    Levels are int8, from -127 to 127. Steps and scales are float32, exact in bfloat16.
+    """
+
+    levels_OI: Tensor
+    steps_I: Tensor
+    scales_O: Tensor
+
+    def dense(self) -> Tensor:
+        """The weight, float32 (O, I).
+
+        >>> levels = torch.tensor([[1, -2]], dtype=torch.int8)
+        >>> Quantized(levels, torch.tensor([0.5, 2.0]), torch.tensor([2.0])).dense()
+        tensor([[ 1., -8.]])
+        """
+        return self.levels_OI * self.steps_I * self.scales_O[:, None]
+
+
+@dataclass(slots=True)
+class Pruned:
+    """The result for one linear.
+
+    Attributes:
+        weight_OI: float32, exactly 0 wherever `keep_OI` is False.
+        keep_OI: bool, True where the weight is kept. A kept weight may happen to be 0.
+        notes: values for the record of this linear; JSON must be able to hold them.
+        quantized: the same weight as integers and scales, if the run compresses.
+    """
+
+    weight_OI: Tensor
+    keep_OI: Tensor
+    notes: dict[str, Any] = field(default_factory=dict)
+    quantized: Quantized | None = None
+
+
+def masked(weight_OI: Tensor, keep_OI: Tensor, notes: dict[str, Any] | None = None) -> Pruned:
+    """The weight with 0 outside the mask, and nothing else changed.
+
+    >>> keep_OI = torch.tensor([[True, False]])
+    >>> masked(torch.tensor([[3.0, -1.0]]), keep_OI).weight_OI
+    tensor([[3., 0.]])
+    """
+    return Pruned(weight_OI.masked_fill(~keep_OI, 0), keep_OI, notes or {})
+
+
+def unchanged(weight_OI: Tensor) -> Pruned:
+    """The result for sparsity 0: every weight is kept, so no update is needed."""
+    return masked(weight_OI, torch.ones_like(weight_OI, dtype=torch.bool))
 
 
 class RowShard(Protocol):
@@ -50,11 +117,10 @@ class RowSharding(Protocol):
         """Solve a linear shard by shard and return the result for all its rows."""
 
 
-@dataclass(frozen=True)
 class _AllRows:
     """The only shard of a linear that one process solves."""
 
-    rows: slice
+    rows = slice(None)
 
     def joint_mask(self, score_OB: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
         return choose(score_OB)
@@ -63,18 +129,30 @@ class _AllRows:
         return number
 
 
-#: A shard of all rows, for callers that do not know their number.
-EVERY_ROW: RowShard = _AllRows(slice(None))
-
-
 class _Unsharded:
     """All rows in one shard."""
 
     def solve(self, rows: int, rows_per_group: int, solve: Callable[[RowShard], Pruned]) -> Pruned:
-        return solve(_AllRows(slice(0, rows)))
+        return solve(EVERY_ROW)
 
 
+EVERY_ROW: RowShard = _AllRows()
 UNSHARDED: RowSharding = _Unsharded()
+
+
+@dataclass(frozen=True, slots=True)
+class LinearQuantization:
+    """How one linear is quantised.
+
+    Attributes:
+        step: the step of a column with U_jj = 1 in a row of scale 1.
+        scales_O: float32 (O,), positive: the scale of each row.
+        code_of: from the integers of some rows, int8 (S, I), to a code that suits them.
+    """
+
+    step: float
+    scales_O: Tensor
+    code_of: Callable[[Tensor], CodeLengths]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +165,7 @@ class Work:
         options: what the user has chosen for the method and for the steps after it.
         rows: how the rows of the linear are split over processes.
         reference_order: update weights in the order of operations of the original code, which
-            reproduces its masks and is slower; see `solvers/obs_reference_order.py`.
+            reproduces its masks and is slower; see `solvers/obs.py`.
         quantization: how the weight is rounded to integers at the end; None where it is not.
     """
 

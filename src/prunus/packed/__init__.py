@@ -33,23 +33,16 @@ __all__ = [
 
 # Names are imported when they are first used, so that `import prunus` does not wait for torch.
 _HOMES = {
-    "DenseLinear": "linear",
-    "PackedLinear": "linear",
-    "describe": "doctor",
-    "reference_path": "operators",
-    "to_semi_structured": "semi_structured",
-    "use_dense_kernel": "linear",
-    "use_fast_decoding": "fast_decoding",
+    "doctor": ("describe",),
+    "fast_decoding": ("use_fast_decoding",),
+    "linear": ("DenseLinear", "PackedLinear", "use_dense_kernel"),
+    "operators": ("reference_path",),
+    "semi_structured": ("to_semi_structured",),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,6 @@
-"""Pack one weight, check a packed weight, and expand it again.
+"""Pack one weight, check a packed weight, and expand it again: tensors only.
 
-`docs/reference/packed-format.md` is the reference of the layout. This file works on
-tensors; it knows nothing of files, modules or models.
+`docs/reference/packed-format.md` is the reference of the layout.
 
 Shape suffixes: O output features (rows), I input features (columns), K stored values.
 """
@@ -29,9 +28,6 @@ def kept(weight_OI: torch.Tensor) -> torch.Tensor:
     """Return which entries are not exactly +0.0, as bool (O, I).
 
     A -0.0 counts as kept: it compares equal to 0, but its bits differ, and packing is lossless.
-
-    Args:
-        weight_OI: bfloat16, float16 or float32.
 
     >>> kept(torch.tensor([[0.0, -0.0, 2.0]], dtype=torch.bfloat16)).tolist()
     [[False, True, True]]
@@ -88,10 +84,7 @@ def pack_weight(weight_OI: torch.Tensor, values: torch.dtype) -> PackedWeight:
 
 
 def packed_bytes(weight_OI: torch.Tensor) -> int:
-    """Return the bytes that `pack_weight` would take without loss; nothing is packed.
-
-    Args:
-        weight_OI: bfloat16 or float16.
+    """Return the bytes that `pack_weight` would take for bfloat16 or float16 without loss.
 
     >>> weight = torch.tensor([[0.0, 1.5], [0.0, -2.0]], dtype=torch.float16)
     >>> packed_bytes(weight), pack_weight(weight, torch.float16).nbytes
@@ -146,11 +139,7 @@ def _levels(weight_OI: torch.Tensor, scales_O: torch.Tensor) -> torch.Tensor:
 
 
 def row_offsets(mask: torch.Tensor, in_features: int) -> torch.Tensor:
-    """Return where the values of each row begin: int64 (O + 1); the last entry is their number.
-
-    Args:
-        mask: uint8 (O, ceil(I / 8)) on the CPU.
-    """
+    """Return where the values of each row begin: int64 (O + 1); the last entry is their number."""
     kernels = load()
     if kernels is not None:
         return kernels.row_offsets(mask, in_features)
@@ -165,10 +154,7 @@ def check(packed: PackedWeight, stored: int | None = None) -> torch.Tensor | Non
     """Check that mask, values, scales and coding fit each other; see `forms.check`.
 
     Coded values do not tell the number of stored entries, because their last group of 64 is padded.
-
-    Returns:
-        The row offsets (see `row_offsets`), or None for a weight without a mask, whose row i begins
-        at value i · I.
+    The result is that of `row_offsets`; None without a mask, where row i begins at value i · I.
     """
     (rows, columns), mask = packed.shape, packed.mask
     if rows < 1 or columns < 1:
@@ -217,9 +203,8 @@ def expand(
 ) -> torch.Tensor:
     """Return the dense weight (O, I); see `forms.expand`.
 
-    Values that are stored as floats are returned bit for bit in their own dtype, which is the
-    default. int8 values are multiplied by their scale in float32 and rounded once to `dtype`
-    (default bfloat16).
+    Floats are returned bit for bit in their own dtype, which is the default. int8 values are
+    multiplied by their scale in float32 and rounded once to `dtype` (default bfloat16).
     """
     scales, device = packed.scales, packed.values.device
     written = torch.bfloat16 if scales is not None else packed.dtype

@@ -38,10 +38,9 @@ def encode(values_K: torch.Tensor) -> tuple[torch.Tensor, Coding] | None:
     occurrences = high_byte_counts(values_K)
     # The sort is stable, so that equal values always give equal files.
     table = occurrences.argsort(descending=True, stable=True)[:_CODES]
-    rare = count - int(occurrences[table].sum())
-    whole = padded(count)
-    if not _is_coded(count, rare):
+    if coded_bytes(occurrences) == 2 * count:
         return None
+    whole = padded(count)
     code_of = torch.full((256,), _CODES, dtype=torch.uint8)
     code_of[table] = torch.arange(_CODES, dtype=torch.uint8)
     low_P, pairs = torch.empty(whole, dtype=torch.uint8), torch.empty(whole // 2, dtype=torch.uint8)
@@ -75,22 +74,12 @@ def coded_bytes(occurrences: torch.Tensor) -> int:
     """Return the bytes of values with these `high_byte_counts`, coded where `encode` codes them."""
     count = int(occurrences.sum())
     rare = count - int(occurrences.sort(descending=True).values[:_CODES].sum())
-    return _coded_bytes(count, rare) if _is_coded(count, rare) else 2 * count
-
-
-def _is_coded(count: int, rare: int) -> bool:
-    return rare <= count * _RARE_SHARE and _coded_bytes(count, rare) < 2 * count
-
-
-def _coded_bytes(count: int, rare: int) -> int:
-    return padded(count) // 2 * 3 + _CODES + 9 * rare
+    coded = padded(count) // 2 * 3 + _CODES + 9 * rare
+    return coded if rare <= count * _RARE_SHARE and coded < 2 * count else 2 * count
 
 
 def _parts(values_K: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield runs of whole groups with their first position.
-
-    Encoding a whole output head at once would take gigabytes of temporaries.
-    """
+    """Yield runs of whole groups with their first position; a whole head would take gigabytes."""
     for first in range(0, values_K.shape[0], _PART):
         yield first, values_K[first : first + _PART]
 
@@ -102,8 +91,6 @@ def _bytes(values_K: torch.Tensor) -> torch.Tensor:
 
 def decode(low_P: torch.Tensor, coding: Coding) -> torch.Tensor:
     """Return the bfloat16 values (P,) that `encode` was given, bit for bit, with the padding.
-
-    This is the reference in torch for what the kernels do.
 
     >>> values = torch.linspace(-2, 2, 2048).bfloat16()
     >>> low, coding = encode(values)

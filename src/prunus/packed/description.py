@@ -187,11 +187,7 @@ class Description:
         return from_tensors(shape[:2], parts, layout)
 
     def check_tensors(self, found: Mapping[str, Any]) -> None:
-        """Compare the declared tensors with those of the shards.
-
-        Args:
-            found: name -> something with the `shape` and `dtype` of the tensor in the shards.
-        """
+        """Compare the declared tensors with those of the shards, which have a shape and a dtype."""
         for linear in self.linears:
             for name, expected in self.tensors(linear).items():
                 if name not in found:
@@ -240,12 +236,7 @@ class Description:
 
     @classmethod
     def of_linears(cls, linears: Any, values: Any = None) -> Description:
-        """Read the entries of linears.
-
-        Args:
-            linears: name of each linear in the checkpoint -> the `to_json` of its shape.
-            values: see `Description`.
-        """
+        """Read the entries of linears: the name of each in the checkpoint, and its `to_json`."""
         if not isinstance(linears, Mapping) or not linears:
             raise ValueError("quantization_config names no packed linears")
         are_quantised = all(isinstance(entry, Mapping) for entry in linears.values())

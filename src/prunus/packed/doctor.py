@@ -30,14 +30,12 @@ def describe() -> dict[str, Any]:
     Returns:
         A dict that JSON can hold:
 
-        - kernels: whether packed linears are multiplied without being expanded.
-        - why_not: the reason if they are not, else None.
+        - kernels: whether packed linears are multiplied without being expanded; else `why_not`.
         - library: the file that was opened.
-        - instruction_set, best_instruction_set: the one in use, and the best of this machine.
-        - chosen_by: what decided on the instruction set.
+        - instruction_set, best_instruction_set, chosen_by: the one in use, the best of this
+          machine, and what decided between them.
         - dense_kernel: whether dense bfloat16 linears of packed models use a kernel as well.
-        - threads: how many threads torch uses.
-        - thread_runtime: whose threads the kernels run on.
+        - threads, thread_runtime: how many threads torch uses, and whose the kernels run on.
         - registered: whether transformers knows the packed format in this process.
         - missing_extras: the extras of the package that are not installed.
         - torch, transformers, python, machine: versions.

@@ -1,8 +1,4 @@
-"""What both forms of a packed weight can do: be checked and be expanded.
-
-A weight is a bitmap (`bitmap.py`) or quantised (`planes.py`). Modules and files work with both
-through these functions.
-"""
+"""What both forms of a packed weight, bitmap and quantised, can do: be checked and be expanded."""
 
 from __future__ import annotations
 
@@ -23,9 +19,6 @@ def check(weight: Packed, stored: int | None = None) -> torch.Tensor | None:
 
     Returns:
         Offsets that save the other functions a second scan; see `bitmap.check` and `planes.check`.
-
-    Raises:
-        ValueError: the message says what does not fit.
     """
     if isinstance(weight, QuantizedWeight):
         return planes.check(weight)
@@ -63,14 +56,7 @@ def expand(
 def expand_rows(
     weight: Packed, rows: torch.Tensor, offsets: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return some rows of the dense weight, as `expand` would give them: (..., I) of `dtype`.
-
-    Args:
-        dtype: bfloat16, float16 or float32.
-
-    Raises:
-        IndexError: a row number is out of range.
-    """
+    """Return some rows of the dense weight, as `expand` would give them: (..., I) of `dtype`."""
     form = planes if isinstance(weight, QuantizedWeight) else bitmap
     return form.expand_rows(weight, rows, offsets, dtype)
 

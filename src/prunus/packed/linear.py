@@ -1,4 +1,9 @@
-"""The linears of a packed model: packed ones, and dense ones that use a kernel."""
+"""The modules of a packed model: packed linears and embeddings, and dense linears with a kernel.
+
+An embedding and the output head that is tied to it are one weight, which is stored once. The
+embedding expands only the rows of the tokens that are looked up. The head multiplies straight from
+the packed weight, as any other linear does.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +12,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from prunus.packed.forms import check, expand
 from prunus.packed.operators import (
     as_arguments,
     dense_linear,
     is_plain,
+    look_up,
+    packed_embedding,
     packed_linear,
     run_dense,
     run_packed,
@@ -31,14 +39,7 @@ class PackedLinear(nn.Module):
     Args:
         packed: the weight. Its tensors may be on the meta device, to be filled from a loaded state;
             then `prepare` must be called before the module runs.
-        bias: (O,), or None.
         stored: the declared number of stored entries of a bitmap; see `forms.check`.
-
-    Attributes:
-        layout: codes and rows per chunk of a quantised weight; None for a bitmap.
-
-    Raises:
-        ValueError: the parts of the weight do not belong together.
     """
 
     weight: torch.Tensor
@@ -56,7 +57,6 @@ class PackedLinear(nn.Module):
         for name, tensor in parts.items():
             self.register_buffer(name, tensor)
         self.register_buffer("offsets", None, persistent=False)
-        # The dense weight on a device that has no kernels; see `dense_on_device`.
         self._kept: torch.Tensor | None = None
         made = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.register_parameter("bias", made)
@@ -71,27 +71,16 @@ class PackedLinear(nn.Module):
         return from_tensors((self.out_features, self.in_features), self._buffers, self.layout)
 
     def prepare(self) -> None:
-        """Check a state that was loaded and find where its rows or layers begin.
-
-        The module must not run before this call.
-
-        Raises:
-            ValueError: the parts of the weight do not belong together.
-        """
+        """Check a state that was loaded, before the module runs; see `forms.check`."""
         self.offsets = check(self.packed, self._stored)
         self._kept = None
 
     def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return the dense weight (O, I), by default in the dtype of its values, or in bfloat16
-        where these are integers.
-        """
+        """Return the dense weight (O, I); see `forms.expand`."""
         return expand(self.packed, dtype, self.offsets)
 
     def dense_on_device(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the dense weight on a device without kernels, which is expanded only once.
-
-        Both weights stay in the memory of the device until the module moves.
-        """
+        """Return the dense weight on a device without kernels, kept until the module moves."""
         warn_of_expansion(self.weight.device)
         if self._kept is None or self._kept.dtype != dtype:
             with torch.no_grad():
@@ -104,20 +93,16 @@ class PackedLinear(nn.Module):
             raise ValueError(f"expected inputs of width {self.in_features}, got {tuple(x.shape)}")
         offsets, bias = self._buffers["offsets"], self._parameters["bias"]
         if x.is_cuda and not torch.compiler.is_compiling():
-            return nn.functional.linear(x, self.dense_on_device(x.dtype), bias)
+            return functional.linear(x, self.dense_on_device(x.dtype), bias)
         # A kernel records no gradient, so a bias in training takes the operator.
         if is_plain(x) and (bias is None or not (bias.requires_grad and torch.is_grad_enabled())):
             return run_packed(x, self.packed, offsets, bias)
         return packed_linear(x, *as_arguments(self.packed), offsets, bias)
 
     def extra_repr(self) -> str:
-        packed = self.packed
-        share = packed.nbytes / (2 * self.in_features * self.out_features)
+        share = self.packed.nbytes / (2 * self.in_features * self.out_features)
         told = f"in_features={self.in_features}, out_features={self.out_features}"
-        told += f", of_bfloat16={share:.3f}, bias={self.bias is not None}"
-        if self.layout is None:
-            return f"{told}, parts={', '.join(self._names)}"
-        return f"{told}, codes={[[raw, list(layers)] for raw, layers in self.layout[0]]}"
+        return f"{told}, of_bfloat16={share:.3f}, bias={self.bias is not None}"
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Let `.to(device)` move everything, but `.half()` and the like change the bias alone."""
@@ -152,10 +137,7 @@ class DenseLinear(nn.Linear):
 def plain_linear(
     weight_OI: torch.Tensor, bias: torch.Tensor | None, kind: type[nn.Linear] = nn.Linear
 ) -> nn.Linear:
-    """Return a linear with this weight and bias. Parameters stay the same objects.
-
-    A weight that is not a parameter becomes one that is not trained.
-    """
+    """Return a linear with these parameters. Any other weight becomes one that is not trained."""
     rows, columns = weight_OI.shape
     linear = kind(columns, rows, bias=False, device="meta")
     is_parameter = isinstance(weight_OI, nn.Parameter)
@@ -167,12 +149,93 @@ def plain_linear(
 def use_dense_kernel(model: nn.Module) -> int:
     """Turn every `nn.Linear` of a model into a `DenseLinear` with the same parameters, in place.
 
-    Tied weights stay tied.
-
-    Returns:
-        The number of linears that were turned.
+    Tied weights stay tied. The result is the number of linears that were turned.
     """
     found = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
     for name, module in found:
         model.set_submodule(name, plain_linear(module.weight, module.bias, DenseLinear))
     return len(found)
+
+
+class PackedEmbedding(PackedLinear):
+    """Replaces an `nn.Embedding` whose weight is packed; its state is that of a `PackedLinear`.
+
+    Args:
+        packed: the weight (vocabulary, width).
+        dtype: dtype of the rows that are looked up: the model's, which integers do not tell.
+    """
+
+    def __init__(self, packed: Packed, dtype: torch.dtype, stored: int | None = None) -> None:
+        super().__init__(packed, stored=stored)
+        self.num_embeddings, self.embedding_dim, self.dtype = *packed.shape, dtype
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map token ids (...) to rows (..., width)."""
+        offsets = self._buffers["offsets"]
+        if torch.compiler.is_compiling() or input.is_meta:
+            return packed_embedding(input, *as_arguments(self.packed), offsets, self.dtype)
+        if input.is_cuda:
+            return functional.embedding(input, self.dense_on_device(self.dtype))
+        return look_up(input, self.packed, offsets, self.dtype)
+
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """Map hidden states (..., width) to logits (..., vocabulary)."""
+        return super().forward(x)
+
+
+class TiedHead(nn.Module):
+    """The output head that uses the weight of a packed embedding. It has no state of its own."""
+
+    def __init__(self, embedding: PackedEmbedding) -> None:
+        super().__init__()
+        # Inside a tuple the embedding is not a submodule, so that it is not saved twice.
+        self._embedding = (embedding,)
+        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
+
+    @property
+    def embedding(self) -> PackedEmbedding:
+        """The embedding that owns the weight."""
+        return self._embedding[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map hidden states (..., width) to logits (..., vocabulary)."""
+        return self.embedding.project(x)
+
+
+def pack_module(model: Any, name: str, packed: Packed, stored: int | None) -> None:
+    """Replace a linear of a transformers model by a packed one, or an embedding and the head that
+    is tied to it; see `PackedLinear`.
+    """
+    dense = model.get_submodule(name)
+    if not isinstance(dense, nn.Embedding):
+        model.set_submodule(name, PackedLinear(packed, dense.bias, stored))
+        return
+    embedding = PackedEmbedding(packed, dense.weight.dtype, stored)
+    # transformers knows which weights it will tie before it ties them.
+    ties = getattr(model, "all_tied_weights_keys", {})
+    for target in [target for target, source in ties.items() if source == f"{name}.weight"]:
+        head = target.removesuffix(".weight")
+        module = model.get_submodule(head)
+        if type(module) is not nn.Linear or module.bias is not None:
+            raise ValueError(f"{head}, tied to the packed {name}, is not a plain linear")
+        model.set_submodule(head, TiedHead(embedding))
+        del ties[target]
+    model.set_submodule(name, embedding)
+
+
+def unpack_module(model: Any, name: str, dtype: torch.dtype | None) -> None:
+    """Replace a packed linear by a dense one, or a packed embedding and its head by modules with
+    one dense weight. By default its dtype is that of the embedding's rows, or of the values.
+    """
+    packed = model.get_submodule(name)
+    if not isinstance(packed, PackedEmbedding):
+        dense = nn.Parameter(packed.dense(dtype))
+        model.set_submodule(name, plain_linear(dense, packed.bias))
+        return
+    weight = nn.Parameter(packed.dense(dtype or packed.dtype))
+    embedding = nn.Embedding(weight.shape[0], weight.shape[1], device="meta")
+    embedding.weight = weight
+    for other, module in list(model.named_modules()):
+        if isinstance(module, TiedHead) and module.embedding is packed:
+            model.set_submodule(other, plain_linear(weight, None))
+    model.set_submodule(name, embedding)

@@ -3,8 +3,7 @@
 `prunus::packed_linear`, `prunus::packed_embedding` and `prunus::dense_linear` have a real
 implementation for every device and a fake one that gives shapes. The linears have a gradient for
 the activations (never for packed weights). torch.compile and torch.export see each as one node.
-`run_packed`, `run_dense` and `look_up` are the implementations themselves; eager code calls them
-directly and saves the time of the dispatcher.
+Eager code calls `run_packed`, `run_dense` and `look_up` directly and saves the dispatcher's time.
 
 The kernels compute few tokens, and prompts where the machine multiplies bfloat16 matrices. Longer
 inputs and other devices use the dense weight, which exists only during the call.
@@ -25,14 +24,7 @@ from torch.nn import functional
 
 from prunus.packed.forms import expand, expand_rows
 from prunus.packed.kernels import library as kernels
-from prunus.packed.weight import (
-    Layout,
-    Packed,
-    PlaneCode,
-    from_tensors,
-    layout_of,
-    named_tensors,
-)
+from prunus.packed.weight import Packed, PlaneCode, from_tensors, layout_of, named_tensors
 
 #: Dtypes of activations that the kernels take.
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -42,11 +34,9 @@ _workspace = threading.local()
 
 @contextlib.contextmanager
 def reference_path() -> Iterator[None]:
-    """While active, no kernel multiplies: packed weights are expanded and torch computes
-    everything.
+    """While active, packed weights are expanded and torch computes everything, on all threads.
 
-    Logits are then bitwise those of the unpacked model. It is meant for tests and checks, and it
-    holds for all threads.
+    Logits are then bitwise those of the unpacked model. It is meant for tests and checks.
     """
     global _reference  # noqa: PLW0603
     before, _reference = _reference, True
@@ -111,10 +101,7 @@ def fit_kernel(*tensors: Any) -> bool:
 def run_packed(
     x: torch.Tensor, packed: Packed, offsets: torch.Tensor | None, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return `x · Wᵀ + bias` (..., O) in the dtype of `x`, for a packed W (O, I) and x (..., I).
-
-    `forms.check` has accepted the weight and returned the offsets.
-    """
+    """Return `x · Wᵀ + bias` (..., O) in the dtype of `x`, for a W that `forms.check` accepted."""
     compiled = loaded_kernels() if x.is_cpu else None
     if (
         compiled is None
@@ -131,7 +118,7 @@ def run_dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
     """Return `x · weightᵀ + bias` for a dense weight (O, I).
 
     For a few bfloat16 tokens torch reaches about 60 % of the memory's bandwidth; this kernel
-    reaches nearly all of it. See `run_packed` for the arguments.
+    reaches nearly all of it.
     """
     in_features = x.shape[-1]
     if (
@@ -195,7 +182,7 @@ def _from_arguments(
     shape: list[int], names: str, tensors: list[torch.Tensor], numbers: list[int]
 ) -> Packed:
     """Invert `as_arguments`."""
-    layout: Layout | None = None
+    layout = None
     if numbers[0]:
         codes, begin = [], 1
         for end in (place for place, number in enumerate(numbers) if number < 0):

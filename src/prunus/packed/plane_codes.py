@@ -317,10 +317,7 @@ def _with_padding(counts: torch.Tensor, chunks: float, multiple: int) -> torch.T
 
 
 def _best_runs(costs: list[list[float]], max_runs: int) -> list[tuple[int, int]]:
-    """Divide units into at most `max_runs` runs (first, last) of the lowest total cost.
-
-    `costs[first][last]` is the cost of a run.
-    """
+    """Divide units into at most `max_runs` runs of the lowest total of `costs[first][last]`."""
     units = len(costs)
     best = [(costs[0][last], [(0, last)]) for last in range(units)]
     for _ in range(max_runs - 1):

@@ -2,8 +2,7 @@
 
 A quantised weight stores integers and scales: `W_ij = scale_i · step_j · q_ij`. The integers are
 written as bit planes of groups of 64 columns, in the codes that `plane_codes.py` describes.
-`docs/reference/packed-format.md` is the reference of the layout. This file works on tensors; it
-knows nothing of files, modules or models.
+`docs/reference/packed-format.md` is the reference of the layout.
 
 Shape suffixes: O output features (rows), I input features (columns), N values, W 64-bit words.
 """
@@ -59,11 +58,10 @@ def encode(
     Args:
         levels_OI: int8 from -127 to 127, on the CPU, any strides. With raw bits `max_level` is a
             little less.
-        steps_I: floats (I,), rounded to bfloat16.
-        scales_O: floats (O,), rounded to bfloat16.
+        steps_I, scales_O: floats, rounded to bfloat16.
         classes_I: uint8 (I,): the class of each column. None takes the classes and codes of
             `choose_codes`, which take the fewest bits.
-        rows_per_chunk: None takes as many as make about 32,768 weights.
+        rows_per_chunk: None is `default_rows_per_chunk`.
 
     >>> levels = torch.tensor([[0, 1, -1, 5], [0, 0, 2, -127]], dtype=torch.int8)
     >>> weight = encode(levels, torch.ones(4), torch.ones(2))

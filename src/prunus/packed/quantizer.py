@@ -6,6 +6,9 @@ import only modules that are loaded by then.
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import MethodType
@@ -22,18 +25,24 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from prunus.packed.description import FORMAT_VERSION, METHOD, Description
-from prunus.packed.embedding import PackedEmbedding, pack_module, unpack_module
 from prunus.packed.fast_decoding import use_fast_decoding
-from prunus.packed.linear import PackedLinear, use_dense_kernel
-from prunus.packed.weight_readers import expand_read_linears
+from prunus.packed.linear import (
+    PackedEmbedding,
+    PackedLinear,
+    TiedHead,
+    pack_module,
+    unpack_module,
+    use_dense_kernel,
+)
+
+# Methods that prepare a model, and do not compute with it.
+_PREPARING = re.compile(r"_*(init|reset|tie|get_|set_|resize)")
+# BLOOM reads these only with `slow_but_exact`, which repeats the rounding of several GPUs.
+_NEVER_IN_PRACTICE = {("BloomAttention", "dense"), ("BloomMLP", "dense_4h_to_h")}
 
 
 class PrunusConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a packed checkpoint; see `description.Description`.
-
-    Raises:
-        ValueError: this version of prunus cannot read the content.
-    """
+    """The `quantization_config` of a packed checkpoint; see `description.Description`."""
 
     def __init__(
         self,
@@ -63,10 +72,7 @@ class PrunusQuantizer(HfQuantizer):
     requires_calibration = True
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Remove the refusal (see `description.REFUSAL`) from the configuration.
-
-        This hook is used because it is one of the few that see the configuration in time.
-        """
+        """Remove `description.REFUSAL` from the configuration; few hooks see it in time."""
         if getattr(config, "transformers_weights", None) is not None:
             del config.transformers_weights
         return config
@@ -186,8 +192,7 @@ def _num_parameters(
 ) -> int:
     """Count parameters as `num_parameters` of transformers does, packed weights included.
 
-    Packed weights are buffers of other sizes, and never trainable. An embedding and the head that
-    is tied to it count once.
+    Packed weights are buffers of other sizes, and never trainable.
     """
     count: int = type(model).num_parameters(model, only_trainable, exclude_embeddings)
     for module in model.modules():
@@ -207,8 +212,7 @@ def _keep_records(model: Any) -> None:
 
 
 def _paths(model: Any, rules: Sequence[Any], name: str) -> dict[str, str]:
-    """Return the paths at which a checkpoint's linear may be in this model, each with the name that
-    the linear has in a checkpoint of this model.
+    """Map the paths that a checkpoint's linear may have in this model to its name when saved again.
 
     The model may be the one that was saved, its body alone, or a body with a head added.
     """
@@ -238,3 +242,42 @@ def _find_linear(model: Any, name: str, paths: Iterable[str]) -> str:
         f"the model that config.json describes has no linear {name!r}; config and weights do not "
         "belong together"
     )
+
+
+def expand_read_linears(model: Any, dtype: torch.dtype) -> list[str]:
+    """Replace packed linears whose weight the model's code reads by dense ones; return their paths.
+
+    Mamba multiplies with `self.dt_proj.weight`, and Mamba 2 asks for `self.lm_head.weight.dtype`.
+    In a packed linear `weight` is storage, which such code would take for numbers. So these linears
+    are dense in memory, although the checkpoint stores them packed.
+    """
+    replaced = []
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, PackedLinear | TiedHead):
+            continue
+        above, _, child = name.rpartition(".")
+        kind: Any = type(model.get_submodule(above))
+        if (kind.__name__, child) in _NEVER_IN_PRACTICE or not _reads_weight(kind, child):
+            continue
+        if isinstance(module, TiedHead):
+            owner = module.embedding
+            name = next(path for path, each in model.named_modules() if each is owner)
+        unpack_module(model, name, dtype)
+        replaced.append(name)
+    return replaced
+
+
+@functools.cache
+def _reads_weight(kind: Any, child: str) -> bool:
+    """Whether a method of `kind`, a module's class, reads the weight of its child."""
+    read = re.compile(rf"\bself\.{re.escape(child)}\.weight\b(?!\s*=[^=])")
+    for name, method in inspect.getmembers(kind, inspect.isfunction):
+        if _PREPARING.match(name) or method.__module__.startswith("torch."):
+            continue
+        try:
+            text = inspect.getsource(method)
+        except (OSError, TypeError):  # code without a file
+            continue
+        if read.search(text):
+            return True
+    return False

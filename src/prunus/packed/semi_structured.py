@@ -20,13 +20,9 @@ _ROUNDS = 20
 
 @dataclass(frozen=True, slots=True)
 class SemiStructuredChoice:
-    """The decision about one linear.
+    """Whether one linear of the model now runs on 2:4, and why or why not.
 
-    Attributes:
-        name: path in the model.
-        converted: whether the linear now runs on 2:4.
-        reason: why, or why not.
-        speedup: seconds of the dense product over those of the 2:4 product; None if not measured.
+    `speedup` is the time of the dense product over that of the 2:4 product, where it is measured.
     """
 
     name: str

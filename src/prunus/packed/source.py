@@ -32,9 +32,6 @@ class PackedSource:
         stored_dtype: the dtype to which linears are expanded.
         packed: full name of each packed linear of the blocks -> ("integers" or the dtype of its
             values, bits per weight in the file). Known after `bind`.
-
-    Raises:
-        FileNotFoundError, ValueError: the checkpoint is damaged, or of an unknown kind.
     """
 
     def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
@@ -63,10 +60,7 @@ class PackedSource:
                 self.packed[name.removesuffix(".weight")] = (str(values), 8 * nbytes / weights)
 
     def nbytes(self, linear: str) -> int | None:
-        """Bytes of all tensors that hold a linear's weight, by its full name in the model.
-
-        None where the checkpoint has no tensor of its own for it, as for a fused expert.
-        """
+        """Bytes of all tensors of a linear's weight; None where it has none, as a fused expert."""
         key = self._names.get(f"{linear}.weight")
         if key is None:
             return None

@@ -1,7 +1,7 @@
-"""One weight as a packed checkpoint stores it; `docs/reference/packed-format.md` is the reference.
+"""The parts of a packed weight and their names; `docs/reference/packed-format.md` explains them.
 
-This file defines the parts and their names. `bitmap.py` and `coding.py` make, check and expand
-bitmaps; `planes.py` and `plane_codes.py` do so for quantised weights; `forms.py` serves both.
+`bitmap.py` and `coding.py` make, check and expand bitmaps; `planes.py` and `plane_codes.py` do so
+for quantised weights; `forms.py` serves both.
 
 Shape suffixes: O output features (rows), I input features (columns), K stored values, R rare
 values.
@@ -106,33 +106,23 @@ class QuantizedWeight(NamedTuple):
 
 #: A weight in either form.
 Packed = PackedWeight | QuantizedWeight
-#: What the tensors of a quantised weight do not tell: its codes and its rows per chunk.
+#: Codes and rows per chunk of a quantised weight, which its tensors do not tell.
 Layout = tuple[tuple[PlaneCode, ...], int]
 
 
 def named_tensors(linear: str, weight: Packed) -> dict[str, torch.Tensor]:
-    """Return the tensors that store a weight in a file or in a module.
-
-    Args:
-        linear: the linear's name in the checkpoint, or "" for names relative to it.
+    """Return the tensors that store the weight of `linear` in a file or, with "", in a module.
 
     >>> list(named_tensors("up", PackedWeight((1, 2), torch.ones(2))))
     ['up.weight']
     """
     parts: dict[str, torch.Tensor | None]
     if isinstance(weight, QuantizedWeight):
-        parts = {
-            "weight": weight.data,
-            "weight_classes": weight.classes,
-            "weight_steps": weight.steps,
-            "weight_scales": weight.scales,
-        }
+        parts = {"weight": weight.data, "weight_classes": weight.classes}
+        parts |= {"weight_steps": weight.steps, "weight_scales": weight.scales}
     else:
-        parts = {
-            "weight": weight.values,
-            "weight_mask": weight.mask,
-            "weight_scales": weight.scales,
-        }
+        parts = {"weight": weight.values, "weight_mask": weight.mask}
+        parts |= {"weight_scales": weight.scales}
         if weight.coding is not None:
             parts |= {f"weight_{field}": part for field, part in weight.coding._asdict().items()}
     prefix = f"{linear}." if linear else ""
@@ -142,10 +132,7 @@ def named_tensors(linear: str, weight: Packed) -> dict[str, torch.Tensor]:
 def from_tensors(
     shape: tuple[int, int], tensors: Mapping[str, torch.Tensor | None], layout: Layout | None
 ) -> Packed:
-    """Return a weight that is built from what `named_tensors("", weight)` and `layout_of` return.
-
-    Every call of a packed linear builds its weight, so nothing is checked here.
-    """
+    """Build a weight from what `named_tensors("", weight)` and `layout_of` return, unchecked."""
     get = tensors.get
     first, scales = get("weight"), get("weight_scales")
     if layout is not None:

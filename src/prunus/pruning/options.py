@@ -16,8 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import field_validator, model_validator
 
 from prunus.methods.options import METHOD, MethodOptions
-from prunus.methods.own_method import check_method_name
-from prunus.methods.table import METHODS, check_owners
+from prunus.methods.table import METHODS, check_method_name, check_owners
 from prunus.options import Option, at_least, between
 from prunus.runs.options import WindowOptions
 

@@ -26,8 +26,7 @@ from torch import nn
 from prunus.calibration.corpora import LOCAL_CORPORA, data_folder
 from prunus.calibration.windows import Windows
 from prunus.hardware.memory import describe_hardware, versions
-from prunus.methods.own_method import GIVEN, method_sha256
-from prunus.methods.table import Method
+from prunus.methods.table import GIVEN, Method, method_sha256
 from prunus.model.source import ModuleSource
 from prunus.options import takes
 from prunus.pruning.allocation import allocate

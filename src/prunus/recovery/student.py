@@ -16,8 +16,13 @@ from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.experts import split_loaded_experts
 from prunus.model.linears import Linear
 from prunus.model.loading import load_model
-from prunus.packed.embedding import PackedEmbedding, unpack_module
-from prunus.packed.linear import DenseLinear, PackedLinear, plain_linear
+from prunus.packed.linear import (
+    DenseLinear,
+    PackedEmbedding,
+    PackedLinear,
+    plain_linear,
+    unpack_module,
+)
 from prunus.packed.planes import decode_levels
 from prunus.packed.weight import QuantizedWeight
 from prunus.recovery.job import RecoveryJob

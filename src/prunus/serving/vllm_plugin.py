@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn import Parameter
 
 from prunus.packed.description import METHOD, Description
+from prunus.packed.fast_decoding import use_large_pages
 from prunus.packed.operators import FLOATS
-from prunus.packed.pages import use_large_pages
 from prunus.serving.packed_layer import PackedLayer
 
 #: How vLLM numbers the parts of a joined layer of attention.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import reference
 from method_cases import WEIRD, example, weird_example
-from prunus.methods import METHODS, MethodOptions, compose
+from prunus.methods import METHODS, MethodOptions, Work, compose
 from prunus.methods.patterns import Pattern
 from prunus.methods.refine.swaps import refine_by_swaps
 from prunus.methods.statistics import InputStatistics
@@ -33,6 +33,11 @@ def start(weight_OI: Tensor, X_TI: Tensor, pattern: Pattern, sparsity: float = 0
     return METHODS["wanda"].prune(weight_OI, gather(X_TI), pattern, sparsity).keep_OI
 
 
+def refine(weight_OI, keep_OI, statistics, pattern, damping=None, rounds=None):
+    options = MethodOptions(refine="swaps", damping=damping, refine_steps=rounds)
+    return refine_by_swaps(weight_OI, keep_OI, statistics, Work(pattern, options=options))
+
+
 def error(weight_OI: Tensor, keep_OI: Tensor, X_TI: Tensor, damping: float) -> Tensor:
     """Squared output error per row, with the scaled and damped Gram matrix of the swaps."""
     scaled_OI, hessian_II, _ = reference.scaled(weight_OI, X_TI.double().T @ X_TI.double(), damping)
@@ -52,13 +57,10 @@ def error(weight_OI: Tensor, keep_OI: Tensor, X_TI: Tensor, damping: float) -> T
 @settings(deadline=None, max_examples=80)
 def test_counts_stay_and_no_argument_is_changed(pattern, kind, rows, sparsity, seed):
     weight_OI, X_TI = weird_example(kind, rows, 12, seed)
-    keep_OI, statistics, before = (
-        start(weight_OI, X_TI, pattern, sparsity),
-        gather(X_TI),
-        gather(X_TI),
-    )
+    keep_OI = start(weight_OI, X_TI, pattern, sparsity)
+    statistics, before = gather(X_TI), gather(X_TI)
     given_OI, given_keep_OI = weight_OI.clone(), keep_OI.clone()
-    refined_OI, notes = refine_by_swaps(weight_OI, keep_OI, statistics, pattern)
+    refined_OI, notes = refine(weight_OI, keep_OI, statistics, pattern)
     assert torch.equal(weight_OI, given_OI)
     assert torch.equal(keep_OI, given_keep_OI)
     assert torch.equal(statistics.gram_II, before.gram_II)
@@ -83,7 +85,7 @@ def test_counts_stay_and_no_argument_is_changed(pattern, kind, rows, sparsity, s
 def test_no_round_of_swaps_raises_the_error_of_a_row(pattern, rows, columns, rounds, seed):
     weight_OI, X_TI = example(rows, columns, seed)
     keep_OI = start(weight_OI, X_TI, pattern)
-    refined_OI, notes = refine_by_swaps(weight_OI, keep_OI, gather(X_TI), pattern, 0.05, rounds)
+    refined_OI, notes = refine(weight_OI, keep_OI, gather(X_TI), pattern, 0.05, rounds)
     assert notes["rounds"] <= rounds
     before, after = (error(weight_OI, mask, X_TI, 0.05) for mask in (keep_OI, refined_OI))
     changed_O = (refined_OI != keep_OI).any(dim=1)
@@ -95,7 +97,7 @@ def test_at_the_end_no_swap_lowers_the_error(pattern):
     """Try all swaps of all rows. A round has more candidates than the 24 features."""
     weight_OI, X_TI = example(15, 24)
     keep_OI = start(weight_OI, X_TI, pattern)
-    refined_OI, notes = refine_by_swaps(weight_OI, keep_OI, gather(X_TI), pattern, 0.05)
+    refined_OI, notes = refine(weight_OI, keep_OI, gather(X_TI), pattern, 0.05)
     assert 0 < notes["rounds"] < 100
     assert not torch.equal(refined_OI, keep_OI)
     scaled_OI, hessian_II, _ = reference.scaled(weight_OI, X_TI.double().T @ X_TI.double(), 0.05)
@@ -116,9 +118,7 @@ def test_one_swap_is_the_best_of_all(monkeypatch):
     for pattern in (Pattern(), Pattern(2, 4)):
         weight_OI, X_TI = example(4, 16)
         keep_OI = start(weight_OI, X_TI, pattern)
-        refined_OI, _ = refine_by_swaps(
-            weight_OI, keep_OI, gather(X_TI), pattern, 0.05, max_rounds=1
-        )
+        refined_OI, _ = refine(weight_OI, keep_OI, gather(X_TI), pattern, 0.05, 1)
         scaled_OI, hessian_II, _ = reference.scaled(
             weight_OI, X_TI.double().T @ X_TI.double(), 0.05
         )
@@ -139,9 +139,9 @@ def test_one_swap_is_the_best_of_all(monkeypatch):
 def test_rows_in_slices_give_the_same_result(monkeypatch):
     weight_OI, X_TI = example(40, 60)
     keep_OI = start(weight_OI, X_TI, Pattern())
-    whole, notes = refine_by_swaps(weight_OI, keep_OI, gather(X_TI), Pattern(), 0.05)
+    whole, notes = refine(weight_OI, keep_OI, gather(X_TI), Pattern(), 0.05)
     monkeypatch.setattr("prunus.methods.refine.swaps._ELEMENTS", 5000)
-    sliced, again = refine_by_swaps(weight_OI, keep_OI, gather(X_TI), Pattern(), 0.05)
+    sliced, again = refine(weight_OI, keep_OI, gather(X_TI), Pattern(), 0.05)
     assert notes == again
     assert torch.equal(whole, sliced)
 
@@ -150,7 +150,7 @@ def test_swaps_cut_wandas_error_by_a_fifth():
     weight_OI, X_TI = example(32, 96, tokens=2000)
     for pattern in (Pattern(), Pattern(2, 4)):
         keep_OI = start(weight_OI, X_TI, pattern)
-        refined_OI, _ = refine_by_swaps(weight_OI, keep_OI, gather(X_TI), pattern)
+        refined_OI, _ = refine(weight_OI, keep_OI, gather(X_TI), pattern)
         before, after = (
             ((weight_OI * ~mask) @ X_TI.T).square().sum() for mask in (keep_OI, refined_OI)
         )
@@ -171,19 +171,19 @@ def test_a_composition_needs_what_its_most_demanding_part_needs():
     assert needs("alps", weight_update="least-squares") == ("gram", True)
 
 
-@pytest.mark.parametrize("refine", ["none", "swaps"])
+@pytest.mark.parametrize("refinement", ["none", "swaps"])
 @pytest.mark.parametrize("update", ["none", "least-squares"])
 @pytest.mark.parametrize("pattern", [Pattern(), Pattern(2, 4)], ids=repr)
-def test_mask_then_refinement_then_update(refine, update, pattern):
+def test_mask_then_refinement_then_update(refinement, update, pattern):
     weight_OI, X_TI = example(8, 24)
-    steps = {"refine_steps": 7} if refine == "swaps" else {}
-    options = MethodOptions(refine=refine, weight_update=update, damping=0.02, **steps)
+    steps = {"refine_steps": 7} if refinement == "swaps" else {}
+    options = MethodOptions(refine=refinement, weight_update=update, damping=0.02, **steps)
     pruned = compose(METHODS["wanda"], options).prune(
         weight_OI, gather(X_TI), pattern, 0.5, options
     )
     keep_OI = start(weight_OI, X_TI, pattern)
-    if refine != "none":
-        keep_OI, _ = refine_by_swaps(weight_OI, keep_OI, gather(X_TI), pattern, 0.02, 7)
+    if refinement != "none":
+        keep_OI, _ = refine(weight_OI, keep_OI, gather(X_TI), pattern, 0.02, 7)
     assert torch.equal(pruned.keep_OI, keep_OI)
     if update == "none":
         assert torch.equal(pruned.weight_OI, weight_OI * keep_OI)

@@ -15,9 +15,8 @@ from transformers import AutoModelForCausalLM
 from packed_reference import pruned_checkpoint
 from prunus import pack
 from prunus.packed import reference_path
+from prunus.packed.fast_decoding import use_decode_norms, use_decode_rotary
 from prunus.packed.kernels import library as kernels
-from prunus.packed.norm import use_decode_norms
-from prunus.packed.rotary import use_decode_rotary
 from tiny import tiny_model, token_ids
 
 if kernels.load() is None:

@@ -1,5 +1,1 @@
-"""Steps that improve the mask or the target of any method.
-
-swaps.py          swap kept against pruned weights while that lowers the output error
-dense_targets.py  approximate the outputs of the dense model
-"""
+"""Steps that improve the mask or the target of any method: swaps and dense targets."""

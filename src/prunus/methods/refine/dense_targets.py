@@ -51,15 +51,8 @@ def dense_target(
     """The target W*; `weight_OI` itself where the dense model's inputs are not known.
 
     Args:
-        weight_OI: float32, the trained weights W₀.
         dense_weight: α, from 0 to 1.
         damping: λ, or None for `least_squares.ridge`.
-
-    Returns:
-        float32 (O, I).
-
-    Raises:
-        ValueError: the inputs are not finite.
     """
     if not has_drift(statistics):
         return weight_OI
@@ -131,13 +124,9 @@ def best_dense_weight(
     ‖αX̂Sᵀ − (X − X̂)W₀ᵀ‖² has its minimum at α = tr (W₀(X − X̂)ᵀX̂Sᵀ) / tr (SX̂ᵀX̂Sᵀ). Both traces need
     only sums that the statistics hold.
 
-    Args:
-        weight_OI: float32, the trained weights W₀.
-        damping: λ, or None for `least_squares.ridge` of the tokens that are not held out.
-
-    Returns:
-        α, clipped to [0, 1]. None where no tokens or all tokens are held out, or where the dense
-        inputs are not known.
+    Without a λ (`damping`), `least_squares.ridge` of the tokens that are not held out is used. α is
+    clipped to [0, 1]. It is None where no tokens or all tokens are held out, or where the dense
+    inputs are not known.
     """
     held_gram_II, held_drift_II = statistics.held_gram_II, statistics.held_drift_II
     gram_II, drift_II, tokens = statistics.gram_II, statistics.drift_II, statistics.held_tokens

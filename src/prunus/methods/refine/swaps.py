@@ -30,6 +30,7 @@ from torch import Tensor
 from prunus.methods.patterns import Pattern
 from prunus.methods.solvers.least_squares import scaled_gram_of
 from prunus.methods.statistics import InputStatistics
+from prunus.methods.work import Work
 
 _MAX_ROUNDS = 100
 _CANDIDATES = 32
@@ -42,32 +43,23 @@ _ELEMENTS = 2**24
 
 
 def refine_by_swaps(
-    weight_OI: Tensor,
-    keep_OI: Tensor,
-    statistics: InputStatistics,
-    pattern: Pattern,
-    damping: float | None = None,
-    max_rounds: int | None = None,
+    weight_OI: Tensor, keep_OI: Tensor, statistics: InputStatistics, work: Work
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Swap weights while that lowers the output error; it grows in no row.
+    """Swap trained weights while that lowers the output error; it grows in no row.
 
-    The number of kept weights stays the same in every row, and in every group of N:M.
-
-    Args:
-        weight_OI: float32, the trained weights.
-        damping: λ of the Gram matrix, or None for `least_squares.ridge`.
-        max_rounds: the maximum number of rounds, with up to 16 swaps per row each; None for 100.
+    The number of kept weights stays the same in every row, and in every group of N:M. A round has
+    up to 16 swaps per row.
 
     Returns:
         The mask, bool (O, I), and notes: `swaps`, the number of restored weights, and `rounds`.
     """
-    scaled = scaled_gram_of(statistics, damping)
+    pattern, scaled = work.pattern, scaled_gram_of(statistics, work.options.damping)
     weight_OI = weight_OI * scaled.scale_I
     keep_OI = keep_OI.clone()
     inputs = keep_OI.shape[1]
     largest = max(inputs * (pattern.m or 1), 4 * _PAIRS**2, _CANDIDATES**2)
     rows_at_once = max(1, _ELEMENTS // largest)
-    max_rounds = _MAX_ROUNDS if max_rounds is None else max_rounds
+    max_rounds = work.options.refine_steps or _MAX_ROUNDS
     swaps, rounds = 0, 0
     row_R = torch.arange(len(keep_OI), device=keep_OI.device)
     while rounds < max_rounds and row_R.numel():

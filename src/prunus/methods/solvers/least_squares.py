@@ -20,15 +20,17 @@ Shape suffixes: O outputs (rows), S some of them, I inputs.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from prunus.hardware.numerics import low_precision_factor, low_precision_product, row_spans
-from prunus.methods.base import Pruned, masked
 from prunus.methods.statistics import InputStatistics
-from prunus.methods.work import EVERY_ROW, RowShard
+from prunus.methods.work import EVERY_ROW, Pruned, RowShard, masked
 
 # The maximum number of conjugate gradient steps of `fit_least_squares`.
 _MAX_STEPS = 30
@@ -41,6 +43,11 @@ _MIN_RIDGE, _MAX_RIDGE = 0.01, 1.0
 # From that width on a product (I, I) takes so long that few tokens do not repay the exact way. With
 # the default ridge the second number means five tokens per input.
 _WIDE, _DATA_LIMITED_RIDGE = 4096, 0.5
+
+#: Which products of conjugate gradients are computed in low precision.
+Rounded = Literal["nothing", "steps", "all"]
+#: From some rows (S, I) to their product with the Gram matrix.
+_Product = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +100,7 @@ def is_data_limited(in_features: int, damping: float) -> bool:
 
 
 def scaled_gram_of(statistics: InputStatistics, damping: float | None) -> ScaledGram:
-    """Scale and damp the Gram matrix of these statistics, once for all linears that share them.
-
-    Args:
-        damping: λ, or None for `ridge`.
-    """
+    """Scale and damp the Gram matrix of these statistics, once for all linears that share them."""
     gram_II = statistics.gram_II
     assert gram_II is not None, "least squares need a Gram matrix"
     damping = ridge(statistics.in_features, statistics.tokens) if damping is None else damping
@@ -130,9 +133,8 @@ def conjugate_gradients(
     gram_II: Tensor,
     max_steps: int,
     shard: RowShard = EVERY_ROW,
-    low_precision: bool = False,
     min_gain: float = 0.0,
-    low_precision_start: bool = False,
+    rounded: Rounded = "nothing",
 ) -> tuple[Tensor, int]:
     """Minimise tr (Z − target) gram (Z − target)ᵀ over all Z that are 0 outside the mask.
 
@@ -144,23 +146,28 @@ def conjugate_gradients(
         gram_II: float32, symmetric and positive definite.
         max_steps: the maximum number of steps. Fewer are taken when the residual is small enough.
         shard: which rows of the linear these are; all shards stop at the same step.
-        low_precision: compute the direction's product in low precision. Good for a few steps from a
-            start that is already near the solution.
         min_gain: stop after a step that lowers the error by less than this share of it.
-        low_precision_start: compute the first residual in low precision too; only together with
-            `low_precision`.
+        rounded: the products to compute in low precision. "steps" are those of the directions, good
+            for a few steps from a start that is already near the solution. "all" adds the one of
+            the first residual.
 
     Returns:
         Z, float32, 0 (or -0) outside the mask, and the number of steps taken.
     """
-    factor_II = low_precision_factor(gram_II, len(start_OI)) if low_precision else gram_II
+
+    def exact(left_SI: Tensor) -> Tensor:
+        return left_SI @ gram_II
+
+    multiply: _Product = exact
+    if rounded != "nothing":
+        factor_II = low_precision_factor(gram_II, len(start_OI))
+        multiply = functools.partial(low_precision_product, right=factor_II)
     # Rows are independent, so each run of rows has a solver of its own, with small temporaries. All
     # solvers take the same number of steps: the checks below use sums over all rows.
-    spans = row_spans(start_OI)
-    first_II = factor_II if low_precision_start else gram_II
+    first = multiply if rounded == "all" else exact
     solvers = [
-        _Descent(start_OI[s], target_OI[s], keep_OI[s], first_II, low_precision_start)
-        for s in spans
+        _Descent(start_OI[span], target_OI[span], keep_OI[span], first)
+        for span in row_spans(start_OI)
     ]
     error = shard.sum(sum(solver.error for solver in solvers)) if min_gain else 0.0
     # All values of `residual` are squared norms, so the tolerance is squared as well.
@@ -168,7 +175,7 @@ def conjugate_gradients(
     small_enough = residual * _TOLERANCE**2
     steps = 0
     while steps < max_steps and residual > small_enough:
-        gain = sum(solver.step(factor_II, low_precision) for solver in solvers)
+        gain = sum(solver.step(multiply) for solver in solvers)
         steps += 1
         if min_gain:
             gain = shard.sum(gain)
@@ -189,29 +196,24 @@ class _Descent:
     """
 
     def __init__(
-        self,
-        start_SI: Tensor,
-        target_SI: Tensor,
-        keep_SI: Tensor,
-        factor_II: Tensor,
-        low_precision: bool,
+        self, start_SI: Tensor, target_SI: Tensor, keep_SI: Tensor, multiply: _Product
     ) -> None:
         # Multiplying by a mask of 0 and 1 takes a fiftieth of the time of masked_fill, whose
         # branches a processor cannot predict.
         self._mask_SI = keep_SI.float()
         self.solution_SI = start_SI * self._mask_SI
         change_SI = target_SI - self.solution_SI
-        self._residual_SI = _product(change_SI, factor_II, low_precision)
+        self._residual_SI = multiply(change_SI)
         self.error = inner_product(change_SI, self._residual_SI)
         # Only kept weights can move, so only their part of the gradient counts.
         self._residual_SI.mul_(self._mask_SI)
         self._direction_SI = self._residual_SI.clone()
         self.squared_residual_S1 = self._residual_SI.square().sum(dim=1, keepdim=True)
 
-    def step(self, factor_II: Tensor, low_precision: bool) -> float:
+    def step(self, multiply: _Product) -> float:
         """Go to the lowest point along each row's direction; return by how much the error falls."""
         direction_SI, before_S1 = self._direction_SI, self.squared_residual_S1
-        image_SI = _product(direction_SI, factor_II, low_precision)
+        image_SI = multiply(direction_SI)
         # The gradient at a pruned weight does not matter: that weight stays 0.
         image_SI.mul_(self._mask_SI)
         curvature_S1 = torch.linalg.vecdot(direction_SI, image_SI).unsqueeze(1)
@@ -228,10 +230,6 @@ class _Descent:
         return inner_product(length_S1, before_S1)
 
 
-def _product(left_SI: Tensor, factor_II: Tensor, low_precision: bool) -> Tensor:
-    return low_precision_product(left_SI, factor_II) if low_precision else left_SI @ factor_II
-
-
 def inner_product(left_OI: Tensor, right_OI: Tensor) -> float:
     """tr (left rightᵀ): within a row summed in float32, over rows in float64."""
     return float(torch.linalg.vecdot(left_OI, right_OI).sum(dtype=torch.float64))
@@ -242,23 +240,18 @@ def fit_least_squares(
     start: Pruned,
     statistics: InputStatistics,
     damping: float | None,
-    max_steps: int = _MAX_STEPS,
     shard: RowShard = EVERY_ROW,
 ) -> Pruned:
     """Fit the kept weights to the mask of `start`. Weights of inputs that are always 0 stay.
 
-    Args:
-        weight_OI: float32, the trained weights, or the dense target.
-        damping: λ, or None for `ridge`.
-
-    Returns:
-        The same mask with new weights. The notes gain `ridge` and `conjugate_gradients` (steps).
+    `weight_OI` are the trained weights, or the dense target. Without a λ (`damping`), `ridge` is
+    used. The notes gain it and the number of steps.
     """
     # Solve for WD and divide by D at the end: in these units all inputs have norm 1.
     scaled = scaled_gram_of(statistics, damping)
     first_OI, target_OI = start.weight_OI * scaled.scale_I, weight_OI * scaled.scale_I
     solution_OI, steps = conjugate_gradients(
-        first_OI, target_OI, start.keep_OI, scaled.gram_II, max_steps, shard
+        first_OI, target_OI, start.keep_OI, scaled.gram_II, _MAX_STEPS, shard
     )
     notes = start.notes | {"ridge": scaled.damping, "conjugate_gradients": steps}
     return masked(solution_OI.div_(scaled.scale_I), start.keep_OI, notes)

@@ -34,12 +34,7 @@ _ROUNDS = 16
 
 @dataclass(frozen=True)
 class Kept:
-    """The units that stay.
-
-    Attributes:
-        units: their numbers, rising.
-        columns: the columns of these units, rising.
-    """
+    """The numbers of the units that stay, and those of their columns; both are rising."""
 
     units: list[int]
     columns: list[int]

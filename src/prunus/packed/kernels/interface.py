@@ -87,10 +87,7 @@ def _codes(codes: tuple[PlaneCode, ...]) -> ctypes.Array[ctypes.c_uint8]:
 
 
 def describe(weight: Packed, offsets: torch.Tensor | None) -> ctypes.Structure:
-    """Describe where a packed weight lies in memory.
-
-    The result holds addresses only, so `weight` must outlive it.
-    """
+    """Describe where a packed weight lies in memory, which must outlive the result."""
     at = None if offsets is None else offsets.data_ptr()
     if isinstance(weight, QuantizedWeight):
         (rows, in_features), data, classes, steps, scales, codes, rows_per_chunk = weight

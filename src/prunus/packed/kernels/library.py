@@ -1,8 +1,7 @@
 """The Python binding of the compiled kernels: find, open with ctypes, call on CPU tensors.
 
-It knows pointers, dtypes and instruction sets; nothing of files, modules or models. `kernels.h` is
-the C interface. Where the library was not built (no compiler at install time), `load` says why, and
-the callers expand the weights in torch instead.
+`kernels.h` is the C interface. Where the library was not built (no compiler at install time),
+`why_not` says why, and the callers expand the weights in torch instead.
 
 Shape suffixes: I input features, O output features.
 """
@@ -53,12 +52,10 @@ def _check(fault: int) -> None:
 class Kernels:
     """An opened library and the instruction set that it uses.
 
-    All methods take contiguous CPU tensors. The caller guarantees shapes and dtypes except where an
-    error is listed, because these calls are made hundreds of times per generated token.
+    All methods take contiguous CPU tensors. The caller guarantees shapes and dtypes, because these
+    calls are made hundreds of times per generated token.
 
     Attributes:
-        library: the opened library.
-        path: its file.
         isa: index of the instruction set in `ISAS`.
         runtime: name of the OpenMP runtime that runs the loops; None where every call stays on the
             calling thread.
@@ -71,7 +68,6 @@ class Kernels:
 
     @property
     def isa_name(self) -> str:
-        """The instruction set by name."""
         return ISAS[self.isa]
 
     def row_offsets(self, mask: torch.Tensor, in_features: int) -> torch.Tensor:
@@ -91,14 +87,10 @@ class Kernels:
         offsets: torch.Tensor | None,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Return `x · Wᵀ + bias` (..., O) in the dtype of `x`, straight from the packed weight.
+        """Return `x · Wᵀ + bias` (..., O), all of one dtype of floats, straight from the weight.
 
         For a quantised weight, `x` times the steps is rounded to int8, and every 16 columns share a
         scale: those that one lane of a vector adds up in four groups of a class.
-
-        Args:
-            x: bfloat16, float16 or float32 (..., I), contiguous and not empty.
-            bias: (O,) in the dtype of `x`, or None.
         """
         shape, described = x.shape, describe(weight, offsets)
         planes = isinstance(weight, QuantizedWeight)
@@ -139,13 +131,9 @@ class Kernels:
     def expand_rows(
         self, weight: Packed, offsets: torch.Tensor | None, rows: torch.Tensor, out: torch.Tensor
     ) -> None:
-        """Write row `rows[i]` of the dense weight to row i of `out`.
+        """Write row `rows[i]` (int64) of the dense weight to row i of `out`, as `expand` does.
 
         Of the chunk of a quantised row, layer 0 is decoded for that row only.
-
-        Args:
-            rows: int64, contiguous.
-            out: (number of rows, I); its dtype is as for `expand`.
         """
         planes, library = isinstance(weight, QuantizedWeight), self.library
         function = library.prunus_plane_expand_rows if planes else library.prunus_expand_rows
@@ -162,10 +150,7 @@ class Kernels:
         _check(fault)
 
     def plane_offsets(self, weight: QuantizedWeight) -> torch.Tensor:
-        """Find where the layers of every chunk and class begin; see `planes.check`.
-
-        The data may hold anything.
-        """
+        """Find where the layers of every chunk and class begin; the data may hold anything."""
         (rows, in_features), parts = weight.shape, (weight.classes, weight.steps, weight.scales)
         if [part.numel() for part in parts] != [in_features, in_features, rows]:
             raise ValueError(
@@ -253,9 +238,6 @@ def load(isa: str | None = None) -> Kernels | None:
     Args:
         isa: one of `ISAS`. By default it is the best of this machine, or what the environment
             variable PRUNUS_ISA names (`off` switches the kernels off).
-
-    Raises:
-        ValueError: there is no such instruction set, or this machine does not have it.
     """
     return _load(isa or os.environ.get("PRUNUS_ISA") or "best")[0]
 

@@ -19,10 +19,15 @@ from torch import Tensor
 from prunus.distributed import SINGLE_PROCESS, Ranks, split_range
 from prunus.hardware.numerics import all_finite, count_zeros, low_precision_product, row_spans
 from prunus.methods import Method, Work
-from prunus.methods.base import Pruned
-from prunus.methods.quantized import LinearQuantization, Quantized
 from prunus.methods.statistics import InputStatistics
-from prunus.methods.work import UNSHARDED, RowShard, RowSharding
+from prunus.methods.work import (
+    UNSHARDED,
+    LinearQuantization,
+    Pruned,
+    Quantized,
+    RowShard,
+    RowSharding,
+)
 from prunus.model.linears import Linear
 from prunus.packed.weight import QuantizedWeight
 from prunus.pruning.manifest import LinearRecord
@@ -163,7 +168,7 @@ def _output_error(
     With the Gram matrix G and the change D = W − Ŵ, the lost energy of the outputs is
     ‖XDᵀ‖² = tr(D G Dᵀ) = Σ (D G) ⊙ D. With norms alone, G is taken as diagonal.
     """
-    if statistics.needs == "none":
+    if statistics.spec.needs == "none":
         return None, None
     gram_II = statistics.gram_II
     # A low-precision Gram is rounded already, so its products may be rounded as far.

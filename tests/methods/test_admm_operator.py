@@ -8,14 +8,14 @@ from torch import Tensor
 
 from method_cases import gather
 from prunus.methods import METHODS, MethodOptions
-from prunus.methods.patterns import Pattern
-from prunus.methods.refine.dense_targets import drift_is_worthwhile
-from prunus.methods.solvers.admm_operator import (
+from prunus.methods.alps import (
     OVER_RELAXATION,
     admm_operator,
     leading_eigenvectors,
     penalties,
 )
+from prunus.methods.patterns import Pattern
+from prunus.methods.refine.dense_targets import drift_is_worthwhile
 from prunus.methods.solvers.least_squares import ScaledGram, is_data_limited, ridge, scaled_gram_of
 from prunus.methods.statistics import InputStatistics
 

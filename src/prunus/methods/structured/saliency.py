@@ -1,16 +1,22 @@
-"""Which experts of a mixture stay: saliencies of experts, and the choice by them.
+"""Numbers by which experts and blocks are removed, and the choice of the experts that stay.
 
-The saliency of REAP (Lasby et al. 2025, arXiv 2510.13999) is
+The saliency of an expert in REAP (Lasby et al. 2025, arXiv 2510.13999) is
 
     S_e = mean over the tokens t that chose expert e of  g_e(t) · ‖f_e(t)‖
 
 where g is the weight that the router gives to the expert, and f its output. A removed expert leaves
 an error of about this size in the output of the layer for each of these tokens. The contribution of
-an expert is the sum of the same terms, which is the error over the whole text:
+an expert is the sum of the same terms, which is the error over the whole text.
 
-    C_e = Σ over the tokens t that chose expert e of  g_e(t) · ‖f_e(t)‖
+ShortGPT (Men et al. 2024, arXiv 2403.03853) removes the blocks that turn the hidden states least:
 
-Shape suffixes: E experts, T tokens that chose one expert, H hidden size.
+    influence = 1 − mean over tokens of  cos(h before the block, h after it)
+
+The KL divergence is measured instead of guessed: Σ_v p_v (log p_v − log q_v), where p are the next
+tokens of the dense model and q those of the model without some blocks.
+
+Shape suffixes: E experts, T tokens (for an expert, those that chose it), H hidden size, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -85,3 +91,28 @@ def kept_experts(saliency_E: Tensor, keep: int, groups: int = 1) -> list[int]:
     order = by_group.sort(dim=1, descending=True, stable=True).indices[:, : keep // groups]
     first = torch.arange(groups)[:, None] * by_group.shape[1]
     return sorted((order + first).flatten().tolist())
+
+
+def cosine_sum(before_TH: Tensor, after_TH: Tensor) -> float:
+    """The sum over tokens of the cosine between two hidden states.
+
+    >>> cosine_sum(torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
+    1.0
+    """
+    cosine_T = torch.nn.functional.cosine_similarity(before_TH.float(), after_TH.float(), dim=-1)
+    return float(cosine_T.sum(dtype=torch.float64))
+
+
+def divergence_sum(dense_TV: Tensor, logits_TV: Tensor) -> float:
+    """The sum over tokens of the KL divergence in nats.
+
+    Args:
+        dense_TV: log probabilities of the dense model, float32.
+
+    >>> half = torch.tensor([[0.5, 0.5]]).log()
+    >>> round(divergence_sum(half, torch.tensor([[0.0, 2.0]])), 4)
+    0.4338
+    """
+    other_TV = logits_TV.float().log_softmax(dim=-1)
+    divergence_T = torch.linalg.vecdot(dense_TV.exp(), dense_TV - other_TV)
+    return float(divergence_T.sum(dtype=torch.float64))
