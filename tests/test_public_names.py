@@ -86,7 +86,7 @@ def test_sweep_runs_a_file(tmp_path):
     file.write_text(
         f'title = "t"\nmodels = [{json.dumps(str(dense))}]\n'
         '[recipe]\ncalibration = "python-docs"\nsamples = 2\nseqlen = 16\n'
-        '[scoring]\ntexts = ["python-docs"]\nseqlen = 16\nlimit = 2\n'
+        '[scoring]\ntexts = ["python-docs"]\nseqlen = 16\nsamples = 2\n'
         '[[grid]]\nmethod = ["magnitude"]\nsparsity = [0.3, 0.5]\n'
     )
     lines: list[str] = []

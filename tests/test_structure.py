@@ -52,13 +52,12 @@ WITHOUT_TORCH = [
     "prunus.pruning.recipe", "prunus.pruning.manifest", "prunus.compression.recipe",
     "prunus.compression.record", "prunus.runs.record", "prunus.sweeping.results",
     "prunus.evaluation.options", "prunus.evaluation.records", "prunus.evaluation.comparison",
-    "prunus.reporting.sources",
+    "prunus.reporting.write",
 ]  # fmt: skip
 
 #: Public verbs: the only functions with more than eight parameters.
 VERBS = {
     "calibration.training_text.training_text",
-    "cli.evaluate.evaluate",
     "recovery.max_preset.prune_and_recover",
     "recovery.run.recover",
     "serving.server.serve",

@@ -112,7 +112,7 @@ def test_text_that_the_model_writes_starts_as_asked():
 
 
 def test_the_sweeps_that_reproduce_the_paper_have_no_bos():
-    from prunus.sweeping.grid import load_sweep
+    from prunus.sweeping.grid import Sweep
 
     folder = Path(__file__).parents[2] / "examples"
     for name in (
@@ -123,6 +123,6 @@ def test_the_sweeps_that_reproduce_the_paper_have_no_bos():
         "weight-update",
         "lora",
     ):
-        sweep = load_sweep(folder / f"{name}.toml")
+        sweep = Sweep.read(folder / f"{name}.toml", {})
         assert sweep.scoring.bos == "no", name
         assert {cell.recipe.bos for cell in sweep.cells()} == {"no"}, name

@@ -22,7 +22,7 @@ from command_line import call
 from prunus.cli.terminal import user_errors
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.pruning.manifest import Manifest
-from prunus.reporting.progress import show_pruning
+from prunus.reporting.console import show_pruning
 from prunus.runs.progress import Progress, eta
 from tiny import shards, tiny_checkpoint, token_ids
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
@@ -391,7 +391,7 @@ def _interrupt_c_code():
 def test_ctrl_c_that_c_code_reports_as_an_error_is_still_ctrl_c(capsys):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with pytest.raises(typer.Exit) as stopped, user_errors(None):
+        with pytest.raises(typer.Exit) as stopped, user_errors():
             _interrupt_c_code()
     finally:
         signal.signal(signal.SIGINT, before)

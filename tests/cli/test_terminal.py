@@ -6,17 +6,23 @@ import os
 from pathlib import Path
 
 import pytest
+import typer
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from command_line import call
 from prunus.cli import app
-from prunus.cli.terminal import log, print_result
+from prunus.cli.terminal import command, log, print_result
 from prunus.evaluation import generation
 from prunus.recovery.training import Step
-from prunus.reporting.console import TerminalConsole, printable, progress_console
+from prunus.reporting.console import (
+    TerminalConsole,
+    printable,
+    progress_console,
+    show_pruning,
+    show_recovery,
+)
 from prunus.reporting.plain import to_markdown, to_terminal
-from prunus.reporting.progress import show_pruning, show_recovery
 from prunus.runs.document import Column, Document, Facts, Section, Table
 from prunus.runs.progress import Progress
 from tiny import tiny_checkpoint
@@ -95,9 +101,12 @@ def test_names_in_brackets_are_not_markup(dense, text, tmp_path):
 
 def test_a_table_is_shown_although_json_cannot_be_written(tmp_path, capsys):
     table = Table("t", (Column("figure", ".1f"),), ((1.5,),))
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        print_result(table, tmp_path / "figures.json", {"figure": float("nan")})
-    assert "1.5" in capsys.readouterr().out
+    verb = command(lambda: print_result({"figure": float("nan")}, table), {})
+    with pytest.raises(typer.Exit):
+        verb(json_file=tmp_path / "figures.json")
+    shown = capsys.readouterr()
+    assert "1.5" in shown.out
+    assert "not JSON compliant" in shown.err
 
 
 def test_a_place_for_json_that_cannot_be_written_is_refused_before_any_work(dense, text, tmp_path):
@@ -165,7 +174,8 @@ def test_progress_takes_any_name_and_goes_on_without_a_reader(is_terminal, monke
 
 def test_names_of_files_that_are_not_utf8_can_be_shown_and_written(tmp_path, capsys):
     table = Table("t", (Column("caf\udce9"),), ())
-    print_result(table, tmp_path / "figures.json", {"model": "caf\udce9"})
+    verb = command(lambda: print_result({"model": "caf\udce9"}, table), {})
+    verb(json_file=tmp_path / "figures.json")
     assert r"caf\udce9" in capsys.readouterr().out
     assert json.loads((tmp_path / "figures.json").read_text()) == {"model": "caf\udce9"}
 

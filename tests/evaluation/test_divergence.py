@@ -19,7 +19,7 @@ from prunus.evaluation import window_scores
 from prunus.evaluation.streamed_model import ComputeOptions
 from prunus.evaluation.text import first_scored_row
 from prunus.model.loading import load_model
-from prunus.reporting.sources import read_document
+from prunus.reporting.write import report
 from tiny import tiny_checkpoint, token_ids
 from tiny_tokenizer import BOS, VOCABULARY, byte_tokenizer
 
@@ -351,7 +351,7 @@ def test_eval_shows_and_writes_the_figures(folders, tmp_path):
         assert len(model["perplexity"]) == 2
         for one in model["perplexity"]:
             assert f"{one['divergence']['kl']:.5f} ± {one['divergence']['kl_stderr']:.5f}" in shown
-    [section] = read_document([json_file]).sections
+    [section] = report([json_file]).sections
     [table] = [part for part in section.parts if part.title == "Quality and size"]
     names = [(text, model) for text in (ids, second) for model in ("pruned", "packed")]
     assert [(row[0], row[1]) for row in table.rows] == [(str(t), model) for t, model in names]

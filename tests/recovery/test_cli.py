@@ -12,7 +12,7 @@ from command_line import call
 from prunus.model.loading import load_model
 from prunus.recovery.record import RecoveryRecord
 from prunus.recovery.training import Step
-from prunus.reporting.progress import show_recovery
+from prunus.reporting.console import show_recovery
 
 SHORT = [
     "--tokens",

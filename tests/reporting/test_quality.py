@@ -10,11 +10,11 @@ import pytest
 
 from prunus.evaluation.records import Divergence, ModelSize
 from prunus.reporting.console import TerminalConsole
-from prunus.reporting.figures import figure_json
+from prunus.reporting.evaluation_sections import decode_speed
+from prunus.reporting.page import figure_json
 from prunus.reporting.plain import to_terminal
-from prunus.reporting.quality import decode_speed
-from prunus.reporting.sources import read_document
 from prunus.reporting.sweep_section import sweep_section
+from prunus.reporting.write import report
 from prunus.runs.document import Lines, Measured
 from report_samples import bench, evaluation, sweep_results, table, write
 
@@ -112,7 +112,7 @@ def compared_evaluation(kls=(0.0, 0.5, 0.25)):
 def test_an_evaluation_shows_sizes_and_names_beside_its_points(tmp_path):
     file = write(tmp_path / "e.json", compared_evaluation())
     speeds = write(tmp_path / "b.json", bench("other/b", "runs/c"))
-    section = read_document([file], speeds).sections[0]
+    section = report([file], bench=speeds).sections[0]
     row = table(section, "Quality and size", key=1)["b"]
     assert (row["file, GB"], row["bits per weight"], row["decoded tokens/s"]) == (2.0, 8.0, 16.0)
     assert row["KL divergence"] == Measured(0.5, 0.01)
@@ -131,7 +131,7 @@ def test_an_evaluation_shows_sizes_and_names_beside_its_points(tmp_path):
 
 
 def test_an_evaluation_without_sizes_has_no_charts(tmp_path):
-    [section] = read_document([write(tmp_path / "e.json", evaluation())]).sections
+    [section] = report([write(tmp_path / "e.json", evaluation())]).sections
     assert not charts(section)
     assert "file, GB" not in table(section, "Quality and size", key=1)["dense"]
 
@@ -140,7 +140,7 @@ def test_every_model_of_an_evaluation_has_rows_of_its_own(tmp_path):
     content = compared_evaluation()
     for place, one in enumerate(content["models"]):
         one["perplexity"][0]["perplexity"] = 20.0 + place
-    document = read_document([write(tmp_path / "e.json", content)])
+    document = report([write(tmp_path / "e.json", content)])
     output = io.StringIO()
     TerminalConsole(file=output, width=200).print(to_terminal(document))
     lines = [line for line in output.getvalue().splitlines() if "wikitext2" in line]

@@ -24,11 +24,10 @@ import prunus.reporting
 from command_line import call
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
-from prunus.reporting.figures import figure_json
-from prunus.reporting.page import document_json, to_html
+from prunus.reporting.page import document_json, figure_json, to_html
 from prunus.reporting.plain import to_markdown, to_terminal
-from prunus.reporting.sources import read_document
 from prunus.reporting.sweep_section import sweep_section
+from prunus.reporting.write import report
 from prunus.runs.document import Document, Lines, Measured, Table, text_of
 from prunus.sweeping.results import CellResult
 from report_samples import (
@@ -68,7 +67,7 @@ def everything(run, tmp_path) -> Document:
 
 
 def test_a_run_is_shown_with_its_manifests_figures(run):
-    [section] = read_document([run]).sections
+    [section] = report([run]).sections
     manifest = Manifest.load(run)
     kinds = table(section, "wanda, ")
     assert list(kinds) == list(manifest.blocks[0].linears)
@@ -188,9 +187,7 @@ def compare_by_hand(first: list[float], second: list[float]) -> tuple[float, flo
 
 
 def test_an_evaluation_is_shown_with_differences(tmp_path):
-    [section] = read_document(
-        [write(tmp_path / "eval.json", evaluation("a/dense", "b/pruned"))]
-    ).sections
+    [section] = report([write(tmp_path / "eval.json", evaluation("a/dense", "b/pruned"))]).sections
     assert section.title == "Evaluation of dense, pruned"
     assert [tuple(row.values()) for row in rows(section, "Quality and size")] == [
         ("wikitext2", "dense", 19.125),
@@ -207,8 +204,9 @@ def test_an_evaluation_is_shown_with_differences(tmp_path):
 
 
 def test_size_and_speed_are_shown_with_their_spread(tmp_path):
-    document = read_document(
-        [write(tmp_path / "e.json", evaluation())], write(tmp_path / "b.json", bench("x", "y"))
+    document = report(
+        [write(tmp_path / "e.json", evaluation())],
+        bench=write(tmp_path / "b.json", bench("x", "y")),
     )
     section = document.sections[1]
     shown = table(section, "Medians over separate processes")
@@ -255,7 +253,7 @@ def tags(page: str) -> list[tuple[str, dict[str, str | None]]]:
 
 
 def test_hostile_names_are_text_and_nothing_else(run, tmp_path):
-    plain = to_html(read_document([run]))
+    plain = to_html(report([run]))
     page = to_html(hostile_document(tmp_path, run))
     assert {tag for tag, _ in tags(page)} - {"a", "h2", "li", "nav", "ul"} <= {
         tag for tag, _ in tags(plain)
@@ -308,8 +306,8 @@ def test_the_page_carries_everything_and_may_run_only_its_own_scripts(everything
 
 
 def test_pages_are_small(run, tmp_path):
-    assert len(to_html(read_document([run]))) < 1_000_000
-    without_charts = read_document([write(tmp_path / "e.json", evaluation())])
+    assert len(to_html(report([run]))) < 1_000_000
+    without_charts = report([write(tmp_path / "e.json", evaluation())])
     assert len(to_html(without_charts)) < 50_000
 
 
@@ -328,7 +326,7 @@ def test_the_command_writes_a_page_markdown_or_the_terminal(run, tmp_path):
     assert "r.md, 0.0 MB" in result.stderr
     assert (tmp_path / "r.md").read_text().startswith("# My run\n")
     assert json.loads((tmp_path / "r.json").read_text()) == document_json(
-        read_document([run], title="My run")
+        report([run], title="My run")
     )
     assert "self_attn.q_proj" in call("report", run).stdout
 
@@ -360,7 +358,7 @@ def test_no_module_of_reports_imports_torch():
     """In a process of its own: a report is read and shown without waiting for torch."""
     folder = Path(prunus.reporting.__file__).parent
     names = [f"prunus.reporting.{path.stem}" for path in folder.glob("*.py")]
-    assert len(names) > 10
+    assert len(names) > 6
     script = f"import sys, {', '.join(names)}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
@@ -370,7 +368,7 @@ def test_a_record_without_totals_is_shown_by_what_it_has(totals, run, tmp_path):
     content = json.loads((run / "prunus.json").read_text())
     unfinished = {"totals": totals, "state": "running", "blocks": content["blocks"][:1]}
     write(tmp_path / "prunus.json", content | unfinished)
-    page = to_markdown(read_document([tmp_path]))
+    page = to_markdown(report([tmp_path]))
     assert "sparsity reached" in page
     assert "peak memory" not in page
     assert "unfinished: 1 blocks are done" in page
@@ -394,10 +392,10 @@ def test_figures_that_are_none_are_refused_by_the_name_of_the_file(place, value,
     node[place[-1]] = value
     path = write(tmp_path / "eval.json", content)
     with pytest.raises(ValueError, match=r"eval\.json"):
-        read_document([path])
+        report([path])
 
 
 def test_a_record_whose_recipe_is_none_is_refused_by_name(tmp_path):
     write(tmp_path / "prunus.json", {"recipe": 3})
     with pytest.raises(ValueError, match=r"prunus\.json is damaged or of another version"):
-        read_document([tmp_path])
+        report([tmp_path])

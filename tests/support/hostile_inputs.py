@@ -30,8 +30,8 @@ from prunus.recovery.checkpoints import Checkpoints, TrainingState
 from prunus.recovery.record import Evaluation
 from prunus.reporting.page import document_json
 from prunus.reporting.plain import to_markdown
-from prunus.reporting.sources import read_document
-from prunus.sweeping.grid import load_sweep
+from prunus.reporting.write import report
+from prunus.sweeping.grid import Sweep
 from report_samples import evaluation, sweep_results
 from tiny import tiny_checkpoint, token_ids
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
@@ -216,7 +216,7 @@ def _report(folder: Path) -> tuple[Any, Any, Any]:
 
     def work(case: Path) -> None:
         model = case / "model"
-        document = read_document([model / "run", model / "sweep", model / "eval.json"])
+        document = report([model / "run", model / "sweep", model / "eval.json"])
         to_markdown(document)
         document_json(document)
 
@@ -250,7 +250,7 @@ def _toml(folder: Path) -> tuple[Any, Any, Any]:
             path.write_text("\n".join(lines))
 
     def work(case: Path) -> None:
-        load_sweep(case / "model" / "sweep.toml")
+        Sweep.read(case / "model" / "sweep.toml", {})
         Recipe.read(case / "model" / "recipe.toml", {})
 
     return folder, damage, work

@@ -39,7 +39,7 @@ from prunus import pack  # noqa: E402
 from prunus.model.checkpoint.gguf import import_gguf  # noqa: E402
 from prunus.model.checkpoint.reader import INDEX_NAME  # noqa: E402
 from prunus.sweeping.grid import Sweep  # noqa: E402
-from prunus.sweeping.run import run_sweep  # noqa: E402
+from prunus.sweeping.run import sweep as run_sweep  # noqa: E402
 from recovery_cases import recover  # noqa: E402
 
 MAX_SECONDS = 60
@@ -49,7 +49,7 @@ _TIMES = ("seconds", "peak_memory_bytes")
 
 def verbs(dense: Path, pruned: Path, text: Path, ids: Path) -> dict[str, Callable[[Path], object]]:
     windows = torch.arange(96).reshape(6, 16) % 120
-    scoring = {"texts": [str(ids)], "seqlen": 16, "limit": 2}
+    scoring = {"texts": [str(ids)], "seqlen": 16, "samples": 2}
     sweep = Sweep.model_validate(
         {
             "title": "t",

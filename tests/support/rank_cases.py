@@ -336,8 +336,7 @@ def evaluated(scratch: Path) -> dict[str, Any]:
     from safetensors.torch import save_file
 
     from prunus.evaluation.perplexity import perplexity
-    from prunus.sweeping.grid import load_sweep
-    from prunus.sweeping.run import run_sweep
+    from prunus.sweeping.run import sweep as run_sweep
 
     dense = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)
     text, ids = scratch / "text.safetensors", scratch / "ids.safetensors"
@@ -368,12 +367,11 @@ def evaluated(scratch: Path) -> dict[str, Any]:
         f'[scoring]\ntexts = ["{text}"]\nseqlen = 32\n'
         '[[grid]]\nmethod = ["wanda", "magnitude", "ria"]\nsparsity = [0.25, 0.5]\n'
     )
-    sweep = load_sweep(file)
-    alone = run_sweep(sweep, scratch / "one")
+    alone = run_sweep(file, scratch / "one")
 
     def share(_rank: int) -> list[str]:
         lines: list[str] = []
-        run_sweep(sweep, scratch / "two", progress=lines.append)
+        run_sweep(file, scratch / "two", progress=lines.append)
         return lines
 
     lines = answers(2, share, scratch)

@@ -10,7 +10,7 @@ from prunus.evaluation.speed import Speed
 from prunus.evaluation.task_scores import Metric, TaskResults, TaskScore
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
-from prunus.reporting.sources import read_document
+from prunus.reporting.write import report
 from prunus.runs.document import Document, Section, Table
 from prunus.sweeping.results import CalibrationSet, CellResult, DenseResult, SweepResults
 
@@ -49,7 +49,7 @@ def sweep_results(
         "sparsity": 0.5,
         "mean_relative_output_error": None,
         "mean_removed_energy": 0.0375,
-        "seconds": 12.25,
+        "block_seconds": 12.25,
         "dtype": "float32",
         "calibration_sha256": "ab",
     }
@@ -159,10 +159,10 @@ def whole_document(tmp_path: Path, run: Path) -> Document:
     """A run, a sweep, an evaluation and a measurement in one report."""
     (tmp_path / "sweep").mkdir()
     sweep_results().save(tmp_path / "sweep")
-    return read_document(
+    return report(
         [run, tmp_path / "sweep", write(tmp_path / "eval.json", evaluation())],
-        write(tmp_path / "bench.json", bench("dense", "packed")),
-        "All of it",
+        bench=write(tmp_path / "bench.json", bench("dense", "packed")),
+        title="All of it",
     )
 
 
@@ -181,14 +181,14 @@ def hostile_document(tmp_path: Path, run: Path) -> Document:
     results = sweep_results(HOSTILE, HOSTILE, error=HOSTILE)
     results.description = results.file = HOSTILE
     results.save(tmp_path / "sweep")
-    return read_document(
+    return report(
         [
             tmp_path / "run",
             tmp_path / "sweep",
             write(tmp_path / "e.json", evaluation(HOSTILE, "x" + HOSTILE)),
         ],
-        write(tmp_path / "b.json", bench(HOSTILE)),
-        HOSTILE,
+        bench=write(tmp_path / "b.json", bench(HOSTILE)),
+        title=HOSTILE,
     )
 
 

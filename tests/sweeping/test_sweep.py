@@ -30,14 +30,14 @@ from prunus.pruning.recipe import Recipe
 from prunus.runs.options import RunOptions
 from prunus.sweeping import cells as sweep_cells
 from prunus.sweeping.checks import check_sweep
-from prunus.sweeping.grid import Scoring, Sweep, load_sweep
+from prunus.sweeping.grid import Scoring, Sweep
 from prunus.sweeping.results import CellResult, DenseResult, SweepResults, residual_gaps
-from prunus.sweeping.run import run_sweep
+from prunus.sweeping.run import sweep as run_sweep
 from tiny import tiny_checkpoint, weights
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
 EXAMPLES = REPOSITORY / "examples"
-SCORING = {"texts": ["python-docs"], "seqlen": 32, "limit": 4}
+SCORING = {"texts": ["python-docs"], "seqlen": 32, "samples": 4}
 BASE = {"calibration": "python-docs", "samples": 3, "seqlen": 32}
 #: More cells than anybody runs; they are refused before they are listed.
 MANY = "\n".join(
@@ -163,8 +163,8 @@ def test_names_are_unique_and_stay_when_values_are_added(grid):
         ('models = ["m"]', "grid is missing"),
         ("grid = []", "grid: "),
         ("model = 'm'\n[[grid]]", "unknown option 'model'; known are title"),
-        ("scoring = {text = ['c4']}\n[[grid]]", "'scoring.text'; known are texts"),
-        ("scoring = {seqlen = 1}\n[[grid]]", "scoring.seqlen: "),
+        ("scoring = {text = ['c4']}\n[[grid]]", "'scoring.text'; known are"),
+        ("scoring = {seqlen = 1}\n[[grid]]", "scoring: seqlen must be at least 2"),
         ("[[grid]]", "no model: give models"),
         ("models = ['a/m', 'b/m']\n[[grid]]", "two models are called 'm' (a/m and b/m)"),
         ("MODEL[[grid]]\nmethods = ['wanda']", "cannot vary 'methods': known are calibration"),
@@ -189,7 +189,7 @@ def test_a_sweep_file_with_a_fault_is_refused_by_name(text, message, tmp_path):
     path = tmp_path / "sweep.toml"
     path.write_text(text.replace("MODEL", "models = ['m']\n"))
     with pytest.raises(ValueError) as fault:
-        load_sweep(path)
+        Sweep.read(path, {})
     assert message in str(fault.value)
     assert str(path) in str(fault.value)
 
@@ -197,9 +197,12 @@ def test_a_sweep_file_with_a_fault_is_refused_by_name(text, message, tmp_path):
 def test_models_of_the_command_line_replace_those_of_the_file(tmp_path):
     path = tmp_path / "sweep.toml"
     path.write_text('title = "t"\nmodels = ["one"]\n[[grid]]\n')
-    assert [cell.model for cell in load_sweep(path, ("a/two", "three")).cells()] == ["two", "three"]
+    assert [cell.model for cell in Sweep.read(path, {"models": ("a/two", "three")}).cells()] == [
+        "two",
+        "three",
+    ]
     with pytest.raises(FileNotFoundError, match="there is no sweep file"):
-        load_sweep(tmp_path / "none.toml")
+        Sweep.read(tmp_path / "none.toml", {})
 
 
 def test_the_examples_are_sweeps_that_pass_all_checks(dense, tmp_path):
@@ -213,7 +216,7 @@ def test_the_examples_are_sweeps_that_pass_all_checks(dense, tmp_path):
         "llama-2-7b": 9,
     }
     for name, cells in examples.items():
-        sweep = load_sweep(EXAMPLES / f"{name}.toml", (str(dense),))
+        sweep = Sweep.read(EXAMPLES / f"{name}.toml", {"models": (str(dense),)})
         assert len(sweep.cells()) == cells
         # The tiny model has 64 positions and Python's own text: only these are not the example's.
         small = {"recipe": sweep.recipe | BASE, "scoring": Scoring.model_validate(SCORING)}
@@ -226,7 +229,7 @@ def test_the_examples_are_sweeps_that_pass_all_checks(dense, tmp_path):
 
 def test_the_page_of_llama_2_7b_has_a_row_for_every_cell_of_its_sweep():
     """The page promises a measured column: its circumstances and rows are those of the file."""
-    sweep = load_sweep(EXAMPLES / "llama-2-7b.toml")
+    sweep = Sweep.read(EXAMPLES / "llama-2-7b.toml", {})
     page = (REPOSITORY / "docs" / "results" / "llama-2-7b.md").read_text(encoding="utf-8")
     rows = {tuple(line.strip("| ").split(" | ")[:2]) for line in page.splitlines() if "|" in line}
     names = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}
@@ -237,7 +240,7 @@ def test_the_page_of_llama_2_7b_has_a_row_for_every_cell_of_its_sweep():
         assert (recipe.calibration, recipe.samples, recipe.seqlen) == ("c4", 128, 2048)
         assert (recipe.bos, recipe.dtype, recipe.propagate) == ("no", "float16", "block")
     assert (sweep.scoring.texts, sweep.scoring.seqlen) == (("wikitext2",), 2048)
-    assert sweep.scoring.bos == "no" and sweep.scoring.limit is None
+    assert sweep.scoring.bos == "no" and sweep.scoring.samples is None
     assert len(sweep.cells()) == 9 and str(sweep.cells()[0].model) in page
 
 
@@ -364,7 +367,7 @@ def test_a_stopped_sweep_continues_to_the_same_results(lines, dense, swept, tmp_
     monkeypatch.setattr(
         sweep_cells, "run", lambda *a, **k: pruned.append(a[1].parent.name) or original(*a, **k)
     )
-    again = run_sweep(sweep_of(dense), tmp_path / "out", file="sweep.toml")
+    again = run_sweep(sweep_of(dense), tmp_path / "out")
     assert not set(pruned) & set(done), "a finished cell is not started again"
     assert without_times(again) == without_times(SweepResults.load(swept))
     assert without_times(SweepResults.load(tmp_path / "out")) == without_times(again)
@@ -427,7 +430,7 @@ def test_cells_can_be_added_and_nothing_else_changed(dense, swept, tmp_path, mon
     byte_tokenizer().save_pretrained(other)
     for changed, message in (
         (sweep_of(dense, {**GRID, "method": "wanda"}), "another set of cells"),
-        (sweep_of(dense, scoring=SCORING | {"limit": 5}), "another scoring.limit (4, now 5)"),
+        (sweep_of(dense, scoring=SCORING | {"samples": 5}), "another scoring.samples (4, now 5)"),
         (
             sweep_of(dense, recipe=BASE | {"samples": 4}),
             "another samples in cell dense-magnitude-0.5 (3, now 4)",
@@ -531,12 +534,12 @@ def test_tasks_are_checked_scored_and_stored_with_their_errors(dense, tmp_path, 
         return TaskResults(str(model), (score,), {})
 
     monkeypatch.setattr(
-        "prunus.evaluation.task_runner.prepare_tasks",
+        "prunus.sweeping.checks.prepare_tasks",
         lambda models, tasks, **_: checked.append((models, tasks)),
     )
     monkeypatch.setattr(sweep_cells, "evaluate", evaluate)
     sweep = sweep_of(
-        dense, {"method": "magnitude"}, scoring={"texts": [], "tasks": ["boolq"], "task_limit": 2}
+        dense, {"method": "magnitude"}, scoring={"texts": [], "tasks": ["boolq"], "limit": 2}
     )
     run_sweep(sweep, tmp_path / "out")
     assert checked == [([str(dense)], ("boolq",))]
@@ -629,7 +632,7 @@ def write_toml(path: Path, dense: Path, sparsity: str = "[0.5]") -> Path:
     path.write_text(
         f"models = [{json.dumps(str(dense))}]\n"
         '[recipe]\ncalibration = "python-docs"\nsamples = 2\nseqlen = 16\n'
-        '[scoring]\ntexts = ["python-docs"]\nseqlen = 16\nlimit = 2\n'
+        '[scoring]\ntexts = ["python-docs"]\nseqlen = 16\nsamples = 2\n'
         f'[[grid]]\nmethod = ["magnitude"]\nsparsity = {sparsity}\n'
     )
     return path

@@ -1,17 +1,11 @@
 """The command line: one file per group of verbs, no logic.
 
-prune.py           prune, compress, plan
-shrink.py          shrink
-evaluate.py        eval, bench
-generate.py        generate
-look.py            inspect, doctor
-serve.py           serve
+prune.py           prune, compress, shrink, plan, recover
+evaluate.py        eval, lm-eval, inspect, bench, doctor
+generate.py        generate, serve
 convert.py         import, pack, unpack
-lm_eval.py         lm-eval
-recover.py         recover
 sweep.py           sweep, report
-arguments.py       arguments that several verbs share
-flags.py           flags from the declarations of options
+flags.py           flags from the declarations of options, and flags that verbs share
 terminal.py        results, log lines, errors and JSON
 
 A verb imports what it needs when it runs: `--help` does not wait for torch.
@@ -27,17 +21,12 @@ from typing import Annotated, Any
 import typer
 
 from prunus.cli.convert import import_, pack, unpack
-from prunus.cli.evaluate import bench, evaluate
-from prunus.cli.flags import FLAGS
-from prunus.cli.generate import generate
-from prunus.cli.lm_eval import lm_eval
-from prunus.cli.look import doctor, inspect
-from prunus.cli.prune import compress, plan, prune
-from prunus.cli.recover import recover
-from prunus.cli.serve import serve
-from prunus.cli.shrink import shrink
+from prunus.cli.evaluate import bench, doctor, evaluate, inspect, lm_eval
+from prunus.cli.flags import FLAGS, JSON, QUIET
+from prunus.cli.generate import generate, serve
+from prunus.cli.prune import compress, plan, prune, recover, shrink
 from prunus.cli.sweep import report, sweep
-from prunus.cli.terminal import may_be_quiet
+from prunus.cli.terminal import command
 
 __all__ = ["app", "main"]
 
@@ -88,8 +77,9 @@ prunus report results scores.json -o comparison.md
 prunus doctor
 prunus doctor --json kernels.json
 """
-#: Verbs that print their result alone. All others also say how far they are, and take --quiet.
-_SILENT = {doctor, generate, inspect, lm_eval, plan, serve}
+#: Verbs that give no figures, and verbs that say nothing of their progress.
+_NO_JSON = {lm_eval, serve}
+_SILENT = {doctor, generate, inspect, plan} | _NO_JSON
 #: Verbs whose name is not that of their function.
 _NAMES = {evaluate: "eval", import_: "import", lm_eval: "lm-eval"}
 
@@ -122,8 +112,11 @@ def _prunus(
 for _panel, _functions in _PANELS.items():
     for _function in _functions:
         _name = _NAMES.get(_function, _function.__name__)
-        FLAGS.update(signature(_function).parameters)
         _lines = [line for line in _EXAMPLES.splitlines() if line.split()[1:2] == [_name]]
+        _shared: dict[str, Any] = {"json_file": JSON} if _function not in _NO_JSON else {}
+        _shared |= {"quiet": QUIET} if _function not in _SILENT else {}
+        _command = command(_function, _shared)
+        FLAGS.update(signature(_command).parameters)
         app.command(
             _name,
             rich_help_panel=_panel,
@@ -131,7 +124,7 @@ for _panel, _functions in _PANELS.items():
             epilog="\n".join(("Examples:", *_lines)),
             # Arguments of lm-eval that typer does not know are handed on as they are.
             context_settings={"ignore_unknown_options": True} if _function is lm_eval else None,
-        )(_function if _function in _SILENT else may_be_quiet(_function))
+        )(_command)
 
 
 def main() -> None:

@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from prunus.cli import arguments as arg
-from prunus.cli.flags import opt, with_flags
+from prunus.cli.flags import Model, Output, opt, with_flags
 from prunus.cli.terminal import (
-    Counted,
+    counted_steps,
     is_quiet,
     log_step,
     note,
     print_result,
-    print_summary,
-    user_errors,
+    print_text,
+    write_json,
 )
 from prunus.runs.options import RunOptions
 
@@ -34,25 +33,22 @@ def import_(
         ),
     ] = "bfloat16",
     overwrite: Annotated[bool, opt("Replace DEST.", names=("--overwrite",))] = False,
-    json_file: arg.Json = None,
 ) -> None:
     """Turn a GGUF file into a Hugging Face checkpoint.
 
     Quantised weights are dequantised to --dtype.
     """
-    with user_errors(json_file):
-        from prunus.model.checkpoint.gguf import import_gguf
+    from prunus.model.checkpoint.gguf import import_gguf
 
-        summary = import_gguf(file, dest, overwrite=overwrite, dtype=dtype, progress=note)
-        print_summary(summary, dest, json_file)
+    summary = import_gguf(file, dest, overwrite=overwrite, dtype=dtype, progress=note)
+    write_json(summary)
+    print_text(f"{dest}: {', '.join(f'{key} {value}' for key, value in summary.items())}\n")
 
 
 @with_flags(RunOptions, only=("data", "overwrite"))
 def pack(
-    model: arg.Model,
-    output: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Folder for the packed checkpoint.")
-    ],
+    model: Model,
+    output: Output,
     *,
     values: Annotated[
         Literal["bf16", "int8"],
@@ -78,7 +74,6 @@ def pack(
         int,
         opt("Windows of that score. Default: 8.", "N"),
     ] = 8,
-    json_file: arg.Json = None,
     **options: Any,
 ) -> None:
     """Store a pruned checkpoint in a compressed format.
@@ -86,60 +81,44 @@ def pack(
     Bitmaps mark the kept weights. The packed model is smaller on disk and in memory, and it decodes
     faster.
     """
-    with user_errors(json_file):
-        from prunus.compression.pack import pack as pack_checkpoint
-        from prunus.evaluation.perplexity import perplexity as measure_perplexity
-        from prunus.reporting.tables import packing_table
+    from prunus.compression.pack import pack as pack_checkpoint
+    from prunus.evaluation.perplexity import perplexity as measure_perplexity
+    from prunus.reporting.tables import packing_table
 
-        work = RunOptions.read(None, options)
+    windows: dict[str, Any] = {
+        "seqlen": seqlen,
+        "samples": samples,
+        "data": options.pop("data", None),
+    }
 
-        def score(folder: str | Path) -> PerplexityResult:
-            note(f"scoring {folder} on {perplexity}")
-            return measure_perplexity(
-                folder,
-                perplexity,
-                seqlen=seqlen,
-                samples=samples,
-                data=work.data,
-                progress=not is_quiet(),
-            )
+    def score(folder: str | Path) -> PerplexityResult:
+        note(f"scoring {folder} on {perplexity}")
+        return measure_perplexity(folder, perplexity, progress=not is_quiet(), **windows)
 
-        is_scored = values == "int8" and perplexity != "none"
-        # MODEL is scored before OUT is written: a text that cannot be scored fails early.
-        try:
-            before = score(model) if is_scored else None
-        except ValueError as error:
-            raise ValueError(f"{error} (--perplexity none packs without scoring)") from error
-        steps = Counted(log_step)
-        record = pack_checkpoint(model, output, values, overwrite=work.overwrite, progress=steps)
-        steps.log_if_none(output)
-        content = record.model_dump(mode="json")
-        scores = ""
-        if before is not None:
-            after = score(output)
-            content["perplexity"] = [before.as_dict(), after.as_dict()]
-            change = f"{before.perplexity:.3f} before, {after.perplexity:.3f} with int8 values"
-            scores = f"perplexity {change} ({after.protocol})"
-        print_result(packing_table(record, scores), json_file, content)
+    is_scored = values == "int8" and perplexity != "none"
+    # MODEL is scored before OUT is written: a text that cannot be scored fails early.
+    try:
+        before = score(model) if is_scored else None
+    except ValueError as error:
+        raise ValueError(f"{error} (--perplexity none packs without scoring)") from error
+    with counted_steps(output, log_step) as step:
+        record = pack_checkpoint(model, output, values, progress=step, **options)
+    content = record.model_dump(mode="json")
+    scores = ""
+    if before is not None:
+        after = score(output)
+        content["perplexity"] = [before.as_dict(), after.as_dict()]
+        change = f"{before.perplexity:.3f} before, {after.perplexity:.3f} with int8 values"
+        scores = f"perplexity {change} ({after.protocol})"
+    print_result(content, packing_table(record, scores))
 
 
 @with_flags(RunOptions, only=("overwrite",))
-def unpack(
-    model: arg.Model,
-    output: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Folder for the unpacked checkpoint.")
-    ],
-    *,
-    json_file: arg.Json = None,
-    **options: Any,
-) -> None:
+def unpack(model: Model, output: Output, **options: Any) -> None:
     """Turn a packed checkpoint back into an ordinary one."""
-    with user_errors(json_file):
-        from prunus.compression.unpack import unpack as unpack_checkpoint
-        from prunus.reporting.tables import packing_table
+    from prunus.compression.unpack import unpack as unpack_checkpoint
+    from prunus.reporting.tables import packing_table
 
-        steps = Counted(log_step)
-        overwrite = bool(options["overwrite"])
-        record = unpack_checkpoint(model, output, overwrite=overwrite, progress=steps)
-        steps.log_if_none(output)
-        print_result(packing_table(record), json_file, record.model_dump(mode="json"))
+    with counted_steps(output, log_step) as step:
+        record = unpack_checkpoint(model, output, progress=step, **options)
+    print_result(record, packing_table(record))

@@ -1,4 +1,4 @@
-"""Verbs that measure a model: `eval` and `bench`."""
+"""Verbs that measure a model or this machine: `eval`, `lm-eval`, `inspect`, `bench`, `doctor`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunus.cli import arguments as arg
-from prunus.cli.flags import opt, with_flags
-from prunus.cli.terminal import is_quiet, note, print_result, user_errors
+from prunus.cli.flags import Model, opt, with_flags
+from prunus.cli.terminal import is_quiet, note, print_result, print_text, write_json
 from prunus.evaluation.options import ImageOptions, SpeedOptions, TaskOptions, TextOptions
 from prunus.runs.options import RunOptions
 
@@ -57,8 +56,6 @@ def evaluate(
             "MODEL",
         ),
     ] = None,
-    *,
-    json_file: arg.Json = None,
     **options: Any,
 ) -> None:
     """Score models by perplexity, tasks of lm-eval, or images.
@@ -67,16 +64,14 @@ def evaluate(
     Perplexity is computed as in the papers; --reference also says how far each model is from the
     dense one. Under torchrun the processes share windows and rows; each holds the whole model.
     """
-    with user_errors(json_file):
-        models = list(dict.fromkeys(models))
-        rank_timeout = options.pop("rank_timeout")
-        given = {name: value for name, value in options.items() if value is not None}
-        if images is not None:
-            others = {"perplexity": perplexity, "tasks": tasks, "reference": reference} | given
-            _score_images(models, images, others, json_file)
-        else:
-            texts = _chosen_texts(perplexity, tasks, reference)
-            _score_texts(models, texts, tasks, reference, given, rank_timeout, json_file)
+    models = list(dict.fromkeys(models))
+    rank_timeout = options.pop("rank_timeout", None)
+    if images is not None:
+        others = {"perplexity": perplexity, "tasks": tasks, "reference": reference} | options
+        _score_images(models, images, others)
+    else:
+        texts = _chosen_texts(perplexity, tasks, reference)
+        _score_texts(models, texts, tasks, reference, options, rank_timeout)
 
 
 def _score_texts(
@@ -86,7 +81,6 @@ def _score_texts(
     reference: str | None,
     given: dict[str, Any],
     rank_timeout: float | None,
-    json_file: Path | None,
 ) -> None:
     """Score models on texts and tasks. Everything is checked before the first model is loaded."""
     from prunus.distributed import process_group
@@ -99,31 +93,32 @@ def _score_texts(
     from prunus.evaluation.text import check_text
     from prunus.reporting.evaluation_sections import evaluation_section
 
+    shows = not is_quiet()
     of_text, of_tasks = TextOptions.pick(given)[0], TaskOptions.pick(given)[0]
     checked = TextOptions.read(None, of_text)
+    trusted = checked.trust_remote_code
     for text in texts:
         check_text(text, checked.data)
     for model in models:
-        found = find_model(model, checked.trust_remote_code)
+        found = find_model(model, trusted)
         if reference is not None:
-            check_same_vocabulary(found, find_model(reference, checked.trust_remote_code))
+            check_same_vocabulary(found, find_model(reference, trusted))
     task_run = None if tasks is None else prepare_tasks(models, tasks, **of_tasks)
-    with process_group(rank_timeout) as ranks, contextlib.ExitStack() as stack:
-        scores: dict[str, list[PerplexityResult]] = {model: [] for model in models}
-        dense = None if reference is None else stack.enter_context(Reference(reference))
-        # Text by text, because the reference keeps what it has computed for one text.
-        for text in texts:
-            for model in models:
-                scored = measure_perplexity(
-                    model, text, reference=dense, ranks=ranks, progress=not is_quiet(), **of_text
-                )
-                scores[model].append(scored)
-        stack.close()
+    scores: dict[str, list[PerplexityResult]] = {model: [] for model in models}
+    with process_group(rank_timeout) as ranks:
+        with contextlib.ExitStack() as stack:
+            dense = None if reference is None else stack.enter_context(Reference(reference))
+            # Text by text, because the reference keeps what it has computed for one text.
+            for text in texts:
+                for model in models:
+                    scored = measure_perplexity(
+                        model, text, reference=dense, ranks=ranks, progress=shows, **of_text
+                    )
+                    scores[model].append(scored)
         results = [] if task_run is None else task_run.run(note, ranks)
-    trusted = checked.trust_remote_code
     sizes = {model: stored_size(find_folder(model), trusted) for model in models}
     content = side_by_side(scores, results, sizes)
-    print_result(evaluation_section(content), json_file, content)
+    print_result(content, evaluation_section(content))
 
 
 def _chosen_texts(perplexity: str | None, tasks: str | None, reference: str | None) -> list[str]:
@@ -140,9 +135,7 @@ def _chosen_texts(perplexity: str | None, tasks: str | None, reference: str | No
     return texts
 
 
-def _score_images(
-    models: list[str], folder: Path, given: dict[str, Any], json_file: Path | None
-) -> None:
+def _score_images(models: list[str], folder: Path, given: dict[str, Any]) -> None:
     from prunus.evaluation.images import image_accuracy
     from prunus.reporting.tables import images_table
 
@@ -153,7 +146,43 @@ def _score_images(
             + ", ".join(f"--{name.replace('_', '-')}" for name in unused)
         )
     scores = image_accuracy(models, folder, **of_images)
-    print_result(images_table(scores), json_file, [score.as_dict() for score in scores])
+    print_result([score.as_dict() for score in scores], images_table(scores))
+
+
+def lm_eval(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="ARGUMENT…", help="Arguments of lm-eval, handed over as they are."),
+    ],
+) -> None:
+    """Run lm-eval's own command line with packed models.
+
+    lm-eval loads models through transformers, which knows packed checkpoints only after prunus was
+    imported. Everything else is lm-eval's: options, output and exit status.
+    """
+    from prunus.evaluation.tasks import run_lm_eval
+
+    run_lm_eval(arguments)
+
+
+@with_flags(RunOptions, only=("trust_remote_code",))
+def inspect(
+    model: Model,
+    *,
+    verify: Annotated[
+        bool,
+        opt(
+            "First compare every shard with the SHA-256 in the record of the run that wrote it.",
+            names=("--verify",),
+        ),
+    ] = False,
+    **options: Any,
+) -> None:
+    """Show shape, dtype, sparsity and N:M patterns of every linear."""
+    from prunus.evaluation.inspection import inspect as inspect_checkpoint
+
+    found = inspect_checkpoint(model, verify=verify, **options)
+    print_result(found.as_dict(), found.table())
 
 
 @with_flags(SpeedOptions)
@@ -161,18 +190,24 @@ def bench(
     models: Annotated[
         list[str], typer.Argument(metavar="MODEL…", help="Checkpoints, dense or packed.")
     ],
-    *,
-    json_file: arg.Json = None,
     **options: Any,
 ) -> None:
     """Measure file size, memory, and prefill and decode speed.
 
     Several models are measured in turns, each measurement in a process of its own.
     """
-    with user_errors(json_file):
-        from prunus.evaluation.speed import bench as measure_speed
-        from prunus.reporting.evaluation_sections import speed_section
+    from prunus.evaluation.speed import bench as measure_speed
+    from prunus.reporting.evaluation_sections import speed_section
 
-        found = measure_speed(models, progress=note, **options)
-        content = [speed.as_dict() for speed in found]
-        print_result(speed_section(content), json_file, content)
+    content = [speed.as_dict() for speed in measure_speed(models, progress=note, **options)]
+    print_result(content, speed_section(content))
+
+
+def doctor() -> None:
+    """Show which kernels run packed models here, and why."""
+    from prunus.packed.doctor import describe, in_sentences
+
+    state = describe()
+    write_json(state)
+    for sentence in in_sentences(state):
+        print_text(f"{sentence}\n")

@@ -1,12 +1,11 @@
-"""Flags of a verb, made from the declarations of its options.
+"""Flags of a verb, made from the declarations of its options, and those that verbs share.
 
 Typer reads a function's signature. So a verb that ends in `**options` gets the fields of its models
-as parameters in their place. A flag that is not given is None, and the model decides.
+as parameters in their place. Where a flag is not given, the model decides.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import re
 import types
@@ -23,6 +22,24 @@ from prunus.options.declaration import ADVANCED
 FLAGS: set[str] = set()
 _NAME = re.compile(r"`([a-z][a-z_0-9]*)`")
 
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id (safetensors only).")
+]
+Output = Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the result.")]
+JSON = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        help="Also write all figures to FILE as JSON; - is standard output.",
+    ),
+]
+QUIET = Annotated[
+    bool,
+    typer.Option(
+        "--quiet", "-q", show_default=False, help="Show the result and errors, no progress."
+    ),
+]
 RecipeFile = Annotated[
     Path | None,
     typer.Option(
@@ -44,30 +61,30 @@ def with_flags(
     """
 
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:
-        signature = inspect.signature(verb, eval_str=True)
-        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        hidden = {*without, *(parameter.name for parameter in own)}
-        added = []
+        hidden = {*without, *inspect.signature(verb).parameters}
+        added: dict[str, Any] = {}
         for model in models:
             for name, option in model.declared().items():
-                if option.flag and name not in hidden and (not only or name in only):
-                    hidden.add(name)
-                    flag = _flag(name, option, model.model_fields[name])
-                    kind = inspect.Parameter.KEYWORD_ONLY
-                    added.append(inspect.Parameter(name, kind, default=None, annotation=flag))
-        first = [p for p in own if p.kind is p.POSITIONAL_OR_KEYWORD]
-        last = [p for p in own if p.kind is p.KEYWORD_ONLY]
-
-        @functools.wraps(verb)
-        def with_options(*arguments: Any, **options: Any) -> None:
-            verb(*arguments, **options)
-
-        parameters = [*first, *added, *last]
-        with_options.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        with_options.__annotations__ = {p.name: p.annotation for p in parameters}
-        return with_options
+                if option.flag and name not in hidden | {*added} and (not only or name in only):
+                    added[name] = _flag(name, option, model.model_fields[name])
+        return add_parameters(verb, added)
 
     return decorate
+
+
+def add_parameters(
+    function: Callable[..., None], added: dict[str, Any], *, last: bool = False
+) -> Callable[..., None]:
+    """Let typer see more parameters: before the keyword-only ones of `function`, or last."""
+    signature = inspect.signature(function, eval_str=True)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    place = len(own) if last else sum(p.kind is not keyword for p in own)
+    new = [inspect.Parameter(x, keyword, default=None, annotation=added[x]) for x in added]
+    parameters = [*own[:place], *new, *own[place:]]
+    function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {p.name: p.annotation for p in parameters}
+    return function
 
 
 def as_flags(message: str) -> str:
@@ -113,11 +130,8 @@ def _kind(annotation: Any) -> Any:
         return str
     if get_origin(parts[0]) is tuple:
         return list[str]
-    return parts[0] if parts[0] in (bool, int, float, str, Path) or _is_choice(parts[0]) else str
-
-
-def _is_choice(kind: Any) -> bool:
-    return get_origin(kind) is Literal
+    is_choice = get_origin(parts[0]) is Literal
+    return parts[0] if is_choice or parts[0] in (bool, int, float, Path) else str
 
 
 def _words(default: Any) -> str:

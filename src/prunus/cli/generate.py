@@ -1,16 +1,16 @@
-"""The verb that lets a model write: `generate`."""
+"""Verbs that let a model write: `generate`, and `serve` for clients of OpenAI's protocol."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
-from prunus.cli import arguments as arg
-from prunus.cli.flags import opt, with_flags
-from prunus.cli.terminal import log, print_text, user_errors, write_json
-from prunus.evaluation.options import WritingOptions
+import typer
+
+from prunus.cli.flags import Model, opt, with_flags
+from prunus.cli.terminal import log, print_text, write_json
+from prunus.evaluation.options import TextOptions, WritingOptions
 
 #: What a user types to end a conversation.
 _END = ("/exit", "/quit")
@@ -18,7 +18,7 @@ _END = ("/exit", "/quit")
 
 @with_flags(WritingOptions)
 def generate(
-    model: arg.Model,
+    model: Model,
     prompt: Annotated[
         str | None,
         opt("Continue this text; with --chat, answer it as one message.", "TEXT"),
@@ -31,33 +31,30 @@ def generate(
             names=("--chat",),
         ),
     ] = False,
-    *,
-    json_file: arg.Json = None,
     **options: Any,
 ) -> None:
     """Continue a prompt, or chat, with a dense or packed model.
 
     The text appears while the model writes it.
     """
-    with user_errors(json_file):
-        from prunus.evaluation.generation import Conversation
-        from prunus.evaluation.generation import generate as generate_pieces
+    from prunus.evaluation.generation import Conversation
+    from prunus.evaluation.generation import generate as generate_pieces
 
-        if prompt is None and not chat:
-            raise ValueError("give --prompt TEXT to continue, or --chat to talk with the model")
-        talk: Any = Conversation(model, **options) if chat else None
-        if prompt is None:
-            _converse(talk, json_file)
-            write_json(json_file, {"model": model, "messages": talk.messages})
-            return
-        pieces: list[str] = []
-        steps = talk.answer(prompt) if talk else generate_pieces(model, prompt, **options)
-        if _print_all(steps, pieces, json_file):
-            print_text("\n", json_file)
-            write_json(json_file, {"model": model, "prompt": prompt, "text": "".join(pieces)})
+    if prompt is None and not chat:
+        raise ValueError("give --prompt TEXT to continue, or --chat to talk with the model")
+    talk: Any = Conversation(model, **options) if chat else None
+    if prompt is None:
+        _converse(talk)
+        write_json({"model": model, "messages": talk.messages})
+        return
+    steps = talk.answer(prompt) if talk else generate_pieces(model, prompt, **options)
+    text = _print_all(steps)
+    if text is not None:
+        print_text("\n")
+        write_json({"model": model, "prompt": prompt, "text": text})
 
 
-def _converse(talk: Any, json_file: Path | None) -> None:
+def _converse(talk: Any) -> None:
     """Answer messages from standard input until it ends, or nobody reads the answers."""
     forgotten = 0
     for message in _messages():
@@ -69,9 +66,9 @@ def _converse(talk: Any, json_file: Path | None) -> None:
         if talk.forgotten > forgotten:
             forgotten = talk.forgotten
             log(f"the model's context is full; it no longer reads the first {forgotten} messages")
-        if not _print_all(pieces, [], json_file):
+        if _print_all(pieces) is None:
             return
-        print_text("\n", json_file)
+        print_text("\n")
 
 
 def _messages() -> Iterator[str]:
@@ -89,11 +86,85 @@ def _messages() -> Iterator[str]:
             yield line.strip()
 
 
-def _print_all(pieces: Iterator[str], seen: list[str], json_file: Path | None) -> bool:
-    """Print pieces as they come, and add them to `seen`; false once nobody needs them."""
+def _print_all(pieces: Iterable[str]) -> str | None:
+    """Print pieces as the model writes them; the whole text, or None once nobody needs it."""
+    seen = []
     for piece in pieces:
         seen.append(piece)
-        # Without --json, text that nobody reads need not be written.
-        if not print_text(piece.replace("\r", ""), json_file) and json_file is None:
-            return False
-    return True
+        if not print_text(piece.replace("\r", "")):
+            return None
+    return "".join(seen)
+
+
+@with_flags(TextOptions, only=("device", "dtype", "trust_remote_code"))
+def serve(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="Checkpoint, dense or packed, adapter, or hub id."),
+    ],
+    *,
+    host: Annotated[
+        str,
+        opt(
+            "Address to listen on. Default: 127.0.0.1, which only this machine reaches. "
+            "Any other needs a key.",
+            "ADDRESS",
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int,
+        opt("TCP port; 0 takes a free one. Default: 8000.", "N", min=0, max=65535),
+    ] = 8000,
+    api_key: Annotated[
+        str | None,
+        opt(
+            "Key that every request must carry. Others can read it on a command line, but "
+            "not in the environment. Default: none.",
+            "KEY",
+            names=("--api-key",),
+            envvar="PRUNUS_API_KEY",
+            show_envvar=True,
+        ),
+    ] = None,
+    name: Annotated[
+        str | None,
+        opt("How clients call the model. Default: the name of the folder, or the hub id.", "NAME"),
+    ] = None,
+    max_concurrent: Annotated[
+        int,
+        opt(
+            "Requests that are computed at once, each in a thread; the others wait for "
+            "their turn. Default: 1.",
+            "N",
+        ),
+    ] = 1,
+    max_waiting: Annotated[
+        int,
+        opt(
+            "Requests that may wait. Those beyond get status 503 with Retry-After. Default: 32.",
+            "N",
+        ),
+    ] = 32,
+    **options: Any,
+) -> None:
+    """Answer requests in OpenAI's protocol: chats, completions, streams.
+
+    Endpoints: /v1/chat/completions, /v1/completions, /v1/models, /health, /ready. Try it with:
+
+    curl localhost:8000/v1/completions --json '{"prompt": "Once upon"}'
+
+    SIGTERM and Ctrl-C end the server after the requests that are being computed.
+    """
+    from prunus.serving.server import serve as serve_model
+
+    serve_model(
+        model,
+        name=name,
+        host=host,
+        port=port,
+        api_key=api_key,
+        max_concurrent=max_concurrent,
+        max_waiting=max_waiting,
+        log=log,
+        **options,
+    )

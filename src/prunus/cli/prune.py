@@ -1,28 +1,28 @@
-"""Verbs of a pruning run: `prune`, `compress`, and `plan`, which writes nothing."""
+"""Verbs that change a model: `prune`, `compress`, `shrink`, `recover`, and what `plan` says."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from prunus.cli import arguments as arg
-from prunus.cli.flags import RecipeFile, opt, with_flags
-from prunus.cli.terminal import Counted, carry_out, print_result, progress_console, user_errors
+from prunus.cli.flags import Model, Output, RecipeFile, opt, with_flags
+from prunus.cli.terminal import counted_steps, print_result, progress_console
 from prunus.compression.recipe import CompressionRecipe
 from prunus.pruning.recipe import Recipe
+from prunus.recovery.options import RecoveryOptions
 from prunus.runs.options import RunOptions
+from prunus.structure.recipe import StructureRecipe
 
 _MAX_PRESET = "Preset max"
 
 
 @with_flags(Recipe, RunOptions)
 def prune(
-    model: arg.Model,
-    output: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Folder for the pruned checkpoint.")
-    ],
+    model: Model,
+    output: Output,
     *,
     minutes: Annotated[
         float | None,
@@ -35,7 +35,6 @@ def prune(
             panel=_MAX_PRESET,
         ),
     ] = None,
-    json_file: arg.Json = None,
     recipe: RecipeFile = None,
     **options: Any,
 ) -> None:
@@ -44,37 +43,25 @@ def prune(
     A run that was stopped or killed continues when you give the same command again. Under torchrun
     (torchrun --nproc-per-node 8 -m prunus prune …) several processes share the work.
     """
-    with user_errors(json_file):
-        work, given = RunOptions.pick(options)
-        trains = _takes_max(given)
-        if not trains and (minutes is not None or tokens is not None):
-            raise ValueError(
-                "--minutes and --tokens are the budget of --preset max, which trains after "
-                "pruning: add it, or drop them"
-            )
-        chosen = Recipe.read(recipe, given)
-        if trains:
-            budget = {"minutes": minutes, "tokens": tokens}
-            _prune_and_recover(model, output, chosen, _how(work), budget, json_file)
-            return
-        from prunus.pruning.run import run
-
-        carry_out(
-            run, f"{chosen.method} {output}", (model, output, chosen), work, json_file, _table
+    work, given = RunOptions.pick(options)
+    trains = _takes_max(given)
+    if not trains and (minutes is not None or tokens is not None):
+        raise ValueError(
+            "--minutes and --tokens are the budget of --preset max, which trains after pruning: "
+            "add it, or drop them"
         )
+    chosen = Recipe.read(recipe, given)
+    if trains:
+        budget = {"minutes": minutes, "tokens": tokens}
+        _prune_and_recover(model, output, chosen, RunOptions.read(None, work), budget)
+        return
+    from prunus.pruning.run import run
+
+    _carry_out(run, f"{chosen.method} {output}", (model, output, chosen), work)
 
 
 @with_flags(CompressionRecipe, RunOptions)
-def compress(
-    model: arg.Model,
-    output: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Folder for the compressed checkpoint.")
-    ],
-    *,
-    json_file: arg.Json = None,
-    recipe: RecipeFile = None,
-    **options: Any,
-) -> None:
+def compress(model: Model, output: Output, *, recipe: RecipeFile = None, **options: Any) -> None:
     """Compress MODEL to a number of bits per weight, packed.
 
     Zeros and levels are chosen together: weights that do not repay their bits become 0, and linears
@@ -82,24 +69,48 @@ def compress(
     from_pretrained after `import prunus`. A run that was stopped continues when you give the same
     command again.
     """
-    with user_errors(json_file):
-        from prunus.compression.run import run
+    from prunus.compression.run import run
 
-        work, given = RunOptions.pick(options)
-        if given["bits"] is None and recipe is None:
-            raise ValueError("prunus compress needs a size: give --bits 3, for example")
-        chosen = CompressionRecipe.read(recipe, given)
-        title = f"{chosen.bits:g} bits {output}"
-        carry_out(run, title, (model, output, chosen), work, json_file, _table)
+    work, given = RunOptions.pick(options)
+    if "bits" not in given and recipe is None:
+        raise ValueError("prunus compress needs a size: give --bits 3, for example")
+    chosen = CompressionRecipe.read(recipe, given)
+    _carry_out(run, f"{chosen.bits:g} bits {output}", (model, output, chosen), work)
 
 
-def _table(record: Any) -> Any:
-    return record.table()
+@with_flags(StructureRecipe, RunOptions)
+def shrink(model: Model, output: Output, *, recipe: RecipeFile = None, **options: Any) -> None:
+    """Make MODEL smaller by removing whole parts.
+
+    OUT is an ordinary checkpoint. Its configuration is smaller too, so it loads in transformers and
+    everything else that loads the family. A run that was stopped or killed continues when you give
+    the same command again.
+    """
+    from prunus.reporting.structure_section import structure_table
+    from prunus.structure.run import run
+
+    work, given = RunOptions.pick(options)
+    chosen = StructureRecipe.read(recipe, given)
+    _carry_out(run, f"shrink {output}", (model, output, chosen), work, structure_table)
 
 
-def _how(work: dict[str, Any]) -> RunOptions:
-    """The options of a run from the flags that were given."""
-    return RunOptions.read(None, work)
+def _carry_out(
+    run: Callable[..., Any],
+    title: str,
+    what: tuple[str, Path, Any],
+    work: dict[str, Any],
+    table: Callable[[Any], Any] = lambda record: record.table(),
+) -> None:
+    """Run a verb with a progress bar, and print its record as a table.
+
+    Args:
+        run: Called with the parts of `what` and the options of the run; returns the record.
+    """
+    from prunus.reporting.console import show_pruning
+
+    with show_pruning(title, progress_console()) as show, counted_steps(what[1], show) as step:
+        record = run(*what, RunOptions.read(None, work | {"announce": show, "report": step}))
+    print_result(record, table(record))
 
 
 def _takes_max(options: dict[str, Any]) -> bool:
@@ -107,49 +118,41 @@ def _takes_max(options: dict[str, Any]) -> bool:
 
     A recipe file may then change options of the pruning, as flags may.
     """
-    trains = options["preset"] == "max"
+    trains = options.get("preset") == "max"
     if trains:
         options["preset"] = "best"
     return trains
 
 
 def _prune_and_recover(
-    model: str,
-    output: Path,
-    recipe: Recipe,
-    how: RunOptions,
-    budget: dict[str, Any],
-    json_file: Path | None,
+    model: str, output: Path, recipe: Recipe, how: RunOptions, budget: dict[str, Any]
 ) -> None:
     """Carry out preset max with a progress bar for each phase, and print both results."""
-
     from prunus.recovery.max_preset import max_run
-    from prunus.reporting.progress import show_pruning, show_recovery
+    from prunus.reporting.console import show_pruning, show_recovery
     from prunus.reporting.tables import recovery_table
 
     with max_run(model, output, recipe, how, **budget) as (prune_first, train):
-        with show_pruning(f"{recipe.method} {output}", progress_console()) as progress:
-            manifest = prune_first(progress, progress)
-        with show_recovery(f"training {output}", progress_console()) as progress_of_training:
-            steps = Counted(progress_of_training)
-            record = train(steps)
-    steps.log_if_none(output)
-    figures = {
-        "pruning": manifest.model_dump(mode="json"),
-        "recovery": record.model_dump(mode="json"),
-    }
-    print_result([manifest.table(), recovery_table(record)], json_file, figures)
+        with show_pruning(f"{recipe.method} {output}", progress_console()) as show:
+            manifest = prune_first(show, show)
+        with (
+            show_recovery(f"training {output}", progress_console()) as show_training,
+            counted_steps(output, show_training) as step,
+        ):
+            record = train(step)
+    figures = {"pruning": manifest, "recovery": record}
+    content = {name: found.model_dump(mode="json") for name, found in figures.items()}
+    print_result(content, manifest.table(), recovery_table(record))
 
 
 @with_flags(Recipe, CompressionRecipe, RunOptions, without=("overwrite", "resume", "rank_timeout"))
 def plan(
-    model: arg.Model,
+    model: Model,
     output: Annotated[
         Path | None,
-        typer.Argument(metavar="OUT", help="Where the result would go; checked, not written."),
+        typer.Argument(metavar="OUT", help="Folder for the result; checked, not written."),
     ] = None,
     *,
-    json_file: arg.Json = None,
     recipe: RecipeFile = None,
     **options: Any,
 ) -> None:
@@ -157,35 +160,55 @@ def plan(
 
     With --bits it plans compress. All that they check before their first block is checked here too.
     """
-    with user_errors(json_file):
-        from prunus.compression.job import CompressionJob
-        from prunus.pruning.job import PruningJob, describe_plan, plan_run
-        from prunus.reporting.tables import plan_facts
-        from prunus.runs.folder import find_earlier
-        from prunus.runs.plan import check_room
+    from prunus.compression.job import CompressionJob
+    from prunus.pruning.job import PruningJob, describe_plan, plan_run
+    from prunus.reporting.tables import plan_facts
+    from prunus.runs.folder import find_earlier
+    from prunus.runs.plan import check_room
 
-        work, given = RunOptions.pick(options)
-        trains, how = _takes_max(given), _how(work)
-        compresses = given["bits"] is not None
-        verb = CompressionRecipe if compresses else Recipe
-        chosen = verb.read(recipe, _of(verb, given))
-        kind: type[PruningJob] = CompressionJob if compresses else PruningJob
-        if output is not None:
-            find_earlier(kind.RECORD, output, chosen, how, Path(model))
-        job = plan_run(model, chosen, how, kind)
-        if output is not None:
-            check_room(job, output)
-        described = describe_plan(job)
-        if trains:
-            from prunus.recovery.max_preset import plan_training
+    work, given = RunOptions.pick(options)
+    trains, how = _takes_max(given), RunOptions.read(None, work)
+    compresses = "bits" in given
+    chosen = (CompressionRecipe if compresses else Recipe).read(recipe, given)
+    kind: type[PruningJob] = CompressionJob if compresses else PruningJob
+    if output is not None:
+        find_earlier(kind.RECORD, output, chosen, how, Path(model))
+    job = plan_run(model, chosen, how, kind)
+    if output is not None:
+        check_room(job, output)
+    described = describe_plan(job)
+    if trains:
+        from prunus.recovery.max_preset import plan_training
 
-            assert isinstance(chosen, Recipe), "compress has no preset"
-
-            described["training"] = plan_training(model, output, chosen, how)
-        print_result(plan_facts(described), json_file, described)
+        assert isinstance(chosen, Recipe), "compress has no preset"
+        described["training"] = plan_training(model, output, chosen, how)
+    print_result(described, plan_facts(described))
 
 
-def _of(verb: type[Recipe] | type[CompressionRecipe], given: dict[str, Any]) -> dict[str, Any]:
-    """The options that were given, without those of the other verb that were not."""
-    own, others = verb.pick(given)
-    return own | {name: value for name, value in others.items() if value is not None}
+@with_flags(RecoveryOptions, RunOptions, without=("memory", "trust_remote_code"))
+def recover(
+    model: Model,
+    output: Output,
+    *,
+    teacher: Annotated[
+        str | None,
+        opt("Learn the logits of this dense model. Default: learn the text.", "DENSE"),
+    ] = None,
+    **options: Any,
+) -> None:
+    """Recover quality by a short training that keeps the zeros.
+
+    In mode lora, OUT is an adapter. In a compressed model it trains the scales, and the integers
+    stay.
+
+    A recovery that was stopped or killed continues when you give the same command again. Under
+    torchrun, the processes split the windows of every step; --batch must be at least their number.
+    """
+    from prunus.recovery.run import recover as train
+    from prunus.reporting.console import show_recovery
+    from prunus.reporting.tables import recovery_table
+
+    title = f"{options.get('mode', 'scales')} {output}"
+    with show_recovery(title, progress_console()) as show, counted_steps(output, show) as step:
+        record = train(model, output, teacher=teacher, progress=step, **options)
+    print_result(record, recovery_table(record))

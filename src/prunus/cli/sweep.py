@@ -7,9 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from prunus.cli import arguments as arg
 from prunus.cli.flags import opt, with_flags
-from prunus.cli.terminal import log, note, print_result, user_errors, write_json
+from prunus.cli.terminal import log, note, print_result, write_json
 from prunus.runs.options import RunOptions
 
 
@@ -33,7 +32,6 @@ def sweep(
         bool,
         opt("Check everything and list the cells; run and write nothing.", names=("--check",)),
     ] = False,
-    json_file: arg.Json = None,
     **options: Any,
 ) -> None:
     """Prune and score a grid of models, methods and sparsities.
@@ -43,27 +41,21 @@ def sweep(
     A sweep that was stopped or killed continues when you give the same command again. Under
     torchrun every process takes the next cell that is free.
     """
-    with user_errors(json_file):
-        from prunus.reporting.sweep_section import check_section, sweep_section
-        from prunus.sweeping.checks import check_sweep
-        from prunus.sweeping.grid import load_sweep
-        from prunus.sweeping.run import run_sweep
+    from prunus.reporting.sweep_section import check_section, sweep_section
+    from prunus.sweeping.checks import check_sweep
+    from prunus.sweeping.grid import Sweep
+    from prunus.sweeping.run import sweep as run_sweep
 
-        chosen = load_sweep(file, tuple(models or ()))
-        how = RunOptions.read(None, options)
-        if check:
-            results = check_sweep(chosen, output, how, file.name)
-        else:
-            results = run_sweep(chosen, output, how, file=file.name, progress=note)
-        section = check_section(results) if check else sweep_section(results)
-        print_result(section, json_file, results.model_dump(mode="json"))
-        failed = [cell.name for cell in results.cells if cell.state == "failed"]
-        if failed:
-            log(
-                f"{len(failed)} of {len(results.cells)} cells failed; the same command tries them "
-                "again"
-            )
-            raise typer.Exit(1)
+    if check:
+        chosen = Sweep.read(file, {"models": models})
+        results = check_sweep(chosen, output, RunOptions.read(None, options), file.name)
+    else:
+        results = run_sweep(file, output, models=models or (), progress=note, **options)
+    print_result(results, check_section(results) if check else sweep_section(results))
+    failed = sum(cell.state == "failed" for cell in results.cells)
+    if failed:
+        log(f"{failed} of {len(results.cells)} cells failed; the same command tries them again")
+        raise typer.Exit(1)
 
 
 def report(
@@ -98,20 +90,18 @@ def report(
         str | None,
         opt("Title of the report. Default: that of its first section.", "TEXT"),
     ] = None,
-    json_file: arg.Json = None,
 ) -> None:
     """Show runs, sweeps and evaluations as HTML, Markdown or text.
 
     Two or more runs are also compared.
     """
-    with user_errors(json_file):
-        from prunus.reporting.page import document_json
-        from prunus.reporting.write import report as write_report
+    from prunus.reporting.page import document_json
+    from prunus.reporting.write import report as write_report
 
-        document = write_report(paths, output, bench=bench, title=title)
-        content = document_json(document)
-        if output is None:
-            print_result(document, json_file, content)
-            return
-        write_json(json_file, content)
-        note(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB")
+    document = write_report(paths, output, bench=bench, title=title)
+    content = document_json(document)
+    if output is None:
+        print_result(content, document)
+        return
+    write_json(content)
+    note(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import inspect
 import json
 import os
 import signal
@@ -15,11 +14,11 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
-from prunus.cli.flags import as_flags
+from prunus.cli.flags import add_parameters, as_flags
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,20 +28,39 @@ STDOUT = Path("-")
 
 #: Width of a table in a file or a pipe, which have no width of their own.
 _PIPE_WIDTH = 160
+#: The values of `--json` and `--quiet` of the verb that runs.
+_JSON: ContextVar[Path | None] = ContextVar("_JSON", default=None)
 _QUIET: ContextVar[bool] = ContextVar("_QUIET", default=False)
 _RESUMABLE = "finished work is kept, and the same command continues from there"
 
 
+def command(verb: Callable[..., None], shared: dict[str, Any]) -> Callable[..., None]:
+    """A verb as typer calls it: it reports errors, and gets only the options that were given.
+
+    Args:
+        shared: `json_file` and `quiet` with their types, as far as the verb has these options.
+    """
+
+    @functools.wraps(verb)
+    def run(*, json_file: Path | None = None, quiet: bool | None = None, **options: Any) -> None:
+        before = _JSON.set(json_file), _QUIET.set(bool(quiet))
+        try:
+            with user_errors():
+                verb(**{name: value for name, value in options.items() if value is not None})
+        finally:
+            _JSON.reset(before[0])
+            _QUIET.reset(before[1])
+
+    return add_parameters(run, shared, last=True)
+
+
 @contextlib.contextmanager
-def user_errors(json_file: Path | None) -> Iterator[None]:
+def user_errors() -> Iterator[None]:
     """Turn exceptions of a verb into one line on standard error and an exit status.
 
     The status is 2 for what the user can correct, 130 for Ctrl-C, and 1 for everything else. With
     several ranks, rank 0 reports; another rank reports only an error of its own. The environment
     variable PRUNUS_TRACEBACK turns this off and shows tracebacks.
-
-    Args:
-        json_file: value of `--json`; what cannot be written is refused before any work.
     """
     if os.environ.get("PRUNUS_TRACEBACK"):
         yield
@@ -50,7 +68,7 @@ def user_errors(json_file: Path | None) -> Iterator[None]:
     try:
         with _interruptible():
             _silence_transformers()
-            _check_json_file(json_file)
+            _check_json_file()
             yield
     except (
         ValueError,
@@ -87,8 +105,9 @@ def _exit_after(error: Exception) -> None:
     raise typer.Exit(1) from None
 
 
-def _check_json_file(json_file: Path | None) -> None:
+def _check_json_file() -> None:
     """Refuse a place for figures that cannot be written to, before the work that gives them."""
+    json_file = _JSON.get()
     if json_file is None or json_file == STDOUT:
         return
     if json_file.is_dir():
@@ -173,87 +192,27 @@ def progress_console() -> Console:
     return console.progress_console()
 
 
-def may_be_quiet(verb: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb the option --quiet. Its result and its errors are shown all the same."""
-    signature = inspect.signature(verb, eval_str=True)
-    option = Annotated[
-        bool,
-        typer.Option(
-            "--quiet", "-q", show_default=False, help="Show the result and errors, no progress."
-        ),
-    ]
-    parameters = [
-        *signature.parameters.values(),
-        inspect.Parameter(
-            "quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=option
-        ),
-    ]
+@contextlib.contextmanager
+def counted_steps(output: Path, progress: Callable[..., None]) -> Iterator[Callable[..., None]]:
+    """A function that passes every step on to `progress`.
 
-    @functools.wraps(verb)
-    def quietly(*arguments: Any, quiet: bool = False, **options: Any) -> None:
-        before = _QUIET.set(quiet)
-        try:
-            verb(*arguments, **options)
-        finally:
-            _QUIET.reset(before)
-
-    quietly.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    quietly.__annotations__ = {p.name: p.annotation for p in parameters}
-    return quietly
-
-
-class Counted:
-    """Passes every call on to `progress`, and counts the calls.
-
-    >>> seen = []
-    >>> steps = Counted(seen.append)
-    >>> steps("a step")
-    >>> steps.count, seen
-    (1, ['a step'])
+    If there was no step, a line says that an earlier run had finished `output`.
     """
+    from prunus.distributed import is_rank_0
 
-    def __init__(self, progress: Callable[..., None]) -> None:
-        self._progress = progress
-        self.count = 0
+    count = 0
 
-    def __call__(self, *step: Any) -> None:
-        """Take one step."""
-        self.count += 1
-        self._progress(*step)
+    def step(*step: Any) -> None:
+        nonlocal count
+        count += 1
+        progress(*step)
 
-    def log_if_none(self, output: Path) -> None:
-        """Log that an earlier run had finished `output`, if there was no step."""
-        from prunus.distributed import is_rank_0
-
-        if not self.count and is_rank_0():
-            note(
-                f"{output} was finished by an earlier run, and nothing was done now; these are its "
-                "figures (--overwrite does the work again)"
-            )
-
-
-def carry_out(
-    run: Callable[..., Any],
-    title: str,
-    work: tuple[Any, Any, Any],
-    given: dict[str, Any],
-    json_file: Path | None,
-    table: Callable[[Any], Any],
-) -> None:
-    """Run a verb with a progress bar, and print its record as a table.
-
-    Args:
-        run: Called with the parts of `work` and the options of the run; returns the record.
-    """
-    from prunus.reporting.progress import show_pruning
-    from prunus.runs.options import RunOptions
-
-    with show_pruning(title, progress_console()) as progress:
-        steps = Counted(progress)
-        how = RunOptions.read(None, given | {"announce": progress, "report": steps})
-        record = run(*work, how)
-    steps.log_if_none(work[1])
-    print_result(table(record), json_file, record.model_dump(mode="json"))
+    yield step
+    if not count and is_rank_0():
+        note(
+            f"{output} was finished by an earlier run, and nothing was done now; these are its "
+            "figures (--overwrite does the work again)"
+        )
 
 
 def log_step(done: int, total: int, name: str) -> None:
@@ -261,15 +220,15 @@ def log_step(done: int, total: int, name: str) -> None:
     note(f"{done} of {total}: {name}")
 
 
-def print_result(shown: Any, json_file: Path | None, content: Any) -> None:
-    """Write the figures of a verb as JSON, then print them as a table. Only rank 0 does so.
+def print_result(content: Any, *shown: Any) -> None:
+    """Write the figures of a verb as JSON, then print them as tables. Only rank 0 does so.
 
     The order matters: JSON is safe before anything can go wrong with the terminal. Where JSON
-    cannot be written, the table is still shown before the error.
+    cannot be written, the tables are still shown before the error.
 
     Args:
-        shown: a section, a table or facts of `prunus.runs.document`; or a list of these.
-        json_file: value of `--json`. With `-`, the table is printed on standard error.
+        content: The figures, or a pydantic record of them.
+        *shown: Sections, tables and facts of `prunus.runs.document`.
     """
     from prunus.distributed import is_rank_0
     from prunus.reporting.console import TerminalConsole
@@ -278,45 +237,39 @@ def print_result(shown: Any, json_file: Path | None, content: Any) -> None:
     if not is_rank_0():
         return
     try:
-        write_json(json_file, content)
+        write_json(content)
     finally:
-        with _goes_to_reader(json_file) as stream:
+        with _reader() as stream:
             console = TerminalConsole(file=stream)
             if not console.is_terminal:
                 console.width = max(console.width, _PIPE_WIDTH)  # long names stay whole
-            console.print(to_terminal(*(shown if isinstance(shown, list) else [shown])))
+            console.print(to_terminal(*shown))
 
 
-def print_summary(summary: dict[str, Any], folder: Path, json_file: Path | None) -> None:
-    """Write what a new folder holds as JSON, and print the same in one line."""
-    write_json(json_file, summary)
-    print_text(f"{folder}: {', '.join(f'{key} {value}' for key, value in summary.items())}\n")
-
-
-def print_text(text: str, json_file: Path | None = None) -> bool:
-    """Print text on standard output at once, with control characters escaped.
-
-    Args:
-        json_file: value of `--json`. With `-`, the text is printed on standard error.
+def print_text(text: str) -> bool:
+    """Print text at once, with control characters escaped.
 
     Returns:
-        Whether somebody reads it: false once the reader of a pipe or the terminal is gone.
+        Whether work on more text makes sense: a file needs it, or somebody reads it. The reader of
+        a pipe or the terminal may be gone.
     """
     from prunus.reporting.console import printable
 
-    with _goes_to_reader(json_file) as stream:
+    with _reader() as stream:
         stream.write(printable(text))
         stream.flush()  # fails here if nobody reads
         return True
-    return False
+    return _JSON.get() is not None
 
 
-def write_json(json_file: Path | None, content: Any) -> None:
+def write_json(content: Any) -> None:
     """Write the figures of a verb as JSON, if the user gave a file; `-` is standard output."""
+    json_file = _JSON.get()
     if json_file is None:
         return
+    content = content.model_dump(mode="json") if hasattr(content, "model_dump") else content
     if json_file == STDOUT:
-        with _goes_to_reader(None) as stream:
+        with _reader(sys.stdout) as stream:
             stream.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
         return
     from prunus.model.checkpoint import atomic_files
@@ -326,13 +279,15 @@ def write_json(json_file: Path | None, content: Any) -> None:
 
 
 @contextlib.contextmanager
-def _goes_to_reader(json_file: Path | None) -> Iterator[TextIO]:
+def _reader(stream: TextIO | None = None) -> Iterator[TextIO]:
     """Yield the stream for tables and text, and end quietly where its reader is gone.
+
+    It is standard output, or standard error with `--json -`.
 
     The reader of a pipe may leave (`| head`), and a terminal may be closed. By then the work is
     done and JSON is written, so this is no error. All later output is dropped.
     """
-    stream = sys.stdout if json_file != STDOUT else sys.stderr
+    stream = stream or (sys.stdout if _JSON.get() != STDOUT else sys.stderr)
     try:
         yield stream
         stream.flush()

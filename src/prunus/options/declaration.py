@@ -160,7 +160,8 @@ def _explain_one(error: Any, kind: type[BaseModel]) -> str:
         return f"unknown option {name!r}; known are {', '.join(fields)}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
-        return message
+        table = ".".join(str(part) for part in error["loc"][:-1])
+        return f"{table}: {message}" if table else message
     if error["type"] == "missing":
         return f"{name} is missing"
     return f"{name}: {message.lower()} (got {_brief(error['input'])})"

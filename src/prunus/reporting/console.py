@@ -1,4 +1,4 @@
-"""The terminal as prunus writes to it: names are never markup, and control characters are escaped.
+"""The terminal as prunus writes to it, and the progress of a run: a live bar, or plain lines.
 
 Names of folders, checkpoints, datasets and tasks are written by strangers, and so are reports and
 generated text. rich reads square brackets as markup, and a terminal obeys escape sequences. Both
@@ -7,15 +7,23 @@ end here: everything that prunus shows is printed by `TerminalConsole` or `print
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import sys
-from collections.abc import Iterable
-from typing import Any, TextIO
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
+
+from prunus.runs.progress import LineInterval, Shown, eta, terminal_bar
+
+if TYPE_CHECKING:
+    from prunus.recovery.training import Step as RecoveryStep
+    from prunus.runs.progress import Progress as PruningStep
 
 # Control characters other than tab and newline, marks that reorder text, and lone surrogates, which
 # stand for the bytes of a file name that is not UTF-8 and cannot be encoded.
@@ -88,3 +96,74 @@ class _ForgivingStream(io.TextIOBase):
 def progress_console() -> Console:
     """Return a console on standard error that works on when nobody reads it any more."""
     return TerminalConsole(file=_ForgivingStream(sys.stderr))
+
+
+def show_pruning(
+    title: str, console: Console | None = None
+) -> contextlib.AbstractContextManager[Callable[[PruningStep | str], None]]:
+    """Show a pruning run: what it prepares, finished blocks, time left and peak memory.
+
+    Args:
+        console: Where to print; standard error by default.
+
+    Returns:
+        A context of a function to call after every block, and before the first one with what is
+        prepared.
+    """
+    first: PruningStep | None = None
+
+    def read(step: PruningStep | str) -> tuple[str, Shown]:
+        nonlocal first
+        if isinstance(step, str):
+            return step, Shown(None, step)
+        # The time before the first block (reading text, embeddings) is spent once, not per block.
+        first = first or step
+        left = eta(step.done - first.done, step.total - first.done, step.seconds - first.seconds)
+        state = f"left {left}; peak {step.peak_memory / 1e9:.2f} GB"
+        done = f"{step.done}/{step.total}"
+        return f"[{done}] {step.message}; {state}", Shown(
+            step.done / step.total, f"{done} blocks; {state}"
+        )
+
+    return _shown(title, console, read)
+
+
+def show_recovery(
+    title: str, console: Console | None = None
+) -> contextlib.AbstractContextManager[Callable[[RecoveryStep], None]]:
+    """Show a recovery: share of the budget, loss, and every evaluation; see `show_pruning`."""
+    lines, evaluation = LineInterval(), ""
+
+    def read(step: RecoveryStep) -> tuple[str | None, Shown]:
+        nonlocal evaluation
+        is_ordinary = step.loss is not None and step.perplexity is None
+        evaluation = evaluation if is_ordinary else step.message
+        loss = "" if step.loss is None else f"loss {step.loss:.3f} "
+        shown = Shown(min(step.fraction, 1.0), f"{step.fraction:.0%} {loss}{evaluation}")
+        # Ordinary training steps are thinned out; evaluations and messages are always shown.
+        if is_ordinary and not lines.due():
+            return None, shown
+        lines.restart()
+        spent = f"{step.fraction:4.0%} {step.tokens:,} tokens, {step.seconds:.0f} s"
+        return f"{spent}: {step.message}", shown
+
+    return _shown(title, console, read)
+
+
+@contextlib.contextmanager
+def _shown(
+    title: str, console: Console | None, read: Callable[[Any], tuple[str | None, Shown]]
+) -> Iterator[Callable[[Any], None]]:
+    """A live bar on a terminal, or lines with the time of day, without those that are None."""
+    console = console or progress_console()
+    if console.is_terminal:
+        with terminal_bar(printable(title), console) as update:
+            yield lambda step: update(read(step)[1])
+        return
+
+    def print_line(step: Any) -> None:
+        if (text := read(step)[0]) is not None:
+            text = f"{time.strftime('%H:%M:%S')} {printable(text)}"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    yield print_line

@@ -1,26 +1,35 @@
-"""What `prunus eval --json` and `prunus bench --json` write, as sections."""
+"""What `prunus eval --json` and `prunus bench --json` write, as sections.
+
+A row of figures maps the title of a column to a value; see `prunus.evaluation.records.FORMS`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from prunus.evaluation.records import FORMS, PerplexityResult, finite
-from prunus.reporting.quality import Point, decode_speed, quality_charts
 from prunus.runs.document import (
-    Column,
     Facts,
+    Lines,
     Measured,
     Section,
+    Series,
     Table,
     items_of,
     short_names,
     table_of,
+    text_of,
 )
 
 #: Metrics of lm-eval that are shares of the rows.
 _SHARES = ("acc", "exact_match", "f1", "em")
+#: The y axis is logarithmic from this ratio of the largest to the smallest value.
+LOG_FROM = 6.0
+#: A chart's x axis: the sizes, of which the first that tells results apart is taken, and the speed.
+_SIZES = ("file, GB", "bits per weight")
+_SPEED = "decoded tokens/s"
 
 
 def evaluation_section(
@@ -161,32 +170,106 @@ def decode_speeds(content: list[dict[str, Any]]) -> dict[str, float]:
 
 def speed_section(content: list[dict[str, Any]]) -> Section:
     """The section of a benchmark: size and speed of models, each a median with its spread."""
+    forms = {"file, GB": ",.3f", "resident, GB": ",.2f", "decode / first": ".2f"}
+    speeds = ("prefill, tokens/s", "decode, tokens/s", "lowest", "highest")
     try:
-        decode = [row["decode_tokens_per_second"] for row in content]
-        rows = tuple(
-            (
-                Path(row["model"]).name or row["model"],
-                row["file_bytes"] / 1e9,
-                row["resident_bytes"][1] / 1e9,
-                row["prefill_tokens_per_second"][1],
-                median,
-                low,
-                high,
-                median / decode[0][1],
+        first = content[0]["decode_tokens_per_second"][1]
+        rows = []
+        for row in content:
+            low, median, high = row["decode_tokens_per_second"]
+            prefill = row["prefill_tokens_per_second"][1]
+            rows.append(
+                {
+                    "model": Path(row["model"]).name or row["model"],
+                    "file, GB": row["file_bytes"] / 1e9,
+                    "resident, GB": row["resident_bytes"][1] / 1e9,
+                    **dict(zip(speeds, (prefill, median, low, high), strict=True)),
+                    "decode / first": median / first,
+                }
             )
-            for row, (low, median, high) in zip(content, decode, strict=True)
-        )
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise ValueError(f"this is not the JSON of prunus bench: {error!r}") from None
-    columns = (
-        Column("model"),
-        Column("file, GB", ",.3f"),
-        Column("resident, GB", ",.2f"),
-        Column("prefill, tokens/s", ",.1f"),
-        Column("decode, tokens/s", ",.1f"),
-        Column("lowest", ",.1f"),
-        Column("highest", ",.1f"),
-        Column("decode / first", ".2f"),
-    )
-    table = Table("Medians over separate processes", columns, rows)
+    forms |= dict.fromkeys(speeds, ",.1f")
+    table = table_of("Medians over separate processes", rows, forms)
     return Section("Size and speed", parts=(table,))
+
+
+def plain(value: Any) -> float | None:
+    """A figure without its standard error."""
+    return value.value if isinstance(value, Measured) else value
+
+
+class Point(NamedTuple):
+    """A result in a chart: the line that it belongs to, its name, and its row of figures."""
+
+    series: str
+    name: str
+    figures: Mapping[str, Any]
+
+
+def quality_charts(
+    where: str, points: Sequence[Point], dense: float | None, labelled: bool = False
+) -> list[Lines]:
+    """A chart of perplexity against size, and one against decoding speed where that was measured.
+
+    Args:
+        dense: perplexity of the dense model, which is drawn as a line; or None.
+    """
+    known = {title: _positions(points, title) for title in (*_SIZES, _SPEED)}
+    spread = [title for title in known if len({x for _, x, _ in known[title]}) > 1]
+    sizes = [title for title in spread if title in _SIZES][:1]
+    charts = []
+    for title in [*sizes, *(title for title in spread if title == _SPEED)]:
+        found = known[title]
+        values = [y for *_, y in found] + ([dense] if dense is not None else [])
+        names = dict.fromkeys(point.series for point, *_ in found)
+        charts.append(
+            Lines(
+                f"Perplexity on {where} against {'speed' if title == _SPEED else 'size'}",
+                title,
+                "perplexity",
+                tuple(_series(name, title, found) for name in names),
+                level=None if dense is None else ("dense", dense),
+                log_y=max(values) / min(values) >= LOG_FROM,
+                round_ticks=True,
+                labelled=labelled,
+            )
+        )
+    return charts
+
+
+def _positions(points: Sequence[Point], title: str) -> list[tuple[Point, float, float]]:
+    """Every point with its x and its perplexity, where both are known."""
+    return [
+        (point, x, y)
+        for point in points
+        if (x := plain(point.figures.get(title))) is not None
+        and (y := plain(point.figures.get("perplexity"))) is not None
+    ]
+
+
+def _series(name: str, title: str, found: Sequence[tuple[Point, float, float]]) -> Series:
+    own = sorted((each for each in found if each[0].series == name), key=lambda each: each[1])
+    hover = []
+    for point, x, y in own:
+        text = f"{point.name}: {text_of(y, FORMS['perplexity'])} at {text_of(x, FORMS[title])}"
+        kl = plain(point.figures.get("KL divergence"))
+        hover.append(text if kl is None else f"{text}, KL {kl:.4f}")
+    return Series(name, tuple(x for _, x, _ in own), tuple(y for *_, y in own), tuple(hover))
+
+
+def decode_speed(speeds: Mapping[str, float], model: str, *names: str) -> float | None:
+    """The decoding speed of a model in tokens per second, or None if it was not measured.
+
+    >>> decode_speed({"OUT/cells/smol-wanda/packed": 32.0}, "smol-wanda", "smol-wanda")
+    32.0
+
+    Args:
+        speeds: model as it was given to `prunus bench` -> median speed.
+        names: parts of a path by which the model is known as well, such as the name of its folder.
+    """
+    if model in speeds:
+        return speeds[model]
+    return next(
+        (speed for path, speed in speeds.items() if set(names) & set(Path(path).parts)), None
+    )

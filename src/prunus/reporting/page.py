@@ -6,7 +6,9 @@ unescaped could therefore neither run nor fetch anything.
 
 The plotting library is plotly.js 4.1.1, its bundle of cartesian charts as its authors publish it
 (MIT licence, next to it in `assets/`). The page holds it compressed, in a third of its size, and
-page.js expands it.
+page.js expands it. Charts are figures of plotly, written as JSON. The page owns the colours: a
+trace names its part of the palette in `meta`, and page.js fills in the colour for the light or the
+dark scheme. Plotly interprets some HTML in its texts, so these are escaped too.
 """
 
 from __future__ import annotations
@@ -15,16 +17,33 @@ import base64
 import gzip
 import hashlib
 import json
+import math
 from html import escape
 from importlib.metadata import version
 from importlib.resources import files
 from string import Template
 from typing import Any
 
-from prunus.reporting.figures import figure_json
-from prunus.runs.document import Chart, Document, Facts, Part, Section, Table, part_html
+from prunus.runs.document import (
+    Chart,
+    Document,
+    Facts,
+    HeatMap,
+    Lines,
+    Part,
+    Section,
+    Table,
+    part_html,
+    text_of,
+)
 
 _LIBRARY = "plotly-cartesian.min.js.gz"
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "hexagon")
+#: Shift between two series at one category, as a share of the distance between categories.
+_SHIFT = 0.05
+#: Room for labels at both ends of an axis, as a share of its length.
+_LABEL_ROOM = 0.15
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 
 def to_html(document: Document) -> str:
@@ -122,3 +141,138 @@ def _part(part: Part, name: str) -> str:
 def document_json(document: Document) -> Any:
     """Turn a document into what JSON can hold: dictionaries, lists, text and numbers."""
     return json.loads(json.dumps(document, default=vars))
+
+
+def figure_json(chart: Chart) -> str:
+    """Write a chart as the JSON of a plotly figure."""
+    figure = _lines(chart) if isinstance(chart, Lines) else _heat_map(chart)
+    return json.dumps(figure, allow_nan=False)
+
+
+def _lines(chart: Lines) -> dict[str, Any]:
+    """Draw lines over numbers, or unconnected markers over categories.
+
+    Categories are at 0, 1, 2, …; each series is shifted a little, so that markers do not overlap.
+    """
+    places = {name: place for place, name in enumerate(chart.categories)}
+    traces: list[dict[str, Any]] = []
+    for position, series in enumerate(chart.series):
+        shift = _SHIFT * (position - (len(chart.series) - 1) / 2)
+        trace = {
+            "type": "scatter",
+            "x": [places[x] + shift if places else x for x in series.x],
+            "y": list(series.y),
+            "name": escape(series.name),
+            "mode": "markers" if places else "lines+markers",
+            "marker": {"symbol": _SYMBOLS[position % len(_SYMBOLS)], "size": 11 if places else 8},
+            "line": {"dash": _DASHES[position % len(_DASHES)], "width": 2},
+            "hovertext": [escape(text) for text in series.hover],
+            "hoverinfo": "text",
+            "meta": {"colour": position},
+        }
+        traces.append(trace | (_labels(chart, position) if chart.labelled else {}))
+    values = [y for series in chart.series for y in series.y]
+    measured = sorted({x for series in chart.series for x in series.x}) if not places else []
+    if chart.level is not None:
+        name, level = chart.level
+        values.append(level)
+        ends = [-0.4, len(places) - 0.6] if places else [measured[0], measured[-1]]
+        traces.append(
+            {
+                "type": "scatter",
+                "x": ends,
+                "y": [level, level],
+                "name": f"{escape(name)} {level:,.2f}",
+                "mode": "lines",
+                "line": {"dash": "dot", "width": 1.5},
+                "hovertext": [f"{escape(name)}: {level:,.3f}"] * 2,
+                "hoverinfo": "text",
+                "meta": {"colour": "level"},
+            }
+        )
+    x_axis: dict[str, Any] = {"title": {"text": escape(chart.x_title)}}
+    if places:
+        names = [escape(name) for name in places]
+        x_axis |= {
+            "tickvals": list(places.values()),
+            "ticktext": names,
+            "range": [-0.4, len(names) - 0.6],
+        }
+    else:
+        ticks = [f"{x:g}" for x in measured]
+        x_axis |= {"type": "log" if chart.log_x else "linear"}
+        if not chart.round_ticks:
+            x_axis |= {"tickvals": measured, "ticktext": ticks}
+        if chart.labelled:
+            room = _LABEL_ROOM * (measured[-1] - measured[0])
+            x_axis["range"] = [measured[0] - room, measured[-1] + room]
+    y_axis: dict[str, Any] = {"title": {"text": escape(chart.y_title)}}
+    if chart.log_y:
+        y_axis["title"]["text"] += " (logarithmic)"
+        y_axis |= {"type": "log", **_log_ticks(min(values), max(values))}
+    return {"data": traces, "layout": {"xaxis": x_axis, "yaxis": y_axis, "height": 420}}
+
+
+def _labels(chart: Lines, position: int) -> dict[str, Any]:
+    """The names of single points next to them, every other one below, so that they overlap less."""
+    order = sorted(range(len(chart.series)), key=lambda place: chart.series[place].x)
+    place = "top center" if order.index(position) % 2 == 0 else "bottom center"
+    return {
+        "mode": "markers+text",
+        "text": [escape(chart.series[position].name)] * len(chart.series[position].x),
+        "textposition": place,
+        "cliponaxis": False,
+        "showlegend": False,
+    }
+
+
+def _heat_map(chart: HeatMap) -> dict[str, Any]:
+    hover = [
+        [
+            f"{escape(chart.x_title)} {escape(column)}, {escape(row)}: {text_of(value, chart.form)}"
+            for column, value in zip(chart.columns, line, strict=True)
+        ]
+        for row, line in zip(chart.rows, chart.values, strict=True)
+    ]
+    known = [value for line in chart.values for value in line if value is not None]
+    trace = {
+        "type": "heatmap",
+        "x": list(chart.columns),
+        "y": [escape(row) for row in chart.rows],
+        "z": [list(line) for line in chart.values],
+        "text": hover,
+        "hoverinfo": "text",
+        "xgap": 1,
+        "ygap": 1,
+        "colorbar": {
+            # Plotly's "~" leaves out trailing zeros.
+            "tickformat": f"{chart.form[:-1]}~{chart.form[-1]}",
+            "nticks": 5,
+            "thickness": 10,
+            "outlinewidth": 0,
+        },
+        "meta": {"colour": "scale"},
+        # The colours begin at zero, so that close values look the same.
+        "zmin": 0.0,
+        "zmax": max(known, default=0.0) or 1.0,
+    }
+    step = max(1, math.ceil(len(chart.columns) / 12))
+    x_axis = {
+        "title": {"text": escape(chart.x_title)},
+        "type": "category",
+        "tickvals": list(chart.columns[::step]),
+    }
+    y_axis = {"autorange": "reversed", "type": "category"}
+    height = min(1200, 110 + 24 * len(chart.rows))
+    return {"data": [trace], "layout": {"xaxis": x_axis, "yaxis": y_axis, "height": height}}
+
+
+def _log_ticks(low: float, high: float) -> dict[str, Any]:
+    """Ticks at 1, 2 and 5 times powers of ten; over three decades, at the powers alone."""
+    steps = (1, 2, 5) if high / low < 1000 else (1,)
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    ticks = [step * 10.0**power for power in range(first, last + 1) for step in steps]
+    return {
+        "tickvals": ticks,
+        "ticktext": [f"{tick:,g}" if tick < 1e6 else f"{tick:.0e}" for tick in ticks],
+    }

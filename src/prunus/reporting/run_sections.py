@@ -1,17 +1,19 @@
-"""A pruning run as a section: headline, errors by block and kind of linear, then all figures."""
+"""A pruning run as a section, and several runs compared."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from prunus.compression.record import CompressionRecord
 from prunus.pruning.manifest import mean_error
 from prunus.runs.document import (
+    Column,
     Facts,
     HeatMap,
     Lines,
+    Part,
     Section,
     Series,
     Table,
@@ -22,7 +24,7 @@ from prunus.runs.document import (
 from prunus.runs.record import BlockwiseRecord, bos_words
 
 if TYPE_CHECKING:
-    from prunus.pruning.manifest import PruningRecord
+    from prunus.pruning.manifest import LinearRecord, PruningRecord
 
 _Value = TypeVar("_Value")
 #: Name of an error -> its definition.
@@ -39,7 +41,7 @@ _DEFINITIONS = {
 def run_section(manifest: PruningRecord) -> Section:
     """The section of a run."""
     error, mean = mean_error(manifest.all_totals())
-    errors = {error: block_errors(manifest)}
+    errors = {error: _block_errors(manifest)}
     by_block = [lines_over_blocks(f"Mean {error} by block", error, errors, ".3%")]
     recipe, name = manifest.recipe, Path(manifest.source).name or manifest.source
     if isinstance(manifest, CompressionRecord):
@@ -73,14 +75,15 @@ def circumstances(record: BlockwiseRecord) -> list[Facts]:
     ]
 
 
-def block_errors(manifest: PruningRecord) -> dict[int, float]:
+def _block_errors(manifest: PruningRecord) -> dict[int, float]:
     """Block -> mean error of its linears, where it was measured."""
-    found = {}
-    for place, block in enumerate(manifest.blocks):
-        errors = [x.error for x in block.linears.values() if x.error is not None]
-        if errors:
-            found[place] = sum(errors) / len(errors)
-    return found
+    means = (_mean_error(block.linears.values()) for block in manifest.blocks)
+    return {place: mean for place, mean in enumerate(means) if mean is not None}
+
+
+def _mean_error(linears: Iterable[LinearRecord]) -> float | None:
+    errors = [linear.error for linear in linears if linear.error is not None]
+    return sum(errors) / len(errors) if errors else None
 
 
 def lines_over_blocks(
@@ -124,15 +127,20 @@ def blocks_map(
 def _headline(manifest: PruningRecord) -> Facts:
     totals = manifest.all_totals()
     name, error = mean_error(totals)
-    items = [
-        *_sizes(manifest, totals),
-        (f"mean {name}", f"{error:.3%}" if error is not None else "not measured"),
-        ("time", f"{totals['seconds']:.1f} s"),
-    ]
+    mean = f"{error:.3%}" if error is not None else "not measured"
+    return headline(manifest, totals, [*_sizes(manifest, totals), (f"mean {name}", mean)])
+
+
+def headline(
+    record: BlockwiseRecord, totals: Mapping[str, Any], items: list[tuple[str, str]]
+) -> Facts:
+    """How far a run is, `items`, and what the run took."""
+    if record.state != "finished":
+        items = [("state", f"unfinished: {len(record.blocks)} blocks are done"), *items]
+    if "seconds" in totals:
+        items.append(("time", f"{totals['seconds']:.1f} s"))
     if "peak_memory_bytes" in totals:
         items.append(("peak memory", f"{totals['peak_memory_bytes'] / 1e9:.2f} GB"))
-    if manifest.state != "finished":
-        items.insert(0, ("state", f"unfinished: {len(manifest.blocks)} blocks are done"))
     return Facts("Headline", tuple(items), headline=True)
 
 
@@ -187,3 +195,67 @@ def _by_linear(manifest: PruningRecord) -> Table:
     ]
     forms = {"block": "d", "zeros": ",d", "sparsity": ".2%", "bits": ".3f", error: ".3%"}
     return table_of(f"All {len(rows)} linears", rows, forms | {"seconds": ".3f"})
+
+
+def comparison_section(runs: Mapping[str, PruningRecord]) -> Section:
+    """The section that compares at least two runs. `runs` maps the name of a run to its record."""
+    errors = {name: found for name, run in runs.items() if (found := _block_errors(run))}
+    chart = lines_over_blocks("Mean error by block", "mean error", errors, ".3%")
+    charts: tuple[Part, ...] = (chart,) if errors else ()
+    return Section(
+        "Runs compared", parts=(_totals(runs), _differences(runs), *charts, _errors_by_kind(runs))
+    )
+
+
+def _totals(runs: Mapping[str, PruningRecord]) -> Table:
+    rows = []
+    for name, run in runs.items():
+        totals = run.all_totals()
+        memory = totals.get("peak_memory_bytes")
+        rows.append(
+            {
+                "run": name,
+                "method": run.recipe.method,
+                "sparsity": totals["sparsity"],
+                "bits": totals.get("bits"),
+                "mean error": mean_error(totals)[1],
+                "seconds": totals["seconds"],
+                "peak memory, GB": None if memory is None else memory / 1e9,
+            }
+        )
+    forms = {"sparsity": ".2%", "bits": ".3f", "mean error": ".3%", "seconds": ".1f"}
+    note = (
+        "The error is the relative output error, or the removed energy where a method needs no "
+        "Gram matrix; compare it between runs of one kind alone."
+    )
+    return table_of("Totals", rows, forms | {"peak memory, GB": ".2f"}, note)
+
+
+def _differences(runs: Mapping[str, PruningRecord]) -> Table:
+    """The fields of recipes and inputs in which the runs differ; one column per run."""
+    found = []
+    for run in runs.values():
+        inputs = {
+            "calibration text": run.inputs.calibration,
+            "calibration sha256": run.inputs.calibration_sha256[:12],
+            "computed in": run.inputs.dtype,
+            "device": run.inputs.device,
+        }
+        found.append(dict(items_of({"model": run.source} | run.recipe.model_dump() | inputs)))
+    rows = [
+        (name, *(one.get(name) for one in found))
+        for name in dict.fromkeys(name for one in found for name in one)
+        if len({one.get(name) for one in found}) > 1
+    ]
+    columns = (Column("field"), *map(Column, runs))
+    note = "" if rows else "The runs have the same recipe and the same inputs."
+    return Table("What differs", columns, tuple(rows), note)
+
+
+def _errors_by_kind(runs: Mapping[str, PruningRecord]) -> Table:
+    kinds: dict[str, dict[str, Any]] = {}
+    for name, run in runs.items():
+        for kind, records in run.linears_by_kind().items():
+            kinds.setdefault(kind, {"linear": kind})[name] = _mean_error(records)
+    forms = dict.fromkeys(runs, ".3%")
+    return table_of("Mean error by kind of linear", kinds.values(), forms)

@@ -6,8 +6,13 @@ import operator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunus.reporting.run_sections import blocks_map, circumstances, lines_over_blocks
-from prunus.runs.document import Column, Facts, HeatMap, Lines, Part, Section, Series, Table
+from prunus.reporting.run_sections import (
+    blocks_map,
+    circumstances,
+    headline,
+    lines_over_blocks,
+)
+from prunus.runs.document import Column, Facts, HeatMap, Lines, Section, Series, Table
 from prunus.runs.record import bos_words
 from prunus.structure.card import what_was_removed
 
@@ -22,16 +27,17 @@ _MEASURES = {
 
 def structure_section(record: StructureRecord) -> Section:
     """The section of a run that made a model smaller."""
-    parts: list[Part] = [_headline(record), structure_table(record)]
-    parts += [*_targets(record), *_repairs(record)]
-    details: list[Part] = [
-        *_search(record),
-        *_widths(record),
-        *_experts(record),
-        *circumstances(record),
-    ]
     name = Path(record.source).name or record.source
-    return Section(f"{name}, made smaller", parts=tuple(parts), details=tuple(details))
+    return Section(
+        f"{name}, made smaller",
+        parts=(_headline(record), structure_table(record), *_targets(record), *_repairs(record)),
+        details=(
+            *_search(record),
+            *_widths(record),
+            *_experts(record),
+            *circumstances(record),
+        ),
+    )
 
 
 def structure_table(record: StructureRecord) -> Table:
@@ -68,18 +74,14 @@ def _shown(value: object) -> str:
 
 
 def _headline(record: StructureRecord) -> Facts:
-    totals = record.totals
-    if record.state != "finished":
-        items = [("state", f"unfinished: {len(record.blocks)} blocks are done")]
-        return Facts("Headline", tuple(items), headline=True)
-    before, after = totals["parameters_before"], totals["parameters"]
-    items = [
-        ("parameters", f"{after:,} of {before:,} ({after / before:.1%})"),
-        ("blocks", f"{len(record.blocks)}"),
-        ("time", f"{totals['seconds']:.1f} s"),
-        ("peak memory", f"{totals['peak_memory_bytes'] / 1e9:.2f} GB"),
-    ]
-    return Facts("Headline", tuple(items), headline=True)
+    totals, items = record.totals, []
+    if "parameters" in totals:
+        before, after = totals["parameters_before"], totals["parameters"]
+        items = [
+            ("parameters", f"{after:,} of {before:,} ({after / before:.1%})"),
+            ("blocks", f"{len(record.blocks)}"),
+        ]
+    return headline(record, totals, items)
 
 
 def _search(record: StructureRecord) -> list[Any]:
@@ -124,7 +126,7 @@ def _targets(record: StructureRecord) -> list[Table]:
     return [Table(f"Models for {record.recipe.target}", columns, rows, note)]
 
 
-def _parts(block: BlockChange) -> dict[str, PartChange]:
+def _narrowed(block: BlockChange) -> dict[str, PartChange]:
     """What became narrower in a block, by name."""
     width = block.width
     if width is None:
@@ -135,7 +137,7 @@ def _parts(block: BlockChange) -> dict[str, PartChange]:
 
 def _widths(record: StructureRecord) -> list[HeatMap]:
     """The errors where channels and heads are read."""
-    found = [_parts(block) for block in record.blocks]
+    found = [_narrowed(block) for block in record.blocks]
     title = "Relative error where what became narrower is read"
     figures = {"before the fit": "error_before_fit", "as it is": "error"}
     return [
@@ -147,21 +149,14 @@ def _widths(record: StructureRecord) -> list[HeatMap]:
 
 def _experts(record: StructureRecord) -> list[HeatMap]:
     """The saliency of every expert of the old model."""
-    layers = [(str(place), block.experts) for place, block in enumerate(record.blocks)]
-    found = [(place, experts) for place, experts in layers if experts is not None]
-    if not found:
-        return []
-    count = len(found[0][1].saliency)
-    return [
-        HeatMap(
-            f"Saliency of experts ({record.recipe.saliency})",
-            "block",
-            tuple(place for place, _ in found),
-            tuple(f"expert {number}" for number in range(count)),
-            tuple(tuple(each.saliency[number] for _, each in found) for number in range(count)),
-            ".4g",
-        )
+    found = [
+        {f"expert {number}": value for number, value in enumerate(block.experts.saliency)}
+        if block.experts is not None
+        else {}
+        for block in record.blocks
     ]
+    title = f"Saliency of experts ({record.recipe.saliency})"
+    return [blocks_map(title, found, float, ".4g")] if any(found) else []
 
 
 def _repairs(record: StructureRecord) -> list[Lines]:

@@ -1,24 +1,62 @@
-"""A sweep as a section: quality by method and sparsity, then the cells, protocol and machine."""
+"""A sweep as a section: quality by method and sparsity, then the cells, protocol and machine.
+
+Quality on one text is shown as means over seeds. Rows are methods. Columns are the first of
+sparsity, number of windows and tokens per window that varies among the cells.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from prunus.reporting.evaluation_sections import form_of
-from prunus.reporting.quality import decode_speed
-from prunus.reporting.sweep_quality import quality_parts
-from prunus.runs.document import Column, Facts, Section, Table, items_of, short_names, table_of
+from prunus.evaluation.records import FORMS
+from prunus.reporting.evaluation_sections import (
+    LOG_FROM,
+    Point,
+    decode_speed,
+    form_of,
+    plain,
+    quality_charts,
+)
+from prunus.runs.document import (
+    Column,
+    Facts,
+    Lines,
+    Part,
+    Section,
+    Series,
+    Table,
+    items_of,
+    short_names,
+    table_of,
+)
 from prunus.runs.record import bos_words
 
 if TYPE_CHECKING:
-    from prunus.sweeping.results import SweepResults
+    from prunus.pruning.recipe import Recipe
+    from prunus.sweeping.results import CellResult, SweepResults
 
 _WHAT_WOULD_HAPPEN = {
     "waiting": "would run",
     "running": "would continue",
     "failed": "failed, would run again",
     "done": "done",
+}
+#: Title and value of the columns of a table, which are the x axis of the chart as well.
+_AXES: dict[str, Callable[[Recipe], Any]] = {
+    "sparsity": lambda recipe: _shape(recipe),  # noqa: PLW0108
+    "calibration windows": lambda recipe: recipe.samples,
+    "tokens per window": lambda recipe: recipe.seqlen,
+}
+#: Fields of a recipe that are never part of a row's name: the axes and the method name them.
+_NOT_IN_ROWS = {"method", "sparsity", "pattern", "seed"}
+_NOTES = {
+    "perplexity": "Lower is better.",
+    "KL divergence": "From the dense model, in nats per token; lower is better.",
+    "residual gap": (
+        "(perplexity − dense) / (perplexity of Wanda − dense) under the same conditions: Wanda is "
+        "1, lossless is 0. Left out where Wanda loses less than 1 % of the dense perplexity."
+    ),
 }
 
 
@@ -37,17 +75,17 @@ def sweep_section(results: SweepResults, speeds: Mapping[str, float] | None = No
     parts: list[Any] = [_headline(results)]
     details: list[Any] = [results.table(measured)]
     texts = short_names(results.scoring["texts"])
-    for label, model in results.models.items():
+    for label in results.models:
         for text, where in texts.items():
-
-            def figures(name: str, found: Any, text: str = text) -> dict[str, Any]:
-                return found.figures(text) | {"decoded tokens/s": measured.get(name)}
-
+            rows = {
+                name: found.figures(text) | {"decoded tokens/s": measured.get(name)}
+                for name, _, found in results.every_model()
+            }
             own = [cell for cell in results.cells if cell.model == label]
-            shown, folded = quality_parts(
+            shown, folded = _quality_parts(
                 f"{where}, {label}" if len(results.models) > 1 else where,
-                {cell.name: (cell, figures(cell.name, cell)) for cell in own},
-                figures(f"{label}-dense", model),
+                {cell.name: (cell, rows[cell.name]) for cell in own},
+                rows[f"{label}-dense"],
             )
             parts += shown
             details += folded
@@ -86,7 +124,7 @@ def _speed(
 
 def _headline(results: SweepResults) -> Facts:
     states = [cell.state for cell in results.cells]
-    seconds = sum(cell.pruning["seconds"] for cell in results.cells if cell.pruning)
+    seconds = sum(cell.pruning["block_seconds"] for cell in results.cells if cell.pruning)
     items = {"cells done": f"{states.count('done')} of {len(states)}"}
     if "failed" in states:
         items["cells failed"] = str(states.count("failed"))
@@ -130,3 +168,138 @@ def _circumstances(results: SweepResults, texts: Mapping[str, str]) -> list[Fact
         Facts("Protocol", tuple(protocol.items())),
         Facts("Machine", items_of(results.hardware | results.versions)),
     ]
+
+
+def _quality_parts(
+    where: str,
+    cells: Mapping[str, tuple[CellResult, Mapping[str, Any]]],
+    dense: Mapping[str, Any],
+) -> tuple[list[Part], list[Part]]:
+    """What the report shows of a model and a text at once, and what it folds away.
+
+    Args:
+        cells: Name -> the cell of a sweep and its row of figures; see `FORMS`.
+    """
+    recipes = [cell.recipe for cell, _ in cells.values()]
+    axis = next((name for name, f in _AXES.items() if len(set(map(f, recipes))) > 1), "sparsity")
+    place = _AXES[axis]
+    tops = list(dict.fromkeys(map(place, recipes)))
+    name_of = _row_names([cell for cell, _ in cells.values()], axis)
+    groups: dict[str, dict[Any, list[Mapping[str, Any]]]] = {}
+    for name, (cell, figures) in cells.items():
+        groups.setdefault(name_of[name], {}).setdefault(place(cell.recipe), []).append(figures)
+    seeds = len({recipe.seed for recipe in recipes})
+
+    def table(figure: str) -> Table:
+        rows = [
+            (name, *(_mean(figure, row.get(top, [])) for top in tops))
+            for name, row in groups.items()
+        ]
+        if figure == "perplexity":
+            rows.insert(0, ("dense", *([dense.get(figure)] * len(tops))))
+        note = (f"Means over {seeds} seeds. " if seeds > 1 else "") + _NOTES[figure]
+        columns = (Column("method"), *(Column(_title(axis, top), FORMS[figure]) for top in tops))
+        title = f"{figure[:1].upper()}{figure[1:]} on {where}"
+        return Table(title, columns, tuple(rows), note)
+
+    known = [
+        figure
+        for figure in ("KL divergence", "residual gap")
+        if any(figures.get(figure) is not None for _, figures in cells.values())
+    ]
+    points = [Point("dense", "dense", dense)]
+    for name, row in groups.items():
+        for top, found in row.items():
+            means = {figure: _mean(figure, found) for figure in FORMS}
+            points.append(Point(name, f"{name}, {_title(axis, top)}", means))
+    level = dense.get("perplexity")
+    chart = _chart(f"Perplexity on {where} by {axis}", axis, tops, groups, level)
+    shown: list[Part] = [table("perplexity"), *(table(x) for x in known[:1])]
+    shown += [*quality_charts(where, points, level), *([chart] if chart is not None else [])]
+    return shown, [table(figure) for figure in known[1:]]
+
+
+def _chart(
+    title: str,
+    axis: str,
+    tops: Sequence[Any],
+    groups: Mapping[str, Mapping[Any, list[Mapping[str, Any]]]],
+    level: float | None,
+) -> Lines | None:
+    numeric = all(not isinstance(top, str) or top.endswith("%") for top in tops) and len(tops) > 2
+    series = []
+    for name, row in groups.items():
+        points = [
+            (top, mean, [figures["perplexity"] for figures in row[top]])
+            for top in tops
+            if top in row and (mean := _mean("perplexity", row[top])) is not None
+        ]
+        hover = tuple(
+            f"{name}, {_title(axis, top)}: {mean:,.3f}"
+            + (
+                f" (mean of {len(values)} seeds, {min(values):,.3f} to {max(values):,.3f})"
+                if len(values) > 1
+                else ""
+            )
+            for top, mean, values in points
+        )
+        x = tuple(_number(top) if numeric else _title(axis, top) for top, _, _ in points)
+        if points:
+            series.append(Series(name, x, tuple(mean for _, mean, _ in points), hover))
+    values = [y for one in series for y in one.y] + ([level] if level is not None else [])
+    if not series:
+        return None
+    xs = [_number(top) for top in tops] if numeric else []
+    return Lines(
+        title,
+        f"{axis} (%)" if numeric and axis == "sparsity" else axis,
+        "perplexity",
+        tuple(series),
+        level=("dense", level) if level is not None else None,
+        categories=() if numeric else tuple(_title(axis, top) for top in tops),
+        log_x=bool(xs) and min(xs) > 0 and max(xs) / min(xs) >= 16,
+        log_y=max(values) / min(values) >= LOG_FROM,
+    )
+
+
+def _row_names(cells: Sequence[CellResult], axis: str) -> dict[str, str]:
+    """Cell -> name of its row: the method, and the options that vary among the method's cells."""
+    found = {}
+    hidden = _NOT_IN_ROWS | {
+        "calibration windows": {"samples"},
+        "tokens per window": {"seqlen"},
+    }.get(axis, set())
+    recipes = [cell.recipe for cell in cells]
+    for cell in cells:
+        equal = [other.model_dump() for other in recipes if other.method == cell.recipe.method]
+        parts: list[str] = [cell.recipe.method]
+        for key, value in cell.recipe.model_dump().items():
+            if key not in hidden and any(other[key] != value for other in equal):
+                parts.append(f"{key.replace('_', ' ')} {value}")
+        if axis != "sparsity" and any(_shape(other) != _shape(cell.recipe) for other in recipes):
+            parts.append(_shape(cell.recipe))
+        if cell.recovery is not None:
+            parts.append(f"recovered by {cell.recovery}")
+        found[cell.name] = ", ".join(parts)
+    return found
+
+
+def _shape(recipe: Recipe) -> str:
+    return recipe.pattern if recipe.n_of_m else f"{100 * recipe.sparsity:g}%"
+
+
+def _title(axis: str, top: Any) -> str:
+    if axis == "sparsity":
+        return str(top)
+    unit = "window" if "windows" in axis else "token"
+    return f"{top:,} {unit}{'' if top == 1 else 's'}"
+
+
+def _number(top: Any) -> float:
+    return float(top.removesuffix("%")) if isinstance(top, str) else float(top)
+
+
+def _mean(figure: str, rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Mean over seeds, or None if a value is missing: all means are over the same seeds."""
+    known = [value for row in rows if (value := plain(row.get(figure))) is not None]
+    return sum(known) / len(known) if known and len(known) == len(rows) else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from prunus.runs.document import Column, Facts, Measured, Table, items_of, table_of
+from prunus.runs.document import Facts, Measured, Table, items_of, table_of
 from prunus.runs.record import bos_words
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
     """What a run on this machine would do.
 
     Args:
-        plan: of `prunus.pruning.plan_summary.describe_plan`, and for preset max `training` of
+        plan: of `prunus.pruning.job.describe_plan`, and for preset max `training` of
             `prunus.recovery.max_preset.plan_training`.
     """
     rows = {
@@ -88,7 +88,7 @@ def _weights_of_plan(plan: dict[str, Any]) -> str:
 
 
 def _allocation(planned: dict[str, Any]) -> str:
-    """The sparsity of each block, as `prunus.pruning.plan_summary` gives it."""
+    """The sparsity of each block, as `describe_plan` gives it."""
     if planned["measured"]:
         return f"{planned['rule']}: measured when the run starts, and recorded in its manifest"
     return "the same everywhere"
@@ -125,27 +125,20 @@ def packing_table(record: ConversionRecord, note: str = "") -> Table:
 
 def recovery_table(record: RecoveryRecord) -> Table:
     """The evaluations of the held-out windows."""
-    columns = (
-        Column("step", "d"),
-        Column("tokens", ",d"),
-        Column("training loss", ".4f"),
-        Column("held-out perplexity", ".3f"),
-        Column("seconds", ".0f"),
-        Column("weights"),
-    )
-    rows = tuple(
-        (
-            entry.step,
-            entry.tokens,
-            entry.training_loss,
-            entry.perplexity,
-            entry.seconds,
-            "the result" if number == record.best else "",
-        )
+    rows = [
+        {
+            "step": entry.step,
+            "tokens": entry.tokens,
+            "training loss": entry.training_loss,
+            "held-out perplexity": entry.perplexity,
+            "seconds": entry.seconds,
+            "weights": "the result" if number == record.best else "",
+        }
         for number, entry in enumerate(record.evaluations)
-    )
-    title = f"{record.recipe.mode}, {record.source}"
-    return Table(title, columns, rows, "\n".join(_recovery_notes(record)))
+    ]
+    forms = {"step": "d", "tokens": ",d", "training loss": ".4f", "held-out perplexity": ".3f"}
+    title, notes = f"{record.recipe.mode}, {record.source}", _recovery_notes(record)
+    return table_of(title, rows, forms | {"seconds": ".0f"}, "\n".join(notes))
 
 
 def _recovery_notes(record: RecoveryRecord) -> list[str]:

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from prunus.model.checkpoint.atomic_files import write_text
-from prunus.reporting.page import to_html
+from prunus.compression.record import CompressionRecord
+from prunus.model.checkpoint.atomic_files import read_json, write_text
+from prunus.pruning.manifest import Manifest, PruningRecord
+from prunus.reporting.evaluation_sections import decode_speeds, evaluation_section, speed_section
+from prunus.reporting.page import document_json, to_html
 from prunus.reporting.plain import to_markdown
-from prunus.reporting.sources import read_document
-from prunus.runs.document import Document
+from prunus.reporting.run_sections import comparison_section, run_section
+from prunus.reporting.structure_section import structure_section
+from prunus.reporting.sweep_section import sweep_section
+from prunus.runs.document import Document, Section, short_names
+from prunus.structure.record import StructureRecord
+from prunus.sweeping.results import RESULTS_NAME, SweepResults
+
+#: The runs that a section shows, with what makes it.
+_RUNS: tuple[tuple[Any, Callable[[Any], Section]], ...] = (
+    (CompressionRecord, run_section),
+    (Manifest, run_section),
+    (StructureRecord, structure_section),
+)
 
 
 def report(
@@ -20,6 +35,9 @@ def report(
     title: str | None = None,
 ) -> Document:
     """Show runs, sweeps and evaluations, as `prunus report` does.
+
+    Quality is first: evaluations and sweeps, then `bench`. Runs follow; two or more runs of `prune`
+    and `compress` are also compared.
 
     Args:
         paths: Folders of `prune`, `compress`, `shrink` or `sweep`, and files of
@@ -35,16 +53,82 @@ def report(
         ValueError, FileNotFoundError: A path holds something else or is damaged, or the name of
             `output` has another ending.
     """
-    given = [paths] if isinstance(paths, str | Path) else list(paths)
+    given = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     if not given:
         raise ValueError("give the folder of a run or a sweep, or the file of prunus eval --json")
     page = None if output is None else Path(output)
     if page is not None and page.suffix not in (".html", ".md"):
         raise ValueError(f"output {page}: the name must end in .html or .md")
-    document = read_document(
-        [Path(path) for path in given], Path(bench) if bench is not None else None, title
-    )
+    measured, speeds = [], {}
+    if bench is not None:
+        content = read_json(Path(bench))
+        measured = [_checked(Path(bench), lambda: speed_section(content))]
+        speeds = decode_speeds(content)
+    found = [(path, _section(path, speeds)) for path in given]
+    sections = [
+        *(section for path, section in found if not _holds_run(path)),
+        *measured,
+        *_side_by_side(given),
+        *(section for path, section in found if _holds_run(path)),
+    ]
+    document = Document(title or sections[0].title, tuple(sections))
     if page is not None:
         page.parent.mkdir(parents=True, exist_ok=True)
         write_text(page, (to_html if page.suffix == ".html" else to_markdown)(document))
     return document
+
+
+def _holds_run(path: Path) -> bool:
+    """Whether a path is the folder of a run, not a sweep or a file of an evaluation."""
+    return path.is_dir() and not (path / RESULTS_NAME).exists()
+
+
+def _side_by_side(paths: Sequence[Path]) -> list[Section]:
+    """A section that compares the runs of prune and compress; none for fewer than two of them."""
+    runs: dict[Path, PruningRecord] = {}
+    for path in filter(_holds_run, paths):
+        for kind in (Manifest, CompressionRecord):
+            if (path / kind.FILE).exists():
+                runs[path] = kind.load(path)
+    names = short_names(map(str, runs))
+    named = {names[str(path)]: run for path, run in runs.items()}
+    return [_checked(next(iter(runs)), lambda: comparison_section(named))] if len(runs) > 1 else []
+
+
+def _section(path: Path, speeds: Mapping[str, float]) -> Section:
+    """The section of one run, sweep or evaluation."""
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is not there; give the folder of a run or a sweep, or the file of prunus eval "
+            "--json"
+        )
+    if not path.is_dir():
+        content = read_json(path)
+        return _checked(path, lambda: evaluation_section(content, speeds))
+    if (path / RESULTS_NAME).exists():
+        results = SweepResults.load(path)
+        return _checked(path / RESULTS_NAME, lambda: sweep_section(results, speeds))
+    for kind, section in _RUNS:
+        if (path / kind.FILE).exists():
+            record = kind.load(path)
+            return _checked(path / kind.FILE, lambda: section(record))  # noqa: B023
+    raise ValueError(
+        f"{path} holds neither {Manifest.FILE} (of a run), {StructureRecord.FILE} (of a smaller "
+        f"model) nor {RESULTS_NAME} (of a sweep): give the OUT folder of prunus prune, shrink or "
+        "sweep"
+    )
+
+
+def _checked(path: Path, make_section: Callable[[], Section]) -> Section:
+    """A section whose figures can all be shown; every error names the file."""
+    try:
+        section = make_section()
+        to_markdown(Document(section.title, (section,)))
+        document_json(Document(section.title, (section,)))
+        return section
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+    except (ArithmeticError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged or of another version: {type(error).__name__}: {error}"
+        ) from error

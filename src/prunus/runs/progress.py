@@ -1,6 +1,6 @@
 """What a run says of its progress, and the bar that shows it where a person looks.
 
-The command line has displays of its own, see `prunus.reporting.progress`. A function that is called
+The command line has displays of its own, see `prunus.reporting.console`. A function that is called
 from Python shows a bar if standard error is a terminal, or if the code runs in a notebook.
 Everywhere else nothing is printed. Imports no torch.
 """

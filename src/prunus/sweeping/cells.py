@@ -1,6 +1,8 @@
 """One cell of a sweep: prune, recover, score. Each finished step is entered in the cell's result.
 
-A cell's folder contains its record, and in `model` the weights for as long as they are needed.
+A cell's folder contains its record, and in `model` the weights for as long as they are needed. All
+cells with the same model and window options share one file of calibration windows, so that their
+methods are compared on the same text.
 """
 
 from __future__ import annotations
@@ -12,50 +14,100 @@ from typing import Any
 
 import torch
 
+from prunus.calibration.files import read_ids
+from prunus.calibration.sources import find_source
+from prunus.calibration.windows import Wanted, hash_ids
 from prunus.distributed import SINGLE_PROCESS
+from prunus.evaluation.options import TaskOptions, TextOptions
 from prunus.evaluation.perplexity import perplexity
 from prunus.evaluation.reference import Reference
 from prunus.evaluation.size import packed_size, stored_size
 from prunus.evaluation.task_runner import evaluate
 from prunus.model.checkpoint.atomic_files import TEMPORARY_SUFFIX, copy_file, in_held, make_folder
+from prunus.model.checkpoint.writer import save_safetensors
+from prunus.model.loading import load_model
+from prunus.model.tokenizer import load_tokenizer
 from prunus.pruning.manifest import Manifest
+from prunus.pruning.recipe import Recipe
 from prunus.pruning.run import run
 from prunus.recovery.record import RecoveryRecord
 from prunus.recovery.run import recover
 from prunus.runs.options import RunOptions
-from prunus.runs.progress import Progress
 from prunus.sweeping.grid import Scoring
-from prunus.sweeping.results import CellResult, SweptModel
+from prunus.sweeping.results import CalibrationSet, CellResult, SweepResults, SweptModel
 
 WEIGHTS = "model"
+_WINDOWS = "calibration"
 
 
-def prune_cell(
-    cell: CellResult,
-    folder: Path,
-    model: Path,
-    ids: torch.Tensor | None,
-    options: RunOptions,
-    progress: Callable[[Progress], None] | None = None,
-) -> Path:
+def shared_windows(
+    output: Path, results: SweepResults, label: str, recipe: Recipe, options: RunOptions
+) -> torch.Tensor:
+    """The calibration windows for a recipe, (samples, seqlen) int64.
+
+    They are drawn if no cell has needed them yet. New windows are written into `output` and entered
+    in `results`, which the caller saves.
+
+    Raises:
+        FileExistsError: The windows differ from those of earlier cells.
+    """
+    chosen = recipe.model_dump(include={"samples", "seqlen", "seed", "bos"})
+    key = {"calibration": recipe.calibration} | chosen
+    known = next((x for x in results.calibration if (x.model, x.options) == (label, key)), None)
+    if known is not None and (output / known.file).exists():
+        ids = read_ids(output / known.file)
+        _check_same(known, hash_ids(ids), f"{output / known.file} was changed")
+        return ids
+    model, trust = Path(results.models[label].path), options.trust_remote_code
+    asked = Wanted(
+        **chosen,
+        data=options.data,
+        tokenizer=lambda: load_tokenizer(model, trust),
+        model=lambda: load_model(model, trust_remote_code=trust),
+    )
+    source = find_source(recipe.calibration)
+    source.check(asked)
+    windows = source.draw(asked)
+    if known is not None:
+        _check_same(known, windows.sha256, f"{recipe.calibration} gives other windows than before")
+    else:
+        known = CalibrationSet(
+            model=label,
+            options=key,
+            source=windows.source,
+            sha256=windows.sha256,
+            file=f"{_WINDOWS}/{label}-{len(results.calibration):02}.safetensors",
+            used_bos=windows.bos,
+        )
+        results.calibration.append(known)
+    make_folder(output / _WINDOWS)
+    # The ids may be a view of a larger file of ids. save_safetensors writes only the view.
+    ids = windows.ids.to(torch.int32)
+    save_safetensors(output / known.file, {"input_ids": ids}, {"source": windows.source})
+    return windows.ids
+
+
+def _check_same(known: CalibrationSet, sha256: str, what: str) -> None:
+    if known.sha256 != sha256:
+        raise FileExistsError(
+            f"{what}: cells of this sweep were calibrated on windows with the sha256 "
+            f"{known.sha256[:12]}…, these have {sha256[:12]}…. Choose another output folder"
+        )
+
+
+def prune_cell(cell: CellResult, folder: Path, model: Path, options: RunOptions) -> Path:
     """Prune a model into the cell's folder, and return the folder with the pruned weights.
 
-    An earlier attempt is resumed. The cell's `pruning` is filled in. `ids` has the shared
-    calibration windows (samples, seqlen); it is None for methods that use only weights.
+    An earlier attempt is resumed. Weights that were deleted are made again, to the same bytes, and
+    the cell keeps its figures.
     """
     weights = in_held(folder / WEIGHTS)
     make_folder(folder)
-    own = options.model_copy(update={"input_ids": ids, "report": progress})
-    manifest = run(model, weights, cell.recipe, own)
+    manifest = run(model, weights, cell.recipe, options)
     copy_file(weights / Manifest.FILE, folder / Manifest.FILE)
-    totals = manifest.all_totals()
-    cell.pruning = {key: totals[key] for key in ("weights", "zeros", "sparsity")} | {
-        "mean_relative_output_error": totals["mean_relative_output_error"],
-        "mean_removed_energy": totals["mean_removed_energy"],
-        "seconds": round(totals["block_seconds"], 2),
-        "dtype": manifest.inputs.dtype,
-        "calibration_sha256": manifest.inputs.calibration_sha256,
-    }
+    if cell.pruning is None:
+        windows = {"calibration_sha256": manifest.inputs.calibration_sha256}
+        cell.pruning = manifest.summary() | windows
     return weights
 
 
@@ -69,21 +121,15 @@ def recover_cell(
 ) -> Path:
     """Recover pruned weights into the cell's folder, and return the folder with the weights.
 
-    An earlier attempt is resumed. The cell's `recovered` is filled in. `recovery` is a table of the
-    sweep file; with `teacher = "dense"` the model before pruning is the teacher.
+    An earlier attempt is resumed. `recovery` is a table of the sweep file; with `teacher = "dense"`
+    the model before pruning is the teacher.
     """
     weights = in_held(folder / WEIGHTS)
     make_folder(folder)
-    chosen = recovery | ({"teacher": dense} if recovery.get("teacher") == "dense" else {})
-    record = recover(
-        pruned,
-        weights,
-        device=options.device,
-        data=options.data,
-        ranks=SINGLE_PROCESS,
-        progress=False,
-        **chosen,
-    )
+    chosen = {"device": options.device, "data": options.data} | recovery
+    if recovery.get("teacher") == "dense":
+        chosen["teacher"] = dense
+    record = recover(pruned, weights, progress=False, ranks=SINGLE_PROCESS, **chosen)
     copy_file(weights / RecoveryRecord.FILE, folder / RecoveryRecord.FILE)
     cell.recovered = record.totals
     return weights
@@ -100,53 +146,29 @@ def score_model(
     """Measure a checkpoint's size, and score it on every text and task that its record lacks.
 
     Args:
-        dense: the dense model, which cells are compared with. It scores itself with what the
+        dense: The dense model, which cells are compared with. It scores itself with what the
             comparisons need as well.
-        finished: called with what was scored and its value, after each text and each metric.
+        finished: Called with what was scored and its value, after each text and each metric.
     """
     if record.size is None:
         record.size = stored_size(model, options.trust_remote_code)
         record.packed = packed_size(model, options.trust_remote_code)
     is_cell = isinstance(record, CellResult)
+    scored, reference = (model, dense) if is_cell else (dense, None)
+    how = scoring.arguments(TextOptions, options)
     for text in scoring.texts:
-        if text in record.scores:
-            continue
-        result = perplexity(
-            model if is_cell else dense,
-            text,
-            reference=dense if is_cell else None,
-            seqlen=scoring.seqlen,
-            samples=scoring.limit,
-            bos=scoring.bos,
-            batch=scoring.batch,
-            dtype=scoring.dtype,
-            device=options.device,
-            data=options.data,
-            trust_remote_code=options.trust_remote_code,
-            memory=options.memory,
-            progress=False,
-        )
-        record.scores[text] = result
-        finished(f"perplexity on {text}", result.perplexity)
-        if result.divergence is not None:
-            finished(f"KL divergence on {text}", result.divergence.kl)
+        if text not in record.scores:
+            result = perplexity(scored, text, reference=reference, progress=False, **how)
+            record.scores[text] = result
+            finished(f"perplexity on {text}", result.perplexity)
+            if result.divergence is not None:
+                finished(f"KL divergence on {text}", result.divergence.kl)
     if scoring.tasks and not record.tasks:
-        results = evaluate(model, scoring.tasks, progress=False, **task_options(scoring, options))
+        how = scoring.arguments(TaskOptions, options)
+        results = evaluate(model, scoring.tasks, progress=False, **how)
         for (task, metric), value in results.metrics().items():
             record.tasks.setdefault(task, {})[metric] = value.as_dict()
             finished(f"{metric} on {task}", value.value)
-
-
-def task_options(scoring: Scoring, options: RunOptions) -> dict[str, Any]:
-    """The arguments for tasks, as `evaluate` and `prepare_tasks` take them."""
-    return {
-        "fewshot": scoring.fewshot,
-        "limit": scoring.task_limit,
-        "dtype": scoring.dtype,
-        "device": options.device,
-        "data": options.data,
-        "trust_remote_code": options.trust_remote_code,
-    }
 
 
 def discard_weights(folder: Path) -> None:

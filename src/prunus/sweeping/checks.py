@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from prunus.evaluation import task_runner
+from prunus.evaluation.options import TaskOptions
+from prunus.evaluation.task_runner import prepare_tasks
 from prunus.evaluation.text import check_text
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.checkpoint.output_folder import check_apart, is_vacant
@@ -16,22 +17,15 @@ from prunus.model.source import CheckpointSource
 from prunus.pruning.job import plan_run
 from prunus.recovery.options import RecoveryOptions
 from prunus.runs.options import RunOptions
-from prunus.sweeping.cells import task_options
 from prunus.sweeping.grid import Sweep
-from prunus.sweeping.results import RESULTS_NAME, CellResult, DenseResult, SweepResults
+from prunus.sweeping.results import RESULTS_NAME, DenseResult, SweepResults
 
 
 def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> SweepResults:
-    """Check a sweep before any work. Nothing is written.
+    """Check a sweep before any work: models, texts, tasks, cells. Nothing is written.
 
     Returns:
         The results of an earlier run of the same sweep, with all cells of this one.
-
-    Raises:
-        FileExistsError: `output` contains something else, or a sweep with other differences than
-            added cells.
-        ValueError, FileNotFoundError, NotImplementedError, ModuleNotFoundError: a model, a text or
-            a cell would fail; the message names it.
     """
     fresh = check_folder(sweep, output)
     models = {}
@@ -45,8 +39,8 @@ def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> S
         check_text(text, options.data)
     if sweep.scoring.tasks:
         folders = [model.path for model in models.values()]
-        asked = task_options(sweep.scoring, options)
-        task_runner.prepare_tasks(folders, sweep.scoring.tasks, **asked)
+        how = sweep.scoring.arguments(TaskOptions, options)
+        prepare_tasks(folders, sweep.scoring.tasks, **how)
     for name, table in sweep.recovery.items():
         try:
             RecoveryOptions.read(None, {k: x for k, x in table.items() if k != "teacher"})
@@ -56,12 +50,12 @@ def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> S
         file=file,
         title=sweep.title or f"Sweep of {', '.join(models)}",
         description=sweep.description,
-        scoring=sweep.scoring.model_dump(mode="json"),
+        scoring=sweep.scoring.figures_from(),
         recovery=sweep.recovery,
         hardware=describe_hardware(choose_device(options.device)),
         versions=versions(),
         models=models,
-        cells=[CellResult(**dict(cell)) for cell in sweep.cells()],
+        cells=sweep.cells(),
     )
     if not fresh:
         _merge_earlier(SweepResults.load(output), results, output)
@@ -77,15 +71,7 @@ def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> S
 
 
 def check_folder(sweep: Sweep, output: Path) -> bool:
-    """Check that a sweep may write into a folder.
-
-    Returns:
-        Whether the folder holds no sweep yet.
-
-    Raises:
-        FileExistsError: something else is there.
-        ValueError: it overlaps with the folder of a model.
-    """
+    """Check that a sweep may write into a folder; whether the folder holds no sweep yet."""
     for name in sweep.labels().values():
         check_apart(output, Path(name))
     fresh = is_vacant(output)

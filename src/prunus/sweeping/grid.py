@@ -21,13 +21,15 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, model_validator
 
-from prunus.options.declaration import explain, read_toml
+from prunus.evaluation.options import TaskOptions, TextOptions
+from prunus.options import Option, Options
 from prunus.pruning.recipe import Recipe
-from prunus.runs.options import DtypeName
+from prunus.runs.options import RunOptions
+from prunus.sweeping.results import CellResult
 
 #: Options that a grid cannot vary, because their values are lists themselves.
 _NOT_AXES = {"only", "ignore"}
@@ -35,67 +37,56 @@ _NOT_AXES = {"only", "ignore"}
 _MAX_CELLS = 10_000
 #: The value of `recovery` in a grid that means no recovery.
 _NO_RECOVERY = "none"
+#: Options of evaluation that the command gives, and not the file: they do not decide any figure.
+_OF_THE_COMMAND = {"device", "memory", "data", "trust_remote_code", "tokenizer"}
 
 
-class Scoring(BaseModel):
-    """How every model of a sweep is scored; see `prunus.perplexity` and `prunus.evaluate`."""
+class Scoring(TextOptions, TaskOptions):
+    """How every model of a sweep is scored: the options of `prunus eval`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    texts: Annotated[tuple[str, ...], Option("Score on these texts.")] = ("wikitext2",)
+    tasks: Annotated[tuple[str, ...], Option("Score on these tasks of lm-eval.")] = ()
 
-    texts: tuple[str, ...] = Field(
-        default=("wikitext2",), description="texts for perplexity; [] for none"
-    )
-    seqlen: int = Field(default=2048, ge=2)
-    limit: int | None = Field(default=None, ge=1, description="score only the first windows")
-    bos: Literal["auto", "yes", "no"] = Field(
-        default="auto", description="whether windows begin with BOS; see `prunus.perplexity`"
-    )
-    batch: int = Field(default=1, ge=1)
-    dtype: DtypeName = "auto"
-    tasks: tuple[str, ...] = Field(default=(), description="tasks of lm-eval, or paper7")
-    fewshot: int | None = Field(default=None, ge=0)
-    task_limit: int | None = Field(
-        default=None, ge=1, description="score only the first rows of each task"
-    )
+    @model_validator(mode="after")
+    def _leaves_the_rest_to_the_command(self) -> Self:
+        if others := sorted(self.model_fields_set & _OF_THE_COMMAND):
+            raise ValueError(f"{others[0]} is an option of the command, not of the file")
+        return self
+
+    def figures_from(self) -> dict[str, Any]:
+        """All that decides the figures, as values for JSON."""
+        return self.model_dump(mode="json", exclude=_OF_THE_COMMAND)
+
+    def arguments(self, kind: type[Options], options: RunOptions) -> dict[str, Any]:
+        """The keywords of a function that takes the options `kind`."""
+        own = {name: getattr(self, name) for name in kind.model_fields}
+        return own | {name: getattr(options, name) for name in own.keys() & _OF_THE_COMMAND}
 
 
-class Cell(BaseModel):
-    """One combination of a sweep.
+class Sweep(Options):
+    """A sweep file.
 
     Attributes:
-        name: Unique name, which is also the name of the cell's folder.
-        model: Label of the model.
-        recipe: How the model is pruned.
-        recovery: Name of the recovery, or None.
-        recovers: Name of the cell whose weights are recovered, or None.
+        grid: Tables that map recipe options and `recovery` to a value or a list of values.
+        recovery: Name -> options of `prunus recover`.
+        keep_checkpoints: Whether the weights of cells that are done are kept.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
-    name: str
-    model: str
-    recipe: Recipe
-    recovery: str | None = None
-    recovers: str | None = None
-
-
-class Sweep(BaseModel):
-    """A sweep file. `grid` maps recipe options and `recovery` to a value or a list of values."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    FILE = "sweep"
 
     title: str = ""
     description: str = ""
     models: tuple[str, ...] = ()
-    recipe: dict[str, Any] = {}
+    recipe: dict[str, Any] = Field(default={})
     scoring: Scoring = Scoring()
     grid: tuple[dict[str, Any], ...] = Field(min_length=1)
-    recovery: dict[str, dict[str, Any]] = Field(
-        default={}, description="name -> options of `prunus recover`"
-    )
-    keep_checkpoints: bool = Field(
-        default=False, description="keep the weights of cells that are done"
-    )
+    recovery: dict[str, dict[str, Any]] = Field(default={})
+    keep_checkpoints: bool = False
+
+    @model_validator(mode="after")
+    def _has_cells(self) -> Self:
+        self.cells()
+        return self
 
     def labels(self) -> dict[str, str]:
         """Label -> model. The label is the last part of the path or hub id, used in cell names."""
@@ -114,11 +105,11 @@ class Sweep(BaseModel):
             found[label] = model
         return found
 
-    def cells(self) -> list[Cell]:
+    def cells(self) -> list[CellResult]:
         """All combinations in the order of the file; a recovery follows its own cell."""
         self._check_count()
         base = _recipe("[recipe]", self.recipe)
-        found: dict[str, list[Cell]] = {}
+        found: dict[str, list[CellResult]] = {}
         for label, (number, table) in itertools.product(self.labels(), enumerate(self.grid, 1)):
             where = f"grid {number}"
             for values in _combinations(where, table):
@@ -129,7 +120,7 @@ class Sweep(BaseModel):
                     )
                 recipe = _recipe(where, _merged(self.recipe, values))
                 name = _cell_name(label, recipe, base)
-                own = found.setdefault(name, [Cell(name=name, model=label, recipe=recipe)])
+                own = found.setdefault(name, [CellResult(name=name, model=label, recipe=recipe)])
                 if (own[0].model, own[0].recipe) != (label, recipe):
                     raise ValueError(
                         f"{where}: two different cells would be called {name!r}; write their "
@@ -153,27 +144,6 @@ class Sweep(BaseModel):
                 f"the grids have {count:,} cells, most of them in grid {largest + 1}, and a sweep "
                 f"has at most {_MAX_CELLS:,}; give fewer values, or split the file"
             )
-
-
-def load_sweep(path: Path, models: tuple[str, ...] = ()) -> Sweep:
-    """Read and validate a sweep file.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is not TOML, or has an unknown key or a value out of range. The message
-            names file and key.
-    """
-    values = read_toml(path, "sweep file")
-    if models:
-        values["models"] = list(models)
-    try:
-        sweep = Sweep.model_validate(values)
-        sweep.cells()
-    except ValidationError as fault:
-        raise ValueError(f"sweep file {path}: {explain(fault, Sweep)}") from None
-    except ValueError as fault:
-        raise ValueError(f"sweep file {path}: {fault}") from None
-    return sweep
 
 
 def _combinations(where: str, table: dict[str, Any]) -> Iterator[dict[str, Any]]:

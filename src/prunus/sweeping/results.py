@@ -12,14 +12,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from prunus.evaluation.records import FORMS, ModelSize, PerplexityResult
 from prunus.model.checkpoint.atomic_files import write_json, write_text
+from prunus.pruning.manifest import mean_error
 from prunus.pruning.recipe import Recipe
 from prunus.runs.document import Measured, Table, table_of
+from prunus.runs.options import WindowOptions
 from prunus.runs.record import UsedBos, read_record
-from prunus.sweeping.grid import Cell
 
 RESULTS_NAME = "results.json"
 TABLE_NAME = "results.csv"
@@ -28,19 +29,8 @@ _MIN_WANDA_LOSS = 0.01
 #: Recipe options that must be equal in two cells whose methods are compared. All others belong to
 #: the method.
 _CONDITIONS = {
-    "sparsity",
-    "pattern",
-    "calibration",
-    "samples",
-    "seqlen",
-    "seed",
-    "bos",
-    "batch",
-    "dtype",
-    "propagate",
-    "head",
-    "only",
-    "ignore",
+    *WindowOptions.model_fields,
+    *("sparsity", "pattern", "propagate", "head", "only", "ignore"),
 }
 
 
@@ -50,13 +40,11 @@ class SweptModel(BaseModel):
     Attributes:
         size: As it is stored.
         packed: As `prunus pack` would store it without loss; None where it packs nothing.
-        scores: Scoring text -> perplexity. Cells have a divergence from the dense model.
+        scores: Text -> perplexity. Cells have a divergence from the dense model.
         tasks: Task -> metric -> value and stderr, None where they are unknown. If all seven tasks
             of the paper are there, their mean is too.
-        pruning: Totals of a cell's pruning. Seconds sum over blocks, so a resumed run counts in
-            full.
-        recovered: Totals of a cell's recovery.
-        residual_gap: Scoring text -> see `residual_gaps`; empty for dense models.
+        pruning, recovered: Totals of the runs that made a cell.
+        residual_gap: Text -> see `residual_gaps`; empty for dense models.
         error: Why it failed, or None.
     """
 
@@ -80,14 +68,12 @@ class SweptModel(BaseModel):
     def totals(self) -> dict[str, Any]:
         """The zeros, the error of the linears in words, and the seconds of the work."""
         pruning, recovered = self.pruning or {}, self.recovered or {}
-        error, energy = (
-            pruning.get(f"mean_{name}") for name in ("relative_output_error", "removed_energy")
-        )
-        words = None if energy is None else f"{energy:.2%} (E)"
+        name, error = mean_error(pruning) if pruning else ("", None)
+        mark = " (E)" if name == "removed energy" else ""
         return {
             "zeros": pruning.get("sparsity", recovered.get("sparsity")),
-            "error": words if error is None else f"{error:.2%}",
-            "pruning seconds": pruning.get("seconds"),
+            "error": None if error is None else f"{error:.2%}{mark}",
+            "pruning seconds": pruning.get("block_seconds"),
             "recovery seconds": recovered.get("seconds"),
         }
 
@@ -101,9 +87,22 @@ class SweptModel(BaseModel):
         }
 
 
-class CellResult(Cell, SweptModel):
-    """One cell. A `waiting` cell was not started, a `running` one is between two steps."""
+class CellResult(SweptModel):
+    """One combination of a sweep.
 
+    Attributes:
+        name: Unique name, which is also the name of the cell's folder.
+        model: Label of the model.
+        recovery: Name of the recovery, or None.
+        recovers: Name of the cell whose weights are recovered, or None.
+        state: A `waiting` cell was not started, a `running` one is between two steps.
+    """
+
+    name: str
+    model: str
+    recipe: Recipe
+    recovery: str | None = None
+    recovers: str | None = None
     state: Literal["waiting", "running", "done", "failed"] = "waiting"
 
 
@@ -118,11 +117,8 @@ class CalibrationSet(BaseModel):
     """Calibration windows that cells share.
 
     Attributes:
-        model: Label of the model.
         options: Of the recipe: source, number, length, seed and BOS.
-        source: Where they come from, for people.
         file: Relative to the sweep's folder.
-        used_bos: Whether every window begins with BOS.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -140,14 +136,13 @@ class SweepResults(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    format: Literal[2] = 2
-    file: str = Field(description="name of the sweep file")
+    format: Literal[3] = 3
+    #: Name of the sweep file.
+    file: str
     title: str
     description: str = ""
     scoring: dict[str, Any]
-    recovery: dict[str, dict[str, Any]] = Field(
-        default={}, description="name -> options of `prunus recover`"
-    )
+    recovery: dict[str, dict[str, Any]] = {}
     hardware: dict[str, Any]
     versions: dict[str, str]
     models: dict[str, DenseResult]
@@ -163,12 +158,7 @@ class SweepResults(BaseModel):
 
     @classmethod
     def load(cls, folder: Path) -> SweepResults:
-        """Read `results.json`.
-
-        Raises:
-            FileNotFoundError: the folder has no results.
-            ValueError: the file is damaged or of another version.
-        """
+        """Read `results.json`."""
         path = folder / RESULTS_NAME
         if not path.exists():
             raise FileNotFoundError(
@@ -250,14 +240,13 @@ def residual_gap(perplexity: float, dense: float, wanda: float) -> float | None:
 
     gap = (ppl − ppl_dense) / (ppl_wanda − ppl_dense)
 
+    It is None if a perplexity is infinite, or if Wanda loses less than 1 % of the dense perplexity:
+    a share of almost nothing means nothing.
+
     >>> residual_gap(perplexity=25.0, dense=20.0, wanda=30.0)
     0.5
     >>> residual_gap(perplexity=20.1, dense=20.0, wanda=20.1) is None
     True
-
-    Returns:
-        The gap. None if a perplexity is infinite, or if Wanda loses less than 1 % of the dense
-        perplexity: a share of almost nothing means nothing.
     """
     if math.inf in (perplexity, dense, wanda) or wanda <= dense * (1 + _MIN_WANDA_LOSS):
         return None

@@ -35,10 +35,15 @@ from prunus.options import takes
 from prunus.runs.folder import locked_output
 from prunus.runs.options import RunOptions
 from prunus.runs.progress import LineInterval, Progress
-from prunus.sweeping.calibration_windows import shared_windows
-from prunus.sweeping.cells import discard_weights, prune_cell, recover_cell, score_model
+from prunus.sweeping.cells import (
+    discard_weights,
+    prune_cell,
+    recover_cell,
+    score_model,
+    shared_windows,
+)
 from prunus.sweeping.checks import check_folder, check_sweep
-from prunus.sweeping.grid import Sweep, load_sweep
+from prunus.sweeping.grid import Sweep
 from prunus.sweeping.results import CellResult, DenseResult, SweepResults, SweptModel
 
 _CELLS_FOLDER = "cells"
@@ -46,7 +51,7 @@ _CELLS_FOLDER = "cells"
 _CELL_FILE = "cell.json"
 
 
-@takes(RunOptions)
+@takes(RunOptions, without=("overwrite", "resume"))
 def sweep(
     grid: str | Path | Sweep,
     output: str | Path,
@@ -73,41 +78,21 @@ def sweep(
         ValueError, FileNotFoundError, FileExistsError, NotImplementedError: Before any work; says
             what was given, what is wrong and what to do.
     """
-    if isinstance(grid, Sweep) and models:
-        raise ValueError("models= is for a sweep file; a Sweep names its models itself")
-    chosen = grid if isinstance(grid, Sweep) else load_sweep(Path(grid), tuple(models))
+    chosen, folder = Sweep.read(grid, {"models": tuple(models) or None}), Path(output)
     file = "a Sweep object" if isinstance(grid, Sweep) else Path(grid).name
-    how = RunOptions(**options)
-    return run_sweep(chosen, Path(output), how, file=file, progress=progress)
-
-
-def run_sweep(
-    sweep: Sweep,
-    output: Path,
-    options: RunOptions | None = None,
-    *,
-    file: str = "sweep.toml",
-    progress: Callable[[str], None] | None = None,
-) -> SweepResults:
-    """Run a sweep, or what an earlier run has left of it; see `sweep`.
-
-    Args:
-        sweep: see `load_sweep`.
-        output: folder for `results.json`, `results.csv`, the calibration windows and the cells.
-    """
     with contextlib.ExitStack() as stack:
-        how = stack.enter_context((options or RunOptions()).with_ranks())
+        how = stack.enter_context(RunOptions.read(None, options).with_ranks())
         ranks = how.processes
         # One process does all work of a cell, so runs inside a cell must not look for other ranks.
         own = how.model_copy(update={"ranks": SINGLE_PROCESS})
         # What the folder holds decides what is done, so from here on no other run may change it.
-        stack.enter_context(locked_output(output, ranks, lambda: check_folder(sweep, output)))
+        stack.enter_context(locked_output(folder, ranks, lambda: check_folder(chosen, folder)))
         choose_device(own.device, processes=ranks.local_size)
         found = ranks.on_rank_0(
-            lambda: check_sweep(sweep, output, own, file).model_dump(mode="json")
+            lambda: check_sweep(chosen, folder, own, file).model_dump(mode="json")
         )
         results = SweepResults.model_validate(found)
-        return _Runner(sweep, results, output, own, progress or (lambda line: None), ranks).run()
+        return _Runner(chosen, results, folder, own, progress or (lambda line: None), ranks).run()
 
 
 @dataclass
@@ -161,10 +146,10 @@ class _Runner:
 
         def merge_on_rank_0() -> object:
             prepare()
-            for name, _, known in list(self.results.every_model()):
+            for name, _, known in self.results.every_model():
                 path = self._folder(name) / _CELL_FILE
                 if path.exists():
-                    self._enter(known, type(known).model_validate(read_json(path)))
+                    _take_over(known, type(known).model_validate(read_json(path)))
                     # Saved before the file is deleted, so that a kill in between loses nothing.
                     self.results.save(self.output)
                     remove(path)
@@ -172,17 +157,6 @@ class _Runner:
             return self.results.model_dump(mode="json")
 
         self.results = SweepResults.model_validate(self.ranks.on_rank_0(merge_on_rank_0))
-
-    def _enter(self, known: SweptModel, found: SweptModel) -> None:
-        """Put what another rank has found in the place of what rank 0 knew of it."""
-        if isinstance(known, DenseResult) and isinstance(found, DenseResult):
-            label = next(label for label, each in self.results.models.items() if each is known)
-            if found.fingerprint == known.fingerprint:
-                self.results.models[label] = found
-        elif isinstance(known, CellResult) and isinstance(found, CellResult):
-            same = (found.recipe, found.recovery) == (known.recipe, known.recovery)
-            if same and known.state != "done":
-                self.results.cells[self.results.cells.index(known)] = found
 
     def _prepare(self) -> None:
         """Delete what a killed run left half-written, and draw windows that several ranks need.
@@ -228,15 +202,22 @@ class _Runner:
         model = self.results.models[cell.model]
         if model.error is not None:
             raise RuntimeError(f"the dense model {cell.model} could not be scored: {model.error}")
-        ids = self._windows(cell)
+        title, lines = self._title(cell), LineInterval()
+        lines.restart()
+
+        def report_block(step: Progress) -> None:
+            if lines.due():
+                lines.restart()
+                self.report(f"{title}: block {step.done} of {step.total}")
+
+        own = {"input_ids": self._windows(cell), "report": report_block}
         self._save(cell)
-        title, before = self._title(cell), cell.pruning
-        lines = self._block_lines(title)
-        folder = self._folder(cell.name)
-        weights = prune_cell(cell, folder, Path(model.path), ids, self.options, lines)
-        cell.pruning = found = before or cell.pruning or {}
+        options = self.options.model_copy(update=own)
+        weights = prune_cell(cell, self._folder(cell.name), Path(model.path), options)
         self._save(cell)
-        self.report(f"{title}: {found['sparsity']:.2%} pruned in {found['seconds']:.0f} s")
+        found = cell.pruning or {}
+        took = f"{found['block_seconds']:.0f} s"
+        self.report(f"{title}: {found['sparsity']:.2%} pruned in {took}")
         return weights
 
     def _recover(self, cell: CellResult, pruned: Path) -> None:
@@ -287,14 +268,11 @@ class _Runner:
     def _folder(self, name: str) -> Path:
         return self.output / _CELLS_FOLDER / name
 
-    def _block_lines(self, title: str) -> Callable[[Progress], None]:
-        """A function that reports the progress of one pruning run, but not for every block."""
-        lines = LineInterval()
-        lines.restart()
 
-        def report_block(step: Progress) -> None:
-            if lines.due():
-                lines.restart()
-                self.report(f"{title}: block {step.done} of {step.total}")
-
-        return report_block
+def _take_over(known: SweptModel, found: SweptModel) -> None:
+    """Enter what another rank has found, unless it is of another sweep or finished already."""
+    what = ("fingerprint",) if isinstance(known, DenseResult) else ("recipe", "recovery")
+    is_same = all(getattr(known, name) == getattr(found, name) for name in what)
+    if is_same and getattr(known, "state", "waiting") != "done":
+        for name in type(known).model_fields:
+            setattr(known, name, getattr(found, name))

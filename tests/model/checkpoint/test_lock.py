@@ -22,7 +22,7 @@ from command_line import call
 from prunus import pack
 from prunus.model.checkpoint.lock import LOCK_NAME, locked
 from prunus.sweeping.grid import Sweep
-from prunus.sweeping.run import run_sweep
+from prunus.sweeping.run import sweep as run_sweep
 from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, training_text
 from tiny import tiny_checkpoint, token_ids
 

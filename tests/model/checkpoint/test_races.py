@@ -16,7 +16,7 @@ import prunus
 from prunus import pack, unpack
 from prunus.model.checkpoint import lock
 from prunus.sweeping.grid import Sweep
-from prunus.sweeping.run import run_sweep
+from prunus.sweeping.run import sweep as run_sweep
 from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, training_text
 from tiny import token_ids
 
@@ -58,7 +58,7 @@ def sweep_of(dense: Path, ids: Path, sparsity: float) -> Sweep:
             "title": "t",
             "models": [str(dense)],
             "recipe": {"calibration": str(ids), "samples": 3, "seqlen": 16, "dtype": "float32"},
-            "scoring": {"texts": [str(ids)], "seqlen": 16, "limit": 2},
+            "scoring": {"texts": [str(ids)], "seqlen": 16, "samples": 2},
             "grid": [{"method": "magnitude", "sparsity": sparsity}],
             "keep_checkpoints": True,
         }
