@@ -82,6 +82,22 @@ def test_quantised_weights_are_unpacked(tmp_path):
     assert not torch.equal(weights[name], tiny_llama().state_dict()[name].bfloat16())
 
 
+def test_an_embedding_that_is_stored_twice_is_tied(tmp_path):
+    """As llama.cpp stores tied models: the second time as the head, in more bits."""
+    model = tiny_llama()
+    head, embedding = model.lm_head.weight.data, model.model.embed_tokens.weight.data
+    embedding.copy_(head + 0.1 * head.std() * torch.randn_like(head))
+    kept = write_gguf(model, tmp_path / "twice.gguf")
+    summary = import_gguf(tmp_path / "twice.gguf", tmp_path / "out", dtype="float32")
+    assert summary["tied"]
+    assert summary["parameters"] == sum(x.numel() for x in kept.values()) - head.numel()
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert weights.keys() == kept.keys() - {"lm_head.weight"}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded.model.embed_tokens.weight, kept["lm_head.weight"])
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
 def test_overwrite_replaces_the_whole_folder(tiny_gguf, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

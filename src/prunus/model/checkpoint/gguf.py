@@ -56,8 +56,8 @@ def import_gguf(
         progress: called with a line of text before each step.
 
     Returns:
-        `architecture`, `parameters` (count), `dtype`, `files` (names), `bytes` (of all files),
-        `chat_template` (whether there is one).
+        `architecture`, `parameters` (count), `tied` (whether head and embedding are one matrix),
+        `dtype`, `files` (names), `bytes` (of all files), `chat_template` (whether there is one).
 
     Raises:
         ValueError: no GGUF file, a truncated one, or a model that transformers cannot import.
@@ -168,12 +168,38 @@ def _convert(path: Path, folder: Path, dtype: torch.dtype, weights: int) -> dict
                 f"{problem.replace('_', ' ')} {', '.join(names[:5])}"
                 f"{' ...' if len(names) > 5 else ''}"
             )
+    tied = _tie_if_one_matrix(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "tied": tied,
         "chat_template": tokenizer.chat_template is not None,
     }
+
+
+@torch.no_grad()
+def _tie_if_one_matrix(model: Any) -> bool:
+    """Tie the head to the embedding if both hold one matrix. Returns whether they are tied now.
+
+    Many GGUF files store the embedding of a tied model twice, the second time as the head and in
+    more bits. The two then differ by errors of rounding, at most by a fifth (Q2_K); matrices that
+    were trained apart differ by more than their own size. The head's form is kept, which is the
+    more precise one.
+    """
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    if embedding is head or embedding.shape != head.shape:
+        return embedding is head
+    difference = size = 0.0
+    for left, right in zip(embedding.split(4096), head.split(4096), strict=True):
+        difference += float((left.float() - right.float()).square().sum())
+        size += float(right.float().square().sum())
+    if difference > 0.3**2 * size:
+        return False
+    model.get_input_embeddings().weight = head
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    return True
 
 
 def _check_size(config: Any, weights: int) -> None:
