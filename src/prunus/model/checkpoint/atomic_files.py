@@ -22,6 +22,7 @@ This file imports no torch, so that a report can be read without it. `writer.py`
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -102,13 +103,16 @@ def make_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, nbytes: int | None = None) -> Iterator[BinaryIO]:
     """Replace the file `path` atomically.
 
     Yields a new temporary file to write to. When the block ends, it becomes `path`; after an error
     it is removed, and `path` stays as it was.
+
+    Args:
+        nbytes: the size of the file, if it is known, for the error of a full disk.
     """
-    path = in_held(path)
+    given, path = path, in_held(path)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(6)}{TEMPORARY_SUFFIX}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     file = os.fdopen(os.open(temporary, flags, 0o666), "wb")
@@ -118,10 +122,23 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as fault:
         temporary.unlink(missing_ok=True)
+        if isinstance(fault, OSError) and fault.errno == errno.ENOSPC:
+            raise _no_space(given, nbytes) from fault
         raise
     fsync_folder(path.parent)
+
+
+def _no_space(path: Path, nbytes: int | None) -> OSError:
+    """The error of a disk that became full while `path` was written."""
+    size = "it" if nbytes is None else f"its {nbytes / 1e9:.3f} GB"
+    free = shutil.disk_usage(path.parent).free / 1e9
+    return OSError(
+        errno.ENOSPC,
+        f"No space left on the disk for {path}: {size} must fit, and {free:.3f} GB are free. "
+        "Finished files are kept: make room, and the same command continues",
+    )
 
 
 def remove_temporaries(folder: Path) -> None:

@@ -50,21 +50,24 @@ def save_safetensors(
     Raises:
         OSError: the file cannot be written, for example because the disk is full.
     """
-    with replacing(path) as file, ThreadPoolExecutor(1, thread_name_prefix="hash") as hashing:
-        # As in the library: wide dtypes first, which keeps all tensors aligned, then by name.
-        place = {dtype: position for position, dtype in enumerate(_CODES)}
-        names = sorted(tensors, key=lambda name: (place[tensors[name].dtype], name))
-        header: dict[str, Any] = {
-            "__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))
-        }
-        end = 0
-        for name in names:
-            start, end = end, end + tensors[name].numel() * tensors[name].element_size()
-            code, shape = _CODES[tensors[name].dtype], list(tensors[name].shape)
-            header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text = text.ljust(-(-len(text) // 8) * 8)
-        head = len(text).to_bytes(8, "little") + text
+    # As in the library: wide dtypes first, which keeps all tensors aligned, then by name.
+    place = {dtype: position for position, dtype in enumerate(_CODES)}
+    names = sorted(tensors, key=lambda name: (place[tensors[name].dtype], name))
+    header: dict[str, Any] = {
+        "__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))
+    }
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        code, shape = _CODES[tensors[name].dtype], list(tensors[name].shape)
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    head = len(text).to_bytes(8, "little") + text
+    with (
+        replacing(path, len(head) + end) as file,
+        ThreadPoolExecutor(1, thread_name_prefix="hash") as hashing,
+    ):
         file.write(head)
         digest = hashlib.sha256(head)
         unwritten = 0
