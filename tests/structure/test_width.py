@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from prunus.methods import structured
 from prunus.methods.solvers.least_squares import ridge
-from prunus.methods.structured import channels
-from prunus.methods.structured.channels import Reader
+from prunus.methods.structured import Reader
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.structure.spans import Cut, Span
@@ -55,7 +55,9 @@ def test_a_data_limited_linear_gets_the_same_channels_and_fit_in_float32(monkeyp
     weight, gram = torch.randn(20, 200, generator=generator), X_TI.T @ X_TI
     found = []
     for limited in (True, False):
-        monkeypatch.setattr(channels, "is_data_limited", lambda _inputs, _damping, is_=limited: is_)
+        monkeypatch.setattr(
+            structured, "is_data_limited", lambda _inputs, _damping, is_=limited: is_
+        )
         reader = Reader(weight, gram, 1.0)
         kept = reader.keep(200, 1, 120)
         found.append((kept.columns, reader.fit(kept.columns)))

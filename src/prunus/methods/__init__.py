@@ -6,6 +6,7 @@
     patterns.py       which weights compete, and from scores to a mask
     statistics.py     what a method knows of a linear's inputs
     allocation.py     how a sparsity is distributed over layers
+    structured.py     which channels, heads, experts and blocks to remove
 
     magnitude.py      |W|
     wanda.py          |W| · ‖X‖
@@ -19,7 +20,6 @@
     composition.py    a method, a refinement of its mask and a weight update as one method
     refine/           better masks and targets: swaps, dense targets
     solvers/          the OBS sweep, least squares on a mask
-    structured/       which channels, heads, experts and blocks to remove
 
 Names are imported when they are first used, so that a recipe can check options without torch.
 """

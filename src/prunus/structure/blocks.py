@@ -20,7 +20,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from prunus.distributed import own_part
-from prunus.methods.structured.saliency import cosine_sum, divergence_sum
+from prunus.methods.structured import cosine_sum, divergence_sum
 from prunus.model.stream import Stream
 from prunus.structure.plan import PROBE_TOKENS, PROBE_WINDOWS, StructureJob
 from prunus.structure.record import SearchStep

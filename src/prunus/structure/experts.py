@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from prunus.methods.structured.saliency import ExpertSums, kept_experts
+from prunus.methods.structured import ExpertSums, kept_experts
 from prunus.model.experts import Experts
 from prunus.model.stream import Stream
 from prunus.structure.plan import StructureJob

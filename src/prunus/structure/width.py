@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from prunus.distributed import Ranks
 from prunus.methods.solvers.least_squares import ridge
 from prunus.methods.statistics import InputStatistics, StatisticsSpec
-from prunus.methods.structured.channels import Kept, Reader
+from prunus.methods.structured import Kept, Reader
 from prunus.model.linears import Linear
 from prunus.model.stream import Stream
 from prunus.pruning.block.hooks import input_hooks, tokens_of

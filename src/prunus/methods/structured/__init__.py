@@ -1,1 +1,0 @@
-"""What structured pruning removes, and how the rest compensates for it: tensor functions."""
