@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.model.block_lists import find_block_list
+from prunus.model.linears import find_block_list
 
 #: Modules in a block, and their linears that read heads and channels.
 _HEADS, _CHANNELS = ("self_attn", "o_proj"), ("mlp", "down_proj")

@@ -92,7 +92,11 @@ def test_shards_that_are_missing_cut_off_or_elsewhere(sharded, tmp_path, refused
         refused(ValueError, f"places '{name}' in .*shards must be plain file names", sharded)
     (sharded / "weights.bin").write_bytes(PICKLE)
     edit_json(index, weight_map=dict.fromkeys(places, "weights.bin"))
-    refused(ValueError, r"'weights\.bin', which is not a \.safetensors file", sharded)
+    refused(
+        ValueError,
+        r"'weights\.bin': shards must be .*ending in \.safetensors",
+        sharded,
+    )
     wrong = {"model.norm.weight": "model-00001-of-00003.safetensors"}
     assert places["model.norm.weight"] != wrong["model.norm.weight"]
     edit_json(index, weight_map=places | wrong)

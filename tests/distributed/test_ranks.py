@@ -202,16 +202,6 @@ def test_shares_are_whole_in_order_and_even(count, size, together):
     assert max(runs) - min(runs) <= 1
 
 
-@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
-def test_variables_of_torchrun_that_are_no_numbers_are_named(name, monkeypatch):
-    own = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-    for variable, value in (own | {name: "node7"}).items():
-        monkeypatch.setenv(variable, value)
-    with pytest.raises(ValueError, match=f"{name} is 'node7', and torchrun"), process_group():
-        pass
-    assert is_rank_0()
-
-
 @pytest.mark.parametrize("rank", [None, "1", "node7"])
 def test_without_torchrun_there_is_one_rank(rank, monkeypatch):
     for variable in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

@@ -9,7 +9,7 @@ import torch
 import prunus
 from devices import PRETEND
 from prunus.evaluation.streamed_model import ComputeOptions, StreamedModel
-from prunus.model.hidden_states import StatesPlace
+from prunus.model.stream import StatesPlace
 
 pytestmark = pytest.mark.cuda
 

@@ -14,8 +14,8 @@ from prunus.evaluation.logits import WholeModel
 from prunus.evaluation.reference import Reference
 from prunus.evaluation.streamed_model import ComputeOptions, StreamedModel
 from prunus.evaluation.window_scores import score_windows
-from prunus.model.hidden_states import HiddenStates, StatesPlace
 from prunus.model.loading import load_model
+from prunus.model.stream import HiddenStates, StatesPlace
 from tiny import tiny_checkpoint, token_ids
 
 LARGE = {"initializer_range": 0.3}

@@ -2,8 +2,8 @@
 
 import pytest
 
-from prunus.model import chat_template
-from prunus.model.chat_template import apply_chat_template
+from prunus.model import tokenizer
+from prunus.model.tokenizer import apply_chat_template
 from tiny_tokenizer import byte_tokenizer
 
 MESSAGES = [{"role": "user", "content": "Grüß dich"}]
@@ -40,6 +40,6 @@ def test_a_template_that_asks_for_too_much_is_refused(template, message):
 
 
 def test_a_template_that_does_not_end_is_stopped(monkeypatch):
-    monkeypatch.setattr(chat_template, "_SECONDS", 0.2)
+    monkeypatch.setattr(tokenizer, "_SECONDS", 0.2)
     with pytest.raises(ValueError, match=r"did not end within 0\.2 s"):
         applied(LOOP * 6 + "x" + "{% endfor %}" * 6)

@@ -10,8 +10,7 @@ from transformers.models.auto import modeling_auto
 
 from prunus.model import meta_model
 from prunus.model.checkpoint.reader import Checkpoint
-from prunus.model.config import load_config
-from prunus.model.config_limits import StoredSizes, check_config, check_processor_files
+from prunus.model.config import StoredSizes, check_config, check_processor_files, load_config
 from prunus.model.kinds import CAUSAL
 from prunus.model.loading import load_model
 from prunus.model.meta_model import build_on_meta, limited_modules
@@ -88,7 +87,7 @@ def test_layers_and_experts_are_counted_by_their_numbers(tmp_path):
         ("[" * 100_000, "not valid JSON"),
         ('{"layers": ' + "9" * 5000 + "}", "not valid JSON"),
         (json.dumps({"layer_types": ["x"] * 20_000}), "list of 20,000 entries"),
-        (json.dumps({"x": "y" * 2**24}), "at most 16,777,216 are read"),
+        (json.dumps({"x": "y" * 2**24}), "a file of this kind may have 16,777,216"),
     ],
 )
 def test_a_file_that_is_no_configuration_is_refused(text, message, folder):
@@ -140,7 +139,7 @@ def test_tables_that_fill_memory_are_not_computed_and_modules_without_end_are_no
     small = {"n_embd": 64, "n_head": 1, "n_layer": 1, "vocab_size": 64, "n_positions": 2**24}
     for content in ({"model_type": "gptj", "rotary_dim": 64}, {"model_type": "gpt_bigcode"}):
         write(folder, small | content)
-        with pytest.raises(ValueError, match="too large: it asks for more than"):
+        with pytest.raises(ValueError, match="it asks for more than"):
             build_on_meta(CAUSAL, load_config(folder), torch.float32, False)
     monkeypatch.setattr(meta_model, "_MAX_MODULES", 10)
     with pytest.raises(ValueError, match="more than 10 modules"), limited_modules():

@@ -133,7 +133,7 @@ UPLOADED: dict[str, dict[str, bytes]] = {}
 
 @pytest.mark.parametrize("kind", ["pruned", "packed"])
 def test_an_upload_has_card_record_and_tags(folders, kind, monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr("prunus.model.loading.HfApi", Hub)
     model, _ = prunus.load(folders[kind])
     model.push_to_hub("me/mine", token=TOKEN, tags=["more"], private=True)
     files = UPLOADED["me/mine"]

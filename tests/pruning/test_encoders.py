@@ -19,8 +19,8 @@ from transformers import (
 
 import prunus
 from command_line import call
+from prunus.model.calls import BlockStubs
 from prunus.model.kinds import CAUSAL, kind_of
-from prunus.model.stubs import BlockStubs
 from prunus.pruning.job import plan_run
 from prunus.pruning.recipe import Recipe
 from prunus.runs.options import RunOptions

@@ -10,10 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import prunus
-from prunus.calibration.sources import find_source
-from prunus.calibration.texts import Documents
+from prunus.calibration.sources import Documents, find_source
 from prunus.calibration.windows import Wanted
-from prunus.model.chat_template import apply_chat_template
+from prunus.model.tokenizer import apply_chat_template
 from tiny import tiny_checkpoint, token_ids
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 

@@ -18,8 +18,8 @@ from command_line import call
 from pictures import CLASSES, CLASSIFIERS, pictures, save_classifier, tiny_classifier
 from prunus.calibration.images import draw_images, list_images, read_images
 from prunus.evaluation.images import ImageScore, image_accuracy
-from prunus.model.hidden_states import HiddenStates
 from prunus.model.skeleton import Skeleton
+from prunus.model.stream import HiddenStates
 from prunus.pruning.job import PruningJob, plan_run
 from prunus.pruning.recipe import Recipe
 from prunus.runs.options import RunOptions
@@ -140,7 +140,7 @@ def test_spilled_hidden_states_may_shrink(tmp_path):
     states = HiddenStates(2, spill_to=tmp_path, device=torch.device("cpu"))
     first = [torch.randn(2, 4, 6, 6) for _ in range(2)]
     for index, tensor in enumerate(first):
-        states.fill(index, tensor)
+        states.put(index, tensor)
     smaller = torch.randn(2, 8, 3, 3)
     states.put(0, smaller)
     assert torch.equal(states.get(0), smaller)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from image_text import IMAGE_TEXT_MODELS, image_text_checkpoint, loaded
-from prunus.model.block_lists import find_block_list
+from prunus.model.linears import find_block_list
 from structure_cases import assert_same_logits, logits, stored, take_fitted_columns
 from structure_cases import shrink_without_repair as shrink
 from tiny import token_ids

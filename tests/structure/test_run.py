@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 import prunus
 from command_line import call
 from devices import PRETEND, assert_same_weights
-from prunus.model.checkpoint.digests import verify_shards
+from prunus.model.checkpoint.atomic_files import verify_shards
 from prunus.structure.recipe import StructureRecipe
 from prunus.structure.record import StructureRecord
 from structure_cases import bytes_of, loaded, shrunk_with_a_kill

@@ -22,7 +22,7 @@ from prunus.calibration.files import file_kind, read_documents, read_ids
 from prunus.cli import app
 from prunus.evaluation.generation import generate
 from prunus.hardware.sizes import parse_bytes
-from prunus.model import chat_template
+from prunus.model import tokenizer
 from prunus.model.adapter import CONFIG_NAME, WEIGHTS_NAME, check_adapter
 from prunus.model.tokenizer import load_tokenizer
 from prunus.pruning.recipe import Recipe
@@ -164,7 +164,7 @@ def _template(folder: Path) -> tuple[Any, Any, Any]:
 
     def work(case: Path) -> None:
         messages = [{"role": "user", "content": "x"}]
-        chat_template.apply_chat_template(load_tokenizer(case / "model"), messages)
+        tokenizer.apply_chat_template(load_tokenizer(case / "model"), messages)
 
     return folder, damage, work
 
@@ -360,7 +360,7 @@ def _environment(folder: Path) -> tuple[Any, Any, Any]:
 
 def more_kinds(scratch: Path, wanted: set[str]) -> Kinds:
     """The kinds of this file that are wanted; `scratch` is an empty folder."""
-    chat_template._SECONDS = 0.5
+    tokenizer._SECONDS = 0.5
     makers = [_architecture, _template, _generation, _report, _toml, _text, _training]
     makers += [_size, _environment]
     if importlib.util.find_spec("peft") is not None:  # of the extra adapters

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from prunus.model.block_lists import find_block_list
-from prunus.model.linears import find_linears
+from prunus.model.linears import find_block_list, find_linears
 from prunus.structure.record import StructureRecord
 from prunus.structure.run import shrink
 from tiny import stored  # noqa: F401

@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
+import tempfile
+import urllib.request
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from prunus.calibration.draw import Text
 from prunus.calibration.files import read_json_lines, read_text, require_library
-from prunus.calibration.hub import load_column
+from prunus.model.loading import no_downloads
 
 Part = Literal["calibration", "scoring"]
 
@@ -115,17 +122,19 @@ _ORIGINS: dict[tuple[str, Part], _Origin] = {
     ),
 }
 
+#: The longest wait for a connection to the hub. The library itself retries for more than a minute.
+_CONNECT_SECONDS = 5.0
 #: Those that lie in a folder of local datasets, or come from the hub.
 LOCAL_CORPORA = ("c4", "wikitext2", "ptb")
 
 
 def data_folder(data_dir: Path | None) -> Path | None:
     """The folder of local datasets: `data_dir`, the folder in PRUNUS_DATA, or None without both."""
-    if data_dir is None and not os.environ.get("PRUNUS_DATA"):
+    origin = "the data folder" if data_dir is not None else "the data folder in PRUNUS_DATA"
+    named = data_dir if data_dir is not None else os.environ.get("PRUNUS_DATA")
+    if not named:
         return None
-    folder = Path(data_dir if data_dir is not None else os.environ["PRUNUS_DATA"])
-    if not folder.is_dir():
-        origin = "the data folder" if data_dir is not None else "the data folder in PRUNUS_DATA"
+    if not (folder := Path(named)).is_dir():
         raise FileNotFoundError(
             f"{folder}: {origin} does not exist; correct the path, or leave it out to use the hub"
         )
@@ -151,35 +160,29 @@ def load_corpus(name: str, part: Part, data_dir: Path | None) -> Text:
         source = f"python-docs ({part} half of pydoc_data.topics, repeated paragraphs dropped)"
         return Text(python_docs(part), "\n\n", source)
     origin = _ORIGINS[name, part]
-    local = _local_file(name, part, data_dir)
-    if local is None:
-        wanted = origin.local[0].path
-        documents = load_column(name, origin.hub, origin.split, origin.column, wanted)
-        source = f"{name} ({origin.hub_name}, from the hub)"
-        return Text(documents, origin.joiner, source, by_document=name == "c4")
-    folder = data_folder(data_dir)
-    assert folder is not None
-    path = folder / local.path
-    if ".json" in path.name:
-        documents = read_json_lines(path, local.fields)
-    elif name == "wikitext2":
-        documents = wikitext_lines(read_text(path))
+    if (found := _local_file(name, part, data_dir)) is None:
+        documents, described = _from_hub(name, origin), f"{origin.hub_name}, from the hub"
     else:
-        documents = [line.strip() for line in read_text(path).split("\n") if line.strip()]
-    note = f": {local.note}" if local.note else ""
-    source = f"{name} ({local.path}{note})"
-    return Text(documents, origin.joiner, source, by_document=name == "c4")
+        path, local = found
+        described = f"{local.path}: {local.note}" if local.note else local.path
+        if ".json" in path.name:
+            documents = read_json_lines(path, local.fields)
+        elif name == "wikitext2":
+            documents = wikitext_lines(read_text(path))
+        else:
+            documents = [line.strip() for line in read_text(path).split("\n") if line.strip()]
+    return Text(documents, origin.joiner, f"{name} ({described})", by_document=name == "c4")
 
 
-def _local_file(name: str, part: Part, data_dir: Path | None) -> _LocalFile | None:
+def _local_file(name: str, part: Part, data_dir: Path | None) -> tuple[Path, _LocalFile] | None:
     """The file of the data folder to read; None if there is no data folder."""
     folder = data_folder(data_dir)
     if folder is None:
         return None
     candidates = _ORIGINS[name, part].local
     for local in candidates:
-        if (folder / local.path).is_file():
-            return local
+        if (path := folder / local.path).is_file():
+            return path, local
     wanted = " or ".join(local.path for local in candidates)
     raise FileNotFoundError(
         f"{folder}: {name} for {part} needs {wanted} in this data folder, which is not there"
@@ -217,13 +220,55 @@ def python_docs(part: Part) -> list[str]:
             if bare and bare not in seen:
                 seen.add(bare)
                 paragraphs.append(paragraph)
-    half = sum(map(len, paragraphs)) / 2
-    characters = 0
-    for cut, paragraph in enumerate(paragraphs):
-        characters += len(paragraph)
-        if characters >= half:
-            return paragraphs[: cut + 1] if part == "calibration" else paragraphs[cut + 1 :]
-    raise ValueError(
-        "pydoc_data.topics holds no text in this Python, so python-docs is not available; choose "
-        "another source"
-    )
+    ends = list(accumulate(map(len, paragraphs)))
+    cut = bisect_left(ends, ends[-1] / 2) + 1
+    return paragraphs[:cut] if part == "calibration" else paragraphs[cut:]
+
+
+# --- the library `datasets`, which only this file uses ---
+
+
+def _from_hub(name: str, origin: _Origin) -> Sequence[str]:
+    """The documents of a data set on the hub; a row is read when it is indexed.
+
+    Where the hub cannot be reached, only what was downloaded earlier is used.
+    """
+    from datasets import config, load_dataset
+
+    try:
+        with no_downloads(config, not _answers(config.HF_ENDPOINT)):
+            # The column is not a list: a shard of C4 never lies in memory as Python strings.
+            found: Sequence[str] = load_dataset(**origin.hub, split=origin.split)[origin.column]
+    except Exception as error:  # the library raises errors of many kinds: network, cache, its own
+        raise OSError(
+            f"{name} could not be loaded from the hub ({type(error).__name__}: {error}). These "
+            "sources need no network: python-docs, a file of text, self (calibration only), and a "
+            f"data folder (`data` or PRUNUS_DATA) that holds {origin.local[0].path}"
+        ) from error
+    return found
+
+
+def _answers(address: str) -> bool:
+    """Whether a connection to a web address can be opened. Behind a proxy only a request tells."""
+    if urllib.request.getproxies():
+        return True
+    url = urlsplit(address)
+    port = url.port or (80 if url.scheme == "http" else 443)
+    try:
+        socket.create_connection((url.hostname or "", port), _CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def json_rows(path: Path) -> Any:
+    """The rows of a file of JSON lines as a `datasets.Dataset` in memory.
+
+    The library raises errors of many kinds for damaged files.
+    """
+    import datasets
+
+    with tempfile.TemporaryDirectory() as scratch:
+        return datasets.load_dataset(
+            "json", data_files=str(path), split="train", cache_dir=scratch, keep_in_memory=True
+        )

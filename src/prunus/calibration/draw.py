@@ -21,18 +21,7 @@ _BATCH = 32
 
 
 class TextTooShort(ValueError):  # noqa: N818
-    """No document has more than `seqlen` tokens.
-
-    Attributes:
-        longest: length of the longest document, in tokens.
-    """
-
-    def __init__(self, longest: int, seqlen: int, documents: int) -> None:
-        super().__init__(
-            f"none of the {documents} documents is longer than {seqlen} tokens; the longest has "
-            f"{longest}. Use a smaller `seqlen` (less than {longest}) or longer text"
-        )
-        self.longest = longest
+    """No document has more than `seqlen` tokens."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +138,10 @@ def windows_from_documents(
         if len(rows) == samples:
             return torch.stack(rows), len(reserve)
     if not reserve:
-        raise TextTooShort(longest, seqlen, len(documents))
+        raise TextTooShort(
+            f"none of the {len(documents)} documents is longer than {seqlen} tokens; the longest "
+            f"has {longest}. Use a smaller `seqlen` (less than {longest}) or longer text"
+        )
     _check_enough(different, samples, seqlen)
     # Each round takes at least one start, and `_check_enough` has made sure that they suffice.
     while len(rows) < samples:

@@ -1,7 +1,4 @@
-"""Text and token ids from files: plain text, JSON lines, Parquet, safetensors.
-
-Knows nothing of tokenizers, models or named corpora.
-"""
+"""Text and token ids from files: plain text, JSON lines, Parquet, safetensors."""
 
 from __future__ import annotations
 
@@ -35,10 +32,8 @@ def file_kind(path: Path) -> str:
         raise ValueError(
             f"{path}: cannot tell what this file holds; its name must end in {', '.join(SUFFIXES)}"
         )
-    stem = name.removesuffix(".gz")
-    return {".txt": "text", ".jsonl": "json", ".json": "json"}.get(
-        Path(stem).suffix, Path(stem).suffix[1:]
-    )
+    suffix = Path(name.removesuffix(".gz")).suffix[1:]
+    return {"txt": "text", "jsonl": "json"}.get(suffix, suffix)
 
 
 def check_file(path: Path) -> None:
@@ -62,11 +57,6 @@ def read_documents(path: Path) -> list[str]:
     """The documents of a text file, without empty ones.
 
     A `.txt` file is one document. In the other formats every line or row is one.
-
-    Raises:
-        ValueError: text that is not UTF-8, a broken line (with its number), no `text` field or
-            column, a truncated file, or a file without any text.
-        FileNotFoundError, ModuleNotFoundError: see `check_file`.
     """
     check_file(path)
     match file_kind(path):
@@ -196,13 +186,7 @@ def _text_bytes(column: Any) -> int:
 
 
 def read_ids(path: Path) -> torch.Tensor:
-    """The tensor `input_ids` of a safetensors file, (windows, tokens) int64.
-
-    Raises:
-        ValueError: there is no such tensor, its rank or dtype is wrong, it is empty, or it holds
-            negative ids.
-        FileNotFoundError: there is no such file.
-    """
+    """The tensor `input_ids` of a safetensors file, (windows, tokens) int64."""
     from safetensors import SafetensorError, safe_open
 
     check_file(path)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from prunus.calibration.bos import Bos, bos_token
+from prunus.calibration.windows import Bos, bos_token, check_context
 
 _BATCH = 32  # windows to write together; their key-value caches are in memory at the same time
 
@@ -68,11 +68,7 @@ def write_windows(model: Any, first_N: torch.Tensor, *, seqlen: int, seed: int) 
     from transformers import GenerationConfig
 
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and seqlen > positions:
-        raise ValueError(
-            f"windows of {seqlen} tokens are longer than the model's {positions} positions; use a "
-            "smaller `seqlen`"
-        )
+    check_context(positions, seqlen)
     device = model.get_input_embeddings().weight.device
     kept_config, was_training = model.generation_config, model.training
     # Replace the settings of the model rather than pass them: generate() fills what an argument

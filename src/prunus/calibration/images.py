@@ -74,20 +74,14 @@ def _images_in(folder: Path) -> list[Path]:
     return sorted(files, key=lambda path: path.name)
 
 
-def check_images(folder: Path, samples: int) -> ImageFolder:
-    """The images of a folder, if there are enough of them to calibrate on."""
-    found = list_images(folder)
-    if len(found.paths) < samples:
-        raise ValueError(
-            f"{folder} holds {len(found.paths)} images, fewer than `samples` {samples}; use fewer "
-            "`samples`"
-        )
-    return found
-
-
 def draw_images(folder: Path, samples: int, seed: int) -> list[Path]:
     """`samples` different images of a folder, at random; the same seed draws the same."""
-    paths = check_images(folder, samples).paths
+    paths = list_images(folder).paths
+    if len(paths) < samples:
+        raise ValueError(
+            f"{folder} holds {len(paths)} images, fewer than `samples` {samples}; use fewer "
+            "`samples`"
+        )
     return [paths[index] for index in random.Random(seed).sample(range(len(paths)), samples)]
 
 

@@ -3,7 +3,8 @@
     find_source(given) ► source.check(wanted, images) ► source.draw(wanted) ► Windows
 
 `SOURCES` in `catalogue.py` names those that a user can choose. A program may also give token ids,
-pixel values or texts.
+pixel values or texts: strings, rows of a data set with a column `text` or `messages`, or chats,
+which the tokenizer's chat template turns into text.
 
 Shape suffixes: N samples (windows), S tokens per window (seqlen).
 """
@@ -12,20 +13,104 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
-from prunus.calibration.bos import bos_token, check_bos, put_bos_first, refuse_bos, used_bos
 from prunus.calibration.catalogue import CORPORA, SOURCES
 from prunus.calibration.corpora import check_corpus, load_corpus
 from prunus.calibration.draw import Text, draw_windows
 from prunus.calibration.files import check_file, read_documents, read_ids
-from prunus.calibration.images import check_images, draw_images, hash_pixels, read_images
-from prunus.calibration.texts import Documents, are_texts
-from prunus.calibration.windows import Wanted, Windows, hash_ids
+from prunus.calibration.images import draw_images, hash_pixels, read_images
+from prunus.calibration.windows import (
+    Wanted,
+    Windows,
+    bos_token,
+    hash_ids,
+    put_bos_first,
+    refuse_bos,
+    used_bos,
+)
+
+ChatText = Callable[[Any, Any], str]
+
+_WANTED = (
+    "calibration takes the name of a source, token ids (samples, seqlen), or texts: strings, rows "
+    "with a column text or messages, or chats (lists of messages with role and content)"
+)
+
+
+def are_texts(given: Any) -> TypeGuard[Sequence[Any]]:
+    """Whether `given` is a list or a data set, and not the name of a source or a tensor.
+
+    >>> are_texts(["one text", "another"]), are_texts("c4"), are_texts(None)
+    (True, False, False)
+    """
+    if given is None or isinstance(given, str | Path | torch.Tensor):
+        return False
+    hint = ""
+    if isinstance(given, Mapping):
+        hint = f". Choose one of its parts: {', '.join(map(str, list(given)[:5]))}"
+    elif hasattr(given, "__getitem__") and hasattr(given, "__len__"):
+        return True
+    elif hasattr(given, "__iter__"):
+        hint = ". A stream has no end: take a list of its first rows, with itertools.islice"
+    raise TypeError(f"{_WANTED}, not {_kind(given)}{hint}")
+
+
+class Documents(Sequence[str]):
+    """The documents of texts that a program gives; each is read when it is drawn.
+
+    >>> Documents(["one", {"text": "two"}], None, None)[1]
+    'two'
+    """
+
+    def __init__(self, given: Any, tokenizer: Any, chat_text: ChatText | None) -> None:
+        self._given, self._tokenizer, self._chat_text = given, tokenizer, chat_text
+
+    def __len__(self) -> int:
+        return len(self._given)
+
+    def __getitem__(self, place: Any) -> Any:
+        """Return document `place`.
+
+        Raises:
+            TypeError: the entry is no text, no row with text, and no chat; says which one.
+            ValueError: a chat comes with a tokenizer without a template.
+        """
+        given = entry = self._given[place]
+        what = _kind(given)
+        if isinstance(given, Mapping):
+            entry = given["text"] if isinstance(given.get("text"), str) else given.get("messages")
+            what = f"a row with the columns {', '.join(map(str, given))}"
+        if isinstance(entry, str):
+            return entry
+        if not _is_chat(entry):
+            raise TypeError(f"calibration text {place} is {what}; {_WANTED}")
+        if self._chat_text is None or not getattr(self._tokenizer, "chat_template", None):
+            raise ValueError(
+                "the calibration holds chat messages, and the tokenizer has no chat template; give "
+                "texts instead, or a tokenizer with a template"
+            )
+        return self._chat_text(self._tokenizer, entry)
+
+
+def _is_chat(entry: Any) -> bool:
+    return (
+        isinstance(entry, list | tuple)
+        and bool(entry)
+        and all(isinstance(one, Mapping) and {"role", "content"} <= set(one) for one in entry)
+    )
+
+
+def _kind(given: Any) -> str:
+    """What a value is, in few words: an error never prints the content of a tensor or a list."""
+    if isinstance(given, torch.Tensor):
+        return f"a tensor {tuple(given.shape)}"
+    return f"a {type(given).__name__}"
+
 
 #: What tensors that a program gives are called.
 TENSORS = ("token ids", "pixel values")
@@ -48,14 +133,6 @@ class Source(ABC):
 
     def check(self, wanted: Wanted, images: bool = False) -> None:
         """Raise the errors of `draw` that can be found without reading text or the network."""
-        if wanted.samples < 1:
-            raise ValueError(
-                f"samples must be at least 1, not {wanted.samples}: pruning needs something to "
-                "calibrate on"
-            )
-        if wanted.seqlen < 2:
-            raise ValueError(f"seqlen must be at least 2 tokens, not {wanted.seqlen}")
-        check_bos(wanted.bos)
         if images and not self.images:
             raise ValueError(
                 f"an image classifier is calibrated on images, not on {self.name}: give a folder "
@@ -83,10 +160,9 @@ class TextSource(Source):
 
     cuts = True
 
-    def __init__(self, name: str, read: Callable[[Wanted], Text]) -> None:
-        super().__init__(name)
-        #: Reads the text.
-        self.read = read
+    @abstractmethod
+    def read(self, wanted: Wanted) -> Text:
+        """The text."""
 
     def tokenizer(self, wanted: Wanted) -> Any:
         """The tokenizer, without which no window can be cut."""
@@ -112,8 +188,8 @@ class TextSource(Source):
 class _Corpus(TextSource):
     """A named corpus; see `corpora.py`."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(name, lambda wanted: load_corpus(name, "calibration", wanted.data))
+    def read(self, wanted: Wanted) -> Text:
+        return load_corpus(self.name, "calibration", wanted.data)
 
     def check(self, wanted: Wanted, images: bool = False) -> None:
         super().check(wanted, images)
@@ -123,27 +199,31 @@ class _Corpus(TextSource):
 class _TextFile(TextSource):
     """A file of text; several documents are drawn from like those of a corpus."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(str(path), self._read)
-        self._path = path
-
-    def _read(self, wanted: Wanted) -> Text:
-        documents = read_documents(self._path)
+    def read(self, wanted: Wanted) -> Text:
+        documents = read_documents(Path(self.name))
         return Text(documents, "\n\n", self.name, by_document=len(documents) > 1, joins_short=True)
 
     def check(self, wanted: Wanted, images: bool = False) -> None:
         super().check(wanted, images)
-        _check_path(self._path)
+        try:
+            check_file(Path(self.name))
+        except ValueError as error:
+            if Path(self.name).exists():
+                raise
+            # It may be a misspelt name of a corpus as well as of a file.
+            raise ValueError(
+                f"unknown source {self.name!r}: it is none of {', '.join(SOURCES)}, and {error}"
+            ) from None
 
 
 class _Texts(TextSource):
     """Texts, rows of a data set, or chats; see `Documents`."""
 
     def __init__(self, given: Any, chat_text: Callable[[Any, Any], str] | None) -> None:
-        super().__init__("texts", self._read)
+        super().__init__("texts")
         self._given, self._chat_text = given, chat_text
 
-    def _read(self, wanted: Wanted) -> Text:
+    def read(self, wanted: Wanted) -> Text:
         documents = Documents(self._given, wanted.tokenizer(), self._chat_text)
         source = f"{len(documents)} texts given by the caller"
         return Text(documents, "\n\n", source, by_document=True, joins_short=True)
@@ -152,17 +232,13 @@ class _Texts(TextSource):
 class IdsFile(Source):
     """A .safetensors file of token ids. Its first windows are taken, cut to `seqlen`."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(str(path))
-        self._path = path
-
     def read(self) -> torch.Tensor:
         """All windows of the file, (windows, tokens)."""
-        return read_ids(self._path)
+        return read_ids(Path(self.name))
 
     def check(self, wanted: Wanted, images: bool = False) -> None:
         super().check(wanted, images)
-        check_file(self._path)
+        check_file(Path(self.name))
 
     def draw(self, wanted: Wanted) -> Windows:
         ids = self.read()
@@ -205,7 +281,7 @@ class _ImageFolder(Source):
 
     def check(self, wanted: Wanted, images: bool = False) -> None:
         super().check(wanted, images)
-        check_images(Path(self.name), wanted.samples)
+        draw_images(Path(self.name), wanted.samples, wanted.seed)
 
     def draw(self, wanted: Wanted) -> Windows:
         paths = draw_images(Path(self.name), wanted.samples, wanted.seed)
@@ -250,17 +326,5 @@ def find_source(given: Any, chat_text: Callable[[Any, Any], str] | None = None) 
     if path.is_dir():
         return _ImageFolder(str(given))
     if path.suffix.lower() == ".safetensors":
-        return IdsFile(path)
-    return _TextFile(path)
-
-
-def _check_path(path: Path) -> None:
-    try:
-        check_file(path)
-    except ValueError as error:
-        if path.exists():
-            raise
-        # It may be a misspelt name of a corpus as well as of a file.
-        raise ValueError(
-            f"unknown source {str(path)!r}: it is none of {', '.join(SOURCES)}, and {error}"
-        ) from None
+        return IdsFile(str(path))
+    return _TextFile(str(path))

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 
-from prunus.calibration.bos import UsedBos, bos_token, put_bos_first, used_bos
 from prunus.calibration.draw import encode, encode_documents
 from prunus.calibration.sources import IdsFile, TextSource, find_source
-from prunus.calibration.windows import Wanted, hash_ids
+from prunus.calibration.windows import UsedBos, Wanted, bos_token, hash_ids, put_bos_first, used_bos
 
 
 class TrainingText:

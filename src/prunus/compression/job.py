@@ -85,7 +85,7 @@ class CompressionJob(PruningJob):
         total = float(checkpoint.nbytes(checkpoint.tensors))
         total += sum(len(name) + _HEADER_BYTES for name in checkpoint.tensors)
         for name, each in bits.items():
-            key = self.checkpoint.stored_name(f"{name}.weight")
+            key = self.checkpoint.stored[f"{name}.weight"]
             total += math.prod(checkpoint.tensors[key].shape) * each / 8 - checkpoint.nbytes([key])
             total += (_PARTS - 1) * (len(key) + _HEADER_BYTES)
         return round(total)
@@ -131,7 +131,7 @@ def _packable(
     The rest stays dense: transposed linears, linears of special classes, and experts that the
     checkpoint stores in one tensor.
     """
-    stored = source.stored_names()
+    stored = source.stored
     kept: list[list[str]] = []
     left_dense = dict(found.left_dense)
     for index, names in enumerate(found.selected):

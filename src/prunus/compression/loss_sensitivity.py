@@ -140,9 +140,7 @@ def _gradients_of_loss(stream: Stream, ids: Sequence[Tensor], seed: int) -> list
     skeleton, gradients = stream.skeleton, []
     generator = torch.Generator().manual_seed(seed)
     scale = _gradient_scale(stream)
-    with skeleton.outside_blocks(
-        stream.source.read_outside, stream.device, with_head=True, with_embedding=False
-    ):
+    with skeleton.outside_blocks(stream.source.read_outside, stream.device, with_head=True):
         for batch, batch_ids in enumerate(ids):
             rows = []
             # Window by window: logits are large.

@@ -114,7 +114,7 @@ class CompressedFolder(PrunedFolder):
 
     def _stored_linear(self, name: str) -> str:
         """The name of a linear in the checkpoint, from its name in the model."""
-        return self.job.checkpoint.stored_name(f"{name}.weight").removesuffix(".weight")
+        return self.job.checkpoint.stored[f"{name}.weight"].removesuffix(".weight")
 
 
 def embedding_and_head(model: Any) -> list[str]:

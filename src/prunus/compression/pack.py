@@ -122,7 +122,7 @@ def _pack_block(
 ) -> tuple[dict[str, torch.Tensor], dict[str, StoredLinear]]:
     """Return the tensors of a block's shard, and the records of its linears."""
     linears = {linear.name: linear for linear in skeleton.linears(index)}
-    keys = source.stored_names()
+    keys = source.stored
     records: dict[str, StoredLinear] = {}
     block = source.block(index)
     tensors = source.as_stored(index, block)

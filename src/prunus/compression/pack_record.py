@@ -14,9 +14,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from prunus.distributed import SINGLE_PROCESS
-from prunus.model.checkpoint.companions import check_companions
-from prunus.model.checkpoint.digests import fingerprint_with, recorded_digests
-from prunus.model.checkpoint.output_folder import check_disk
+from prunus.model.checkpoint.atomic_files import fingerprint_with, recorded_digests
+from prunus.model.checkpoint.output_folder import check_companions, check_disk
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.options import Option, Options
 from prunus.runs.folder import ResultFolder, find_earlier, held

@@ -1,9 +1,8 @@
 """Several processes on one run: torchrun starts them, torch.distributed carries their messages.
 
 base.py       `Ranks`, what a run needs from its processes, for a run with one process
-group.py      `Ranks` over a process group of torch (gloo, NCCL)
+group.py      `Ranks` over a process group of torch (gloo, NCCL) that torchrun's environment names
 heartbeat.py  finds ranks that died, hang, or raised an error
-launch.py     from torchrun's environment to one of the two kinds of `Ranks`
 
 Code that uses `Ranks` needs no branch for the single process. This room knows tensors, numbers and
 texts; it knows nothing of models, windows or files.
@@ -17,7 +16,7 @@ from prunus.distributed.base import (
     own_part,
     split_range,
 )
-from prunus.distributed.launch import DEFAULT_TIMEOUT, is_rank_0, process_group
+from prunus.distributed.group import DEFAULT_TIMEOUT, is_rank_0, process_group
 
 __all__ = [
     "DEFAULT_TIMEOUT",

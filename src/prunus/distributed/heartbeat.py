@@ -10,11 +10,9 @@ died, hangs, or raised an error, and no rank waits for ever:
 - a rank whose counter moves, but that does not reach a collective call for `timeout` seconds, hangs
   as well.
 
-Why a store and not the process group: the process group itself blocks when a rank is lost, and a
-message in it needs both sides. The store answers a single rank at any time.
-
-The store ends with the process that keeps it, usually rank 0. So a rank that leaves because another
-one is lost waits a moment until the rest have learnt the reason: afterwards they could not read it.
+The process group itself blocks when a rank is lost; the store answers a single rank at any time. It
+ends with the process that keeps it, usually rank 0. So a rank that leaves because another one is
+lost waits a moment until the rest have learnt the reason: afterwards they could not read it.
 
 Keys of the store, per rank: `who` (host, namespace of process ids, process id), `beat` (counter,
 number of collectives, location), `fault` (its error), `heard` (it knows of a loss); and `claim/…`
@@ -102,10 +100,7 @@ class Heartbeat:
         return bool(self._store.check([f"through/{what}/{rank}"]))
 
     def lost_rank_error(self, symptom: str) -> RankError:
-        """The error to raise for a symptom that only a lost rank can cause.
-
-        It names the rank if that can be learnt within a moment, and quotes the symptom if not.
-        """
+        """The error for a symptom of a lost rank; names the rank if it can be learnt soon."""
         # A broken connection shows at once, the reason for it a little later. An error in the
         # store says more than that a process is gone, so the store comes first.
         deadline = time.monotonic() + 3 * self._interval
@@ -127,9 +122,7 @@ class Heartbeat:
     def close(self, rank_lost: bool = False) -> None:
         """Write the last heartbeat: this rank leaves on purpose, or has reported its error.
 
-        Args:
-            rank_lost: it leaves because another rank is lost. Then it first waits a moment until
-                the rest know of that too.
+        Where another rank is lost, it first waits a moment until the rest know of that too.
         """
         if rank_lost:
             with contextlib.suppress(RuntimeError):

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 from prunus.evaluation.options import WritingOptions
-from prunus.model.chat_template import apply_chat_template
 from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.loading import load_model
-from prunus.model.tokenizer import load_tokenizer
+from prunus.model.tokenizer import apply_chat_template, load_tokenizer
 
 #: Settings of a checkpoint that choose the next token or end the text.
 _SETTINGS = (

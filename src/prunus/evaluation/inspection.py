@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.model.checkpoint.digests import verify_shards
+from prunus.model.checkpoint.atomic_files import verify_shards
 from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prunus.calibration.hub import json_rows
+from prunus.calibration.corpora import json_rows
 
 FOLDER = "zeroshot"
 #: Task -> its name in file names, where that is another one.

@@ -23,9 +23,9 @@ from prunus.evaluation.logits import Rows, WholeModel, WindowProgress
 from prunus.evaluation.model_input import find_folder
 from prunus.evaluation.streamed_model import ComputeOptions, StreamedModel, whole_only
 from prunus.evaluation.watched import WatchedCheckpoint
-from prunus.model.block_lists import find_block_list
 from prunus.model.calls import hidden_of, replaced_forward
-from prunus.model.hidden_states import HiddenStates
+from prunus.model.linears import find_block_list
+from prunus.model.stream import HiddenStates
 
 
 class _LastBlockDone(BaseException):
@@ -174,7 +174,7 @@ class Reference:
 
         def keep(*args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
-            states.fill(position, hidden_of(output))
+            states.put(position, hidden_of(output))
             # Neither norm nor head is needed now. The first batch shows what they make of it.
             if position > 0:
                 raise _LastBlockDone

@@ -46,7 +46,7 @@ def _stored_bits(folder: Path, trust_remote_code: bool) -> float | None:
     if is_adapter(folder):
         return None
     source, skeleton = open_by_blocks(folder, trust_remote_code)
-    keys = source.stored_names() if isinstance(source, CheckpointSource) else {}
+    keys = source.stored if isinstance(source, CheckpointSource) else {}
     nbytes = weights = 0
     for index in range(len(skeleton)):
         for linear in skeleton.linears(index):
@@ -81,7 +81,7 @@ def packed_size(folder: Path, trust_remote_code: bool = False) -> ModelSize | No
         return None
     if isinstance(source, PackedSource) or source.stored_dtype not in _LOSSLESS:
         return None
-    keys = source.stored_names()
+    keys = source.stored
     before = after = weights = 0
     for index in range(len(skeleton)):
         stored = source.block(index)

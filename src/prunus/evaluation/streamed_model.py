@@ -29,11 +29,10 @@ from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.config import load_config
 from prunus.model.device import DTYPES
-from prunus.model.hidden_states import HiddenStates, StatesPlace
 from prunus.model.loading import load_model
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
-from prunus.model.stream import Stream
+from prunus.model.stream import HiddenStates, StatesPlace, Stream
 
 
 @dataclass(frozen=True)
@@ -239,7 +238,7 @@ class StreamedModel:
             with torch.no_grad():
                 stack.enter_context(
                     self.skeleton.outside_blocks(
-                        self.source.read_outside, self.device, with_head=True, with_embedding=False
+                        self.source.read_outside, self.device, with_head=True
                     )
                 )
             for position, ids_BS in enumerate(ids.split(batch)):

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from prunus.calibration.bos import UsedBos, bos_token, put_bos_first, refuse_bos, used_bos
 from prunus.calibration.catalogue import CORPORA
 from prunus.calibration.corpora import check_corpus, load_corpus
 from prunus.calibration.draw import encode
 from prunus.calibration.files import check_file, file_kind, read_documents, read_ids
+from prunus.calibration.windows import UsedBos, bos_token, put_bos_first, refuse_bos, used_bos
 from prunus.evaluation.options import Protocol, TextOptions
 
 #: SHA-256 of the joined test text of WikiText-2, 1,296,370 bytes.

@@ -49,10 +49,7 @@ def resident_memory() -> int:
 
 
 def available_memory() -> int:
-    """The bytes that can still be allocated without swapping.
-
-    The limits of the process's memory control groups count as well.
-    """
+    """The bytes that can still be allocated without swapping, within the limits of cgroups."""
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -73,10 +70,7 @@ def available_memory() -> int:
 
 
 def _cgroup_files() -> list[tuple[Path, Path]]:
-    """Pairs (limit file, usage file) of the memory control groups that this process may be in.
-
-    They cover version 1 and version 2 of control groups. Not all of the files exist.
-    """
+    """Pairs (limit file, usage file) of this process's control groups, which need not exist."""
     root, own_paths = Path("/sys/fs/cgroup"), {}
     try:
         for line in Path("/proc/self/cgroup").read_text().splitlines():
@@ -136,10 +130,7 @@ class HeapTrimmer:
         self._usual = 0
 
     def trim_if_grown(self) -> None:
-        """Trim the heap if the process has grown since the last call.
-
-        Call it at corresponding moments of a run, at which the process needs the same memory.
-        """
+        """Trim the heap if the process has grown; call it where it needs the same memory again."""
         resident = resident_memory()
         if not self._usual:
             self._usual = resident

@@ -1,7 +1,7 @@
 """Adapters: folders that hold a change to a base model, as peft saves them.
 
 Such a folder has an `adapter_config.json`, which names the base, and an
-`adapter_model.safetensors`. This is the only file that uses peft.
+`adapter_model.safetensors`. Only this file uses peft.
 
 Shape suffixes: R rank of the adapter, O outputs, I inputs.
 """
@@ -10,27 +10,37 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from prunus.model.adapter_config import check_adapter_config
 from prunus.model.checkpoint.atomic_files import write_json
-from prunus.model.checkpoint.reader import Checkpoint, resolve_folder
+from prunus.model.checkpoint.reader import Checkpoint, TensorInfo, resolve_folder
 from prunus.model.checkpoint.writer import save_safetensors
-from prunus.model.config import load_config
-from prunus.model.config_limits import read_config
+from prunus.model.config import load_config, read_config
 from prunus.model.kinds import CAUSAL
 from prunus.model.meta_model import build_on_meta
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _NAME = "default"  # the name that peft gives to the only adapter of a model
+_PLAIN = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+_MAX_NAMES = 10_000
+#: Lists of names of modules.
+_LISTS = (
+    "target_modules", "exclude_modules", "modules_to_save", "target_parameters", "layers_pattern",
+)  # fmt: skip
+#: Name of a module -> a value of its own.
+_TABLES = ("rank_pattern", "alpha_pattern")
+#: They change the model, import a package, or compute starting values that no stored adapter needs.
+_UNUSED = (
+    "layer_replication", "megatron_config", "eva_config", "corda_config", "arrow_config",
+    "use_qalora",
+)  # fmt: skip
 
 
 def is_adapter(folder: Path) -> bool:
@@ -39,17 +49,14 @@ def is_adapter(folder: Path) -> bool:
 
 
 def base_folder(folder: Path) -> Path:
-    """The folder of the model that an adapter changes, downloaded if it is a hub id.
-
-    A relative path counts from the working directory, as in peft, and then from the adapter's
-    folder.
-    """
+    """The folder of the model that an adapter changes, downloaded if it is a hub id."""
     name = read_config(folder / CONFIG_NAME).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise ValueError(
             f"{folder / CONFIG_NAME} names no base_model_name_or_path: which model is it for?"
         )
     try:
+        # A relative path counts from the working directory, as in peft, then from the adapter.
         base = next((path for path in (Path(name), folder / name) if path.is_dir()), None)
         base = base or resolve_folder(name)
     except FileNotFoundError as fault:
@@ -65,10 +72,7 @@ def base_folder(folder: Path) -> Path:
 
 
 def check_adapter(folder: Path, trust_remote_code: bool = False) -> None:
-    """Check that an adapter is whole and fits its base, by names and shapes.
-
-    No weight of the base is read: its model is built on the meta device.
-    """
+    """Check that an adapter is whole and fits its base, by names and shapes on the meta device."""
     require_peft()
     base = base_folder(folder)
     try:
@@ -82,26 +86,17 @@ def check_adapter(folder: Path, trust_remote_code: bool = False) -> None:
 
 
 def attach(model: Any, folder: Path, base: Path) -> Any:
-    """Put the layers of an adapter into a model.
-
-    Returns:
-        The model of peft.
-    """
+    """Put the layers of an adapter into a model; returns the model of peft."""
     import peft
 
-    path = folder / WEIGHTS_NAME
-    if not path.is_file():
+    if not (folder / WEIGHTS_NAME).is_file():
         raise FileNotFoundError(
             f"{folder} has no {WEIGHTS_NAME}; adapters are read from safetensors only, never from "
             "pickles"
         )
-    try:
-        check_adapter_config(folder / CONFIG_NAME, Checkpoint(folder, only=[WEIGHTS_NAME]).tensors)
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as fault:
-        raise ValueError(
-            f"{path} is not a whole safetensors file: {fault}; copy it again"
-        ) from fault
+    checkpoint = Checkpoint(folder, only=[WEIGHTS_NAME])
+    check_adapter_config(folder / CONFIG_NAME, checkpoint.tensors)
+    tensors = dict(checkpoint.read(checkpoint.tensors))
     unfit = f"the adapter {folder} does not fit its base {base}"
     hint = "was it trained on another model?"
     # The new layers are on the device of the model, which may be the meta device.
@@ -118,14 +113,9 @@ def attach(model: Any, folder: Path, base: Path) -> Any:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"{unfit}: {hint} ({type(error).__name__}: {reason})") from error
     missing = [name for name in result.missing_keys if f".{_NAME}" in name]
-    for names, what in (
-        (result.unexpected_keys, "it has no place for"),
-        (missing, "the adapter lacks"),
-    ):
-        if names:
-            raise ValueError(
-                f"{unfit}: {what} {names[0]} and {len(names) - 1} more tensors; {hint}"
-            )
+    if names := result.unexpected_keys or missing:
+        what = "the adapter lacks" if names is missing else "it has no place for"
+        raise ValueError(f"{unfit}: {what} {names[0]} and {len(names) - 1} more tensors; {hint}")
     return adapted
 
 
@@ -150,9 +140,6 @@ def add_lora(
 
     Returns:
         The model of peft.
-
-    Raises:
-        ModuleNotFoundError: peft is not installed; names the extra.
     """
     require_peft()
     import peft
@@ -178,8 +165,8 @@ def add_lora(
 def packed_lora_layer() -> type[torch.nn.Module]:
     """Return the class of peft's layers around packed linears.
 
-    Such a layer adds scaling · B_OR A_RI x to what its packed linear gives, in the dtype of A, and
-    only A and B are trained. It cannot be merged, because the packed weight does not change.
+    Such a layer adds scaling · B_OR A_RI x to the output of its packed linear, in the dtype of A.
+    It cannot be merged, because the packed weight does not change.
     """
     from peft.tuners.lora.layer import LoraLayer
 
@@ -190,13 +177,7 @@ def packed_lora_layer() -> type[torch.nn.Module]:
         """A packed linear with a LoRA update next to it."""
 
         def __init__(
-            self,
-            base_layer: torch.nn.Module,
-            adapter_name: str,
-            config: Any,
-            r: int = 0,
-            lora_alpha: int = 1,
-            **options: Any,
+            self, base_layer: Any, adapter_name: str, config: Any, r: int, lora_alpha: int, **_: Any
         ) -> None:
             if getattr(config, "use_dora", False):
                 raise ValueError("DoRA needs the dense weight, and this linear is packed: use LoRA")
@@ -244,9 +225,8 @@ def save_adapter(adapted: Any, folder: Path) -> dict[str, str]:
     """
     import peft
 
-    digest = save_safetensors(
-        folder / WEIGHTS_NAME, peft.get_peft_model_state_dict(adapted, adapter_name=_NAME)
-    )
+    tensors = peft.get_peft_model_state_dict(adapted, adapter_name=_NAME)
+    digest = save_safetensors(folder / WEIGHTS_NAME, tensors)
     config = adapted.peft_config[_NAME].to_dict() | {"inference_mode": True}
     content = {
         key: sorted(value) if isinstance(value, set) else value for key, value in config.items()
@@ -259,3 +239,65 @@ def require_peft() -> None:
     """Raise ModuleNotFoundError, which names the extra, unless peft is installed."""
     if importlib.util.find_spec("peft") is None:
         raise ModuleNotFoundError("adapters need peft: pip install '.[adapters]'")
+
+
+# --- what a configuration may ask of peft, checked before peft reads it ---
+
+# peft takes many fields as regular expressions, which can run for ever, and makes tensors of any
+# rank that the configuration names. Here names are plain, and every rank is one that a tensor has.
+
+
+def check_adapter_config(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    """Check an adapter_config.json against the tensors of the adapter."""
+    config = read_config(path)
+    if config.get("peft_type") != "LORA":
+        raise ValueError(
+            f"{path} has peft_type {config.get('peft_type')!r}; prunus loads adapters of type LORA"
+        )
+    for field in _UNUSED:
+        if config.get(field):
+            raise ValueError(
+                f"{path} sets {field}, which prunus does not support; merge the adapter into its "
+                "base first"
+            )
+    for field in _LISTS:
+        _check_names(path, field, config.get(field))
+    for field in _TABLES:
+        table = config.get(field) or {}
+        if not isinstance(table, dict):
+            raise ValueError(f"{path}: {field} must map names to numbers, not {str(table)[:80]!r}")
+        _check_names(path, field, list(table))
+    _check_ranks(path, config, tensors)
+
+
+def _check_names(path: Path, field: str, names: Any) -> None:
+    if names is None or names == "all-linear":
+        return
+    if isinstance(names, str) and field != "layers_pattern":
+        raise ValueError(
+            f"{path}: {field} is {names[:80]!r}, which peft takes for a regular expression; give a "
+            'list of names, such as ["q_proj", "v_proj"]'
+        )
+    listed = [names] if isinstance(names, str) else names
+    if not isinstance(listed, list) or len(listed) > _MAX_NAMES:
+        raise ValueError(f"{path}: {field} must be a list of at most {_MAX_NAMES:,} names")
+    for name in listed:
+        if not isinstance(name, str) or len(name) > 1000 or not _PLAIN.fullmatch(name):
+            raise ValueError(
+                f"{path}: {field} holds {str(name)[:80]!r}, which is no plain name of a module: "
+                "letters, digits, '_' and dots between them"
+            )
+
+
+def _check_ranks(path: Path, config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
+    """Ranks are at most the largest that a tensor has: peft makes tensors of the ranks it reads."""
+    inner = [x for name, x in tensors.items() if re.search(r"\.lora(_embedding)?_A\b", name)]
+    largest = max((info.shape[0] for info in inner if info.shape), default=0)
+    ranks = {"r": config.get("r", 8)}
+    ranks |= {f"rank_pattern.{name}": r for name, r in (config.get("rank_pattern") or {}).items()}
+    for field, rank in ranks.items():
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= largest:
+            raise ValueError(
+                f"{path} has {field} = {str(rank)[:80]}, and the largest rank of a stored tensor "
+                f"is {largest}; the two do not belong together"
+            )

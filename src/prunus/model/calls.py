@@ -1,14 +1,24 @@
-"""How a model calls one of its blocks, what a block returns, and how to replace its forward."""
+"""How a model calls its blocks, and stubs in their place, which record these calls.
+
+Every version of transformers calls the blocks of every family in its own way, with masks, positions
+and rotary embeddings. prunus builds none of these by hand: it runs the real model with each block
+replaced by a stub, and the stubs keep the arguments that they are called with.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from prunus.model.meta_model import fill_with_zeros
+
+_ONCE = "only models that call every block once and in order can be pruned"
 
 
 @dataclass(frozen=True)
@@ -17,11 +27,9 @@ class BlockCall:
 
     Masks, positions and rotary embeddings are among them.
 
-    >>> call = BlockCall((), {"attention_mask": None, "position_ids": torch.arange(4)})
-    >>> call.same_as(BlockCall((), {"attention_mask": None, "position_ids": torch.arange(4)}))
-    True
-    >>> call.same_as(BlockCall((), {"attention_mask": None, "position_ids": torch.arange(5)}))
-    False
+    >>> call, other = (BlockCall((), {"position_ids": torch.arange(x)}) for x in (4, 5))
+    >>> call.same_as(call), call.same_as(other)
+    (True, False)
     """
 
     args: tuple[Any, ...]
@@ -33,11 +41,7 @@ class BlockCall:
 
 
 def hidden_of(output: Any) -> torch.Tensor:
-    """The hidden states in the output of a block: the tensor itself, or the first of a tuple.
-
-    >>> hidden_of((torch.tensor(1.0), "attention weights"))
-    tensor(1.)
-    """
+    """The hidden states in the output of a block: the tensor itself, or the first of a tuple."""
     return output[0] if isinstance(output, tuple | list) else output
 
 
@@ -47,9 +51,6 @@ def split_hidden(
     """Split the arguments of a block into the hidden states and the others.
 
     Hidden states are the first positional argument, or the keyword `hidden_states`.
-
-    >>> split_hidden((), {"hidden_states": torch.tensor(1.0), "use_cache": False})
-    (tensor(1.), (), {'use_cache': False})
     """
     if args:
         return args[0], args[1:], kwargs
@@ -61,11 +62,7 @@ def _equal(left: Any, right: Any) -> bool:
     if left is right:
         return True
     if isinstance(left, torch.Tensor):
-        return (
-            isinstance(right, torch.Tensor)
-            and left.shape == right.shape
-            and torch.equal(left, right)
-        )
+        return isinstance(right, torch.Tensor) and torch.equal(left, right)
     if isinstance(left, tuple | list):
         return len(left) == len(right) and all(
             _equal(a, b) for a, b in zip(left, right, strict=True)
@@ -98,3 +95,113 @@ def replaced_forward(module: nn.Module, function: Callable[..., Any]) -> Iterato
         del module.forward
         if before is not None:
             module.forward = before
+
+
+class _LastBlockReached(BaseException):
+    """Ends a recording run early: the final norm and the head are not needed."""
+
+
+class BlockStubs:
+    """Stand-ins for the blocks of one model."""
+
+    def __init__(self, model_name: str, blocks: Sequence[nn.Module], images: bool = False) -> None:
+        self._model_name = model_name
+        self._images = images
+        self._blocks = blocks
+        # Class of a block -> what its forward returns after the hidden states; None if no tuple.
+        self._other_outputs: dict[type, tuple[Any, ...] | None] = {}
+
+    def record(self, run: Callable[[], object]) -> tuple[torch.Tensor, list[BlockCall]]:
+        """Run a model up to its last block.
+
+        Returns:
+            The hidden states (batch, tokens, hidden) that the first block receives, and the call of
+            every block.
+        """
+        calls: list[BlockCall] = []
+        first: list[torch.Tensor] = []
+
+        def stub(index: int) -> Callable[..., Any]:
+            block = self._blocks[index]
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden, args, kwargs = split_hidden(args, kwargs)
+                if index != len(calls):
+                    raise NotImplementedError(
+                        f"{self._model_name} calls block {index} where block {len(calls)} was "
+                        f"expected; {_ONCE}"
+                    )
+                # A stub returns the tensor that it received. If the next stub receives another
+                # one, the model has computed something in between.
+                if index > 0 and hidden is not first[0]:
+                    raise NotImplementedError(
+                        f"{self._model_name} changes the hidden states between blocks {index - 1} "
+                        f"and {index}; such models cannot be pruned block by block yet"
+                    )
+                if index == 0:
+                    if hidden.dim() != 3 and not self._images:
+                        raise NotImplementedError(
+                            f"{self._model_name} passes hidden states of shape "
+                            f"{tuple(hidden.shape)} to its blocks, and prunus takes (windows, "
+                            "tokens, hidden); such models cannot be pruned yet"
+                        )
+                    first.append(hidden)
+                calls.append(BlockCall(args, kwargs))
+                last = index == len(self._blocks) - 1
+                if index == 0 or not last:
+                    self._try_block(block, calls[-1], hidden)
+                if last:
+                    raise _LastBlockReached
+                return self._as_returned(block, hidden)
+
+            return forward
+
+        with self._in_place(stub), torch.no_grad(), contextlib.suppress(_LastBlockReached):
+            run()
+        if len(calls) != len(self._blocks):
+            raise NotImplementedError(
+                f"{self._model_name} called {len(calls)} of its {len(self._blocks)} blocks; {_ONCE}"
+            )
+        return first[0], calls
+
+    def returning(self, hidden: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+        """While active, the last block returns `hidden`, and the others return their input."""
+
+        def stub(index: int) -> Callable[..., Any]:
+            block = self._blocks[index]
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                last = index == len(self._blocks) - 1
+                output = hidden if last else split_hidden(args, kwargs)[0]
+                return self._as_returned(block, output)
+
+            return forward
+
+        return self._in_place(stub)
+
+    @contextlib.contextmanager
+    def _in_place(self, stub: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+        """While active, block i runs `stub(i)` in place of its forward."""
+        with contextlib.ExitStack() as stack:
+            for index, block in enumerate(self._blocks):
+                stack.enter_context(replaced_forward(block, stub(index)))
+            yield
+
+    def _as_returned(self, block: nn.Module, hidden: torch.Tensor) -> Any:
+        """Hidden states in the form in which a block returns them."""
+        others = self._other_outputs.get(type(block))
+        return hidden if others is None else (hidden, *others)
+
+    def _try_block(self, block: nn.Module, call: BlockCall, hidden: torch.Tensor) -> None:
+        """Find out what blocks of this class return; runs a copy with zero weights to see it.
+
+        It depends on the version of transformers, and annotations of the forward are not reliable.
+        """
+        kind = type(block)
+        if kind not in self._other_outputs:
+            trial = copy.deepcopy(block)
+            trial.__dict__.pop("forward", None)  # the copy must not run the stub
+            fill_with_zeros(trial, hidden.device)
+            output = trial(hidden, *call.args, **call.kwargs)
+            is_tuple = isinstance(output, tuple | list)
+            self._other_outputs[kind] = tuple(output[1:]) if is_tuple else None

@@ -1,19 +1,124 @@
-"""The configuration of a checkpoint, and whether it can belong to the weights next to it."""
+"""The configuration of a checkpoint, and whether it can belong to the weights next to it.
+
+A configuration of sixty bytes can ask for a model that fills any memory. Some classes of
+transformers spend that memory when they only read the configuration: they make a list with an entry
+per layer. So every number in the file is compared with what the checkpoint stores, whatever its
+name and however deep it is nested. Names only decide which limit a number has.
+"""
 
 from __future__ import annotations
 
+import copy
+import math
+import re
+import tempfile
 import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import AutoConfig
 
+from prunus.model.checkpoint.atomic_files import read_json, write_json
 from prunus.model.checkpoint.reader import Checkpoint
-from prunus.model.config_limits import check_config
 
-# `packed.description.METHOD`, from which this room may not import.
-_PACKED = "prunus"
+_PACKED = "prunus"  # `packed.description.METHOD`, from which this room may not import
+_MAX_DEPTH = 32  # of lists and objects in each other
+_MAX_LIST = 10_000  # entries; transformers may repeat a list once per layer
+_MAX_POSITIONS = 2**24  # tokens; the longest context of a published model is 10 million
+_MAX_PIXELS = 4096  # per side of an image
+_MAX_LAYERS = 4096
+_MAX_EXPERTS = 2**15  # per block
+# Up to these values a field is accepted in any checkpoint. Layers can share their weights, and some
+# fields count what has no weights.
+_SMALL_LAYERS, _SMALL_EXPERTS, _SMALL = 128, 64, 2**16
+
+# Which limit a field has, by its name. The first rule that fits counts; all other fields count
+# something, such as heads or labels, of which a checkpoint has no more than its longest side.
+_RULES = {
+    # They choose a row or scale a value, and size nothing.
+    "": r"token_ids?$|token_index$|(theta|seed|_value|clipping)$|(rope|rotary)\w*base",
+    "experts": r"experts?$",
+    "pixels": r"(image|crop)_size",
+    "layers": (
+        r"layers?$|depths?$|blocks?$|repeats?$|cycles$|loops$|passes$|iters$|stacks?$|stages$"
+        r"|hashes$|networks$|hidden_groups$|group_num$|codebooks$|quantizers$|nextn_predict|^pattern"
+        r"|attention_types$"
+    ),
+    "positions": (
+        r"position|length|context|window|seq|ctx$|max_len|_floor$|floor_scale|chunk|(^|_)max_"
+    ),
+    "numbers": (
+        r"hidden|intermediate|vocab|embd|embed|inner|ffn|ff$|width|channels|size|dim|^d_|units"
+        r"|params|flops|tokens$|steps?$|samples$"
+    ),
+}
+_NUMBERED = re.compile(r"\.(\d+)(?=\.)")
+
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k",
+    "top_k_experts",
+)  # fmt: skip
+#: Lists of positions of blocks.
+_BLOCK_POSITIONS = {"mlp_only_layers", "attn_layer_indices", "full_attn_idxs", "global_attn_layers"}
+#: How many blocks at the beginning are of another kind than the rest.
+_FIRST_BLOCKS = {
+    "first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "max_window_layers",
+}  # fmt: skip
+#: The position of the last block of a kind.
+_LAST_BLOCKS = {"moe_layer_end_index"}
+#: Blocks after the last one, which predict further tokens and do not belong to the model.
+_EXTRA_BLOCKS = {"num_nextn_predict_layers"}
+
+
+@dataclass(frozen=True)
+class StoredSizes:
+    """What a checkpoint stores, as limits for its configuration. Empty tensors count as nothing.
+
+    Attributes:
+        numbers: bytes of all tensors; a coded weight can take less than a byte.
+        tensors: tensors that are not empty.
+        layers: modules with a number in their name that hold a tensor, such as `model.layers.7`.
+        experts: the largest number of experts that a block can have.
+        longest: the longest side of a tensor.
+    """
+
+    numbers: int
+    tensors: int
+    layers: int
+    experts: int
+    longest: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> StoredSizes:
+        """The sizes of an open checkpoint."""
+        numbers = tensors = fused_experts = longest = 0
+        layers: set[str] = set()
+        # Path of a list of experts -> the numbers in it.
+        experts: dict[str, set[str]] = {}
+        for name, info in checkpoint.tensors.items():
+            if not (count := math.prod(info.shape)):
+                continue
+            numbers += count * info.dtype.itemsize
+            tensors += 1
+            longest = max(longest, *info.shape, 1)
+            if len(info.shape) > 2:
+                fused_experts = max(fused_experts, info.shape[0])
+            for match in _NUMBERED.finditer(name):
+                path = name[: match.start()]
+                if path.endswith("experts"):
+                    experts.setdefault(path, set()).add(match[1])
+                else:
+                    layers.add(name[: match.end()])
+        most_experts = max([fused_experts, *map(len, experts.values())])
+        return cls(numbers, tensors, len(layers), most_experts, longest)
+
+
+#: Of a folder without weights, such as that of a tokenizer. No model is built from it.
+_UNKNOWN = StoredSizes(2**34, _MAX_LAYERS, _MAX_LAYERS, _MAX_EXPERTS, 2**24)
 
 
 def require_config(folder: Path) -> None:
@@ -31,9 +136,7 @@ def load_config(
     quantized: bool = False,
     checkpoint: Checkpoint | None = None,
 ) -> Any:
-    """The transformers configuration of a checkpoint folder.
-
-    Its numbers are compared with the weights before transformers sees them; see `config_limits`.
+    """The transformers configuration of a checkpoint folder, checked by `check_config`.
 
     Args:
         quantized: accept a quantised model, and return the configuration of its dense form.
@@ -55,15 +158,15 @@ def load_config(
             f"{folder / 'config.json'} describes no model that transformers "
             f"{transformers.__version__} knows: {reason}"
         ) from fault
+    described = getattr(config, "quantization_config", None)
     if quantized and hasattr(config, "quantization_config"):
         del config.quantization_config
-    described = getattr(config, "quantization_config", None)
-    if described and _method(described) == _PACKED:
+    elif described and _is_packed(described):
         raise ValueError(
             f"{folder} is packed already; give the checkpoint that it was packed from, or turn it "
             "back with prunus unpack first"
         )
-    if described:
+    elif described:
         raise ValueError(
             f"{folder} holds quantised weights; prune the full-precision checkpoint, then quantise "
             "the result"
@@ -71,8 +174,209 @@ def load_config(
     return config
 
 
-def _method(described: Any) -> Any:
-    """Return the name of the quantisation in a `quantization_config`, a dict or an object."""
-    if isinstance(described, dict):
-        return described.get("quant_method")
-    return getattr(described, "quant_method", None)
+def check_config(folder: Path, checkpoint: Checkpoint | None = None) -> None:
+    """Check the numbers in a folder's config.json, if it has one, against its weights."""
+    path = folder / "config.json"
+    if not path.exists():
+        return
+    content = read_config(path)
+    if _is_packed(content.get("quantization_config")):
+        # The module that reads packed weights compares this part with the tensors, one by one.
+        del content["quantization_config"]
+    stored: StoredSizes | None = None
+    for name, value in _numbers(path, content):
+        if value <= _SMALL_EXPERTS:
+            continue
+        stored = stored or _sizes(folder, checkpoint)
+        _check(path, name, value, stored)
+
+
+def check_processor_files(folder: Path) -> None:
+    """Check the numbers in the files that describe a tokenizer or an image processor."""
+    for file, largest in (("tokenizer_config.json", _SMALL), ("preprocessor_config.json", 2**12)):
+        path = folder / file
+        if not path.exists():
+            continue
+        for name, value in _numbers(path, read_config(path)):
+            # Tokenizers say 1e30 where their length is unlimited. It sizes nothing.
+            if value > largest and not re.search(r"max_len|length$|token_id|_pixels$", name):
+                raise ValueError(
+                    f"{path} has {name} = {value:,}, and at most {largest:,} is accepted; is the "
+                    "file damaged?"
+                )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The content of a JSON file that describes a model."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no JSON object, as a configuration must be; copy it again")
+    return content
+
+
+def _is_packed(described: Any) -> bool:
+    """Whether a `quantization_config`, a dict or an object, is of a packed model."""
+    fields = described if isinstance(described, dict) else getattr(described, "__dict__", {})
+    return fields.get("quant_method") == _PACKED
+
+
+def _sizes(folder: Path, checkpoint: Checkpoint | None) -> StoredSizes:
+    if checkpoint is None:
+        try:
+            checkpoint = Checkpoint(folder)
+        except FileNotFoundError:
+            return _UNKNOWN
+    return StoredSizes.of(checkpoint)
+
+
+def _numbers(path: Path, content: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, int]]:
+    """Every whole number in a JSON value with the name of its field, and large floats rounded."""
+    if depth > _MAX_DEPTH:
+        raise ValueError(
+            f"{path} nests lists and objects deeper than {_MAX_DEPTH} levels; is it damaged?"
+        )
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from _numbers(path, value, key, depth + 1)
+    elif isinstance(content, list):
+        if len(content) > _MAX_LIST:
+            raise ValueError(
+                f"{path} has a list of {len(content):,} entries under {name!r}, and at most "
+                f"{_MAX_LIST:,} are accepted; is it damaged?"
+            )
+        for value in content:
+            yield from _numbers(path, value, name, depth + 1)
+    elif isinstance(content, float) and math.isfinite(content):
+        # Python's JSON reads 1e9 as a float, and some classes turn it into an integer.
+        yield name, min(int(content), 2**63)
+    elif isinstance(content, int) and not isinstance(content, bool):
+        yield name, content
+
+
+def _check(path: Path, name: str, value: int, stored: StoredSizes) -> None:
+    kind = next((kind for kind, rule in _RULES.items() if re.search(rule, name)), "counts")
+    if not kind:
+        return
+    limit = {
+        "layers": min(max(stored.layers, _SMALL_LAYERS), _MAX_LAYERS),
+        "experts": min(max(stored.experts, _SMALL_EXPERTS), _MAX_EXPERTS),
+        "pixels": _MAX_PIXELS,
+        "positions": _MAX_POSITIONS,
+        "numbers": max(stored.numbers, _SMALL),
+        "counts": max(stored.longest, stored.tensors, _SMALL),
+    }[kind]
+    if value <= limit:
+        return
+    why = (
+        f"at most {limit:,} is accepted; is it damaged?"
+        if kind in ("pixels", "positions")
+        else f"the checkpoint holds {stored.numbers:,} bytes in {stored.tensors:,} tensors of "
+        f"{stored.layers:,} layers; config and weights do not belong together"
+    )
+    raise ValueError(f"{path} asks for {name} = {value:,}, and {why}")
+
+
+# --- the configuration of a smaller model, made from that of the model ---
+
+# Families name the same number differently (`num_experts`, `n_routed_experts`), and some files use
+# another name than the class (`attribute_map` of transformers). So every change is made under the
+# name that the class uses, and in the file under each name that is there already.
+
+
+def canonical(config: Any, name: str) -> str:
+    """The name under which the class keeps a field."""
+    return str(getattr(config, "attribute_map", {}).get(name, name))
+
+
+def expert_count(config: Any, names: Sequence[str] = _EXPERT_COUNTS) -> tuple[str, int] | None:
+    """The first of some fields that is a whole number above 0, and its value; None without one."""
+    for name in names:
+        value = getattr(config, name, None)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return canonical(config, name), value
+    return None
+
+
+def experts_per_token(config: Any) -> int:
+    """How many experts the router chooses for each token; 1 if the configuration does not say."""
+    found = expert_count(config, _EXPERTS_PER_TOKEN)
+    return 1 if found is None else found[1]
+
+
+def expert_groups(config: Any) -> tuple[int, int]:
+    """(groups of experts, groups that a token may use); (1, 1) where experts form no groups."""
+    groups = getattr(config, "n_group", None) or 1
+    return (groups, getattr(config, "topk_group", None) or groups) if groups > 1 else (1, 1)
+
+
+def without_blocks(config: Any, kept: Sequence[int], count: int) -> dict[str, Any]:
+    """The fields of a configuration that change when only some blocks stay.
+
+    >>> from transformers import Qwen2Config
+    >>> config = Qwen2Config(num_hidden_layers=3, layer_types=["full_attention"] * 3)
+    >>> sorted(without_blocks(config, [0, 2], 3))
+    ['layer_types', 'max_window_layers', 'num_hidden_layers']
+    """
+    if len(kept) == count:
+        return {}
+    changes: dict[str, Any] = {canonical(config, "num_hidden_layers"): len(kept)}
+    for name, value in config.to_dict().items():
+        if isinstance(value, list | tuple) and name in _BLOCK_POSITIONS:
+            changes[name] = [place for place, index in enumerate(kept) if index in value]
+        elif isinstance(value, list | tuple) and len(value) == count and "layer" in name:
+            if not name.startswith("mtp"):
+                changes[name] = [value[index] for index in kept]
+        elif isinstance(value, int) and name in _FIRST_BLOCKS:
+            changes[name] = sum(index < value for index in kept)
+        elif isinstance(value, int) and name in _LAST_BLOCKS:
+            changes[name] = sum(index <= value for index in kept) - 1
+        elif isinstance(value, int) and name in _EXTRA_BLOCKS:
+            changes[name] = 0
+    return changes
+
+
+def rewritten(raw: Mapping[str, Any], config: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of config.json with some fields of the language model changed.
+
+    Args:
+        changes: canonical name of a field -> its new value.
+
+    >>> from transformers import LlavaConfig
+    >>> raw = {"text_config": {"model_type": "llama", "num_hidden_layers": 9}}
+    >>> rewritten(raw, LlavaConfig(), {"num_hidden_layers": 8})["text_config"]["num_hidden_layers"]
+    8
+    """
+    found = copy.deepcopy(dict(raw))
+    text = config.get_text_config()
+    if text is not config:
+        inside = next(name for name in config.sub_configs if getattr(config, name, None) is text)
+        # Some older files have the fields of the language model next to those of the whole model.
+        if isinstance(found.get(inside), dict):
+            found[inside] = rewritten(found[inside], text, changes)
+            return found
+    left = dict(changes)
+    for key in found:
+        known = canonical(text, key)
+        if known in changes:
+            found[key] = changes[known]
+            left.pop(known, None)
+    return found | left
+
+
+def blocks_that_take_images(config: Any) -> int:
+    """How many blocks of the language model, from the first one, are given features of images.
+
+    Some language models add the outputs of several layers of the vision tower, one per block.
+    """
+    towers = [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
+    return max((len(getattr(x, "deepstack_visual_indexes", None) or ()) for x in towers), default=0)
+
+
+def parsed(config: Any, raw: Mapping[str, Any]) -> Any:
+    """The configuration that transformers reads from the content of a config.json."""
+    # transformers reads a file otherwise than a dict: it turns words such as Infinity into numbers.
+    with tempfile.TemporaryDirectory() as folder:
+        write_json(Path(folder, "config.json"), raw)
+        found = type(config).from_pretrained(folder)
+    found._attn_implementation = config._attn_implementation
+    return found

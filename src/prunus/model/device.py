@@ -11,27 +11,12 @@ from torch import nn
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def check_dtype(name: str) -> None:
-    """Raise ValueError unless `name` is "auto" or one of `DTYPES`.
-
-    >>> check_dtype("int8")
-    Traceback (most recent call last):
-    ...
-    ValueError: dtype must be one of auto, float32, bfloat16, float16, not 'int8'
-    """
-    if name != "auto" and name not in DTYPES:
-        raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, not {name!r}")
-
-
 def choose_device(name: str, loaded: nn.Module | None = None, processes: int = 1) -> torch.device:
     """The device called `name`. Each of several processes on a host takes a CUDA device of its own.
 
     Args:
         loaded: for "auto", a loaded model, whose device is taken. Without one, "auto" is CUDA if
             there is any, and the CPU if not.
-
-    >>> choose_device("cpu")
-    device(type='cpu')
     """
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":

@@ -1,10 +1,10 @@
 """Fused experts, split into one linear per matrix.
 
 A mixture of experts has, in place of one MLP per block, several (the experts), and a router that
-sends each token to a few of them. transformers 5 holds the experts of a block in one module, with
-fused parameters: `gate_up_proj` (experts, out, in) and `down_proj`. Attributes of that module say
-how they are laid out (`is_transposed`, `is_concatenated`, `has_bias`, `has_gate`), and its method
-`_apply_gate` computes what lies between the two.
+chooses a few of them for each token. transformers 5 holds the experts of a block in one module,
+with fused parameters: `gate_up_proj` (experts, out, in) and `down_proj`. Attributes of that module
+say how they are laid out (`is_transposed`, `is_concatenated`, `has_bias`, `has_gate`), and its
+method `_apply_gate` computes what lies between the two.
 
 Methods prune linears. So `unfuse_experts` replaces such a module by an `Experts` module with the
 same arithmetic, whose matrices are `nn.Linear` modules, under the names that checkpoints give them.
@@ -137,77 +137,60 @@ class Experts(nn.Module):
     def arguments(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The arguments of one call, by position.
-
-        Returns:
-            Hidden states (T, H), the experts that each token chose (T, K), their weights (T, K).
-        """
+        """Hidden states (T, H) of a call, the chosen experts (T, K), and their weights (T, K)."""
         given = dict(zip(self._names, args, strict=False)) | dict(kwargs)
         X_TH, chosen_TK, weight_TK = (given[name] for name in self._names)
         return X_TH, chosen_TK, weight_TK
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The weighted sum of what its experts return for each token, (T, H).
-
-        Takes the arguments of the fused module; see `arguments`.
-        """
+        """The weighted sum of what its experts return for each token, (T, H); see `arguments`."""
         X_TH, chosen_TK, weight_TK = self.arguments(args, kwargs)
         out_TH = torch.zeros_like(X_TH)
         chosen = set(chosen_TK.unique().tolist()) & set(range(self.count))
         for number in sorted(chosen | self.measured_on_all):
-            expert = self._modules[str(number)]
-            assert expert is not None
             on_all = number in self.measured_on_all
             if on_all:
-                self._run(expert, X_TH, _call)  # for the hooks; the output is not used
+                self._run(number, X_TH)  # for the hooks; the output is not used
             token, slot = torch.where(chosen_TK == number)
             if len(token):
                 # Hooks have seen all tokens already, and must not see these a second time.
-                made = self._run(expert, X_TH[token], _call_without_hooks if on_all else _call)
+                made = self._run(number, X_TH[token], hooks=not on_all)
                 if self.on_output is not None:
                     self.on_output(number, made, weight_TK[token, slot])
                 weighted = made * weight_TK[token, slot, None]
                 out_TH.index_add_(0, token, weighted.to(out_TH.dtype))
         return out_TH
 
-    def _run(
-        self, expert: nn.Module, X_TH: Tensor, call: Callable[[Any, Tensor], Tensor]
-    ) -> Tensor:
+    def _run(self, number: int, X_TH: Tensor, hooks: bool = True) -> Tensor:
         """The output (T, H) of one expert for tokens (T, H)."""
         fused: Any = self._fused[0]
         gate, up, down = self.leaves
+
+        def call(leaf: str, x: Tensor) -> Tensor:
+            linear: Any = self.get_submodule(f"{number}.{leaf}")
+            result: Tensor = linear(x) if hooks else linear.forward(x)
+            return result
+
         if self.gated:
-            both = (call(expert.get_submodule(gate), X_TH), call(expert.get_submodule(up), X_TH))
+            both = (call(gate, X_TH), call(up, X_TH))
             # `_apply_gate` expects the two as the fused product has them: one after the other, or
             # in alternating columns.
-            joined = (
-                torch.cat(both, dim=-1)
-                if self._concatenated
-                else torch.stack(both, dim=-1).flatten(-2)
-            )
+            if self._concatenated:
+                joined = torch.cat(both, dim=-1)
+            else:
+                joined = torch.stack(both, dim=-1).flatten(-2)
             inner = fused._apply_gate(joined)
         else:
-            inner = fused.act_fn(call(expert.get_submodule(up), X_TH))
-        out: Tensor = call(expert.get_submodule(down), inner)
+            inner = fused.act_fn(call(up, X_TH))
+        out = call(down, inner)
         return out if self.post_expert_norm is None else self.post_expert_norm(out)
-
-
-def _call(linear: nn.Module, x: Tensor) -> Tensor:
-    return linear(x)
-
-
-def _call_without_hooks(linear: nn.Module, x: Tensor) -> Tensor:
-    return linear.forward(x)
 
 
 # --- from fused to single experts ---
 
 
 def fusing_rules(model: Any) -> list[Any]:
-    """The rules of transformers that fuse the experts of this model when a checkpoint is loaded.
-
-    They know the names that checkpoints give to single experts.
-    """
+    """The rules of transformers that fuse single experts of a checkpoint when it is loaded."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     return [rule for rule in get_model_conversion_mapping(model) if is_fusing_rule(rule)]
@@ -243,10 +226,7 @@ def unfuse_experts(rules: Sequence[Any], block: nn.Module, path: str) -> list[Fu
 
 
 def split_loaded_experts(model: nn.Module) -> None:
-    """Replace the fused experts of a loaded model by single ones with the same weights, in place.
-
-    Each tensor is copied, so both forms of one module are in memory for a moment.
-    """
+    """Replace the fused experts of a loaded model by single ones with the same weights."""
     names = find_fused_experts(model)
     if not names:
         return
@@ -275,51 +255,31 @@ def _is_gated(module: Any) -> bool:
 
 
 def _is_fused(module: Any) -> bool:
-    """Whether this is a module of experts as `transformers.integrations.moe` declares them.
-
-    A module with other parameters, or with another call, is not: its arithmetic is unknown here.
-    """
+    """Whether this is a module of experts as `transformers.integrations.moe` declares them."""
+    # The arithmetic of a module with other parameters, or another call, is unknown here.
     declared = ("is_transposed", "is_concatenated", "has_bias", "has_gate", "_apply_gate")
     if not all(hasattr(module, name) for name in declared):
         return False
     first = "gate_up_proj" if module.has_gate else "up_proj"
-    wanted = {first, "down_proj"} | (
-        {f"{first}_bias", "down_proj_bias"} if module.has_bias else set()
-    )
-    parameters = dict(module._parameters)
+    # Name of a parameter -> how many axes it has.
+    wanted = {first: 3, "down_proj": 3}
+    if module.has_bias:
+        wanted |= {f"{first}_bias": 2, "down_proj_bias": 2}
+    found = {name: 0 if x is None else x.dim() for name, x in module._parameters.items()}
     takes = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
-    return (
-        set(parameters) == wanted
-        and all(
-            p is not None and p.dim() == (2 if n.endswith("_bias") else 3)
-            for n, p in parameters.items()
-        )
-        and len(takes) == 3
-    )
+    return found == wanted and len(takes) == 3
 
 
 def _layout(path: str, module: Any, leaves: tuple[str, str, str]) -> list[Fused]:
     """How each parameter of a fused module is made of the linears of its experts."""
     gate, up, down = leaves
+    parts = {"gate_up_proj": (gate, up), "up_proj": (up,), "down_proj": (down,)}
+    form = bool(module.is_transposed), bool(module.is_concatenated)
     found = []
     for name, parameter in module.named_parameters(recurse=False):
         kind = "bias" if name.endswith("_bias") else "weight"
-        parts = (
-            (down,)
-            if name.startswith("down")
-            else (gate, up)
-            if name.startswith("gate_up")
-            else (up,)
-        )
-        found.append(
-            Fused(
-                name=f"{path}.{name}",
-                shape=tuple(parameter.shape),
-                leaves=tuple(f"{{}}.{part}.{kind}" for part in parts),
-                transposed=bool(module.is_transposed),
-                concatenated=bool(module.is_concatenated),
-            )
-        )
+        inside = tuple(f"{{}}.{part}.{kind}" for part in parts[name.removesuffix("_bias")])
+        found.append(Fused(f"{path}.{name}", tuple(parameter.shape), inside, *form))
     return found
 
 

@@ -29,11 +29,7 @@ class Kind:
     input_name: str
 
     def arguments(self, batch: Tensor) -> dict[str, Any]:
-        """The keyword arguments of a forward pass on a batch.
-
-        >>> MASKED.arguments(torch.tensor([[1, 2]]))
-        {'input_ids': tensor([[1, 2]])}
-        """
+        """The keyword arguments of a forward pass on a batch."""
         return {self.input_name: batch} | ({"use_cache": False} if self.is_causal else {})
 
     @property
@@ -50,11 +46,7 @@ class Kind:
         )
 
     def trial_batch(self, config: Any, rows: int, tokens: int) -> Tensor:
-        """A batch that reaches many of the model's weights, always the same.
-
-        Returns:
-            Ids (1, tokens), or four images of noise (4, channels, height, width).
-        """
+        """A batch that reaches many of the model's weights: ids (1, tokens), or images of noise."""
         if self is not IMAGES:
             return torch.linspace(0, rows - 1, tokens).long().unsqueeze(0)
         noise = torch.Generator().manual_seed(0)
@@ -71,9 +63,8 @@ IMAGES = Kind("image classifier", "AutoModelForImageClassification", "pixel_valu
 
 _WHAT = (
     "prunus prunes causal language models, also those inside image-text models, encoders with a "
-    "masked-language-model head, and "
-    "classifiers of sequences, tokens and images that are stacks of blocks. "
-    "docs/reference/models.md lists them"
+    "masked-language-model head, and classifiers of sequences, tokens and images that are stacks "
+    "of blocks. docs/reference/models.md lists them"
 )
 #: Part of an architecture's name -> kind. The name comes first: one model type may have many heads.
 _KINDS_BY_NAME = {
@@ -97,12 +88,8 @@ def kind_of(config: Any) -> Kind:
     from transformers.models.auto import modeling_auto
 
     model_type = str(getattr(config, "model_type", type(config).__name__))
-    listed = getattr(config, "architectures", None)
-    listed = (
-        [name for name in listed if isinstance(name, str)]
-        if isinstance(listed, list | tuple)
-        else []
-    )
+    given = getattr(config, "architectures", None)
+    listed = [x for x in given if isinstance(x, str)] if isinstance(given, list | tuple) else []
     named = ", ".join(listed) or "no architecture named"
     if getattr(config, "is_encoder_decoder", False) and "CausalLM" not in named:
         raise NotImplementedError(
@@ -125,9 +112,8 @@ def kind_of(config: Any) -> Kind:
         raise NotImplementedError(
             f"a model of type {model_type!r} ({named}) cannot be pruned with this head; {_WHAT}"
         )
-    if model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(
-        config, "auto_map", None
-    ):
+    own_code = getattr(config, "auto_map", None)
+    if own_code or model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return CAUSAL
     if not listed:
         for kind, known in (
@@ -149,12 +135,7 @@ def require_causal(config: Any, what: str) -> None:
 
 
 def image_size(config: Any) -> tuple[int, int]:
-    """(height, width) of the images of a classifier, in pixels.
-
-    >>> from types import SimpleNamespace
-    >>> image_size(SimpleNamespace(image_size=224))
-    (224, 224)
-    """
+    """(height, width) of the images of a classifier, in pixels."""
     size = getattr(config, "image_size", None)
     sides = (size, size) if isinstance(size, int) else size
     if not (
@@ -169,30 +150,23 @@ def image_size(config: Any) -> tuple[int, int]:
 
 
 def _trial_size(config: Any) -> tuple[int, int]:
-    """(height, width) of the images to try a model on.
-
-    A model with stages has no table of positions, so smaller images than `image_size` do.
-    """
+    """(height, width) of the images to try a model on."""
+    # A model with stages has no table of positions, so small images suffice.
     height, width = image_size(config)
-    return (
-        (min(height, 128), min(width, 128))
-        if getattr(config, "hidden_sizes", None)
-        else (height, width)
-    )
+    largest = 128 if getattr(config, "hidden_sizes", None) else max(height, width)
+    return min(height, largest), min(width, largest)
 
 
 def image_tokens(config: Any, index: int) -> tuple[int, int]:
     """(positions, width) of the hidden states of one image in block `index`.
 
-    In a transformer the positions are patches and two special tokens. In a model with stages each
-    stage halves the height and the width of the grid of patches.
+    The positions are patches and two special tokens; a stage halves both sides of the grid.
     """
     patch = config.patch_size
     rows, columns = (patch, patch) if isinstance(patch, int) else (int(patch[0]), int(patch[1]))
     height, width = image_size(config)
     widths = getattr(config, "hidden_sizes", None)
     if widths:
-        return max(1, height // rows >> index) * max(1, width // columns >> index), int(
-            widths[index]
-        )
+        patches = max(1, height // rows >> index) * max(1, width // columns >> index)
+        return patches, int(widths[index])
     return (height // rows) * (width // columns) + 2, int(config.hidden_size)

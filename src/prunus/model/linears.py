@@ -1,4 +1,4 @@
-"""The weight matrices of a block: which ones can be pruned, and which stay dense and why.
+"""Where a model keeps its blocks, and the weight matrices of a block: which can be pruned.
 
 A linear is any module that multiplies the last axis of its input by one matrix: `nn.Linear` of
 torch, and the transposed `Conv1D` of GPT-2. All other code sees its weight as (out, in).
@@ -9,13 +9,68 @@ Shape suffixes: O outputs, I inputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from prunus.model.experts import find_routers
+
+#: model_type -> path of the module list, where the declaration of transformers is not enough.
+BLOCK_LISTS: dict[str, str] = {
+    "convnextv2": "convnextv2.encoder.stages",
+    "distilbert": "distilbert.transformer.layer",
+    "electra": "electra.encoder.layer",
+    "mpnet": "mpnet.encoder.layer",
+    "roformer": "roformer.encoder.layer",
+}
+
+
+def find_block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The path and the module list of a model's transformer blocks, or of its stages.
+
+    transformers itself says where: `_no_split_modules` names the classes that must stay on one
+    device, and the blocks of a decoder are a module list of such classes.
+    """
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", type(model).__name__)
+    if model_type in BLOCK_LISTS:
+        path = BLOCK_LISTS[model_type]
+        return path, cast(nn.ModuleList, model.get_submodule(path))
+    block_classes = set(getattr(model, "_no_split_modules", None) or ())
+    stacks = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) > 0
+        and all(type(child).__name__ in block_classes for child in module)
+    }
+    # A stage of ConvNeXt holds a list of layers itself. The outer list counts: a block is a stage,
+    # with the downsampling before its layers.
+    stacks = {
+        path: module
+        for path, module in stacks.items()
+        if not any(path.startswith(f"{other}.") for other in stacks)
+    }
+    if len(stacks) > 1 and hasattr(model, "get_decoder"):
+        # An image-text model: its language model is one of several towers.
+        decoder: Any = model.get_decoder()
+        inside = {id(x) for x in decoder.modules()} if decoder is not None else ()
+        stacks = {path: x for path, x in stacks.items() if id(x) in inside} or stacks
+    if not stacks:
+        raise NotImplementedError(
+            f"no transformer blocks found in {type(model).__name__} (model type {model_type!r}): "
+            "none of its module lists consists of "
+            f"{sorted(block_classes) or 'declared block classes'}. docs/how-to/add-a-family.md "
+            "says how to name the list of such a model"
+        )
+    if len(stacks) > 1:
+        raise NotImplementedError(
+            f"{type(model).__name__} has several stacks of blocks ({', '.join(stacks)}); prunus "
+            "prunes models with one. docs/how-to/add-a-family.md says how to name the one to prune"
+        )
+    return next(iter(stacks.items()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +124,6 @@ def find_linears(block: nn.Module) -> list[Linear]:
 
     Routers of experts are not among them: they are small, and a pruned one sends tokens to other
     experts.
-
-    >>> [linear.name for linear in find_linears(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))]
-    ['0']
     """
     routers = find_routers(block)
     return [
@@ -104,9 +156,7 @@ def left_dense(block: nn.Module, linears: list[Linear]) -> dict[str, tuple[int, 
 def tied_embedding(model: Any) -> Linear | None:
     """The input embedding of a transformers model as a linear, if it is tied to the output head.
 
-    Returns:
-        The embedding by its full name. None if the two are not tied, or if one of them is special:
-        an embedding that scales its rows, a head with a bias.
+    None also if one of them is special: an embedding that scales its rows, a head with a bias.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     plain = type(embedding) is nn.Embedding and type(head) is nn.Linear and head.bias is None

@@ -1,21 +1,32 @@
-"""A whole model in memory, with its tokenizer for users, or for evaluation."""
+"""A whole model in memory, with its tokenizer; saved again, it keeps its card and its record."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import HfApi, constants
 
 from prunus.model.adapter import attach, base_folder, check_adapter, is_adapter
+from prunus.model.checkpoint.atomic_files import read_json, write_text
+from prunus.model.checkpoint.card import add_tags
 from prunus.model.checkpoint.reader import resolve_folder
+from prunus.model.checkpoint.regular_files import read_card
 from prunus.model.config import load_config
 from prunus.model.device import choose_device
 from prunus.model.kinds import IMAGES, Kind, kind_of
 from prunus.model.meta_model import build_on_meta
-from prunus.model.saving import keep_records, records_of
 from prunus.model.tokenizer import load_image_processor, load_tokenizer
+
+_CARD, _MANIFESTS = "README.md", ("prunus.json", "prunus-compress.json")
+_OF_UPLOADS = ("commit_message", "private", "revision", "create_pr", "tags")
 
 
 class LoadedModel(NamedTuple):
@@ -89,15 +100,12 @@ def load_model(
             default of transformers, which an adapter always gets.
         kind: which class of transformers loads it; None for what its configuration says. An
             adapter is always a causal LM.
-        mapped: weights that are used as they are stored may be views of the mapped files. False
-            reads them into memory. A file that is changed later then changes no weight, and one
-            that is cut short does not kill the process.
+        mapped: weights may be views of the mapped files. False reads them into memory, where a
+            file that is changed later, or cut short, does no harm.
 
     Raises:
-        ValueError: it cannot be loaded, or its configuration describes a model far larger than its
-            weights; quotes the reason in one line.
+        ValueError: it cannot be loaded; quotes the reason in one line.
         NotImplementedError: it is of a kind that prunus does not know.
-        ModuleNotFoundError, FileNotFoundError: see `check_adapter`.
     """
     import transformers
 
@@ -106,6 +114,9 @@ def load_model(
         base = base_folder(folder)
         return attach(load_model(base, dtype, trust_remote_code), folder, base).eval()
     kind = check_architecture(folder, trust_remote_code, kind)
+    # Not all versions of transformers have this option.
+    known = inspect.signature(transformers.PreTrainedModel.from_pretrained).parameters
+    in_memory = {"disable_mmap": True} if not mapped and "disable_mmap" in known else {}
     try:
         model, loaded = getattr(transformers, kind.loader).from_pretrained(
             folder,
@@ -114,7 +125,7 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             attn_implementation=attention,
-            **_in_memory(mapped),
+            **in_memory,
         )
     except Exception as error:  # transformers raises errors of many kinds for missing or bad files
         reason = " ".join(str(error).split())[:300]
@@ -122,9 +133,8 @@ def load_model(
             f"{folder}: the model could not be loaded ({type(error).__name__}: {reason})"
         ) from error
     # transformers only warns of weights that it does not find, and fills them with random numbers.
-    for what in ("missing_keys", "mismatched_keys"):
-        if names := sorted(str(key) for key in loaded.get(what) or ()):
-            problem = "not there" if what == "missing_keys" else "of another shape"
+    for what, problem in {"missing": "not there", "mismatched": "of another shape"}.items():
+        if names := sorted(str(key) for key in loaded.get(f"{what}_keys") or ()):
             shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
             raise ValueError(
                 f"{folder}: the model could not be loaded: {len(names)} of its weights are "
@@ -133,20 +143,10 @@ def load_model(
     return model.eval()
 
 
-def _in_memory(mapped: bool) -> dict[str, bool]:
-    """The option of transformers that reads files into memory, as far as this version has it."""
-    from transformers import PreTrainedModel
-
-    known = inspect.signature(PreTrainedModel.from_pretrained).parameters
-    return {} if mapped or "disable_mmap" not in known else {"disable_mmap": True}
-
-
 def check_architecture(
     folder: Path, trust_remote_code: bool = False, kind: Kind | None = None
 ) -> Kind:
-    """Build the model of a folder without weights, within the limits of `build_on_meta`.
-
-    This also imports the code that transformers needs for the model.
+    """Build the model of a folder without weights, within limits; also imports its code.
 
     Returns:
         `kind`, or what the configuration says.
@@ -155,3 +155,101 @@ def check_architecture(
     kind = kind or kind_of(config)
     build_on_meta(kind, config, torch.float32, trust_remote_code)
     return kind
+
+
+@contextlib.contextmanager
+def no_downloads(settings: Any = constants, active: bool = True) -> Iterator[None]:
+    """While active, a library of the hub finds only what was downloaded earlier.
+
+    Args:
+        settings: the module of the library that holds HF_HUB_OFFLINE.
+        active: False changes nothing.
+
+    >>> with no_downloads():
+    ...     constants.is_offline_mode()
+    True
+    """
+    before = settings.HF_HUB_OFFLINE
+    settings.HF_HUB_OFFLINE = before or active
+    try:
+        yield
+    finally:
+        settings.HF_HUB_OFFLINE = before
+
+
+# --- saving ---
+
+# transformers saves weights and configuration, and for an upload writes a card that says nothing.
+# So models that prunus loads or prunes get a `save_pretrained` and a `push_to_hub` of their own.
+
+
+def records_of(folder: Path) -> dict[str, str]:
+    """Name -> text of the card and the record that lie in a folder; empty if prunus wrote none."""
+    name = next((each for each in _MANIFESTS if (folder / each).is_file()), None)
+    if name is None:
+        return {}
+    card = read_card(folder / _CARD)
+    return {name: manifest_text(read_json(folder / name))} | ({} if card is None else {_CARD: card})
+
+
+def manifest_text(content: Any) -> str:
+    """A record for other shards than those whose bytes it names, as text."""
+    named = content | {"sha256": {}} if isinstance(content, dict) else content
+    return json.dumps(named, indent=2) + "\n"
+
+
+def keep_records(model: Any, records: Mapping[str, str]) -> None:
+    """Let a transformers model write records next to its weights, wherever it is saved."""
+    if records:
+        # Partial functions, because they are copied and pickled with the model.
+        model.save_pretrained = functools.partial(_save_pretrained, model, dict(records))
+        model.push_to_hub = functools.partial(_push_to_hub, model, dict(records))
+
+
+def _save_pretrained(
+    model: Any,
+    records: Mapping[str, str],
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    *,
+    push_to_hub: bool = False,
+    repo_id: str | None = None,
+    **options: Any,
+) -> None:
+    """As `save_pretrained` of transformers, with the card and the record next to the weights."""
+    hub = {name: options.pop(name) for name in _OF_UPLOADS if name in options}
+    type(model).save_pretrained(model, save_directory, is_main_process, **options)
+    folder = Path(save_directory)
+    if is_main_process:
+        for name, text in records.items():
+            write_text(folder / name, text)
+    if push_to_hub:
+        _upload(folder, repo_id or folder.name, token=options.get("token"), **hub)
+
+
+def _push_to_hub(
+    model: Any, records: Mapping[str, str], repo_id: str, max_shard_size: Any = "50GB", **hub: Any
+) -> str:
+    """As `push_to_hub` of transformers, with the model's own card and the record."""
+    with tempfile.TemporaryDirectory() as scratch:
+        _save_pretrained(model, records, scratch, max_shard_size=max_shard_size)
+        return _upload(Path(scratch), repo_id, **hub)
+
+
+def _upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    tags: Sequence[str] | None = None,
+    **options: Any,
+) -> str:
+    """Upload a folder, whose card gets more tags first; returns the address of the commit."""
+    card = read_card(folder / _CARD)
+    if tags and card is not None:
+        write_text(folder / _CARD, add_tags(card, tags))
+    api = HfApi(token=token)
+    where = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    options["commit_message"] = options.get("commit_message") or "Upload a pruned model"
+    return str(api.upload_folder(repo_id=where, folder_path=folder, **options))

@@ -1,17 +1,19 @@
-"""Building a transformers model without its weights, within limits.
+"""A transformers model on the meta device: built within limits, given weights, and emptied again.
 
-Parameters stay on the meta device, where they have a shape but no memory. Buffers, such as the
-frequencies of rotary embeddings, are tables that no checkpoint stores: transformers computes them
-in the end. Their sizes are known before that, and modules are counted while they are made. So a
-damaged configuration cannot fill memory.
+There, parameters have a shape but no memory. Buffers, such as the frequencies of rotary embeddings,
+are tables that no checkpoint stores: transformers computes them in the end. Their sizes are known
+before that, and modules are counted while they are made. So a damaged configuration cannot fill
+memory.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import importlib
-from collections.abc import Iterator
+import mmap
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +22,6 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from prunus.model.kinds import Kind
-from prunus.model.placement import release
 
 #: Modules of a model. A model of 61 blocks with 384 experts each has 94,000.
 _MAX_MODULES = 2**17
@@ -28,24 +29,16 @@ _MAX_MODULES = 2**17
 _MAX_COMPUTED = 2**31
 
 
-class _TooLargeError(ValueError):
-    """A model is larger than any that prunus expects."""
-
-
 @contextlib.contextmanager
 def limited_modules() -> Iterator[None]:
-    """While active, no more than `_MAX_MODULES` modules become part of others.
-
-    Raises:
-        ValueError: there are more.
-    """
+    """While active, a ValueError ends the making of more than `_MAX_MODULES` modules."""
     count = 0
 
     def counted(*_: Any) -> None:
         nonlocal count
         count += 1
         if count > _MAX_MODULES:
-            raise _TooLargeError(f"it has more than {_MAX_MODULES:,} modules")
+            raise ValueError(f"it has more than {_MAX_MODULES:,} modules")
 
     with register_module_module_registration_hook(counted):
         yield
@@ -66,34 +59,22 @@ def build_on_meta(kind: Kind, config: Any, dtype: Any, trust_remote_code: bool) 
         release(model)
         _compute_tables(model)
         return model
-    except _TooLargeError as fault:
-        raise ValueError(
-            f"the configuration describes a model of type {config.model_type!r} that is too "
-            f"large: {fault}; is it damaged?"
-        ) from fault
-    except ValueError as fault:
-        # The first line has the reason; then transformers lists a hundred classes it would accept.
-        raise ValueError(
-            f"transformers makes no {kind.name} of model type {config.model_type!r}: "
-            f"{(str(fault).strip().splitlines() or [''])[0]}"
-        ) from fault
     except ImportError:
         raise
     except Exception as fault:
-        # A damaged configuration can raise any error, anywhere in the code of a model.
+        # A damaged configuration can raise any error, anywhere in the code of a model. The first
+        # line has the reason; then transformers may list a hundred classes it would accept.
+        reason = (str(fault).strip().splitlines() or [""])[0][:300]
         raise ValueError(
-            f"transformers cannot make the model of type {config.model_type!r} that the "
-            f"configuration describes: {type(fault).__name__}: {' '.join(str(fault).split())[:300]}"
+            f"transformers makes no {kind.name} of model type {config.model_type!r} and this "
+            f"configuration: {type(fault).__name__}: {reason}"
         ) from fault
 
 
 def _compute_tables(model: nn.Module) -> None:
-    """Give the buffers of a model on the meta device memory, and let transformers fill them.
-
-    This is what `from_pretrained` does for buffers that a checkpoint does not store.
-    """
+    """Give the buffers of a model memory and fill them, as `from_pretrained` does."""
     if sum(buffer.nbytes for buffer in model.buffers()) > _MAX_COMPUTED:
-        raise _TooLargeError(
+        raise ValueError(
             f"it asks for more than {_MAX_COMPUTED:,} bytes of tables before it has any weights, "
             "such as one row for each of its positions"
         )
@@ -105,3 +86,88 @@ def _compute_tables(model: nn.Module) -> None:
     for parameter in model.parameters():
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     model.initialize_weights()  # type: ignore[operator]
+
+
+# --- weights of a model on the meta device ---
+
+
+def place(
+    module: nn.Module,
+    values: Mapping[str, torch.Tensor],
+    device: torch.device,
+    as_stored: Collection[int] = (),
+) -> None:
+    """Replace parameters and buffers of `module` by `values`. Tied parameters stay tied.
+
+    Args:
+        values: tensors by name relative to `module`. Each is converted to the dtype that the
+            parameter has in the skeleton, and copied, so that no mapped file is kept alive.
+        as_stored: `id` of each parameter that is not converted or copied on the CPU, but stays a
+            view of its mapped file.
+    """
+    replaced: dict[int, nn.Parameter] = {}
+    for name, value in values.items():
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        old = owner._parameters.get(leaf)
+        if old is None:
+            buffer = owner._buffers[leaf]
+            assert buffer is not None
+            owner._buffers[leaf] = value.to(device=device, dtype=buffer.dtype, copy=True)
+            continue
+        if id(old) in as_stored and device.type == value.device.type == "cpu":
+            new = value.detach()
+            if hasattr(mmap, "MADV_RANDOM"):
+                # Rows are read here and there; reading ahead would fill memory with other rows.
+                advise(new, mmap.MADV_RANDOM)
+        else:
+            # The tensor is copied as it is stored. The device converts it, which is faster.
+            # From pinned memory it is copied while the host continues.
+            there = value.to(device=device, copy=True, non_blocking=value.is_pinned())
+            new = there.to(old.dtype)
+        replaced[id(old)] = nn.Parameter(new, requires_grad=False)
+    # In a second pass over all owners, because a tied parameter has several.
+    for owner in module.modules():
+        for leaf, old in owner._parameters.items():
+            if old is not None and id(old) in replaced:
+                owner._parameters[leaf] = replaced[id(old)]
+
+
+def whole_pages(tensor: torch.Tensor) -> range:
+    """Addresses of the memory pages that a contiguous tensor fills; empty if it fills none."""
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    return range(first, (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE)
+
+
+def advise(tensor: torch.Tensor, advice: int) -> None:
+    """Tell the system how a tensor's whole pages will be used; `advice` is one of mmap's MADV_*."""
+    if pages := whole_pages(tensor):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(pages.start), ctypes.c_size_t(len(pages)), advice)
+
+
+def release(module: nn.Module) -> None:
+    """Send every parameter back to the meta device; tied parameters stay tied."""
+    empty: dict[int, nn.Parameter] = {}
+    for owner in module.modules():
+        for leaf, old in owner._parameters.items():
+            if old is not None and old.device.type != "meta":
+                new = empty.setdefault(id(old), nn.Parameter(old.to("meta"), requires_grad=False))
+                owner._parameters[leaf] = new
+
+
+def fill_with_zeros(module: nn.Module, device: torch.device) -> None:
+    """Give every parameter zeros that take no memory: one element, expanded to the whole shape."""
+    move_buffers(module.modules(), device)
+    for owner in module.modules():
+        for leaf, old in owner._parameters.items():
+            if old is not None:
+                zeros = torch.zeros((), dtype=old.dtype, device=device).expand(old.shape)
+                owner._parameters[leaf] = nn.Parameter(zeros, requires_grad=False)
+
+
+def move_buffers(modules: Iterable[nn.Module], device: torch.device) -> None:
+    """Send the buffers of some modules, without their children, to `device`."""
+    for module in modules:
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device:
+                module._buffers[name] = buffer.to(device)

@@ -1,11 +1,9 @@
 """The model without its weights, taken apart into its blocks and what is outside the blocks.
 
-The skeleton is the real transformers model with every parameter on the meta device, where a
-parameter has a shape but no memory. A block gets its weights while it is in work (`fill`,
-`release`), and so do the modules outside the blocks: embeddings, final norm and head
-(`outside_blocks`). Memory thus holds one block, whatever the size of the model.
-
-How the model calls its blocks is recorded from the model itself; see `stubs.py`.
+The skeleton is the real transformers model with every parameter on the meta device. A block gets
+its weights while it is in work (`fill`, `release`), and so do the modules outside the blocks:
+embeddings, final norm and head (`outside_blocks`). Memory thus holds one block, whatever the size
+of the model.
 """
 
 from __future__ import annotations
@@ -13,20 +11,17 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from prunus.model import placement
-from prunus.model.block_lists import find_block_list
-from prunus.model.calls import BlockCall, replaced_forward
+from prunus.model.calls import BlockCall, BlockStubs, replaced_forward
 from prunus.model.experts import Fused, find_fused_experts, fusing_rules, unfuse_experts
 from prunus.model.kinds import IMAGE_TEXT, IMAGES, image_tokens, kind_of
-from prunus.model.linears import Linear, find_linears, left_dense
-from prunus.model.meta_model import build_on_meta, limited_modules
-from prunus.model.stubs import BlockStubs
+from prunus.model.linears import Linear, find_block_list, find_linears, left_dense
+from prunus.model.meta_model import build_on_meta, limited_modules, move_buffers, place, release
 
 ReadTensors = Callable[[list[str]], dict[str, torch.Tensor]]
 
@@ -53,8 +48,13 @@ class Skeleton:
         self.dtype = dtype
         self.model: Any = build_on_meta(self.kind, config, dtype, trust_remote_code)
         self.model.eval().requires_grad_(False)
-        if self.kind is IMAGE_TEXT:
-            _check_reads_text_alone(self.model)
+        asked = inspect.signature(self.model.forward).parameters.get("pixel_values")
+        if self.kind is IMAGE_TEXT and asked and asked.default is inspect.Parameter.empty:
+            raise NotImplementedError(
+                f"{type(self.model).__name__} reads no text without an image, so its language "
+                "model cannot be calibrated on text. docs/reference/models.md lists what can be "
+                "pruned"
+            )
         self.path, self.blocks = find_block_list(self.model)
         # Per block: tensors of the checkpoint or the loaded model that are several linears here.
         rules = fusing_rules(self.model) if find_fused_experts(self.blocks) else []
@@ -92,20 +92,21 @@ class Skeleton:
         return {f"{self.block_name(index)}.{name}": shape for name, shape in found.items()}
 
     def fill(
-        self, index: int, values: Mapping[str, torch.Tensor], device: torch.device
+        self,
+        index: int,
+        values: Mapping[str, torch.Tensor],
+        device: torch.device,
+        duplicate: bool = False,
     ) -> nn.Module:
-        """Give block `index` its weights, by relative name, and return it, ready to run."""
-        return _given_weights(self.blocks[index], values, device)
-
-    def duplicate(
-        self, index: int, values: Mapping[str, torch.Tensor], device: torch.device
-    ) -> nn.Module:
-        """A copy of block `index` with weights of its own, by relative name, ready to run."""
-        return _given_weights(copy.deepcopy(self.blocks[index]), values, device)
+        """Give block `index`, or a copy of it, its weights by relative name; returns it."""
+        block = copy.deepcopy(self.blocks[index]) if duplicate else self.blocks[index]
+        place(block, values, device)
+        move_buffers(block.modules(), device)
+        return block
 
     def release(self, index: int) -> None:
         """Take the weights of a block away again."""
-        placement.release(self.blocks[index])
+        release(self.blocks[index])
 
     def window_shape(self, index: int, seqlen: int) -> tuple[int, int]:
         """(positions, width) of one window's hidden states in block `index`.
@@ -132,17 +133,13 @@ class Skeleton:
 
     @contextlib.contextmanager
     def outside_blocks(
-        self,
-        read: ReadTensors,
-        device: torch.device,
-        with_head: bool = False,
-        with_embedding: bool = True,
+        self, read: ReadTensors, device: torch.device, with_head: bool = False
     ) -> Iterator[None]:
         """Give the modules outside the blocks their weights for the length of a `with` block.
 
         Args:
-            with_embedding: give an untied embedding its weights. Without them it returns zeros,
-                which is enough to run only what follows the blocks.
+            with_head: give the head its weights, for what follows the blocks. An untied embedding
+                then has none and returns zeros.
         """
         head = self._output_head()
         embedding: Any = (
@@ -150,52 +147,33 @@ class Skeleton:
         )
         of_head = {id(p) for p in head.parameters()} if head is not None else set()
         of_embedding = {id(p) for p in embedding.parameters()}
-        # A tied head has the parameters of the embedding, which are needed in any case.
-        skipped = set() if with_head else of_head - of_embedding
-        blank = (
-            not with_embedding
-            and isinstance(embedding, nn.Embedding)
-            and not of_head & of_embedding
-        )
-        if blank:
-            skipped |= of_embedding
-        state = self.model.state_dict(keep_vars=True)
-        names = [n for n in self.outside_parameter_names if id(state[n]) not in skipped]
+        skipped: set[int] = set()
+        as_stored: Collection[int] = ()
         with contextlib.ExitStack() as stack:
-            # A tied head computes with the whole embedding, so its weight must be converted.
-            whole = with_head and of_head & of_embedding
-            as_stored = (
-                ()
-                if whole
-                else stack.enter_context(placement.embedding_as_stored(embedding, self.dtype))
-            )
-            stack.callback(placement.release, self.model)
-            if blank:
+            if not with_head:
+                skipped = of_head - of_embedding
+                as_stored = stack.enter_context(_rows_as_stored(embedding, self.dtype))
+            elif isinstance(embedding, nn.Embedding) and not of_head & of_embedding:
+                skipped, width = of_embedding, embedding.embedding_dim
                 zero = torch.zeros((), dtype=self.dtype, device=device)
-                width = embedding.embedding_dim
                 stack.enter_context(
                     replaced_forward(
                         embedding, lambda ids, *_, **__: zero.expand(*ids.shape, width)
                     )
                 )
-            placement.place(self.model, read(names), device, as_stored)
-            for module in self._outside_modules:
-                placement.move_buffers(module, device)
+            stack.callback(release, self.model)
+            state = self.model.state_dict(keep_vars=True)
+            names = [n for n in self.outside_parameter_names if id(state[n]) not in skipped]
+            place(self.model, read(names), device, as_stored)
+            move_buffers(self._outside_modules, device)
             # The first call finds out what the blocks return; a small batch is enough for it.
             self.record(self.kind.smallest_batch(self.model.config, self.dtype, device))
             yield
 
     def record(self, batch: torch.Tensor) -> tuple[torch.Tensor, list[BlockCall]]:
-        """Run what precedes the blocks, and record how the model calls each block.
+        """Run what precedes the blocks on a batch of the model's kind; see `BlockStubs.record`.
 
         Only inside `outside_blocks`.
-
-        Args:
-            batch: token ids (windows, tokens), or pixel values (images, channels, height, width).
-
-        Returns:
-            The hidden states (batch, tokens, hidden) that the first block receives, and the call of
-            every block.
         """
         batch = batch.to(self.dtype) if batch.is_floating_point() else batch
         base = self.model.base_model
@@ -206,15 +184,9 @@ class Skeleton:
         return self._stubs.record(lambda: base(**arguments))
 
     def head_input(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """The input of the head when the last block returns `hidden`: its final norm, as a rule.
+        """The input of the head when the last block returns `hidden`, mostly its final norm.
 
-        Only inside `outside_blocks(with_head=True)`.
-
-        Args:
-            input_ids: (windows, tokens); only the shape matters.
-
-        Returns:
-            (windows, tokens, hidden).
+        Only inside `outside_blocks(with_head=True)`. Of `input_ids` only the shape matters.
         """
         seen: list[torch.Tensor] = []
 
@@ -235,13 +207,8 @@ class Skeleton:
         """The logits of the model when its last block returns `hidden`.
 
         Only inside `outside_blocks(with_head=True)`. After the blocks no token sees another, so any
-        part of a sequence may be given. Differentiable if `hidden` is.
-
-        Args:
-            input_ids: (batch, tokens); only the shape matters.
-
-        Returns:
-            (batch, tokens, vocabulary).
+        part of a sequence may be given. Differentiable if `hidden` is. Of `input_ids` only the
+        shape (batch, tokens) matters.
         """
         with self._stubs.returning(hidden), torch.set_grad_enabled(hidden.requires_grad):
             logits: torch.Tensor = self.model(input_ids=input_ids, use_cache=False).logits
@@ -291,20 +258,102 @@ class Skeleton:
         )
 
 
-def _check_reads_text_alone(model: nn.Module) -> None:
-    """Check that the forward of an image-text model needs no image."""
-    asked = inspect.signature(model.forward).parameters.get("pixel_values")
-    if asked is not None and asked.default is inspect.Parameter.empty:
+@contextlib.contextmanager
+def _rows_as_stored(embedding: nn.Module, dtype: torch.dtype) -> Iterator[Collection[int]]:
+    """While active, an embedding may keep its weight as stored, and returns rows in `dtype`.
+
+    Calibration looks up a small part of the vocabulary. So the weight stays a mapped file, and only
+    the rows that are looked up are read and converted. Yields what to pass to `place` as
+    `as_stored`: nothing for subclasses of `nn.Embedding`, which may compute with their weight.
+    """
+    if type(embedding) is not nn.Embedding:
+        yield ()
+        return
+    look_up = embedding.forward
+    try:
+        with replaced_forward(embedding, lambda *args, **named: look_up(*args, **named).to(dtype)):
+            yield (id(embedding.weight),)
+    finally:
+        embedding.to(dtype)
+
+
+# --- the names of a checkpoint's tensors in the skeleton, by transformers' own rules ---
+
+
+def naming_rules(model: Any) -> tuple[list[Any], list[Any]]:
+    """The rules by which names in checkpoints of this model become names of the model.
+
+    A checkpoint may be older than the model's code, or store experts one by one. The first rules
+    rename whole tensors; the second make one tensor of several, or several of one.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    return renamings, [rule for rule in rules if isinstance(rule, WeightConverter)]
+
+
+def names_in_model(
+    skeleton: Skeleton, keys: Mapping[str, Any]
+) -> tuple[dict[str, str], set[str], dict[str, str]]:
+    """Match stored names with the names of the skeleton.
+
+    Returns:
+        The skeleton's name -> stored name. A stored fused tensor, which is several in the skeleton,
+        appears under its own name.
+        The stored names of tensors that need more than a new name.
+        The name that a tensor would have -> stored name, of tensors that the model has no place
+        for.
+    """
+    from transformers.core_model_loading import rename_source_key
+
+    model = skeleton.model
+    # Fused tensors and the experts in them.
+    fused: set[str] = set()
+    members: set[str] = set()
+    for index in range(len(skeleton)):
+        for each in skeleton.fused(index):
+            fused.add(f"{skeleton.block_name(index)}.{each.name}")
+            members.update(f"{skeleton.block_name(index)}.{name}" for name in each.members)
+    expected = dict(model.state_dict()) | dict.fromkeys(fused, True)
+    renamings, converters = naming_rules(model)
+    prefix = model.base_model_prefix
+    names: dict[str, str] = {}
+    converted: set[str] = set()
+    unknown: dict[str, str] = {}
+    for key in sorted(keys):
+        # First without the converters: what they would fuse, the skeleton wants one by one.
+        name, _ = rename_source_key(key, renamings, [], prefix, expected)
+        if name in fused or name in members:
+            names[name] = key
+            continue
+        name, pattern = rename_source_key(key, renamings, converters, prefix, expected)
+        if name not in expected and key in expected:
+            name, pattern = key, None
+        if pattern is not None:
+            converted.add(key)
+        elif name in expected:
+            names[name] = key
+        else:
+            unknown[name] = key
+    return names, converted, unknown
+
+
+def stored_names(model: Any, keys: Iterable[str], names: Collection[str]) -> dict[str, str]:
+    """Return stored name -> the model's name, for some tensors of a loaded model."""
+    from transformers.core_model_loading import rename_source_key
+
+    renamings, expected = naming_rules(model)[0], dict.fromkeys(names, True)
+    found = {}
+    for key in keys:
+        name, _ = rename_source_key(key, renamings, [], model.base_model_prefix, expected)
+        name = name if name in expected else key
+        if name in expected:
+            found[key] = name
+    if missing := sorted(set(expected) - set(found.values())):
         raise NotImplementedError(
-            f"{type(model).__name__} reads no text without an image, so its language model cannot "
-            "be calibrated on text. docs/reference/models.md lists what can be pruned"
+            f"the checkpoint does not store {missing[0]!r} as the model has it, so it cannot be "
+            "written again with packed weights; expand it with prunus unpack"
         )
-
-
-def _given_weights(
-    block: nn.Module, values: Mapping[str, torch.Tensor], device: torch.device
-) -> nn.Module:
-    placement.place(block, values, device)
-    for module in block.modules():
-        placement.move_buffers(module, device)
-    return block
+    return found

@@ -1,12 +1,14 @@
-"""The hidden states of all windows on their way through a model, block by block.
+"""The hidden states of all windows between two blocks, and how blocks are run on them.
 
-A stream knows blocks, how the model calls them, and hidden states. It does not know what is done to
-a block in between.
+A stream does not know what is done to a block in between.
 """
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,33 +16,122 @@ from torch import nn
 
 from prunus.hardware.numerics import all_finite
 from prunus.model.calls import BlockCall, hidden_of
-from prunus.model.hidden_states import HiddenStates
+from prunus.model.checkpoint.writer import flat_bytes
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import Source
 
 
-class Stream:
-    """The windows of one model in batches; all wait at the same block. `len` counts batches.
+@dataclass(frozen=True)
+class StatesPlace:
+    """Where hidden states wait between two blocks; see `HiddenStates`.
 
-    Call `embed` first.
+    Attributes:
+        spill_to: folder for a file of them, or None if they stay in memory.
+        on_device: whether they stay in the memory of the device, and not of the host.
     """
+
+    spill_to: Path | None
+    on_device: bool
+
+
+class HiddenStates:
+    """One tensor per batch: (windows, tokens, hidden), or images (images, channels, height, width).
+
+    Args:
+        spill_to: folder for the file, or None to keep the tensors in memory. The
+            file has no name, so nothing is left behind when the process is killed.
+        on_device: keep the tensors on `device` between blocks; otherwise in pinned host memory.
+
+    >>> states = HiddenStates(1, spill_to=None, device=torch.device("cpu"))
+    >>> states.put(0, torch.zeros(2, 5, 8))
+    >>> states.put(0, torch.ones(2, 5, 8))
+    >>> states.get(0).sum()
+    tensor(80.)
+    """
+
+    def __init__(
+        self, count: int, *, spill_to: Path | None, device: torch.device, on_device: bool = True
+    ) -> None:
+        self._device = device
+        self._keep_on = device if on_device else torch.device("cpu")
+        self._tensors: list[torch.Tensor | None] = [None] * count
+        self._file = tempfile.TemporaryFile(dir=spill_to) if spill_to is not None else None
+        # Per batch in the file: offset in bytes, shape and dtype.
+        self._places: list[tuple[int, torch.Size, torch.dtype]] = []
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def put(self, index: int, tensor: torch.Tensor) -> None:
+        """Store batch `index`, or replace it by a tensor of the same dtype that is not larger.
+
+        Batches are stored for the first time in order.
+        """
+        if self._file is None:
+            self._keep(index, tensor)
+            return
+        if index == len(self._places):
+            end = os.fstat(self._file.fileno()).st_size
+            self._places.append((end, tensor.shape, tensor.dtype))
+        offset, shape, dtype = self._places[index]
+        assert tensor.dtype == dtype, "a block must keep the dtype"
+        # A stage of an image model makes grids smaller and channels more, but never the total.
+        assert tensor.numel() <= shape.numel(), "a block must not make hidden states larger"
+        self._places[index] = (offset, tensor.shape, dtype)
+        self._file.seek(offset)
+        self._file.write(flat_bytes(tensor).numpy().data)
+        self._file.flush()
+
+    def get(self, index: int) -> torch.Tensor:
+        """Batch `index` on the device. In memory it is the stored tensor: do not write to it."""
+        if self._file is None:
+            tensor = self._tensors[index]
+            assert tensor is not None, "batch was never filled"
+            return tensor.to(self._device, non_blocking=True)
+        offset, shape, dtype = self._places[index]
+        host = torch.empty(shape.numel() * dtype.itemsize, dtype=torch.uint8)
+        self._file.seek(offset)
+        self._file.readinto(host.numpy().data)
+        return host.view(dtype).reshape(shape).to(self._device)
+
+    def layout(self, index: int) -> tuple[torch.Size, torch.dtype]:
+        """Shape and dtype of batch `index`, without reading it."""
+        tensor = self._tensors[index]
+        return self._places[index][1:] if tensor is None else (tensor.shape, tensor.dtype)
+
+    def close(self) -> None:
+        """Release memory and file."""
+        self._tensors = [None] * len(self._tensors)
+        if self._file is not None:
+            self._file.close()
+
+    def _keep(self, index: int, tensor: torch.Tensor) -> None:
+        if self._keep_on.type != "cpu" or self._device.type != "cuda":
+            self._tensors[index] = tensor.to(self._keep_on)
+            return
+        # Copies from and to pinned memory run next to other work. Nothing waits for them here: the
+        # device does all copies and all computing in the order in which they were begun, and the
+        # host never reads this memory. So the next `put` may write to the same memory.
+        kept = self._tensors[index]
+        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+            kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._tensors[index] = kept.copy_(tensor.detach(), non_blocking=True)
+
+
+class Stream:
+    """The windows of one model in batches, all before the same block. Call `embed` first."""
 
     def __init__(self, skeleton: Skeleton, source: Source, device: torch.device) -> None:
         self.skeleton = skeleton
         self.source = source
         self.device = device
-        self._states: HiddenStates | None = None
+        #: The hidden states before the next block.
+        self.states = HiddenStates(0, spill_to=None, device=device)
         # Number of windows in a batch -> how the model calls each block with it.
         self._calls: dict[int, list[BlockCall]] = {}
 
     def __len__(self) -> int:
         return len(self.states)
-
-    @property
-    def states(self) -> HiddenStates:
-        """The hidden states before the next block."""
-        assert self._states is not None, "embed comes first"
-        return self._states
 
     def embed(
         self,
@@ -53,17 +144,11 @@ class Stream:
 
         Args:
             batches: token ids (windows, tokens) per batch. Empty if no block's inputs are needed.
-            spill_to: folder for a file of hidden states, or None to keep them in memory.
-            on_device: keep hidden states on the device between blocks, rather than in pinned host
-                memory.
+            spill_to, on_device: where hidden states are kept; see `HiddenStates`.
             partial: token ids of batches that are not kept. Blocks will be called with as many
                 windows too, so their calls are recorded.
-
-        Raises:
-            ValueError: the embeddings give hidden states that are not finite.
-            NotImplementedError: blocks are called with arguments that depend on the text.
         """
-        self._states = HiddenStates(
+        self.states = HiddenStates(
             len(batches), spill_to=spill_to, device=self.device, on_device=on_device
         )
         if not batches and not partial:
@@ -76,7 +161,7 @@ class Stream:
                         "the embeddings give hidden states that are not finite; "
                         "check the checkpoint's weights"
                     )
-                self._states.fill(position, hidden)
+                self.states.put(position, hidden)
                 self._remember(len(ids), recorded)
             for ids in partial:
                 if len(ids) and len(ids) not in self._calls:
@@ -103,10 +188,7 @@ class Stream:
     def call(
         self, index: int, block: nn.Module | None = None
     ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """A function that runs a block on hidden states (windows, tokens, hidden).
-
-        The number of windows must be that of a batch that was embedded.
-        """
+        """A function that runs a block on hidden states of as many windows as an embedded batch."""
         block = block if block is not None else self.skeleton.blocks[index]
 
         def run(hidden: torch.Tensor) -> torch.Tensor:
@@ -138,5 +220,4 @@ class Stream:
 
     def close(self) -> None:
         """Release the hidden states."""
-        if self._states is not None:
-            self._states.close()
+        self.states.close()

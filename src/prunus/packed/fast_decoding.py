@@ -39,7 +39,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.model.placement import advise, whole_pages
+from prunus.model.meta_model import advise, whole_pages
 from prunus.packed.kernels import library as kernels
 from prunus.packed.linear import DenseLinear, PackedLinear
 from prunus.packed.operators import FLOATS, fit_kernel, loaded_kernels, on_reference_path

@@ -84,7 +84,7 @@ class PrunusQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
         from prunus.model.checkpoint.reader import Checkpoint
-        from prunus.model.names import naming_rules
+        from prunus.model.skeleton import naming_rules
 
         described = self.quantization_config.description
         if checkpoint_files:
@@ -204,7 +204,7 @@ def _num_parameters(
 
 def _keep_records(model: Any) -> None:
     """Let a model that was loaded from a folder keep its card and its record when it is saved."""
-    from prunus.model.saving import keep_records, records_of
+    from prunus.model.loading import keep_records, records_of
 
     folder = Path(str(getattr(model.config, "name_or_path", "") or ""))
     if (folder / "config.json").is_file():

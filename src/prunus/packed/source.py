@@ -9,8 +9,7 @@ import torch
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.config import load_config
-from prunus.model.names import names_in_model
-from prunus.model.skeleton import Skeleton
+from prunus.model.skeleton import Skeleton, names_in_model
 from prunus.packed.description import METHOD, Description, QuantizedShape
 from prunus.packed.forms import checked_weight, expand
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from prunus.model.kinds import kind_of
-from prunus.model.saving import keep_records, manifest_text
+from prunus.model.loading import keep_records, manifest_text
 from prunus.model.source import ModuleSource
 from prunus.pruning.job import PruningJob
 from prunus.pruning.manifest import Manifest, PruningRecord, pruned_card
@@ -33,11 +33,11 @@ class InPlaceOutput:
         raise LookupError(f"no earlier run finished block {place} of a loaded model")
 
     def write_block(self, place: int, made: Made) -> None:
-        self._source.write(place, made.tensors)
+        self._source.write(made.tensors, place)
         self._record.blocks.append(made.record)
 
     def complete(self, changed: Mapping[str, torch.Tensor]) -> None:
-        self._source.write_outside(changed)
+        self._source.write(changed)
         self._record.state = "finished"
         model = self._source.model
         name = str(getattr(model, "name_or_path", "") or self._record.source)
@@ -103,7 +103,7 @@ class PrunedFolder(BlockFolder):
         source = self.job.checkpoint
         keys = source.outside_keys()
         if keys:
-            replaced = {source.stored_name(name): tensor for name, tensor in changed.items()}
+            replaced = {source.stored[name]: tensor for name, tensor in changed.items()}
             # With little memory, cached pages of the written file would push out the pages that
             # were read for it and are needed again at once.
             uncached = 4 * source.checkpoint.nbytes(keys) > self.job.host_budget

@@ -19,7 +19,7 @@ from prunus.distributed import Ranks
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.adapter import CONFIG_NAME, is_adapter, require_peft
 from prunus.model.checkpoint.atomic_files import file_digest, read_json
-from prunus.model.checkpoint.companions import check_companions
+from prunus.model.checkpoint.output_folder import check_companions
 from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.checkpoint.regular_files import read_card
 from prunus.model.device import choose_device

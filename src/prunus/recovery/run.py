@@ -25,8 +25,7 @@ from prunus.model.adapter import CONFIG_NAME, save_adapter
 from prunus.model.checkpoint.atomic_files import remove, write_text
 from prunus.model.checkpoint.output_folder import check_disk
 from prunus.model.checkpoint.reader import Checkpoint
-from prunus.model.names import stored_names
-from prunus.model.skeleton import Skeleton
+from prunus.model.skeleton import Skeleton, stored_names
 from prunus.model.source import CheckpointSource
 from prunus.options import takes
 from prunus.pruning.manifest import Manifest
@@ -269,7 +268,7 @@ def _write_blocks(
         block = replaced({f"{prefix}{name}": x for name, x in source.block(index).items()})
         relative = {name.removeprefix(prefix): x for name, x in block.items()}
         folder.write_shard(shard_name(index), source.as_stored(index, relative))
-    names = {key: name for name, key in source.stored_names().items()}
+    names = {key: name for name, key in source.stored.items()}
     outside = dict(source.checkpoint.read(source.outside_keys()))
     if outside:
         # The model has no name for some stored tensors.

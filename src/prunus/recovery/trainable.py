@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.model.block_lists import find_block_list
-from prunus.model.linears import Linear, find_linears
+from prunus.model.linears import Linear, find_block_list, find_linears
 from prunus.pruning.manifest import Manifest
 from prunus.recovery.record import LinearMask, RecoveryRecord
 

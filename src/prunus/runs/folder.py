@@ -19,6 +19,8 @@ import torch
 
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.model.checkpoint.atomic_files import (
+    RECORD_FILES,
+    check_shard,
     fsync_folder,
     make_folder,
     remove,
@@ -26,13 +28,13 @@ from prunus.model.checkpoint.atomic_files import (
     write_json,
     write_text,
 )
-from prunus.model.checkpoint.companions import auxiliary_files, copy_companion
-from prunus.model.checkpoint.digests import RECORD_FILES, check_shard
 from prunus.model.checkpoint.lock import locked
 from prunus.model.checkpoint.output_folder import (
+    auxiliary_files,
     check_apart,
     check_resume,
     check_whole,
+    copy_companion,
     is_vacant,
 )
 from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint

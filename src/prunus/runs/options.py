@@ -94,7 +94,7 @@ class RunOptions(Options):
         input_ids: Calibration data instead of a named source: token ids (samples, seqlen), or
             pixel values (samples, channels, height, width).
         texts: Texts, rows of a data set or chats instead of a named source; see
-            `prunus.calibration.texts`.
+            `prunus.calibration.sources`.
         own_method: A `prunus.methods.Method` in place of the name of one.
         announce: Called with what is being prepared, before the first step; None to be silent.
         report: Called after every step; None to be silent.

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 
-from prunus.calibration.sources import TENSORS, Source, find_source
-from prunus.calibration.texts import are_texts
+from prunus.calibration.sources import TENSORS, Source, are_texts, find_source
 from prunus.calibration.windows import Wanted, Windows, hash_ids
-from prunus.model.chat_template import apply_chat_template
 from prunus.model.kinds import IMAGES, Kind
 from prunus.model.loading import load_model
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.model.tokenizer import (
+    apply_chat_template,
     load_image_processor,
     load_tokenizer,
     tokenizer_of_loaded,

@@ -7,7 +7,7 @@ from typing import Any
 from transformers.cli.serving.model_manager import ModelManager, TimedModel
 from transformers.cli.serving.utils import Modality
 
-from prunus.model.chat_template import apply_chat_template
+from prunus.model.tokenizer import apply_chat_template
 from prunus.serving.errors import RequestError
 
 

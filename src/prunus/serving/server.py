@@ -14,8 +14,7 @@ from typing import Any
 from prunus.evaluation.generation import token_settings
 from prunus.evaluation.model_input import find_folder
 from prunus.model.device import choose_device
-from prunus.model.loading import load_model
-from prunus.model.offline import no_downloads
+from prunus.model.loading import load_model, no_downloads
 from prunus.model.tokenizer import load_tokenizer
 from prunus.serving.errors import RequestError
 from prunus.serving.gate import Gate, is_loopback

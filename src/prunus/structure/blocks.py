@@ -172,9 +172,7 @@ def divergences(
     """
     skeleton, device = stream.skeleton, stream.device
     sums, tokens = dict.fromkeys(candidates, 0.0), 0
-    with skeleton.outside_blocks(
-        stream.source.read_outside, device, with_head=True, with_embedding=False
-    ):
+    with skeleton.outside_blocks(stream.source.read_outside, device, with_head=True):
         for window in range(len(ids)):  # one by one, because logits are large
             part = slice(window, window + 1)
             shape = ids[part].to(device)

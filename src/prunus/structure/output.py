@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prunus.model.checkpoint.reader import Checkpoint
-from prunus.model.names import names_in_model
+from prunus.model.skeleton import names_in_model
 from prunus.runs.folder import BlockFolder
 from prunus.runs.loop import Made
 from prunus.runs.record import OUTSIDE_SHARD, shard_name

@@ -13,7 +13,7 @@ from typing import Any
 
 from prunus.methods.statistics import Needs
 from prunus.model.checkpoint.atomic_files import read_json
-from prunus.model.config_fields import (
+from prunus.model.config import (
     blocks_that_take_images,
     expert_count,
     expert_groups,

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from prunus.model.config_fields import experts_per_token
+from prunus.model.config import experts_per_token
 from prunus.model.experts import Experts
 from prunus.model.skeleton import Skeleton
 from prunus.runs.job import RunJob

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from prunus.model.config_fields import canonical
+from prunus.model.config import canonical
 from prunus.model.skeleton import Skeleton
 from prunus.structure.layout import check_same_blocks, shapes_of
 from prunus.structure.recipe import StructureRecipe

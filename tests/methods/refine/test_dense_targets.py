@@ -13,9 +13,9 @@ from prunus.methods.refine.dense_targets import (
     dense_target,
 )
 from prunus.methods.statistics import InputStatistics, StatisticsSpec
-from prunus.model.hidden_states import HiddenStates
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
+from prunus.model.stream import HiddenStates
 from prunus.pruning.block.dense_stream import DenseBlockInputs, DenseStream, drift_stride_for
 from prunus.pruning.job import PruningJob
 from tiny import tiny_checkpoint, token_ids, weights
@@ -236,7 +236,7 @@ def test_the_dense_inputs_of_an_expert_are_unknown():
     class Stream:
         def __init__(self):
             self.states = HiddenStates(1, spill_to=None, device=torch.device("cpu"))
-            self.states.fill(0, torch.zeros(1, 4, 8))
+            self.states.put(0, torch.zeros(1, 4, 8))
 
         def forward(self, index, block):
             return pytest.fail

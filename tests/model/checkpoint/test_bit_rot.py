@@ -12,7 +12,7 @@ import torch
 import prunus
 from command_line import call
 from prunus import pack, unpack
-from prunus.model.checkpoint.digests import recorded_digests, verify_shards
+from prunus.model.checkpoint.atomic_files import recorded_digests, verify_shards
 from prunus.model.checkpoint.reader import INDEX_NAME
 from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, training_text
 from stopping import StopError, stop_after

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import save_file
 
 import prunus
-from prunus.model.checkpoint.gguf_header import check_header
+from prunus.model.checkpoint.gguf import check_header
 from scripts import fork_script
 from tiny import tiny_checkpoint, token_ids
 

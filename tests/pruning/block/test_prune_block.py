@@ -10,8 +10,8 @@ from torch import nn
 import prunus
 from prunus.hardware.memory import available_memory
 from prunus.methods.statistics import InputStatistics
-from prunus.model.hidden_states import HiddenStates
 from prunus.model.linears import Linear, find_linears
+from prunus.model.stream import HiddenStates
 from prunus.pruning.block.dense_stream import DenseBlockInputs
 from prunus.pruning.block.lockstep import lockstep
 from prunus.pruning.block.replay import replay
@@ -172,7 +172,7 @@ def test_spilled_hidden_states_come_back_to_the_bit(tmp_path):
     tensors = [torch.randn(2, 5, 8).bfloat16(), torch.randn(1, 5, 8).bfloat16()]
     spilled = HiddenStates(2, spill_to=tmp_path, device=torch.device("cpu"))
     for index, tensor in enumerate(tensors):
-        spilled.fill(index, tensor)
+        spilled.put(index, tensor)
     assert all(torch.equal(spilled.get(i), t) for i, t in enumerate(tensors))
     spilled.put(0, tensors[0] * 3)
     assert torch.equal(spilled.get(0), tensors[0] * 3)
@@ -252,7 +252,7 @@ def test_the_memory_budget_limits_a_device_as_it_limits_the_host(tmp_path, monke
 def test_a_dense_input_is_read_once_to_be_computed():
     """The number of rows follows from the layout of the hidden states, which reads none of them."""
     held = HiddenStates(1, spill_to=None, device=torch.device("cpu"))
-    held.fill(0, torch.ones(2, 3, 4))
+    held.put(0, torch.ones(2, 3, 4))
     reads = []
 
     class Watched:

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there.
+"""Files that are either whole or not there, and the digests by which later changes are noticed.
 
 This file writes everything that prunus writes, in four steps: write to a temporary name in
 the same folder, fsync the file, rename it, fsync the folder. After a kill or a power cut, a final
@@ -16,7 +16,7 @@ Temporary names are random, and their files are created with O_EXCL and O_NOFOLL
 somebody placed in the folder is never followed, and two processes never write one temporary file. A
 killed process leaves its temporary file; `remove_temporaries` clears a folder that is locked.
 
-This file imports no torch, so that a report can be read without it. `writer.py` has the tensors.
+Imports no torch, so that a report can be read without it. `writer.py` has the tensors.
 """
 
 from __future__ import annotations
@@ -28,13 +28,23 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from prunus.model.checkpoint.regular_files import open_regular, read_limited
 
 TEMPORARY_SUFFIX = ".partial"
+#: Records of results. A recovered or packed checkpoint also has a copy of the record of its source,
+#: which describes the source's shards. So the first record that is there counts.
+RECORD_FILES = (
+    "prunus-pack.json",
+    "prunus-unpack.json",
+    "prunus-recovery.json",
+    "prunus-compress.json",
+    "prunus.json",
+    "prunus-structure.json",
+)
 #: Absolute path of a folder that this process holds -> the open handle of that folder.
 _held: dict[Path, int] = {}
 
@@ -158,11 +168,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` atomically as indented JSON.
-
-    Raises:
-        ValueError: it holds NaN or infinity, which JSON does not have.
-    """
+    """Write `content` atomically as indented JSON, which has no NaN or infinity."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -170,8 +176,7 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file.
 
     Raises:
-        ValueError: it is not valid JSON, or nested too deep; names the file and the place of the
-            fault. Or it is no regular file, or too large.
+        ValueError: it is not valid JSON, nested too deep, too large, or no regular file.
         FileNotFoundError: there is no such file.
     """
     content = read_limited(path)
@@ -194,3 +199,54 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes as a hex string."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- the SHA-256 of every shard that a run wrote ---
+
+# Every record of a result holds them in its field `sha256`. They are computed while the shard is
+# written, from the bytes in memory. A disk that changes a bit later is therefore noticed.
+
+
+def recorded_digests(folder: Path) -> dict[str, str]:
+    """File name of a shard -> its SHA-256 in the record of a result; empty without a record."""
+    path = next((folder / name for name in RECORD_FILES if (folder / name).exists()), None)
+    content = read_json(path) if path is not None else {}
+    found = content.get("sha256", {}) if isinstance(content, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(x, str) for x in found.values()):
+        raise ValueError(f"{path} is damaged: it maps no shards to their SHA-256; copy it again")
+    return found
+
+
+def check_shard(path: Path, expected: str, remedy: str) -> None:
+    """Check that a shard still has the bytes that were written."""
+    if file_digest(path) != expected:
+        raise ValueError(
+            f"{path} is not what was written: its SHA-256 is not the recorded one, so a disk or a "
+            f"copy has changed it; {remedy}"
+        )
+
+
+def verify_shards(folder: Path) -> int:
+    """Compare all shards of a checkpoint with the SHA-256 in its record; returns their number."""
+    recorded = recorded_digests(folder)
+    if not recorded:
+        raise FileNotFoundError(
+            f"{folder} has no record with the SHA-256 of its shards: prunus did not write it"
+        )
+    unknown = sorted({path.name for path in folder.glob("*.safetensors")} - recorded.keys())
+    if missing := sorted(name for name in recorded if not (folder / name).exists()):
+        raise FileNotFoundError(f"{folder} has lost {', '.join(missing)}; copy it again")
+    changed = [name for name in sorted(recorded) if file_digest(folder / name) != recorded[name]]
+    if changed or unknown:
+        raise ValueError(
+            f"{folder} is not what was written: {', '.join((*changed, *unknown))} differ from the "
+            "SHA-256 in the record; copy the checkpoint again, or make it again with `overwrite`"
+        )
+    return len(recorded)
+
+
+def fingerprint_with(fingerprint: str, recorded: Mapping[str, str]) -> str:
+    """A fingerprint that also covers the weights, where their SHA-256 is known."""
+    if not recorded:
+        return fingerprint
+    return hashlib.sha256(json.dumps([fingerprint, sorted(recorded.items())]).encode()).hexdigest()

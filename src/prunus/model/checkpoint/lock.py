@@ -76,7 +76,13 @@ def _acquire(folder: Path) -> int:
             continue  # the previous holder has just removed the file, or the folder that it made
         try:
             if not _take(handle):
-                raise FileExistsError(_refusal(folder, _holder(handle)))
+                holder = _holder(handle)
+                raise FileExistsError(
+                    f"{folder} is being written by another run: process "
+                    f"{holder.get('pid', 'unknown')} on {holder.get('host', 'an unknown host')}. "
+                    f"Wait until it ends, or choose another folder ({LOCK_NAME} in it is the lock; "
+                    "a run that was killed holds none)"
+                )
             # Between open and lock, the previous holder may have removed the name, and another run
             # may have made a new file. The lock counts only on the file that has the name now.
             if _has_name(handle, path):
@@ -89,7 +95,7 @@ def _acquire(folder: Path) -> int:
 
 
 def _open(path: Path) -> int:
-    """Open the lock file, or create it. Never follows a link, and opens nothing but a lock file."""
+    """Open the lock file, or create it. Follows no link, and opens nothing but a lock file."""
     # O_NONBLOCK: opening a FIFO must not wait.
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
     with contextlib.suppress(FileExistsError):
@@ -132,9 +138,8 @@ def _take(handle: int) -> bool:
 def _sign(handle: int) -> None:
     """Write host and process id into the lock file, for the messages of other runs."""
     os.ftruncate(handle, 0)
-    os.pwrite(
-        handle, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode() + b"\n", 0
-    )
+    own = {"host": socket.gethostname(), "pid": os.getpid()}
+    os.pwrite(handle, json.dumps(own).encode() + b"\n", 0)
 
 
 def _holder(handle: int) -> dict[str, Any]:
@@ -147,10 +152,7 @@ def _holder(handle: int) -> dict[str, Any]:
 
 
 def _seems_alive(holder: dict[str, Any]) -> bool:
-    """Whether the process that signed still runs.
-
-    A process of another host counts as running: its process id says nothing here.
-    """
+    """Whether the process that signed still runs; one of another host counts as running."""
     pid = holder.get("pid")
     if not isinstance(pid, int) or pid == os.getpid():
         return False
@@ -158,19 +160,9 @@ def _seems_alive(holder: dict[str, Any]) -> bool:
         return True
     try:
         os.kill(pid, 0)  # signal 0 only checks that the process exists
-    except ProcessLookupError:
-        return False
-    except OSError:  # it exists and belongs to another user
-        pass
+    except OSError as fault:  # any other: it exists and belongs to another user
+        return not isinstance(fault, ProcessLookupError)
     return True
-
-
-def _refusal(folder: Path, holder: dict[str, Any]) -> str:
-    who = f"process {holder.get('pid', 'unknown')} on {holder.get('host', 'an unknown host')}"
-    return (
-        f"{folder} is being written by another run: {who}. Wait until it ends, or choose another "
-        f"folder ({LOCK_NAME} in it is the lock; a run that was killed holds none)"
-    )
 
 
 def _no_lock(path: Path) -> str:

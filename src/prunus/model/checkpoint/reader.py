@@ -1,8 +1,7 @@
 """A checkpoint on disk as named tensors that are read one at a time.
 
-This file knows file formats and nothing else: no model class, no block, no pruning. It reads
-safetensors only, never pickles, which can run code, and it follows no path that an index file names
-out of the checkpoint's folder.
+Only safetensors are read, never pickles, which can run code, and no path is followed that an index
+file names out of the checkpoint's folder.
 
 `Checkpoint.read` copies tensors into memory, so whatever happens to a file later changes nothing.
 `Checkpoint.views` maps shards instead: a tensor is a view of its file, and the system brings in the
@@ -25,8 +24,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from prunus.model.checkpoint.atomic_files import read_json
-from prunus.model.checkpoint.digests import check_shard
+from prunus.model.checkpoint.atomic_files import check_shard, read_json
 from prunus.model.checkpoint.regular_files import check_folder, check_regular
 from prunus.model.checkpoint.writer import TENSOR_DTYPES
 
@@ -130,21 +128,12 @@ class Checkpoint:
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{path} has no 'weight_map' that maps tensor names to files")
         for name, file in weight_map.items():
-            # Plain names only: a separator, a drive or '..' could lead out of the folder.
-            if (
-                not isinstance(file, str)
-                or not file
-                or Path(file).name != file
-                or "\\" in file
-                or file == ".."
-            ):
+            # Plain names only: a separator or a drive could lead out of the folder.
+            plain = isinstance(file, str) and Path(file).name == file and "\\" not in file
+            if not plain or not file.endswith(".safetensors"):
                 raise ValueError(
                     f"{path} places {name!r} in {file!r}: shards must be plain file names inside "
-                    "the folder"
-                )
-            if not file.endswith(".safetensors"):
-                raise ValueError(
-                    f"{path} places {name!r} in {file!r}, which is not a .safetensors file"
+                    "the folder, ending in .safetensors"
                 )
         return weight_map
 
@@ -230,8 +219,7 @@ class Checkpoint:
     def check_unchanged(self, files: Iterable[str] | None = None) -> None:
         """Check that shards are still the files that were opened.
 
-        A mapped file shows what is written to it later. So call this after reading weights and
-        before the result of the work gets its final name.
+        A mapped file shows what is written to it later. So call this after reading weights.
         """
         for file in self._opened if files is None else files:
             try:
@@ -271,9 +259,8 @@ def _prefetch(file: int, info: TensorInfo) -> None:
     """Bring a tensor into the page cache, without what lies around it in the file.
 
     Touching the pages through the mapping would also bring in what the system reads ahead:
-    megabytes, on some disks, of tensors that are read later. If memory is short, these are
-    dropped and read a second time. A tensor beyond `_MAX_PREFETCH` is left to the mapping: there
-    the read-ahead is small next to the tensor, which may not fit in memory as a whole, or may be an
+    megabytes of tensors that are read later, and dropped before that if memory is short. A tensor
+    beyond `_MAX_PREFETCH` is left to the mapping: it may not fit in memory as a whole, or may be an
     embedding of which only a few rows are needed.
     """
     if info.nbytes <= _MAX_PREFETCH and hasattr(os, "posix_fadvise"):
@@ -281,11 +268,10 @@ def _prefetch(file: int, info: TensorInfo) -> None:
 
 
 def _prefetch_header(path: Path) -> int:
-    """Bring a shard's header into the page cache, without what follows it.
+    """Bring a shard's header into the page cache, and return where it ends.
 
-    The library maps the file to read the header. The first page touched would bring in what the
-    system reads ahead, of every shard and long before its turn (see `_prefetch`). Reading the
-    header first, with read-ahead switched off, avoids that.
+    The library maps the file to read the header, and the first page touched would bring in what the
+    system reads ahead. Reading the header first, with read-ahead switched off, avoids that.
     """
     with open(path, "rb", buffering=0) as file:
         if hasattr(os, "posix_fadvise"):
@@ -307,8 +293,6 @@ def _state(path: Path) -> tuple[int, int, int]:
 def resolve_folder(model: str | Path) -> Path:
     """The folder of a model: a local folder, or a snapshot downloaded from the Hugging Face hub.
 
-    Downloads safetensors, configuration and tokenizer files only.
-
     Raises:
         FileNotFoundError: neither a folder nor a hub id, or the hub cannot be reached.
         ValueError: a file in the folder is no regular file, or larger than its kind may be.
@@ -319,13 +303,9 @@ def resolve_folder(model: str | Path) -> Path:
         return path
     name = str(model)
     if path.is_file():
-        hint = (
-            "; turn it into a checkpoint first: prunus import FILE.gguf DEST"
-            if path.suffix == ".gguf"
-            else ""
-        )
         raise FileNotFoundError(
-            f"{name} is a file; expected the folder of a Hugging Face checkpoint{hint}"
+            f"{name} is a file; expected the folder of a Hugging Face checkpoint. For a file of "
+            "llama.cpp, make one first: prunus import FILE.gguf DEST"
         )
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     if looks_local or not name:

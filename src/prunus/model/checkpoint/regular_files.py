@@ -2,8 +2,7 @@
 
 Opening a FIFO waits for ever, and `/dev/zero` never ends. A checkpoint may hold either, or a link
 to it. So a file is opened without waiting, and its type and size are checked before it is read.
-
-This file imports no torch, so that a report can be read without it.
+Imports no torch, so that a report can be read without it.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from io import BufferedReader
 from pathlib import Path
 
 _MIB = 2**20
-#: Most bytes of a file by its name or suffix. Weights and other files have no limit here.
+#: End of a file's name -> its most bytes. Weights and other files have no limit here.
 _MAX_BYTES = {
     "config.json": 16 * _MIB,
     ".json": 256 * _MIB,
@@ -35,12 +34,7 @@ _KINDS = {
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a file for reading.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no regular file, or larger than its kind may be.
-    """
+    """Open a file; ValueError unless it is regular and no larger than its kind may be."""
     # Without O_NONBLOCK, opening a FIFO would wait for a writer. It changes nothing for others.
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
@@ -60,11 +54,7 @@ def read_limited(path: Path) -> bytes:
 
 
 def read_card(path: Path) -> str | None:
-    """The text of a model card; None if there is none.
-
-    Cards are for people, and old ones are not all UTF-8. So bytes that cannot be decoded become
-    replacement characters. Errors as of `open_regular`.
-    """
+    """The text of a model card, which need not be UTF-8; None if there is none."""
     try:
         return read_limited(path).decode("utf-8", errors="replace")
     except FileNotFoundError:
@@ -77,10 +67,7 @@ def check_regular(path: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Check all files of a checkpoint folder with `check_regular`; folders in it are left out.
-
-    transformers reads configuration and tokenizer on its own, so they are checked before it starts.
-    """
+    """Check all files of a checkpoint folder, which transformers then reads on its own."""
     for place in (folder, *(folder / name for name in _SUBFOLDERS)):
         if not place.is_dir():
             continue
@@ -97,7 +84,7 @@ def _check_state(path: Path, state: os.stat_result) -> None:
         raise ValueError(
             f"{path} is {kind}{link}; expected a regular file: remove it, or put the file there"
         )
-    largest = _MAX_BYTES.get(path.name, _MAX_BYTES.get(path.suffix))
+    largest = next((size for end, size in _MAX_BYTES.items() if path.name.endswith(end)), None)
     if largest is not None and state.st_size > largest:
         raise ValueError(
             f"{path} has {state.st_size:,} bytes, and a file of this kind may have {largest:,}; it "

@@ -25,6 +25,11 @@ _CODES = {dtype: code for code, dtype in TENSOR_DTYPES.items()}
 _PIECE = 2**27  # bytes to write between two calls of fsync
 
 
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor as a flat uint8 tensor on the CPU."""
+    return tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+
+
 def save_safetensors(
     path: Path,
     tensors: Mapping[str, torch.Tensor],
@@ -33,9 +38,8 @@ def save_safetensors(
 ) -> str:
     """Write tensors as one safetensors file, atomically.
 
-    Equal tensors and metadata give equal bytes. `save_file` of the safetensors library is not used
-    for two reasons: it puts the metadata in another order each time, and when killed it leaves a
-    half-written file under a name of its own.
+    Equal tensors and metadata give equal bytes. `save_file` of the safetensors library puts the
+    metadata in another order each time, and when killed it leaves a half-written file.
 
     Format (https://github.com/huggingface/safetensors): the length of the header as 8 bytes, the
     header as JSON, then the bytes of the tensors without gaps.
@@ -46,9 +50,6 @@ def save_safetensors(
 
     Returns:
         SHA-256 of the file (hex), computed while it is written.
-
-    Raises:
-        OSError: the file cannot be written, for example because the disk is full.
     """
     # As in the library: wide dtypes first, which keeps all tensors aligned, then by name.
     place = {dtype: position for position, dtype in enumerate(_CODES)}
@@ -72,10 +73,9 @@ def save_safetensors(
         digest = hashlib.sha256(head)
         unwritten = 0
         for name in names:
-            # One tensor at a time: one on another device, or not contiguous, is copied here, and
-            # the copy goes before the next one comes.
-            flat = tensors[name].detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-            for piece in flat.split(_PIECE):
+            # One at a time: the copy of a tensor that is on another device, or not contiguous, is
+            # released before the next one is made.
+            for piece in flat_bytes(tensors[name]).split(_PIECE):
                 # Hashing and writing both run without the interpreter's lock, side by side.
                 hashed = hashing.submit(digest.update, piece.numpy().data)
                 file.write(piece.numpy().data)

@@ -81,7 +81,7 @@ class DenseStream:
         self, index: int, stored: Mapping[str, torch.Tensor], names: Sequence[str], cache: bool
     ) -> DenseBlockInputs:
         """Copy dense block `index`, to read its inputs while the original is pruned."""
-        block = self.stream.skeleton.duplicate(index, stored, self.stream.device)
+        block = self.stream.skeleton.fill(index, stored, self.stream.device, duplicate=True)
         linears = [linear for linear in find_linears(block) if linear.name in names]
         return DenseBlockInputs(self.stream, self.dense_number, index, block, linears, cache)
 

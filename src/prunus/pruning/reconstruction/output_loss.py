@@ -45,9 +45,7 @@ def logits_of(stream: Stream) -> Iterator[Callable[[Tensor], Tensor]]:
         ids = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
         return skeleton.logits(ids, hidden.to(skeleton.dtype))
 
-    with skeleton.outside_blocks(
-        stream.source.read_outside, stream.device, with_head=True, with_embedding=False
-    ):
+    with skeleton.outside_blocks(stream.source.read_outside, stream.device, with_head=True):
         yield logits
 
 

@@ -20,9 +20,8 @@ import torch
 from torch import nn
 
 from prunus.distributed import SINGLE_PROCESS, Ranks
-from prunus.model.hidden_states import HiddenStates
 from prunus.model.skeleton import Skeleton
-from prunus.model.stream import Stream
+from prunus.model.stream import HiddenStates, Stream
 from prunus.pruning.manifest import ReconstructionRecord
 from prunus.pruning.reconstruction.cached_suffix import CachedSuffix, find_suffix, suffix_module
 from prunus.pruning.reconstruction.output_loss import (
