@@ -21,8 +21,9 @@ from prunus.reporting.console import (
     progress_console,
     show_pruning,
     show_recovery,
+    to_terminal,
 )
-from prunus.reporting.plain import to_markdown, to_terminal
+from prunus.reporting.page import to_markdown
 from prunus.runs.document import Column, Document, Facts, Section, Table
 from prunus.runs.progress import Progress
 from tiny import tiny_checkpoint

@@ -9,10 +9,9 @@ from dataclasses import replace
 import pytest
 
 from prunus.evaluation.records import Divergence, ModelSize
-from prunus.reporting.console import TerminalConsole
+from prunus.reporting.console import TerminalConsole, to_terminal
 from prunus.reporting.evaluation_sections import decode_speed
 from prunus.reporting.page import figure_json
-from prunus.reporting.plain import to_terminal
 from prunus.reporting.sweep_section import sweep_section
 from prunus.reporting.write import report
 from prunus.runs.document import Lines, Measured

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 import prunus
-from prunus.reporting.page import to_html
-from prunus.reporting.plain import to_markdown
+from prunus.reporting.page import to_html, to_markdown
 from prunus.reporting.structure_section import structure_section
 from prunus.runs.document import HeatMap, Lines, Table
 from prunus.structure.record import StructureRecord, TargetModel

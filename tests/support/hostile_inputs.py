@@ -28,8 +28,7 @@ from prunus.model.tokenizer import load_tokenizer
 from prunus.pruning.recipe import Recipe
 from prunus.recovery.checkpoints import Checkpoints, TrainingState
 from prunus.recovery.record import Evaluation
-from prunus.reporting.page import document_json
-from prunus.reporting.plain import to_markdown
+from prunus.reporting.page import document_json, to_markdown
 from prunus.reporting.write import report
 from prunus.sweeping.grid import Sweep
 from report_samples import evaluation, sweep_results

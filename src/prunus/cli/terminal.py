@@ -231,8 +231,7 @@ def print_result(content: Any, *shown: Any) -> None:
         *shown: Sections, tables and facts of `prunus.runs.document`.
     """
     from prunus.distributed import is_rank_0
-    from prunus.reporting.console import TerminalConsole
-    from prunus.reporting.plain import to_terminal
+    from prunus.reporting.console import TerminalConsole, to_terminal
 
     if not is_rank_0():
         return

@@ -8,9 +8,8 @@ sweep_section.py        one sweep
 run_sections.py         one pruning run, and several runs compared
 structure_section.py    one model that was made smaller
 tables.py               tables of the other verbs
-page.py                 a document as one HTML page, with its charts
-plain.py                a document as Markdown, or as tables in the terminal
-console.py              the terminal, and the progress of a run
+page.py                 a document as Markdown, or as one HTML page with its charts
+console.py              the terminal: a document as tables, and the progress of a run
 
 No module here imports torch when it is imported: a report is read and shown without it.
 """

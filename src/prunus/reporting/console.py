@@ -1,4 +1,4 @@
-"""The terminal as prunus writes to it, and the progress of a run: a live bar, or plain lines.
+"""The terminal as prunus writes to it: documents as tables, and the progress of a run.
 
 Names of folders, checkpoints, datasets and tasks are written by strangers, and so are reports and
 generated text. rich reads square brackets as markup, and a terminal obeys escape sequences. Both
@@ -15,10 +15,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.segment import Segment
+from rich.table import Table as RichTable
 from rich.text import Text
 
+from prunus.runs.document import Document, Facts, Part, Section, Table, text_of
 from prunus.runs.progress import LineInterval, Shown, eta, terminal_bar
 
 if TYPE_CHECKING:
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 # Control characters other than tab and newline, marks that reorder text, and lone surrogates, which
 # stand for the bytes of a file name that is not UTF-8 and cannot be encoded.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+# Names of rows up to this width stay on one line, so that they can be copied.
+_NAME_WIDTH = 32
 
 
 def printable(text: str) -> str:
@@ -96,6 +101,62 @@ class _ForgivingStream(io.TextIOBase):
 def progress_console() -> Console:
     """Return a console on standard error that works on when nobody reads it any more."""
     return TerminalConsole(file=_ForgivingStream(sys.stderr))
+
+
+def to_terminal(*shown: Document | Section | Part) -> Group:
+    """Turn a document, or parts of one, into what rich's console can print.
+
+    Show it on a `TerminalConsole`, which escapes control characters. Text is never read as markup.
+    """
+    lines: list[RenderableType] = []
+    for part in shown:
+        if isinstance(part, Document):
+            lines.append(to_terminal(*part.sections))
+        elif isinstance(part, Section):
+            lines.append(_text(part.title, style="bold"))
+            lines += [_text(part.lead)] if part.lead else []
+            lines += [Text(), to_terminal(*part.parts, *part.details)]
+        elif isinstance(part, Facts):
+            lines += [_facts(part), Text()]
+        elif isinstance(part, Table):
+            lines += [_table(part), *([_text(part.note)] if part.note else []), Text()]
+    return Group(*lines)
+
+
+def _text(text: str, style: str = "") -> Text:
+    return Text(printable(text), style)
+
+
+def _facts(facts: Facts) -> RichTable:
+    table = RichTable(title=_text(facts.title), title_justify="left", show_header=False)
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
+    for name, value in facts.items:
+        table.add_row(_text(name), _text(value))
+    return table
+
+
+def _table(part: Table) -> RichTable:
+    table = RichTable(title=_text(part.title), title_justify="left")
+    rows = [cells(row, part) for row in (*part.rows, *([part.total] if part.total else []))]
+    # The first column names the rows. Where a table is too wide, other columns are folded first.
+    widest = max((len(row[0]) for row in rows), default=0)
+    for place, column in enumerate(part.columns):
+        table.add_column(
+            _text(column.title),
+            justify="left" if column.form is None else "right",
+            overflow="fold",
+            min_width=None if place else min(widest, _NAME_WIDTH),
+        )
+    for place, row in enumerate(rows):
+        if place == len(part.rows):
+            table.add_section()
+        table.add_row(*map(_text, row))
+    return table
+
+
+def cells(row: tuple[object, ...], part: Table) -> list[str]:
+    return [text_of(value, column.form) for value, column in zip(row, part.columns, strict=True)]
 
 
 def show_pruning(

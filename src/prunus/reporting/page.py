@@ -1,4 +1,4 @@
-"""A document as one self-contained HTML page: markup, style, scripts and the plotting library.
+"""A document as Markdown, or as one self-contained HTML page with style, scripts and charts.
 
 All text is escaped. In addition, a content security policy forbids every request and every script
 except the two of the page, which it identifies by their hashes. A name that slipped through
@@ -18,12 +18,14 @@ import gzip
 import hashlib
 import json
 import math
+import re
 from html import escape
 from importlib.metadata import version
 from importlib.resources import files
 from string import Template
 from typing import Any
 
+from prunus.reporting.console import cells, printable
 from prunus.runs.document import (
     Chart,
     Document,
@@ -37,6 +39,7 @@ from prunus.runs.document import (
     text_of,
 )
 
+_MARKUP = re.compile(r"([\\`*_\[\]<>|])")
 _LIBRARY = "plotly-cartesian.min.js.gz"
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "hexagon")
 #: Shift between two series at one category, as a share of the distance between categories.
@@ -276,3 +279,63 @@ def _log_ticks(low: float, high: float) -> dict[str, Any]:
         "tickvals": ticks,
         "ticktext": [f"{tick:,g}" if tick < 1e6 else f"{tick:.0e}" for tick in ticks],
     }
+
+
+def to_markdown(document: Document) -> str:
+    """Write a document as Markdown. Names and other text are escaped.
+
+    >>> from prunus.runs.document import Column
+    >>> columns = (Column("method"), Column("perplexity", ".2f"))
+    >>> table = Table("Quality", columns, (("wanda", 7.261), ("dense", 5.68)))
+    >>> print(to_markdown(Document("My *runs*", (Section("A sweep", parts=(table,)),))))
+    ... # doctest: +ELLIPSIS, +NORMALIZE_WHITESPACE
+    # My \\*runs\\*
+    <BLANKLINE>
+    ## A sweep
+    <BLANKLINE>
+    ### Quality
+    <BLANKLINE>
+    | method | perplexity |
+    | --- | ---: |
+    | wanda | 7.26 |
+    | dense | 5.68 |
+    <BLANKLINE>
+    *Written by `prunus report`, prunus ...*
+    <BLANKLINE>
+    """
+    lines = [f"# {_marked(document.title)}", ""]
+    for section in document.sections:
+        lines += [f"## {_marked(section.title)}", ""]
+        lines += [_marked(section.lead), ""] if section.lead else []
+        for part in (*section.parts, *section.details):
+            if isinstance(part, Facts):
+                lines += _markdown_facts(part)
+            elif isinstance(part, Table):
+                lines += _markdown_table(part)
+    lines.append(f"*Written by `prunus report`, prunus {version('prunus')}.*")
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_facts(facts: Facts) -> list[str]:
+    if facts.headline:
+        return [
+            " · ".join(f"{_marked(name)}: **{_marked(value)}**" for name, value in facts.items),
+            "",
+        ]
+    listed = "; ".join(f"{_marked(name)}: {_marked(value)}" for name, value in facts.items)
+    return [f"{_marked(facts.title)}: {listed}.", ""]
+
+
+def _markdown_table(part: Table) -> list[str]:
+    rows = [
+        [column.title for column in part.columns],
+        *(cells(row, part) for row in (*part.rows, *([part.total] if part.total else []))),
+    ]
+    head, *lines = (f"| {' | '.join(map(_marked, row))} |" for row in rows)
+    sides = " | ".join("---" if column.form is None else "---:" for column in part.columns)
+    notes = [line for note in part.note.splitlines() for line in (_marked(note), "")]
+    return [f"### {_marked(part.title)}", "", head, f"| {sides} |", *lines, "", *notes]
+
+
+def _marked(text: str) -> str:
+    return _MARKUP.sub(r"\\\1", printable(" ".join(text.split())))

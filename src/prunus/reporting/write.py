@@ -10,8 +10,7 @@ from prunus.compression.record import CompressionRecord
 from prunus.model.checkpoint.atomic_files import read_json, write_text
 from prunus.pruning.manifest import Manifest, PruningRecord
 from prunus.reporting.evaluation_sections import decode_speeds, evaluation_section, speed_section
-from prunus.reporting.page import document_json, to_html
-from prunus.reporting.plain import to_markdown
+from prunus.reporting.page import document_json, to_html, to_markdown
 from prunus.reporting.run_sections import comparison_section, run_section
 from prunus.reporting.structure_section import structure_section
 from prunus.reporting.sweep_section import sweep_section

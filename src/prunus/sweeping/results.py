@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from prunus.evaluation.records import FORMS, ModelSize, PerplexityResult
 from prunus.model.checkpoint.atomic_files import write_json, write_text
@@ -20,7 +20,7 @@ from prunus.pruning.manifest import mean_error
 from prunus.pruning.recipe import Recipe
 from prunus.runs.document import Measured, Table, table_of
 from prunus.runs.options import WindowOptions
-from prunus.runs.record import UsedBos, read_record
+from prunus.runs.record import Part, UsedBos, read_record
 
 RESULTS_NAME = "results.json"
 TABLE_NAME = "results.csv"
@@ -34,7 +34,7 @@ _CONDITIONS = {
 }
 
 
-class SweptModel(BaseModel):
+class SweptModel(Part):
     """A model of a sweep, dense or a cell, and what was measured of it.
 
     Attributes:
@@ -48,15 +48,13 @@ class SweptModel(BaseModel):
         error: Why it failed, or None.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
     size: ModelSize | None = None
     packed: ModelSize | None = None
-    scores: dict[str, PerplexityResult] = {}
-    tasks: dict[str, dict[str, dict[str, float | None]]] = {}
+    scores: dict[str, PerplexityResult] = Field(default={})
+    tasks: dict[str, dict[str, dict[str, float | None]]] = Field(default={})
     pruning: dict[str, Any] | None = None
     recovered: dict[str, Any] | None = None
-    residual_gap: dict[str, float | None] = {}
+    residual_gap: dict[str, float | None] = Field(default={})
     error: str | None = None
 
     def figures(self, text: str) -> dict[str, Any]:
@@ -113,15 +111,13 @@ class DenseResult(SweptModel):
     fingerprint: str
 
 
-class CalibrationSet(BaseModel):
+class CalibrationSet(Part):
     """Calibration windows that cells share.
 
     Attributes:
         options: Of the recipe: source, number, length, seed and BOS.
         file: Relative to the sweep's folder.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     model: str
     options: dict[str, Any]
@@ -131,10 +127,8 @@ class CalibrationSet(BaseModel):
     used_bos: UsedBos
 
 
-class SweepResults(BaseModel):
+class SweepResults(Part):
     """Everything that a sweep has found so far."""
-
-    model_config = ConfigDict(extra="forbid")
 
     format: Literal[3] = 3
     #: Name of the sweep file.
@@ -142,11 +136,11 @@ class SweepResults(BaseModel):
     title: str
     description: str = ""
     scoring: dict[str, Any]
-    recovery: dict[str, dict[str, Any]] = {}
+    recovery: dict[str, dict[str, Any]] = Field(default={})
     hardware: dict[str, Any]
     versions: dict[str, str]
     models: dict[str, DenseResult]
-    calibration: list[CalibrationSet] = []
+    calibration: list[CalibrationSet] = Field(default=[])
     cells: list[CellResult]
 
     def save(self, folder: Path) -> None:
