@@ -59,7 +59,7 @@ def figures(value: Any, names: set[str], inside: bool) -> Iterator[float]:
     if isinstance(value, dict):
         for key, each in value.items():
             if (inside and key in names) or key == "allocation":
-                flat = list(each.values()) if isinstance(each, dict) else each
+                flat = each.get("value", [*each.values()]) if isinstance(each, dict) else each
                 for number in flat if isinstance(flat, list) else [flat]:
                     if isinstance(number, int | float) and not isinstance(number, bool):
                         yield number

@@ -33,7 +33,7 @@ torch.set_num_threads(1)
 
 import prunus  # noqa: E402
 from prunus.calibration.images import list_images, read_images  # noqa: E402
-from prunus.evaluation.images import image_accuracy  # noqa: E402
+from prunus.evaluation.task_runner import image_accuracy  # noqa: E402
 
 SIDE, TRAINED, BATCH = 8, 1297, 64
 SPARSITIES = (0.5, 0.6, 0.7, 0.8)
@@ -127,12 +127,10 @@ def main() -> None:
         dense = options.work / kind
         if not (dense / "model.safetensors").exists():
             train(kind, training, dense)
-        [score] = image_accuracy([dense], testing)
-        print(
-            f"{kind}: {score.accuracy:.1%} ± {score.standard_error:.1%} dense, "
-            f"{score.images} images"
-        )
-        found.append({"model": kind, "method": "dense", "accuracy": score.accuracy})
+        [score] = image_accuracy([dense], testing)[0].scores
+        top1 = score.metrics["accuracy"]
+        print(f"{kind}: {top1.value:.1%} ± {top1.stderr:.1%} dense, {score.rows} images")
+        found.append({"model": kind, "method": "dense", "accuracy": top1.value})
         print("sparsity".ljust(18), *(f"{sparsity:>7.0%}" for sparsity in SPARSITIES))
         for method, group in WAYS:
             row = []
@@ -149,8 +147,8 @@ def main() -> None:
                     dtype="float32",
                     overwrite=True,
                 )
-                [score] = image_accuracy([out], testing)
-                row.append(score.accuracy)
+                [score] = image_accuracy([out], testing)[0].scores
+                row.append(score.metrics["accuracy"].value)
                 found.append(
                     {
                         "model": kind,

@@ -51,7 +51,7 @@ OPTIONAL = [
 WITHOUT_TORCH = [
     "prunus.pruning.recipe", "prunus.pruning.manifest", "prunus.compression.recipe",
     "prunus.compression.record", "prunus.runs.record", "prunus.sweeping.results",
-    "prunus.evaluation.options", "prunus.evaluation.records", "prunus.evaluation.comparison",
+    "prunus.evaluation.options", "prunus.evaluation.records",
     "prunus.reporting.write",
 ]  # fmt: skip
 

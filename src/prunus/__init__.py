@@ -28,13 +28,11 @@ if TYPE_CHECKING:
     from prunus.compression.record import CompressionRecord
     from prunus.compression.run import compress
     from prunus.compression.unpack import unpack
-    from prunus.evaluation.comparison import compare
     from prunus.evaluation.inspection import Inspection, inspect
     from prunus.evaluation.perplexity import perplexity
-    from prunus.evaluation.records import PerplexityResult
+    from prunus.evaluation.records import PerplexityResult, TaskResults, compare
     from prunus.evaluation.reference import Reference
     from prunus.evaluation.task_runner import evaluate
-    from prunus.evaluation.task_scores import TaskResults
     from prunus.model.loading import LoadedModel, load
     from prunus.pruning.manifest import Manifest
     from prunus.pruning.recipe import Recipe
@@ -95,8 +93,8 @@ _HOMES = {
     "Reference": "prunus.evaluation.reference",
     "StructureRecipe": "prunus.structure.recipe",
     "StructureRecord": "prunus.structure.record",
-    "TaskResults": "prunus.evaluation.task_scores",
-    "compare": "prunus.evaluation.comparison",
+    "TaskResults": "prunus.evaluation.records",
+    "compare": "prunus.evaluation.records",
     "compress": "prunus.compression.run",
     "evaluate": "prunus.evaluation.task_runner",
     "inspect": "prunus.evaluation.inspection",

@@ -12,7 +12,7 @@ from prunus.calibration.sources import find_source
 from prunus.calibration.training_text import training_text
 from prunus.calibration.windows import Wanted, bos_token
 from prunus.evaluation.options import TextOptions
-from prunus.evaluation.text import scoring_windows
+from prunus.evaluation.perplexity import scoring_windows
 from tiny_tokenizer import BOS, byte_tokenizer
 
 #: What the user asks, whether the tokenizer adds BOS, and whether windows then begin with it.

@@ -11,14 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 import prunus
+from command_line import call
 from packed_reference import pruned_checkpoint
 from prunus import pack, unpack
-from prunus.cli import app
-from prunus.evaluation.streamed_model import ComputeOptions
-from prunus.evaluation.task_scores import PAPER7, Metric, TaskResults, TaskScore
+from prunus.evaluation.model_input import ComputeOptions
+from prunus.evaluation.records import PAPER7, Metric, TaskResults, TaskScore
 from prunus.model.loading import load_model
 from tiny import tiny_checkpoint
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
@@ -82,29 +81,9 @@ def test_eval_puts_models_side_by_side(models, local_datasets, tmp_path):
     text, report = tmp_path / "text.txt", tmp_path / "report.json"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 12)
     first, second = map(str, models.values())
-    options = [
-        "--data",
-        str(local_datasets),
-        "--limit",
-        "4",
-        "--samples",
-        "4",
-        "--json",
-        str(report),
-    ]
-    arguments = [
-        "eval",
-        first,
-        second,
-        "--tasks",
-        "paper7",
-        "--perplexity",
-        str(text),
-        "--seqlen",
-        "32",
-    ]
-    result = CliRunner().invoke(app, [*arguments, *options])
-    assert result.exit_code == 0, result.output
+    scores = ("--tasks", "paper7", "--perplexity", text, "--seqlen", 32)
+    options = ("--data", local_datasets, "--limit", 4, "--samples", 4, "--json", report)
+    result = call("eval", first, second, *scores, *options)
     written = json.loads(report.read_text())
     assert [entry["model"] for entry in written["models"]] == [first, second]
     for entry in written["models"]:
@@ -131,8 +110,7 @@ def test_eval_puts_models_side_by_side(models, local_datasets, tmp_path):
 def test_eval_refuses_before_any_work(arguments, complaint, models, local_datasets, monkeypatch):
     monkeypatch.setattr(ComputeOptions, "load", None)
     filled = [argument.format(first=models["first"]) for argument in arguments]
-    result = CliRunner().invoke(app, ["eval", *filled, "--data", str(local_datasets)])
-    assert result.exit_code == 2
+    result = call("eval", *filled, "--data", local_datasets, status=2)
     assert complaint in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
 

@@ -16,8 +16,8 @@ from command_line import call
 from packed_reference import pruned_checkpoint
 from prunus.evaluation import streamed_model as streamed
 from prunus.evaluation import window_scores
-from prunus.evaluation.streamed_model import ComputeOptions
-from prunus.evaluation.text import first_scored_row
+from prunus.evaluation.model_input import ComputeOptions
+from prunus.evaluation.perplexity import first_scored_row
 from prunus.model.loading import load_model
 from prunus.reporting.write import report
 from tiny import tiny_checkpoint, token_ids
@@ -363,7 +363,7 @@ def test_eval_without_a_reference_shows_no_comparison(folders, tmp_path):
     json_file = tmp_path / "eval.json"
     options = ["--perplexity", folders / "ids.safetensors", "--seqlen", 24, "--json", json_file]
     assert "compared with" not in call("eval", folders / "pruned", *options).stdout
-    assert "divergence" not in json.loads(json_file.read_text())["models"][0]["perplexity"][0]
+    assert json.loads(json_file.read_text())["models"][0]["perplexity"][0]["divergence"] is None
 
 
 @pytest.mark.parametrize(

@@ -10,33 +10,25 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from prunus.calibration.corpora import python_docs
-from prunus.evaluation.logits import WholeModel, rows_of
-from prunus.evaluation.perplexity import perplexity
-from prunus.evaluation.text import check_text, load_scoring_text
-from prunus.evaluation.window_scores import ROWS, score_windows
+from prunus.evaluation.perplexity import check_text, load_scoring_text, perplexity
+from prunus.evaluation.window_scores import ROWS, WholeModel, rows_of, score_windows
+from tiny import tiny_model
 from tiny_tokenizer import BOS, EOS, VOCABULARY, byte_tokenizer
 
 SENTENCES = "The quick brown fox jumps over the lazy dog; " * 12
 
 
 @pytest.fixture
-def model() -> LlamaForCausalLM:
-    config = LlamaConfig(
+def model():
+    return tiny_model(
         vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=1024,
         bos_token_id=BOS,
         eos_token_id=EOS,
         initializer_range=0.3,
     )
-    return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture

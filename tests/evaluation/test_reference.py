@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 import prunus
 from command_line import call
 from packed_reference import pruned_checkpoint
-from prunus.evaluation.logits import WholeModel
+from prunus.evaluation.model_input import ComputeOptions
 from prunus.evaluation.reference import Reference
-from prunus.evaluation.streamed_model import ComputeOptions, StreamedModel
-from prunus.evaluation.window_scores import score_windows
+from prunus.evaluation.streamed_model import StreamedModel
+from prunus.evaluation.window_scores import WholeModel, score_windows
 from prunus.model.loading import load_model
 from prunus.model.stream import HiddenStates, StatesPlace
 from tiny import tiny_checkpoint, token_ids
@@ -127,7 +127,7 @@ def test_hidden_states_that_do_not_fit_wait_in_a_file(folders, monkeypatch, tmp_
 
 
 def test_half_of_the_memory_holds_hidden_states(folders, monkeypatch):
-    model = StreamedModel.open(folders / "dense", ComputeOptions("auto", torch.device("cpu")))
+    model = StreamedModel(folders / "dense", ComputeOptions("auto", torch.device("cpu")))
     monkeypatch.setattr("prunus.evaluation.streamed_model.resident_memory", lambda: 1000)
     need = 5 * 24 * 32 * 2
     for texts, memory, spills in ((1, 0, False), (1, -1, True), (2, 2 * need, False)):
@@ -164,7 +164,7 @@ def test_what_has_no_blocks_to_keep_is_loaded_once_and_runs_again(kind, folders,
         def refuse(*_):
             raise NotImplementedError
 
-        monkeypatch.setattr(StreamedModel, "open", refuse)
+        monkeypatch.setattr(StreamedModel, "__init__", refuse)
     model = load_model(folders / name) if kind == "loaded" else folders / name
     with Reference(model) as reference:
         found = [score(folders, "pruned", reference).divergence for _ in range(2)]

@@ -11,6 +11,7 @@ from command_line import call
 from packed_reference import pruned_checkpoint
 from prunus import pack
 from prunus.evaluation import streamed_model as streamed
+from prunus.evaluation.model_input import ComputeOptions
 from prunus.model.checkpoint.reader import Checkpoint
 from tiny import FAMILIES, tiny_checkpoint, token_ids
 
@@ -71,7 +72,7 @@ def test_every_tensor_is_read_once(monkeypatch, ids, tmp_path):
 def test_what_does_not_fit_is_streamed_and_what_does_is_not(monkeypatch, ids, tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense", hidden_size=64, num_hidden_layers=12)
     monkeypatch.setattr(streamed, "resident_memory", lambda: 0)
-    need = streamed.whole_bytes(dense, 24, streamed.ComputeOptions("auto", torch.device("cpu")))
+    need = streamed.whole_bytes(dense, 24, ComputeOptions("auto", torch.device("cpu")))
     large = sum(path.stat().st_size for path in dense.glob("*.safetensors"))
     assert large < need < 2 * large
     assert not score(dense, ids, memory=need).streamed

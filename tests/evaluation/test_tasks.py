@@ -11,7 +11,7 @@ import torch
 import prunus
 from prunus.calibration.files import read_text
 from prunus.evaluation import tasks
-from prunus.evaluation.task_scores import PAPER7
+from prunus.evaluation.records import PAPER7
 from prunus.evaluation.tasks import load_tasks
 from tiny import tiny_model
 from tiny_tokenizer import BOS, EOS, VOCABULARY, byte_tokenizer
@@ -142,8 +142,8 @@ def test_damaged_rows_are_named(tmp_path):
     path = write_split(tmp_path, "arc_easy", "test", [reduced("arc_easy", upstream("arc_easy")[0])])
     first = path.read_text()
     for line, complaint in (
-        ("{", "JSON parse error"),
-        ("[]", "JSON parse error"),
+        ("{", "JSONDecodeError"),
+        ("[]", "is not a JSON object"),
         (
             '{"id": "x", "question": "q", "choices": ["a"], "gold": 1}',
             "gold is 1, but there are 1 choices",

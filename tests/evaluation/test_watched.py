@@ -7,7 +7,7 @@ import pytest
 
 import prunus
 from pictures import pictures, save_classifier
-from prunus.evaluation.images import image_accuracy
+from prunus.evaluation.task_runner import image_accuracy
 from tiny import tiny_checkpoint
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 from zeroshot_rows import write_local_datasets

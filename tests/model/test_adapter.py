@@ -12,7 +12,7 @@ import prunus
 from packed_reference import pruned_checkpoint
 from prunus import pack
 from prunus.evaluation.generation import generate
-from prunus.evaluation.size import file_bytes
+from prunus.evaluation.inspection import file_bytes
 from prunus.model.adapter import CONFIG_NAME, WEIGHTS_NAME, base_folder, check_adapter, is_adapter
 from prunus.model.loading import load_model
 from prunus.model.tokenizer import load_tokenizer

@@ -17,7 +17,7 @@ import prunus
 from command_line import call
 from pictures import CLASSES, CLASSIFIERS, pictures, save_classifier, tiny_classifier
 from prunus.calibration.images import draw_images, list_images, read_images
-from prunus.evaluation.images import ImageScore, image_accuracy
+from prunus.evaluation.task_runner import image_accuracy
 from prunus.model.skeleton import Skeleton
 from prunus.model.stream import HiddenStates
 from prunus.pruning.job import PruningJob, plan_run
@@ -169,9 +169,14 @@ def test_a_run_from_the_command_line(tmp_path):
     call("prune", dense, tmp_path / "pruned", "--calibration", folder, "--samples", 6)
     assert "patch_embed" not in call("plan", dense, "--calibration", folder, "--samples", 6).stdout
     assert prunus.inspect(tmp_path / "pruned").sparsity == pytest.approx(0.5)
-    text = call("eval", dense, tmp_path / "pruned", "--images", folder).stdout
-    assert "Top-1 accuracy on 12 images" in text
+    scores = ("--images", folder, "--json", tmp_path / "scores.json")
+    text = call("eval", dense, tmp_path / "pruned", *scores).stdout
     assert "label2id" in text
+    content = json.loads((tmp_path / "scores.json").read_text())
+    [task], [change] = content["models"][0]["tasks"]["tasks"], content["differences"]
+    assert task["rows"] == 12
+    assert f"{task['metrics']['accuracy']['value']:.2%} ±" in text
+    assert change["paired"], "the difference of two models is taken image by image"
 
 
 def naive_accuracy(folder: Path, images: Path, label_of: dict[str, int]) -> float:
@@ -188,27 +193,18 @@ def naive_accuracy(folder: Path, images: Path, label_of: dict[str, int]) -> floa
 def test_accuracy_is_that_of_a_naive_loop(tmp_path):
     dense = save_classifier(tmp_path / "dense", "vit")
     folder = pictures(tmp_path / "pictures")
-    [score] = image_accuracy([dense], folder, batch=5)
+    [score] = image_accuracy([dense], folder, batch=5)[0].scores
+    found = score.metrics["accuracy"]
     # The classifier numbers its labels in the reverse of the folders' sorted order.
-    assert score.accuracy == naive_accuracy(dense, folder, {"cat": 2, "dog": 1, "eel": 0})
-    assert score.standard_error == pytest.approx(
-        math.sqrt(score.accuracy * (1 - score.accuracy) / 12)
-    )
+    assert found.value == naive_accuracy(dense, folder, {"cat": 2, "dog": 1, "eel": 0})
+    assert found.stderr == pytest.approx(math.sqrt(found.value * (1 - found.value) / 12))
     numbered = pictures(tmp_path / "numbered", classes=("n01", "n02", "n03"))
-    [score] = image_accuracy([dense], numbered)
-    assert score.accuracy == naive_accuracy(dense, numbered, {"n01": 0, "n02": 1, "n03": 2})
-    assert "sorted order" in score.labels
-    [score] = image_accuracy([dense], folder, limit=6)
-    assert score.images == 6
-
-
-def test_the_difference_of_two_models_is_taken_image_by_image():
-    one = ImageScore("a", 4, (True, True, False, True), "", 0.0)
-    two = ImageScore("b", 4, (True, False, False, False), "", 0.0)
-    mean, error = two.minus(one)
-    assert mean == -0.5
-    assert error == pytest.approx(math.sqrt(1 / 3) / 2)
-    assert one.minus(one) == (0.0, 0.0)
+    [score] = image_accuracy([dense], numbered)[0].scores
+    expected = naive_accuracy(dense, numbered, {"n01": 0, "n02": 1, "n03": 2})
+    assert score.metrics["accuracy"].value == expected
+    assert "sorted order" in score.source
+    [score] = image_accuracy([dense], folder, limit=6)[0].scores
+    assert score.rows == 6
 
 
 def test_images_are_drawn_by_seed_whatever_the_order_of_the_file_system(tmp_path, monkeypatch):

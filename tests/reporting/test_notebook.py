@@ -9,8 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 import prunus
-from prunus.evaluation.records import Divergence, PerplexityResult
-from prunus.evaluation.task_scores import Metric, TaskResults, TaskScore
+from prunus.evaluation.records import Divergence, Metric, PerplexityResult, TaskResults, TaskScore
 from report_samples import HOSTILE, sweep_results
 from tiny import tiny_checkpoint, token_ids
 

@@ -4,10 +4,8 @@ import json
 import math
 from pathlib import Path
 
-from prunus.evaluation.comparison import compare
-from prunus.evaluation.records import PerplexityResult
+from prunus.evaluation.records import Metric, PerplexityResult, TaskResults, TaskScore, compare
 from prunus.evaluation.speed import Speed
-from prunus.evaluation.task_scores import Metric, TaskResults, TaskScore
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
 from prunus.reporting.write import report

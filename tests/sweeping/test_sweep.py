@@ -20,11 +20,10 @@ from command_line import call
 from places import REPOSITORY
 from prunus.calibration.sources import find_source
 from prunus.calibration.windows import Wanted
+from prunus.evaluation.inspection import stored_size
 from prunus.evaluation.options import TaskOptions
-from prunus.evaluation.records import PerplexityResult
+from prunus.evaluation.records import Metric, PerplexityResult, TaskResults, TaskScore
 from prunus.evaluation.reference import Reference
-from prunus.evaluation.size import stored_size
-from prunus.evaluation.task_scores import Metric, TaskResults, TaskScore
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
 from prunus.runs.options import RunOptions

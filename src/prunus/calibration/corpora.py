@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import socket
-import tempfile
 import urllib.request
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -261,14 +260,8 @@ def _answers(address: str) -> bool:
     return True
 
 
-def json_rows(path: Path) -> Any:
-    """The rows of a file of JSON lines as a `datasets.Dataset` in memory.
-
-    The library raises errors of many kinds for damaged files.
-    """
+def dataset_of(rows: list[dict[str, Any]]) -> Any:
+    """Rows as a `datasets.Dataset` in memory."""
     import datasets
 
-    with tempfile.TemporaryDirectory() as scratch:
-        return datasets.load_dataset(
-            "json", data_files=str(path), split="train", cache_dir=scratch, keep_in_memory=True
-        )
+    return datasets.Dataset.from_list(rows)

@@ -84,13 +84,13 @@ def _score_texts(
 ) -> None:
     """Score models on texts and tasks. Everything is checked before the first model is loaded."""
     from prunus.distributed import process_group
-    from prunus.evaluation.comparison import side_by_side
+    from prunus.evaluation.inspection import stored_size
     from prunus.evaluation.model_input import check_same_vocabulary, find_folder, find_model
+    from prunus.evaluation.perplexity import check_text
     from prunus.evaluation.perplexity import perplexity as measure_perplexity
+    from prunus.evaluation.records import side_by_side
     from prunus.evaluation.reference import Reference
-    from prunus.evaluation.size import stored_size
     from prunus.evaluation.task_runner import prepare_tasks
-    from prunus.evaluation.text import check_text
     from prunus.reporting.evaluation_sections import evaluation_section
 
     shows = not is_quiet()
@@ -136,8 +136,9 @@ def _chosen_texts(perplexity: str | None, tasks: str | None, reference: str | No
 
 
 def _score_images(models: list[str], folder: Path, given: dict[str, Any]) -> None:
-    from prunus.evaluation.images import image_accuracy
-    from prunus.reporting.tables import images_table
+    from prunus.evaluation.records import side_by_side
+    from prunus.evaluation.task_runner import image_accuracy
+    from prunus.reporting.evaluation_sections import evaluation_section
 
     of_images, others = ImageOptions.pick(given)
     if unused := [name for name, value in others.items() if value is not None]:
@@ -145,8 +146,9 @@ def _score_images(models: list[str], folder: Path, given: dict[str, Any]) -> Non
             "--images scores image classifiers, which read no text: drop "
             + ", ".join(f"--{name.replace('_', '-')}" for name in unused)
         )
-    scores = image_accuracy(models, folder, **of_images)
-    print_result([score.as_dict() for score in scores], images_table(scores))
+    results = image_accuracy(models, folder, **of_images)
+    content = side_by_side({model: [] for model in models}, results, {})
+    print_result(content, evaluation_section(content))
 
 
 def lm_eval(

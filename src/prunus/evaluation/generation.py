@@ -16,14 +16,11 @@ from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.loading import load_model
 from prunus.model.tokenizer import apply_chat_template, load_tokenizer
 
+#: Settings of a checkpoint that draw the next token.
+_DRAWING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p")
 #: Settings of a checkpoint that choose the next token or end the text.
 _SETTINGS = (
-    "do_sample",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "typical_p",
+    *_DRAWING,
     "repetition_penalty",
     "no_repeat_ngram_size",
     "suppress_tokens",
@@ -35,11 +32,7 @@ _SETTINGS = (
 
 
 def generate(model: str | Path, prompt: str, **options: Any) -> Iterator[str]:
-    """Yield the continuation of a prompt in pieces, with the model's own generation settings.
-
-    Args:
-        **options: see `WritingOptions`.
-    """
+    """Yield the continuation of a prompt in pieces. For the options, see `WritingOptions`."""
     if not prompt:
         raise ValueError("the prompt is empty; give some text")
     writer = _Writer(model, options)
@@ -47,7 +40,7 @@ def generate(model: str | Path, prompt: str, **options: Any) -> Iterator[str]:
 
 
 class _Writer:
-    """A model that continues token ids. Its weights are loaded when they are needed first."""
+    """A model that continues token ids. Its weights are loaded when they are first needed."""
 
     def __init__(self, model: str | Path, options: dict[str, Any]) -> None:
         self.options = WritingOptions.read(None, options)
@@ -65,13 +58,45 @@ class _Writer:
         return loaded
 
     def write(self, inputs: Any) -> Iterator[str]:
-        return _stream(self.model, self.tokenizer, inputs, self.options.max_new_tokens)
+        """Generate in a second thread, and yield each piece as soon as it is there.
+
+        A caller that takes no more pieces ends the thread after the token that it is at.
+        """
+        from transformers import StoppingCriteriaList, TextIteratorStreamer
+
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        failure: list[BaseException] = []
+        unwanted = Event()
+        criteria = StoppingCriteriaList([lambda *_, **__: unwanted.is_set()])
+        model, most = self.model, self.options.max_new_tokens
+
+        def generate_in_thread() -> None:
+            try:
+                with torch.no_grad():
+                    model.generate(
+                        **inputs,
+                        streamer=streamer,
+                        max_new_tokens=most,
+                        stopping_criteria=criteria,
+                    )
+            except BaseException as fault:
+                # The reader below would wait forever for the next piece.
+                failure.append(fault)
+                streamer.end()
+
+        thread = Thread(target=generate_in_thread, daemon=True)
+        thread.start()
+        try:
+            yield from streamer
+        finally:
+            unwanted.set()
+            thread.join()
+        if failure:
+            raise failure[0]
 
 
 class Conversation:
-    """A model and the messages that were exchanged with it.
-
-    The arguments are those of `generate`. The model is loaded at the first message.
+    """A model, loaded at the first message, and the messages that were exchanged with it.
 
     Attributes:
         messages: as chat templates read them, `{"role": "user", "content": "…"}`, in order.
@@ -138,8 +163,7 @@ def chosen_settings(settings: Any, options: WritingOptions) -> Any:
         return settings
     found = settings.to_diff_dict()
     if options.temperature == 0:
-        drawn = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p")
-        return GenerationConfig(**{key: x for key, x in found.items() if key not in drawn})
+        return GenerationConfig(**{key: x for key, x in found.items() if key not in _DRAWING})
     found |= {key: value for key, value in chosen.items() if value is not None}
     return GenerationConfig(**found | {"do_sample": True})
 
@@ -166,40 +190,3 @@ def token_settings(settings: Any) -> Any:
             )
         found[name] = value
     return GenerationConfig(**found)
-
-
-def _stream(loaded: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> Iterator[str]:
-    """Generate in a second thread, and yield each piece as soon as it is there.
-
-    A caller that takes no more pieces ends the thread after the token that it is at.
-    """
-    from transformers import StoppingCriteriaList, TextIteratorStreamer
-
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    failure: list[BaseException] = []
-    unwanted = Event()
-    criteria = StoppingCriteriaList([lambda *_, **__: unwanted.is_set()])
-
-    def generate_in_thread() -> None:
-        try:
-            with torch.no_grad():
-                loaded.generate(
-                    **inputs,
-                    streamer=streamer,
-                    max_new_tokens=max_new_tokens,
-                    stopping_criteria=criteria,
-                )
-        except BaseException as fault:
-            # The reader below would wait forever for the next piece.
-            failure.append(fault)
-            streamer.end()
-
-    thread = Thread(target=generate_in_thread, daemon=True)
-    thread.start()
-    try:
-        yield from streamer
-    finally:
-        unwanted.set()
-        thread.join()
-    if failure:
-        raise failure[0]

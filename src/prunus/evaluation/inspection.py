@@ -1,12 +1,15 @@
-"""The linears of a checkpoint: shape, dtype, sparsity, and the N:M patterns that hold.
+"""What is in a checkpoint: the zeros and N:M patterns of its linears, and its size.
 
-A packed checkpoint also shows the bits per weight that each linear takes in the file.
+Models are compared at equal size: bytes of the files, and bits per weight of the linears in the
+blocks. The latter leave out the embedding and the head, which no method prunes as a rule and which
+are a third of a small model. Masks, scales and codes count.
 
 Legend: O outputs, I inputs of a linear.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,10 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunus.evaluation.records import ModelSize
+from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint.atomic_files import verify_shards
 from prunus.model.checkpoint.reader import resolve_folder
+from prunus.model.linears import Linear, tied_embedding
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
+from prunus.packed.bitmap import packed_bytes
 from prunus.packed.source import PackedSource, is_packed
 from prunus.pruning.manifest import mean_bits
 from prunus.runs.document import Table, table_of
@@ -27,6 +34,8 @@ Readable = CheckpointSource | ModuleSource | PackedSource
 
 #: The patterns that are checked, the strictest first.
 PATTERNS = ((1, 4), (2, 4), (2, 8), (4, 8))
+#: Dtypes that `prunus pack` stores without loss.
+_LOSSLESS = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -34,8 +43,6 @@ class LinearInfo:
     """One linear of a block.
 
     Attributes:
-        block: index of the block.
-        name: full name of the linear.
         shape: (outputs, inputs).
         dtype: dtype in which the weight is stored; "integers" for a quantised linear.
         zeros: number of weights that are exactly zero.
@@ -63,9 +70,7 @@ class Inspection:
     """All linears of a model's blocks, and the other weights in its blocks, which no method prunes.
 
     Attributes:
-        model: name of the model.
         blocks: number of blocks.
-        linears: all linears, in the order of the model.
         left_dense: name -> shape of weights that stay dense.
         verified: number of shards whose bytes are those of the record; None if not compared.
     """
@@ -94,16 +99,8 @@ class Inspection:
     def as_dict(self) -> dict[str, Any]:
         """All fields as plain values for JSON."""
         rows = [asdict(linear) | {"sparsity": linear.sparsity} for linear in self.linears]
-        return {
-            "model": self.model,
-            "blocks": self.blocks,
-            "weights": self.weights,
-            "sparsity": self.sparsity,
-            "bits": self.bits,
-            "linears": rows,
-            "verified": self.verified,
-            "left_dense": {name: list(shape) for name, shape in self.left_dense.items()},
-        }
+        totals = {"weights": self.weights, "sparsity": self.sparsity, "bits": self.bits}
+        return asdict(self) | totals | {"linears": rows}
 
     def table(self) -> Table:
         """One row per linear."""
@@ -143,38 +140,34 @@ def inspect(
         verify: compare every shard with the SHA-256 in its record first.
 
     Raises:
-        FileNotFoundError, ValueError, NotImplementedError: the checkpoint is damaged, or of an
-            unknown kind; or it has no record to compare with.
+        FileNotFoundError, ValueError, NotImplementedError: the checkpoint is damaged, of an
+            unknown kind, or has no record to compare with.
     """
     verified = None
-    source: Readable
     if isinstance(model, nn.Module):
         if verify:
             raise ValueError("a loaded model has no shards to compare; give its folder")
-        source, name = ModuleSource(model), type(model).__name__
-        skeleton = _bound(source, trust_remote_code)
+        name = type(model).__name__
     else:
-        folder, name = resolve_folder(model), str(model)
-        verified = verify_shards(folder) if verify else None
-        source, skeleton = open_by_blocks(folder, trust_remote_code)
+        name, model = str(model), resolve_folder(model)
+        verified = verify_shards(model) if verify else None
+    source, skeleton = _opened(model, trust_remote_code)
     dense: dict[str, tuple[int, ...]] = {}
     for index in range(len(skeleton)):
         dense |= skeleton.left_dense(index)
     return Inspection(name, len(skeleton), tuple(_linears(source, skeleton)), dense, verified)
 
 
-def open_by_blocks(
-    folder: Path, trust_remote_code: bool = False
-) -> tuple[CheckpointSource | PackedSource, Skeleton]:
-    """The weights of a checkpoint, ordinary or packed, and the model without weights."""
-    source = (PackedSource if is_packed(folder) else CheckpointSource)(folder, trust_remote_code)
-    return source, _bound(source, trust_remote_code)
-
-
-def _bound(source: Readable, trust_remote_code: bool) -> Skeleton:
+def _opened(model: Path | nn.Module, trust_remote_code: bool) -> tuple[Readable, Skeleton]:
+    """The weights of a model, ordinary, packed or loaded, and the model without weights."""
+    source: Readable
+    if isinstance(model, nn.Module):
+        source = ModuleSource(model)
+    else:
+        source = (PackedSource if is_packed(model) else CheckpointSource)(model, trust_remote_code)
     skeleton = Skeleton(source.config, source.stored_dtype, trust_remote_code)
     source.bind(skeleton)
-    return skeleton
+    return source, skeleton
 
 
 def _linears(source: Readable, skeleton: Skeleton) -> Iterator[LinearInfo]:
@@ -209,3 +202,95 @@ def holds(weight_OI: torch.Tensor, n: int, m: int) -> bool:
         return False
     kept = (weight_OI != 0).reshape(rows, columns // m, m).sum(dim=2)
     return bool((kept <= n).all())
+
+
+# --- size ---
+
+
+def file_bytes(folder: Path) -> int:
+    """Bytes of a checkpoint's safetensors, plus those of its base if it is an adapter."""
+    below = file_bytes(base_folder(folder)) if is_adapter(folder) else 0
+    return below + sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _opened_for_size(folder: Path, trust_remote_code: bool) -> tuple[Readable, Skeleton] | None:
+    """As `_opened`; None for adapters, and for models that prunus cannot take apart."""
+    try:
+        return None if is_adapter(folder) else _opened(folder, trust_remote_code)
+    except (ValueError, FileNotFoundError, NotImplementedError):
+        return None
+
+
+def stored_size(folder: Path, trust_remote_code: bool = False) -> ModelSize:
+    """The size of a checkpoint or an adapter as it is stored. Reads headers only."""
+    opened = _opened_for_size(folder, trust_remote_code)
+    bits = None if opened is None else _stored_bits(*opened)
+    return ModelSize(file_bytes(folder), bits)
+
+
+def _stored_bits(source: Readable, skeleton: Skeleton) -> float | None:
+    """Bits per weight; None where a linear is stored under no known name."""
+    keys = source.stored if isinstance(source, CheckpointSource) else {}
+    nbytes = weights = 0
+    for index in range(len(skeleton)):
+        for linear in skeleton.linears(index):
+            name, count = f"{skeleton.block_name(index)}.{linear.name}", math.prod(linear.shape)
+            if isinstance(source, CheckpointSource):
+                info = source.checkpoint.tensors.get(keys.get(f"{name}.weight", ""))
+                # Fused experts lie in one tensor together, which has no name of its own for each.
+                size = info.nbytes if info else count * source.stored_dtype.itemsize
+            else:
+                stored = source.nbytes(name) if isinstance(source, PackedSource) else None
+                if stored is None:
+                    return None
+                size = stored
+            nbytes += size
+            weights += count
+    return 8 * nbytes / weights
+
+
+def packed_size(folder: Path, trust_remote_code: bool = False) -> ModelSize | None:
+    """The size that `prunus pack` would give a model without loss. Writes nothing.
+
+    None for what is packed already, for adapters, for dtypes that a bitmap does not hold, and for
+    models that prunus cannot take apart. One block is in memory at a time.
+    """
+    opened = _opened_for_size(folder, trust_remote_code)
+    if opened is None:
+        return None
+    source, skeleton = opened
+    if not isinstance(source, CheckpointSource) or source.stored_dtype not in _LOSSLESS:
+        return None
+    keys = source.stored
+    before = after = weights = 0
+    for index in range(len(skeleton)):
+        stored = source.block(index)
+        for linear in skeleton.linears(index):
+            weight = stored[f"{linear.name}.weight"]
+            key = keys.get(f"{skeleton.block_name(index)}.{linear.name}.weight", "")
+            before += weight.nbytes
+            after += _packed_bytes(weight, linear, key)
+            weights += weight.numel()
+    saved = before - after + _saved_outside(source, skeleton)
+    return ModelSize(file_bytes(folder) - saved, 8 * after / weights)
+
+
+def _packed_bytes(weight: torch.Tensor, linear: Linear, key: str) -> int:
+    """Bytes of a weight after `prunus pack`, which leaves some kinds of linears as they are."""
+    plain = linear.transposed or type(linear.module) not in (nn.Linear, nn.Embedding)
+    if plain or not key.endswith(".weight") or weight.dtype not in _LOSSLESS:
+        return weight.nbytes
+    return min(weight.nbytes, packed_bytes(weight))
+
+
+def _saved_outside(source: CheckpointSource, skeleton: Skeleton) -> int:
+    """Bytes that packing the output head saves, or the embedding that it is tied to."""
+    try:
+        head = tied_embedding(skeleton.model) or skeleton.head()
+    except NotImplementedError:
+        return 0
+    key = f"{head.name}.weight"
+    if key not in source.checkpoint.tensors:
+        return 0
+    weight = dict(source.checkpoint.views([key]))[key]
+    return weight.nbytes - _packed_bytes(weight, head, key)

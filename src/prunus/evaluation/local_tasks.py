@@ -1,4 +1,4 @@
-"""Rows of tasks from a local folder, read by the JSON reader of `datasets`.
+"""Rows of tasks from a local folder.
 
 A split is a file `zeroshot/<task>_<split>.jsonl` (or `.jsonl.gz`) with one JSON object per line, as
 on the hub. Nothing is done to these rows, so the prompts are lm-eval's own. Files of ARC,
@@ -7,16 +7,18 @@ OpenBookQA and LAMBADA may also have a short form, whose rows get their upstream
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
-from prunus.calibration.corpora import json_rows
+from prunus.calibration.corpora import dataset_of
+from prunus.calibration.files import read_text
 
 FOLDER = "zeroshot"
 #: Task -> its name in file names, where that is another one.
 _NAMES = {"winogrande": "winogrande_xl"}
-_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def local_files(
@@ -30,10 +32,11 @@ def local_files(
         shots: worked examples per prompt; None takes the task's own number.
 
     Returns:
-        Task -> split -> file. The split that is scored comes first. lm-eval opens that of the
-        examples even for prompts without any, so the file of a split that is not used may be None.
+        Task -> split -> file, the split that is scored first. lm-eval opens that of the examples
+        even for prompts without any, so the file of a split that is not used may be None.
     """
-    found, missing = {}, []
+    found: dict[str, dict[str, Path | None]] = {}
+    missing = []
     for task, config in configs.items():
         if config is None or "dataset_path" not in config:
             raise ValueError(
@@ -42,14 +45,21 @@ def local_files(
             )
         # The split with the rows that are scored is test, or validation if there is no test split.
         scored = str(config.get("test_split") or config["validation_split"])
-        examples = fewshot_split(config)
-        found[task] = {split: _find_file(folder, task, split) for split in (scored, examples)}
+        # lm-eval draws examples from the split that is named, or the first of these.
+        drawn = config.get("fewshot_config") or {}
+        kinds = ("training_split", "validation_split", "test_split")
+        first = next(split for kind in kinds if (split := config.get(kind)))
+        examples = str(drawn.get("split") or config.get("fewshot_split") or first)
+        stem = f"{FOLDER}/{_NAMES.get(task, task)}"
+        for split in (scored, examples):
+            paths = [folder / f"{stem}_{split}.jsonl{suffix}" for suffix in ("", ".gz")]
+            file = next(filter(Path.is_file, paths), None)
+            found.setdefault(task, {})[split] = file
         needed = {scored: "rows"}
-        own_examples = "samples" in (config.get("fewshot_config") or {})
-        if (config.get("num_fewshot") if shots is None else shots) and not own_examples:
+        if (config.get("num_fewshot") if shots is None else shots) and "samples" not in drawn:
             needed = {examples: "examples"} | needed
         missing += [
-            f"{FOLDER}/{_NAMES.get(task, task)}_{split}.jsonl (the {what} of {task})"
+            f"{stem}_{split}.jsonl (the {what} of {task})"
             for split, what in needed.items()
             if found[task][split] is None
         ]
@@ -58,25 +68,6 @@ def local_files(
             f"the data folder {folder} lacks {', '.join(missing)}; no other split takes its place"
         )
     return found
-
-
-def _find_file(folder: Path, task: str, split: str) -> Path | None:
-    stem = folder / FOLDER / f"{_NAMES.get(task, task)}_{split}"
-    paths = [Path(f"{stem}{suffix}") for suffix in (".jsonl", ".jsonl.gz")]
-    return next((path for path in paths if path.is_file()), None)
-
-
-def fewshot_split(config: Mapping[str, Any]) -> str:
-    """The split from which lm-eval draws examples.
-
-    It is the split that the definition names, or else the first of training, validation and test.
-
-    >>> fewshot_split({"training_split": None, "validation_split": "dev", "test_split": "test"})
-    'dev'
-    """
-    named = (config.get("fewshot_config") or {}).get("split") or config.get("fewshot_split")
-    rest = (config.get(f"{kind}_split") for kind in ("training", "validation", "test"))
-    return str(named or next(split for split in rest if split))
 
 
 def load_splits(task: str, files: Mapping[str, Path | None]) -> dict[str, Any]:
@@ -88,52 +79,42 @@ def load_splits(task: str, files: Mapping[str, Path | None]) -> dict[str, Any]:
 
 def _read_rows(task: str, file: Path) -> Any:
     try:
-        docs = json_rows(file)
-        for column in docs.column_names:
-            # A prompt would show "None" without a word.
-            if docs.data.column(column).null_count:
-                row = next(i for i, value in enumerate(docs[column]) if value is None)
-                raise ValueError(f"row {row} has no value for {column!r}")
-        return _upstream(task, docs)
-    except Exception as fault:  # datasets raises errors of many kinds
-        cause: BaseException = fault
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
+        # Not splitlines: JSON strings may hold U+2028, which it treats as the end of a line.
+        lines = [line for line in read_text(file).split("\n") if line.strip()]
+        rows = [_upstream(task, json.loads(line)) for line in lines]
+        for column in dict.fromkeys(key for row in rows for key in row):
+            for number, row in enumerate(rows):
+                # A prompt would show "None" without a word.
+                if row.get(column) is None:
+                    raise ValueError(f"row {number} has no value for {column!r}")
+        if not rows:
+            raise ValueError("there are none")
+        return dataset_of(rows)
+    except (ValueError, TypeError, KeyError, RecursionError) as fault:
         raise ValueError(
-            f"{file}: the rows could not be read ({type(cause).__name__}: {str(cause)[:300]})"
+            f"{file}: the rows could not be read ({type(fault).__name__}: {str(fault)[:300]})"
         ) from fault
 
 
-def _upstream(task: str, docs: Any) -> Any:
-    """Give rows in the short form the columns that they have on the hub; leave others as they are.
+def _upstream(task: str, row: Any) -> dict[str, Any]:
+    """A row with the columns that it has on the hub, also if it has the short form.
 
     Short rows have the choices as a list and the index of the right one, or LAMBADA's last word
     separately.
+
+    >>> _upstream("arc_easy", {"question": "1 + 2?", "choices": ["3", "4"], "gold": 1})
+    {'question': '1 + 2?', 'choices': {'text': ['3', '4'], 'label': ['A', 'B']}, 'answerKey': 'B'}
     """
-    in_memory = {"load_from_cache_file": False, "keep_in_memory": True}
-    if "continuation" in docs.column_names:
-        return docs.map(_whole_text, remove_columns=docs.column_names, **in_memory)
-    if "gold" not in docs.column_names:
-        return docs
+    if not isinstance(row, dict):
+        raise ValueError(f"{str(row)[:80]!r} is not a JSON object")
+    if "continuation" in row:
+        return {"text": " ".join([row["context"], row["continuation"]])}
+    if "gold" not in row:
+        return row
+    gold, labels = row.pop("gold"), list(ascii_uppercase[: len(row.get("choices") or ())])
+    if not 0 <= gold < len(labels):
+        raise ValueError(f"gold is {gold}, but there are {len(labels)} choices")
     if task == "openbookqa":
-        docs = docs.rename_column("question", "question_stem")
-    return docs.map(_labelled_choices, remove_columns=["choices", "gold"], **in_memory)
-
-
-def _whole_text(row: dict[str, Any]) -> dict[str, Any]:
-    return {"text": f"{row['context']} {row['continuation']}"}
-
-
-def _labelled_choices(row: dict[str, Any]) -> dict[str, Any]:
-    """Turn a list of choices and the index `gold` into labelled choices and the correct label.
-
-    >>> _labelled_choices({"choices": ["3", "4"], "gold": 1})
-    {'choices': {'text': ['3', '4'], 'label': ['A', 'B']}, 'answerKey': 'B'}
-    """
-    labels = list(_LETTERS[: len(row["choices"])])
-    if not 0 <= row["gold"] < len(labels):
-        raise ValueError(f"gold is {row['gold']}, but there are {len(labels)} choices")
-    return {
-        "choices": {"text": row["choices"], "label": labels},
-        "answerKey": labels[row["gold"]],
-    }
+        row["question_stem"] = row.pop("question", None)
+    row["choices"] = {"text": row["choices"], "label": labels}
+    return row | {"answerKey": labels[gold]}

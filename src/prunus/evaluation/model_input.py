@@ -1,19 +1,58 @@
-"""The model to evaluate on text: found, and checked against its tokenizer before any work."""
+"""The model to evaluate: found, checked before any work, loaded, and watched meanwhile.
+
+Weights are mapped into memory, so a file that is written to changes the model in the middle of the
+work, and its figures would belong to no model at all.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from prunus.evaluation.watched import WatchedCheckpoint
+from prunus.distributed import SINGLE_PROCESS, Ranks
+from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.adapter import base_folder, check_adapter, is_adapter
-from prunus.model.checkpoint.reader import resolve_folder
+from prunus.model.checkpoint.reader import INDEX_NAME, resolve_folder
 from prunus.model.config import load_config
+from prunus.model.device import DTYPES
 from prunus.model.kinds import require_causal
+from prunus.model.loading import load_model
 from prunus.model.tokenizer import load_tokenizer, token_ids, tokenizer_of_loaded
+
+#: Folder of a checkpoint -> its files -> size in bytes and time of the last change.
+FileStates = dict[Path, dict[Path, tuple[int, int]]]
+
+
+@dataclass(frozen=True)
+class ComputeOptions:
+    """How models are computed.
+
+    Attributes:
+        dtype: a name of `DTYPES`, or auto for the dtype in which transformers would load a model.
+        memory: budget in bytes for the whole process; None takes what is free.
+    """
+
+    dtype: str
+    device: torch.device
+    memory: int | None = None
+    trust_remote_code: bool = False
+
+    def load(self, folder: Path) -> Any:
+        """The whole model of a folder, on the device."""
+        dtype = DTYPES.get(self.dtype, "auto")
+        return load_model(folder, dtype, self.trust_remote_code).to(self.device)
+
+    def protocol(self, batch: int | str, loaded: Any = None) -> dict[str, Any]:
+        """How a model is evaluated: hardware, versions, dtype and batch."""
+        dtype = str(self.dtype if loaded is None else loaded.dtype).removeprefix("torch.")
+        of_model = {"versions": versions(), "dtype": dtype, "batch": batch}
+        return describe_hardware(self.device) | of_model
 
 
 def find_folder(model: str | Path) -> Path:
@@ -28,14 +67,7 @@ def find_folder(model: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class ModelInput:
-    """A causal language model to evaluate; `find_model` creates it.
-
-    Attributes:
-        name: what the user calls it.
-        folder: the checkpoint, or None for a loaded model.
-        loaded: the loaded model, or None for a folder.
-        trust_remote_code: run the code of the checkpoint.
-    """
+    """A causal language model to evaluate, in a folder or loaded; `find_model` creates it."""
 
     name: str
     folder: Path | None
@@ -51,14 +83,6 @@ class ModelInput:
         size = getattr(config, "vocab_size", None)
         return size if isinstance(size, int) else None
 
-    def tokens(self) -> dict[str, int] | None:
-        """Token -> id of the tokenizer of a folder; None if it has none, or for a loaded model."""
-        return None if self.folder is None else token_ids(self.folder, self.trust_remote_code)
-
-    def watch(self) -> WatchedCheckpoint | None:
-        """The files of the checkpoint as they are now; None for a loaded model."""
-        return None if self.folder is None else WatchedCheckpoint(self.folder)
-
     def tokenizer(self, given: Any = None) -> Any:
         """The tokenizer: the one that is given, or that of the folder the model is loaded from."""
         if given is not None:
@@ -73,20 +97,6 @@ class ModelInput:
                 f"input_ids ({fault})"
             ) from fault
 
-    def fitting_tokenizer(self, given: Any = None) -> Any:
-        """As `tokenizer`, and the embedding has a row for each of its ordinary tokens.
-
-        Special tokens that were added past the end of the embedding are allowed: they may never
-        occur.
-        """
-        found, size = self.tokenizer(given), self.vocabulary
-        if size is not None and found.vocab_size > size:
-            raise ValueError(
-                f"{self.name}: its tokenizer has {found.vocab_size} tokens, the model a vocabulary "
-                f"of {size}; the tokenizer does not fit, is it another model's?"
-            )
-        return found
-
 
 def find_model(model: Any, trust_remote_code: bool = False) -> ModelInput:
     """Find a model, and check its kind. Reads no weights.
@@ -94,8 +104,7 @@ def find_model(model: Any, trust_remote_code: bool = False) -> ModelInput:
     Raises:
         FileNotFoundError: no such model, or no model in the folder.
         NotImplementedError: the model is not a causal language model.
-        ValueError: its configuration cannot be loaded; or see `check_adapter`.
-        ModuleNotFoundError: an adapter is given, and peft is not installed.
+        ValueError, ModuleNotFoundError: its configuration cannot be loaded; or see `check_adapter`.
     """
     if isinstance(model, nn.Module):
         name = str(getattr(model, "name_or_path", "")) or type(model).__name__
@@ -125,7 +134,10 @@ def check_same_vocabulary(model: ModelInput, reference: ModelInput) -> None:
             f"the reference {reference.name} has a vocabulary of {sizes[1]} tokens, {model.name} "
             f"one of {sizes[0]}: {hint}"
         )
-    tokens, others = model.tokens(), reference.tokens()
+    tokens, others = (
+        None if one.folder is None else token_ids(one.folder, one.trust_remote_code)
+        for one in (model, reference)
+    )
     if tokens is None or others is None or tokens == others:
         return
     token = min(dict(tokens.items() ^ others.items()))
@@ -140,3 +152,43 @@ def _config(folder: Path, trust_remote_code: bool) -> Any:
     while is_adapter(folder):
         folder = base_folder(folder)
     return load_config(folder, trust_remote_code, quantized=True)
+
+
+def file_states(*folders: Path | None) -> FileStates:
+    """Weights, index and configuration of checkpoints as they are now; None is passed over."""
+    return {folder: _states(folder) for folder in folders if folder is not None}
+
+
+def _states(folder: Path) -> dict[Path, tuple[int, int]]:
+    below = _states(base_folder(folder)) if is_adapter(folder) else {}
+    names = ("config.json", "adapter_config.json", INDEX_NAME)
+    paths = [*sorted(folder.glob("*.safetensors")), *(folder / name for name in names)]
+    return below | {
+        path: (state.st_size, state.st_mtime_ns)
+        for path in paths
+        if path.is_file() and (state := path.stat())
+    }
+
+
+@contextlib.contextmanager
+def unchanged(watched: FileStates, ranks: Ranks = SINGLE_PROCESS) -> Iterator[None]:
+    """A `with` block that fails on all ranks if a file was changed, added or removed meanwhile."""
+
+    def check() -> None:
+        for folder, before in watched.items():
+            now = _states(folder)
+            for path in before | now:
+                if before.get(path) != now.get(path):
+                    raise ValueError(
+                        f"{path} was changed while the model was scored, so the figures would "
+                        "belong to no model. Leave the checkpoint as it is, and score it again"
+                    )
+
+    try:
+        yield
+    except Exception:
+        # Half-written weights cause errors of many kinds. Name the cause, not its effect.
+        check()
+        raise
+    with ranks.fail_together():
+        check()

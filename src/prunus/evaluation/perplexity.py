@@ -5,9 +5,10 @@ rest at the end is dropped. The loss of a window is the mean cross entropy of it
 predicted from the tokens before it in the window. The perplexity is exp(mean loss over all
 windows).
 
-GPTQ, SparseGPT and Wanda all score this way, so we do too. Overlapping windows would give every
-token more context and a lower perplexity, which could not be compared with the papers' numbers. A
-perplexity means nothing without its protocol: text, context, number of windows, dtype.
+GPTQ, SparseGPT and Wanda all score this way, so we do too, and join the documents of a text as
+they do: another separator changes the tokens. Overlapping windows would give every token more
+context and a lower perplexity, which could not be compared with the papers' numbers. A perplexity
+means nothing without its protocol: text, context, number of windows, dtype.
 
 Protocol `llama.cpp` scores the second half of every window, as the perplexity tool of llama.cpp
 does: rows S // 2 to S − 2 of the logits. Each scored token has at least half a window of context.
@@ -18,29 +19,58 @@ Legend: W windows, B windows at once, S tokens per window (seqlen), V vocabulary
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from prunus.calibration.catalogue import CORPORA
+from prunus.calibration.corpora import check_corpus, load_corpus
+from prunus.calibration.draw import encode
+from prunus.calibration.files import check_file, file_kind, read_documents, read_ids
+from prunus.calibration.windows import UsedBos, bos_token, put_bos_first, refuse_bos, used_bos
 from prunus.distributed import SINGLE_PROCESS, Ranks
-from prunus.evaluation.logits import LogitsSource, WholeModel, WindowProgress
 from prunus.evaluation.model_input import (
+    ComputeOptions,
     ModelInput,
     check_as_loaded,
     check_same_vocabulary,
+    file_states,
     find_model,
+    unchanged,
 )
-from prunus.evaluation.options import PROTOCOLS, TextOptions
+from prunus.evaluation.options import PROTOCOLS, Protocol, TextOptions
 from prunus.evaluation.records import PerplexityResult
 from prunus.evaluation.reference import Reference
-from prunus.evaluation.streamed_model import ComputeOptions, StreamedModel, choose_streamed
-from prunus.evaluation.text import check_text, first_scored_row, scoring_windows
-from prunus.evaluation.watched import unchanged
-from prunus.evaluation.window_scores import exponential, score_windows
+from prunus.evaluation.streamed_model import StreamedModel, choose_streamed
+from prunus.evaluation.window_scores import (
+    LogitsSource,
+    WholeModel,
+    WindowProgress,
+    exponential,
+    score_windows,
+)
 from prunus.model.device import choose_device
 from prunus.options import takes
 from prunus.runs.progress import shows_progress, window_step
+
+#: SHA-256 of the joined test text of WikiText-2, 1,296,370 bytes.
+WIKITEXT2_TEST_SHA256 = "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83"
+#: GPTQ and Wanda score the first 1100 documents of C4's validation shard, and at most 256 windows
+#: of them.
+_C4_DOCUMENTS, _C4_WINDOWS = 1100, 256
+#: Corpus -> how its documents are joined.
+_JOINED = {
+    "c4": f"the first {{count}} documents joined with spaces, at most {_C4_WINDOWS} windows",
+    "wikitext2": "raw test lines joined with two newlines",
+    "ptb": "test sentences joined with spaces",
+    "python-docs": "paragraphs joined with blank lines",
+}
 
 
 @takes(TextOptions)
@@ -90,11 +120,8 @@ def perplexity(
     batch = 1 if given.batch == "auto" else given.batch
     check_as_loaded(model_or_path, given.dtype, given.device)
     check_text(text, given.data)
-    place = (
-        model_or_path.get_input_embeddings().weight.device  # type: ignore[operator]
-        if isinstance(model_or_path, nn.Module)
-        else choose_device(given.device, processes=ranks.local_size)
-    )
+    loaded = model_or_path if isinstance(model_or_path, nn.Module) else None
+    place = choose_device(given.device, loaded, ranks.local_size)
     compute = ComputeOptions(given.dtype, place, given.memory, given.trust_remote_code)
     inputs = [
         find_model(one.model if isinstance(one, Reference) else one, given.trust_remote_code)
@@ -111,21 +138,19 @@ def perplexity(
     later = [model.folder] if isinstance(model_or_path, Reference) else []
     streamed = choose_streamed([*folders, *later], given.stream, batch * seqlen, compute)
     with contextlib.ExitStack() as stack:
-        compared: Reference | None = None
-        if isinstance(reference, Reference):
-            compared = reference
-        elif reference is not None:
+        compared: Reference | None = reference
+        if reference is not None and not isinstance(reference, Reference):
             compared = stack.enter_context(Reference(reference))
+        watched = file_states(*folders)
+        # A `Reference` is watched since it was made.
+        for one in (model_or_path, compared):
+            watched |= one.watched if isinstance(one, Reference) else {}
+        stack.enter_context(unchanged(watched, ranks))
         if compared is not None:
             compared.open(compute, streamed[1])
-        is_kept = isinstance(model_or_path, Reference)
-        watched = [model_or_path.watched if is_kept else model.watch()]
-        watched += [] if compared is None else [compared.watched]
-        stack.enter_context(unchanged(watched, ranks))
+            compared.check(windows.ids, "the reference")
         source = _opened(model_or_path, model, compute, streamed[0])
         source.check(windows.ids, "the model")
-        if compared is not None:
-            compared.check(windows.ids, "the reference")
         started = time.perf_counter()
         scores = score_windows(
             source,
@@ -164,5 +189,131 @@ def _opened(given: Any, model: ModelInput, compute: ComputeOptions, streamed: bo
     if model.folder is None:
         return WholeModel(model.loaded)
     if streamed:
-        return StreamedModel.open(model.folder, compute)
+        return StreamedModel(model.folder, compute)
     return WholeModel(compute.load(model.folder))
+
+
+# --- the text ---
+
+
+@dataclass(frozen=True)
+class ScoringText:
+    """A text to score: all documents, joined.
+
+    Attributes:
+        protocol: how they were joined, in words.
+        source: where the text was read.
+        max_windows: the largest number of windows by convention, or None.
+    """
+
+    text: str
+    protocol: str
+    source: str
+    max_windows: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ScoringWindows:
+    """Token ids (W, S) int64 of a text to score; `protocol` also says how windows begin."""
+
+    ids: torch.Tensor
+    source: str
+    protocol: str
+    bos: UsedBos
+
+
+def load_scoring_text(name: str, data: Path | None = None) -> ScoringText:
+    """Load a text to score: one of `CORPORA`, or a text file in a format that calibration takes.
+
+    Raises:
+        ValueError: an unknown name, or a file without text.
+        FileNotFoundError, ModuleNotFoundError: no such file, or an extra is not installed.
+        OSError: the hub does not answer.
+    """
+    check_text(name, data)
+    if name not in CORPORA:
+        documents = read_documents(Path(name))
+        several = f"{len(documents)} documents joined with blank lines"
+        how = several if len(documents) > 1 else "the whole text"
+        return ScoringText("\n\n".join(documents), how, name)
+    corpus = load_corpus(name, "scoring", data)
+    how, max_windows = _JOINED[name], None
+    if name == "c4":
+        count, max_windows = min(len(corpus.documents), _C4_DOCUMENTS), _C4_WINDOWS
+        how = how.format(count=count)
+        text = corpus.joiner.join(corpus.documents[index] for index in range(count))
+    else:
+        text = corpus.whole()
+    if name == "wikitext2":
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        if digest != WIKITEXT2_TEST_SHA256:
+            how += (
+                f" (WARNING: not the text that papers score: sha256 {digest}, "
+                f"{len(text.encode()):,} bytes)"
+            )
+    return ScoringText(text, how, corpus.source, max_windows)
+
+
+def check_text(name: str, data: Path | None) -> None:
+    """Raise the errors of `load_scoring_text` that can be found without reading the text."""
+    if name in CORPORA:
+        check_corpus(name, "scoring", data)
+        return
+    path = Path(name)
+    if not name or (not path.exists() and (name == "self" or not path.suffix)):
+        raise ValueError(
+            f"unknown text {name!r}: give {', '.join(CORPORA)} or a file of text or input_ids"
+        )
+    check_file(path)
+
+
+def first_scored_row(protocol: Protocol, seqlen: int) -> int:
+    """The first row of logits of a window that is scored. Row t predicts token t + 1.
+
+    llama.cpp skips the first half, and then scores the rows up to the last but one:
+
+    >>> first_scored_row("papers", 512), first_scored_row("llama.cpp", 512)
+    (0, 256)
+    """
+    shortest = 2 if protocol == "papers" else 3
+    if seqlen < shortest:
+        raise ValueError(f"seqlen must be at least {shortest} tokens, not {seqlen}")
+    return 0 if protocol == "papers" else seqlen // 2
+
+
+def scoring_windows(
+    name: str, tokenizer: Callable[[], Any], seqlen: int, options: TextOptions
+) -> ScoringWindows:
+    """Cut a text into windows that do not overlap, from its start.
+
+    Args:
+        name: see `load_scoring_text`, or a `.safetensors` file with input_ids, whose windows stay
+            as they are.
+        seqlen: S, tokens per window.
+    """
+    if name not in CORPORA and file_kind(Path(name)) == "safetensors":
+        refuse_bos(name, options.bos)
+        ids = read_ids(Path(name))
+        per_row = ids.shape[1] // seqlen
+        if per_row == 0:
+            raise ValueError(
+                f"{name}: its rows have {ids.shape[1]} tokens, less than a window of {seqlen}; "
+                "use a smaller `seqlen`"
+            )
+        windows = ids[:, : per_row * seqlen].reshape(-1, seqlen)
+        how = f"{tuple(ids.shape)} token ids, cut into windows row by row"
+        return ScoringWindows(windows[: options.samples].contiguous(), name, how, "given")
+    loaded_tokenizer = tokenizer()
+    token = bos_token(loaded_tokenizer, options.bos)
+    text = load_scoring_text(name, options.data)
+    tokens = encode(loaded_tokenizer, text.text)
+    count = len(tokens) // seqlen
+    if count == 0:
+        raise ValueError(
+            f"{text.source}: the text has {len(tokens)} tokens, less than a window of {seqlen}; "
+            "use a smaller `seqlen`"
+        )
+    count = min(count, options.samples or count, text.max_windows or count)
+    windows = put_bos_first(tokens[: count * seqlen].view(count, seqlen), token)
+    how = "no BOS added to windows" if token is None else "BOS first in every window"
+    return ScoringWindows(windows, text.source, f"{text.protocol}, {how}", used_bos(token))

@@ -1,11 +1,23 @@
-"""Results of evaluation as records. Sweeps keep them in their own, so nothing here needs torch."""
+"""Results of evaluation as records, and the differences between models, without torch.
+
+All models answer the same rows, so we subtract row by row. Let d_i be the difference of two models'
+outcomes on row i of n. The difference of their means is the mean of d, and its standard error is
+
+    se(d) = sd(d) / √n,   sd(d)² = Σ (d_i − mean(d))² / (n − 1).
+
+This paired error is smaller than √(s₁² + s₂²), the error for independent samples, because two
+models mostly fail on the same rows. The independent error is used only where the outcomes of single
+rows are unknown.
+"""
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, PlainSerializer, TypeAdapter
+from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from prunus.runs.document import Column, Measured, Table, text_of
@@ -25,6 +37,10 @@ Figure = Annotated[
 #: A standard error, or None where it is unknown.
 Error = Annotated[float | None, PlainSerializer(finite, return_type=float | None)]
 _STRICT = ConfigDict(extra="forbid")
+#: The zero-shot tasks of the Wanda paper (its section 4.1), in the order of its tables.
+PAPER7 = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+#: The name of the mean over these tasks in tables and comparisons.
+MEAN = "mean of paper7"
 #: Title of a column of a table -> format of its figures.
 FORMS = {
     "perplexity": ",.3f",
@@ -55,13 +71,11 @@ class Divergence(EvaluationRecord):
     Standard errors are over windows; they are None for a single window.
 
     Attributes:
-        reference: name of the reference.
         kl: mean of KL(reference ‖ model), in nats per token.
         kl_stderr: its standard error.
         kl_q999: the 99.9 % quantile of the KL divergences of all tokens.
         same_top: share of tokens for which both models find the same next token most likely.
         same_top_stderr: its standard error.
-        reference_perplexity: perplexity of the reference.
         perplexity_ratio: perplexity of the model, divided by that of the reference.
         perplexity_ratio_stderr: its standard error, from losses paired by window.
     """
@@ -85,7 +99,6 @@ class PerplexityResult(EvaluationRecord):
         source: where the text was read.
         perplexity: exp(loss), or infinity if that does not fit in a float.
         loss: mean cross entropy in nats per token.
-        windows: number of windows.
         tokens: windows * seqlen.
         seqlen: tokens per window.
         protocol: text, windows and dtype in words.
@@ -107,13 +120,6 @@ class PerplexityResult(EvaluationRecord):
     bos: Literal["yes", "no", "given"] = "no"
     divergence: Divergence | None = None
 
-    def as_dict(self) -> dict[str, Any]:
-        """The fields as plain values for JSON. Without a reference there is no `divergence`."""
-        fields = super().as_dict()
-        if self.divergence is None:
-            del fields["divergence"]
-        return fields
-
     def figures(self) -> dict[str, Any]:
         """The figures of a row of a table, without infinite ones; `FORMS` has their formats."""
         figures: dict[str, Any] = {"perplexity": finite(self.perplexity)}
@@ -122,10 +128,10 @@ class PerplexityResult(EvaluationRecord):
                 "KL divergence": Measured(found.kl, found.kl_stderr),
                 "KL 99.9 % quantile": found.kl_q999,
                 "same top token": Measured(found.same_top, found.same_top_stderr),
-                "perplexity ratio": None
-                if finite(found.perplexity_ratio) is None
-                else Measured(found.perplexity_ratio, found.perplexity_ratio_stderr),
+                "perplexity ratio": None,
             }
+            if math.isfinite(ratio := found.perplexity_ratio):
+                figures["perplexity ratio"] = Measured(ratio, found.perplexity_ratio_stderr)
         return figures
 
     def _repr_html_(self) -> str:
@@ -155,3 +161,219 @@ class ModelSize(EvaluationRecord):
     def figures(self) -> dict[str, Any]:
         """The figures of a row of a table; `FORMS` has their formats."""
         return {"file, GB": self.file_bytes / 1e9, "bits per weight": self.bits_per_weight}
+
+
+# --- tasks ---
+
+
+@dataclass(frozen=True)
+class Metric(EvaluationRecord):
+    """One metric of one task.
+
+    Attributes:
+        value: the value as lm-eval aggregates it. An accuracy is a share in [0, 1].
+        stderr: the standard error of the value. None for a single row, or a metric without a
+            formula.
+        outcomes: what each row contributes, in the order of the rows. None if the value is not
+            their mean.
+    """
+
+    value: Figure
+    stderr: Error
+    outcomes: Annotated[tuple[float, ...] | None, Field(exclude=True)] = None
+
+
+@dataclass(frozen=True)
+class TaskScore(EvaluationRecord):
+    """The score of one model on one task, on one group of tasks, or on a folder of images.
+
+    Attributes:
+        metrics: name -> metric. Multiple-choice tasks have `acc` and `acc_norm`.
+        shots: number of worked examples in each prompt.
+        version: lm-eval's version of the task.
+        definition: SHA-256 of everything that makes the prompts and the scoring, rows included.
+        source: where the rows are read.
+        seconds: time of scoring.
+    """
+
+    task: str
+    metrics: dict[str, Metric]
+    shots: int
+    rows: int
+    version: str
+    definition: str
+    source: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TaskResults:
+    """The scores of one model on all tasks.
+
+    Attributes:
+        model: name of the model.
+        scores: one per task.
+        protocol: dtype, batch, device and versions. Show them next to every score.
+    """
+
+    model: str
+    scores: tuple[TaskScore, ...]
+    protocol: dict[str, Any]
+
+    def metrics(self) -> dict[tuple[str, str], Metric]:
+        """(task, metric) -> value, in the order of the tasks; a mean of paper7 comes last."""
+        found = {
+            (score.task, name): metric
+            for score in self.scores
+            for name, metric in score.metrics.items()
+        }
+        mean = paper_mean(self.scores)
+        return found if mean is None else found | {(MEAN, "acc"): mean}
+
+    def as_dict(self) -> dict[str, Any]:
+        """The results as plain values for JSON."""
+        mean = paper_mean(self.scores)
+        return {
+            "model": self.model,
+            "tasks": [score.as_dict() for score in self.scores],
+            "paper7_mean_acc": None if mean is None else mean.as_dict(),
+            "protocol": self.protocol,
+        }
+
+    def _repr_html_(self) -> str:
+        """The scores as a table in a notebook."""
+        rows = [(*key, metric.value, metric.stderr) for key, metric in self.metrics().items()]
+        texts, numbers = ("task", "metric"), ("value", "standard error")
+        columns = (*map(Column, texts), *(Column(title, ".4f") for title in numbers))
+        note = ", ".join(f"{key} {value}" for key, value in self.protocol.items())
+        return Table(self.model, columns, tuple(rows), note)._repr_html_()
+
+
+def paper_mean(scores: Sequence[TaskScore]) -> Metric | None:
+    """The unweighted mean of `acc` over the paper's seven tasks, or None if a task is missing.
+
+    The paper reports acc for all tasks, not acc_norm: its 59.99 for dense LLaMA-7B is the mean of
+    75.05, 66.43, 56.92, 69.93, 75.34, 41.89 and 34.40.
+    """
+    by_name = {score.task: score.metrics.get("acc") for score in scores}
+    found = [metric for task in PAPER7 if (metric := by_name.get(task)) is not None]
+    if len(found) < len(PAPER7):
+        return None
+    return Metric(*_mean_of_tasks([(metric.value, metric.stderr) for metric in found]))
+
+
+def _mean_of_tasks(
+    figures: Sequence[tuple[float, float | None]],
+) -> tuple[float, float | None]:
+    """The mean of n independent tasks (value, standard error), and its error √(Σ s²) / n."""
+    count = len(figures)
+    errors = [stderr for _, stderr in figures if stderr is not None]
+    stderr = math.hypot(*errors) / count if len(errors) == count else None
+    return sum(value for value, _ in figures) / count, stderr
+
+
+@dataclass(frozen=True)
+class Difference(EvaluationRecord):
+    """The value of one metric for a model, minus the value for the first model.
+
+    >>> Difference("pruned", "rte", "acc", value=-0.05, stderr=0.02, paired=True).significant
+    True
+
+    Attributes:
+        stderr: standard error of the difference, or None if it is unknown.
+        paired: whether the difference was taken row by row.
+    """
+
+    model: str
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    paired: bool
+
+    @property
+    def significant(self) -> bool:
+        """Whether the difference exceeds two standard errors; False if the error is unknown."""
+        return self.stderr is not None and abs(self.value) > 2 * self.stderr
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields and the significance as plain values for JSON."""
+        return super().as_dict() | {"beyond_two_standard_errors": self.significant}
+
+
+def compare(results: Sequence[TaskResults]) -> list[Difference]:
+    """Compare every model to the first one, metric by metric.
+
+    >>> def scored(model, *outcomes):
+    ...     metrics = {"acc": Metric(sum(outcomes) / len(outcomes), None, outcomes)}
+    ...     return TaskResults(model, (TaskScore("rte", metrics, 0, 4, "1", "", "", 1.0),), {})
+    >>> [change] = compare([scored("dense", 1, 1, 1, 0), scored("pruned", 1, 0, 1, 0)])
+    >>> change.value, change.stderr, change.paired
+    (-0.25, 0.25, True)
+
+    Args:
+        results: of all models, on the same tasks.
+
+    Returns:
+        The differences, model by model. The mean over the paper's seven tasks comes last.
+
+    Raises:
+        ValueError: a task differs between two models: other rows, prompts or number of examples.
+    """
+    found = []
+    for other in results[1:]:
+        definitions = {score.task: score.definition for score in results[0].scores}
+        for score in other.scores:
+            if definitions.get(score.task, score.definition) != score.definition:
+                raise ValueError(
+                    f"{score.task} was not the same for {results[0].model} and {other.model}: "
+                    "other rows, prompts or examples; evaluate both again with the same options"
+                )
+        before, after = results[0].metrics(), other.metrics()
+        changes = {
+            key: _difference(before[key], after[key])
+            for key in before
+            if key in after and key[0] != MEAN
+        }
+        if (MEAN, "acc") in before and (MEAN, "acc") in after:
+            parts = [changes[task, "acc"] for task in PAPER7]
+            mean = _mean_of_tasks([part[:2] for part in parts])
+            changes[MEAN, "acc"] = (*mean, all(paired for _, _, paired in parts))
+        for (task, metric), (value, stderr, paired) in changes.items():
+            found.append(Difference(other.model, task, metric, value, stderr, paired))
+    return found
+
+
+def _difference(first: Metric, other: Metric) -> tuple[float, float | None, bool]:
+    """other − first, its standard error, and whether it is paired."""
+    value = other.value - first.value
+    if first.outcomes is not None and other.outcomes is not None and len(first.outcomes) > 1:
+        steps = [b - a for a, b in zip(first.outcomes, other.outcomes, strict=True)]
+        return value, statistics.stdev(steps) / math.sqrt(len(steps)), True
+    if first.stderr is None or other.stderr is None:
+        return value, None, False
+    return value, math.hypot(first.stderr, other.stderr), False
+
+
+def side_by_side(
+    perplexities: Mapping[str, Sequence[PerplexityResult]],
+    results: Sequence[TaskResults],
+    sizes: Mapping[str, ModelSize],
+) -> dict[str, Any]:
+    """What `prunus eval --json` writes: every model's results, and how tasks differ from the first.
+
+    `perplexities` has all models, and `sizes` those whose size is known.
+    """
+    on_tasks = {result.model: result.as_dict() for result in results}
+    return {
+        "models": [
+            {
+                "model": model,
+                "size": sizes[model].as_dict() if model in sizes else None,
+                "perplexity": [one.as_dict() for one in ones],
+                "tasks": on_tasks.get(model),
+            }
+            for model, ones in perplexities.items()
+        ],
+        "differences": [change.as_dict() for change in compare(results)],
+    }

@@ -5,8 +5,6 @@ V numbers per token, but as what the last block returns, which takes H: 576 inst
 SmolLM2-135M. Only the final norm and the head run again. They give the same logits each time, to
 the last bit.
 
-The hidden states stay in memory or, where they do not fit, in a nameless temporary file.
-
 Legend: W windows, B windows at once, S tokens per window, H hidden size, V vocabulary.
 """
 
@@ -19,10 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.evaluation.logits import Rows, WholeModel, WindowProgress
-from prunus.evaluation.model_input import find_folder
-from prunus.evaluation.streamed_model import ComputeOptions, StreamedModel, whole_only
-from prunus.evaluation.watched import WatchedCheckpoint
+from prunus.evaluation.model_input import ComputeOptions, file_states, find_folder
+from prunus.evaluation.streamed_model import StreamedModel, whole_only
+from prunus.evaluation.window_scores import Rows, WholeModel, WindowProgress
 from prunus.model.calls import hidden_of, replaced_forward
 from prunus.model.linears import find_block_list
 from prunus.model.stream import HiddenStates
@@ -46,7 +43,7 @@ class Reference:
                 print(prunus.perplexity(model, "wikitext2", reference=reference).divergence)
 
     Attributes:
-        watched: the files of the checkpoint, which must not change; None for a loaded model.
+        watched: the files of the checkpoint, which must not change; none for a loaded model.
 
     Raises:
         FileNotFoundError: see `find_folder`.
@@ -55,7 +52,7 @@ class Reference:
     def __init__(self, model: Any, texts: int = 1) -> None:
         self.model = model
         self.folder = None if isinstance(model, nn.Module) else find_folder(model)
-        self.watched = None if self.folder is None else WatchedCheckpoint(self.folder)
+        self.watched = file_states(self.folder)
         self._texts = texts
         self._options: ComputeOptions | None = None
         self._streamed = False
@@ -90,7 +87,7 @@ class Reference:
             # Something else than a row of blocks is loaded whole. If the checkpoint is damaged,
             # loading it says so.
             with contextlib.suppress(NotImplementedError, ValueError, FileNotFoundError):
-                self._by_blocks = StreamedModel.open(self.folder, options)
+                self._by_blocks = StreamedModel(self.folder, options)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -100,21 +97,16 @@ class Reference:
         self._opened.check(ids, name)
 
     def windows(
-        self,
-        ids: torch.Tensor,
-        batch: int,
-        progress: WindowProgress | None = None,
-        compared: bool = False,
+        self, ids: torch.Tensor, batch: int, progress: WindowProgress, compared: bool
     ) -> Generator[Rows, None, None]:
         if self._by_blocks is not None and len(ids):
             try:
-                states = self._states_of(ids, batch, progress, compared)
+                states = self._states_of(self._by_blocks, ids, batch, progress, compared)
             except NotImplementedError:
                 # Found out only by running the model: it is no plain row of blocks.
                 self._by_blocks = None
             else:
-                if progress is not None:
-                    progress(len(ids), len(ids))
+                progress(len(ids), len(ids))
                 yield from self._by_blocks.logits(states, ids, batch, by_rows=self._streamed)
                 return
         yield from self._opened.windows(ids, batch, progress, compared)
@@ -132,45 +124,45 @@ class Reference:
         return self._options.load(self.folder)
 
     def _states_of(
-        self, ids: torch.Tensor, batch: int, progress: WindowProgress | None, compared: bool
+        self,
+        by_blocks: StreamedModel,
+        ids: torch.Tensor,
+        batch: int,
+        progress: WindowProgress,
+        compared: bool,
     ) -> HiddenStates:
         """Run the blocks, or find what they returned for the same ids before.
 
         Raises:
             NotImplementedError: the model computes more than its blocks, final norm and head.
         """
-        by_blocks = self._by_blocks
-        assert by_blocks is not None
-        key = (ids, batch, self.dtype, self._streamed)
-        for (known, *settings), states in self._kept:
-            if torch.equal(known, ids) and (batch, self.dtype, self._streamed) == (*settings,):
+        settings = (batch, self.dtype, self._streamed)
+        for (known, *others), states in self._kept:
+            if torch.equal(known, ids) and (*others,) == settings:
                 return states
         while len(self._kept) >= self._texts:
             self._kept.pop(0)[1].close()
         if self._streamed:
             states = by_blocks.run_blocks(ids, batch, progress, compared)
         else:
-            states = self._run_whole(ids, batch, progress)
-        self._kept.append((key, states))
+            states = self._run_whole(by_blocks, ids, batch, progress)
+        self._kept.append(((ids, *settings), states))
         return states
 
     def _run_whole(
-        self, ids: torch.Tensor, batch: int, progress: WindowProgress | None
+        self, by_blocks: StreamedModel, ids: torch.Tensor, batch: int, progress: WindowProgress
     ) -> HiddenStates:
         """Load the whole model, keep what its last block returns, and drop the model again."""
-        assert self._by_blocks is not None
         loaded = self._load()
-        _, blocks = find_block_list(loaded)
-        batches = ids.split(batch)
-        place = self._by_blocks.place_states(ids.shape, self._texts)
+        last = find_block_list(loaded)[1][-1]
+        forward, batches = last.forward, ids.split(batch)
+        place = by_blocks.place_states(ids.shape, self._texts)
         states = HiddenStates(
             len(batches),
             spill_to=place.spill_to,
             device=loaded.device,
             on_device=place.on_device,
         )
-
-        forward = blocks[-1].forward
 
         def keep(*args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
@@ -181,28 +173,24 @@ class Reference:
             return output
 
         try:
-            with replaced_forward(blocks[-1], keep), torch.no_grad():
+            with replaced_forward(last, keep), torch.no_grad():
                 for position, ids_BS in enumerate(batches):
+                    ids_BS = ids_BS.to(loaded.device)
                     with contextlib.suppress(_LastBlockDone):
-                        logits_BSV = loaded(
-                            input_ids=ids_BS.to(loaded.device), use_cache=False
-                        ).logits
+                        logits_BSV = loaded(input_ids=ids_BS, use_cache=False).logits
                     if position == 0:
-                        self._check_first(states, ids_BS, logits_BSV)
+                        _check_logits(by_blocks.logits(states, ids_BS, batch, False), logits_BSV)
                         del logits_BSV
-                    if progress is not None:
-                        progress(min((position + 1) * batch, len(ids)), len(ids))
+                    progress(min((position + 1) * batch, len(ids)), len(ids))
         except BaseException:
             states.close()
             raise
         return states
 
-    def _check_first(
-        self, states: HiddenStates, ids: torch.Tensor, expected_BSV: torch.Tensor
-    ) -> None:
-        """Check that norm and head make the whole model's logits of what the last block returns."""
-        assert self._by_blocks is not None
-        with contextlib.closing(self._by_blocks.logits(states, ids, len(ids), False)) as windows:
-            for rows, expected_SV in zip(windows, expected_BSV, strict=True):
-                if not torch.equal(rows(0, len(expected_SV)), expected_SV):
-                    raise NotImplementedError("the logits are no function of the last block alone")
+
+def _check_logits(found: Generator[Rows, None, None], expected_BSV: torch.Tensor) -> None:
+    """Check that norm and head make the whole model's logits of what the last block returns."""
+    with contextlib.closing(found) as windows:
+        for rows, expected_SV in zip(windows, expected_BSV, strict=True):
+            if not torch.equal(rows(0, len(expected_SV)), expected_SV):
+                raise NotImplementedError("the logits are no function of the last block alone")

@@ -1,9 +1,8 @@
 """The logits of a model that does not fit in memory, which is read block by block.
 
 All windows pass through one block before the next block is read. The blocks are called with the
-same arguments as in the whole model, so the perplexity is the same. Embeddings, blocks and head are
-read from the checkpoint once each. Between two blocks the hidden states of all windows are kept in
-memory, or in an unnamed temporary file if they do not fit next to a block.
+same arguments as in the whole model, so the perplexity is the same. Between two blocks the hidden
+states of all windows are kept in memory, or in an unnamed temporary file if they do not fit.
 
 Legend: W windows, B windows at once, S tokens per window, H hidden size.
 """
@@ -14,56 +13,22 @@ import contextlib
 import math
 import tempfile
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from prunus.evaluation.logits import Rows, WindowProgress, check_windows, rows_of
-from prunus.evaluation.window_scores import ROWS
+from prunus.evaluation.model_input import ComputeOptions
+from prunus.evaluation.window_scores import ROWS, Rows, WindowProgress, check_windows, rows_of
 from prunus.hardware.memory import available_memory, memory_budget, resident_memory
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.config import load_config
 from prunus.model.device import DTYPES
-from prunus.model.loading import load_model
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.model.stream import HiddenStates, StatesPlace, Stream
-
-
-@dataclass(frozen=True)
-class ComputeOptions:
-    """How models are computed.
-
-    Attributes:
-        dtype: a name of `DTYPES`, or auto for the dtype in which transformers would load a model.
-        device: where models run.
-        memory: budget in bytes for the whole process; None takes what is free.
-        trust_remote_code: run the model code of a checkpoint.
-    """
-
-    dtype: str
-    device: torch.device
-    memory: int | None = None
-    trust_remote_code: bool = False
-
-    def load(self, folder: Path) -> Any:
-        """The whole model of a folder, on the device."""
-        dtype = DTYPES.get(self.dtype, "auto")
-        return load_model(folder, dtype, self.trust_remote_code).to(self.device)
-
-
-def _vocabulary(config: Any) -> int:
-    return int(getattr(config.get_text_config(), "vocab_size", 0) or 0)
-
-
-def _logits_bytes(vocabulary: int, tokens: int, size: int) -> int:
-    """Logits as the model returns them, and `ROWS` rows in float32 with log-probabilities."""
-    return vocabulary * (tokens * size + min(tokens, ROWS) * 8)
 
 
 def choose_streamed(
@@ -71,14 +36,13 @@ def choose_streamed(
 ) -> list[bool]:
     """Decide for models that are in memory together which are read block by block.
 
-    Loaded models, whose folder is None, packed ones and adapters are never streamed.
-
-    Args:
-        stream: what the user chose; None streams if the whole models do not fit in memory.
+    `stream` is what the user chose; None streams if the whole models do not fit in memory. Loaded
+    models, whose folder is None, packed ones and adapters are never streamed.
     """
     if stream is False:
         return [False] * len(folders)
     reasons = ["" if folder is None else whole_only(folder) for folder in folders]
+    can_stream = [reason is None for reason in reasons]
     if stream:
         for folder, reason in zip(folders, reasons, strict=True):
             if reason:
@@ -86,21 +50,16 @@ def choose_streamed(
                     f"{folder} {reason} is scored with the whole model in memory; leave `stream` "
                     "out"
                 )
-        return [reason is None for reason in reasons]
-    needs: list[int] = []
-    can_stream = [reason is None for reason in reasons]
+        return can_stream
+    need = resident_memory() if options.device.type == "cpu" else 0
     for position, folder in enumerate(folders):
-        if folder is None:
-            continue
         try:
-            needs.append(whole_bytes(folder, tokens, options))
+            need += 0 if folder is None else whole_bytes(folder, tokens, options)
         except (ValueError, FileNotFoundError):
             # transformers may know other formats. If something is wrong, loading the model will
             # say so.
             can_stream[position] = False
-    device = options.device
-    need = sum(needs) + (resident_memory() if device.type == "cpu" else 0)
-    if not any(can_stream) or need <= memory_budget(device, options.memory):
+    if need <= memory_budget(options.device, options.memory):
         return [False] * len(folders)
     return can_stream
 
@@ -113,17 +72,25 @@ def whole_bytes(folder: Path, tokens: int, options: ComputeOptions) -> int:
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if is_adapter(folder):
         return stored + whole_bytes(base_folder(folder), tokens, options)
-    if whole_only(folder) is not None:
-        # Packed weights keep their stored form in memory.
-        vocabulary = read_json(folder / "config.json").get("vocab_size")
-        return stored + _logits_bytes(int(vocabulary or 0), tokens, torch.float32.itemsize)
-    config = load_config(folder, options.trust_remote_code)
-    dtype = DTYPES.get(options.dtype)
-    weights = 0
+    # Packed weights keep their stored form in memory.
+    packed, dtype = whole_only(folder) is not None, DTYPES.get(options.dtype)
+    config = load_config(folder, options.trust_remote_code, quantized=True).get_text_config()
+    logits = _logits_bytes(
+        int(getattr(config, "vocab_size", 0) or 0),
+        tokens,
+        (torch.float32 if packed or dtype is None else dtype).itemsize,
+    )
+    if packed:
+        return stored + logits
     for info in Checkpoint(folder).tensors.values():
         loaded = dtype if dtype is not None and info.dtype.is_floating_point else info.dtype
-        weights += math.prod(info.shape) * loaded.itemsize
-    return weights + _logits_bytes(_vocabulary(config), tokens, (dtype or torch.float32).itemsize)
+        logits += math.prod(info.shape) * loaded.itemsize
+    return logits
+
+
+def _logits_bytes(vocabulary: int, tokens: int, size: int) -> int:
+    """Logits as the model returns them, and `ROWS` rows in float32 with log-probabilities."""
+    return vocabulary * (tokens * size + min(tokens, ROWS) * 8)
 
 
 def whole_only(folder: Path) -> str | None:
@@ -135,54 +102,31 @@ def whole_only(folder: Path) -> str | None:
     return "is packed or quantised, which" if packed else None
 
 
-@dataclass(frozen=True)
 class StreamedModel:
-    """A checkpoint that is scored block by block. `open` creates one.
+    """An ordinary checkpoint that is scored block by block. Reads headers only at first.
 
-    Attributes:
-        source: the weights.
-        skeleton: the model without weights, in the dtype of the computation.
-        device: where blocks run.
-        memory: budget in bytes for the whole process; None takes what is free.
+    Raises:
+        ValueError, NotImplementedError: see `CheckpointSource` and `Skeleton`.
     """
 
-    source: CheckpointSource
-    skeleton: Skeleton
-    device: torch.device
-    memory: int | None
-
-    @classmethod
-    def open(cls, folder: Path, options: ComputeOptions) -> StreamedModel:
-        """Bind an ordinary checkpoint, neither packed nor an adapter, to its skeleton.
-
-        Reads headers only; see `CheckpointSource` and `Skeleton` for errors.
-        """
-        source = CheckpointSource(folder, options.trust_remote_code)
-        own = getattr(source.config, "dtype", None)
-        dtype = own if isinstance(own, torch.dtype) else source.stored_dtype
-        dtype = DTYPES.get(options.dtype, dtype)
-        skeleton = Skeleton(source.config, dtype, options.trust_remote_code)
-        source.bind(skeleton)
-        return cls(source, skeleton, options.device, options.memory)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.skeleton.dtype
+    def __init__(self, folder: Path, options: ComputeOptions) -> None:
+        self.source = CheckpointSource(folder, options.trust_remote_code)
+        own = getattr(self.source.config, "dtype", None)
+        own = own if isinstance(own, torch.dtype) else self.source.stored_dtype
+        self.dtype = DTYPES.get(options.dtype, own)
+        self.skeleton = Skeleton(self.source.config, self.dtype, options.trust_remote_code)
+        self.source.bind(self.skeleton)
+        self.device, self.memory = options.device, options.memory
 
     def check(self, ids: torch.Tensor, name: str) -> None:
         check_windows(self.skeleton.model, ids, name)
 
     def windows(
-        self,
-        ids: torch.Tensor,
-        batch: int,
-        progress: WindowProgress | None = None,
-        compared: bool = False,
+        self, ids: torch.Tensor, batch: int, progress: WindowProgress, compared: bool
     ) -> Generator[Rows, None, None]:
         """The logits of every window, after all windows have passed all blocks.
 
-        They are computed from the hidden states when they are asked for. Until the last window is
-        taken, memory holds the head and the hidden states of all windows.
+        Until the last window is taken, memory holds the head and the hidden states of all windows.
 
         Raises:
             ValueError: the budget does not hold a block, or hidden states are not finite.
@@ -192,20 +136,12 @@ class StreamedModel:
             return
         with contextlib.closing(self.run_blocks(ids, batch, progress, compared)) as states:
             yield from self.logits(states, ids, batch, by_rows=True)
-            if progress is not None:
-                progress(len(ids), len(ids))
+            progress(len(ids), len(ids))
 
     def run_blocks(
-        self,
-        ids: torch.Tensor,
-        batch: int,
-        progress: WindowProgress | None = None,
-        compared: bool = False,
+        self, ids: torch.Tensor, batch: int, progress: WindowProgress, compared: bool
     ) -> HiddenStates:
-        """Take all windows through all blocks; see `windows`.
-
-        The result is what the last block returns, (B, S, H) per batch. The caller closes it.
-        """
+        """What the last block returns, (B, S, H) per batch. The caller closes it."""
         batches = ids.split(batch)
         place = self._place_states(batch, ids.shape, compared)
         stream = Stream(self.skeleton, self.source, self.device)
@@ -215,9 +151,15 @@ class StreamedModel:
                 stream.embed(batches, place.spill_to, on_device=place.on_device)
                 for index in range(len(self.skeleton)):
                     stream.propagate(index, self.source.block(index))
-                    self._check_finite(index, stream)
-                    if progress is not None:
-                        progress(len(ids) * (index + 1) // steps, len(ids))
+                    # A block that breaks one batch breaks all of them, and the loss at the end may
+                    # be hours away.
+                    if not all(x.isfinite() for x in torch.aminmax(stream.states.get(0))):
+                        raise ValueError(
+                            f"{self.skeleton.block_name(index)} gives hidden states that are not "
+                            "finite. Damaged weights, or a dtype too small for this model; try "
+                            "`dtype` float32"
+                        )
+                    progress(len(ids) * (index + 1) // steps, len(ids))
         except BaseException:
             stream.close()
             raise
@@ -228,10 +170,9 @@ class StreamedModel:
     ) -> Generator[Rows, None, None]:
         """The logits of every window, in order, from what the last block returns.
 
-        Args:
-            by_rows: compute rows of logits when they are asked for, which takes the least memory.
-                Otherwise compute all of a batch at once, as the whole model does. The last bit of
-                a product can depend on the number of rows.
+        With `by_rows` they are computed when they are asked for, which takes the least memory.
+        Otherwise all of a batch are computed at once, as in the whole model: the last bit of a
+        product can depend on the number of rows.
         """
         with contextlib.ExitStack() as stack:
             # The mode ends before a window is handed out, so it never holds for the caller.
@@ -245,8 +186,8 @@ class StreamedModel:
                 hidden_BSH = states.get(position)
                 ids_BS = ids_BS.to(self.device)
                 if by_rows:
-                    for window, ids_S in enumerate(ids_BS):
-                        yield partial(self._rows, ids_S, hidden_BSH[window])
+                    for ids_S, hidden_SH in zip(ids_BS, hidden_BSH, strict=True):
+                        yield partial(self._rows, ids_S, hidden_SH)
                 else:
                     yield from map(rows_of, self.skeleton.logits(ids_BS, hidden_BSH))
 
@@ -256,17 +197,16 @@ class StreamedModel:
         return self.skeleton.logits(ids_S[None, first:stop], hidden_SH[None, first:stop])[0]
 
     def _place_states(self, batch: int, shape: torch.Size, compared: bool) -> StatesPlace:
-        """Where the hidden states of all windows are kept between blocks."""
-        budget = self._free()
+        """Where the hidden states of all windows are kept between blocks, if a block fits."""
+        budget, models = self._free(), 1 + compared
         minimum, hidden = self._needs(batch, shape, compared)
         if minimum > budget:
+            held = resident_memory()
             raise ValueError(
-                f"scoring block by block needs {(minimum + resident_memory()) / 1e9:.2f} GB with "
-                f"{batch} windows of {shape[1]} tokens in flight; the memory budget is "
-                f"{(budget + resident_memory()) / 1e9:.2f} GB. Raise `memory`, or lower "
-                "`batch` or `seqlen`"
+                f"scoring block by block needs {(minimum + held) / 1e9:.2f} GB with {batch} "
+                f"windows of {shape[1]} tokens in flight; the memory budget is "
+                f"{(budget + held) / 1e9:.2f} GB. Raise `memory`, or lower `batch` or `seqlen`"
             )
-        models = 2 if compared else 1
         return self._place(models * (minimum + hidden) <= budget, models * hidden)
 
     def place_states(self, shape: torch.Size, texts: int = 1) -> StatesPlace:
@@ -280,30 +220,16 @@ class StreamedModel:
         return memory_budget(self.device, self.memory) - held
 
     def _place(self, fits_on_device: bool, needed: int) -> StatesPlace:
-        if fits_on_device:
-            return StatesPlace(None, on_device=True)
-        if self.device.type != "cpu":
+        if not fits_on_device and self.device.type != "cpu":
             host = available_memory() if self.memory is None else self.memory - resident_memory()
             if needed <= host:
                 return StatesPlace(None, on_device=False)
-        return StatesPlace(Path(tempfile.gettempdir()), on_device=True)
-
-    def _check_finite(self, index: int, stream: Stream) -> None:
-        """Check the first batch after every block.
-
-        A block that breaks one batch breaks all of them, and the loss at the end may be hours away.
-        """
-        if not all(x.isfinite() for x in torch.aminmax(stream.states.get(0))):
-            raise ValueError(
-                f"{self.skeleton.block_name(index)} gives hidden states that are not finite. "
-                "Damaged weights, or a dtype too small for this model; try `dtype` float32"
-            )
+        return StatesPlace(None if fits_on_device else Path(tempfile.gettempdir()), on_device=True)
 
     def _needs(self, batch: int, shape: torch.Size, compared: bool) -> tuple[int, int]:
         """Bytes for the largest step with one batch in flight, and for all hidden states.
 
-        The largest step is one of three: a block with its activations, loading the weights outside
-        the blocks, or computing logits, which are two models' logits if the model is compared.
+        The step is a block with its activations, loading the weights outside the blocks, or logits.
         """
         skeleton, size = self.skeleton, self.skeleton.dtype.itemsize
         windows, seqlen = shape
@@ -323,7 +249,5 @@ class StreamedModel:
             outer -= min(head.weight.numel(), embedding.numel()) * self.source.stored_dtype.itemsize
         # The file is mapped while it is copied. When logits are computed, only the copy is left.
         copy = outer * max(1, size // self.source.stored_dtype.itemsize)
-        logits = _logits_bytes(_vocabulary(config), min(ROWS, seqlen), size) * (
-            2 if compared else 1
-        )
+        logits = (1 + compared) * _logits_bytes(skeleton.vocabulary, min(ROWS, seqlen), size)
         return max(block + transient, outer + copy, copy + logits), windows * seqlen * hidden * size

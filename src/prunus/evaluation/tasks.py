@@ -10,10 +10,10 @@ import contextlib
 import difflib
 import hashlib
 import importlib.util
-import inspect
 import io
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -27,11 +27,9 @@ from typing import Any
 import torch
 
 from prunus.distributed import SINGLE_PROCESS, Ranks
-from prunus.evaluation.lm_eval_results import read_scores
 from prunus.evaluation.local_tasks import FOLDER, load_splits, local_files
-from prunus.evaluation.task_scores import PAPER7, TaskScore
+from prunus.evaluation.records import PAPER7, Metric, TaskScore
 
-ALIASES = {"paper7": PAPER7}
 #: lm-eval's own seed for drawing few-shot examples.
 SEED = 1234
 #: Bootstrap draws for the standard error of a metric without a formula. lm-eval's 100,000 take
@@ -55,10 +53,9 @@ class LoadedTask:
     """A task, or a group of tasks, with its rows.
 
     Attributes:
-        name: what the user calls it.
         definition: SHA-256 of everything that makes the prompts and the scoring: templates, rows,
             examples, limit, lm-eval's version.
-        source: where the rows come from.
+        source: where the rows are read.
         limit: the largest number of rows to score, or None.
         content: lm-eval's own objects.
     """
@@ -102,19 +99,16 @@ def load_tasks(
 
     Args:
         names: tasks, tags or groups of lm-eval, or `paper7`.
-        shots: worked examples per prompt. None takes the task's own number, which is 0 for most
-            tasks.
-        limit: score only this many rows of each task, from the first on. None scores all.
+        shots: worked examples per prompt. None takes the task's own number.
+        limit: score this many rows of each task, from the first on. None scores all.
         folder: local folder with the rows, see `local_tasks.py`. None takes the hub.
 
     Raises:
-        ModuleNotFoundError: lm-eval is not installed.
         ValueError: no tasks, an unknown task, a task with a fixed number of examples or unsafe
             code, or a damaged row.
         FileNotFoundError: the folder lacks files.
         OSError: the hub does not answer.
     """
-    require_lm_eval()
     if not names:
         raise ValueError("no tasks are named; give some, such as paper7")
     with _quiet_lm_eval():
@@ -129,7 +123,7 @@ def wrap_model(model: Any, tokenizer: Any, batch: int | str, ranks: Ranks = SING
     """Wrap a loaded transformers model for lm-eval.
 
     Batch "auto" lets lm-eval try which size fits on a CUDA device. Of n ranks, rank r gets the rows
-    r, r + n, r + 2n and so on, as under lm-eval's own launcher.
+    r, r + n, r + 2n and so on, as with lm-eval's own launcher.
     """
     with _quiet_lm_eval():
         from lm_eval.models.huggingface import HFLM
@@ -150,11 +144,11 @@ def wrap_model(model: Any, tokenizer: Any, batch: int | str, ranks: Ranks = SING
         return wrapped
 
 
-def run_task(task: LoadedTask, wrapped: Any) -> list[TaskScore] | None:
+def run_task(task: LoadedTask, wrapped: Any) -> list[TaskScore]:
     """Score one task with a model of `wrap_model`.
 
     Returns:
-        The scores on rank 0, None on the other ranks. A group returns its own score first, then
+        The scores on rank 0, none on the other ranks. A group returns its own score first, then
         those of its members.
     """
     started = time.perf_counter()
@@ -181,9 +175,73 @@ def run_task(task: LoadedTask, wrapped: Any) -> list[TaskScore] | None:
                 f"it does not fit ({fault})"
             ) from fault
     if found is None:
-        return None
+        return []
     seconds = time.perf_counter() - started
-    return read_scores(found, definition=task.definition, source=task.source, seconds=seconds)
+    names = sorted(found["results"], key=lambda name: name in found["samples"])
+    return [_read_score(found, name, task, seconds) for name in names]
+
+
+# --- results ---
+
+
+def _read_score(found: Mapping[str, Any], name: str, task: LoadedTask, seconds: float) -> TaskScore:
+    """The score of one task or group among those that `lm_eval.evaluate` returned."""
+    results = found["results"][name]
+    # Several ranks return the rows in another order. Two models are compared row by row, so we
+    # sort.
+    samples = sorted(found["samples"].get(name, []), key=lambda row: row["doc_id"])
+    _check_finite(name, samples)
+    return TaskScore(
+        task=name,
+        metrics=_metrics(results, samples),
+        shots=int(found["n-shot"].get(name) or 0),
+        rows=int(results.get("sample_len", len(samples))),
+        version=str(found["versions"].get(name)),
+        definition=task.definition,
+        source=task.source,
+        seconds=seconds,
+    )
+
+
+def _metrics(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, Metric]:
+    """Read the metrics of one task.
+
+    lm-eval's keys are `metric,filter` and `metric_stderr,filter`; "N/A" is an unknown error.
+
+    >>> list(_metrics({"acc,none": 0.5, "acc_stderr,none": "N/A", "alias": "rte"}, []).items())
+    [('acc', Metric(value=0.5, stderr=None, outcomes=None))]
+    """
+    metrics = {}
+    for key, value in results.items():
+        name, comma, kind = key.partition(",")
+        if not comma or name.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = results.get(f"{name}_stderr,{kind}")
+        outcomes: list[Any] = [row.get(name) for row in samples if row["filter"] == kind]
+        # The value may be another figure than the mean of the rows, such as a perplexity.
+        is_mean = (
+            outcomes
+            and all(isinstance(outcome, int | float) for outcome in outcomes)
+            and math.isclose(sum(outcomes) / len(outcomes), value, abs_tol=1e-9)
+        )
+        metrics[name if kind == "none" else f"{name} ({kind})"] = Metric(
+            float(value),
+            float(error) if isinstance(error, int | float) else None,
+            tuple(map(float, outcomes)) if is_mean else None,
+        )
+    return metrics
+
+
+def _check_finite(name: str, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse log-likelihoods that are NaN: lm-eval would choose among them and score the choice."""
+    for row in samples:
+        for response in row["filtered_resps"]:
+            first = response[0] if isinstance(response, tuple | list) and response else response
+            if isinstance(first, float) and math.isnan(first):
+                raise ValueError(
+                    f"{name}, row {row['doc_id']}: the model's outputs are not finite. Damaged "
+                    "weights, or a dtype too small for this model; try `dtype` float32"
+                )
 
 
 # --- the catalogue ---
@@ -196,23 +254,19 @@ def _catalogue(names: Sequence[str]) -> Any:
     root = Path(lm_eval.tasks.__file__).parent
     folders = [root / name for name in _LOCAL_TASK_FOLDERS if (root / name).is_dir()]
     small = lm_eval.tasks.TaskManager(include_defaults=False, include_path=folders)
-    wanted = {task for name in names for task in ALIASES.get(name, (name,))}
+    wanted = {task for name in names for task in (PAPER7 if name == "paper7" else (name,))}
     # Only for tasks: a tag such as `ai2_arc` may have more members in the whole catalogue.
     return small if wanted <= set(small.all_subtasks) else lm_eval.tasks.TaskManager()
 
 
 def _expand(name: str, catalogue: Any) -> list[str]:
     """The tasks of an alias or a tag. A group stays one task: it has a score of its own."""
-    if name in ALIASES:
-        return list(ALIASES[name])
+    if name == "paper7":
+        return list(PAPER7)
     entry = catalogue.task_index.get(name)
     if entry is None:
-        near = difflib.get_close_matches(name, [*ALIASES, *catalogue.all_tasks], n=4, cutoff=0.6)
-        hint = (
-            f"did you mean {', '.join(near)}?"
-            if near
-            else "lm-eval lists its own: lm-eval ls tasks"
-        )
+        near = difflib.get_close_matches(name, ["paper7", *catalogue.all_tasks], n=4, cutoff=0.6)
+        hint = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
         raise ValueError(f"unknown task {name!r}: {hint}")
     return sorted(entry.tags) if name in catalogue.all_tags else [name]
 
@@ -290,40 +344,29 @@ def _definition(task: Any, limit: int | None) -> str:
 
 
 def _as_text(value: Any) -> str:
-    """A value as text. A function becomes its source, because its repr contains an address."""
-    if not callable(value):
-        return str(value)
-    try:
-        return inspect.getsource(value)
-    except (OSError, TypeError):
-        name = getattr(value, "__qualname__", type(value).__name__)
-        return f"{getattr(value, '__module__', '')}.{name}"
+    """A value as text. A function is named: lm-eval's version stands for its code."""
+    return getattr(value, "__qualname__", type(value).__name__) if callable(value) else str(value)
 
 
 @contextlib.contextmanager
 def _quiet_lm_eval() -> Iterator[None]:
-    """Silence lm-eval: it may draw progress bars on a terminal, and prints nothing elsewhere.
-
-    Standard output is for results alone.
-    """
+    """Silence lm-eval, except for progress bars on a terminal. Stdout is for results alone."""
     logger = logging.getLogger("lm_eval")
     level, before = logger.level, os.environ.get("DISABLE_MULTIPROC")
     logger.setLevel(logging.ERROR)
     # Otherwise lm-eval forks this process, with the model and its threads, to compute the
     # bootstrap.
     os.environ["DISABLE_MULTIPROC"] = "1"
-    stderr = (
-        contextlib.nullcontext()
-        if sys.stderr.isatty()
-        else contextlib.redirect_stderr(io.StringIO())
-    )
+    errors = sys.stderr if sys.stderr.isatty() else io.StringIO()
     try:
-        with stderr, contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        with (
+            contextlib.redirect_stderr(errors),
+            contextlib.redirect_stdout(errors),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
         logger.setLevel(level)
-        if before is None:
-            del os.environ["DISABLE_MULTIPROC"]
-        else:
-            os.environ["DISABLE_MULTIPROC"] = before
+        os.environ.pop("DISABLE_MULTIPROC")
+        os.environ.update({} if before is None else {"DISABLE_MULTIPROC": before})

@@ -1,5 +1,8 @@
 """The loop over windows: loss, and how far the predictions are from those of a reference.
 
+The logits of windows are those of a model in memory (`WholeModel`), of a model that is read block
+by block (`StreamedModel`), or of a model that others are compared with (`Reference`).
+
 Perplexity looks at the probability of one token per position, and pruning can raise some of these
 while it lowers others. The Kullback-Leibler divergence compares all probabilities. With p of the
 reference and q of the model, it is at every position
@@ -13,7 +16,8 @@ The ratio of two perplexities is exp(d) with d the mean difference of the losses
 taken window by window, because both models find the same windows hard. By the delta method
 the standard error of exp(d) is exp(d) · se(d).
 
-Legend: W windows, S tokens per window, T rows of logits, V vocabulary, M models.
+Legend: W windows, B windows at once, S tokens per window, T rows of logits, V vocabulary,
+M models.
 """
 
 from __future__ import annotations
@@ -21,14 +25,15 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
 
 from prunus.distributed import SINGLE_PROCESS, Ranks
-from prunus.evaluation.logits import LogitsSource, Rows, WindowProgress
 from prunus.evaluation.records import Divergence
 
 #: Rows of logits (one per token) that are in float32 at the same time. A whole window of 2048
@@ -36,6 +41,90 @@ from prunus.evaluation.records import Divergence
 ROWS = 512
 #: Rows of logits that are compared at the same time. A row takes some six rows in float32.
 _PIECE = 32
+
+#: A function of (first, stop) that returns the logits (T, V) of these tokens of a window.
+Rows = Callable[[int, int], torch.Tensor]
+#: Called with the number of windows done, and the number of all windows.
+WindowProgress = Callable[[int, int], None]
+
+
+class LogitsSource(Protocol):
+    """A model that gives the logits of windows, and checks token ids by `check_windows`."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def check(self, ids: torch.Tensor, name: str) -> None: ...
+
+    def windows(
+        self, ids: torch.Tensor, batch: int, progress: WindowProgress, compared: bool
+    ) -> Generator[Rows, None, None]:
+        """The logits of every window, in order. Read them before the next window is taken.
+
+        Args:
+            ids: token ids (W, S), int64. With more ranks than batches, a rank may have no windows.
+            progress: called after every batch or block. It counts shares of windows: half of the
+                blocks for all W windows count as W / 2.
+            compared: another model of this size gives its logits at the same time, so this one
+                leaves half of the memory to it.
+        """
+
+
+class WholeModel:
+    """A loaded transformers model, scored in evaluation mode and left in the mode it was in."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        embedding = model.get_input_embeddings()
+        self._device: torch.device = embedding.weight.device
+        # A packed embedding stores bytes, and says in which dtype it gives rows.
+        self.dtype: torch.dtype = getattr(embedding, "dtype", embedding.weight.dtype)
+
+    def check(self, ids: torch.Tensor, name: str) -> None:
+        check_windows(self._model, ids, name)
+
+    def windows(
+        self, ids: torch.Tensor, batch: int, progress: WindowProgress, compared: bool
+    ) -> Generator[Rows, None, None]:
+        was_training = self._model.training
+        self._model.eval()
+        done = 0
+        try:
+            for ids_BS in ids.split(batch) if len(ids) else ():
+                yield from map(rows_of, self._logits(ids_BS))
+                done += len(ids_BS)
+                progress(done, len(ids))
+        finally:
+            self._model.train(was_training)
+
+    # The mode ends before a window is handed out, so it never holds for the caller.
+    @torch.inference_mode()
+    def _logits(self, ids_BS: torch.Tensor) -> torch.Tensor:
+        ids_BS = ids_BS.to(self._device)
+        logits: torch.Tensor = self._model(input_ids=ids_BS, use_cache=False).logits
+        return logits
+
+
+def rows_of(logits_SV: torch.Tensor) -> Rows:
+    """The logits of one window as a function of the first row and the row after the last."""
+    return lambda first, stop: logits_SV[first:stop]
+
+
+def check_windows(model: Any, ids: torch.Tensor, name: str) -> None:
+    """Check that token ids (W, S) are in the vocabulary, and that windows fit in the context."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    largest = int(ids.max())
+    if largest >= vocabulary:
+        raise ValueError(
+            f"token id {largest} is outside {name}'s vocabulary of {vocabulary}; "
+            "are these another tokenizer's ids?"
+        )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and ids.shape[1] > positions:
+        raise ValueError(
+            f"windows of {ids.shape[1]} tokens are longer than {name}'s {positions} positions; "
+            f"use a `seqlen` of {positions} or less"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,10 +186,8 @@ def score_windows(
 
     Args:
         ids: token ids (W, S), int64, of all ranks; S at least 2.
-        reference: the model to compare with. If it runs block by block, it runs all of them first.
         start: the first row of a window that is scored. Rows before it are context only.
-        progress: called with the number of windows done, and the number of all windows. A window
-            counts half when one of two models is done with it.
+        progress: a window counts half when one of two models is done with it.
 
     Raises:
         ValueError: outputs are not finite, or the vocabularies differ.
@@ -113,12 +200,21 @@ def score_windows(
         torch.empty(len(own_ids), width, dtype=torch.float64)
         for width in (len(sources), tokens, tokens)
     )
+    done = [0] * len(sources)
+
+    def report(position: int, windows: int, of: int) -> None:
+        done[position] = windows
+        if progress is not None:
+            progress(sum(done) // len(done), of)
+
     with contextlib.ExitStack() as stack:
         windows = [
             stack.enter_context(
-                contextlib.closing(source.windows(own_ids, batch, report, len(sources) > 1))
+                contextlib.closing(
+                    source.windows(own_ids, batch, partial(report, position), len(sources) > 1)
+                )
             )
-            for source, report in zip(sources, _shares(progress, len(sources)), strict=True)
+            for position, source in enumerate(sources)
         ]
         for window, (*rows, ids_S) in enumerate(zip(*windows, own_ids, strict=True)):
             losses, kl_T, same_T = _score_window(rows, ids_S, window, start)
@@ -129,29 +225,16 @@ def score_windows(
     return WindowScores(*(ranks.all_gather(x) for x in (losses_WM, kl_WT, same_WT)))
 
 
-def _shares(progress: WindowProgress | None, models: int) -> list[WindowProgress | None]:
-    """A function for the progress of every model, which counts its share of the windows."""
-    if progress is None:
-        return [None] * models
-    done = [0] * models
-
-    def make(position: int) -> WindowProgress:
-        def report(windows: int, of: int) -> None:
-            done[position] = windows
-            progress(sum(done) // models, of)
-
-        return report
-
-    return [make(position) for position in range(models)]
-
-
 def _score_window(
     rows: Sequence[Rows], ids_S: torch.Tensor, window: int, start: int
 ) -> tuple[list[float], torch.Tensor, torch.Tensor]:
     """Mean losses of the models, KL divergences (T,) and agreements (T,) of one window."""
     totals = [0.0] * len(rows)
     divergences, agreements = [torch.empty(0)], [torch.empty(0)]
-    for first, stop in _chunks(start, len(ids_S)):
+    # Row t predicts token t + 1, so the last row of a window predicts nothing and is left out.
+    last = len(ids_S) - 1
+    for first in range(start, last, ROWS):
+        stop = min(first + ROWS, last)
         model_TV = rows[-1](first, stop)
         targets_T = ids_S[first + 1 : stop + 1].to(model_TV.device)
         logits = [*(other(first, stop).to(model_TV.device) for other in rows[:-1]), model_TV]
@@ -181,21 +264,7 @@ def _score_window(
             f"the KL divergence of window {window} is not finite: the model gives probability 0 to "
             "a token that the reference can predict"
         )
-    scored = len(ids_S) - 1 - start
-    return [total / scored for total in totals], kl_T, torch.cat(agreements)
-
-
-def _chunks(start: int, seqlen: int) -> Iterator[tuple[int, int]]:
-    """Pairs (first, stop) of the rows that are in float32 at the same time.
-
-    Row t predicts token t + 1, so the last row of a window predicts nothing and is left out.
-
-    >>> list(_chunks(0, 1200))
-    [(0, 512), (512, 1024), (1024, 1199)]
-    """
-    last = seqlen - 1
-    for first in range(start, last, ROWS):
-        yield first, min(first + ROWS, last)
+    return [total / (last - start) for total in totals], kl_T, torch.cat(agreements)
 
 
 def token_divergences(
@@ -236,10 +305,8 @@ def token_divergences(
 
 def _over_windows(means: Sequence[float]) -> tuple[float, float | None]:
     """The mean over windows, and its standard error sd / √W; None for a single window."""
-    mean = statistics.fmean(means)
-    if len(means) < 2:
-        return mean, None
-    return mean, statistics.stdev(means, mean) / math.sqrt(len(means))
+    mean, single = statistics.fmean(means), len(means) < 2
+    return mean, None if single else statistics.stdev(means, mean) / math.sqrt(len(means))
 
 
 def _quantile(values: torch.Tensor, share: float) -> float:

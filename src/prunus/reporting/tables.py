@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from prunus.runs.document import Facts, Measured, Table, items_of, table_of
+from prunus.runs.document import Facts, Table, items_of, table_of
 from prunus.runs.record import bos_words
 
 if TYPE_CHECKING:
     from prunus.compression.pack_record import ConversionRecord
-    from prunus.evaluation.images import ImageScore
     from prunus.recovery.record import RecoveryRecord
 
 _BOS_OF_PLAN = {
@@ -21,25 +20,6 @@ _BOS_OF_PLAN = {
     "yes": "yes",
     "no": "no, as in the papers",
 }
-
-
-def images_table(scores: Sequence[ImageScore]) -> Table:
-    """One row per image classifier, with the difference to the first."""
-    rows = [
-        {
-            "model": score.model,
-            "accuracy": Measured(score.accuracy, score.standard_error),
-            "− first": None if score is scores[0] else Measured(*score.minus(scores[0])),
-            "seconds": score.seconds,
-        }
-        for score in scores
-    ]
-    return table_of(
-        f"Top-1 accuracy on {scores[0].images:,} images",
-        rows,
-        {"accuracy": ".2%", "− first": "+.2%", "seconds": ".1f"},
-        f"± one standard error; {scores[0].labels}",
-    )
 
 
 def plan_facts(plan: dict[str, Any]) -> Facts:

@@ -18,10 +18,10 @@ from prunus.calibration.files import read_ids
 from prunus.calibration.sources import find_source
 from prunus.calibration.windows import Wanted, hash_ids
 from prunus.distributed import SINGLE_PROCESS
+from prunus.evaluation.inspection import packed_size, stored_size
 from prunus.evaluation.options import TaskOptions, TextOptions
 from prunus.evaluation.perplexity import perplexity
 from prunus.evaluation.reference import Reference
-from prunus.evaluation.size import packed_size, stored_size
 from prunus.evaluation.task_runner import evaluate
 from prunus.model.checkpoint.atomic_files import TEMPORARY_SUFFIX, copy_file, in_held, make_folder
 from prunus.model.checkpoint.writer import save_safetensors

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from prunus.evaluation.options import TaskOptions
+from prunus.evaluation.perplexity import check_text
 from prunus.evaluation.task_runner import prepare_tasks
-from prunus.evaluation.text import check_text
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.checkpoint.output_folder import check_apart, is_vacant
 from prunus.model.checkpoint.reader import resolve_folder
