@@ -55,9 +55,7 @@ def test_a_data_limited_linear_gets_the_same_channels_and_fit_in_float32(monkeyp
     weight, gram = torch.randn(20, 200, generator=generator), X_TI.T @ X_TI
     found = []
     for limited in (True, False):
-        monkeypatch.setattr(
-            structured, "is_data_limited", lambda _inputs, _damping, is_=limited: is_
-        )
+        monkeypatch.setattr(structured, "is_data_limited", lambda *_, is_=limited: is_)
         reader = Reader(weight, gram, 1.0)
         kept = reader.keep(200, 1, 120)
         found.append((kept.columns, reader.fit(kept.columns)))

@@ -7,26 +7,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import reference
-from method_cases import WEIRD, example, weird_example
+from method_cases import PATTERNS, WEIRD, example, gather, weird_example
 from prunus.methods import METHODS, MethodOptions, Work, compose
 from prunus.methods.patterns import Pattern
 from prunus.methods.refine.swaps import refine_by_swaps
-from prunus.methods.statistics import InputStatistics
 
-BY_ROWS = [
-    Pattern(),
-    Pattern(group="layer"),
-    Pattern(group=3),
-    Pattern(2, 4),
-    Pattern(1, 3),
-    Pattern(5, 6),
-]
-
-
-def gather(X_TI: Tensor) -> InputStatistics:
-    statistics = InputStatistics(X_TI.shape[1], "gram")
-    statistics.add(X_TI)
-    return statistics
+# Swaps stay within a row, so columns keep no count.
+BY_ROWS = [*(pattern for pattern in PATTERNS if pattern.group != "column"), Pattern(5, 6)]
 
 
 def start(weight_OI: Tensor, X_TI: Tensor, pattern: Pattern, sparsity: float = 0.5) -> Tensor:

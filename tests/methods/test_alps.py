@@ -8,12 +8,7 @@ from torch import Tensor
 
 from method_cases import gather
 from prunus.methods import METHODS, MethodOptions
-from prunus.methods.alps import (
-    OVER_RELAXATION,
-    admm_operator,
-    leading_eigenvectors,
-    penalties,
-)
+from prunus.methods.alps import OVER_RELAXATION, admm_operator, leading_eigenvectors, penalties
 from prunus.methods.patterns import Pattern
 from prunus.methods.refine.dense_targets import drift_is_worthwhile
 from prunus.methods.solvers.least_squares import ScaledGram, is_data_limited, ridge, scaled_gram_of
@@ -94,9 +89,7 @@ def test_the_spectrum_replaces_inverses(wide_from_64):
         assert (found_OI - expected_OI).norm() < 0.65 * (diagonal_OI - expected_OI).norm()
 
 
-@pytest.mark.parametrize(
-    "pattern", [Pattern(), Pattern(group="layer"), Pattern.parse("2:4", "row")], ids=repr
-)
+@pytest.mark.parametrize("pattern", [Pattern(), Pattern(group="layer"), Pattern(2, 4)], ids=repr)
 def test_with_few_tokens_alps_is_nearly_as_good_as_with_inverses(pattern, monkeypatch):
     weight_OI, statistics, scaled = data_limited_example()
 
@@ -115,12 +108,7 @@ def test_with_few_tokens_alps_is_nearly_as_good_as_with_inverses(pattern, monkey
 
 def test_rows_in_runs_are_pruned_as_all_at_once(wide_from_64, monkeypatch):
     weight_OI, statistics, _ = data_limited_example()
-    for pattern in (
-        Pattern(),
-        Pattern(group=3),
-        Pattern(group="layer"),
-        Pattern.parse("4:8", "row"),
-    ):
+    for pattern in (Pattern(), Pattern(group=3), Pattern(group="layer"), Pattern(4, 8)):
         whole = METHODS["alps"].prune(weight_OI, statistics, pattern, 0.5)
         monkeypatch.setattr("prunus.hardware.numerics._ELEMENTS_AT_A_TIME", 10 * 256)
         runs = METHODS["alps"].prune(weight_OI, statistics, pattern, 0.5)
