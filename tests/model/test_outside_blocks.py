@@ -1,8 +1,11 @@
-"""Outside the blocks: an embedding of which only some rows are read, and a head that needs all."""
+"""Models without weights, and their parts outside the blocks: tables, an embedding, a head."""
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from prunus.model.kinds import kind_of
+from prunus.model.meta_model import build_on_meta
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from tiny import tiny_checkpoint, token_ids
@@ -48,3 +51,19 @@ def test_a_tied_head_gets_all_of_it_whatever_was_read_before(tied):
     with skeleton.outside_blocks(source.read_outside, CPU, with_head=True):
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
         assert model.get_output_embeddings().weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "family", ["bloom", "gptj", "gpt_neo", "gemma3_text", "deepseek_v3", "jamba", "gpt_oss"]
+)
+def test_tables_are_those_of_a_loaded_model(family, dtype, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint(tmp_path, family), dtype=dtype)
+    found = build_on_meta(kind_of(model.config), model.config, dtype, False)
+    assert {parameter.device.type for parameter in found.parameters()} == {"meta"}
+    tables = dict(found.named_buffers())
+    assert tables.keys() == dict(model.named_buffers()).keys()
+    for name, expected in model.named_buffers():
+        if name not in model.state_dict():
+            assert expected.dtype == tables[name].dtype, name
+            assert torch.equal(tables[name], expected), name

@@ -137,9 +137,6 @@ def add_lora(
     Args:
         targets: last parts of the names of the linears that get a layer, e.g. `q_proj`.
         transposed: whether the linears store (in, out), as GPT-2's Conv1D does.
-
-    Returns:
-        The model of peft.
     """
     require_peft()
     import peft

@@ -143,8 +143,7 @@ def load_config(
 
     Raises:
         FileNotFoundError: there is no config.json.
-        ValueError: this version of transformers does not know the model, the model is quantised, or
-            a number in the configuration exceeds all that the checkpoint stores.
+        ValueError: transformers does not know the model, it is quantised, or a number is too large.
     """
     require_config(folder)
     check_config(folder, checkpoint)
@@ -217,7 +216,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def _is_packed(described: Any) -> bool:
     """Whether a `quantization_config`, a dict or an object, is of a packed model."""
     fields = described if isinstance(described, dict) else getattr(described, "__dict__", {})
-    return fields.get("quant_method") == _PACKED
+    return bool(fields.get("quant_method") == _PACKED)
 
 
 def _sizes(folder: Path, checkpoint: Checkpoint | None) -> StoredSizes:

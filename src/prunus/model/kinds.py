@@ -16,13 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of model.
-
-    Attributes:
-        name: for people.
-        loader: the class of transformers that loads it.
-        input_name: the argument of its forward that takes a batch.
-    """
+    """One kind of model: its name, transformers' class for it, and its argument for a batch."""
 
     name: str
     loader: str

@@ -53,9 +53,9 @@ def find_block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
         for path, module in stacks.items()
         if not any(path.startswith(f"{other}.") for other in stacks)
     }
-    if len(stacks) > 1 and hasattr(model, "get_decoder"):
+    if len(stacks) > 1:
         # An image-text model: its language model is one of several towers.
-        decoder: Any = model.get_decoder()
+        decoder: Any = getattr(model, "get_decoder", lambda: None)()
         inside = {id(x) for x in decoder.modules()} if decoder is not None else ()
         stacks = {path: x for path, x in stacks.items() if id(x) in inside} or stacks
     if not stacks:

@@ -23,12 +23,7 @@ from prunus.model.source import Source
 
 @dataclass(frozen=True)
 class StatesPlace:
-    """Where hidden states wait between two blocks; see `HiddenStates`.
-
-    Attributes:
-        spill_to: folder for a file of them, or None if they stay in memory.
-        on_device: whether they stay in the memory of the device, and not of the host.
-    """
+    """Where hidden states are kept between two blocks; see `HiddenStates`."""
 
     spill_to: Path | None
     on_device: bool

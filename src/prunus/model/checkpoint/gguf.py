@@ -297,11 +297,7 @@ class _Cursor:
 
 
 def check_header(path: Path) -> dict[str, Any]:
-    """Check the header of a GGUF file: every tensor must lie inside it.
-
-    Returns:
-        `architecture`, number of `tensors`, and number of `weights` in all of them.
-    """
+    """Check a GGUF file; returns `architecture`, and the numbers of `tensors` and `weights`."""
     from gguf import GGUFReader
 
     try:
@@ -321,10 +317,7 @@ def check_header(path: Path) -> dict[str, Any]:
 def _check_lengths(
     fields: dict[str, Any], architecture: str, tensors: dict[str, tuple[int, ...]]
 ) -> None:
-    """Compare the lengths in the fields with the shapes of the tensors.
-
-    A library that believes the fields would make a model of their size, or leave out blocks.
-    """
+    """Compare the lengths in the fields, which size the model, with the shapes of the tensors."""
     blocks = {match[1] for name in tensors if (match := re.match(r"blk\.(\d+)\.", name))}
     said = fields.get(f"{architecture}.block_count", 0)
     if not isinstance(said, int) or said != len(blocks) or not blocks:

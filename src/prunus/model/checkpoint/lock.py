@@ -36,12 +36,8 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold `folder` against other runs for the length of a `with` block.
 
     Makes the folder if it is missing, and removes what it made if nothing was written there. Of
-    the processes of one run only the one that writes may call it.
-
-    Raises:
-        FileExistsError: another run holds it; names host and process id. Or something that is no
-            lock has the lock's name.
-        OSError: the folder cannot be written.
+    the processes of one run only the one that writes may call it. FileExistsError names the run
+    that holds it.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = _acquire(folder)

@@ -39,13 +39,7 @@ _MAX_PREFETCH = 2**28  # bytes; see `_prefetch`
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What the header of a shard says of one tensor.
-
-    Attributes:
-        file: name of the shard.
-        shape, dtype: of the tensor.
-        begin: offset in the file of its first byte.
-    """
+    """What the header of a shard says of one tensor; `begin` is the offset of its first byte."""
 
     file: str
     shape: tuple[int, ...]
@@ -70,10 +64,6 @@ class Checkpoint:
         tensors: stored name -> what the header says of the tensor.
         fingerprint: SHA-256 over names, sizes and headers of the shards. It tells checkpoints apart
             without reading their weights.
-
-    Raises:
-        FileNotFoundError: no such folder, no safetensors in it, or a shard is missing.
-        ValueError: the index or a shard is damaged, or the index names a file outside the folder.
     """
 
     def __init__(self, folder: Path, only: Sequence[str] | None = None) -> None:
