@@ -250,11 +250,7 @@ def _stored_bits(source: Readable, skeleton: Skeleton) -> float | None:
 
 
 def packed_size(folder: Path, trust_remote_code: bool = False) -> ModelSize | None:
-    """The size that `prunus pack` would give a model without loss. Writes nothing.
-
-    None for what is packed already, for adapters, for dtypes that a bitmap does not hold, and for
-    models that prunus cannot take apart. One block is in memory at a time.
-    """
+    """The size that `prunus pack` would give a model without loss; None where it packs nothing."""
     opened = _opened_for_size(folder, trust_remote_code)
     if opened is None:
         return None

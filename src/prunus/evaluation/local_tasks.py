@@ -24,12 +24,7 @@ _NAMES = {"winogrande": "winogrande_xl"}
 def local_files(
     folder: Path, configs: Mapping[str, Mapping[str, Any] | None], shots: int | None = None
 ) -> dict[str, dict[str, Path | None]]:
-    """Find the files of all tasks, before any is read.
-
-    Args:
-        configs: task -> its definition in lm-eval. None for a group, and for a task that is Python
-            code.
-        shots: worked examples per prompt; None takes the task's own number.
+    """Find the files of all tasks, before any is read; `configs` and `shots` are as in `tasks.py`.
 
     Returns:
         Task -> split -> file, the split that is scored first. lm-eval opens that of the examples

@@ -198,12 +198,9 @@ def _opened(given: Any, model: ModelInput, compute: ComputeOptions, streamed: bo
 
 @dataclass(frozen=True)
 class ScoringText:
-    """A text to score: all documents, joined.
+    """A text to score: all documents, joined as `protocol` says.
 
-    Attributes:
-        protocol: how they were joined, in words.
-        source: where the text was read.
-        max_windows: the largest number of windows by convention, or None.
+    `max_windows` is the largest number of windows by convention, or None.
     """
 
     text: str

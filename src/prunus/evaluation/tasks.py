@@ -50,14 +50,10 @@ _LOCAL_TASK_FOLDERS = (
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """A task, or a group of tasks, with its rows.
+    """A task, or a group of tasks, with its rows; `content` holds lm-eval's own objects.
 
-    Attributes:
-        definition: SHA-256 of everything that makes the prompts and the scoring: templates, rows,
-            examples, limit, lm-eval's version.
-        source: where the rows are read.
-        limit: the largest number of rows to score, or None.
-        content: lm-eval's own objects.
+    `definition` is the SHA-256 of everything that makes the prompts and the scoring: templates,
+    rows, examples, limit, lm-eval's version.
     """
 
     name: str
@@ -74,11 +70,7 @@ def require_lm_eval() -> None:
 
 
 def run_lm_eval(arguments: Sequence[str]) -> None:
-    """Run the command line of lm-eval in this process, with its own arguments.
-
-    transformers loads packed checkpoints in a process that has imported prunus, and lm-eval's own
-    command does not.
-    """
+    """Run the command line of lm-eval in this process, which knows packed checkpoints."""
     require_lm_eval()
     from lm_eval.__main__ import cli_evaluate
 
@@ -145,12 +137,7 @@ def wrap_model(model: Any, tokenizer: Any, batch: int | str, ranks: Ranks = SING
 
 
 def run_task(task: LoadedTask, wrapped: Any) -> list[TaskScore]:
-    """Score one task with a model of `wrap_model`.
-
-    Returns:
-        The scores on rank 0, none on the other ranks. A group returns its own score first, then
-        those of its members.
-    """
+    """Score one task with a model of `wrap_model`. Only rank 0 has scores, a group's own first."""
     started = time.perf_counter()
     with _quiet_lm_eval(), torch.random.fork_rng():
         import lm_eval

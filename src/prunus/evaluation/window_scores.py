@@ -63,8 +63,7 @@ class LogitsSource(Protocol):
 
         Args:
             ids: token ids (W, S), int64. With more ranks than batches, a rank may have no windows.
-            progress: called after every batch or block. It counts shares of windows: half of the
-                blocks for all W windows count as W / 2.
+            progress: counts shares of windows: half of the blocks for all W windows are W / 2.
             compared: another model of this size gives its logits at the same time, so this one
                 leaves half of the memory to it.
         """
