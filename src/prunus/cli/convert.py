@@ -66,14 +66,8 @@ def pack(
             "TEXT",
         ),
     ] = "python-docs",
-    seqlen: Annotated[
-        int,
-        opt("Tokens per window of that score. Default: 512.", "N"),
-    ] = 512,
-    samples: Annotated[
-        int,
-        opt("Windows of that score. Default: 8.", "N"),
-    ] = 8,
+    seqlen: Annotated[int, opt("Tokens per window of that score. Default: 512.", "N")] = 512,
+    samples: Annotated[int, opt("Windows of that score. Default: 8.", "N")] = 8,
     **options: Any,
 ) -> None:
     """Store a pruned checkpoint in a compressed format.

@@ -20,8 +20,7 @@ _END = ("/exit", "/quit")
 def generate(
     model: Model,
     prompt: Annotated[
-        str | None,
-        opt("Continue this text; with --chat, answer it as one message.", "TEXT"),
+        str | None, opt("Continue this text; with --chat, answer it as one message.", "TEXT")
     ] = None,
     chat: Annotated[
         bool,
@@ -112,8 +111,7 @@ def serve(
         ),
     ] = "127.0.0.1",
     port: Annotated[
-        int,
-        opt("TCP port; 0 takes a free one. Default: 8000.", "N", min=0, max=65535),
+        int, opt("TCP port; 0 takes a free one. Default: 8000.", "N", min=0, max=65535)
     ] = 8000,
     api_key: Annotated[
         str | None,

@@ -191,8 +191,7 @@ def recover(
     output: Output,
     *,
     teacher: Annotated[
-        str | None,
-        opt("Learn the logits of this dense model. Default: learn the text.", "DENSE"),
+        str | None, opt("Learn the logits of this dense model. Default: learn the text.", "DENSE")
     ] = None,
     **options: Any,
 ) -> None:

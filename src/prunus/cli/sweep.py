@@ -15,8 +15,7 @@ from prunus.runs.options import RunOptions
 @with_flags(RunOptions, without=("overwrite", "resume"))
 def sweep(
     file: Annotated[
-        Path,
-        typer.Argument(metavar="FILE.toml", help="The grid of runs; see the documentation."),
+        Path, typer.Argument(metavar="FILE.toml", help="The grid of runs; see the documentation.")
     ],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the results.")],
     *,
@@ -29,8 +28,7 @@ def sweep(
         ),
     ] = None,
     check: Annotated[
-        bool,
-        opt("Check everything and list the cells; run and write nothing.", names=("--check",)),
+        bool, opt("Check everything and list the cells; run and write nothing.", names=("--check",))
     ] = False,
     **options: Any,
 ) -> None:
@@ -71,10 +69,7 @@ def report(
         opt(
             "Write one self-contained page (.html), or Markdown (.md). Default: print tables.",
             "FILE",
-            names=(
-                "--output",
-                "-o",
-            ),
+            names=("--output", "-o"),
         ),
     ] = None,
     bench: Annotated[
@@ -87,8 +82,7 @@ def report(
         ),
     ] = None,
     title: Annotated[
-        str | None,
-        opt("Title of the report. Default: that of its first section.", "TEXT"),
+        str | None, opt("Title of the report. Default: that of its first section.", "TEXT")
     ] = None,
 ) -> None:
     """Show runs, sweeps and evaluations as HTML, Markdown or text.
