@@ -287,7 +287,8 @@ def process_group(timeout: float | None = None) -> Iterator[Ranks]:
 
 def _own_connection(store: Any, name: str, timeout: float) -> Any:
     """A connection to the store for the heartbeat alone, which no other call may delay."""
-    own: Any = PrefixStore(f"{name}/watch", store).clone()
+    prefixed: Any = PrefixStore(f"{name}/watch", store)
+    own = prefixed.clone()
     own.set_timeout(datetime.timedelta(seconds=max(10.0, timeout)))
     return own
 
