@@ -255,7 +255,9 @@ def write_result(job: RecoveryJob, folder: ResultFolder, trainable: Trainable) -
         zeros = sum(linear.zeros_after for linear in record.linears.values())
         sparsity = zeros / weights if weights else 0.0
         record.totals |= {"weights": weights, "zeros": zeros, "sparsity": sparsity}
-    card = checkpoint_card(record, job.card)
+    section = f"{_section(record)} Figures are in `{record.FILE}`."
+    name = f"{source_name(record)}, recovered"
+    card = extended_card(job.card, "Recovery", section, name=name)
     folder.finish(record.sha256, card=card, keep_records=_KEPT_RECORDS)
 
 
@@ -297,12 +299,6 @@ _KEPT: dict[Mode, str] = {
     "full": "Its shapes are those of the smaller model",
     "scales": "All integers are those of the compressed model",
 }
-
-
-def checkpoint_card(record: RecoveryRecord, card: str | None) -> str:
-    """The pruned model's card with a section about its recovery."""
-    section = f"{_section(record)} Figures are in `{record.FILE}`."
-    return extended_card(card, "Recovery", section, name=f"{source_name(record)}, recovered")
 
 
 def adapter_card(record: RecoveryRecord, base: str, source: Path) -> str:

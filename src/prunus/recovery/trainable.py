@@ -58,7 +58,7 @@ def masked(model: Any, linears: Mapping[str, Linear]) -> Trainable:
     stay zero. So a step of Adam (0 / (√0 + ε)) and weight decay (0 · λ) leave an exact zero in
     place. Gradient clipping sees only the gradients of what is trained.
     """
-    masks = {f"{name}.weight": mask_of(linear.parameter) for name, linear in linears.items()}
+    masks = {f"{name}.weight": linear.parameter != 0 for name, linear in linears.items()}
     return Trainable(model, _all(model), linears, masks, weight_rms=kept_rms(linears))
 
 
@@ -76,15 +76,6 @@ def _all(model: nn.Module) -> dict[str, nn.Parameter]:
 _MIN_ZERO_FRACTION = 0.05
 
 
-def mask_of(weight: torch.Tensor) -> torch.Tensor:
-    """Return the mask of a weight: bool of its shape, True for kept weights.
-
-    >>> mask_of(torch.tensor([[0.5, 0.0]]))
-    tensor([[ True, False]])
-    """
-    return weight != 0
-
-
 def kept_rms(linears: Mapping[str, Linear]) -> float:
     """Return the root mean square of all kept weights of these linears; 1 if there are none."""
     squares, kept = 0.0, 0
@@ -92,7 +83,7 @@ def kept_rms(linears: Mapping[str, Linear]) -> float:
         # Sum in float64: float32 sums of this many squares lose digits.
         weight = linear.parameter.detach()
         squares += float(weight.float().square().sum(dtype=torch.float64))
-        kept += int(torch.count_nonzero(mask_of(linear.parameter)))
+        kept += int(torch.count_nonzero(linear.parameter))
     return math.sqrt(squares / kept) if squares else 1.0
 
 

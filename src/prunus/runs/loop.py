@@ -201,7 +201,8 @@ class BackgroundWrites:
         if self._executor is None:
             write()
         else:
-            self._last = self._executor.submit(_without_gradients, write)
+            # Each thread has a gradient mode of its own.
+            self._last = self._executor.submit(torch.no_grad()(write))
 
     def wait(self) -> None:
         """Wait until everything is written."""
@@ -217,12 +218,6 @@ class BackgroundWrites:
             self._executor.shutdown(wait=True)
         if error is None:
             self.wait()
-
-
-def _without_gradients(write: Callable[[], None]) -> None:
-    # Each thread has a gradient mode of its own.
-    with torch.no_grad():
-        write()
 
 
 #: With less than this many free bytes, the system begins to swap and to kill.

@@ -102,10 +102,11 @@ def prune_linear(
         notes["unreached"] = (
             "no calibration token reached this linear: its inputs were taken as equal"
         )
-    stored_OI = _on_device(_oriented(stored, linear), linear.weight_OI)
+    stored_OI = _on_device(stored.T if linear.transposed else stored, linear.weight_OI)
     weight_OI = stored_OI.to(torch.float32)
     quantization = None if finish is None else finish.begin(full_name, statistics)
-    work = replace(settings.work, rows=row_sharding(ranks), quantization=quantization)
+    rows: RowSharding = _RowsOverRanks(ranks) if ranks.size > 1 else UNSHARDED
+    work = replace(settings.work, rows=rows, quantization=quantization)
     try:
         pruned = method.apply(weight_OI, statistics, work)
     except ValueError as fault:
@@ -156,10 +157,6 @@ def _on_device(stored_OI: torch.Tensor, current_OI: torch.Tensor) -> torch.Tenso
     return stored_OI.to(current_OI.device)
 
 
-def _oriented(stored: torch.Tensor, linear: Linear) -> torch.Tensor:
-    return stored.T if linear.transposed else stored
-
-
 def _output_error(
     before_OI: torch.Tensor, after_OI: torch.Tensor, statistics: InputStatistics, ranks: Ranks
 ) -> tuple[float | None, float | None]:
@@ -198,11 +195,6 @@ def _output_error(
 
 # Notes that count something: those of the shards add up. Of other numbers the largest is kept.
 _COUNTS = frozenset({"swaps"})
-
-
-def row_sharding(ranks: Ranks) -> RowSharding:
-    """How methods split the rows of a linear over these ranks."""
-    return _RowsOverRanks(ranks) if ranks.size > 1 else UNSHARDED
 
 
 @dataclass(frozen=True)

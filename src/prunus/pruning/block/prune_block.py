@@ -187,7 +187,7 @@ class BlockPruner:
                     linears=state.linears,
                     count=len(self.stream),
                     forward=forward,
-                    finish=self.stream.states.put if is_final else _discard,
+                    finish=self.stream.states.put if is_final else lambda *_: None,
                     new_statistics=self._new_statistics,
                     prune=prune,
                     accumulate=self._accumulate(state),
@@ -298,10 +298,6 @@ class BlockPruner:
         self.stream.close()
         if self.dense is not None:
             self.dense.close()
-
-
-def _discard(_batch: int, _output: torch.Tensor) -> None:
-    """Drop the output of a block that still changes."""
 
 
 @dataclass

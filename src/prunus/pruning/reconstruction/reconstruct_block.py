@@ -32,7 +32,6 @@ from prunus.pruning.reconstruction.output_loss import (
     relative_error,
 )
 from prunus.pruning.reconstruction.schedule import (
-    ReconstructionSchedule,
     ReconstructionSettings,
     default_schedule,
     split_batches,
@@ -132,7 +131,12 @@ class BlockReconstruction:
 
         by_token = suffix is not None and suffix.by_token
         by_logits = in_front_of_head(skeleton, self.index)
-        schedule = _default_schedule(inputs, by_token, by_logits)
+        # Hidden states are (windows, tokens, hidden), or images as grids (images, channels, height,
+        # width).
+        shape = inputs.shape(0)
+        hidden = shape[-1] if len(shape) == 3 else shape[1]
+        tokens = math.prod(shape) // hidden
+        schedule = default_schedule(tokens, hidden, by_token, len(inputs), by_logits)
         settings, keys = shared.settings, [f"{linear}.weight" for linear in self.trained]
         options = TrainOptions(
             # A rate that the user gives is plain; the default is relative to the weights' size.
@@ -229,16 +233,6 @@ class BlockReconstruction:
 def in_front_of_head(skeleton: Skeleton, index: int) -> bool:
     """Whether only the final norm and the head follow block `index`, so it can compare logits."""
     return index == len(skeleton) - 1 and skeleton.kind.is_causal
-
-
-def _default_schedule(
-    inputs: ReconstructionBatches, by_token: bool, by_logits: bool
-) -> ReconstructionSchedule:
-    # Hidden states are (windows, tokens, hidden), or images as grids (images, channels, height,
-    # width).
-    shape = inputs.shape(0)
-    hidden = shape[-1] if len(shape) == 3 else shape[1]
-    return default_schedule(math.prod(shape) // hidden, hidden, by_token, len(inputs), by_logits)
 
 
 def activation_bytes(
