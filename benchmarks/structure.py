@@ -57,7 +57,7 @@ from prunus.evaluation.speed import bench
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.checkpoint.atomic_files import read_json, write_json
 from prunus.runs.options import RunOptions
-from prunus.runs.windows import describe_given
+from prunus.runs.windows import given_windows
 from prunus.structure.plan import StructureJob, plan_structure
 from prunus.structure.recipe import StructureRecipe
 from prunus.structure.record import StructureRecord
@@ -150,7 +150,7 @@ class Benchmark:
 
     def _plan(self, size: float) -> StructureJob:
         """The checked run for a size, which knows the models that meet it."""
-        given = {**describe_given(self.ids), "target": f"parameters={size:g}", "repair": False}
+        given = {**given_windows(self.ids)[1], "target": f"parameters={size:g}", "repair": False}
         recipe = StructureRecipe.read(None, given)
         return plan_structure(self.given.model, recipe, RunOptions(input_ids=self.ids))
 
@@ -229,7 +229,7 @@ class Benchmark:
             earlier: the row whose search has taken the first steps; None if there is none.
         """
         found = StructureRecord.load(Path(earlier["folder"])).search if earlier is not None else []
-        given = {**describe_given(self.ids), "batch": BATCH, **options}
+        given = {**given_windows(self.ids)[1], "batch": BATCH, **options}
         how = RunOptions(
             input_ids=self.ids, report=lambda now: say(f"{folder.name} {now.done}/{now.total}")
         )
