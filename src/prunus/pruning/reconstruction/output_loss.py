@@ -64,13 +64,12 @@ def kl_divergence(
             differentiable and treat every token independently.
         stride: 1 if the caller has already chosen the tokens for a gradient step.
 
-    Example:
-        >>> x = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]])
-        >>> loss = kl_divergence(lambda hidden: hidden)
-        >>> [float(value) for value in loss(x, x)]
-        [0.0, 2.0]
-        >>> bool(loss(x.flip(-1), x)[0] > 0)
-        True
+    >>> x = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]])
+    >>> loss = kl_divergence(lambda hidden: hidden)
+    >>> [float(value) for value in loss(x, x)]
+    [0.0, 2.0]
+    >>> bool(loss(x.flip(-1), x)[0] > 0)
+    True
     """
     gradient_calls = itertools.count()
 
@@ -160,14 +159,12 @@ def relative_error(output_WTH: Tensor, target_WTH: Tensor) -> tuple[Tensor, Tens
     Why each token is measured against its own target: most language models have a few tokens with
     enormous hidden states. In a plain squared error these few would outweigh all others.
 
-    Example:
-        A large and a small token that are both 10 % off count equally.
+    A large and a small token that are both 10 % off count equally.
 
-        >>> import torch
-        >>> target = torch.tensor([[[1000.0, 0.0], [0.0, 1.0]]])
-        >>> total, tokens = relative_error(1.1 * target, target)
-        >>> round(float(total / tokens), 4)
-        0.01
+    >>> target = torch.tensor([[[1000.0, 0.0], [0.0, 1.0]]])
+    >>> total, tokens = relative_error(1.1 * target, target)
+    >>> round(float(total / tokens), 4)
+    0.01
     """
     target_WTH = target_WTH.float()
     error_WT = (output_WTH.float() - target_WTH).square().sum(dim=-1)

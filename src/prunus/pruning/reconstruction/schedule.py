@@ -84,9 +84,8 @@ def default_schedule(
     Args:
         tokens: per batch.
 
-    Example:
-        >>> default_schedule(tokens=1024, hidden=576, by_token=True, batches=32)
-        ReconstructionSchedule(epochs=7, token_stride=4, learning_rate=0.007, logit_stride=1)
+    >>> default_schedule(tokens=1024, hidden=576, by_token=True, batches=32)
+    ReconstructionSchedule(epochs=7, token_stride=4, learning_rate=0.007, logit_stride=1)
     """
     fewer = LOGIT_STRIDE if by_logits else 1
     stride = min(fewer * _MAX_EPOCHS, max(1, fewer * tokens // _TOKENS_PER_STEP)) if by_token else 1
@@ -97,31 +96,20 @@ def default_schedule(
         epochs = min(_MAX_EPOCHS, max(_MIN_EPOCHS, 2 * stride))
         return ReconstructionSchedule(epochs, stride, _RATE * width_factor)
     # Half as many epochs as the stride see every second token once.
-    enough = round(_LOGIT_STEPS / max(1, batches - validation_count(batches)))
+    enough = round(_LOGIT_STEPS / max(1, len(split_batches(batches)[0])))
     epochs = max(1, min(max(_MIN_EPOCHS, stride // 2), enough))
     # A block that must run on all tokens leaves the choice of tokens to the loss.
     logit_stride = 1 if by_token else LOGIT_STRIDE
     return ReconstructionSchedule(epochs, stride, _LOGIT_RATE * width_factor, logit_stride)
 
 
-def validation_count(batches: int) -> int:
-    """Return how many of the batches are for validation.
-
-    Example:
-        >>> validation_count(32), validation_count(2)
-        (2, 1)
-    """
-    return max(1, batches // VALIDATION_STRIDE)
-
-
 def split_batches(batches: int) -> tuple[range, range]:
     """Return the numbers of the training batches and of the validation batches, which come last.
 
-    Example:
-        >>> split_batches(32)
-        (range(0, 30), range(30, 32))
+    >>> split_batches(32), split_batches(2)
+    ((range(0, 30), range(30, 32)), (range(0, 1), range(1, 2)))
     """
-    first = batches - validation_count(batches)
+    first = batches - max(1, batches // VALIDATION_STRIDE)
     return range(first), range(first, batches)
 
 
@@ -132,11 +120,10 @@ def linears_to_train(linears: Sequence[str], updated: bool) -> list[str]:
     the time for nearly all of the gain. A method that only masks leaves the error of attention as
     it is, so then all are trained.
 
-    Example:
-        >>> linears_to_train(["self_attn.q_proj", "mlp.up_proj"], updated=True)
-        ['mlp.up_proj']
-        >>> linears_to_train(["self_attn.q_proj", "mlp.up_proj"], updated=False)
-        ['self_attn.q_proj', 'mlp.up_proj']
+    >>> linears_to_train(["self_attn.q_proj", "mlp.up_proj"], updated=True)
+    ['mlp.up_proj']
+    >>> linears_to_train(["self_attn.q_proj", "mlp.up_proj"], updated=False)
+    ['self_attn.q_proj', 'mlp.up_proj']
     """
     # Attention is taken to be the submodule that holds the first linear.
     first = linears[0].partition(".")[0]

@@ -116,16 +116,15 @@ def train_block(
         ranks: processes that split the windows of every batch. `batches` gives each its own
             windows, which may be none, and gradients are summed.
 
-    Example:
-        >>> block = nn.Linear(2, 1, bias=False).requires_grad_(False)
-        >>> _ = block.weight.copy_(torch.tensor([[1.0, 0.0]]))
-        >>> x = torch.tensor([[[1.0, 0.0], [2.0, 1.0]]])
-        >>> target = 3 * x[..., :1]
-        >>> batches = BlockBatches(lambda batch, tokens: block(x), lambda batch: target, [0], [0])
-        >>> options = TrainOptions(learning_rate=0.1, epochs=200)
-        >>> result = train_block(block, batches, {"weight": block.weight != 0}, options)
-        >>> [round(value, 2) for value in result.weights["weight"].flatten().tolist()]
-        [3.0, 0.0]
+    >>> block = nn.Linear(2, 1, bias=False).requires_grad_(False)
+    >>> _ = block.weight.copy_(torch.tensor([[1.0, 0.0]]))
+    >>> x = torch.tensor([[[1.0, 0.0], [2.0, 1.0]]])
+    >>> target = 3 * x[..., :1]
+    >>> batches = BlockBatches(lambda batch, tokens: block(x), lambda batch: target, [0], [0])
+    >>> options = TrainOptions(learning_rate=0.1, epochs=200)
+    >>> result = train_block(block, batches, {"weight": block.weight != 0}, options)
+    >>> [round(value, 2) for value in result.weights["weight"].flatten().tolist()]
+    [3.0, 0.0]
     """
     if not masks or not batches.train or not batches.validation:
         raise ValueError(
@@ -310,9 +309,8 @@ def learning_rate(peak: float, fraction: float, warmup: float = 0.0) -> float:
             matter: steps, tokens or seconds. Values above 1 count as 1.
         warmup: fraction of the training over which the rate rises from 0, below 1.
 
-    Example:
-        >>> [round(learning_rate(2.0, f, warmup=0.1), 6) for f in (0.0, 0.05, 0.1, 0.55, 1.0)]
-        [0.0, 1.0, 2.0, 1.0, 0.0]
+    >>> [round(learning_rate(2.0, f, warmup=0.1), 6) for f in (0.0, 0.05, 0.1, 0.55, 1.0)]
+    [0.0, 1.0, 2.0, 1.0, 0.0]
     """
     if fraction < warmup:
         return peak * fraction / warmup
