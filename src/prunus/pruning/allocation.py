@@ -233,12 +233,9 @@ def sensitivity_curves(
 def pruned_models(
     stream: Stream, layers: Sequence[Layer], candidates: Sequence[Sequence[float]]
 ) -> list[Tensor]:
-    """The last block's outputs when all layers are pruned at once, for some allocations.
+    """The last block's outputs when all layers are pruned at once, for each of some allocations.
 
     Wanda prunes, with the norms of the dense model's inputs, as in `sensitivity_curves`.
-
-    Returns:
-        Per candidate the outputs (windows, tokens, hidden).
     """
     outputs = [stream.states.get(0) for _ in candidates]
     for index in range(len(stream.skeleton)):

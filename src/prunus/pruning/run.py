@@ -129,11 +129,7 @@ def carry_out(
     options: RunOptions,
     verb: PruneVerb,
 ) -> PruningRecord:
-    """Carry out a recipe of prune or of a verb that builds on it.
-
-    Returns:
-        The record of the finished run.
-    """
+    """Carry out a recipe of prune or of a verb that builds on it."""
     kind = verb.job.RECORD
     with options.with_ranks() as joint, contextlib.ExitStack() as stack:
         started, earlier = time.perf_counter(), None

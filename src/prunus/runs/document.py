@@ -207,9 +207,6 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
 def text_of(value: Any, form: str | None) -> str:
     """Format a value for people.
 
-    Returns:
-        The text. A missing value becomes a dash.
-
     >>> text_of(1234.567, ",.2f")
     '1,234.57'
     >>> text_of(Measured(0.5, stderr=0.25), ".1%")

@@ -40,11 +40,7 @@ LastInput = tuple[weakref.ref[torch.Tensor], str]
 
 
 def lockstep(walk: BlockWalk) -> list[Linear]:
-    """Take all batches through the block in lockstep.
-
-    Returns:
-        The linears that no batch of any rank reached.
-    """
+    """Take all batches through the block in lockstep."""
     return _Lockstep(walk).run()
 
 

@@ -272,11 +272,7 @@ class BlockPruner:
     def prune_head(
         self, batches: Sequence[torch.Tensor]
     ) -> tuple[dict[str, torch.Tensor], LinearRecord]:
-        """Prune the output head on the outputs of the final norm, after the last block.
-
-        Returns:
-            The pruned tensor by its name in the model, in its stored dtype, and the record.
-        """
+        """Prune the output head on the outputs of the final norm: its tensor, and its record."""
         head = self.skeleton.head()
         key, device = f"{head.name}.weight", self.job.device
         with self.skeleton.outside_blocks(self.job.source.read_outside, device, with_head=True):

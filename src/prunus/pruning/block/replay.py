@@ -80,11 +80,7 @@ class _FirstGroup:
 
 
 def replay(walk: BlockWalk) -> list[Linear]:
-    """Take all batches through the block, one at a time and once per group of linears.
-
-    Returns:
-        The linears that no batch of any rank reached.
-    """
+    """Take all batches through the block, one at a time and once per group of linears."""
     ranks = walk.ranks
     pending = {linear.name: linear for linear in walk.linears}
     uncounted = {counter.name: counter for counter in walk.expert_counters}

@@ -17,11 +17,7 @@ from prunus.pruning.block.walk import BlockWalk
 
 
 def two_pass(walk: BlockWalk) -> list[Linear]:
-    """Measure all linears of the unpruned block, prune them, then run the pruned block.
-
-    Returns:
-        The linears that no batch of any rank reached.
-    """
+    """Measure all linears of the unpruned block, prune them, then run the pruned block."""
     _count_expert_tokens(walk)
     statistics, leaders = _measure(walk)
     leaders = _agree_on_leaders(walk, leaders)

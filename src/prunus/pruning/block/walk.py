@@ -1,15 +1,9 @@
 """What the three walks through a block have in common: their arguments.
 
-A walk takes all calibration windows through one block and has its linears pruned on the way:
-
-- `lockstep` pauses the forward pass of every batch at every linear. When all batches wait at the
-  same linear, its statistics are complete. It is pruned, and all go on with the pruned weight.
-- `replay` gives the same bits with one batch in flight: it runs the block from its start again for
-  every group of linears. It is for blocks whose paused batches do not fit in memory.
-- `two_pass` is the way of the original code: statistics of all linears from the unpruned block,
-  then a second pass. Linears late in the block do not see what was pruned before them.
-
-No walk knows what a method does: `prune(linear, statistics)` changes the weight in place.
+A walk takes all calibration windows through one block and has its linears pruned on the way.
+`lockstep` runs the block once, `replay` gives the same bits in less memory, and `two_pass` is the
+way of the original code. No walk knows what a method does: `prune(linear, statistics)` changes the
+weight in place.
 """
 
 from __future__ import annotations
