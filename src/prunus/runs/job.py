@@ -261,9 +261,6 @@ def paused_bytes(tokens: int, hidden: int, widest: int, itemsize: int) -> int:
 
     Per token these are four hidden states (residual, normed input, and queries with keys and
     values), and one activation as wide as the widest linear.
-
-    >>> paused_bytes(tokens=10, hidden=4, widest=16, itemsize=2)
-    640
     """
     return tokens * (4 * hidden + widest) * itemsize
 
@@ -273,9 +270,6 @@ def transient_bytes(tokens: int, hidden: int, widest: int, itemsize: int) -> int
 
     The arguments are those of `paused_bytes`. The peak lies in the feed-forward network: six hidden
     states and three activations of the widest linear are alive there.
-
-    >>> transient_bytes(tokens=10, hidden=4, widest=16, itemsize=2)
-    1440
     """
     return tokens * (6 * hidden + 3 * widest) * itemsize
 

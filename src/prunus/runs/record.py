@@ -161,7 +161,7 @@ class RunRecord(Part):
                 )
 
     def forget_missing(self, missing: set[str]) -> bool:
-        """Forget shards that were deleted, and what depends on them. True if that changed the record."""
+        """Forget deleted shards, and what depends on them; True if that changed the record."""
         for name in missing:
             del self.sha256[name]
         return bool(missing)
