@@ -43,8 +43,8 @@ LIBRARIES = {
 
 #: Libraries that an extra installs: each is imported in one file, inside a function.
 OPTIONAL = [
-    "datasets", "gguf", "pyarrow", "accelerate", "peft", "lm_eval", "PIL", "fastapi",
-    "uvicorn", "openai", "IPython", "vllm",
+    "datasets", "gguf", "pyarrow", "accelerate", "peft", "lm_eval", "PIL", "starlette",
+    "uvicorn", "h11", "IPython", "vllm",
 ]  # fmt: skip
 
 #: What must be read without torch: the recipe of each verb, its record, and reports of results.

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from command_line import call
 from prunus.cli import app
-from prunus.evaluation.generation import Conversation, chosen_settings, generate
+from prunus.evaluation.generation import Conversation, chosen_settings, generate, token_settings
 from prunus.evaluation.options import WritingOptions
 from tiny import tiny_checkpoint
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
@@ -47,7 +47,7 @@ def test_a_seed_gives_the_same_text_again_and_another_seed_another_one(talker):
 
 def test_temperature_zero_and_a_tiny_top_p_take_the_most_likely_token(talker):
     greedy = write(talker, 0.0)
-    assert greedy == write(talker, 0.0, None, 7)
+    assert greedy == write(talker, 0.0, None, 7) == write(talker, 1e-310, None, 7)
     assert write(talker, 2.0, 1e-6, 3) == greedy
     assert write(talker, 2.0, 1.0, 3) != greedy
 
@@ -60,6 +60,7 @@ def test_choices_take_the_place_of_the_checkpoints_and_the_rest_stays():
     greedy = chosen_settings(own, WritingOptions(temperature=0))
     assert not greedy.do_sample and greedy.repetition_penalty == 1.2
     assert chosen_settings(GenerationConfig(), WritingOptions(top_p=0.3)).do_sample
+    assert not token_settings(GenerationConfig(do_sample=True, temperature=1e-40)).do_sample
 
 
 @pytest.mark.parametrize(

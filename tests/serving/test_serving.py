@@ -1,7 +1,9 @@
 """`prunus serve`, asked by OpenAI's own client."""
 
+import contextlib
 import http.client
 import json
+import logging
 import os
 import re
 import signal
@@ -20,6 +22,7 @@ from command_line import call
 from packed_reference import pruned_checkpoint
 from plane_reference import quantized_checkpoint
 from prunus import pack
+from prunus.model import tokenizer as reading
 from prunus.serving import server as serving
 from serving_cases import (
     CONTEXT,
@@ -31,6 +34,7 @@ from serving_cases import (
     served_checkpoint,
     wait_until,
 )
+from tiny_tokenizer import VOCABULARY
 
 PROMPT = "once upon"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -65,6 +69,14 @@ def adapter(folders) -> Path:
 @pytest.fixture(scope="module")
 def dense(folders):
     with running(folders["dense"]) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def exact(folders):
+    """A server whose model computes in float32."""
+    with running(folders["dense"]) as server:
+        server.model.float()
         yield server
 
 
@@ -150,6 +162,36 @@ def test_sampling_is_on_with_a_temperature_and_follows_the_seed(dense):
     assert len({sample(temperature=1.5, seed=seed) for seed in range(3)}) == 3
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-40, 1e-6])
+def test_a_temperature_of_almost_nothing_takes_the_likeliest_token(dense, temperature):
+    greedy = dense.expected(PROMPT, 10)
+    assert complete(dense, 10, temperature=temperature).choices[0].text == greedy
+    settings = dense.model.generation_config
+    settings.do_sample, settings.temperature = True, temperature
+    try:
+        assert complete(dense, 10).choices[0].text == greedy
+    finally:
+        settings.do_sample = settings.temperature = None
+
+
+def test_a_bias_of_whole_numbers_or_fractions_chooses_tokens(dense):
+    token = dense.tokenizer.convert_tokens_to_ids("q")
+    for bias in ({str(token): 100}, {str(token): 99.5, "3": -100}):
+        assert complete(dense, 4, logit_bias=bias).choices[0].text == "qqqq"
+        assert chat(dense, 4, logit_bias=bias).choices[0].message.content == "qqqq"
+
+
+def test_the_name_of_a_request_is_sent_back_if_it_is_short(dense):
+    def name(given: str) -> str:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", dense.port)) as connection:
+            connection.request("GET", "/v1/models", headers={"X-Request-ID": given})
+            return connection.getresponse().headers["X-Request-ID"]
+
+    assert name("request 1") == "request 1"
+    for given in ("x" * 129, "x" * 60_000, "\xe9", "a\tb"):
+        assert re.fullmatch(r"[0-9a-f-]{36}", name(given))
+
+
 def test_parts_of_text_and_the_names_of_roles(dense):
     parts = [{"type": "text", "text": "hello"}]
     answer = dense.client.chat.completions.create(
@@ -176,6 +218,81 @@ def test_the_model_is_known_under_its_name_alone(dense, tmp_path):
             dense.client.chat.completions.create(model=name, messages=HELLO)
         assert refused.value.code == "model_not_found"
         assert refused.value.param == "model"
+
+
+@pytest.mark.parametrize("texts", [False, True])
+def test_several_prompts_have_an_answer_each(dense, texts):
+    prompts = ["once upon", "a"]
+    ids = [dense.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    answer = complete(dense, 5, extra_body={"prompt": prompts if texts else ids})
+    expected = [dense.expected(prompt, 5) for prompt in prompts]
+    assert [choice.text for choice in answer.choices] == expected
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    assert answer.usage.prompt_tokens == 10
+    assert answer.usage.completion_tokens == 10
+    streamed = ["", ""]
+    for piece in complete(dense, 5, stream=True, extra_body={"prompt": prompts if texts else ids}):
+        streamed[piece.choices[0].index] += piece.choices[0].text
+    assert streamed == expected
+    one = complete(dense, 5, extra_body={"prompt": prompts[0] if texts else ids[0]})
+    assert [choice.text for choice in one.choices] == expected[:1]
+
+
+@pytest.mark.parametrize(("echo", "tokens"), [(False, 3), (True, 3), (True, 0)])
+def test_log_probabilities_are_those_of_the_model(exact, monkeypatch, echo, tokens):
+    from prunus.serving import generation
+
+    monkeypatch.setattr(generation, "_LOGITS", 4 * VOCABULARY)  # in slices of four tokens
+    [choice] = complete(exact, tokens, echo=echo, logprobs=2).choices
+    text = exact.expected(PROMPT, tokens) if tokens else ""
+    assert choice.text == PROMPT * echo + text
+    assert choice.finish_reason == "length"
+    ids = exact.tokenizer(PROMPT + text, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        scores = exact.model(ids).logits[0, :-1].log_softmax(-1)
+    found = choice.logprobs
+    assert "".join(found.tokens) == choice.text
+    assert found.text_offset == list(range(len(choice.text)))
+    first = 1 if echo else len(PROMPT)
+    if echo:
+        assert found.token_logprobs.pop(0) is found.top_logprobs.pop(0) is None
+    own = scores.gather(1, ids[0, 1:, None])[first - 1 :, 0]
+    torch.testing.assert_close(torch.tensor(found.token_logprobs), own, rtol=0, atol=1e-5)
+    for place, top in enumerate(found.top_logprobs, first - 1):
+        # Bytes that are no letters have the same text, and the likeliest of them counts.
+        assert max(top.values()) == pytest.approx(scores[place].max().item(), abs=1e-5)
+        assert len(top) <= 3 and found.tokens[place + 1 - first + echo] in top
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 3}, {"tokenized_requests": False}])
+def test_lm_eval_scores_through_the_server(exact, folders, options):
+    pytest.importorskip("tenacity", reason="needs lm-eval[api]")
+    models = pytest.importorskip("lm_eval.models.openai_completions", reason="needs the extra eval")
+    from lm_eval.api.instance import Instance
+
+    client = models.LocalCompletionsAPI(
+        base_url=f"http://127.0.0.1:{exact.port}/v1/completions",
+        tokenizer_backend="huggingface",
+        pretrained="dense",
+        tokenizer=str(folders["dense"]),
+        max_length=CONTEXT,
+        max_retries=1,
+        **options,
+    )
+    pairs = [
+        ("once", " upon"),
+        ("a time", " there"),
+        ("x", "y"),
+        ("once", exact.expected("once", 2)),
+    ]
+    asked = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
+    for (context, more), (score, greedy) in zip(pairs, client.loglikelihood(asked), strict=True):
+        ids = exact.tokenizer(context + more, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            scores = exact.model(ids).logits[0, len(context) - 1 : -1].log_softmax(-1)
+        own = scores.gather(1, ids[0, len(context) :, None])
+        assert score == pytest.approx(own.sum().item(), abs=1e-4)
+        assert greedy == bool((own[:, 0] == scores.max(-1).values).all())
 
 
 # --- several clients ---
@@ -279,6 +396,48 @@ def test_a_client_that_goes_away_leaves_the_queue(dense):
         assert brake.steps == 2
 
 
+def test_requests_that_are_slow_to_arrive_are_ended(folders, monkeypatch):
+    monkeypatch.setattr(serving, "_ARRIVAL", 0.5)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    half = [b"", head, head + b'Content-Length: 99\r\n\r\n{"prompt"']
+    with running(folders["dense"]) as server, ThreadPoolExecutor(1) as pool:
+        with Brake(server.model) as brake:
+            slow = pool.submit(complete, server, 2)
+            assert brake.reached.wait(PATIENCE)
+            for sent in half:
+                with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as client:
+                    client.sendall(sent)
+                    answer = b""
+                    while piece := client.recv(1000):  # a piece each time does not help
+                        answer += piece
+                assert answer.startswith(b"HTTP/1.1 408 ")
+            with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as client:
+                client.settimeout(0.02)
+                answer = b""
+                while not answer:
+                    with contextlib.suppress(TimeoutError):
+                        client.sendall(b"G")
+                        answer = client.recv(1000)
+            assert answer.startswith(b"HTTP/1.1 408 ")
+            assert not slow.done(), "a request that has arrived may take long"
+            brake.release.set()
+        assert slow.result().choices[0].text == server.expected(PROMPT, 2)
+
+
+def test_each_request_is_a_line_of_the_log(dense, caplog):
+    with caplog.at_level(logging.INFO, "prunus.serving"):
+        complete(dense, 3)
+        list(chat(dense, 4, stream=True))
+        get(dense, "/v1/a%0Ab?key=secret")
+        wait_until(lambda: len(caplog.records) == 3)
+    lines = [re.sub(r"\d+\.\d+ s", "TIME", record.getMessage()) for record in caplog.records]
+    assert lines == [
+        f"POST /v1/completions 200, {len(PROMPT)} + 3 tokens, TIME",
+        f"POST /v1/chat/completions 200, {len(HELLO_TEXT)} + 4 tokens, TIME",
+        "GET /v1/a%0Ab 404, 0 + 0 tokens, TIME",
+    ]
+
+
 # --- what is refused ---
 
 
@@ -319,6 +478,13 @@ BAD_OPTIONS = {
     "tools": "many",
     "unheard_of": 1,
 }
+BAD_TEXT_OPTIONS = {
+    "suffix": "end",
+    "prompt": [[1, True]],
+    "logprobs": 1,
+    "max_tokens": 0,
+    "logit_bias": {"5": 101},
+}
 
 
 def test_options_that_cannot_be_obeyed_are_refused_by_name(dense):
@@ -326,6 +492,14 @@ def test_options_that_cannot_be_obeyed_are_refused_by_name(dense):
         body = {"model": "dense", "messages": HELLO, name: value}
         with pytest.raises(openai.BadRequestError, match=name):
             dense.client.post("/chat/completions", body=body, cast_to=object)
+    with Brake(dense.model) as brake:
+        for name, value in BAD_TEXT_OPTIONS.items():
+            with pytest.raises(openai.BadRequestError, match=name):
+                complete(dense, stream=True, extra_body={name: value})
+        for token in (-1, VOCABULARY, 2**70):
+            with pytest.raises(openai.BadRequestError, match="prompt"):
+                complete(dense, extra_body={"prompt": [5, token]})
+        assert not brake.steps, "what is refused is not computed first"
 
 
 def test_a_body_that_is_no_request_is_refused(dense):
@@ -335,10 +509,17 @@ def test_a_body_that_is_no_request_is_refused(dense):
             answer.begin()
             assert answer.status == 400
             assert json.loads(answer.read())["error"]["type"] == "invalid_request_error"
-    with send_request(dense.port, "/v1/completions", b" " * (8 * 2**20 + 1)) as client:
-        answer = http.client.HTTPResponse(client)
-        answer.begin()
-        assert answer.status == 413
+    # Of any size that is read, no more than fits into the context is made into tokens.
+    for size, status in ((10**6, 400), (2**20 + 1, 413), (2**23 + 1, 413)):
+        body = json.dumps({"prompt": "x" * (size - 14)}).encode()
+        with send_request(dense.port, "/v1/completions", body) as client:
+            answer = http.client.HTTPResponse(client)
+            answer.begin()
+            assert answer.status == status
+            found = json.loads(answer.read())["error"]
+            assert found["code"] == ("context_length_exceeded" if status == 400 else None)
+    kind = {"Content-Type": "text/plain"}  # a page in a browser may send it to any address
+    assert ask(dense, "POST", "/v1/completions", b'{"prompt": "a"}', **kind)[0] == 400
 
 
 def test_other_endpoints_of_transformers_are_not_there(dense):
@@ -369,7 +550,7 @@ def test_a_key_is_asked_for(folders):
         assert get(server, "/ready")[0] == 200
 
 
-def test_a_failure_of_the_model_is_an_error_and_the_server_goes_on(dense, monkeypatch, capfd):
+def test_a_failure_of_the_model_is_an_error_and_the_server_goes_on(dense, monkeypatch, caplog):
     def fail(*_, **__):
         raise RuntimeError('a "bad" weight')
 
@@ -379,7 +560,7 @@ def test_a_failure_of_the_model_is_an_error_and_the_server_goes_on(dense, monkey
             chat(dense)
         with pytest.raises(openai.APIError):
             list(chat(dense, stream=True))
-    assert capfd.readouterr().err.count('RuntimeError: a "bad" weight') == 2
+    assert caplog.text.count('RuntimeError: a "bad" weight') == 2
     assert chat(dense).choices[0].message.content
 
 
@@ -388,12 +569,31 @@ def test_a_failure_of_the_model_is_an_error_and_the_server_goes_on(dense, monkey
     [
         (None, "/v1/completions"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ 'x' * 10**10 }}", "too much memory"),
+        ("{{ 'x' * 2000 }}", "the prompt has 2000 bytes"),
     ],
 )
-def test_template_that_cannot_be_used_is_an_error_of_client(dense, monkeypatch, template, message):
-    monkeypatch.setattr(dense.tokenizer, "chat_template", template)
-    with pytest.raises(openai.BadRequestError, match=message):
-        chat(dense)
+def test_a_template_that_cannot_be_used_is_an_error_of_the_client(folders, template, message):
+    with (
+        running(folders["dense"], template) as server,
+        pytest.raises(openai.BadRequestError, match=message),
+    ):
+        chat(server)
+
+
+def test_health_answers_while_a_template_runs_for_ever(folders, monkeypatch):
+    """The order is checked, not the time: /health answers before the template is ended."""
+    monkeypatch.setattr(reading, "_SECONDS", 3)
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    with running(folders["dense"], loop, max_concurrent=4) as server, ThreadPoolExecutor(4) as pool:
+        looping = [pool.submit(chat, server) for _ in range(4)]
+        wait_until(lambda: len(server.gate.jobs) == 4)
+        assert [get(server, "/health")[0] for _ in range(20)] == [200] * 20
+        assert not any(answer.done() for answer in looping)
+        for answer in looping:
+            with pytest.raises(openai.BadRequestError, match="takes too long"):
+                answer.result()
+        assert complete(server, 3).choices[0].text == server.expected(PROMPT, 3)
 
 
 # --- the command ---
@@ -416,16 +616,16 @@ def test_bad_input_ends_before_the_model_is_loaded(folders, monkeypatch, tmp_pat
     assert "at least 1 concurrent" in refused(model, "--max-concurrent", "0")
     assert "neither a folder nor a hub id" in refused(tmp_path / "nothing")
     assert "no config.json" in refused(tmp_path)
-    assert "is no address" in refused(model, "--host", "no such host", "--api-key", "x")
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+    assert "cannot be used" in refused(model, "--host", "no such host", "--api-key", "x")
+    with serving.open_socket("127.0.0.1", 0) as taken:  # as of a server that loads its model
         port = taken.getsockname()[1]
-        assert "cannot be used" in refused(model, "--port", port)
+        assert f"port {port} of 127.0.0.1 cannot be used" in refused(model, "--port", port)
     pruned_checkpoint(tmp_path / "bare", "llama")
     assert "no tokenizer" in refused(tmp_path / "bare", "--port", "0")
 
 
 def test_without_its_libraries_the_extra_is_named(folders, monkeypatch):
-    monkeypatch.setattr(serving, "_LIBRARIES", ("fastapi", "no_such_library"))
+    monkeypatch.setattr(serving, "_LIBRARIES", ("starlette", "no_such_library"))
     assert "needs no_such_library: pip install '.[serve]'" in refused(folders["dense"])
 
 
@@ -466,7 +666,11 @@ def test_sigterm_finishes_the_running_request_and_nothing_is_downloaded(folders)
                 assert pieces[-1].choices[0].finish_reason == "length"
                 assert pieces[-1].usage.completion_tokens == CONTEXT - 20
                 assert process.wait(PATIENCE) == 0
-                assert process.stderr.read() == "prunus: stopped\n"
+                request, end = process.stderr.read().splitlines()
+                tokens = rf"{len(PROMPT)} \+ {CONTEXT - 20} tokens"
+                line = rf"prunus: POST /v1/completions 200, {tokens}, \d+\.\d+ s"
+                assert re.fullmatch(line, request)
+                assert end == "prunus: stopped"
             finally:
                 process.kill()
         with pytest.raises(BlockingIOError):

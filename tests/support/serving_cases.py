@@ -18,6 +18,7 @@ from prunus.evaluation.generation import token_settings
 from prunus.model.loading import load_model
 from prunus.model.tokenizer import load_tokenizer
 from prunus.serving.gate import Gate
+from prunus.serving.reader import PromptReader
 from prunus.serving.server import build_app, make_server, open_socket
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
@@ -88,12 +89,16 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(folder: Path, **options: Any) -> Iterator[Running]:
+def running(folder: Path, template: str | None = TEMPLATE, **options: Any) -> Iterator[Running]:
     model, tokenizer = load_model(folder), load_tokenizer(folder)
+    tokenizer.chat_template = template
     model.generation_config = token_settings(model.generation_config)
-    gate, generation = build_app(folder.name, model, tokenizer, **options)
     started = threading.Event()
-    with open_socket("127.0.0.1", 0) as listener:
+    with (
+        contextlib.closing(PromptReader(tokenizer)) as reader,
+        open_socket("127.0.0.1", 0) as listener,
+    ):
+        gate, generation = build_app(folder.name, model, reader, **options)
         port = listener.getsockname()[1]
         server = make_server(gate, started.set)
         thread = threading.Thread(target=lambda: server.run(sockets=[listener]))
@@ -142,10 +147,9 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def send_request(port: int, path: str, body: bytes, **headers: str) -> socket.socket:
+def send_request(port: int, path: str, body: bytes) -> socket.socket:
     """Send a request by hand; the caller reads the answer, or goes away."""
     lines = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
-    lines += [f"{name}: {value}" for name, value in headers.items()]
     lines += [f"Content-Length: {len(body)}", "", ""]
     client = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
     client.sendall("\r\n".join(lines).encode() + body)

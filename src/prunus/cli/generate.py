@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -143,9 +144,17 @@ def serve(
             "N",
         ),
     ] = 32,
+    log_level: Annotated[
+        Literal["error", "warning", "info", "debug"],
+        opt(
+            "Choose what to log: info logs each request, warning and error only problems. "
+            "Default: info.",
+            "LEVEL",
+        ),
+    ] = "info",
     **options: Any,
 ) -> None:
-    """Answer requests in OpenAI's protocol: chats, completions, streams.
+    """Answer requests in OpenAI's protocol: chats, completions, streams, log-probabilities.
 
     Endpoints: /v1/chat/completions, /v1/completions, /v1/models, /health, /ready. Try it with:
 
@@ -155,6 +164,10 @@ def serve(
     """
     from prunus.serving.server import serve as serve_model
 
+    # uvicorn says at the level "info" of its start and end what the server says itself.
+    level = "WARNING" if log_level == "info" else log_level.upper()
+    logging.basicConfig(format="prunus: %(message)s", level=level)
+    logging.getLogger("prunus.serving").setLevel(log_level.upper())
     serve_model(
         model,
         name=name,

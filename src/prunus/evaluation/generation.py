@@ -29,6 +29,8 @@ _SETTINGS = (
     "eos_token_id",
     "pad_token_id",
 )
+#: Below it the likeliest token is taken: logits that are divided by less can overflow.
+LOWEST_TEMPERATURE = 1e-5
 
 
 def generate(model: str | Path, prompt: str, **options: Any) -> Iterator[str]:
@@ -162,7 +164,7 @@ def chosen_settings(settings: Any, options: WritingOptions) -> Any:
     if chosen == {"temperature": None, "top_p": None}:
         return settings
     found = settings.to_diff_dict()
-    if options.temperature == 0:
+    if options.temperature is not None and options.temperature < LOWEST_TEMPERATURE:
         return GenerationConfig(**{key: x for key, x in found.items() if key not in _DRAWING})
     found |= {key: value for key, value in chosen.items() if value is not None}
     return GenerationConfig(**found | {"do_sample": True})
@@ -189,4 +191,6 @@ def token_settings(settings: Any) -> Any:
                 f"{'flag' if is_flag else 'number or token id'}; correct it or delete it"
             )
         found[name] = value
+    if found.get("temperature", 1) < LOWEST_TEMPERATURE:
+        found = {key: x for key, x in found.items() if key not in _DRAWING}
     return GenerationConfig(**found)

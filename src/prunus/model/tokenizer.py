@@ -131,7 +131,7 @@ def _run_child(
 ) -> None:
     """Apply the template, write `+` and the text or `-` and the reason, and end the process."""
     try:
-        _limit_process()
+        limit_process()
         try:
             text = tokenizer.apply_chat_template(list(messages), tokenize=False, **variables)
             answer = b"+" + str(text).encode("utf-8", errors="replace")
@@ -147,7 +147,7 @@ def _run_child(
         os._exit(0)
 
 
-def _limit_process() -> None:
+def limit_process() -> None:
     """Limit the processor time of this process, and the memory beyond what its parent had."""
     seconds = math.ceil(_SECONDS) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
 
 
 class RequestError(Exception):
     """A request that is not served.
 
     Args:
-        retry_after: seconds after which another attempt may succeed.
+        headers: what the headers of the answer say of it.
 
-    >>> RequestError(404, "there is no model x", code="model_not_found").body()["error"]["code"]
+    >>> json.loads(RequestError(404, "no model x", code="model_not_found").body())["error"]["code"]
     'model_not_found'
     """
 
@@ -22,23 +22,14 @@ class RequestError(Exception):
         *,
         code: str | None = None,
         param: str | None = None,
-        retry_after: int | None = None,
+        headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.message = status, message
-        self.code, self.param, self.retry_after = code, param, retry_after
+        self.code, self.param, self.headers = code, param, headers or {}
 
-    def body(self) -> dict[str, Any]:
-        """The JSON of the answer."""
+    def body(self) -> str:
+        """The JSON of the answer, in ASCII: what a client sent may be no valid Unicode."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         told = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return {"error": told}
-
-    def headers(self) -> dict[str, str]:
-        """The headers that belong to the answer."""
-        found = {}
-        if self.retry_after is not None:
-            found["Retry-After"] = str(self.retry_after)
-        if self.status == 401:
-            found["WWW-Authenticate"] = "Bearer"
-        return found
+        return json.dumps({"error": told})

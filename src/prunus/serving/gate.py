@@ -1,6 +1,6 @@
-"""Before every request: the key, the size, the queue, and a client that leaves.
+"""Before every request: the key, the size, the queue, and a client that leaves. After it: the log.
 
-The gate is an ASGI application around another one. It needs no library, and the application behind
+The gate is an ASGI application around another one. It needs no library, and the application inside
 it knows nothing of keys and queues.
 """
 
@@ -10,43 +10,84 @@ import asyncio
 import contextlib
 import hmac
 import ipaddress
-import json
+import logging
+import threading
+import time
+import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from prunus.serving.errors import RequestError
-from prunus.serving.job import Job, working_on
 
 _Message = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[_Message]]
 _Send = Callable[[_Message], Awaitable[None]]
 _App = Callable[[_Message, _Receive, _Send], Awaitable[None]]
 
+_log = logging.getLogger("prunus.serving")
+
 #: Paths that need no key: they say nothing about the model.
 _OPEN = {"/health", "/ready"}
 #: Paths whose requests take a turn.
-_GENERATING = {"/v1/chat/completions", "/v1/completions"}
-#: Largest body of a request, in bytes. A context of a million tokens fits.
-_MAX_BODY = 8 * 2**20
+GENERATING = {"/v1/chat/completions", "/v1/completions"}
 #: Seconds after which a client that is sent away may try again.
-_RETRY_AFTER = 2
+_RETRY_AFTER = "2"
+#: Seconds after which a client that reads nothing of its answer counts as gone.
+_SLOWEST_READER = 60
+#: Longest name that a client may give a request. It is sent back.
+_MAX_ID = 128
 
 
-class _ClientGoneError(Exception):
-    """The client has closed its connection."""
+def client_gone() -> RequestError:
+    """What ends a request whose client left. Only the log shows its status, which is nginx's."""
+    return RequestError(499, "the client went away")
+
+
+class Job:
+    """A request between its arrival and the last byte of its answer.
+
+    Attributes:
+        id: name of the request, the client's or a new one.
+        body: what was sent.
+        cancelled: set when nobody waits for the answer any more. The thread that generates checks
+            it before every token.
+        slot: done when the request has its turn, or will have none.
+        prompt_tokens, answer_tokens: how many there were so far.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.id = name
+        self.body = b""
+        self.cancelled = threading.Event()
+        self.slot: asyncio.Future[None] | None = None
+        self.prompt_tokens = self.answer_tokens = 0
+
+    def cancel(self) -> None:
+        """End the work on this request. Called in the event loop."""
+        self.cancelled.set()
+        if self.slot is not None and not self.slot.done():
+            self.slot.set_exception(client_gone())
+
+    def usage(self) -> dict[str, int]:
+        """The numbers of tokens as OpenAI writes them."""
+        total = self.prompt_tokens + self.answer_tokens
+        found = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.answer_tokens}
+        return {**found, "total_tokens": total}
 
 
 class Gate:
     """Lets requests through to an application, some at a time.
 
     At most `max_concurrent` requests are computed at once. Up to `max_waiting` more wait for their
-    turn, in the order in which they came; the rest get status 503 and the header Retry-After.
+    turn, in the order in which they arrived; the rest get status 503 and the header Retry-After.
+    The application finds the `Job` of a request in the scope, under "job".
 
     Args:
         api_key: the key that requests must carry, or None. Without a key, the header Host must name
             this machine: otherwise a page in a browser could reach the server under a name of its
             own (DNS rebinding).
+        max_body: bytes of the largest body that is read.
         max_concurrent: at least 1.
         max_waiting: at least 0.
 
@@ -55,10 +96,17 @@ class Gate:
     """
 
     def __init__(
-        self, app: _App, *, api_key: str | None, max_concurrent: int, max_waiting: int
+        self,
+        app: _App,
+        *,
+        api_key: str | None,
+        max_body: int,
+        max_concurrent: int,
+        max_waiting: int,
     ) -> None:
         self._app = app
         self._key = None if api_key is None else api_key.encode()
+        self._max_body = max_body
         self._free = max_concurrent
         self._max_waiting = max_waiting
         self._waiting: deque[Job] = deque()
@@ -69,20 +117,48 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path = scope["path"]
+        begin, status = time.monotonic(), client_gone().status
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        job = scope["job"] = Job(_request_id(headers))
+
+        async def answer(message: _Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                own = (b"x-request-id", job.id.encode())
+                message["headers"] = [*message.get("headers", ()), own]
+            # A client that does not read holds up the requests that wait for its turn.
+            async with asyncio.timeout(_SLOWEST_READER):
+                await send(message)
+
         try:
-            self._check_client(scope)
-            if path == "/ready" and scope["method"] in ("GET", "HEAD"):
-                self._check_ready()
-                await _send_json(send, 200, {"status": "ready"}, {})
-            elif path in _GENERATING and scope["method"] == "POST":
-                await self._generate(scope, receive, send)
-            else:
-                await self._app(scope, receive, send)
+            await self._serve(scope, headers, receive, answer)
         except RequestError as error:
-            await _send_json(send, error.status, error.body(), error.headers())
-        except _ClientGoneError:
-            pass
+            await _send_json(answer, error.status, error.body(), error.headers)
+        except TimeoutError:
+            pass  # the connection is closed, because the answer is not complete
+        finally:
+            method, path = scope["method"][:16], scope["raw_path"].decode("latin-1")[:200]
+            tokens, seconds = f"{job.prompt_tokens} + {job.answer_tokens}", time.monotonic() - begin
+            _log.info("%s %s %d, %s tokens, %.3f s", method, path, status, tokens, seconds)
+
+    async def _serve(
+        self, scope: _Message, headers: dict[bytes, bytes], receive: _Receive, send: _Send
+    ) -> None:
+        path = scope["path"]
+        self._check_client(path, headers)
+        if path == "/ready" and scope["method"] in ("GET", "HEAD"):
+            self._check_ready()
+            await _send_json(send, 200, '{"status": "ready"}', {})
+        elif path in GENERATING and scope["method"] == "POST":
+            # A page in a browser can send other kinds to any address without being asked.
+            kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+            if kind != b"application/json":
+                raise RequestError(400, "the body must be a JSON object, sent as application/json")
+            self._check_ready()
+            await self._generate(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
 
     def stop(self) -> None:
         """Send the waiting requests away. Those that are computed go on. Called in the loop."""
@@ -97,8 +173,7 @@ class Gate:
         for job in self.jobs:
             job.cancelled.set()
 
-    def _check_client(self, scope: _Message) -> None:
-        headers = {name.lower(): value for name, value in scope["headers"]}
+    def _check_client(self, path: str, headers: dict[bytes, bytes]) -> None:
         if self._key is None:
             host = headers.get(b"host", b"localhost").decode("latin-1")
             if not is_loopback(_without_port(host)):
@@ -108,7 +183,7 @@ class Gate:
                     "only to localhost and addresses of this machine",
                 )
             return
-        if scope["path"] in _OPEN:
+        if path in _OPEN:
             return
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._key):
@@ -117,6 +192,7 @@ class Gate:
                 "the request carries no key, or another one; send the header Authorization: "
                 "Bearer KEY with the server's key",
                 code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
             )
 
     def _check_ready(self) -> None:
@@ -127,16 +203,14 @@ class Gate:
             raise _busy(reason, "overloaded")
 
     async def _generate(self, scope: _Message, receive: _Receive, send: _Send) -> None:
-        body = await _read_body(receive)
-        job = Job()
+        job = scope["job"]
+        job.body = await self._read_body(receive)
         self.jobs.add(job)
         watcher = asyncio.create_task(_watch(receive, job))
         try:
-            if not await self._take_turn(job):
-                return
+            await self._take_turn(job)
             try:
-                with working_on(job):
-                    await self._app(scope, _replay(body, job), send)
+                await self._app(scope, _nothing, send)
             finally:
                 self._end_turn()
         finally:
@@ -147,16 +221,27 @@ class Gate:
             with contextlib.suppress(asyncio.CancelledError):
                 await watcher
 
-    async def _take_turn(self, job: Job) -> bool:
-        """Wait for a turn; false if the client went away meanwhile."""
+    async def _read_body(self, receive: _Receive) -> bytes:
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise client_gone()
+            body += message.get("body", b"")
+            if len(body) > self._max_body:
+                raise RequestError(413, f"the request is larger than {self._max_body} bytes")
+            if not message.get("more_body", False):
+                return bytes(body)
+
+    async def _take_turn(self, job: Job) -> None:
         self._check_ready()
         if self._free:
             self._free -= 1
-            return True
+            return
         job.slot = asyncio.get_running_loop().create_future()
         self._waiting.append(job)
         try:
-            return await job.slot
+            await job.slot
         finally:
             with contextlib.suppress(ValueError):
                 self._waiting.remove(job)
@@ -166,9 +251,16 @@ class Gate:
         while self._waiting:
             slot = self._waiting.popleft().slot
             if slot is not None and not slot.done():
-                slot.set_result(True)
+                slot.set_result(None)
                 return
         self._free += 1
+
+
+def _request_id(headers: dict[bytes, bytes]) -> str:
+    """The client's name of a request, if it is short and can be printed, or a new one."""
+    given = headers.get(b"x-request-id", b"").decode("latin-1")
+    fits = 0 < len(given) <= _MAX_ID and given.isascii() and given.isprintable()
+    return given if fits else str(uuid.uuid4())
 
 
 def is_loopback(host: str) -> bool:
@@ -191,20 +283,7 @@ def _without_port(host: str) -> str:
 
 
 def _busy(message: str, code: str) -> RequestError:
-    return RequestError(503, message, code=code, retry_after=_RETRY_AFTER)
-
-
-async def _read_body(receive: _Receive) -> bytes:
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise _ClientGoneError
-        body += message.get("body", b"")
-        if len(body) > _MAX_BODY:
-            raise RequestError(413, f"the request is larger than {_MAX_BODY >> 20} MiB")
-        if not message.get("more_body", False):
-            return bytes(body)
+    return RequestError(503, message, code=code, headers={"Retry-After": _RETRY_AFTER})
 
 
 async def _watch(receive: _Receive, job: Job) -> None:
@@ -214,27 +293,13 @@ async def _watch(receive: _Receive, job: Job) -> None:
     job.cancel()
 
 
-def _replay(body: bytes, job: Job) -> _Receive:
-    """What the application receives: the body, and the end of the connection when it comes."""
-    unread = True
-
-    async def receive() -> _Message:
-        nonlocal unread
-        if unread:
-            unread = False
-            return {"type": "http.request", "body": body, "more_body": False}
-        await job.gone.wait()
-        return {"type": "http.disconnect"}
-
-    return receive
+async def _nothing() -> _Message:
+    """What the application receives, which needs no more than the job."""
+    return await asyncio.Future()
 
 
-async def _send_json(send: _Send, status: int, body: Any, headers: dict[str, str]) -> None:
-    content = json.dumps(body).encode()
-    found = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(content)).encode()),
-        *((name.lower().encode(), value.encode()) for name, value in headers.items()),
-    ]
-    await send({"type": "http.response.start", "status": status, "headers": found})
-    await send({"type": "http.response.body", "body": content})
+async def _send_json(send: _Send, status: int, body: str, headers: dict[str, str]) -> None:
+    found = {"content-type": "application/json", "content-length": str(len(body)), **headers}
+    encoded = [(name.lower().encode(), value.encode()) for name, value in found.items()]
+    await send({"type": "http.response.start", "status": status, "headers": encoded})
+    await send({"type": "http.response.body", "body": body.encode()})

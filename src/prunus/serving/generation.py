@@ -1,185 +1,269 @@
 """Generation in threads that end when their client is gone.
 
-transformers' own manager runs `model.generate` in one thread. Here several requests can be computed
-at once, a request without a client ends at its next token whether it streams or not, and stop
-sequences are found in the text, which is cut before them.
+transformers parses what models write: reasoning, calls of tools and text. Here several requests can
+be computed at once, a request without a client ends at its next token, and stop sequences are found
+in the text, which is cut before them.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import sys
+import copy
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from transformers import StoppingCriteriaList
 from transformers.cli.serving.utils import (
-    BaseGenerateManager,
     DirectStreamer,
-    GenerationState,
     ReasoningText,
+    ToolCall,
     _GenerationCancelled,
-    _StreamError,
     build_response_parser,
 )
 
+from prunus.evaluation.generation import LOWEST_TEMPERATURE
 from prunus.serving.errors import RequestError
-from prunus.serving.job import current_job
-from prunus.serving.stop_text import StopText, cut_at_stop
+from prunus.serving.gate import Job, client_gone
+from prunus.serving.requests import DEFAULT_TOKENS, Work
+
+_log = logging.getLogger("prunus.serving")
+
+#: Most logits at once when tokens are scored: half a GiB of float32.
+_LOGITS = 2**27
 
 
-class ThreadedGeneration(GenerationState):
-    """The state that transformers' handlers share, with one manager for the only model.
+@dataclass(frozen=True)
+class End:
+    """The end of an answer.
 
-    Args:
-        context: largest number of tokens of prompt and answer together; None for no limit.
+    Attributes:
+        reason: "stop", "length" or "tool_calls".
+        tokens: how many were generated.
+        logprobs: as OpenAI writes them for texts, where the request asks for them.
     """
 
-    def __init__(self, max_concurrent: int, context: int | None) -> None:
-        super().__init__()
-        self._manager = _Manager(max_concurrent, context)
-
-    def get_manager(self, model_id: str, use_cb: bool = False) -> BaseGenerateManager:
-        """The manager, whatever the model is called."""
-        return self._manager
-
-    def shutdown(self) -> None:
-        """Wait for the threads to end."""
-        self._manager.stop()
+    reason: str
+    tokens: int
+    logprobs: dict[str, list[Any]] | None = None
 
 
-class _Manager(BaseGenerateManager):
-    """`model.generate` in a pool of threads."""
+class Generator:
+    """Generates answers with one model, at most `max_concurrent` at once."""
 
-    def __init__(self, max_concurrent: int, context: int | None) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, context: int | None, max_concurrent: int
+    ) -> None:
+        self._model, self._tokenizer, self._context = model, tokenizer, context
         self._threads = ThreadPoolExecutor(max_concurrent, "prunus-generate")
-        self._context = context
 
-    def generate_streaming(
-        self,
-        model: Any,
-        processor: Any,
-        inputs: Any,
-        gen_config: Any,
-        request_id: str,
-        response_parser: Any = None,
-    ) -> tuple[asyncio.Queue[Any], DirectStreamer]:
-        """Start to generate; see the base class."""
-        queue: asyncio.Queue[Any] = asyncio.Queue()
-        self._fit_into_context(inputs, gen_config)
-        streamer = _Streamer(processor, queue, response_parser)
+    async def items(self, job: Job, work: Work, prompt: list[int]) -> AsyncIterator[Any]:
+        """Yield the answer to one prompt, text, `ReasoningText` and `ToolCall`, and then its end.
+
+        Raises:
+            RequestError: the model fails.
+        """
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
+
+        def give(item: Any) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(queue.put_nowait, item)
 
         def run() -> None:
             try:
-                _generate(model, inputs, gen_config, streamer)
+                give(self._generate(job, work, prompt, (loop, queue)))
             except _GenerationCancelled:
-                streamer.give(None)
+                give(client_gone())
             except Exception as fault:
-                streamer.give(_StreamError(_escaped(_report(fault))))
+                reason = " ".join(str(fault).split())[:300]
+                _log.error("generation failed: %s: %s", type(fault).__name__, reason)
+                told = f"the model failed ({type(fault).__name__}); the server's log says more"
+                give(RequestError(500, told))
 
         self._threads.submit(run)
-        return queue, streamer
+        while True:
+            item = await queue.get()
+            if isinstance(item, RequestError):
+                raise item
+            yield item
+            if isinstance(item, End):
+                return
 
-    async def generate_non_streaming(
-        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
-    ) -> tuple[str, int, torch.Tensor]:
-        """Generate to the end; see the base class."""
-        job = current_job()
-        self._fit_into_context(inputs, gen_config)
-        # Stop sequences count in the content only, which a parser tells from the model's thoughts.
-        parser = build_response_parser(processor, model, inputs["input_ids"]) if job.stop else None
-        streamer = _Streamer(processor, asyncio.Queue(), parser)
-        work = partial(_generate, model, inputs, gen_config, streamer)
-        try:
-            sequences = await asyncio.get_running_loop().run_in_executor(self._threads, work)
-        except _GenerationCancelled as fault:
-            raise RequestError(499, "the client went away") from fault
-        except Exception as fault:
-            raise RequestError(500, _report(fault)) from fault
-        prompt_tokens = inputs["input_ids"].shape[-1]
-        ids = sequences[0, prompt_tokens:]
-        text = processor.decode(ids, skip_special_tokens=True)
-        return cut_at_stop(text, job.stop), prompt_tokens, ids
-
-    def stop(self) -> None:
+    def shutdown(self) -> None:
         """Wait for the threads to end."""
         self._threads.shutdown(cancel_futures=True)
 
-    def _fit_into_context(self, inputs: Any, gen_config: Any) -> None:
-        """Refuse a prompt that leaves no room for an answer, and limit the answer to the room."""
-        tokens = inputs["input_ids"].shape[-1]
-        if not tokens:
-            raise RequestError(400, "the prompt is empty; give some text", param="prompt")
-        if self._context is None:
-            return
-        if tokens >= self._context:
-            raise RequestError(
-                400,
-                f"the prompt has {tokens} tokens, and prompt and answer together may have "
-                f"{self._context}; shorten it",
-                code="context_length_exceeded",
-                param="messages",
+    def _generate(self, job: Job, work: Work, prompt: list[int], output: tuple[Any, Any]) -> End:
+        settings = self._settings(work, len(prompt))
+        parser = None
+        if work.is_chat:
+            parser = build_response_parser(self._tokenizer, self._model, prompt, work.tools)
+        streamer = _Streamer(self._tokenizer, job, work, parser, *output)
+        ids = torch.tensor([prompt], device=self._model.device)
+        if settings.max_new_tokens:
+            streamer.check()
+            if work.seed is not None:
+                torch.manual_seed(work.seed)
+            ids = self._model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                streamer=streamer,
+                generation_config=settings,
+                stopping_criteria=StoppingCriteriaList([streamer.stopped]),
             )
-        gen_config.max_new_tokens = min(gen_config.max_new_tokens, self._context - tokens)
+        logprobs = None
+        if work.logprobs is not None:
+            first = 0 if work.echo else len(prompt)
+            logprobs = self._score(ids[0], first, work.logprobs, streamer.check)
+        return End(streamer.reason(settings.max_new_tokens), streamer.total_tokens, logprobs)
+
+    def _settings(self, work: Work, prompt_tokens: int) -> Any:
+        """The checkpoint's settings with those of the request in their place.
+
+        A temperature or `top_p` turns sampling on, and a temperature of 0 turns it off.
+        """
+        found = copy.deepcopy(self._model.generation_config)
+        found.max_new_tokens = DEFAULT_TOKENS if work.max_tokens is None else work.max_tokens
+        if self._context is not None:
+            found.max_new_tokens = min(found.max_new_tokens, self._context - prompt_tokens)
+        for name in ("temperature", "top_p"):
+            if getattr(work, name) is not None:
+                setattr(found, name, getattr(work, name))
+                found.do_sample = True
+        if found.temperature is not None and found.temperature < LOWEST_TEMPERATURE:
+            found.do_sample = False
+        if not found.do_sample:
+            # Settings of sampling have no effect now, and transformers warns of them.
+            for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
+                setattr(found, name, None)
+        if work.logit_bias:
+            found.sequence_bias = {(token,): bias for token, bias in work.logit_bias.items()}
+        return found
+
+    @torch.no_grad()
+    def _score(
+        self, ids: torch.Tensor, first: int, top: int, check: Callable[[], None]
+    ) -> dict[str, list[Any]]:
+        """The log-probability of each token from `first` on, and of the `top` likeliest tokens in
+        its place; none for the first token of all, which nothing predicts.
+        """
+        texts = [self._tokenizer.decode([token]) for token in ids[first:].tolist()]
+        chances: list[float | None] = [None] * (first == 0)
+        likeliest: list[dict[str, float] | None] = [None] * (first == 0)
+        offsets = [0, *accumulate(map(len, texts))]
+        rows = max(1, _LOGITS // self._model.get_input_embeddings().num_embeddings)
+        for begin in range(max(first, 1), len(ids), rows):
+            check()
+            end = min(begin + rows, len(ids))
+            # The last row predicts token `end` - 1. What comes before is computed again for each
+            # slice, because not every model can go on from a cache with many tokens at once.
+            keep = {"logits_to_keep": end - begin} if self._model._supports_logits_to_keep() else {}
+            logits = self._model(input_ids=ids[None, : end - 1], use_cache=False, **keep).logits
+            scores = logits[0, begin - end :].float().log_softmax(-1).clamp(min=-9999.0)
+            own = scores.gather(1, ids[begin:end, None])[:, 0].tolist()
+            best = scores.topk(top)
+            for place, chance in enumerate(own):
+                chances.append(chance)
+                # Several tokens may have the same text; the likeliest of them counts.
+                named: dict[str, float] = {}
+                pairs = zip(best.indices[place].tolist(), best.values[place].tolist(), strict=True)
+                for token, value in pairs:
+                    named.setdefault(self._tokenizer.decode([token]), value)
+                named.setdefault(texts[begin + place - first], chance)
+                likeliest.append(named)
+        return {
+            "tokens": texts,
+            "token_logprobs": chances,
+            "top_logprobs": likeliest,
+            "text_offset": offsets[:-1],
+        }
 
 
 class _Streamer(DirectStreamer):
-    """Passes on the text of the current request up to the first stop sequence, until its client is
-    gone.
-    """
+    """Passes on what is generated up to the first stop sequence, until the client is gone."""
 
-    def __init__(self, processor: Any, queue: asyncio.Queue[Any], response_parser: Any) -> None:
-        self.job, loop = current_job(), asyncio.get_running_loop()
-        tokenizer = processor.tokenizer._tokenizer
-        super().__init__(tokenizer, loop, queue, response_parser=response_parser)
+    def __init__(
+        self, tokenizer: Any, job: Job, work: Work, parser: Any, loop: Any, queue: Any
+    ) -> None:
+        self._text, self._calls_tools = StopText(work.stop or ()), False
+        super().__init__(tokenizer._tokenizer, loop, queue, response_parser=parser)
         # `put`, which `generate` calls for every token, raises once this is set.
-        self._cancelled = self.job.cancelled
-        self._text = StopText(self.job.stop)
+        self._cancelled = job.cancelled
+
+    def check(self) -> None:
+        """Raise if the client is gone, or the server."""
+        if self._cancelled.is_set() or self._loop.is_closed():
+            raise _GenerationCancelled
 
     def stopped(self, *_: Any, **__: Any) -> bool:
-        """Whether a stop sequence has come: a criterion of `generate`."""
+        """Whether a stop sequence was met: a criterion of `generate`."""
         return self._text.found
 
-    def give(self, item: Any) -> None:
-        """Put an item into the queue of the event loop, unless that has ended."""
-        if not self._loop.is_closed():
-            super()._enqueue(item)
+    def reason(self, limit: int) -> str:
+        """Why the answer ends."""
+        if self._calls_tools:
+            return "tool_calls"
+        return "length" if not self._text.found and self.total_tokens >= limit else "stop"
 
     def _enqueue(self, item: Any) -> None:
-        if isinstance(item, str) and not isinstance(item, ReasoningText):
-            item = self._text.add(item)
-        elif rest := self._text.rest():
-            self.give(rest)
-        if item != "":
-            self.give(item)
+        """Take a piece of text, of reasoning, a call of a tool, or None at the end."""
+        self.check()
+        is_text = isinstance(item, str) and not isinstance(item, ReasoningText)
+        content = self._text.add(item) if is_text else self._text.rest()
+        if content:
+            super()._enqueue(content)
+        if item is not None and not is_text:
+            self._calls_tools |= isinstance(item, ToolCall)
+            super()._enqueue(item)
 
 
-def _generate(model: Any, inputs: Any, gen_config: Any, streamer: _Streamer) -> torch.Tensor:
-    job = streamer.job
-    if job.cancelled.is_set():
-        raise _GenerationCancelled
-    if job.seed is not None:
-        torch.manual_seed(job.seed)
-    sequences: torch.Tensor = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        streamer=streamer,
-        generation_config=gen_config,
-        stopping_criteria=StoppingCriteriaList([streamer.stopped]),
-    )
-    return sequences
+class StopText:
+    """Shows a text, piece by piece, up to the first stop sequence.
 
+    The end of a piece may be the beginning of a stop sequence. It is held back until the next
+    pieces tell.
 
-def _report(fault: Exception) -> str:
-    """Log a failure of the model, and return what the client is told of it."""
-    reason = " ".join(str(fault).split())[:300]
-    print(f"prunus: generation failed: {type(fault).__name__}: {reason}", file=sys.stderr)
-    return f"the model failed ({type(fault).__name__}); the server's log says more"
+    Attributes:
+        found: whether a stop sequence was met. From then on nothing is shown.
 
+    >>> text = StopText(["END"])
+    >>> [text.add(piece) for piece in ("one E", "N two EN", "D three")], text.found
+    (['one ', 'EN two ', ''], True)
+    """
 
-def _escaped(message: str) -> str:
-    """A message for transformers' handlers, which put it between quotation marks as it is."""
-    return json.dumps(message)[1:-1]
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._held = ""
+        self.found = False
+
+    def add(self, piece: str) -> str:
+        """The text that can be shown after one more piece."""
+        if self.found:
+            return ""
+        text = self._held + piece
+        ends = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        self.found = bool(ends)
+        shown = min(ends) if ends else len(text) - self._length_of_beginning(text)
+        self._held = "" if ends else text[shown:]
+        return text[:shown]
+
+    def rest(self) -> str:
+        """The text that was held back, for a text that ends here."""
+        held, self._held = self._held, ""
+        return held
+
+    def _length_of_beginning(self, text: str) -> int:
+        """Length of the longest end of a text with which a stop sequence begins."""
+        return max(
+            (
+                length
+                for stop in self._stop
+                for length in range(1, min(len(stop), len(text) + 1))
+                if text.endswith(stop[:length])
+            ),
+            default=0,
+        )

@@ -6,10 +6,9 @@ import contextlib
 import importlib.util
 import signal
 import socket
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prunus.evaluation.generation import token_settings
 from prunus.evaluation.model_input import find_folder
@@ -17,12 +16,17 @@ from prunus.model.device import choose_device
 from prunus.model.loading import load_model, no_downloads
 from prunus.model.tokenizer import load_tokenizer
 from prunus.serving.errors import RequestError
-from prunus.serving.gate import Gate, is_loopback
+from prunus.serving.gate import GENERATING, Gate, is_loopback
 
-_LIBRARIES = ("fastapi", "uvicorn", "openai")
-#: Paths that stay of transformers' application. The others load models, drop them, or do what a
-#: language model cannot.
-_PATHS = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health"}
+if TYPE_CHECKING:
+    from prunus.serving.answers import Answers
+    from prunus.serving.generation import Generator
+    from prunus.serving.reader import PromptReader
+
+_LIBRARIES = ("starlette", "uvicorn")
+#: Seconds in which a request must arrive, headers and body.
+_ARRIVAL = 60
+_LATE = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 
 def serve(
@@ -49,7 +53,8 @@ def serve(
         api_key: the key that requests must carry. Required where `host` is not loopback.
         max_waiting: requests that wait for their turn; those beyond get status 503.
         device, dtype: where and in which dtype the model computes; see `load_model`.
-        log: called with a line of text when the server is ready, and when it ends.
+        log: called with a line of text when the server is ready, and when it ends. Requests are
+            logged by the logger "prunus.serving".
 
     Raises:
         ModuleNotFoundError: a library of the extra `serve` is missing.
@@ -58,6 +63,8 @@ def serve(
         FileNotFoundError: there is no such model.
     """
     _require_libraries()
+    from prunus.serving.reader import PromptReader
+
     if max_concurrent < 1 or max_waiting < 0:
         raise ValueError(
             "serve needs at least 1 concurrent and 0 waiting requests; got "
@@ -79,26 +86,21 @@ def serve(
         chosen = choose_device(device)
         # The port is taken before the model is loaded, which may take minutes.
         listener = stack.enter_context(open_socket(host, port))
-        tokenizer = load_tokenizer(folder, trust_remote_code)
+        reader = stack.enter_context(
+            contextlib.closing(PromptReader(load_tokenizer(folder, trust_remote_code)))
+        )
         loaded = load_model(folder, dtype, trust_remote_code).to(chosen)
         loaded.generation_config = token_settings(loaded.generation_config)
         stack.enter_context(no_downloads())
         served = name or (folder.resolve().name if Path(model).is_dir() else str(model))
-        gate, generation = build_app(
-            served,
-            loaded,
-            tokenizer,
-            api_key=api_key,
-            max_concurrent=max_concurrent,
-            max_waiting=max_waiting,
-        )
+        limits = {"max_concurrent": max_concurrent, "max_waiting": max_waiting}
+        gate, generator = build_app(served, loaded, reader, api_key=api_key, **limits)
         address, number = listener.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
-        with _quiet_signals():
-            server = make_server(gate, lambda: log(f"{served} at http://{shown}:{number}/v1"))
-            server.run(sockets=[listener])
+        server = make_server(gate, lambda: log(f"{served} at http://{shown}:{number}/v1"))
+        server.run(sockets=[listener])
         gate.cancel()
-        generation.shutdown()
+        generator.shutdown()
         log("stopped")
 
 
@@ -113,103 +115,94 @@ def _require_libraries() -> None:
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """A socket that is bound to an address and takes no connections yet."""
+    """A socket that listens. Connections wait until a server accepts them."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        found = socket.socket(family, kind, protocol)
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        # Without the last option, an IPv6 address would take no clients of IPv4.
+        return socket.create_server(
+            (host, port), family=family, backlog=2048, dualstack_ipv6=family == socket.AF_INET6
+        )
     except (OSError, OverflowError, UnicodeError) as fault:
-        raise ValueError(f"{host} with port {port} is no address: {fault}") from fault
-    try:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
-    except OSError as fault:
-        found.close()
         raise ValueError(
-            f"port {port} of {host} cannot be used ({fault.strerror}); choose another `port`"
+            f"port {port} of {host} cannot be used ({fault}); choose another `port` or `host`"
         ) from fault
-    return found
 
 
 def build_app(
     name: str,
     model: Any,
-    tokenizer: Any,
+    reader: PromptReader,
     *,
     api_key: str | None = None,
     max_concurrent: int = 1,
     max_waiting: int = 32,
-) -> tuple[Gate, Any]:
-    """The application for one loaded causal language model, and the state of its generation, whose
+) -> tuple[Gate, Generator]:
+    """The application for one loaded causal language model, and what generates for it, whose
     `shutdown` waits for its threads. The options are those of `serve`.
     """
-    from transformers.cli.serving.server import build_server
+    from prunus.serving.answers import Answers
+    from prunus.serving.generation import Generator
+    from prunus.serving.reader import Limits
 
-    from prunus.serving.generation import ThreadedGeneration
-    from prunus.serving.handlers import ChatHandler, TextHandler
-    from prunus.serving.served_model import ServedModel, context_length
-
-    if not hasattr(tokenizer, "_tokenizer"):
-        raise ValueError(
-            f"the tokenizer is a {type(tokenizer).__name__}, which cannot stream; the checkpoint "
-            "needs a tokenizer.json"
-        )
-    manager = ServedModel(name, model, tokenizer)
-    generation = ThreadedGeneration(max_concurrent, context_length(model))
-    app = build_server(
-        manager,
-        ChatHandler(manager, generation),
-        completion_handler=TextHandler(manager, generation),
-        response_handler=None,
-        transcription_handler=None,
-        systemone_handler=None,
-        generation_state=generation,
+    limits = Limits.of(name, model, reader.tokenizer)
+    generator = Generator(model, reader.tokenizer, limits.context, max_concurrent)
+    app = _routes(name, Answers(reader, limits, generator))
+    gate = Gate(
+        app,
+        api_key=api_key,
+        max_body=limits.body,
+        max_concurrent=max_concurrent,
+        max_waiting=max_waiting,
     )
-    routes = app.router.routes
-    routes[:] = [route for route in routes if getattr(route, "path", None) in _PATHS]
-    _add_model_route(app, manager)
-    _speak_openai_errors(app)
-    gate = Gate(app, api_key=api_key, max_concurrent=max_concurrent, max_waiting=max_waiting)
-    return gate, generation
+    return gate, generator
 
 
-def _add_model_route(app: Any, manager: Any) -> None:
-    from prunus.serving.served_model import unknown_model
-
-    def retrieve_model(name: str) -> dict[str, Any]:
-        [found] = manager.list_models()
-        if name != found["id"]:
-            raise unknown_model(name, found["id"])
-        return dict(found)
-
-    app.add_api_route("/v1/models/{name:path}", retrieve_model, methods=["GET"])
-
-
-def _speak_openai_errors(app: Any) -> None:
-    from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import JSONResponse
+def _routes(name: str, answers: Answers) -> Any:
+    from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
+    from starlette.responses import JSONResponse, Response, StreamingResponse
+    from starlette.routing import Route
 
-    def answer(error: RequestError) -> Any:
-        return JSONResponse(error.body(), status_code=error.status, headers=error.headers())
+    from prunus.serving.reader import unknown_model
 
-    async def refused(_request: Any, error: Any) -> Any:
-        return answer(error)
+    shown = {"id": name, "object": "model", "created": 0, "owned_by": "prunus"}
 
-    async def of_starlette(request: Any, error: Any) -> Any:
-        message = str(error.detail)
-        if error.status_code == 404:
-            message = f"there is nothing at {request.url.path}; see {', '.join(sorted(_PATHS))}"
-        # 422 is FastAPI's; OpenAI says 400.
-        return answer(RequestError(400 if error.status_code == 422 else error.status_code, message))
+    async def health(_request: Any) -> Any:
+        return JSONResponse({"status": "ok"})
 
-    async def unreadable(_request: Any, _error: Any) -> Any:
-        return answer(RequestError(400, "the body must be a JSON object, sent as application/json"))
+    async def models(_request: Any) -> Any:
+        return JSONResponse({"object": "list", "data": [shown]})
 
-    app.add_exception_handler(RequestError, refused)
-    app.add_exception_handler(HTTPException, of_starlette)
-    app.add_exception_handler(RequestValidationError, unreadable)
+    async def one_model(request: Any) -> Any:
+        if (asked := request.path_params["name"]) != name:
+            raise unknown_model(asked, name)
+        return JSONResponse(shown)
+
+    async def generate(request: Any) -> Any:
+        found = await answers.answer(request.url.path, request.scope["job"])
+        if isinstance(found, dict):
+            return JSONResponse(found)
+        return StreamingResponse(found, media_type="text/event-stream")
+
+    def refused(_request: Any, error: Any) -> Any:
+        return Response(error.body(), error.status, error.headers, "application/json")
+
+    def unknown(request: Any, error: Any) -> Any:
+        reason = f"{request.method} {request.url.path} is not served; see {', '.join(paths)}"
+        return refused(request, RequestError(error.status_code, reason))
+
+    def failed(request: Any, _error: Exception) -> Any:
+        return refused(request, RequestError(500, "the server failed; its log says more"))
+
+    paths = ["/health", "/ready", "/v1/models", *sorted(GENERATING)]
+    routes = [
+        Route("/health", health),
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", one_model),
+        *(Route(path, generate, methods=["POST"]) for path in GENERATING),
+    ]
+    handlers = {RequestError: refused, HTTPException: unknown, Exception: failed}
+    return Starlette(routes=routes, exception_handlers=handlers)
 
 
 def make_server(gate: Gate, started: Callable[[], None]) -> Any:
@@ -218,9 +211,46 @@ def make_server(gate: Gate, started: Callable[[], None]) -> Any:
     After SIGTERM or SIGINT no connection is taken. Requests that are computed are finished, those
     that wait for their turn get status 503. A second SIGINT ends the server at once.
     """
+    import h11
     import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Protocol(H11Protocol):
+        """HTTP, where a request that is not complete in time is ended, slow or silent.
+
+        uvicorn itself waits for ever for the first request, and for the rest of each request.
+        """
+
+        timer: Any = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.timer = self.loop.call_later(_ARRIVAL, self.end_late)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self.timer.cancel()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            if self.timer.cancelled():
+                self.timer = self.loop.call_later(_ARRIVAL, self.end_late)
+            super().data_received(data)
+            if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
+                self.timer.cancel()
+
+        def end_late(self) -> None:
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                self.transport.write(_LATE)
+            self.transport.close()
 
     class Server(uvicorn.Server):
+        should_exit = force_exit = False
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            # uvicorn's own keeps the signal, and raises it again when the server has ended.
+            self.force_exit |= self.should_exit and sig == signal.SIGINT
+            self.should_exit = True
+
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             started()
@@ -229,23 +259,5 @@ def make_server(gate: Gate, started: Callable[[], None]) -> Any:
             gate.stop()
             await super().shutdown(sockets)
 
-    quiet: dict[str, Any] = {"log_level": "error", "access_log": False, "server_header": False}
-    return Server(uvicorn.Config(gate, lifespan="on", **quiet))
-
-
-@contextlib.contextmanager
-def _quiet_signals() -> Iterator[None]:
-    """While active, SIGTERM and SIGINT do nothing by themselves.
-
-    uvicorn handles them, and raises them again when it has ended, for whoever was there before.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda *_: None) for number in signals}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    quiet: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False}
+    return Server(uvicorn.Config(gate, http=Protocol, lifespan="off", **quiet))
