@@ -183,6 +183,17 @@ def test_files_and_functions_are_short_and_say_what_they_are():
     assert tests <= TEST_LINES, f"tests have {tests} lines"
 
 
+def test_scripts_import_names_that_exist():
+    """Those of benchmarks and docs, which most tests do not run."""
+    repository = ROOT.parent.parent
+    for path in [*repository.glob("benchmarks/*.py"), *repository.glob("docs/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("prunus."):
+                module = import_module(node.module)
+                for alias in node.names:
+                    assert hasattr(module, alias.name), f"{path.name}: {node.module}.{alias.name}"
+
+
 def test_no_module_hides_a_public_name():
     """`prunus.prune` is a function. A module of that name would replace it when it is imported."""
     assert not set(ROOMS[:-1]) & set(prunus.__all__)

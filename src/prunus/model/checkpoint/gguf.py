@@ -115,6 +115,11 @@ def _check_arguments(path: Path, dest: Path, *, overwrite: bool, dtype: str) -> 
     with path.open("rb") as file:
         if (magic := file.read(4)) != b"GGUF":
             raise ValueError(f"{path}: not a GGUF file; it starts with {magic!r}, not b'GGUF'")
+    check_extra()
+
+
+def check_extra() -> None:
+    """Raise ModuleNotFoundError unless the packages that the import needs are installed."""
     for module in ("gguf", "accelerate"):
         if importlib.util.find_spec(module) is None:
             raise ModuleNotFoundError(
