@@ -59,8 +59,7 @@ from prunus.model.checkpoint.atomic_files import read_json, write_json
 from prunus.runs.options import RunOptions
 from prunus.runs.windows import given_windows
 from prunus.structure.plan import StructureJob, plan_structure
-from prunus.structure.recipe import StructureRecipe
-from prunus.structure.record import StructureRecord
+from prunus.structure.records import StructureRecipe, StructureRecord
 from prunus.structure.run import run
 
 #: Way -> options of `prunus.shrink`, without those that say how much goes.

@@ -71,11 +71,11 @@ def command_section(name: str, command: Any) -> str:
 
 def option_tables() -> str:
     """A table per model of options: what each one does, its default, and whether it is a flag."""
-    from prunus.compression.recipe import CompressionRecipe
+    from prunus.compression.records import CompressionRecipe
     from prunus.evaluation.options import TaskOptions, TextOptions
     from prunus.pruning.recipe import Recipe
     from prunus.recovery.options import RecoveryOptions
-    from prunus.structure.recipe import StructureRecipe
+    from prunus.structure.records import StructureRecipe
 
     models = (Recipe, CompressionRecipe, StructureRecipe, RecoveryOptions, TextOptions, TaskOptions)
     return "\n\n".join(option_table(model) for model in models)

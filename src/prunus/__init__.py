@@ -23,11 +23,9 @@ from typing import TYPE_CHECKING, Any
 from prunus_autoload import register
 
 if TYPE_CHECKING:
-    from prunus.compression.pack import pack
-    from prunus.compression.recipe import CompressionRecipe
-    from prunus.compression.record import CompressionRecord
+    from prunus.compression.pack import pack, unpack
+    from prunus.compression.records import CompressionRecipe, CompressionRecord
     from prunus.compression.run import compress
-    from prunus.compression.unpack import unpack
     from prunus.evaluation.inspection import Inspection, inspect
     from prunus.evaluation.perplexity import perplexity
     from prunus.evaluation.records import PerplexityResult, TaskResults, compare
@@ -41,8 +39,7 @@ if TYPE_CHECKING:
     from prunus.recovery.record import RecoveryRecord
     from prunus.recovery.run import recover
     from prunus.reporting.write import report
-    from prunus.structure.recipe import StructureRecipe
-    from prunus.structure.record import StructureRecord
+    from prunus.structure.records import StructureRecipe, StructureRecord
     from prunus.structure.run import shrink
     from prunus.sweeping.run import sweep
 
@@ -82,8 +79,8 @@ __all__ = [
 # import, and `prunus --help` needs neither. No module of the package may have a public name's own
 # name, because importing it would hide that name: hence the rooms `sweeping` and `reporting`.
 _HOMES = {
-    "CompressionRecipe": "prunus.compression.recipe",
-    "CompressionRecord": "prunus.compression.record",
+    "CompressionRecipe": "prunus.compression.records",
+    "CompressionRecord": "prunus.compression.records",
     "Inspection": "prunus.evaluation.inspection",
     "LoadedModel": "prunus.model.loading",
     "Manifest": "prunus.pruning.manifest",
@@ -91,8 +88,8 @@ _HOMES = {
     "Recipe": "prunus.pruning.recipe",
     "RecoveryRecord": "prunus.recovery.record",
     "Reference": "prunus.evaluation.reference",
-    "StructureRecipe": "prunus.structure.recipe",
-    "StructureRecord": "prunus.structure.record",
+    "StructureRecipe": "prunus.structure.records",
+    "StructureRecord": "prunus.structure.records",
     "TaskResults": "prunus.evaluation.records",
     "compare": "prunus.evaluation.records",
     "compress": "prunus.compression.run",
@@ -107,7 +104,7 @@ _HOMES = {
     "report": "prunus.reporting.write",
     "shrink": "prunus.structure.run",
     "sweep": "prunus.sweeping.run",
-    "unpack": "prunus.compression.unpack",
+    "unpack": "prunus.compression.pack",
 }
 
 

@@ -11,11 +11,11 @@ from typer.main import get_command
 
 from command_line import call
 from prunus.cli import app
-from prunus.compression.recipe import CompressionRecipe
+from prunus.compression.records import CompressionRecipe
 from prunus.pruning.recipe import Recipe
 from prunus.recovery.options import MODES, RecoveryOptions
 from prunus.runs.options import RunOptions
-from prunus.structure.recipe import StructureRecipe
+from prunus.structure.records import StructureRecipe
 
 VERBS = [
     "prune", "compress", "shrink", "plan", "recover", "eval", "lm-eval", "inspect",

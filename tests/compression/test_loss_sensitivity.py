@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from method_cases import gather
 from prunus.compression import loss_sensitivity
-from prunus.compression.job import CompressionJob
 from prunus.compression.loss_sensitivity import LinearSensitivity, loss_sensitivities
-from prunus.compression.recipe import CompressionRecipe
+from prunus.compression.records import CompressionRecipe
+from prunus.compression.run import CompressionJob
 from prunus.methods.rate_distortion import relative_steps
 from prunus.model.skeleton import Skeleton
 from prunus.model.stream import Stream
@@ -37,11 +37,11 @@ def planned(folder, dtype: str = "float32", **options) -> PruningJob:
 
 
 def streamed(job: PruningJob, seed: int = 0) -> dict[str, LinearSensitivity]:
-    stream, batches = Stream(job.skeleton, job.source, job.device), list(IDS.split(2))
+    stream = Stream(job.skeleton, job.source, job.device)
     with torch.no_grad(), contextlib.closing(stream):
-        stream.embed(batches, None)
+        stream.embed([IDS], None)
         options = job.linear_settings.work.options
-        return loss_sensitivities(stream, batches, job.selected, options, seed)
+        return loss_sensitivities(stream, IDS, job.selected, options, seed)
 
 
 def whole_model(folder, seed: int = 0) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
@@ -158,11 +158,11 @@ def test_float16_gradients_do_not_vanish(tmp_path):
 
 def test_gradients_that_are_not_finite_name_the_linear(tmp_path, monkeypatch):
     job = planned(tiny_checkpoint(tmp_path / "dense", "llama"))
-    original = loss_sensitivity._gradients_of_loss
+    original = loss_sensitivity._gradient_of_loss
 
     def endless(*arguments):
-        return [gradient * float("inf") for gradient in original(*arguments)]
+        return original(*arguments) * float("inf")
 
-    monkeypatch.setattr(loss_sensitivity, "_gradients_of_loss", endless)
+    monkeypatch.setattr(loss_sensitivity, "_gradient_of_loss", endless)
     with pytest.raises(ValueError, match=r"gradients of model\.layers\.1\..* are not finite"):
         streamed(job)

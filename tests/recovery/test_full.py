@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from prunus.structure.record import StructureRecord
+from prunus.structure.records import StructureRecord
 from prunus.structure.run import shrink
 from recovery_cases import StopError, dense_checkpoint, recover, shards, stop_at
 from tiny import token_ids

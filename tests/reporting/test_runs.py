@@ -8,7 +8,7 @@ import prunus
 from prunus.reporting.page import to_html, to_markdown
 from prunus.reporting.structure_section import structure_section
 from prunus.runs.document import HeatMap, Lines, Table
-from prunus.structure.record import StructureRecord, TargetModel
+from prunus.structure.records import StructureRecord, TargetModel
 from tiny import tiny_checkpoint, token_ids
 
 
@@ -106,7 +106,7 @@ def test_figures_are_those_of_the_record(smaller):
     assert [row[1] for row in experts.values] == record.blocks[1].experts.saliency
     errors = next(part for title, part in parts.items() if title.endswith("as it is"))
     assert isinstance(errors, HeatMap)
-    assert errors.values[0] == tuple(block.width.heads.error for block in record.blocks)
+    assert errors.values[0] == tuple(block.width["heads"].error for block in record.blocks)
     assert len(errors.rows) == 1 + 3, "heads, and the experts that stay"
     repairs = [part for title, part in parts.items() if title.startswith("Repair")]
     assert [part.series[1].y for part in repairs if isinstance(part, Lines)] == [

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from prunus.structure import blocks
-from prunus.structure.record import StructureRecord
+from prunus.structure import search
+from prunus.structure.records import StructureRecord
 from structure_cases import (
     assert_same_logits,
     bytes_of,
@@ -86,7 +86,7 @@ def test_a_killed_search_continues_to_the_same_bytes(tmp_path, monkeypatch):
     options: dict[str, Any] = {"blocks": 3, "calibration": IDS}
     whole = shrink(dense, tmp_path / "whole", **options)
     killed = tmp_path / "killed"
-    shrink_killed_in_second_step(monkeypatch, blocks, "divergences", dense, killed, **options)
+    shrink_killed_in_second_step(monkeypatch, search, "divergences", dense, killed, **options)
     assert len(StructureRecord.load(killed).search) == 1
     again = shrink(dense, killed, resume=True, **options)
     assert [x.block for x in again.search] == [x.block for x in whole.search]

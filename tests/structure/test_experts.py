@@ -126,7 +126,7 @@ def test_the_columns_of_an_expert_are_fitted_to_its_own_tokens(tmp_path):
         mine_TH = X_TH[(chosen_TK == number).any(1)]
         gate, up = (mine_TH @ experts.gate_up_proj[number].T).chunk(2, dim=-1)
         X_TI = (torch.nn.functional.silu(gate) * up).double()
-        kept = record.blocks[0].width.mlps[f"mlp.experts.{number}.down_proj"].kept
+        kept = record.blocks[0].width[f"mlp.experts.{number}.down_proj"].kept
         gram = X_TI.T @ X_TI
         gram += ridge(16, len(X_TI)) * gram.diagonal().diag()
         weight = experts.down_proj[number].double()

@@ -9,8 +9,7 @@ import prunus
 from command_line import call
 from devices import PRETEND, assert_same_weights
 from prunus.model.checkpoint.atomic_files import verify_shards
-from prunus.structure.recipe import StructureRecipe
-from prunus.structure.record import StructureRecord
+from prunus.structure.records import StructureRecipe, StructureRecord
 from structure_cases import bytes_of, loaded, shrunk_with_a_kill
 from structure_cases import shrink_without_repair as shrink
 from tiny import tiny_checkpoint, token_ids

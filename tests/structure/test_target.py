@@ -8,12 +8,10 @@ from torch import Tensor
 
 from prunus.runs.options import RunOptions
 from prunus.runs.windows import given_windows
-from prunus.structure import target_search
-from prunus.structure.recipe import StructureRecipe
-from prunus.structure.record import StructureRecord, TargetModel
+from prunus.structure.records import StructureRecipe, StructureRecord, TargetModel, parse_target
 from prunus.structure.run import run
-from prunus.structure.target import parse_target
-from prunus.structure.target_plan import TargetPlan
+from prunus.structure.search import TargetSearch
+from prunus.structure.width_plan import TargetPlan
 from structure_cases import bytes_of, divergence, loaded, shrink_killed_in_second_step, stored
 from structure_cases import shrink_without_repair as shrink
 from tiny import tiny_checkpoint, token_ids
@@ -112,7 +110,7 @@ def test_a_killed_search_continues_to_the_same_bytes(tmp_path, monkeypatch):
     whole = shrink(dense, tmp_path / "whole", **options)
 
     shrink_killed_in_second_step(
-        monkeypatch, target_search, "divergences", dense, tmp_path / "killed", **options
+        monkeypatch, TargetSearch, "_measure", dense, tmp_path / "killed", **options
     )
     assert len(StructureRecord.load(tmp_path / "killed").targets) == 1
     again = shrink(dense, tmp_path / "killed", resume=True, **options)

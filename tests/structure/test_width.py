@@ -11,8 +11,7 @@ from prunus.methods.solvers.least_squares import ridge
 from prunus.methods.structured import Reader
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
-from prunus.structure.spans import Cut, Span
-from prunus.structure.width_layout import LayoutFinder
+from prunus.structure.width_layout import Cut, LayoutFinder, Span
 from structure_cases import assert_same_logits, loaded, logits, take_fitted_columns
 from structure_cases import shrink_without_repair as shrink
 from tiny import tiny_checkpoint, token_ids
@@ -73,7 +72,7 @@ def test_the_columns_that_stay_are_the_least_squares_fit(family, tmp_path):
     name = "model.layers.0.self_attn.o_proj"
     X_TI = inputs_of(loaded(dense), name)
     old, new = loaded(dense).get_submodule(name), loaded(tmp_path / "small").get_submodule(name)
-    part = record.blocks[0].width.heads
+    part = record.blocks[0].width["heads"]
     columns = [8 * head + i for head in part.kept for i in range(8)]
     weight = old.weight.double()
     if old.bias is not None:
@@ -123,7 +122,7 @@ def test_heads_and_groups_that_are_asked_for(heads, groups, config, tmp_path):
     record = shrink(dense, tmp_path / "small", heads=heads, kv_heads=groups, calibration=IDS)
     small = loaded(tmp_path / "small").config
     assert (small.num_attention_heads, small.num_key_value_heads, small.head_dim) == (*config, 8)
-    kept = record.blocks[0].width.heads.kept
+    kept = record.blocks[0].width["heads"].kept
     of_group = [sum(head // 2 == group for head in kept) for group in range(2)]
     assert sorted(of_group) == ([1, 1] if config == (2, 2) else [0, 2])
 

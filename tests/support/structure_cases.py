@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from prunus.model.linears import find_block_list, find_linears
-from prunus.structure.record import StructureRecord
+from prunus.structure.records import StructureRecord
 from prunus.structure.run import shrink
 from tiny import stored  # noqa: F401
 
@@ -51,15 +51,10 @@ def take_fitted_columns(model: Any, small: Any, record: StructureRecord, heads: 
     for place, block in enumerate(record.blocks):
         layer, experts = layers[block.made_from], block.experts and block.experts.kept
         names = [linear.name for linear in find_linears(layer)]
-        parts = [(name, part, None) for name, part in block.width.mlps.items()]
-        for part, ends, units in (
-            (block.width.heads, _HEAD_READERS, heads),
-            (block.width.channels, _CHANNEL_READERS, None),
-        ):
-            if part is not None:
-                (name,) = [name for name in names if name.endswith(ends)]
-                parts.append((name, part, units))
-        for name, part, units in parts:
+        readers = {"heads": _HEAD_READERS, "channels": _CHANNEL_READERS}
+        for what, part in block.width.items():
+            units = heads if what == "heads" else None
+            (name,) = [name for name in names if name.endswith(readers.get(what, what))]
             weight_OI, bias = _reader(layer, name, experts)
             small_OI, small_bias = _reader(smaller[place], name)
             width = weight_OI.shape[1] // (units or weight_OI.shape[1])

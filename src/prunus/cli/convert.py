@@ -110,7 +110,7 @@ def pack(
 @with_flags(RunOptions, only=("overwrite",))
 def unpack(model: Model, output: Output, **options: Any) -> None:
     """Turn a packed checkpoint back into an ordinary one."""
-    from prunus.compression.unpack import unpack as unpack_checkpoint
+    from prunus.compression.pack import unpack as unpack_checkpoint
     from prunus.reporting.tables import packing_table
 
     with counted_steps(output, log_step) as step:

@@ -10,11 +10,11 @@ import typer
 
 from prunus.cli.flags import Model, Output, RecipeFile, opt, with_flags
 from prunus.cli.terminal import counted_steps, print_result, progress_console
-from prunus.compression.recipe import CompressionRecipe
+from prunus.compression.records import CompressionRecipe
 from prunus.pruning.recipe import Recipe
 from prunus.recovery.options import RecoveryOptions
 from prunus.runs.options import RunOptions
-from prunus.structure.recipe import StructureRecipe
+from prunus.structure.records import StructureRecipe
 
 _MAX_PRESET = "Preset max"
 
@@ -160,7 +160,7 @@ def plan(
 
     With --bits it plans compress. All that they check before their first block is checked here too.
     """
-    from prunus.compression.job import CompressionJob
+    from prunus.compression.run import CompressionJob
     from prunus.pruning.job import PruningJob, describe_plan, plan_run
     from prunus.reporting.tables import plan_facts
     from prunus.runs.folder import find_earlier

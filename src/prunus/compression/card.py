@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prunus.compression.record import CompressionRecord
+from prunus.compression.records import CompressionRecord
 from prunus.model.checkpoint.card import add_tags, with_fields
 from prunus.pruning.manifest import calibration_words, sparsity_tag
-from prunus.runs.record import result_card, source_name
+from prunus.runs.record import extended_card, result_card, source_name
 
-_TITLE = "\n## Packed by prunus\n"
-_SECTION = """
+_TITLE = "Packed by prunus"
+_SECTION = """\
 The linears are stored in the packed format (`docs/reference/packed-format.md` of prunus). Install
 prunus, then:
 
@@ -60,19 +60,14 @@ def compressed_card(record: CompressionRecord, loader: str, source: Path) -> str
 
 
 def packed_card(readme: str | None, loader: str = "AutoModelForCausalLM") -> str:
-    """Return a model card that ends with how to load a packed checkpoint.
-
-    Its library is prunus, because transformers alone cannot load it.
-
-    Args:
-        readme: the card of the source, or None.
-    """
-    text = (readme or "# A packed model\n") + _TITLE + _SECTION.replace("LOADER", loader)
-    return with_fields(add_tags(text, ["prunus", "packed"]), {"library_name": "prunus"})
+    """The card of a source with how to load it packed, for which transformers needs prunus."""
+    section, tags = _SECTION.replace("LOADER", loader), ["prunus", "packed"]
+    card = extended_card(readme, _TITLE, section, name="A packed model", tags=tags)
+    return with_fields(card, {"library_name": "prunus"})
 
 
 def unpacked_card(readme: str | None) -> str:
-    """Return the card of a packed checkpoint without what `packed_card` added."""
-    before, _, after = (readme or "# An unpacked model\n").partition(_TITLE)
+    """The card of a packed checkpoint without what `packed_card` added."""
+    before, _, after = (readme or "# An unpacked model\n").partition(f"\n## {_TITLE}\n")
     text = before + after.partition(_SECTION[-20:])[2]
     return with_fields(add_tags(text, [], ["packed"]), {"library_name": "transformers"})

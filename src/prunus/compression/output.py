@@ -5,7 +5,7 @@ No dense copy of them is ever written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 
 from prunus.compression.card import compressed_card
 from prunus.compression.quantize_rows import quantize_rows
-from prunus.compression.record import CompressionRecord
+from prunus.compression.records import CompressionRecord
 from prunus.model.checkpoint.atomic_files import read_json, remove
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.checkpoint.writer import save_safetensors
@@ -32,18 +32,19 @@ MEASUREMENT = "sensitivity.safetensors"
 
 
 class CompressedFolder(PrunedFolder):
-    """A folder whose linears are packed; in every other respect it is a `PrunedFolder`."""
+    """A `PrunedFolder` whose linears are packed."""
 
     record: CompressionRecord
 
-    def read_measurement(self) -> dict[str, torch.Tensor] | None:
-        """What `write_measurement` got in this run or the run that it resumes, or None."""
+    def measured(self, measure: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Named tensors that `measure` returns now, or has returned in the run that is resumed."""
         path = self.folder / MEASUREMENT
-        return load_file(path) if path.exists() else None
-
-    def write_measurement(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Keep named tensors until the run is finished."""
-        save_safetensors(self.folder / MEASUREMENT, tensors)
+        if path.exists():
+            return load_file(path)
+        found = measure()
+        self.save()
+        save_safetensors(path, found)
+        return found
 
     def complete(self, changed: Mapping[str, torch.Tensor]) -> None:
         super().complete(changed)
@@ -113,15 +114,11 @@ class CompressedFolder(PrunedFolder):
         return found
 
     def _stored_linear(self, name: str) -> str:
-        """The name of a linear in the checkpoint, from its name in the model."""
         return self.job.checkpoint.stored[f"{name}.weight"].removesuffix(".weight")
 
 
 def embedding_and_head(model: Any) -> list[str]:
-    """The names of the embedding and the output head that the packed format can hold.
-
-    Where both are one weight, it has the name of the embedding.
-    """
+    """The names of the embedding and head that the packed format can hold; of the first if tied."""
     tied = tied_embedding(model)
     if tied is not None:
         return [tied.name]

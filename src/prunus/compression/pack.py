@@ -1,40 +1,55 @@
-"""The verb `pack`: store the linears of a pruned checkpoint as bitmaps.
+"""The verbs `pack` and `unpack`: linears of a pruned model as bitmaps, and an ordinary model again.
 
-It works block by block, like pruning: a shard is read, converted and written before the next one is
-read.
+They work shard by shard, like pruning: one is read, converted and written before the next is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import hashlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
-from prunus.compression.card import packed_card
-from prunus.compression.pack_record import (
-    KEPT_RECORDS,
+from prunus.compression.card import packed_card, unpacked_card
+from prunus.compression.records import (
+    ConversionRecord,
     PackOptions,
     PackRecord,
     StoredLinear,
-    find_inputs,
-    opened,
-    write_shard,
+    UnpackRecord,
 )
-from prunus.model.checkpoint.atomic_files import read_json
-from prunus.model.checkpoint.reader import resolve_folder
+from prunus.distributed import SINGLE_PROCESS
+from prunus.model.checkpoint.atomic_files import fingerprint_with, read_json, recorded_digests
+from prunus.model.checkpoint.output_folder import check_companions, check_disk
+from prunus.model.checkpoint.reader import Checkpoint, resolve_folder
 from prunus.model.checkpoint.regular_files import read_card
 from prunus.model.kinds import require_causal
 from prunus.model.linears import Linear, tied_embedding
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
+from prunus.options import Options
 from prunus.packed.bitmap import kept, pack_weight
 from prunus.packed.description import Description, PackedShape, Stored
-from prunus.packed.forms import relative_error
+from prunus.packed.forms import checked_weight, expand, relative_error
 from prunus.packed.weight import PackedWeight, named_tensors
-from prunus.runs.record import OUTSIDE_SHARD, shard_name
+from prunus.runs.folder import ResultFolder, find_earlier, held
+from prunus.runs.options import RunOptions
+from prunus.runs.record import OUTSIDE_SHARD, RunInputs, shard_name
+
+#: Records of earlier work that hold for the packed and for the unpacked model as well.
+_KEPT_RECORDS = ("prunus.json", "prunus-compress.json")
+#: What `Description.add_to` adds to config.json.
+_ADDED = ("quantization_config", "transformers_weights")
+
+_Record = TypeVar("_Record", bound=ConversionRecord)
+#: The tensors of a shard, and the records of its linears.
+_Shard = tuple[dict[str, torch.Tensor], dict[str, StoredLinear]]
+#: File of a shard -> its name for people, and the function that makes it.
+_Shards = dict[str, tuple[str, Callable[[], _Shard]]]
 
 
 def pack(
@@ -81,72 +96,172 @@ def pack(
     skeleton = Skeleton(source.config, source.stored_dtype)
     source.bind(skeleton)
     checkpoint = source.checkpoint
-    record = PackRecord(
-        source=str(model),
-        recipe=recipe,
-        inputs=find_inputs(checkpoint, source.fingerprint, stored, "the dtype of stored values"),
-    )
-    needed = checkpoint.nbytes(checkpoint.tensors)
-    with opened(record, Path(output), checkpoint, overwrite, needed) as (folder, record):
-        if record.state == "finished":
-            return record
-        shards = len(skeleton) + 1
-        for index in range(len(skeleton)):
-            if not folder.has(shard_name(index)):
-                packed = _pack_block(source, skeleton, index, stored)
-                write_shard(folder, record, shard_name(index), *packed)
-            if progress is not None:
-                progress(index + 1, shards, skeleton.block_name(index))
-        outer = source.outside_keys()
-        if outer and not folder.has(OUTSIDE_SHARD):
-            packed = _pack_outside(source, skeleton, outer, stored)
-            write_shard(folder, record, OUTSIDE_SHARD, *packed)
-        if progress is not None:
-            progress(shards, shards, "outside the blocks")
-        linears = {name: each for name, each in record.linears.items() if each.packed}
-        if not linears:
+    inputs = _find_inputs(checkpoint, source.fingerprint, stored)
+    shards: _Shards = {
+        shard_name(index): (
+            skeleton.block_name(index),
+            functools.partial(_pack_block, source, skeleton, index, stored),
+        )
+        for index in range(len(skeleton))
+    }
+    if source.outside_keys():
+        outside = functools.partial(_pack_outside, source, skeleton, stored)
+        shards[OUTSIDE_SHARD] = ("outside the blocks", outside)
+
+    def describe(record: PackRecord) -> tuple[str, dict[str, Any]]:
+        shapes = {
+            name: PackedShape(*each.shape, each.stored, each.rare)
+            for name, each in record.linears.items()
+            if each.packed
+        }
+        if not shapes:
             raise ValueError(
                 f"no linear of {model} would get smaller; is it pruned? (prunus inspect shows it)"
             )
-        shapes = {
-            n: PackedShape(*each.shape, each.stored, each.rare) for n, each in linears.items()
-        }
         config = Description(stored, shapes).add_to(read_json(checkpoint.folder / "config.json"))
-        card = packed_card(read_card(checkpoint.folder / "README.md"), skeleton.kind.loader)
-        folder.finish(record.shards, card=card, config=config, keep_records=KEPT_RECORDS)
-        return record
+        card = read_card(checkpoint.folder / "README.md")
+        return packed_card(card, skeleton.kind.loader), config
+
+    record = PackRecord(source=str(model), recipe=recipe, inputs=inputs)
+    needed = checkpoint.nbytes(checkpoint.tensors)
+    return _convert(record, output, checkpoint, needed, shards, describe, overwrite, progress)
 
 
-def _pack_block(
-    source: CheckpointSource, skeleton: Skeleton, index: int, stored: Stored
-) -> tuple[dict[str, torch.Tensor], dict[str, StoredLinear]]:
-    """Return the tensors of a block's shard, and the records of its linears."""
-    linears = {linear.name: linear for linear in skeleton.linears(index)}
-    keys = source.stored
-    records: dict[str, StoredLinear] = {}
-    block = source.block(index)
-    tensors = source.as_stored(index, block)
-    for relative, weight in block.items():
-        owner = relative.removesuffix(".weight")
-        linear = linears.get(owner) if relative.endswith(".weight") else None
-        if linear is None:
-            continue
+def unpack(
+    model: str | Path,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> UnpackRecord:
+    """Write a packed checkpoint as an ordinary one, with the names and shapes from before packing.
+
+    Float values come back bit for bit. int8 values are expanded to the dtype that config.json
+    names.
+
+    Args:
+        model: folder or hub id of a packed checkpoint.
+        output: folder of the result.
+        overwrite: replace an earlier result in `output`.
+        progress: called after every shard with (done, total, shard).
+
+    Returns:
+        The record, which is also written to `prunus-unpack.json`.
+
+    Raises:
+        ValueError: the checkpoint is not packed, or it is damaged.
+        FileNotFoundError, FileExistsError, OSError: before any work.
+    """
+    here = resolve_folder(model)
+    checkpoint = Checkpoint(here)
+    config = read_json(here / "config.json")
+    described = Description.from_dict(
+        config.get("quantization_config") if isinstance(config, dict) else None
+    )
+    described.check_tensors(checkpoint.tensors)
+    dtype = described.dtype
+    if dtype is None or dtype == torch.int8:
+        dtype = _config_dtype(config)
+    content = checkpoint.fingerprint + repr(sorted(config.items()))
+    fingerprint = hashlib.sha256(content.encode()).hexdigest()
+    inputs = _find_inputs(checkpoint, fingerprint, str(dtype).removeprefix("torch."))
+    needed = checkpoint.nbytes(checkpoint.tensors) + sum(
+        shape.out_features * shape.in_features * dtype.itemsize
+        for shape in described.linears.values()
+    )
+    shards: _Shards = {
+        file: (file, functools.partial(_unpack_shard, checkpoint, described, names, dtype))
+        for file, names in _by_file(checkpoint, described).items()
+    }
+
+    def describe(record: UnpackRecord) -> tuple[str, dict[str, Any]]:
+        plain = {key: value for key, value in config.items() if key not in _ADDED}
+        return unpacked_card(read_card(here / "README.md")), plain
+
+    record = UnpackRecord(source=str(model), recipe=Options(), inputs=inputs)
+    return _convert(record, output, checkpoint, needed, shards, describe, overwrite, progress)
+
+
+def _find_inputs(checkpoint: Checkpoint, fingerprint: str, dtype: str) -> RunInputs:
+    """What the result depends on. From here on, recorded SHA-256 of shards are checked."""
+    check_companions(checkpoint.folder)
+    recorded = recorded_digests(checkpoint.folder)
+    checkpoint.verify_on_read(recorded)
+    return RunInputs(
+        checkpoint=fingerprint_with(fingerprint, recorded),
+        dtype=dtype,
+        dtype_reason="as stored",
+        device="cpu",
+    )
+
+
+def _convert(
+    record: _Record,
+    output: str | Path,
+    source: Checkpoint,
+    needed: int,
+    shards: _Shards,
+    describe: Callable[[_Record], tuple[str, dict[str, Any]]],
+    overwrite: bool,
+    progress: Callable[[int, int, str], None] | None,
+) -> _Record:
+    """Write the shards that an earlier run has not written, and complete the result.
+
+    Args:
+        needed: bytes of the result, at most.
+        describe: the card and config.json of the result.
+
+    Returns:
+        `record`, or that of an earlier run.
+    """
+    kind, options, path = type(record), RunOptions(overwrite=overwrite), Path(output)
+
+    def find() -> _Record | None:
+        earlier = find_earlier(kind, path, record.recipe, options, source.folder)
+        if earlier is not None:
+            earlier.check_same_run(record.recipe, record.inputs)
+        if earlier is None or earlier.state == "running":
+            check_disk(path, needed)
+        return earlier
+
+    with held(kind, path, SINGLE_PROCESS, find) as earlier:
+        found = earlier or record
+        folder = ResultFolder(path, found, source)
+        if found.state == "finished":
+            folder.check_finished()
+            return found
+        folder.begin(overwrite)
+        for done, (file, (name, make)) in enumerate(shards.items(), start=1):
+            if not folder.has(file):
+                tensors, linears = make()
+                folder.write_shard(file, tensors)
+                found.shards[file] = linears
+                folder.save()
+            if progress is not None:
+                progress(done, len(shards), name)
+        card, config = describe(found)
+        folder.finish(found.shards, card=card, config=config, keep_records=_KEPT_RECORDS)
+        return found
+
+
+def _pack_block(source: CheckpointSource, skeleton: Skeleton, index: int, stored: Stored) -> _Shard:
+    keys, block = source.stored, source.block(index)
+    tensors, records = source.as_stored(index, block), dict[str, StoredLinear]()
+    for linear in skeleton.linears(index):
         # Parts get the checkpoint's own name for the weight, under which transformers looks for it.
-        name = f"{skeleton.block_name(index)}.{owner}"
+        name = f"{skeleton.block_name(index)}.{linear.name}"
         key = keys.get(f"{name}.weight", "")
         name = key.removesuffix(".weight") or name
-        packed, records[name] = _pack_linear(weight, stored, linear, key)
+        packed, records[name] = _pack_linear(block[f"{linear.name}.weight"], stored, linear, key)
         if packed is not None:
             del tensors[key]
             tensors |= named_tensors(name, packed)
     return tensors, records
 
 
-def _pack_outside(
-    source: CheckpointSource, skeleton: Skeleton, keys: Sequence[str], stored: Stored
-) -> tuple[dict[str, torch.Tensor], dict[str, StoredLinear]]:
-    """Return the tensors outside the blocks, with the output head or its tied embedding packed."""
-    tensors = dict(source.checkpoint.views(keys))
+def _pack_outside(source: CheckpointSource, skeleton: Skeleton, stored: Stored) -> _Shard:
+    """The tensors outside the blocks, with the output head or its tied embedding packed."""
+    tensors = dict(source.checkpoint.views(source.outside_keys()))
     try:
         head = tied_embedding(skeleton.model) or skeleton.head()
     except NotImplementedError:  # the model has no output head
@@ -196,3 +311,45 @@ def _pack_linear(
         nbytes=(before, packed.nbytes),
         relative_error=relative_error(weight, packed) if stored == "int8" else None,
     )
+
+
+def _by_file(checkpoint: Checkpoint, described: Description) -> dict[str, list[str]]:
+    """Shard -> its tensors. All parts of a linear are in the shard of its values."""
+    home = {
+        part: f"{linear}.weight"
+        for linear in described.linears
+        for part in described.tensors(linear)
+    }
+    files: dict[str, list[str]] = {}
+    for name in checkpoint.tensors:
+        files.setdefault(checkpoint.tensors[home.get(name, name)].file, []).append(name)
+    return dict(sorted(files.items()))
+
+
+def _unpack_shard(
+    checkpoint: Checkpoint, described: Description, names: list[str], dtype: torch.dtype
+) -> _Shard:
+    tensors = dict(checkpoint.read(names))
+    records = {}
+    for linear in [name.removesuffix(".weight") for name in names]:
+        if linear not in described.linears:
+            continue
+        parts = {name: tensors.pop(name) for name in described.tensors(linear)}
+        packed, offsets = checked_weight(described, linear, parts)
+        tensors[f"{linear}.weight"] = weight = expand(packed, dtype, offsets)
+        nbytes = (packed.nbytes, weight.numel() * weight.element_size())
+        records[linear] = StoredLinear(
+            shape=packed.shape, kept=int(kept(weight).sum()), packed=False, nbytes=nbytes
+        )
+    return tensors, records
+
+
+def _config_dtype(config: dict[str, Any]) -> torch.dtype:
+    """Return the dtype that config.json gives the model; bfloat16 where it gives none."""
+    name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(
+            f"config.json gives the model the dtype {name!r}; expected bfloat16, float16 or float32"
+        )
+    return dtype

@@ -58,11 +58,13 @@ def quantize_rows(weight_OI: torch.Tensor, bits: float) -> QuantizedWeight:
         raise ValueError(
             f"expected a matrix of floats, got {weight_OI.dtype} {tuple(weight_OI.shape)}"
         )
-    moments = [_moments(rows) for rows in weight_OI.split(_ROWS)]
-    rows_O = torch.cat([squares.mean(1).sqrt() for squares in moments])
-    columns_I = (torch.stack([squares.sum(0) for squares in moments]).sum(0)).sqrt()
-    rows_O, columns_I = _relative(rows_O), _relative(columns_I)
-    sample_S = torch.linspace(0, weight_OI.shape[0] - 1, _sample_rows(weight_OI)).long()
+    squares = [rows.float().square() for rows in weight_OI.split(_ROWS)]
+    if not all(bool(each.isfinite().all()) for each in squares):
+        raise ValueError("weights that are infinite or not a number cannot be quantised")
+    rows, columns = weight_OI.shape
+    rows_O = _relative(torch.cat([each.mean(1).sqrt() for each in squares]))
+    columns_I = _relative((torch.stack([each.sum(0) for each in squares]).sum(0)).sqrt())
+    sample_S = torch.linspace(0, rows - 1, min(rows, max(1, _SAMPLE // columns))).long()
     sample_SI = weight_OI[sample_S].float()
     best = (math.inf, 1.0, columns_I)
     for exponent in _COLUMN_EXPONENTS:
@@ -72,48 +74,44 @@ def quantize_rows(weight_OI: torch.Tensor, bits: float) -> QuantizedWeight:
         error = float((levels_SI * scales_S[:, None] * steps_I - sample_SI).square().sum())
         if error < best[0]:
             best = (error, distance, steps_I)
-    return _quantize(weight_OI, rows_O, best[2], best[1], bits)
-
-
-def _moments(rows_SI: torch.Tensor) -> torch.Tensor:
-    squares = rows_SI.float().square()
-    if not bool(torch.isfinite(squares).all()):
-        raise ValueError("weights that are infinite or not a number cannot be quantised")
-    return squares
+    _, distance, steps_I = best
+    # The whole weight is encoded, with levels farther apart until it takes at most `bits` bits.
+    scales_O, levels_OI = torch.empty(rows), torch.empty(weight_OI.shape, dtype=torch.int8)
+    for _ in range(_ATTEMPTS):
+        for first in range(0, rows, _ROWS):
+            part = slice(first, first + _ROWS)
+            levels, scales_O[part] = _round(weight_OI[part], rows_O[part], steps_I, distance)
+            levels_OI[part] = levels
+        weight = encode(levels_OI, steps_I, scales_O)
+        excess = weight.nbytes * 8 / weight_OI.numel() - bits
+        if excess <= 0:
+            return weight
+        distance *= 2 ** min(1.1 * excess + 0.002, 4)
+    raise ValueError(
+        f"a weight of {rows} x {columns} cannot be stored in {bits} bits a weight; it takes "
+        f"{bits + excess:.2f}. Ask for more"
+    )
 
 
 def _relative(sizes: torch.Tensor) -> torch.Tensor:
-    """Divide sizes by their mean; very small ones are raised, so that none is zero."""
+    """Sizes divided by their mean; very small ones are raised, so that none is zero."""
     mean = float(sizes.mean()) or 1.0
     return (sizes / mean).clamp(min=1e-3)
-
-
-def _sample_rows(weight_OI: torch.Tensor) -> int:
-    rows, columns = weight_OI.shape
-    return min(rows, max(1, _SAMPLE // columns))
 
 
 def _round(
     rows_SI: torch.Tensor, sizes_S: torch.Tensor, steps_I: torch.Tensor, distance: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return levels, floats (S, I), and scales (S,), which bfloat16 holds exactly.
-
-    Where a row would need more than 247 levels, its scale is larger.
-    """
+    """Levels, floats (S, I), and scales (S,), which are larger where 247 levels are too few."""
     scaled_SI = rows_SI.float() / steps_I
-    scales_S = torch.maximum(
-        sizes_S.pow(_ROW_EXPONENT) * distance, scaled_SI.abs().amax(1) / _MAX_LEVEL
-    )
-    scales_S = scales_S.bfloat16().float()
+    wanted_S = sizes_S.pow(_ROW_EXPONENT) * distance
+    scales_S = torch.maximum(wanted_S, scaled_SI.abs().amax(1) / _MAX_LEVEL).bfloat16().float()
     scaled_SI /= scales_S[:, None]
     return scaled_SI.round_().clamp_(-_MAX_LEVEL, _MAX_LEVEL), scales_S
 
 
 def _search(
-    sample_SI: torch.Tensor,
-    sizes_S: torch.Tensor,
-    steps_I: torch.Tensor,
-    bits: float,
+    sample_SI: torch.Tensor, sizes_S: torch.Tensor, steps_I: torch.Tensor, bits: float
 ) -> float:
     """Return the smallest distance between levels at which a sample takes `bits` bits a weight."""
     # A file has a class and a step for every column of the whole weight, not of the sample.
@@ -133,29 +131,3 @@ def _search(
         else:
             low = middle
     return math.exp(high)
-
-
-def _quantize(
-    weight_OI: torch.Tensor,
-    rows_O: torch.Tensor,
-    steps_I: torch.Tensor,
-    distance: float,
-    bits: float,
-) -> QuantizedWeight:
-    """Encode the whole weight, with levels farther apart until it takes at most `bits` bits."""
-    scales_O = torch.empty(weight_OI.shape[0])
-    levels_OI = torch.empty(weight_OI.shape, dtype=torch.int8)
-    for _ in range(_ATTEMPTS):
-        for first in range(0, weight_OI.shape[0], _ROWS):
-            rows = slice(first, first + _ROWS)
-            levels, scales_O[rows] = _round(weight_OI[rows], rows_O[rows], steps_I, distance)
-            levels_OI[rows] = levels
-        weight = encode(levels_OI, steps_I, scales_O)
-        excess = weight.nbytes * 8 / weight_OI.numel() - bits
-        if excess <= 0:
-            return weight
-        distance *= 2 ** min(1.1 * excess + 0.002, 4)
-    raise ValueError(
-        f"a weight of {weight_OI.shape[0]} x {weight_OI.shape[1]} cannot be stored in {bits} bits "
-        f"a weight; it takes {bits + excess:.2f}. Ask for more"
-    )

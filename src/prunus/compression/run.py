@@ -3,37 +3,51 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
+from torch import nn
 
-from prunus.compression.job import CompressionJob
 from prunus.compression.loss_sensitivity import (
     PROBE_TOKENS,
     PROBE_WINDOWS,
     LinearSensitivity,
     loss_sensitivities,
+    part_width,
 )
-from prunus.compression.output import CompressedFolder
-from prunus.compression.rate_control import LinearRate, RateControl
-from prunus.compression.recipe import CompressionRecipe
-from prunus.compression.record import CompressionRecord
-from prunus.methods.statistics import InputStatistics
+from prunus.compression.output import CompressedFolder, embedding_and_head
+from prunus.compression.rate_control import LinearRate, RateControl, side_bits
+from prunus.compression.records import CompressionRecipe, CompressionRecord
+from prunus.hardware.memory import resident_memory
+from prunus.methods.statistics import InputStatistics, statistics_bytes
 from prunus.methods.work import LinearQuantization, Quantized
+from prunus.model.kinds import require_causal
+from prunus.model.linears import Linear
+from prunus.model.skeleton import Skeleton
+from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.model.stream import Stream
 from prunus.options import takes
 from prunus.packed.description import QuantizedShape
 from prunus.packed.planes import encode
 from prunus.packed.weight import QuantizedWeight
-from prunus.pruning.job import PruningJob
+from prunus.pruning.job import LinearSelection, PruningJob
 from prunus.pruning.manifest import PruningRecord
 from prunus.pruning.output import PruningOutput
+from prunus.pruning.reconstruction.reconstruct_block import activation_bytes
 from prunus.pruning.run import PruneVerb, carry_out
+from prunus.runs.job import BlockMemory
 from prunus.runs.options import RunOptions
 from prunus.runs.progress import pruning_step, shows_progress
 from prunus.runs.windows import given_windows
+
+# A tensor's entry in the header of a shard, without its name.
+_HEADER_BYTES = 75
+# Classes, steps and scales: the tensors of a quantised weight next to its data.
+_SIDE_TENSORS = 3
 
 
 @shows_progress("compress", pruning_step)
@@ -77,6 +91,98 @@ def run(
     return cast(CompressionRecord, carry_out(model, output, recipe, options, CompressVerb()))
 
 
+@dataclass(kw_only=True)
+class CompressionJob(PruningJob):
+    """The decisions of one run of compress."""
+
+    RECORD: ClassVar[type[PruningRecord]] = CompressionRecord
+    QUANTIZES: ClassVar[bool] = True
+
+    recipe: CompressionRecipe
+
+    @classmethod
+    def select(
+        cls, found: LinearSelection, source: CheckpointSource | ModuleSource, skeleton: Skeleton
+    ) -> LinearSelection:
+        if isinstance(source, ModuleSource):
+            raise ValueError(
+                "a compressed model is a packed checkpoint: give the folder of a checkpoint "
+                "instead of a loaded model"
+            )
+        require_causal(source.config, "prunus compress")
+        return _packable(found, skeleton, source)
+
+    def check(self) -> None:
+        # If all weights were zeros, a linear would still take a bit plane, steps, scales, classes.
+        shapes = [linear.shape for linear in self.selected_linears().values()]
+        weights = [rows * columns for rows, columns in shapes]
+        least = sum(
+            (1 + side_bits(shape)) * count for shape, count in zip(shapes, weights, strict=True)
+        ) / sum(weights)
+        if self.recipe.bits <= least:
+            raise ValueError(
+                f"bits = {self.recipe.bits:g} cannot be reached: if all weights were 0, the "
+                f"linears of this model would take {least:.2f} bits per weight with their steps "
+                "and scales. Give more"
+            )
+        measured, held = self._measuring_bytes(), resident_memory()
+        if self.budget < measured:
+            raise ValueError(
+                "measuring how the loss depends on each linear needs "
+                f"{(measured + held) / 1e9:.2f} GB; the memory budget is "
+                f"{(self.budget + held) / 1e9:.2f} GB. Raise `memory`"
+            )
+
+    def describe(self) -> dict[str, object]:
+        return {"bits": self.recipe.bits, "head_bits": self.recipe.head_bits}
+
+    def file_bytes(self) -> int:
+        # The rate control spends the bits that the recipe asks for, so they say what linears take.
+        checkpoint = self.checkpoint.checkpoint
+        bits = dict.fromkeys(self.selected_linears(), self.recipe.bits)
+        if self.recipe.head_bits is not None:
+            bits |= dict.fromkeys(embedding_and_head(self.skeleton.model), self.recipe.head_bits)
+        total = float(checkpoint.nbytes(checkpoint.tensors))
+        total += sum(len(name) + _HEADER_BYTES for name in checkpoint.tensors)
+        for name, each in bits.items():
+            key = self.checkpoint.stored[f"{name}.weight"]
+            total += math.prod(checkpoint.tensors[key].shape) * each / 8 - checkpoint.nbytes([key])
+            total += _SIDE_TENSORS * (len(key) + _HEADER_BYTES)
+        return round(total)
+
+    def peak_bytes(self) -> int:
+        return max(super().peak_bytes(), self._measuring_bytes())
+
+    def _measuring_bytes(self) -> int:
+        return self.measuring_memory().total(hidden=self.device.type == "cpu", paused=False)
+
+    def measuring_memory(self) -> BlockMemory:
+        """Memory of the pass that measures how the loss depends on each linear.
+
+        The entry `hidden` are the inputs of all blocks, on the host.
+        """
+        skeleton, itemsize = self.skeleton, self.dtype.itemsize
+        blocks, length = range(len(skeleton)), min(PROBE_TOKENS, self.recipe.seqlen)
+        tokens = min(PROBE_WINDOWS, self.recipe.samples) * length
+        hidden = skeleton.window_shape(0, self.recipe.seqlen)[1]
+        linears = [skeleton.linears(index) for index in blocks]
+        widest = max(max(linear.shape) for block in linears for linear in block)
+        parameters = max(
+            sum(p.numel() for p in skeleton.blocks[index].parameters()) for index in blocks
+        )
+        heads = int(getattr(self.source.config.get_text_config(), "num_attention_heads", 1) or 1)
+        activations = activation_bytes(tokens, length, hidden, widest, heads, itemsize)
+        # The head sees one window: its logits, their logarithms, and the gradients of both.
+        logits = skeleton.vocabulary * (hidden * itemsize + 16 * length)
+        return BlockMemory(
+            weights=max(map(self.source.block_nbytes, blocks)) + parameters * itemsize,
+            working=max(map(_statistics_bytes, linears)),
+            hidden=len(blocks) * tokens * hidden * itemsize,
+            paused=0,
+            transient=2 * tokens * hidden * itemsize + max(activations, logits),
+        )
+
+
 class CompressVerb(PruneVerb):
     """Compress is prune into packed shards, with a rounding that spends the bits it was given."""
 
@@ -93,18 +199,19 @@ class CompressVerb(PruneVerb):
     ) -> Rounding:
         assert isinstance(job, CompressionJob) and isinstance(output, CompressedFolder)
 
-        def measured() -> dict[str, torch.Tensor]:
-            known = output.read_measurement()
-            if known is None:
-                known = _as_tensors(_measure(job, ids))
-                record.save(output.folder)
-                output.write_measurement(known)
-            return known
-
         # All ranks must use the same digits, so one of them measures.
-        found = _from_tensors(job.ranks.tensors_from_rank_0(measured))
+        found = job.ranks.tensors_from_rank_0(lambda: output.measured(lambda: _measure(job, ids)))
         linears = [
-            LinearRate(name, linear.name, linear.shape, found[name])
+            LinearRate(
+                name,
+                linear.name,
+                linear.shape,
+                LinearSensitivity(
+                    loss_O=found[f"{name}.loss"],
+                    power=float(found[f"{name}.power"]),
+                    deviations_Q=found[f"{name}.deviations"],
+                ),
+            )
             for name, linear in job.selected_linears().items()
         ]
         sparsity = job.recipe.sparsity
@@ -138,31 +245,53 @@ class Rounding:
         return packed, {"bits": bits, "log2_step": self._log2_step, "packed": entry}
 
 
-def _measure(job: CompressionJob, ids: torch.Tensor) -> dict[str, LinearSensitivity]:
+def _measure(job: CompressionJob, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The sensitivity of each linear, as three named tensors."""
     windows = ids[:PROBE_WINDOWS, :PROBE_TOKENS]
     stream = Stream(job.skeleton, job.hashed_source, job.device)
     with torch.no_grad(), contextlib.closing(stream):
         stream.embed([windows], None)
         options = job.linear_settings.work.options
-        return loss_sensitivities(stream, [windows], job.selected, options, job.recipe.seed)
-
-
-def _as_tensors(found: dict[str, LinearSensitivity]) -> dict[str, torch.Tensor]:
-    """The measurement as named tensors: three for each linear."""
-    tensors = {}
-    for name, each in found.items():
-        tensors[f"{name}.loss"] = each.loss_O
-        tensors[f"{name}.power"] = torch.tensor(each.power, dtype=torch.float64)
-        tensors[f"{name}.deviations"] = each.deviations_Q
-    return tensors
-
-
-def _from_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, LinearSensitivity]:
-    return {
-        name: LinearSensitivity(
-            tensors[f"{name}.loss"],
-            float(tensors[f"{name}.power"]),
-            tensors[f"{name}.deviations"],
-        )
-        for name in (key.removesuffix(".loss") for key in tensors if key.endswith(".loss"))
+        found = loss_sensitivities(stream, windows, job.selected, options, job.recipe.seed)
+    tensors = {f"{name}.loss": each.loss_O for name, each in found.items()}
+    tensors |= {f"{name}.deviations": each.deviations_Q for name, each in found.items()}
+    return tensors | {
+        f"{name}.power": torch.tensor(each.power, dtype=torch.float64)
+        for name, each in found.items()
     }
+
+
+def _packable(
+    found: LinearSelection, skeleton: Skeleton, source: CheckpointSource
+) -> LinearSelection:
+    """The part of a selection that a compressed checkpoint can store as integers."""
+    stored = source.stored
+    kept: list[list[str]] = []
+    left_dense = dict(found.left_dense)
+    for index, names in enumerate(found.selected):
+        kept.append([])
+        for linear in skeleton.linears(index):
+            if linear.name not in names:
+                continue
+            full_name = f"{skeleton.block_name(index)}.{linear.name}.weight"
+            own = stored.get(full_name, "").endswith(".weight")
+            if own and type(linear.module) is nn.Linear:
+                kept[-1].append(linear.name)
+            else:
+                left_dense[full_name] = linear.shape
+    if not any(kept):
+        raise NotImplementedError(
+            "none of the chosen linears can be stored as integers: they are transposed, special, "
+            "or experts in one tensor; such a checkpoint cannot be compressed yet"
+        )
+    return LinearSelection(kept, left_dense)
+
+
+def _statistics_bytes(linears: Sequence[Linear]) -> int:
+    """Bytes of the Gram matrices of a block's linears, one for each part of their inputs."""
+    part = part_width(linears)
+    return sum(
+        statistics_bytes(min(part, linear.shape[1] - start), "gram")
+        for linear in linears
+        for start in range(0, linear.shape[1], part)
+    )

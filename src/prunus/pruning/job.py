@@ -1,7 +1,7 @@
 """A checked run of prune: what is pruned and how. `run.py` follows it, `prunus plan` prints it.
 
 Whatever would make a run fail later fails in `plan_run`. A verb that prunes and then does more to
-each linear has a job of a class of its own; see `prunus.compression.job`.
+each linear has a job of a class of its own; see `prunus.compression.run`.
 """
 
 from __future__ import annotations

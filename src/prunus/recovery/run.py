@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prunus.compression.record import CompressionRecord
+from prunus.compression.records import CompressionRecord
 from prunus.hardware.memory import peak_memory
 from prunus.model.adapter import CONFIG_NAME, save_adapter
 from prunus.model.checkpoint.atomic_files import remove, write_text
@@ -47,7 +47,7 @@ from prunus.runs.record import (
     shard_name,
     source_name,
 )
-from prunus.structure.record import StructureRecord
+from prunus.structure.records import StructureRecord
 
 # Options of other runs. A whole model is trained, as transformers defines it.
 _NOT_TAKEN = ("memory", "tokenizer", "trust_remote_code")

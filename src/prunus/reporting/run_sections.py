@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from prunus.compression.record import CompressionRecord
+from prunus.compression.records import CompressionRecord
 from prunus.pruning.manifest import mean_error
 from prunus.runs.document import (
     Column,

@@ -14,10 +14,10 @@ from prunus.reporting.run_sections import (
 )
 from prunus.runs.document import Column, Facts, HeatMap, Lines, Section, Series, Table
 from prunus.runs.record import bos_words
-from prunus.structure.card import what_was_removed
+from prunus.structure.records import what_was_removed
 
 if TYPE_CHECKING:
-    from prunus.structure.record import BlockChange, PartChange, StructureRecord
+    from prunus.structure.records import StructureRecord
 
 _MEASURES = {
     "divergence": "KL divergence, nats per token",
@@ -126,18 +126,9 @@ def _targets(record: StructureRecord) -> list[Table]:
     return [Table(f"Models for {record.recipe.target}", columns, rows, note)]
 
 
-def _narrowed(block: BlockChange) -> dict[str, PartChange]:
-    """What became narrower in a block, by name."""
-    width = block.width
-    if width is None:
-        return {}
-    named = {"channels": width.channels, "heads": width.heads, **width.mlps}
-    return {name: part for name, part in named.items() if part is not None}
-
-
 def _widths(record: StructureRecord) -> list[HeatMap]:
     """The errors where channels and heads are read."""
-    found = [_narrowed(block) for block in record.blocks]
+    found = [block.width for block in record.blocks]
     title = "Relative error where what became narrower is read"
     figures = {"before the fit": "error_before_fit", "as it is": "error"}
     return [

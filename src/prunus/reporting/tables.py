@@ -12,7 +12,7 @@ from prunus.runs.document import Facts, Table, items_of, table_of
 from prunus.runs.record import bos_words
 
 if TYPE_CHECKING:
-    from prunus.compression.pack_record import ConversionRecord
+    from prunus.compression.records import ConversionRecord
     from prunus.recovery.record import RecoveryRecord
 
 _BOS_OF_PLAN = {

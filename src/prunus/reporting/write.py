@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunus.compression.record import CompressionRecord
+from prunus.compression.records import CompressionRecord
 from prunus.model.checkpoint.atomic_files import read_json, write_text
 from prunus.pruning.manifest import Manifest, PruningRecord
 from prunus.reporting.evaluation_sections import decode_speeds, evaluation_section, speed_section
@@ -15,7 +15,7 @@ from prunus.reporting.run_sections import comparison_section, run_section
 from prunus.reporting.structure_section import structure_section
 from prunus.reporting.sweep_section import sweep_section
 from prunus.runs.document import Document, Section, short_names
-from prunus.structure.record import StructureRecord
+from prunus.structure.records import StructureRecord
 from prunus.sweeping.results import RESULTS_NAME, SweepResults
 
 #: The runs that a section shows, with what makes it.

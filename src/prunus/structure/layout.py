@@ -27,6 +27,11 @@ def shapes_of(block: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in block.state_dict().items()}
 
 
+def experts_in(block: nn.Module) -> list[Experts]:
+    """The mixtures of experts of a block."""
+    return [module for module in block.modules() if isinstance(module, Experts)]
+
+
 def old_names(block: nn.Module, new: Collection[str], kept: Sequence[int]) -> dict[str, str]:
     """New name -> old name of the tensors of a block in which only some experts stay."""
     found = {name: name for name in new}
@@ -60,8 +65,7 @@ def check_same_blocks(
 ) -> None:
     """Check that each block of a smaller model computes what the old block did, but for its sizes.
 
-    The classes of all modules, their plain attributes, and the shapes of all tensors are compared,
-    apart from those of single experts. This finds families whose blocks depend on their position by
+    All but single experts is compared. This finds families whose blocks depend on their position by
     more than a list in the configuration.
     """
     for place, index in enumerate(kept):
@@ -77,7 +81,7 @@ def check_same_blocks(
 def _difference(
     before: nn.Module, after: nn.Module, may_change: AbstractSet[tuple[int, int]]
 ) -> str | None:
-    """The first difference between two blocks, in words."""
+    """The first difference between two blocks, in words: of classes, attributes or shapes."""
     modules, others = (
         {name: module for name, module in block.named_modules() if not _in_experts(name, block)}
         for block in (before, after)
@@ -95,11 +99,7 @@ def _difference(
     for name, shape in shapes_of(before).items():
         other = shapes.get(name, ())
         pairs = [pair for pair in zip(shape, other, strict=False) if pair[0] != pair[1]]
-        fits = (
-            len(other) == len(shape)
-            and len(pairs) <= 1
-            and all(pair in may_change for pair in pairs)
-        )
+        fits = len(other) == len(shape) and len(pairs) <= 1 and {*pairs} <= may_change
         if not fits and not _in_experts(name, before):
             return f"{name} has shape {shapes.get(name)} instead of {shape}"
     return None

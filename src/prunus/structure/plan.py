@@ -6,7 +6,7 @@ The smaller model is built without weights and compared with the old one, block 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,57 +22,43 @@ from prunus.model.config import (
     rewritten,
     without_blocks,
 )
-from prunus.model.experts import Experts
 from prunus.model.kinds import require_causal
 from prunus.model.skeleton import Skeleton
 from prunus.pruning.reconstruction.reconstruct_block import training_bytes
 from prunus.runs.job import RunJob, windows_per_batch
 from prunus.runs.options import RunOptions
 from prunus.runs.plan import check_memory, open_model
-from prunus.structure.layout import check_same_blocks
-from prunus.structure.recipe import StructureRecipe, kept_count
-from prunus.structure.target_plan import Level, TargetPlan
+from prunus.structure.layout import check_same_blocks, experts_in
+from prunus.structure.records import Amount, StructureRecipe
 from prunus.structure.width_layout import LayoutFinder
-from prunus.structure.width_plan import WidthPlan, WidthPlanner
+from prunus.structure.width_plan import Level, TargetPlan, WidthPlan, WidthPlanner
 
 #: A search reads this many windows, cut to this many tokens, as one batch.
 PROBE_WINDOWS, PROBE_TOKENS = 8, 128
 
 
 def probe_windows(windows: int) -> int:
-    """How many windows a search for a target reads; it makes its models from the others."""
+    """How many windows a search for a target reads. It makes its models from the others."""
     return min(PROBE_WINDOWS, max(1, windows // 2))
 
 
 @dataclass(frozen=True)
 class ExpertPlan:
-    """How many experts stay in every layer.
+    """How many experts stay in every layer."""
 
-    Attributes:
-        field: the canonical name of their number in the configuration.
-        count, keep: experts before and after.
-        groups: groups of neighbouring experts, each of which keeps the same number.
-    """
-
-    field: str
+    field: str  #: the canonical name of their number in the configuration
     count: int
     keep: int
-    groups: int
+    groups: int  #: of neighbouring experts, each of which keeps the same number
 
 
 @dataclass(frozen=True)
 class SmallerModel:
-    """The model that the run writes.
+    """The model that the run writes, without weights."""
 
-    Attributes:
-        config: the content of its config.json.
-        skeleton: the model without weights.
-        made_from: the old block of each of its blocks.
-    """
-
-    config: dict[str, Any]
+    config: dict[str, Any]  #: the content of its config.json
     skeleton: Skeleton
-    made_from: list[int]
+    made_from: list[int]  #: the old block of each of its blocks
 
 
 @dataclass(kw_only=True)
@@ -81,9 +67,8 @@ class StructureJob(RunJob):
 
     Attributes:
         raw: the content of the source's config.json.
-        experts: None if all experts stay.
-        keep_blocks: how many blocks stay.
-        width: None if all channels and heads stay; what the search for a target has found.
+        keep_blocks: how many blocks stay, apart from those that a search for a target removes.
+        experts, width: None if all stay. The search for a target finds a width.
         target: what that search may choose from; None without a target.
     """
 
@@ -112,13 +97,10 @@ class StructureJob(RunJob):
         return self.skeleton if self.experts is None else self.build({})[1]
 
     def build(self, changes: Mapping[str, Any]) -> tuple[dict[str, Any], Skeleton]:
-        """The model with fewer experts and other changes of the configuration.
+        """The model with fewer experts and other changes: its config.json, and its skeleton.
 
         Args:
             changes: canonical name of a field -> its new value.
-
-        Returns:
-            The content of its config.json, and the model without weights.
         """
         fewer = {self.experts.field: self.experts.keep} if self.experts is not None else {}
         config, changes = self.source.config, fewer | dict(changes)
@@ -135,15 +117,10 @@ class StructureJob(RunJob):
         """The model in which only some blocks stay, with all else that the recipe asks for."""
         config = self.source.config
         self._check_images(made_from)
-        changes: dict[str, Any] = without_blocks(
-            config.get_text_config(), made_from, len(self.skeleton)
-        )
+        changes = without_blocks(config.get_text_config(), made_from, len(self.skeleton))
         sizes: set[tuple[int, int]] = set()
         if (plan := self.experts) is not None:
-            sizes |= {
-                (plan.count, plan.keep),
-                (plan.count // plan.groups, plan.keep // plan.groups),
-            }
+            sizes = {(plan.count // each, plan.keep // each) for each in (1, plan.groups)}
         if self.width is not None:
             changes |= self.width.changes
             sizes |= self.width.sizes
@@ -156,6 +133,23 @@ class StructureJob(RunJob):
         check_same_blocks(self.skeleton, skeleton, made_from, sizes)
         return SmallerModel(raw, skeleton, list(made_from))
 
+    def smaller_by_one(self, left: Sequence[int], order: Iterable[int]) -> int:
+        """The first block in an order that the family can do without, of those that are left.
+
+        Raises:
+            NotImplementedError: it can do without none of them.
+        """
+        fault = None
+        for block in order:
+            try:
+                self.smaller([index for index in left if index != block])
+            except NotImplementedError as error:
+                fault = error
+            else:
+                return block
+        assert fault is not None
+        raise fault
+
     def _check_images(self, made_from: Sequence[int]) -> None:
         """Check that blocks which are given features of images keep their positions."""
         count = blocks_that_take_images(self.source.config)
@@ -167,11 +161,7 @@ class StructureJob(RunJob):
             )
 
     def at_level(self, level: Level | None, samples: int) -> StructureJob:
-        """The job of making a model of one width from some windows, without a search.
-
-        Args:
-            level: its width; None for that of the model.
-        """
+        """The job of making a model of a width, or the old one, from some windows."""
         recipe = self.recipe.model_copy(update={"samples": samples})
         width = level.plan if level is not None else None
         job = replace(self, recipe=recipe, width=width, target=None)
@@ -186,15 +176,7 @@ def plan_structure(
     options: RunOptions,
     decided_dtype: str | None = None,
 ) -> StructureJob:
-    """Check everything that needs neither weights nor text.
-
-    Args:
-        decided_dtype: what dtype "auto" meant in the run that is resumed; None for a new run.
-
-    Raises:
-        FileNotFoundError, ValueError, NotImplementedError, OSError: the message says what was
-            given, what is wrong and what is possible.
-    """
+    """Check all that needs neither weights nor text. Arguments and errors are `open_model`'s."""
     needs: Needs = "gram" if recipe.narrows else "norms"
     job = StructureJob(
         **open_model(
@@ -210,13 +192,18 @@ def plan_structure(
     )
     job.batch = _batch(job)
     job.raw = read_json(job.checkpoint.checkpoint.folder / "config.json")
-    job.experts = _plan_experts(job) if recipe.experts is not None else None
-    job.keep_blocks = _kept_blocks(job)
+    if recipe.experts is not None:
+        job.experts = _plan_experts(job, recipe.experts)
+    every = range(len(job.skeleton))
+    job.keep_blocks = len(every)
+    if recipe.blocks is not None:
+        of = f"blocks of {job.model_name}"
+        job.keep_blocks = _checked_count("blocks", recipe.blocks, len(every), every[1:], of)
     if recipe.narrows:
         _plan_width(job)
-    job.smaller(range(len(job.skeleton)))
-    if job.keep_blocks < len(job.skeleton):
-        _check_a_block_can_be_removed(job)
+    job.smaller(every)
+    if job.keep_blocks < len(every):
+        job.smaller_by_one(every, every)
     job.measure_memory()
     check_memory(job)
     return job
@@ -254,40 +241,25 @@ def _plan_width(job: StructureJob) -> None:
         job.width = planner.plan(job.recipe)
 
 
-def _kept_blocks(job: StructureJob) -> int:
-    """How many blocks stay, apart from those that a search for a target removes."""
-    asked, count = job.recipe.blocks, len(job.skeleton)
-    if asked is None:
-        return count
-    keep = kept_count(asked, count)
-    if not 1 <= keep < count:
+def _checked_count(name: str, asked: Amount, count: int, possible: Sequence[int], of: str) -> int:
+    """How many of `count` parts stay, if that is possible. A share is rounded to whole parts."""
+    keep = asked if isinstance(asked, int) else count - round(count * asked)
+    if keep not in possible:
+        shown = f"{asked} would keep {keep}" if isinstance(asked, float) else f"{keep}"
+        numbers = ", ".join(map(str, possible)) or "none"
+        if len(possible) > 2:  # all of them are multiples of one number
+            step = possible[1] - possible[0]
+            numbers = f"{possible[0]} to {possible[-1]}{f' in steps of {step}' * (step > 1)}"
         raise ValueError(
-            f"`blocks` {_asked(asked, keep)} of the {count} blocks of {job.model_name}: possible "
-            f"numbers to keep are {_ranges(range(1, count))}"
+            f"`{name}` {shown} of the {count} {of}: possible numbers to keep are {numbers}"
         )
     return keep
 
 
-def _check_a_block_can_be_removed(job: StructureJob) -> None:
-    """Check that the configuration can describe the model without some block."""
-    every, fault = range(len(job.skeleton)), None
-    for removed in every:
-        try:
-            job.smaller([index for index in every if index != removed])
-            return
-        except NotImplementedError as error:
-            fault = error
-    assert fault is not None
-    raise fault
-
-
-def _plan_experts(job: StructureJob) -> ExpertPlan:
+def _plan_experts(job: StructureJob, asked: Amount) -> ExpertPlan:
     """How many experts stay."""
-    config, name, asked = job.source.config.get_text_config(), job.model_name, job.recipe.experts
-    modules = [
-        [module for module in block.modules() if isinstance(module, Experts)]
-        for block in job.skeleton.blocks
-    ]
+    config, name = job.source.config.get_text_config(), job.model_name
+    modules = [experts_in(block) for block in job.skeleton.blocks]
     counts = {module.count for found in modules for module in found}
     if not counts:
         raise ValueError(
@@ -309,34 +281,7 @@ def _plan_experts(job: StructureJob) -> ExpertPlan:
         and keep // groups * groups_used >= per_token
         and (groups == 1 or keep // groups >= 2)
     ]
-    assert asked is not None
-    keep = kept_count(asked, count)
-    if keep not in possible:
-        reasons = [f"a token chooses {per_token} of them"]
-        if groups > 1:
-            reasons.append(
-                f"they form {groups} groups of one size, of which a token uses {groups_used}"
-            )
-        raise ValueError(
-            f"`experts` {_asked(asked, keep)} of the {count} experts in each layer of {name}, and "
-            f"{' and '.join(reasons)}: possible numbers to keep are {_ranges(possible)}"
-        )
-    return ExpertPlan(known, count, keep, groups)
-
-
-def _asked(amount: float | int, keep: int) -> str:
-    return f"{amount} would keep {keep}" if isinstance(amount, float) else f"{keep}"
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Rising numbers as people write them.
-
-    >>> _ranges([2, 3, 4, 5, 6]), _ranges([4, 8, 12]), _ranges([])
-    ('2 to 6', '4, 8, 12', 'none')
-    """
-    if not numbers:
-        return "none"
-    if len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1:
-        return f"{numbers[0]} to {numbers[-1]}"
-    shown = [str(number) for number in numbers]
-    return ", ".join(shown if len(shown) <= 12 else [*shown[:6], "…", *shown[-3:]])
+    of = f"experts in each layer of {name}, and a token chooses {per_token} of them"
+    if groups > 1:
+        of += f" and they form {groups} groups of one size, of which a token uses {groups_used}"
+    return ExpertPlan(known, count, _checked_count("experts", asked, count, possible, of), groups)

@@ -12,29 +12,31 @@ A killed run resumes after the blocks that are finished.
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from prunus.calibration.windows import Windows
 from prunus.hardware.memory import describe_hardware, peak_memory, versions
+from prunus.model.checkpoint.reader import Checkpoint
+from prunus.model.experts import Fused
+from prunus.model.skeleton import names_in_model
 from prunus.options import takes
-from prunus.runs.folder import find_earlier, held
-from prunus.runs.loop import run_blocks
+from prunus.runs.folder import BlockFolder, find_earlier, held
+from prunus.runs.loop import Made, run_blocks
 from prunus.runs.options import RunOptions
 from prunus.runs.plan import check_room, check_same_on_all_ranks
 from prunus.runs.progress import pruning_step, shows_progress
+from prunus.runs.record import OUTSIDE_SHARD, bos_words, result_card, shard_name, source_name
 from prunus.runs.windows import calibration_windows, given_windows, run_inputs
-from prunus.structure.blocks import choose_blocks
-from prunus.structure.output import SmallerFolder
-from prunus.structure.plan import StructureJob, plan_structure
-from prunus.structure.recipe import StructureRecipe
-from prunus.structure.record import SearchStep, StructureRecord
+from prunus.structure.plan import SmallerModel, StructureJob, plan_structure
+from prunus.structure.records import SearchStep, StructureRecipe, StructureRecord, what_was_removed
+from prunus.structure.search import TargetSearch, choose_blocks
 from prunus.structure.step import ShrinkStep
-from prunus.structure.target_search import TargetSearch
 
 
 @shows_progress("shrink", pruning_step)
@@ -87,71 +89,52 @@ def run(
         def find() -> StructureRecord | None:
             return find_earlier(StructureRecord, output, recipe, joint, Path(str(model)))
 
+        # All checks. Until the end, no other run can use the output.
         earlier = stack.enter_context(held(StructureRecord, output, ranks, find))
         with ranks.fail_together():
             decided_dtype = earlier.inputs.dtype if earlier is not None else None
             job = plan_structure(model, recipe, joint, decided_dtype)
         ranks.on_rank_0(lambda: check_room(job, output))
-        return _run(job, output, earlier, found, started)
 
+        # The calibration windows, and the record that says which run this is.
+        job.options.tell(f"drawing calibration windows from {job.recipe.calibration}")
+        with ranks.fail_together():
+            windows = calibration_windows(job)
+            inputs = run_inputs(job, windows)
+            record = earlier or StructureRecord(
+                source=job.model_name,
+                recipe=job.recipe,
+                inputs=inputs,
+                versions=versions(),
+                hardware=describe_hardware(job.device),
+                search=list(found),
+            )
+            record.check_same_run(job.recipe, inputs)
+        walks = check_same_on_all_ranks(job, record)
+        folder = SmallerFolder(output, record, job)
+        if record.state == "finished":
+            folder.check_finished()
+            return record
 
-def _run(
-    job: StructureJob,
-    folder: Path,
-    earlier: StructureRecord | None,
-    found: Sequence[SearchStep],
-    started: float,
-) -> StructureRecord:
-    """The run itself, after all checks, while no other run can use the output."""
-    job.options.tell(f"drawing calibration windows from {job.recipe.calibration}")
-    with job.ranks.fail_together():
-        windows = calibration_windows(job)
-        record = _record(job, windows, earlier, found)
-    walks = check_same_on_all_ranks(job, record)
-    output = SmallerFolder(folder, record, job)
-    if record.state == "finished":
-        output.check_finished()
+        folder.begin(job.options.overwrite)
+        job.measured = record.measured
+        with torch.no_grad():
+            if job.target is not None:
+                kept, job.width = TargetSearch(job, windows.ids, record, folder.save, output).run()
+            else:
+                kept = choose_blocks(job, windows.ids, record.search, folder.save)
+            smaller = folder.smaller = job.smaller(kept)
+            record.config = _changes(job.raw, smaller.config)
+            step = ShrinkStep(job, smaller, windows.ids, walks, output)
+            with contextlib.closing(step):
+                names = smaller.skeleton.block_name
+                run_blocks(job, step, folder, folder.finished, made_from=kept, names=names)
+        record.totals = {
+            "seconds": round(time.perf_counter() - started, 2),
+            "peak_memory_bytes": peak_memory(),
+        }
+        folder.complete()
         return record
-    output.begin(job.options.overwrite)
-    job.measured = record.measured
-    with torch.no_grad():
-        if job.target is not None:
-            kept, job.width = TargetSearch(job, windows.ids, record, output.save, folder).run()
-        else:
-            kept = choose_blocks(job, windows.ids, record.search, output.save)
-        smaller = output.smaller = job.smaller(kept)
-        record.config = _changes(job.raw, smaller.config)
-        step = ShrinkStep(job, smaller, windows.ids, walks, folder)
-        with contextlib.closing(step):
-            names = smaller.skeleton.block_name
-            run_blocks(job, step, output, output.finished, made_from=kept, names=names)
-    record.totals = {
-        "seconds": round(time.perf_counter() - started, 2),
-        "peak_memory_bytes": peak_memory(),
-    }
-    output.complete()
-    return record
-
-
-def _record(
-    job: StructureJob,
-    windows: Windows,
-    earlier: StructureRecord | None,
-    found: Sequence[SearchStep],
-) -> StructureRecord:
-    """A new record with the steps that are found, or the record of the run that is resumed."""
-    inputs = run_inputs(job, windows)
-    if earlier is not None:
-        earlier.check_same_run(job.recipe, inputs)
-        return earlier
-    return StructureRecord(
-        source=job.model_name,
-        recipe=job.recipe,
-        inputs=inputs,
-        versions=versions(),
-        hardware=describe_hardware(job.device),
-        search=list(found),
-    )
 
 
 def _changes(
@@ -170,3 +153,96 @@ def _changes(
         elif old != value:
             found[f"{path}{key}"] = (old, value)
     return found
+
+
+def renumbered(key: str, old: int, new: int) -> str:
+    """The stored name of a tensor of block `old` when it becomes block `new`.
+
+    >>> renumbered("model.layers.7.mlp.experts.7.up.weight", 7, 5)
+    'model.layers.5.mlp.experts.7.up.weight'
+    """
+    return re.sub(rf"(^|\.){old}\.", rf"\g<1>{new}.", key, count=1)
+
+
+class SmallerFolder(BlockFolder):
+    """Writes the smaller model, which is known after the search for blocks.
+
+    Attributes:
+        smaller: the model that is written; must be set before the first block.
+    """
+
+    record: StructureRecord
+    job: StructureJob
+    smaller: SmallerModel
+
+    def made_from(self, place: int) -> int:
+        return self.smaller.made_from[place]
+
+    def stored(self, place: int, made: Made) -> dict[str, Tensor]:
+        names, fused = self._names(place)
+        found = {key: made.tensors[name] for name, key in names.items()}
+        return found | {key: each.join(made.tensors) for key, each in fused.items()}
+
+    def restored(self, place: int) -> dict[str, Tensor]:
+        names, fused = self._names(place)
+        shard = Checkpoint(self.folder, only=[shard_name(place)])
+        stored = dict(shard.read(shard.tensors))
+        found = {name: stored[key] for name, key in names.items()}
+        for key, each in fused.items():
+            found |= each.cut(stored[key])
+        return found
+
+    def _names(self, place: int) -> tuple[dict[str, str], dict[str, Fused]]:
+        """Relative name -> stored name of the tensors of a block, and stored name -> fused one."""
+        index, skeleton = self.made_from(place), self.smaller.skeleton
+        names, joined = (
+            {name: renumbered(key, index, place) for name, key in found.items()}
+            for found in self.job.checkpoint.block_names(index)
+        )
+        fused = {joined[x.name]: x for x in skeleton.fused(place) if x.name in joined}
+        inside = {member for each in fused.values() for member in each.members}
+        wanted = skeleton.blocks[place].state_dict().keys() - inside
+        return {name: key for name, key in names.items() if name in wanted}, fused
+
+    def complete(self) -> None:
+        """Write all that is outside the blocks, and complete the result."""
+        self.record.totals = self.ranks.on_rank_0(self._complete)
+        self.record.state = "finished"
+
+    def _complete(self) -> dict[str, object]:
+        source, record, old = self.job.checkpoint, self.record, self.job.skeleton
+        unknown = names_in_model(old, source.checkpoint.tensors)[2]
+        record.left_out = sorted(k for n, k in unknown.items() if n.startswith(f"{old.path}."))
+        keys = sorted(set(source.outside_keys()) - set(record.left_out))
+        self.write_shard(OUTSIDE_SHARD, dict(source.checkpoint.views(keys)))
+        shards = [*map(shard_name, range(len(self.smaller.made_from))), OUTSIDE_SHARD]
+        record.totals["parameters"] = _parameters(Checkpoint(self.folder, only=shards))
+        record.totals["parameters_before"] = _parameters(source.checkpoint)
+        self.finish(
+            shards,
+            card=self._card(),
+            config=self.smaller.config,
+            code=self.job.options.trust_remote_code,
+        )
+        return record.totals
+
+    def _card(self) -> str:
+        record, totals = self.record, self.record.totals
+        return result_card(
+            record,
+            "made smaller",
+            [
+                f"An ordinary checkpoint with {totals['parameters']:,} of the "
+                f"{totals['parameters_before']:,} parameters of {source_name(record)}. Its "
+                "configuration is smaller too, so that it loads like any other model of its "
+                "family.",
+                "\n".join(f"- {line}." for line in what_was_removed(record)),
+                f"Calibration: {record.inputs.calibration}, {bos_words(record.inputs.bos)}.",
+            ],
+            tags=["pruned"],
+            source=self.job.checkpoint.checkpoint.folder,
+        )
+
+
+def _parameters(checkpoint: Checkpoint) -> int:
+    return sum(torch.Size(info.shape).numel() for info in checkpoint.tensors.values())

@@ -3,36 +3,54 @@
     measure ► choose what is removed ► cut ► repair ► run the windows through the result
 
 The hidden states are those of the smaller model. So every block is measured on what will reach it.
+
+Experts are chosen first. Then the windows run to the linear that reads the heads (`o`), whose heads
+are chosen and whose remaining columns are fitted. Then they run to the one that reads the channels
+of the MLP (`down`), after the smaller attention. In a mixture of experts these are all experts at
+once, each on the tokens that chose it.
+
+Shape suffixes: O outputs, I inputs, E experts.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from prunus.distributed import own_part
+from prunus.distributed import Ranks, own_part, split_range
+from prunus.methods.solvers.least_squares import ridge
+from prunus.methods.statistics import InputStatistics, StatisticsSpec
+from prunus.methods.structured import ExpertSums, Kept, Reader, kept_experts
+from prunus.model.experts import Experts
+from prunus.model.linears import Linear
 from prunus.model.stream import Stream
-from prunus.pruning.reconstruction.reconstruct_block import step_parts, step_ranks
+from prunus.pruning.block.hooks import input_hooks, tokens_of
+from prunus.pruning.job import training_dtype
+from prunus.pruning.manifest import ReconstructionRecord
+from prunus.pruning.reconstruction.reconstruct_block import (
+    BlockReconstructor,
+    step_parts,
+    step_ranks,
+)
+from prunus.pruning.reconstruction.schedule import ReconstructionSettings
 from prunus.runs.loop import Made, StoredBlock, check_same
 from prunus.runs.record import Walk
-from prunus.structure.experts import choose_experts
-from prunus.structure.layout import axis_that_changes, cut, old_names, shapes_of
+from prunus.structure.layout import axis_that_changes, cut, experts_in, old_names, shapes_of
 from prunus.structure.plan import SmallerModel, StructureJob
-from prunus.structure.record import BlockChange
-from prunus.structure.repair import Repair
-from prunus.structure.width import narrow
+from prunus.structure.records import BlockChange, ExpertChange, PartChange
+from prunus.structure.width_layout import KeptUnits, PartLayout
+from prunus.structure.width_plan import HeadPlan
 
 
 class ShrinkStep:
     """Makes one block after the other; see `prunus.runs.loop.BlockStep`.
 
-    Args:
-        ids: the calibration windows of all ranks (windows, tokens).
-        walks: per block of the old model how the ranks run their batches through it.
+    `ids` are the windows of all ranks. `walks` are those of the blocks of the old model.
     """
 
     def __init__(
@@ -48,8 +66,7 @@ class ShrinkStep:
         self._repair: Repair | None = None
         self._open = contextlib.ExitStack()
         self._open.callback(self._stream.close)
-        # Without repair, a removed block changes no other block. Then only experts and width need
-        # windows.
+        # Without repair, a removed block changes no other. Only experts and width need windows.
         batches = ids.split(job.batch) if job.measures_blocks else ()
         own, stays = own_part(job.ranks, batches), job.hidden_states_stay
         spilled = spill_to if job.spills else None
@@ -93,15 +110,251 @@ class ShrinkStep:
         name = smaller.skeleton.block_name(place)
         change = BlockChange(name=name, made_from=index, input_sha256=stored.digest)
         tensors = dict(stored.tensors)
-        if job.experts is not None:
-            change.experts = choose_experts(job, stream, place, index, tensors)
-        if change.experts is not None:
+        experts = experts_in(job.skeleton.blocks[index]) if job.experts is not None else []
+        if experts:
+            change.experts = self._choose_experts(place, index, tensors, experts[0])
             kept, shapes = change.experts.kept, shapes_of(job.full_width.blocks[index])
             tensors = {
                 new: cut(tensors[old], axis_that_changes(tensors[old].shape, shapes[new]), kept)
                 for new, old in old_names(job.skeleton.blocks[index], shapes, kept).items()
             }
         if job.width is not None:
-            tensors, change.width = narrow(job, job.width, stream, place, index, tensors)
+            tensors, change.width = narrow(job, stream, place, index, tensors)
         change.seconds = round(time.perf_counter() - started, 3)
         return tensors, change
+
+    def _choose_experts(
+        self, place: int, index: int, stored: Mapping[str, Tensor], experts: Experts
+    ) -> ExpertChange:
+        """Choose the experts of a block that stay, from all windows before it. They do not move."""
+        job, stream, plan = self._job, self._stream, self._job.experts
+        assert plan is not None
+        sums = ExpertSums(plan.count)
+        forward = stream.forward(place, job.skeleton.fill(index, stored, stream.device))
+        experts.on_output = sums.add
+        try:
+            for batch in range(len(stream)):
+                forward(batch)
+        finally:
+            experts.on_output = None
+        job.skeleton.release(index)
+        sums.complete(job.ranks)
+        saliency_E = sums.reap_E if job.recipe.saliency == "reap" else sums.contribution_E
+        return ExpertChange(
+            kept=kept_experts(saliency_E, plan.keep, plan.groups),
+            saliency=saliency_E.tolist(),
+            tokens=sums.tokens_E.tolist(),
+        )
+
+
+def narrow(
+    job: StructureJob, stream: Stream, place: int, index: int, stored: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, PartChange]]:
+    """The tensors of a block that is made narrower, and what was removed.
+
+    Args:
+        stream: the windows of the smaller model, before its block `place`. They do not move.
+        stored: its tensors at full width, by relative name, with only the experts that stay.
+    """
+    full, plan = job.full_width, job.width
+    assert plan is not None
+    layout = plan.attention[index]
+    block = full.fill(index, stored, stream.device)
+    linears = {linear.name: linear for linear in full.linears(index)}
+    tensors, change = dict(stored), dict[str, PartChange]()
+    cuts: list[tuple[PartLayout, KeptUnits]] = []
+    if plan.heads is not None and layout is not None:
+        linear = linears[layout.reader]
+        (reader,) = _measured(stream, place, block, [linear], job.ranks)
+        kept = _keep_heads(reader, plan.heads, layout.read.width)
+        change["heads"] = _fit(linear, tensors, reader, kept)
+        per_group = plan.heads.heads // plan.heads.groups
+        groups = sorted({head // per_group for head in kept.units})
+        cuts.append((layout, {"heads": kept.units, "groups": groups}))
+    for parts in _at_once(plan.mlps[index], job.budget):
+        found = [linears[part.reader] for part in parts]
+        readers = _measured(stream, place, block, found, job.ranks)
+        for part, linear, reader in zip(parts, found, readers, strict=True):
+            kept = reader.keep(part.read.units, 1, part.keep)
+            name = part.reader if len(plan.mlps[index]) > 1 else "channels"
+            change[name] = _fit(linear, tensors, reader, kept)
+            cuts.append((part, {"channels": kept.units}))
+    full.release(index)
+    for part, units in cuts:
+        for name, each in part.cuts.items():
+            tensors[name] = each.take(tensors[name], units)
+    return tensors, change
+
+
+def _at_once(parts: Sequence[PartLayout], budget: int) -> Iterator[list[PartLayout]]:
+    """Parts whose Gram matrices fit in a quarter of the memory budget together, or single ones."""
+    taken: list[PartLayout] = []
+    used = 0
+    for part in parts:
+        needed = 4 * part.read.units**2
+        if taken and used + needed > budget // 4:
+            yield taken
+            taken, used = [], 0
+        taken.append(part)
+        used += needed
+    if taken:
+        yield taken
+
+
+def _measured(
+    stream: Stream, place: int, block: nn.Module, linears: Sequence[Linear], ranks: Ranks
+) -> list[Reader]:
+    """Measure the inputs of some linears; those of an expert are the tokens that chose it."""
+    spec = StatisticsSpec(needs="gram", means=True, distributed=ranks.size > 1)
+    statistics = {
+        linear.name: InputStatistics(linear.shape[1], spec, stream.device) for linear in linears
+    }
+    forward = stream.forward(place, block)
+    with input_hooks(linears, lambda linear, x: statistics[linear.name].add(tokens_of(x))):
+        for batch in range(len(stream)):
+            forward(batch)
+    for each in statistics.values():
+        each.complete(ranks)
+    return [_reader(linear, statistics.pop(linear.name)) for linear in linears]
+
+
+def _reader(linear: Linear, statistics: InputStatistics) -> Reader:
+    statistics.check_finite(linear.name)
+    gram_II, sum_I, tokens = statistics.gram_II, statistics.sum_I, statistics.tokens
+    assert gram_II is not None and sum_I is not None
+    weight_OI = linear.weight_OI.to("cpu", torch.float32, copy=True)
+    reader = Reader(weight_OI, gram_II.cpu(), ridge(statistics.in_features, tokens))
+    bias = linear.module.bias
+    if not isinstance(bias, Tensor):
+        return reader
+    bias_O = bias.detach().to("cpu", torch.float32, copy=True)
+    return reader.with_bias(bias_O, sum_I.cpu(), tokens)
+
+
+def _keep_heads(reader: Reader, plan: HeadPlan, size: int) -> Kept:
+    """The query heads of `size` inputs that stay: whole groups are removed first, then heads."""
+    per_group = plan.heads // plan.groups
+    groups = reader.keep(plan.groups, per_group * size, plan.keep_groups)
+    if plan.keep_heads == plan.keep_groups * per_group:
+        heads = [group * per_group + i for group in groups.units for i in range(per_group)]
+        return Kept(heads, groups.columns)
+    # The rest is scored anew, after the least-squares fit to it.
+    bias = range(plan.heads * size, len(reader.gram_II))
+    rest = reader.only([*groups.columns, *bias])
+    left = rest.keep(len(groups.units) * per_group, size, plan.keep_heads, plan.keep_groups)
+    heads = [groups.units[u // per_group] * per_group + u % per_group for u in left.units]
+    return Kept(heads, [groups.columns[column] for column in left.columns])
+
+
+def _fit(linear: Linear, tensors: dict[str, Tensor], reader: Reader, kept: Kept) -> PartChange:
+    """Fit the columns of a linear that stay, in the block and in its tensors."""
+    weight_OI, inputs = reader.weight_OI, linear.shape[1]
+    columns = [*kept.columns, *range(inputs, weight_OI.shape[1])]
+    fitted_OI, plain_OI = reader.fit(columns), torch.zeros_like(weight_OI)
+    plain_OI[:, columns] = weight_OI[:, columns]
+    new_OI = fitted_OI[:, :inputs]
+    new = {f"{linear.name}.weight": new_OI.T if linear.transposed else new_OI}
+    linear.assign(new_OI.to(linear.parameter.device))
+    if isinstance(bias := linear.module.bias, Tensor):
+        new[f"{linear.name}.bias"] = fitted_OI[:, -1]
+        bias.copy_(fitted_OI[:, -1])
+    for name, tensor in new.items():
+        tensors[name] = tensor.to(tensors[name].dtype).contiguous()
+    errors = {"error": reader.error(fitted_OI), "error_before_fit": reader.error(plain_OI)}
+    return PartChange(kept=kept.units, **errors)
+
+
+class Repair:
+    """Repair after removal: trains the blocks that stay towards the outputs of the dense model.
+
+        smaller stream  x̂ ──► block k, made smaller ──► trained towards y
+        dense stream    x  ──► old blocks, up to the next one that stays ──► y
+
+    So a block before a gap learns to do the work of the removed blocks. Repair trains this block,
+    every block that lost parts, and all blocks after them, whose inputs have changed. The last
+    block learns the next tokens of the dense model. The schedule is that of reconstruction, but all
+    linears of a block are trained, and nothing is masked. In a mixture of experts the remaining
+    rows of the router are trained too, because tokens of the lost experts now choose others.
+
+    Call `advance` for each block in order.
+    """
+
+    def __init__(
+        self,
+        job: StructureJob,
+        smaller: SmallerModel,
+        stream: Stream,
+        dense: Stream,
+        walks: Sequence[Walk],
+        batches: int,
+        split: Ranks,
+    ) -> None:
+        self._job, self._smaller = job, smaller
+        self._stream, self._dense, self._walks = stream, dense, walks
+        self._depth = 0
+        places = range(len(smaller.made_from))
+        self._first = next((place for place in places if self._changes(place)), len(places))
+        dtype = training_dtype(job.device, job.dtype)
+        self._reconstructor = BlockReconstructor(
+            settings=ReconstructionSettings(epochs=None, learning_rate=None, dtype=dtype),
+            stream=stream,
+            dense=dense,
+            numbers=range(len(dense)),
+            counts=[len(part) for part in split_range(batches, job.ranks.size)],
+            ranks=job.ranks,
+            split=split,
+        )
+
+    def advance(self, place: int) -> None:
+        """Run the windows through the dense model, up to the output that block `place` learns."""
+        end = [*self._smaller.made_from, len(self._job.skeleton)][place + 1]
+        for index in range(self._depth, end):
+            self._dense.propagate(index, self._job.source.block(index))
+        self._depth = end
+
+    def train(
+        self, place: int, tensors: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], ReconstructionRecord | None]:
+        """The tensors of a trained block, and the record; None for a block that is not trained.
+
+        The smaller stream is before the block, and does not move. Call `advance` before.
+        """
+        if place < self._first:
+            return dict(tensors), None
+        skeleton, walk = self._smaller.skeleton, self._walks[self._smaller.made_from[place]]
+        block = skeleton.fill(place, tensors, self._stream.device)
+        linears = [linear.name for linear in skeleton.linears(place)]
+        trained = [*linears, *(name for name in self._routers(place) if name not in linears)]
+        reconstruction = self._reconstructor.begin(place, block, trained, walk)
+        if reconstruction is None:
+            return dict(tensors), None
+        with reconstruction.recording(self._stream.forward(place, block)) as forward:
+            if reconstruction.suffix is not None:
+                for batch in range(len(self._stream)):
+                    forward(batch)
+        changed, record = reconstruction.run(tensors, tensors)
+        skeleton.release(place)
+        return {**tensors, **changed}, record
+
+    def _changes(self, place: int) -> bool:
+        """Whether a block lost parts, or was next to a removed block."""
+        every = [-1, *self._smaller.made_from, len(self._job.skeleton)]
+        before, index, after = every[place : place + 3]
+        return (before, after) != (index - 1, index + 1) or bool(self._smaller_tensors(place))
+
+    def _smaller_tensors(self, place: int) -> set[str]:
+        """Relative names of the tensors that have lost rows or columns, or were removed."""
+        before = shapes_of(self._job.skeleton.blocks[self._smaller.made_from[place]])
+        after = shapes_of(self._smaller.skeleton.blocks[place])
+        return {name for name, shape in before.items() if after.get(name) != shape}
+
+    def _routers(self, place: int) -> list[str]:
+        """Relative names of the modules whose weights have a row per remaining expert."""
+        if self._job.experts is None:
+            return []
+        smaller = self._smaller_tensors(place)
+        return [
+            name.removesuffix(".weight")
+            for name, parameter in self._smaller.skeleton.blocks[place].named_parameters()
+            if name in smaller and name.endswith(".weight") and parameter.dim() == 2
+        ]

@@ -1,4 +1,4 @@
-"""How many channels and heads stay, and which tensors of each block they are rows and columns of.
+"""How many channels and heads stay: as a recipe asks for them, or as a target needs them.
 
 The model that a narrower configuration describes is built without weights, and the shapes of its
 tensors are compared: once only the channels of one kind of MLP are fewer, and once only the heads.
@@ -6,16 +6,18 @@ tensors are compared: once only the channels of one kind of MLP are fewer, and o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from prunus.model.config import canonical
+from torch import nn
+
+from prunus.model.config import canonical, experts_per_token
 from prunus.model.skeleton import Skeleton
-from prunus.structure.layout import check_same_blocks, shapes_of
-from prunus.structure.recipe import StructureRecipe
-from prunus.structure.spans import UnitKind
-from prunus.structure.width_layout import LayoutFinder, PartLayout
+from prunus.runs.job import RunJob
+from prunus.structure.layout import check_same_blocks, experts_in, shapes_of
+from prunus.structure.records import StructureRecipe, parse_target
+from prunus.structure.width_layout import LayoutFinder, PartLayout, UnitKind
 
 #: Fields that count the channels of an MLP, of routed experts, or of a shared expert.
 _CHANNEL_FIELDS = (
@@ -70,52 +72,33 @@ class HeadPlan:
         return {canonical(config, name): value for name, value in fields.items()}
 
 
-@dataclass(frozen=True)
-class BlockWidth:
-    """The layout of one block.
-
-    Attributes:
-        channels: of every MLP that becomes narrower; a routed expert is one.
-        heads: None if all of them stay.
-    """
-
-    channels: list[PartLayout]
-    heads: PartLayout | None
-
-
 @dataclass
 class WidthPlan:
     """What stays in every block.
 
     Attributes:
         heads: None if all stay.
+        mlps: of every old block, where the channels of its MLPs are; a routed expert is an MLP.
+        attention: of every old block, where the heads are; None if all of them stay.
         changes: canonical name of a field of the configuration -> its new value.
         sizes: pairs of sizes before and after that shapes and attributes may show.
-        blocks: the layout of every old block.
     """
 
     heads: HeadPlan | None
+    mlps: list[list[PartLayout]]
+    attention: list[PartLayout | None]
     changes: dict[str, Any] = field(default_factory=dict)
     sizes: set[tuple[int, int]] = field(default_factory=set)
-    blocks: list[BlockWidth] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class WidthPlanner:
-    """Plans narrower versions of one model.
-
-    Attributes:
-        old: the model without weights.
-        config: its configuration, of the language model alone.
-        name: of the model, for messages.
-        build: the model of a configuration with some fields changed.
-        finder: of the layouts of the model.
-    """
+    """Plans narrower versions of one model."""
 
     old: Skeleton
-    config: Any
+    config: Any  #: of the language model alone
     name: str
-    build: Callable[[Mapping[str, Any]], Skeleton]
+    build: Callable[[Mapping[str, Any]], Skeleton]  #: the model with some fields changed
     finder: LayoutFinder
 
     def plan(self, recipe: StructureRecipe) -> WidthPlan:
@@ -125,38 +108,41 @@ class WidthPlanner:
             ValueError: the numbers do not fit; says which do.
             NotImplementedError: the family has no such width; says what it has.
         """
-        plan, old = WidthPlan(self._heads(recipe)), self.old
-        channels: list[list[PartLayout]] = [[] for _ in old.blocks]
-        for name, before, after, narrower in self._narrower_mlps(recipe):
-            for index, (block, new) in enumerate(zip(old.blocks, narrower.blocks, strict=True)):
-                channels[index] += self.finder.channels(block, new, index)
-            plan.changes[name] = after
-            plan.sizes |= {(before, after), *_sizes(old, narrower)}
-        heads: list[PartLayout | None] = [None for _ in old.blocks]
+        old = self.old
+        plan = WidthPlan(self._heads(recipe), [[] for _ in old.blocks], [None for _ in old.blocks])
+        for name, before, after in self._channel_counts(recipe):
+            # A configuration may hold the fields of another family, which change nothing.
+            if after < before and (sizes := _sizes(old, narrower := self.build({name: after}))):
+                for index, (block, new) in enumerate(zip(old.blocks, narrower.blocks, strict=True)):
+                    plan.mlps[index] += self.finder.channels(block, new, index)
+                plan.changes[name] = after
+                plan.sizes |= {(before, after), *sizes}
         if plan.heads is not None:
-            fields = plan.heads.fields(self.config)
             try:
-                fewer = self.build(fields)
-                heads = self._head_layouts(plan.heads, fewer)
-                sizes = plan.heads.sizes | _sizes(old, fewer)
-                check_same_blocks(old, fewer, range(len(old)), sizes)
+                self._plan_heads(plan, plan.heads)
             except NotImplementedError as fault:
-                raise self._without_heads(fault, plan, recipe) from fault
-            plan.changes |= fields
-            plan.sizes |= sizes
+                raise self._without_heads(fault, plan, plan.heads, recipe.width) from fault
         if not plan.changes:
             raise self._nothing_removed(recipe)
-        plan.blocks = [BlockWidth(*each) for each in zip(channels, heads, strict=True)]
         return plan
 
-    def _narrower_mlps(self, recipe: StructureRecipe) -> Iterator[tuple[str, int, int, Skeleton]]:
-        """Each field that counts channels, its number before and after, and the model with it.
-
-        A configuration may hold the fields of another family, which change nothing.
-        """
-        for known, before, after in self._channel_counts(recipe):
-            if after < before and _sizes(self.old, narrower := self.build({known: after})):
-                yield known, before, after, narrower
+    def _plan_heads(self, plan: WidthPlan, heads: HeadPlan) -> None:
+        """Find where the heads of each block are."""
+        old, fields = self.old, heads.fields(self.config)
+        fewer = self.build(fields)
+        blocks = zip(old.blocks, fewer.blocks, strict=True)
+        plan.attention = [
+            self.finder.heads(block, new, heads.units, index)
+            for index, (block, new) in enumerate(blocks)
+        ]
+        if not any(plan.attention):
+            raise NotImplementedError(
+                "its configuration has no width of a head, so fewer heads would be wider ones"
+            )
+        sizes = heads.sizes | _sizes(old, fewer)
+        check_same_blocks(old, fewer, range(len(old)), sizes)
+        plan.changes |= fields
+        plan.sizes |= sizes
 
     def _channel_counts(self, recipe: StructureRecipe) -> list[tuple[str, int, int]]:
         """The fields that may count channels, and each number before and after."""
@@ -207,33 +193,17 @@ class WidthPlanner:
             keep = min(wanted, key=lambda x: (abs(x[0] / heads - share), -x[1]))
         return None if keep == (heads, groups) else HeadPlan(heads, keep[0], groups, keep[1], size)
 
-    def _head_layouts(self, plan: HeadPlan, fewer: Skeleton) -> list[PartLayout | None]:
-        """Where the heads of each block are."""
-        blocks = zip(self.old.blocks, fewer.blocks, strict=True)
-        found = [
-            self.finder.heads(block, new, plan.units, index)
-            for index, (block, new) in enumerate(blocks)
-        ]
-        if not any(found):
-            raise NotImplementedError(
-                "its configuration has no width of a head, so fewer heads would be wider ones"
-            )
-        return found
-
-    # Errors.
-
     def _without_heads(
-        self, fault: NotImplementedError, plan: WidthPlan, recipe: StructureRecipe
+        self, fault: Exception, plan: WidthPlan, heads: HeadPlan, width: float | None
     ) -> NotImplementedError:
         """The error for heads that cannot be removed, with what can be asked for instead."""
-        assert plan.heads is not None
         message = f"attention heads of {self.name} cannot be removed: {fault}"
         if plan.changes:
             message += (
-                f". Give `width` {recipe.width} and `heads` {plan.heads.heads}: all heads stay "
-                "then, and only the MLPs become narrower"
+                f". Give `width` {width} and `heads` {heads.heads}: all heads stay then, and only "
+                "the MLPs become narrower"
             )
-        elif recipe.width is not None:
+        elif width is not None:
             message += ". Its configuration has no number for the channels of its MLPs either"
         return NotImplementedError(message)
 
@@ -266,3 +236,140 @@ def _sizes(old: Skeleton, new: Skeleton) -> set[tuple[int, int]]:
             pairs = zip(shape, now.get(name, shape), strict=False)
             found |= {pair for pair in pairs if pair[0] != pair[1]}
     return found
+
+
+#: Width is removed in steps of a 128th, and at most half of it.
+_PARTS, _MOST = 128, 64
+
+
+@dataclass(frozen=True)
+class Level:
+    """One width of all blocks."""
+
+    parts: int  #: how much of the width is removed, in 128ths
+    options: dict[str, Any]  #: of the recipe that makes it: width and heads
+    plan: WidthPlan
+    sizes: list[int]  #: of every block of the model at this width, as the target counts
+
+
+class TargetPlan:
+    """What a search for a target needs to know before any work."""
+
+    def __init__(self, job: RunJob, recipe: StructureRecipe, planner: WidthPlanner) -> None:
+        assert recipe.target is not None
+        self._target = parse_target(recipe.target)
+        self._recipe, self._job, self._planner = recipe, job, planner
+        self._bytes = [job.source.block_nbytes(index) for index in range(len(job.skeleton))]
+        self._outside = self._size_outside()
+        self._full = self._sizes(job.skeleton)
+        self.whole = sum(self._full) + self._outside
+        self._levels: dict[tuple[int, int | None], Level | None] = {}
+
+    def size(self, kept: Sequence[int], level: Level | None = None) -> int:
+        """The size of the model of some blocks, at full width or another."""
+        sizes = self._full if level is None else level.sizes
+        return sum(sizes[index] for index in kept) + self._outside
+
+    def is_met(self, kept: Sequence[int], level: Level | None = None) -> bool:
+        """Whether the model of some blocks meets the target, at full width or another."""
+        return self._target.is_met(self.size(kept, level), self.whole)
+
+    def widths(self, kept: Sequence[int]) -> list[Level]:
+        """The widths with which the model of some blocks meets the target: at most two.
+
+        In one of them all heads stay. In the other one heads are removed together with channels.
+        Heads are removed in large steps, so only as many are removed as just before the last step,
+        and more channels in its place.
+        """
+        first, second = self._widest(kept, self._heads), self._widest(kept, None)
+        if second is not None:
+            before = self._level(second.parts - 1, None)
+            plan = before.plan.heads if before is not None else None
+            second = self._widest(kept, plan.keep_heads if plan else self._heads) or second
+        if first is not None and second is not None and first.plan.changes == second.plan.changes:
+            second = None
+        return [level for level in (first, second) if level is not None]
+
+    def check(self) -> None:
+        """Check that the target can be met, and that something has to be removed for it."""
+        target, whole, name = self._target, self.whole, self._job.model_name
+        levels = [None, self._level(_MOST, None), self._level(_MOST, self._heads)]
+        every = range(len(self._full))
+        smallest = min(self.size([index], level) for index in every for level in levels)
+        already = target.is_met(whole, whole)
+        if already or not target.is_met(smallest, whole):
+            low, high = (target.shown(target.reached(size, whole)) for size in (smallest, whole))
+            raise ValueError(
+                f"`target` {target.shown(target.value)}: {name} "
+                f"{'already meets it' if already else 'cannot become so small'}; possible is "
+                f"anything between {low} and {high}, which is the model as it is"
+            )
+
+    @property
+    def _heads(self) -> int | None:
+        """The number of query heads; None in a family that has none."""
+        return getattr(self._planner.config, "num_attention_heads", None)
+
+    def _widest(self, kept: Sequence[int], heads: int | None) -> Level | None:
+        """The smallest loss of width, up to half of it, with which some blocks meet the target.
+
+        `heads` are the query heads to keep, or None to remove heads together with channels.
+        """
+
+        def meets(parts: int) -> bool:
+            level = self._level(parts, heads)
+            return level is not None and self.is_met(kept, level)
+
+        low, high = 0, _MOST
+        if not meets(high):
+            return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if meets(middle) else (middle, high)
+        return self._level(high, heads)
+
+    def _level(self, parts: int, heads: int | None) -> Level | None:
+        """The width without some parts; None where there is none, or nothing would be removed."""
+        if (parts, heads) not in self._levels:
+            self._levels[parts, heads] = None
+            options = {"width": parts / _PARTS, "heads": heads}
+            recipe = self._recipe.model_copy(update={"target": None, **options})
+            try:
+                plan = self._planner.plan(recipe)
+            except (ValueError, NotImplementedError):
+                return None
+            sizes = self._sizes(self._planner.build(plan.changes))
+            self._levels[parts, heads] = Level(parts, options, plan, sizes)
+        return self._levels[parts, heads]
+
+    def _sizes(self, new: Skeleton) -> list[int]:
+        """The size of every block, whose tensors keep the dtypes in which they are stored."""
+        found, per_token = [], experts_per_token(self._planner.config)
+        blocks = zip(new.blocks, self._job.skeleton.blocks, self._bytes, strict=True)
+        for block, before, stored in blocks:
+            parameters = _parameters(block)
+            memory = stored * parameters // _parameters(before)
+            # Of all experts, a token reads those that it chooses.
+            unread = sum(
+                _parameters(experts) * max(0, experts.count - per_token) // experts.count
+                for experts in experts_in(block)
+            )
+            read = memory * (parameters - unread) // parameters
+            found.append(self._counted(parameters, memory, read))
+        return found
+
+    def _size_outside(self) -> int:
+        """The size of all that is outside the blocks. Of it, a token reads the head."""
+        source: Any = self._job.source
+        info = source.checkpoint.tensors
+        memory = sum(info[key].nbytes for key in source.outside_keys())
+        head: Any = self._job.skeleton.model.get_output_embeddings()
+        read = head.weight.numel() * source.stored_dtype.itemsize if head is not None else 0
+        return self._counted(0, memory, read)
+
+    def _counted(self, parameters: int, memory: int, read: int) -> int:
+        return {"parameters": parameters, "memory": memory, "speed": read}[self._target.kind]
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(tensor.numel() for tensor in module.state_dict().values())

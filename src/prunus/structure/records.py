@@ -1,0 +1,363 @@
+"""The recipe of a run that makes a model smaller, and its record. Imports no torch.
+
+A target is of one of three kinds:
+
+    parameters=0.75   keep at most this share of the parameters in blocks
+    memory=3GB        let all tensors of the checkpoint take at most this much
+    speed=1.3x        read at least 1.3 times fewer bytes for each new token at batch 1
+
+The last one is a model of decoding: one token at a time, the weights of all blocks and of the head
+are read once, of a mixture of experts only those that a token chooses, and memory limits the speed.
+Caches, kernels and overhead are left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from prunus.hardware.sizes import parse_bytes
+from prunus.options import Option, between
+from prunus.pruning.manifest import ReconstructionRecord
+from prunus.runs.options import WindowOptions
+from prunus.runs.record import BlockwiseRecord
+
+#: A share to remove in (0, 1), or a number to keep.
+Amount = float | int
+
+_WIDTH = "Width"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A target as it was given: what it counts, and a share, bytes, or a ratio of bytes."""
+
+    kind: Literal["parameters", "memory", "speed"]
+    value: float
+
+    def reached(self, size: int, whole: int) -> float:
+        """What a model of some size reaches, in the unit of the target."""
+        if self.kind == "memory":
+            return size
+        return size / whole if self.kind == "parameters" else whole / size
+
+    def is_met(self, size: int, whole: int) -> bool:
+        """Whether a model of some size meets the target."""
+        reached = self.reached(size, whole)
+        return reached >= self.value if self.kind == "speed" else reached <= self.value
+
+    def shown(self, value: float) -> str:
+        """A value in the unit of the target, as a user gives it.
+
+        >>> Target("memory", 1).shown(3 * 1024**3), Target("speed", 1).shown(1.5)
+        ('memory=3.000GB', 'speed=1.500x')
+        """
+        if self.kind == "memory":
+            return f"memory={value / 1024**3:.3f}GB"
+        return f"{self.kind}={value:.3f}{'x' if self.kind == 'speed' else ''}"
+
+
+def parse_target(text: str) -> Target:
+    """Read a target such as 'parameters=0.75', 'memory=3GB' or 'speed=1.3x'.
+
+    >>> parse_target("speed=1.3x")
+    Target(kind='speed', value=1.3)
+    """
+    kind, _, value = (part.strip() for part in text.partition("="))
+    if kind == "memory":
+        return Target("memory", parse_bytes(value))
+    number = re.fullmatch(r"(\d*\.?\d+)(x?)", value)
+    if kind == "parameters" and number and not number[2] and 0 < float(number[1]) < 1:
+        return Target("parameters", float(number[1]))
+    if kind == "speed" and number and float(number[1]) > 1:
+        return Target("speed", float(number[1]))
+    raise ValueError(
+        f"a target looks like parameters=0.75 (a share below 1 of the parameters in blocks), "
+        f"memory=3GB or speed=1.3x (above 1); got {text[:80]!r}"
+    )
+
+
+class StructureRecipe(WindowOptions):
+    """What is removed from a model, and how it is chosen.
+
+    Raises:
+        pydantic.ValidationError: A `ValueError` that lists every option that is out of range.
+
+    >>> StructureRecipe(experts=0.25).saliency
+    'reap'
+    """
+
+    experts: Annotated[
+        Amount | None,
+        Option(
+            "Remove this share of the experts in each layer of a mixture, such as 0.25, or keep "
+            "this number, such as 6.",
+            metavar="AMOUNT",
+        ),
+    ] = None
+    saliency: Annotated[
+        Literal["reap", "contribution"],
+        Option(
+            "Choose the experts to remove by the norm of their outputs times the router's weight. "
+            "reap removes those with the smallest mean over the tokens that choose them; "
+            "contribution, those with the smallest sum.",
+            metavar="RULE",
+        ),
+    ] = "reap"
+    blocks: Annotated[
+        Amount | None,
+        Option(
+            "Remove this share of the blocks, such as 0.1, or keep this number.", metavar="AMOUNT"
+        ),
+    ] = None
+    block_rule: Annotated[
+        Literal["kl", "cosine"],
+        Option(
+            "Choose the blocks to remove by this rule. kl removes the block whose absence changes "
+            "the next-token distribution least, and measures again after each removal. cosine "
+            "removes the blocks that rotate the hidden states least (ShortGPT).",
+            metavar="RULE",
+        ),
+    ] = "kl"
+    width: Annotated[
+        float | None,
+        Option(
+            "Remove this share of the attention heads, and of the channels of each MLP and each "
+            "expert, such as 0.25.",
+            metavar="SHARE",
+            within=between("(0, 1)", ", a share to remove"),
+        ),
+    ] = None
+    heads: Annotated[
+        int | None,
+        Option(
+            "Keep this number of query heads. With all of them, only the MLPs become narrower.",
+            metavar="N",
+            panel=_WIDTH,
+            default="by the share of the width, as nearly as key-value groups allow",
+        ),
+    ] = None
+    kv_heads: Annotated[
+        int | None,
+        Option(
+            "Keep this number of key-value heads.",
+            metavar="N",
+            panel=_WIDTH,
+            default="by the share of the width",
+        ),
+    ] = None
+    target: Annotated[
+        str | None,
+        Option(
+            "Search for blocks and width to remove until this is reached: parameters=0.75 of those "
+            "in blocks, memory=3GB for all tensors, or speed=1.3x (bytes read per token at batch "
+            "1). Of several models that reach it, the one with the smallest KL divergence is made.",
+            metavar="TARGET",
+        ),
+    ] = None
+    repair: Annotated[
+        bool,
+        Option(
+            "Train the changed blocks, and all blocks after them, to reproduce the outputs of "
+            "MODEL on the calibration windows.",
+            switch="--repair/--no-repair",
+            default="--repair",
+        ),
+    ] = True
+
+    @field_validator("experts", "blocks", mode="before")
+    @classmethod
+    def _is_amount(cls, given: Any, info: Any) -> Any:
+        value = given
+        if isinstance(given, str):
+            with contextlib.suppress(ValueError):
+                value = int(given) if given.isdigit() else float(given)
+        is_share = isinstance(value, float) and 0 < value < 1
+        if value is None or is_share or (type(value) is int and value >= 1):
+            return value
+        raise ValueError(
+            f"{info.field_name} is a share to remove in (0, 1), such as 0.25, or a number to keep, "
+            f"such as 6; got {given!r}"
+        )
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> StructureRecipe:
+        names = ("experts", "blocks", "width", "heads", "kv_heads")
+        given = [name for name in names if getattr(self, name) is not None]
+        if not given and self.target is None:
+            raise ValueError(
+                "nothing is to be removed: give `experts` 0.25, `blocks` 0.1, `width` 0.25 or "
+                "`target` parameters=0.75, for example"
+            )
+        if self.target is not None:
+            parse_target(self.target)
+            if given:
+                raise ValueError(
+                    f"`target` and `{given[0]}` exclude each other: the search for a target "
+                    "chooses blocks and width itself. Drop one of them"
+                )
+        return self
+
+    @property
+    def narrows(self) -> bool:
+        """Whether channels or heads are removed, or may be."""
+        return any(x is not None for x in (self.width, self.heads, self.kv_heads, self.target))
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ExpertChange(_Entry):
+    """What happened to the experts of one block.
+
+    Attributes:
+        kept: the old numbers of the experts that stay; the new number is the place in the list.
+        saliency: of every old expert.
+        tokens: calibration tokens that chose each old expert.
+    """
+
+    kept: list[int]
+    saliency: list[float]
+    tokens: list[int]
+
+
+class PartChange(_Entry):
+    """What happened to the channels or the heads of one block.
+
+    Attributes:
+        kept: the old numbers of those that stay; of heads, those of query heads.
+        error: ‖X(W − W')ᵀ‖² / ‖XWᵀ‖² at the linear that reads them.
+        error_before_fit: the same if the columns that stay had kept their weights.
+    """
+
+    kept: list[int]
+    error: float
+    error_before_fit: float
+
+
+class SearchStep(_Entry):
+    """One step of the search for blocks.
+
+    Attributes:
+        block: position in the source of the block that is removed.
+        value: what was measured without it and the blocks of the steps before.
+        measure: "divergence" (KL from the dense model, nats per token) or "influence" (1 − the mean
+            cosine between hidden states before and after the block).
+        candidates: the same for every block of the source; None for those that were not measured.
+    """
+
+    block: int
+    value: float
+    measure: Literal["divergence", "influence"]
+    candidates: list[float | None]
+
+
+class TargetModel(_Entry):
+    """A model that meets the target and was measured.
+
+    Attributes:
+        blocks: how many blocks stay; those of the first steps of the search are removed.
+        width: the share of the width that is removed; None for full width.
+        heads: the number of query heads; None for a model of full width.
+        value: KL divergence from the dense model, nats per token.
+    """
+
+    blocks: int
+    width: float | None
+    heads: int | None
+    value: float
+
+
+class BlockChange(_Entry):
+    """One block of the result.
+
+    Attributes:
+        name: full name in the result.
+        made_from: position in the source.
+        input_sha256: hash of the weights that it was made from.
+        experts: None for a block whose experts all stay, or that has none.
+        width: of what became narrower: `heads`, and `channels` of the MLP, or of several MLPs, such
+            as experts, each by the linear that reads it.
+        repair: the training towards the dense model; None for a block without it.
+        seconds: time for the block, without the training.
+    """
+
+    name: str
+    made_from: int
+    input_sha256: str
+    experts: ExpertChange | None = None
+    width: dict[str, PartChange] = Field(default_factory=dict)
+    repair: ReconstructionRecord | None = None
+    seconds: float = 0.0
+
+
+class StructureRecord(BlockwiseRecord):
+    """The record of shrink.
+
+    Attributes:
+        search: the blocks to remove, in the order in which they were found. In the search for a
+            target, only the first of them may be removed.
+        targets: the models that meet the target and were measured; the best of them is the result.
+        config: field of config.json that changed -> its values before and after.
+        left_out: stored tensors that the model has no place for; the result does not have them.
+    """
+
+    FILE: ClassVar[str] = "prunus-structure.json"
+    VERB: ClassVar[str] = "prunus shrink"
+
+    recipe: StructureRecipe
+    search: list[SearchStep] = Field(default_factory=list)
+    targets: list[TargetModel] = Field(default_factory=list)
+    config: dict[str, tuple[Any, Any]] = Field(default_factory=dict)
+    left_out: list[str] = Field(default_factory=list)
+    blocks: list[BlockChange] = Field(default_factory=list)
+
+
+def what_was_removed(record: StructureRecord) -> list[str]:
+    """One line per kind of part that was removed."""
+    lines = []
+    kept = {block.made_from for block in record.blocks}
+    removed = [step for step in record.search if step.block not in kept]
+    if removed:
+        which, last = ", ".join(str(step.block) for step in removed), removed[-1]
+        lines.append(
+            f"blocks {which} were removed; {last.measure} at the last step {last.value:.4f}"
+        )
+    for each in record.targets:
+        width = "full width" if each.width is None else f"a width of {1 - each.width:.3f}"
+        heads = "" if each.heads is None else f" and {each.heads} heads"
+        lines.append(
+            f"measured for {record.recipe.target}: {each.blocks} blocks at {width}{heads}, "
+            f"divergence {each.value:.4f}"
+        )
+    narrower: dict[str, list[PartChange]] = {"channels": [], "heads": [], "": []}
+    for block in record.blocks:
+        for name, part in block.width.items():
+            narrower[name if name in narrower else ""].append(part)
+    for name, parts in narrower.items():
+        if parts:
+            what = f"{len(parts[0].kept)} {name} stay in each of {len(parts)} blocks"
+            if not name:
+                what = f"{len(parts)} experts and other MLPs of blocks with several are narrower"
+            mean = sum(part.error for part in parts) / len(parts)
+            lines.append(f"{what}; mean relative error where they are read {mean:.3%}")
+    changes = [block.experts for block in record.blocks if block.experts is not None]
+    if changes:
+        lines.append(
+            f"{len(changes[0].kept)} of {len(changes[0].saliency)} experts stay in each of "
+            f"{len(changes)} layers, chosen by {record.recipe.saliency}"
+        )
+    repairs = [block.repair for block in record.blocks if block.repair is not None]
+    if repairs:
+        end = repairs[-1]
+        lines.append(
+            f"{len(repairs)} blocks were trained towards the outputs of the model; on the "
+            f"validation windows the KL divergence is {end.error_after:.4f}, and was "
+            f"{end.error_before:.4f} before the last block was trained"
+        )
+    return lines
