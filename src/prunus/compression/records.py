@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from prunus.methods.options import DenseWeight
 from prunus.options import Option, Options, between, one_of
 from prunus.pruning.manifest import PruningRecord
 from prunus.pruning.options import PruningOptions, Sparsity
-from prunus.runs.record import RunRecord
+from prunus.runs.record import Part, RunRecord
 
 
 class CompressionRecipe(PruningOptions):
@@ -87,7 +87,7 @@ class PackOptions(Options):
     ] = "bf16"
 
 
-class StoredLinear(BaseModel):
+class StoredLinear(Part):
     """How one linear is stored.
 
     Attributes:
@@ -99,8 +99,6 @@ class StoredLinear(BaseModel):
         nbytes: bytes of the weight before and after.
         relative_error: ‖W−Ŵ‖² / ‖W‖² where values were rounded to int8, or None.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     shape: tuple[int, int]
     kept: int

@@ -18,13 +18,13 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from prunus.hardware.sizes import parse_bytes
 from prunus.options import Option, between
 from prunus.pruning.manifest import ReconstructionRecord
 from prunus.runs.options import WindowOptions
-from prunus.runs.record import BlockwiseRecord
+from prunus.runs.record import BlockwiseRecord, Part
 
 #: A share to remove in (0, 1), or a number to keep.
 Amount = float | int
@@ -208,11 +208,7 @@ class StructureRecipe(WindowOptions):
         return any(x is not None for x in (self.width, self.heads, self.kv_heads, self.target))
 
 
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class ExpertChange(_Entry):
+class ExpertChange(Part):
     """What happened to the experts of one block.
 
     Attributes:
@@ -226,7 +222,7 @@ class ExpertChange(_Entry):
     tokens: list[int]
 
 
-class PartChange(_Entry):
+class PartChange(Part):
     """What happened to the channels or the heads of one block.
 
     Attributes:
@@ -240,7 +236,7 @@ class PartChange(_Entry):
     error_before_fit: float
 
 
-class SearchStep(_Entry):
+class SearchStep(Part):
     """One step of the search for blocks.
 
     Attributes:
@@ -257,7 +253,7 @@ class SearchStep(_Entry):
     candidates: list[float | None]
 
 
-class TargetModel(_Entry):
+class TargetModel(Part):
     """A model that meets the target and was measured.
 
     Attributes:
@@ -273,7 +269,7 @@ class TargetModel(_Entry):
     value: float
 
 
-class BlockChange(_Entry):
+class BlockChange(Part):
     """One block of the result.
 
     Attributes:
