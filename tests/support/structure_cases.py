@@ -54,7 +54,8 @@ def take_fitted_columns(model: Any, small: Any, record: StructureRecord, heads: 
         readers = {"heads": _HEAD_READERS, "channels": _CHANNEL_READERS}
         for what, part in block.width.items():
             units = heads if what == "heads" else None
-            (name,) = [name for name in names if name.endswith(readers.get(what, what))]
+            found = [name for name in names if name.endswith(readers.get(what, ()))]
+            (name,) = found or [what]
             weight_OI, bias = _reader(layer, name, experts)
             small_OI, small_bias = _reader(smaller[place], name)
             width = weight_OI.shape[1] // (units or weight_OI.shape[1])
