@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# Processes that share the tests, a file at a time, each on its part of the cores. In the order of
-# folders, the slow files (ranks, kills, damage) do not come last, where one process would wait.
+# Processes that share the tests, a file at a time, each on its part of the cores. The order is that
+# of tests/conftest.py, where the slow files (ranks, kills, damage) are first.
 JOBS   ?= 2
 # Reference data and golden masks; tests that need them skip where the folder is absent.
 export PRUNUS_SHARED ?= ../shared

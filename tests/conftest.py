@@ -16,7 +16,6 @@ if _workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 os.environ.pop("PRUNUS_DATA", None)
 
 import pytest
-import torch
 
 # Hooks of pytest: tests marked `cuda` run on a device, real or pretend.
 from pretend_cuda_plugin import pytest_runtest_protocol, pytest_unconfigure
@@ -24,6 +23,14 @@ from pretend_cuda_plugin import pytest_runtest_protocol, pytest_unconfigure
 __all__ = ["pytest_runtest_protocol", "pytest_unconfigure"]
 
 ROOT = Path(__file__).resolve().parent.parent
+
+#: Files that take longest. They start first, so that no process waits for one at the end.
+SLOW_FILES = (
+    "distributed/test_ranks.py", "model/checkpoint/test_faults.py", "sweeping/test_sweep.py",
+    "compression/test_compress.py", "packed/test_loading.py", "pruning/test_experts.py",
+    "pruning/test_golden.py", "methods/test_methods_golden.py", "pruning/test_devices.py",
+    "serving/test_serving.py", "structure/test_target.py", "model/checkpoint/test_hostile.py",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +59,8 @@ def data(shared: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -78,7 +87,18 @@ def _no_wait_for_the_disk() -> Iterator[None]:
         yield
 
 
+def pytest_collection() -> None:
+    """While libraries are imported, nothing is garbage."""
+    gc.disable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    turns = {ROOT / "tests" / name: turn for turn, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: turns.get(item.path, len(turns)))
+
+
 def pytest_collection_finish() -> None:
     """Garbage is looked for among what tests make, not in a million objects of libraries."""
     gc.collect()
     gc.freeze()
+    gc.enable()

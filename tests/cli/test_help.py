@@ -56,7 +56,6 @@ assert not slow, slow
 import prunus
 assert prunus.Recipe().sparsity == 0.5
 assert not {{"torch", "transformers"}} & set(sys.modules), "a recipe knows nothing of torch"
-assert callable(prunus.prune) and "torch" in sys.modules
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 

@@ -8,7 +8,7 @@ from prunus.packed.forms import relative_error
 from prunus.packed.planes import check, expand
 
 
-def head(rows: int = 4000, columns: int = 128, seed: int = 0) -> torch.Tensor:
+def head(rows: int = 2000, columns: int = 128, seed: int = 0) -> torch.Tensor:
     """Rows of different sizes with a few large columns, and a row of zeros."""
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.exp(torch.randn(rows, 1, generator=generator) * 0.3)

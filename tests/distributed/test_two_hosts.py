@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import prunus
 from prunus.pruning.manifest import Manifest
 from ranks import free_port
+from scripts import run_script
 from tiny import tiny_checkpoint, token_ids
 
 
@@ -51,27 +51,13 @@ def test_torchrun_on_two_hosts_prunes_as_one_process_does(tmp_path):
             hosts = stack.enter_context(_hosts(f"pr{os.getpid() % 100000}"))
         except subprocess.CalledProcessError as fault:
             pytest.skip(f"this machine allows no network namespaces: {fault.stderr.strip()}")
-        port = free_port()
-        running = []
-        for node, (space, device, _) in enumerate(hosts):
-            command = ["ip", "netns", "exec", space, sys.executable, "-m", "torch.distributed.run"]
-            command += ["--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1"]
-            command += ["--master-addr", hosts[0][2], "--master-port", str(port)]
-            command += ["-m", "prunus", "prune", str(dense), str(tmp_path / "out")]
-            command += ["--method", "sparsegpt", "--calibration", str(ids)]
-            command += ["--samples", "6", "--seqlen", "16", "--batch", "1"]
-            command += ["--rank-timeout", "120"]
-            running.append(
-                subprocess.Popen(
-                    command,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                    env=os.environ | {"GLOO_SOCKET_IFNAME": device, "OMP_NUM_THREADS": "1"},
-                )
-            )
-        said = [process.communicate(timeout=240)[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0], said
+        command = ["prune", dense, tmp_path / "out", "--method", "sparsegpt", "--calibration", ids]
+        command += ["--samples", 6, "--seqlen", 16, "--batch", 1, "--rank-timeout", 120]
+        names = [f"{space}:{device}" for space, device, _ in hosts]
+        place = (free_port(), hosts[0][2], tmp_path / "said")
+        status = run_script("two_hosts.py", *place, *names, *command, timeout=240)
+    said = [(tmp_path / f"said{node}").read_text() for node in range(2)]
+    assert status == [0, 0], said
     assert "linear" in said[0], "rank 0 shows the table"
     assert "linear" not in said[1], "and nobody else does"
     alone = prunus.prune(

@@ -126,18 +126,6 @@ def test_hidden_states_that_do_not_fit_wait_in_a_file(folders, monkeypatch, tmp_
     assert not list(tmp_path.iterdir()), "the file has no name"
 
 
-def test_half_of_the_memory_holds_hidden_states(folders, monkeypatch):
-    model = StreamedModel(folders / "dense", ComputeOptions("auto", torch.device("cpu")))
-    monkeypatch.setattr("prunus.evaluation.streamed_model.resident_memory", lambda: 1000)
-    need = 5 * 24 * 32 * 2
-    for texts, memory, spills in ((1, 0, False), (1, -1, True), (2, 2 * need, False)):
-        total = 1000 + 2 * need + memory
-        monkeypatch.setattr(
-            "prunus.evaluation.streamed_model.memory_budget", lambda *_, total=total: total
-        )
-        assert (model.place_states(torch.Size((5, 24)), texts).spill_to is not None) == spills
-
-
 def test_several_texts_are_kept_where_that_is_wanted(folders, runs):
     texts = ("ids", "other") * 2
     with Reference(folders / "dense", texts=2) as reference:

@@ -1,14 +1,12 @@
 """The ADMM operator against exact inverses, and ALPS on wide linears with few tokens."""
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor
 
 from method_cases import gather
 from prunus.methods import METHODS, MethodOptions
-from prunus.methods.alps import OVER_RELAXATION, admm_operator, leading_eigenvectors, penalties
+from prunus.methods.alps import OVER_RELAXATION, admm_operator, penalties
 from prunus.methods.patterns import Pattern
 from prunus.methods.refine.dense_targets import drift_is_worthwhile
 from prunus.methods.solvers.least_squares import ScaledGram, is_data_limited, ridge, scaled_gram_of
@@ -49,33 +47,6 @@ def test_only_wide_linears_with_few_tokens_are_data_limited(wide_from_64):
         drift_is_worthwhile(64, 321),
         drift_is_worthwhile(63, 100),
     ) == (False, True, True)
-
-
-def test_with_many_tokens_each_penalty_serves_a_quarter_of_the_iterations():
-    scaled = scaled_gram_of(gather(decaying(640, 64)), None)
-    assert penalties(scaled, 8) == [0.25, 0.25, 0.4, 0.4, 0.8, 0.8, 1.6, 1.6]
-
-
-@pytest.mark.parametrize("iterations", [1, 2, 5])
-def test_with_few_tokens_penalties_grow_from_half_the_diagonal(wide_from_64, iterations):
-    scaled = scaled_gram_of(gather(decaying(64, 64)), None)
-    found = penalties(scaled, iterations)
-    assert len(found) == iterations
-    assert found[0] == 1.0
-    assert iterations == 1 or found[-1] == pytest.approx(4.0)
-    assert all(first < second for first, second in itertools.pairwise(found))
-
-
-def test_the_leading_eigenvectors_are_those_of_a_decomposition():
-    gram_II = data_limited_example()[2].gram_II
-    vectors_IR, values_R = leading_eigenvectors(gram_II, 16)
-    expected_I = torch.linalg.eigvalsh(gram_II.double())
-    torch.testing.assert_close(values_R[-2:].double(), expected_I[-2:], rtol=1e-2, atol=0)
-    assert (values_R <= expected_I[-16:] * (1 + 1e-5)).all(), "Ritz values are not larger"
-    assert (values_R > 0.6 * expected_I[-16:]).all()
-    torch.testing.assert_close(vectors_IR.T @ vectors_IR, torch.eye(16), rtol=0, atol=1e-3)
-    again_IR, _ = leading_eigenvectors(gram_II, 16)
-    assert torch.equal(vectors_IR, again_IR)
 
 
 def test_the_spectrum_replaces_inverses(wide_from_64):

@@ -85,37 +85,6 @@ def test_no_step_of_conjugate_gradients_raises_the_error(rows, columns, tokens, 
     assert not solution_OI[~keep_OI].any()
 
 
-def test_steps_end_when_one_gains_too_little():
-    # With correlated inputs the first steps remove far more of the error than the last ones.
-    weight_OI, X_TI = example(12, 48, tokens=60)
-    target_OI, hessian_II, _ = reference.scaled(weight_OI, gather(X_TI).gram_II, 0.01)
-    keep_OI = torch.rand(12, 48) < 0.5
-    start_OI, target_OI, gram_II = torch.randn(12, 48), target_OI.float(), hessian_II.float()
-
-    def error(steps, min_gain=0.0):
-        solution_OI, taken = conjugate_gradients(
-            start_OI, target_OI, keep_OI, gram_II, steps, min_gain=min_gain
-        )
-        return float(reference.squared_error(solution_OI - target_OI, hessian_II).sum()), taken
-
-    errors = [error(steps)[0] for steps in range(12)]
-    for share in (0.3, 0.1, 0.01, 0.003):
-        expected = next(n for n in range(1, 12) if errors[n - 1] - errors[n] < share * errors[n])
-        found, taken = error(12, share)
-        assert taken == expected
-        assert found == pytest.approx(errors[taken], rel=1e-5)
-    assert error(12, 0.3)[1] < error(12, 0.003)[1] < 12
-    # At the solution no step is taken.
-    same_OI, taken = conjugate_gradients(start_OI, start_OI, torch.ones_like(keep_OI), gram_II, 9)
-    assert taken == 0 and torch.equal(same_OI, start_OI)
-
-
-def test_the_ridge_follows_features_per_token():
-    assert ridge(576, 16384) == pytest.approx(2.5 * 576 / 16384)
-    assert ridge(576, 10**9) == 0.01
-    assert ridge(576, 0) == ridge(576, 100) == 1.0
-
-
 # --- ALPS ---
 
 
@@ -177,37 +146,6 @@ def test_wanda_loses_more_than_sparsegpt_and_sparsegpt_more_than_alps(pattern):
     assert errors["wanda", "none"][0] > errors["sparsegpt", "none"][0] > 1.05 * seen
     assert seen < 0.97 * fitted
     assert all(unseen >= alps_unseen for _, unseen in errors.values())
-
-
-def test_inverses_are_shared_by_linears_with_the_same_input(monkeypatch):
-    weight_OI, X_TI = example(6, 24)
-    statistics, calls = gather(X_TI), []
-    real = torch.linalg.cholesky_ex
-    monkeypatch.setattr(
-        torch.linalg, "cholesky_ex", lambda *a, **k: calls.append(1) or real(*a, **k)
-    )
-    for name, count in (("alps", 2), ("sparsegpt", 1)):
-        for _ in range(3):
-            METHODS[name].prune(weight_OI, statistics, Pattern(), 0.5)
-        assert len(calls) == count
-        calls.clear()
-    METHODS["alps"].prune(weight_OI, statistics, Pattern(), 0.5, MethodOptions(damping=0.5))
-    assert len(calls) == 2
-    calls.clear()
-    statistics.add(X_TI)
-    METHODS["sparsegpt"].prune(weight_OI, statistics, Pattern(), 0.5)
-    assert len(calls) == 1
-
-
-def test_inverses_that_take_too_much_memory_are_not_kept(monkeypatch):
-    weight_OI, X_TI = example(6, 24)
-    statistics = gather(X_TI)
-    kept = METHODS["alps"].prune(weight_OI, statistics, Pattern(), 0.5)
-    monkeypatch.setattr("prunus.methods.alps._MAX_KEPT_BYTES", 1)
-    statistics = gather(X_TI)
-    again = METHODS["alps"].prune(weight_OI, statistics, Pattern(), 0.5)
-    assert torch.equal(kept.weight_OI, again.weight_OI)
-    assert [key[0] for key in statistics._derived] == ["scaled_gram"]
 
 
 @given(

@@ -16,7 +16,7 @@ import reference
 from method_cases import WEIRD, example, gather, weird_example
 from prunus.methods import METHODS, MethodOptions, Pruned, Work, compose
 from prunus.methods.patterns import Pattern
-from prunus.methods.rate_distortion import expected_bits, quantize
+from prunus.methods.rate_distortion import quantize
 from prunus.methods.work import UNSHARDED, CodeLengths, LinearQuantization, RowSharding
 from prunus.packed.plane_codes import MAX_LEVEL
 
@@ -154,14 +154,6 @@ def test_the_error_is_within_a_few_per_cent_of_water_filling(spread):
     assert limit < columns * float(variances_I.min())
     assert 2.5 < bits < 4
     assert 0.95 < error / (SCALAR_LOSS * limit) < 1.05
-
-
-@pytest.mark.parametrize("deviation", [0.15, 0.5, 1.0, 3.3, 40.0])
-def test_expected_bits_are_the_entropy_of_rounded_samples(deviation):
-    samples = torch.randn(400_000, generator=torch.Generator().manual_seed(0)) * deviation
-    sampled = entropy(samples.round()[:, None])
-    assert float(expected_bits(torch.tensor(deviation))) == pytest.approx(sampled, abs=0.01)
-    assert float(expected_bits(torch.zeros(1))) < 1e-6
 
 
 # --- masks, odd inputs, shards ---

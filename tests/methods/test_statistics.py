@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunus.distributed import SINGLE_PROCESS
 from prunus.hardware import numerics
 from prunus.methods.statistics import InputStatistics, StatisticsSpec, statistics_bytes
 
@@ -47,46 +46,6 @@ def test_half_precision_does_not_overflow(dtype):
     assert statistics.sum_squares_I[0].item() == pytest.approx(expected.item(), rel=1e-6)
     assert statistics.gram_II[0, 1].item() == pytest.approx(expected.item(), rel=1e-6)
     statistics.check_finite("q_proj")
-
-
-@pytest.mark.parametrize("needs", ["none", "norms", "gram"])
-def test_distributed_statistics_of_one_rank_equal_plain_ones(needs):
-    plain, distributed = (
-        InputStatistics(5, StatisticsSpec(needs=needs, means=True)),
-        InputStatistics(5, StatisticsSpec(needs=needs, means=True, distributed=True)),
-    )
-    for x_TI in torch.randn(3, 10, 5):
-        plain.add(x_TI)
-        distributed.add(x_TI)
-    distributed.complete(SINGLE_PROCESS)
-    assert distributed.tokens == plain.tokens == 30
-    assert torch.equal(distributed.sum_squares_I, plain.sum_squares_I)
-    assert torch.equal(distributed.sum_I, plain.sum_I)
-    assert (distributed.gram_II is None) == (needs != "gram")
-    if needs == "gram":
-        assert torch.equal(distributed.gram_II, plain.gram_II)
-
-
-def test_counting_alone_keeps_no_sums():
-    counted = InputStatistics(5, "none")
-    counted.add(torch.full((7, 5), float("nan")))
-    assert counted.tokens == 7
-    assert not counted.sum_squares_I.any()
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("needs", ["norms", "gram"])
-def test_activations_that_are_not_finite_are_named(needs, bad):
-    statistics = InputStatistics(4, needs)
-    statistics.add(torch.randn(10, 4))
-    statistics.check_finite("model.layers.3.mlp.up_proj")
-    X_TI = torch.randn(10, 4)
-    X_TI[5, 2] = bad
-    statistics.add(X_TI)
-    with pytest.raises(
-        ValueError, match=r"model.layers.3.mlp.up_proj are not finite \(1 of its 4 input"
-    ):
-        statistics.check_finite("model.layers.3.mlp.up_proj")
 
 
 def test_a_gram_that_overflows_on_its_own_is_found():

@@ -360,18 +360,6 @@ def test_bitmaps_and_quantised_linears_in_one_checkpoint(folders, tmp_path):
         assert torch.equal(_logits(model), _logits(plain))
 
 
-def _python(code, *arguments):
-    # An installed prunus needs no import, by an entry point that torch calls; see
-    # test_entry_points.py. Here it is switched off.
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env=os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def test_without_prunus_transformers_refuses(folders, tmp_path):
     _load(folders / "packed-bf16").save_pretrained(tmp_path / "again")
     code = """
@@ -385,29 +373,17 @@ for folder in sys.argv[1:]:
     else:
         print("loaded")
 """
-    result = _python(code, folders / "packed-bf16", tmp_path / "again")
+    # An installed prunus needs no import, by an entry point that torch calls; see
+    # test_entry_points.py. Here it is switched off.
+    result = subprocess.run(
+        [sys.executable, "-c", code, folders / "packed-bf16", tmp_path / "again"],
+        env=os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     first, second = result.stdout.splitlines()
     assert first.startswith("ValueError")
     assert first.endswith(REFUSAL)
     assert second.startswith("RuntimeError"), "saved by transformers, shapes alone refuse it"
     assert "got prunus" in result.stderr, "the unknown method is named"
-
-
-def test_registration_is_lazy():
-    code = """
-import sys
-import prunus
-from prunus_autoload import register
-register()
-assert "torch" not in sys.modules and "transformers" not in sys.modules
-import transformers.quantizers.auto as table
-assert "prunus" in table.AUTO_QUANTIZER_MAPPING
-assert "prunus" in table.AUTO_QUANTIZATION_CONFIG_MAPPING
-assert table.__spec__.loader.__class__.__name__ == "SourceFileLoader"
-waiting = [finder.table for finder in sys.meta_path if type(finder).__name__ == "_Waiting"]
-assert waiting in ([], ["peft.tuners.lora.config"]), waiting
-register()
-print("fine")
-"""
-    result = _python(code)
-    assert result.stdout == "fine\n", result.stderr

@@ -105,17 +105,6 @@ def test_expand_rounds_once(dtype):
         expand_rows(weight, torch.tensor([9]), None, dtype)
 
 
-@pytest.mark.usefixtures("_engine")
-def test_offsets_say_where_layers_begin():
-    levels = torch.zeros(3, 64, dtype=torch.int8)
-    levels[0, 5], levels[2, 7] = 1, 100
-    weight = quantized(levels, [PlaneCode(0, (1, 1))], rows_per_chunk=2)
-    # Chunk 0: two words, one escaped value (1) in a second layer, which names it. Chunk 1: one
-    # word, one escaped value, which a byte names in the end.
-    assert check(weight)[:, 0, :4].tolist() == [[0, 16, 24, -1], [24, 32, 40, -1]]
-    assert weight.data.shape == (48,)
-
-
 def test_chosen_codes_are_the_best():
     """Against all chains of up to three layers, on a weight so tall that padding is nothing."""
     levels = random_levels(4000, 64, 1.5)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import prunus
 from prunus import pack, unpack
@@ -68,22 +67,6 @@ def test_prune(method, dense, tmp_path, traffic):
     assert read["dense", "model.embed_tokens.weight"] == 2 + (method != "magnitude")
     assert read["dense", "lm_head.weight"] == 2
     assert set(written.values()) == {1} and len(written) == 3
-
-
-def test_tensors_begin_where_the_checkpoint_says(dense):
-    """The reader asks the disk for these ranges before it maps a tensor."""
-    stored = {
-        "b": torch.arange(6.0),
-        "a": torch.arange(5, dtype=torch.uint8),
-        "c": torch.ones(2, 3).bfloat16(),
-    }
-    save_file(stored, dense / "mixed.safetensors")
-    checkpoint = Checkpoint(dense, only=["mixed.safetensors"])
-    content = (dense / "mixed.safetensors").read_bytes()
-    for name, tensor in stored.items():
-        info = checkpoint.tensors[name]
-        raw = tensor.view(-1).view(torch.uint8).numpy().tobytes()
-        assert content[info.begin : info.begin + info.nbytes] == raw
 
 
 def test_pack_and_unpack(dense, tmp_path, traffic):

@@ -33,7 +33,6 @@ def check_same_bytes_resumed_and_replayed(dense, tmp_path, monkeypatch, options)
     ("family", "pattern"),
     [
         ("llama", "unstructured"),
-        ("llama", "2:4"),
         ("gpt2", "2:4"),
         ("gpt_neox", "2:4"),
         ("mixtral", "unstructured"),
@@ -118,13 +117,3 @@ def test_quick_reconstruction_takes_a_quarter_of_the_windows_with_any_method(
         steps[blocks] = {block.reconstruction.steps for block in report.blocks}
     # One of four windows, and one of sixteen, is held out. Each other one is a step of its own.
     assert steps == {"quick": {3}, "all": {15}}
-
-
-def test_reconstruction_gets_two_batches_where_one_would_be_enough_for_drift(tmp_path, monkeypatch):
-    monkeypatch.setattr(dense_stream, "_TOKENS_PER_FEATURE", 0.01)
-    dense = tiny_checkpoint(tmp_path / "dense")
-    options = {"preset": "balanced", "calibration": token_ids(3, 32), "batch": 1}
-    report = prunus.prune(dense, tmp_path / "out", **options)
-    assert report.blocks[-1].reconstruction.steps > 0
-    with pytest.raises(ValueError, match="1 windows in batches of 1"):
-        prunus.prune(dense, tmp_path / "one", **options | {"calibration": token_ids(1, 32)})

@@ -8,7 +8,7 @@ from scripts import run_script
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files in /proc")
-@pytest.mark.parametrize("runs", [60, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("runs", [40, pytest.param(200, marks=pytest.mark.slow)])
 def test_many_runs_in_one_process(runs, tmp_path):
     found = run_script("soak.py", tmp_path, runs)
     # Modules and caches that stay are loaded once every verb has run.

@@ -80,16 +80,6 @@ def test_streaming_equals_in_memory_equals_naive(family, method, group, tmp_path
     assert "AutoModelForImageClassification" in (tmp_path / "pruned" / "README.md").read_text()
 
 
-def test_stages_are_blocks_with_what_lies_between_them(tmp_path):
-    dense = save_classifier(tmp_path / "dense", "convnext")
-    report = prunus.prune(
-        dense, tmp_path / "pruned", calibration=str(pictures(tmp_path / "pictures")), samples=4
-    )
-    assert [len(block.linears) for block in report.blocks] == [2, 4]
-    assert any("downsampling_layer" in name for name in report.left_dense)
-    assert any("dwconv" in name for name in report.left_dense)
-
-
 @pytest.mark.parametrize(
     "options",
     [

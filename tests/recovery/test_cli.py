@@ -14,18 +14,8 @@ from prunus.recovery.record import RecoveryRecord
 from prunus.recovery.training import Step
 from prunus.reporting.console import show_recovery
 
-SHORT = [
-    "--tokens",
-    "320",
-    "--seqlen",
-    "16",
-    "--batch",
-    "1",
-    "--held-out",
-    "2",
-    "--learning-rate",
-    "0.01",
-]
+SHORT = ["--tokens", "320", "--seqlen", "16", "--batch", "1", "--held-out", "2"]
+SHORT += ["--learning-rate", "0.01"]
 
 
 @pytest.fixture(autouse=True)

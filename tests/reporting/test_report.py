@@ -8,8 +8,6 @@ import hashlib
 import io
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -352,15 +350,6 @@ def test_what_cannot_be_reported_on_is_named(arguments, message, run, tmp_path):
 
 
 # --- imports ---
-
-
-def test_no_module_of_reports_imports_torch():
-    """In a process of its own: a report is read and shown without waiting for torch."""
-    folder = Path(prunus.reporting.__file__).parent
-    names = [f"prunus.reporting.{path.stem}" for path in folder.glob("*.py")]
-    assert len(names) > 6
-    script = f"import sys, {', '.join(names)}; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("totals", [{}, {"zeros": 3}, {"zeros": "x", "seconds": None}])

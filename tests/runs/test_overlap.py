@@ -26,13 +26,6 @@ def test_the_next_is_read_while_one_is_used():
     assert list(blocks) == [1, 2, 3]
 
 
-def test_nothing_is_read_ahead_without_overlap():
-    seen = []
-    blocks = read_ahead(range(3), lambda index: seen.append(index) or index, overlaps=False)
-    assert next(blocks) == 0
-    assert seen == [0]
-
-
 @pytest.mark.parametrize("overlaps", [True, False])
 def test_an_error_of_reading_comes_when_the_block_is_asked_for(overlaps):
     def read(index):

@@ -18,7 +18,6 @@ from functools import cache
 from typing import IO, Any
 
 import pytest
-import torch
 
 import pretend_cuda
 from places import SUPPORT
@@ -34,7 +33,7 @@ def _why_not() -> str | None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     """Let the server run a marked test, and report what it says."""
-    if item.get_closest_marker("gpu") and (_pretends() or not torch.cuda.is_available()):
+    if item.get_closest_marker("gpu") and (_pretends() or not _has_cuda()):
         item.add_marker(pytest.mark.skip(reason="needs a real CUDA device"))
     if not _goes_to_server(item):
         return None
@@ -59,8 +58,14 @@ def _pretends() -> bool:
     return pretend_cuda.INSTALLED in os.environ
 
 
+def _has_cuda() -> bool:
+    import torch  # The process that only hands out tests never needs it.
+
+    return torch.cuda.is_available()
+
+
 def _goes_to_server(item: pytest.Item) -> bool:
-    return item.get_closest_marker("cuda") is not None and not torch.cuda.is_available()
+    return item.get_closest_marker("cuda") is not None and not _has_cuda()
 
 
 @cache

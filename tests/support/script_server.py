@@ -5,6 +5,7 @@ one line of JSON on the standard input: the script, its arguments, its environme
 that take what it prints. The answer is one line with its exit status.
 """
 
+import gc
 import json
 import os
 import runpy
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 torch.set_num_threads(1)
+gc.disable()  # while libraries are imported, because nothing of them is garbage
 
 import transformers.models.llama.modeling_llama  # noqa: E402, F401
 
@@ -28,6 +30,8 @@ os.fsync = lambda _handle: None
 
 # Their modules are imported when they are first asked for.
 _ = prunus.prune, prunus.recover, prunus.perplexity
+gc.freeze()
+gc.enable()
 
 
 def _status(request: dict[str, Any]) -> int:

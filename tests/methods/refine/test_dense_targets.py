@@ -13,10 +13,8 @@ from prunus.methods.refine.dense_targets import (
     dense_target,
 )
 from prunus.methods.statistics import InputStatistics, StatisticsSpec
-from prunus.model.skeleton import Skeleton
-from prunus.model.source import CheckpointSource
 from prunus.model.stream import HiddenStates
-from prunus.pruning.block.dense_stream import DenseBlockInputs, DenseStream, drift_stride_for
+from prunus.pruning.block.dense_stream import DenseBlockInputs
 from prunus.pruning.job import PruningJob
 from tiny import tiny_checkpoint, token_ids, weights
 
@@ -24,12 +22,6 @@ DRIFT = StatisticsSpec(needs="gram", drift="all")
 SOME_DRIFT = StatisticsSpec(needs="gram", drift="some")
 HELD_OUT = StatisticsSpec(needs="gram", drift="all", hold_out=True)
 ALPS = {"method": "alps", "dense_weight": 0.25}
-BOTH = ALPS | {
-    "dense_weight": "auto",
-    "reconstruct": "all",
-    "reconstruct_epochs": 1,
-    "reconstruct_lr": 1e-3,
-}
 
 
 def drifted(
@@ -84,29 +76,6 @@ def test_the_drift_of_some_batches_stands_for_all():
     assert not torch.allclose(found, weight_OI)
 
 
-def test_the_stride_of_batches_that_show_the_drift():
-    assert drift_stride_for(32 * 1024, 1536) == 4
-    assert drift_stride_for(8 * 512, 8960) == 1
-    assert drift_stride_for(16 * 1024, 1536) == 4
-    assert drift_stride_for(128 * 2048, 28672) == 3
-
-
-def test_only_batches_that_show_the_drift_run_through_the_dense_model(tmp_path):
-    """The second of two ranks has batches 3 to 7; of all eight batches, 0 and 4 show the drift."""
-    source = CheckpointSource(tiny_checkpoint(tmp_path / "dense"))
-    skeleton = Skeleton(source.config, torch.float32)
-    source.bind(skeleton)
-    dense = DenseStream(skeleton, source, torch.device("cpu"), stride=4)
-    batches = token_ids(5, 8).split(1)
-    with torch.no_grad():
-        dense.embed(batches, None, first_batch=3)
-        assert len(dense.stream) == 1
-        stored = source.block(0)
-        inputs = dense.copy_block(0, stored, ["self_attn.q_proj"], cache=True)
-        known = [inputs.get("self_attn.q_proj", batch, 8) is not None for batch in range(5)]
-    assert known == [False, True, False, False, False]
-
-
 @pytest.mark.parametrize(
     ("noise", "low", "high"), [(0.0, 0.9, 1.0), (10.0, 0.02, 0.6), (100.0, 0.0, 0.1)]
 )
@@ -146,20 +115,6 @@ def test_without_held_out_tokens_the_dense_weight_is_the_default():
         weight_OI, statistics, Pattern(), 0.5, constant
     )
     assert torch.equal(pruned.weight_OI, expected.weight_OI)
-
-
-def test_sums_of_held_out_tokens_are_part_of_all_sums():
-    dense_TI, X_TI = torch.randn(40, 12), torch.randn(40, 12)
-    whole = InputStatistics(12, DRIFT)
-    whole.add(X_TI, dense_TI)
-    split = InputStatistics(12, HELD_OUT)
-    split.add(X_TI[:30], dense_TI[:30])
-    split.add(X_TI[30:], dense_TI[30:], held_out=True)
-    assert (split.tokens, split.held_tokens) == (40, 10)
-    assert torch.allclose(split.gram_II, whole.gram_II, atol=1e-4)
-    assert torch.allclose(split.drift_II, whole.drift_II, atol=1e-4)
-    assert torch.allclose(split.held_gram_II, X_TI[30:].T @ X_TI[30:], atol=1e-4)
-    assert torch.allclose(split.held_drift_II, (dense_TI - X_TI)[30:].T @ X_TI[30:], atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["alps", "sparsegpt", "obs", "wanda"])

@@ -147,17 +147,6 @@ def test_swaps_cut_wandas_error_by_a_fifth():
 # --- composition ---
 
 
-def test_a_composition_needs_what_its_most_demanding_part_needs():
-    def needs(name: str, **options: str) -> tuple[str, bool]:
-        method = compose(METHODS[name], MethodOptions(**options))
-        return method.needs, method.updates_weights
-
-    assert compose(METHODS["wanda"], MethodOptions()) is METHODS["wanda"]
-    assert needs("wanda", refine="swaps") == ("gram", False)
-    assert needs("magnitude", weight_update="least-squares") == ("gram", True)
-    assert needs("alps", weight_update="least-squares") == ("gram", True)
-
-
 @pytest.mark.parametrize("refinement", ["none", "swaps"])
 @pytest.mark.parametrize("update", ["none", "least-squares"])
 @pytest.mark.parametrize("pattern", [Pattern(), Pattern(2, 4)], ids=repr)

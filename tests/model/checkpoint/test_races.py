@@ -35,19 +35,22 @@ def material(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def between_look_and_lock(monkeypatch):
-    """A function that runs `work` in the moment before the next lock is taken."""
-    acquire = lock._acquire
-    happened: list[str] = []
+    """A function that runs `work` on a folder in the moment before the next lock is taken.
 
-    def arrange(work: Callable[[], Any]) -> list[str]:
+    It returns what the folder holds after that, once it has happened.
+    """
+    acquire = lock._acquire
+    left: dict[str, bytes] = {}
+
+    def arrange(work: Callable[[Path], Any], out: Path) -> dict[str, bytes]:
         def acquire_later(folder: Path) -> int:
             monkeypatch.setattr(lock, "_acquire", acquire)
-            happened.append("first")
-            work()
+            work(out)
+            left.update(content(out))
             return acquire(folder)
 
         monkeypatch.setattr(lock, "_acquire", acquire_later)
-        return happened
+        return left
 
     return arrange
 
@@ -108,16 +111,9 @@ def test_what_another_run_finished_meanwhile_is_not_destroyed(
     verb, material, between_look_and_lock, tmp_path
 ):
     first, second = verbs(material)[verb]
-    before: dict[str, bytes] = {}
-
-    def finish_first() -> None:
-        first(tmp_path / "out")
-        before.update(content(tmp_path / "out"))
-
-    happened = between_look_and_lock(finish_first)
+    before = between_look_and_lock(first, tmp_path / "out")
     with pytest.raises(FileExistsError, match=r"another|set of cells"):
         second(tmp_path / "out")
-    assert happened == ["first"]
     assert before
     assert content(tmp_path / "out") == before
 
@@ -126,13 +122,7 @@ def test_what_another_run_finished_meanwhile_is_not_destroyed(
 def test_the_same_command_twice_gives_one_result(verb, material, between_look_and_lock, tmp_path):
     """The second command finds the result of the first, and ends well without work."""
     first, _ = verbs(material)[verb]
-    before: dict[str, bytes] = {}
-
-    def finish_first() -> None:
-        first(tmp_path / "out")
-        before.update(content(tmp_path / "out"))
-
-    between_look_and_lock(finish_first)
+    before = between_look_and_lock(first, tmp_path / "out")
     first(tmp_path / "out")
     assert content(tmp_path / "out") == before
 
@@ -153,11 +143,11 @@ def test_an_import_replaces_what_another_run_finished_only_if_it_may(
                 import_gguf(tmp_path / "tiny.gguf", out, overwrite=overwrite)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tiny.gguf"]
     prune = verbs(material)["prune"][0]
-    between_look_and_lock(lambda: prune(out))
+    between_look_and_lock(prune, out)
     with pytest.raises(FileExistsError, match="not empty"):
         import_gguf(tmp_path / "tiny.gguf", out)
     assert (out / "prunus.json").exists()
-    between_look_and_lock(lambda: prune(out))
+    between_look_and_lock(prune, out)
     import_gguf(tmp_path / "tiny.gguf", out, overwrite=True)
     assert (out / "model.safetensors").exists()
     assert not (out / "prunus.json").exists()

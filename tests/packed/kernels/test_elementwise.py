@@ -5,7 +5,6 @@ own.
 import copy
 import importlib
 import io
-import warnings
 
 import pytest
 import torch
@@ -201,26 +200,6 @@ def test_models_decode_as_before(family, monkeypatch):
         other.model.norm.weight.data.fill_(3)
         assert not torch.equal(_logits(other, one), before)
         assert torch.equal(_logits(model, one), before)
-
-
-def test_compile_and_export_see_torchs_operations():
-    model = tiny_model("llama")
-    ids = token_ids(1, 1)
-    expected = _logits(model, ids)
-    use_decode_norms(model)
-    use_decode_rotary(model)
-    compiled = torch.compile(
-        lambda ids: model(ids, use_cache=False).logits, fullgraph=True, backend="eager"
-    )
-    with torch.no_grad():
-        assert torch.equal(compiled(ids), expected)
-        norm, x = model.model.norm, torch.randn(1, 1, 32)
-        program = torch.export.export(norm, (x,))
-        assert torch.equal(program.module()(x), type(norm).forward(norm, x))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            traced = torch.jit.trace(norm, (x,))
-        assert torch.equal(traced(2 * x), type(norm).forward(norm, 2 * x))
 
 
 def test_packed_models_have_all_of_it_and_save_nothing_of_it(tmp_path, monkeypatch):

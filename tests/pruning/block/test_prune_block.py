@@ -1,7 +1,6 @@
 """The walks through a block: equal bits, shared statistics, and no batch that waits for ever."""
 
 import gc
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from prunus.hardware.memory import available_memory
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear, find_linears
 from prunus.model.stream import HiddenStates
-from prunus.pruning.block.dense_stream import DenseBlockInputs
 from prunus.pruning.block.lockstep import lockstep
 from prunus.pruning.block.replay import replay
 from prunus.pruning.block.two_pass import two_pass
@@ -21,7 +19,7 @@ from prunus.pruning.job import PruningJob, plan_run
 from prunus.pruning.recipe import Recipe
 from prunus.runs import plan
 from prunus.runs.options import RunOptions
-from tiny import shards, tiny_checkpoint, tiny_model, token_ids, weights
+from tiny import shards, tiny_checkpoint, token_ids, weights
 
 
 class Experts(nn.Module):
@@ -94,23 +92,6 @@ def test_lockstep_and_replay_agree_to_the_bit_where_batches_take_different_ways(
         results.append((outputs, block.state_dict()))
     assert all(torch.equal(a, b) for a, b in zip(results[0][0], results[1][0], strict=True))
     assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in results[0][1])
-
-
-@pytest.mark.parametrize("walk", [lockstep, replay, two_pass])
-def test_linears_with_the_same_input_share_their_statistics(walk):
-    model = tiny_model("llama")
-    block = model.model.layers[0]
-    position = model.model.rotary_emb(torch.zeros(1, 8, 32), torch.arange(8).unsqueeze(0))
-    hidden = [torch.randn(2, 8, 32) for _ in range(3)]
-    plain = block.forward
-    block.forward = lambda x: plain(x, position_embeddings=position)
-    _, tokens, created, unreached = walk_through(walk, block, hidden)
-    kinds = [name.rpartition(".")[2] for name in created]
-    assert sorted(set(kinds)) == ["down_proj", "gate_proj", "o_proj", "q_proj"]
-    assert set(tokens.values()) == {48}
-    assert not unreached
-    if walk is not replay:  # a replay may make statistics that a later pass replaces
-        assert len(created) == 4
 
 
 class CalledTwice(nn.Module):
@@ -247,40 +228,6 @@ def test_the_memory_budget_limits_a_device_as_it_limits_the_host(tmp_path, monke
     for memory, budget in ((None, int(0.9 * 2**40)), (2**31, 2**31)):
         options = RunOptions(device="cuda", memory=memory, input_ids=ids)
         assert plan_run(dense, recipe, options).budget == budget
-
-
-def test_a_dense_input_is_read_once_to_be_computed():
-    """The number of rows follows from the layout of the hidden states, which reads none of them."""
-    held = HiddenStates(1, spill_to=None, device=torch.device("cpu"))
-    held.put(0, torch.ones(2, 3, 4))
-    reads = []
-
-    class Watched:
-        states = SimpleNamespace(layout=held.layout, get=reads.append)
-
-        def forward(self, index, block):
-            def run(number):
-                reads.append(number)
-                return block(held.get(number))
-
-            return run
-
-    block = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    inputs = DenseBlockInputs(Watched(), {0: 0}, 0, block, find_linears(block), cache=False)
-    found = inputs.get("1", 0, 6)
-    assert found is not None
-    assert found.shape == (6, 4)
-    assert inputs.get("1", 0, 5) is None
-    assert reads == [0]
-
-
-def test_sparsity_zero_changes_nothing(tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense", "qwen2", torch.bfloat16)
-    for method in ("magnitude", "wanda", "wanda-variant", "sparsegpt", "obs"):
-        out = tmp_path / method
-        prunus.prune(dense, out, method, sparsity=0.0, calibration=token_ids())
-        before, after = weights(dense), weights(out)
-        assert all(torch.equal(before[name], after[name]) for name in before), method
 
 
 def test_magnitude_needs_no_calibration(tmp_path):

@@ -14,10 +14,8 @@ from prunus.pruning.reconstruction.schedule import ReconstructionSchedule, defau
 from prunus.pruning.reconstruction.train import (
     BlockBatches,
     TrainOptions,
-    _interpolations,
     train_block,
 )
-from prunus.pruning.reconstruction.trained_weights import kept_rms
 
 
 class TwoLinears(nn.Module):
@@ -148,19 +146,6 @@ def test_a_training_that_overfits_is_interpolated():
     assert result.error_after < 1.1 * least
 
 
-@pytest.mark.parametrize("best", [0.125, 0.5, 0.875])
-def test_interpolations_follow_a_parabola(best):
-    error_at = lambda fraction: 3.0 + 2.0 * (fraction - best) ** 2  # noqa: E731
-    tried = dict(_interpolations(error_at(0.0), error_at(1.0), error_at))
-    assert min(tried, key=tried.__getitem__) == pytest.approx(best)
-    assert all(tried[fraction] == error_at(fraction) for fraction in tried)
-
-
-@pytest.mark.parametrize("after", [float("nan"), float("inf"), 0.5])
-def test_without_a_parabola_only_the_middle_is_tried(after):
-    assert list(_interpolations(1.0, after, lambda fraction: 0.9)) == [(0.5, 0.9)]
-
-
 def test_a_step_sees_some_tokens_and_the_epochs_all_of_them(task):
     block, inputs, targets, masks = task
     seen = []
@@ -256,19 +241,6 @@ def test_a_relative_rate_does_not_depend_on_the_size_of_the_weights(relative):
     assert torch.allclose(*found, rtol=1e-4, atol=1e-5) == relative
 
 
-def test_a_bias_is_trained_at_its_linears_rate():
-    weights = {
-        "a.weight": torch.tensor([[3.0, 100.0], [4.0, 0.0]]),
-        "a.bias": torch.zeros(2),
-        "norm": torch.full((4,), 2.0),
-    }
-    masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
-    masks["a.weight"] = torch.tensor([[True, False], [True, False]])
-    sizes = kept_rms(weights, masks)
-    assert sizes["a.weight"] == sizes["a.bias"] == pytest.approx(12.5**0.5)
-    assert sizes["norm"] == pytest.approx(2.0)
-
-
 def test_schedules():
     """Long batches make many small steps; by logits their number does not grow with the batches."""
 
@@ -289,14 +261,3 @@ def test_schedules():
     assert by_logits(64) == ReconstructionSchedule(4, 16, 2e-3)
     assert by_logits(200) == by_logits(1000) == ReconstructionSchedule(1, 16, 2e-3)
     assert by_logits(32, by_token=False) == ReconstructionSchedule(3, 1, 2e-3, logit_stride=4)
-
-
-def test_tokens_that_the_step_chose_are_all_compared():
-    head = nn.Linear(6, 40).requires_grad_(False)
-    output, target = torch.randn(2, 2, CHUNK_TOKENS + 5, 6)
-    with torch.enable_grad():
-        sizes = [
-            kl_divergence(head, stride=stride)(output.clone().requires_grad_(True), target)[1]
-            for stride in (1, 4)
-        ]
-    assert sizes == [2 * (CHUNK_TOKENS + 5), 2 * -(-(CHUNK_TOKENS + 5) // 4)]
