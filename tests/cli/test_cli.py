@@ -401,7 +401,7 @@ def test_ctrl_c_that_c_code_reports_as_an_error_is_still_ctrl_c(capsys):
 
 @needs_sigint
 def test_a_run_continues_after_ctrl_c_to_the_same_bytes(tmp_path, interruptible):
-    blocks = 12
+    blocks = 6
     dense = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=blocks)
     # Many batches of one window: a block takes long enough to be interrupted in its middle.
     ids = token_ids(64, 32)
