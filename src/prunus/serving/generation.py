@@ -62,11 +62,7 @@ class Generator:
         self._threads = ThreadPoolExecutor(max_concurrent, "prunus-generate")
 
     async def items(self, job: Job, work: Work, prompt: list[int]) -> AsyncIterator[Any]:
-        """Yield the answer to one prompt, text, `ReasoningText` and `ToolCall`, and then its end.
-
-        Raises:
-            RequestError: the model fails.
-        """
+        """Yield the pieces of an answer, text, `ReasoningText` or `ToolCall`, and then its end."""
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
         def give(item: Any) -> None:

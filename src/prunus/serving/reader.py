@@ -167,11 +167,7 @@ class PromptReader:
         self._folder.cleanup()
 
     async def read(self, path: str, limits: Limits, body: bytes) -> Work:
-        """The work that a request to the endpoint `path` asks for.
-
-        Raises:
-            RequestError: the request is not served.
-        """
+        """The work that a request to the endpoint `path` asks for."""
         reader, writer = await asyncio.open_unix_connection(self._path)
         try:
             writer.write(json.dumps([path, asdict(limits)]).encode() + b"\n" + body)
@@ -220,23 +216,27 @@ def _read(
         texts, special, field = [_chat_text(tokenizer, options, limits)], False, "messages"
     else:
         texts, special, field = options.prompt, True, "prompt"
-    prompts = [
-        text if isinstance(text, list) else _tokens(tokenizer, text, special, limits, field)
-        for text in texts
-    ]
-    for prompt in prompts:
-        _check_tokens(prompt, limits, field)
-        _check_length(len(prompt), found.get("max_tokens"), limits, field)
+    prompts = []
+    for text in texts:
+        is_text = isinstance(text, str)
+        # A text that cannot fit is refused before its tokens take time and memory.
+        if is_text and (size := len(text.encode())) > limits.text:
+            raise _too_long(f"{size} bytes", limits, field)
+        ids = tokenizer(text, add_special_tokens=special)["input_ids"] if is_text else text
+        if not ids:
+            raise RequestError(400, "the prompt is empty; give some text", param=field)
+        _check_tokens(ids, limits, field)
+        least = len(ids) + (found.get("max_tokens") != 0)
+        if limits.context is not None and least > limits.context:
+            raise _too_long(f"{len(ids)} tokens", limits, field)
+        prompts.append(ids)
     _check_scores(prompts, found, limits)
     if found.get("echo"):
         found["texts"] = [
             tokenizer.decode(text, skip_special_tokens=True) if isinstance(text, list) else text
             for text in texts
         ]
-    names = found.keys() & Work.model_fields.keys()
-    return Work(
-        **{name: found[name] for name in names}, prompts=prompts, is_chat=kind is ChatOptions
-    )
+    return Work(**found, prompts=prompts, is_chat=kind is ChatOptions)
 
 
 def _chat_text(tokenizer: Any, options: ChatOptions, limits: Limits) -> str:
@@ -262,14 +262,6 @@ def _chat_text(tokenizer: Any, options: ChatOptions, limits: Limits) -> str:
     return str(tokenizer.apply_chat_template(messages, tokenize=False, **variables))
 
 
-def _tokens(tokenizer: Any, text: str, special: bool, limits: Limits, field: str) -> list[int]:
-    # A text that cannot fit is refused before its tokens take time and memory.
-    if (size := len(text.encode())) > limits.text:
-        raise _too_long(f"{size} bytes", limits, field)
-    ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
-    return ids
-
-
 def _check_tokens(tokens: Any, limits: Limits, field: str) -> None:
     for token in tokens:
         if not 0 <= token < limits.vocabulary:
@@ -278,14 +270,6 @@ def _check_tokens(tokens: Any, limits: Limits, field: str) -> None:
                 f"{field}: token {token} is outside the vocabulary of {limits.vocabulary}",
                 param=field,
             )
-
-
-def _check_length(tokens: int, answer: int | None, limits: Limits, field: str) -> None:
-    """Refuse a prompt that leaves no room for a token of the answer, if there is to be one."""
-    if not tokens:
-        raise RequestError(400, "the prompt is empty; give some text", param=field)
-    if limits.context is not None and tokens + (answer != 0) > limits.context:
-        raise _too_long(f"{tokens} tokens", limits, field)
 
 
 def _check_scores(prompts: list[list[int]], options: dict[str, Any], limits: Limits) -> None:

@@ -73,6 +73,8 @@ class Options(_Strict):
 
 
 class _Part(_Strict):
+    model_config = ConfigDict(extra="ignore")
+
     type: Literal["text"]
     text: str
 
@@ -143,6 +145,8 @@ class Work(_Scored):
         texts: the text of each prompt, where `echo` asks for it.
         is_chat: whether reasoning and calls of tools are told from the answer's text.
     """
+
+    model_config = ConfigDict(extra="ignore")
 
     prompts: list[list[int]]
     texts: list[str] | None = None

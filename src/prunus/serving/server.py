@@ -55,12 +55,6 @@ def serve(
         device, dtype: where and in which dtype the model computes; see `load_model`.
         log: called with a line of text when the server is ready, and when it ends. Requests are
             logged by the logger "prunus.serving".
-
-    Raises:
-        ModuleNotFoundError: a library of the extra `serve` is missing.
-        ValueError: a value is out of range, a key is missing, the address cannot be used, or the
-            model cannot be loaded.
-        FileNotFoundError: there is no such model.
     """
     _require_libraries()
     from prunus.serving.reader import PromptReader
