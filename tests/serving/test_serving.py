@@ -220,21 +220,24 @@ def test_the_model_is_known_under_its_name_alone(dense, tmp_path):
         assert refused.value.param == "model"
 
 
-@pytest.mark.parametrize("texts", [False, True])
-def test_several_prompts_have_an_answer_each(dense, texts):
+@pytest.mark.parametrize("are_texts", [(True, True), (False, False), (True, False)])
+def test_several_prompts_have_an_answer_each(dense, are_texts):
     prompts = ["once upon", "a"]
-    ids = [dense.tokenizer(prompt)["input_ids"] for prompt in prompts]
-    answer = complete(dense, 5, extra_body={"prompt": prompts if texts else ids})
+    given = [
+        prompt if is_text else dense.tokenizer(prompt)["input_ids"]
+        for prompt, is_text in zip(prompts, are_texts, strict=True)
+    ]
+    answer = complete(dense, 5, extra_body={"prompt": given})
     expected = [dense.expected(prompt, 5) for prompt in prompts]
     assert [choice.text for choice in answer.choices] == expected
     assert [choice.index for choice in answer.choices] == [0, 1]
     assert answer.usage.prompt_tokens == 10
     assert answer.usage.completion_tokens == 10
     streamed = ["", ""]
-    for piece in complete(dense, 5, stream=True, extra_body={"prompt": prompts if texts else ids}):
+    for piece in complete(dense, 5, stream=True, extra_body={"prompt": given}):
         streamed[piece.choices[0].index] += piece.choices[0].text
     assert streamed == expected
-    one = complete(dense, 5, extra_body={"prompt": prompts[0] if texts else ids[0]})
+    one = complete(dense, 5, extra_body={"prompt": given[0]})
     assert [choice.text for choice in one.choices] == expected[:1]
 
 

@@ -124,7 +124,7 @@ def _list_prompts(prompt: Any) -> Any:
 class TextOptions(_Scored):
     """A request to `/v1/completions`. `prompt` is a list, also where a single one was given."""
 
-    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_list_prompts)]
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_list_prompts)]
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
 
     @model_validator(mode="after")

@@ -117,8 +117,9 @@ def open_socket(host: str, port: int) -> socket.socket:
             (host, port), family=family, backlog=2048, dualstack_ipv6=family == socket.AF_INET6
         )
     except (OSError, OverflowError, UnicodeError) as fault:
+        reason = str(fault).partition(" (while")[0]  # Python repeats the address there
         raise ValueError(
-            f"port {port} of {host} cannot be used ({fault}); choose another `port` or `host`"
+            f"port {port} of {host} cannot be used ({reason}); choose another `port` or `host`"
         ) from fault
 
 
