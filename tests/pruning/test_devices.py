@@ -242,8 +242,9 @@ def test_hidden_states_travel_by_pinned_memory(dense, tmp_path, monkeypatch):
     monkeypatch.setattr(PruningJob, "hidden_states_stay", property(lambda self: False))
     with traffic() as found:
         prune(dense, tmp_path / "out", "cuda:0")
-    of_states = [kind for kind, line in found.by_line if line.startswith("hidden_states")]
-    assert sorted(of_states) == ["download", "upload"], found
+    sizes = {k: size for (k, line), (_, size) in found.by_line.items() if line.startswith("stream")}
+    assert sizes.keys() - {"wait"} == {"download", "upload", "pageable upload"}, found
+    assert sizes["pageable upload"] == token_ids(4, 12).nbytes, "the token ids alone"
 
 
 @pytest.mark.skipif(not PRETEND, reason="a real device has refused such an operator already")

@@ -154,7 +154,7 @@ def serve(
     ] = "info",
     **options: Any,
 ) -> None:
-    """Answer requests in OpenAI's protocol: chats, completions, streams, log-probabilities.
+    """Answer requests in OpenAI's protocol: chats, completions, streams.
 
     Endpoints: /v1/chat/completions, /v1/completions, /v1/models, /health, /ready. Try it with:
 
