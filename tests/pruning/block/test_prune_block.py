@@ -230,6 +230,15 @@ def test_the_memory_budget_limits_a_device_as_it_limits_the_host(tmp_path, monke
         assert plan_run(dense, recipe, options).budget == budget
 
 
+def test_sparsity_zero_changes_nothing(tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", "qwen2", torch.bfloat16)
+    for method in ("wanda", "sparsegpt"):
+        out = tmp_path / method
+        prunus.prune(dense, out, method, sparsity=0.0, calibration=token_ids())
+        before, after = weights(dense), weights(out)
+        assert all(torch.equal(before[name], after[name]) for name in before), method
+
+
 def test_magnitude_needs_no_calibration(tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense")
     report = prunus.prune(dense, tmp_path / "out", "magnitude", calibration="c4")
