@@ -1,6 +1,7 @@
 """Fixtures for the whole test suite."""
 
 import gc
+import importlib.util
 import os
 import signal
 from collections.abc import Iterator
@@ -73,6 +74,19 @@ def interruptible():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def uninstalled(monkeypatch):
+    """A function after whose call some libraries count as not installed."""
+    find = importlib.util.find_spec
+
+    def hide(*names: str) -> None:
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, *a: None if name in names else find(name, *a)
+        )
+
+    return hide
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,6 +1,5 @@
 """The functions that `import prunus` gives: what they return, and that they are imported late."""
 
-import json
 import subprocess
 import sys
 from importlib.metadata import version
@@ -79,19 +78,3 @@ def test_report_returns_what_it_writes(tmp_path):
         prunus.report(tmp_path / "not read", tmp_path / "page.pdf")
     with pytest.raises(ValueError, match="give the folder"):
         prunus.report([])
-
-
-def test_sweep_runs_a_file(tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense", vocab_size=VOCABULARY)
-    byte_tokenizer().save_pretrained(dense)
-    file = tmp_path / "grid.toml"
-    file.write_text(
-        f'title = "t"\nmodels = [{json.dumps(str(dense))}]\n'
-        '[recipe]\ncalibration = "python-docs"\nsamples = 2\nseqlen = 16\n'
-        '[scoring]\ntexts = ["python-docs"]\nseqlen = 16\nsamples = 2\n'
-        '[[grid]]\nmethod = ["magnitude"]\nsparsity = [0.3, 0.5]\n'
-    )
-    lines: list[str] = []
-    results = prunus.sweep(file, tmp_path / "out", progress=lines.append)
-    assert [cell.state for cell in results.cells] == ["done", "done"] and lines
-    assert results.file == "grid.toml"

@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from prunus.calibration.generate import start_token
 from prunus.calibration.sources import find_source
 from prunus.calibration.training_text import training_text
 from prunus.calibration.windows import Wanted, bos_token
@@ -95,17 +94,6 @@ def test_bad_choices(texts, tmp_path):
     with pytest.raises(ValueError, match=r"ids\.safetensors stay as they are given"):
         training_text(str(ids), Wanted(seqlen=8, bos="yes"), 1)
     assert source.draw(wanted).bos == training_text(str(ids), wanted, 1).bos == "given"
-
-
-def test_text_that_the_model_writes_starts_as_asked():
-    class Model:
-        class config:  # noqa: N801
-            bos_token_id = 5
-
-    assert start_token(Model(), byte_tokenizer(bos=True), "no") is None
-    assert start_token(Model(), byte_tokenizer(), "yes") == BOS
-    assert start_token(Model(), None, "yes") == 5
-    assert start_token(Model(), None, "no") is None
 
 
 def test_the_sweeps_that_reproduce_the_paper_have_no_bos():

@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import importlib.util
 import json
 import random
 import struct
@@ -256,13 +255,12 @@ def test_data_folders(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("source", "library"), [("c4", "datasets"), ("rows.parquet", "pyarrow")])
-def test_missing_extra_is_named_before_any_work(tmp_path, monkeypatch, source, library):
+def test_missing_extra_is_named_before_any_work(
+    tmp_path, monkeypatch, uninstalled, source, library
+):
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")
     monkeypatch.chdir(tmp_path)
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == library else found(name)
-    )
+    uninstalled(library)
     with pytest.raises(ModuleNotFoundError, match=rf"needs {library}: pip install '\.\[data\]'"):
         check_source(source, None)
 
@@ -500,6 +498,8 @@ def test_self_starts_as_the_tokenizer_starts_a_text():
     assert start_token(model, byte_tokenizer(bos=True), "auto") == BOS
     assert start_token(model, None, "auto") == BOS
     assert start_token(model, byte_tokenizer(), "auto") is None
+    assert start_token(model, byte_tokenizer(bos=True), "no") is None
+    assert start_token(model, byte_tokenizer(), "yes") == BOS
     assert first_ids(model, None, 5, rng, BOS).tolist() == [BOS] * 5
     without = first_ids(model, byte_tokenizer(), 500, rng, None)
     assert not set(without.tolist()) & {BOS, EOS}

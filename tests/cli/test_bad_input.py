@@ -1,6 +1,5 @@
 """Bad input: the message says what is wrong, and no file is changed or added."""
 
-import gzip
 import json
 import shutil
 from collections import namedtuple
@@ -187,15 +186,11 @@ def test_a_hub_id_that_cannot_be_downloaded(tmp_path, monkeypatch, refused):
     ("options", "message"),
     [
         ({"sparsity": 1.0}, r"sparsity must lie in \[0, 1\).*got 1\.0"),
-        ({"sparsity": -0.1}, r"sparsity must lie in \[0, 1\).*got -0\.1"),
-        ({"sparsity": float("nan")}, r"sparsity must lie in \[0, 1\).*got nan"),
         (
             {"pattern": "2:5"},
             r"model\.layers\.0\.self_attn\.q_proj has 32 inputs, .* multiple of 5",
         ),
         ({"pattern": "5:4"}, "1 <= N <= M; got '5:4'"),
-        ({"pattern": "0:4"}, "1 <= N <= M; got '0:4'"),
-        ({"pattern": "half"}, "pattern must be 'unstructured' or N:M such as 2:4; got 'half'"),
         (
             {"pattern": "2:4", "sparsity": 0.7},
             r"2:4 already fixes the sparsity at 0\.5; got .*0\.7",
@@ -208,9 +203,7 @@ def test_a_hub_id_that_cannot_be_downloaded(tmp_path, monkeypatch, refused):
         ({"damping": 0.0}, r"damping must lie in \(0, 1\)"),
         ({"mask_from": "magnitude"}, "mask_from belongs to method obs, not to wanda"),
         ({"sparsities": 0.5}, "unknown option 'sparsities'; known are "),
-        ({"only": ["*.qproj"]}, r"`only` '\*\.qproj' matches none of the 14 linears; names look"),
         ({"ignore": ["lm_head"]}, "`ignore` 'lm_head' matches none of the 14 linears"),
-        ({"ignore": ["model.*"]}, "leave no linear to prune"),
         ({"device": "cuda:99"}, r"device 'cuda:99' is not there: \d+ CUDA devices are visible"),
         ({"device": "tpu"}, "device must be auto, cpu, cuda or cuda:<number>, not 'tpu'"),
         ({"memory": "lots"}, "a memory size looks like 8GB.*got 'lots'"),
@@ -225,7 +218,6 @@ def test_a_hub_id_that_cannot_be_downloaded(tmp_path, monkeypatch, refused):
         ({"calibration": "c5"}, "unknown source 'c5': it is none of c4, wikitext2, ptb"),
         ({"calibration": "self", "seqlen": 65}, "windows of 65 tokens do not fit: .* 64 positions"),
         ({"calibration": "python-docs", "samples": 0}, "samples must be at least 1"),
-        ({"calibration": "python-docs", "samples": -1}, "samples must be at least 1"),
     ],
 )
 def test_options_that_make_no_sense(options, message, dense, tmp_path, refused):
@@ -251,31 +243,11 @@ def test_text_that_is_too_short_or_not_there(dense, tmp_path, refused):
     file.write_text("Hello world. " * 20)
     refused(ValueError, "no tokenizer could be loaded .*give token ids instead", dense, **options)
     byte_tokenizer().save_pretrained(dense)
-    for text, message in (
-        ("", "the file is empty"),
-        (" \n\t\n", "there is no text in this file"),
-        ("Hello world. ", "the whole text has 13 tokens, and windows of 32 need more than that"),
-        ("Hello world. " * 3, "only 7 different windows of 32 tokens, fewer than the 8 samples"),
-    ):
-        file.write_text(text)
-        refused(ValueError, message, dense, **options)
+    file.write_text("Hello world. ")
+    message = "the whole text has 13 tokens, and windows of 32 need more than that"
+    refused(ValueError, message, dense, **options)
     refused(FileNotFoundError, r"gone\.txt: no such file", dense, calibration=str(gone))
     refused(FileNotFoundError, "the data folder does not exist", dense, calibration="c4", data=gone)
-    # The message gives the longest document, and the search ends.
-    lines = [json.dumps({"text": "word " * count}) for count in (1, 4, 2)]
-    (tmp_path / "c4").mkdir()
-    documents = tmp_path / "c4" / "c4-train.00000-of-01024.json.gz"
-    documents.write_bytes(gzip.compress("\n".join(lines).encode()))
-    message = "none of the 3 documents is longer than 32 tokens; the longest has 20"
-    refused(ValueError, message, dense, **(options | {"calibration": "c4", "data": tmp_path}))
-
-
-def test_another_models_tokenizer(tmp_path, refused):
-    dense = tiny_checkpoint(tmp_path / "dense")
-    byte_tokenizer().save_pretrained(dense)
-    (tmp_path / "text.txt").write_text("Hello world. " * 20)
-    options = {"calibration": str(tmp_path / "text.txt"), **SMALL_WINDOWS}
-    refused(ValueError, r"token ids run from \d+ to 2\d\d, but .* has 128 rows", dense, **options)
 
 
 # --- the output folder ---

@@ -26,8 +26,7 @@ from prunus.reporting.console import (
 from prunus.reporting.page import to_markdown
 from prunus.runs.document import Column, Document, Facts, Section, Table
 from prunus.runs.progress import Progress
-from tiny import tiny_checkpoint
-from tiny_tokenizer import VOCABULARY, byte_tokenizer
+from tiny_tokenizer import dense_checkpoint
 
 #: Clears the screen, sets a title in two ways, and turns the reading direction.
 HOSTILE = "\x1b[2Jgone\x1b]0;title\x07\x9b31mred\u202ereversed"
@@ -37,11 +36,7 @@ ESCAPED = r"\x1b[2Jgone\x1b]0;title\x07\x9b31mred\u202ereversed"
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory) -> Path:
     """A checkpoint whose folder is named like a closing tag of rich; no test writes to it."""
-    folder = tiny_checkpoint(
-        tmp_path_factory.mktemp("terminal") / "model[" / "]", vocab_size=VOCABULARY
-    )
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return dense_checkpoint(tmp_path_factory.mktemp("terminal") / "model[" / "]")
 
 
 @pytest.fixture

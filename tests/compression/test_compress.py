@@ -95,16 +95,6 @@ def test_the_file_takes_the_bits_that_were_asked_for(compressed):
     assert manifest.totals["bits"] == pytest.approx(bits_in_file(compressed), rel=1e-12)
 
 
-def test_the_manifest_counts_the_zeros_of_the_result(compressed, unpacked):
-    found = weights(unpacked)
-    for block in CompressionRecord.load(compressed).blocks:
-        for name, record in block.linears.items():
-            weight_OI = found[f"{block.name}.{name}.weight"]
-            assert record.zeros == int((weight_OI == 0).sum())
-            assert tuple(weight_OI.shape) == record.shape
-            assert record.packed["shape"] == list(record.shape)
-
-
 def test_it_computes_what_the_unpacked_weights_compute(compressed, unpacked):
     packed, plain = load(compressed), load(unpacked)
     assert sum(isinstance(module, PackedLinear) for module in packed.modules()) == 14
@@ -124,16 +114,6 @@ def test_more_bits_come_nearer_to_the_dense_model(dense, compressed, unpacked, t
     ]
     assert errors[0] < 0.5 * errors[1]
     assert bits_in_file(tmp_path / "6") == pytest.approx(6.0, rel=0.005)
-
-
-def test_it_generates_and_is_saved_again(compressed, tmp_path):
-    model = load(compressed)
-    out = model.generate(IDS[:1, :4], max_new_tokens=3, do_sample=False)
-    assert out.shape == (1, 7)
-    model.save_pretrained(tmp_path / "again")
-    again = load(tmp_path / "again")
-    assert torch.equal(logits(again), logits(model))
-    assert bits_in_file(tmp_path / "again") == bits_in_file(compressed)
 
 
 def test_a_finished_folder_holds_no_traces_of_the_run(compressed):
@@ -183,20 +163,12 @@ def test_inspect_shows_zeros_patterns_and_bits(compressed, unpacked):
         assert (left.name, left.shape, left.zeros) == (right.name, right.shape, right.zeros)
         assert left.patterns == right.patterns
         record = manifest.blocks[left.block].linears[left.name.split(".", 3)[3]]
-        assert left.bits == record.bits
+        assert (left.bits, left.zeros, left.shape) == (record.bits, record.zeros, record.shape)
+        assert record.packed["shape"] == list(record.shape)
         assert (left.dtype, right.dtype, right.bits) == ("integers", "bfloat16", None)
     shown = call("inspect", compressed).output
     assert "bits" in shown
     assert "integers" in shown
-
-
-def test_inspect_reads_experts_and_what_stays_dense(tmp_path):
-    folder = tiny_checkpoint(tmp_path / "dense", "granitemoe", torch.bfloat16)
-    compress(folder, tmp_path / "out", 5.0, ignore=["*.v_proj"])
-    found = {linear.name: linear for linear in prunus.inspect(tmp_path / "out").linears}
-    assert len(found) == 2 * (4 + 4 * 3)
-    bits = {name: linear.bits is not None for name, linear in found.items()}
-    assert bits == {name: name.endswith(("q_proj", "k_proj", "o_proj")) for name in found}
 
 
 def test_inspect_names_a_damaged_linear(compressed, tmp_path):
@@ -313,14 +285,18 @@ def test_families(family, options, tmp_path):
 
 def test_experts_in_one_tensor_stay_dense_and_are_named(tmp_path):
     folder = tiny_checkpoint(tmp_path / "dense", "granitemoe", torch.bfloat16)
-    manifest = compress(folder, tmp_path / "out", 5.0)
-    assert {name for block in manifest.blocks for name in block.linears} == {
-        f"self_attn.{name}_proj" for name in "qkvo"
-    }
+    manifest = compress(folder, tmp_path / "out", 5.0, ignore=["*.v_proj"])
+    names = {f"self_attn.{name}_proj" for name in "qko"}
+    assert {name for block in manifest.blocks for name in block.linears} == names
     dense = [name for name in manifest.left_dense if "experts" in name]
     assert len(dense) == 2 * 4 * 3
     before, after = weights(folder), weights(tmp_path / "out")
     assert all(torch.equal(after[n], before[n]) for n in before if "experts" in n)
+    found = {linear.name: linear.bits for linear in prunus.inspect(tmp_path / "out").linears}
+    assert len(found) == 2 * (4 + 4 * 3)
+    assert {n for n, bits in found.items() if bits} == {
+        n for n in found if n.endswith(tuple(names))
+    }
 
 
 # --- the same bytes ---

@@ -8,16 +8,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
 
 import prunus.runs.folder as folder_module
 from packed_reference import prune_in_place, pruned_checkpoint
 from plane_reference import quantized_checkpoint, read_planes
-from prunus import pack, prune, unpack
+from prunus import pack, unpack
 from prunus.model.checkpoint.reader import INDEX_NAME
-from prunus.packed import PackedLinear, reference_path
 from prunus.packed.description import FORMAT_VERSION, Description
-from tiny import stored, tiny_checkpoint, tiny_model, token_ids
+from tiny import stored, tiny_checkpoint, tiny_model
 
 
 def _same_bits(left, right):
@@ -68,24 +66,6 @@ def test_int8_reports_its_error(tmp_path):
     untouched = [name for name in dense if name.removesuffix(".weight") not in record.linears]
     assert untouched
     _same_bits({n: dense[n] for n in untouched}, {n: plain[n] for n in untouched})
-
-
-def test_a_pruned_head_is_packed(tmp_path):
-    """Lossless, loaded and saved like any other."""
-    source = pruned_checkpoint(tmp_path / "pruned", tie_word_embeddings=False)
-    prune(source, tmp_path / "again", "magnitude", head=True, dtype="bfloat16")
-    record = pack(tmp_path / "again", tmp_path / "packed")
-    assert record.linears["lm_head"].packed
-    unpack(tmp_path / "packed", tmp_path / "plain")
-    _same_bits(stored(tmp_path / "again"), stored(tmp_path / "plain"))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
-    assert isinstance(model.lm_head, PackedLinear)
-    with torch.no_grad(), reference_path():
-        assert torch.equal(model(token_ids(1, 6)).logits, plain(token_ids(1, 6)).logits)
-    model.save_pretrained(tmp_path / "saved")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-    assert torch.equal(loaded.lm_head.dense(), plain.lm_head.weight)
 
 
 def test_what_would_not_get_smaller_stays_dense(tmp_path):

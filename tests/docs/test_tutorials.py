@@ -19,8 +19,7 @@ from typer.testing import CliRunner
 from documentation import Block, blocks, models
 from places import REPOSITORY
 from prunus.cli import app
-from tiny import tiny_checkpoint
-from tiny_tokenizer import VOCABULARY, byte_tokenizer
+from tiny_tokenizer import dense_checkpoint
 
 DOCS = REPOSITORY / "docs"
 OWN_METHOD = DOCS / "how-to" / "add-a-method.md"
@@ -47,11 +46,7 @@ SENTENCE = "The quick brown fox jumps over the lazy dog number {}. "
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A tiny checkpoint with a tokenizer, wide enough for 2:4."""
-    folder = tiny_checkpoint(
-        tmp_path_factory.mktemp("tutorial") / "model", dtype=torch.bfloat16, vocab_size=VOCABULARY
-    )
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return dense_checkpoint(tmp_path_factory.mktemp("tutorial") / "model", dtype=torch.bfloat16)
 
 
 @pytest.fixture

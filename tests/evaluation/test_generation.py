@@ -12,7 +12,7 @@ from prunus.cli import app
 from prunus.evaluation.generation import Conversation, chosen_settings, generate, token_settings
 from prunus.evaluation.options import WritingOptions
 from tiny import tiny_checkpoint
-from tiny_tokenizer import VOCABULARY, byte_tokenizer
+from tiny_tokenizer import VOCABULARY, byte_tokenizer, dense_checkpoint
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -107,8 +107,7 @@ def test_a_conversation_forgets_its_first_turns_where_the_context_is_full(talker
 
 
 def test_a_conversation_needs_a_template(tmp_path):
-    folder = tiny_checkpoint(tmp_path / "plain", vocab_size=VOCABULARY)
-    byte_tokenizer().save_pretrained(folder)
+    folder = dense_checkpoint(tmp_path / "plain")
     with pytest.raises(ValueError, match="has no chat template"):
         Conversation(folder)
 
@@ -130,8 +129,7 @@ def test_the_command_wants_a_prompt_or_a_chat(talker):
 
 
 def test_quiet_verbs_show_their_result_alone(tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense", vocab_size=VOCABULARY)
-    byte_tokenizer().save_pretrained(dense)
+    dense = dense_checkpoint(tmp_path / "dense")
     options = ("--calibration", "python-docs", "--samples", 2, "--seqlen", 16)
     loud = call("prune", dense, tmp_path / "loud", *options)
     quiet = call("prune", dense, tmp_path / "quiet", *options, "--quiet")

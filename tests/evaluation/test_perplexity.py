@@ -5,7 +5,6 @@ import hashlib
 import json
 import logging
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from safetensors.torch import save_file
 
 from prunus.calibration.corpora import python_docs
 from prunus.evaluation.perplexity import check_text, load_scoring_text, perplexity
-from prunus.evaluation.window_scores import ROWS, WholeModel, rows_of, score_windows
+from prunus.evaluation.window_scores import WholeModel, score_windows
 from tiny import tiny_model
 from tiny_tokenizer import BOS, EOS, VOCABULARY, byte_tokenizer
 
@@ -88,25 +87,6 @@ def test_the_loss_does_not_depend_on_the_batch(model):
     ]
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
     assert seen[7:10] == [(3, 7), (6, 7), (7, 7)]
-
-
-def test_scoring_rows_in_pieces_gives_the_same_loss():
-    vocabulary, length = 11, 2 * ROWS + 3
-    logits = torch.randn(1, length, vocabulary, dtype=torch.bfloat16)
-    ids = torch.randint(0, vocabulary, (1, length))
-    log_probabilities = torch.log_softmax(logits[0].double(), dim=-1)
-    expected = -sum(log_probabilities[i, ids[0, i + 1]].item() for i in range(length - 1)) / (
-        length - 1
-    )
-    source = SimpleNamespace(windows=lambda *_: (rows_of(one) for one in logits))
-    assert score_windows(source, ids).loss == pytest.approx(expected, rel=1e-5)
-
-
-def test_uniform_logits_give_the_size_of_the_vocabulary(model, text_file):
-    with torch.no_grad():
-        model.lm_head.weight.zero_()
-    result = perplexity(model, str(text_file), tokenizer=byte_tokenizer(), seqlen=32, samples=2)
-    assert result.perplexity == pytest.approx(VOCABULARY, rel=1e-5)
 
 
 def test_a_loaded_model_finds_its_tokenizer_and_is_left_as_it_was(model, text_file, tmp_path):
@@ -218,27 +198,11 @@ def test_losses_that_are_not_finite_or_beyond_exp(model, text_file):
         perplexity(model, str(text_file), **options)
 
 
-def test_folders_that_are_not_models(model, text_file, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no config\.json in this folder"):
-        perplexity(tmp_path, str(text_file))
-    with pytest.raises(FileNotFoundError, match="neither a folder nor a hub id"):
-        perplexity(str(tmp_path / "gone"), str(text_file))
+def test_text_needs_a_tokenizer(model, text_file, tmp_path):
     folder = tmp_path / "bare"
     model.save_pretrained(folder)
     with pytest.raises(ValueError, match=r"no tokenizer could be loaded .*give token ids instead"):
         perplexity(folder, str(text_file), seqlen=32, device="cpu")
-    byte_tokenizer().save_pretrained(folder)
-    shard = folder / "model.safetensors"
-    shard.write_bytes(shard.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="is not a whole safetensors file"):
-        perplexity(folder, str(text_file), seqlen=32, device="cpu")
-
-
-def test_devices_that_are_not_there(tmp_path, text_file):
-    with pytest.raises(ValueError, match="device 'cuda:99' is not there"):
-        perplexity(tmp_path, str(text_file), device="cuda:99")
-    with pytest.raises(ValueError, match="device must be auto, cpu, cuda or cuda:<number>, not"):
-        perplexity(tmp_path, str(text_file), device="tpu")
 
 
 # --- the texts ---
@@ -312,10 +276,5 @@ def test_how_documents_are_joined(tmp_path):
 
 
 def test_missing_texts(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"gone\.txt: no such file"):
-        check_text(str(tmp_path / "gone.txt"), None)
     with pytest.raises(FileNotFoundError, match=r"wikitext2/wiki\.test\.raw"):
         check_text("wikitext2", tmp_path)
-    (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(ValueError, match="the file is empty"):
-        load_scoring_text(str(tmp_path / "empty.txt"))

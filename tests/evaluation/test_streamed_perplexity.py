@@ -75,22 +75,6 @@ def test_what_does_not_fit_is_streamed_and_what_does_is_not(monkeypatch, ids, tm
         score(dense, ids, memory=large // 12)
 
 
-def test_hidden_states_on_disk_change_nothing(monkeypatch, ids, tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense")
-    kept = score(dense, ids, stream=True)
-    spilled = []
-    embed = streamed.Stream.embed
-
-    def watched(self, batches, spill_to, **options):
-        spilled.append(spill_to)
-        embed(self, batches, spill_to, **options)
-
-    monkeypatch.setattr(streamed.Stream, "embed", watched)
-    monkeypatch.setattr(streamed.StreamedModel, "_needs", lambda *_: (1, 1 << 60))
-    assert score(dense, ids, stream=True).loss == kept.loss
-    assert spilled[0] is not None
-
-
 def test_a_block_that_breaks_is_named(ids, tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense")
     tensors = load_file(dense / "model.safetensors")

@@ -1,6 +1,6 @@
 """Tasks: local datasets change only where rows come from, and accuracy equals a slow reference."""
 
-import importlib.util
+import copy
 import json
 import re
 from pathlib import Path
@@ -289,13 +289,8 @@ def test_the_paper_mean_and_limits(model, local_datasets):
     single = prunus.evaluate(model, "rte", limit=1, **options)
     assert single.scores[0].metrics["acc"].stderr is None, "one row has no standard error"
     assert single.as_dict()["paper7_mean_acc"] is None
-    assert (
-        prunus.evaluate(model, "lambada_openai", limit=2, **options)
-        .scores[0]
-        .metrics["perplexity"]
-        .outcomes
-        is None
-    )
+    [score] = prunus.evaluate(model, "lambada_openai", limit=2, **options).scores
+    assert score.metrics["perplexity"].outcomes is None
 
 
 def test_a_group_gives_its_own_scores_first(model, tmp_path):
@@ -322,13 +317,7 @@ def test_few_shot_numbers_are_reported(model, tmp_path):
     for split, first in (("test", 0), ("train", 20)):
         write_split(tmp_path, "arc_easy", split, upstream("arc_easy", 6, first))
     options = {"tokenizer": byte_tokenizer(), "data": tmp_path}
-    two = prunus.evaluate(model, "arc_easy", fewshot=2, **options)
-    assert two.scores[0].shots == 2
-    assert (
-        two.scores[0].definition
-        != prunus.evaluate(model, "arc_easy", **options).scores[0].definition
-    )
-    assert two.metrics() == prunus.evaluate(model, "arc_easy", fewshot=2, **options).metrics()
+    assert prunus.evaluate(model, "arc_easy", fewshot=2, **options).scores[0].shots == 2
 
 
 # --- bad input ---
@@ -363,32 +352,24 @@ def test_a_tokenizer_of_another_model_is_refused_before_anything_is_read(local_d
         prunus.evaluate(tmp_path, "rte", data=local_datasets)
 
 
-def test_token_ids_past_the_vocabulary_are_explained(local_datasets):
+def test_token_ids_past_the_vocabulary_are_explained(model, local_datasets):
     """A special token that was added to the tokenizer alone, and is used after all."""
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["fell"])
-    model = tiny_model(
-        vocab_size=VOCABULARY, max_position_embeddings=1024, bos_token_id=BOS, eos_token_id=EOS
-    )
     with pytest.raises(ValueError, match="rte: the tokenizer gives ids outside the model's"):
         prunus.evaluate(model, "rte", tokenizer=tokenizer, data=local_datasets)
 
 
-def test_outputs_that_are_no_numbers_are_refused(local_datasets):
-    model = tiny_model(
-        vocab_size=VOCABULARY, max_position_embeddings=1024, bos_token_id=BOS, eos_token_id=EOS
-    )
+def test_outputs_that_are_no_numbers_are_refused(model, local_datasets):
+    model = copy.deepcopy(model)
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     with pytest.raises(ValueError, match=r"rte, row 0: the model's outputs are not finite"):
         prunus.evaluate(model, "rte", tokenizer=byte_tokenizer(), data=local_datasets)
 
 
-def test_without_the_extra_its_name_is_given(model, local_datasets, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find(name)
-    )
+def test_without_the_extra_its_name_is_given(model, local_datasets, uninstalled):
+    uninstalled("lm_eval")
     with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[eval\]'"):
         prunus.evaluate(model, "rte", tokenizer=byte_tokenizer(), data=local_datasets)
 

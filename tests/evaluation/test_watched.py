@@ -8,8 +8,7 @@ import pytest
 import prunus
 from pictures import pictures, save_classifier
 from prunus.evaluation.task_runner import image_accuracy
-from tiny import tiny_checkpoint
-from tiny_tokenizer import VOCABULARY, byte_tokenizer
+from tiny_tokenizer import dense_checkpoint
 from zeroshot_rows import write_local_datasets
 
 
@@ -72,8 +71,7 @@ def test_a_reference_that_changes_between_two_models(copies, folders):
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs the extra eval")
 @pytest.mark.filterwarnings("ignore")
 def test_tasks(tmp_path):
-    dense = tiny_checkpoint(tmp_path / "m", vocab_size=VOCABULARY, max_position_embeddings=1024)
-    byte_tokenizer().save_pretrained(dense)
+    dense = dense_checkpoint(tmp_path / "m", max_position_embeddings=1024)
     data = write_local_datasets(tmp_path / "data")
     with pytest.raises(ValueError, match=r"m/model\.safetensors was changed"):
         prunus.evaluate(dense, "rte,boolq", data=data, limit=2, progress=lambda _: change(dense))

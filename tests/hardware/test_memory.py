@@ -5,18 +5,9 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
-from prunus.hardware.memory import memory_budget, peak_memory, resident_memory
+from prunus.hardware.memory import peak_memory, resident_memory
 from prunus.hardware.sizes import parse_bytes
-
-
-def test_a_budget_limits_a_device_and_is_no_larger_than_what_is_free_there(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 2000))
-    device = torch.device("cuda")
-    assert memory_budget(device, None) == 900
-    assert memory_budget(device, 400) == 400
-    assert memory_budget(device, 5000) == 900
 
 
 def test_the_peak_is_at_least_what_is_resident():

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from prunus.hardware.numerics import low_precision_factor, low_precision_product
-from prunus.methods.statistics import InputStatistics
 
 
 def test_small_products_are_exact():
@@ -32,14 +31,3 @@ def test_a_factor_rounded_once_gives_the_same_products(rows, native, monkeypatch
         low_precision_product(left, low_precision_factor(right, rows)),
         low_precision_product(left, right),
     )
-
-
-@pytest.mark.parametrize("width", [511, 512, 578])
-def test_the_gram_matrix_is_symmetric_and_correct(width):
-    X_TI = torch.randn(300, width)
-    statistics = InputStatistics(width, "gram")
-    for part in X_TI.split(128):
-        statistics.add(part)
-    assert torch.equal(statistics.gram_II, statistics.gram_II.T)
-    exact = X_TI.double().T @ X_TI.double()
-    assert float((statistics.gram_II - exact).abs().max()) < 1e-3

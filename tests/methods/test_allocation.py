@@ -73,16 +73,6 @@ def test_no_other_sparsities_of_the_same_budget_cost_less(drawn, sparsity):
             assert cost <= trial + 1e-9
 
 
-def test_weights_are_removed_where_that_adds_least_error():
-    robust, fragile = [(0.0, 0.0), (0.5, 1.0), (0.9, 3.0)], [(0.0, 0.0), (0.5, 10.0), (0.9, 30.0)]
-    assert allocate_by_error([robust, fragile], [100, 100], 0.25) == pytest.approx([0.5, 0.0])
-    assert allocate_by_error([robust, fragile], [100, 100], 0.5) == pytest.approx([0.9, 0.1])
-    # The same error for a hundred times the weights is less error per weight.
-    assert allocate_by_error([robust, fragile], [1, 100], 0.45) == pytest.approx(
-        [0.0, 0.4545], abs=1e-3
-    )
-
-
 def test_a_curve_that_is_not_convex_is_replaced_by_its_hull():
     """The first curve is steep up to 0.4 and flat after it, so stopping at 0.4 would be worst."""
     dented, straight = [(0.0, 0.0), (0.4, 8.0), (0.8, 8.1)], [(0.0, 0.0), (0.4, 4.5), (0.8, 9.0)]

@@ -23,22 +23,6 @@ def test_ria_equals_the_reference(pattern, power):
     assert torch.equal(pruned.keep_OI, expected)
 
 
-def test_ria_spares_rows_and_columns_that_magnitude_empties():
-    weight_OI, X_TI = example(8, 12)
-    weight_OI[2] *= 1e-4
-    weight_OI[:, 5] *= 1e-4
-    by_layer = Pattern(group="layer")
-    by_magnitude = prune("magnitude", weight_OI, X_TI, by_layer).keep_OI
-    assert not by_magnitude[2].any()
-    assert not by_magnitude[:, 5].any()
-    kept = prune("ria", weight_OI, X_TI, by_layer).keep_OI
-    assert kept[2].any() and kept[:, 5].any()
-    weight_OI[1], weight_OI[:, 3] = 0, 0
-    empty = int((weight_OI == 0).sum())
-    kept = prune("ria", weight_OI, X_TI, by_layer, empty / weight_OI.numel()).keep_OI
-    assert torch.equal(kept, weight_OI != 0)
-
-
 # --- least squares ---
 
 

@@ -9,16 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import prunus
-from packed_reference import pruned_checkpoint
-from prunus import pack
 from prunus.evaluation.generation import generate
-from prunus.evaluation.inspection import file_bytes
+from prunus.evaluation.inspection import packed_size, stored_size
 from prunus.model.adapter import CONFIG_NAME, WEIGHTS_NAME, base_folder, check_adapter, is_adapter
 from prunus.model.loading import load_model
 from prunus.model.tokenizer import load_tokenizer
-from prunus.packed import PackedLinear
 from tiny import tiny_checkpoint, token_ids
-from tiny_tokenizer import VOCABULARY, byte_tokenizer
+from tiny_tokenizer import VOCABULARY, dense_checkpoint
 
 peft = pytest.importorskip("peft", reason="adapters need the extra adapters")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -26,9 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:Fu
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    folder = tiny_checkpoint(tmp_path_factory.mktemp("base"), vocab_size=VOCABULARY)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return dense_checkpoint(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture
@@ -85,7 +80,8 @@ def test_everything_that_loads_models_takes_adapters(base, adapter, tmp_path):
     sizes = [
         path.stat().st_size for folder in (adapter, base) for path in folder.glob("*.safetensors")
     ]
-    assert file_bytes(adapter) == sum(sizes)
+    assert stored_size(adapter).file_bytes == sum(sizes)
+    assert stored_size(adapter).bits_per_weight is packed_size(adapter) is None
 
 
 def test_the_base_is_found_beside_the_adapter(base, adapter, tmp_path, monkeypatch):
@@ -143,12 +139,6 @@ def test_damaged_adapters_are_refused(base, adapter, tmp_path):
     (adapter / CONFIG_NAME).write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         load_model(adapter)
-
-
-def test_a_packed_base_takes_an_adapter(adapter, tmp_path):
-    pack(pruned_checkpoint(tmp_path / "pruned", vocab_size=VOCABULARY), tmp_path / "packed")
-    rewrite(adapter, base_model_name_or_path=str(tmp_path / "packed"))
-    assert any(isinstance(module, PackedLinear) for module in load_model(adapter).modules())
 
 
 def test_without_peft_the_extra_is_named(adapter, monkeypatch):

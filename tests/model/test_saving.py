@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import prunus
 from prunus.model.checkpoint.card import base_model, read_fields
-from tiny import tiny_checkpoint, token_ids
-from tiny_tokenizer import VOCABULARY, byte_tokenizer
+from tiny import token_ids
+from tiny_tokenizer import dense_checkpoint
 
 LICENSED = """---
 license: other
@@ -33,8 +33,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     """A dense model with a license, as a hub's cache holds it; pruned, packed and compressed."""
     place = tmp_path_factory.mktemp("records")
     dense = place / "models--owner--dense" / "snapshots" / "0"
-    tiny_checkpoint(dense, dtype=torch.bfloat16, vocab_size=VOCABULARY, hidden_size=64)
-    byte_tokenizer().save_pretrained(dense)
+    dense_checkpoint(dense, dtype=torch.bfloat16, hidden_size=64)
     (dense / "README.md").write_text(LICENSED)
     made = {name: place / name for name in ("pruned", "packed", "small", "unpacked")}
     ids = token_ids(2)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import prunus
 from command_line import call
 from prunus import pack, unpack
-from prunus.model.experts import Experts, Fused, find_routers
+from prunus.model.experts import Experts, find_routers
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.model.stream import Stream
@@ -355,23 +355,6 @@ def test_packed_experts_are_bitmaps_of_their_own(family, tmp_path):
         # Where two experts score almost the same for a token, rounding may choose the other one.
         far = (expected - logits).abs().amax(dim=-1) > 0.05 * expected.abs().max()
         assert float(far.float().mean()) < 0.1
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("concatenated", [False, True])
-def test_fused_tensors_are_cut_and_joined_without_loss(transposed, concatenated):
-    shape = (3, 4, 10) if transposed else (3, 10, 4)
-    fused = Fused(
-        "mlp.experts.gate_up_proj", shape, ("{}.g.weight", "{}.u.weight"), transposed, concatenated
-    )
-    tensor = torch.randn(shape)
-    pieces = fused.cut(tensor)
-    assert set(fused.members) == set(pieces)
-    assert all(piece.shape == (5, 4) for piece in pieces.values())
-    assert torch.equal(fused.join({name: piece.clone() for name, piece in pieces.items()}), tensor)
-    both = tensor[1].T if transposed else tensor[1]
-    up = both[5:] if concatenated else both[1::2]
-    assert torch.equal(pieces["mlp.experts.1.u.weight"], up)
 
 
 def test_an_expert_sees_its_tokens_in_the_order_of_the_text():

@@ -69,14 +69,6 @@ def test_toml_holds_every_option_that_has_a_value(recipe):
     assert set(written) == {key for key, value in recipe.model_dump().items() if value is not None}
 
 
-def test_overrides_win_and_none_does_not_override(tmp_path):
-    path = tmp_path / "recipe.toml"
-    path.write_text('method = "sparsegpt"\nsparsity = 0.3\nignore = ["*.q_proj"]\n')
-    recipe = Recipe.read(path, {"sparsity": 0.4, "method": None, "only": ("*.mlp.*",)})
-    assert (recipe.method, recipe.sparsity) == ("sparsegpt", 0.4)
-    assert (recipe.only, recipe.ignore) == (("*.mlp.*",), ("*.q_proj",))
-
-
 def test_the_default_recipe_cannot_be_changed():
     recipe = Recipe.read(None, {})  # the defaults are those of the paper
     assert (recipe.method, recipe.sparsity, recipe.n_of_m) == ("wanda", 0.5, None)

@@ -62,15 +62,6 @@ def test_a_run_with_unrounded_weights_resumes_to_the_same_bytes(tmp_path):
     assert shards(tmp_path / "out") == shards(tmp_path / "whole")
 
 
-def test_a_finished_run_is_not_done_again(tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense")
-    prunus.prune(dense, tmp_path / "out", calibration=token_ids())
-    before = contents(tmp_path / "out")
-    report = prunus.prune(dense, tmp_path / "out", calibration=token_ids())
-    assert report.state == "finished"
-    assert contents(tmp_path / "out") == before
-
-
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -19,10 +19,7 @@ from pictures import CLASSES, CLASSIFIERS, pictures, save_classifier, tiny_class
 from prunus.calibration.images import draw_images, list_images, read_images
 from prunus.evaluation.task_runner import image_accuracy
 from prunus.model.skeleton import Skeleton
-from prunus.model.stream import HiddenStates
-from prunus.pruning.job import PruningJob, plan_run
-from prunus.pruning.recipe import Recipe
-from prunus.runs.options import RunOptions
+from prunus.pruning.job import PruningJob
 from reference import assert_three_ways_agree, prune_as_called, prune_rows
 from stopping import StopError, stop_after
 
@@ -124,18 +121,6 @@ def test_resumed_spilled_and_replayed_runs_give_the_same_bytes(tmp_path, monkeyp
     for other in ("resumed", "replayed"):
         found = loaded(tmp_path / other).state_dict()
         assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items()), other
-
-
-def test_spilled_hidden_states_may_shrink(tmp_path):
-    states = HiddenStates(2, spill_to=tmp_path, device=torch.device("cpu"))
-    first = [torch.randn(2, 4, 6, 6) for _ in range(2)]
-    for index, tensor in enumerate(first):
-        states.put(index, tensor)
-    smaller = torch.randn(2, 8, 3, 3)
-    states.put(0, smaller)
-    assert torch.equal(states.get(0), smaller)
-    assert torch.equal(states.get(1), first[1])
-    states.close()
 
 
 @pytest.mark.parametrize("family", ["vit", "convnext"])
@@ -269,14 +254,6 @@ def test_verbs_of_language_models_refuse_a_classifier(tmp_path):
         image_accuracy([llama], folder)
     with pytest.raises(ValueError, match=r"3 labels, and 'x' .*is none of these"):
         image_accuracy([dense], pictures(tmp_path / "other", classes=("x", "y")))
-
-
-def test_the_plan_counts_positions_not_tokens(tmp_path):
-    dense = save_classifier(tmp_path / "dense", "vit")
-    folder = pictures(tmp_path / "pictures")
-    job = plan_run(dense, Recipe(calibration=str(folder), samples=12), RunOptions())
-    assert job.batch == 12
-    assert job.block_memory[0].hidden == 12 * 18 * 32 * 4
 
 
 @pytest.mark.parametrize("size", [0, -4, "large", [16], [16, 0], None])

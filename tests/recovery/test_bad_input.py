@@ -1,6 +1,5 @@
 """What cannot work is refused before any work; a training that fails later loses nothing."""
 
-import importlib.util
 import itertools
 import json
 import math
@@ -94,8 +93,7 @@ def test_a_teacher_with_another_vocabulary(dense, pruned, text, tmp_path):
     larger = tiny_checkpoint(tmp_path / "larger", vocab_size=VOCABULARY + 6)
     words = f"has a vocabulary of {VOCABULARY + 6} tokens, .* one of {VOCABULARY}"
     refused(ValueError, words, pruned, tmp_path / "out", "masked", text, teacher=larger)
-    other = tiny_checkpoint(tmp_path / "other", vocab_size=VOCABULARY)
-    byte_tokenizer().save_pretrained(other)
+    other = dense_checkpoint(tmp_path / "other")
     content = json.loads((other / "tokenizer.json").read_text())
     vocab = content["model"]["vocab"]
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
@@ -104,22 +102,9 @@ def test_a_teacher_with_another_vocabulary(dense, pruned, text, tmp_path):
     refused(ValueError, words, pruned, tmp_path / "out", "lora", text, teacher=other)
 
 
-def test_peft_that_is_not_installed_is_named_with_its_extra(pruned, text, tmp_path, monkeypatch):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "peft" else found(name, *a)
-    )
+def test_peft_that_is_not_installed_is_named_with_its_extra(pruned, text, tmp_path, uninstalled):
+    uninstalled("peft")
     refused(ModuleNotFoundError, r"pip install '\.\[", pruned, tmp_path / "out", "lora", text)
-
-
-def test_an_adapter_for_another_base(pruned, text, tmp_path):
-    recover(pruned, tmp_path / "adapter", "lora", text, tokens=32, evaluations=1)
-    wider = tiny_checkpoint(tmp_path / "wider", vocab_size=VOCABULARY, hidden_size=64)
-    path = tmp_path / "adapter" / "adapter_config.json"
-    config = json.loads(path.read_text()) | {"base_model_name_or_path": str(wider)}
-    path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="does not fit its base"):
-        load_model(tmp_path / "adapter")
 
 
 # --- losses that are not finite ---

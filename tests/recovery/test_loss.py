@@ -1,7 +1,5 @@
 """Loss, schedule and training text, against slow and obvious versions."""
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -145,9 +143,3 @@ def test_ids_from_a_file_need_no_tokenizer_and_rows_are_not_run_together(tmp_pat
     rows = torch.cat([text.held_out, text.windows(0, 5)])
     assert sorted(row[0] for row in rows.tolist()) == [0, 8, 20, 28, 40, 48]
     assert all(row[-1] - row[0] == 7 for row in rows.tolist())
-
-
-def test_c4_text_and_scored_text_share_no_file(data):
-    text = training_text("c4", Wanted(seqlen=64, tokenizer=byte_tokenizer, data=data), 2)
-    assert "train" in text.source
-    assert math.isfinite(float(text.windows(0, 3).float().sum()))

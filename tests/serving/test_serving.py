@@ -301,20 +301,6 @@ def test_lm_eval_scores_through_the_server(exact, folders, options):
 # --- several clients ---
 
 
-def test_two_clients_at_once_get_the_same_as_alone(dense):
-    prompts = ["first", "second"]
-
-    def ask(prompt: str) -> str:
-        return (
-            dense.client.completions.create(model="dense", prompt=prompt, max_tokens=20)
-            .choices[0]
-            .text
-        )
-
-    with ThreadPoolExecutor(2) as clients:
-        assert list(clients.map(ask, prompts)) == [dense.expected(p, 20) for p in prompts]
-
-
 def test_max_concurrent_requests_are_computed_at_once(folders):
     with running(folders["packed"], max_concurrent=2) as server:
         expected = server.expected(HELLO_TEXT, 12)
@@ -350,7 +336,8 @@ def test_requests_wait_and_those_beyond_are_sent_away(folders):
             assert refused.value.code == "overloaded"
             assert int(refused.value.response.headers["Retry-After"]) > 0
             brake.release.set()
-            assert all(answer.result().choices[0].message.content for answer in answers)
+            texts = [answer.result().choices[0].message.content for answer in answers]
+            assert texts == [server.expected(HELLO_TEXT, 3)] * 2
         wait_until(server.is_idle)
         assert get(server, "/ready")[0] == 200
 
@@ -630,11 +617,6 @@ def test_bad_input_ends_before_the_model_is_loaded(folders, monkeypatch, tmp_pat
 def test_without_its_libraries_the_extra_is_named(folders, monkeypatch):
     monkeypatch.setattr(serving, "_LIBRARIES", ("starlette", "no_such_library"))
     assert "needs no_such_library: pip install '.[serve]'" in refused(folders["dense"])
-
-
-def test_the_help_has_a_line_to_try():
-    [line] = [line for line in call("serve", "--help").output.splitlines() if "curl" in line]
-    assert line.strip() == """curl localhost:8000/v1/completions --json '{"prompt": "Once upon"}'"""
 
 
 def test_sigterm_finishes_the_running_request_and_nothing_is_downloaded(folders):

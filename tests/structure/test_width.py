@@ -9,9 +9,7 @@ from torch import Tensor
 from prunus.methods import structured
 from prunus.methods.solvers.least_squares import ridge
 from prunus.methods.structured import Reader
-from prunus.model.skeleton import Skeleton
-from prunus.model.source import CheckpointSource
-from prunus.structure.width_layout import Cut, LayoutFinder, Span
+from prunus.structure.width_layout import Span
 from structure_cases import assert_same_logits, loaded, logits, take_fitted_columns
 from structure_cases import shrink_without_repair as shrink
 from tiny import tiny_checkpoint, token_ids
@@ -129,39 +127,3 @@ def test_heads_and_groups_that_are_asked_for(heads, groups, config, tmp_path):
 
 CHANNELS, HEADS, GROUPS = Span("channels", 64, 1), Span("heads", 4, 8), Span("groups", 2, 8)
 _MLP, _PHI3, _GPT2 = "mlp.down_proj", "self_attn.o_proj", "attn.c_proj"
-
-
-@pytest.mark.parametrize(
-    ("family", "reader", "name", "axis", "right", "wrong"),
-    [
-        ("phi3", _MLP, "mlp.gate_up_proj.weight", 0, [CHANNELS] * 2, [[Span("channels", 64, 2)]]),
-        (
-            "phi3",
-            _PHI3,
-            "self_attn.qkv_proj.weight",
-            0,
-            [HEADS, GROUPS, GROUPS],
-            [[GROUPS, GROUPS, HEADS], [Span("heads", 4, 16)]],
-        ),
-        ("gpt2", _GPT2, "attn.c_attn.weight", 1, [HEADS] * 3, [[Span("heads", 4, 24)]]),
-        (
-            "gpt_neox",
-            "attention.dense",
-            "attention.query_key_value.bias",
-            0,
-            [Span("heads", 4, 24)],
-            [[HEADS] * 3],
-        ),
-    ],
-)
-def test_the_rows_of_a_joined_linear_are_found_by_running_a_block(
-    family, reader, name, axis, right, wrong, tmp_path
-):
-    source = CheckpointSource(tiny_checkpoint(tmp_path / "dense", family))
-    skeleton = Skeleton(source.config, torch.float32)
-    source.bind(skeleton)
-    finder = LayoutFinder(skeleton, source, torch.device("cpu"))
-    columns = Cut(1, (CHANNELS if reader == _MLP else HEADS,))
-    fitting, *others = (Cut(axis, tuple(spans)) for spans in (right, *wrong))
-    assert finder.choose(1, reader, columns, name, [*others, fitting]) == fitting
-    assert finder.choose(1, reader, columns, name, others) is None

@@ -4,14 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import prunus
 from prunus.recovery.record import RecoveryRecord
 from prunus.recovery.training import Step
 from stopping import StopError
-from tiny import shards, tiny_checkpoint, token_ids  # noqa: F401
-from tiny_tokenizer import VOCABULARY, byte_tokenizer
+from tiny import shards, token_ids  # noqa: F401
+from tiny_tokenizer import dense_checkpoint  # noqa: F401
 
 #: A short run that learns: windows of 16 bytes of one repeated sentence.
 SHORT: dict[str, Any] = {
@@ -23,15 +21,6 @@ SHORT: dict[str, Any] = {
     "learning_rate": 1e-2,
     "dtype": "float32",
 }
-
-
-def dense_checkpoint(
-    folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32
-) -> Path:
-    """Make a tiny dense checkpoint with a tokenizer of bytes."""
-    tiny_checkpoint(folder, family, dtype, vocab_size=VOCABULARY)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def pruned_checkpoint(folder: Path, dense: Path, **options: Any) -> Path:

@@ -1,7 +1,12 @@
 """A tokenizer for tests that needs no download: every UTF-8 byte of a text is one token."""
 
+from pathlib import Path
+from typing import Any
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+
+from tiny import tiny_checkpoint
 
 BOS, EOS = 0, 1
 VOCABULARY = 258  # BOS, EOS and 256 bytes
@@ -22,3 +27,10 @@ def byte_tokenizer(*, bos: bool = False, max_length: int | None = None) -> PreTr
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", **extra
     )
+
+
+def dense_checkpoint(folder: Path, *arguments: Any, **options: Any) -> Path:
+    """Make a `tiny_checkpoint` with a tokenizer of bytes."""
+    tiny_checkpoint(folder, *arguments, vocab_size=VOCABULARY, **options)
+    byte_tokenizer().save_pretrained(folder)
+    return folder

@@ -31,9 +31,8 @@ from prunus.sweeping import cells as sweep_cells
 from prunus.sweeping.checks import check_sweep
 from prunus.sweeping.grid import Scoring, Sweep
 from prunus.sweeping.results import CellResult, DenseResult, SweepResults, residual_gaps
-from prunus.sweeping.run import sweep as run_sweep
-from tiny import tiny_checkpoint, weights
-from tiny_tokenizer import VOCABULARY, byte_tokenizer
+from tiny import weights
+from tiny_tokenizer import byte_tokenizer, dense_checkpoint
 
 EXAMPLES = REPOSITORY / "examples"
 SCORING = {"texts": ["python-docs"], "seqlen": 32, "samples": 4}
@@ -49,9 +48,7 @@ GRID = {"method": ["magnitude", "wanda"], "sparsity": [0.5, "2:4"]}
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory) -> Path:
     """A checkpoint with a tokenizer; no test writes to it."""
-    folder = tiny_checkpoint(tmp_path_factory.mktemp("sweep") / "dense", vocab_size=VOCABULARY)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return dense_checkpoint(tmp_path_factory.mktemp("sweep") / "dense")
 
 
 def sweep_of(dense: Path, grid: dict = GRID, **keys) -> Sweep:
@@ -249,8 +246,18 @@ def test_the_page_of_llama_2_7b_has_a_row_for_every_cell_of_its_sweep():
 @pytest.fixture(scope="module")
 def swept(dense, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("swept") / "out"
-    run_sweep(sweep_of(dense), folder)
+    prunus.sweep(sweep_of(dense), folder)
     return folder
+
+
+@pytest.fixture
+def pruned(monkeypatch) -> list[str]:
+    """The names of the cells that are pruned from here on."""
+    names, run = [], sweep_cells.run
+    monkeypatch.setattr(
+        sweep_cells, "run", lambda *a, **k: names.append(a[1].parent.name) or run(*a, **k)
+    )
+    return names
 
 
 def test_cells_give_the_results_of_single_commands(dense, swept, tmp_path):
@@ -297,9 +304,9 @@ def test_the_dense_model_runs_once_for_each_text(dense, tmp_path, monkeypatch):
     grid = {"method": ["magnitude", "wanda"]}
     sweep, out = sweep_of(dense, grid, scoring={**SCORING, "texts": texts}), tmp_path / "out"
     with pytest.raises(Stopped):
-        run_sweep(sweep, out, progress=stop)
+        prunus.sweep(sweep, out, progress=stop)
     assert len(runs) == len(texts)
-    results = run_sweep(sweep, out)
+    results = prunus.sweep(sweep, out)
     assert len(runs) == 2 * len(texts), "once for all cells that were left"
     for cell in results.cells:
         for text in texts:
@@ -324,7 +331,7 @@ def test_windows_are_drawn_once_and_shared(swept):
 def test_weights_of_finished_cells_are_deleted_unless_they_are_kept(dense, swept, tmp_path):
     assert not list(swept.glob("cells/*/model"))
     assert len(list(swept.glob(f"cells/*/{Manifest.FILE}"))) == 4
-    run_sweep(sweep_of(dense, {"method": "wanda"}, keep_checkpoints=True), tmp_path / "out")
+    prunus.sweep(sweep_of(dense, {"method": "wanda"}, keep_checkpoints=True), tmp_path / "out")
     kept = weights(tmp_path / "out" / "cells" / "dense-wanda-0.5" / "model")
     assert (kept["model.layers.0.mlp.up_proj.weight"] == 0).float().mean() == 0.5
 
@@ -350,7 +357,7 @@ def test_the_table_holds_the_values_of_the_json(swept):
 
 
 @pytest.mark.parametrize("lines", [1, 3, 6])
-def test_a_stopped_sweep_continues_to_the_same_results(lines, dense, swept, tmp_path, monkeypatch):
+def test_a_stopped_sweep_continues_to_the_same_results(lines, dense, swept, tmp_path, pruned):
     said: list[str] = []
 
     def stop(line: str) -> None:
@@ -359,14 +366,10 @@ def test_a_stopped_sweep_continues_to_the_same_results(lines, dense, swept, tmp_
             raise Stopped
 
     with pytest.raises(Stopped):
-        run_sweep(sweep_of(dense), tmp_path / "out", progress=stop)
+        prunus.sweep(sweep_of(dense), tmp_path / "out", progress=stop)
     done = [cell.name for cell in SweepResults.load(tmp_path / "out").cells if cell.state == "done"]
-    pruned = []
-    original = sweep_cells.run
-    monkeypatch.setattr(
-        sweep_cells, "run", lambda *a, **k: pruned.append(a[1].parent.name) or original(*a, **k)
-    )
-    again = run_sweep(sweep_of(dense), tmp_path / "out")
+    pruned.clear()
+    again = prunus.sweep(sweep_of(dense), tmp_path / "out")
     assert not set(pruned) & set(done), "a finished cell is not started again"
     assert without_times(again) == without_times(SweepResults.load(swept))
     assert without_times(SweepResults.load(tmp_path / "out")) == without_times(again)
@@ -377,7 +380,7 @@ def test_a_finished_sweep_does_no_work(dense, swept, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep_cells, "run", None)
     monkeypatch.setattr(sweep_cells, "perplexity", None)
     said: list[str] = []
-    run_sweep(sweep_of(dense), tmp_path / "out", progress=said.append)
+    prunus.sweep(sweep_of(dense), tmp_path / "out", progress=said.append)
     assert not said
     assert (tmp_path / "out/results.json").read_bytes() == (swept / "results.json").read_bytes()
 
@@ -392,7 +395,7 @@ def test_failures_are_recorded_and_tried_again(dense, swept, tmp_path, monkeypat
 
     monkeypatch.setattr(sweep_cells, "perplexity", faulty)
     said: list[str] = []
-    results = run_sweep(sweep_of(dense), tmp_path / "out", progress=said.append)
+    results = prunus.sweep(sweep_of(dense), tmp_path / "out", progress=said.append)
     assert {cell.name: cell.state for cell in results.cells} == {
         "dense-magnitude-0.5": "done",
         "dense-magnitude-2of4": "done",
@@ -403,7 +406,7 @@ def test_failures_are_recorded_and_tried_again(dense, swept, tmp_path, monkeypat
     assert "[3/4] dense-wanda-0.5: failed: RuntimeError: no luck this time" in said
     assert results.cells[0].residual_gap == {"python-docs": None}, "no Wanda to compare with yet"
     monkeypatch.setattr(sweep_cells, "perplexity", original)
-    again = run_sweep(sweep_of(dense), tmp_path / "out")
+    again = prunus.sweep(sweep_of(dense), tmp_path / "out")
     assert without_times(again) == without_times(SweepResults.load(swept))
 
 
@@ -413,20 +416,17 @@ def test_without_a_dense_baseline_no_cell_is_pruned(dense, tmp_path, monkeypatch
 
     monkeypatch.setattr(sweep_cells, "perplexity", faulty)
     monkeypatch.setattr(sweep_cells, "run", None)
-    results = run_sweep(sweep_of(dense), tmp_path / "out")
+    results = prunus.sweep(sweep_of(dense), tmp_path / "out")
     assert results.models["dense"].error == "OSError: the disk is full"
     assert {cell.state for cell in results.cells} == {"failed"}
     assert all("the dense model dense could not be scored" in cell.error for cell in results.cells)
 
 
-def test_cells_can_be_added_and_nothing_else_changed(dense, swept, tmp_path, monkeypatch):
+def test_cells_can_be_added_and_nothing_else_changed(dense, swept, tmp_path, pruned):
     out = tmp_path / "out"
     shutil.copytree(swept, out)
     before = (out / "results.json").read_bytes()
-    other = tiny_checkpoint(
-        tmp_path / "other" / "dense", vocab_size=VOCABULARY, num_hidden_layers=1
-    )
-    byte_tokenizer().save_pretrained(other)
+    other = dense_checkpoint(tmp_path / "other" / "dense", num_hidden_layers=1)
     for changed, message in (
         (sweep_of(dense, {**GRID, "method": "wanda"}), "another set of cells"),
         (sweep_of(dense, scoring=SCORING | {"samples": 5}), "another scoring.samples (4, now 5)"),
@@ -438,15 +438,11 @@ def test_cells_can_be_added_and_nothing_else_changed(dense, swept, tmp_path, mon
         (sweep_of(dense, models=[str(other.parent)]), "config.json"),
     ):
         with pytest.raises((FileExistsError, FileNotFoundError)) as fault:
-            run_sweep(changed, out)
+            prunus.sweep(changed, out)
         assert message in str(fault.value)
         assert (out / "results.json").read_bytes() == before
-    pruned = []
-    original = sweep_cells.run
-    monkeypatch.setattr(
-        sweep_cells, "run", lambda *a, **k: pruned.append(a[1].parent.name) or original(*a, **k)
-    )
-    wider = run_sweep(
+    assert not pruned
+    wider = prunus.sweep(
         sweep_of(dense, {**GRID, "sparsity": [0.75, 0.5, "2:4"]}, title="another"), out
     )
     assert pruned == ["dense-magnitude-0.75", "dense-wanda-0.75"]
@@ -466,7 +462,7 @@ def test_changed_calibration_windows_are_noticed(dense, swept, tmp_path):
     wider = sweep_of(dense, {**GRID, "sparsity": [0.5, "2:4", 0.75]})
     [windows] = out.glob("calibration/*")
     windows.unlink()  # drawn again, and found to be the same
-    assert {cell.state for cell in run_sweep(wider, out).cells} == {"done"}
+    assert {cell.state for cell in prunus.sweep(wider, out).cells} == {"done"}
     assert torch.equal(
         load_file(windows)["input_ids"], load_file(swept / windows.relative_to(out))["input_ids"]
     )
@@ -475,13 +471,13 @@ def test_changed_calibration_windows_are_noticed(dense, swept, tmp_path):
     sweep_windows = load_file(windows)
     sweep_windows["input_ids"] = other.ids.to(torch.int32)
     save_file(sweep_windows, windows)
-    results = run_sweep(sweep_of(dense, {**GRID, "sparsity": [0.5, "2:4", 0.75, 0.25]}), out)
+    results = prunus.sweep(sweep_of(dense, {**GRID, "sparsity": [0.5, "2:4", 0.75, 0.25]}), out)
     [failed] = [cell for cell in results.cells if cell.state == "failed"]
     assert failed.name == "dense-wanda-0.25"
     assert "was changed" in failed.error
 
 
-def test_recoveries_share_one_pruned_model_and_can_be_added(dense, tmp_path, monkeypatch):
+def test_recoveries_share_one_pruned_model_and_can_be_added(dense, tmp_path, pruned):
     pytest.importorskip("peft")
     out = tmp_path / "out"
     short = {"text": "python-docs", "tokens": 128, "seqlen": 32, "held_out": 2, "evaluations": 1}
@@ -490,14 +486,9 @@ def test_recoveries_share_one_pruned_model_and_can_be_added(dense, tmp_path, mon
         "tuned": {"mode": "masked", "teacher": "dense", **short},
     }
     grid = {"method": "wanda", "sparsity": 0.5, "recovery": "adapter"}
-    pruned = []
-    original = sweep_cells.run
-    monkeypatch.setattr(
-        sweep_cells, "run", lambda *a, **k: pruned.append(a[1]) or original(*a, **k)
-    )
-    first = run_sweep(sweep_of(dense, grid, recovery=recovery), out)
+    first = prunus.sweep(sweep_of(dense, grid, recovery=recovery), out)
     assert len(pruned) == 1
-    both = run_sweep(
+    both = prunus.sweep(
         sweep_of(dense, {**grid, "recovery": ["adapter", "tuned"]}, recovery=recovery), out
     )
     assert len(pruned) == 2, "its weights were gone, and are made again for the second recovery"
@@ -512,11 +503,11 @@ def test_recoveries_share_one_pruned_model_and_can_be_added(dense, tmp_path, mon
     assert not list(out.glob("cells/*/model"))
     changed = {**recovery, "tuned": {**recovery["tuned"], "tokens": 64}}
     with pytest.raises(FileExistsError, match=r"another recovery\.tuned"):
-        run_sweep(
+        prunus.sweep(
             sweep_of(dense, {**grid, "recovery": ["adapter", "tuned"]}, recovery=changed), out
         )
     with pytest.raises(ValueError, match=r"recovery\.adapter: unknown option 'token'"):
-        run_sweep(
+        prunus.sweep(
             sweep_of(dense, grid, recovery={"adapter": {"mode": "lora", "token": 3}}),
             tmp_path / "none",
         )
@@ -540,7 +531,7 @@ def test_tasks_are_checked_scored_and_stored_with_their_errors(dense, tmp_path, 
     sweep = sweep_of(
         dense, {"method": "magnitude"}, scoring={"texts": [], "tasks": ["boolq"], "limit": 2}
     )
-    run_sweep(sweep, tmp_path / "out")
+    prunus.sweep(sweep, tmp_path / "out")
     assert checked == [([str(dense)], ("boolq",))]
     results = SweepResults.load(tmp_path / "out")
     expected = {
@@ -553,7 +544,7 @@ def test_tasks_are_checked_scored_and_stored_with_their_errors(dense, tmp_path, 
         (row["boolq, acc"], row["boolq, acc stderr"], row["boolq, acc_norm"]) for row in rows
     ] == [("0.5", "0.1", "")] * 2
     monkeypatch.setattr(sweep_cells, "evaluate", None)
-    run_sweep(sweep, tmp_path / "out")  # nothing is left to do
+    prunus.sweep(sweep, tmp_path / "out")  # nothing is left to do
 
 
 # --- the residual gap ---

@@ -13,8 +13,6 @@ from prunus.methods.refine.dense_targets import (
     dense_target,
 )
 from prunus.methods.statistics import InputStatistics, StatisticsSpec
-from prunus.model.stream import HiddenStates
-from prunus.pruning.block.dense_stream import DenseBlockInputs
 from prunus.pruning.job import PruningJob
 from tiny import tiny_checkpoint, token_ids, weights
 
@@ -187,23 +185,9 @@ def test_reconstruction_keeps_masks_and_lowers_the_error_of_every_block(tmp_path
             assert int((weight.view(-1, 4) != 0).sum(dim=1).max()) <= 2
 
 
-def test_the_dense_inputs_of_an_expert_are_unknown():
-    class Stream:
-        def __init__(self):
-            self.states = HiddenStates(1, spill_to=None, device=torch.device("cpu"))
-            self.states.put(0, torch.zeros(1, 4, 8))
-
-        def forward(self, index, block):
-            return pytest.fail
-
-    inputs = DenseBlockInputs(Stream(), {0: 0}, 0, torch.nn.Identity(), [], True)
-    assert inputs.get("expert", 0, 3) is None
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dense_weight": 0.25}, "wanda keeps its weights"),
         (
             {"method": "sparsegpt", "dense_weight": 0.25, "propagate": "block"},
             "needs propagate linear",

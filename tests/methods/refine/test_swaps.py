@@ -133,17 +133,6 @@ def test_rows_in_slices_give_the_same_result(monkeypatch):
     assert torch.equal(whole, sliced)
 
 
-def test_swaps_cut_wandas_error_by_a_fifth():
-    weight_OI, X_TI = example(32, 96, tokens=2000)
-    for pattern in (Pattern(), Pattern(2, 4)):
-        keep_OI = start(weight_OI, X_TI, pattern)
-        refined_OI, _ = refine(weight_OI, keep_OI, gather(X_TI), pattern)
-        before, after = (
-            ((weight_OI * ~mask) @ X_TI.T).square().sum() for mask in (keep_OI, refined_OI)
-        )
-        assert after < 0.8 * before
-
-
 # --- composition ---
 
 

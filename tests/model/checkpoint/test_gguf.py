@@ -1,6 +1,5 @@
 """GGUF import: what arrives in the checkpoint, and how bad files are refused."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -181,11 +180,8 @@ def test_destinations_that_are_taken(tiny_gguf, tmp_path):
 
 
 @pytest.mark.parametrize("library", ["gguf", "accelerate"])
-def test_missing_extra(tiny_gguf, tmp_path, monkeypatch, library):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == library else found(name)
-    )
+def test_missing_extra(tiny_gguf, tmp_path, uninstalled, library):
+    uninstalled(library)
     with pytest.raises(ModuleNotFoundError, match=rf"needs {library}: pip install '\.\[gguf\]'"):
         import_gguf(tiny_gguf, tmp_path / "out")
     assert not (tmp_path / "out").exists()

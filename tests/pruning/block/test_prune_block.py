@@ -10,7 +10,6 @@ import prunus
 from prunus.hardware.memory import available_memory
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear, find_linears
-from prunus.model.stream import HiddenStates
 from prunus.pruning.block.lockstep import lockstep
 from prunus.pruning.block.replay import replay
 from prunus.pruning.block.two_pass import two_pass
@@ -149,19 +148,6 @@ def test_an_error_in_one_batch_ends_all_coroutines_and_removes_the_hooks():
     gc.collect()
 
 
-def test_spilled_hidden_states_come_back_to_the_bit(tmp_path):
-    tensors = [torch.randn(2, 5, 8).bfloat16(), torch.randn(1, 5, 8).bfloat16()]
-    spilled = HiddenStates(2, spill_to=tmp_path, device=torch.device("cpu"))
-    for index, tensor in enumerate(tensors):
-        spilled.put(index, tensor)
-    assert all(torch.equal(spilled.get(i), t) for i, t in enumerate(tensors))
-    spilled.put(0, tensors[0] * 3)
-    assert torch.equal(spilled.get(0), tensors[0] * 3)
-    assert torch.equal(spilled.get(1), tensors[1])
-    assert not list(tmp_path.iterdir()), "the file has no name: a kill leaves nothing behind"
-    spilled.close()
-
-
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_streamed_in_memory_spilled_and_replayed_runs_are_equal_to_the_byte(
     method, tmp_path, monkeypatch
@@ -225,7 +211,8 @@ def test_the_memory_budget_limits_a_device_as_it_limits_the_host(tmp_path, monke
     recipe = Recipe(calibration="token ids", samples=8, seqlen=16, dtype="float32")
     monkeypatch.setattr(plan, "choose_device", lambda *_: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**40, 2**40))
-    for memory, budget in ((None, int(0.9 * 2**40)), (2**31, 2**31)):
+    free = int(0.9 * 2**40)
+    for memory, budget in ((None, free), (2**31, 2**31), (2**41, free)):
         options = RunOptions(device="cuda", memory=memory, input_ids=ids)
         assert plan_run(dense, recipe, options).budget == budget
 
@@ -237,22 +224,3 @@ def test_sparsity_zero_changes_nothing(tmp_path):
         prunus.prune(dense, out, method, sparsity=0.0, calibration=token_ids())
         before, after = weights(dense), weights(out)
         assert all(torch.equal(before[name], after[name]) for name in before), method
-
-
-def test_magnitude_needs_no_calibration(tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense")
-    report = prunus.prune(dense, tmp_path / "out", "magnitude", calibration="c4")
-    assert report.inputs.calibration.startswith("none")
-    assert report.totals["sparsity"] == pytest.approx(0.5, abs=1e-3)
-
-
-def test_block_propagation_is_the_originals_and_differs(tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense")
-    linear = prunus.prune(dense, tmp_path / "linear", calibration=token_ids())
-    block = prunus.prune(dense, tmp_path / "block", calibration=token_ids(), propagate="block")
-    assert {b.walk for b in block.blocks} == {"two_pass"}
-    first, second = weights(tmp_path / "linear"), weights(tmp_path / "block")
-    name = "model.layers.0.self_attn.q_proj.weight"
-    assert torch.equal(first[name], second[name]), "the first linear sees the same inputs"
-    assert any(not torch.equal(first[name], second[name]) for name in first)
-    assert linear.totals["sparsity"] == block.totals["sparsity"]
