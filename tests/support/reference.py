@@ -174,7 +174,7 @@ def prune_two_pass(
             for name, linear in linears(block, f"{blocks}.{number}").items()
         ]
         for window in windows:
-            model(input_ids=window[None], use_cache=False)
+            model.base_model(input_ids=window[None], use_cache=False)  # the head decides nothing
         for handle in handles:
             handle.remove()
         for name, linear in linears(block, f"{blocks}.{number}").items():
