@@ -311,10 +311,3 @@ def test_damaged_shards_give_clear_errors(form, request, tmp_path_factory, data)
         shapes = {name: tensor.shape for name, tensor in stored(root / "plain").items()}
         assert shapes[f"{NAME}.weight"] == (64, 32)
     shutil.rmtree(root)
-
-
-def test_a_dense_checkpoint_that_claims_to_be_packed(packed, tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense", dtype=torch.bfloat16)
-    shutil.copy(packed / "config.json", dense / "config.json")
-    with pytest.raises(ValueError, match=r"holds no tensor|config.json asks for"):
-        unpack(dense, tmp_path / "plain")

@@ -19,7 +19,6 @@ from prunus.model.loading import load_model
 from prunus.pruning.manifest import Manifest
 from prunus.recovery import training
 from prunus.recovery.record import RecoveryRecord
-from prunus.recovery.trainable import masked, pruned_linears
 from recovery_cases import SHORT, dense_checkpoint, pruned_checkpoint, recover, shards
 from tiny import weights
 from tiny_tokenizer import byte_tokenizer
@@ -69,24 +68,6 @@ def test_patterns_survive_bfloat16(tmp_path, text):
     found = inspect(tmp_path / "out")
     assert all("2:4" in linear.patterns for linear in found.linears)
     assert {linear.dtype for linear in found.linears} == {"bfloat16"}
-
-
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
-def test_zeros_stay_under_momentum_and_decay(pruned, optimizer):
-    """Masked gradients of any size leave zeros in place, with the optimizers of torch."""
-    model = load_model(pruned, torch.float32)
-    trainable = masked(model, pruned_linears(model, pruned))
-    options = {"momentum": 0.9} if optimizer is torch.optim.SGD else {}
-    steps = optimizer(trainable.parameters.values(), lr=0.1, weight_decay=0.3, **options)
-    for size in (1e-8, 1.0, 1e8):
-        for name, parameter in trainable.parameters.items():
-            parameter.grad = torch.randn_like(parameter) * size
-            if name in trainable.masks:
-                parameter.grad.mul_(trainable.masks[name])
-        steps.step()
-    for name, mask in trainable.masks.items():
-        assert bool((trainable.parameters[name][~mask] == 0).all())
-        assert bool((trainable.parameters[name][mask] != 0).all())
 
 
 def test_an_untied_head_that_was_pruned_is_kept_too(tmp_path, text):
