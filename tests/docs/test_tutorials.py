@@ -37,7 +37,7 @@ SMALL = {
 }
 #: `bench` starts a process per model, which takes half a minute; tests/cli runs it.
 NOT_RUN = {"bench"}
-OTHER_PROGRAMS = {"pip", "make", "curl", "export", "python", "python3", "vllm", "ollama"}
+OTHER_PROGRAMS = {"pip", "make", "curl", "export", "python", "python3", "vllm", "ollama", "lm_eval"}
 SMALL_PYTHON = {"samples": 4, "seqlen": 16, "tokens": 64}
 INT8_SCORE = {"--seqlen": "16", "--samples": "2"}
 SENTENCE = "The quick brown fox jumps over the lazy dog number {}. "
