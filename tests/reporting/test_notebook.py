@@ -59,6 +59,8 @@ def test_a_run_has_a_row_for_each_kind_of_linear_and_one_for_all(manifest):
     unfinished = manifest.model_copy(update={"state": "running"})
     assert "not finished" in unfinished._repr_html_()
     assert "not finished" not in manifest._repr_html_()
+    slow = manifest.model_copy(update={"totals": {**manifest.totals, "seconds": 98.76}})
+    assert "98.8 s" in slow._repr_html_() and float(rows(slow)[-1][-1]) < 98, "a sum of its column"
 
 
 def test_an_inspection_has_a_row_for_each_linear(tmp_path):

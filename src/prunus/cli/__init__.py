@@ -80,6 +80,8 @@ prunus doctor --json kernels.json
 #: Verbs that give no figures, and verbs that say nothing of their progress.
 _NO_JSON = {lm_eval, serve}
 _SILENT = {doctor, generate, inspect, plan} | _NO_JSON
+#: Verbs that continue an interrupted run.
+_RESUMING = {prune, compress, shrink, recover, pack, unpack, sweep}
 #: Verbs whose name is not that of their function.
 _NAMES = {evaluate: "eval", import_: "import", lm_eval: "lm-eval"}
 
@@ -115,7 +117,7 @@ for _panel, _functions in _PANELS.items():
         _lines = [line for line in _EXAMPLES.splitlines() if line.split()[1:2] == [_name]]
         _shared: dict[str, Any] = {"json_file": JSON} if _function not in _NO_JSON else {}
         _shared |= {"quiet": QUIET} if _function not in _SILENT else {}
-        _command = command(_function, _shared)
+        _command = command(_function, _shared, _function in _RESUMING)
         FLAGS.update(signature(_command).parameters)
         app.command(
             _name,

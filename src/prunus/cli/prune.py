@@ -65,9 +65,9 @@ def compress(model: Model, output: Output, *, recipe: RecipeFile = None, **optio
     """Compress MODEL to a number of bits per weight, packed.
 
     Zeros and levels are chosen together: weights that do not repay their bits become 0, and linears
-    and rows in which bits lower the loss most get more of them. The result loads with plain
-    from_pretrained after `import prunus`. A run that was stopped continues when you give the same
-    command again.
+    and rows in which bits lower the loss most get more of them. from_pretrained loads the result
+    where prunus is installed. A run that was stopped continues when you give the same command
+    again.
     """
     from prunus.compression.run import run
 

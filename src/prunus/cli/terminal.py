@@ -31,21 +31,26 @@ _PIPE_WIDTH = 160
 #: The values of `--json` and `--quiet` of the verb that runs.
 _JSON: ContextVar[Path | None] = ContextVar("_JSON", default=None)
 _QUIET: ContextVar[bool] = ContextVar("_QUIET", default=False)
-_RESUMABLE = "finished work is kept, and the same command continues from there"
+#: What holds after Ctrl-C, and after the loss of a rank: for verbs that resume, and for others.
+_RESUMES = "finished work is kept, and the same command continues from there"
+_REPEATS = "no work is kept, and the same command starts from the beginning"
 
 
-def command(verb: Callable[..., None], shared: dict[str, Any]) -> Callable[..., None]:
+def command(
+    verb: Callable[..., None], shared: dict[str, Any], resumes: bool = False
+) -> Callable[..., None]:
     """A verb as typer calls it: it reports errors, and gets only the options that were given.
 
     Args:
         shared: `json_file` and `quiet` with their types, as far as the verb has these options.
+        resumes: Whether an interrupted run of the verb can be continued.
     """
 
     @functools.wraps(verb)
     def run(*, json_file: Path | None = None, quiet: bool | None = None, **options: Any) -> None:
         before = _JSON.set(json_file), _QUIET.set(bool(quiet))
         try:
-            with user_errors():
+            with user_errors(_RESUMES if resumes else _REPEATS):
                 verb(**{name: value for name, value in options.items() if value is not None})
         finally:
             _JSON.reset(before[0])
@@ -55,12 +60,15 @@ def command(verb: Callable[..., None], shared: dict[str, Any]) -> Callable[..., 
 
 
 @contextlib.contextmanager
-def user_errors() -> Iterator[None]:
+def user_errors(afterwards: str) -> Iterator[None]:
     """Turn exceptions of a verb into one line on standard error and an exit status.
 
     The status is 2 for what the user can correct, 130 for Ctrl-C, and 1 for everything else. With
     several ranks, rank 0 reports; another rank reports only an error of its own. The environment
     variable PRUNUS_TRACEBACK turns this off and shows tracebacks.
+
+    Args:
+        afterwards: What the user can expect of an interrupted run.
     """
     if os.environ.get("PRUNUS_TRACEBACK"):
         yield
@@ -82,22 +90,22 @@ def user_errors() -> Iterator[None]:
         log(f"error: {as_flags(str(error))}")
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        log(f"stopped; {_RESUMABLE}")
+        log(f"stopped; {afterwards}")
         raise typer.Exit(130) from None
     except typer.Exit:
         raise  # a verb has said what is wrong, and how it ends
     except Exception as error:
-        _exit_after(error)
+        _exit_after(error, afterwards)
 
 
-def _exit_after(error: Exception) -> None:
+def _exit_after(error: Exception, afterwards: str) -> None:
     """Report an error that the user cannot correct, and exit with status 1."""
     from prunus.distributed import OtherRankError, RankError
 
     if isinstance(error, OtherRankError):
         raise typer.Exit(1) from None
     if isinstance(error, RankError):
-        log(f"error: {error}; {_RESUMABLE}")
+        log(f"error: {error}; {afterwards}")
         # An ordinary exit would wait in the process group for the rank that is lost.
         sys.stdout.flush()
         os._exit(1)

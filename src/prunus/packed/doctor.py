@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-import sys
+from importlib.metadata import entry_points
 from typing import Any
 
 import torch
 import transformers
 
-from prunus.packed.description import METHOD
 from prunus.packed.kernels import library as kernels
 
 #: Extra of the package -> the modules that it installs, and what they are for.
@@ -20,6 +19,7 @@ _EXTRAS = {
     "eval": (("lm_eval",), "prunus eval --tasks and prunus lm-eval"),
     "gguf": (("gguf", "accelerate", "sentencepiece"), "prunus import"),
     "adapters": (("peft",), "peft adapters and prunus recover --mode lora"),
+    "serve": (("starlette", "uvicorn"), "prunus serve"),
     "vision": (("PIL",), "image classifiers"),
 }
 
@@ -36,14 +36,15 @@ def describe() -> dict[str, Any]:
           machine, and what decided between them.
         - dense_kernel: whether dense bfloat16 linears of packed models use a kernel as well.
         - threads, thread_runtime: how many threads torch uses, and whose the kernels run on.
-        - registered: whether transformers knows the packed format in this process.
+        - called_by_torch: whether torch calls prunus when it is imported, so that programs load
+          packed checkpoints without importing prunus.
         - missing_extras: the extras of the package that are not installed.
         - torch, transformers, python, machine: versions.
     """
     asked = os.environ.get("PRUNUS_ISA")
     found = kernels.load()
     best = None if found is None else kernels.ISAS[found.library.prunus_best_isa()]
-    table = sys.modules.get("transformers.quantizers.auto")
+    is_called = "prunus" in entry_points(group="torch.backends").names
     return {
         "kernels": found is not None,
         "why_not": kernels.why_not(),
@@ -56,7 +57,7 @@ def describe() -> dict[str, Any]:
         "thread_runtime": None
         if found is None
         else found.runtime or "the calling thread alone: no OpenMP found",
-        "registered": table is not None and METHOD in table.AUTO_QUANTIZER_MAPPING,
+        "called_by_torch": is_called and os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") != "0",
         "missing_extras": [
             extra
             for extra, (modules, _) in _EXTRAS.items()
@@ -91,9 +92,10 @@ def in_sentences(state: dict[str, Any]) -> list[str]:
             f"Torch uses {state['threads']} threads.",
         ]
     said.append(
-        "Transformers knows the packed format."
-        if state["registered"]
-        else "Transformers does not know the packed format in this process: import prunus first."
+        "Programs load packed checkpoints without importing prunus."
+        if state["called_by_torch"]
+        else "Programs need `import prunus` to load packed checkpoints: torch does not call prunus "
+        "in an editable install, or where TORCH_DEVICE_BACKEND_AUTOLOAD is 0."
     )
     missing = state["missing_extras"]
     said += [

@@ -223,7 +223,7 @@ class PruningRecord(BlockwiseRecord):
                 "seconds": ".1f",
             },
             "\n".join(self._notes(totals)),
-            row("all", every) | {error: mean, "seconds": totals["seconds"]},
+            row("all", every) | {error: mean},
         )
 
     def _notes(self, totals: dict[str, Any]) -> list[str]:
@@ -231,7 +231,7 @@ class PruningRecord(BlockwiseRecord):
         lines = [] if self.state == "finished" else ["The run is not finished."]
         memory = totals.get("peak_memory_bytes")
         lines.append(
-            f"computed in {self.inputs.dtype} on {self.inputs.device}; "
+            f"computed in {self.inputs.dtype} on {self.inputs.device}, {totals['seconds']:.1f} s; "
             + ("" if memory is None else f"peak memory {memory / 1e9:.2f} GB; ")
             + f"calibration: {self.inputs.calibration}, {bos_words(self.inputs.bos)}"
         )

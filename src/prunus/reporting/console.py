@@ -178,12 +178,15 @@ def show_pruning(
         if isinstance(step, str):
             return step, Shown(None, step)
         # The time before the first block (reading text, embeddings) is spent once, not per block.
+        # So the first block says nothing of the time that is left.
         first = first or step
-        left = eta(step.done - first.done, step.total - first.done, step.seconds - first.seconds)
-        state = f"left {left}; peak {step.peak_memory / 1e9:.2f} GB"
-        done = f"{step.done}/{step.total}"
-        return f"[{done}] {step.message}; {state}", Shown(
-            step.done / step.total, f"{done} blocks; {state}"
+        done, state = step.done - first.done, f"peak {step.peak_memory / 1e9:.2f} GB"
+        if done:
+            left = eta(done, step.total - first.done, step.seconds - first.seconds)
+            state = f"left {left}; {state}"
+        count = f"{step.done}/{step.total}"
+        return f"[{count}] {step.message}; {state}", Shown(
+            step.done / step.total, f"{count} blocks; {state}"
         )
 
     return _shown(title, console, read)

@@ -65,20 +65,13 @@ class LineInterval:
 
 
 def eta(done: int, total: int, seconds: float) -> str:
-    """Time left, if the remaining steps take as long as the finished ones.
-
-    Returns:
-        Hours, minutes and seconds, or "unknown" before the first step.
+    """Time left in hours, minutes and seconds, if the other steps take as long as those finished.
 
     >>> eta(done=1, total=4, seconds=30.0)
     '1:30'
     >>> eta(done=1, total=101, seconds=72.0)
     '2:00:00'
-    >>> eta(done=0, total=4, seconds=3.0)
-    'unknown'
     """
-    if done == 0:
-        return "unknown"
     left = round(seconds / done * (total - done))
     hours, rest = divmod(left, 3600)
     minutes, left = divmod(rest, 60)
