@@ -3,9 +3,11 @@
 import gc
 import importlib.util
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Several processes share the tests. Each uses its part of the cores, because more threads than
 # cores would wait for one another. This must happen before torch is imported, and the processes
@@ -56,6 +58,25 @@ def golden(shared: Path) -> Path:
 def data(shared: Path) -> Path:
     """The local mirror of WikiText-2, C4 and the zero-shot tasks."""
     return shared / "data"
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A headless Chromium; a test that needs it skips where there is none."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    found = filter(None, map(shutil.which, names))
+    program = os.environ.get("PRUNUS_CHROMIUM") or next(found, None)
+    if program is None:
+        pytest.skip(
+            "no Chromium: install it (Debian: apt install chromium) or name it in PRUNUS_CHROMIUM"
+        )
+    # Chromium's sandbox does not work for root, who only runs tests in containers.
+    options = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with playwright.sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=program, args=options)
+        yield running
+        running.close()
 
 
 @pytest.fixture(autouse=True)
