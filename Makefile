@@ -8,7 +8,7 @@ JOBS   ?= 2
 # Reference data and golden masks; tests that need them skip where the folder is absent.
 export PRUNUS_SHARED ?= ../shared
 
-.PHONY: demo test check hostile cuda docs sanitize wheel-test vllm-test install clean
+.PHONY: demo test check hostile cuda docs sanitize wheel-test start-test vllm-test install clean
 
 # One stamp per environment: installing again is a no-op until the project file changes.
 STAMP := $(VENV)/.prunus-installed
@@ -36,7 +36,8 @@ cuda: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/python benchmarks/demo.py
 
-# The site, in build/site. Warnings are errors; nothing is loaded from the network.
+# The site: open build/site/index.html, no server is needed. Warnings are errors, and nothing is
+# loaded from the network.
 DOCS_STAMP := $(VENV)/.prunus-docs-installed
 
 $(DOCS_STAMP): pyproject.toml $(STAMP)
@@ -57,6 +58,10 @@ wheel-test:
 	build/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check \
 	    build/wheel/prunus-*.whl
 	cd build/wheel && venv/bin/python ../../tests/release/use_installed.py scratch
+
+# README, Install and "First prune" as they stand, in environments that their first lines make.
+start-test:
+	PYTHON=$(PYTHON) sh tests/release/start_pages.sh build/start-test
 
 # Packed checkpoints in vLLM for CPUs. It pins other versions of libraries than prunus needs, so it
 # gets an environment of its own. It fails where it finds the two packages that are removed again:

@@ -1,8 +1,7 @@
 """What scripts make for the site: the command line's reference, and the tables of the results."""
 
-import importlib.util
 import re
-from pathlib import Path
+from importlib import import_module
 from types import ModuleType
 
 import pytest
@@ -13,27 +12,20 @@ from prunus.cli import app
 from prunus.pruning.recipe import Recipe
 
 
-def loaded(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # A dataclass looks its module up while it is made.
-    import sys
-
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
+def loaded(folder: str, name: str) -> ModuleType:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(REPOSITORY / folder)
+        return import_module(name)
 
 
 @pytest.fixture(scope="module")
 def reference() -> ModuleType:
-    return loaded(REPOSITORY / "docs" / "generate_reference.py")
+    return loaded("docs", "generate_reference")
 
 
 @pytest.fixture(scope="module")
 def plots() -> ModuleType:
-    return loaded(REPOSITORY / "benchmarks" / "plots.py")
+    return loaded("benchmarks", "plots")
 
 
 def test_every_command_and_option_is_in_the_reference(reference):

@@ -6,6 +6,7 @@ comment `models:` lists. Windows are made few and short; everything else is as w
 """
 
 import gzip
+import importlib.util
 import json
 import re
 import shutil
@@ -18,13 +19,18 @@ from typer.testing import CliRunner
 
 from documentation import Block, blocks, models
 from places import REPOSITORY
+from prunus.calibration import corpora
 from prunus.cli import app
+from prunus.model.checkpoint.gguf import check_extra
+from prunus.packed.doctor import _EXTRAS
 from tiny_tokenizer import dense_checkpoint
 
 DOCS = REPOSITORY / "docs"
 OWN_METHOD = DOCS / "how-to" / "add-a-method.md"
-TUTORIALS = sorted([*(DOCS / "tutorials").glob("*.md"), *(DOCS / "start").glob("*.md"), OWN_METHOD])
-OTHERS = [REPOSITORY / "README.md", *sorted({*(DOCS / "how-to").glob("*.md")} - {OWN_METHOD})]
+INSTALL = DOCS / "start" / "install.md"
+START = [REPOSITORY / "README.md", *sorted(INSTALL.parent.glob("*.md"))]
+TUTORIALS = [*START, *sorted((DOCS / "tutorials").glob("*.md")), OWN_METHOD]
+OTHERS = sorted({*(DOCS / "how-to").glob("*.md")} - {OWN_METHOD})
 #: Options that make a command take seconds; they replace what the page says.
 SMALL = {
     "prune": {"--samples": "4", "--seqlen": "16"},
@@ -32,14 +38,13 @@ SMALL = {
     "compress": {"--bits": "5", "--samples": "4", "--seqlen": "16"},
     "eval": {"--seqlen": "16", "--samples": "2"},
     "recover": {"--tokens": "64", "--seqlen": "16", "--held-out": "2", "--evaluations": "1"},
-    "pack": {},
+    "pack": {"--seqlen": "16", "--samples": "2"},
     "generate": {"--max-new-tokens": "4"},
 }
 #: `bench` starts a process per model, which takes half a minute; tests/cli runs it.
 NOT_RUN = {"bench"}
 OTHER_PROGRAMS = {"pip", "make", "curl", "export", "python", "python3", "vllm", "ollama", "lm_eval"}
 SMALL_PYTHON = {"samples": 4, "seqlen": 16, "tokens": 64}
-INT8_SCORE = {"--seqlen": "16", "--samples": "2"}
 SENTENCE = "The quick brown fox jumps over the lazy dog number {}. "
 
 
@@ -69,6 +74,25 @@ def place(model, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+def hide_extras(page: Path, monkeypatch) -> None:
+    """Hide the extras that neither a page of Start nor the install page installs."""
+    text = (page if page.name == "README.md" else INSTALL).read_text(encoding="utf-8")
+    given = ",".join(re.findall(r"pip install -e '\.\[(.+?)\]'", text)).split(",")
+    hidden = {name for extra in {*_EXTRAS} - {*given} for name in _EXTRAS[extra][0]}
+    find_spec, data_folder = importlib.util.find_spec, corpora.data_folder
+
+    def as_the_hub(data: Path | None) -> Path | None:
+        """The corpora of `place`, which stand for those of the hub."""
+        corpora.require_library("datasets", "loading from the hub")
+        return data_folder(data)
+
+    monkeypatch.setattr(corpora, "data_folder", as_the_hub)
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name, *rest: None if name in hidden else find_spec(name, *rest),
+    )
+
+
 def verb_and_arguments(words: list[str]) -> tuple[str, list[str]] | None:
     """Command and arguments of `prunus …` or `torchrun … -m prunus …`; None for other programs."""
     if words[0] == "torchrun":
@@ -78,8 +102,6 @@ def verb_and_arguments(words: list[str]) -> tuple[str, list[str]] | None:
 
 def smaller(verb: str, arguments: list[str]) -> list[str]:
     options = dict(SMALL.get(verb, {}))
-    if verb == "pack" and "int8" in arguments:
-        options |= INT8_SCORE
     kept = list(arguments)
     if "--memory" in kept:
         # Whatever ran in this process before counts against the budget.
@@ -104,6 +126,8 @@ def check_options(words: list[str]) -> None:
         commands[verb].make_context(verb, list(arguments))
     elif words[0] == "python" and words[1][0] not in "-$":
         assert (REPOSITORY / words[1]).exists(), f"there is no script {words[1]}"
+        if words[1] == "benchmarks/fetch_model.py":
+            check_extra()
     else:
         program = Path(words[0]).name
         assert program in OTHER_PROGRAMS or program.startswith("llama-"), f"what is {program}?"
@@ -131,7 +155,9 @@ def run_block(block: Block, where: str) -> None:
 
 
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
-def test_commands_of_a_tutorial_run(page, place, model):
+def test_commands_of_a_tutorial_run(page, place, model, monkeypatch):
+    if page in START:
+        hide_extras(page, monkeypatch)
     for name in models(page):
         shutil.copytree(model, place / name)
     for block in blocks(page):
