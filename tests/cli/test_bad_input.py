@@ -197,16 +197,10 @@ def test_a_hub_id_that_cannot_be_downloaded(tmp_path, monkeypatch, refused):
         ),
         ({"method": "wander"}, "the method 'wander' is unknown: choose one of magnitude, wanda"),
         ({"method": "wanda-variant", "pattern": "2:4"}, "wanda-variant has no 2:4 form"),
-        ({"dtype": "float8"}, "dtype: .*got 'float8'"),
-        ({"group": "head"}, "group must be row, layer, column or a number of rows"),
-        ({"batch": 0}, "batch must be at least 1 window; got 0"),
-        ({"damping": 0.0}, r"damping must lie in \(0, 1\)"),
         ({"mask_from": "magnitude"}, "mask_from belongs to method obs, not to wanda"),
         ({"sparsities": 0.5}, "unknown option 'sparsities'; known are "),
         ({"ignore": ["lm_head"]}, "`ignore` 'lm_head' matches none of the 14 linears"),
         ({"device": "cuda:99"}, r"device 'cuda:99' is not there: \d+ CUDA devices are visible"),
-        ({"device": "tpu"}, "device must be auto, cpu, cuda or cuda:<number>, not 'tpu'"),
-        ({"memory": "lots"}, "a memory size looks like 8GB.*got 'lots'"),
         ({"memory": "1MB", "device": "cpu"}, "the memory budget is .*Raise `memory`"),
         ({"calibration": token_ids().float()}, r"integers \(samples, seqlen\), got torch\.float32"),
         ({"calibration": token_ids()[0]}, r"must be integers \(samples, seqlen\)"),
@@ -215,7 +209,6 @@ def test_a_hub_id_that_cannot_be_downloaded(tmp_path, monkeypatch, refused):
         ({"calibration": token_ids() + VOCABULARY}, f"from 261 to 382, but .* {VOCABULARY} rows"),
         ({"calibration": token_ids() - 100}, "the calibration token ids run from -97 to"),
         ({"calibration": token_ids(2, 65)}, "windows of 65 tokens do not fit: .* 64 positions"),
-        ({"calibration": "c5"}, "unknown source 'c5': it is none of c4, wikitext2, ptb"),
         ({"calibration": "self", "seqlen": 65}, "windows of 65 tokens do not fit: .* 64 positions"),
         ({"calibration": "python-docs", "samples": 0}, "samples must be at least 1"),
     ],
@@ -241,7 +234,7 @@ def test_text_that_is_too_short_or_not_there(dense, tmp_path, refused):
     file, gone = tmp_path / "text.txt", tmp_path / "gone.txt"
     options = {"calibration": str(file), **SMALL_WINDOWS}
     file.write_text("Hello world. " * 20)
-    refused(ValueError, "no tokenizer could be loaded .*give token ids instead", dense, **options)
+    refused(ValueError, "has no tokenizer: .*give token ids instead", dense, **options)
     byte_tokenizer().save_pretrained(dense)
     file.write_text("Hello world. ")
     message = "the whole text has 13 tokens, and windows of 32 need more than that"

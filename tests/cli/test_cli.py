@@ -239,91 +239,11 @@ def test_time_left_follows_from_the_time_of_blocks_alone():
     ]
 
 
-# --- errors ---
+# --- errors; see also test_refusals.py ---
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["prune", "{dense}", "{tmp}/out", "--sparsity", "1"], "sparsity must lie in [0, 1)"),
-        (
-            ["prune", "{dense}", "{tmp}/out", "--recipe", "{tmp}/none.toml"],
-            "there is no recipe file",
-        ),
-        (["prune", "{dense}", "{dense}/out", "--method", "magnitude"], "overlap"),
-        (
-            ["prune", "{dense}", "{tmp}/out", "--json", "{tmp}"],
-            "is a folder; give the name of a file",
-        ),
-        (
-            ["plan", "{dense}", "--method", "magnitude", "--only", "*.none"],
-            "--only '*.none' matches none",
-        ),
-        (["eval", "{tmp}/none"], "neither a folder nor a hub id"),
-        (["eval", "{dense}", "--perplexity", ""], "--perplexity names no texts"),
-        (
-            ["eval", "{dense}", "--perplexity", "python-docs", "--seqlen", "65"],
-            "model's 64 positions",
-        ),
-        (["inspect", "{tmp}"], "no config.json"),
-        (["import", "{tmp}/none.gguf", "{tmp}/out"], "no such file"),
-    ],
-)
-def test_what_the_user_can_correct_is_one_line_and_status_2(arguments, message, dense, tmp_path):
-    result = call(*(part.format(dense=dense, tmp=tmp_path) for part in arguments), status=2)
-    [line] = result.stderr.splitlines()
-    assert line.startswith("prunus: error: ")
-    assert message in line
-    assert not result.stdout
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["prone"],
-        ["prune"],
-        ["prune", "a", "b", "--sparsity", "half"],
-        ["prune", "a", "b", "--mask-from", "magnitude"],
-        ["eval", "a", "--perplexities", "c4"],
-        [],
-    ],
-)
-def test_bad_usage_is_status_2_and_shows_the_usage(arguments):
-    result = call(*arguments, status=2)
-    assert "Usage: " in result.output
-    assert "Traceback" not in result.output
-
-
-def refusal(*arguments: object) -> str:
-    """What bad usage prints, without the box around it and its line breaks."""
-    return " ".join(call(*arguments, status=2).output.replace("│", " ").split())
-
-
-def test_a_wrong_value_gets_a_hint():
-    prune = ("prune", "a", "b")
-    assert "did you mean 0.5?" in refusal("plan", "a", "--sparsity", "50%")
-    assert "--pattern 2:4?" in refusal(*prune, "--sparsity", "2:4")
-    methods = "choose one of magnitude, wanda, wanda-variant, ria"
-    assert methods in refusal(*prune, "--method", "wander")
-    assert "choose one of fast, balanced, best" in refusal(*prune, "--preset", "good")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "choices"),
-    [
-        (["prune", "a", "b", "--reconstruct", "first"], "'none', 'last', 'quick', 'all'"),
-        (["prune", "a", "b", "--dtype", "float8"], "'auto', 'float32', 'bfloat16', 'float16'"),
-        (["import", "a.gguf", "b", "--dtype", "int8"], "'bfloat16', 'float16', 'float32'"),
-        (["pack", "a", "b", "--values", "int4"], "'bf16', 'int8'"),
-        (["recover", "a", "b", "--mode", "magic"], "'lora', 'masked', 'full'"),
-    ],
-)
-def test_a_wrong_choice_is_status_2_and_names_the_option_and_all_choices(arguments, choices):
-    output = refusal(*arguments)
-    assert f"Invalid value for '{arguments[-2]}'" in output
-    assert f"'{arguments[-1]}' is not one of" in output
-    assert choices in output
+def test_without_arguments_the_usage_is_shown():
+    assert "Usage: " in call(status=2).output
 
 
 def test_plan_refuses_what_prune_would_refuse(dense, tmp_path, monkeypatch):

@@ -105,13 +105,6 @@ def test_a_table_is_shown_although_json_cannot_be_written(tmp_path, capsys):
     assert "not JSON compliant" in shown.err
 
 
-def test_a_place_for_json_that_cannot_be_written_is_refused_before_any_work(dense, text, tmp_path):
-    out = tmp_path / "out"
-    arguments = ["prune", dense, out, "--calibration", text, "--json", text / "figures.json"]
-    assert "is not a folder" in call(*arguments, status=2).stderr
-    assert not out.exists()
-
-
 def test_control_characters_are_escaped_in_all_that_is_shown(capsys):
     table = RichTable(HOSTILE, title=HOSTILE, caption=HOSTILE)
     table.add_row(HOSTILE)

@@ -122,12 +122,6 @@ def test_the_command_answers_lines_until_exit(talker, tmp_path):
     assert result.exit_code == 0 and result.stdout.count("\n") >= 2
 
 
-def test_the_command_wants_a_prompt_or_a_chat(talker):
-    assert "give --prompt TEXT" in call("generate", talker, status=2).stderr
-    result = call("generate", talker, "--prompt", "a", "--top-p", "2", status=2)
-    assert "must lie in (0, 1]" in result.stderr
-
-
 def test_quiet_verbs_show_their_result_alone(tmp_path):
     dense = dense_checkpoint(tmp_path / "dense")
     options = ("--calibration", "python-docs", "--samples", 2, "--seqlen", 16)

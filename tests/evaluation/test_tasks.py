@@ -142,7 +142,7 @@ def test_damaged_rows_are_named(tmp_path):
     path = write_split(tmp_path, "arc_easy", "test", [reduced("arc_easy", upstream("arc_easy")[0])])
     first = path.read_text()
     for line, complaint in (
-        ("{", "JSONDecodeError"),
+        ("{", "Expecting property name"),
         ("[]", "is not a JSON object"),
         (
             '{"id": "x", "question": "q", "choices": ["a"], "gold": 1}',
@@ -356,7 +356,7 @@ def test_token_ids_past_the_vocabulary_are_explained(model, local_datasets):
     """A special token that was added to the tokenizer alone, and is used after all."""
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["fell"])
-    with pytest.raises(ValueError, match="rte: the tokenizer gives ids outside the model's"):
+    with pytest.raises(ValueError, match=rf"rte: .* beyond the {VOCABULARY} rows of the model's"):
         prunus.evaluate(model, "rte", tokenizer=tokenizer, data=local_datasets)
 
 

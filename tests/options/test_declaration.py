@@ -49,11 +49,20 @@ def test_options_are_read_from_files_objects_and_keywords(tmp_path):
         ({"wheels": 4}, "unknown option 'wheels'; known are gear, share"),
         ({"wings": 2}, "wings is not an option here: this is a car"),
         ({"gear": 0, "share": 2.0}, "gear must .*; share must"),
+        ({"wheels": 4, "doors": 2}, "unknown option 'wheels'; known are [^;]*; .* 'doors'$"),
     ],
 )
 def test_errors_name_every_option_that_is_wrong(given, message):
-    with pytest.raises(ValueError, match=message):
-        Speed.read(None, given)
+    for make in (lambda: Speed.read(None, given), lambda: Speed(**given)):
+        with pytest.raises(ValueError, match=f"^{message}") as caught:
+            make()
+        assert "Value error" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [50, 50.0, "50%"])
+def test_a_share_in_percent_gets_a_hint(value):
+    with pytest.raises(ValueError, match=r"share.*got .*did you mean 0\.5\?$"):
+        Speed(share=value)
 
 
 def test_a_list_of_choices_is_a_sentence():

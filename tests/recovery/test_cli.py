@@ -62,21 +62,6 @@ def test_a_recovery_that_won_nothing_says_so(pruned, text, tmp_path):
     assert all(torch.equal(weights[name], x) for name, x in load_model(out).state_dict().items())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--mode", "masked", "--minutes", "1"], "in tokens or in minutes"),
-        (["--mode", "lora", "--target-modules", ","], "target_modules names no linear"),
-        (["--mode", "masked", "--teacher", "./nowhere"], "neither a folder nor a hub id"),
-    ],
-)
-def test_errors_are_one_line(arguments, words, pruned, text, tmp_path):
-    result = call("recover", pruned, tmp_path / "out", "--text", text, *SHORT, *arguments, status=2)
-    assert result.stderr.startswith("prunus: error:")
-    assert words in result.stderr
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_terminal_shows_every_step_and_plain_lines_show_measurements():
     shown = {}
     for is_terminal in (True, False):

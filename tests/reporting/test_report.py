@@ -329,26 +329,6 @@ def test_the_command_writes_a_page_markdown_or_the_terminal(run, tmp_path):
     assert "self_attn.q_proj" in call("report", run).stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["{tmp}/none"], "is not there; give the folder of a run or a sweep"),
-        (["{tmp}"], "holds neither prunus.json (of a run), prunus-structure.json"),
-        (["{tmp}/list.json"], "this is not the JSON of prunus eval"),
-        (["{tmp}/broken.json"], "is not valid JSON"),
-        (["{run}", "--bench", "{tmp}/dict.json"], "this is not the JSON of prunus bench"),
-        (["{run}", "-o", "{tmp}/page.pdf"], "the name must end in .html or .md"),
-    ],
-)
-def test_what_cannot_be_reported_on_is_named(arguments, message, run, tmp_path):
-    write(tmp_path / "list.json", [1])
-    write(tmp_path / "dict.json", {"model": "x"})
-    (tmp_path / "broken.json").write_text("{")
-    result = call("report", *(part.format(tmp=tmp_path, run=run) for part in arguments), status=2)
-    [line] = result.stderr.splitlines()
-    assert message in line
-
-
 # --- imports ---
 
 

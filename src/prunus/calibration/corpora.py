@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from prunus.calibration.draw import Text
 from prunus.calibration.files import read_json_lines, read_text, require_library
+from prunus.hardware.errors import reason
 from prunus.model.loading import no_downloads
 
 Part = Literal["calibration", "scoring"]
@@ -240,7 +241,7 @@ def _from_hub(name: str, origin: _Origin) -> Sequence[str]:
             found: Sequence[str] = load_dataset(**origin.hub, split=origin.split)[origin.column]
     except Exception as error:  # the library raises errors of many kinds: network, cache, its own
         raise OSError(
-            f"{name} could not be loaded from the hub ({type(error).__name__}: {error}). These "
+            f"{name} could not be loaded from the hub ({reason(error)}). These "
             "sources need no network: python-docs, a file of text, self (calibration only), and a "
             f"data folder (`data` or PRUNUS_DATA) that holds {origin.local[0].path}"
         ) from error

@@ -106,10 +106,6 @@ def windows_from_documents(
     Returns:
         Windows (N, S) int64, and the number of documents that they come from.
 
-    Raises:
-        TextTooShort: no document is longer than a window.
-        ValueError: there are fewer than N different windows.
-
     Here every letter is a token:
 
     >>> def tokenizer(texts, verbose):

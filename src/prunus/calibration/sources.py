@@ -74,12 +74,7 @@ class Documents(Sequence[str]):
         return len(self._given)
 
     def __getitem__(self, place: Any) -> Any:
-        """Return document `place`.
-
-        Raises:
-            TypeError: the entry is no text, no row with text, and no chat; says which one.
-            ValueError: a chat comes with a tokenizer without a template.
-        """
+        """Return document `place`."""
         given = entry = self._given[place]
         what = _kind(given)
         if isinstance(given, Mapping):
@@ -146,13 +141,7 @@ class Source(ABC):
 
     @abstractmethod
     def draw(self, wanted: Wanted) -> Windows:
-        """Draw the windows. `check` comes first.
-
-        Raises:
-            ValueError: there are too few of them, or a tokenizer or a model is missing; of text,
-                the message says how long it is, in tokens.
-            OSError: the hub does not answer.
-        """
+        """Draw the windows. `check` comes first."""
 
 
 class TextSource(Source):
@@ -309,10 +298,6 @@ def find_source(given: Any, chat_text: Callable[[Any, Any], str] | None = None) 
     Args:
         given: a name of `SOURCES`, a path, token ids (samples, seqlen), pixel values (samples,
             channels, height, width), or texts; see `Documents`.
-
-    Raises:
-        ValueError: an unknown name, or a file of an unknown kind.
-        TypeError: it is nothing that calibration takes.
     """
     if isinstance(given, torch.Tensor):
         return _Tensor(given)

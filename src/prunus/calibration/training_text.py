@@ -11,14 +11,22 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from prunus.calibration.draw import encode, encode_documents
 from prunus.calibration.sources import IdsFile, TextSource, find_source
-from prunus.calibration.windows import UsedBos, Wanted, bos_token, hash_ids, put_bos_first, used_bos
+from prunus.calibration.windows import (
+    UsedBos,
+    Wanted,
+    bos_token,
+    check_ids,
+    hash_ids,
+    put_bos_first,
+    used_bos,
+)
 
 
 class TrainingText:
@@ -34,9 +42,6 @@ class TrainingText:
     Attributes:
         held_out: the held-out windows, (held_out, S) int64.
         sha256: `hash_ids` of the held-out windows and the first training window; tells texts apart.
-
-    Raises:
-        ValueError: no window is left to train on.
 
     >>> rows = torch.arange(8).view(4, 2)
     >>> text = TrainingText(iter(rows), "an example", held_out=1, seed=0)
@@ -103,17 +108,20 @@ def training_text(
     Args:
         held_out: windows to hold out, at least 1.
         windows: for `self`, how many windows the training will use; the model writes no more.
-
-    Raises:
-        ValueError: an unknown source, a missing tokenizer or model, or too little text.
-        FileNotFoundError, ModuleNotFoundError, OSError: see `Source`.
     """
     place, seqlen, seed = find_source(source), wanted.seqlen, wanted.seed
     wanted = dataclasses.replace(wanted, samples=(windows or 0) + held_out)
     place.check(wanted)
+
+    def fitting(rows: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        for row in rows:
+            if wanted.vocabulary is not None:
+                check_ids(row, wanted.vocabulary, "the training token ids")
+            yield row
+
     if isinstance(place, IdsFile):
         rows = _shuffled(list(_cut(iter(place.read()), seqlen, across=False)), seed)
-        return TrainingText(iter(rows), source, held_out, seed)
+        return TrainingText(fitting(rows), source, held_out, seed)
     if not isinstance(place, TextSource):
         if windows is None:
             raise ValueError(
@@ -121,7 +129,7 @@ def training_text(
                 "`tokens`"
             )
         written = place.draw(wanted)
-        return TrainingText(iter(written.ids), written.source, held_out, seed, written.bos)
+        return TrainingText(fitting(written.ids), written.source, held_out, seed, written.bos)
     cutter = place.tokenizer(wanted)
     token, text = bos_token(cutter, wanted.bos), place.read(wanted)
     if text.by_document:
@@ -131,7 +139,7 @@ def training_text(
         whole = iter([encode(cutter, text.whole())])
         pieces = iter(_shuffled(list(_cut(whole, seqlen)), seed))
     begun = (put_bos_first(row, token) for row in pieces)
-    return TrainingText(begun, text.source, held_out, seed, used_bos(token))
+    return TrainingText(fitting(begun), text.source, held_out, seed, used_bos(token))
 
 
 def _in_random_order(documents: Sequence[str], tokenizer: Any, seed: int) -> Iterator[torch.Tensor]:

@@ -83,6 +83,7 @@ class Wanted:
         tokenizer: returns the tokenizer of the model, or its image processor. Sources of token ids
             do not call it.
         model: returns the loaded causal LM. Only the source `self` calls it.
+        vocabulary: rows of the model's embedding, which windows of a training text must not pass.
     """
 
     samples: int = 1
@@ -92,6 +93,7 @@ class Wanted:
     data: Path | None = None
     tokenizer: Callable[[], Any] = lambda: None
     model: Callable[[], Any] | None = None
+    vocabulary: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +125,18 @@ def hash_ids(ids: torch.Tensor) -> str:
     digest = hashlib.sha256(f"{ids.shape[0]}x{ids.shape[1]}:".encode())
     digest.update(ids.numpy().astype("<i4").tobytes())
     return digest.hexdigest()
+
+
+def check_ids(ids: torch.Tensor, rows: int, what: str) -> None:
+    """Check that an embedding of `rows` rows has one for every token id."""
+    if not ids.numel():
+        return
+    smallest, largest = int(ids.min()), int(ids.max())
+    if smallest < 0 or largest >= rows:
+        raise ValueError(
+            f"{what} run from {smallest} to {largest}, but the model's embedding has {rows} rows: "
+            "the tokenizer or the file of ids belongs to another model"
+        )
 
 
 def check_context(positions: int | None, seqlen: int) -> None:

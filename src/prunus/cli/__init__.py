@@ -13,12 +13,14 @@ A verb imports what it needs when it runs: `--help` does not wait for torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from inspect import signature
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from prunus.cli.convert import import_, pack, unpack
 from prunus.cli.evaluate import bench, doctor, evaluate, inspect, lm_eval
@@ -26,7 +28,7 @@ from prunus.cli.flags import FLAGS, JSON, QUIET
 from prunus.cli.generate import generate, serve
 from prunus.cli.prune import compress, plan, prune, recover, shrink
 from prunus.cli.sweep import report, sweep
-from prunus.cli.terminal import command
+from prunus.cli.terminal import command, log
 
 __all__ = ["app", "main"]
 
@@ -82,11 +84,41 @@ _NO_JSON = {lm_eval, serve}
 _SILENT = {doctor, generate, inspect, plan} | _NO_JSON
 #: Verbs that continue an interrupted run.
 _RESUMING = {prune, compress, shrink, recover, pack, unpack, sweep}
+#: The class of errors about arguments, which typer does not name.
+_UsageError: Any = typer.BadParameter.__base__
 #: Verbs whose name is not that of their function.
 _NAMES = {evaluate: "eval", import_: "import", lm_eval: "lm-eval"}
 
+
+class _Verbs(typer.core.TyperGroup):
+    """All verbs. What typer finds wrong on a command line is said as all other errors are."""
+
+    def make_context(self, *given: Any, **options: Any) -> Any:
+        with _one_line():
+            return super().make_context(*given, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _one_line():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    try:
+        yield
+    except _UsageError as fault:
+        # Without arguments the help is shown, which typer treats as an error of this kind.
+        if type(fault).__name__ == "NoArgsIsHelpError":
+            raise
+        said = fault.format_message().replace("Value error, ", "").rstrip(".")
+        where = fault.ctx.command_path if fault.ctx else "prunus"
+        log(f"error: {said} (see {where} --help)")
+        raise typer.Exit(2) from None
+
+
 app = typer.Typer(
     name="prunus",
+    cls=_Verbs,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

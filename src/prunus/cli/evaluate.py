@@ -65,7 +65,8 @@ def evaluate(
     dense one. Under torchrun the processes share windows and rows; each holds the whole model.
     """
     models = list(dict.fromkeys(models))
-    rank_timeout = options.pop("rank_timeout", None)
+    work = {"rank_timeout": options.pop("rank_timeout", None)}
+    rank_timeout = RunOptions.read(None, work).rank_timeout
     if images is not None:
         others = {"perplexity": perplexity, "tasks": tasks, "reference": reference} | options
         _score_images(models, images, others)

@@ -21,7 +21,6 @@ from prunus.options.declaration import ADVANCED
 #: Names of all options that are flags, for messages.
 FLAGS: set[str] = set()
 _NAME = re.compile(r"`([a-z][a-z_0-9]*)`")
-
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id (safetensors only).")
 ]
@@ -122,7 +121,7 @@ def _flag(name: str, option: Option, field: Any) -> Any:
 
 
 def _kind(annotation: Any) -> Any:
-    """What typer reads for a field: a plain type, or text that the model reads itself."""
+    """What typer reads for a field: a plain type, or text such as a number for the model."""
     parts = [annotation]
     if get_origin(annotation) in (Union, types.UnionType):
         parts = [each for each in get_args(annotation) if each is not type(None)]
@@ -131,7 +130,7 @@ def _kind(annotation: Any) -> Any:
     if get_origin(parts[0]) is tuple:
         return list[str]
     is_choice = get_origin(parts[0]) is Literal
-    return parts[0] if is_choice or parts[0] in (bool, int, float, Path) else str
+    return parts[0] if is_choice or parts[0] in (bool, Path) else str
 
 
 def _words(default: Any) -> str:

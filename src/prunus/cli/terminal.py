@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import typer
 
 from prunus.cli.flags import add_parameters, as_flags
+from prunus.hardware.errors import reason
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,6 +35,11 @@ _QUIET: ContextVar[bool] = ContextVar("_QUIET", default=False)
 #: What holds after Ctrl-C, and after the loss of a rank: for verbs that resume, and for others.
 _RESUMES = "finished work is kept, and the same command continues from there"
 _REPEATS = "no work is kept, and the same command starts from the beginning"
+#: Errors about what was given: the user corrects it.
+_CORRECTABLE = (
+    *(ValueError, TypeError, NotImplementedError, ImportError, MemoryError),
+    *(FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError),
+)
 
 
 def command(
@@ -78,16 +84,8 @@ def user_errors(afterwards: str) -> Iterator[None]:
             _silence_transformers()
             _check_json_file()
             yield
-    except (
-        ValueError,
-        TypeError,
-        FileNotFoundError,
-        FileExistsError,
-        NotImplementedError,
-        ImportError,
-        MemoryError,
-    ) as error:
-        log(f"error: {as_flags(str(error))}")
+    except _CORRECTABLE as error:
+        log(f"error: {_for_users(error)}")
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         log(f"stopped; {afterwards}")
@@ -109,8 +107,15 @@ def _exit_after(error: Exception, afterwards: str) -> None:
         # An ordinary exit would wait in the process group for the rank that is lost.
         sys.stdout.flush()
         os._exit(1)
-    log(f"error: {type(error).__name__}: {error} (PRUNUS_TRACEBACK=1 shows where)")
+    # A full disk or a network says what it is. Of any other error, developers need to know where.
+    where = "" if isinstance(error, OSError) else " (PRUNUS_TRACEBACK=1 shows where)"
+    log(f"error: {_for_users(error)}{where}")
     raise typer.Exit(1) from None
+
+
+def _for_users(error: Exception) -> str:
+    """The message of an error on the command line."""
+    return as_flags(str(error) if isinstance(error, TypeError) else reason(error, most=10_000))
 
 
 def _check_json_file() -> None:
@@ -118,14 +123,11 @@ def _check_json_file() -> None:
     json_file = _JSON.get()
     if json_file is None or json_file == STDOUT:
         return
+    from prunus.model.checkpoint.atomic_files import check_place
+
     if json_file.is_dir():
         raise ValueError(f"--json {json_file} is a folder; give the name of a file")
-    above = next(path for path in json_file.absolute().parents if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"--json {json_file} cannot be written, because {above} is not a folder that you may "
-            "write to; choose another place"
-        )
+    check_place(json_file)
 
 
 @contextlib.contextmanager

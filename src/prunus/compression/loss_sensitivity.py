@@ -83,9 +83,6 @@ def loss_sensitivities(
     Args:
         ids: token ids (windows, tokens), which the stream has embedded as one batch.
         selected: per block the relative names of the linears.
-
-    Raises:
-        ValueError: the gradients of a linear are not finite; names it.
     """
     inputs, found = _block_inputs(stream), dict[str, LinearSensitivity]()
     gradient, scale = _gradient_of_loss(stream, ids, seed), _gradient_scale(stream)

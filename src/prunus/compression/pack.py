@@ -23,6 +23,7 @@ from prunus.compression.records import (
     UnpackRecord,
 )
 from prunus.distributed import SINGLE_PROCESS
+from prunus.hardware.numerics import check_finite
 from prunus.model.checkpoint.atomic_files import fingerprint_with, read_json, recorded_digests
 from prunus.model.checkpoint.output_folder import check_companions, check_disk
 from prunus.model.checkpoint.reader import Checkpoint, resolve_folder
@@ -35,6 +36,7 @@ from prunus.options import Options
 from prunus.packed.bitmap import kept, pack_weight
 from prunus.packed.description import Description, PackedShape, Stored
 from prunus.packed.forms import checked_weight, expand, relative_error
+from prunus.packed.source import is_packed
 from prunus.packed.weight import PackedWeight, named_tensors
 from prunus.runs.folder import ResultFolder, find_earlier, held
 from prunus.runs.options import RunOptions
@@ -153,11 +155,14 @@ def unpack(
         FileNotFoundError, FileExistsError, OSError: before any work.
     """
     here = resolve_folder(model)
+    if not is_packed(here):
+        raise ValueError(
+            f"{model} is not packed, so there is nothing to unpack: it can be used as it is. "
+            "unpack takes a checkpoint that prunus pack or prunus compress has written"
+        )
     checkpoint = Checkpoint(here)
     config = read_json(here / "config.json")
-    described = Description.from_dict(
-        config.get("quantization_config") if isinstance(config, dict) else None
-    )
+    described = Description.from_dict(config["quantization_config"])
     described.check_tensors(checkpoint.tensors)
     dtype = described.dtype
     if dtype is None or dtype == torch.int8:
@@ -295,6 +300,8 @@ def _pack_linear(
     elif stored != "int8" and str(weight.dtype) != f"torch.{stored}":
         reason = f"it is stored in {str(weight.dtype).removeprefix('torch.')}"
     else:
+        if stored == "int8":
+            check_finite({key: weight})
         packed = pack_weight(weight, torch.int8 if stored == "int8" else weight.dtype)
         if packed.nbytes >= before:
             reason = "it would not get smaller"

@@ -18,9 +18,6 @@ class CompressionRecipe(PruningOptions):
 
     Without a sparsity or a pattern, zeros follow from the rate.
 
-    Raises:
-        pydantic.ValidationError: A `ValueError` that lists every option that is out of range.
-
     >>> recipe = CompressionRecipe(bits=3)
     >>> recipe.sparsity, recipe.dense_weight
     (0.0, 0.25)

@@ -29,6 +29,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from prunus.distributed.base import SINGLE_PROCESS, OtherRankError, RankError, Ranks
 from prunus.distributed.heartbeat import Heartbeat
+from prunus.hardware.errors import reason
 
 _DTYPES = {str(dtype): dtype for dtype in torch.__dict__.values() if isinstance(dtype, torch.dtype)}
 _MAX_SLEEP = 1e-3  # seconds between two looks at a collective
@@ -145,7 +146,7 @@ class ProcessGroup(Ranks):
             raise
         except Exception as raised:
             error = raised
-        texts = self.gather_text("" if error is None else f"{type(error).__name__}: {error}")
+        texts = self.gather_text("" if error is None else reason(error, most=2000))
         self.error_reported = any(texts)
         if self.rank > 0 and texts[0]:
             raise OtherRankError(texts[0]) from error
@@ -276,7 +277,7 @@ def process_group(timeout: float | None = None) -> Iterator[Ranks]:
         raise
     except BaseException as fault:
         if not group.error_reported:
-            heartbeat.report_error(f"{type(fault).__name__}: {fault}".strip(": "))
+            heartbeat.report_error(reason(fault, most=2000))
         raise
     finally:
         heartbeat.close(rank_lost)

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from prunus.calibration.windows import check_ids
+from prunus.evaluation.model_input import find_folder
 from prunus.evaluation.options import WritingOptions
-from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.loading import load_model
 from prunus.model.tokenizer import apply_chat_template, load_tokenizer
 
@@ -46,7 +47,7 @@ class _Writer:
 
     def __init__(self, model: str | Path, options: dict[str, Any]) -> None:
         self.options = WritingOptions.read(None, options)
-        self._folder = resolve_folder(model)
+        self._folder = find_folder(model)
         self.tokenizer = load_tokenizer(self._folder)
 
     @functools.cached_property
@@ -71,6 +72,8 @@ class _Writer:
         unwanted = Event()
         criteria = StoppingCriteriaList([lambda *_, **__: unwanted.is_set()])
         model, most = self.model, self.options.max_new_tokens
+        rows = model.get_input_embeddings().num_embeddings
+        check_ids(inputs["input_ids"], rows, "the token ids of the prompt")
 
         def generate_in_thread() -> None:
             try:
@@ -103,9 +106,6 @@ class Conversation:
     Attributes:
         messages: as chat templates read them, `{"role": "user", "content": "…"}`, in order.
         forgotten: how many of them the model no longer reads, because its context is full.
-
-    Raises:
-        ValueError: an option out of range, or a tokenizer without a chat template.
     """
 
     def __init__(self, model: str | Path, **options: Any) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from prunus.calibration.corpora import dataset_of
 from prunus.calibration.files import read_text
+from prunus.hardware.errors import reason
 
 FOLDER = "zeroshot"
 #: Task -> its name in file names, where that is another one.
@@ -86,9 +87,7 @@ def _read_rows(task: str, file: Path) -> Any:
             raise ValueError("there are none")
         return dataset_of(rows)
     except (ValueError, TypeError, KeyError, RecursionError) as fault:
-        raise ValueError(
-            f"{file}: the rows could not be read ({type(fault).__name__}: {str(fault)[:300]})"
-        ) from fault
+        raise ValueError(f"{file}: the rows could not be read ({reason(fault)})") from fault
 
 
 def _upstream(task: str, row: Any) -> dict[str, Any]:

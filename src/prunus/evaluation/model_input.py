@@ -99,13 +99,7 @@ class ModelInput:
 
 
 def find_model(model: Any, trust_remote_code: bool = False) -> ModelInput:
-    """Find a model, and check its kind. Reads no weights.
-
-    Raises:
-        FileNotFoundError: no such model, or no model in the folder.
-        NotImplementedError: the model is not a causal language model.
-        ValueError, ModuleNotFoundError: its configuration cannot be loaded; or see `check_adapter`.
-    """
+    """Find a model, and check its kind. Reads no weights."""
     if isinstance(model, nn.Module):
         name = str(getattr(model, "name_or_path", "")) or type(model).__name__
         return ModelInput(name, None, model, trust_remote_code)

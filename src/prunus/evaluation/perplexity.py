@@ -107,12 +107,8 @@ def perplexity(
         **options: see `TextOptions`.
 
     Raises:
-        ValueError: an argument is out of range, the text is shorter than one window (the message
-            gives its length in tokens), a token id is outside the vocabulary, there is no
-            tokenizer, a window is longer than the model's context, the model cannot be loaded, a
-            checkpoint is changed during the work, the reference has another vocabulary, or the loss
-            is not finite.
-        FileNotFoundError, ModuleNotFoundError, OSError: see `load_scoring_text`.
+        ValueError, FileNotFoundError, NotImplementedError, ModuleNotFoundError, OSError: Before any
+            work where possible; says what was given, what is wrong and what to do.
     """
     given = TextOptions.read(None, options)
     seqlen = given.seqlen or PROTOCOLS[given.protocol]
@@ -220,13 +216,7 @@ class ScoringWindows:
 
 
 def load_scoring_text(name: str, data: Path | None = None) -> ScoringText:
-    """Load a text to score: one of `CORPORA`, or a text file in a format that calibration takes.
-
-    Raises:
-        ValueError: an unknown name, or a file without text.
-        FileNotFoundError, ModuleNotFoundError: no such file, or an extra is not installed.
-        OSError: the hub does not answer.
-    """
+    """Load a text to score: one of `CORPORA`, or a text file in a format that calibration takes."""
     check_text(name, data)
     if name not in CORPORA:
         documents = read_documents(Path(name))

@@ -44,9 +44,6 @@ class Reference:
 
     Attributes:
         watched: the files of the checkpoint, which must not change; none for a loaded model.
-
-    Raises:
-        FileNotFoundError: see `find_folder`.
     """
 
     def __init__(self, model: Any, texts: int = 1) -> None:
@@ -131,11 +128,7 @@ class Reference:
         progress: WindowProgress,
         compared: bool,
     ) -> HiddenStates:
-        """Run the blocks, or find what they returned for the same ids before.
-
-        Raises:
-            NotImplementedError: the model computes more than its blocks, final norm and head.
-        """
+        """Run the blocks, or find what they returned for the same ids before."""
         settings = (batch, self.dtype, self._streamed)
         for (known, *others), states in self._kept:
             if torch.equal(known, ids) and (*others,) == settings:

@@ -20,10 +20,12 @@ import torch
 from pydantic.dataclasses import dataclass
 
 from prunus.evaluation.inspection import file_bytes
+from prunus.evaluation.model_input import find_model
 from prunus.evaluation.options import SpeedOptions
 from prunus.evaluation.records import EvaluationRecord
 from prunus.hardware.memory import resident_memory
-from prunus.model.checkpoint.reader import resolve_folder
+from prunus.model.adapter import is_adapter
+from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.loading import check_architecture, load_model
 from prunus.packed import use_dense_kernel, use_fast_decoding
 
@@ -51,19 +53,10 @@ class Speed(EvaluationRecord):
 def bench(
     models: Sequence[str], *, progress: Callable[[str], None] | None = None, **options: Any
 ) -> list[Speed]:
-    """Measure models side by side, in turns.
-
-    Args:
-        **options: see `SpeedOptions`.
-
-    Raises:
-        ValueError: an option is out of range.
-        FileNotFoundError: a model does not exist.
-        RuntimeError: a process failed; the message ends with the last line that it wrote.
-    """
+    """Measure models side by side, in turns."""
     given = SpeedOptions.read(None, options)
     plain = given.model_copy(update={"dense_kernel": False})
-    cases = [(model, resolve_folder(model), plain) for model in models]
+    cases = [(model, _folder(model), plain) for model in models]
     if given.dense_kernel:
         cases.insert(1, (f"{models[0]}, dense kernel", cases[0][1], given))
     found: list[list[dict[str, float]]] = [[] for _ in cases]
@@ -81,6 +74,15 @@ def bench(
         )
         for (name, folder, _), measured in zip(cases, values, strict=True)
     ]
+
+
+def _folder(model: str) -> Path:
+    """The folder of a model, whose configuration and headers can be read."""
+    folder = find_model(model).folder
+    assert folder is not None, "a model that is named has a folder"
+    if not is_adapter(folder):
+        Checkpoint(folder)
+    return folder
 
 
 def _measure(folder: Path, options: SpeedOptions) -> dict[str, float]:

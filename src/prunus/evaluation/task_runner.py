@@ -71,13 +71,8 @@ def evaluate(
         **options: see `TaskOptions`. The folder `data` contains the rows in `zeroshot/`.
 
     Raises:
-        ModuleNotFoundError: lm-eval is not installed, or an adapter is given and peft is not; names
-            the extra.
-        ValueError: an argument is out of range, a task is unknown, a tokenizer or an adapter does
-            not fit, a model cannot be loaded or is changed during the work, or outputs are not
-            finite.
-        FileNotFoundError: no such model, or the data folder lacks files (the message names them).
-        OSError: the hub does not answer.
+        ValueError, FileNotFoundError, NotImplementedError, ModuleNotFoundError, OSError: Before any
+            work where possible; says what was given, what is wrong and what to do.
     """
     run = prepare_tasks([model_or_path], tasks, **options)
     return run.run(progress if callable(progress) else None)[0]
@@ -181,10 +176,8 @@ def image_accuracy(
         that of a binomial share p, √(p (1 − p) / n).
 
     Raises:
-        ValueError: an argument is out of range, there are no class folders, they do not match the
-            model's labels, a file is not an image, or outputs are not finite.
-        NotImplementedError: a model is not an image classifier.
-        FileNotFoundError, ModuleNotFoundError: no such folder or model, or Pillow is not installed.
+        ValueError, FileNotFoundError, NotImplementedError, ModuleNotFoundError, OSError: Before any
+            work where possible; says what was given, what is wrong and what to do.
     """
     given = ImageOptions.read(None, options)
     compute = ComputeOptions(

@@ -29,6 +29,7 @@ import torch
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.evaluation.local_tasks import FOLDER, load_splits, local_files
 from prunus.evaluation.records import PAPER7, Metric, TaskScore
+from prunus.hardware.errors import reason
 
 #: lm-eval's own seed for drawing few-shot examples.
 SEED = 1234
@@ -87,20 +88,7 @@ def load_tasks(
     limit: int | None = None,
     folder: Path | None = None,
 ) -> list[LoadedTask]:
-    """Find tasks in lm-eval's catalogue and load their rows.
-
-    Args:
-        names: tasks, tags or groups of lm-eval, or `paper7`.
-        shots: worked examples per prompt. None takes the task's own number.
-        limit: score this many rows of each task, from the first on. None scores all.
-        folder: local folder with the rows, see `local_tasks.py`. None takes the hub.
-
-    Raises:
-        ValueError: no tasks, an unknown task, a task with a fixed number of examples or unsafe
-            code, or a damaged row.
-        FileNotFoundError: the folder lacks files.
-        OSError: the hub does not answer.
-    """
+    """Find tasks in lm-eval's catalogue and load their rows."""
     if not names:
         raise ValueError("no tasks are named; give some, such as paper7")
     with _quiet_lm_eval():
@@ -158,8 +146,9 @@ def run_task(task: LoadedTask, wrapped: Any) -> list[TaskScore]:
             if "index out of range in self" not in str(fault):
                 raise
             raise ValueError(
-                f"{task.name}: the tokenizer gives ids outside the model's vocabulary; "
-                f"it does not fit ({fault})"
+                f"{task.name}: the tokenizer gives ids beyond the "
+                f"{wrapped.model.get_input_embeddings().num_embeddings} rows of the model's "
+                "embedding: it belongs to another model"
             ) from fault
     if found is None:
         return []
@@ -281,9 +270,8 @@ def _load(
             content = catalogue.load([name])
         except Exception as fault:  # the hub, its cache and a task's own code raise many kinds
             raise OSError(
-                f"the rows of {name} could not be loaded ({type(fault).__name__}: "
-                f"{str(fault)[:300]}). Without a network, give a folder of `data` (or PRUNUS_DATA) "
-                f"that holds {FOLDER}/"
+                f"the rows of {name} could not be loaded ({reason(fault)}). Without a network, "
+                f"give a folder of `data` (or PRUNUS_DATA) that holds {FOLDER}/"
             ) from fault
     else:
         scored = next(iter(files.values()))
@@ -296,8 +284,7 @@ def _load(
             content = catalogue.load([group]) | {"groups": {}, "group_map": {}}
         except Exception as fault:  # of a template or of a task's code, which misses a column
             raise ValueError(
-                f"{scored}: lm-eval cannot make prompts of the rows ({type(fault).__name__}: "
-                f"{str(fault)[:300]})"
+                f"{scored}: lm-eval cannot make prompts of the rows ({reason(fault)})"
             ) from fault
     digest = hashlib.sha256(json.dumps([version("lm_eval"), SEED]).encode())
     for task in content["tasks"].values():

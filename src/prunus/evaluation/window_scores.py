@@ -33,6 +33,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional
 
+from prunus.calibration.windows import check_ids
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.evaluation.records import Divergence
 
@@ -111,13 +112,7 @@ def rows_of(logits_SV: torch.Tensor) -> Rows:
 
 def check_windows(model: Any, ids: torch.Tensor, name: str) -> None:
     """Check that token ids (W, S) are in the vocabulary, and that windows fit in the context."""
-    vocabulary = model.get_input_embeddings().num_embeddings
-    largest = int(ids.max())
-    if largest >= vocabulary:
-        raise ValueError(
-            f"token id {largest} is outside {name}'s vocabulary of {vocabulary}; "
-            "are these another tokenizer's ids?"
-        )
+    check_ids(ids, model.get_input_embeddings().num_embeddings, f"the token ids for {name}")
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and ids.shape[1] > positions:
         raise ValueError(
@@ -187,9 +182,6 @@ def score_windows(
         ids: token ids (W, S), int64, of all ranks; S at least 2.
         start: the first row of a window that is scored. Rows before it are context only.
         progress: a window counts half when one of two models is done with it.
-
-    Raises:
-        ValueError: outputs are not finite, or the vocabularies differ.
     """
     own = ranks.own_range(len(ids), batch)
     own_ids = ids[own.start : own.stop]

@@ -29,7 +29,9 @@ DenseWeight = Annotated[
         metavar="SHARE",
         panel=METHOD,
         within=Range(
-            _is_dense_weight, "lie in [0, 1], where 0 uses the pruned model only, or be auto"
+            _is_dense_weight,
+            "lie in [0, 1], where 0 uses the pruned model only, or be auto",
+            of_shares=True,
         ),
     ),
 ]

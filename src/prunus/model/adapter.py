@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from prunus.hardware.errors import reason
 from prunus.model.checkpoint.atomic_files import write_json
 from prunus.model.checkpoint.reader import Checkpoint, TensorInfo, resolve_folder
 from prunus.model.checkpoint.writer import save_safetensors
@@ -110,8 +111,7 @@ def attach(model: Any, folder: Path, base: Path) -> Any:
             adapted = peft.PeftModelForCausalLM(model, config, _NAME)
             result = peft.set_peft_model_state_dict(adapted, tensors, _NAME)
         except Exception as error:  # peft and torch raise errors of many kinds, a line per tensor
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"{unfit}: {hint} ({type(error).__name__}: {reason})") from error
+            raise ValueError(f"{unfit}: {hint} ({reason(error)})") from error
     missing = [name for name in result.missing_keys if f".{_NAME}" in name]
     if names := result.unexpected_keys or missing:
         what = "the adapter lacks" if names is missing else "it has no place for"

@@ -140,10 +140,6 @@ def load_config(
 
     Args:
         quantized: accept a quantised model, and return the configuration of its dense form.
-
-    Raises:
-        FileNotFoundError: there is no config.json.
-        ValueError: transformers does not know the model, it is quantised, or a number is too large.
     """
     require_config(folder)
     check_config(folder, checkpoint)

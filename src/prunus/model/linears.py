@@ -8,13 +8,15 @@ Shape suffixes: O outputs, I inputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from prunus.hardware.numerics import all_finite, check_finite
 from prunus.model.experts import find_routers
 
 #: model_type -> path of the module list, where the declaration of transformers is not enough.
@@ -164,4 +166,29 @@ def tied_embedding(model: Any) -> Linear | None:
         return None
     return Linear(
         next(name for name, module in model.named_modules() if module is embedding), embedding
+    )
+
+
+def refuse_not_finite(
+    linears: Mapping[str, Linear], run: Callable[[], object], what: str
+) -> NoReturn:
+    """Raise the error of a computation whose results are not finite: it names where that begins."""
+    check_finite({f"{name}.weight": linear.parameter for name, linear in linears.items()})
+    reached: list[str] = []
+
+    def watch(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(x: torch.Tensor, *others: Any, **options: Any) -> Any:
+            if not all_finite(x):
+                reached.append(name)
+            return forward(x, *others, **options)
+
+        return watched
+
+    for name, linear in linears.items():  # nothing is computed with them afterwards
+        linear.module.forward = watch(name, linear.module.forward)
+    run()
+    what = f"the activations that reach {reached[0]}" if reached else what
+    raise ValueError(
+        f"{what} are not finite. Weights are damaged, or the dtype is too small for this model: "
+        "try `dtype` float32"
     )

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import HfApi, constants
 
+from prunus.hardware.errors import reason
 from prunus.model.adapter import attach, base_folder, check_adapter, is_adapter
 from prunus.model.checkpoint.atomic_files import read_json, write_text
 from prunus.model.checkpoint.card import add_tags
@@ -65,10 +66,8 @@ def load(
         The model in evaluation mode, and its tokenizer.
 
     Raises:
-        FileNotFoundError: There is no such folder, and no such model on the hub.
-        ValueError: A file is damaged or missing; quotes the reason in one line.
-        NotImplementedError: The model is of a kind that prunus does not know.
-        ModuleNotFoundError: An adapter is given, and peft is not installed.
+        ValueError, FileNotFoundError, NotImplementedError, ModuleNotFoundError, OSError: Before any
+            work where possible; says what was given, what is wrong and what to do.
     """
     place = choose_device(device)
     folder = resolve_folder(model)
@@ -102,10 +101,6 @@ def load_model(
             adapter is always a causal LM.
         mapped: weights may be views of the mapped files. False reads them into memory, where a
             file that is changed later, or cut short, does no harm.
-
-    Raises:
-        ValueError: it cannot be loaded; quotes the reason in one line.
-        NotImplementedError: it is of a kind that prunus does not know.
     """
     import transformers
 
@@ -128,10 +123,7 @@ def load_model(
             **in_memory,
         )
     except Exception as error:  # transformers raises errors of many kinds for missing or bad files
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{folder}: the model could not be loaded ({type(error).__name__}: {reason})"
-        ) from error
+        raise ValueError(f"{folder}: the model could not be loaded ({reason(error)})") from error
     # transformers only warns of weights that it does not find, and fills them with random numbers.
     for what, problem in {"missing": "not there", "mismatched": "of another shape"}.items():
         if names := sorted(str(key) for key in loaded.get(f"{what}_keys") or ()):
@@ -146,11 +138,7 @@ def load_model(
 def check_architecture(
     folder: Path, trust_remote_code: bool = False, kind: Kind | None = None
 ) -> Kind:
-    """Build the model of a folder without weights, within limits; also imports its code.
-
-    Returns:
-        `kind`, or what the configuration says.
-    """
+    """Build the model of a folder without weights, within limits; also imports its code."""
     config = load_config(folder, trust_remote_code, quantized=True)
     kind = kind or kind_of(config)
     build_on_meta(kind, config, torch.float32, trust_remote_code)

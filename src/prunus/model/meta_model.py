@@ -21,6 +21,7 @@ import transformers
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from prunus.hardware.errors import reason
 from prunus.model.kinds import Kind
 
 #: Modules of a model. A model of 61 blocks with 384 experts each has 94,000.
@@ -64,10 +65,10 @@ def build_on_meta(kind: Kind, config: Any, dtype: Any, trust_remote_code: bool) 
     except Exception as fault:
         # A damaged configuration can raise any error, anywhere in the code of a model. The first
         # line has the reason; then transformers may list a hundred classes it would accept.
-        reason = (str(fault).strip().splitlines() or [""])[0][:300]
+        first = ValueError((str(fault).strip().splitlines() or [""])[0])
         raise ValueError(
             f"transformers makes no {kind.name} of model type {config.model_type!r} and this "
-            f"configuration: {type(fault).__name__}: {reason}"
+            f"configuration: {type(fault).__name__}: {reason(first)}"
         ) from fault
 
 

@@ -17,7 +17,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import nn
 
-from prunus.hardware.numerics import all_finite
+from prunus.hardware.numerics import check_finite
 from prunus.model.checkpoint.reader import Checkpoint, TensorInfo
 from prunus.model.checkpoint.regular_files import read_limited
 from prunus.model.checkpoint.writer import flat_bytes
@@ -211,11 +211,7 @@ class CheckpointSource:
         found = {}
         for key in self.outside_keys():
             for name, tensor in self.checkpoint.views([key]):
-                if tensor.is_floating_point() and not all_finite(tensor):
-                    raise ValueError(
-                        f"{key} holds weights that are not finite (NaN or infinity); the "
-                        "checkpoint is damaged: download or copy it again"
-                    )
+                check_finite({key: tensor})
                 found[key] = tensors_digest({name: tensor})
         return found
 

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from torch import nn
 from prunus.hardware.numerics import all_finite
 from prunus.model.calls import BlockCall, hidden_of
 from prunus.model.checkpoint.writer import flat_bytes
+from prunus.model.linears import refuse_not_finite
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import Source
 
@@ -205,8 +207,25 @@ class Stream:
         """Take all batches through block `index` with the weights `stored` (by relative name)."""
         if not len(self):
             return
-        self.advance(self.forward(index, self.skeleton.fill(index, stored, self.device)))
+        forward = self.forward(index, self.skeleton.fill(index, stored, self.device))
+        self.advance(self.checked(index, forward))
         self.skeleton.release(index)
+
+    def checked(
+        self, index: int, run: Callable[[Any], torch.Tensor]
+    ) -> Callable[[Any], torch.Tensor]:
+        """A function that runs a block, with an error where its outputs are not finite."""
+
+        def run_checked(given: Any) -> torch.Tensor:
+            output = run(given)
+            if not all_finite(output):
+                name = self.skeleton.block_name(index)
+                linears = {f"{name}.{x.name}": x for x in self.skeleton.linears(index)}
+                what = f"{name} gives hidden states that"
+                refuse_not_finite(linears, lambda: run(given), what)
+            return output
+
+        return run_checked
 
     def advance(self, forward: Callable[[int], torch.Tensor]) -> None:
         """Replace the hidden states of every batch i by `forward(i)`."""

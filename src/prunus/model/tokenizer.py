@@ -15,26 +15,37 @@ from typing import Any
 
 from transformers import AutoImageProcessor, AutoTokenizer
 
+from prunus.hardware.errors import reason
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.config import check_config, check_processor_files
 
 _FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+#: What loads -> the files of which a folder has at least one.
+_GLOBS = {
+    AutoTokenizer: ("tokenizer*", "*vocab*", "*.model", "merges.txt"),
+    AutoImageProcessor: ("*processor_config.json",),
+}
+_TOKENIZER_REMEDY = (
+    "copy its files from the dense model; for calibration or perplexity you may also give token "
+    "ids instead: a .safetensors file with input_ids"
+)
 _SECONDS = 10  # that a chat template may take
 #: Bytes of memory that the template may take, and of text that it may give.
 _MEMORY, _TEXT = 2**29, 2**22
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The transformers tokenizer of a checkpoint folder; an adapter may use that of its base.
-
-    Raises:
-        ValueError: it cannot be loaded; quotes the reason in one line.
-    """
+    """The transformers tokenizer of a checkpoint folder; an adapter may use that of its base."""
     if is_adapter(folder) and not any((folder / name).exists() for name in _FILES):
         folder = base_folder(folder)
-    remedy = "add its files, or give token ids instead: a .safetensors file with input_ids"
-    return _load(AutoTokenizer, folder, "tokenizer", remedy, trust_remote_code=trust_remote_code)
+    options = {"trust_remote_code": trust_remote_code}
+    return _load(AutoTokenizer, folder, "tokenizer", _TOKENIZER_REMEDY, **options)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Check that a checkpoint folder has files of a tokenizer; reads none of them."""
+    _check_files(AutoTokenizer, folder, "tokenizer", _TOKENIZER_REMEDY)
 
 
 def tokenizer_of_loaded(model: Any, trust_remote_code: bool = False) -> Any:
@@ -45,11 +56,11 @@ def tokenizer_of_loaded(model: Any, trust_remote_code: bool = False) -> Any:
 
 
 def load_image_processor(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The transformers image processor of a checkpoint folder; errors as of `load_tokenizer`.
+    """The transformers image processor of a checkpoint folder.
 
     It resizes and normalises by Pillow, so that every host computes the same pixel values.
     """
-    remedy = "add its preprocessor_config.json to the folder"
+    remedy = "copy its preprocessor_config.json from the dense model"
     options = {"backend": "pil", "trust_remote_code": trust_remote_code}
     return _load(AutoImageProcessor, folder, "image processor", remedy, **options)
 
@@ -60,10 +71,16 @@ def _load(loader: Any, folder: Path, what: str, remedy: str, **options: Any) -> 
     try:
         return loader.from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:  # transformers raises errors of many kinds for missing or bad files
-        reason = " ".join(str(error).split())[:300]
+        _check_files(loader, folder, what, remedy)
         raise ValueError(
-            f"{folder}: no {what} could be loaded ({type(error).__name__}: {reason}); {remedy}"
+            f"{folder}: the {what} could not be loaded ({reason(error)}); {remedy}"
         ) from error
+
+
+def _check_files(loader: Any, folder: Path, what: str, remedy: str) -> None:
+    """Say plainly that files are missing: transformers asks at length for something else."""
+    if not any(path for glob in _GLOBS[loader] for path in folder.glob(glob)):
+        raise ValueError(f"{folder} has no {what}: {remedy}")
 
 
 def token_ids(folder: Path, trust_remote_code: bool = False) -> dict[str, int] | None:
@@ -138,8 +155,7 @@ def _run_child(
         except MemoryError:
             answer = b""
         except Exception as fault:  # a template can raise any error
-            reason = f"-{type(fault).__name__}: {' '.join(str(fault).split())[:300]}"
-            answer = reason.encode("utf-8", errors="replace")
+            answer = f"-{reason(fault)}".encode("utf-8", errors="replace")
         answer = answer[: _TEXT + 2]
         while answer:
             answer = answer[os.write(writing, answer) :]

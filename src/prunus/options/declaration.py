@@ -12,6 +12,7 @@ reads it from a TOML file and checks it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import json
@@ -20,11 +21,16 @@ import tomllib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from prunus.model.checkpoint.regular_files import read_limited
+
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
 
 #: The panel of options that few users need. Help shows it last.
 ADVANCED = "Advanced"
@@ -63,11 +69,21 @@ class Option:
     variable: str | None = None
 
 
-class Options(BaseModel):
+class _OptionsType(ModelMetaclass):
+    """Lets a model of options say in one sentence what is wrong, where pydantic has a list."""
+
+    def __call__(self, *positional: Any, **values: Any) -> Any:
+        try:
+            return super().__call__(*positional, **values)
+        except ValidationError as fault:
+            raise ValueError(explain(fault, cast(Any, self))) from None
+
+
+class Options(BaseModel, metaclass=_OptionsType):
     """Options of a verb. They are checked when they are read, and do not change afterwards.
 
     Raises:
-        pydantic.ValidationError: A `ValueError` that lists every option that is out of range.
+        ValueError: Options are unknown or out of range; it names each one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -135,13 +151,18 @@ class Options(BaseModel):
 def _checked(kind: type[_Kind], values: dict[str, Any], where: str) -> _Kind:
     try:
         return kind(**values)
-    except ValidationError as fault:
-        raise ValueError(where + explain(fault, kind)) from None
+    except ValueError as fault:
+        raise ValueError(f"{where}{fault}") from None
 
 
 def explain(fault: ValidationError, kind: type[BaseModel]) -> str:
     """The faults of options in one sentence that names each option."""
     faults = [_explain_one(error, kind) for error in fault.errors()]
+    # The list of the known options is long: once is enough.
+    for place in reversed(range(1, len(faults))):
+        own, _, known = faults[place].partition("; known are ")
+        if known and any(other.endswith(known) for other in faults[:place]):
+            faults[place] = own
     more = len(faults) - _MOST_FAULTS
     return "; ".join([*faults[:_MOST_FAULTS], *([f"and {more} more"] if more > 0 else [])])
 
@@ -158,13 +179,32 @@ def _explain_one(error: Any, kind: type[BaseModel]) -> str:
             if isinstance(inner, type) and issubclass(inner, BaseModel):
                 fields = inner.model_fields
         return f"unknown option {name!r}; known are {', '.join(fields)}"
-    message = error["msg"].removeprefix("Value error, ")
+    message = words(error)
     if error["type"] == "value_error":
         table = ".".join(str(part) for part in error["loc"][:-1])
         return f"{table}: {message}" if table else message
     if error["type"] == "missing":
         return f"{name} is missing"
-    return f"{name}: {message.lower()} (got {_brief(error['input'])})"
+    return f"{name}: {message.lower()} (got {_brief(error['input'])}){percent(error['input'])}"
+
+
+def words(error: Mapping[str, Any]) -> str:
+    """The message of one of pydantic's errors, without the prefix that it gives to ours."""
+    return str(error["msg"]).removeprefix("Value error, ")
+
+
+def percent(value: Any) -> str:
+    """A hint for a share that was given in percent; empty for any other value.
+
+    >>> percent(50), percent("50%"), percent(0.5)
+    ('; did you mean 0.5?', '; did you mean 0.5?', '')
+    """
+    text = str(value)[:40]
+    with contextlib.suppress(ValueError):
+        number = float(text.removesuffix("%"))
+        if (number > 1 or text.endswith("%")) and 0 < number < 100:
+            return f"; did you mean {number / 100:g}?"
+    return ""
 
 
 def _brief(value: Any) -> str:
@@ -185,10 +225,12 @@ class Range:
 
     Attributes:
         must: The range in words, after "must": "lie in (0, 1)".
+        of_shares: Whether an error asks if the value was meant in percent.
     """
 
     allows: Callable[[Any], bool]
     must: str
+    of_shares: bool = False
 
     def check(self, name: str, value: Any) -> None:
         """Check the value of the option `name`. None stands for the default and passes.
@@ -198,7 +240,8 @@ class Range:
         ValueError: samples must be at least 1; got 0
         """
         if value is not None and not self.allows(value):
-            raise ValueError(f"{name} must {self.must}; got {value!r}")
+            hint = percent(value) if self.of_shares else ""
+            raise ValueError(f"{name} must {self.must}; got {value!r}{hint}")
 
 
 def at_least(minimum: int, what: str = "") -> Range:
@@ -221,7 +264,7 @@ def between(text: str, what: str = "") -> Range:
         below = value <= high if text[-1] == "]" else value < high
         return above and below
 
-    return Range(allows, f"lie in {text}{what}")
+    return Range(allows, f"lie in {text}{what}", of_shares=high == 1)
 
 
 def one_of(choices: Sequence[Any]) -> Range:

@@ -20,6 +20,8 @@ from prunus.runs.record import BlockwiseRecord, Part, Walk, bos_words, result_ca
 if TYPE_CHECKING:
     import torch
 
+#: A sparsity that differs less than this from the one that was asked for is the same for people.
+_SAME_SPARSITY = 0.0005
 #: The number of an expert in a linear's name. All experts count as one kind of linear.
 _EXPERT_NUMBER = re.compile(r"\.\d+\.")
 
@@ -178,6 +180,7 @@ class PruningRecord(BlockwiseRecord):
             "sparsity": zeros / weights if weights else 0.0,
             "mean_relative_output_error": sum(errors) / len(errors) if errors else None,
             "mean_removed_energy": sum(energy) / len(energy) if energy else None,
+            "zeros_before": sum(x.notes.get("zeros_before", 0) for x in linears),
             **_bits(linears),
             **_experts(linears),
             "block_seconds": sum(block.seconds for block in self.blocks),
@@ -237,6 +240,9 @@ class PruningRecord(BlockwiseRecord):
         )
         if totals.get("forced_zeros"):
             lines.append(f"zeros that a mask forced: {totals['forced_zeros']:,}")
+        if totals["zeros_before"]:
+            share = totals["zeros_before"] / totals["weights"]
+            lines.append(f"the model had {share:.1%} zeros already")
         if totals.get("expert_linears"):
             few, count = totals["expert_linears_measured_on_all"], totals["expert_linears"]
             lines.append(
@@ -269,6 +275,20 @@ class Manifest(PruningRecord):
     VERB: ClassVar[str] = "prunus prune"
 
     recipe: Recipe
+
+    def _notes(self, totals: dict[str, Any]) -> list[str]:
+        lines, asked, reached = super()._notes(totals), self.recipe.sparsity, totals["sparsity"]
+        if self.state != "finished" or abs(reached - asked) < _SAME_SPARSITY:
+            return lines
+        if reached < asked:
+            why = "a share of the weights that compete is rounded down to a whole number"
+        elif totals["zeros_before"]:
+            why = "zeros of the model that the mask did not choose are still zeros"
+        elif self.recipe.method == "magnitude":
+            why = "weights as large as the threshold are removed together, as in the original code"
+        else:
+            why = "weights that an update or a training made very small are rounded to 0"
+        return [*lines, f"sparsity {reached:.2%}, where {asked:.2%} was asked for: {why}"]
 
 
 def _bits(linears: Sequence[LinearRecord]) -> dict[str, float]:

@@ -18,21 +18,11 @@ from pydantic import field_validator, model_validator
 from prunus.methods.options import METHOD, MethodOptions
 from prunus.methods.table import METHODS, check_method_name, check_owners
 from prunus.options import Option, at_least, between
+from prunus.options.declaration import percent
 from prunus.runs.options import WindowOptions
 
 SELECTION = "Allocation and selection"
 _PATTERN = re.compile(r"^(\d+):(\d+)$")
-
-
-def _share(text: str) -> float:
-    """A sparsity from the command line. An N:M pattern gets a hint to the option it belongs to."""
-    try:
-        return float(text)
-    except ValueError:
-        hint = f"; did you mean `pattern` {text}?" if ":" in text else ""
-        with contextlib.suppress(ValueError):
-            hint = f"; did you mean {float(text.removesuffix('%')) / 100:g}?"
-        raise ValueError(f"{text!r} is not a share such as 0.5{hint}") from None
 
 
 #: The option `sparsity`, whose default differs between verbs.
@@ -42,7 +32,6 @@ Sparsity = Annotated[
         "Remove this share of each linear's weights, in [0, 1).",
         metavar="SHARE",
         within=between("[0, 1)", ": 0.5 removes half of the weights"),
-        parse=_share,
     ),
 ]
 
@@ -124,10 +113,15 @@ class PruningOptions(MethodOptions, WindowOptions):
         if not isinstance(values, dict):
             return values  # a damaged record, which pydantic refuses next
         values = cls.filled_in(values)
+        given = values.get("sparsity")
+        if isinstance(given, str) and _PATTERN.match(given):
+            raise ValueError(f"sparsity is a share such as 0.5; did you mean `pattern` {given}?")
+        with contextlib.suppress(TypeError, ValueError):
+            given = float(given)  # the command line gives text
         match = _PATTERN.match(str(values.get("pattern", "")))
         if not match or not 1 <= int(match[1]) <= int(match[2]):
             return values
-        implied, given = 1 - int(match[1]) / int(match[2]), values.get("sparsity")
+        implied = 1 - int(match[1]) / int(match[2])
         if given is not None and given != implied:
             raise ValueError(
                 f"pattern {match[0]} already fixes the sparsity at {implied:g}; "
@@ -172,7 +166,9 @@ class PruningOptions(MethodOptions, WindowOptions):
             return value
         match = _PATTERN.match(value)
         if not match:
-            raise ValueError(f"pattern must be 'unstructured' or N:M such as 2:4; got {value!r}")
+            raise ValueError(
+                f"pattern must be 'unstructured' or N:M such as 2:4; got {value!r}{percent(value)}"
+            )
         if not 1 <= int(match[1]) <= int(match[2]):
             raise ValueError(
                 f"pattern N:M keeps N of every M weights, so 1 <= N <= M; got {value!r}"

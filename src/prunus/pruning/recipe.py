@@ -18,9 +18,6 @@ _RECONSTRUCTION = "Reconstruction"
 class Recipe(PruningOptions):
     """One run of prune, in the words of the command line.
 
-    Raises:
-        pydantic.ValidationError: A `ValueError` that lists every option that is out of range.
-
     >>> recipe = Recipe(method="sparsegpt", pattern="1:4")
     >>> recipe.sparsity, recipe.n_of_m, recipe.calibration
     (0.75, (1, 4), 'c4')

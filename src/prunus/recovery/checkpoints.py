@@ -17,6 +17,7 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from prunus.hardware.errors import reason
 from prunus.model.checkpoint.atomic_files import remove
 from prunus.model.checkpoint.writer import save_safetensors
 from prunus.recovery.record import Evaluation
@@ -125,8 +126,8 @@ def _opened(path: Path) -> Iterator[Any]:
         *(LookupError, TypeError, AttributeError, RecursionError),
     ) as fault:
         raise ValueError(
-            f"{path} is damaged ({' '.join(str(fault).split())[:200]}), so the training cannot "
-            "continue from it; `overwrite` it to start again"
+            f"{path} is damaged ({reason(fault)}), so the training cannot continue from it; "
+            "`overwrite` it to start again"
         ) from fault
 
 

@@ -18,12 +18,13 @@ import torch
 from prunus.calibration.training_text import TrainingText
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.hardware.numerics import native_bfloat16
+from prunus.model.linears import refuse_not_finite
 from prunus.pruning.reconstruction.train import learning_rate
 from prunus.recovery.checkpoints import Checkpoints, TrainingState
 from prunus.recovery.loss import next_token_loss
 from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.record import Evaluation
-from prunus.recovery.trainable import Trainable
+from prunus.recovery.trainable import Trainable, block_linears
 
 # A step of more tokens is split into several forward passes, whose gradients add up.
 _TOKENS_PER_PASS = 2048
@@ -184,10 +185,10 @@ class Training:
         state, held_out_loss = self.state, self.held_out_loss()
         if not math.isfinite(held_out_loss):
             if not state.evaluations:
-                raise ValueError(
-                    f"the held-out loss is {held_out_loss} before any training: the model's "
-                    "outputs are not finite. Weights are damaged, or the dtype is too small for "
-                    "this model; try `dtype` float32"
+                refuse_not_finite(
+                    block_linears(self.trainable.model),
+                    self.held_out_loss,
+                    f"the held-out loss is {held_out_loss} before any training: outputs",
                 )
             state.stopped = f"the held-out loss became {held_out_loss} at step {state.step}"
             state.diverged = True

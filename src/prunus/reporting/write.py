@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from prunus.compression.records import CompressionRecord
-from prunus.model.checkpoint.atomic_files import read_json, write_text
+from prunus.model.checkpoint.atomic_files import check_place, read_json, write_text
 from prunus.pruning.manifest import Manifest, PruningRecord
 from prunus.reporting.evaluation_sections import decode_speeds, evaluation_section, speed_section
 from prunus.reporting.page import document_json, to_html, to_markdown
@@ -58,10 +60,12 @@ def report(
     page = None if output is None else Path(output)
     if page is not None and page.suffix not in (".html", ".md"):
         raise ValueError(f"output {page}: the name must end in .html or .md")
+    if page is not None:
+        check_place(page)
     measured, speeds = [], {}
     if bench is not None:
         content = read_json(Path(bench))
-        measured = [_checked(Path(bench), lambda: speed_section(content))]
+        measured = [_checked(Path(bench), lambda: speed_section(content), "prunus bench")]
         speeds = decode_speeds(content)
     found = [(path, _section(path, speeds)) for path in given]
     sections = [
@@ -103,7 +107,7 @@ def _section(path: Path, speeds: Mapping[str, float]) -> Section:
         )
     if not path.is_dir():
         content = read_json(path)
-        return _checked(path, lambda: evaluation_section(content, speeds))
+        return _checked(path, lambda: evaluation_section(content, speeds), "prunus eval")
     if (path / RESULTS_NAME).exists():
         results = SweepResults.load(path)
         return _checked(path / RESULTS_NAME, lambda: sweep_section(results, speeds))
@@ -118,16 +122,26 @@ def _section(path: Path, speeds: Mapping[str, float]) -> Section:
     )
 
 
-def _checked(path: Path, make_section: Callable[[], Section]) -> Section:
-    """A section whose figures can all be shown; every error names the file."""
+def _checked(path: Path, make_section: Callable[[], Section], verb: str = "") -> Section:
+    """A section whose figures can all be shown; every error names the file.
+
+    Args:
+        verb: The verb of which the file is to hold the JSON; "" for a record.
+    """
     try:
         section = make_section()
         to_markdown(Document(section.title, (section,)))
         document_json(Document(section.title, (section,)))
         return section
+    except (
+        ValidationError,
+        ArithmeticError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ):
+        other = f", or not the JSON of {verb}" if verb else ""
+        raise ValueError(f"{path} is damaged or of another version{other}") from None
     except ValueError as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
-    except (ArithmeticError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is damaged or of another version: {type(error).__name__}: {error}"
-        ) from error

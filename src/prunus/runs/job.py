@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from prunus.distributed import Ranks
+from prunus.hardware.numerics import check_finite
 from prunus.methods.statistics import Needs, statistics_bytes
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource, Source, tensors_digest
@@ -319,6 +320,7 @@ class HashedSource:
         if index not in self._seen:
             self._seen.add(index)
             name, digest = self._skeleton.block_name(index), tensors_digest(found)
+            check_finite(found, f"{name}.")
             check_measured(self._digests, name, digest)
             self._digests[name] = digest
         return found

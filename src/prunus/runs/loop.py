@@ -24,7 +24,7 @@ import torch
 
 from prunus.distributed import RankError, Ranks
 from prunus.hardware.memory import HeapTrimmer, available_memory, peak_memory, resident_memory
-from prunus.hardware.numerics import all_finite
+from prunus.hardware.numerics import check_finite
 from prunus.model.source import tensors_digest
 from prunus.runs.job import RunJob, check_measured
 from prunus.runs.progress import Progress
@@ -143,13 +143,7 @@ class StoredBlock(NamedTuple):
 
 def read_stored(name: str, tensors: Mapping[str, torch.Tensor]) -> StoredBlock:
     """Read every byte of a block, and check that all weights are finite."""
-    for key in sorted(tensors):
-        tensor = tensors[key]
-        if tensor.is_floating_point() and not all_finite(tensor):
-            raise ValueError(
-                f"{name}.{key} holds weights that are not finite (NaN or infinity), so the "
-                "block cannot be pruned: check the checkpoint"
-            )
+    check_finite(tensors, f"{name}.")
     return StoredBlock(tensors, tensors_digest(tensors))
 
 

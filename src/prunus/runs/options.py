@@ -110,7 +110,6 @@ class RunOptions(Options):
             "Use at most this much memory on the host and on the device, such as 8GB.",
             metavar="SIZE",
             default="the free memory",
-            parse=str,  # the model reads the size
         ),
     ] = None
     data: Annotated[

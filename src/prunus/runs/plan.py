@@ -22,7 +22,7 @@ from prunus.model.calls import hidden_of
 from prunus.model.checkpoint.output_folder import check_companions, check_disk
 from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.device import DTYPES, choose_device
-from prunus.model.kinds import IMAGES, kind_of
+from prunus.model.kinds import IMAGES
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource, Source
 from prunus.runs.folder import bytes_in
@@ -66,7 +66,7 @@ def open_model(
         source, name = CheckpointSource(resolve_folder(model), trust), str(model)
         check_companions(source.checkpoint.folder, trust)
     if needs_inputs:
-        check_inputs(kind_of(source.config), recipe, options)
+        check_inputs(source, recipe, options)
     # Structure and names are checked on a skeleton in the stored dtype, before a dtype trial runs.
     skeleton = Skeleton(source.config, source.stored_dtype, trust)
     source.bind(skeleton)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from prunus.model.checkpoint.atomic_files import read_json, write_json
 from prunus.model.checkpoint.card import add_tags, base_model, inherited_fields, with_fields
 from prunus.options import Options
+from prunus.options.declaration import words
 
 _Record = TypeVar("_Record", bound=BaseModel)
 
@@ -56,7 +57,7 @@ def read_record(path: Path, kind: type[_Record]) -> _Record:
         first = fault.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ValueError(
-            f"{path} is damaged or of another version: {where}: {first['msg']}"
+            f"{path} is damaged or of another version: {where or 'the record'}: {words(first)}"
         ) from fault
 
 
@@ -135,12 +136,7 @@ class RunRecord(Part):
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Read the record in a folder.
-
-        Raises:
-            FileNotFoundError: There is none.
-            ValueError: It is damaged or of another version.
-        """
+        """Read the record in a folder."""
         if not (folder / cls.FILE).exists():
             raise FileNotFoundError(f"{folder} has no {cls.FILE}: {cls.VERB} did not write it")
         return read_record(folder / cls.FILE, cls)

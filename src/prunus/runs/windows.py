@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from prunus.calibration.sources import TENSORS, Source, are_texts, find_source
-from prunus.calibration.windows import Wanted, Windows, hash_ids
-from prunus.model.kinds import IMAGES, Kind
+from prunus.calibration.sources import TENSORS, Source, TextSource, are_texts, find_source
+from prunus.calibration.windows import Wanted, Windows, check_ids, hash_ids
+from prunus.model.kinds import IMAGES, kind_of
 from prunus.model.loading import load_model
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.model.tokenizer import (
     apply_chat_template,
+    check_tokenizer,
     load_image_processor,
     load_tokenizer,
     tokenizer_of_loaded,
@@ -57,9 +58,15 @@ def given_windows(calibration: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     )
 
 
-def check_inputs(kind: Kind, recipe: WindowOptions, options: RunOptions) -> None:
+def check_inputs(
+    source: CheckpointSource | ModuleSource, recipe: WindowOptions, options: RunOptions
+) -> None:
     """Check that the calibration data suit the model and the recipe, before any are read."""
-    _source(recipe, options).check(_wanted(recipe, options), images=kind is IMAGES)
+    given = _source(recipe, options)
+    given.check(_wanted(recipe, options), images=kind_of(source.config) is IMAGES)
+    needs_tokenizer = isinstance(given, TextSource) and options.tokenizer is None
+    if isinstance(source, CheckpointSource) and needs_tokenizer:
+        check_tokenizer(source.checkpoint.folder)
 
 
 def calibration_windows(job: RunJob) -> Windows:
@@ -83,12 +90,7 @@ def calibration_windows(job: RunJob) -> Windows:
             )
         return windows
     rows = job.skeleton.model.get_input_embeddings().weight.shape[0]
-    largest, smallest = int(windows.ids.max()), int(windows.ids.min())
-    if smallest < 0 or largest >= rows:
-        raise ValueError(
-            f"the calibration token ids run from {smallest} to {largest}, but the model's "
-            f"embedding has {rows} rows: the tokenizer or the file of ids belongs to another model"
-        )
+    check_ids(windows.ids, rows, "the calibration token ids")
     return windows
 
 

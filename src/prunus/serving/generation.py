@@ -27,6 +27,7 @@ from transformers.cli.serving.utils import (
 )
 
 from prunus.evaluation.generation import LOWEST_TEMPERATURE
+from prunus.hardware.errors import reason
 from prunus.serving.errors import RequestError
 from prunus.serving.gate import Job, client_gone
 from prunus.serving.requests import DEFAULT_TOKENS, Work
@@ -75,8 +76,7 @@ class Generator:
             except _GenerationCancelled:
                 give(client_gone())
             except Exception as fault:
-                reason = " ".join(str(fault).split())[:300]
-                _log.error("generation failed: %s: %s", type(fault).__name__, reason)
+                _log.error("generation failed: %s", reason(fault))
                 told = f"the model failed ({type(fault).__name__}); the server's log says more"
                 give(RequestError(500, told))
 

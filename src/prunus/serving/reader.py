@@ -22,6 +22,7 @@ from typing import Any
 
 from transformers.cli.serving.utils import BaseHandler, Modality
 
+from prunus.hardware.errors import reason
 from prunus.model.tokenizer import limit_process
 from prunus.serving.errors import RequestError
 from prunus.serving.requests import (
@@ -130,10 +131,9 @@ class _Child(socketserver.StreamRequestHandler):
             told = (error.status, error.message, error.code, error.param)
             answer = b"-" + json.dumps(told).encode()
         except Exception as fault:  # a template and its arguments can raise any error
-            reason = " ".join(str(fault).split())[:300] or type(fault).__name__
             if isinstance(fault, MemoryError):
                 return
-            told = (400, f"the request cannot be read: {reason}", None, None)
+            told = (400, f"the request cannot be read: {reason(fault)}", None, None)
             answer = b"-" + json.dumps(told).encode()
         self.wfile.write(answer + b"\n")
 

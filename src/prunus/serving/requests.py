@@ -15,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from prunus.options.declaration import words
 from prunus.serving.errors import RequestError
 
 #: Most prompts, messages, and parts of a message in one request.
@@ -178,6 +179,5 @@ def parse_options(kind: type[_Kind], body: bytes) -> _Kind:
     except ValidationError as fault:
         first = fault.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(step) for step in first["loc"])[:200]
-        reason = first["msg"].removeprefix("Value error, ")
-        raise RequestError(400, f"{place}: {reason}", param=place) from fault
+        raise RequestError(400, f"{place}: {words(first)}", param=place) from fault
     return found

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunus.evaluation.generation import token_settings
 from prunus.evaluation.model_input import find_folder
+from prunus.hardware.errors import reason
 from prunus.model.device import choose_device
 from prunus.model.loading import load_model, no_downloads
 from prunus.model.tokenizer import load_tokenizer
@@ -117,9 +118,9 @@ def open_socket(host: str, port: int) -> socket.socket:
             (host, port), family=family, backlog=2048, dualstack_ipv6=family == socket.AF_INET6
         )
     except (OSError, OverflowError, UnicodeError) as fault:
-        reason = str(fault).partition(" (while")[0]  # Python repeats the address there
+        why = reason(fault).partition(" (while")[0]  # Python repeats the address there
         raise ValueError(
-            f"port {port} of {host} cannot be used ({reason}); choose another `port` or `host`"
+            f"port {port} of {host} cannot be used ({why}); choose another `port` or `host`"
         ) from fault
 
 

@@ -22,6 +22,7 @@ from pydantic import Field, field_validator, model_validator
 
 from prunus.hardware.sizes import parse_bytes
 from prunus.options import Option, between
+from prunus.options.declaration import percent
 from prunus.pruning.manifest import ReconstructionRecord
 from prunus.runs.options import WindowOptions
 from prunus.runs.record import BlockwiseRecord, Part
@@ -83,9 +84,6 @@ def parse_target(text: str) -> Target:
 
 class StructureRecipe(WindowOptions):
     """What is removed from a model, and how it is chosen.
-
-    Raises:
-        pydantic.ValidationError: A `ValueError` that lists every option that is out of range.
 
     >>> StructureRecipe(experts=0.25).saliency
     'reap'
@@ -181,7 +179,7 @@ class StructureRecipe(WindowOptions):
             return value
         raise ValueError(
             f"{info.field_name} is a share to remove in (0, 1), such as 0.25, or a number to keep, "
-            f"such as 6; got {given!r}"
+            f"such as 6; got {given!r}{percent(given) if isinstance(given, str) else ''}"
         )
 
     @model_validator(mode="after")

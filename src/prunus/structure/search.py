@@ -52,12 +52,7 @@ _FULL_STEPS = 4
 def choose_blocks(
     job: StructureJob, ids: Tensor, steps: list[SearchStep], save: Callable[[], object]
 ) -> list[int]:
-    """Positions of the blocks that stay, rising, chosen by windows `ids` (windows, tokens).
-
-    Raises:
-        NotImplementedError: no more blocks of this family can be removed.
-        ValueError: the candidates do not fit in memory.
-    """
+    """Positions of the blocks that stay, rising, chosen by windows `ids` (windows, tokens)."""
     count = len(job.skeleton)
     wanted = count - job.keep_blocks
     if len(steps) < wanted and job.recipe.block_rule == "cosine":
@@ -90,9 +85,6 @@ def search_by_divergence(
 
     Returns:
         None, or why the search has ended early: no other block of this family can be removed.
-
-    Raises:
-        ValueError: the candidates do not fit in memory.
     """
     _check_room(job, probes)
 
@@ -158,7 +150,7 @@ def candidate_states(
         candidates = {other: run(hidden) for other, hidden in candidates.items()}
         if index in measured:
             candidates[index] = base
-        base = run(base)
+        base = stream.checked(index, run)(base)
         stream.skeleton.release(index)
     return base, candidates
 
@@ -190,7 +182,7 @@ def _influence(job: StructureJob, ids: Tensor) -> dict[int, float]:
         stream.embed(own, None, on_device=job.hidden_states_stay)
         for index in range(len(job.skeleton)):
             block = job.skeleton.fill(index, job.source.block(index), job.device)
-            forward, total = stream.forward(index, block), 0.0
+            forward, total = stream.checked(index, stream.forward(index, block)), 0.0
             for batch in range(len(stream)):
                 output = forward(batch)
                 total += cosine_sum(stream.states.get(batch), output)
@@ -245,12 +237,7 @@ class TargetSearch:
         self._probes, self._rest = ids[:count, :PROBE_TOKENS], ids[count:] if len(ids) > 2 else ids
 
     def run(self) -> tuple[list[int], WidthPlan | None]:
-        """The blocks of the best model, rising, and their width; None for that of the model.
-
-        Raises:
-            NotImplementedError: the family has no such model.
-            ValueError: the search does not fit in memory.
-        """
+        """The blocks of the best model, rising, and their width; None for that of the model."""
 
         def enough(left: Sequence[int]) -> bool:
             return len(left) == 1 or self._target.is_met(left)

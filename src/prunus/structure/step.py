@@ -213,13 +213,13 @@ def _measured(
     with input_hooks(linears, lambda linear, x: statistics[linear.name].add(tokens_of(x))):
         for batch in range(len(stream)):
             forward(batch)
-    for each in statistics.values():
+    for name, each in statistics.items():
         each.complete(ranks)
+        each.check_finite(f"{stream.skeleton.block_name(place)}.{name}")
     return [_reader(linear, statistics.pop(linear.name)) for linear in linears]
 
 
 def _reader(linear: Linear, statistics: InputStatistics) -> Reader:
-    statistics.check_finite(linear.name)
     gram_II, sum_I, tokens = statistics.gram_II, statistics.sum_I, statistics.tokens
     assert gram_II is not None and sum_I is not None
     weight_OI = linear.weight_OI.to("cpu", torch.float32, copy=True)

@@ -102,12 +102,7 @@ class WidthPlanner:
     finder: LayoutFinder
 
     def plan(self, recipe: StructureRecipe) -> WidthPlan:
-        """Decide how many channels and heads stay.
-
-        Raises:
-            ValueError: the numbers do not fit; says which do.
-            NotImplementedError: the family has no such width; says what it has.
-        """
+        """Decide how many channels and heads stay."""
         old = self.old
         plan = WidthPlan(self._heads(recipe), [[] for _ in old.blocks], [None for _ in old.blocks])
         for name, before, after in self._channel_counts(recipe):

@@ -47,9 +47,6 @@ def shared_windows(
 
     They are drawn if no cell has needed them yet. New windows are written into `output` and entered
     in `results`, which the caller saves.
-
-    Raises:
-        FileExistsError: The windows differ from those of earlier cells.
     """
     chosen = recipe.model_dump(include={"samples", "seqlen", "seed", "bos"})
     key = {"calibration": recipe.calibration} | chosen

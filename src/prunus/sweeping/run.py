@@ -22,6 +22,7 @@ from typing import Any
 
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.evaluation.reference import Reference
+from prunus.hardware.errors import reason
 from prunus.methods import get_method
 from prunus.model.checkpoint.atomic_files import (
     make_folder,
@@ -256,8 +257,7 @@ class _Runner:
         try:
             yield
         except Exception as fault:
-            reason = " ".join(str(fault).split()) or "no message"
-            record.error = f"{type(fault).__name__}: {reason}"
+            record.error = reason(fault, most=2000)
             if isinstance(record, CellResult):
                 record.state = "failed"
             self.report(f"{title}: failed: {record.error}")

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 import prunus
+from command_line import call
 from prunus import pack
 from prunus.model.checkpoint import atomic_files as files
 from prunus.model.checkpoint.lock import LOCK_NAME
@@ -120,6 +121,17 @@ def test_a_disk_that_is_full_at_any_write(verb, material, small_disk, monkeypatc
         assert failed >= 3
 
 
+def test_a_command_on_a_full_disk_ends_in_one_line(material, small_disk, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=12_345_678))
+    out = small_disk(32768) / "out"
+    shown = call("prune", material[0], out, "--method", "magnitude", status=1).stderr
+    assert re.match(
+        "prunus: error: No space left on the disk for .*/out/outer", shown.splitlines()[-1]
+    )
+    assert "GB must fit, and 0.012 GB are free. Finished files are kept: make room" in shown
+    assert "Errno" not in shown and "Error" not in shown
+
+
 def test_a_disk_that_is_too_small_is_seen_before_any_work(material, small_disk):
     dense, pruned, *_ = material
     disk = small_disk(65536)
@@ -137,7 +149,7 @@ def test_a_disk_that_is_too_small_is_seen_before_any_work(material, small_disk):
 def test_an_output_that_is_read_only(verb, material, small_disk):
     disk = small_disk(2**22)
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    with pytest.raises(OSError, match=r"Read-only file system.*out"):
+    with pytest.raises(OSError, match=r"out cannot be written, because .* is not a folder that yo"):
         verbs(*material)[verb](disk / "out")
     assert list(disk.iterdir()) == []
 

@@ -65,9 +65,6 @@ def in_held(path: Path) -> Path:
     """The path to write to or to remove instead of `path`: from a handle, if its folder is held.
 
     Linux offers open handles as paths. On other systems the check comes just before the work.
-
-    Raises:
-        FileExistsError: The name of the held folder now belongs to something else.
     """
     absolute = Path(os.path.abspath(path))
     for folder in (absolute, *absolute.parents):
@@ -92,6 +89,18 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def check_place(path: Path) -> None:
+    """Check that the file or folder `path` can be made: the nearest folder above it takes it."""
+    absolute = Path(os.path.abspath(path))
+    places = (absolute, *absolute.parents) if path.is_dir() else absolute.parents
+    above = next(each for each in places if os.path.exists(each))
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"{path} cannot be written, because {above} is not a folder that you may write to; "
+            "choose another place"
+        )
 
 
 def fsync_folder(folder: Path) -> None:
@@ -125,17 +134,18 @@ def replacing(path: Path, nbytes: int | None = None) -> Iterator[BinaryIO]:
     given, path = path, in_held(path)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(6)}{TEMPORARY_SUFFIX}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-    file = os.fdopen(os.open(temporary, flags, 0o666), "wb")
     try:
-        with file:
+        with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as fault:
         temporary.unlink(missing_ok=True)
-        if isinstance(fault, OSError) and fault.errno == errno.ENOSPC:
+        if isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _no_space(given, nbytes) from fault
+        if isinstance(fault, OSError) and fault.filename in (None, str(temporary)):
+            fault.filename = str(given)  # and not a name that means nothing to the user
         raise
     fsync_folder(path.parent)
 

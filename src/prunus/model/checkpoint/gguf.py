@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from prunus.hardware.errors import reason
 from prunus.model.checkpoint.atomic_files import (
     TEMPORARY_SUFFIX,
     fsync_folder,
@@ -60,22 +61,9 @@ def import_gguf(
     takes a part for a model. With `overwrite`, `dest` holds the old content until then. The whole
     model is in memory for a while.
 
-    Args:
-        path: the GGUF file.
-        dest: a folder that does not exist or is empty.
-        overwrite: replace what `dest` holds.
-        dtype: of the weights in the checkpoint, a name of `DTYPES`.
-        progress: called with a line of text before each step.
-
     Returns:
         `architecture`, `parameters` (count), `tied` (whether head and embedding are one matrix),
         `dtype`, `files` (names), `bytes` (of all files), `chat_template` (whether there is one).
-
-    Raises:
-        ValueError: no GGUF file, a truncated one, or a model that transformers cannot import.
-        FileNotFoundError: there is no such file.
-        FileExistsError: `dest` holds something and `overwrite` is not set, or another run holds it.
-        ModuleNotFoundError: the extra `gguf` is not installed.
     """
     path, dest = Path(path), Path(dest)
     _check_arguments(path, dest, overwrite=overwrite, dtype=dtype)
@@ -111,10 +99,14 @@ def _check_arguments(path: Path, dest: Path, *, overwrite: bool, dtype: str) -> 
         raise ValueError(f"dtype must be one of {', '.join(sorted(DTYPES))}, not {dtype!r}")
     check_destination(dest, overwrite=overwrite)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        found = "not a file" if path.exists() else "no such file"
+        raise FileNotFoundError(f"{path}: {found}; give a file of llama.cpp, NAME.gguf")
     with path.open("rb") as file:
         if (magic := file.read(4)) != b"GGUF":
-            raise ValueError(f"{path}: not a GGUF file; it starts with {magic!r}, not b'GGUF'")
+            raise ValueError(
+                f"{path}: not a GGUF file; it starts with {magic!r}, not b'GGUF'. Give a file of "
+                "llama.cpp"
+            )
     check_extra()
 
 
@@ -152,7 +144,7 @@ def _convert(path: Path, folder: Path, dtype: torch.dtype, weights: int) -> dict
         )
     except Exception as error:
         raise ValueError(
-            f"{path}: transformers cannot import this file ({type(error).__name__}: {error})"
+            f"{path}: transformers cannot import this file ({reason(error)})"
         ) from error
     # transformers would fill missing weights with random numbers.
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):

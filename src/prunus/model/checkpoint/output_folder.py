@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from prunus.model.checkpoint.atomic_files import TEMPORARY_SUFFIX, copy_file
+from prunus.model.checkpoint.atomic_files import TEMPORARY_SUFFIX, check_place, copy_file
 from prunus.model.checkpoint.lock import LOCK_NAME
 from prunus.model.checkpoint.reader import INDEX_NAME, PICKLE_SUFFIXES, Checkpoint
 from prunus.model.checkpoint.regular_files import check_regular, open_regular
@@ -38,6 +38,7 @@ def is_vacant(output: Path, inside: str | None = None) -> bool:
         raise FileExistsError(
             f"output {output} exists and is not a folder; choose another name for the result"
         )
+    check_place(output)
     return not output.exists() or all(
         path.name.endswith(TEMPORARY_SUFFIX) or path.name in (LOCK_NAME, inside)
         for path in output.iterdir()

@@ -281,21 +281,17 @@ def _state(path: Path) -> tuple[int, int, int]:
 
 
 def resolve_folder(model: str | Path) -> Path:
-    """The folder of a model: a local folder, or a snapshot downloaded from the Hugging Face hub.
-
-    Raises:
-        FileNotFoundError: neither a folder nor a hub id, or the hub cannot be reached.
-        ValueError: a file in the folder is no regular file, or larger than its kind may be.
-    """
+    """The folder of a model: a local folder, or a snapshot downloaded from the Hugging Face hub."""
     path = Path(model)
-    if path.is_dir():
+    if path.is_dir() and str(model):
         check_folder(path)
         return path
     name = str(model)
-    if path.is_file():
+    if name and path.exists():
         raise FileNotFoundError(
-            f"{name} is a file; expected the folder of a Hugging Face checkpoint. For a file of "
-            "llama.cpp, make one first: prunus import FILE.gguf DEST"
+            f"{name} is {'a file' if path.is_file() else 'not a folder'}; expected the folder of a "
+            "Hugging Face checkpoint. For a file of llama.cpp, make one first: prunus import "
+            "FILE.gguf DEST"
         )
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     if looks_local or not name:

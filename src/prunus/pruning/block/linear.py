@@ -32,6 +32,9 @@ from prunus.model.linears import Linear
 from prunus.packed.weight import QuantizedWeight
 from prunus.pruning.manifest import LinearRecord
 
+#: A model with a larger share of zeros than this was pruned already.
+SPARSE = 0.01
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinearSettings:
@@ -104,6 +107,8 @@ def prune_linear(
         )
     stored_OI = _on_device(stored.T if linear.transposed else stored, linear.weight_OI)
     weight_OI = stored_OI.to(torch.float32)
+    if (before := count_zeros(stored_OI)) > SPARSE * stored_OI.numel():
+        notes["zeros_before"] = before
     quantization = None if finish is None else finish.begin(full_name, statistics)
     rows: RowSharding = _RowsOverRanks(ranks) if ranks.size > 1 else UNSHARDED
     work = replace(settings.work, rows=rows, quantization=quantization)

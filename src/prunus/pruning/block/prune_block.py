@@ -36,7 +36,7 @@ from prunus.pruning.block.dense_stream import (
     held_out_batches,
 )
 from prunus.pruning.block.hooks import ExpertCounter, find_expert_counters
-from prunus.pruning.block.linear import LinearFinish, prune_linear
+from prunus.pruning.block.linear import SPARSE, LinearFinish, prune_linear
 from prunus.pruning.block.lockstep import lockstep
 from prunus.pruning.block.replay import replay
 from prunus.pruning.block.two_pass import two_pass
@@ -125,6 +125,7 @@ class BlockPruner:
         """Prune one block and take all batches through it."""
         started = time.perf_counter()
         state = self._load(place, stored)
+        self._note_zeros(state)
         self._walk(state)
         self._reconstruct(state)
         self._advance(state)
@@ -171,6 +172,17 @@ class BlockPruner:
             dense_inputs=dense_inputs,
             reconstruction=reconstruction,
         )
+
+    def _note_zeros(self, state: BlockState) -> None:
+        """Say before the first block that the model is sparse already."""
+        weights = [state.stored[f"{linear.name}.weight"] for linear in state.linears]
+        count = sum(weight.numel() for weight in weights)
+        zeros = sum(map(count_zeros, weights)) if state.index == 0 else 0
+        if zeros > SPARSE * count:
+            self.job.options.tell(
+                f"the model has zeros already: {zeros / count:.1%} of the weights to prune in "
+                f"{state.name}; the sparsity that you ask for includes them"
+            )
 
     def _walk(self, state: BlockState) -> None:
         """Take all batches through the block and prune its linears on the way."""
