@@ -110,6 +110,17 @@ def uninstalled(monkeypatch):
     return hide
 
 
+@pytest.fixture(scope="module")
+def short_python_docs() -> Iterator[None]:
+    """The text `python-docs` is its beginning. All of it takes half a second to tokenise."""
+    from prunus.calibration import corpora
+
+    whole = corpora.python_docs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpora, "python_docs", lambda part: whole(part)[:50])
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_wait_for_the_disk() -> Iterator[None]:
     """Calls of fsync return at once: what they promise is for power cuts, and no test makes one.

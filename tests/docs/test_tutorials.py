@@ -154,6 +154,7 @@ def run_block(block: Block, where: str) -> None:
             assert result.exit_code == 0, f"{where}: {' '.join(words)}\n{result.output}"
 
 
+@pytest.mark.usefixtures("short_python_docs")
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
 def test_commands_of_a_tutorial_run(page, place, model, monkeypatch):
     if page in START:

@@ -122,6 +122,7 @@ def test_the_command_answers_lines_until_exit(talker, tmp_path):
     assert result.exit_code == 0 and result.stdout.count("\n") >= 2
 
 
+@pytest.mark.usefixtures("short_python_docs")
 def test_quiet_verbs_show_their_result_alone(tmp_path):
     dense = dense_checkpoint(tmp_path / "dense")
     options = ("--calibration", "python-docs", "--samples", 2, "--seqlen", 16)

@@ -99,8 +99,8 @@ def test_real_rows_give_the_prompts_of_lm_evals_own_task(name, data, tmp_path, m
     [file] = (data / "zeroshot").glob(f"{stem}_validation.jsonl*")
     rows = [json.loads(line) for line in read_text(file).split("\n") if line]
     # lm-eval takes its time: the first rows, some others, and all whose choices are not A to D.
-    rare = [row for row in rows[40:] if name in CHOICES and len(row["choices"]["label"]) != 4]
-    rows = rows[:40] + rows[40 :: len(rows) // 40] + rare
+    rare = [row for row in rows[20:] if name in CHOICES and len(row["choices"]["label"]) != 4]
+    rows = rows[:20] + rows[20 :: len(rows) // 20] + rare
     expected = theirs(name, {"test": rows, "validation": rows, "train": rows[:1]}, monkeypatch)
     write_split(tmp_path, name, SPLIT[name], rows)
     assert ours(name, tmp_path) == expected

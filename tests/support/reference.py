@@ -6,6 +6,7 @@ with plain forward hooks, one window at a time, and keep all inputs of all linea
 Shape suffixes: O outputs (rows), I inputs, T tokens, B columns of a block.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from prunus.methods.patterns import Pattern
 from prunus.methods.work import CodeLengths
+from stopping import StopError
 
 # From a linear's full name, its weight (out, in) and its inputs (tokens, in), one tensor per
 # window, to the new weight.
@@ -147,6 +149,11 @@ def weight_of(linear: nn.Module) -> Tensor:
     return linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data
 
 
+def end_the_run(*_: object) -> None:
+    """A hook of the last module of a model whose output matters."""
+    raise StopError
+
+
 def collect_inputs(
     inputs: dict[str, list[Tensor]], name: str, module: nn.Module, args: tuple[Tensor, ...]
 ) -> None:
@@ -173,8 +180,10 @@ def prune_two_pass(
             linear.register_forward_pre_hook(partial(collect_inputs, inputs, name))
             for name, linear in linears(block, f"{blocks}.{number}").items()
         ]
+        handles.append(block.register_forward_hook(end_the_run))
         for window in windows:
-            model.base_model(input_ids=window[None], use_cache=False)  # the head decides nothing
+            with contextlib.suppress(StopError):
+                model(input_ids=window[None], use_cache=False)
         for handle in handles:
             handle.remove()
         for name, linear in linears(block, f"{blocks}.{number}").items():
@@ -190,29 +199,29 @@ def prune_as_called(
     prune: Callable[[Tensor, Tensor], None],
     block_of: dict[nn.Module, int] | None = None,
 ) -> None:
-    """Prune linears in place in the order in which the model calls them, one per run of the model.
+    """Prune linears in place in the order in which the model calls them.
+
+    Each run of the model ends at the first linear that is left, because nothing after it counts.
 
     Args:
         todo: the linears; the list is empty at the end.
         parts: the inputs of the model, one after another.
-        run: runs the whole model on one of them.
+        run: runs the model on one of them.
         prune: changes a weight (out, in) in place, given its inputs (tokens, in).
         block_of: the number of each linear's block. A linear whose weight the model reads without
             calling it is pruned at the end of its block, as if all its inputs were equal.
     """
     while todo:
-        seen: list[tuple[nn.Module, Tensor]] = []
-        handles = [
-            linear.register_forward_pre_hook(
-                lambda module, args: seen.append((module, args[0].clone()))  # noqa: B023
-            )
-            for linear in todo
-        ]
-        firsts = []
+        firsts: list[tuple[nn.Module, Tensor]] = []
+
+        def end_at_the_first(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            firsts.append((module, args[0].clone()))  # noqa: B023
+            raise StopError
+
+        handles = [linear.register_forward_pre_hook(end_at_the_first) for linear in todo]
         for part in parts:
-            seen.clear()
-            run(part)
-            firsts += seen[:1]
+            with contextlib.suppress(StopError):
+                run(part)
         for handle in handles:
             handle.remove()
         linear = firsts[0][0] if firsts else todo[0]

@@ -34,6 +34,8 @@ from prunus.sweeping.results import CellResult, DenseResult, SweepResults, resid
 from tiny import weights
 from tiny_tokenizer import byte_tokenizer, dense_checkpoint
 
+pytestmark = pytest.mark.usefixtures("short_python_docs")
+
 EXAMPLES = REPOSITORY / "examples"
 SCORING = {"texts": ["python-docs"], "seqlen": 32, "samples": 4}
 BASE = {"calibration": "python-docs", "samples": 3, "seqlen": 32}
