@@ -10,8 +10,8 @@ from torch.nn import functional
 from prunus.calibration.training_text import training_text
 from prunus.calibration.windows import Wanted
 from prunus.pruning.reconstruction.train import learning_rate
-from prunus.recovery import loss as loss_page
-from prunus.recovery.loss import next_token_loss
+from prunus.recovery import training
+from prunus.recovery.training import next_token_loss
 from tiny_tokenizer import EOS, byte_tokenizer
 
 
@@ -55,7 +55,7 @@ def test_loss_and_gradient_are_those_of_formula(windows, tokens, vocabulary, wei
 def test_the_number_of_rows_at_a_time_changes_nothing_but_the_last_bits(monkeypatch):
     logits, ids = torch.randn(2, 60, 11, requires_grad=True), torch.randint(0, 11, (2, 60))
     whole = next_token_loss(logits, ids)
-    monkeypatch.setattr(loss_page, "_ROWS", 7)
+    monkeypatch.setattr(training, "_ROWS", 7)
     parts = next_token_loss(logits, ids)
     torch.testing.assert_close(whole, parts)
 

@@ -10,7 +10,7 @@ from prunus.packed.description import Description, PackedShape, QuantizedShape
 from prunus.packed.forms import expand
 from prunus.packed.operators import reference_path
 from prunus.packed.weight import named_tensors
-from prunus.serving.packed_layer import PackedLayer
+from prunus.serving.vllm_plugin import PackedLayer
 
 QUANTIZED = quantized_weight(20, 64)
 BITMAP = pack_weight(random_sparse(12, 64, 0.5, torch.bfloat16), torch.bfloat16)

@@ -28,9 +28,9 @@ from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
 from prunus.runs.options import RunOptions
 from prunus.sweeping import cells as sweep_cells
-from prunus.sweeping.checks import check_sweep
 from prunus.sweeping.grid import Scoring, Sweep
 from prunus.sweeping.results import CellResult, DenseResult, SweepResults, residual_gaps
+from prunus.sweeping.run import check_sweep
 from tiny import weights
 from tiny_tokenizer import byte_tokenizer, dense_checkpoint
 
@@ -526,7 +526,7 @@ def test_tasks_are_checked_scored_and_stored_with_their_errors(dense, tmp_path, 
         return TaskResults(str(model), (score,), {})
 
     monkeypatch.setattr(
-        "prunus.sweeping.checks.prepare_tasks",
+        "prunus.sweeping.run.prepare_tasks",
         lambda models, tasks, **_: checked.append((models, tasks)),
     )
     monkeypatch.setattr(sweep_cells, "evaluate", evaluate)

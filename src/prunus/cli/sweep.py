@@ -40,8 +40,8 @@ def sweep(
     torchrun every process takes the next cell that is free.
     """
     from prunus.reporting.sweep_section import check_section, sweep_section
-    from prunus.sweeping.checks import check_sweep
     from prunus.sweeping.grid import Sweep
+    from prunus.sweeping.run import check_sweep
     from prunus.sweeping.run import sweep as run_sweep
 
     if check:

@@ -61,10 +61,7 @@ class _Writer:
         return loaded
 
     def write(self, inputs: Any) -> Iterator[str]:
-        """Generate in a second thread, and yield each piece as soon as it is there.
-
-        A caller that takes no more pieces ends the thread after the token that it is at.
-        """
+        """Generate in a second thread, which ends when the caller takes no more pieces."""
         from transformers import StoppingCriteriaList, TextIteratorStreamer
 
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -156,18 +153,21 @@ class Conversation:
             self.messages += [asked, {"role": "assistant", "content": "".join(pieces)}]
 
 
-def chosen_settings(settings: Any, options: WritingOptions) -> Any:
-    """transformers' generation settings with the user's choices in place of theirs."""
+def chosen_settings(settings: Any, options: Any) -> Any:
+    """A copy of transformers' settings with the `temperature` and `top_p` of the options.
+
+    Each of them turns drawing on, and a temperature of 0 turns it off.
+    """
     from transformers import GenerationConfig
 
-    chosen = {"temperature": options.temperature, "top_p": options.top_p}
-    if chosen == {"temperature": None, "top_p": None}:
-        return settings
-    found = settings.to_diff_dict()
-    if options.temperature is not None and options.temperature < LOWEST_TEMPERATURE:
-        return GenerationConfig(**{key: x for key, x in found.items() if key not in _DRAWING})
-    found |= {key: value for key, value in chosen.items() if value is not None}
-    return GenerationConfig(**found | {"do_sample": True})
+    given = {"temperature": options.temperature, "top_p": options.top_p}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    found = settings.to_diff_dict() | chosen | ({"do_sample": True} if chosen else {})
+    if found.get("temperature", 1) < LOWEST_TEMPERATURE or not found.get("do_sample"):
+        # Without drawing, its settings have no effect, and transformers warns of them. A flag that
+        # is not set would be that of the model's own settings.
+        found = {key: x for key, x in found.items() if key not in _DRAWING} | {"do_sample": False}
+    return GenerationConfig(**found)
 
 
 def token_settings(settings: Any) -> Any:

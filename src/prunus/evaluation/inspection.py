@@ -43,9 +43,7 @@ class LinearInfo:
     """One linear of a block.
 
     Attributes:
-        shape: (outputs, inputs).
         dtype: dtype in which the weight is stored; "integers" for a quantised linear.
-        zeros: number of weights that are exactly zero.
         patterns: the N:M patterns of `PATTERNS` that hold, such as "2:4".
         bits: bits per weight in the file, with all that belongs to the linear; None where the
             linear is not packed.
@@ -70,7 +68,6 @@ class Inspection:
     """All linears of a model's blocks, and the other weights in its blocks, which no method prunes.
 
     Attributes:
-        blocks: number of blocks.
         left_dense: name -> shape of weights that stay dense.
         verified: number of shards whose bytes are those of the record; None if not compared.
     """
@@ -136,7 +133,6 @@ def inspect(
 
     Args:
         model: a checkpoint folder, a hub id, or a loaded transformers model.
-        trust_remote_code: let transformers run the code of the checkpoint.
         verify: compare every shard with the SHA-256 in its record first.
 
     Raises:

@@ -25,11 +25,9 @@ _NAMES = {"winogrande": "winogrande_xl"}
 def local_files(
     folder: Path, configs: Mapping[str, Mapping[str, Any] | None], shots: int | None = None
 ) -> dict[str, dict[str, Path | None]]:
-    """Find the files of all tasks, before any is read; `configs` and `shots` are as in `tasks.py`.
+    """Task -> split -> file, the split that is scored first; all are found before any is read.
 
-    Returns:
-        Task -> split -> file, the split that is scored first. lm-eval opens that of the examples
-        even for prompts without any, so the file of a split that is not used may be None.
+    lm-eval opens the split of the examples even for prompts without any, so its file may be None.
     """
     found: dict[str, dict[str, Path | None]] = {}
     missing = []

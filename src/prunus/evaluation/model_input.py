@@ -19,7 +19,7 @@ from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.adapter import base_folder, check_adapter, is_adapter
 from prunus.model.checkpoint.reader import INDEX_NAME, resolve_folder
-from prunus.model.config import load_config
+from prunus.model.config import load_config, require_config
 from prunus.model.device import DTYPES
 from prunus.model.kinds import require_causal
 from prunus.model.loading import load_model
@@ -58,10 +58,8 @@ class ComputeOptions:
 def find_folder(model: str | Path) -> Path:
     """The folder of a checkpoint or an adapter; a hub id is downloaded."""
     folder = resolve_folder(model)
-    if not (folder / "config.json").is_file() and not is_adapter(folder):
-        raise FileNotFoundError(
-            f"{model}: no config.json in this folder; is it a Hugging Face checkpoint?"
-        )
+    if not is_adapter(folder):
+        require_config(folder)
     return folder
 
 

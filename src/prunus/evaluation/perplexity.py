@@ -271,13 +271,7 @@ def first_scored_row(protocol: Protocol, seqlen: int) -> int:
 def scoring_windows(
     name: str, tokenizer: Callable[[], Any], seqlen: int, options: TextOptions
 ) -> ScoringWindows:
-    """Cut a text into windows that do not overlap, from its start.
-
-    Args:
-        name: see `load_scoring_text`, or a `.safetensors` file with input_ids, whose windows stay
-            as they are.
-        seqlen: S, tokens per window.
-    """
+    """Cut a text, or the rows of a file with input_ids, into windows that do not overlap."""
     if name not in CORPORA and file_kind(Path(name)) == "safetensors":
         refuse_bos(name, options.bos)
         ids = read_ids(Path(name))

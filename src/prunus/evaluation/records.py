@@ -72,10 +72,8 @@ class Divergence(EvaluationRecord):
 
     Attributes:
         kl: mean of KL(reference ‖ model), in nats per token.
-        kl_stderr: its standard error.
         kl_q999: the 99.9 % quantile of the KL divergences of all tokens.
         same_top: share of tokens for which both models find the same next token most likely.
-        same_top_stderr: its standard error.
         perplexity_ratio: perplexity of the model, divided by that of the reference.
         perplexity_ratio_stderr: its standard error, from losses paired by window.
     """
@@ -96,16 +94,13 @@ class PerplexityResult(EvaluationRecord):
     """The perplexity of a model on a text, and how it was measured.
 
     Attributes:
-        source: where the text was read.
         perplexity: exp(loss), or infinity if that does not fit in a float.
         loss: mean cross entropy in nats per token.
         tokens: windows * seqlen.
-        seqlen: tokens per window.
         protocol: text, windows and dtype in words.
         seconds: time of scoring alone, without loading.
         streamed: whether the model was read block by block. The perplexity does not depend on it.
         bos: whether every window begins with BOS: yes, no, or given where the windows were given.
-        divergence: the comparison with a reference model, or None without one.
     """
 
     source: str
@@ -192,8 +187,6 @@ class TaskScore(EvaluationRecord):
         shots: number of worked examples in each prompt.
         version: lm-eval's version of the task.
         definition: SHA-256 of everything that makes the prompts and the scoring, rows included.
-        source: where the rows are read.
-        seconds: time of scoring.
     """
 
     task: str
@@ -208,13 +201,7 @@ class TaskScore(EvaluationRecord):
 
 @dataclass(frozen=True)
 class TaskResults:
-    """The scores of one model on all tasks.
-
-    Attributes:
-        model: name of the model.
-        scores: one per task.
-        protocol: dtype, batch, device and versions. Show them next to every score.
-    """
+    """The scores of one model on all tasks; `protocol` has dtype, batch, device and versions."""
 
     model: str
     scores: tuple[TaskScore, ...]
@@ -278,10 +265,6 @@ class Difference(EvaluationRecord):
 
     >>> Difference("pruned", "rte", "acc", value=-0.05, stderr=0.02, paired=True).significant
     True
-
-    Attributes:
-        stderr: standard error of the difference, or None if it is unknown.
-        paired: whether the difference was taken row by row.
     """
 
     model: str
@@ -311,14 +294,8 @@ def compare(results: Sequence[TaskResults]) -> list[Difference]:
     >>> change.value, change.stderr, change.paired
     (-0.25, 0.25, True)
 
-    Args:
-        results: of all models, on the same tasks.
-
     Returns:
         The differences, model by model. The mean over the paper's seven tasks comes last.
-
-    Raises:
-        ValueError: a task differs between two models: other rows, prompts or number of examples.
     """
     found = []
     for other in results[1:]:

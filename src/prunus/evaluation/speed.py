@@ -35,7 +35,6 @@ class Speed(EvaluationRecord):
     """Size and speed of one model. Measurements are (minimum, median, maximum) over all rounds.
 
     Attributes:
-        model: the name that was given.
         file_bytes: size of its safetensors; an adapter's base is included.
         resident_bytes: resident memory of the process after generation, minus that before the model
             was loaded.

@@ -160,18 +160,14 @@ def add_lora(
 
 @functools.cache
 def packed_lora_layer() -> type[torch.nn.Module]:
-    """Return the class of peft's layers around packed linears.
-
-    Such a layer adds scaling · B_OR A_RI x to the output of its packed linear, in the dtype of A.
-    It cannot be merged, because the packed weight does not change.
-    """
+    """The class of peft's layers around packed linears."""
     from peft.tuners.lora.layer import LoraLayer
 
     # The attributes of both come from peft at run time, where mypy does not see them.
     module: Any = torch.nn.Module
 
     class PackedLora(module, LoraLayer):
-        """A packed linear with a LoRA update next to it."""
+        """A packed linear whose output gets scaling · B_OR A_RI x, in the dtype of A."""
 
         def __init__(
             self, base_layer: Any, adapter_name: str, config: Any, r: int, lora_alpha: int, **_: Any
@@ -191,7 +187,6 @@ def packed_lora_layer() -> type[torch.nn.Module]:
                 part.to(torch.float32)
 
         def forward(self, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-            """Map (..., in) to (..., out)."""
             result: torch.Tensor = self.base_layer(x)
             for name in () if self.disable_adapters else self.active_adapters:
                 if name in self.lora_A:
@@ -201,7 +196,6 @@ def packed_lora_layer() -> type[torch.nn.Module]:
             return result
 
         def merge(self, *_: Any, **__: Any) -> None:
-            """Refuse to merge."""
             raise ValueError(
                 "an adapter cannot be merged into a packed model, whose weights do not change: "
                 "prunus unpack it, and load the adapter on the result"
@@ -215,10 +209,7 @@ def packed_lora_layer() -> type[torch.nn.Module]:
 def save_adapter(adapted: Any, folder: Path) -> dict[str, str]:
     """Write the adapter of a peft model as peft would, but each file atomically.
 
-    The configuration comes last: a folder that has it is a whole adapter.
-
-    Returns:
-        Name of the file of weights -> SHA-256 of its bytes.
+    Returns the SHA-256 of the file of weights by its name.
     """
     import peft
 
@@ -228,6 +219,7 @@ def save_adapter(adapted: Any, folder: Path) -> dict[str, str]:
     content = {
         key: sorted(value) if isinstance(value, set) else value for key, value in config.items()
     }
+    # The configuration comes last: a folder that has it is a whole adapter.
     write_json(folder / CONFIG_NAME, content)
     return {WEIGHTS_NAME: digest}
 

@@ -114,9 +114,8 @@ class BlockStubs:
     def record(self, run: Callable[[], object]) -> tuple[torch.Tensor, list[BlockCall]]:
         """Run a model up to its last block.
 
-        Returns:
-            The hidden states (batch, tokens, hidden) that the first block receives, and the call of
-            every block.
+        Returns the hidden states (batch, tokens, hidden) that the first block receives, and the
+        call of every block.
         """
         calls: list[BlockCall] = []
         first: list[torch.Tensor] = []

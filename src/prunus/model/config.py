@@ -80,10 +80,8 @@ class StoredSizes:
 
     Attributes:
         numbers: bytes of all tensors; a coded weight can take less than a byte.
-        tensors: tensors that are not empty.
         layers: modules with a number in their name that hold a tensor, such as `model.layers.7`.
         experts: the largest number of experts that a block can have.
-        longest: the longest side of a tensor.
     """
 
     numbers: int

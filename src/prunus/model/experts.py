@@ -92,7 +92,6 @@ class Experts(nn.Module):
     order is fixed so that the result does not depend on how tokens are grouped.
 
     Attributes:
-        count: number of experts.
         measured_on_all: experts whose linears also run on all tokens, so that hooks on them see
             all tokens. An expert that few tokens chose gets usable statistics in this way. What
             the module returns does not change.
@@ -209,8 +208,7 @@ def is_fusing_rule(rule: Any) -> bool:
 def unfuse_experts(rules: Sequence[Any], block: nn.Module, path: str) -> list[Fused]:
     """Replace every module of fused experts in a block by an `Experts` module on the meta device.
 
-    Returns:
-        The tensors that the block no longer has, in the order in which they were registered.
+    Returns the tensors that the block no longer has, in the order in which they were registered.
     """
     found: list[Fused] = []
     for name, module in list(block.named_modules()):

@@ -31,12 +31,7 @@ _OF_UPLOADS = ("commit_message", "private", "revision", "create_pr", "tags")
 
 
 class LoadedModel(NamedTuple):
-    """A model in memory and what turns text into its inputs; `model, tokenizer = load(path)`.
-
-    Attributes:
-        model: A transformers model in evaluation mode.
-        tokenizer: Its tokenizer; of an image classifier its image processor.
-    """
+    """A model in evaluation mode, and its tokenizer or image processor; see `load`."""
 
     model: Any
     tokenizer: Any
@@ -61,9 +56,6 @@ def load(
             the checkpoint.
         device: auto, cpu, cuda or cuda:i; auto takes a CUDA device if there is one.
         trust_remote_code: Run the model code of the checkpoint.
-
-    Returns:
-        The model in evaluation mode, and its tokenizer.
 
     Raises:
         ValueError, FileNotFoundError, NotImplementedError, ModuleNotFoundError, OSError: Before any
@@ -138,7 +130,7 @@ def load_model(
 def check_architecture(
     folder: Path, trust_remote_code: bool = False, kind: Kind | None = None
 ) -> Kind:
-    """Build the model of a folder without weights, within limits; also imports its code."""
+    """Build the model of a folder without weights, within limits, and return its kind."""
     config = load_config(folder, trust_remote_code, quantized=True)
     kind = kind or kind_of(config)
     build_on_meta(kind, config, torch.float32, trust_remote_code)
@@ -149,9 +141,7 @@ def check_architecture(
 def no_downloads(settings: Any = constants, active: bool = True) -> Iterator[None]:
     """While active, a library of the hub finds only what was downloaded earlier.
 
-    Args:
-        settings: the module of the library that holds HF_HUB_OFFLINE.
-        active: False changes nothing.
+    `settings` is the module of the library that holds HF_HUB_OFFLINE.
 
     >>> with no_downloads():
     ...     constants.is_offline_mode()

@@ -38,8 +38,6 @@ class Skeleton:
 
     Attributes:
         model: the transformers model, in evaluation mode and without gradients.
-        kind: what the model takes and returns.
-        blocks: its blocks, in order.
         path: name of the list of blocks in the model, e.g. `model.layers`.
     """
 

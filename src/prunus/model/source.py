@@ -30,7 +30,6 @@ class Source(Protocol):
     """Stored weights of a model, addressed by the names of the model's own parameters.
 
     Attributes:
-        config: the transformers configuration.
         fingerprint: differs for different checkpoints; see `Checkpoint.fingerprint`.
         stored_dtype: the floating-point dtype that most bytes are stored in.
     """

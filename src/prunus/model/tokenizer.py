@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import resource
-import select
-import signal
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,36 +104,33 @@ def apply_chat_template(
     answer_follows: bool = True,
     **variables: Any,
 ) -> str:
-    """The text that a tokenizer's chat template makes of messages.
-
-    Args:
-        variables: more that the template may read, such as `tools` or `enable_thinking`.
-    """
+    """The text that a tokenizer's chat template makes of messages and other `variables`."""
     variables["add_generation_prompt"] = answer_follows
-    reading, writing = os.pipe()
+    forking = multiprocessing.get_context("fork")
+    reading, writing = forking.Pipe(duplex=False)
+    child = forking.Process(target=_run_child, args=(writing, tokenizer, messages, variables))
     with warnings.catch_warnings():
         # The child runs Python only, and none of the threads that the warning is about.
         warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child == 0:
-        os.close(reading)
-        _run_child(writing, tokenizer, messages, variables)
-    os.close(writing)
+        child.start()
+    writing.close()
+    kind, text = "memory", ""  # of a child that ends without an answer
     try:
-        answer = _read_all(reading)
+        if not reading.poll(_SECONDS):
+            raise ValueError(
+                f"the chat template did not end within {_SECONDS} s; its loops are too long. "
+                "Do without the template, or correct it"
+            )
+        kind, text = reading.recv()
+    except EOFError:
+        pass
     finally:
-        os.close(reading)
-        os.kill(child, signal.SIGKILL)  # it has ended, or is late
-        os.waitpid(child, 0)
-    if answer is None:
-        raise ValueError(
-            f"the chat template did not end within {_SECONDS} s; its loops are too long. "
-            "Do without the template, or correct it"
-        )
-    kind, text = answer[:1], answer[1:].decode("utf-8", errors="replace")
-    if kind == b"+" and len(answer) <= _TEXT:
+        reading.close()
+        child.kill()
+        child.join()
+    if kind == "text":
         return text
-    if kind == b"-":
+    if kind == "fault":
         raise ValueError(f"the chat template cannot be applied: {text}")
     raise ValueError(
         f"the chat template asks for more than {_MEMORY >> 20} MiB of memory or "
@@ -144,23 +139,18 @@ def apply_chat_template(
 
 
 def _run_child(
-    writing: int, tokenizer: Any, messages: Sequence[dict[str, Any]], variables: dict[str, Any]
+    writing: Any, tokenizer: Any, messages: Sequence[dict[str, Any]], variables: dict[str, Any]
 ) -> None:
-    """Apply the template, write `+` and the text or `-` and the reason, and end the process."""
+    """Apply the template, and send the kind of the answer, text, fault or memory, and the text."""
+    limit_process()
     try:
-        limit_process()
-        try:
-            text = tokenizer.apply_chat_template(list(messages), tokenize=False, **variables)
-            answer = b"+" + str(text).encode("utf-8", errors="replace")
-        except MemoryError:
-            answer = b""
-        except Exception as fault:  # a template can raise any error
-            answer = f"-{reason(fault)}".encode("utf-8", errors="replace")
-        answer = answer[: _TEXT + 2]
-        while answer:
-            answer = answer[os.write(writing, answer) :]
-    finally:
-        os._exit(0)
+        text = str(tokenizer.apply_chat_template(list(messages), tokenize=False, **variables))
+        data = text.encode(errors="replace")
+        writing.send(("text", data.decode()) if len(data) < _TEXT else ("memory", ""))
+    except MemoryError:
+        writing.send(("memory", ""))
+    except Exception as fault:  # a template can raise any error
+        writing.send(("fault", reason(fault)))
 
 
 def limit_process() -> None:
@@ -173,16 +163,3 @@ def limit_process() -> None:
     except (OSError, ValueError):
         return
     resource.setrlimit(resource.RLIMIT_AS, (taken + _MEMORY, taken + _MEMORY))
-
-
-def _read_all(reading: int) -> bytes | None:
-    """All that the child writes until it ends; None if it is late."""
-    end, found = time.monotonic() + _SECONDS, bytearray()
-    while (left := end - time.monotonic()) > 0:
-        if not select.select([reading], [], [], left)[0]:
-            break
-        piece = os.read(reading, 2**16)
-        if not piece:
-            return bytes(found)
-        found += piece
-    return None

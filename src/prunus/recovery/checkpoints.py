@@ -72,10 +72,7 @@ class Checkpoints:
     def load(
         self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> TrainingState | None:
-        """Restore weights and moments, and return the state; None if there is nothing to resume.
-
-        Nothing is restored from a damaged state.
-        """
+        """Restore weights and moments, and return the state; None if there is nothing to resume."""
         path = self.folder / _STATE_NAME
         if not path.exists():
             return None

@@ -14,9 +14,7 @@ class Evaluation(Part):
     """One evaluation of the held-out windows.
 
     Attributes:
-        step: Steps of the optimizer before it.
-        tokens: Tokens trained on before it.
-        seconds: Of training and evaluation before it.
+        step, tokens, seconds: Of the training and its evaluations before this one.
         training_loss: Mean training loss since the previous evaluation; None at the start.
         held_out_loss: Mean next-token cross entropy in nats per token. It is the cross entropy with
             the text even if the training minimises something else.
@@ -35,10 +33,7 @@ class Evaluation(Part):
 
 
 class LinearMask(Part):
-    """A pruned linear of shape (out, in), before and after.
-
-    Every weight that was zero before is zero afterwards.
-    """
+    """A pruned linear of shape (out, in). Every weight that was zero before is zero afterwards."""
 
     shape: tuple[int, int]
     zeros_before: int
@@ -66,7 +61,6 @@ class RecoveryRecord(RunRecord):
         best: Number of the evaluation whose weights are the result.
         linears: Full name -> pruned linear, in mode masked.
         stopped: Why training ended before the budget was spent, or None.
-        diverged: Training ended because the loss was not finite.
     """
 
     FILE = "prunus-recovery.json"

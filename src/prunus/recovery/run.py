@@ -124,11 +124,7 @@ def carry_out(
     earlier: RecoveryRecord | None,
     name: str | None = None,
 ) -> RecoveryRecord:
-    """Recover a model into a folder that this run holds; see `recover`.
-
-    Args:
-        name: What the record calls the model; None for `model`.
-    """
+    """Recover a model into a folder that this run holds; the record calls it by `name`."""
     started, ranks = time.perf_counter(), options.processes
     with ranks.fail_together():
         job = plan_recovery(model, recipe, options, teacher, earlier, name)
@@ -176,14 +172,11 @@ def carry_out(
 
 
 def _claim(job: RecoveryJob, folder: ResultFolder, student: Trainable, overwrite: bool) -> None:
-    """Make the folder that of this run, with room for the training and the result.
-
-    A checkpoint of the training holds float32 weights and two moments. The best weights are in a
-    file of their own.
-    """
+    """Make the folder that of this run, with room for the training and the result."""
     trained = sum(p.numel() for p in student.parameters.values())
     checkpoint = job.source.checkpoint
     result = 0 if job.recipe.mode == "lora" else checkpoint.nbytes(checkpoint.tensors)
+    # float32: weights and two moments of the training, and the best weights in a file of their own.
     check_disk(folder.folder, 16 * trained + result)
     folder.begin(overwrite)
     if overwrite:
@@ -222,7 +215,16 @@ def write_result(job: RecoveryJob, folder: ResultFolder, trainable: Trainable) -
     record, source = job.record, job.source
     if job.recipe.mode == "lora":
         record.sha256 |= save_adapter(trainable.model, folder.folder)
-        card = adapter_card(record, base_name(job.model), source.checkpoint.folder)
+        # The fields that the cards of peft have.
+        fields = {"base_model": base_name(job.model), "library_name": "peft"}
+        card = result_card(
+            record,
+            "adapter",
+            [_section(record)],
+            tags=["lora", "pruned", "sparse"],
+            fields=fields,
+            source=source.checkpoint.folder,
+        )
         write_text(folder.folder / "README.md", card)
         record.state = "finished"
         folder.save()
@@ -299,18 +301,6 @@ _KEPT: dict[Mode, str] = {
     "full": "Its shapes are those of the smaller model",
     "scales": "All integers are those of the compressed model",
 }
-
-
-def adapter_card(record: RecoveryRecord, base: str, source: Path) -> str:
-    """The card of an adapter, with the fields that the cards of peft have."""
-    return result_card(
-        record,
-        "adapter",
-        [_section(record)],
-        tags=["lora", "pruned", "sparse"],
-        fields={"base_model": base, "library_name": "peft"},
-        source=source,
-    )
 
 
 def _section(record: RecoveryRecord) -> str:

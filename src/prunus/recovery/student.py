@@ -30,10 +30,9 @@ from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.trainable import (
     Trainable,
     block_linears,
-    full,
-    masked,
     pruned_linears,
     unpruned_linears,
+    whole_model,
 )
 
 # Up to this many tokens per window, the fused attention of torch is slower on a CPU than two
@@ -42,11 +41,7 @@ _MAX_EAGER_TOKENS = 512
 
 
 def load_student(job: RecoveryJob) -> tuple[Trainable, int]:
-    """Load the pruned model into memory, and make it trainable by the mode.
-
-    Returns:
-        The trainable model, and its number of parameters before, as a dense one.
-    """
+    """The pruned model, made trainable by the mode, and its number of parameters as a dense one."""
     recipe, folder = job.recipe, job.source.checkpoint.folder
     if job.device.type == "cpu":
         # Each step frees and allocates the logits. glibc would give them back to the system.
@@ -61,8 +56,9 @@ def load_student(job: RecoveryJob) -> tuple[Trainable, int]:
     # Results are written expert by expert, and zeros are kept in every one of them.
     split_loaded_experts(model)
     if recipe.mode == "full":
-        return full(model, unpruned_linears(model, folder)), parameters
-    return masked(model, pruned_linears(model, folder)), parameters
+        return whole_model(model, unpruned_linears(model, folder), {}), parameters
+    pruned = pruned_linears(model, folder)
+    return whole_model(model, pruned, pruned), parameters
 
 
 def load_teacher(job: RecoveryJob) -> Any:
@@ -75,10 +71,7 @@ def load_teacher(job: RecoveryJob) -> Any:
 
 
 def base_name(model: str | Path) -> str:
-    """What an adapter names as its base model.
-
-    This is the absolute path of a folder, which is found from any directory, or a hub id.
-    """
+    """What an adapter names as its base: a hub id, or a path that holds in any directory."""
     return str(resolve_folder(model).resolve()) if Path(model).is_dir() else str(model)
 
 
@@ -116,11 +109,7 @@ def lora(
 ) -> Trainable:
     """Mode lora (Hu et al., arXiv 2106.09685): add low-rank layers, as the Wanda paper does.
 
-    The query and value projections get layers of rank 8. `Trainable.model` is then a peft model.
-    The base model stays as it is, zeros included.
-
-    Args:
-        recipe: Rank, scale, seed, and the last parts of the names of the linears to extend.
+    `Trainable.model` is then a peft model. The base model stays as it is, zeros included.
     """
     targets = recipe.target_modules or default_target_modules(linears)
     last_parts = {name: name.rpartition(".")[2] for name in linears}

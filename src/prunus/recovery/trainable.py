@@ -27,7 +27,7 @@ class Trainable:
     """A model that is ready to be trained.
 
     Attributes:
-        parameters: What is trained, float32. The names identify them in a checkpoint.
+        parameters: What is trained, float32, by names that are also those in a checkpoint.
         pruned: Full name -> pruned linear, in mode masked. Its zeros stay zero.
         masks: Name of a parameter -> bool of its shape, False where it must stay zero.
         added: Number of parameters that the result has and the pruned checkpoint has not.
@@ -51,25 +51,19 @@ class Trainable:
         return sum(p.numel() for p in self.parameters.values()) - zeros
 
 
-def masked(model: Any, linears: Mapping[str, Linear]) -> Trainable:
-    """Mode masked: train all parameters of a float32 model except its pruned weights.
+def whole_model(
+    model: Any, linears: Mapping[str, Linear], pruned: Mapping[str, Linear]
+) -> Trainable:
+    """Modes masked and full: train all parameters of a float32 model except its pruned weights.
 
     Gradients of pruned weights are set to zero before the optimizer sees them. Their moments then
     stay zero. So a step of Adam (0 / (√0 + ε)) and weight decay (0 · λ) leave an exact zero in
     place. Gradient clipping sees only the gradients of what is trained.
     """
-    masks = {f"{name}.weight": linear.parameter != 0 for name, linear in linears.items()}
-    return Trainable(model, _all(model), linears, masks, weight_rms=kept_rms(linears))
-
-
-def full(model: Any, linears: Mapping[str, Linear]) -> Trainable:
-    """Mode full: train all parameters of a float32 model that has no pruned weights."""
-    return Trainable(model, _all(model), weight_rms=kept_rms(linears))
-
-
-def _all(model: nn.Module) -> dict[str, nn.Parameter]:
     model.requires_grad_(True)
-    return dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
+    masks = {f"{name}.weight": linear.parameter != 0 for name, linear in pruned.items()}
+    return Trainable(model, parameters, pruned, masks, weight_rms=kept_rms(linears))
 
 
 #: Fraction of zeros from which a linear counts as pruned if no record names the pruned linears.

@@ -3,6 +3,8 @@
 The loop knows a model that gives logits, and the parameters to train. It does not know which mode
 they come from or where they go. Weights, gradients and moments are float32; matrix products and
 activations are in `dtype`. The model is in evaluation mode: dropout would make two attempts differ.
+
+Legend: W windows, S tokens per window, R rows at a time, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from prunus.calibration.training_text import TrainingText
 from prunus.distributed import SINGLE_PROCESS, Ranks
@@ -21,7 +24,6 @@ from prunus.hardware.numerics import native_bfloat16
 from prunus.model.linears import refuse_not_finite
 from prunus.pruning.reconstruction.train import learning_rate
 from prunus.recovery.checkpoints import Checkpoints, TrainingState
-from prunus.recovery.loss import next_token_loss
 from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.record import Evaluation
 from prunus.recovery.trainable import Trainable, block_linears
@@ -31,6 +33,9 @@ _TOKENS_PER_PASS = 2048
 
 # Gradients are scaled down to this norm, as is usual for language models.
 _MAX_NORM = 1.0
+# Rows of logits that are in float32 at a time. On a CPU they should stay in the cache.
+_ROWS = 64
+_CUDA_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,6 @@ class Step:
     Attributes:
         fraction: Of the budget that is spent, from 0 to 1.
         tokens, seconds: Of training so far; the time includes evaluations.
-        message: What has just happened.
-        loss: Training loss, if there is one.
         perplexity: On the held-out windows, if they have just been evaluated.
     """
 
@@ -95,12 +98,7 @@ def step_count(options: RecoveryOptions) -> int | None:
 
 @dataclass
 class Training:
-    """One training, which `run` carries out.
-
-    Attributes:
-        trainable: Model and parameters. The parameters end as the best on the held-out windows.
-        dtype: Of matrix products and activations; see `training_dtype`.
-    """
+    """One training, which `run` carries out; the parameters end as the best on held-out windows."""
 
     trainable: Trainable
     text: TrainingText
@@ -276,3 +274,85 @@ class Training:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             self.ranks.all_reduce(parameter.grad)
+
+
+# --- the loss ---
+
+# With p the teacher's and q the model's distribution of the next token, y the token that follows,
+# and w the weight of the teacher (Hinton et al., arXiv 1503.02531, at temperature 1):
+#
+#     w · Σ_v p_v (log p_v − log q_v)  −  (1 − w) · log q_y
+#
+# Loss and gradient, (q − w·p − (1−w)·[v = y]) / tokens, are computed together in float32, a few
+# rows at a time. The usual way, whole matrices of log-probabilities that wait for the backward
+# pass, takes more memory than a small model and more time to move than to compute. For the same
+# reason the logits are not cut and copied. The last position of a window predicts nothing; it gets
+# a gradient of zeros.
+
+
+def next_token_loss(
+    logits_WSV: Tensor, ids_WS: Tensor, teacher_WSV: Tensor | None = None, weight: float = 1.0
+) -> Tensor:
+    """The mean loss of predicting tokens 2..S of every window, a float32 scalar.
+
+    Args:
+        logits_WSV: The model's logits, any floating dtype. The loss is differentiable in them, and
+            their gradient has the same dtype.
+        weight: Of the KL divergence, from 0 to 1. Without a teacher it counts as 0.
+
+    Equal logits for four tokens are a cross entropy of log 4.
+
+    >>> logits, ids = torch.zeros(1, 3, 4), torch.tensor([[0, 1, 2]])
+    >>> round(float(next_token_loss(logits, ids)), 4)
+    1.3863
+    """
+    targets_WS = ids_WS[:, 1:].to(logits_WSV.device)
+    loss: Tensor = _Loss.apply(
+        logits_WSV, targets_WS, teacher_WSV, weight if teacher_WSV is not None else 0.0
+    )
+    return loss
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits_WSV: Tensor, targets_WS: Tensor, teacher_WSV: Tensor | None, weight: float
+    ) -> Tensor:
+        rows = _ROWS if logits_WSV.device.type == "cpu" else _CUDA_ROWS
+        windows, predicted = targets_WS.shape
+        gradient_WSV = torch.empty_like(logits_WSV) if ctx.needs_input_grad[0] else None
+        total = torch.zeros((), dtype=torch.float64, device=logits_WSV.device)
+        for window in range(windows):
+            for first in range(0, predicted, rows):
+                part = window, slice(first, min(first + rows, predicted))
+                logq_RV = logits_WSV[part].float().log_softmax(dim=-1)
+                targets_R1 = targets_WS[part][:, None]
+                if weight < 1:
+                    total -= (1 - weight) * logq_RV.gather(1, targets_R1).sum(dtype=torch.float64)
+                p_RV = None
+                if teacher_WSV is not None:
+                    logp_RV = teacher_WSV[part].float().log_softmax(dim=-1)
+                    p_RV = logp_RV.exp()
+                    total += weight * (p_RV * logp_RV.sub_(logq_RV)).sum(dtype=torch.float64)
+                if gradient_WSV is not None:
+                    # q − w·p − (1−w)·[v = y], in place of log q.
+                    change_RV = logq_RV.exp_()
+                    if p_RV is not None:
+                        change_RV.sub_(p_RV, alpha=weight)
+                    if weight < 1:
+                        ones_R1 = torch.ones_like(targets_R1, dtype=torch.float32)
+                        change_RV.scatter_add_(1, targets_R1, (weight - 1) * ones_R1)
+                    gradient_WSV[part] = change_RV.div_(windows * predicted)
+            if gradient_WSV is not None:
+                gradient_WSV[window, predicted] = 0
+        if gradient_WSV is not None:
+            ctx.save_for_backward(gradient_WSV)
+        return (total / (windows * predicted)).float()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient_WSV,) = ctx.saved_tensors
+        # Usually a step has one part and the factor is 1; then a pass over all logits is saved.
+        if float(outer[0]) != 1:
+            gradient_WSV = gradient_WSV * outer[0].to(gradient_WSV.dtype)
+        return gradient_WSV, None, None, None

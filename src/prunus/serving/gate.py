@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import hmac
 import ipaddress
+import json
 import logging
 import threading
 import time
@@ -17,8 +18,6 @@ import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
-
-from prunus.serving.errors import RequestError
 
 _Message = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[_Message]]
@@ -39,6 +38,33 @@ _SLOWEST_READER = 60
 _MAX_ID = 128
 
 
+class RequestError(Exception):
+    """A request that is not served; an error as the OpenAI protocol writes it.
+
+    >>> json.loads(RequestError(404, "no model x", code="model_not_found").body())["error"]["code"]
+    'model_not_found'
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message = status, message
+        self.code, self.param, self.headers = code, param, headers or {}
+
+    def body(self) -> str:
+        """The JSON of the answer, in ASCII: what a client sent may be no valid Unicode."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        told = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return json.dumps({"error": told})
+
+
 def client_gone() -> RequestError:
     """What ends a request whose client left. Only the log shows its status, which is nginx's."""
     return RequestError(499, "the client went away")
@@ -49,11 +75,9 @@ class Job:
 
     Attributes:
         id: name of the request, the client's or a new one.
-        body: what was sent.
         cancelled: set when nobody waits for the answer any more. The thread that generates checks
             it before every token.
         slot: done when the request has its turn, or will have none.
-        prompt_tokens, answer_tokens: how many there were so far.
     """
 
     def __init__(self, name: str) -> None:
@@ -88,8 +112,6 @@ class Gate:
             this machine: otherwise a page in a browser could reach the server under a name of its
             own (DNS rebinding).
         max_body: bytes of the largest body that is read.
-        max_concurrent: at least 1.
-        max_waiting: at least 0.
 
     Attributes:
         jobs: the requests that wait or are computed.

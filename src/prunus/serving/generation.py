@@ -2,19 +2,20 @@
 
 transformers parses what models write: reasoning, calls of tools and text. Here several requests can
 be computed at once, a request without a client ends at its next token, and stop sequences are found
-in the text, which is cut before them.
+in the text, which is cut before them. At the end are the forms of answers in OpenAI's protocol.
 """
 
 from __future__ import annotations
 
 import asyncio
-import copy
+import json
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import StoppingCriteriaList
@@ -26,11 +27,13 @@ from transformers.cli.serving.utils import (
     build_response_parser,
 )
 
-from prunus.evaluation.generation import LOWEST_TEMPERATURE
+from prunus.evaluation.generation import chosen_settings
 from prunus.hardware.errors import reason
-from prunus.serving.errors import RequestError
-from prunus.serving.gate import Job, client_gone
+from prunus.serving.gate import Job, RequestError, client_gone
+from prunus.serving.reader import Limits, PromptReader
 from prunus.serving.requests import DEFAULT_TOKENS, Work
+
+_Json = dict[str, Any]
 
 _log = logging.getLogger("prunus.serving")
 
@@ -40,15 +43,9 @@ _LOGITS = 2**27
 
 @dataclass(frozen=True)
 class End:
-    """The end of an answer.
+    """The end of an answer; `logprobs` as OpenAI writes them, where the request asks for them."""
 
-    Attributes:
-        reason: "stop", "length" or "tool_calls".
-        tokens: how many were generated.
-        logprobs: as OpenAI writes them for texts, where the request asks for them.
-    """
-
-    reason: str
+    reason: Literal["stop", "length", "tool_calls"]
     tokens: int
     logprobs: dict[str, list[Any]] | None = None
 
@@ -118,24 +115,11 @@ class Generator:
         return End(streamer.reason(settings.max_new_tokens), streamer.total_tokens, logprobs)
 
     def _settings(self, work: Work, prompt_tokens: int) -> Any:
-        """The checkpoint's settings with those of the request in their place.
-
-        A temperature or `top_p` turns sampling on, and a temperature of 0 turns it off.
-        """
-        found = copy.deepcopy(self._model.generation_config)
+        """The checkpoint's settings with those of the request in their place."""
+        found = chosen_settings(self._model.generation_config, work)
         found.max_new_tokens = DEFAULT_TOKENS if work.max_tokens is None else work.max_tokens
         if self._context is not None:
             found.max_new_tokens = min(found.max_new_tokens, self._context - prompt_tokens)
-        for name in ("temperature", "top_p"):
-            if getattr(work, name) is not None:
-                setattr(found, name, getattr(work, name))
-                found.do_sample = True
-        if found.temperature is not None and found.temperature < LOWEST_TEMPERATURE:
-            found.do_sample = False
-        if not found.do_sample:
-            # Settings of sampling have no effect now, and transformers warns of them.
-            for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
-                setattr(found, name, None)
         if work.logit_bias:
             found.sequence_bias = {(token,): bias for token, bias in work.logit_bias.items()}
         return found
@@ -199,7 +183,7 @@ class _Streamer(DirectStreamer):
         """Whether a stop sequence was met: a criterion of `generate`."""
         return self._text.found
 
-    def reason(self, limit: int) -> str:
+    def reason(self, limit: int) -> Literal["stop", "length", "tool_calls"]:
         """Why the answer ends."""
         if self._calls_tools:
             return "tool_calls"
@@ -263,3 +247,93 @@ class StopText:
             ),
             default=0,
         )
+
+
+# --- answers, whole and in pieces ---
+
+
+class Answers:
+    """Answers requests with one model."""
+
+    def __init__(self, reader: PromptReader, limits: Limits, generator: Generator) -> None:
+        self._reader, self._limits, self._generator = reader, limits, generator
+
+    async def answer(self, path: str, job: Job) -> _Json | AsyncIterator[str]:
+        """The answer to a request to the endpoint `path`, or the events of a stream."""
+        work = await self._reader.read(path, self._limits, job.body)
+        job.prompt_tokens = sum(map(len, work.prompts))
+        kind = "chat.completion" if work.is_chat else "text_completion"
+        if work.is_chat and work.stream:
+            kind += ".chunk"
+        head = {"object": kind, "created": int(time.time()), "model": self._limits.name}
+        events = self._events(job, work, {"id": job.id, **head})
+        if work.stream:
+            return _stream(events)
+        choices: list[_Json] = []
+        async for event in events:
+            [piece] = event["choices"]
+            if piece["index"] == len(choices):
+                choices.append(piece)
+            else:
+                _add(choices[-1], piece)
+        for choice in choices:
+            if work.is_chat:
+                choice["message"] = {"content": "", **choice.pop("delta")}
+        return event | {"choices": choices}
+
+    async def _events(self, job: Job, work: Work, head: _Json) -> AsyncIterator[_Json]:
+        """Yield an answer in pieces; the last one says how many tokens there were."""
+        for index, prompt in enumerate(work.prompts):
+            calls = 0
+            choice: _Json = {"index": index, "finish_reason": None, "logprobs": None}
+            if work.is_chat:
+                yield {**head, "choices": [choice | {"delta": {"role": "assistant"}}]}
+            else:
+                text = work.texts[index] if work.texts else ""
+                yield {**head, "choices": [choice | {"text": text}]}
+            async for item in self._generator.items(job, work, prompt):
+                found = dict(head)
+                piece: _Json = {**choice, **({"delta": {}} if work.is_chat else {"text": ""})}
+                if isinstance(item, End):
+                    job.answer_tokens += item.tokens
+                    piece |= {"finish_reason": item.reason, "logprobs": item.logprobs}
+                    if index == len(work.prompts) - 1:
+                        found["usage"] = job.usage()
+                elif not work.is_chat:
+                    piece["text"] = item
+                elif isinstance(item, ToolCall):
+                    piece["delta"] = {"tool_calls": [_tool_call(item, job.id, calls)]}
+                    calls += 1
+                else:
+                    name = "reasoning_content" if isinstance(item, ReasoningText) else "content"
+                    piece["delta"] = {name: item}
+                yield {**found, "choices": [piece]}
+
+
+def _tool_call(call: ToolCall, request: str, index: int) -> _Json:
+    return {
+        "index": index,
+        "id": f"{request}_tool_call_{index}",
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+    }
+
+
+def _add(whole: _Json, piece: _Json) -> None:
+    """Join a piece to what came before it: texts and lists grow, other values replace."""
+    for name, value in piece.items():
+        if isinstance(value, dict) and isinstance(whole.get(name), dict):
+            _add(whole[name], value)
+        elif isinstance(value, list) or name in ("text", "content", "reasoning_content"):
+            whole[name] = whole.get(name, type(value)()) + value
+        else:
+            whole[name] = value
+
+
+async def _stream(events: AsyncIterator[_Json]) -> AsyncIterator[str]:
+    try:
+        async for event in events:
+            yield f"data: {json.dumps(event)}\n\n"
+        yield "data: [DONE]\n\n"
+    except RequestError as fault:
+        yield f"data: {fault.body()}\n\n"

@@ -24,7 +24,7 @@ from transformers.cli.serving.utils import BaseHandler, Modality
 
 from prunus.hardware.errors import reason
 from prunus.model.tokenizer import limit_process
-from prunus.serving.errors import RequestError
+from prunus.serving.gate import RequestError
 from prunus.serving.requests import (
     DEFAULT_TOKENS,
     ChatOptions,
@@ -54,8 +54,6 @@ class Limits:
     """What every request must keep to.
 
     Attributes:
-        name: name of the only model.
-        vocabulary: number of token ids.
         context: largest number of tokens of prompt and answer together; None for no limit.
         text: bytes of the longest text that can fit into the context.
     """

@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from prunus.options.declaration import words
-from prunus.serving.errors import RequestError
+from prunus.serving.gate import RequestError
 
 #: Most prompts, messages, and parts of a message in one request.
 _MAX_PROMPTS, _MAX_MESSAGES = 128, 10_000
@@ -116,16 +116,15 @@ class _Scored(Options):
 
 def _list_prompts(prompt: Any) -> Any:
     several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
-    given = prompt if several else [prompt]
-    if len(given) > _MAX_PROMPTS:
-        raise ValueError(f"give at most {_MAX_PROMPTS} prompts")
-    return given
+    return prompt if several else [prompt]
 
 
 class TextOptions(_Scored):
     """A request to `/v1/completions`. `prompt` is a list, also where a single one was given."""
 
-    prompt: Annotated[list[str | list[int]], BeforeValidator(_list_prompts)]
+    prompt: Annotated[
+        list[str | list[int]], Field(max_length=_MAX_PROMPTS), BeforeValidator(_list_prompts)
+    ]
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
 
     @model_validator(mode="after")

@@ -16,12 +16,10 @@ from prunus.hardware.errors import reason
 from prunus.model.device import choose_device
 from prunus.model.loading import load_model, no_downloads
 from prunus.model.tokenizer import load_tokenizer
-from prunus.serving.errors import RequestError
-from prunus.serving.gate import GENERATING, Gate, is_loopback
+from prunus.serving.gate import GENERATING, Gate, RequestError, is_loopback
 
 if TYPE_CHECKING:
-    from prunus.serving.answers import Answers
-    from prunus.serving.generation import Generator
+    from prunus.serving.generation import Answers, Generator
     from prunus.serving.reader import PromptReader
 
 _LIBRARIES = ("starlette", "uvicorn")
@@ -136,8 +134,7 @@ def build_app(
     """The application for one loaded causal language model, and what generates for it, whose
     `shutdown` waits for its threads. The options are those of `serve`.
     """
-    from prunus.serving.answers import Answers
-    from prunus.serving.generation import Generator
+    from prunus.serving.generation import Answers, Generator
     from prunus.serving.reader import Limits
 
     limits = Limits.of(name, model, reader.tokenizer)

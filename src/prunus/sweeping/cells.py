@@ -45,8 +45,7 @@ def shared_windows(
 ) -> torch.Tensor:
     """The calibration windows for a recipe, (samples, seqlen) int64.
 
-    They are drawn if no cell has needed them yet. New windows are written into `output` and entered
-    in `results`, which the caller saves.
+    New ones are written into `output` and entered in `results`, which the caller saves.
     """
     chosen = recipe.model_dump(include={"samples", "seqlen", "seed", "bos"})
     key = {"calibration": recipe.calibration} | chosen
@@ -95,8 +94,7 @@ def _check_same(known: CalibrationSet, sha256: str, what: str) -> None:
 def prune_cell(cell: CellResult, folder: Path, model: Path, options: RunOptions) -> Path:
     """Prune a model into the cell's folder, and return the folder with the pruned weights.
 
-    An earlier attempt is resumed. Weights that were deleted are made again, to the same bytes, and
-    the cell keeps its figures.
+    An earlier attempt is resumed. Deleted weights are made again; the cell keeps its figures.
     """
     weights = in_held(folder / WEIGHTS)
     make_folder(folder)
@@ -142,10 +140,8 @@ def score_model(
 ) -> None:
     """Measure a checkpoint's size, and score it on every text and task that its record lacks.
 
-    Args:
-        dense: The dense model, which cells are compared with. It scores itself with what the
-            comparisons need as well.
-        finished: Called with what was scored and its value, after each text and each metric.
+    The dense model scores itself with what the comparisons of cells need as well. `finished` is
+    called with what was scored and its value, after each text and each metric.
     """
     if record.size is None:
         record.size = stored_size(model, options.trust_remote_code)

@@ -69,7 +69,6 @@ class Sweep(Options):
     Attributes:
         grid: Tables that map recipe options and `recovery` to a value or a list of values.
         recovery: Name -> options of `prunus recover`.
-        keep_checkpoints: Whether the weights of cells that are done are kept.
     """
 
     FILE = "sweep"
@@ -107,7 +106,14 @@ class Sweep(Options):
 
     def cells(self) -> list[CellResult]:
         """All combinations in the order of the file; a recovery follows its own cell."""
-        self._check_count()
+        count = len(self.labels()) * sum(
+            math.prod(len(x) for x in table.values() if isinstance(x, list)) for table in self.grid
+        )
+        if count > _MAX_CELLS:
+            raise ValueError(
+                f"the grids have {count:,} cells, and a sweep has at most {_MAX_CELLS:,}; give "
+                "fewer values, or split the file"
+            )
         base = _recipe("[recipe]", self.recipe)
         found: dict[str, list[CellResult]] = {}
         for label, (number, table) in itertools.product(self.labels(), enumerate(self.grid, 1)):
@@ -130,20 +136,6 @@ class Sweep(Options):
                     follower = {"name": f"{name}+{_slug(recovery)}", "recovery": recovery}
                     own.append(own[0].model_copy(update=follower | {"recovers": name}))
         return [cell for own in found.values() for cell in own]
-
-    def _check_count(self) -> None:
-        """Refuse a sweep of more cells than anybody runs, before they are listed."""
-        sizes = [
-            math.prod(len(value) for value in table.values() if isinstance(value, list))
-            for table in self.grid
-        ]
-        count = len(self.labels()) * sum(sizes)
-        if count > _MAX_CELLS:
-            largest = max(range(len(sizes)), key=lambda number: sizes[number])
-            raise ValueError(
-                f"the grids have {count:,} cells, most of them in grid {largest + 1}, and a sweep "
-                f"has at most {_MAX_CELLS:,}; give fewer values, or split the file"
-            )
 
 
 def _combinations(where: str, table: dict[str, Any]) -> Iterator[dict[str, Any]]:

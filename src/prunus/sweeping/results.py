@@ -45,7 +45,6 @@ class SweptModel(Part):
             of the paper are there, their mean is too.
         pruning, recovered: Totals of the runs that made a cell.
         residual_gap: Text -> see `residual_gaps`; empty for dense models.
-        error: Why it failed, or None.
     """
 
     size: ModelSize | None = None
@@ -91,7 +90,6 @@ class CellResult(SweptModel):
     Attributes:
         name: Unique name, which is also the name of the cell's folder.
         model: Label of the model.
-        recovery: Name of the recovery, or None.
         recovers: Name of the cell whose weights are recovered, or None.
         state: A `waiting` cell was not started, a `running` one is between two steps.
     """
@@ -112,12 +110,7 @@ class DenseResult(SweptModel):
 
 
 class CalibrationSet(Part):
-    """Calibration windows that cells share.
-
-    Attributes:
-        options: Of the recipe: source, number, length, seed and BOS.
-        file: Relative to the sweep's folder.
-    """
+    """Calibration windows that cells share, by the recipe's options for windows."""
 
     model: str
     options: dict[str, Any]

@@ -183,12 +183,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        ValueError: it is not valid JSON, nested too deep, too large, or no regular file.
-        FileNotFoundError: there is no such file.
-    """
+    """The content of a JSON file."""
     content = read_limited(path)
     try:
         return json.loads(content.decode("utf-8"))

@@ -167,8 +167,7 @@ class Checkpoint:
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, tensor) on the CPU in the dtype of the file.
 
-        Args:
-            pinned: use pinned memory, from which a CUDA device copies without the host waiting.
+        From `pinned` memory a CUDA device copies without the host waiting.
         """
         for file, members in self._by_file(names):
             with open(self.folder / file, "rb", buffering=0) as plain:
