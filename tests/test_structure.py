@@ -156,7 +156,7 @@ def test_files_and_functions_are_short_and_say_what_they_are():
     tests = sum(
         len(path.read_text("utf-8").splitlines()) for path in Path(__file__).parent.rglob("*.py")
     )
-    source = 0
+    source = len((ROOT.parent / "prunus_autoload.py").read_text("utf-8").splitlines())
     for name, path in MODULES.items():
         assert path.stem not in {"utils", "util", "helpers", "common", "misc"}
         lines = path.read_text(encoding="utf-8").splitlines()

@@ -1,7 +1,7 @@
 """How transformers loads, saves and expands a packed checkpoint, by its interface for quantizers.
 
-This file is imported while transformers itself is being imported (see `register.py`). Its head may
-import only modules that are loaded by then.
+This file is imported while transformers itself is being imported (see `prunus_autoload.py`). Its
+head may import only modules that are loaded by then.
 """
 
 from __future__ import annotations
