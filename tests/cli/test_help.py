@@ -7,6 +7,7 @@ from importlib.metadata import version
 
 import pytest
 import typer
+from pydantic_core import PydanticUndefined
 from typer.main import get_command
 
 from command_line import call
@@ -76,8 +77,9 @@ def test_every_declared_option_is_in_the_help_with_its_default(verb, models):
             assert (name in helps) == option.flag or name == "memory", name
             if option.flag and name in helps:
                 assert helps[name].startswith(option.help), name
+                assert "Undefined" not in helps[name], name
                 default = model.model_fields[name].get_default(call_default_factory=True)
-                if option.default is None and default not in (None, False, ()):
+                if option.default is None and default not in (None, False, (), PydanticUndefined):
                     shown = f"{default:g}" if isinstance(default, float) else str(default)
                     assert f"Default: {shown}." in helps[name], name
 

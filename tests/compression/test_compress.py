@@ -222,13 +222,42 @@ def test_a_budget_below_the_measurement_is_refused(dense, monkeypatch):
         plan_run(dense, recipe, RunOptions(input_ids=token_ids()), CompressionJob)
 
 
-def test_the_card_says_bits_and_zeros(compressed):
-    card = (compressed / "README.md").read_text()
+def test_what_takes_the_bytes_of_the_file_is_said(dense, compressed, tmp_path):
+    compress(dense, tmp_path / "out", head_bits=6)
+    for folder, embeddings in (
+        (compressed, "embeddings in bfloat16"),
+        (tmp_path / "out", "packed embeddings"),
+    ):
+        size, tensors = CompressionRecord.load(folder).size, Checkpoint(folder).tensors
+        stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        assert (size.before, size.after) == ((dense / "model.safetensors").stat().st_size, stored)
+        assert size.parameters == sum(x.numel() for x in load(dense).parameters())
+        assert size.bits_per_parameter == 8 * stored / size.parameters
+        # The head is tied to the embeddings.
+        assert set(size.parts) == {"packed linears", embeddings, "norms and biases in bfloat16"}
+        assert sum(size.parts.values()) == sum(info.nbytes for info in tensors.values())
+        nbytes = sum(info.nbytes for name, info in tensors.items() if "embed_tokens" in name)
+        assert size.parts[embeddings] == nbytes
+        words = " ".join(size.sentences())
+        assert f"{nbytes / 1e3:.1f} kB of {embeddings}" in words
+        assert words in (folder / "README.md").read_text()
+        assert words in " ".join(CompressionRecord.load(folder).table().note.splitlines())
+    assert words in " ".join(call("report", tmp_path / "out").stdout.split())
+
+
+def test_the_card_says_bits_and_zeros_and_no_method_that_chose_nothing(dense, compressed, tmp_path):
+    card, record = ((compressed / x).read_text() for x in ("README.md", CompressionRecord.FILE))
     totals = CompressionRecord.load(compressed).totals
-    assert f"{totals['bits']:.2f} bits per weight" in card
+    assert f"{totals['bits']:.2f} bits per weight" in card and "import prunus" in card
     assert f"{totals['zeros']:,} of {totals['weights']:,} weights" in card
-    assert "import prunus" in card
-    assert "used like the dense model" not in card
+    assert "used like the dense model" not in card and "wanda" not in card + record
+    for option in ({"method": "alps"}, {"allocation": "search"}, {"refine": "swaps"}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))} would say which zeros"):
+            compress(dense, tmp_path / "out", **option)
+    with pytest.raises(FileExistsError, match=r"another sparsity \(0.0, now 0.5\)"):
+        compress(dense, compressed, sparsity=0.5)
+    assert CompressionRecipe(bits=3, sparsity=0.5).model_dump()["method"] == "wanda"
+    assert CompressionRecipe(bits=3, pattern="2:4").model_dump()["mask_from"] == "wanda"
 
 
 def test_tables_and_reports_say_bits_and_zeros(compressed, dense, tmp_path):

@@ -22,7 +22,6 @@ from places import REPOSITORY
 from prunus.calibration import corpora
 from prunus.cli import app
 from prunus.model.checkpoint.gguf import check_extra
-from prunus.packed.doctor import _EXTRAS
 from tiny_tokenizer import dense_checkpoint
 
 DOCS = REPOSITORY / "docs"
@@ -31,20 +30,25 @@ INSTALL = DOCS / "start" / "install.md"
 START = [REPOSITORY / "README.md", *sorted(INSTALL.parent.glob("*.md"))]
 TUTORIALS = [*START, *sorted((DOCS / "tutorials").glob("*.md")), OWN_METHOD]
 OTHERS = sorted({*(DOCS / "how-to").glob("*.md")} - {OWN_METHOD})
+#: Extra of the package -> the module that shows whether it is installed.
+EXTRAS = {
+    "data": "datasets", "eval": "lm_eval", "gguf": "gguf", "adapters": "peft", "serve": "starlette",
+    "vision": "PIL",
+}  # fmt: skip
 #: Options that make a command take seconds; they replace what the page says.
 SMALL = {
     "prune": {"--samples": "4", "--seqlen": "16"},
     "plan": {"--samples": "4", "--seqlen": "16"},
     "compress": {"--bits": "5", "--samples": "4", "--seqlen": "16"},
     "eval": {"--seqlen": "16", "--samples": "2"},
-    "recover": {"--tokens": "64", "--seqlen": "16", "--held-out": "2", "--evaluations": "1"},
+    "recover": {"--tokens": "1024", "--seqlen": "16", "--held-out": "2", "--evaluations": "1"},
     "pack": {"--seqlen": "16", "--samples": "2"},
     "generate": {"--max-new-tokens": "4"},
 }
 #: `bench` starts a process per model, which takes half a minute; tests/cli runs it.
 NOT_RUN = {"bench"}
 OTHER_PROGRAMS = {"pip", "make", "curl", "export", "python", "python3", "vllm", "ollama", "lm_eval"}
-SMALL_PYTHON = {"samples": 4, "seqlen": 16, "tokens": 64}
+SMALL_PYTHON = {"samples": 4, "seqlen": 16, "tokens": 1024}
 SENTENCE = "The quick brown fox jumps over the lazy dog number {}. "
 
 
@@ -78,7 +82,7 @@ def hide_extras(page: Path, monkeypatch) -> None:
     """Hide the extras that neither a page of Start nor the install page installs."""
     text = (page if page.name == "README.md" else INSTALL).read_text(encoding="utf-8")
     given = ",".join(re.findall(r"pip install -e '\.\[(.+?)\]'", text)).split(",")
-    hidden = {name for extra in {*_EXTRAS} - {*given} for name in _EXTRAS[extra][0]}
+    hidden = {module for extra, module in EXTRAS.items() if extra not in given}
     find_spec, data_folder = importlib.util.find_spec, corpora.data_folder
 
     def as_the_hub(data: Path | None) -> Path | None:
@@ -108,7 +112,7 @@ def smaller(verb: str, arguments: list[str]) -> list[str]:
         options["--memory"] = "64GB"
     if verb == "prune" and "--minutes" in kept:
         place = kept.index("--minutes")
-        kept[place : place + 2] = ["--tokens", "64"]
+        kept[place : place + 2] = ["--tokens", "1024"]
     for option, value in options.items():
         if option in kept:
             kept[kept.index(option) + 1] = value

@@ -1,12 +1,14 @@
 """One declaration of an option gives its keyword, its check, its file and its error."""
 
 import inspect
+import pydoc
 from typing import Annotated, ClassVar
 
 import pytest
 
 import prunus
 from prunus.options import Option, Options, at_least, between, one_of, takes
+from prunus.recovery.options import RecoveryOptions
 
 
 class Speed(Options):
@@ -26,10 +28,16 @@ def test_keywords_of_a_function_are_those_of_its_options():
     assert str(inspect.signature(drive)).startswith("(road, *, gear: 'int' = 1, share")
     assert "gear: Drive in this gear." in drive.__doc__
     assert drive("a", gear=2) == {"gear": 2}
-    for verb in (prunus.prune, prunus.compress, prunus.shrink, prunus.recover):
-        assert {"device", "data", "overwrite", "progress"} <= set(
-            inspect.signature(verb).parameters
-        )
+    for verb, options in (
+        (prunus.prune, prunus.Recipe),
+        (prunus.compress, prunus.CompressionRecipe),
+        (prunus.shrink, prunus.StructureRecipe),
+        (prunus.recover, RecoveryOptions),
+    ):
+        shown, parameters = pydoc.plain(pydoc.render_doc(verb)), inspect.signature(verb).parameters
+        for name in {*options.declared(), "device", "data", "overwrite", "progress"}:
+            assert parameters[name].annotation is not inspect.Parameter.empty, name
+            assert f"{name}: " in shown.partition("Args:")[2], name
 
 
 def test_options_are_read_from_files_objects_and_keywords(tmp_path):

@@ -3,15 +3,18 @@
 import itertools
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import prunus
+from prunus import CompressionRecord, Manifest, StructureRecord
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.model.loading import load_model
 from prunus.recovery import training
+from prunus.recovery.job import default_mode
 from prunus.recovery.record import RecoveryRecord
 from prunus.recovery.trainable import check_zeros
 from recovery_cases import SHORT, dense_checkpoint, pruned_checkpoint, recover, shards
@@ -33,6 +36,7 @@ def refused(fault, words, model, output, mode, text, **options):
         ("masked", {"minutes": 1.0}, "in tokens or in minutes, not in both"),
         ("masked", {"rank": 4}, "rank has no meaning in mode masked; it belongs to lora"),
         ("masked", {"tokens": 0}, "tokens must be at least 1; got 0"),
+        ("masked", {"tokens": 31}, r"31 is less than one step, .* on 32 tokens \(2 windows of 16"),
         ("masked", {"learning_rate": math.nan}, "learning_rate must lie in"),
         ("masked", {"lerning_rate": 1.0}, "unknown option 'lerning_rate'; known are mode, text"),
         ("masked", {"distill_weight": 0.5}, "give the dense model as `teacher`"),
@@ -166,6 +170,17 @@ def test_a_pruned_weight_that_is_not_zero_is_never_written():
         check_zeros("x", (2, 2), before, before + torch.tensor([[0.0, 0.0], [0.0, 1e-30]]))
     kept = check_zeros("x", (2, 2), before, before * torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
     assert (kept.zeros_before, kept.zeros_after) == (2, 3)
+
+
+def test_a_mode_follows_from_the_record_of_a_model(dense, text, tmp_path):
+    refused(ValueError, "no mode follows from it: give", dense, tmp_path / "out", None, text)
+    for record in (Manifest, CompressionRecord, StructureRecord):
+        folder = tmp_path / record.FILE
+        shutil.copytree(dense, folder)
+        (folder / record.FILE).touch()
+        assert default_mode(folder) == ("full" if record is StructureRecord else "masked")
+    (folder / Manifest.FILE).touch()
+    assert default_mode(folder) == "masked", "a smaller model that is pruned"
 
 
 @pytest.mark.parametrize("options", [7, None, [], {"mode": "masked", "seqlen": "many"}])

@@ -29,7 +29,7 @@ def _transformers_speaks_again_afterwards():
 def test_recover_shows_its_figures_and_writes_them_as_json(dense, pruned, text, tmp_path):
     out, figures = tmp_path / "out", tmp_path / "figures.json"
     result = call(
-        "recover", pruned, out, "--mode", "masked", "--text", text, *SHORT,
+        "recover", pruned, out, "--text", text, *SHORT,
         "--teacher", dense, "--evaluations", 2, "--json", figures,
     )  # fmt: skip
     assert "the result" in result.stdout

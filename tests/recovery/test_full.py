@@ -19,7 +19,8 @@ def test_a_smaller_model_learns_from_the_dense_one(dense, text, tmp_path):
     options = {"blocks": 1, "width": 0.5, "repair": False}
     shrink(teacher, small, calibration=token_ids(), dtype="float32", **options)
     before = shards(small)
-    record = recover(small, tmp_path / "out", "full", text, teacher=teacher)
+    record = recover(small, tmp_path / "out", None, text, teacher=teacher)
+    assert record.recipe.mode == "full"
     assert shards(small) == before
     first, best = record.evaluations[0], record.evaluations[record.best]
     assert best.held_out_loss < 0.8 * first.held_out_loss

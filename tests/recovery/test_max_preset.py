@@ -80,7 +80,7 @@ def test_the_same_call_again_does_nothing_and_another_one_is_refused(finished, d
     prunus.prune_and_recover(dense, out, **options(text, pattern="2:4"))
     assert not (out / PRUNED).exists()
     for change, word in (
-        ({"tokens": 640}, "tokens"),
+        ({"tokens": 4096}, "tokens"),
         ({"pattern": "4:8"}, "pattern"),
         ({"seed": 3}, "seed"),
     ):

@@ -228,8 +228,6 @@ def test_other_modes_other_models_and_other_teachers(dense, compressed, text, tm
     for folder in (dense, pruned, tmp_path / "packed"):
         with pytest.raises(ValueError, match=r"has no quantised linears.*prunus compress"):
             recover(folder, out, "scales", text)
-        with pytest.raises(ValueError, match=r"mode is missing; give one of lora, .*, scales"):
-            recover(folder, out, None, text)
     with pytest.raises(ValueError, match=r"the teacher .* is packed; give the dense model"):
         recover(compressed, out, None, text, teacher=compressed)
     with pytest.raises(ValueError, match="rank has no meaning in mode scales"):

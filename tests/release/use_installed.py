@@ -35,7 +35,8 @@ def main() -> None:
     assert "site-packages" in installed.parts, f"this is not an installed package: {installed}"
     assert (installed.parent / "py.typed").exists()
     assert library.load() is not None, library.why_not()
-    print(command("doctor"))
+    print(state := command("doctor"))
+    assert "packed checkpoints without `import prunus`" in state
 
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -111,3 +111,7 @@ def test_pruning_and_scoring_show_their_steps(notebook, tmp_path, monkeypatch):
     count_before = len(notebook)
     prunus.prune(dense, tmp_path / "c", calibration=token_ids(2), progress=False)
     assert len(notebook) == count_before
+    prunus.pack(tmp_path / "out", tmp_path / "packed", "int8")
+    assert "pack <progress" in notebook[-1] and "3/3 shards, left 0:00, peak" in notebook[-1]
+    prunus.unpack(tmp_path / "packed", tmp_path / "unpacked")
+    assert "unpack <progress" in notebook[-1] and "3/3 shards" in notebook[-1]

@@ -35,7 +35,7 @@ def training_text(folder: Path) -> Path:
     return path
 
 
-def recover(model: Path, output: Path, mode: str, text: Path, **options: Any) -> RecoveryRecord:
+def recover(model: Path, output: Path, mode: Any, text: Path, **options: Any) -> RecoveryRecord:
     return prunus.recover(model, output, mode, text=str(text), **(SHORT | options))
 
 

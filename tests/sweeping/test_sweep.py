@@ -482,7 +482,7 @@ def test_changed_calibration_windows_are_noticed(dense, swept, tmp_path):
 def test_recoveries_share_one_pruned_model_and_can_be_added(dense, tmp_path, pruned):
     pytest.importorskip("peft")
     out = tmp_path / "out"
-    short = {"text": "python-docs", "tokens": 128, "seqlen": 32, "held_out": 2, "evaluations": 1}
+    short = {"text": "python-docs", "tokens": 2048, "seqlen": 32, "held_out": 2, "evaluations": 1}
     recovery = {
         "adapter": {"mode": "lora", **short},
         "tuned": {"mode": "masked", "teacher": "dense", **short},
@@ -503,7 +503,7 @@ def test_recoveries_share_one_pruned_model_and_can_be_added(dense, tmp_path, pru
     assert both.cells[2].recovered["sparsity"] == 0.5
     assert both.cells[1].recovered["added_parameters"] > 0
     assert not list(out.glob("cells/*/model"))
-    changed = {**recovery, "tuned": {**recovery["tuned"], "tokens": 64}}
+    changed = {**recovery, "tuned": {**recovery["tuned"], "tokens": 1024}}
     with pytest.raises(FileExistsError, match=r"another recovery\.tuned"):
         prunus.sweep(
             sweep_of(dense, {**grid, "recovery": ["adapter", "tuned"]}, recovery=changed), out

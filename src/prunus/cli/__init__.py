@@ -52,7 +52,7 @@ prunus shrink allenai/OLMoE-1B-7B-0924 smaller --experts 0.25
 prunus shrink dense smaller --blocks 0.1 --width 0.25 --samples 32
 prunus plan dense pruned --preset best --memory 8GB
 prunus plan allenai/OLMoE-1B-7B-0924 --bits 3
-prunus recover pruned recovered --mode masked --tokens 1000000
+prunus recover pruned recovered --tokens 1000000
 prunus recover pruned adapter --mode lora --teacher dense --minutes 30
 prunus eval pruned --reference dense --perplexity wikitext2,c4
 prunus eval dense pruned --tasks paper7 --limit 200 --json scores.json

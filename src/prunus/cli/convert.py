@@ -11,12 +11,13 @@ from prunus.cli.flags import Model, Output, opt, with_flags
 from prunus.cli.terminal import (
     counted_steps,
     is_quiet,
-    log_step,
     note,
     print_result,
     print_text,
+    progress_console,
     write_json,
 )
+from prunus.compression.records import PackOptions
 from prunus.runs.options import RunOptions
 
 if TYPE_CHECKING:
@@ -45,19 +46,11 @@ def import_(
     print_text(f"{dest}: {', '.join(f'{key} {value}' for key, value in summary.items())}\n")
 
 
-@with_flags(RunOptions, only=("data", "overwrite"))
+@with_flags(PackOptions, RunOptions, only=("values", "data", "overwrite"))
 def pack(
     model: Model,
     output: Output,
     *,
-    values: Annotated[
-        Literal["bf16", "int8"],
-        opt(
-            "How kept weights are stored. bf16: as they are. int8: rounded, with one "
-            "scale per row. Default: bf16.",
-            "FORMAT",
-        ),
-    ] = "bf16",
     perplexity: Annotated[
         str,
         opt(
@@ -77,6 +70,7 @@ def pack(
     """
     from prunus.compression.pack import pack as pack_checkpoint
     from prunus.evaluation.perplexity import perplexity as measure_perplexity
+    from prunus.reporting.console import show_pruning
     from prunus.reporting.tables import packing_table
 
     windows: dict[str, Any] = {
@@ -89,14 +83,15 @@ def pack(
         note(f"scoring {folder} on {perplexity}")
         return measure_perplexity(folder, perplexity, progress=not is_quiet(), **windows)
 
-    is_scored = values == "int8" and perplexity != "none"
+    is_scored = options.get("values") == "int8" and perplexity != "none"
     # MODEL is scored before OUT is written: a text that cannot be scored fails early.
     try:
         before = score(model) if is_scored else None
     except ValueError as error:
         raise ValueError(f"{error} (--perplexity none packs without scoring)") from error
-    with counted_steps(output, log_step) as step:
-        record = pack_checkpoint(model, output, values, progress=step, **options)
+    title = f"pack {output}"
+    with show_pruning(title, progress_console()) as show, counted_steps(output, show) as step:
+        record = pack_checkpoint(model, output, progress=step, **options)
     content = record.model_dump(mode="json")
     scores = ""
     if before is not None:
@@ -111,8 +106,10 @@ def pack(
 def unpack(model: Model, output: Output, **options: Any) -> None:
     """Turn a packed checkpoint back into an ordinary one."""
     from prunus.compression.pack import unpack as unpack_checkpoint
+    from prunus.reporting.console import show_pruning
     from prunus.reporting.tables import packing_table
 
-    with counted_steps(output, log_step) as step:
+    title = f"unpack {output}"
+    with show_pruning(title, progress_console()) as show, counted_steps(output, show) as step:
         record = unpack_checkpoint(model, output, progress=step, **options)
     print_result(record, packing_table(record))

@@ -207,7 +207,7 @@ def bench(
 
 
 def doctor() -> None:
-    """Show which kernels run packed models here, and why."""
+    """Show how packed models run here, and which extras are there."""
     from prunus.packed.doctor import describe, in_sentences
 
     state = describe()

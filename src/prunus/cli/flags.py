@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
+from pydantic_core import PydanticUndefined
 
 from prunus.options import Option, Options
 from prunus.options.declaration import ADVANCED
@@ -55,8 +56,7 @@ def with_flags(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a verb that ends in `**options` one flag for each option of its models.
 
-    Args:
-        *models: Models of options. A parameter of the verb hides an option of the same name.
+    A parameter of the verb hides an option of the same name.
     """
 
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:
@@ -134,8 +134,8 @@ def _kind(annotation: Any) -> Any:
 
 
 def _words(default: Any) -> str:
-    """A default in the help; nothing for a switch that is off, or where there is none."""
-    if default is None or default is False or default == ():
+    """A default in the help; nothing for a switch that is off, or where there is no default."""
+    if default is False or default in ((), None, PydanticUndefined):
         return ""
     return f"{default:g}" if isinstance(default, float) else str(default)
 
@@ -161,12 +161,7 @@ def opt(
     panel: str | None = None,
     **more: Any,
 ) -> Any:
-    """An option of a single verb. Its default is in the help, in words.
-
-    Args:
-        metavar: Stands for the value in the help; None for a switch.
-        names: Its flags, where they are not those that typer makes.
-    """
+    """An option of a single verb. Its default is in the help, in words; a switch has no metavar."""
     return typer.Option(
         *names, metavar=metavar, help=text, rich_help_panel=panel, show_default=False, **more
     )

@@ -65,9 +65,9 @@ def compress(model: Model, output: Output, *, recipe: RecipeFile = None, **optio
     """Compress MODEL to a number of bits per weight, packed.
 
     Zeros and levels are chosen together: weights that do not repay their bits become 0, and linears
-    and rows in which bits lower the loss most get more of them. from_pretrained loads the result
-    where prunus is installed. A run that was stopped continues when you give the same command
-    again.
+    and rows in which bits lower the loss most get more of them. --sparsity and --pattern force
+    zeros as well, and --method chooses these. from_pretrained loads the result where prunus is
+    installed. A run that was stopped continues when you give the same command again.
     """
     from prunus.compression.run import run
 
@@ -101,11 +101,7 @@ def _carry_out(
     work: dict[str, Any],
     table: Callable[[Any], Any] = lambda record: record.table(),
 ) -> None:
-    """Run a verb with a progress bar, and print its record as a table.
-
-    Args:
-        run: Called with the parts of `what` and the options of the run; returns the record.
-    """
+    """Call `run` with `what` and the options of the run, and print its record as a table."""
     from prunus.reporting.console import show_pruning
 
     with show_pruning(title, progress_console()) as show, counted_steps(what[1], show) as step:
@@ -197,8 +193,9 @@ def recover(
 ) -> None:
     """Recover quality by a short training that keeps the zeros.
 
-    In mode lora, OUT is an adapter. In a compressed model it trains the scales, and the integers
-    stay.
+    What is trained follows from MODEL: the kept weights of a pruned model, the scales of a
+    compressed one, whose integers stay, all weights of a smaller one. In mode lora, OUT is an
+    adapter.
 
     A recovery that was stopped or killed continues when you give the same command again. Under
     torchrun, the processes split the windows of every step; --batch must be at least their number.
@@ -207,7 +204,7 @@ def recover(
     from prunus.reporting.console import show_recovery
     from prunus.reporting.tables import recovery_table
 
-    title = f"{options.get('mode', 'scales')} {output}"
+    title = f"{options.get('mode', 'recover')} {output}"
     with show_recovery(title, progress_console()) as show, counted_steps(output, show) as step:
         record = train(model, output, teacher=teacher, progress=step, **options)
     print_result(record, recovery_table(record))

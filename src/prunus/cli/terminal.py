@@ -225,20 +225,11 @@ def counted_steps(output: Path, progress: Callable[..., None]) -> Iterator[Calla
         )
 
 
-def log_step(done: int, total: int, name: str) -> None:
-    """Log that step `done` of `total` is finished."""
-    note(f"{done} of {total}: {name}")
-
-
 def print_result(content: Any, *shown: Any) -> None:
     """Write the figures of a verb as JSON, then print them as tables. Only rank 0 does so.
 
     The order matters: JSON is safe before anything can go wrong with the terminal. Where JSON
     cannot be written, the tables are still shown before the error.
-
-    Args:
-        content: The figures, or a pydantic record of them.
-        *shown: Sections, tables and facts of `prunus.runs.document`.
     """
     from prunus.distributed import is_rank_0
     from prunus.reporting.console import TerminalConsole, to_terminal
@@ -258,9 +249,7 @@ def print_result(content: Any, *shown: Any) -> None:
 def print_text(text: str) -> bool:
     """Print text at once, with control characters escaped.
 
-    Returns:
-        Whether work on more text makes sense: a file needs it, or somebody reads it. The reader of
-        a pipe or the terminal may be gone.
+    It returns whether work on more text makes sense: a file needs it, or somebody still reads it.
     """
     from prunus.reporting.console import printable
 

@@ -36,23 +36,22 @@ def compressed_card(record: CompressionRecord, loader: str, source: Path) -> str
             f"{forced:,} of them were forced ({shape} by {recipe.method}); the others follow from "
             "the rate."
         )
-    head = ""
-    if recipe.head_bits is not None:
-        head = f" Embeddings and output head: {recipe.head_bits} bits per weight."
+    size = [] if record.size is None else record.size.sentences()
+    method = f"\n  method: {recipe.method}" if recipe.forces_zeros else ""
     card = result_card(
         record,
         "compressed",
         [
             f"{source_name(record)} with {bits:.2f} bits per weight in its linears, scales and all "
-            f"else counted.{head}",
+            "else counted.",
+            " ".join(size),
             f"Zeros: {totals.get('zeros', 0):,} of {totals.get('weights', 0):,} weights "
             f"({sparsity:.2%}). {origin} Calibration: {calibration_words(record)}.",
         ],
         tags=["compressed", "quantized", f"{recipe.bits:g}-bit", "sparse", sparsity_tag(sparsity)],
         fields={
             "base_model_relation": "quantized",
-            "prunus": f"\n  method: {recipe.method}\n  sparsity: {sparsity:.4f}"
-            f"\n  bits: {bits:.3f}",
+            "prunus": f"{method}\n  sparsity: {sparsity:.4f}\n  bits: {bits:.3f}",
         },
         source=source,
     )

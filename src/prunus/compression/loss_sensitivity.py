@@ -78,11 +78,9 @@ def loss_sensitivities(
     options: MethodOptions,
     seed: int,
 ) -> dict[str, LinearSensitivity]:
-    """Full name -> sensitivity of all selected linears of the dense model.
+    """Full name -> sensitivity of the linears of the dense model that are `selected` per block.
 
-    Args:
-        ids: token ids (windows, tokens), which the stream has embedded as one batch.
-        selected: per block the relative names of the linears.
+    The stream has embedded `ids` (windows, tokens) as one batch.
     """
     inputs, found = _block_inputs(stream), dict[str, LinearSensitivity]()
     gradient, scale = _gradient_of_loss(stream, ids, seed), _gradient_scale(stream)

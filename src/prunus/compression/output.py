@@ -5,6 +5,8 @@ No dense copy of them is ever written.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import nn
 
 from prunus.compression.card import compressed_card
 from prunus.compression.quantize_rows import quantize_rows
-from prunus.compression.records import CompressionRecord
+from prunus.compression.records import CompressionRecord, FileSize
 from prunus.model.checkpoint.atomic_files import read_json, remove
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.checkpoint.writer import save_safetensors
@@ -47,6 +49,8 @@ class CompressedFolder(PrunedFolder):
         return found
 
     def complete(self, changed: Mapping[str, torch.Tensor]) -> None:
+        # All shards are written: the one of what lies outside the blocks was the first.
+        self.record.size = FileSize(**self.ranks.on_rank_0(lambda: self._size().model_dump()))
         super().complete(changed)
         self._forget_measurement()
 
@@ -58,6 +62,40 @@ class CompressedFolder(PrunedFolder):
     def _forget_measurement(self) -> None:
         if self.ranks.rank == 0:
             remove(self.folder / MEASUREMENT)
+
+    def _size(self) -> FileSize:
+        source = self.job.checkpoint.checkpoint
+        written = Checkpoint(self.folder, only=list(self.record.sha256))
+        inside = self._entries(range(len(self.record.blocks)))
+        packed = Description.of_linears(inside | self.record.packed_outside)
+        owners = {part: name for name in packed.linears for part in packed.tensors(name)}
+        kinds = self._embedding_and_head() | dict.fromkeys(inside, "linears")
+        parts = Counter[str]()
+        for name, info in written.tensors.items():
+            kind = "other weights" if len(info.shape) > 1 else "norms and biases"
+            kind = kinds.get(owners.get(name, name.removesuffix(".weight")), kind)
+            dtype = str(info.dtype).removeprefix("torch.")
+            parts[f"packed {kind}" if name in owners else f"{kind} in {dtype}"] += info.nbytes
+        parameters = sum(math.prod(info.shape) for info in source.tensors.values())
+        after = written.file_bytes()
+        return FileSize(
+            before=source.file_bytes(),
+            after=after,
+            parameters=parameters,
+            bits_per_parameter=8 * after / parameters,
+            parts=dict(parts.most_common()),
+        )
+
+    def _embedding_and_head(self) -> dict[str, str]:
+        """Stored name of the embedding and of the output head -> what it is; of a tied one once."""
+        model, stored = self.job.skeleton.model, self.job.checkpoint.stored
+        modules = {id(model.get_output_embeddings()): "output head"}
+        modules[id(model.get_input_embeddings())] = "embeddings"
+        return {
+            stored.get(f"{name}.weight", name).removesuffix(".weight"): modules[id(module)]
+            for name, module in reversed(list(model.named_modules()))
+            if id(module) in modules
+        }
 
     def stored(self, place: int, made: Made) -> dict[str, torch.Tensor]:
         tensors = super().stored(place, made)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -23,6 +24,7 @@ from prunus.compression.records import (
     UnpackRecord,
 )
 from prunus.distributed import SINGLE_PROCESS
+from prunus.hardware.memory import peak_memory
 from prunus.hardware.numerics import check_finite
 from prunus.model.checkpoint.atomic_files import fingerprint_with, read_json, recorded_digests
 from prunus.model.checkpoint.output_folder import check_companions, check_disk
@@ -40,6 +42,7 @@ from prunus.packed.source import is_packed
 from prunus.packed.weight import PackedWeight, named_tensors
 from prunus.runs.folder import ResultFolder, find_earlier, held
 from prunus.runs.options import RunOptions
+from prunus.runs.progress import Progress, pruning_step, shows_progress
 from prunus.runs.record import OUTSIDE_SHARD, RunInputs, shard_name
 
 #: Records of earlier work that hold for the packed and for the unpacked model as well.
@@ -54,13 +57,14 @@ _Shard = tuple[dict[str, torch.Tensor], dict[str, StoredLinear]]
 _Shards = dict[str, tuple[str, Callable[[], _Shard]]]
 
 
+@shows_progress("pack", pruning_step)
 def pack(
     model: str | Path,
     output: str | Path,
     values: Literal["bf16", "int8"] = "bf16",
     *,
     overwrite: bool = False,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Callable[[Progress], None] | bool | None = True,
 ) -> PackRecord:
     """Write a pruned checkpoint with its linears as bitmaps.
 
@@ -75,7 +79,8 @@ def pack(
             twelve bits where exponents allow it) or float16; "int8" rounds them to 8 bits with one
             scale per row.
         overwrite: replace an earlier result in `output`.
-        progress: called after every shard with (done, total, name of the shard's content).
+        progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. A function
+            is called after every shard with a `prunus.runs.progress.Progress`.
 
     Returns:
         The record, which is also written to `prunus-pack.json`: per linear its shape, survivors,
@@ -126,15 +131,17 @@ def pack(
 
     record = PackRecord(source=str(model), recipe=recipe, inputs=inputs)
     needed = checkpoint.nbytes(checkpoint.tensors)
-    return _convert(record, output, checkpoint, needed, shards, describe, overwrite, progress)
+    options = RunOptions.read(None, {"overwrite": overwrite, "report": progress})
+    return _convert(record, output, checkpoint, needed, shards, describe, options)
 
 
+@shows_progress("unpack", pruning_step)
 def unpack(
     model: str | Path,
     output: str | Path,
     *,
     overwrite: bool = False,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Callable[[Progress], None] | bool | None = True,
 ) -> UnpackRecord:
     """Write a packed checkpoint as an ordinary one, with the names and shapes from before packing.
 
@@ -145,7 +152,8 @@ def unpack(
         model: folder or hub id of a packed checkpoint.
         output: folder of the result.
         overwrite: replace an earlier result in `output`.
-        progress: called after every shard with (done, total, shard).
+        progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. A function
+            is called after every shard with a `prunus.runs.progress.Progress`.
 
     Returns:
         The record, which is also written to `prunus-unpack.json`.
@@ -184,7 +192,8 @@ def unpack(
         return unpacked_card(read_card(here / "README.md")), plain
 
     record = UnpackRecord(source=str(model), recipe=Options(), inputs=inputs)
-    return _convert(record, output, checkpoint, needed, shards, describe, overwrite, progress)
+    options = RunOptions.read(None, {"overwrite": overwrite, "report": progress})
+    return _convert(record, output, checkpoint, needed, shards, describe, options)
 
 
 def _find_inputs(checkpoint: Checkpoint, fingerprint: str, dtype: str) -> RunInputs:
@@ -207,19 +216,13 @@ def _convert(
     needed: int,
     shards: _Shards,
     describe: Callable[[_Record], tuple[str, dict[str, Any]]],
-    overwrite: bool,
-    progress: Callable[[int, int, str], None] | None,
+    options: RunOptions,
 ) -> _Record:
     """Write the shards that an earlier run has not written, and complete the result.
 
-    Args:
-        needed: bytes of the result, at most.
-        describe: the card and config.json of the result.
-
-    Returns:
-        `record`, or that of an earlier run.
+    It takes at most `needed` bytes. `describe` gives its card and config.json.
     """
-    kind, options, path = type(record), RunOptions(overwrite=overwrite), Path(output)
+    kind, path, started = type(record), Path(output), time.perf_counter()
 
     def find() -> _Record | None:
         earlier = find_earlier(kind, path, record.recipe, options, source.folder)
@@ -235,15 +238,16 @@ def _convert(
         if found.state == "finished":
             folder.check_finished()
             return found
-        folder.begin(overwrite)
+        folder.begin(options.overwrite)
         for done, (file, (name, make)) in enumerate(shards.items(), start=1):
             if not folder.has(file):
                 tensors, linears = make()
                 folder.write_shard(file, tensors)
                 found.shards[file] = linears
                 folder.save()
-            if progress is not None:
-                progress(done, len(shards), name)
+            seconds = time.perf_counter() - started
+            said = f"{name} written"
+            options.step(Progress(done, len(shards), said, seconds, peak_memory(), "shards"))
         card, config = describe(found)
         folder.finish(found.shards, card=card, config=config, keep_records=_KEPT_RECORDS)
         return found

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
+from prunus.hardware.sizes import in_bytes
 from prunus.methods.options import DenseWeight
 from prunus.options import Option, Options, between, one_of
 from prunus.pruning.manifest import PruningRecord
 from prunus.pruning.options import PruningOptions, Sparsity
 from prunus.runs.record import Part, RunRecord
 
+#: Options that say which zeros are forced.
+_OF_MASKS = (
+    "method", "group", "iterations", "refine", "refine_steps", "weight_update", "ria_power",
+    "mask_from", "mask_order", "allocation", "allocation_by",
+)  # fmt: skip
+
 
 class CompressionRecipe(PruningOptions):
     """One run of compress, in the words of the command line.
 
-    Without a sparsity or a pattern, zeros follow from the rate.
+    Without a sparsity or a pattern, zeros follow from the rate. Options of masks then have no
+    effect: they are refused, and records and cards do not name them.
 
     >>> recipe = CompressionRecipe(bits=3)
     >>> recipe.sparsity, recipe.dense_weight
@@ -52,12 +60,51 @@ class CompressionRecipe(PruningOptions):
         ),
     ] = None
 
+    def check_fit(self) -> None:
+        fields = type(self).model_fields
+        given = [name for name in _OF_MASKS if getattr(self, name) != fields[name].default]
+        if given and not self.forces_zeros:
+            raise ValueError(
+                f"{', '.join(given)} would say which zeros are forced, and none are: give "
+                "`sparsity` or `pattern` as well, or drop it, and zeros follow from the rate"
+            )
+
+    @property
+    def forces_zeros(self) -> bool:
+        """Whether a mask forces zeros. All other zeros follow from the rate."""
+        return self.n_of_m is not None or self.sparsity > 0
+
+    @model_serializer(mode="wrap")
+    def _without_masks(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        unused = () if self.forces_zeros else _OF_MASKS
+        return {name: value for name, value in dump(self).items() if name not in unused}
+
+
+class FileSize(Part):
+    """Bytes of the files with the weights, of the source and of the result, and what takes them."""
+
+    before: int
+    after: int
+    parameters: int
+    bits_per_parameter: float
+    parts: dict[str, int]
+
+    def sentences(self) -> list[str]:
+        """The sizes for people."""
+        parts = [f"{in_bytes(nbytes)} of {what}" for what, nbytes in self.parts.items()]
+        return [
+            f"The file takes {in_bytes(self.after)}, and took {in_bytes(self.before)} before: "
+            f"{self.bits_per_parameter:.2f} bits per parameter of the whole model.",
+            f"It holds {', '.join(parts)}.",
+        ]
+
 
 class CompressionRecord(PruningRecord):
     """The record of compress.
 
     Attributes:
         packed_outside: Stored name of a packed embedding or head -> its entry in config.json.
+        size: Of the result; None before the end of the run.
     """
 
     FILE: ClassVar[str] = "prunus-compress.json"
@@ -66,10 +113,14 @@ class CompressionRecord(PruningRecord):
 
     recipe: CompressionRecipe
     packed_outside: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    size: FileSize | None = None
 
     @property
     def what(self) -> str:
         return f"{self.recipe.bits:g} bits"
+
+    def _notes(self, totals: dict[str, Any]) -> list[str]:
+        return [*(self.size.sentences() if self.size else []), *super()._notes(totals)]
 
 
 class PackOptions(Options):

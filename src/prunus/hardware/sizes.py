@@ -1,4 +1,4 @@
-"""Sizes of memory as people write them."""
+"""Sizes of memory and files as people write them."""
 
 from __future__ import annotations
 
@@ -24,3 +24,13 @@ def parse_bytes(text: str) -> int:
     if value < 1:
         raise ValueError(f"a memory size must be larger than zero; got {text!r}")
     return value
+
+
+def in_bytes(count: int) -> str:
+    """A number of bytes for people. All units are powers of 1000, as those of files.
+
+    >>> in_bytes(56_623_104), in_bytes(2_500)
+    ('56.6 MB', '2.5 kB')
+    """
+    unit, size = next((x for x in (("GB", 1e9), ("MB", 1e6)) if count >= x[1]), ("kB", 1e3))
+    return f"{count / size:.1f} {unit}"

@@ -1,50 +1,32 @@
-"""Report which kernels this machine uses for packed models, and why, to diagnose slow inference."""
+"""Report how packed models run and load on this machine, and why, and which extras are there."""
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import os
 import platform
-from importlib.metadata import entry_points
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from typing import Any
 
 import torch
 import transformers
+from packaging.requirements import Requirement
 
 from prunus.packed.kernels import library as kernels
 
-#: Extra of the package -> the modules that it installs, and what they are for.
-_EXTRAS = {
-    "data": (("datasets",), "C4, WikiText-2 and PTB from the hub"),
-    "eval": (("lm_eval",), "prunus eval --tasks and prunus lm-eval"),
-    "gguf": (("gguf", "accelerate", "sentencepiece"), "prunus import"),
-    "adapters": (("peft",), "peft adapters and prunus recover --mode lora"),
-    "serve": (("starlette", "uvicorn"), "prunus serve"),
-    "vision": (("PIL",), "image classifiers"),
-}
-
 
 def describe() -> dict[str, Any]:
-    """Describe the state of the kernels.
+    """Everything that `in_sentences` says, as values that JSON can hold.
 
-    Returns:
-        A dict that JSON can hold:
-
-        - kernels: whether packed linears are multiplied without being expanded; else `why_not`.
-        - library: the file that was opened.
-        - instruction_set, best_instruction_set, chosen_by: the one in use, the best of this
-          machine, and what decided between them.
-        - dense_kernel: whether dense bfloat16 linears of packed models use a kernel as well.
-        - threads, thread_runtime: how many threads torch uses, and whose the kernels run on.
-        - called_by_torch: whether torch calls prunus when it is imported, so that programs load
-          packed checkpoints without importing prunus.
-        - missing_extras: the extras of the package that are not installed.
-        - torch, transformers, python, machine: versions.
+    `needs_import` is why a program must import prunus before it loads a packed checkpoint, or None.
+    `extras` maps each extra of the package to its requirements that are not met.
     """
     asked = os.environ.get("PRUNUS_ISA")
     found = kernels.load()
     best = None if found is None else kernels.ISAS[found.library.prunus_best_isa()]
-    is_called = "prunus" in entry_points(group="torch.backends").names
+    installed = None
+    with contextlib.suppress(PackageNotFoundError):
+        installed = distribution("prunus")
     return {
         "kernels": found is not None,
         "why_not": kernels.why_not(),
@@ -57,12 +39,8 @@ def describe() -> dict[str, Any]:
         "thread_runtime": None
         if found is None
         else found.runtime or "the calling thread alone: no OpenMP found",
-        "called_by_torch": is_called and os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") != "0",
-        "missing_extras": [
-            extra
-            for extra, (modules, _) in _EXTRAS.items()
-            if any(importlib.util.find_spec(module) is None for module in modules)
-        ],
+        "needs_import": _needs_import(installed),
+        "extras": {} if installed is None else _extras(installed),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
@@ -91,15 +69,49 @@ def in_sentences(state: dict[str, Any]) -> list[str]:
             f"{state['why_not']}.",
             f"Torch uses {state['threads']} threads.",
         ]
+    reason = state["needs_import"]
     said.append(
-        "Programs load packed checkpoints without importing prunus."
-        if state["called_by_torch"]
-        else "Programs need `import prunus` to load packed checkpoints: torch does not call prunus "
-        "in an editable install, or where TORCH_DEVICE_BACKEND_AUTOLOAD is 0."
+        "Programs load packed checkpoints without `import prunus`: torch calls prunus."
+        if reason is None
+        else f"Programs need `import prunus` to load packed checkpoints: {reason}."
     )
-    missing = state["missing_extras"]
-    said += [
-        f"The extra {extra} is not installed: pip install '.[{extra}]' gives {_EXTRAS[extra][1]}."
-        for extra in missing
+    extras = state["extras"]
+    if whole := [extra for extra, missing in extras.items() if not missing]:
+        said.append(f"Installed extras: {', '.join(whole)}.")
+    return said + [
+        f"The extra {extra} is not installed, it lacks {', '.join(missing)}: pip install "
+        f"'.[{extra}]'."
+        for extra, missing in extras.items()
+        if missing
     ]
-    return said if missing else [*said, "All extras are installed."]
+
+
+def _needs_import(installed: Distribution | None) -> str | None:
+    """Why torch does not call prunus in this environment; None where it does."""
+    if installed is None:
+        return "prunus is found by its path and is not installed"
+    if not installed.entry_points.select(group="torch.backends"):
+        return "this installation, as every editable one, has no entry point for torch"
+    if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
+        return "TORCH_DEVICE_BACKEND_AUTOLOAD=0 switches the entry points of torch off"
+    return None
+
+
+def _extras(installed: Distribution) -> dict[str, list[str]]:
+    """Each extra -> its requirements that are not met, as the metadata of the package say."""
+    needed = [Requirement(text) for text in installed.requires or ()]
+    return {
+        extra: [
+            f"{each.name}{each.specifier}"
+            for each in needed
+            if each.marker is not None and each.marker.evaluate({"extra": extra})
+            if not _is_met(each)
+        ]
+        for extra in installed.metadata.get_all("Provides-Extra") or ()
+    }
+
+
+def _is_met(needed: Requirement) -> bool:
+    with contextlib.suppress(PackageNotFoundError):
+        return needed.specifier.contains(distribution(needed.name).version, prereleases=True)
+    return False

@@ -15,6 +15,7 @@ import torch
 from prunus.calibration.sources import find_source
 from prunus.calibration.training_text import TrainingText, training_text
 from prunus.calibration.windows import Wanted, check_context
+from prunus.compression.records import CompressionRecord
 from prunus.distributed import Ranks
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.adapter import CONFIG_NAME, is_adapter, require_peft
@@ -30,20 +31,17 @@ from prunus.model.source import CheckpointSource
 from prunus.model.tokenizer import load_tokenizer, token_ids
 from prunus.packed.description import Description, QuantizedShape
 from prunus.packed.source import is_packed
+from prunus.pruning.manifest import Manifest
 from prunus.recovery.options import MODES, Mode, RecoveryOptions
 from prunus.recovery.record import RecoveryInputs, RecoveryRecord
 from prunus.recovery.training import step_count, training_dtype
 from prunus.runs.options import RunOptions
+from prunus.structure.records import StructureRecord
 
 
 @dataclass(frozen=True)
 class RecoveryJob:
-    """A checked recovery.
-
-    Attributes:
-        skeleton: The model without weights, to which the source is bound; None in mode scales.
-        record: A new one, or that of the unfinished or finished recovery in the output folder.
-    """
+    """A checked recovery. Mode scales has no skeleton; the record may be of an earlier run."""
 
     model: str | Path
     source: CheckpointSource
@@ -68,10 +66,20 @@ class RecoveryJob:
 
 
 def default_mode(model: str | Path) -> Mode:
-    """The mode for a checkpoint if none is given: scales for a compressed one only."""
-    if _form(resolve_folder(model)) == "compressed":
+    """The mode that follows from how a checkpoint was made."""
+    folder = resolve_folder(model)
+    if _form(folder) == "compressed":
         return "scales"
-    raise ValueError(f"mode is missing; give one of {', '.join(MODES)}")
+    # A smaller model may be pruned too. `prunus unpack` keeps the record of compress.
+    if any((folder / kind.FILE).exists() for kind in (Manifest, CompressionRecord)):
+        return "masked"
+    if (folder / StructureRecord.FILE).exists():
+        return "full"
+    raise ValueError(
+        f"{folder} has no record of prunus prune, compress or shrink, so no mode follows from it: "
+        "give `mode` masked for a model with pruned weights, full for one without, or lora for an "
+        "adapter"
+    )
 
 
 def plan_recovery(
@@ -82,11 +90,7 @@ def plan_recovery(
     earlier: RecoveryRecord | None,
     name: str | None = None,
 ) -> RecoveryJob:
-    """Check everything that can be checked and decide what is left open; nothing is written.
-
-    Args:
-        name: What the record calls the model; None for `model`.
-    """
+    """Check all that can be checked; nothing is written. The record calls the model `name`."""
     if recipe.mode == "lora":
         require_peft()
     find_source(recipe.text).check(Wanted(seqlen=recipe.seqlen, bos=recipe.bos, data=options.data))

@@ -96,13 +96,9 @@ def prune_and_recover(
 def max_run(
     model: str | Path, output: Path, recipe: Recipe, options: RunOptions, **budget: Any
 ) -> Iterator[tuple[Callable[..., Manifest], Callable[..., RecoveryRecord]]]:
-    """Check a run of preset max, and hold the folder of its result.
+    """Check a run of preset max, hold its folder, and yield its two steps in their order.
 
-    The arguments and errors are those of `prune_and_recover`.
-
-    Yields:
-        The two steps, to be called in this order: prune(report, announce) and train(report). What
-        they take are callbacks of `RunOptions`.
+    These are prune(report, announce) and train(report), with callbacks of `RunOptions`.
     """
     pruned = output / PRUNED
     with options.with_ranks() as joint:
@@ -142,11 +138,9 @@ def max_run(
 def plan_training(
     model: str | Path, output: Path | None, recipe: Recipe, options: RunOptions
 ) -> dict[str, Any]:
-    """Check the training of preset max, and say what it takes. Nothing is written.
+    """What the training of preset max takes, after its checks. Nothing is written.
 
-    Returns:
-        JSON values: `minutes`, `text`, `seqlen`, `batch` (windows of a step), and `memory_bytes`
-        of the trained model and the dense one, without the activations of a step.
+    `memory_bytes` are those of both models, without the activations of a step.
     """
     training = training_options(recipe)
     source = _check_training(model, output, training, options)

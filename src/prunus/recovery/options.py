@@ -50,7 +50,8 @@ class RecoveryOptions(Options):
             "prunus shrink. scales: scales, steps, norms and biases of a compressed model, whose "
             "integers stay.",
             metavar="MODE",
-            default="scales for a compressed model",
+            default="masked for a pruned model, scales for a compressed one, full for one that "
+            "prunus shrink made smaller",
         ),
     ]
     text: Annotated[
@@ -59,7 +60,8 @@ class RecoveryOptions(Options):
     tokens: Annotated[
         int | None,
         Option(
-            "Train on this number of tokens; a token counts each time it is trained on.",
+            "Train on this number of tokens, which one step at least must have. A token counts "
+            "each time it is trained on.",
             metavar="N",
             within=_COUNT,
             default=str(_TOKENS),
@@ -160,6 +162,12 @@ class RecoveryOptions(Options):
     def _check_combination(self) -> RecoveryOptions:
         if self.tokens is not None and self.minutes is not None:
             raise ValueError("the budget is in tokens or in minutes, not in both")
+        step = self.batch * self.seqlen
+        if self.tokens is not None and self.tokens < step:
+            raise ValueError(
+                f"tokens {self.tokens:,} is less than one step, which trains on {step:,} tokens "
+                f"({self.batch} windows of {self.seqlen}): give more, or a smaller `batch`"
+            )
         for name in ("rank", "alpha", "target_modules"):
             default = type(self).model_fields[name].default
             if self.mode != "lora" and getattr(self, name) != default:

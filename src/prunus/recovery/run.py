@@ -78,8 +78,9 @@ def recover(
         model: Folder or hub id of a pruned or compressed checkpoint. It is not changed.
         output: Folder of the result: a checkpoint with the same zeros, or, in mode lora, a peft
             adapter.
-        mode: lora, masked, full or scales; see `RecoveryOptions`. None is scales for a compressed
-            checkpoint, and an error for all others.
+        mode: lora, masked, full or scales; see `RecoveryOptions`. None is masked for a pruned
+            checkpoint, scales for a compressed one, full for one that `prunus.shrink` made, and an
+            error for all others.
         teacher: Folder or hub id of the dense model. The pruned model learns its logits in place of
             the text, or together with it (`distill_weight`).
         progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. A function

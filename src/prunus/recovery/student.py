@@ -151,9 +151,7 @@ class ScaledLinear(nn.Module):
 
     The forward pass uses scales and steps as they would be stored, rounded to bfloat16. So the
     held-out loss is that of the result. The gradient passes through the rounding unchanged.
-
-    Args:
-        dtype: Of the matrix product, and of the integers in memory. bfloat16 holds them exactly.
+    bfloat16 holds the integers exactly.
     """
 
     levels_OI: torch.Tensor

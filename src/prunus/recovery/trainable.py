@@ -30,7 +30,7 @@ class Trainable:
         parameters: What is trained, float32, by names that are also those in a checkpoint.
         pruned: Full name -> pruned linear, in mode masked. Its zeros stay zero.
         masks: Name of a parameter -> bool of its shape, False where it must stay zero.
-        added: Number of parameters that the result has and the pruned checkpoint has not.
+        added: Number of parameters that only the result has.
         weight_rms: Root mean square of the model's own kept weights if these are trained. The
             default learning rate is relative to it. 1 for low-rank factors.
         rates: Name of a parameter -> its learning rate, as a multiple of that of the others.

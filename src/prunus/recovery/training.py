@@ -130,9 +130,7 @@ class Training:
     def run(self) -> TrainingState:
         """Train until the budget is spent or evaluations stop improving; resume from a checkpoint.
 
-        Returns:
-            The state at the end. If a loss was not finite, `diverged` is set, and the parameters
-            are the best ones from before.
+        If a loss was not finite, `diverged` is set in the state that is returned.
         """
         parameters = self.trainable.parameters
         state = self.state = self.checkpoints.load(parameters, self.optimizer) or TrainingState()

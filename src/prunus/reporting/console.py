@@ -162,14 +162,9 @@ def cells(row: tuple[object, ...], part: Table) -> list[str]:
 def show_pruning(
     title: str, console: Console | None = None
 ) -> contextlib.AbstractContextManager[Callable[[PruningStep | str], None]]:
-    """Show a pruning run: what it prepares, finished blocks, time left and peak memory.
+    """Show a run: what it prepares, finished blocks, time left and peak memory.
 
-    Args:
-        console: Where to print; standard error by default.
-
-    Returns:
-        A context of a function to call after every block, and before the first one with what is
-        prepared.
+    It yields a function to call after every block, and before the first with what is prepared.
     """
     first: PruningStep | None = None
 
@@ -186,7 +181,7 @@ def show_pruning(
             state = f"left {left}; {state}"
         count = f"{step.done}/{step.total}"
         return f"[{count}] {step.message}; {state}", Shown(
-            step.done / step.total, f"{count} blocks; {state}"
+            step.done / step.total, f"{count} {step.unit}; {state}"
         )
 
     return _shown(title, console, read)

@@ -205,8 +205,7 @@ def quality_charts(
 ) -> list[Lines]:
     """A chart of perplexity against size, and one against decoding speed where that was measured.
 
-    Args:
-        dense: perplexity of the dense model, which is drawn as a line; or None.
+    The perplexity of the dense model is drawn as a line.
     """
     known = {title: _positions(points, title) for title in (*_SIZES, _SPEED)}
     spread = [title for title in known if len({x for _, x, _ in known[title]}) > 1]

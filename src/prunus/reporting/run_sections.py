@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from prunus.compression.records import CompressionRecord
+from prunus.hardware.sizes import in_bytes
 from prunus.pruning.manifest import mean_error
 from prunus.runs.document import (
     Column,
@@ -150,9 +151,11 @@ def _sizes(manifest: PruningRecord, totals: dict[str, Any]) -> list[tuple[str, s
     if not isinstance(manifest, CompressionRecord):
         return [("sparsity reached", f"{totals['sparsity']:.2%}"), ("weights removed", counts)]
     asked, reached, forced = manifest.recipe.bits, totals.get("bits"), totals.get("forced_zeros", 0)
+    size = manifest.size
     bits = "not known yet" if reached is None else f"{reached:.3f}"
     return [
         ("bits per weight", f"{bits} (asked for: {asked:g})"),
+        *([] if size is None else [("file", f"{in_bytes(size.after)} of {in_bytes(size.before)}")]),
         ("zeros", f"{totals['sparsity']:.2%}: {counts}"),
         ("zeros by a mask", f"{forced:,}"),
         ("zeros by the rate", f"{totals['zeros'] - forced:,}"),
@@ -215,7 +218,7 @@ def _totals(runs: Mapping[str, PruningRecord]) -> Table:
         rows.append(
             {
                 "run": name,
-                "method": run.recipe.method,
+                "method": run.what,
                 "sparsity": totals["sparsity"],
                 "bits": totals.get("bits"),
                 "mean error": mean_error(totals)[1],

@@ -61,12 +61,7 @@ _NOTES = {
 
 
 def sweep_section(results: SweepResults, speeds: Mapping[str, float] | None = None) -> Section:
-    """The section of a sweep, finished or not.
-
-    Args:
-        speeds: model as it was given to `prunus bench` -> tokens per second, for models that lie
-            in the folders of cells.
-    """
+    """The section of a sweep, finished or not, with the speeds of models in its cells."""
     measured = {
         name: speed
         for name, label, _ in results.every_model()
@@ -100,11 +95,7 @@ def sweep_section(results: SweepResults, speeds: Mapping[str, float] | None = No
 
 
 def check_section(results: SweepResults) -> Section:
-    """The section of a sweep that was only checked: every cell, and what would become of it.
-
-    Args:
-        results: of an earlier run of the sweep, if there was one, with all cells of this one.
-    """
+    """The section of a sweep that was only checked: every cell, and what would become of it."""
     rows = tuple(
         (name, label, _WHAT_WOULD_HAPPEN[results.state_of(found)])
         for name, label, found in results.every_model()
@@ -175,11 +166,7 @@ def _quality_parts(
     cells: Mapping[str, tuple[CellResult, Mapping[str, Any]]],
     dense: Mapping[str, Any],
 ) -> tuple[list[Part], list[Part]]:
-    """What the report shows of a model and a text at once, and what it folds away.
-
-    Args:
-        cells: Name -> the cell of a sweep and its row of figures; see `FORMS`.
-    """
+    """What the report shows of a model and a text at once, and what it folds away."""
     recipes = [cell.recipe for cell, _ in cells.values()]
     axis = next((name for name, f in _AXES.items() if len(set(map(f, recipes))) > 1), "sparsity")
     place = _AXES[axis]

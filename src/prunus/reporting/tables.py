@@ -23,12 +23,7 @@ _BOS_OF_PLAN = {
 
 
 def plan_facts(plan: dict[str, Any]) -> Facts:
-    """What a run on this machine would do.
-
-    Args:
-        plan: of `prunus.pruning.job.describe_plan`, and for preset max `training` of
-            `prunus.recovery.max_preset.plan_training`.
-    """
+    """What a run on this machine would do; see `describe_plan` and `plan_training`."""
     rows = {
         "blocks": plan["blocks"],
         "linears": plan["linears"],

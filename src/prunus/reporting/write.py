@@ -123,11 +123,7 @@ def _section(path: Path, speeds: Mapping[str, float]) -> Section:
 
 
 def _checked(path: Path, make_section: Callable[[], Section], verb: str = "") -> Section:
-    """A section whose figures can all be shown; every error names the file.
-
-    Args:
-        verb: The verb of which the file is to hold the JSON; "" for a record.
-    """
+    """A section whose figures can all be shown; errors name the file and the verb of its JSON."""
     try:
         section = make_section()
         to_markdown(Document(section.title, (section,)))

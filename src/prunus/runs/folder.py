@@ -64,13 +64,9 @@ def find_earlier(
     *sources: Path,
     inside: str | None = None,
 ) -> _Record | None:
-    """The record of the run in the output folder that this run resumes or finds finished.
+    """The record of the run that this one resumes or finds finished, or None.
 
-    Args:
-        *sources: Checkpoints that the run reads, which must lie apart from the output.
-
-    Returns:
-        The record; None for a new run, or one that replaces what is there.
+    `sources` are the checkpoints that the run reads. They must lie apart from the output.
     """
     for source in sources:
         check_apart(output, source)
@@ -95,15 +91,11 @@ def held(
     """Hold a folder against other runs for the length of a `with` block.
 
     Only rank 0 touches the folder. All ranks must enter the block, and all fail if rank 0 does.
-
-    Args:
-        find: Calls `find_earlier`. It is called twice: before anything is written, so that a folder
-            of somebody else stays untouched, and while the folder is held, because another run may
-            finish in between.
-
-    Yields:
-        What `find` returned the second time, on every rank.
+    `find` calls `find_earlier`, and all ranks get what it returned.
     """
+
+    # It is called twice: before anything is written, so that a folder of somebody else stays
+    # untouched, and while the folder is held, because another run may finish in between.
 
     def look() -> dict[str, Any] | None:
         earlier = find()
@@ -116,11 +108,7 @@ def held(
 
 @contextlib.contextmanager
 def locked_output(output: Path, ranks: Ranks, look: Callable[[], object]) -> Iterator[None]:
-    """Hold a folder against other runs; see `held`.
-
-    Args:
-        look: Raises an error for a folder that the run cannot use, before a lock is written there.
-    """
+    """Hold a folder against other runs, unless `look` raises an error: then no lock is written."""
     with contextlib.ExitStack() as stack:
         with ranks.fail_together():
             if ranks.rank == 0:
@@ -241,10 +229,7 @@ class BlockFolder(ResultFolder):
     """Writes a result block by block, under the names of the checkpoint.
 
     All ranks call its methods. Only rank 0 touches the folder, and the others get what they need
-    from it.
-
-    Attributes:
-        finished: Blocks that an earlier run has written; known after `begin`.
+    from it. After `begin` it knows how many blocks an earlier run has `finished`.
     """
 
     record: BlockwiseRecord

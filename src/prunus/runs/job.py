@@ -242,12 +242,7 @@ class BlockMemory:
     transient: int
 
     def total(self, *, hidden: bool, paused: bool) -> int:
-        """Bytes in all.
-
-        Args:
-            hidden: Whether hidden states stay in this memory (otherwise in a file or on the host).
-            paused: Whether all windows pause at once (lockstep; otherwise replay or two passes).
-        """
+        """Bytes in all, with hidden states and with windows that all pause at once, or without."""
         always = self.weights + self.working + self.transient
         return always + hidden * self.hidden + paused * self.paused
 
@@ -304,11 +299,7 @@ def check_measured(digests: dict[str, str], block: str, digest: str) -> None:
 
 
 class HashedSource:
-    """Reads blocks of another source, and notes or compares what it reads for the first time.
-
-    Args:
-        digests: Name of a block -> SHA-256 of its weights; gets an entry for each block.
-    """
+    """Reads blocks of another source, and notes or compares their hashes the first time."""
 
     def __init__(self, source: Source, skeleton: Skeleton, digests: dict[str, str]) -> None:
         self._source, self._skeleton, self._digests = source, skeleton, digests

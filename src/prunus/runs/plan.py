@@ -49,12 +49,8 @@ def open_model(
 ) -> dict[str, Any]:
     """Open a model for a run, and decide what the recipe leaves open. Reads no weights and no text.
 
-    Args:
-        adds_ridge: Whether a ridge is added to Gram matrices; see `prunus.methods.Method`.
-        decided_dtype: What dtype "auto" meant in the run that is resumed; None for a new run.
-
-    Returns:
-        The fields of a `RunJob`. The batch is that of a run that trains nothing.
+    It returns the fields of a `RunJob`, whose batch is that of a run that trains nothing. In a run
+    that is resumed, `decided_dtype` is what dtype "auto" meant.
     """
     loaded = model if isinstance(model, nn.Module) else None
     trust, ranks = options.trust_remote_code, options.processes
@@ -131,11 +127,9 @@ _WALKS: tuple[Walk, ...] = ("lockstep", "replay", "two_pass")
 
 
 def check_same_on_all_ranks(job: RunJob, record: RunRecord) -> list[Walk]:
-    """Check that all ranks are about to do the same run. All ranks must call this.
+    """Check that all ranks, which must call this, do the same run; return the walk of each block.
 
-    Returns:
-        Per block the walk that all ranks use: lockstep only where it fits on every rank. Replay
-        gives the same bits.
+    It is lockstep where that fits on every rank. Replay gives the same bits.
     """
     ranks = job.ranks
     ranks.set_location("the start")
@@ -207,11 +201,9 @@ def decide_dtype(
 
 @torch.no_grad()
 def _trial(source: Source, stored: Skeleton, trust_remote_code: bool) -> float:
-    """How much bfloat16 changes what the first block adds to the hidden states.
+    """How much bfloat16 changes what the first block adds to hidden states; may be infinite.
 
-    Returns:
-        ‖bfloat16 − float32‖ / ‖float32‖ on token ids spread over the vocabulary; infinity if either
-        output is not finite.
+    It is ‖bfloat16 − float32‖ / ‖float32‖ on token ids spread over the vocabulary.
     """
     outputs = []
     cpu = torch.device("cpu")

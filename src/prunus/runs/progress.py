@@ -25,8 +25,8 @@ class Progress:
     """One step of a run, for a progress display.
 
     Attributes:
-        done: Finished blocks, out of `total`.
-        total: Blocks of the model.
+        done: Finished blocks, out of `total`; of pack and unpack, finished shards.
+        total: Blocks or shards of the model.
         message: What just happened.
         seconds: Since the start of the run.
         peak_memory: Of this process so far, in bytes; on a GPU the memory of the device.
@@ -37,19 +37,12 @@ class Progress:
     message: str
     seconds: float
     peak_memory: int
+    unit: str = "blocks"
 
 
 @dataclass
 class LineInterval:
-    """Says when the next line is due. Steps may come many times a second.
-
-    >>> now = 100.0
-    >>> lines = LineInterval(15.0, clock=lambda: now)
-    >>> lines.restart()
-    >>> now = 110.0
-    >>> lines.due()
-    False
-    """
+    """Says when the next line is due. Steps may come many times a second."""
 
     seconds: float = SECONDS_BETWEEN_LINES
     clock: Callable[[], float] = time.monotonic
@@ -79,11 +72,7 @@ def eta(done: int, total: int, seconds: float) -> str:
 
 
 class Shown(NamedTuple):
-    """What a bar shows.
-
-    Attributes:
-        share: of the work that is done, from 0 to 1; None where it is not known.
-    """
+    """What a bar shows. The share of the work that is done may not be known."""
 
     share: float | None
     state: str
@@ -120,6 +109,11 @@ def one_line(text: str) -> str:
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+#: What a docstring says of the keyword that `shows_progress` adds.
+_KEYWORD = (
+    "    progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. "
+    "A function is called after every block.\n"
+)
 #: Seconds between two changes of a notebook's bar. Each change is a message to the browser.
 _NOTEBOOK_INTERVAL = 0.2
 
@@ -135,7 +129,12 @@ def shows_progress(title: str, read: Callable[..., Shown]) -> Callable[[_Functio
     def decorate(function: _Function) -> _Function:
         signature = inspect.signature(function)
         own = "progress" in signature.parameters
-        keyword = inspect.Parameter("progress", inspect.Parameter.KEYWORD_ONLY, default=True)
+        keyword = inspect.Parameter(
+            "progress",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=True,
+            annotation="Callable[..., None] | bool | None",
+        )
 
         @functools.wraps(function)
         def showing(*arguments: Any, progress: Any = True, **options: Any) -> Any:
@@ -157,6 +156,7 @@ def shows_progress(title: str, read: Callable[..., Shown]) -> Callable[[_Functio
             showing.__signature__ = signature.replace(  # type: ignore[attr-defined]
                 parameters=[*signature.parameters.values(), keyword]
             )
+            showing.__doc__ = f"{function.__doc__}{_KEYWORD}"
         return cast(_Function, showing)
 
     return decorate
@@ -168,8 +168,8 @@ def pruning_step(step: Progress) -> Shown:
     >>> pruning_step(Progress(1, 4, "block 0 pruned", seconds=10.0, peak_memory=2 * 10**9))
     Shown(share=0.25, state='1/4 blocks, left 0:30, peak 2.0 GB')
     """
-    left = eta(step.done, step.total, step.seconds)
-    state = f"{step.done}/{step.total} blocks, left {left}, peak {step.peak_memory / 1e9:.1f} GB"
+    left, peak = eta(step.done, step.total, step.seconds), f"{step.peak_memory / 1e9:.1f} GB"
+    state = f"{step.done}/{step.total} {step.unit}, left {left}, peak {peak}"
     return Shown(step.done / step.total, state)
 
 

@@ -143,7 +143,7 @@ class RunRecord(Part):
 
     def check_same_run(self, recipe: Options, inputs: RunInputs | None = None) -> None:
         """Check that this record belongs to the same run, which may then be resumed."""
-        before, now = self.recipe.model_dump(), recipe.model_dump()
+        before, now = dict(self.recipe), dict(recipe)
         if inputs is not None:
             # What "auto" meant replaces the recipe's batch and dtype. The recipe's bos is kept.
             before |= self.inputs.deciding()

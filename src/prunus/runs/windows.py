@@ -37,10 +37,6 @@ def given_windows(calibration: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     ({'texts': ['one text', 'another']}, {'calibration': 'texts'})
     >>> given_windows("c4")
     ({}, {'calibration': 'c4'})
-
-    Args:
-        calibration: The name of a source, texts, integers (samples, seqlen), or floats (samples,
-            channels, height, width).
     """
     if are_texts(calibration):
         return {"texts": calibration}, {"calibration": "texts"}

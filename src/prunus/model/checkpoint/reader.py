@@ -227,6 +227,10 @@ class Checkpoint:
             "cannot be relied on. Put the checkpoint back as it was, and the same command continues"
         )
 
+    def file_bytes(self) -> int:
+        """Bytes of the shards when they were opened, headers included."""
+        return sum(size for _, size, _ in self._opened.values())
+
     def nbytes(self, names: Iterable[str]) -> int:
         """Bytes of the named tensors as stored."""
         return sum(self.tensors[name].nbytes for name in names)
