@@ -22,7 +22,7 @@ RUNS = {
     "prune": CALIBRATED,
     "compress": ["--bits", "4", *CALIBRATED],
     "shrink": ["--blocks", "1", *CALIBRATED],
-    "recover": ["--mode", "masked", "--text", "text.txt", "--seqlen", "16", "--tokens", "64"],
+    "recover": ["--mode", "masked", "--text", "text.txt", "--seqlen", "16", "--tokens", "1024"],
     "pack": [],
     "unpack": [],
 }
@@ -92,7 +92,7 @@ OTHERS = [
     ("compress dense out", "give --bits 3"),
     ("prune dense out --recipe bits.toml", "use prunus compress"),
     ("shrink dense out", "nothing is to be removed"),
-    ("recover pruned out", "mode is missing"),
+    ("recover dense out", "no mode follows from it: give --mode masked"),
     ("recover pruned out --mode magic", "'magic' is not one of 'lora'"),
     ("eval dense --perplexity gone.txt", r"gone\.txt: no such file"),
     ("eval dense --images empty", "holds no images"),
