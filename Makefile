@@ -82,9 +82,11 @@ vllm-test: $(VLLM_STAMP)
 clean:
 	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache
 
-# Ten thousand hostile inputs; `make test` has a thousand of them.
+# Ten thousand hostile inputs, 4,000 damaged packed weights on every kernel, kills of all verbs, and
+# odd requests to a served model. `make test` has a tenth of them.
 hostile: $(STAMP)
-	$(BIN)/python -m pytest -m slow tests/model/checkpoint/test_hostile.py tests/model/test_config_limits.py
+	$(BIN)/python -m pytest -rP -m slow tests/model/checkpoint/test_hostile.py \
+	    tests/model/checkpoint/test_faults.py tests/model/test_config_limits.py tests/serving
 
 # Memory errors and undefined behaviour in the kernels.
 sanitize:

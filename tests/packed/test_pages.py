@@ -5,9 +5,9 @@ import mmap
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from prunus.hardware.memory import resident_memory
+from prunus.model.loading import load_model
 from prunus.packed import DenseLinear, fast_decoding, use_dense_kernel
 from prunus.packed.fast_decoding import use_large_pages
 from tiny import tiny_model, token_ids
@@ -45,17 +45,17 @@ def test_same_weights_elsewhere(model, tmp_path):
     weight.data.add_(1)  # memory stays while one tensor needs it
 
 
-def test_the_file_does_not_stay_in_memory_too(tmp_path):
+def test_what_was_read_does_not_stay_in_memory_too(tmp_path):
     tiny_model("llama", torch.bfloat16, hidden_size=1024, intermediate_size=8192).save_pretrained(
         tmp_path
     )
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    model = load_model(tmp_path, dtype=torch.bfloat16)
     use_dense_kernel(model)
     expected = model(token_ids(1)).logits  # every weight is read
     before = resident_memory()
     moved = use_large_pages(model)
     assert moved > 80e6
-    assert resident_memory() - before < 0.3 * moved
+    assert resident_memory() - before < 0.6 * moved
     assert torch.equal(model(token_ids(1)).logits, expected)
 
 

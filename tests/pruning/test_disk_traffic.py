@@ -1,6 +1,6 @@
 """Every weight is read once and written once.
 
-Reads are counted in `Checkpoint.read` and `Checkpoint.views`, writes where files get their final
+Reads are counted in `Checkpoint.read` and `Checkpoint.pieces`, writes where files get their final
 names. What the system reads from the disk through its page cache is measured by
 benchmarks/larger_than_memory.py.
 """
@@ -33,8 +33,9 @@ def traffic(monkeypatch):
 
     def counting(original):
         def counted(self, names, *arguments, **options):
-            names = list(names)
-            read.update((self.folder.name, name) for name in names)
+            names = names if isinstance(names, str) else list(names)
+            each = [names] if isinstance(names, str) else names
+            read.update((self.folder.name, name) for name in each)
             return original(self, names, *arguments, **options)
 
         return counted
@@ -44,7 +45,7 @@ def traffic(monkeypatch):
             written[Path(target).name] += 1
         original_replace(source, target)
 
-    for method in ("read", "views"):
+    for method in ("read", "pieces"):
         monkeypatch.setattr(Checkpoint, method, counting(getattr(Checkpoint, method)))
     monkeypatch.setattr(os, "replace", counting_replace)
     return read, written

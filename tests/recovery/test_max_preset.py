@@ -1,21 +1,25 @@
 """Preset max: best, then a training of all kept weights, as one run that resumes in both phases."""
 
+import contextlib
 import json
 import os
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import prunus
 from command_line import call
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.model.loading import load_model
 from prunus.pruning.manifest import Manifest
-from prunus.recovery.max_preset import PRUNED, training_options
+from prunus.recovery.max_preset import PRUNED, max_run, training_options
 from prunus.recovery.record import RecoveryRecord
-from recovery_cases import StopError, dense_checkpoint, recover, shards
+from prunus.runs.options import RunOptions
+from recovery_cases import StopError, dense_checkpoint, recover, shards, stop_at
 from scripts import run_script
+from stopping import stop_after
 from tiny import stored
 
 
@@ -92,7 +96,7 @@ def test_the_same_call_again_does_nothing_and_another_one_is_refused(finished, d
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 def test_a_run_killed_in_either_phase_resumes_to_the_same_bytes(dense, text, tmp_path):
-    results = run_script("recovery_kill_points.py", dense, text, tmp_path, "max:9")["max"]
+    results = run_script("random_kills.py", dense, dense, text, text, tmp_path, 0, "max/9")["max"]
     found = [set(result["found"]) for result in results]
     assert any("training.safetensors" in names for names in found), "some in the training"
     in_pruning = [names for names in found if RecoveryRecord.FILE not in names]
@@ -144,7 +148,14 @@ def content(folder):
 def test_only_the_folder_of_the_result_is_written(dense, text, tmp_path):
     """Not the folder OUT-pruned, nor one that a link leads to, even with `overwrite`."""
     out, beside = tmp_path / "out", tmp_path / "out-pruned"
-    prunus.prune(dense, beside, **{k: x for k, x in options(text).items() if k != "tokens"})
+    windows = {k: x for k, x in options(text, **QUICK).items() if k != "tokens"}
+    with pytest.raises(StopError):
+        prunus.prune(dense, beside, **windows, progress=stop_after(1))
+    before = content(beside)
+    prunus.prune_and_recover(dense, out, **options(text, **QUICK))
+    assert content(beside) == before, "an unfinished run"
+    shutil.rmtree(out)
+    prunus.prune(dense, beside, **windows)
     before = content(beside)
     out.mkdir()
     (out / "notes.txt").write_text("mine")
@@ -186,6 +197,36 @@ def test_an_unfinished_run_is_no_model_and_belongs_to_this_preset(dense, text, t
         prunus.prune_and_recover(dense, out, **chosen, seed=1)
     manifest, _ = prunus.prune_and_recover(dense, out, **chosen, seed=1, overwrite=True)
     assert manifest.recipe.seed == 1 and not (out / PRUNED).exists()
+
+
+@pytest.mark.parametrize(
+    ("phase", "name", "message"),
+    [
+        ("first block", "model.norm.weight", r"another tensor model\.norm\.weight"),
+        ("first block", "model.layers.0.mlp.up_proj.weight", r"layers\.0 of .* is not what it was"),
+        ("pruned", "model.layers.1.mlp.up_proj.weight", r"layers\.1 of .* is not what it was"),
+        ("training", "model.embed_tokens.weight", r"another tensor model\.embed_tokens"),
+    ],
+)
+def test_a_model_that_changed_since_is_refused(phase, name, message, dense, text, tmp_path):
+    model, out = shutil.copytree(dense, tmp_path / "model"), tmp_path / "out"
+    chosen = options(text, **QUICK)
+    recipe = {"preset": "best"} | {key: x for key, x in chosen.items() if key != "tokens"}
+    read = prunus.Recipe.read(None, recipe)
+    with (
+        contextlib.suppress(StopError),
+        max_run(model, out, read, RunOptions(), tokens=8192) as (prune, train),
+    ):
+        prune(stop_after(1) if phase == "first block" else None)
+        if phase == "training":
+            train(stop_at(0))
+    tensors = load_file(model / "model.safetensors")
+    tensors[name] *= 1.5
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    before = shards(out), shards(out / PRUNED)
+    with pytest.raises(FileExistsError, match=message):
+        prunus.prune_and_recover(model, out, **chosen)
+    assert (shards(out), shards(out / PRUNED)) == before
 
 
 def test_the_training_follows_the_recipe():

@@ -16,13 +16,15 @@ from scripts import run_script
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 def test_a_recovery_killed_at_any_rename_resumes_to_the_same_bytes(pruned, text, tmp_path):
-    results = run_script("recovery_kill_points.py", pruned, text, tmp_path, "masked:1", "lora:3")
+    models = (pruned, pruned, text, text)
+    kills = ["recover-masked/1", "recover-lora/3"]
+    results = run_script("random_kills.py", *models, tmp_path, 0, *kills)
     found = {
         mode: {name for result in results[mode] for name in result["found"]} for mode in results
     }
-    assert "training.safetensors" in found["masked"] & found["lora"]
-    assert len({name for name in found["masked"] if name.startswith("best-")}) >= 2
-    assert "block-00000.safetensors" in found["masked"]
+    assert "training.safetensors" in found["recover-masked"] & found["recover-lora"]
+    assert len({name for name in found["recover-masked"] if name.startswith("best-")}) >= 2
+    assert "block-00000.safetensors" in found["recover-masked"]
     for mode, killed in results.items():
         assert len(killed) >= 4
         for result in killed:

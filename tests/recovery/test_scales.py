@@ -207,8 +207,9 @@ def test_other_families_compute_what_the_packed_model_computes(family, text, tmp
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 def test_a_run_killed_at_a_rename_resumes_to_the_same_bytes(compressed, text, tmp_path):
-    results = run_script("recovery_kill_points.py", compressed, text, tmp_path, "scales:3")
-    results = results["scales"]
+    models = (compressed, compressed, text, text)
+    results = run_script("random_kills.py", *models, tmp_path, 0, "recover-scales/3")
+    results = results["recover-scales"]
     assert len(results) >= 3
     for result in results:
         assert (result["status"], result["equal"], result["left_behind"]) == (0, True, [])

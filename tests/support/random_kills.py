@@ -4,10 +4,12 @@
 
 The moments are seeded. It prints one JSON line with, for each kill: the verb, the share of the run
 after which it came, the faults that an audit of the folder found, how the next run ended, and which
-files differ from those of an undisturbed run.
+files differ from those of an undisturbed run. With VERB/EVERY, runs die at each such place where a
+file gets its name; it prints verb -> the results of `kill_everywhere`.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -34,8 +36,9 @@ torch.set_num_threads(1)
 from safetensors import safe_open  # noqa: E402
 
 import prunus  # noqa: E402
-from kill_points import fork  # noqa: E402
-from prunus import pack  # noqa: E402
+from kill_points import fork, kill_everywhere  # noqa: E402
+from prunus import pack, unpack  # noqa: E402
+from prunus.model.checkpoint.atomic_files import RECORD_FILES  # noqa: E402
 from prunus.model.checkpoint.gguf import import_gguf  # noqa: E402
 from prunus.model.checkpoint.reader import INDEX_NAME  # noqa: E402
 from prunus.sweeping.grid import Sweep  # noqa: E402
@@ -43,12 +46,21 @@ from prunus.sweeping.run import sweep as run_sweep  # noqa: E402
 from recovery_cases import recover  # noqa: E402
 
 MAX_SECONDS = 60
-GGUF_NAME = "tiny.gguf"
+GGUF_NAME, PACKED, COMPRESSED = "tiny.gguf", "packed", "compressed"
 _TIMES = ("seconds", "peak_memory_bytes")
 
 
 def verbs(dense: Path, pruned: Path, text: Path, ids: Path) -> dict[str, Callable[[Path], object]]:
+    """What each verb does with its output; `PACKED` and `COMPRESSED` are models next to `dense`."""
     windows = torch.arange(96).reshape(6, 16) % 120
+    given = {"calibration": windows, "batch": 2, "dtype": "float32"}
+    compressed = dense.with_name(COMPRESSED)
+    quick = {"method": "wanda", "dense_weight": 0.0, "reconstruct": "none", "allocation": "uniform"}
+    text_windows = {"calibration": str(text), "samples": 2, "seqlen": 16, "dtype": "float32"}
+
+    def training(model: Path, mode: str) -> Callable[[Path], object]:
+        return lambda out: recover(model, out, mode, text, evaluations=2, tokens=128)
+
     scoring = {"texts": [str(ids)], "seqlen": 16, "samples": 2}
     sweep = Sweep.model_validate(
         {
@@ -61,13 +73,18 @@ def verbs(dense: Path, pruned: Path, text: Path, ids: Path) -> dict[str, Callabl
         }
     )
     return {
-        "prune": lambda out: prunus.prune(
-            dense, out, calibration=windows, batch=2, dtype="float32"
+        "prune": lambda out: prunus.prune(dense, out, **given),
+        "compress": lambda out: prunus.compress(dense, out, 4, **given),
+        "shrink": lambda out: prunus.shrink(dense, out, width=0.25, **given),
+        "recover-masked": training(pruned, "masked"),
+        "recover-lora": training(pruned, "lora"),
+        "recover-full": training(dense, "full"),
+        "recover-scales": training(compressed if compressed.exists() else pruned, "scales"),
+        "max": lambda out: prunus.prune_and_recover(
+            dense, out, tokens=3072, **text_windows, **quick
         ),
         "pack": lambda out: pack(pruned, out),
-        "recover-masked": lambda out: recover(
-            pruned, out, "masked", text, evaluations=2, tokens=128
-        ),
+        "unpack": lambda out: unpack(dense.parent / PACKED, out),
         "sweep": lambda out: run_sweep(sweep, out),
         "import": lambda out: import_gguf(dense.parent / GGUF_NAME, out, overwrite=True),
     }
@@ -100,23 +117,16 @@ def audit(out: Path) -> list[str]:
             elif path.suffix == ".json":
                 content = json.loads(path.read_text())
                 claimed = []
+                records = [name for name in RECORD_FILES if (path.parent / name).exists()]
                 if path.name == INDEX_NAME:
                     claimed = list(content["weight_map"].values())
-                elif path.name == "prunus-pack.json":
-                    claimed = list(content["shards"])
-                elif path.name == "prunus.json" and any(path.parent.glob("prunus-*.json")):
-                    pass  # A copy: the manifest of the checkpoint that was packed or recovered.
-                elif (
-                    path.name in ("prunus.json", "prunus-recovery.json")
-                    and path.parent.name != "cells"
-                ):
-                    if any(path.parent.glob("model*")) and not (path.parent / INDEX_NAME).exists():
-                        continue  # A copy beside the checkpoint of a sweep's cell.
-                    claimed = [
-                        f"block-{index:05d}.safetensors"
-                        for index in range(len(content.get("blocks", ())))
-                    ]
-                    if content["state"] == "finished":
+                elif path.name == next(iter(records), None):  # The others are copies.
+                    if path.parent.name == "cells" or (
+                        any(path.parent.glob("model*")) and not (path.parent / INDEX_NAME).exists()
+                    ):
+                        continue  # A copy next to the checkpoint of a sweep's cell.
+                    claimed = list(content["sha256"])
+                    if content["state"] == "finished" and content["recipe"].get("mode") != "lora":
                         claimed.append(INDEX_NAME)
                 faults += [
                     f"{path.name} names {name}"
@@ -152,6 +162,13 @@ def main() -> None:
     dense, pruned, text, ids, scratch = map(Path, sys.argv[1:6])
     moments = random.Random(int(sys.argv[6]))
     known, results = verbs(dense, pruned, text, ids), []
+    if "/" in sys.argv[7]:
+        found = {}
+        for verb, every in (argument.split("/") for argument in sys.argv[7:]):
+            places = ((number, number % 3 == 0) for number in itertools.count(0, int(every)))
+            found[verb] = kill_everywhere(known[verb], scratch, places)
+        print(json.dumps(found))
+        return
     for argument in sys.argv[7:]:
         verb, kills = argument.split(":")
         work = known[verb]

@@ -191,7 +191,7 @@ def read_ids(path: Path) -> torch.Tensor:
 
     check_file(path)
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt", backend="pread") as file:
             names = list(file.keys())
             ids = file.get_tensor("input_ids") if "input_ids" in names else None
     except SafetensorError as error:

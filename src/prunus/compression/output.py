@@ -19,7 +19,7 @@ from prunus.compression.quantize_rows import quantize_rows
 from prunus.compression.records import CompressionRecord, FileSize
 from prunus.model.checkpoint.atomic_files import read_json, remove
 from prunus.model.checkpoint.reader import Checkpoint
-from prunus.model.checkpoint.writer import save_safetensors
+from prunus.model.checkpoint.writer import Writable, save_safetensors
 from prunus.model.kinds import kind_of
 from prunus.model.linears import tied_embedding
 from prunus.packed.description import Description, QuantizedShape
@@ -117,13 +117,15 @@ class CompressedFolder(PrunedFolder):
             tensors[f"{linear}.weight"] = expand(weight, dtype, offsets)
         return self.job.checkpoint.from_stored(place, tensors.items())
 
-    def outside(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def outside(self, tensors: dict[str, Writable]) -> dict[str, Writable]:
         head_bits = self.record.recipe.head_bits
         if head_bits is None:
             return tensors
         for name in embedding_and_head(self.job.skeleton.model):
             linear = self._stored_linear(name)
-            weight = quantize_rows(tensors.pop(f"{linear}.weight"), head_bits)
+            key = f"{linear}.weight"
+            weight = quantize_rows(self.job.checkpoint.checkpoint.whole(key), head_bits)
+            del tensors[key]
             tensors |= named_tensors(linear, weight)
             self.record.packed_outside[linear] = QuantizedShape.of(weight).to_json()
         # The shard is written next. A run that is killed between the two writes it again.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -30,6 +30,7 @@ from prunus.model.checkpoint.atomic_files import fingerprint_with, read_json, re
 from prunus.model.checkpoint.output_folder import check_companions, check_disk
 from prunus.model.checkpoint.reader import Checkpoint, resolve_folder
 from prunus.model.checkpoint.regular_files import read_card
+from prunus.model.checkpoint.writer import Writable
 from prunus.model.kinds import require_causal
 from prunus.model.linears import Linear, tied_embedding
 from prunus.model.skeleton import Skeleton
@@ -52,7 +53,7 @@ _ADDED = ("quantization_config", "transformers_weights")
 
 _Record = TypeVar("_Record", bound=ConversionRecord)
 #: The tensors of a shard, and the records of its linears.
-_Shard = tuple[dict[str, torch.Tensor], dict[str, StoredLinear]]
+_Shard = tuple[Mapping[str, Writable], dict[str, StoredLinear]]
 #: File of a shard -> its name for people, and the function that makes it.
 _Shards = dict[str, tuple[str, Callable[[], _Shard]]]
 
@@ -270,18 +271,18 @@ def _pack_block(source: CheckpointSource, skeleton: Skeleton, index: int, stored
 
 def _pack_outside(source: CheckpointSource, skeleton: Skeleton, stored: Stored) -> _Shard:
     """The tensors outside the blocks, with the output head or its tied embedding packed."""
-    tensors = dict(source.checkpoint.views(source.outside_keys()))
+    tensors: dict[str, Writable] = {**source.checkpoint.stored(source.outside_keys())}
     try:
         head = tied_embedding(skeleton.model) or skeleton.head()
     except NotImplementedError:  # the model has no output head
         return tensors, {}
-    weight = tensors.get(f"{head.name}.weight")
-    if weight is None or weight.dim() != 2:
+    key = f"{head.name}.weight"
+    if key not in tensors or len(tensors[key].shape) != 2:
         return tensors, {}
-    packed, record = _pack_linear(weight, stored, head, f"{head.name}.weight")
+    packed, record = _pack_linear(source.checkpoint.whole(key), stored, head, key)
     if packed is None:
         return tensors, {}
-    del tensors[f"{head.name}.weight"]
+    del tensors[key]
     return tensors | named_tensors(head.name, packed), {head.name: record}
 
 

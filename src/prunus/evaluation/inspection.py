@@ -284,5 +284,5 @@ def _saved_outside(source: CheckpointSource, skeleton: Skeleton) -> int:
     key = f"{head.name}.weight"
     if key not in source.checkpoint.tensors:
         return 0
-    weight = dict(source.checkpoint.views([key]))[key]
+    weight = source.checkpoint.whole(key)
     return weight.nbytes - _packed_bytes(weight, head, key)

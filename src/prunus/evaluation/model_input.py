@@ -1,7 +1,7 @@
 """The model to evaluate: found, checked before any work, loaded, and watched meanwhile.
 
-Weights are mapped into memory, so a file that is written to changes the model in the middle of the
-work, and its figures would belong to no model at all.
+Blocks are read when their turn comes, and several models one after the other. Figures of a file
+that is written to in between would belong to no model at all.
 """
 
 from __future__ import annotations

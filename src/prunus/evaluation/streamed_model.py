@@ -220,7 +220,7 @@ class StreamedModel:
         config = self.source.config.get_text_config()
         hidden = int(getattr(config, "hidden_size", 0) or skeleton.linears(0)[0].shape[1])
         blocks = [sum(p.numel() for p in block.parameters()) * size for block in skeleton.blocks]
-        # A block takes its pages of the mapped file, and its copy in the dtype of the computation.
+        # A block takes memory as it is stored, and in the dtype of the computation.
         block = max(b + self.source.block_nbytes(i) for i, b in enumerate(blocks))
         widest = max(max(linear.shape) for linear in skeleton.linears(0))
         # Activations, roughly: six tensors as wide as the hidden states, three as the widest
@@ -231,7 +231,7 @@ class StreamedModel:
         embedding = skeleton.model.get_input_embeddings().weight
         if head is not None and head.weight is not embedding:
             outer -= min(head.weight.numel(), embedding.numel()) * self.source.stored_dtype.itemsize
-        # The file is mapped while it is copied. When logits are computed, only the copy is left.
+        # Of what is outside the blocks, only the copy is left when logits are computed.
         copy = outer * max(1, size // self.source.stored_dtype.itemsize)
         logits = (1 + compared) * _logits_bytes(skeleton.vocabulary, min(ROWS, seqlen), size)
         return max(block + transient, outer + copy, copy + logits), windows * seqlen * hidden * size

@@ -117,6 +117,12 @@ def keep_freed_memory() -> None:
     set_option(trim_threshold, 2**31 - 1)
 
 
+def return_freed_memory() -> None:
+    """Give memory that this process has freed back to the system, where the C library is glibc."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class HeapTrimmer:
     """Returns freed memory to the system when the heap is fragmented.
 
@@ -135,8 +141,7 @@ class HeapTrimmer:
         if not self._usual:
             self._usual = resident
         elif resident > 1.1 * self._usual:
-            with contextlib.suppress(AttributeError, OSError, TypeError):
-                ctypes.CDLL(None).malloc_trim(0)
+            return_freed_memory()
             self._usual = max(self._usual, resident_memory())
 
 

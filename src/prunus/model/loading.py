@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import HfApi, constants
+from safetensors import safe_open
 
 from prunus.hardware.errors import reason
 from prunus.model.adapter import attach, base_folder, check_adapter, is_adapter
@@ -80,7 +80,6 @@ def load_model(
     trust_remote_code: bool = False,
     attention: str | None = None,
     kind: Kind | None = None,
-    mapped: bool = True,
 ) -> Any:
     """The model of a folder (dense, packed, or an adapter), in evaluation mode; safetensors only.
 
@@ -91,8 +90,6 @@ def load_model(
             default of transformers, which an adapter always gets.
         kind: which class of transformers loads it; None for what its configuration says. An
             adapter is always a causal LM.
-        mapped: weights may be views of the mapped files. False reads them into memory, where a
-            file that is changed later, or cut short, does no harm.
     """
     import transformers
 
@@ -101,19 +98,16 @@ def load_model(
         base = base_folder(folder)
         return attach(load_model(base, dtype, trust_remote_code), folder, base).eval()
     kind = check_architecture(folder, trust_remote_code, kind)
-    # Not all versions of transformers have this option.
-    known = inspect.signature(transformers.PreTrainedModel.from_pretrained).parameters
-    in_memory = {"disable_mmap": True} if not mapped and "disable_mmap" in known else {}
     try:
-        model, loaded = getattr(transformers, kind.loader).from_pretrained(
-            folder,
-            output_loading_info=True,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            attn_implementation=attention,
-            **in_memory,
-        )
+        with _weights_in_memory():
+            model, loaded = getattr(transformers, kind.loader).from_pretrained(
+                folder,
+                output_loading_info=True,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                attn_implementation=attention,
+            )
     except Exception as error:  # transformers raises errors of many kinds for missing or bad files
         raise ValueError(f"{folder}: the model could not be loaded ({reason(error)})") from error
     # transformers only warns of weights that it does not find, and fills them with random numbers.
@@ -125,6 +119,55 @@ def load_model(
                 f"{problem} ({shown}); is the checkpoint whole, and is config.json its own?"
             )
     return model.eval()
+
+
+class _StoredWeight:
+    """A tensor that transformers reads by `weight[...]` when its turn comes."""
+
+    def __init__(self, file: Any, name: str) -> None:
+        self._file, self._name = file, name
+
+    def __getitem__(self, index: Any) -> Any:
+        # A view would keep what was read in memory when the data of the weight are replaced.
+        return self._file.get_tensor(self._name)[index].data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file.get_slice(self._name), name)
+
+
+class _ReadFile:
+    """A `safe_open` that reads tensors into memory.
+
+    transformers would map the files, and a mapped file that is cut short ends the process that
+    touches it. Its option `disable_mmap` holds whole files in memory next to their tensors.
+    """
+
+    def __init__(self, path: Any, **_: Any) -> None:
+        self._file = safe_open(path, framework="pt", backend="pread")
+
+    def get_slice(self, name: str) -> _StoredWeight:
+        return _StoredWeight(self._file, name)
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.__exit__(*error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+@contextlib.contextmanager
+def _weights_in_memory() -> Iterator[None]:
+    """While active, transformers opens weights as `_ReadFile`."""
+    from transformers import modeling_utils
+
+    mapping, modeling_utils.safe_open = modeling_utils.safe_open, _ReadFile
+    try:
+        yield
+    finally:
+        modeling_utils.safe_open = mapping
 
 
 def check_architecture(

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 import importlib
-import mmap
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -101,10 +99,9 @@ def place(
     """Replace parameters and buffers of `module` by `values`. Tied parameters stay tied.
 
     Args:
-        values: tensors by name relative to `module`. Each is converted to the dtype that the
-            parameter has in the skeleton, and copied, so that no mapped file is kept alive.
-        as_stored: `id` of each parameter that is not converted or copied on the CPU, but stays a
-            view of its mapped file.
+        values: tensors by name relative to `module`. Each is copied, and converted to the dtype
+            that the parameter has in the skeleton.
+        as_stored: `id` of each parameter that is not converted or copied on the CPU.
     """
     replaced: dict[int, nn.Parameter] = {}
     for name, value in values.items():
@@ -118,9 +115,6 @@ def place(
             continue
         if id(old) in as_stored and device.type == value.device.type == "cpu":
             new = value.detach()
-            if hasattr(mmap, "MADV_RANDOM"):
-                # Rows are read here and there; reading ahead would fill memory with other rows.
-                advise(new, mmap.MADV_RANDOM)
         else:
             # The tensor is copied as it is stored. The device converts it, which is faster.
             # From pinned memory it is copied while the host continues.
@@ -132,18 +126,6 @@ def place(
         for leaf, old in owner._parameters.items():
             if old is not None and id(old) in replaced:
                 owner._parameters[leaf] = replaced[id(old)]
-
-
-def whole_pages(tensor: torch.Tensor) -> range:
-    """Addresses of the memory pages that a contiguous tensor fills; empty if it fills none."""
-    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    return range(first, (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE)
-
-
-def advise(tensor: torch.Tensor, advice: int) -> None:
-    """Tell the system how a tensor's whole pages will be used; `advice` is one of mmap's MADV_*."""
-    if pages := whole_pages(tensor):
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(pages.start), ctypes.c_size_t(len(pages)), advice)
 
 
 def release(module: nn.Module) -> None:

@@ -260,9 +260,9 @@ class Skeleton:
 def _rows_as_stored(embedding: nn.Module, dtype: torch.dtype) -> Iterator[Collection[int]]:
     """While active, an embedding may keep its weight as stored, and returns rows in `dtype`.
 
-    Calibration looks up a small part of the vocabulary. So the weight stays a mapped file, and only
-    the rows that are looked up are read and converted. Yields what to pass to `place` as
-    `as_stored`: nothing for subclasses of `nn.Embedding`, which may compute with their weight.
+    Calibration looks up a small part of the vocabulary, so only these rows are converted. Yields
+    what to pass to `place` as `as_stored`: nothing for subclasses of `nn.Embedding`, which may
+    compute with their weight.
     """
     if type(embedding) is not nn.Embedding:
         yield ()

@@ -19,10 +19,9 @@ models of the family in the same process use it too. They get the same numbers t
 function is replaced only if the kernel reproduces it exactly.
 
 Large pages: the product of one token reads every weight once, in order. With pages of 4 KiB the
-processor walks the page table every 64 cache lines, and a checkpoint that is mapped from its file
-has only such pages. With pages of 2 MiB, decoding a model of 1.5 billion weights takes 5 % less
-time (2 cores of an AMD EPYC). Linux gives large pages to memory that asks for them; elsewhere
-nothing changes.
+processor walks the page table every 64 cache lines. With pages of 2 MiB, decoding a model of 1.5
+billion weights takes 5 % less time (2 cores of an AMD EPYC). Linux gives large pages to memory that
+asks for them; elsewhere nothing changes.
 """
 
 from __future__ import annotations
@@ -33,13 +32,12 @@ import inspect
 import mmap
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from prunus.model.meta_model import advise, whole_pages
+from prunus.hardware.memory import return_freed_memory
 from prunus.packed.kernels import library as kernels
 from prunus.packed.linear import DenseLinear, PackedLinear
 from prunus.packed.operators import FLOATS, fit_kernel, loaded_kernels, on_reference_path
@@ -264,18 +262,17 @@ def use_large_pages(model: nn.Module) -> int:
     """
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return 0
-    arena, files, moved = _Arena(), _mapped_checkpoints(), 0
+    arena, moved = _Arena(), 0
     tensors = {id(tensor): tensor for tensor in _weights(model)}
     for tensor in tensors.values():
         if tensor.device.type != "cpu" or tensor.nbytes < _SMALL or not tensor.is_contiguous():
             continue
-        before = tensor.data
         try:
-            tensor.data = arena.copy(before)
+            tensor.data = arena.copy(tensor.data)
         except OSError:  # no large pages, or memory is short: the rest stays where it is
             return moved
-        _release(before, files)
         moved += tensor.nbytes
+    return_freed_memory()
     return moved
 
 
@@ -306,25 +303,3 @@ class _Arena:
         ).view(tensor.shape)
         self._used += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
         return place.copy_(tensor)
-
-
-def _mapped_checkpoints() -> list[range]:
-    """Return the address ranges at which files of weights are mapped in this process."""
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return []
-    spans = (line.split()[0].split("-") for line in lines if line.endswith(".safetensors"))
-    return [range(int(first, 16), int(last, 16)) for first, last in spans]
-
-
-def _release(tensor: torch.Tensor, files: list[range]) -> None:
-    """Release the pages of a mapped file that only this tensor used.
-
-    The mapping itself stays: transformers keeps tensors of it as long as the model lives. A page
-    that is read again is read from the file, unless it was written to. Nobody writes to a weight
-    that was replaced.
-    """
-    pages = whole_pages(tensor)
-    if pages and any(pages[0] in file and pages[-1] in file for file in files):
-        advise(tensor, mmap.MADV_DONTNEED)

@@ -80,7 +80,7 @@ class PackedSource:
             if key.endswith(".weight") and linear in self._described.linears:
                 found[relative] = self._expanded(linear)
             else:
-                tensor = dict(self._checkpoint.read([key]))[key]
+                tensor = self._checkpoint.whole(key)
                 found |= fused[relative].cut(tensor) if relative in fused else {relative: tensor}
         for each in self._skeleton.linears(index):
             if f"{each.name}.weight" not in found:

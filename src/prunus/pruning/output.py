@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from prunus.model.checkpoint.writer import Writable
 from prunus.model.kinds import kind_of
 from prunus.model.loading import keep_records, manifest_text
 from prunus.model.source import ModuleSource
@@ -94,7 +95,7 @@ class PrunedFolder(BlockFolder):
         """The content of config.json, where it differs from the source's."""
         return None
 
-    def outside(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def outside(self, tensors: dict[str, Writable]) -> dict[str, Writable]:
         """The tensors of the shard of what lies outside the blocks."""
         return tensors
 
@@ -107,7 +108,7 @@ class PrunedFolder(BlockFolder):
             # With little memory, cached pages of the written file would push out the pages that
             # were read for it and are needed again at once.
             uncached = 4 * source.checkpoint.nbytes(keys) > self.job.host_budget
-            tensors = self.outside(dict(source.checkpoint.views(keys)) | replaced)
+            tensors = self.outside({**source.checkpoint.stored(keys), **replaced})
             self.write_shard(OUTSIDE_SHARD, tensors, uncached=uncached)
 
 

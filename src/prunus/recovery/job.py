@@ -199,7 +199,7 @@ def draw_training_text(
 
     def load_writer() -> Any:
         """The model that writes the text of source `self`: the dense one if there is one."""
-        return load_model((dense or source).checkpoint.folder, mapped=False).to(device)
+        return load_model((dense or source).checkpoint.folder).to(device)
 
     steps = step_count(recipe)
     wanted = Wanted(

@@ -22,7 +22,8 @@ from prunus.calibration.sources import find_source
 from prunus.calibration.windows import Wanted
 from prunus.model.checkpoint.atomic_files import remove
 from prunus.model.checkpoint.output_folder import check_apart, check_disk, check_resume, is_vacant
-from prunus.model.source import CheckpointSource
+from prunus.model.checkpoint.reader import INDEX_NAME
+from prunus.model.source import CheckpointSource, tensors_digest
 from prunus.options import takes
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
@@ -38,6 +39,7 @@ from prunus.recovery.record import RecoveryRecord
 from prunus.recovery.run import carry_out
 from prunus.recovery.training import Step
 from prunus.runs.folder import ResultFolder, find_earlier, held
+from prunus.runs.job import check_known
 from prunus.runs.options import RunOptions
 from prunus.runs.progress import Progress
 
@@ -123,7 +125,14 @@ def max_run(
                 if finished is not None:
                     return Manifest.load(output)
                 ways = {"announce": announce, "report": report, "resume": None}
-                return run(model, pruned, recipe, joint.model_copy(update=ways))
+                done = not joint.overwrite and (pruned / INDEX_NAME).exists()
+                manifest = run(model, pruned, recipe, joint.model_copy(update=ways))
+                with ranks.fail_together():
+                    # The student must not learn from another model than it was pruned from.
+                    for index, block in enumerate(manifest.blocks if done else ()):
+                        known, digest = block.input_sha256, tensors_digest(source.block(index))
+                        check_known({block.name: known}, block.name, digest)
+                return manifest
 
             def train(report: Any = None) -> RecoveryRecord:
                 how = joint.model_copy(update={"report": report})

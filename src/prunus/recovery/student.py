@@ -78,7 +78,7 @@ def base_name(model: str | Path) -> str:
 def _load(job: RecoveryJob, folder: Path, dtype: torch.dtype) -> Any:
     short = job.recipe.seqlen <= _MAX_EAGER_TOKENS
     attention = "eager" if job.device.type == "cpu" and short else None
-    return load_model(folder, dtype, attention=attention, mapped=False).to(job.device)
+    return load_model(folder, dtype, attention=attention).to(job.device)
 
 
 _QUERY_AND_VALUE = ("q_proj", "v_proj")

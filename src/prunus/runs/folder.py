@@ -38,10 +38,10 @@ from prunus.model.checkpoint.output_folder import (
     is_vacant,
 )
 from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint
-from prunus.model.checkpoint.writer import save_safetensors
+from prunus.model.checkpoint.writer import Writable, save_safetensors
 from prunus.model.source import tensors_digest
 from prunus.options import Options
-from prunus.runs.job import RunJob
+from prunus.runs.job import RunJob, check_known
 from prunus.runs.loop import Made
 from prunus.runs.options import RunOptions
 from prunus.runs.record import BlockwiseRecord, RunRecord, shard_name
@@ -175,11 +175,10 @@ class ResultFolder:
         return shard in self.record.sha256 and (self.folder / shard).exists()
 
     def write_shard(
-        self, name: str, tensors: Mapping[str, torch.Tensor], *, uncached: bool = False
+        self, name: str, tensors: Mapping[str, Writable], *, uncached: bool = False
     ) -> None:
         """Write a shard and note its SHA-256; the caller enters it in the record and saves that."""
         if self.source is not None:
-            # The shard may hold views of the source's files, which must not have changed.
             self.source.check_unchanged()
         self.record.sha256[name] = save_safetensors(self.folder / name, tensors, uncached=uncached)
 
@@ -273,12 +272,8 @@ class BlockFolder(ResultFolder):
     def _read_block(self, place: int) -> dict[str, torch.Tensor]:
         known, source = self.record.blocks[place], self.job.checkpoint
         index = self.made_from(place)
-        if tensors_digest(source.block(index)) != known.input_sha256:
-            raise FileExistsError(
-                f"{self.job.skeleton.block_name(index)} of {source.checkpoint.folder} is not what "
-                f"{shard_name(place)} in {self.folder} was made from: the checkpoint was changed "
-                "since. Put it back as it was, or choose `overwrite` to start again"
-            )
+        name = self.job.skeleton.block_name(index)
+        check_known({name: known.input_sha256}, name, tensors_digest(source.block(index)))
         return self.restored(place)
 
     def write_block(self, place: int, made: Made) -> None:

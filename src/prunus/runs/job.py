@@ -288,13 +288,12 @@ def windows_per_batch(samples: int, window_tokens: int, for_training: bool = Fal
     return max(1, windows // 2 if for_training else windows)
 
 
-def check_measured(digests: dict[str, str], block: str, digest: str) -> None:
-    """Check that a block still has the weights that a measurement before the run read."""
+def check_known(digests: dict[str, str], block: str, digest: str) -> None:
+    """Check that a block still has the weights that the run read before, if it did."""
     if digests.get(block, digest) != digest:
         raise FileExistsError(
-            f"{block} of the source is not what it was when the run measured the model: the "
-            "checkpoint was changed since. Put it back as it was, or choose `overwrite` to start "
-            "again"
+            f"{block} of the source is not what it was when the run read it first: the checkpoint "
+            "was changed since. Put it back as it was, or choose `overwrite` to start again"
         )
 
 
@@ -312,7 +311,7 @@ class HashedSource:
             self._seen.add(index)
             name, digest = self._skeleton.block_name(index), tensors_digest(found)
             check_finite(found, f"{name}.")
-            check_measured(self._digests, name, digest)
+            check_known(self._digests, name, digest)
             self._digests[name] = digest
         return found
 

@@ -26,7 +26,7 @@ from prunus.distributed import RankError, Ranks
 from prunus.hardware.memory import HeapTrimmer, available_memory, peak_memory, resident_memory
 from prunus.hardware.numerics import check_finite
 from prunus.model.source import tensors_digest
-from prunus.runs.job import RunJob, check_measured
+from prunus.runs.job import RunJob, check_known
 from prunus.runs.progress import Progress
 
 
@@ -106,7 +106,7 @@ def run_blocks(
         blocks = read_ahead(left, lambda place: _read(job, places[place]), job.overlaps)
         for place, stored in zip(left, blocks, strict=True):
             source_name = job.skeleton.block_name(places[place])
-            check_measured(job.measured, source_name, stored.digest)
+            check_known(job.measured, source_name, stored.digest)
             made = step.make(place, stored)
             if place >= finished:
                 writes.submit(functools.partial(output.write_block, place, made))

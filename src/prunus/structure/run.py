@@ -214,7 +214,7 @@ class SmallerFolder(BlockFolder):
         unknown = names_in_model(old, source.checkpoint.tensors)[2]
         record.left_out = sorted(k for n, k in unknown.items() if n.startswith(f"{old.path}."))
         keys = sorted(set(source.outside_keys()) - set(record.left_out))
-        self.write_shard(OUTSIDE_SHARD, dict(source.checkpoint.views(keys)))
+        self.write_shard(OUTSIDE_SHARD, source.checkpoint.stored(keys))
         shards = [*map(shard_name, range(len(self.smaller.made_from))), OUTSIDE_SHARD]
         record.totals["parameters"] = _parameters(Checkpoint(self.folder, only=shards))
         record.totals["parameters_before"] = _parameters(source.checkpoint)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import prunus
 from prunus.model.checkpoint.gguf import check_header
-from scripts import fork_script
+from scripts import fork_script, run_script
 from tiny import tiny_checkpoint, token_ids
 
 resource = pytest.importorskip("resource")
@@ -52,6 +52,13 @@ def test_over_a_thousand_damaged_inputs(times, tmp_path):
     for kind, count in outcomes.items():
         refused = sum(number for name, number in count.items() if name != "fine")
         assert refused > times * CASES[kind] / 10, (kind, count)
+
+
+@pytest.mark.parametrize("cases", [240, pytest.param(4000, marks=pytest.mark.slow)])
+def test_damaged_packed_weights_have_one_answer_on_every_kernel_or_none(cases):
+    found = run_script("hostile_weights.py", 1, cases)
+    print(found)
+    assert all(x >= cases / 20 for x in found.values()) and sum(found.values()) == cases, found
 
 
 class Bomb:

@@ -3,11 +3,9 @@
 Only safetensors are read, never pickles, which can run code, and no path is followed that an index
 file names out of the checkpoint's folder.
 
+Nothing is mapped: a mapped file that is cut short ends the process that touches it.
 `Checkpoint.read` copies tensors into memory, so whatever happens to a file later changes nothing.
-`Checkpoint.views` maps shards instead: a tensor is a view of its file, and the system brings in the
-pages that are touched and drops them again. It is for the embedding and other tensors outside the
-blocks, which may be larger than a block. A mapped file that is cut short ends the process that
-touches it, so nothing else is read in this way.
+`Checkpoint.pieces` is for embeddings, which may be larger than a block.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from io import FileIO
 from pathlib import Path
 
@@ -26,15 +25,14 @@ from safetensors import SafetensorError, safe_open
 
 from prunus.model.checkpoint.atomic_files import check_shard, read_json
 from prunus.model.checkpoint.regular_files import check_folder, check_regular
-from prunus.model.checkpoint.writer import TENSOR_DTYPES
+from prunus.model.checkpoint.writer import TENSOR_DTYPES, FileTensor
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 #: Suffixes of files that are never read, because reading them can run code.
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-_MAX_HEADER = 10**8  # bytes; the safetensors library refuses longer headers
-_PIECE = 1 << 16  # bytes of a header to read at a time
 _MAX_PREFETCH = 2**28  # bytes; see `_prefetch`
+_VALUES = 2**27  # bytes of a tensor to read at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +134,11 @@ class Checkpoint:
         check_regular(path)
         self._opened[file] = _state(path)
         try:
-            begin = _prefetch_header(path)
+            with open(path, "rb") as file_start:
+                begin = 8 + int.from_bytes(file_start.read(8), "little")
             # The library checks that offsets and file length agree and that there are no gaps
             # between tensors. So the sizes, added up in file order, are the offsets.
-            with safe_open(path, framework="pt") as handle:
+            with safe_open(path, framework="pt", backend="pread") as handle:
                 names = list(handle.keys())
                 for name in handle.offset_keys():
                     piece = handle.get_slice(name)
@@ -179,19 +178,30 @@ class Checkpoint:
                         raise ValueError(self._changed(file))
                     yield name, content.view(info.dtype).reshape(info.shape)
 
-    def views(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (name, tensor) as `read` does, but as views of the mapped file.
+    def whole(self, name: str) -> torch.Tensor:
+        """One tensor, as `read` yields it."""
+        return next(tensor for _, tensor in self.read([name]))
 
-        Drop each one before you take the next, so that its pages can leave memory.
-        """
-        for file, members in self._by_file(names):
-            with (
-                safe_open(self.folder / file, framework="pt") as handle,
-                open(self.folder / file, "rb") as plain,
-            ):
-                for name in members:
-                    _prefetch(plain.fileno(), self.tensors[name])
-                    yield name, handle.get_tensor(name)
+    def stored(self, names: Iterable[str]) -> dict[str, FileTensor]:
+        """Tensors that are read piece by piece when they are written to a result."""
+        infos = {name: self.tensors[name] for name in names}
+        return {
+            name: FileTensor(x.dtype, x.shape, x.nbytes, partial(self.pieces, name))
+            for name, x in infos.items()
+        }
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """Yield the values of a tensor in order, as flat tensors of at most `_VALUES` bytes."""
+        info = self.tensors[name]
+        [(file, _)] = self._by_file([name])
+        with open(self.folder / file, "rb", buffering=0) as plain:
+            for start in range(0, info.nbytes, _VALUES):
+                size = min(_VALUES, info.nbytes - start)
+                content = torch.empty(size, dtype=torch.uint8)
+                if not _fill(plain, info.begin + start, content):
+                    raise ValueError(self._changed(file))
+                yield content.view(info.dtype)
+        self.check_unchanged([file])
 
     def _by_file(self, names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
         """Yield each shard with those of its tensors that are to be read, after checking it."""
@@ -206,10 +216,7 @@ class Checkpoint:
             yield file, members
 
     def check_unchanged(self, files: Iterable[str] | None = None) -> None:
-        """Check that shards are still the files that were opened.
-
-        A mapped file shows what is written to it later. So call this after reading weights.
-        """
+        """Check that shards are still the files that were opened."""
         for file in self._opened if files is None else files:
             try:
                 now = _state(self.folder / file)
@@ -251,30 +258,12 @@ def _fill(file: FileIO, begin: int, content: torch.Tensor) -> bool:
 def _prefetch(file: int, info: TensorInfo) -> None:
     """Bring a tensor into the page cache, without what lies around it in the file.
 
-    Touching the pages through the mapping would also bring in what the system reads ahead:
-    megabytes of tensors that are read later, and dropped before that if memory is short. A tensor
-    beyond `_MAX_PREFETCH` is left to the mapping: it may not fit in memory as a whole, or may be an
-    embedding of which only a few rows are needed.
+    Reading alone would also bring in what the system reads ahead: megabytes of tensors that are
+    read later, and dropped before that if memory is short. So would asking for a tensor beyond
+    `_MAX_PREFETCH`, which may not fit in memory twice.
     """
     if info.nbytes <= _MAX_PREFETCH and hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file, info.begin, info.nbytes, os.POSIX_FADV_WILLNEED)
-
-
-def _prefetch_header(path: Path) -> int:
-    """Bring a shard's header into the page cache, and return where it ends.
-
-    The library maps the file to read the header, and the first page touched would bring in what the
-    system reads ahead. Reading the header first, with read-ahead switched off, avoids that.
-    """
-    with open(path, "rb", buffering=0) as file:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-        end = 8 + int.from_bytes(file.read(8), "little")
-        # A damaged file may state any length.
-        for start in range(8, min(end, os.fstat(file.fileno()).st_size, _MAX_HEADER), _PIECE):
-            file.seek(start)
-            file.read(_PIECE)
-        return end
 
 
 def _state(path: Path) -> tuple[int, int, int]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,22 @@ def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
 
 
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor that stays in its file until it is written to another one, as flat pieces."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+    pieces: Callable[[], Iterable[torch.Tensor]]
+
+
+Writable = torch.Tensor | FileTensor
+
+
 def save_safetensors(
     path: Path,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, Writable],
     metadata: Mapping[str, str] | None = None,
     uncached: bool = False,
 ) -> str:
@@ -59,7 +73,7 @@ def save_safetensors(
     }
     end = 0
     for name in names:
-        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        start, end = end, end + tensors[name].nbytes
         code, shape = _CODES[tensors[name].dtype], list(tensors[name].shape)
         header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -75,7 +89,7 @@ def save_safetensors(
         for name in names:
             # One at a time: the copy of a tensor that is on another device, or not contiguous, is
             # released before the next one is made.
-            for piece in flat_bytes(tensors[name]).split(_PIECE):
+            for piece in _pieces(tensors[name]):
                 # Hashing and writing both run without the interpreter's lock, side by side.
                 hashed = hashing.submit(digest.update, piece.numpy().data)
                 file.write(piece.numpy().data)
@@ -89,3 +103,9 @@ def save_safetensors(
                         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                     unwritten = 0
     return digest.hexdigest()
+
+
+def _pieces(tensor: Writable) -> Iterable[torch.Tensor]:
+    if isinstance(tensor, FileTensor):
+        return map(flat_bytes, tensor.pieces())
+    return flat_bytes(tensor).split(_PIECE)
