@@ -69,6 +69,7 @@ def test_a_recovery_says_which_it_was(dense):
     options = {
         "text": str(dense.parent / "text.txt"),
         "tokens": 32,
+        "batch": 2,
         "seqlen": 16,
         "held_out": 1,
         "evaluations": 1,
