@@ -190,13 +190,19 @@ class RunJob:
         return memory.total(hidden=self.hidden_states_stay, paused=self.fits_lockstep(index))
 
     def peak_bytes(self) -> int:
-        """The largest need of any block on the device, in bytes."""
+        """The largest need of any block on the device, or of what is before them, in bytes."""
         stay, overlaps = self.hidden_states_stay, self.overlaps and self.device.type == "cpu"
-        return max(
+        needed = [
             memory.total(hidden=stay, paused=self.fits_lockstep(index))
             + overlaps * self.overlap_bytes(index)
             for index, memory in enumerate(self.block_memory)
-        )
+        ]
+        if not isinstance(self.source, ModuleSource):
+            # The embedding is in memory while it is applied to the windows and block 0 is read.
+            embedding = self.source.checkpoint.nbytes(self.source.outside_keys())
+            first = stay * self.block_memory[0].hidden + overlaps * self.source.block_nbytes(0)
+            needed.append(embedding + first)
+        return max(needed)
 
     def file_bytes(self) -> int:
         """Bytes of the weights of the result; 0 for a loaded model, which has no file."""
