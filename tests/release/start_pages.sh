@@ -9,11 +9,10 @@ git ls-files -z | xargs -0 cp --parents -t "$1/clone"
 cd "$1"
 ln -s ../smollm2 clone/HuggingFaceTB/SmolLM2-135M-Instruct  # no hub is needed
 
-# Arguments: a name of the environment, and commands. `make` has environments of its own, and the
-# index of PyTorch is for those who want a smaller torch.
+# Arguments: a name of the environment, and commands. `make` has environments of its own.
 in_environment() {
     test -d "$1" || "${PYTHON:-python3}" -m venv "$1"
-    commands=$(echo "$2" | grep -vE '^make |--index-url')
+    commands=$(echo "$2" | grep -v '^make ')
     (PATH="$PWD/$1/bin:$PATH" && cd clone && bash -exc "$commands")
 }
 

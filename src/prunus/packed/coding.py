@@ -30,8 +30,8 @@ _RARE_SHARE = 1 / 256
 def encode(values_K: torch.Tensor) -> tuple[torch.Tensor, Coding] | None:
     """Split bfloat16 values into low bytes, uint8 (P,), and coded high bytes.
 
-    The result is None where coding would save no bytes, and where so many values are rare that
-    decoding would be slow.
+    Returns None if coding would save no bytes, or if decoding would be slow because many values are
+    rare.
     """
     assert values_K.dtype == torch.bfloat16
     count = values_K.shape[0]
