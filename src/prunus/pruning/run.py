@@ -25,7 +25,6 @@ from torch import nn
 
 from prunus.calibration.corpora import LOCAL_CORPORA, data_folder
 from prunus.calibration.windows import Windows
-from prunus.hardware.memory import describe_hardware, versions
 from prunus.methods.table import GIVEN, Method, method_sha256
 from prunus.model.source import ModuleSource
 from prunus.options import takes
@@ -37,7 +36,7 @@ from prunus.pruning.manifest import Manifest, PruningRecord
 from prunus.pruning.options import PruningOptions
 from prunus.pruning.output import InPlaceOutput, PrunedFolder, PruningOutput
 from prunus.pruning.recipe import Recipe
-from prunus.runs.folder import find_earlier, held
+from prunus.runs.folder import find_earlier, held, resumed_or_new
 from prunus.runs.loop import MemoryWatch, run_blocks
 from prunus.runs.options import RunOptions
 from prunus.runs.plan import check_room, check_same_on_all_ranks
@@ -209,18 +208,12 @@ def _record(job: PruningJob, windows: Windows, earlier: PruningRecord | None) ->
     """A new record, or the record of the run that is resumed."""
     own_sha256 = method_sha256(job.recipe.method, job.options.own_method)
     inputs = run_inputs(job, windows).model_copy(update={"method_sha256": own_sha256})
-    if earlier is not None:
-        earlier.check_same_run(job.recipe, inputs)
-        return earlier
-    return job.RECORD(
-        source=job.model_name,
-        recipe=job.recipe,
-        inputs=inputs,
-        versions=versions(),
-        hardware=describe_hardware(job.device),
-        data_dir=_data_folder(job),
-        left_dense=job.left_dense,
-    )
+    own = {
+        "source": job.model_name,
+        "data_dir": _data_folder(job),
+        "left_dense": job.left_dense,
+    }
+    return resumed_or_new(job.RECORD, earlier, job.recipe, inputs, job.device, **own)
 
 
 def _data_folder(job: PruningJob) -> str | None:

@@ -17,7 +17,6 @@ from prunus.calibration.training_text import TrainingText, training_text
 from prunus.calibration.windows import Wanted, check_context
 from prunus.compression.records import CompressionRecord
 from prunus.distributed import Ranks
-from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.adapter import CONFIG_NAME, is_adapter, require_peft
 from prunus.model.checkpoint.atomic_files import file_digest, read_json
 from prunus.model.checkpoint.output_folder import check_companions
@@ -35,6 +34,7 @@ from prunus.pruning.manifest import Manifest
 from prunus.recovery.options import MODES, Mode, RecoveryOptions
 from prunus.recovery.record import RecoveryInputs, RecoveryRecord
 from prunus.recovery.training import step_count, training_dtype
+from prunus.runs.folder import resumed_or_new
 from prunus.runs.options import RunOptions
 from prunus.structure.records import StructureRecord
 
@@ -127,16 +127,11 @@ def plan_recovery(
         device=device.type,
         bos=text.bos,
     )
-    if earlier is not None:
-        earlier.check_same_run(recipe, inputs)
-    record = earlier or RecoveryRecord(
-        source=name or str(model),
-        teacher=str(teacher) if teacher is not None else None,
-        recipe=recipe,
-        inputs=inputs,
-        versions=versions(),
-        hardware=describe_hardware(device),
-    )
+    own = {
+        "source": name or str(model),
+        "teacher": str(teacher) if teacher is not None else None,
+    }
+    record = resumed_or_new(RecoveryRecord, earlier, recipe, inputs, device, **own)
     return RecoveryJob(model, source, skeleton, dense, text, device, dtype, record, card)
 
 

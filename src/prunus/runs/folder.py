@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from prunus.distributed import SINGLE_PROCESS, Ranks
+from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.checkpoint.atomic_files import (
     RECORD_FILES,
     check_shard,
@@ -44,7 +45,7 @@ from prunus.options import Options
 from prunus.runs.job import RunJob, check_known
 from prunus.runs.loop import Made
 from prunus.runs.options import RunOptions
-from prunus.runs.record import BlockwiseRecord, RunRecord, shard_name
+from prunus.runs.record import BlockwiseRecord, RunInputs, RunRecord, shard_name
 
 _Record = TypeVar("_Record", bound=RunRecord)
 
@@ -82,6 +83,26 @@ def find_earlier(
     if earlier is not None:
         earlier.check_same_run(recipe)
     return earlier
+
+
+def resumed_or_new(
+    kind: type[_Record],
+    earlier: _Record | None,
+    recipe: Options,
+    inputs: RunInputs,
+    device: torch.device,
+    **fields: Any,
+) -> _Record:
+    """The record of the run that is resumed, if it is the same run, or that of a new one.
+
+    Args:
+        **fields: What a new record of this kind holds besides.
+    """
+    if earlier is not None:
+        earlier.check_same_run(recipe, inputs)
+        return earlier
+    hardware = describe_hardware(device)
+    return kind(recipe=recipe, inputs=inputs, versions=versions(), hardware=hardware, **fields)
 
 
 @contextlib.contextmanager

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.hardware.memory import describe_hardware, peak_memory, versions
+from prunus.hardware.memory import peak_memory
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.experts import Fused
 from prunus.model.skeleton import names_in_model
 from prunus.options import takes
-from prunus.runs.folder import BlockFolder, find_earlier, held
+from prunus.runs.folder import BlockFolder, find_earlier, held, resumed_or_new
 from prunus.runs.loop import Made, run_blocks
 from prunus.runs.options import RunOptions
 from prunus.runs.plan import check_room, check_same_on_all_ranks
@@ -101,15 +101,8 @@ def run(
         with ranks.fail_together():
             windows = calibration_windows(job)
             inputs = run_inputs(job, windows)
-            record = earlier or StructureRecord(
-                source=job.model_name,
-                recipe=job.recipe,
-                inputs=inputs,
-                versions=versions(),
-                hardware=describe_hardware(job.device),
-                search=list(found),
-            )
-            record.check_same_run(job.recipe, inputs)
+            own = {"source": job.model_name, "search": list(found)}
+            record = resumed_or_new(StructureRecord, earlier, job.recipe, inputs, job.device, **own)
         walks = check_same_on_all_ranks(job, record)
         folder = SmallerFolder(output, record, job)
         if record.state == "finished":
