@@ -86,7 +86,7 @@ def _score_texts(
     """Score models on texts and tasks. Everything is checked before the first model is loaded."""
     from prunus.distributed import process_group
     from prunus.evaluation.inspection import stored_size
-    from prunus.evaluation.model_input import check_same_vocabulary, find_folder, find_model
+    from prunus.evaluation.model_input import check_reference, find_folder, find_model
     from prunus.evaluation.perplexity import check_text
     from prunus.evaluation.perplexity import perplexity as measure_perplexity
     from prunus.evaluation.records import side_by_side
@@ -103,7 +103,7 @@ def _score_texts(
     for model in models:
         found = find_model(model, trusted)
         if reference is not None:
-            check_same_vocabulary(found, find_model(reference, trusted))
+            check_reference(found, find_model(reference, trusted))
     task_run = None if tasks is None else prepare_tasks(models, tasks, **of_tasks)
     scores: dict[str, list[PerplexityResult]] = {model: [] for model in models}
     with process_group(rank_timeout) as ranks:

@@ -23,7 +23,12 @@ from prunus.model.config import load_config, require_config
 from prunus.model.device import DTYPES
 from prunus.model.kinds import require_causal
 from prunus.model.loading import load_model
-from prunus.model.tokenizer import load_tokenizer, token_ids, tokenizer_of_loaded
+from prunus.model.tokenizer import (
+    Vocabulary,
+    check_same_vocabulary,
+    load_tokenizer,
+    tokenizer_of_loaded,
+)
 
 #: Folder of a checkpoint -> its files -> size in bytes and time of the last change.
 FileStates = dict[Path, dict[Path, tuple[int, int]]]
@@ -117,26 +122,14 @@ def check_as_loaded(model: Any, dtype: str, device: str) -> None:
         )
 
 
-def check_same_vocabulary(model: ModelInput, reference: ModelInput) -> None:
-    """Check that two models give logits for the same tokens. Reads no weights."""
-    hint = "give a reference with the same vocabulary, such as the dense model"
-    sizes = model.vocabulary, reference.vocabulary
-    if None not in sizes and sizes[0] != sizes[1]:
-        raise ValueError(
-            f"the reference {reference.name} has a vocabulary of {sizes[1]} tokens, {model.name} "
-            f"one of {sizes[0]}: {hint}"
-        )
-    tokens, others = (
-        None if one.folder is None else token_ids(one.folder, one.trust_remote_code)
-        for one in (model, reference)
+def check_reference(model: ModelInput, reference: ModelInput) -> None:
+    """Check that a model and its reference give logits for the same tokens."""
+    first, second = (
+        Vocabulary(name, one.vocabulary, one.folder, one.trust_remote_code)
+        for name, one in ((f"the reference {reference.name}", reference), (model.name, model))
     )
-    if tokens is None or others is None or tokens == others:
-        return
-    token = min(dict(tokens.items() ^ others.items()))
-    raise ValueError(
-        f"the tokenizers of the reference {reference.name} and of {model.name} differ, at "
-        f"{token!r} for one: {hint}"
-    )
+    remedy = "give a reference with the same vocabulary, such as the dense model"
+    check_same_vocabulary(first, second, remedy)
 
 
 def _config(folder: Path, trust_remote_code: bool) -> Any:

@@ -39,7 +39,7 @@ from prunus.evaluation.model_input import (
     ComputeOptions,
     ModelInput,
     check_as_loaded,
-    check_same_vocabulary,
+    check_reference,
     file_states,
     find_model,
     unchanged,
@@ -125,7 +125,7 @@ def perplexity(
     ]
     model, folders = inputs[0], [one.folder for one in inputs]
     if reference is not None:
-        check_same_vocabulary(*inputs)
+        check_reference(*inputs)
     ranks.set_location(f"the perplexity of {model.name} on {text}")
     with ranks.fail_together():
         windows = scoring_windows(text, lambda: model.tokenizer(given.tokenizer), seqlen, given)

@@ -9,7 +9,7 @@ import resource
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import AutoImageProcessor, AutoTokenizer
 
@@ -88,6 +88,44 @@ def token_ids(folder: Path, trust_remote_code: bool = False) -> dict[str, int] |
     except ValueError:
         return None
     return dict(tokenizer.get_vocab())
+
+
+class Vocabulary(NamedTuple):
+    """What a model's token ids mean.
+
+    Attributes:
+        model: How messages name the model.
+        size: Number of token ids; None if it is not known.
+        folder: The checkpoint with the tokenizer; None if there is none to compare.
+    """
+
+    model: str
+    size: int | None
+    folder: Path | None
+    trust_remote_code: bool = False
+
+
+def check_same_vocabulary(first: Vocabulary, second: Vocabulary, remedy: str) -> None:
+    """Check that two models give logits for the same tokens. Reads no weights.
+
+    Tokenizers are compared only if both models have one.
+    """
+    if None not in (first.size, second.size) and first.size != second.size:
+        raise ValueError(
+            f"{first.model} has a vocabulary of {first.size} tokens, {second.model} one of "
+            f"{second.size}: {remedy}"
+        )
+    ids, others = (
+        None if each.folder is None else token_ids(each.folder, each.trust_remote_code)
+        for each in (first, second)
+    )
+    if ids is None or others is None or ids == others:
+        return
+    token = min(dict(ids.items() ^ others.items()))
+    raise ValueError(
+        f"the tokenizers of {first.model} and of {second.model} differ, at {token!r} for one: "
+        f"{remedy}"
+    )
 
 
 # --- the chat template, applied within limits ---

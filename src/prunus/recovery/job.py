@@ -27,7 +27,7 @@ from prunus.model.kinds import require_causal
 from prunus.model.loading import load_model
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
-from prunus.model.tokenizer import load_tokenizer, token_ids
+from prunus.model.tokenizer import Vocabulary, check_same_vocabulary, load_tokenizer
 from prunus.packed.description import Description, QuantizedShape
 from prunus.packed.source import is_packed
 from prunus.pruning.manifest import Manifest
@@ -250,24 +250,11 @@ def _check_trainable_form(folder: Path, mode: Mode) -> None:
 
 
 def _check_vocabulary(student: CheckpointSource, teacher: CheckpointSource) -> None:
-    """Check that student and teacher give logits for the same tokens.
+    """Check that student and teacher give logits for the same tokens."""
 
-    Tokenizers are compared only if both folders have one.
-    """
-    student_size, teacher_size = (
-        source.config.get_text_config().vocab_size for source in (student, teacher)
-    )
-    folders = student.checkpoint.folder, teacher.checkpoint.folder
-    if student_size != teacher_size:
-        raise ValueError(
-            f"the teacher {folders[1]} has a vocabulary of {teacher_size} tokens, {folders[0]} one "
-            f"of {student_size}: give a teacher with the same vocabulary"
-        )
-    student_ids, teacher_ids = (token_ids(folder) for folder in folders)
-    if student_ids is None or teacher_ids is None or student_ids == teacher_ids:
-        return
-    token = min(dict(student_ids.items() ^ teacher_ids.items()))
-    raise ValueError(
-        f"the tokenizers of the teacher {folders[1]} and of {folders[0]} differ, "
-        f"at {token!r} for one: give a teacher with the same vocabulary"
-    )
+    def of(source: CheckpointSource, role: str = "") -> Vocabulary:
+        folder = source.checkpoint.folder
+        return Vocabulary(f"{role}{folder}", source.config.get_text_config().vocab_size, folder)
+
+    remedy = "give a teacher with the same vocabulary"
+    check_same_vocabulary(of(teacher, "the teacher "), of(student), remedy)
