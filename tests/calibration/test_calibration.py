@@ -1,10 +1,13 @@
 """Where calibration windows come from."""
 
+import argparse
+import email.message
 import gzip
 import hashlib
 import json
 import random
 import struct
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -13,14 +16,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig
 
-from prunus.calibration.corpora import load_corpus, python_docs
+from prunus.calibration.corpora import load_corpus, python_code, python_docs
 from prunus.calibration.draw import TextTooShort, windows_from_documents, windows_from_stream
 from prunus.calibration.files import read_documents
 from prunus.calibration.generate import first_ids, start_token, write_windows
 from prunus.calibration.sources import find_source
+from prunus.calibration.training_text import training_text
 from prunus.calibration.windows import Wanted, Windows
+from tiny import tiny_model
 from tiny_tokenizer import BOS, EOS, VOCABULARY, byte_tokenizer
 
 C4_FILE = "c4_en_train_shard0_first1000.jsonl.gz"
@@ -56,8 +61,6 @@ class SpellingTokenizer:
 
     def __call__(self, texts, verbose=True):
         assert not verbose
-        if isinstance(texts, str):
-            return {"input_ids": [int(piece) for piece in texts.split(",")]}
         self.seen += len(texts)
         return {"input_ids": [[int(piece) for piece in text.split(",")] for text in texts]}
 
@@ -65,6 +68,11 @@ class SpellingTokenizer:
 def numbered(lengths: list[int]) -> list[str]:
     """Documents whose token ids say where they stand: 1000 * document + position."""
     return [",".join(str(1000 * d + p) for p in range(length)) for d, length in enumerate(lengths)]
+
+
+def draw_documents(documents, samples, seqlen, seed=0, tokenizer=None):
+    sizes = {"samples": samples, "seqlen": seqlen, "rng": random.Random(seed)}
+    return windows_from_documents(documents, tokenizer or SpellingTokenizer(), **sizes)
 
 
 # --- random windows of documents ---
@@ -78,13 +86,7 @@ def numbered(lengths: list[int]) -> list[str]:
 )
 def test_document_windows_are_different_pieces_of_long_documents(lengths, seqlen, samples, seed):
     def draw():
-        return windows_from_documents(
-            numbered(lengths),
-            SpellingTokenizer(),
-            samples=samples,
-            seqlen=seqlen,
-            rng=random.Random(seed),
-        )
+        return draw_documents(numbered(lengths), samples, seqlen, seed)
 
     starts = sum(max(length - seqlen, 0) for length in lengths)
     if starts == 0:
@@ -114,11 +116,7 @@ def test_document_windows_are_different_pieces_of_long_documents(lengths, seqlen
 
 
 def test_every_start_of_a_document_can_be_drawn():
-    tokenizer, documents = SpellingTokenizer(), numbered([12])
-    rows = (
-        windows_from_documents(documents, tokenizer, samples=1, seqlen=8, rng=random.Random(s))[0]
-        for s in range(200)
-    )
+    rows = (draw_documents(numbered([12]), 1, 8, seed)[0] for seed in range(200))
     starts = Counter(int(row[0, 0]) for row in rows)
     assert set(starts) == {0, 1, 2, 3}
     assert min(starts.values()) > 20
@@ -126,8 +124,7 @@ def test_every_start_of_a_document_can_be_drawn():
 
 def test_no_more_documents_are_tokenised_than_are_looked_at():
     tokenizer = SpellingTokenizer()
-    documents = numbered([20] * 500)
-    windows_from_documents(documents, tokenizer, samples=40, seqlen=8, rng=random.Random(0))
+    draw_documents(numbered([20] * 500), 40, 8, tokenizer=tokenizer)
     assert tokenizer.seen == 64
 
 
@@ -139,9 +136,8 @@ def test_no_more_documents_are_tokenised_than_are_looked_at():
 )
 def test_stream_windows_are_different_pieces_of_the_text(length, seqlen, samples, seed):
     def draw():
-        return windows_from_stream(
-            torch.arange(length), samples=samples, seqlen=seqlen, rng=random.Random(seed)
-        )
+        sizes = {"samples": samples, "seqlen": seqlen, "rng": random.Random(seed)}
+        return windows_from_stream(torch.arange(length), **sizes)
 
     if length <= seqlen:
         with pytest.raises(ValueError, match=f"the whole text has {length} tokens"):
@@ -172,8 +168,7 @@ def test_c4_from_a_data_folder(tmp_path, monkeypatch):
     assert C4_FILE in windows.source
     assert str(tmp_path) not in windows.source
     monkeypatch.setenv("PRUNUS_DATA", str(tmp_path))
-    again = load("c4", tokenizer, samples=6, seqlen=50)
-    other = load("c4", tokenizer, samples=6, seqlen=50, seed=1)
+    again, other = (load("c4", tokenizer, samples=6, seqlen=50, seed=seed) for seed in (0, 1))
     assert torch.equal(windows.ids, again.ids)
     assert windows.sha256 == again.sha256 != other.sha256
     # The original file comes before its stand-in, if the data folder has it.
@@ -202,9 +197,8 @@ def test_wikitext2_calibration_prefers_the_raw_text_and_says_what_it_used(tmp_pa
     text = " ".join(["", " = A = \n", " <unk> words \n"] * 9)
     assert all(tokenizer.decode(row) in text for row in windows.ids)
     (folder / "wiki.train.raw").write_text(" \n = B = \n raw words \n" * 9)
-    assert (
-        load("wikitext2", tokenizer, data=tmp_path).source == "wikitext2 (wikitext2/wiki.train.raw)"
-    )
+    source = load("wikitext2", tokenizer, data=tmp_path).source
+    assert source == "wikitext2 (wikitext2/wiki.train.raw)"
 
 
 HUB = {
@@ -221,9 +215,8 @@ def test_without_a_data_folder_corpora_come_from_the_hub(monkeypatch, source):
 
     def load_dataset(**arguments):
         asked.append(arguments)
-        column = "sentence" if source == "ptb" else "text"
-        rows = {column: [letters(60, i) for i in range(20)], "other": ["x"] * 20}
-        return datasets.Dataset.from_dict(rows)
+        rows = {"sentence" if source == "ptb" else "text": [letters(60, i) for i in range(20)]}
+        return datasets.Dataset.from_dict(rows | {"other": ["x"] * 20})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     check_source(source, None)
@@ -235,20 +228,17 @@ def test_without_a_data_folder_corpora_come_from_the_hub(monkeypatch, source):
 
 
 def test_data_folders(tmp_path, monkeypatch):
-    files = {
-        "c4": f"c4/{C4_FILE}",
-        "wikitext2": "wikitext2/wiki.train.raw",
-        "ptb": "ptb/ptb.train.txt",
-    }
-    for source, file in files.items():
+    for file in (f"c4/{C4_FILE}", "wikitext2/wiki.train.raw", "ptb/ptb.train.txt"):
+        source = file.partition("/")[0]
         with pytest.raises(FileNotFoundError, match=file):
             check_source(source, tmp_path)
         (tmp_path / file).parent.mkdir()
         (tmp_path / file).write_text(" one sentence \n another one \n")
         check_source(source, tmp_path)
     assert load_corpus("ptb", "calibration", tmp_path).whole() == "one sentence another one"
-    with pytest.raises(FileNotFoundError, match="nowhere: the data folder does not exist"):
-        check_source("c4", tmp_path / "nowhere")
+    for source in ("c4", "mix"):
+        with pytest.raises(FileNotFoundError, match="nowhere: the data folder does not exist"):
+            check_source(source, tmp_path / "nowhere")
     monkeypatch.setenv("PRUNUS_DATA", str(tmp_path / "lost"))
     with pytest.raises(FileNotFoundError, match="lost: the data folder in PRUNUS_DATA"):
         check_source("wikitext2", None)
@@ -286,6 +276,46 @@ def test_python_docs_halves_share_no_paragraph_and_the_first_one_is_drawn_from()
     assert all(tokenizer.decode(row) in whole for row in windows.ids)
 
 
+def test_python_code_is_the_library_of_this_python(monkeypatch, tmp_path):
+    calibration, scoring = python_code("calibration"), python_code("scoring")
+    assert not {*calibration} & {*scoring}
+    assert sum(map(len, calibration)) > 5_000_000 > sum(map(len, scoring)) > 400_000
+    for module, part in ((argparse, scoring), (zipfile, scoring), (email.message, calibration)):
+        assert Path(module.__file__).read_text(encoding="utf-8") in part
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    for source in ("python-code", "mix"):
+        with pytest.raises(ModuleNotFoundError, match="without the source code of its standard"):
+            check_source(source, None)
+
+
+@pytest.mark.usefixtures("short_python_docs")
+def test_mix_interleaves_prose_and_code(tmp_path, monkeypatch, uninstalled):
+    tokenizer, code = byte_tokenizer(), python_code("calibration")[:40]
+    monkeypatch.setattr("prunus.calibration.corpora.python_code", lambda _: [x[:999] for x in code])
+    json_lines(tmp_path / "c4" / C4_FILE, [letters(400, i) for i in range(40)])
+    options = {"tokenizer": tokenizer, "seqlen": 200, "data": tmp_path}
+    mixed = load("mix", samples=64, **options)
+    is_code = torch.tensor(["\n" in tokenizer.decode(row) for row in mixed.ids])
+    for size in (1, 2, 4, 8):
+        assert is_code.view(-1, size)[3::4].float().mean() == 0.5
+    assert all(abs(is_code[:end].sum() - end / 2) <= 1 for end in range(65))
+    alone = [load(name, samples=32, **options) for name in ("c4", "python-code")]
+    assert torch.equal(mixed.ids[~is_code], alone[0].ids)
+    assert torch.equal(mixed.ids[is_code], alone[1].ids)
+    assert mixed.source == f"50% {alone[0].source}; 50% {alone[1].source}"
+    assert torch.equal(load("mix", samples=1, **options).ids, load("c4", samples=1, **options).ids)
+    text = training_text("mix", Wanted(**options | {"tokenizer": lambda: tokenizer}), held_out=4)
+    is_code = ["\n" in tokenizer.decode(row) for row in (*text.held_out, *text.windows(0, 4))]
+    assert is_code == [False, True, True, False, True, False, False, True]
+    # Without C4, documentation takes the place of prose.
+    monkeypatch.delenv("PRUNUS_DATA", raising=False)
+    uninstalled("datasets")
+    without = load("mix", samples=8, **options | {"data": None})
+    docs = load("python-docs", samples=4, **options)
+    assert torch.equal(without.ids[[0, 3, 5, 6]], docs.ids)
+    assert f"50% {docs.source}, because c4 could not be loaded; " in without.source
+
+
 # --- files ---
 
 
@@ -306,19 +336,16 @@ def test_documents_of_a_file(tmp_path, name):
         json_lines(path, documents)
     tokenizer = byte_tokenizer()
     windows = load(path, tokenizer, samples=10, seqlen=50)
-    texts = [tokenizer.decode(row) for row in windows.ids]
     # A window that cuts the three bytes of U+2028 does not decode, so it is left out.
-    assert all(
-        any(text in document for document in documents) for text in texts if "\ufffd" not in text
-    )
+    texts = [text for row in windows.ids if "\ufffd" not in (text := tokenizer.decode(row))]
+    assert all(any(text in document for document in documents) for text in texts)
     assert windows.source == f"{path}; windows from 2 documents"
 
 
 def test_short_documents_are_joined(tmp_path):
     tokenizer = byte_tokenizer()
     documents = [letters(20, i) for i in range(6)]
-    path = json_lines(tmp_path / "short.jsonl", documents)
-    windows = load(path, tokenizer, samples=5, seqlen=40)
+    windows = load(json_lines(tmp_path / "a.jsonl", documents), tokenizer, samples=5, seqlen=40)
     assert all(tokenizer.decode(row) in "\n\n".join(documents) for row in windows.ids)
     assert "6 documents joined, none is longer than a window" in windows.source
 
@@ -344,11 +371,7 @@ def test_plain_text_keeps_every_byte(tmp_path, name):
         ("a.txt.gz", gzip.compress(b"some text " * 50, mtime=0)[:-12], "damaged or truncated gzip"),
         ("a.jsonl.gz", b"not gzip at all", "damaged or truncated gzip"),
         ("a.jsonl", b'{"text": "x"}\n\n{"text": "y', r"a.jsonl, line 3: not a JSON object"),
-        (
-            "a.jsonl",
-            b'{"text": "x"}\n{"body": "y"}\n',
-            r"line 2: expected a JSON object with text in 'text'",
-        ),
+        ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', "2: expected.* with text in 'text'"),
         ("a.jsonl", b'["x"]\n', "line 1: expected a JSON object"),
         ("a.jsonl", b"[" * 100_000, "line 1: not a JSON object"),
         ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", "line 1: not a JSON object"),
@@ -409,6 +432,7 @@ def test_token_ids_need_no_tokenizer(tmp_path):
         ({"source": "c5"}, "unknown source 'c5': it is none of c4, wikitext2, ptb"),
         ({"source": "self"}, "'self' needs the model"),
         ({"tokenizer": None}, "python-docs is text, and this model comes without a tokenizer"),
+        ({"source": "mix", "tokenizer": None}, "mix is text, and this model comes without a"),
     ],
 )
 def test_bad_arguments(change, message):
@@ -417,42 +441,27 @@ def test_bad_arguments(change, message):
         load(**arguments)
 
 
-def test_hash_is_of_shape_and_little_endian_int32(tmp_path):
+def test_hash_is_of_shape_and_little_endian_values():
     ids = torch.arange(12).view(3, 4) * 70_000
-    save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
-    windows = load(tmp_path / "ids.safetensors", samples=3, seqlen=4)
-    packed = struct.pack("<12i", *ids.flatten().tolist())
-    assert windows.sha256 == hashlib.sha256(b"3x4:" + packed).hexdigest()
+    pixels = ids.view(1, 3, 2, 2) / 7
+    for values, shape, form in ((ids, b"3x4:", "<12i"), (pixels, b"1x3x2x2:", "<12f")):
+        packed = struct.pack(form, *values.flatten().tolist())
+        windows = find_source(values).draw(Wanted(seqlen=4))
+        assert windows.sha256 == hashlib.sha256(shape + packed).hexdigest()
 
 
 # --- self ---
 
 
-def tiny_llama(**config) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 64,
-        "bos_token_id": BOS,
-        "eos_token_id": EOS,
-    }
-    return LlamaForCausalLM(LlamaConfig(**sizes | config)).eval()
+def writer(vocabulary: int = VOCABULARY):
+    return tiny_model(vocab_size=vocabulary, pad_token_id=None, bos_token_id=BOS, eos_token_id=EOS)
 
 
 def test_self_samples_from_the_model_s_own_distribution():
-    model = tiny_llama()
+    model = writer()
     # The model's own settings must not apply: they would cut its distribution or stop its text.
     habits = GenerationConfig(
-        do_sample=True,
-        top_k=2,
-        temperature=0.1,
-        repetition_penalty=9.0,
-        eos_token_id=list(range(200)),
+        do_sample=True, top_k=2, temperature=0.1, repetition_penalty=9.0, eos_token_id=[*range(200)]
     )
     model.generation_config = habits
     model.train()
@@ -473,7 +482,7 @@ def test_self_samples_from_the_model_s_own_distribution():
 
 
 def test_self_is_seeded_and_calls_the_model_only_when_asked(tmp_path):
-    model = tiny_llama()
+    model = writer()
     calls = []
 
     def get():
@@ -493,7 +502,7 @@ def test_self_is_seeded_and_calls_the_model_only_when_asked(tmp_path):
 
 
 def test_self_starts_as_the_tokenizer_starts_a_text():
-    model = tiny_llama()
+    model = writer()
     rng = random.Random(0)
     assert start_token(model, byte_tokenizer(bos=True), "auto") == BOS
     assert start_token(model, None, "auto") == BOS
@@ -505,11 +514,11 @@ def test_self_starts_as_the_tokenizer_starts_a_text():
     assert not set(without.tolist()) & {BOS, EOS}
     assert len(set(without.tolist())) > 100
     # An embedding smaller than the tokenizer's vocabulary bounds the draw.
-    assert int(first_ids(tiny_llama(vocab_size=50), byte_tokenizer(), 500, rng, None).max()) < 50
+    assert int(first_ids(writer(50), byte_tokenizer(), 500, rng, None).max()) < 50
 
 
 def test_self_with_a_broken_model_or_too_long_windows():
-    model = tiny_llama()
+    model = writer()
     with pytest.raises(ValueError, match="windows of 65 tokens do not fit: the model has 64"):
         write_windows(model, torch.tensor([3]), seqlen=65, seed=0)
     with torch.no_grad():
@@ -539,10 +548,8 @@ def test_a_small_parquet_file_of_endless_text_is_refused(tmp_path, monkeypatch):
         assert read_documents(path) == ["one text", "another"]
     # Stored once for all rows, and stored in every row.
     for dictionary, rows in ((True, 10**5), (False, 10**4)):
-        column = pyarrow.repeat(pyarrow.scalar("y" * 1000), rows)
-        parquet.write_table(
-            pyarrow.table({"text": column}), path, compression="zstd", use_dictionary=dictionary
-        )
+        table = pyarrow.table({"text": pyarrow.repeat(pyarrow.scalar("y" * 1000), rows)})
+        parquet.write_table(table, path, compression="zstd", use_dictionary=dictionary)
         assert path.stat().st_size < 2**20
         with pytest.raises(ValueError, match=r"bytes of text, which no ordinary text does"):
             read_documents(path)

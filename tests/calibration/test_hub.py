@@ -1,5 +1,7 @@
 """Corpora from the hub, where there may be no network."""
 
+import io
+
 import pytest
 
 from prunus.calibration.corpora import load_corpus
@@ -12,16 +14,11 @@ def refuse(_address, timeout):
     raise OSError("unreachable")
 
 
-class Connection:
-    def close(self):
-        pass
-
-
 @pytest.mark.parametrize(
     ("proxies", "connect", "offline"),
     [
         ({}, refuse, True),
-        ({}, lambda _address, _timeout: Connection(), False),
+        ({}, lambda _address, _timeout: io.BytesIO(), False),
         # Behind a proxy no connection is tried.
         ({"https": "http://proxy:1"}, pytest.fail, False),
     ],

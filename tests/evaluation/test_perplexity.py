@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from prunus.calibration.corpora import python_docs
+from prunus.calibration.corpora import python_code, python_docs
 from prunus.evaluation.perplexity import check_text, load_scoring_text, perplexity
 from prunus.evaluation.window_scores import WholeModel, score_windows
 from tiny import tiny_model
@@ -158,7 +158,7 @@ def test_token_ids_need_no_tokenizer(model, tmp_path):
         ({"device": "cpu"}, "a loaded model is scored as it is"),
         (
             {"text": "wikitext"},
-            "unknown text 'wikitext': give c4, wikitext2, ptb, python-docs or a file",
+            "unknown text 'wikitext': give c4, wikitext2, ptb, python-docs, python-code or a file",
         ),
         ({"text": "self"}, "unknown text 'self'"),
         ({"tokenizer": None}, "a loaded model needs its tokenizer"),
@@ -267,7 +267,8 @@ def test_how_documents_are_joined(tmp_path):
     (tmp_path / "ptb").mkdir()
     (tmp_path / "ptb" / "ptb.test.txt").write_text(" a b \n c <unk> \n")
     assert load_scoring_text("ptb", tmp_path).text == "a b c <unk>"
-    assert load_scoring_text("python-docs").text == "\n\n".join(python_docs("scoring"))
+    for name, read in (("python-docs", python_docs), ("python-code", python_code)):
+        assert load_scoring_text(name).text == "\n\n".join(read("scoring"))
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n{"text": "two"}\n')
     scoring = load_scoring_text(str(path))

@@ -8,15 +8,19 @@ SOURCES = {
     "wikitext2": "WikiText-2, train: random windows of the whole text",
     "ptb": "Penn Treebank, train: random windows of the whole text",
     "python-docs": "the documentation that ships with Python: first half; needs no download",
+    "python-code": "the modules of Python's standard library: random windows; needs no download",
+    "mix": "prose and code: C4, or python-docs where it cannot be loaded, and python-code in turn",
     "self": "text that the model writes itself (arXiv 2410.17170)",
     "FILE": ".txt, .jsonl, .jsonl.gz or .parquet (text in the field or column `text`), "
     "or .safetensors with `input_ids` (windows, tokens)",
     "FOLDER": "for image classifiers: images, or a subfolder of images per class",
 }
 #: Sources that are texts with a part for calibration and a part for scoring.
-CORPORA = ("c4", "wikitext2", "ptb", "python-docs")
+CORPORA = ("c4", "wikitext2", "ptb", "python-docs", "python-code")
+#: What the source `mix` holds -> its share of the windows, in sum 1.
+MIX = {"prose": 0.5, "code": 0.5}
 #: The sources of text in one phrase, for help texts.
 CHOICES = (
-    f"{', '.join(CORPORA)}, self (text that the model writes) or a file: .txt, .jsonl, .jsonl.gz, "
-    ".parquet, .safetensors with input_ids"
+    f"{', '.join(CORPORA)}, mix (prose and code), self (text that the model writes) or a file: "
+    ".txt, .jsonl, .jsonl.gz, .parquet, .safetensors with input_ids"
 )

@@ -1,4 +1,4 @@
-"""The named corpora: c4, wikitext2 and ptb from the hub or local datasets, and python-docs.
+"""The named corpora: c4, wikitext2 and ptb from the hub or local datasets, and those of Python.
 
 Each corpus has two parts that share no text: `calibration`, from which windows are drawn, and
 `scoring`, on which perplexity is measured. If a data folder with local datasets is given, all text
@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import socket
+import sys
+import sysconfig
 import urllib.request
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -124,8 +127,20 @@ _ORIGINS: dict[tuple[str, Part], _Origin] = {
 
 #: The longest wait for a connection to the hub. The library itself retries for more than a minute.
 _CONNECT_SECONDS = 5.0
-#: Those that lie in a folder of local datasets, or come from the hub.
-LOCAL_CORPORA = ("c4", "wikitext2", "ptb")
+#: Sources that are read from a folder of local datasets, or from the hub.
+LOCAL_SOURCES = ("c4", "wikitext2", "ptb", "mix")
+
+#: The modules of Python's standard library to score on. The other ones are for calibration.
+_SCORED_MODULES = {
+    "argparse", "configparser", "csv", "difflib", "fractions", "heapq", "shelve", "statistics",
+    "textwrap", "zipfile",
+}  # fmt: skip
+# Tests, tables, and packages that some systems install apart from Python.
+_NO_CODE = {
+    "test", "tests", "encodings", "pydoc_data", "_casefix.py", "_opcode_metadata.py", "entities.py",
+    "distutils", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtledemo",
+}  # fmt: skip
+_SMALLEST_MODULE = 4_000  # bytes; smaller ones do little but import others
 
 
 def data_folder(data_dir: Path | None) -> Path | None:
@@ -143,22 +158,29 @@ def data_folder(data_dir: Path | None) -> Path | None:
 
 def check_corpus(name: str, part: Part, data_dir: Path | None) -> None:
     """Check that `load_corpus` has the file or the library that it needs. Asks no network."""
-    if name == "python-docs":
-        if importlib.util.find_spec("pydoc_data") is None:
-            raise ModuleNotFoundError(
-                "this Python comes without pydoc_data, the text of python-docs; choose another "
-                "source"
-            )
-    elif _local_file(name, part, data_dir) is None:
+    missing = ""
+    if name == "python-docs" and importlib.util.find_spec("pydoc_data") is None:
+        missing = "pydoc_data"
+    elif name == "python-code" and not _library_modules(part):
+        missing = "the source code of its standard library"
+    elif name in LOCAL_SOURCES and _local_file(name, part, data_dir) is None:
         require_library("datasets", f"loading {name} from the hub")
+    if missing:
+        raise ModuleNotFoundError(
+            f"this Python comes without {missing}, the text of {name}; choose another source"
+        )
 
 
 def load_corpus(name: str, part: Part, data_dir: Path | None) -> Text:
-    """The text of one part of a corpus. As in the papers, only C4 consists of documents."""
+    """The text of one part of a corpus. As in the papers, WikiText-2 and PTB are one text each."""
     check_corpus(name, part, data_dir)
     if name == "python-docs":
         source = f"python-docs ({part} half of pydoc_data.topics, repeated paragraphs dropped)"
         return Text(python_docs(part), "\n\n", source)
+    if name == "python-code":
+        modules = python_code(part)
+        source = f"python-code ({len(modules)} modules of Python {platform.python_version()})"
+        return Text(modules, "\n\n", source, by_document=True, joins_short=True)
     origin = _ORIGINS[name, part]
     if (found := _local_file(name, part, data_dir)) is None:
         documents, described = _from_hub(name, origin), f"{origin.hub_name}, from the hub"
@@ -223,6 +245,25 @@ def python_docs(part: Part) -> list[str]:
     ends = list(accumulate(map(len, paragraphs)))
     cut = bisect_left(ends, ends[-1] / 2) + 1
     return paragraphs[:cut] if part == "calibration" else paragraphs[cut:]
+
+
+def python_code(part: Part) -> list[str]:
+    """The source code of the modules in one part of Python's standard library."""
+    # As text, so that it has the same line ends on every system.
+    return [path.read_text(encoding="utf-8") for path in _library_modules(part)]
+
+
+def _library_modules(part: Part) -> list[Path]:
+    """The files of the modules, in a fixed order; none if the library is a zip file."""
+    library = Path(sysconfig.get_path("stdlib"))
+    files = []
+    for name in sys.stdlib_module_names:
+        if (name in _SCORED_MODULES) == (part == "scoring"):
+            for path in (library / f"{name}.py", *(library / name).rglob("*.py")):
+                is_code = not _NO_CODE.intersection(path.relative_to(library).parts)
+                if is_code and path.is_file() and path.stat().st_size >= _SMALLEST_MODULE:
+                    files.append(path)
+    return sorted(files, key=Path.as_posix)
 
 
 # --- the library `datasets`, which only this file uses ---

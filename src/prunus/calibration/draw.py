@@ -8,7 +8,9 @@ Shape suffixes: N windows, S tokens per window (seqlen), T tokens of a text.
 
 from __future__ import annotations
 
+import itertools
 import random
+from bisect import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +37,7 @@ class Text:
         by_document: windows are drawn of single documents, and not of the whole text.
         joins_short: where no document is longer than a window, windows are drawn of all documents
             together.
+        share: of the windows of a source with several texts.
     """
 
     documents: Sequence[str]
@@ -42,6 +45,7 @@ class Text:
     source: str
     by_document: bool = False
     joins_short: bool = False
+    share: float = 1.0
 
     def whole(self) -> str:
         """All documents as one string.
@@ -52,11 +56,43 @@ class Text:
         return self.joiner.join(self.documents)
 
 
+def in_turn(texts: Sequence[Text]) -> Iterator[int]:
+    """Yield for each window, without end, the number of the text that it is cut out of.
+
+    Every text has its share of each prefix, and also of the windows that a run holds out, such as
+    every fourth one. So window n belongs to the text in whose part of [0, 1) there is point n of
+    Sobol's second sequence. For two equal shares this is the Thue-Morse sequence:
+
+    >>> list(itertools.islice(in_turn([Text([], "", "", share=0.5)] * 2), 12))
+    [0, 1, 1, 0, 1, 0, 0, 1, 1, 0, 0, 1]
+    """
+    *ends, _ = itertools.accumulate(text.share for text in texts)
+    for window in itertools.count():
+        point, direction = 0, 2**31
+        for bit in reversed(f"{window:b}"):
+            point ^= direction * int(bit)
+            direction ^= direction >> 1
+        yield bisect(ends, point / 2**32)
+
+
 def draw_windows(
-    text: Text, tokenizer: Any, *, samples: int, seqlen: int, rng: random.Random
+    texts: Sequence[Text], tokenizer: Any, *, samples: int, seqlen: int, seed: int
 ) -> tuple[torch.Tensor, str]:
-    """Random windows (N, S) of a text, and where they come from, for people."""
-    sizes: dict[str, Any] = {"samples": samples, "seqlen": seqlen, "rng": rng}
+    """Random windows (N, S) of texts in turn, and where they come from, for people."""
+    text_N = torch.tensor(list(itertools.islice(in_turn(texts), samples)))
+    ids_NS = torch.empty((samples, seqlen), dtype=torch.int64)
+    described = []
+    for number, text in enumerate(texts):
+        here_N = text_N == number
+        if count := int(here_N.sum()):
+            sizes = {"samples": count, "seqlen": seqlen, "rng": random.Random(seed)}
+            ids_NS[here_N], source = _draw_windows(text, tokenizer, **sizes)
+            described.append(source)
+    return ids_NS, "; ".join(described)
+
+
+def _draw_windows(text: Text, tokenizer: Any, **sizes: Any) -> tuple[torch.Tensor, str]:
+    """Random windows (N, S) of one text, and where they come from, for people."""
     try:
         if not text.by_document:
             tokens = encode(tokenizer, text.whole())

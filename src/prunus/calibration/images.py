@@ -8,7 +8,6 @@ Shape suffixes: N images.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import random
 from collections.abc import Sequence
@@ -68,10 +67,8 @@ def list_images(folder: Path) -> ImageFolder:
 
 
 def _images_in(folder: Path) -> list[Path]:
-    files = (
-        path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file()
-    )
-    return sorted(files, key=lambda path: path.name)
+    files = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    return sorted(filter(Path.is_file, files), key=lambda path: path.name)
 
 
 def draw_images(folder: Path, samples: int, seed: int) -> list[Path]:
@@ -79,8 +76,7 @@ def draw_images(folder: Path, samples: int, seed: int) -> list[Path]:
     paths = list_images(folder).paths
     if len(paths) < samples:
         raise ValueError(
-            f"{folder} holds {len(paths)} images, fewer than `samples` {samples}; use fewer "
-            "`samples`"
+            f"{folder} holds {len(paths)} images, fewer than `samples` {samples}; use fewer"
         )
     return [paths[index] for index in random.Random(seed).sample(range(len(paths)), samples)]
 
@@ -109,14 +105,3 @@ def read_images(paths: Sequence[Path], processor: Any) -> torch.Tensor:
             )
         found.append(pixels)
     return torch.stack(found)
-
-
-def hash_pixels(pixels: torch.Tensor) -> str:
-    """SHA-256 (hex) of shape and values (N, channels, height, width) as little-endian float32.
-
-    >>> hash_pixels(torch.zeros(1, 3, 2, 2)) == hash_pixels(torch.zeros(1, 3, 4, 1))
-    False
-    """
-    digest = hashlib.sha256(f"{'x'.join(map(str, pixels.shape))}:".encode())
-    digest.update(pixels.numpy().astype("<f4").tobytes())
-    return digest.hexdigest()

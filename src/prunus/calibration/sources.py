@@ -14,16 +14,17 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
 
-from prunus.calibration.catalogue import CORPORA, SOURCES
-from prunus.calibration.corpora import check_corpus, load_corpus
+from prunus.calibration.catalogue import CORPORA, MIX, SOURCES
+from prunus.calibration.corpora import check_corpus, data_folder, load_corpus
 from prunus.calibration.draw import Text, draw_windows
 from prunus.calibration.files import check_file, read_documents, read_ids
-from prunus.calibration.images import draw_images, hash_pixels, read_images
+from prunus.calibration.images import draw_images, read_images
 from prunus.calibration.windows import (
     Wanted,
     Windows,
@@ -150,8 +151,8 @@ class TextSource(Source):
     cuts = True
 
     @abstractmethod
-    def read(self, wanted: Wanted) -> Text:
-        """The text."""
+    def read(self, wanted: Wanted) -> list[Text]:
+        """The text, or several texts with a share of the windows each."""
 
     def tokenizer(self, wanted: Wanted) -> Any:
         """The tokenizer, without which no window can be cut."""
@@ -165,10 +166,9 @@ class TextSource(Source):
 
     def draw(self, wanted: Wanted) -> Windows:
         tokenizer = self.tokenizer(wanted)
-        token, rng = bos_token(tokenizer, wanted.bos), random.Random(wanted.seed)
-        text = self.read(wanted)
+        token, texts = bos_token(tokenizer, wanted.bos), self.read(wanted)
         ids, described = draw_windows(
-            text, tokenizer, samples=wanted.samples, seqlen=wanted.seqlen, rng=rng
+            texts, tokenizer, samples=wanted.samples, seqlen=wanted.seqlen, seed=wanted.seed
         )
         ids = put_bos_first(ids, token)
         return Windows(ids, described, hash_ids(ids), used_bos(token))
@@ -177,20 +177,42 @@ class TextSource(Source):
 class _Corpus(TextSource):
     """A named corpus; see `corpora.py`."""
 
-    def read(self, wanted: Wanted) -> Text:
-        return load_corpus(self.name, "calibration", wanted.data)
+    def read(self, wanted: Wanted) -> list[Text]:
+        return [load_corpus(self.name, "calibration", wanted.data)]
 
     def check(self, wanted: Wanted, images: bool = False) -> None:
         super().check(wanted, images)
         check_corpus(self.name, "calibration", wanted.data)
 
 
+class _Mix(TextSource):
+    """Prose and code, in the shares of `MIX`."""
+
+    def read(self, wanted: Wanted) -> list[Text]:
+        try:
+            prose = load_corpus("c4", "calibration", wanted.data)
+        except (OSError, ModuleNotFoundError):
+            prose = load_corpus("python-docs", "calibration", None)
+            prose = replace(prose, source=f"{prose.source}, because c4 could not be loaded")
+        texts = {"prose": prose, "code": load_corpus("python-code", "calibration", None)}
+        return [
+            replace(texts[kind], share=share, source=f"{share:.0%} {texts[kind].source}")
+            for kind, share in MIX.items()
+        ]
+
+    def check(self, wanted: Wanted, images: bool = False) -> None:
+        super().check(wanted, images)
+        data_folder(wanted.data)
+        check_corpus("python-code", "calibration", None)
+
+
 class _TextFile(TextSource):
     """A file of text; several documents are drawn from like those of a corpus."""
 
-    def read(self, wanted: Wanted) -> Text:
+    def read(self, wanted: Wanted) -> list[Text]:
         documents = read_documents(Path(self.name))
-        return Text(documents, "\n\n", self.name, by_document=len(documents) > 1, joins_short=True)
+        several = len(documents) > 1
+        return [Text(documents, "\n\n", self.name, by_document=several, joins_short=True)]
 
     def check(self, wanted: Wanted, images: bool = False) -> None:
         super().check(wanted, images)
@@ -212,10 +234,10 @@ class _Texts(TextSource):
         super().__init__("texts")
         self._given, self._chat_text = given, chat_text
 
-    def read(self, wanted: Wanted) -> Text:
+    def read(self, wanted: Wanted) -> list[Text]:
         documents = Documents(self._given, wanted.tokenizer(), self._chat_text)
         source = f"{len(documents)} texts given by the caller"
-        return Text(documents, "\n\n", source, by_document=True, joins_short=True)
+        return [Text(documents, "\n\n", source, by_document=True, joins_short=True)]
 
 
 class IdsFile(Source):
@@ -276,7 +298,7 @@ class _ImageFolder(Source):
         paths = draw_images(Path(self.name), wanted.samples, wanted.seed)
         pixels = read_images(paths, wanted.tokenizer())
         described = f"{self.name}: {len(pixels)} images at random"
-        return Windows(pixels, described, hash_pixels(pixels))
+        return Windows(pixels, described, hash_ids(pixels))
 
 
 class _Tensor(Source):
@@ -288,8 +310,7 @@ class _Tensor(Source):
 
     def draw(self, wanted: Wanted) -> Windows:
         ids = self._given.to("cpu", torch.float32 if self.images else torch.int64)
-        digest = hash_pixels(ids) if self.images else hash_ids(ids)
-        return Windows(ids, f"{self.name} given by the caller", digest)
+        return Windows(ids, f"{self.name} given by the caller", hash_ids(ids))
 
 
 def find_source(given: Any, chat_text: Callable[[Any, Any], str] | None = None) -> Source:
@@ -303,10 +324,9 @@ def find_source(given: Any, chat_text: Callable[[Any, Any], str] | None = None) 
         return _Tensor(given)
     if are_texts(given):
         return _Texts(given, chat_text)
-    if given in CORPORA:
-        return _Corpus(given)
-    if given == "self":
-        return _OwnText(given)
+    named = dict.fromkeys(CORPORA, _Corpus) | {"mix": _Mix, "self": _OwnText}
+    if given in named:
+        return named[given](given)
     path = Path(given)
     if path.is_dir():
         return _ImageFolder(str(given))

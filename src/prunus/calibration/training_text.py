@@ -10,13 +10,14 @@ Shape suffixes: N windows, S tokens per window (seqlen).
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from prunus.calibration.draw import encode, encode_documents
+from prunus.calibration.draw import Text, encode, encode_documents, in_turn
 from prunus.calibration.sources import IdsFile, TextSource, find_source
 from prunus.calibration.windows import (
     UsedBos,
@@ -64,10 +65,7 @@ class TrainingText:
         self._windows = windows
         self._seed = seed
         self._rows: list[torch.Tensor] = []
-        self._ended = False
-        first: list[torch.Tensor] = []
-        while len(first) < held_out and (row := next(windows, None)) is not None:
-            first.append(row)
+        first = list(itertools.islice(windows, held_out))
         if len(first) < held_out or not self._extend(1):
             raise ValueError(
                 f"{source}: the text has {len(first)} windows, too few to hold {held_out} out and "
@@ -91,12 +89,7 @@ class TrainingText:
 
     def _extend(self, count: int) -> bool:
         """Read on until there are `count` training windows; false if the text ends before."""
-        while len(self._rows) < count and not self._ended:
-            row = next(self._windows, None)
-            if row is None:
-                self._ended = True
-            else:
-                self._rows.append(row)
+        self._rows += itertools.islice(self._windows, max(0, count - len(self._rows)))
         return len(self._rows) >= count
 
 
@@ -131,15 +124,26 @@ def training_text(
         written = place.draw(wanted)
         return TrainingText(fitting(written.ids), written.source, held_out, seed, written.bos)
     cutter = place.tokenizer(wanted)
-    token, text = bos_token(cutter, wanted.bos), place.read(wanted)
-    if text.by_document:
-        pieces = _cut(_in_random_order(text.documents, cutter, seed), seqlen)
-    else:
-        # One text has no order of documents to draw, so its windows are shuffled instead.
-        whole = iter([encode(cutter, text.whole())])
-        pieces = iter(_shuffled(list(_cut(whole, seqlen)), seed))
-    begun = (put_bos_first(row, token) for row in pieces)
-    return TrainingText(fitting(begun), text.source, held_out, seed, used_bos(token))
+    token, texts = bos_token(cutter, wanted.bos), place.read(wanted)
+    begun = (put_bos_first(row, token) for row in _windows(texts, cutter, seqlen, seed))
+    sources = "; ".join(text.source for text in texts)
+    return TrainingText(fitting(begun), sources, held_out, seed, used_bos(token))
+
+
+def _windows(texts: list[Text], tokenizer: Any, seqlen: int, seed: int) -> Iterator[torch.Tensor]:
+    """Yield the windows of texts in turn, up to the end of the first text that ends."""
+    rows = []
+    for text in texts:
+        if text.by_document:
+            rows.append(_cut(_in_random_order(text.documents, tokenizer, seed), seqlen))
+        else:
+            # One text has no order of documents to draw, so its windows are shuffled instead.
+            whole = iter([encode(tokenizer, text.whole())])
+            rows.append(iter(_shuffled(list(_cut(whole, seqlen)), seed)))
+    for number in in_turn(texts):
+        if (row := next(rows[number], None)) is None:
+            return
+        yield row
 
 
 def _in_random_order(documents: Sequence[str], tokenizer: Any, seed: int) -> Iterator[torch.Tensor]:

@@ -3,9 +3,8 @@
 Where a tokenizer puts a beginning-of-sequence (BOS) token before a text, only the first window of a
 text would have one. A model that was trained with BOS first is then measured on inputs that it
 never saw: the perplexity of Gemma 3 270M nearly triples. The papers' protocol is to cut windows
-without BOS nevertheless, so
-it stays a choice. BOS takes the place of a window's first token. The windows then hold the same
-text with and without it, and the same tokens are scored.
+without BOS nevertheless, so it stays a choice. BOS takes the place of a window's first token. The
+windows then hold the same text with and without it, and the same tokens are scored.
 
 Shape suffixes: N samples (windows), S tokens per window (seqlen).
 """
@@ -117,13 +116,14 @@ class Windows:
 def hash_ids(ids: torch.Tensor) -> str:
     """SHA-256 (hex) of the text `<rows>x<columns>:` and of the ids (N, S) as little-endian int32.
 
+    Pixel values are little-endian float32, after all their sizes.
     The definition does not depend on torch or on the host, so that any program can check it.
 
     >>> hash_ids(torch.tensor([[1, 2, 3]]))[:8]
     '89c48fa8'
     """
-    digest = hashlib.sha256(f"{ids.shape[0]}x{ids.shape[1]}:".encode())
-    digest.update(ids.numpy().astype("<i4").tobytes())
+    digest = hashlib.sha256(f"{'x'.join(map(str, ids.shape))}:".encode())
+    digest.update(ids.numpy().astype("<f4" if ids.is_floating_point() else "<i4").tobytes())
     return digest.hexdigest()
 
 

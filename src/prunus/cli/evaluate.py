@@ -29,8 +29,8 @@ def evaluate(
     perplexity: Annotated[
         str | None,
         opt(
-            "Score on these texts, separated by commas: wikitext2, c4, ptb, python-docs or files. "
-            "Default: wikitext2, if no tasks are given.",
+            "Score on these texts, separated by commas: wikitext2, c4, ptb, python-docs, "
+            "python-code or files. Default: wikitext2, if no tasks are given.",
             "TEXT,…",
         ),
     ] = None,

@@ -70,6 +70,7 @@ _JOINED = {
     "wikitext2": "raw test lines joined with two newlines",
     "ptb": "test sentences joined with spaces",
     "python-docs": "paragraphs joined with blank lines",
+    "python-code": "modules joined with blank lines",
 }
 
 

@@ -23,7 +23,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from prunus.calibration.corpora import LOCAL_CORPORA, data_folder
+from prunus.calibration.corpora import LOCAL_SOURCES, data_folder
 from prunus.calibration.windows import Windows
 from prunus.methods.table import GIVEN, Method, method_sha256
 from prunus.model.source import ModuleSource
@@ -218,8 +218,8 @@ def _record(job: PruningJob, windows: Windows, earlier: PruningRecord | None) ->
 
 def _data_folder(job: PruningJob) -> str | None:
     """The folder of local datasets that the calibration text was read from, if any."""
-    is_corpus = job.recipe.calibration in LOCAL_CORPORA
-    folder = data_folder(job.options.data) if job.needs_inputs and is_corpus else None
+    is_local = job.recipe.calibration in LOCAL_SOURCES
+    folder = data_folder(job.options.data) if job.needs_inputs and is_local else None
     return None if folder is None else str(folder.absolute())
 
 

@@ -227,12 +227,9 @@ def _check_training(
     source = open_teacher(model)
     if output is not None:
         check_apart(output, source.checkpoint.folder)
-    if training.text != "self":  # The model would write the text, which is work.
+    if training.text != "self" or training.tokens is None:
+        # With a number of tokens the model would write the text, which is work.
         draw_training_text(training, source, source, torch.device("cpu"), options.data)
-    elif training.tokens is None:
-        raise ValueError(
-            "the source 'self' writes a given number of tokens: give the budget in `tokens`"
-        )
     if output is not None:
         # The pruned checkpoint, the result, and the state of the training.
         stored = source.checkpoint.nbytes(source.checkpoint.tensors)
