@@ -194,11 +194,12 @@ def preset_table(figures: Figures) -> str:
         "wanda": ("`fast`", "Wanda: a mask from weights and input norms"),
         "balanced": (
             "`balanced`",
-            "ALPS, aimed at a mixture with the dense model; the last block reconstructed",
+            "ALPS, aimed at a mixture with the dense model, a sparsity per linear; the last block "
+            "reconstructed",
         ),
         "best": (
             "`best`",
-            "the same with every block reconstructed; sparsities by search, except for N:M",
+            "the same with every block reconstructed; sparsities likewise, except for N:M",
         ),
     }
     rows = [

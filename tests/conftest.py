@@ -19,16 +19,11 @@ if _workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 os.environ.pop("PRUNUS_DATA", None)
 
 import pytest
-from hypothesis import settings
 
 # Hooks of pytest: tests marked `cuda` run on a device, real or pretend.
 from pretend_cuda_plugin import pytest_runtest_protocol, pytest_unconfigure
 
 __all__ = ["pytest_runtest_protocol", "pytest_unconfigure"]
-
-# No test depends on the clock.
-settings.register_profile("prunus", deadline=None)
-settings.load_profile("prunus")
 
 ROOT = Path(__file__).resolve().parent.parent
 

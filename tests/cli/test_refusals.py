@@ -209,7 +209,7 @@ def files(folder: Path) -> dict[Path, tuple[int, int]]:
     "verb",
     [
         "prune",
-        "prune --allocation search",
+        "prune --allocation fisher",
         "compress --bits 6",
         "shrink --blocks 0.5",
         "shrink --blocks 0.5 --block-rule cosine",

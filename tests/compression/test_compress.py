@@ -26,6 +26,7 @@ from prunus.model.checkpoint.reader import Checkpoint
 from prunus.packed import PackedLinear, reference_path
 from prunus.packed.description import Description, StoredTensor
 from prunus.pruning.job import PruningJob, describe_plan, plan_run
+from prunus.pruning.loss_sensitivity import measuring_memory
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
 from prunus.reporting.run_sections import run_section
@@ -207,7 +208,7 @@ def test_plan_counts_the_measurement(dense):
     ]
     weights = [dict(plan_facts(describe_plan(job)).items)["weights"] for job in jobs]
     assert "4 bits each" in weights[0] and "are removed" in weights[1]
-    memory = jobs[0].measuring_memory()
+    memory = measuring_memory(jobs[0], quantizes=True)
     # Two blocks, six windows of 16 tokens, 64 numbers of the dtype of the computation.
     assert memory.hidden == 2 * 6 * 16 * 64 * jobs[0].dtype.itemsize
     assert describe_plan(jobs[0])["peak_memory_bytes"] > memory.total(hidden=True, paused=False)
@@ -215,9 +216,8 @@ def test_plan_counts_the_measurement(dense):
 
 def test_a_budget_below_the_measurement_is_refused(dense, monkeypatch):
     recipe = CompressionRecipe(bits=4.0, samples=6, seqlen=16, batch=2)
-    monkeypatch.setattr(
-        CompressionJob, "measuring_memory", lambda job: BlockMemory(0, 0, job.budget, 0, 10**9)
-    )
+    needed = BlockMemory(0, 0, 10**14, 0, 10**9)
+    monkeypatch.setattr("prunus.pruning.job.measuring_memory", lambda job, quantizes: needed)
     with pytest.raises(ValueError, match="measuring how the loss depends on each linear needs"):
         plan_run(dense, recipe, RunOptions(input_ids=token_ids()), CompressionJob)
 
@@ -251,7 +251,7 @@ def test_the_card_says_bits_and_zeros_and_no_method_that_chose_nothing(dense, co
     assert f"{totals['bits']:.2f} bits per weight" in card and "import prunus" in card
     assert f"{totals['zeros']:,} of {totals['weights']:,} weights" in card
     assert "used like the dense model" not in card and "wanda" not in card + record
-    for option in ({"method": "alps"}, {"allocation": "search"}, {"refine": "swaps"}):
+    for option in ({"method": "alps"}, {"allocation": "fisher"}, {"refine": "swaps"}):
         with pytest.raises(ValueError, match=f"{next(iter(option))} would say which zeros"):
             compress(dense, tmp_path / "out", **option)
     with pytest.raises(FileExistsError, match=r"another sparsity \(0.0, now 0.5\)"):

@@ -269,7 +269,9 @@ def test_unpacked_quantised_weights(quantised_once, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["packed_once", "quantised_once"])
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_damaged_shards_give_clear_errors(form, request, tmp_path_factory, data):
     """A shard cut off, or with flipped bits, is refused or gives a checkpoint of the right shapes:

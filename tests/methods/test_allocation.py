@@ -56,7 +56,7 @@ def convex_curves(draw):
 
 
 @given(convex_curves(), st.floats(0, 0.75))
-@settings(max_examples=60)
+@settings(deadline=None, max_examples=60)
 def test_no_other_sparsities_of_the_same_budget_cost_less(drawn, sparsity):
     curves, weights = drawn
     reach = mean([curve[-1][0] for curve in curves], weights)
@@ -115,6 +115,7 @@ def test_unusable_curves_are_refused(curves, sparsity, message):
     ),
     st.floats(0, 0.9),
 )
+@settings(deadline=None)
 def test_whole_weights_come_within_a_column_of_the_budget(layers, sparsity):
     shapes = [(rows, columns) for rows, columns, _ in layers]
     weights = [rows * columns for rows, columns in shapes]

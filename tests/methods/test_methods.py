@@ -88,7 +88,7 @@ def test_the_ablations_equal_the_reference(pattern, mask_from, mask_order):
     st.integers(1, 7),
     st.data(),
 )
-@settings(max_examples=40)
+@settings(deadline=None, max_examples=40)
 def test_n_of_m_holds_for_every_block_width(name, m, groups, rows, data):
     n, block = data.draw(st.integers(0, m)), data.draw(st.integers(1, 50))
     order = data.draw(st.sampled_from(["before", "blockwise"]))
@@ -118,7 +118,7 @@ def test_nothing_to_remove_changes_nothing(name, pattern):
     st.sampled_from([None, 0.0, 1e-6, 0.01]),
     st.integers(0, 20),
 )
-@settings(max_examples=60)
+@settings(deadline=None, max_examples=60)
 def test_no_input_makes_a_weight_that_is_not_finite(
     name, kind, pattern, rows, columns, damping, seed
 ):

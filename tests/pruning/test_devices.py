@@ -11,9 +11,9 @@ import transformers
 import prunus
 from devices import PRETEND, assert_same_weights
 from prunus.calibration.generate import write_windows
-from prunus.compression import loss_sensitivity
 from prunus.methods import patterns, statistics
 from prunus.methods.solvers import least_squares
+from prunus.pruning import loss_sensitivity
 from prunus.pruning.job import PruningJob
 from stopping import StopError, stop_after
 from tiny import tiny_checkpoint, token_ids
@@ -41,7 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "swaps, least squares": {"refine": "swaps", "weight_update": "least-squares"},
     "swaps 2:4, last trained": {"refine": "swaps", "pattern": "2:4", **TRAINED, **LAST},
     "head": {"head": True},
-    "search": {"allocation": "search", "allocation_by": "linear"},
+    "allocation": {"allocation": "fisher"},
 }
 
 

@@ -306,7 +306,7 @@ def test_measuring_experts_on_all_tokens_does_not_change_later_blocks(tmp_path):
             "batch": 1,
         },
         {"method": "magnitude"},
-        {"allocation": "search"},
+        {"allocation": "fisher"},
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )

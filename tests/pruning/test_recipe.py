@@ -203,17 +203,18 @@ def test_a_preset_fills_in_what_the_user_leaves_open(name):
     assert (other.method, other.sparsity, other.seed, other.damping) == (chosen.method, 0.7, 3, 0.2)
 
 
-def test_the_preset_best_depends_on_the_pattern():
+@pytest.mark.parametrize("preset", ["balanced", "best"])
+def test_a_preset_depends_on_the_pattern(preset):
     chosen = {
-        pattern: Recipe(preset="best", pattern=pattern)
+        pattern: Recipe(preset=preset, pattern=pattern)
         for pattern in ("unstructured", "2:4", "4:8")
     }
     assert {pattern: each.allocation for pattern, each in chosen.items()} == {
-        "unstructured": "search",
+        "unstructured": "fisher",
         "2:4": "uniform",
         "4:8": "uniform",
     }
-    assert Recipe(preset="best", allocation="uniform").allocation == "uniform"
+    assert Recipe(preset=preset, allocation="uniform").allocation == "uniform"
 
 
 def test_explicit_options_override_a_preset(tmp_path):

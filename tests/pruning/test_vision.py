@@ -83,7 +83,7 @@ def test_streaming_equals_in_memory_equals_naive(family, method, group, tmp_path
         {"method": "sparsegpt"},
         {"method": "alps", "pattern": "2:4"},
         {"propagate": "block"},
-        {"allocation": "search"},
+        {"allocation": "fisher"},
         {"method": "alps", "dense_weight": 0.25},
         {"reconstruct": "all", "reconstruct_epochs": 1, "samples": 4, "batch": 1},
     ],

@@ -28,7 +28,7 @@ def obvious_loss(logits, ids, teacher, weight):
     )
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(
     windows=st.integers(1, 3),
     tokens=st.integers(2, 40),

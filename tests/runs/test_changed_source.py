@@ -13,7 +13,7 @@ from tiny import shards, tiny_checkpoint, token_ids
 WIDER = {"hidden_size": 64, "intermediate_size": 128}
 VERBS = {
     "prune": lambda *a, **o: prunus.prune(*a, method="wanda", **o),
-    "prune with a search": lambda *a, **o: prunus.prune(*a, allocation="search", **o),
+    "prune with an allocation": lambda *a, **o: prunus.prune(*a, allocation="fisher", **o),
     "compress": lambda *a, **o: prunus.compress(*a, 4, **o),
     "shrink": lambda *a, **o: prunus.shrink(*a, width=0.25, repair=False, **o),
     "shrink by a search": lambda *a, **o: prunus.shrink(*a, blocks=2, repair=False, **o),
@@ -62,7 +62,7 @@ def test_another_tensor_outside_the_blocks_is_refused(verb, name, blocks, stoppe
     stopped(verb, min(blocks, LAST[verb]), [name], rf"another tensor {name}")
 
 
-@pytest.mark.parametrize("verb", ["prune with a search", "compress", "shrink by a search"])
+@pytest.mark.parametrize("verb", ["prune with an allocation", "compress", "shrink by a search"])
 def test_another_block_than_the_one_that_was_measured_is_refused(verb, stopped):
     names = [f"model.layers.{index}.mlp.up_proj.weight" for index in (1, 2)]
     stopped(verb, 1, names, r"model\.layers\.[12] of .* is not what it was")

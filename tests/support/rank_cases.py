@@ -38,7 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "wanda": {},
     "variant": {"method": "wanda-variant"},
     "two passes": {"propagate": "block"},
-    "search": {"allocation": "search"},
+    "allocation": {"allocation": "fisher"},
     "sparsegpt": {"method": "sparsegpt"},
     "sparsegpt 2:4": {"method": "sparsegpt", "pattern": "2:4"},
     "obs": {"method": "obs", "mask_order": "blockwise", "mask_from": "magnitude"},

@@ -133,7 +133,7 @@ AXES = {
 }
 
 
-@settings(max_examples=40)
+@settings(deadline=None, max_examples=40)
 @given(
     st.fixed_dictionaries(
         {}, optional={k: st.lists(v, min_size=1, max_size=3, unique=True) for k, v in AXES.items()}

@@ -16,7 +16,7 @@ from prunus.runs.record import Part, RunRecord
 #: Options that say which zeros are forced.
 _OF_MASKS = (
     "method", "group", "iterations", "refine", "refine_steps", "weight_update", "ria_power",
-    "mask_from", "mask_order", "allocation", "allocation_by",
+    "mask_from", "mask_order", "allocation",
 )  # fmt: skip
 
 

@@ -12,21 +12,12 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import nn
 
-from prunus.compression.loss_sensitivity import (
-    PROBE_TOKENS,
-    PROBE_WINDOWS,
-    LinearSensitivity,
-    loss_sensitivities,
-    part_width,
-)
 from prunus.compression.output import CompressedFolder, embedding_and_head
 from prunus.compression.rate_control import LinearRate, RateControl, side_bits
 from prunus.compression.records import CompressionRecipe, CompressionRecord
-from prunus.hardware.memory import resident_memory
-from prunus.methods.statistics import InputStatistics, statistics_bytes
+from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import LinearQuantization, Quantized
 from prunus.model.kinds import require_causal
-from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.model.stream import Stream
@@ -35,11 +26,15 @@ from prunus.packed.description import QuantizedShape
 from prunus.packed.planes import encode
 from prunus.packed.weight import QuantizedWeight
 from prunus.pruning.job import LinearSelection, PruningJob
+from prunus.pruning.loss_sensitivity import (
+    PROBE_TOKENS,
+    PROBE_WINDOWS,
+    LinearSensitivity,
+    loss_sensitivities,
+)
 from prunus.pruning.manifest import PruningRecord
 from prunus.pruning.output import PruningOutput
-from prunus.pruning.reconstruction.reconstruct_block import activation_bytes
 from prunus.pruning.run import PruneVerb, carry_out
-from prunus.runs.job import BlockMemory
 from prunus.runs.options import RunOptions
 from prunus.runs.progress import pruning_step, shows_progress
 from prunus.runs.windows import given_windows
@@ -125,13 +120,6 @@ class CompressionJob(PruningJob):
                 f"linears of this model would take {least:.2f} bits per weight with their steps "
                 "and scales. Give more"
             )
-        measured, held = self._measuring_bytes(), resident_memory()
-        if self.budget < measured:
-            raise ValueError(
-                "measuring how the loss depends on each linear needs "
-                f"{(measured + held) / 1e9:.2f} GB; the memory budget is "
-                f"{(self.budget + held) / 1e9:.2f} GB. Raise `memory`"
-            )
 
     def describe(self) -> dict[str, object]:
         return {"bits": self.recipe.bits, "head_bits": self.recipe.head_bits}
@@ -149,38 +137,6 @@ class CompressionJob(PruningJob):
             total += math.prod(checkpoint.tensors[key].shape) * each / 8 - checkpoint.nbytes([key])
             total += _SIDE_TENSORS * (len(key) + _HEADER_BYTES)
         return round(total)
-
-    def peak_bytes(self) -> int:
-        return max(super().peak_bytes(), self._measuring_bytes())
-
-    def _measuring_bytes(self) -> int:
-        return self.measuring_memory().total(hidden=self.device.type == "cpu", paused=False)
-
-    def measuring_memory(self) -> BlockMemory:
-        """Memory of the pass that measures how the loss depends on each linear.
-
-        The entry `hidden` are the inputs of all blocks, on the host.
-        """
-        skeleton, itemsize = self.skeleton, self.dtype.itemsize
-        blocks, length = range(len(skeleton)), min(PROBE_TOKENS, self.recipe.seqlen)
-        tokens = min(PROBE_WINDOWS, self.recipe.samples) * length
-        hidden = skeleton.window_shape(0, self.recipe.seqlen)[1]
-        linears = [skeleton.linears(index) for index in blocks]
-        widest = max(max(linear.shape) for block in linears for linear in block)
-        parameters = max(
-            sum(p.numel() for p in skeleton.blocks[index].parameters()) for index in blocks
-        )
-        heads = int(getattr(self.source.config.get_text_config(), "num_attention_heads", 1) or 1)
-        activations = activation_bytes(tokens, length, hidden, widest, heads, itemsize)
-        # The head sees one window: its logits, their logarithms, and the gradients of both.
-        logits = skeleton.vocabulary * (hidden * itemsize + 16 * length)
-        return BlockMemory(
-            weights=max(map(self.source.block_nbytes, blocks)) + parameters * itemsize,
-            working=max(map(_statistics_bytes, linears)),
-            hidden=len(blocks) * tokens * hidden * itemsize,
-            paused=0,
-            transient=2 * tokens * hidden * itemsize + max(activations, logits),
-        )
 
 
 class CompressVerb(PruneVerb):
@@ -252,7 +208,9 @@ def _measure(job: CompressionJob, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     with torch.no_grad(), contextlib.closing(stream):
         stream.embed([windows], None)
         options = job.linear_settings.work.options
-        found = loss_sensitivities(stream, windows, job.selected, options, job.recipe.seed)
+        found = loss_sensitivities(
+            stream, windows, job.selected, options, job.recipe.seed, quantizes=True
+        )
     tensors = {f"{name}.loss": each.loss_O for name, each in found.items()}
     tensors |= {f"{name}.deviations": each.deviations_Q for name, each in found.items()}
     return tensors | {
@@ -285,13 +243,3 @@ def _packable(
             "or experts in one tensor; such a checkpoint cannot be compressed yet"
         )
     return LinearSelection(kept, left_dense)
-
-
-def _statistics_bytes(linears: Sequence[Linear]) -> int:
-    """Bytes of the Gram matrices of a block's linears, one for each part of their inputs."""
-    part = part_width(linears)
-    return sum(
-        statistics_bytes(min(part, linear.shape[1] - start), "gram")
-        for linear in linears
-        for start in range(0, linear.shape[1], part)
-    )

@@ -26,6 +26,7 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.pruning.block.dense_stream import drift_stride_for
 from prunus.pruning.block.linear import LinearSettings
+from prunus.pruning.loss_sensitivity import measuring_memory
 from prunus.pruning.manifest import Manifest, PruningRecord
 from prunus.pruning.options import PruningOptions
 from prunus.pruning.recipe import Recipe
@@ -64,6 +65,21 @@ class PruningJob(RunJob):
 
     def check(self) -> None:
         """Check what only this verb demands, before any work."""
+
+    @property
+    def measures_loss(self) -> bool:
+        """Whether the run begins by measuring how the loss depends on each linear."""
+        return self.QUANTIZES or (self.recipe.allocates and self.recipe.sparsity > 0)
+
+    def measuring_bytes(self) -> int:
+        """The memory of that measurement."""
+        if not self.measures_loss:
+            return 0
+        memory = measuring_memory(self, self.QUANTIZES)
+        return memory.total(hidden=self.device.type == "cpu", paused=False)
+
+    def peak_bytes(self) -> int:
+        return max(super().peak_bytes(), self.measuring_bytes())
 
     def describe(self) -> dict[str, object]:
         """What only this verb adds to a plan, as JSON values."""
@@ -258,6 +274,14 @@ def plan_run(
     job.check_ranks()
     job.measure_memory()
     check_memory(job)
+    measured, held = job.measuring_bytes(), resident_memory()
+    if job.budget < measured:
+        raise ValueError(
+            "measuring how the loss depends on each linear needs "
+            f"{(measured + held) / 1e9:.2f} GB; the memory budget is "
+            f"{(job.budget + held) / 1e9:.2f} GB. Raise `memory`"
+            + ("" if job.QUANTIZES else ", or choose allocation uniform")
+        )
     job.check()
     return job
 
@@ -265,7 +289,7 @@ def plan_run(
 def needs_inputs(recipe: PruningOptions, method: Method) -> bool:
     """Whether the method, the allocation or the training of a recipe uses calibration windows."""
     trains = isinstance(recipe, Recipe) and recipe.reconstructs
-    return method.needs != "none" or trains or recipe.searches
+    return method.needs != "none" or trains or recipe.allocates
 
 
 def _linear_settings(recipe: PruningOptions, own: Method | None, quantizes: bool) -> LinearSettings:
@@ -336,7 +360,7 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
         "disk_bytes": job.disk_bytes(),
         "allocation": {
             "rule": job.recipe.allocation,
-            "measured": job.recipe.searches and job.recipe.sparsity > 0,
+            "measured": job.recipe.allocates and job.recipe.sparsity > 0,
         },
         **job.describe(),
     }

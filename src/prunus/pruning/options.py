@@ -69,18 +69,14 @@ class PruningOptions(MethodOptions, WindowOptions):
         ),
     ] = None
     allocation: Annotated[
-        Literal["uniform", "search"],
+        Literal["uniform", "fisher"],
         Option(
-            "Distribute the sparsity over the blocks. uniform: the same for all. search: blocks "
-            "whose pruning changes the outputs most keep more.",
+            "Distribute the sparsity over the linears. uniform: the same for all. fisher: linears "
+            "whose errors cost the model most keep more, by gradients of the dense model.",
             metavar="RULE",
             panel=SELECTION,
         ),
     ] = "uniform"
-    allocation_by: Annotated[
-        Literal["block", "linear"],
-        Option("Give each block, or each linear, a sparsity of its own.", flag=False),
-    ] = "block"
     only: Annotated[
         tuple[str, ...],
         Option(
@@ -184,8 +180,6 @@ class PruningOptions(MethodOptions, WindowOptions):
                 f"allocation {self.allocation} distributes an unstructured sparsity; "
                 f"{self.pattern} is the same in every layer: drop one of the two"
             )
-        if self.allocation == "uniform" and self.allocation_by != "block":
-            raise ValueError("allocation_by needs an `allocation` other than uniform")
         self.check_fit()
         return self
 
@@ -199,9 +193,9 @@ class PruningOptions(MethodOptions, WindowOptions):
         return (int(match[1]), int(match[2])) if match else None
 
     @property
-    def searches(self) -> bool:
-        """Whether the sparsity of each layer is searched, on windows of the dense model."""
-        return self.allocation == "search"
+    def allocates(self) -> bool:
+        """Whether the sparsity of each linear is measured, on windows of the dense model."""
+        return self.allocation == "fisher"
 
     def selects(self, name: str) -> bool:
         """Whether the linear `name` (its full path in the model) is to be pruned.

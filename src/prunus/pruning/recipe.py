@@ -129,7 +129,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 #: The preset of `prunus prune` that trains the whole model after pruning it by preset best.
 MAX = "max"
 # Only an unstructured sparsity can be distributed over layers.
-_UNSTRUCTURED: dict[str, dict[str, Any]] = {"best": {"allocation": "search"}}
+_UNSTRUCTURED: dict[str, dict[str, Any]] = {
+    "balanced": {"allocation": "fisher"},
+    "best": {"allocation": "fisher"},
+}
 
 
 def preset_options(values: dict[str, Any]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def _compare(isa, dense_OI, values, x_TI, bias):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(
     rows=st.integers(1, 40),
     columns=st.integers(1, 400),

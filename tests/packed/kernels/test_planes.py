@@ -80,7 +80,7 @@ def check_weight(isa, levels, weight, tokens, dtype, with_bias):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(
     rows=st.integers(1, 30),
     columns=st.integers(1, 400),

@@ -7,22 +7,19 @@ import contextlib
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from method_cases import gather
-from prunus.compression import loss_sensitivity
-from prunus.compression.loss_sensitivity import LinearSensitivity, loss_sensitivities
 from prunus.compression.records import CompressionRecipe
 from prunus.compression.run import CompressionJob
 from prunus.methods.rate_distortion import relative_steps
 from prunus.model.skeleton import Skeleton
 from prunus.model.stream import Stream
+from prunus.pruning import loss_sensitivity
 from prunus.pruning.job import PruningJob, plan_run
+from prunus.pruning.loss_sensitivity import LinearSensitivity, loss_sensitivities
 from prunus.runs.options import RunOptions
-from tiny import tiny_checkpoint, token_ids
-
-IDS = token_ids(4, 16)
+from sensitivity_cases import IDS, whole_model
+from tiny import tiny_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -36,49 +33,14 @@ def planned(folder, dtype: str = "float32", **options) -> PruningJob:
     return plan_run(folder, recipe, RunOptions(input_ids=IDS), CompressionJob)
 
 
-def streamed(job: PruningJob, seed: int = 0) -> dict[str, LinearSensitivity]:
+def streamed(
+    job: PruningJob, seed: int = 0, quantizes: bool = True
+) -> dict[str, LinearSensitivity]:
     stream = Stream(job.skeleton, job.source, job.device)
     with torch.no_grad(), contextlib.closing(stream):
         stream.embed([IDS], None)
         options = job.linear_settings.work.options
-        return loss_sensitivities(stream, IDS, job.selected, options, seed)
-
-
-def whole_model(folder, seed: int = 0) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """Name of a linear -> weight (O, I), mean squared gradient (O,) and inputs (T, I).
-
-    The whole model runs in memory, one window at a time, with plain hooks.
-    """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(seed)
-    inputs: dict[str, list[Tensor]] = {}
-    outputs: dict[str, list[Tensor]] = {}
-
-    def hook(name: str):
-        def observe(_module, args, output):
-            output.retain_grad()
-            inputs.setdefault(name, []).append(args[0].detach().flatten(0, -2))
-            outputs.setdefault(name, []).append(output)
-
-        return observe
-
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and ".layers." in name
-    }
-    for name, module in linears.items():
-        module.register_forward_hook(hook(name))
-    for window in IDS.split(1):
-        log_p_TV = model(window).logits[0].log_softmax(dim=-1)
-        drawn = torch.multinomial(log_p_TV.detach().exp(), 1, generator=generator)
-        log_p_TV.gather(1, drawn).sum().backward()
-    found = {}
-    for name, module in linears.items():
-        gradient_TO = torch.cat([output.grad.flatten(0, -2) for output in outputs[name]])
-        squares_O = gradient_TO.square().mean(dim=0)
-        found[name] = (module.weight.detach(), squares_O, torch.cat(inputs[name]))
-    return found
+        return loss_sensitivities(stream, IDS, job.selected, options, seed, quantizes)
 
 
 def check_equal(found: LinearSensitivity, expected, options) -> None:
@@ -104,6 +66,20 @@ def test_it_is_what_autograd_through_the_whole_llama_finds(tmp_path):
     assert len(found) == 14
     for name, each in found.items():
         check_equal(each, expected[name], job.linear_settings.work.options)
+
+
+def test_the_curve_is_the_loss_of_what_wanda_removes(tmp_path):
+    folder = tiny_checkpoint(tmp_path / "dense", "llama")
+    found = streamed(planned(folder), quantizes=False)
+    for name, (weight_OI, squares_O, X_TI) in whole_model(folder).items():
+        loss_O = squares_O + 0.1 * squares_O.mean()
+        energy_OI = weight_OI.square() * X_TI.square().mean(dim=0)
+        assert len(found[name].curve_P) == 40
+        for place in (0, 10, 20, 39):
+            count = int(weight_OI.shape[1] * place / 40)
+            lost_O = energy_OI.sort(dim=1).values[:, :count].sum(dim=1)
+            expected = float(loss_O @ lost_O)
+            assert float(found[name].curve_P[place]) == pytest.approx(expected, rel=1e-3)
 
 
 def test_gradients_go_back_through_experts(tmp_path):

@@ -5,20 +5,23 @@ loss grows by half of
 
     Σ_i s_i · E[e_i²],    s_i = E[(∂ log p(y) / ∂z_i)²],    y drawn from the model's own p.
 
-This is the diagonal of the Fisher information (Amari 1998), measured at the outputs. So s says how
-many bits each linear, and each of its rows, repays.
+This is the diagonal of the Fisher information (Amari 1998), measured at the outputs. So s says what
+errors in a linear, and in each of its rows, cost: which linears should keep more weights or bits.
+
+Models without logits per token have no p. There s is the mean squared gradient of z·h / ‖h‖, with z
+drawn from a normal distribution and h the outputs of the last block: their relative change.
 
 Two passes measure it with one block in memory at a time. The first keeps the inputs of every block
 for a few windows. The second runs through the blocks from the last to the first: each one runs
 again, and the gradient runs back through it.
 
-Shape suffixes: O outputs, I inputs, Q quantiles of the inputs.
+Shape suffixes: O outputs, R some of them, I inputs, Q quantiles of the inputs, P sparsities.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -26,10 +29,13 @@ from torch import Tensor
 from prunus.hardware.numerics import multiplies_bfloat16
 from prunus.methods.options import MethodOptions
 from prunus.methods.rate_distortion import relative_steps
-from prunus.methods.statistics import InputStatistics
+from prunus.methods.statistics import InputStatistics, statistics_bytes
+from prunus.model.kinds import CAUSAL, IMAGES
 from prunus.model.linears import Linear
 from prunus.model.stream import Stream
 from prunus.pruning.block.hooks import output_hooks, tokens_of
+from prunus.pruning.reconstruction.reconstruct_block import activation_bytes
+from prunus.runs.job import BlockMemory, RunJob
 
 #: The windows that measure, and their length.
 PROBE_WINDOWS, PROBE_TOKENS = 8, 256
@@ -40,24 +46,32 @@ _SHARED = 0.1
 _MAX_WIDTH, _MAX_BYTES = 2048, 2**30
 # Numbers that stand for the inputs of a linear.
 _QUANTILES = 64
+#: The curve of a linear's loss has a point at every sparsity of 0, 1, 2, ... 39 times this.
+CURVE_STEP = 1 / 40
+# The rows that the curve is computed from.
+_CURVE_ROWS = 256
 # float16 gradients below 6e-8 are 0.
 _FLOAT16_SCALE = 2.0**12
 
 
 @dataclass(frozen=True)
 class LinearSensitivity:
-    """What is known of a linear before it is quantised.
+    """What is known of a linear before it is pruned or quantised.
 
     Attributes:
         loss_O: s_i, float32 (O,).
         power: the mean square of an input.
         deviations_Q: float32 (Q,): quantiles over the inputs of the deviation of a column's
-            weights in units of U_jj, with the rows scaled as they will be quantised.
+            weights in units of U_jj, with the rows scaled as they will be quantised. Empty where
+            the linear is not quantised.
+        curve_P: float32 (P,): Σ s_i w_ij² E[x_j²] of the weights that Wanda removes at each
+            sparsity, the loss if their errors were independent. Empty where it is quantised.
     """
 
     loss_O: Tensor
     power: float
-    deviations_Q: Tensor
+    deviations_Q: Tensor = field(default_factory=lambda: torch.zeros(0))
+    curve_P: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     @property
     def scales_O(self) -> Tensor:
@@ -77,21 +91,68 @@ def loss_sensitivities(
     selected: Sequence[Sequence[str]],
     options: MethodOptions,
     seed: int,
+    quantizes: bool,
 ) -> dict[str, LinearSensitivity]:
     """Full name -> sensitivity of the linears of the dense model that are `selected` per block.
 
-    The stream has embedded `ids` (windows, tokens) as one batch.
+    The stream has embedded `ids` (windows, tokens), or pixel values, as one batch.
+
+    Args:
+        quantizes: whether the linears are quantised, which needs their inputs' Gram matrices.
     """
     inputs, found = _block_inputs(stream), dict[str, LinearSensitivity]()
-    gradient, scale = _gradient_of_loss(stream, ids, seed), _gradient_scale(stream)
+    causal = stream.skeleton.kind is CAUSAL
+    gradient = _gradient_of_loss(stream, ids, seed) if causal else _gradient_of_change(stream, seed)
+    unit = _gradient_scale(stream) ** 2 * gradient.shape[:-1].numel()
     for index in reversed(range(len(stream.skeleton))):
-        gradient, of_block = _measure_block(stream, index, inputs.pop(), gradient, selected[index])
+        gradient, of_block = _measure_block(
+            stream, index, inputs.pop(), gradient, selected[index], quantizes
+        )
         for name, sums in of_block.items():
-            found[name] = sums.sensitivity(options, scale * scale * ids.numel())
+            found[name] = sums.sensitivity(options, unit)
             if not bool(found[name].loss_O.isfinite().all()):
                 raise ValueError(f"the gradients of {name} are not finite; try `dtype` float32")
         stream.skeleton.release(index)
     return found
+
+
+def measuring_memory(job: RunJob, quantizes: bool) -> BlockMemory:
+    """Memory of the measurement. Its entry `hidden` are the inputs of all blocks, on the host."""
+    skeleton, itemsize = job.skeleton, job.dtype.itemsize
+    blocks = range(len(skeleton))
+    length, hidden = skeleton.window_shape(0, job.recipe.seqlen)
+    if skeleton.kind is not IMAGES:
+        length = min(PROBE_TOKENS, length)
+    tokens = min(PROBE_WINDOWS, job.recipe.samples) * length
+    linears = [skeleton.linears(index) for index in blocks]
+    widest = max(max(linear.shape) for block in linears for linear in block)
+    parameters = max(
+        sum(p.numel() for p in skeleton.blocks[index].parameters()) for index in blocks
+    )
+    heads = int(getattr(job.source.config.get_text_config(), "num_attention_heads", 1) or 1)
+    transient = activation_bytes(tokens, length, hidden, widest, heads, itemsize)
+    if skeleton.kind is CAUSAL:
+        # The head sees one window: its logits, their logarithms, and the gradients of both.
+        transient = max(transient, skeleton.vocabulary * (hidden * itemsize + 16 * length))
+    # A curve sorts some rows of a linear.
+    curve = 3 * 4 * _CURVE_ROWS * widest
+    return BlockMemory(
+        weights=max(map(job.source.block_nbytes, blocks)) + parameters * itemsize,
+        working=max(map(_gram_bytes, linears)) if quantizes else curve,
+        hidden=len(blocks) * tokens * hidden * itemsize,
+        paused=0,
+        transient=2 * tokens * hidden * itemsize + transient,
+    )
+
+
+def _gram_bytes(linears: Sequence[Linear]) -> int:
+    """Bytes of the Gram matrices of a block's linears, one for each part of their inputs."""
+    part = part_width(linears)
+    return sum(
+        statistics_bytes(min(part, linear.shape[1] - start), "gram")
+        for linear in linears
+        for start in range(0, linear.shape[1], part)
+    )
 
 
 def part_width(linears: Sequence[Linear]) -> int:
@@ -145,8 +206,24 @@ def _gradient_of_loss(stream: Stream, ids: Tensor, seed: int) -> Tensor:
     return torch.cat(rows)
 
 
+def _gradient_of_change(stream: Stream, seed: int) -> Tensor:
+    """The gradient of Σ z · h / ‖h‖ at the outputs h of the last block, with a z of its own each.
+
+    Its squared product with a change of h has the expected value ‖change‖² / ‖h‖².
+    """
+    hidden = stream.states.get(0).float()
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(hidden.shape, generator=generator).to(hidden.device)
+    norms = hidden.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    return (_gradient_scale(stream) * drawn / norms).to(stream.skeleton.dtype)
+
+
 class _Sums:
-    """Sums over all tokens of one linear: of inputs, and of squared gradients of outputs."""
+    """Sums over all tokens of one linear: of inputs, and of squared gradients of outputs.
+
+    Args:
+        width: of the parts of the inputs whose Gram matrices are summed; 0 sums none.
+    """
 
     def __init__(self, linear: Linear, width: int, device: torch.device) -> None:
         inputs = linear.shape[1]
@@ -154,7 +231,7 @@ class _Sums:
         self._statistics = InputStatistics(inputs, "norms", device)
         self._parts = [
             InputStatistics(min(width, inputs - start), "gram", device)
-            for start in range(0, inputs, width)
+            for start in (range(0, inputs, width) if width else ())
         ]
         self._squares_O: Tensor | None = None
 
@@ -163,10 +240,10 @@ class _Sums:
         if not len(x_TI):
             return
         self._statistics.add(x_TI)
-        for part, x_TP in zip(
-            self._parts, x_TI.split(self._parts[0].in_features, dim=1), strict=True
-        ):
-            part.add(x_TP)
+        if self._parts:
+            columns = x_TI.split(self._parts[0].in_features, dim=1)
+            for part, x_TP in zip(self._parts, columns, strict=True):
+                part.add(x_TP)
         if output_TO.requires_grad:
             output_TO.register_hook(self._add_gradient)
 
@@ -180,28 +257,40 @@ class _Sums:
         rows, columns = weight_OI.shape
         # Of an expert that no token chose nothing is known: it counts as little as the least.
         loss_O = torch.full((rows,), 1e-12, device=weight_OI.device)
-        power, steps_I = 1.0, torch.ones(columns, device=weight_OI.device)
-        if statistics.tokens > 0 and self._squares_O is not None:
+        power, squares_I = 1.0, torch.ones(columns, device=weight_OI.device)
+        reached = statistics.tokens > 0 and self._squares_O is not None
+        if reached:
+            assert self._squares_O is not None
             mean_O = self._squares_O / unit
             loss_O = (mean_O + _SHARED * mean_O.mean()).clamp_min_(1e-12)
             squares_I = statistics.sum_squares_I.float()
             power = max(float(squares_I.mean()) / statistics.tokens, 1e-12)
+        known = LinearSensitivity(loss_O.cpu(), power)
+        if not self._parts:
+            curve_P = _loss_curve(weight_OI, loss_O, squares_I / max(1, statistics.tokens))
+            return replace(known, curve_P=curve_P)
+        steps_I = torch.ones_like(squares_I)
+        if reached:
             steps_I = torch.cat([_part_steps(part, squares_I, options) for part in self._parts])
-        known = LinearSensitivity(loss_O, power, torch.zeros(0))
-        scaled_OI = weight_OI / known.scales_O[:, None]
+        scaled_OI = weight_OI / known.scales_O.to(weight_OI.device)[:, None]
         deviation_I = scaled_OI.square().mean(dim=0).sqrt() / steps_I
         places_Q = (torch.arange(_QUANTILES, device=deviation_I.device) + 0.5) / _QUANTILES
-        return LinearSensitivity(loss_O.cpu(), power, deviation_I.quantile(places_Q).cpu())
+        return replace(known, deviations_Q=deviation_I.quantile(places_Q).cpu())
 
 
 def _measure_block(
-    stream: Stream, index: int, inputs: Tensor, gradient: Tensor, names: Sequence[str]
+    stream: Stream,
+    index: int,
+    inputs: Tensor,
+    gradient: Tensor,
+    names: Sequence[str],
+    quantizes: bool,
 ) -> tuple[Tensor, dict[str, _Sums]]:
     """The gradient at the inputs of a block, and the sums of its linears by full name."""
     skeleton, device = stream.skeleton, stream.device
     block = skeleton.fill(index, stream.source.block(index), device)
     linears = [linear for linear in skeleton.linears(index) if linear.name in names]
-    width = part_width(linears)
+    width = part_width(linears) if quantizes else 0
     sums = {linear.name: _Sums(linear, width, device) for linear in linears}
     run, hidden = stream.call(index, block), inputs.to(device).requires_grad_()
     with (
@@ -223,3 +312,15 @@ def _part_steps(part: InputStatistics, squares_I: Tensor, options: MethodOptions
     own = float(part.sum_squares_I.float().mean())
     steps_I = relative_steps(part, options.damping)
     return steps_I * (float(squares_I.mean()) / own) ** 0.5 if own > 0 else torch.ones_like(steps_I)
+
+
+def _loss_curve(weight_OI: Tensor, loss_O: Tensor, power_I: Tensor) -> Tensor:
+    """`LinearSensitivity.curve_P` of all rows, estimated from some of them."""
+    rows, columns = weight_OI.shape
+    some_R = torch.arange(0, rows, max(1, rows // _CURVE_ROWS), device=weight_OI.device)
+    # Within a row Wanda removes the smallest w²·E[x²] first.
+    energy_RI = weight_OI[some_R].square().mul_(power_I).sort(dim=1).values
+    lost_I = (energy_RI.cumsum(dim=1) * loss_O[some_R, None]).sum(dim=0) * (rows / len(some_R))
+    counts = [int(columns * place * CURVE_STEP + 1e-9) for place in range(1, round(1 / CURVE_STEP))]
+    zero = torch.zeros_like(lost_I[:1])
+    return torch.cat([zero, torch.cat([zero, lost_I])[counts]]).cpu()
