@@ -21,7 +21,7 @@ coarse steps, where most weights become 0. This is Wanda's idea, |w|·‖x‖, w
 and a rate.
 
 Rows differ too. Let s_i be how fast the loss of the model grows with the squared error of output i
-(`compression/loss_sensitivity.py`). The loss grows by Σ_i s_i · error_i, so all rows have the same
+(`pruning/loss_sensitivity.py`). The loss grows by Σ_i s_i · error_i, so all rows have the same
 slope where scale_i ∝ s_i^-½. If Δ is the same for all linears of a model, the bits are spent where
 they lower the loss most.
 
