@@ -231,16 +231,16 @@ def _damaged():
     # The escape byte of the 100: with raw bits its top alone is in range.
     lowest, lower = two.data.clone(), raw.data.clone()
     lowest[16], lower[-8] = 128, 256 - 32
-    yield "level", two._replace(data=lowest), "level -128, below -127"
-    yield "level with raw bits", raw._replace(data=lower), "level -128, below -127"
+    yield "level", two._replace(data=lowest), "level.* below -127"
+    yield "level with raw bits", raw._replace(data=lower), "level.* below -127"
     # The kernels would hold these in a byte: -132 as an escape, and as a top that a layer names.
     escaped = quantized(zeros, [PlaneCode(3, (1, 3))])
     escaped.data[-8] = 256 - 16
-    yield "level that does not fit in a byte", escaped, "level -132, below -127"
+    yield "level that does not fit in a byte", escaped, "level.* below -127"
     zeros[0, 3] = -127
     named = quantized(zeros, [PlaneCode(3, (4, 4, 2))])
     named.data[32:56], named.data[-16], named.data[-8] = 0, 1, 0
-    yield "top above the highest", named, "level -132, below -127"
+    yield "top above the highest", named, "level.* below -127"
 
 
 @pytest.mark.usefixtures("_engine")

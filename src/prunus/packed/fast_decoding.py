@@ -279,7 +279,9 @@ def use_large_pages(model: nn.Module) -> int:
 def _weights(model: nn.Module) -> Iterable[torch.Tensor]:
     for module in model.modules():
         if isinstance(module, PackedLinear):
-            yield from module.buffers(recurse=False)
+            for name, buffer in module.named_buffers(recurse=False):
+                if name != "weight" or not module.has_lines:
+                    yield buffer
         elif isinstance(module, DenseLinear):
             yield module.weight
 

@@ -18,7 +18,8 @@ def check(weight: Packed, stored: int | None = None) -> torch.Tensor | None:
         stored: for bitmaps, the declared number of stored entries, or None.
 
     Returns:
-        Offsets that save the other functions a second scan; see `bitmap.check` and `planes.check`.
+        What the other functions need besides the weight, and find again without it; see
+        `bitmap.check` and `planes.check`.
     """
     if isinstance(weight, QuantizedWeight):
         return planes.check(weight)
@@ -28,7 +29,7 @@ def check(weight: Packed, stored: int | None = None) -> torch.Tensor | None:
 def checked_weight(
     described: Description, linear: str, tensors: Mapping[str, torch.Tensor]
 ) -> tuple[Packed, torch.Tensor | None]:
-    """Return a linear's weight from the tensors of its checkpoint, and the offsets of `check`."""
+    """Return a linear's weight from the tensors of its checkpoint, and the result of `check`."""
     weight = described.weight(linear, tensors)
     try:
         return weight, check(weight, described.linears[linear].stored)
@@ -39,7 +40,7 @@ def checked_weight(
 def expand(
     weight: Packed,
     dtype: torch.dtype | None = None,
-    offsets: torch.Tensor | None = None,
+    prepared: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the dense weight (O, I).
@@ -50,15 +51,15 @@ def expand(
         out: contiguous memory (O, I) of `dtype` that may be written to.
     """
     form = planes if isinstance(weight, QuantizedWeight) else bitmap
-    return form.expand(weight, dtype, offsets, out)
+    return form.expand(weight, dtype, prepared, out)
 
 
 def expand_rows(
-    weight: Packed, rows: torch.Tensor, offsets: torch.Tensor | None, dtype: torch.dtype
+    weight: Packed, rows: torch.Tensor, prepared: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """Return some rows of the dense weight, as `expand` would give them: (..., I) of `dtype`."""
     form = planes if isinstance(weight, QuantizedWeight) else bitmap
-    return form.expand_rows(weight, rows, offsets, dtype)
+    return form.expand_rows(weight, rows, prepared, dtype)
 
 
 def relative_error(weight_OI: torch.Tensor, packed: Packed) -> float:

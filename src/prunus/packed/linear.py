@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from prunus.hardware.memory import release_file_pages
 from prunus.packed.forms import check, expand
 from prunus.packed.operators import (
     as_arguments,
@@ -56,7 +57,7 @@ class PackedLinear(nn.Module):
         self._names = tuple(parts)
         for name, tensor in parts.items():
             self.register_buffer(name, tensor)
-        self.register_buffer("offsets", None, persistent=False)
+        self.register_buffer("prepared", None, persistent=False)
         self._kept: torch.Tensor | None = None
         made = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.register_parameter("bias", made)
@@ -72,12 +73,19 @@ class PackedLinear(nn.Module):
 
     def prepare(self) -> None:
         """Check a state that was loaded, before the module runs; see `forms.check`."""
-        self.offsets = check(self.packed, self._stored)
+        self.prepared = check(self.packed, self._stored)
         self._kept = None
+        if self.has_lines:
+            release_file_pages(self.weight)
+
+    @property
+    def has_lines(self) -> bool:
+        """Whether products read lines, so that the bit planes are only needed to save the state."""
+        return self.prepared is not None and self.prepared.dtype is torch.uint8
 
     def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return the dense weight (O, I); see `forms.expand`."""
-        return expand(self.packed, dtype, self.offsets)
+        return expand(self.packed, dtype, self.prepared)
 
     def dense_on_device(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the dense weight on a device without kernels, kept until the module moves."""
@@ -91,13 +99,13 @@ class PackedLinear(nn.Module):
         """Map (..., I) to (..., O)."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected inputs of width {self.in_features}, got {tuple(x.shape)}")
-        offsets, bias = self._buffers["offsets"], self._parameters["bias"]
+        prepared, bias = self._buffers["prepared"], self._parameters["bias"]
         if x.is_cuda and not torch.compiler.is_compiling():
             return functional.linear(x, self.dense_on_device(x.dtype), bias)
         # A kernel records no gradient, so a bias in training takes the operator.
         if is_plain(x) and (bias is None or not (bias.requires_grad and torch.is_grad_enabled())):
-            return run_packed(x, self.packed, offsets, bias)
-        return packed_linear(x, *as_arguments(self.packed), offsets, bias)
+            return run_packed(x, self.packed, prepared, bias)
+        return packed_linear(x, *as_arguments(self.packed), prepared, bias)
 
     def extra_repr(self) -> str:
         share = self.packed.nbytes / (2 * self.in_features * self.out_features)
@@ -107,7 +115,7 @@ class PackedLinear(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Let `.to(device)` move everything, but `.half()` and the like change the bias alone."""
         stored = {id(self._buffers[name]) for name in self._names}
-        self._kept = None
+        self._kept, before = None, self.weight.device.type
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
             result = fn(tensor)
@@ -117,7 +125,11 @@ class PackedLinear(nn.Module):
                 else result
             )
 
-        return super()._apply(moved, recurse)
+        result = super()._apply(moved, recurse)
+        now = self.weight.device.type
+        if self.layout is not None and now != before and "meta" not in (now, before):
+            self.prepare()  # lines are for the CPU only
+        return result
 
 
 class DenseLinear(nn.Linear):
@@ -171,12 +183,12 @@ class PackedEmbedding(PackedLinear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map token ids (...) to rows (..., width)."""
-        offsets = self._buffers["offsets"]
+        prepared = self._buffers["prepared"]
         if torch.compiler.is_compiling() or input.is_meta:
-            return packed_embedding(input, *as_arguments(self.packed), offsets, self.dtype)
+            return packed_embedding(input, *as_arguments(self.packed), prepared, self.dtype)
         if input.is_cuda:
             return functional.embedding(input, self.dense_on_device(self.dtype))
-        return look_up(input, self.packed, offsets, self.dtype)
+        return look_up(input, self.packed, prepared, self.dtype)
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """Map hidden states (..., width) to logits (..., vocabulary)."""

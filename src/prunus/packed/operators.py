@@ -99,7 +99,7 @@ def fit_kernel(*tensors: Any) -> bool:
 
 
 def run_packed(
-    x: torch.Tensor, packed: Packed, offsets: torch.Tensor | None, bias: torch.Tensor | None
+    x: torch.Tensor, packed: Packed, prepared: torch.Tensor | None, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Return `x · Wᵀ + bias` (..., O) in the dtype of `x`, for a W that `forms.check` accepted."""
     compiled = loaded_kernels() if x.is_cpu else None
@@ -110,8 +110,8 @@ def run_packed(
         or not 0 < x.numel() <= compiled.max_tokens(packed, x.dtype) * packed.shape[1]
         or (bias is not None and bias.dtype != x.dtype)
     ):
-        return functional.linear(x, _expand_for_now(packed, x.dtype, offsets), bias)
-    return compiled.linear(x if x.is_contiguous() else x.contiguous(), packed, offsets, bias)
+        return functional.linear(x, _expand_for_now(packed, x.dtype, prepared), bias)
+    return compiled.linear(x if x.is_contiguous() else x.contiguous(), packed, prepared, bias)
 
 
 def run_dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -138,7 +138,7 @@ def run_dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
 
 
 def _expand_for_now(
-    packed: Packed, dtype: torch.dtype, offsets: torch.Tensor | None
+    packed: Packed, dtype: torch.dtype, prepared: torch.Tensor | None
 ) -> torch.Tensor:
     """Return the dense weight in memory that the next call on this thread reuses.
 
@@ -146,21 +146,21 @@ def _expand_for_now(
     more than the expansion. The memory that stays allocated has the size of the largest linear.
     """
     if packed[1].device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
-        return expand(packed, dtype, offsets)
+        return expand(packed, dtype, prepared)
     size = math.prod(packed.shape)
     memory = getattr(_workspace, "memory", None)
     if memory is None or memory.numel() < size:
         memory = _workspace.memory = torch.empty(size, dtype=torch.int16)
-    return expand(packed, dtype, offsets, out=memory[:size].view(dtype).view(packed.shape))
+    return expand(packed, dtype, prepared, out=memory[:size].view(dtype).view(packed.shape))
 
 
 def look_up(
-    ids: torch.Tensor, packed: Packed, offsets: torch.Tensor | None, dtype: torch.dtype
+    ids: torch.Tensor, packed: Packed, prepared: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """Return rows of a packed weight (tokens, width): (..., width) of `dtype`."""
     if ids.is_cpu:
-        return expand_rows(packed, ids, offsets, dtype)
-    return functional.embedding(ids, expand(packed, dtype, offsets))
+        return expand_rows(packed, ids, prepared, dtype)
+    return functional.embedding(ids, expand(packed, dtype, prepared))
 
 
 def as_arguments(packed: Packed) -> tuple[list[int], str, list[torch.Tensor], list[int]]:
@@ -200,13 +200,13 @@ def packed_linear(
     names: str,
     tensors: list[torch.Tensor],
     numbers: list[int],
-    offsets: torch.Tensor | None,
+    prepared: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """The operator form of `run_packed`; see `as_arguments`."""
     if x.shape[-1] != shape[1]:
         raise ValueError(f"expected inputs of width {shape[1]}, got {tuple(x.shape)}")
-    return run_packed(x, _from_arguments(shape, names, tensors, numbers), offsets, bias)
+    return run_packed(x, _from_arguments(shape, names, tensors, numbers), prepared, bias)
 
 
 @torch.library.custom_op("prunus::packed_embedding", mutates_args=())
@@ -216,11 +216,11 @@ def packed_embedding(
     names: str,
     tensors: list[torch.Tensor],
     numbers: list[int],
-    offsets: torch.Tensor | None,
+    prepared: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """The operator form of `look_up`; see `as_arguments`."""
-    return look_up(ids, _from_arguments(shape, names, tensors, numbers), offsets, dtype)
+    return look_up(ids, _from_arguments(shape, names, tensors, numbers), prepared, dtype)
 
 
 @torch.library.custom_op("prunus::dense_linear", mutates_args=())
@@ -245,18 +245,18 @@ def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch
 
 
 def _keep_packed(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _x, shape, names, tensors, numbers, offsets, _bias = inputs
+    _x, shape, names, tensors, numbers, prepared, _bias = inputs
     ctx.form = shape, names, numbers
-    ctx.save_for_backward(offsets, *tensors)
+    ctx.save_for_backward(prepared, *tensors)
 
 
 def _packed_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-    offsets, *tensors = ctx.saved_tensors
+    prepared, *tensors = ctx.saved_tensors
     shape, names, numbers = ctx.form
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         packed = _from_arguments(shape, names, tensors, numbers)
-        grad_x = gradient @ expand(packed, gradient.dtype, offsets)
+        grad_x = gradient @ expand(packed, gradient.dtype, prepared)
     if ctx.needs_input_grad[-1]:
         grad_bias = gradient.flatten(0, -2).sum(0)
     return grad_x, None, None, [None] * len(tensors), None, None, grad_bias

@@ -297,7 +297,7 @@ def _best_chains(
 
 
 def _cycles(layer: int, bits: int, raws_N: torch.Tensor) -> float | torch.Tensor:
-    """Return the cycles that 64 values of a layer take in a product with one token.
+    """Return the cycles that 64 values of a layer take to decode, with a product of one token.
 
     Measured on one core of an AMD EPYC (Zen 4) with the kernels for AVX-512.
     """

@@ -153,8 +153,9 @@ def check(weight: QuantizedWeight) -> torch.Tensor:
     """Check that data, classes, codes and scales fit each other; see `forms.check`.
 
     Returns:
-        int64 (chunks, classes, 9): where layer 0, 1, ... and, after the last layer, the escape
-        bytes begin in `data`. Entries that are not used are -1.
+        On the CPU the lines that the kernels read. Elsewhere, and without kernels, int64
+        (chunks, classes, 9): where layer 0, 1, ... and, after the last layer, the escape bytes
+        begin in `data`. Entries that are not used are -1.
     """
     check_parts(weight)
     if weight.data.dtype != torch.uint8 or weight.data.dim() != 1:
@@ -162,41 +163,26 @@ def check(weight: QuantizedWeight) -> torch.Tensor:
             "the data of a quantised weight must be one row of bytes, "
             f"got {weight.data.dtype} {tuple(weight.data.shape)}"
         )
-    parts = ("data", "classes", "steps", "scales")
-    host = weight._replace(**{name: getattr(weight, name).cpu().contiguous() for name in parts})
-    kernels = load()
+    host, kernels = _on_host(weight), load()
+    offsets = _find_offsets(host)
     if kernels is None:
-        offsets = _scan_all(host)
         for _ in _decoded_chunks(host, offsets, None):
             pass  # decoding checks the levels
     else:
-        offsets = kernels.plane_offsets(host)
-        for _ in _decoded_chunks(host, offsets, _suspicious_chunks(host, offsets)):
-            pass
+        lines = kernels.lines(host, offsets)
+        if weight.data.is_cpu:
+            return lines
     return offsets.to(weight.data.device)
 
 
-def _suspicious_chunks(weight: QuantizedWeight, offsets: torch.Tensor) -> list[int]:
-    """The chunks that may hold a level below -127. This looks at few bytes.
+def _on_host(weight: QuantizedWeight) -> QuantizedWeight:
+    parts = ("data", "classes", "steps", "scales")
+    return weight._replace(**{name: getattr(weight, name).cpu().contiguous() for name in parts})
 
-    Kernels hold such a level in a byte, each in its own way, so that torch has to look. The level
-    has the lowest top of its class or, by overflow, one above the highest. Layers rarely name such
-    tops; otherwise it is an escape byte with the lowest top.
-    """
-    data, found = weight.data.numpy(), np.zeros(len(offsets), dtype=bool)
-    begins = torch.stack(
-        [offsets[:, index, 0] for index in range(len(weight.codes))], dim=1
-    ).flatten()
-    ends = torch.cat([begins[1:], torch.tensor([len(data)])]).view(-1, len(weight.codes))
-    for index, (raw, layers) in enumerate(weight.codes):
-        lowest = 128 >> raw
-        if sum((1 << bits) - 1 for bits in layers) >= 2 * lowest:
-            return list(range(len(offsets)))
-        suspects = np.flatnonzero(data == 256 - lowest)
-        starts = offsets[:, index, len(layers)].numpy()
-        chunks = np.searchsorted(starts, suspects, side="right") - 1
-        found[chunks[(chunks >= 0) & (suspects < ends[:, index].numpy()[chunks])]] = True
-    return found.nonzero()[0].tolist()
+
+def _find_offsets(host: QuantizedWeight) -> torch.Tensor:
+    kernels = load()
+    return _scan_all(host) if kernels is None else kernels.plane_offsets(host)
 
 
 def _refuse_below(lowest: int) -> None:
@@ -266,20 +252,21 @@ def _symbols(planes_WPB: torch.Tensor) -> torch.Tensor:
     return symbols.view(torch.uint8).flatten()
 
 
-def decode_levels(weight: QuantizedWeight, offsets: torch.Tensor | None = None) -> torch.Tensor:
+def decode_levels(weight: QuantizedWeight, prepared: torch.Tensor | None = None) -> torch.Tensor:
     """Return the integers, int8 (O, I): the reference in torch for what the kernels do."""
     rows = torch.empty(weight.shape, dtype=torch.int8, device=weight.data.device)
-    for first, levels in _decoded_chunks(weight, offsets, None):
+    for first, levels in _decoded_chunks(weight, prepared, None):
         rows[first : first + levels.shape[0]] = levels
     return rows
 
 
 def _decoded_chunks(
-    weight: QuantizedWeight, offsets: torch.Tensor | None, wanted: list[int] | None
+    weight: QuantizedWeight, prepared: torch.Tensor | None, wanted: list[int] | None
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield the first row and the integers, int8 (rows, I), of all chunks or of those `wanted`."""
-    if offsets is None:
-        offsets = check(weight)
+    offsets = prepared
+    if offsets is None or offsets.dtype != torch.int64:
+        offsets = _find_offsets(_on_host(weight))
     (rows, columns), step = weight.shape, weight.rows_per_chunk
     places, widths = class_order(weight)
     places = places.to(weight.data.device)
@@ -332,7 +319,7 @@ def _decode_values(
 def expand(
     weight: QuantizedWeight,
     dtype: torch.dtype | None = None,
-    offsets: torch.Tensor | None = None,
+    prepared: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the dense weight (O, I); see `forms.expand`.
@@ -344,18 +331,17 @@ def expand(
         out = torch.empty(weight.shape, dtype=dtype or torch.bfloat16, device=weight.data.device)
     kernels = load() if weight.data.is_cpu else None
     if kernels is not None:
-        offsets = kernels.plane_offsets(weight) if offsets is None else offsets
-        kernels.expand(weight, offsets, out)
+        kernels.expand(weight, check(weight) if prepared is None else prepared, out)
         return out
     steps = weight.steps.float()
-    for first, levels in _decoded_chunks(weight, offsets, None):
+    for first, levels in _decoded_chunks(weight, prepared, None):
         rows = slice(first, first + levels.shape[0])
         out[rows] = (levels * steps).mul_(weight.scales[rows, None])
     return out
 
 
 def expand_rows(
-    weight: QuantizedWeight, rows: torch.Tensor, offsets: torch.Tensor | None, dtype: torch.dtype
+    weight: QuantizedWeight, rows: torch.Tensor, prepared: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """Return some rows of the dense weight: (..., I); see `forms.expand_rows`."""
     wanted = rows.flatten().to(torch.int64)
@@ -365,13 +351,13 @@ def expand_rows(
     out = torch.empty(wanted.shape[0], weight.shape[1], dtype=dtype, device=weight.data.device)
     kernels = load() if weight.data.is_cpu else None
     if kernels is not None:
-        offsets = kernels.plane_offsets(weight) if offsets is None else offsets
         if wanted.shape[0]:
-            kernels.expand_rows(weight, offsets, wanted, out)
+            prepared = check(weight) if prepared is None else prepared
+            kernels.expand_rows(weight, prepared, wanted, out)
         return out.view(*rows.shape, weight.shape[1])
     chunks = wanted // weight.rows_per_chunk
     steps = weight.steps.float()
-    for first, levels in _decoded_chunks(weight, offsets, chunks.unique().tolist()):
+    for first, levels in _decoded_chunks(weight, prepared, chunks.unique().tolist()):
         at = (chunks == first // weight.rows_per_chunk).nonzero().flatten()
         taken = levels[wanted[at] - first]
         out[at] = (taken * steps).mul_(weight.scales[wanted[at], None]).to(dtype)

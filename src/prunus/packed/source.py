@@ -92,5 +92,5 @@ class PackedSource:
 
     def _expanded(self, linear: str) -> torch.Tensor:
         parts = dict(self._checkpoint.read(list(self._described.tensors(linear))))
-        packed, offsets = checked_weight(self._described, linear, parts)
-        return expand(packed, self.stored_dtype, offsets)
+        packed, prepared = checked_weight(self._described, linear, parts)
+        return expand(packed, self.stored_dtype, prepared)

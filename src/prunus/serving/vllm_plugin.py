@@ -366,7 +366,7 @@ class PackedLayer(nn.Module):
         """Map token ids (...) to rows (..., in) of the only weight, an embedding."""
         (part,) = self.parts
         assert isinstance(part, PackedLinear)
-        return look_up(ids, part.packed, part.offsets, dtype)
+        return look_up(ids, part.packed, part.prepared, dtype)
 
 
 def _dense(name: str, taken: dict[str, torch.Tensor], dtype: torch.dtype) -> nn.Linear:
@@ -381,6 +381,6 @@ def _dense(name: str, taken: dict[str, torch.Tensor], dtype: torch.dtype) -> nn.
 
 def _multiply(x: torch.Tensor, part: nn.Module, bias: torch.Tensor | None) -> torch.Tensor:
     if isinstance(part, PackedLinear):
-        return run_packed(x, part.packed, part.offsets, bias)
+        return run_packed(x, part.packed, part.prepared, bias)
     assert isinstance(part, DenseLinear)
     return run_dense(x, part.weight, bias)

@@ -82,7 +82,7 @@ struct Weight {
     std::vector<uint8_t> data, classes, code_bytes;
     std::vector<uint16_t> steps, scales;
     std::vector<int64_t> offsets;
-    std::unique_ptr<uint8_t[]> exact_data, exact_classes;
+    std::unique_ptr<uint8_t[]> exact_data, exact_classes, exact_lines;
     std::unique_ptr<uint16_t[]> exact_steps, exact_scales;
 
     Weight(int64_t r, int64_t c, int64_t chunk, std::vector<Code> all, double spread)
@@ -122,6 +122,23 @@ struct Weight {
         exact_scales = exact(scales);
     }
 
+    // Finds the offsets and makes the lines with any instruction set; then only these are left.
+    int prepare(PrunusPlanes& planes) {
+        if (const int code = prunus_plane_offsets(&planes, offsets.data())) return code;
+        planes.offsets = offsets.data();
+        int64_t bytes = 0;
+        uint8_t widths[4];
+        const int isa = int(between(0, prunus_best_isa()));
+        if (const int code = prunus_plane_widths(isa, &planes, widths, &bytes)) return code;
+        exact_lines.reset(new uint8_t[size_t(bytes)]);
+        CHECK(prunus_plane_lines(isa, &planes, widths, exact_lines.get()) == PRUNUS_OK, "lines");
+        planes.lines = exact_lines.get();
+        planes.data = nullptr;
+        planes.bytes = 0;
+        planes.offsets = nullptr;
+        return PRUNUS_OK;
+    }
+
     PrunusPlanes described() {
         exact_data = exact(data);
         PrunusPlanes w{};
@@ -135,7 +152,6 @@ struct Weight {
         w.class_count = int64_t(codes.size());
         w.steps = exact_steps.get();
         w.scales = exact_scales.get();
-        w.offsets = offsets.data();
         return w;
     }
 };
@@ -169,9 +185,9 @@ void call_all(int isa, const PrunusPlanes& planes, int64_t tokens, Kind kind,
 }
 
 void check_weight(int isa, Weight& w, int64_t tokens, Kind kind) {
-    const PrunusPlanes planes = w.described();
-    const int code = prunus_plane_offsets(&planes, w.offsets.data());
-    CHECK(code == PRUNUS_OK, "offsets: %d", code);
+    PrunusPlanes planes = w.described();
+    const int code = w.prepare(planes);
+    CHECK(code == PRUNUS_OK, "prepare: %d", code);
     std::vector<float> product, dense;
     call_all(isa, planes, tokens, kind, &product, &dense);
     const double roundoff = kind == kF32 ? 0x1p-24 : kind == kF16 ? 0x1p-11 : 0x1p-8;
@@ -228,18 +244,16 @@ void check_damage() {
         if (between(0, 5) == 0) w.code_bytes[size_t(between(0, 9))] = uint8_t(between(0, 11));
         if (between(0, 9) == 0) w.exact_classes[0] = uint8_t(between(0, 255));
         if (between(0, 9) == 0) w.rows_per_chunk = between(-1, int64_t(1) << 40);
-        const PrunusPlanes planes = w.described();
+        PrunusPlanes planes = w.described();
         const int64_t chunks =
             w.rows_per_chunk < 1 ? 1 : (w.rows - 1) / w.rows_per_chunk + 1;
         w.offsets.assign(size_t(chunks) * w.codes.size() * 9, 0);
-        PrunusPlanes checked = planes;
-        checked.offsets = w.offsets.data();
-        if (prunus_plane_offsets(&checked, w.offsets.data()) != PRUNUS_OK) {
+        if (w.prepare(planes) != PRUNUS_OK) {
             ++refused;
             continue;
         }
         for (int isa = 0; isa <= prunus_best_isa(); ++isa)
-            call_all(isa, checked, between(1, 5), kF32, nullptr, nullptr);
+            call_all(isa, planes, between(1, 5), kF32, nullptr, nullptr);
     }
     CHECK(refused > 100 && refused < 590, "%d of 600 refused", refused);
 }
@@ -247,7 +261,8 @@ void check_damage() {
 void check_refusals() {
     Weight w(3, 70, 2, {{0, {2, 1}}}, 1.0);
     PrunusPlanes planes = w.described();
-    CHECK(prunus_plane_offsets(&planes, w.offsets.data()) == PRUNUS_OK, "whole");
+    CHECK(prunus_plane_lines(0, &planes, nullptr, nullptr) == PRUNUS_BAD_ARGUMENT, "no offsets");
+    CHECK(w.prepare(planes) == PRUNUS_OK, "whole");
     std::vector<float> x(70), out(210);
     const int64_t row = 3;
     auto linear = [&](int isa, const PrunusPlanes* weight, int64_t tokens, int kind) {
@@ -260,8 +275,8 @@ void check_refusals() {
     CHECK(prunus_plane_expand(0, 1, &planes, kF32, nullptr) == PRUNUS_BAD_ARGUMENT, "no memory");
     CHECK(prunus_plane_expand_rows(0, &planes, &row, 1, kF32, out.data()) == PRUNUS_BAD_ARGUMENT,
           "no such row");
-    planes.offsets = nullptr;
-    CHECK(linear(0, &planes, 1, kF32) == PRUNUS_BAD_ARGUMENT, "no offsets");
+    planes.lines = nullptr;
+    CHECK(linear(0, &planes, 1, kF32) == PRUNUS_BAD_ARGUMENT, "no lines");
     CHECK(prunus_plane_offsets(&planes, nullptr) == PRUNUS_BAD_ARGUMENT, "nowhere to write");
 }
 

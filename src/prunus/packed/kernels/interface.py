@@ -15,7 +15,7 @@ import torch
 from prunus.packed.weight import Packed, PackedWeight, PlaneCode, QuantizedWeight
 
 #: The version of `kernels.h` that this file describes.
-ABI = 6
+ABI = 7
 #: How `kernels.h` numbers dtypes.
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
 BAD_ARGUMENT = 1
@@ -25,13 +25,14 @@ FAULTS = {
     2: "this machine lacks the instruction set",
     3: "out of memory",
 }
-#: What they mean for `prunus_plane_offsets`.
+#: What they mean for bit planes that may hold anything.
 DAMAGE = {
     BAD_ARGUMENT: "a class has no code, or a code or a size is out of range",
     4: "they end before their last layer",
     5: "bytes follow their last layer",
     6: "the padding of a layer is not zero",
     7: "an escaped value is out of range",
+    8: "they hold a level below -127",
 }
 #: Offsets of a chunk and class: one for each of up to eight layers, and one for escaped bytes.
 OFFSETS = 9
@@ -74,6 +75,7 @@ class _Planes(ctypes.Structure):
         ("steps", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
         ("offsets", ctypes.c_void_p),
+        ("lines", ctypes.c_void_p),
     )
 
 
@@ -86,9 +88,9 @@ def _codes(codes: tuple[PlaneCode, ...]) -> ctypes.Array[ctypes.c_uint8]:
     return (ctypes.c_uint8 * len(written)).from_buffer(written)
 
 
-def describe(weight: Packed, offsets: torch.Tensor | None) -> ctypes.Structure:
-    """Describe where a packed weight lies in memory, which must outlive the result."""
-    at = None if offsets is None else offsets.data_ptr()
+def describe(weight: Packed, prepared: torch.Tensor | None) -> ctypes.Structure:
+    """Describe where a weight and the result of `forms.check` lie; both must outlive this."""
+    at = None if prepared is None else prepared.data_ptr()
     if isinstance(weight, QuantizedWeight):
         (rows, in_features), data, classes, steps, scales, codes, rows_per_chunk = weight
         return _Planes(
@@ -102,7 +104,8 @@ def describe(weight: Packed, offsets: torch.Tensor | None) -> ctypes.Structure:
             len(codes),
             steps.data_ptr(),
             scales.data_ptr(),
-            at,
+            None,
+            at if prepared is not None and prepared.dtype is torch.uint8 else None,
         )
     return _describe_bitmap(weight, at)
 
@@ -144,6 +147,8 @@ def declare(library: ctypes.CDLL) -> None:
         expand.argtypes = [number, number, weight, number, pointer]
         expand_rows.argtypes = [number, weight, pointer, length, number, pointer]
     library.prunus_plane_offsets.argtypes = [ctypes.POINTER(_Planes), pointer]
+    library.prunus_plane_widths.argtypes = [number, ctypes.POINTER(_Planes), *[pointer] * 2]
+    library.prunus_plane_lines.argtypes = library.prunus_plane_widths.argtypes
     library.prunus_rms_norm.argtypes = (
         *[number] * 3,
         length,

@@ -25,7 +25,9 @@ enum {
     PRUNUS_TOO_SHORT = 4,
     PRUNUS_TOO_LONG = 5,
     PRUNUS_BAD_PADDING = 6,
-    PRUNUS_BAD_VALUE = 7
+    PRUNUS_BAD_VALUE = 7,
+    // Damage that prunus_plane_widths() finds: an integer below -127.
+    PRUNUS_BAD_LEVEL = 8
 };
 
 // A weight (rows, cols) as it is stored; docs/reference/packed-format.md describes each array.
@@ -67,8 +69,11 @@ struct PrunusPlanes {
     int64_t class_count;
     // (cols) and (rows), bfloat16. Only prunus_plane_offsets() does without them.
     const uint16_t *steps, *scales;
-    // (chunks, class_count, 9) as prunus_plane_offsets() finds them, else null.
+    // (chunks, class_count, 9) as prunus_plane_offsets() finds them: for making lines, else null.
     const int64_t* offsets;
+    // As prunus_plane_lines() writes them: for products and expansions, which read neither the data
+    // nor the offsets.
+    const uint8_t* lines;
 };
 
 // The version of this interface. It grows with every incompatible change.
@@ -104,8 +109,16 @@ int prunus_expand_rows(int isa, const PrunusWeight* weight, const int64_t* rows,
 
 // Finds where the layers of a weight begin and checks all lengths: writes (chunks, class_count, 9)
 // positions in `data`, those of layer 0 to L - 1 and of the escaped bytes at index L, and -1 behind
-// them. Of `weight`, steps, scales and offsets are not read.
+// them. Of `weight`, steps, scales, offsets and lines are not read.
 int prunus_plane_offsets(const PrunusPlanes* weight, int64_t* offsets);
+
+// Chooses how many bits the values of every class take in lines: writes them to `widths` (4), and
+// how many bytes the lines of the weight take. It also checks the levels.
+int prunus_plane_widths(int isa, const PrunusPlanes* weight, uint8_t* widths, int64_t* bytes);
+
+// Writes the lines of a weight, the form in memory that lines.h describes.
+int prunus_plane_lines(int isa, const PrunusPlanes* weight, const uint8_t* widths,
+                       uint8_t* lines);
 
 // Computes out (tokens, rows) = x (tokens, cols) · Wᵀ + bias (rows, may be null); x, bias and out
 // are of `act_kind`. x · step is rounded to int8 with one scale per 256 columns of a class; sums

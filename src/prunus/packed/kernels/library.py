@@ -37,7 +37,7 @@ MAX_TOKENS = 16
 #: and multiply them there. Beyond it, expanding the whole weight pays, because torch blocks its
 #: product better.
 MAX_TOKENS_AS_MATRIX = 1024
-#: Up to this many tokens the product from bit planes is faster than expanding the weight and
+#: Up to this many tokens the product of a quantised weight is faster than expanding it and
 #: multiplying in bfloat16 (1536 x 1536 at 2.8 bits, one core of an AMD EPYC, Zen 4).
 MAX_PLANE_TOKENS = 256
 _BF16 = ISAS.index("avx512-bf16")  # the first with bfloat16 products
@@ -84,15 +84,17 @@ class Kernels:
         self,
         x: torch.Tensor,
         weight: Packed,
-        offsets: torch.Tensor | None,
+        prepared: torch.Tensor | None,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return `x · Wᵀ + bias` (..., O), all of one dtype of floats, straight from the weight.
 
+        `prepared` is what `forms.check` returned for the weight.
+
         For a quantised weight, `x` times the steps is rounded to int8, and every 16 columns share a
         scale: those that one lane of a vector adds up in four groups of a class.
         """
-        shape, described = x.shape, describe(weight, offsets)
+        shape, described = x.shape, describe(weight, prepared)
         planes = isinstance(weight, QuantizedWeight)
         function = self.library.prunus_plane_linear if planes else self.library.prunus_linear
         # torch parses separate numbers in half the time of a shape.
@@ -118,28 +120,28 @@ class Kernels:
             return MAX_TOKENS_AS_MATRIX
         return MAX_TOKENS
 
-    def expand(self, weight: Packed, offsets: torch.Tensor | None, out: torch.Tensor) -> None:
+    def expand(self, weight: Packed, prepared: torch.Tensor | None, out: torch.Tensor) -> None:
         """Write the dense weight to `out` (O, I), rounded once to its dtype.
 
         `out` of a bitmap has the dtype of its entries, or bfloat16 or float16 for int8 values.
         """
         planes, threads = isinstance(weight, QuantizedWeight), torch.get_num_threads()
         function = self.library.prunus_plane_expand if planes else self.library.prunus_expand
-        described = ctypes.byref(describe(weight, offsets))
+        described = ctypes.byref(describe(weight, prepared))
         _check(function(self.isa, threads, described, KINDS[out.dtype], out.data_ptr()))
 
     def expand_rows(
-        self, weight: Packed, offsets: torch.Tensor | None, rows: torch.Tensor, out: torch.Tensor
+        self, weight: Packed, prepared: torch.Tensor | None, rows: torch.Tensor, out: torch.Tensor
     ) -> None:
         """Write row `rows[i]` (int64) of the dense weight to row i of `out`, as `expand` does.
 
-        Of the chunk of a quantised row, layer 0 is decoded for that row only.
+        Of a quantised weight, the eight rows of a tile are unpacked for each of them.
         """
         planes, library = isinstance(weight, QuantizedWeight), self.library
         function = library.prunus_plane_expand_rows if planes else library.prunus_expand_rows
         fault = function(
             self.isa,
-            ctypes.byref(describe(weight, offsets)),
+            ctypes.byref(describe(weight, prepared)),
             rows.data_ptr(),
             rows.numel(),
             KINDS[out.dtype],
@@ -164,6 +166,19 @@ class Kernels:
         if fault:
             raise ValueError(f"the planes of a quantised weight are damaged: {DAMAGE[fault]}")
         return offsets
+
+    def lines(self, weight: QuantizedWeight, offsets: torch.Tensor) -> torch.Tensor:
+        """Check the levels and return the form that `linear` and others read; see `lines.h`."""
+        described, size = describe(weight, None), ctypes.c_int64()
+        described.offsets, widths = offsets.data_ptr(), ctypes.create_string_buffer(4)
+        library, at = self.library, ctypes.byref(described)
+        fault = library.prunus_plane_widths(self.isa, at, widths, ctypes.byref(size))
+        if fault in DAMAGE:
+            raise ValueError(f"the planes of a quantised weight are damaged: {DAMAGE[fault]}")
+        _check(fault)
+        lines = torch.empty(size.value, dtype=torch.uint8)
+        _check(library.prunus_plane_lines(self.isa, at, widths, lines.data_ptr()))
+        return lines
 
     @property
     def has_dense(self) -> bool:

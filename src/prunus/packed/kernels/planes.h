@@ -10,6 +10,8 @@
 // A reader decodes the deeper layers of a chunk first, deepest first, into a buffer of bytes in the
 // first-level cache. Then it decodes layer 0 row by row and takes the bytes of escaped values out
 // of that buffer in order. All bytes are biased: value + bias of the class, from 1 to 255.
+//
+// This is done once, when a weight is loaded. lines.h describes what products read.
 #pragma once
 
 #include <cstdint>
@@ -29,13 +31,15 @@ constexpr int64_t kCodeBytes = kMaxLayers + 2;   // raw bits, number of layers, 
 // lanes, lane l the columns 4l to 4l + 3 of every group. Each lane has a scale of its own, which
 // costs a product no more than one scale for all of them.
 constexpr int64_t kBlockGroups = 4, kLanes = 16, kLaneBytes = kSegment / kLanes;
+constexpr int64_t kBlock = kBlockGroups * kSegment;
 
 struct Class {
     int raw, layers;
     int bits[kMaxLayers];
     int begin[kMaxLayers];  // the first zigzag number of each layer
     int bias;               // what is added to a value, so that its byte is not negative
-    int64_t columns, groups, first_group, first_block, blocks;
+    int zero;               // what products add instead
+    int64_t columns, groups, first_block, blocks;
 };
 
 // One product out = x · Wᵀ + bias, or the expansion of W.
@@ -46,16 +50,18 @@ struct Planes {
     const uint8_t* class_of;  // (cols)
     const uint16_t* steps;    // (cols), bfloat16
     const uint16_t* scales;   // (rows), bfloat16
-    const int64_t* offsets;   // (chunks, class_count, kOffsets)
+    const int64_t* offsets;   // (chunks, class_count, kOffsets), or null
+    const uint8_t* lines;     // as lines.h describes them, or null
     int class_count;
     Class classes[kMaxClasses];
-    int64_t groups, blocks;   // of all classes
+    int64_t blocks;           // of all classes
 
     // --- activations, in the order of the classes ---
     int64_t tokens;
-    const int8_t* x;        // (tokens, groups, 64), zero past the last column of a class
+    const int8_t* x;        // (tokens, blocks, 256), zero past the last column of a class
+    const int8_t* x_lanes;  // (blocks, 256): of one token, in the order of lanes
     const float* x_scales;  // (tokens, blocks, kLanes)
-    const int32_t* excess;  // (tokens, blocks, kLanes): minus bias · sum of x, for unsigned weights
+    const int32_t* excess;  // (tokens, blocks, kLanes): minus zero · sum of x, for unsigned weights
 
     // --- the result ---
     const void* bias;  // (rows) of `out_kind`, or null
@@ -64,7 +70,7 @@ struct Planes {
     const float* steps_float;  // (cols), for expansions only
 
     // --- memory of a thread ---
-    int64_t buffer_bytes, row_bytes, rows_at_once;
+    int64_t buffer_bytes, row_bytes, tiles_at_once;
 };
 
 inline uint64_t load_word(const uint8_t* from) {
@@ -136,6 +142,7 @@ inline int describe(Planes& job, const PrunusPlanes* weight) {
     job.steps = w.steps;
     job.scales = w.scales;
     job.offsets = w.offsets;
+    job.lines = w.lines;
     job.class_count = int(w.class_count);
     int64_t columns = 0;
     for (int k = 0; k < job.class_count; ++k) {
@@ -157,9 +164,7 @@ inline int describe(Planes& job, const PrunusPlanes* weight) {
         columns += c.columns;
         c.groups = (c.columns + kSegment - 1) / kSegment;
         c.blocks = (c.groups + kBlockGroups - 1) / kBlockGroups;
-        c.first_group = job.groups;
         c.first_block = job.blocks;
-        job.groups += c.groups;
         job.blocks += c.blocks;
         const int64_t bytes = job.rows_per_chunk * c.groups * kSegment;
         if (bytes > job.buffer_bytes) job.buffer_bytes = bytes;
@@ -167,7 +172,7 @@ inline int describe(Planes& job, const PrunusPlanes* weight) {
     if (columns != w.cols) return PRUNUS_BAD_ARGUMENT;  // there is a class without a code
     // A full-width load may read 64 bytes more than a buffer holds.
     job.buffer_bytes += 2 * kSegment;
-    job.row_bytes = job.groups * kSegment;
+    job.row_bytes = job.blocks * kBlock;
     return PRUNUS_OK;
 }
 
@@ -252,20 +257,16 @@ inline const uint8_t* decode_deeper(const Planes& job, const Part& part, uint8_t
     return from;
 }
 
-// Decodes some rows of a chunk to biased bytes (rows, groups, 64), in the order of the classes.
+// Decodes a chunk to biased bytes (rows, blocks, 256), in the order of the classes.
 template <typename Isa>
-inline void decode_rows(const Planes& job, int64_t chunk, int64_t begin, int64_t end,
-                        uint8_t* buffers, uint8_t* to) {
+inline void decode_chunk(const Planes& job, int64_t chunk, uint8_t* buffers, uint8_t* to) {
     for (int k = 0; k < job.class_count; ++k) {
         const Part part(job, chunk, k);
         const Class& c = part.c;
         if (!c.groups) continue;
         const uint8_t* escaped = decode_deeper<Isa>(job, part, buffers);
-        const uint8_t* words = job.data + part.offsets[0];
-        const int64_t stride = top_words(c);
-        if (c.layers) escaped += count_escapes(words, begin * c.groups, c.bits[0], stride);
-        Isa::top(c, words + begin * c.groups * stride * 8, end - begin, escaped,
-                 to + c.first_group * kSegment, job.row_bytes);
+        Isa::top(c, job.data + part.offsets[0], part.rows, escaped, to + c.first_block * kBlock,
+                 job.row_bytes);
     }
 }
 
@@ -339,7 +340,7 @@ __attribute__((always_inline)) inline void lay_out_tokens(Planes& job, const voi
     job.excess = excess;
     float* places[kMaxClasses];
     for (int k = 0; k < job.class_count; ++k)
-        places[k] = ordered + job.classes[k].first_group * kSegment + k * 16;
+        places[k] = ordered + job.classes[k].first_block * kBlock + k * 16;
     for (int64_t token = 0; token < job.tokens; ++token) {
         Isa::order(job, x, token * job.cols, kind, places);
         for (int k = 0; k < job.class_count; ++k) {
@@ -348,14 +349,24 @@ __attribute__((always_inline)) inline void lay_out_tokens(Planes& job, const voi
             for (int64_t block = 0; block < c.blocks; ++block) {
                 const int64_t left = c.groups - block * kBlockGroups,
                               groups = left < kBlockGroups ? left : kBlockGroups;
-                round_block(places[k] + block * kBlockGroups * kSegment, groups, to, scales);
-                Isa::sum_excess(to, groups, c.bias, excess);
+                round_block(places[k] + block * kBlock, groups, to, scales);
+                Isa::sum_excess(to, groups, c.zero, excess);
                 scales += kLanes;
                 excess += kLanes;
-                to += groups * kSegment;
+                to += kBlock;
             }
         }
     }
+}
+
+// Copies the activations of one token in the order of lanes: (blocks, kLanes, groups, 4).
+inline void lay_out_lanes(Planes& job, Scratch& scratch) {
+    int8_t* to = sized<int8_t>(scratch.x_tiles, job.row_bytes);
+    job.x_lanes = to;
+    for (const int8_t *x = job.x, *const end = x + job.row_bytes; x < end; x += kBlock)
+        for (int64_t lane = 0; lane < kLanes; ++lane)
+            for (int64_t group = 0; group < kBlockGroups; ++group, to += kLaneBytes)
+                std::memcpy(to, x + group * kSegment + lane * kLaneBytes, kLaneBytes);
 }
 
 // Turns a finished sum into a result.

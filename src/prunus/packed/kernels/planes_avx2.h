@@ -6,6 +6,7 @@
 #pragma once
 
 #include "avx2.h"
+#include "lines_avx2.h"
 #include "planes_portable.h"
 
 namespace prunus::planes {
@@ -90,6 +91,39 @@ struct Avx2 : Portable {
         }
     }
 
+    static void unpack(int width, int64_t groups, const uint8_t* lines, uint8_t* to,
+                       int64_t stride) {
+        using Fn = void (*)(int64_t, const uint8_t*, uint8_t*, int64_t);
+        static constexpr Fn fns[] = {PRUNUS_WIDTHS(lines256::unpack)};
+        fns[width - 1](groups, lines, to, stride);
+    }
+
+    static void multiply_tile(const Planes& job, const Class& c, int width, const uint8_t* lines,
+                              const TileSums& tile) {
+        using Fn = void (*)(const Planes&, const Class&, const uint8_t*, const TileSums&);
+        static constexpr Fn fns[] = {PRUNUS_WIDTHS(lines256::multiply)};
+        fns[width - 1](job, c, lines, tile);
+    }
+
+    PRUNUS_TARGET_AVX2 static float reduce(const float* sums) {
+        return avx2::reduce(_mm256_loadu_ps(sums));
+    }
+
+    // A lane holds the sum over its four bytes of each group.
+    PRUNUS_TARGET_AVX2 static void sum_excess(const int8_t* x, int64_t groups, int zero,
+                                              int32_t* to) {
+        const __m256i ones = _mm256_set1_epi8(1), pairs = _mm256_set1_epi16(1);
+        for (int64_t lane = 0; lane < kLanes; lane += 8) {
+            __m256i sum = _mm256_setzero_si256();
+            for (int64_t group = 0; group < groups; ++group) {
+                const __m256i bytes = lines256::load(x + group * kSegment + lane * kLaneBytes);
+                sum = _mm256_add_epi32(
+                    sum, _mm256_madd_epi16(_mm256_maddubs_epi16(ones, bytes), pairs));
+            }
+            lines256::store(to + lane, _mm256_mullo_epi32(sum, _mm256_set1_epi32(-zero)));
+        }
+    }
+
     PRUNUS_TARGET_AVX2 static void lay_out(Planes& job, const void* x, Kind kind,
                                            Scratch& scratch) {
         lay_out_tokens<Avx2>(job, x, kind, scratch);
@@ -101,28 +135,27 @@ struct Avx2 : Portable {
                                                 const uint8_t* bytes) {
         const int8_t* x = job.x + token * job.row_bytes;
         const float* scales = job.x_scales + token * job.blocks * kLanes;
-        const __m256i ones = _mm256_set1_epi16(1);
+        const __m256i ones = _mm256_set1_epi16(1), bias = _mm256_set1_epi8(char(128));
         __m256 sum[T];
 #pragma GCC unroll 4
         for (auto& s : sum) s = _mm256_setzero_ps();
         for (int k = 0; k < job.class_count; ++k) {
-            const Class& c = job.classes[k];
-            const __m256i bias = _mm256_set1_epi8(char(c.bias));
-            for (int64_t left = c.groups; left > 0; left -= kBlockGroups, scales += kLanes) {
+            for (int64_t left = job.classes[k].groups; left > 0; left -= kBlockGroups) {
                 const int64_t groups = left < kBlockGroups ? left : kBlockGroups;
                 __m256i dot[2][T];  // the lower and the upper half of the lanes
 #pragma GCC unroll 4
                 for (int t = 0; t < T; ++t) dot[0][t] = dot[1][t] = _mm256_setzero_si256();
                 for (int64_t group = 0; group < groups; ++group) {
 #pragma GCC unroll 2
-                    for (int half = 0; half < 2; ++half, x += 32, bytes += 32) {
+                    for (int half = 0; half < 2; ++half) {
+                        const int64_t at = group * kSegment + half * 32;
                         const __m256i weight = _mm256_sub_epi8(
-                            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)), bias);
+                            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + at)), bias);
                         const __m256i magnitude = _mm256_abs_epi8(weight);
 #pragma GCC unroll 4
                         for (int t = 0; t < T; ++t) {
                             const __m256i activation = _mm256_loadu_si256(
-                                reinterpret_cast<const __m256i*>(x + t * job.row_bytes));
+                                reinterpret_cast<const __m256i*>(x + t * job.row_bytes + at));
                             const __m256i pairs = _mm256_maddubs_epi16(
                                 magnitude, _mm256_sign_epi8(activation, weight));
                             dot[half][t] = _mm256_add_epi32(dot[half][t],
@@ -138,6 +171,9 @@ struct Avx2 : Portable {
                         sum[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[half][t]),
                                                  _mm256_load_ps(scale + half * 8), sum[t]);
                 }
+                x += kBlock;
+                bytes += kBlock;
+                scales += kLanes;
             }
         }
         for (int t = 0; t < T; ++t) finish(job, row, token + t, avx2::reduce(sum[t]));

@@ -7,11 +7,11 @@
 //
 // On Zen 4 a move of 64 bits to a mask register takes as much of the two multiplying ports as a
 // product does. The transposition needs none however many planes there are: two planes take 5.1
-// cycles instead of 5.7, four planes 5.2 instead of 9.2 (with the product, from the cache).
+// cycles instead of 5.7, four planes 5.2 instead of 9.2 (with a product, from the cache).
 #pragma once
 
 #include "avx512.h"
-#include "planes.h"
+#include "lines_avx512.h"
 
 #define PRUNUS_TARGET_PLANES                                                                      \
     __attribute__((                                                                               \
@@ -145,54 +145,6 @@ PRUNUS_TARGET_PLANES void decode_top(const Class& c, const uint8_t* words, int64
             _mm512_store_si512(to + group * kSegment, top.next(words, escaped));
 }
 
-// What a product of one token needs besides the class.
-struct Product {
-    const int8_t* x;
-    const float* scales;
-    const int32_t* excess;
-    float* sums;           // (rows, 16)
-    bool adds;             // to sums of another class
-    const uint8_t* ahead;  // data to prefetch: `ahead_bytes` per block
-    int64_t ahead_bytes;
-};
-
-template <int bits, int raw>
-PRUNUS_TARGET_PLANES void product_top(const Class& c, const uint8_t* words, int64_t rows,
-                                      const uint8_t* escaped, const Product& product) {
-    Top<bits, raw> top;
-    top.start();
-    const int64_t whole = c.groups / kBlockGroups, rest = c.groups % kBlockGroups;
-    uintptr_t ahead = reinterpret_cast<uintptr_t>(product.ahead);
-    for (int64_t row = 0; row < rows; ++row) {
-        const int8_t* x = product.x;
-        const int32_t* excess = product.excess;
-        float* const to = product.sums + row * 16;
-        __m512 sum = product.adds ? _mm512_load_ps(to) : _mm512_setzero_ps();
-        int64_t block = 0;
-        for (; block < whole; ++block, excess += kLanes) {
-            __m512i dot = _mm512_load_si512(excess);
-            avx512::prefetch(reinterpret_cast<const void*>(ahead), 0);
-            if (product.ahead_bytes > 64)
-                avx512::prefetch(reinterpret_cast<const void*>(ahead), 64);
-            if (bits + raw > 3 || bits == 0)
-                avx512::prefetch(reinterpret_cast<const void*>(ahead), 128);
-            ahead += uintptr_t(product.ahead_bytes);
-            PRUNUS_UNROLL for (int64_t i = 0; i < kBlockGroups; ++i, x += kSegment) dot =
-                _mm512_dpbusd_epi32(dot, top.next(words, escaped), _mm512_load_si512(x));
-            sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot),
-                                  _mm512_load_ps(product.scales + block * kLanes), sum);
-        }
-        if (rest) {
-            __m512i dot = _mm512_load_si512(excess);
-            for (int64_t i = 0; i < rest; ++i, x += kSegment)
-                dot = _mm512_dpbusd_epi32(dot, top.next(words, escaped), _mm512_load_si512(x));
-            sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot),
-                                  _mm512_load_ps(product.scales + block * kLanes), sum);
-        }
-        _mm512_store_ps(to, sum);
-    }
-}
-
 template <int bits, int raw>
 constexpr int top_base = Top<bits, raw>::kBase;
 
@@ -226,7 +178,7 @@ PRUNUS_TARGET_PLANES void decode_layer(const uint8_t* words, int64_t groups, con
     }
 }
 
-// ---- Products of decoded rows. ----
+// ---- Products of unpacked rows. ----
 
 // Multiplies R rows by T tokens. Eight products share six loads.
 template <int R, int T>
@@ -246,12 +198,12 @@ PRUNUS_TARGET_PLANES void multiply_rows(const Planes& job, int64_t row, int64_t 
                 PRUNUS_UNROLL for (int r = 1; r < R; ++r) dot[r][t] = dot[0][t];
             }
             const int64_t groups = left < kBlockGroups ? left : kBlockGroups;
-            for (int64_t i = 0; i < groups; ++i, x += kSegment, bytes += kSegment) {
+            for (int64_t i = 0; i < groups * kSegment; i += kSegment) {
                 __m512i weight[R];
                 PRUNUS_UNROLL for (int r = 0; r < R; ++r) weight[r] =
-                    _mm512_load_si512(bytes + r * job.row_bytes);
+                    _mm512_load_si512(bytes + r * job.row_bytes + i);
                 PRUNUS_UNROLL for (int t = 0; t < T; ++t) {
-                    const __m512i activation = _mm512_load_si512(x + t * job.row_bytes);
+                    const __m512i activation = _mm512_load_si512(x + t * job.row_bytes + i);
                     PRUNUS_UNROLL for (int r = 0; r < R; ++r) dot[r][t] =
                         _mm512_dpbusd_epi32(dot[r][t], weight[r], activation);
                 }
@@ -261,6 +213,8 @@ PRUNUS_TARGET_PLANES void multiply_rows(const Planes& job, int64_t row, int64_t 
                 PRUNUS_UNROLL for (int r = 0; r < R; ++r) sum[r][t] =
                     _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r][t]), scale, sum[r][t]);
             }
+            x += kBlock;
+            bytes += kBlock;
             scales += kLanes;
             excess += kLanes;
         }
@@ -271,8 +225,6 @@ PRUNUS_TARGET_PLANES void multiply_rows(const Planes& job, int64_t row, int64_t 
 }
 
 struct Avx512 {
-    static constexpr bool kFused = true;
-
     static int base(const Class& c) {
         constexpr int bases[] = {PRUNUS_TOPS(top_base)};
         return bases[which_top(c)];
@@ -299,18 +251,20 @@ struct Avx512 {
         fns[which_top(c)](c, words, rows, escaped, to, stride);
     }
 
-    static void product(const Class& c, const uint8_t* words, int64_t rows, const uint8_t* escaped,
-                        const Product& product) {
-        using Fn = void (*)(const Class&, const uint8_t*, int64_t, const uint8_t*, const Product&);
-        static constexpr Fn fns[] = {PRUNUS_TOPS(product_top)};
-        fns[which_top(c)](c, words, rows, escaped, product);
+    static void unpack(int width, int64_t groups, const uint8_t* lines, uint8_t* to,
+                       int64_t stride) {
+        using Fn = void (*)(int64_t, const uint8_t*, uint8_t*, int64_t);
+        static constexpr Fn fns[] = {PRUNUS_WIDTHS(lines512::unpack)};
+        fns[width - 1](groups, lines, to, stride);
     }
 
-    PRUNUS_TARGET_PLANES static void finish_rows(const Planes& job, int64_t row, int64_t rows,
-                                                 const float* sums) {
-        for (int64_t i = 0; i < rows; ++i)
-            finish(job, row + i, 0, _mm512_reduce_add_ps(_mm512_load_ps(sums + i * 16)));
+    static void multiply_tile(const Planes& job, const Class& c, int width, const uint8_t* lines,
+                              const TileSums& tile) {
+        using Fn = void (*)(const Planes&, const Class&, const uint8_t*, const TileSums&);
+        static constexpr Fn fns[] = {PRUNUS_WIDTHS(lines512::multiply)};
+        fns[width - 1](job, c, lines, tile);
     }
+    static float reduce(const float* sums) { return lines512::reduce(sums); }
 
     static void multiply(const Planes& job, int64_t row, int64_t rows, const uint8_t* bytes) {
         using Fn = void (*)(const Planes&, int64_t, int64_t, const uint8_t*);
@@ -377,14 +331,9 @@ struct Avx512 {
     PRUNUS_TARGET_PLANES static void expand_row(const Planes& job, const uint8_t* bytes,
                                                 int64_t row, int64_t at) {
         alignas(64) int8_t levels[kSegment];
-        alignas(16) int8_t biases[16] = {};
         const uint8_t* next[kMaxClasses];
-        for (int k = 0; k < job.class_count; ++k) {
-            next[k] = bytes + job.classes[k].first_group * kSegment;
-            biases[k] = int8_t(job.classes[k].bias);
-        }
-        const __m512i bias = _mm512_broadcast_i32x4(
-            _mm_load_si128(reinterpret_cast<const __m128i*>(biases)));
+        for (int k = 0; k < job.class_count; ++k)
+            next[k] = bytes + job.classes[k].first_block * kBlock;
         const float scale = bf16_to_float(job.scales[row]);
         for (int64_t column = 0; column < job.cols; column += kSegment) {
             const int64_t left = job.cols - column, count = left < kSegment ? left : kSegment;
@@ -398,8 +347,7 @@ struct Avx512 {
                 values = merge(values, mask, next[k]);
                 next[k] += _mm_popcnt_u64(_cvtmask64_u64(mask));
             }
-            _mm512_store_si512(levels,
-                               _mm512_sub_epi8(values, _mm512_shuffle_epi8(bias, classes)));
+            _mm512_store_si512(levels, _mm512_xor_si512(values, _mm512_set1_epi8(char(128))));
             convert_row(job, levels, column, count, scale, job.out, at * job.cols + column);
         }
     }

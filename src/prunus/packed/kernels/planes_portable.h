@@ -4,7 +4,7 @@
 
 #include <array>
 
-#include "planes.h"
+#include "lines.h"
 
 namespace prunus::planes {
 
@@ -23,8 +23,6 @@ constexpr Spread make_spread() {
 inline constexpr Spread kSpread = make_spread();
 
 struct Portable {
-    static constexpr bool kFused = false;  // no product without decoded rows
-
     // What is added to a top's multiple to give the byte of an escaped value.
     static int base(const Class&) { return 128; }
 
@@ -79,7 +77,14 @@ struct Portable {
         lay_out_tokens<Portable>(job, x, kind, scratch);
     }
 
-    // Multiplies decoded rows by all tokens.
+    static void unpack(int width, int64_t groups, const uint8_t* lines, uint8_t* to,
+                       int64_t stride) {
+        for (; groups > 0; --groups, lines += width * kLineBytes, to += kSegment)
+            for (int row = 0; row < kTileRows; ++row)
+                get_group(lines, width, row, to + row * stride);
+    }
+
+    // Multiplies unpacked rows by all tokens.
     static void multiply(const Planes& job, int64_t row, int64_t rows, const uint8_t* bytes) {
         for (int64_t end = row + rows; row < end; ++row, bytes += job.row_bytes) {
             for (int64_t token = 0; token < job.tokens; ++token) {
@@ -94,12 +99,12 @@ struct Portable {
                         int32_t dot[kLanes] = {};
                         for (int64_t i = 0; i < groups * kSegment; ++i)
                             dot[i % kSegment / kLaneBytes] +=
-                                (int32_t(weight[i]) - c.bias) * x[i];
+                                (int32_t(weight[i]) - 128) * x[i];
                         for (int64_t lane = 0; lane < kLanes; ++lane)
                             sum += float(dot[lane]) * scales[lane];
                         scales += kLanes;
-                        weight += groups * kSegment;
-                        x += groups * kSegment;
+                        weight += kBlock;
+                        x += kBlock;
                     }
                 }
                 finish(job, row, token, sum);
@@ -112,14 +117,14 @@ struct Portable {
         constexpr int64_t kPiece = 256;
         const uint8_t* next[256];
         for (int k = 0; k < job.class_count; ++k)
-            next[k] = bytes + job.classes[k].first_group * kSegment;
+            next[k] = bytes + job.classes[k].first_block * kBlock;
         const float scale = bf16_to_float(job.scales[row]);
         int8_t levels[kPiece];
         for (int64_t first = 0; first < job.cols; first += kPiece) {
             const int64_t count = job.cols - first < kPiece ? job.cols - first : kPiece;
             for (int64_t i = 0; i < count; ++i) {
                 const int k = job.class_of[first + i];
-                levels[i] = int8_t(*next[k]++ - job.classes[k].bias);
+                levels[i] = int8_t(*next[k]++ - 128);
             }
             convert_row(job, levels, first, count, scale, job.out, at * job.cols + first);
         }
