@@ -204,7 +204,7 @@ def test_unusable_calibration_images_are_refused(tmp_path):
             prunus.prune(dense, tmp_path / "out", **options)
         assert not (tmp_path / "out").exists()
 
-    refused(ValueError, "calibrated on images, not on c4: give a folder of images", samples=4)
+    refused(ValueError, "calibrated on images, not on mix: give a folder of images", samples=4)
     refused(
         ValueError, "holds 12 images, fewer than `samples` 13", calibration=str(folder), samples=13
     )

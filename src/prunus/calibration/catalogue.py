@@ -18,7 +18,7 @@ SOURCES = {
 #: Sources that are texts with a part for calibration and a part for scoring.
 CORPORA = ("c4", "wikitext2", "ptb", "python-docs", "python-code")
 #: What the source `mix` holds -> its share of the windows, in sum 1.
-MIX = {"prose": 0.5, "code": 0.5}
+MIX = {"prose": 0.75, "code": 0.25}
 #: The sources of text in one phrase, for help texts.
 CHOICES = (
     f"{', '.join(CORPORA)}, mix (prose and code), self (text that the model writes) or a file: "

@@ -20,7 +20,7 @@ class Recipe(PruningOptions):
 
     >>> recipe = Recipe(method="sparsegpt", pattern="1:4")
     >>> recipe.sparsity, recipe.n_of_m, recipe.calibration
-    (0.75, (1, 4), 'c4')
+    (0.75, (1, 4), 'mix')
     >>> Recipe(preset="balanced").method
     'alps'
     """

@@ -56,7 +56,7 @@ class RecoveryOptions(Options):
     ]
     text: Annotated[
         str, Option("Train on this text: a source as for calibration, or a file.", "SOURCE")
-    ] = "c4"
+    ] = "mix"
     tokens: Annotated[
         int | None,
         Option(

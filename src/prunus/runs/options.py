@@ -50,7 +50,7 @@ class WindowOptions(Options):
             metavar="SOURCE",
             panel=CALIBRATION,
         ),
-    ] = "c4"
+    ] = "mix"
     samples: Annotated[
         int,
         Option(
