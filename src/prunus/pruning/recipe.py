@@ -71,7 +71,7 @@ class Recipe(PruningOptions):
             metavar="N",
             panel=_RECONSTRUCTION,
             within=at_least(1),
-            default="by the number of tokens, at most 7",
+            default="by the number of tokens, at most 5",
         ),
     ] = None
     reconstruct_lr: Annotated[

@@ -250,7 +250,7 @@ def test_schedules():
     def by_logits(batches, by_token=True):
         return schedule(by_token=by_token, batches=batches, by_logits=True)
 
-    assert schedule() == ReconstructionSchedule(7, 4, 7e-3)
+    assert schedule() == ReconstructionSchedule(5, 4, 7e-3)
     assert schedule(by_token=False) == ReconstructionSchedule(3, 1, 7e-3)
     assert schedule(256).token_stride == 1
     for tokens in (32, 512, 2048, 2**20):

@@ -262,9 +262,9 @@ def training_bytes(job: RunJob, index: int) -> tuple[int, int]:
         vocabulary = job.skeleton.vocabulary
         moves += vocabulary * hidden * job.dtype.itemsize
         moves += 24 * CHUNK_TOKENS * job.batch * vocabulary
-    # Six float32 tensors per parameter: the weight, its gradient, Adam's two moments, a copy of the
-    # start and a copy of the best so far.
-    return 6 * 4 * parameters, moves
+    # Seven float32 tensors per parameter: the weight, its mask, its gradient, Adam's two moments, a
+    # copy of the start and a copy of the best so far.
+    return 7 * 4 * parameters, moves
 
 
 def step_ranks(ranks: Ranks, windows: int, device: torch.device) -> Ranks:

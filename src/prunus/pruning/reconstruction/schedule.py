@@ -19,9 +19,9 @@ VALIDATION_STRIDE = 16
 
 # Many small steps lower the error more than few large ones on the same tokens. So a step uses about
 # this many tokens of its batch if the trained part treats tokens independently. It uses more if
-# seven epochs would otherwise not see all of them.
+# five epochs would otherwise not see all of them.
 _TOKENS_PER_STEP = 256
-_MIN_EPOCHS, _MAX_EPOCHS = 3, 7
+_MIN_EPOCHS, _MAX_EPOCHS = 3, 5
 
 # Peak learning rate relative to the RMS of the weights, and the hidden size it was measured at.
 _RATE, _RATE_WIDTH = 7e-3, 576
@@ -31,7 +31,7 @@ _RATE, _RATE_WIDTH = 7e-3, 576
 # The number of steps is limited too. 240 steps are what eight epochs over 30 windows of 1024
 # tokens take; they compare half of the tokens, each once. With half as many of either, perplexity
 # was one per cent higher.
-_LOGIT_STEPS, _LOGIT_RATE = 240, 2e-3
+_LOGIT_STEPS, _LOGIT_RATE, _MAX_LOGIT_STRIDE = 240, 2e-3, 28
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,10 @@ def default_schedule(
         tokens: per batch.
 
     >>> default_schedule(tokens=1024, hidden=576, by_token=True, batches=32)
-    ReconstructionSchedule(epochs=7, token_stride=4, learning_rate=0.007, logit_stride=1)
+    ReconstructionSchedule(epochs=5, token_stride=4, learning_rate=0.007, logit_stride=1)
     """
-    fewer = LOGIT_STRIDE if by_logits else 1
-    stride = min(fewer * _MAX_EPOCHS, max(1, fewer * tokens // _TOKENS_PER_STEP)) if by_token else 1
+    fewer, most = (LOGIT_STRIDE, _MAX_LOGIT_STRIDE) if by_logits else (1, _MAX_EPOCHS)
+    stride = min(most, max(1, fewer * tokens // _TOKENS_PER_STEP)) if by_token else 1
     # Wider blocks learn at a lower rate; narrower ones are not measured, so theirs is not raised.
     width_factor = min(1.0, (_RATE_WIDTH / hidden) ** 0.5)
     if not by_logits:

@@ -41,6 +41,10 @@ from prunus.pruning.reconstruction.trained_weights import (
 # Adam's second moments are estimates from few gradients at first, so the rate rises slowly.
 _WARMUP = 0.05
 
+# Decay rates of Adam's moments. A block takes some ten to a few hundred steps: in so few, the usual
+# (0.9, 0.999) average over too many of them.
+_BETAS = 0.5, 0.9
+
 # Validate four times per training, and at least once every four epochs.
 _VALIDATIONS, _MAX_EPOCHS_BETWEEN = 4, 4
 
@@ -235,7 +239,7 @@ def _run_epochs(
     scales = kept_rms(masters, weights.masks) if options.relative else dict.fromkeys(masters, 1.0)
     groups = [{"params": [master], "scale": scales[name]} for name, master in masters.items()]
     # `fused` updates a parameter in one pass over memory.
-    optimizer = torch.optim.Adam(groups, fused=True)
+    optimizer = torch.optim.Adam(groups, betas=_BETAS, fused=True)
     steps, total, stride = 0, options.epochs * len(train), options.token_stride
     interval = max(1, min(options.epochs // _VALIDATIONS, _MAX_EPOCHS_BETWEEN))
     error, stopped = best.error, None

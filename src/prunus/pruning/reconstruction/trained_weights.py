@@ -23,6 +23,8 @@ class TrainedWeights:
         self, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, torch.Tensor]
     ) -> None:
         self.parameters, self.masks = parameters, masks
+        # On a CPU a product takes a quarter of the time if both factors have the same dtype.
+        self._kept = {name: masks[name].to(p.dtype) for name, p in parameters.items()}
         # Where the training began: the block gets these values back at the end, and interpolations
         # start from them.
         self.start = {name: p.detach().clone() for name, p in parameters.items()}
@@ -61,13 +63,14 @@ class TrainedWeights:
         found = {}
         for name, parameter in self.parameters.items():
             if anywhere[name]:
-                # Another rank may have the gradient, so this one joins the sum with zeros.
-                zeros = torch.zeros_like(parameter, dtype=torch.float32)
-                found[name] = zeros if parameter.grad is None else parameter.grad.float()
+                if parameter.grad is not None:
+                    # A pruned weight gets a zero gradient, so Adam's update of it is exactly zero.
+                    # On a CPU, the product takes a tenth of the time of masked_fill.
+                    found[name] = parameter.grad.mul_(self._kept[name]).float()
+                else:
+                    # Another rank may have the gradient, so this one joins the sum with zeros.
+                    found[name] = torch.zeros_like(parameter, dtype=torch.float32)
                 ranks.all_reduce(found[name])
-                # A pruned weight gets a zero gradient, so Adam's update of it is exactly zero. On a
-                # CPU, the product takes a tenth of the time of masked_fill.
-                found[name].mul_(self.masks[name])
             parameter.grad = None
         return found
 
