@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +35,12 @@ COLOURS = ["#9aa0a6", "#c58b3c", "#4c8c6a", "#1f5f8b", "#8b3f6e"]
 
 
 def measure(dense: Path, options: dict[str, Any], work: Path, data: Path) -> dict[str, Any]:
-    """Make a model smaller and score it: seconds, and per text perplexity and divergence."""
-    out, started = work / "model", time.perf_counter()
+    """Make a model smaller and score it: per text perplexity and divergence."""
+    out = work / "model"
     shutil.rmtree(out, ignore_errors=True)
     make: Any = prunus.compress if "bits" in options else prunus.prune
     make(dense, out, data=data, progress=False, **CALIBRATION, **options)
-    found: dict[str, Any] = {"seconds": round(time.perf_counter() - started), "texts": {}}
+    found: dict[str, Any] = {"texts": {}}
     for text in TEXTS:
         scored = prunus.perplexity(out, text, reference=dense, data=data, progress=False, **SCORING)
         divergence = scored.divergence
@@ -58,19 +57,19 @@ def measure(dense: Path, options: dict[str, Any], work: Path, data: Path) -> dic
 def table(cells: dict[str, dict[str, Any]]) -> str:
     """The cells in Markdown: KL divergence ± standard error, and perplexity."""
     lines = [
-        "| model | method | " + " | ".join(TEXTS.values()) + " | seconds |",
-        "| --- | --- |" + " ---: |" * (len(TEXTS) + 1),
+        "| model | method | " + " | ".join(TEXTS.values()) + " |",
+        "| --- | --- |" + " ---: |" * len(TEXTS),
     ]
     for model, methods in cells.items():
         first = next(iter(methods.values()))["texts"]
         dense = " | ".join(f"{first[text]['dense']:.2f}" for text in TEXTS)
-        lines.append(f"| {model} | dense | {dense} | |")
+        lines.append(f"| {model} | dense | {dense} |")
         for method, cell in methods.items():
             scores = " | ".join(
                 f"{each['kl']:.3f} ± {each['kl_stderr']:.3f}, {each['perplexity']:.2f}"
                 for each in (cell["texts"][text] for text in TEXTS)
             )
-            lines.append(f"| | {method} | {scores} | {cell['seconds']:,} |")
+            lines.append(f"| | {method} | {scores} |")
     return "\n".join(lines)
 
 
