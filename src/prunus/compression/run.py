@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,18 +19,12 @@ from prunus.methods.work import LinearQuantization, Quantized
 from prunus.model.kinds import require_causal
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
-from prunus.model.stream import Stream
 from prunus.options import takes
 from prunus.packed.description import QuantizedShape
 from prunus.packed.planes import encode
 from prunus.packed.weight import QuantizedWeight
 from prunus.pruning.job import LinearSelection, PruningJob
-from prunus.pruning.loss_sensitivity import (
-    PROBE_TOKENS,
-    PROBE_WINDOWS,
-    LinearSensitivity,
-    loss_sensitivities,
-)
+from prunus.pruning.loss_sensitivity import LinearSensitivity, measure_loss
 from prunus.pruning.manifest import PruningRecord
 from prunus.pruning.output import PruningOutput
 from prunus.pruning.run import PruneVerb, carry_out
@@ -203,14 +196,8 @@ class Rounding:
 
 def _measure(job: CompressionJob, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """The sensitivity of each linear, as three named tensors."""
-    windows = ids[:PROBE_WINDOWS, :PROBE_TOKENS]
-    stream = Stream(job.skeleton, job.hashed_source, job.device)
-    with torch.no_grad(), contextlib.closing(stream):
-        stream.embed([windows], None)
-        options = job.linear_settings.work.options
-        found = loss_sensitivities(
-            stream, windows, job.selected, options, job.recipe.seed, quantizes=True
-        )
+    options = job.linear_settings.work.options
+    found = measure_loss(job, ids, job.selected, options, quantizes=True)
     tensors = {f"{name}.loss": each.loss_O for name, each in found.items()}
     tensors |= {f"{name}.deviations": each.deviations_Q for name, each in found.items()}
     return tensors | {

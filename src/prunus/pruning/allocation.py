@@ -6,19 +6,11 @@ feeds it with the curves of a model's linears.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 
 from prunus.methods.allocation import allocate_by_error, round_to_whole_weights
-from prunus.model.stream import Stream
 from prunus.pruning.job import PruningJob
-from prunus.pruning.loss_sensitivity import (
-    CURVE_STEP,
-    PROBE_TOKENS,
-    PROBE_WINDOWS,
-    loss_sensitivities,
-)
+from prunus.pruning.loss_sensitivity import CURVE_STEP, measure_loss
 
 # No linear is pruned further from the recipe's sparsity than this before the next constant.
 _MAX_DISTANCE = 0.25
@@ -57,26 +49,18 @@ def allocate(job: PruningJob, ids: torch.Tensor | None) -> dict[str, float]:
 
 def _loss_curves(job: PruningJob, ids: torch.Tensor) -> dict[str, list[tuple[float, float]]]:
     """Full name -> (sparsity, loss) of a linear, from the least to the most that it may lose."""
-    windows = ids[:PROBE_WINDOWS]
-    windows = windows if windows.is_floating_point() else windows[:, :PROBE_TOKENS]
-    job.options.tell(f"measuring what errors of each linear cost, on {len(windows)} windows")
-    stream = Stream(job.skeleton, job.hashed_source, job.device)
-    with torch.no_grad(), contextlib.closing(stream):
-        stream.embed([windows], None)
-        options = job.linear_settings.work.options
-        found = loss_sensitivities(
-            stream, windows, job.selected, options, job.recipe.seed, quantizes=False
-        )
+    job.options.tell("measuring what errors of each linear cost")
+    options = job.linear_settings.work.options
+    measured = measure_loss(job, ids, job.selected, options, quantizes=False)
+    found = {name: each.curve_P.tolist() for name, each in measured.items()}
     low, high = (job.recipe.sparsity + side * _MAX_DISTANCE for side in (-1, 1))
     places = [place * CURVE_STEP for place in range(round(1 / CURVE_STEP))]
     inner = [place for place in places if low < place < high]
     ends = max(low, 0.0), min(high, places[-1])
+    wanted = sorted({ends[0], *inner, ends[1]})
     return {
-        name: [
-            (place, _interpolated(each.curve_P.tolist(), place))
-            for place in sorted({ends[0], *inner, ends[1]})
-        ]
-        for name, each in found.items()
+        name: [(place, _interpolated(curve, place)) for place in wanted]
+        for name, curve in found.items()
     }
 
 

@@ -20,6 +20,7 @@ Shape suffixes: O outputs, R some of them, I inputs, Q quantiles of the inputs, 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -37,8 +38,8 @@ from prunus.pruning.block.hooks import output_hooks, tokens_of
 from prunus.pruning.reconstruction.reconstruct_block import activation_bytes
 from prunus.runs.job import BlockMemory, RunJob
 
-#: The windows that measure, and their length.
-PROBE_WINDOWS, PROBE_TOKENS = 8, 256
+# The windows that measure, and their length.
+_PROBE_WINDOWS, _PROBE_TOKENS = 8, 256
 # This share of its linear's mean is added to the sensitivity of every row. A few tokens say little
 # about a single row, and may miss it.
 _SHARED = 0.1
@@ -85,6 +86,26 @@ class LinearSensitivity:
         return float((-0.5 * self.loss_O.log().mean()).exp()) * self.power**-0.5
 
 
+def measure_loss(
+    job: RunJob,
+    ids: Tensor,
+    selected: Sequence[Sequence[str]],
+    options: MethodOptions,
+    quantizes: bool,
+) -> dict[str, LinearSensitivity]:
+    """`loss_sensitivities` of the dense model of a run, on the first of its windows.
+
+    Args:
+        ids: calibration windows (windows, tokens), or pixel values.
+    """
+    windows = ids[:_PROBE_WINDOWS]
+    windows = windows if windows.is_floating_point() else windows[:, :_PROBE_TOKENS]
+    stream = Stream(job.skeleton, job.hashed_source, job.device)
+    with torch.no_grad(), contextlib.closing(stream):
+        stream.embed([windows], None)
+        return loss_sensitivities(stream, windows, selected, options, job.recipe.seed, quantizes)
+
+
 def loss_sensitivities(
     stream: Stream,
     ids: Tensor,
@@ -122,8 +143,8 @@ def measuring_memory(job: RunJob, quantizes: bool) -> BlockMemory:
     blocks = range(len(skeleton))
     length, hidden = skeleton.window_shape(0, job.recipe.seqlen)
     if skeleton.kind is not IMAGES:
-        length = min(PROBE_TOKENS, length)
-    tokens = min(PROBE_WINDOWS, job.recipe.samples) * length
+        length = min(_PROBE_TOKENS, length)
+    tokens = min(_PROBE_WINDOWS, job.recipe.samples) * length
     linears = [skeleton.linears(index) for index in blocks]
     widest = max(max(linear.shape) for block in linears for linear in block)
     parameters = max(
