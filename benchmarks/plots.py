@@ -31,6 +31,7 @@ WITH_TABLES = (
     ROOT / "docs" / "tutorials" / "two-of-four.md",
 )
 TEXT = "wikitext2"
+TEXTS = {"wikitext2": "WikiText-2", "c4": "C4", "python-code": "Python"}
 #: Series of all plots, in the order of their loss: name in the JSON -> label and colour.
 SERIES = {
     "magnitude": ("magnitude", "#8c8c8c"),
@@ -224,7 +225,21 @@ def two_of_four_table(figures: Figures) -> str:
     return markdown(["", "perplexity at 2:4", "residual gap"], rows)
 
 
+def text_table(_figures: Figures) -> str:
+    """KL divergence ± standard error and perplexity, of every method on every text."""
+    rows = []
+    for model, methods in read("models-and-texts")["cells"].items():
+        first = next(iter(methods.values()))["texts"]
+        rows.append([model, "dense", *(f"{first[text]['dense']:.2f}" for text in TEXTS)])
+        for method, cell in methods.items():
+            found = (cell["texts"][text] for text in TEXTS)
+            scores = [f"{x['kl']:.3f} ± {x['kl_stderr']:.3f}, {x['perplexity']:.2f}" for x in found]
+            rows.append(["", method, *scores])
+    return markdown(["model", "method", *TEXTS.values()], rows, text=2)
+
+
 TABLES = {
+    "models-and-texts": text_table,
     "perplexity": perplexity_table,
     "gap": gap_table,
     "time": time_table,
@@ -278,6 +293,7 @@ def write_plots(figures: Figures) -> None:
         "axes.axisbelow": True,
     }
     plots = {"curve": draw_curve(figures), "gap": draw_gap(figures), "time": draw_time(figures)}
+    plots["models-and-texts"] = draw_texts(read("models-and-texts")["cells"])
     for path in sorted(RESULTS.glob("pareto-*.json")):
         plots[path.stem] = draw_pareto(read(path.stem))
     for name, figure in plots.items():
@@ -389,6 +405,29 @@ def draw_time(figures: Figures) -> Any:
     axes.set_ylabel("loss, nats per token")
     axes.set_title("Loss against time", loc="left")
     axes.minorticks_off()
+    return figure
+
+
+def draw_texts(cells: dict[str, Any]) -> Any:
+    """Bars of the KL divergence of every method, one group for each model and text."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.2, 3.8))
+    groups = [(model, text) for model in cells for text in TEXTS]
+    colors = dict(SERIES.values()) | {"compress 2.7 bits": "#8b3f6e"}
+    methods = [label for label in colors if any(label in found for found in cells.values())]
+    width = 0.8 / len(methods)
+    for number, method in enumerate(methods):
+        measured = [at for at, (model, _) in enumerate(groups) if method in cells[model]]
+        values = [cells[groups[at][0]][method]["texts"][groups[at][1]]["kl"] for at in measured]
+        places = [at + (number + 0.5) * width - 0.4 for at in measured]
+        axes.bar(places, values, 0.9 * width, color=colors[method], label=method)
+    names = [f"{TEXTS[text]}\n{model}" for model, text in groups]
+    axes.set_xticks(range(len(groups)), names)
+    axes.grid(visible=False, axis="x")
+    axes.set_ylabel("KL from the dense model, nats")
+    axes.set_title("What each method loses, by text", loc="left")
+    axes.legend(frameon=False)
     return figure
 
 
