@@ -5,8 +5,8 @@
 
 Every model is made smaller by every method with one calibration, 64 windows of 256 tokens of `mix`,
 and scored on 8 windows of 512 tokens of each text against the dense model. A cell that is in the
-JSON file is not measured again. `--methods` chooses some. benchmarks/plots.py makes the table and
-the plot of the results page.
+JSON file is not measured again. `--methods` chooses some. The models stay in WORK, a folder each,
+for `prunus eval --tasks`. benchmarks/plots.py makes the table and the plot of the results page.
 """
 
 from __future__ import annotations
@@ -30,16 +30,19 @@ METHODS: dict[str, dict[str, Any]] = {
     "SparseGPT": {"method": "sparsegpt"},
     "balanced": {"preset": "balanced"},
     "best": {"preset": "best"},
+    "max": {"minutes": 20},
     "compress 2.7 bits": {"bits": 2.7},
 }
 
 
-def measure(dense: Path, options: dict[str, Any], work: Path, data: Path) -> dict[str, Any]:
+def measure(dense: Path, options: dict[str, Any], out: Path, data: Path) -> dict[str, Any]:
     """Make a model smaller and score it: per text perplexity and divergence."""
-    out = work / "model"
     shutil.rmtree(out, ignore_errors=True)
-    make: Any = prunus.compress if "bits" in options else prunus.prune
-    make(dense, out, data=data, progress=False, **CALIBRATION, **options)
+    if "minutes" in options:
+        prunus.prune_and_recover(dense, out, data=data, **CALIBRATION, **options)
+    else:
+        make: Any = prunus.compress if "bits" in options else prunus.prune
+        make(dense, out, data=data, progress=False, **CALIBRATION, **options)
     found: dict[str, Any] = {"texts": {}}
     for text in TEXTS:
         scored = prunus.perplexity(out, text, reference=dense, data=data, progress=False, **SCORING)
@@ -72,7 +75,9 @@ def main() -> None:
         for method, options in METHODS.items():
             if method in cells or method not in arguments.methods.split(","):
                 continue
-            cells[method] = measure(Path(folder), options, arguments.work, arguments.data)
+            cells[method] = measure(
+                Path(folder), options, arguments.work / f"{name} {method}", arguments.data
+            )
             print(name, method, json.dumps(cells[method]), flush=True)
             arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
