@@ -1,8 +1,9 @@
-"""What scripts make for the site: the command line's reference, and the tables of the results."""
+"""What scripts make for the site: the command line's reference, tables of results, and pictures."""
 
 import re
 from importlib import import_module
 from types import ModuleType
+from xml.etree import ElementTree
 
 import pytest
 from typer.main import get_command
@@ -79,3 +80,17 @@ def test_the_readme_states_the_figures_of_the_sweep(plots):
 def test_committed_figures_name_no_paths():
     for path in (REPOSITORY / "docs" / "results").glob("*.json"):
         assert not re.search(r'"/\w+/', path.read_text(encoding="utf-8")), path.name
+
+
+def test_pictures_are_those_of_the_script_and_are_small():
+    """After a change: python docs/drawings.py."""
+    drawings = loaded("docs", "drawings")
+    stored = {path.stem: path for path in drawings.FOLDER.glob("*.svg")}
+    assert stored.keys() == drawings.DRAWINGS.keys()
+    for name, make in drawings.DRAWINGS.items():
+        picture = make().svg()
+        assert stored[name].read_text(encoding="utf-8") == picture, f"{name}.svg is out of date"
+        assert len(picture.encode()) <= 20_000, name
+        source = ElementTree.fromstring(picture).findall(".//{*}text[@class='code']")[0].text
+        for path in source.split(", "):
+            assert (REPOSITORY / path).exists(), f"{name} names {path}"
