@@ -44,7 +44,7 @@ CASES |= {f"{name}-resumed": CASES[name] for name in _TABLE["die_at"]}
 CASES |= {f"{name}-two-ranks": CASES[name] for name in _TABLE["ranked"]}
 
 #: Parts of a record that hold results, and parts that hold remarks or repeat config.json.
-_PARTS = {"blocks", "head", "search", "targets", "evaluations", "linears"}
+_PARTS = {"blocks", "head", "search", "evaluations", "linears"}
 _SKIPPED = {"packed", "notes"}
 _RECORD, _SCORES = set(_TABLE["figures"]["record"]), set(_TABLE["figures"]["scores"])
 

@@ -12,15 +12,13 @@ it, and the table says what it came to. Ways:
     blocks          the search by KL divergence
     flap            FLAP, another width in each block; see benchmarks/flap.py
     width           channels and heads, with columns that are fitted by least squares
-    search          --target parameters=SIZE
 
-All of these are without repair. `blocks+repair`, `width+repair` and `search+repair` are with it.
+All of these are without repair. `blocks+repair` and `width+repair` are with it.
 With --tokens there is one more row for each of them, `…+recovery`: `prunus recover --mode full`
 towards MODEL on so many tokens. All ways get the same calibration windows.
 
 A row has the KL divergence from MODEL and the perplexity on the texts, and the seconds of processor
-time of all threads; of a run that was interrupted, only those of its last part. A search for blocks
-goes on where that for a larger size, or without repair, has ended, and has its seconds too.
+time of all threads; of a run that was interrupted, only those of its last part.
 
 --speed measures the checkpoints that are there, at batch 1, and makes none. They take turns with
 MODEL, and what counts is the ratio to MODEL in the same turn. Measured is transformers and, if
@@ -56,10 +54,11 @@ from prunus.evaluation.reference import Reference
 from prunus.evaluation.speed import bench
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.checkpoint.atomic_files import read_json, write_json
+from prunus.model.skeleton import Skeleton
 from prunus.runs.options import RunOptions
 from prunus.runs.windows import given_windows
 from prunus.structure.plan import StructureJob, plan_structure
-from prunus.structure.records import StructureRecipe, StructureRecord
+from prunus.structure.records import StructureRecipe
 from prunus.structure.run import run
 
 #: Way -> options of `prunus.shrink`, without those that say how much goes.
@@ -70,11 +69,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "flap": {},
     "width": {"repair": False},
     "width+repair": {},
-    "search": {"repair": False},
-    "search+repair": {},
 }
-#: The option of `prunus.shrink` that says how much goes, for the first part of a way's name.
-REMOVES = {"shortgpt": "blocks", "blocks": "blocks", "search": "target"}
+#: Width goes in steps of this share, and at most half of it.
+WIDTH_STEP = 1 / 128
 RECOVERY = "+recovery"
 #: Windows per step: what `prunus shrink` takes with repair. Without it, its default is another.
 BATCH = 1
@@ -99,7 +96,6 @@ class Benchmark:
         self.data = read_json(self.file) if self.file.exists() else {"rows": {}}
         self.rows: dict[str, dict[str, Any]] = self.data["rows"]
         self._references = contextlib.ExitStack()
-        self.planned = functools.cache(self._plan)
 
     def describe(self) -> None:
         """Note what is measured and with what.
@@ -147,11 +143,16 @@ class Benchmark:
     def tokenizer(self) -> Any:
         return AutoTokenizer.from_pretrained(self.given.model)
 
-    def _plan(self, size: float) -> StructureJob:
-        """The checked run for a size, which knows the models that meet it."""
-        given = {**given_windows(self.ids)[1], "target": f"parameters={size:g}", "repair": False}
+    def plan(self, **amount: Any) -> StructureJob:
+        """The checked run that removes an amount."""
+        given = {**given_windows(self.ids)[1], "repair": False, **amount}
         recipe = StructureRecipe.read(None, given)
         return plan_structure(self.given.model, recipe, RunOptions(input_ids=self.ids))
+
+    @functools.cached_property
+    def block_sizes(self) -> list[int]:
+        """Parameters of each block of the dense model."""
+        return sizes(self.plan(blocks=1).skeleton)
 
     def amount(self, way: str, size: float) -> dict[str, Any]:
         """The option of `prunus.shrink` for a size.
@@ -159,19 +160,27 @@ class Benchmark:
         Raises:
             ValueError: so much width cannot go.
         """
-        job = self.planned(size)
-        target, count = job.target, len(job.skeleton)
-        assert target is not None
-        removes = REMOVES.get(way.removesuffix("+repair"), "width")
-        if removes == "target":
-            return {"target": job.recipe.target}
-        if removes == "blocks":
-            return {"blocks": max(n for n in range(1, count) if target.is_met(range(n)))}
+        every, limit = self.block_sizes, size * sum(self.block_sizes)
+        if way.removesuffix("+repair") in ("shortgpt", "blocks"):
+            return {"blocks": max(n for n in range(1, len(every)) if sum(every[:n]) <= limit)}
+
+        def narrowed(steps: int, heads: int | None) -> int:
+            """Parameters in blocks without so many steps of width."""
+            try:
+                job = self.plan(width=steps * WIDTH_STEP, heads=heads)
+            except (ValueError, NotImplementedError):
+                return sum(every)  # nothing would go, or heads cannot
+            return sum(sizes(job.smaller(range(len(every))).skeleton))
+
         # Heads go in steps: with all of them, more channels go, and it may come closer.
-        levels = target.widths(range(count))
-        if not levels:
+        found = {}
+        for heads in (None, self.plan(blocks=1).source.config.num_attention_heads):
+            steps = next((n for n in range(1, 65) if narrowed(n, heads) <= limit), None)
+            if steps is not None:
+                found[narrowed(steps, heads)] = {"width": steps * WIDTH_STEP, "heads": heads}
+        if not found:
             raise ValueError(f"{self.given.model.name} cannot come to {size:g} by width alone")
-        return max(levels, key=lambda level: target.size(range(count), level)).options
+        return found[max(found)]
 
     # Rows.
 
@@ -196,9 +205,7 @@ class Benchmark:
             row |= {"share": before["share"], "folder": str(folder)}
             started -= before["seconds"]
         else:
-            earlier = self.earlier_search(way, size)
-            row |= self.shrink(folder, WAYS[way] | self.amount(way, size), earlier)
-            started -= earlier["seconds"] if earlier is not None else 0
+            row |= self.shrink(folder, WAYS[way] | self.amount(way, size))
         row["seconds"] = round(time.process_time() - started, 1)
         say(f"{key}: {row['share']:.1%} of the parameters in blocks; scoring")
         row["scores"] = self.scores(model)
@@ -206,38 +213,16 @@ class Benchmark:
         self.write()
         say(f"{key}: {row['scores']}")
 
-    def earlier_search(self, way: str, size: float) -> dict[str, Any] | None:
-        """The row whose search for blocks a way goes on with; None for another way.
-
-        The search is greedy: with repair and without it takes the same steps, and for a smaller
-        size it takes more of them.
-        """
-        if way.removesuffix("+repair") != "blocks":
-            return None
-        rows = [row for row in self.rows.values() if row["way"] == "blocks" and row["size"] >= size]
-        return min(rows, key=lambda row: row["size"], default=None)
-
-    def shrink(
-        self, folder: Path, options: dict[str, Any], earlier: dict[str, Any] | None
-    ) -> dict[str, Any]:
-        """Make a smaller model.
-
-        Args:
-            folder: of the result.
-            options: of `prunus.shrink`.
-            earlier: the row whose search has taken the first steps; None if there is none.
-        """
-        found = StructureRecord.load(Path(earlier["folder"])).search if earlier is not None else []
+    def shrink(self, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+        """Make a smaller model in a folder."""
         given = {**given_windows(self.ids)[1], "batch": BATCH, **options}
         how = RunOptions(
             input_ids=self.ids, report=lambda now: say(f"{folder.name} {now.done}/{now.total}")
         )
-        record = run(self.given.model, folder, StructureRecipe.read(None, given), how, found)
+        record = run(self.given.model, folder, StructureRecipe.read(None, given), how)
         gone = record.totals["parameters_before"] - record.totals["parameters"]
-        target = self.planned(self.given.sizes[0]).target
-        assert target is not None
-        whole = target.whole
-        return {"folder": str(folder), "options": options, "share": 1 - gone / whole}
+        share = 1 - gone / sum(self.block_sizes)
+        return {"folder": str(folder), "options": options, "share": share}
 
     @functools.cached_property
     def references(self) -> dict[str, Reference]:
@@ -357,6 +342,12 @@ def output_of(command: list[str]) -> str:
 
 def say(line: str) -> None:
     print(time.strftime("%H:%M:%S"), line, flush=True)
+
+
+def sizes(skeleton: Skeleton) -> list[int]:
+    """Parameters of each block."""
+    blocks = [block.state_dict().values() for block in skeleton.blocks]
+    return [sum(tensor.numel() for tensor in block) for block in blocks]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -32,7 +32,7 @@ SLOW_FILES = (
     "distributed/test_ranks.py", "model/checkpoint/test_faults.py", "sweeping/test_sweep.py",
     "compression/test_compress.py", "packed/test_loading.py", "pruning/test_experts.py",
     "pruning/test_golden.py", "methods/test_methods_golden.py", "pruning/test_devices.py",
-    "serving/test_serving.py", "structure/test_target.py", "model/checkpoint/test_hostile.py",
+    "serving/test_serving.py", "model/checkpoint/test_hostile.py",
 )  # fmt: skip
 
 

@@ -15,7 +15,6 @@ import torch
 import typer
 from rich.console import Console
 from safetensors.torch import save_file
-from transformers.utils import logging
 from typer.main import get_command
 
 import prunus
@@ -43,15 +42,6 @@ def text(tmp_path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text("The quick brown fox jumps over the lazy dog. " * 12)
     return path
-
-
-@pytest.fixture(autouse=True)
-def _transformers_speaks_again_afterwards():
-    """The command silences transformers in its process, which other tests share."""
-    before = logging.get_verbosity()
-    yield
-    logging.set_verbosity(before)
-    logging.enable_progress_bar()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -90,7 +80,6 @@ def test_a_result_that_was_finished_earlier_does_not_look_new(dense, text, tmp_p
     assert "was finished by an earlier run, and nothing was done now" in again.stderr
     assert "self_attn.q_proj" in again.stdout
     arguments = ["pack", tmp_path / "out", tmp_path / "packed", "--values", "int8"]
-    arguments += ["--perplexity", "none"]
     assert "nothing was done" not in call(*arguments).stderr
     assert "nothing was done now" in call(*arguments).stderr
 
@@ -116,33 +105,6 @@ def test_doctor_tells_of_the_installed_package_in_sentences(tmp_path, monkeypatc
     assert "packed checkpoints without `import prunus`" in call("doctor").stdout
     monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0 switches" in call("doctor").stdout
-
-
-def test_int8_shows_the_perplexity_before_and_after(dense, text, tmp_path):
-    call("prune", dense, tmp_path / "pruned", "--method", "magnitude")
-    options = ["--values", "int8", "--perplexity", text, "--seqlen", 16, "--samples", 4]
-    result = call(
-        "pack", tmp_path / "pruned", tmp_path / "int8", *options, "--json", tmp_path / "pack.json"
-    )
-    assert "with int8 values" in result.stdout
-    before, after = (
-        prunus.perplexity(tmp_path / name, str(text), seqlen=16, samples=4).perplexity
-        for name in ("pruned", "int8")
-    )
-    scores = json.loads((tmp_path / "pack.json").read_text())["perplexity"]
-    assert [score["perplexity"] for score in scores] == pytest.approx([before, after])
-    assert before != after
-
-
-def test_int8_that_cannot_be_scored_is_refused_before_any_work(text, tmp_path):
-    call("prune", tiny_checkpoint(tmp_path / "dense"), tmp_path / "pruned", "--method", "magnitude")
-    arguments = ["pack", tmp_path / "pruned", tmp_path / "int8", "--values", "int8"]
-    assert (
-        "--perplexity none"
-        in call(*arguments, "--perplexity", text, "--seqlen", 16, status=2).stderr
-    )
-    assert not (tmp_path / "int8").exists()
-    call(*arguments, "--perplexity", "none")
 
 
 def test_the_command_and_the_function_give_the_same_bytes(dense, text, tmp_path):

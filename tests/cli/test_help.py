@@ -19,7 +19,7 @@ from prunus.runs.options import RunOptions
 from prunus.structure.records import StructureRecipe
 
 VERBS = [
-    "prune", "compress", "shrink", "plan", "recover", "eval", "lm-eval", "inspect",
+    "prune", "compress", "shrink", "plan", "recover", "eval", "inspect",
     "bench", "generate", "serve", "import", "pack", "unpack", "sweep", "report", "doctor",
 ]  # fmt: skip
 COMMANDS = get_command(app).commands

@@ -95,8 +95,7 @@ OTHERS = [
     ("recover dense out", "no mode follows from it: give --mode masked"),
     ("recover pruned out --mode magic", "'magic' is not one of 'lora'"),
     ("eval dense --perplexity gone.txt", r"gone\.txt: no such file"),
-    ("eval dense --images empty", "holds no images"),
-    ("generate dense", "give --prompt TEXT"),
+    ("generate dense", "issing option '--prompt'"),
     ("generate dense --prompt a --top-p 90", r"did you mean 0\.9\?"),
     (
         "serve dense --port 1 --host 256.1.1.1 --api-key xxxxxxxxxxxxxxxx",

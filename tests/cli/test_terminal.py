@@ -60,7 +60,6 @@ def call_unread(monkeypatch, *arguments: object) -> object:
 
 def test_figures_outlive_the_reader_of_the_output(dense, text, tmp_path, monkeypatch):
     windows = ["--samples", 2, "--seqlen", 16]
-    int8 = ["--values", "int8", "--perplexity", "none"]
     verbs = {
         "inspect": ["inspect", dense],
         "doctor": ["doctor"],
@@ -68,7 +67,7 @@ def test_figures_outlive_the_reader_of_the_output(dense, text, tmp_path, monkeyp
         "prune": ["prune", dense, tmp_path / "pruned[/]", "--calibration", text, *windows],
         "plan": ["plan", dense, "--calibration", text, *windows],
         "generate": ["generate", dense, "--prompt", "a", "--max-new-tokens", 3],
-        "pack": ["pack", tmp_path / "pruned[/]", tmp_path / "packed[/]", *int8],
+        "pack": ["pack", tmp_path / "pruned[/]", tmp_path / "packed[/]", "--values", "int8"],
     }
     for name, arguments in verbs.items():
         file = tmp_path / f"{name}.json"

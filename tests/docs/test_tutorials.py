@@ -42,7 +42,6 @@ SMALL = {
     "compress": {"--bits": "5", "--samples": "4", "--seqlen": "16"},
     "eval": {"--seqlen": "16", "--samples": "2"},
     "recover": {"--tokens": "1024", "--seqlen": "16", "--held-out": "2", "--evaluations": "1"},
-    "pack": {"--seqlen": "16", "--samples": "2"},
     "generate": {"--max-new-tokens": "4"},
 }
 #: `bench` starts a process per model, which takes half a minute; tests/cli runs it.

@@ -358,7 +358,6 @@ def test_eval_without_a_reference_shows_no_comparison(folders, tmp_path):
     ("arguments", "message"),
     [
         (["--reference", "{dense}", "--tasks", "rte"], "--tasks alone scores none: add"),
-        (["--reference", "{dense}", "--images", "{dense}"], "read no text: drop --reference"),
     ],
 )
 def test_eval_refuses_before_any_work(arguments, message, folders):

@@ -1,16 +1,14 @@
-"""Text that a model writes: how tokens are chosen, and conversations of several turns."""
+"""Text that a model writes: how tokens are chosen, and chats."""
 
-import json
 from pathlib import Path
 
 import pytest
 from transformers import GenerationConfig
-from typer.testing import CliRunner
 
 from command_line import call
-from prunus.cli import app
-from prunus.evaluation.generation import Conversation, chosen_settings, generate, token_settings
+from prunus.evaluation.generation import chosen_settings, generate, token_settings
 from prunus.evaluation.options import WritingOptions
+from prunus.reporting.console import printable
 from tiny import tiny_checkpoint
 from tiny_tokenizer import VOCABULARY, byte_tokenizer, dense_checkpoint
 
@@ -79,47 +77,17 @@ def test_choices_out_of_range_are_refused(values, said):
         WritingOptions.read(None, values)
 
 
-def test_a_conversation_keeps_its_history(talker):
-    talk = Conversation(talker, max_new_tokens=6, temperature=0)
-    first = "".join(talk.answer("hello"))
-    assert talk.messages == [
-        {"role": "user", "content": "hello"},
-        {"role": "assistant", "content": first},
-    ]
-    read = []
-    inner = talk._inputs
-    talk._inputs = lambda asked: read.append([*talk.messages, asked]) or inner(asked)
-    next(talk.answer("and now?"))
-    assert [message["content"] for message in read[0]] == ["hello", first, "and now?"]
-    # The caller took one piece alone, and then no more.
-    assert len(talk.messages) == 4 and talk.forgotten == 0
-
-
-def test_a_conversation_forgets_its_first_turns_where_the_context_is_full(talker):
-    talk = Conversation(talker, max_new_tokens=30, temperature=0)
-    for number in range(3):
-        "".join(talk.answer(f"message {number} " + "x" * 30))
-    assert talk.forgotten >= 2 and len(talk.messages) == 6
-    with pytest.raises(ValueError, match="the model reads 160 in all"):
-        talk.answer("y" * 200)
-    with pytest.raises(ValueError, match="the message is empty"):
-        talk.answer(" ")
-
-
-def test_a_conversation_needs_a_template(tmp_path):
-    folder = dense_checkpoint(tmp_path / "plain")
+def test_a_chat_answers_the_prompt_as_a_message(talker, tmp_path):
+    options = {"max_new_tokens": 6, "temperature": 0}
+    asked = "[user]hello[assistant]"
+    answer = "".join(generate(talker, "hello", chat=True, **options))
+    assert answer == "".join(generate(talker, asked, **options))
+    shown = call(
+        "generate", talker, "--prompt", "hello", "--chat", "--max-new-tokens", 6, "--temperature", 0
+    )
+    assert shown.stdout == printable(answer.replace("\r", "")) + "\n"
     with pytest.raises(ValueError, match="has no chat template"):
-        Conversation(folder)
-
-
-def test_the_command_answers_lines_until_exit(talker, tmp_path):
-    figures = tmp_path / "talk.json"
-    options = ["--chat", "--max-new-tokens", "4", "--temperature", "0", "--json", str(figures)]
-    lines = "hello\n\nagain\n/exit\nnot read\n"
-    result = CliRunner().invoke(app, ["generate", str(talker), *options], input=lines)
-    messages = json.loads(figures.read_text())["messages"]
-    assert [m["content"] for m in messages if m["role"] == "user"] == ["hello", "again"]
-    assert result.exit_code == 0 and result.stdout.count("\n") >= 2
+        generate(dense_checkpoint(tmp_path / "plain"), "hello", chat=True)
 
 
 @pytest.mark.usefixtures("short_python_docs")

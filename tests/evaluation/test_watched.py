@@ -7,8 +7,6 @@ from importlib.util import find_spec
 import pytest
 
 import prunus
-from pictures import pictures, save_classifier
-from prunus.evaluation.task_runner import image_accuracy
 from tiny_tokenizer import dense_checkpoint
 from zeroshot_rows import write_local_datasets
 
@@ -83,10 +81,3 @@ def test_tasks(tmp_path):
     data = write_local_datasets(tmp_path / "data")
     with pytest.raises(ValueError, match=r"m/model\.safetensors was changed"):
         prunus.evaluate(dense, "rte,boolq", data=data, limit=2, progress=lambda _: change(dense))
-
-
-def test_images(tmp_path):
-    dense = save_classifier(tmp_path / "vit", "vit")
-    folder = pictures(tmp_path / "pictures")
-    with pytest.raises(ValueError, match=r"vit/model\.safetensors was changed"):
-        image_accuracy([dense], folder, batch=2, progress=lambda _: change(dense))

@@ -1,4 +1,4 @@
-"""Cards and records of models that are saved again, or uploaded to a hub that is pretended."""
+"""Cards and records of models that are saved again."""
 
 import copy
 import json
@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard, RepoUrl
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 import prunus
-from prunus.model.checkpoint.card import base_model, read_fields
+from prunus.model.checkpoint.card import base_model
 from tiny import token_ids
 from tiny_tokenizer import dense_checkpoint
 
@@ -109,38 +109,3 @@ def test_other_models_stay_as_they_are(folders, tmp_path):
     model, _ = prunus.load(folders["dense"])
     model.save_pretrained(tmp_path)
     assert not (tmp_path / "README.md").exists() and "save_pretrained" not in vars(model)
-
-
-class Hub:
-    """As much of the hub's client as an upload uses; it keeps the files and sends nothing."""
-
-    def __init__(self, token: str) -> None:
-        assert token == TOKEN
-
-    def create_repo(self, repo_id: str, *, private: bool | None, exist_ok: bool) -> RepoUrl:
-        return RepoUrl(f"https://huggingface.co/{repo_id}")
-
-    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> str:
-        UPLOADED[repo_id] = {path.name: path.read_bytes() for path in folder_path.iterdir()}
-        return f"https://huggingface.co/{repo_id}/commit/0"
-
-
-TOKEN = "hf_" + "x" * 34
-#: Repository -> file -> content.
-UPLOADED: dict[str, dict[str, bytes]] = {}
-
-
-@pytest.mark.parametrize("kind", ["pruned", "packed"])
-def test_an_upload_has_card_record_and_tags(folders, kind, monkeypatch, tmp_path):
-    monkeypatch.setattr("prunus.model.loading.HfApi", Hub)
-    model, _ = prunus.load(folders[kind])
-    model.push_to_hub("me/mine", token=TOKEN, tags=["more"], private=True)
-    files = UPLOADED["me/mine"]
-    assert {"README.md", "prunus.json", "config.json", "model.safetensors"} <= set(files)
-    found, _ = read_fields(files["README.md"].decode())
-    assert found["tags"].endswith("more]") and "prunus, pruned, sparse" in found["tags"]
-    assert found["library_name"].strip() == ("prunus" if kind == "packed" else "transformers")
-    assert json.loads(files["prunus.json"])["recipe"]["method"] == "magnitude"
-    # Saving may upload at once.
-    model.save_pretrained(tmp_path / "x", push_to_hub=True, repo_id="me/x", token=TOKEN)
-    assert (tmp_path / "x/README.md").read_bytes() == UPLOADED["me/x"]["README.md"]

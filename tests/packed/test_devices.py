@@ -4,16 +4,14 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM
 
-from devices import PRETEND, assert_same_tensors
+from devices import assert_same_tensors
 from packed_reference import pruned_checkpoint
 from plane_reference import quantized_checkpoint
 from prunus import pack
-from prunus.methods.patterns import Pattern, keep_mask
 from prunus.packed import linear as packed_linear
-from prunus.packed import reference_path, to_semi_structured
+from prunus.packed import reference_path
 from prunus.packed.linear import PackedLinear
 from tiny import token_ids
 
@@ -77,16 +75,3 @@ def test_a_device_without_kernels_says_what_to_do(folders):
     with pytest.warns(RuntimeWarning, match="`prunus unpack` writes a checkpoint") as caught:
         logits(model, "cuda:0")
     assert len([one for one in caught if "prunus has kernels" in str(one.message)]) == 1
-
-
-@pytest.mark.skipif(not PRETEND, reason="a real device may have the kernel")
-def test_linears_whose_kernel_refuses_the_device_stay_dense():
-    linear = nn.Linear(64, 32, bias=False).bfloat16().to("cuda:0")
-    keep_OI = keep_mask(linear.weight.detach().float().abs(), Pattern(2, 4), 0.5)
-    with torch.no_grad():
-        linear.weight.masked_fill_(~keep_OI, 0)
-    before = linear.weight.detach().clone()
-    [choice] = to_semi_structured(nn.Sequential(linear))
-    assert not choice.converted
-    assert "refuses this device" in choice.reason
-    assert torch.equal(linear.weight, before)

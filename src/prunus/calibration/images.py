@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +19,8 @@ import torch
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
-@dataclass(frozen=True)
-class ImageFolder:
-    """What a folder of images holds.
-
-    Attributes:
-        folder: the folder.
-        paths: its images, by class and name.
-        classes: names of the subfolders, sorted; empty if there are none.
-        labels: per image the index of its class in `classes`; empty if there are none.
-    """
-
-    folder: Path
-    paths: tuple[Path, ...]
-    classes: tuple[str, ...] = ()
-    labels: tuple[int, ...] = ()
-
-
-def list_images(folder: Path) -> ImageFolder:
-    """The images of a folder. Opens none."""
+def list_images(folder: Path) -> list[Path]:
+    """The images of a folder, by class and name. Opens none."""
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder} is not a folder of images: give one with images in it, or with a subfolder "
@@ -47,23 +29,18 @@ def list_images(folder: Path) -> ImageFolder:
     if importlib.util.find_spec("PIL") is None:
         raise ModuleNotFoundError("reading images needs Pillow: pip install '.[vision]'")
     flat = _images_in(folder)
-    found = {
-        each.name: images
-        for each in sorted(folder.iterdir(), key=lambda path: path.name)
-        if each.is_dir() and (images := _images_in(each))
-    }
+    classes = sorted(
+        (path for path in folder.iterdir() if path.is_dir()), key=lambda path: path.name
+    )
+    found = [image for each in classes for image in _images_in(each)]
     if flat and found:
         raise ValueError(
             f"{folder} holds images ({flat[0].name}) next to folders of images "
-            f"({next(iter(found))}): which class would they be of? Keep either"
+            f"({found[0].parent.name}): keep either"
         )
-    if flat:
-        return ImageFolder(folder, tuple(flat))
-    if not found:
+    if not flat and not found:
         raise ValueError(f"{folder} holds no images: names must end in {', '.join(SUFFIXES)}")
-    paths = [path for images in found.values() for path in images]
-    labels = [index for index, images in enumerate(found.values()) for _ in images]
-    return ImageFolder(folder, tuple(paths), tuple(found), tuple(labels))
+    return flat or found
 
 
 def _images_in(folder: Path) -> list[Path]:
@@ -73,7 +50,7 @@ def _images_in(folder: Path) -> list[Path]:
 
 def draw_images(folder: Path, samples: int, seed: int) -> list[Path]:
     """`samples` different images of a folder, at random; the same seed draws the same."""
-    paths = list_images(folder).paths
+    paths = list_images(folder)
     if len(paths) < samples:
         raise ValueError(
             f"{folder} holds {len(paths)} images, fewer than `samples` {samples}; use fewer"

@@ -1,7 +1,7 @@
 """The command line: one file per group of verbs, no logic.
 
 prune.py           prune, compress, shrink, plan, recover
-evaluate.py        eval, lm-eval, inspect, bench, doctor
+evaluate.py        eval, inspect, bench, doctor
 generate.py        generate, serve
 convert.py         import, pack, unpack
 sweep.py           sweep, report
@@ -23,7 +23,7 @@ import typer
 import typer.core
 
 from prunus.cli.convert import import_, pack, unpack
-from prunus.cli.evaluate import bench, doctor, evaluate, inspect, lm_eval
+from prunus.cli.evaluate import bench, doctor, evaluate, inspect
 from prunus.cli.flags import FLAGS, JSON, QUIET
 from prunus.cli.generate import generate, serve
 from prunus.cli.prune import compress, plan, prune, recover, shrink
@@ -36,7 +36,7 @@ __all__ = ["app", "main"]
 #: Panel of the help -> its verbs. The name of a function that Python reserves ends with _.
 _PANELS: dict[str, tuple[Callable[..., Any], ...]] = {
     "Prune": (prune, compress, shrink, plan, recover),
-    "Evaluate": (evaluate, lm_eval, inspect, bench, generate),
+    "Evaluate": (evaluate, inspect, bench, generate),
     "Serve": (serve,),
     "Convert": (import_, pack, unpack),
     "Compare": (sweep, report),
@@ -56,20 +56,18 @@ prunus recover pruned recovered --tokens 1000000
 prunus recover pruned adapter --mode lora --teacher dense --minutes 30
 prunus eval pruned --reference dense --perplexity wikitext2,c4
 prunus eval dense pruned --tasks paper7 --limit 200 --json scores.json
-prunus lm-eval --model hf --model_args pretrained=packed --tasks arc_easy
-prunus lm-eval ls tasks
 prunus inspect pruned
 prunus inspect pruned --json linears.json
 prunus bench dense packed --prompt-tokens 512 --new-tokens 128
 prunus bench dense packed --threads 4 --json speed.json
 prunus generate packed --prompt "The capital of France is"
-prunus generate packed --chat --temperature 0.7 --top-p 0.9 --seed 1
+prunus generate packed --prompt "Name a fruit" --chat --seed 1
 prunus serve packed
 prunus serve packed --host 0.0.0.0 --port 8080 --max-concurrent 2
 prunus import model.gguf dense
 prunus import model.gguf dense --dtype float32 --overwrite
 prunus pack pruned packed
-prunus pack pruned packed --values int8 --perplexity wikitext2
+prunus pack pruned packed --values int8
 prunus unpack packed pruned
 prunus unpack packed pruned --overwrite
 prunus sweep grid.toml results --check
@@ -80,14 +78,14 @@ prunus doctor
 prunus doctor --json kernels.json
 """
 #: Verbs that give no figures, and verbs that say nothing of their progress.
-_NO_JSON = {lm_eval, serve}
+_NO_JSON = {serve}
 _SILENT = {doctor, generate, inspect, plan} | _NO_JSON
 #: Verbs that continue an interrupted run.
 _RESUMING = {prune, compress, shrink, recover, pack, unpack, sweep}
 #: The class of errors about arguments, which typer does not name.
 _UsageError: Any = typer.BadParameter.__base__
 #: Verbs whose name is not that of their function.
-_NAMES = {evaluate: "eval", import_: "import", lm_eval: "lm-eval"}
+_NAMES = {evaluate: "eval", import_: "import"}
 
 
 class _Verbs(typer.core.TyperGroup):
@@ -156,8 +154,6 @@ for _panel, _functions in _PANELS.items():
             rich_help_panel=_panel,
             # The epilog keeps its line breaks: an example is one line that can be copied.
             epilog="\n".join(("Examples:", *_lines)),
-            # Arguments of lm-eval that typer does not know are handed on as they are.
-            context_settings={"ignore_unknown_options": True} if _function is lm_eval else None,
         )(_command)
 
 

@@ -1,16 +1,15 @@
-"""Verbs that measure a model or this machine: `eval`, `lm-eval`, `inspect`, `bench`, `doctor`."""
+"""Verbs that measure a model or this machine: `eval`, `inspect`, `bench`, `doctor`."""
 
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from prunus.cli.flags import Model, opt, with_flags
 from prunus.cli.terminal import is_quiet, note, print_result, print_text, write_json
-from prunus.evaluation.options import ImageOptions, SpeedOptions, TaskOptions, TextOptions
+from prunus.evaluation.options import SpeedOptions, TaskOptions, TextOptions
 from prunus.runs.options import RunOptions
 
 if TYPE_CHECKING:
@@ -42,12 +41,6 @@ def evaluate(
             "TASK,…",
         ),
     ] = None,
-    images: Annotated[
-        Path | None,
-        opt(
-            "Score image classifiers on this folder, with one subfolder of images per class.", "DIR"
-        ),
-    ] = None,
     reference: Annotated[
         str | None,
         opt(
@@ -58,32 +51,12 @@ def evaluate(
     ] = None,
     **options: Any,
 ) -> None:
-    """Score models by perplexity, tasks of lm-eval, or images.
+    """Score models by perplexity and tasks of lm-eval.
 
     Several models are shown side by side, with the differences of task scores to the first.
     Perplexity is computed as in the papers; --reference also says how far each model is from the
     dense one. Under torchrun the processes share windows and rows; each holds the whole model.
     """
-    models = list(dict.fromkeys(models))
-    work = {"rank_timeout": options.pop("rank_timeout", None)}
-    rank_timeout = RunOptions.read(None, work).rank_timeout
-    if images is not None:
-        others = {"perplexity": perplexity, "tasks": tasks, "reference": reference} | options
-        _score_images(models, images, others)
-    else:
-        texts = _chosen_texts(perplexity, tasks, reference)
-        _score_texts(models, texts, tasks, reference, options, rank_timeout)
-
-
-def _score_texts(
-    models: list[str],
-    texts: list[str],
-    tasks: str | None,
-    reference: str | None,
-    given: dict[str, Any],
-    rank_timeout: float | None,
-) -> None:
-    """Score models on texts and tasks. Everything is checked before the first model is loaded."""
     from prunus.distributed import process_group
     from prunus.evaluation.inspection import stored_size
     from prunus.evaluation.model_input import check_reference, find_folder, find_model
@@ -94,8 +67,11 @@ def _score_texts(
     from prunus.evaluation.task_runner import prepare_tasks
     from prunus.reporting.evaluation_sections import evaluation_section
 
+    models, texts = list(dict.fromkeys(models)), _chosen_texts(perplexity, tasks, reference)
+    work = {"rank_timeout": options.pop("rank_timeout", None)}
+    rank_timeout = RunOptions.read(None, work).rank_timeout
     shows = not is_quiet()
-    of_text, of_tasks = TextOptions.pick(given)[0], TaskOptions.pick(given)[0]
+    of_text, of_tasks = TextOptions.pick(options)[0], TaskOptions.pick(options)[0]
     checked = TextOptions.read(None, of_text)
     trusted = checked.trust_remote_code
     for text in texts:
@@ -134,38 +110,6 @@ def _chosen_texts(perplexity: str | None, tasks: str | None, reference: str | No
             "--perplexity TEXT, such as wikitext2"
         )
     return texts
-
-
-def _score_images(models: list[str], folder: Path, given: dict[str, Any]) -> None:
-    from prunus.evaluation.records import side_by_side
-    from prunus.evaluation.task_runner import image_accuracy
-    from prunus.reporting.evaluation_sections import evaluation_section
-
-    of_images, others = ImageOptions.pick(given)
-    if unused := [name for name, value in others.items() if value is not None]:
-        raise ValueError(
-            "--images scores image classifiers, which read no text: drop "
-            + ", ".join(f"--{name.replace('_', '-')}" for name in unused)
-        )
-    results = image_accuracy(models, folder, **of_images)
-    content = side_by_side({model: [] for model in models}, results, {})
-    print_result(content, evaluation_section(content))
-
-
-def lm_eval(
-    arguments: Annotated[
-        list[str],
-        typer.Argument(metavar="ARGUMENT…", help="Arguments of lm-eval, handed over as they are."),
-    ],
-) -> None:
-    """Run lm-eval's own command line with packed models.
-
-    lm-eval loads models through transformers, which knows packed checkpoints only after prunus was
-    imported. Everything else is lm-eval's: options, output and exit status.
-    """
-    from prunus.evaluation.tasks import run_lm_eval
-
-    run_lm_eval(arguments)
 
 
 @with_flags(RunOptions, only=("trust_remote_code",))

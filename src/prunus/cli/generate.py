@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import typer
@@ -13,77 +12,24 @@ from prunus.cli.flags import Model, opt, with_flags
 from prunus.cli.terminal import log, print_text, write_json
 from prunus.evaluation.options import TextOptions, WritingOptions
 
-#: What a user types to end a conversation.
-_END = ("/exit", "/quit")
-
 
 @with_flags(WritingOptions)
 def generate(
     model: Model,
-    prompt: Annotated[
-        str | None, opt("Continue this text; with --chat, answer it as one message.", "TEXT")
-    ] = None,
-    chat: Annotated[
-        bool,
-        opt(
-            "Use the model's chat template. Without --prompt, answer messages from "
-            "standard input, one per line, until it ends or a line is /exit.",
-            names=("--chat",),
-        ),
-    ] = False,
+    prompt: Annotated[str, opt("Continue this text; with --chat, answer it as a message.", "TEXT")],
+    chat: Annotated[bool, opt("Use the model's chat template.", names=("--chat",))] = False,
     **options: Any,
 ) -> None:
-    """Continue a prompt, or chat, with a dense or packed model.
+    """Let a dense or packed model continue or answer a prompt.
 
-    The text appears while the model writes it.
+    The text appears while the model writes it. prunus serve holds conversations.
     """
-    from prunus.evaluation.generation import Conversation
     from prunus.evaluation.generation import generate as generate_pieces
 
-    if prompt is None and not chat:
-        raise ValueError("give --prompt TEXT to continue, or --chat to talk with the model")
-    talk: Any = Conversation(model, **options) if chat else None
-    if prompt is None:
-        _converse(talk)
-        write_json({"model": model, "messages": talk.messages})
-        return
-    steps = talk.answer(prompt) if talk else generate_pieces(model, prompt, **options)
-    text = _print_all(steps)
+    text = _print_all(generate_pieces(model, prompt, chat=chat, **options))
     if text is not None:
         print_text("\n")
         write_json({"model": model, "prompt": prompt, "text": text})
-
-
-def _converse(talk: Any) -> None:
-    """Answer messages from standard input until it ends, or nobody reads the answers."""
-    forgotten = 0
-    for message in _messages():
-        try:
-            pieces = talk.answer(message)
-        except ValueError as error:
-            log(f"error: {error}")
-            continue
-        if talk.forgotten > forgotten:
-            forgotten = talk.forgotten
-            log(f"the model's context is full; it no longer reads the first {forgotten} messages")
-        if _print_all(pieces) is None:
-            return
-        print_text("\n")
-
-
-def _messages() -> Iterator[str]:
-    """Messages of the user, one per line. A person at a terminal gets a mark to type after."""
-    person = sys.stdin.isatty()
-    if person:
-        log("type a message; /exit or Ctrl-D ends the conversation")
-    while True:
-        if person:
-            print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line or line.strip() in _END:
-            return
-        if line.strip():
-            yield line.strip()
 
 
 def _print_all(pieces: Iterable[str]) -> str | None:

@@ -1,1 +1,1 @@
-"""How good a model is: perplexity, tasks, images, speed; and how much models differ."""
+"""How good a model is: perplexity, tasks, speed; and how much models differ."""

@@ -32,10 +32,10 @@ class _EvaluationOptions(Options):
     batch: Annotated[
         int | Literal["auto"],
         Option(
-            "Compute this number of windows, prompts or images per forward pass.",
+            "Compute this number of windows or prompts per forward pass.",
             metavar="N|auto",
             panel=ADVANCED,
-            default="auto, which is 1 window, 8 prompts (on a GPU as many as fit), or 16 images",
+            default="auto, which is 1 window, or 8 prompts (on a GPU as many as fit)",
         ),
     ] = "auto"
     dtype: Annotated[
@@ -117,23 +117,18 @@ class TextOptions(_EvaluationOptions):
         return parse_bytes(value) if isinstance(value, str) else value
 
 
-class ImageOptions(_EvaluationOptions):
-    """How image classifiers are scored."""
+class TaskOptions(_EvaluationOptions):
+    """How models are scored on tasks."""
 
     limit: Annotated[
         int | None,
         Option(
-            "Score only the first N rows of each task, or N images spread over the folder.",
+            "Score only the first N rows of each task.",
             metavar="N",
             within=at_least(1),
             default="all",
         ),
     ] = None
-
-
-class TaskOptions(ImageOptions):
-    """How models are scored on tasks."""
-
     fewshot: Annotated[
         int | None,
         Option(

@@ -180,7 +180,7 @@ class Metric(EvaluationRecord):
 
 @dataclass(frozen=True)
 class TaskScore(EvaluationRecord):
-    """The score of one model on one task, on one group of tasks, or on a folder of images.
+    """The score of one model on one task, or on one group of tasks.
 
     Attributes:
         metrics: name -> metric. Multiple-choice tasks have `acc` and `acc_norm`.

@@ -70,18 +70,6 @@ def require_lm_eval() -> None:
         raise ModuleNotFoundError("evaluating on tasks needs lm-eval: pip install '.[eval]'")
 
 
-def run_lm_eval(arguments: Sequence[str]) -> None:
-    """Run the command line of lm-eval in this process, which knows packed checkpoints."""
-    require_lm_eval()
-    from lm_eval.__main__ import cli_evaluate
-
-    before, sys.argv = sys.argv, ["lm-eval", *arguments]
-    try:
-        cli_evaluate()
-    finally:
-        sys.argv = before
-
-
 def load_tasks(
     names: Sequence[str],
     shots: int | None = None,

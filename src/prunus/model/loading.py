@@ -5,19 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import HfApi, constants
+from huggingface_hub import constants
 from safetensors import safe_open
 
 from prunus.hardware.errors import reason
 from prunus.model.adapter import attach, base_folder, check_adapter, is_adapter
 from prunus.model.checkpoint.atomic_files import read_json, write_text
-from prunus.model.checkpoint.card import add_tags
 from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.checkpoint.regular_files import read_card
 from prunus.model.config import load_config
@@ -27,7 +25,6 @@ from prunus.model.meta_model import build_on_meta
 from prunus.model.tokenizer import load_image_processor, load_tokenizer
 
 _CARD, _MANIFESTS = "README.md", ("prunus.json", "prunus-compress.json")
-_OF_UPLOADS = ("commit_message", "private", "revision", "create_pr", "tags")
 
 
 class LoadedModel(NamedTuple):
@@ -47,8 +44,7 @@ def load(
     """Load any model that prunus reads or writes: dense, pruned, packed, compressed, an adapter.
 
     A packed model stays packed in memory. An adapter is loaded with the model that it is for. Where
-    prunus wrote the checkpoint, the model's `save_pretrained` and `push_to_hub` keep its model card
-    and its record.
+    prunus wrote the checkpoint, the model's `save_pretrained` keeps its model card and its record.
 
     Args:
         model: Folder of a checkpoint or an adapter, or a hub id.
@@ -200,8 +196,8 @@ def no_downloads(settings: Any = constants, active: bool = True) -> Iterator[Non
 
 # --- saving ---
 
-# transformers saves weights and configuration, and for an upload writes a card that says nothing.
-# So models that prunus loads or prunes get a `save_pretrained` and a `push_to_hub` of their own.
+# transformers saves weights and configuration alone. So models that prunus loads or prunes get a
+# `save_pretrained` of their own.
 
 
 def records_of(folder: Path) -> dict[str, str]:
@@ -222,9 +218,8 @@ def manifest_text(content: Any) -> str:
 def keep_records(model: Any, records: Mapping[str, str]) -> None:
     """Let a transformers model write records next to its weights, wherever it is saved."""
     if records:
-        # Partial functions, because they are copied and pickled with the model.
+        # A partial function, because it is copied and pickled with the model.
         model.save_pretrained = functools.partial(_save_pretrained, model, dict(records))
-        model.push_to_hub = functools.partial(_push_to_hub, model, dict(records))
 
 
 def _save_pretrained(
@@ -232,45 +227,10 @@ def _save_pretrained(
     records: Mapping[str, str],
     save_directory: str | Path,
     is_main_process: bool = True,
-    *,
-    push_to_hub: bool = False,
-    repo_id: str | None = None,
     **options: Any,
 ) -> None:
     """As `save_pretrained` of transformers, with the card and the record next to the weights."""
-    hub = {name: options.pop(name) for name in _OF_UPLOADS if name in options}
     type(model).save_pretrained(model, save_directory, is_main_process, **options)
-    folder = Path(save_directory)
     if is_main_process:
         for name, text in records.items():
-            write_text(folder / name, text)
-    if push_to_hub:
-        _upload(folder, repo_id or folder.name, token=options.get("token"), **hub)
-
-
-def _push_to_hub(
-    model: Any, records: Mapping[str, str], repo_id: str, max_shard_size: Any = "50GB", **hub: Any
-) -> str:
-    """As `push_to_hub` of transformers, with the model's own card and the record."""
-    with tempfile.TemporaryDirectory() as scratch:
-        _save_pretrained(model, records, scratch, max_shard_size=max_shard_size)
-        return _upload(Path(scratch), repo_id, **hub)
-
-
-def _upload(
-    folder: Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: bool | str | None = None,
-    tags: Sequence[str] | None = None,
-    **options: Any,
-) -> str:
-    """Upload a folder, whose card gets more tags first; returns the address of the commit."""
-    card = read_card(folder / _CARD)
-    if tags and card is not None:
-        write_text(folder / _CARD, add_tags(card, tags))
-    api = HfApi(token=token)
-    where = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    options["commit_message"] = options.get("commit_message") or "Upload a pruned model"
-    return str(api.upload_folder(repo_id=where, folder_path=folder, **options))
+            write_text(Path(save_directory) / name, text)

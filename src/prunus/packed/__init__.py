@@ -6,7 +6,6 @@ PackedLinear        the module that computes with a packed weight
 DenseLinear         a dense linear that uses the kernels as well
 use_dense_kernel    give a loaded dense model such linears
 use_fast_decoding   give it the attention, norms, rotary embedding and memory of packed models
-to_semi_structured  on a CUDA device: 2:4 linears on sparse tensor cores, where that is faster
 
 `prunus.pack` and `prunus.unpack` write such checkpoints.
 """
@@ -19,14 +18,12 @@ if TYPE_CHECKING:
     from prunus.packed.fast_decoding import use_fast_decoding
     from prunus.packed.linear import DenseLinear, PackedLinear, use_dense_kernel
     from prunus.packed.operators import reference_path
-    from prunus.packed.semi_structured import to_semi_structured
 
 __all__ = [
     "DenseLinear",
     "PackedLinear",
     "describe",
     "reference_path",
-    "to_semi_structured",
     "use_dense_kernel",
     "use_fast_decoding",
 ]
@@ -37,7 +34,6 @@ _HOMES = {
     "fast_decoding": ("use_fast_decoding",),
     "linear": ("DenseLinear", "PackedLinear", "use_dense_kernel"),
     "operators": ("reference_path",),
-    "semi_structured": ("to_semi_structured",),
 }
 
 

@@ -23,8 +23,8 @@ from prunus.runs.document import (
     text_of,
 )
 
-#: Metrics of lm-eval and of images that are shares of the rows.
-_SHARES = ("acc", "accuracy", "exact_match", "f1", "em")
+#: Metrics of lm-eval that are shares of the rows.
+_SHARES = ("acc", "exact_match", "f1", "em")
 #: The y axis is logarithmic from this ratio of the largest to the smallest value.
 LOG_FROM = 6.0
 #: A chart's x axis: the sizes, of which the first that tells results apart is taken, and the speed.

@@ -30,7 +30,7 @@ def structure_section(record: StructureRecord) -> Section:
     name = Path(record.source).name or record.source
     return Section(
         f"{name}, made smaller",
-        parts=(_headline(record), structure_table(record), *_targets(record), *_repairs(record)),
+        parts=(_headline(record), structure_table(record), *_repairs(record)),
         details=(
             *_search(record),
             *_widths(record),
@@ -109,21 +109,6 @@ def _search(record: StructureRecord) -> list[Any]:
             ".4f",
         ),
     ]
-
-
-def _targets(record: StructureRecord) -> list[Table]:
-    """The models that were compared for a target."""
-    if not record.targets:
-        return []
-    rows = tuple((each.blocks, each.width, each.heads, each.value) for each in record.targets)
-    columns = (
-        Column("blocks that stay", "d"),
-        Column("share of the width removed", ".1%"),
-        Column("heads that stay", "d"),
-        Column("KL divergence", ".4f"),
-    )
-    note = "Measured on windows that they were not made with. The smallest divergence wins."
-    return [Table(f"Models for {record.recipe.target}", columns, rows, note)]
 
 
 def _widths(record: StructureRecord) -> list[HeatMap]:

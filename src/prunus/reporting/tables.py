@@ -69,7 +69,7 @@ def _allocation(planned: dict[str, Any]) -> str:
     return "the same everywhere"
 
 
-def packing_table(record: ConversionRecord, note: str = "") -> Table:
+def packing_table(record: ConversionRecord) -> Table:
     """How a conversion changed the size of the linears: one row per kind of linear."""
 
     def row(kind: str, linears: Sequence[Any]) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def packing_table(record: ConversionRecord, note: str = "") -> Table:
         f"{record.VERB} {record.source} ({record.inputs.dtype})",
         [row(kind, linears) for kind, linears in kinds.items()],
         forms | {"after / before": ".3f", "rounding error": ".2e"},
-        note,
+        "",
         row("all", list(record.linears.values())),
     )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,10 @@ from prunus.runs.plan import check_memory, open_model
 from prunus.structure.layout import check_same_blocks, experts_in
 from prunus.structure.records import Amount, StructureRecipe
 from prunus.structure.width_layout import LayoutFinder
-from prunus.structure.width_plan import Level, TargetPlan, WidthPlan, WidthPlanner
+from prunus.structure.width_plan import WidthPlan, WidthPlanner
 
 #: A search reads this many windows, cut to this many tokens, as one batch.
 PROBE_WINDOWS, PROBE_TOKENS = 8, 128
-
-
-def probe_windows(windows: int) -> int:
-    """How many windows a search for a target reads. It makes its models from the others."""
-    return min(PROBE_WINDOWS, max(1, windows // 2))
 
 
 @dataclass(frozen=True)
@@ -67,9 +62,8 @@ class StructureJob(RunJob):
 
     Attributes:
         raw: the content of the source's config.json.
-        keep_blocks: how many blocks stay, apart from those that a search for a target removes.
-        experts, width: None if all stay. The search for a target finds a width.
-        target: what that search may choose from; None without a target.
+        keep_blocks: how many blocks stay.
+        experts, width: None if all stay.
     """
 
     recipe: StructureRecipe
@@ -77,7 +71,6 @@ class StructureJob(RunJob):
     experts: ExpertPlan | None = None
     keep_blocks: int = 0
     width: WidthPlan | None = None
-    target: TargetPlan | None = None
 
     @property
     def runs_dense_stream(self) -> bool:
@@ -160,15 +153,6 @@ class StructureJob(RunJob):
                 f"added after each of the first {count} blocks, so these keep their positions"
             )
 
-    def at_level(self, level: Level | None, samples: int) -> StructureJob:
-        """The job of making a model of a width, or the old one, from some windows."""
-        recipe = self.recipe.model_copy(update={"samples": samples})
-        width = level.plan if level is not None else None
-        job = replace(self, recipe=recipe, width=width, target=None)
-        job.batch = _batch(job)
-        job.measure_memory()
-        return job
-
 
 def plan_structure(
     model: str | Path,
@@ -200,7 +184,13 @@ def plan_structure(
         of = f"blocks of {job.model_name}"
         job.keep_blocks = _checked_count("blocks", recipe.blocks, len(every), every[1:], of)
     if recipe.narrows:
-        _plan_width(job)
+        job.width = WidthPlanner(
+            old=job.full_width,
+            config=job.source.config.get_text_config(),
+            name=job.model_name,
+            build=lambda changes: job.build(changes)[1],
+            finder=LayoutFinder(job.skeleton, job.source, job.device),
+        ).plan(recipe)
     job.smaller(every)
     if job.keep_blocks < len(every):
         job.smaller_by_one(every, every)
@@ -221,24 +211,6 @@ def _batch(job: StructureJob) -> int:
             "a smaller `batch`"
         )
     return batch
-
-
-def _plan_width(job: StructureJob) -> None:
-    """Decide how narrow the model becomes, or between which widths a search may choose."""
-    planner = WidthPlanner(
-        old=job.full_width,
-        config=job.source.config.get_text_config(),
-        name=job.model_name,
-        build=lambda changes: job.build(changes)[1],
-        finder=LayoutFinder(job.skeleton, job.source, job.device),
-    )
-    if job.recipe.target is not None:
-        job.target = TargetPlan(job, job.recipe, planner)
-        job.target.check()
-        # The models of the search are made from fewer windows, of which repair needs two batches.
-        job.at_level(None, max(2, job.recipe.samples - probe_windows(job.recipe.samples)))
-    else:
-        job.width = planner.plan(job.recipe)
 
 
 def _checked_count(name: str, asked: Amount, count: int, possible: Sequence[int], of: str) -> int:

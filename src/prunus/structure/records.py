@@ -1,26 +1,12 @@
-"""The recipe of a run that makes a model smaller, and its record. Imports no torch.
-
-A target is of one of three kinds:
-
-    parameters=0.75   keep at most this share of the parameters in blocks
-    memory=3GB        let all tensors of the checkpoint take at most this much
-    speed=1.3x        read at least 1.3 times fewer bytes for each new token at batch 1
-
-The last one is a model of decoding: one token at a time, the weights of all blocks and of the head
-are read once, of a mixture of experts only those that a token chooses, and memory limits the speed.
-Caches, kernels and overhead are left out.
-"""
+"""The recipe of a run that makes a model smaller, and its record. Imports no torch."""
 
 from __future__ import annotations
 
 import contextlib
-import re
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from prunus.hardware.sizes import parse_bytes
 from prunus.options import Option, between
 from prunus.options.declaration import percent
 from prunus.pruning.manifest import ReconstructionRecord
@@ -31,55 +17,6 @@ from prunus.runs.record import BlockwiseRecord, Part
 Amount = float | int
 
 _WIDTH = "Width"
-
-
-@dataclass(frozen=True)
-class Target:
-    """A target as it was given: what it counts, and a share, bytes, or a ratio of bytes."""
-
-    kind: Literal["parameters", "memory", "speed"]
-    value: float
-
-    def reached(self, size: int, whole: int) -> float:
-        """What a model of some size reaches, in the unit of the target."""
-        if self.kind == "memory":
-            return size
-        return size / whole if self.kind == "parameters" else whole / size
-
-    def is_met(self, size: int, whole: int) -> bool:
-        """Whether a model of some size meets the target."""
-        reached = self.reached(size, whole)
-        return reached >= self.value if self.kind == "speed" else reached <= self.value
-
-    def shown(self, value: float) -> str:
-        """A value in the unit of the target, as a user gives it.
-
-        >>> Target("memory", 1).shown(3 * 1024**3), Target("speed", 1).shown(1.5)
-        ('memory=3.000GB', 'speed=1.500x')
-        """
-        if self.kind == "memory":
-            return f"memory={value / 1024**3:.3f}GB"
-        return f"{self.kind}={value:.3f}{'x' if self.kind == 'speed' else ''}"
-
-
-def parse_target(text: str) -> Target:
-    """Read a target such as 'parameters=0.75', 'memory=3GB' or 'speed=1.3x'.
-
-    >>> parse_target("speed=1.3x")
-    Target(kind='speed', value=1.3)
-    """
-    kind, _, value = (part.strip() for part in text.partition("="))
-    if kind == "memory":
-        return Target("memory", parse_bytes(value))
-    number = re.fullmatch(r"(\d*\.?\d+)(x?)", value)
-    if kind == "parameters" and number and not number[2] and 0 < float(number[1]) < 1:
-        return Target("parameters", float(number[1]))
-    if kind == "speed" and number and float(number[1]) > 1:
-        return Target("speed", float(number[1]))
-    raise ValueError(
-        f"a target looks like parameters=0.75 (a share below 1 of the parameters in blocks), "
-        f"memory=3GB or speed=1.3x (above 1); got {text[:80]!r}"
-    )
 
 
 class StructureRecipe(WindowOptions):
@@ -148,15 +85,6 @@ class StructureRecipe(WindowOptions):
             default="by the share of the width",
         ),
     ] = None
-    target: Annotated[
-        str | None,
-        Option(
-            "Search for blocks and width to remove until this is reached: parameters=0.75 of those "
-            "in blocks, memory=3GB for all tensors, or speed=1.3x (bytes read per token at batch "
-            "1). Of several models that reach it, the one with the smallest KL divergence is made.",
-            metavar="TARGET",
-        ),
-    ] = None
     repair: Annotated[
         bool,
         Option(
@@ -186,24 +114,17 @@ class StructureRecipe(WindowOptions):
     def _asks_for_something(self) -> StructureRecipe:
         names = ("experts", "blocks", "width", "heads", "kv_heads")
         given = [name for name in names if getattr(self, name) is not None]
-        if not given and self.target is None:
+        if not given:
             raise ValueError(
-                "nothing is to be removed: give `experts` 0.25, `blocks` 0.1, `width` 0.25 or "
-                "`target` parameters=0.75, for example"
+                "nothing is to be removed: give `experts` 0.25, `blocks` 0.1 or `width` 0.25, for "
+                "example"
             )
-        if self.target is not None:
-            parse_target(self.target)
-            if given:
-                raise ValueError(
-                    f"`target` and `{given[0]}` exclude each other: the search for a target "
-                    "chooses blocks and width itself. Drop one of them"
-                )
         return self
 
     @property
     def narrows(self) -> bool:
-        """Whether channels or heads are removed, or may be."""
-        return any(x is not None for x in (self.width, self.heads, self.kv_heads, self.target))
+        """Whether channels or heads are removed."""
+        return any(x is not None for x in (self.width, self.heads, self.kv_heads))
 
 
 class ExpertChange(Part):
@@ -251,22 +172,6 @@ class SearchStep(Part):
     candidates: list[float | None]
 
 
-class TargetModel(Part):
-    """A model that meets the target and was measured.
-
-    Attributes:
-        blocks: how many blocks stay; those of the first steps of the search are removed.
-        width: the share of the width that is removed; None for full width.
-        heads: the number of query heads; None for a model of full width.
-        value: KL divergence from the dense model, nats per token.
-    """
-
-    blocks: int
-    width: float | None
-    heads: int | None
-    value: float
-
-
 class BlockChange(Part):
     """One block of the result.
 
@@ -294,9 +199,7 @@ class StructureRecord(BlockwiseRecord):
     """The record of shrink.
 
     Attributes:
-        search: the blocks to remove, in the order in which they were found. In the search for a
-            target, only the first of them may be removed.
-        targets: the models that meet the target and were measured; the best of them is the result.
+        search: the blocks that are removed, in the order in which they were found.
         config: field of config.json that changed -> its values before and after.
         left_out: stored tensors that the model has no place for; the result does not have them.
     """
@@ -306,7 +209,6 @@ class StructureRecord(BlockwiseRecord):
 
     recipe: StructureRecipe
     search: list[SearchStep] = Field(default_factory=list)
-    targets: list[TargetModel] = Field(default_factory=list)
     config: dict[str, tuple[Any, Any]] = Field(default_factory=dict)
     left_out: list[str] = Field(default_factory=list)
     blocks: list[BlockChange] = Field(default_factory=list)
@@ -315,19 +217,10 @@ class StructureRecord(BlockwiseRecord):
 def what_was_removed(record: StructureRecord) -> list[str]:
     """One line per kind of part that was removed."""
     lines = []
-    kept = {block.made_from for block in record.blocks}
-    removed = [step for step in record.search if step.block not in kept]
-    if removed:
-        which, last = ", ".join(str(step.block) for step in removed), removed[-1]
+    if record.search:
+        which, last = ", ".join(str(step.block) for step in record.search), record.search[-1]
         lines.append(
             f"blocks {which} were removed; {last.measure} at the last step {last.value:.4f}"
-        )
-    for each in record.targets:
-        width = "full width" if each.width is None else f"a width of {1 - each.width:.3f}"
-        heads = "" if each.heads is None else f" and {each.heads} heads"
-        lines.append(
-            f"measured for {record.recipe.target}: {each.blocks} blocks at {width}{heads}, "
-            f"divergence {each.value:.4f}"
         )
     narrower: dict[str, list[PartChange]] = {"channels": [], "heads": [], "": []}
     for block in record.blocks:

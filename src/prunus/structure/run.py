@@ -1,6 +1,6 @@
 """The story of one run of shrink.
 
-    checkpoint ──► the model without weights ──► a search for blocks, or for a target
+    checkpoint ──► the model without weights ──► a search for blocks
                                                    │
     for each block that stays:  load ► measure ► choose ► cut ► repair ► write
 
@@ -34,8 +34,8 @@ from prunus.runs.progress import pruning_step, shows_progress
 from prunus.runs.record import OUTSIDE_SHARD, bos_words, result_card, shard_name, source_name
 from prunus.runs.windows import calibration_windows, given_windows, run_inputs
 from prunus.structure.plan import SmallerModel, StructureJob, plan_structure
-from prunus.structure.records import SearchStep, StructureRecipe, StructureRecord, what_was_removed
-from prunus.structure.search import TargetSearch, choose_blocks
+from prunus.structure.records import StructureRecipe, StructureRecord, what_was_removed
+from prunus.structure.search import choose_blocks
 from prunus.structure.step import ShrinkStep
 
 
@@ -71,17 +71,9 @@ def shrink(
 
 
 def run(
-    model: str | Path,
-    output: Path,
-    recipe: StructureRecipe,
-    options: RunOptions,
-    found: Sequence[SearchStep] = (),
+    model: str | Path, output: Path, recipe: StructureRecipe, options: RunOptions
 ) -> StructureRecord:
-    """Carry out a recipe. The other arguments and errors are those of `shrink`.
-
-    Args:
-        found: The first steps of the search for blocks, which an earlier search has taken.
-    """
+    """Carry out a recipe. The other arguments and errors are those of `shrink`."""
     started = time.perf_counter()
     with options.with_ranks() as joint, contextlib.ExitStack() as stack:
         ranks = joint.processes
@@ -101,7 +93,7 @@ def run(
         with ranks.fail_together():
             windows = calibration_windows(job)
             inputs = run_inputs(job, windows)
-            own = {"source": job.model_name, "search": list(found)}
+            own = {"source": job.model_name}
             record = resumed_or_new(StructureRecord, earlier, job.recipe, inputs, job.device, **own)
         walks = check_same_on_all_ranks(job, record)
         folder = SmallerFolder(output, record, job)
@@ -112,10 +104,7 @@ def run(
         folder.begin(job.options.overwrite)
         job.measured = record.measured
         with torch.no_grad():
-            if job.target is not None:
-                kept, job.width = TargetSearch(job, windows.ids, record, folder.save, output).run()
-            else:
-                kept = choose_blocks(job, windows.ids, record.search, folder.save)
+            kept = choose_blocks(job, windows.ids, record.search, folder.save)
             smaller = folder.smaller = job.smaller(kept)
             record.config = _changes(job.raw, smaller.config)
             step = ShrinkStep(job, smaller, windows.ids, walks, output)

@@ -1,4 +1,4 @@
-"""How many channels and heads stay: as a recipe asks for them, or as a target needs them.
+"""How many channels and heads stay: as a recipe asks for them.
 
 The model that a narrower configuration describes is built without weights, and the shapes of its
 tensors are compared: once only the channels of one kind of MLP are fewer, and once only the heads.
@@ -6,17 +6,14 @@ tensors are compared: once only the channels of one kind of MLP are fewer, and o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
-
-from prunus.model.config import canonical, experts_per_token
+from prunus.model.config import canonical
 from prunus.model.skeleton import Skeleton
-from prunus.runs.job import RunJob
-from prunus.structure.layout import check_same_blocks, experts_in, shapes_of
-from prunus.structure.records import StructureRecipe, parse_target
+from prunus.structure.layout import check_same_blocks, shapes_of
+from prunus.structure.records import StructureRecipe
 from prunus.structure.width_layout import LayoutFinder, PartLayout, UnitKind
 
 #: Fields that count the channels of an MLP, of routed experts, or of a shared expert.
@@ -231,140 +228,3 @@ def _sizes(old: Skeleton, new: Skeleton) -> set[tuple[int, int]]:
             pairs = zip(shape, now.get(name, shape), strict=False)
             found |= {pair for pair in pairs if pair[0] != pair[1]}
     return found
-
-
-#: Width is removed in steps of a 128th, and at most half of it.
-_PARTS, _MOST = 128, 64
-
-
-@dataclass(frozen=True)
-class Level:
-    """One width of all blocks."""
-
-    parts: int  #: how much of the width is removed, in 128ths
-    options: dict[str, Any]  #: of the recipe that makes it: width and heads
-    plan: WidthPlan
-    sizes: list[int]  #: of every block of the model at this width, as the target counts
-
-
-class TargetPlan:
-    """What a search for a target needs to know before any work."""
-
-    def __init__(self, job: RunJob, recipe: StructureRecipe, planner: WidthPlanner) -> None:
-        assert recipe.target is not None
-        self._target = parse_target(recipe.target)
-        self._recipe, self._job, self._planner = recipe, job, planner
-        self._bytes = [job.source.block_nbytes(index) for index in range(len(job.skeleton))]
-        self._outside = self._size_outside()
-        self._full = self._sizes(job.skeleton)
-        self.whole = sum(self._full) + self._outside
-        self._levels: dict[tuple[int, int | None], Level | None] = {}
-
-    def size(self, kept: Sequence[int], level: Level | None = None) -> int:
-        """The size of the model of some blocks, at full width or another."""
-        sizes = self._full if level is None else level.sizes
-        return sum(sizes[index] for index in kept) + self._outside
-
-    def is_met(self, kept: Sequence[int], level: Level | None = None) -> bool:
-        """Whether the model of some blocks meets the target, at full width or another."""
-        return self._target.is_met(self.size(kept, level), self.whole)
-
-    def widths(self, kept: Sequence[int]) -> list[Level]:
-        """The widths with which the model of some blocks meets the target: at most two.
-
-        In one of them all heads stay. In the other one heads are removed together with channels.
-        Heads are removed in large steps, so only as many are removed as just before the last step,
-        and more channels in its place.
-        """
-        first, second = self._widest(kept, self._heads), self._widest(kept, None)
-        if second is not None:
-            before = self._level(second.parts - 1, None)
-            plan = before.plan.heads if before is not None else None
-            second = self._widest(kept, plan.keep_heads if plan else self._heads) or second
-        if first is not None and second is not None and first.plan.changes == second.plan.changes:
-            second = None
-        return [level for level in (first, second) if level is not None]
-
-    def check(self) -> None:
-        """Check that the target can be met, and that something has to be removed for it."""
-        target, whole, name = self._target, self.whole, self._job.model_name
-        levels = [None, self._level(_MOST, None), self._level(_MOST, self._heads)]
-        every = range(len(self._full))
-        smallest = min(self.size([index], level) for index in every for level in levels)
-        already = target.is_met(whole, whole)
-        if already or not target.is_met(smallest, whole):
-            low, high = (target.shown(target.reached(size, whole)) for size in (smallest, whole))
-            raise ValueError(
-                f"`target` {target.shown(target.value)}: {name} "
-                f"{'already meets it' if already else 'cannot become so small'}; possible is "
-                f"anything between {low} and {high}, which is the model as it is"
-            )
-
-    @property
-    def _heads(self) -> int | None:
-        """The number of query heads; None in a family that has none."""
-        return getattr(self._planner.config, "num_attention_heads", None)
-
-    def _widest(self, kept: Sequence[int], heads: int | None) -> Level | None:
-        """The smallest loss of width, up to half of it, with which some blocks meet the target.
-
-        `heads` are the query heads to keep, or None to remove heads together with channels.
-        """
-
-        def meets(parts: int) -> bool:
-            level = self._level(parts, heads)
-            return level is not None and self.is_met(kept, level)
-
-        low, high = 0, _MOST
-        if not meets(high):
-            return None
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if meets(middle) else (middle, high)
-        return self._level(high, heads)
-
-    def _level(self, parts: int, heads: int | None) -> Level | None:
-        """The width without some parts; None where there is none, or nothing would be removed."""
-        if (parts, heads) not in self._levels:
-            self._levels[parts, heads] = None
-            options = {"width": parts / _PARTS, "heads": heads}
-            recipe = self._recipe.model_copy(update={"target": None, **options})
-            try:
-                plan = self._planner.plan(recipe)
-            except (ValueError, NotImplementedError):
-                return None
-            sizes = self._sizes(self._planner.build(plan.changes))
-            self._levels[parts, heads] = Level(parts, options, plan, sizes)
-        return self._levels[parts, heads]
-
-    def _sizes(self, new: Skeleton) -> list[int]:
-        """The size of every block, whose tensors keep the dtypes in which they are stored."""
-        found, per_token = [], experts_per_token(self._planner.config)
-        blocks = zip(new.blocks, self._job.skeleton.blocks, self._bytes, strict=True)
-        for block, before, stored in blocks:
-            parameters = _parameters(block)
-            memory = stored * parameters // _parameters(before)
-            # Of all experts, a token reads those that it chooses.
-            unread = sum(
-                _parameters(experts) * max(0, experts.count - per_token) // experts.count
-                for experts in experts_in(block)
-            )
-            read = memory * (parameters - unread) // parameters
-            found.append(self._counted(parameters, memory, read))
-        return found
-
-    def _size_outside(self) -> int:
-        """The size of all that is outside the blocks. Of it, a token reads the head."""
-        source: Any = self._job.source
-        info = source.checkpoint.tensors
-        memory = sum(info[key].nbytes for key in source.outside_keys())
-        head: Any = self._job.skeleton.model.get_output_embeddings()
-        read = head.weight.numel() * source.stored_dtype.itemsize if head is not None else 0
-        return self._counted(0, memory, read)
-
-    def _counted(self, parameters: int, memory: int, read: int) -> int:
-        return {"parameters": parameters, "memory": memory, "speed": read}[self._target.kind]
-
-
-def _parameters(module: nn.Module) -> int:
-    return sum(tensor.numel() for tensor in module.state_dict().values())
