@@ -22,14 +22,12 @@ def found(tmp_path_factory) -> dict[str, dict]:
     return run_script("rank_cases.py", tmp_path_factory.mktemp("ranks"), *cases, timeout=300)
 
 
-@pytest.mark.parametrize("name", ["wanda", "variant", "two passes", "allocation"])
+@pytest.mark.parametrize("name", ["wanda", "two passes", "allocation"])
 def test_methods_that_need_norms_give_the_same_bytes(found, name):
     assert found["methods"][name] == {"masks": 0.0, "weights": 0.0, "bytes": True}
 
 
-@pytest.mark.parametrize(
-    "name", ["sparsegpt", "sparsegpt 2:4", "obs", "alps, dense targets", "swaps, lsq"]
-)
+@pytest.mark.parametrize("name", ["sparsegpt 2:4", "obs", "alps, dense targets", "swaps, lsq"])
 def test_methods_that_need_a_gram_matrix_are_equal_within_rounding(found, name):
     assert found["methods"][name]["masks"] <= 1e-3
     assert found["methods"][name]["weights"] < 0.05
@@ -51,15 +49,11 @@ def test_ranks_compress_to_the_same_bits_and_errors(found):
 
 def test_models_become_smaller_as_by_one_process(found):
     result = found["shrunk"]
-    assert result["chosen"] and result["resumed"] and result["target"], "the same bytes"
+    assert result["chosen"] and result["resumed"] and result["searched"], "the same bytes"
     # Sums over ranks differ in their last bits, and so do weights that are fitted or trained.
-    for case in ("trained", "target"):
-        one, two = result[f"{case} one"], result[f"{case} two"]
-        assert one["blocks"] == two["blocks"]
-        assert one["targets"] == pytest.approx(two["targets"], rel=0.01)
-        assert (len(one["targets"]) > 1) == (case == "target")
-        if case == "trained":
-            assert one["errors"] == pytest.approx(two["errors"], rel=0.01)
+    one, two = result["one"], result["two"]
+    assert one["blocks"] == two["blocks"]
+    assert one["errors"] == pytest.approx(two["errors"], rel=0.01)
 
 
 def test_ranks_receive_texts_of_any_length_and_sums_of_numbers(found):
@@ -68,13 +62,12 @@ def test_ranks_receive_texts_of_any_length_and_sums_of_numbers(found):
 
 
 def test_uneven_shares_and_ranks_without_windows(found):
-    uneven = {"5 windows on 3", "2 windows on 4"}
     walks = {"lockstep", "replay", "two_pass"}
-    assert set(found["uneven"]) == uneven | {f"experts, {name}" for name in uneven} | walks
+    assert set(found["uneven"]) == {"5 windows on 3", "2 windows on 3"} | walks
     assert all(case["bytes"] for case in found["uneven"].values())
 
 
-@pytest.mark.parametrize("name", ["one window per step", "more ranks than windows", "last only"])
+@pytest.mark.parametrize("name", ["one window per step", "more ranks than windows"])
 def test_steps_of_one_window_are_those_of_one_process(found, name):
     result = found["reconstructed"][name]
     assert result["bytes"]
@@ -158,19 +151,19 @@ def test_who_keeps_the_store_stays_until_the_rest_have_heard_who_is_lost():
 def test_perplexity_is_the_same_to_the_last_digit(found):
     losses = found["evaluated"]
     assert losses["2"] == [losses["alone"]] * 2
-    assert losses["7"] == [losses["alone"]] * 7
+    assert losses["3"] == [losses["alone"]] * 3
 
 
 def test_divergence_is_the_same_to_the_last_digit(found):
     alone, *others = found["evaluated"]["compared"]
     assert alone["kl"] > 0
-    assert len(others) == 2 + 7
+    assert len(others) == 2 + 3
     assert all(other == alone for other in others)
 
 
 def test_cells_of_a_sweep_are_split_over_ranks(found):
     sweep = found["evaluated"]["sweep"]
-    assert sweep["states"] == ["done"] * 6
+    assert sweep["states"] == ["done"] * 3
     assert sweep["shared"] == sweep["figures"]
     assert all("pruned in" in lines for lines in sweep["lines"]), "both ranks had cells"
     assert not sweep["left"]

@@ -13,7 +13,7 @@ from prunus import pack
 from prunus.evaluation import streamed_model as streamed
 from prunus.evaluation.model_input import ComputeOptions
 from prunus.model.checkpoint.reader import Checkpoint
-from tiny import FAMILIES, tiny_checkpoint, token_ids
+from tiny import tiny_checkpoint, token_ids
 
 
 @pytest.fixture
@@ -26,7 +26,14 @@ def score(folder, ids, **options):
     return prunus.perplexity(folder, ids, seqlen=24, device="cpu", **options)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+#: Embeddings and heads of every form: scaled, capped, with biases, projections, positions, norms.
+FAMILIES = """
+bloom codegen cohere falcon_h1 gemma2 gemma4_text gpt2 gpt_neox granite llama mamba mpt opt phi
+qwen3_5_text
+"""
+
+
+@pytest.mark.parametrize("family", FAMILIES.split())
 def test_streaming_gives_the_perplexity_of_the_whole_model(family, ids, tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense", family)
     whole = score(dense, ids, batch=2, stream=False)

@@ -56,7 +56,7 @@ def convex_curves(draw):
 
 
 @given(convex_curves(), st.floats(0, 0.75))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 def test_no_other_sparsities_of_the_same_budget_cost_less(drawn, sparsity):
     curves, weights = drawn
     reach = mean([curve[-1][0] for curve in curves], weights)

@@ -118,7 +118,7 @@ def test_nothing_to_remove_changes_nothing(name, pattern):
     st.sampled_from([None, 0.0, 1e-6, 0.01]),
     st.integers(0, 20),
 )
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 def test_no_input_makes_a_weight_that_is_not_finite(
     name, kind, pattern, rows, columns, damping, seed
 ):

@@ -53,7 +53,7 @@ def test_the_fit_is_the_exact_solution(pattern, damping, monkeypatch):
     st.integers(0, 40),
     st.integers(0, 99),
 )
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 def test_no_step_of_conjugate_gradients_raises_the_error(rows, columns, tokens, steps, seed):
     weight_OI, X_TI = example(rows, columns, seed, tokens)
     keep_OI = torch.rand(rows, columns) < 0.5
@@ -103,7 +103,7 @@ def test_alps_equals_the_reference(pattern, iterations):
     st.sampled_from(WEIRD),
     st.integers(0, 99),
 )
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 def test_alps_keeps_exact_counts(pattern, rows, sparsity, kind, seed):
     weight_OI, X_TI = weird_example(kind, rows, 12, seed)
     pruned = prune("alps", weight_OI, X_TI, pattern, sparsity, iterations=5)
@@ -141,7 +141,7 @@ def test_wanda_loses_more_than_sparsegpt_and_sparsegpt_more_than_alps(pattern):
     st.sampled_from([4, 8, 40]),
     st.integers(0, 20),
 )
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=40)
 def test_no_input_makes_an_update_that_is_not_finite(
     name, kind, pattern, damping, rows, columns, seed
 ):

@@ -10,7 +10,7 @@ from prunus.methods.statistics import InputStatistics, StatisticsSpec, statistic
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=5), st.integers(1, 20), st.integers(0, 99))
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=30)
 def test_sums_over_batches_are_sums_over_all_tokens(batches, width, seed):
     X_TI = torch.randn(sum(batches), width, generator=torch.Generator().manual_seed(seed))
     statistics, norms = InputStatistics(width, "gram"), InputStatistics(width, "norms")

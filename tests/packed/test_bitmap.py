@@ -57,7 +57,7 @@ def test_the_smallest_form_is_taken():
 
 
 @given(st.integers(1, 700), st.sampled_from([1, 16, 200]), st.integers(0, 1000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_coding_is_lossless(count, kinds, seed):
     """Whatever the bits: with few kinds of high bytes, with as many as there are codes, and with
     too many.
@@ -99,7 +99,7 @@ def test_every_bit_pattern_survives(dtype):
     st.floats(1e-30, 1e30),
     st.integers(0, 1000),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_int8_is_within_half_a_level(rows, columns, density, size, seed):
     weight = random_sparse(rows, columns, density, torch.float32, seed) * size
     packed = pack_weight(weight, torch.int8)

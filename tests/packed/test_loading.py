@@ -77,10 +77,8 @@ def test_logits_are_those_of_the_unpacked_model(folders, values):
     assert error < factor * (_logits(plain, IDS[:1, :4]) - exact).norm()
 
 
-FAMILIES = (
-    "llama mistral qwen3 gemma2 gemma3_text phi phi3 opt gpt_neo gptj gpt_neox bloom mpt olmo2 "
-    "granite stablelm starcoder2 cohere glm nemotron smollm3"
-)
+#: Other norms, activations, biases, joined linears, and heads; tied, scaled and shared embeddings.
+FAMILIES = "gemma2 phi phi3 opt gptj gpt_neox bloom mpt olmo2 cohere glm"
 
 
 @pytest.mark.parametrize("family", FAMILIES.split())

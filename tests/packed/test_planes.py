@@ -64,7 +64,7 @@ def test_layout_is_that_of_the_slow_version(codes, rows, columns, chunk):
     st.integers(1, 5),
     st.integers(0, 1000),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_any_levels_come_back(rows, columns, spread, chunk, seed):
     levels = random_levels(rows, columns, spread, seed)
     weight = quantized(levels, rows_per_chunk=chunk)

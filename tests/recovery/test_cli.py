@@ -3,10 +3,8 @@
 import io
 import json
 
-import pytest
 import torch
 from rich.console import Console
-from transformers.utils import logging
 
 from command_line import call
 from prunus.model.loading import load_model
@@ -16,14 +14,6 @@ from prunus.reporting.console import show_recovery
 
 SHORT = ["--tokens", "320", "--seqlen", "16", "--batch", "1", "--held-out", "2"]
 SHORT += ["--learning-rate", "0.01"]
-
-
-@pytest.fixture(autouse=True)
-def _transformers_speaks_again_afterwards():
-    before = logging.get_verbosity()
-    yield
-    logging.set_verbosity(before)
-    logging.enable_progress_bar()
 
 
 def test_recover_shows_its_figures_and_writes_them_as_json(dense, pruned, text, tmp_path):

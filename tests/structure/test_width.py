@@ -16,8 +16,8 @@ from tiny import tiny_checkpoint, token_ids
 
 IDS = token_ids()
 _NAMES = """
-apertus arcee bamba cohere exaone4 gemma gemma2 gemma3_text gemma4_text glm granite jamba lfm2 llama
-ministral3 mistral nemotron olmo phi phi3 qwen2 qwen3 qwen3_5_text seed_oss smollm3 starcoder2
+bamba cohere gemma3_text gemma4_text glm jamba lfm2 llama nemotron olmo phi phi3 qwen2 qwen3_5_text
+starcoder2
 """
 #: Families whose heads cannot become fewer.
 _CHANNELS_ALONE = "falcon gpt2 gpt_neo gpt_neox olmo2 opt stablelm"

@@ -1,5 +1,6 @@
 """Call verbs of the command line in the process of the tests."""
 
+from transformers.utils import logging
 from typer.testing import CliRunner, Result
 
 from prunus.cli import app
@@ -7,8 +8,10 @@ from prunus.cli import app
 
 def call(*arguments: object, status: int = 0) -> Result:
     """Run a verb in this process and check its exit status."""
-    result = CliRunner(env={"PRUNUS_DATA": None}).invoke(
-        app, [str(argument) for argument in arguments]
-    )
+    before, runner = logging.get_verbosity(), CliRunner(env={"PRUNUS_DATA": None})
+    result = runner.invoke(app, [str(argument) for argument in arguments])
+    # The verb silences transformers in this process, which other tests share.
+    logging.set_verbosity(before)
+    logging.enable_progress_bar()
     assert result.exit_code == status, result.output
     return result

@@ -41,7 +41,7 @@ def error(weight_OI: Tensor, keep_OI: Tensor, X_TI: Tensor, damping: float) -> T
     st.sampled_from([0.0, 0.1, 0.5, 0.99]),
     st.integers(0, 99),
 )
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=40)
 def test_counts_stay_and_no_argument_is_changed(pattern, kind, rows, sparsity, seed):
     weight_OI, X_TI = weird_example(kind, rows, 12, seed)
     keep_OI = start(weight_OI, X_TI, pattern, sparsity)
@@ -68,7 +68,7 @@ def test_counts_stay_and_no_argument_is_changed(pattern, kind, rows, sparsity, s
     st.integers(1, 5),
     st.integers(0, 99),
 )
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 def test_no_round_of_swaps_raises_the_error_of_a_row(pattern, rows, columns, rounds, seed):
     weight_OI, X_TI = example(rows, columns, seed)
     keep_OI = start(weight_OI, X_TI, pattern)
