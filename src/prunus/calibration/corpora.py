@@ -32,38 +32,24 @@ Part = Literal["calibration", "scoring"]
 
 @dataclass(frozen=True)
 class _LocalFile:
-    """A file of local datasets.
+    """A file of local datasets."""
 
-    Attributes:
-        path: below the data folder.
-        note: how its text differs from the original, for the reader of a result.
-        fields: fields of a JSON line that make up a document.
-    """
-
-    path: str
-    note: str = ""
-    fields: tuple[str, ...] = ("text",)
+    path: str  #: below the data folder
+    note: str = ""  #: how its text differs from the original, for the reader of a result
+    fields: tuple[str, ...] = ("text",)  #: fields of a JSON line that make up a document
 
 
 @dataclass(frozen=True)
 class _Origin:
-    """Where one part of a corpus is read.
+    """Where one part of a corpus is read."""
 
-    Attributes:
-        hub_name: for people.
-        hub: arguments of `datasets.load_dataset`, apart from the split.
-        split: of the data set.
-        local: files of local datasets, the original first, then those that may stand in for it.
-        joiner: what the code of SparseGPT and Wanda puts between two documents or lines.
-        column: of the data set.
-    """
-
-    hub_name: str
-    hub: dict[str, Any]
-    split: str
+    hub_name: str  #: for people
+    hub: dict[str, Any]  #: arguments of `datasets.load_dataset`, apart from the split
+    split: str  #: of the data set
+    #: files of local datasets, the original first, then those that may stand in for it.
     local: tuple[_LocalFile, ...]
-    joiner: str = " "
-    column: str = "text"
+    joiner: str = " "  #: what the code of SparseGPT and Wanda puts between two documents or lines
+    column: str = "text"  #: of the data set
 
 
 _WIKITEXT2 = {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"}

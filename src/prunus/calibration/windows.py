@@ -70,47 +70,34 @@ def refuse_bos(source: str, bos: Bos) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """The windows that a run asks for, and what a source may need to draw them.
+    """The windows that a run asks for, and what a source may need to draw them."""
 
-    Attributes:
-        samples: number of windows, at least 1; a training text gives as many as are taken.
-        seqlen: tokens per window, at least 2; images have none.
-        seed: the same seed gives the same windows.
-        bos: whether BOS takes the place of every window's first token.
-        data: folder of local datasets. None means the folder in PRUNUS_DATA, or the hub if that is
-            not set.
-        tokenizer: returns the tokenizer of the model, or its image processor. Sources of token ids
-            do not call it.
-        model: returns the loaded causal LM. Only the source `self` calls it.
-        vocabulary: rows of the model's embedding, which windows of a training text must not pass.
-    """
-
-    samples: int = 1
-    seqlen: int
-    seed: int = 0
-    bos: Bos = "auto"
+    samples: int = 1  #: number of windows, at least 1; a training text gives as many as are taken
+    seqlen: int  #: tokens per window, at least 2; images have none
+    seed: int = 0  #: the same seed gives the same windows
+    bos: Bos = "auto"  #: whether BOS takes the place of every window's first token
+    #: folder of local datasets. None means the folder in PRUNUS_DATA, or the hub if that is not
+    #: set.
     data: Path | None = None
+    #: returns the tokenizer of the model, or its image processor. Sources of token ids do not call
+    #: it.
     tokenizer: Callable[[], Any] = lambda: None
+    #: returns the loaded causal LM. Only the source `self` calls it.
     model: Callable[[], Any] | None = None
+    #: rows of the model's embedding, which windows of a training text must not pass.
     vocabulary: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Calibration windows.
+    """Calibration windows."""
 
-    Attributes:
-        ids: (samples, seqlen) int64, on the CPU. For an image classifier these are pixel values
-            (samples, channels, height, width) float32.
-        source: where they come from, for people.
-        sha256: of the shape and the ids; see `hash_ids`.
-        bos: whether every window begins with BOS; see `UsedBos`.
-    """
-
+    #: (samples, seqlen) int64, on the CPU. For an image classifier these are pixel values (samples,
+    #: channels, height, width) float32.
     ids: torch.Tensor
-    source: str
-    sha256: str
-    bos: UsedBos = "given"
+    source: str  #: where they come from, for people
+    sha256: str  #: of the shape and the ids; see `hash_ids`
+    bos: UsedBos = "given"  #: whether every window begins with BOS; see `UsedBos`
 
 
 def hash_ids(ids: torch.Tensor) -> str:

@@ -40,21 +40,16 @@ _LOSSLESS = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class LinearInfo:
-    """One linear of a block.
-
-    Attributes:
-        dtype: dtype in which the weight is stored; "integers" for a quantised linear.
-        patterns: the N:M patterns of `PATTERNS` that hold, such as "2:4".
-        bits: bits per weight in the file, with all that belongs to the linear; None where the
-            linear is not packed.
-    """
+    """One linear of a block."""
 
     block: int
     name: str
     shape: tuple[int, int]
-    dtype: str
+    dtype: str  #: dtype in which the weight is stored; "integers" for a quantised linear
     zeros: int
-    patterns: tuple[str, ...]
+    patterns: tuple[str, ...]  #: the N:M patterns of `PATTERNS` that hold, such as "2:4"
+    #: bits per weight in the file, with all that belongs to the linear; None where the linear is
+    #: not packed.
     bits: float | None = None
 
     @property

@@ -36,16 +36,12 @@ FileStates = dict[Path, dict[Path, tuple[int, int]]]
 
 @dataclass(frozen=True)
 class ComputeOptions:
-    """How models are computed.
+    """How models are computed."""
 
-    Attributes:
-        dtype: a name of `DTYPES`, or auto for the dtype in which transformers would load a model.
-        memory: budget in bytes for the whole process; None takes what is free.
-    """
-
+    #: a name of `DTYPES`, or auto for the dtype in which transformers would load a model.
     dtype: str
     device: torch.device
-    memory: int | None = None
+    memory: int | None = None  #: budget in bytes for the whole process; None takes what is free
     trust_remote_code: bool = False
 
     def load(self, folder: Path) -> Any:

@@ -142,15 +142,11 @@ class PerplexityResult(EvaluationRecord):
 
 @dataclass(frozen=True, config=_STRICT)
 class ModelSize(EvaluationRecord):
-    """The size of a model.
+    """The size of a model."""
 
-    Attributes:
-        file_bytes: bytes of its safetensors; an adapter's base is included.
-        bits_per_weight: bits of the linears in the blocks, zeros and all parts counted, over their
-            number of weights. None where the linears are not known, as for an adapter.
-    """
-
-    file_bytes: int
+    file_bytes: int  #: bytes of its safetensors; an adapter's base is included
+    #: bits of the linears in the blocks, zeros and all parts counted, over their number of weights.
+    #: None where the linears are not known, as for an adapter.
     bits_per_weight: float | None
 
     def figures(self) -> dict[str, Any]:
@@ -163,38 +159,25 @@ class ModelSize(EvaluationRecord):
 
 @dataclass(frozen=True)
 class Metric(EvaluationRecord):
-    """One metric of one task.
+    """One metric of one task."""
 
-    Attributes:
-        value: the value as lm-eval aggregates it. An accuracy is a share in [0, 1].
-        stderr: the standard error of the value. None for a single row, or a metric without a
-            formula.
-        outcomes: what each row contributes, in the order of the rows. None if the value is not
-            their mean.
-    """
-
-    value: Figure
+    value: Figure  #: the value as lm-eval aggregates it. An accuracy is a share in [0, 1].
+    #: the standard error of the value. None for a single row, or a metric without a formula.
     stderr: Error
+    #: what each row contributes, in the order of the rows. None if the value is not their mean.
     outcomes: Annotated[tuple[float, ...] | None, Field(exclude=True)] = None
 
 
 @dataclass(frozen=True)
 class TaskScore(EvaluationRecord):
-    """The score of one model on one task, or on one group of tasks.
-
-    Attributes:
-        metrics: name -> metric. Multiple-choice tasks have `acc` and `acc_norm`.
-        shots: number of worked examples in each prompt.
-        version: lm-eval's version of the task.
-        definition: SHA-256 of everything that makes the prompts and the scoring, rows included.
-    """
+    """The score of one model on one task, or on one group of tasks."""
 
     task: str
-    metrics: dict[str, Metric]
-    shots: int
+    metrics: dict[str, Metric]  #: name -> metric. Multiple-choice tasks have `acc` and `acc_norm`.
+    shots: int  #: number of worked examples in each prompt
     rows: int
-    version: str
-    definition: str
+    version: str  #: lm-eval's version of the task
+    definition: str  #: SHA-256 of everything that makes the prompts and the scoring, rows included
     source: str
     seconds: float
 

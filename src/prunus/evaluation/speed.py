@@ -32,20 +32,15 @@ from prunus.packed import use_dense_kernel, use_fast_decoding
 
 @dataclass(frozen=True)
 class Speed(EvaluationRecord):
-    """Size and speed of one model. Measurements are (minimum, median, maximum) over all rounds.
-
-    Attributes:
-        file_bytes: size of its safetensors; an adapter's base is included.
-        resident_bytes: resident memory of the process after generation, minus that before the model
-            was loaded.
-        prefill_tokens_per_second: prompt tokens, divided by the time to the first new token.
-        decode_tokens_per_second: new tokens after the first, divided by the time that they took.
-    """
+    """Size and speed of one model. Measurements are (minimum, median, maximum) over all rounds."""
 
     model: str
-    file_bytes: int
+    file_bytes: int  #: size of its safetensors; an adapter's base is included
+    #: resident memory of the process after generation, minus that before the model was loaded.
     resident_bytes: tuple[float, float, float]
+    #: prompt tokens, divided by the time to the first new token.
     prefill_tokens_per_second: tuple[float, float, float]
+    #: new tokens after the first, divided by the time that they took.
     decode_tokens_per_second: tuple[float, float, float]
 
 

@@ -123,17 +123,12 @@ def check_windows(model: Any, ids: torch.Tensor, name: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class WindowScores:
-    """What the windows of all ranks gave. With a reference there are two models, it is the first.
+    """What the windows of all ranks gave, of the first of two models where there is a reference."""
 
-    Attributes:
-        losses_WM: mean loss of every window in nats per token, float64.
-        kl_WT: KL divergence of every scored token, float64; no tokens without a reference.
-        same_WT: 1 where both models find the same next token most likely, else 0.
-    """
-
-    losses_WM: torch.Tensor
+    losses_WM: torch.Tensor  #: mean loss of every window in nats per token, float64
+    #: KL divergence of every scored token, float64; no tokens without a reference.
     kl_WT: torch.Tensor
-    same_WT: torch.Tensor
+    same_WT: torch.Tensor  #: 1 where both models find the same next token most likely, else 0
 
     @property
     def loss(self) -> float:

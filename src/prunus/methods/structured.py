@@ -59,19 +59,14 @@ class Kept:
 class Reader:
     """A linear that reads channels or heads, and what is known of its inputs.
 
-    Attributes:
-        weight_OI: float32, the trained weights; with a bias as the last column.
-        gram_II: float32, XᵀX of the inputs; with the input 1 of a bias.
-        damping: λ.
-
     >>> reader = Reader(torch.tensor([[1.0, 2.0, 0.1, 0.1]]), torch.eye(4), damping=0.01)
     >>> reader.keep(units=2, width=2, keep=1).columns
     [0, 1]
     """
 
-    weight_OI: Tensor
-    gram_II: Tensor
-    damping: float
+    weight_OI: Tensor  #: float32, the trained weights; with a bias as the last column
+    gram_II: Tensor  #: float32, XᵀX of the inputs; with the input 1 of a bias
+    damping: float  #: λ
 
     def with_bias(self, bias_O: Tensor, sum_I: Tensor, tokens: int) -> Reader:
         """The linear with a bias as its last column, whose input is 1.

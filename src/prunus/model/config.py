@@ -76,18 +76,12 @@ _EXTRA_BLOCKS = {"num_nextn_predict_layers"}
 
 @dataclass(frozen=True)
 class StoredSizes:
-    """What a checkpoint stores, as limits for its configuration. Empty tensors count as nothing.
+    """What a checkpoint stores, as limits for its configuration. Empty tensors count as nothing."""
 
-    Attributes:
-        numbers: bytes of all tensors; a coded weight can take less than a byte.
-        layers: modules with a number in their name that hold a tensor, such as `model.layers.7`.
-        experts: the largest number of experts that a block can have.
-    """
-
-    numbers: int
+    numbers: int  #: bytes of all tensors; a coded weight can take less than a byte
     tensors: int
-    layers: int
-    experts: int
+    layers: int  #: modules with a number in their name that hold a tensor, such as `model.layers.7`
+    experts: int  #: the largest number of experts that a block can have
     longest: int
 
     @classmethod

@@ -34,15 +34,6 @@ _FUSING = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
 class Fused:
     """One fused tensor of a block.
 
-    Attributes:
-        name: relative to the block, e.g. `mlp.experts.gate_up_proj`.
-        shape: in the model, (experts, …).
-        leaves: what the slice of one expert holds, by name relative to the block's `experts`
-            module; `{}` stands for the number of the expert, e.g. ("{}.gate_proj.weight",
-            "{}.up_proj.weight").
-        transposed: whether a slice is (in, out).
-        concatenated: whether the leaves follow each other in a slice; if not, their rows alternate.
-
     >>> fused = Fused("experts.up", (2, 2, 1), ("{}.up.weight",), False, True)
     >>> fused.members
     ['experts.0.up.weight', 'experts.1.up.weight']
@@ -53,10 +44,13 @@ class Fused:
     True
     """
 
-    name: str
-    shape: tuple[int, ...]
+    name: str  #: relative to the block, e.g. `mlp.experts.gate_up_proj`.
+    shape: tuple[int, ...]  #: in the model, (experts, …)
+    #: what the slice of one expert holds, by name relative to the block's `experts` module; `{}`
+    #: stands for the number of the expert, e.g. ("{}.gate_proj.weight", "{}.up_proj.weight").
     leaves: tuple[str, ...]
-    transposed: bool
+    transposed: bool  #: whether a slice is (in, out)
+    #: whether the leaves follow each other in a slice; if not, their rows alternate.
     concatenated: bool
 
     @property
@@ -90,16 +84,14 @@ class Experts(nn.Module):
 
     Experts run in the order of their numbers, each on the tokens that chose it, in text order. The
     order is fixed so that the result does not depend on how tokens are grouped.
-
-    Attributes:
-        measured_on_all: experts whose linears also run on all tokens, so that hooks on them see
-            all tokens. An expert that few tokens chose gets usable statistics in this way. What
-            the module returns does not change.
-        on_output: called with the number of an expert, its outputs (T, H) before the router's
-            weights, and these weights (T,); None to call nothing.
     """
 
+    #: experts whose linears also run on all tokens, so that hooks on them see all tokens. An expert
+    #: that few tokens chose gets usable statistics in this way. What the module returns does not
+    #: change.
     measured_on_all: frozenset[int]
+    #: called with the number of an expert, its outputs (T, H) before the router's weights, and
+    #: these weights (T,); None to call nothing.
     on_output: Callable[[int, Tensor, Tensor], object] | None
 
     def __init__(self, fused: nn.Module, leaves: tuple[str, str, str], dtype: torch.dtype) -> None:

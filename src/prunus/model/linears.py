@@ -79,10 +79,6 @@ def find_block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
 class Linear:
     """One prunable linear of a block.
 
-    Attributes:
-        name: relative to the block, e.g. `self_attn.q_proj`.
-        module: an `nn.Linear` or a `Conv1D`.
-
     >>> linear = Linear("c_fc", Conv1D(3, 2))  # 3 outputs, 2 inputs
     >>> linear.transposed, linear.shape, tuple(linear.parameter.shape)
     (True, (3, 2), (2, 3))
@@ -91,8 +87,8 @@ class Linear:
     0
     """
 
-    name: str
-    module: nn.Module
+    name: str  #: relative to the block, e.g. `self_attn.q_proj`.
+    module: nn.Module  #: an `nn.Linear` or a `Conv1D`
 
     @property
     def transposed(self) -> bool:

@@ -27,16 +27,11 @@ from prunus.model.skeleton import Skeleton, names_in_model
 
 
 class Source(Protocol):
-    """Stored weights of a model, addressed by the names of the model's own parameters.
-
-    Attributes:
-        fingerprint: differs for different checkpoints; see `Checkpoint.fingerprint`.
-        stored_dtype: the floating-point dtype that most bytes are stored in.
-    """
+    """Stored weights of a model, addressed by the names of the model's own parameters."""
 
     config: Any
-    fingerprint: str
-    stored_dtype: torch.dtype
+    fingerprint: str  #: differs for different checkpoints; see `Checkpoint.fingerprint`
+    stored_dtype: torch.dtype  #: the floating-point dtype that most bytes are stored in
 
     def bind(self, skeleton: Skeleton) -> None:
         """Match the stored names with those of the model. Comes before all that follows."""

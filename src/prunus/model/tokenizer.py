@@ -91,17 +91,11 @@ def token_ids(folder: Path, trust_remote_code: bool = False) -> dict[str, int] |
 
 
 class Vocabulary(NamedTuple):
-    """What a model's token ids mean.
+    """What a model's token ids mean."""
 
-    Attributes:
-        model: How messages name the model.
-        size: Number of token ids; None if it is not known.
-        folder: The checkpoint with the tokenizer; None if there is none to compare.
-    """
-
-    model: str
-    size: int | None
-    folder: Path | None
+    model: str  #: how messages name the model
+    size: int | None  #: number of token ids; None if it is not known
+    folder: Path | None  #: the checkpoint with the tokenizer; None if there is none to compare
     trust_remote_code: bool = False
 
 

@@ -42,31 +42,21 @@ _Kind = TypeVar("_Kind", bound="Options")
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """What is known of an option besides its type and its default.
+    """What is known of an option besides its type and its default."""
 
-    Attributes:
-        help: Says what the option does; begins with a verb.
-        metavar: Stands for the value in the help, such as "N"; None for a switch.
-        panel: The group of the option in the help; None for the first group.
-        within: Which values it takes; None for all of its type.
-        default: The default in words, where the value None stands for a rule.
-        flag: Whether the command line has it. Other options are for files and Python.
-        switch: The flags of a switch that is not plain, such as "--repair/--no-repair".
-        parse: Turns text of the command line into a value, or raises `ValueError`.
-        suggestions: Names that a shell may complete; None for none.
-        variable: An environment variable that gives the value where no flag does.
-    """
-
-    help: str
-    metavar: str | None = None
-    panel: str | None = None
-    within: Range | None = None
-    default: str | None = None
-    flag: bool = True
+    help: str  #: says what the option does; begins with a verb
+    metavar: str | None = None  #: stands for the value in the help, such as "N"; None for a switch
+    panel: str | None = None  #: the group of the option in the help; None for the first group
+    within: Range | None = None  #: which values it takes; None for all of its type
+    default: str | None = None  #: the default in words, where the value None stands for a rule
+    flag: bool = True  #: whether the command line has it. Other options are for files and Python.
+    #: The flags of a switch that is not plain, such as "--repair/--no-repair".
     switch: str | None = None
+    #: Turns text of the command line into a value, or raises `ValueError`.
     parse: Callable[[str], Any] | None = None
+    #: Names that a shell may complete; None for none.
     suggestions: Callable[[], Iterable[str]] | None = None
-    variable: str | None = None
+    variable: str | None = None  #: an environment variable that gives the value where no flag does
 
 
 class _OptionsType(ModelMetaclass):
@@ -221,16 +211,11 @@ def _brief(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Which values an option takes.
-
-    Attributes:
-        must: The range in words, after "must": "lie in (0, 1)".
-        of_shares: Whether an error asks if the value was meant in percent.
-    """
+    """Which values an option takes."""
 
     allows: Callable[[Any], bool]
-    must: str
-    of_shares: bool = False
+    must: str  #: the range in words, after "must": "lie in (0, 1)"
+    of_shares: bool = False  #: whether an error asks if the value was meant in percent
 
     def check(self, name: str, value: Any) -> None:
         """Check the value of the option `name`. None stands for the default and passes.

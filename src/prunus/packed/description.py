@@ -158,15 +158,12 @@ class QuantizedShape(NamedTuple):
 
 @dataclass(frozen=True)
 class Description:
-    """The packed linears of a checkpoint.
+    """The packed linears of a checkpoint."""
 
-    Attributes:
-        values: dtype in which bitmaps store their entries; None where there are no bitmaps.
-        linears: module name (`model.layers.0.mlp.up_proj`) -> shape. A linear is a bitmap or
-            quantised; a checkpoint may hold both.
-    """
-
+    #: dtype in which bitmaps store their entries; None where there are no bitmaps.
     values: Stored | None
+    #: module name (`model.layers.0.mlp.up_proj`) -> shape. A linear is a bitmap or quantised; a
+    #: checkpoint may hold both.
     linears: Mapping[str, PackedShape | QuantizedShape]
 
     @property

@@ -40,11 +40,7 @@ from prunus.runs.record import Walk
 
 @dataclass(kw_only=True)
 class PruningJob(RunJob):
-    """The decisions of one run of prune.
-
-    Attributes:
-        left_dense: The weights of the blocks that stay dense: full name -> shape.
-    """
+    """The decisions of one run of prune."""
 
     #: The record that the run writes.
     RECORD: ClassVar[type[PruningRecord]] = Manifest
@@ -54,6 +50,7 @@ class PruningJob(RunJob):
     recipe: PruningOptions
     linear_settings: LinearSettings
     selected: list[list[str]]
+    #: The weights of the blocks that stay dense: full name -> shape.
     left_dense: dict[str, tuple[int, ...]]
 
     @classmethod
@@ -201,13 +198,10 @@ def training_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 
 class LinearSelection(NamedTuple):
-    """The linears of a model, sorted into those that are pruned and the rest.
-
-    Attributes:
-        left_dense: All other weights with two or more dimensions in the blocks: full name -> shape.
-    """
+    """The linears of a model, sorted into those that are pruned and the rest."""
 
     selected: list[list[str]]
+    #: All other weights with two or more dimensions in the blocks: full name -> shape.
     left_dense: dict[str, tuple[int, ...]]
 
 

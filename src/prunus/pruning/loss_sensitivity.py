@@ -57,21 +57,16 @@ _FLOAT16_SCALE = 2.0**12
 
 @dataclass(frozen=True)
 class LinearSensitivity:
-    """What is known of a linear before it is pruned or quantised.
+    """What is known of a linear before it is pruned or quantised."""
 
-    Attributes:
-        loss_O: s_i, float32 (O,).
-        power: the mean square of an input.
-        deviations_Q: float32 (Q,): quantiles over the inputs of the deviation of a column's
-            weights in units of U_jj, with the rows scaled as they will be quantised. Empty where
-            the linear is not quantised.
-        curve_P: float32 (P,): Σ s_i w_ij² E[x_j²] of the weights that Wanda removes at each
-            sparsity, the loss if their errors were independent. Empty where it is quantised.
-    """
-
-    loss_O: Tensor
-    power: float
+    loss_O: Tensor  #: s_i, float32 (O,)
+    power: float  #: the mean square of an input
+    #: float32 (Q,): quantiles over the inputs of the deviation of a column's weights in units of
+    #: U_jj, with the rows scaled as they will be quantised. Empty where the linear is not
+    #: quantised.
     deviations_Q: Tensor = field(default_factory=lambda: torch.zeros(0))
+    #: float32 (P,): Σ s_i w_ij² E[x_j²] of the weights that Wanda removes at each sparsity, the
+    #: loss if their errors were independent. Empty where it is quantised.
     curve_P: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     @property

@@ -129,23 +129,19 @@ class BlockRecord(Part):
 
 
 class PruningRecord(BlockwiseRecord):
-    """What prune and compress record.
-
-    Attributes:
-        head: The pruned output head, or None.
-        allocation: Full name of a linear -> its sparsity; empty if all have the recipe's.
-        data_dir: Folder of local datasets that the calibration text was read from, if any.
-        left_dense: Weights of the blocks that stay as they are: full name -> shape.
-    """
+    """What prune and compress record."""
 
     #: What happened to a block, in one word.
     DONE: ClassVar[str] = "pruned"
 
     recipe: PruningOptions
     blocks: list[BlockRecord] = Field(default_factory=list)
-    head: LinearRecord | None = None
+    head: LinearRecord | None = None  #: the pruned output head, or None
+    #: Full name of a linear -> its sparsity; empty if all have the recipe's.
     allocation: dict[str, float] = Field(default_factory=dict)
+    #: Folder of local datasets that the calibration text was read from, if any.
     data_dir: str | None = None
+    #: Weights of the blocks that stay as they are: full name -> shape.
     left_dense: dict[str, tuple[int, ...]] = Field(default_factory=dict)
 
     @property

@@ -11,19 +11,15 @@ from prunus.runs.record import Part, RunInputs, RunRecord, UsedBos
 
 
 class Evaluation(Part):
-    """One evaluation of the held-out windows.
+    """One evaluation of the held-out windows."""
 
-    Attributes:
-        step, tokens, seconds: Of the training and its evaluations before this one.
-        training_loss: Mean training loss since the previous evaluation; None at the start.
-        held_out_loss: Mean next-token cross entropy in nats per token. It is the cross entropy with
-            the text even if the training minimises something else.
-    """
-
-    step: int
+    step: int  #: step, tokens, seconds: Of the training and its evaluations before this one
     tokens: int
     seconds: float
+    #: Mean training loss since the previous evaluation; None at the start.
     training_loss: float | None
+    #: Mean next-token cross entropy in nats per token. It is the cross entropy with the text even
+    #: if the training minimises something else.
     held_out_loss: float
 
     @property

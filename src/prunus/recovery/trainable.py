@@ -24,24 +24,20 @@ from prunus.recovery.record import LinearMask, RecoveryRecord
 
 @dataclass(frozen=True)
 class Trainable:
-    """A model that is ready to be trained.
-
-    Attributes:
-        parameters: What is trained, float32, by names that are also those in a checkpoint.
-        pruned: Full name -> pruned linear, in mode masked. Its zeros stay zero.
-        masks: Name of a parameter -> bool of its shape, False where it must stay zero.
-        added: Number of parameters that only the result has.
-        weight_rms: Root mean square of the model's own kept weights if these are trained. The
-            default learning rate is relative to it. 1 for low-rank factors.
-        rates: Name of a parameter -> its learning rate, as a multiple of that of the others.
-    """
+    """A model that is ready to be trained."""
 
     model: Any
+    #: What is trained, float32, by names that are also those in a checkpoint.
     parameters: dict[str, nn.Parameter]
+    #: Full name -> pruned linear, in mode masked. Its zeros stay zero.
     pruned: Mapping[str, Linear] = field(default_factory=dict)
+    #: Name of a parameter -> bool of its shape, False where it must stay zero.
     masks: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    added: int = 0
+    added: int = 0  #: number of parameters that only the result has
+    #: Root mean square of the model's own kept weights if these are trained. The default learning
+    #: rate is relative to it. 1 for low-rank factors.
     weight_rms: float = 1.0
+    #: Name of a parameter -> its learning rate, as a multiple of that of the others.
     rates: Mapping[str, float] = field(default_factory=dict)
 
     @property

@@ -40,20 +40,14 @@ _CUDA_ROWS = 4096
 
 @dataclass(frozen=True)
 class Step:
-    """Progress of a training, for display.
+    """Progress of a training, for display."""
 
-    Attributes:
-        fraction: Of the budget that is spent, from 0 to 1.
-        tokens, seconds: Of training so far; the time includes evaluations.
-        perplexity: On the held-out windows, if they have just been evaluated.
-    """
-
-    fraction: float
-    tokens: int
+    fraction: float  #: of the budget that is spent, from 0 to 1
+    tokens: int  #: tokens, seconds: Of training so far; the time includes evaluations
     seconds: float
     message: str
     loss: float | None = None
-    perplexity: float | None = None
+    perplexity: float | None = None  #: on the held-out windows, if they have just been evaluated
 
 
 def _is_stalled(held_out_losses: Sequence[float], patience: int) -> bool:

@@ -44,18 +44,13 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
-
-    Attributes:
-        columns: one per value of a row.
-        rows: unformatted values; None where a figure is missing.
-        total: a last row that sums up the others, which sorting leaves in its place; () for none.
-    """
+    """A table."""
 
     title: str
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[Any, ...], ...]
+    columns: tuple[Column, ...]  #: one per value of a row
+    rows: tuple[tuple[Any, ...], ...]  #: unformatted values; None where a figure is missing
     note: str = ""
+    #: a last row that sums up the others, which sorting leaves in its place; () for none.
     total: tuple[Any, ...] = ()
 
     def _repr_html_(self) -> str:
@@ -83,22 +78,19 @@ class Series:
 
 @dataclass(frozen=True)
 class Lines:
-    """A chart of lines, with a marker at each measured point.
-
-    Attributes:
-        level: name and value of a horizontal line to compare with, such as the dense model's.
-        categories: all values of x in order, if x is a category; empty if x is a number.
-        round_ticks: whether the x axis has ticks at round numbers, rather than one at every value.
-    """
+    """A chart of lines, with a marker at each measured point."""
 
     title: str
     x_title: str
     y_title: str
     series: tuple[Series, ...]
+    #: name and value of a horizontal line to compare with, such as the dense model's.
     level: tuple[str, float] | None = None
+    #: all values of x in order, if x is a category; empty if x is a number.
     categories: tuple[str, ...] = ()
     log_x: bool = False
     log_y: bool = False
+    #: whether the x axis has ticks at round numbers, rather than one at every value.
     round_ticks: bool = False
     labelled: bool = False
 

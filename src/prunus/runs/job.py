@@ -23,30 +23,25 @@ from prunus.runs.record import Walk
 
 @dataclass(kw_only=True)
 class RunJob:
-    """The decisions of one run, as far as they concern its model and its windows.
-
-    Attributes:
-        model_name: The model as the user named it; the class name of a loaded model.
-        budget: Memory for the run on `device`, in bytes.
-        host_budget: Memory for the run on the host, in bytes. On a CPU both budgets are the same.
-        measured: Name of a block -> SHA-256 of the weights that a measurement before the first
-            block read. The record of the run holds the same.
-    """
+    """The decisions of one run, as far as they concern its model and its windows."""
 
     recipe: WindowOptions
     options: RunOptions
-    model_name: str
+    model_name: str  #: the model as the user named it; the class name of a loaded model
     source: CheckpointSource | ModuleSource
     skeleton: Skeleton
     device: torch.device
     dtype: torch.dtype
     dtype_reason: str
     batch: int
-    budget: int
+    budget: int  #: memory for the run on `device`, in bytes
+    #: Memory for the run on the host, in bytes. On a CPU both budgets are the same.
     host_budget: int
     needs: Needs
     needs_inputs: bool
     block_memory: list[BlockMemory] = field(default_factory=list)
+    #: Name of a block -> SHA-256 of the weights that a measurement before the first block read. The
+    #: record of the run holds the same.
     measured: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -230,22 +225,17 @@ class BlockMemory:
     >>> memory = BlockMemory(weights=40, working=20, hidden=8, paused=16, transient=4)
     >>> memory.total(hidden=True, paused=True), memory.minimum
     (88, 64)
-
-    Attributes:
-        weights: The block in the dtype of the computation, the block as stored, and the pruned
-            tensors that wait to be written.
-        working: The temporaries of the largest linear while it is pruned, and its input
-            statistics.
-        paused: What windows that pause at a linear hold next to their hidden states; see
-            `paused_bytes`.
-        transient: The activations of one batch's forward pass; see `transient_bytes`.
     """
 
+    #: The block in the dtype of the computation, the block as stored, and the pruned tensors that
+    #: wait to be written.
     weights: int
+    #: The temporaries of the largest linear while it is pruned, and its input statistics.
     working: int
     hidden: int
+    #: What windows that pause at a linear hold next to their hidden states; see `paused_bytes`.
     paused: int
-    transient: int
+    transient: int  #: the activations of one batch's forward pass; see `transient_bytes`
 
     def total(self, *, hidden: bool, paused: bool) -> int:
         """Bytes in all, with hidden states and with windows that all pause at once, or without."""

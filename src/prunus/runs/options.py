@@ -88,18 +88,7 @@ class WindowOptions(Options):
 
 
 class RunOptions(Options):
-    """How the work is done, as far as it does not decide the bytes of the result.
-
-    Attributes:
-        input_ids: Calibration data instead of a named source: token ids (samples, seqlen), or
-            pixel values (samples, channels, height, width).
-        texts: Texts, rows of a data set or chats instead of a named source; see
-            `prunus.calibration.sources`.
-        own_method: A `prunus.methods.Method` in place of the name of one.
-        announce: Called with what is being prepared, before the first step; None to be silent.
-        report: Called after every step; None to be silent.
-        ranks: The processes that work on this run; None for those that torchrun started, if any.
-    """
+    """How the work is done, as far as it does not decide the bytes of the result."""
 
     device: Annotated[
         str, Option("Run on this device: auto, cpu, cuda or cuda:0, ….", metavar="DEVICE")
@@ -152,11 +141,17 @@ class RunOptions(Options):
             "Use this tokenizer or image processor.", flag=False, default="that of the checkpoint"
         ),
     ] = None
+    #: Calibration data instead of a named source: token ids (samples, seqlen), or pixel values
+    #: (samples, channels, height, width).
     input_ids: Any = None
+    #: Texts, rows of a data set or chats instead of a named source; see
+    #: `prunus.calibration.sources`.
     texts: Any = None
-    own_method: Any = None
+    own_method: Any = None  #: A `prunus.methods.Method` in place of the name of one
+    #: Called with what is being prepared, before the first step; None to be silent.
     announce: Callable[[str], None] | None = None
-    report: Callable[..., None] | None = None
+    report: Callable[..., None] | None = None  #: called after every step; None to be silent
+    #: The processes that work on this run; None for those that torchrun started, if any.
     ranks: Any = None
 
     @field_validator("memory", mode="before")

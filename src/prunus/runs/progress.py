@@ -22,21 +22,13 @@ SECONDS_BETWEEN_LINES = 15.0
 
 @dataclass(frozen=True)
 class Progress:
-    """One step of a run, for a progress display.
+    """One step of a run, for a progress display."""
 
-    Attributes:
-        done: Finished blocks, out of `total`; of pack and unpack, finished shards.
-        total: Blocks or shards of the model.
-        message: What just happened.
-        seconds: Since the start of the run.
-        peak_memory: Of this process so far, in bytes; on a GPU the memory of the device.
-    """
-
-    done: int
-    total: int
-    message: str
-    seconds: float
-    peak_memory: int
+    done: int  #: finished blocks, out of `total`; of pack and unpack, finished shards
+    total: int  #: blocks or shards of the model
+    message: str  #: what just happened
+    seconds: float  #: since the start of the run
+    peak_memory: int  #: of this process so far, in bytes; on a GPU the memory of the device
     unit: str = "blocks"
 
 

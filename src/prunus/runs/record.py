@@ -106,15 +106,7 @@ class WindowInputs(RunInputs):
 
 
 class RunRecord(Part):
-    """The state of a run: "running" until every shard and the index exist, then "finished".
-
-    Attributes:
-        source: The model as the user named it.
-        recipe: The options that decide the bytes of the result.
-        inputs: What else decides them.
-        sha256: File name of a finished shard -> SHA-256 of its bytes.
-        totals: Figures of the whole run.
-    """
+    """The state of a run: "running" until every shard and the index exist, then "finished"."""
 
     #: Name of the file, and of the verb that writes it.
     FILE: ClassVar[str]
@@ -122,13 +114,14 @@ class RunRecord(Part):
 
     format: Literal[1] = 1
     state: Literal["running", "finished"] = "running"
-    source: str
-    recipe: Options
-    inputs: RunInputs
+    source: str  #: the model as the user named it
+    recipe: Options  #: the options that decide the bytes of the result
+    inputs: RunInputs  #: what else decides them
     versions: dict[str, str] = Field(default_factory=dict)
     hardware: dict[str, Any] = Field(default_factory=dict)
+    #: File name of a finished shard -> SHA-256 of its bytes.
     sha256: dict[str, str] = Field(default_factory=dict)
-    totals: dict[str, Any] = Field(default_factory=dict)
+    totals: dict[str, Any] = Field(default_factory=dict)  #: figures of the whole run
 
     def save(self, folder: Path) -> None:
         """Write the record atomically."""
@@ -164,14 +157,11 @@ class RunRecord(Part):
 
 
 class BlockwiseRecord(RunRecord):
-    """The record of a run that writes one shard per block.
-
-    Attributes:
-        measured: Name of a block -> SHA-256 of its dense weights, where a measurement before the
-            first block read all blocks and decides their results.
-    """
+    """The record of a run that writes one shard per block."""
 
     inputs: WindowInputs
+    #: Name of a block -> SHA-256 of its dense weights, where a measurement before the first block
+    #: read all blocks and decides their results.
     measured: dict[str, str] = Field(default_factory=dict)
     blocks: list[Any] = Field(default_factory=list)
 

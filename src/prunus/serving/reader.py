@@ -51,17 +51,13 @@ _PATIENCE = 60
 
 @dataclass(frozen=True)
 class Limits:
-    """What every request must keep to.
-
-    Attributes:
-        context: largest number of tokens of prompt and answer together; None for no limit.
-        text: bytes of the longest text that can fit into the context.
-    """
+    """What every request must keep to."""
 
     name: str
     vocabulary: int
+    #: largest number of tokens of prompt and answer together; None for no limit.
     context: int | None
-    text: int
+    text: int  #: bytes of the longest text that can fit into the context
 
     @classmethod
     def of(cls, name: str, model: Any, tokenizer: Any) -> Limits:

@@ -139,18 +139,13 @@ class TextOptions(_Scored):
 
 
 class Work(_Scored):
-    """What is computed for a request: its prompts as token ids, and options that were checked.
-
-    Attributes:
-        texts: the text of each prompt, where `echo` asks for it.
-        is_chat: whether reasoning and calls of tools are told from the answer's text.
-    """
+    """What is computed for a request: its prompts as token ids, and options that were checked."""
 
     model_config = ConfigDict(extra="ignore")
 
     prompts: list[list[int]]
-    texts: list[str] | None = None
-    is_chat: bool = False
+    texts: list[str] | None = None  #: the text of each prompt, where `echo` asks for it
+    is_chat: bool = False  #: whether reasoning and calls of tools are told from the answer's text
     max_tokens: int | None = None
     tools: list[dict[str, Any]] | None = None
 

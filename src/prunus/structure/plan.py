@@ -58,18 +58,12 @@ class SmallerModel:
 
 @dataclass(kw_only=True)
 class StructureJob(RunJob):
-    """The decisions of one run of shrink.
-
-    Attributes:
-        raw: the content of the source's config.json.
-        keep_blocks: how many blocks stay.
-        experts, width: None if all stay.
-    """
+    """The decisions of one run of shrink."""
 
     recipe: StructureRecipe
-    raw: dict[str, Any] = field(default_factory=dict)
-    experts: ExpertPlan | None = None
-    keep_blocks: int = 0
+    raw: dict[str, Any] = field(default_factory=dict)  #: the content of the source's config.json
+    experts: ExpertPlan | None = None  #: experts, width: None if all stay
+    keep_blocks: int = 0  #: how many blocks stay
     width: WidthPlan | None = None
 
     @property

@@ -128,88 +128,62 @@ class StructureRecipe(WindowOptions):
 
 
 class ExpertChange(Part):
-    """What happened to the experts of one block.
+    """What happened to the experts of one block."""
 
-    Attributes:
-        kept: the old numbers of the experts that stay; the new number is the place in the list.
-        saliency: of every old expert.
-        tokens: calibration tokens that chose each old expert.
-    """
-
+    #: the old numbers of the experts that stay; the new number is the place in the list.
     kept: list[int]
-    saliency: list[float]
-    tokens: list[int]
+    saliency: list[float]  #: of every old expert
+    tokens: list[int]  #: calibration tokens that chose each old expert
 
 
 class PartChange(Part):
-    """What happened to the channels or the heads of one block.
+    """What happened to the channels or the heads of one block."""
 
-    Attributes:
-        kept: the old numbers of those that stay; of heads, those of query heads.
-        error: ‖X(W − W')ᵀ‖² / ‖XWᵀ‖² at the linear that reads them.
-        error_before_fit: the same if the columns that stay had kept their weights.
-    """
-
-    kept: list[int]
-    error: float
-    error_before_fit: float
+    kept: list[int]  #: the old numbers of those that stay; of heads, those of query heads
+    error: float  #: ‖X(W − W')ᵀ‖² / ‖XWᵀ‖² at the linear that reads them
+    error_before_fit: float  #: the same if the columns that stay had kept their weights
 
 
 class SearchStep(Part):
-    """One step of the search for blocks.
+    """One step of the search for blocks."""
 
-    Attributes:
-        block: position in the source of the block that is removed.
-        value: what was measured without it and the blocks of the steps before.
-        measure: "divergence" (KL from the dense model, nats per token) or "influence" (1 − the mean
-            cosine between hidden states before and after the block).
-        candidates: the same for every block of the source; None for those that were not measured.
-    """
-
-    block: int
-    value: float
+    block: int  #: position in the source of the block that is removed
+    value: float  #: what was measured without it and the blocks of the steps before
+    #: "divergence" (KL from the dense model, nats per token) or "influence" (1 − the mean cosine
+    #: between hidden states before and after the block).
     measure: Literal["divergence", "influence"]
+    #: the same for every block of the source; None for those that were not measured.
     candidates: list[float | None]
 
 
 class BlockChange(Part):
-    """One block of the result.
+    """One block of the result."""
 
-    Attributes:
-        name: full name in the result.
-        made_from: position in the source.
-        input_sha256: hash of the weights that it was made from.
-        experts: None for a block whose experts all stay, or that has none.
-        width: of what became narrower: `heads`, and `channels` of the MLP, or of several MLPs, such
-            as experts, each by the linear that reads it.
-        repair: the training towards the dense model; None for a block without it.
-        seconds: time for the block, without the training.
-    """
-
-    name: str
-    made_from: int
-    input_sha256: str
+    name: str  #: full name in the result
+    made_from: int  #: position in the source
+    input_sha256: str  #: hash of the weights that it was made from
+    #: None for a block whose experts all stay, or that has none.
     experts: ExpertChange | None = None
+    #: of what became narrower: `heads`, and `channels` of the MLP, or of several MLPs, such as
+    #: experts, each by the linear that reads it.
     width: dict[str, PartChange] = Field(default_factory=dict)
+    #: the training towards the dense model; None for a block without it.
     repair: ReconstructionRecord | None = None
-    seconds: float = 0.0
+    seconds: float = 0.0  #: time for the block, without the training
 
 
 class StructureRecord(BlockwiseRecord):
-    """The record of shrink.
-
-    Attributes:
-        search: the blocks that are removed, in the order in which they were found.
-        config: field of config.json that changed -> its values before and after.
-        left_out: stored tensors that the model has no place for; the result does not have them.
-    """
+    """The record of shrink."""
 
     FILE: ClassVar[str] = "prunus-structure.json"
     VERB: ClassVar[str] = "prunus shrink"
 
     recipe: StructureRecipe
+    #: the blocks that are removed, in the order in which they were found.
     search: list[SearchStep] = Field(default_factory=list)
+    #: field of config.json that changed -> its values before and after.
     config: dict[str, tuple[Any, Any]] = Field(default_factory=dict)
+    #: stored tensors that the model has no place for; the result does not have them.
     left_out: list[str] = Field(default_factory=list)
     blocks: list[BlockChange] = Field(default_factory=list)
 

@@ -147,15 +147,11 @@ def renumbered(key: str, old: int, new: int) -> str:
 
 
 class SmallerFolder(BlockFolder):
-    """Writes the smaller model, which is known after the search for blocks.
-
-    Attributes:
-        smaller: the model that is written; must be set before the first block.
-    """
+    """Writes the smaller model, which is known after the search for blocks."""
 
     record: StructureRecord
     job: StructureJob
-    smaller: SmallerModel
+    smaller: SmallerModel  #: the model that is written; must be set before the first block
 
     def made_from(self, place: int) -> int:
         return self.smaller.made_from[place]

@@ -113,17 +113,12 @@ def possible_spans(length: tuple[int, int], units: Units, width: int) -> list[tu
 
 @dataclass(frozen=True)
 class PartLayout:
-    """The tensors of one block that the channels of an MLP, or the heads, are part of.
+    """The tensors of one block that the channels of an MLP, or the heads, are part of."""
 
-    Attributes:
-        reader: the linear whose inputs they are, such as `mlp.down_proj`.
-        read: the run of units that its inputs are, of which `keep` stay.
-        cuts: relative name of a tensor -> the axis that becomes shorter, of the reader's too.
-    """
-
-    reader: str
-    read: Span
+    reader: str  #: the linear whose inputs they are, such as `mlp.down_proj`
+    read: Span  #: the run of units that its inputs are, of which `keep` stay
     keep: int
+    #: relative name of a tensor -> the axis that becomes shorter, of the reader's too.
     cuts: dict[str, Cut]
 
 

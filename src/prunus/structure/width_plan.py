@@ -71,20 +71,16 @@ class HeadPlan:
 
 @dataclass
 class WidthPlan:
-    """What stays in every block.
+    """What stays in every block."""
 
-    Attributes:
-        heads: None if all stay.
-        mlps: of every old block, where the channels of its MLPs are; a routed expert is an MLP.
-        attention: of every old block, where the heads are; None if all of them stay.
-        changes: canonical name of a field of the configuration -> its new value.
-        sizes: pairs of sizes before and after that shapes and attributes may show.
-    """
-
-    heads: HeadPlan | None
+    heads: HeadPlan | None  #: None if all stay
+    #: of every old block, where the channels of its MLPs are; a routed expert is an MLP.
     mlps: list[list[PartLayout]]
+    #: of every old block, where the heads are; None if all of them stay.
     attention: list[PartLayout | None]
+    #: canonical name of a field of the configuration -> its new value.
     changes: dict[str, Any] = field(default_factory=dict)
+    #: pairs of sizes before and after that shapes and attributes may show.
     sizes: set[tuple[int, int]] = field(default_factory=set)
 
 

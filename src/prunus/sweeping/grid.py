@@ -64,12 +64,7 @@ class Scoring(TextOptions, TaskOptions):
 
 
 class Sweep(Options):
-    """A sweep file.
-
-    Attributes:
-        grid: Tables that map recipe options and `recovery` to a value or a list of values.
-        recovery: Name -> options of `prunus recover`.
-    """
+    """A sweep file."""
 
     FILE = "sweep"
 
@@ -78,8 +73,9 @@ class Sweep(Options):
     models: tuple[str, ...] = ()
     recipe: dict[str, Any] = Field(default={})
     scoring: Scoring = Scoring()
+    #: Tables that map recipe options and `recovery` to a value or a list of values.
     grid: tuple[dict[str, Any], ...] = Field(min_length=1)
-    recovery: dict[str, dict[str, Any]] = Field(default={})
+    recovery: dict[str, dict[str, Any]] = Field(default={})  #: name -> options of `prunus recover`
     keep_checkpoints: bool = False
 
     @model_validator(mode="after")

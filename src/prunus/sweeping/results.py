@@ -35,24 +35,20 @@ _CONDITIONS = {
 
 
 class SweptModel(Part):
-    """A model of a sweep, dense or a cell, and what was measured of it.
+    """A model of a sweep, dense or a cell, and what was measured of it."""
 
-    Attributes:
-        size: As it is stored.
-        packed: As `prunus pack` would store it without loss; None where it packs nothing.
-        scores: Text -> perplexity. Cells have a divergence from the dense model.
-        tasks: Task -> metric -> value and stderr, None where they are unknown. If all seven tasks
-            of the paper are there, their mean is too.
-        pruning, recovered: Totals of the runs that made a cell.
-        residual_gap: Text -> see `residual_gaps`; empty for dense models.
-    """
-
-    size: ModelSize | None = None
+    size: ModelSize | None = None  #: as it is stored
+    #: As `prunus pack` would store it without loss; None where it packs nothing.
     packed: ModelSize | None = None
+    #: Text -> perplexity. Cells have a divergence from the dense model.
     scores: dict[str, PerplexityResult] = Field(default={})
+    #: Task -> metric -> value and stderr, None where they are unknown. If all seven tasks of the
+    #: paper are there, their mean is too.
     tasks: dict[str, dict[str, dict[str, float | None]]] = Field(default={})
+    #: pruning, recovered: Totals of the runs that made a cell.
     pruning: dict[str, Any] | None = None
     recovered: dict[str, Any] | None = None
+    #: Text -> see `residual_gaps`; empty for dense models.
     residual_gap: dict[str, float | None] = Field(default={})
     error: str | None = None
 
@@ -85,20 +81,14 @@ class SweptModel(Part):
 
 
 class CellResult(SweptModel):
-    """One combination of a sweep.
+    """One combination of a sweep."""
 
-    Attributes:
-        name: Unique name, which is also the name of the cell's folder.
-        model: Label of the model.
-        recovers: Name of the cell whose weights are recovered, or None.
-        state: A `waiting` cell was not started, a `running` one is between two steps.
-    """
-
-    name: str
-    model: str
+    name: str  #: unique name, which is also the name of the cell's folder
+    model: str  #: label of the model
     recipe: Recipe
     recovery: str | None = None
-    recovers: str | None = None
+    recovers: str | None = None  #: name of the cell whose weights are recovered, or None
+    #: A `waiting` cell was not started, a `running` one is between two steps.
     state: Literal["waiting", "running", "done", "failed"] = "waiting"
 
 

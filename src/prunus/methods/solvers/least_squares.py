@@ -52,20 +52,14 @@ _Product = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class ScaledGram:
-    """The damped Gram matrix of inputs that are scaled to norm 1, and the scales.
+    """The damped Gram matrix of inputs that are scaled to norm 1, and the scales."""
 
-    Attributes:
-        gram_II: float32, A + λI; its diagonal is 1 + λ. Inputs that are always 0 count as
-            uncorrelated with all others.
-        scale_I: float32 √d, 1 where d is 0.
-        dead_I: bool, True for inputs that are always 0.
-        damping: λ.
-    """
-
+    #: float32, A + λI; its diagonal is 1 + λ. Inputs that are always 0 count as uncorrelated with
+    #: all others.
     gram_II: Tensor
-    scale_I: Tensor
-    dead_I: Tensor
-    damping: float
+    scale_I: Tensor  #: float32 √d, 1 where d is 0
+    dead_I: Tensor  #: bool, True for inputs that are always 0
+    damping: float  #: λ
 
     @property
     def is_data_limited(self) -> bool:

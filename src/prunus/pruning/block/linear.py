@@ -38,14 +38,10 @@ SPARSE = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class LinearSettings:
-    """How a linear is pruned.
+    """How a linear is pruned."""
 
-    Attributes:
-        method: With refinements and weight updates composed in.
-        work: What is asked of it. How its rows are split and rounded is decided linear by linear.
-    """
-
-    method: Method
+    method: Method  #: with refinements and weight updates composed in
+    #: What is asked of it. How its rows are split and rounded is decided linear by linear.
     work: Work
 
 

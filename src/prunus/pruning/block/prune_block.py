@@ -310,12 +310,7 @@ class BlockPruner:
 
 @dataclass
 class BlockState:
-    """One block while it is pruned.
-
-    Attributes:
-        changed: the finished tensors by relative name, as far as they differ from `stored`.
-        packed: the linears that a compressed checkpoint stores as integers, by relative name.
-    """
+    """One block while it is pruned."""
 
     index: int
     name: str
@@ -327,8 +322,10 @@ class BlockState:
     expert_counters: list[ExpertCounter]
     dense_inputs: DenseBlockInputs | None
     reconstruction: BlockReconstruction | None
+    #: the finished tensors by relative name, as far as they differ from `stored`.
     changed: dict[str, torch.Tensor] = field(default_factory=dict)
     records: dict[str, LinearRecord] = field(default_factory=dict)
+    #: the linears that a compressed checkpoint stores as integers, by relative name.
     packed: dict[str, QuantizedWeight] = field(default_factory=dict)
     reconstructed: ReconstructionRecord | None = None
 

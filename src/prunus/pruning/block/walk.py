@@ -50,23 +50,20 @@ class BlockWalk:
     """The arguments of a walk. Every walk returns the linears that no batch of any rank reached.
 
     All walks but `two_pass` refuse a linear that the block calls twice; see `called_again`.
-
-    Attributes:
-        finish: stores the output of batch i; called as soon as the batch is through.
-        prune: prunes a linear, given the complete statistics of its inputs. It is called once per
-            linear, in the order of execution.
-        expert_counters: the experts modules of the block whose tokens must be counted before any
-            of their linears is measured.
     """
 
     linears: Sequence[Linear]
     count: int
     forward: Forward
-    finish: Finish
+    finish: Finish  #: stores the output of batch i; called as soon as the batch is through
     new_statistics: NewStatistics
+    #: prunes a linear, given the complete statistics of its inputs. It is called once per linear,
+    #: in the order of execution.
     prune: Prune
     accumulate: Accumulate = accumulate_inputs
     ranks: Ranks = SINGLE_PROCESS
+    #: the experts modules of the block whose tokens must be counted before any of their linears is
+    #: measured.
     expert_counters: Sequence[ExpertCounter] = ()
 
     def execution_order(self) -> list[str]:

@@ -45,21 +45,15 @@ Forward = Callable[[int], torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class BlockReconstructor:
-    """What the reconstruction of any block of a run needs.
-
-    Attributes:
-        numbers: per batch of `dense`, its number in `stream`.
-        counts: per rank, how many batches `dense` has.
-        split: ranks that split the windows of a training step; see `step_ranks`.
-    """
+    """What the reconstruction of any block of a run needs."""
 
     settings: ReconstructionSettings
     stream: Stream
     dense: Stream
-    numbers: Sequence[int]
-    counts: Sequence[int]
+    numbers: Sequence[int]  #: per batch of `dense`, its number in `stream`
+    counts: Sequence[int]  #: per rank, how many batches `dense` has
     ranks: Ranks
-    split: Ranks
+    split: Ranks  #: ranks that split the windows of a training step; see `step_ranks`
 
     def begin(
         self, index: int, block: nn.Module, trained: Sequence[str], walk: Walk

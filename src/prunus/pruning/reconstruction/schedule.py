@@ -36,31 +36,23 @@ _LOGIT_STEPS, _LOGIT_RATE, _MAX_LOGIT_STRIDE = 240, 2e-3, 28
 
 @dataclass(frozen=True)
 class ReconstructionSchedule:
-    """Training schedule of one block.
-
-    Attributes:
-        learning_rate: peak rate relative to the RMS of each tensor's kept weights; see
-            `TrainOptions.relative`.
-        logit_stride: with the loss on logits, one in this many of the tokens of a step is compared.
-    """
+    """Training schedule of one block."""
 
     epochs: int
     token_stride: int
+    #: peak rate relative to the RMS of each tensor's kept weights; see `TrainOptions.relative`.
     learning_rate: float
+    #: with the loss on logits, one in this many of the tokens of a step is compared.
     logit_stride: int = 1
 
 
 @dataclass(frozen=True)
 class ReconstructionSettings:
-    """What a run says about the reconstruction of all its blocks.
+    """What a run says about the reconstruction of all its blocks."""
 
-    Attributes:
-        epochs: passes over the training batches; None for the block's `default_schedule`.
-        learning_rate: peak rate of Adam, the same for all tensors; None for the relative rate of
-            the block's `default_schedule`.
-    """
-
-    epochs: int | None
+    epochs: int | None  #: passes over the training batches; None for the block's `default_schedule`
+    #: peak rate of Adam, the same for all tensors; None for the relative rate of the block's
+    #: `default_schedule`.
     learning_rate: float | None
     dtype: torch.dtype
     last_only: bool = False

@@ -51,15 +51,12 @@ _VALIDATIONS, _MAX_EPOCHS_BETWEEN = 4, 4
 
 @dataclass(frozen=True)
 class BlockBatches:
-    """The batches that a block learns from, by number.
+    """The batches that a block learns from, by number."""
 
-    Attributes:
-        forward: (batch, tokens) -> the block's output (windows, tokens, hidden) on these tokens of
-            the batch. Training calls it under autograd.
-        target: batch -> what the output should be, for all tokens, in any floating dtype.
-    """
-
+    #: (batch, tokens) -> the block's output (windows, tokens, hidden) on these tokens of the batch.
+    #: Training calls it under autograd.
     forward: Callable[[int, slice], torch.Tensor]
+    #: batch -> what the output should be, for all tokens, in any floating dtype.
     target: Callable[[int], torch.Tensor]
     train: Sequence[int]
     validation: Sequence[int]
@@ -67,37 +64,30 @@ class BlockBatches:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How a block is trained.
+    """How a block is trained."""
 
-    Attributes:
-        learning_rate: peak rate of Adam; see `learning_rate` for its course.
-        relative: the rate is a fraction of the root mean square (RMS) of each parameter's kept
-            weights, as in Adafactor (arXiv 1804.04235, section 8). A step of Adam moves every
-            weight by about the rate, whatever the gradient's size. Models differ tenfold in the
-            size of their weights, so a plain rate that suits one model destroys another.
-        dtype: of matrix products and activations, float32 or bfloat16. A block in this dtype
-            computes in it throughout; any other computes in float32 with its products cast.
-    """
-
-    learning_rate: float = 3e-4
+    learning_rate: float = 3e-4  #: peak rate of Adam; see `learning_rate` for its course
+    #: the rate is a fraction of the root mean square (RMS) of each parameter's kept weights, as in
+    #: Adafactor (arXiv 1804.04235, section 8). A step of Adam moves every weight by about the rate,
+    #: whatever the gradient's size. Models differ tenfold in the size of their weights, so a plain
+    #: rate that suits one model destroys another.
     relative: bool = False
     epochs: int = 3
     token_stride: int = 1
+    #: of matrix products and activations, float32 or bfloat16. A block in this dtype computes in it
+    #: throughout; any other computes in float32 with its products cast.
     dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The outcome of training a block.
+    """The outcome of training a block."""
 
-    Attributes:
-        weights: the best candidate: the trained parameters by relative name, float32, zero outside
-            their masks.
-        error_before, error_after: loss on the validation batches, of the weights before training
-            and of the best candidate.
-    """
-
+    #: the best candidate: the trained parameters by relative name, float32, zero outside their
+    #: masks.
     weights: dict[str, torch.Tensor]
+    #: error_before, error_after: loss on the validation batches, of the weights before training and
+    #: of the best candidate.
     error_before: float
     error_after: float
     steps: int
