@@ -36,11 +36,7 @@ def start_token(model: Any, tokenizer: Any, bos: Bos) -> int | None:
 def first_ids(
     model: Any, tokenizer: Any, samples: int, rng: random.Random, token: int | None
 ) -> torch.Tensor:
-    """The token with which each window starts: `token`, or a random ordinary token each.
-
-    Returns:
-        (N,) int64.
-    """
+    """The token (N,) int64 that starts each window: `token`, or a random ordinary one each."""
     if token is not None:
         return torch.full((samples,), token, dtype=torch.int64)
     size = model.get_input_embeddings().num_embeddings
@@ -54,16 +50,10 @@ def first_ids(
 
 @torch.inference_mode()
 def write_windows(model: Any, first_N: torch.Tensor, *, seqlen: int, seed: int) -> torch.Tensor:
-    """Continue each first token to a window, by sampling at temperature 1.
+    """Continue each first token to a window (N, S) int64 on the CPU, by sampling at temperature 1.
 
     The same seed gives the same windows on the same kind of device. The global random state stays
-    as it was.
-
-    Args:
-        model: a loaded causal LM. It runs on its device in evaluation mode, and is left as it was.
-
-    Returns:
-        (N, S) int64, on the CPU.
+    as it was, and so does `model`, a causal LM that runs on its device in evaluation mode.
     """
     from transformers import GenerationConfig
 

@@ -59,11 +59,7 @@ def draw_images(folder: Path, samples: int, seed: int) -> list[Path]:
 
 
 def read_images(paths: Sequence[Path], processor: Any) -> torch.Tensor:
-    """Pixel values of images, as the model's image processor makes them.
-
-    Returns:
-        (N, channels, height, width) float32.
-    """
+    """Pixel values (N, channels, height, width), float32, by the model's image processor."""
     from PIL import Image
 
     found: list[torch.Tensor] = []

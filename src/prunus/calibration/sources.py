@@ -113,12 +113,9 @@ TENSORS = ("token ids", "pixel values")
 
 
 class Source(ABC):
-    """Where the windows of a run come from.
+    """Where the windows of a run come from: `name` is for people, `images` for an image classifier.
 
-    Attributes:
-        name: for people.
-        images: it gives images, for an image classifier, and not tokens.
-        cuts: it cuts its windows out of text, so that BOS may take the place of a first token.
+    It `cuts` windows out of text where BOS may take the place of a first token.
     """
 
     images = False
@@ -314,11 +311,10 @@ class _Tensor(Source):
 
 
 def find_source(given: Any, chat_text: Callable[[Any, Any], str] | None = None) -> Source:
-    """The source that a user or a program gives. Reads nothing.
+    """The source that a user or a program gives: a name of `SOURCES`, a path, or data. Reads
+    nothing.
 
-    Args:
-        given: a name of `SOURCES`, a path, token ids (samples, seqlen), pixel values (samples,
-            channels, height, width), or texts; see `Documents`.
+    Data are token ids (N, S), pixel values (N, channels, height, width), or `Documents`.
     """
     if isinstance(given, torch.Tensor):
         return _Tensor(given)

@@ -96,12 +96,7 @@ class TrainingText:
 def training_text(
     source: str, wanted: Wanted, held_out: int, windows: int | None = None
 ) -> TrainingText:
-    """The training text of a source.
-
-    Args:
-        held_out: windows to hold out, at least 1.
-        windows: for `self`, how many windows the training will use; the model writes no more.
-    """
+    """The training text of a source with at least 1 window held out; `self` writes `windows`."""
     place, seqlen, seed = find_source(source), wanted.seqlen, wanted.seed
     wanted = dataclasses.replace(wanted, samples=(windows or 0) + held_out)
     place.check(wanted)

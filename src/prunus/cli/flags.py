@@ -54,10 +54,7 @@ RecipeFile = Annotated[
 def with_flags(
     *models: type[Options], without: Collection[str] = (), only: Collection[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a verb that ends in `**options` one flag for each option of its models.
-
-    A parameter of the verb hides an option of the same name.
-    """
+    """Give a verb that ends in `**options` a flag for each option of its models, but its own."""
 
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:
         hidden = {*without, *inspect.signature(verb).parameters}

@@ -47,9 +47,7 @@ def command(
 ) -> Callable[..., None]:
     """A verb as typer calls it: it reports errors, and gets only the options that were given.
 
-    Args:
-        shared: `json_file` and `quiet` with their types, as far as the verb has these options.
-        resumes: Whether an interrupted run of the verb can be continued.
+    `shared` are `json_file` and `quiet`, if it has them. A run that `resumes` can be continued.
     """
 
     @functools.wraps(verb)
@@ -71,10 +69,7 @@ def user_errors(afterwards: str) -> Iterator[None]:
 
     The status is 2 for what the user can correct, 130 for Ctrl-C, and 1 for everything else. With
     several ranks, rank 0 reports; another rank reports only an error of its own. The environment
-    variable PRUNUS_TRACEBACK turns this off and shows tracebacks.
-
-    Args:
-        afterwards: What the user can expect of an interrupted run.
+    variable PRUNUS_TRACEBACK turns this off. `afterwards` says what an interrupted run can do.
     """
     if os.environ.get("PRUNUS_TRACEBACK"):
         yield
@@ -204,10 +199,7 @@ def progress_console() -> Console:
 
 @contextlib.contextmanager
 def counted_steps(output: Path, progress: Callable[..., None]) -> Iterator[Callable[..., None]]:
-    """A function that passes every step on to `progress`.
-
-    If there was no step, a line says that an earlier run had finished `output`.
-    """
+    """Passes every step to `progress`; without any, a line says `output` was finished before."""
     from prunus.distributed import is_rank_0
 
     count = 0
@@ -247,10 +239,7 @@ def print_result(content: Any, *shown: Any) -> None:
 
 
 def print_text(text: str) -> bool:
-    """Print text at once, with control characters escaped.
-
-    It returns whether work on more text makes sense: a file needs it, or somebody still reads it.
-    """
+    """Print text at once, control characters escaped; whether a file or somebody still reads it."""
     from prunus.reporting.console import printable
 
     with _reader() as stream:

@@ -51,12 +51,9 @@ def own_part(ranks: Ranks, items: Sequence[_Item]) -> Sequence[_Item]:
 
 
 class Ranks:
-    """All processes of a run, as seen by one of them; here a run with one process.
+    """All processes of a run, as seen by process `rank` of `size`; here a run with one process.
 
-    Attributes:
-        rank: number of this process, from 0.
-        size: number of processes.
-        local_size: how many of them run on this host and share its memory.
+    `local_size` of them run on this host and share its memory.
     """
 
     rank = 0
@@ -79,57 +76,37 @@ class Ranks:
         return [text]
 
     def sum_floats(self, numbers: Sequence[float]) -> list[float]:
-        """Elementwise sums over ranks, in float64. All ranks must call it, with equally many.
-
-        Ranks are added in order, so that the sums are the same bits on all of them.
-        """
+        """Elementwise sums in float64, in the order of ranks: the same bits on all. All call it."""
         return list(numbers)
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
-        """Replace a contiguous tensor by its sum over ranks, in place. All ranks must call it.
-
-        The result is the same bits on all ranks.
-        """
+        """Replace a contiguous tensor by its sum, the same bits on all ranks. All must call it."""
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> None:
-        """Replace a contiguous tensor by that of rank `source`, in place. All ranks must call it.
-
-        Shape and dtype must be the same on all ranks.
-        """
+        """Replace a contiguous tensor by the like one of rank `source`. All ranks must call it."""
 
     def all_gather(
         self, tensor: torch.Tensor, lengths: Sequence[int] | None = None
     ) -> torch.Tensor:
-        """Concatenate the tensors (n, …) of all ranks along axis 0. All ranks must call it.
-
-        Args:
-            lengths: the n of every rank, if known. This saves one exchange of messages.
-        """
+        """Concatenate tensors (n, …). All ranks call it; `lengths`, every n, save a message."""
         return tensor
 
     def claim(self, what: str, count: int) -> Iterator[int]:
         """Yield numbers below `count` that no other rank gets, until none is left. Not collective.
 
-        A rank that is free takes the next number, so fast ranks do more work than slow ones.
-
-        Args:
-            what: name of the work; the same on all ranks, and used only once in a run.
+        Fast ranks do more work than slow ones. `what` names the work, the same on all ranks, used
+        once.
         """
         return iter(range(count))
 
     def barrier(self, what: str) -> None:
-        """Wait until all ranks have finished `what`. All ranks must call it.
+        """Wait until all ranks, which must call this, have finished `what`.
 
-        Waiting may take as long as the work does: only a rank without a heartbeat counts as lost,
-        and no timeout applies to the others.
+        That may take as long as the work does: only a rank without a heartbeat counts as lost.
         """
 
     def on_rank_0(self, make: Callable[[], Any]) -> Any:
-        """Run `make` on rank 0 and return its result on all ranks. All ranks must call it.
-
-        The result must consist of plain values that JSON can hold. If `make` raises an error, all
-        ranks raise one.
-        """
+        """What `make` returns on rank 0, as JSON can hold it. All call it, and fail together."""
         return make()
 
     def tensors_from_rank_0(
@@ -140,14 +117,10 @@ class Ranks:
 
     @contextlib.contextmanager
     def fail_together(self) -> Iterator[None]:
-        """A `with` block that succeeds on all ranks or fails on all. All ranks must enter it.
+        """A `with` block, entered by all ranks, that succeeds on all or fails on all.
 
-        Without it, the ranks that succeed would wait in their next collective call for the one
-        that failed.
-
-        Raises:
-            OtherRankError: on all ranks but 0, if rank 0 failed.
-            RankError: on the ranks that succeeded, if another rank than 0 failed.
+        Without it, the ranks that succeed would wait in their next collective call for the one that
+        failed. They raise RankError; if rank 0 failed, all others raise OtherRankError.
         """
         yield
 

@@ -44,11 +44,7 @@ _group_numbers = itertools.count()
 
 
 class ProcessGroup(Ranks):
-    """The ranks of a run over torch's default process group; see `Ranks` for each call.
-
-    Attributes:
-        error_reported: whether all ranks know already of the error that ends this rank.
-    """
+    """Ranks over torch's default process group; `error_reported`: all know what ends this one."""
 
     def __init__(self, heartbeat: Heartbeat) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
@@ -217,27 +213,18 @@ def is_rank_0() -> bool:
 
 
 def _started_by_torchrun() -> bool:
-    """Whether torchrun started this process as one of several.
-
-    torchrun sets all four variables. A RANK alone may be of a shell or a scheduler.
-    """
+    """Whether torchrun started this process: it sets four variables, a scheduler perhaps RANK."""
     values = [os.environ.get(name, "") for name in _VARIABLES]
     return all(values) and all(x.isdecimal() for x in values[:2]) and int(values[1]) > 1
 
 
 @contextlib.contextmanager
 def process_group(timeout: float | None = None) -> Iterator[Ranks]:
-    """Join the processes that torchrun started, for the length of a `with` block.
+    """Join the processes that torchrun started, for the length of a `with` block that all enter.
 
-    All ranks must enter it. Without torchrun it yields `SINGLE_PROCESS`.
-
-    Args:
-        timeout: seconds after which a rank without a heartbeat, or late for a collective call,
-            counts as lost; None for `DEFAULT_TIMEOUT`.
-
-    Raises:
-        ValueError: the timeout is not above 0, or torch.distributed is in use already.
-        RankError: inside the block, wherever this rank waits for one that is lost.
+    Without torchrun it yields `SINGLE_PROCESS`. A rank without a heartbeat, or late for a
+    collective call, counts as lost after `timeout` seconds, or `DEFAULT_TIMEOUT`: whoever waits for
+    it raises RankError. ValueError: not above 0, or torch.distributed is in use already.
     """
     timeout = DEFAULT_TIMEOUT if timeout is None else timeout
     if not (math.isfinite(timeout) and timeout > 0):
@@ -296,10 +283,7 @@ def _own_connection(store: Any, name: str, timeout: float) -> Any:
 
 @contextlib.contextmanager
 def _sigterm_raises(heartbeat: Heartbeat) -> Iterator[None]:
-    """While active, SIGTERM raises an error that says why it came.
-
-    torchrun sends SIGTERM to all processes once one of them has ended badly.
-    """
+    """While active, SIGTERM raises: torchrun sends it to all once one process has ended badly."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python allows signal handlers in the main thread only.
         return

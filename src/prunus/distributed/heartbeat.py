@@ -35,18 +35,11 @@ _LEFT = "left"  # the last heartbeat of a rank that left on purpose
 
 
 class Heartbeat:
-    """The heartbeats of all ranks of a run, as seen by one of them.
+    """The heartbeats of all ranks of a run, as seen by one of them; after `timeout` s one is lost.
 
-    Args:
-        store: a store of torch.distributed, with a connection of its own: a call that waits for a
-            value would delay other users of the connection.
-        rank, size: see `Ranks`.
-        timeout: seconds without a sign after which a rank counts as lost.
-
-    Attributes:
-        others: the ranks but this one.
-        collectives: how many collective calls this rank has started.
-        location: what this rank works on, for the messages of the others.
+    `store` of torch.distributed has a connection of its own: a call that waits for a value would
+    delay other users. `collectives` counts the calls that this rank has started; its `location` is
+    for the messages of `others`.
     """
 
     def __init__(self, store: Any, rank: int, size: int, timeout: float) -> None:
@@ -74,12 +67,7 @@ class Heartbeat:
         self._thread.start()
 
     def check(self, waiting_since: float | None = None) -> None:
-        """Raise an error if a rank is known to be lost.
-
-        Args:
-            waiting_since: when this rank began to wait in a collective call (time.monotonic); None
-                if it does not wait in one.
-        """
+        """Raise if a rank is lost; `waiting_since` (monotonic) if this one waits in a call."""
         if self._loss is None and waiting_since is not None:
             waited = time.monotonic() - waiting_since
             if waited > self._timeout:
@@ -229,11 +217,7 @@ class Heartbeat:
 
 
 def _own_process() -> str:
-    """Host, namespace of process ids, and process id of this process, divided by `|`.
-
-    Containers on one host may use the same process ids for different processes; the namespace tells
-    them apart.
-    """
+    """Host, namespace and process id of this process, divided by `|`; containers may share ids."""
     try:
         namespace = os.readlink("/proc/self/ns/pid")
     except OSError:

@@ -92,10 +92,7 @@ def _pieces(model: Any, tokenizer: Any, inputs: Any, options: WritingOptions) ->
 
 
 def chosen_settings(settings: Any, options: Any) -> Any:
-    """A copy of transformers' settings with the `temperature` and `top_p` of the options.
-
-    Each of them turns drawing on, and a temperature of 0 turns it off.
-    """
+    """Settings with the given `temperature` and `top_p`, which draw, but for temperature 0."""
     from transformers import GenerationConfig
 
     given = {"temperature": options.temperature, "top_p": options.top_p}

@@ -195,10 +195,7 @@ def _opened(given: Any, model: ModelInput, compute: ComputeOptions, streamed: bo
 
 @dataclass(frozen=True)
 class ScoringText:
-    """A text to score: all documents, joined as `protocol` says.
-
-    `max_windows` is the largest number of windows by convention, or None.
-    """
+    """A text to score: all documents, joined as `protocol` says, cut to `max_windows` if given."""
 
     text: str
     protocol: str

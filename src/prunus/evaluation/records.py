@@ -320,10 +320,7 @@ def side_by_side(
     results: Sequence[TaskResults],
     sizes: Mapping[str, ModelSize],
 ) -> dict[str, Any]:
-    """What `prunus eval --json` writes: every model's results, and how tasks differ from the first.
-
-    `perplexities` has all models, and `sizes` those whose size is known.
-    """
+    """What `prunus eval --json` writes; `perplexities` has all models, `sizes` known ones."""
     on_tasks = {result.model: result.as_dict() for result in results}
     return {
         "models": [

@@ -71,10 +71,7 @@ class Reference:
         self._options, self._by_blocks, self._whole = None, None, None
 
     def open(self, options: ComputeOptions, streamed: bool) -> None:
-        """Choose how the model computes: block by block where that is possible, or whole.
-
-        Reads headers only.
-        """
+        """Choose how it computes: block by block where possible, or whole. Reads headers only."""
         self._streamed = streamed
         if options == self._options:
             return

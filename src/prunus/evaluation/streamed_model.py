@@ -65,10 +65,7 @@ def choose_streamed(
 
 
 def whole_bytes(folder: Path, tokens: int, options: ComputeOptions) -> int:
-    """The memory in bytes that scoring takes with a whole model: its weights, and logits.
-
-    An adapter counts with its base. `tokens` are those of one forward pass.
-    """
+    """Memory in bytes of a whole model: weights, with an adapter's base, and logits of `tokens`."""
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if is_adapter(folder):
         return stored + whole_bytes(base_folder(folder), tokens, options)
@@ -120,10 +117,7 @@ class StreamedModel:
     def windows(
         self, ids: torch.Tensor, batch: int, progress: WindowProgress, compared: bool
     ) -> Generator[Rows, None, None]:
-        """The logits of every window, after all windows have passed all blocks.
-
-        Until the last window is taken, memory holds the head and the hidden states of all windows.
-        """
+        """The logits of every window. Until the last one, memory holds head and hidden states."""
         if not len(ids):
             return
         with contextlib.closing(self.run_blocks(ids, batch, progress, compared)) as states:

@@ -77,10 +77,7 @@ class TaskRun:
     def run(
         self, progress: Callable[[str], None] | None = None, ranks: Ranks = SINGLE_PROCESS
     ) -> list[TaskResults]:
-        """Evaluate one model after the other. Ranks split the rows, each with the whole model.
-
-        On rank 0, `progress` is called with a line of text after every task.
-        """
+        """Evaluate model after model; ranks split the rows. `progress` gets text after each."""
         choose_device(str(self.options.device), processes=ranks.local_size)
         results = []
         for model, tokenizer in self.models:

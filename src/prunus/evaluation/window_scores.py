@@ -62,11 +62,9 @@ class LogitsSource(Protocol):
     ) -> Generator[Rows, None, None]:
         """The logits of every window, in order. Read them before the next window is taken.
 
-        Args:
-            ids: token ids (W, S), int64. With more ranks than batches, a rank may have no windows.
-            progress: counts shares of windows: half of the blocks for all W windows are W / 2.
-            compared: another model of this size gives its logits at the same time, so this one
-                leaves half of the memory to it.
+        `ids` are int64 (W, S); W may be 0. `progress` counts shares of windows: half of the blocks
+        for all W windows are W / 2. With `compared`, half of the memory is left to another model of
+        this size.
         """
 
 
@@ -169,14 +167,11 @@ def score_windows(
     progress: WindowProgress | None = None,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> WindowScores:
-    """Score all windows, a few rows of logits at a time.
+    """Score all windows, a few rows of logits at a time: cross entropy in float32, summed in
+    float64.
 
-    The cross entropy is computed in float32 and summed in float64.
-
-    Args:
-        ids: token ids (W, S), int64, of all ranks; S at least 2.
-        start: the first row of a window that is scored. Rows before it are context only.
-        progress: a window counts half when one of two models is done with it.
+    `ids` (W, S), int64, are those of all ranks; S is at least 2. Rows before `start` are context
+    only. `progress` counts a window half when one of two models is done with it.
     """
     own = ranks.own_range(len(ids), batch)
     own_ids = ids[own.start : own.stop]

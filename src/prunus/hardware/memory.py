@@ -21,12 +21,7 @@ import torch
 
 
 def peak_memory(device: torch.device | None = None) -> int:
-    """The peak memory of this process so far, in bytes.
-
-    Args:
-        device: a CUDA device, for the memory allocated on it. Anything else, or None, asks for the
-            resident memory of the host.
-    """
+    """The peak memory in bytes: on a CUDA device what was allocated, else resident on the host."""
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -86,12 +81,10 @@ def _cgroup_files() -> list[tuple[Path, Path]]:
 
 
 def memory_budget(device: torch.device, memory: int | None) -> int:
-    """The memory in bytes that this process may use in all, on the device that computes.
+    """The bytes that this process may use in all, on the device that computes: `memory`, or what is
+    free.
 
-    Args:
-        memory: a budget given by the user, or None to use what is free now. On a CUDA device a
-            tenth of the free memory is left for the rounding of its allocator, and a larger budget
-            counts as what is free there.
+    On CUDA a tenth of what is free is left to its allocator, and no budget is larger than that.
     """
     if device.type == "cuda":
         free = int(torch.cuda.mem_get_info(device)[0] * 0.9)
@@ -124,10 +117,7 @@ def return_freed_memory() -> None:
 
 
 def release_file_pages(tensor: torch.Tensor) -> None:
-    """Take a tensor that is mapped from a file out of memory; it is read again when it is used.
-
-    It does nothing if a page differs from the file, and nothing outside Linux.
-    """
+    """Take an unchanged tensor of a mapped file out of memory (Linux); it is read again at need."""
     page = os.sysconf("SC_PAGE_SIZE")
     first, end = -(-tensor.data_ptr() // page), (tensor.data_ptr() + tensor.nbytes) // page
     if tensor.device.type != "cpu" or first >= end:

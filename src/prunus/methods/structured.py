@@ -89,12 +89,7 @@ class Reader:
         return Reader(self.fit(columns)[:, index], gram_KK, self.damping)
 
     def keep(self, units: int, width: int, keep: int, groups: int = 1) -> Kept:
-        """Choose the units of columns that stay.
-
-        Args:
-            width: columns per unit.
-            groups: units form this many groups of neighbours, each of which keeps the same number.
-        """
+        """Choose the units of `width` columns that stay, as many in each of `groups` groups."""
         per_group, remove = units // groups, (units - keep) // groups
         left = torch.ones(units, dtype=torch.bool)
         inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(self._damped()))
@@ -182,10 +177,7 @@ def _scores(weight_OI: Tensor, inverse_II: Tensor, units: int, width: int, left:
 
 
 def _remove(weight_OI: Tensor, inverse_II: Tensor, columns: list[int]) -> None:
-    """Remove columns from the weights and from C, both in place; the others compensate for them.
-
-    The removed rows and columns of C become those of the identity.
-    """
+    """Remove columns of the weights and of C (to identity) in place; the other ones compensate."""
     index = torch.tensor(columns)
     rows_SI = inverse_II[index]
     factor_SS = torch.linalg.cholesky(rows_SI[:, index])
@@ -216,11 +208,7 @@ class ExpertSums:
         self._weighted_E = torch.zeros(count, dtype=torch.float64)
 
     def add(self, expert: int, output_TH: Tensor, weight_T: Tensor) -> None:
-        """Add tokens that chose an expert.
-
-        Args:
-            output_TH: what the expert returns for these tokens, before the router's weight.
-        """
+        """Add tokens that chose an expert, and its outputs for them before the router's weight."""
         norm_T = output_TH.float().norm(dim=-1)
         self._weighted_E[expert] += float(
             (weight_T.float().abs() * norm_T).sum(dtype=torch.float64)

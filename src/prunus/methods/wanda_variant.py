@@ -36,10 +36,7 @@ def _sorted_rows(score_OI: Tensor) -> Tensor:
 
 
 def _thresholds(ascending_OI: Tensor, running_OI: Tensor, sum_O1: Tensor, alpha: float) -> Tensor:
-    """The highest score of each row within the share α, (O, 1).
-
-    It is -1 where even the lowest score exceeds the share, so that the row loses nothing.
-    """
+    """The highest score of each row within the share α, (O, 1); -1 where the row loses nothing."""
     # The running sums of a row are sorted, so a binary search counts those within the share.
     count_O1 = torch.searchsorted(running_OI, sum_O1 * alpha, right=True)
     threshold_O1 = ascending_OI.gather(1, (count_O1 - 1).clamp_(min=0))

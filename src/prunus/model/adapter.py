@@ -131,12 +131,9 @@ def add_lora(
 ) -> Any:
     """Add fresh LoRA layers (Hu et al. 2021, arXiv 2106.09685) to a model.
 
-    A layer adds alpha / rank · B_OR A_RI to its linear, with A random and B zero. Only A and B are
-    trained, in float32.
-
-    Args:
-        targets: last parts of the names of the linears that get a layer, e.g. `q_proj`.
-        transposed: whether the linears store (in, out), as GPT-2's Conv1D does.
+    A layer adds alpha / rank · B_OR A_RI to its linear, with A random and B zero; only these are
+    trained, in float32. `targets` are last parts of names of linears, e.g. `q_proj`; `transposed`
+    linears store (in, out), as GPT-2's Conv1D does.
     """
     require_peft()
     import peft
@@ -207,10 +204,7 @@ def packed_lora_layer() -> type[torch.nn.Module]:
 
 
 def save_adapter(adapted: Any, folder: Path) -> dict[str, str]:
-    """Write the adapter of a peft model as peft would, but each file atomically.
-
-    Returns the SHA-256 of the file of weights by its name.
-    """
+    """Write an adapter as peft would, but atomically; SHA-256 of its weights by file name."""
     import peft
 
     tensors = peft.get_peft_model_state_dict(adapted, adapter_name=_NAME)

@@ -48,10 +48,7 @@ def hidden_of(output: Any) -> torch.Tensor:
 def split_hidden(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
-    """Split the arguments of a block into the hidden states and the others.
-
-    Hidden states are the first positional argument, or the keyword `hidden_states`.
-    """
+    """Split a block's arguments: hidden states (first, or keyword `hidden_states`), and others."""
     if args:
         return args[0], args[1:], kwargs
     rest = dict(kwargs)
@@ -112,11 +109,7 @@ class BlockStubs:
         self._other_outputs: dict[type, tuple[Any, ...] | None] = {}
 
     def record(self, run: Callable[[], object]) -> tuple[torch.Tensor, list[BlockCall]]:
-        """Run a model up to its last block.
-
-        Returns the hidden states (batch, tokens, hidden) that the first block receives, and the
-        call of every block.
-        """
+        """The hidden states (B, T, H) that the first block gets, and the call of every block."""
         calls: list[BlockCall] = []
         first: list[torch.Tensor] = []
 

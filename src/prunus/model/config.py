@@ -128,11 +128,7 @@ def load_config(
     quantized: bool = False,
     checkpoint: Checkpoint | None = None,
 ) -> Any:
-    """The transformers configuration of a checkpoint folder, checked by `check_config`.
-
-    Args:
-        quantized: accept a quantised model, and return the configuration of its dense form.
-    """
+    """The checked configuration of a folder; `quantized` accepts one, and gives its dense form."""
     require_config(folder)
     check_config(folder, checkpoint)
     try:
@@ -351,10 +347,7 @@ def rewritten(raw: Mapping[str, Any], config: Any, changes: Mapping[str, Any]) -
 
 
 def blocks_that_take_images(config: Any) -> int:
-    """How many blocks of the language model, from the first one, are given features of images.
-
-    Some language models add the outputs of several layers of the vision tower, one per block.
-    """
+    """How many first blocks get features of images: a layer of the vision tower for each."""
     towers = [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
     return max((len(getattr(x, "deepstack_visual_indexes", None) or ()) for x in towers), default=0)
 

@@ -14,9 +14,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def choose_device(name: str, loaded: nn.Module | None = None, processes: int = 1) -> torch.device:
     """The device called `name`. Each of several processes on a host takes a CUDA device of its own.
 
-    Args:
-        loaded: for "auto", a loaded model, whose device is taken. Without one, "auto" is CUDA if
-            there is any, and the CPU if not.
+    "auto" is the device of `loaded`, or else CUDA if there is any.
     """
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":

@@ -198,10 +198,7 @@ def is_fusing_rule(rule: Any) -> bool:
 
 
 def unfuse_experts(rules: Sequence[Any], block: nn.Module, path: str) -> list[Fused]:
-    """Replace every module of fused experts in a block by an `Experts` module on the meta device.
-
-    Returns the tensors that the block no longer has, in the order in which they were registered.
-    """
+    """Replace fused experts of a block by `Experts` on the meta device; return what it lost."""
     found: list[Fused] = []
     for name, module in list(block.named_modules()):
         if not _is_fused(module):

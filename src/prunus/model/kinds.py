@@ -152,10 +152,7 @@ def _trial_size(config: Any) -> tuple[int, int]:
 
 
 def image_tokens(config: Any, index: int) -> tuple[int, int]:
-    """(positions, width) of the hidden states of one image in block `index`.
-
-    The positions are patches and two special tokens; a stage halves both sides of the grid.
-    """
+    """(patches and 2 tokens, width) of an image in block `index`; a stage halves both sides."""
     patch = config.patch_size
     rows, columns = (patch, patch) if isinstance(patch, int) else (int(patch[0]), int(patch[1]))
     height, width = image_size(config)

@@ -79,13 +79,9 @@ def load_model(
 ) -> Any:
     """The model of a folder (dense, packed, or an adapter), in evaluation mode; safetensors only.
 
-    The weights of an adapter are not merged. They compute in float32, as peft loads them.
-
-    Args:
-        attention: one of transformers' implementations, which agree up to rounding; None for the
-            default of transformers, which an adapter always gets.
-        kind: which class of transformers loads it; None for what its configuration says. An
-            adapter is always a causal LM.
+    Weights of an adapter are not merged and compute in float32, as peft loads them; it always is a
+    causal LM with default `attention`. Implementations of attention agree up to rounding. `kind` is
+    the transformers class that loads; None for what the configuration says.
     """
     import transformers
 

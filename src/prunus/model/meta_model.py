@@ -98,10 +98,8 @@ def place(
 ) -> None:
     """Replace parameters and buffers of `module` by `values`. Tied parameters stay tied.
 
-    Args:
-        values: tensors by name relative to `module`. Each is copied, and converted to the dtype
-            that the parameter has in the skeleton.
-        as_stored: `id` of each parameter that is not converted or copied on the CPU.
+    Each is copied and converted to the dtype of the skeleton, except on the CPU those parameters
+    whose `id` is in `as_stored`.
     """
     replaced: dict[int, nn.Parameter] = {}
     for name, value in values.items():

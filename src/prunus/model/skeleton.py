@@ -31,14 +31,11 @@ class _HeadReached(BaseException):
 
 
 class Skeleton:
-    """A model on the meta device, as a row of blocks and what is outside the blocks.
+    """A model on the meta device, as a row of blocks (a list called `path`) and what is outside
+    them.
 
-    Args:
-        dtype: dtype of the computation. Parameters that the model itself keeps in float32 stay so.
-
-    Attributes:
-        model: the transformers model, in evaluation mode and without gradients.
-        path: name of the list of blocks in the model, e.g. `model.layers`.
+    `dtype` is that of the computation; parameters that the model itself keeps in float32 stay so.
+    `model` is in evaluation mode and without gradients.
     """
 
     def __init__(self, config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
@@ -107,10 +104,7 @@ class Skeleton:
         release(self.blocks[index])
 
     def window_shape(self, index: int, seqlen: int) -> tuple[int, int]:
-        """(positions, width) of one window's hidden states in block `index`.
-
-        A position is a token, or a patch of an image.
-        """
+        """(tokens or patches, width) of a window's hidden states in block `index`."""
         if self.kind is IMAGES:
             return image_tokens(self.model.config, index)
         return seqlen, int(self.model.get_input_embeddings().weight.shape[1])
@@ -135,9 +129,8 @@ class Skeleton:
     ) -> Iterator[None]:
         """Give the modules outside the blocks their weights for the length of a `with` block.
 
-        Args:
-            with_head: give the head its weights, for what follows the blocks. An untied embedding
-                then has none and returns zeros.
+        With `with_head` also the head, for what follows the blocks; else an untied one returns
+        zeros.
         """
         head = self._output_head()
         embedding: Any = (
@@ -169,10 +162,7 @@ class Skeleton:
             yield
 
     def record(self, batch: torch.Tensor) -> tuple[torch.Tensor, list[BlockCall]]:
-        """Run what precedes the blocks on a batch of the model's kind; see `BlockStubs.record`.
-
-        Only inside `outside_blocks`.
-        """
+        """Run what precedes the blocks, inside `outside_blocks`; see `BlockStubs.record`."""
         batch = batch.to(self.dtype) if batch.is_floating_point() else batch
         base = self.model.base_model
         arguments = self.kind.arguments(batch)
@@ -182,10 +172,7 @@ class Skeleton:
         return self._stubs.record(lambda: base(**arguments))
 
     def head_input(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """The input of the head when the last block returns `hidden`, mostly its final norm.
-
-        Only inside `outside_blocks(with_head=True)`. Of `input_ids` only the shape matters.
-        """
+        """The head's input when the last block returns `hidden`; as `logits`."""
         seen: list[torch.Tensor] = []
 
         def stop(x: torch.Tensor) -> torch.Tensor:
@@ -295,14 +282,11 @@ def naming_rules(model: Any) -> tuple[list[Any], list[Any]]:
 def names_in_model(
     skeleton: Skeleton, keys: Mapping[str, Any]
 ) -> tuple[dict[str, str], set[str], dict[str, str]]:
-    """Match stored names with the names of the skeleton.
+    """Match stored names with the names of the skeleton, as three results.
 
-    Returns:
-        The skeleton's name -> stored name. A stored fused tensor, which is several in the skeleton,
-        appears under its own name.
-        The stored names of tensors that need more than a new name.
-        The name that a tensor would have -> stored name, of tensors that the model has no place
-        for.
+    The skeleton's name -> stored name, where a stored fused tensor appears under its own name; the
+    stored names of tensors that need more than a new name; and the name that a tensor would have ->
+    stored name, of tensors that the model has no place for.
     """
     from transformers.core_model_loading import rename_source_key
 

@@ -47,11 +47,7 @@ class Source(Protocol):
 
 
 class CheckpointSource:
-    """The weights of a checkpoint folder. Opening it reads headers only.
-
-    Args:
-        quantized: accept a checkpoint that is quantised or packed. Its weights cannot be bound.
-    """
+    """The weights of a folder, opened by headers; `quantized` accepts packed ones, not to bind."""
 
     def __init__(
         self, folder: Path, trust_remote_code: bool = False, quantized: bool = False

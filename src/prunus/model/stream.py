@@ -60,10 +60,7 @@ class HiddenStates:
         return len(self._tensors)
 
     def put(self, index: int, tensor: torch.Tensor) -> None:
-        """Store batch `index`, or replace it by a tensor of the same dtype that is not larger.
-
-        Batches are stored for the first time in order.
-        """
+        """Store batch `index`, in order, or replace it by one of the same dtype, not larger."""
         if self._file is None:
             self._keep(index, tensor)
             return
@@ -137,13 +134,11 @@ class Stream:
         on_device: bool = True,
         partial: Sequence[torch.Tensor] = (),
     ) -> None:
-        """Run what precedes the blocks, and record how the model calls each block.
+        """Run what precedes the blocks on `batches` of ids, and record how the model calls each
+        block.
 
-        Args:
-            batches: token ids (windows, tokens) per batch. Empty if no block's inputs are needed.
-            spill_to, on_device: where hidden states are kept; see `HiddenStates`.
-            partial: token ids of batches that are not kept. Blocks will be called with as many
-                windows too, so their calls are recorded.
+        No batches where no inputs are needed. For `spill_to` and `on_device` see `HiddenStates`.
+        `partial` batches are not kept; blocks will be called with as many windows too.
         """
         self.states = HiddenStates(
             len(batches), spill_to=spill_to, device=self.device, on_device=on_device
@@ -165,10 +160,7 @@ class Stream:
                     self._remember(len(ids), self.skeleton.record(ids.to(self.device))[1])
 
     def _remember(self, windows: int, recorded: list[BlockCall]) -> None:
-        """Keep the calls of the first batch of this size; all other batches of the size use them.
-
-        Their arguments (masks, positions) must therefore not depend on the text.
-        """
+        """Keep one batch's calls for all of its size: masks, positions may not depend on text."""
         known = self._calls.setdefault(windows, recorded)
         for index, (left, right) in enumerate(zip(known, recorded, strict=True)):
             if not left.same_as(right):

@@ -54,10 +54,7 @@ def tokenizer_of_loaded(model: Any, trust_remote_code: bool = False) -> Any:
 
 
 def load_image_processor(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The transformers image processor of a checkpoint folder.
-
-    It resizes and normalises by Pillow, so that every host computes the same pixel values.
-    """
+    """The image processor of a folder, by Pillow: every host computes the same pixel values."""
     remedy = "copy its preprocessor_config.json from the dense model"
     options = {"backend": "pil", "trust_remote_code": trust_remote_code}
     return _load(AutoImageProcessor, folder, "image processor", remedy, **options)
@@ -100,10 +97,7 @@ class Vocabulary(NamedTuple):
 
 
 def check_same_vocabulary(first: Vocabulary, second: Vocabulary, remedy: str) -> None:
-    """Check that two models give logits for the same tokens. Reads no weights.
-
-    Tokenizers are compared only if both models have one.
-    """
+    """Check that two models have the same tokens: sizes, and tokenizers if both have one."""
     if None not in (first.size, second.size) and first.size != second.size:
         raise ValueError(
             f"{first.model} has a vocabulary of {first.size} tokens, {second.model} one of "

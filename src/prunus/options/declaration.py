@@ -70,11 +70,7 @@ class _OptionsType(ModelMetaclass):
 
 
 class Options(BaseModel, metaclass=_OptionsType):
-    """Options of a verb. They are checked when they are read, and do not change afterwards.
-
-    Raises:
-        ValueError: Options are unknown or out of range; it names each one.
-    """
+    """Options of a verb, checked when they are read, then fixed; ValueError names each bad one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
     #: What an error calls a file of these options.
@@ -312,12 +308,8 @@ def takes(
 ) -> Callable[[_Function], _Function]:
     """Give a function that ends in `**options` the fields of `models` as keywords.
 
-    The function itself still gets them in `options`. Its docstring gets a line per keyword, and its
-    signature names each one with its type and default.
-
-    Args:
-        *models: The options that the function takes. A parameter of its own hides an option of the
-            same name.
+    It still gets them in `options`. Its docstring gets a line per keyword, its signature type and
+    default. A parameter of its own hides an option of the same name.
     """
 
     def decorate(function: _Function) -> _Function:

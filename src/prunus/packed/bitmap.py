@@ -201,10 +201,9 @@ def expand(
     offsets: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the dense weight (O, I); see `forms.expand`.
+    """The dense weight (O, I), floats bit for bit in their own dtype; see `forms.expand`.
 
-    Floats are returned bit for bit in their own dtype, which is the default. int8 values are
-    multiplied by their scale in float32 and rounded once to `dtype` (default bfloat16).
+    int8 times its scale, in float32, is rounded once to `dtype` (default bfloat16).
     """
     scales, device = packed.scales, packed.values.device
     written = torch.bfloat16 if scales is not None else packed.dtype

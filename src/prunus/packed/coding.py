@@ -28,11 +28,7 @@ _RARE_SHARE = 1 / 256
 
 
 def encode(values_K: torch.Tensor) -> tuple[torch.Tensor, Coding] | None:
-    """Split bfloat16 values into low bytes, uint8 (P,), and coded high bytes.
-
-    Returns None if coding would save no bytes, or if decoding would be slow because many values are
-    rare.
-    """
+    """Split bfloat16 values into low bytes (P,) and coded high bytes; None if that does not pay."""
     assert values_K.dtype == torch.bfloat16
     count = values_K.shape[0]
     occurrences = high_byte_counts(values_K)

@@ -14,12 +14,8 @@ from prunus.packed.weight import Packed, QuantizedWeight
 def check(weight: Packed, stored: int | None = None) -> torch.Tensor | None:
     """Check that the parts of a weight fit each other, before anything computes with them.
 
-    Args:
-        stored: for bitmaps, the declared number of stored entries, or None.
-
-    Returns:
-        What the other functions need besides the weight, and find again without it; see
-        `bitmap.check` and `planes.check`.
+    `stored` is the declared number of entries of a bitmap. It returns what the other functions need
+    besides and find again without it; see `bitmap.check` and `planes.check`.
     """
     if isinstance(weight, QuantizedWeight):
         return planes.check(weight)
@@ -43,12 +39,9 @@ def expand(
     prepared: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the dense weight (O, I).
+    """The dense weight (O, I) in `dtype` (None: that of a bitmap's entries, bfloat16 for integers).
 
-    Args:
-        dtype: bfloat16, float16 or float32; None is the dtype of the entries of a bitmap, and
-            bfloat16 for integers.
-        out: contiguous memory (O, I) of `dtype` that may be written to.
+    It is written to `out`, contiguous memory of that dtype, if that is given.
     """
     form = planes if isinstance(weight, QuantizedWeight) else bitmap
     return form.expand(weight, dtype, prepared, out)

@@ -228,10 +228,7 @@ def _rates(histograms_IV: torch.Tensor) -> torch.Tensor:
 def _best_codes(
     histograms_RV: torch.Tensor, chunks: float, cycle_price: float
 ) -> tuple[torch.Tensor, Callable[[int], PlaneCode]]:
-    """Find the best code of each histogram (R, 255) by dynamic programming over its chain.
-
-    The result is the costs in bits (R,), and a function from the number of a histogram to its code.
-    """
+    """The best code of each histogram (R, 255) by dynamic programming: its bits (R,), and codes."""
     count, raws = len(histograms_RV), range(MAX_RAW + 1)
     # Row w * R + r is histogram r with w raw bits in front.
     tops_NZ = histograms_RV.new_zeros(len(raws) * count, _ZIGZAGS)
@@ -269,11 +266,9 @@ def _best_codes(
 def _best_chains(
     reaching_NZ: torch.Tensor, raws_N: torch.Tensor, chunks: float, cycle_price: float
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return the cost of the best chain (N,) and, per layer, the bits chosen (N, Z); 0 ends it.
+    """The cost of the best chain (N,) and, per layer, the bits chosen (N, Z); 0 ends it.
 
-    Args:
-        raws_N: raw bits in front of the chain, which then must have a layer.
-        cycle_price: see `choose_codes`.
+    `raws_N` are raw bits in front of a chain, which then has a layer; see `choose_codes`.
     """
     ended_NZ = _ESCAPE_BITS * _with_padding(reaching_NZ, chunks, 8)
     padded_NZ = _with_padding(reaching_NZ, chunks, GROUP)
@@ -297,10 +292,7 @@ def _best_chains(
 
 
 def _cycles(layer: int, bits: int, raws_N: torch.Tensor) -> float | torch.Tensor:
-    """Return the cycles that 64 values of a layer take to decode, with a product of one token.
-
-    Measured on one core of an AMD EPYC (Zen 4) with the kernels for AVX-512.
-    """
+    """Cycles to decode 64 values of a layer, for one token, on AMD's Zen 4 with AVX-512."""
     if layer == 0 and bits == 1:
         by_raw = torch.tensor((3.8, 3.8, 5.1, 5.1), dtype=torch.float64)
         return by_raw[raws_N, None]

@@ -152,10 +152,8 @@ def _planes(symbols_N: np.ndarray, bits: int) -> np.ndarray:
 def check(weight: QuantizedWeight) -> torch.Tensor:
     """Check that data, classes, codes and scales fit each other; see `forms.check`.
 
-    Returns:
-        On the CPU the lines that the kernels read. Elsewhere, and without kernels, int64
-        (chunks, classes, 9): where layer 0, 1, ... and, after the last layer, the escape bytes
-        begin in `data`. Entries that are not used are -1.
+    On the CPU it returns the lines that the kernels read. Elsewhere, and without kernels, int64
+    (chunks, classes, 9): where each layer and then the escape bytes begin in `data`, or -1.
     """
     check_parts(weight)
     if weight.data.dtype != torch.uint8 or weight.data.dim() != 1:

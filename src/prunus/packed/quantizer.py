@@ -190,10 +190,7 @@ def register_with_transformers() -> None:
 def _num_parameters(
     model: Any, only_trainable: bool = False, exclude_embeddings: bool = False
 ) -> int:
-    """Count parameters as `num_parameters` of transformers does, packed weights included.
-
-    Packed weights are buffers of other sizes, and never trainable.
-    """
+    """As transformers' `num_parameters`, with packed weights: other sizes, never trainable."""
     count: int = type(model).num_parameters(model, only_trainable, exclude_embeddings)
     for module in model.modules():
         is_excluded = exclude_embeddings and isinstance(module, PackedEmbedding)

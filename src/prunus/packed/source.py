@@ -26,11 +26,8 @@ def is_packed(folder: Path) -> bool:
 class PackedSource:
     """A packed checkpoint whose linears are expanded when they are read.
 
-    Attributes:
-        config: the configuration of the dense model.
-        stored_dtype: the dtype to which linears are expanded.
-        packed: full name of each packed linear of the blocks -> ("integers" or the dtype of its
-            values, bits per weight in the file). Known after `bind`.
+    `config` is that of the dense model. After `bind`, `packed` has of each linear "integers" or the
+    dtype of its values, and the bits per weight in the file.
     """
 
     def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:

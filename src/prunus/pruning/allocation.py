@@ -20,17 +20,11 @@ _PART = 0.75
 
 
 def allocate(job: PruningJob, ids: torch.Tensor | None) -> dict[str, float]:
-    """The sparsity of every linear that is pruned: full name -> sparsity.
+    """The sparsity of every linear that is pruned: full name -> sparsity; empty for "uniform".
 
     Their mean over all weights is the recipe's sparsity. Every linear removes whole weights per
-    row, so the mean may fall short by less than one column of one linear.
-
-    Args:
-        ids: Calibration windows (windows, tokens), of which a few are used. They may be None where
-            nothing is measured.
-
-    Returns:
-        The sparsities; empty for "uniform".
+    row, so the mean may fall short by less than one column of one linear. A few of the calibration
+    windows `ids` (windows, tokens) are used; None where nothing is measured.
     """
     sparsity = job.recipe.sparsity
     if not job.recipe.allocates:

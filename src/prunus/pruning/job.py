@@ -188,11 +188,7 @@ class PruningJob(RunJob):
 
 
 def training_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the matrix products of a training.
-
-    bfloat16 where the hardware multiplies it natively; float32 everywhere else, and for float16
-    models (on CUDA as TF32).
-    """
+    """The dtype of a training's matrix products: bfloat16 where that is native, else float32."""
     fast = device.type == "cuda" or native_bfloat16()
     return torch.bfloat16 if fast and dtype != torch.float16 else torch.float32
 
@@ -323,14 +319,11 @@ def _batch(job: PruningJob) -> int:
 
 
 def describe_plan(job: PruningJob) -> dict[str, Any]:
-    """The plan of a run as JSON values.
+    """The plan of a run as JSON values, to which a verb adds its own.
 
-    Returns:
-        Counts: `blocks`, `linears`, `weights` in the selected linears, `to_remove` of them,
-        `blocks_in_lockstep`, `batch`. Decisions: `dtype`, `dtype_reason`, `device`, `bos`,
-        `hidden_states` (where they are kept), `left_dense` and `allocation`. Cost:
-        `peak_memory_bytes`, `file_bytes` (the weights of the result), `disk_bytes` (with temporary
-        files). A verb adds entries of its own.
+    `to_remove` counts weights, `blocks_in_lockstep` and `batch` count too. `hidden_states` says
+    where they are kept. `file_bytes` are the weights of the result, `disk_bytes` include temporary
+    files.
     """
     blocks = range(len(job.skeleton))
     shapes: Sequence[tuple[int, int]] = [x.shape for x in job.selected_linears().values()]

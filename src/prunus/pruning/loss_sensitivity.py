@@ -88,11 +88,7 @@ def measure_loss(
     options: MethodOptions,
     quantizes: bool,
 ) -> dict[str, LinearSensitivity]:
-    """`loss_sensitivities` of the dense model of a run, on the first of its windows.
-
-    Args:
-        ids: calibration windows (windows, tokens), or pixel values.
-    """
+    """`loss_sensitivities` of the dense model of a run, on the first of its windows or images."""
     windows = ids[:_PROBE_WINDOWS]
     windows = windows if windows.is_floating_point() else windows[:, :_PROBE_TOKENS]
     stream = Stream(job.skeleton, job.hashed_source, job.device)
@@ -109,12 +105,10 @@ def loss_sensitivities(
     seed: int,
     quantizes: bool,
 ) -> dict[str, LinearSensitivity]:
-    """Full name -> sensitivity of the linears of the dense model that are `selected` per block.
+    """Full name -> sensitivity of the dense linears `selected` per block.
 
-    The stream has embedded `ids` (windows, tokens), or pixel values, as one batch.
-
-    Args:
-        quantizes: whether the linears are quantised, which needs their inputs' Gram matrices.
+    The stream has embedded `ids` (windows, tokens), or pixel values, as one batch. Linears that are
+    quantised (`quantizes`) need their inputs' Gram matrices.
     """
     inputs, found = _block_inputs(stream), dict[str, LinearSensitivity]()
     causal = stream.skeleton.kind is CAUSAL
@@ -172,10 +166,7 @@ def _gram_bytes(linears: Sequence[Linear]) -> int:
 
 
 def part_width(linears: Sequence[Linear]) -> int:
-    """The width of the parts in which the inputs of a block's linears are measured.
-
-    Gram matrices grow with the square of it. The more linears, the narrower are the parts.
-    """
+    """The width of the parts in which inputs are measured: Gram matrices grow with its square."""
     inputs = sum(linear.shape[1] for linear in linears)
     return max(1, min(_MAX_WIDTH, _MAX_BYTES // (4 * max(1, inputs))))
 
@@ -237,8 +228,7 @@ def _gradient_of_change(stream: Stream, seed: int) -> Tensor:
 class _Sums:
     """Sums over all tokens of one linear: of inputs, and of squared gradients of outputs.
 
-    Args:
-        width: of the parts of the inputs whose Gram matrices are summed; 0 sums none.
+    The Gram matrices of parts of `width` inputs are summed; 0 sums none.
     """
 
     def __init__(self, linear: Linear, width: int, device: torch.device) -> None:

@@ -74,10 +74,7 @@ def mean_error(totals: Mapping[str, Any]) -> tuple[str, float | None]:
 
 
 def mean_bits(linears: Iterable[Any]) -> float | None:
-    """The mean bits per weight of those linears whose bits are known; None where none are.
-
-    A linear has a `shape`, and `bits` or None.
-    """
+    """The mean bits per weight of the linears whose `bits` are known; None where none are."""
     known = [(x.bits, x.shape[0] * x.shape[1]) for x in linears if x.bits is not None]
     return sum(bits * n for bits, n in known) / sum(n for _, n in known) if known else None
 
@@ -288,10 +285,7 @@ class Manifest(PruningRecord):
 
 
 def _bits(linears: Sequence[LinearRecord]) -> dict[str, float]:
-    """Of a compressed checkpoint: the mean bits per weight, and the zeros that a mask forced.
-
-    All other zeros follow from the rate. Empty for runs that do not compress.
-    """
+    """Mean bits per weight and zeros that a mask forced; empty where a run does not compress."""
     bits = mean_bits(linears)
     if bits is None:
         return {}
@@ -302,10 +296,7 @@ def _bits(linears: Sequence[LinearRecord]) -> dict[str, float]:
 
 
 def _experts(linears: Sequence[LinearRecord]) -> dict[str, int]:
-    """How many linears belong to experts, and how many of them were measured on all tokens.
-
-    Empty for models without experts.
-    """
+    """How many linears belong to experts, and how many were measured on all tokens, if any."""
     notes = [linear.notes for linear in linears if "routed_tokens" in linear.notes]
     if not notes:
         return {}

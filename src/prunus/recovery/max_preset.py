@@ -98,10 +98,7 @@ def prune_and_recover(
 def max_run(
     model: str | Path, output: Path, recipe: Recipe, options: RunOptions, **budget: Any
 ) -> Iterator[tuple[Callable[..., Manifest], Callable[..., RecoveryRecord]]]:
-    """Check a run of preset max, hold its folder, and yield its two steps in their order.
-
-    These are prune(report, announce) and train(report), with callbacks of `RunOptions`.
-    """
+    """Check a run of preset max, hold its folder, yield prune(report, announce), train(report)."""
     pruned = output / PRUNED
     with options.with_ranks() as joint:
         ranks = joint.processes
@@ -147,10 +144,7 @@ def max_run(
 def plan_training(
     model: str | Path, output: Path | None, recipe: Recipe, options: RunOptions
 ) -> dict[str, Any]:
-    """What the training of preset max takes, after its checks. Nothing is written.
-
-    `memory_bytes` are those of both models, without the activations of a step.
-    """
+    """What training takes, after its checks; `memory_bytes` are both models, no activations."""
     training = training_options(recipe)
     source = _check_training(model, output, training, options)
     stored = source.checkpoint.nbytes(source.checkpoint.tensors)

@@ -37,10 +37,7 @@ class LinearMask(Part):
 
 
 class RecoveryInputs(RunInputs):
-    """What decides the bytes of the result, together with the options.
-
-    The fingerprints of both models cover every byte of their weights.
-    """
+    """What decides the result, with the options; fingerprints cover every byte of the weights."""
 
     teacher: str | None = Field(description="fingerprint of the dense checkpoint")
     text: str = Field(description="where the windows come from")

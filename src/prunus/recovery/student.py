@@ -107,10 +107,7 @@ def default_target_modules(names: Iterable[str]) -> tuple[str, ...]:
 def lora(
     model: Any, linears: Mapping[str, Linear], recipe: RecoveryOptions, base: str
 ) -> Trainable:
-    """Mode lora (Hu et al., arXiv 2106.09685): add low-rank layers, as the Wanda paper does.
-
-    `Trainable.model` is then a peft model. The base model stays as it is, zeros included.
-    """
+    """Mode lora (arXiv 2106.09685): low-rank layers, as in the Wanda paper; the base stays."""
     targets = recipe.target_modules or default_target_modules(linears)
     last_parts = {name: name.rpartition(".")[2] for name in linears}
     for target in targets:
@@ -245,9 +242,6 @@ def dense_size(model: nn.Module) -> int:
 
 
 def _rounded(x: torch.Tensor) -> torch.Tensor:
-    """Round float32 to bfloat16; the gradient passes through unchanged.
-
-    The difference is exact in float32, and so is the sum.
-    """
+    """Round to bfloat16 (x + (rounded − x) is exact in float32); the gradient passes unchanged."""
     exact = x.detach()
     return x + (exact.bfloat16().float() - exact)

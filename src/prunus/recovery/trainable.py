@@ -86,10 +86,7 @@ def block_linears(model: nn.Module) -> dict[str, Linear]:
 
 
 def pruned_linears(model: nn.Module, folder: Path) -> dict[str, Linear]:
-    """The pruned linears of a model that was loaded from `folder`, by full name.
-
-    Fused experts must have been split; see `split_loaded_experts`.
-    """
+    """The pruned linears of a model from `folder`, by full name, with fused experts split."""
     linears = block_linears(model)
     head = _head_name(model)
     if head is not None:

@@ -65,10 +65,7 @@ def _is_stalled(held_out_losses: Sequence[float], patience: int) -> bool:
 
 
 def training_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of matrix products and activations, and the reason for it.
-
-    It is bfloat16 wherever that is native, because it is faster.
-    """
+    """The dtype of products and activations, bfloat16 where that is native, and the reason."""
     if requested != "auto":
         return (torch.float32 if requested == "float32" else torch.bfloat16), "requested"
     if device.type == "cuda":
@@ -122,10 +119,7 @@ class Training:
         self.losses: list[float] = []
 
     def run(self) -> TrainingState:
-        """Train until the budget is spent or evaluations stop improving; resume from a checkpoint.
-
-        If a loss was not finite, `diverged` is set in the state that is returned.
-        """
+        """Train to the budget's end or no more gain; `diverged` is set if a loss was not finite."""
         parameters = self.trainable.parameters
         state = self.state = self.checkpoints.load(parameters, self.optimizer) or TrainingState()
         self.began = time.perf_counter() - state.seconds

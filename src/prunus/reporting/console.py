@@ -104,10 +104,7 @@ def progress_console() -> Console:
 
 
 def to_terminal(*shown: Document | Section | Part) -> Group:
-    """Turn a document, or parts of one, into what rich's console can print.
-
-    Show it on a `TerminalConsole`, which escapes control characters. Text is never read as markup.
-    """
+    """What rich can print of a document; a `TerminalConsole` escapes control characters."""
     lines: list[RenderableType] = []
     for part in shown:
         if isinstance(part, Document):
@@ -162,10 +159,7 @@ def cells(row: tuple[object, ...], part: Table) -> list[str]:
 def show_pruning(
     title: str, console: Console | None = None
 ) -> contextlib.AbstractContextManager[Callable[[PruningStep | str], None]]:
-    """Show a run: what it prepares, finished blocks, time left and peak memory.
-
-    It yields a function to call after every block, and before the first with what is prepared.
-    """
+    """Show a run; yields a function for every block, and before the first for what is prepared."""
     first: PruningStep | None = None
 
     def read(step: PruningStep | str) -> tuple[str, Shown]:

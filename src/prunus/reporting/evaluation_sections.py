@@ -203,10 +203,7 @@ class Point(NamedTuple):
 def quality_charts(
     where: str, points: Sequence[Point], dense: float | None, labelled: bool = False
 ) -> list[Lines]:
-    """A chart of perplexity against size, and one against decoding speed where that was measured.
-
-    The perplexity of the dense model is drawn as a line.
-    """
+    """Perplexity against size and decoding speed; the perplexity of the dense model is a line."""
     known = {title: _positions(points, title) for title in (*_SIZES, _SPEED)}
     spread = [title for title in known if len({x for _, x, _ in known[title]}) > 1]
     sizes = [title for title in spread if title in _SIZES][:1]

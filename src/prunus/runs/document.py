@@ -24,10 +24,7 @@ _NOTEBOOK_STYLE = (
 
 @dataclass(frozen=True)
 class Measured:
-    """A figure with its standard error, None where that is unknown.
-
-    `form` formats this figure, as in `Column`; None takes the form of the column.
-    """
+    """A figure with its standard error, or None; `form` formats it, or else that of the column."""
 
     value: float
     stderr: float | None
@@ -113,10 +110,7 @@ Part = Facts | Table | Chart
 
 @dataclass(frozen=True)
 class Section:
-    """One subject of a report: a run, a sweep, an evaluation.
-
-    The page shows `details` only after a click.
-    """
+    """One subject of a report: a run, a sweep, an evaluation. `details` are shown after a click."""
 
     title: str
     lead: str = ""

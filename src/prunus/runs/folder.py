@@ -65,10 +65,7 @@ def find_earlier(
     *sources: Path,
     inside: str | None = None,
 ) -> _Record | None:
-    """The record of the run that this one resumes or finds finished, or None.
-
-    `sources` are the checkpoints that the run reads. They must lie apart from the output.
-    """
+    """The record of the run that this one resumes, or None; `sources` must lie apart from it."""
     for source in sources:
         check_apart(output, source)
     earlier = None
@@ -93,11 +90,7 @@ def resumed_or_new(
     device: torch.device,
     **fields: Any,
 ) -> _Record:
-    """The record of the run that is resumed, if it is the same run, or that of a new one.
-
-    Args:
-        **fields: What a new record of this kind holds besides.
-    """
+    """The record of the run that is resumed, if it is the same, or a new one with `fields`."""
     if earlier is not None:
         earlier.check_same_run(recipe, inputs)
         return earlier
@@ -160,11 +153,7 @@ class ResultFolder:
             self.record.save(self.folder)
 
     def begin(self, overwrite: bool) -> None:
-        """Create the folder, or clean up what a killed run left half-written.
-
-        Afterwards the folder holds no shards but those that the record names, and the record names
-        no shard that is missing.
-        """
+        """Create the folder, or clean up a killed run's: its shards are those the record names."""
         folder, record = self.folder, self.record
         make_folder(folder)
         for name, expected in record.sha256.items():
@@ -214,10 +203,8 @@ class ResultFolder:
     ) -> None:
         """Complete the result: companions, configuration, card, and at last the index.
 
-        Args:
-            config: Content of config.json; None copies the source's.
-            keep_records: Records of earlier work on the source that hold for the result as well.
-                Which parts were removed stays known.
+        `config` None copies the source's. With `keep_records`, records of earlier work on the
+        source hold for the result as well; which parts were removed stays known.
         """
         folder = self.folder
         if self.source is not None:
@@ -246,10 +233,9 @@ class ResultFolder:
 
 
 class BlockFolder(ResultFolder):
-    """Writes a result block by block, under the names of the checkpoint.
+    """Writes a result block by block under the names of the checkpoint; all ranks call its methods.
 
-    All ranks call its methods. Only rank 0 touches the folder, and the others get what they need
-    from it. After `begin` it knows how many blocks an earlier run has `finished`.
+    Only rank 0 touches the folder. After `begin`, `finished` blocks of an earlier run are known.
     """
 
     record: BlockwiseRecord

@@ -163,10 +163,7 @@ class RunJob:
 
     @property
     def overlaps(self) -> bool:
-        """Whether the next block is read and the last one written while one is changed.
-
-        It takes memory for two blocks more, and changes nothing but the time.
-        """
+        """Whether the next block is read and the last written meanwhile: two blocks more memory."""
         return not isinstance(self.source, ModuleSource) and all(
             self.host_bytes(index) + self.overlap_bytes(index) <= self.host_budget
             for index in range(len(self.block_memory))
@@ -258,10 +255,9 @@ def paused_bytes(tokens: int, hidden: int, widest: int, itemsize: int) -> int:
 
 
 def transient_bytes(tokens: int, hidden: int, widest: int, itemsize: int) -> int:
-    """Bytes of the activations of one forward pass over `tokens` tokens.
+    """Bytes of one forward pass over `tokens` tokens, arguments as for `paused_bytes`.
 
-    The arguments are those of `paused_bytes`. The peak lies in the feed-forward network: six hidden
-    states and three activations of the widest linear are alive there.
+    The peak lies in the feed-forward network: six hidden states, three of the widest linear.
     """
     return tokens * (6 * hidden + 3 * widest) * itemsize
 

@@ -76,11 +76,9 @@ def run_blocks(
 ) -> None:
     """Change the blocks of a model, from the first one that is not finished to the last.
 
-    Args:
-        made_from: The block of the source for each block of the result; None for all in order.
-        names: The name of each block of the result; None for those of the source.
-        again: Change finished blocks once more without writing them, because the next block depends
-            on what is not stored of them.
+    `made_from` has the block of the source for each block of the result (None: all in order), and
+    `names` their names. With `again` finished blocks are changed once more without writing them,
+    because the next block depends on what is not stored of them.
     """
     started = time.perf_counter()
     places = made_from if made_from is not None else range(len(job.skeleton))

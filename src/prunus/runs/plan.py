@@ -47,10 +47,9 @@ def open_model(
     decided_dtype: str | None = None,
     check: Callable[[CheckpointSource | ModuleSource, Skeleton], object] = lambda *_: None,
 ) -> dict[str, Any]:
-    """Open a model for a run, and decide what the recipe leaves open. Reads no weights and no text.
+    """Open a model for a run, and decide what the recipe leaves open: the fields of a `RunJob`.
 
-    It returns the fields of a `RunJob`, whose batch is that of a run that trains nothing. In a run
-    that is resumed, `decided_dtype` is what dtype "auto" meant.
+    Reads no weights and no text. `decided_dtype` is what "auto" meant in the run that is resumed.
     """
     loaded = model if isinstance(model, nn.Module) else None
     trust, ranks = options.trust_remote_code, options.processes
@@ -127,10 +126,7 @@ _WALKS: tuple[Walk, ...] = ("lockstep", "replay", "two_pass")
 
 
 def check_same_on_all_ranks(job: RunJob, record: RunRecord) -> list[Walk]:
-    """Check that all ranks, which must call this, do the same run; return the walk of each block.
-
-    It is lockstep where that fits on every rank. Replay gives the same bits.
-    """
+    """Check that all ranks do the same run; the walk of each block, lockstep if all have room."""
     ranks = job.ranks
     ranks.set_location("the start")
     own = {

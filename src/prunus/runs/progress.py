@@ -113,9 +113,8 @@ _NOTEBOOK_INTERVAL = 0.2
 def shows_progress(title: str, read: Callable[..., Shown]) -> Callable[[_Function], _Function]:
     """Give a function a keyword `progress`: True shows a bar, and a function is called.
 
-    The function itself gets the keywords `report` and `announce` of `RunOptions` in its place, or
-    `progress` if it has a parameter of that name. With False and None, and where nobody would see
-    a bar, the value is None.
+    The function itself gets `report` and `announce` of `RunOptions`, or `progress` if it has that
+    parameter; None with False and None, and where nobody would see a bar.
     """
 
     def decorate(function: _Function) -> _Function:

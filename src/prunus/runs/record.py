@@ -224,9 +224,6 @@ def extended_card(
     tags: Iterable[str] = (),
     without: Iterable[str] = (),
 ) -> str:
-    """The card of a model with a section about what was done to it afterwards.
-
-    A section with the same title, and all that follows it, is replaced.
-    """
+    """The card with a section on later work, in place of one of that title and all after it."""
     before = (card if card is not None else f"# {name}\n").split(f"## {title}\n")[0].rstrip()
     return add_tags(f"{before}\n\n## {title}\n\n{section.rstrip()}\n", tags, without)

@@ -129,10 +129,7 @@ def run_inputs(job: RunJob, windows: Windows) -> WindowInputs:
 
 
 def _tokenizer(job: RunJob) -> Any:
-    """The model's tokenizer or image processor.
-
-    That of a loaded language model lies where the model was loaded from.
-    """
+    """The model's tokenizer or image processor, of a loaded model that from where it was loaded."""
     options = job.options
     if options.tokenizer is not None:
         return options.tokenizer

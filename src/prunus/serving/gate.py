@@ -71,13 +71,10 @@ def client_gone() -> RequestError:
 
 
 class Job:
-    """A request between its arrival and the last byte of its answer.
+    """A request by its `id`, the client's or a new one, until the last byte of its answer.
 
-    Attributes:
-        id: name of the request, the client's or a new one.
-        cancelled: set when nobody waits for the answer any more. The thread that generates checks
-            it before every token.
-        slot: done when the request has its turn, or will have none.
+    The thread that generates checks `cancelled` before every token: nobody waits any more. `slot`
+    is done when the request has its turn, or will have none.
     """
 
     def __init__(self, name: str) -> None:
@@ -103,18 +100,12 @@ class Job:
 class Gate:
     """Lets requests through to an application, some at a time.
 
-    At most `max_concurrent` requests are computed at once. Up to `max_waiting` more wait for their
-    turn, in the order in which they arrived; the rest get status 503 and the header Retry-After.
-    The application finds the `Job` of a request in the scope, under "job".
+    At most `max_concurrent` requests are computed at once. Up to `max_waiting` more wait in the
+    order of arrival; the rest get status 503 and the header Retry-After. The application finds the
+    `Job` of a request in the scope, under "job". Larger bodies than `max_body` are refused.
 
-    Args:
-        api_key: the key that requests must carry, or None. Without a key, the header Host must name
-            this machine: otherwise a page in a browser could reach the server under a name of its
-            own (DNS rebinding).
-        max_body: bytes of the largest body that is read.
-
-    Attributes:
-        jobs: the requests that wait or are computed.
+    Requests must carry `api_key`. Without one, the header Host must name this machine: otherwise a
+    page in a browser could reach the server under a name of its own (DNS rebinding).
     """
 
     def __init__(

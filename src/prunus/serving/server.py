@@ -209,10 +209,7 @@ def make_server(gate: Gate, started: Callable[[], None]) -> Any:
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Protocol(H11Protocol):
-        """HTTP, where a request that is not complete in time is ended, slow or silent.
-
-        uvicorn itself waits for ever for the first request, and for the rest of each request.
-        """
+        """HTTP that ends a request that is not complete in time; uvicorn itself waits for ever."""
 
         timer: Any = None
 

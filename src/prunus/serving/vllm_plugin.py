@@ -165,11 +165,7 @@ def _method_class() -> Any:
     _define_operators()
 
     class PrunusMethod(LinearMethodBase):
-        """Computes a linear, an embedding or an output head from packed weights.
-
-        Operators find the layer by its name `prefix`. `prepared` is called when the weights are
-        complete.
-        """
+        """Computes a linear, an embedding or a head from packed weights, named `prefix`."""
 
         def __init__(self, prefix: str, packed: PackedLayer, prepared: Any) -> None:
             self._prefix, self._packed, self._prepared = prefix, packed, prepared
@@ -297,11 +293,8 @@ def _define_operators() -> torch.library.Library:
 class PackedLayer(nn.Module):
     """The weights of one layer, whose rows follow each other; at least one of them is packed.
 
-    Tensors are handed over with `take`, in any order. `prepare` then builds the weights.
-
-    Args:
-        names: names of the layer's linears in the checkpoint, in the order of their rows. One that
-            is not described is dense.
+    Tensors are handed over with `take`, in any order; then `prepare`. `names` are those of the
+    layer's linears in the checkpoint, by rows. One that is not described is dense.
     """
 
     parts: nn.ModuleList
@@ -315,10 +308,7 @@ class PackedLayer(nn.Module):
         self.is_ready = False
 
     def expected(self) -> dict[str, torch.dtype]:
-        """Return the tensors that the checkpoint may hold for this layer, and their dtypes.
-
-        Names are relative to a linear, such as `weight_mask`.
-        """
+        """The tensors that the checkpoint may hold, with dtypes: names such as `weight_mask`."""
         found = {"weight": torch.bfloat16}
         for name in self.names:
             if name in self._described.linears:

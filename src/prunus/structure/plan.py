@@ -84,11 +84,7 @@ class StructureJob(RunJob):
         return self.skeleton if self.experts is None else self.build({})[1]
 
     def build(self, changes: Mapping[str, Any]) -> tuple[dict[str, Any], Skeleton]:
-        """The model with fewer experts and other changes: its config.json, and its skeleton.
-
-        Args:
-            changes: canonical name of a field -> its new value.
-        """
+        """The model with fewer experts and changed fields (canonical name -> new value)."""
         fewer = {self.experts.field: self.experts.keep} if self.experts is not None else {}
         config, changes = self.source.config, fewer | dict(changes)
         changed, trust = rewritten(self.raw, config, changes), self.options.trust_remote_code
@@ -121,11 +117,7 @@ class StructureJob(RunJob):
         return SmallerModel(raw, skeleton, list(made_from))
 
     def smaller_by_one(self, left: Sequence[int], order: Iterable[int]) -> int:
-        """The first block in an order that the family can do without, of those that are left.
-
-        Raises:
-            NotImplementedError: it can do without none of them.
-        """
+        """The first block of those left, in an order, that can go; NotImplementedError if none."""
         fault = None
         for block in order:
             try:

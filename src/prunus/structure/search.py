@@ -55,11 +55,7 @@ def _blocks_left(steps: Sequence[SearchStep], count: int) -> list[int]:
 def _search_by_divergence(
     job: StructureJob, probes: Tensor, steps: list[SearchStep], save: Callable[[], object]
 ) -> None:
-    """Search greedily by KL divergence on some windows. Rank 0 carries it out; all ranks call it.
-
-    Raises:
-        NotImplementedError: No other block of this family can be removed.
-    """
+    """Search greedily by KL divergence on some windows. All ranks call it, rank 0 does it."""
     _check_room(job, probes)
 
     def search() -> list[dict[str, Any]]:

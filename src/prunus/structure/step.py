@@ -48,10 +48,7 @@ from prunus.structure.width_plan import HeadPlan
 
 
 class ShrinkStep:
-    """Makes one block after the other; see `prunus.runs.loop.BlockStep`.
-
-    `ids` are the windows of all ranks. `walks` are those of the blocks of the old model.
-    """
+    """Makes one block after the other, a `BlockStep`; `walks` are those of the old blocks."""
 
     def __init__(
         self,
@@ -152,9 +149,8 @@ def narrow(
 ) -> tuple[dict[str, Tensor], dict[str, PartChange]]:
     """The tensors of a block that is made narrower, and what was removed.
 
-    Args:
-        stream: the windows of the smaller model, before its block `place`. They do not move.
-        stored: its tensors at full width, by relative name, with only the experts that stay.
+    `stream`, before block `place` of the smaller model, does not move. `stored` has full width, by
+    relative name, with only the experts that stay.
     """
     full, plan = job.full_width, job.width
     assert plan is not None
@@ -315,10 +311,7 @@ class Repair:
     def train(
         self, place: int, tensors: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], ReconstructionRecord | None]:
-        """The tensors of a trained block, and the record; None for a block that is not trained.
-
-        The smaller stream is before the block, and does not move. Call `advance` before.
-        """
+        """A trained block's tensors, and the record; None if not trained. Call `advance` before."""
         if place < self._first:
             return dict(tensors), None
         skeleton, walk = self._smaller.skeleton, self._walks[self._smaller.made_from[place]]

@@ -92,10 +92,7 @@ def _check_same(known: CalibrationSet, sha256: str, what: str) -> None:
 
 
 def prune_cell(cell: CellResult, folder: Path, model: Path, options: RunOptions) -> Path:
-    """Prune a model into the cell's folder, and return the folder with the pruned weights.
-
-    An earlier attempt is resumed. Deleted weights are made again; the cell keeps its figures.
-    """
+    """Prune into the cell's folder, and return it; resumes, and makes deleted weights again."""
     weights = in_held(folder / WEIGHTS)
     make_folder(folder)
     manifest = run(model, weights, cell.recipe, options)

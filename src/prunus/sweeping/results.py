@@ -233,9 +233,8 @@ def residual_gap(perplexity: float, dense: float, wanda: float) -> float | None:
 def residual_gaps(results: SweepResults, cell: CellResult) -> dict[str, float | None]:
     """The residual gap of a cell per scoring text, or None where a perplexity is missing.
 
-    The cell is compared to plain Wanda: by rows, all options at their defaults, without recovery.
-    Model, sparsity, calibration, seed and all other options that do not belong to the method must
-    be equal.
+    It is compared to plain Wanda by rows, at default options, without recovery, that is equal in
+    model, sparsity, calibration, seed and all options that do not belong to the method.
     """
     wanda = next((other.scores for other in results.cells if _is_wanda_of(other, cell)), {})
     dense = results.models[cell.model].scores

@@ -130,23 +130,17 @@ def conjugate_gradients(
     min_gain: float = 0.0,
     rounded: Rounded = "nothing",
 ) -> tuple[Tensor, int]:
-    """Minimise tr (Z − target) gram (Z − target)ᵀ over all Z that are 0 outside the mask.
+    """Minimise tr (Z − target) gram (Z − target)ᵀ over all Z (float32) that are 0 outside the mask.
 
-    All rows take a step together, but every row has a step length of its own.
+    All rows take a step together, but every row has a step length of its own. From `start_OI`,
+    whose values outside the mask are ignored, it takes `max_steps` or fewer towards `target_OI`,
+    without error: until the residual is small, or a step lowers the error by less than the share
+    `min_gain`. `gram_II` is positive definite. All rows of a linear stop together, also those of
+    another `shard`.
 
-    Args:
-        start_OI: float32, the first guess; values outside the mask are ignored.
-        target_OI: float32, the weights that would have no error.
-        gram_II: float32, symmetric and positive definite.
-        max_steps: the maximum number of steps. Fewer are taken when the residual is small enough.
-        shard: which rows of the linear these are; all shards stop at the same step.
-        min_gain: stop after a step that lowers the error by less than this share of it.
-        rounded: the products to compute in low precision. "steps" are those of the directions, good
-            for a few steps from a start that is already near the solution. "all" adds the one of
-            the first residual.
-
-    Returns:
-        Z, float32, 0 (or -0) outside the mask, and the number of steps taken.
+    Of the products, `rounded` computes in low precision "steps", those of the directions, good for
+    a few steps near the solution, or "all", with that of the first residual. It returns Z, which
+    may hold -0, and the number of steps.
     """
 
     def exact(left_SI: Tensor) -> Tensor:
@@ -181,13 +175,7 @@ def conjugate_gradients(
 
 
 class _Descent:
-    """The state of conjugate gradients for some rows (S).
-
-    Attributes:
-        solution_SI: the weights so far.
-        error: the quantity that is minimised, before the first step.
-        squared_residual_S1: the squared norm of each row's residual.
-    """
+    """The weights `solution_SI` of some rows so far; `error` is that before any step."""
 
     def __init__(
         self, start_SI: Tensor, target_SI: Tensor, keep_SI: Tensor, multiply: _Product

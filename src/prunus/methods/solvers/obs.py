@@ -132,12 +132,10 @@ def sweep_columns(
 ) -> None:
     """Finish one column after the other, and let all later columns correct the error of each.
 
-    Args:
-        weight_IO: float32, the weight with a column in each row; corrected in place.
-        block: the columns whose corrections of everything after them are one matrix product.
-        tile: the columns that are corrected one at a time; a block is cut into tiles.
-        finish: called with j once column j is corrected for all columns before it. It writes
-            (w_j − ŵ_j) / U_jj (O,), where ŵ_j is what column j becomes, to its second argument.
+    `weight_IO`, float32 with a column in each row, is corrected in place. The corrections of all
+    columns after a `block` are one matrix product; columns of a `tile` are corrected one at a time.
+    `finish` is called with j once column j is corrected for all columns before it. It writes (w_j −
+    ŵ_j) / U_jj (O,), where ŵ_j is what column j becomes, to its second argument.
     """
     inputs = len(weight_IO)
     for start in range(0, inputs, block):
@@ -311,10 +309,7 @@ def _invert_triangle(lower_II: Tensor, inverse_II: Tensor) -> None:
 
 
 def _span_and_block(pattern: Pattern) -> tuple[int, int]:
-    """The columns that get a mask at once, and the columns of a block.
-
-    No group of M lies in two blocks, so the second is a multiple of the first.
-    """
+    """The columns that get a mask at once, and those of a block: a multiple, which splits no M."""
     if pattern.m is None:
         return BLOCK, BLOCK
     return pattern.m, max(1, BLOCK // pattern.m) * pattern.m

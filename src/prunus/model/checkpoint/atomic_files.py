@@ -123,13 +123,9 @@ def make_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path, nbytes: int | None = None) -> Iterator[BinaryIO]:
-    """Replace the file `path` atomically.
+    """Replace the file `path` atomically: it becomes the new temporary file that is yielded.
 
-    Yields a new temporary file to write to. When the block ends, it becomes `path`; after an error
-    it is removed, and `path` stays as it was.
-
-    Args:
-        nbytes: the size of the file, if it is known, for the error of a full disk.
+    After an error the new file is removed. `nbytes` is its size, for the error of a full disk.
     """
     given, path = path, in_held(path)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(6)}{TEMPORARY_SUFFIX}")

@@ -29,10 +29,9 @@ def check_apart(output: Path, source: Path) -> None:
 
 
 def is_vacant(output: Path, inside: str | None = None) -> bool:
-    """Whether a folder holds no result: it does not exist, or holds only what a killed run left.
+    """Whether a folder does not exist, or holds only what a killed run left: no result.
 
-    A killed run leaves files under their temporary names, the file of its lock, and, if it has one,
-    the folder `inside` for a step before the last one.
+    Such are files under their temporary names, the lock, and perhaps `inside`, for an earlier step.
     """
     if output.exists() and not output.is_dir():
         raise FileExistsError(
@@ -89,10 +88,7 @@ def check_whole(output: Path) -> None:
 
 
 def auxiliary_files(folder: Path, code: bool = False) -> list[Path]:
-    """Files of a checkpoint that are copied next to the result, such as config and tokenizer.
-
-    Python files are among them with `code`: only if the user trusts the code of the checkpoint.
-    """
+    """Files that are copied next to the result, such as the tokenizer; Python only with `code`."""
     return sorted(
         path
         for path in folder.iterdir()

@@ -50,18 +50,11 @@ class TensorInfo:
 
 
 class Checkpoint:
-    """The safetensors files of one folder.
+    """The safetensors files of one folder. Opening reads headers; every shard must be there, whole.
 
-    Opening reads the headers only. Every shard must be there, whole, and hold what the index says.
-
-    Args:
-        only: names of shards to read in place of the index, for a folder that is still being
-            written.
-
-    Attributes:
-        tensors: stored name -> what the header says of the tensor.
-        fingerprint: SHA-256 over names, sizes and headers of the shards. It tells checkpoints apart
-            without reading their weights.
+    `only` names shards to read in place of the index, for a folder that is still being written.
+    `tensors` has what the headers say, by stored name. `fingerprint` is the SHA-256 over names,
+    sizes and headers of the shards: it tells checkpoints apart without reading their weights.
     """
 
     def __init__(self, folder: Path, only: Sequence[str] | None = None) -> None:
@@ -91,10 +84,7 @@ class Checkpoint:
         self._expected: dict[str, str] = {}
 
     def verify_on_read(self, digests: Mapping[str, str]) -> None:
-        """Compare each shard with its SHA-256 when it is read for the first time.
-
-        Its pages are then in memory for the reading, so that the disk is read once.
-        """
+        """Compare each shard with its SHA-256 at its first read: its pages are read only once."""
         self._expected = {file: x for file, x in digests.items() if file in self._opened}
 
     def _read_index(self) -> dict[str, str] | None:

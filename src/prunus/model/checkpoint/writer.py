@@ -50,20 +50,14 @@ def save_safetensors(
     metadata: Mapping[str, str] | None = None,
     uncached: bool = False,
 ) -> str:
-    """Write tensors as one safetensors file, atomically.
+    """Write tensors as one safetensors file, atomically, and return its SHA-256 (hex).
 
     Equal tensors and metadata give equal bytes. `save_file` of the safetensors library puts the
     metadata in another order each time, and when killed it leaves a half-written file.
 
     Format (https://github.com/huggingface/safetensors): the length of the header as 8 bytes, the
-    header as JSON, then the bytes of the tensors without gaps.
-
-    Args:
-        tensors: name -> tensor, of any dtype of `TENSOR_DTYPES`, on any device.
-        uncached: drop the written pages from the page cache at once, if memory is short.
-
-    Returns:
-        SHA-256 of the file (hex), computed while it is written.
+    header as JSON, then the bytes of the tensors without gaps. With `uncached`, written pages are
+    dropped from the page cache at once, if memory is short.
     """
     # As in the library: wide dtypes first, which keeps all tensors aligned, then by name.
     place = {dtype: position for position, dtype in enumerate(_CODES)}

@@ -35,15 +35,10 @@ _TOKENS_PER_FEATURE = 2.5
 
 
 class DenseStream:
-    """All calibration windows on their way through the dense model.
+    """All calibration windows on their way through the dense model: one batch in `stride` of all
+    ranks.
 
-    Args:
-        stride: one batch in `stride` runs through the dense model, counted over all ranks, from
-            the first batch on.
-
-    Attributes:
-        dense_number: number of a batch in the pruned stream -> its number in this stream. Batches
-            that do not run through the dense model are missing.
+    `dense_number` has the number of a batch in the pruned stream -> its number in this stream.
     """
 
     def __init__(
@@ -93,9 +88,8 @@ class DenseStream:
 class DenseBlockInputs:
     """The inputs of the linears of one dense block, batch by batch; see `DenseStream.copy_block`.
 
-    Args:
-        cache: run every batch once and keep the inputs of all `linears` (for lockstep, which keeps
-            all batches in memory anyway). Otherwise every call of `get` runs the batch again.
+    With `cache` every batch runs once and its inputs are kept (for lockstep, which keeps all
+    batches in memory anyway). Otherwise every call of `get` runs the batch again.
     """
 
     def __init__(
@@ -117,10 +111,9 @@ class DenseBlockInputs:
     def get(self, name: str, batch: int, tokens: int) -> torch.Tensor | None:
         """The input X_TI (tokens, in) of a dense linear; may be asked for once per batch.
 
-        Returns:
-            None if the batch does not run through the dense model, or if other tokens reach the
-            linear there. Row t is certainly the same token in both models only where all tokens of
-            the batch reach the linear in both. An expert may get other tokens in each model.
+        None if the batch does not run through the dense model, or if other tokens reach the linear
+        there: row t is certainly the same token in both models only where all tokens reach it in
+        both.
         """
         if batch not in self._dense_number:
             return None

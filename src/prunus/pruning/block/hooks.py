@@ -38,9 +38,7 @@ def input_hooks(
 ) -> Iterator[None]:
     """While active, call a function before every forward of certain modules.
 
-    Args:
-        on_routing: called with a counter and the numbers of the experts that each token chose,
-            integers (tokens, experts per token). Required where there are counters.
+    `on_routing` gets a counter and the numbers of the experts that each token chose (T, K).
     """
 
     def input_hook(linear: Linear) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:
@@ -119,20 +117,14 @@ class ExpertCounter:
         return linear.startswith(f"{self.name}.")
 
     def count(self, batch: int, chosen_TK: Tensor) -> None:
-        """Count the tokens of one batch; `chosen_TK` holds the numbers of their experts.
-
-        A batch that is run again replaces its earlier count.
-        """
+        """Count the tokens of one batch by chosen expert; if it runs again, it is counted anew."""
         chosen = chosen_TK.flatten()
         # Some models use numbers out of range for slots that no expert fills.
         known = chosen[(chosen >= 0) & (chosen < self.experts.count)]
         self._by_batch[batch] = torch.bincount(known, minlength=self.experts.count).cpu()
 
     def complete(self, ranks: Ranks) -> None:
-        """Add up the counts of all ranks and choose the experts that are measured on all tokens.
-
-        All ranks call it at once, after all their batches are counted.
-        """
+        """Add up the counts of all ranks, which call it; choose what is measured on all tokens."""
         own_E = sum(self._by_batch.values(), torch.zeros(self.experts.count, dtype=torch.int64))
         counts = ranks.gather_ints(own_E.tolist())
         self._tokens_E = [sum(each) for each in zip(*counts, strict=True)]
@@ -162,11 +154,7 @@ class ExpertCounter:
 def find_expert_counters(
     block: nn.Module, linears: Iterable[str], needs: Needs, requested: int | None
 ) -> list[ExpertCounter]:
-    """Make a counter for every experts module of a block that owns one of `linears`.
-
-    Args:
-        requested: The tokens below which an expert is measured on all; None for `MIN_TOKENS`.
-    """
+    """A counter for every module that owns one of `linears`; `requested` replaces `MIN_TOKENS`."""
     min_tokens = MIN_TOKENS[needs] if requested is None else requested
     if min_tokens == 0 or needs == "none":
         return []

@@ -53,11 +53,7 @@ class LinearFinish(Protocol):
         ...
 
     def end(self, name: str, quantized: Quantized) -> tuple[QuantizedWeight, dict[str, Any]]:
-        """Note what became of a linear.
-
-        Returns:
-            The weight as the result stores it, and fields of its record.
-        """
+        """Note what became of a linear: its weight as it is stored, and fields of its record."""
         ...
 
 
@@ -79,16 +75,13 @@ def prune_linear(
     ranks: Ranks = SINGLE_PROCESS,
     finish: LinearFinish | None = None,
 ) -> PrunedLinear:
-    """Prune one linear in place and return what is stored.
+    """Prune one linear in place by the complete statistics of its inputs, and return what is
+    stored.
 
     Scores and updates start from the stored weight in float32, whatever dtype the block computes
     in. The block continues with the stored result, so that a run resumed from the shard sees the
-    same numbers. The exception is `Work.reference_order`: the block continues with
-    unrounded weights, and a resumed run prunes finished blocks again.
-
-    Args:
-        statistics: of its inputs, complete; see `InputStatistics.complete`.
-        ranks: processes that prune the same linear at the same time and can split its rows.
+    same numbers. Only with `Work.reference_order` it continues with unrounded weights, and a
+    resumed run prunes finished blocks again. `ranks` prune the same linear and can split its rows.
     """
     started = time.perf_counter()
     method, notes = settings.method, dict[str, Any]()

@@ -62,10 +62,7 @@ _WALKS: dict[Walk, Callable[[BlockWalk], list[Linear]]] = {
 
 @dataclass
 class BlockPruner:
-    """Takes all calibration windows through a model, one block at a time.
-
-    Call `embed` first, then `make` or `take` once per block in order, then `close`.
-    """
+    """Takes all windows through a model: `embed`, `make` or `take` per block in order, `close`."""
 
     job: PruningJob
     walks: Sequence[Walk]

@@ -40,9 +40,8 @@ def two_pass(walk: BlockWalk) -> list[Linear]:
 def _measure(walk: BlockWalk) -> tuple[dict[str, InputStatistics], dict[str, str]]:
     """Run the unpruned block on all batches of this rank.
 
-    Returns:
-        Statistics by the name of the linear that they were made for; and for every linear that was
-        reached the one whose statistics are its own too, because both get the very same input.
+    It returns statistics by the linear that they were made for; and for every linear that was
+    reached the one whose statistics are its own too, because both get the very same input.
     """
     statistics: dict[str, InputStatistics] = {}
     leaders: dict[str, str] = {}

@@ -33,11 +33,7 @@ def accumulate_inputs(
 
 
 def called_again(name: str) -> NotImplementedError:
-    """The error for a linear that a block calls a second time in one forward pass.
-
-    The inputs of the second call depend on the linear's own weight. So no walk that prunes on the
-    way can know them before it prunes.
-    """
+    """The error for a linear called twice: its second input depends on its own new weight."""
     return NotImplementedError(
         f"the block calls {name} more than once, and only inputs of the first call are known when "
         "it is pruned: prune with `propagate` block, which measures all calls, or leave it dense "
@@ -47,10 +43,7 @@ def called_again(name: str) -> NotImplementedError:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockWalk:
-    """The arguments of a walk. Every walk returns the linears that no batch of any rank reached.
-
-    All walks but `two_pass` refuse a linear that the block calls twice; see `called_again`.
-    """
+    """The arguments of a walk, which returns the linears that no batch of any rank reached."""
 
     linears: Sequence[Linear]
     count: int

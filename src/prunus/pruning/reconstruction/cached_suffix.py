@@ -41,15 +41,12 @@ _ROUNDING = 0.02
 
 
 class CachedSuffix:
-    """A function from the number of a batch to the block's output; `find_suffix` makes one.
+    """A function from the number of a batch to the block's output, with the weights of `module`
+    now.
 
-    It always uses the current weights of `module`.
-
-    Args:
-        forward: batch -> output of the whole block. With no windows it may skip the block.
-        keep: cache what reaches the suffix, two tensors of the size of the hidden states per batch.
-            They come from `recording` or from the first call. If False, they are computed again in
-            every call.
+    With no windows `forward`, that of the whole block, may skip the block. With `keep` what reaches
+    the suffix is cached, two tensors of the size of the hidden states per batch, from `recording`
+    or the first call. Otherwise it is computed again in every call.
     """
 
     def __init__(
@@ -88,10 +85,7 @@ class CachedSuffix:
             yield forward
 
     def __call__(self, batch: int, tokens: slice = ALL_TOKENS) -> torch.Tensor:
-        """Return the block's output (windows, tokens, hidden) on these tokens of a batch.
-
-        Only a suffix that is `by_token` can run on a part of the tokens.
-        """
+        """The block's output on these tokens of a batch; on a part only if it is `by_token`."""
         x_WTH, residual_WTH = (whole[:, tokens] for whole in self.inputs(batch))
         return residual_WTH + self._module(x_WTH) if len(x_WTH) else residual_WTH
 
@@ -119,10 +113,7 @@ class CachedSuffix:
 
 
 def suffix_module(block: nn.Module, linears: Sequence[str]) -> nn.Module | None:
-    """Return the one submodule of `block` that holds all these linears.
-
-    Returns None if there are several, or if it is itself a linear or a plain list of modules.
-    """
+    """The one submodule of `block`, no linear or list, that holds all these linears; else None."""
     # Only direct children are tried: what is added last is a whole part of the block, like its MLP.
     children = {name.partition(".")[0] for name in linears}
     module = getattr(block, children.pop()) if len(children) == 1 else None
@@ -143,10 +134,7 @@ def find_suffix(
 
     It is one if the block calls it once, with a single tensor, and adds its result to the residual
     as the last operation. The check demands equality to the bit, so it makes no difference to the
-    result whether a run uses the cache or the whole block.
-
-    Returns:
-        None if the block has no such submodule.
+    result whether a run uses the cache or the whole block. None if there is none.
     """
     module = suffix_module(block, linears)
     if module is None:

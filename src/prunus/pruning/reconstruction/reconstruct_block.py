@@ -58,11 +58,7 @@ class BlockReconstructor:
     def begin(
         self, index: int, block: nn.Module, trained: Sequence[str], walk: Walk
     ) -> BlockReconstruction | None:
-        """Prepare the reconstruction of a block, before the windows walk through it.
-
-        Returns:
-            None if the run does not reconstruct this block, or if nothing would be trained.
-        """
+        """Prepare the training of a block before its walk; None if nothing would be trained."""
         if not trained or not self.settings.applies_to(index, len(self.stream.skeleton)):
             return None
         # With several ranks every rank would have to cache the batches of all ranks, so they
@@ -84,10 +80,7 @@ class BlockReconstruction:
 
     @contextlib.contextmanager
     def recording(self, forward: Forward) -> Iterator[Forward]:
-        """Yield a forward pass of the block that caches what reaches its suffix.
-
-        It yields `forward` itself, batch -> output of the block, if nothing can be cached.
-        """
+        """Yield a forward, batch -> output, that caches what reaches the suffix if it can."""
         if self.caches_suffix:
             self.suffix = find_suffix(self.block, self.trained, forward, 0)
         if self.suffix is None:
@@ -99,11 +92,7 @@ class BlockReconstruction:
     def run(
         self, stored: Mapping[str, torch.Tensor], pruned: Mapping[str, torch.Tensor]
     ) -> tuple[dict[str, torch.Tensor], ReconstructionRecord]:
-        """Train the pruned block; it ends with the weights it began with.
-
-        Returns:
-            The trained tensors by relative name, as stored, and the record for the manifest.
-        """
+        """Train the block, then reset it; the trained tensors, as stored, and the record."""
         shared, skeleton = self.shared, self.shared.stream.skeleton
         name = skeleton.block_name(self.index)
         shared.ranks.set_location(f"{name}, reconstruction")
@@ -166,10 +155,7 @@ class BlockReconstruction:
     def _masks(
         self, pruned: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Relative name -> bool of the parameter's shape, True for what is trained.
-
-        These are the kept weights of the trained linears, and their biases.
-        """
+        """Relative name -> bool mask of what is trained: kept weights of linears, their biases."""
         device = next(self.block.parameters()).device
         masks = {key: (weight != 0).to(device) for key, weight in pruned.items()}
         for key, parameter in self.block.named_parameters():
@@ -272,10 +258,7 @@ def step_ranks(ranks: Ranks, windows: int, device: torch.device) -> Ranks:
 
 
 def step_parts(batches: Sequence[torch.Tensor], split: Ranks) -> list[torch.Tensor]:
-    """What a rank may get of each batch in a training step.
-
-    Blocks must know how they are called with as many windows.
-    """
+    """What a rank may get of each batch: blocks must know how they are called with as many."""
     return [ids[: len(split.own_range(len(ids)))] for ids in batches]
 
 

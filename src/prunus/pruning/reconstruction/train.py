@@ -220,11 +220,7 @@ def _run_epochs(
     best: _Best,
     ranks: Ranks,
 ) -> tuple[float, int, str | None]:
-    """Run Adam over all epochs and offer snapshots to `best`.
-
-    Returns:
-        The last validation error, the steps taken, and why training ended early, or None.
-    """
+    """Run Adam over all epochs, offer snapshots to `best`: last error, steps, why it stopped."""
     masters = weights.masters
     scales = kept_rms(masters, weights.masks) if options.relative else dict.fromkeys(masters, 1.0)
     groups = [{"params": [master], "scale": scales[name]} for name, master in masters.items()]
