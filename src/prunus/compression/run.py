@@ -14,6 +14,7 @@ from torch import nn
 from prunus.compression.output import CompressedFolder, embedding_and_head
 from prunus.compression.rate_control import LinearRate, RateControl, side_bits
 from prunus.compression.records import CompressionRecipe, CompressionRecord
+from prunus.methods.grids import GridWeight
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import LinearQuantization, Quantized
 from prunus.model.kinds import require_causal
@@ -184,7 +185,10 @@ class Rounding:
         quantization, self._log2_step = self._control.begin(name, statistics)
         return quantization
 
-    def end(self, name: str, quantized: Quantized) -> tuple[QuantizedWeight, dict[str, Any]]:
+    def end(
+        self, name: str, quantized: Quantized | GridWeight
+    ) -> tuple[QuantizedWeight, dict[str, Any]]:
+        assert isinstance(quantized, Quantized)
         levels_OI, steps_I, scales_O = (part.cpu() for part in quantized)
         packed = encode(levels_OI, steps_I, scales_O)
         rows, columns = packed.shape

@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from prunus.hardware.numerics import count_zeros
+from prunus.methods.grid_sweep import GridQuantization, quantize_in_grid
 from prunus.methods.options import MethodOptions
-from prunus.methods.rate_distortion import quantize
+from prunus.methods.rate_distortion import quantize as quantize_by_rate
 from prunus.methods.refine.dense_targets import (
     DEFAULT_DENSE_WEIGHT,
     best_dense_weight,
@@ -77,6 +78,8 @@ def compose(method: Method, options: MethodOptions, quantizes: bool = False) -> 
             # Integers approximate the target itself. The sweep over the columns repeats what a
             # method has changed to compensate for its mask, with the integers in view.
             keep_OI = None if work.removes_nothing else pruned.keep_OI
+            in_grid = isinstance(work.quantization, GridQuantization)
+            quantize = quantize_in_grid if in_grid else quantize_by_rate
             found = quantize(weight_OI, statistics, work, keep_OI)
             forced = 0 if keep_OI is None else count_zeros(keep_OI)
             notes = pruned.notes | found.notes | {"forced_zeros": forced}

@@ -48,7 +48,7 @@ from torch import Tensor
 
 from prunus.methods.solvers.obs import TILE, inverse_factor, sweep_columns
 from prunus.methods.statistics import InputStatistics
-from prunus.methods.work import Pruned, Quantized, RowShard, Work
+from prunus.methods.work import LinearQuantization, Pruned, Quantized, RowShard, Work
 
 #: λ, a fraction of the mean diagonal of the Gram matrix.
 DAMPING = 0.1
@@ -91,7 +91,7 @@ def quantize(
     tensor([[2, 0]], dtype=torch.int8)
     """
     how = work.quantization
-    assert how is not None
+    assert isinstance(how, LinearQuantization)
     factor = _factor(statistics, work.options.damping)
     dead_I = factor.norms_I == 0
     scales_O = how.scales_O.to(weight_OI.device).bfloat16().float()

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from prunus.methods.grids import Grid, GridWeight
 from prunus.methods.options import MethodOptions
 from prunus.methods.patterns import Pattern
 from prunus.methods.statistics import InputStatistics
@@ -68,13 +69,13 @@ class Pruned:
         weight_OI: float32, exactly 0 wherever `keep_OI` is False.
         keep_OI: bool, True where the weight is kept. A kept weight may happen to be 0.
         notes: values for the record of this linear; JSON must be able to hold them.
-        quantized: the same weight as integers and scales, if the run compresses.
+        quantized: the same weight as integers and scales, or in a grid, if the run quantises.
     """
 
     weight_OI: Tensor
     keep_OI: Tensor
     notes: dict[str, Any] = field(default_factory=dict)
-    quantized: Quantized | None = None
+    quantized: Quantized | GridWeight | None = None
 
 
 def masked(weight_OI: Tensor, keep_OI: Tensor, notes: dict[str, Any] | None = None) -> Pruned:
@@ -156,6 +157,13 @@ class LinearQuantization:
 
 
 @dataclass(frozen=True, slots=True)
+class GridQuantization:
+    """The type of GGUF in whose grid one linear is quantised."""
+
+    grid: Grid
+
+
+@dataclass(frozen=True, slots=True)
 class Work:
     """What is asked of a method for one linear, and how the work is done.
 
@@ -166,7 +174,7 @@ class Work:
         rows: how the rows of the linear are split over processes.
         reference_order: update weights in the order of operations of the original code, which
             reproduces its masks and is slower; see `solvers/obs.py`.
-        quantization: how the weight is rounded to integers at the end; None where it is not.
+        quantization: how the weight is quantised at the end; None where it is not.
     """
 
     pattern: Pattern = field(default_factory=Pattern)
@@ -174,7 +182,7 @@ class Work:
     options: MethodOptions = field(default_factory=MethodOptions)
     rows: RowSharding = UNSHARDED
     reference_order: bool = False
-    quantization: LinearQuantization | None = None
+    quantization: LinearQuantization | GridQuantization | None = None
 
     @property
     def removes_nothing(self) -> bool:

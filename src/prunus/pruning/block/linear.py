@@ -19,9 +19,11 @@ from torch import Tensor
 from prunus.distributed import SINGLE_PROCESS, Ranks, split_range
 from prunus.hardware.numerics import all_finite, count_zeros, low_precision_product, row_spans
 from prunus.methods import Method, Work
+from prunus.methods.grids import GridWeight
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import (
     UNSHARDED,
+    GridQuantization,
     LinearQuantization,
     Pruned,
     Quantized,
@@ -48,11 +50,15 @@ class LinearSettings:
 class LinearFinish(Protocol):
     """What a verb does to each linear after its zeros are chosen, such as rounding it."""
 
-    def begin(self, name: str, statistics: InputStatistics) -> LinearQuantization:
+    def begin(
+        self, name: str, statistics: InputStatistics
+    ) -> LinearQuantization | GridQuantization:
         """How the next linear is rounded."""
         ...
 
-    def end(self, name: str, quantized: Quantized) -> tuple[QuantizedWeight, dict[str, Any]]:
+    def end(
+        self, name: str, quantized: Quantized | GridWeight
+    ) -> tuple[QuantizedWeight, dict[str, Any]]:
         """Note what became of a linear: its weight as it is stored, and fields of its record."""
         ...
 

@@ -1,0 +1,229 @@
+"""Fit the steps and minima of a span of a GGUF grid to weights.
+
+The goal is a small weighted error Σ w·(x − d·code·value + dmin·minimum)² in every row. First every
+group gets its best real step and minimum, found among a few tens of candidates: each candidate
+rounds the weights, and least squares gives the step (and the minimum) that suit the rounded values
+best. Then d and dmin are chosen so that the codes cover all groups. At last the codes near the real
+steps are tried, and d and dmin are fitted again by least squares.
+
+Everything is computed for all rows at once. Shape suffixes: B columns of a span, G its groups, C
+columns of a group, O outputs (rows).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prunus.methods.grid_packing import Grid
+
+# Candidates for the step of a group: the extreme weight gets the extreme value of the grid, moved
+# by these shares of the distance between values.
+_MOVES = tuple(place / 4 for place in range(-4, 5))
+# The extreme number of a row gets one of these shares of the extreme code.
+_SHARES = tuple(1 - place / 32 for place in range(16))
+# How often codes and d are fitted in turn.
+_ROUNDS = 2
+
+
+class Scales(NamedTuple):
+    """The scales of one span of all rows; see `grid_packing.Spans` for dtypes and values."""
+
+    d_O: Tensor
+    dmin_O: Tensor
+    codes_GO: Tensor
+    minima_GO: Tensor
+
+    def steps(self) -> tuple[Tensor, Tensor]:
+        """(step, offset) of each group, float32 (G, O): a weight is step · value − offset."""
+        return self.d_O * self.codes_GO, self.dmin_O * self.minima_GO
+
+    def levels(self, weight_BO: Tensor, grid: Grid) -> Tensor:
+        """The levels of the values nearest to the weights of the span, uint8 (B, O)."""
+        place_GCO = _places(weight_BO.unflatten(0, (-1, grid.group)), self)
+        return grid.nearest(place_GCO)[1].flatten(0, 1).to(torch.uint8)
+
+
+def fit_scales(weight_BO: Tensor, importance_B: Tensor, grid: Grid) -> Scales:
+    """The scales of one span that fit weights.
+
+    Args:
+        weight_BO: float32, a column in each row.
+        importance_B: float32, not negative: the weight of a column's squared error.
+    """
+    group = _Groups(weight_BO, importance_B, grid)
+    step_GO, offset_GO = group.fit()
+    lowest, highest = grid.codes
+    if lowest == highest:
+        d_O, dmin_O = step_GO[0].half().float(), offset_GO[0].half().float()
+        return Scales(d_O, dmin_O, torch.ones_like(step_GO), torch.ones_like(offset_GO))
+    d_O = _common_factor(step_GO, lowest, highest)
+    dmin_O = _common_factor(offset_GO, 0, highest)
+    for _ in range(_ROUNDS):
+        code_GO = _over(step_GO, d_O).round_().clamp_(lowest, highest)
+        minimum_GO = _over(offset_GO, dmin_O).round_().clamp_(0, highest)
+        scales = Scales(d_O, dmin_O, code_GO, minimum_GO)
+        scales = group.best_codes(scales)
+        scales = group.refit(scales)
+        d_O, dmin_O = scales.d_O, scales.dmin_O
+    return scales
+
+
+def _common_factor(real_GO: Tensor, lowest: int, highest: int) -> Tensor:
+    """d, exact in float16, for which d · integer in the range is close to all numbers of a row."""
+    extreme_O = _extreme(real_GO)
+    extreme_code = lowest or highest
+    best_O, d_O = torch.full_like(extreme_O, torch.inf), torch.zeros_like(extreme_O)
+    for share in _SHARES:
+        new_O = (extreme_O / round(share * extreme_code)).half().float()
+        code_GO = _over(real_GO, new_O).round_().clamp_(lowest, highest)
+        error_O = (code_GO * new_O).sub_(real_GO).square_().sum(0)
+        _take(error_O < best_O, (error_O, best_O), (new_O, d_O))
+    return d_O
+
+
+def fit_codes(weight_CO: Tensor, importance_C: Tensor, scales: Scales, grid: Grid) -> Scales:
+    """The scales of one group, with the codes next to the given ones that fit its weights best."""
+    return _Groups(weight_CO, importance_C, grid).best_codes(scales)
+
+
+class _Groups:
+    """The weights of one span by groups, and the fits of a group. Candidates are compared by the
+    weighted squared error of every group (G, O).
+    """
+
+    def __init__(self, weight_BO: Tensor, importance_B: Tensor, grid: Grid) -> None:
+        self.grid = grid
+        self.weight_GCO = weight_BO.unflatten(0, (-1, grid.group))
+        self.importance_GC1 = importance_B.view(-1, grid.group, 1)
+        self.weighted_GCO = self.weight_GCO * self.importance_GC1
+        # Where there are no minima, these sums are 0, and so are all offsets.
+        self.importance_G1 = self.importance_GC1.sum(1) * grid.has_minimum
+        self.sum_GO = self.weighted_GCO.sum(1) * grid.has_minimum
+
+    def fit(self) -> tuple[Tensor, Tensor]:
+        """The best real step and offset of every group; an offset is not negative."""
+        step_GO, offset_GO = torch.zeros_like(self.sum_GO), torch.zeros_like(self.sum_GO)
+        best_GO = torch.zeros_like(self.sum_GO)
+        for lowest_GO, inverse_GO in self._candidates():
+            place_GCO = (self.weight_GCO - lowest_GO[:, None]).mul_(inverse_GO[:, None])
+            value_GCO = self.grid.nearest(place_GCO)[0]
+            product_GO = (self.weighted_GCO * value_GCO).sum(1)
+            new_GO, new_offset_GO = _two_least_squares(
+                *self._value_sums(value_GCO), self.importance_G1, product_GO, self.sum_GO
+            )
+            gain_GO = new_GO * product_GO - new_offset_GO * self.sum_GO
+            _take(
+                gain_GO > best_GO, (gain_GO, best_GO), (new_GO, step_GO), (new_offset_GO, offset_GO)
+            )
+        return step_GO, offset_GO
+
+    def _candidates(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """What to round: the lowest weight of a group, to subtract, and the inverse of its step."""
+        values, nothing_GO = self.grid.values, torch.zeros_like(self.sum_GO)
+        between = (values[-1] - values[0]) / (len(values) - 1)
+        if self.grid.has_minimum:
+            lowest_GO = self.weight_GCO.amin(1).clamp_max_(0)
+            inverse_GO = _over(1.0, self.weight_GCO.amax(1) - lowest_GO)
+            extremes = [(values[-1], _MOVES)]
+        else:
+            lowest_GO, inverse_GO = (
+                nothing_GO,
+                _over(1.0, _extreme(self.weight_GCO.transpose(0, 1))),
+            )
+            extremes = [(values[0], _MOVES), (values[-1], _MOVES[len(_MOVES) // 2 :])]
+        for value, moves in extremes:
+            for move in moves:
+                yield lowest_GO, inverse_GO * (value + move * between)
+
+    def best_codes(self, scales: Scales) -> Scales:
+        """The codes next to given ones with the smallest errors; d and dmin stay."""
+        d_O, dmin_O, code_GO, minimum_GO = scales
+        (lowest, highest), has_minimum = self.grid.codes, self.grid.has_minimum
+        best_GO = torch.full_like(code_GO, torch.inf)
+        best_code_GO, best_minimum_GO = code_GO.clone(), minimum_GO.clone()
+        for more in (-1, 0, 1) if has_minimum else (0,):
+            new_minimum_GO = (minimum_GO + more).clamp_(0, highest)
+            for other in (0, -1, 1):
+                new_code_GO = (code_GO + other).clamp_(lowest, highest)
+                error_GO = self._error(Scales(d_O, dmin_O, new_code_GO, new_minimum_GO))
+                _take(
+                    error_GO < best_GO,
+                    (error_GO, best_GO),
+                    (new_code_GO, best_code_GO),
+                    (new_minimum_GO, best_minimum_GO),
+                )
+        return Scales(d_O, dmin_O, best_code_GO, best_minimum_GO)
+
+    def refit(self, scales: Scales) -> Scales:
+        """d and dmin by least squares, where the weights round to the values that they have now."""
+        value_GCO = self.grid.nearest(_places(self.weight_GCO, scales))[0]
+        code_GO, minimum_GO = scales.codes_GO, scales.minima_GO
+        product_GO = (self.weighted_GCO * value_GCO).sum(1)
+        square_GO, value_sum_GO = self._value_sums(value_GCO)
+        d_O, dmin_O = _two_least_squares(
+            (square_GO * code_GO.square()).sum(0),
+            (value_sum_GO * code_GO * minimum_GO).sum(0),
+            (self.importance_G1 * minimum_GO.square()).sum(0),
+            (product_GO * code_GO).sum(0),
+            (self.sum_GO * minimum_GO).sum(0),
+        )
+        return Scales(d_O.half().float(), dmin_O.half().float(), code_GO, minimum_GO)
+
+    def _value_sums(self, value_GCO: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ w·v² and Σ w·v, the second where there are minima; writes over `value_GCO`."""
+        if not self.grid.has_minimum:
+            return value_GCO.square_().mul_(self.importance_GC1).sum(1), torch.zeros_like(
+                self.sum_GO
+            )
+        weighted_GCO = value_GCO * self.importance_GC1
+        return value_GCO.mul_(weighted_GCO).sum(1), weighted_GCO.sum(1)
+
+    def _error(self, scales: Scales) -> Tensor:
+        step_GO, offset_GO = scales.steps()
+        value_GCO = self.grid.nearest(_places(self.weight_GCO, scales))[0]
+        error_GCO = value_GCO.mul_(step_GO[:, None]).sub_(offset_GO[:, None]).sub_(self.weight_GCO)
+        return error_GCO.square_().mul_(self.importance_GC1).sum(1)
+
+
+def _places(weight_GCO: Tensor, scales: Scales) -> Tensor:
+    """Weights in units of the steps of their groups, from their offsets on."""
+    step_GO, offset_GO = scales.steps()
+    return (weight_GCO + offset_GO[:, None]).mul_(_over(1.0, step_GO)[:, None])
+
+
+def _extreme(weight_CX: Tensor) -> Tensor:
+    """The entry of the largest magnitude along the first dimension, with its sign."""
+    largest, smallest = weight_CX.amax(0), weight_CX.amin(0)
+    return torch.where(largest > -smallest, largest, smallest)
+
+
+def _over(upper: Tensor | float, lower: Tensor) -> Tensor:
+    """The quotient, and 0 where it is not finite."""
+    return (upper / lower).nan_to_num_(0, 0, 0)
+
+
+def _take(better: Tensor, *pairs: tuple[Tensor, Tensor]) -> None:
+    """Where the first is better, copy the new value of each pair to its old one."""
+    for new, old in pairs:
+        torch.where(better, new, old, out=old)
+
+
+def _two_least_squares(
+    square: Tensor, value_sum: Tensor, weight: Tensor, product: Tensor, total: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The step s and the offset o ≥ 0 that minimise Σ w·(x − s·v + o·m)².
+
+    Args:
+        square, value_sum, weight: Σ w·v², Σ w·v·m, Σ w·m².
+        product, total: Σ w·x·v, Σ w·x·m.
+    """
+    determinant = square * weight - value_sum.square()
+    step = _over(weight * product - value_sum * total, determinant)
+    offset = _over(value_sum * product - square * total, determinant)
+    without = (offset <= 0) | (step <= 0)
+    step = torch.where(without, _over(product, square), step)
+    return step, offset.masked_fill_(without, 0)

@@ -1,0 +1,140 @@
+"""Quantise inside the grid of a GGUF type, with feedback: the OBS sweep of `solvers/obs.py`.
+
+The scales of a span are fitted when the sweep reaches it, to the weights as corrected so far, and
+the code of a group once more when the sweep reaches the group. Then the columns are rounded one
+after the other, and all later columns correct the error of each. The error that a column adds is
+e² / U_jj², so 1 / U_jj² is its importance in the fit.
+
+Shape suffixes: O outputs (rows), I inputs (columns), S spans of a row, B columns of a span,
+G groups of a span, C columns of a group.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from prunus.methods.grid_fits import Scales, fit_codes, fit_scales
+from prunus.methods.grids import Grid, GridWeight, grid_weight
+from prunus.methods.solvers.obs import TILE, inverse_factor, sweep_columns
+from prunus.methods.statistics import InputStatistics
+from prunus.methods.work import GridQuantization, Pruned, RowShard, Work
+
+__all__ = ["GridQuantization", "quantize_in_grid"]
+
+#: λ, a fraction of the mean diagonal of the Gram matrix.
+DAMPING = 0.1
+# Columns whose corrections of everything after them are one matrix product.
+_BLOCK = 256
+
+
+def quantize_in_grid(
+    weight_OI: Tensor, statistics: InputStatistics, work: Work, keep_OI: Tensor | None = None
+) -> Pruned:
+    """Quantise a weight inside the grid of `work.quantization`.
+
+    Args:
+        weight_OI: float32, what the result approximates.
+        keep_OI: bool (O, I), False where a weight becomes the value nearest to 0 that its group
+            has. Groups with a minimum may lack an exact 0.
+
+    Returns:
+        The dense weight, the mask of its non-zero weights, and the weight in its grid.
+    """
+    how = work.quantization
+    assert isinstance(how, GridQuantization)
+    grid = how.grid
+    factor = _factor(statistics, work.options.damping, grid)
+
+    def solve(shard: RowShard) -> Pruned:
+        kept_OI = None if keep_OI is None else keep_OI[shard.rows]
+        data_OB = _sweep(weight_OI[shard.rows], factor, grid, kept_OI).data_OB
+        # Processes exchange the bytes, which are all that there is to know.
+        return Pruned(
+            data_OB, data_OB.new_empty((len(data_OB), 0), dtype=torch.bool), dict(factor.notes)
+        )
+
+    solved = work.rows.solve(len(weight_OI), 1, solve)
+    quantized = GridWeight(grid, solved.weight_OI)
+    dense_OI = quantized.dense()
+    return Pruned(dense_OI, dense_OI != 0, solved.notes, quantized)
+
+
+class _Factor(NamedTuple):
+    """The order of the columns in the sweep, U in this order, and notes for the record."""
+
+    order_I: Tensor
+    upper_II: Tensor
+    notes: dict[str, Any]
+
+
+def _factor(statistics: InputStatistics, damping: float | None, grid: Grid) -> _Factor:
+    gram_II = statistics.gram_II
+    assert gram_II is not None, "rounding with feedback needs a Gram matrix"
+    damping = DAMPING if damping is None else damping
+
+    def compute() -> _Factor:
+        order_I = _order(gram_II.diagonal(), grid)
+        upper_II, notes = inverse_factor(gram_II[order_I][:, order_I], damping)
+        return _Factor(order_I, upper_II, notes)
+
+    # Linears with the same input share one factor: it is computed for the first of them.
+    return statistics.derived(("factor_in_spans", damping, grid.span, grid.group), compute)
+
+
+def _order(squares_I: Tensor, grid: Grid) -> Tensor:
+    """Inputs with large norms first: spans, groups within a span, and columns within a group."""
+    order_I = torch.arange(len(squares_I), device=squares_I.device)
+    for width in (1, grid.group, grid.span):
+        place_S = squares_I.view(-1, width).sum(1).argsort(descending=True, stable=True).argsort()
+        order_I = order_I[place_S.repeat_interleave(width)[order_I].argsort(stable=True)]
+    return order_I
+
+
+def _sweep(weight_OI: Tensor, factor: _Factor, grid: Grid, keep_OI: Tensor | None) -> GridWeight:
+    """The sweep over the columns of some rows."""
+    order_I, upper_II, _ = factor
+    # In the transposed weight a column is contiguous.
+    weight_IO = weight_OI.T[order_I]
+    keep_IO = None if keep_OI is None else keep_OI.T[order_I].float()
+    inverse_I = upper_II.diagonal().reciprocal()
+    importance_I = inverse_I.square()
+    order, inverses = order_I.tolist(), inverse_I.tolist()
+    levels_IO = torch.empty(weight_IO.shape, dtype=torch.uint8, device=weight_IO.device)
+    scales: dict[int, Scales] = {}
+    # Of the group that the sweep is in: its step, the inverse of that, and its offset.
+    step_O = inverse_O = offset_O = weight_IO[0]
+
+    def begin_group(j: int) -> None:
+        nonlocal step_O, inverse_O, offset_O
+        span, group = order[j] // grid.span, order[j] % grid.span // grid.group
+        if j % grid.span == 0:
+            own = slice(j, j + grid.span)
+            natural_B = order_I[own].argsort()
+            scales[span] = fit_scales(weight_IO[own][natural_B], importance_I[own][natural_B], grid)
+        if grid.span != grid.group:
+            # The columns of the span so far have corrected this group since.
+            own, (d_O, dmin_O, codes_GO, minima_GO) = slice(j, j + grid.group), scales[span]
+            before = Scales(d_O, dmin_O, codes_GO[group, None], minima_GO[group, None])
+            after = fit_codes(weight_IO[own], importance_I[own], before, grid)
+            codes_GO[group], minima_GO[group] = after.codes_GO[0], after.minima_GO[0]
+        steps_GO, offsets_GO = scales[span].steps()
+        step_O, offset_O = steps_GO[group], offsets_GO[group]
+        inverse_O = step_O.reciprocal().nan_to_num_(0, 0, 0)
+
+    def round_column(j: int, error_O: Tensor) -> None:
+        if j % grid.group == 0:
+            begin_group(j)
+        wanted_O = weight_IO[j] if keep_IO is None else weight_IO[j] * keep_IO[j]
+        value_O, level_O = grid.nearest((wanted_O + offset_O).mul_(inverse_O))
+        levels_IO[order[j]] = level_O
+        value_O = (value_O * step_O).sub_(offset_O)
+        torch.sub(weight_IO[j], value_O, out=error_O).mul_(inverses[j])
+
+    # All weights of a span must be corrected when its scales are fitted, so it is a block, or a
+    # tile of a block. A group of a larger span consists of whole tiles.
+    tile = grid.span if grid.span < _BLOCK else TILE
+    sweep_columns(weight_IO, upper_II, _BLOCK, tile, round_column)
+    return grid_weight([scales[span] for span in range(len(scales))], levels_IO, grid)

@@ -1,0 +1,99 @@
+"""Weights in the grids of GGUF's types: what is stored, and rounding without feedback."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prunus.methods.grid_fits import Scales, fit_scales
+from prunus.methods.grid_packing import GRIDS, Grid, Spans, pack, unpack
+
+__all__ = ["GRIDS", "Grid", "GridWeight", "grid_for", "grid_weight", "round_to_grid"]
+
+# What llama.cpp takes where 256 does not divide a width.
+_FALLBACKS = {
+    "Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
+    "IQ4_XS": "IQ4_NL",
+}  # fmt: skip
+# Weights that are rounded at once: few enough for the cache of a processor.
+_ELEMENTS = 2**19
+
+
+class GridWeight(NamedTuple):
+    """A weight in a grid.
+
+    Attributes:
+        data_OB: uint8 (O, bytes of a row), as a GGUF file stores it.
+    """
+
+    grid: Grid
+    data_OB: Tensor
+
+    def dense(self) -> Tensor:
+        """The weight, float32 (O, I)."""
+        rows = len(self.data_OB)
+        spans = unpack(self.data_OB.reshape(-1, self.grid.nbytes), self.grid)
+        return spans.dense(self.grid).view(rows, -1)
+
+
+def grid_for(name: str, columns: int) -> Grid:
+    """The grid of a type, or what llama.cpp takes for it where its span does not divide a width.
+
+    Raises:
+        ValueError: where 32 does not divide the width, so that no grid suits it.
+
+    >>> grid_for("Q3_K", 1536).name, grid_for("Q3_K", 576).name
+    ('Q3_K', 'Q4_0')
+    """
+    if name not in GRIDS:
+        raise ValueError(f"{name} is not a type that prunus writes: give one of {', '.join(GRIDS)}")
+    grid = GRIDS[name]
+    if columns % grid.span:
+        grid = GRIDS[_FALLBACKS.get(name, name)]
+    if columns % grid.span:
+        raise ValueError(
+            f"{columns} columns cannot be stored as {name}: give a width that 32 divides"
+        )
+    return grid
+
+
+def round_to_grid(weight_OI: Tensor, grid: Grid, importance_I: Tensor | None = None) -> GridWeight:
+    """Round a weight to a grid, with the scales of the smallest weighted squared error.
+
+    Args:
+        weight_OI: of any float dtype.
+        importance_I: the weight of the squared error of each column, such as the mean square of an
+            input (llama.cpp's importance matrix); None for equal ones.
+    """
+    columns = weight_OI.shape[1]
+    if importance_I is None:
+        importance_I = torch.ones(columns, device=weight_OI.device)
+    parts = []
+    for rows_OI in weight_OI.split(max(1, _ELEMENTS // columns)):
+        weight_IO = rows_OI.float().T.contiguous()
+        scales, levels = [], []
+        for weight_BO, importance_B in zip(
+            weight_IO.split(grid.span), importance_I.float().split(grid.span), strict=True
+        ):
+            found = fit_scales(weight_BO, importance_B, grid)
+            scales.append(found)
+            levels.append(found.levels(weight_BO, grid))
+        parts.append(grid_weight(scales, torch.cat(levels), grid).data_OB)
+    return GridWeight(grid, torch.cat(parts))
+
+
+def grid_weight(scales: list[Scales], levels_IO: Tensor, grid: Grid) -> GridWeight:
+    """The weight of spans with their scales, and of levels, uint8 (I, O)."""
+    d_NO, dmin_NO, codes_NGO, minima_NGO = (
+        torch.stack(parts) for parts in zip(*scales, strict=True)
+    )
+    spans = Spans(
+        d_NO.T.flatten(),
+        dmin_NO.T.flatten(),
+        codes_NGO.permute(2, 0, 1).flatten(0, 1),
+        minima_NGO.permute(2, 0, 1).flatten(0, 1),
+        levels_IO.T.reshape(-1, grid.span),
+    )
+    return GridWeight(grid, pack(spans, grid).view(levels_IO.shape[1], -1))

@@ -1,0 +1,152 @@
+"""Weights in the grids of GGUF's types: bytes, fits, and the sweep with feedback."""
+
+import pytest
+import torch
+
+from prunus.methods import InputStatistics, Work
+from prunus.methods.grid_fits import fit_codes, fit_scales
+from prunus.methods.grid_packing import pack, unpack
+from prunus.methods.grid_sweep import quantize_in_grid
+from prunus.methods.grids import GRIDS, Grid, grid_for, round_to_grid
+from prunus.methods.solvers.obs import inverse_factor
+from prunus.methods.work import GridQuantization
+
+every_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+some_grids = pytest.mark.parametrize("grid", [GRIDS[x] for x in ("Q2_K", "Q3_K", "IQ4_NL")])
+
+
+def random_spans(grid: Grid, count: int = 20) -> torch.Tensor:
+    """Spans of random integers, and of scales that are ordinary numbers: uint8 (N, bytes)."""
+    data_NK = torch.randint(0, 256, (count, grid.nbytes), dtype=torch.uint8)
+    if grid.name == "Q8_0":
+        data_NK[data_NK == 128] = 0  # −128 is a value that no writer uses
+    start = 0
+    groups = grid.span // grid.group * (2 if grid.has_minimum else 1)
+    for part, bits, _, _ in grid.layout:
+        if part in ("levels", "codes"):
+            start += bits * (grid.span if part == "levels" else groups) // 8
+        else:
+            data_NK[:, start : start + 2] = torch.randn(count, 1).half().view(torch.uint8)
+            start += 2
+    return data_NK
+
+
+def statistics_of(columns: int) -> InputStatistics:
+    statistics = InputStatistics(columns, "gram")
+    statistics.add(torch.randn(300, 40) @ torch.randn(40, columns) + torch.randn(300, columns))
+    return statistics
+
+
+def error(weight_OI: torch.Tensor, other_OI: torch.Tensor, gram_II: torch.Tensor) -> float:
+    change_OI = weight_OI - other_OI
+    return float(((change_OI @ gram_II) * change_OI).sum())
+
+
+@every_grid
+def test_bytes_are_read_and_written_as_the_package_gguf_does(grid):
+    gguf = pytest.importorskip("gguf", reason="the package gguf is the reference")
+    torch.manual_seed(0)
+    data_NK = random_spans(grid)
+    spans = unpack(data_NK, grid)
+    kind = gguf.GGMLQuantizationType[grid.name]
+    assert (grid.type_id, grid.span, grid.nbytes) == (kind, *gguf.GGML_QUANT_SIZES[kind])
+    expected = torch.from_numpy(gguf.quants.dequantize(data_NK.numpy(), kind))
+    assert torch.equal(spans.dense(grid), expected)
+    assert torch.equal(pack(spans, grid), data_NK)
+
+
+def test_widths_that_256_does_not_divide_get_the_types_of_llama_cpp():
+    assert grid_for("Q4_K", 512) is GRIDS["Q4_K"]
+    assert grid_for("Q4_K", 576) is GRIDS["Q5_0"]
+    with pytest.raises(ValueError, match="give a width that 32 divides"):
+        grid_for("Q8_0", 100)
+    with pytest.raises(ValueError, match="not a type that prunus writes"):
+        grid_for("Q9_K", 512)
+
+
+@every_grid
+def test_a_rounded_weight_lies_in_the_grid_and_is_close(grid):
+    torch.manual_seed(0)
+    weight_OI = torch.randn(8, 512)
+    rounded = round_to_grid(weight_OI, grid)
+    dense_OI = rounded.dense()
+    spans = unpack(rounded.data_OB.view(-1, grid.nbytes), grid)
+    assert torch.equal(pack(spans, grid).view(8, -1), rounded.data_OB)
+    assert (weight_OI - dense_OI).square().mean() < 4.0 ** (1.6 - grid.bits)
+    again_OI = round_to_grid(dense_OI, grid).dense()
+    assert (again_OI - dense_OI).square().mean() < 0.1 * (weight_OI - dense_OI).square().mean()
+
+
+def test_the_importance_of_a_column_lowers_its_error():
+    torch.manual_seed(0)
+    weight_OI, importance_I = torch.randn(8, 256), torch.ones(256)
+    importance_I[::4] = 100
+    with_it = (round_to_grid(weight_OI, GRIDS["Q3_K"], importance_I).dense() - weight_OI).square()
+    without = (round_to_grid(weight_OI, GRIDS["Q3_K"]).dense() - weight_OI).square()
+    assert with_it[:, ::4].sum() < without[:, ::4].sum()
+    assert (with_it * importance_I).sum() < (without * importance_I).sum()
+
+
+def test_zeros_stay_zeros():
+    for grid in GRIDS.values():
+        assert not round_to_grid(torch.zeros(2, 256), grid).dense().any()
+
+
+@some_grids
+def test_the_sweep_equals_a_slow_one(grid):
+    torch.manual_seed(0)
+    weight_OI, statistics = torch.randn(4, 512) / 20, statistics_of(512)
+    found = quantize_in_grid(weight_OI, statistics, Work(quantization=GridQuantization(grid)))
+
+    # Large inputs first: spans, groups within a span, columns within a group.
+    norms_I, groups = statistics.gram_II.diagonal(), grid.span // grid.group
+
+    def largest_first(j: int) -> list[float]:
+        starts = [(j // width * width, width) for width in (grid.span, grid.group, 1)]
+        return [-float(norms_I[start : start + width].sum()) for start, width in starts]
+
+    order = sorted(range(512), key=largest_first)
+    upper_II = inverse_factor(statistics.gram_II[order][:, order], found.notes["damping"])[0]
+    upper_II = upper_II.double()
+    left_OI, rounded_OI = weight_OI[:, order].double(), torch.empty(4, 512)
+    importance_I = upper_II.diagonal().reciprocal().square().float()
+    for place, j in enumerate(order):
+        group = j % grid.span // grid.group
+        if place % grid.span == 0:
+            span = torch.arange(place, place + grid.span)
+            span = span[torch.tensor(order)[span].argsort()]
+            scales = fit_scales(left_OI[:, span].T.float().contiguous(), importance_I[span], grid)
+        if place % grid.group == 0 and groups > 1:
+            own = slice(place, place + grid.group)
+            one = scales._replace(
+                codes_GO=scales.codes_GO[[group]], minima_GO=scales.minima_GO[[group]]
+            )
+            one = fit_codes(left_OI[:, own].T.float().contiguous(), importance_I[own], one, grid)
+            scales.codes_GO[group], scales.minima_GO[group] = one.codes_GO[0], one.minima_GO[0]
+        step_O, offset_O = (each_GO[group] for each_GO in scales.steps())
+        values = torch.tensor(grid.values)[:, None] * step_O - offset_O
+        nearest_O = (left_OI[:, place] - values).abs().argmin(0)
+        rounded_OI[:, j] = values.gather(0, nearest_O[None])[0]
+        error_O = (left_OI[:, place] - rounded_OI[:, j]) / upper_II[place, place]
+        left_OI[:, place + 1 :] -= error_O[:, None] * upper_II[place, place + 1 :]
+    assert (found.weight_OI != rounded_OI).float().mean() < 0.02
+    assert torch.equal(found.weight_OI, found.quantized.dense())
+
+
+@every_grid
+def test_feedback_lowers_the_error_of_the_outputs(grid):
+    torch.manual_seed(0)
+    weight_OI, statistics = torch.randn(8, 512), statistics_of(512)
+    gram_II = statistics.gram_II
+    found = quantize_in_grid(weight_OI, statistics, Work(quantization=GridQuantization(grid)))
+    rounded_OI = round_to_grid(weight_OI, grid, gram_II.diagonal()).dense()
+    assert error(weight_OI, found.weight_OI, gram_II) < 0.5 * error(weight_OI, rounded_OI, gram_II)
+
+
+def test_removed_weights_become_zero_where_the_grid_has_a_zero():
+    torch.manual_seed(0)
+    weight_OI, keep_OI = torch.randn(8, 512), torch.rand(8, 512) > 0.5
+    work = Work(quantization=GridQuantization(GRIDS["Q3_K"]))
+    found = quantize_in_grid(weight_OI, statistics_of(512), work, keep_OI)
+    assert not found.weight_OI[~keep_OI].any()
+    assert not found.keep_OI[~keep_OI].any()
