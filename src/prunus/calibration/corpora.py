@@ -32,8 +32,6 @@ Part = Literal["calibration", "scoring"]
 
 @dataclass(frozen=True)
 class _LocalFile:
-    """A file of local datasets."""
-
     path: str  #: below the data folder
     note: str = ""  #: how its text differs from the original, for the reader of a result
     fields: tuple[str, ...] = ("text",)  #: fields of a JSON line that make up a document

@@ -75,7 +75,6 @@ class Documents(Sequence[str]):
         return len(self._given)
 
     def __getitem__(self, place: Any) -> Any:
-        """Return document `place`."""
         given = entry = self._given[place]
         what = _kind(given)
         if isinstance(given, Mapping):

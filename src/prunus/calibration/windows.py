@@ -90,8 +90,6 @@ class Wanted:
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Calibration windows."""
-
     #: (samples, seqlen) int64, on the CPU. For an image classifier these are pixel values (samples,
     #: channels, height, width) float32.
     ids: torch.Tensor

@@ -80,11 +80,9 @@ class Heartbeat:
         return int(self._store.add(f"claim/{what}", 1)) - 1
 
     def set_finished(self, what: str) -> None:
-        """Tell the others that this rank has finished `what`."""
         self._store.set(f"through/{what}/{self._rank}", "")
 
     def has_finished(self, what: str, rank: int) -> bool:
-        """Whether another rank has finished `what`."""
         return bool(self._store.check([f"through/{what}/{rank}"]))
 
     def lost_rank_error(self, symptom: str) -> RankError:

@@ -40,7 +40,6 @@ _LOSSLESS = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class LinearInfo:
-    """One linear of a block."""
 
     block: int
     name: str

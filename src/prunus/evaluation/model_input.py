@@ -36,8 +36,6 @@ FileStates = dict[Path, dict[Path, tuple[int, int]]]
 
 @dataclass(frozen=True)
 class ComputeOptions:
-    """How models are computed."""
-
     #: a name of `DTYPES`, or auto for the dtype in which transformers would load a model.
     dtype: str
     device: torch.device

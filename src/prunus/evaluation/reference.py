@@ -65,7 +65,6 @@ class Reference:
         self.close()
 
     def close(self) -> None:
-        """Release memory and files."""
         while self._kept:
             self._kept.pop()[1].close()
         self._options, self._by_blocks, self._whole = None, None, None

@@ -64,7 +64,6 @@ class Skeleton:
         self._outside_modules = [module for module in self.model.modules() if module not in inside]
 
     def __len__(self) -> int:
-        """Number of blocks."""
         return len(self.blocks)
 
     # --- the blocks ---
@@ -74,7 +73,6 @@ class Skeleton:
         return f"{self.path}.{index}"
 
     def linears(self, index: int) -> list[Linear]:
-        """The prunable linears of a block."""
         return find_linears(self.blocks[index])
 
     def fused(self, index: int) -> list[Fused]:
@@ -100,7 +98,6 @@ class Skeleton:
         return block
 
     def release(self, index: int) -> None:
-        """Take the weights of a block away again."""
         release(self.blocks[index])
 
     def window_shape(self, index: int, seqlen: int) -> tuple[int, int]:
@@ -111,7 +108,6 @@ class Skeleton:
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the output head."""
         head: Any = self.model.get_output_embeddings() or self.model.get_input_embeddings()
         return int(head.weight.shape[0])
 

@@ -151,7 +151,6 @@ class CheckpointSource:
         return {keys[key]: tensor for key, tensor in self.checkpoint.read(keys)}
 
     def block_keys(self, index: int) -> list[str]:
-        """Stored names of the tensors of a block."""
         return [*self._blocks[index].values(), *self._fused[index]]
 
     def block_names(self, index: int) -> tuple[dict[str, str], dict[str, str]]:

@@ -94,7 +94,6 @@ class HiddenStates:
         return self._places[index][1:] if tensor is None else (tensor.shape, tensor.dtype)
 
     def close(self) -> None:
-        """Release memory and file."""
         self._tensors = [None] * len(self._tensors)
         if self._file is not None:
             self._file.close()
@@ -225,5 +224,4 @@ class Stream:
             self.states.put(batch, forward(batch))
 
     def close(self) -> None:
-        """Release the hidden states."""
         self.states.close()

@@ -264,7 +264,6 @@ _LONG_KEY = re.compile(r"""(?<![\w-])(?:(?>[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ 
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """The content of a TOML file."""
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(

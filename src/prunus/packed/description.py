@@ -37,8 +37,6 @@ _MAX_BYTES = 2**62
 
 
 class StoredTensor(NamedTuple):
-    """Shape and dtype of a tensor, as a shard's header gives them."""
-
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -72,7 +70,6 @@ class PackedShape(NamedTuple):
         return cls(rows, columns, stored, *rare)
 
     def to_json(self) -> list[int]:
-        """Return the linear's entry in config.json."""
         return [number for number in self if number is not None]
 
     def tensors(self, values: Stored | None) -> dict[str, StoredTensor]:
@@ -105,7 +102,6 @@ class QuantizedShape(NamedTuple):
 
     @classmethod
     def of(cls, weight: QuantizedWeight) -> QuantizedShape:
-        """Return the shape of a weight."""
         return cls(*weight.shape, weight.data.shape[0], weight.codes, weight.rows_per_chunk)
 
     @classmethod
@@ -138,7 +134,6 @@ class QuantizedShape(NamedTuple):
         """Nothing: the number of integers follows from the size."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the linear's entry in config.json."""
         return {
             "shape": [self.out_features, self.in_features],
             "bytes": self.nbytes,
@@ -158,8 +153,6 @@ class QuantizedShape(NamedTuple):
 
 @dataclass(frozen=True)
 class Description:
-    """The packed linears of a checkpoint."""
-
     #: dtype in which bitmaps store their entries; None where there are no bitmaps.
     values: Stored | None
     #: module name (`model.layers.0.mlp.up_proj`) -> shape. A linear is a bitmap or quantised; a
@@ -201,7 +194,6 @@ class Description:
                     )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the `quantization_config` of config.json."""
         values = {} if self.values is None else {"values": self.values}
         return {
             "quant_method": METHOD,
@@ -220,7 +212,6 @@ class Description:
 
     @classmethod
     def from_dict(cls, content: Any) -> Description:
-        """Read a `quantization_config`."""
         if not isinstance(content, Mapping) or content.get("quant_method") != METHOD:
             raise ValueError(f"config.json has no quantization_config with quant_method {METHOD!r}")
         version = content.get("version")

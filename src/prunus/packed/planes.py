@@ -189,7 +189,6 @@ def _refuse_below(lowest: int) -> None:
 
 
 def _scan_all(weight: QuantizedWeight) -> torch.Tensor:
-    """Return what `check` returns, computed in torch."""
     _, widths = class_order(weight)
     offsets, begin, rows = [], 0, weight.shape[0]
     for first in range(0, rows, weight.rows_per_chunk):

@@ -43,7 +43,6 @@ class PackedSource:
         self.packed: dict[str, tuple[str, float]] = {}
 
     def bind(self, skeleton: Skeleton) -> None:
-        """Match the stored names with those of a skeleton."""
         self._skeleton = skeleton
         self._names = names_in_model(skeleton, self._checkpoint.tensors)[0]
         for name, key in self._names.items():

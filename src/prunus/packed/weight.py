@@ -50,7 +50,6 @@ class PackedWeight(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors together."""
         return sum(part.nbytes for part in named_tensors("", self).values())
 
 
@@ -76,7 +75,6 @@ class QuantizedWeight(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors together."""
         return sum(part.nbytes for part in named_tensors("", self).values())
 
 

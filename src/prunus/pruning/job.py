@@ -69,7 +69,6 @@ class PruningJob(RunJob):
         return self.QUANTIZES or (self.recipe.allocates and self.recipe.sparsity > 0)
 
     def measuring_bytes(self) -> int:
-        """The memory of that measurement."""
         if not self.measures_loss:
             return 0
         memory = measuring_memory(self, self.QUANTIZES)
@@ -105,7 +104,6 @@ class PruningJob(RunJob):
 
     @property
     def prunes_head(self) -> bool:
-        """Whether the output head is pruned too."""
         return isinstance(self.recipe, Recipe) and self.recipe.head
 
     @property
@@ -138,7 +136,6 @@ class PruningJob(RunJob):
 
     @property
     def reconstruction(self) -> ReconstructionSettings | None:
-        """How blocks are reconstructed, or None."""
         recipe = self.recipe
         if not isinstance(recipe, Recipe) or not recipe.reconstructs:
             return None

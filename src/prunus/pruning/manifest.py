@@ -126,8 +126,6 @@ class BlockRecord(Part):
 
 
 class PruningRecord(BlockwiseRecord):
-    """What prune and compress record."""
-
     #: What happened to a block, in one word.
     DONE: ClassVar[str] = "pruned"
 
@@ -147,7 +145,6 @@ class PruningRecord(BlockwiseRecord):
         return self.recipe.method
 
     def close(self, seconds: float, device: torch.device) -> None:
-        """Enter the totals."""
         # It imports torch, which whoever only reads a record does not need.
         from prunus.hardware.memory import peak_memory
 

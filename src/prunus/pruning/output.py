@@ -86,7 +86,6 @@ class PrunedFolder(BlockFolder):
         )
 
     def card(self) -> str:
-        """The model card of the result."""
         assert isinstance(self.record, Manifest)
         source = self.job.checkpoint
         return pruned_card(self.record, kind_of(source.config).loader, source.checkpoint.folder)

@@ -115,7 +115,6 @@ class Recipe(PruningOptions):
 
     @property
     def reconstructs(self) -> bool:
-        """Whether any block is reconstructed."""
         return self.reconstruct != "none"
 
 

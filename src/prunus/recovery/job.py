@@ -55,7 +55,6 @@ class RecoveryJob:
 
     @property
     def recipe(self) -> RecoveryOptions:
-        """How the model is recovered."""
         return self.record.recipe
 
     def check_unchanged(self) -> None:

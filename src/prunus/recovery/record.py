@@ -11,8 +11,6 @@ from prunus.runs.record import Part, RunInputs, RunRecord, UsedBos
 
 
 class Evaluation(Part):
-    """One evaluation of the held-out windows."""
-
     step: int  #: step, tokens, seconds: Of the training and its evaluations before this one
     tokens: int
     seconds: float

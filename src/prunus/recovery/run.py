@@ -54,7 +54,6 @@ _NOT_TAKEN = ("memory", "tokenizer", "trust_remote_code")
 
 
 def _shown(step: Step) -> Shown:
-    """What the progress bar shows after a step."""
     loss = "" if step.loss is None else f", loss {step.loss:.3f}"
     return Shown(min(step.fraction, 1.0), f"{step.tokens:,} tokens{loss}")
 

@@ -40,8 +40,6 @@ _CUDA_ROWS = 4096
 
 @dataclass(frozen=True)
 class Step:
-    """Progress of a training, for display."""
-
     fraction: float  #: of the budget that is spent, from 0 to 1
     tokens: int  #: tokens, seconds: Of training so far; the time includes evaluations
     seconds: float

@@ -50,7 +50,6 @@ _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 
 def to_html(document: Document) -> str:
-    """Write a document as an HTML page."""
     has_charts = any(
         isinstance(part, Chart)
         for section in document.sections

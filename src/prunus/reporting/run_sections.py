@@ -40,7 +40,6 @@ _DEFINITIONS = {
 
 
 def run_section(manifest: PruningRecord) -> Section:
-    """The section of a run."""
     error, mean = mean_error(manifest.all_totals())
     errors = {error: _block_errors(manifest)}
     by_block = [lines_over_blocks(f"Mean {error} by block", error, errors, ".3%")]

@@ -99,7 +99,6 @@ def packing_table(record: ConversionRecord) -> Table:
 
 
 def recovery_table(record: RecoveryRecord) -> Table:
-    """The evaluations of the held-out windows."""
     rows = [
         {
             "step": entry.step,

@@ -99,7 +99,6 @@ def _side_by_side(paths: Sequence[Path]) -> list[Section]:
 
 
 def _section(path: Path, speeds: Mapping[str, float]) -> Section:
-    """The section of one run, sweep or evaluation."""
     if not path.exists():
         raise FileNotFoundError(
             f"{path} is not there; give the folder of a run or a sweep, or the file of prunus eval "

@@ -41,8 +41,6 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table."""
-
     title: str
     columns: tuple[Column, ...]  #: one per value of a row
     rows: tuple[tuple[Any, ...], ...]  #: unformatted values; None where a figure is missing
@@ -120,8 +118,6 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
-    """A whole report."""
-
     title: str
     sections: tuple[Section, ...] = ()
 

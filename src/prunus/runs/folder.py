@@ -262,7 +262,6 @@ class BlockFolder(ResultFolder):
         return place
 
     def stored(self, place: int, made: Made) -> dict[str, torch.Tensor]:
-        """The tensors of a block's shard, by their names in the checkpoint."""
         return self.job.checkpoint.as_stored(self.made_from(place), made.tensors)
 
     def restored(self, place: int) -> dict[str, torch.Tensor]:
@@ -273,7 +272,6 @@ class BlockFolder(ResultFolder):
         return self.job.checkpoint.from_stored(index, found)
 
     def read_block(self, place: int) -> Mapping[str, torch.Tensor]:
-        """The tensors of a finished block, by relative name."""
         return self.ranks.tensors_from_rank_0(lambda: self._read_block(place))
 
     def _read_block(self, place: int) -> dict[str, torch.Tensor]:

@@ -46,7 +46,6 @@ class RunJob:
 
     @property
     def ranks(self) -> Ranks:
-        """The processes that work on the run."""
         return self.options.processes
 
     @functools.cached_property
@@ -108,7 +107,6 @@ class RunJob:
     # Where the data live and how they move.
 
     def measure_memory(self) -> None:
-        """Fill in `block_memory`."""
         self.block_memory = [self._block_memory(index) for index in range(len(self.skeleton))]
 
     def _block_memory(self, index: int) -> BlockMemory:
@@ -297,7 +295,6 @@ class HashedSource:
         self._seen: set[int] = set()
 
     def block(self, index: int, pinned: bool = False) -> dict[str, torch.Tensor]:
-        """The tensors of a block, as the other source reads them."""
         found = self._source.block(index, pinned)
         if index not in self._seen:
             self._seen.add(index)

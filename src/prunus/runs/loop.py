@@ -32,8 +32,6 @@ from prunus.runs.progress import Progress
 
 @dataclass(frozen=True)
 class Made:
-    """What a step has made of a block."""
-
     tensors: Mapping[str, torch.Tensor]
     record: Any
     message: str
@@ -47,9 +45,7 @@ class BlockStep(Protocol):
         """Run the windows through a block that an earlier run has finished."""
         ...
 
-    def make(self, place: int, stored: StoredBlock) -> Made:
-        """Change a block, and run the windows through what it has become."""
-        ...
+    def make(self, place: int, stored: StoredBlock) -> Made: ...
 
 
 class BlockOutput(Protocol):
@@ -133,8 +129,6 @@ def check_same(ranks: Ranks, name: str, changed: Mapping[str, torch.Tensor]) -> 
 
 
 class StoredBlock(NamedTuple):
-    """A block as a checkpoint stores it."""
-
     tensors: Mapping[str, torch.Tensor]
     digest: str
 
@@ -197,7 +191,6 @@ class BackgroundWrites:
             self._last = self._executor.submit(torch.no_grad()(write))
 
     def wait(self) -> None:
-        """Wait until everything is written."""
         last, self._last = self._last, None
         if last is not None:
             last.result()

@@ -174,7 +174,6 @@ def window_step(done: float, total: float) -> Shown:
 
 
 def _place() -> Literal["notebook", "terminal"] | None:
-    """Where a person sees a bar."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     if shell is not None and getattr(shell, "kernel", None) is not None:
         return "notebook"

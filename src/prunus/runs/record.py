@@ -197,7 +197,6 @@ def result_card(
     fields: Mapping[str, str | None] | None = None,
     source: Path | None = None,
 ) -> str:
-    """The card of a model that a run has made."""
     body = "\n\n".join(
         [
             f"# {source_name(record)}, {title}",

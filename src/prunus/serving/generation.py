@@ -87,7 +87,6 @@ class Generator:
                 return
 
     def shutdown(self) -> None:
-        """Wait for the threads to end."""
         self._threads.shutdown(cancel_futures=True)
 
     def _generate(self, job: Job, work: Work, prompt: list[int], output: tuple[Any, Any]) -> End:
@@ -184,7 +183,6 @@ class _Streamer(DirectStreamer):
         return self._text.found
 
     def reason(self, limit: int) -> Literal["stop", "length", "tool_calls"]:
-        """Why the answer ends."""
         if self._calls_tools:
             return "tool_calls"
         return "length" if not self._text.found and self.total_tokens >= limit else "stop"
@@ -253,8 +251,6 @@ class StopText:
 
 
 class Answers:
-    """Answers requests with one model."""
-
     def __init__(self, reader: PromptReader, limits: Limits, generator: Generator) -> None:
         self._reader, self._limits, self._generator = reader, limits, generator
 

@@ -61,7 +61,6 @@ class Limits:
 
     @classmethod
     def of(cls, name: str, model: Any, tokenizer: Any) -> Limits:
-        """The limits of a loaded model."""
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         vocabulary = model.get_input_embeddings().num_embeddings
         if not isinstance(context, int):
@@ -71,7 +70,6 @@ class Limits:
 
     @property
     def body(self) -> int:
-        """The size of the largest request, in bytes."""
         return min(max(self.text * _ESCAPED, _LEAST_BODY), _MOST_BODY)
 
 
@@ -155,7 +153,6 @@ class PromptReader:
         server.server_close()
 
     def close(self) -> None:
-        """End the process."""
         os.kill(self._process, signal.SIGKILL)
         os.waitpid(self._process, 0)
         self._folder.cleanup()
@@ -185,7 +182,6 @@ class PromptReader:
 
 
 def unknown_model(requested: str, served: str) -> RequestError:
-    """The answer to a request for another model."""
     return RequestError(
         404,
         f"the model {requested[:200]!r} does not exist here; this server has {served!r}",

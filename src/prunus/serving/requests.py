@@ -101,8 +101,6 @@ class _Message(_Strict):
 
 
 class ChatOptions(Options):
-    """A request to `/v1/chat/completions`."""
-
     messages: Annotated[list[_Message], Field(min_length=1, max_length=_MAX_MESSAGES)]
     max_completion_tokens: _Count | None = None
     tools: list[dict[str, Any]] | None = None
@@ -154,7 +152,6 @@ _Kind = TypeVar("_Kind", bound=Options)
 
 
 def parse_options(kind: type[_Kind], body: bytes) -> _Kind:
-    """Read and check the options of a request."""
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):

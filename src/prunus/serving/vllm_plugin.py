@@ -235,7 +235,6 @@ def _method_class() -> Any:
             return self._packed.multiply(x, bias)
 
         def embedding(self, layer: nn.Module, input_: torch.Tensor) -> torch.Tensor:
-            """Map token ids to rows of the embedding."""
             if torch.compiler.is_compiling():
                 rows: torch.Tensor = torch.ops.prunus.vllm_embedding(
                     input_, self._prefix, self._in_features, self._dtype
@@ -343,7 +342,6 @@ class PackedLayer(nn.Module):
 
     @property
     def out_features(self) -> int:
-        """The number of rows of all weights together; known after `prepare`."""
         return sum(self._rows)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

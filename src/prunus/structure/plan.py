@@ -215,7 +215,6 @@ def _checked_count(name: str, asked: Amount, count: int, possible: Sequence[int]
 
 
 def _plan_experts(job: StructureJob, asked: Amount) -> ExpertPlan:
-    """How many experts stay."""
     config, name = job.source.config.get_text_config(), job.model_name
     modules = [experts_in(block) for block in job.skeleton.blocks]
     counts = {module.count for found in modules for module in found}

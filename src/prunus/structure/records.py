@@ -128,8 +128,6 @@ class StructureRecipe(WindowOptions):
 
 
 class ExpertChange(Part):
-    """What happened to the experts of one block."""
-
     #: the old numbers of the experts that stay; the new number is the place in the list.
     kept: list[int]
     saliency: list[float]  #: of every old expert
@@ -137,16 +135,12 @@ class ExpertChange(Part):
 
 
 class PartChange(Part):
-    """What happened to the channels or the heads of one block."""
-
     kept: list[int]  #: the old numbers of those that stay; of heads, those of query heads
     error: float  #: ‖X(W − W')ᵀ‖² / ‖XWᵀ‖² at the linear that reads them
     error_before_fit: float  #: the same if the columns that stay had kept their weights
 
 
 class SearchStep(Part):
-    """One step of the search for blocks."""
-
     block: int  #: position in the source of the block that is removed
     value: float  #: what was measured without it and the blocks of the steps before
     #: "divergence" (KL from the dense model, nats per token) or "influence" (1 − the mean cosine
@@ -157,8 +151,6 @@ class SearchStep(Part):
 
 
 class BlockChange(Part):
-    """One block of the result."""
-
     name: str  #: full name in the result
     made_from: int  #: position in the source
     input_sha256: str  #: hash of the weights that it was made from

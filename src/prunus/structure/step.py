@@ -97,7 +97,6 @@ class ShrinkStep:
         return Made(tensors, change, f"made from block {change.made_from} in {seconds:.2f} s")
 
     def close(self) -> None:
-        """Release the hidden states."""
         self._open.close()
 
     def _cut(self, place: int, stored: StoredBlock) -> tuple[dict[str, Tensor], BlockChange]:

@@ -60,7 +60,6 @@ class HeadPlan:
         return pairs | {(before * self.size, after * self.size) for before, after in pairs}
 
     def fields(self, config: Any) -> dict[str, Any]:
-        """The fields of a configuration that count heads -> their new values."""
         fields = {"num_attention_heads": self.keep_heads}
         if hasattr(config, "num_key_value_heads"):
             fields["num_key_value_heads"] = self.keep_groups
@@ -71,8 +70,6 @@ class HeadPlan:
 
 @dataclass
 class WidthPlan:
-    """What stays in every block."""
-
     heads: HeadPlan | None  #: None if all stay
     #: of every old block, where the channels of its MLPs are; a routed expert is an MLP.
     mlps: list[list[PartLayout]]
@@ -95,7 +92,6 @@ class WidthPlanner:
     finder: LayoutFinder
 
     def plan(self, recipe: StructureRecipe) -> WidthPlan:
-        """Decide how many channels and heads stay."""
         old = self.old
         plan = WidthPlan(self._heads(recipe), [[] for _ in old.blocks], [None for _ in old.blocks])
         for name, before, after in self._channel_counts(recipe):

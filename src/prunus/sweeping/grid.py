@@ -64,8 +64,6 @@ class Scoring(TextOptions, TaskOptions):
 
 
 class Sweep(Options):
-    """A sweep file."""
-
     FILE = "sweep"
 
     title: str = ""

@@ -81,8 +81,6 @@ class SweptModel(Part):
 
 
 class CellResult(SweptModel):
-    """One combination of a sweep."""
-
     name: str  #: unique name, which is also the name of the cell's folder
     model: str  #: label of the model
     recipe: Recipe
@@ -135,7 +133,6 @@ class SweepResults(Part):
 
     @classmethod
     def load(cls, folder: Path) -> SweepResults:
-        """Read `results.json`."""
         path = folder / RESULTS_NAME
         if not path.exists():
             raise FileNotFoundError(

@@ -55,7 +55,6 @@ class DenseStream:
         on_device: bool = True,
         first_batch: int = 0,
     ) -> None:
-        """Run what precedes the blocks; see `Stream.embed`."""
         chosen = [
             batch for batch in range(len(batches)) if (first_batch + batch) % self._stride == 0
         ]
@@ -68,7 +67,6 @@ class DenseStream:
         return [end - start for start, end in itertools.pairwise(ends)]
 
     def propagate(self, index: int) -> None:
-        """Take all batches through dense block `index`."""
         if len(self.stream):
             self.stream.propagate(index, self.stream.source.block(index))
 
@@ -81,7 +79,6 @@ class DenseStream:
         return DenseBlockInputs(self.stream, self.dense_number, index, block, linears, cache)
 
     def close(self) -> None:
-        """Release the hidden states."""
         self.stream.close()
 
 

@@ -40,8 +40,6 @@ SPARSE = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class LinearSettings:
-    """How a linear is pruned."""
-
     method: Method  #: with refinements and weight updates composed in
     #: What is asked of it. How its rows are split and rounded is decided linear by linear.
     work: Work
@@ -65,8 +63,6 @@ class LinearFinish(Protocol):
 
 @dataclass(frozen=True)
 class PrunedLinear:
-    """A finished linear."""
-
     weight: torch.Tensor
     record: LinearRecord
     packed: QuantizedWeight | None = None
@@ -199,8 +195,6 @@ _COUNTS = frozenset({"swaps"})
 
 @dataclass(frozen=True)
 class _RankShard:
-    """The rows of one rank; see `RowShard`."""
-
     ranks: Ranks
     rows: slice
     lengths: list[int]

@@ -119,7 +119,6 @@ class BlockPruner:
             self.dense.propagate(place)
 
     def make(self, place: int, stored: StoredBlock) -> Made:
-        """Prune one block and take all batches through it."""
         started = time.perf_counter()
         state = self._load(place, stored)
         self._note_zeros(state)
@@ -236,7 +235,6 @@ class BlockPruner:
                 record.notes |= counter.notes(linear.name)
 
     def _reconstruct(self, state: BlockState) -> None:
-        """Train the surviving weights towards the dense block's outputs."""
         if state.reconstruction is None:
             return
         trained_tensors, state.reconstructed = state.reconstruction.run(state.stored, state.changed)
@@ -299,7 +297,6 @@ class BlockPruner:
         return {key: finished.weight}, finished.record
 
     def close(self) -> None:
-        """Release the hidden states."""
         self.stream.close()
         if self.dense is not None:
             self.dense.close()
@@ -307,8 +304,6 @@ class BlockPruner:
 
 @dataclass
 class BlockState:
-    """One block while it is pruned."""
-
     index: int
     name: str
     stored: Mapping[str, torch.Tensor]

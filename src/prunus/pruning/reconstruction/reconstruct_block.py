@@ -297,7 +297,6 @@ class ReconstructionBatches:
         return len(self._owners)
 
     def shape(self, batch: int) -> tuple[int, ...]:
-        """Return the shape of a batch with all its windows."""
         return tuple(self._layouts[batch][0])
 
     def get(self, batch: int) -> torch.Tensor:

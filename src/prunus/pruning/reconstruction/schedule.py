@@ -36,8 +36,6 @@ _LOGIT_STEPS, _LOGIT_RATE, _MAX_LOGIT_STRIDE = 240, 2e-3, 28
 
 @dataclass(frozen=True)
 class ReconstructionSchedule:
-    """Training schedule of one block."""
-
     epochs: int
     token_stride: int
     #: peak rate relative to the RMS of each tensor's kept weights; see `TrainOptions.relative`.

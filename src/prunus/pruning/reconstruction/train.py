@@ -64,8 +64,6 @@ class BlockBatches:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How a block is trained."""
-
     learning_rate: float = 3e-4  #: peak rate of Adam; see `learning_rate` for its course
     #: the rate is a fraction of the root mean square (RMS) of each parameter's kept weights, as in
     #: Adafactor (arXiv 1804.04235, section 8). A step of Adam moves every weight by about the rate,
@@ -81,8 +79,6 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The outcome of training a block."""
-
     #: the best candidate: the trained parameters by relative name, float32, zero outside their
     #: masks.
     weights: dict[str, torch.Tensor]
@@ -170,8 +166,6 @@ class _Objective:
 
 @dataclass
 class _Best:
-    """The best candidate so far."""
-
     weights: dict[str, torch.Tensor]
     error: float
 

@@ -36,7 +36,6 @@ class TrainedWeights:
         }
 
     def snapshot(self) -> dict[str, torch.Tensor]:
-        """Copy the masters."""
         return {name: master.detach().clone() for name, master in self.masters.items()}
 
     def interpolate(
@@ -47,7 +46,6 @@ class TrainedWeights:
 
     @torch.no_grad()
     def load(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Put values into the block's parameters."""
         for name, parameter in self.parameters.items():
             if values[name] is not parameter:
                 parameter.copy_(values[name])
