@@ -155,15 +155,17 @@ def test_packed_checkpoint_is_inspected_and_scored_and_not_packed_again(folders,
     assert not (tmp_path / "again").exists()
 
 
-def test_a_tied_head_of_another_kind_stays_as_it_is(tmp_path):
-    source = pruned_checkpoint(
-        tmp_path / "pruned", "gemma3_text", tie_word_embeddings=True
-    )  # scales its embedding
-    record = pack(source, tmp_path / "packed")
-    assert all(".layers." in name for name in record.linears)
-    model = _load(tmp_path / "packed")
-    assert isinstance(model.lm_head, DenseLinear)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
+def test_an_embedding_that_scales_its_rows_is_packed_with_the_head_tied_to_it(tmp_path):
+    source = pruned_checkpoint(tmp_path / "pruned", "gemma3_text", tie_word_embeddings=True)
+    assert "model.embed_tokens" in pack(source, tmp_path / "packed").linears
+    model, plain = _load(tmp_path / "packed"), _load(source)
+    assert isinstance(model.lm_head, TiedHead)
+    assert torch.equal(model.model.embed_tokens(IDS), plain.model.embed_tokens(IDS))
+    with reference_path():
+        assert torch.equal(_logits(model), _logits(plain))
+        dense = model.dequantize()
+        assert torch.equal(_logits(dense), _logits(plain))
+    assert type(dense.model.embed_tokens) is type(plain.model.embed_tokens)
 
 
 @pytest.mark.parametrize("values", ["bf16", "planes"])

@@ -62,7 +62,7 @@ def prune(
 
 @with_flags(CompressionRecipe, RunOptions)
 def compress(model: Model, output: Output, *, recipe: RecipeFile = None, **options: Any) -> None:
-    """Compress MODEL to a number of bits per weight, packed.
+    """Compress MODEL to a file size or to bits per weight, packed.
 
     Zeros and levels are chosen together: weights that do not repay their bits become 0, and linears
     and rows in which bits lower the loss most get more of them. --sparsity and --pattern force
@@ -72,10 +72,8 @@ def compress(model: Model, output: Output, *, recipe: RecipeFile = None, **optio
     from prunus.compression.run import run
 
     work, given = RunOptions.pick(options)
-    if "bits" not in given and recipe is None:
-        raise ValueError("prunus compress needs a size: give --bits 3, for example")
     chosen = CompressionRecipe.read(recipe, given)
-    _carry_out(run, f"{chosen.bits:g} bits {output}", (model, output, chosen), work)
+    _carry_out(run, f"{chosen.target} {output}", (model, output, chosen), work)
 
 
 @with_flags(StructureRecipe, RunOptions)
@@ -154,7 +152,8 @@ def plan(
 ) -> None:
     """Show what prune or compress would do and cost; write nothing.
 
-    With --bits it plans compress. All that they check before their first block is checked here too.
+    With --bits or --size it plans compress. All that they check before their first block is checked
+    here too.
     """
     from prunus.compression.run import CompressionJob
     from prunus.pruning.job import PruningJob, describe_plan, plan_run
@@ -164,7 +163,7 @@ def plan(
 
     work, given = RunOptions.pick(options)
     trains, how = _takes_max(given), RunOptions.read(None, work)
-    compresses = "bits" in given
+    compresses = bool({"bits", "size"} & given.keys())
     chosen = (CompressionRecipe if compresses else Recipe).read(recipe, given)
     kind: type[PruningJob] = CompressionJob if compresses else PruningJob
     if output is not None:

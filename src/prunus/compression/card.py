@@ -28,7 +28,7 @@ model = LOADER.from_pretrained("this folder")
 def compressed_card(record: CompressionRecord, loader: str, source: Path) -> str:
     """What the checkpoint is, how it was made, and what loads it."""
     recipe, totals = record.recipe, record.totals
-    sparsity, bits = totals.get("sparsity", 0.0), totals.get("bits", recipe.bits)
+    sparsity, bits = totals.get("sparsity", 0.0), totals.get("bits", recipe.bits or 0.0)
     origin = "They follow from the rate: these weights did not repay their bits."
     if forced := totals.get("forced_zeros", 0):
         shape = recipe.pattern if recipe.n_of_m else f"{recipe.sparsity:.0%} sparsity"
@@ -48,7 +48,13 @@ def compressed_card(record: CompressionRecord, loader: str, source: Path) -> str
             f"Zeros: {totals.get('zeros', 0):,} of {totals.get('weights', 0):,} weights "
             f"({sparsity:.2%}). {origin} Calibration: {calibration_words(record)}.",
         ],
-        tags=["compressed", "quantized", f"{recipe.bits:g}-bit", "sparse", sparsity_tag(sparsity)],
+        tags=[
+            "compressed",
+            "quantized",
+            f"{round(recipe.bits or bits, 1):g}-bit",
+            "sparse",
+            sparsity_tag(sparsity),
+        ],
         fields={
             "base_model_relation": "quantized",
             "prunus": f"{method}\n  sparsity: {sparsity:.4f}\n  bits: {bits:.3f}",

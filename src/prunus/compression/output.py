@@ -5,23 +5,20 @@ No dense copy of them is ever written.
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from prunus.compression.card import compressed_card
+from prunus.compression.file_size import embedding_and_head, file_size
 from prunus.compression.quantize_rows import quantize_rows
 from prunus.compression.records import CompressionRecord, FileSize
 from prunus.model.checkpoint.atomic_files import read_json, remove
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.checkpoint.writer import Writable, save_safetensors
 from prunus.model.kinds import kind_of
-from prunus.model.linears import tied_embedding
 from prunus.packed.description import Description, QuantizedShape
 from prunus.packed.forms import checked_weight, expand
 from prunus.packed.weight import named_tensors
@@ -64,38 +61,9 @@ class CompressedFolder(PrunedFolder):
             remove(self.folder / MEASUREMENT)
 
     def _size(self) -> FileSize:
-        source = self.job.checkpoint.checkpoint
         written = Checkpoint(self.folder, only=list(self.record.sha256))
-        inside = self._entries(range(len(self.record.blocks)))
-        packed = Description.of_linears(inside | self.record.packed_outside)
-        owners = {part: name for name in packed.linears for part in packed.tensors(name)}
-        kinds = self._embedding_and_head() | dict.fromkeys(inside, "linears")
-        parts = Counter[str]()
-        for name, info in written.tensors.items():
-            kind = "other weights" if len(info.shape) > 1 else "norms and biases"
-            kind = kinds.get(owners.get(name, name.removesuffix(".weight")), kind)
-            dtype = str(info.dtype).removeprefix("torch.")
-            parts[f"packed {kind}" if name in owners else f"{kind} in {dtype}"] += info.nbytes
-        parameters = sum(math.prod(info.shape) for info in source.tensors.values())
-        after = written.file_bytes()
-        return FileSize(
-            before=source.file_bytes(),
-            after=after,
-            parameters=parameters,
-            bits_per_parameter=8 * after / parameters,
-            parts=dict(parts.most_common()),
-        )
-
-    def _embedding_and_head(self) -> dict[str, str]:
-        """Stored name of the embedding and of the output head -> what it is; of a tied one once."""
-        model, stored = self.job.skeleton.model, self.job.checkpoint.stored
-        modules = {id(model.get_output_embeddings()): "output head"}
-        modules[id(model.get_input_embeddings())] = "embeddings"
-        return {
-            stored.get(f"{name}.weight", name).removesuffix(".weight"): modules[id(module)]
-            for name, module in reversed(list(model.named_modules()))
-            if id(module) in modules
-        }
+        source, model = self.job.checkpoint, self.job.skeleton.model
+        return file_size(source, model, written.tensors, written.file_bytes())
 
     def stored(self, place: int, made: Made) -> dict[str, torch.Tensor]:
         tensors = super().stored(place, made)
@@ -118,14 +86,14 @@ class CompressedFolder(PrunedFolder):
         return self.job.checkpoint.from_stored(place, tensors.items())
 
     def outside(self, tensors: dict[str, Writable]) -> dict[str, Writable]:
-        head_bits = self.record.recipe.head_bits
+        head_bits, source = self.record.recipe.packs_head, self.job.checkpoint
         if head_bits is None:
             return tensors
-        for name in embedding_and_head(self.job.skeleton.model):
-            linear = self._stored_linear(name)
-            key = f"{linear}.weight"
-            weight = quantize_rows(self.job.checkpoint.checkpoint.whole(key), head_bits)
-            del tensors[key]
+        for key, copies in embedding_and_head(self.job.skeleton.model, source.stored).items():
+            linear = key.removesuffix(".weight")
+            weight = quantize_rows(source.checkpoint.whole(key), head_bits)
+            for name in (key, *copies):
+                del tensors[name]
             tensors |= named_tensors(linear, weight)
             self.record.packed_outside[linear] = QuantizedShape.of(weight).to_json()
         # The shard is written next. A run that is killed between the two writes it again.
@@ -155,16 +123,3 @@ class CompressedFolder(PrunedFolder):
 
     def _stored_linear(self, name: str) -> str:
         return self.job.checkpoint.stored[f"{name}.weight"].removesuffix(".weight")
-
-
-def embedding_and_head(model: Any) -> list[str]:
-    """The names of the embedding and head that the packed format can hold; of the first if tied."""
-    tied = tied_embedding(model)
-    if tied is not None:
-        return [tied.name]
-    modules = (model.get_input_embeddings(), model.get_output_embeddings())
-    return [
-        name
-        for name, module in model.named_modules()
-        if any(module is each for each in modules) and type(module) in (nn.Embedding, nn.Linear)
-    ]

@@ -31,6 +31,7 @@ from prunus.model.checkpoint.output_folder import check_companions, check_disk
 from prunus.model.checkpoint.reader import Checkpoint, resolve_folder
 from prunus.model.checkpoint.regular_files import read_card
 from prunus.model.checkpoint.writer import Writable
+from prunus.model.embeddings import is_table
 from prunus.model.kinds import require_causal
 from prunus.model.linears import Linear, tied_embedding
 from prunus.model.skeleton import Skeleton
@@ -296,7 +297,7 @@ def _pack_linear(
     reason = packed = None
     if linear.transposed:
         reason = f"{kind.__name__} stores its weight transposed"
-    elif kind not in (nn.Linear, nn.Embedding):
+    elif kind is not nn.Linear and not is_table(linear.module):
         reason = f"{kind.__name__} may compute something other than nn.Linear"
     elif not key:
         reason = "the checkpoint stores it in one tensor with other experts'"

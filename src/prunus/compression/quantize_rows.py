@@ -36,6 +36,9 @@ _COLUMN_EXPONENTS = (0.0, 0.25, 0.5)
 _SAMPLE = 1 << 20  # weights on which the distance between levels is searched
 _HALVINGS = 14
 _ATTEMPTS = 5
+#: Memory while a weight is quantised: the weight in two bytes or four, its levels, and its code
+#: in pieces and as a whole.
+BYTES_PER_QUANTIZED_WEIGHT = 7
 _ROWS = 1024  # rows converted to float32 at a time
 
 
@@ -58,12 +61,16 @@ def quantize_rows(weight_OI: torch.Tensor, bits: float) -> QuantizedWeight:
         raise ValueError(
             f"expected a matrix of floats, got {weight_OI.dtype} {tuple(weight_OI.shape)}"
         )
-    squares = [rows.float().square() for rows in weight_OI.split(_ROWS)]
-    if not all(bool(each.isfinite().all()) for each in squares):
-        raise ValueError("weights that are infinite or not a number cannot be quantised")
     rows, columns = weight_OI.shape
-    rows_O = _relative(torch.cat([each.mean(1).sqrt() for each in squares]))
-    columns_I = _relative((torch.stack([each.sum(0) for each in squares]).sum(0)).sqrt())
+    means, sums = [], []
+    for part in weight_OI.split(_ROWS):
+        squares = part.float().square()
+        if not bool(squares.isfinite().all()):
+            raise ValueError("weights that are infinite or not a number cannot be quantised")
+        means.append(squares.mean(1))
+        sums.append(squares.sum(0))
+    rows_O = _relative(torch.cat(means).sqrt())
+    columns_I = _relative(torch.stack(sums).sum(0).sqrt())
     sample_S = torch.linspace(0, rows - 1, min(rows, max(1, _SAMPLE // columns))).long()
     sample_SI = weight_OI[sample_S].float()
     best = (math.inf, 1.0, columns_I)

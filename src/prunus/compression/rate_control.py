@@ -43,6 +43,15 @@ def side_bits(shape: tuple[int, int]) -> float:
     return (16 * rows + (16 + 8) * columns) / (rows * columns)
 
 
+def zero_bits(sparsity: float) -> float:
+    """The bits per weight that say which weights a mask keeps: the entropy of a coin.
+
+    >>> zero_bits(0.5)
+    1.0
+    """
+    return sum(-share * math.log2(share) for share in (sparsity, 1 - sparsity) if 0 < share < 1)
+
+
 def _code_of(levels_SI: Tensor) -> CodeLengths:
     """The code that suits some rows of a weight."""
     classes_I, codes = choose_codes(column_histograms(levels_SI.cpu()))
@@ -116,14 +125,25 @@ class RateControl:
         bits = float(expected_bits(self._deviations(name) * 2.0**-log2_step).mean())
         return bits * (1 - self._sparsities.get(name, 0.0)) + self._fixed_bits(name)
 
-    def begin(self, name: str, statistics: InputStatistics) -> tuple[LinearQuantization, float]:
-        """How the next linear is quantised, and log2 Δ for `finish`."""
-        step, known = self.log2_step(), self._linears[name].sensitivity
+    def begin(
+        self, name: str, statistics: InputStatistics, coarser: float = 0.0
+    ) -> tuple[LinearQuantization, float]:
+        """How the next linear is quantised, and log2 Δ for `finish`.
+
+        `coarser` is added to the log2 Δ that would spend the bits.
+        """
+        step, known = self.log2_step() + coarser, self._linears[name].sensitivity
         power = float(statistics.sum_squares_I.mean()) / max(1, statistics.tokens)
         # The sensitivity was measured on a few windows of the dense model. How large the inputs
         # are, the run knows better.
         unit = known.unit * (known.power / power) ** 0.5 if power > 0 else known.unit
         return LinearQuantization(2.0**step * unit, known.scales_O, _code_of), step
+
+    def excess(self, name: str, bits: float) -> float:
+        """The bits per weight of a linear that the linears after it would lack, at least."""
+        others = [self._linears[each] for each in self._waiting if each != name]
+        least = sum((1 + side_bits(linear.shape)) * linear.weights for linear in others)
+        return bits - (self._left - least) / self._linears[name].weights
 
     def finish(self, name: str, bits: float, log2_step: float) -> None:
         """Take note of a finished linear."""
@@ -140,9 +160,7 @@ class RateControl:
     def _fixed_bits(self, name: str) -> float:
         """The part of a prediction that does not depend on the step."""
         linear, sparsity = self._linears[name], self._sparsities.get(name, 0.0)
-        # Which weights a mask keeps takes the entropy of a coin.
-        mask = sum(-share * math.log2(share) for share in (sparsity, 1 - sparsity) if share > 0)
-        return side_bits(linear.shape) + mask + self._mean_surplus(linear.kind)
+        return side_bits(linear.shape) + zero_bits(sparsity) + self._mean_surplus(linear.kind)
 
     def _mean_surplus(self, kind: str) -> float:
         known = self._surplus.get(kind) or [x for each in self._surplus.values() for x in each]

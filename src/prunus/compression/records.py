@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
-from prunus.hardware.sizes import in_bytes
+from prunus.hardware.sizes import in_bytes, parse_bytes
 from prunus.methods.options import DenseWeight
-from prunus.options import Option, Options, between, one_of
+from prunus.options import Option, Options, at_least, between, one_of
 from prunus.pruning.manifest import PruningRecord
 from prunus.pruning.options import PruningOptions, Sparsity
 from prunus.runs.record import Part, RunRecord
@@ -42,25 +42,42 @@ class CompressionRecipe(PruningOptions):
     sparsity: Sparsity = 0.0
     dense_weight: DenseWeight = 0.25
     bits: Annotated[
-        float,
+        float | None,
         Option(
             "Let the linears take this number of bits per weight in the file, with scales and all "
             "that belongs to them, from 1 to 7.",
             metavar="N",
             within=between("[1, 7]", ": 3 makes the linears a fifth of their bfloat16 size"),
-        ),
-    ]
-    head_bits: Annotated[
-        int | None,
-        Option(
-            "Store embeddings and output head with this number of bits per weight: 4, 6 or 8.",
-            metavar="N",
-            within=one_of((4, 6, 8)),
-            default="they stay as they are",
+            default="what the size of the file leaves",
         ),
     ] = None
+    size: Annotated[
+        int | None,
+        Option(
+            "Let all files with weights take at most this size together, such as 900MB (1 MB is "
+            "1,000,000 bytes), in place of bits per weight.",
+            metavar="SIZE",
+            within=at_least(1, " byte"),
+        ),
+    ] = None
+    head_bits: Annotated[
+        int | Literal["none"],
+        Option(
+            "Store embeddings and output head with this number of bits per weight: 4, 6 or 8; none "
+            "keeps them as they are. Tied ones are stored once.",
+            metavar="N",
+            within=one_of((4, 6, 8, "none")),
+        ),
+    ] = 6
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _read_size(cls, value: Any) -> Any:
+        return parse_bytes(value, 1000) if isinstance(value, str) else value
 
     def check_fit(self) -> None:
+        if (self.bits is None) == (self.size is None):
+            raise ValueError("give either `bits`, such as 3, or the `size` of the file, as 900MB")
         fields = type(self).model_fields
         given = [name for name in _OF_MASKS if getattr(self, name) != fields[name].default]
         if given and not self.forces_zeros:
@@ -68,6 +85,16 @@ class CompressionRecipe(PruningOptions):
                 f"{', '.join(given)} would say which zeros are forced, and none are: give "
                 "`sparsity` or `pattern` as well, or drop it, and zeros follow from the rate"
             )
+
+    @property
+    def target(self) -> str:
+        """What was asked for, in words."""
+        return in_bytes(self.size) if self.size is not None else f"{self.bits:g} bits"
+
+    @property
+    def packs_head(self) -> int | None:
+        """The bits per weight of embeddings and head; None where they stay as they are."""
+        return None if isinstance(self.head_bits, str) else self.head_bits
 
     @property
     def forces_zeros(self) -> bool:
@@ -117,7 +144,7 @@ class CompressionRecord(PruningRecord):
 
     @property
     def what(self) -> str:
-        return f"{self.recipe.bits:g} bits"
+        return self.recipe.target
 
     def _notes(self, totals: dict[str, Any]) -> list[str]:
         return [*(self.size.sentences() if self.size else []), *super()._notes(totals)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +12,16 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import nn
 
-from prunus.compression.output import CompressedFolder, embedding_and_head
-from prunus.compression.rate_control import LinearRate, RateControl, side_bits
+from prunus.compression.file_size import embedding_and_head, file_size, planned_tensors
+from prunus.compression.output import CompressedFolder
+from prunus.compression.quantize_rows import BYTES_PER_QUANTIZED_WEIGHT
+from prunus.compression.rate_control import LinearRate, RateControl, side_bits, zero_bits
 from prunus.compression.records import CompressionRecipe, CompressionRecord
+from prunus.hardware.sizes import in_bytes
 from prunus.methods.grids import GridWeight
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import LinearQuantization, Quantized
+from prunus.model.checkpoint.writer import file_nbytes
 from prunus.model.kinds import require_causal
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
@@ -31,12 +36,14 @@ from prunus.pruning.output import PruningOutput
 from prunus.pruning.run import PruneVerb, carry_out
 from prunus.runs.options import RunOptions
 from prunus.runs.progress import pruning_step, shows_progress
+from prunus.runs.record import OUTSIDE_SHARD
 from prunus.runs.windows import given_windows
 
-# A tensor's entry in the header of a shard, without its name.
-_HEADER_BYTES = 75
-# Classes, steps and scales: the tensors of a quantised weight next to its data.
-_SIDE_TENSORS = 3
+# The most bits per weight of linears. The least that `size` may ask for is this much above the bits
+# of zeros, where nearly all weights are 0.
+_MOST_BITS, _ABOVE_LEAST = 7.0, 0.1
+# A linear is rounded again at most this many times, and each time coarser by at least this log2.
+_MOST_TRIALS, _COARSER = 16, 0.002
 
 
 @shows_progress("compress", pruning_step)
@@ -50,12 +57,13 @@ def compress(
     recipe: CompressionRecipe | str | Path | None = None,
     **options: Any,
 ) -> CompressionRecord:
-    """Compress a checkpoint to a number of bits per weight. The result is a packed checkpoint.
+    """Compress a checkpoint to a file size or to bits per weight. The result is packed.
 
     Args:
         model: A checkpoint folder or a hub id.
         output: Folder of the compressed checkpoint.
-        bits: Bits per weight of the linears in the file, with all that belongs to them.
+        bits: Bits per weight of the linears in the file, with all that belongs to them; None where
+            `size` says how large the whole file may be.
         calibration: A source of windows, token ids or texts, as for `prunus.prune`.
         recipe: A `CompressionRecipe`, or a TOML file with any of its options.
         **options: Options of `CompressionRecipe` and of the run.
@@ -101,36 +109,83 @@ class CompressionJob(PruningJob):
         require_causal(source.config, "prunus compress")
         return _packable(found, skeleton, source)
 
+    @functools.cached_property
+    def weights(self) -> dict[str, int]:
+        """Stored name of the weight of each linear to compress -> how many numbers it has."""
+        stored, linears = self.checkpoint.stored, self.selected_linears()
+        return {stored[f"{name}.weight"]: math.prod(x.shape) for name, x in linears.items()}
+
+    @functools.cached_property
+    def packed_outside(self) -> dict[str, list[str]]:
+        """`embedding_and_head`, as far as the recipe packs them."""
+        packs = self.recipe.packs_head is not None
+        return embedding_and_head(self.skeleton.model, self.checkpoint.stored) if packs else {}
+
+    @functools.cached_property
+    def bits(self) -> float:
+        """Bits per weight of the linears: those asked for, or about what `size` leaves for them."""
+        if self.recipe.bits is not None:
+            return self.recipe.bits
+        return self.bits_next_to(file_nbytes(self.shards(8.0)[0]))
+
+    def bits_next_to(self, outside: int) -> float:
+        """The bits per weight that `size` leaves if the shard outside the blocks has this size."""
+        assert self.recipe.size is not None
+        # With fewer bits the headers are not longer.
+        weights, blocks = sum(self.weights.values()), map(file_nbytes, self.shards(8.0)[1:])
+        return 8 * (1 + (self.recipe.size - outside - sum(blocks)) / weights)
+
+    def shards(self, bits: float) -> list[dict[str, Any]]:
+        """`planned_tensors` of all that lies outside the blocks, and of each block."""
+        source, packed = self.checkpoint, dict.fromkeys(self.weights, bits)
+        packed |= dict.fromkeys(self.packed_outside, float(self.recipe.packs_head or 0))
+        copies = {key for keys in self.packed_outside.values() for key in keys}
+        outside = [key for key in source.outside_keys() if key not in copies]
+        blocks = map(source.block_keys, range(len(self.skeleton)))
+        return [planned_tensors(source, keys, packed) for keys in (outside, *blocks)]
+
+    def bytes_at(self, bits: float) -> int:
+        """Bytes of all files with weights if the linears take `bits` bits per weight."""
+        return sum(map(file_nbytes, self.shards(bits)))
+
     def check(self) -> None:
         # If all weights were zeros, a linear would still take a bit plane, steps, scales, classes.
         shapes = [linear.shape for linear in self.selected_linears().values()]
-        weights = [rows * columns for rows, columns in shapes]
-        least = sum(
-            (1 + side_bits(shape)) * count for shape, count in zip(shapes, weights, strict=True)
-        ) / sum(weights)
-        if self.recipe.bits <= least:
+        side = sum(side_bits(shape) * math.prod(shape) for shape in shapes)
+        least = 1 + side / sum(self.weights.values())
+        if self.recipe.bits is not None and self.recipe.bits <= least:
             raise ValueError(
-                f"bits = {self.recipe.bits:g} cannot be reached: if all weights were 0, the "
+                f"bits = {self.bits:g} cannot be reached: if all weights were 0, the "
                 f"linears of this model would take {least:.2f} bits per weight with their steps "
                 "and scales. Give more"
             )
+        sparsity, size = self.recipe.sparsity, self.recipe.size
+        if size is None:
+            return
+        most = _MOST_BITS * (1 - sparsity) + zero_bits(sparsity)
+        smallest, largest = map(self.bytes_at, (least + _ABOVE_LEAST, most))
+        if not smallest <= size <= largest:
+            raise ValueError(
+                f"size = {in_bytes(size)} is not possible: the file takes {in_bytes(smallest)} to "
+                f"{in_bytes(largest)} ({smallest:,} to {largest:,} bytes), of which "
+                f"{in_bytes(file_nbytes(self.shards(1.0)[0]))} are embeddings, head and norms; "
+                "see `head_bits`"
+            )
 
     def describe(self) -> dict[str, object]:
-        return {"bits": self.recipe.bits, "head_bits": self.recipe.head_bits}
+        tensors = {key: each for shard in self.shards(self.bits) for key, each in shard.items()}
+        file = file_size(self.checkpoint, self.skeleton.model, tensors, self.file_bytes())
+        return {"bits": self.bits, "head_bits": self.recipe.head_bits, "file": file.model_dump()}
+
+    def peak_bytes(self) -> int:
+        # Embedding and head are quantised before the first block is read.
+        tensors = self.checkpoint.checkpoint.tensors
+        sizes = [math.prod(tensors[key].shape) for key in self.packed_outside]
+        return max(super().peak_bytes(), BYTES_PER_QUANTIZED_WEIGHT * max(sizes, default=0))
 
     def file_bytes(self) -> int:
         # The rate control spends the bits that the recipe asks for, so they say what linears take.
-        checkpoint = self.checkpoint.checkpoint
-        bits = dict.fromkeys(self.selected_linears(), self.recipe.bits)
-        if self.recipe.head_bits is not None:
-            bits |= dict.fromkeys(embedding_and_head(self.skeleton.model), self.recipe.head_bits)
-        total = float(checkpoint.nbytes(checkpoint.tensors))
-        total += sum(len(name) + _HEADER_BYTES for name in checkpoint.tensors)
-        for name, each in bits.items():
-            key = self.checkpoint.stored[f"{name}.weight"]
-            total += math.prod(checkpoint.tensors[key].shape) * each / 8 - checkpoint.nbytes([key])
-            total += _SIDE_TENSORS * (len(key) + _HEADER_BYTES)
-        return round(total)
+        return self.bytes_at(self.bits)
 
 
 class CompressVerb(PruneVerb):
@@ -166,33 +221,54 @@ class CompressVerb(PruneVerb):
         ]
         sparsity = job.recipe.sparsity
         sparsities = {x.name: record.allocation.get(x.name, sparsity) for x in linears}
-        control = RateControl(job.recipe.bits, linears, sparsities)
+        bits = job.bits
+        if job.recipe.size is not None:
+            # Embeddings and head are written by now, and take a little less than was planned.
+            shard = output.folder / OUTSIDE_SHARD
+            bits = job.bits_next_to(job.ranks.on_rank_0(lambda: shard.stat().st_size))
+        control = RateControl(bits, linears, sparsities)
         for block in record.blocks:
             for name, done in block.linears.items():
                 assert done.bits is not None and done.log2_step is not None
                 control.finish(f"{block.name}.{name}", done.bits, done.log2_step)
-        return Rounding(control)
+        return Rounding(control, exceeds=job.recipe.size is None)
 
 
 class Rounding:
-    """Rounds linears to the steps of a rate control; see `prunus.pruning.block.linear`."""
+    """Rounds linears to the steps of a rate control; see `prunus.pruning.block.linear`.
 
-    def __init__(self, control: RateControl) -> None:
-        self._control = control
-        self._log2_step = 0.0
+    Args:
+        exceeds: Whether the sum may be a little more than the bits of the control. If not, a linear
+            that leaves too little for those after it is rounded again, to coarser steps.
+    """
+
+    def __init__(self, control: RateControl, exceeds: bool) -> None:
+        self._control, self._exceeds = control, exceeds
+        self._log2_step, self._coarser, self._trials = 0.0, 0.0, 0
 
     def begin(self, name: str, statistics: InputStatistics) -> LinearQuantization:
-        quantization, self._log2_step = self._control.begin(name, statistics)
+        quantization, self._log2_step = self._control.begin(name, statistics, self._coarser)
         return quantization
 
     def end(
         self, name: str, quantized: Quantized | GridWeight
-    ) -> tuple[QuantizedWeight, dict[str, Any]]:
+    ) -> tuple[QuantizedWeight, dict[str, Any]] | None:
         assert isinstance(quantized, Quantized)
         levels_OI, steps_I, scales_O = (part.cpu() for part in quantized)
         packed = encode(levels_OI, steps_I, scales_O)
         rows, columns = packed.shape
         bits = 8 * packed.nbytes / (rows * columns)
+        excess = 0.0 if self._exceeds else self._control.excess(name, bits)
+        if excess > 0 and self._trials < _MOST_TRIALS:
+            self._trials += 1
+            # At low rates a step saves less than a bit where it is twice as coarse.
+            self._coarser += max(_COARSER, excess) * 1.5**self._trials
+            return None
+        if excess > 0:
+            raise ValueError(
+                f"{name} does not fit in what `size` leaves for it: give a larger size"
+            )
+        self._coarser, self._trials = 0.0, 0
         self._control.finish(name, bits, self._log2_step)
         entry = QuantizedShape.of(packed).to_json()
         return packed, {"bits": bits, "log2_step": self._log2_step, "packed": entry}

@@ -22,6 +22,7 @@ from prunus.evaluation.records import ModelSize
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint.atomic_files import verify_shards
 from prunus.model.checkpoint.reader import resolve_folder
+from prunus.model.embeddings import is_table
 from prunus.model.linears import Linear, tied_embedding
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
@@ -263,8 +264,13 @@ def packed_size(folder: Path, trust_remote_code: bool = False) -> ModelSize | No
 
 def _packed_bytes(weight: torch.Tensor, linear: Linear, key: str) -> int:
     """Bytes of a weight after `prunus pack`, which leaves some kinds of linears as they are."""
-    plain = linear.transposed or type(linear.module) not in (nn.Linear, nn.Embedding)
-    if plain or not key.endswith(".weight") or weight.dtype not in _LOSSLESS:
+    plain = type(linear.module) is nn.Linear or is_table(linear.module)
+    if (
+        linear.transposed
+        or not plain
+        or not key.endswith(".weight")
+        or weight.dtype not in _LOSSLESS
+    ):
         return weight.nbytes
     return min(weight.nbytes, packed_bytes(weight))
 

@@ -8,21 +8,26 @@ _BYTES = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*$", re.IGNORECASE)
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
-def parse_bytes(text: str) -> int:
-    """The bytes of a size such as '8GB', '512MB' or '100000'. All units are powers of 1024.
+def parse_bytes(text: str, kilo: int = 1024) -> int:
+    """The bytes of a size such as '8GB', '512MB' or '100000'.
 
-    >>> parse_bytes("1.5GiB")
-    1610612736
+    Units are powers of 1024, or those of a file with `kilo` 1000: as in `in_bytes`, where a GiB
+    alone is 1024³.
+
+    >>> parse_bytes("1.5GiB"), parse_bytes("900MB", 1000)
+    (1610612736, 900000000)
     """
+    what = "a memory size" if kilo == 1024 else "the size of a file"
     match = _BYTES.match(text)
     if not match:
-        raise ValueError(f"a memory size looks like 8GB, 512MB or 1.5GiB; got {text[:80]!r}")
-    number = float(match[1]) * 1024 ** _UNITS[match[2].upper().rstrip("B").rstrip("I")]
+        raise ValueError(f"{what} looks like 8GB, 512MB or 1.5GiB; got {text[:80]!r}")
+    unit = match[2].upper().removesuffix("B")
+    number = float(match[1]) * (1024 if "I" in unit else kilo) ** _UNITS[unit.removesuffix("I")]
     if number >= 2**63:
         raise ValueError(f"no computer has this much memory: {text[:40]!r}; give a smaller size")
     value = int(number)
     if value < 1:
-        raise ValueError(f"a memory size must be larger than zero; got {text!r}")
+        raise ValueError(f"{what} must be larger than zero; got {text!r}")
     return value
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from prunus.hardware.numerics import all_finite, check_finite
+from prunus.model.embeddings import is_table
 from prunus.model.experts import find_routers
 
 #: model_type -> path of the module list, where the declaration of transformers is not enough.
@@ -154,10 +155,10 @@ def left_dense(block: nn.Module, linears: list[Linear]) -> dict[str, tuple[int, 
 def tied_embedding(model: Any) -> Linear | None:
     """The input embedding of a transformers model as a linear, if it is tied to the output head.
 
-    None also if one of them is special: an embedding that scales its rows, a head with a bias.
+    None also if one of them is special, such as a head with a bias.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    plain = type(embedding) is nn.Embedding and type(head) is nn.Linear and head.bias is None
+    plain = is_table(embedding) and type(head) is nn.Linear and head.bias is None
     if not plain or head.weight is not embedding.weight:
         return None
     return Linear(

@@ -174,21 +174,38 @@ class PackedEmbedding(PackedLinear):
 
     Args:
         packed: the weight (vocabulary, width).
-        dtype: dtype of the rows that are looked up: the model's, which integers do not tell.
+        dense: the embedding that it replaces; see `prunus.model.embeddings`. Its weight may be on
+            the meta device, and tells the dtype of the rows that are looked up.
     """
 
-    def __init__(self, packed: Packed, dtype: torch.dtype, stored: int | None = None) -> None:
+    def __init__(self, packed: Packed, dense: nn.Embedding, stored: int | None = None) -> None:
         super().__init__(packed, stored=stored)
-        self.num_embeddings, self.embedding_dim, self.dtype = *packed.shape, dtype
+        self.num_embeddings, self.embedding_dim = packed.shape
+        self.dtype = dense.weight.dtype
+        # Inside a tuple it is not a submodule, so that it is neither saved nor counted.
+        self._dense = (dense,)
+        if (scale := getattr(dense, "scalar_embed_scale", None)) is not None:
+            dense.embed_scale = torch.tensor(scale, device="cpu")  # no file holds this buffer
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map token ids (...) to rows (..., width)."""
+        rows, scale = self._rows(input), getattr(self._dense[0], "embed_scale", None)
+        if isinstance(scale, torch.Tensor):
+            scale = scale.to(self.dtype)
+        return rows if scale is None else rows * scale
+
+    def _rows(self, input: torch.Tensor) -> torch.Tensor:
         prepared = self._buffers["prepared"]
         if torch.compiler.is_compiling() or input.is_meta:
             return packed_embedding(input, *as_arguments(self.packed), prepared, self.dtype)
         if input.is_cuda:
             return functional.embedding(input, self.dense_on_device(self.dtype))
         return look_up(input, self.packed, prepared, self.dtype)
+
+    def table(self, weight: nn.Parameter) -> nn.Embedding:
+        """The embedding that this one has replaced, with a dense weight."""
+        self._dense[0].weight = weight
+        return self._dense[0]
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """Map hidden states (..., width) to logits (..., vocabulary)."""
@@ -222,7 +239,7 @@ def pack_module(model: Any, name: str, packed: Packed, stored: int | None) -> No
     if not isinstance(dense, nn.Embedding):
         model.set_submodule(name, PackedLinear(packed, dense.bias, stored))
         return
-    embedding = PackedEmbedding(packed, dense.weight.dtype, stored)
+    embedding = PackedEmbedding(packed, dense, stored)
     # transformers knows which weights it will tie before it ties them.
     ties = getattr(model, "all_tied_weights_keys", {})
     for target in [target for target, source in ties.items() if source == f"{name}.weight"]:
@@ -245,9 +262,7 @@ def unpack_module(model: Any, name: str, dtype: torch.dtype | None) -> None:
         model.set_submodule(name, plain_linear(dense, packed.bias))
         return
     weight = nn.Parameter(packed.dense(dtype or packed.dtype))
-    embedding = nn.Embedding(weight.shape[0], weight.shape[1], device="meta")
-    embedding.weight = weight
     for other, module in list(model.named_modules()):
         if isinstance(module, TiedHead) and module.embedding is packed:
             model.set_submodule(other, plain_linear(weight, None))
-    model.set_submodule(name, embedding)
+    model.set_submodule(name, packed.table(weight))

@@ -24,6 +24,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from prunus.model.embeddings import is_table
 from prunus.packed.description import FORMAT_VERSION, METHOD, Description
 from prunus.packed.fast_decoding import use_fast_decoding
 from prunus.packed.linear import (
@@ -232,7 +233,7 @@ def _find_linear(model: Any, name: str, paths: Iterable[str]) -> str:
             module = model.get_submodule(candidate)
         except AttributeError:
             continue
-        if type(module) in (nn.Linear, nn.Embedding):
+        if type(module) is nn.Linear or is_table(module):
             return candidate
         raise ValueError(f"the packed linear {name!r} is a {type(module).__name__} in this model")
     raise ValueError(

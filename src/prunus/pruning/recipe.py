@@ -26,7 +26,7 @@ class Recipe(PruningOptions):
     """
 
     ELSEWHERE: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("bits", "head_bits"), "it belongs to a compressed checkpoint; use prunus compress"
+        ("bits", "size", "head_bits"), "it belongs to a compressed checkpoint; use prunus compress"
     )
 
     preset: Annotated[

@@ -45,7 +45,7 @@ def run_section(manifest: PruningRecord) -> Section:
     by_block = [lines_over_blocks(f"Mean {error} by block", error, errors, ".3%")]
     recipe, name = manifest.recipe, Path(manifest.source).name or manifest.source
     if isinstance(manifest, CompressionRecord):
-        work = f"{manifest.recipe.bits:g} bits per weight"
+        work = manifest.recipe.target + (" per weight" if manifest.recipe.bits else "")
     else:
         shape = recipe.pattern if recipe.n_of_m else f"{recipe.sparsity:.0%} unstructured"
         work = f"{recipe.method}, {shape}"
@@ -149,11 +149,12 @@ def _sizes(manifest: PruningRecord, totals: dict[str, Any]) -> list[tuple[str, s
     counts = f"{totals['zeros']:,} of {totals['weights']:,}"
     if not isinstance(manifest, CompressionRecord):
         return [("sparsity reached", f"{totals['sparsity']:.2%}"), ("weights removed", counts)]
-    asked, reached, forced = manifest.recipe.bits, totals.get("bits"), totals.get("forced_zeros", 0)
-    size = manifest.size
+    reached, forced = totals.get("bits"), totals.get("forced_zeros", 0)
+    size, recipe = manifest.size, manifest.recipe
     bits = "not known yet" if reached is None else f"{reached:.3f}"
+    asked = f"{recipe.bits:g}" if recipe.size is None else f"a file of {recipe.target}"
     return [
-        ("bits per weight", f"{bits} (asked for: {asked:g})"),
+        ("bits per weight", f"{bits} (asked for: {asked})"),
         *([] if size is None else [("file", f"{in_bytes(size.after)} of {in_bytes(size.before)}")]),
         ("zeros", f"{totals['sparsity']:.2%}: {counts}"),
         ("zeros by a mask", f"{forced:,}"),

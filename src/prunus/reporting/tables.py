@@ -40,6 +40,10 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
         "result": f"{plan['file_bytes'] / 1e9:.3f} GB",
         "disk": f"{plan['disk_bytes'] / 1e9:.2f} GB",
     }
+    if (file := plan.get("file")) is not None:
+        from prunus.compression.records import FileSize
+
+        rows["result"], rows["parts of it"] = FileSize(**file).sentences()
     if (training := plan.get("training")) is not None:
         rows["training"] = (
             f"then {training['minutes']:g} minutes on {training['text']}, {training['batch']} "
@@ -54,9 +58,8 @@ def _weights_of_plan(plan: dict[str, Any]) -> str:
     weights = f"{plan['weights']:,}"
     if plan.get("bits") is None:
         return f"{weights}, of which {plan['to_remove']:,} are removed"
-    sizes = f"in {plan['bits']:g} bits each"
-    if plan.get("head_bits") is not None:
-        sizes += f"; embeddings and head in {plan['head_bits']}"
+    sizes = f"in {plan['bits']:.4g} bits each; embeddings and head "
+    sizes += "as they are" if plan["head_bits"] == "none" else f"in {plan['head_bits']}"
     if plan["to_remove"]:
         return f"{weights} {sizes}; {plan['to_remove']:,} at least become 0"
     return f"{weights} {sizes}; how many become 0 follows from the rate"

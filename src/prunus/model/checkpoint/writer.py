@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -59,20 +60,7 @@ def save_safetensors(
     header as JSON, then the bytes of the tensors without gaps. With `uncached`, written pages are
     dropped from the page cache at once, if memory is short.
     """
-    # As in the library: wide dtypes first, which keeps all tensors aligned, then by name.
-    place = {dtype: position for position, dtype in enumerate(_CODES)}
-    names = sorted(tensors, key=lambda name: (place[tensors[name].dtype], name))
-    header: dict[str, Any] = {
-        "__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))
-    }
-    end = 0
-    for name in names:
-        start, end = end, end + tensors[name].nbytes
-        code, shape = _CODES[tensors[name].dtype], list(tensors[name].shape)
-        header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)
-    head = len(text).to_bytes(8, "little") + text
+    head, names, end = _head(tensors, metadata)
     with (
         replacing(path, len(head) + end) as file,
         ThreadPoolExecutor(1, thread_name_prefix="hash") as hashing,
@@ -97,6 +85,36 @@ def save_safetensors(
                         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                     unwritten = 0
     return digest.hexdigest()
+
+
+def file_nbytes(tensors: Mapping[str, Any]) -> int:
+    """Bytes of the file that `save_safetensors` makes of tensors with these shapes and dtypes.
+
+    >>> file_nbytes({"a": torch.empty(2, 3)})
+    120
+    """
+    head, _, end = _head(tensors, None)
+    return len(head) + end
+
+
+def _head(
+    tensors: Mapping[str, Any], metadata: Mapping[str, str] | None
+) -> tuple[bytes, list[str], int]:
+    """The header of a file with its length, the names of the tensors in order, and their bytes."""
+    # As in the library: wide dtypes first, which keeps all tensors aligned, then by name.
+    place = {dtype: position for position, dtype in enumerate(_CODES)}
+    names = sorted(tensors, key=lambda name: (place[tensors[name].dtype], name))
+    header: dict[str, Any] = {
+        "__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))
+    }
+    end = 0
+    for name in names:
+        dtype, shape = tensors[name].dtype, list(tensors[name].shape)
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    return len(text).to_bytes(8, "little") + text, names, end
 
 
 def _pieces(tensor: Writable) -> Iterable[torch.Tensor]:

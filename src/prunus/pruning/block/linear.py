@@ -56,8 +56,11 @@ class LinearFinish(Protocol):
 
     def end(
         self, name: str, quantized: Quantized | GridWeight
-    ) -> tuple[QuantizedWeight, dict[str, Any]]:
-        """Note what became of a linear: its weight as it is stored, and fields of its record."""
+    ) -> tuple[QuantizedWeight, dict[str, Any]] | None:
+        """Note what became of a linear: its weight as it is stored, and fields of its record.
+
+        None asks for another rounding, for which `begin` is called once more.
+        """
         ...
 
 
@@ -100,31 +103,35 @@ def prune_linear(
     weight_OI = stored_OI.to(torch.float32)
     if (before := count_zeros(stored_OI)) > SPARSE * stored_OI.numel():
         notes["zeros_before"] = before
-    quantization = None if finish is None else finish.begin(full_name, statistics)
     rows: RowSharding = _RowsOverRanks(ranks) if ranks.size > 1 else UNSHARDED
-    work = replace(settings.work, rows=rows, quantization=quantization)
-    try:
-        pruned = method.apply(weight_OI, statistics, work)
-    except ValueError as fault:
-        raise ValueError(f"{full_name}: {fault}") from fault
-    if method.updates_weights:
-        new_OI = pruned.weight_OI.to(stored.dtype)
-    else:
-        # Kept weights stay as stored, bit for bit. A way through float32 would round wider dtypes.
-        new_OI = stored_OI.masked_fill(~pruned.keep_OI, 0)
-    if method.updates_weights and not all_finite(new_OI):
-        raise ValueError(
-            f"{method.name} gave weights that are not finite for {full_name}; "
-            "try a larger `damping` or more `samples`"
-        )
+    ended: tuple[QuantizedWeight | None, dict[str, Any]] | None = None
+    while ended is None:
+        quantization = None if finish is None else finish.begin(full_name, statistics)
+        work = replace(settings.work, rows=rows, quantization=quantization)
+        try:
+            pruned = method.apply(weight_OI, statistics, work)
+        except ValueError as fault:
+            raise ValueError(f"{full_name}: {fault}") from fault
+        if method.updates_weights:
+            new_OI = pruned.weight_OI.to(stored.dtype)
+        else:
+            # Kept weights stay as stored, bit for bit. A way through float32 would round wider
+            # dtypes.
+            new_OI = stored_OI.masked_fill(~pruned.keep_OI, 0)
+        if method.updates_weights and not all_finite(new_OI):
+            raise ValueError(
+                f"{method.name} gave weights that are not finite for {full_name}; "
+                "try a larger `damping` or more `samples`"
+            )
+        ended = None, {}
+        if finish is not None and pruned.quantized is not None:
+            ended = finish.end(full_name, pruned.quantized)
+    packed, fields = ended
     error, energy = _output_error(weight_OI, new_OI, statistics, ranks)
     # From here on `weight_OI` may not be used: on a device it can be the weight that this changes.
     # The original code continues with the weight as computed, and rounds only when it saves.
     linear.assign(pruned.weight_OI if work.reference_order else new_OI)
     zeros = count_zeros(new_OI)
-    packed, fields = None, dict[str, Any]()
-    if finish is not None and pruned.quantized is not None:
-        packed, fields = finish.end(full_name, pruned.quantized)
     record = LinearRecord(
         shape=linear.shape,
         zeros=zeros,

@@ -1,0 +1,101 @@
+"""The size of a compressed checkpoint: all files with weights, as planned or as written."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from prunus.compression.rate_control import side_bits
+from prunus.compression.records import FileSize
+from prunus.model.embeddings import is_table
+from prunus.model.linears import tied_embedding
+from prunus.model.source import CheckpointSource
+from prunus.packed.description import QuantizedShape
+
+
+def planned_tensors(
+    source: CheckpointSource, keys: Iterable[str], packed: Mapping[str, float]
+) -> dict[str, Any]:
+    """The tensors of a shard that is not written yet: name -> something with a shape and a dtype.
+
+    Args:
+        keys: Stored names of the tensors of the source.
+        packed: Stored name of a weight that becomes integers -> the bits per weight that it takes.
+    """
+    found: dict[str, Any] = {}
+    for key in keys:
+        info = source.checkpoint.tensors[key]
+        if key not in packed:
+            found[key] = info
+            continue
+        rows, columns = info.shape
+        data = round((packed[key] - side_bits((rows, columns))) * rows * columns / 8)
+        parts = QuantizedShape(rows, columns, max(1, data), (), 1).tensors(None)
+        found |= {f"{key.removesuffix('.weight')}.{part}": each for part, each in parts.items()}
+    return found
+
+
+def file_size(
+    source: CheckpointSource, model: Any, tensors: Mapping[str, Any], after: int
+) -> FileSize:
+    """The size of a result and what takes its bytes.
+
+    Args:
+        model: The skeleton of the source.
+        tensors: Stored name -> something with a shape and a dtype, of all tensors of the result.
+        after: Bytes of the files of the result.
+    """
+    # The embedding comes last, so that a tied head counts as embedding.
+    modules = {id(model.get_output_embeddings()): "output head"}
+    modules[id(model.get_input_embeddings())] = "embeddings"
+    kinds = {
+        source.stored.get(f"{name}.weight", name).removesuffix(".weight"): modules[id(module)]
+        for name, module in reversed(list(model.named_modules()))
+        if id(module) in modules
+    }
+    parts = Counter[str]()
+    for name, info in tensors.items():
+        linear = name.rpartition(".weight")[0]
+        packed = f"{linear}.weight_scales" in tensors
+        kind = "other weights" if len(info.shape) > 1 else "norms and biases"
+        kind = kinds.get(linear, "linears" if packed else kind)
+        what = f"packed {kind}" if packed else f"{kind} in {str(info.dtype).partition('.')[2]}"
+        parts[what] += math.prod(info.shape) * info.dtype.itemsize
+    dense = source.checkpoint
+    parameters = sum(math.prod(info.shape) for info in dense.tensors.values())
+    return FileSize(
+        before=dense.file_bytes(),
+        after=after,
+        parameters=parameters,
+        bits_per_parameter=8 * after / parameters,
+        parts=dict(parts.most_common()),
+    )
+
+
+def embedding_and_head(model: Any, stored: Mapping[str, str]) -> dict[str, list[str]]:
+    """The embedding and the head that the packed format can hold; only the first if they are tied.
+
+    Args:
+        stored: As in `CheckpointSource`.
+
+    Returns:
+        Stored name of the weight -> stored names of copies of it: a tied head may be stored too.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+    keys = [
+        stored.get(names.get(id(module), ""), "")
+        if module is not None and (is_table(module) or type(module) is nn.Linear)
+        else ""
+        for module in (embedding, head)
+    ]
+    if not tied:
+        return {key: [] for key in keys if key.endswith(".weight")}
+    # A checkpoint may store a tied weight twice, or as the head alone, which stays as it is.
+    holds = tied_embedding(model) is not None and keys[0].endswith(".weight")
+    return {keys[0]: [key for key in keys[1:] if key]} if holds else {}
