@@ -310,7 +310,8 @@ def test_mix_interleaves_prose_and_code(tmp_path, monkeypatch, uninstalled):
     # Without C4, documentation takes the place of prose.
     monkeypatch.delenv("PRUNUS_DATA", raising=False)
     uninstalled("datasets")
-    without = load("mix", samples=8, **options | {"data": None})
+    with pytest.warns(RuntimeWarning, match="C4 cannot be loaded .*needs datasets.*python-docs"):
+        without = load("mix", samples=8, **options | {"data": None})
     docs = load("python-docs", samples=6, **options)
     assert torch.equal(without.ids[~is_code[:8]], docs.ids)
     assert f"75% {docs.source}, because c4 could not be loaded; " in without.source

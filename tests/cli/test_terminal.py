@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from command_line import call
-from prunus.cli import app
+from prunus.cli import app, terminal
 from prunus.cli.terminal import command, log, print_result
 from prunus.evaluation import generation
 from prunus.recovery.training import Step
@@ -174,3 +175,10 @@ def test_a_dash_for_json_is_standard_output(dense, tmp_path, monkeypatch):
     assert json.loads(result.stdout)["blocks"] == 2
     assert "zeros" in result.stderr, "the table goes to standard error"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_warning_of_prunus_is_one_line(capsys):
+    with terminal.user_errors("unused"):
+        warnings.simplefilter("always")
+        warnings.warn_explicit("mix: give `data`", RuntimeWarning, terminal.__file__, 1)
+    assert capsys.readouterr().err == "prunus: warning: mix: give --data\n"

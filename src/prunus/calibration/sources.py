@@ -12,6 +12,7 @@ Shape suffixes: N samples (windows), S tokens per window (seqlen).
 from __future__ import annotations
 
 import random
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -34,6 +35,7 @@ from prunus.calibration.windows import (
     refuse_bos,
     used_bos,
 )
+from prunus.hardware.errors import reason
 
 ChatText = Callable[[Any, Any], str]
 
@@ -187,7 +189,14 @@ class _Mix(TextSource):
     def read(self, wanted: Wanted) -> list[Text]:
         try:
             prose = load_corpus("c4", "calibration", wanted.data)
-        except (OSError, ModuleNotFoundError):
+        except (OSError, ModuleNotFoundError) as fault:
+            warnings.warn(
+                f"mix: C4 cannot be loaded ({reason(fault.__cause__ or fault, most=120)}), so its "
+                "prose is python-docs, the documentation of Python; `data` may name a folder with "
+                "C4, or choose another `calibration`",
+                RuntimeWarning,
+                stacklevel=1,
+            )
             prose = load_corpus("python-docs", "calibration", None)
             prose = replace(prose, source=f"{prose.source}, because c4 could not be loaded")
         texts = {"prose": prose, "code": load_corpus("python-code", "calibration", None)}

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -75,7 +76,7 @@ def user_errors(afterwards: str) -> Iterator[None]:
         yield
         return
     try:
-        with _interruptible():
+        with _interruptible(), _warnings_as_lines():
             _silence_transformers()
             _check_json_file()
             yield
@@ -89,6 +90,23 @@ def user_errors(afterwards: str) -> Iterator[None]:
         raise  # a verb has said what is wrong, and how it ends
     except Exception as error:
         _exit_after(error, afterwards)
+
+
+@contextlib.contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """While active, a warning of prunus is one line on standard error, of rank 0 alone."""
+    from prunus.distributed import is_rank_0
+
+    def show(message: Any, category: Any, filename: str, *place: Any) -> None:
+        if not Path(filename).is_relative_to(Path(__file__).parents[1]):
+            shown(message, category, filename, *place)
+        elif is_rank_0():
+            log(f"warning: {as_flags(str(message))}")
+
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
 
 
 def _exit_after(error: Exception, afterwards: str) -> None:
