@@ -41,7 +41,6 @@ _LOSSLESS = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class LinearInfo:
-
     block: int
     name: str
     shape: tuple[int, int]

@@ -142,7 +142,6 @@ class PerplexityResult(EvaluationRecord):
 
 @dataclass(frozen=True, config=_STRICT)
 class ModelSize(EvaluationRecord):
-
     file_bytes: int  #: bytes of its safetensors; an adapter's base is included
     #: bits of the linears in the blocks, zeros and all parts counted, over their number of weights.
     #: None where the linears are not known, as for an adapter.
@@ -158,7 +157,6 @@ class ModelSize(EvaluationRecord):
 
 @dataclass(frozen=True)
 class Metric(EvaluationRecord):
-
     value: Figure  #: the value as lm-eval aggregates it. An accuracy is a share in [0, 1].
     #: the standard error of the value. None for a single row, or a metric without a formula.
     stderr: Error
