@@ -1,7 +1,6 @@
 """Windows begin with BOS where the tokenizer puts it before a text, and nowhere else."""
 
 import random
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from prunus.calibration.training_text import training_text
 from prunus.calibration.windows import Wanted, bos_token
 from prunus.evaluation.options import TextOptions
 from prunus.evaluation.perplexity import scoring_windows
-from prunus.sweeping.grid import Sweep
 from tiny_tokenizer import BOS, byte_tokenizer
 
 #: What the user asks, whether the tokenizer adds BOS, and whether windows then begin with it.
@@ -95,14 +93,3 @@ def test_bad_choices(texts, tmp_path):
     with pytest.raises(ValueError, match=r"ids\.safetensors stay as they are given"):
         training_text(str(ids), Wanted(seqlen=8, bos="yes"), 1)
     assert source.draw(wanted).bos == training_text(str(ids), wanted, 1).bos == "given"
-
-
-def test_the_sweeps_that_reproduce_the_paper_take_c4_without_bos():
-    folder = Path(__file__).parents[2] / "examples"
-    for name in (
-        "table2", "sparsity-curve", "comparison-group", "calibration-size", "weight-update", "lora",
-    ):  # fmt: skip
-        sweep = Sweep.read(folder / f"{name}.toml", {})
-        assert sweep.scoring.bos == "no", name
-        asked = {(cell.recipe.calibration, cell.recipe.bos) for cell in sweep.cells()}
-        assert asked == {("c4", "no")}, name

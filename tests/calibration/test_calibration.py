@@ -255,11 +255,6 @@ def test_missing_extra_is_named_before_any_work(
         check_source(source, None)
 
 
-def test_real_c4_sample(data):
-    windows = load("c4", byte_tokenizer(), samples=40, seqlen=4096, data=data)
-    assert len({tuple(row) for row in windows.ids.tolist()}) == 40
-
-
 # --- python-docs ---
 
 

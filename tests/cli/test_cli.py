@@ -166,26 +166,6 @@ def test_plan_shows_what_prune_would_do_and_writes_nothing(dense, text, tmp_path
     assert 0.9 * weights < plan["disk_bytes"] <= weights
 
 
-def test_eval_gives_the_figures_of_the_function(dense, text, tmp_path):
-    second = tmp_path / "second.txt"
-    second.write_text(text.read_text()[:100])
-    report = tmp_path / "report.json"
-    result = call(
-        "eval", dense, "--perplexity", f"{text},{second}", "--seqlen", 32, "--json", report
-    )
-    assert "perplexity" in result.stdout
-    [figures] = json.loads(report.read_text())["models"]
-    assert figures["model"] == str(dense)
-    assert figures["tasks"] is None
-    assert [entry["source"] for entry in figures["perplexity"]] == [str(text), str(second)]
-    for entry, path in zip(figures["perplexity"], (text, second), strict=True):
-        expected = prunus.perplexity(dense, str(path), seqlen=32).as_dict()
-        assert {**entry, "seconds": 0} == {**expected, "seconds": 0}
-    call("eval", dense, "--perplexity", text, "--seqlen", 32, "--samples", 2, "--json", report)
-    [limited] = json.loads(report.read_text())["models"][0]["perplexity"]
-    assert (limited["windows"], limited["tokens"]) == (2, 64)
-
-
 def test_inspect_gives_the_figures_of_the_function(dense, tmp_path):
     result = call("inspect", dense, "--json", tmp_path / "report.json")
     assert "model.layers.1.mlp.down_proj" in result.stdout

@@ -95,6 +95,7 @@ OTHERS = [
     ("recover dense out", "no mode follows from it: give --mode masked"),
     ("recover pruned out --mode magic", "'magic' is not one of 'lora'"),
     ("eval dense --perplexity gone.txt", r"gone\.txt: no such file"),
+    ("eval dense --reference dense --tasks rte", "--tasks alone scores none: add"),
     ("generate dense", "issing option '--prompt'"),
     ("generate dense --prompt a --top-p 90", r"did you mean 0\.9\?"),
     (

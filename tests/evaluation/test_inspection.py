@@ -125,11 +125,6 @@ def test_weights_that_no_method_prunes_are_named():
         left_dense(block, find_linears(block))
 
 
-def test_what_is_no_causal_lm_is_refused():
-    with pytest.raises(TypeError, match="expected a transformers model"):
-        prunus.inspect(torch.nn.Linear(3, 3))
-
-
 # --- size ---
 
 

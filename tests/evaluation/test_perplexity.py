@@ -174,16 +174,6 @@ def test_bad_arguments(model, text_file, change, message):
         perplexity(model, **arguments)
 
 
-def test_windows_that_the_model_cannot_read(model, text_file, tmp_path):
-    save_file({"input_ids": torch.full((1, 8), VOCABULARY)}, tmp_path / "ids.safetensors")
-    message = f"from {VOCABULARY} to {VOCABULARY}, but the model's embedding has {VOCABULARY} rows"
-    with pytest.raises(ValueError, match=message):
-        perplexity(model, str(tmp_path / "ids.safetensors"), seqlen=8)
-    model.config.max_position_embeddings = 64
-    with pytest.raises(ValueError, match="65 tokens are longer than the model's 64 positions;"):
-        perplexity(model, str(text_file), tokenizer=byte_tokenizer(), seqlen=65)
-
-
 def test_losses_that_are_not_finite_or_beyond_exp(model, text_file):
     options = {"tokenizer": byte_tokenizer(), "seqlen": 32, "samples": 1}
     weight = model.lm_head.weight
@@ -196,13 +186,6 @@ def test_losses_that_are_not_finite_or_beyond_exp(model, text_file):
         model.model.layers[1].mlp.down_proj.weight[3, 3] = torch.nan
     with pytest.raises(ValueError, match="the loss of window 0 is nan"):
         perplexity(model, str(text_file), **options)
-
-
-def test_text_needs_a_tokenizer(model, text_file, tmp_path):
-    folder = tmp_path / "bare"
-    model.save_pretrained(folder)
-    with pytest.raises(ValueError, match=r"has no tokenizer: .*give token ids instead"):
-        perplexity(folder, str(text_file), seqlen=32, device="cpu")
 
 
 # --- the texts ---

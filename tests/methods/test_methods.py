@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import reference
-from method_cases import BY_BLOCKS, PATTERNS, WEIRD, example, gather, prune, weird_example
+from method_cases import BY_BLOCKS, PATTERNS, example, gather, prune, weird_example
 from prunus.methods import METHODS
 from prunus.methods.patterns import Pattern
 from prunus.methods.solvers.obs import inverse_factor
@@ -107,29 +107,6 @@ def test_nothing_to_remove_changes_nothing(name, pattern):
         pruned = prune(name, weight_OI, X_TI, pattern, 0.0)
         assert pruned.keep_OI.all()
         assert torch.equal(pruned.weight_OI.view(torch.int32), weight_OI.view(torch.int32))
-
-
-@given(
-    st.sampled_from(list(METHODS)),
-    st.sampled_from(WEIRD),
-    st.sampled_from([Pattern(), Pattern(2, 4)]),
-    st.integers(1, 6),
-    st.sampled_from([4, 8, 40]),
-    st.sampled_from([None, 0.0, 1e-6, 0.01]),
-    st.integers(0, 20),
-)
-@settings(deadline=None, max_examples=30)
-def test_no_input_makes_a_weight_that_is_not_finite(
-    name, kind, pattern, rows, columns, damping, seed
-):
-    weight_OI, X_TI = weird_example(kind, rows, columns, seed)
-    if name == "wanda-variant":
-        pattern = Pattern()
-    pruned = prune(name, weight_OI, X_TI, pattern, 0.5, damping=damping)
-    if name != "wanda-variant":
-        assert (pruned.keep_OI.sum(dim=1) == columns // 2).all()
-    if METHODS[name].updates_weights:
-        assert not pruned.weight_OI[:, (X_TI == 0).all(dim=0)].any()
 
 
 # --- damping ---

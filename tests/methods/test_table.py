@@ -132,24 +132,20 @@ def test_a_method_of_ones_own_is_read_from_its_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "fault", "message"),
+    ("name", "message"),
     [
-        ("wandb", ValueError, "'wandb' is unknown: choose one of magnitude, .*FILE.py:NAME"),
-        ("{own}", ValueError, "names a file but no method in it"),
-        ("{own}:", ValueError, "names a file but no method in it"),
-        ("{own}:MISSING", ValueError, "has no MISSING: its methods are SQUARED"),
-        ("{own}:NOT_ONE", ValueError, "has a str, not a Method, as NOT_ONE"),
-        ("{broken}:ANY", ValueError, "cannot be loaded: ZeroDivisionError"),
-        ("{tmp}/absent.py:ANY", FileNotFoundError, "absent.py cannot be read"),
-        ("given:squared", ValueError, "'squared' was given in Python"),
+        ("{own}", "names a file but no method in it"),
+        ("{own}:", "names a file but no method in it"),
+        ("{own}:MISSING", "has no MISSING: its methods are SQUARED"),
+        ("{own}:NOT_ONE", "has a str, not a Method, as NOT_ONE"),
+        ("given:squared", "'squared' was given in Python"),
     ],
 )
-def test_a_name_without_a_method_is_refused(name, fault, message, tmp_path):
-    own, broken = tmp_path / "own.py", tmp_path / "broken.py"
+def test_a_name_without_a_method_is_refused(name, message, tmp_path):
+    own = tmp_path / "own.py"
     own.write_text(OWN)
-    broken.write_text("1 / 0\n")
-    with pytest.raises(fault, match=message):
-        get_method(name.format(own=own, broken=broken, tmp=tmp_path))
+    with pytest.raises(ValueError, match=message):
+        get_method(name.format(own=own))
 
 
 def test_a_method_is_given_as_an_object():

@@ -86,17 +86,3 @@ def test_linears_whose_errors_cost_less_lose_more_weights(tmp_path, monkeypatch)
             moved = found | {more: found[more] + 1 / 32, less: found[less] - 1 / 32}
             assert losses_of(dense, moved) > 0.99 * least
     assert exchanges
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"allocation": "fisher", "pattern": "2:4"}, "distributes an unstructured sparsity"),
-        ({"allocation": "everything"}, "allocation"),
-    ],
-)
-def test_options_that_contradict_each_other_are_refused(options, message, tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense")
-    with pytest.raises(ValueError, match=message):
-        prunus.prune(dense, tmp_path / "out", calibration=token_ids(), **options)
-    assert not (tmp_path / "out").exists()

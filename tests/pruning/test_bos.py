@@ -1,7 +1,6 @@
 """A run, a recovery and a score say whether their windows begin with BOS, and resume with it."""
 
 import pytest
-import torch
 
 import prunus
 from stopping import StopError, stop_after
@@ -62,25 +61,3 @@ def test_a_score_says_which_it_was(dense):
     assert scores["auto"].as_dict()["bos"] == "yes"
     assert "BOS first in every window" in scores["auto"].protocol
     assert "no BOS added to windows" in scores["no"].protocol
-
-
-def test_a_recovery_says_which_it_was(dense):
-    prune(dense, "pruned")
-    options = {
-        "text": str(dense.parent / "text.txt"),
-        "tokens": 32,
-        "batch": 2,
-        "seqlen": 16,
-        "held_out": 1,
-        "evaluations": 1,
-    }
-    torch.manual_seed(0)
-    found = {
-        bos: prunus.recover(
-            dense.parent / "pruned", dense.parent / bos, "masked", bos=bos, **options
-        ).inputs
-        for bos in ("auto", "no")
-    }
-    assert (found["auto"].bos, found["no"].bos) == ("yes", "no")
-    assert found["auto"].text_sha256 != found["no"].text_sha256
-    assert "BOS first in every window" in (dense.parent / "auto" / "README.md").read_text()

@@ -123,12 +123,6 @@ def test_positions_start_after_the_padding(tmp_path):
     prunus.prune(tmp_path / "dense", tmp_path / "pruned", calibration=token_ids(2, 62))
 
 
-def test_scoring_an_encoder_on_text_is_refused(tmp_path):
-    tiny_encoder("bert").save_pretrained(tmp_path / "dense")
-    text = call("eval", tmp_path / "dense", status=2).output.replace("\n", " ")
-    assert "scoring on text is for causal language models; this is an encoder" in text
-
-
 _SEQUENCES: dict[str, Any] = {
     "d_model": 32,
     "encoder_layers": 2,

@@ -63,15 +63,6 @@ def test_lists_and_data_sets_of_texts_give_the_windows_of_a_file(tmp_path):
         assert found.source == "12 texts given by the caller; windows from 4 documents"
 
 
-def test_short_texts_are_joined():
-    wanted = Wanted(tokenizer=byte_tokenizer, **SMALL)
-    found = find_source(["ab", "cd"] * 30).draw(wanted)
-    assert found.ids.shape == (4, 16)
-    assert "joined" in found.source
-    with pytest.raises(ValueError, match=r"2 texts given by the caller: .*tokens"):
-        find_source(["ab", "cd"]).draw(wanted)
-
-
 def test_chats_go_through_the_template():
     tokenizer = tokenizer_with_template()
     expected = f"user: Why?\nassistant: {'Because. ' * 9}\n"

@@ -32,7 +32,6 @@ def refused(fault, words, model, output, mode, text, **options):
 @pytest.mark.parametrize(
     ("mode", "options", "words"),
     [
-        ("maskd", {}, "mode: input should be 'lora', 'masked', 'full' or 'scales'"),
         ("masked", {"minutes": 1.0}, "in tokens or in minutes, not in both"),
         ("masked", {"rank": 4}, "rank has no meaning in mode masked; it belongs to lora"),
         ("masked", {"tokens": 0}, "tokens must be at least 1; got 0"),
@@ -61,13 +60,6 @@ def test_options_that_cannot_work(mode, options, words, pruned, text, tmp_path):
 def test_folders_that_are_something_else(dense, pruned, text, tmp_path):
     refused(ValueError, "has no pruned linears", dense, tmp_path / "out", "masked", text)
     refused(ValueError, "fill: choose mode masked", pruned, tmp_path / "out", "full", text)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="holds no result of prunus recover"):
-        recover(pruned, tmp_path / "full", "masked", text, overwrite=True)
-    assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
-    with pytest.raises(ValueError, match="overlap"):
-        recover(pruned, dense / "in", "masked", text, teacher=dense)
     recover(pruned, tmp_path / "adapter", "lora", text, tokens=32, evaluations=1)
     refused(ValueError, "is an adapter", tmp_path / "adapter", tmp_path / "out", "masked", text)
     half = dense_checkpoint(tmp_path / "half", dtype=torch.bfloat16)

@@ -17,10 +17,9 @@ from prunus.pruning.manifest import Manifest
 from prunus.recovery.max_preset import PRUNED, max_run, training_options
 from prunus.recovery.record import RecoveryRecord
 from prunus.runs.options import RunOptions
-from recovery_cases import StopError, dense_checkpoint, recover, shards, stop_at
+from recovery_cases import StopError, shards, stop_at
 from scripts import run_script
 from stopping import stop_after
-from tiny import stored
 
 
 def options(text, **changes):
@@ -124,21 +123,6 @@ def test_what_cannot_work_is_refused_before_anything_is_pruned(
     with pytest.raises(error, match=message):
         prunus.prune_and_recover(dense, tmp_path / "out", **options(text, **changes))
     assert not list(tmp_path.iterdir())
-
-
-def test_a_mixture_of_experts_keeps_the_zeros_of_every_expert(text, tmp_path):
-    # A teacher that knows the text has something to teach.
-    dense = tmp_path / "taught"
-    recover(dense_checkpoint(tmp_path / "moe", "qwen3_moe"), dense, "full", text)
-    chosen = options(text, preset="best", **QUICK)
-    record = prunus.prune_and_recover(dense, tmp_path / "out", **chosen)[1]
-    del chosen["tokens"]
-    prunus.prune(dense, tmp_path / "pruned", **chosen)
-    before, after = stored(tmp_path / "pruned"), stored(tmp_path / "out")
-    experts = [key for key in before if ".experts." in key]
-    assert experts and all(torch.equal(before[key] == 0, after[key] == 0) for key in experts)
-    assert any(not torch.equal(before[key], after[key]) for key in experts)
-    assert set(experts) == {f"{name}.weight" for name in record.linears if ".experts." in name}
 
 
 def content(folder):

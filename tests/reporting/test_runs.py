@@ -74,13 +74,6 @@ def test_one_run_stands_alone_and_runs_of_one_name_keep_their_paths(runs, tmp_pa
     assert first.parts[1].rows == () and "same recipe" in first.parts[1].note
 
 
-def test_the_comparison_is_shown_everywhere(runs):
-    document = prunus.report([runs[0] / "low", runs[0] / "high"])
-    assert "Runs compared" in to_markdown(document)
-    page = to_html(document)
-    assert "Runs compared" in page and "@media print" in page
-
-
 @pytest.fixture(scope="module")
 def smaller(tmp_path_factory):
     """A mixture of experts that lost a block, experts, channels and heads."""

@@ -9,7 +9,6 @@ from torch import Tensor
 from prunus.methods import structured
 from prunus.methods.solvers.least_squares import ridge
 from prunus.methods.structured import Reader
-from prunus.structure.width_layout import Span
 from structure_cases import assert_same_logits, loaded, logits, take_fitted_columns
 from structure_cases import shrink_without_repair as shrink
 from tiny import tiny_checkpoint, token_ids
@@ -123,7 +122,3 @@ def test_heads_and_groups_that_are_asked_for(heads, groups, config, tmp_path):
     kept = record.blocks[0].width["heads"].kept
     of_group = [sum(head // 2 == group for head in kept) for group in range(2)]
     assert sorted(of_group) == ([1, 1] if config == (2, 2) else [0, 2])
-
-
-CHANNELS, HEADS, GROUPS = Span("channels", 64, 1), Span("heads", 4, 8), Span("groups", 2, 8)
-_MLP, _PHI3, _GPT2 = "mlp.down_proj", "self_attn.o_proj", "attn.c_proj"
