@@ -89,7 +89,7 @@ OTHERS = [
     ("prune packed out --calibration text.txt", "packed is packed already"),
     ("pack packed out", "packed is packed already"),
     ("unpack dense out", "dense is not packed, so there is nothing to unpack"),
-    ("compress dense out", "give --bits 3"),
+    ("compress dense out", "give either --bits, such as 3, or the --size"),
     ("prune dense out --recipe bits.toml", "use prunus compress"),
     ("shrink dense out", "nothing is to be removed"),
     ("recover dense out", "no mode follows from it: give --mode masked"),
