@@ -1,12 +1,14 @@
 """The help of every verb: quick, in panels, with choices and with examples that can be copied."""
 
+import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
 
 import pytest
-import typer
 from pydantic_core import PydanticUndefined
 from typer.main import get_command
 
@@ -19,8 +21,8 @@ from prunus.runs.options import RunOptions
 from prunus.structure.records import StructureRecipe
 
 VERBS = [
-    "prune", "compress", "shrink", "plan", "recover", "eval", "inspect",
-    "bench", "generate", "serve", "import", "pack", "unpack", "sweep", "report", "doctor",
+    "prune", "compress", "shrink", "recover", "plan", "eval", "inspect", "bench",
+    "sweep", "report", "generate", "serve", "import", "pack", "unpack", "doctor",
 ]  # fmt: skip
 COMMANDS = get_command(app).commands
 
@@ -28,12 +30,42 @@ COMMANDS = get_command(app).commands
 def test_help_lists_the_verbs_in_panels_with_one_line_each():
     assert list(COMMANDS) == VERBS
     output = call("--help").output
-    panels = ["Prune", "Evaluate", "Serve", "Convert", "Compare", "Environment"]
-    positions = [output.index(f"─ {panel} ─") for panel in panels]
+    panels = ["Make a model smaller", "Measure and compare models", "Use a model, or store it in"]
+    positions = [output.index(f"─ {panel}") for panel in panels]
     assert positions == sorted(positions)
     verbs = output[positions[0] :].splitlines()
     lines = [line for line in verbs if line.startswith("│")]
     assert [line.split()[1] for line in lines] == VERBS, "a verb's line must not be wrapped"
+
+
+def test_without_a_verb_the_help_ends_with_three_examples_that_parse():
+    output = call(status=2).output
+    assert output.strip() == call("--help").output.strip()
+    title, *examples = [line.strip() for line in output[output.index("Examples:") :].splitlines()]
+    examples = [example for example in examples if example]
+    assert len(examples) == 3, title
+    for example in examples:
+        _, name, *arguments = shlex.split(example)
+        COMMANDS[name].make_context(name, arguments)
+
+
+def lines_of_help(verb: str, flag: str) -> list[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "100")
+        return call(verb, flag).output.strip().splitlines()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_help_of_a_verb_fits_a_screen_and_help_all_shows_every_option(verb):
+    short = lines_of_help(verb, "--help")
+    assert len(short) <= 40
+    options = [p for p in COMMANDS[verb].params if p.param_type_name == "option" and not p.hidden]
+    shown = set(re.findall(r"│[ *]+(--[a-z-]+)", "\n".join(short)))
+    hint = re.search(rf"prunus {verb} --help-all shows (\d+) more options", "\n".join(short))
+    assert sum(p.opts[0] not in shown for p in options) == (int(hint[1]) if hint else 0)
+    everything = "\n".join(lines_of_help(verb, "--help-all"))
+    assert {p.opts[0] for p in options} <= set(re.findall(r"│[ *]+(--[a-z-]+)", everything))
+    assert "--help-all" not in everything
 
 
 def test_version():
@@ -94,7 +126,8 @@ def test_the_help_of_prune_begins_with_the_common_options():
     panels = {p.name: getattr(p, "rich_help_panel", None) for p in COMMANDS["prune"].params}
     common = [name for name, panel in panels.items() if panel is None]
     assert common[:6] == ["model", "output", "preset", "method", "sparsity", "pattern"]
-    assert {"device", "memory", "data", "overwrite", "resume", "json_file"} <= set(common)
+    assert {"calibration", "samples", "seqlen", "device", "memory", "data"} <= set(common)
+    assert {"overwrite", "json_file", "quiet"} <= set(common)
     assert {"Calibration", "Method", "Reconstruction", "Advanced"} <= set(panels.values())
 
 
@@ -112,8 +145,46 @@ def test_the_help_of_a_verb_ends_with_two_examples_that_parse(verb):
         COMMANDS[verb].make_context(verb, arguments)
 
 
-def test_shell_completion_lists_choices():
-    [method] = [p for p in COMMANDS["prune"].params if p.name == "method"]
-    context = typer.Context(COMMANDS["prune"])
-    offered = [item.value for item in method.shell_complete(context, "wan")]
-    assert offered == ["wanda", "wanda-variant"]
+PROGRAM = "import sys; sys.argv[0] = 'prunus'; from prunus.cli import main; main()"
+
+
+def completion_script(shell: str) -> str:
+    environment = os.environ | {"_PRUNUS_COMPLETE": f"source_{shell}"}
+    command = [sys.executable, "-c", PROGRAM]
+    return subprocess.run(
+        command, env=environment, check=True, capture_output=True, text=True, timeout=120
+    ).stdout
+
+
+@pytest.mark.skipif(
+    shutil.which("bash") is None or sys.platform == "darwin", reason="needs bash 4.4 or later"
+)
+def test_bash_completes_verbs_options_and_choices():
+    offers = {
+        "re": "recover report",
+        "prune --recons": "--reconstruct --reconstruct-epochs --reconstruct-lr",
+        "prune dense out --method wan": "wanda wanda-variant",
+        "prune dense out --preset b": "balanced best",
+        "shrink dense out --block-rule ''": "kl cosine",
+    }
+    lines = [
+        completion_script("bash"),
+        f'prunus() {{ "{sys.executable}" -c "{PROGRAM}"; }}',
+        # The script calls the program by env, which finds no functions.
+        'env() { while [[ $1 == *=* ]]; do local -x "$1"; shift; done; "$@"; }',
+        'offer() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _prunus_completion prunus',
+        'echo "${COMPREPLY[*]}"; }',
+        *(f"offer prunus {words}" for words in offers),
+    ]
+    shown = subprocess.check_output(["bash", "-c", "\n".join(lines)], text=True, timeout=120)
+    assert shown.splitlines() == list(offers.values())
+
+
+@pytest.mark.parametrize(
+    ("shell", "line"),
+    [("zsh", "compdef _prunus_completion prunus"), ("fish", "complete --command prunus ")],
+)
+def test_other_shells_get_a_script_for_the_program(shell, line):
+    script = completion_script(shell)
+    assert line in script
+    assert f"_PRUNUS_COMPLETE=complete_{shell}" in script

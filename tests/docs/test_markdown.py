@@ -44,7 +44,8 @@ def test_lines_are_short_and_links_lead_somewhere():
 
 def test_options_and_files_exist():
     """`methods/wanda.py` stands for src/prunus/methods/wanda.py; tests/... for itself."""
-    parameters = [p for command in get_command(app).commands.values() for p in command.params]
+    program = get_command(app)
+    parameters = [p for each in (program, *program.commands.values()) for p in each.params]
     known = {option for p in parameters for option in [*p.opts, *p.secondary_opts]}
     known |= FOREIGN | {"--help", "--no-deps"}
     for page in CURRENT:

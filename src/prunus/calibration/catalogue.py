@@ -21,6 +21,6 @@ CORPORA = ("c4", "wikitext2", "ptb", "python-docs", "python-code")
 MIX = {"prose": 0.75, "code": 0.25}
 #: The sources of text in one phrase, for help texts.
 CHOICES = (
-    f"{', '.join(CORPORA)}, mix (prose and code), self (text that the model writes) or a file: "
-    ".txt, .jsonl, .jsonl.gz, .parquet, .safetensors with input_ids"
+    f"{', '.join(CORPORA)}, mix (prose and code), self (text by the model), a file, or a folder of "
+    "images"
 )

@@ -14,6 +14,7 @@ A verb imports what it needs when it runs: `--help` does not wait for torch.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from inspect import signature
@@ -35,13 +36,15 @@ __all__ = ["app", "main"]
 
 #: Panel of the help -> its verbs. The name of a function that Python reserves ends with _.
 _PANELS: dict[str, tuple[Callable[..., Any], ...]] = {
-    "Prune": (prune, compress, shrink, plan, recover),
-    "Evaluate": (evaluate, inspect, bench, generate),
-    "Serve": (serve,),
-    "Convert": (import_, pack, unpack),
-    "Compare": (sweep, report),
-    "Environment": (doctor,),
+    "Make a model smaller": (prune, compress, shrink, recover, plan),
+    "Measure and compare models": (evaluate, inspect, bench, sweep, report),
+    "Use a model, or store it in another form": (generate, serve, import_, pack, unpack, doctor),
 }
+#: What `prunus` alone shows below the verbs.
+_FIRST_EXAMPLES = """Examples:
+prunus prune HuggingFaceTB/SmolLM2-135M pruned --preset balanced
+prunus compress HuggingFaceTB/SmolLM2-135M small --bits 3
+prunus eval pruned small --reference HuggingFaceTB/SmolLM2-135M"""
 #: Two examples for each verb, in the order of the help.
 _EXAMPLES = """
 prunus prune HuggingFaceTB/SmolLM2-135M pruned --preset balanced
@@ -86,6 +89,8 @@ _RESUMING = {prune, compress, shrink, recover, pack, unpack, sweep}
 _UsageError: Any = typer.BadParameter.__base__
 #: Verbs whose name is not that of their function.
 _NAMES = {evaluate: "eval", import_: "import"}
+#: A verb with more options than this beyond its first panel shows them in `--help-all` alone.
+_FEW = 3
 
 
 class _Verbs(typer.core.TyperGroup):
@@ -98,6 +103,38 @@ class _Verbs(typer.core.TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         with _one_line():
             return super().invoke(ctx)
+
+
+class _Verb(typer.core.TyperCommand):
+    """A verb whose `--help` shows the common options, and whose `--help-all` shows all."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        shown = copy.copy(self)
+        common = [each for each in self.params if getattr(each, "rich_help_panel", None) is None]
+        rare = len(self.params) - len(common)
+        if rare > _FEW and not ctx.meta.get(_ALL):
+            shown.params = common
+            shown.epilog = (
+                f"prunus {self.name} --help-all shows {rare} more options.\n{self.epilog}"
+            )
+        # The method of this class would begin anew with the copy.
+        typer.core.TyperCommand.format_help(shown, ctx, formatter)
+
+
+_ALL = "prunus.help_all"
+
+
+def _show_all(ctx: typer.Context, wanted: bool) -> None:
+    if wanted:
+        ctx.meta[_ALL] = True
+        typer.echo(ctx.get_help())
+        raise typer.Exit
+
+
+_HELP_ALL = Annotated[
+    bool,
+    typer.Option("--help-all", is_eager=True, callback=_show_all, expose_value=False, hidden=True),
+]
 
 
 @contextlib.contextmanager
@@ -117,6 +154,7 @@ def _one_line() -> Iterator[None]:
 app = typer.Typer(
     name="prunus",
     cls=_Verbs,
+    epilog=_FIRST_EXAMPLES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -138,7 +176,7 @@ def _prunus(
         ),
     ] = False,
 ) -> None:
-    """Prune large language models after training, and measure the result."""
+    """Make large language models smaller after training, and measure what it costs."""
 
 
 for _panel, _functions in _PANELS.items():
@@ -147,10 +185,12 @@ for _panel, _functions in _PANELS.items():
         _lines = [line for line in _EXAMPLES.splitlines() if line.split()[1:2] == [_name]]
         _shared: dict[str, Any] = {"json_file": JSON} if _function not in _NO_JSON else {}
         _shared |= {"quiet": QUIET} if _function not in _SILENT else {}
+        _shared["help_all"] = _HELP_ALL
         _command = command(_function, _shared, _function in _RESUMING)
         FLAGS.update(signature(_command).parameters)
         app.command(
             _name,
+            cls=_Verb,
             rich_help_panel=_panel,
             # The epilog keeps its line breaks: an example is one line that can be copied.
             epilog="\n".join(("Examples:", *_lines)),
@@ -158,5 +198,5 @@ for _panel, _functions in _PANELS.items():
 
 
 def main() -> None:
-    """Entry point of the `prunus` command."""
-    app()
+    """Entry point of the `prunus` command, and of `python -m prunus`, which shows the same name."""
+    app(prog_name="prunus")

@@ -26,9 +26,7 @@ def import_(
     dest: Annotated[Path, typer.Argument(metavar="DEST", help="Folder for the checkpoint.")],
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"],
-        opt(
-            "Dtype of the stored weights: bfloat16, float16 or float32. Default: bfloat16.", "DTYPE"
-        ),
+        opt("Store weights in bfloat16, float16 or float32. Default: bfloat16.", "DTYPE"),
     ] = "bfloat16",
     overwrite: Annotated[bool, opt("Replace DEST.", names=("--overwrite",))] = False,
 ) -> None:
@@ -47,8 +45,7 @@ def import_(
 def pack(model: Model, output: Output, **options: Any) -> None:
     """Store a pruned checkpoint in a compressed format.
 
-    Bitmaps mark the kept weights. The packed model is smaller on disk and in memory, and it decodes
-    faster.
+    The packed model is smaller on disk and in memory, and it decodes faster.
     """
     from prunus.compression.pack import pack as pack_checkpoint
 

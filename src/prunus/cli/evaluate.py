@@ -28,24 +28,24 @@ def evaluate(
     perplexity: Annotated[
         str | None,
         opt(
-            "Score on these texts, separated by commas: wikitext2, c4, ptb, python-docs, "
-            "python-code or files. Default: wikitext2, if no tasks are given.",
+            "Score on these texts: wikitext2, c4, ptb, python-docs, python-code or files. Default: "
+            "wikitext2, if no tasks are given.",
             "TEXT,…",
         ),
     ] = None,
     tasks: Annotated[
         str | None,
         opt(
-            "Score on these tasks of lm-eval, separated by commas. paper7 means boolq, rte, "
-            "hellaswag, winogrande, arc_easy, arc_challenge and openbookqa.",
+            "Score on these tasks of lm-eval. paper7: boolq, rte, hellaswag, winogrande, arc_easy, "
+            "arc_challenge, openbookqa.",
             "TASK,…",
         ),
     ] = None,
     reference: Annotated[
         str | None,
         opt(
-            "Compare the predictions on each text with this model, as a rule the dense one: "
-            "KL divergence, same most likely token, ratio of perplexities. It runs once per text.",
+            "Compare predictions with this model, such as the dense one: KL divergence, same most "
+            "likely token, ratio of perplexities.",
             "MODEL",
         ),
     ] = None,
@@ -53,9 +53,8 @@ def evaluate(
 ) -> None:
     """Score models by perplexity and tasks of lm-eval.
 
-    Several models are shown side by side, with the differences of task scores to the first.
-    Perplexity is computed as in the papers; --reference also says how far each model is from the
-    dense one. Under torchrun the processes share windows and rows; each holds the whole model.
+    Several models are shown in one table. --reference also says how far each model is from the
+    dense one. Under torchrun, processes share windows and rows, and each holds the whole model.
     """
     from prunus.distributed import process_group
     from prunus.evaluation.inspection import stored_size
@@ -119,7 +118,7 @@ def inspect(
     verify: Annotated[
         bool,
         opt(
-            "First compare every shard with the SHA-256 in the record of the run that wrote it.",
+            "Compare every shard first with the SHA-256 in the record of the run that wrote it.",
             names=("--verify",),
         ),
     ] = False,
@@ -151,7 +150,7 @@ def bench(
 
 
 def doctor() -> None:
-    """Show how packed models run here, and which extras are there."""
+    """Show how packed models run here, and which extras are installed."""
     from prunus.packed.doctor import describe, in_sentences
 
     state = describe()

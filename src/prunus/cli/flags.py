@@ -111,6 +111,7 @@ def _flag(name: str, option: Option, field: Any) -> Any:
             rich_help_panel=option.panel,
             show_default=False,
             envvar=option.variable,
+            show_envvar=False,
             parser=parser,
             autocompletion=option.suggestions and _completion(option.suggestions),
         ),

@@ -11,6 +11,7 @@ import typer
 from prunus.cli.flags import Model, opt, with_flags
 from prunus.cli.terminal import log, print_text, write_json
 from prunus.evaluation.options import TextOptions, WritingOptions
+from prunus.options.declaration import ADVANCED
 
 
 @with_flags(WritingOptions)
@@ -52,18 +53,19 @@ def serve(
     host: Annotated[
         str,
         opt(
-            "Address to listen on. Default: 127.0.0.1, which only this machine reaches. "
-            "Any other needs a key.",
+            "Listen on this address. One that other machines reach needs a key. Default: "
+            "127.0.0.1.",
             "ADDRESS",
         ),
     ] = "127.0.0.1",
     port: Annotated[
-        int, opt("TCP port; 0 takes a free one. Default: 8000.", "N", min=0, max=65535)
+        int,
+        opt("Listen on this TCP port, or a free one (0). Default: 8000.", "N", min=0, max=65535),
     ] = 8000,
     api_key: Annotated[
         str | None,
         opt(
-            "Key that every request must carry. Others can read it on a command line, but "
+            "Require this key in every request. Others can read it on a command line, but "
             "not in the environment. Default: none.",
             "KEY",
             names=("--api-key",),
@@ -73,29 +75,32 @@ def serve(
     ] = None,
     name: Annotated[
         str | None,
-        opt("How clients call the model. Default: the name of the folder, or the hub id.", "NAME"),
+        opt("Give the model this name. Default: the name of the folder, or the hub id.", "NAME"),
     ] = None,
     max_concurrent: Annotated[
         int,
         opt(
-            "Requests that are computed at once, each in a thread; the others wait for "
-            "their turn. Default: 1.",
+            "Compute this number of requests at once, each in a thread; the others wait. "
+            "Default: 1.",
             "N",
         ),
     ] = 1,
     max_waiting: Annotated[
         int,
         opt(
-            "Requests that may wait. Those beyond get status 503 with Retry-After. Default: 32.",
+            "Let this number of requests wait. Others get status 503 with Retry-After. "
+            "Default: 32.",
             "N",
+            panel=ADVANCED,
         ),
     ] = 32,
     log_level: Annotated[
         Literal["error", "warning", "info", "debug"],
         opt(
-            "Choose what to log: info logs each request, warning and error only problems. "
+            "Log each request (info), only problems (warning, error), or more (debug). "
             "Default: info.",
             "LEVEL",
+            panel=ADVANCED,
         ),
     ] = "info",
     **options: Any,
@@ -106,7 +111,7 @@ def serve(
 
     curl localhost:8000/v1/completions --json '{"prompt": "Once upon"}'
 
-    SIGTERM and Ctrl-C end the server after the requests that are being computed.
+    SIGTERM and Ctrl-C end the server once the running requests are answered.
     """
     from prunus.serving.server import serve as serve_model
 

@@ -26,12 +26,17 @@ def prune(
     *,
     minutes: Annotated[
         float | None,
-        opt("Train for this number of minutes after pruning. Default: 20.", panel=_MAX_PRESET),
+        opt(
+            "Train for this number of minutes after pruning. Default: 20.",
+            "MINUTES",
+            panel=_MAX_PRESET,
+        ),
     ] = None,
     tokens: Annotated[
         int | None,
         opt(
             "Train on this number of tokens after pruning, in place of --minutes.",
+            "N",
             panel=_MAX_PRESET,
         ),
     ] = None,
@@ -40,8 +45,7 @@ def prune(
 ) -> None:
     """Prune MODEL block by block and write the result to OUT.
 
-    A run that was stopped or killed continues when you give the same command again. Under torchrun
-    (torchrun --nproc-per-node 8 -m prunus prune …) several processes share the work.
+    A killed run continues with the same command. Under torchrun, processes share the work.
     """
     work, given = RunOptions.pick(options)
     trains = _takes_max(given)
@@ -64,10 +68,7 @@ def prune(
 def compress(model: Model, output: Output, *, recipe: RecipeFile = None, **options: Any) -> None:
     """Compress MODEL to a file size or to bits per weight, packed.
 
-    Zeros and levels are chosen together: weights that do not repay their bits become 0, and linears
-    and rows in which bits lower the loss most get more of them. --sparsity and --pattern force
-    zeros as well, and --method chooses these. from_pretrained loads the result where prunus is
-    installed. A run that was stopped continues when you give the same command again.
+    Weights that do not repay their bits become 0. A killed run continues with the same command.
     """
     from prunus.compression.run import run
 
@@ -80,9 +81,8 @@ def compress(model: Model, output: Output, *, recipe: RecipeFile = None, **optio
 def shrink(model: Model, output: Output, *, recipe: RecipeFile = None, **options: Any) -> None:
     """Make MODEL smaller by removing whole parts.
 
-    OUT is an ordinary checkpoint. Its configuration is smaller too, so it loads in transformers and
-    everything else that loads the family. A run that was stopped or killed continues when you give
-    the same command again.
+    OUT is an ordinary checkpoint with a smaller configuration, so it loads wherever the family
+    loads. A killed run continues with the same command.
     """
     from prunus.reporting.structure_section import structure_table
     from prunus.structure.run import run
@@ -152,8 +152,7 @@ def plan(
 ) -> None:
     """Show what prune or compress would do and cost; write nothing.
 
-    With --bits or --size it plans compress. All that they check before their first block is checked
-    here too.
+    With --bits or --size it plans compress. It checks all that they check before their first block.
     """
     from prunus.compression.run import CompressionJob
     from prunus.pruning.job import PruningJob, describe_plan, plan_run
@@ -184,7 +183,6 @@ def plan(
 def recover(
     model: Model,
     output: Output,
-    *,
     teacher: Annotated[
         str | None, opt("Learn the logits of this dense model. Default: learn the text.", "DENSE")
     ] = None,
@@ -193,11 +191,8 @@ def recover(
     """Recover quality by a short training that keeps the zeros.
 
     What is trained follows from MODEL: the kept weights of a pruned model, the scales of a
-    compressed one, whose integers stay, all weights of a smaller one. In mode lora, OUT is an
-    adapter.
-
-    A recovery that was stopped or killed continues when you give the same command again. Under
-    torchrun, the processes split the windows of every step; --batch must be at least their number.
+    compressed one, or all weights of a smaller one. In mode lora, OUT is an adapter. A killed run
+    continues with the same command. Under torchrun, processes split the windows of a step.
     """
     from prunus.recovery.run import recover as train
     from prunus.reporting.console import show_recovery

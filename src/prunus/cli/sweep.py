@@ -22,7 +22,7 @@ def sweep(
     models: Annotated[
         list[str] | None,
         opt(
-            "Model to use in place of the models in the file; may be repeated.",
+            "Use this model in place of those in the file; may be repeated.",
             "MODEL",
             names=("--model",),
         ),
@@ -36,8 +36,8 @@ def sweep(
 
     Scores are perplexity, KL divergence from the dense model, and accuracy on tasks.
 
-    A sweep that was stopped or killed continues when you give the same command again. Under
-    torchrun every process takes the next cell that is free.
+    A killed sweep continues when you give the same command again. Under torchrun, every process
+    takes the next free cell.
     """
     from prunus.reporting.sweep_section import check_section, sweep_section
     from prunus.sweeping.grid import Sweep
@@ -82,7 +82,7 @@ def report(
         ),
     ] = None,
     title: Annotated[
-        str | None, opt("Title of the report. Default: that of its first section.", "TEXT")
+        str | None, opt("Set the title of the report. Default: that of its first section.", "TEXT")
     ] = None,
 ) -> None:
     """Show runs, sweeps and evaluations as HTML, Markdown or text.

@@ -38,24 +38,19 @@ class CompressionRecipe(PruningOptions):
         "head": "it prunes the head, and head_bits compresses it",
     }
 
-    # The figures behind these defaults are in docs/results/index.md.
-    sparsity: Sparsity = 0.0
-    dense_weight: DenseWeight = 0.25
     bits: Annotated[
         float | None,
         Option(
-            "Let the linears take this number of bits per weight in the file, with scales and all "
-            "that belongs to them, from 1 to 7.",
+            "Store linears in N bits per weight, 1 to 7.",
             metavar="N",
             within=between("[1, 7]", ": 3 makes the linears a fifth of their bfloat16 size"),
-            default="what the size of the file leaves",
+            default="by the size",
         ),
     ] = None
     size: Annotated[
         int | None,
         Option(
-            "Let all files with weights take at most this size together, such as 900MB (1 MB is "
-            "1,000,000 bytes), in place of bits per weight.",
+            "Let all weights take at most SIZE, such as 900MB (10^6 bytes).",
             metavar="SIZE",
             within=at_least(1, " byte"),
         ),
@@ -63,12 +58,14 @@ class CompressionRecipe(PruningOptions):
     head_bits: Annotated[
         int | Literal["none"],
         Option(
-            "Store embeddings and output head with this number of bits per weight: 4, 6 or 8; none "
-            "keeps them as they are. Tied ones are stored once.",
+            "Store embeddings and output head in 4, 6 or 8 bits per weight, or as they are (none).",
             metavar="N",
             within=one_of((4, 6, 8, "none")),
         ),
     ] = 6
+    # The figures behind these defaults are in docs/results/index.md.
+    sparsity: Sparsity = 0.0
+    dense_weight: DenseWeight = 0.25
 
     @field_validator("size", mode="before")
     @classmethod

@@ -75,7 +75,7 @@ class TextOptions(_EvaluationOptions):
     samples: Annotated[
         int | None,
         Option(
-            "Score this number of windows, from the start of the text.",
+            "Score this number of windows from the start.",
             metavar="N",
             within=at_least(1, " window"),
             default="all",
@@ -134,6 +134,7 @@ class TaskOptions(_EvaluationOptions):
         Option(
             "Put this number of solved examples before each question of a task.",
             metavar="N",
+            panel=ADVANCED,
             within=at_least(0, " examples"),
             default="as the task says, mostly 0",
         ),

@@ -64,7 +64,7 @@ class MethodOptions(Options):
     refine: Annotated[
         Literal["none", "swaps"],
         Option(
-            "Exchange weights of a finished mask. swaps: as long as the output error falls.",
+            "Exchange kept and removed weights while the output error falls (swaps).",
             metavar="REFINEMENT",
             panel=METHOD,
         ),

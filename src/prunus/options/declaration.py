@@ -81,10 +81,11 @@ class Options(BaseModel, metaclass=_OptionsType):
     @classmethod
     def declared(cls) -> dict[str, Option]:
         """The options by name, in the order of the help: a model's own before inherited ones."""
-        own = [name for name in cls.__annotations__ if name in cls.model_fields]
+        names = [name for kind in cls.__mro__ for name in vars(kind).get("__annotations__", ())]
         found = {
             name: next((x for x in cls.model_fields[name].metadata if isinstance(x, Option)), None)
-            for name in dict.fromkeys([*own, *cls.model_fields])
+            for name in dict.fromkeys(names)
+            if name in cls.model_fields
         }
         return {name: option for name, option in found.items() if option is not None}
 

@@ -29,7 +29,7 @@ _PATTERN = re.compile(r"^(\d+):(\d+)$")
 Sparsity = Annotated[
     float,
     Option(
-        "Remove this share of each linear's weights, in [0, 1).",
+        "Remove this share of the weights, in [0, 1).",
         metavar="SHARE",
         within=between("[0, 1)", ": 0.5 removes half of the weights"),
     ),
@@ -47,8 +47,7 @@ class PruningOptions(MethodOptions, WindowOptions):
     method: Annotated[
         str,
         Option(
-            "Choose the weights to remove by this method, which may update the others: "
-            f"{', '.join(METHODS)}, or your own as FILE.py:NAME.",
+            f"Remove weights by {', '.join(METHODS)}, or your own FILE.py:NAME.",
             metavar="METHOD",
             suggestions=lambda: METHODS,
         ),
@@ -71,8 +70,8 @@ class PruningOptions(MethodOptions, WindowOptions):
     allocation: Annotated[
         Literal["uniform", "fisher"],
         Option(
-            "Distribute the sparsity over the linears. uniform: the same for all. fisher: linears "
-            "whose errors cost the model most keep more, by gradients of the dense model.",
+            "Give all linears the same sparsity (uniform), or let those whose errors cost the "
+            "model most keep more, by gradients of the dense model (fisher).",
             metavar="RULE",
             panel=SELECTION,
         ),

@@ -32,17 +32,18 @@ class Recipe(PruningOptions):
     preset: Annotated[
         str | None,
         Option(
-            "Take a tested set of options: fast, balanced or best. Explicit options override it. "
-            "max (prune and plan): best, then a training of all kept weights.",
+            "Take a tested set of options: fast, balanced, best, or max, which trains after best "
+            "(prune and plan). Explicit options override it.",
             metavar="PRESET",
+            suggestions=lambda: ("fast", "balanced", "best", "max"),
         ),
     ] = None
     propagate: Annotated[
         Literal["linear", "block"],
         Option(
-            "linear: one pass, in which each linear sees the effect of all pruning before it. "
-            "block: two passes per block, as the original code; weight updates then use its order "
-            "of operations, on one thread.",
+            "Run the windows through a block once, where each linear sees the effect of all "
+            "pruning before it (linear), or twice, as the original code does (block). Weight "
+            "updates then use its order of operations, on one thread.",
             metavar="STEP",
             panel=METHOD,
         ),

@@ -13,7 +13,7 @@ from prunus.runs.options import BOS, BosName
 Mode = Literal["lora", "masked", "full", "scales"]
 MODES: tuple[Mode, ...] = ("lora", "masked", "full", "scales")
 
-_LORA = "Mode lora"
+_TRAINING, _LORA = "Training", "Mode lora"
 _POSITIVE, _COUNT = between("(0, inf)"), at_least(1)
 #: Budget if none is given, and size of a step.
 _TOKENS, _STEP_TOKENS = 131_072, 1024
@@ -36,7 +36,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _training(text: str, metavar: str, within: Range | None = None) -> Option:
-    return Option(text, metavar, "Training", within)
+    return Option(text, metavar, _TRAINING, within)
 
 
 class RecoveryOptions(Options):
@@ -45,23 +45,21 @@ class RecoveryOptions(Options):
     mode: Annotated[
         Mode,
         Option(
-            "Choose what to train. lora: low-rank layers of a peft adapter. masked: all weights "
-            "except the pruned ones. full: all weights of a model without zeros, such as one of "
-            "prunus shrink. scales: scales, steps, norms and biases of a compressed model, whose "
-            "integers stay.",
+            "Train low-rank layers of a peft adapter (lora), all weights but the pruned ones "
+            "(masked), all weights of a model without zeros (full), or scales, steps, norms and "
+            "biases of a compressed model, whose integers stay (scales).",
             metavar="MODE",
             default="masked for a pruned model, scales for a compressed one, full for one that "
             "prunus shrink made smaller",
         ),
     ]
-    text: Annotated[
-        str, Option("Train on this text: a source as for calibration, or a file.", "SOURCE")
-    ] = "mix"
+    text: Annotated[str, Option("Train on this source, as for calibration, or file.", "SOURCE")] = (
+        "mix"
+    )
     tokens: Annotated[
         int | None,
         Option(
-            "Train on this number of tokens, which one step at least must have. A token counts "
-            "each time it is trained on.",
+            "Train on this number of tokens, at least one step. A token counts each time.",
             metavar="N",
             within=_COUNT,
             default=str(_TOKENS),
@@ -81,6 +79,7 @@ class RecoveryOptions(Options):
         Option(
             "Train on this number of windows per step.",
             metavar="N",
+            panel=_TRAINING,
             within=_COUNT,
             default="as many as hold 1024 tokens",
         ),
@@ -90,7 +89,7 @@ class RecoveryOptions(Options):
         Option(
             "Use this peak learning rate; it falls along a cosine.",
             metavar="RATE",
-            panel="Training",
+            panel=_TRAINING,
             within=_POSITIVE,
             default="that of the mode: 0.001 for lora, 0.00077 times the root mean square of the "
             "weights for masked and full, 0.002 relative to each tensor for scales",

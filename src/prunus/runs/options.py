@@ -45,10 +45,8 @@ class WindowOptions(Options):
     calibration: Annotated[
         str,
         Option(
-            f"Take the calibration windows from {CHOICES}. For image classifiers: a folder of "
-            "images.",
+            f"Take the calibration windows from {CHOICES}.",
             metavar="SOURCE",
-            panel=CALIBRATION,
         ),
     ] = "mix"
     samples: Annotated[
@@ -56,7 +54,6 @@ class WindowOptions(Options):
         Option(
             "Use this number of calibration windows.",
             metavar="N",
-            panel=CALIBRATION,
             within=at_least(1, ": a run needs calibration windows"),
         ),
     ] = 128
@@ -65,7 +62,6 @@ class WindowOptions(Options):
         Option(
             "Use windows of this number of tokens.",
             metavar="N",
-            panel=CALIBRATION,
             within=at_least(2, " tokens"),
         ),
     ] = 2048
@@ -96,7 +92,7 @@ class RunOptions(Options):
     memory: Annotated[
         int | None,
         Option(
-            "Use at most this much memory on the host and on the device, such as 8GB.",
+            "Use at most this much memory on host and device, such as 8GB.",
             metavar="SIZE",
             default="the free memory",
         ),
@@ -104,7 +100,7 @@ class RunOptions(Options):
     data: Annotated[
         Path | None,
         Option(
-            "Read local copies of the datasets from this folder.",
+            "Read local copies of the datasets in DIR, or in $PRUNUS_DATA.",
             metavar="DIR",
             default="download them",
             variable="PRUNUS_DATA",
@@ -116,6 +112,7 @@ class RunOptions(Options):
         Option(
             "Insist on resuming an unfinished run, or refuse to.",
             switch="--resume/--no-resume",
+            panel=ADVANCED,
             default="resume if the options are the same",
         ),
     ] = None
@@ -129,7 +126,7 @@ class RunOptions(Options):
     rank_timeout: Annotated[
         float | None,
         Option(
-            "Under torchrun: stop when a process is silent for this many seconds.",
+            "Stop when a process of torchrun is silent for this many seconds.",
             metavar="SECONDS",
             panel=ADVANCED,
             default="600",

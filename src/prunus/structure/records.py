@@ -16,7 +16,7 @@ from prunus.runs.record import BlockwiseRecord, Part
 #: A share to remove in (0, 1), or a number to keep.
 Amount = float | int
 
-_WIDTH = "Width"
+_CHOICE, _WIDTH = "Choice of parts, and repair", "Width"
 
 
 class StructureRecipe(WindowOptions):
@@ -29,8 +29,8 @@ class StructureRecipe(WindowOptions):
     experts: Annotated[
         Amount | None,
         Option(
-            "Remove this share of the experts in each layer of a mixture, such as 0.25, or keep "
-            "this number, such as 6.",
+            "Remove this share of the experts in each layer of a mixture (0.25), or keep this "
+            "number (6).",
             metavar="AMOUNT",
         ),
     ] = None
@@ -41,12 +41,13 @@ class StructureRecipe(WindowOptions):
             "reap removes those with the smallest mean over the tokens that choose them; "
             "contribution, those with the smallest sum.",
             metavar="RULE",
+            panel=_CHOICE,
         ),
     ] = "reap"
     blocks: Annotated[
         Amount | None,
         Option(
-            "Remove this share of the blocks, such as 0.1, or keep this number.", metavar="AMOUNT"
+            "Remove this share of the blocks (0.1), or keep this number (27).", metavar="AMOUNT"
         ),
     ] = None
     block_rule: Annotated[
@@ -56,6 +57,7 @@ class StructureRecipe(WindowOptions):
             "the next-token distribution least, and measures again after each removal. cosine "
             "removes the blocks that rotate the hidden states least (ShortGPT).",
             metavar="RULE",
+            panel=_CHOICE,
         ),
     ] = "kl"
     width: Annotated[
@@ -91,6 +93,7 @@ class StructureRecipe(WindowOptions):
             "Train the changed blocks, and all blocks after them, to reproduce the outputs of "
             "MODEL on the calibration windows.",
             switch="--repair/--no-repair",
+            panel=_CHOICE,
             default="--repair",
         ),
     ] = True
