@@ -94,3 +94,11 @@ def test_pictures_are_those_of_the_script_and_are_small():
         source = ElementTree.fromstring(picture).findall(".//{*}text[@class='code']")[0].text
         for path in source.split(", "):
             assert (REPOSITORY / path).exists(), f"{name} names {path}"
+
+
+def test_the_citation_names_the_version_of_the_package():
+    versions = {
+        re.search(r"^version\W+([\d.]+)", (REPOSITORY / name).read_text(), re.MULTILINE)[1]
+        for name in ("CITATION.cff", "pyproject.toml")
+    }
+    assert len(versions) == 1
