@@ -79,31 +79,6 @@ def test_a_curve_that_is_not_convex_is_replaced_by_its_hull():
     assert allocate_by_error([dented, straight], [10, 10], 0.4) == pytest.approx([0.8, 0.0])
 
 
-@pytest.mark.parametrize(
-    ("curves", "sparsity", "message"),
-    [
-        (
-            [[(0.0, 0.0), (0.5, 1.0)]],
-            0.6,
-            r"reach from a sparsity of 0\.0000 to 0\.5000 in all; 0\.6 is not",
-        ),
-        (
-            [[(0.3, 0.0), (0.5, 1.0)]],
-            0.2,
-            r"reach from a sparsity of 0\.3000 to 0\.5000 in all; 0\.2 is not",
-        ),
-        ([[(0.0, 0.0), (0.5, 1.0)]], 1.0, r"the sparsity is 1\.0"),
-        ([[(0.0, 0.0)]], 0.2, "layer 0 needs two or more"),
-        ([[(0.0, 0.0), (0.0, 1.0)]], 0.2, "points of rising sparsity"),
-        ([[(0.0, 0.0), (0.5, math.nan)]], 0.2, "finite points"),
-        ([], 0.2, "0 error curves for 1 layers"),
-    ],
-)
-def test_unusable_curves_are_refused(curves, sparsity, message):
-    with pytest.raises(ValueError, match=message):
-        allocate_by_error(curves, [10], sparsity)
-
-
 # --- whole weights ---
 
 

@@ -4,7 +4,6 @@ The tests skip where there is no Chromium, see `conftest.py`.
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -199,28 +198,3 @@ def test_a_click_sorts_by_the_figures_and_leaves_missing_ones_last(browser, file
         # The same without a mouse.
         opened.page.locator(f'.scroll[aria-label="{title}"] th button').nth(column).press("Enter")
         assert values() == sorted(known) + missing
-
-
-def test_colours_follow_the_readers_preference_while_the_page_is_open(browser, files):
-    with Opened(browser, files["whole"]) as opened:
-
-        def colours() -> tuple[str, str, str]:
-            return tuple(
-                opened.page.evaluate(
-                    """() => [getComputedStyle(document.body).backgroundColor,
-                      getComputedStyle(document.body).color,
-                      document.querySelector(".chart .js-line")?.style.stroke ?? ""]"""
-                )
-            )
-
-        def brightness(colour: str) -> float:
-            return sum(map(int, re.findall(r"\d+", colour)[:3])) / 3
-
-        light = colours()
-        opened.page.emulate_media(color_scheme="dark")
-        opened.page.wait_for_timeout(300)
-        dark = colours()
-        assert brightness(light[0]) - brightness(light[1]) > 150
-        assert brightness(dark[1]) - brightness(dark[0]) > 150
-        assert light[2]
-        assert light[2] != dark[2]

@@ -91,15 +91,6 @@ def test_scores_of_tasks_come_with_their_errors():
     ]
 
 
-def test_a_sweep_has_a_row_for_each_model_and_each_cell():
-    results = sweep_results(error="it failed")
-    found = rows(results)
-    assert len(found) == 1 + len(results.models) + len(results.cells)
-    assert all(len(row) == len(found[0]) for row in found)
-    assert any(row[-1] == "it failed" for row in found)
-    assert "perplexity, wikitext2" in found[0]
-
-
 def test_a_report_shows_its_tables_without_charts(tmp_path):
     sweep_results().save(tmp_path)
     shown = Table(prunus.report(tmp_path)._repr_html_())

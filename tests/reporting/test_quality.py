@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import replace
 
 import pytest
 
 from prunus.evaluation.records import Divergence, ModelSize
-from prunus.reporting.console import TerminalConsole, to_terminal
 from prunus.reporting.evaluation_sections import decode_speed
 from prunus.reporting.page import figure_json
 from prunus.reporting.sweep_section import sweep_section
@@ -133,19 +131,6 @@ def test_an_evaluation_without_sizes_has_no_charts(tmp_path):
     [section] = report([write(tmp_path / "e.json", evaluation())]).sections
     assert not charts(section)
     assert "file, GB" not in table(section, "Quality and size", key=1)["dense"]
-
-
-def test_every_model_of_an_evaluation_has_rows_of_its_own(tmp_path):
-    content = compared_evaluation()
-    for place, one in enumerate(content["models"]):
-        one["perplexity"][0]["perplexity"] = 20.0 + place
-    document = report([write(tmp_path / "e.json", content)])
-    output = io.StringIO()
-    TerminalConsole(file=output, width=200).print(to_terminal(document))
-    lines = [line for line in output.getvalue().splitlines() if "wikitext2" in line]
-    for place, name in enumerate("abc"):
-        assert any(name in line and f"{20 + place}.000" in line for line in lines)
-    assert "raw lines" in output.getvalue(), "the protocol is there"
 
 
 @pytest.mark.parametrize(

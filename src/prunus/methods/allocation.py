@@ -23,33 +23,22 @@ def allocate_by_error(
     only rises with the sparsity, so the greedy choice is optimal: no other sparsities of the same
     weighted mean have a lower sum of (interpolated) errors.
 
-    A curve has points (sparsity, error) of rising sparsity. Errors of different layers are added
-    up, so they must have the same unit.
+    A curve has two or more finite points (sparsity, error) of rising sparsity, and the budget lies
+    between their ends. Errors of different layers are added up, so they must have the same unit.
 
     >>> robust, fragile = [(0.0, 0.0), (0.5, 1.0)], [(0.0, 0.0), (0.5, 10.0)]
     >>> allocate_by_error([robust, fragile], [100, 100], 0.25)
     [0.5, 0.0]
     """
-    _check(weights, sparsity)
-    if len(curves) != len(weights):
-        raise ValueError(f"there are {len(curves)} error curves for {len(weights)} layers")
     segments = []
     for layer, curve in enumerate(curves):
-        hull = _lower_hull(curve, layer)
-        for (left, low), (right, high) in pairwise(hull):
+        for (left, low), (right, high) in pairwise(_lower_hull(curve)):
             removed = (right - left) * weights[layer]
             segments.append(((high - low) / removed, layer, right, removed))
     result = [curve[0][0] for curve in curves]
-    budget = sparsity * sum(weights)
     # Every curve starts at its first point. The segments get what is left of the budget.
-    left_over = budget - math.fsum(s * n for s, n in zip(result, weights, strict=True))
-    reach = math.fsum(curve[-1][0] * n for curve, n in zip(curves, weights, strict=True))
-    if left_over < -1e-9 * sum(weights) or budget > reach + 1e-9 * sum(weights):
-        lowest = 1 - (1 - (budget - left_over) / sum(weights))
-        raise ValueError(
-            f"the error curves reach from a sparsity of {lowest:.4f} to {reach / sum(weights):.4f} "
-            f"in all; {sparsity} is not between them: measure more points"
-        )
+    spent = math.fsum(s * n for s, n in zip(result, weights, strict=True))
+    left_over = sparsity * sum(weights) - spent
     # Equal slopes are taken in the order of the layers. Slopes rise along a hull, so the sorted
     # order never skips a segment of a layer.
     for _, layer, right, removed in sorted(segments):
@@ -100,7 +89,6 @@ def round_to_whole_weights(
     >>> round_to_whole_weights([0.45, 0.55], [(1, 10), (1, 10)], 0.5)
     [0.5, 0.5]
     """
-    _check([rows * columns for rows, columns in shapes], sparsity)
     exact = [value * columns for value, (_, columns) in zip(sparsities, shapes, strict=True)]
     # A number that is whole except for rounding counts as whole.
     counts = [math.floor(value + 1e-9) for value in exact]
@@ -120,15 +108,8 @@ def round_to_whole_weights(
     return result
 
 
-def _lower_hull(curve: Sequence[tuple[float, float]], layer: int) -> list[tuple[float, float]]:
+def _lower_hull(curve: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """The points of the lower convex hull of a curve, from left to right."""
-    places = [place for place, _ in curve]
-    finite = all(math.isfinite(value) for point in curve for value in point)
-    if len(curve) < 2 or not finite or any(b <= a for a, b in pairwise(places)):
-        raise ValueError(
-            f"the error curve of layer {layer} needs two or more finite points of rising "
-            f"sparsity, got {curve}"
-        )
     hull: list[tuple[float, float]] = []
     for x, y in curve:
         # Remove the last point while it lies on or above the line past it.
@@ -139,10 +120,3 @@ def _lower_hull(curve: Sequence[tuple[float, float]], layer: int) -> list[tuple[
             hull.pop()
         hull.append((x, y))
     return hull
-
-
-def _check(weights: Sequence[int], sparsity: float) -> None:
-    if not weights or min(weights) < 1:
-        raise ValueError(f"every layer must have weights, got {list(weights)}")
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"the sparsity is {sparsity}: it must be at least 0 and less than 1")
