@@ -8,7 +8,7 @@ JOBS   ?= 2
 # Reference data and golden masks; tests that need them skip where the folder is absent.
 export PRUNUS_SHARED ?= ../shared
 
-.PHONY: demo test check hostile cuda docs sanitize wheel-test start-test vllm-test install clean
+.PHONY: demo test check hostile cuda docs sanitize neon-test wheel-test start-test vllm-test install clean
 
 # One stamp per environment: installing again is a no-op until the project file changes.
 STAMP := $(VENV)/.prunus-installed
@@ -91,3 +91,7 @@ hostile: $(STAMP)
 # Memory errors and undefined behaviour in the kernels.
 sanitize:
 	sh tests/packed/kernels/sanitize.sh
+
+# The kernels of 64-bit Arm in an emulator. It needs g++-aarch64-linux-gnu and qemu-user.
+neon-test:
+	sh tests/packed/kernels/neon.sh

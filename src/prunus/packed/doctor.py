@@ -59,6 +59,11 @@ def in_sentences(state: dict[str, Any]) -> list[str]:
             f"Packed models run on the compiled kernels of {state['library']}.",
             f"The kernels use {state['instruction_set']} ({state['chosen_by']}); the best of this "
             f"machine is {state['best_instruction_set']}.",
+            *(
+                ["They use it for quantised weights; sparse weights run on portable code."]
+                if state["instruction_set"].startswith("neon")
+                else []
+            ),
             "Dense bfloat16 linears of packed models "
             + ("use a kernel as well." if state["dense_kernel"] else "run in torch."),
             f"Torch uses {state['threads']} threads; the kernels run on {state['thread_runtime']}.",

@@ -145,13 +145,15 @@ PRUNUS_TARGET_AVX2 void rotate_avx2(int64_t heads, int64_t dim, const void* x, c
         {name##_anywhere<Element<kBf16>>, name##_anywhere<Element<kF16>>,        \
          name##_anywhere<Element<kF32>>},                                        \
         {name##_avx2<Element<kBf16>>, name##_avx2<HalfElement>, name##_avx2<Element<kF32>>}};
+int copy_for(int isa) { return isa >= kAvx2; }
 #else
 #define PRUNUS_COPIES(name)                                                      \
     constexpr decltype(&name##_anywhere<Element<kBf16>>) name##_copies[1][3] = { \
         {name##_anywhere<Element<kBf16>>, name##_anywhere<Element<kF16>>,        \
          name##_anywhere<Element<kF32>>}};
+int copy_for(int) { return 0; }
 #endif
-// Selected by whether the instruction set has AVX2, and by kind.
+// Selected by the instruction set and by kind.
 PRUNUS_COPIES(norm)
 PRUNUS_COPIES(rotate)
 #undef PRUNUS_COPIES
@@ -169,7 +171,7 @@ int prunus_rms_norm(int isa, int kind, int form, int64_t rows, int64_t width, co
     if (kind < kBf16 || kind > kF32 || form < kRoundedThenScaled || form > kScaledByOnePlus)
         return PRUNUS_BAD_ARGUMENT;
     if (rows < 1 || width < 1 || !x || !weight || !out) return PRUNUS_BAD_ARGUMENT;
-    norm_copies[isa >= kAvx2][kind](form, rows, width, x, weight, eps, out);
+    norm_copies[copy_for(isa)][kind](form, rows, width, x, weight, eps, out);
     return PRUNUS_OK;
 }
 
@@ -180,7 +182,7 @@ int prunus_rotate(int isa, int kind, int64_t heads, int64_t key_heads, int64_t d
     if (kind < kBf16 || kind > kF32 || heads < 1 || key_heads < 1 || dim < 2 || dim % 2)
         return PRUNUS_BAD_ARGUMENT;
     if (!query || !key || !cos || !sin || !out_query || !out_key) return PRUNUS_BAD_ARGUMENT;
-    const auto fn = rotate_copies[isa >= kAvx2][kind];
+    const auto fn = rotate_copies[copy_for(isa)][kind];
     fn(heads, dim, query, cos, sin, out_query);
     fn(key_heads, dim, key, cos, sin, out_key);
     return PRUNUS_OK;

@@ -18,7 +18,15 @@ constexpr int64_t kFewTokens = 16;      // more tokens than this are multiplied 
 constexpr int64_t kTokensAtOnce = 512;  // tokens per matrix product
 
 enum Kind : int { kBf16 = 0, kF16 = 1, kF32 = 2, kI8 = 3 };
-enum Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
+#if defined(__aarch64__) && defined(__GNUC__)
+#define PRUNUS_ARM 1
+#endif
+// Numbers are those of one kind of processor: x86-64 or 64-bit Arm.
+enum Isa : int {
+    kPortable = 0,
+    kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4,
+    kNeon = 1, kNeonDot = 2
+};
 
 // Spreads one row of 16-bit values over `out` (cols) with zeros between them. It may read up to
 // kOverrun values too many.

@@ -22,6 +22,8 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif PRUNUS_ARM && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace prunus {
@@ -121,7 +123,8 @@ Choice choose_tiles(const PrunusWeight& weight, Kind activations) {
 }
 #endif
 
-Choice choose(int isa, int threads, const PrunusWeight& weight, Kind activations, const Job& job) {
+Choice choose([[maybe_unused]] int isa, [[maybe_unused]] int threads, const PrunusWeight& weight,
+              [[maybe_unused]] Kind activations, [[maybe_unused]] const Job& job) {
     const Kind values = Kind(weight.kind);
 #if PRUNUS_X86
     if (isa >= kAvx512Bf16 && job.tokens > kFewTokens && activations == kBf16 && values != kF16)
@@ -230,6 +233,15 @@ int detect_isa() {
         return has_tiles() ? kAmx : kAvx512Bf16;
     if (avx2 && avx512) return kAvx512;
     if (avx2) return kAvx2;
+#elif PRUNUS_ARM
+#if defined(__ARM_FEATURE_DOTPROD)  // all of Apple's
+    return kNeonDot;
+#elif defined(__linux__)
+    constexpr unsigned long kDotProducts = 1ul << 20;  // HWCAP_ASIMDDP
+    return getauxval(AT_HWCAP) & kDotProducts ? kNeonDot : kNeon;
+#else
+    return kNeon;
+#endif
 #endif
     return kPortable;
 }

@@ -4,8 +4,8 @@
 //
 // Common to all functions:
 //
-//   isa    0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 with BF16, 4 AVX-512 with BF16 and AMX;
-//          at most prunus_best_isa()
+//   isa    0 portable; on x86-64 1 AVX2, 2 AVX-512, 3 AVX-512 with BF16, 4 AVX-512 with BF16 and
+//          AMX; on 64-bit Arm 1 NEON, 2 NEON with dot products; at most prunus_best_isa()
 //   kinds  0 bfloat16, 1 float16, 2 float32, 3 int8
 //
 // Functions return 0 or one of the codes below. They read and write only inside the given arrays.

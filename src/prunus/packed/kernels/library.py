@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +30,13 @@ from prunus.packed.kernels.interface import (
 )
 from prunus.packed.weight import Packed, PackedWeight, QuantizedWeight
 
-#: Instruction sets from slowest to fastest, as `kernels.h` numbers them.
-ISAS = ("portable", "avx2", "avx512", "avx512-bf16", "amx")
+_ARM = platform.machine() in {"aarch64", "arm64"}
+#: Instruction sets of this kind of processor, slowest to fastest, as `kernels.h` numbers them.
+ISAS = (
+    ("portable", "neon", "neon-dotprod")
+    if _ARM
+    else ("portable", "avx2", "avx512", "avx512-bf16", "amx")
+)
 #: Up to this many tokens every instruction set multiplies straight from the packed weight.
 MAX_TOKENS = 16
 #: Up to this many tokens, instruction sets with matrix products expand a few rows into the cache
@@ -40,7 +46,7 @@ MAX_TOKENS_AS_MATRIX = 1024
 #: Up to this many tokens the product of a quantised weight is faster than expanding it and
 #: multiplying in bfloat16 (1536 x 1536 at 2.8 bits, one core of an AMD EPYC, Zen 4).
 MAX_PLANE_TOKENS = 256
-_BF16 = ISAS.index("avx512-bf16")  # the first with bfloat16 products
+_BF16 = len(ISAS) if _ARM else ISAS.index("avx512-bf16")  # the first with bfloat16 products
 
 
 def _check(fault: int) -> None:

@@ -66,6 +66,17 @@ constexpr Pieces pieces_of(int width, int row) {
 #define PRUNUS_WIDTHS(name) \
     name<1>, name<2>, name<3>, name<4>, name<5>, name<6>, name<7>, name<8>
 
+// The piece with the highest bits of a value, and where the lowest bit is if that piece stays there.
+// The other pieces are the highest bits of their lines, so that they need shifts to the right only.
+template <int width, int row>
+constexpr Piece highest_piece() {
+    return pieces_of(width, row).piece[pieces_of(width, row).count - 1];
+}
+template <int width, int row>
+constexpr int place_of() {
+    return highest_piece<width, row>().shift - highest_piece<width, row>().to;
+}
+
 struct AllPieces {
     Pieces of[kMaxWidth + 1][kTileRows];
 };

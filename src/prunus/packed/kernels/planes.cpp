@@ -13,6 +13,8 @@
 #define PRUNUS_X86 1
 #include "planes_avx2.h"
 #include "planes_avx512.h"
+#elif PRUNUS_ARM
+#include "planes_neon.h"
 #endif
 
 namespace prunus::planes {
@@ -163,6 +165,9 @@ Choice choose(int isa) {
     static const bool transposes = __builtin_cpu_supports("gfni");
     if (isa >= kAvx512 && transposes) return choice_of<Avx512>(multiply_token<Avx512>);
     if (isa >= kAvx2) return choice_of<Avx2>(multiply_token<Avx2>);
+#elif PRUNUS_ARM
+    if (isa >= kNeonDot) return choice_of<Neon<true>>(multiply_token<Neon<true>>);
+    if (isa >= kNeon) return choice_of<Neon<false>>(multiply_token<Neon<false>>);
 #endif
     (void)isa;
     return choice_of<Portable>(nullptr);
