@@ -1,7 +1,7 @@
 // Lines with AVX-512 (VNNI).
 //
-// A product needs no shifts: what a mask leaves of a line is a multiple of the value, and the sum
-// over a block is shifted back instead.
+// A product shifts no highest piece: what is extracted is a multiple of the value, and the sum over
+// a block is shifted back instead.
 #pragma once
 
 #include "avx512.h"
@@ -19,36 +19,31 @@ PRUNUS_TARGET_LINES PRUNUS_INLINE __m512i shift_right(__m512i bytes) {
     return bytes;
 }
 
-// The bits that values of a row are shifted to the left by `value_of`.
-template <int width, int row>
-constexpr int scale_of() {
-    return pieces_of(width, row).count == 1 ? pieces_of(width, row).piece[0].shift : 0;
-}
-
-// The values of a row of a group, times a power of two. `sum` holds the pieces before `number`.
+// The values of a row of a group, times 2^place_of. `sum` holds the pieces after `number`.
 template <int width, int row, int number>
 PRUNUS_TARGET_LINES PRUNUS_INLINE __m512i add_pieces(const uint8_t* lines, __m512i sum) {
     constexpr Pieces pieces = pieces_of(width, row);
-    if constexpr (number == pieces.count) {
+    if constexpr (number < 0) {
         return sum;
     } else {
         constexpr Piece piece = pieces.piece[number];
-        constexpr int to = piece.to + scale_of<width, row>();
+        constexpr int to = piece.to + place_of<width, row>();
         const __m512i bytes = shift_right<piece.shift - to>(
                           _mm512_loadu_si512(lines + piece.line * kLineBytes)),
                       mask = _mm512_set1_epi8(char(mask_of(piece.bits) << to));
         if constexpr (piece.bits == 8) return bytes;
-        if constexpr (number == 0)
+        if constexpr (number == pieces.count - 1)
             sum = _mm512_and_si512(bytes, mask);
         else  // sum | (bytes & mask)
             sum = _mm512_ternarylogic_epi64(sum, bytes, mask, 0xf8);
-        return add_pieces<width, row, number + 1>(lines, sum);
+        return add_pieces<width, row, number - 1>(lines, sum);
     }
 }
 
 template <int width, int row>
 PRUNUS_TARGET_LINES PRUNUS_INLINE __m512i value_of(const uint8_t* lines) {
-    return add_pieces<width, row, 0>(lines, _mm512_setzero_si512());
+    constexpr int highest = pieces_of(width, row).count - 1;
+    return add_pieces<width, row, highest>(lines, _mm512_setzero_si512());
 }
 
 template <int width>
@@ -58,7 +53,7 @@ PRUNUS_TARGET_LINES void unpack(int64_t groups, const uint8_t* lines, uint8_t* t
 #define PRUNUS_UNPACK(row)                                                     \
     _mm512_storeu_si512(                                                       \
         to + row * stride,                                                     \
-        _mm512_add_epi8(base, shift_right<scale_of<width, row>()>(value_of<width, row>(lines))));
+        _mm512_add_epi8(base, shift_right<place_of<width, row>()>(value_of<width, row>(lines))));
         PRUNUS_EIGHT_ROWS(PRUNUS_UNPACK)
 #undef PRUNUS_UNPACK
     }
@@ -94,7 +89,7 @@ PRUNUS_TARGET_LINES void multiply(const Planes& job, const Class& c, const uint8
         const __m512 scale = _mm512_load_ps(scales);
         const __m512i unchanged = _mm512_load_si512(excess);
 #define PRUNUS_ADD(row)                                                                        \
-    dot##row = _mm512_add_epi32(_mm512_srai_epi32(dot##row, (scale_of<width, row>())),         \
+    dot##row = _mm512_add_epi32(_mm512_srai_epi32(dot##row, (place_of<width, row>())),         \
                                 _mm512_load_si512(lanes + row * kLanes));                      \
     _mm512_store_si512(lanes + row * kLanes, unchanged);                                       \
     sum##row = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot##row), scale, sum##row);
