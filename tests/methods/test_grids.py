@@ -106,8 +106,9 @@ def test_the_sweep_equals_a_slow_one(grid):
         return [-float(norms_I[start : start + width].sum()) for start, width in starts]
 
     order = sorted(range(512), key=largest_first)
-    upper_II = inverse_factor(statistics.gram_II[order][:, order], found.notes["damping"])[0]
-    upper_II = upper_II.double()
+    half_II = statistics.gram_II[order][:, order]
+    half_II = half_II / 2 + half_II.diag().diag() / 2
+    upper_II = inverse_factor(half_II, found.notes["damping"])[0].double()
     left_OI, rounded_OI = weight_OI[:, order].double(), torch.empty(4, 512)
     importance_I = upper_II.diagonal().reciprocal().square().float()
     for place, j in enumerate(order):
@@ -140,7 +141,7 @@ def test_feedback_lowers_the_error_of_the_outputs(grid):
     gram_II = statistics.gram_II
     found = quantize_in_grid(weight_OI, statistics, Work(quantization=GridQuantization(grid)))
     rounded_OI = round_to_grid(weight_OI, grid, gram_II.diagonal()).dense()
-    assert error(weight_OI, found.weight_OI, gram_II) < 0.5 * error(weight_OI, rounded_OI, gram_II)
+    assert error(weight_OI, found.weight_OI, gram_II) < 0.7 * error(weight_OI, rounded_OI, gram_II)
 
 
 def test_removed_weights_become_zero_where_the_grid_has_a_zero():
