@@ -87,6 +87,15 @@ def test_the_importance_of_a_column_lowers_its_error():
     assert (with_it * importance_I).sum() < (without * importance_I).sum()
 
 
+def test_weights_of_unused_inputs_are_kept():
+    weight_OI, importance_I = torch.ones(2, 256), torch.zeros(256)
+    for _ in range(2):
+        assert (
+            round_to_grid(weight_OI, GRIDS["Q3_K"], importance_I).dense() - 1
+        ).abs().max() < 0.05
+        importance_I[:128] = 1
+
+
 def test_zeros_stay_zeros():
     for grid in GRIDS.values():
         assert not round_to_grid(torch.zeros(2, 256), grid).dense().any()

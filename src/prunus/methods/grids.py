@@ -68,14 +68,16 @@ def round_to_grid(weight_OI: Tensor, grid: Grid, importance_I: Tensor | None = N
             input (llama.cpp's importance matrix); None for equal ones.
     """
     columns = weight_OI.shape[1]
-    if importance_I is None:
+    if importance_I is None or not bool(importance_I.any()):
         importance_I = torch.ones(columns, device=weight_OI.device)
+    # A group of inputs that are always 0 keeps its weights: other texts may use them.
+    importance_I = importance_I.float().clamp_min(1e-6 * float(importance_I.mean()))
     parts = []
     for rows_OI in weight_OI.split(max(1, _ELEMENTS // columns)):
         weight_IO = rows_OI.float().T.contiguous()
         scales, levels = [], []
         for weight_BO, importance_B in zip(
-            weight_IO.split(grid.span), importance_I.float().split(grid.span), strict=True
+            weight_IO.split(grid.span), importance_I.split(grid.span), strict=True
         ):
             found = fit_scales(weight_BO, importance_B, grid)
             scales.append(found)
