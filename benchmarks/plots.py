@@ -412,7 +412,7 @@ def draw_texts(cells: dict[str, Any]) -> Any:
     """Bars of the KL divergence of every method, one group for each model and text."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7.2, 3.8))
+    figure, axes = plt.subplots(figsize=(1.2 + 1.3 * len(TEXTS) * len(cells), 3.8))
     groups = [(model, text) for model in cells for text in TEXTS]
     colors = dict(SERIES.values()) | {"compress 2.7 bits": "#8b3f6e"}
     methods = [label for label in colors if any(label in found for found in cells.values())]
@@ -423,11 +423,12 @@ def draw_texts(cells: dict[str, Any]) -> Any:
         places = [at + (number + 0.5) * width - 0.4 for at in measured]
         axes.bar(places, values, 0.9 * width, color=colors[method], label=method)
     names = [f"{TEXTS[text]}\n{model}" for model, text in groups]
-    axes.set_xticks(range(len(groups)), names)
+    axes.set_xticks(range(len(groups)), names, fontsize=8)
     axes.grid(visible=False, axis="x")
     axes.set_ylabel("KL from the dense model, nats")
     axes.set_title("What each method loses, by text", loc="left")
-    axes.legend(frameon=False)
+    # Below the names, since bars of any height may be anywhere.
+    axes.legend(frameon=False, ncols=len(methods), loc="upper center", bbox_to_anchor=(0.5, -0.13))
     return figure
 
 
