@@ -10,6 +10,7 @@ import functools
 import inspect
 import re
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -143,16 +144,14 @@ class PrunusQuantizer(HfQuantizer):
         return [rule for rule in rules if not (self._apart and is_fusing_rule(rule))]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        for name, module in model.named_modules():
-            if isinstance(module, PackedLinear):
-                if module.weight.device.type == "meta":
-                    raise ValueError(
-                        f"{name} was not loaded: packed checkpoints cannot be offloaded to disk"
-                    )
-                try:
-                    module.prepare()
-                except ValueError as fault:
-                    raise ValueError(f"{name} is damaged: {fault}") from fault
+        packed = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, PackedLinear)
+        }
+        # The kernels work without the lock of the interpreter.
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(_prepare, packed, packed.values()))
         for path in expand_read_linears(model, model.dtype):
             del self.quantization_config.linears[self._saved_names[path]]
         use_fast_decoding(model)
@@ -186,6 +185,16 @@ def register_with_transformers() -> None:
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(METHOD)(PrunusConfig)
         register_quantizer(METHOD)(PrunusQuantizer)
+
+
+def _prepare(name: str, module: PackedLinear) -> None:
+    """Check a packed linear whose weight was loaded, and make what its products read."""
+    if module.weight.device.type == "meta":
+        raise ValueError(f"{name} was not loaded: packed checkpoints cannot be offloaded to disk")
+    try:
+        module.prepare()
+    except ValueError as fault:
+        raise ValueError(f"{name} is damaged: {fault}") from fault
 
 
 def _num_parameters(

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <random>
 #include <thread>
@@ -172,6 +173,15 @@ void call_all(int isa, const PrunusPlanes& planes, int64_t tokens, Kind kind,
     int code = prunus_plane_linear(isa, threads, &planes, tokens, kind, exact_x.get(), nullptr,
                                    out.get());
     CHECK(code == PRUNUS_OK, "linear: %d", code);
+    std::vector<uint8_t> both[2];
+    for (auto& each : both) each.resize(size_t(tokens * rows) * size);
+    const PrunusPlanes* weights[2] = {&planes, &planes};
+    const void* biases[2] = {};
+    void* outs[2] = {both[0].data(), both[1].data()};
+    code = prunus_plane_linears(isa, threads, 2, weights, tokens, kind, exact_x.get(), biases, outs);
+    CHECK(code == PRUNUS_OK, "linears: %d", code);
+    for (const auto& each : both)
+        CHECK(std::memcmp(each.data(), out.get(), each.size()) == 0, "isa %d linears", isa);
     code = prunus_plane_expand(isa, threads, &planes, kind, whole.get());
     CHECK(code == PRUNUS_OK, "expand: %d", code);
     const int64_t row = between(0, rows - 1);
@@ -327,6 +337,12 @@ void check_refusals() {
     CHECK(prunus_plane_expand(0, 1, &planes, kF32, nullptr) == PRUNUS_BAD_ARGUMENT, "no memory");
     CHECK(prunus_plane_expand_rows(0, &planes, &row, 1, kF32, out.data()) == PRUNUS_BAD_ARGUMENT,
           "no such row");
+    const PrunusPlanes* four[4] = {&planes, &planes, &planes, &planes};
+    const void* biases[4] = {};
+    void* outs[4] = {out.data(), out.data(), out.data(), out.data()};
+    CHECK(prunus_plane_linears(0, 1, 4, four, 1, kF32, x.data(), biases, outs) ==
+              PRUNUS_BAD_ARGUMENT,
+          "four products");
     planes.lines = nullptr;
     CHECK(linear(0, &planes, 1, kF32) == PRUNUS_BAD_ARGUMENT, "no lines");
     CHECK(prunus_plane_offsets(&planes, nullptr) == PRUNUS_BAD_ARGUMENT, "nowhere to write");

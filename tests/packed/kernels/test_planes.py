@@ -108,15 +108,25 @@ def test_every_pair_of_bits_and_raw_bits(isa):
             codes = (PlaneCode(raw, (bits,)), PlaneCode(raw, (bits, bits)))
             levels, weight = random_weight(5, 700, codes, 2, 1 << (raw + bits), bits * 4 + raw)
             widths |= {*check_weight(isa, levels, weight, 1, torch.float32, False)}
-    assert widths >= {4, 5, 6, 7, 8}
+    assert widths >= {4, 5, 7, 8}
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_narrow_lines_and_no_exceptions_or_many(isa):
-    for width, odd in ((1, 0.0), (1, 0.002), (2, 0.0), (2, 0.02), (3, 0.0), (4, 0.1), (7, 0.1)):
+    for width, odd in (
+        (1, 0.0),
+        (1, 0.002),
+        (2, 0.0),
+        (2, 0.02),
+        (3, 0.0),
+        (4, 0.1),
+        (6, 0.0),
+        (7, 0.1),
+    ):
         torch.manual_seed(width)
         levels = torch.randint(-(1 << width - 1), 1 << width - 1, (21, 500)).to(torch.int8)
-        levels[torch.rand(21, 500) < odd] = -121
+        # Several exceptions hold a large difference, and one a small one.
+        levels[torch.rand(21, 500) < odd] = -12 if odd == 0.02 else -121
         weight = plane_weight(levels, [0] * 500, (CHAINS[1],), 5)
         assert check_weight(isa, levels, weight, 3, FLOATS[0], True) == [width] or odd == 0.1
 

@@ -15,7 +15,7 @@ import torch
 from prunus.packed.weight import Packed, PackedWeight, PlaneCode, QuantizedWeight
 
 #: The version of `kernels.h` that this file describes.
-ABI = 7
+ABI = 8
 #: How `kernels.h` numbers dtypes.
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
 BAD_ARGUMENT = 1

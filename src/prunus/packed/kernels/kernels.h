@@ -126,6 +126,12 @@ int prunus_plane_lines(int isa, const PrunusPlanes* weight, const uint8_t* width
 int prunus_plane_linear(int isa, int threads, const PrunusPlanes* weight, int64_t tokens,
                         int act_kind, const void* x, const void* bias, void* out);
 
+// Computes up to three such products of the same x at once: those of weights[i], with biases[i]
+// (may be null), to outs[i]. Threads wait for each other once.
+int prunus_plane_linears(int isa, int threads, int64_t count, const PrunusPlanes* const* weights,
+                         int64_t tokens, int act_kind, const void* x, const void* const* biases,
+                         void* const* outs);
+
 // Writes W as a dense (rows, cols) array of `out_kind`, which is not int8. Each entry is the exact
 // product, rounded to nearest even.
 int prunus_plane_expand(int isa, int threads, const PrunusPlanes* weight, int out_kind, void* out);

@@ -7,11 +7,12 @@
 // remaining rows. So a value is extracted by a mask and at most a shift, or from a few such pieces.
 //
 // A line holds the value + 2^(w - 1). A value that does not fit is stored as the nearest one that
-// does, and the difference is an exception of its tile: 32 bits, in the order of the blocks of
-// columns. So a product has added the exceptions of a block to its sums long before it reads them.
+// does, and the difference is an exception of its tile and block of columns, in 16 bits, or several
+// exceptions where it is large. A product adds the exceptions of a tile to its sums before it reads
+// the tile.
 //
-// The order in memory: the header, where the exceptions of each tile begin, the tiles one after
-// another, class after class, and the exceptions.
+// The order in memory: the header, where the exceptions of each tile begin, how many each block of
+// each tile has, the tiles one after another, class after class, and the exceptions.
 #pragma once
 
 #include "planes.h"
@@ -20,12 +21,12 @@ namespace prunus::planes {
 
 constexpr int kMaxWidth = 8;
 constexpr int64_t kTileRows = 8, kLineBytes = kSegment;
-// The most blocks of columns that an exception can name. Wider weights have no exceptions.
-constexpr int64_t kMaxBlocks = 1 << 13;
-
-// What an exception costs in a product, in bytes that are read meanwhile: its own four, and two to
-// three processor cycles.
-constexpr int64_t kExceptionPrice = 16;
+// What an exception costs in a product, in bytes that are read meanwhile: its own two, and about
+// four processor cycles. Products of Qwen2.5-Coder-1.5B at 2.8 bits take as long with 16 as with 8,
+// and 15 to 20 % longer with 3.
+constexpr int64_t kExceptionPrice = 8;
+// The largest difference that one exception holds.
+constexpr int kMostDifference = 16;
 
 struct LinesHeader {
     uint8_t widths[kMaxClasses];
@@ -99,10 +100,13 @@ constexpr int byte_base(int width) { return 128 - (1 << (width - 1)); }
 
 struct Lines {
     const LinesHeader* header;
-    const int64_t* begins;  // (tiles + 1): the first exception of each tile
+    const int64_t* begins;   // (tiles): the first exception of each tile
+    const uint16_t* counts;  // (tiles, blocks): exceptions of each block
     const uint8_t* tiles;
-    const uint32_t* exceptions;
+    const uint16_t* exceptions;
     int64_t count, tile_bytes;
+
+    Lines() = default;
 
     static int64_t tiles_of(const Planes& job) { return (job.rows + kTileRows - 1) / kTileRows; }
 
@@ -112,9 +116,10 @@ struct Lines {
         for (int k = 0; k < job.class_count; ++k)
             tile_bytes += job.classes[k].groups * header->widths[k] * kLineBytes;
         begins = reinterpret_cast<const int64_t*>(at + sizeof(LinesHeader));
-        const int64_t bytes = (count + 1) * int64_t(sizeof(int64_t));
-        tiles = at + sizeof(LinesHeader) + (bytes + kLineBytes - 1) / kLineBytes * kLineBytes;
-        exceptions = reinterpret_cast<const uint32_t*>(tiles + count * tile_bytes);
+        counts = reinterpret_cast<const uint16_t*>(begins + count);
+        const int64_t bytes = reinterpret_cast<const uint8_t*>(counts + count * job.blocks) - at;
+        tiles = at + (bytes + kLineBytes - 1) / kLineBytes * kLineBytes;
+        exceptions = reinterpret_cast<const uint16_t*>(tiles + count * tile_bytes);
     }
 
     int64_t bytes(int64_t exception_count) const {
@@ -123,22 +128,31 @@ struct Lines {
     }
 };
 
-// An exception: the block of columns, the row of the tile, the column in the order of lanes, and
-// the difference. Without its last 12 bits it numbers a lane among those of the eight rows.
-constexpr uint32_t exception_at(int64_t block, int64_t row, int64_t column, int difference) {
+// An exception: the row of the tile, the column of the block in the order of lanes, and the
+// difference: -16 to -1 and 1 to 16 in five bits.
+constexpr uint16_t exception_at(int64_t row, int64_t column, int difference) {
     const int64_t by_lane = column % kSegment / kLaneBytes << 4 | column / kSegment << 2 |
                             column % kLaneBytes;
-    return uint32_t(block << 19 | row << 16 | by_lane << 8) | uint8_t(difference);
+    return uint16_t(row << 13 | by_lane << 5 | (difference + kMostDifference - (difference > 0)));
 }
-constexpr int64_t row_of(uint32_t exception) { return exception >> 16 & 7; }
-// The place in activations that are in the order of lanes.
-constexpr int64_t place_by_lane(uint32_t exception) {
-    return exception >> 19 << 8 | (exception >> 8 & 255);
+constexpr int difference_of(uint16_t exception) {
+    const int number = exception & 31;
+    return number - kMostDifference + (number >= kMostDifference);
 }
+constexpr int64_t row_of(uint16_t exception) { return exception >> 13; }
+// The lane, among those of the eight rows.
+constexpr int64_t lane_of(uint16_t exception) { return exception >> 9; }
+// The place in a block of activations that are in the order of lanes.
+constexpr int64_t place_by_lane(uint16_t exception) { return exception >> 5 & 255; }
 // The place in the order of columns.
-constexpr int64_t place_by_column(uint32_t exception) {
-    return exception >> 19 << 8 | (exception >> 10 & 3) << 6 | (exception >> 12 & 15) << 2 |
-           (exception >> 8 & 3);
+constexpr int64_t place_by_column(uint16_t exception) {
+    return (exception >> 7 & 3) << 6 | (exception >> 9 & 15) << 2 | (exception >> 5 & 3);
+}
+
+// How many exceptions a value needs that is `value` above the lowest one of its width.
+constexpr int64_t exceptions_of(int value, int width) {
+    const int most = mask_of(width), beyond = value < 0 ? -value : value > most ? value - most : 0;
+    return (beyond + kMostDifference - 1) / kMostDifference;
 }
 
 // ---- Making them. ----
@@ -167,40 +181,13 @@ inline void for_tiles(const Planes& job, Scratch& scratch, Fn fn) {
     }
 }
 
-// Counts the values in some groups of a row that do not fit into a width.
-inline int64_t count_exceptions(const uint8_t* bytes, int64_t groups, int width, int bias) {
-    const uint8_t first = uint8_t(bias - (1 << (width - 1))), most = uint8_t(mask_of(width));
-    int64_t count = 0;
-    for (int64_t begin = 0; begin < groups; begin += 255) {
-        const int64_t end = begin + 255 < groups ? begin + 255 : groups;
-        uint8_t lanes[kSegment] = {};
-        for (int64_t group = begin; group < end; ++group)
-            for (int64_t i = 0; i < kSegment; ++i)
-                lanes[i] = uint8_t(lanes[i] +
-                                   (uint8_t(bytes[group * kSegment + i] - first) > most));
-        for (uint8_t lane : lanes) count += lane;
-    }
-    return count;
-}
-
-// Whether a row holds a level below -127, of which kernels hold the byte 0 or none.
-inline bool is_below(const uint8_t* bytes, int64_t groups, int bias) {
-    uint8_t lanes[kSegment];
-    std::memset(lanes, 255, sizeof lanes);
-    for (int64_t at = 0; at < groups * kSegment; at += kSegment)
-        for (int64_t i = 0; i < kSegment; ++i)
-            lanes[i] = bytes[at + i] < lanes[i] ? bytes[at + i] : lanes[i];
-    for (uint8_t lane : lanes)
-        if (lane < bias - 127) return true;
-    return false;
-}
-
 // Chooses the width of every class that costs least. Returns the number of exceptions, or -1 if a
 // level is too low.
 template <typename Isa>
 inline int64_t choose_widths(const Planes& job, Scratch& scratch, uint8_t* widths) {
-    int64_t counts[kMaxClasses][kMaxWidth + 1] = {};
-    bool below = false;
+    // Four copies, because neighbouring values are often equal.
+    static_assert(kSegment % 4 == 0);
+    int64_t counts[kMaxClasses][4][256] = {};
     for_tiles<Isa>(job, scratch, [&](int64_t tile, const uint8_t* bytes) {
         const int64_t left = job.rows - tile * kTileRows,
                       rows = left < kTileRows ? left : kTileRows;
@@ -208,23 +195,32 @@ inline int64_t choose_widths(const Planes& job, Scratch& scratch, uint8_t* width
             for (int k = 0; k < job.class_count; ++k) {
                 const Class& c = job.classes[k];
                 const uint8_t* from = bytes + c.first_block * kBlock;
-                below = below || is_below(from, c.groups, c.bias);
-                for (int width = 1; width < kMaxWidth; ++width)
-                    counts[k][width] += count_exceptions(from, c.groups, width, c.bias);
+                for (int64_t i = 0; i < c.groups * kSegment; i += 4)
+                    for (int64_t copy = 0; copy < 4; ++copy) ++counts[k][copy][from[i + copy]];
             }
     });
-    if (below) return -1;
     int64_t exceptions = 0;
     for (int k = 0; k < job.class_count; ++k) {
         const int64_t groups = job.classes[k].groups * job.rows;
-        int best = kMaxWidth;
-        const auto price = [&](int width) {
-            return groups * width * kLineBytes / kTileRows + counts[k][width] * kExceptionPrice;
-        };
-        for (int width = kMaxWidth - 1; width > 0 && job.blocks <= kMaxBlocks; --width)
-            if (price(width) < price(best)) best = width;
-        widths[k] = uint8_t(best);
-        exceptions += counts[k][best];
+        int64_t best = -1, fewest = 0;
+        for (int width = kMaxWidth; width > 0; --width) {
+            int64_t needed = 0;
+            for (int byte = 0; byte < 256; ++byte) {
+                const int level = byte - job.classes[k].bias;
+                const int64_t count = counts[k][0][byte] + counts[k][1][byte] +
+                                      counts[k][2][byte] + counts[k][3][byte];
+                // Kernels hold the byte of a lower level as 0 or not at all.
+                if (count && level < -127) return -1;
+                needed += count * exceptions_of(level + (1 << (width - 1)), width);
+            }
+            const int64_t price =
+                groups * width * kLineBytes / kTileRows + needed * kExceptionPrice;
+            if (best >= 0 && price >= best) continue;
+            best = price;
+            fewest = needed;
+            widths[k] = uint8_t(width);
+        }
+        exceptions += fewest;
     }
     return exceptions;
 }
@@ -254,48 +250,76 @@ inline void get_group(const uint8_t* lines, int width, int row, uint8_t* bytes) 
     }
 }
 
+// A bit for each value of a group that does not fit.
+inline uint64_t find_exceptions(const uint8_t* values, int width) {
+    uint8_t flags[kSegment];
+    uint64_t found = 0;
+    for (int64_t i = 0; i < kSegment; ++i) flags[i] = values[i] > mask_of(width);
+    for (int64_t i = 0; i < kSegment; i += 8)
+        found |= load_word(flags + i) * 0x0102040810204080 >> 56 << i;
+    return found;
+}
+
 // Writes all arrays behind the header, which has the widths. Their memory is `out`.
 template <typename Isa>
 inline void write_lines(const Planes& job, Scratch& scratch, uint8_t* out) {
     const Lines lines(job, out);
     int64_t* begins = const_cast<int64_t*>(lines.begins);
+    uint16_t* counts = const_cast<uint16_t*>(lines.counts);
     uint8_t* to = const_cast<uint8_t*>(lines.tiles);
-    uint32_t* exceptions = const_cast<uint32_t*>(lines.exceptions);
-    int64_t count = 0;
+    uint16_t *const first_exception = const_cast<uint16_t*>(lines.exceptions),
+             *next = first_exception;
     std::memset(to, 0, size_t(lines.count * lines.tile_bytes));
     for_tiles<Isa>(job, scratch, [&](int64_t tile, const uint8_t* bytes) {
         const int64_t left = job.rows - tile * kTileRows,
                       rows = left < kTileRows ? left : kTileRows;
-        begins[tile] = count;
+        begins[tile] = next - first_exception;
         for (int k = 0; k < job.class_count; ++k) {
             const Class& c = job.classes[k];
             const int width = lines.header->widths[k], most = mask_of(width);
             const int first = c.bias - (1 << (width - 1));
             for (int64_t group = 0; group < c.groups; ++group, to += width * kLineBytes) {
-                const int64_t block = c.first_block + group / kBlockGroups;
+                const uint16_t* const before = next;
                 for (int64_t row = 0; row < rows; ++row) {
                     const uint8_t* from = bytes + row * job.row_bytes + c.first_block * kBlock +
                                           group * kSegment;
                     uint8_t values[kSegment];
                     for (int64_t i = 0; i < kSegment; ++i) values[i] = uint8_t(from[i] - first);
-                    if (width < kMaxWidth && count_exceptions(from, 1, width, c.bias))
-                        for (int64_t i = 0; i < kSegment; ++i) {
-                            const int value = from[i] - first,
-                                      nearest = value < 0 ? 0 : value > most ? most : value;
-                            if (value == nearest) continue;
-                            values[i] = uint8_t(nearest);
-                            exceptions[count++] = exception_at(
-                                block, row, group % kBlockGroups * kSegment + i, value - nearest);
+                    for (uint64_t left_over = find_exceptions(values, width); left_over;
+                         left_over &= left_over - 1) {
+                        const int64_t i = portable::popcount((left_over & -left_over) - 1),
+                                      column = group % kBlockGroups * kSegment + i;
+                        const int value = from[i] - first,
+                                  nearest = value < 0 ? 0 : value > most ? most : value;
+                        values[i] = uint8_t(nearest);
+                        for (int rest = value - nearest; rest;) {
+                            const int step = rest > kMostDifference    ? kMostDifference
+                                             : rest < -kMostDifference ? -kMostDifference
+                                                                       : rest;
+                            *next++ = exception_at(row, column, step);
+                            rest -= step;
                         }
+                    }
                     put_group(values, width, int(row), to);
                 }
+                uint16_t& count =
+                    counts[tile * job.blocks + c.first_block + group / kBlockGroups];
+                count = uint16_t((group % kBlockGroups ? count : 0) + (next - before));
             }
         }
     });
-    begins[lines.count] = count;
 }
 
 // ---- Reading them. ----
+
+// Calls fn(block, exception) for the exceptions of a tile.
+template <typename Fn>
+inline void for_exceptions(const Planes& job, const Lines& lines, int64_t tile, Fn fn) {
+    const uint16_t *at = lines.exceptions + lines.begins[tile],
+                   *counts = lines.counts + tile * job.blocks;
+    for (int64_t block = 0; block < job.blocks; ++block)
+        for (const uint16_t* const end = at + counts[block]; at < end; ++at) fn(block, *at);
+}
 
 // Writes the rows of a tile as bytes value + 128 (rows, columns in the order of the classes).
 template <typename Isa>
@@ -307,19 +331,19 @@ inline void unpack_tile(const Planes& job, const Lines& lines, int64_t tile, uin
         Isa::unpack(width, c.groups, from, to + c.first_block * kBlock, job.row_bytes);
         from += c.groups * width * kLineBytes;
     }
-    for (int64_t i = lines.begins[tile]; i < lines.begins[tile + 1]; ++i) {
-        const uint32_t exception = lines.exceptions[i];
-        uint8_t& byte = to[row_of(exception) * job.row_bytes + place_by_column(exception)];
-        byte = uint8_t(byte + exception);
-    }
+    for_exceptions(job, lines, tile, [&](int64_t block, uint16_t exception) {
+        uint8_t& byte = to[row_of(exception) * job.row_bytes + block * kBlock +
+                           place_by_column(exception)];
+        byte = uint8_t(byte + difference_of(exception));
+    });
 }
 
 // Adds the exceptions of a tile to the sums of its lanes. `x` is in the order of lanes.
-inline void add_exceptions(const Lines& lines, int64_t tile, const int8_t* x, int32_t* lanes) {
-    const uint32_t *at = lines.exceptions + lines.begins[tile],
-                   *const end = lines.exceptions + lines.begins[tile + 1];
-    for (; at < end; ++at)
-        lanes[*at >> 12] += int8_t(*at) * x[place_by_lane(*at)];
+inline void add_exceptions(const Planes& job, const Lines& lines, int64_t tile, int32_t* lanes) {
+    for_exceptions(job, lines, tile, [&](int64_t block, uint16_t exception) {
+        lanes[block * kTileRows * kLanes + lane_of(exception)] +=
+            difference_of(exception) * job.x_lanes[block * kBlock + place_by_lane(exception)];
+    });
 }
 
 // What a product of one token needs for a tile.

@@ -20,7 +20,11 @@
 namespace prunus::planes {
 namespace {
 
+// The most products that share a call.
+constexpr int64_t kMaxProducts = 3;
+
 thread_local Scratch t_scratch;
+thread_local Scratch t_inputs[kMaxProducts];  // activations as each product reads them
 
 // Unpacked rows of this size stay in the first-level cache, if a tile is not larger. For many tokens
 // more rows pay, which stay in the second-level cache.
@@ -29,6 +33,8 @@ constexpr int64_t kUnpackedBytes = 1 << 14, kUnpackedForMany = 1 << 17;
 // ---- What is done with tiles. ----
 
 using TilesFn = void (*)(const Planes&, const Lines&, int64_t begin, int64_t end, uint8_t* memory);
+// What a thread does with its memory before its first tile.
+using BeginFn = void (*)(const Planes&, uint8_t* memory);
 
 // Calls fn(first row, rows, bytes) for a few rows at a time. Bytes are value + 128.
 template <typename Isa, typename Fn>
@@ -64,18 +70,34 @@ void expand_tiles(const Planes& job, const Lines& lines, int64_t begin, int64_t 
         });
 }
 
+// The memory of a thread for one token.
+float* sums_in(uint8_t* memory) { return reinterpret_cast<float*>(memory); }
+int32_t* lanes_in(uint8_t* memory) {
+    return reinterpret_cast<int32_t*>(sums_in(memory) + kTileRows * kLanes);
+}
+
+// How far in front of a tile memory is read, and how much of it meanwhile.
+constexpr int64_t kAhead = 1 << 14, kLinesAhead = 24;
+
+void begin_token(const Planes& job, uint8_t* memory) {
+    int32_t* lanes = lanes_in(memory);
+    for (int64_t i = 0; i < job.blocks * kTileRows; ++i)
+        std::memcpy(lanes + i * kLanes, job.excess + i / kTileRows * kLanes,
+                    kLanes * sizeof(int32_t));
+}
+
 // One token: values are multiplied in the registers that they are extracted to.
 template <typename Isa>
 void multiply_token(const Planes& job, const Lines& lines, int64_t begin, int64_t end,
                     uint8_t* memory) {
-    float* sums = reinterpret_cast<float*>(memory);
-    int32_t* lanes = reinterpret_cast<int32_t*>(sums + kTileRows * kLanes);
-    for (int64_t i = 0; i < job.blocks * kTileRows; ++i)
-        std::memcpy(lanes + i * kLanes, job.excess + i / kTileRows * kLanes,
-                    kLanes * sizeof(int32_t));
+    float* sums = sums_in(memory);
+    int32_t* lanes = lanes_in(memory);
     const uint8_t* from = lines.tiles + begin * lines.tile_bytes;
     for (int64_t tile = begin; tile < end; ++tile) {
-        add_exceptions(lines, tile, job.x_lanes, lanes);
+        // Memory is read on while the exceptions are added; the products read on from there.
+        for (int64_t line = 0; line < kLinesAhead; ++line)
+            __builtin_prefetch(from + kAhead + line * kLineBytes);
+        add_exceptions(job, lines, tile, lanes);
         TileSums state{sums, false, lanes};
         for (int k = 0; k < job.class_count; ++k) {
             const Class& c = job.classes[k];
@@ -91,48 +113,93 @@ void multiply_token(const Planes& job, const Lines& lines, int64_t begin, int64_
 
 // ---- Division among threads. ----
 
-struct Loop {
+// The tiles that a thread has left: the first in the low half, past the last in the high half. The
+// thread takes from the front, and others that have nothing left take from the back.
+struct alignas(64) Share {
+    std::atomic<uint64_t> left;
+
+    void set(int64_t begin, int64_t end) {
+        left.store(uint64_t(end) << 32 | uint64_t(begin), std::memory_order_relaxed);
+    }
+    // Takes up to `most` tiles and returns how many.
+    int64_t take(int64_t most, bool from_front, int64_t& begin) {
+        uint64_t before = left.load(std::memory_order_relaxed);
+        for (;;) {
+            const int64_t first = int64_t(before & 0xffffffff), end = int64_t(before >> 32),
+                          count = end - first < most ? end - first : most;
+            if (count < 1) return 0;
+            begin = from_front ? first : end - count;
+            const uint64_t after = from_front ? uint64_t(end) << 32 | uint64_t(first + count)
+                                              : uint64_t(end - count) << 32 | uint64_t(first);
+            if (left.compare_exchange_weak(before, after, std::memory_order_relaxed)) return count;
+        }
+    }
+};
+
+struct Task {
     const Planes* job;
-    const Lines* lines;
+    Lines lines;
     TilesFn fn;
+    BeginFn begin;  // or null
+    int64_t memory;  // bytes that a thread needs
+};
+
+struct Loop {
+    const Task* tasks;
+    int64_t count;
+    Share* shares;  // (count, threads)
+    int threads;
     uint8_t* memory;
-    int64_t stride, take;
-    std::atomic<int64_t> next{0};
+    int64_t stride;
     std::atomic<int> begun{0};
 };
 
+// Every thread has a run of neighbouring tiles of each task, so that its prefetches are not lost.
 void take_tiles(void* data) {
+    // Few enough that threads end together, and enough for the price of taking them.
+    constexpr int64_t kBytesAtOnce = 1 << 13;
     Loop& loop = *static_cast<Loop*>(data);
-    uint8_t* memory =
-        loop.memory + loop.stride * loop.begun.fetch_add(1, std::memory_order_relaxed);
-    const int64_t tiles = loop.lines->count;
-    for (;;) {
-        const int64_t begin = loop.next.fetch_add(loop.take, std::memory_order_relaxed);
-        if (begin >= tiles) return;
-        const int64_t end = begin + loop.take < tiles ? begin + loop.take : tiles;
-        loop.fn(*loop.job, *loop.lines, begin, end, memory);
+    const int self = loop.begun.fetch_add(1, std::memory_order_relaxed);
+    uint8_t* memory = loop.memory + loop.stride * self;
+    const Task* begun = nullptr;
+    for (int turn = 0; turn < loop.threads; ++turn) {
+        const int owner = (self + turn) % loop.threads;
+        for (const Task* task = loop.tasks; task < loop.tasks + loop.count; ++task) {
+            Share& share = loop.shares[(task - loop.tasks) * loop.threads + owner];
+            const int64_t at_once = task->job->tiles_at_once,
+                          most = kBytesAtOnce / task->lines.tile_bytes / at_once * at_once + at_once;
+            int64_t first = 0;
+            while (const int64_t count = share.take(most, turn == 0, first)) {
+                if (begun != task && task->begin) task->begin(*task->job, memory);
+                begun = task;
+                task->fn(*task->job, task->lines, first, first + count, memory);
+            }
+        }
     }
 }
 
-// `memory` is the number of bytes that a thread needs.
-void run_tiles(const Planes& job, int threads, TilesFn fn, int64_t memory) {
+void run_tasks(const Task* tasks, int64_t count, int threads) {
     // Below this size, waking a thread costs more time than it saves.
     constexpr int64_t bytes_per_thread = 1 << 15;
-    const Lines lines(job, job.lines);
-    const int64_t tokens = job.tokens ? job.tokens : 16,
-                  useful = lines.count * lines.tile_bytes / bytes_per_thread * (tokens / 4 + 1);
-    if (threads > useful) threads = int(useful);
-    if (threads > lines.count) threads = int(lines.count);
+    Loop loop{tasks, count, nullptr, 1, nullptr, 0};
+    int64_t useful = 0;
+    for (const Task* task = tasks; task < tasks + count; ++task) {
+        const int64_t tokens = task->job->tokens ? task->job->tokens : 16;
+        useful += task->lines.count * task->lines.tile_bytes / bytes_per_thread * (tokens / 4 + 1);
+        if (task->memory > loop.stride) loop.stride = (task->memory + 63) / 64 * 64;
+    }
     const GompParallel parallel = g_parallel.load(std::memory_order_relaxed);
+    if (threads > useful) threads = int(useful);
     if (!parallel || threads < 1) threads = 1;
-    Loop loop;
-    loop.job = &job;
-    loop.lines = &lines;
-    loop.fn = fn;
-    loop.stride = (memory + 63) / 64 * 64;
+    loop.threads = threads;
     loop.memory = aligned<uint8_t>(t_scratch.panels, threads * loop.stride);
-    // Neighbouring tiles let the prefetches of one serve the next.
-    loop.take = threads == 1 ? lines.count : lines.count / (8 * threads) + 1;
+    loop.shares = aligned<Share>(t_scratch.decoded, count * threads);
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t tiles = tasks[i].lines.count;
+        for (int owner = 0; owner < threads; ++owner)
+            (new (loop.shares + i * threads + owner) Share)
+                ->set(tiles * owner / threads, tiles * (owner + 1) / threads);
+    }
     if (threads == 1)
         take_tiles(&loop);
     else
@@ -191,9 +258,9 @@ int describe_job(Planes& job, int isa, const PrunusPlanes* weight, int kind) {
     return PRUNUS_OK;
 }
 
-void choose_tiles_at_once(Planes& job) {
+void choose_tiles_at_once(Planes& job, bool one) {
     const int64_t bytes = job.tokens > kFewTokens ? kUnpackedForMany : kUnpackedBytes;
-    job.tiles_at_once = bytes / (kTileRows * job.row_bytes);
+    job.tiles_at_once = one ? 1 : bytes / (kTileRows * job.row_bytes);
     if (job.tiles_at_once < 1) job.tiles_at_once = 1;
 }
 
@@ -260,28 +327,44 @@ int prunus_plane_lines(int isa, const PrunusPlanes* weight, const uint8_t* width
 
 int prunus_plane_linear(int isa, int threads, const PrunusPlanes* weight, int64_t tokens,
                         int act_kind, const void* x, const void* bias, void* out) {
+    return prunus_plane_linears(isa, threads, 1, &weight, tokens, act_kind, x, &bias, &out);
+}
+
+int prunus_plane_linears(int isa, int threads, int64_t count, const PrunusPlanes* const* weights,
+                         int64_t tokens, int act_kind, const void* x, const void* const* biases,
+                         void* const* outs) {
     return guarded([&] {
-        Planes job;
-        const int fault = describe_job(job, isa, weight, act_kind);
-        if (fault) return fault;
-        if (tokens < 1 || !x || !out) return int(PRUNUS_BAD_ARGUMENT);
+        if (count < 1 || count > kMaxProducts || !weights || !biases || !outs || tokens < 1 || !x)
+            return int(PRUNUS_BAD_ARGUMENT);
+        Planes jobs[kMaxProducts];
+        for (int64_t i = 0; i < count; ++i) {
+            const int fault = describe_job(jobs[i], isa, weights[i], act_kind);
+            if (fault) return fault;
+            if (!outs[i] || jobs[i].cols != jobs[0].cols) return int(PRUNUS_BAD_ARGUMENT);
+            jobs[i].bias = biases[i];
+        }
         const Choice choice = choose(isa);
-        job.bias = bias;
-        const int64_t size = size_of(job.out_kind);
+        const int64_t size = size_of(Kind(act_kind));
         for (int64_t token = 0; token < tokens; token += kTokensAtOnce) {
-            job.tokens = tokens - token < kTokensAtOnce ? tokens - token : kTokensAtOnce;
-            job.out = static_cast<uint8_t*>(out) + token * job.rows * size;
-            choose_tiles_at_once(job);
-            const bool one = job.tokens == 1 && choice.multiply_one;
-            const Lines lines(job, job.lines);
-            for (int k = 0; k < job.class_count; ++k)
-                job.classes[k].zero = one ? 1 << (lines.header->widths[k] - 1) : 128;
-            choice.lay_out(job, static_cast<const uint8_t*>(x) + token * job.cols * size,
-                           job.out_kind, t_scratch);
-            if (one) lay_out_lanes(job, t_scratch);
-            const int64_t memory =
-                one ? (job.blocks + 1) * kTileRows * kLanes * 4 : unpacked_bytes(job);
-            run_tiles(job, threads, one ? choice.multiply_one : choice.multiply, memory);
+            Task tasks[kMaxProducts];
+            for (int64_t i = 0; i < count; ++i) {
+                Planes& job = jobs[i];
+                job.tokens = tokens - token < kTokensAtOnce ? tokens - token : kTokensAtOnce;
+                job.out = static_cast<uint8_t*>(outs[i]) + token * job.rows * size;
+                const bool one = job.tokens == 1 && choice.multiply_one;
+                choose_tiles_at_once(job, one);
+                const Lines lines(job, job.lines);
+                for (int k = 0; k < job.class_count; ++k)
+                    job.classes[k].zero = one ? 1 << (lines.header->widths[k] - 1) : 128;
+                choice.lay_out(job, static_cast<const uint8_t*>(x) + token * job.cols * size,
+                               job.out_kind, t_inputs[i]);
+                if (one) lay_out_lanes(job, t_inputs[i]);
+                const int64_t memory =
+                    one ? (job.blocks + 1) * kTileRows * kLanes * 4 : unpacked_bytes(job);
+                tasks[i] = {&job, lines, one ? choice.multiply_one : choice.multiply,
+                            one ? begin_token : nullptr, memory};
+            }
+            run_tasks(tasks, count, threads);
         }
         return int(PRUNUS_OK);
     });
@@ -295,9 +378,11 @@ int prunus_plane_expand(int isa, int threads, const PrunusPlanes* weight, int ou
         if (fault) return fault;
         if (!out) return int(PRUNUS_BAD_ARGUMENT);
         convert_steps(job);
-        choose_tiles_at_once(job);
+        choose_tiles_at_once(job, false);
         job.out = out;
-        run_tiles(job, threads, choose(isa).expand, unpacked_bytes(job));
+        const Task task{&job, Lines(job, job.lines), choose(isa).expand, nullptr,
+                        unpacked_bytes(job)};
+        run_tasks(&task, 1, threads);
         return int(PRUNUS_OK);
     });
 }
