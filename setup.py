@@ -15,7 +15,7 @@ setup(
     ext_modules=[
         Extension(
             "prunus.packed.kernels._kernels",
-            sources=[f"{KERNELS}/{name}.cpp" for name in ("kernels", "elementwise", "planes")],
+            sources=[f"{KERNELS}/{name}.cpp" for name in ("kernels", "block", "planes")],
             depends=sorted(str(header) for header in Path(KERNELS).glob("*.h")),
             language="c++",
             extra_compile_args=["-O3", "-std=c++17", "-g0"],

@@ -167,8 +167,8 @@ class SpeedOptions(Options):
     dense_kernel: Annotated[
         bool,
         Option(
-            "Also measure the first model with prunus's own dense kernel, attention, norms and "
-            "rotary embedding in place of torch's: their gain without that of sparsity."
+            "Also measure the first model with prunus's own kernels for dense linears, blocks and "
+            "attention in place of torch's: their gain without that of sparsity."
         ),
     ] = False
 

@@ -5,7 +5,7 @@ reference_path      a context in which packed models compute exactly as unpacked
 PackedLinear        the module that computes with a packed weight
 DenseLinear         a dense linear that uses the kernels as well
 use_dense_kernel    give a loaded dense model such linears
-use_fast_decoding   give it the attention, norms, rotary embedding and memory of packed models
+use_fast_decoding   give it the blocks, attention and memory of packed models
 
 `prunus.pack` and `prunus.unpack` write such checkpoints.
 """

@@ -204,57 +204,209 @@ void check_expand(int isa, int threads, Matrix& w, Kind out_kind) {
           "no such row");
 }
 
-// A value as the kind holds it.
-double as_held(Kind kind, double value) {
-    Floats one(kind, 1);
-    one.set(0, float(value));
-    return one.at(0);
-}
+// A random block, and what it computes in float64 without any rounding in between.
+struct RandomBlock {
+    int64_t hidden, inner, key_heads, heads, dim;
+    Kind kind;
+    bool has_four, of_heads;
+    int form, activation;
+    std::vector<Matrix> linears;
+    std::vector<PrunusWeight> weights;
+    std::vector<Floats> biases, norms;
+    PrunusBlock block{};
 
-void check_norm(int isa, Kind kind, int form, int64_t rows, int64_t width) {
-    const float eps = between(0, 1) ? 1e-6f : 0.5f;
-    Floats x(kind, rows * width), weight(kind, width), out(kind, rows * width);
-    for (int64_t i = 0; i < rows * width; ++i) x.set(i, normal());
-    for (int64_t i = 0; i < width; ++i) weight.set(i, normal());
-    const int code = prunus_rms_norm(isa, kind, form, rows, width, x.bytes.get(),
-                                     weight.bytes.get(), eps, out.bytes.get());
-    CHECK(code == PRUNUS_OK, "code %d", code);
-    for (int64_t row = 0; row < rows; ++row) {
-        double squares = 0;
-        for (int64_t i = row * width; i < (row + 1) * width; ++i) squares += x.at(i) * x.at(i);
-        for (int64_t i = 0; i < width; ++i) {
-            const double normed = x.at(row * width + i) / std::sqrt(squares / double(width) + eps);
-            const double exact = normed * (weight.at(i) + (form == 2));
-            const double bound = std::fabs(exact) * (2.02 * unit_roundoff(kind) + 1e-6) + 1e-7;
-            CHECK(std::fabs(out.at(row * width + i) - exact) <= bound,
-                  "isa %d norm %d of %ldx%ld, kind %d", isa, form, long(rows), long(width),
-                  int(kind));
+    RandomBlock(Kind k, bool four, bool norms_of_heads, int norm_form)
+        : hidden(between(1, 80)),
+          inner(between(1, 90)),
+          key_heads(between(1, 3)),
+          heads(key_heads * between(1, 4)),
+          dim(2 * between(1, 20)),
+          kind(k),
+          has_four(four),
+          of_heads(norms_of_heads),
+          form(norm_form),
+          activation(norm_form) {
+        const int64_t query = heads * dim, key = key_heads * dim;
+        const int64_t shapes[7][2] = {{query, hidden}, {key, hidden},   {key, hidden},
+                                      {hidden, query}, {inner, hidden}, {inner, hidden},
+                                      {hidden, inner}};
+        for (const auto& shape : shapes) {
+            linears.emplace_back(shape[0], shape[1], 0.5, kBf16);
+            biases.push_back(random(shape[0], 1));
         }
+        for (Matrix& linear : linears) weights.push_back(linear.weight());
+        PrunusMatrix* to = &block.query;
+        for (size_t i = 0; i < 7; ++i) to[i] = {&weights[i], nullptr, biases[i].bytes.get()};
+        for (int64_t width : {hidden, hidden, dim, dim, hidden, hidden})
+            norms.push_back(random(width, 1));
+        block.hidden = hidden;
+        block.heads = heads;
+        block.key_heads = key_heads;
+        block.dim = dim;
+        block.inner = inner;
+        const void** norm = &block.norm_attention;
+        for (size_t i = 0; i < 6; ++i)
+            if (i < 2 || (i < 4 ? of_heads : has_four)) norm[i] = norms[i].bytes.get();
+        block.eps = 1e-3f;
+        block.scaling = 0.3f;
+        block.norm_form = form;
+        block.activation = activation;
+    }
+
+    Floats random(int64_t count, float size) {
+        Floats made(kind, count);
+        for (int64_t i = 0; i < count; ++i) made.set(i, size * normal());
+        return made;
+    }
+
+    using Numbers = std::vector<double>;
+
+    Numbers multiply(size_t which, const Numbers& x) {
+        const Matrix& w = linears[which];
+        Numbers out(size_t(w.rows));
+        for (int64_t row = 0; row < w.rows; ++row) {
+            out[size_t(row)] = biases[which].at(row);
+            for (int64_t col = 0; col < w.cols; ++col)
+                out[size_t(row)] += w.dense[size_t(row * w.cols + col)] * x[size_t(col)];
+        }
+        return out;
+    }
+
+    Numbers norm(size_t which, const Numbers& x) {
+        const size_t width = which == 2 || which == 3 ? size_t(dim) : x.size();
+        Numbers out = x;
+        for (size_t first = 0; first < x.size(); first += width) {
+            double squares = 0;
+            for (size_t i = first; i < first + width; ++i) squares += x[i] * x[i];
+            for (size_t i = first; i < first + width; ++i)
+                out[i] = x[i] / std::sqrt(squares / double(width) + block.eps) *
+                         (norms[which].at(int64_t(i - first)) + (form == 1));
+        }
+        return out;
+    }
+
+    Numbers rotate(const Numbers& x, Floats& cos, Floats& sin) {
+        Numbers out = x;
+        const size_t width = size_t(dim), half = width / 2;
+        for (size_t i = 0; i < x.size(); ++i) {
+            const size_t at = i % width;
+            const double other = at < half ? -x[i + half] : x[i - half];
+            out[i] = x[i] * cos.at(int64_t(at)) + other * sin.at(int64_t(at));
+        }
+        return out;
+    }
+};
+
+void check_block(int isa, int threads, Kind kind, int round) {
+    RandomBlock r(kind, round % 2, round / 2 % 2, round / 4 % 2);
+    const int64_t length = between(1, round % 3 ? 9 : 90), count = between(1, 3),
+                  stride = (length + between(0, 3)) * r.dim, cached = count * r.key_heads * stride;
+    Floats x = r.random(count * r.hidden, 1), out(kind, count * r.hidden),
+           keys = r.random(cached, 1), values = r.random(cached, 1), cos = r.random(r.dim, 1),
+           sin = r.random(r.dim, 1);
+    Exact<uint8_t> mask(count * length);
+    for (int64_t i = 0; i < mask.count; ++i)
+        mask[i] = i % length == length - 1 || between(0, 3) > 0;
+    PrunusTokens tokens{count,           length,          keys.bytes.get(), values.bytes.get(),
+                        stride,          cos.bytes.get(), sin.bytes.get(),  0,
+                        round % 5 ? nullptr : mask.get()};
+    const int code =
+        prunus_block(isa, threads, kind, &r.block, &tokens, x.bytes.get(), out.bytes.get());
+    CHECK(code == PRUNUS_OK, "code %d", code);
+    using Numbers = RandomBlock::Numbers;
+    for (int64_t token = 0; token < count; ++token) {
+        Numbers hidden(size_t(r.hidden));
+        for (int64_t i = 0; i < r.hidden; ++i) hidden[size_t(i)] = x.at(token * r.hidden + i);
+        const Numbers normed = r.norm(0, hidden);
+        Numbers query = r.multiply(0, normed), key = r.multiply(1, normed);
+        if (r.of_heads) {
+            query = r.norm(2, query);
+            key = r.norm(3, key);
+        }
+        query = r.rotate(query, cos, sin);
+        key = r.rotate(key, cos, sin);
+        const Numbers value = r.multiply(2, normed);
+        Numbers attended(query.size());
+        for (int64_t head = 0; head < r.heads; ++head) {
+            const int64_t shared = head / (r.heads / r.key_heads),
+                          first = (token * r.key_heads + shared) * stride;
+            Numbers weights;
+            double total = 0, most = -1e300;
+            for (int64_t at = 0; at < length; ++at) {
+                double dot = 0;
+                for (int64_t i = 0; i < r.dim; ++i)
+                    dot += query[size_t(head * r.dim + i)] *
+                           (at + 1 < length ? keys.at(first + at * r.dim + i)
+                                            : key[size_t(shared * r.dim + i)]);
+                const bool seen = !tokens.mask || mask[token * length + at];
+                weights.push_back(seen ? dot * double(r.block.scaling) : -1e300);
+                most = weights.back() > most ? weights.back() : most;
+            }
+            for (double& weight : weights) total += weight = std::exp(weight - most);
+            for (int64_t at = 0; at < length; ++at)
+                for (int64_t i = 0; i < r.dim; ++i)
+                    attended[size_t(head * r.dim + i)] +=
+                        weights[size_t(at)] / total *
+                        (at + 1 < length ? values.at(first + at * r.dim + i)
+                                         : value[size_t(shared * r.dim + i)]);
+        }
+        Numbers result = r.multiply(3, attended);
+        if (r.has_four) result = r.norm(4, result);
+        for (size_t i = 0; i < hidden.size(); ++i) hidden[i] += result[i];
+        const Numbers fed = r.norm(1, hidden);
+        Numbers gate = r.multiply(4, fed);
+        const Numbers up = r.multiply(5, fed);
+        for (size_t i = 0; i < gate.size(); ++i) {
+            const double g = gate[i];
+            gate[i] = up[i] * (r.activation == 0
+                                   ? g / (1 + std::exp(-g))
+                                   : g / 2 * (1 + std::tanh(std::sqrt(2 / M_PI) *
+                                                            (g + 0.044715 * g * g * g))));
+        }
+        result = r.multiply(6, gate);
+        if (r.has_four) result = r.norm(5, result);
+        double error = 0, size = 0;
+        for (size_t i = 0; i < hidden.size(); ++i) {
+            const double exact = hidden[i] + result[i],
+                         found = out.at(token * r.hidden + int64_t(i));
+            error += (found - exact) * (found - exact);
+            size += exact * exact;
+        }
+        const double bound = kind == kF32 ? 1e-4 : kind == kF16 ? 0.02 : 0.1;
+        CHECK(error <= bound * bound * size, "isa %d block %d of kind %d: %g of %g", isa, round,
+              int(kind), std::sqrt(error), std::sqrt(size));
     }
 }
 
-void check_rotation(int isa, Kind kind, int64_t heads, int64_t key_heads, int64_t dim) {
-    Floats query(kind, heads * dim), key(kind, key_heads * dim), cos(kind, dim), sin(kind, dim),
-        out(kind, heads * dim), out_key(kind, key_heads * dim);
-    for (Floats* floats : {&query, &key, &cos, &sin})
-        for (int64_t i = 0; i < floats->bytes.count / (kind == kF32 ? 4 : 2); ++i)
-            floats->set(i, normal());
-    const int code =
-        prunus_rotate(isa, kind, heads, key_heads, dim, query.bytes.get(), key.bytes.get(),
-                      cos.bytes.get(), sin.bytes.get(), out.bytes.get(), out_key.bytes.get());
-    CHECK(code == PRUNUS_OK, "code %d", code);
-    auto compare = [&](Floats& x, Floats& found, int64_t count) {
-        for (int64_t i = 0; i < count; ++i) {
-            const int64_t at = i % dim, half = dim / 2;
-            const double other = at < half ? -x.at(i + half) : x.at(i - half);
-            const double expected = as_held(
-                kind, as_held(kind, x.at(i) * cos.at(at)) + as_held(kind, other * sin.at(at)));
-            CHECK(found.at(i) == expected, "isa %d rotation of %ldx%ld, kind %d", isa,
-                  long(count / dim), long(dim), int(kind));
-        }
+void check_block_refusals() {
+    RandomBlock r(kF32, false, false, 0);
+    Floats x = r.random(r.hidden, 1), out(kF32, r.hidden), cache = r.random(r.key_heads * r.dim, 1);
+    PrunusTokens tokens{1,     1, cache.bytes.get(), cache.bytes.get(),
+                        r.dim, x.bytes.get(), x.bytes.get(), 0, nullptr};
+    auto call = [&](int isa, int kind) {
+        return prunus_block(isa, 1, kind, &r.block, &tokens, x.bytes.get(), out.bytes.get());
     };
-    compare(query, out, heads * dim);
-    compare(key, out_key, key_heads * dim);
+    CHECK(call(9, kF32) == PRUNUS_NO_SUCH_ISA, "block: instruction set 9");
+    CHECK(call(0, kI8) == PRUNUS_BAD_ARGUMENT, "block: int8");
+    // Each change is taken back.
+    auto refused = [&](auto& field, auto value, const char* what) {
+        const auto before = field;
+        field = value;
+        CHECK(call(0, kF32) == PRUNUS_BAD_ARGUMENT, "block: %s", what);
+        field = before;
+    };
+    refused(r.block.dim, r.dim + 1, "an odd width of heads");
+    refused(r.block.heads, r.heads * r.key_heads + 1, "heads that queries do not have");
+    refused(r.block.norm_form, 2, "no such norm");
+    refused(r.block.activation, 2, "no such activation");
+    refused(r.block.norm_feed, nullptr, "no norm");
+    refused(r.block.norm_key, x.bytes.get(), "a norm of keys alone");
+    refused(r.block.up.weight, nullptr, "no weight");
+    refused(r.block.up.weight, &r.weights[3], "a weight of another shape");
+    refused(tokens.count, 0, "no tokens");
+    refused(tokens.length, 0, "no positions");
+    refused(tokens.length, 2, "positions past the head");
+    refused(tokens.keys, nullptr, "no keys");
 }
 
 void check_conversions() {
@@ -297,30 +449,6 @@ void check_refusals() {
     CHECK(call(0, 0, w.count, kBf16, x.bytes.get()) == PRUNUS_BAD_ARGUMENT, "no rows");
     CHECK(call(0, 3, w.count, kBf16, nullptr) == PRUNUS_BAD_ARGUMENT, "no activations");
     CHECK(call(9, 3, w.count, kBf16, x.bytes.get()) == PRUNUS_NO_SUCH_ISA, "instruction set 9");
-    void* to = out.bytes.get();
-    auto norm = [&](int isa, int kind, int form, int64_t rows, int64_t width, const void* data) {
-        return prunus_rms_norm(isa, kind, form, rows, width, data, x.bytes.get(), 1e-6f, to);
-    };
-    CHECK(norm(9, kBf16, 0, 1, 3, x.bytes.get()) == PRUNUS_NO_SUCH_ISA, "norm: instruction set 9");
-    CHECK(norm(0, kI8, 0, 1, 3, x.bytes.get()) == PRUNUS_BAD_ARGUMENT, "norm: int8");
-    CHECK(norm(0, -1, 0, 1, 3, x.bytes.get()) == PRUNUS_BAD_ARGUMENT, "norm: no kind");
-    CHECK(norm(0, kBf16, 3, 1, 3, x.bytes.get()) == PRUNUS_BAD_ARGUMENT, "norm: no form");
-    CHECK(norm(0, kBf16, 0, 0, 3, x.bytes.get()) == PRUNUS_BAD_ARGUMENT, "norm: no rows");
-    CHECK(norm(0, kBf16, 0, 1, 0, x.bytes.get()) == PRUNUS_BAD_ARGUMENT, "norm: no width");
-    CHECK(norm(0, kBf16, 0, 1, 3, nullptr) == PRUNUS_BAD_ARGUMENT, "norm: no data");
-    auto rotate = [&](int isa, int kind, int64_t heads, int64_t key_heads, int64_t dim,
-                      const void* data) {
-        return prunus_rotate(isa, kind, heads, key_heads, dim, data, data, data, data, to, to);
-    };
-    CHECK(rotate(9, kBf16, 1, 1, 2, x.bytes.get()) == PRUNUS_NO_SUCH_ISA,
-          "rotation: instruction set 9");
-    CHECK(rotate(0, kI8, 1, 1, 2, x.bytes.get()) == PRUNUS_BAD_ARGUMENT, "rotation: int8");
-    CHECK(rotate(0, kBf16, 0, 1, 2, x.bytes.get()) == PRUNUS_BAD_ARGUMENT, "rotation: no heads");
-    CHECK(rotate(0, kBf16, 1, 0, 2, x.bytes.get()) == PRUNUS_BAD_ARGUMENT,
-          "rotation: no key heads");
-    CHECK(rotate(0, kBf16, 1, 1, 3, x.bytes.get()) == PRUNUS_BAD_ARGUMENT,
-          "rotation: an odd width");
-    CHECK(rotate(0, kBf16, 1, 1, 2, nullptr) == PRUNUS_BAD_ARGUMENT, "rotation: no data");
     w.mask[8] |= 0x80;  // column 71 of a row of 70
     CHECK(prunus_row_offsets(3, 70, w.mask.get(), w.offsets.get()) == -1,
           "a bit past the last column");
@@ -332,6 +460,7 @@ int main() {
     g_random.seed(20240611);
     check_conversions();
     check_refusals();
+    check_block_refusals();
     prunus_set_runtime(reinterpret_cast<void*>(fork_and_join));
     const double densities[] = {0.0, 0.05, 0.5, 0.95, 1.0};
     const Kind activations[] = {kBf16, kF16, kF32};
@@ -357,11 +486,8 @@ int main() {
         check_product(isa, 3, large, 2, kBf16, true);
         large.encode(12);
         check_product(isa, 3, large, 2, kBf16, true);
-        for (int round = 0; round < 150; ++round) {
-            const Kind kind = activations[round % 3];
-            check_norm(isa, kind, round / 3 % 3, between(1, 5), between(1, 200));
-            check_rotation(isa, kind, between(1, 5), between(1, 3), 2 * between(1, 70));
-        }
+        for (int round = 0; round < 60; ++round)
+            check_block(isa, round % 4 ? 1 : 3, activations[between(0, 2)], round);
         std::printf("instruction set %d: done\n", isa);
     }
     Exact<uint8_t> bytes(3 << 16);

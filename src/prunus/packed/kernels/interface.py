@@ -79,6 +79,51 @@ class _Planes(ctypes.Structure):
     )
 
 
+class Matrix(ctypes.Structure):
+    """`PrunusMatrix` of `kernels.h`: where a description is, in one of its forms, and a bias."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("planes", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+    )
+
+
+class Block(ctypes.Structure):
+    """`PrunusBlock` of `kernels.h`, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("hidden", "heads", "key_heads", "dim", "inner")),
+        *((name, Matrix) for name in ("query", "key", "value", "output", "gate", "up", "down")),
+        ("norm_attention", ctypes.c_void_p),
+        ("norm_feed", ctypes.c_void_p),
+        ("norm_query", ctypes.c_void_p),
+        ("norm_key", ctypes.c_void_p),
+        ("norm_attended", ctypes.c_void_p),
+        ("norm_fed", ctypes.c_void_p),
+        ("eps", ctypes.c_float),
+        ("scaling", ctypes.c_float),
+        ("norm_form", ctypes.c_int),
+        ("activation", ctypes.c_int),
+    )
+
+
+class Tokens(ctypes.Structure):
+    """`PrunusTokens` of `kernels.h`, field by field."""
+
+    _fields_ = (
+        ("count", ctypes.c_int64),
+        ("length", ctypes.c_int64),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("head_stride", ctypes.c_int64),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("angle_stride", ctypes.c_int64),
+        ("mask", ctypes.c_void_p),
+    )
+
+
 # Every weight is described for every call, so the few different codes are kept.
 @functools.cache
 def _codes(codes: tuple[PlaneCode, ...]) -> ctypes.Array[ctypes.c_uint8]:
@@ -149,15 +194,8 @@ def declare(library: ctypes.CDLL) -> None:
     library.prunus_plane_offsets.argtypes = [ctypes.POINTER(_Planes), pointer]
     library.prunus_plane_widths.argtypes = [number, ctypes.POINTER(_Planes), *[pointer] * 2]
     library.prunus_plane_lines.argtypes = library.prunus_plane_widths.argtypes
-    library.prunus_rms_norm.argtypes = (
-        *[number] * 3,
-        length,
-        length,
-        *[pointer] * 2,
-        ctypes.c_float,
-        pointer,
-    )
-    library.prunus_rotate.argtypes = [number, number, length, length, length, *[pointer] * 6]
+    block, tokens = ctypes.POINTER(Block), ctypes.POINTER(Tokens)
+    library.prunus_block.argtypes = [*[number] * 3, block, tokens, *[pointer] * 2]
     library.prunus_read.argtypes = [number, pointer, length]
     library.prunus_read.restype = ctypes.c_uint64
 

@@ -140,20 +140,50 @@ int prunus_plane_expand(int isa, int threads, const PrunusPlanes* weight, int ou
 int prunus_plane_expand_rows(int isa, const PrunusPlanes* weight, const int64_t* rows,
                              int64_t count, int out_kind, void* out);
 
-// Computes out (rows, width) = x / sqrt(mean of x² + eps), per row, times the weight (width). All
-// arrays are of `kind`, which is not int8.
-//
-// `form` says where rounding happens: 0 rounds the quotient to `kind` first, 1 does not, 2 does not
-// and adds 1 to the weight.
-int prunus_rms_norm(int isa, int kind, int form, int64_t rows, int64_t width, const void* x,
-                    const void* weight, float eps, void* out);
+// A weight in one of its forms, and a bias (rows, may be null) of the block's kind.
+struct PrunusMatrix {
+    const PrunusWeight* weight;
+    const PrunusPlanes* planes;
+    const void* bias;
+};
 
-// Computes the rotary embedding of one token, in the form that splits a head into halves: out = x ·
-// cos + (-second half of x, first half of x) · sin, for each row of the query (heads, dim) and of
-// the key (key_heads, dim). cos and sin are (dim). All arrays are of `kind`, which is not int8.
-int prunus_rotate(int isa, int kind, int64_t heads, int64_t key_heads, int64_t dim,
-                  const void* query, const void* key, const void* cos, const void* sin,
-                  void* out_query, void* out_key);
+// A block of a transformer: attention with rotary embeddings and heads that may share keys, then a
+// gated feed-forward network. All arrays are of one kind, which is not int8.
+struct PrunusBlock {
+    int64_t hidden, heads, key_heads, dim, inner;
+    PrunusMatrix query, key, value, output, gate, up, down;
+    // The weights of RMS norms: (hidden) before the attention and before the network, and where the
+    // family has them (else null) (dim) of queries and keys, (hidden) of what the attention and the
+    // network give.
+    const void *norm_attention, *norm_feed, *norm_query, *norm_key, *norm_attended, *norm_fed;
+    float eps, scaling;
+    // How a norm ends: 0 rounds x / sqrt(mean of x² + eps) to the kind and multiplies it by the
+    // weight, 1 does not round it and adds 1 to the weight.
+    int norm_form;
+    // 0 SiLU, 1 GELU by its formula with tanh.
+    int activation;
+};
+
+// The tokens of a call: each is the last one of a sequence of its own.
+struct PrunusTokens {
+    int64_t count;
+    // Tokens of each sequence that the attention sees, the new one included.
+    int64_t length;
+    // (count, key_heads, length, dim), the heads `head_stride` elements apart. The call writes the
+    // last position.
+    void *keys, *values;
+    int64_t head_stride;
+    // (dim) of each token, `angle_stride` elements apart.
+    const void *cos, *sin;
+    int64_t angle_stride;
+    // (count, length): 0 where a position is not seen. Null: all are.
+    const uint8_t* mask;
+};
+
+// Computes the block for hidden states x (count, hidden). The result rounds to the kind where the
+// modules of transformers do. Rotary embeddings are in the form that splits a head into halves.
+int prunus_block(int isa, int threads, int kind, const PrunusBlock* block,
+                 const PrunusTokens* tokens, const void* x, void* out);
 
 // Sums `bytes` (rounded down to 64 KiB) at `data` as 64-bit words, as fast as memory allows.
 uint64_t prunus_read(int threads, const void* data, int64_t bytes);

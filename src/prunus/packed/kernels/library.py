@@ -24,6 +24,8 @@ from prunus.packed.kernels.interface import (
     FAULTS,
     KINDS,
     OFFSETS,
+    Block,
+    Tokens,
     declare,
     describe,
     torch_runtime,
@@ -199,53 +201,22 @@ class Kernels:
         dense = PackedWeight((rows, in_features), weight_OI.view(-1))
         return self.linear(x, dense, None, bias)
 
-    def rms_norm(
-        self, x: torch.Tensor, weight: torch.Tensor, eps: float, form: int
-    ) -> torch.Tensor:
-        """Return the RMS norm of `x` (..., I) over its last dimension, in its dtype and shape.
-
-        `x` and `weight` (I,) are contiguous, not empty, and of one dtype of floats. `form` says how
-        the weight enters, as `prunus_rms_norm` numbers it.
+    def block(self, block: Block, tokens: Tokens, x: torch.Tensor) -> torch.Tensor:
+        """Return what a block of a transformer computes of `x` (tokens, 1, hidden); see
+        `prunus_block`. The last positions of keys and values are written.
         """
-        out, width = torch.empty_like(x), weight.shape[0]
-        fault = self.library.prunus_rms_norm(
+        out = torch.empty_like(x)
+        fault = self.library.prunus_block(
             self.isa,
+            torch.get_num_threads(),
             KINDS[x.dtype],
-            form,
-            x.numel() // width,
-            width,
+            ctypes.byref(block),
+            ctypes.byref(tokens),
             x.data_ptr(),
-            weight.data_ptr(),
-            eps,
             out.data_ptr(),
         )
         _check(fault)
         return out
-
-    def rotate(
-        self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the rotary embedding of one token, in the form that splits heads into halves.
-
-        The query (1, heads, 1, D), the key (1, key heads, 1, D), and D numbers each of `cos` and
-        `sin` are contiguous and of one dtype of floats; D is even.
-        """
-        out, out_key = torch.empty_like(query), torch.empty_like(key)
-        fault = self.library.prunus_rotate(
-            self.isa,
-            KINDS[query.dtype],
-            query.shape[1],
-            key.shape[1],
-            query.shape[3],
-            query.data_ptr(),
-            key.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            out.data_ptr(),
-            out_key.data_ptr(),
-        )
-        _check(fault)
-        return out, out_key
 
     def read(self, data: torch.Tensor) -> int:
         """Sum the bytes of `data` as 64-bit words, as fast as memory can be read."""
