@@ -65,9 +65,7 @@ def fit_scales(weight_BO: Tensor, importance_B: Tensor, grid: Grid) -> Scales:
     for _ in range(_ROUNDS):
         code_GO = _over(step_GO, d_O).round_().clamp_(lowest, highest)
         minimum_GO = _over(offset_GO, dmin_O).round_().clamp_(0, highest)
-        scales = Scales(d_O, dmin_O, code_GO, minimum_GO)
-        scales = group.best_codes(scales)
-        scales = group.refit(scales)
+        scales = group.refit(group.best_codes(Scales(d_O, dmin_O, code_GO, minimum_GO)))
         d_O, dmin_O = scales.d_O, scales.dmin_O
     return scales
 
@@ -123,17 +121,15 @@ class _Groups:
 
     def _candidates(self) -> Iterator[tuple[Tensor, Tensor]]:
         """What to round: the lowest weight of a group, to subtract, and the inverse of its step."""
-        values, nothing_GO = self.grid.values, torch.zeros_like(self.sum_GO)
+        values = self.grid.values
         between = (values[-1] - values[0]) / (len(values) - 1)
         if self.grid.has_minimum:
             lowest_GO = self.weight_GCO.amin(1).clamp_max_(0)
             inverse_GO = _over(1.0, self.weight_GCO.amax(1) - lowest_GO)
             extremes = [(values[-1], _MOVES)]
         else:
-            lowest_GO, inverse_GO = (
-                nothing_GO,
-                _over(1.0, _extreme(self.weight_GCO.transpose(0, 1))),
-            )
+            lowest_GO = torch.zeros_like(self.sum_GO)
+            inverse_GO = _over(1.0, _extreme(self.weight_GCO.transpose(0, 1)))
             extremes = [(values[0], _MOVES), (values[-1], _MOVES[len(_MOVES) // 2 :])]
         for value, moves in extremes:
             for move in moves:
@@ -142,10 +138,10 @@ class _Groups:
     def best_codes(self, scales: Scales) -> Scales:
         """The codes next to given ones with the smallest errors; d and dmin stay."""
         d_O, dmin_O, code_GO, minimum_GO = scales
-        (lowest, highest), has_minimum = self.grid.codes, self.grid.has_minimum
+        lowest, highest = self.grid.codes
         best_GO = torch.full_like(code_GO, torch.inf)
         best_code_GO, best_minimum_GO = code_GO.clone(), minimum_GO.clone()
-        for more in (-1, 0, 1) if has_minimum else (0,):
+        for more in (-1, 0, 1) if self.grid.has_minimum else (0,):
             new_minimum_GO = (minimum_GO + more).clamp_(0, highest)
             for other in (0, -1, 1):
                 new_code_GO = (code_GO + other).clamp_(lowest, highest)
@@ -174,13 +170,10 @@ class _Groups:
         return Scales(d_O.half().float(), dmin_O.half().float(), code_GO, minimum_GO)
 
     def _value_sums(self, value_GCO: Tensor) -> tuple[Tensor, Tensor]:
-        """Σ w·v² and Σ w·v, the second where there are minima; writes over `value_GCO`."""
-        if not self.grid.has_minimum:
-            return value_GCO.square_().mul_(self.importance_GC1).sum(1), torch.zeros_like(
-                self.sum_GO
-            )
+        """Σ w·v², and Σ w·v where there are minima, else 0; writes over `value_GCO`."""
         weighted_GCO = value_GCO * self.importance_GC1
-        return value_GCO.mul_(weighted_GCO).sum(1), weighted_GCO.sum(1)
+        value_sum_GO = weighted_GCO.sum(1) if self.grid.has_minimum else self.sum_GO
+        return value_GCO.mul_(weighted_GCO).sum(1), value_sum_GO
 
     def _error(self, scales: Scales) -> Tensor:
         step_GO, offset_GO = scales.steps()

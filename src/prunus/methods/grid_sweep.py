@@ -15,7 +15,7 @@ G groups of a span, C columns of a group.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,15 +52,13 @@ def quantize_in_grid(
     how = work.quantization
     assert isinstance(how, GridQuantization)
     grid = how.grid
-    factor = _factor(statistics, work.options.damping, grid)
+    order_I, upper_II, notes = _factor(statistics, work.options.damping, grid)
 
     def solve(shard: RowShard) -> Pruned:
         kept_OI = None if keep_OI is None else keep_OI[shard.rows]
-        data_OB = _sweep(weight_OI[shard.rows], factor, grid, kept_OI).data_OB
+        data_OB = _sweep(weight_OI[shard.rows], order_I, upper_II, grid, kept_OI).data_OB
         # Processes exchange the bytes, which are all that there is to know.
-        return Pruned(
-            data_OB, data_OB.new_empty((len(data_OB), 0), dtype=torch.bool), dict(factor.notes)
-        )
+        return Pruned(data_OB, data_OB.new_empty((len(data_OB), 0), dtype=torch.bool), dict(notes))
 
     solved = work.rows.solve(len(weight_OI), 1, solve)
     quantized = GridWeight(grid, solved.weight_OI)
@@ -68,25 +66,20 @@ def quantize_in_grid(
     return Pruned(dense_OI, dense_OI != 0, solved.notes, quantized)
 
 
-class _Factor(NamedTuple):
+def _factor(
+    statistics: InputStatistics, damping: float | None, grid: Grid
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """The order of the columns in the sweep, U in this order, and notes for the record."""
-
-    order_I: Tensor
-    upper_II: Tensor
-    notes: dict[str, Any]
-
-
-def _factor(statistics: InputStatistics, damping: float | None, grid: Grid) -> _Factor:
     gram_II = statistics.gram_II
     assert gram_II is not None, "rounding with feedback needs a Gram matrix"
     damping = DAMPING if damping is None else damping
 
-    def compute() -> _Factor:
+    def compute() -> tuple[Tensor, Tensor, dict[str, Any]]:
         order_I = _order(gram_II.diagonal(), grid)
         halved_II = gram_II[order_I][:, order_I].mul_(_CORRELATIONS)
         halved_II.diagonal().copy_(gram_II.diagonal()[order_I])
         upper_II, notes = inverse_factor(halved_II, damping)
-        return _Factor(order_I, upper_II, notes)
+        return order_I, upper_II, notes
 
     # Linears with the same input share one factor: it is computed for the first of them.
     return statistics.derived(("factor_in_spans", damping, grid.span, grid.group), compute)
@@ -101,9 +94,10 @@ def _order(squares_I: Tensor, grid: Grid) -> Tensor:
     return order_I
 
 
-def _sweep(weight_OI: Tensor, factor: _Factor, grid: Grid, keep_OI: Tensor | None) -> GridWeight:
+def _sweep(
+    weight_OI: Tensor, order_I: Tensor, upper_II: Tensor, grid: Grid, keep_OI: Tensor | None
+) -> GridWeight:
     """The sweep over the columns of some rows."""
-    order_I, upper_II, _ = factor
     # In the transposed weight a column is contiguous.
     weight_IO = weight_OI.T[order_I]
     keep_IO = None if keep_OI is None else keep_OI.T[order_I].float()
