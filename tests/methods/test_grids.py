@@ -1,8 +1,11 @@
 """Weights in the grids of GGUF's types: bytes, fits, and the sweep with feedback."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from method_cases import ThreeShards
 from prunus.methods import InputStatistics, Work
 from prunus.methods.grid_fits import fit_codes, fit_scales
 from prunus.methods.grid_packing import pack, unpack
@@ -151,6 +154,16 @@ def test_feedback_lowers_the_error_of_the_outputs(grid):
     found = quantize_in_grid(weight_OI, statistics, Work(quantization=GridQuantization(grid)))
     rounded_OI = round_to_grid(weight_OI, grid, gram_II.diagonal()).dense()
     assert error(weight_OI, found.weight_OI, gram_II) < 0.7 * error(weight_OI, rounded_OI, gram_II)
+
+
+def test_processes_that_share_the_rows_get_the_same_weight():
+    torch.manual_seed(0)
+    weight_OI, statistics = torch.randn(8, 512), statistics_of(512)
+    work = Work(quantization=GridQuantization(GRIDS["Q4_K"]))
+    alone = quantize_in_grid(weight_OI, statistics, work)
+    shared = quantize_in_grid(weight_OI, statistics, replace(work, rows=ThreeShards()))
+    assert (alone.weight_OI != shared.weight_OI).float().mean() < 0.02
+    assert torch.equal(shared.weight_OI, shared.quantized.dense())
 
 
 def test_removed_weights_become_zero_where_the_grid_has_a_zero():

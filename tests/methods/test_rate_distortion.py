@@ -3,17 +3,15 @@
 Shape suffixes: O outputs (rows), I inputs (columns), T tokens, K classes, V values -127 to 127.
 """
 
-import itertools
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 import reference
-from method_cases import WEIRD, example, gather, weird_example
+from method_cases import WEIRD, ThreeShards, example, gather, weird_example
 from prunus.methods import METHODS, MethodOptions, Pruned, Work, compose
 from prunus.methods.patterns import Pattern
 from prunus.methods.rate_distortion import quantize
@@ -169,22 +167,6 @@ def test_odd_inputs_give_integers_in_range(kind):
     # A column of zeros, or of subnormal weights, has a step too.
     weight_OI[:, 2], weight_OI[:, 4] = 0, 1e-44
     assert (quantized(weight_OI, X_TI, 1e-30).quantized.steps_I > 0).all()
-
-
-class ThreeShards:
-    """Rows that three processes would solve, one after the other."""
-
-    def solve(self, rows, rows_per_group, solve):
-        assert rows_per_group == 1
-        starts = [0, rows // 3, rows // 2, rows]
-        # No shard asks another one here, so a slice of rows is all that they need.
-        spans = [slice(*span) for span in itertools.pairwise(starts)]
-        parts = [solve(SimpleNamespace(rows=span)) for span in spans]
-        return replace(
-            parts[0],
-            weight_OI=torch.cat([part.weight_OI for part in parts]),
-            keep_OI=torch.cat([part.keep_OI for part in parts]),
-        )
 
 
 @pytest.mark.parametrize("forced", [False, True])

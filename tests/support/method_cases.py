@@ -3,6 +3,9 @@
 Shape suffixes: O outputs (rows), I inputs, T tokens.
 """
 
+import itertools
+from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -98,3 +101,19 @@ def prune(
     if not METHODS[name].updates_weights:
         assert torch.equal(pruned.weight_OI[pruned.keep_OI], weight_OI[pruned.keep_OI])
     return pruned
+
+
+class ThreeShards:
+    """Rows that three processes would solve, one after the other."""
+
+    def solve(self, rows, rows_per_group, solve):
+        assert rows_per_group == 1
+        starts = [0, rows // 3, rows // 2, rows]
+        # No shard asks another one here, so a slice of rows is all that they need.
+        spans = [slice(*span) for span in itertools.pairwise(starts)]
+        parts = [solve(SimpleNamespace(rows=span)) for span in spans]
+        return replace(
+            parts[0],
+            weight_OI=torch.cat([part.weight_OI for part in parts]),
+            keep_OI=torch.cat([part.keep_OI for part in parts]),
+        )
