@@ -68,7 +68,7 @@ def test_every_recipe_survives_a_round_trip_through_toml(recipe, tmp_path_factor
 def test_the_default_recipe_cannot_be_changed():
     recipe = Recipe.read(None, {})  # the defaults are those of the paper
     assert (recipe.method, recipe.sparsity, recipe.n_of_m) == ("wanda", 0.5, None)
-    assert (recipe.calibration, recipe.samples, recipe.seqlen, recipe.seed) == ("mix", 128, 2048, 0)
+    assert (recipe.calibration, recipe.samples, recipe.seqlen, recipe.seed) == ("mix", 1024, 256, 0)
     with pytest.raises(ValidationError):
         recipe.sparsity = 0.9
     assert recipe.sparsity == 0.5

@@ -56,7 +56,7 @@ class WindowOptions(Options):
             metavar="N",
             within=at_least(1, ": a run needs calibration windows"),
         ),
-    ] = 128
+    ] = 1024
     seqlen: Annotated[
         int,
         Option(
@@ -64,7 +64,7 @@ class WindowOptions(Options):
             metavar="N",
             within=at_least(2, " tokens"),
         ),
-    ] = 2048
+    ] = 256
     seed: Annotated[
         int,
         Option("Choose the windows at random by this seed.", metavar="N", panel=CALIBRATION),
