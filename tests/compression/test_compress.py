@@ -17,9 +17,9 @@ import reference
 from command_line import call
 from pictures import pictures, save_classifier
 from prunus import unpack
+from prunus.compression.job import CompressionJob
 from prunus.compression.output import MEASUREMENT
 from prunus.compression.records import CompressionRecipe, CompressionRecord
-from prunus.compression.run import CompressionJob
 from prunus.evaluation.inspection import holds
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.reader import Checkpoint

@@ -7,9 +7,9 @@ import torch
 
 import prunus
 from command_line import call
+from prunus.compression.job import CompressionJob
 from prunus.compression.rate_control import RateControl
 from prunus.compression.records import CompressionRecipe
-from prunus.compression.run import CompressionJob
 from prunus.pruning.job import plan_run
 from prunus.runs.options import RunOptions
 from stopping import StopError, stop_after

@@ -21,7 +21,7 @@ from documentation import Block, blocks, models
 from places import REPOSITORY
 from prunus.calibration import corpora
 from prunus.cli import app
-from prunus.model.checkpoint.gguf import check_extra
+from prunus.model.checkpoint.gguf_file import check_extra
 from tiny_tokenizer import dense_checkpoint
 
 DOCS = REPOSITORY / "docs"
@@ -106,6 +106,8 @@ def verb_and_arguments(words: list[str]) -> tuple[str, list[str]] | None:
 def smaller(verb: str, arguments: list[str]) -> list[str]:
     options = dict(SMALL.get(verb, {}))
     kept = list(arguments)
+    if "--type" in kept:
+        options.pop("--bits", None)  # the one replaces the other
     if "--memory" in kept:
         # Whatever ran in this process before counts against the budget.
         options["--memory"] = "64GB"

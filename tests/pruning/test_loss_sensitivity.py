@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from method_cases import gather
+from prunus.compression.job import CompressionJob
 from prunus.compression.records import CompressionRecipe
-from prunus.compression.run import CompressionJob
 from prunus.methods.rate_distortion import relative_steps
 from prunus.model.skeleton import Skeleton
 from prunus.model.stream import Stream

@@ -22,7 +22,7 @@ def evaluate(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="MODEL…", help="Checkpoints, dense or packed, adapters, or hub ids."
+            metavar="MODEL…", help="Checkpoints, dense or packed, adapters, GGUF files, or hub ids."
         ),
     ],
     perplexity: Annotated[
@@ -58,7 +58,7 @@ def evaluate(
     """
     from prunus.distributed import process_group
     from prunus.evaluation.inspection import stored_size
-    from prunus.evaluation.model_input import check_reference, find_folder, find_model
+    from prunus.evaluation.model_input import check_reference, find_model
     from prunus.evaluation.perplexity import check_text
     from prunus.evaluation.perplexity import perplexity as measure_perplexity
     from prunus.evaluation.records import side_by_side
@@ -92,7 +92,7 @@ def evaluate(
                     )
                     scores[model].append(scored)
         results = [] if task_run is None else task_run.run(note, ranks)
-    sizes = {model: stored_size(find_folder(model), trusted) for model in models}
+    sizes = {model: stored_size(model, trusted) for model in models}
     content = side_by_side(scores, results, sizes)
     print_result(content, evaluation_section(content))
 

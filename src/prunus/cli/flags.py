@@ -23,7 +23,10 @@ from prunus.options.declaration import ADVANCED
 FLAGS: set[str] = set()
 _NAME = re.compile(r"`([a-z][a-z_0-9]*)`")
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id (safetensors only).")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="Checkpoint folder, hub id (safetensors only), or GGUF file."
+    ),
 ]
 Output = Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the result.")]
 JSON = Annotated[

@@ -65,8 +65,17 @@ def prune(
 
 
 @with_flags(CompressionRecipe, RunOptions)
-def compress(model: Model, output: Output, *, recipe: RecipeFile = None, **options: Any) -> None:
-    """Compress MODEL to a file size or to bits per weight, packed.
+def compress(
+    model: Model,
+    output: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="Folder for the result, or NAME.gguf for llama.cpp."),
+    ],
+    *,
+    recipe: RecipeFile = None,
+    **options: Any,
+) -> None:
+    """Compress MODEL to a size or bits per weight, packed or GGUF.
 
     Weights that do not repay their bits become 0. A killed run continues with the same command.
     """
@@ -144,7 +153,7 @@ def plan(
     model: Model,
     output: Annotated[
         Path | None,
-        typer.Argument(metavar="OUT", help="Folder for the result; checked, not written."),
+        typer.Argument(metavar="OUT", help="Folder or file for the result; only checked."),
     ] = None,
     *,
     recipe: RecipeFile = None,
@@ -152,9 +161,11 @@ def plan(
 ) -> None:
     """Show what prune or compress would do and cost; write nothing.
 
-    With --bits or --size it plans compress. It checks all that they check before their first block.
+    With --bits, --size or --type it plans compress. It checks all that a run checks first.
     """
-    from prunus.compression.run import CompressionJob
+    from prunus.compression.gguf_run import plan_gguf
+    from prunus.compression.job import CompressionJob
+    from prunus.model.checkpoint.resolve import is_gguf
     from prunus.pruning.job import PruningJob, describe_plan, plan_run
     from prunus.reporting.tables import plan_facts
     from prunus.runs.folder import find_earlier
@@ -162,14 +173,17 @@ def plan(
 
     work, given = RunOptions.pick(options)
     trains, how = _takes_max(given), RunOptions.read(None, work)
-    compresses = bool({"bits", "size"} & given.keys())
+    compresses = bool({"bits", "size", "type"} & given.keys())
     chosen = (CompressionRecipe if compresses else Recipe).read(recipe, given)
     kind: type[PruningJob] = CompressionJob if compresses else PruningJob
-    if output is not None:
-        find_earlier(kind.RECORD, output, chosen, how, Path(model))
-    job = plan_run(model, chosen, how, kind)
-    if output is not None:
-        check_room(job, output)
+    if isinstance(chosen, CompressionRecipe) and output is not None and is_gguf(output):
+        job = plan_gguf(model, output, chosen, how)
+    else:
+        if output is not None:
+            find_earlier(kind.RECORD, output, chosen, how, Path(model))
+        job = plan_run(model, chosen, how, kind)
+        if output is not None:
+            check_room(job, output)
     described = describe_plan(job)
     if trains:
         from prunus.recovery.max_preset import plan_training

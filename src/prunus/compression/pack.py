@@ -28,8 +28,9 @@ from prunus.hardware.memory import peak_memory
 from prunus.hardware.numerics import check_finite
 from prunus.model.checkpoint.atomic_files import fingerprint_with, read_json, recorded_digests
 from prunus.model.checkpoint.output_folder import check_companions, check_disk
-from prunus.model.checkpoint.reader import Checkpoint, resolve_folder
+from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.checkpoint.regular_files import read_card
+from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.checkpoint.writer import Writable
 from prunus.model.embeddings import is_table
 from prunus.model.kinds import require_causal

@@ -44,7 +44,6 @@ class CompressionRecipe(PruningOptions):
             "Store linears in N bits per weight, 1 to 7.",
             metavar="N",
             within=between("[1, 7]", ": 3 makes the linears a fifth of their bfloat16 size"),
-            default="by the size",
         ),
     ] = None
     size: Annotated[
@@ -54,6 +53,10 @@ class CompressionRecipe(PruningOptions):
             metavar="SIZE",
             within=at_least(1, " byte"),
         ),
+    ] = None
+    type: Annotated[
+        str | None,
+        Option("Give all linears of a GGUF file this type, such as Q4_K.", metavar="TYPE"),
     ] = None
     head_bits: Annotated[
         int | Literal["none"],
@@ -73,8 +76,11 @@ class CompressionRecipe(PruningOptions):
         return parse_bytes(value, 1000) if isinstance(value, str) else value
 
     def check_fit(self) -> None:
-        if (self.bits is None) == (self.size is None):
-            raise ValueError("give either `bits`, such as 3, or the `size` of the file, as 900MB")
+        if (self.bits, self.size, self.type).count(None) != 2:
+            raise ValueError(
+                "give either `bits`, such as 3, the `size` of the file, such as 900MB, or the "
+                "`type` of a GGUF file, such as Q4_K"
+            )
         fields = type(self).model_fields
         given = [name for name in _OF_MASKS if getattr(self, name) != fields[name].default]
         if given and not self.forces_zeros:
@@ -86,7 +92,9 @@ class CompressionRecipe(PruningOptions):
     @property
     def target(self) -> str:
         """What was asked for, in words."""
-        return in_bytes(self.size) if self.size is not None else f"{self.bits:g} bits"
+        if self.size is not None:
+            return in_bytes(self.size)
+        return self.type or f"{self.bits:g} bits"
 
     @property
     def packs_head(self) -> int | None:
@@ -128,6 +136,7 @@ class CompressionRecord(PruningRecord):
 
     Attributes:
         packed_outside: Stored name of a packed embedding or head -> its entry in config.json.
+        types: Name of a linear, an embedding or a head -> its type, in a GGUF file.
         size: Of the result; None before the end of the run.
     """
 
@@ -137,6 +146,7 @@ class CompressionRecord(PruningRecord):
 
     recipe: CompressionRecipe
     packed_outside: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    types: dict[str, str] = Field(default_factory=dict)
     size: FileSize | None = None
 
     @property

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
-from torch import nn
 
-from prunus.compression.file_size import embedding_and_head, file_size, planned_tensors
+from prunus.compression.gguf_run import run_gguf
+from prunus.compression.job import CompressionJob
 from prunus.compression.output import CompressedFolder
-from prunus.compression.quantize_rows import BYTES_PER_QUANTIZED_WEIGHT
-from prunus.compression.rate_control import LinearRate, RateControl, side_bits, zero_bits
+from prunus.compression.rate_control import LinearRate, RateControl
 from prunus.compression.records import CompressionRecipe, CompressionRecord
-from prunus.hardware.sizes import in_bytes
 from prunus.methods.grids import GridWeight
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import LinearQuantization, Quantized
-from prunus.model.checkpoint.writer import file_nbytes
-from prunus.model.kinds import require_causal
-from prunus.model.skeleton import Skeleton
-from prunus.model.source import CheckpointSource, ModuleSource
+from prunus.model.checkpoint.resolve import is_gguf
 from prunus.options import takes
 from prunus.packed.description import QuantizedShape
 from prunus.packed.planes import encode
 from prunus.packed.weight import QuantizedWeight
-from prunus.pruning.job import LinearSelection, PruningJob
+from prunus.pruning.job import PruningJob
 from prunus.pruning.loss_sensitivity import LinearSensitivity, measure_loss
 from prunus.pruning.manifest import PruningRecord
 from prunus.pruning.output import PruningOutput
@@ -60,8 +52,8 @@ def compress(
     """Compress a checkpoint to a file size or to bits per weight. The result is packed.
 
     Args:
-        model: A checkpoint folder or a hub id.
-        output: Folder of the compressed checkpoint.
+        model: A checkpoint folder or a hub id; for a GGUF file also one in full precision.
+        output: Folder of the compressed checkpoint, or a GGUF file, NAME.gguf.
         bits: Bits per weight of the linears in the file, with all that belongs to them; None where
             `size` says how large the whole file may be.
         calibration: A source of windows, token ids or texts, as for `prunus.prune`.
@@ -85,107 +77,9 @@ def run(
     model: str | Path, output: Path, recipe: CompressionRecipe, options: RunOptions
 ) -> CompressionRecord:
     """Carry out a recipe. The arguments and errors are those of `compress`."""
+    if is_gguf(output):
+        return run_gguf(model, output, recipe, options)
     return cast(CompressionRecord, carry_out(model, output, recipe, options, CompressVerb()))
-
-
-@dataclass(kw_only=True)
-class CompressionJob(PruningJob):
-    """The decisions of one run of compress."""
-
-    RECORD: ClassVar[type[PruningRecord]] = CompressionRecord
-    QUANTIZES: ClassVar[bool] = True
-
-    recipe: CompressionRecipe
-
-    @classmethod
-    def select(
-        cls, found: LinearSelection, source: CheckpointSource | ModuleSource, skeleton: Skeleton
-    ) -> LinearSelection:
-        if isinstance(source, ModuleSource):
-            raise ValueError(
-                "a compressed model is a packed checkpoint: give the folder of a checkpoint "
-                "instead of a loaded model"
-            )
-        require_causal(source.config, "prunus compress")
-        return _packable(found, skeleton, source)
-
-    @functools.cached_property
-    def weights(self) -> dict[str, int]:
-        """Stored name of the weight of each linear to compress -> how many numbers it has."""
-        stored, linears = self.checkpoint.stored, self.selected_linears()
-        return {stored[f"{name}.weight"]: math.prod(x.shape) for name, x in linears.items()}
-
-    @functools.cached_property
-    def packed_outside(self) -> dict[str, list[str]]:
-        """`embedding_and_head`, as far as the recipe packs them."""
-        packs = self.recipe.packs_head is not None
-        return embedding_and_head(self.skeleton.model, self.checkpoint.stored) if packs else {}
-
-    @functools.cached_property
-    def bits(self) -> float:
-        """Bits per weight of the linears: those asked for, or about what `size` leaves for them."""
-        if self.recipe.bits is not None:
-            return self.recipe.bits
-        return self.bits_next_to(file_nbytes(self.shards(8.0)[0]))
-
-    def bits_next_to(self, outside: int) -> float:
-        """The bits per weight that `size` leaves if the shard outside the blocks has this size."""
-        assert self.recipe.size is not None
-        # With fewer bits the headers are not longer.
-        weights, blocks = sum(self.weights.values()), map(file_nbytes, self.shards(8.0)[1:])
-        return 8 * (1 + (self.recipe.size - outside - sum(blocks)) / weights)
-
-    def shards(self, bits: float) -> list[dict[str, Any]]:
-        """`planned_tensors` of all that lies outside the blocks, and of each block."""
-        source, packed = self.checkpoint, dict.fromkeys(self.weights, bits)
-        packed |= dict.fromkeys(self.packed_outside, float(self.recipe.packs_head or 0))
-        copies = {key for keys in self.packed_outside.values() for key in keys}
-        outside = [key for key in source.outside_keys() if key not in copies]
-        blocks = map(source.block_keys, range(len(self.skeleton)))
-        return [planned_tensors(source, keys, packed) for keys in (outside, *blocks)]
-
-    def bytes_at(self, bits: float) -> int:
-        """Bytes of all files with weights if the linears take `bits` bits per weight."""
-        return sum(map(file_nbytes, self.shards(bits)))
-
-    def check(self) -> None:
-        # If all weights were zeros, a linear would still take a bit plane, steps, scales, classes.
-        shapes = [linear.shape for linear in self.selected_linears().values()]
-        side = sum(side_bits(shape) * math.prod(shape) for shape in shapes)
-        least = 1 + side / sum(self.weights.values())
-        if self.recipe.bits is not None and self.recipe.bits <= least:
-            raise ValueError(
-                f"bits = {self.bits:g} cannot be reached: if all weights were 0, the "
-                f"linears of this model would take {least:.2f} bits per weight with their steps "
-                "and scales. Give more"
-            )
-        sparsity, size = self.recipe.sparsity, self.recipe.size
-        if size is None:
-            return
-        most = _MOST_BITS * (1 - sparsity) + zero_bits(sparsity)
-        smallest, largest = map(self.bytes_at, (least + _ABOVE_LEAST, most))
-        if not smallest <= size <= largest:
-            raise ValueError(
-                f"size = {in_bytes(size)} is not possible: the file takes {in_bytes(smallest)} to "
-                f"{in_bytes(largest)} ({smallest:,} to {largest:,} bytes), of which "
-                f"{in_bytes(file_nbytes(self.shards(1.0)[0]))} are embeddings, head and norms; "
-                "see `head_bits`"
-            )
-
-    def describe(self) -> dict[str, object]:
-        tensors = {key: each for shard in self.shards(self.bits) for key, each in shard.items()}
-        file = file_size(self.checkpoint, self.skeleton.model, tensors, self.file_bytes())
-        return {"bits": self.bits, "head_bits": self.recipe.head_bits, "file": file.model_dump()}
-
-    def peak_bytes(self) -> int:
-        # Embedding and head are quantised before the first block is read.
-        tensors = self.checkpoint.checkpoint.tensors
-        sizes = [math.prod(tensors[key].shape) for key in self.packed_outside]
-        return max(super().peak_bytes(), BYTES_PER_QUANTIZED_WEIGHT * max(sizes, default=0))
-
-    def file_bytes(self) -> int:
-        # The rate control spends the bits that the recipe asks for, so they say what linears take.
-        return self.bytes_at(self.bits)
 
 
 class CompressVerb(PruneVerb):
@@ -284,29 +178,3 @@ def _measure(job: CompressionJob, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         f"{name}.power": torch.tensor(each.power, dtype=torch.float64)
         for name, each in found.items()
     }
-
-
-def _packable(
-    found: LinearSelection, skeleton: Skeleton, source: CheckpointSource
-) -> LinearSelection:
-    """The part of a selection that a compressed checkpoint can store as integers."""
-    stored = source.stored
-    kept: list[list[str]] = []
-    left_dense = dict(found.left_dense)
-    for index, names in enumerate(found.selected):
-        kept.append([])
-        for linear in skeleton.linears(index):
-            if linear.name not in names:
-                continue
-            full_name = f"{skeleton.block_name(index)}.{linear.name}.weight"
-            own = stored.get(full_name, "").endswith(".weight")
-            if own and type(linear.module) is nn.Linear:
-                kept[-1].append(linear.name)
-            else:
-                left_dense[full_name] = linear.shape
-    if not any(kept):
-        raise NotImplementedError(
-            "none of the chosen linears can be stored as integers: they are transposed, special, "
-            "or experts in one tensor; such a checkpoint cannot be compressed yet"
-        )
-    return LinearSelection(kept, left_dense)

@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from prunus.compression.gguf_output import read_record
+from prunus.evaluation.model_input import find_folder
 from prunus.evaluation.records import ModelSize
+from prunus.methods.grids import GRIDS
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint.atomic_files import verify_shards
-from prunus.model.checkpoint.reader import resolve_folder
+from prunus.model.checkpoint.resolve import is_gguf, resolve_folder
 from prunus.model.embeddings import is_table
 from prunus.model.linears import Linear, tied_embedding
 from prunus.model.skeleton import Skeleton
@@ -139,13 +142,22 @@ def inspect(
             raise ValueError("a loaded model has no shards to compare; give its folder")
         name = type(model).__name__
     else:
+        if verify and is_gguf(model):
+            raise ValueError(f"{model} is a GGUF file, which has no shards to compare")
         name, model = str(model), resolve_folder(model)
         verified = verify_shards(model) if verify else None
     source, skeleton = _opened(model, trust_remote_code)
+    linears = tuple(_linears(source, skeleton))
+    if is_gguf(name) and (record := read_record(Path(name))) is not None:
+        kinds = [record.types.get(linear.name) for linear in linears]
+        linears = tuple(
+            linear if kind is None else replace(linear, dtype=kind, bits=GRIDS[kind].bits)
+            for linear, kind in zip(linears, kinds, strict=True)
+        )
     dense: dict[str, tuple[int, ...]] = {}
     for index in range(len(skeleton)):
         dense |= skeleton.left_dense(index)
-    return Inspection(name, len(skeleton), tuple(_linears(source, skeleton)), dense, verified)
+    return Inspection(name, len(skeleton), linears, dense, verified)
 
 
 def _opened(model: Path | nn.Module, trust_remote_code: bool) -> tuple[Readable, Skeleton]:
@@ -211,8 +223,11 @@ def _opened_for_size(folder: Path, trust_remote_code: bool) -> tuple[Readable, S
         return None
 
 
-def stored_size(folder: Path, trust_remote_code: bool = False) -> ModelSize:
-    """The size of a checkpoint or an adapter as it is stored. Reads headers only."""
+def stored_size(model: str | Path, trust_remote_code: bool = False) -> ModelSize:
+    """The size of a checkpoint, an adapter or a GGUF file as it is stored. Reads headers only."""
+    if is_gguf(model):
+        return ModelSize(Path(model).stat().st_size, None)
+    folder = find_folder(model)
     opened = _opened_for_size(folder, trust_remote_code)
     bits = None if opened is None else _stored_bits(*opened)
     return ModelSize(file_bytes(folder), bits)

@@ -18,7 +18,8 @@ from torch import nn
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.adapter import base_folder, check_adapter, is_adapter
-from prunus.model.checkpoint.reader import INDEX_NAME, resolve_folder
+from prunus.model.checkpoint.reader import INDEX_NAME
+from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.config import load_config, require_config
 from prunus.model.device import DTYPES
 from prunus.model.kinds import require_causal

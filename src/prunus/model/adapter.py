@@ -20,7 +20,8 @@ import torch
 
 from prunus.hardware.errors import reason
 from prunus.model.checkpoint.atomic_files import write_json
-from prunus.model.checkpoint.reader import Checkpoint, TensorInfo, resolve_folder
+from prunus.model.checkpoint.reader import Checkpoint, TensorInfo
+from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.checkpoint.writer import save_safetensors
 from prunus.model.config import load_config, read_config
 from prunus.model.kinds import CAUSAL

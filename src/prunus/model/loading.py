@@ -16,8 +16,8 @@ from safetensors import safe_open
 from prunus.hardware.errors import reason
 from prunus.model.adapter import attach, base_folder, check_adapter, is_adapter
 from prunus.model.checkpoint.atomic_files import read_json, write_text
-from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.checkpoint.regular_files import read_card
+from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.config import load_config
 from prunus.model.device import choose_device
 from prunus.model.kinds import IMAGES, Kind, kind_of

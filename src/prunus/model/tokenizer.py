@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 from prunus.hardware.errors import reason
 from prunus.model.adapter import base_folder, is_adapter
-from prunus.model.checkpoint.reader import resolve_folder
+from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.config import check_config, check_processor_files
 
 _FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")

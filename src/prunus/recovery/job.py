@@ -20,8 +20,8 @@ from prunus.distributed import Ranks
 from prunus.model.adapter import CONFIG_NAME, is_adapter, require_peft
 from prunus.model.checkpoint.atomic_files import file_digest, read_json
 from prunus.model.checkpoint.output_folder import check_companions
-from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.checkpoint.regular_files import read_card
+from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.device import choose_device
 from prunus.model.kinds import require_causal
 from prunus.model.loading import load_model

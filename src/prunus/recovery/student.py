@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from prunus.hardware.memory import keep_freed_memory
 from prunus.model.adapter import add_lora
-from prunus.model.checkpoint.reader import resolve_folder
+from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.experts import split_loaded_experts
 from prunus.model.linears import Linear
 from prunus.model.loading import load_model

@@ -152,7 +152,7 @@ def _sizes(manifest: PruningRecord, totals: dict[str, Any]) -> list[tuple[str, s
     reached, forced = totals.get("bits"), totals.get("forced_zeros", 0)
     size, recipe = manifest.size, manifest.recipe
     bits = "not known yet" if reached is None else f"{reached:.3f}"
-    asked = f"{recipe.bits:g}" if recipe.size is None else f"a file of {recipe.target}"
+    asked = f"{recipe.bits:g}" if recipe.bits else f"a file of {recipe.target}"
     return [
         ("bits per weight", f"{bits} (asked for: {asked})"),
         *([] if size is None else [("file", f"{in_bytes(size.after)} of {in_bytes(size.before)}")]),

@@ -56,6 +56,8 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
 def _weights_of_plan(plan: dict[str, Any]) -> str:
     """How many weights there are, and what becomes of them."""
     weights = f"{plan['weights']:,}"
+    if "types" in plan:
+        return f"{weights}, in {plan['types']}"
     if plan.get("bits") is None:
         return f"{weights}, of which {plan['to_remove']:,} are removed"
     sizes = f"in {plan['bits']:.4g} bits each; embeddings and head "

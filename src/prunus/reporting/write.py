@@ -83,7 +83,7 @@ def report(
 
 def _holds_run(path: Path) -> bool:
     """Whether a path is the folder of a run, not a sweep or a file of an evaluation."""
-    return path.is_dir() and not (path / RESULTS_NAME).exists()
+    return path.suffix == ".gguf" or (path.is_dir() and not (path / RESULTS_NAME).exists())
 
 
 def _side_by_side(paths: Sequence[Path]) -> list[Section]:
@@ -104,6 +104,12 @@ def _section(path: Path, speeds: Mapping[str, float]) -> Section:
             f"{path} is not there; give the folder of a run or a sweep, or the file of prunus eval "
             "--json"
         )
+    if path.suffix == ".gguf":
+        from prunus.compression.gguf_output import read_record  # it imports torch
+
+        if (made := read_record(path)) is None:
+            raise ValueError(f"{path} has no record of prunus compress: another program wrote it")
+        return run_section(made)
     if not path.is_dir():
         content = read_json(path)
         return _checked(path, lambda: evaluation_section(content, speeds), "prunus eval")

@@ -87,7 +87,7 @@ class RunOptions(Options):
     """How the work is done, as far as it does not decide the bytes of the result."""
 
     device: Annotated[
-        str, Option("Run on this device: auto, cpu, cuda or cuda:0, ….", metavar="DEVICE")
+        str, Option("Run on this device: cpu, cuda, cuda:0, ….", metavar="DEVICE")
     ] = "auto"
     memory: Annotated[
         int | None,
@@ -100,7 +100,7 @@ class RunOptions(Options):
     data: Annotated[
         Path | None,
         Option(
-            "Read local copies of the datasets in DIR, or in $PRUNUS_DATA.",
+            "Read datasets in DIR or $PRUNUS_DATA.",
             metavar="DIR",
             default="download them",
             variable="PRUNUS_DATA",

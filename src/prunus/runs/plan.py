@@ -20,7 +20,7 @@ from prunus.hardware.numerics import native_bfloat16
 from prunus.methods.statistics import Needs
 from prunus.model.calls import hidden_of
 from prunus.model.checkpoint.output_folder import check_companions, check_disk
-from prunus.model.checkpoint.reader import resolve_folder
+from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.device import DTYPES, choose_device
 from prunus.model.kinds import IMAGES
 from prunus.model.skeleton import Skeleton

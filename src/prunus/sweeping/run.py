@@ -36,7 +36,7 @@ from prunus.model.checkpoint.atomic_files import (
     write_json,
 )
 from prunus.model.checkpoint.output_folder import check_apart, is_vacant
-from prunus.model.checkpoint.reader import resolve_folder
+from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.device import choose_device
 from prunus.model.kinds import require_causal
 from prunus.model.source import CheckpointSource

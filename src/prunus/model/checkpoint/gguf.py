@@ -7,7 +7,6 @@ that the model had before it was quantised.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import math
 import mmap
@@ -31,6 +30,7 @@ from prunus.model.checkpoint.atomic_files import (
     remove_temporaries,
     write_json,
 )
+from prunus.model.checkpoint.gguf_file import check_extra, package
 from prunus.model.checkpoint.lock import LOCK_NAME, locked
 from prunus.model.checkpoint.output_folder import is_vacant
 from prunus.model.device import DTYPES
@@ -108,15 +108,6 @@ def _check_arguments(path: Path, dest: Path, *, overwrite: bool, dtype: str) -> 
                 "llama.cpp"
             )
     check_extra()
-
-
-def check_extra() -> None:
-    """Raise ModuleNotFoundError unless the packages that the import needs are installed."""
-    for module in ("gguf", "accelerate"):
-        if importlib.util.find_spec(module) is None:
-            raise ModuleNotFoundError(
-                f"importing a GGUF file needs {module}: pip install '.[gguf]'"
-            )
 
 
 def check_destination(dest: Path, *, overwrite: bool) -> None:
@@ -295,14 +286,12 @@ class _Cursor:
 
 def check_header(path: Path) -> dict[str, Any]:
     """Check a GGUF file; returns `architecture`, and the numbers of `tensors` and `weights`."""
-    from gguf import GGUFReader
-
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             fields, tensors = _walk(_Cursor(data))
         architecture = str(fields.get("general.architecture", "unknown"))
         _check_lengths(fields, architecture, tensors)
-        GGUFReader(path)
+        package().GGUFReader(path)
     except Exception as fault:  # the reader trusts its input and raises errors of many kinds
         raise ValueError(
             f"{path}: the GGUF file is truncated or damaged ({fault}); fetch it again"

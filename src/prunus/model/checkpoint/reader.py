@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from prunus.model.checkpoint.atomic_files import check_shard, read_json
-from prunus.model.checkpoint.regular_files import check_folder, check_regular
+from prunus.model.checkpoint.regular_files import check_regular
 from prunus.model.checkpoint.writer import TENSOR_DTYPES, FileTensor
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -260,38 +260,3 @@ def _state(path: Path) -> tuple[int, int, int]:
     """Inode, length and time of the last change: equal as long as a file is the same."""
     state = path.stat()
     return state.st_ino, state.st_size, state.st_mtime_ns
-
-
-def resolve_folder(model: str | Path) -> Path:
-    """The folder of a model: a local folder, or a snapshot downloaded from the Hugging Face hub."""
-    path = Path(model)
-    if path.is_dir() and str(model):
-        check_folder(path)
-        return path
-    name = str(model)
-    if name and path.exists():
-        raise FileNotFoundError(
-            f"{name} is {'a file' if path.is_file() else 'not a folder'}; expected the folder of a "
-            "Hugging Face checkpoint. For a file of llama.cpp, make one first: prunus import "
-            "FILE.gguf DEST"
-        )
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
-    if looks_local or not name:
-        raise FileNotFoundError(
-            f"{name!r} is neither a folder nor a hub id; give the folder of a Hugging Face "
-            "checkpoint, or a hub id such as owner/name"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        found = snapshot_download(
-            name,
-            allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"],
-        )
-    except Exception as fault:
-        reason = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
-        raise FileNotFoundError(
-            f"{name!r} is neither a local folder nor a model that could be downloaded from the "
-            f"hub: {reason}"
-        ) from fault
-    return Path(found)

@@ -34,6 +34,8 @@ from prunus.model.linears import Linear
 from prunus.packed.weight import QuantizedWeight
 from prunus.pruning.manifest import LinearRecord
 
+#: A weight as a compressed result stores it.
+Stored = QuantizedWeight | GridWeight
 #: A model with a larger share of zeros than this was pruned already.
 SPARSE = 0.01
 
@@ -56,7 +58,7 @@ class LinearFinish(Protocol):
 
     def end(
         self, name: str, quantized: Quantized | GridWeight
-    ) -> tuple[QuantizedWeight, dict[str, Any]] | None:
+    ) -> tuple[Stored, dict[str, Any]] | None:
         """Note what became of a linear: its weight as it is stored, and fields of its record.
 
         None asks for another rounding, for which `begin` is called once more.
@@ -68,7 +70,7 @@ class LinearFinish(Protocol):
 class PrunedLinear:
     weight: torch.Tensor
     record: LinearRecord
-    packed: QuantizedWeight | None = None
+    packed: Stored | None = None
 
 
 def prune_linear(
@@ -104,7 +106,7 @@ def prune_linear(
     if (before := count_zeros(stored_OI)) > SPARSE * stored_OI.numel():
         notes["zeros_before"] = before
     rows: RowSharding = _RowsOverRanks(ranks) if ranks.size > 1 else UNSHARDED
-    ended: tuple[QuantizedWeight | None, dict[str, Any]] | None = None
+    ended: tuple[Stored | None, dict[str, Any]] | None = None
     while ended is None:
         quantization = None if finish is None else finish.begin(full_name, statistics)
         work = replace(settings.work, rows=rows, quantization=quantization)

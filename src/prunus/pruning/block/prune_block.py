@@ -28,7 +28,6 @@ from prunus.hardware.numerics import count_zeros
 from prunus.methods.statistics import Drift, InputStatistics, StatisticsSpec
 from prunus.model.linears import Linear
 from prunus.model.stream import Stream
-from prunus.packed.weight import QuantizedWeight
 from prunus.pruning.block.dense_stream import (
     DenseBlockInputs,
     DenseStream,
@@ -36,7 +35,7 @@ from prunus.pruning.block.dense_stream import (
     held_out_batches,
 )
 from prunus.pruning.block.hooks import ExpertCounter, find_expert_counters
-from prunus.pruning.block.linear import SPARSE, LinearFinish, prune_linear
+from prunus.pruning.block.linear import SPARSE, LinearFinish, Stored, prune_linear
 from prunus.pruning.block.lockstep import lockstep
 from prunus.pruning.block.replay import replay
 from prunus.pruning.block.two_pass import two_pass
@@ -318,7 +317,7 @@ class BlockState:
     changed: dict[str, torch.Tensor] = field(default_factory=dict)
     records: dict[str, LinearRecord] = field(default_factory=dict)
     #: the linears that a compressed checkpoint stores as integers, by relative name.
-    packed: dict[str, QuantizedWeight] = field(default_factory=dict)
+    packed: dict[str, Stored] = field(default_factory=dict)
     reconstructed: ReconstructionRecord | None = None
 
     @property

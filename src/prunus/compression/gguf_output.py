@@ -1,0 +1,201 @@
+"""The folder of a run that makes a GGUF file, and the file itself.
+
+The run writes shards as every other run does, with the bytes of GGUF's types in them. At the end
+the file is put together from them, with the record among its fields.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunus.compression.output import CompressedFolder
+from prunus.compression.records import CompressionRecord, FileSize
+from prunus.methods.grids import GRIDS, GridWeight, round_to_grid
+from prunus.model.checkpoint.gguf import check_header
+from prunus.model.checkpoint.gguf_file import (
+    RECORD_FIELD,
+    GgufFile,
+    StoredTensor,
+    fields_of,
+    file_bytes,
+    new_fields,
+    write_gguf,
+)
+from prunus.model.checkpoint.gguf_layout import GgufLayout, GgufTensor
+from prunus.model.checkpoint.reader import Checkpoint
+from prunus.model.checkpoint.writer import Writable
+from prunus.runs.loop import Made
+from prunus.runs.record import OUTSIDE_SHARD, shard_name
+
+#: llama.cpp's numbers of types without blocks, and of whole files by the type of most weights.
+_PLAIN = {torch.float32: ("F32", 0), torch.float16: ("F16", 1), torch.bfloat16: ("BF16", 30)}
+_FILE_TYPES = {
+    "Q4_0": 2, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14, "Q5_K": 16,
+    "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "F32": 0, "F16": 1, "BF16": 32,
+}  # fmt: skip
+# The record in the file is filled up with spaces to this many bytes, so that the size of the file
+# is known before the run.
+_RECORD_BYTES, _BYTES_PER_LINEAR = 16_000, 500
+
+
+class GgufPlan:
+    """What a GGUF file will hold: its tensors with their types, and so its bytes.
+
+    The model stores weights in `dtypes`, and the record describes `linears` linears.
+    """
+
+    def __init__(self, layout: GgufLayout, dtypes: Mapping[str, torch.dtype], linears: int) -> None:
+        self.layout, self._dtypes = layout, dtypes
+        self._record_bytes = _RECORD_BYTES + _BYTES_PER_LINEAR * linears
+
+    def type_of(self, tensor: GgufTensor, types: Mapping[str, str]) -> tuple[str, int, int]:
+        """Type, its number, and bytes of a tensor, by the types of linears, embedding and head."""
+        name = types.get((tensor.source or "").removesuffix(".weight"))
+        count = math.prod(tensor.shape)
+        if name is not None:
+            grid = GRIDS[name]
+            return name, grid.type_id, count // grid.span * grid.nbytes
+        dtype = self._dtypes.get(tensor.source or "") if tensor.is_matrix else None
+        name, number = _PLAIN.get(dtype or torch.float32, _PLAIN[torch.float32])
+        return name, number, count * (4 if number == 0 else 2)
+
+    def stored(
+        self, types: Mapping[str, str], read: Callable[[GgufTensor], torch.Tensor]
+    ) -> list[StoredTensor]:
+        """All tensors as they are written."""
+        found = []
+        for tensor in self.layout.tensors:
+            _, number, nbytes = self.type_of(tensor, types)
+            found.append(
+                StoredTensor(tensor.name, tensor.shape, number, nbytes, partial(read, tensor))
+            )
+        return found
+
+    def bytes_by_type(self, types: Mapping[str, str]) -> Counter[str]:
+        """Type -> bytes of all tensors that have it."""
+        found = Counter[str]()
+        for tensor in self.layout.tensors:
+            name, _, nbytes = self.type_of(tensor, types)
+            found[name] += nbytes
+        return found
+
+    def fields(self, types: Mapping[str, str], record: str = "") -> dict[str, Any]:
+        """The fields of the file. A record that is too long for its place is left out."""
+        by_type = self.bytes_by_type(types)
+        writer = new_fields(self.layout.fields["general.architecture"].value)
+        writer.add_file_type(_FILE_TYPES[by_type.most_common(1)[0][0]])
+        size = len(record.encode())
+        text = record if size <= self._record_bytes else ""
+        writer.add_string(RECORD_FIELD, text + " " * (self._record_bytes - len(text.encode())))
+        return self.layout.fields | fields_of(writer)
+
+    def size(self, before: int, after: int, parts: dict[str, int]) -> FileSize:
+        """The size for people; `before` is that of the source."""
+        count = sum(math.prod(tensor.shape) for tensor in self.layout.tensors if tensor.source)
+        bits = 8 * after / count
+        return FileSize(
+            before=before, after=after, parameters=count, bits_per_parameter=bits, parts=parts
+        )
+
+    def file_bytes(self, types: Mapping[str, str]) -> int:
+        """The size of the file."""
+        return file_bytes(self.fields(types), self.stored(types, lambda _: torch.zeros(0)))
+
+
+class GgufFolder(CompressedFolder):
+    """The folder of a run whose result is a GGUF file at `path`."""
+
+    def __init__(
+        self, folder: Path, record: CompressionRecord, job: Any, path: Path, plan: GgufPlan
+    ) -> None:
+        super().__init__(folder, record, job)
+        self._path, self._plan = path, plan
+
+    def prepare(self) -> None:
+        """The types of what lies outside the blocks may not be known yet: it is written last."""
+
+    def stored(self, place: int, made: Made) -> dict[str, torch.Tensor]:
+        packed = {
+            self._key(f"{made.record.name}.{name}"): weight.data_OB
+            for name, weight in made.packed.items()
+        }
+        return self.job.checkpoint.as_stored(place, made.tensors) | packed
+
+    def restored(self, place: int) -> dict[str, torch.Tensor]:
+        checkpoint = Checkpoint(self.folder, only=[shard_name(place)])
+        tensors = dict(checkpoint.read(checkpoint.tensors))
+        record = self.record.blocks[place]
+        for name in record.linears:
+            full_name = f"{record.name}.{name}"
+            key, grid = self._key(full_name), GRIDS[self.record.types[full_name]]
+            dtype = self.job.checkpoint.checkpoint.tensors[key].dtype
+            tensors[key] = GridWeight(grid, tensors[key]).dense().to(dtype)
+        return self.job.checkpoint.from_stored(place, tensors.items())
+
+    def outside(self, tensors: dict[str, Writable]) -> dict[str, Writable]:
+        inside = {f"{block.name}.{name}" for block in self.record.blocks for name in block.linears}
+        source = self.job.checkpoint.checkpoint
+        for name, kind in self.record.types.items():
+            if name not in inside:
+                key = self._key(name)
+                tensors[key] = round_to_grid(source.whole(key), GRIDS[kind]).data_OB
+        return tensors
+
+    def complete(self, changed: Mapping[str, torch.Tensor]) -> None:
+        self.ranks.on_rank_0(self._write_file)
+        self.record.state = "finished"
+
+    def _write_file(self) -> None:
+        if not self.has(OUTSIDE_SHARD):
+            self._write_outside({})
+            self.save()
+        types, record = self.record.types, self.record
+        source = self.job.checkpoint.checkpoint
+        shards = Checkpoint(self.folder, only=list(record.sha256))
+        parts = dict(self._plan.bytes_by_type(types).most_common())
+        record.size = self._plan.size(source.file_bytes(), self._plan.file_bytes(types), parts)
+        stored = self._plan.stored(types, partial(self._content, shards))
+        write_gguf(self._path, self._plan.fields(types, reproducible(record)), stored)
+
+    def _content(self, shards: Checkpoint, tensor: GgufTensor) -> torch.Tensor:
+        """The bytes of a tensor of the file, from the shards."""
+        if tensor.source is None:
+            assert tensor.values is not None
+            return tensor.values
+        rows = tensor.arranged(shards.whole(self.job.checkpoint.stored[tensor.source]))
+        return rows if tensor.is_matrix else rows.float() + tensor.shift
+
+    def _key(self, linear: str) -> str:
+        return self.job.checkpoint.stored[f"{linear}.weight"]
+
+
+def reproducible(record: CompressionRecord) -> str:
+    """The record as JSON without times and hashes, so that equal runs give equal files."""
+    content = record.model_dump(mode="json", exclude={"sha256", "hardware", "measured"})
+    content |= {"state": "finished", "source": Path(record.source).name}
+    content["totals"] = {
+        name: value
+        for name, value in content["totals"].items()
+        if not name.endswith(("seconds", "memory_bytes"))
+    }
+    content["inputs"] |= {"outside": {}}
+    for block in content["blocks"]:
+        block["seconds"] = 0.0
+        for linear in block["linears"].values():
+            linear["seconds"] = 0.0
+    return json.dumps(content, separators=(",", ":"), ensure_ascii=False)
+
+
+def read_record(path: Path) -> CompressionRecord | None:
+    """The record in a GGUF file; None if prunus did not make it. Raises for a damaged file."""
+    check_header(path)
+    text = GgufFile.open(path).get(RECORD_FIELD)
+    return None if not text or not text.strip() else CompressionRecord.model_validate_json(text)

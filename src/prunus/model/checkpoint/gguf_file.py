@@ -1,0 +1,121 @@
+"""GGUF files through llama.cpp's package `gguf`: fields and tensors are read, and files written.
+
+No other file imports the package, which is an extra. Files of strangers are checked first; see
+`gguf.check_header`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunus.model.checkpoint.atomic_files import replacing
+
+#: The field with the record of the run that made a file.
+RECORD_FIELD = "prunus.compress"
+
+
+def check_extra() -> None:
+    """Raise ModuleNotFoundError unless the packages for GGUF files are installed."""
+    for module in ("gguf", "accelerate"):
+        if importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(f"a GGUF file needs {module}: pip install '.[gguf]'")
+
+
+def package() -> Any:
+    """llama.cpp's package `gguf`."""
+    import gguf
+
+    # It warns of what users cannot change, such as special tokens in templates of pairs.
+    logging.getLogger("gguf").setLevel(logging.ERROR)
+    return gguf
+
+
+def new_fields(architecture: str) -> Any:
+    """A writer of the package without a file, to which fields are added; see `fields_of`."""
+    return package().GGUFWriter(None, architecture)
+
+
+def fields_of(writer: Any) -> dict[str, Any]:
+    """The fields of a writer: key -> value with its type."""
+    return dict(writer.kv_data[0])
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """A GGUF file whose header was checked."""
+
+    reader: Any
+    tensors: dict[str, Any]  #: name -> tensor of the package's reader, whose data are mapped
+
+    @classmethod
+    def open(cls, path: Path) -> GgufFile:
+        """Read the header of a file that `check_header` accepts."""
+        reader = package().GGUFReader(path)
+        return cls(reader, {tensor.name: tensor for tensor in reader.tensors})
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a field; `default` if it is missing."""
+        found = self.reader.fields.get(key)
+        return default if found is None else found.contents()
+
+    @property
+    def types(self) -> set[str]:
+        """The types of all tensors, by name."""
+        return {tensor.tensor_type.name for tensor in self.tensors.values()}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor to write."""
+
+    name: str
+    shape: tuple[int, ...]
+    type_id: int  #: llama.cpp's number of its type
+    nbytes: int
+    read: Callable[[], torch.Tensor]  #: returns all bytes, when it is written
+
+
+def file_bytes(fields: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> int:
+    """The size of the file that `write_gguf` writes."""
+    header = len(_header(fields, tensors))
+    return padded(header) + sum(padded(tensor.nbytes) for tensor in tensors)
+
+
+def write_gguf(path: Path, fields: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> None:
+    """Write a GGUF file atomically, one tensor in memory at a time."""
+    with replacing(path, file_bytes(fields, tensors)) as file:
+        header = _header(fields, tensors)
+        file.write(header.ljust(padded(len(header)), b"\0"))
+        for each in tensors:
+            content = each.read().contiguous().reshape(-1).view(torch.uint8)
+            assert len(content) == each.nbytes, each.name
+            file.write(content.numpy().data)
+            file.write(b"\0" * (padded(each.nbytes) - each.nbytes))
+
+
+def padded(nbytes: int) -> int:
+    """The bytes that a tensor takes in a file, up to the beginning of the next one."""
+    return -(-nbytes // 32) * 32
+
+
+def _header(fields: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> bytes:
+    """Everything in a file before its tensors, packed by the package."""
+    gguf_writer = package().gguf_writer
+    writer, file = new_fields(fields["general.architecture"].value), io.BytesIO()
+    writer.kv_data[0] = dict(fields)
+    for each in tensors:
+        kind = package().GGMLQuantizationType(each.type_id)
+        writer.tensors[0][each.name] = gguf_writer.TensorInfo(each.shape, kind, each.nbytes)
+    writer.fout, writer.state = [file], gguf_writer.WriterState.EMPTY
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    return file.getvalue()

@@ -1,0 +1,235 @@
+"""What a GGUF file of a checkpoint holds: its fields, and which tensors under which names.
+
+For families that are listed here, it is what llama.cpp's own converter writes.
+
+llama.cpp stores the weights of a model as they are, with two exceptions. Llama's queries and keys
+have the rows of a head in another order, because llama.cpp rotates neighbours where transformers
+rotates halves. Gemma's norms are stored with the 1 that transformers adds.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunus.model.checkpoint.gguf_file import fields_of, new_fields, package
+from prunus.model.checkpoint.gguf_vocabulary import add_vocabulary
+
+#: Class in transformers -> llama.cpp's name of its kind of model.
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Gemma3ForCausalLM": "gemma3",
+    "PhiForCausalLM": "phi2",
+    "Phi3ForCausalLM": "phi3",
+}
+#: Tensors that llama.cpp needs in float32, also those that are matrices.
+PLAIN = re.compile(r"_norm\.weight$|ffn_gate_inp|position_embd|token_types|ssm_|shortcut|rope_")
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One tensor of a GGUF file."""
+
+    name: str
+    shape: tuple[int, ...]  #: in the order of torch, rows first
+    source: str | None = None  #: its name in the model; None where the model has no such tensor
+    heads: int | None = None  #: the rows of this number of heads have llama.cpp's order
+    shift: float = 0.0  #: what is added to every value
+    values: torch.Tensor | None = None  #: the content where there is no source, float32
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it may have a type of fewer bits than float32."""
+        return len(self.shape) > 1 and not PLAIN.search(self.name)
+
+    def arranged(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of one source in the order of the file.
+
+        >>> GgufTensor("blk.0.attn_q.weight", (4,), heads=1).arranged(torch.arange(4)).tolist()
+        [0, 2, 1, 3]
+        """
+        if self.heads is None:
+            return rows
+        parts = torch.arange(len(rows)).reshape(self.heads, 2, -1)
+        return rows[parts.transpose(1, 2).reshape(-1)]
+
+
+@dataclass(frozen=True)
+class GgufLayout:
+    """The fields and tensors of the GGUF file of a model."""
+
+    fields: dict[str, Any]
+    tensors: tuple[GgufTensor, ...]
+
+
+def layout_of(folder: Path, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> GgufLayout:
+    """The layout of the GGUF file of the checkpoint in `folder`.
+
+    `shapes` has the name in the model of each weight to store; of tied ones only the first. A
+    family or a tokenizer without a known layout is a ValueError or a NotImplementedError.
+    """
+    kind = (getattr(config, "architectures", None) or ["unknown"])[0]
+    architecture = ARCHITECTURES.get(kind)
+    if architecture is None:
+        raise NotImplementedError(
+            f"{kind} has no known layout in GGUF files; known are "
+            f"{', '.join(sorted(ARCHITECTURES))}. Use llama.cpp's converter for others"
+        )
+    known = config.get_text_config().to_dict()
+    heads = known["num_attention_heads"]
+    heads = {"attn_q": heads, "attn_k": known.get("num_key_value_heads") or heads}
+    tensors = named(architecture, known["num_hidden_layers"], shapes)
+    for index, each in enumerate(tensors):
+        if architecture == "llama":
+            tensors[index] = replace(each, heads=heads.get(each.name.split(".")[-2]))
+        elif architecture == "gemma3" and each.name.endswith("norm.weight"):
+            tensors[index] = replace(each, shift=1.0)
+    writer = new_fields(architecture)
+    extra = _rope_factors(writer, architecture, known)
+    tensors = [*extra, *tensors]
+    _add_metadata(writer, folder, tensors)
+    _add_parameters(writer, architecture, known)
+    _add_tokenizer(writer, folder, architecture, known)
+    return GgufLayout(fields_of(writer), tuple(tensors))
+
+
+def named(
+    architecture: str, blocks: int, shapes: Mapping[str, tuple[int, ...]]
+) -> list[GgufTensor]:
+    """All weights of a model by llama.cpp's names, in the order of `shapes`."""
+    gguf, found = package(), []
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    if architecture not in kinds:
+        raise ValueError(f"the package gguf knows no kind of model {architecture!r}; update it")
+    names = gguf.get_tensor_name_map(kinds[architecture], blocks)
+    for source, shape in shapes.items():
+        name = names.get_name(source, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise NotImplementedError(
+                f"{source} has no place in a GGUF file of kind {architecture}, so this model "
+                "cannot be written as one"
+            )
+        found.append(GgufTensor(name, shape, source))
+    return found
+
+
+# --- fields, as llama.cpp's converter writes them ---
+
+
+def _add_metadata(writer: Any, folder: Path, tensors: list[GgufTensor]) -> None:
+    """Name, origin and size of the model, by the rules of the package."""
+    gguf = package()
+    total = sum(math.prod(tensor.shape) for tensor in tensors)
+    metadata = gguf.Metadata.load(None, folder, None, total)
+    metadata.name = metadata.name or folder.resolve().name
+    metadata.size_label = metadata.size_label or gguf.size_label(total, total, 0, 0)
+    writer.add_type(gguf.GGUFType.MODEL)
+    metadata.set_gguf_meta_model(writer)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _add_parameters(writer: Any, architecture: str, known: Mapping[str, Any]) -> None:
+    """The shape of the model and the constants that it computes with."""
+    heads, width = known["num_attention_heads"], known["hidden_size"]
+    rope = _rope(known)
+    writer.add_block_count(known["num_hidden_layers"])
+    writer.add_context_length(known["max_position_embeddings"])
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(known["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(known.get("num_key_value_heads") or heads)
+    if architecture == "phi2":
+        writer.add_layer_norm_eps(known["layer_norm_eps"])
+    else:
+        writer.add_layer_norm_rms_eps(known["rms_norm_eps"])
+        writer.add_rope_freq_base(rope["rope_theta"])
+        local = known["rope_parameters"].get("sliding_attention", {}).get("rope_theta")
+        if local is not None:
+            writer.add_rope_freq_base_swa(local)
+        if rope.get("rope_type") == "longrope":
+            writer.add_rope_scaling_type(package().RopeScalingType.LONGROPE)
+    if known.get("head_dim") is not None and not architecture.startswith("phi"):
+        writer.add_key_length(known["head_dim"])
+        writer.add_value_length(known["head_dim"])
+    if architecture == "llama":
+        writer.add_vocab_size(known["vocab_size"])
+        writer.add_rope_dimension_count(known.get("head_dim") or width // heads)
+    if architecture.startswith("phi"):
+        share = rope.get("partial_rotary_factor", known.get("partial_rotary_factor", 1.0))
+        writer.add_rope_dimension_count(int(share * width) // heads)
+    if architecture == "phi3":
+        writer.add_rope_scaling_orig_ctx_len(_original_positions(known))
+        writer.add_sliding_window(known.get("sliding_window") or 0)
+    if architecture == "gemma3":
+        writer.add_sliding_window(known["sliding_window"])
+        if known.get("final_logit_softcapping"):
+            writer.add_final_logit_softcapping(known["final_logit_softcapping"])
+
+
+def _rope(known: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of the rotary embedding; those of full attention if there are two."""
+    rope = known["rope_parameters"]
+    found = dict(rope.get("full_attention", rope))
+    if (kind := found.get("rope_type", "default")) not in ("default", "llama3", "longrope"):
+        raise NotImplementedError(f"positions scaled by {kind!r} have no known form in a GGUF file")
+    return found
+
+
+def _original_positions(known: Mapping[str, Any]) -> int:
+    found = _rope(known).get("original_max_position_embeddings")
+    found = found or known.get("original_max_position_embeddings")
+    return int(found or known["max_position_embeddings"])
+
+
+def _rope_factors(writer: Any, architecture: str, known: Mapping[str, Any]) -> list[GgufTensor]:
+    """Tensors by which frequencies of the rotary embedding are divided, where there are some."""
+    rope = _rope(known)
+    factors: dict[str, Any] = {}
+    if architecture == "llama" and rope.get("rope_type") == "llama3":
+        factors["rope_freqs.weight"] = _llama3_factors(rope, known)
+    if architecture == "phi3" and rope.get("long_factor"):
+        original = _original_positions(known)
+        scale = known["max_position_embeddings"] / original
+        grown = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
+        writer.add_rope_scaling_attn_factors(grown)
+        factors["rope_factors_long.weight"] = rope["long_factor"]
+        factors["rope_factors_short.weight"] = rope["short_factor"]
+    return [
+        GgufTensor(name, (len(each),), values=torch.tensor(each, dtype=torch.float32))
+        for name, each in factors.items()
+    ]
+
+
+def _llama3_factors(rope: Mapping[str, Any], known: Mapping[str, Any]) -> list[float]:
+    """The factors of Llama 3: 1 for short waves, `factor` for long ones, and a ramp between."""
+    heads = known["num_attention_heads"]
+    width = known.get("head_dim") or known["hidden_size"] // heads
+    steps = torch.arange(0, width, 2, dtype=torch.float32)
+    waves = 2 * math.pi * rope["rope_theta"] ** (steps / width)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    share = (rope["original_max_position_embeddings"] / waves - low) / (high - low)
+    share = share.clamp(0, 1)
+    return (1 / ((1 - share) / rope["factor"] + share)).tolist()
+
+
+def _add_tokenizer(writer: Any, folder: Path, architecture: str, known: Mapping[str, Any]) -> None:
+    size = known["vocab_size"]
+    by_scores = add_vocabulary(writer, folder, size, architecture)
+    special = package().SpecialVocab(folder, load_merges=not by_scores, n_vocab=size)
+    special.add_to_gguf(writer, quiet=True)
+    says_bos = "bos" in special.add_special_token
+    if architecture == "gemma3" and by_scores:
+        writer.add_add_space_prefix(False)
+        if not says_bos:
+            writer.add_add_bos_token(True)
+    if (architecture == "phi2" and not says_bos) or (architecture == "llama" and size == 49152):
+        writer.add_add_bos_token(False)

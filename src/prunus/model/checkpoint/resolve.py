@@ -1,0 +1,74 @@
+"""Where the checkpoint of a model is that a user names: a folder, a GGUF file, or a hub id."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from prunus.model.checkpoint.gguf import check_header, import_gguf
+from prunus.model.checkpoint.gguf_file import GgufFile, check_extra
+from prunus.model.checkpoint.regular_files import check_folder
+
+#: Types of GGUF files whose weights are those of the model, or nearly so.
+FULL_TYPES = frozenset({"F32", "F16", "BF16", "Q8_0"})
+#: Path, size and time of a GGUF file -> the folder that holds its checkpoint.
+_made: dict[tuple[Path, int, int], tempfile.TemporaryDirectory[str]] = {}
+
+
+def is_gguf(path: str | Path) -> bool:
+    """Whether a path names a GGUF file, by its ending."""
+    return str(path).lower().endswith(".gguf")
+
+
+def _imported(path: Path) -> Path:
+    """The temporary checkpoint of a GGUF file, made when it is first asked for."""
+    state = path.stat()
+    key = (path.resolve(), state.st_size, state.st_mtime_ns)
+    if key not in _made:
+        check_extra()
+        made = tempfile.TemporaryDirectory(prefix="prunus-")
+        check_header(path)
+        # float32 holds all values of a file in full precision; others are not worth the memory.
+        exact = GgufFile.open(path).types <= FULL_TYPES - {"BF16"}
+        import_gguf(path, Path(made.name) / path.stem, dtype="float32" if exact else "bfloat16")
+        _made[key] = made
+    return Path(_made[key].name) / path.stem
+
+
+def resolve_folder(model: str | Path) -> Path:
+    """The folder of a model: a local one, or a snapshot downloaded from the Hugging Face hub.
+
+    A GGUF file becomes a temporary checkpoint, which is removed when the program ends.
+    """
+    path = Path(model)
+    if path.is_dir() and str(model):
+        check_folder(path)
+        return path
+    name = str(model)
+    if is_gguf(path) and path.is_file():
+        return _imported(path)
+    if name and path.exists():
+        raise FileNotFoundError(
+            f"{name} is {'a file' if path.is_file() else 'not a folder'}; expected the folder of a "
+            "Hugging Face checkpoint, or a file of llama.cpp, NAME.gguf"
+        )
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    if looks_local or not name:
+        raise FileNotFoundError(
+            f"{name!r} is neither a folder nor a hub id; give the folder of a Hugging Face "
+            "checkpoint, or a hub id such as owner/name"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = snapshot_download(
+            name,
+            allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"],
+        )
+    except Exception as fault:
+        reason = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
+        raise FileNotFoundError(
+            f"{name!r} is neither a local folder nor a model that could be downloaded from the "
+            f"hub: {reason}"
+        ) from fault
+    return Path(found)
