@@ -255,7 +255,8 @@ def test_after_ctrl_c_a_verb_promises_only_what_it_keeps(monkeypatch):
     monkeypatch.setattr("prunus.cli.terminal._check_json_file", stop)
     after = dict[str, str]()
     for verb, command in get_command(app).commands.items():
-        needed = ["x" for parameter in command.params if parameter.required]
+        required = [each for each in command.params if each.required]
+        needed = ["--prompt=x" if each.name == "prompt" else "x" for each in required]
         after[verb] = call(verb, *needed, status=130).stderr.removeprefix("prunus: stopped; ")
     resuming = {verb for verb, text in after.items() if text.startswith("finished work is kept")}
     assert resuming == {"prune", "compress", "shrink", "recover", "pack", "unpack", "sweep"}

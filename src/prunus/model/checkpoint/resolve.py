@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from prunus.model.checkpoint.regular_files import check_folder
 #: Types of GGUF files whose weights are those of the model, or nearly so.
 FULL_TYPES = frozenset({"F32", "F16", "BF16", "Q8_0"})
 #: Path, size and time of a GGUF file -> the folder that holds its checkpoint.
-_made: dict[tuple[Path, int, int], tempfile.TemporaryDirectory[str]] = {}
+_made: dict[tuple[Path, int, int], Path] = {}
 
 
 def is_gguf(path: str | Path) -> bool:
@@ -26,13 +28,14 @@ def _imported(path: Path) -> Path:
     key = (path.resolve(), state.st_size, state.st_mtime_ns)
     if key not in _made:
         check_extra()
-        made = tempfile.TemporaryDirectory(prefix="prunus-")
         check_header(path)
+        made = Path(tempfile.mkdtemp(prefix="prunus-"))
+        atexit.register(shutil.rmtree, made, ignore_errors=True)
         # float32 holds all values of a file in full precision; others are not worth the memory.
         exact = GgufFile.open(path).types <= FULL_TYPES - {"BF16"}
-        import_gguf(path, Path(made.name) / path.stem, dtype="float32" if exact else "bfloat16")
+        import_gguf(path, made / path.stem, dtype="float32" if exact else "bfloat16")
         _made[key] = made
-    return Path(_made[key].name) / path.stem
+    return _made[key] / path.stem
 
 
 def resolve_folder(model: str | Path) -> Path:
