@@ -23,7 +23,7 @@ def is_gguf(path: str | Path) -> bool:
 
 
 def _imported(path: Path) -> Path:
-    """The temporary checkpoint of a GGUF file, made when it is first asked for."""
+    """The checkpoint of a GGUF file, made when it is first asked for and removed at exit."""
     state = path.stat()
     key = (path.resolve(), state.st_size, state.st_mtime_ns)
     if key not in _made:
@@ -39,10 +39,7 @@ def _imported(path: Path) -> Path:
 
 
 def resolve_folder(model: str | Path) -> Path:
-    """The folder of a model: a local one, or a snapshot downloaded from the Hugging Face hub.
-
-    A GGUF file becomes a temporary checkpoint, which is removed when the program ends.
-    """
+    """The folder of a model: a local one, a snapshot from the hub, or the import of a GGUF file."""
     path = Path(model)
     if path.is_dir() and str(model):
         check_folder(path)
