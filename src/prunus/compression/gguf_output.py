@@ -97,12 +97,16 @@ class GgufPlan:
         writer.add_string(RECORD_FIELD, text + " " * (self._record_bytes - len(text.encode())))
         return self.layout.fields | fields_of(writer)
 
-    def size(self, before: int, after: int, parts: dict[str, int]) -> FileSize:
+    def size(self, types: Mapping[str, str], before: int) -> FileSize:
         """The size for people; `before` is that of the source."""
         count = sum(math.prod(tensor.shape) for tensor in self.layout.tensors if tensor.source)
-        bits = 8 * after / count
+        after = self.file_bytes(types)
         return FileSize(
-            before=before, after=after, parameters=count, bits_per_parameter=bits, parts=parts
+            before=before,
+            after=after,
+            parameters=count,
+            bits_per_parameter=8 * after / count,
+            parts=dict(self.bytes_by_type(types).most_common()),
         )
 
     def file_bytes(self, types: Mapping[str, str]) -> int:
@@ -160,8 +164,7 @@ class GgufFolder(CompressedFolder):
         types, record = self.record.types, self.record
         source = self.job.checkpoint.checkpoint
         shards = Checkpoint(self.folder, only=list(record.sha256))
-        parts = dict(self._plan.bytes_by_type(types).most_common())
-        record.size = self._plan.size(source.file_bytes(), self._plan.file_bytes(types), parts)
+        record.size = self._plan.size(types, source.file_bytes())
         stored = self._plan.stored(types, partial(self._content, shards))
         write_gguf(self._path, self._plan.fields(types, reproducible(record)), stored)
 

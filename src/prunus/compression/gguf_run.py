@@ -15,10 +15,9 @@ from prunus.compression.file_size import embedding_and_head
 from prunus.compression.gguf_output import GgufFolder, GgufPlan, read_record
 from prunus.compression.job import CompressionJob
 from prunus.compression.records import CompressionRecipe, CompressionRecord
-from prunus.methods.grid_sweep import GridQuantization
 from prunus.methods.grids import GRIDS, GridWeight, grid_for
 from prunus.methods.statistics import InputStatistics
-from prunus.methods.work import Quantized
+from prunus.methods.work import GridQuantization, Quantized
 from prunus.model.checkpoint.gguf import check_header
 from prunus.model.checkpoint.gguf_file import GgufFile, check_extra
 from prunus.model.checkpoint.gguf_layout import layout_of
@@ -137,8 +136,7 @@ class GgufJob(CompressionJob):
         return found
 
     def describe(self) -> dict[str, object]:
-        parts = dict(self.plan.bytes_by_type(self.types).most_common())
-        file = self.plan.size(self.checkpoint.checkpoint.file_bytes(), self.file_bytes(), parts)
+        file = self.plan.size(self.types, self.checkpoint.checkpoint.file_bytes())
         return {"types": self.recipe.type, "file": file.model_dump()}
 
     def file_bytes(self) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from prunus.hardware.numerics import count_zeros
-from prunus.methods.grid_sweep import GridQuantization, quantize_in_grid
+from prunus.methods.grid_sweep import quantize_in_grid
 from prunus.methods.options import MethodOptions
 from prunus.methods.rate_distortion import quantize as quantize_by_rate
 from prunus.methods.refine.dense_targets import (
@@ -25,7 +25,7 @@ from prunus.methods.refine.swaps import refine_by_swaps
 from prunus.methods.solvers.least_squares import fit_least_squares
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.table import Method
-from prunus.methods.work import Pruned, RowShard, Work, masked, unchanged
+from prunus.methods.work import GridQuantization, Pruned, RowShard, Work, masked, unchanged
 
 
 def compose(method: Method, options: MethodOptions, quantizes: bool = False) -> Method:

@@ -26,8 +26,6 @@ from prunus.methods.solvers.obs import TILE, inverse_factor, sweep_columns
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import GridQuantization, Pruned, RowShard, Work
 
-__all__ = ["GridQuantization", "quantize_in_grid"]
-
 #: λ, a fraction of the mean diagonal of the Gram matrix.
 DAMPING = 0.1
 # The share of the correlations between inputs that the sweep uses.
