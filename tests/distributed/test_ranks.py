@@ -161,14 +161,6 @@ def test_divergence_is_the_same_to_the_last_digit(found):
     assert all(other == alone for other in others)
 
 
-def test_cells_of_a_sweep_are_split_over_ranks(found):
-    sweep = found["evaluated"]["sweep"]
-    assert sweep["states"] == ["done"] * 3
-    assert sweep["shared"] == sweep["figures"]
-    assert all("pruned in" in lines for lines in sweep["lines"]), "both ranks had cells"
-    assert not sweep["left"]
-
-
 def test_a_training_step_is_split_over_ranks(found):
     result = found["recovered"]
     assert result["state"] == "finished"

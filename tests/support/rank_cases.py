@@ -323,11 +323,10 @@ def lost(scratch: Path) -> dict[str, Any]:
 
 
 def evaluated(scratch: Path) -> dict[str, Any]:
-    """Perplexity over ranks, also over more ranks than windows, and a sweep split by cells."""
+    """Perplexity over ranks, also over more ranks than windows."""
     from safetensors.torch import save_file
 
     from prunus.evaluation.perplexity import perplexity
-    from prunus.sweeping.run import sweep as run_sweep
 
     dense = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)
     text, ids = scratch / "text.safetensors", scratch / "ids.safetensors"
@@ -351,31 +350,6 @@ def evaluated(scratch: Path) -> dict[str, Any]:
         scores = answers(size, score, scratch)
         found[str(size)] = [loss for loss, _ in scores]
         found["compared"] += [divergence for _, divergence in scores]
-    file = scratch / "sweep.toml"
-    file.write_text(
-        f'title = "t"\nmodels = ["{dense}"]\n'
-        f'[recipe]\ncalibration = "{ids}"\nsamples = 6\nseqlen = 16\n'
-        f'[scoring]\ntexts = ["{text}"]\nseqlen = 32\n'
-        '[[grid]]\nmethod = ["wanda", "magnitude", "ria"]\nsparsity = 0.5\n'
-    )
-    alone = run_sweep(file, scratch / "one")
-
-    def share(_rank: int) -> list[str]:
-        lines: list[str] = []
-        run_sweep(file, scratch / "two", progress=lines.append)
-        return lines
-
-    lines = answers(2, share, scratch)
-    both = json.loads((scratch / "two" / "results.json").read_text())
-    found["sweep"] = {
-        "figures": [[x.name, [s.perplexity for s in x.scores.values()]] for x in alone.cells],
-        "shared": [
-            [x["name"], [s["perplexity"] for s in x["scores"].values()]] for x in both["cells"]
-        ],
-        "states": [x["state"] for x in both["cells"]],
-        "lines": ["\n".join(each) for each in lines],
-        "left": [str(path) for path in (scratch / "two").rglob("cell.json")],
-    }
     return found
 
 

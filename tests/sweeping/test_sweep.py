@@ -643,8 +643,14 @@ def test_the_command_fails_where_a_cell_failed(dense, tmp_path, monkeypatch):
     assert "MemoryError: no message" in result.stdout
 
 
-def test_what_would_fail_is_refused_before_any_work(dense, tmp_path):
+def test_what_would_fail_is_refused_before_any_work(dense, tmp_path, monkeypatch):
     file = write_toml(tmp_path / "s.toml", dense, '["2:5"]')
     result = call("sweep", file, tmp_path / "out", status=2)
     assert result.stderr.startswith("prunus: error: cell dense-magnitude-2of5: ")
+    for name, value in zip(
+        ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"), ("0", "2", "here", "1"), strict=True
+    ):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="a sweep runs in one process"):
+        prunus.sweep(write_toml(tmp_path / "s.toml", dense), tmp_path / "out")
     assert not (tmp_path / "out").exists()

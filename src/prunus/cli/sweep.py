@@ -36,8 +36,7 @@ def sweep(
 
     Scores are perplexity, KL divergence from the dense model, and accuracy on tasks.
 
-    A killed sweep continues when you give the same command again. Under torchrun, every process
-    takes the next free cell.
+    A killed sweep continues when you give the same command again.
     """
     from prunus.reporting.sweep_section import check_section, sweep_section
     from prunus.sweeping.grid import Sweep

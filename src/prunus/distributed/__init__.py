@@ -16,7 +16,12 @@ from prunus.distributed.base import (
     own_part,
     split_range,
 )
-from prunus.distributed.group import DEFAULT_TIMEOUT, is_rank_0, process_group
+from prunus.distributed.group import (
+    DEFAULT_TIMEOUT,
+    is_rank_0,
+    process_group,
+    started_by_torchrun,
+)
 
 __all__ = [
     "DEFAULT_TIMEOUT",
@@ -28,4 +33,5 @@ __all__ = [
     "own_part",
     "process_group",
     "split_range",
+    "started_by_torchrun",
 ]

@@ -91,20 +91,6 @@ class Ranks:
         """Concatenate tensors (n, …). All ranks call it; `lengths`, every n, save a message."""
         return tensor
 
-    def claim(self, what: str, count: int) -> Iterator[int]:
-        """Yield numbers below `count` that no other rank gets, until none is left. Not collective.
-
-        Fast ranks do more work than slow ones. `what` names the work, the same on all ranks, used
-        once.
-        """
-        return iter(range(count))
-
-    def barrier(self, what: str) -> None:
-        """Wait until all ranks, which must call this, have finished `what`.
-
-        That may take as long as the work does: only a rank without a heartbeat counts as lost.
-        """
-
     def on_rank_0(self, make: Callable[[], Any]) -> Any:
         """What `make` returns on rank 0, as JSON can hold it. All call it, and fail together."""
         return make()

@@ -92,20 +92,6 @@ class ProcessGroup(Ranks):
     ) -> torch.Tensor:
         return torch.cat(self._gather_uneven(tensor.contiguous(), lengths))
 
-    def claim(self, what: str, count: int) -> Iterator[int]:
-        while (number := self._heartbeat.claim(what)) < count:
-            yield number
-
-    def barrier(self, what: str) -> None:
-        # Over the store rather than by a collective, which would apply the rank timeout to ranks
-        # that still work.
-        self.set_location(f"the end of {what}")
-        self._heartbeat.set_finished(what)
-        for rank in self._heartbeat.others:
-            while not self._heartbeat.has_finished(what, rank):
-                self._heartbeat.check()
-                time.sleep(0.1)
-
     def on_rank_0(self, make: Callable[[], Any]) -> Any:
         text = ""
         with self.fail_together():
@@ -209,10 +195,10 @@ class ProcessGroup(Ranks):
 
 def is_rank_0() -> bool:
     """Whether this process is rank 0, which alone writes to the terminal; true without torchrun."""
-    return not _started_by_torchrun() or os.environ["RANK"] == "0"
+    return not started_by_torchrun() or os.environ["RANK"] == "0"
 
 
-def _started_by_torchrun() -> bool:
+def started_by_torchrun() -> bool:
     """Whether torchrun started this process: it sets four variables, a scheduler perhaps RANK."""
     values = [os.environ.get(name, "") for name in _VARIABLES]
     return all(values) and all(x.isdecimal() for x in values[:2]) and int(values[1]) > 1
@@ -229,7 +215,7 @@ def process_group(timeout: float | None = None) -> Iterator[Ranks]:
     timeout = DEFAULT_TIMEOUT if timeout is None else timeout
     if not (math.isfinite(timeout) and timeout > 0):
         raise ValueError(f"the rank timeout is {timeout}; it must be a number of seconds above 0")
-    if not _started_by_torchrun():
+    if not started_by_torchrun():
         yield SINGLE_PROCESS
         return
     if dist.is_initialized():

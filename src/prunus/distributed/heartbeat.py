@@ -15,8 +15,7 @@ ends with the process that keeps it, usually rank 0. So a rank that leaves becau
 lost waits a moment until the rest have learnt the reason: afterwards they could not read it.
 
 Keys of the store, per rank: `who` (host, namespace of process ids, process id), `beat` (counter,
-number of collectives, location), `fault` (its error), `heard` (it knows of a loss); and `claim/…`
-(a counter) and `through/…` (a rank has finished a piece of work) per piece of work.
+number of collectives, location), `fault` (its error), and `heard` (it knows of a loss).
 """
 
 from __future__ import annotations
@@ -74,16 +73,6 @@ class Heartbeat:
                 self._loss = self._describe_late_rank(waited)
         if self._loss is not None:
             raise RankError(self._loss)
-
-    def claim(self, what: str) -> int:
-        """The next number of `what`, counted from 0, that no rank has had yet."""
-        return int(self._store.add(f"claim/{what}", 1)) - 1
-
-    def set_finished(self, what: str) -> None:
-        self._store.set(f"through/{what}/{self._rank}", "")
-
-    def has_finished(self, what: str, rank: int) -> bool:
-        return bool(self._store.check([f"through/{what}/{rank}"]))
 
     def lost_rank_error(self, symptom: str) -> RankError:
         """The error for a symptom of a lost rank; names the rank if it can be learnt soon."""

@@ -37,7 +37,7 @@ from prunus.pruning.options import PruningOptions
 from prunus.pruning.output import InPlaceOutput, PrunedFolder, PruningOutput
 from prunus.pruning.recipe import Recipe
 from prunus.runs.folder import find_earlier, held, resumed_or_new
-from prunus.runs.loop import MemoryWatch, run_blocks
+from prunus.runs.loop import run_blocks
 from prunus.runs.options import RunOptions
 from prunus.runs.plan import check_room, check_same_on_all_ranks
 from prunus.runs.progress import pruning_step, shows_progress
@@ -183,7 +183,7 @@ def _carry_out(
     finish = verb.finish_linear(job, windows.ids, output, record)
     pruner = BlockPruner(job, walks, record.allocation, finish)
     one_thread = 1 if job.reference_order else None
-    with MemoryWatch(job), torch.no_grad(), contextlib.closing(pruner), _threads(one_thread):
+    with torch.no_grad(), contextlib.closing(pruner), _threads(one_thread):
         # Everything before the first block: windows become hidden states.
         batches = windows.ids.split(job.batch) if len(windows.ids) else ()
         embedding = f"embedding {len(windows.ids)} windows and " if batches else ""

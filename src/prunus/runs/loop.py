@@ -5,15 +5,12 @@
 
 Disk and processor work at the same time where memory has room for two more blocks. Two threads do
 it, which change nothing but the time: blocks are read and written one at a time and in order, and a
-shard still has its final name before the record names it. A watch ends a run that grows beyond its
-plan, before the system kills it.
+shard still has its final name before the record names it.
 """
 
 from __future__ import annotations
 
 import functools
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +20,7 @@ from typing import Any, NamedTuple, Protocol, Self, TypeVar
 import torch
 
 from prunus.distributed import RankError, Ranks
-from prunus.hardware.memory import HeapTrimmer, available_memory, peak_memory, resident_memory
+from prunus.hardware.memory import HeapTrimmer, peak_memory
 from prunus.hardware.numerics import check_finite
 from prunus.model.source import tensors_digest
 from prunus.runs.job import RunJob, check_known
@@ -203,54 +200,3 @@ class BackgroundWrites:
             self._executor.shutdown(wait=True)
         if error is None:
             self.wait()
-
-
-#: With less than this many free bytes, the system begins to swap and to kill.
-_LEAST_FREE = 3 * 10**8
-_SECONDS_BETWEEN_LOOKS = 0.25
-#: Interrupts the main thread. A shell lets programs in the background ignore SIGINT.
-_SIGNAL = signal.SIGUSR1
-
-
-class MemoryWatch:
-    """While active, looks at the memory of this process and of the machine.
-
-    A run within its plan is left alone, whatever other programs take. Where the run holds more than
-    was planned and nearly nothing is free, it ends with a `MemoryError` that gives both figures.
-    Finished blocks are kept.
-    """
-
-    def __init__(self, job: RunJob) -> None:
-        self._planned = job.peak_bytes() + resident_memory()
-        self._fault: str | None = None
-        self._ended = threading.Event()
-        # Only the main thread gets signals.
-        runs_in_main = threading.current_thread() is threading.main_thread()
-        on_host = runs_in_main and job.device.type == "cpu"
-        self._thread = threading.Thread(target=self._look, daemon=True) if on_host else None
-
-    def _look(self) -> None:
-        while not self._ended.wait(_SECONDS_BETWEEN_LOOKS):
-            held = resident_memory()
-            if held > self._planned and available_memory() < _LEAST_FREE:
-                self._fault = (
-                    f"the run holds {held / 1e9:.1f} GB where {self._planned / 1e9:.1f} GB were "
-                    "planned, and no memory is left. Finished blocks are kept: run the same "
-                    "command again with a lower `memory`, such as half of the machine's"
-                )
-                signal.pthread_kill(threading.main_thread().ident or 0, _SIGNAL)
-                return
-
-    def __enter__(self) -> Self:
-        if self._thread is not None:
-            self._handler = signal.signal(_SIGNAL, signal.default_int_handler)
-            self._thread.start()
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        self._ended.set()
-        if self._thread is not None:
-            self._thread.join()
-            signal.signal(_SIGNAL, self._handler or signal.SIG_DFL)
-        if self._fault is not None and isinstance(error, KeyboardInterrupt):
-            raise MemoryError(self._fault) from None

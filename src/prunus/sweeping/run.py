@@ -7,9 +7,7 @@ same command tries it again.
 The dense model runs once for each text, and what its last block returns is kept, because every cell
 is compared with it.
 
-On several ranks, a rank that is free takes the next cell. One process does all work of a cell. All
-ranks need access to the folder of the sweep, but only rank 0 writes `results.json`. The other ranks
-write what they find into the cell's folder. If a rank is killed, the next run finds it there.
+One process does all work: torchrun with several is refused.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prunus.distributed import SINGLE_PROCESS, Ranks
+from prunus.distributed import SINGLE_PROCESS, started_by_torchrun
 from prunus.evaluation.options import TaskOptions
 from prunus.evaluation.perplexity import check_text
 from prunus.evaluation.reference import Reference
@@ -28,13 +26,7 @@ from prunus.evaluation.task_runner import prepare_tasks
 from prunus.hardware.errors import reason
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.methods import get_method
-from prunus.model.checkpoint.atomic_files import (
-    make_folder,
-    read_json,
-    remove,
-    remove_temporaries,
-    write_json,
-)
+from prunus.model.checkpoint.atomic_files import remove_temporaries
 from prunus.model.checkpoint.output_folder import check_apart, is_vacant
 from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.device import choose_device
@@ -63,8 +55,6 @@ from prunus.sweeping.results import (
 )
 
 _CELLS_FOLDER = "cells"
-#: What ranks other than 0 have found for a cell or a dense model.
-_CELL_FILE = "cell.json"
 
 
 @takes(RunOptions, without=("overwrite", "resume"))
@@ -96,19 +86,16 @@ def sweep(
     """
     chosen, folder = Sweep.read(grid, {"models": tuple(models) or None}), Path(output)
     file = "a Sweep object" if isinstance(grid, Sweep) else Path(grid).name
-    with contextlib.ExitStack() as stack:
-        how = stack.enter_context(RunOptions.read(None, options).with_ranks())
-        ranks = how.processes
-        # One process does all work of a cell, so runs inside a cell must not look for other ranks.
-        own = how.model_copy(update={"ranks": SINGLE_PROCESS})
-        # What the folder holds decides what is done, so from here on no other run may change it.
-        stack.enter_context(locked_output(folder, ranks, lambda: check_folder(chosen, folder)))
-        choose_device(own.device, processes=ranks.local_size)
-        found = ranks.on_rank_0(
-            lambda: check_sweep(chosen, folder, own, file).model_dump(mode="json")
+    if started_by_torchrun():
+        raise ValueError(
+            "a sweep runs in one process, and torchrun started several: call it without torchrun, "
+            "or give each process a sweep and a folder of its own"
         )
-        results = SweepResults.model_validate(found)
-        return _Runner(chosen, results, folder, own, progress or (lambda line: None), ranks).run()
+    own = RunOptions.read(None, options).model_copy(update={"ranks": SINGLE_PROCESS})
+    # What the folder holds decides what is done, so from here on no other run may change it.
+    with locked_output(folder, SINGLE_PROCESS, lambda: check_folder(chosen, folder)):
+        results = check_sweep(chosen, folder, own, file)
+        return _Runner(chosen, results, folder, own, progress or (lambda line: None)).run()
 
 
 # --- checks before any work ---
@@ -209,80 +196,37 @@ def _merge_earlier(earlier: SweepResults, now: SweepResults, output: Path) -> No
 
 @dataclass
 class _Runner:
-    """Runs the cells of a sweep on one rank. `report` is called with lines of text."""
+    """Runs the cells of a sweep. `report` is called with lines of text."""
 
     sweep: Sweep
     results: SweepResults
     output: Path
     options: RunOptions
     report: Callable[[str], None]
-    ranks: Ranks
     #: Label -> the dense model, which cells are compared with.
     references: dict[str, Reference] = field(default_factory=dict)
 
     def run(self) -> SweepResults:
-        self._merge(self._prepare)
-        labels = list(self.results.models)
-        for number in self.ranks.claim("models", len(labels)):
-            model, title = self.results.models[labels[number]], f"{labels[number]}, dense"
-            with self._recording_failure(model, title):
-                self._score(Path(model.path), model, labels[number], title)
-            self._save(model)
-        self.ranks.barrier("the dense models")
-        self._merge()
-        # A recovery needs the weights of its cell, so the same rank runs both.
-        pruned = [cell for cell in self.results.cells if cell.recovers is None]
-        for number in self.ranks.claim("cells", len(pruned)):
-            cell = pruned[number]
-            recoveries = [x for x in self.results.cells if x.recovers == cell.name]
-            self._run_with_recoveries(cell, recoveries)
-        for reference in self.references.values():
-            reference.close()
-        self.ranks.barrier("the cells")
-        self._merge()
-        return self.results
-
-    # --- what the ranks know of each other ---
-
-    def _save(self, found: SweptModel) -> None:
-        """Save what this rank has found of a cell or a dense model."""
-        if self.ranks.rank == 0:
-            self.results.save(self.output)
-            return
-        name = next(name for name, _, each in self.results.every_model() if each is found)
-        make_folder(self._folder(name))
-        write_json(self._folder(name) / _CELL_FILE, found.model_dump(mode="json"))
-
-    def _merge(self, prepare: Callable[[], None] = lambda: None) -> None:
-        """Give all ranks what each has found, in this run or in one that was killed."""
-
-        def merge_on_rank_0() -> object:
-            prepare()
-            for name, _, known in self.results.every_model():
-                path = self._folder(name) / _CELL_FILE
-                if path.exists():
-                    _take_over(known, type(known).model_validate(read_json(path)))
-                    # Saved before the file is deleted, so that a kill in between loses nothing.
-                    self.results.save(self.output)
-                    remove(path)
-            self.results.save(self.output)
-            return self.results.model_dump(mode="json")
-
-        self.results = SweepResults.model_validate(self.ranks.on_rank_0(merge_on_rank_0))
-
-    def _prepare(self) -> None:
-        """Delete what a killed run left half-written, and draw windows that several ranks need.
-
-        A single process draws windows when a cell needs them. Several ranks would draw the same
-        windows at the same time. The runs of cells clear the folders of weights themselves.
-        """
+        # A killed run may have left files half-written. The runs of cells clear the folders of
+        # weights themselves.
         folders = [path for path in self.output.glob("*") if path.is_dir()]
         for folder in (self.output, *folders, *self.output.glob(f"{_CELLS_FOLDER}/*")):
             remove_temporaries(folder)
-        if self.ranks.size > 1:
-            for cell in self.results.cells:
-                if cell.state != "done":
-                    self._windows(cell)
+        self._save()
+        for label, model in self.results.models.items():
+            with self._recording_failure(model, title := f"{label}, dense"):
+                self._score(Path(model.path), model, label, title)
+            self._save()
+        for cell in self.results.cells:
+            if cell.recovers is None:
+                recoveries = [x for x in self.results.cells if x.recovers == cell.name]
+                self._run_with_recoveries(cell, recoveries)
+        for reference in self.references.values():
+            reference.close()
+        return self.results
+
+    def _save(self) -> None:
+        self.results.save(self.output)
 
     # --- cells ---
 
@@ -323,10 +267,10 @@ class _Runner:
                 self.report(f"{title}: block {step.done} of {step.total}")
 
         own = {"input_ids": self._windows(cell), "report": report_block}
-        self._save(cell)
+        self._save()
         options = self.options.model_copy(update=own)
         weights = prune_cell(cell, self._folder(cell.name), Path(model.path), options)
-        self._save(cell)
+        self._save()
         found = cell.pruning or {}
         took = f"{found['block_seconds']:.0f} s"
         self.report(f"{title}: {found['sparsity']:.2%} pruned in {took}")
@@ -336,7 +280,7 @@ class _Runner:
         title, dense = self._title(cell), Path(self.results.models[cell.model].path)
         table, folder = self.sweep.recovery[cell.recovery or ""], self._folder(cell.name)
         weights = recover_cell(cell, folder, pruned, dense, table, self.options)
-        self._save(cell)
+        self._save()
         self.report(f"{title}: recovered in {(cell.recovered or {}).get('seconds', 0):.0f} s")
         self._score(weights, cell, cell.model, title)
 
@@ -346,7 +290,7 @@ class _Runner:
             self.references[label] = Reference(Path(self.results.models[label].path), texts)
 
         def finished(what: str, value: float) -> None:
-            self._save(record)
+            self._save()
             self.report(f"{title}: {what} {value:.4g}")
 
         reference = self.references[label]
@@ -359,7 +303,7 @@ class _Runner:
         with self._recording_failure(cell, self._title(cell)):
             yield
             cell.state = "done"
-        self._save(cell)
+        self._save()
 
     @contextlib.contextmanager
     def _recording_failure(self, record: SweptModel, title: str) -> Iterator[None]:
@@ -378,12 +322,3 @@ class _Runner:
 
     def _folder(self, name: str) -> Path:
         return self.output / _CELLS_FOLDER / name
-
-
-def _take_over(known: SweptModel, found: SweptModel) -> None:
-    """Enter what another rank has found, unless it is of another sweep or finished already."""
-    what = ("fingerprint",) if isinstance(known, DenseResult) else ("recipe", "recovery")
-    is_same = all(getattr(known, name) == getattr(found, name) for name in what)
-    if is_same and getattr(known, "state", "waiting") != "done":
-        for name in type(known).model_fields:
-            setattr(known, name, getattr(found, name))
