@@ -35,11 +35,12 @@ from prunus.model.checkpoint.gguf import check_destination, import_gguf
 __all__ = ["KINDS", "dither", "quantisation_steps", "write_dithered_gguf"]
 
 #: Kind of tensor -> where a block of it holds the integers: (first byte, stop, the byte that is 1
-#: for all integers in it). The other bytes hold scales. Q6_K has low and high bits; those of the
-#: integer 1 are all low.
+#: for all integers in it). The other bytes hold scales. Q5_0 and Q6_K have low and high bits;
+#: those of the integer 1 are all low.
 KINDS = {
     GGMLQuantizationType.Q4_0: ((2, 18, 0x11),),
     GGMLQuantizationType.Q4_1: ((4, 20, 0x11),),
+    GGMLQuantizationType.Q5_0: ((2, 6, 0x00), (6, 22, 0x11)),
     GGMLQuantizationType.Q8_0: ((2, 34, 0x01),),
     GGMLQuantizationType.Q4_K: ((16, 144, 0x11),),
     GGMLQuantizationType.Q6_K: ((0, 128, 0x11), (128, 192, 0x00)),

@@ -1,9 +1,13 @@
 """`prunus compress` to a GGUF file: what is in it, and that it is a whole run like every other."""
 
+import itertools
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -13,6 +17,8 @@ pytest.importorskip("accelerate")
 import prunus
 from gguf_cases import dense as dense_weight
 from gguf_cases import gguf_checkpoint
+from prunus.compression.gguf_output import read_record
+from prunus.compression.grid_choice import Choice, choose_types
 from prunus.compression.records import CompressionRecord
 from prunus.evaluation.inspection import stored_size
 from prunus.evaluation.records import ModelSize
@@ -58,20 +64,38 @@ def test_the_file_reads_as_the_weights_that_the_run_computed(family, tmp_path):
     assert ours("Hello ab")["input_ids"] == theirs("Hello ab")["input_ids"]
 
 
-def test_a_killed_run_continues_to_the_same_bytes(dense, tmp_path):
-    compress(dense, tmp_path / "whole.gguf", type="Q4_K")
+@pytest.mark.parametrize("options", [{"type": "Q4_K"}, {"bits": 4.5}])
+def test_a_killed_run_continues_to_the_same_bytes(options, dense, tmp_path):
+    compress(dense, tmp_path / "whole.gguf", **options)
     out = tmp_path / "x.gguf"
     with pytest.raises(StopError):
-        compress(dense, out, type="Q4_K", progress=stop_after(1))
+        compress(dense, out, **options, progress=stop_after(1))
     assert not out.exists()
-    compress(dense, out, type="Q4_K")
+    compress(dense, out, **options)
     assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
     # A finished file is found as it is, also if the folder of the run was not removed yet.
     (tmp_path / "x.gguf.part").mkdir()
-    assert compress(dense, out, type="Q4_K").state == "finished"
+    assert compress(dense, out, **options).state == "finished"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["whole.gguf", "x.gguf"]
-    with pytest.raises(FileExistsError, match="another type"):
+    with pytest.raises(FileExistsError, match="another"):
         compress(dense, out, type="Q3_K")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_template_gives_fields_tokens_and_the_order_of_rows(family, tmp_path):
+    dense, template = gguf_checkpoint(tmp_path / "dense", family), tmp_path / "known.gguf"
+    compress(dense, template, type="Q8_0")
+    again = compress(dense, tmp_path / "x.gguf", type="Q8_0", template=template)
+    first, second = (GgufFile.open(tmp_path / name) for name in ("known.gguf", "x.gguf"))
+    assert {**first.fields()} == {**second.fields()}
+    assert [*first.tensors] == [*second.tensors]
+    for name in first.tensors:
+        assert torch.equal(dense_weight(first, name), dense_weight(second, name)), name
+    assert again.recipe.template == template
+    # The file names its template without the folders that it was in.
+    assert read_record(tmp_path / "x.gguf").recipe.template == Path("known.gguf")
+    moved = template.rename(tmp_path / "dense" / "known.gguf")
+    assert compress(dense, tmp_path / "x.gguf", type="Q8_0", template=moved).state == "finished"
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
@@ -92,19 +116,75 @@ def test_what_cannot_be_written_is_refused_before_any_work(dense, tmp_path):
     narrow = gguf_checkpoint(tmp_path / "narrow", intermediate_size=80)
     (tmp_path / "mine.gguf").write_bytes(b"something else")
     gpt = gguf_checkpoint(tmp_path / "gpt", "gpt_neox")
+    templates = {
+        "longer": gguf_checkpoint(tmp_path / "longer", num_hidden_layers=3),
+        "other tokens": shutil.copytree(dense, tmp_path / "other tokens"),
+    }
+    path = templates["other tokens"] / "tokenizer.json"
+    path.write_text(path.read_text().replace('"ab"', '"bc"').replace('"a","b"', '"b","c"'))
+    for name, folder in templates.items():
+        compress(folder, tmp_path / f"{name}.gguf", type="Q8_0")
     before = sorted(tmp_path.iterdir())
     for model, out, options, message in (
         (dense, "x.gguf", {"type": "Q9_K"}, "Q9_K is not a type"),
         (dense, "x.gguf", {"type": "Q4_K", "sparsity": 0.5}, "stores zeros"),
         (dense, "folder", {"type": "Q4_K"}, ".gguf"),
         (dense, "mine.gguf", {"type": "Q4_K"}, "GGUF"),
-        (dense, "x.gguf", {"bits": 4}, "needs the `type`"),
+        (dense, "x.gguf", {"bits": 1.5}, "1.5 bits is not possible .* 2.6. to 8.50 bits"),
+        (dense, "x.gguf", {"size": 1000}, "1.0 kB is not possible .* files .* kB to .* MB"),
+        (dense, "x.gguf", {"size": 10**9}, "1.0 GB is not possible"),
+        (dense, "folder", {"bits": 3, "template": tmp_path / "longer.gguf"}, ".gguf"),
+        (dense, "x.gguf", {"bits": 4, "template": tmp_path / "longer.gguf"}, "blk.2.* is None"),
+        (dense, "x.gguf", {"bits": 4, "template": tmp_path / "other tokens.gguf"}, "token .* ab"),
         (narrow, "x.gguf", {"type": "Q4_K"}, "80 columns"),
         (gpt, "x.gguf", {"type": "Q4_K"}, "no known layout"),
     ):
         with pytest.raises((ValueError, NotImplementedError), match=message):
             compress(model, tmp_path / out, **options)
         assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_types_of_least_loss_meet_the_size(tmp_path):
+    dense = gguf_checkpoint(tmp_path / "dense", tie_word_embeddings=True, num_hidden_layers=6)
+    said: list[str] = []
+    record = compress(dense, tmp_path / "x.gguf", size=1_800_000, announce=said.append)
+    nbytes = (tmp_path / "x.gguf").stat().st_size
+    assert 0.995 * 1_800_000 <= nbytes == record.size.after <= 1_800_000
+    assert len(set(record.types.values())) > 1
+    assert any("MB in Q" in line or "kB in Q" in line for line in said)
+    compress(dense, tmp_path / "y.gguf", bits=4.5)
+    file = GgufFile.open(tmp_path / "y.gguf")
+    weights = [each for each in file.tensors.values() if len(each.shape) > 1]
+    mean = 8 * sum(int(x.n_bytes) for x in weights) / sum(int(x.n_elements) for x in weights)
+    assert 0.995 * 4.5 <= mean <= 4.5
+    given = compress(dense, tmp_path / "z.gguf", bits=4.5, head_bits=8)
+    assert given.types["model.embed_tokens"] == "Q8_0"
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 99), min_size=3, max_size=3), min_size=1, max_size=4))
+def test_no_other_choice_with_as_many_bytes_loses_less_on_the_hull(losses):
+    choices = {
+        str(place): [
+            Choice("abc"[rank], nbytes, float(loss))
+            for rank, (nbytes, loss) in enumerate(zip((2, 3, 5), each, strict=True))
+        ]
+        for place, each in enumerate(losses)
+    }
+    for budget in range(2 * len(losses), 5 * len(losses) + 1):
+        chosen = choose_types(choices, budget)
+        taken = [next(x for x in choices[name] if x.kind == kind) for name, kind in chosen.items()]
+        spent, lost = sum(x.nbytes for x in taken), sum(x.loss for x in taken)
+        assert spent <= budget
+        best = min(
+            sum(x.loss for x in each)
+            for each in itertools.product(*choices.values())
+            if sum(x.nbytes for x in each) <= budget
+        )
+        # One step that does not fit any more separates a greedy choice from the best.
+        assert lost - best <= max(
+            abs(x.loss - y.loss) for each in choices.values() for x in each for y in each
+        )
 
 
 def test_other_verbs_read_the_file(dense, tmp_path):

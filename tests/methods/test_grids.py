@@ -164,12 +164,3 @@ def test_processes_that_share_the_rows_get_the_same_weight():
     shared = quantize_in_grid(weight_OI, statistics, replace(work, rows=ThreeShards()))
     assert (alone.weight_OI != shared.weight_OI).float().mean() < 0.02
     assert torch.equal(shared.weight_OI, shared.quantized.dense())
-
-
-def test_removed_weights_become_zero_where_the_grid_has_a_zero():
-    torch.manual_seed(0)
-    weight_OI, keep_OI = torch.randn(8, 512), torch.rand(8, 512) > 0.5
-    work = Work(quantization=GridQuantization(GRIDS["Q3_K"]))
-    found = quantize_in_grid(weight_OI, statistics_of(512), work, keep_OI)
-    assert not found.weight_OI[~keep_OI].any()
-    assert not found.keep_OI[~keep_OI].any()

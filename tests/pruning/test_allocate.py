@@ -58,6 +58,8 @@ def losses_of(folder, allocation: dict[str, float]) -> float:
     """Σ s_i w_ij² E[x_j²] of the weights that Wanda removes at these sparsities, in one model."""
     lost = 0.0
     for name, (weight_OI, squares_O, X_TI) in whole_model(folder).items():
+        if ".layers." not in name:
+            continue
         score_OI = reference.wanda_score(weight_OI, X_TI)
         removed_OI = ~reference.keep_mask(score_OI, Pattern(), allocation[name])
         energy_OI = weight_OI.square() * X_TI.square().mean(dim=0) * removed_OI

@@ -34,13 +34,13 @@ def planned(folder, dtype: str = "float32", **options) -> PruningJob:
 
 
 def streamed(
-    job: PruningJob, seed: int = 0, quantizes: bool = True
+    job: PruningJob, seed: int = 0, quantizes: bool = True, outside: bool = False
 ) -> dict[str, LinearSensitivity]:
     stream = Stream(job.skeleton, job.source, job.device)
     with torch.no_grad(), contextlib.closing(stream):
         stream.embed([IDS], None)
         options = job.linear_settings.work.options
-        return loss_sensitivities(stream, IDS, job.selected, options, seed, quantizes)
+        return loss_sensitivities(stream, IDS, job.selected, options, seed, quantizes, outside)
 
 
 def check_equal(found: LinearSensitivity, expected, options) -> None:
@@ -62,24 +62,50 @@ def test_it_is_what_autograd_through_the_whole_llama_finds(tmp_path):
     folder = tiny_checkpoint(tmp_path / "dense", "llama")
     job, expected = planned(folder), whole_model(folder)
     found = streamed(job)
-    assert found.keys() == expected.keys()
+    assert found.keys() == {name for name in expected if ".layers." in name}
     assert len(found) == 14
     for name, each in found.items():
         check_equal(each, expected[name], job.linear_settings.work.options)
+        _, _, X_TI = expected[name]
+        steps_I = relative_steps(gather(X_TI), None)
+        expected_I = X_TI.square().mean() / steps_I.square()
+        torch.testing.assert_close(each.importance_I, expected_I, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("gemma3_text", True)])
+def test_embedding_and_head_are_measured_each_for_its_own_part(family, tied, tmp_path):
+    folder = tiny_checkpoint(tmp_path / "dense", family, tie_word_embeddings=tied)
+    found, expected = streamed(planned(folder), outside=True), whole_model(folder)
+    _, squares_V, X_TI = expected["lm_head"]
+    torch.testing.assert_close(
+        found["lm_head"].loss_O, squares_V + 0.1 * squares_V.mean(), rtol=1e-3, atol=0
+    )
+    torch.testing.assert_close(
+        found["lm_head"].importance_I, X_TI.square().mean(dim=0), rtol=1e-3, atol=0
+    )
+    embedding = found["model.embed_tokens"]
+    weight_VI, squares_I, ids_T = expected["model.embed_tokens"]
+    shares_V = ids_T.bincount(minlength=len(weight_VI)) / len(ids_T)
+    torch.testing.assert_close(embedding.loss_O, shares_V + 0.1 * shares_V.mean())
+    # Gemma multiplies the rows by the root of their width.
+    scale = weight_VI.shape[1] if family == "gemma3_text" else 1
+    torch.testing.assert_close(embedding.importance_I, squares_I * scale, rtol=1e-2, atol=0)
 
 
 def test_the_curve_is_the_loss_of_what_wanda_removes(tmp_path):
     folder = tiny_checkpoint(tmp_path / "dense", "llama")
     found = streamed(planned(folder), quantizes=False)
-    for name, (weight_OI, squares_O, X_TI) in whole_model(folder).items():
+    expected = whole_model(folder)
+    for name in found:
+        weight_OI, squares_O, X_TI = expected[name]
         loss_O = squares_O + 0.1 * squares_O.mean()
         energy_OI = weight_OI.square() * X_TI.square().mean(dim=0)
         assert len(found[name].curve_P) == 40
         for place in (0, 10, 20, 39):
             count = int(weight_OI.shape[1] * place / 40)
             lost_O = energy_OI.sort(dim=1).values[:, :count].sum(dim=1)
-            expected = float(loss_O @ lost_O)
-            assert float(found[name].curve_P[place]) == pytest.approx(expected, rel=1e-3)
+            total = float(loss_O @ lost_O)
+            assert float(found[name].curve_P[place]) == pytest.approx(total, rel=1e-3)
 
 
 def test_gradients_go_back_through_experts(tmp_path):

@@ -92,7 +92,6 @@ def sweep_results(
         options={"calibration": "c4", "samples": 128, "seqlen": 2048, "seed": 0, "bos": "no"},
         source="c4, shard 0",
         sha256="ab",
-        file="x",
         used_bos="no",
     )
     return SweepResults(

@@ -13,7 +13,7 @@ IDS = token_ids(4, 16)
 
 
 def whole_model(folder, seed: int = 0) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """Name of a linear -> weight (O, I), mean squared gradient (O,) and inputs (T, I).
+    """Name of a linear or embedding -> weight, mean squared gradient of outputs, and inputs (T, …).
 
     The whole model runs in memory, one window at a time, with plain hooks.
     """
@@ -25,7 +25,8 @@ def whole_model(folder, seed: int = 0) -> dict[str, tuple[Tensor, Tensor, Tensor
     def hook(name: str):
         def observe(_module, args, output):
             output.retain_grad()
-            inputs.setdefault(name, []).append(args[0].detach().flatten(0, -2))
+            shown = args[0].detach()
+            inputs.setdefault(name, []).append(shown.flatten(0, -2 if shown.dim() > 2 else -1))
             outputs.setdefault(name, []).append(output)
 
         return observe
@@ -33,7 +34,7 @@ def whole_model(folder, seed: int = 0) -> dict[str, tuple[Tensor, Tensor, Tensor
     linears = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and ".layers." in name
+        if isinstance(module, nn.Linear | nn.Embedding)
     }
     for name, module in linears.items():
         module.register_forward_hook(hook(name))

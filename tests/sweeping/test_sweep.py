@@ -10,10 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 
 import prunus
 from command_line import call
@@ -308,8 +306,6 @@ def test_windows_are_drawn_once_and_shared(swept):
     [windows] = results.calibration
     wanted = Wanted(samples=3, seqlen=32, tokenizer=byte_tokenizer)
     expected = find_source("python-docs").draw(wanted)
-    stored = load_file(swept / windows.file)["input_ids"]
-    assert torch.equal(stored.long(), expected.ids)
     assert windows.sha256 == expected.sha256
     wanda = [cell for cell in results.cells if cell.recipe.method == "wanda"]
     used = {cell.pruning["calibration_sha256"] for cell in wanda}
@@ -448,21 +444,15 @@ def test_changed_calibration_windows_are_noticed(dense, swept, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(swept, out)
     wider = sweep_of(dense, {**GRID, "sparsity": [0.5, "2:4", 0.75]})
-    [windows] = out.glob("calibration/*")
-    windows.unlink()  # drawn again, and found to be the same
     assert {cell.state for cell in prunus.sweep(wider, out).cells} == {"done"}
-    assert torch.equal(
-        load_file(windows)["input_ids"], load_file(swept / windows.relative_to(out))["input_ids"]
-    )
-    wanted = Wanted(samples=3, seqlen=32, seed=9, tokenizer=byte_tokenizer)
-    other = find_source("python-docs").draw(wanted)
-    sweep_windows = load_file(windows)
-    sweep_windows["input_ids"] = other.ids.to(torch.int32)
-    save_file(sweep_windows, windows)
+    path = out / "results.json"
+    content = json.loads(path.read_text())
+    content["calibration"][0]["sha256"] = "0" * 64  # as if the text had been another one
+    path.write_text(json.dumps(content))
     results = prunus.sweep(sweep_of(dense, {**GRID, "sparsity": [0.5, "2:4", 0.75, 0.25]}), out)
     [failed] = [cell for cell in results.cells if cell.state == "failed"]
     assert failed.name == "dense-wanda-0.25"
-    assert "was changed" in failed.error
+    assert "gives other windows than before" in failed.error
 
 
 def test_recoveries_share_one_pruned_model_and_can_be_added(dense, tmp_path, pruned):

@@ -7,11 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
-
 from prunus.compression.rate_control import side_bits
 from prunus.compression.records import FileSize
-from prunus.model.embeddings import is_table
+from prunus.model.embeddings import is_plain
 from prunus.model.linears import tied_embedding
 from prunus.model.source import CheckpointSource
 from prunus.packed.description import QuantizedShape
@@ -89,9 +87,7 @@ def embedding_and_head(model: Any, stored: Mapping[str, str]) -> dict[str, list[
     tied = head is not None and head.weight is embedding.weight
     names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
     keys = [
-        stored.get(names.get(id(module), ""), "")
-        if module is not None and (is_table(module) or type(module) is nn.Linear)
-        else ""
+        stored.get(names.get(id(module), ""), "") if module is not None and is_plain(module) else ""
         for module in (embedding, head)
     ]
     if not tied:

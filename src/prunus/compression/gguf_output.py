@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
-from prunus.compression.output import CompressedFolder
+from prunus.compression.output import MEASUREMENT, CompressedFolder
 from prunus.compression.records import CompressionRecord, FileSize
 from prunus.methods.grids import GRIDS, GridWeight, round_to_grid
 from prunus.model.checkpoint.gguf import check_header
@@ -38,8 +39,8 @@ from prunus.runs.record import OUTSIDE_SHARD, shard_name
 #: llama.cpp's numbers of types without blocks, and of whole files by the type of most weights.
 _PLAIN = {torch.float32: ("F32", 0), torch.float16: ("F16", 1), torch.bfloat16: ("BF16", 30)}
 _FILE_TYPES = {
-    "Q4_0": 2, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14, "Q5_K": 16,
-    "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "F32": 0, "F16": 1, "BF16": 32,
+    "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14,
+    "Q5_K": 16, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "F32": 0, "F16": 1, "BF16": 32,
 }  # fmt: skip
 # The record in the file is filled up with spaces to this many bytes, so that the size of the file
 # is known before the run.
@@ -58,11 +59,11 @@ class GgufPlan:
 
     def type_of(self, tensor: GgufTensor, types: Mapping[str, str]) -> tuple[str, int, int]:
         """Type, its number, and bytes of a tensor, by the types of linears, embedding and head."""
-        name = types.get((tensor.source or "").removesuffix(".weight"))
+        name = types.get(tensor.module)
         count = math.prod(tensor.shape)
         if name is not None:
             grid = GRIDS[name]
-            return name, grid.type_id, count // grid.span * grid.nbytes
+            return name, grid.type_id, grid.nbytes_of(count)
         dtype = self._dtypes.get(tensor.source or "") if tensor.is_matrix else None
         name, number = _PLAIN.get(dtype or torch.float32, _PLAIN[torch.float32])
         return name, number, count * (4 if number == 0 else 2)
@@ -97,16 +98,15 @@ class GgufPlan:
         writer.add_string(RECORD_FIELD, text + " " * (self._record_bytes - len(text.encode())))
         return self.layout.fields | fields_of(writer)
 
-    def size(self, types: Mapping[str, str], before: int) -> FileSize:
-        """The size for people; `before` is that of the source."""
+    def size(self, before: int, after: int, parts: Counter[str]) -> FileSize:
+        """The size for people, from the bytes of the source, of the file and of its parts."""
         count = sum(math.prod(tensor.shape) for tensor in self.layout.tensors if tensor.source)
-        after = self.file_bytes(types)
         return FileSize(
             before=before,
             after=after,
             parameters=count,
             bits_per_parameter=8 * after / count,
-            parts=dict(self.bytes_by_type(types).most_common()),
+            parts=dict(parts.most_common()),
         )
 
     def file_bytes(self, types: Mapping[str, str]) -> int:
@@ -146,11 +146,11 @@ class GgufFolder(CompressedFolder):
 
     def outside(self, tensors: dict[str, Writable]) -> dict[str, Writable]:
         inside = {f"{block.name}.{name}" for block in self.record.blocks for name in block.linears}
-        source = self.job.checkpoint.checkpoint
+        source, known = self.job.checkpoint.checkpoint, load_file(self.folder / MEASUREMENT)
         for name, kind in self.record.types.items():
             if name not in inside:
-                key = self._key(name)
-                tensors[key] = round_to_grid(source.whole(key), GRIDS[kind]).data_OB
+                key, importance_I = self._key(name), known.get(f"{name}.importance")
+                tensors[key] = round_to_grid(source.whole(key), GRIDS[kind], importance_I).data_OB
         return tensors
 
     def complete(self, changed: Mapping[str, torch.Tensor]) -> None:
@@ -164,7 +164,8 @@ class GgufFolder(CompressedFolder):
         types, record = self.record.types, self.record
         source = self.job.checkpoint.checkpoint
         shards = Checkpoint(self.folder, only=list(record.sha256))
-        record.size = self._plan.size(types, source.file_bytes())
+        parts, after = self._plan.bytes_by_type(types), self._plan.file_bytes(types)
+        record.size = self._plan.size(source.file_bytes(), after, parts)
         stored = self._plan.stored(types, partial(self._content, shards))
         write_gguf(self._path, self._plan.fields(types, reproducible(record)), stored)
 
@@ -190,6 +191,7 @@ def reproducible(record: CompressionRecord) -> str:
         if not name.endswith(("seconds", "memory_bytes"))
     }
     content["inputs"] |= {"outside": {}}
+    content["recipe"] = record.recipe.without_folders().model_dump(mode="json")
     for block in content["blocks"]:
         block["seconds"] = 0.0
         for linear in block["linears"].values():

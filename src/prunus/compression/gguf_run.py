@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,19 +13,26 @@ from typing import Any, cast
 
 import torch
 
-from prunus.compression.file_size import embedding_and_head
 from prunus.compression.gguf_output import GgufFolder, GgufPlan, read_record
+from prunus.compression.grid_choice import (
+    Choice,
+    choose_types,
+    grids_for,
+    type_losses,
+)
 from prunus.compression.job import CompressionJob
 from prunus.compression.records import CompressionRecipe, CompressionRecord
+from prunus.hardware.sizes import in_bytes
 from prunus.methods.grids import GRIDS, GridWeight, grid_for
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import GridQuantization, Quantized
 from prunus.model.checkpoint.gguf import check_header
-from prunus.model.checkpoint.gguf_file import GgufFile, check_extra
+from prunus.model.checkpoint.gguf_file import GgufFile, check_extra, padded
 from prunus.model.checkpoint.gguf_layout import layout_of
 from prunus.model.checkpoint.resolve import FULL_TYPES, is_gguf
 from prunus.pruning.block.linear import Stored
 from prunus.pruning.job import PruningJob, plan_run
+from prunus.pruning.loss_sensitivity import measure_loss
 from prunus.pruning.manifest import PruningRecord
 from prunus.pruning.output import PruningOutput
 from prunus.pruning.run import PruneVerb, carry_out
@@ -39,8 +48,7 @@ def run_gguf(
     model: str | Path, output: Path, recipe: CompressionRecipe, options: RunOptions
 ) -> CompressionRecord:
     """Compress a checkpoint, or a GGUF file in full precision, to the GGUF file `output`."""
-    _check_model(model)
-    folder = _folder(output)
+    folder = _folder(model, output)
     if options.overwrite or (done := _finished(output, recipe)) is None:
         done = cast(CompressionRecord, carry_out(model, folder, recipe, options, GgufVerb(output)))
     options.processes.on_rank_0(lambda: shutil.rmtree(folder, ignore_errors=True))
@@ -51,8 +59,7 @@ def plan_gguf(
     model: str | Path, output: Path, recipe: CompressionRecipe, options: RunOptions
 ) -> PruningJob:
     """The job of such a run; checks what the run checks, and writes nothing."""
-    _check_model(model)
-    folder = _folder(output)
+    folder = _folder(model, output)
     if not options.overwrite:
         _finished(output, recipe)
     find_earlier(CompressionRecord, folder, recipe, options, Path(model))
@@ -61,22 +68,17 @@ def plan_gguf(
     return job
 
 
-def _folder(output: Path) -> Path:
-    """The folder of the run that makes a file."""
-    return output.with_name(f"{output.name}.part")
-
-
-def _check_model(model: str | Path) -> None:
-    """Refuse a GGUF file whose weights were rounded already."""
+def _folder(model: str | Path, output: Path) -> Path:
+    """The folder of the run that makes a file. Refuses a GGUF file that was rounded already."""
     check_extra()
-    if not is_gguf(model) or not Path(model).is_file():
-        return
-    check_header(Path(model))
-    if few := GgufFile.open(Path(model)).types - FULL_TYPES:
-        raise ValueError(
-            f"{model} has weights in {', '.join(sorted(few))}, which were rounded already. Give a "
-            "file in F32, F16, BF16 or Q8_0, or the checkpoint that it was made from"
-        )
+    if is_gguf(model) and Path(model).is_file():
+        check_header(Path(model))
+        if few := GgufFile.open(Path(model)).types - FULL_TYPES:
+            raise ValueError(
+                f"{model} has weights in {', '.join(sorted(few))}, which were rounded already. "
+                "Give a file in F32, F16, BF16 or Q8_0, or the checkpoint that it was made from"
+            )
+    return output.with_name(f"{output.name}.part")
 
 
 def _finished(output: Path, recipe: CompressionRecipe) -> CompressionRecord | None:
@@ -89,7 +91,7 @@ def _finished(output: Path, recipe: CompressionRecipe) -> CompressionRecord | No
             f"output {output} exists and is not a file that prunus compress made; it is left as it "
             "is. Choose another name"
         )
-    earlier.check_same_run(recipe)
+    earlier.check_same_run(recipe.without_folders())
     return earlier
 
 
@@ -103,9 +105,14 @@ class GgufJob(CompressionJob):
                 "a GGUF file stores zeros as all other weights: leave `sparsity` and `pattern` "
                 "out, or write a packed checkpoint, whose zeros take fewer bits"
             )
-        if self.recipe.type is None:
-            raise ValueError("a GGUF file needs the `type` of its linears, such as Q4_K")
-        self.file_bytes()
+        reach = self._reach
+        if not reach[0] <= self._budget <= reach[1]:
+            bits = " to ".join(f"{8 * each / self._weights:.2f}" for each in reach)
+            sizes = " to ".join(in_bytes(each + self._others) for each in reach)
+            raise ValueError(
+                f"{self.recipe.target} is not possible in a GGUF file of this model: its types "
+                f"take {bits} bits per weight, with embeddings and head, and such files {sizes}"
+            )
 
     @functools.cached_property
     def plan(self) -> GgufPlan:
@@ -116,31 +123,72 @@ class GgufJob(CompressionJob):
                 kept.setdefault(id(tensor), name)  # a tied head is not stored again
         infos = {name: source.checkpoint.tensors[stored[name]] for name in kept.values()}
         shapes = {name: info.shape for name, info in infos.items()}
-        layout = layout_of(source.checkpoint.folder, source.config, shapes)
+        folder, template = source.checkpoint.folder, self.recipe.template
+        layout = layout_of(folder, source.config, shapes, template)
         dtypes = {name: info.dtype for name, info in infos.items()}
         return GgufPlan(layout, dtypes, len(self.selected_linears()))
 
-    @functools.cached_property
-    def types(self) -> dict[str, str]:
-        """The type of each linear, embedding and head."""
+    def choices(self, losses: Mapping[str, torch.Tensor]) -> dict[str, list[Choice]]:
+        """Name of a linear, embedding or head -> the types that it can have, and their losses."""
         recipe, linears, stored = self.recipe, self.selected_linears(), self.checkpoint.stored
         head_type = _HEAD_TYPES.get(recipe.packs_head or 0)
         if "head_bits" not in recipe.model_fields_set:
-            head_type = "Q8_0" if recipe.type == "Q8_0" else "Q6_K"  # as in llama.cpp's own files
-        outside, found = embedding_and_head(self.skeleton.model, stored), {}
+            # Where types are not chosen by their losses, it is that of llama.cpp's own files.
+            head_type = recipe.type and ("Q8_0" if recipe.type == "Q8_0" else "Q6_K")
+        found = {}
         for tensor in self.plan.layout.tensors:
-            name = (tensor.source or "").removesuffix(".weight")
-            head = head_type if stored.get(tensor.source or "") in outside else None
-            if (kind := recipe.type if name in linears else head) is not None:
-                found[name] = grid_for(kind, tensor.shape[-1]).name
+            is_outside = stored.get(tensor.source or "") in self.packed_outside
+            if tensor.module in linears or is_outside:
+                kind, columns = head_type if is_outside else recipe.type, tensor.shape[-1]
+                grids = grids_for(columns) if kind is None else [grid_for(kind, columns)]
+                known = losses.get(tensor.module, torch.zeros(len(grids))).tolist()
+                found[tensor.module] = [
+                    Choice(grid.name, padded(grid.nbytes_of(math.prod(tensor.shape))), loss)
+                    for grid, loss in zip(grids, known, strict=True)
+                ]
         return found
 
+    def types_for(self, losses: Mapping[str, torch.Tensor]) -> dict[str, str]:
+        """The type of each linear, embedding and head, by the losses that its choices add."""
+        return choose_types(self.choices(losses), self._budget)
+
+    @functools.cached_property
+    def _reach(self) -> tuple[int, int]:
+        """The bytes of all weights with a type, each with its smallest and its largest one."""
+        sizes = [[x.nbytes for x in each] for each in self.choices({}).values()]
+        return sum(map(min, sizes)), sum(map(max, sizes))
+
+    @functools.cached_property
+    def _others(self) -> int:
+        """The bytes of the file that do not depend on the types."""
+        return self.plan.file_bytes(choose_types(self.choices({}), 0)) - self._reach[0]
+
+    @property
+    def _weights(self) -> int:
+        """How many weights have a type."""
+        names = self.choices({})
+        return sum(math.prod(x.shape) for x in self.plan.layout.tensors if x.module in names)
+
+    @property
+    def _budget(self) -> int:
+        """The bytes of all weights with a type."""
+        if self.recipe.size is not None:
+            return self.recipe.size - self._others
+        if self.recipe.bits is not None:
+            return int(self.recipe.bits * self._weights / 8)
+        return self._reach[0]
+
     def describe(self) -> dict[str, object]:
-        file = self.plan.size(self.types, self.checkpoint.checkpoint.file_bytes())
-        return {"types": self.recipe.type, "file": file.model_dump()}
+        parts = self.plan.bytes_by_type(self.types_for({}))
+        if self.measures_loss:
+            kinds = {choice.kind: None for each in self.choices({}).values() for choice in each}
+            mix = f"the best mix of {', '.join(kinds)}"
+            parts = Counter({mix: self._budget, "all else": self._others})
+        before = self.checkpoint.checkpoint.file_bytes()
+        return {"file": self.plan.size(before, self.file_bytes(), parts).model_dump()}
 
     def file_bytes(self) -> int:
-        return self.plan.file_bytes(self.types)
+        return self._others + self._budget
 
     def disk_bytes(self) -> int:
         # The file is put together from shards that are as large.
@@ -148,16 +196,20 @@ class GgufJob(CompressionJob):
 
     @property
     def measures_loss(self) -> bool:
-        return False
+        return self.recipe.type is None
 
 
 class GgufVerb(PruneVerb):
-    """Compress into the types of GGUF; `path` is that of the file."""
+    """Compress into the types of GGUF; `path` is that of the file.
+
+    `begin` and `end` round linears to the values of their types; see `prunus.pruning.block.linear`.
+    """
 
     job = GgufJob
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._types: dict[str, str] = {}
 
     def output(self, folder: Path | None, record: PruningRecord, job: PruningJob) -> PruningOutput:
         assert folder and isinstance(record, CompressionRecord) and isinstance(job, GgufJob)
@@ -165,17 +217,15 @@ class GgufVerb(PruneVerb):
 
     def finish_linear(
         self, job: PruningJob, ids: torch.Tensor, output: PruningOutput, record: PruningRecord
-    ) -> GridRounding:
+    ) -> GgufVerb:
         assert isinstance(job, GgufJob) and isinstance(record, CompressionRecord)
-        record.types = job.types
-        return GridRounding(record.types)
-
-
-class GridRounding:
-    """Rounds linears to the values of their types; see `prunus.pruning.block.linear`."""
-
-    def __init__(self, types: Mapping[str, str]) -> None:
-        self._types = types
+        assert isinstance(output, GgufFolder)
+        losses = job.ranks.tensors_from_rank_0(lambda: output.measured(lambda: _measure(job, ids)))
+        self._types = record.types = job.types_for(losses)
+        parts = job.plan.bytes_by_type(record.types).most_common()
+        words = [f"{in_bytes(nbytes)} in {kind}" for kind, nbytes in parts]
+        job.options.tell(f"the file holds {', '.join(words)}")
+        return self
 
     def begin(self, name: str, statistics: InputStatistics) -> GridQuantization:
         return GridQuantization(GRIDS[self._types[name]])
@@ -183,3 +233,22 @@ class GridRounding:
     def end(self, name: str, quantized: Quantized | GridWeight) -> tuple[Stored, dict[str, Any]]:
         assert isinstance(quantized, GridWeight)
         return quantized, {"bits": quantized.grid.bits}
+
+
+def _measure(job: GgufJob, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Name -> the losses that its choices add; NAME.importance for embedding and head."""
+    if not job.measures_loss:
+        return {}
+    options, checkpoint = job.linear_settings.work.options, job.checkpoint
+    known = measure_loss(job, ids, job.selected, options, quantizes=True, outside=True)
+    modules, found = dict(job.skeleton.model.named_modules()), {}
+    for name, choices in job.choices({}).items():
+        # A tied head has another name than the embedding, and the same weight.
+        weight: Any = modules[name].weight
+        uses = [use for other, use in known.items() if modules[other].weight is weight]
+        weight_OI = checkpoint.checkpoint.whole(checkpoint.stored[f"{name}.weight"])
+        importance_I, losses = type_losses(weight_OI, uses, [choice.kind for choice in choices])
+        found[name] = losses
+        if name not in job.selected_linears():
+            found[f"{name}.importance"] = importance_I
+    return found

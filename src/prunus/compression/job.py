@@ -24,8 +24,6 @@ from prunus.pruning.manifest import PruningRecord
 # The most bits per weight of linears. The least that `size` may ask for is this much above the bits
 # of zeros, where nearly all weights are 0.
 _MOST_BITS, _ABOVE_LEAST = 7.0, 0.1
-# A linear is rounded again at most this many times, and each time coarser by at least this log2.
-_MOST_TRIALS, _COARSER = 16, 0.002
 
 
 @dataclass(kw_only=True)
@@ -89,10 +87,10 @@ class CompressionJob(PruningJob):
         return sum(map(file_nbytes, self.shards(bits)))
 
     def check(self) -> None:
-        if self.recipe.type is not None:
+        if self.recipe.type is not None or self.recipe.template is not None:
             raise ValueError(
-                "`type` belongs to GGUF files: give the output a name that ends in .gguf, or "
-                "leave it out"
+                "`type` and `template` belong to GGUF files: give the output a name that ends in "
+                ".gguf, or leave them out"
             )
         # If all weights were zeros, a linear would still take a bit plane, steps, scales, classes.
         shapes = [linear.shape for linear in self.selected_linears().values()]

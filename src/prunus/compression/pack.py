@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import nn
 
 from prunus.compression.card import packed_card, unpacked_card
 from prunus.compression.records import (
@@ -32,7 +31,7 @@ from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.checkpoint.regular_files import read_card
 from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.checkpoint.writer import Writable
-from prunus.model.embeddings import is_table
+from prunus.model.embeddings import is_plain
 from prunus.model.kinds import require_causal
 from prunus.model.linears import Linear, tied_embedding
 from prunus.model.skeleton import Skeleton
@@ -292,14 +291,13 @@ def _pack_linear(
     weight: torch.Tensor, stored: Stored, linear: Linear, key: str
 ) -> tuple[PackedWeight | None, StoredLinear]:
     rows, columns = linear.shape
-    kind = type(linear.module)
     before = weight.numel() * weight.element_size()
     count = int(torch.count_nonzero(kept(weight)))  # a sum would convert each bool to 8 bytes
     reason = packed = None
     if linear.transposed:
-        reason = f"{kind.__name__} stores its weight transposed"
-    elif kind is not nn.Linear and not is_table(linear.module):
-        reason = f"{kind.__name__} may compute something other than nn.Linear"
+        reason = f"{type(linear.module).__name__} stores its weight transposed"
+    elif not is_plain(linear.module):
+        reason = f"{type(linear.module).__name__} may compute something other than nn.Linear"
     elif not key:
         reason = "the checkpoint stores it in one tensor with other experts'"
     elif not key.endswith(".weight"):

@@ -2,19 +2,9 @@
 
 The weight is rounded to the nearest of evenly spaced levels and coded by entropy, so the levels of
 a row are as many as its values need. The distance between levels is `scale_i · step_j`. Where the
-code adapts to the data, one distance for the whole weight has the smallest error in theory; what is
-best here was measured on the tied embedding of SmolLM2-135M (49,152 x 576, error ‖W−Ŵ‖² / ‖W‖² at
-6 and at 4 bits a weight, everything counted):
-
-    rows by rms^0, columns by rms^0      6.6e-4   5.1e-3   (a few values are cut off)
-    rows by rms^0.5, columns by rms^0    3.3e-4   5.0e-3
-    rows by rms^0.5, columns by rms^0.25 3.2e-4   5.1e-3
-    rows by rms^0.5, columns by rms^0.5  3.2e-4   5.1e-3
-    rows by rms^1, columns by rms^0      3.4e-4   5.3e-3
-    rows by rms^0.5, columns by rms^1    4.4e-4   7.0e-3
-
-So scales grow with the root of a row's root mean square, and the exponent of the columns is chosen
-for each weight.
+code adapts to the data, one distance for the whole weight has the smallest error in theory. On the
+tied embedding of SmolLM2-135M it was best to let scales grow with the root of a row's root mean
+square, and to choose the exponent of the columns for each weight (docs/notes/2026-11-29.md).
 
 Shape suffixes: O output features (rows), I input features (columns), S rows of a sample.
 """

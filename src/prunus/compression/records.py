@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
@@ -58,6 +59,14 @@ class CompressionRecipe(PruningOptions):
         str | None,
         Option("Give all linears of a GGUF file this type, such as Q4_K.", metavar="TYPE"),
     ] = None
+    template: Annotated[
+        Path | None,
+        Option(
+            "Take fields and tokenizer of a GGUF file from this one, which llama.cpp's converter "
+            "made of MODEL.",
+            metavar="FILE.gguf",
+        ),
+    ] = None
     head_bits: Annotated[
         int | Literal["none"],
         Option(
@@ -95,6 +104,10 @@ class CompressionRecipe(PruningOptions):
         if self.size is not None:
             return in_bytes(self.size)
         return self.type or f"{self.bits:g} bits"
+
+    def without_folders(self) -> CompressionRecipe:
+        """The recipe as a file for others holds it: of its template it has the name alone."""
+        return self.model_copy(update={"template": self.template and Path(self.template.name)})
 
     @property
     def packs_head(self) -> int | None:

@@ -31,9 +31,6 @@ from prunus.runs.progress import pruning_step, shows_progress
 from prunus.runs.record import OUTSIDE_SHARD
 from prunus.runs.windows import given_windows
 
-# The most bits per weight of linears. The least that `size` may ask for is this much above the bits
-# of zeros, where nearly all weights are 0.
-_MOST_BITS, _ABOVE_LEAST = 7.0, 0.1
 # A linear is rounded again at most this many times, and each time coarser by at least this log2.
 _MOST_TRIALS, _COARSER = 16, 0.002
 

@@ -16,12 +16,7 @@ from prunus.distributed.base import (
     own_part,
     split_range,
 )
-from prunus.distributed.group import (
-    DEFAULT_TIMEOUT,
-    is_rank_0,
-    process_group,
-    started_by_torchrun,
-)
+from prunus.distributed.group import DEFAULT_TIMEOUT, is_rank_0, process_group
 
 __all__ = [
     "DEFAULT_TIMEOUT",
@@ -33,5 +28,4 @@ __all__ = [
     "own_part",
     "process_group",
     "split_range",
-    "started_by_torchrun",
 ]

@@ -25,7 +25,7 @@ from prunus.methods.grids import GRIDS
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint.atomic_files import verify_shards
 from prunus.model.checkpoint.resolve import is_gguf, resolve_folder
-from prunus.model.embeddings import is_table
+from prunus.model.embeddings import is_plain
 from prunus.model.linears import Linear, tied_embedding
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
@@ -149,10 +149,12 @@ def inspect(
     source, skeleton = _opened(model, trust_remote_code)
     linears = tuple(_linears(source, skeleton))
     if is_gguf(name) and (record := read_record(Path(name))) is not None:
-        kinds = [record.types.get(linear.name) for linear in linears]
+        kinds = record.types
         linears = tuple(
-            linear if kind is None else replace(linear, dtype=kind, bits=GRIDS[kind].bits)
-            for linear, kind in zip(linears, kinds, strict=True)
+            replace(x, dtype=kinds[x.name], bits=GRIDS[kinds[x.name]].bits)
+            if x.name in kinds
+            else x
+            for x in linears
         )
     dense: dict[str, tuple[int, ...]] = {}
     for index in range(len(skeleton)):
@@ -278,13 +280,8 @@ def packed_size(folder: Path, trust_remote_code: bool = False) -> ModelSize | No
 
 def _packed_bytes(weight: torch.Tensor, linear: Linear, key: str) -> int:
     """Bytes of a weight after `prunus pack`, which leaves some kinds of linears as they are."""
-    plain = type(linear.module) is nn.Linear or is_table(linear.module)
-    if (
-        linear.transposed
-        or not plain
-        or not key.endswith(".weight")
-        or weight.dtype not in _LOSSLESS
-    ):
+    named = key.endswith(".weight") and weight.dtype in _LOSSLESS
+    if linear.transposed or not is_plain(linear.module) or not named:
         return weight.nbytes
     return min(weight.nbytes, packed_bytes(weight))
 

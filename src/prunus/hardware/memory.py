@@ -111,7 +111,11 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Give memory that this process has freed back to the system, where the C library is glibc."""
+    """Give memory that this process has freed back to the system, where the C library is glibc.
+
+    Memory that one thread allocates and another thread frees fragments the heap. With the gloo
+    backend such free pieces add up, and are not used again.
+    """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -130,28 +134,6 @@ def release_file_pages(tensor: torch.Tensor) -> None:
         if len(flags) == end - first and bool(((flags == 0) | (flags == 5)).all()):
             libc = ctypes.CDLL(None)
             libc.madvise(ctypes.c_void_p(first * page), ctypes.c_size_t((end - first) * page), 4)
-
-
-class HeapTrimmer:
-    """Returns freed memory to the system when the heap is fragmented.
-
-    Memory that one thread allocates and another thread frees fragments the heap. With the gloo
-    backend such free pieces add up, and are not used again. Returning all of them takes a tenth of
-    a second or more, so it waits until the process has grown by a tenth. It does nothing where the
-    C library is not glibc.
-    """
-
-    def __init__(self) -> None:
-        self._usual = 0
-
-    def trim_if_grown(self) -> None:
-        """Trim the heap if the process has grown; call it where it needs the same memory again."""
-        resident = resident_memory()
-        if not self._usual:
-            self._usual = resident
-        elif resident > 1.1 * self._usual:
-            return_freed_memory()
-            self._usual = max(self._usual, resident_memory())
 
 
 def versions() -> dict[str, str]:

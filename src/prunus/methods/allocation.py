@@ -10,9 +10,6 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-# The limit of a layer's sparsity: an empty layer would cut the network in two.
-_MAX_SPARSITY = 0.95
-
 
 def allocate_by_error(
     curves: Sequence[Sequence[tuple[float, float]]], weights: Sequence[int], sparsity: float
@@ -47,31 +44,7 @@ def allocate_by_error(
             break
         result[layer] = right
         left_over -= removed
-    limit = max(_MAX_SPARSITY, *(curve[-1][0] for curve in curves))
-    return _meet_budget(result, weights, sparsity, limit)
-
-
-def _meet_budget(
-    wanted: Sequence[float], weights: Sequence[int], sparsity: float, max_sparsity: float
-) -> list[float]:
-    """Shift all sparsities by the same amount, so that their weighted mean is `sparsity`.
-
-    No sparsity is shifted beyond 0 or `max_sparsity`; the others compensate for it.
-
-    >>> [round(s, 2) for s in _meet_budget([0.1, 0.5, 2.0], [1, 1, 1], 0.5, 0.8)]
-    [0.15, 0.55, 0.8]
-    """
-    # The mean rises with the shift, from all layers at 0 to all at the maximum. The bisection ends
-    # at neighbouring floats.
-    low, high = -max(wanted), max_sparsity - min(wanted)
-    budget = sparsity * sum(weights)
-    while low < (shift := (low + high) / 2) < high:
-        shifted = (min(max_sparsity, max(0.0, value + shift)) for value in wanted)
-        if math.fsum(n * value for value, n in zip(shifted, weights, strict=True)) < budget:
-            low = shift
-        else:
-            high = shift
-    return [min(max_sparsity, max(0.0, value + high)) for value in wanted]
+    return result
 
 
 def round_to_whole_weights(

@@ -78,9 +78,10 @@ def compose(method: Method, options: MethodOptions, quantizes: bool = False) -> 
             # Integers approximate the target itself. The sweep over the columns repeats what a
             # method has changed to compensate for its mask, with the integers in view.
             keep_OI = None if work.removes_nothing else pruned.keep_OI
-            in_grid = isinstance(work.quantization, GridQuantization)
-            quantize = quantize_in_grid if in_grid else quantize_by_rate
-            found = quantize(weight_OI, statistics, work, keep_OI)
+            if isinstance(work.quantization, GridQuantization):
+                found = quantize_in_grid(weight_OI, statistics, work)
+            else:
+                found = quantize_by_rate(weight_OI, statistics, work, keep_OI)
             forced = 0 if keep_OI is None else count_zeros(keep_OI)
             notes = pruned.notes | found.notes | {"forced_zeros": forced}
             pruned = replace(found, notes=notes)

@@ -80,6 +80,10 @@ class Grid:
         """The bytes of a span."""
         return sum(self.counts.get(field.part, 1) * field.bits // 8 for field in self.layout)
 
+    def nbytes_of(self, weights: int) -> int:
+        """The bytes of whole spans."""
+        return weights // self.span * self.nbytes
+
     @property
     def bits(self) -> float:
         """Bits per weight."""
@@ -125,6 +129,7 @@ _Q6_K = (_levels(4, 64), _levels(2, 32, 4), _codes(8, 16), _D)
 _IQ4_XS = (_D, _codes(2, 1, 4), _codes(4, 1), _NIBBLES)
 _GRIDS = (
     Grid("Q4_0", 2, 32, 32, _integers(4), _ONE, (_D, _NIBBLES)),
+    Grid("Q4_1", 3, 32, 32, tuple(range(16)), _ONE, (_D, Field("-dmin"), _NIBBLES)),
     Grid("Q5_0", 6, 32, 32, _integers(5), _ONE, (_D, _FIFTH_BIT, _NIBBLES)),
     Grid("Q5_1", 7, 32, 32, tuple(range(32)), _ONE, (_D, Field("-dmin"), _FIFTH_BIT, _NIBBLES)),
     Grid("Q8_0", 8, 32, 32, tuple(range(-127, 128)), _ONE, (_D, _levels(8, 32))),

@@ -15,34 +15,27 @@ G groups of a span, C columns of a group.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from prunus.methods.grid_fits import Scales, fit_codes, fit_scales
 from prunus.methods.grids import Grid, GridWeight, grid_weight
-from prunus.methods.solvers.obs import TILE, inverse_factor, sweep_columns
+from prunus.methods.rate_distortion import DAMPING
+from prunus.methods.solvers.obs import TILE, ordered_factor, sweep_columns
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import GridQuantization, Pruned, RowShard, Work
 
-#: λ, a fraction of the mean diagonal of the Gram matrix.
-DAMPING = 0.1
 # The share of the correlations between inputs that the sweep uses.
 _CORRELATIONS = 0.5
 # Columns whose corrections of everything after them are one matrix product.
 _BLOCK = 256
 
 
-def quantize_in_grid(
-    weight_OI: Tensor, statistics: InputStatistics, work: Work, keep_OI: Tensor | None = None
-) -> Pruned:
+def quantize_in_grid(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
     """Quantise a weight inside the grid of `work.quantization`.
 
     Args:
         weight_OI: float32, what the result approximates.
-        keep_OI: bool (O, I), False where a weight becomes the value nearest to 0 that its group
-            has. Groups with a minimum may lack an exact 0.
 
     Returns:
         The dense weight, the mask of its non-zero weights, and the weight in its grid.
@@ -50,11 +43,12 @@ def quantize_in_grid(
     how = work.quantization
     assert isinstance(how, GridQuantization)
     grid = how.grid
-    order_I, upper_II, notes = _factor(statistics, work.options.damping, grid)
+    damping = DAMPING if work.options.damping is None else work.options.damping
+    order = ((grid.span, grid.group), lambda squares_I: _order(squares_I, grid))
+    order_I, upper_II, notes = ordered_factor(statistics, damping, order, _CORRELATIONS)
 
     def solve(shard: RowShard) -> Pruned:
-        kept_OI = None if keep_OI is None else keep_OI[shard.rows]
-        data_OB = _sweep(weight_OI[shard.rows], order_I, upper_II, grid, kept_OI).data_OB
+        data_OB = _sweep(weight_OI[shard.rows], order_I, upper_II, grid).data_OB
         # Processes exchange the bytes, which are all that there is to know.
         return Pruned(data_OB, data_OB.new_empty((len(data_OB), 0), dtype=torch.bool), dict(notes))
 
@@ -62,25 +56,6 @@ def quantize_in_grid(
     quantized = GridWeight(grid, solved.weight_OI)
     dense_OI = quantized.dense()
     return Pruned(dense_OI, dense_OI != 0, solved.notes, quantized)
-
-
-def _factor(
-    statistics: InputStatistics, damping: float | None, grid: Grid
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """The order of the columns in the sweep, U in this order, and notes for the record."""
-    gram_II = statistics.gram_II
-    assert gram_II is not None, "rounding with feedback needs a Gram matrix"
-    damping = DAMPING if damping is None else damping
-
-    def compute() -> tuple[Tensor, Tensor, dict[str, Any]]:
-        order_I = _order(gram_II.diagonal(), grid)
-        halved_II = gram_II[order_I][:, order_I].mul_(_CORRELATIONS)
-        halved_II.diagonal().copy_(gram_II.diagonal()[order_I])
-        upper_II, notes = inverse_factor(halved_II, damping)
-        return order_I, upper_II, notes
-
-    # Linears with the same input share one factor: it is computed for the first of them.
-    return statistics.derived(("factor_in_spans", damping, grid.span, grid.group), compute)
 
 
 def _order(squares_I: Tensor, grid: Grid) -> Tensor:
@@ -92,13 +67,10 @@ def _order(squares_I: Tensor, grid: Grid) -> Tensor:
     return order_I
 
 
-def _sweep(
-    weight_OI: Tensor, order_I: Tensor, upper_II: Tensor, grid: Grid, keep_OI: Tensor | None
-) -> GridWeight:
+def _sweep(weight_OI: Tensor, order_I: Tensor, upper_II: Tensor, grid: Grid) -> GridWeight:
     """The sweep over the columns of some rows."""
     # In the transposed weight a column is contiguous.
     weight_IO = weight_OI.T[order_I]
-    keep_IO = None if keep_OI is None else keep_OI.T[order_I].float()
     inverse_I = upper_II.diagonal().reciprocal()
     importance_I = inverse_I.square()
     order, inverses = order_I.tolist(), inverse_I.tolist()
@@ -127,8 +99,7 @@ def _sweep(
     def round_column(j: int, error_O: Tensor) -> None:
         if j % grid.group == 0:
             begin_group(j)
-        wanted_O = weight_IO[j] if keep_IO is None else weight_IO[j] * keep_IO[j]
-        value_O, level_O = grid.nearest((wanted_O + offset_O).mul_(inverse_O))
+        value_O, level_O = grid.nearest((weight_IO[j] + offset_O).mul_(inverse_O))
         levels_IO[order[j]] = level_O
         value_O = (value_O * step_O).sub_(offset_O)
         torch.sub(weight_IO[j], value_O, out=error_O).mul_(inverses[j])

@@ -41,12 +41,12 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prunus.methods.solvers.obs import TILE, inverse_factor, sweep_columns
+from prunus.methods.solvers.obs import TILE, ordered_factor, sweep_columns
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import LinearQuantization, Pruned, Quantized, RowShard, Work
 
@@ -92,17 +92,17 @@ def quantize(
     """
     how = work.quantization
     assert isinstance(how, LinearQuantization)
-    factor = _factor(statistics, work.options.damping)
-    dead_I = factor.norms_I == 0
+    order_I, upper_II, factor_notes = _factor(statistics, work.options.damping)
+    diagonal_I = relative_steps(statistics, work.options.damping)
+    dead_I = statistics.sum_squares_I == 0
     scales_O = how.scales_O.to(weight_OI.device).bfloat16().float()
     # A column with an outlier gets a step that keeps its levels in range.
     floor_I = (weight_OI / scales_O[:, None]).abs().amax(dim=0).div_(_MAX_FIRST_LEVEL)
-    steps_I = torch.maximum(how.step * factor.diagonal_I, floor_I).bfloat16().float()
+    steps_I = torch.maximum(how.step * diagonal_I, floor_I).bfloat16().float()
     # A column of zeros, or of subnormal numbers, may not have the step 0.
     steps_I = steps_I.masked_fill(steps_I == 0, 1.0)
 
     def sweep(rows: Tensor | slice, shares_KV: Tensor, classes_I: Tensor) -> Tensor:
-        order_I = factor.order_I
         # Rows are divided by their scale, so that a column has a single step. In the transposed
         # weight a column is contiguous.
         scaled_IO = (weight_OI[rows] / scales_O[rows, None]).T[order_I]
@@ -110,7 +110,7 @@ def quantize(
         kept_IO = None if keep_OI is None else keep_OI[rows].T[order_I]
         levels_IO = torch.empty(scaled_IO.shape, dtype=torch.int8, device=scaled_IO.device)
         levels_IO[order_I] = _sweep(
-            scaled_IO, factor.upper_II, steps_I[order_I], shares_KV, classes_I[order_I], kept_IO
+            scaled_IO, upper_II, steps_I[order_I], shares_KV, classes_I[order_I], kept_IO
         )
         return levels_IO.T.contiguous()
 
@@ -129,7 +129,7 @@ def quantize(
     def solve(shard: RowShard) -> Pruned:
         levels_OI = sweep(shard.rows, shares_KV, classes_I)
         dense_OI = Quantized(levels_OI, steps_I, scales_O[shard.rows]).dense()
-        return Pruned(dense_OI, levels_OI != 0, dict(factor.notes))
+        return Pruned(dense_OI, levels_OI != 0, dict(factor_notes))
 
     pruned = work.rows.solve(len(weight_OI), 1, solve)
     unit_OI = steps_I * scales_O[:, None]
@@ -143,36 +143,15 @@ def relative_steps(statistics: InputStatistics, damping: float | None) -> Tensor
     The factor matters between linears. An error in units of these steps changes the outputs by
     d̄ / T times its square, where d̄ is the mean diagonal of the Gram matrix of T tokens.
     """
-    return _factor(statistics, damping).diagonal_I
+    order_I, upper_II, _ = _factor(statistics, damping)
+    return torch.empty_like(upper_II[0]).index_copy_(0, order_I, upper_II.diagonal())
 
 
-class _Factor(NamedTuple):
-    """The order of the columns in the sweep, U in this order, and in the order of the weight U_jj
-    and the squared norms of the inputs.
-    """
-
-    order_I: Tensor
-    upper_II: Tensor
-    diagonal_I: Tensor
-    norms_I: Tensor
-    notes: dict[str, Any]
-
-
-def _factor(statistics: InputStatistics, damping: float | None) -> _Factor:
-    gram_II = statistics.gram_II
-    assert gram_II is not None, "quantising by rate and distortion needs a Gram matrix"
-    damping = DAMPING if damping is None else damping
-
-    def compute() -> _Factor:
-        norms_I = gram_II.diagonal().clone()
-        order_I = norms_I.argsort(descending=True, stable=True)
-        upper_II, notes = inverse_factor(gram_II[order_I][:, order_I], damping)
-        diagonal_I = torch.empty_like(norms_I)
-        diagonal_I[order_I] = upper_II.diagonal()
-        return _Factor(order_I, upper_II, diagonal_I, norms_I, notes)
-
-    # Linears with the same input share one factor: it is computed for the first of them.
-    return statistics.derived(("factor_by_norm", damping), compute)
+def _factor(
+    statistics: InputStatistics, damping: float | None
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    order = ("by norm", lambda norms_I: norms_I.argsort(descending=True, stable=True))
+    return ordered_factor(statistics, DAMPING if damping is None else damping, order)
 
 
 def _rounding_shares(lengths_KV: Tensor) -> Tensor:

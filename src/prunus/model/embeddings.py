@@ -12,3 +12,8 @@ def is_table(module: nn.Module) -> bool:
     """
     scaled = type(module).__name__.endswith("ScaledWordEmbedding")
     return type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and scaled)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module does no more with its weight than multiply by it, or look up its rows."""
+    return type(module) is nn.Linear or is_table(module)

@@ -16,7 +16,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -25,7 +24,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from prunus.model.embeddings import is_table
+from prunus.model.embeddings import is_plain
 from prunus.packed.description import FORMAT_VERSION, METHOD, Description
 from prunus.packed.fast_decoding import use_fast_decoding
 from prunus.packed.linear import (
@@ -242,7 +241,7 @@ def _find_linear(model: Any, name: str, paths: Iterable[str]) -> str:
             module = model.get_submodule(candidate)
         except AttributeError:
             continue
-        if type(module) is nn.Linear or is_table(module):
+        if is_plain(module):
             return candidate
         raise ValueError(f"the packed linear {name!r} is a {type(module).__name__} in this model")
     raise ValueError(

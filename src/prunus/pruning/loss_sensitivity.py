@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +69,9 @@ class LinearSensitivity:
     #: float32 (P,): Σ s_i w_ij² E[x_j²] of the weights that Wanda removes at each sparsity, the
     #: loss if their errors were independent. Empty where it is quantised.
     curve_P: Tensor = field(default_factory=lambda: torch.zeros(0))
+    #: float32 (I,): by how much the squared error of a weight in each column raises that of its
+    #: output: E[x_j²], or power / U_jj² where it is quantised and later columns correct the error.
+    importance_I: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     @property
     def scales_O(self) -> Tensor:
@@ -87,6 +91,7 @@ def measure_loss(
     selected: Sequence[Sequence[str]],
     options: MethodOptions,
     quantizes: bool,
+    outside: bool = False,
 ) -> dict[str, LinearSensitivity]:
     """`loss_sensitivities` of the dense model of a run, on the first of its windows or images."""
     windows = ids[:_PROBE_WINDOWS]
@@ -94,7 +99,8 @@ def measure_loss(
     stream = Stream(job.skeleton, job.hashed_source, job.device)
     with torch.no_grad(), contextlib.closing(stream):
         stream.embed([windows], None)
-        return loss_sensitivities(stream, windows, selected, options, job.recipe.seed, quantizes)
+        seed = job.recipe.seed
+        return loss_sensitivities(stream, windows, selected, options, seed, quantizes, outside)
 
 
 def loss_sensitivities(
@@ -104,15 +110,20 @@ def loss_sensitivities(
     options: MethodOptions,
     seed: int,
     quantizes: bool,
+    outside: bool = False,
 ) -> dict[str, LinearSensitivity]:
     """Full name -> sensitivity of the dense linears `selected` per block.
 
     The stream has embedded `ids` (windows, tokens), or pixel values, as one batch. Linears that are
-    quantised (`quantizes`) need their inputs' Gram matrices.
+    quantised (`quantizes`) need their inputs' Gram matrices. With `outside`, the embedding and the
+    head of a causal model are measured too, each for its own part if they are tied.
     """
     inputs, found = _block_inputs(stream), dict[str, LinearSensitivity]()
-    causal = stream.skeleton.kind is CAUSAL
-    gradient = _gradient_of_loss(stream, ids, seed) if causal else _gradient_of_change(stream, seed)
+    first, causal = inputs[0], stream.skeleton.kind is CAUSAL
+    head = _Sums(_outside(stream, "output"), 0, stream.device) if outside else None
+    gradient = (
+        _gradient_of_loss(stream, ids, seed, head) if causal else _gradient_of_change(stream, seed)
+    )
     unit = _gradient_scale(stream) ** 2 * gradient.shape[:-1].numel()
     for index in reversed(range(len(stream.skeleton))):
         gradient, of_block = _measure_block(
@@ -123,7 +134,35 @@ def loss_sensitivities(
             if not bool(found[name].loss_O.isfinite().all()):
                 raise ValueError(f"the gradients of {name} are not finite; try `dtype` float32")
         stream.skeleton.release(index)
+    if head is not None:
+        found[head.linear.name] = head.known(unit)
+        embedding = _outside(stream, "input")
+        found[embedding.name] = _of_embedding(stream, embedding, ids, first, gradient, unit)
     return found
+
+
+def _outside(stream: Stream, which: str) -> Linear:
+    """The input embedding, or the output head, by its full name."""
+    model: Any = stream.skeleton.model
+    module = getattr(model, f"get_{which}_embeddings")()
+    return Linear(next(name for name, each in model.named_modules() if each is module), module)
+
+
+def _of_embedding(
+    stream: Stream, embedding: Linear, ids: Tensor, first: Tensor, gradient: Tensor, unit: float
+) -> LinearSensitivity:
+    """What is known of the embedding, from the inputs of the first block and their gradients."""
+    key = f"{embedding.name}.weight"
+    rows_TI = stream.source.read_outside([key])[key][ids.flatten().cpu()].float()
+    # Some models multiply rows by a number.
+    scale = float(first.float().square().mean() / rows_TI.square().mean().clamp_min(1e-12))
+    frequency_O = ids.flatten().cpu().bincount(minlength=embedding.shape[0]) / ids.numel()
+    squares_I = tokens_of(gradient).float().square().sum(dim=0).cpu()
+    return LinearSensitivity(_shared(frequency_O), scale, importance_I=squares_I * (scale / unit))
+
+
+def _shared(mean_O: Tensor) -> Tensor:
+    return (mean_O + _SHARED * mean_O.mean()).clamp_min_(1e-12)
 
 
 def measuring_memory(job: RunJob, quantizes: bool) -> BlockMemory:
@@ -193,11 +232,15 @@ def _block_inputs(stream: Stream) -> list[Tensor]:
     return inputs
 
 
-def _gradient_of_loss(stream: Stream, ids: Tensor, seed: int) -> Tensor:
-    """The gradient of Σ log p(y) at the outputs of the last block."""
-    skeleton, rows = stream.skeleton, []
+def _gradient_of_loss(stream: Stream, ids: Tensor, seed: int, head: _Sums | None) -> Tensor:
+    """The gradient of Σ log p(y) at the outputs of the last block; the head's are summed."""
+    skeleton, rows, heads = stream.skeleton, [], [] if head is None else [head]
+    hooks = output_hooks(
+        [each.linear for each in heads], lambda _, x, out: heads[0].add(tokens_of(x.detach()), out)
+    )
     generator = torch.Generator().manual_seed(seed)
-    with skeleton.outside_blocks(stream.source.read_outside, stream.device, with_head=True):
+    read = stream.source.read_outside
+    with skeleton.outside_blocks(read, stream.device, with_head=True), hooks:
         # Window by window: logits are large.
         for window_ids, hidden in zip(ids.split(1), stream.states.get(0).split(1), strict=True):
             hidden = hidden.detach().requires_grad_()
@@ -233,7 +276,7 @@ class _Sums:
 
     def __init__(self, linear: Linear, width: int, device: torch.device) -> None:
         inputs = linear.shape[1]
-        self._linear = linear
+        self.linear = linear
         self._statistics = InputStatistics(inputs, "norms", device)
         self._parts = [
             InputStatistics(min(width, inputs - start), "gram", device)
@@ -257,27 +300,30 @@ class _Sums:
         squares_O = tokens_of(gradient.detach()).float().square().sum(dim=0)
         self._squares_O = squares_O if self._squares_O is None else self._squares_O + squares_O
 
+    def known(self, unit: float) -> LinearSensitivity:
+        """What is known without the weight; `unit` is the number of tokens, as gradients scale."""
+        if self._squares_O is None:
+            # Of an expert that no token chose nothing is known: it counts as little as the least.
+            rows, columns = self.linear.shape
+            return LinearSensitivity(
+                torch.full((rows,), 1e-12), 1.0, importance_I=torch.ones(columns)
+            )
+        squares_I, tokens = self._statistics.sum_squares_I.float(), self._statistics.tokens
+        power = max(float(squares_I.mean()) / tokens, 1e-12)
+        loss_O, importance_I = _shared(self._squares_O / unit).cpu(), (squares_I / tokens).cpu()
+        return LinearSensitivity(loss_O, power, importance_I=importance_I)
+
     def sensitivity(self, options: MethodOptions, unit: float) -> LinearSensitivity:
-        """What is known of the linear; `unit` is the number of tokens in units of the gradients."""
-        weight_OI, statistics = self._linear.weight_OI.float(), self._statistics
-        rows, columns = weight_OI.shape
-        # Of an expert that no token chose nothing is known: it counts as little as the least.
-        loss_O = torch.full((rows,), 1e-12, device=weight_OI.device)
-        power, squares_I = 1.0, torch.ones(columns, device=weight_OI.device)
-        reached = statistics.tokens > 0 and self._squares_O is not None
-        if reached:
-            assert self._squares_O is not None
-            mean_O = self._squares_O / unit
-            loss_O = (mean_O + _SHARED * mean_O.mean()).clamp_min_(1e-12)
-            squares_I = statistics.sum_squares_I.float()
-            power = max(float(squares_I.mean()) / statistics.tokens, 1e-12)
-        known = LinearSensitivity(loss_O.cpu(), power)
+        """What is known of the linear; `unit` is that of `known`."""
+        weight_OI, known = self.linear.weight_OI.float(), self.known(unit)
+        device, squares_I = weight_OI.device, self._statistics.sum_squares_I.float()
         if not self._parts:
-            curve_P = _loss_curve(weight_OI, loss_O, squares_I / max(1, statistics.tokens))
+            curve_P = _loss_curve(weight_OI, known.loss_O.to(device), known.importance_I.to(device))
             return replace(known, curve_P=curve_P)
         steps_I = torch.ones_like(squares_I)
-        if reached:
+        if self._squares_O is not None:
             steps_I = torch.cat([_part_steps(part, squares_I, options) for part in self._parts])
+            known = replace(known, importance_I=(known.power / steps_I.square()).cpu())
         scaled_OI = weight_OI / known.scales_O.to(weight_OI.device)[:, None]
         deviation_I = scaled_OI.square().mean(dim=0).sqrt() / steps_I
         places_Q = (torch.arange(_QUANTILES, device=deviation_I.device) + 0.5) / _QUANTILES

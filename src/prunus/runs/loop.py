@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol, Self, TypeVar
 import torch
 
 from prunus.distributed import RankError, Ranks
-from prunus.hardware.memory import HeapTrimmer, peak_memory
+from prunus.hardware.memory import peak_memory, return_freed_memory
 from prunus.hardware.numerics import check_finite
 from prunus.model.source import tensors_digest
 from prunus.runs.job import RunJob, check_known
@@ -92,7 +92,7 @@ def run_blocks(
     for place in range(taken):
         step.take(place, output.read_block(place))
         report(place, "taken from the earlier run")
-    heap, left = HeapTrimmer(), range(taken, len(places))
+    left = range(taken, len(places))
     with BackgroundWrites(job.overlaps) as writes:
         blocks = read_ahead(left, lambda place: _read(job, places[place]), job.overlaps)
         for place, stored in zip(left, blocks, strict=True):
@@ -102,7 +102,7 @@ def run_blocks(
             if place >= finished:
                 writes.submit(functools.partial(output.write_block, place, made))
             if job.ranks.size > 1:
-                heap.trim_if_grown()
+                return_freed_memory()
             report(place, made.message)
 
 

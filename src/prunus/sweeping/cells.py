@@ -1,8 +1,6 @@
 """One cell of a sweep: prune, recover, score. Each finished step is entered in the cell's result.
 
-A cell's folder contains its record, and in `model` the weights for as long as they are needed. All
-cells with the same model and window options share one file of calibration windows, so that their
-methods are compared on the same text.
+A cell's folder contains its record, and in `model` the weights for as long as they are needed.
 """
 
 from __future__ import annotations
@@ -14,17 +12,14 @@ from typing import Any
 
 import torch
 
-from prunus.calibration.files import read_ids
 from prunus.calibration.sources import find_source
-from prunus.calibration.windows import Wanted, hash_ids
-from prunus.distributed import SINGLE_PROCESS
+from prunus.calibration.windows import Wanted
 from prunus.evaluation.inspection import packed_size, stored_size
 from prunus.evaluation.options import TaskOptions, TextOptions
 from prunus.evaluation.perplexity import perplexity
 from prunus.evaluation.reference import Reference
 from prunus.evaluation.task_runner import evaluate
 from prunus.model.checkpoint.atomic_files import TEMPORARY_SUFFIX, copy_file, in_held, make_folder
-from prunus.model.checkpoint.writer import save_safetensors
 from prunus.model.loading import load_model
 from prunus.model.tokenizer import load_tokenizer
 from prunus.pruning.manifest import Manifest
@@ -37,23 +32,14 @@ from prunus.sweeping.grid import Scoring
 from prunus.sweeping.results import CalibrationSet, CellResult, SweepResults, SweptModel
 
 WEIGHTS = "model"
-_WINDOWS = "calibration"
 
 
-def shared_windows(
-    output: Path, results: SweepResults, label: str, recipe: Recipe, options: RunOptions
+def draw_windows(
+    results: SweepResults, label: str, recipe: Recipe, options: RunOptions
 ) -> torch.Tensor:
-    """The calibration windows for a recipe, (samples, seqlen) int64.
-
-    New ones are written into `output` and entered in `results`, which the caller saves.
-    """
+    """The calibration windows for a recipe, (samples, seqlen) int64, which `results` describe."""
     chosen = recipe.model_dump(include={"samples", "seqlen", "seed", "bos"})
     key = {"calibration": recipe.calibration} | chosen
-    known = next((x for x in results.calibration if (x.model, x.options) == (label, key)), None)
-    if known is not None and (output / known.file).exists():
-        ids = read_ids(output / known.file)
-        _check_same(known, hash_ids(ids), f"{output / known.file} was changed")
-        return ids
     model, trust = Path(results.models[label].path), options.trust_remote_code
     asked = Wanted(
         **chosen,
@@ -64,31 +50,21 @@ def shared_windows(
     source = find_source(recipe.calibration)
     source.check(asked)
     windows = source.draw(asked)
-    if known is not None:
-        _check_same(known, windows.sha256, f"{recipe.calibration} gives other windows than before")
-    else:
-        known = CalibrationSet(
-            model=label,
-            options=key,
-            source=windows.source,
-            sha256=windows.sha256,
-            file=f"{_WINDOWS}/{label}-{len(results.calibration):02}.safetensors",
-            used_bos=windows.bos,
+    known = next((x for x in results.calibration if (x.model, x.options) == (label, key)), None)
+    if known is None:
+        sha256, bos = windows.sha256, windows.bos
+        results.calibration.append(
+            CalibrationSet(
+                model=label, options=key, source=windows.source, sha256=sha256, used_bos=bos
+            )
         )
-        results.calibration.append(known)
-    make_folder(output / _WINDOWS)
-    # The ids may be a view of a larger file of ids. save_safetensors writes only the view.
-    ids = windows.ids.to(torch.int32)
-    save_safetensors(output / known.file, {"input_ids": ids}, {"source": windows.source})
-    return windows.ids
-
-
-def _check_same(known: CalibrationSet, sha256: str, what: str) -> None:
-    if known.sha256 != sha256:
+    elif known.sha256 != windows.sha256:
         raise FileExistsError(
-            f"{what}: cells of this sweep were calibrated on windows with the sha256 "
-            f"{known.sha256[:12]}…, these have {sha256[:12]}…. Choose another output folder"
+            f"{recipe.calibration} gives other windows than before: cells of this sweep were "
+            f"calibrated on windows with the sha256 {known.sha256[:12]}…, these have "
+            f"{windows.sha256[:12]}…. Choose another output folder"
         )
+    return windows.ids
 
 
 def prune_cell(cell: CellResult, folder: Path, model: Path, options: RunOptions) -> Path:
@@ -121,7 +97,7 @@ def recover_cell(
     chosen = {"device": options.device, "data": options.data} | recovery
     if recovery.get("teacher") == "dense":
         chosen["teacher"] = dense
-    record = recover(pruned, weights, progress=False, ranks=SINGLE_PROCESS, **chosen)
+    record = recover(pruned, weights, progress=False, **chosen)
     copy_file(weights / RecoveryRecord.FILE, folder / RecoveryRecord.FILE)
     cell.recovered = record.totals
     return weights

@@ -104,7 +104,6 @@ class CalibrationSet(Part):
     options: dict[str, Any]
     source: str
     sha256: str
-    file: str
     used_bos: UsedBos
 
 

@@ -6,8 +6,6 @@ same command tries it again.
 
 The dense model runs once for each text, and what its last block returns is kept, because every cell
 is compared with it.
-
-One process does all work: torchrun with several is refused.
 """
 
 from __future__ import annotations
@@ -18,7 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prunus.distributed import SINGLE_PROCESS, started_by_torchrun
+import torch
+
+from prunus.distributed import SINGLE_PROCESS
+from prunus.distributed.group import started_by_torchrun
 from prunus.evaluation.options import TaskOptions
 from prunus.evaluation.perplexity import check_text
 from prunus.evaluation.reference import Reference
@@ -36,14 +37,14 @@ from prunus.options import takes
 from prunus.pruning.job import plan_run
 from prunus.recovery.options import RecoveryOptions
 from prunus.runs.folder import locked_output
-from prunus.runs.options import RunOptions
+from prunus.runs.options import RunOptions, WindowOptions
 from prunus.runs.progress import LineInterval, Progress
 from prunus.sweeping.cells import (
     discard_weights,
+    draw_windows,
     prune_cell,
     recover_cell,
     score_model,
-    shared_windows,
 )
 from prunus.sweeping.grid import Sweep
 from prunus.sweeping.results import (
@@ -91,7 +92,7 @@ def sweep(
             "a sweep runs in one process, and torchrun started several: call it without torchrun, "
             "or give each process a sweep and a folder of its own"
         )
-    own = RunOptions.read(None, options).model_copy(update={"ranks": SINGLE_PROCESS})
+    own = RunOptions.read(None, options)
     # What the folder holds decides what is done, so from here on no other run may change it.
     with locked_output(folder, SINGLE_PROCESS, lambda: check_folder(chosen, folder)):
         results = check_sweep(chosen, folder, own, file)
@@ -205,6 +206,7 @@ class _Runner:
     report: Callable[[str], None]
     #: Label -> the dense model, which cells are compared with.
     references: dict[str, Reference] = field(default_factory=dict)
+    windows: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def run(self) -> SweepResults:
         # A killed run may have left files half-written. The runs of cells clear the folders of
@@ -214,9 +216,8 @@ class _Runner:
             remove_temporaries(folder)
         self._save()
         for label, model in self.results.models.items():
-            with self._recording_failure(model, title := f"{label}, dense"):
+            with self._running(model, title := f"{label}, dense"):
                 self._score(Path(model.path), model, label, title)
-            self._save()
         for cell in self.results.cells:
             if cell.recovers is None:
                 recoveries = [x for x in self.results.cells if x.recovers == cell.name]
@@ -235,23 +236,17 @@ class _Runner:
         todo = [one for one in recoveries if one.state != "done"]
         weights: Path | None = None
         if cell.state != "done" or todo:
-            with self._running(cell):
+            with self._running(cell, self._title(cell)):
                 weights = self._prune(cell)
                 self._score(weights, cell, cell.model, self._title(cell))
         for one in todo:
-            with self._running(one):
+            with self._running(one, self._title(one)):
                 if weights is None or cell.state != "done":
                     raise RuntimeError(f"the cell to recover failed: {cell.error}")
                 self._recover(one, weights)
         for one in (cell, *recoveries):
             if one.state == "done" and not self.sweep.keep_checkpoints:
                 discard_weights(self._folder(one.name))
-
-    def _windows(self, cell: CellResult) -> Any:
-        """The calibration windows of a cell, which other cells share; None if it needs none."""
-        if get_method(cell.recipe.method).needs == "none":
-            return None
-        return shared_windows(self.output, self.results, cell.model, cell.recipe, self.options)
 
     def _prune(self, cell: CellResult) -> Path:
         """The folder with the pruned weights. Deleted weights are made again, to the same bytes."""
@@ -266,8 +261,16 @@ class _Runner:
                 lines.restart()
                 self.report(f"{title}: block {step.done} of {step.total}")
 
-        own = {"input_ids": self._windows(cell), "report": report_block}
-        self._save()
+        windows, of = None, cell.recipe.model_dump(include=set(WindowOptions.model_fields))
+        if get_method(cell.recipe.method).needs != "none":
+            # Cells with the same model and window options share their windows.
+            if (key := f"{cell.model} {of}") not in self.windows:
+                self.windows[key] = draw_windows(
+                    self.results, cell.model, cell.recipe, self.options
+                )
+            windows = self.windows[key]
+            self._save()
+        own = {"input_ids": windows, "report": report_block}
         options = self.options.model_copy(update=own)
         weights = prune_cell(cell, self._folder(cell.name), Path(model.path), options)
         self._save()
@@ -297,25 +300,19 @@ class _Runner:
         score_model(weights, self.sweep.scoring, self.options, record, reference, finished)
 
     @contextlib.contextmanager
-    def _running(self, cell: CellResult) -> Iterator[None]:
-        """Mark a cell as running, and as done at the end of the block."""
-        cell.state = "running"
-        with self._recording_failure(cell, self._title(cell)):
-            yield
-            cell.state = "done"
-        self._save()
-
-    @contextlib.contextmanager
-    def _recording_failure(self, record: SweptModel, title: str) -> Iterator[None]:
-        """Record an error of a cell or a dense model, so that the sweep continues."""
+    def _running(self, record: SweptModel, title: str) -> Iterator[None]:
+        """Record how the work on a cell or a dense model ends, so that the sweep continues."""
+        if isinstance(record, CellResult):
+            record.state = "running"
         record.error = None
         try:
             yield
         except Exception as fault:
             record.error = reason(fault, most=2000)
-            if isinstance(record, CellResult):
-                record.state = "failed"
             self.report(f"{title}: failed: {record.error}")
+        if isinstance(record, CellResult):
+            record.state = "failed" if record.error else "done"
+        self._save()
 
     def _title(self, cell: CellResult) -> str:
         return f"[{self.results.cells.index(cell) + 1}/{len(self.results.cells)}] {cell.name}"

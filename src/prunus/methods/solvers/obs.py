@@ -24,7 +24,7 @@ Shape suffixes: O outputs (rows), I inputs (columns), B columns of a block.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -262,6 +262,30 @@ def inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, dict[str, A
     raise ValueError(
         "the Gram matrix of the inputs cannot be inverted however it is damped: is it finite?"
     )
+
+
+def ordered_factor(
+    statistics: InputStatistics,
+    damping: float,
+    order: tuple[Hashable, Callable[[Tensor], Tensor]],
+    correlations: float = 1.0,
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """The columns in an order, U in this order, and notes for the record.
+
+    `order` is a name, and what makes the order from the squared norms of the inputs. Entries of the
+    Gram matrix next to its diagonal are multiplied by `correlations`.
+    """
+    gram_II = statistics.gram_II
+    assert gram_II is not None, "rounding with feedback needs a Gram matrix"
+
+    def compute() -> tuple[Tensor, Tensor, dict[str, Any]]:
+        order_I = order[1](gram_II.diagonal())
+        own_II = gram_II[order_I][:, order_I].mul_(correlations)
+        own_II.diagonal().copy_(gram_II.diagonal()[order_I])
+        return order_I, *inverse_factor(own_II, damping)
+
+    # Linears with the same input share one factor: it is computed for the first of them.
+    return statistics.derived((order[0], damping, correlations), compute)
 
 
 def _inverse_factor_in(gram_II: Tensor, damping: float, dtype: torch.dtype) -> Tensor | None:

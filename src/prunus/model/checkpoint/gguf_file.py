@@ -20,6 +20,10 @@ from prunus.model.checkpoint.atomic_files import replacing
 
 #: The field with the record of the run that made a file.
 RECORD_FIELD = "prunus.compress"
+# Fields that describe how a file is stored, and not its model.
+_OF_STORAGE = (
+    "GGUF.", "general.architecture", "general.file_type", "general.alignment", "split.", "prunus.",
+)  # fmt: skip
 
 
 def check_extra() -> None:
@@ -65,6 +69,15 @@ class GgufFile:
         """The value of a field; `default` if it is missing."""
         found = self.reader.fields.get(key)
         return default if found is None else found.contents()
+
+    def fields(self) -> dict[str, Any]:
+        """All fields that describe the model, to write them again."""
+        writer = new_fields(self.get("general.architecture"))
+        for key, each in self.reader.fields.items():
+            if not key.startswith(_OF_STORAGE):
+                kinds = [*each.types, None]
+                writer.add_key_value(key, each.contents(), kinds[0], kinds[1])
+        return fields_of(writer)
 
     @property
     def types(self) -> set[str]:

@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 
-from prunus.model.checkpoint.gguf_file import fields_of, new_fields, package
-from prunus.model.checkpoint.gguf_vocabulary import add_vocabulary
+from prunus.model.checkpoint.atomic_files import read_json
+from prunus.model.checkpoint.gguf import check_header
+from prunus.model.checkpoint.gguf_file import GgufFile, fields_of, new_fields, package
+from prunus.model.checkpoint.gguf_vocabulary import NORMAL, add_vocabulary
 
 #: Class in transformers -> llama.cpp's name of its kind of model.
 ARCHITECTURES = {
@@ -47,6 +49,11 @@ class GgufTensor:
     values: torch.Tensor | None = None  #: the content where there is no source, float32
 
     @property
+    def module(self) -> str:
+        """The name of the module that has this weight; empty where there is none."""
+        return (self.source or "").removesuffix(".weight")
+
+    @property
     def is_matrix(self) -> bool:
         """Whether it may have a type of fewer bits than float32."""
         return len(self.shape) > 1 and not PLAIN.search(self.name)
@@ -71,11 +78,17 @@ class GgufLayout:
     tensors: tuple[GgufTensor, ...]
 
 
-def layout_of(folder: Path, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> GgufLayout:
+def layout_of(
+    folder: Path,
+    config: Any,
+    shapes: Mapping[str, tuple[int, ...]],
+    template: Path | None = None,
+) -> GgufLayout:
     """The layout of the GGUF file of the checkpoint in `folder`.
 
     `shapes` has the name in the model of each weight to store; of tied ones only the first. A
-    family or a tokenizer without a known layout is a ValueError or a NotImplementedError.
+    family or a tokenizer without a known layout is a ValueError or a NotImplementedError. With a
+    template, fields and tokenizer are those of that file.
     """
     kind = (getattr(config, "architectures", None) or ["unknown"])[0]
     architecture = ARCHITECTURES.get(kind)
@@ -96,6 +109,8 @@ def layout_of(folder: Path, config: Any, shapes: Mapping[str, tuple[int, ...]]) 
     writer = new_fields(architecture)
     extra = _rope_factors(writer, architecture, known)
     tensors = [*extra, *tensors]
+    if template is not None:
+        return GgufLayout(_template_fields(template, folder, tensors), tuple(tensors))
     _add_metadata(writer, folder, tensors)
     _add_parameters(writer, architecture, known)
     _add_tokenizer(writer, folder, architecture, known)
@@ -120,6 +135,34 @@ def named(
             )
         found.append(GgufTensor(name, shape, source))
     return found
+
+
+def _template_fields(path: Path, folder: Path, tensors: list[GgufTensor]) -> dict[str, Any]:
+    """The fields of a GGUF file of the same model: names, shapes and tokens are compared."""
+    check_header(path)
+    file = GgufFile.open(path)
+    ours: dict[str, object] = {each.name: each.shape for each in tensors}
+    # A head that is tied to the embedding is not stored again.
+    theirs: dict[str, object] = {
+        name: tuple(int(side) for side in reversed(each.shape))
+        for name, each in file.tensors.items()
+        if name in ours or name != "output.weight"
+    }
+    vocabulary = read_json(folder / "tokenizer.json").get("model", {}).get("vocab", {})
+    if isinstance(vocabulary, list):  # of pieces with scores
+        vocabulary = {piece[0]: index for index, piece in enumerate(vocabulary)}
+    own = {index: token for token, index in vocabulary.items()}
+    tokens, kinds = (file.get(f"tokenizer.ggml.{x}", []) for x in ("tokens", "token_type"))
+    for index, (token, kind) in enumerate(zip(tokens, kinds, strict=False)):
+        if kind == NORMAL and index in own:
+            ours[f"token {index}"], theirs[f"token {index}"] = own[index], token
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise ValueError(
+                f"{path} is not a template for this model: {name} is {ours.get(name)} in the model "
+                f"and {theirs.get(name)} there. Give what llama.cpp's converter makes of the model"
+            )
+    return file.fields()
 
 
 # --- fields, as llama.cpp's converter writes them ---

@@ -13,8 +13,8 @@ from typing import Any
 
 from prunus.model.checkpoint.atomic_files import read_json
 
-# Kinds of tokens: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+#: Kinds of tokens: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 # Scores of tokens that the merging of pieces never makes.
 _ADDED_SCORE, _PADDING_SCORE = -1000.0, -10000.0
 _SPACE = "\u2581"
@@ -75,7 +75,7 @@ def add_vocabulary(writer: Any, folder: Path, size: int, architecture: str) -> b
                 "together"
             )
         is_byte = by_scores and len(token) == 6 and token.startswith("<0x")
-        tokens[index], kinds[index] = token, _BYTE if is_byte else _NORMAL
+        tokens[index], kinds[index] = token, _BYTE if is_byte else NORMAL
     if by_scores and model.get("unk_token") in model["vocab"]:
         kinds[model["vocab"][model["unk_token"]]] = _UNKNOWN
     # The import of a GGUF file may add tokens that the model has no rows for.

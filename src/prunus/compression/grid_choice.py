@@ -1,0 +1,84 @@
+"""Which type of GGUF each weight of a model gets, so that the file has a given size.
+
+Every type of a weight takes some bytes and raises the loss of the model. For a sum of bytes the sum
+of the losses is least where one more byte would save as much loss in every weight (Lagrange). So
+all weights start with their smallest type. The step to another type that saves the most loss per
+byte is taken first, along the convex hull of each weight's types, as long as it fits.
+
+Shape suffixes: O outputs (rows), R some of them, I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prunus.methods.grids import GRIDS, Grid, grid_for, round_to_grid
+from prunus.pruning.loss_sensitivity import LinearSensitivity
+
+# The rows of a weight that are rounded to every type.
+_ROWS = 64
+
+
+class Choice(NamedTuple):
+    """A type of a weight: its bytes in the file, and what it adds to the loss."""
+
+    kind: str
+    nbytes: int
+    loss: float = 0.0
+
+
+def grids_for(columns: int) -> list[Grid]:
+    """The grids that a weight of this width can have: those with long spans where they fit.
+
+    >>> [grid.name for grid in grids_for(576)]
+    ['Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q8_0', 'IQ4_NL']
+    """
+    longest = grid_for("Q4_K", columns).span
+    return [grid for grid in GRIDS.values() if grid.span == longest or grid.name == "Q8_0"]
+
+
+def type_losses(
+    weight_OI: Tensor, uses: Sequence[LinearSensitivity], kinds: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """How much errors in each column raise the loss (I,), and by how much each type does.
+
+    `uses` has what is known of each module with this weight: an embedding may be the head too. Some
+    rows stand for all, in proportion to what errors in them cost.
+    """
+    some_R = torch.arange(0, len(weight_OI), max(1, len(weight_OI) // _ROWS))
+    rows_RI, losses = weight_OI[some_R].float(), []
+    importance_I = torch.stack([use.loss_O.sum() * use.importance_I for use in uses]).sum(dim=0)
+    for kind in kinds:
+        rounded = round_to_grid(rows_RI, GRIDS[kind], importance_I)
+        error_RI = rounded.dense().sub_(rows_RI).square_()
+        parts = [error_RI @ use.importance_I @ use.loss_O[some_R] for use in uses]
+        shares = [use.loss_O.sum() / use.loss_O[some_R].sum() for use in uses]
+        losses.append(sum(part * share for part, share in zip(parts, shares, strict=True)))
+    return importance_I, torch.tensor(losses)
+
+
+def choose_types(choices: Mapping[str, Sequence[Choice]], nbytes: int) -> dict[str, str]:
+    """The types of least loss whose bytes add up to at most `nbytes`.
+
+    >>> narrow, wide = Choice("Q3_K", 3, 9.0), Choice("Q6_K", 6, 1.0)
+    >>> choose_types({"a": [narrow, wide], "b": [narrow, wide._replace(loss=5.0)]}, 9)
+    {'a': 'Q6_K', 'b': 'Q3_K'}
+    """
+    chosen = {name: min(each, key=lambda x: (x.nbytes, x.loss)) for name, each in choices.items()}
+    left = nbytes - sum(each.nbytes for each in chosen.values())
+    while True:
+        steps = [
+            ((now.loss - each.loss) / more, name, each)
+            for name, now in chosen.items()
+            for each in choices[name]
+            if each.loss < now.loss and 0 < (more := each.nbytes - now.nbytes) <= left
+        ]
+        if not steps:
+            return {name: each.kind for name, each in chosen.items()}
+        _, name, each = max(steps)
+        left -= each.nbytes - chosen[name].nbytes
+        chosen[name] = each
