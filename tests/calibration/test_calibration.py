@@ -302,6 +302,13 @@ def test_mix_interleaves_prose_and_code(tmp_path, monkeypatch, uninstalled):
     text = training_text("mix", Wanted(**options | {"tokenizer": lambda: tokenizer}), held_out=4)
     rows = (*text.held_out, *text.windows(0, 4))
     assert ["\n" in tokenizer.decode(row) for row in rows] == is_code[:8].tolist()
+    # With a chat template, one window in eight is prose in the shape of a chat.
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    chatty = load("mix", samples=64, **options)
+    assert sum(tokenizer.decode(row).startswith("<user>") for row in chatty.ids) == 8
+    assert torch.equal(chatty.ids[is_code], mixed.ids[is_code])
+    assert chatty.source.startswith("62.5% ")
+    tokenizer.chat_template = None
     # Without C4, documentation takes the place of prose.
     monkeypatch.delenv("PRUNUS_DATA", raising=False)
     uninstalled("datasets")

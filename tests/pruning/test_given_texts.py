@@ -2,7 +2,6 @@
 tokenizer.
 """
 
-import functools
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from transformers import AutoModelForCausalLM
 import prunus
 from prunus.calibration.sources import Documents, find_source
 from prunus.calibration.windows import Wanted
-from prunus.model.tokenizer import apply_chat_template
 from tiny import tiny_checkpoint, token_ids
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
@@ -66,11 +64,10 @@ def test_lists_and_data_sets_of_texts_give_the_windows_of_a_file(tmp_path):
 def test_chats_go_through_the_template():
     tokenizer = tokenizer_with_template()
     expected = f"user: Why?\nassistant: {'Because. ' * 9}\n"
-    apply = functools.partial(apply_chat_template, answer_follows=False)
-    found = Documents([CHAT, {"messages": CHAT}, "text"], tokenizer, apply)
+    found = Documents([CHAT, {"messages": CHAT}, "text"], tokenizer)
     assert list(found) == [expected, expected, "text"]
     with pytest.raises(ValueError, match="no chat template; give texts instead"):
-        Documents([CHAT], byte_tokenizer(), apply)[0]
+        Documents([CHAT], byte_tokenizer())[0]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ SOURCES = {
     "ptb": "Penn Treebank, train: random windows of the whole text",
     "python-docs": "the documentation that ships with Python: first half; needs no download",
     "python-code": "the modules of Python's standard library: random windows; needs no download",
-    "mix": "prose and code: C4, or python-docs where it cannot be loaded, and python-code in turn",
+    "mix": "prose, code and chats in turn: C4, or python-docs where it cannot be loaded; "
+    "python-code; and that prose in the model's chat template, if it has one",
     "self": "text that the model writes itself (arXiv 2410.17170)",
     "FILE": ".txt, .jsonl, .jsonl.gz or .parquet (text in the field or column `text`), "
     "or .safetensors with `input_ids` (windows, tokens)",
@@ -17,10 +18,11 @@ SOURCES = {
 }
 #: Sources that are texts with a part for calibration and a part for scoring.
 CORPORA = ("c4", "wikitext2", "ptb", "python-docs", "python-code")
-#: What the source `mix` holds -> its share of the windows, in sum 1.
-MIX = {"prose": 0.75, "code": 0.25}
+#: What the source `mix` holds -> its share of the windows, in sum 1. Without a chat template, the
+#: share of the chats is prose.
+MIX = {"prose": 0.625, "chats": 0.125, "code": 0.25}
 #: The sources of text in one phrase, for help texts.
 CHOICES = (
-    f"{', '.join(CORPORA)}, mix (prose and code), self (text by the model), a file, or a folder of "
-    "images"
+    f"{', '.join(CORPORA)}, mix (prose, code, chats), self (text by the model), a file, or a "
+    "folder of images"
 )

@@ -37,6 +37,7 @@ class Text:
         by_document: windows are drawn of single documents, and not of the whole text.
         joins_short: where no document is longer than a window, windows are drawn of all documents
             together.
+        from_start: windows of single documents are their first tokens.
         share: of the windows of a source with several texts.
     """
 
@@ -45,6 +46,7 @@ class Text:
     source: str
     by_document: bool = False
     joins_short: bool = False
+    from_start: bool = False
     share: float = 1.0
 
     def whole(self) -> str:
@@ -98,7 +100,9 @@ def _draw_windows(text: Text, tokenizer: Any, **sizes: Any) -> tuple[torch.Tenso
             tokens = encode(tokenizer, text.whole())
             return windows_from_stream(tokens, **sizes), text.source
         try:
-            ids, used = windows_from_documents(text.documents, tokenizer, **sizes)
+            ids, used = windows_from_documents(
+                text.documents, tokenizer, from_start=text.from_start, **sizes
+            )
             return ids, f"{text.source}; windows from {used} documents"
         except TextTooShort:
             if not text.joins_short:
@@ -127,13 +131,19 @@ def encode_documents(
 
 
 def windows_from_documents(
-    documents: Sequence[str], tokenizer: Any, *, samples: int, seqlen: int, rng: random.Random
+    documents: Sequence[str],
+    tokenizer: Any,
+    *,
+    samples: int,
+    seqlen: int,
+    rng: random.Random,
+    from_start: bool = False,
 ) -> tuple[torch.Tensor, int]:
     """Random windows of random documents.
 
     This follows the calibration of SparseGPT (arXiv 2301.00774) and Wanda (arXiv 2306.11695): draw
     a document, drop it unless it has more than S tokens, and start a window at any of its first
-    T - S tokens.
+    T - S tokens, or at the first one only (`from_start`).
 
     There are two differences, so that the search always ends. Documents are drawn without
     replacement. Only when all have been drawn, the long ones are used again, each time with a
@@ -163,6 +173,7 @@ def windows_from_documents(
         starts = len(tokens) - seqlen
         if starts <= 0:
             continue
+        starts = 1 if from_start else starts
         different += starts
         start, *more = rng.sample(range(starts), min(starts, samples))
         rows.append(tokens[start : start + seqlen])

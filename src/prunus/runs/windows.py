@@ -6,7 +6,6 @@ For a language model a window is `seqlen` token ids. For an image classifier it 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from prunus.model.kinds import IMAGES, kind_of
 from prunus.model.loading import load_model
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.model.tokenizer import (
-    apply_chat_template,
     check_tokenizer,
     load_image_processor,
     load_tokenizer,
@@ -93,8 +91,7 @@ def calibration_windows(job: RunJob) -> Windows:
 def _source(recipe: WindowOptions, options: RunOptions) -> Source:
     """Where the windows come from: what the caller gives, or what the recipe names."""
     given = options.input_ids if options.input_ids is not None else options.texts
-    chat_text = functools.partial(apply_chat_template, answer_follows=False)
-    return find_source(recipe.calibration if given is None else given, chat_text)
+    return find_source(recipe.calibration if given is None else given)
 
 
 def _wanted(recipe: WindowOptions, options: RunOptions) -> Wanted:
