@@ -151,7 +151,7 @@ def test_a_model_without_a_finite_loss(pruned, text, tmp_path):
 def test_a_step_that_would_not_be_finite_changes_nothing(pruned, text, tmp_path):
     """With a rate that no weight survives, no weight that is not finite is ever written."""
     with pytest.raises(ValueError, match="training stopped"):
-        recover(pruned, tmp_path / "out", "masked", text, learning_rate=1e30, patience=100)
+        recover(pruned, tmp_path / "out", "masked", text, learning_rate=1e30)
     for tensors in shards(tmp_path / "out"):
         assert tensors.startswith(("training", "best", "block", "outer"))
 

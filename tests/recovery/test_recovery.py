@@ -163,13 +163,11 @@ def test_the_rate_of_masked_training_is_relative_to_the_weights(dense, text, tmp
 
 
 def test_learning_from_the_dense_model_alone_brings_logits_closer(dense, pruned, text, tmp_path):
-    record = recover(pruned, tmp_path / "out", "masked", text, teacher=dense, patience=100)
+    record = recover(pruned, tmp_path / "out", "masked", text, teacher=dense)
     assert record.inputs.teacher is not None
     losses = [entry.training_loss for entry in record.evaluations[1:]]
     assert losses[-1] < 0.5 * losses[0]
-    mixed = recover(
-        pruned, tmp_path / "mix", "masked", text, teacher=dense, distill_weight=0.25, patience=100
-    )
+    mixed = recover(pruned, tmp_path / "mix", "masked", text, teacher=dense, distill_weight=0.25)
     assert mixed.evaluations[1].training_loss > losses[0], "the text's cross entropy counts too"
     still = {"tokens": 64, "learning_rate": 1e-6}
     same = recover(pruned, tmp_path / "same", "masked", text, teacher=pruned, **still)

@@ -51,7 +51,7 @@ def compressed(dense):
 def recovered(dense, compressed, text):
     """The folder of a recovery in the default mode."""
     out = dense.parent / "recovered"
-    recover(compressed, out, None, text, teacher=dense, patience=100)
+    recover(compressed, out, None, text, teacher=dense)
     return out
 
 

@@ -35,8 +35,10 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def _training(text: str, metavar: str, within: Range | None = None) -> Option:
-    return Option(text, metavar, _TRAINING, within)
+def _training(
+    text: str, metavar: str, within: Range | None = None, default: str | None = None
+) -> Option:
+    return Option(text, metavar, _TRAINING, within, default=default)
 
 
 class RecoveryOptions(Options):
@@ -114,9 +116,9 @@ class RecoveryOptions(Options):
         _training("Evaluate them this often, and write a checkpoint each time.", "N", _COUNT),
     ] = 8
     patience: Annotated[
-        int,
-        _training("Stop after this number of evaluations without progress.", "N", _COUNT),
-    ] = 3
+        int | None,
+        _training("Stop after this number of evaluations without progress.", "N", _COUNT, "never"),
+    ] = None
     distill_weight: Annotated[
         float,
         _training(

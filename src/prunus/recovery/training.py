@@ -186,8 +186,10 @@ class Training:
         state.evaluations.append(entry)
         if held_out_loss < state.evaluations[state.best].held_out_loss:
             state.best = len(state.evaluations) - 1
-        elif _is_stalled([each.held_out_loss for each in state.evaluations], self.options.patience):
-            state.stopped = f"no better held-out loss in {self.options.patience} evaluations"
+        elif (patience := self.options.patience) is not None and _is_stalled(
+            [each.held_out_loss for each in state.evaluations], patience
+        ):
+            state.stopped = f"no better held-out loss in {patience} evaluations"
         state.seconds = self._seconds()
         self.checkpoints.save(state, self.trainable.parameters, self.optimizer)
         words = f"held-out perplexity {entry.perplexity:.3f}"
