@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from html import escape
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 SECONDS_BETWEEN_LINES = 15.0
@@ -106,8 +105,6 @@ _KEYWORD = (
     "    progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. "
     "A function is called after every block.\n"
 )
-#: Seconds between two changes of a notebook's bar. Each change is a message to the browser.
-_NOTEBOOK_INTERVAL = 0.2
 
 
 def shows_progress(title: str, read: Callable[..., Shown]) -> Callable[[_Function], _Function]:
@@ -182,34 +179,14 @@ def _place() -> Literal["notebook", "terminal"] | None:
 
 @contextlib.contextmanager
 def _notebook_bar(title: str) -> Iterator[Callable[[Shown], None]]:
-    """Show a bar as HTML, which needs no widgets, and change it where it stands."""
-    from IPython.display import HTML, display
+    """Show a bar of tqdm, which a notebook displays with widgets where it has them."""
+    from tqdm.auto import tqdm
 
-    started = time.monotonic()
-    last = Shown(None, "…")
-    due = LineInterval(_NOTEBOOK_INTERVAL)
-    place = display(HTML(_markup(title, last, 0.0)), display_id=True)
+    form = "{desc} {percentage:.0f}% {bar} {elapsed}{postfix}"
+    with tqdm(total=1.0, desc=one_line(title), bar_format=form, miniters=0) as bar:
 
-    def show() -> None:
-        place.update(HTML(_markup(title, last, time.monotonic() - started)))
-        due.restart()
+        def update(shown: Shown) -> None:
+            bar.set_postfix_str(one_line(shown.state), refresh=False)
+            bar.update(0 if shown.share is None else shown.share - bar.n)
 
-    def update(shown: Shown) -> None:
-        nonlocal last
-        last = Shown(last.share if shown.share is None else shown.share, shown.state)
-        if due.due():
-            show()
-
-    try:
         yield update
-    finally:
-        show()
-
-
-def _markup(title: str, shown: Shown, seconds: float) -> str:
-    value = "" if shown.share is None else f' value="{shown.share:.4f}"'
-    minutes, rest = divmod(round(seconds), 60)
-    return (
-        f'<div>{escape(title)} <progress max="1"{value} style="width: 20em"></progress> '
-        f"{minutes}:{rest:02} {escape(one_line(shown.state))}</div>"
-    )
