@@ -162,7 +162,7 @@ def completion_script(shell: str) -> str:
 def test_bash_completes_verbs_options_and_choices():
     offers = {
         "re": "recover report",
-        "prune --recons": "--reconstruct --reconstruct-epochs --reconstruct-lr",
+        "prune --recons": "--reconstruct --reconstruct-epochs",
         "prune dense out --method wan": "wanda wanda-variant",
         "prune dense out --preset b": "balanced best",
         "shrink dense out --block-rule ''": "kl cosine",

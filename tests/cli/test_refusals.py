@@ -126,7 +126,7 @@ OTHERS = [
     ("prune dense out --rank-timeout -3", "must be a number of seconds above 0"),
     ("eval dense --perplexity text.txt --rank-timeout x", r"rank_timeout: .*\(got 'x'\)"),
     ("prune dense out --sparsity 2:4", r"did you mean --pattern 2:4\?"),
-    ("prune dense out --reconstruct first", "'--reconstruct': 'first' .* 'none', 'last', 'quick'"),
+    ("prune dense out --reconstruct first", "'--reconstruct': 'first' .* 'none', 'last'"),
     ("import model.gguf out --dtype int8", "'int8' is not one of 'bfloat16', 'float16'"),
     ("eval dense --perplexity text.txt --seqlen 65", "model's 64 positions"),
     ("recover pruned out --mode lora --target-modules ,", "target_modules names no linear"),

@@ -84,20 +84,3 @@ def test_balanced_reconstructs_the_last_block_alone_on_the_windows_of_the_dense_
         ]
         assert errors[0] == errors[1], "no earlier block changes"
     check_same_bytes_resumed_and_replayed(dense, tmp_path, monkeypatch, options)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-def test_quick_reconstruction_trains_every_block_on_the_windows_of_the_dense_stream(
-    family, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(dense_stream, "_TOKENS_PER_FEATURE", 0.5)
-    dense = tiny_checkpoint(tmp_path / "dense", family, torch.bfloat16)
-    options = {"preset": "balanced", "reconstruct": "quick", "calibration": token_ids(16, 32)}
-    report = prunus.prune(dense, tmp_path / "plain", **options)
-    *earlier, last = [block.reconstruction for block in report.blocks]
-    # Every fourth of sixteen windows runs through the dense model; one of these is held out.
-    assert {block.steps for block in earlier} == {(3 if family == "gpt_neox" else 5) * 3}
-    assert {block.measure for block in earlier} == {"outputs"}
-    assert (last.steps, last.measure) == ((3 if family == "gpt_neox" else 8) * 3, "logits")
-    assert all(block.error_after <= block.error_before for block in (*earlier, last))
-    check_same_bytes_resumed_and_replayed(dense, tmp_path, monkeypatch, options)

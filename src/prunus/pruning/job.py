@@ -94,7 +94,7 @@ class PruningJob(RunJob):
 
     @property
     def reconstructs(self) -> str:
-        """Which blocks are trained: none, last, quick or all."""
+        """Which blocks are trained: none, last or all."""
         return self.recipe.reconstruct if isinstance(self.recipe, Recipe) else "none"
 
     @property
@@ -120,9 +120,7 @@ class PruningJob(RunJob):
     def drift_stride(self) -> int:
         """One of this many batches also runs through the dense model."""
         method = self.linear_settings.method
-        if method.needs_held_out or self.reconstructs == "all":
-            return 1
-        if not method.needs_drift and self.reconstructs != "quick":
+        if method.needs_held_out or self.reconstructs == "all" or not method.needs_drift:
             return 1
         blocks = map(self.skeleton.linears, range(len(self.skeleton)))
         widths = (linear.shape[1] for linears in blocks for linear in linears)
@@ -141,7 +139,6 @@ class PruningJob(RunJob):
             return None
         return ReconstructionSettings(
             recipe.reconstruct_epochs,
-            recipe.reconstruct_lr,
             training_dtype(self.device, self.dtype),
             last_only=recipe.reconstruct == "last",
         )
@@ -298,14 +295,12 @@ def _linear_settings(recipe: PruningOptions, own: Method | None, quantizes: bool
 def _batch(job: PruningJob) -> int:
     """Calibration windows per forward pass."""
     recipe, trains = job.recipe, job.reconstructs != "none"
-    if recipe.batch is not None:
-        batch = recipe.batch
-    elif job.reference_order or job.reconstructs in ("quick", "all"):
-        # The reference order sums window by window. Training every block takes a step per window.
-        batch = 1
-    else:
+    batch = recipe.batch
+    if batch is None:
         window_tokens = job.skeleton.window_shape(0, recipe.seqlen)[0]
         batch = windows_per_batch(recipe.samples, window_tokens, trains)
+        if job.reference_order:
+            batch = 1  # the reference order sums window by window
     if trains and recipe.samples <= batch:
         raise ValueError(
             "reconstruction trains on some batches and validates on others: "

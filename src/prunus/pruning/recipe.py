@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from prunus.methods.options import METHOD
-from prunus.options import Option, at_least, between
+from prunus.options import Option, at_least
 from prunus.pruning.options import SELECTION, PruningOptions
 
 _RECONSTRUCTION = "Reconstruction"
@@ -56,11 +56,10 @@ class Recipe(PruningOptions):
         ),
     ] = False
     reconstruct: Annotated[
-        Literal["none", "last", "quick", "all"],
+        Literal["none", "last", "all"],
         Option(
             "Train the surviving weights of these blocks towards the dense model: last (only the "
-            "last block, towards the dense logits), quick (all blocks, on about a quarter of the "
-            "windows) or all.",
+            "last block, towards the dense logits) or all.",
             metavar="BLOCKS",
             panel=_RECONSTRUCTION,
         ),
@@ -73,16 +72,6 @@ class Recipe(PruningOptions):
             panel=_RECONSTRUCTION,
             within=at_least(1),
             default="by the number of tokens, at most 5",
-        ),
-    ] = None
-    reconstruct_lr: Annotated[
-        float | None,
-        Option(
-            "Train with this peak learning rate.",
-            metavar="RATE",
-            panel=_RECONSTRUCTION,
-            within=between("(0, 1)"),
-            default="0.7 % of the RMS of a tensor's weights; 0.2 % in the last block",
         ),
     ] = None
 
@@ -107,11 +96,9 @@ class Recipe(PruningOptions):
                 raise ValueError(
                     f"{option} needs propagate linear: the original's two passes {reason}"
                 )
-        has_schedule = self.reconstruct_epochs is not None or self.reconstruct_lr is not None
-        if has_schedule and not self.reconstructs:
+        if self.reconstruct_epochs is not None and not self.reconstructs:
             raise ValueError(
-                "reconstruct_epochs and reconstruct_lr belong to `reconstruct` last, quick or all: "
-                "drop them or add one"
+                "reconstruct_epochs belongs to `reconstruct` last or all: drop it or add one"
             )
 
     @property

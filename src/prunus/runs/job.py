@@ -267,15 +267,18 @@ _TOKENS_PER_BATCH = 4096
 def windows_per_batch(samples: int, window_tokens: int, for_training: bool = False) -> int:
     """The default batch size, at least 1 window.
 
-    >>> windows_per_batch(samples=128, window_tokens=512)
-    8
-    >>> windows_per_batch(samples=128, window_tokens=512, for_training=True)
-    4
-    >>> windows_per_batch(samples=3, window_tokens=512)
-    3
+    A batch in training is a step. It has about 1024 tokens, and more where there would be more than
+    128 steps: each updates all weights of a block, however few tokens it has. There are at least
+    eight.
+
+    >>> [windows_per_batch(samples, 256) for samples in (8, 64, 1024)]
+    [8, 16, 16]
+    >>> [windows_per_batch(samples, 256, for_training=True) for samples in (8, 64, 1024)]
+    [1, 4, 8]
     """
-    windows = min(samples, _TOKENS_PER_BATCH // window_tokens)
-    return max(1, windows // 2 if for_training else windows)
+    if for_training:
+        return max(1, min(max(1024 // window_tokens, -(-samples // 128)), samples // 8))
+    return max(1, min(samples, _TOKENS_PER_BATCH // window_tokens))
 
 
 def check_known(digests: dict[str, str], block: str, digest: str) -> None:

@@ -186,10 +186,9 @@ def plan_structure(
 
 
 def _batch(job: StructureJob) -> int:
-    """Windows per forward pass. Repair takes a step per batch, so by default one window."""
+    """Windows per forward pass. Repair takes a step per batch."""
     recipe, window_tokens = job.recipe, job.skeleton.window_shape(0, job.recipe.seqlen)[0]
-    by_default = 1 if recipe.repair else windows_per_batch(recipe.samples, window_tokens)
-    batch = recipe.batch if recipe.batch is not None else by_default
+    batch = recipe.batch or windows_per_batch(recipe.samples, window_tokens, recipe.repair)
     if recipe.repair and recipe.samples <= batch:
         raise ValueError(
             "repair trains on some batches and validates on others: "

@@ -291,7 +291,7 @@ class Repair:
         self._first = next((place for place in places if self._changes(place)), len(places))
         dtype = training_dtype(job.device, job.dtype)
         self._reconstructor = BlockReconstructor(
-            settings=ReconstructionSettings(epochs=None, learning_rate=None, dtype=dtype),
+            settings=ReconstructionSettings(epochs=None, dtype=dtype),
             stream=stream,
             dense=dense,
             numbers=range(len(dense)),

@@ -59,7 +59,7 @@ def train(block, inputs, targets, masks, training, validation, loss=squared_erro
 
 def trained(task, **options):
     """Train the block of `task` on its last six batches and validate on the first two."""
-    return train(*task, range(2, 8), range(2), **({"learning_rate": 1e-2, "epochs": 30} | options))
+    return train(*task, range(2, 8), range(2), **({"learning_rate": 3e-2, "epochs": 30} | options))
 
 
 def test_the_error_falls_and_only_survivors_move(task):
@@ -219,8 +219,7 @@ def test_kl_divergence_in_chunks_is_that_of_all_logits_at_once(tokens):
         assert float(size) == output[:, compared, 0].numel()
 
 
-@pytest.mark.parametrize("relative", [True, False])
-def test_a_relative_rate_does_not_depend_on_the_size_of_the_weights(relative):
+def test_the_training_does_not_depend_on_the_size_of_the_weights():
     """Weights 32 times smaller on inputs 32 times larger are the same task.
 
     A power of two rounds nothing.
@@ -233,12 +232,12 @@ def test_a_relative_rate_does_not_depend_on_the_size_of_the_weights(relative):
     for scale in (1.0, 32.0):
         block = nn.Linear(6, 6, bias=False).requires_grad_(False)
         block.weight.copy_(begun * mask / scale)
-        options = {"learning_rate": 0.02, "relative": relative, "epochs": 20}
+        options = {"learning_rate": 0.02, "epochs": 20}
         scaled = [x * scale for x in inputs]
         result = train(block, scaled, targets, {"weight": mask}, range(1, 6), range(1), **options)
         found.append(result.weights["weight"] * scale)
-        assert result.error_after < result.error_before or not relative
-    assert torch.allclose(*found, rtol=1e-4, atol=1e-5) == relative
+        assert result.error_after < result.error_before
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 def test_schedules():

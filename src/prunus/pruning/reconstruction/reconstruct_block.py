@@ -122,9 +122,7 @@ class BlockReconstruction:
         schedule = default_schedule(tokens, hidden, by_token, len(inputs), by_logits)
         settings, keys = shared.settings, [f"{linear}.weight" for linear in self.trained]
         options = TrainOptions(
-            # A rate that the user gives is plain; the default is relative to the weights' size.
-            learning_rate=settings.learning_rate or schedule.learning_rate,
-            relative=settings.learning_rate is None,
+            learning_rate=schedule.learning_rate,
             epochs=settings.epochs or schedule.epochs,
             token_stride=schedule.token_stride,
             dtype=settings.dtype,

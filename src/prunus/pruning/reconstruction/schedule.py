@@ -38,7 +38,7 @@ _LOGIT_STEPS, _LOGIT_RATE, _MAX_LOGIT_STRIDE = 240, 2e-3, 28
 class ReconstructionSchedule:
     epochs: int
     token_stride: int
-    #: peak rate relative to the RMS of each tensor's kept weights; see `TrainOptions.relative`.
+    #: peak rate relative to the RMS of each tensor's kept weights; see `TrainOptions`.
     learning_rate: float
     #: with the loss on logits, one in this many of the tokens of a step is compared.
     logit_stride: int = 1
@@ -49,9 +49,6 @@ class ReconstructionSettings:
     """What a run says about the reconstruction of all its blocks."""
 
     epochs: int | None  #: passes over the training batches; None for the block's `default_schedule`
-    #: peak rate of Adam, the same for all tensors; None for the relative rate of the block's
-    #: `default_schedule`.
-    learning_rate: float | None
     dtype: torch.dtype
     last_only: bool = False
 

@@ -64,12 +64,12 @@ class BlockBatches:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    learning_rate: float = 3e-4  #: peak rate of Adam; see `learning_rate` for its course
-    #: the rate is a fraction of the root mean square (RMS) of each parameter's kept weights, as in
-    #: Adafactor (arXiv 1804.04235, section 8). A step of Adam moves every weight by about the rate,
-    #: whatever the gradient's size. Models differ tenfold in the size of their weights, so a plain
-    #: rate that suits one model destroys another.
-    relative: bool = False
+    #: peak rate of Adam as a fraction of the root mean square (RMS) of each parameter's kept
+    #: weights, as in Adafactor (arXiv 1804.04235, section 8). A step of Adam moves every weight by
+    #: about the rate, whatever the gradient's size. Models differ tenfold in the size of their
+    #: weights, so a plain rate that suits one model destroys another. For its course see
+    #: `learning_rate`.
+    learning_rate: float = 3e-3
     epochs: int = 3
     token_stride: int = 1
     #: of matrix products and activations, float32 or bfloat16. A block in this dtype computes in it
@@ -216,7 +216,7 @@ def _run_epochs(
 ) -> tuple[float, int, str | None]:
     """Run Adam over all epochs, offer snapshots to `best`: last error, steps, why it stopped."""
     masters = weights.masters
-    scales = kept_rms(masters, weights.masks) if options.relative else dict.fromkeys(masters, 1.0)
+    scales = kept_rms(masters, weights.masks)
     groups = [{"params": [master], "scale": scales[name]} for name, master in masters.items()]
     # `fused` updates a parameter in one pass over memory.
     optimizer = torch.optim.Adam(groups, betas=_BETAS, fused=True)
