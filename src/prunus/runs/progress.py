@@ -180,7 +180,7 @@ def _place() -> Literal["notebook", "terminal"] | None:
 @contextlib.contextmanager
 def _notebook_bar(title: str) -> Iterator[Callable[[Shown], None]]:
     """Show a bar of tqdm, which a notebook displays with widgets where it has them."""
-    from tqdm.auto import tqdm
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     form = "{desc} {percentage:.0f}% {bar} {elapsed}{postfix}"
     with tqdm(total=1.0, desc=one_line(title), bar_format=form, miniters=0) as bar:
