@@ -61,16 +61,12 @@ class CompressionRecipe(PruningOptions):
     ] = None
     template: Annotated[
         Path | None,
-        Option(
-            "Take fields and tokenizer of a GGUF file from this one, which llama.cpp's converter "
-            "made of MODEL.",
-            metavar="FILE.gguf",
-        ),
+        Option("Copy fields and tokenizer of this GGUF file of MODEL.", metavar="FILE.gguf"),
     ] = None
     head_bits: Annotated[
         int | Literal["none"],
         Option(
-            "Store embeddings and output head in 4, 6 or 8 bits per weight, or as they are (none).",
+            "Store embeddings and head in 4, 6, 8 bits or none.",
             metavar="N",
             within=one_of((4, 6, 8, "none")),
         ),

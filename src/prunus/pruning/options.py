@@ -47,7 +47,7 @@ class PruningOptions(MethodOptions, WindowOptions):
     method: Annotated[
         str,
         Option(
-            f"Remove weights by {', '.join(METHODS)}, or your own FILE.py:NAME.",
+            f"Remove weights by {', '.join(METHODS)}, or FILE.py:NAME.",
             metavar="METHOD",
             suggestions=lambda: METHODS,
         ),

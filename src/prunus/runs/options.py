@@ -45,7 +45,7 @@ class WindowOptions(Options):
     calibration: Annotated[
         str,
         Option(
-            f"Take the calibration windows from {CHOICES}.",
+            f"Calibrate on {CHOICES}.",
             metavar="SOURCE",
         ),
     ] = "mix"
