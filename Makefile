@@ -7,6 +7,8 @@ BIN    := $(VENV)/bin
 JOBS   ?= 2
 # Reference data and golden masks; tests that need them skip where the folder is absent.
 export PRUNUS_SHARED ?= ../shared
+# Tests start many interpreters, and each of them would compile all modules, which takes seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check hostile cuda docs sanitize neon-test wheel-test start-test vllm-test install clean
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,13 @@ __all__ = ["pytest_runtest_protocol", "pytest_unconfigure"]
 
 ROOT = Path(__file__).resolve().parent.parent
 
-#: Files that take longest. They start first, so that no process waits for one at the end.
-SLOW_FILES = (
-    "distributed/test_ranks.py", "model/checkpoint/test_faults.py", "sweeping/test_sweep.py",
-    "compression/test_compress.py", "packed/test_loading.py", "pruning/test_experts.py",
-    "pruning/test_golden.py", "methods/test_methods_golden.py", "pruning/test_devices.py",
-    "serving/test_serving.py", "model/checkpoint/test_hostile.py",
+#: What takes longest: two servers, each with all tests that ask it, and files. They start first, so
+#: that no process waits for one at the end.
+SLOW = (
+    "script_server.py", "pretend_cuda_server.py", "docs/test_tutorials.py",
+    "pruning/test_golden.py", "serving/test_serving.py", "packed/test_loading.py",
+    "pruning/test_experts.py", "methods/test_methods_golden.py", "sweeping/test_sweep.py",
+    "packed/test_entry_points.py", "evaluation/test_reference.py",
 )  # fmt: skip
 
 
@@ -111,13 +113,14 @@ def uninstalled(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def short_python_docs() -> Iterator[None]:
-    """The text `python-docs` is its beginning. All of it takes half a second to tokenise."""
+def short_python_texts() -> Iterator[None]:
+    """`python-docs` and `python-code` are their beginnings: all takes a second to tokenise."""
     from prunus.calibration import corpora
 
-    whole = corpora.python_docs
+    docs, modules = corpora.python_docs, corpora._library_modules
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpora, "python_docs", lambda part: whole(part)[:50])
+        patch.setattr(corpora, "python_docs", lambda part: docs(part)[:50])
+        patch.setattr(corpora, "_library_modules", cache(lambda part: modules(part)[:40]))
         yield
 
 
@@ -138,9 +141,34 @@ def pytest_collection() -> None:
     gc.disable()
 
 
+@cache
+def _unit(file: Path) -> str:
+    """The tests of one unit run in one process: those that ask the same server, or those of a file.
+
+    A server imports torch, which takes longer than most tests. So each of them starts once.
+    """
+    text = file.read_text(encoding="utf-8")
+    if "from scripts import" in text:
+        return "script_server.py"
+    if "pytest.mark.cuda" in text:
+        return "pretend_cuda_server.py"
+    return file.relative_to(ROOT / "tests").as_posix()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadFileScheduling
+
+    class UnitScheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _unit(ROOT / super()._split_scope(nodeid))
+
+    return UnitScheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    turns = {ROOT / "tests" / name: turn for turn, name in enumerate(SLOW_FILES)}
-    items.sort(key=lambda item: turns.get(item.path, len(turns)))
+    turns = {unit: turn for turn, unit in enumerate(SLOW)}
+    items.sort(key=lambda item: turns.get(_unit(item.path), len(turns)))
 
 
 def pytest_collection_finish() -> None:

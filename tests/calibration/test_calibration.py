@@ -283,7 +283,7 @@ def test_python_code_is_the_library_of_this_python(monkeypatch, tmp_path):
             check_source(source, None)
 
 
-@pytest.mark.usefixtures("short_python_docs")
+@pytest.mark.usefixtures("short_python_texts")
 def test_mix_interleaves_prose_and_code(tmp_path, monkeypatch, uninstalled):
     tokenizer, code = byte_tokenizer(), python_code("calibration")[:40]
     monkeypatch.setattr("prunus.calibration.corpora.python_code", lambda _: [x[:999] for x in code])

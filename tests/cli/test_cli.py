@@ -15,11 +15,9 @@ import torch
 import typer
 from rich.console import Console
 from safetensors.torch import save_file
-from typer.main import get_command
 
 import prunus
-from command_line import call
-from prunus.cli import app
+from command_line import PROGRAM, call
 from prunus.cli.terminal import user_errors
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.pruning.manifest import Manifest
@@ -254,7 +252,7 @@ def test_after_ctrl_c_a_verb_promises_only_what_it_keeps(monkeypatch):
 
     monkeypatch.setattr("prunus.cli.terminal._check_json_file", stop)
     after = dict[str, str]()
-    for verb, command in get_command(app).commands.items():
+    for verb, command in PROGRAM.commands.items():
         required = [each for each in command.params if each.required]
         needed = ["--prompt=x" if each.name == "prompt" else "x" for each in required]
         after[verb] = call(verb, *needed, status=130).stderr.removeprefix("prunus: stopped; ")

@@ -10,10 +10,8 @@ from importlib.metadata import version
 
 import pytest
 from pydantic_core import PydanticUndefined
-from typer.main import get_command
 
-from command_line import call
-from prunus.cli import app
+from command_line import PROGRAM, call
 from prunus.compression.records import CompressionRecipe
 from prunus.pruning.recipe import Recipe
 from prunus.recovery.options import MODES, RecoveryOptions
@@ -24,7 +22,7 @@ VERBS = [
     "prune", "compress", "shrink", "recover", "plan", "eval", "inspect", "bench",
     "sweep", "report", "generate", "serve", "import", "pack", "unpack", "doctor",
 ]  # fmt: skip
-COMMANDS = get_command(app).commands
+COMMANDS = PROGRAM.commands
 
 
 def test_help_lists_the_verbs_in_panels_with_one_line_each():

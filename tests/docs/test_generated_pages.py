@@ -6,10 +6,9 @@ from types import ModuleType
 from xml.etree import ElementTree
 
 import pytest
-from typer.main import get_command
 
+from command_line import PROGRAM
 from places import REPOSITORY
-from prunus.cli import app
 from prunus.pruning.recipe import Recipe
 
 
@@ -33,7 +32,7 @@ def test_every_command_and_option_is_in_the_reference(reference):
     text = reference.command_reference()
     for line in text.splitlines():
         assert not line.startswith("|") or len(re.split(r"(?<!\\)\|", line)) == 5, line
-    for name, command in get_command(app).commands.items():
+    for name, command in PROGRAM.commands.items():
         section = re.search(rf"^## prunus {name}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
         assert section, name
         for parameter in command.params:
@@ -46,7 +45,7 @@ def test_every_option_is_in_the_reference(reference):
     for name in Recipe.model_fields:
         assert f"| `{name}` |" in text
     options = set(re.findall(r"`(--[a-z-]+)`", text))
-    commands = get_command(app).commands
+    commands = PROGRAM.commands
     parameters = [*commands["prune"].params, *commands["compress"].params]
     assert options <= {option for parameter in parameters for option in parameter.opts}
 

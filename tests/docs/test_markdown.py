@@ -4,11 +4,9 @@ import pkgutil
 import re
 from pathlib import Path
 
-from typer.main import get_command
-
+from command_line import PROGRAM
 from documentation import blocks, pages, prose
 from places import REPOSITORY
-from prunus.cli import app
 from prunus.pruning.recipe import Recipe
 
 PAGES = pages()
@@ -44,7 +42,7 @@ def test_lines_are_short_and_links_lead_somewhere():
 
 def test_options_and_files_exist():
     """`methods/wanda.py` stands for src/prunus/methods/wanda.py; tests/... for itself."""
-    program = get_command(app)
+    program = PROGRAM
     parameters = [p for each in (program, *program.commands.values()) for p in each.params]
     known = {option for p in parameters for option in [*p.opts, *p.secondary_opts]}
     known |= FOREIGN | {"--help", "--no-deps"}

@@ -14,13 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.main import get_command
 from typer.testing import CliRunner
 
+from command_line import PROGRAM
 from documentation import Block, blocks, models
 from places import REPOSITORY
 from prunus.calibration import corpora
-from prunus.cli import app
 from prunus.model.checkpoint.gguf_file import check_extra
 from tiny_tokenizer import dense_checkpoint
 
@@ -126,7 +125,7 @@ def check_options(words: list[str]) -> None:
     found = verb_and_arguments(words)
     if found is not None:
         verb, arguments = found
-        commands = get_command(app).commands
+        commands = PROGRAM.commands
         assert verb in commands, f"there is no command {verb}"
         commands[verb].make_context(verb, list(arguments))
     elif words[0] == "python" and words[1][0] not in "-$":
@@ -155,11 +154,11 @@ def run_block(block: Block, where: str) -> None:
         check_options(words)
         found = verb_and_arguments(words)
         if found is not None and found[0] not in NOT_RUN:
-            result = CliRunner().invoke(app, [found[0], *smaller(*found)])
+            result = CliRunner().invoke(PROGRAM, [found[0], *smaller(*found)])
             assert result.exit_code == 0, f"{where}: {' '.join(words)}\n{result.output}"
 
 
-@pytest.mark.usefixtures("short_python_docs")
+@pytest.mark.usefixtures("short_python_texts")
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
 def test_commands_of_a_tutorial_run(page, place, model, monkeypatch):
     if page in START:

@@ -90,7 +90,7 @@ def test_a_chat_answers_the_prompt_as_a_message(talker, tmp_path):
         generate(dense_checkpoint(tmp_path / "plain"), "hello", chat=True)
 
 
-@pytest.mark.usefixtures("short_python_docs")
+@pytest.mark.usefixtures("short_python_texts")
 def test_quiet_verbs_show_their_result_alone(tmp_path):
     dense = dense_checkpoint(tmp_path / "dense")
     options = ("--calibration", "python-docs", "--samples", 2, "--seqlen", 16)

@@ -1,9 +1,15 @@
 """Call verbs of the command line in the process of the tests."""
 
 from transformers.utils import logging
+from typer import testing
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from prunus.cli import app
+
+#: The whole command line. Typer would build it again for every call, and most calls take less time.
+PROGRAM = get_command(app)
+testing._get_command = lambda _app: PROGRAM
 
 
 def call(*arguments: object, status: int = 0) -> Result:

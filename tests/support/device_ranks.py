@@ -39,6 +39,8 @@ RUNS: dict[str, dict[str, Any]] = {
 def runs(scratch: Path) -> dict[str, list[int]]:
     """Exit statuses of two ranks with a device each, and the results in folders."""
     dense = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)
+    # Forks need not import again what this run imports.
+    prunus.prune(dense, scratch / "alone", calibration=token_ids(), dtype="float32")
     statuses = {}
     for name, options in RUNS.items():
         for place in ("cpu", "cuda"):

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import prunus
+from command_line import PROGRAM
 from hostile_damage import damage_header, mutate_bytes, mutate_json
 from prunus.calibration.files import file_kind, read_documents, read_ids
-from prunus.cli import app
 from prunus.evaluation.generation import generate
 from prunus.hardware.sizes import parse_bytes
 from prunus.model import tokenizer
@@ -348,7 +348,7 @@ def _environment(folder: Path) -> tuple[Any, Any, Any]:
 
     def work(case: Path) -> None:
         variables = json.loads((case / "model" / "environment").read_text())
-        result = CliRunner(env=variables).invoke(app, ["inspect", str(case / "model")])
+        result = CliRunner(env=variables).invoke(PROGRAM, ["inspect", str(case / "model")])
         if result.exit_code == 2:
             raise ValueError(result.output)
         if result.exit_code != 0:

@@ -35,7 +35,7 @@ from stopping import StopError, stop_after  # noqa: E402
 from tiny import shards, stored, tiny_checkpoint, token_ids  # noqa: E402
 
 METHODS: dict[str, dict[str, Any]] = {
-    "wanda": {},
+    "wanda": {"dtype": "auto"},
     "two passes": {"propagate": "block"},
     "allocation": {"allocation": "fisher"},
     "sparsegpt 2:4": {"method": "sparsegpt", "pattern": "2:4"},
@@ -46,7 +46,8 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def prune(dense: Path, out: Path, **options: Any) -> Any:
-    arguments = {"calibration": token_ids(), "batch": 1, "rank_timeout": 60.0}
+    # A dtype that is given saves each rank the trial that would choose one.
+    arguments = {"calibration": token_ids(), "batch": 1, "rank_timeout": 60.0, "dtype": "float32"}
     verb = prunus.compress if "bits" in options else prunus.prune
     return verb(dense, out, **(arguments | options))
 
@@ -127,7 +128,7 @@ def shrunk(scratch: Path) -> dict[str, Any]:
     }
 
     def shrink(name: str, case: str, **more: Any) -> None:
-        given = {"calibration": token_ids(6), "batch": 1, "rank_timeout": 60.0}
+        given = {"calibration": token_ids(6), "batch": 1, "dtype": "float32"}
         prunus.shrink(dense, scratch / name, **(given | cases[case] | more))
 
     def both(name: str, case: str) -> None:

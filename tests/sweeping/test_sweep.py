@@ -32,7 +32,7 @@ from prunus.sweeping.run import check_sweep
 from tiny import weights
 from tiny_tokenizer import byte_tokenizer, dense_checkpoint
 
-pytestmark = pytest.mark.usefixtures("short_python_docs")
+pytestmark = pytest.mark.usefixtures("short_python_texts")
 
 EXAMPLES = REPOSITORY / "examples"
 SCORING = {"texts": ["python-docs"], "seqlen": 32, "samples": 4}
