@@ -266,10 +266,10 @@ def test_a_run_continues_after_ctrl_c_to_the_same_bytes(tmp_path, interruptible)
     blocks = 6
     dense = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=blocks)
     # Many batches of one window: a block takes long enough to be interrupted in its middle.
-    ids = token_ids(64, 32)
+    ids = token_ids(32, 16)
     save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
 
-    options = ["--samples", "64", "--seqlen", "32", "--batch", "1"]
+    options = ["--samples", "32", "--seqlen", "16", "--batch", "1"]
     options += ["--calibration", str(tmp_path / "ids.safetensors")]
     command = ["prune", str(dense), str(tmp_path / "out"), *options]
     with subprocess.Popen(

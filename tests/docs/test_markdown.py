@@ -42,8 +42,7 @@ def test_lines_are_short_and_links_lead_somewhere():
 
 def test_options_and_files_exist():
     """`methods/wanda.py` stands for src/prunus/methods/wanda.py; tests/... for itself."""
-    program = PROGRAM
-    parameters = [p for each in (program, *program.commands.values()) for p in each.params]
+    parameters = [p for each in (PROGRAM, *PROGRAM.commands.values()) for p in each.params]
     known = {option for p in parameters for option in [*p.opts, *p.secondary_opts]}
     known |= FOREIGN | {"--help", "--no-deps"}
     for page in CURRENT:

@@ -16,22 +16,18 @@ def test_the_peak_is_at_least_what_is_resident():
     assert peak_memory() > 0.95 * resident > 0
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
-def test_the_peak_is_not_that_of_the_process_that_started_this_one():
-    lines = [
-        "import subprocess, sys",
-        "held = bytearray(3 * 2**29)",
-        "held[::4096] = b'x' * (3 * 2**17)",
-    ]
-    child = "from prunus.hardware.memory import peak_memory; print(peak_memory())"
-    lines.append(f"print(subprocess.check_output([sys.executable, '-c', {child!r}], text=True))")
-    reported = subprocess.check_output([sys.executable, "-c", "\n".join(lines)], text=True)
-    assert 0 < int(reported) < 2**30
-
-
-#: Frees every second of many pieces. The pieces in between keep the heap from shrinking itself.
+#: Starts a program, `argv[1]`, while it holds one and a half gigabytes.
+LARGE = """
+import subprocess, sys
+held = bytearray(3 * 2**29)
+held[::4096] = b"x" * (3 * 2**17)
+subprocess.run([sys.executable, "-c", sys.argv[1]], check=True)
+"""
+#: Prints its peak. Then it frees every second of many pieces. The pieces in between keep the heap
+#: from shrinking itself.
 FRAGMENT = """
-from prunus.hardware.memory import resident_memory, return_freed_memory
+from prunus.hardware.memory import peak_memory, resident_memory, return_freed_memory
+print(peak_memory(), flush=True)
 before = resident_memory()
 pieces = [bytearray(b"x") * 50_000 for _ in range(6 * before // 50_000)]
 kept = pieces[1::2]
@@ -42,10 +38,11 @@ assert len(kept) * 50_000 < resident_memory() < grown - before
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
-def test_a_fragmented_heap_is_trimmed():
-    # In a process of its own, because six times the memory of a long test run is gigabytes.
-    subprocess.run([sys.executable, "-c", FRAGMENT], check=True)
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator, and /proc")
+def test_the_peak_is_not_that_of_the_process_that_started_this_one_and_a_grown_heap_is_trimmed():
+    """In a process of its own, because six times the memory of a long test run is gigabytes."""
+    command = [sys.executable, "-c", LARGE, FRAGMENT]
+    assert 0 < int(subprocess.check_output(command, text=True)) < 2**30
 
 
 @pytest.mark.parametrize("text", ["9" * 400, "9" * 400 + "GB", "8388608TB"])

@@ -30,7 +30,7 @@ NO_SPACE = re.compile(
     r"^OSError: .*(No space left|os error 28)|^(RuntimeError|ValueError): .*(No space|os error 28)"
 )
 VERBS = ["prune", "pack", "recover-masked", "sweep"]
-KILLS = {"prune": 18, "pack": 18, "recover-masked": 10, "sweep": 6}
+KILLS = {"prune": 18, "pack": 18, "recover-masked": 10, "sweep": 4}
 if importlib.util.find_spec("gguf") and importlib.util.find_spec("accelerate"):
     KILLS["import"] = 10
 
