@@ -117,10 +117,15 @@ def short_python_texts() -> Iterator[None]:
     """`python-docs` and `python-code` are their beginnings: all takes a second to tokenise."""
     from prunus.calibration import corpora
 
-    docs, modules = corpora.python_docs, corpora._library_modules
+    docs, modules = corpora.python_docs, cache(corpora._library_modules)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpora, "python_docs", lambda part: docs(part)[:50])
-        patch.setattr(corpora, "_library_modules", cache(lambda part: modules(part)[:40]))
+        patch.setattr(corpora, "_library_modules", modules)
+        patch.setattr(
+            corpora,
+            "python_code",
+            lambda part: [path.read_text(encoding="utf-8")[:999] for path in modules(part)[:40]],
+        )
         yield
 
 

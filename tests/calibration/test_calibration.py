@@ -285,8 +285,7 @@ def test_python_code_is_the_library_of_this_python(monkeypatch, tmp_path):
 
 @pytest.mark.usefixtures("short_python_texts")
 def test_mix_interleaves_prose_and_code(tmp_path, monkeypatch, uninstalled):
-    tokenizer, code = byte_tokenizer(), python_code("calibration")[:40]
-    monkeypatch.setattr("prunus.calibration.corpora.python_code", lambda _: [x[:999] for x in code])
+    tokenizer = byte_tokenizer()
     json_lines(tmp_path / "c4" / C4_FILE, [letters(400, i) for i in range(40)])
     options = {"tokenizer": tokenizer, "seqlen": 200, "data": tmp_path}
     mixed = load("mix", samples=64, **options)

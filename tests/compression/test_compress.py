@@ -359,7 +359,7 @@ def test_replay_gives_the_bytes_of_lockstep(dense, compressed, tmp_path, monkeyp
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 def test_a_run_killed_at_any_rename_resumes_to_the_same_bytes(tmp_path):
     folder = tiny_checkpoint(tmp_path / "dense", "phi3", torch.bfloat16)  # few linears
-    options = {"bits": 4.0, "head_bits": None}
+    options = {"bits": 4.0, "head_bits": "none"}
     results = run_script("kill_points.py", folder, tmp_path, json.dumps(options), "before")
     assert {len(fnmatch.filter(r["found"], BLOCKS)) for r in results} == {0, 1, 2}
     for result in results:
