@@ -117,7 +117,7 @@ def short_python_texts() -> Iterator[None]:
     """`python-docs` and `python-code` are their beginnings: all takes a second to tokenise."""
     from prunus.calibration import corpora
 
-    docs, modules = corpora.python_docs, cache(corpora._library_modules)
+    docs, modules = cache(corpora.python_docs), cache(corpora._library_modules)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpora, "python_docs", lambda part: docs(part)[:50])
         patch.setattr(corpora, "_library_modules", modules)

@@ -13,7 +13,7 @@ Whole models are pruned as the original code does it, in two passes per block, w
   norms that are weighted in the same way.
 
 These tests use the default order of operations. test_golden.py compares whole runs in the
-original's order. Magnitude, Wanda and its variant have one order, so they are only there.
+original's order. It alone has the methods whose masks do not depend on updated weights.
 """
 
 from pathlib import Path
@@ -37,11 +37,7 @@ LAYER = Pattern(group="layer")
 MAGNITUDE = {"mask_from": "magnitude"}
 BLOCKWISE = {"mask_order": "blockwise"}
 
-FIXED = [
-    ("ablate_mag_seq_unstructured", "obs", LAYER, MAGNITUDE, 0.999),
-    ("ablate_wanda_seq_unstructured", "obs", Pattern(), {}, 0.999),
-]
-FED_BACK = [
+CASES = [
     ("sparsegpt_unstructured", "sparsegpt", LAYER, {}, FED_BACK_LINEAR),
     ("sparsegpt_2of4", "sparsegpt", Pattern(2, 4), {}, FED_BACK_LINEAR),
     ("ablate_mag_iter_2of4", "obs", Pattern(2, 4), MAGNITUDE | BLOCKWISE, FED_BACK_LINEAR),
@@ -65,8 +61,8 @@ def with_its_mask(weight_OI: Tensor, statistics: InputStatistics, keep_OI: Tenso
 
 @pytest.mark.parametrize(
     ("file", "method", "pattern", "options", "share"),
-    FIXED + FED_BACK,
-    ids=[case[0] for case in FIXED + FED_BACK],
+    CASES,
+    ids=[case[0] for case in CASES],
 )
 def test_masks_and_norms_equal_those_of_the_original(
     golden: Path, file: str, method: str, pattern: Pattern, options: dict[str, str], share: float
@@ -95,8 +91,7 @@ def test_masks_and_norms_equal_those_of_the_original(
         norm = pruned.weight_OI.double().norm().item()
         assert norm == pytest.approx(official[f"{name}.weight.norm"].item(), rel=1e-4), name
         compared.append(name)
-        fed_back = file in {case[0] for case in FED_BACK}
-        return with_its_mask(weight_OI, statistics, keep_OI) if fed_back else pruned.weight_OI
+        return with_its_mask(weight_OI, statistics, keep_OI)
 
     reference.prune_two_pass(model, "model.layers", windows, prune_linear)
     assert len(compared) == 14
