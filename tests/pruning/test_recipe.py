@@ -3,7 +3,7 @@
 import tomllib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -55,6 +55,7 @@ RECIPES = st.builds(
 )
 
 
+@settings(deadline=None, max_examples=40)
 @given(recipe=RECIPES)
 def test_every_recipe_survives_a_round_trip_through_toml(recipe, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "recipe.toml"
