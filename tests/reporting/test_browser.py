@@ -3,7 +3,9 @@
 The tests skip where there is no Chromium, see `conftest.py`.
 """
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ def files(documents, tmp_path_factory) -> dict[str, Path]:
 class Opened:
     """A page that has been drawn, and what the browser had to say about it."""
 
-    def __init__(self, browser: Any, path: Path, width: int = 1280, scheme: str = "light") -> None:
+    def __init__(self, browser: Any, path: Path, width: int, scheme: str) -> None:
         self.page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
         self.page.set_default_timeout(120_000)  # the machine may be busy; nothing here is measured
         self.messages: list[str] = []
@@ -94,20 +96,20 @@ class Opened:
         return header.get_attribute("aria-sort")
 
 
-@pytest.mark.parametrize("name", ["whole", "hostile"])
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (390, "light")])
-def test_the_page_is_drawn_without_errors_requests_or_overflow(browser, files, name, width, scheme):
-    with Opened(browser, files[name], width, scheme) as opened:
+@contextlib.contextmanager
+def drawn(browser: Any, path: Path, width: int, scheme: str) -> Iterator[Opened]:
+    """A page with all charts, which is drawn without errors, requests or overflow."""
+    with Opened(browser, path, width, scheme) as opened:
         assert opened.messages == []
         assert [url for url in opened.requests if not url.startswith(("data:", "blob:"))] == [
-            files[name].as_uri()
+            path.as_uri()
         ]
         opened.unfold()
-        drawn, boxes = opened.page.evaluate(
+        charts, boxes = opened.page.evaluate(
             "['.chart .main-svg', '.chart'].map(name => document.querySelectorAll(name).length)"
         )
         assert boxes >= 3
-        assert drawn >= boxes
+        assert charts >= boxes
         wide = opened.page.evaluate("document.documentElement.scrollWidth")
         assert wide <= width
         outside = opened.page.evaluate(
@@ -121,12 +123,19 @@ def test_the_page_is_drawn_without_errors_requests_or_overflow(browser, files, n
         assert (
             opened.page.evaluate("document.querySelectorAll('img, iframe, .chart a').length") == 0
         )
+        yield opened
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (390, "light")])
+def test_a_hostile_page_is_drawn_without_errors_requests_or_overflow(browser, files, width, scheme):
+    with drawn(browser, files["hostile"], width, scheme):
+        pass
 
 
 def test_figures_equal_the_json_they_come_from(browser, files, run, documents):
     """The whole way: from the files on disk to the numbers in tables and plots."""
     manifest = json.loads((run / "prunus.json").read_text())
-    with Opened(browser, files["whole"]) as opened:
+    with drawn(browser, files["whole"], 390, "light") as opened:
         seen = 0
         for number, section in enumerate(documents["whole"].sections):
             for part in (*section.parts, *section.details):
@@ -141,7 +150,6 @@ def test_figures_equal_the_json_they_come_from(browser, files, run, documents):
                         assert cell["value"] == (None if plain is None else str(plain))
                         seen += 1
         assert seen > 250
-        opened.unfold()
         plots = {
             title: opened.page.evaluate(
                 """title => {
@@ -170,8 +178,7 @@ def test_figures_equal_the_json_they_come_from(browser, files, run, documents):
 
 def test_a_click_sorts_by_the_figures_and_leaves_missing_ones_last(browser, files):
     title = "Models"
-    with Opened(browser, files["whole"]) as opened:
-        opened.unfold()
+    with drawn(browser, files["whole"], 1280, "dark") as opened:
         before = opened.table(title)
         column = 1  # perplexity: one is infinite, one was never measured
 
