@@ -128,7 +128,7 @@ def shrunk(scratch: Path) -> dict[str, Any]:
     }
 
     def shrink(name: str, case: str, **more: Any) -> None:
-        given = {"calibration": token_ids(6), "batch": 1, "dtype": "float32"}
+        given = {"calibration": token_ids(6), "batch": 1, "rank_timeout": 60.0, "dtype": "float32"}
         prunus.shrink(dense, scratch / name, **(given | cases[case] | more))
 
     def both(name: str, case: str) -> None:
