@@ -34,15 +34,19 @@ from prunus.sweeping.results import CalibrationSet, CellResult, SweepResults, Sw
 WEIGHTS = "model"
 
 
+def windows_of(recipe: Recipe) -> dict[str, Any]:
+    """The options of a recipe that decide its windows: cells with the same ones share them."""
+    return recipe.model_dump(include={"calibration", "samples", "seqlen", "seed", "bos"})
+
+
 def draw_windows(
     results: SweepResults, label: str, recipe: Recipe, options: RunOptions
 ) -> torch.Tensor:
     """The calibration windows for a recipe, (samples, seqlen) int64, which `results` describe."""
-    chosen = recipe.model_dump(include={"samples", "seqlen", "seed", "bos"})
-    key = {"calibration": recipe.calibration} | chosen
+    key = windows_of(recipe)
     model, trust = Path(results.models[label].path), options.trust_remote_code
     asked = Wanted(
-        **chosen,
+        **{name: value for name, value in key.items() if name != "calibration"},
         data=options.data,
         tokenizer=lambda: load_tokenizer(model, trust),
         model=lambda: load_model(model, trust_remote_code=trust),

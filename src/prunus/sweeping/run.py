@@ -37,7 +37,7 @@ from prunus.options import takes
 from prunus.pruning.job import plan_run
 from prunus.recovery.options import RecoveryOptions
 from prunus.runs.folder import locked_output
-from prunus.runs.options import RunOptions, WindowOptions
+from prunus.runs.options import RunOptions
 from prunus.runs.progress import LineInterval, Progress
 from prunus.sweeping.cells import (
     discard_weights,
@@ -45,6 +45,7 @@ from prunus.sweeping.cells import (
     prune_cell,
     recover_cell,
     score_model,
+    windows_of,
 )
 from prunus.sweeping.grid import Sweep
 from prunus.sweeping.results import (
@@ -261,10 +262,9 @@ class _Runner:
                 lines.restart()
                 self.report(f"{title}: block {step.done} of {step.total}")
 
-        windows, of = None, cell.recipe.model_dump(include=set(WindowOptions.model_fields))
+        windows = None
         if get_method(cell.recipe.method).needs != "none":
-            # Cells with the same model and window options share their windows.
-            if (key := f"{cell.model} {of}") not in self.windows:
+            if (key := f"{cell.model} {windows_of(cell.recipe)}") not in self.windows:
                 self.windows[key] = draw_windows(
                     self.results, cell.model, cell.recipe, self.options
                 )
