@@ -20,10 +20,9 @@ from safetensors.torch import load_file
 from prunus.compression.output import MEASUREMENT, CompressedFolder
 from prunus.compression.records import CompressionRecord, FileSize
 from prunus.methods.grids import GRIDS, GridWeight, round_to_grid
-from prunus.model.checkpoint.gguf import check_header
+from prunus.model.checkpoint.gguf import open_gguf
 from prunus.model.checkpoint.gguf_file import (
     RECORD_FIELD,
-    GgufFile,
     StoredTensor,
     fields_of,
     file_bytes,
@@ -201,6 +200,5 @@ def reproducible(record: CompressionRecord) -> str:
 
 def read_record(path: Path) -> CompressionRecord | None:
     """The record in a GGUF file; None if prunus did not make it. Raises for a damaged file."""
-    check_header(path)
-    text = GgufFile.open(path).get(RECORD_FIELD)
+    text = open_gguf(path).get(RECORD_FIELD)
     return None if not text or not text.strip() else CompressionRecord.model_validate_json(text)

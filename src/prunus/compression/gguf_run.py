@@ -26,8 +26,8 @@ from prunus.hardware.sizes import in_bytes
 from prunus.methods.grids import GRIDS, GridWeight, grid_for
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import GridQuantization, Quantized
-from prunus.model.checkpoint.gguf import check_header
-from prunus.model.checkpoint.gguf_file import GgufFile, check_extra, padded
+from prunus.model.checkpoint.gguf import open_gguf
+from prunus.model.checkpoint.gguf_file import check_extra, padded
 from prunus.model.checkpoint.gguf_layout import layout_of
 from prunus.model.checkpoint.resolve import FULL_TYPES, is_gguf
 from prunus.pruning.block.linear import Stored
@@ -71,13 +71,12 @@ def plan_gguf(
 def _folder(model: str | Path, output: Path) -> Path:
     """The folder of the run that makes a file. Refuses a GGUF file that was rounded already."""
     check_extra()
-    if is_gguf(model) and Path(model).is_file():
-        check_header(Path(model))
-        if few := GgufFile.open(Path(model)).types - FULL_TYPES:
-            raise ValueError(
-                f"{model} has weights in {', '.join(sorted(few))}, which were rounded already. "
-                "Give a file in F32, F16, BF16 or Q8_0, or the checkpoint that it was made from"
-            )
+    given = is_gguf(model) and Path(model).is_file()
+    if given and (few := open_gguf(Path(model)).types - FULL_TYPES):
+        raise ValueError(
+            f"{model} has weights in {', '.join(sorted(few))}, which were rounded already. Give a "
+            "file in F32, F16, BF16 or Q8_0, or the checkpoint that it was made from"
+        )
     return output.with_name(f"{output.name}.part")
 
 
@@ -179,11 +178,12 @@ class GgufJob(CompressionJob):
         return self._reach[0]
 
     def describe(self) -> dict[str, object]:
-        parts = self.plan.bytes_by_type(self.types_for({}))
         if self.measures_loss:
             kinds = {choice.kind: None for each in self.choices({}).values() for choice in each}
             mix = f"the best mix of {', '.join(kinds)}"
             parts = Counter({mix: self._budget, "all else": self._others})
+        else:
+            parts = self.plan.bytes_by_type(self.types_for({}))
         before = self.checkpoint.checkpoint.file_bytes()
         return {"file": self.plan.size(before, self.file_bytes(), parts).model_dump()}
 

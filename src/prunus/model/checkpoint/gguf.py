@@ -30,7 +30,7 @@ from prunus.model.checkpoint.atomic_files import (
     remove_temporaries,
     write_json,
 )
-from prunus.model.checkpoint.gguf_file import check_extra, package
+from prunus.model.checkpoint.gguf_file import GgufFile, check_extra, package
 from prunus.model.checkpoint.lock import LOCK_NAME, locked
 from prunus.model.checkpoint.output_folder import is_vacant
 from prunus.model.device import DTYPES
@@ -282,6 +282,12 @@ class _Cursor:
         for _ in range(count):
             self.value(inner, depth + 1)
         return None
+
+
+def open_gguf(path: Path) -> GgufFile:
+    """A GGUF file of a stranger: its header is checked before the package reads it."""
+    check_header(path)
+    return GgufFile.open(path)
 
 
 def check_header(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """GGUF files through llama.cpp's package `gguf`: fields and tensors are read, and files written.
 
 No other file imports the package, which is an extra. Files of strangers are checked first; see
-`gguf.check_header`.
+`gguf.open_gguf`.
 """
 
 from __future__ import annotations
@@ -98,15 +98,14 @@ class StoredTensor:
 
 def file_bytes(fields: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> int:
     """The size of the file that `write_gguf` writes."""
-    header = len(_header(fields, tensors))
-    return padded(header) + sum(padded(tensor.nbytes) for tensor in tensors)
+    return len(_header(fields, tensors)) + _content_bytes(tensors)
 
 
 def write_gguf(path: Path, fields: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> None:
     """Write a GGUF file atomically, one tensor in memory at a time."""
-    with replacing(path, file_bytes(fields, tensors)) as file:
-        header = _header(fields, tensors)
-        file.write(header.ljust(padded(len(header)), b"\0"))
+    header = _header(fields, tensors)
+    with replacing(path, len(header) + _content_bytes(tensors)) as file:
+        file.write(header)
         for each in tensors:
             content = each.read().contiguous().reshape(-1).view(torch.uint8)
             assert len(content) == each.nbytes, each.name
@@ -119,8 +118,12 @@ def padded(nbytes: int) -> int:
     return -(-nbytes // 32) * 32
 
 
+def _content_bytes(tensors: Sequence[StoredTensor]) -> int:
+    return sum(padded(tensor.nbytes) for tensor in tensors)
+
+
 def _header(fields: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> bytes:
-    """Everything in a file before its tensors, packed by the package."""
+    """Everything in a file before its tensors, packed by the package, and zeros up to them."""
     gguf_writer = package().gguf_writer
     writer, file = new_fields(fields["general.architecture"].value), io.BytesIO()
     writer.kv_data[0] = dict(fields)
@@ -131,4 +134,4 @@ def _header(fields: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> bytes
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    return file.getvalue()
+    return file.getvalue().ljust(padded(file.tell()), b"\0")

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from prunus.model.checkpoint.atomic_files import read_json
-from prunus.model.checkpoint.gguf import check_header
-from prunus.model.checkpoint.gguf_file import GgufFile, fields_of, new_fields, package
+from prunus.model.checkpoint.gguf import open_gguf
+from prunus.model.checkpoint.gguf_file import fields_of, new_fields, package
 from prunus.model.checkpoint.gguf_vocabulary import NORMAL, add_vocabulary
 
 #: Class in transformers -> llama.cpp's name of its kind of model.
@@ -139,8 +139,7 @@ def named(
 
 def _template_fields(path: Path, folder: Path, tensors: list[GgufTensor]) -> dict[str, Any]:
     """The fields of a GGUF file of the same model: names, shapes and tokens are compared."""
-    check_header(path)
-    file = GgufFile.open(path)
+    file = open_gguf(path)
     ours: dict[str, object] = {each.name: each.shape for each in tensors}
     # A head that is tied to the embedding is not stored again.
     theirs: dict[str, object] = {

@@ -7,8 +7,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from prunus.model.checkpoint.gguf import check_header, import_gguf
-from prunus.model.checkpoint.gguf_file import GgufFile, check_extra
+from prunus.model.checkpoint.gguf import import_gguf, open_gguf
+from prunus.model.checkpoint.gguf_file import check_extra
 from prunus.model.checkpoint.regular_files import check_folder
 
 #: Types of GGUF files whose weights are those of the model, or nearly so.
@@ -28,11 +28,10 @@ def _imported(path: Path) -> Path:
     key = (path.resolve(), state.st_size, state.st_mtime_ns)
     if key not in _made:
         check_extra()
-        check_header(path)
+        # float32 holds all values of a file in full precision; others are not worth the memory.
+        exact = open_gguf(path).types <= FULL_TYPES - {"BF16"}
         made = Path(tempfile.mkdtemp(prefix="prunus-"))
         atexit.register(shutil.rmtree, made, ignore_errors=True)
-        # float32 holds all values of a file in full precision; others are not worth the memory.
-        exact = GgufFile.open(path).types <= FULL_TYPES - {"BF16"}
         import_gguf(path, made / path.stem, dtype="float32" if exact else "bfloat16")
         _made[key] = made
     return _made[key] / path.stem
