@@ -127,6 +127,20 @@ def test_an_evaluation_shows_sizes_and_names_beside_its_points(tmp_path):
     assert low < 1 and high > 3
 
 
+def test_an_evaluation_says_first_how_much_smaller_worse_and_faster_a_model_is(tmp_path):
+    content = compared_evaluation((0.5,))
+    content["models"][0]["perplexity"][0]["source"] = "wikitext2 (its test text)"
+    size = {"file_bytes": 4 * 10**9, "bits_per_weight": 16.0}
+    content["reference"] = {"model": "runs/dense", "size": size}
+    file = write(tmp_path / "e.json", content)
+    first = report([file]).sections[0].parts[0]
+    assert first.headline
+    assert first.items == (("a", "25% of the size, KL 0.500 on wikitext2"),)
+    speeds = write(tmp_path / "b.json", bench("dense", "a"))
+    first = report([file], bench=speeds).sections[0].parts[0]
+    assert first.items == (("a", "25% of the size, KL 0.500 on wikitext2, 2.0 × the speed"),)
+
+
 def test_an_evaluation_without_sizes_has_no_charts(tmp_path):
     [section] = report([write(tmp_path / "e.json", evaluation())]).sections
     assert not charts(section)

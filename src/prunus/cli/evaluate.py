@@ -92,8 +92,9 @@ def evaluate(
                     )
                     scores[model].append(scored)
         results = [] if task_run is None else task_run.run(note, ranks)
-    sizes = {model: stored_size(model, trusted) for model in models}
-    content = side_by_side(scores, results, sizes)
+    known = [*models, *filter(None, [reference])]
+    sizes = {model: stored_size(model, trusted) for model in known}
+    content = side_by_side(scores, results, sizes, reference)
     print_result(content, evaluation_section(content))
 
 

@@ -315,14 +315,18 @@ def side_by_side(
     perplexities: Mapping[str, Sequence[PerplexityResult]],
     results: Sequence[TaskResults],
     sizes: Mapping[str, ModelSize],
+    reference: str | None = None,
 ) -> dict[str, Any]:
     """What `prunus eval --json` writes; `perplexities` has all models, `sizes` known ones."""
     on_tasks = {result.model: result.as_dict() for result in results}
+    size_of = {model: size.as_dict() for model, size in sizes.items()}
+    dense = reference and {"model": reference, "size": size_of.get(reference)}
     return {
+        "reference": dense,
         "models": [
             {
                 "model": model,
-                "size": sizes[model].as_dict() if model in sizes else None,
+                "size": size_of.get(model),
                 "perplexity": [one.as_dict() for one in ones],
                 "tasks": on_tasks.get(model),
             }

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prunus.evaluation.records import FORMS, PerplexityResult, finite
+from prunus.evaluation.records import FORMS, ModelSize, PerplexityResult, finite
 from prunus.runs.document import (
     Facts,
     Lines,
@@ -35,14 +35,18 @@ _SPEED = "decoded tokens/s"
 def evaluation_section(
     content: dict[str, Any], speeds: Mapping[str, float] | None = None
 ) -> Section:
-    """The section of an evaluation: quality, size and speed, then tasks."""
+    """The section of an evaluation: the answer in short, quality and size, then tasks."""
     models = content["models"]
     names = short_names([one["model"] for one in models])
     scores = {
         one["model"]: [PerplexityResult(**score) for score in one["perplexity"]] for one in models
     }
-    sizes = {one["model"]: _size(one, names, speeds or {}) for one in models}
+    sizes = {one["model"]: _size(one, speeds or {}) for one in models}
     parts = [*_quality(scores, sizes, names), *_tasks(content, names)]
+    if (reference := content.get("reference")) is not None:
+        dense = _size(reference, speeds or {})
+        words = [(names[x], _in_short(scores[x], sizes[x], dense)) for x in names]
+        parts.insert(0, Facts("Next to the dense model", tuple(words), headline=True))
     protocols = {score.source: score.protocol for found in scores.values() for score in found}
     details = [Facts("Protocol", tuple(protocols.items()))] if protocols else []
     details += _task_protocol(models)
@@ -50,14 +54,26 @@ def evaluation_section(
     return Section(title, parts=tuple(parts), details=tuple(details))
 
 
-def _size(one: dict[str, Any], names: dict[str, str], speeds: Mapping[str, float]) -> Any:
-    size = one.get("size") or {}
-    nbytes = size.get("file_bytes")
-    return {
-        "file, GB": None if nbytes is None else nbytes / 1e9,
-        "bits per weight": size.get("bits_per_weight"),
-        "decoded tokens/s": decode_speed(speeds, one["model"], names[one["model"]]),
-    }
+def _size(one: dict[str, Any], speeds: Mapping[str, float]) -> dict[str, Any]:
+    size = one.get("size")
+    speed = decode_speed(speeds, one["model"], Path(one["model"]).name)
+    return (ModelSize(**size).figures() if size else {}) | {_SPEED: speed}
+
+
+def _in_short(found: Sequence[PerplexityResult], size: dict[str, Any], dense: Any) -> str:
+    """How much smaller, worse and faster a model is than the dense one."""
+    titles = {"file, GB": "{:.0%} of the size", _SPEED: "{:.1f} × the speed"}
+    smaller, faster = (
+        [words.format(size[title] / dense[title])] if size.get(title) and dense.get(title) else []
+        for title, words in titles.items()
+    )
+    worse = [f"KL {one.divergence.kl:.3f} on {_short(one)}" for one in found if one.divergence]
+    return ", ".join([*smaller, *worse, *faster])
+
+
+def _short(score: PerplexityResult) -> str:
+    """The name of a text, without what the protocol says of it."""
+    return score.source.partition(" (")[0]
 
 
 def _quality(
@@ -69,22 +85,22 @@ def _quality(
     rows: list[dict[str, Any]] = []
     charts, reference = [], None
     for texts in zip(*scores.values(), strict=True):
-        points = []
+        points, where = [], _short(texts[0])
         for model, score in zip(scores, texts, strict=True):
             figures = score.figures() | sizes[model]
-            rows.append({"text": score.source, "model": names[model]} | figures)
+            rows.append({"text": where, "model": names[model]} | figures)
             points.append(Point(names[model], names[model], figures))
             if score.divergence is not None:
                 reference = score.divergence
         dense = None if reference is None else finite(reference.reference_perplexity)
-        charts += quality_charts(texts[0].source, points, dense, labelled=True)
+        charts += quality_charts(where, points, dense, labelled=True)
     if not rows:
         rows = [{"model": names[model]} | size for model, size in sizes.items()]
     note = "Lower perplexity is better." if charts or "text" in rows[0] else ""
     if reference is not None:
         name = Path(reference.reference).name or reference.reference
         note += f" KL divergence from {name} in nats per token; ± one standard error over windows."
-    if any(size["bits per weight"] is not None for size in sizes.values()):
+    if any(size.get("bits per weight") for size in sizes.values()):
         note += " Bits per weight: of the linears in the blocks; zeros, masks and scales count."
     table = table_of("Quality and size", rows, FORMS, note.strip())
     return [table, *charts] if len(table.columns) > 1 else charts

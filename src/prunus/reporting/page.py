@@ -67,10 +67,10 @@ def to_html(document: Document) -> str:
             "form-action 'none'",
         )
     )
-    # A page with one section shows its title at the top, so the section needs no heading.
-    alone = [section.title for section in document.sections] == [document.title]
     sections = [
-        _section(section, number, alone) for number, section in enumerate(document.sections)
+        # The title of the page is the heading of the section that it is named after.
+        _section(section, number, section.title == document.title)
+        for number, section in enumerate(document.sections)
     ]
     return Template(_asset("page.html")).substitute(
         policy=escape(policy),

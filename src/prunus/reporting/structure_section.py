@@ -31,12 +31,7 @@ def structure_section(record: StructureRecord) -> Section:
     return Section(
         f"{name}, made smaller",
         parts=(_headline(record), structure_table(record), *_repairs(record)),
-        details=(
-            *_search(record),
-            *_widths(record),
-            *_experts(record),
-            *circumstances(record),
-        ),
+        details=(*_search(record), *_widths(record), *_experts(record), *circumstances(record)),
     )
 
 

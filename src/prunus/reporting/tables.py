@@ -24,11 +24,12 @@ _BOS_OF_PLAN = {
 
 def plan_facts(plan: dict[str, Any]) -> Facts:
     """What a run on this machine would do; see `describe_plan` and `plan_training`."""
+    rule, measured = plan["allocation"]["rule"], plan["allocation"]["measured"]
     rows = {
         "blocks": plan["blocks"],
         "linears": plan["linears"],
         "weights": _weights_of_plan(plan),
-        "sparsity": _allocation(plan["allocation"]),
+        "sparsity": f"{rule}: measured when the run starts" if measured else "the same everywhere",
         "left dense in blocks": ", ".join(plan["left_dense"]) or "nothing",
         "computation": f"{plan['dtype']} on {plan['device']} ({plan['dtype_reason']})",
         "windows per forward pass": plan["batch"],
@@ -65,13 +66,6 @@ def _weights_of_plan(plan: dict[str, Any]) -> str:
     if plan["to_remove"]:
         return f"{weights} {sizes}; {plan['to_remove']:,} at least become 0"
     return f"{weights} {sizes}; how many become 0 follows from the rate"
-
-
-def _allocation(planned: dict[str, Any]) -> str:
-    """The sparsity of each block, as `describe_plan` gives it."""
-    if planned["measured"]:
-        return f"{planned['rule']}: measured when the run starts, and recorded in its manifest"
-    return "the same everywhere"
 
 
 def packing_table(record: ConversionRecord) -> Table:

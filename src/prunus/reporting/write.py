@@ -17,15 +17,9 @@ from prunus.reporting.run_sections import comparison_section, run_section
 from prunus.reporting.structure_section import structure_section
 from prunus.reporting.sweep_section import sweep_section
 from prunus.runs.document import Document, Section, short_names
+from prunus.runs.record import BlockwiseRecord
 from prunus.structure.records import StructureRecord
 from prunus.sweeping.results import RESULTS_NAME, SweepResults
-
-#: The runs that a section shows, with what makes it.
-_RUNS: tuple[tuple[Any, Callable[[Any], Section]], ...] = (
-    (CompressionRecord, run_section),
-    (Manifest, run_section),
-    (StructureRecord, structure_section),
-)
 
 
 def report(
@@ -67,12 +61,15 @@ def report(
         content = read_json(Path(bench))
         measured = [_checked(Path(bench), lambda: speed_section(content), "prunus bench")]
         speeds = decode_speeds(content)
-    found = [(path, _section(path, speeds)) for path in given]
+    found = [(path, _found(path)) for path in given]
+    runs = [(path, one) for path, one in found if isinstance(one, BlockwiseRecord)]
+    names = short_names(str(path) for path, _ in runs)
+    pruned = {names[str(path)]: one for path, one in runs if isinstance(one, PruningRecord)}
     sections = [
-        *(section for path, section in found if not _holds_run(path)),
+        *(_section(path, one, speeds) for path, one in found if (path, one) not in runs),
         *measured,
-        *_side_by_side(given),
-        *(section for path, section in found if _holds_run(path)),
+        *([_checked(given[0], lambda: comparison_section(pruned))] if len(pruned) > 1 else []),
+        *(_section(path, run, speeds) for path, run in runs),
     ]
     document = Document(title or sections[0].title, tuple(sections))
     if page is not None:
@@ -81,24 +78,8 @@ def report(
     return document
 
 
-def _holds_run(path: Path) -> bool:
-    """Whether a path is the folder of a run, not a sweep or a file of an evaluation."""
-    return path.suffix == ".gguf" or (path.is_dir() and not (path / RESULTS_NAME).exists())
-
-
-def _side_by_side(paths: Sequence[Path]) -> list[Section]:
-    """A section that compares the runs of prune and compress; none for fewer than two of them."""
-    runs: dict[Path, PruningRecord] = {}
-    for path in filter(_holds_run, paths):
-        for kind in (Manifest, CompressionRecord):
-            if (path / kind.FILE).exists():
-                runs[path] = kind.load(path)
-    names = short_names(map(str, runs))
-    named = {names[str(path)]: run for path, run in runs.items()}
-    return [_checked(next(iter(runs)), lambda: comparison_section(named))] if len(runs) > 1 else []
-
-
-def _section(path: Path, speeds: Mapping[str, float]) -> Section:
+def _found(path: Path) -> Any:
+    """What a path holds: the record of a run, the results of a sweep, or JSON of `prunus eval`."""
     if not path.exists():
         raise FileNotFoundError(
             f"{path} is not there; give the folder of a run or a sweep, or the file of prunus eval "
@@ -109,22 +90,28 @@ def _section(path: Path, speeds: Mapping[str, float]) -> Section:
 
         if (made := read_record(path)) is None:
             raise ValueError(f"{path} has no record of prunus compress: another program wrote it")
-        return run_section(made)
+        return made
     if not path.is_dir():
-        content = read_json(path)
-        return _checked(path, lambda: evaluation_section(content, speeds), "prunus eval")
+        return read_json(path)
     if (path / RESULTS_NAME).exists():
-        results = SweepResults.load(path)
-        return _checked(path / RESULTS_NAME, lambda: sweep_section(results, speeds))
-    for kind, section in _RUNS:
+        return SweepResults.load(path)
+    for kind in (CompressionRecord, Manifest, StructureRecord):
         if (path / kind.FILE).exists():
-            record = kind.load(path)
-            return _checked(path / kind.FILE, lambda: section(record))  # noqa: B023
+            return kind.load(path)
     raise ValueError(
         f"{path} holds neither {Manifest.FILE} (of a run), {StructureRecord.FILE} (of a smaller "
-        f"model) nor {RESULTS_NAME} (of a sweep): give the OUT folder of prunus prune, shrink or "
-        "sweep"
+        f"model) nor {RESULTS_NAME} (of a sweep): give the OUT folder of prunus prune, compress, "
+        "shrink or sweep"
     )
+
+
+def _section(path: Path, found: Any, speeds: Mapping[str, float]) -> Section:
+    if isinstance(found, SweepResults):
+        return _checked(path / RESULTS_NAME, lambda: sweep_section(found, speeds))
+    if isinstance(found, BlockwiseRecord):
+        section = structure_section if isinstance(found, StructureRecord) else run_section
+        return _checked(path / found.FILE, lambda: section(found))
+    return _checked(path, lambda: evaluation_section(found, speeds), "prunus eval")
 
 
 def _checked(path: Path, make_section: Callable[[], Section], verb: str = "") -> Section:

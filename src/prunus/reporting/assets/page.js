@@ -103,7 +103,8 @@ async function loadLibrary() {
 const charts = Array.from(document.querySelectorAll(".chart"));
 const drawAll = () => Promise.all(charts.filter((box) => box.closest("details:not([open])") === null).map(draw));
 loadLibrary().then(() => {
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+  // A page in dark colours is printed in light ones.
+  for (const medium of ["(prefers-color-scheme: dark)", "print"]) matchMedia(medium).addEventListener("change", drawAll);
   for (const fold of document.querySelectorAll("details")) fold.addEventListener("toggle", drawAll);
   return drawAll();
 }).then(() => document.documentElement.setAttribute("data-charts", String(charts.length)));
