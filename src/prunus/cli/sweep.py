@@ -60,7 +60,7 @@ def report(
         list[Path],
         typer.Argument(
             metavar="RUN|SWEEP|EVAL…",
-            help="Folders of prune, shrink or sweep, and files of eval --json.",
+            help="Folders of prune, compress, shrink or sweep, and files of eval --json.",
         ),
     ],
     output: Annotated[

@@ -204,7 +204,7 @@ class InputStatistics:
 
         Sums of squares and of values add up batch by batch in the order of batches, so they equal
         those of one process to the bit. Gram and drift add up rank by rank: they are the same on
-        all ranks, and equal one process's within rounding. Without `distributed` nothing happens.
+        all ranks, and equal one process's within rounding. Without `distributed` it does nothing.
         """
         if self._by_batch is None:
             return

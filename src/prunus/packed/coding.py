@@ -1,4 +1,4 @@
-"""Store bfloat16 values in twelve bits without loss: a low byte and four bits for the high byte.
+"""bfloat16 values in twelve bits without loss: a low byte, and four bits for the high byte.
 
 The high byte of a bfloat16 holds the sign and seven of the eight exponent bits. The weights of a
 layer differ in size by a few powers of two, so sixteen high bytes cover nearly all of them. The few

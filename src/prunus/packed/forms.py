@@ -56,7 +56,7 @@ def expand_rows(
 
 
 def relative_error(weight_OI: torch.Tensor, packed: Packed) -> float:
-    """Return ‖W − Ŵ‖² / ‖W‖² of a packed weight, computed in float64; 0 for a weight of zeros."""
+    """‖W − Ŵ‖² / ‖W‖² of a packed weight, computed in float64; 0 for a weight of zeros."""
     weight = weight_OI.double()
     total = weight.square().sum()
     if total == 0:

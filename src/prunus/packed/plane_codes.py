@@ -3,7 +3,7 @@
 A code is a chain of layers of bit planes. Layer l gives b_l bits to each value that reaches it.
 These bits name one of the 2^b_l - 1 next integers in the order 0, +1, -1, +2, -2, ..., or they say
 that the value is none of them and continues in the next layer. Values that no layer names take
-a byte at the end. In front of the chain, `raw` low bits of every value may be stored as they are.
+a byte at the end. The `raw` lowest bits of every value may be stored as they are, before the chain.
 `docs/reference/packed-format.md` is the reference.
 
 Columns whose integers need different numbers of bits go into different classes, each of which has

@@ -254,7 +254,7 @@ def expand_read_linears(model: Any, dtype: torch.dtype) -> list[str]:
     """Replace packed linears whose weight the model's code reads by dense ones; return their paths.
 
     Mamba multiplies with `self.dt_proj.weight`, and Mamba 2 asks for `self.lm_head.weight.dtype`.
-    In a packed linear `weight` is storage, which such code would take for numbers. So these linears
+    In a packed linear `weight` is storage, which such code would read as numbers. So these linears
     are dense in memory, although the checkpoint stores them packed.
     """
     replaced = []

@@ -113,7 +113,9 @@ class RecoveryOptions(Options):
     ] = 8
     evaluations: Annotated[
         int,
-        _training("Evaluate them this often, and write a checkpoint each time.", "N", _COUNT),
+        _training(
+            "Evaluate these windows this often, and write a checkpoint each time.", "N", _COUNT
+        ),
     ] = 8
     patience: Annotated[
         int | None,

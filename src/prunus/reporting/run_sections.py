@@ -109,7 +109,7 @@ def blocks_map(
     figure: Callable[[_Value], float | None],
     form: str,
 ) -> HeatMap:
-    """A heat map of one figure of every named part of every block."""
+    """A heat map with one figure for each named part of each block."""
     kinds = tuple(dict.fromkeys(name for block in blocks for name in block))
     return HeatMap(
         title,

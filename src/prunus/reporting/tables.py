@@ -60,7 +60,8 @@ def _weights_of_plan(plan: dict[str, Any]) -> str:
     if "types" in plan:
         return f"{weights}, in {plan['types']}"
     if plan.get("bits") is None:
-        return f"{weights}, of which {plan['to_remove']:,} are removed"
+        removed = f", of which {plan['to_remove']:,} are removed"
+        return weights + (removed if plan["to_remove"] else "")
     sizes = f"in {plan['bits']:.4g} bits each; embeddings and head "
     sizes += "as they are" if plan["head_bits"] == "none" else f"in {plan['head_bits']}"
     if plan["to_remove"]:

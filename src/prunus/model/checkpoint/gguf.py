@@ -265,7 +265,7 @@ class _Cursor:
         return self.data[start : start + length].decode("utf-8", errors="replace")
 
     def value(self, kind: int, depth: int = 0) -> Any:
-        """A value of type `kind`. The content of an array is checked and dropped."""
+        """A value of GGUF's type `kind`. The content of an array is checked and dropped."""
         if kind in _SCALARS:
             return self.scalar(_SCALARS[kind])
         if kind == _STRING:

@@ -72,7 +72,7 @@ def save_safetensors(
             # One at a time: the copy of a tensor that is on another device, or not contiguous, is
             # released before the next one is made.
             for piece in _pieces(tensors[name]):
-                # Hashing and writing both run without the interpreter's lock, side by side.
+                # Hashing and writing both run without the interpreter's lock, at the same time.
                 hashed = hashing.submit(digest.update, piece.numpy().data)
                 file.write(piece.numpy().data)
                 hashed.result()
