@@ -109,7 +109,7 @@ def _section(path: Path, found: Any, speeds: Mapping[str, float]) -> Section:
     if isinstance(found, SweepResults):
         return _checked(path / RESULTS_NAME, lambda: sweep_section(found, speeds))
     if isinstance(found, BlockwiseRecord):
-        section = structure_section if isinstance(found, StructureRecord) else run_section
+        section: Any = structure_section if isinstance(found, StructureRecord) else run_section
         return _checked(path / found.FILE, lambda: section(found))
     return _checked(path, lambda: evaluation_section(found, speeds), "prunus eval")
 
