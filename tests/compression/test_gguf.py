@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
@@ -64,6 +64,22 @@ def test_the_file_reads_as_the_weights_that_the_run_computed(family, tmp_path):
     assert ours("Hello ab")["input_ids"] == theirs("Hello ab")["input_ids"]
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_model_without_some_of_its_blocks_is_written(family, tmp_path):
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    options = {"layer_types": kinds} if family == "gemma3_text" else {}
+    dense = gguf_checkpoint(tmp_path / "dense", family, num_hidden_layers=3, **options)
+    prunus.shrink(dense, tmp_path / "small", blocks=2, repair=False, calibration=token_ids())
+    compress(tmp_path / "small", tmp_path / "x.gguf", type="Q8_0")
+    config = AutoConfig.from_pretrained(tmp_path / "small")
+    file, names = GgufFile.open(tmp_path / "x.gguf"), "llama" if family == "llama" else "gemma3"
+    assert file.get(f"{names}.block_count") == 2
+    if family == "gemma3_text":
+        # llama.cpp would take every sixth block for one of full attention.
+        sliding = [kind == "sliding_attention" for kind in config.layer_types]
+        assert file.get("gemma3.attention.sliding_window_pattern") == sliding
+
+
 @pytest.mark.parametrize("options", [{"type": "Q4_K"}, {"bits": 4.5}])
 def test_a_killed_run_continues_to_the_same_bytes(options, dense, tmp_path):
     compress(dense, tmp_path / "whole.gguf", **options)
@@ -116,6 +132,7 @@ def test_what_cannot_be_written_is_refused_before_any_work(dense, tmp_path):
     narrow = gguf_checkpoint(tmp_path / "narrow", intermediate_size=80)
     (tmp_path / "mine.gguf").write_bytes(b"something else")
     gpt = gguf_checkpoint(tmp_path / "gpt", "gpt_neox")
+    experts = gguf_checkpoint(tmp_path / "experts", "mixtral")
     templates = {
         "longer": gguf_checkpoint(tmp_path / "longer", num_hidden_layers=3),
         "other tokens": shutil.copytree(dense, tmp_path / "other tokens"),
@@ -138,6 +155,8 @@ def test_what_cannot_be_written_is_refused_before_any_work(dense, tmp_path):
         (dense, "x.gguf", {"bits": 4, "template": tmp_path / "other tokens.gguf"}, "token .* ab"),
         (narrow, "x.gguf", {"type": "Q4_K"}, "80 columns"),
         (gpt, "x.gguf", {"type": "Q4_K"}, "no known layout"),
+        (experts, "x.gguf", {"type": "Q4_K"}, "MixtralForCausalLM has no known layout"),
+        (dense, "x.gguf", {"bits": 4, "format": "compressed-tensors"}, "format of a folder"),
     ):
         with pytest.raises((ValueError, NotImplementedError), match=message):
             compress(model, tmp_path / out, **options)

@@ -10,12 +10,17 @@ from prunus.methods import InputStatistics, Work
 from prunus.methods.grid_fits import fit_codes, fit_scales
 from prunus.methods.grid_packing import pack, unpack
 from prunus.methods.grid_sweep import quantize_in_grid
-from prunus.methods.grids import GRIDS, Grid, grid_for, round_to_grid
+from prunus.methods.grids import GRIDS, Grid, grid_for, integer_grid, round_to_grid
 from prunus.methods.solvers.obs import inverse_factor
-from prunus.methods.work import GridQuantization
 
-every_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
-some_grids = pytest.mark.parametrize("grid", [GRIDS[x] for x in ("Q2_K", "Q3_K", "IQ4_NL")])
+INTEGERS = [integer_grid(bits, 128, torch.bfloat16) for bits in (4, 8)]
+every_type = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+every_grid = pytest.mark.parametrize(
+    "grid", [*GRIDS.values(), *INTEGERS], ids=[*GRIDS, "W4A16", "W8A16"]
+)
+some_grids = pytest.mark.parametrize(
+    "grid", [*(GRIDS[x] for x in ("Q2_K", "Q3_K", "IQ4_NL")), INTEGERS[0]]
+)
 
 
 def random_spans(grid: Grid, count: int = 20) -> torch.Tensor:
@@ -45,7 +50,7 @@ def error(weight_OI: torch.Tensor, other_OI: torch.Tensor, gram_II: torch.Tensor
     return float(((change_OI @ gram_II) * change_OI).sum())
 
 
-@every_grid
+@every_type
 def test_bytes_are_read_and_written_as_the_package_gguf_does(grid):
     gguf = pytest.importorskip("gguf", reason="the package gguf is the reference")
     torch.manual_seed(0)
@@ -100,7 +105,7 @@ def test_weights_of_unused_inputs_are_kept():
 
 
 def test_zeros_stay_zeros():
-    for grid in GRIDS.values():
+    for grid in (*GRIDS.values(), *INTEGERS):
         assert not round_to_grid(torch.zeros(2, 256), grid).dense().any()
 
 
@@ -108,7 +113,7 @@ def test_zeros_stay_zeros():
 def test_the_sweep_equals_a_slow_one(grid):
     torch.manual_seed(0)
     weight_OI, statistics = torch.randn(4, 512) / 20, statistics_of(512)
-    found = quantize_in_grid(weight_OI, statistics, Work(quantization=GridQuantization(grid)))
+    found = quantize_in_grid(weight_OI, statistics, Work(quantization=grid))
 
     # Large inputs first: spans, groups within a span, columns within a group.
     norms_I, groups = statistics.gram_II.diagonal(), grid.span // grid.group
@@ -151,7 +156,7 @@ def test_feedback_lowers_the_error_of_the_outputs(grid):
     torch.manual_seed(0)
     weight_OI, statistics = torch.randn(8, 512), statistics_of(512)
     gram_II = statistics.gram_II
-    found = quantize_in_grid(weight_OI, statistics, Work(quantization=GridQuantization(grid)))
+    found = quantize_in_grid(weight_OI, statistics, Work(quantization=grid))
     rounded_OI = round_to_grid(weight_OI, grid, gram_II.diagonal()).dense()
     assert error(weight_OI, found.weight_OI, gram_II) < 0.7 * error(weight_OI, rounded_OI, gram_II)
 
@@ -159,7 +164,7 @@ def test_feedback_lowers_the_error_of_the_outputs(grid):
 def test_processes_that_share_the_rows_get_the_same_weight():
     torch.manual_seed(0)
     weight_OI, statistics = torch.randn(8, 512), statistics_of(512)
-    work = Work(quantization=GridQuantization(GRIDS["Q4_K"]))
+    work = Work(quantization=GRIDS["Q4_K"])
     alone = quantize_in_grid(weight_OI, statistics, work)
     shared = quantize_in_grid(weight_OI, statistics, replace(work, rows=ThreeShards()))
     assert (alone.weight_OI != shared.weight_OI).float().mean() < 0.02

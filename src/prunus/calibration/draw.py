@@ -28,26 +28,16 @@ class TextTooShort(ValueError):  # noqa: N818
 
 @dataclass(frozen=True)
 class Text:
-    """The text of a source.
+    """The text of a source."""
 
-    Attributes:
-        documents: documents, lines or sentences, as the source has them.
-        joiner: what is between two of them in the whole text.
-        source: where they come from, for people.
-        by_document: windows are drawn of single documents, and not of the whole text.
-        joins_short: where no document is longer than a window, windows are drawn of all documents
-            together.
-        from_start: windows of single documents are their first tokens.
-        share: of the windows of a source with several texts.
-    """
-
-    documents: Sequence[str]
-    joiner: str
-    source: str
-    by_document: bool = False
+    documents: Sequence[str]  #: documents, lines or sentences, as the source has them
+    joiner: str  #: what is between two of them in the whole text
+    source: str  #: where they come from, for people
+    by_document: bool = False  #: windows are drawn of single documents, and not of the whole text
+    #: Where no document is longer than a window, windows are drawn of all documents together.
     joins_short: bool = False
-    from_start: bool = False
-    share: float = 1.0
+    from_start: bool = False  #: windows of single documents are their first tokens
+    share: float = 1.0  #: of the windows of a source with several texts
 
     def whole(self) -> str:
         """All documents as one string.

@@ -75,7 +75,7 @@ def compress(
     recipe: RecipeFile = None,
     **options: Any,
 ) -> None:
-    """Compress MODEL to a size or bits per weight, packed or GGUF.
+    """Compress MODEL: packed, to GGUF, or for vLLM on GPUs.
 
     Weights that do not repay their bits become 0. A killed run continues with the same command.
     """
@@ -163,28 +163,17 @@ def plan(
 
     With --bits, --size or --type it plans compress. It checks all that a run checks first.
     """
-    from prunus.compression.gguf_run import plan_gguf
-    from prunus.compression.job import CompressionJob
-    from prunus.model.checkpoint.resolve import is_gguf
-    from prunus.pruning.job import PruningJob, describe_plan, plan_run
+    from prunus.compression.run import plan_compression
+    from prunus.pruning.job import describe_plan
+    from prunus.pruning.run import planned
     from prunus.reporting.tables import plan_facts
-    from prunus.runs.folder import find_earlier
-    from prunus.runs.plan import check_room
 
     work, given = RunOptions.pick(options)
     trains, how = _takes_max(given), RunOptions.read(None, work)
     compresses = bool({"bits", "size", "type"} & given.keys())
     chosen = (CompressionRecipe if compresses else Recipe).read(recipe, given)
-    kind: type[PruningJob] = CompressionJob if compresses else PruningJob
-    if isinstance(chosen, CompressionRecipe) and output is not None and is_gguf(output):
-        job = plan_gguf(model, output, chosen, how)
-    else:
-        if output is not None:
-            find_earlier(kind.RECORD, output, chosen, how, Path(model))
-        job = plan_run(model, chosen, how, kind)
-        if output is not None:
-            check_room(job, output)
-    described = describe_plan(job)
+    plan_one: Any = plan_compression if compresses else planned
+    described = describe_plan(plan_one(model, output, chosen, how))
     if trains:
         from prunus.recovery.max_preset import plan_training
 

@@ -64,6 +64,25 @@ def compressed_card(record: CompressionRecord, loader: str, source: Path) -> str
     return packed_card(card, loader)
 
 
+def tensors_card(record: CompressionRecord, group: int, source: Path) -> str:
+    """The card of a checkpoint of compressed-tensors; a scale is for `group` inputs."""
+    bits = f"{record.recipe.bits:g}"
+    return result_card(
+        record,
+        "compressed",
+        [
+            f"{source_name(record)} with its linears in {bits} bits and a scale for each {group} "
+            f"inputs of a row (W{bits}A16), in the format of the package compressed-tensors.",
+            "" if record.size is None else " ".join(record.size.sentences()),
+            "vLLM and SGLang run this folder, and transformers loads it where compressed-tensors "
+            f"is installed. Calibration: {calibration_words(record)}.",
+        ],
+        tags=["compressed-tensors", "quantized", f"{bits}-bit"],
+        fields={"base_model_relation": "quantized"},
+        source=source,
+    )
+
+
 def packed_card(readme: str | None, loader: str = "AutoModelForCausalLM") -> str:
     """The card of a source with how to load it packed, for which transformers needs prunus."""
     section, tags = _SECTION.replace("LOADER", loader), ["prunus", "packed"]

@@ -4,37 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from prunus.compression.rate_control import side_bits
 from prunus.compression.records import FileSize
 from prunus.model.embeddings import is_plain
 from prunus.model.linears import tied_embedding
 from prunus.model.source import CheckpointSource
-from prunus.packed.description import QuantizedShape
-
-
-def planned_tensors(
-    source: CheckpointSource, keys: Iterable[str], packed: Mapping[str, float]
-) -> dict[str, Any]:
-    """The tensors of a shard that is not written yet: name -> something with a shape and a dtype.
-
-    Args:
-        keys: Stored names of the tensors of the source.
-        packed: Stored name of a weight that becomes integers -> the bits per weight that it takes.
-    """
-    found: dict[str, Any] = {}
-    for key in keys:
-        info = source.checkpoint.tensors[key]
-        if key not in packed:
-            found[key] = info
-            continue
-        rows, columns = info.shape
-        data = round((packed[key] - side_bits((rows, columns))) * rows * columns / 8)
-        parts = QuantizedShape(rows, columns, max(1, data), (), 1).tensors(None)
-        found |= {f"{key.removesuffix('.weight')}.{part}": each for part, each in parts.items()}
-    return found
 
 
 def file_size(
@@ -58,7 +34,7 @@ def file_size(
     parts = Counter[str]()
     for name, info in tensors.items():
         linear = name.rpartition(".weight")[0]
-        packed = f"{linear}.weight_scales" in tensors
+        packed = not tensors.keys().isdisjoint(f"{linear}.weight_{x}" for x in ("scales", "packed"))
         kind = "other weights" if len(info.shape) > 1 else "norms and biases"
         kind = kinds.get(linear, "linears" if packed else kind)
         what = f"packed {kind}" if packed else f"{kind} in {str(info.dtype).partition('.')[2]}"

@@ -32,8 +32,8 @@ from prunus.model.checkpoint.gguf_file import (
 from prunus.model.checkpoint.gguf_layout import GgufLayout, GgufTensor
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.checkpoint.writer import Writable
-from prunus.runs.loop import Made
-from prunus.runs.record import OUTSIDE_SHARD, shard_name
+from prunus.pruning.manifest import LinearRecord
+from prunus.runs.record import OUTSIDE_SHARD
 
 #: llama.cpp's numbers of types without blocks, and of whole files by the type of most weights.
 _PLAIN = {torch.float32: ("F32", 0), torch.float16: ("F16", 1), torch.bfloat16: ("BF16", 30)}
@@ -71,13 +71,10 @@ class GgufPlan:
         self, types: Mapping[str, str], read: Callable[[GgufTensor], torch.Tensor]
     ) -> list[StoredTensor]:
         """All tensors as they are written."""
-        found = []
-        for tensor in self.layout.tensors:
-            _, number, nbytes = self.type_of(tensor, types)
-            found.append(
-                StoredTensor(tensor.name, tensor.shape, number, nbytes, partial(read, tensor))
-            )
-        return found
+        return [
+            StoredTensor(x.name, x.shape, *self.type_of(x, types)[1:], partial(read, x))
+            for x in self.layout.tensors
+        ]
 
     def bytes_by_type(self, types: Mapping[str, str]) -> Counter[str]:
         """Type -> bytes of all tensors that have it."""
@@ -125,30 +122,21 @@ class GgufFolder(CompressedFolder):
     def prepare(self) -> None:
         """The types of what lies outside the blocks may not be known yet: it is written last."""
 
-    def stored(self, place: int, made: Made) -> dict[str, torch.Tensor]:
-        packed = {
-            self._key(f"{made.record.name}.{name}"): weight.data_OB
-            for name, weight in made.packed.items()
-        }
-        return self.job.checkpoint.as_stored(place, made.tensors) | packed
+    def tensors_of(self, name: str, weight: GridWeight) -> dict[str, torch.Tensor]:
+        return {self.key(name): weight.data_OB}
 
-    def restored(self, place: int) -> dict[str, torch.Tensor]:
-        checkpoint = Checkpoint(self.folder, only=[shard_name(place)])
-        tensors = dict(checkpoint.read(checkpoint.tensors))
-        record = self.record.blocks[place]
-        for name in record.linears:
-            full_name = f"{record.name}.{name}"
-            key, grid = self._key(full_name), GRIDS[self.record.types[full_name]]
-            dtype = self.job.checkpoint.checkpoint.tensors[key].dtype
-            tensors[key] = GridWeight(grid, tensors[key]).dense().to(dtype)
-        return self.job.checkpoint.from_stored(place, tensors.items())
+    def weight_from(
+        self, tensors: dict[str, torch.Tensor], name: str, record: LinearRecord, dtype: torch.dtype
+    ) -> torch.Tensor:
+        weight = GridWeight(GRIDS[self.record.types[name]], tensors.pop(self.key(name)))
+        return weight.dense().to(dtype)
 
     def outside(self, tensors: dict[str, Writable]) -> dict[str, Writable]:
         inside = {f"{block.name}.{name}" for block in self.record.blocks for name in block.linears}
         source, known = self.job.checkpoint.checkpoint, load_file(self.folder / MEASUREMENT)
         for name, kind in self.record.types.items():
             if name not in inside:
-                key, importance_I = self._key(name), known.get(f"{name}.importance")
+                key, importance_I = self.key(name), known.get(f"{name}.importance")
                 tensors[key] = round_to_grid(source.whole(key), GRIDS[kind], importance_I).data_OB
         return tensors
 
@@ -175,9 +163,6 @@ class GgufFolder(CompressedFolder):
             return tensor.values
         rows = tensor.arranged(shards.whole(self.job.checkpoint.stored[tensor.source]))
         return rows if tensor.is_matrix else rows.float() + tensor.shift
-
-    def _key(self, linear: str) -> str:
-        return self.job.checkpoint.stored[f"{linear}.weight"]
 
 
 def reproducible(record: CompressionRecord) -> str:

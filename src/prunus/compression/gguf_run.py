@@ -14,31 +14,24 @@ from typing import Any, cast
 import torch
 
 from prunus.compression.gguf_output import GgufFolder, GgufPlan, read_record
-from prunus.compression.grid_choice import (
-    Choice,
-    choose_types,
-    grids_for,
-    type_losses,
-)
+from prunus.compression.grid_choice import Choice, choose_types, grids_for, type_losses
 from prunus.compression.job import CompressionJob
 from prunus.compression.records import CompressionRecipe, CompressionRecord
 from prunus.hardware.sizes import in_bytes
-from prunus.methods.grids import GRIDS, GridWeight, grid_for
+from prunus.methods.grids import GRIDS, Grid, GridWeight, grid_for
 from prunus.methods.statistics import InputStatistics
-from prunus.methods.work import GridQuantization, Quantized
+from prunus.methods.work import Quantized
 from prunus.model.checkpoint.gguf import open_gguf
 from prunus.model.checkpoint.gguf_file import check_extra, padded
 from prunus.model.checkpoint.gguf_layout import layout_of
 from prunus.model.checkpoint.resolve import FULL_TYPES, is_gguf
 from prunus.pruning.block.linear import Stored
-from prunus.pruning.job import PruningJob, plan_run
+from prunus.pruning.job import PruningJob
 from prunus.pruning.loss_sensitivity import measure_loss
 from prunus.pruning.manifest import PruningRecord
 from prunus.pruning.output import PruningOutput
-from prunus.pruning.run import PruneVerb, carry_out
-from prunus.runs.folder import find_earlier
+from prunus.pruning.run import PruneVerb, carry_out, planned
 from prunus.runs.options import RunOptions
-from prunus.runs.plan import check_room
 
 # Bits of embeddings and head -> their type.
 _HEAD_TYPES = {4: "Q4_K", 6: "Q6_K", 8: "Q8_0"}
@@ -48,7 +41,7 @@ def run_gguf(
     model: str | Path, output: Path, recipe: CompressionRecipe, options: RunOptions
 ) -> CompressionRecord:
     """Compress a checkpoint, or a GGUF file in full precision, to the GGUF file `output`."""
-    folder = _folder(model, output)
+    folder = _folder(model, output, recipe)
     if options.overwrite or (done := _finished(output, recipe)) is None:
         done = cast(CompressionRecord, carry_out(model, folder, recipe, options, GgufVerb(output)))
     options.processes.on_rank_0(lambda: shutil.rmtree(folder, ignore_errors=True))
@@ -59,17 +52,19 @@ def plan_gguf(
     model: str | Path, output: Path, recipe: CompressionRecipe, options: RunOptions
 ) -> PruningJob:
     """The job of such a run; checks what the run checks, and writes nothing."""
-    folder = _folder(model, output)
+    folder = _folder(model, output, recipe)
     if not options.overwrite:
         _finished(output, recipe)
-    find_earlier(CompressionRecord, folder, recipe, options, Path(model))
-    job = plan_run(model, recipe, options, GgufJob)
-    check_room(job, folder)
-    return job
+    return planned(model, folder, recipe, options, GgufJob)
 
 
-def _folder(model: str | Path, output: Path) -> Path:
+def _folder(model: str | Path, output: Path, recipe: CompressionRecipe) -> Path:
     """The folder of the run that makes a file. Refuses a GGUF file that was rounded already."""
+    if recipe.format != "packed":
+        raise ValueError(
+            f"{recipe.format} is the format of a folder: give the output a name that does not end "
+            "in .gguf, or leave `format` out"
+        )
     check_extra()
     given = is_gguf(model) and Path(model).is_file()
     if given and (few := open_gguf(Path(model)).types - FULL_TYPES):
@@ -99,11 +94,7 @@ class GgufJob(CompressionJob):
     """The decisions of one run that makes a GGUF file."""
 
     def check(self) -> None:
-        if self.recipe.forces_zeros:
-            raise ValueError(
-                "a GGUF file stores zeros as all other weights: leave `sparsity` and `pattern` "
-                "out, or write a packed checkpoint, whose zeros take fewer bits"
-            )
+        self.refuse_zeros("a GGUF file")
         reach = self._reach
         if not reach[0] <= self._budget <= reach[1]:
             bits = " to ".join(f"{8 * each / self._weights:.2f}" for each in reach)
@@ -199,17 +190,33 @@ class GgufJob(CompressionJob):
         return self.recipe.type is None
 
 
-class GgufVerb(PruneVerb):
-    """Compress into the types of GGUF; `path` is that of the file.
+class GridVerb(PruneVerb):
+    """Rounds each linear to its grid in `grids`; see `prunus.pruning.block.linear`."""
 
-    `begin` and `end` round linears to the values of their types; see `prunus.pruning.block.linear`.
-    """
+    def __init__(self) -> None:
+        self.grids: dict[str, Grid] = {}
+
+    def finish_linear(
+        self, job: PruningJob, ids: torch.Tensor, output: PruningOutput, record: PruningRecord
+    ) -> GridVerb:
+        return self
+
+    def begin(self, name: str, statistics: InputStatistics) -> Grid:
+        return self.grids[name]
+
+    def end(self, name: str, quantized: Quantized | GridWeight) -> tuple[Stored, dict[str, Any]]:
+        assert isinstance(quantized, GridWeight)
+        return quantized, {"bits": quantized.grid.bits}
+
+
+class GgufVerb(GridVerb):
+    """Compress into the types of GGUF; `path` is that of the file."""
 
     job = GgufJob
 
     def __init__(self, path: Path) -> None:
+        super().__init__()
         self._path = path
-        self._types: dict[str, str] = {}
 
     def output(self, folder: Path | None, record: PruningRecord, job: PruningJob) -> PruningOutput:
         assert folder and isinstance(record, CompressionRecord) and isinstance(job, GgufJob)
@@ -221,18 +228,12 @@ class GgufVerb(PruneVerb):
         assert isinstance(job, GgufJob) and isinstance(record, CompressionRecord)
         assert isinstance(output, GgufFolder)
         losses = job.ranks.tensors_from_rank_0(lambda: output.measured(lambda: _measure(job, ids)))
-        self._types = record.types = job.types_for(losses)
+        record.types = job.types_for(losses)
+        self.grids = {name: GRIDS[kind] for name, kind in record.types.items()}
         parts = job.plan.bytes_by_type(record.types).most_common()
         words = [f"{in_bytes(nbytes)} in {kind}" for kind, nbytes in parts]
         job.options.tell(f"the file holds {', '.join(words)}")
         return self
-
-    def begin(self, name: str, statistics: InputStatistics) -> GridQuantization:
-        return GridQuantization(GRIDS[self._types[name]])
-
-    def end(self, name: str, quantized: Quantized | GridWeight) -> tuple[Stored, dict[str, Any]]:
-        assert isinstance(quantized, GridWeight)
-        return quantized, {"bits": quantized.grid.bits}
 
 
 def _measure(job: GgufJob, ids: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -9,15 +9,17 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from prunus.compression.file_size import embedding_and_head, file_size, planned_tensors
+from prunus.compression.file_size import embedding_and_head, file_size
 from prunus.compression.quantize_rows import BYTES_PER_QUANTIZED_WEIGHT
 from prunus.compression.rate_control import side_bits, zero_bits
 from prunus.compression.records import CompressionRecipe, CompressionRecord
 from prunus.hardware.sizes import in_bytes
+from prunus.model.checkpoint.reader import TensorInfo
 from prunus.model.checkpoint.writer import file_nbytes
 from prunus.model.kinds import require_causal
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
+from prunus.packed.description import QuantizedShape
 from prunus.pruning.job import LinearSelection, PruningJob
 from prunus.pruning.manifest import PruningRecord
 
@@ -74,13 +76,27 @@ class CompressionJob(PruningJob):
         return 8 * (1 + (self.recipe.size - outside - sum(blocks)) / weights)
 
     def shards(self, bits: float) -> list[dict[str, Any]]:
-        """`planned_tensors` of all that lies outside the blocks, and of each block."""
-        source, packed = self.checkpoint, dict.fromkeys(self.weights, bits)
-        packed |= dict.fromkeys(self.packed_outside, float(self.recipe.packs_head or 0))
+        """What lies outside the blocks, and each block: name -> something with shape and dtype."""
+        source = self.checkpoint
         copies = {key for keys in self.packed_outside.values() for key in keys}
         outside = [key for key in source.outside_keys() if key not in copies]
         blocks = map(source.block_keys, range(len(self.skeleton)))
-        return [planned_tensors(source, keys, packed) for keys in (outside, *blocks)]
+        packed = dict.fromkeys(self.weights, bits)
+        packed |= dict.fromkeys(self.packed_outside, float(self.recipe.packs_head or 0))
+        shards: list[dict[str, Any]] = []
+        for keys in (outside, *blocks):
+            shards.append({})
+            for key in keys:
+                info = source.checkpoint.tensors[key]
+                shards[-1] |= self.parts(key, info, packed[key]) if key in packed else {key: info}
+        return shards
+
+    def parts(self, key: str, info: TensorInfo, bits: float) -> dict[str, Any]:
+        """The tensors that store the weight `key` in this many bits: name -> shape and dtype."""
+        rows, columns = info.shape
+        data = round((bits - side_bits((rows, columns))) * rows * columns / 8)
+        parts = QuantizedShape(rows, columns, max(1, data), (), 1).tensors(None)
+        return {f"{key.removesuffix('.weight')}.{part}": each for part, each in parts.items()}
 
     def bytes_at(self, bits: float) -> int:
         """Bytes of all files with weights if the linears take `bits` bits per weight."""
@@ -96,6 +112,8 @@ class CompressionJob(PruningJob):
         shapes = [linear.shape for linear in self.selected_linears().values()]
         side = sum(side_bits(shape) * math.prod(shape) for shape in shapes)
         least = 1 + side / sum(self.weights.values())
+        if self.recipe.bits is not None and self.recipe.bits > _MOST_BITS:
+            raise ValueError(f"bits = {self.bits:g} is too much: give at most {_MOST_BITS:g}")
         if self.recipe.bits is not None and self.recipe.bits <= least:
             raise ValueError(
                 f"bits = {self.bits:g} cannot be reached: if all weights were 0, the "
@@ -115,10 +133,19 @@ class CompressionJob(PruningJob):
                 "see `head_bits`"
             )
 
+    def refuse_zeros(self, what: str) -> None:
+        """Refuse to force zeros in a format that stores them as all other weights."""
+        if self.recipe.forces_zeros:
+            raise ValueError(
+                f"{what} stores zeros as all other weights: leave `sparsity` and `pattern` out, or "
+                "write a packed checkpoint, whose zeros take fewer bits"
+            )
+
     def describe(self) -> dict[str, object]:
         tensors = {key: each for shard in self.shards(self.bits) for key, each in shard.items()}
         file = file_size(self.checkpoint, self.skeleton.model, tensors, self.file_bytes())
-        return {"bits": self.bits, "head_bits": self.recipe.head_bits, "file": file.model_dump()}
+        head_bits = self.recipe.head_bits if self.packed_outside else "none"
+        return {"bits": self.bits, "head_bits": head_bits, "file": file.model_dump()}
 
     def peak_bytes(self) -> int:
         # Embedding and head are quantised before the first block is read.

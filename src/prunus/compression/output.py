@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from prunus.compression.card import compressed_card
-from prunus.compression.file_size import embedding_and_head, file_size
+from prunus.compression.file_size import file_size
+from prunus.compression.job import CompressionJob
 from prunus.compression.quantize_rows import quantize_rows
 from prunus.compression.records import CompressionRecord, FileSize
 from prunus.model.checkpoint.atomic_files import read_json, remove
@@ -22,6 +23,7 @@ from prunus.model.kinds import kind_of
 from prunus.packed.description import Description, QuantizedShape
 from prunus.packed.forms import checked_weight, expand
 from prunus.packed.weight import named_tensors
+from prunus.pruning.manifest import LinearRecord
 from prunus.pruning.output import PrunedFolder
 from prunus.runs.loop import Made
 from prunus.runs.record import shard_name
@@ -34,6 +36,7 @@ class CompressedFolder(PrunedFolder):
     """A `PrunedFolder` whose linears are packed."""
 
     record: CompressionRecord
+    job: CompressionJob
 
     def measured(self, measure: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Named tensors that `measure` returns now, or has returned in the run that is resumed."""
@@ -68,30 +71,40 @@ class CompressedFolder(PrunedFolder):
     def stored(self, place: int, made: Made) -> dict[str, torch.Tensor]:
         tensors = super().stored(place, made)
         for name, weight in made.packed.items():
-            linear = self._stored_linear(f"{made.record.name}.{name}")
-            del tensors[f"{linear}.weight"]
-            tensors |= named_tensors(linear, weight)
+            full_name = f"{made.record.name}.{name}"
+            del tensors[self.key(full_name)]
+            tensors |= self.tensors_of(full_name, weight)
         return tensors
 
     def restored(self, place: int) -> dict[str, torch.Tensor]:
         checkpoint = Checkpoint(self.folder, only=[shard_name(place)])
-        tensors = dict(checkpoint.read(checkpoint.tensors))
-        described = Description.of_linears(self._entries([place]))
-        for linear in described.linears:
-            weight, offsets = checked_weight(described, linear, tensors)
-            for name in described.tensors(linear):
-                del tensors[name]
-            dtype = self.job.checkpoint.checkpoint.tensors[f"{linear}.weight"].dtype
-            tensors[f"{linear}.weight"] = expand(weight, dtype, offsets)
+        tensors, record = dict(checkpoint.read(checkpoint.tensors)), self.record.blocks[place]
+        for name, linear in record.linears.items():
+            key = self.key(full_name := f"{record.name}.{name}")
+            dtype = self.job.checkpoint.checkpoint.tensors[key].dtype
+            tensors[key] = self.weight_from(tensors, full_name, linear, dtype)
         return self.job.checkpoint.from_stored(place, tensors.items())
 
+    def tensors_of(self, name: str, weight: Any) -> dict[str, torch.Tensor]:
+        """The tensors that store the weight of a linear, by their names in the file."""
+        return named_tensors(self._stored_linear(name), weight)
+
+    def weight_from(
+        self, tensors: dict[str, torch.Tensor], name: str, record: LinearRecord, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The dense weight of a linear from `tensors_of`; removes these from `tensors`."""
+        linear = self._stored_linear(name)
+        described = Description.of_linears({linear: record.packed or {}})
+        weight, offsets = checked_weight(described, linear, tensors)
+        for part in described.tensors(linear):
+            del tensors[part]
+        return expand(weight, dtype, offsets)
+
     def outside(self, tensors: dict[str, Writable]) -> dict[str, Writable]:
-        head_bits, source = self.record.recipe.packs_head, self.job.checkpoint
-        if head_bits is None:
-            return tensors
-        for key, copies in embedding_and_head(self.job.skeleton.model, source.stored).items():
+        source = self.job.checkpoint
+        for key, copies in self.job.packed_outside.items():
             linear = key.removesuffix(".weight")
-            weight = quantize_rows(source.checkpoint.whole(key), head_bits)
+            weight = quantize_rows(source.checkpoint.whole(key), self.job.recipe.packs_head or 0)
             for name in (key, *copies):
                 del tensors[name]
             tensors |= named_tensors(linear, weight)
@@ -121,5 +134,9 @@ class CompressedFolder(PrunedFolder):
                     found[self._stored_linear(f"{record.name}.{name}")] = linear.packed
         return found
 
+    def key(self, linear: str) -> str:
+        """The stored name of the weight of a linear."""
+        return self.job.checkpoint.stored[f"{linear}.weight"]
+
     def _stored_linear(self, name: str) -> str:
-        return self.job.checkpoint.stored[f"{name}.weight"].removesuffix(".weight")
+        return self.key(name).removesuffix(".weight")

@@ -35,10 +35,8 @@ _ROWS = 1024  # rows converted to float32 at a time
 def quantize_rows(weight_OI: torch.Tensor, bits: float) -> QuantizedWeight:
     """Round a weight so that its tensors take at most `bits` bits a weight, and little less.
 
-    Args:
-        weight_OI: bfloat16, float16 or float32, on the CPU, finite.
-        bits: from 2 to 8. A weight takes fewer than 8 bits even at the finest levels there are,
-            247 between the extremes of each row.
+    The weight is finite and on the CPU. With 8 bits it takes fewer even at the finest levels there
+    are, 247 between the extremes of each row.
 
     >>> weight = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
     >>> quantised = quantize_rows(weight, 4)

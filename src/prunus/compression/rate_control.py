@@ -61,17 +61,10 @@ def _code_of(levels_SI: Tensor) -> CodeLengths:
 
 @dataclass(frozen=True)
 class LinearRate:
-    """One linear of the run, before it is quantised.
-
-    Attributes:
-        name: full name.
-        kind: name within its block; linears of a kind resemble each other.
-        shape: (out, in).
-        sensitivity: as measured on the dense model.
-    """
+    """One linear of the run, before it is quantised; its sensitivity is that in the dense model."""
 
     name: str
-    kind: str
+    kind: str  #: name within its block; linears of a kind resemble each other
     shape: tuple[int, int]
     sensitivity: LinearSensitivity
 

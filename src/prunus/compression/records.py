@@ -42,9 +42,9 @@ class CompressionRecipe(PruningOptions):
     bits: Annotated[
         float | None,
         Option(
-            "Store linears in N bits per weight, 1 to 7.",
+            "Store linears in N bits per weight, 1 to 8.",
             metavar="N",
-            within=between("[1, 7]", ": 3 makes the linears a fifth of their bfloat16 size"),
+            within=between("[1, 8]", ": 3 makes the linears a fifth of their bfloat16 size"),
         ),
     ] = None
     size: Annotated[
@@ -55,13 +55,21 @@ class CompressionRecipe(PruningOptions):
             within=at_least(1, " byte"),
         ),
     ] = None
+    format: Annotated[
+        Literal["packed", "compressed-tensors"],
+        Option("Write packed, or compressed-tensors for GPUs.", metavar="FORMAT"),
+    ] = "packed"
     type: Annotated[
         str | None,
         Option("Give all linears of a GGUF file this type, such as Q4_K.", metavar="TYPE"),
     ] = None
     template: Annotated[
         Path | None,
-        Option("Copy fields and tokenizer of this GGUF file of MODEL.", metavar="FILE.gguf"),
+        Option(
+            "Copy fields and tokenizer of this GGUF file of MODEL.",
+            metavar="FILE.gguf",
+            panel="GGUF files",
+        ),
     ] = None
     head_bits: Annotated[
         int | Literal["none"],
@@ -117,7 +125,8 @@ class CompressionRecipe(PruningOptions):
 
     @model_serializer(mode="wrap")
     def _without_masks(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        unused = () if self.forces_zeros else _OF_MASKS
+        own = "format" if self.format == "packed" else "head_bits"
+        unused = (own, *(() if self.forces_zeros else _OF_MASKS))
         return {name: value for name, value in dump(self).items() if name not in unused}
 
 
@@ -179,26 +188,16 @@ class PackOptions(Options):
 
 
 class StoredLinear(Part):
-    """How one linear is stored.
+    """How one linear is stored; `stored` and `rare` are as in `PackedShape`."""
 
-    Attributes:
-        shape: (out, in).
-        kept: number of weights that are not exactly zero.
-        stored, rare: as in `PackedShape`, for a packed linear.
-        packed: whether the result stores it as a bitmap.
-        reason: why it is not packed, or None.
-        nbytes: bytes of the weight before and after.
-        relative_error: ‖W−Ŵ‖² / ‖W‖² where values were rounded to int8, or None.
-    """
-
-    shape: tuple[int, int]
-    kept: int
+    shape: tuple[int, int]  #: (out, in)
+    kept: int  #: number of weights that are not exactly zero
     stored: int = 0
     rare: int | None = None
-    packed: bool
-    reason: str | None = None
-    nbytes: tuple[int, int]
-    relative_error: float | None = None
+    packed: bool  #: whether the result stores it as a bitmap
+    reason: str | None = None  #: why it is not packed
+    nbytes: tuple[int, int]  #: of the weight before and after
+    relative_error: float | None = None  #: ‖W−Ŵ‖² / ‖W‖² where values were rounded to int8
 
 
 class ConversionRecord(RunRecord):

@@ -8,11 +8,12 @@ from typing import Any, cast
 
 import torch
 
-from prunus.compression.gguf_run import run_gguf
+from prunus.compression.gguf_run import plan_gguf, run_gguf
 from prunus.compression.job import CompressionJob
 from prunus.compression.output import CompressedFolder
 from prunus.compression.rate_control import LinearRate, RateControl
 from prunus.compression.records import CompressionRecipe, CompressionRecord
+from prunus.compression.tensors_run import TensorsJob, TensorsVerb
 from prunus.methods.grids import GridWeight
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import LinearQuantization, Quantized
@@ -25,7 +26,7 @@ from prunus.pruning.job import PruningJob
 from prunus.pruning.loss_sensitivity import LinearSensitivity, measure_loss
 from prunus.pruning.manifest import PruningRecord
 from prunus.pruning.output import PruningOutput
-from prunus.pruning.run import PruneVerb, carry_out
+from prunus.pruning.run import PruneVerb, carry_out, planned
 from prunus.runs.options import RunOptions
 from prunus.runs.progress import pruning_step, shows_progress
 from prunus.runs.record import OUTSIDE_SHARD
@@ -52,7 +53,7 @@ def compress(
         model: A checkpoint folder or a hub id; for a GGUF file also one in full precision.
         output: Folder of the compressed checkpoint, or a GGUF file, NAME.gguf.
         bits: Bits per weight of the linears in the file, with all that belongs to them; None where
-            `size` says how large the whole file may be.
+            `size` says how large the whole file may be. With `format` compressed-tensors, 4 or 8.
         calibration: A source of windows, token ids or texts, as for `prunus.prune`.
         recipe: A `CompressionRecipe`, or a TOML file with any of its options.
         **options: Options of `CompressionRecipe` and of the run.
@@ -76,7 +77,18 @@ def run(
     """Carry out a recipe. The arguments and errors are those of `compress`."""
     if is_gguf(output):
         return run_gguf(model, output, recipe, options)
-    return cast(CompressionRecord, carry_out(model, output, recipe, options, CompressVerb()))
+    verb = TensorsVerb() if recipe.format == "compressed-tensors" else CompressVerb()
+    return cast(CompressionRecord, carry_out(model, output, recipe, options, verb))
+
+
+def plan_compression(
+    model: str | Path, output: Path | None, recipe: CompressionRecipe, options: RunOptions
+) -> PruningJob:
+    """The job of such a run. Checks what the run checks, and writes nothing."""
+    if output is not None and is_gguf(output):
+        return plan_gguf(model, output, recipe, options)
+    kind = TensorsJob if recipe.format == "compressed-tensors" else CompressionJob
+    return planned(model, output, recipe, options, kind)
 
 
 class CompressVerb(PruneVerb):

@@ -27,12 +27,7 @@ class OtherRankError(RuntimeError):
 def split_range(count: int, size: int, multiple_of: int = 1) -> list[range]:
     """Split `range(count)` into one contiguous range per rank, in order and as equal as possible.
 
-    Args:
-        multiple_of: every boundary between two ranges is a multiple of this, for items that must
-            stay together in runs of that many.
-
-    Returns:
-        `size` ranges; some are empty where there are fewer runs than ranks.
+    `multiple_of` items stay together in a run. With fewer runs than ranks some ranges are empty.
 
     >>> split_range(10, 3)
     [range(0, 3), range(3, 6), range(6, 10)]

@@ -228,9 +228,7 @@ def paper_mean(scores: Sequence[TaskScore]) -> Metric | None:
     return Metric(*_mean_of_tasks([(metric.value, metric.stderr) for metric in found]))
 
 
-def _mean_of_tasks(
-    figures: Sequence[tuple[float, float | None]],
-) -> tuple[float, float | None]:
+def _mean_of_tasks(figures: Sequence[tuple[float, float | None]]) -> tuple[float, float | None]:
     """The mean of n independent tasks (value, standard error), and its error √(Σ s²) / n."""
     count = len(figures)
     errors = [stderr for _, stderr in figures if stderr is not None]

@@ -36,14 +36,12 @@ class Reference:
     computed for a text is dropped when other texts follow, and at the end of the `with` block.
 
     Packed models, adapters, loaded models and models that prunus cannot read block by block are
-    loaded once and run again for every model.
+    loaded once and run again for every model. `watched` has the files of the checkpoint, which must
+    not change; none for a loaded model.
 
         with prunus.Reference("MODEL") as reference:
             for model in ("pruned", "packed"):
                 print(prunus.perplexity(model, "wikitext2", reference=reference).divergence)
-
-    Attributes:
-        watched: the files of the checkpoint, which must not change; none for a loaded model.
     """
 
     def __init__(self, model: Any, texts: int = 1) -> None:
@@ -147,10 +145,7 @@ class Reference:
         forward, batches = last.forward, ids.split(batch)
         place = by_blocks.place_states(ids.shape, self._texts)
         states = HiddenStates(
-            len(batches),
-            spill_to=place.spill_to,
-            device=loaded.device,
-            on_device=place.on_device,
+            len(batches), spill_to=place.spill_to, device=loaded.device, on_device=place.on_device
         )
 
         def keep(*args: Any, **kwargs: Any) -> Any:

@@ -55,12 +55,8 @@ def low_precision_product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right as float32, computed in bfloat16 or TF32 where that is faster.
 
     Use it for a result that is corrected later, such as a step of an iteration, or that is small
-    against what it is added to.
-
-    Args:
-        left: (rows, inner).
-        right: (inner, columns). Both are float32, or both are rounded to bfloat16 already; one that
-            comes from `low_precision_factor` may be either.
+    against what it is added to. Both factors are float32, or both are rounded to bfloat16 already;
+    one that comes from `low_precision_factor` may be either.
 
     >>> low_precision_product(torch.ones(2, 3), torch.ones(3, 1))
     tensor([[3.],
@@ -83,9 +79,7 @@ def low_precision_factor(right: Tensor, rows: int) -> Tensor:
 def row_spans(matrix: Tensor, rows_per_group: int = 1) -> list[slice]:
     """Split the rows of a matrix into runs whose temporaries are cheap.
 
-    Args:
-        matrix: (rows, columns).
-        rows_per_group: rows that must stay together; every run but the last is a multiple of it.
+    Every run but the last is a multiple of `rows_per_group`, which must stay together.
 
     >>> row_spans(torch.empty(10, 2**20), rows_per_group=3)
     [slice(0, 3, None), slice(3, 6, None), slice(6, 9, None), slice(9, 10, None)]

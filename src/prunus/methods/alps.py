@@ -282,10 +282,8 @@ def leading_eigenvectors(matrix_II: Tensor, count: int) -> tuple[Tensor, Tensor]
 
     Subspace iteration from a fixed random start, so the result is always the same (Halko,
     Martinsson and Tropp 2011, algorithm 4.4). Products are computed in low precision: what an
-    approximate vector contains of other eigenvectors changes the result in second order only.
-
-    Returns:
-        The vectors (I, R) as columns, and their eigenvalues (R,), growing.
+    approximate vector contains of other eigenvectors changes the result in second order only. The
+    vectors (I, R) are columns, and their eigenvalues (R,) grow.
     """
     start_IR = torch.randn(len(matrix_II), count, generator=torch.Generator().manual_seed(0))
     basis_IR = start_IR.to(matrix_II.device)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prunus.hardware.numerics import count_zeros
 from prunus.methods.grid_sweep import quantize_in_grid
+from prunus.methods.grids import Grid
 from prunus.methods.options import MethodOptions
 from prunus.methods.rate_distortion import quantize as quantize_by_rate
 from prunus.methods.refine.dense_targets import (
@@ -25,17 +26,15 @@ from prunus.methods.refine.swaps import refine_by_swaps
 from prunus.methods.solvers.least_squares import fit_least_squares
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.table import Method
-from prunus.methods.work import GridQuantization, Pruned, RowShard, Work, masked, unchanged
+from prunus.methods.work import Pruned, RowShard, Work, masked, unchanged
 
 
 def compose(method: Method, options: MethodOptions, quantizes: bool = False) -> Method:
     """Add the steps that `options` choose to a method: dense targets, refinement, weight update.
 
     The composed method needs the statistics of its most demanding step; where nothing is added, it
-    is `method` itself. `check_options` refuses choices that exclude each other.
-
-    Args:
-        quantizes: whether the weights become integers at the end, as `Work.quantization` says.
+    is `method` itself. `check_options` refuses choices that exclude each other. With `quantizes`
+    the weights become integers at the end, as `Work.quantization` says.
     """
     refines = options.refine != "none"
     updates = options.weight_update == "least-squares"
@@ -78,7 +77,7 @@ def compose(method: Method, options: MethodOptions, quantizes: bool = False) -> 
             # Integers approximate the target itself. The sweep over the columns repeats what a
             # method has changed to compensate for its mask, with the integers in view.
             keep_OI = None if work.removes_nothing else pruned.keep_OI
-            if isinstance(work.quantization, GridQuantization):
+            if isinstance(work.quantization, Grid):
                 found = quantize_in_grid(weight_OI, statistics, work)
             else:
                 found = quantize_by_rate(weight_OI, statistics, work, keep_OI)

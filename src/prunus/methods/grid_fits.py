@@ -1,4 +1,4 @@
-"""Fit the steps and minima of a span of a GGUF grid to weights.
+"""Fit the steps and minima of a span of a grid to weights.
 
 The goal is a small weighted error Σ w·(x − d·code·value + dmin·minimum)² in every row. First every
 group gets its best real step and minimum, found among a few tens of candidates: each candidate
@@ -48,17 +48,15 @@ class Scales(NamedTuple):
 
 
 def fit_scales(weight_BO: Tensor, importance_B: Tensor, grid: Grid) -> Scales:
-    """The scales of one span that fit weights.
+    """The scales of one span that fit weights, float32, a column in each row.
 
-    Args:
-        weight_BO: float32, a column in each row.
-        importance_B: float32, not negative: the weight of a column's squared error.
+    `importance_B`, not negative, weighs the squared error of a column.
     """
     group = _Groups(weight_BO, importance_B, grid)
     step_GO, offset_GO = group.fit()
     lowest, highest = grid.codes
     if lowest == highest:
-        d_O, dmin_O = step_GO[0].half().float(), offset_GO[0].half().float()
+        d_O, dmin_O = grid.stored(step_GO[0]), grid.stored(offset_GO[0])
         return Scales(d_O, dmin_O, torch.ones_like(step_GO), torch.ones_like(offset_GO))
     d_O = _common_factor(step_GO, lowest, highest)
     dmin_O = _common_factor(offset_GO, 0, highest)
@@ -167,7 +165,8 @@ class _Groups:
             (product_GO * code_GO).sum(0),
             (self.sum_GO * minimum_GO).sum(0),
         )
-        return Scales(d_O.half().float(), dmin_O.half().float(), code_GO, minimum_GO)
+        d_O, dmin_O = self.grid.stored(d_O), self.grid.stored(dmin_O)
+        return Scales(d_O, dmin_O, code_GO, minimum_GO)
 
     def _value_sums(self, value_GCO: Tensor) -> tuple[Tensor, Tensor]:
         """Σ w·v², and Σ w·v where there are minima, else 0; writes over `value_GCO`."""
@@ -210,9 +209,7 @@ def _two_least_squares(
 ) -> tuple[Tensor, Tensor]:
     """The step s and the offset o ≥ 0 that minimise Σ w·(x − s·v + o·m)².
 
-    Args:
-        square, value_sum, weight: Σ w·v², Σ w·v·m, Σ w·m².
-        product, total: Σ w·x·v, Σ w·x·m.
+    It takes Σ w·v², Σ w·v·m, Σ w·m², Σ w·x·v and Σ w·x·m.
     """
     determinant = square * weight - value_sum.square()
     step = _over(weight * product - value_sum * total, determinant)

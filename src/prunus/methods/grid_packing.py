@@ -1,7 +1,7 @@
-"""The types of GGUF that prunus can write: which values a block may hold, and its bytes.
+"""The grids that prunus can write: the values that a weight may have, and the bytes of a span.
 
-A grid cuts every row into spans of 32 or 256 columns, and a span into groups of 16 or 32. A weight
-of a group is
+The types of GGUF cut every row into spans of 32 or 256 columns, and a span into groups of 16 or 32.
+A weight of a group is
 
     d · code · value − dmin · minimum
 
@@ -42,15 +42,7 @@ class Field(NamedTuple):
 
 @dataclass(frozen=True)
 class Grid:
-    """A type of GGUF.
-
-    Attributes:
-        type_id: its number in ggml.
-        span: the columns that share d.
-        group: the columns that share a code.
-        values: the values of a weight in units of its step, ascending.
-        codes: the lowest and the highest code of a group. A minimum is from 0 to the highest.
-        layout: the fields of a span, in their order in the file.
+    """A type of GGUF, or another grid of the same kind.
 
     >>> grid = GRIDS["Q3_K"]
     >>> grid.span, grid.nbytes, grid.bits
@@ -58,12 +50,13 @@ class Grid:
     """
 
     name: str
-    type_id: int
-    span: int
-    group: int
-    values: tuple[int, ...]
-    codes: tuple[int, int]
-    layout: tuple[Field, ...]
+    type_id: int  #: its number in ggml; -1 for a grid that GGUF does not have
+    span: int  #: the columns that share d
+    group: int  #: the columns that share a code
+    values: tuple[int, ...]  #: of a weight in units of its step, ascending
+    codes: tuple[int, int]  #: the lowest and highest of a group; a minimum is from 0 to the highest
+    layout: tuple[Field, ...]  #: the fields of a span, in their order in the file
+    dtype: torch.dtype = torch.float16  #: of d and dmin, two bytes each
 
     @functools.cached_property
     def has_minimum(self) -> bool:
@@ -93,6 +86,10 @@ class Grid:
     def is_even(self) -> bool:
         """Whether the values are consecutive integers."""
         return self.values[-1] - self.values[0] + 1 == len(self.values)
+
+    def stored(self, scale: Tensor) -> Tensor:
+        """Numbers as d and dmin can hold them, float32."""
+        return scale.to(self.dtype).float()
 
     def nearest(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """The values nearest to `places`, float32, and their levels; writes over `places`."""
@@ -146,11 +143,21 @@ _GRIDS = (
 GRIDS: dict[str, Grid] = {grid.name: grid for grid in _GRIDS}
 
 
+def integer_grid(bits: int, span: int, dtype: torch.dtype) -> Grid:
+    """The integers of 4 or 8 bits with a scale for each span, and nothing else.
+
+    >>> integer_grid(4, 128, torch.bfloat16).bits
+    4.125
+    """
+    layout = (_D, _levels(bits, 1))
+    return Grid(f"W{bits}A16", -1, span, span, _integers(bits), _ONE, layout, dtype)
+
+
 class Spans(NamedTuple):
     """Spans of a grid in parts.
 
     Attributes:
-        d_N, dmin_N: float32, exact in float16; zeros for a grid without minima.
+        d_N, dmin_N: float32, exact in the grid's dtype; zeros for a grid without minima.
         codes_NG, minima_NG: float32, integers; zeros for a grid without minima.
         levels_NB: uint8, indices of `Grid.values`.
     """
@@ -188,7 +195,7 @@ def pack(spans: Spans, grid: Grid) -> Tensor:
         [
             _field(integers[part] >> shift, bits, width)
             if part in integers
-            else floats[part].half()[:, None].view(torch.uint8)
+            else floats[part].to(grid.dtype)[:, None].view(torch.uint8)
             for part, bits, width, shift in grid.layout
         ],
         dim=1,
@@ -207,7 +214,7 @@ def unpack(data_NK: Tensor, grid: Grid) -> Spans:
         if part in integers:
             integers[part] |= _from_field(field_NK, bits, width) << shift
         else:
-            number_N = field_NK.view(torch.float16)[:, 0].float()
+            number_N = field_NK.view(grid.dtype)[:, 0].float()
             floats[part.removeprefix("-")] = -number_N if part.startswith("-") else number_N
     codes_NG, minima_NG = integers["codes"].tensor_split((grid.span // grid.group,), dim=1)
     codes_NG = (codes_NG - _zero_point(grid.codes)).float() + grid.codes[0]

@@ -1,4 +1,4 @@
-"""Quantise inside the grid of a GGUF type, with feedback: the OBS sweep of `solvers/obs.py`.
+"""Quantise inside a grid, such as a type of GGUF, with feedback: the OBS sweep of `solvers/obs.py`.
 
 The scales of a span are fitted when the sweep reaches it, to the weights as corrected so far, and
 the code of a group once more when the sweep reaches the group. Then the columns are rounded one
@@ -23,7 +23,7 @@ from prunus.methods.grids import Grid, GridWeight, grid_weight
 from prunus.methods.rate_distortion import DAMPING
 from prunus.methods.solvers.obs import TILE, ordered_factor, sweep_columns
 from prunus.methods.statistics import InputStatistics
-from prunus.methods.work import GridQuantization, Pruned, RowShard, Work
+from prunus.methods.work import Pruned, RowShard, Work
 
 # The share of the correlations between inputs that the sweep uses.
 _CORRELATIONS = 0.5
@@ -32,17 +32,12 @@ _BLOCK = 256
 
 
 def quantize_in_grid(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
-    """Quantise a weight inside the grid of `work.quantization`.
+    """Quantise a weight, float32, inside the grid of `work.quantization`.
 
-    Args:
-        weight_OI: float32, what the result approximates.
-
-    Returns:
-        The dense weight, the mask of its non-zero weights, and the weight in its grid.
+    The result has the dense weight, the mask of its non-zero weights, and the weight in its grid.
     """
-    how = work.quantization
-    assert isinstance(how, GridQuantization)
-    grid = how.grid
+    grid = work.quantization
+    assert isinstance(grid, Grid)
     damping = DAMPING if work.options.damping is None else work.options.damping
     order = ((grid.span, grid.group), lambda squares_I: _order(squares_I, grid))
     order_I, upper_II, notes = ordered_factor(statistics, damping, order, _CORRELATIONS)

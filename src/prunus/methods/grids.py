@@ -1,4 +1,4 @@
-"""Weights in the grids of GGUF's types: what is stored, and rounding without feedback."""
+"""Weights in grids, such as the types of GGUF: what is stored, and rounding without feedback."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from prunus.methods.grid_fits import Scales, fit_scales
-from prunus.methods.grid_packing import GRIDS, Grid, Spans, pack, unpack
+from prunus.methods.grid_packing import GRIDS, Grid, Spans, integer_grid, pack, unpack
 
-__all__ = ["GRIDS", "Grid", "GridWeight", "grid_for", "grid_weight", "round_to_grid"]
+__all__ = [
+    "GRIDS", "Grid", "GridWeight", "grid_for", "grid_weight", "integer_grid", "round_to_grid",
+]  # fmt: skip
 
 # What llama.cpp takes where 256 does not divide a width.
 _FALLBACKS = {
@@ -22,14 +24,10 @@ _ELEMENTS = 2**19
 
 
 class GridWeight(NamedTuple):
-    """A weight in a grid.
-
-    Attributes:
-        data_OB: uint8 (O, bytes of a row), as a GGUF file stores it.
-    """
+    """A weight in a grid."""
 
     grid: Grid
-    data_OB: Tensor
+    data_OB: Tensor  #: uint8 (O, bytes of a row); of a type of GGUF as a file stores it
 
     def dense(self) -> Tensor:
         """The weight, float32 (O, I)."""
@@ -60,12 +58,10 @@ def grid_for(name: str, columns: int) -> Grid:
 
 
 def round_to_grid(weight_OI: Tensor, grid: Grid, importance_I: Tensor | None = None) -> GridWeight:
-    """Round a weight to a grid, with the scales of the smallest weighted squared error.
+    """Round a weight of any float dtype, with the scales of the smallest weighted squared error.
 
-    Args:
-        weight_OI: of any float dtype.
-        importance_I: the weight of the squared error of each column, such as the mean square of an
-            input (llama.cpp's importance matrix); None for equal ones.
+    `importance_I` weighs the squared error of each column, such as the mean square of an input
+    (llama.cpp's importance matrix); None for equal weights.
     """
     columns = weight_OI.shape[1]
     if importance_I is None or not bool(importance_I.any()):

@@ -134,14 +134,8 @@ def keep_mask(score_OI: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
 
     Counts are exact. Of equal scores the one with the lower index is removed first. Within a group
     of N:M, torch.topk decides between equal scores, as in the original code; on one kind of device
-    it always decides in the same way.
-
-    Args:
-        score_OI: finite scores, any float dtype.
-        sparsity: the fraction to remove, in [0, 1). N:M ignores it, because it implies its own.
-
-    Returns:
-        bool (O, I), True where a weight is kept.
+    it always decides in the same way. N:M implies its own sparsity. The mask, bool (O, I), is True
+    where a weight is kept; scores are finite and of any float dtype.
 
     >>> score_OI = torch.tensor([[1.0, 4.0, 3.0, 2.0]])
     >>> keep_mask(score_OI, Pattern(1, 2), 0.0)
@@ -230,10 +224,7 @@ def _keep_by_rank(score_GC: Tensor, keep_GC: Tensor, drop: int) -> Tensor:
     """Fill `keep_GC` with True for all but the `drop` lowest scores of each group.
 
     Every pair of columns is compared. For the few columns of N:M this takes a fifth of the time of
-    topk on a CPU.
-
-    Returns:
-        The groups in which equal scores decide; their masks are not valid yet.
+    topk on a CPU. Returns the groups in which equal scores decide: their masks are not valid yet.
     """
     columns = [column.contiguous() for column in score_GC.unbind(dim=1)]
     # How many other scores of the group lie below each score.

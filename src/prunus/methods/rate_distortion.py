@@ -72,14 +72,10 @@ _BLOCK = 128
 def quantize(
     weight_OI: Tensor, statistics: InputStatistics, work: Work, keep_OI: Tensor | None = None
 ) -> Pruned:
-    """Quantise a weight with the steps step · U_jj.
+    """Quantise a weight, float32, with the steps step · U_jj.
 
-    Args:
-        weight_OI: float32, what the result approximates.
-        keep_OI: bool (O, I), False where the weight must become 0; None allows all levels.
-
-    Returns:
-        The dense weight, the mask of its non-zero integers, and the quantised weight.
+    The weight becomes 0 where `keep_OI`, bool (O, I), is False; None allows all levels. The result
+    has the dense weight, the mask of its non-zero integers, and the quantised weight.
 
     >>> from prunus.methods.work import CodeLengths, LinearQuantization
     >>> statistics = InputStatistics(2, "gram")

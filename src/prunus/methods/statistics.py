@@ -149,9 +149,7 @@ class InputStatistics:
     def derived(self, key: Hashable, compute: Callable[[], _Value]) -> _Value:
         """The result of `compute`, computed once: linears with the same inputs share its cost.
 
-        Args:
-            key: names the value, and everything next to these statistics that it depends on.
-            compute: computes the value. Callers must not write to it.
+        `key` names it and all else that it depends on. Callers must not write to it.
         """
         if key not in self._derived:
             self._derived[key] = compute()
@@ -161,10 +159,8 @@ class InputStatistics:
     def add(self, X_TI: Tensor, dense_TI: Tensor | None = None, held_out: bool = False) -> None:
         """Add one batch of inputs, in any float dtype; products are taken in float32.
 
-        Args:
-            dense_TI: the inputs in the dense model for the same tokens, where they are known.
-                Without `drift` they are not used.
-            held_out: add these tokens to the held-out sums too.
+        `dense_TI` has the inputs in the dense model where they are known, and is used for `drift`.
+        Tokens that are `held_out` are added to the held-out sums too.
         """
         if X_TI.dim() != 2 or X_TI.shape[1] != self.in_features:
             raise ValueError(
@@ -264,12 +260,10 @@ def _feature_sums(X_TI: Tensor, *, squares: bool, means: bool) -> Tensor:
 def _add_gram(
     sums_II: Sequence[Tensor], X_TI: Tensor, squares_I: Tensor, low_precision: bool
 ) -> None:
-    """Add XᵀX of one batch to every matrix of `sums_II`, in place.
+    """Add XᵀX of one batch to every matrix of `sums_II`, in place; `squares_I` is its diagonal.
 
-    Args:
-        squares_I: the diagonal of XᵀX, float64.
-        low_precision: multiply bfloat16 inputs in bfloat16 where the processor supports it, and
-            round the products to 8 bits. The diagonal keeps its full precision.
+    In low precision, inputs in bfloat16 are multiplied in it where the processor supports that.
+    Products are then rounded to 8 bits, and the diagonal keeps its full precision.
     """
     first_II, *others = sums_II
     # The product is computed once and added to every sum that these tokens belong to.

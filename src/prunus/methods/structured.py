@@ -237,10 +237,8 @@ class ExpertSums:
 def kept_experts(saliency_E: Tensor, keep: int, groups: int = 1) -> list[int]:
     """The experts that stay: those of the highest saliency, in rising order of their numbers.
 
-    Args:
-        saliency_E: one number per expert (E,).
-        groups: the router chooses among groups of neighbouring experts of one size, so every group
-            keeps the same number.
+    The router chooses among groups of neighbouring experts of one size, so every group keeps the
+    same number.
 
     >>> kept_experts(torch.tensor([0.1, 0.9, 0.5, 0.6]), keep=2)
     [1, 3]
@@ -265,10 +263,7 @@ def cosine_sum(before_TH: Tensor, after_TH: Tensor) -> float:
 
 
 def divergence_sum(dense_TV: Tensor, logits_TV: Tensor) -> float:
-    """The sum over tokens of the KL divergence in nats.
-
-    Args:
-        dense_TV: log probabilities of the dense model, float32.
+    """The sum over tokens of the KL divergence in nats; the dense model gives log probabilities.
 
     >>> half = torch.tensor([[0.5, 0.5]]).log()
     >>> round(divergence_sum(half, torch.tensor([[0.0, 2.0]])), 4)

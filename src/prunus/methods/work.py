@@ -30,15 +30,10 @@ from prunus.methods.statistics import InputStatistics
 
 
 class CodeLengths(NamedTuple):
-    """The lengths of a code of integers.
+    """The lengths of a code of integers."""
 
-    Attributes:
-        lengths_KV: float32 (K, 255), the bits of −127 to 127 in every class of columns.
-        classes_I: int64 (I,), the class of each column.
-    """
-
-    lengths_KV: Tensor
-    classes_I: Tensor
+    lengths_KV: Tensor  #: float32 (K, 255), the bits of −127 to 127 in every class of columns
+    classes_I: Tensor  #: int64 (I,), the class of each column
 
 
 class Quantized(NamedTuple):
@@ -101,11 +96,7 @@ class RowShard(Protocol):
         """Which rows of the whole linear these are."""
 
     def joint_mask(self, score_OB: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
-        """Choose a mask for which all rows of the linear compete, and return this shard's rows.
-
-        Args:
-            choose: maps the scores of all rows (all rows, B) to a bool mask of the same shape.
-        """
+        """The rows of this shard of the mask that `choose` makes of the scores of all rows."""
 
     def sum(self, number: float) -> float:
         """Add up one number of every shard. All shards must call it equally often."""
@@ -143,24 +134,12 @@ UNSHARDED: RowSharding = _Unsharded()
 
 @dataclass(frozen=True, slots=True)
 class LinearQuantization:
-    """How one linear is quantised.
+    """How one linear is quantised."""
 
-    Attributes:
-        step: the step of a column with U_jj = 1 in a row of scale 1.
-        scales_O: float32 (O,), positive: the scale of each row.
-        code_of: from the integers of some rows, int8 (S, I), to a code that suits them.
-    """
-
-    step: float
-    scales_O: Tensor
+    step: float  #: of a column with U_jj = 1 in a row of scale 1
+    scales_O: Tensor  #: float32 (O,), positive: the scale of each row
+    #: From the integers of some rows, int8 (S, I), to a code that suits them.
     code_of: Callable[[Tensor], CodeLengths]
-
-
-@dataclass(frozen=True, slots=True)
-class GridQuantization:
-    """The type of GGUF in whose grid one linear is quantised."""
-
-    grid: Grid
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +153,8 @@ class Work:
         rows: how the rows of the linear are split over processes.
         reference_order: update weights in the order of operations of the original code, which
             reproduces its masks and is slower; see `solvers/obs.py`.
-        quantization: how the weight is quantised at the end; None where it is not.
+        quantization: how the weight is quantised at the end, or in which grid; None where it is
+            not.
     """
 
     pattern: Pattern = field(default_factory=Pattern)
@@ -182,7 +162,7 @@ class Work:
     options: MethodOptions = field(default_factory=MethodOptions)
     rows: RowSharding = UNSHARDED
     reference_order: bool = False
-    quantization: LinearQuantization | GridQuantization | None = None
+    quantization: LinearQuantization | Grid | None = None
 
     @property
     def removes_nothing(self) -> bool:

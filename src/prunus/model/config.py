@@ -319,10 +319,7 @@ def without_blocks(config: Any, kept: Sequence[int], count: int) -> dict[str, An
 
 
 def rewritten(raw: Mapping[str, Any], config: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of config.json with some fields of the language model changed.
-
-    Args:
-        changes: canonical name of a field -> its new value.
+    """The content of config.json with fields of the language model changed, by canonical names.
 
     >>> from transformers import LlavaConfig
     >>> raw = {"text_config": {"model_type": "llama", "num_hidden_layers": 9}}

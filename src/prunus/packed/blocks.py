@@ -268,9 +268,7 @@ def _cache_of(plan: _Plan, x: torch.Tensor, named: Mapping[str, Any]) -> Any:
 class _Room:
     """Memory of the keys and values of a layer, (2, batch, heads, positions, dim), in part unused.
 
-    Attributes:
-        keys, values: what was given to the layer last. It has room only as long as it holds them.
-        begin, end: their positions.
+    There is room only as long as the layer holds the keys and values that it was given last.
     """
 
     def __init__(self, layer: Any) -> None:

@@ -204,11 +204,7 @@ class Description:
 
     def add_to(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return the config.json of a packed checkpoint, made from the one of its source."""
-        return {
-            **config,
-            "quantization_config": self.to_dict(),
-            "transformers_weights": REFUSAL,
-        }
+        return {**config, "quantization_config": self.to_dict(), "transformers_weights": REFUSAL}
 
     @classmethod
     def from_dict(cls, content: Any) -> Description:

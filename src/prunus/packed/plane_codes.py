@@ -166,7 +166,7 @@ def choose_codes(
     rows_per_chunk: int | None = None,
     cycle_price: float = CYCLE_PRICE,
 ) -> tuple[torch.Tensor, tuple[PlaneCode, ...]]:
-    """Divide columns into classes and choose the codes that take the fewest bits together.
+    """Divide columns into up to 4 classes, uint8 (I,), and choose codes that take the fewest bits.
 
     Columns are sorted by the bits they need. Classes are runs of whole groups in this order, and
     dynamic programming finds the best boundaries and the best chain of every run. The padding of
@@ -175,13 +175,9 @@ def choose_codes(
     Args:
         histograms_IV: integers or floats (I, 255): how often column i has the value v - 127. All
             rows have the same sum, the number of output features.
-        max_classes: 1 to 4.
         rows_per_chunk: what `encode` will be given; None is its default.
         cycle_price: bits a weight that one processor cycle for 64 weights counts, because layers
             take time. The default gives up about 0.01 bits for a fifth of the time.
-
-    Returns:
-        Classes, uint8 (I,), and the codes of the classes.
 
     >>> histograms = torch.zeros(128, 255)
     >>> histograms[:, 127] = 512

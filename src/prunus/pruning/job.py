@@ -249,10 +249,7 @@ def plan_run(
     )
     found = selections[0]
     job = kind(
-        **fields,
-        linear_settings=settings,
-        selected=found.selected,
-        left_dense=found.left_dense,
+        **fields, linear_settings=settings, selected=found.selected, left_dense=found.left_dense
     )
     job.batch = _batch(job)
     job.check_ranks()

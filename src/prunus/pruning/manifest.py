@@ -286,10 +286,7 @@ def _bits(linears: Sequence[LinearRecord]) -> dict[str, float]:
     bits = mean_bits(linears)
     if bits is None:
         return {}
-    return {
-        "bits": bits,
-        "forced_zeros": sum(x.notes.get("forced_zeros", 0) for x in linears),
-    }
+    return {"bits": bits, "forced_zeros": sum(x.notes.get("forced_zeros", 0) for x in linears)}
 
 
 def _experts(linears: Sequence[LinearRecord]) -> dict[str, int]:

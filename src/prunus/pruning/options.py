@@ -54,8 +54,7 @@ class PruningOptions(MethodOptions, WindowOptions):
     ] = "wanda"
     sparsity: Sparsity = 0.5
     pattern: Annotated[
-        str,
-        Option("Keep at most N of every M consecutive inputs, such as 2:4.", metavar="N:M"),
+        str, Option("Keep at most N of every M consecutive inputs, such as 2:4.", metavar="N:M")
     ] = "unstructured"
     group: Annotated[
         str | int | None,

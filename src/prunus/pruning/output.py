@@ -79,10 +79,7 @@ class PrunedFolder(BlockFolder):
         if self.job.checkpoint.outside_keys():
             shards.append(OUTSIDE_SHARD)
         self.finish(
-            shards,
-            card=self.card(),
-            config=self.config(),
-            code=self.job.options.trust_remote_code,
+            shards, card=self.card(), config=self.config(), code=self.job.options.trust_remote_code
         )
 
     def card(self) -> str:

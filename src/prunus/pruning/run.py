@@ -151,6 +151,22 @@ def carry_out(
         return _carry_out(job, output, earlier, verb, started)
 
 
+def planned(
+    model: str | Path,
+    output: Path | None,
+    recipe: PruningOptions,
+    options: RunOptions,
+    kind: type[PruningJob] = PruningJob,
+) -> PruningJob:
+    """The job of such a run. Checks what the run checks, and writes nothing."""
+    if output is not None:
+        find_earlier(kind.RECORD, output, recipe, options, Path(model))
+    job = plan_run(model, recipe, options, kind)
+    if output is not None:
+        check_room(job, output)
+    return job
+
+
 def _carry_out(
     job: PruningJob,
     folder: Path | None,
@@ -208,11 +224,7 @@ def _record(job: PruningJob, windows: Windows, earlier: PruningRecord | None) ->
     """A new record, or the record of the run that is resumed."""
     own_sha256 = method_sha256(job.recipe.method, job.options.own_method)
     inputs = run_inputs(job, windows).model_copy(update={"method_sha256": own_sha256})
-    own = {
-        "source": job.model_name,
-        "data_dir": _data_folder(job),
-        "left_dense": job.left_dense,
-    }
+    own = {"source": job.model_name, "data_dir": _data_folder(job), "left_dense": job.left_dense}
     return resumed_or_new(job.RECORD, earlier, job.recipe, inputs, job.device, **own)
 
 

@@ -126,10 +126,7 @@ def plan_recovery(
         device=device.type,
         bos=text.bos,
     )
-    own = {
-        "source": name or str(model),
-        "teacher": str(teacher) if teacher is not None else None,
-    }
+    own = {"source": name or str(model), "teacher": str(teacher) if teacher is not None else None}
     record = resumed_or_new(RecoveryRecord, earlier, recipe, inputs, device, **own)
     return RecoveryJob(model, source, skeleton, dense, text, device, dtype, record, card)
 

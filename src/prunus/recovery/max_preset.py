@@ -28,12 +28,7 @@ from prunus.options import takes
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
 from prunus.pruning.run import run
-from prunus.recovery.job import (
-    check_ranks,
-    draw_training_text,
-    full_fingerprint,
-    open_teacher,
-)
+from prunus.recovery.job import check_ranks, draw_training_text, full_fingerprint, open_teacher
 from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.record import RecoveryRecord
 from prunus.recovery.run import carry_out

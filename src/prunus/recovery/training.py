@@ -281,10 +281,8 @@ def next_token_loss(
 ) -> Tensor:
     """The mean loss of predicting tokens 2..S of every window, a float32 scalar.
 
-    Args:
-        logits_WSV: The model's logits, any floating dtype. The loss is differentiable in them, and
-            their gradient has the same dtype.
-        weight: Of the KL divergence, from 0 to 1. Without a teacher it counts as 0.
+    It is differentiable in the logits, and their gradient has their dtype. `weight` is that of the
+    KL divergence, from 0 to 1; without a teacher it counts as 0.
 
     Equal logits for four tokens are a cross entropy of log 4.
 

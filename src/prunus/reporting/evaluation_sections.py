@@ -266,12 +266,11 @@ def _series(name: str, title: str, found: Sequence[tuple[Point, float, float]]) 
 def decode_speed(speeds: Mapping[str, float], model: str, *names: str) -> float | None:
     """The decoding speed of a model in tokens per second, or None if it was not measured.
 
+    `speeds` has the models as they were given to `prunus bench`. `names` are parts of a path by
+    which the model is known as well, such as the name of its folder.
+
     >>> decode_speed({"OUT/cells/smol-wanda/packed": 32.0}, "smol-wanda", "smol-wanda")
     32.0
-
-    Args:
-        speeds: model as it was given to `prunus bench` -> median speed.
-        names: parts of a path by which the model is known as well, such as the name of its folder.
     """
     if model in speeds:
         return speeds[model]

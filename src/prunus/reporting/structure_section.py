@@ -6,12 +6,7 @@ import operator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunus.reporting.run_sections import (
-    blocks_map,
-    circumstances,
-    headline,
-    lines_over_blocks,
-)
+from prunus.reporting.run_sections import blocks_map, circumstances, headline, lines_over_blocks
 from prunus.runs.document import Column, Facts, HeatMap, Lines, Section, Series, Table
 from prunus.runs.record import bos_words
 from prunus.structure.records import what_was_removed

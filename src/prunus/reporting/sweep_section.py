@@ -162,9 +162,7 @@ def _circumstances(results: SweepResults, texts: Mapping[str, str]) -> list[Fact
 
 
 def _quality_parts(
-    where: str,
-    cells: Mapping[str, tuple[CellResult, Mapping[str, Any]]],
-    dense: Mapping[str, Any],
+    where: str, cells: Mapping[str, tuple[CellResult, Mapping[str, Any]]], dense: Mapping[str, Any]
 ) -> tuple[list[Part], list[Part]]:
     """What the report shows of a model and a text at once, and what it folds away."""
     recipes = [cell.recipe for cell, _ in cells.values()]

@@ -42,13 +42,7 @@ DTYPE = Option(
 class WindowOptions(Options):
     """The calibration windows of a run, and the dtype in which they are computed."""
 
-    calibration: Annotated[
-        str,
-        Option(
-            f"Calibrate on {CHOICES}.",
-            metavar="SOURCE",
-        ),
-    ] = "mix"
+    calibration: Annotated[str, Option(f"Calibrate on {CHOICES}.", metavar="SOURCE")] = "mix"
     samples: Annotated[
         int,
         Option(
@@ -59,15 +53,10 @@ class WindowOptions(Options):
     ] = 1024
     seqlen: Annotated[
         int,
-        Option(
-            "Use windows of this number of tokens.",
-            metavar="N",
-            within=at_least(2, " tokens"),
-        ),
+        Option("Use windows of this number of tokens.", metavar="N", within=at_least(2, " tokens")),
     ] = 256
     seed: Annotated[
-        int,
-        Option("Choose the windows at random by this seed.", metavar="N", panel=CALIBRATION),
+        int, Option("Choose the windows at random by this seed.", metavar="N", panel=CALIBRATION)
     ] = 0
     bos: Annotated[BosName, BOS] = "auto"
     batch: Annotated[
@@ -119,8 +108,7 @@ class RunOptions(Options):
     trust_remote_code: Annotated[
         bool,
         Option(
-            "Run the model code of the checkpoint. It runs with all your rights.",
-            panel=ADVANCED,
+            "Run the model code of the checkpoint. It runs with all your rights.", panel=ADVANCED
         ),
     ] = False
     rank_timeout: Annotated[

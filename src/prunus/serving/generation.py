@@ -203,10 +203,7 @@ class StopText:
     """Shows a text, piece by piece, up to the first stop sequence.
 
     The end of a piece may be the beginning of a stop sequence. It is held back until the next
-    pieces tell.
-
-    Attributes:
-        found: whether a stop sequence was met. From then on nothing is shown.
+    pieces tell. From the first stop sequence on, `found` is true, and nothing is shown.
 
     >>> text = StopText(["END"])
     >>> [text.add(piece) for piece in ("one E", "N two EN", "D three")], text.found

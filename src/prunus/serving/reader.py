@@ -25,13 +25,7 @@ from transformers.cli.serving.utils import BaseHandler, Modality
 from prunus.hardware.errors import reason
 from prunus.model.tokenizer import limit_process
 from prunus.serving.gate import RequestError
-from prunus.serving.requests import (
-    DEFAULT_TOKENS,
-    ChatOptions,
-    TextOptions,
-    Work,
-    parse_options,
-)
+from prunus.serving.requests import DEFAULT_TOKENS, ChatOptions, TextOptions, Work, parse_options
 
 CHATS = "/v1/chat/completions"
 #: Path of an endpoint -> what a request to it may hold.

@@ -81,8 +81,7 @@ class Cut:
 def possible_spans(length: tuple[int, int], units: Units, width: int) -> list[tuple[Span, ...]]:
     """The runs of units that an axis may consist of, the likeliest first.
 
-    Args:
-        width: entries per unit where units are read.
+    Where units are read, each has `width` entries.
 
     >>> possible_spans((6, 4), {"channels": (3, 2)}, 1)[0]
     (Span(kind='channels', units=3, width=1), Span(kind='channels', units=3, width=1))

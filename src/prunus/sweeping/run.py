@@ -48,13 +48,7 @@ from prunus.sweeping.cells import (
     windows_of,
 )
 from prunus.sweeping.grid import Sweep
-from prunus.sweeping.results import (
-    RESULTS_NAME,
-    CellResult,
-    DenseResult,
-    SweepResults,
-    SweptModel,
-)
+from prunus.sweeping.results import RESULTS_NAME, CellResult, DenseResult, SweepResults, SweptModel
 
 _CELLS_FOLDER = "cells"
 

@@ -48,11 +48,9 @@ MAX_DRIFT_STRIDE = 4
 def dense_target(
     weight_OI: Tensor, statistics: InputStatistics, dense_weight: float, damping: float | None
 ) -> Tensor:
-    """The target W*; `weight_OI` itself where the dense model's inputs are not known.
+    """The target W* for α = `dense_weight`; the weight itself where dense inputs are not known.
 
-    Args:
-        dense_weight: α, from 0 to 1.
-        damping: λ, or None for `least_squares.ridge`.
+    `damping` is λ, or None for `least_squares.ridge`.
     """
     if not has_drift(statistics):
         return weight_OI

@@ -48,10 +48,8 @@ def refine_by_swaps(
     """Swap trained weights while that lowers the output error; it grows in no row.
 
     The number of kept weights stays the same in every row, and in every group of N:M. A round has
-    up to 16 swaps per row.
-
-    Returns:
-        The mask, bool (O, I), and notes: `swaps`, the number of restored weights, and `rounds`.
+    up to 16 swaps per row. With the mask, bool (O, I), it returns notes: `swaps`, the number of
+    restored weights, and `rounds`.
     """
     pattern, scaled = work.pattern, scaled_gram_of(statistics, work.options.damping)
     weight_OI = weight_OI * scaled.scale_I

@@ -156,11 +156,7 @@ def sweep_columns(
 
 
 def _sweep_in_reference_order(
-    weight_OI: Tensor,
-    gram_II: Tensor,
-    damping: float,
-    widths: tuple[int, int],
-    choose: ChooseMask,
+    weight_OI: Tensor, gram_II: Tensor, damping: float, widths: tuple[int, int], choose: ChooseMask
 ) -> Pruned | None:
     """The sweep in the order of operations of the original code, which reproduces its masks.
 
@@ -232,11 +228,8 @@ def inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, dict[str, A
     Why the damping may grow: calibration inputs are often almost linearly dependent, and rounding
     then makes the matrix indefinite. Where the factorisation fails in float32, or loses all
     precision, it is tried in float64, then with ten times the damping, and so on. A larger damping
-    only makes the correction more cautious, while a failed factor would end the run.
-
-    Returns:
-        U, float32 (I, I), and notes: the damping used, and where it applies how often it was raised
-        and that float64 was needed.
+    only makes the correction more cautious, while a failed factor would end the run. The notes say
+    the damping used, and where it applies how often it was raised and that float64 was needed.
 
     >>> factor_II, notes = inverse_factor(torch.tensor([[4.0, 0.0], [0.0, 4.0]]), 0.5625)
     >>> factor_II

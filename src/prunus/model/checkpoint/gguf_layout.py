@@ -79,10 +79,7 @@ class GgufLayout:
 
 
 def layout_of(
-    folder: Path,
-    config: Any,
-    shapes: Mapping[str, tuple[int, ...]],
-    template: Path | None = None,
+    folder: Path, config: Any, shapes: Mapping[str, tuple[int, ...]], template: Path | None = None
 ) -> GgufLayout:
     """The layout of the GGUF file of the checkpoint in `folder`.
 
@@ -213,6 +210,10 @@ def _add_parameters(writer: Any, architecture: str, known: Mapping[str, Any]) ->
         writer.add_sliding_window(known.get("sliding_window") or 0)
     if architecture == "gemma3":
         writer.add_sliding_window(known["sliding_window"])
+        sliding = [kind == "sliding_attention" for kind in known["layer_types"]]
+        # llama.cpp takes every sixth block for one of full attention if the file does not say it.
+        if sliding != [index % 6 < 5 for index in range(len(sliding))]:
+            writer.add_sliding_window_pattern(sliding)
         if known.get("final_logit_softcapping"):
             writer.add_final_logit_softcapping(known["final_logit_softcapping"])
 

@@ -82,11 +82,7 @@ class _Planes(ctypes.Structure):
 class Matrix(ctypes.Structure):
     """`PrunusMatrix` of `kernels.h`: where a description is, in one of its forms, and a bias."""
 
-    _fields_ = (
-        ("weight", ctypes.c_void_p),
-        ("planes", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-    )
+    _fields_ = (("weight", ctypes.c_void_p), ("planes", ctypes.c_void_p), ("bias", ctypes.c_void_p))
 
 
 class Block(ctypes.Structure):

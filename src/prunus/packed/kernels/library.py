@@ -61,17 +61,13 @@ class Kernels:
     """An opened library and the instruction set that it uses.
 
     All methods take contiguous CPU tensors. The caller guarantees shapes and dtypes, because these
-    calls are made hundreds of times per generated token.
-
-    Attributes:
-        isa: index of the instruction set in `ISAS`.
-        runtime: name of the OpenMP runtime that runs the loops; None where every call stays on the
-            calling thread.
+    calls are made hundreds of times per generated token. `runtime` is the OpenMP runtime that runs
+    the loops; None where every call stays on the calling thread.
     """
 
     library: ctypes.CDLL
     path: Path
-    isa: int
+    isa: int  #: index of the instruction set in `ISAS`
     runtime: str | None
 
     @property

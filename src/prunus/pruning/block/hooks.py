@@ -70,8 +70,7 @@ def input_hooks(
 
 @contextlib.contextmanager
 def output_hooks(
-    linears: Sequence[Linear],
-    on_output: Callable[[Linear, torch.Tensor, torch.Tensor], object],
+    linears: Sequence[Linear], on_output: Callable[[Linear, torch.Tensor, torch.Tensor], object]
 ) -> Iterator[None]:
     """While active, call a function after every forward of some linears."""
 

@@ -19,11 +19,10 @@ from torch import Tensor
 from prunus.distributed import SINGLE_PROCESS, Ranks, split_range
 from prunus.hardware.numerics import all_finite, count_zeros, low_precision_product, row_spans
 from prunus.methods import Method, Work
-from prunus.methods.grids import GridWeight
+from prunus.methods.grids import Grid, GridWeight
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import (
     UNSHARDED,
-    GridQuantization,
     LinearQuantization,
     Pruned,
     Quantized,
@@ -50,9 +49,7 @@ class LinearSettings:
 class LinearFinish(Protocol):
     """What a verb does to each linear after its zeros are chosen, such as rounding it."""
 
-    def begin(
-        self, name: str, statistics: InputStatistics
-    ) -> LinearQuantization | GridQuantization:
+    def begin(self, name: str, statistics: InputStatistics) -> LinearQuantization | Grid:
         """How the next linear is rounded."""
         ...
 

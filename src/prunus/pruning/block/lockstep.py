@@ -134,17 +134,13 @@ class _Lockstep:
 
 @dataclass(frozen=True)
 class Turn:
-    """What all ranks do next.
-
-    Attributes:
-        leader: an earlier linear whose statistics serve for this one too, because every batch gives
-            both the very same tensor (q, k, v; gate, up). None if there is none.
-        keep: linears whose statistics a later linear may reuse, so they must stay in memory.
-    """
+    """What all ranks do next."""
 
     name: str
+    #: An earlier linear whose statistics serve for this one too, because every batch gives both the
+    #: very same tensor (q, k, v; gate, up).
     leader: str | None
-    keep: frozenset[str]
+    keep: frozenset[str]  #: linears whose statistics a later linear may reuse: they stay in memory
 
 
 def synchronize(

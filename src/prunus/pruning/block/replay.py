@@ -91,10 +91,7 @@ def replay(walk: BlockWalk) -> list[Linear]:
         for batch in range(walk.count):
             observer = _FirstGroup(walk, batch, groups, counted, pending)
             hooks = input_hooks(
-                walk.linears,
-                observer.on_input,
-                list(uncounted.values()),
-                observer.on_routing,
+                walk.linears, observer.on_input, list(uncounted.values()), observer.on_routing
             )
             with hooks, contextlib.suppress(_Stop):
                 walk.forward(batch)

@@ -57,12 +57,9 @@ def kl_divergence(
     Windows of up to `CHUNK_TOKENS` tokens are compared in full. In longer ones, a call without
     gradient compares every `LOGIT_STRIDE`-th token from the first on, so that validation errors are
     comparable. A call with gradient compares one token in `stride` and starts one token later than
-    the call before, so that training sees all tokens in turn.
-
-    Args:
-        logits: hidden states (windows, tokens, hidden) after the last block -> logits. It must be
-            differentiable and treat every token independently.
-        stride: 1 if the caller has already chosen the tokens for a gradient step.
+    the call before, so that training sees all tokens in turn. A `stride` of 1 is for callers that
+    have chosen the tokens already. `logits` maps hidden states (windows, tokens, hidden) after the
+    last block to logits; it is differentiable and treats every token independently.
 
     >>> x = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]])
     >>> loss = kl_divergence(lambda hidden: hidden)

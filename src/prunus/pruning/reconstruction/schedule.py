@@ -62,14 +62,11 @@ def default_schedule(
 ) -> ReconstructionSchedule:
     """Return the schedule for a block where the user sets nothing.
 
-    An epoch costs `1 / token_stride` of a pass over all tokens.
+    A batch has `tokens` tokens. An epoch costs `1 / token_stride` of a pass over all tokens.
 
     The rate falls with the square root of the width. Relative to the RMS of the weights, 0.007 is
     best for SmolLM2-135M (hidden size 576) and about 0.003 for Qwen2.5-Coder-1.5B (1536). Both
     optima are flat within a factor of 1.5.
-
-    Args:
-        tokens: per batch.
 
     >>> default_schedule(tokens=1024, hidden=576, by_token=True, batches=32)
     ReconstructionSchedule(epochs=5, token_stride=4, learning_rate=0.007, logit_stride=1)

@@ -100,11 +100,9 @@ def train_block(
 ) -> TrainResult:
     """Train the surviving weights of `block`; its own parameters end as they began.
 
-    Args:
-        masks: relative name of a parameter -> bool of its shape, True for kept weights. Only these
-            parameters are trained.
-        ranks: processes that split the windows of every batch. `batches` gives each its own
-            windows, which may be none, and gradients are summed.
+    `masks`, by relative names of parameters, are True for kept weights, and only these parameters
+    are trained. `ranks` split the windows of every batch: `batches` gives each its own, which may
+    be none, and gradients are summed.
 
     >>> block = nn.Linear(2, 1, bias=False).requires_grad_(False)
     >>> _ = block.weight.copy_(torch.tensor([[1.0, 0.0]]))
@@ -286,12 +284,9 @@ def _interpolations(
 def learning_rate(peak: float, fraction: float, warmup: float = 0.0) -> float:
     """Return the learning rate when `fraction` of the training is done.
 
-    The shape is that of Loshchilov and Hutter (arXiv 1608.03983) without restarts.
-
-    Args:
-        fraction: how much of the budget is spent, from 0 to 1. The unit of the budget does not
-            matter: steps, tokens or seconds. Values above 1 count as 1.
-        warmup: fraction of the training over which the rate rises from 0, below 1.
+    The shape is that of Loshchilov and Hutter (arXiv 1608.03983) without restarts. The unit of the
+    budget does not matter: steps, tokens or seconds. Fractions above 1 count as 1. Over the
+    fraction `warmup`, below 1, the rate rises from 0.
 
     >>> [round(learning_rate(2.0, f, warmup=0.1), 6) for f in (0.0, 0.05, 0.1, 0.55, 1.0)]
     [0.0, 1.0, 2.0, 1.0, 0.0]

@@ -1,0 +1,161 @@
+"""Compress to the format of the package compressed-tensors, for vLLM and SGLang on GPUs.
+
+A weight is value · scale: value is an integer of 4 or 8 bits, and a group of inputs of a row has a
+scale. The result is a checkpoint folder with these tensors for each linear:
+
+    weight_packed   int32 (O, I · bits / 32), from low to high bits, counted from the lowest value
+    weight_scale    (O, S), of the dtype of the weight in the source
+    weight_shape    int64, (O, I)
+
+Shape suffixes: O outputs (rows), I inputs, B bytes of a row, S groups of a row, K bytes of a group.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunus.compression.card import tensors_card
+from prunus.compression.gguf_run import GridVerb
+from prunus.compression.job import CompressionJob
+from prunus.compression.output import CompressedFolder
+from prunus.compression.records import CompressionRecord
+from prunus.methods.grids import Grid, GridWeight, integer_grid
+from prunus.model.checkpoint.atomic_files import read_json
+from prunus.model.checkpoint.reader import TensorInfo
+from prunus.pruning.job import PruningJob
+from prunus.pruning.manifest import LinearRecord, PruningRecord
+from prunus.pruning.output import PruningOutput
+
+# The kernels of vLLM know groups of these sizes. Fewer scales take fewer bits.
+_GROUPS = (128, 64, 32)
+# Eight bits are stored as unsigned integers here, and in two's complement in a `GridWeight`.
+_HIGH_BIT = {4: 0, 8: 128}
+
+
+@dataclass(kw_only=True)
+class TensorsJob(CompressionJob):
+    """The decisions of one run that makes such a checkpoint."""
+
+    def check(self) -> None:
+        recipe = self.recipe
+        if recipe.bits not in _HIGH_BIT or recipe.template is not None:
+            raise ValueError(
+                "compressed-tensors stores linears in 4 or 8 bits: give `bits` 4 or 8, and leave "
+                "`size`, `type` and `template` out"
+            )
+        self.refuse_zeros("compressed-tensors")
+        if "head_bits" in recipe.model_fields_set and recipe.packs_head:
+            raise ValueError(
+                "compressed-tensors keeps embeddings and head as they are: leave `head_bits` out"
+            )
+        for name, linear in self.selected_linears().items():
+            if linear.shape[1] % _GROUPS[-1]:
+                raise ValueError(
+                    f"{name} has {linear.shape[1]} inputs, and groups need a number that "
+                    f"{_GROUPS[-1]} divides: keep it as it is with `ignore`"
+                )
+
+    @functools.cached_property
+    def group(self) -> int:
+        """Inputs with a common scale: the largest number that divides the width of each linear."""
+        widths = [linear.shape[1] for linear in self.selected_linears().values()]
+        return next(x for x in _GROUPS if not any(width % x for width in widths))
+
+    def grid_of(self, key: str) -> Grid:
+        """The grid of the weight that the source stores as `key`."""
+        # What is stored in float32 is run in bfloat16 or float16, and nearly all scales that are
+        # exact in bfloat16 are exact in both.
+        is_half = self.checkpoint.checkpoint.tensors[key].dtype == torch.float16
+        dtype = torch.float16 if is_half else torch.bfloat16
+        return integer_grid(int(self.recipe.bits or 0), self.group, dtype)
+
+    @property
+    def packed_outside(self) -> dict[str, list[str]]:
+        return {}
+
+    @property
+    def measures_loss(self) -> bool:
+        return False
+
+    def parts(self, key: str, info: TensorInfo, bits: float) -> dict[str, Any]:
+        grid = self.grid_of(key)
+        size = info.shape[0], grid.nbytes_of(info.shape[1])
+        data_OB = torch.empty(size, dtype=torch.uint8, device="meta")
+        return stored_parts(key, GridWeight(grid, data_OB), info.dtype)
+
+
+def stored_parts(key: str, weight: GridWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors of a weight that the source stores as `key` and in `dtype`."""
+    grid, rows = weight.grid, len(weight.data_OB)
+    data_OSK = weight.data_OB.view(rows, -1, grid.nbytes)
+    scale_OS = data_OSK[..., :2].contiguous().view(grid.dtype)[..., 0]
+    values_OB = data_OSK[..., 2:].flatten(1) ^ _HIGH_BIT[int(grid.bits)]
+    return {
+        f"{key}_packed": values_OB.view(torch.int32),
+        f"{key}_scale": scale_OS.to(dtype),
+        f"{key}_shape": torch.tensor([rows, scale_OS.shape[1] * grid.span]),
+    }
+
+
+def weight_of(packed: torch.Tensor, scale_OS: torch.Tensor, grid: Grid) -> GridWeight:
+    """The weight of the first two of `stored_parts`."""
+    values_OSK = packed.view(torch.uint8).unflatten(1, (scale_OS.shape[1], -1))
+    scale_OSK = scale_OS.to(grid.dtype)[..., None].view(torch.uint8)
+    data_OSK = torch.cat([scale_OSK, values_OSK ^ _HIGH_BIT[int(grid.bits)]], dim=2)
+    return GridWeight(grid, data_OSK.flatten(1))
+
+
+class TensorsFolder(CompressedFolder):
+    """The folder of a checkpoint in this format."""
+
+    job: TensorsJob
+
+    def tensors_of(self, name: str, weight: GridWeight) -> dict[str, torch.Tensor]:
+        key = self.key(name)
+        return stored_parts(key, weight, self.job.checkpoint.checkpoint.tensors[key].dtype)
+
+    def weight_from(
+        self, tensors: dict[str, torch.Tensor], name: str, record: LinearRecord, dtype: torch.dtype
+    ) -> torch.Tensor:
+        key = self.key(name)
+        packed, scale_OS, _ = (tensors.pop(f"{key}_{x}") for x in ("packed", "scale", "shape"))
+        return weight_of(packed, scale_OS, self.job.grid_of(key)).dense().to(dtype)
+
+    def card(self) -> str:
+        return tensors_card(self.record, self.job.group, self.job.checkpoint.checkpoint.folder)
+
+    def config(self) -> Mapping[str, object]:
+        job, source, model = self.job, self.job.checkpoint.checkpoint, self.job.skeleton.model
+        # A tied head is not stored. Engines take other matrices for linears too, such as routers.
+        kept = [x for x, module in model.named_modules() if module is model.get_output_embeddings()]
+        for key, info in source.tensors.items():
+            if key.endswith(".weight") and len(info.shape) == 2 and key not in job.weights:
+                kept.append(key.removesuffix(".weight"))
+        weights = {"num_bits": int(job.recipe.bits or 0), "type": "int", "symmetric": True}
+        weights |= {"strategy": "group", "group_size": job.group, "dynamic": False}
+        described = {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+            "ignore": sorted(set(kept)),
+        }
+        return read_json(source.folder / "config.json") | {"quantization_config": described}
+
+
+class TensorsVerb(GridVerb):
+    """Compress into a checkpoint of compressed-tensors."""
+
+    job = TensorsJob
+
+    def output(self, folder: Path | None, record: PruningRecord, job: PruningJob) -> PruningOutput:
+        assert folder and isinstance(record, CompressionRecord) and isinstance(job, TensorsJob)
+        stored = job.checkpoint.stored
+        self.grids = {x: job.grid_of(stored[f"{x}.weight"]) for x in job.selected_linears()}
+        return TensorsFolder(folder, record, job)

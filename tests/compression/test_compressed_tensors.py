@@ -1,0 +1,174 @@
+"""`prunus compress --format compressed-tensors`: the folder that vLLM and SGLang run."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import prunus
+from prunus.compression.records import CompressionRecipe, CompressionRecord
+from prunus.compression.run import plan_compression
+from prunus.compression.tensors_run import stored_parts, weight_of
+from prunus.methods.grids import integer_grid, round_to_grid
+from prunus.model.loading import load_model
+from prunus.runs.options import RunOptions
+from prunus.runs.windows import given_windows
+from stopping import StopError, stop_after
+from tiny import shards, stored, tiny_checkpoint, token_ids
+
+WIDE = {"hidden_size": 128, "intermediate_size": 384}
+every_size = pytest.mark.parametrize("bits", [4, 8])
+
+
+def compress(dense: Path, out: Path, bits: float | None = 4, **options) -> CompressionRecord:
+    given = {"calibration": token_ids(), "batch": 2, "format": "compressed-tensors"}
+    return prunus.compress(dense, out, bits, **{**given, **options})
+
+
+def unpacked(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights of a result, each number taken from its bits."""
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    bits = config["config_groups"]["group_0"]["weights"]["num_bits"]
+    found = stored(folder)
+    for name in [name for name in found if name.endswith("weight_packed")]:
+        key = name.removesuffix("_packed")
+        packed, scale_OS, shape = (found.pop(f"{key}_{x}") for x in ("packed", "scale", "shape"))
+        words = packed.numpy().view("uint32")
+        values_OI = torch.tensor(
+            [
+                [
+                    int(row[i * bits // 32] >> (i * bits % 32)) % 2**bits - 2 ** (bits - 1)
+                    for i in range(shape[1])
+                ]
+                for row in words
+            ],
+            dtype=scale_OS.dtype,
+        )
+        found[key] = values_OI * scale_OS.repeat_interleave(shape[1] // scale_OS.shape[1], 1)
+    return found
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("ct") / "dense", "llama", torch.bfloat16, **WIDE)
+
+
+@every_size
+def test_the_folder_holds_weights_close_to_those_of_the_source(bits, dense, tmp_path):
+    data, described = given_windows(token_ids())
+    recipe = CompressionRecipe(bits=bits, format="compressed-tensors", **described)
+    planned = plan_compression(dense, None, recipe, RunOptions(**data)).file_bytes()
+    record = compress(dense, tmp_path / "out", bits)
+    assert planned == sum(map(len, shards(tmp_path / "out").values())) == record.size.after
+    before, after = stored(dense), unpacked(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        error = float((after[name] - weight).float().norm() / weight.float().norm())
+        assert after[name].dtype == weight.dtype
+        assert error < (0.15 if bits == 4 else 0.01) if "proj" in name else error == 0, name
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    weights = config["config_groups"]["group_0"]["weights"]
+    assert (weights["num_bits"], weights["group_size"], weights["symmetric"]) == (bits, 128, True)
+    assert config["ignore"] == ["lm_head", "model.embed_tokens"]
+    assert record.totals["bits"] == bits + 16 / 128
+    assert "vLLM" in (tmp_path / "out" / "README.md").read_text()
+
+
+@every_size
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_transformers_loads_the_same_weights(bits, dtype, tmp_path):
+    pytest.importorskip("compressed_tensors", reason="transformers needs this package to load it")
+    dense = tiny_checkpoint(tmp_path / "dense", "llama", dtype, **WIDE)
+    compress(dense, tmp_path / "out", bits)
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out",
+        dtype="auto",
+        quantization_config=CompressedTensorsConfig(dequantize=True),
+    )
+    expected = unpacked(tmp_path / "out")
+    assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
+    logits = load_model(tmp_path / "out")(token_ids()).logits
+    assert torch.allclose(logits, model(token_ids()).logits, atol=0.01)
+
+
+@every_size
+def test_the_package_reads_the_numbers_that_were_stored(bits):
+    torch.manual_seed(0)
+    grid = integer_grid(bits, 32, torch.bfloat16)
+    weight = round_to_grid(torch.randn(3, 64), grid)
+    parts = stored_parts("x.weight", weight, torch.bfloat16)
+    packed, scale_OS, shape = parts.values()
+    assert torch.equal(weight_of(packed, scale_OS, grid).data_OB, weight.data_OB)
+    compressors = pytest.importorskip(
+        "compressed_tensors.compressors.pack_quantized.helpers", reason="the package reads it"
+    )
+    values_OI = compressors.unpack_from_int32(packed, bits, torch.Size(shape.tolist()))
+    dense_OI = values_OI.float() * scale_OS.float().repeat_interleave(32, 1)
+    assert torch.equal(dense_OI, weight.dense())
+
+
+def test_the_bytes_are_those_that_the_package_wrote():
+    # Values from lowest to highest, packed by version 0.20.1 of compressed-tensors.
+    for bits, digest in ((4, "f2ccabb7e6059b71"), (8, "40aff2e9d2d8922e")):
+        grid = integer_grid(bits, 256, torch.bfloat16)
+        values_OI = torch.arange(256)[None] % 2**bits - 2 ** (bits - 1)
+        weight = round_to_grid(values_OI.float(), grid)
+        packed = stored_parts("x", weight, torch.bfloat16)["x_packed"]
+        assert torch.equal(weight.dense(), values_OI.float())
+        assert hashlib.sha256(packed.numpy().tobytes()).hexdigest()[:16] == digest
+
+
+@pytest.mark.parametrize("width", [64, 96])
+def test_narrow_models_have_smaller_groups(width, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16, hidden_size=width)
+    compress(dense, tmp_path / "out", ignore=["*.1.mlp.*"])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["config_groups"]["group_0"]["weights"]["group_size"] == math.gcd(width, 64)
+    assert [name for name in config["ignore"] if "proj" in name] == [
+        f"model.layers.1.mlp.{name}_proj" for name in ("down", "gate", "up")
+    ]
+    assert torch.equal(
+        stored(tmp_path / "out")["model.layers.1.mlp.up_proj.weight"],
+        stored(dense)["model.layers.1.mlp.up_proj.weight"],
+    )
+
+
+def test_a_killed_run_continues_to_the_same_bytes(dense, tmp_path):
+    compress(dense, tmp_path / "whole")
+    with pytest.raises(StopError):
+        compress(dense, tmp_path / "out", progress=stop_after(1))
+    compress(dense, tmp_path / "out")
+    assert shards(tmp_path / "out") == shards(tmp_path / "whole")
+    with pytest.raises(FileExistsError, match="another bits"):
+        compress(dense, tmp_path / "out", 8)
+
+
+def test_what_cannot_be_stored_is_refused_before_any_work(dense, tmp_path):
+    narrow = tiny_checkpoint(tmp_path / "narrow", "llama", hidden_size=48)
+    for model, bits, options, message in (
+        (dense, 3, {}, "4 or 8"),
+        (dense, None, {"size": "1MB"}, "4 or 8"),
+        (dense, None, {"type": "Q4_K"}, "4 or 8"),
+        (dense, 4, {"sparsity": 0.5}, "stores zeros"),
+        (dense, 4, {"head_bits": 4}, "`head_bits`"),
+        (dense, 8, {"format": "packed"}, "at most 7"),
+        (narrow, 4, {}, "q_proj has 48 inputs, .* 32 divides: .* `ignore`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compress(model, tmp_path / "out", bits, **options)
+        assert not (tmp_path / "out").exists()
+
+
+def test_other_verbs_read_the_record_or_say_that_they_cannot(dense, tmp_path):
+    compress(dense, tmp_path / "out")
+    assert "4 bits" in prunus.report(tmp_path / "out")._repr_html_()
+    with pytest.raises(ValueError, match="quantised weights"):
+        prunus.inspect(tmp_path / "out")
+    with pytest.raises(ValueError, match="not packed"):
+        prunus.unpack(tmp_path / "out", tmp_path / "x")
