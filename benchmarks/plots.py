@@ -414,7 +414,7 @@ def draw_texts(cells: dict[str, Any]) -> Any:
 
     figure, axes = plt.subplots(figsize=(1.2 + 1.3 * len(TEXTS) * len(cells), 3.8))
     groups = [(model, text) for model in cells for text in TEXTS]
-    colors = dict(SERIES.values()) | {"compress 2.7 bits": "#8b3f6e"}
+    colors = dict(SERIES.values()) | {"max": "#5fb98a", "compress 2.7 bits": "#8b3f6e"}
     methods = [label for label in colors if any(label in found for found in cells.values())]
     width = 0.8 / len(methods)
     for number, method in enumerate(methods):
@@ -422,7 +422,9 @@ def draw_texts(cells: dict[str, Any]) -> Any:
         values = [cells[groups[at][0]][method]["texts"][groups[at][1]]["kl"] for at in measured]
         places = [at + (number + 0.5) * width - 0.4 for at in measured]
         axes.bar(places, values, 0.9 * width, color=colors[method], label=method)
-    names = [f"{TEXTS[text]}\n{model}" for model, text in groups]
+    # The name of a model is below the middle one of its texts.
+    middle = list(TEXTS)[len(TEXTS) // 2]
+    names = [f"{TEXTS[text]}\n{model if text == middle else ''}" for model, text in groups]
     axes.set_xticks(range(len(groups)), names, fontsize=8)
     axes.grid(visible=False, axis="x")
     axes.set_ylabel("KL from the dense model, nats")
