@@ -1,4 +1,4 @@
-"""The notebooks of `examples/`. They are executed where nbclient and a model are at hand:
+"""The notebooks of `examples/`. They are executed where Jupyter, matplotlib and a model are:
 
 PRUNUS_MODEL=FOLDER python -m pytest -m slow tests/docs/test_notebooks.py
 """
@@ -30,7 +30,8 @@ def test_a_notebook_is_small_python_with_outputs_and_names_no_folder(path):
 @pytest.mark.slow
 @every_notebook
 def test_a_notebook_runs(path, tmp_path):
-    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    needed = ("nbclient", "nbformat", "ipykernel", "matplotlib")
+    nbclient, nbformat, *_ = map(pytest.importorskip, needed)
     if "PRUNUS_MODEL" not in os.environ:
         pytest.skip("needs PRUNUS_MODEL, the folder of a model")
     resources = {"metadata": {"path": str(tmp_path)}}
