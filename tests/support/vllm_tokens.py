@@ -15,7 +15,7 @@ def main() -> None:
     folder, prompts, count = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
     llm = LLM(
         folder,
-        dtype="float32",
+        dtype="float16" if "float16" in sys.argv else "float32",
         enforce_eager="compiled" not in sys.argv,
         enable_prefix_caching=False,
         skip_tokenizer_init=True,

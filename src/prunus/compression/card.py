@@ -74,8 +74,8 @@ def tensors_card(record: CompressionRecord, group: int, source: Path) -> str:
             f"{source_name(record)} with its linears in {bits} bits and a scale for each {group} "
             f"inputs of a row (W{bits}A16), in the format of the package compressed-tensors.",
             "" if record.size is None else " ".join(record.size.sentences()),
-            "vLLM and SGLang run this folder, and transformers loads it where compressed-tensors "
-            f"is installed. Calibration: {calibration_words(record)}.",
+            "The folder is for vLLM and SGLang. transformers loads it where compressed-tensors is "
+            f"installed. Calibration: {calibration_words(record)}.",
         ],
         tags=["compressed-tensors", "quantized", f"{bits}-bit"],
         fields={"base_model_relation": "quantized"},

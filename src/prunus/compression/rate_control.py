@@ -76,9 +76,8 @@ class LinearRate:
 class RateControl:
     """Chooses the step of each linear, and counts the bits that linears take.
 
-    Args:
-        bits: per weight, over all linears, with all that belongs to them in the file.
-        sparsities: full name -> share of zeros that a mask forces; those that are missing have 0.
+    `bits` are per weight, over all linears, with all that belongs to them in the file. `sparsities`
+    has the shares of zeros that a mask forces, by full name; those that are missing have 0.
 
     >>> flat = LinearSensitivity(torch.ones(64), 1.0, torch.ones(8))
     >>> control = RateControl(3.0, [LinearRate("a.q", "q", (64, 64), flat)], {})

@@ -34,10 +34,8 @@ class StatesPlace:
 class HiddenStates:
     """One tensor per batch: (windows, tokens, hidden), or images (images, channels, height, width).
 
-    Args:
-        spill_to: folder for the file, or None to keep the tensors in memory. The
-            file has no name, so nothing is left behind when the process is killed.
-        on_device: keep the tensors on `device` between blocks; otherwise in pinned host memory.
+    They are in a file in the folder `spill_to`, which has no name, so that nothing is left behind
+    when the process is killed. With None they are on `device`, or else in pinned host memory.
 
     >>> states = HiddenStates(1, spill_to=None, device=torch.device("cpu"))
     >>> states.put(0, torch.zeros(2, 5, 8))

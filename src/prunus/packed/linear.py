@@ -35,12 +35,9 @@ class PackedLinear(nn.Module):
 
     Its state is what `docs/reference/packed-format.md` describes: the tensors of the weight under
     their names there. They are buffers and not parameters: packed weights are not trained, but a
-    gradient passes through to the inputs.
-
-    Args:
-        packed: the weight. Its tensors may be on the meta device, to be filled from a loaded state;
-            then `prepare` must be called before the module runs.
-        stored: the declared number of stored entries of a bitmap; see `forms.check`.
+    gradient passes through to the inputs. The tensors of the weight may be on the meta device, to
+    be filled from a loaded state; then `prepare` must be called before the module runs. `stored` is
+    the declared number of stored entries of a bitmap; see `forms.check`.
     """
 
     weight: torch.Tensor
