@@ -29,7 +29,8 @@ FAMILIES = {
     "mistral": {},
     "qwen2": {},
     "qwen3": {"head_dim": 128},
-    "gemma3_text": {},
+    # Two blocks of the pattern that llama.cpp assumes.
+    "gemma3_text": {"layer_types": ["sliding_attention"] * 2},
     "phi": {"intermediate_size": 1024, "num_key_value_heads": 4},
     "phi3": {},
 }
