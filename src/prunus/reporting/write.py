@@ -66,7 +66,11 @@ def report(
     names = short_names(str(path) for path, _ in runs)
     pruned = {names[str(path)]: one for path, one in runs if isinstance(one, PruningRecord)}
     sections = [
-        *(_section(path, one, speeds) for path, one in found if (path, one) not in runs),
+        *(
+            _section(path, one, speeds)
+            for path, one in found
+            if not isinstance(one, BlockwiseRecord)
+        ),
         *measured,
         *([_checked(given[0], lambda: comparison_section(pruned))] if len(pruned) > 1 else []),
         *(_section(path, run, speeds) for path, run in runs),
