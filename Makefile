@@ -17,7 +17,8 @@ STAMP := $(VENV)/.prunus-installed
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,gguf,data,eval,adapters]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
+	    -e '.[dev,gguf,data,eval,adapters]'
 	touch $@
 
 install: $(STAMP)
