@@ -14,20 +14,12 @@ import prunus
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.pruning.manifest import Manifest
 from prunus.runs.record import OUTSIDE_SHARD
-from tiny import shards, tiny_checkpoint, tiny_model, token_ids
+from tiny import shards, tiny_checkpoint, tiny_model, token_ids, tree
 from tiny_tokenizer import VOCABULARY
 
 #: Weights outside the blocks.
 OUTSIDE = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
 PICKLE = b"\x80\x04K\x01."
-
-
-def tree(folder: Path) -> dict[str, bytes | None]:
-    """Path below a folder -> the bytes of a file, or None for a folder."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in sorted(folder.rglob("*"))
-    }
 
 
 @pytest.fixture
@@ -90,11 +82,7 @@ def test_shards_that_are_missing_cut_off_or_elsewhere(sharded, tmp_path, refused
         refused(ValueError, f"places '{name}' in .*shards must be plain file names", sharded)
     (sharded / "weights.bin").write_bytes(PICKLE)
     edit_json(index, weight_map=dict.fromkeys(places, "weights.bin"))
-    refused(
-        ValueError,
-        r"'weights\.bin': shards must be .*ending in \.safetensors",
-        sharded,
-    )
+    refused(ValueError, r"'weights\.bin': shards must be .*ending in \.safetensors", sharded)
     wrong = {"model.norm.weight": "model-00001-of-00003.safetensors"}
     assert places["model.norm.weight"] != wrong["model.norm.weight"]
     edit_json(index, weight_map=places | wrong)
@@ -108,10 +96,7 @@ def test_shards_that_are_missing_cut_off_or_elsewhere(sharded, tmp_path, refused
     ("changes", "message"),
     [
         ({"model_type": "nonsense"}, "describes no model that transformers .* knows: .*`nonsense`"),
-        (
-            {"model_type": None, "architectures": None},
-            "describes no model that transformers .* kno",
-        ),
+        ({"model_type": None, "architectures": None}, "describes no model that .* knows"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "holds quantised weights; "),
         ({"num_hidden_layers": 3}, r"no weight for model\.layers\.2\..*is the checkpoint whole"),
         ({"num_hidden_layers": 1}, r"holds 'model\.layers\.1\..*no such weight in its 1 blocks"),
@@ -135,23 +120,19 @@ def test_checkpoints_that_are_not_whole(dense, tmp_path, refused):
     refused(FileNotFoundError, r"pytorch_model\.bin, a pickle, .* never loaded", dense)
 
 
-@pytest.mark.parametrize("name", [*OUTSIDE, "model.layers.1.mlp.up_proj.weight"])
+@pytest.mark.parametrize(
+    "name",
+    [*OUTSIDE, "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.experts.2.w3.weight"],
+)
 @pytest.mark.parametrize("method", ["wanda", "magnitude"])
-def test_a_weight_that_is_not_there(name, method, dense, refused):
+def test_a_weight_that_is_not_there(name, method, tmp_path, refused):
+    dense = tiny_checkpoint(tmp_path / "dense", "mixtral" if "experts" in name else "llama")
     tensors = load_file(dense / "model.safetensors")
-    del tensors[name]
+    del tensors[name.replace("mlp.experts", "block_sparse_moe.experts")]
     save_file(tensors, dense / "model.safetensors")
     # Without its head a model is of another kind, and is refused as such.
     kind = NotImplementedError if name == "lm_head.weight" else ValueError
-    refused(kind, f"holds no weight for {name}", dense, method=method)
-
-
-def test_an_expert_that_is_not_there(tmp_path, refused):
-    dense = tiny_checkpoint(tmp_path / "dense", "mixtral")
-    tensors = load_file(dense / "model.safetensors")
-    del tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
-    save_file(tensors, dense / "model.safetensors")
-    refused(ValueError, r"no weight for model\.layers\.1\.mlp\.experts\.2\.w3", dense)
+    refused(kind, f"holds no weight for {name.removesuffix('.weight')}", dense, method=method)
 
 
 def test_a_hub_id_that_cannot_be_downloaded(tmp_path, monkeypatch, refused):
@@ -174,10 +155,7 @@ def test_a_hub_id_that_cannot_be_downloaded(tmp_path, monkeypatch, refused):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"pattern": "2:5"},
-            r"model\.layers\.0\.self_attn\.q_proj has 32 inputs, .* multiple of 5",
-        ),
+        ({"pattern": "2:5"}, r"layers\.0\.self_attn\.q_proj has 32 inputs, .* multiple of 5"),
         ({"pattern": "5:4"}, "1 <= N <= M; got '5:4'"),
         ({"method": "wanda-variant", "pattern": "2:4"}, "wanda-variant has no 2:4 form"),
         ({"ignore": ["lm_head"]}, "`ignore` 'lm_head' matches none of the 14 linears"),
@@ -229,10 +207,8 @@ def test_a_damaged_manifest(dense, tmp_path, refused):
     for content in ("{", "{}", '{"format": 2}'):
         (tmp_path / "out" / Manifest.FILE).write_text(content)
         refused(ValueError, rf"{Manifest.FILE} is (not valid JSON|damaged or of another)", dense)
-    assert (
-        prunus.prune(dense, tmp_path / "out", calibration=token_ids(), overwrite=True).state
-        == "finished"
-    )
+    report = prunus.prune(dense, tmp_path / "out", calibration=token_ids(), overwrite=True)
+    assert report.state == "finished"
 
 
 @pytest.mark.parametrize("harm", ["gone", "cut"])
@@ -243,9 +219,7 @@ def test_a_finished_run_that_lost_a_shard_is_not_finished(harm, dense, tmp_path,
         shard.unlink()
     else:
         shard.write_bytes(shard.read_bytes()[:1000])
-    refused(
-        FileExistsError, r"damaged since: .*block-00001\.safetensors.*overwrite`? makes it", dense
-    )
+    refused(FileExistsError, r"damaged since: .*block-00001\.safetensors.*overwrite`? ma", dense)
 
 
 # --- errors in the middle of a run ---
@@ -256,7 +230,7 @@ def spoil(dense: Path, name: str, value: float, everywhere: bool = False) -> Non
     if everywhere:
         tensors[name] *= value
     else:
-        tensors[name][1, 2] = value
+        tensors[name].view(-1)[3] = value
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -275,25 +249,16 @@ def test_weights_that_are_not_finite(value, method, tmp_path):
     whole = load_file(dense / "model.safetensors")
     spoil(dense, "model.layers.1.mlp.up_proj.weight", value)
     source = tree(dense)
-    with pytest.raises(
-        ValueError,
-        match=r"model\.layers\.1\.mlp\.up_proj\.weight holds weights that are not finite",
-    ):
+    with pytest.raises(ValueError, match=r"\.1\.mlp\.up_proj\.weight holds .* not finite"):
         prunus.prune(dense, tmp_path / "out", method, calibration=token_ids())
     assert tree(dense) == source
     check_unfinished(tmp_path / "out", blocks=1)
     # With a corrected model the run continues, and its result is that of a run that never failed.
     save_file(whole, dense / "model.safetensors", metadata={"format": "pt"})
-    messages: list[str] = []
+    steps: list[Any] = []
     for name in ("out", "undisturbed"):
-        prunus.prune(
-            dense,
-            tmp_path / name,
-            method,
-            calibration=token_ids(),
-            progress=lambda step: messages.append(step.message),
-        )
-    assert "earlier run" in messages[0]
+        prunus.prune(dense, tmp_path / name, method, calibration=token_ids(), progress=steps.append)
+    assert "earlier run" in steps[0].message
     assert shards(tmp_path / "out") == shards(tmp_path / "undisturbed")
 
 
@@ -315,9 +280,7 @@ def test_activations_that_are_not_finite(dtype, factor, propagate, dense, tmp_pa
 
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_weights_outside_the_blocks_that_are_not_finite(name, dense, tmp_path):
-    tensors = load_file(dense / "model.safetensors")
-    tensors[name].view(-1)[3] = torch.inf
-    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    spoil(dense, name, torch.inf)
     with pytest.raises(ValueError, match=f"{name} holds weights that are not finite"):
         prunus.prune(dense, tmp_path / "out", calibration=token_ids())
     assert not (tmp_path / "out").exists()

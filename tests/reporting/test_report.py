@@ -340,7 +340,7 @@ def test_a_record_without_totals_is_shown_by_what_it_has(totals, run, tmp_path):
     page = to_markdown(report([tmp_path]))
     assert "sparsity reached" in page
     assert "peak memory" not in page
-    assert "unfinished: 1 blocks are done" in page
+    assert "unfinished: 1 block done" in page
 
 
 @pytest.mark.parametrize(

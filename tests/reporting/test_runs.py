@@ -114,4 +114,4 @@ def test_an_unfinished_run_is_shown(smaller):
     record = StructureRecord.load(smaller)
     record.state, record.totals = "running", {}
     section = structure_section(record)
-    assert section.parts[0].items == (("state", "unfinished: 2 blocks are done"),)
+    assert section.parts[0].items == (("state", "unfinished: 2 blocks done"),)

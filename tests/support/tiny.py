@@ -259,3 +259,11 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 
 def shards(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Path below a folder -> the bytes of a file, or None for a folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }

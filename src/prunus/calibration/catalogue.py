@@ -22,4 +22,4 @@ CORPORA = ("c4", "wikitext2", "ptb", "python-docs", "python-code")
 #: share of the chats is prose.
 MIX = {"prose": 0.625, "chats": 0.125, "code": 0.25}
 #: The sources of text in one phrase, for help texts.
-CHOICES = f"{', '.join(CORPORA)}, mix, self, a file, or a folder of images"
+CHOICES = f"{', '.join(CORPORA)}, mix, self or FILE"

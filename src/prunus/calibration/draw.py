@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from prunus.hardware.sizes import counted
+
 # Documents to tokenise per call. Fast tokenizers work on them in parallel, and few are wasted when
 # the last window has been found.
 _BATCH = 32
@@ -93,7 +95,7 @@ def _draw_windows(text: Text, tokenizer: Any, **sizes: Any) -> tuple[torch.Tenso
             ids, used = windows_from_documents(
                 text.documents, tokenizer, from_start=text.from_start, **sizes
             )
-            return ids, f"{text.source}; windows from {used} documents"
+            return ids, f"{text.source}; windows from {counted(used, 'document')}"
         except TextTooShort:
             if not text.joins_short:
                 raise
@@ -101,8 +103,8 @@ def _draw_windows(text: Text, tokenizer: Any, **sizes: Any) -> tuple[torch.Tenso
         ids = windows_from_stream(encode(tokenizer, whole), **sizes)
     except ValueError as error:
         raise ValueError(f"{text.source}: {error}") from error
-    count = len(text.documents)
-    return ids, f"{text.source}; {count} documents joined, none is longer than a window"
+    joined = counted(len(text.documents), "document")
+    return ids, f"{text.source}; {joined} joined, none is longer than a window"
 
 
 def encode(tokenizer: Any, text: str) -> torch.Tensor:

@@ -37,6 +37,7 @@ from prunus.calibration.windows import (
     used_bos,
 )
 from prunus.hardware.errors import reason
+from prunus.hardware.sizes import counted
 from prunus.model.tokenizer import apply_chat_template
 
 _WANTED = (
@@ -272,7 +273,7 @@ class _Texts(TextSource):
 
     def read(self, wanted: Wanted) -> list[Text]:
         documents = Documents(self._given, wanted.tokenizer())
-        source = f"{len(documents)} texts given by the caller"
+        source = f"{counted(len(documents), 'text')} given by the caller"
         return [Text(documents, "\n\n", source, by_document=True, joins_short=True)]
 
 
@@ -333,7 +334,7 @@ class _ImageFolder(Source):
     def draw(self, wanted: Wanted) -> Windows:
         paths = draw_images(Path(self.name), wanted.samples, wanted.seed)
         pixels = read_images(paths, wanted.tokenizer())
-        described = f"{self.name}: {len(pixels)} images at random"
+        described = f"{self.name}: {counted(len(pixels), 'image')} at random"
         return Windows(pixels, described, hash_ids(pixels))
 
 

@@ -28,6 +28,7 @@ from prunus.calibration.windows import (
     put_bos_first,
     used_bos,
 )
+from prunus.hardware.sizes import counted
 
 
 class TrainingText:
@@ -68,8 +69,9 @@ class TrainingText:
         first = list(itertools.islice(windows, held_out))
         if len(first) < held_out or not self._extend(1):
             raise ValueError(
-                f"{source}: the text has {len(first)} windows, too few to hold {held_out} out and "
-                "train on others. Use a smaller `seqlen`, fewer `held_out` or more text"
+                f"{source}: the text has {counted(len(first), 'window')}, too few to hold "
+                f"{held_out} out and train on others. Use a smaller `seqlen`, fewer `held_out` or "
+                "more text"
             )
         self.held_out = torch.stack(first)
         self.sha256 = hash_ids(torch.stack([*first, self._rows[0]]))

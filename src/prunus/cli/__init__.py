@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
+import textwrap
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from inspect import signature
@@ -22,6 +24,7 @@ from typing import Annotated, Any
 
 import typer
 import typer.core
+from typer import _completion_shared
 
 from prunus.cli.convert import import_, pack, unpack
 from prunus.cli.evaluate import bench, doctor, evaluate, inspect
@@ -106,19 +109,35 @@ class _Verbs(typer.core.TyperGroup):
 
 
 class _Verb(typer.core.TyperCommand):
-    """A verb whose `--help` shows the common options, and whose `--help-all` shows all."""
+    """A verb whose `--help` shows the common options in brief, and whose `--help-all` shows all."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         shown = copy.copy(self)
         common = [each for each in self.params if getattr(each, "rich_help_panel", None) is None]
         rare = len(self.params) - len(common)
+        # The lines of a paragraph are joined, so that they fill the terminal.
+        shown.help = re.sub(r"(?<!\n)\n(?!\n)", " ", self.help or "")
         if rare > _FEW and not ctx.meta.get(_ALL):
-            shown.params = common
+            shown.params = [_brief(each) for each in common]
             shown.epilog = (
                 f"prunus {self.name} --help-all shows {rare} more options.\n{self.epilog}"
             )
         # The method of this class would begin anew with the copy.
         typer.core.TyperCommand.format_help(shown, ctx, formatter)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+        """What a shell offers. fish takes one line for each."""
+        found = super().shell_complete(ctx, incomplete)
+        for each in found:
+            each.help = textwrap.shorten((each.help or "").split(". ")[0], 76)
+        return found
+
+
+def _brief(parameter: Any) -> Any:
+    """A parameter with the first sentence of its help, and its default."""
+    shown = copy.copy(parameter)
+    shown.help = re.sub(r"\.(?= ).*?( Default: .*|$)", r".\1", parameter.help or "", count=1)
+    return shown
 
 
 _ALL = "prunus.help_all"
@@ -150,6 +169,12 @@ def _one_line() -> Iterator[None]:
         log(f"error: {said} (see {where} --help)")
         raise typer.Exit(2) from None
 
+
+# zsh reads the installed script when the first TAB is pressed. typer's only defines the function
+# there, and that TAB would complete nothing.
+_completion_shared._completion_scripts["zsh"] += (
+    "[[ $zsh_eval_context[-1] != loadautofunc ]] || %(complete_func)s\n"
+)
 
 app = typer.Typer(
     name="prunus",

@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 def evaluate(
     models: Annotated[
         list[str],
-        typer.Argument(
-            metavar="MODEL…", help="Checkpoints, dense or packed, adapters, GGUF files, or hub ids."
-        ),
+        typer.Argument(metavar="MODEL…", help="Checkpoints, adapters, GGUF files, or hub ids."),
     ],
     perplexity: Annotated[
         str | None,
@@ -44,8 +42,8 @@ def evaluate(
     reference: Annotated[
         str | None,
         opt(
-            "Compare predictions with this model, such as the dense one: KL divergence, same most "
-            "likely token, ratio of perplexities.",
+            "Compare predictions with this model, such as the dense one. Figures are KL "
+            "divergence, same most likely token and ratio of perplexities.",
             "MODEL",
         ),
     ] = None,

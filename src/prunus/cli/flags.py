@@ -21,12 +21,10 @@ from prunus.options.declaration import ADVANCED
 
 #: Names of all options that are flags, for messages.
 FLAGS: set[str] = set()
+_Names = Collection[str]
 _NAME = re.compile(r"`([a-z][a-z_0-9]*)`")
 Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL", help="Checkpoint folder, hub id (safetensors only), or GGUF file."
-    ),
+    str, typer.Argument(metavar="MODEL", help="Checkpoint folder, hub id, or GGUF file.")
 ]
 Output = Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the result.")]
 JSON = Annotated[
@@ -34,7 +32,7 @@ JSON = Annotated[
     typer.Option(
         "--json",
         metavar="FILE",
-        help="Also write all figures to FILE as JSON; - is standard output.",
+        help="Also write all figures to FILE as JSON. A FILE of - is standard output.",
     ),
 ]
 QUIET = Annotated[
@@ -55,9 +53,12 @@ RecipeFile = Annotated[
 
 
 def with_flags(
-    *models: type[Options], without: Collection[str] = (), only: Collection[str] = ()
+    *models: type[Options], without: _Names = (), only: _Names = (), rare: _Names = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a verb that ends in `**options` a flag for each option of its models, but its own."""
+    """Give a verb that ends in `**options` a flag for each option of its models, but its own.
+
+    Those of `rare` are in the last panel.
+    """
 
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:
         hidden = {*without, *inspect.signature(verb).parameters}
@@ -65,7 +66,8 @@ def with_flags(
         for model in models:
             for name, option in model.declared().items():
                 if option.flag and name not in hidden | {*added} and (not only or name in only):
-                    added[name] = _flag(name, option, model.model_fields[name])
+                    panel = ADVANCED if name in rare else option.panel
+                    added[name] = _flag(name, option, model.model_fields[name], panel)
         return add_parameters(verb, added)
 
     return decorate
@@ -98,7 +100,7 @@ def as_flags(message: str) -> str:
     )
 
 
-def _flag(name: str, option: Option, field: Any) -> Any:
+def _flag(name: str, option: Option, field: Any, panel: str | None) -> Any:
     """The type of an option for typer, with its help."""
     kind = _kind(field.annotation) if option.parse is None else str
     spelled = option.switch or f"--{name.replace('_', '-')}"
@@ -111,7 +113,7 @@ def _flag(name: str, option: Option, field: Any) -> Any:
             spelled,
             metavar=option.metavar,
             help=text,
-            rich_help_panel=option.panel,
+            rich_help_panel=panel,
             show_default=False,
             envvar=option.variable,
             show_envvar=False,
@@ -155,14 +157,6 @@ def _parser(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return parsed
 
 
-def opt(
-    text: str,
-    metavar: str | None = None,
-    names: tuple[str, ...] = (),
-    panel: str | None = None,
-    **more: Any,
-) -> Any:
+def opt(text: str, metavar: str | None = None, names: tuple[str, ...] = (), **more: Any) -> Any:
     """An option of a single verb. Its default is in the help, in words; a switch has no metavar."""
-    return typer.Option(
-        *names, metavar=metavar, help=text, rich_help_panel=panel, show_default=False, **more
-    )
+    return typer.Option(*names, metavar=metavar, help=text, show_default=False, **more)

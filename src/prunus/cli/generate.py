@@ -13,6 +13,8 @@ from prunus.cli.terminal import log, print_text, write_json
 from prunus.evaluation.options import TextOptions, WritingOptions
 from prunus.options.declaration import ADVANCED
 
+_ADVANCED: dict[str, Any] = {"rich_help_panel": ADVANCED}
+
 
 @with_flags(WritingOptions)
 def generate(
@@ -79,20 +81,11 @@ def serve(
     ] = None,
     max_concurrent: Annotated[
         int,
-        opt(
-            "Compute this number of requests at once, each in a thread; the others wait. "
-            "Default: 1.",
-            "N",
-        ),
+        opt("Compute N requests at once, each in a thread; others wait. Default: 1.", "N"),
     ] = 1,
     max_waiting: Annotated[
         int,
-        opt(
-            "Let this number of requests wait. Others get status 503 with Retry-After. "
-            "Default: 32.",
-            "N",
-            panel=ADVANCED,
-        ),
+        opt("Let N requests wait. Others get status 503. Default: 32.", "N", **_ADVANCED),
     ] = 32,
     log_level: Annotated[
         Literal["error", "warning", "info", "debug"],
@@ -100,7 +93,7 @@ def serve(
             "Log each request (info), only problems (warning, error), or more (debug). "
             "Default: info.",
             "LEVEL",
-            panel=ADVANCED,
+            **_ADVANCED,
         ),
     ] = "info",
     **options: Any,

@@ -16,7 +16,7 @@ from prunus.recovery.options import RecoveryOptions
 from prunus.runs.options import RunOptions
 from prunus.structure.records import StructureRecipe
 
-_MAX_PRESET = "Preset max"
+_MAX: dict[str, Any] = {"rich_help_panel": "Preset max"}
 
 
 @with_flags(Recipe, RunOptions)
@@ -26,19 +26,11 @@ def prune(
     *,
     minutes: Annotated[
         float | None,
-        opt(
-            "Train for this number of minutes after pruning. Default: 20.",
-            "MINUTES",
-            panel=_MAX_PRESET,
-        ),
+        opt("Train for this number of minutes after pruning. Default: 20.", "MINUTES", **_MAX),
     ] = None,
     tokens: Annotated[
         int | None,
-        opt(
-            "Train on this number of tokens after pruning, in place of --minutes.",
-            "N",
-            panel=_MAX_PRESET,
-        ),
+        opt("Train on N tokens after pruning, in place of --minutes.", "N", **_MAX),
     ] = None,
     recipe: RecipeFile = None,
     **options: Any,
@@ -64,12 +56,12 @@ def prune(
     _carry_out(run, f"{chosen.method} {output}", (model, output, chosen), work)
 
 
-@with_flags(CompressionRecipe, RunOptions)
+@with_flags(CompressionRecipe, RunOptions, rare=("method", "sparsity", "pattern"))
 def compress(
     model: Model,
     output: Annotated[
         Path,
-        typer.Argument(metavar="OUT", help="Folder for the result, or NAME.gguf for llama.cpp."),
+        typer.Argument(metavar="OUT", help="Folder, or NAME.gguf for llama.cpp."),
     ],
     *,
     recipe: RecipeFile = None,
@@ -148,7 +140,11 @@ def _prune_and_recover(
     print_result(content, manifest.table(), recovery_table(record))
 
 
-@with_flags(Recipe, CompressionRecipe, RunOptions, without=("overwrite", "resume", "rank_timeout"))
+@with_flags(
+    *(Recipe, CompressionRecipe, RunOptions),
+    without=("overwrite", "resume", "rank_timeout"),
+    rare=("pattern", "format", "head_bits"),
+)
 def plan(
     model: Model,
     output: Annotated[
@@ -193,9 +189,8 @@ def recover(
 ) -> None:
     """Recover quality by a short training that keeps the zeros.
 
-    What is trained follows from MODEL: the kept weights of a pruned model, the scales of a
-    compressed one, or all weights of a smaller one. In mode lora, OUT is an adapter. A killed run
-    continues with the same command. Under torchrun, processes split the windows of a step.
+    In mode lora, OUT is an adapter. A killed run continues with the same command. Under torchrun,
+    processes split the windows of a step.
     """
     from prunus.recovery.run import recover as train
     from prunus.reporting.console import show_recovery

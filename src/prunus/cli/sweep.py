@@ -14,9 +14,7 @@ from prunus.runs.options import RunOptions
 
 @with_flags(RunOptions, without=("overwrite", "resume"))
 def sweep(
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE.toml", help="The grid of runs; see the documentation.")
-    ],
+    file: Annotated[Path, typer.Argument(metavar="FILE.toml", help="The grid of runs.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the results.")],
     *,
     models: Annotated[

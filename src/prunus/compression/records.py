@@ -50,7 +50,7 @@ class CompressionRecipe(PruningOptions):
     size: Annotated[
         int | None,
         Option(
-            "Let all weights take at most SIZE, such as 900MB (10^6 bytes).",
+            "Write at most SIZE of weights, such as 900MB. A MB has 10^6 bytes.",
             metavar="SIZE",
             within=at_least(1, " byte"),
         ),
@@ -61,7 +61,7 @@ class CompressionRecipe(PruningOptions):
     ] = "packed"
     type: Annotated[
         str | None,
-        Option("Give all linears of a GGUF file this type, such as Q4_K.", metavar="TYPE"),
+        Option("Store linears as a GGUF type, such as Q4_K.", metavar="TYPE"),
     ] = None
     template: Annotated[
         Path | None,

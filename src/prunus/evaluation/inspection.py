@@ -110,7 +110,7 @@ class Inspection:
             for linear in self.linears
         ]
         total = {"linear": "all", "out × in": f"{self.weights:,} weights", "zeros": self.sparsity}
-        verified = f"{self.verified} shards have the bytes that were written"
+        verified = f"shards that have the bytes that were written: {self.verified}"
         return table_of(
             f"{self.model}: {self.blocks} blocks",
             rows,

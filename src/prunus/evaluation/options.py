@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import field_validator, model_validator
 
-from prunus.hardware.sizes import parse_bytes
 from prunus.options import Option, Options, Range, at_least, between
 from prunus.options.declaration import ADVANCED
-from prunus.runs.options import BosName, RunOptions
+from prunus.runs.options import BOS, BosName, Memory, RunOptions
 
 #: Which tokens of a window are scored. `papers`: all but the first. `llama.cpp`: those of the
 #: second half, as its perplexity tool does.
@@ -66,7 +66,7 @@ class TextOptions(_EvaluationOptions):
     seqlen: Annotated[
         int | None,
         Option(
-            "Score windows of this number of tokens.",
+            "Score windows of N tokens.",
             metavar="N",
             within=at_least(2, " tokens"),
             default="2048, or 512 with protocol llama.cpp",
@@ -75,7 +75,7 @@ class TextOptions(_EvaluationOptions):
     samples: Annotated[
         int | None,
         Option(
-            "Score this number of windows from the start.",
+            "Score only the first N windows.",
             metavar="N",
             within=at_least(1, " window"),
             default="all",
@@ -90,15 +90,7 @@ class TextOptions(_EvaluationOptions):
             panel=ADVANCED,
         ),
     ] = "papers"
-    bos: Annotated[
-        BosName,
-        Option(
-            "Begin every window with the BOS token, in place of its first token. auto: if the "
-            "tokenizer puts one before a text. no: as in the papers.",
-            metavar="BOS",
-            panel=ADVANCED,
-        ),
-    ] = "auto"
+    bos: Annotated[BosName, replace(BOS, panel=ADVANCED)] = "auto"
     stream: Annotated[
         bool | None,
         Option(
@@ -109,12 +101,7 @@ class TextOptions(_EvaluationOptions):
             default="stream what does not fit in memory, the reference included",
         ),
     ] = None
-    memory: Annotated[int | None, _option("memory")] = None
-
-    @field_validator("memory", mode="before")
-    @classmethod
-    def _read_size(cls, value: Any) -> Any:
-        return parse_bytes(value) if isinstance(value, str) else value
+    memory: Annotated[Memory, _option("memory")] = None
 
 
 class TaskOptions(_EvaluationOptions):

@@ -55,6 +55,7 @@ from prunus.evaluation.window_scores import (
     exponential,
     score_windows,
 )
+from prunus.hardware.sizes import counted
 from prunus.model.device import choose_device
 from prunus.options import takes
 from prunus.runs.progress import shows_progress, window_step
@@ -168,8 +169,8 @@ def perplexity(
         windows=count,
         tokens=tokens,
         seqlen=seqlen,
-        protocol=f"{windows.protocol}; {count} windows of {seqlen} tokens without overlap "
-        f"({tokens} tokens){scored}, mean loss over windows, "
+        protocol=f"{windows.protocol}; {counted(count, 'window')} of {seqlen} tokens without "
+        f"overlap ({tokens} tokens){scored}, mean loss over windows, "
         f"{str(source.dtype).removeprefix('torch.')}",
         seconds=seconds,
         streamed=streamed[0],

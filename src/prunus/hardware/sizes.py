@@ -31,6 +31,11 @@ def parse_bytes(text: str, kilo: int = 1024) -> int:
     return value
 
 
+def counted(count: int, noun: str) -> str:
+    """A number and its noun: 1 window, 2 windows."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def in_bytes(count: int) -> str:
     """A number of bytes for people. All units are powers of 1000, as those of files.
 

@@ -301,8 +301,7 @@ def _batch(job: PruningJob) -> int:
     if trains and recipe.samples <= batch:
         raise ValueError(
             "reconstruction trains on some batches and validates on others: "
-            f"{recipe.samples} windows in batches of {batch} are one batch; give more `samples` or "
-            "a smaller `batch`"
+            f"`samples` {recipe.samples} make one batch of {batch}; give more, or a smaller `batch`"
         )
     return batch
 

@@ -29,7 +29,7 @@ _PATTERN = re.compile(r"^(\d+):(\d+)$")
 Sparsity = Annotated[
     float,
     Option(
-        "Remove this share of the weights, in [0, 1).",
+        "Remove this share of weights.",
         metavar="SHARE",
         within=between("[0, 1)", ": 0.5 removes half of the weights"),
     ),

@@ -32,8 +32,8 @@ class Recipe(PruningOptions):
     preset: Annotated[
         str | None,
         Option(
-            "Take a tested set of options: fast, balanced, best, or max, which trains after best "
-            "(prune and plan). Explicit options override it.",
+            "Take a tested set of options: fast, balanced, best or max. prune and plan know max, "
+            "which trains after best. Explicit options override a preset.",
             metavar="PRESET",
             suggestions=lambda: ("fast", "balanced", "best", "max"),
         ),

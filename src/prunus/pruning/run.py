@@ -25,6 +25,7 @@ from torch import nn
 
 from prunus.calibration.corpora import LOCAL_SOURCES, data_folder
 from prunus.calibration.windows import Windows
+from prunus.hardware.sizes import counted
 from prunus.methods.table import GIVEN, Method, method_sha256
 from prunus.model.source import ModuleSource
 from prunus.options import takes
@@ -202,7 +203,7 @@ def _carry_out(
     with torch.no_grad(), contextlib.closing(pruner), _threads(one_thread):
         # Everything before the first block: windows become hidden states.
         batches = windows.ids.split(job.batch) if len(windows.ids) else ()
-        embedding = f"embedding {len(windows.ids)} windows and " if batches else ""
+        embedding = f"embedding {counted(len(windows.ids), 'window')} and " if batches else ""
         job.options.tell(f"{embedding}reading block 0")
         pruner.embed(
             batches,

@@ -137,8 +137,8 @@ def check_ranks(recipe: RecoveryOptions, ranks: Ranks) -> None:
         return
     if recipe.batch < ranks.size:
         raise ValueError(
-            f"a step of {recipe.batch} windows cannot be split over {ranks.size} ranks: "
-            f"raise `batch` to {ranks.size} or more"
+            f"`batch` {recipe.batch} cannot be split over {ranks.size} ranks: raise it to "
+            f"{ranks.size} or more"
         )
     if recipe.minutes is not None:
         raise ValueError(

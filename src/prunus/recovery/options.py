@@ -47,12 +47,12 @@ class RecoveryOptions(Options):
     mode: Annotated[
         Mode,
         Option(
-            "Train low-rank layers of a peft adapter (lora), all weights but the pruned ones "
-            "(masked), all weights of a model without zeros (full), or scales, steps, norms and "
-            "biases of a compressed model, whose integers stay (scales).",
+            "Train by lora, masked, full or scales. lora trains low-rank layers of a peft adapter; "
+            "masked, all weights but the pruned ones; full, all weights of a model without zeros; "
+            "scales, the scales, steps, norms and biases of a compressed model, whose integers "
+            "stay.",
             metavar="MODE",
-            default="masked for a pruned model, scales for a compressed one, full for one that "
-            "prunus shrink made smaller",
+            default="masked for a pruned model, scales for a compressed one, full after shrink",
         ),
     ]
     text: Annotated[str, Option("Train on this source, as for calibration, or file.", "SOURCE")] = (
@@ -61,7 +61,7 @@ class RecoveryOptions(Options):
     tokens: Annotated[
         int | None,
         Option(
-            "Train on this number of tokens, at least one step. A token counts each time.",
+            "Train on N tokens, at least those of a step. A token counts each time.",
             metavar="N",
             within=_COUNT,
             default=str(_TOKENS),
@@ -71,9 +71,7 @@ class RecoveryOptions(Options):
         float | None,
         Option("Train for this number of minutes instead.", "MINUTES", within=_POSITIVE),
     ] = None
-    seqlen: Annotated[
-        int, Option("Use windows of this number of tokens.", "N", within=at_least(2))
-    ] = 512
+    seqlen: Annotated[int, Option("Use windows of N tokens.", "N", within=at_least(2))] = 512
     # `_fill_batch` fills it in. The default rates were measured with steps of about 1024 tokens,
     # and smaller steps are noisier.
     batch: Annotated[

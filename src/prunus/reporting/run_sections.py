@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from prunus.compression.records import CompressionRecord
-from prunus.hardware.sizes import in_bytes
+from prunus.hardware.sizes import counted, in_bytes
 from prunus.pruning.manifest import mean_error
 from prunus.runs.document import (
     Column,
@@ -136,7 +136,7 @@ def headline(
 ) -> Facts:
     """How far a run is, `items`, and what the run took."""
     if record.state != "finished":
-        items = [("state", f"unfinished: {len(record.blocks)} blocks are done"), *items]
+        items = [("state", f"unfinished: {counted(len(record.blocks), 'block')} done"), *items]
     if "seconds" in totals:
         items.append(("time", f"{totals['seconds']:.1f} s"))
     if "peak_memory_bytes" in totals:

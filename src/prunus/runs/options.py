@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import field_validator
+from pydantic import BeforeValidator
 
 from prunus.calibration.catalogue import CHOICES
 from prunus.hardware.sizes import parse_bytes
@@ -39,21 +39,32 @@ DTYPE = Option(
 )
 
 
+#: A number of bytes, or text such as "8GB".
+Memory = Annotated[
+    int | None, BeforeValidator(lambda x: parse_bytes(x) if isinstance(x, str) else x)
+]
+
+
 class WindowOptions(Options):
     """The calibration windows of a run, and the dtype in which they are computed."""
 
-    calibration: Annotated[str, Option(f"Calibrate on {CHOICES}.", metavar="SOURCE")] = "mix"
+    calibration: Annotated[
+        str,
+        Option(
+            f"Calibrate on {CHOICES}. Image classifiers take a folder of images.", metavar="SOURCE"
+        ),
+    ] = "mix"
     samples: Annotated[
         int,
         Option(
-            "Use this number of calibration windows.",
+            "Calibrate on N windows.",
             metavar="N",
             within=at_least(1, ": a run needs calibration windows"),
         ),
     ] = 1024
     seqlen: Annotated[
         int,
-        Option("Use windows of this number of tokens.", metavar="N", within=at_least(2, " tokens")),
+        Option("Use windows of N tokens.", metavar="N", within=at_least(2, " tokens")),
     ] = 256
     seed: Annotated[
         int, Option("Choose the windows at random by this seed.", metavar="N", panel=CALIBRATION)
@@ -75,13 +86,11 @@ class WindowOptions(Options):
 class RunOptions(Options):
     """How the work is done, as far as it does not decide the bytes of the result."""
 
-    device: Annotated[
-        str, Option("Run on this device: cpu, cuda, cuda:0, ….", metavar="DEVICE")
-    ] = "auto"
+    device: Annotated[str, Option("Run on cpu, cuda, cuda:0, ….", metavar="DEVICE")] = "auto"
     memory: Annotated[
-        int | None,
+        Memory,
         Option(
-            "Use at most this much memory on host and device, such as 8GB.",
+            "Use at most SIZE of memory, such as 8GB. This limits host and device.",
             metavar="SIZE",
             default="the free memory",
         ),
@@ -138,11 +147,6 @@ class RunOptions(Options):
     report: Callable[..., None] | None = None  #: called after every step; None to be silent
     #: The processes that work on this run; None for those that torchrun started, if any.
     ranks: Any = None
-
-    @field_validator("memory", mode="before")
-    @classmethod
-    def _read_size(cls, value: Any) -> Any:
-        return parse_bytes(value) if isinstance(value, str) else value
 
     @property
     def processes(self) -> Ranks:

@@ -192,8 +192,7 @@ def _batch(job: StructureJob) -> int:
     if recipe.repair and recipe.samples <= batch:
         raise ValueError(
             "repair trains on some batches and validates on others: "
-            f"{recipe.samples} windows in batches of {batch} are one batch; give more `samples` or "
-            "a smaller `batch`"
+            f"`samples` {recipe.samples} make one batch of {batch}; give more, or a smaller `batch`"
         )
     return batch
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from prunus.hardware.sizes import counted
 from prunus.options import Option, between
 from prunus.options.declaration import percent
 from prunus.pruning.manifest import ReconstructionRecord
@@ -29,8 +30,8 @@ class StructureRecipe(WindowOptions):
     experts: Annotated[
         Amount | None,
         Option(
-            "Remove this share of the experts in each layer of a mixture (0.25), or keep this "
-            "number (6).",
+            "Remove this share of the experts (0.25), or keep this number (6). Both count in each "
+            "layer of a mixture.",
             metavar="AMOUNT",
         ),
     ] = None
@@ -63,8 +64,8 @@ class StructureRecipe(WindowOptions):
     width: Annotated[
         float | None,
         Option(
-            "Remove this share of the attention heads, and of the channels of each MLP and each "
-            "expert, such as 0.25.",
+            "Remove this share of heads and channels, such as 0.25. The channels are those of each "
+            "MLP and each expert.",
             metavar="SHARE",
             within=between("(0, 1)", ", a share to remove"),
         ),
@@ -197,7 +198,7 @@ def what_was_removed(record: StructureRecord) -> list[str]:
             narrower[name if name in narrower else ""].append(part)
     for name, parts in narrower.items():
         if parts:
-            what = f"{len(parts[0].kept)} {name} stay in each of {len(parts)} blocks"
+            what = f"{len(parts[0].kept)} {name} stay in each of {counted(len(parts), 'block')}"
             if not name:
                 what = f"{len(parts)} experts and other MLPs of blocks with several are narrower"
             mean = sum(part.error for part in parts) / len(parts)
@@ -206,13 +207,13 @@ def what_was_removed(record: StructureRecord) -> list[str]:
     if changes:
         lines.append(
             f"{len(changes[0].kept)} of {len(changes[0].saliency)} experts stay in each of "
-            f"{len(changes)} layers, chosen by {record.recipe.saliency}"
+            f"{counted(len(changes), 'layer')}, chosen by {record.recipe.saliency}"
         )
     repairs = [block.repair for block in record.blocks if block.repair is not None]
     if repairs:
         end = repairs[-1]
         lines.append(
-            f"{len(repairs)} blocks were trained towards the outputs of the model; on the "
+            f"{counted(len(repairs), 'block')} trained towards the outputs of the model; on the "
             f"validation windows the KL divergence is {end.error_after:.4f}, and was "
             f"{end.error_before:.4f} before the last block was trained"
         )

@@ -195,7 +195,7 @@ def test_reconstruction_keeps_masks_and_lowers_the_error_of_every_block(tmp_path
         ({"reconstruct": "all", "propagate": "block"}, "needs propagate linear"),
         ({"reconstruct_epochs": 2}, "belongs to `reconstruct` last or all"),
         ({"reconstruct": "all", "reconstruct_epochs": 0}, "reconstruct_epochs must be at least 1"),
-        ({"reconstruct": "all", "batch": 8}, "are one batch; give more `samples`"),
+        ({"reconstruct": "all", "batch": 8}, "make one batch of"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_any_work(options, message, tmp_path):

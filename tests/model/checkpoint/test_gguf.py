@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prunus.model.checkpoint.gguf import import_gguf
+from tiny import tree
 from tiny_tokenizer import EOS, VOCABULARY, byte_tokenizer
 
 pytest.importorskip("gguf")
@@ -22,14 +23,6 @@ def tiny_gguf(tmp_path) -> Path:
     path = tmp_path / "tiny.gguf"
     write_gguf(tiny_llama(), path)
     return path
-
-
-def everything_below(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 # --- what comes out ---
@@ -63,7 +56,7 @@ def test_weights_config_and_tokenizer_arrive(tiny_gguf, tmp_path):
     assert summary["architecture"] == "llama"
     assert summary["parameters"] == sum(weight.numel() for weight in expected.values())
     assert summary["chat_template"] is True
-    assert summary["bytes"] == sum(len(content) for content in everything_below(out).values())
+    assert summary["bytes"] == sum(len(content or b"") for content in tree(out).values())
     assert len(lines) == 3
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["out"]
     modes = {path.stat().st_mode for path in out.iterdir()}
@@ -144,10 +137,10 @@ def test_bad_files(tiny_gguf, tmp_path, prepare, arguments, error, message, ther
     if there:
         out.mkdir()
         (out / "precious.txt").write_text("keep me")
-    before = everything_below(tmp_path)
+    before = tree(tmp_path)
     with pytest.raises(error, match=message):
         import_gguf(tiny_gguf, out, overwrite=there, **arguments)
-    assert everything_below(tmp_path) == before
+    assert tree(tmp_path) == before
     assert out.exists() == there
 
 
@@ -164,12 +157,12 @@ def test_destinations_that_are_taken(tiny_gguf, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious.txt").write_text("keep me")
     (tmp_path / "file").write_text("keep me")
-    before = everything_below(tmp_path)
+    before = tree(tmp_path)
     with pytest.raises(FileExistsError, match="not empty; choose another one or give `overwrite`"):
         import_gguf(tiny_gguf, tmp_path / "full")
     with pytest.raises(FileExistsError, match="exists and is not a folder"):
         import_gguf(tiny_gguf, tmp_path / "file", overwrite=True)
-    assert everything_below(tmp_path) == before
+    assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("library", ["gguf", "accelerate"])

@@ -18,7 +18,7 @@ from prunus.model.checkpoint import lock
 from prunus.sweeping.grid import Sweep
 from prunus.sweeping.run import sweep as run_sweep
 from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, training_text
-from tiny import token_ids
+from tiny import token_ids, tree
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def between_look_and_lock(monkeypatch):
         def acquire_later(folder: Path) -> int:
             monkeypatch.setattr(lock, "_acquire", acquire)
             work(out)
-            left.update(content(out))
+            left.update(tree(out))
             return acquire(folder)
 
         monkeypatch.setattr(lock, "_acquire", acquire_later)
@@ -98,14 +98,6 @@ def verbs(material: Path) -> dict[str, tuple[Callable[[Path], Any], Callable[[Pa
     return found
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
 @pytest.mark.parametrize("verb", ["prune", "compress", "pack", "unpack", "recover", "sweep"])
 def test_what_another_run_finished_meanwhile_is_not_destroyed(
     verb, material, between_look_and_lock, tmp_path
@@ -115,7 +107,7 @@ def test_what_another_run_finished_meanwhile_is_not_destroyed(
     with pytest.raises(FileExistsError, match=r"another|set of cells"):
         second(tmp_path / "out")
     assert before
-    assert content(tmp_path / "out") == before
+    assert tree(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize("verb", ["prune", "pack", "recover"])
@@ -124,7 +116,7 @@ def test_the_same_command_twice_gives_one_result(verb, material, between_look_an
     first, _ = verbs(material)[verb]
     before = between_look_and_lock(first, tmp_path / "out")
     first(tmp_path / "out")
-    assert content(tmp_path / "out") == before
+    assert tree(tmp_path / "out") == before
 
 
 def test_an_import_replaces_what_another_run_finished_only_if_it_may(
