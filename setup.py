@@ -3,7 +3,7 @@
 The library is opened with ctypes, never imported, so it needs neither Python's nor torch's headers.
 It holds code for several instruction sets and chooses at run time. `optional`: where there is no
 C++17 compiler, or the machine is of another kind, the install continues without it, and prunus
-expands the weights in torch.
+computes in torch.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -34,8 +34,8 @@ setup(
     cmdclass={"build_ext": ParallelBuild},
     ext_modules=[
         Extension(
-            "prunus.packed.kernels._kernels",
-            sources=[f"{KERNELS}/{name}.cpp" for name in ("kernels", "block", "planes")],
+            "prunus.hardware._kernels",
+            sources=[f"{KERNELS}/{name}.cpp" for name in ("kernels", "block", "planes", "gram")],
             depends=sorted(str(header) for header in Path(KERNELS).glob("*.h")),
             language="c++",
             extra_compile_args=["-O3", "-std=c++17", "-g0"],

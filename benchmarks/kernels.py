@@ -80,7 +80,7 @@ def make_kernels(
     places = [
         w.values.view_as(whole) for w in copies(PackedWeight((rows, columns), whole.flatten()))
     ]
-    if engine.has_dense:
+    if engine.has_bfloat16:
         add("dense bf16", whole.nbytes, places, lambda w: engine.dense_linear(x, w, None))
     add("torch bf16", whole.nbytes, places, lambda w: torch.nn.functional.linear(x, w))
     return made
@@ -104,6 +104,11 @@ def timed(run: Callable[[int], object], turn: int) -> float:
     return time.perf_counter() - started
 
 
+def read(engine: kernels.Kernels, data: torch.Tensor) -> None:
+    """Sum the bytes of `data` as 64-bit words, as fast as memory can be read."""
+    engine.library.prunus_read(torch.get_num_threads(), data.data_ptr(), data.nbytes)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -121,7 +126,7 @@ def main() -> None:
         raise SystemExit(f"there are no kernels: {kernels.why_not()}")
     torch.set_num_threads(options.threads)
     print(
-        f"{engine.isa_name}, {options.threads} threads, sparsity {options.sparsity:.0%}, "
+        f"{kernels.ISAS[engine.isa]}, {options.threads} threads, sparsity {options.sparsity:.0%}, "
         f"tokens {options.tokens}"
     )
     results = []
@@ -137,7 +142,7 @@ def main() -> None:
                 # The plain loop reads whole pieces of 64 KiB, at another place every time.
                 start = turn * nbytes % (plain.numel() - nbytes)
                 part = plain[start : start + nbytes]
-                reading = timed(lambda _, part=part: engine.read(part), turn)
+                reading = timed(lambda _, part=part: read(engine, part), turn)
                 taken = timed(run, turn)
                 if turn >= 2:
                     seconds[name].append(taken)

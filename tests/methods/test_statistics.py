@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunus.hardware import numerics
+from prunus.hardware import kernels
 from prunus.methods.statistics import InputStatistics, StatisticsSpec, statistics_bytes
 
 
@@ -78,22 +78,23 @@ def test_the_stated_bytes_are_those_of_the_tensors(needs):
     assert statistics_bytes(33, needs) == sum(tensor.nbytes for tensor in held)
 
 
-@pytest.mark.parametrize("width", [20, 600])  # the wider one in blocks on and above the diagonal
-def test_a_low_precision_gram_rounds_only_products_of_different_features(monkeypatch, width):
-    monkeypatch.setattr(numerics, "native_bfloat16", lambda: True)
-    X_TI = torch.randn(96, width, generator=torch.Generator().manual_seed(0)).bfloat16()
-    spec = StatisticsSpec(needs="gram", low_precision=True)
-    rounded = InputStatistics(width, spec)
-    unrounded = InputStatistics(width, spec)
-    for part_TI in X_TI.split(32):
-        rounded.add(part_TI)
-        unrounded.add(part_TI.float())  # float32 inputs get float32 products
-    gram_II = X_TI.double().T @ X_TI.double()
-    torch.testing.assert_close(unrounded.gram_II.double(), gram_II, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(
-        rounded.gram_II.diagonal().double(), gram_II.diagonal(), rtol=1e-6, atol=0
-    )
-    assert torch.equal(rounded.gram_II, rounded.gram_II.T)
-    size_II = X_TI.double().abs().T @ X_TI.double().abs()
-    assert bool(((rounded.gram_II.double() - gram_II).abs() <= 2**-8 * size_II).all())
-    assert not torch.equal(rounded.gram_II, unrounded.gram_II)
+@pytest.mark.parametrize("isa", ["off", *kernels.ISAS])
+@pytest.mark.parametrize("width", [1, 17, 96, 600])
+def test_a_gram_of_bfloat16_inputs_is_exact_within_float32(monkeypatch, isa, width):
+    best = kernels.load("best")
+    if isa != "off" and (best is None or kernels.ISAS.index(isa) > best.isa):
+        pytest.skip(f"no kernels for {isa} here")
+    monkeypatch.setenv("PRUNUS_ISA", isa)
+    X_TI = torch.randn(1101, width, generator=torch.Generator().manual_seed(0)).bfloat16()
+    statistics = InputStatistics(width, StatisticsSpec(needs="gram", hold_out=True))
+    for part_TI in X_TI.split([1, 0, 31, 999, 70]):
+        statistics.add(part_TI, held_out=len(part_TI) == 70)
+    X_TI, held_TI = X_TI.double(), X_TI[-70:].double()
+    for gram_II, Y_TI in ((statistics.gram_II, X_TI), (statistics.held_gram_II, held_TI)):
+        error_II = (gram_II.double() - Y_TI.T @ Y_TI).abs()
+        assert bool((error_II <= 4e-6 * (Y_TI.abs().T @ Y_TI.abs())).all())
+    X_TI = X_TI.bfloat16()
+    X_TI[600, width // 2] = torch.nan
+    statistics.add(X_TI)
+    bad_II = statistics.gram_II.isnan()
+    assert bool(bad_II[width // 2].all()) and int(bad_II.sum()) == 2 * width - 1

@@ -119,7 +119,7 @@ def test_dense_models_take_it_too(calls):
     use_dense_kernel(model)
     use_block_kernel(model)
     found = _decode(model, token_ids(1, 5))
-    assert len(calls) == (24 if kernels.load().has_dense else 0)
+    assert len(calls) == (24 if kernels.load().has_bfloat16 else 0)
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
 
 

@@ -20,12 +20,8 @@ import torch
 from torch import Tensor
 
 from prunus.distributed import Ranks
-from prunus.hardware.numerics import (
-    all_finite,
-    low_precision_product,
-    multiplies_bfloat16,
-    tf32_products,
-)
+from prunus.hardware import kernels
+from prunus.hardware.numerics import all_finite, low_precision_product, tf32_products
 
 Needs = Literal["none", "norms", "gram"]
 NEEDS: tuple[Needs, ...] = ("none", "norms", "gram")
@@ -51,8 +47,6 @@ class StatisticsSpec:
         drift: also sum how far the inputs have drifted from the dense model's. "some" is for runs
             that know the dense inputs of some batches only, and keeps the Gram of these apart.
         hold_out: also keep the sums over held-out tokens apart.
-        low_precision: round the products next to the Gram's diagonal to bfloat16 where that is
-            faster. Only for methods that add a ridge before they invert the Gram.
         reference_order: sum the Gram in the order of SparseGPT's code, to reproduce its masks.
         distributed: other ranks see the rest of the batches; see `InputStatistics.complete`.
     """
@@ -61,7 +55,6 @@ class StatisticsSpec:
     means: bool = False
     drift: Drift = "none"
     hold_out: bool = False
-    low_precision: bool = False
     reference_order: bool = False
     distributed: bool = False
 
@@ -182,7 +175,7 @@ class InputStatistics:
         if self.gram_II is not None:
             belongs = ((self.held_gram_II, held_out), (self.drift_gram_II, dense_TI is not None))
             shares = [share for share, here in belongs if share is not None and here]
-            _add_gram([self.gram_II, *shares], X_TI, sums_2I[0], self.spec.low_precision)
+            _add_gram([self.gram_II, *shares], X_TI)
         if self.drift_II is not None and dense_TI is not None:
             part_II = _drift_product(X_TI, dense_TI)
             self.drift_II += part_II
@@ -257,22 +250,14 @@ def _feature_sums(X_TI: Tensor, *, squares: bool, means: bool) -> Tensor:
     return sums_2I
 
 
-def _add_gram(
-    sums_II: Sequence[Tensor], X_TI: Tensor, squares_I: Tensor, low_precision: bool
-) -> None:
-    """Add XᵀX of one batch to every matrix of `sums_II`, in place; `squares_I` is its diagonal.
-
-    In low precision, inputs in bfloat16 are multiplied in it where the processor supports that.
-    Products are then rounded to 8 bits, and the diagonal keeps its full precision.
-    """
+def _add_gram(sums_II: Sequence[Tensor], X_TI: Tensor) -> None:
+    """Add XᵀX of one batch to every matrix of `sums_II`, in place."""
     first_II, *others = sums_II
     # The product is computed once and added to every sum that these tokens belong to.
     part_II = torch.zeros_like(first_II) if others else first_II
-    if low_precision and X_TI.dtype == torch.bfloat16 and multiplies_bfloat16(X_TI.device):
-        # Whatever inverts the Gram depends on its diagonal most, so that is kept exact.
-        diagonal_I = part_II.diagonal() + squares_I
-        _add_symmetric(part_II, X_TI)
-        part_II.diagonal().copy_(diagonal_I)
+    compiled = kernels.load() if X_TI.is_cpu and X_TI.dtype == torch.bfloat16 else None
+    if compiled is not None and compiled.has_bfloat16:
+        compiled.add_gram(part_II, X_TI)
     else:
         # Inputs of 16 bits fit into TF32, so that a CUDA device loses nothing by it.
         with tf32_products(X_TI.device.type == "cuda" and X_TI.dtype.itemsize == 2):
@@ -306,26 +291,13 @@ def _add_in_reference_order(
 
 
 def _add_symmetric(gram_II: Tensor, X_TI: Tensor) -> None:
-    """Add XᵀX to `gram_II`.
-
-    A CPU computes only the blocks on and above the diagonal, and copies them to the other side:
-    XᵀX is symmetric, so the blocks below are their transposes.
-    """
+    """Add XᵀX to `gram_II`; a CPU copies the blocks above the diagonal to the other side."""
     width = len(gram_II)
-    if gram_II.device.type != "cpu" or width < _SYMMETRIC_FROM:
-        _add_product(gram_II, X_TI.T, X_TI)
-        return
-    edges = [width * part // _PARTS for part in range(_PARTS + 1)]
+    parts = _PARTS if gram_II.device.type == "cpu" and width >= _SYMMETRIC_FROM else 1
+    edges = [width * part // parts for part in range(parts + 1)]
     spans = [slice(start, stop) for start, stop in pairwise(edges)]
     for place, rows in enumerate(spans):
         for columns in spans[place:]:
-            _add_product(gram_II[rows, columns], X_TI[:, rows].T, X_TI[:, columns])
+            gram_II[rows, columns].addmm_(X_TI[:, rows].T, X_TI[:, columns])
             if columns != rows:
                 gram_II[columns, rows] = gram_II[rows, columns].T
-
-
-def _add_product(sum_II: Tensor, left_IT: Tensor, right_TI: Tensor) -> None:
-    if right_TI.dtype == sum_II.dtype:
-        sum_II.addmm_(left_IT, right_TI)
-    else:
-        sum_II.add_(left_IT @ right_TI)

@@ -101,7 +101,7 @@ class _Decoder:
         plan = self.plan
         if plan is None or plan.dtype != x.dtype or not plan.holds():
             try:
-                plan = self.plan = _Plan(self.block, self.form, x.dtype, compiled.has_dense)
+                plan = self.plan = _Plan(self.block, self.form, x.dtype, compiled.has_bfloat16)
             except _OtherBlockError:
                 self.plan = None
                 return None

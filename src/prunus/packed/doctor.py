@@ -31,10 +31,10 @@ def describe() -> dict[str, Any]:
         "kernels": found is not None,
         "why_not": kernels.why_not(),
         "library": None if found is None else str(found.path),
-        "instruction_set": None if found is None else found.isa_name,
+        "instruction_set": None if found is None else kernels.ISAS[found.isa],
         "best_instruction_set": best,
         "chosen_by": f"PRUNUS_ISA={asked}" if asked else "the best this machine has",
-        "dense_kernel": found is not None and found.has_dense,
+        "dense_kernel": found is not None and found.has_bfloat16,
         "threads": torch.get_num_threads(),
         "thread_runtime": None
         if found is None

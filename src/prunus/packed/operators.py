@@ -131,7 +131,7 @@ def run_dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
         or not weight.is_contiguous()
         or (bias is not None and bias.dtype != torch.bfloat16)
         or (compiled := loaded_kernels()) is None
-        or not compiled.has_dense
+        or not compiled.has_bfloat16
     ):
         return functional.linear(x, weight, bias)
     return compiled.dense_linear(x if x.is_contiguous() else x.contiguous(), weight, bias)

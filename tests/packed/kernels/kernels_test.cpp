@@ -409,6 +409,34 @@ void check_block_refusals() {
     refused(tokens.keys, nullptr, "no keys");
 }
 
+// Two batches of inputs, added by one thread and by three.
+void check_gram(int isa, int64_t features) {
+    Exact<float> sums(features * features), others(features * features);
+    std::vector<double> exact(size_t(features * features)), size = exact;
+    for (int64_t i = 0; i < sums.count; ++i) sums[i] = others[i] = 0;
+    int fault = PRUNUS_OK;
+    for (int batch = 0; batch < 2; ++batch) {
+        const int64_t tokens = between(1, 3) == 1 ? between(500, 1100) : between(1, 70);
+        Floats x(kBf16, tokens * features);
+        for (int64_t i = 0; i < tokens * features; ++i) x.set(i, normal());
+        fault = prunus_add_gram(isa, 1, tokens, features, x.bytes.get(), sums.get());
+        if (fault != prunus_add_gram(isa, 3, tokens, features, x.bytes.get(), others.get())) break;
+        for (int64_t token = 0; token < tokens; ++token)
+            for (int64_t i = 0; i < sums.count; ++i) {
+                const double product = x.at(token * features + i / features) *
+                                       x.at(token * features + i % features);
+                exact[size_t(i)] += product;
+                size[size_t(i)] += std::abs(product);
+            }
+    }
+    if (fault == PRUNUS_NO_SUCH_ISA) return;
+    CHECK(fault == PRUNUS_OK, "gram: fault %d", fault);
+    for (int64_t i = 0; i < sums.count; ++i)
+        CHECK(sums[i] == others[i] &&
+                  std::abs(sums[i] - exact[size_t(i)]) <= 4e-6 * size[size_t(i)],
+              "gram of %d features, instruction set %d", int(features), isa);
+}
+
 void check_conversions() {
     for (uint32_t bits = 0; bits < 0x10000; ++bits) {
         const float half = f16_to_float(uint16_t(bits)), brain = bf16_to_float(uint16_t(bits));
@@ -488,6 +516,7 @@ int main() {
         check_product(isa, 3, large, 2, kBf16, true);
         for (int round = 0; round < 60; ++round)
             check_block(isa, round % 4 ? 1 : 3, activations[between(0, 2)], round);
+        for (const int64_t features : {1, 16, 31, 65, 130, 300}) check_gram(isa, features);
         std::printf("instruction set %d: done\n", isa);
     }
     Exact<uint8_t> bytes(3 << 16);

@@ -7,25 +7,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
-from typing import Any
 
 import torch
 
+from prunus.hardware.kernels import BAD_ARGUMENT
 from prunus.packed.weight import Packed, PackedWeight, PlaneCode, QuantizedWeight
 
-#: The version of `kernels.h` that this file describes.
-ABI = 8
 #: How `kernels.h` numbers dtypes.
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
-BAD_ARGUMENT = 1
-#: What the numbers mean that the functions return.
-FAULTS = {
-    BAD_ARGUMENT: "an argument is out of range",
-    2: "this machine lacks the instruction set",
-    3: "out of memory",
-}
-#: What they mean for bit planes that may hold anything.
+#: What the results of functions mean for bit planes that may hold anything.
 DAMAGE = {
     BAD_ARGUMENT: "a class has no code, or a code or a size is out of range",
     4: "they end before their last layer",
@@ -175,8 +165,6 @@ def _describe_bitmap(weight: PackedWeight, offsets: int | None) -> _Weight:
 def declare(library: ctypes.CDLL) -> None:
     """Give every function of the library its argument and result types."""
     pointer, length, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.prunus_set_runtime.argtypes = [pointer]
-    library.prunus_set_runtime.restype = None
     library.prunus_row_offsets.argtypes = [length, length, pointer, pointer]
     library.prunus_row_offsets.restype = length
     for prefix, structure in (("prunus_", _Weight), ("prunus_plane_", _Planes)):
@@ -194,19 +182,3 @@ def declare(library: ctypes.CDLL) -> None:
     library.prunus_block.argtypes = [*[number] * 3, block, tokens, *[pointer] * 2]
     library.prunus_read.argtypes = [number, pointer, length]
     library.prunus_read.restype = ctypes.c_uint64
-
-
-def torch_runtime() -> Any:
-    """Return the entry point of the OpenMP library that torch loaded into this process, or None.
-
-    The wheels of torch ship a libgomp of their own. Linking against one at build time could load a
-    second one, whose threads would compete with torch's for the cores; so the loaded one is looked
-    up. LLVM's and Intel's libraries on Linux have the same entry point.
-    """
-    for name in (None, "libgomp.so.1"):
-        try:
-            mode = ctypes.DEFAULT_MODE if name is None else ctypes.DEFAULT_MODE | os.RTLD_NOLOAD
-            return ctypes.CDLL(name, mode=mode).GOMP_parallel
-        except (OSError, AttributeError):
-            continue
-    return None

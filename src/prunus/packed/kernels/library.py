@@ -1,7 +1,7 @@
-"""The Python binding of the compiled kernels: find, open with ctypes, call on CPU tensors.
+"""The Python binding of the compiled kernels for packed weights, on CPU tensors.
 
-`kernels.h` is the C interface. Where the library was not built (no compiler at install time),
-`why_not` says why, and the callers expand the weights in torch instead.
+`kernels.h` is the C interface, and `prunus.hardware.kernels` opens the library. Where there is
+none, the callers expand the weights in torch instead.
 
 Shape suffixes: I input features, O output features.
 """
@@ -10,35 +10,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
-import platform
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from prunus.packed.kernels.interface import (
-    ABI,
-    BAD_ARGUMENT,
-    DAMAGE,
-    FAULTS,
-    KINDS,
-    OFFSETS,
-    Block,
-    Tokens,
-    declare,
-    describe,
-    torch_runtime,
-)
+from prunus.hardware import kernels
+from prunus.hardware.kernels import BAD_ARGUMENT, ISAS, Library, check_fault, why_not
+from prunus.packed.kernels.interface import DAMAGE, KINDS, OFFSETS, Block, Tokens, declare, describe
 from prunus.packed.weight import Packed, PackedWeight, QuantizedWeight
 
-_ARM = platform.machine() in {"aarch64", "arm64"}
-#: Instruction sets of this kind of processor, slowest to fastest, as `kernels.h` numbers them.
-ISAS = (
-    ("portable", "neon", "neon-dotprod")
-    if _ARM
-    else ("portable", "avx2", "avx512", "avx512-bf16", "amx")
-)
+__all__ = ["ISAS", "Kernels", "load", "why_not"]
+
 #: Up to this many tokens every instruction set multiplies straight from the packed weight.
 MAX_TOKENS = 16
 #: Up to this many tokens, instruction sets with matrix products expand a few rows into the cache
@@ -48,31 +30,15 @@ MAX_TOKENS_AS_MATRIX = 1024
 #: Up to this many tokens the product of a quantised weight is faster than expanding it and
 #: multiplying in bfloat16 (1536 x 1536 at 2.8 bits, one core of an AMD EPYC, Zen 4).
 MAX_PLANE_TOKENS = 256
-_BF16 = len(ISAS) if _ARM else ISAS.index("avx512-bf16")  # the first with bfloat16 products
-
-
-def _check(fault: int) -> None:
-    if fault:
-        raise RuntimeError(f"the kernel refused: {FAULTS[fault]}")
 
 
 @dataclass(frozen=True, slots=True)
-class Kernels:
-    """An opened library and the instruction set that it uses.
+class Kernels(Library):
+    """The kernels for packed weights.
 
     All methods take contiguous CPU tensors. The caller guarantees shapes and dtypes, because these
-    calls are made hundreds of times per generated token. `runtime` is the OpenMP runtime that runs
-    the loops; None where every call stays on the calling thread.
+    calls are made hundreds of times per generated token.
     """
-
-    library: ctypes.CDLL
-    path: Path
-    isa: int  #: index of the instruction set in `ISAS`
-    runtime: str | None
-
-    @property
-    def isa_name(self) -> str:
-        return ISAS[self.isa]
 
     def row_offsets(self, mask: torch.Tensor, in_features: int) -> torch.Tensor:
         """See `bitmap.row_offsets`."""
@@ -113,14 +79,14 @@ class Kernels:
             None if bias is None else bias.data_ptr(),
             out.data_ptr(),
         )
-        _check(fault)
+        check_fault(fault)
         return out
 
     def max_tokens(self, weight: Packed, x_dtype: torch.dtype) -> int:
         """Return the number of tokens up to which `linear` is the fastest way."""
         if isinstance(weight, QuantizedWeight):
             return MAX_PLANE_TOKENS
-        if self.isa >= _BF16 and x_dtype is torch.bfloat16 and weight.dtype is not torch.float16:
+        if self.has_bfloat16 and x_dtype is torch.bfloat16 and weight.dtype is not torch.float16:
             return MAX_TOKENS_AS_MATRIX
         return MAX_TOKENS
 
@@ -132,7 +98,7 @@ class Kernels:
         planes, threads = isinstance(weight, QuantizedWeight), torch.get_num_threads()
         function = self.library.prunus_plane_expand if planes else self.library.prunus_expand
         described = ctypes.byref(describe(weight, prepared))
-        _check(function(self.isa, threads, described, KINDS[out.dtype], out.data_ptr()))
+        check_fault(function(self.isa, threads, described, KINDS[out.dtype], out.data_ptr()))
 
     def expand_rows(
         self, weight: Packed, prepared: torch.Tensor | None, rows: torch.Tensor, out: torch.Tensor
@@ -153,7 +119,7 @@ class Kernels:
         )
         if fault == BAD_ARGUMENT:
             raise IndexError(f"there are {weight.shape[0]} rows, not all of {rows.tolist()}")
-        _check(fault)
+        check_fault(fault)
 
     def plane_offsets(self, weight: QuantizedWeight) -> torch.Tensor:
         """Find where the layers of every chunk and class begin; the data may hold anything."""
@@ -179,20 +145,15 @@ class Kernels:
         fault = library.prunus_plane_widths(self.isa, at, widths, ctypes.byref(size))
         if fault in DAMAGE:
             raise ValueError(f"the planes of a quantised weight are damaged: {DAMAGE[fault]}")
-        _check(fault)
+        check_fault(fault)
         lines = torch.empty(size.value, dtype=torch.uint8)
-        _check(library.prunus_plane_lines(self.isa, at, widths, lines.data_ptr()))
+        check_fault(library.prunus_plane_lines(self.isa, at, widths, lines.data_ptr()))
         return lines
-
-    @property
-    def has_dense(self) -> bool:
-        """Whether `dense_linear` can be called: it exists for AVX-512 with BF16 only."""
-        return self.isa >= _BF16
 
     def dense_linear(
         self, x: torch.Tensor, weight_OI: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return `x · weight_OIᵀ + bias` (..., O), all in bfloat16; `x` is as for `linear`."""
+        """Return `x · weight_OIᵀ + bias` (..., O), all in bfloat16; it needs `has_bfloat16`."""
         rows, in_features = weight_OI.shape
         dense = PackedWeight((rows, in_features), weight_OI.view(-1))
         return self.linear(x, dense, None, bias)
@@ -211,56 +172,17 @@ class Kernels:
             x.data_ptr(),
             out.data_ptr(),
         )
-        _check(fault)
+        check_fault(fault)
         return out
-
-    def read(self, data: torch.Tensor) -> int:
-        """Sum the bytes of `data` as 64-bit words, as fast as memory can be read."""
-        threads = torch.get_num_threads()
-        return int(self.library.prunus_read(threads, data.data_ptr(), data.nbytes))
 
 
 def load(isa: str | None = None) -> Kernels | None:
-    """Open the kernels, or return None where there are none (`why_not` gives the reason).
-
-    Args:
-        isa: one of `ISAS`. By default it is the best of this machine, or what the environment
-            variable PRUNUS_ISA names (`off` switches the kernels off).
-    """
-    return _load(isa or os.environ.get("PRUNUS_ISA") or "best")[0]
-
-
-def why_not() -> str | None:
-    """Return why `load` returns None, or None where it does not."""
-    return _load(os.environ.get("PRUNUS_ISA") or "best")[1]
+    """Open the kernels for packed weights; see `prunus.hardware.kernels.load`."""
+    opened = kernels.load(isa)
+    return None if opened is None else _bind(opened)
 
 
 @functools.cache
-def _load(isa: str) -> tuple[Kernels | None, str | None]:
-    if isa == "off":
-        return None, "switched off by PRUNUS_ISA=off"
-    if isa not in (*ISAS, "best"):
-        raise ValueError(
-            f"there is no instruction set {isa!r}; PRUNUS_ISA may be one of {', '.join(ISAS)}, off"
-        )
-    found = sorted(Path(__file__).parent.glob("_kernels*.so"))
-    if not found:
-        reason = "they were not compiled when prunus was installed"
-        return None, f"{reason}: install a C++17 compiler and reinstall"
-    try:
-        library = ctypes.CDLL(str(found[0]))
-        abi = library.prunus_abi()
-    except (OSError, AttributeError) as fault:
-        return None, f"{found[0].name} cannot be opened: {fault}"
-    if abi != ABI:
-        return None, f"{found[0].name} was built from another version of prunus: reinstall"
-    declare(library)
-    best = library.prunus_best_isa()
-    chosen = best if isa == "best" else ISAS.index(isa)
-    if chosen > best:
-        raise ValueError(f"this machine has no {isa}; its best instruction set is {ISAS[best]}")
-    parallel = torch_runtime()
-    if parallel is not None:
-        library.prunus_set_runtime(ctypes.cast(parallel, ctypes.c_void_p))
-    runtime = None if parallel is None else "GOMP_parallel of torch's OpenMP library"
-    return Kernels(library, found[0], chosen, runtime), None
+def _bind(opened: Library) -> Kernels:
+    declare(opened.library)
+    return Kernels(opened.library, opened.path, opened.isa, opened.runtime)

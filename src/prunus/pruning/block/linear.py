@@ -126,7 +126,7 @@ def prune_linear(
         if finish is not None and pruned.quantized is not None:
             ended = finish.end(full_name, pruned.quantized)
     packed, fields = ended
-    error, energy = _output_error(weight_OI, new_OI, statistics, ranks)
+    error, energy = _output_error(weight_OI, new_OI, statistics, ranks, method.adds_ridge)
     # From here on `weight_OI` may not be used: on a device it can be the weight that this changes.
     # The original code continues with the weight as computed, and rounds only when it saves.
     linear.assign(pruned.weight_OI if work.reference_order else new_OI)
@@ -160,7 +160,11 @@ def _on_device(stored_OI: torch.Tensor, current_OI: torch.Tensor) -> torch.Tenso
 
 
 def _output_error(
-    before_OI: torch.Tensor, after_OI: torch.Tensor, statistics: InputStatistics, ranks: Ranks
+    before_OI: torch.Tensor,
+    after_OI: torch.Tensor,
+    statistics: InputStatistics,
+    ranks: Ranks,
+    low_precision: bool,
 ) -> tuple[float | None, float | None]:
     """(relative output error, removed energy); see `LinearRecord`.
 
@@ -170,8 +174,7 @@ def _output_error(
     if statistics.spec.needs == "none":
         return None, None
     gram_II = statistics.gram_II
-    # A low-precision Gram is rounded already, so its products may be rounded as far.
-    product = low_precision_product if statistics.spec.low_precision else torch.matmul
+    product = low_precision_product if low_precision else torch.matmul
     squares_I = statistics.sum_squares_I.float()
     lost = total = 0.0
     if gram_II is not None:

@@ -269,7 +269,6 @@ class BlockPruner:
             needs=method.needs,
             drift=drift if job.uses_dense_target(in_features) else "none",
             hold_out=method.needs_held_out,
-            low_precision=method.adds_ridge,
             reference_order=job.reference_order,
             distributed=self.ranks.size > 1,
         )
