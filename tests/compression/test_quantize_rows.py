@@ -58,17 +58,6 @@ def test_zeros(bits):
     assert relative_error(torch.zeros(300, 64), quantised) == 0
 
 
-@pytest.mark.parametrize(
-    ("weight", "bits", "message"),
-    [
-        (torch.ones(4, 4), 1, "2 to 8 bits"),
-        (torch.ones(4, 4), 9, "2 to 8 bits"),
-        (torch.ones(4), 4, "matrix of floats"),
-        (torch.ones(4, 4, dtype=torch.int8), 4, "matrix of floats"),
-        (torch.tensor([[1.0, torch.inf]]), 4, "infinite or not a number"),
-        (torch.eye(3), 4, "cannot be stored in 4 bits"),
-    ],
-)
-def test_what_cannot_be_quantised(weight, bits, message):
-    with pytest.raises(ValueError, match=message):
-        quantize_rows(weight, bits)
+def test_a_weight_too_small_for_its_scales_is_refused():
+    with pytest.raises(ValueError, match="cannot be stored in 4 bits"):
+        quantize_rows(torch.eye(3), 4)

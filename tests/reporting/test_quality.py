@@ -65,11 +65,8 @@ def test_one_chart_of_a_sweep_joins_the_results_of_a_method_and_has_the_dense_mo
     results = compared_sweep()
     results.models["smol"].size = ModelSize(8 * 10**9, 16.0)
     found = charts(sweep_section(results))
-    assert list(found) == [
-        "Perplexity on wikitext2 against size",
-        "Perplexity on wikitext2 by sparsity",
-    ]
-    chart = found["Perplexity on wikitext2 against size"]
+    assert list(found) == ["Perplexity on wikitext2 against size"]
+    [chart] = found.values()
     assert [(s.name, s.x, s.y) for s in chart.series] == [
         ("dense", (8,), (20.5,)),
         ("wanda", (2, 4), (61.5, 32.0)),
@@ -106,7 +103,7 @@ def compared_evaluation(kls=(0.0, 0.5, 0.25)):
     return content
 
 
-def test_an_evaluation_shows_sizes_and_names_beside_its_points(tmp_path):
+def test_an_evaluation_shows_sizes_and_speeds(tmp_path):
     file = write(tmp_path / "e.json", compared_evaluation())
     speeds = write(tmp_path / "b.json", bench("other/b", "runs/c"))
     section = report([file], bench=speeds).sections[0]
@@ -120,11 +117,6 @@ def test_an_evaluation_shows_sizes_and_names_beside_its_points(tmp_path):
     chart = charts(section)["Perplexity on wikitext2 against size"]
     assert [(s.name, s.x) for s in chart.series] == [("a", (1,)), ("b", (2,)), ("c", (3,))]
     assert chart.level == ("dense", 20.5)
-    drawn = json.loads(figure_json(chart))
-    assert [trace.get("text") for trace in drawn["data"]] == [["a"], ["b"], ["c"], None]
-    assert drawn["data"][0]["mode"] == "markers+text"
-    low, high = drawn["layout"]["xaxis"]["range"]
-    assert low < 1 and high > 3
 
 
 def test_an_evaluation_says_first_how_much_smaller_worse_and_faster_a_model_is(tmp_path):

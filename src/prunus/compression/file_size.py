@@ -41,13 +41,7 @@ def file_size(
         parts[what] += math.prod(info.shape) * info.dtype.itemsize
     dense = source.checkpoint
     parameters = sum(math.prod(info.shape) for info in dense.tensors.values())
-    return FileSize(
-        before=dense.file_bytes(),
-        after=after,
-        parameters=parameters,
-        bits_per_parameter=8 * after / parameters,
-        parts=dict(parts.most_common()),
-    )
+    return FileSize.of(dense.file_bytes(), after, parameters, parts)
 
 
 def embedding_and_head(model: Any, stored: Mapping[str, str]) -> dict[str, list[str]]:

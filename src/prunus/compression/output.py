@@ -5,7 +5,7 @@ No dense copy of them is ever written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -119,20 +119,13 @@ class CompressedFolder(PrunedFolder):
         return compressed_card(self.record, loader, source.checkpoint.folder)
 
     def config(self) -> Mapping[str, object]:
-        blocks = range(len(self.record.blocks))
-        entries = {**self.record.packed_outside, **self._entries(blocks)}
+        entries = dict(self.record.packed_outside)
+        for block in self.record.blocks:
+            for name, linear in block.linears.items():
+                if linear.packed is not None:
+                    entries[self._stored_linear(f"{block.name}.{name}")] = linear.packed
         source = self.job.checkpoint.checkpoint.folder
         return Description.of_linears(entries).add_to(read_json(source / "config.json"))
-
-    def _entries(self, blocks: Iterable[int]) -> dict[str, dict[str, Any]]:
-        """The entries in config.json of the linears of some blocks, by their stored names."""
-        found = {}
-        for index in blocks:
-            record = self.record.blocks[index]
-            for name, linear in record.linears.items():
-                if linear.packed is not None:
-                    found[self._stored_linear(f"{record.name}.{name}")] = linear.packed
-        return found
 
     def key(self, linear: str) -> str:
         """The stored name of the weight of a linear."""

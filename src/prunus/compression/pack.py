@@ -31,6 +31,7 @@ from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.checkpoint.regular_files import read_card
 from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.checkpoint.writer import Writable
+from prunus.model.device import DTYPES
 from prunus.model.embeddings import is_plain
 from prunus.model.kinds import require_causal
 from prunus.model.linears import Linear, tied_embedding
@@ -153,9 +154,7 @@ def unpack(
     Args:
         model: folder or hub id of a packed checkpoint.
         output: folder of the result.
-        overwrite: replace an earlier result in `output`.
-        progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. A function
-            is called after every shard with a `prunus.runs.progress.Progress`.
+        overwrite, progress: as for `pack`.
 
     Returns:
         The record, which is also written to `prunus-unpack.json`.
@@ -290,39 +289,32 @@ def _pack_outside(source: CheckpointSource, skeleton: Skeleton, stored: Stored) 
 def _pack_linear(
     weight: torch.Tensor, stored: Stored, linear: Linear, key: str
 ) -> tuple[PackedWeight | None, StoredLinear]:
-    rows, columns = linear.shape
     before = weight.numel() * weight.element_size()
     count = int(torch.count_nonzero(kept(weight)))  # a sum would convert each bool to 8 bytes
-    reason = packed = None
+    record = StoredLinear(shape=linear.shape, kept=count, packed=False, nbytes=(before, before))
     if linear.transposed:
-        reason = f"{type(linear.module).__name__} stores its weight transposed"
+        record.reason = f"{type(linear.module).__name__} stores its weight transposed"
     elif not is_plain(linear.module):
-        reason = f"{type(linear.module).__name__} may compute something other than nn.Linear"
+        record.reason = f"{type(linear.module).__name__} may compute something other than nn.Linear"
     elif not key:
-        reason = "the checkpoint stores it in one tensor with other experts'"
+        record.reason = "the checkpoint stores it in one tensor with other experts'"
     elif not key.endswith(".weight"):
-        reason = f"the checkpoint calls it {key!r}"
+        record.reason = f"the checkpoint calls it {key!r}"
     elif stored != "int8" and str(weight.dtype) != f"torch.{stored}":
-        reason = f"it is stored in {str(weight.dtype).removeprefix('torch.')}"
-    else:
-        if stored == "int8":
-            check_finite({key: weight})
-        packed = pack_weight(weight, torch.int8 if stored == "int8" else weight.dtype)
-        if packed.nbytes >= before:
-            reason = "it would not get smaller"
-    if packed is None or reason is not None:
-        return None, StoredLinear(
-            shape=(rows, columns), kept=count, packed=False, reason=reason, nbytes=(before, before)
-        )
-    return packed, StoredLinear(
-        shape=(rows, columns),
-        kept=count,
-        stored=count if packed.mask is not None else rows * columns,
-        rare=None if packed.coding is None else packed.coding.rare.shape[0],
-        packed=True,
-        nbytes=(before, packed.nbytes),
-        relative_error=relative_error(weight, packed) if stored == "int8" else None,
-    )
+        record.reason = f"it is stored in {str(weight.dtype).removeprefix('torch.')}"
+    if record.reason is not None:
+        return None, record
+    if stored == "int8":
+        check_finite({key: weight})
+    packed = pack_weight(weight, torch.int8 if stored == "int8" else weight.dtype)
+    if packed.nbytes >= before:
+        record.reason = "it would not get smaller"
+        return None, record
+    record.packed, record.nbytes = True, (before, packed.nbytes)
+    record.stored = count if packed.mask is not None else weight.numel()
+    record.rare = None if packed.coding is None else packed.coding.rare.shape[0]
+    record.relative_error = relative_error(weight, packed) if stored == "int8" else None
+    return packed, record
 
 
 def _by_file(checkpoint: Checkpoint, described: Description) -> dict[str, list[str]]:
@@ -359,9 +351,8 @@ def _unpack_shard(
 def _config_dtype(config: dict[str, Any]) -> torch.dtype:
     """Return the dtype that config.json gives the model; bfloat16 where it gives none."""
     name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    dtype = getattr(torch, name, None) if isinstance(name, str) else None
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if not isinstance(name, str) or name not in DTYPES:
         raise ValueError(
             f"config.json gives the model the dtype {name!r}; expected bfloat16, float16 or float32"
         )
-    return dtype
+    return DTYPES[name]

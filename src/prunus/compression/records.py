@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -138,6 +139,13 @@ class FileSize(Part):
     parameters: int
     bits_per_parameter: float
     parts: dict[str, int]
+
+    @classmethod
+    def of(cls, before: int, after: int, parameters: int, parts: Counter[str]) -> FileSize:
+        """A size whose largest part is first."""
+        sizes = {"before": before, "after": after, "parameters": parameters}
+        bits = 8 * after / parameters
+        return cls(**sizes, bits_per_parameter=bits, parts=dict(parts.most_common()))
 
     def sentences(self) -> list[str]:
         """The sizes for people."""

@@ -49,7 +49,10 @@ def evaluation_section(
         parts.insert(0, Facts("Next to the dense model", tuple(words), headline=True))
     protocols = {score.source: score.protocol for found in scores.values() for score in found}
     details = [Facts("Protocol", tuple(protocols.items()))] if protocols else []
-    details += _task_protocol(models)
+    for tasks in [one["tasks"] for one in models if one["tasks"] is not None][:1]:
+        shown = dict(tasks["protocol"])
+        shown |= shown.pop("versions")
+        details.append(Facts("Protocol of the tasks", items_of(shown)))
     title = "Evaluation of " + ", ".join(names.values())
     return Section(title, parts=tuple(parts), details=tuple(details))
 
@@ -93,7 +96,7 @@ def _quality(
             if score.divergence is not None:
                 reference = score.divergence
         dense = None if reference is None else finite(reference.reference_perplexity)
-        charts += quality_charts(where, points, dense, labelled=True)
+        charts += quality_charts(where, points, dense)
     if not rows:
         rows = [{"model": names[model]} | size for model, size in sizes.items()]
     note = "Lower perplexity is better." if charts or "text" in rows[0] else ""
@@ -157,14 +160,6 @@ def _measured(metric: str, figure: dict[str, float | None]) -> Measured | None:
     return None if value is None else Measured(value, figure["stderr"], form_of(metric))
 
 
-def _task_protocol(models: Sequence[dict[str, Any]]) -> list[Facts]:
-    protocols = [one["tasks"]["protocol"] for one in models if one["tasks"] is not None]
-    if not protocols:
-        return []
-    shown = {key: value for key, value in protocols[0].items() if key != "versions"}
-    return [Facts("Protocol of the tasks", items_of(shown | protocols[0]["versions"]))]
-
-
 def form_of(metric: str) -> str:
     """Format of a metric of lm-eval: shares such as `acc_norm` in percent, others as they are.
 
@@ -216,9 +211,7 @@ class Point(NamedTuple):
     figures: Mapping[str, Any]
 
 
-def quality_charts(
-    where: str, points: Sequence[Point], dense: float | None, labelled: bool = False
-) -> list[Lines]:
+def quality_charts(where: str, points: Sequence[Point], dense: float | None) -> list[Lines]:
     """Perplexity against size and decoding speed; the perplexity of the dense model is a line."""
     known = {title: _positions(points, title) for title in (*_SIZES, _SPEED)}
     spread = [title for title in known if len({x for _, x, _ in known[title]}) > 1]
@@ -237,7 +230,6 @@ def quality_charts(
                 level=None if dense is None else ("dense", dense),
                 log_y=max(values) / min(values) >= LOG_FROM,
                 round_ticks=True,
-                labelled=labelled,
             )
         )
     return charts

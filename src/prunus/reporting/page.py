@@ -17,7 +17,6 @@ import base64
 import gzip
 import hashlib
 import json
-import math
 import re
 from html import escape
 from importlib.metadata import version
@@ -42,10 +41,6 @@ from prunus.runs.document import (
 _MARKUP = re.compile(r"([\\`*_\[\]<>|])")
 _LIBRARY = "plotly-cartesian.min.js.gz"
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "hexagon")
-#: Shift between two series at one category, as a share of the distance between categories.
-_SHIFT = 0.05
-#: Room for labels at both ends of an axis, as a share of its length.
-_LABEL_ROOM = 0.15
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 
@@ -55,8 +50,11 @@ def to_html(document: Document) -> str:
         for section in document.sections
         for part in (*section.parts, *section.details)
     )
-    library = _asset_bytes(_LIBRARY) if has_charts else b""
-    allowed = [_asset("page.js").encode(), *([gzip.decompress(library)] if library else [])]
+    library, own = _asset(_LIBRARY) if has_charts else b"", _asset("page.js")
+    # No browser runs the compressed library before page.js has expanded it.
+    text = base64.b64encode(library).decode()
+    plotting = f'<script type="application/gzip" id="plotly">{text}</script>\n' if text else ""
+    allowed = [own, *([gzip.decompress(library)] if library else [])]
     policy = "; ".join(
         (
             "default-src 'none'",
@@ -72,31 +70,19 @@ def to_html(document: Document) -> str:
         _section(section, number, section.title == document.title)
         for number, section in enumerate(document.sections)
     ]
-    return Template(_asset("page.html")).substitute(
+    return Template(_asset("page.html").decode()).substitute(
         policy=escape(policy),
         title=escape(document.title),
-        style=_asset("page.css"),
+        style=_asset("page.css").decode(),
         contents=_contents(document),
         sections="".join(sections),
         version=escape(version("prunus")),
-        scripts=_library(library) + f"<script>{_asset('page.js')}</script>\n",
+        scripts=f"{plotting}<script>{own.decode()}</script>\n",
     )
 
 
-def _asset(name: str) -> str:
-    return _asset_bytes(name).decode()
-
-
-def _asset_bytes(name: str) -> bytes:
+def _asset(name: str) -> bytes:
     return files("prunus.reporting").joinpath("assets", name).read_bytes()
-
-
-def _library(compressed: bytes) -> str:
-    """The plotting library as text that no browser runs before page.js has expanded it."""
-    if not compressed:
-        return ""
-    text = base64.b64encode(compressed).decode()
-    return f'<script type="application/gzip" id="plotly">{text}</script>\n'
 
 
 def _sha256(script: bytes) -> str:
@@ -152,37 +138,28 @@ def figure_json(chart: Chart) -> str:
 
 
 def _lines(chart: Lines) -> dict[str, Any]:
-    """Draw lines over numbers, or unconnected markers over categories.
-
-    Categories are at 0, 1, 2, …; each series is shifted a little, so that markers do not overlap.
-    """
-    places = {name: place for place, name in enumerate(chart.categories)}
-    traces: list[dict[str, Any]] = []
-    for position, series in enumerate(chart.series):
-        shift = _SHIFT * (position - (len(chart.series) - 1) / 2)
-        trace = {
+    traces: list[dict[str, Any]] = [
+        {
             "type": "scatter",
-            "x": [places[x] + shift if places else x for x in series.x],
+            "x": list(series.x),
             "y": list(series.y),
             "name": escape(series.name),
-            "mode": "markers" if places else "lines+markers",
-            "marker": {"symbol": _SYMBOLS[position % len(_SYMBOLS)], "size": 11 if places else 8},
+            "mode": "lines+markers",
+            "marker": {"symbol": _SYMBOLS[position % len(_SYMBOLS)], "size": 8},
             "line": {"dash": _DASHES[position % len(_DASHES)], "width": 2},
             "hovertext": [escape(text) for text in series.hover],
             "hoverinfo": "text",
             "meta": {"colour": position},
         }
-        traces.append(trace | (_labels(chart, position) if chart.labelled else {}))
-    values = [y for series in chart.series for y in series.y]
-    measured = sorted({x for series in chart.series for x in series.x}) if not places else []
+        for position, series in enumerate(chart.series)
+    ]
+    measured = sorted({x for series in chart.series for x in series.x})
     if chart.level is not None:
         name, level = chart.level
-        values.append(level)
-        ends = [-0.4, len(places) - 0.6] if places else [measured[0], measured[-1]]
         traces.append(
             {
                 "type": "scatter",
-                "x": ends,
+                "x": [measured[0], measured[-1]],
                 "y": [level, level],
                 "name": f"{escape(name)} {level:,.2f}",
                 "mode": "lines",
@@ -193,39 +170,14 @@ def _lines(chart: Lines) -> dict[str, Any]:
             }
         )
     x_axis: dict[str, Any] = {"title": {"text": escape(chart.x_title)}}
-    if places:
-        names = [escape(name) for name in places]
-        x_axis |= {
-            "tickvals": list(places.values()),
-            "ticktext": names,
-            "range": [-0.4, len(names) - 0.6],
-        }
-    else:
-        ticks = [f"{x:g}" for x in measured]
-        x_axis |= {"type": "log" if chart.log_x else "linear"}
-        if not chart.round_ticks:
-            x_axis |= {"tickvals": measured, "ticktext": ticks}
-        if chart.labelled:
-            room = _LABEL_ROOM * (measured[-1] - measured[0])
-            x_axis["range"] = [measured[0] - room, measured[-1] + room]
+    x_axis["type"] = "log" if chart.log_x else "linear"
+    if not chart.round_ticks:
+        x_axis |= {"tickvals": measured, "ticktext": [f"{x:g}" for x in measured]}
     y_axis: dict[str, Any] = {"title": {"text": escape(chart.y_title)}}
     if chart.log_y:
         y_axis["title"]["text"] += " (logarithmic)"
-        y_axis |= {"type": "log", **_log_ticks(min(values), max(values))}
+        y_axis |= {"type": "log", "tickformat": ",~g"}
     return {"data": traces, "layout": {"xaxis": x_axis, "yaxis": y_axis, "height": 420}}
-
-
-def _labels(chart: Lines, position: int) -> dict[str, Any]:
-    """The names of single points next to them, every other one below, so that they overlap less."""
-    order = sorted(range(len(chart.series)), key=lambda place: chart.series[place].x)
-    place = "top center" if order.index(position) % 2 == 0 else "bottom center"
-    return {
-        "mode": "markers+text",
-        "text": [escape(chart.series[position].name)] * len(chart.series[position].x),
-        "textposition": place,
-        "cliponaxis": False,
-        "showlegend": False,
-    }
 
 
 def _heat_map(chart: HeatMap) -> dict[str, Any]:
@@ -258,26 +210,10 @@ def _heat_map(chart: HeatMap) -> dict[str, Any]:
         "zmin": 0.0,
         "zmax": max(known, default=0.0) or 1.0,
     }
-    step = max(1, math.ceil(len(chart.columns) / 12))
-    x_axis = {
-        "title": {"text": escape(chart.x_title)},
-        "type": "category",
-        "tickvals": list(chart.columns[::step]),
-    }
+    x_axis = {"title": {"text": escape(chart.x_title)}, "type": "category"}
     y_axis = {"autorange": "reversed", "type": "category"}
     height = min(1200, 110 + 24 * len(chart.rows))
     return {"data": [trace], "layout": {"xaxis": x_axis, "yaxis": y_axis, "height": height}}
-
-
-def _log_ticks(low: float, high: float) -> dict[str, Any]:
-    """Ticks at 1, 2 and 5 times powers of ten; over three decades, at the powers alone."""
-    steps = (1, 2, 5) if high / low < 1000 else (1,)
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    ticks = [step * 10.0**power for power in range(first, last + 1) for step in steps]
-    return {
-        "tickvals": ticks,
-        "ticktext": [f"{tick:,g}" if tick < 1e6 else f"{tick:.0e}" for tick in ticks],
-    }
 
 
 def to_markdown(document: Document) -> str:

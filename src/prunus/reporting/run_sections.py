@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,7 +14,6 @@ from prunus.runs.document import (
     Facts,
     HeatMap,
     Lines,
-    Part,
     Section,
     Series,
     Table,
@@ -25,7 +24,7 @@ from prunus.runs.document import (
 from prunus.runs.record import BlockwiseRecord, bos_words
 
 if TYPE_CHECKING:
-    from prunus.pruning.manifest import LinearRecord, PruningRecord
+    from prunus.pruning.manifest import PruningRecord
 
 _Value = TypeVar("_Value")
 #: Name of an error -> its definition.
@@ -77,13 +76,11 @@ def circumstances(record: BlockwiseRecord) -> list[Facts]:
 
 def _block_errors(manifest: PruningRecord) -> dict[int, float]:
     """Block -> mean error of its linears, where it was measured."""
-    means = (_mean_error(block.linears.values()) for block in manifest.blocks)
-    return {place: mean for place, mean in enumerate(means) if mean is not None}
-
-
-def _mean_error(linears: Iterable[LinearRecord]) -> float | None:
-    errors = [linear.error for linear in linears if linear.error is not None]
-    return sum(errors) / len(errors) if errors else None
+    found = {}
+    for place, block in enumerate(manifest.blocks):
+        if known := [each.error for each in block.linears.values() if each.error is not None]:
+            found[place] = sum(known) / len(known)
+    return found
 
 
 def lines_over_blocks(
@@ -201,12 +198,7 @@ def _by_linear(manifest: PruningRecord) -> Table:
 
 def comparison_section(runs: Mapping[str, PruningRecord]) -> Section:
     """The section that compares at least two runs. `runs` maps the name of a run to its record."""
-    errors = {name: found for name, run in runs.items() if (found := _block_errors(run))}
-    chart = lines_over_blocks("Mean error by block", "mean error", errors, ".3%")
-    charts: tuple[Part, ...] = (chart,) if errors else ()
-    return Section(
-        "Runs compared", parts=(_totals(runs), _differences(runs), *charts, _errors_by_kind(runs))
-    )
+    return Section("Runs compared", parts=(_totals(runs), _differences(runs)))
 
 
 def _totals(runs: Mapping[str, PruningRecord]) -> Table:
@@ -252,12 +244,3 @@ def _differences(runs: Mapping[str, PruningRecord]) -> Table:
     columns = (Column("field"), *map(Column, runs))
     note = "" if rows else "The runs have the same recipe and the same inputs."
     return Table("What differs", columns, tuple(rows), note)
-
-
-def _errors_by_kind(runs: Mapping[str, PruningRecord]) -> Table:
-    kinds: dict[str, dict[str, Any]] = {}
-    for name, run in runs.items():
-        for kind, records in run.linears_by_kind().items():
-            kinds.setdefault(kind, {"linear": kind})[name] = _mean_error(records)
-    forms = dict.fromkeys(runs, ".3%")
-    return table_of("Mean error by kind of linear", kinds.values(), forms)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,12 +104,7 @@ def _widths(record: StructureRecord) -> list[HeatMap]:
     """The errors where channels and heads are read."""
     found = [block.width for block in record.blocks]
     title = "Relative error where what became narrower is read"
-    figures = {"before the fit": "error_before_fit", "as it is": "error"}
-    return [
-        blocks_map(f"{title}, {when}", found, operator.attrgetter(name), ".3%")
-        for when, name in figures.items()
-        if any(found)
-    ]
+    return [blocks_map(title, found, lambda part: part.error, ".3%")] if any(found) else []
 
 
 def _experts(record: StructureRecord) -> list[HeatMap]:

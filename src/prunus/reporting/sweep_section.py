@@ -211,7 +211,9 @@ def _chart(
     groups: Mapping[str, Mapping[Any, list[Mapping[str, Any]]]],
     level: float | None,
 ) -> Lines | None:
-    numeric = all(not isinstance(top, str) or top.endswith("%") for top in tops) and len(tops) > 2
+    """Perplexity over at least three numbers; patterns and fewer numbers are in the table alone."""
+    if len(tops) < 3 or not all(not isinstance(top, str) or top.endswith("%") for top in tops):
+        return None
     series = []
     for name, row in groups.items():
         points = [
@@ -228,21 +230,20 @@ def _chart(
             )
             for top, mean, values in points
         )
-        x = tuple(_number(top) if numeric else _title(axis, top) for top, _, _ in points)
         if points:
+            x = tuple(_number(top) for top, _, _ in points)
             series.append(Series(name, x, tuple(mean for _, mean, _ in points), hover))
     values = [y for one in series for y in one.y] + ([level] if level is not None else [])
     if not series:
         return None
-    xs = [_number(top) for top in tops] if numeric else []
+    xs = [_number(top) for top in tops]
     return Lines(
         title,
-        f"{axis} (%)" if numeric and axis == "sparsity" else axis,
+        f"{axis} (%)" if axis == "sparsity" else axis,
         "perplexity",
         tuple(series),
         level=("dense", level) if level is not None else None,
-        categories=() if numeric else tuple(_title(axis, top) for top in tops),
-        log_x=bool(xs) and min(xs) > 0 and max(xs) / min(xs) >= 16,
+        log_x=min(xs) > 0 and max(xs) / min(xs) >= 16,
         log_y=max(values) / min(values) >= LOG_FROM,
     )
 

@@ -66,7 +66,7 @@ class Series:
     """One line of a chart: its points, and the text of each point under the pointer."""
 
     name: str
-    x: tuple[Any, ...]
+    x: tuple[float, ...]
     y: tuple[float, ...]
     hover: tuple[str, ...]
 
@@ -81,13 +81,10 @@ class Lines:
     series: tuple[Series, ...]
     #: name and value of a horizontal line to compare with, such as the dense model's.
     level: tuple[str, float] | None = None
-    #: all values of x in order, if x is a category; empty if x is a number.
-    categories: tuple[str, ...] = ()
     log_x: bool = False
     log_y: bool = False
     #: whether the x axis has ticks at round numbers, rather than one at every value.
     round_ticks: bool = False
-    labelled: bool = False
 
 
 @dataclass(frozen=True)
