@@ -3,6 +3,7 @@
 import itertools
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,7 @@ pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
 
 import prunus
-from gguf_cases import dense as dense_weight
-from gguf_cases import gguf_checkpoint
+from gguf_cases import gguf_checkpoint, shape
 from prunus.compression.gguf_output import read_record
 from prunus.compression.grid_choice import Choice, choose_types
 from prunus.compression.records import CompressionRecord
@@ -26,6 +26,13 @@ from prunus.model.checkpoint.gguf import import_gguf
 from prunus.model.checkpoint.gguf_file import GgufFile
 from stopping import StopError, stop_after
 from tiny import token_ids
+
+#: Options of mixtures of experts. Other widths make larger files.
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"intermediate_size": 64, "num_local_experts": 2, "num_experts_per_tok": 1},
+    "qwen2_moe": {"moe_intermediate_size": 64, "head_dim": 64},
+    "qwen3_moe": {"moe_intermediate_size": 64, "norm_topk_prob": True},
+}
 
 
 def compress(dense: Path, out: Path, **options) -> CompressionRecord:
@@ -42,17 +49,23 @@ def dense(tmp_path_factory) -> Path:
     return gguf_checkpoint(tmp_path_factory.mktemp("gguf") / "dense")
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text"])
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory) -> Path:
+    return gguf_checkpoint(
+        tmp_path_factory.mktemp("gguf") / "experts", "mixtral", **EXPERTS["mixtral"]
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text", *EXPERTS])
 def test_the_file_reads_as_the_weights_that_the_run_computed(family, tmp_path):
-    # transformers reads GGUF files of Qwen3 as if all heads had a width of 128.
-    width = {"head_dim": 128} if family == "qwen3" else {}
-    dense = gguf_checkpoint(tmp_path / "dense", family, **width)
+    dense = gguf_checkpoint(tmp_path / "dense", family, **EXPERTS.get(family, {}))
     record = compress(dense, tmp_path / "x.gguf", type="Q3_K")
     found = imported(tmp_path / "x.gguf", tmp_path / "back")
     before = load_file(dense / "model.safetensors")
     assert found.keys() == before.keys()
     for name, weight in before.items():
-        kind = record.types.get(name.removesuffix(".weight"))
+        module = name.removesuffix(".weight").replace("block_sparse_moe", "mlp")
+        kind = record.types.get(module)
         error = float((found[name] - weight.float()).norm() / weight.float().norm())
         limit = {None: 1e-6, "Q6_K": 0.02}.get(kind, 0.3)
         assert error < limit, (name, kind, error)
@@ -64,16 +77,22 @@ def test_the_file_reads_as_the_weights_that_the_run_computed(family, tmp_path):
     assert ours("Hello ab")["input_ids"] == theirs("Hello ab")["input_ids"]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_a_model_without_some_of_its_blocks_is_written(family, tmp_path):
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_moe"])
+def test_a_model_without_some_of_its_parts_is_written(family, tmp_path):
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
-    options = {"layer_types": kinds} if family == "gemma3_text" else {}
+    options = {"layer_types": kinds} if family == "gemma3_text" else EXPERTS.get(family, {})
     dense = gguf_checkpoint(tmp_path / "dense", family, num_hidden_layers=3, **options)
-    prunus.shrink(dense, tmp_path / "small", blocks=2, repair=False, calibration=token_ids())
+    fewer = {"blocks": 2, "experts": 5} if family in EXPERTS else {"blocks": 2}
+    prunus.shrink(dense, tmp_path / "small", **fewer, repair=False, calibration=token_ids())
     compress(tmp_path / "small", tmp_path / "x.gguf", type="Q8_0")
-    config = AutoConfig.from_pretrained(tmp_path / "small")
-    file, names = GgufFile.open(tmp_path / "x.gguf"), "llama" if family == "llama" else "gemma3"
-    assert file.get(f"{names}.block_count") == 2
+    config, file = (
+        AutoConfig.from_pretrained(tmp_path / "small"),
+        GgufFile.open(tmp_path / "x.gguf"),
+    )
+    assert file.get(f"{file.architecture}.block_count") == 2
+    if family in EXPERTS:
+        assert file.get("qwen3moe.expert_count") == 5
+        assert shape(file, "blk.1.ffn_down_exps.weight") == (5, 256, 64)
     if family == "gemma3_text":
         # llama.cpp would take every sixth block for one of full attention.
         sliding = [kind == "sliding_attention" for kind in config.layer_types]
@@ -81,7 +100,8 @@ def test_a_model_without_some_of_its_blocks_is_written(family, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"type": "Q4_K"}, {"bits": 4.5}])
-def test_a_killed_run_continues_to_the_same_bytes(options, dense, tmp_path):
+def test_a_killed_run_continues_to_the_same_bytes(options, dense, experts, tmp_path):
+    dense = experts if "type" in options else dense
     compress(dense, tmp_path / "whole.gguf", **options)
     out = tmp_path / "x.gguf"
     with pytest.raises(StopError):
@@ -106,12 +126,28 @@ def test_a_template_gives_fields_tokens_and_the_order_of_rows(family, tmp_path):
     assert {**first.fields()} == {**second.fields()}
     assert [*first.tensors] == [*second.tensors]
     for name in first.tensors:
-        assert torch.equal(dense_weight(first, name), dense_weight(second, name)), name
+        assert torch.equal(first.read(name), second.read(name)), name
     assert again.recipe.template == template
     # The file names its template without the folders that it was in.
     assert read_record(tmp_path / "x.gguf").recipe.template == Path("known.gguf")
     moved = template.rename(tmp_path / "dense" / "known.gguf")
     assert compress(dense, tmp_path / "x.gguf", type="Q8_0", template=moved).state == "finished"
+
+
+def test_the_experts_of_a_stack_have_one_type_that_suits_them_together(experts, tmp_path):
+    record = compress(experts, tmp_path / "x.gguf", bits=4.0, min_expert_tokens=0)
+    file = GgufFile.open(tmp_path / "x.gguf")
+    for place, name in itertools.product(range(2), ("w1", "w2", "w3")):
+        stack = f"model.layers.{place}.mlp.experts"
+        kinds = {record.types[f"{stack}.{number}.{name}"] for number in range(2)}
+        leaf = {"w1": "gate", "w2": "down", "w3": "up"}[name]
+        assert kinds == {file.tensors[f"blk.{place}.ffn_{leaf}_exps.weight"].tensor_type.name}
+    assert file.tensors["blk.0.ffn_gate_inp.weight"].tensor_type.name == "F32"
+    found = prunus.inspect(tmp_path / "x.gguf")
+    assert {linear.name: linear.dtype for linear in found.linears}.items() <= record.types.items()
+    linears = record.blocks[0].linears
+    tokens = [linears[f"mlp.experts.{number}.w2"].tokens for number in range(2)]
+    assert sum(tokens) == linears["self_attn.q_proj"].tokens > max(tokens)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
@@ -124,15 +160,15 @@ def test_a_gguf_file_in_full_precision_is_compressed_like_its_checkpoint(family,
     ours, theirs = (GgufFile.open(tmp_path / name) for name in ("x.gguf", "y.gguf"))
     assert ours.tensors.keys() == theirs.tensors.keys()
     for name in ours.tensors:
-        first, second = dense_weight(ours, name), dense_weight(theirs, name)
+        first, second = ours.read(name), theirs.read(name)
         assert float((first - second).norm() / second.norm()) < 0.2, name
 
 
-def test_what_cannot_be_written_is_refused_before_any_work(dense, tmp_path):
+def test_what_cannot_be_written_is_refused_before_any_work(dense, experts, tmp_path):
     narrow = gguf_checkpoint(tmp_path / "narrow", intermediate_size=80)
     (tmp_path / "mine.gguf").write_bytes(b"something else")
     gpt = gguf_checkpoint(tmp_path / "gpt", "gpt_neox")
-    experts = gguf_checkpoint(tmp_path / "experts", "mixtral")
+    shares = gguf_checkpoint(tmp_path / "shares", "qwen3_moe", moe_intermediate_size=64)
     templates = {
         "longer": gguf_checkpoint(tmp_path / "longer", num_hidden_layers=3),
         "other tokens": shutil.copytree(dense, tmp_path / "other tokens"),
@@ -155,7 +191,8 @@ def test_what_cannot_be_written_is_refused_before_any_work(dense, tmp_path):
         (dense, "x.gguf", {"bits": 4, "template": tmp_path / "other tokens.gguf"}, "token .* ab"),
         (narrow, "x.gguf", {"type": "Q4_K"}, "80 columns"),
         (gpt, "x.gguf", {"type": "Q4_K"}, "no known layout"),
-        (experts, "x.gguf", {"type": "Q4_K"}, "MixtralForCausalLM has no known layout"),
+        (shares, "x.gguf", {"type": "Q4_K"}, "norm_topk_prob = True, and this model has False"),
+        (experts, "x.gguf", {"type": "Q4_K", "ignore": ["*experts.0.*"]}, "all other experts"),
         (dense, "x.gguf", {"bits": 4, "format": "compressed-tensors"}, "format of a folder"),
     ):
         with pytest.raises((ValueError, NotImplementedError), match=message):

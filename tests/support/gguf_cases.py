@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import torch
 from tokenizers import models
 
@@ -30,13 +28,6 @@ def gguf_checkpoint(folder: Path, family: str = "llama", **options: Any) -> Path
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | named))
     return folder
-
-
-def dense(file: GgufFile, name: str) -> torch.Tensor:
-    """A tensor of a GGUF file, float32, rows first."""
-    tensor = file.tensors[name]
-    values = np.array(gguf.dequantize(tensor.data, tensor.tensor_type))
-    return torch.from_numpy(values).reshape(shape(file, name))
 
 
 def shape(file: GgufFile, name: str) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ the file is put together from them, with the record among its fields.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections import Counter
@@ -25,8 +26,9 @@ from prunus.model.checkpoint.gguf_file import (
     RECORD_FIELD,
     StoredTensor,
     fields_of,
-    file_bytes,
+    header_of,
     new_fields,
+    padded,
     write_gguf,
 )
 from prunus.model.checkpoint.gguf_layout import GgufLayout, GgufTensor
@@ -63,7 +65,7 @@ class GgufPlan:
         if name is not None:
             grid = GRIDS[name]
             return name, grid.type_id, grid.nbytes_of(count)
-        dtype = self._dtypes.get(tensor.source or "") if tensor.is_matrix else None
+        dtype = self._dtypes.get(tensor.sources[0]) if tensor.is_matrix else None
         name, number = _PLAIN.get(dtype or torch.float32, _PLAIN[torch.float32])
         return name, number, count * (4 if number == 0 else 2)
 
@@ -96,18 +98,18 @@ class GgufPlan:
 
     def size(self, before: int, after: int, parts: Counter[str]) -> FileSize:
         """The size for people, from the bytes of the source, of the file and of its parts."""
-        count = sum(math.prod(tensor.shape) for tensor in self.layout.tensors if tensor.source)
-        return FileSize(
-            before=before,
-            after=after,
-            parameters=count,
-            bits_per_parameter=8 * after / count,
-            parts=dict(parts.most_common()),
-        )
+        count = sum(math.prod(tensor.shape) for tensor in self.layout.tensors if tensor.sources)
+        return FileSize.of(before, after, count, parts)
 
     def file_bytes(self, types: Mapping[str, str]) -> int:
         """The size of the file."""
-        return file_bytes(self.fields(types), self.stored(types, lambda _: torch.zeros(0)))
+        contents = (padded(self.type_of(tensor, types)[2]) for tensor in self.layout.tensors)
+        return self._header_bytes + sum(contents)
+
+    @functools.cached_property
+    def _header_bytes(self) -> int:
+        # The types do not change the size of the header.
+        return len(header_of(self.fields({}), self.stored({}, lambda _: torch.zeros(0))))
 
 
 class GgufFolder(CompressedFolder):
@@ -158,10 +160,10 @@ class GgufFolder(CompressedFolder):
 
     def _content(self, shards: Checkpoint, tensor: GgufTensor) -> torch.Tensor:
         """The bytes of a tensor of the file, from the shards."""
-        if tensor.source is None:
-            assert tensor.values is not None
+        if tensor.values is not None:
             return tensor.values
-        rows = tensor.arranged(shards.whole(self.job.checkpoint.stored[tensor.source]))
+        parts = [shards.whole(self.job.checkpoint.stored[name]) for name in tensor.sources]
+        rows = tensor.arranged(parts[0] if len(parts) == 1 else torch.cat(parts))
         return rows if tensor.is_matrix else rows.float() + tensor.shift
 
 

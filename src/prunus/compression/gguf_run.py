@@ -9,28 +9,25 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 
 from prunus.compression.gguf_output import GgufFolder, GgufPlan, read_record
-from prunus.compression.grid_choice import Choice, choose_types, grids_for, type_losses
+from prunus.compression.grid_choice import Choice, GridVerb, choose_types, grids_for, type_losses
 from prunus.compression.job import CompressionJob
 from prunus.compression.records import CompressionRecipe, CompressionRecord
 from prunus.hardware.sizes import in_bytes
-from prunus.methods.grids import GRIDS, Grid, GridWeight, grid_for
-from prunus.methods.statistics import InputStatistics
-from prunus.methods.work import Quantized
+from prunus.methods.grids import GRIDS, grid_for
 from prunus.model.checkpoint.gguf import open_gguf
 from prunus.model.checkpoint.gguf_file import check_extra, padded
 from prunus.model.checkpoint.gguf_layout import layout_of
 from prunus.model.checkpoint.resolve import FULL_TYPES, is_gguf
-from prunus.pruning.block.linear import Stored
 from prunus.pruning.job import PruningJob
-from prunus.pruning.loss_sensitivity import measure_loss
+from prunus.pruning.loss_sensitivity import LinearSensitivity, measure_loss
 from prunus.pruning.manifest import PruningRecord
 from prunus.pruning.output import PruningOutput
-from prunus.pruning.run import PruneVerb, carry_out, planned
+from prunus.pruning.run import carry_out, planned
 from prunus.runs.options import RunOptions
 
 # Bits of embeddings and head -> their type.
@@ -95,6 +92,13 @@ class GgufJob(CompressionJob):
 
     def check(self) -> None:
         self.refuse_zeros("a GGUF file")
+        linears = self.selected_linears()
+        for names in self.stacks.values():
+            if len({name in linears for name in names}) > 1:
+                raise ValueError(
+                    f"a GGUF file has one type for {names[0]} and all other experts of its block, "
+                    "and `ignore` matches some of them: let it match all or none"
+                )
         reach = self._reach
         if not reach[0] <= self._budget <= reach[1]:
             bits = " to ".join(f"{8 * each / self._weights:.2f}" for each in reach)
@@ -119,7 +123,7 @@ class GgufJob(CompressionJob):
         return GgufPlan(layout, dtypes, len(self.selected_linears()))
 
     def choices(self, losses: Mapping[str, torch.Tensor]) -> dict[str, list[Choice]]:
-        """Name of a linear, embedding or head -> the types that it can have, and their losses."""
+        """First module of a tensor -> the types that it can have, and their losses."""
         recipe, linears, stored = self.recipe, self.selected_linears(), self.checkpoint.stored
         head_type = _HEAD_TYPES.get(recipe.packs_head or 0)
         if "head_bits" not in recipe.model_fields_set:
@@ -127,7 +131,7 @@ class GgufJob(CompressionJob):
             head_type = recipe.type and ("Q8_0" if recipe.type == "Q8_0" else "Q6_K")
         found = {}
         for tensor in self.plan.layout.tensors:
-            is_outside = stored.get(tensor.source or "") in self.packed_outside
+            is_outside = stored.get(f"{tensor.module}.weight") in self.packed_outside
             if tensor.module in linears or is_outside:
                 kind, columns = head_type if is_outside else recipe.type, tensor.shape[-1]
                 grids = grids_for(columns) if kind is None else [grid_for(kind, columns)]
@@ -140,7 +144,13 @@ class GgufJob(CompressionJob):
 
     def types_for(self, losses: Mapping[str, torch.Tensor]) -> dict[str, str]:
         """The type of each linear, embedding and head, by the losses that its choices add."""
-        return choose_types(self.choices(losses), self._budget)
+        chosen = choose_types(self.choices(losses), self._budget)
+        return {name: kind for first, kind in chosen.items() for name in self.stacks[first]}
+
+    @functools.cached_property
+    def stacks(self) -> dict[str, list[str]]:
+        """First module of each tensor of the file -> all of its modules, which have one type."""
+        return {tensor.module: tensor.modules for tensor in self.plan.layout.tensors}
 
     @functools.cached_property
     def _reach(self) -> tuple[int, int]:
@@ -190,25 +200,6 @@ class GgufJob(CompressionJob):
         return self.recipe.type is None
 
 
-class GridVerb(PruneVerb):
-    """Rounds each linear to its grid in `grids`; see `prunus.pruning.block.linear`."""
-
-    def __init__(self) -> None:
-        self.grids: dict[str, Grid] = {}
-
-    def finish_linear(
-        self, job: PruningJob, ids: torch.Tensor, output: PruningOutput, record: PruningRecord
-    ) -> GridVerb:
-        return self
-
-    def begin(self, name: str, statistics: InputStatistics) -> Grid:
-        return self.grids[name]
-
-    def end(self, name: str, quantized: Quantized | GridWeight) -> tuple[Stored, dict[str, Any]]:
-        assert isinstance(quantized, GridWeight)
-        return quantized, {"bits": quantized.grid.bits}
-
-
 class GgufVerb(GridVerb):
     """Compress into the types of GGUF; `path` is that of the file."""
 
@@ -242,14 +233,19 @@ def _measure(job: GgufJob, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         return {}
     options, checkpoint = job.linear_settings.work.options, job.checkpoint
     known = measure_loss(job, ids, job.selected, options, quantizes=True, outside=True)
-    modules, found = dict(job.skeleton.model.named_modules()), {}
-    for name, choices in job.choices({}).items():
+    modules, found = dict(job.skeleton.model.named_modules()), dict[str, torch.Tensor]()
+    uses: dict[int, list[LinearSensitivity]] = {}
+    for name, use in known.items():
         # A tied head has another name than the embedding, and the same weight.
-        weight: Any = modules[name].weight
-        uses = [use for other, use in known.items() if modules[other].weight is weight]
-        weight_OI = checkpoint.checkpoint.whole(checkpoint.stored[f"{name}.weight"])
-        importance_I, losses = type_losses(weight_OI, uses, [choice.kind for choice in choices])
-        found[name] = losses
-        if name not in job.selected_linears():
-            found[f"{name}.importance"] = importance_I
+        uses.setdefault(id(modules[name].weight), []).append(use)
+    for first, choices in job.choices({}).items():
+        kinds, names, parts = [choice.kind for choice in choices], job.stacks[first], []
+        for name in names:
+            weight_OI = checkpoint.checkpoint.whole(checkpoint.stored[f"{name}.weight"])
+            of_weight = uses[id(modules[name].weight)]
+            importance_I, losses = type_losses(weight_OI, of_weight, kinds, len(names))
+            parts.append(losses)
+        found[first] = torch.stack(parts).sum(dim=0)
+        if first not in job.selected_linears():
+            found[f"{first}.importance"] = importance_I
     return found

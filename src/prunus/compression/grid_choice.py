@@ -1,4 +1,4 @@
-"""Which type of GGUF each weight of a model gets, so that the file has a given size.
+"""Which grid each weight gets, so that a GGUF file has a given size; and the verb that rounds.
 
 Every type of a weight takes some bytes and raises the loss of the model. For a sum of bytes the sum
 of the losses is least where one more byte would save as much loss in every weight (Lagrange). So
@@ -11,16 +11,23 @@ Shape suffixes: O outputs (rows), R some of them, I inputs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from prunus.methods.grids import GRIDS, Grid, grid_for, round_to_grid
+from prunus.methods.grids import GRIDS, Grid, GridWeight, grid_for, round_to_grid
+from prunus.methods.statistics import InputStatistics
+from prunus.methods.work import Quantized
+from prunus.pruning.block.linear import Stored
+from prunus.pruning.job import PruningJob
 from prunus.pruning.loss_sensitivity import LinearSensitivity
+from prunus.pruning.manifest import PruningRecord
+from prunus.pruning.output import PruningOutput
+from prunus.pruning.run import PruneVerb
 
-# The rows of a weight that are rounded to every type.
-_ROWS = 64
+# The rows that are rounded to every type: of a weight, or of several with one type, and of each.
+_ROWS, _LEAST_ROWS = 64, 8
 
 
 class Choice(NamedTuple):
@@ -42,14 +49,16 @@ def grids_for(columns: int) -> list[Grid]:
 
 
 def type_losses(
-    weight_OI: Tensor, uses: Sequence[LinearSensitivity], kinds: Sequence[str]
+    weight_OI: Tensor, uses: Sequence[LinearSensitivity], kinds: Sequence[str], stacked: int = 1
 ) -> tuple[Tensor, Tensor]:
     """How much errors in each column raise the loss (I,), and by how much each type does.
 
-    `uses` has what is known of each module with this weight: an embedding may be the head too. Some
-    rows stand for all, in proportion to what errors in them cost.
+    `uses` has what is known of each module with this weight: an embedding may be the head too.
+    Some rows stand for all, in proportion to what errors in them cost, and fewer if the weight is
+    one of several (`stacked`) that have one type.
     """
-    some_R = torch.arange(0, len(weight_OI), max(1, len(weight_OI) // _ROWS))
+    rows = max(_LEAST_ROWS, _ROWS // stacked)
+    some_R = torch.arange(0, len(weight_OI), max(1, len(weight_OI) // rows))
     rows_RI, losses = weight_OI[some_R].float(), []
     importance_I = torch.stack([use.loss_O.sum() * use.importance_I for use in uses]).sum(dim=0)
     for kind in kinds:
@@ -82,3 +91,22 @@ def choose_types(choices: Mapping[str, Sequence[Choice]], nbytes: int) -> dict[s
         _, name, each = max(steps)
         left -= each.nbytes - chosen[name].nbytes
         chosen[name] = each
+
+
+class GridVerb(PruneVerb):
+    """Rounds each linear to its grid in `grids`; see `prunus.pruning.block.linear`."""
+
+    def __init__(self) -> None:
+        self.grids: dict[str, Grid] = {}
+
+    def finish_linear(
+        self, job: PruningJob, ids: torch.Tensor, output: PruningOutput, record: PruningRecord
+    ) -> GridVerb:
+        return self
+
+    def begin(self, name: str, statistics: InputStatistics) -> Grid:
+        return self.grids[name]
+
+    def end(self, name: str, quantized: Quantized | GridWeight) -> tuple[Stored, dict[str, Any]]:
+        assert isinstance(quantized, GridWeight)
+        return quantized, {"bits": quantized.grid.bits}

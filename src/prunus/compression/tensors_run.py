@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from prunus.compression.card import tensors_card
-from prunus.compression.gguf_run import GridVerb
+from prunus.compression.grid_choice import GridVerb
 from prunus.compression.job import CompressionJob
 from prunus.compression.output import CompressedFolder
 from prunus.compression.records import CompressionRecord

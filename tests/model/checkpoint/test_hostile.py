@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import save_file
 
 import prunus
-from prunus.model.checkpoint.gguf import check_header
+from prunus.model.checkpoint.gguf import open_gguf
 from scripts import fork_script, run_script
 from tiny import tiny_checkpoint, token_ids
 
@@ -139,7 +139,7 @@ def test_numbers_in_a_gguf_header_are_not_believed(head, message, tmp_path):
     with pytest.raises(
         ValueError, match=f"truncated or damaged .*{message}" if head else "damaged"
     ):
-        check_header(tmp_path / "x.gguf")
+        open_gguf(tmp_path / "x.gguf")
 
 
 def test_weights_that_are_not_there_are_not_made_up(tmp_path):

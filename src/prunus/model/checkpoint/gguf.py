@@ -14,11 +14,12 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from prunus.hardware.errors import reason
 from prunus.model.checkpoint.atomic_files import (
@@ -30,7 +31,8 @@ from prunus.model.checkpoint.atomic_files import (
     remove_temporaries,
     write_json,
 )
-from prunus.model.checkpoint.gguf_file import GgufFile, check_extra, package
+from prunus.model.checkpoint.gguf_file import GgufFile, check_extra
+from prunus.model.checkpoint.gguf_model import complete_config, read_experts
 from prunus.model.checkpoint.lock import LOCK_NAME, locked
 from prunus.model.checkpoint.output_folder import is_vacant
 from prunus.model.device import DTYPES
@@ -69,28 +71,29 @@ def import_gguf(
     _check_arguments(path, dest, overwrite=overwrite, dtype=dtype)
     say = progress or (lambda line: None)
     say(f"reading {path.name}")
-    header = check_header(path)
+    file = open_gguf(path)
     with locked(dest):
         check_destination(dest, overwrite=overwrite)
         staging = in_held(dest / f"import{TEMPORARY_SUFFIX}")
         remove_temporaries(dest)
         staging.mkdir()
         try:
-            say(f"unpacking {header['tensors']} tensors to {dtype}")
-            with _without_progress_bars():
-                summary = _convert(path, staging, DTYPES[dtype], header["weights"])
+            say(f"unpacking {len(file.tensors)} tensors to {dtype}")
+            # transformers and gguf show progress bars; the caller shows its own.
+            with contextlib.redirect_stderr(io.StringIO()):
+                summary = _convert(path, file, staging, DTYPES[dtype])
             _tidy(staging)
             say(f"writing {dest}")
             _put_in_place(staging, dest)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    files = sorted(file for file in dest.iterdir() if file.is_file())
+    files = sorted(each for each in dest.iterdir() if each.is_file())
     return {
-        "architecture": header["architecture"],
+        "architecture": file.architecture,
         **summary,
         "dtype": dtype,
-        "files": [file.name for file in files],
-        "bytes": sum(file.stat().st_size for file in files),
+        "files": [each.name for each in files],
+        "bytes": sum(each.stat().st_size for each in files),
     }
 
 
@@ -118,21 +121,22 @@ def check_destination(dest: Path, *, overwrite: bool) -> None:
         )
 
 
-def _convert(path: Path, folder: Path, dtype: torch.dtype, weights: int) -> dict[str, Any]:
+def _convert(path: Path, file: GgufFile, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     """Let transformers read a GGUF file and save it to `folder`; returns figures of the model."""
-    import transformers
-
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     # Versions of transformers without GgufConfig unpack every GGUF file by default.
     config = getattr(transformers, "GgufConfig", None)
     unpack = {"quantization_config": config(dequantize=True)} if config is not None else {}
     try:
-        described = transformers.AutoConfig.from_pretrained(**source)
-        _check_size(described, weights)
+        described = complete_config(transformers.AutoConfig.from_pretrained(**source), file)
+        _check_size(described, sum(int(each.n_elements) for each in file.tensors.values()))
         tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
-        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-            **source, **unpack, dtype=dtype, output_loading_info=True
-        )
+        if described.model_type in ("mixtral", "qwen2_moe", "qwen3_moe"):
+            model, loading = read_experts(described, file, dtype), {}
+        else:
+            model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+                **source, **unpack, config=described, dtype=dtype, output_loading_info=True
+            )
     except Exception as error:
         raise ValueError(
             f"{path}: transformers cannot import this file ({reason(error)})"
@@ -167,11 +171,7 @@ def _tie_if_one_matrix(model: Any) -> bool:
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     if embedding is head or embedding.shape != head.shape:
         return embedding is head
-    difference = size = 0.0
-    for left, right in zip(embedding.split(4096), head.split(4096), strict=True):
-        difference += float((left.float() - right.float()).square().sum())
-        size += float(right.float().square().sum())
-    if difference > 0.3**2 * size:
+    if float((embedding - head).norm(dtype=torch.float32)) > 0.3 * float(head.float().norm()):
         return False
     model.get_input_embeddings().weight = head
     model.config.tie_word_embeddings = True
@@ -214,22 +214,6 @@ def _put_in_place(staging: Path, dest: Path) -> None:
         fsync_folder(dest)
 
 
-@contextlib.contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """While active, transformers and gguf show no progress bars; the caller shows its own."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        # The bar of the GGUF reader has no switch, so its stream goes. Errors are raised anyway.
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 # --- the header, parsed without trust in any number in it ---
 
 # The reader of the package gguf trusts its input: an array that claims 2^60 entries keeps it busy
@@ -243,7 +227,6 @@ class _Cursor:
     def __init__(self, data: mmap.mmap) -> None:
         self.data = data
         self.position = 0
-        self.byte_order = "<"
 
     def skip(self, count: int) -> int:
         """Move on by `count` bytes, and return the position before."""
@@ -257,7 +240,7 @@ class _Cursor:
 
     def scalar(self, code: str) -> Any:
         size = struct.calcsize("<" + code)
-        return struct.unpack_from(self.byte_order + code, self.data, self.skip(size))[0]
+        return struct.unpack_from("<" + code, self.data, self.skip(size))[0]
 
     def string(self) -> str:
         length = self.scalar("Q")
@@ -286,24 +269,15 @@ class _Cursor:
 
 def open_gguf(path: Path) -> GgufFile:
     """A GGUF file of a stranger: its header is checked before the package reads it."""
-    check_header(path)
-    return GgufFile.open(path)
-
-
-def check_header(path: Path) -> dict[str, Any]:
-    """Check a GGUF file; returns `architecture`, and the numbers of `tensors` and `weights`."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             fields, tensors = _walk(_Cursor(data))
-        architecture = str(fields.get("general.architecture", "unknown"))
-        _check_lengths(fields, architecture, tensors)
-        package().GGUFReader(path)
+        _check_lengths(fields, str(fields.get("general.architecture", "unknown")), tensors)
+        return GgufFile.open(path)
     except Exception as fault:  # the reader trusts its input and raises errors of many kinds
         raise ValueError(
             f"{path}: the GGUF file is truncated or damaged ({fault}); fetch it again"
         ) from fault
-    weights = sum(math.prod(shape) for shape in tensors.values())
-    return {"architecture": architecture, "tensors": len(tensors), "weights": weights}
 
 
 def _check_lengths(
@@ -318,18 +292,11 @@ def _check_lengths(
         )
     if any(int(number[:9]) >= len(blocks) for number in blocks):
         raise ValueError(f"its blocks are not numbered from 0 to {len(blocks) - 1}")
-    exact: dict[str, int] = {}
-    if len(embedding := tensors.get("token_embd.weight", ())) == 2:
-        exact = {"embedding_length": embedding[0], "vocab_size": embedding[1]}
-    if len(up := tensors.get("blk.0.ffn_up.weight", ())) == 2:
-        exact["feed_forward_length"] = up[1]
     longest = max((side for shape in tensors.values() for side in shape), default=0)
     for name, value in fields.items():
         length = name.removeprefix(f"{architecture}.")
         if length == name or not isinstance(value, int) or isinstance(value, bool):
             continue
-        if length in exact and value != exact[length]:
-            raise ValueError(f"{name} is {value:,}, and its tensors have {exact[length]:,} there")
         positions = re.search(r"context_length|sliding_window", length)
         if value > (limit := _MAX_POSITIONS if positions else max(longest, _SMALL)):
             raise ValueError(f"{name} is {value:,}, and at most {limit:,} fits its tensors")
@@ -338,12 +305,7 @@ def _check_lengths(
 def _walk(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
     """The fields of a header, and the shape of every tensor."""
     cursor.skip(4)  # the magic number
-    version = cursor.scalar("I")
-    if version and version & 0xFFFF == 0:
-        # A small number with its bytes swapped: the file is big-endian.
-        cursor.byte_order = ">"
-        version = struct.unpack(">I", struct.pack("<I", version))[0]
-    if version not in (2, 3):
+    if (version := cursor.scalar("I")) not in (2, 3):
         raise ValueError(f"version {version} of the format; versions 2 and 3 can be read")
     tensors, count = cursor.scalar("Q"), cursor.scalar("Q")
     if max(tensors, count) > len(cursor.data):

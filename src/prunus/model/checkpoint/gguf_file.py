@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from prunus.model.checkpoint.atomic_files import replacing
@@ -42,6 +43,14 @@ def package() -> Any:
     return gguf
 
 
+def tensor_names(architecture: str, blocks: int) -> Any:
+    """The package's table of the names of tensors in a kind of model."""
+    kinds = {name: kind for kind, name in package().MODEL_ARCH_NAMES.items()}
+    if architecture not in kinds:
+        raise ValueError(f"the package gguf knows no kind of model {architecture!r}; update it")
+    return package().get_tensor_name_map(kinds[architecture], blocks)
+
+
 def new_fields(architecture: str) -> Any:
     """A writer of the package without a file, to which fields are added; see `fields_of`."""
     return package().GGUFWriter(None, architecture)
@@ -61,7 +70,7 @@ class GgufFile:
 
     @classmethod
     def open(cls, path: Path) -> GgufFile:
-        """Read the header of a file that `check_header` accepts."""
+        """Read a header; for files of strangers see `open_gguf`."""
         reader = package().GGUFReader(path)
         return cls(reader, {tensor.name: tensor for tensor in reader.tensors})
 
@@ -70,14 +79,26 @@ class GgufFile:
         found = self.reader.fields.get(key)
         return default if found is None else found.contents()
 
+    @property
+    def architecture(self) -> str:
+        """llama.cpp's name of the kind of model."""
+        return str(self.get("general.architecture", "unknown"))
+
     def fields(self) -> dict[str, Any]:
         """All fields that describe the model, to write them again."""
-        writer = new_fields(self.get("general.architecture"))
+        writer = new_fields(self.architecture)
         for key, each in self.reader.fields.items():
             if not key.startswith(_OF_STORAGE):
                 kinds = [*each.types, None]
                 writer.add_key_value(key, each.contents(), kinds[0], kinds[1])
         return fields_of(writer)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor in float32, with rows first."""
+        if (found := self.tensors.get(name)) is None:
+            raise ValueError(f"it has no tensor {name}")
+        values = np.array(package().dequantize(found.data, found.tensor_type))
+        return torch.from_numpy(values).reshape(*map(int, reversed(found.shape)))
 
     @property
     def types(self) -> set[str]:
@@ -96,15 +117,11 @@ class StoredTensor:
     read: Callable[[], torch.Tensor]  #: returns all bytes, when it is written
 
 
-def file_bytes(fields: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> int:
-    """The size of the file that `write_gguf` writes."""
-    return len(_header(fields, tensors)) + _content_bytes(tensors)
-
-
 def write_gguf(path: Path, fields: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> None:
     """Write a GGUF file atomically, one tensor in memory at a time."""
-    header = _header(fields, tensors)
-    with replacing(path, len(header) + _content_bytes(tensors)) as file:
+    header = header_of(fields, tensors)
+    contents = sum(padded(tensor.nbytes) for tensor in tensors)
+    with replacing(path, len(header) + contents) as file:
         file.write(header)
         for each in tensors:
             content = each.read().contiguous().reshape(-1).view(torch.uint8)
@@ -118,11 +135,7 @@ def padded(nbytes: int) -> int:
     return -(-nbytes // 32) * 32
 
 
-def _content_bytes(tensors: Sequence[StoredTensor]) -> int:
-    return sum(padded(tensor.nbytes) for tensor in tensors)
-
-
-def _header(fields: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> bytes:
+def header_of(fields: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> bytes:
     """Everything in a file before its tensors, packed by the package, and zeros up to them."""
     gguf_writer = package().gguf_writer
     writer, file = new_fields(fields["general.architecture"].value), io.BytesIO()

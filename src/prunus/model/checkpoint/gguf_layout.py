@@ -2,9 +2,10 @@
 
 For families that are listed here, it is what llama.cpp's own converter writes.
 
-llama.cpp stores the weights of a model as they are, with two exceptions. Llama's queries and keys
+llama.cpp stores the weights of a model as they are, with three exceptions. Llama's queries and keys
 have the rows of a head in another order, because llama.cpp rotates neighbours where transformers
-rotates halves. Gemma's norms are stored with the 1 that transformers adds.
+rotates halves. Gemma's norms are stored with the 1 that transformers adds. The experts of a block
+are stacked: one tensor (experts, out, in) each for gate, up and down, which has one type.
 """
 
 from __future__ import annotations
@@ -20,21 +21,34 @@ import torch
 
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.gguf import open_gguf
-from prunus.model.checkpoint.gguf_file import fields_of, new_fields, package
+from prunus.model.checkpoint.gguf_file import fields_of, new_fields, package, tensor_names
 from prunus.model.checkpoint.gguf_vocabulary import NORMAL, add_vocabulary
 
 #: Class in transformers -> llama.cpp's name of its kind of model.
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "llama",
+    "MixtralForCausalLM": "llama",
+    "OlmoeForCausalLM": "olmoe",
     "Qwen2ForCausalLM": "qwen2",
+    "Qwen2MoeForCausalLM": "qwen2moe",
     "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3moe",
     "Gemma3ForCausalLM": "gemma3",
     "PhiForCausalLM": "phi2",
     "Phi3ForCausalLM": "phi3",
 }
 #: Tensors that llama.cpp needs in float32, also those that are matrices.
 PLAIN = re.compile(r"_norm\.weight$|ffn_gate_inp|position_embd|token_types|ssm_|shortcut|rope_")
+_EXPERT = re.compile(r"(.+\.experts\.)(\d+)\.(\w+)(\.weight)")
+# Names of an expert's matrices that the package does not know -> those that it knows.
+_LEAVES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+# What llama.cpp computes with whatever the file says: kind -> option of transformers -> its value.
+_FIXED: dict[str, dict[str, Any]] = {
+    "olmoe": {"norm_topk_prob": False, "clip_qkv": None},
+    "qwen2moe": {"norm_topk_prob": False},
+    "qwen3moe": {"norm_topk_prob": True},
+}
 
 
 @dataclass(frozen=True)
@@ -43,15 +57,21 @@ class GgufTensor:
 
     name: str
     shape: tuple[int, ...]  #: in the order of torch, rows first
-    source: str | None = None  #: its name in the model; None where the model has no such tensor
+    #: its name in the model, or the names of those that it stacks; empty where there is none
+    sources: tuple[str, ...] = ()
     heads: int | None = None  #: the rows of this number of heads have llama.cpp's order
     shift: float = 0.0  #: what is added to every value
     values: torch.Tensor | None = None  #: the content where there is no source, float32
 
     @property
+    def modules(self) -> list[str]:
+        """The names of the modules that have this weight, or a part of it."""
+        return [source.removesuffix(".weight") for source in self.sources]
+
+    @property
     def module(self) -> str:
-        """The name of the module that has this weight; empty where there is none."""
-        return (self.source or "").removesuffix(".weight")
+        """The first of `modules`; empty where there is none."""
+        return next(iter(self.modules), "")
 
     @property
     def is_matrix(self) -> bool:
@@ -59,7 +79,7 @@ class GgufTensor:
         return len(self.shape) > 1 and not PLAIN.search(self.name)
 
     def arranged(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of one source in the order of the file.
+        """Rows of all sources in the order of the file.
 
         >>> GgufTensor("blk.0.attn_q.weight", (4,), heads=1).arranged(torch.arange(4)).tolist()
         [0, 2, 1, 3]
@@ -98,6 +118,7 @@ def layout_of(
     heads = known["num_attention_heads"]
     heads = {"attn_q": heads, "attn_k": known.get("num_key_value_heads") or heads}
     tensors = named(architecture, known["num_hidden_layers"], shapes)
+    _check_experts(kind, architecture, known, tensors)
     for index, each in enumerate(tensors):
         if architecture == "llama":
             tensors[index] = replace(each, heads=heads.get(each.name.split(".")[-2]))
@@ -118,20 +139,49 @@ def named(
     architecture: str, blocks: int, shapes: Mapping[str, tuple[int, ...]]
 ) -> list[GgufTensor]:
     """All weights of a model by llama.cpp's names, in the order of `shapes`."""
-    gguf, found = package(), []
-    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    if architecture not in kinds:
-        raise ValueError(f"the package gguf knows no kind of model {architecture!r}; update it")
-    names = gguf.get_tensor_name_map(kinds[architecture], blocks)
-    for source, shape in shapes.items():
-        name = names.get_name(source, try_suffixes=(".weight", ".bias"))
+    names, found = tensor_names(architecture, blocks), []
+    sources: dict[str, list[tuple[int, str]]] = {}
+    for source in shapes:
+        expert = _EXPERT.fullmatch(source)
+        stack = f"{expert[1]}{_LEAVES.get(expert[3], expert[3])}{expert[4]}" if expert else source
+        name = names.get_name(stack, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise NotImplementedError(
                 f"{source} has no place in a GGUF file of kind {architecture}, so this model "
                 "cannot be written as one"
             )
-        found.append(GgufTensor(name, shape, source))
+        sources.setdefault(name, []).append((int(expert[2]) if expert else 0, source))
+    for name, numbered in sources.items():
+        several = tuple(source for _, source in sorted(numbered))
+        shape = shapes[several[0]]
+        if "_exps." in name:
+            shape = (len(several), *shape)
+        found.append(GgufTensor(name, shape, several))
     return found
+
+
+def _check_experts(
+    kind: str, architecture: str, known: Mapping[str, Any], tensors: list[GgufTensor]
+) -> None:
+    """Refuse mixtures of experts that llama.cpp would compute in another way."""
+    heads = known["num_attention_heads"]
+    fixed = dict(_FIXED.get(architecture, {}))
+    if architecture in ("olmoe", "qwen2moe"):
+        fixed["head_dim"] = known["hidden_size"] // heads
+    if architecture == "olmoe":
+        fixed["num_key_value_heads"] = heads
+    for option, value in fixed.items():
+        if known.get(option) not in (None, value):
+            raise NotImplementedError(
+                f"llama.cpp computes every {kind} with {option} = {value}, and this model has "
+                f"{known.get(option)}: it cannot be written as a GGUF file"
+            )
+    stacks, blocks = sum("_exps." in each.name for each in tensors), known["num_hidden_layers"]
+    if (kind == "MixtralForCausalLM" or architecture in _FIXED) and stacks != 3 * blocks:
+        raise NotImplementedError(
+            f"a GGUF file of {kind} needs experts in every block, and a checkpoint that stores "
+            f"them one by one: this one has {stacks // 3} such blocks of {blocks}"
+        )
 
 
 def _template_fields(path: Path, folder: Path, tensors: list[GgufTensor]) -> dict[str, Any]:
@@ -167,10 +217,13 @@ def _template_fields(path: Path, folder: Path, tensors: list[GgufTensor]) -> dic
 def _add_metadata(writer: Any, folder: Path, tensors: list[GgufTensor]) -> None:
     """Name, origin and size of the model, by the rules of the package."""
     gguf = package()
-    total = sum(math.prod(tensor.shape) for tensor in tensors)
+    for each in tensors:
+        info = gguf.gguf_writer.TensorInfo(each.shape, gguf.GGMLQuantizationType.F32, 0)
+        writer.tensors[0][each.name] = info
+    total, *parts = writer.get_total_parameter_count()
     metadata = gguf.Metadata.load(None, folder, None, total)
     metadata.name = metadata.name or folder.resolve().name
-    metadata.size_label = metadata.size_label or gguf.size_label(total, total, 0, 0)
+    metadata.size_label = metadata.size_label or gguf.size_label(total, *parts)
     writer.add_type(gguf.GGUFType.MODEL)
     metadata.set_gguf_meta_model(writer)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -196,6 +249,13 @@ def _add_parameters(writer: Any, architecture: str, known: Mapping[str, Any]) ->
             writer.add_rope_freq_base_swa(local)
         if rope.get("rope_type") == "longrope":
             writer.add_rope_scaling_type(package().RopeScalingType.LONGROPE)
+    if experts := known.get("num_local_experts") or known.get("num_experts"):
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(known["num_experts_per_tok"])
+    if architecture in ("qwen2moe", "qwen3moe"):
+        writer.add_expert_feed_forward_length(known["moe_intermediate_size"])
+    if architecture == "qwen2moe":
+        writer.add_expert_shared_feed_forward_length(known["shared_expert_intermediate_size"])
     if known.get("head_dim") is not None and not architecture.startswith("phi"):
         writer.add_key_length(known["head_dim"])
         writer.add_value_length(known["head_dim"])
