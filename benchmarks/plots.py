@@ -435,29 +435,39 @@ def draw_texts(cells: dict[str, Any]) -> Any:
 
 
 def draw_pareto(found: dict[str, Any]) -> Any:
-    """KL divergence against bits per weight: llama.cpp's types and prunus, from one dense model."""
+    """KL divergence against bytes and speed: llama.cpp's types and prunus, from one dense model."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7.2, 3.8))
-    for program, color in (("llama.cpp", SERIES["sparsegpt"][1]), ("prunus", SERIES["best"][1])):
-        points = sorted(
-            (row["bits_per_weight"], row["kl"], name.removeprefix(f"{program} "))
-            for name, row in found["rows"].items()
-            if row["program"] == program
-        )
-        if not points:
-            continue
-        bits, divergences, names = zip(*points, strict=True)
-        # A line through llama.cpp's types would join two families.
-        line = "-" if program == "prunus" else "none"
-        axes.plot(bits, divergences, "o", color=color, markersize=5, linestyle=line, label=program)
-        for x, y, name in zip(bits, divergences, names, strict=True):
-            axes.annotate(name, (x, y), (5, 4), textcoords="offset points", color=color, fontsize=8)
-    axes.set_yscale("log")
-    axes.set_xlabel("bits per weight in the linears of blocks, all included")
-    axes.set_ylabel("KL from the dense model, nats (log scale)")
-    axes.set_title(f"{found['title']}: what each size costs", loc="left")
-    axes.legend(frameon=False)
+    figure, panels = plt.subplots(1, 2, figsize=(9.6, 4), sharey=True)
+    colors = {"llama.cpp": SERIES["sparsegpt"][1], "prunus": SERIES["best"][1]}
+    colors["prunus, GGUF"] = SERIES["balanced"][1]
+    for axes, key, unit in zip(panels, ("file_bytes", "decode"), (1e6, 1), strict=True):
+        for program, color in colors.items():
+            points = sorted(
+                (row[key] / unit, row["kl"], name)
+                for name, row in found["rows"].items()
+                if row["program"] == program and row.get(key)
+            )
+            if not points:
+                continue
+            across, divergences, names = zip(*points, strict=True)
+            # A line through llama.cpp's types would join two families, and one through speeds both
+            # directions.
+            line = "-" if program == "prunus" and key == "file_bytes" else "none"
+            axes.plot(
+                across, divergences, "o", color=color, markersize=5, linestyle=line, label=program
+            )
+            for x, y, name in zip(across, divergences, names, strict=True):
+                axes.annotate(
+                    name, (x, y), (5, 4), textcoords="offset points", color=color, fontsize=8
+                )
+        axes.set_yscale("log")
+        axes.margins(x=0.15)
+    panels[0].set_xlabel("file, MB")
+    panels[1].set_xlabel("decoded tokens per second")
+    panels[0].set_ylabel("KL from the dense model, nats (log scale)")
+    panels[0].set_title(f"{found['title']}: what each size costs", loc="left")
+    panels[0].legend(frameon=False)
     return figure
 
 
