@@ -168,7 +168,7 @@ def test_a_training_step_is_split_over_ranks(found):
     assert result["both"] == pytest.approx(result["alone"], rel=1e-5)
     assert result["alone"][-1] != result["alone"][0], "training lowered the error"
     assert result["masks"] == 0
-    assert "raise `batch` to 2 or more" in result["refused"]
+    assert "raise it to 2 or more" in result["refused"]
     assert not result["left"]
 
 

@@ -94,6 +94,6 @@ def test_a_killed_repair_trains_what_follows_a_change_that_was_finished(tmp_path
 
 def test_repair_needs_a_window_to_validate_on(tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense")
-    with pytest.raises(ValueError, match="give more `samples`"):
+    with pytest.raises(ValueError, match="give more, or a smaller `batch`"):
         shrink(dense, tmp_path / "small", width=0.5, calibration=token_ids(1))
     assert not (tmp_path / "small").exists()

@@ -74,7 +74,7 @@ REFUSALS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("gpt2", {"heads": 2}, MISSING, "fewer heads would be wider ones$"),
     ("bloom", {"width": 0.5}, MISSING, "no number for the channels of its MLPs"),
     ("bloom", {"width": 0.5, "heads": 4}, MISSING, "no number for the channels"),
-    ("llama", {"blocks": 3, "batch": 6, "repair": True}, WRONG, "6 windows .* one"),
+    ("llama", {"blocks": 3, "batch": 6, "repair": True}, WRONG, "`samples` 6 make one batch"),
 ]
 
 
