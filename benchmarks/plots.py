@@ -462,12 +462,12 @@ def draw_pareto(found: dict[str, Any]) -> Any:
                     name, (x, y), (5, 4), textcoords="offset points", color=color, fontsize=8
                 )
         axes.set_yscale("log")
-        axes.margins(x=0.15)
+        axes.margins(x=0.2, y=0.1)
     panels[0].set_xlabel("file, MB")
     panels[1].set_xlabel("decoded tokens per second")
     panels[0].set_ylabel("KL from the dense model, nats (log scale)")
     panels[0].set_title(f"{found['title']}: what each size costs", loc="left")
-    panels[0].legend(frameon=False)
+    panels[0].legend(frameon=False, loc="lower left")
     return figure
 
 
