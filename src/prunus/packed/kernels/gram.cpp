@@ -1,4 +1,4 @@
-// XᵀX of bfloat16 inputs, added to a float32 matrix: the C interface and the division of the work.
+// XᵀX of bfloat16 inputs, added to a float32 matrix: the C interface, and how work is divided.
 //
 // The matrix is divided into squares, and only those on and above its diagonal are computed. Within
 // a square, sums stay in registers over kTokensAtATime tokens and are then added to the matrix.
@@ -78,8 +78,8 @@ PRUNUS_TARGET void multiply_square(const Loop& loop, int64_t part) {
         }
     }
     if (!loop.last) return;
-    // Copy the square to the other side of the diagonal while it is in the cache. Sums do not depend
-    // on which factor is left, so blocks on the diagonal are symmetric already.
+    // Copy the square to the other side of the diagonal while it is in the cache. Sums do not
+    // depend on which factor is left, so blocks on the diagonal are symmetric already.
     const int64_t features = loop.features, sixteen = kPanel / 2;
     for (int64_t j = j_begin * kPanel; j < std::min(j_end * kPanel, features); j += sixteen) {
         const int64_t end = std::min(i_end * kPanel, j / kPanel * kPanel);

@@ -185,8 +185,8 @@ struct PrunusTokens {
 int prunus_block(int isa, int threads, int kind, const PrunusBlock* block,
                  const PrunusTokens* tokens, const void* x, void* out);
 
-// Adds xᵀx to `sums` (features, features), which is symmetric, for x (tokens, features) in bfloat16.
-// Products are exact, and sums are in float32. It needs AVX-512 with BF16.
+// Adds xᵀx to `sums` (features, features), which is symmetric, for x (tokens, features) in
+// bfloat16. Products are exact, and sums are in float32. It needs AVX-512 with BF16.
 int prunus_add_gram(int isa, int threads, int64_t tokens, int64_t features, const void* x,
                     float* sums);
 
