@@ -168,10 +168,11 @@ def test_figures_equal_the_json_they_come_from(browser, files, run, documents):
         for name in manifest["blocks"][0]["linears"]
     ]
     lines = {trace["name"]: trace for trace in plots["Perplexity on wikitext2 by sparsity"]}
-    assert lines["wanda"]["y"] == [32.0, 61.5]
+    assert lines["wanda"]["y"] == [32.0, 61.5, 61.5]
     assert lines["wanda"]["hover"] == [
         "wanda, 50%: 32.000 (mean of 2 seeds, 31.250 to 32.750)",
-        "wanda, 2:4: 61.500",
+        "wanda, 60%: 61.500",
+        "wanda, 70%: 61.500",
     ]
     assert lines["dense 20.50"]["y"] == [20.5, 20.5]
 

@@ -19,9 +19,12 @@ HOSTILE = (
 
 
 def sweep_results(
-    name: str = "smol", text: str = "wikitext2", error: str | None = None
+    name: str = "smol",
+    text: str = "wikitext2",
+    error: str | None = None,
+    other: str | float = "2:4",
 ) -> SweepResults:
-    """A sweep with everything: patterns, seeds, tasks, a recovery, failures."""
+    """A sweep with everything: 50% and `other`, seeds, tasks, a recovery, failures."""
 
     def scores(perplexity: float | None) -> dict[str, PerplexityResult]:
         numbers = {"loss": 1.0, "windows": 2, "tokens": 32, "seqlen": 16, "seconds": 1.5}
@@ -53,10 +56,10 @@ def sweep_results(
     }
     figures = {
         ("magnitude", 0.5, 0): 522.02,
-        ("magnitude", "2:4", 0): None,
+        ("magnitude", other, 0): None,
         ("wanda", 0.5, 0): 31.25,
         ("wanda", 0.5, 1): 32.75,
-        ("wanda", "2:4", 0): 61.5,
+        ("wanda", other, 0): 61.5,
     }
     cells = []
     for (method, shape, seed), perplexity in figures.items():
@@ -155,7 +158,10 @@ def write(path: Path, content: object) -> Path:
 def whole_document(tmp_path: Path, run: Path) -> Document:
     """A run, a sweep, an evaluation and a measurement in one report."""
     (tmp_path / "sweep").mkdir()
-    sweep_results().save(tmp_path / "sweep")
+    results = sweep_results(other=0.6)
+    last = {"name": "smol-wanda-0.7", "recipe": Recipe(sparsity=0.7)}
+    results.cells.append(results.cells[4].model_copy(update=last))
+    results.save(tmp_path / "sweep")
     return report(
         [run, tmp_path / "sweep", write(tmp_path / "eval.json", evaluation())],
         bench=write(tmp_path / "bench.json", bench("dense", "packed")),
