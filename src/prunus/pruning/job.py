@@ -291,19 +291,10 @@ def _linear_settings(recipe: PruningOptions, own: Method | None, quantizes: bool
 
 def _batch(job: PruningJob) -> int:
     """Calibration windows per forward pass."""
-    recipe, trains = job.recipe, job.reconstructs != "none"
-    batch = recipe.batch
-    if batch is None:
-        window_tokens = job.skeleton.window_shape(0, recipe.seqlen)[0]
-        batch = windows_per_batch(recipe.samples, window_tokens, trains)
-        if job.reference_order:
-            batch = 1  # the reference order sums window by window
-    if trains and recipe.samples <= batch:
-        raise ValueError(
-            "reconstruction trains on some batches and validates on others: "
-            f"`samples` {recipe.samples} make one batch of {batch}; give more, or a smaller `batch`"
-        )
-    return batch
+    recipe, trains = job.recipe, "" if job.reconstructs == "none" else "reconstruction"
+    batch = 1 if job.reference_order else None  # the reference order sums window by window
+    window_tokens = job.skeleton.window_shape(0, recipe.seqlen)[0]
+    return windows_per_batch(recipe.samples, window_tokens, recipe.batch or batch, trains)
 
 
 def describe_plan(job: PruningJob) -> dict[str, Any]:

@@ -264,21 +264,31 @@ def transient_bytes(tokens: int, hidden: int, widest: int, itemsize: int) -> int
 _TOKENS_PER_BATCH = 4096
 
 
-def windows_per_batch(samples: int, window_tokens: int, for_training: bool = False) -> int:
-    """The default batch size, at least 1 window.
+def windows_per_batch(
+    samples: int, window_tokens: int, batch: int | None = None, trains: str = ""
+) -> int:
+    """Windows per forward pass: `batch`, or the default, which is at least 1.
 
     A batch in training is a step. It has about 1024 tokens, and more where there would be more than
     128 steps: each updates all weights of a block, however few tokens it has. There are at least
-    eight.
+    eight. `trains` names what trains, which also validates, and so needs more than one batch.
 
     >>> [windows_per_batch(samples, 256) for samples in (8, 64, 1024)]
     [8, 16, 16]
-    >>> [windows_per_batch(samples, 256, for_training=True) for samples in (8, 64, 1024)]
+    >>> [windows_per_batch(samples, 256, trains="repair") for samples in (8, 64, 1024)]
     [1, 4, 8]
     """
-    if for_training:
-        return max(1, min(max(1024 // window_tokens, -(-samples // 128)), samples // 8))
-    return max(1, min(samples, _TOKENS_PER_BATCH // window_tokens))
+    if batch is None:
+        most = _TOKENS_PER_BATCH // window_tokens
+        if trains:
+            most = min(max(1024 // window_tokens, -(-samples // 128)), samples // 8)
+        batch = max(1, min(samples, most))
+    if trains and samples <= batch:
+        raise ValueError(
+            f"{trains} trains on some batches and validates on others: "
+            f"`samples` {samples} make one batch of {batch}; give more, or a smaller `batch`"
+        )
+    return batch
 
 
 def check_known(digests: dict[str, str], block: str, digest: str) -> None:

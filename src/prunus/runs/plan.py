@@ -87,7 +87,7 @@ def open_model(
         "device": device,
         "dtype": dtype,
         "dtype_reason": reason,
-        "batch": recipe.batch or windows_per_batch(recipe.samples, window_tokens),
+        "batch": windows_per_batch(recipe.samples, window_tokens, recipe.batch),
         "budget": on_device,
         "host_budget": host_budget,
         "needs": needs,

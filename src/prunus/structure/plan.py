@@ -160,7 +160,9 @@ def plan_structure(
             check=lambda source, _: require_causal(source.config, "prunus shrink"),
         )
     )
-    job.batch = _batch(job)
+    window_tokens = job.skeleton.window_shape(0, recipe.seqlen)[0]
+    trains = "repair" if recipe.repair else ""
+    job.batch = windows_per_batch(recipe.samples, window_tokens, recipe.batch, trains)
     job.raw = read_json(job.checkpoint.checkpoint.folder / "config.json")
     if recipe.experts is not None:
         job.experts = _plan_experts(job, recipe.experts)
@@ -183,18 +185,6 @@ def plan_structure(
     job.measure_memory()
     check_memory(job)
     return job
-
-
-def _batch(job: StructureJob) -> int:
-    """Windows per forward pass. Repair takes a step per batch."""
-    recipe, window_tokens = job.recipe, job.skeleton.window_shape(0, job.recipe.seqlen)[0]
-    batch = recipe.batch or windows_per_batch(recipe.samples, window_tokens, recipe.repair)
-    if recipe.repair and recipe.samples <= batch:
-        raise ValueError(
-            "repair trains on some batches and validates on others: "
-            f"`samples` {recipe.samples} make one batch of {batch}; give more, or a smaller `batch`"
-        )
-    return batch
 
 
 def _checked_count(name: str, asked: Amount, count: int, possible: Sequence[int], of: str) -> int:
