@@ -67,7 +67,7 @@ def test_logits_are_those_of_the_unpacked_model(folders, values):
             ids = IDS[:1, :tokens]
             assert torch.equal(_logits(packed, ids), _logits(plain, ids))
     # Beyond the kernels' tokens, the ordinary path is that one too.
-    long = IDS.repeat(6 if values == "planes" else 1, 2)
+    long = IDS.repeat(12 if values == "planes" else 1, 2)
     assert torch.equal(_logits(packed, long), _logits(plain, long))
     # Kernels are as close to float32 as torch is. The product of quantised weights rounds its
     # inputs to 8 bits.

@@ -356,6 +356,7 @@ void check_rounded(int isa) {
     }
     Weight large(900, 300, 40, {{0, {2, 1, 1}}, {1, {3, 2}}}, 2.0);  // for several threads
     check_weight(isa, large, 1, kF32);
+    check_weight(isa, large, 40, kBf16);
     Weight wide(4, 9000, 3, {{0, {1, 1, 2}}, {0, {}}}, 1.0);
     check_weight(isa, wide, 2, kF32);
 }
@@ -363,11 +364,11 @@ void check_rounded(int isa) {
 }  // namespace
 
 int main(int count, char**) {
-    g_random.seed(20250812);
     prunus_set_runtime(reinterpret_cast<void*>(fork_and_join));
     const bool all = count == 1;
     check_refusals();
     for (int isa = 0; isa <= prunus_best_isa(); ++isa) {
+        g_random.seed(20250812);
         check_all_widths(isa);
         if (all) check_rounded(isa);
         std::printf("instruction set %d: done\n", isa);

@@ -81,8 +81,10 @@ inline int64_t many_bytes(const Job& job, int64_t panels) {
            (2 * job.segments * kTileBytes + blocks * kRows * kRows * int64_t(sizeof(float)));
 }
 
-template <many::Fill fill>
-PRUNUS_AMX_TARGET void rows_many(const Job& job, int64_t begin, int64_t end) {
+// Calls fill(job, first row, past the last, panel) for every panel.
+template <typename Fill>
+PRUNUS_AMX_TARGET PRUNUS_INLINE void multiply_rows(const Job& job, int64_t begin, int64_t end,
+                                                   const Fill& fill) {
     const int64_t blocks = (job.tokens + kRows - 1) / kRows, tiles = 2 * job.segments,
                   size = tiles * kTileBytes;
     const int64_t panel_sums = blocks * kRows * kRows;
@@ -111,6 +113,11 @@ PRUNUS_AMX_TARGET void rows_many(const Job& job, int64_t begin, int64_t end) {
         }
     }
     _tile_release();
+}
+
+template <many::Fill fill>
+PRUNUS_AMX_TARGET void rows_many(const Job& job, int64_t begin, int64_t end) {
+    multiply_rows(job, begin, end, fill);
 }
 
 }  // namespace prunus::amx

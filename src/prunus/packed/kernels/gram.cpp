@@ -44,9 +44,6 @@ struct Loop {
     bool amx, last;
     uint8_t *left, *right;
     float* sums;
-    void (*take)(const Loop&, int64_t part);
-    int64_t parts;
-    std::atomic<int64_t>* next;
 };
 
 void pack_tile(const Loop& loop, int64_t tile) {
@@ -95,25 +92,6 @@ PRUNUS_AMX_TARGET void multiply_square_with_tiles(const Loop& loop, int64_t part
     _tile_release();
 }
 
-void take_parts(void* data) {
-    const Loop& loop = *static_cast<const Loop*>(data);
-    for (int64_t part; (part = loop.next->fetch_add(1, std::memory_order_relaxed)) < loop.parts;)
-        loop.take(loop, part);
-}
-
-void run(Loop& loop, int threads, void (*take)(const Loop&, int64_t), int64_t parts) {
-    std::atomic<int64_t> next{0};
-    loop.take = take;
-    loop.parts = parts;
-    loop.next = &next;
-    const GompParallel parallel = g_parallel.load(std::memory_order_relaxed);
-    threads = int(std::min<int64_t>(threads, parts));
-    if (!parallel || threads <= 1)
-        take_parts(&loop);
-    else
-        parallel(take_parts, &loop, unsigned(threads), 0);
-}
-
 int add(int isa, int threads, int64_t tokens, int64_t features, const uint16_t* x, float* sums) {
     Loop loop{};
     loop.features = features;
@@ -134,9 +112,9 @@ int add(int isa, int threads, int64_t tokens, int64_t features, const uint16_t* 
         loop.tokens = std::min(most, tokens - token);
         loop.last = token + loop.tokens == tokens;
         loop.tiles = ceil_divide(loop.tokens, kTokens);
-        run(loop, threads, pack_tile, loop.tiles);
-        run(loop, threads, loop.amx ? multiply_square_with_tiles : multiply_square,
-            count * (count + 1) / 2);
+        for_parts(threads, loop.tiles, [&](int64_t tile) { pack_tile(loop, tile); });
+        const auto multiply = loop.amx ? multiply_square_with_tiles : multiply_square;
+        for_parts(threads, count * (count + 1) / 2, [&](int64_t part) { multiply(loop, part); });
     }
     return PRUNUS_OK;
 }

@@ -66,7 +66,8 @@ struct Job {
     // buffer a full-width load would leave it.
     const void* tail;
     int64_t tail_row;
-    const float* scales;  // (rows) for int8 values, else null
+    const float* scales;      // (rows) for int8 values, else null
+    const float* sum_scales;  // (rows): what multiplies the sums of a panel; null: nothing
 
     // --- the activations ---
     // Layout (segment, token, 64), zero past `cols`: bf16, float32 or int16. bf16 exists also with

@@ -28,8 +28,9 @@ MAX_TOKENS = 16
 #: product better.
 MAX_TOKENS_AS_MATRIX = 1024
 #: Up to this many tokens the product of a quantised weight is faster than expanding it and
-#: multiplying in bfloat16 (1536 x 1536 at 2.8 bits, one core of an AMD EPYC, Zen 4).
-MAX_PLANE_TOKENS = 256
+#: multiplying in bfloat16: without tile registers (1536 x 1536 at 2.8 bits, one core of an AMD
+#: EPYC, Zen 4), and with them (all linears of a 1.5B model, two cores of an Intel Xeon with AMX).
+MAX_PLANE_TOKENS, MAX_PLANE_TOKENS_IN_TILES = 256, 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,8 @@ class Kernels(Library):
     def max_tokens(self, weight: Packed, x_dtype: torch.dtype) -> int:
         """Return the number of tokens up to which `linear` is the fastest way."""
         if isinstance(weight, QuantizedWeight):
-            return MAX_PLANE_TOKENS
+            in_tiles = ISAS[self.isa] == "amx" and x_dtype is torch.bfloat16
+            return MAX_PLANE_TOKENS_IN_TILES if in_tiles else MAX_PLANE_TOKENS
         if self.has_bfloat16 and x_dtype is torch.bfloat16 and weight.dtype is not torch.float16:
             return MAX_TOKENS_AS_MATRIX
         return MAX_TOKENS

@@ -43,42 +43,52 @@ PRUNUS_TARGET PRUNUS_INLINE void transpose(__m512i (&r)[16]) {
     }
 }
 
-// bf16 activations in blocks of sixteen tokens, with zeros past the last token and column. For
-// joined weights even columns come before odd ones.
+// The bytes of activations in blocks, and the number of the blocks.
+inline int64_t block_bytes(const Job& job) { return 2 * job.segments * kTileBytes; }
+inline int64_t blocks_of(const Job& job) { return (job.tokens + kRows - 1) / kRows; }
+
+// Up to sixteen tokens of bf16 activations as a block, with zeros past the last token and column.
+// For joined weights even columns come before odd ones.
 template <bool parted>
-PRUNUS_TARGET inline void lay_out_blocks(Job& job, const void* x, Scratch& scratch) {
-    const int64_t blocks = (job.tokens + kRows - 1) / kRows;
-    uint8_t* to = aligned<uint8_t>(scratch.x, blocks * 2 * job.segments * kTileBytes);
-    job.x = to;
-    for (int64_t block = 0; block < blocks; ++block) {
-        for (int64_t segment = 0; segment < job.segments; ++segment, to += 2 * kTileBytes) {
-            const int64_t left = job.cols - segment * kSegment;
-            __m512i low[16], high[16];
-            PRUNUS_UNROLL for (int64_t i = 0; i < kRows; ++i) {
-                const int64_t token = block * kRows + i;
-                const uint16_t* from =
-                    static_cast<const uint16_t*>(x) + token * job.cols + segment * kSegment;
-                Pair words = avx512::load_words(from, token < job.tokens ? left : 0);
-                if (parted) words = avx512::part(words);
-                low[i] = words.low;
-                high[i] = words.high;
-            }
-            transpose(low);
-            transpose(high);
-            PRUNUS_UNROLL for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * 64, low[i]);
-            PRUNUS_UNROLL for (int i = 0; i < 16; ++i)
-                _mm512_store_si512(to + kTileBytes + i * 64, high[i]);
+PRUNUS_TARGET inline void lay_out_block(const Job& job, const uint16_t* x, int64_t tokens,
+                                        uint8_t* to) {
+    for (int64_t segment = 0; segment < job.segments; ++segment, to += 2 * kTileBytes) {
+        const int64_t left = job.cols - segment * kSegment;
+        __m512i low[16], high[16];
+        PRUNUS_UNROLL for (int64_t i = 0; i < kRows; ++i) {
+            Pair words = avx512::load_words(x + i * job.cols + segment * kSegment,
+                                            i < tokens ? left : 0);
+            if (parted) words = avx512::part(words);
+            low[i] = words.low;
+            high[i] = words.high;
         }
+        transpose(low);
+        transpose(high);
+        PRUNUS_UNROLL for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * 64, low[i]);
+        PRUNUS_UNROLL for (int i = 0; i < 16; ++i)
+            _mm512_store_si512(to + kTileBytes + i * 64, high[i]);
     }
 }
 
-// Writes a block of finished sums (16 rows, 16 tokens), plus the bias, to `out` as bfloat16.
+template <bool parted>
+PRUNUS_TARGET inline void lay_out_blocks(Job& job, const void* x, Scratch& scratch) {
+    uint8_t* to = aligned<uint8_t>(scratch.x, blocks_of(job) * block_bytes(job));
+    job.x = to;
+    for (int64_t token = 0; token < job.tokens; token += kRows, to += block_bytes(job))
+        lay_out_block<parted>(job, static_cast<const uint16_t*>(x) + token * job.cols,
+                              job.tokens - token, to);
+}
+
+// Writes a block of finished sums (16 rows, 16 tokens), times the scales of the rows and plus the
+// bias, to `out` as bfloat16.
 PRUNUS_TARGET PRUNUS_INLINE void finish_block(const Job& job, int64_t row, int64_t end,
                                               int64_t token, const float* sums) {
     const __mmask16 inside = end - row >= kRows ? __mmask16(~0) : __mmask16((1 << (end - row)) - 1);
     __m512i r[16];
     PRUNUS_UNROLL for (int i = 0; i < 16; ++i) r[i] = _mm512_load_si512(sums + i * 16);
     transpose(r);
+    const __m512 scales =
+        job.sum_scales ? _mm512_maskz_loadu_ps(inside, job.sum_scales + row) : _mm512_set1_ps(1.0f);
     __m512 bias = _mm512_setzero_ps();
     if (job.bias)
         bias = avx512::Float<kBf16>::widen(
@@ -87,7 +97,7 @@ PRUNUS_TARGET PRUNUS_INLINE void finish_block(const Job& job, int64_t row, int64
     const int64_t tokens = job.tokens - token < kRows ? job.tokens - token : kRows;
     PRUNUS_UNROLL for (int i = 0; i < 16; ++i) if (i < tokens) _mm256_mask_storeu_epi16(
         out + i * job.rows, inside,
-        (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(_mm512_castsi512_ps(r[i]), bias)));
+        (__m256i)_mm512_cvtneps_pbh(_mm512_fmadd_ps(_mm512_castsi512_ps(r[i]), scales, bias)));
 }
 
 // ---- Rows into a panel. ----

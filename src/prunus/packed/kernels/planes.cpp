@@ -11,8 +11,8 @@
 #include "threads.h"
 #if defined(__x86_64__) && defined(__GNUC__)
 #define PRUNUS_X86 1
+#include "planes_amx.h"
 #include "planes_avx2.h"
-#include "planes_avx512.h"
 #elif PRUNUS_ARM
 #include "planes_neon.h"
 #endif
@@ -337,6 +337,7 @@ int prunus_plane_linears(int isa, int threads, int64_t count, const PrunusPlanes
         if (count < 1 || count > kMaxProducts || !weights || !biases || !outs || tokens < 1 || !x)
             return int(PRUNUS_BAD_ARGUMENT);
         Planes jobs[kMaxProducts];
+        [[maybe_unused]] Job matrices[kMaxProducts];
         for (int64_t i = 0; i < count; ++i) {
             const int fault = describe_job(jobs[i], isa, weights[i], act_kind);
             if (fault) return fault;
@@ -354,10 +355,22 @@ int prunus_plane_linears(int isa, int threads, int64_t count, const PrunusPlanes
                 const bool one = job.tokens == 1 && choice.multiply_one;
                 choose_tiles_at_once(job, one);
                 const Lines lines(job, job.lines);
+                const auto* from = static_cast<const uint8_t*>(x) + token * job.cols * size;
+#if PRUNUS_X86
+                if (isa >= kAmx && job.tokens > kFewTokens && act_kind == kBf16) {
+                    const int64_t memory =
+                        describe_matrix(job, matrices[i], threads, t_inputs[i]);
+                    for_parts(threads, panels::blocks_of(matrices[i]), [&](int64_t block) {
+                        lay_out_matrix(job, reinterpret_cast<const uint16_t*>(from), block,
+                                       t_scratch);
+                    });
+                    tasks[i] = {&job, lines, multiply_many, nullptr, memory};
+                    continue;
+                }
+#endif
                 for (int k = 0; k < job.class_count; ++k)
                     job.classes[k].zero = one ? 1 << (lines.header->widths[k] - 1) : 128;
-                choice.lay_out(job, static_cast<const uint8_t*>(x) + token * job.cols * size,
-                               job.out_kind, t_inputs[i]);
+                choice.lay_out(job, from, job.out_kind, t_inputs[i]);
                 if (one) lay_out_lanes(job, t_inputs[i]);
                 const int64_t memory =
                     one ? (job.blocks + 1) * kTileRows * kLanes * 4 : unpacked_bytes(job);

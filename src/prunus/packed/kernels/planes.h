@@ -68,6 +68,7 @@ struct Planes {
     void* out;         // (tokens, rows), or (rows, cols) for an expansion
     Kind out_kind;
     const float* steps_float;  // (cols), for expansions only
+    const Job* matrix;         // the same product as one of matrices, where tiles compute it
 
     // --- memory of a thread ---
     int64_t buffer_bytes, row_bytes, tiles_at_once;

@@ -28,6 +28,28 @@ inline void take_rows(void* data) {
     }
 }
 
+// Calls fn(part) for every part, on up to `threads` threads, which take the parts one by one.
+template <typename Fn>
+inline void for_parts(int threads, int64_t parts, const Fn& fn) {
+    struct Loop {
+        const Fn& fn;
+        int64_t parts;
+        std::atomic<int64_t> next{0};
+    } loop{fn, parts};
+    const auto take = [](void* data) {
+        Loop& shared = *static_cast<Loop*>(data);
+        for (int64_t part;
+             (part = shared.next.fetch_add(1, std::memory_order_relaxed)) < shared.parts;)
+            shared.fn(part);
+    };
+    const GompParallel parallel = g_parallel.load(std::memory_order_relaxed);
+    threads = int(threads < parts ? threads : parts);
+    if (!parallel || threads <= 1)
+        take(&loop);
+    else
+        parallel(take, &loop, unsigned(threads), 0);
+}
+
 inline void run(Job& job, int threads, int64_t bytes_per_row, Scratch& scratch) {
     // A long chunk lets the hardware prefetch run ahead. With several token blocks a chunk must
     // also stay in the cache.
