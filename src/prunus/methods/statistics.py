@@ -48,6 +48,7 @@ class StatisticsSpec:
             that know the dense inputs of some batches only, and keeps the Gram of these apart.
         hold_out: also keep the sums over held-out tokens apart.
         reference_order: sum the Gram in the order of SparseGPT's code, to reproduce its masks.
+        rounded: wide inputs may be rounded to bfloat16 for the Gram, where that is faster.
         distributed: other ranks see the rest of the batches; see `InputStatistics.complete`.
     """
 
@@ -56,6 +57,7 @@ class StatisticsSpec:
     drift: Drift = "none"
     hold_out: bool = False
     reference_order: bool = False
+    rounded: bool = False
     distributed: bool = False
 
     def __post_init__(self) -> None:
@@ -151,8 +153,6 @@ class InputStatistics:
     @torch.no_grad()
     def add(self, X_TI: Tensor, dense_TI: Tensor | None = None, held_out: bool = False) -> None:
         """Add one batch of inputs, in any float dtype; sums are in float32.
-
-        Where the processor multiplies bfloat16, wide inputs are rounded to it for the Gram.
         `dense_TI` has the inputs in the dense model where they are known, and is used for `drift`.
         Tokens that are `held_out` are added to the held-out sums too.
         """
@@ -176,7 +176,8 @@ class InputStatistics:
         if self.gram_II is not None:
             belongs = ((self.held_gram_II, held_out), (self.drift_gram_II, dense_TI is not None))
             shares = [share for share, here in belongs if share is not None and here]
-            _add_gram([self.gram_II, *shares], X_TI)
+            rounded = self.spec.rounded and self.in_features >= _SYMMETRIC_FROM
+            _add_gram([self.gram_II, *shares], X_TI, rounded)
         if self.drift_II is not None and dense_TI is not None:
             part_II = _drift_product(X_TI, dense_TI)
             self.drift_II += part_II
@@ -251,15 +252,17 @@ def _feature_sums(X_TI: Tensor, *, squares: bool, means: bool) -> Tensor:
     return sums_2I
 
 
-def _add_gram(sums_II: Sequence[Tensor], X_TI: Tensor) -> None:
-    """Add XᵀX of one batch to every matrix of `sums_II`, in place."""
+def _add_gram(sums_II: Sequence[Tensor], X_TI: Tensor, rounded: bool) -> None:
+    """Add XᵀX of one batch to every matrix of `sums_II`, in place.
+
+    Rounding an input by at most 2⁻⁹ of it changes the sums a thousand times less than the choice of
+    the tokens does, because the errors of tokens are independent.
+    """
     first_II, *others = sums_II
     # The product is computed once and added to every sum that these tokens belong to.
     part_II = torch.zeros_like(first_II) if others else first_II
-    # Rounding an input by at most 2⁻⁹ of it changes the sums a thousand times less than the choice
-    # of the tokens does, because the errors of tokens are independent.
-    rounded = X_TI.dtype == torch.bfloat16 or len(first_II) >= _SYMMETRIC_FROM
-    compiled = kernels.load() if X_TI.is_cpu and rounded else None
+    fits = rounded or X_TI.dtype == torch.bfloat16
+    compiled = kernels.load() if X_TI.is_cpu and fits else None
     if compiled is not None and compiled.has_bfloat16:
         compiled.add_gram(part_II, X_TI.bfloat16())
     else:

@@ -270,6 +270,7 @@ class BlockPruner:
             drift=drift if job.uses_dense_target(in_features) else "none",
             hold_out=method.needs_held_out,
             reference_order=job.reference_order,
+            rounded=self.finish is not None,  # masks would show it, and integers do not
             distributed=self.ranks.size > 1,
         )
         return InputStatistics(in_features, spec, job.device)
