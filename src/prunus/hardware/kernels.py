@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 #: The version of `kernels.h` that the Python code describes.
-ABI = 9
+ABI = 10
 BAD_ARGUMENT = 1
 # What the numbers mean that the functions return.
 _FAULTS = {
@@ -66,6 +66,17 @@ class Library:
         threads, at = torch.get_num_threads(), (X_TI.data_ptr(), gram_II.data_ptr())
         check_fault(self.library.prunus_add_gram(self.isa, threads, *X_TI.shape, *at))
 
+    def round_columns(
+        self, most: float, weight_CO: torch.Tensor, *others: torch.Tensor | None
+    ) -> None:
+        """Round a few columns of a sweep; `prunus_round_columns` in `kernels.h` says how.
+
+        `others` are factor, steps, shares, levels, errors and a mask or None; all are contiguous.
+        """
+        at = [None if each is None else each.data_ptr() for each in (weight_CO, *others)]
+        sizes = (torch.get_num_threads(), *weight_CO.shape, most)
+        check_fault(self.library.prunus_round_columns(self.isa, *sizes, *at))
+
 
 def load(isa: str | None = None) -> Library | None:
     """Open the kernels, or return None where there are none (`why_not` gives the reason).
@@ -104,6 +115,8 @@ def _load(isa: str) -> tuple[Library | None, str | None]:
     number, length, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
     library.prunus_set_runtime.argtypes, library.prunus_set_runtime.restype = [pointer], None
     library.prunus_add_gram.argtypes = [number, number, length, length, pointer, pointer]
+    sizes = [number, number, length, length, ctypes.c_float]
+    library.prunus_round_columns.argtypes = [*sizes, *[pointer] * 7]
     best = library.prunus_best_isa()
     chosen = best if isa == "best" else ISAS.index(isa)
     if chosen > best:

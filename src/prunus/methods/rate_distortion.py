@@ -46,6 +46,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunus.hardware import kernels
 from prunus.methods.solvers.obs import TILE, ordered_factor, sweep_columns
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import LinearQuantization, Pruned, Quantized, RowShard, Work
@@ -188,7 +189,19 @@ def _sweep(
         torch.sub(weight_IO[j], level_O.mul_(steps[j]), out=error_O)
         error_O.mul_(inverse_I[j])
 
-    sweep_columns(weight_IO, factor_II, _BLOCK, TILE, round_column)
+    def round_tile(tile: slice, error_TO: Tensor) -> None:
+        assert compiled is not None
+        factor_TT, keep_TO = factor_II[tile, tile].contiguous(), None
+        if keep_IO is not None:
+            keep_TO = keep_IO[tile].contiguous()
+        arrays = (factor_TT, steps_I[tile], shares_IV[tile], levels_IO[tile], error_TO, keep_TO)
+        compiled.round_columns(_MAX_SWEPT_LEVEL, weight_IO[tile], *arrays)
+
+    fits = weight_IO.is_cpu and weight_IO.is_contiguous()
+    compiled = kernels.load() if fits else None
+    shares_IV = shares_KV[classes_I]
+    finish_tile = None if compiled is None else round_tile
+    sweep_columns(weight_IO, factor_II, _BLOCK, TILE, round_column, finish_tile)
     return levels_IO
 
 

@@ -129,13 +129,15 @@ def sweep_columns(
     block: int,
     tile: int,
     finish: Callable[[int, Tensor], None],
+    finish_tile: Callable[[slice, Tensor], None] | None = None,
 ) -> None:
     """Finish one column after the other, and let all later columns correct the error of each.
 
     `weight_IO`, float32 with a column in each row, is corrected in place. The corrections of all
     columns after a `block` are one matrix product; columns of a `tile` are corrected one at a time.
     `finish` is called with j once column j is corrected for all columns before it. It writes (w_j −
-    ŵ_j) / U_jj (O,), where ŵ_j is what column j becomes, to its second argument.
+    ŵ_j) / U_jj (O,), where ŵ_j is what column j becomes, to its second argument. `finish_tile` does
+    so for all columns of a tile, which it also corrects, and replaces `finish` where it is given.
     """
     inputs = len(weight_IO)
     for start in range(0, inputs, block):
@@ -143,7 +145,9 @@ def sweep_columns(
         error_BO = torch.empty_like(weight_IO[start:stop])
         for first in range(start, stop, tile):
             last = min(first + tile, stop)
-            for j in range(first, last):
+            if finish_tile is not None:
+                finish_tile(slice(first, last), error_BO[first - start : last - start])
+            for j in range(first, last if finish_tile is None else first):
                 error_O = error_BO[j - start]
                 finish(j, error_O)
                 # The later columns change by U_jk · (w_j − ŵ_j) / U_jj.
