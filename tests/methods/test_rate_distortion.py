@@ -86,7 +86,11 @@ def entropy(levels_OI: Tensor) -> float:
 @pytest.mark.parametrize("code_of", [ideal_code, two_classes])
 @pytest.mark.parametrize("damping", [0.01, 0.3])
 @pytest.mark.parametrize("forced", [False, True])
-def test_integers_and_steps_are_those_of_the_slow_version(forced, damping, code_of):
+@pytest.mark.parametrize("isa", ["off", "portable", "best"])
+def test_integers_and_steps_are_those_of_the_slow_version(
+    forced, damping, code_of, isa, monkeypatch
+):
+    monkeypatch.setenv("PRUNUS_ISA", isa)
     weight_OI, X_TI = example(6, 20)
     X_TI[:, 3] = 0
     weight_OI[2, 5] = 300.0

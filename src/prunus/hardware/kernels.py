@@ -62,20 +62,12 @@ class Library:
 
         Products are exact. Sums are in float32, over 512 tokens at a time.
         """
-        X_TI = X_TI.contiguous()
-        threads, at = torch.get_num_threads(), (X_TI.data_ptr(), gram_II.data_ptr())
-        check_fault(self.library.prunus_add_gram(self.isa, threads, *X_TI.shape, *at))
+        self.call("prunus_add_gram", *X_TI.shape, X_TI.contiguous(), gram_II)
 
-    def round_columns(
-        self, most: float, weight_CO: torch.Tensor, *others: torch.Tensor | None
-    ) -> None:
-        """Round a few columns of a sweep; `prunus_round_columns` in `kernels.h` says how.
-
-        `others` are factor, steps, shares, levels, errors and a mask or None; all are contiguous.
-        """
-        at = [None if each is None else each.data_ptr() for each in (weight_CO, *others)]
-        sizes = (torch.get_num_threads(), *weight_CO.shape, most)
-        check_fault(self.library.prunus_round_columns(self.isa, *sizes, *at))
+    def call(self, name: str, *arguments: Any) -> None:
+        """Call a function of `kernels.h` on all threads. Contiguous tensors become addresses."""
+        given = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments]
+        check_fault(getattr(self.library, name)(self.isa, torch.get_num_threads(), *given))
 
 
 def load(isa: str | None = None) -> Library | None:

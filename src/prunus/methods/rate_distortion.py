@@ -16,10 +16,6 @@ of error over bits where
 
     step_j = Δ · U_jj                        (WaterSIC, arXiv 2603.04956).
 
-Inputs that are large and not predictable from the inputs after them get fine steps. The others get
-coarse steps, where most weights become 0. This is Wanda's idea, |w|·‖x‖, with correlations, levels
-and a rate.
-
 Rows differ too. Let s_i be how fast the loss of the model grows with the squared error of output i
 (`pruning/loss_sensitivity.py`). The loss grows by Σ_i s_i · error_i, so all rows have the same
 slope where scale_i ∝ s_i^-½. If Δ is the same for all linears of a model, the bits are spent where
@@ -191,15 +187,15 @@ def _sweep(
 
     def round_tile(tile: slice, error_TO: Tensor) -> None:
         assert compiled is not None
-        factor_TT, keep_TO = factor_II[tile, tile].contiguous(), None
-        if keep_IO is not None:
-            keep_TO = keep_IO[tile].contiguous()
-        arrays = (factor_TT, steps_I[tile], shares_IV[tile], levels_IO[tile], error_TO, keep_TO)
-        compiled.round_columns(_MAX_SWEPT_LEVEL, weight_IO[tile], *arrays)
+        arrays = [x[tile] for x in (steps_I, shares_IV, levels_IO)]
+        arrays += [error_TO, None if keep_IO is None else keep_IO[tile]]
+        sizes = (*error_TO.shape, float(_MAX_SWEPT_LEVEL))
+        factor_TT = factor_II[tile, tile].contiguous()
+        compiled.call("prunus_round_columns", *sizes, weight_IO[tile], factor_TT, *arrays)
 
-    fits = weight_IO.is_cpu and weight_IO.is_contiguous()
-    compiled = kernels.load() if fits else None
-    shares_IV = shares_KV[classes_I]
+    compiled = kernels.load() if weight_IO.is_cpu else None
+    weight_IO, shares_IV = weight_IO.contiguous(), shares_KV[classes_I]
+    keep_IO = None if keep_IO is None else keep_IO.contiguous()
     finish_tile = None if compiled is None else round_tile
     sweep_columns(weight_IO, factor_II, _BLOCK, TILE, round_column, finish_tile)
     return levels_IO

@@ -66,21 +66,11 @@ class Kernels(Library):
         scale: those that one lane of a vector adds up in four groups of a class.
         """
         shape, described = x.shape, describe(weight, prepared)
-        planes = isinstance(weight, QuantizedWeight)
-        function = self.library.prunus_plane_linear if planes else self.library.prunus_linear
+        name = "prunus_plane_linear" if isinstance(weight, QuantizedWeight) else "prunus_linear"
         # torch parses separate numbers in half the time of a shape.
         out = torch.empty(*shape[:-1], weight.shape[0], dtype=x.dtype)
-        fault = function(
-            self.isa,
-            torch.get_num_threads(),
-            ctypes.byref(described),
-            x.numel() // shape[-1],
-            KINDS[x.dtype],
-            x.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            out.data_ptr(),
-        )
-        check_fault(fault)
+        tokens, kind = x.numel() // shape[-1], KINDS[x.dtype]
+        self.call(name, ctypes.byref(described), tokens, kind, x, bias, out)
         return out
 
     def max_tokens(self, weight: Packed, x_dtype: torch.dtype) -> int:
@@ -97,10 +87,9 @@ class Kernels(Library):
 
         `out` of a bitmap has the dtype of its entries, or bfloat16 or float16 for int8 values.
         """
-        planes, threads = isinstance(weight, QuantizedWeight), torch.get_num_threads()
-        function = self.library.prunus_plane_expand if planes else self.library.prunus_expand
-        described = ctypes.byref(describe(weight, prepared))
-        check_fault(function(self.isa, threads, described, KINDS[out.dtype], out.data_ptr()))
+        name = "prunus_plane_expand" if isinstance(weight, QuantizedWeight) else "prunus_expand"
+        described = describe(weight, prepared)
+        self.call(name, ctypes.byref(described), KINDS[out.dtype], out)
 
     def expand_rows(
         self, weight: Packed, prepared: torch.Tensor | None, rows: torch.Tensor, out: torch.Tensor
@@ -165,16 +154,8 @@ class Kernels(Library):
         `prunus_block`. The last positions of keys and values are written.
         """
         out = torch.empty_like(x)
-        fault = self.library.prunus_block(
-            self.isa,
-            torch.get_num_threads(),
-            KINDS[x.dtype],
-            ctypes.byref(block),
-            ctypes.byref(tokens),
-            x.data_ptr(),
-            out.data_ptr(),
-        )
-        check_fault(fault)
+        at = ctypes.byref(block), ctypes.byref(tokens)
+        self.call("prunus_block", KINDS[x.dtype], *at, x, out)
         return out
 
 
