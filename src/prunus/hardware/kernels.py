@@ -107,8 +107,8 @@ def _load(isa: str) -> tuple[Library | None, str | None]:
     number, length, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
     library.prunus_set_runtime.argtypes, library.prunus_set_runtime.restype = [pointer], None
     library.prunus_add_gram.argtypes = [number, number, length, length, pointer, pointer]
-    sizes = [number, number, length, length, ctypes.c_float]
-    library.prunus_round_columns.argtypes = [*sizes, *[pointer] * 7]
+    sizes = (number, number, length, length, ctypes.c_float)
+    library.prunus_round_columns.argtypes = [*sizes, *(pointer,) * 7]
     best = library.prunus_best_isa()
     chosen = best if isa == "best" else ISAS.index(isa)
     if chosen > best:

@@ -187,11 +187,11 @@ def _sweep(
 
     def round_tile(tile: slice, error_TO: Tensor) -> None:
         assert compiled is not None
-        arrays = [x[tile] for x in (steps_I, shares_IV, levels_IO)]
-        arrays += [error_TO, None if keep_IO is None else keep_IO[tile]]
+        arrays = (steps_I[tile], shares_IV[tile], levels_IO[tile], error_TO)
+        keep_TO = None if keep_IO is None else keep_IO[tile]
         sizes = (*error_TO.shape, float(_MAX_SWEPT_LEVEL))
         factor_TT = factor_II[tile, tile].contiguous()
-        compiled.call("prunus_round_columns", *sizes, weight_IO[tile], factor_TT, *arrays)
+        compiled.call("prunus_round_columns", *sizes, weight_IO[tile], factor_TT, *arrays, keep_TO)
 
     compiled = kernels.load() if weight_IO.is_cpu else None
     weight_IO, shares_IV = weight_IO.contiguous(), shares_KV[classes_I]
