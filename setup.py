@@ -35,7 +35,9 @@ setup(
     ext_modules=[
         Extension(
             "prunus.hardware._kernels",
-            sources=[f"{KERNELS}/{name}.cpp" for name in ("kernels", "block", "planes", "gram", "sweep")],
+            sources=[
+                f"{KERNELS}/{name}.cpp" for name in ("kernels", "block", "planes", "gram", "sweep")
+            ],
             depends=sorted(str(header) for header in Path(KERNELS).glob("*.h")),
             language="c++",
             extra_compile_args=["-O3", "-std=c++17", "-g0"],

@@ -108,7 +108,7 @@ def drawn(browser: Any, path: Path, width: int, scheme: str) -> Iterator[Opened]
         charts, boxes = opened.page.evaluate(
             "['.chart .main-svg', '.chart'].map(name => document.querySelectorAll(name).length)"
         )
-        assert boxes >= 2
+        assert boxes >= 3
         assert charts >= boxes
         wide = opened.page.evaluate("document.documentElement.scrollWidth")
         assert wide <= width

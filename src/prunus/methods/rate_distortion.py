@@ -187,14 +187,14 @@ def _sweep(
 
     def round_tile(tile: slice, error_TO: Tensor) -> None:
         assert compiled is not None
-        arrays = (steps_I[tile], shares_IV[tile], levels_IO[tile], error_TO)
+        arrays = (steps_I[tile], shares_KV[classes_I[tile]], levels_IO[tile], error_TO)
         keep_TO = None if keep_IO is None else keep_IO[tile]
         sizes = (*error_TO.shape, float(_MAX_SWEPT_LEVEL))
         factor_TT = factor_II[tile, tile].contiguous()
         compiled.call("prunus_round_columns", *sizes, weight_IO[tile], factor_TT, *arrays, keep_TO)
 
     compiled = kernels.load() if weight_IO.is_cpu else None
-    weight_IO, shares_IV = weight_IO.contiguous(), shares_KV[classes_I]
+    weight_IO = weight_IO.contiguous()
     keep_IO = None if keep_IO is None else keep_IO.contiguous()
     finish_tile = None if compiled is None else round_tile
     sweep_columns(weight_IO, factor_II, _BLOCK, TILE, round_column, finish_tile)

@@ -136,8 +136,8 @@ def sweep_columns(
     `weight_IO`, float32 with a column in each row, is corrected in place. The corrections of all
     columns after a `block` are one matrix product; columns of a `tile` are corrected one at a time.
     `finish` is called with j once column j is corrected for all columns before it. It writes (w_j −
-    ŵ_j) / U_jj (O,), where ŵ_j is what column j becomes, to its second argument. `finish_tile` does
-    so for all columns of a tile, which it also corrects, and replaces `finish` where it is given.
+    ŵ_j) / U_jj (O,), where ŵ_j is what column j becomes, to its second argument. `finish_tile`
+    does so for all columns of a tile, which it also corrects. It replaces `finish` where given.
     """
     inputs = len(weight_IO)
     for start in range(0, inputs, block):

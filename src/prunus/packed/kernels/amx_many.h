@@ -67,8 +67,7 @@ PRUNUS_AMX_TARGET void multiply_panels(const Job& job, const Turn& turn, const u
 // The number of panels that are multiplied before the next ones are filled: each block of tokens is
 // read once for all of them. It leaves every thread several rounds.
 inline int64_t panels_at_once(const Job& job, int threads) {
-    const int64_t blocks =
-        (job.tokens + kRows - 1) / kRows;  // with few, panels had better stay in the cache
+    const int64_t blocks = blocks_of(job);  // with few, panels had better stay in the cache
     const int64_t panels =
         std::min({kMostPanels, blocks, job.rows / (kRows * 4 * std::max(threads, 1))});
     return std::max<int64_t>(panels & ~int64_t(1), 2);
@@ -76,7 +75,7 @@ inline int64_t panels_at_once(const Job& job, int threads) {
 
 // Bytes of one thread's panels and sums.
 inline int64_t many_bytes(const Job& job, int64_t panels) {
-    const int64_t blocks = (job.tokens + kRows - 1) / kRows;
+    const int64_t blocks = blocks_of(job);
     return panels *
            (2 * job.segments * kTileBytes + blocks * kRows * kRows * int64_t(sizeof(float)));
 }
@@ -85,7 +84,7 @@ inline int64_t many_bytes(const Job& job, int64_t panels) {
 template <typename Fill>
 PRUNUS_AMX_TARGET PRUNUS_INLINE void multiply_rows(const Job& job, int64_t begin, int64_t end,
                                                    const Fill& fill) {
-    const int64_t blocks = (job.tokens + kRows - 1) / kRows, tiles = 2 * job.segments,
+    const int64_t blocks = blocks_of(job), tiles = 2 * job.segments,
                   size = tiles * kTileBytes;
     const int64_t panel_sums = blocks * kRows * kRows;
     float* const all_sums = reinterpret_cast<float*>(job.panels + job.rows_at_once / kRows * size);

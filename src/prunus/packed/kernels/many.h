@@ -57,7 +57,7 @@ PRUNUS_TARGET void multiply_panel(const Job& job, int64_t row, int64_t end, int6
 
 template <Fill fill>
 PRUNUS_TARGET void rows(const Job& job, int64_t begin, int64_t end) {
-    const int64_t blocks = (job.tokens + kRows - 1) / kRows,
+    const int64_t blocks = blocks_of(job),
                   panel_size = 2 * job.segments * kTileBytes;
     for (int64_t row = begin; row < end; row += kRowsAtOnce) {
         for (int64_t first = row, panel = 0; first < row + kRowsAtOnce && first < end;

@@ -1,9 +1,9 @@
 // Layered bit planes times many tokens, with tile registers.
 //
 // Integers of eight bits are exact in bfloat16, so panels hold the integers themselves. Activations
-// are x · step, rounded to bfloat16, and the scale of a row multiplies its finished sum. Rounding to
-// int8 with a scale per lane, as products of a few tokens do, would end a tile product after every
-// 16 columns.
+// are x · step, rounded to bfloat16, and the scale of a row multiplies its finished sum. Rounding
+// to int8 with a scale per lane, as products of a few tokens do, would end a tile product after
+// every 16 columns.
 #pragma once
 
 #include "amx_many.h"
