@@ -217,6 +217,8 @@ def install() -> None:
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+    # A device trains in bfloat16. A processor does so only if it multiplies bfloat16 natively.
+    torch.cpu._is_avx512_bf16_supported = lambda: True
     for kind in ("flash", "mem_efficient", "cudnn"):
         getattr(torch.backends.cuda, f"enable_{kind}_sdp")(False)
     _mend_copies_of_storage(torch)

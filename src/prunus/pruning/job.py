@@ -182,9 +182,13 @@ class PruningJob(RunJob):
 
 
 def training_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a training's matrix products: bfloat16 where that is native, else float32."""
+    """The dtype of a training's matrix products: bfloat16 where that is native, else float32.
+
+    In a run with 16 bits it is bfloat16 everywhere: activations and masks have 16 bits, which not
+    all modules multiply by float32 weights, and gradients exceed the range of float16.
+    """
     fast = device.type == "cuda" or native_bfloat16()
-    return torch.bfloat16 if fast and dtype != torch.float16 else torch.float32
+    return torch.bfloat16 if fast or dtype.itemsize == 2 else torch.float32
 
 
 class LinearSelection(NamedTuple):

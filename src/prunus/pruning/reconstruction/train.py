@@ -28,7 +28,6 @@ import torch
 from torch import nn
 
 from prunus.distributed import SINGLE_PROCESS, Ranks
-from prunus.hardware.numerics import tf32_products
 from prunus.pruning.reconstruction.cached_suffix import ALL_TOKENS
 from prunus.pruning.reconstruction.output_loss import OutputLoss, relative_error
 from prunus.pruning.reconstruction.trained_weights import (
@@ -122,11 +121,7 @@ def train_block(
     # A block in bfloat16 computes as the run does, in bfloat16. Any other one computes in float32,
     # so that only its matrix products are cast.
     native = all(p.dtype == options.dtype for p in block.parameters() if p.is_floating_point())
-    # On a CUDA device only blocks in float16 are trained in float32. TF32 has the range of float32
-    # and the precision of float16, so their products may be rounded to it.
-    on_cuda = next(block.parameters()).device.type == "cuda"
     with (
-        tf32_products(on_cuda),
         contextlib.nullcontext() if native else in_float32(block),
         trainable(block, masks) as weights,
     ):
