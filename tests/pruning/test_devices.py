@@ -76,7 +76,7 @@ def test_every_method_gives_what_the_processor_gives(name, dense, tmp_path):
         ("gemma3_text", {"pattern": "2:4", "reconstruct": "last"}),
         ("mixtral", {"pattern": "2:4", "reconstruct": "all", "batch": 1}),
         ("deepseek_v3", {"method": "alps", "dense_weight": 0.25}),
-        ("opt", {"reconstruct": "all", "batch": 1, "dtype": "float16"}),
+        ("opt", {"dtype": "bfloat16"}),
         ("bloom", {"refine": "swaps"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -1,15 +1,22 @@
 """A whole run gives the masks of the original code."""
 
+import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import prunus
 from golden import CASES, agreement
 
+#: Linear by linear, these are compared more closely in test_methods_golden.py.
+SLOW = ("sparsegpt_2of4", "ablate_mag_iter_2of4", "ablate_wanda_iter_unstructured")
+MARKS = dict.fromkeys(SLOW, pytest.mark.slow)
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.file)
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, id=c.file, marks=MARKS.get(c.file, ())) for c in CASES]
+)
 def test_masks_and_norms_are_the_originals(case, golden, tmp_path):
     prunus.prune(
         golden,
@@ -23,8 +30,7 @@ def test_masks_and_norms_are_the_originals(case, golden, tmp_path):
     )
     weights: dict[str, torch.Tensor] = {}
     for shard in (tmp_path / "out").glob("*.safetensors"):
-        with safe_open(shard, "pt") as file:
-            weights |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        weights |= load_file(shard)
     result = agreement(golden, case, weights)
     assert len(result) == 14
     for name, (bits, norm) in result.items():
@@ -33,11 +39,8 @@ def test_masks_and_norms_are_the_originals(case, golden, tmp_path):
 
 
 def test_the_pruned_stack_computes_what_the_originals_does(golden):
-    import numpy as np
-
     model = AutoModelForCausalLM.from_pretrained(golden, dtype=torch.float32)
-    with safe_open(golden / "calibration.safetensors", "pt") as file:
-        ids = file.get_tensor("input_ids").long()
+    ids = load_file(golden / "calibration.safetensors")["input_ids"].long()
     prunus.prune(model, calibration=ids, propagate="block", dtype="float32")
     with torch.no_grad():
         last = model.model(ids).last_hidden_state

@@ -84,3 +84,13 @@ def test_balanced_reconstructs_the_last_block_alone_on_the_windows_of_the_dense_
         ]
         assert errors[0] == errors[1], "no earlier block changes"
     check_same_bytes_resumed_and_replayed(dense, tmp_path, monkeypatch, options)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_runs_with_16_bits_train_on_processors_without_bfloat16(dtype, tmp_path, monkeypatch):
+    """A LayerNorm returns the dtype of its input, which float32 weights would refuse."""
+    monkeypatch.setattr("prunus.pruning.job.native_bfloat16", lambda: False)
+    options = {"calibration": token_ids(), "dtype": dtype, "reconstruct": "all", "batch": 1}
+    dense = tiny_checkpoint(tmp_path / "dense", "gpt_neo", torch.float16)
+    for block in prunus.prune(dense, tmp_path / "out", **options).blocks:
+        assert block.reconstruction.error_after < block.reconstruction.error_before

@@ -2,7 +2,8 @@
 
 python kill_points.py DENSE SCRATCH [OPTIONS [before]]
 
-OPTIONS is a JSON object with options of `prune`. With `before`, runs die before a rename only.
+OPTIONS is a JSON object with options of `prune`. With `before`, runs die before every
+second rename only.
 It prints one JSON line: the results of `kill_everywhere`.
 """
 
@@ -96,7 +97,7 @@ def main() -> None:
     verb = prunus.compress if "bits" in options else prunus.prune
     given = {"calibration": torch.arange(96).reshape(6, 16) % 120, "batch": 2, "dtype": "float32"}
     # The moment after a rename is like the moment before the next one: every third is enough.
-    ways = [(False, 1), (True, 3)][: 1 if sys.argv[4:] == ["before"] else 2]
+    ways = [(False, 2)] if sys.argv[4:] == ["before"] else [(False, 1), (True, 3)]
     results = []
     for after, step in ways:
         places = ((number, after) for number in itertools.count(0, step))

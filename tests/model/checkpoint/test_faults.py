@@ -31,9 +31,9 @@ NO_SPACE = re.compile(
 )
 VERBS = ["prune", "pack", "recover-masked", "sweep"]
 #: Pruning and recovery also die at each of their renames, in their own tests.
-KILLS = {"prune": 10, "pack": 18, "recover-masked": 6, "sweep": 4}
+KILLS = {"prune": 6, "pack": 10, "recover-masked": 4, "sweep": 3}
 if importlib.util.find_spec("gguf") and importlib.util.find_spec("accelerate"):
-    KILLS["import"] = 10
+    KILLS["import"] = 6
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def material(tmp_path_factory) -> tuple[Path, Path, Path, Path]:
 def test_runs_killed_at_random_moments_end_in_the_same_bytes(every, material, tmp_path):
     kills, (dense, pruned, *_) = KILLS, material
     if every:
-        kills = {verb: 2 * count for verb, count in KILLS.items()}
+        kills = {verb: 4 * count for verb, count in KILLS.items()}
         kills |= dict.fromkeys(verbs(*material).keys() - KILLS.keys() - {"import"}, 8)
         pack(pruned, dense.with_name(PACKED))
         prunus.compress(dense, dense.with_name(COMPRESSED), 4, calibration=token_ids())
@@ -63,7 +63,7 @@ def test_runs_killed_at_random_moments_end_in_the_same_bytes(every, material, tm
     results = run_script("random_kills.py", *material, tmp_path, 2026, *wanted, timeout=850)
     fallen = Counter(result["verb"] for result in results)
     print(dict(fallen))
-    assert sum(fallen.values()) >= 36, fallen
+    assert sum(fallen.values()) >= 20, fallen
     assert all(fallen[verb] >= 0.5 * count for verb, count in kills.items()), fallen
     for result in results:
         assert result["audit"] == [], result
