@@ -111,7 +111,7 @@ def test_every_pair_of_bits_and_raw_bits(isa):
             codes = (PlaneCode(raw, (bits,)), PlaneCode(raw, (bits, bits)))
             levels, weight = random_weight(5, 700, codes, 2, 1 << (raw + bits), bits * 4 + raw)
             widths |= {*check_weight(isa, levels, weight, 1, torch.float32, False)}
-    assert widths >= {4, 5, 7, 8}
+    assert isa == "avx2" or widths >= {4, 5, 7, 8}, "with AVX2 exceptions cost more than eight bits"
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -21,10 +21,6 @@ namespace prunus::planes {
 
 constexpr int kMaxWidth = 8;
 constexpr int64_t kTileRows = 8, kLineBytes = kSegment;
-// What an exception costs in a product, in bytes that are read meanwhile: its own two, and about
-// four processor cycles. Products of Qwen2.5-Coder-1.5B at 2.8 bits take as long with 16 as with 8,
-// and 15 to 20 % longer with 3.
-constexpr int64_t kExceptionPrice = 8;
 // The largest difference that one exception holds.
 constexpr int kMostDifference = 16;
 
@@ -214,7 +210,7 @@ inline int64_t choose_widths(const Planes& job, Scratch& scratch, uint8_t* width
                 needed += count * exceptions_of(level + (1 << (width - 1)), width);
             }
             const int64_t price =
-                groups * width * kLineBytes / kTileRows + needed * kExceptionPrice;
+                groups * width * kLineBytes / kTileRows + needed * Isa::kExceptionPrice;
             if (best >= 0 && price >= best) continue;
             best = price;
             fewest = needed;

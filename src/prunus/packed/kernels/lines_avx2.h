@@ -73,6 +73,7 @@ PRUNUS_TARGET_AVX2 PRUNUS_INLINE_AVX2 __m256i add_products(__m256i sum, __m256i 
 template <int width>
 PRUNUS_TARGET_AVX2 void multiply(const Planes& job, const Class& c, const uint8_t* lines,
                                  const TileSums& tile) {
+    constexpr int64_t kAhead = 1 << 14;
     const int8_t* x = job.x + c.first_block * kBlock;
     const float* scales = job.x_scales + c.first_block * kLanes;
     const int32_t* excess = job.excess + c.first_block * kLanes;
@@ -89,6 +90,9 @@ PRUNUS_TARGET_AVX2 void multiply(const Planes& job, const Class& c, const uint8_
 #undef PRUNUS_ZERO
             for (int64_t group = 0; group < groups; ++group) {
                 const uint8_t* const from = lines + group * width * kLineBytes + half;
+                if (!lane)
+                    PRUNUS_UNROLL for (int line = 0; line < width; ++line) __builtin_prefetch(
+                        from + kAhead + line * kLineBytes);
                 const __m256i activation = load(x + group * kSegment + half);
 #define PRUNUS_DOT(row) \
     dot##row = add_products<width>(dot##row, value_of<width, row>(from), activation);

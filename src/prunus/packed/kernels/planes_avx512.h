@@ -225,6 +225,8 @@ PRUNUS_TARGET_PLANES void multiply_rows(const Planes& job, int64_t row, int64_t 
 }
 
 struct Avx512 {
+    static constexpr int64_t kExceptionPrice = Portable::kExceptionPrice;
+
     static int base(const Class& c) {
         constexpr int bases[] = {PRUNUS_TOPS(top_base)};
         return bases[which_top(c)];
