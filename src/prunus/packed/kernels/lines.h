@@ -21,6 +21,8 @@ namespace prunus::planes {
 
 constexpr int kMaxWidth = 8;
 constexpr int64_t kTileRows = 8, kLineBytes = kSegment;
+// How far in front of a product its lines are prefetched, in bytes.
+constexpr int64_t kAhead = 1 << 14;
 // The largest difference that one exception holds.
 constexpr int kMostDifference = 16;
 

@@ -73,7 +73,6 @@ PRUNUS_TARGET_AVX2 PRUNUS_INLINE_AVX2 __m256i add_products(__m256i sum, __m256i 
 template <int width>
 PRUNUS_TARGET_AVX2 void multiply(const Planes& job, const Class& c, const uint8_t* lines,
                                  const TileSums& tile) {
-    constexpr int64_t kAhead = 1 << 14;
     const int8_t* x = job.x + c.first_block * kBlock;
     const float* scales = job.x_scales + c.first_block * kLanes;
     const int32_t* excess = job.excess + c.first_block * kLanes;

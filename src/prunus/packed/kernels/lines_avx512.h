@@ -62,7 +62,6 @@ PRUNUS_TARGET_LINES void unpack(int64_t groups, const uint8_t* lines, uint8_t* t
 template <int width>
 PRUNUS_TARGET_LINES void multiply(const Planes& job, const Class& c, const uint8_t* lines,
                                   const TileSums& tile) {
-    constexpr int64_t kAhead = 1 << 14;
     const int8_t* x = job.x + c.first_block * kBlock;
     const float* scales = job.x_scales + c.first_block * kLanes;
     const int32_t* excess = job.excess + c.first_block * kLanes;

@@ -76,8 +76,8 @@ int32_t* lanes_in(uint8_t* memory) {
     return reinterpret_cast<int32_t*>(sums_in(memory) + kTileRows * kLanes);
 }
 
-// How far in front of a tile memory is read, and how much of it meanwhile.
-constexpr int64_t kAhead = 1 << 14, kLinesAhead = 24;
+// How many lines are prefetched while exceptions are added.
+constexpr int64_t kLinesAhead = 24;
 
 void begin_token(const Planes& job, uint8_t* memory) {
     int32_t* lanes = lanes_in(memory);
