@@ -4,10 +4,8 @@ Whole models are pruned as the original code does it, in two passes per block, w
 `reference.prune_two_pass`. Two properties of the original code explain the comparison:
 
 - Where a mask depends on weights that are already updated (SparseGPT, the "iterative" ablations),
-  rounding errors feed back into it. The original code with two threads agrees with itself with one
-  thread on only 94 % of the mask of block 1's down_proj (2:4). So such masks are compared linear by
-  linear, on the inputs that the original code had. After each comparison the linear gets the mask
-  of the original, and the update for that mask.
+  rounding errors feed back into it. So such masks are compared linear by linear, and then the
+  linear gets the mask of the original, and the update for that mask.
 - The ablations of the original weight the squared norms of the k-th window by 2/k instead of
   equally. That is a bug, which prunus repeats under `--propagate block` only. The comparison uses
   norms that are weighted in the same way.

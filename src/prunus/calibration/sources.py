@@ -187,9 +187,7 @@ class _Corpus(TextSource):
 class _AsChats(Sequence[Any]):
     """Documents as chats, the last one first: a question of one sentence, the rest is the answer.
 
-    Nobody talks like that, but the tokens of the template, and the features of what follows them,
-    lower the loss on chats. Chats that the model writes lower it further; most models are pruned
-    in less time than that takes.
+    The tokens of the template, and the features of what follows them, lower the loss on chats.
     """
 
     def __init__(self, documents: Sequence[str]) -> None:

@@ -285,9 +285,7 @@ def write_json(content: Any) -> None:
 
 @contextlib.contextmanager
 def _reader(stream: TextIO | None = None) -> Iterator[TextIO]:
-    """Yield the stream for tables and text, and end quietly where its reader is gone.
-
-    It is standard output, or standard error with `--json -`.
+    """Yield standard output, or standard error with `--json -`, and end quietly if nobody reads it.
 
     The reader of a pipe may leave (`| head`), and a terminal may be closed. By then the work is
     done and JSON is written, so this is no error. All later output is dropped.

@@ -36,6 +36,7 @@ from torch.nn import functional
 from prunus.calibration.windows import check_ids
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.evaluation.records import Divergence
+from prunus.hardware.numerics import fast_linears
 
 #: Rows of logits (one per token) that are in float32 at the same time. A whole window of 2048
 #: tokens and a vocabulary of 128,000 would take 1 GB in float32.
@@ -189,6 +190,7 @@ def score_windows(
             progress(sum(done) // len(done), of)
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(fast_linears())
         windows = [
             stack.enter_context(
                 contextlib.closing(
@@ -291,11 +293,7 @@ def _over_windows(means: Sequence[float]) -> tuple[float, float | None]:
 
 
 def _quantile(values: torch.Tensor, share: float) -> float:
-    """A quantile with linear interpolation, as in numpy. `torch.quantile` takes 2^24 values.
-
-    >>> _quantile(torch.tensor([4.0, 1.0, 2.0]), 0.75)
-    3.0
-    """
+    """A quantile with linear interpolation, as in numpy. `torch.quantile` takes 2^24 values."""
     ordered = values.sort().values
     position = share * (len(ordered) - 1)
     below = math.floor(position)

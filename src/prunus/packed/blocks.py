@@ -129,11 +129,7 @@ class _OtherBlockError(Exception):
 
 
 class _Plan:
-    """A block as the kernel reads it, and what must not change as long as it is used.
-
-    Raises:
-        _OtherBlockError: see there.
-    """
+    """A block as the kernel reads it, and what must not change as long as it is used."""
 
     def __init__(self, block: Any, form: int, dtype: torch.dtype, has_dense: bool) -> None:
         self.dtype, self._has_dense = dtype, has_dense

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from prunus.hardware.numerics import linear
 from prunus.packed.forms import expand, expand_rows
 from prunus.packed.kernels import library as kernels
 from prunus.packed.weight import Packed, PlaneCode, from_tensors, layout_of, named_tensors
@@ -110,7 +111,8 @@ def run_packed(
         or not 0 < x.numel() <= compiled.max_tokens(packed, x.dtype) * packed.shape[1]
         or (bias is not None and bias.dtype != x.dtype)
     ):
-        return functional.linear(x, _expand_for_now(packed, x.dtype, prepared), bias)
+        product = functional.linear if _reference else linear
+        return product(x, _expand_for_now(packed, x.dtype, prepared), bias)
     return compiled.linear(x if x.is_contiguous() else x.contiguous(), packed, prepared, bias)
 
 

@@ -59,10 +59,6 @@ def _loss_curves(job: PruningJob, ids: torch.Tensor) -> dict[str, list[tuple[flo
 
 
 def _interpolated(curve: list[float], place: float) -> float:
-    """The loss at a sparsity between two points of a curve.
-
-    >>> round(_interpolated([0.0, 2.0, 6.0], 1.5 * CURVE_STEP), 6)
-    4.0
-    """
+    """The loss at a sparsity between two points of a curve."""
     left = min(int(place / CURVE_STEP + 1e-9), len(curve) - 2)
     return curve[left] + (place / CURVE_STEP - left) * (curve[left + 1] - curve[left])

@@ -27,11 +27,7 @@ _RATES: dict[Mode, float] = {"lora": 1e-3, "masked": 0.77e-3, "full": 0.77e-3, "
 
 
 def _names(text: str) -> tuple[str, ...]:
-    """Names in a comma-separated list.
-
-    >>> _names("q_proj, v_proj")
-    ('q_proj', 'v_proj')
-    """
+    """Names in a comma-separated list."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 

@@ -51,9 +51,8 @@ class Step:
 def _is_stalled(held_out_losses: Sequence[float], patience: int) -> bool:
     """Whether the last `patience` losses are no better than the best one of the training before.
 
-    The first loss is that of the model before training and does not count. At its peak the rate
-    costs a well repaired model more than the steps win, and its decay wins that back. Such a
-    training improves all the time, but is better than the start only at its end.
+    The first loss, that before training, does not count: at its peak the rate costs a well repaired
+    model more than the steps win, and its decay wins that back.
 
     >>> _is_stalled([3.75, 3.83, 3.80, 3.77], patience=2), _is_stalled([3.75, 3.6, 3.7, 3.6], 2)
     (False, True)

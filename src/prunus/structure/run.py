@@ -122,11 +122,7 @@ def run(
 def _changes(
     before: dict[str, Any], after: dict[str, Any], path: str = ""
 ) -> dict[str, tuple[Any, Any]]:
-    """Field of config.json that changed -> its values before and after.
-
-    >>> _changes({"text": {"layers": 3}}, {"text": {"layers": 2}})
-    {'text.layers': (3, 2)}
-    """
+    """Field of config.json that changed -> its values before and after."""
     found: dict[str, tuple[Any, Any]] = {}
     for key, value in after.items():
         old = before.get(key)

@@ -181,9 +181,5 @@ def _cell_name(label: str, recipe: Recipe, base: Recipe) -> str:
 
 
 def _slug(text: str) -> str:
-    """A text as part of a file name: letters, digits, '.', '_' and '-', a letter or digit first.
-
-    >>> _slug("My Model (v2)")
-    'My_Model_v2_'
-    """
+    """A text as part of a file name: letters, digits, '.', '_' and '-', a letter or digit first."""
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text).lstrip("._-") or "model"

@@ -16,6 +16,7 @@ import torch
 
 from prunus.hardware import kernels
 from prunus.hardware.kernels import BAD_ARGUMENT, ISAS, Library, check_fault, why_not
+from prunus.hardware.numerics import native_bfloat16
 from prunus.packed.kernels.interface import DAMAGE, KINDS, OFFSETS, Block, Tokens, declare, describe
 from prunus.packed.weight import Packed, PackedWeight, QuantizedWeight
 
@@ -30,7 +31,8 @@ MAX_TOKENS_AS_MATRIX = 1024
 #: Up to this many tokens the product of a quantised weight is faster than expanding it and
 #: multiplying in bfloat16: without tile registers (1536 x 1536 at 2.8 bits, one core of an AMD
 #: EPYC, Zen 4), and with them (all linears of a 1.5B model, two cores of an Intel Xeon with AMX).
-MAX_PLANE_TOKENS, MAX_PLANE_TOKENS_IN_TILES = 256, 512
+#: Without instructions for bfloat16 it is always faster; the limit is that of its memory.
+MAX_PLANE_TOKENS, MAX_PLANE_TOKENS_IN_TILES, MAX_PLANE_TOKENS_WITHOUT = 256, 512, 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,8 @@ class Kernels(Library):
         """Return the number of tokens up to which `linear` is the fastest way."""
         if isinstance(weight, QuantizedWeight):
             in_tiles = ISAS[self.isa] == "amx" and x_dtype is torch.bfloat16
+            if not native_bfloat16():
+                return MAX_PLANE_TOKENS_WITHOUT
             return MAX_PLANE_TOKENS_IN_TILES if in_tiles else MAX_PLANE_TOKENS
         if self.has_bfloat16 and x_dtype is torch.bfloat16 and weight.dtype is not torch.float16:
             return MAX_TOKENS_AS_MATRIX

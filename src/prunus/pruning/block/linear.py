@@ -242,11 +242,7 @@ class _RowsOverRanks:
 
 
 def _merge_notes(by_rank: list[dict[str, Any]]) -> dict[str, Any]:
-    """Add up counts, keep the largest of other numbers, and keep the last of texts.
-
-    >>> _merge_notes([{"swaps": 2, "damping": 0.1}, {"swaps": 3, "damping": 0.2}])
-    {'swaps': 5, 'damping': 0.2}
-    """
+    """Add up counts, keep the largest of other numbers, and keep the last of texts."""
     merged: dict[str, Any] = {}
     for notes in by_rank:
         for key, value in notes.items():

@@ -260,10 +260,7 @@ def _interpolations(
 
     These are the middle, and the lowest point of the parabola through start, middle and end. It is
     rounded to eighths, so that ranks whose errors differ by rounding choose the same point.
-
-    Why: part of what few tokens teach is noise. Halving the step keeps half of the gain but only a
-    quarter of the noise's error, which grows with the square of the step. So a rate that is too
-    high for a block costs little, and two evaluations replace a search for the rate of each block.
+    Two evaluations replace a search for the rate; see docs/concepts/reconstruction.md.
     """
     # With f(0) = before, f(1/2) = middle and f(1) = after, the parabola's second derivative is
     # twice `curvature`, and its lowest point is at (3 before − 4 middle + after) / (2 curvature).
