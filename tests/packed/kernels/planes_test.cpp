@@ -282,7 +282,7 @@ int check_integers(int isa, Weight& w, int64_t tokens) {
 }
 
 void check_all_widths(int isa) {
-    const double spreads[] = {0, 0.3, 0.8, 1.6, 3, 6, 12, 22, 60};
+    const double spreads[] = {0, 0.3, 0.5, 0.8, 1.1, 1.6, 2.2, 3, 6, 12, 22, 60};
     for (bool one : {true, false}) {
         int widths = 0;
         for (int64_t rare : {100, 10000})
