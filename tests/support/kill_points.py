@@ -2,8 +2,7 @@
 
 python kill_points.py DENSE SCRATCH [OPTIONS [before]]
 
-OPTIONS is a JSON object with options of `prune`. With `before`, runs die before every second rename
-only.
+OPTIONS is a JSON object with options of `prune`. With `before`, they die before every second one.
 It prints one JSON line: the results of `kill_everywhere`.
 """
 
