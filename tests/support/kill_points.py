@@ -2,7 +2,7 @@
 
 python kill_points.py DENSE SCRATCH [OPTIONS [before]]
 
-OPTIONS is a JSON object with options of `prune`. With `before`, they die before every second one.
+OPTIONS is a JSON object with options of `prune`. With `before`, runs die at every second rename.
 It prints one JSON line: the results of `kill_everywhere`.
 """
 

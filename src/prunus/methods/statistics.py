@@ -255,8 +255,8 @@ def _feature_sums(X_TI: Tensor, *, squares: bool, means: bool) -> Tensor:
 def _add_gram(sums_II: Sequence[Tensor], X_TI: Tensor, rounded: bool) -> None:
     """Add XᵀX of one batch to every matrix of `sums_II`, in place.
 
-    Rounding an input by at most 2⁻⁹ of it changes the sums a thousand times less than the choice
-    of the tokens does, because the errors of tokens are independent.
+    Rounding an input by at most 2⁻⁹ of it changes the sums a thousand times less than the
+    choice of the tokens does, because the errors of tokens are independent.
     """
     first_II, *others = sums_II
     # The product is computed once and added to every sum that these tokens belong to.

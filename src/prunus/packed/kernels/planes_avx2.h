@@ -13,8 +13,8 @@ namespace prunus::planes {
 
 struct Avx2 : Portable {
     // Arithmetic takes longer than memory here. On one core of an AMD EPYC (Zen 3) the products of
-    // Qwen2.5-Coder-1.5B at 3 bits take 102, 91, 85 and 83 ms with 8, 16, 32 and 64, and their lines
-    // 651, 688, 721 and 756 MB, which more cores would wait for.
+    // Qwen2.5-Coder-1.5B at 3 bits take 102, 91, 85 and 83 ms with 8, 16, 32 and 64, and their
+    // lines 651, 688, 721 and 756 MB, which more cores would wait for.
     static constexpr int64_t kExceptionPrice = 16;
 
     // Bytes that are 1 << plane where the bit of their column is set.

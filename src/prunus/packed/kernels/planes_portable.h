@@ -23,9 +23,9 @@ constexpr Spread make_spread() {
 inline constexpr Spread kSpread = make_spread();
 
 struct Portable {
-    // What an exception costs in a product, in bytes that are read meanwhile: its own two, and about
-    // four processor cycles. Products of Qwen2.5-Coder-1.5B at 2.8 bits take as long with 16 as with
-    // 8 (AVX-512), and 15 to 20 % longer with 3.
+    // What an exception costs in a product, in bytes that are read meanwhile: its own two, and
+    // about four processor cycles. Products of Qwen2.5-Coder-1.5B at 2.8 bits take as long with 16
+    // as with 8 (AVX-512), and 15 to 20 % longer with 3.
     static constexpr int64_t kExceptionPrice = 8;
 
     // What is added to a top's multiple to give the byte of an escaped value.
