@@ -158,12 +158,24 @@ def test_float16_gradients_do_not_vanish(tmp_path):
         assert float((each.loss_O - expected_O).norm() / expected_O.norm()) < 0.1, name
 
 
+def test_gradients_beyond_the_range_of_float16_are_measured_with_a_smaller_factor(
+    tmp_path, monkeypatch
+):
+    folder = tiny_checkpoint(tmp_path / "dense", "llama", torch.float16)
+    small = streamed(planned(folder, "float16"))
+    factors = (2.0**40, *loss_sensitivity._FLOAT16_FACTORS)
+    monkeypatch.setattr(loss_sensitivity, "_FLOAT16_FACTORS", factors)
+    for name, sensitivity in streamed(planned(folder, "float16")).items():
+        assert torch.equal(sensitivity.loss_O, small[name].loss_O)
+
+
 def test_gradients_that_are_not_finite_name_the_linear(tmp_path, monkeypatch):
     job = planned(tiny_checkpoint(tmp_path / "dense", "llama"))
     original = loss_sensitivity._gradient_of_loss
 
     def endless(*arguments):
-        return original(*arguments) * float("inf")
+        gradient, sums = original(*arguments)
+        return gradient * float("inf"), sums
 
     monkeypatch.setattr(loss_sensitivity, "_gradient_of_loss", endless)
     with pytest.raises(ValueError, match=r"gradients of model\.layers\.1\..* are not finite"):

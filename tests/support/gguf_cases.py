@@ -14,9 +14,11 @@ from tiny_tokenizer import VOCABULARY, byte_tokenizer
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "vocab_size": VOCABULARY + 1}
 
 
-def gguf_checkpoint(folder: Path, family: str = "llama", **options: Any) -> Path:
-    """A tiny checkpoint in bfloat16, with a tokenizer of bytes and one merge, "ab"."""
-    tiny_checkpoint(folder, family, torch.bfloat16, **{**WIDE, **options})
+def gguf_checkpoint(
+    folder: Path, family: str = "llama", *, dtype: torch.dtype = torch.bfloat16, **options: Any
+) -> Path:
+    """A tiny checkpoint with a tokenizer of bytes and one merge, "ab"."""
+    tiny_checkpoint(folder, family, dtype, **{**WIDE, **options})
     tokenizer = byte_tokenizer(bos=True)
     vocabulary = {**tokenizer.get_vocab(), "ab": VOCABULARY}
     tokenizer.backend_tokenizer.model = models.BPE(vocab=vocabulary, merges=[("a", "b")])

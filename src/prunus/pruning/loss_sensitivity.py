@@ -21,14 +21,14 @@ Shape suffixes: O outputs, R some of them, I inputs, Q quantiles of the inputs, 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prunus.hardware.numerics import multiplies_bfloat16
+from prunus.hardware.numerics import all_finite, multiplies_bfloat16
 from prunus.methods.options import MethodOptions
 from prunus.methods.rate_distortion import relative_steps
 from prunus.methods.statistics import InputStatistics, statistics_bytes
@@ -52,8 +52,9 @@ _QUANTILES = 64
 CURVE_STEP = 1 / 40
 # The rows that the curve is computed from.
 _CURVE_ROWS = 256
-# float16 gradients below 6e-8 are 0.
-_FLOAT16_SCALE = 2.0**12
+# float16 holds no gradient below 6e-8 and none above 65,504. So gradients are multiplied by the
+# first of these factors with which all of them are finite.
+_FLOAT16_FACTORS = (2.0**12, 2.0**4, 2.0**-4)
 
 
 @dataclass(frozen=True)
@@ -119,12 +120,13 @@ def loss_sensitivities(
     head of a causal model are measured too, each for its own part if they are tied.
     """
     inputs, found = _block_inputs(stream), dict[str, LinearSensitivity]()
-    first, causal = inputs[0], stream.skeleton.kind is CAUSAL
-    head = _Sums(_outside(stream, "output"), 0, stream.device) if outside else None
-    gradient = (
-        _gradient_of_loss(stream, ids, seed, head) if causal else _gradient_of_change(stream, seed)
-    )
-    unit = _gradient_scale(stream) ** 2 * gradient.shape[:-1].numel()
+    first, head = inputs[0], None
+    if stream.skeleton.kind is CAUSAL:
+        gradient, heads = _gradient_of_loss(stream, ids, seed, outside)
+        head = next(iter(heads.values()), None)
+    else:
+        gradient = _gradient_of_change(stream, seed)
+    unit = gradient.shape[:-1].numel()
     for index in reversed(range(len(stream.skeleton))):
         gradient, of_block = _measure_block(
             stream, index, inputs.pop(), gradient, selected[index], quantizes
@@ -217,9 +219,20 @@ def _rounded_products(stream: Stream) -> torch.autocast:
     return torch.autocast(stream.device.type, torch.bfloat16, enabled=fast)
 
 
-def _gradient_scale(stream: Stream) -> float:
-    """The factor of all gradients, which keeps those in float16 from becoming 0."""
-    return _FLOAT16_SCALE if stream.skeleton.dtype == torch.float16 else 1.0
+def _in_range(
+    stream: Stream, measure: Callable[[float], tuple[Tensor, dict[str, _Sums]]]
+) -> tuple[Tensor, dict[str, _Sums]]:
+    """`measure(factor)` with the first factor of gradients at which all are finite.
+
+    Returns:
+        The gradient at the inputs, in float32 and without the factor, and the sums by name.
+    """
+    factors = _FLOAT16_FACTORS if stream.skeleton.dtype == torch.float16 else (1.0,)
+    for factor in factors:
+        gradient, sums = measure(factor)
+        if all_finite(gradient) and all(x.is_finite for x in sums.values()):
+            break
+    return gradient.float() / factor, sums
 
 
 def _block_inputs(stream: Stream) -> list[Tensor]:
@@ -227,33 +240,49 @@ def _block_inputs(stream: Stream) -> list[Tensor]:
     inputs = []
     for index in range(len(stream.skeleton)):
         inputs.append(stream.states.get(0).cpu())
+        # Read before: what a checkpoint stores may have any dtype, and autocast refuses some.
+        weights = stream.source.block(index)
         with _rounded_products(stream):
-            stream.propagate(index, stream.source.block(index))
+            stream.propagate(index, weights)
     return inputs
 
 
-def _gradient_of_loss(stream: Stream, ids: Tensor, seed: int, head: _Sums | None) -> Tensor:
-    """The gradient of Σ log p(y) at the outputs of the last block; the head's are summed."""
-    skeleton, rows, heads = stream.skeleton, [], [] if head is None else [head]
-    hooks = output_hooks(
-        [each.linear for each in heads], lambda _, x, out: heads[0].add(tokens_of(x.detach()), out)
-    )
-    generator = torch.Generator().manual_seed(seed)
+def _gradient_of_loss(
+    stream: Stream, ids: Tensor, seed: int, with_head: bool
+) -> tuple[Tensor, dict[str, _Sums]]:
+    """The gradient of Σ log p(y) at the outputs of the last block, and the sums of the head."""
+    skeleton, head = stream.skeleton, [_outside(stream, "output")] if with_head else []
+
+    def measure(factor: float) -> tuple[Tensor, dict[str, _Sums]]:
+        rows, sums = [], {x.name: _Sums(x, 0, stream.device, factor) for x in head}
+        generator = torch.Generator().manual_seed(seed)
+        with _summing(head, sums):
+            # Window by window: logits are large.
+            for window_ids, hidden in zip(ids.split(1), stream.states.get(0).split(1), strict=True):
+                hidden = hidden.detach().requires_grad_()
+                with torch.enable_grad(), _rounded_products(stream):
+                    logits = skeleton.logits(window_ids.to(hidden.device), hidden)
+                    log_p = logits.flatten(0, -2).float().log_softmax(dim=-1)
+                    probabilities = log_p.detach().exp().cpu()
+                    drawn = torch.multinomial(probabilities, 1, generator=generator)
+                    log_p_drawn = log_p.gather(1, drawn.to(log_p.device))
+                    (factor * log_p_drawn.sum()).backward()
+                assert hidden.grad is not None
+                rows.append(hidden.grad)
+        return torch.cat(rows), sums
+
     read = stream.source.read_outside
-    with skeleton.outside_blocks(read, stream.device, with_head=True), hooks:
-        # Window by window: logits are large.
-        for window_ids, hidden in zip(ids.split(1), stream.states.get(0).split(1), strict=True):
-            hidden = hidden.detach().requires_grad_()
-            with torch.enable_grad(), _rounded_products(stream):
-                logits = skeleton.logits(window_ids.to(hidden.device), hidden)
-                log_p = logits.flatten(0, -2).float().log_softmax(dim=-1)
-                probabilities = log_p.detach().exp().cpu()
-                drawn = torch.multinomial(probabilities, 1, generator=generator)
-                log_p_drawn = log_p.gather(1, drawn.to(log_p.device))
-                (_gradient_scale(stream) * log_p_drawn.sum()).backward()
-            assert hidden.grad is not None
-            rows.append(hidden.grad)
-    return torch.cat(rows)
+    with skeleton.outside_blocks(read, stream.device, with_head=True):
+        return _in_range(stream, measure)
+
+
+def _summing(
+    linears: Sequence[Linear], sums: Mapping[str, _Sums]
+) -> contextlib.AbstractContextManager[None]:
+    """While active, the inputs and gradients of linears are added to their sums."""
+    return output_hooks(
+        linears, lambda linear, x, output: sums[linear.name].add(tokens_of(x.detach()), output)
+    )
 
 
 def _gradient_of_change(stream: Stream, seed: int) -> Tensor:
@@ -265,18 +294,21 @@ def _gradient_of_change(stream: Stream, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(hidden.shape, generator=generator).to(hidden.device)
     norms = hidden.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-    return (_gradient_scale(stream) * drawn / norms).to(stream.skeleton.dtype)
+    return drawn / norms
 
 
 class _Sums:
     """Sums over all tokens of one linear: of inputs, and of squared gradients of outputs.
 
-    The Gram matrices of parts of `width` inputs are summed; 0 sums none.
+    The Gram matrices of parts of `width` inputs are summed; 0 sums none. The gradients come
+    multiplied by `factor`, and are summed without it.
     """
 
-    def __init__(self, linear: Linear, width: int, device: torch.device) -> None:
+    def __init__(
+        self, linear: Linear, width: int, device: torch.device, factor: float = 1.0
+    ) -> None:
         inputs = linear.shape[1]
-        self.linear = linear
+        self.linear, self._factor = linear, factor
         self._statistics = InputStatistics(inputs, "norms", device)
         self._parts = [
             InputStatistics(min(width, inputs - start), "gram", device)
@@ -297,11 +329,16 @@ class _Sums:
             output_TO.register_hook(self._add_gradient)
 
     def _add_gradient(self, gradient: Tensor) -> None:
-        squares_O = tokens_of(gradient.detach()).float().square().sum(dim=0)
+        squares_O = (tokens_of(gradient.detach()).float() / self._factor).square().sum(dim=0)
         self._squares_O = squares_O if self._squares_O is None else self._squares_O + squares_O
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether no gradient was beyond the range of its dtype."""
+        return self._squares_O is None or all_finite(self._squares_O)
+
     def known(self, unit: float) -> LinearSensitivity:
-        """What is known without the weight; `unit` is the number of tokens, as gradients scale."""
+        """What is known without the weight; `unit` is the number of tokens."""
         if self._squares_O is None:
             # Of an expert that no token chose nothing is known: it counts as little as the least.
             rows, columns = self.linear.shape
@@ -338,24 +375,25 @@ def _measure_block(
     names: Sequence[str],
     quantizes: bool,
 ) -> tuple[Tensor, dict[str, _Sums]]:
-    """The gradient at the inputs of a block, and the sums of its linears by full name."""
+    """The gradient at the inputs of a block (float32), and the sums of its linears by full name."""
     skeleton, device = stream.skeleton, stream.device
     block = skeleton.fill(index, stream.source.block(index), device)
     linears = [linear for linear in skeleton.linears(index) if linear.name in names]
     width = part_width(linears) if quantizes else 0
-    sums = {linear.name: _Sums(linear, width, device) for linear in linears}
-    run, hidden = stream.call(index, block), inputs.to(device).requires_grad_()
-    with (
-        output_hooks(
-            linears, lambda linear, x, output: sums[linear.name].add(tokens_of(x.detach()), output)
-        ),
-        torch.enable_grad(),
-        _rounded_products(stream),
-    ):
-        run(hidden).backward(gradient.to(device))
-    assert hidden.grad is not None
+    run = stream.call(index, block)
+
+    def measure(factor: float) -> tuple[Tensor, dict[str, _Sums]]:
+        sums = {linear.name: _Sums(linear, width, device, factor) for linear in linears}
+        hidden = inputs.to(device).detach().requires_grad_()
+        with _summing(linears, sums), torch.enable_grad(), _rounded_products(stream):
+            output = run(hidden)
+            output.backward((gradient.to(device) * factor).to(output.dtype))
+        assert hidden.grad is not None
+        return hidden.grad, sums
+
+    at_inputs, sums = _in_range(stream, measure)
     name = skeleton.block_name(index)
-    return hidden.grad, {f"{name}.{linear}": each for linear, each in sums.items()}
+    return at_inputs, {f"{name}.{linear}": x for linear, x in sums.items()}
 
 
 def _part_steps(part: InputStatistics, squares_I: Tensor, options: MethodOptions) -> Tensor:

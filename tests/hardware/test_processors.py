@@ -1,0 +1,85 @@
+"""Every command on every kind of processor: what a run does depends on what multiplies fast there.
+
+A case is a family of models (with RMSNorm, or with LayerNorm), the dtype of its checkpoint, and
+whether the processor multiplies bfloat16 natively.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+import prunus
+from gguf_cases import gguf_checkpoint
+from processors import processor
+from prunus.hardware import numerics
+from prunus.hardware.numerics import all_finite
+from prunus.pruning.reconstruction import schedule
+from recovery_cases import recover, training_text
+from tiny import token_ids
+from tiny_tokenizer import dense_checkpoint
+
+FAMILIES = ["llama", "gpt_neo"]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+CASES = [
+    pytest.param(case, id=f"{case[0]}-{str(case[1])[6:]}-{'native' if case[2] else 'without'}")
+    for case in itertools.product(FAMILIES, DTYPES, [True, False])
+]
+IDS = token_ids(6, 32)
+
+
+@pytest.fixture
+def dense(request, tmp_path, monkeypatch):
+    """The folder of a checkpoint of the case, on its processor."""
+    family, dtype, native = request.param
+    # One training step for the short windows of these tests.
+    monkeypatch.setattr(schedule, "_TOKENS_PER_STEP", 64)
+    with processor(native):
+        yield dense_checkpoint(tmp_path / "dense", family, dtype)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_the_processor_of_a_test_is_the_one_that_prunus_sees(native):
+    with processor(native):
+        assert numerics.native_bfloat16() == native
+
+
+@pytest.mark.parametrize("dense", CASES, indirect=True)
+@pytest.mark.parametrize("preset", ["fast", "balanced", "best"])
+def test_every_preset_prunes(preset, dense, tmp_path):
+    report = prunus.prune(dense, tmp_path / "out", preset=preset, calibration=IDS, batch=1)
+    assert report.totals["sparsity"] == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("dense", CASES, indirect=True)
+def test_compress_shrink_and_recover_run(dense, tmp_path):
+    packed = prunus.compress(dense, tmp_path / "packed", bits=4, calibration=IDS)
+    assert packed.state == "finished"
+    shallow = prunus.shrink(dense, tmp_path / "shallow", blocks=1, calibration=IDS)
+    assert shallow.state == "finished"
+    text = training_text(tmp_path)
+    for name, mode in (("packed", "scales"), ("shallow", "full")):
+        short = {"tokens": 32, "evaluations": 1, "teacher": dense, "dtype": "auto"}
+        recover(tmp_path / name, tmp_path / f"{name}-better", mode, text, **short)
+        model, _ = prunus.load(tmp_path / f"{name}-better")
+        assert all(all_finite(parameter) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("native", [True, False])
+def test_a_gguf_file_is_written(native, dtype, tmp_path):
+    with processor(native):
+        folder = gguf_checkpoint(
+            tmp_path / "dense", dtype=dtype, hidden_size=32, intermediate_size=64
+        )
+        record = prunus.compress(folder, tmp_path / "out.gguf", bits=5, calibration=IDS)
+    assert record.state == "finished"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1.0])
+def test_weights_that_are_not_finite_are_noticed_also_under_autocast(value, dtype):
+    weight = torch.ones(3, 4, dtype=dtype)
+    weight[1, 2] = value
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all_finite(weight) == (value == 1.0)
