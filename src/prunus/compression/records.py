@@ -15,12 +15,6 @@ from prunus.pruning.manifest import PruningRecord
 from prunus.pruning.options import PruningOptions, Sparsity
 from prunus.runs.record import Part, RunRecord
 
-#: Options that say which zeros are forced.
-_OF_MASKS = (
-    "method", "group", "iterations", "refine", "refine_steps", "weight_update", "ria_power",
-    "mask_from", "mask_order", "allocation",
-)  # fmt: skip
-
 
 class CompressionRecipe(PruningOptions):
     """One run of compress, in the words of the command line.
@@ -96,12 +90,17 @@ class CompressionRecipe(PruningOptions):
                 "`type` of a GGUF file, such as Q4_K"
             )
         fields = type(self).model_fields
-        given = [name for name in _OF_MASKS if getattr(self, name) != fields[name].default]
+        given = [name for name in self.of_masks() if getattr(self, name) != fields[name].default]
         if given and not self.forces_zeros:
             raise ValueError(
                 f"{', '.join(given)} would say which zeros are forced, and none are: give "
                 "`sparsity` or `pattern` as well, or drop it, and zeros follow from the rate"
             )
+
+    @classmethod
+    def of_masks(cls) -> list[str]:
+        """The options that say which zeros are forced, in the order of the help."""
+        return sorted(cls.names_of(lambda option: option.decides_zeros))
 
     @property
     def target(self) -> str:
@@ -127,7 +126,7 @@ class CompressionRecipe(PruningOptions):
     @model_serializer(mode="wrap")
     def _without_masks(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         own = "format" if self.format == "packed" else "head_bits"
-        unused = (own, *(() if self.forces_zeros else _OF_MASKS))
+        unused = (own, *(() if self.forces_zeros else self.of_masks()))
         return {name: value for name, value in dump(self).items() if name not in unused}
 
 

@@ -10,7 +10,7 @@ from pydantic import field_validator, model_validator
 
 from prunus.options import Option, Options, Range, at_least, between
 from prunus.options.declaration import ADVANCED
-from prunus.runs.options import BOS, BosName, Memory, RunOptions
+from prunus.runs.options import BATCH, BOS, DTYPE, BosName, DtypeName, Memory, RunOptions
 
 #: Which tokens of a window are scored. `papers`: all but the first. `llama.cpp`: those of the
 #: second half, as its perplexity tool does.
@@ -31,19 +31,19 @@ class _EvaluationOptions(Options):
 
     batch: Annotated[
         int | Literal["auto"],
-        Option(
-            "Compute this number of windows or prompts per forward pass.",
+        replace(
+            BATCH,
+            help="Compute this number of windows or prompts per forward pass.",
             metavar="N|auto",
             panel=ADVANCED,
+            within=None,  # `_read_batch` checks it, because it may be text
             default="auto, which is 1 window, or 8 prompts (on a GPU as many as fit)",
         ),
     ] = "auto"
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        Option(
-            "Compute in this dtype: auto (as stored), float32, bfloat16 or float16.",
-            metavar="DTYPE",
-            panel=ADVANCED,
+        DtypeName,
+        replace(
+            DTYPE, help="Compute in this dtype: auto (as stored), float32, bfloat16 or float16."
         ),
     ] = "auto"
     device: Annotated[str, _option("device")] = "auto"

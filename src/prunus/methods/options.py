@@ -59,6 +59,7 @@ class MethodOptions(Options):
             panel=METHOD,
             within=at_least(1),
             default="12",
+            decides_zeros=True,
         ),
     ] = None
     refine: Annotated[
@@ -67,6 +68,7 @@ class MethodOptions(Options):
             "Exchange kept and removed weights while the output error falls (swaps).",
             metavar="REFINEMENT",
             panel=METHOD,
+            decides_zeros=True,
         ),
     ] = "none"
     refine_steps: Annotated[
@@ -76,6 +78,7 @@ class MethodOptions(Options):
             flag=False,
             within=at_least(1),
             default="100",
+            decides_zeros=True,
         ),
     ] = None
     weight_update: Annotated[
@@ -84,6 +87,7 @@ class MethodOptions(Options):
             "Fit the kept weights to the mask of any method (least-squares).",
             metavar="UPDATE",
             panel=METHOD,
+            decides_zeros=True,
         ),
     ] = "none"
     dense_weight: DenseWeight = 0.0
@@ -93,15 +97,20 @@ class MethodOptions(Options):
             "Raise the input norms in the score of method ria to this power.",
             flag=False,
             within=between("[0, 2]"),
+            decides_zeros=True,
         ),
     ] = 0.5
     mask_from: Annotated[
         Literal["wanda", "magnitude"],
-        Option("Choose the mask of method obs by this score.", flag=False),
+        Option("Choose the mask of method obs by this score.", flag=False, decides_zeros=True),
     ] = "wanda"
     mask_order: Annotated[
         Literal["before", "blockwise"],
-        Option("Choose the mask of method obs before the update, or blockwise in it.", flag=False),
+        Option(
+            "Choose the mask of method obs before the update, or blockwise in it.",
+            flag=False,
+            decides_zeros=True,
+        ),
     ] = "before"
 
     @field_validator("dense_weight", mode="before")

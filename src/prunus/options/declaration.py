@@ -21,7 +21,7 @@ import tomllib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
@@ -57,6 +57,11 @@ class Option:
     #: Names that a shell may complete; None for none.
     suggestions: Callable[[], Iterable[str]] | None = None
     variable: str | None = None  #: an environment variable that gives the value where no flag does
+    #: Whether it says what is asked for, and not by which method it is reached. Results of two
+    #: methods can only be compared where all conditions are equal.
+    is_condition: bool = False
+    #: Whether it decides which weights a mask forces to be zero. Without a mask it has no effect.
+    decides_zeros: bool = False
 
 
 class _OptionsType(ModelMetaclass):
@@ -88,6 +93,16 @@ class Options(BaseModel, metaclass=_OptionsType):
             if name in cls.model_fields
         }
         return {name: option for name, option in found.items() if option is not None}
+
+    @classmethod
+    def names_of(cls, has: Callable[[Option], bool]) -> set[str]:
+        """The names of the declared options for which `has` is true."""
+        return {name for name, option in cls.declared().items() if has(option)}
+
+    @classmethod
+    def lists(cls) -> set[str]:
+        """The names of the options whose value is a list."""
+        return {name for name, x in cls.model_fields.items() if get_origin(x.annotation) is tuple}
 
     @field_validator("*")
     @classmethod

@@ -32,6 +32,7 @@ Sparsity = Annotated[
         "Remove this share of weights.",
         metavar="SHARE",
         within=between("[0, 1)", ": 0.5 removes half of the weights"),
+        is_condition=True,
     ),
 ]
 
@@ -50,11 +51,17 @@ class PruningOptions(MethodOptions, WindowOptions):
             f"Remove weights by {', '.join(METHODS)}, or FILE.py:NAME.",
             metavar="METHOD",
             suggestions=lambda: METHODS,
+            decides_zeros=True,
         ),
     ] = "wanda"
     sparsity: Sparsity = 0.5
     pattern: Annotated[
-        str, Option("Keep at most N of every M consecutive inputs, such as 2:4.", metavar="N:M")
+        str,
+        Option(
+            "Keep at most N of every M consecutive inputs, such as 2:4.",
+            metavar="N:M",
+            is_condition=True,
+        ),
     ] = "unstructured"
     group: Annotated[
         str | int | None,
@@ -64,6 +71,7 @@ class PruningOptions(MethodOptions, WindowOptions):
             metavar="GROUP",
             panel=METHOD,
             default="as published for the method; row for alps, whose own code compares the layer",
+            decides_zeros=True,
         ),
     ] = None
     allocation: Annotated[
@@ -73,6 +81,7 @@ class PruningOptions(MethodOptions, WindowOptions):
             "model most keep more, by gradients of the dense model (fisher).",
             metavar="RULE",
             panel=SELECTION,
+            decides_zeros=True,
         ),
     ] = "uniform"
     only: Annotated[
@@ -81,6 +90,7 @@ class PruningOptions(MethodOptions, WindowOptions):
             "Prune only linears whose names match; may be repeated.",
             metavar="GLOB",
             panel=SELECTION,
+            is_condition=True,
         ),
     ] = ()
     ignore: Annotated[
@@ -89,6 +99,7 @@ class PruningOptions(MethodOptions, WindowOptions):
             "Leave linears whose names match as they are; may be repeated.",
             metavar="GLOB",
             panel=SELECTION,
+            is_condition=True,
         ),
     ] = ()
     min_expert_tokens: Annotated[

@@ -46,6 +46,7 @@ class Recipe(PruningOptions):
             "updates then use its order of operations, on one thread.",
             metavar="STEP",
             panel=METHOD,
+            is_condition=True,
         ),
     ] = "linear"
     head: Annotated[
@@ -53,6 +54,7 @@ class Recipe(PruningOptions):
         Option(
             "Prune the output head too. A head that is tied to the embeddings is refused.",
             panel=SELECTION,
+            is_condition=True,
         ),
     ] = False
     reconstruct: Annotated[

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from prunus.options import Option, Options, Range, at_least, between
-from prunus.runs.options import BOS, BosName
+from prunus.runs.options import BATCH, BOS, BosName
 
 Mode = Literal["lora", "masked", "full", "scales"]
 MODES: tuple[Mode, ...] = ("lora", "masked", "full", "scales")
@@ -72,11 +73,10 @@ class RecoveryOptions(Options):
     # and smaller steps are noisier.
     batch: Annotated[
         int,
-        Option(
-            "Train on this number of windows per step.",
-            metavar="N",
+        replace(
+            BATCH,
+            help="Train on this number of windows per step.",
             panel=_TRAINING,
-            within=_COUNT,
             default="as many as hold 1024 tokens",
         ),
     ] = Field(None)  # type: ignore[assignment]

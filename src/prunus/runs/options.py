@@ -30,12 +30,22 @@ BOS = Option(
     "puts one before a text. no: as in the papers.",
     metavar="BOS",
     panel=CALIBRATION,
+    is_condition=True,
 )
 DTYPE = Option(
     "Compute in this dtype: auto, float32, bfloat16 or float16. The result keeps the dtype of the "
     "checkpoint.",
     metavar="DTYPE",
     panel=ADVANCED,
+    is_condition=True,
+)
+BATCH = Option(
+    "Run this number of windows per forward pass.",
+    metavar="N",
+    panel=CALIBRATION,
+    within=at_least(1, " window"),
+    default="as many as hold about 4096 tokens",
+    is_condition=True,
 )
 
 
@@ -51,7 +61,9 @@ class WindowOptions(Options):
     calibration: Annotated[
         str,
         Option(
-            f"Calibrate on {CHOICES}. Image classifiers take a folder of images.", metavar="SOURCE"
+            f"Calibrate on {CHOICES}. Image classifiers take a folder of images.",
+            metavar="SOURCE",
+            is_condition=True,
         ),
     ] = "mix"
     samples: Annotated[
@@ -60,26 +72,29 @@ class WindowOptions(Options):
             "Calibrate on N windows.",
             metavar="N",
             within=at_least(1, ": a run needs calibration windows"),
+            is_condition=True,
         ),
     ] = 1024
     seqlen: Annotated[
         int,
-        Option("Use windows of N tokens.", metavar="N", within=at_least(2, " tokens")),
+        Option(
+            "Use windows of N tokens.",
+            metavar="N",
+            within=at_least(2, " tokens"),
+            is_condition=True,
+        ),
     ] = 256
     seed: Annotated[
-        int, Option("Choose the windows at random by this seed.", metavar="N", panel=CALIBRATION)
-    ] = 0
-    bos: Annotated[BosName, BOS] = "auto"
-    batch: Annotated[
-        int | None,
+        int,
         Option(
-            "Run this number of windows per forward pass.",
+            "Choose the windows at random by this seed.",
             metavar="N",
             panel=CALIBRATION,
-            within=at_least(1, " window"),
-            default="as many as hold about 4096 tokens",
+            is_condition=True,
         ),
-    ] = None
+    ] = 0
+    bos: Annotated[BosName, BOS] = "auto"
+    batch: Annotated[int | None, BATCH] = None
     dtype: Annotated[DtypeName, DTYPE] = "auto"
 
 

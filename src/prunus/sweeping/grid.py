@@ -31,14 +31,12 @@ from prunus.pruning.recipe import Recipe
 from prunus.runs.options import RunOptions
 from prunus.sweeping.results import CellResult
 
-#: Options that a grid cannot vary, because their values are lists themselves.
-_NOT_AXES = {"only", "ignore"}
 #: Cells of a sweep. At a minute per cell, these take a week.
 _MAX_CELLS = 10_000
 #: The value of `recovery` in a grid that means no recovery.
 _NO_RECOVERY = "none"
 #: Options of evaluation that the command gives, and not the file: they do not decide any figure.
-_OF_THE_COMMAND = {"device", "memory", "data", "trust_remote_code", "tokenizer"}
+_OF_THE_COMMAND = set(RunOptions.declared())
 
 
 class Scoring(TextOptions, TaskOptions):
@@ -140,7 +138,8 @@ def _combinations(where: str, table: dict[str, Any]) -> Iterator[dict[str, Any]]
     """
     known = [*Recipe.model_fields, "recovery"]
     hints = {"pattern": 'patterns belong to sparsity: sparsity = [0.5, "2:4"]'}
-    hints |= dict.fromkeys(_NOT_AXES, "it belongs to [recipe]")
+    # In a grid, a list holds the values that an option has in turn.
+    hints |= dict.fromkeys(Recipe.lists(), "it belongs to [recipe]")
     for key, value in table.items():
         if key not in known or key in hints:
             names = ", ".join(name for name in known if name not in hints)

@@ -19,7 +19,6 @@ from prunus.model.checkpoint.atomic_files import write_json, write_text
 from prunus.pruning.manifest import mean_error
 from prunus.pruning.recipe import Recipe
 from prunus.runs.document import Measured, Table, table_of
-from prunus.runs.options import WindowOptions
 from prunus.runs.record import Part, UsedBos, read_record
 
 RESULTS_NAME = "results.json"
@@ -28,10 +27,7 @@ TABLE_NAME = "results.csv"
 _MIN_WANDA_LOSS = 0.01
 #: Recipe options that must be equal in two cells whose methods are compared. All others belong to
 #: the method.
-_CONDITIONS = {
-    *WindowOptions.model_fields,
-    *("sparsity", "pattern", "propagate", "head", "only", "ignore"),
-}
+_CONDITIONS = Recipe.names_of(lambda option: option.is_condition)
 
 
 class SweptModel(Part):
