@@ -15,7 +15,7 @@ import prunus
 
 #: The most statements of the package and of its tests. Docstrings, comments, blank lines and
 #: doctests are free: explanation is never taken away to make room for code.
-SRC_STATEMENTS, TEST_STATEMENTS = 18_800, 16_000
+SRC_STATEMENTS, TEST_STATEMENTS = 18_900, 16_000
 #: The most lines of code in a file, without its docstrings, comments and blank lines.
 FILE_LINES = 400
 
@@ -31,8 +31,8 @@ MODULES = {
 #: The rooms from the bottom to the top. A room may import only from rooms before it in this list.
 ROOMS = [
     "hardware", "distributed", "model", "options", "methods", "calibration", "packed", "runs",
-    "pruning", "compression", "structure", "recovery", "evaluation", "sweeping", "reporting",
-    "serving", "cli", "__main__", "__init__",
+    "pruning", "formats", "compression", "structure", "recovery", "evaluation", "sweeping",
+    "reporting", "serving", "cli", "__main__", "__init__",
 ]  # fmt: skip
 
 #: Library -> the only rooms that may import it. What is not here may be imported by all.

@@ -11,8 +11,8 @@ import torch
 import prunus
 from prunus.compression.records import CompressionRecipe, CompressionRecord
 from prunus.compression.run import plan_compression
-from prunus.compression.tensors_run import stored_parts, weight_of
-from prunus.methods.grids import integer_grid, round_to_grid
+from prunus.compression.tensors_run import integer_type, stored_parts, weight_of
+from prunus.methods.group_fits import round_in_groups
 from prunus.model.loading import load_model
 from prunus.runs.options import RunOptions
 from prunus.runs.windows import given_windows
@@ -100,11 +100,11 @@ def test_transformers_loads_the_same_weights(bits, dtype, tmp_path):
 @every_size
 def test_the_package_reads_the_numbers_that_were_stored(bits):
     torch.manual_seed(0)
-    grid = integer_grid(bits, 32, torch.bfloat16)
-    weight = round_to_grid(torch.randn(3, 64), grid)
+    quantizer = integer_type(bits, 32, torch.bfloat16)
+    weight = round_in_groups(torch.randn(3, 64), quantizer)
     parts = stored_parts("x.weight", weight, torch.bfloat16)
     packed, scale_OS, shape = parts.values()
-    assert torch.equal(weight_of(packed, scale_OS, grid).data_OB, weight.data_OB)
+    assert torch.equal(weight_of(packed, scale_OS, quantizer).data_OB, weight.data_OB)
     compressors = pytest.importorskip(
         "compressed_tensors.compressors.pack_quantized.helpers", reason="the package reads it"
     )
@@ -116,9 +116,9 @@ def test_the_package_reads_the_numbers_that_were_stored(bits):
 def test_the_bytes_are_those_that_the_package_wrote():
     # Values from lowest to highest, packed by version 0.20.1 of compressed-tensors.
     for bits, digest in ((4, "f2ccabb7e6059b71"), (8, "40aff2e9d2d8922e")):
-        grid = integer_grid(bits, 256, torch.bfloat16)
+        quantizer = integer_type(bits, 256, torch.bfloat16)
         values_OI = torch.arange(256)[None] % 2**bits - 2 ** (bits - 1)
-        weight = round_to_grid(values_OI.float(), grid)
+        weight = round_in_groups(values_OI.float(), quantizer)
         packed = stored_parts("x", weight, torch.bfloat16)["x_packed"]
         assert torch.equal(weight.dense(), values_OI.float())
         assert hashlib.sha256(packed.numpy().tobytes()).hexdigest()[:16] == digest

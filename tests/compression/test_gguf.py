@@ -18,8 +18,8 @@ pytest.importorskip("accelerate")
 import prunus
 from gguf_cases import gguf_checkpoint, shape
 from prunus.compression.gguf_output import read_record
-from prunus.compression.grid_choice import Choice, choose_types
 from prunus.compression.records import CompressionRecord
+from prunus.compression.type_choice import Choice, choose_types
 from prunus.evaluation.inspection import stored_size
 from prunus.evaluation.records import ModelSize
 from prunus.model.checkpoint.gguf import import_gguf

@@ -20,7 +20,9 @@ from safetensors.torch import load_file
 
 from prunus.compression.output import MEASUREMENT, CompressedFolder
 from prunus.compression.records import CompressionRecord, FileSize
-from prunus.methods.grids import GRIDS, GridWeight, round_to_grid
+from prunus.formats.gguf.types import PLAIN, TYPES, file_type
+from prunus.methods.group_fits import round_in_groups
+from prunus.methods.group_quantizer import GroupedWeight
 from prunus.model.checkpoint.gguf import open_gguf
 from prunus.model.checkpoint.gguf_file import (
     RECORD_FIELD,
@@ -37,12 +39,6 @@ from prunus.model.checkpoint.writer import Writable
 from prunus.pruning.manifest import LinearRecord
 from prunus.runs.record import OUTSIDE_SHARD
 
-#: llama.cpp's numbers of types without blocks, and of whole files by the type of most weights.
-_PLAIN = {torch.float32: ("F32", 0), torch.float16: ("F16", 1), torch.bfloat16: ("BF16", 30)}
-_FILE_TYPES = {
-    "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14,
-    "Q5_K": 16, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "F32": 0, "F16": 1, "BF16": 32,
-}  # fmt: skip
 # The record in the file is filled up with spaces to this many bytes, so that the size of the file
 # is known before the run.
 _RECORD_BYTES, _BYTES_PER_LINEAR = 16_000, 500
@@ -63,10 +59,10 @@ class GgufPlan:
         name = types.get(tensor.module)
         count = math.prod(tensor.shape)
         if name is not None:
-            grid = GRIDS[name]
-            return name, grid.type_id, grid.nbytes_of(count)
+            kind = TYPES[name]
+            return name, kind.number, kind.nbytes_of(count)
         dtype = self._dtypes.get(tensor.sources[0]) if tensor.is_matrix else None
-        name, number = _PLAIN.get(dtype or torch.float32, _PLAIN[torch.float32])
+        name, number = PLAIN.get(dtype or torch.float32, PLAIN[torch.float32])[:2]
         return name, number, count * (4 if number == 0 else 2)
 
     def stored(
@@ -90,7 +86,7 @@ class GgufPlan:
         """The fields of the file. A record that is too long for its place is left out."""
         by_type = self.bytes_by_type(types)
         writer = new_fields(self.layout.fields["general.architecture"].value)
-        writer.add_file_type(_FILE_TYPES[by_type.most_common(1)[0][0]])
+        writer.add_file_type(file_type(by_type.most_common(1)[0][0]))
         size = len(record.encode())
         text = record if size <= self._record_bytes else ""
         writer.add_string(RECORD_FIELD, text + " " * (self._record_bytes - len(text.encode())))
@@ -124,13 +120,13 @@ class GgufFolder(CompressedFolder):
     def prepare(self) -> None:
         """The types of what lies outside the blocks may not be known yet: it is written last."""
 
-    def tensors_of(self, name: str, weight: GridWeight) -> dict[str, torch.Tensor]:
+    def tensors_of(self, name: str, weight: GroupedWeight) -> dict[str, torch.Tensor]:
         return {self.key(name): weight.data_OB}
 
     def weight_from(
         self, tensors: dict[str, torch.Tensor], name: str, record: LinearRecord, dtype: torch.dtype
     ) -> torch.Tensor:
-        weight = GridWeight(GRIDS[self.record.types[name]], tensors.pop(self.key(name)))
+        weight = GroupedWeight(TYPES[self.record.types[name]], tensors.pop(self.key(name)))
         return weight.dense().to(dtype)
 
     def outside(self, tensors: dict[str, Writable]) -> dict[str, Writable]:
@@ -139,7 +135,7 @@ class GgufFolder(CompressedFolder):
         for name, kind in self.record.types.items():
             if name not in inside:
                 key, importance_I = self.key(name), known.get(f"{name}.importance")
-                tensors[key] = round_to_grid(source.whole(key), GRIDS[kind], importance_I).data_OB
+                tensors[key] = round_in_groups(source.whole(key), TYPES[kind], importance_I).data_OB
         return tensors
 
     def complete(self, changed: Mapping[str, torch.Tensor]) -> None:

@@ -14,11 +14,11 @@ from typing import cast
 import torch
 
 from prunus.compression.gguf_output import GgufFolder, GgufPlan, read_record
-from prunus.compression.grid_choice import Choice, GridVerb, choose_types, grids_for, type_losses
 from prunus.compression.job import CompressionJob
 from prunus.compression.records import CompressionRecipe, CompressionRecord
+from prunus.compression.type_choice import Choice, GroupVerb, choose_types, type_losses
+from prunus.formats.gguf.types import TYPES, type_for, types_for
 from prunus.hardware.sizes import in_bytes
-from prunus.methods.grids import GRIDS, grid_for
 from prunus.model.checkpoint.gguf import open_gguf
 from prunus.model.checkpoint.gguf_file import check_extra, padded
 from prunus.model.checkpoint.gguf_layout import layout_of
@@ -134,11 +134,11 @@ class GgufJob(CompressionJob):
             is_outside = stored.get(f"{tensor.module}.weight") in self.packed_outside
             if tensor.module in linears or is_outside:
                 kind, columns = head_type if is_outside else recipe.type, tensor.shape[-1]
-                grids = grids_for(columns) if kind is None else [grid_for(kind, columns)]
-                known = losses.get(tensor.module, torch.zeros(len(grids))).tolist()
+                types = types_for(columns) if kind is None else [type_for(kind, columns)]
+                known = losses.get(tensor.module, torch.zeros(len(types))).tolist()
                 found[tensor.module] = [
-                    Choice(grid.name, padded(grid.nbytes_of(math.prod(tensor.shape))), loss)
-                    for grid, loss in zip(grids, known, strict=True)
+                    Choice(x.name, padded(x.nbytes_of(math.prod(tensor.shape))), loss)
+                    for x, loss in zip(types, known, strict=True)
                 ]
         return found
 
@@ -200,7 +200,7 @@ class GgufJob(CompressionJob):
         return self.recipe.type is None
 
 
-class GgufVerb(GridVerb):
+class GgufVerb(GroupVerb):
     """Compress into the types of GGUF; `path` is that of the file."""
 
     job = GgufJob
@@ -220,7 +220,7 @@ class GgufVerb(GridVerb):
         assert isinstance(output, GgufFolder)
         losses = job.ranks.tensors_from_rank_0(lambda: output.measured(lambda: _measure(job, ids)))
         record.types = job.types_for(losses)
-        self.grids = {name: GRIDS[kind] for name, kind in record.types.items()}
+        self.quantizers = {name: TYPES[kind] for name, kind in record.types.items()}
         parts = job.plan.bytes_by_type(record.types).most_common()
         words = [f"{in_bytes(nbytes)} in {kind}" for kind, nbytes in parts]
         job.options.tell(f"the file holds {', '.join(words)}")

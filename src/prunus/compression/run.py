@@ -14,7 +14,7 @@ from prunus.compression.output import CompressedFolder
 from prunus.compression.rate_control import LinearRate, RateControl
 from prunus.compression.records import CompressionRecipe, CompressionRecord
 from prunus.compression.tensors_run import TensorsJob, TensorsVerb
-from prunus.methods.grids import GridWeight
+from prunus.methods.group_quantizer import GroupedWeight
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import LinearQuantization, Quantized
 from prunus.model.checkpoint.resolve import is_gguf
@@ -154,7 +154,7 @@ class Rounding:
         return quantization
 
     def end(
-        self, name: str, quantized: Quantized | GridWeight
+        self, name: str, quantized: Quantized | GroupedWeight
     ) -> tuple[QuantizedWeight, dict[str, Any]] | None:
         assert isinstance(quantized, Quantized)
         levels_OI, steps_I, scales_O = (part.cpu() for part in quantized)

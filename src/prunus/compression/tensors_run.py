@@ -21,11 +21,12 @@ from typing import Any
 import torch
 
 from prunus.compression.card import tensors_card
-from prunus.compression.grid_choice import GridVerb
 from prunus.compression.job import CompressionJob
 from prunus.compression.output import CompressedFolder
 from prunus.compression.records import CompressionRecord
-from prunus.methods.grids import Grid, GridWeight, integer_grid
+from prunus.compression.type_choice import GroupVerb
+from prunus.formats.block_bytes import ONE, BlockType, Field, integers
+from prunus.methods.group_quantizer import GroupedWeight
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.reader import TensorInfo
 from prunus.pruning.job import PruningJob
@@ -34,8 +35,25 @@ from prunus.pruning.output import PruningOutput
 
 # The kernels of vLLM know groups of these sizes. Fewer scales take fewer bits.
 _GROUPS = (128, 64, 32)
-# Eight bits are stored as unsigned integers here, and in two's complement in a `GridWeight`.
-_HIGH_BIT = {4: 0, 8: 128}
+_BITS = (4, 8)
+
+
+class IntegerType(BlockType):
+    """Integers with a scale for each group, stored as the group's scale and its integers."""
+
+    def zero_point(self, numbers: tuple[int, ...]) -> int:
+        # The package stores all integers counted from the lowest on.
+        return 0
+
+
+def integer_type(bits: int, group: int, dtype: torch.dtype) -> IntegerType:
+    """The integers of 4 or 8 bits with a scale of a 16-bit dtype for each group of columns.
+
+    >>> integer_type(4, 128, torch.bfloat16).bits
+    4.125
+    """
+    layout = (Field("d"), Field("levels", bits, 1))
+    return IntegerType(f"W{bits}A16", group, group, integers(bits), ONE, layout, dtype=dtype)
 
 
 @dataclass(kw_only=True)
@@ -44,7 +62,7 @@ class TensorsJob(CompressionJob):
 
     def check(self) -> None:
         recipe = self.recipe
-        if recipe.bits not in _HIGH_BIT or recipe.template is not None:
+        if recipe.bits not in _BITS or recipe.template is not None:
             raise ValueError(
                 "compressed-tensors stores linears in 4 or 8 bits: give `bits` 4 or 8, and leave "
                 "`size`, `type` and `template` out"
@@ -67,13 +85,13 @@ class TensorsJob(CompressionJob):
         widths = [linear.shape[1] for linear in self.selected_linears().values()]
         return next(x for x in _GROUPS if not any(width % x for width in widths))
 
-    def grid_of(self, key: str) -> Grid:
-        """The grid of the weight that the source stores as `key`."""
+    def quantizer_of(self, key: str) -> IntegerType:
+        """How the weight that the source stores as `key` is quantised."""
         # What is stored in float32 is run in bfloat16 or float16, and nearly all scales that are
         # exact in bfloat16 are exact in both.
         is_half = self.checkpoint.checkpoint.tensors[key].dtype == torch.float16
         dtype = torch.float16 if is_half else torch.bfloat16
-        return integer_grid(int(self.recipe.bits or 0), self.group, dtype)
+        return integer_type(int(self.recipe.bits or 0), self.group, dtype)
 
     @property
     def packed_outside(self) -> dict[str, list[str]]:
@@ -84,31 +102,34 @@ class TensorsJob(CompressionJob):
         return False
 
     def parts(self, key: str, info: TensorInfo, bits: float) -> dict[str, Any]:
-        grid = self.grid_of(key)
-        size = info.shape[0], grid.nbytes_of(info.shape[1])
+        quantizer = self.quantizer_of(key)
+        size = info.shape[0], quantizer.nbytes_of(info.shape[1])
         data_OB = torch.empty(size, dtype=torch.uint8, device="meta")
-        return stored_parts(key, GridWeight(grid, data_OB), info.dtype)
+        return stored_parts(key, GroupedWeight(quantizer, data_OB), info.dtype)
 
 
-def stored_parts(key: str, weight: GridWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def stored_parts(key: str, weight: GroupedWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The tensors of a weight that the source stores as `key` and in `dtype`."""
-    grid, rows = weight.grid, len(weight.data_OB)
-    data_OSK = weight.data_OB.view(rows, -1, grid.nbytes)
-    scale_OS = data_OSK[..., :2].contiguous().view(grid.dtype)[..., 0]
-    values_OB = data_OSK[..., 2:].flatten(1) ^ _HIGH_BIT[int(grid.bits)]
+    quantizer, rows = weight.quantizer, len(weight.data_OB)
+    data_OSK = weight.data_OB.view(rows, -1, quantizer.nbytes)
+    scale_OS = data_OSK[..., :2].contiguous().view(quantizer.dtype)[..., 0]
+    # A copy begins at a multiple of four bytes, which the view below asks for.
+    values_OB = data_OSK[..., 2:].flatten(1).clone(memory_format=torch.contiguous_format)
     return {
         f"{key}_packed": values_OB.view(torch.int32),
         f"{key}_scale": scale_OS.to(dtype),
-        f"{key}_shape": torch.tensor([rows, scale_OS.shape[1] * grid.span]),
+        f"{key}_shape": torch.tensor([rows, scale_OS.shape[1] * quantizer.span]),
     }
 
 
-def weight_of(packed: torch.Tensor, scale_OS: torch.Tensor, grid: Grid) -> GridWeight:
+def weight_of(
+    packed: torch.Tensor, scale_OS: torch.Tensor, quantizer: IntegerType
+) -> GroupedWeight:
     """The weight of the first two of `stored_parts`."""
     values_OSK = packed.view(torch.uint8).unflatten(1, (scale_OS.shape[1], -1))
-    scale_OSK = scale_OS.to(grid.dtype)[..., None].view(torch.uint8)
-    data_OSK = torch.cat([scale_OSK, values_OSK ^ _HIGH_BIT[int(grid.bits)]], dim=2)
-    return GridWeight(grid, data_OSK.flatten(1))
+    scale_OSK = scale_OS.to(quantizer.dtype)[..., None].view(torch.uint8)
+    data_OSK = torch.cat([scale_OSK, values_OSK], dim=2)
+    return GroupedWeight(quantizer, data_OSK.flatten(1))
 
 
 class TensorsFolder(CompressedFolder):
@@ -116,7 +137,7 @@ class TensorsFolder(CompressedFolder):
 
     job: TensorsJob
 
-    def tensors_of(self, name: str, weight: GridWeight) -> dict[str, torch.Tensor]:
+    def tensors_of(self, name: str, weight: GroupedWeight) -> dict[str, torch.Tensor]:
         key = self.key(name)
         return stored_parts(key, weight, self.job.checkpoint.checkpoint.tensors[key].dtype)
 
@@ -125,7 +146,7 @@ class TensorsFolder(CompressedFolder):
     ) -> torch.Tensor:
         key = self.key(name)
         packed, scale_OS, _ = (tensors.pop(f"{key}_{x}") for x in ("packed", "scale", "shape"))
-        return weight_of(packed, scale_OS, self.job.grid_of(key)).dense().to(dtype)
+        return weight_of(packed, scale_OS, self.job.quantizer_of(key)).dense().to(dtype)
 
     def card(self) -> str:
         return tensors_card(self.record, self.job.group, self.job.checkpoint.checkpoint.folder)
@@ -149,7 +170,7 @@ class TensorsFolder(CompressedFolder):
         return read_json(source.folder / "config.json") | {"quantization_config": described}
 
 
-class TensorsVerb(GridVerb):
+class TensorsVerb(GroupVerb):
     """Compress into a checkpoint of compressed-tensors."""
 
     job = TensorsJob
@@ -157,5 +178,7 @@ class TensorsVerb(GridVerb):
     def output(self, folder: Path | None, record: PruningRecord, job: PruningJob) -> PruningOutput:
         assert folder and isinstance(record, CompressionRecord) and isinstance(job, TensorsJob)
         stored = job.checkpoint.stored
-        self.grids = {x: job.grid_of(stored[f"{x}.weight"]) for x in job.selected_linears()}
+        self.quantizers = {
+            x: job.quantizer_of(stored[f"{x}.weight"]) for x in job.selected_linears()
+        }
         return TensorsFolder(folder, record, job)

@@ -21,7 +21,7 @@ from torch import nn
 from prunus.compression.gguf_output import read_record
 from prunus.evaluation.model_input import find_folder
 from prunus.evaluation.records import ModelSize
-from prunus.methods.grids import GRIDS
+from prunus.formats.gguf.types import TYPES
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint.atomic_files import verify_shards
 from prunus.model.checkpoint.resolve import is_gguf, resolve_folder
@@ -151,7 +151,7 @@ def inspect(
     if is_gguf(name) and (record := read_record(Path(name))) is not None:
         kinds = record.types
         linears = tuple(
-            replace(x, dtype=kinds[x.name], bits=GRIDS[kinds[x.name]].bits)
+            replace(x, dtype=kinds[x.name], bits=TYPES[kinds[x.name]].bits)
             if x.name in kinds
             else x
             for x in linears

@@ -17,8 +17,9 @@
     alps.py           mask and weights together by ADMM
     rate_distortion.py  integers whose code is short and whose error is small
 
-    grids.py          the grids of GGUF's types: bytes, fits, and rounding without feedback
-    grid_sweep.py     rounding in a grid with feedback: the OBS sweep
+    group_quantizer.py  the values of weights whose columns share scales in groups
+    group_fits.py     scales that fit the weights of a group, and rounding without feedback
+    group_sweep.py    rounding in groups with feedback: the OBS sweep
 
     composition.py    a method, a refinement of its mask and a weight update as one method
     refine/           better masks and targets: swaps, dense targets

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from prunus.hardware.numerics import count_zeros
-from prunus.methods.grid_sweep import quantize_in_grid
-from prunus.methods.grids import Grid
+from prunus.methods.group_quantizer import GroupQuantizer
+from prunus.methods.group_sweep import quantize_in_groups
 from prunus.methods.options import MethodOptions
 from prunus.methods.rate_distortion import quantize as quantize_by_rate
 from prunus.methods.refine.dense_targets import (
@@ -77,8 +77,8 @@ def compose(method: Method, options: MethodOptions, quantizes: bool = False) -> 
             # Integers approximate the target itself. The sweep over the columns repeats what a
             # method has changed to compensate for its mask, with the integers in view.
             keep_OI = None if work.removes_nothing else pruned.keep_OI
-            if isinstance(work.quantization, Grid):
-                found = quantize_in_grid(weight_OI, statistics, work)
+            if isinstance(work.quantization, GroupQuantizer):
+                found = quantize_in_groups(weight_OI, statistics, work)
             else:
                 found = quantize_by_rate(weight_OI, statistics, work, keep_OI)
             forced = 0 if keep_OI is None else count_zeros(keep_OI)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from prunus.methods.grids import Grid, GridWeight
+from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.methods.options import MethodOptions
 from prunus.methods.patterns import Pattern
 from prunus.methods.statistics import InputStatistics
@@ -64,13 +64,13 @@ class Pruned:
         weight_OI: float32, exactly 0 wherever `keep_OI` is False.
         keep_OI: bool, True where the weight is kept. A kept weight may happen to be 0.
         notes: values for the record of this linear; JSON must be able to hold them.
-        quantized: the same weight as integers and scales, or in a grid, if the run quantises.
+        quantized: the same weight as integers and scales, if the run quantises.
     """
 
     weight_OI: Tensor
     keep_OI: Tensor
     notes: dict[str, Any] = field(default_factory=dict)
-    quantized: Quantized | GridWeight | None = None
+    quantized: Quantized | GroupedWeight | None = None
 
 
 def masked(weight_OI: Tensor, keep_OI: Tensor, notes: dict[str, Any] | None = None) -> Pruned:
@@ -153,8 +153,7 @@ class Work:
         rows: how the rows of the linear are split over processes.
         reference_order: update weights in the order of operations of the original code, which
             reproduces its masks and is slower; see `solvers/obs.py`.
-        quantization: how the weight is quantised at the end, or in which grid; None where it is
-            not.
+        quantization: how the weight is quantised at the end; None where it is not.
     """
 
     pattern: Pattern = field(default_factory=Pattern)
@@ -162,7 +161,7 @@ class Work:
     options: MethodOptions = field(default_factory=MethodOptions)
     rows: RowSharding = UNSHARDED
     reference_order: bool = False
-    quantization: LinearQuantization | Grid | None = None
+    quantization: LinearQuantization | GroupQuantizer | None = None
 
     @property
     def removes_nothing(self) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 from prunus.distributed import SINGLE_PROCESS, Ranks, split_range
 from prunus.hardware.numerics import all_finite, count_zeros, low_precision_product, row_spans
 from prunus.methods import Method, Work
-from prunus.methods.grids import Grid, GridWeight
+from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import (
     UNSHARDED,
@@ -34,7 +34,7 @@ from prunus.packed.weight import QuantizedWeight
 from prunus.pruning.manifest import LinearRecord
 
 #: A weight as a compressed result stores it.
-Stored = QuantizedWeight | GridWeight
+Stored = QuantizedWeight | GroupedWeight
 #: A model with a larger share of zeros than this was pruned already.
 SPARSE = 0.01
 
@@ -49,12 +49,12 @@ class LinearSettings:
 class LinearFinish(Protocol):
     """What a verb does to each linear after its zeros are chosen, such as rounding it."""
 
-    def begin(self, name: str, statistics: InputStatistics) -> LinearQuantization | Grid:
+    def begin(self, name: str, statistics: InputStatistics) -> LinearQuantization | GroupQuantizer:
         """How the next linear is rounded."""
         ...
 
     def end(
-        self, name: str, quantized: Quantized | GridWeight
+        self, name: str, quantized: Quantized | GroupedWeight
     ) -> tuple[Stored, dict[str, Any]] | None:
         """Note what became of a linear: its weight as it is stored, and fields of its record.
 

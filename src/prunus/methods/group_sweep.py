@@ -1,4 +1,6 @@
-"""Quantise inside a grid, such as a type of GGUF, with feedback: the OBS sweep of `solvers/obs.py`.
+"""Quantise columns in groups, such as a type of GGUF has, with feedback.
+
+The feedback is the OBS sweep of `solvers/obs.py`.
 
 The scales of a span are fitted when the sweep reaches it, to the weights as corrected so far, and
 the code of a group once more when the sweep reaches the group. Then the columns are rounded one
@@ -18,8 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunus.methods.grid_fits import Scales, fit_codes, fit_scales
-from prunus.methods.grids import Grid, GridWeight, grid_weight
+from prunus.methods.group_fits import fit_codes, fit_scales
+from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer, Scales, join_spans
 from prunus.methods.rate_distortion import DAMPING
 from prunus.methods.solvers.obs import TILE, ordered_factor, sweep_columns
 from prunus.methods.statistics import InputStatistics
@@ -31,38 +33,40 @@ _CORRELATIONS = 0.5
 _BLOCK = 256
 
 
-def quantize_in_grid(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
-    """Quantise a weight, float32, inside the grid of `work.quantization`.
+def quantize_in_groups(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
+    """Quantise a weight, float32, in the groups of the quantiser `work.quantization`.
 
-    The result has the dense weight, the mask of its non-zero weights, and the weight in its grid.
+    The result has the dense weight, the mask of its non-zero weights, and the quantised weight.
     """
-    grid = work.quantization
-    assert isinstance(grid, Grid)
+    quantizer = work.quantization
+    assert isinstance(quantizer, GroupQuantizer)
     damping = DAMPING if work.options.damping is None else work.options.damping
-    order = ((grid.span, grid.group), lambda squares_I: _order(squares_I, grid))
+    order = ((quantizer.span, quantizer.group), lambda squares_I: _order(squares_I, quantizer))
     order_I, upper_II, notes = ordered_factor(statistics, damping, order, _CORRELATIONS)
 
     def solve(shard: RowShard) -> Pruned:
-        data_OB = _sweep(weight_OI[shard.rows], order_I, upper_II, grid).data_OB
+        data_OB = _sweep(weight_OI[shard.rows], order_I, upper_II, quantizer).data_OB
         # Processes exchange the bytes, which are all that there is to know.
         return Pruned(data_OB, data_OB.new_empty((len(data_OB), 0), dtype=torch.bool), dict(notes))
 
     solved = work.rows.solve(len(weight_OI), 1, solve)
-    quantized = GridWeight(grid, solved.weight_OI)
+    quantized = GroupedWeight(quantizer, solved.weight_OI)
     dense_OI = quantized.dense()
     return Pruned(dense_OI, dense_OI != 0, solved.notes, quantized)
 
 
-def _order(squares_I: Tensor, grid: Grid) -> Tensor:
+def _order(squares_I: Tensor, quantizer: GroupQuantizer) -> Tensor:
     """Inputs with large norms first: spans, groups within a span, and columns within a group."""
     order_I = torch.arange(len(squares_I), device=squares_I.device)
-    for width in (1, grid.group, grid.span):
+    for width in (1, quantizer.group, quantizer.span):
         place_S = squares_I.view(-1, width).sum(1).argsort(descending=True, stable=True).argsort()
         order_I = order_I[place_S.repeat_interleave(width)[order_I].argsort(stable=True)]
     return order_I
 
 
-def _sweep(weight_OI: Tensor, order_I: Tensor, upper_II: Tensor, grid: Grid) -> GridWeight:
+def _sweep(
+    weight_OI: Tensor, order_I: Tensor, upper_II: Tensor, quantizer: GroupQuantizer
+) -> GroupedWeight:
     """The sweep over the columns of some rows."""
     # In the transposed weight a column is contiguous.
     weight_IO = weight_OI.T[order_I]
@@ -76,31 +80,33 @@ def _sweep(weight_OI: Tensor, order_I: Tensor, upper_II: Tensor, grid: Grid) -> 
 
     def begin_group(j: int) -> None:
         nonlocal step_O, inverse_O, offset_O
-        span, group = order[j] // grid.span, order[j] % grid.span // grid.group
-        if j % grid.span == 0:
-            own = slice(j, j + grid.span)
+        span, group = order[j] // quantizer.span, order[j] % quantizer.span // quantizer.group
+        if j % quantizer.span == 0:
+            own = slice(j, j + quantizer.span)
             natural_B = order_I[own].argsort()
-            scales[span] = fit_scales(weight_IO[own][natural_B], importance_I[own][natural_B], grid)
-        if grid.span != grid.group:
+            scales[span] = fit_scales(
+                weight_IO[own][natural_B], importance_I[own][natural_B], quantizer
+            )
+        if quantizer.span != quantizer.group:
             # The columns of the span so far have corrected this group since.
-            own, (d_O, dmin_O, codes_GO, minima_GO) = slice(j, j + grid.group), scales[span]
+            own, (d_O, dmin_O, codes_GO, minima_GO) = slice(j, j + quantizer.group), scales[span]
             before = Scales(d_O, dmin_O, codes_GO[group, None], minima_GO[group, None])
-            after = fit_codes(weight_IO[own], importance_I[own], before, grid)
+            after = fit_codes(weight_IO[own], importance_I[own], before, quantizer)
             codes_GO[group], minima_GO[group] = after.codes_GO[0], after.minima_GO[0]
         steps_GO, offsets_GO = scales[span].steps()
         step_O, offset_O = steps_GO[group], offsets_GO[group]
         inverse_O = step_O.reciprocal().nan_to_num_(0, 0, 0)
 
     def round_column(j: int, error_O: Tensor) -> None:
-        if j % grid.group == 0:
+        if j % quantizer.group == 0:
             begin_group(j)
-        value_O, level_O = grid.nearest((weight_IO[j] + offset_O).mul_(inverse_O))
+        value_O, level_O = quantizer.nearest((weight_IO[j] + offset_O).mul_(inverse_O))
         levels_IO[order[j]] = level_O
         value_O = (value_O * step_O).sub_(offset_O)
         torch.sub(weight_IO[j], value_O, out=error_O).mul_(inverses[j])
 
     # All weights of a span must be corrected when its scales are fitted, so it is a block, or a
     # tile of a block. A group of a larger span consists of whole tiles.
-    tile = grid.span if grid.span < _BLOCK else TILE
+    tile = quantizer.span if quantizer.span < _BLOCK else TILE
     sweep_columns(weight_IO, upper_II, _BLOCK, tile, round_column)
-    return grid_weight([scales[span] for span in range(len(scales))], levels_IO, grid)
+    return join_spans([scales[span] for span in range(len(scales))], levels_IO, quantizer)

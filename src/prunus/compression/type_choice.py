@@ -1,4 +1,4 @@
-"""Which grid each weight gets, so that a GGUF file has a given size; and the verb that rounds.
+"""Which type each weight gets, so that a file has a given size; and the command that rounds.
 
 Every type of a weight takes some bytes and raises the loss of the model. For a sum of bytes the sum
 of the losses is least where one more byte would save as much loss in every weight (Lagrange). So
@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prunus.methods.grids import GRIDS, Grid, GridWeight, grid_for, round_to_grid
+from prunus.formats.gguf.types import TYPES
+from prunus.methods.group_fits import round_in_groups
+from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import Quantized
 from prunus.pruning.block.linear import Stored
@@ -38,16 +40,6 @@ class Choice(NamedTuple):
     loss: float = 0.0
 
 
-def grids_for(columns: int) -> list[Grid]:
-    """The grids that a weight of this width can have: those with long spans where they fit.
-
-    >>> [grid.name for grid in grids_for(576)]
-    ['Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q8_0', 'IQ4_NL']
-    """
-    longest = grid_for("Q4_K", columns).span
-    return [grid for grid in GRIDS.values() if grid.span == longest or grid.name == "Q8_0"]
-
-
 def type_losses(
     weight_OI: Tensor, uses: Sequence[LinearSensitivity], kinds: Sequence[str], stacked: int = 1
 ) -> tuple[Tensor, Tensor]:
@@ -62,7 +54,7 @@ def type_losses(
     rows_RI, losses = weight_OI[some_R].float(), []
     importance_I = torch.stack([use.loss_O.sum() * use.importance_I for use in uses]).sum(dim=0)
     for kind in kinds:
-        rounded = round_to_grid(rows_RI, GRIDS[kind], importance_I)
+        rounded = round_in_groups(rows_RI, TYPES[kind], importance_I)
         error_RI = rounded.dense().sub_(rows_RI).square_()
         parts = [error_RI @ use.importance_I @ use.loss_O[some_R] for use in uses]
         shares = [use.loss_O.sum() / use.loss_O[some_R].sum() for use in uses]
@@ -93,20 +85,20 @@ def choose_types(choices: Mapping[str, Sequence[Choice]], nbytes: int) -> dict[s
         chosen[name] = each
 
 
-class GridVerb(PruneVerb):
-    """Rounds each linear to its grid in `grids`; see `prunus.pruning.block.linear`."""
+class GroupVerb(PruneVerb):
+    """Rounds each linear by its quantiser in `quantizers`; see `prunus.pruning.block.linear`."""
 
     def __init__(self) -> None:
-        self.grids: dict[str, Grid] = {}
+        self.quantizers: dict[str, GroupQuantizer] = {}
 
     def finish_linear(
         self, job: PruningJob, ids: torch.Tensor, output: PruningOutput, record: PruningRecord
-    ) -> GridVerb:
+    ) -> GroupVerb:
         return self
 
-    def begin(self, name: str, statistics: InputStatistics) -> Grid:
-        return self.grids[name]
+    def begin(self, name: str, statistics: InputStatistics) -> GroupQuantizer:
+        return self.quantizers[name]
 
-    def end(self, name: str, quantized: Quantized | GridWeight) -> tuple[Stored, dict[str, Any]]:
-        assert isinstance(quantized, GridWeight)
-        return quantized, {"bits": quantized.grid.bits}
+    def end(self, name: str, quantized: Quantized | GroupedWeight) -> tuple[Stored, dict[str, Any]]:
+        assert isinstance(quantized, GroupedWeight)
+        return quantized, {"bits": quantized.quantizer.bits}

@@ -1,4 +1,4 @@
-"""Weights in the grids of GGUF's types: bytes, fits, and the sweep with feedback."""
+"""Weights as GGUF's types: bytes, fits, and the sweep with feedback."""
 
 from dataclasses import replace
 
@@ -6,33 +6,34 @@ import pytest
 import torch
 
 from method_cases import ThreeShards
+from prunus.compression.tensors_run import integer_type
+from prunus.formats.block_bytes import BlockType
+from prunus.formats.gguf.types import TYPES, type_for
 from prunus.methods import InputStatistics, Work
-from prunus.methods.grid_fits import fit_codes, fit_scales
-from prunus.methods.grid_packing import pack, unpack
-from prunus.methods.grid_sweep import quantize_in_grid
-from prunus.methods.grids import GRIDS, Grid, grid_for, integer_grid, round_to_grid
+from prunus.methods.group_fits import fit_codes, fit_scales, round_in_groups
+from prunus.methods.group_sweep import quantize_in_groups
 from prunus.methods.solvers.obs import inverse_factor
 
-INTEGERS = [integer_grid(bits, 128, torch.bfloat16) for bits in (4, 8)]
-every_type = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
-every_grid = pytest.mark.parametrize(
-    "grid", [*GRIDS.values(), *INTEGERS], ids=[*GRIDS, "W4A16", "W8A16"]
+INTEGERS = [integer_type(bits, 128, torch.bfloat16) for bits in (4, 8)]
+every_type = pytest.mark.parametrize("quantizer", TYPES.values(), ids=TYPES)
+every_quantizer = pytest.mark.parametrize(
+    "quantizer", [*TYPES.values(), *INTEGERS], ids=[*TYPES, "W4A16", "W8A16"]
 )
-some_grids = pytest.mark.parametrize(
-    "grid", [*(GRIDS[x] for x in ("Q2_K", "Q3_K", "IQ4_NL")), INTEGERS[0]]
+some_quantizers = pytest.mark.parametrize(
+    "quantizer", [*(TYPES[x] for x in ("Q2_K", "Q3_K", "IQ4_NL")), INTEGERS[0]]
 )
 
 
-def random_spans(grid: Grid, count: int = 20) -> torch.Tensor:
+def random_spans(quantizer: BlockType, count: int = 20) -> torch.Tensor:
     """Spans of random integers, and of scales that are ordinary numbers: uint8 (N, bytes)."""
-    data_NK = torch.randint(0, 256, (count, grid.nbytes), dtype=torch.uint8)
-    if grid.name == "Q8_0":
+    data_NK = torch.randint(0, 256, (count, quantizer.nbytes), dtype=torch.uint8)
+    if quantizer.name == "Q8_0":
         data_NK[data_NK == 128] = 0  # −128 is a value that no writer uses
     start = 0
-    groups = grid.span // grid.group * (2 if grid.has_minimum else 1)
-    for part, bits, _, _ in grid.layout:
+    groups = quantizer.span // quantizer.group * (2 if quantizer.has_minimum else 1)
+    for part, bits, _, _ in quantizer.layout:
         if part in ("levels", "codes"):
-            start += bits * (grid.span if part == "levels" else groups) // 8
+            start += bits * (quantizer.span if part == "levels" else groups) // 8
         else:
             data_NK[:, start : start + 2] = torch.randn(count, 1).half().view(torch.uint8)
             start += 2
@@ -51,37 +52,40 @@ def error(weight_OI: torch.Tensor, other_OI: torch.Tensor, gram_II: torch.Tensor
 
 
 @every_type
-def test_bytes_are_read_and_written_as_the_package_gguf_does(grid):
+def test_bytes_are_read_and_written_as_the_package_gguf_does(quantizer):
     gguf = pytest.importorskip("gguf", reason="the package gguf is the reference")
     torch.manual_seed(0)
-    data_NK = random_spans(grid)
-    spans = unpack(data_NK, grid)
-    kind = gguf.GGMLQuantizationType[grid.name]
-    assert (grid.type_id, grid.span, grid.nbytes) == (kind, *gguf.GGML_QUANT_SIZES[kind])
+    data_NK = random_spans(quantizer)
+    spans = quantizer.unpack(data_NK)
+    kind = gguf.GGMLQuantizationType[quantizer.name]
+    assert (quantizer.number, quantizer.span, quantizer.nbytes) == (
+        kind,
+        *gguf.GGML_QUANT_SIZES[kind],
+    )
     expected = torch.from_numpy(gguf.quants.dequantize(data_NK.numpy(), kind))
-    assert torch.equal(spans.dense(grid), expected)
-    assert torch.equal(pack(spans, grid), data_NK)
+    assert torch.equal(spans.dense(quantizer), expected)
+    assert torch.equal(quantizer.pack(spans), data_NK)
 
 
 def test_widths_that_256_does_not_divide_get_the_types_of_llama_cpp():
-    assert grid_for("Q4_K", 512) is GRIDS["Q4_K"]
-    assert grid_for("Q4_K", 576) is GRIDS["Q5_0"]
+    assert type_for("Q4_K", 512) is TYPES["Q4_K"]
+    assert type_for("Q4_K", 576) is TYPES["Q5_0"]
     with pytest.raises(ValueError, match="give a width that 32 divides"):
-        grid_for("Q8_0", 100)
+        type_for("Q8_0", 100)
     with pytest.raises(ValueError, match="not a type that prunus writes"):
-        grid_for("Q9_K", 512)
+        type_for("Q9_K", 512)
 
 
-@every_grid
-def test_a_rounded_weight_lies_in_the_grid_and_is_close(grid):
+@every_quantizer
+def test_a_rounded_weight_has_the_values_of_the_quantizer_and_is_close(quantizer):
     torch.manual_seed(0)
     weight_OI = torch.randn(8, 512)
-    rounded = round_to_grid(weight_OI, grid)
+    rounded = round_in_groups(weight_OI, quantizer)
     dense_OI = rounded.dense()
-    spans = unpack(rounded.data_OB.view(-1, grid.nbytes), grid)
-    assert torch.equal(pack(spans, grid).view(8, -1), rounded.data_OB)
-    assert (weight_OI - dense_OI).square().mean() < 4.0 ** (1.6 - grid.bits)
-    again_OI = round_to_grid(dense_OI, grid).dense()
+    spans = quantizer.unpack(rounded.data_OB.view(-1, quantizer.nbytes))
+    assert torch.equal(quantizer.pack(spans).view(8, -1), rounded.data_OB)
+    assert (weight_OI - dense_OI).square().mean() < 4.0 ** (1.6 - quantizer.bits)
+    again_OI = round_in_groups(dense_OI, quantizer).dense()
     assert (again_OI - dense_OI).square().mean() < 0.1 * (weight_OI - dense_OI).square().mean()
 
 
@@ -89,8 +93,8 @@ def test_the_importance_of_a_column_lowers_its_error():
     torch.manual_seed(0)
     weight_OI, importance_I = torch.randn(8, 256), torch.ones(256)
     importance_I[::4] = 100
-    with_it = (round_to_grid(weight_OI, GRIDS["Q3_K"], importance_I).dense() - weight_OI).square()
-    without = (round_to_grid(weight_OI, GRIDS["Q3_K"]).dense() - weight_OI).square()
+    with_it = (round_in_groups(weight_OI, TYPES["Q3_K"], importance_I).dense() - weight_OI).square()
+    without = (round_in_groups(weight_OI, TYPES["Q3_K"]).dense() - weight_OI).square()
     assert with_it[:, ::4].sum() < without[:, ::4].sum()
     assert (with_it * importance_I).sum() < (without * importance_I).sum()
 
@@ -99,27 +103,27 @@ def test_weights_of_unused_inputs_are_kept():
     weight_OI, importance_I = torch.ones(2, 256), torch.zeros(256)
     for _ in range(2):
         assert (
-            round_to_grid(weight_OI, GRIDS["Q3_K"], importance_I).dense() - 1
+            round_in_groups(weight_OI, TYPES["Q3_K"], importance_I).dense() - 1
         ).abs().max() < 0.05
         importance_I[:128] = 1
 
 
 def test_zeros_stay_zeros():
-    for grid in (*GRIDS.values(), *INTEGERS):
-        assert not round_to_grid(torch.zeros(2, 256), grid).dense().any()
+    for quantizer in (*TYPES.values(), *INTEGERS):
+        assert not round_in_groups(torch.zeros(2, 256), quantizer).dense().any()
 
 
-@some_grids
-def test_the_sweep_equals_a_slow_one(grid):
+@some_quantizers
+def test_the_sweep_equals_a_slow_one(quantizer):
     torch.manual_seed(0)
     weight_OI, statistics = torch.randn(4, 512) / 20, statistics_of(512)
-    found = quantize_in_grid(weight_OI, statistics, Work(quantization=grid))
+    found = quantize_in_groups(weight_OI, statistics, Work(quantization=quantizer))
 
     # Large inputs first: spans, groups within a span, columns within a group.
-    norms_I, groups = statistics.gram_II.diagonal(), grid.span // grid.group
+    norms_I, groups = statistics.gram_II.diagonal(), quantizer.span // quantizer.group
 
     def largest_first(j: int) -> list[float]:
-        starts = [(j // width * width, width) for width in (grid.span, grid.group, 1)]
+        starts = [(j // width * width, width) for width in (quantizer.span, quantizer.group, 1)]
         return [-float(norms_I[start : start + width].sum()) for start, width in starts]
 
     order = sorted(range(512), key=largest_first)
@@ -129,20 +133,24 @@ def test_the_sweep_equals_a_slow_one(grid):
     left_OI, rounded_OI = weight_OI[:, order].double(), torch.empty(4, 512)
     importance_I = upper_II.diagonal().reciprocal().square().float()
     for place, j in enumerate(order):
-        group = j % grid.span // grid.group
-        if place % grid.span == 0:
-            span = torch.arange(place, place + grid.span)
+        group = j % quantizer.span // quantizer.group
+        if place % quantizer.span == 0:
+            span = torch.arange(place, place + quantizer.span)
             span = span[torch.tensor(order)[span].argsort()]
-            scales = fit_scales(left_OI[:, span].T.float().contiguous(), importance_I[span], grid)
-        if place % grid.group == 0 and groups > 1:
-            own = slice(place, place + grid.group)
+            scales = fit_scales(
+                left_OI[:, span].T.float().contiguous(), importance_I[span], quantizer
+            )
+        if place % quantizer.group == 0 and groups > 1:
+            own = slice(place, place + quantizer.group)
             one = scales._replace(
                 codes_GO=scales.codes_GO[[group]], minima_GO=scales.minima_GO[[group]]
             )
-            one = fit_codes(left_OI[:, own].T.float().contiguous(), importance_I[own], one, grid)
+            one = fit_codes(
+                left_OI[:, own].T.float().contiguous(), importance_I[own], one, quantizer
+            )
             scales.codes_GO[group], scales.minima_GO[group] = one.codes_GO[0], one.minima_GO[0]
         step_O, offset_O = (each_GO[group] for each_GO in scales.steps())
-        values = torch.tensor(grid.values)[:, None] * step_O - offset_O
+        values = torch.tensor(quantizer.values)[:, None] * step_O - offset_O
         nearest_O = (left_OI[:, place] - values).abs().argmin(0)
         rounded_OI[:, j] = values.gather(0, nearest_O[None])[0]
         error_O = (left_OI[:, place] - rounded_OI[:, j]) / upper_II[place, place]
@@ -151,21 +159,21 @@ def test_the_sweep_equals_a_slow_one(grid):
     assert torch.equal(found.weight_OI, found.quantized.dense())
 
 
-@every_grid
-def test_feedback_lowers_the_error_of_the_outputs(grid):
+@every_quantizer
+def test_feedback_lowers_the_error_of_the_outputs(quantizer):
     torch.manual_seed(0)
     weight_OI, statistics = torch.randn(8, 512), statistics_of(512)
     gram_II = statistics.gram_II
-    found = quantize_in_grid(weight_OI, statistics, Work(quantization=grid))
-    rounded_OI = round_to_grid(weight_OI, grid, gram_II.diagonal()).dense()
+    found = quantize_in_groups(weight_OI, statistics, Work(quantization=quantizer))
+    rounded_OI = round_in_groups(weight_OI, quantizer, gram_II.diagonal()).dense()
     assert error(weight_OI, found.weight_OI, gram_II) < 0.7 * error(weight_OI, rounded_OI, gram_II)
 
 
 def test_processes_that_share_the_rows_get_the_same_weight():
     torch.manual_seed(0)
     weight_OI, statistics = torch.randn(8, 512), statistics_of(512)
-    work = Work(quantization=GRIDS["Q4_K"])
-    alone = quantize_in_grid(weight_OI, statistics, work)
-    shared = quantize_in_grid(weight_OI, statistics, replace(work, rows=ThreeShards()))
+    work = Work(quantization=TYPES["Q4_K"])
+    alone = quantize_in_groups(weight_OI, statistics, work)
+    shared = quantize_in_groups(weight_OI, statistics, replace(work, rows=ThreeShards()))
     assert (alone.weight_OI != shared.weight_OI).float().mean() < 0.02
     assert torch.equal(shared.weight_OI, shared.quantized.dense())

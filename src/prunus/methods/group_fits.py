@@ -1,4 +1,4 @@
-"""Fit the steps and minima of a span of a grid to weights.
+"""Fit the steps and minima of a span of quantised columns to weights.
 
 The goal is a small weighted error Σ w·(x − d·code·value + dmin·minimum)² in every row. First every
 group gets its best real step and minimum, found among a few tens of candidates: each candidate
@@ -13,50 +13,33 @@ columns of a group, O outputs (rows).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from prunus.methods.grid_packing import Grid
+from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer, Scales, join_spans
 
-# Candidates for the step of a group: the extreme weight gets the extreme value of the grid, moved
-# by these shares of the distance between values.
+# Candidates for the step of a group: the extreme weight gets the extreme value of the quantiser,
+# moved by these shares of the distance between values.
 _MOVES = tuple(place / 4 for place in range(-4, 5))
 # The extreme number of a row gets one of these shares of the extreme code.
 _SHARES = tuple(1 - place / 32 for place in range(16))
 # How often codes and d are fitted in turn.
 _ROUNDS = 2
+# Weights that are rounded at once: few enough for the cache of a processor.
+_ELEMENTS = 2**19
 
 
-class Scales(NamedTuple):
-    """The scales of one span of all rows; see `grid_packing.Spans` for dtypes and values."""
-
-    d_O: Tensor
-    dmin_O: Tensor
-    codes_GO: Tensor
-    minima_GO: Tensor
-
-    def steps(self) -> tuple[Tensor, Tensor]:
-        """(step, offset) of each group, float32 (G, O): a weight is step · value − offset."""
-        return self.d_O * self.codes_GO, self.dmin_O * self.minima_GO
-
-    def levels(self, weight_BO: Tensor, grid: Grid) -> Tensor:
-        """The levels of the values nearest to the weights of the span, uint8 (B, O)."""
-        place_GCO = _places(weight_BO.unflatten(0, (-1, grid.group)), self)
-        return grid.nearest(place_GCO)[1].flatten(0, 1).to(torch.uint8)
-
-
-def fit_scales(weight_BO: Tensor, importance_B: Tensor, grid: Grid) -> Scales:
+def fit_scales(weight_BO: Tensor, importance_B: Tensor, quantizer: GroupQuantizer) -> Scales:
     """The scales of one span that fit weights, float32, a column in each row.
 
     `importance_B`, not negative, weighs the squared error of a column.
     """
-    group = _Groups(weight_BO, importance_B, grid)
+    group = _Groups(weight_BO, importance_B, quantizer)
     step_GO, offset_GO = group.fit()
-    lowest, highest = grid.codes
+    lowest, highest = quantizer.codes
     if lowest == highest:
-        d_O, dmin_O = grid.stored(step_GO[0]), grid.stored(offset_GO[0])
+        d_O, dmin_O = quantizer.stored(step_GO[0]), quantizer.stored(offset_GO[0])
         return Scales(d_O, dmin_O, torch.ones_like(step_GO), torch.ones_like(offset_GO))
     d_O = _common_factor(step_GO, lowest, highest)
     dmin_O = _common_factor(offset_GO, 0, highest)
@@ -66,6 +49,38 @@ def fit_scales(weight_BO: Tensor, importance_B: Tensor, grid: Grid) -> Scales:
         scales = group.refit(group.best_codes(Scales(d_O, dmin_O, code_GO, minimum_GO)))
         d_O, dmin_O = scales.d_O, scales.dmin_O
     return scales
+
+
+def round_in_groups(
+    weight_OI: Tensor, quantizer: GroupQuantizer, importance_I: Tensor | None = None
+) -> GroupedWeight:
+    """Round a weight of any float dtype, with the scales of the smallest weighted squared error.
+
+    `importance_I` weighs the squared error of each column, such as the mean square of an input
+    (llama.cpp's importance matrix); None for equal weights.
+    """
+    columns = weight_OI.shape[1]
+    if importance_I is None or not bool(importance_I.any()):
+        importance_I = torch.ones(columns, device=weight_OI.device)
+    # A group of inputs that are always 0 keeps its weights: other texts may use them.
+    importance_I = importance_I.float().clamp_min(1e-6 * float(importance_I.mean()))
+    parts = []
+    for rows_OI in weight_OI.split(max(1, _ELEMENTS // columns)):
+        weight_IO = rows_OI.float().T.contiguous()
+        scales, levels = [], []
+        for weight_BO, importance_B in zip(
+            weight_IO.split(quantizer.span), importance_I.split(quantizer.span), strict=True
+        ):
+            scales.append(fit_scales(weight_BO, importance_B, quantizer))
+            levels.append(_levels(weight_BO, scales[-1], quantizer))
+        parts.append(join_spans(scales, torch.cat(levels), quantizer).data_OB)
+    return GroupedWeight(quantizer, torch.cat(parts))
+
+
+def _levels(weight_BO: Tensor, scales: Scales, quantizer: GroupQuantizer) -> Tensor:
+    """The levels of the values nearest to the weights of a span, uint8 (B, O)."""
+    place_GCO = _places(weight_BO.unflatten(0, (-1, quantizer.group)), scales)
+    return quantizer.nearest(place_GCO)[1].flatten(0, 1).to(torch.uint8)
 
 
 def _common_factor(real_GO: Tensor, lowest: int, highest: int) -> Tensor:
@@ -81,9 +96,11 @@ def _common_factor(real_GO: Tensor, lowest: int, highest: int) -> Tensor:
     return d_O
 
 
-def fit_codes(weight_CO: Tensor, importance_C: Tensor, scales: Scales, grid: Grid) -> Scales:
+def fit_codes(
+    weight_CO: Tensor, importance_C: Tensor, scales: Scales, quantizer: GroupQuantizer
+) -> Scales:
     """The scales of one group, with the codes next to the given ones that fit its weights best."""
-    return _Groups(weight_CO, importance_C, grid).best_codes(scales)
+    return _Groups(weight_CO, importance_C, quantizer).best_codes(scales)
 
 
 class _Groups:
@@ -91,14 +108,14 @@ class _Groups:
     weighted squared error of every group (G, O).
     """
 
-    def __init__(self, weight_BO: Tensor, importance_B: Tensor, grid: Grid) -> None:
-        self.grid = grid
-        self.weight_GCO = weight_BO.unflatten(0, (-1, grid.group))
-        self.importance_GC1 = importance_B.view(-1, grid.group, 1)
+    def __init__(self, weight_BO: Tensor, importance_B: Tensor, quantizer: GroupQuantizer) -> None:
+        self.quantizer = quantizer
+        self.weight_GCO = weight_BO.unflatten(0, (-1, quantizer.group))
+        self.importance_GC1 = importance_B.view(-1, quantizer.group, 1)
         self.weighted_GCO = self.weight_GCO * self.importance_GC1
         # Where there are no minima, these sums are 0, and so are all offsets.
-        self.importance_G1 = self.importance_GC1.sum(1) * grid.has_minimum
-        self.sum_GO = self.weighted_GCO.sum(1) * grid.has_minimum
+        self.importance_G1 = self.importance_GC1.sum(1) * quantizer.has_minimum
+        self.sum_GO = self.weighted_GCO.sum(1) * quantizer.has_minimum
 
     def fit(self) -> tuple[Tensor, Tensor]:
         """The best real step and offset of every group; an offset is not negative."""
@@ -106,7 +123,7 @@ class _Groups:
         best_GO = torch.zeros_like(self.sum_GO)
         for lowest_GO, inverse_GO in self._candidates():
             place_GCO = (self.weight_GCO - lowest_GO[:, None]).mul_(inverse_GO[:, None])
-            value_GCO = self.grid.nearest(place_GCO)[0]
+            value_GCO = self.quantizer.nearest(place_GCO)[0]
             product_GO = (self.weighted_GCO * value_GCO).sum(1)
             new_GO, new_offset_GO = _two_least_squares(
                 *self._value_sums(value_GCO), self.importance_G1, product_GO, self.sum_GO
@@ -119,9 +136,9 @@ class _Groups:
 
     def _candidates(self) -> Iterator[tuple[Tensor, Tensor]]:
         """What to round: the lowest weight of a group, to subtract, and the inverse of its step."""
-        values = self.grid.values
+        values = self.quantizer.values
         between = (values[-1] - values[0]) / (len(values) - 1)
-        if self.grid.has_minimum:
+        if self.quantizer.has_minimum:
             lowest_GO = self.weight_GCO.amin(1).clamp_max_(0)
             inverse_GO = _over(1.0, self.weight_GCO.amax(1) - lowest_GO)
             extremes = [(values[-1], _MOVES)]
@@ -136,10 +153,10 @@ class _Groups:
     def best_codes(self, scales: Scales) -> Scales:
         """The codes next to given ones with the smallest errors; d and dmin stay."""
         d_O, dmin_O, code_GO, minimum_GO = scales
-        lowest, highest = self.grid.codes
+        lowest, highest = self.quantizer.codes
         best_GO = torch.full_like(code_GO, torch.inf)
         best_code_GO, best_minimum_GO = code_GO.clone(), minimum_GO.clone()
-        for more in (-1, 0, 1) if self.grid.has_minimum else (0,):
+        for more in (-1, 0, 1) if self.quantizer.has_minimum else (0,):
             new_minimum_GO = (minimum_GO + more).clamp_(0, highest)
             for other in (0, -1, 1):
                 new_code_GO = (code_GO + other).clamp_(lowest, highest)
@@ -154,7 +171,7 @@ class _Groups:
 
     def refit(self, scales: Scales) -> Scales:
         """d and dmin by least squares, where the weights round to the values that they have now."""
-        value_GCO = self.grid.nearest(_places(self.weight_GCO, scales))[0]
+        value_GCO = self.quantizer.nearest(_places(self.weight_GCO, scales))[0]
         code_GO, minimum_GO = scales.codes_GO, scales.minima_GO
         product_GO = (self.weighted_GCO * value_GCO).sum(1)
         square_GO, value_sum_GO = self._value_sums(value_GCO)
@@ -165,18 +182,18 @@ class _Groups:
             (product_GO * code_GO).sum(0),
             (self.sum_GO * minimum_GO).sum(0),
         )
-        d_O, dmin_O = self.grid.stored(d_O), self.grid.stored(dmin_O)
+        d_O, dmin_O = self.quantizer.stored(d_O), self.quantizer.stored(dmin_O)
         return Scales(d_O, dmin_O, code_GO, minimum_GO)
 
     def _value_sums(self, value_GCO: Tensor) -> tuple[Tensor, Tensor]:
         """Σ w·v², and Σ w·v where there are minima, else 0; writes over `value_GCO`."""
         weighted_GCO = value_GCO * self.importance_GC1
-        value_sum_GO = weighted_GCO.sum(1) if self.grid.has_minimum else self.sum_GO
+        value_sum_GO = weighted_GCO.sum(1) if self.quantizer.has_minimum else self.sum_GO
         return value_GCO.mul_(weighted_GCO).sum(1), value_sum_GO
 
     def _error(self, scales: Scales) -> Tensor:
         step_GO, offset_GO = scales.steps()
-        value_GCO = self.grid.nearest(_places(self.weight_GCO, scales))[0]
+        value_GCO = self.quantizer.nearest(_places(self.weight_GCO, scales))[0]
         error_GCO = value_GCO.mul_(step_GO[:, None]).sub_(offset_GO[:, None]).sub_(self.weight_GCO)
         return error_GCO.square_().mul_(self.importance_GC1).sum(1)
 

@@ -1,0 +1,1 @@
+"""Formats of files: how the values of a model become bytes, and how many."""

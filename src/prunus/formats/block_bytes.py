@@ -1,0 +1,155 @@
+"""The bytes of quantised columns: every part of a span is stored in one or two fields.
+
+A field holds some bits of every integer of a part: in runs of `width` bytes, byte l has the
+integers l, width + l, 2·width + l, … of its run, from its low to its high bits. GGUF's types and
+the integers of compressed-tensors are described by such fields.
+
+Shape suffixes: N spans (of all rows), G groups of a span, B columns of a span or its integers, K
+bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prunus.methods.group_quantizer import GroupQuantizer, Spans
+
+
+class Field(NamedTuple):
+    """Some bits of all integers of a part of a span, or one of its 16-bit floats.
+
+    Attributes:
+        part: "levels"; "codes", which have the minima after them; or a float, which is "d", "dmin",
+            or "-dmin" where the file has it with the other sign.
+        bits: The number of bits of each integer that are here.
+        width: The bytes of a run; see the top of this file.
+        shift: The lowest of these bits in the integer.
+    """
+
+    part: str
+    bits: int = 16
+    width: int = 1
+    shift: int = 0
+
+
+@dataclass(frozen=True)
+class BlockType(GroupQuantizer):
+    """A quantiser whose spans are stored as fields of bits.
+
+    Attributes:
+        layout: The fields of a span, in their order in the file.
+    """
+
+    layout: tuple[Field, ...]
+
+    @functools.cached_property
+    def has_minimum(self) -> bool:
+        return any(field.part in ("dmin", "-dmin") for field in self.layout)
+
+    @functools.cached_property
+    def counts(self) -> dict[str, int]:
+        """The integers of each part of a span."""
+        return {"levels": self.span, "codes": self.span // self.group * (1 + self.has_minimum)}
+
+    @functools.cached_property
+    def nbytes(self) -> int:
+        return sum(self.counts.get(field.part, 1) * field.bits // 8 for field in self.layout)
+
+    def pack(self, spans: Spans) -> Tensor:
+        codes_NG = (spans.codes_NG - self.codes[0]).to(torch.uint8)
+        if self.has_minimum:
+            codes_NG = torch.cat([codes_NG, spans.minima_NG.to(torch.uint8)], dim=1)
+        integers = {
+            "levels": spans.levels_NB + self.zero_point(self.values),
+            "codes": codes_NG + self.zero_point(self.codes),
+        }
+        floats = {"d": spans.d_N, "dmin": spans.dmin_N, "-dmin": -spans.dmin_N}
+        return torch.cat(
+            [
+                _field(integers[part] >> shift, bits, width)
+                if part in integers
+                else floats[part].to(self.dtype)[:, None].view(torch.uint8)
+                for part, bits, width, shift in self.layout
+            ],
+            dim=1,
+        )
+
+    def unpack(self, data_NK: Tensor) -> Spans:
+        integers = {
+            part: data_NK.new_zeros(len(data_NK), size) for part, size in self.counts.items()
+        }
+        floats = {"dmin": torch.zeros(len(data_NK), device=data_NK.device)}
+        start = 0
+        for part, bits, width, shift in self.layout:
+            stop = start + self.counts.get(part, 1) * bits // 8
+            field_NK = data_NK[:, start:stop].contiguous()
+            start = stop
+            if part in integers:
+                integers[part] |= _from_field(field_NK, bits, width) << shift
+            else:
+                number_N = field_NK.view(self.dtype)[:, 0].float()
+                floats[part.removeprefix("-")] = -number_N if part.startswith("-") else number_N
+        codes_NG, minima_NG = integers["codes"].tensor_split((self.span // self.group,), dim=1)
+        codes_NG = (codes_NG - self.zero_point(self.codes)).float() + self.codes[0]
+        if self.has_minimum:
+            minima_NG = minima_NG.float() + (self.codes == ONE)
+        else:
+            minima_NG = torch.zeros_like(codes_NG)
+        levels_NB = integers["levels"] - self.zero_point(self.values)
+        return Spans(floats["d"], floats["dmin"], codes_NG, minima_NG, levels_NB)
+
+    def zero_point(self, numbers: tuple[int, ...]) -> int:
+        """What turns an integer counted from the lowest on into the stored one, modulo 256.
+
+        Integers of eight bits are stored in two's complement, all others as they are.
+        """
+        return numbers[0] % 256 if numbers[-1] == 127 else 0
+
+
+#: The codes of a quantiser whose spans are single groups.
+ONE = (1, 1)
+
+
+def integers(bits: int) -> tuple[int, ...]:
+    """All integers of this number of bits, with as many negative ones as others.
+
+    >>> integers(2)
+    (-2, -1, 0, 1)
+    """
+    return tuple(range(-(2 ** (bits - 1)), 2 ** (bits - 1)))
+
+
+def _field(integers_NB: Tensor, bits: int, width: int) -> Tensor:
+    """The low `bits` bits of integers, uint8 (N, K); see the top of this file."""
+    if bits == 6:
+        # Q4_K and Q5_K store 8 codes and 8 minima in 12 bytes. The first four of each are the low
+        # bits of 8 bytes. Of the others the two high bits are above them, the low bits in 4 bytes.
+        first_NB, last_NB = _halves(integers_NB)
+        return torch.cat([first_NB | last_NB >> 4 << 6, _field(last_NB, 4, 4)], dim=1)
+    runs = (integers_NB & (2**bits - 1)).unflatten(1, (-1, 8 // bits, width))
+    packed = runs[:, :, 0].clone()
+    for place in range(1, 8 // bits):
+        packed |= runs[:, :, place] << bits * place
+    return packed.flatten(1)
+
+
+def _from_field(field_NK: Tensor, bits: int, width: int) -> Tensor:
+    """The integers of a field, uint8 (N, B): the inverse of `_field`."""
+    if bits == 6:
+        first_NK, low_NK = field_NK.tensor_split((8,), dim=1)
+        last_NB = _from_field(low_NK, 4, 4) | first_NK >> 6 << 4
+        return torch.cat(_halves(torch.cat([first_NK & 63, last_NB], dim=1)), dim=1)
+    runs = field_NK.unflatten(1, (-1, width))
+    parts = [runs >> place & (2**bits - 1) for place in range(0, 8, bits)]
+    return torch.stack(parts, dim=2).flatten(1)
+
+
+def _halves(codes_NB: Tensor) -> tuple[Tensor, Tensor]:
+    """From (a, b, c, d) to (a, c) and (b, d), each four wide; also its own inverse."""
+    quarters = codes_NB.split(4, dim=1)
+    return torch.cat(quarters[::2], dim=1), torch.cat(quarters[1::2], dim=1)

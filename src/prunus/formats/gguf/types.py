@@ -1,0 +1,115 @@
+"""The types of GGUF that prunus writes: their values, their bytes, and their numbers.
+
+A new type is one entry of `TYPES`. The layouts are those of ggml (github.com/ggml-org/ggml,
+ggml-common.h), and the package `gguf` decodes them equally (`tests/formats/gguf/test_types.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from prunus.formats.block_bytes import ONE, BlockType, Field, integers
+
+#: The 16 values of IQ4_NL and IQ4_XS (kvalues_iq4nl of ggml).
+_IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+@dataclass(frozen=True)
+class GgufType(BlockType):
+    """A type of GGUF.
+
+    >>> quantizer = TYPES["Q3_K"]
+    >>> quantizer.span, quantizer.nbytes, quantizer.bits
+    (256, 110, 3.4375)
+
+    Attributes:
+        number: Its number in ggml (`ggml_type`).
+        file_type: The number of a file most of whose weights have it (`llama_ftype`).
+        fallback: What llama.cpp takes where 256 does not divide a width; empty for types that have
+            spans of 32.
+    """
+
+    number: int
+    file_type: int
+    fallback: str = ""
+
+
+_levels, _codes = functools.partial(Field, "levels"), functools.partial(Field, "codes")
+_D, _DMIN = Field("d"), Field("dmin")
+_FIFTH_BIT, _NIBBLES, _SIX_BITS = _levels(1, 1, 4), _levels(4, 16), _codes(6, 12)
+_Q3_K = (_levels(1, 32, 2), _levels(2, 32), _codes(4, 8), _codes(2, 4, 4), _D)
+_Q5_K = (_D, _DMIN, _SIX_BITS, _levels(1, 32, 4), _levels(4, 32))
+_Q6_K = (_levels(4, 64), _levels(2, 32, 4), _codes(8, 16), _D)
+_IQ4_XS = (_D, _codes(2, 1, 4), _codes(4, 1), _NIBBLES)
+_ALL = (
+    GgufType("Q4_0", 32, 32, integers(4), ONE, (_D, _NIBBLES), 2, 2),
+    GgufType("Q4_1", 32, 32, tuple(range(16)), ONE, (_D, Field("-dmin"), _NIBBLES), 3, 3),
+    GgufType("Q5_0", 32, 32, integers(5), ONE, (_D, _FIFTH_BIT, _NIBBLES), 6, 8),
+    GgufType(
+        "Q5_1", 32, 32, tuple(range(32)), ONE, (_D, Field("-dmin"), _FIFTH_BIT, _NIBBLES), 7, 9
+    ),
+    GgufType("Q8_0", 32, 32, tuple(range(-127, 128)), ONE, (_D, _levels(8, 32)), 8, 7),
+    GgufType(
+        "Q2_K", 256, 16, (0, 1, 2, 3), (0, 15), (_codes(4, 16), _levels(2, 32), _D, _DMIN), 10, 10,
+        "Q4_0",
+    ),
+    GgufType("Q3_K", 256, 16, integers(3), (-32, 31), _Q3_K, 11, 11, "Q4_0"),
+    GgufType(
+        "Q4_K", 256, 32, tuple(range(16)), (0, 63), (_D, _DMIN, _SIX_BITS, _levels(4, 32)), 12, 14,
+        "Q5_0",
+    ),
+    GgufType("Q5_K", 256, 32, tuple(range(32)), (0, 63), _Q5_K, 13, 16, "Q5_1"),
+    GgufType("Q6_K", 256, 16, integers(6), (-128, 127), _Q6_K, 14, 18, "Q8_0"),
+    GgufType("IQ4_NL", 32, 32, _IQ4, ONE, (_D, _NIBBLES), 20, 25),
+    GgufType("IQ4_XS", 256, 32, _IQ4, (-32, 31), _IQ4_XS, 23, 30, "IQ4_NL"),
+)  # fmt: skip
+
+#: dtype of a tensor that is stored as it is -> its name, its number, and its number as a file type.
+PLAIN = {
+    torch.float32: ("F32", 0, 0),
+    torch.float16: ("F16", 1, 1),
+    torch.bfloat16: ("BF16", 30, 32),
+}
+#: Name of a type -> the type.
+TYPES: dict[str, GgufType] = {each.name: each for each in _ALL}
+
+
+def type_for(name: str, columns: int) -> GgufType:
+    """A type by its name, or what llama.cpp takes for it where its span does not divide a width.
+
+    Raises:
+        ValueError: There is no such type, or 32 does not divide the width, so that no type suits
+            it.
+
+    >>> type_for("Q3_K", 1536).name, type_for("Q3_K", 576).name
+    ('Q3_K', 'Q4_0')
+    """
+    if name not in TYPES:
+        raise ValueError(f"{name} is not a type that prunus writes: give one of {', '.join(TYPES)}")
+    chosen = TYPES[name]
+    if columns % chosen.span:
+        chosen = TYPES[chosen.fallback or name]
+    if columns % chosen.span:
+        raise ValueError(
+            f"{columns} columns cannot be stored as {name}: give a width that 32 divides"
+        )
+    return chosen
+
+
+def types_for(columns: int) -> list[GgufType]:
+    """The types that a weight of this width can have: those with long spans where they fit.
+
+    >>> [x.name for x in types_for(576)]
+    ['Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q8_0', 'IQ4_NL']
+    """
+    longest = type_for("Q4_K", columns).span
+    return [x for x in TYPES.values() if x.span == longest or x.name == "Q8_0"]
+
+
+def file_type(name: str) -> int:
+    """The number of a file most of whose weights have the type `name`, which may be plain."""
+    plain = {name: number for name, _, number in PLAIN.values()}
+    return plain[name] if name in plain else TYPES[name].file_type

@@ -1,0 +1,177 @@
+"""Weights whose columns are quantised in groups: the values that a weight can have, and rounding.
+
+Every row is cut into spans of columns, and a span into groups. A weight of a group is
+
+    d · code · value − dmin · minimum
+
+with d and dmin (16-bit floats) of the span, `code` and `minimum` (small integers) of the group, and
+`value`, one of the few values of the quantiser, of the weight. Quantisers without minima have
+dmin = 0. Those whose spans are single groups have code 1. How these numbers become bytes is known
+to the formats of files that store them (`prunus.formats`), which derive from `GroupQuantizer`.
+
+Shape suffixes: N spans (of all rows), G groups of a span, C columns of a group, B columns of a
+span, O outputs (rows), I inputs (columns), K bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GroupQuantizer(ABC):
+    """The values that the weights of a linear can have, and what its columns share.
+
+    Attributes:
+        name: The name that users and records know, such as "Q4_K".
+        span: The number of columns that share d and dmin.
+        group: The number of columns that share a code and a minimum.
+        values: The values of a weight in units of its step, ascending.
+        codes: The lowest and the highest code of a group. A minimum is from 0 to the highest.
+        dtype: The dtype of d and dmin, of two bytes.
+    """
+
+    name: str
+    span: int
+    group: int
+    values: tuple[int, ...]
+    codes: tuple[int, int]
+    dtype: torch.dtype = field(default=torch.float16, kw_only=True)
+
+    @property
+    @abstractmethod
+    def has_minimum(self) -> bool:
+        """Whether a group has a minimum."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """The bytes of a span."""
+
+    @abstractmethod
+    def pack(self, spans: Spans) -> Tensor:
+        """The bytes of spans, uint8 (N, K)."""
+
+    @abstractmethod
+    def unpack(self, data_NK: Tensor) -> Spans:
+        """The parts of spans of bytes, uint8 (N, K): the inverse of `pack`."""
+
+    def nbytes_of(self, weights: int) -> int:
+        """The bytes of whole spans with this number of weights."""
+        return weights // self.span * self.nbytes
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight, with all scales."""
+        return 8 * self.nbytes / self.span
+
+    @functools.cached_property
+    def is_even(self) -> bool:
+        """Whether the values are consecutive integers."""
+        return self.values[-1] - self.values[0] + 1 == len(self.values)
+
+    def stored(self, scale: Tensor) -> Tensor:
+        """Numbers as d and dmin can hold them, float32."""
+        return scale.to(self.dtype).float()
+
+    def nearest(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """The values nearest to `places`, float32, and their levels; writes over `places`."""
+        lowest, highest = self.values[0], self.values[-1]
+        if self.is_even:
+            places.round_().clamp_(lowest, highest)
+            return places, places - lowest
+        values, level_at = _tables(self.values, places.device)
+        index = places.mul_(2).floor_().sub_(2 * lowest).clamp_(0, len(level_at) - 1).int()
+        levels = level_at[index]
+        return values[levels], levels
+
+
+@functools.cache
+def _tables(values: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The values, float32, and the level of the value nearest to each half, from the lowest on."""
+    table = torch.tensor(values, dtype=torch.float32, device=device)
+    halves = torch.arange(2 * values[0], 2 * values[-1] + 1, device=device) / 2
+    # Limits between values are multiples of a half.
+    limits = (table[1:] + table[:-1]) / 2
+    return table, torch.bucketize(halves, limits, right=True).int()
+
+
+class Spans(NamedTuple):
+    """Spans of quantised weights in parts.
+
+    Attributes:
+        d_N, dmin_N: float32, exact in the quantiser's dtype; zeros without minima.
+        codes_NG, minima_NG: float32, integers; zeros without minima.
+        levels_NB: uint8, indices of `GroupQuantizer.values`.
+    """
+
+    d_N: Tensor
+    dmin_N: Tensor
+    codes_NG: Tensor
+    minima_NG: Tensor
+    levels_NB: Tensor
+
+    def dense(self, quantizer: GroupQuantizer) -> Tensor:
+        """The weights, float32 (N, B), in the order of operations of ggml."""
+        if quantizer.is_even:
+            weight_NB = self.levels_NB.float().add_(quantizer.values[0])
+        else:
+            values, _ = _tables(quantizer.values, self.levels_NB.device)
+            weight_NB = values[self.levels_NB.int()]
+        weight_NGC = weight_NB.unflatten(1, (-1, quantizer.group))
+        weight_NGC *= (self.d_N[:, None] * self.codes_NG)[:, :, None]
+        if quantizer.has_minimum:
+            weight_NGC -= (self.dmin_N[:, None] * self.minima_NG)[:, :, None]
+        return weight_NB
+
+
+class GroupedWeight(NamedTuple):
+    """A weight that was quantised in groups, as the bytes that a file stores."""
+
+    quantizer: GroupQuantizer
+    data_OB: Tensor  #: uint8 (O, bytes of a row)
+
+    def dense(self) -> Tensor:
+        """The weight, float32 (O, I)."""
+        rows = len(self.data_OB)
+        spans = self.quantizer.unpack(self.data_OB.reshape(-1, self.quantizer.nbytes))
+        return spans.dense(self.quantizer).view(rows, -1)
+
+
+class Scales(NamedTuple):
+    """The scales of one span of all rows; see `Spans` for dtypes and values."""
+
+    d_O: Tensor
+    dmin_O: Tensor
+    codes_GO: Tensor
+    minima_GO: Tensor
+
+    def steps(self) -> tuple[Tensor, Tensor]:
+        """(step, offset) of each group, float32 (G, O): a weight is step · value − offset."""
+        return self.d_O * self.codes_GO, self.dmin_O * self.minima_GO
+
+
+def join_spans(scales: list[Scales], levels_IO: Tensor, quantizer: GroupQuantizer) -> GroupedWeight:
+    """The weight of spans with their scales, in the order of the columns.
+
+    Args:
+        scales: The scales of every span of a row.
+        levels_IO: Indices of `GroupQuantizer.values`, uint8 (I, O).
+    """
+    d_NO, dmin_NO, codes_NGO, minima_NGO = (
+        torch.stack(parts) for parts in zip(*scales, strict=True)
+    )
+    spans = Spans(
+        d_NO.T.flatten(),
+        dmin_NO.T.flatten(),
+        codes_NGO.permute(2, 0, 1).flatten(0, 1),
+        minima_NGO.permute(2, 0, 1).flatten(0, 1),
+        levels_IO.T.reshape(-1, quantizer.span),
+    )
+    return GroupedWeight(quantizer, quantizer.pack(spans).view(levels_IO.shape[1], -1))
