@@ -35,7 +35,6 @@ from prunus.model.checkpoint.gguf_layout import GgufLayout, GgufTensor
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.checkpoint.writer import Writable
 from prunus.pruning.manifest import LinearRecord
-from prunus.runs.record import OUTSIDE_SHARD
 
 #: llama.cpp's numbers of types without blocks, and of whole files by the type of most weights.
 _PLAIN = {torch.float32: ("F32", 0), torch.float16: ("F16", 1), torch.bfloat16: ("BF16", 30)}
@@ -147,7 +146,7 @@ class GgufFolder(CompressedFolder):
         self.record.state = "finished"
 
     def _write_file(self) -> None:
-        if not self.has(OUTSIDE_SHARD):
+        if not self.has(self.record.outside_shard):
             self._write_outside({})
             self.save()
         types, record = self.record.types, self.record

@@ -26,7 +26,6 @@ from prunus.packed.weight import named_tensors
 from prunus.pruning.manifest import LinearRecord
 from prunus.pruning.output import PrunedFolder
 from prunus.runs.loop import Made
-from prunus.runs.record import shard_name
 
 #: Measurements of an unfinished run; they decide the bytes of all blocks.
 MEASUREMENT = "sensitivity.safetensors"
@@ -77,7 +76,7 @@ class CompressedFolder(PrunedFolder):
         return tensors
 
     def restored(self, place: int) -> dict[str, torch.Tensor]:
-        checkpoint = Checkpoint(self.folder, only=[shard_name(place)])
+        checkpoint = Checkpoint(self.folder, only=[self.record.shard(place)])
         tensors, record = dict(checkpoint.read(checkpoint.tensors)), self.record.blocks[place]
         for name, linear in record.linears.items():
             key = self.key(full_name := f"{record.name}.{name}")

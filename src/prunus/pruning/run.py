@@ -226,6 +226,8 @@ def _record(job: PruningJob, windows: Windows, earlier: PruningRecord | None) ->
     own_sha256 = method_sha256(job.recipe.method, job.options.own_method)
     inputs = run_inputs(job, windows).model_copy(update={"method_sha256": own_sha256})
     own = {"source": job.model_name, "data_dir": _data_folder(job), "left_dense": job.left_dense}
+    if not isinstance(job.source, ModuleSource):
+        own["shard_count"] = job.source.shard_count
     return resumed_or_new(job.RECORD, earlier, job.recipe, inputs, job.device, **own)
 
 

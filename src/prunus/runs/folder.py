@@ -45,7 +45,7 @@ from prunus.options import Options
 from prunus.runs.job import RunJob, check_known
 from prunus.runs.loop import Made
 from prunus.runs.options import RunOptions
-from prunus.runs.record import BlockwiseRecord, RunInputs, RunRecord, shard_name
+from prunus.runs.record import BlockwiseRecord, RunInputs, RunRecord
 
 _Record = TypeVar("_Record", bound=RunRecord)
 
@@ -79,6 +79,11 @@ def find_earlier(
     check_resume(output, earlier is not None and earlier.state == "running", options.resume)
     if earlier is not None:
         earlier.check_same_run(recipe)
+        if earlier.state == "running" and earlier.format == 1:
+            raise FileExistsError(
+                f"{output} holds an unfinished run of an earlier version of prunus, which named "
+                "its files otherwise: continue it with that version, or `overwrite` starts again"
+            )
     return earlier
 
 
@@ -267,7 +272,7 @@ class BlockFolder(ResultFolder):
     def restored(self, place: int) -> dict[str, torch.Tensor]:
         """The tensors of a finished block, by relative name, from its shard."""
         index = self.made_from(place)
-        shard = Checkpoint(self.folder, only=[shard_name(place)])
+        shard = Checkpoint(self.folder, only=[self.record.shard(place)])
         found = shard.read(self.job.checkpoint.block_keys(index))
         return self.job.checkpoint.from_stored(index, found)
 
@@ -284,6 +289,6 @@ class BlockFolder(ResultFolder):
     def write_block(self, place: int, made: Made) -> None:
         """Write a block's shard, then save the record."""
         if self.ranks.rank == 0:
-            self.write_shard(shard_name(place), self.stored(place, made))
+            self.write_shard(self.record.shard(place), self.stored(place, made))
         self.record.blocks.append(made.record)
         self.save()

@@ -135,7 +135,7 @@ def test_a_command_on_a_full_disk_ends_in_one_line(material, small_disk, monkeyp
     out = small_disk(32768) / "out"
     shown = call("prune", material[0], out, "--method", "magnitude", status=1).stderr
     assert re.match(
-        "prunus: error: No space left on the disk for .*/out/outer", shown.splitlines()[-1]
+        "prunus: error: No space left on the disk for .*/out/model-00003", shown.splitlines()[-1]
     )
     assert "GB must fit, and 0.012 GB are free. Finished files are kept: make room" in shown
     assert "Errno" not in shown and "Error" not in shown
@@ -312,7 +312,7 @@ def test_what_a_power_cut_can_leave(verb, material, monkeypatch, tmp_path):
     if verb == "prune":
         last = [name for name in renamed if name in (INDEX_NAME, "prunus.json")]
         assert last[-2:] == [INDEX_NAME, "prunus.json"], "index, then finished record"
-        first = renamed.index("block-00000.safetensors")
+        first = renamed.index("model-00001-of-00003.safetensors")
         assert "prunus.json" in renamed[:first]
         assert renamed[first + 1] == "prunus.json"
 
