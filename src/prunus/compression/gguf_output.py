@@ -1,7 +1,12 @@
 """The folder of a run that makes a GGUF file, and the file itself.
 
 The run writes shards as every other run does, with the bytes of GGUF's types in them. At the end
-the file is put together from them, with the record among its fields.
+the file is put together from them in the same folder, with the record among its fields. Then the
+record says that the run is finished, and the file gets its name:
+
+    write FOLDER/model.gguf ► finished ► rename it to OUT.gguf ► remove the folder
+
+A kill at any moment leaves nothing outside the folder but the whole file.
 """
 
 from __future__ import annotations
@@ -9,6 +14,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -19,8 +25,10 @@ import torch
 from safetensors.torch import load_file
 
 from prunus.compression.output import MEASUREMENT, CompressedFolder
-from prunus.compression.records import CompressionRecord, FileSize
+from prunus.compression.records import CompressionRecipe, CompressionRecord, FileSize
+from prunus.hardware.errors import naming
 from prunus.methods.grids import GRIDS, GridWeight, round_to_grid
+from prunus.model.checkpoint.atomic_files import move_file
 from prunus.model.checkpoint.gguf import open_gguf
 from prunus.model.checkpoint.gguf_file import (
     RECORD_FIELD,
@@ -42,6 +50,8 @@ _FILE_TYPES = {
     "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14,
     "Q5_K": 16, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "F32": 0, "F16": 1, "BF16": 32,
 }  # fmt: skip
+#: Name of the whole file in the folder of the run.
+FILE = "model.gguf"
 # The record in the file is filled up with spaces to this many bytes, so that the size of the file
 # is known before the run.
 _RECORD_BYTES, _BYTES_PER_LINEAR = 16_000, 500
@@ -121,7 +131,7 @@ class GgufFolder(CompressedFolder):
         self._path, self._plan = path, plan
 
     def prepare(self) -> None:
-        """The types of what lies outside the blocks may not be known yet: it is written last."""
+        """The types of what lies outside the blocks are not known yet; see `finish_outside`."""
 
     def tensors_of(self, name: str, weight: GridWeight) -> dict[str, torch.Tensor]:
         return {self.key(name): weight.data_OB}
@@ -138,24 +148,41 @@ class GgufFolder(CompressedFolder):
         for name, kind in self.record.types.items():
             if name not in inside:
                 key, importance_I = self.key(name), known.get(f"{name}.importance")
-                tensors[key] = round_to_grid(source.whole(key), GRIDS[kind], importance_I).data_OB
+                with naming(key):
+                    rounded = round_to_grid(source.whole(key), GRIDS[kind], importance_I)
+                tensors[key] = rounded.data_OB
         return tensors
 
     def complete(self, changed: Mapping[str, torch.Tensor]) -> None:
         self.ranks.on_rank_0(self._write_file)
         self.record.state = "finished"
+        self.save()
+        self.check_finished()
 
-    def _write_file(self) -> None:
+    def check_finished(self) -> None:
+        """Give the file its name, unless something else has it by now."""
+        self.ranks.on_rank_0(self._name_file)
+
+    def _name_file(self) -> None:
+        replaces = self.job.options.overwrite or finished_file(self._path, self.record.recipe)
+        if not (self.folder / FILE).exists():  # The user has moved the file away since.
+            self._write_file()
+        move_file(self.folder / FILE, self._path, bool(replaces))
+
+    def finish_outside(self) -> None:
+        """Write the shard of what lies outside the blocks, once all types are known."""
         if not self.has(self.record.outside_shard):
             self._write_outside({})
             self.save()
+
+    def _write_file(self) -> None:
         types, record = self.record.types, self.record
         source = self.job.checkpoint.checkpoint
         shards = Checkpoint(self.folder, only=list(record.sha256))
         parts, after = self._plan.bytes_by_type(types), self._plan.file_bytes(types)
         record.size = self._plan.size(source.file_bytes(), after, parts)
         stored = self._plan.stored(types, partial(self._content, shards))
-        write_gguf(self._path, self._plan.fields(types, reproducible(record)), stored)
+        write_gguf(self.folder / FILE, self._plan.fields(types, reproducible(record)), stored)
 
     def _content(self, shards: Checkpoint, tensor: GgufTensor) -> torch.Tensor:
         """The bytes of a tensor of the file, from the shards."""
@@ -188,3 +215,20 @@ def read_record(path: Path) -> CompressionRecord | None:
     """The record in a GGUF file; None if prunus did not make it. Raises for a damaged file."""
     text = open_gguf(path).get(RECORD_FIELD)
     return None if not text or not text.strip() else CompressionRecord.model_validate_json(text)
+
+
+def finished_file(path: Path, recipe: CompressionRecipe) -> CompressionRecord | None:
+    """The record of a file that a run of the same recipe made; None if nothing has this name.
+
+    FileExistsError for all else.
+    """
+    if not os.path.lexists(path):
+        return None
+    earlier = read_record(path) if path.is_file() else None
+    if earlier is None:
+        raise FileExistsError(
+            f"output {path} exists and is not a file that prunus compress made; it is left as it "
+            "is. Move it away, or choose another name"
+        )
+    earlier.check_same_run(recipe.without_folders())
+    return earlier

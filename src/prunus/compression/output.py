@@ -16,6 +16,7 @@ from prunus.compression.file_size import file_size
 from prunus.compression.job import CompressionJob
 from prunus.compression.quantize_rows import quantize_rows
 from prunus.compression.records import CompressionRecord, FileSize
+from prunus.hardware.errors import naming
 from prunus.model.checkpoint.atomic_files import read_json, remove
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.checkpoint.writer import Writable, save_safetensors
@@ -103,7 +104,10 @@ class CompressedFolder(PrunedFolder):
         source = self.job.checkpoint
         for key, copies in self.job.packed_outside.items():
             linear = key.removesuffix(".weight")
-            weight = quantize_rows(source.checkpoint.whole(key), self.job.recipe.packs_head or 0)
+            with naming(key):
+                weight = quantize_rows(
+                    source.checkpoint.whole(key), self.job.recipe.packs_head or 0
+                )
             for name in (key, *copies):
                 del tensors[name]
             tensors |= named_tensors(linear, weight)

@@ -21,6 +21,7 @@ from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.checkpoint.atomic_files import (
     RECORD_FILES,
+    TEMPORARY_SUFFIX,
     check_shard,
     fsync_folder,
     make_folder,
@@ -29,7 +30,7 @@ from prunus.model.checkpoint.atomic_files import (
     write_json,
     write_text,
 )
-from prunus.model.checkpoint.lock import locked
+from prunus.model.checkpoint.lock import LOCK_NAME, locked
 from prunus.model.checkpoint.output_folder import (
     auxiliary_files,
     check_apart,
@@ -48,6 +49,20 @@ from prunus.runs.options import RunOptions
 from prunus.runs.record import BlockwiseRecord, RunInputs, RunRecord
 
 _Record = TypeVar("_Record", bound=RunRecord)
+
+
+def remove_result(folder: Path, record: str) -> None:
+    """Remove a folder that a run made and this run holds, but for folders in it.
+
+    Its record goes after all else, so that a kill leaves a known folder. The lock goes last: from
+    then on another run may take the folder, which is not empty any more and stays.
+    """
+    last = [folder / record, folder / LOCK_NAME]
+    found = folder.glob("*") if last[0].exists() else folder.glob(f"*{TEMPORARY_SUFFIX}")
+    for path in (*(x for x in found if x.is_file() and x not in last), *last):
+        remove(path)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def bytes_in(folder: Path) -> int:
@@ -73,7 +88,7 @@ def find_earlier(
         if not (output / kind.FILE).exists():
             raise FileExistsError(
                 f"output {output} exists and holds no result of {kind.VERB}; it is left as it is. "
-                "Choose another folder"
+                "Move it away, or choose another name for the result"
             )
         earlier = None if options.overwrite else kind.load(output)
     check_resume(output, earlier is not None and earlier.state == "running", options.resume)

@@ -163,6 +163,26 @@ def test_an_output_that_is_read_only(verb, material, small_disk):
     assert list(disk.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["n" * 250 + ".json", "é" * 120 + ".json"])
+def test_a_long_name_is_no_reason_to_lose_figures(name, material, tmp_path):
+    """The temporary name of a file is no longer than a name may be."""
+    call("inspect", material[0], "--json", tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_name_that_is_too_long_is_refused_before_any_work(material, tmp_path):
+    name = "n" * 300
+    for work in (
+        lambda: prunus.prune(material[0], tmp_path / name, calibration=token_ids()),
+        lambda: pack(material[1], tmp_path / name),
+    ):
+        with pytest.raises(ValueError, match=r"a name has at most 255 bytes, and n* has 300"):
+            work()
+    shown = call("inspect", material[0], "--json", tmp_path / name, status=2).stderr
+    assert "at most 255 bytes" in shown
+    assert not list(tmp_path.iterdir())
+
+
 # --- a shard that changes during the run ---
 
 
