@@ -187,7 +187,7 @@ def test_steps_before_the_first_block_have_their_own_time_left(is_terminal):
     with show_pruning("run", console) as show:
         show("measuring")
         for done in range(1, 9):
-            show(Progress(done, 8, "measuring", 2.0 * done, 3 * 10**9, unit=PREPARATION))
+            show(Progress(done, 8, "measuring", 2.0 * done, 3 * 10**9, unit=PREPARATION + "it"))
         for done in (1, 2):
             show(Progress(done, 2, f"block {done}", 5.0 * done, 3 * 10**9))
     lines = [line.partition(" ")[2] for line in screen.getvalue().splitlines()]

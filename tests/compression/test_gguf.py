@@ -32,7 +32,7 @@ from prunus.model.checkpoint import lock
 from prunus.model.checkpoint.atomic_files import move_file
 from prunus.model.checkpoint.gguf import import_gguf
 from prunus.model.checkpoint.gguf_file import GgufFile
-from prunus.runs.progress import Progress
+from prunus.runs.progress import Progress, pruning_step
 from scripts import run_script
 from stopping import StopError, stop_after
 from tiny import token_ids, tree
@@ -512,6 +512,7 @@ def test_the_measurement_is_announced_with_the_time_that_is_left(dense, monkeypa
         assert any(isinstance(each, str) and each.startswith(what) for each in said)
         assert [step.done for step in own] == sorted({step.done for step in own})
         assert own[-1].done == own[-1].total >= 8
+        assert f"steps of {what}" in pruning_step(own[-1]).state
     for options in ({"bits": 4}, {"sparsity": 0.5, "allocation": "fisher"}):
         said.clear()
         verb = prunus.compress if "bits" in options else prunus.prune

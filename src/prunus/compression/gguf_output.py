@@ -164,16 +164,15 @@ class GgufFolder(CompressedFolder):
         self.ranks.on_rank_0(self._name_file)
 
     def _name_file(self) -> None:
-        replaces = self.job.options.overwrite or finished_file(self._path, self.record.recipe)
         if not (self.folder / FILE).exists():  # The user has moved the file away since.
             self._write_file()
-        move_file(self.folder / FILE, self._path, bool(replaces))
+        overwrite, recipe = self.job.options.overwrite, self.record.recipe
+        replaces = overwrite or finished_file(self._path, recipe) is not None
+        move_file(self.folder / FILE, self._path, replaces)
 
     def finish_outside(self) -> None:
         """Write the shard of what lies outside the blocks, once all types are known."""
-        if not self.has(self.record.outside_shard):
-            self._write_outside({})
-            self.save()
+        super().prepare()
 
     def _write_file(self) -> None:
         types, record = self.record.types, self.record

@@ -51,9 +51,10 @@ def run_gguf(
         with held(kind, folder, ranks, find) as earlier:
             # A record in a finished file names no shards: nothing is left to do.
             if earlier is None or earlier.state == "running" or earlier.sha256:
-                verb = GgufVerb(output)
-                done = carry_out_held(model, folder, recipe, joint, verb, earlier)
-                earlier = cast(CompressionRecord, done)
+                earlier = cast(
+                    CompressionRecord,
+                    carry_out_held(model, folder, recipe, joint, GgufVerb(output), earlier),
+                )
             ranks.on_rank_0(lambda: remove_result(folder, kind.FILE))
             return earlier
 

@@ -177,9 +177,8 @@ def show_pruning(
             state = f"left {left}; {state}"
         count = f"{step.done}/{step.total}"
         shown = Shown(step.done / step.total, f"{count} {step.unit}; {state}")
-        # Steps before the first block may come many times a second.
-        if step.unit == PREPARATION:
-            shown = shown._replace(state=f"{step.message}; {state}")
+        if step.unit.startswith(PREPARATION):
+            # Such steps may come many times a second.
             if not lines.due():
                 return None, shown
             lines.restart()

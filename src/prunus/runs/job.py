@@ -87,7 +87,7 @@ class RunJob:
             nonlocal done
             done += steps
             seconds, peak = time.perf_counter() - started, peak_memory(self.device)
-            self.options.tell(Progress(done, total, what, seconds, peak, PREPARATION))
+            self.options.tell(Progress(done, total, what, seconds, peak, PREPARATION + what))
 
         return count
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 SECONDS_BETWEEN_LINES = 15.0
-#: The unit of what is done before the first block.
-PREPARATION = "steps"
+#: How the unit of what is done before the first block begins.
+PREPARATION = "steps of "
 
 
 @dataclass(frozen=True)
