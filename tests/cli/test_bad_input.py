@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import prunus
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.pruning.manifest import Manifest
-from prunus.runs.record import OUTSIDE_SHARD
+from prunus.runs.record import shard_name
 from tiny import shards, tiny_checkpoint, tiny_model, token_ids, tree
 from tiny_tokenizer import VOCABULARY
 
@@ -214,12 +214,12 @@ def test_a_damaged_manifest(dense, tmp_path, refused):
 @pytest.mark.parametrize("harm", ["gone", "cut"])
 def test_a_finished_run_that_lost_a_shard_is_not_finished(harm, dense, tmp_path, refused):
     prunus.prune(dense, tmp_path / "out", calibration=token_ids())
-    shard = tmp_path / "out" / "block-00001.safetensors"
+    shard = tmp_path / "out" / "model-00002-of-00003.safetensors"
     if harm == "gone":
         shard.unlink()
     else:
         shard.write_bytes(shard.read_bytes()[:1000])
-    refused(FileExistsError, r"damaged since: .*block-00001\.safetensors.*overwrite`? ma", dense)
+    refused(FileExistsError, rf"damaged since: .*{shard.name}.*overwrite`? ma", dense)
 
 
 # --- errors in the middle of a run ---
@@ -234,10 +234,10 @@ def spoil(dense: Path, name: str, value: float, everywhere: bool = False) -> Non
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
 
 
-def check_unfinished(out: Path, blocks: int) -> None:
+def check_unfinished(out: Path, blocks: int, of: int) -> None:
     """Check that the folder holds finished blocks only, and does not pass for a model."""
-    shards = [f"block-{index:05d}.safetensors" for index in range(blocks)]
-    assert sorted(path.name for path in out.iterdir()) == [*shards, OUTSIDE_SHARD, Manifest.FILE]
+    shards = [shard_name(index, of + 1) for index in (*range(blocks), of)]
+    assert sorted(path.name for path in out.iterdir()) == [*shards, Manifest.FILE]
     manifest = Manifest.load(out)
     assert (manifest.state, len(manifest.blocks)) == ("running", blocks)
 
@@ -252,7 +252,7 @@ def test_weights_that_are_not_finite(value, method, tmp_path):
     with pytest.raises(ValueError, match=r"\.1\.mlp\.up_proj\.weight holds .* not finite"):
         prunus.prune(dense, tmp_path / "out", method, calibration=token_ids())
     assert tree(dense) == source
-    check_unfinished(tmp_path / "out", blocks=1)
+    check_unfinished(tmp_path / "out", blocks=1, of=3)
     # With a corrected model the run continues, and its result is that of a run that never failed.
     save_file(whole, dense / "model.safetensors", metadata={"format": "pt"})
     steps: list[Any] = []
@@ -275,7 +275,7 @@ def test_activations_that_are_not_finite(dtype, factor, propagate, dense, tmp_pa
             dense, tmp_path / "out", calibration=token_ids(), dtype=dtype, propagate=propagate
         )
     assert tree(dense) == source
-    check_unfinished(tmp_path / "out", blocks=1)
+    check_unfinished(tmp_path / "out", blocks=1, of=2)
 
 
 @pytest.mark.parametrize("name", OUTSIDE)

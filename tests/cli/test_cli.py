@@ -22,7 +22,7 @@ from prunus.cli.terminal import user_errors
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.pruning.manifest import Manifest
 from prunus.reporting.console import show_pruning
-from prunus.runs.progress import Progress
+from prunus.runs.progress import PREPARATION, Progress
 from tiny import shards, tiny_checkpoint, token_ids, tree
 from tiny_tokenizer import dense_checkpoint
 
@@ -178,6 +178,26 @@ def test_time_left_follows_from_the_time_of_blocks_alone():
         "[3/62] block 3; left 1:58",
         "[62/62] block 62; left 0:00",
     ]
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_steps_before_the_first_block_have_their_own_time_left(is_terminal):
+    screen = io.StringIO()
+    console = Console(file=screen, width=120, force_terminal=is_terminal)
+    with show_pruning("run", console) as show:
+        show("measuring")
+        for done in range(1, 9):
+            show(Progress(done, 8, "measuring", 2.0 * done, 3 * 10**9, unit=PREPARATION + "it"))
+        for done in (1, 2):
+            show(Progress(done, 2, f"block {done}", 5.0 * done, 3 * 10**9))
+    lines = [line.partition(" ")[2] for line in screen.getvalue().splitlines()]
+    if is_terminal:
+        assert "2/2 blocks; left 0:00" in screen.getvalue()
+        return
+    # Lines that come many times a second are left out.
+    assert [line.partition(";")[0] for line in lines] == [
+        "measuring", "[1/8] measuring", "[1/2] block 1", "[2/2] block 2",
+    ]  # fmt: skip
 
 
 # --- errors; see also test_refusals.py ---

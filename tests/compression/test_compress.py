@@ -40,7 +40,7 @@ from tiny import shards, tiny_checkpoint, tiny_model, token_ids, weights
 
 WIDER = {"hidden_size": 64, "intermediate_size": 128}
 IDS = token_ids(2, 12)
-BLOCKS = "block-*.safetensors"
+BLOCKS = "model-0000[12]-of-00003.safetensors"
 
 
 def compress(dense: Path, out: Path, bits: float = 4.0, **options) -> Manifest:
@@ -173,7 +173,7 @@ def test_inspect_shows_zeros_patterns_and_bits(compressed, unpacked):
 
 def test_inspect_names_a_damaged_linear(compressed, tmp_path):
     shutil.copytree(compressed, tmp_path / "damaged")
-    shard = tmp_path / "damaged" / "block-00001.safetensors"
+    shard = tmp_path / "damaged" / "model-00002-of-00003.safetensors"
     tensors = load_file(shard)
     tensors["model.layers.1.mlp.up_proj.weight_classes"].fill_(200)
     save_file(tensors, shard, metadata={"format": "pt"})

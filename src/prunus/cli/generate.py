@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from prunus.cli.flags import Model, opt, with_flags
-from prunus.cli.terminal import log, print_text, write_json
+from prunus.cli.terminal import log, note, print_text, write_json
 from prunus.evaluation.options import TextOptions, WritingOptions
 from prunus.options.declaration import ADVANCED
 
@@ -29,7 +29,7 @@ def generate(
     """
     from prunus.evaluation.generation import generate as generate_pieces
 
-    text = _print_all(generate_pieces(model, prompt, chat=chat, **options))
+    text = _print_all(generate_pieces(model, prompt, chat=chat, progress=note, **options))
     if text is not None:
         print_text("\n")
         write_json({"model": model, "prompt": prompt, "text": text})

@@ -138,9 +138,9 @@ def _check_json_file() -> None:
         return
     from prunus.model.checkpoint.atomic_files import check_place
 
+    check_place(json_file)
     if json_file.is_dir():
         raise ValueError(f"--json {json_file} is a folder; give the name of a file")
-    check_place(json_file)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,12 @@
 """The folder of a run that makes a GGUF file, and the file itself.
 
 The run writes shards as every other run does, with the bytes of GGUF's types in them. At the end
-the file is put together from them, with the record among its fields.
+the file is put together from them in the same folder, with the record among its fields. Then the
+record says that the run is finished, and the file gets its name:
+
+    write FOLDER/model.gguf ► finished ► rename it to OUT.gguf ► remove the folder
+
+A kill at any moment leaves nothing outside the folder but the whole file.
 """
 
 from __future__ import annotations
@@ -9,6 +14,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -19,10 +25,12 @@ import torch
 from safetensors.torch import load_file
 
 from prunus.compression.output import MEASUREMENT, CompressedFolder
-from prunus.compression.records import CompressionRecord, FileSize
+from prunus.compression.records import CompressionRecipe, CompressionRecord, FileSize
 from prunus.formats.gguf.types import PLAIN, TYPES, file_type
+from prunus.hardware.errors import naming
 from prunus.methods.group_fits import round_in_groups
 from prunus.methods.group_quantizer import GroupedWeight
+from prunus.model.checkpoint.atomic_files import move_file
 from prunus.model.checkpoint.gguf import open_gguf
 from prunus.model.checkpoint.gguf_file import (
     RECORD_FIELD,
@@ -37,8 +45,9 @@ from prunus.model.checkpoint.gguf_layout import GgufLayout, GgufTensor
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.checkpoint.writer import Writable
 from prunus.pruning.manifest import LinearRecord
-from prunus.runs.record import OUTSIDE_SHARD
 
+#: Name of the whole file in the folder of the run.
+FILE = "model.gguf"
 # The record in the file is filled up with spaces to this many bytes, so that the size of the file
 # is known before the run.
 _RECORD_BYTES, _BYTES_PER_LINEAR = 16_000, 500
@@ -118,7 +127,7 @@ class GgufFolder(CompressedFolder):
         self._path, self._plan = path, plan
 
     def prepare(self) -> None:
-        """The types of what lies outside the blocks may not be known yet: it is written last."""
+        """The types of what lies outside the blocks are not known yet; see `finish_outside`."""
 
     def tensors_of(self, name: str, weight: GroupedWeight) -> dict[str, torch.Tensor]:
         return {self.key(name): weight.data_OB}
@@ -135,24 +144,40 @@ class GgufFolder(CompressedFolder):
         for name, kind in self.record.types.items():
             if name not in inside:
                 key, importance_I = self.key(name), known.get(f"{name}.importance")
-                tensors[key] = round_in_groups(source.whole(key), TYPES[kind], importance_I).data_OB
+                with naming(key):
+                    rounded = round_in_groups(source.whole(key), TYPES[kind], importance_I)
+                tensors[key] = rounded.data_OB
         return tensors
 
     def complete(self, changed: Mapping[str, torch.Tensor]) -> None:
         self.ranks.on_rank_0(self._write_file)
         self.record.state = "finished"
+        self.save()
+        self.check_finished()
+
+    def check_finished(self) -> None:
+        """Give the file its name, unless something else has it by now."""
+        self.ranks.on_rank_0(self._name_file)
+
+    def _name_file(self) -> None:
+        if not (self.folder / FILE).exists():  # The user has moved the file away since.
+            self._write_file()
+        overwrite, recipe = self.job.options.overwrite, self.record.recipe
+        replaces = overwrite or finished_file(self._path, recipe) is not None
+        move_file(self.folder / FILE, self._path, replaces)
+
+    def finish_outside(self) -> None:
+        """Write the shard of what lies outside the blocks, once all types are known."""
+        super().prepare()
 
     def _write_file(self) -> None:
-        if not self.has(OUTSIDE_SHARD):
-            self._write_outside({})
-            self.save()
         types, record = self.record.types, self.record
         source = self.job.checkpoint.checkpoint
         shards = Checkpoint(self.folder, only=list(record.sha256))
         parts, after = self._plan.bytes_by_type(types), self._plan.file_bytes(types)
         record.size = self._plan.size(source.file_bytes(), after, parts)
         stored = self._plan.stored(types, partial(self._content, shards))
-        write_gguf(self._path, self._plan.fields(types, reproducible(record)), stored)
+        write_gguf(self.folder / FILE, self._plan.fields(types, reproducible(record)), stored)
 
     def _content(self, shards: Checkpoint, tensor: GgufTensor) -> torch.Tensor:
         """The bytes of a tensor of the file, from the shards."""
@@ -185,3 +210,20 @@ def read_record(path: Path) -> CompressionRecord | None:
     """The record in a GGUF file; None if prunus did not make it. Raises for a damaged file."""
     text = open_gguf(path).get(RECORD_FIELD)
     return None if not text or not text.strip() else CompressionRecord.model_validate_json(text)
+
+
+def finished_file(path: Path, recipe: CompressionRecipe) -> CompressionRecord | None:
+    """The record of a file that a run of the same recipe made; None if nothing has this name.
+
+    FileExistsError for all else.
+    """
+    if not os.path.lexists(path):
+        return None
+    earlier = read_record(path) if path.is_file() else None
+    if earlier is None:
+        raise FileExistsError(
+            f"output {path} exists and is not a file that prunus compress made; it is left as it "
+            "is. Move it away, or choose another name"
+        )
+    earlier.check_same_run(recipe.without_folders())
+    return earlier

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,21 +12,25 @@ from typing import cast
 
 import torch
 
-from prunus.compression.gguf_output import GgufFolder, GgufPlan, read_record
+from prunus.compression.gguf_output import FILE, GgufFolder, GgufPlan, finished_file
 from prunus.compression.job import CompressionJob
 from prunus.compression.records import CompressionRecipe, CompressionRecord
 from prunus.compression.type_choice import Choice, GroupVerb, choose_types, type_losses
 from prunus.formats.gguf.types import TYPES, type_for, types_for
+from prunus.hardware.errors import naming
 from prunus.hardware.sizes import in_bytes
+from prunus.model.checkpoint.atomic_files import check_place
 from prunus.model.checkpoint.gguf import open_gguf
 from prunus.model.checkpoint.gguf_file import check_extra, padded
 from prunus.model.checkpoint.gguf_layout import layout_of
+from prunus.model.checkpoint.output_folder import check_apart
 from prunus.model.checkpoint.resolve import FULL_TYPES, is_gguf
 from prunus.pruning.job import PruningJob
 from prunus.pruning.loss_sensitivity import LinearSensitivity, measure_loss
 from prunus.pruning.manifest import PruningRecord
 from prunus.pruning.output import PruningOutput
-from prunus.pruning.run import carry_out, planned
+from prunus.pruning.run import carry_out_held, planned
+from prunus.runs.folder import find_earlier, held, remove_result
 from prunus.runs.options import RunOptions
 
 # Bits of embeddings and head -> their type.
@@ -38,11 +41,22 @@ def run_gguf(
     model: str | Path, output: Path, recipe: CompressionRecipe, options: RunOptions
 ) -> CompressionRecord:
     """Compress a checkpoint, or a GGUF file in full precision, to the GGUF file `output`."""
-    folder = _folder(model, output, recipe)
-    if options.overwrite or (done := _finished(output, recipe)) is None:
-        done = cast(CompressionRecord, carry_out(model, folder, recipe, options, GgufVerb(output)))
-    options.processes.on_rank_0(lambda: shutil.rmtree(folder, ignore_errors=True))
-    return done
+    folder, kind = _folder(model, output, recipe), CompressionRecord
+    with options.with_ranks() as joint:
+        ranks = joint.processes
+
+        def find() -> CompressionRecord | None:
+            return _find_earlier(model, output, folder, recipe, joint)
+
+        with held(kind, folder, ranks, find) as earlier:
+            # A record in a finished file names no shards: nothing is left to do.
+            if earlier is None or earlier.state == "running" or earlier.sha256:
+                earlier = cast(
+                    CompressionRecord,
+                    carry_out_held(model, folder, recipe, joint, GgufVerb(output), earlier),
+                )
+            ranks.on_rank_0(lambda: remove_result(folder, kind.FILE))
+            return earlier
 
 
 def plan_gguf(
@@ -50,8 +64,7 @@ def plan_gguf(
 ) -> PruningJob:
     """The job of such a run; checks what the run checks, and writes nothing."""
     folder = _folder(model, output, recipe)
-    if not options.overwrite:
-        _finished(output, recipe)
+    _find_earlier(model, output, folder, recipe, options)
     return planned(model, folder, recipe, options, GgufJob)
 
 
@@ -69,21 +82,24 @@ def _folder(model: str | Path, output: Path, recipe: CompressionRecipe) -> Path:
             f"{model} has weights in {', '.join(sorted(few))}, which were rounded already. Give a "
             "file in F32, F16, BF16 or Q8_0, or the checkpoint that it was made from"
         )
-    return output.with_name(f"{output.name}.part")
+    folder = output.with_name(f"{output.name}.part")
+    check_place(folder)
+    check_apart(output, Path(model))
+    if output.is_dir() or folder.is_symlink():
+        wrong = f"{output} is a folder" if output.is_dir() else f"{folder} is a link"
+        raise FileExistsError(f"{wrong}: move it away, or choose another name for the file")
+    return folder
 
 
-def _finished(output: Path, recipe: CompressionRecipe) -> CompressionRecord | None:
-    """The record of a file that an earlier run of the same recipe made; None without a file."""
-    if not output.exists():
-        return None
-    earlier = read_record(output) if output.is_file() else None
-    if earlier is None:
-        raise FileExistsError(
-            f"output {output} exists and is not a file that prunus compress made; it is left as it "
-            "is. Choose another name"
-        )
-    earlier.check_same_run(recipe.without_folders())
-    return earlier
+def _find_earlier(
+    model: str | Path, output: Path, folder: Path, recipe: CompressionRecipe, options: RunOptions
+) -> CompressionRecord | None:
+    """The record of the run to go on with, or else that of a finished file; None for neither."""
+    done = None if options.overwrite else finished_file(output, recipe)
+    earlier = find_earlier(CompressionRecord, folder, recipe, options, Path(model))
+    # A kill may come between the name of the file and the end of its folder.
+    is_over = earlier is None or (earlier.state == "finished" and not (folder / FILE).exists())
+    return done if done is not None and is_over else earlier
 
 
 @dataclass(kw_only=True)
@@ -222,6 +238,7 @@ class GgufVerb(GroupVerb):
         record.types = job.types_for(losses)
         self.quantizers = {name: TYPES[kind] for name, kind in record.types.items()}
         parts = job.plan.bytes_by_type(record.types).most_common()
+        job.ranks.on_rank_0(output.finish_outside)
         words = [f"{in_bytes(nbytes)} in {kind}" for kind, nbytes in parts]
         job.options.tell(f"the file holds {', '.join(words)}")
         return self
@@ -238,14 +255,18 @@ def _measure(job: GgufJob, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     for name, use in known.items():
         # A tied head has another name than the embedding, and the same weight.
         uses.setdefault(id(modules[name].weight), []).append(use)
-    for first, choices in job.choices({}).items():
+    every = job.choices({})
+    count = job.preparing("rounding some rows of each weight to every type", len(every))
+    for first, choices in every.items():
         kinds, names, parts = [choice.kind for choice in choices], job.stacks[first], []
         for name in names:
             weight_OI = checkpoint.checkpoint.whole(checkpoint.stored[f"{name}.weight"])
             of_weight = uses[id(modules[name].weight)]
-            importance_I, losses = type_losses(weight_OI, of_weight, kinds, len(names))
+            with naming(name):
+                importance_I, losses = type_losses(weight_OI, of_weight, kinds, len(names))
             parts.append(losses)
         found[first] = torch.stack(parts).sum(dim=0)
         if first not in job.selected_linears():
             found[f"{first}.importance"] = importance_I
+        count(1)
     return found

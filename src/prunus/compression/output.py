@@ -16,6 +16,7 @@ from prunus.compression.file_size import file_size
 from prunus.compression.job import CompressionJob
 from prunus.compression.quantize_rows import quantize_rows
 from prunus.compression.records import CompressionRecord, FileSize
+from prunus.hardware.errors import naming
 from prunus.model.checkpoint.atomic_files import read_json, remove
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.checkpoint.writer import Writable, save_safetensors
@@ -26,7 +27,6 @@ from prunus.packed.weight import named_tensors
 from prunus.pruning.manifest import LinearRecord
 from prunus.pruning.output import PrunedFolder
 from prunus.runs.loop import Made
-from prunus.runs.record import shard_name
 
 #: Measurements of an unfinished run; they decide the bytes of all blocks.
 MEASUREMENT = "sensitivity.safetensors"
@@ -77,7 +77,7 @@ class CompressedFolder(PrunedFolder):
         return tensors
 
     def restored(self, place: int) -> dict[str, torch.Tensor]:
-        checkpoint = Checkpoint(self.folder, only=[shard_name(place)])
+        checkpoint = Checkpoint(self.folder, only=[self.record.shard(place)])
         tensors, record = dict(checkpoint.read(checkpoint.tensors)), self.record.blocks[place]
         for name, linear in record.linears.items():
             key = self.key(full_name := f"{record.name}.{name}")
@@ -104,7 +104,10 @@ class CompressedFolder(PrunedFolder):
         source = self.job.checkpoint
         for key, copies in self.job.packed_outside.items():
             linear = key.removesuffix(".weight")
-            weight = quantize_rows(source.checkpoint.whole(key), self.job.recipe.packs_head or 0)
+            with naming(key):
+                weight = quantize_rows(
+                    source.checkpoint.whole(key), self.job.recipe.packs_head or 0
+                )
             for name in (key, *copies):
                 del tensors[name]
             tensors |= named_tensors(linear, weight)

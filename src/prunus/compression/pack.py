@@ -46,7 +46,7 @@ from prunus.packed.weight import PackedWeight, named_tensors
 from prunus.runs.folder import ResultFolder, find_earlier, held
 from prunus.runs.options import RunOptions
 from prunus.runs.progress import Progress, pruning_step, shows_progress
-from prunus.runs.record import OUTSIDE_SHARD, RunInputs, shard_name
+from prunus.runs.record import RunInputs, shard_name
 
 #: Records of earlier work that hold for the packed and for the unpacked model as well.
 _KEPT_RECORDS = ("prunus.json", "prunus-compress.json")
@@ -107,8 +107,9 @@ def pack(
     source.bind(skeleton)
     checkpoint = source.checkpoint
     inputs = _find_inputs(checkpoint, source.fingerprint, stored)
+    count = source.shard_count
     shards: _Shards = {
-        shard_name(index): (
+        shard_name(index, count): (
             skeleton.block_name(index),
             functools.partial(_pack_block, source, skeleton, index, stored),
         )
@@ -116,7 +117,7 @@ def pack(
     }
     if source.outside_keys():
         outside = functools.partial(_pack_outside, source, skeleton, stored)
-        shards[OUTSIDE_SHARD] = ("outside the blocks", outside)
+        shards[shard_name(count - 1, count)] = ("outside the blocks", outside)
 
     def describe(record: PackRecord) -> tuple[str, dict[str, Any]]:
         shapes = {

@@ -29,7 +29,6 @@ from prunus.pruning.output import PruningOutput
 from prunus.pruning.run import PruneVerb, carry_out, planned
 from prunus.runs.options import RunOptions
 from prunus.runs.progress import pruning_step, shows_progress
-from prunus.runs.record import OUTSIDE_SHARD
 from prunus.runs.windows import given_windows
 
 # A linear is rounded again at most this many times, and each time coarser by at least this log2.
@@ -127,7 +126,7 @@ class CompressVerb(PruneVerb):
         bits = job.bits
         if job.recipe.size is not None:
             # Embeddings and head are written by now, and take a little less than was planned.
-            shard = output.folder / OUTSIDE_SHARD
+            shard = output.folder / record.outside_shard
             bits = job.bits_next_to(job.ranks.on_rank_0(lambda: shard.stat().st_size))
         control = RateControl(bits, linears, sparsities)
         for block in record.blocks:

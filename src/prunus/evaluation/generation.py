@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -33,15 +33,21 @@ LOWEST_TEMPERATURE = 1e-5
 
 
 def generate(
-    model: str | Path, prompt: str, *, chat: bool = False, **options: Any
+    model: str | Path,
+    prompt: str,
+    *,
+    chat: bool = False,
+    progress: Callable[[str], None] | None = None,
+    **options: Any,
 ) -> Iterator[str]:
     """Yield the continuation of a prompt in pieces. For the options, see `WritingOptions`.
 
     With `chat`, it is the answer to the prompt as one message, by the chat template of the model.
+    `progress` is called with what is loaded, before it is.
     """
     if not prompt:
         raise ValueError("the prompt is empty; give some text")
-    given, folder = WritingOptions.read(None, options), find_folder(model)
+    given, folder = WritingOptions.read(None, options), find_folder(model, progress)
     tokenizer = load_tokenizer(folder)
     if chat:
         if not getattr(tokenizer, "chat_template", None):
@@ -49,6 +55,8 @@ def generate(
         # The template writes special tokens itself.
         prompt = apply_chat_template(tokenizer, [{"role": "user", "content": prompt}])
     inputs = tokenizer(prompt, add_special_tokens=not chat, return_tensors="pt")
+    if progress is not None:
+        progress(f"loading {model}")
     loaded = load_model(folder)
     loaded.generation_config = chosen_settings(token_settings(loaded.generation_config), given)
     rows = loaded.get_input_embeddings().num_embeddings

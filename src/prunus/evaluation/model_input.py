@@ -7,7 +7,7 @@ that is written to in between would belong to no model at all.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,9 @@ class ComputeOptions:
         return describe_hardware(self.device) | of_model
 
 
-def find_folder(model: str | Path) -> Path:
-    """The folder of a checkpoint or an adapter; a hub id is downloaded."""
-    folder = resolve_folder(model)
+def find_folder(model: str | Path, say: Callable[[str], None] | None = None) -> Path:
+    """The folder of a checkpoint or an adapter; a hub id is downloaded. For `say`, see there."""
+    folder = resolve_folder(model, say)
     if not is_adapter(folder):
         require_config(folder)
     return folder

@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 #: Errors whose message says enough without the name of their type.
 _CLEAR = (OSError, ValueError, NotImplementedError, ImportError, MemoryError)
+
+
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """A `with` block whose ValueErrors say which tensor or linear they are about."""
+    try:
+        yield
+    except ValueError as fault:
+        raise ValueError(f"{name}: {fault}") from fault
 
 
 def reason(error: BaseException, most: int = 300) -> str:

@@ -33,8 +33,15 @@ _ELEMENTS = 2**19
 def fit_scales(weight_BO: Tensor, importance_B: Tensor, quantizer: GroupQuantizer) -> Scales:
     """The scales of one span that fit weights, float32, a column in each row.
 
-    `importance_B`, not negative, weighs the squared error of a column.
+    `importance_B`, not negative, weighs the squared error of a column. Weights that are beyond
+    the values of the quantiser are a ValueError.
     """
+    if bool((weight_BO.abs() > quantizer.largest).any()):
+        raise ValueError(
+            f"its weights are too large for {quantizer.name}, which reaches "
+            f"{quantizer.largest:.1e}. Is the checkpoint whole? `ignore` keeps a linear as it is, "
+            "and `head_bits` none the head"
+        )
     group = _Groups(weight_BO, importance_B, quantizer)
     step_GO, offset_GO = group.fit()
     lowest, highest = quantizer.codes
@@ -148,7 +155,8 @@ class _Groups:
             extremes = [(values[0], _MOVES), (values[-1], _MOVES[len(_MOVES) // 2 :])]
         for value, moves in extremes:
             for move in moves:
-                yield lowest_GO, inverse_GO * (value + move * between)
+                # The product leaves float32 where weights are denormal.
+                yield lowest_GO, (inverse_GO * (value + move * between)).nan_to_num_(0, 0, 0)
 
     def best_codes(self, scales: Scales) -> Scales:
         """The codes next to given ones with the smallest errors; d and dmin stay."""

@@ -195,6 +195,11 @@ class CheckpointSource:
         inside = {key for index in range(len(self._blocks)) for key in self.block_keys(index)}
         return sorted(key for key in self.checkpoint.tensors if key not in inside)
 
+    @property
+    def shard_count(self) -> int:
+        """How many shards a result has: one per block, and one for all else, if there is any."""
+        return len(self._blocks) + bool(self.outside_keys())
+
     def outside_digests(self) -> dict[str, str]:
         """SHA-256 of every tensor outside the blocks, by stored name. Results copy them."""
         found = {}

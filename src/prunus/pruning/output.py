@@ -16,7 +16,6 @@ from prunus.pruning.job import PruningJob
 from prunus.pruning.manifest import Manifest, PruningRecord, pruned_card
 from prunus.runs.folder import BlockFolder
 from prunus.runs.loop import Made
-from prunus.runs.record import OUTSIDE_SHARD, shard_name
 
 
 class InPlaceOutput:
@@ -64,7 +63,7 @@ class PrunedFolder(BlockFolder):
     def prepare(self) -> None:
         # The hashes of what lies outside the blocks were taken just now, and embedding reads it
         # next. Copied now, it is read from the disk only once. A pruned head is not known yet.
-        if not self.job.prunes_head and not self.has(OUTSIDE_SHARD):
+        if not self.job.prunes_head and not self.has(self.record.outside_shard):
             self._write_outside({})
             self.save()
 
@@ -73,11 +72,9 @@ class PrunedFolder(BlockFolder):
         self.record.state = "finished"
 
     def _complete(self, changed: Mapping[str, torch.Tensor]) -> None:
-        if changed or not self.has(OUTSIDE_SHARD):
+        if changed or not self.has(self.record.outside_shard):
             self._write_outside(changed)
-        shards = [shard_name(index) for index in range(len(self.record.blocks))]
-        if self.job.checkpoint.outside_keys():
-            shards.append(OUTSIDE_SHARD)
+        shards = [*map(self.record.shard, range(self.record.shard_count))]
         self.finish(
             shards, card=self.card(), config=self.config(), code=self.job.options.trust_remote_code
         )
@@ -105,7 +102,7 @@ class PrunedFolder(BlockFolder):
             # were read for it and are needed again at once.
             uncached = 4 * source.checkpoint.nbytes(keys) > self.job.host_budget
             tensors = self.outside({**source.checkpoint.stored(keys), **replaced})
-            self.write_shard(OUTSIDE_SHARD, tensors, uncached=uncached)
+            self.write_shard(self.record.outside_shard, tensors, uncached=uncached)
 
 
 #: What a run writes to. All have a folder for hidden states that do not fit in memory, and know

@@ -131,25 +131,35 @@ def carry_out(
 ) -> PruningRecord:
     """Carry out a recipe of prune or of a verb that builds on it."""
     kind = verb.job.RECORD
-    with options.with_ranks() as joint, contextlib.ExitStack() as stack:
-        started, earlier = time.perf_counter(), None
-        if output is not None:
-            # What the folder holds decides what is done: from here on no other run may change it.
-            earlier = stack.enter_context(
-                held(
-                    kind,
-                    output,
-                    joint.processes,
-                    lambda: find_earlier(kind, output, recipe, joint, Path(str(model))),
-                )
-            )
-        with joint.processes.fail_together():
-            # A resumed run keeps its dtype: the trial behind "auto" need not be repeated.
-            decided_dtype = earlier.inputs.dtype if earlier is not None else None
-            job = plan_run(model, recipe, joint, verb.job, decided_dtype)
-        if output is not None:
-            joint.processes.on_rank_0(lambda: check_room(job, output))
-        return _carry_out(job, output, earlier, verb, started)
+    with options.with_ranks() as joint:
+        if output is None:
+            return carry_out_held(model, None, recipe, joint, verb, None)
+
+        def find() -> PruningRecord | None:
+            return find_earlier(kind, output, recipe, joint, Path(str(model)))
+
+        # What the folder holds decides what is done: from here on no other run may change it.
+        with held(kind, output, joint.processes, find) as earlier:
+            return carry_out_held(model, output, recipe, joint, verb, earlier)
+
+
+def carry_out_held(
+    model: str | Path | nn.Module,
+    output: Path | None,
+    recipe: PruningOptions,
+    joint: RunOptions,
+    verb: PruneVerb,
+    earlier: PruningRecord | None,
+) -> PruningRecord:
+    """Carry out a recipe into a folder that this run holds, and go on with an `earlier` run."""
+    started = time.perf_counter()
+    with joint.processes.fail_together():
+        # A resumed run keeps its dtype: the trial behind "auto" need not be repeated.
+        decided_dtype = earlier.inputs.dtype if earlier is not None else None
+        job = plan_run(model, recipe, joint, verb.job, decided_dtype)
+    if output is not None:
+        joint.processes.on_rank_0(lambda: check_room(job, output))
+    return _carry_out(job, output, earlier, verb, started)
 
 
 def planned(
@@ -226,7 +236,10 @@ def _record(job: PruningJob, windows: Windows, earlier: PruningRecord | None) ->
     own_sha256 = method_sha256(job.recipe.method, job.options.own_method)
     inputs = run_inputs(job, windows).model_copy(update={"method_sha256": own_sha256})
     own = {"source": job.model_name, "data_dir": _data_folder(job), "left_dense": job.left_dense}
-    return resumed_or_new(job.RECORD, earlier, job.recipe, inputs, job.device, **own)
+    count = 0 if isinstance(job.source, ModuleSource) else job.source.shard_count
+    return resumed_or_new(
+        job.RECORD, earlier, job.recipe, inputs, job.device, **own, shard_count=count
+    )
 
 
 def _data_folder(job: PruningJob) -> str | None:

@@ -20,7 +20,6 @@ import torch
 
 from prunus.calibration.sources import find_source
 from prunus.calibration.windows import Wanted
-from prunus.model.checkpoint.atomic_files import remove
 from prunus.model.checkpoint.output_folder import check_apart, check_disk, check_resume, is_vacant
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.model.source import CheckpointSource, tensors_digest
@@ -33,7 +32,7 @@ from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.record import RecoveryRecord
 from prunus.recovery.run import carry_out
 from prunus.recovery.training import Step
-from prunus.runs.folder import ResultFolder, find_earlier, held
+from prunus.runs.folder import ResultFolder, find_earlier, held, remove_result
 from prunus.runs.job import check_known
 from prunus.runs.options import RunOptions
 from prunus.runs.progress import Progress
@@ -130,7 +129,7 @@ def max_run(
                 how = joint.model_copy(update={"report": report})
                 name = str(model)
                 record = finished or carry_out(pruned, output, training, how, model, earlier, name)
-                ranks.on_rank_0(lambda: _remove(pruned))
+                ranks.on_rank_0(lambda: remove_result(pruned, Manifest.FILE))
                 return record
 
             yield prune, train
@@ -224,14 +223,3 @@ def _check_training(
         stored = source.checkpoint.nbytes(source.checkpoint.tensors)
         check_disk(output, (2 + _STATE_BYTES // source.stored_dtype.itemsize) * stored)
     return source
-
-
-def _remove(pruned: Path) -> None:
-    """Remove the pruned checkpoint; its manifest last, so that a kill leaves a known folder."""
-    if (pruned / Manifest.FILE).exists():
-        for path in pruned.iterdir():
-            if path.is_file() and path.name != Manifest.FILE:
-                remove(path)
-        remove(pruned / Manifest.FILE)
-    with contextlib.suppress(OSError):  # There is none, or something that is not ours is in it.
-        pruned.rmdir()

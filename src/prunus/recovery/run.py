@@ -40,7 +40,6 @@ from prunus.runs.folder import ResultFolder, find_earlier, held
 from prunus.runs.options import RunOptions
 from prunus.runs.progress import Shown, shows_progress
 from prunus.runs.record import (
-    OUTSIDE_SHARD,
     bos_words,
     extended_card,
     result_card,
@@ -267,26 +266,27 @@ def _write_blocks(
     source: CheckpointSource, skeleton: Skeleton, folder: ResultFolder, replaced: _Replaced
 ) -> None:
     """Write one shard per block, with experts one by one, and one for all outside the blocks."""
+    count = source.shard_count
     for index in range(len(skeleton)):
         prefix = f"{skeleton.block_name(index)}."
         block = replaced({f"{prefix}{name}": x for name, x in source.block(index).items()})
         relative = {name.removeprefix(prefix): x for name, x in block.items()}
-        folder.write_shard(shard_name(index), source.as_stored(index, relative))
+        folder.write_shard(shard_name(index, count), source.as_stored(index, relative))
     names = {key: name for name, key in source.stored.items()}
     outside = dict(source.checkpoint.read(source.outside_keys()))
     if outside:
         # The model has no name for some stored tensors.
         found = replaced({names.get(key, key): x for key, x in outside.items()})
-        folder.write_shard(OUTSIDE_SHARD, {key: found[names.get(key, key)] for key in outside})
+        last = shard_name(count - 1, count)
+        folder.write_shard(last, {key: found[names.get(key, key)] for key in outside})
 
 
 def _write_as_stored(checkpoint: Checkpoint, folder: ResultFolder, replaced: _Replaced) -> None:
     """Write the shards of a compressed checkpoint, tensor by tensor as it stores them."""
     files = sorted({info.file for info in checkpoint.tensors.values()})
-    for number, file in enumerate(files, start=1):
+    for index, file in enumerate(files):
         keys = [key for key, info in checkpoint.tensors.items() if info.file == file]
-        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        folder.write_shard(name, replaced(dict(checkpoint.read(keys))))
+        folder.write_shard(shard_name(index, len(files)), replaced(dict(checkpoint.read(keys))))
 
 
 _TRAINED: dict[Mode, str] = {

@@ -58,7 +58,7 @@ def open_model(
     if isinstance(model, nn.Module):
         source, name = ModuleSource(model), type(model).__name__
     else:
-        source, name = CheckpointSource(resolve_folder(model), trust), str(model)
+        source, name = CheckpointSource(resolve_folder(model, options.tell), trust), str(model)
         check_companions(source.checkpoint.folder, trust)
     if needs_inputs:
         check_inputs(source, recipe, options)

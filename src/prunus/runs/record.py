@@ -19,21 +19,19 @@ from prunus.options.declaration import words
 
 _Record = TypeVar("_Record", bound=BaseModel)
 
-#: Shard of everything outside the blocks: embeddings, final norm and head.
-OUTSIDE_SHARD = "outer.safetensors"
 #: How the windows run through a block; see `prunus.pruning.block.lockstep`.
 Walk = Literal["lockstep", "replay", "two_pass"]
 #: Whether every window begins with the BOS token; `given` where the windows were given.
 UsedBos = Literal["yes", "no", "given"]
 
 
-def shard_name(index: int) -> str:
-    """File name of a block's shard.
+def shard_name(index: int, count: int) -> str:
+    """File name of a shard, as the hub and its tools know it; `index` counts from 0.
 
-    >>> shard_name(3)
-    'block-00003.safetensors'
+    >>> shard_name(3, 31)
+    'model-00004-of-00031.safetensors'
     """
-    return f"block-{index:05d}.safetensors"
+    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
 def bos_words(bos: UsedBos) -> str:
@@ -112,7 +110,8 @@ class RunRecord(Part):
     FILE: ClassVar[str]
     VERB: ClassVar[str]
 
-    format: Literal[1] = 1
+    #: 1 named the shards otherwise. Such a result is read, and such an unfinished run refused.
+    format: Literal[1, 2] = 2
     state: Literal["running", "finished"] = "running"
     source: str  #: the model as the user named it
     recipe: Options  #: the options that decide the bytes of the result
@@ -164,14 +163,25 @@ class BlockwiseRecord(RunRecord):
     #: read all blocks and decides their results.
     measured: dict[str, str] = Field(default_factory=dict)
     blocks: list[Any] = Field(default_factory=list)
+    #: How many shards the result has: one per block, and a last one for what lies outside them.
+    shard_count: int = 0
+
+    def shard(self, place: int) -> str:
+        """File name of the shard of a block."""
+        return shard_name(place, self.shard_count)
+
+    @property
+    def outside_shard(self) -> str:
+        """File name of the shard of all that lies outside the blocks: embeddings, norm, head."""
+        return self.shard(self.shard_count - 1)
 
     def forget_missing(self, missing: set[str]) -> bool:
         kept = self.sha256.keys() - missing
-        lost = next((i for i in range(len(self.blocks)) if shard_name(i) not in kept), None)
+        lost = next((i for i in range(len(self.blocks)) if self.shard(i) not in kept), None)
         if lost is None:
             return super().forget_missing(missing)
         # The blocks after a lost one were calibrated on it, so they are made again as well.
-        gone = {shard_name(index) for index in range(lost, len(self.blocks))}
+        gone = {self.shard(index) for index in range(lost, len(self.blocks))}
         del self.blocks[lost:]
         super().forget_missing(missing | (gone & self.sha256.keys()))
         return True

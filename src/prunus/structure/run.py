@@ -31,7 +31,7 @@ from prunus.runs.loop import Made, run_blocks
 from prunus.runs.options import RunOptions
 from prunus.runs.plan import check_room, check_same_on_all_ranks
 from prunus.runs.progress import pruning_step, shows_progress
-from prunus.runs.record import OUTSIDE_SHARD, bos_words, result_card, shard_name, source_name
+from prunus.runs.record import bos_words, result_card, source_name
 from prunus.runs.windows import calibration_windows, given_windows, run_inputs
 from prunus.structure.plan import SmallerModel, StructureJob, plan_structure
 from prunus.structure.records import StructureRecipe, StructureRecord, what_was_removed
@@ -93,7 +93,7 @@ def run(
         with ranks.fail_together():
             windows = calibration_windows(job)
             inputs = run_inputs(job, windows)
-            own = {"source": job.model_name}
+            own = {"source": job.model_name, "shard_count": job.keep_blocks + 1}
             record = resumed_or_new(StructureRecord, earlier, job.recipe, inputs, job.device, **own)
         walks = check_same_on_all_ranks(job, record)
         folder = SmallerFolder(output, record, job)
@@ -159,7 +159,7 @@ class SmallerFolder(BlockFolder):
 
     def restored(self, place: int) -> dict[str, Tensor]:
         names, fused = self._names(place)
-        shard = Checkpoint(self.folder, only=[shard_name(place)])
+        shard = Checkpoint(self.folder, only=[self.record.shard(place)])
         stored = dict(shard.read(shard.tensors))
         found = {name: stored[key] for name, key in names.items()}
         for key, each in fused.items():
@@ -188,8 +188,8 @@ class SmallerFolder(BlockFolder):
         unknown = names_in_model(old, source.checkpoint.tensors)[2]
         record.left_out = sorted(k for n, k in unknown.items() if n.startswith(f"{old.path}."))
         keys = sorted(set(source.outside_keys()) - set(record.left_out))
-        self.write_shard(OUTSIDE_SHARD, source.checkpoint.stored(keys))
-        shards = [*map(shard_name, range(len(self.smaller.made_from))), OUTSIDE_SHARD]
+        self.write_shard(record.outside_shard, source.checkpoint.stored(keys))
+        shards = [*map(record.shard, range(record.shard_count))]
         record.totals["parameters"] = _parameters(Checkpoint(self.folder, only=shards))
         record.totals["parameters_before"] = _parameters(source.checkpoint)
         self.finish(

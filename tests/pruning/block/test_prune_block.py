@@ -168,9 +168,7 @@ def test_streamed_in_memory_spilled_and_replayed_runs_are_equal_to_the_byte(
     prunus.prune(dense, tmp_path / "spilled", **options)
 
     expected = shards(tmp_path / "plain")
-    assert [*expected] == [
-        f"{name}.safetensors" for name in ("block-00000", "block-00001", "outer")
-    ]
+    assert [*expected] == [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
     for other in ("replayed", "spilled_replayed", "spilled"):
         assert shards(tmp_path / other) == expected
 

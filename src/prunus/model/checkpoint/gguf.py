@@ -44,6 +44,9 @@ _STRING, _ARRAY = 8, 9
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 # Lengths up to this value fit any model: some fields count what has no tensor.
 _SMALL = 2**16
+# Entries of all lists in a header, which the reader of the package makes objects of a kilobyte of.
+# The largest vocabularies of today have 850,000 tokens, types and merges.
+_MAX_ENTRIES = 2**21
 _MAX_POSITIONS = 2**24  # tokens
 _MAX_DEPTH = 4  # arrays in arrays
 _MAX_DIMENSIONS = 8
@@ -56,12 +59,13 @@ def import_gguf(
     overwrite: bool = False,
     dtype: str = "bfloat16",
     progress: Callable[[str], None] | None = None,
+    file: GgufFile | None = None,
 ) -> dict[str, Any]:
     """Write the model and tokenizer of a GGUF file to the folder `dest`.
 
     The files get their names when all of them are complete, and config.json last, so no loader
     takes a part for a model. With `overwrite`, `dest` holds the old content until then. The whole
-    model is in memory for a while.
+    model is in memory for a while. `file` is the GGUF file, if it is open already.
 
     Returns:
         `architecture`, `parameters` (count), `tied` (whether head and embedding are one matrix),
@@ -71,7 +75,7 @@ def import_gguf(
     _check_arguments(path, dest, overwrite=overwrite, dtype=dtype)
     say = progress or (lambda line: None)
     say(f"reading {path.name}")
-    file = open_gguf(path)
+    file = file or open_gguf(path)
     with locked(dest):
         check_destination(dest, overwrite=overwrite)
         staging = in_held(dest / f"import{TEMPORARY_SUFFIX}")
@@ -80,7 +84,7 @@ def import_gguf(
         try:
             say(f"unpacking {len(file.tensors)} tensors to {dtype}")
             # transformers and gguf show progress bars; the caller shows its own.
-            with contextlib.redirect_stderr(io.StringIO()):
+            with contextlib.redirect_stderr(io.StringIO()), file.read_once():
                 summary = _convert(path, file, staging, DTYPES[dtype])
             _tidy(staging)
             say(f"writing {dest}")
@@ -226,7 +230,7 @@ class _Cursor:
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data = data
-        self.position = 0
+        self.position = self.entries = 0
 
     def skip(self, count: int) -> int:
         """Move on by `count` bytes, and return the position before."""
@@ -256,12 +260,15 @@ class _Cursor:
         if kind != _ARRAY or depth >= _MAX_DEPTH:
             raise ValueError(f"a value of type {kind} at {self.position:,}")
         inner, count = self.scalar("I"), self.scalar("Q")
+        self.entries += count
+        if self.entries > _MAX_ENTRIES:
+            raise ValueError(
+                f"its lists have {self.entries:,} entries up to {self.position:,}, and at most "
+                f"{_MAX_ENTRIES:,} are read"
+            )
         if inner in _SCALARS:
             self.skip(count * struct.calcsize("<" + _SCALARS[inner]))
             return None
-        # Every other entry takes at least a byte, so more entries than bytes cannot be true.
-        if count > len(self.data) - self.position:
-            raise ValueError(f"an array of {count:,} entries at {self.position:,}")
         for _ in range(count):
             self.value(inner, depth + 1)
         return None
@@ -308,8 +315,8 @@ def _walk(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
     if (version := cursor.scalar("I")) not in (2, 3):
         raise ValueError(f"version {version} of the format; versions 2 and 3 can be read")
     tensors, count = cursor.scalar("Q"), cursor.scalar("Q")
-    if max(tensors, count) > len(cursor.data):
-        raise ValueError(f"{tensors:,} tensors and {count:,} fields in {len(cursor.data):,} bytes")
+    if max(tensors, count) > _SMALL:
+        raise ValueError(f"{tensors:,} tensors and {count:,} fields; at most {_SMALL:,} are read")
     fields = {}
     for _ in range(count):
         name = cursor.string()

@@ -6,10 +6,11 @@ No other file imports the package, which is an extra. Files of strangers are che
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,15 @@ class GgufFile:
         """Read a header; for files of strangers see `open_gguf`."""
         reader = package().GGUFReader(path)
         return cls(reader, {tensor.name: tensor for tensor in reader.tensors})
+
+    @contextlib.contextmanager
+    def read_once(self) -> Iterator[None]:
+        """While active, transformers takes this file as it is open: a header takes seconds."""
+        kind, package().GGUFReader = package().GGUFReader, lambda _: self.reader
+        try:
+            yield
+        finally:
+            package().GGUFReader = kind
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a field; `default` if it is missing."""

@@ -67,6 +67,11 @@ def add_vocabulary(writer: Any, folder: Path, size: int, architecture: str) -> b
             f"{path}: a tokenizer of type {model.get('type')} cannot be written to a GGUF file"
         )
     by_scores = bool(model.get("byte_fallback"))
+    if not by_scores and not model.get("merges"):
+        raise ValueError(
+            f"{path} has no merges, and llama.cpp needs those of a tokenizer that works on bytes; "
+            "copy the tokenizer from the dense model again"
+        )
     tokens, kinds = [f"[PAD{index}]" for index in range(size)], [_UNUSED] * size
     for token, index in model["vocab"].items():
         if index >= size:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from prunus.model.checkpoint.gguf import import_gguf, open_gguf
@@ -22,30 +23,34 @@ def is_gguf(path: str | Path) -> bool:
     return str(path).lower().endswith(".gguf")
 
 
-def _imported(path: Path) -> Path:
+def _imported(path: Path, say: Callable[[str], None] | None) -> Path:
     """The checkpoint of a GGUF file, made when it is first asked for and removed at exit."""
     state = path.stat()
     key = (path.resolve(), state.st_size, state.st_mtime_ns)
     if key not in _made:
         check_extra()
         # float32 holds all values of a file in full precision; others are not worth the memory.
-        exact = open_gguf(path).types <= FULL_TYPES - {"BF16"}
+        exact = (file := open_gguf(path)).types <= FULL_TYPES - {"BF16"}
+        dtype = "float32" if exact else "bfloat16"
         made = Path(tempfile.mkdtemp(prefix="prunus-"))
         atexit.register(shutil.rmtree, made, ignore_errors=True)
-        import_gguf(path, made / path.stem, dtype="float32" if exact else "bfloat16")
+        import_gguf(path, made / path.stem, dtype=dtype, progress=say, file=file)
         _made[key] = made
     return _made[key] / path.stem
 
 
-def resolve_folder(model: str | Path) -> Path:
-    """The folder of a model: a local one, a snapshot from the hub, or the import of a GGUF file."""
+def resolve_folder(model: str | Path, say: Callable[[str], None] | None = None) -> Path:
+    """The folder of a model: a local one, a snapshot from the hub, or the import of a GGUF file.
+
+    `say` is told what an import does next.
+    """
     path = Path(model)
     if path.is_dir() and str(model):
         check_folder(path)
         return path
     name = str(model)
     if is_gguf(path) and path.is_file():
-        return _imported(path)
+        return _imported(path, say)
     if name and path.exists():
         raise FileNotFoundError(
             f"{name} is {'a file' if path.is_file() else 'not a folder'}; expected the folder of a "

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from prunus.distributed import SINGLE_PROCESS, Ranks, split_range
+from prunus.hardware.errors import naming
 from prunus.hardware.numerics import all_finite, count_zeros, low_precision_product, row_spans
 from prunus.methods import Method, Work
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
@@ -107,10 +108,8 @@ def prune_linear(
     while ended is None:
         quantization = None if finish is None else finish.begin(full_name, statistics)
         work = replace(settings.work, rows=rows, quantization=quantization)
-        try:
+        with naming(full_name):
             pruned = method.apply(weight_OI, statistics, work)
-        except ValueError as fault:
-            raise ValueError(f"{full_name}: {fault}") from fault
         if method.updates_weights:
             new_OI = pruned.weight_OI.to(stored.dtype)
         else:
