@@ -69,7 +69,7 @@ prunus bench dense packed --threads 4 --json speed.json
 prunus generate packed --prompt "The capital of France is"
 prunus generate packed --prompt "Name a fruit" --chat --seed 1
 prunus serve packed
-prunus serve packed --host 0.0.0.0 --port 8080 --max-concurrent 2
+prunus serve packed --port 8080 --dtype float32
 prunus import model.gguf dense
 prunus import model.gguf dense --dtype float32 --overwrite
 prunus pack pruned packed

@@ -168,7 +168,7 @@ def _run_child(
     writing: Any, tokenizer: Any, messages: Sequence[dict[str, Any]], variables: dict[str, Any]
 ) -> None:
     """Apply the template, and send the kind of the answer, text, fault or memory, and the text."""
-    limit_process()
+    _limit_process()
     try:
         text = str(tokenizer.apply_chat_template(list(messages), tokenize=False, **variables))
         data = text.encode(errors="replace")
@@ -179,7 +179,7 @@ def _run_child(
         writing.send(("fault", reason(fault)))
 
 
-def limit_process() -> None:
+def _limit_process() -> None:
     """Limit the processor time of this process, and the memory beyond what its parent had."""
     seconds = math.ceil(_SECONDS) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))

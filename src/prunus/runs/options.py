@@ -139,7 +139,7 @@ class RunOptions(Options):
     rank_timeout: Annotated[
         float | None,
         Option(
-            "Stop when a process of torchrun is silent for this many seconds.",
+            "Stop when a process of torchrun is late by this many seconds.",
             metavar="SECONDS",
             panel=ADVANCED,
             default="600",
