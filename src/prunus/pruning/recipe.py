@@ -92,20 +92,32 @@ class Recipe(PruningOptions):
     def check_fit(self) -> None:
         for option, given, reason in (
             ("dense_weight", self.dense_weight != 0, "have no dense targets"),
-            ("reconstruct", self.reconstructs, "train nothing"),
+            ("reconstruct", self.reconstruct != "none", "train nothing"),
         ):
-            if self.propagate == "block" and given:
+            if self.two_passes and given:
                 raise ValueError(
                     f"{option} needs propagate linear: the original's two passes {reason}"
                 )
-        if self.reconstruct_epochs is not None and not self.reconstructs:
+        if self.reconstruct_epochs is not None and self.reconstruct == "none":
             raise ValueError(
                 "reconstruct_epochs belongs to `reconstruct` last or all: drop it or add one"
             )
 
     @property
-    def reconstructs(self) -> bool:
-        return self.reconstruct != "none"
+    def trained_blocks(self) -> Literal["none", "last", "all"]:
+        return self.reconstruct
+
+    @property
+    def epochs(self) -> int | None:
+        return self.reconstruct_epochs
+
+    @property
+    def two_passes(self) -> bool:
+        return self.propagate == "block"
+
+    @property
+    def prunes_head(self) -> bool:
+        return self.head
 
 
 #: Name -> options of a recipe. Options that the user gives explicitly override them.

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -27,15 +27,16 @@ from prunus.calibration.corpora import LOCAL_SOURCES, data_folder
 from prunus.calibration.windows import Windows
 from prunus.hardware.sizes import counted
 from prunus.methods.table import GIVEN, Method, method_sha256
+from prunus.model.kinds import kind_of
 from prunus.model.source import ModuleSource
 from prunus.options import takes
 from prunus.pruning.allocation import allocate
 from prunus.pruning.block.linear import LinearFinish
 from prunus.pruning.block.prune_block import BlockPruner
-from prunus.pruning.job import PruningJob, plan_run
-from prunus.pruning.manifest import Manifest, PruningRecord
+from prunus.pruning.job import Format, PruningJob, plan_run
+from prunus.pruning.manifest import Manifest, PruningRecord, pruned_card
 from prunus.pruning.options import PruningOptions
-from prunus.pruning.output import InPlaceOutput, PrunedFolder, PruningOutput
+from prunus.pruning.output import CheckpointFolder, InPlaceOutput, PruningOutput
 from prunus.pruning.recipe import Recipe
 from prunus.runs.folder import find_earlier, held, resumed_or_new
 from prunus.runs.loop import run_blocks
@@ -43,6 +44,15 @@ from prunus.runs.options import RunOptions
 from prunus.runs.plan import check_room, check_same_on_all_ranks
 from prunus.runs.progress import pruning_step, shows_progress
 from prunus.runs.windows import calibration_windows, given_windows, run_inputs
+
+_Record = TypeVar("_Record", bound=PruningRecord)
+#: Makes what is done to every linear after its zeros are chosen, or None for nothing. It is called
+#: once, before the first block, with the job, the calibration windows, the output and the record.
+RoundingOf = Callable[[PruningJob, torch.Tensor, PruningOutput, _Record], LinearFinish | None]
+
+
+def no_rounding(*_: Any) -> None:
+    """Prune leaves the remaining weights as they are."""
 
 
 @shows_progress("prune", pruning_step)
@@ -99,105 +109,113 @@ def run(
         )
     if not isinstance(model, nn.Module) and output is None:
         raise ValueError("a checkpoint is pruned into a new folder: give output")
-    return cast(Manifest, carry_out(model, output, recipe, options, PruneVerb()))
+    return carry_out(Manifest, model, output, recipe, options, PlainTensors())
 
 
-class PruneVerb:
-    """What prune and compress do differently: their job, their folder, and the end of a linear."""
+class PlainTensors(Format[Manifest]):
+    """The format of a pruned checkpoint: tensors and configuration are those of the source."""
 
-    job: type[PruningJob] = PruningJob
-
-    def output(self, folder: Path | None, record: PruningRecord, job: PruningJob) -> PruningOutput:
-        """Where the run puts what it has pruned."""
-        if isinstance(job.source, ModuleSource):
-            assert isinstance(record, Manifest)
-            return InPlaceOutput(job.source, record)
-        assert folder is not None, "a checkpoint is pruned into a folder"
-        return PrunedFolder(folder, record, job)
-
-    def finish_linear(
-        self, job: PruningJob, ids: torch.Tensor, output: PruningOutput, record: PruningRecord
-    ) -> LinearFinish | None:
-        """What is done to a linear after its zeros are chosen; None for nothing."""
-        return None
+    def card(self, record: Manifest) -> str:
+        source = self.job.source
+        folder = None if isinstance(source, ModuleSource) else source.checkpoint.folder
+        return pruned_card(record, kind_of(source.config).loader, folder)
 
 
 def carry_out(
+    kind: type[_Record],
     model: str | Path | nn.Module,
     output: Path | None,
     recipe: PruningOptions,
     options: RunOptions,
-    verb: PruneVerb,
-) -> PruningRecord:
-    """Carry out a recipe of prune or of a verb that builds on it."""
-    kind = verb.job.RECORD
+    stored: Format[_Record],
+    rounding: RoundingOf[_Record] = no_rounding,
+) -> _Record:
+    """Carry out a recipe of prune or compress.
+
+    Args:
+        kind: The record of the command.
+        stored: How the result stores linears.
+        rounding: Makes what rounds every linear after its zeros are chosen; see `RoundingOf`.
+    """
     with options.with_ranks() as joint:
         if output is None:
-            return carry_out_held(model, None, recipe, joint, verb, None)
+            return carry_out_held(kind, model, None, recipe, joint, stored, rounding)
 
-        def find() -> PruningRecord | None:
+        def find() -> _Record | None:
             return find_earlier(kind, output, recipe, joint, Path(str(model)))
 
         # What the folder holds decides what is done: from here on no other run may change it.
         with held(kind, output, joint.processes, find) as earlier:
-            return carry_out_held(model, output, recipe, joint, verb, earlier)
+            return carry_out_held(kind, model, output, recipe, joint, stored, rounding, earlier)
 
 
 def carry_out_held(
+    kind: type[_Record],
     model: str | Path | nn.Module,
     output: Path | None,
     recipe: PruningOptions,
     joint: RunOptions,
-    verb: PruneVerb,
-    earlier: PruningRecord | None,
-) -> PruningRecord:
+    stored: Format[_Record],
+    rounding: RoundingOf[_Record],
+    earlier: _Record | None = None,
+) -> _Record:
     """Carry out a recipe into a folder that this run holds, and go on with an `earlier` run."""
     started = time.perf_counter()
     with joint.processes.fail_together():
         # A resumed run keeps its dtype: the trial behind "auto" need not be repeated.
         decided_dtype = earlier.inputs.dtype if earlier is not None else None
-        job = plan_run(model, recipe, joint, verb.job, decided_dtype)
+        job = plan_run(model, recipe, joint, stored, decided_dtype)
     if output is not None:
         joint.processes.on_rank_0(lambda: check_room(job, output))
-    return _carry_out(job, output, earlier, verb, started)
+    # The calibration windows, and the record that says which run this is.
+    if job.needs_inputs:
+        job.options.tell(f"drawing calibration windows from {job.recipe.calibration}")
+    with job.ranks.fail_together():
+        windows = calibration_windows(job)
+        record = _record(kind, job, windows, earlier)
+    _change_blocks(job, windows, record, _output(job, output, record), rounding, started)
+    return record
 
 
 def planned(
+    kind: type[PruningRecord],
     model: str | Path,
     output: Path | None,
     recipe: PruningOptions,
     options: RunOptions,
-    kind: type[PruningJob] = PruningJob,
+    stored: Format[Any],
 ) -> PruningJob:
     """The job of such a run. Checks what the run checks, and writes nothing."""
     if output is not None:
-        find_earlier(kind.RECORD, output, recipe, options, Path(model))
-    job = plan_run(model, recipe, options, kind)
+        find_earlier(kind, output, recipe, options, Path(model))
+    job = plan_run(model, recipe, options, stored)
     if output is not None:
         check_room(job, output)
     return job
 
 
-def _carry_out(
+def _output(job: PruningJob, folder: Path | None, record: PruningRecord) -> PruningOutput:
+    """Where the run puts what it has changed."""
+    if folder is not None:
+        return CheckpointFolder(folder, record, job)
+    assert isinstance(job.source, ModuleSource), "a checkpoint is pruned into a folder"
+    return InPlaceOutput(job.source, record, job.format)
+
+
+def _change_blocks(
     job: PruningJob,
-    folder: Path | None,
-    earlier: PruningRecord | None,
-    verb: PruneVerb,
+    windows: Windows,
+    record: _Record,
+    output: PruningOutput,
+    rounding: RoundingOf[_Record],
     started: float,
-) -> PruningRecord:
+) -> None:
     """The run itself, after all checks, while no other run can use the output."""
     ranks = job.ranks
-    # The calibration windows, and the record that says which run this is.
-    if job.needs_inputs:
-        job.options.tell(f"drawing calibration windows from {job.recipe.calibration}")
-    with ranks.fail_together():
-        windows = calibration_windows(job)
-        record = _record(job, windows, earlier)
     walks = check_same_on_all_ranks(job, record)
-    output = verb.output(folder, record, job)
     if record.state == "finished":
         output.check_finished()
-        return record
+        return
 
     job.measured = record.measured
     # The sparsity of every linear. A resumed run takes it from its record.
@@ -207,7 +225,7 @@ def _carry_out(
         record.allocation = ranks.on_rank_0(lambda: record.allocation)
 
     output.begin(job.options.overwrite)
-    finish = verb.finish_linear(job, windows.ids, output, record)
+    finish = rounding(job, windows.ids, output, record)
     pruner = BlockPruner(job, walks, record.allocation, finish)
     one_thread = 1 if job.reference_order else None
     with torch.no_grad(), contextlib.closing(pruner), _threads(one_thread):
@@ -224,22 +242,21 @@ def _carry_out(
         # storage, so a finished block is pruned once more.
         run_blocks(job, pruner, output, output.finished, again=job.reference_order)
         pruned_head: dict[str, torch.Tensor] = {}
-        if job.prunes_head:
+        if job.recipe.prunes_head:
             pruned_head, record.head = pruner.prune_head(batches)
     record.close(seconds=time.perf_counter() - started, device=job.device)
     output.complete(pruned_head)
-    return record
 
 
-def _record(job: PruningJob, windows: Windows, earlier: PruningRecord | None) -> PruningRecord:
+def _record(
+    kind: type[_Record], job: PruningJob, windows: Windows, earlier: _Record | None
+) -> _Record:
     """A new record, or the record of the run that is resumed."""
     own_sha256 = method_sha256(job.recipe.method, job.options.own_method)
     inputs = run_inputs(job, windows).model_copy(update={"method_sha256": own_sha256})
     own = {"source": job.model_name, "data_dir": _data_folder(job), "left_dense": job.left_dense}
     count = 0 if isinstance(job.source, ModuleSource) else job.source.shard_count
-    return resumed_or_new(
-        job.RECORD, earlier, job.recipe, inputs, job.device, **own, shard_count=count
-    )
+    return resumed_or_new(kind, earlier, job.recipe, inputs, job.device, **own, shard_count=count)
 
 
 def _data_folder(job: PruningJob) -> str | None:
