@@ -84,8 +84,9 @@ class PrunedFolder(BlockFolder):
 
     def card(self) -> str:
         assert isinstance(self.record, Manifest)
-        source = self.job.checkpoint
-        return pruned_card(self.record, kind_of(source.config).loader, source.checkpoint.folder)
+        source, nbytes = self.job.checkpoint, self.job.file_bytes()
+        loader = kind_of(source.config).loader
+        return pruned_card(self.record, loader, source.checkpoint.folder, nbytes)
 
     def config(self) -> Mapping[str, object] | None:
         """The content of config.json, where it differs from the source's."""

@@ -33,7 +33,7 @@ from prunus.pruning.allocation import allocate
 from prunus.pruning.block.linear import LinearFinish
 from prunus.pruning.block.prune_block import BlockPruner
 from prunus.pruning.job import PruningJob, plan_run
-from prunus.pruning.manifest import Manifest, PruningRecord
+from prunus.pruning.manifest import Manifest, PruningRecord, grid_words
 from prunus.pruning.options import PruningOptions
 from prunus.pruning.output import InPlaceOutput, PrunedFolder, PruningOutput
 from prunus.pruning.recipe import Recipe
@@ -183,6 +183,8 @@ def _carry_out(
     with ranks.fail_together():
         windows = calibration_windows(job)
         record = _record(job, windows, earlier)
+    if record.grid_bits is not None:
+        job.options.tell(grid_words(record.grid_bits))
     walks = check_same_on_all_ranks(job, record)
     output = verb.output(folder, record, job)
     if record.state == "finished":
@@ -226,7 +228,9 @@ def _record(job: PruningJob, windows: Windows, earlier: PruningRecord | None) ->
     own_sha256 = method_sha256(job.recipe.method, job.options.own_method)
     inputs = run_inputs(job, windows).model_copy(update={"method_sha256": own_sha256})
     own = {"source": job.model_name, "data_dir": _data_folder(job), "left_dense": job.left_dense}
-    return resumed_or_new(job.RECORD, earlier, job.recipe, inputs, job.device, **own)
+    return resumed_or_new(
+        job.RECORD, earlier, job.recipe, inputs, job.device, grid_bits=job.grid_bits, **own
+    )
 
 
 def _data_folder(job: PruningJob) -> str | None:
