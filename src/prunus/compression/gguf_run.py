@@ -77,7 +77,7 @@ def _folder(model: str | Path, output: Path, recipe: CompressionRecipe) -> Path:
         )
     check_extra()
     given = is_gguf(model) and Path(model).is_file()
-    if given and (few := open_gguf(Path(model)).types - FULL_TYPES):
+    if given and (few := open_gguf(Path(model)).types.keys() - FULL_TYPES):
         raise ValueError(
             f"{model} has weights in {', '.join(sorted(few))}, which were rounded already. Give a "
             "file in F32, F16, BF16 or Q8_0, or the checkpoint that it was made from"

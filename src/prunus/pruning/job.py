@@ -24,6 +24,7 @@ from prunus.methods.refine.dense_targets import drift_is_worthwhile
 from prunus.methods.statistics import statistics_bytes
 from prunus.model.checkpoint.output_folder import check_whole
 from prunus.model.checkpoint.writer import Writable
+from prunus.model.levels import grid_bits
 from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
@@ -39,6 +40,9 @@ from prunus.runs.job import RunJob, windows_per_batch
 from prunus.runs.options import RunOptions
 from prunus.runs.plan import check_memory, open_model
 from prunus.runs.record import Walk
+
+#: About so many matrices are looked at before a run.
+_SAMPLED = 24
 
 
 @dataclass(kw_only=True)
@@ -90,6 +94,21 @@ class PruningJob(RunJob):
     def stored_key(self, linear: str) -> str:
         """The name under which the checkpoint stores the weight of a linear."""
         return self.checkpoint.stored[f"{linear}.weight"]
+
+    @functools.cached_property
+    def grid_bits(self) -> int | None:
+        """The bits of the grid that stored weights lie on, or None; see `levels.grid_bits`."""
+        if isinstance(self.source, ModuleSource):
+            return None
+        checkpoint, last = self.source.checkpoint, len(self.skeleton) - 1
+        matrices = [
+            key
+            for index in {0, last // 2, last}
+            for key in self.source.block_keys(index)
+            if len(checkpoint.tensors[key].shape) > 1
+        ]
+        # A block of experts may have hundreds.
+        return grid_bits(checkpoint, matrices[:: 1 + len(matrices) // _SAMPLED])
 
     # The dense model next to the pruned one, and training towards it.
 
@@ -394,7 +413,7 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
 
     `to_remove` counts weights, `blocks_in_lockstep` and `batch` count too. `hidden_states` says
     where they are kept. `file_bytes` are the weights of the result, `disk_bytes` include temporary
-    files.
+    files. `rounded_before` is empty where the weights lie on no grid.
     """
     blocks = range(len(job.skeleton))
     shapes: Sequence[tuple[int, int]] = [x.shape for x in job.selected_linears().values()]
@@ -406,6 +425,8 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
         "weights": weights,
         "to_remove": int(weights * job.linear_settings.work.sparsity),
         "left_dense": {name: list(shape) for name, shape in job.left_dense.items()},
+        "grid_bits": job.grid_bits,
+        "rounded_before": grid_words(job.grid_bits),
         "dtype": str(job.dtype).removeprefix("torch."),
         "dtype_reason": job.dtype_reason,
         "device": str(job.device),

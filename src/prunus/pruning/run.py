@@ -34,7 +34,7 @@ from prunus.pruning.allocation import allocate
 from prunus.pruning.block.linear import LinearFinish
 from prunus.pruning.block.prune_block import BlockPruner
 from prunus.pruning.job import Format, PruningJob, plan_run
-from prunus.pruning.manifest import Manifest, PruningRecord, pruned_card
+from prunus.pruning.manifest import Manifest, PruningRecord, grid_words, pruned_card
 from prunus.pruning.options import PruningOptions
 from prunus.pruning.output import CheckpointFolder, InPlaceOutput, PruningOutput
 from prunus.pruning.recipe import Recipe
@@ -118,7 +118,8 @@ class PlainTensors(Format[Manifest]):
     def card(self, record: Manifest) -> str:
         source = self.job.source
         folder = None if isinstance(source, ModuleSource) else source.checkpoint.folder
-        return pruned_card(record, kind_of(source.config).loader, folder)
+        nbytes = None if folder is None else self.file_bytes()
+        return pruned_card(record, kind_of(source.config).loader, folder, nbytes)
 
 
 def carry_out(
@@ -173,6 +174,8 @@ def carry_out_held(
     with job.ranks.fail_together():
         windows = calibration_windows(job)
         record = _record(kind, job, windows, earlier)
+    if record.grid_bits is not None:
+        job.options.tell(grid_words(record.grid_bits))
     _change_blocks(job, windows, record, _output(job, output, record), rounding, started)
     return record
 
@@ -254,9 +257,10 @@ def _record(
     """A new record, or the record of the run that is resumed."""
     own_sha256 = method_sha256(job.recipe.method, job.options.own_method)
     inputs = run_inputs(job, windows).model_copy(update={"method_sha256": own_sha256})
-    own = {"source": job.model_name, "data_dir": _data_folder(job), "left_dense": job.left_dense}
+    own: dict[str, Any] = {"source": job.model_name, "data_dir": _data_folder(job), "left_dense": job.left_dense}
     count = 0 if isinstance(job.source, ModuleSource) else job.source.shard_count
-    return resumed_or_new(kind, earlier, job.recipe, inputs, job.device, **own, shard_count=count)
+    own |= {"grid_bits": job.grid_bits, "shard_count": count}
+    return resumed_or_new(kind, earlier, job.recipe, inputs, job.device, **own)
 
 
 def _data_folder(job: PruningJob) -> str | None:

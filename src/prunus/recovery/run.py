@@ -221,6 +221,7 @@ def write_result(job: RecoveryJob, folder: ResultFolder, trainable: Trainable) -
             "adapter",
             [_section(record)],
             tags=["lora", "pruned", "sparse"],
+            relation="adapter",
             fields=fields,
             source=source.checkpoint.folder,
         )

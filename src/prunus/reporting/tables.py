@@ -40,6 +40,7 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
         "peak memory": f"{plan['peak_memory_bytes'] / 1e9:.2f} GB",
         "result": f"{plan['file_bytes'] / 1e9:.3f} GB",
         "disk": f"{plan['disk_bytes'] / 1e9:.2f} GB",
+        **({"weights before": plan["rounded_before"]} if plan["rounded_before"] else {}),
     }
     if (file := plan.get("file")) is not None:
         from prunus.compression.records import FileSize

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from prunus.hardware.sizes import in_bytes
 from prunus.model.checkpoint.atomic_files import read_json, write_json
 from prunus.model.checkpoint.card import add_tags, base_model, inherited_fields, with_fields
 from prunus.options import Options
@@ -210,24 +211,39 @@ def result_card(
     paragraphs: Iterable[str],
     *,
     tags: Iterable[str],
+    relation: Literal["finetune", "quantized", "adapter"] = "finetune",
     fields: Mapping[str, str | None] | None = None,
     source: Path | None = None,
+    nbytes: int | None = None,
 ) -> str:
+    """The card of a result.
+
+    Args:
+        paragraphs: What the result is; empty ones are left out.
+        relation: How the result is related to a base model on the hub, in the hub's words, which
+            has none for pruned models.
+        fields: Fields that replace those that are the same for all verbs.
+        source: The folder of the source, whose card has fields that hold for the result as well.
+        nbytes: Bytes of the files with weights, where no paragraph says it.
+    """
+    size = "" if nbytes is None else f"The files with the weights take {in_bytes(nbytes)}."
     body = "\n\n".join(
         [
             f"# {source_name(record)}, {title}",
-            *paragraphs,
-            f"All figures are in `{record.FILE}`.",
+            *filter(None, [*paragraphs, size]),
+            f"All figures are in `{record.FILE}`. The command was `{record.VERB} "
+            f"{source_name(record)} OUTPUT` with these options:",
             f"```toml\n{record.recipe.to_toml().rstrip()}\n```",
         ]
     )
+    base = base_model(record.source, source)
     known = {
         **inherited_fields(source),
-        "base_model": base_model(record.source, source),
+        **({"base_model": base, "base_model_relation": relation} if base is not None else {}),
         "library_name": "transformers",
         "tags": f"[{', '.join(['prunus', *tags])}]",
     }
-    return with_fields(f"{body}\n", known | dict(fields or {}))
+    return with_fields(f"{body}\n", {**known, **(fields or {})})
 
 
 def extended_card(

@@ -190,17 +190,18 @@ class SmallerFolder(BlockFolder):
         keys = sorted(set(source.outside_keys()) - set(record.left_out))
         self.write_shard(record.outside_shard, source.checkpoint.stored(keys))
         shards = [*map(record.shard, range(record.shard_count))]
-        record.totals["parameters"] = _parameters(Checkpoint(self.folder, only=shards))
+        written = Checkpoint(self.folder, only=shards)
+        record.totals["parameters"] = _parameters(written)
         record.totals["parameters_before"] = _parameters(source.checkpoint)
         self.finish(
             shards,
-            card=self._card(),
+            card=self._card(written.file_bytes()),
             config=self.smaller.config,
             code=self.job.options.trust_remote_code,
         )
         return record.totals
 
-    def _card(self) -> str:
+    def _card(self, nbytes: int) -> str:
         record, totals = self.record, self.record.totals
         return result_card(
             record,
@@ -215,6 +216,7 @@ class SmallerFolder(BlockFolder):
             ],
             tags=["pruned"],
             source=self.job.checkpoint.checkpoint.folder,
+            nbytes=nbytes,
         )
 
 

@@ -30,9 +30,12 @@ from prunus.model.checkpoint.atomic_files import (
     remove,
     remove_temporaries,
     write_json,
+    write_text,
 )
+from prunus.model.checkpoint.gguf_card import imported_card
 from prunus.model.checkpoint.gguf_file import GgufFile, check_extra
 from prunus.model.checkpoint.gguf_model import complete_config, read_experts
+from prunus.model.checkpoint.gguf_vocabulary import adds_bos, restore_split
 from prunus.model.checkpoint.lock import LOCK_NAME, locked
 from prunus.model.checkpoint.output_folder import is_vacant
 from prunus.model.device import DTYPES
@@ -69,7 +72,8 @@ def import_gguf(
 
     Returns:
         `architecture`, `parameters` (count), `tied` (whether head and embedding are one matrix),
-        `dtype`, `files` (names), `bytes` (of all files), `chat_template` (whether there is one).
+        `chat_template` (whether there is one), `types` (those of the file -> share of the weights),
+        `dtype`, `files` (names), `bytes` (of all files).
     """
     path, dest = Path(path), Path(dest)
     _check_arguments(path, dest, overwrite=overwrite, dtype=dtype)
@@ -86,6 +90,7 @@ def import_gguf(
             # transformers and gguf show progress bars; the caller shows its own.
             with contextlib.redirect_stderr(io.StringIO()), file.read_once():
                 summary = _convert(path, file, staging, DTYPES[dtype])
+            restore_split(file, staging)
             _tidy(staging)
             say(f"writing {dest}")
             _put_in_place(staging, dest)
@@ -95,6 +100,7 @@ def import_gguf(
     return {
         "architecture": file.architecture,
         **summary,
+        "types": file.types,
         "dtype": dtype,
         "files": [each.name for each in files],
         "bytes": sum(each.stat().st_size for each in files),
@@ -134,7 +140,9 @@ def _convert(path: Path, file: GgufFile, folder: Path, dtype: torch.dtype) -> di
     try:
         described = complete_config(transformers.AutoConfig.from_pretrained(**source), file)
         _check_size(described, sum(int(each.n_elements) for each in file.tensors.values()))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+        says_bos = {"add_bos_token": True} if adds_bos(file) else {}
+        card = imported_card(file, path.name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source, **says_bos)
         if described.model_type in ("mixtral", "qwen2_moe", "qwen3_moe"):
             model, loading = read_experts(described, file, dtype), {}
         else:
@@ -156,6 +164,7 @@ def _convert(path: Path, file: GgufFile, folder: Path, dtype: torch.dtype) -> di
     tied = _tie_if_one_matrix(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    write_text(folder / "README.md", card)
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "tied": tied,

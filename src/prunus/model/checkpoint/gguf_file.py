@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import io
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,9 +112,12 @@ class GgufFile:
         return torch.from_numpy(values).reshape(*map(int, reversed(found.shape)))
 
     @property
-    def types(self) -> set[str]:
-        """The types of all tensors, by name."""
-        return {tensor.tensor_type.name for tensor in self.tensors.values()}
+    def types(self) -> dict[str, float]:
+        """Name of a type -> the share of all weights that have it, the largest first."""
+        sizes = Counter[str]()
+        for tensor in self.tensors.values():
+            sizes[tensor.tensor_type.name] += int(tensor.n_elements)
+        return {name: round(size / sizes.total(), 4) for name, size in sizes.most_common()}
 
 
 @dataclass(frozen=True)

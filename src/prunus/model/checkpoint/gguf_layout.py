@@ -21,6 +21,7 @@ import torch
 
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.gguf import open_gguf
+from prunus.model.checkpoint.gguf_card import metadata_of
 from prunus.model.checkpoint.gguf_file import fields_of, new_fields, package, tensor_names
 from prunus.model.checkpoint.gguf_vocabulary import NORMAL, add_vocabulary
 
@@ -221,8 +222,7 @@ def _add_metadata(writer: Any, folder: Path, tensors: list[GgufTensor]) -> None:
         info = gguf.gguf_writer.TensorInfo(each.shape, gguf.GGMLQuantizationType.F32, 0)
         writer.tensors[0][each.name] = info
     total, *parts = writer.get_total_parameter_count()
-    metadata = gguf.Metadata.load(None, folder, None, total)
-    metadata.name = metadata.name or folder.resolve().name
+    metadata = metadata_of(folder, total)
     metadata.size_label = metadata.size_label or gguf.size_label(total, *parts)
     writer.add_type(gguf.GGUFType.MODEL)
     metadata.set_gguf_meta_model(writer)

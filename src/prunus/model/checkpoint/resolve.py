@@ -30,7 +30,7 @@ def _imported(path: Path, say: Callable[[str], None] | None) -> Path:
     if key not in _made:
         check_extra()
         # float32 holds all values of a file in full precision; others are not worth the memory.
-        exact = (file := open_gguf(path)).types <= FULL_TYPES - {"BF16"}
+        exact = (file := open_gguf(path)).types.keys() <= FULL_TYPES - {"BF16"}
         dtype = "float32" if exact else "bfloat16"
         made = Path(tempfile.mkdtemp(prefix="prunus-"))
         atexit.register(shutil.rmtree, made, ignore_errors=True)
