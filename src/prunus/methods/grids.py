@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prunus.hardware.errors import did_you_mean
 from prunus.methods.grid_fits import Scales, fit_scales
 from prunus.methods.grid_packing import GRIDS, Grid, Spans, integer_grid, pack, unpack
 
@@ -46,7 +47,10 @@ def grid_for(name: str, columns: int) -> Grid:
     ('Q3_K', 'Q4_0')
     """
     if name not in GRIDS:
-        raise ValueError(f"{name} is not a type that prunus writes: give one of {', '.join(GRIDS)}")
+        raise ValueError(
+            f"{name} is not a type that prunus writes: give one of {', '.join(GRIDS)}"
+            f"{did_you_mean(name, GRIDS)}"
+        )
     grid = GRIDS[name]
     if columns % grid.span:
         grid = GRIDS[_FALLBACKS.get(name, name)]

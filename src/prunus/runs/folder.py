@@ -73,7 +73,8 @@ def find_earlier(
         if not (output / kind.FILE).exists():
             raise FileExistsError(
                 f"output {output} exists and holds no result of {kind.VERB}; it is left as it is. "
-                "Choose another folder"
+                + ("`overwrite` replaces only what that verb made. " if options.overwrite else "")
+                + "Choose another folder"
             )
         earlier = None if options.overwrite else kind.load(output)
     check_resume(output, earlier is not None and earlier.state == "running", options.resume)
