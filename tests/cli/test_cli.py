@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -72,6 +73,12 @@ def test_a_result_that_was_finished_earlier_does_not_look_new(dense, text, tmp_p
     arguments = ["pack", tmp_path / "out", tmp_path / "packed", "--values", "int8"]
     assert "nothing was done" not in call(*arguments).stderr
     assert "nothing was done now" in call(*arguments).stderr
+
+
+@pytest.mark.parametrize(("threads", "words"), [(1, "1 thread"), (4, "4 threads")])
+def test_doctor_counts_threads_in_words(threads, words, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert re.search(rf"Torch uses {words}[;.]", call("doctor").stdout)
 
 
 def test_doctor_tells_of_the_installed_package_in_sentences(tmp_path, monkeypatch):

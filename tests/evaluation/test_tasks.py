@@ -181,7 +181,7 @@ def test_names_of_tasks(model, local_datasets, monkeypatch):
     # The whole catalogue takes many seconds to read.
     catalogue = tasks._catalogue(["rte"])
     monkeypatch.setattr(tasks, "_catalogue", lambda names: catalogue)
-    with pytest.raises(ValueError, match=r"unknown task 'arc_eazy': did you mean arc_easy"):
+    with pytest.raises(ValueError, match=r"unknown task 'arc_eazy': .*; did you mean arc_easy"):
         load_tasks(["boolq", "arc_eazy"], folder=local_datasets)
 
 

@@ -33,6 +33,7 @@ from prunus.cli.generate import generate, serve
 from prunus.cli.prune import compress, plan, prune, recover, shrink
 from prunus.cli.sweep import report, sweep
 from prunus.cli.terminal import command, log
+from prunus.hardware.errors import did_you_mean
 
 __all__ = ["app", "main"]
 
@@ -165,6 +166,12 @@ def _one_line() -> Iterator[None]:
         if type(fault).__name__ == "NoArgsIsHelpError":
             raise
         said = fault.format_message().replace("Value error, ", "").rstrip(".")
+        # typer lists the choices of an option as 'a', 'b', 'c'.
+        said = re.sub(
+            "'([^']*)' is not one of (.*)",
+            lambda x: x[0] + did_you_mean(x[1], re.findall("'(.*?)'", x[2])),
+            said,
+        )
         where = fault.ctx.command_path if fault.ctx else "prunus"
         log(f"error: {said} (see {where} --help)")
         raise typer.Exit(2) from None

@@ -13,7 +13,14 @@ from prunus.evaluation.options import TextOptions, WritingOptions
 @with_flags(WritingOptions)
 def generate(
     model: Model,
-    prompt: Annotated[str, opt("Continue this text; with --chat, answer it as a message.", "TEXT")],
+    prompt: Annotated[
+        str,
+        opt(
+            "Continue this text; with --chat, answer it as a message.",
+            "TEXT",
+            names=("--prompt", "-p"),
+        ),
+    ],
     chat: Annotated[bool, opt("Use the model's chat template.", names=("--chat",))] = False,
     **options: Any,
 ) -> None:

@@ -7,7 +7,6 @@ source of the rows, by lm-eval's own hook `custom_dataset`.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import importlib.util
 import io
@@ -29,7 +28,7 @@ import torch
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.evaluation.local_tasks import FOLDER, load_splits, local_files
 from prunus.evaluation.records import PAPER7, Metric, TaskScore
-from prunus.hardware.errors import reason
+from prunus.hardware.errors import did_you_mean, reason
 
 #: lm-eval's own seed for drawing few-shot examples.
 SEED = 1234
@@ -229,9 +228,10 @@ def _expand(name: str, catalogue: Any) -> list[str]:
         return list(PAPER7)
     entry = catalogue.task_index.get(name)
     if entry is None:
-        near = difflib.get_close_matches(name, ["paper7", *catalogue.all_tasks], n=4, cutoff=0.6)
-        hint = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
-        raise ValueError(f"unknown task {name!r}: {hint}")
+        raise ValueError(
+            f"unknown task {name!r}: `lm-eval ls tasks` lists them"
+            f"{did_you_mean(name, ['paper7', *catalogue.all_tasks])}"
+        )
     return sorted(entry.tags) if name in catalogue.all_tags else [name]
 
 

@@ -7,6 +7,8 @@ import re
 import torch
 from torch import nn
 
+from prunus.hardware.errors import did_you_mean
+
 #: The dtypes that users can name, for computation and storage.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -22,7 +24,10 @@ def choose_device(name: str, loaded: nn.Module | None = None, processes: int = 1
             return next(loaded.parameters()).device
         name = "cuda" if available else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:<number>, not {name!r}")
+        raise ValueError(
+            f"device must be auto, cpu, cuda or cuda:<number>, not {name!r}"
+            f"{did_you_mean('cuda' if name == 'gpu' else name, ('auto', 'cpu', 'cuda'))}"
+        )
     device = torch.device(name)
     if device.type == "cpu":
         return device

@@ -12,6 +12,7 @@ import torch
 import transformers
 from packaging.requirements import Requirement
 
+from prunus.hardware.sizes import counted
 from prunus.packed.kernels import library as kernels
 
 
@@ -66,13 +67,14 @@ def in_sentences(state: dict[str, Any]) -> list[str]:
             ),
             "Dense bfloat16 linears of packed models "
             + ("use a kernel as well." if state["dense_kernel"] else "run in torch."),
-            f"Torch uses {state['threads']} threads; the kernels run on {state['thread_runtime']}.",
+            f"Torch uses {counted(state['threads'], 'thread')}; the kernels run on "
+            f"{state['thread_runtime']}.",
         ]
     else:
         said += [
             f"Packed models run on slower code in torch, because there are no kernels: "
             f"{state['why_not']}.",
-            f"Torch uses {state['threads']} threads.",
+            f"Torch uses {counted(state['threads'], 'thread')}.",
         ]
     reason = state["needs_import"]
     said.append(

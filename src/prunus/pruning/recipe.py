@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
+from prunus.hardware.errors import did_you_mean
 from prunus.methods.options import METHOD
 from prunus.options import Option, at_least
 from prunus.pruning.options import SELECTION, PruningOptions
@@ -153,6 +154,9 @@ def preset_options(values: dict[str, Any]) -> dict[str, Any]:
             "Give it as prunus prune --preset max, call prunus.prune_and_recover, or choose best"
         )
     if name not in PRESETS:
-        raise ValueError(f"the preset {name!r} is unknown: choose one of {', '.join(PRESETS)}")
+        raise ValueError(
+            f"the preset {name!r} is unknown: choose one of {', '.join((*PRESETS, MAX))}"
+            f"{did_you_mean(name, (*PRESETS, MAX))}"
+        )
     unstructured = values.get("pattern", "unstructured") == "unstructured"
     return PRESETS[name] | (_UNSTRUCTURED.get(name, {}) if unstructured else {}) | values

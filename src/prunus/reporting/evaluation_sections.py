@@ -91,7 +91,7 @@ def _quality(
         points, where = [], _short(texts[0])
         for model, score in zip(scores, texts, strict=True):
             figures = score.figures() | sizes[model]
-            rows.append({"text": where, "model": names[model]} | figures)
+            rows.append({"model": names[model], "text": where} | figures)
             points.append(Point(names[model], names[model], figures))
             if score.divergence is not None:
                 reference = score.divergence

@@ -193,7 +193,7 @@ def _by_linear(manifest: PruningRecord) -> Table:
         for name, x in block.linears.items()
     ]
     forms = {"block": "d", "zeros": ",d", "sparsity": ".2%", "bits": ".3f", error: ".3%"}
-    return table_of(f"All {len(rows)} linears", rows, forms | {"seconds": ".3f"})
+    return table_of(f"All {counted(len(rows), 'linear')}", rows, forms | {"seconds": ".3f"})
 
 
 def comparison_section(runs: Mapping[str, PruningRecord]) -> Section:

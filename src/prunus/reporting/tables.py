@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from prunus.hardware.sizes import counted
 from prunus.runs.document import Facts, Table, items_of, table_of
 from prunus.runs.record import bos_words
 
@@ -35,7 +36,8 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
         "windows per forward pass": plan["batch"],
         "BOS first in windows": _BOS_OF_PLAN[plan["bos"]],
         "hidden states": (
-            f"in {plan['hidden_states']}; {plan['blocks_in_lockstep']} blocks in lockstep"
+            f"in {plan['hidden_states']}; "
+            f"{counted(plan['blocks_in_lockstep'], 'block')} in lockstep"
         ),
         "peak memory": f"{plan['peak_memory_bytes'] / 1e9:.2f} GB",
         "result": f"{plan['file_bytes'] / 1e9:.3f} GB",
@@ -48,9 +50,10 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
         rows["result"], rows["parts of it"] = FileSize(**file).sentences()
     if (training := plan.get("training")) is not None:
         rows["training"] = (
-            f"then {training['minutes']:g} minutes on {training['text']}, {training['batch']} "
-            f"windows of {training['seqlen']} tokens a step; it holds the whole model, "
-            f"{training['memory_bytes'] / 1e9:.2f} GB and the activations of a step"
+            f"then {training['minutes']:g} min on {training['text']}, "
+            f"{counted(training['batch'], 'window')} of {training['seqlen']} tokens a step; "
+            f"it holds the whole model, {training['memory_bytes'] / 1e9:.2f} GB and the "
+            "activations of a step"
         )
     return Facts("Plan", items_of(rows))
 

@@ -88,7 +88,8 @@ def find_earlier(
         if not (output / kind.FILE).exists():
             raise FileExistsError(
                 f"output {output} exists and holds no result of {kind.VERB}; it is left as it is. "
-                "Move it away, or choose another name for the result"
+                + ("`overwrite` replaces only what that command made. " if options.overwrite else "")
+                + "Move it away, or choose another name for the result"
             )
         earlier = None if options.overwrite else kind.load(output)
     check_resume(output, earlier is not None and earlier.state == "running", options.resume)

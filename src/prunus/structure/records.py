@@ -198,7 +198,9 @@ def what_was_removed(record: StructureRecord) -> list[str]:
             narrower[name if name in narrower else ""].append(part)
     for name, parts in narrower.items():
         if parts:
-            what = f"{len(parts[0].kept)} {name} stay in each of {counted(len(parts), 'block')}"
+            what = (
+                f"{len(parts[0].kept)} of the {name} stay in each of {counted(len(parts), 'block')}"
+            )
             if not name:
                 what = f"{len(parts)} experts and other MLPs of blocks with several are narrower"
             mean = sum(part.error for part in parts) / len(parts)

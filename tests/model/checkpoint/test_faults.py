@@ -104,7 +104,7 @@ def test_a_disk_that_is_full_at_any_write(verb, material, small_disk, monkeypatc
     work(tmp_path / "whole")
     expected = outcome(tmp_path / "whole")
     # A run checks the free space before it starts; here the space runs out during the run.
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**60))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**60, total=2**60))
     total = sum(path.stat().st_size for path in (tmp_path / "whole").rglob("*") if path.is_file())
     failed = 0
     for share in (0.05, 0.3, 0.6, 0.9):
@@ -131,7 +131,9 @@ def test_a_disk_that_is_full_at_any_write(verb, material, small_disk, monkeypatc
 
 
 def test_a_command_on_a_full_disk_ends_in_one_line(material, small_disk, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=12_345_678))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: SimpleNamespace(free=12_345_678, total=2**60)
+    )
     out = small_disk(32768) / "out"
     shown = call("prune", material[0], out, "--method", "magnitude", status=1).stderr
     assert re.match(
@@ -158,7 +160,7 @@ def test_a_disk_that_is_too_small_is_seen_before_any_work(material, small_disk):
 def test_an_output_that_is_read_only(verb, material, small_disk):
     disk = small_disk(2**22)
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    with pytest.raises(OSError, match=r"out cannot be written, because .* is not a folder that yo"):
+    with pytest.raises(OSError, match=r"out cannot be created: .* is not a folder that yo"):
         verbs(*material)[verb](disk / "out")
     assert list(disk.iterdir()) == []
 

@@ -103,9 +103,11 @@ def check_place(path: Path) -> None:
         )
     places = (absolute, *absolute.parents) if path.is_dir() else absolute.parents
     above = next(each for each in places if os.path.exists(each))
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+    allowed = above.is_dir() and os.access(above, os.W_OK | os.X_OK)
+    # A file system without any bytes, such as /proc, takes no files, whatever its folders allow.
+    if not allowed or not shutil.disk_usage(above).total:
         raise PermissionError(
-            f"{path} cannot be written, because {above} is not a folder that you may write to; "
+            f"{path} cannot be created: {above} is not a folder that you may write to; "
             "choose another place"
         )
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import transformers
 
-from prunus.hardware.errors import reason
+from prunus.hardware.errors import did_you_mean, reason
 from prunus.model.checkpoint.atomic_files import (
     TEMPORARY_SUFFIX,
     fsync_folder,
@@ -109,7 +109,10 @@ def import_gguf(
 
 def _check_arguments(path: Path, dest: Path, *, overwrite: bool, dtype: str) -> None:
     if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(sorted(DTYPES))}, not {dtype!r}")
+        raise ValueError(
+            f"dtype must be one of {', '.join(sorted(DTYPES))}, not {dtype!r}"
+            f"{did_you_mean(dtype, DTYPES)}"
+        )
     check_destination(dest, overwrite=overwrite)
     if not path.is_file():
         found = "not a file" if path.exists() else "no such file"

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from prunus.hardware.errors import did_you_mean
 from prunus.model.checkpoint.gguf import import_gguf, open_gguf
 from prunus.model.checkpoint.gguf_file import check_extra
 from prunus.model.checkpoint.regular_files import check_folder
@@ -60,7 +61,7 @@ def resolve_folder(model: str | Path, say: Callable[[str], None] | None = None) 
     if looks_local or not name:
         raise FileNotFoundError(
             f"{name!r} is neither a folder nor a hub id; give the folder of a Hugging Face "
-            "checkpoint, or a hub id such as owner/name"
+            f"checkpoint, or a hub id such as owner/name{_similar(path)}"
         )
     from huggingface_hub import snapshot_download
 
@@ -73,6 +74,14 @@ def resolve_folder(model: str | Path, say: Callable[[str], None] | None = None) 
         reason = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
         raise FileNotFoundError(
             f"{name!r} is neither a local folder nor a model that could be downloaded from the "
-            f"hub: {reason}"
+            f"hub: {reason.rstrip('.')}{_similar(path)}"
         ) from fault
     return Path(found)
+
+
+def _similar(path: Path) -> str:
+    """A hint at the folder of a model with nearly this name, or at such a GGUF file."""
+    if is_gguf(path):
+        return did_you_mean(path, map(str, path.parent.glob("*.gguf")))
+    folders = (str(file.parent) for file in path.parent.glob("*/config.json"))
+    return did_you_mean(path, folders, "the folder ")
