@@ -53,6 +53,7 @@ OPTIONAL = [
 #: What must be read without torch: the recipe of each verb, its record, and reports of results.
 WITHOUT_TORCH = [
     "prunus.pruning.recipe", "prunus.pruning.manifest", "prunus.compression.records",
+    "prunus.formats.recipe", "prunus.formats.records",
     "prunus.structure.records", "prunus.runs.record", "prunus.sweeping.results",
     "prunus.evaluation.options", "prunus.evaluation.records",
     "prunus.reporting.write",

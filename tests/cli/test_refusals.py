@@ -149,7 +149,7 @@ OTHERS = [
     ("prune dense out --memory 8", "a memory size looks like 8GB, .*; did you mean 8GB\\?$"),
     # What `overwrite` replaces.
     ("prune dense thesis --overwrite", "; it is left as it is. --overwrite replaces only what"),
-    ("pack pruned thesis --overwrite", "--overwrite replaces only what that verb made. Choose"),
+    ("pack pruned thesis --overwrite", "--overwrite replaces only what that command made. Move it"),
     ("sweep sweep.toml /proc/none", "/proc/none cannot be created: "),
     ("report pruned -o /proc/none/a.md", "/proc/none/a.md cannot be created: "),
     ("inspect pruned --json /proc/none/a.json", "/proc/none/a.json cannot be created: "),

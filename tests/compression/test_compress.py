@@ -17,10 +17,10 @@ import reference
 from command_line import call
 from pictures import pictures, save_classifier
 from prunus import unpack
-from prunus.compression.job import CompressionJob
-from prunus.compression.output import MEASUREMENT
-from prunus.compression.records import CompressionRecipe, CompressionRecord
 from prunus.evaluation.inspection import holds
+from prunus.formats.packed.format import PackedFormat
+from prunus.formats.recipe import CompressionRecipe
+from prunus.formats.records import CompressionRecord
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.packed import PackedLinear, reference_path
@@ -29,7 +29,9 @@ from prunus.packed.linear import PackedEmbedding
 from prunus.pruning.job import PruningJob, describe_plan, plan_run
 from prunus.pruning.loss_sensitivity import measuring_memory
 from prunus.pruning.manifest import Manifest
+from prunus.pruning.output import MEASUREMENT
 from prunus.pruning.recipe import Recipe
+from prunus.pruning.run import PlainTensors
 from prunus.reporting.run_sections import run_section
 from prunus.reporting.tables import plan_facts
 from prunus.runs.job import BlockMemory
@@ -189,7 +191,7 @@ def test_plan_predicts_the_size_of_the_result(dense, compressed, tmp_path, optio
         compress(dense, out, **options)
     recipe = CompressionRecipe(bits=4.0, samples=6, seqlen=16, batch=2, **options)
     planned = describe_plan(
-        plan_run(dense, recipe, RunOptions(input_ids=token_ids()), CompressionJob)
+        plan_run(dense, recipe, RunOptions(input_ids=token_ids()), PackedFormat(recipe))
     )
     stored = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     assert planned["file_bytes"] == pytest.approx(stored, rel=0.02)
@@ -203,12 +205,11 @@ def test_plan_predicts_the_size_of_the_result(dense, compressed, tmp_path, optio
 
 def test_plan_counts_the_measurement(dense):
     options = {"samples": 6, "seqlen": 16, "batch": 2}
+    packed = CompressionRecipe(bits=4.0, **options)
+    pruned = Recipe(method="sparsegpt", dense_weight=0.25, **options)
     jobs = [
-        plan_run(dense, recipe, RunOptions(input_ids=token_ids()), kind)
-        for recipe, kind in (
-            (CompressionRecipe(bits=4.0, **options), CompressionJob),
-            (Recipe(method="sparsegpt", dense_weight=0.25, **options), PruningJob),
-        )
+        plan_run(dense, recipe, RunOptions(input_ids=token_ids()), stored)
+        for recipe, stored in ((packed, PackedFormat(packed)), (pruned, PlainTensors()))
     ]
     weights = [dict(plan_facts(describe_plan(job)).items)["weights"] for job in jobs]
     assert "4 bits each" in weights[0] and "are removed" in weights[1]
@@ -223,7 +224,7 @@ def test_a_budget_below_the_measurement_is_refused(dense, monkeypatch):
     needed = BlockMemory(0, 0, 10**14, 0, 10**9)
     monkeypatch.setattr("prunus.pruning.job.measuring_memory", lambda job, quantizes: needed)
     with pytest.raises(ValueError, match="measuring how the loss depends on each linear needs"):
-        plan_run(dense, recipe, RunOptions(input_ids=token_ids()), CompressionJob)
+        plan_run(dense, recipe, RunOptions(input_ids=token_ids()), PackedFormat(recipe))
 
 
 def test_what_takes_the_bytes_of_the_file_is_said(dense, compressed, tmp_path):

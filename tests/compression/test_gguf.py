@@ -21,13 +21,13 @@ import gguf
 
 import prunus
 from gguf_cases import gguf_checkpoint, shape
-from prunus.compression.gguf_output import read_record
-from prunus.compression.records import CompressionRecord
-from prunus.compression.type_choice import Choice, choose_types
 from prunus.evaluation.generation import generate
 from prunus.evaluation.inspection import stored_size
 from prunus.evaluation.records import ModelSize
+from prunus.formats.base import Choice, choose_types
+from prunus.formats.gguf.contents import read_record
 from prunus.formats.gguf.types import TYPES
+from prunus.formats.records import CompressionRecord
 from prunus.methods.group_fits import round_in_groups
 from prunus.model.checkpoint import lock
 from prunus.model.checkpoint.atomic_files import move_file

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from prunus.methods.grids import GRIDS, round_to_grid
 from safetensors.torch import load_file, save_file
 
 import prunus
-from prunus.compression.records import CompressionRecipe
 from prunus.compression.run import plan_compression
-from prunus.methods.grids import GRIDS, round_to_grid
+from prunus.formats.recipe import CompressionRecipe
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.levels import grid_bits
 from prunus.pruning.job import describe_plan

@@ -10,7 +10,7 @@ import typer
 
 from prunus.cli.flags import Model, Output, RecipeFile, opt, with_flags
 from prunus.cli.terminal import counted_steps, print_result, progress_console
-from prunus.compression.records import CompressionRecipe
+from prunus.formats.recipe import CompressionRecipe
 from prunus.pruning.recipe import Recipe
 from prunus.recovery.options import RecoveryOptions
 from prunus.runs.options import RunOptions
@@ -161,15 +161,19 @@ def plan(
     """
     from prunus.compression.run import plan_compression
     from prunus.pruning.job import describe_plan
-    from prunus.pruning.run import planned
+    from prunus.pruning.manifest import Manifest
+    from prunus.pruning.run import PlainTensors, planned
     from prunus.reporting.tables import plan_facts
 
     work, given = RunOptions.pick(options)
     trains, how = _takes_max(given), RunOptions.read(None, work)
     compresses = bool({"bits", "size", "type"} & given.keys())
     chosen = (CompressionRecipe if compresses else Recipe).read(recipe, given)
-    plan_one: Any = plan_compression if compresses else planned
-    described = describe_plan(plan_one(model, output, chosen, how))
+    if isinstance(chosen, CompressionRecipe):
+        job = plan_compression(model, output, chosen, how)
+    else:
+        job = planned(Manifest, model, output, chosen, how, PlainTensors())
+    described = describe_plan(job)
     if trains:
         from prunus.recovery.max_preset import plan_training
 

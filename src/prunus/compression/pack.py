@@ -14,7 +14,6 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from prunus.compression.card import packed_card, unpacked_card
 from prunus.compression.records import (
     ConversionRecord,
     PackOptions,
@@ -23,6 +22,7 @@ from prunus.compression.records import (
     UnpackRecord,
 )
 from prunus.distributed import SINGLE_PROCESS
+from prunus.formats.cards import packed_card, unpacked_card
 from prunus.hardware.memory import peak_memory
 from prunus.hardware.numerics import check_finite
 from prunus.model.checkpoint.atomic_files import fingerprint_with, read_json, recorded_digests

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.compression.gguf_output import read_record
 from prunus.evaluation.model_input import find_folder
 from prunus.evaluation.records import ModelSize
+from prunus.formats.gguf.contents import read_record
 from prunus.formats.gguf.types import TYPES
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint.atomic_files import verify_shards

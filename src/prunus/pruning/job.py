@@ -31,11 +31,11 @@ from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.pruning.block.dense_stream import drift_stride_for
 from prunus.pruning.block.linear import LinearSettings
 from prunus.pruning.loss_sensitivity import measuring_memory
-from prunus.pruning.manifest import LinearRecord, PruningRecord
+from prunus.pruning.manifest import LinearRecord, PruningRecord, grid_words
 from prunus.pruning.options import PruningOptions
 from prunus.pruning.reconstruction.reconstruct_block import training_bytes
 from prunus.pruning.reconstruction.schedule import ReconstructionSettings
-from prunus.runs.folder import BlockFolder
+from prunus.runs.folder import BlockFolder, find_earlier
 from prunus.runs.job import RunJob, windows_per_batch
 from prunus.runs.options import RunOptions
 from prunus.runs.plan import check_memory, open_model
@@ -199,19 +199,45 @@ class Format(Generic[_Record]):
     `plan_run` gives it the run's `job` before all but `select` is called. The engine asks a format
     in this order:
 
+        where the run writes             folder ► earlier
         the plan                         select ► check ► file_bytes, peak_bytes, describe, …
         the shard of a block             tensors_of; weight_from where a run is resumed
         the shard of all else            outside
         the end                          finish ► card, config
-        a run that is finished already   check_finished
+        a run that is finished already   is_complete, or check_finished
+        at last                          close
     """
 
+    #: What happens to a block, in one word.
+    DONE: ClassVar[str] = "pruned"
     #: Whether weights become integers at the end of each linear.
     QUANTIZES: ClassVar[bool] = False
     #: Whether what lies outside the blocks can be written before the first block.
     WRITES_OUTSIDE_FIRST: ClassVar[bool] = True
 
     job: PruningJob
+
+    def folder(self, model: str | Path, output: Path) -> Path:
+        """The folder that a run writes, which may lie next to its result. Refuses a bad output."""
+        return output
+
+    def earlier(
+        self,
+        kind: type[_Record],
+        model: str | Path,
+        folder: Path,
+        recipe: PruningOptions,
+        options: RunOptions,
+    ) -> _Record | None:
+        """The record of the run to go on with, or of a finished result; None for neither."""
+        return find_earlier(kind, folder, recipe, options, Path(model))
+
+    def is_complete(self, earlier: _Record) -> bool:
+        """Whether the result of an earlier run stands, and the folder holds nothing of it."""
+        return False
+
+    def close(self, folder: Path) -> None:
+        """Clean up on rank 0, after the result is complete and while the folder is held."""
 
     def select(
         self, selection: LinearSelection, source: CheckpointSource | ModuleSource, model: Skeleton

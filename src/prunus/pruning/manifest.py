@@ -126,9 +126,6 @@ class BlockRecord(Part):
 
 
 class PruningRecord(BlockwiseRecord):
-    #: What happened to a block, in one word.
-    DONE: ClassVar[str] = "pruned"
-
     recipe: PruningOptions
     blocks: list[BlockRecord] = Field(default_factory=list)
     head: LinearRecord | None = None  #: the pruned output head, or None

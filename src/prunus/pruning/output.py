@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from prunus.model.checkpoint.atomic_files import remove
 from prunus.model.checkpoint.reader import Checkpoint
-from prunus.model.checkpoint.writer import save_safetensors
+from prunus.model.checkpoint.writer import Writable, save_safetensors
 from prunus.model.loading import keep_records, manifest_text
 from prunus.model.source import ModuleSource
 from prunus.pruning.job import Format, PruningJob
@@ -47,9 +47,13 @@ class InPlaceOutput:
         self._source.write(made.tensors, place)
         self._record.blocks.append(made.record)
 
+    def write_outside(self, changed: Mapping[str, torch.Tensor]) -> None:
+        """Write tensors outside the blocks, by their names in the model."""
+        self._source.write(changed)
+
     def complete(self, changed: Mapping[str, torch.Tensor]) -> None:
         """Write tensors outside the blocks, by their names in the model, and keep the records."""
-        self._source.write(changed)
+        self.write_outside(changed)
         self._record.state = "finished"
         model = self._source.model
         name = str(getattr(model, "name_or_path", "") or self._record.source)
@@ -136,7 +140,7 @@ class CheckpointFolder(BlockFolder):
             # With little memory, cached pages of the written file would push out the pages that
             # were read for it and are needed again at once.
             uncached = 4 * source.checkpoint.nbytes(keys) > self.job.host_budget
-            dense = {**source.checkpoint.stored(keys), **replaced}
+            dense: dict[str, Writable] = {**source.checkpoint.stored(keys), **replaced}
             tensors = self.job.format.outside(self, self.record, dense)
             self.write_shard(self.record.outside_shard, tensors, uncached=uncached)
             self.save()

@@ -38,7 +38,7 @@ from prunus.pruning.manifest import Manifest, PruningRecord, grid_words, pruned_
 from prunus.pruning.options import PruningOptions
 from prunus.pruning.output import CheckpointFolder, InPlaceOutput, PruningOutput
 from prunus.pruning.recipe import Recipe
-from prunus.runs.folder import find_earlier, held, resumed_or_new
+from prunus.runs.folder import held, resumed_or_new
 from prunus.runs.loop import run_blocks
 from prunus.runs.options import RunOptions
 from prunus.runs.plan import check_room, check_same_on_all_ranks
@@ -140,17 +140,25 @@ def carry_out(
     """
     with options.with_ranks() as joint:
         if output is None:
-            return carry_out_held(kind, model, None, recipe, joint, stored, rounding)
+            return _carry_out_held(kind, model, None, recipe, joint, stored, rounding, None)
+        name, folder = str(model), stored.folder(str(model), output)
 
         def find() -> _Record | None:
-            return find_earlier(kind, output, recipe, joint, Path(str(model)))
+            return stored.earlier(kind, name, folder, recipe, joint)
 
         # What the folder holds decides what is done: from here on no other run may change it.
-        with held(kind, output, joint.processes, find) as earlier:
-            return carry_out_held(kind, model, output, recipe, joint, stored, rounding, earlier)
+        with held(kind, folder, joint.processes, find) as earlier:
+            if earlier is not None and stored.is_complete(earlier):
+                record = earlier
+            else:
+                record = _carry_out_held(
+                    kind, model, folder, recipe, joint, stored, rounding, earlier
+                )
+            joint.processes.on_rank_0(lambda: stored.close(folder))
+            return record
 
 
-def carry_out_held(
+def _carry_out_held(
     kind: type[_Record],
     model: str | Path | nn.Module,
     output: Path | None,
@@ -158,7 +166,7 @@ def carry_out_held(
     joint: RunOptions,
     stored: Format[_Record],
     rounding: RoundingOf[_Record],
-    earlier: _Record | None = None,
+    earlier: _Record | None,
 ) -> _Record:
     """Carry out a recipe into a folder that this run holds, and go on with an `earlier` run."""
     started = time.perf_counter()
@@ -181,19 +189,20 @@ def carry_out_held(
 
 
 def planned(
-    kind: type[PruningRecord],
+    kind: type[_Record],
     model: str | Path,
     output: Path | None,
     recipe: PruningOptions,
     options: RunOptions,
-    stored: Format[Any],
+    stored: Format[_Record],
 ) -> PruningJob:
     """The job of such a run. Checks what the run checks, and writes nothing."""
-    if output is not None:
-        find_earlier(kind, output, recipe, options, Path(model))
+    folder = None if output is None else stored.folder(model, output)
+    if folder is not None:
+        stored.earlier(kind, model, folder, recipe, options)
     job = plan_run(model, recipe, options, stored)
-    if output is not None:
-        check_room(job, output)
+    if folder is not None:
+        check_room(job, folder)
     return job
 
 
@@ -257,9 +266,13 @@ def _record(
     """A new record, or the record of the run that is resumed."""
     own_sha256 = method_sha256(job.recipe.method, job.options.own_method)
     inputs = run_inputs(job, windows).model_copy(update={"method_sha256": own_sha256})
-    own: dict[str, Any] = {"source": job.model_name, "data_dir": _data_folder(job), "left_dense": job.left_dense}
-    count = 0 if isinstance(job.source, ModuleSource) else job.source.shard_count
-    own |= {"grid_bits": job.grid_bits, "shard_count": count}
+    own: dict[str, Any] = {
+        "source": job.model_name,
+        "data_dir": _data_folder(job),
+        "left_dense": job.left_dense,
+        "grid_bits": job.grid_bits,
+        "shard_count": 0 if isinstance(job.source, ModuleSource) else job.source.shard_count,
+    }
     return resumed_or_new(kind, earlier, job.recipe, inputs, job.device, **own)
 
 

@@ -15,8 +15,8 @@ import torch
 from prunus.calibration.sources import find_source
 from prunus.calibration.training_text import TrainingText, training_text
 from prunus.calibration.windows import Wanted, check_context
-from prunus.compression.records import CompressionRecord
 from prunus.distributed import Ranks
+from prunus.formats.records import CompressionRecord
 from prunus.model.adapter import CONFIG_NAME, is_adapter, require_peft
 from prunus.model.checkpoint.atomic_files import file_digest, read_json
 from prunus.model.checkpoint.output_folder import check_companions

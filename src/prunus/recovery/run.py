@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prunus.compression.records import CompressionRecord
+from prunus.formats.records import CompressionRecord
 from prunus.hardware.memory import peak_memory
 from prunus.model.adapter import CONFIG_NAME, save_adapter
 from prunus.model.checkpoint.atomic_files import remove, write_text

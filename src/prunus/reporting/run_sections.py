@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from prunus.compression.records import CompressionRecord
+from prunus.formats.records import CompressionRecord
 from prunus.hardware.sizes import counted, in_bytes
 from prunus.pruning.manifest import mean_error
 from prunus.runs.document import (

@@ -45,7 +45,7 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
         **({"weights before": plan["rounded_before"]} if plan["rounded_before"] else {}),
     }
     if (file := plan.get("file")) is not None:
-        from prunus.compression.records import FileSize
+        from prunus.formats.records import FileSize
 
         rows["result"], rows["parts of it"] = FileSize(**file).sentences()
     if (training := plan.get("training")) is not None:

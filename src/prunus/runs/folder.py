@@ -86,9 +86,10 @@ def find_earlier(
     earlier = None
     if not is_vacant(output, inside):
         if not (output / kind.FILE).exists():
+            replaces = "`overwrite` replaces only what that command made. "
             raise FileExistsError(
                 f"output {output} exists and holds no result of {kind.VERB}; it is left as it is. "
-                + ("`overwrite` replaces only what that command made. " if options.overwrite else "")
+                + (replaces if options.overwrite else "")
                 + "Move it away, or choose another name for the result"
             )
         earlier = None if options.overwrite else kind.load(output)

@@ -16,6 +16,7 @@ from prunus.pruning.block.two_pass import two_pass
 from prunus.pruning.block.walk import BlockWalk
 from prunus.pruning.job import PruningJob, plan_run
 from prunus.pruning.recipe import Recipe
+from prunus.pruning.run import PlainTensors
 from prunus.runs import plan
 from prunus.runs.options import RunOptions
 from tiny import shards, tiny_checkpoint, token_ids
@@ -179,7 +180,7 @@ def test_the_memory_budget_decides_between_lockstep_replay_and_a_file(tmp_path, 
     recipe = Recipe(calibration="token ids", samples=64, seqlen=64, batch=1)
 
     def job(memory: int | None) -> PruningJob:
-        return plan_run(dense, recipe, RunOptions(memory=memory, input_ids=ids))
+        return plan_run(dense, recipe, RunOptions(memory=memory, input_ids=ids), PlainTensors())
 
     free = available_memory()
     # Free and resident memory change during the test, so they are fixed here.
@@ -212,4 +213,4 @@ def test_the_memory_budget_limits_a_device_as_it_limits_the_host(tmp_path, monke
     free = int(0.9 * 2**40)
     for memory, budget in ((None, free), (2**31, 2**31), (2**41, free)):
         options = RunOptions(device="cuda", memory=memory, input_ids=ids)
-        assert plan_run(dense, recipe, options).budget == budget
+        assert plan_run(dense, recipe, options, PlainTensors()).budget == budget

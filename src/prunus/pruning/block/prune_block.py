@@ -174,7 +174,7 @@ class BlockPruner:
         check_same(self.ranks, state.name, state.changed)
         record = state.record(self.ranks.size)
         record.seconds = round(time.perf_counter() - started, 3)
-        message = f"{self.job.RECORD.DONE} in {record.seconds:.2f} s"
+        message = f"{self.job.format.DONE} in {record.seconds:.2f} s"
         if record.walk == "replay":
             message += ", with one batch in flight: paused windows do not fit in the memory budget"
         return Made(state.finished, record, message, state.packed)

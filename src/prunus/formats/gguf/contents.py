@@ -1,13 +1,4 @@
-"""The folder of a run that makes a GGUF file, and the file itself.
-
-The run writes shards as every other run does, with the bytes of GGUF's types in them. At the end
-the file is put together from them in the same folder, with the record among its fields. Then the
-record says that the run is finished, and the file gets its name:
-
-    write FOLDER/model.gguf ► finished ► rename it to OUT.gguf ► remove the folder
-
-A kill at any moment leaves nothing outside the folder but the whole file.
-"""
+"""What a GGUF file holds: its tensors with their types, its fields, and the record of its run."""
 
 from __future__ import annotations
 
@@ -22,15 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
-from prunus.compression.output import MEASUREMENT, CompressedFolder
-from prunus.compression.records import CompressionRecipe, CompressionRecord, FileSize
 from prunus.formats.gguf.types import PLAIN, TYPES, file_type
-from prunus.hardware.errors import naming
-from prunus.methods.group_fits import round_in_groups
-from prunus.methods.group_quantizer import GroupedWeight
-from prunus.model.checkpoint.atomic_files import move_file
+from prunus.formats.recipe import CompressionRecipe
+from prunus.formats.records import CompressionRecord, FileSize
 from prunus.model.checkpoint.gguf import open_gguf
 from prunus.model.checkpoint.gguf_file import (
     RECORD_FIELD,
@@ -39,24 +25,21 @@ from prunus.model.checkpoint.gguf_file import (
     header_of,
     new_fields,
     padded,
-    write_gguf,
 )
 from prunus.model.checkpoint.gguf_layout import GgufLayout, GgufTensor
-from prunus.model.checkpoint.reader import Checkpoint
-from prunus.model.checkpoint.writer import Writable
-from prunus.pruning.manifest import LinearRecord
 
-#: Name of the whole file in the folder of the run.
-FILE = "model.gguf"
 # The record in the file is filled up with spaces to this many bytes, so that the size of the file
 # is known before the run.
 _RECORD_BYTES, _BYTES_PER_LINEAR = 16_000, 500
 
 
-class GgufPlan:
-    """What a GGUF file will hold: its tensors with their types, and so its bytes.
+class FileContents:
+    """The fields and tensors of a GGUF file, and so its bytes.
 
-    The model stores weights in `dtypes`, and the record describes `linears` linears.
+    Args:
+        layout: The tensors of the file, and its fields but for those that depend on the types.
+        dtypes: Name of a tensor in the model -> the dtype in which the source stores it.
+        linears: How many linears the record describes.
     """
 
     def __init__(self, layout: GgufLayout, dtypes: Mapping[str, torch.dtype], linears: int) -> None:
@@ -85,11 +68,11 @@ class GgufPlan:
 
     def bytes_by_type(self, types: Mapping[str, str]) -> Counter[str]:
         """Type -> bytes of all tensors that have it."""
-        found = Counter[str]()
+        nbytes_by_type = Counter[str]()
         for tensor in self.layout.tensors:
             name, _, nbytes = self.type_of(tensor, types)
-            found[name] += nbytes
-        return found
+            nbytes_by_type[name] += nbytes
+        return nbytes_by_type
 
     def fields(self, types: Mapping[str, str], record: str = "") -> dict[str, Any]:
         """The fields of the file. A record that is too long for its place is left out."""
@@ -115,77 +98,6 @@ class GgufPlan:
     def _header_bytes(self) -> int:
         # The types do not change the size of the header.
         return len(header_of(self.fields({}), self.stored({}, lambda _: torch.zeros(0))))
-
-
-class GgufFolder(CompressedFolder):
-    """The folder of a run whose result is a GGUF file at `path`."""
-
-    def __init__(
-        self, folder: Path, record: CompressionRecord, job: Any, path: Path, plan: GgufPlan
-    ) -> None:
-        super().__init__(folder, record, job)
-        self._path, self._plan = path, plan
-
-    def prepare(self) -> None:
-        """The types of what lies outside the blocks are not known yet; see `finish_outside`."""
-
-    def tensors_of(self, name: str, weight: GroupedWeight) -> dict[str, torch.Tensor]:
-        return {self.key(name): weight.data_OB}
-
-    def weight_from(
-        self, tensors: dict[str, torch.Tensor], name: str, record: LinearRecord, dtype: torch.dtype
-    ) -> torch.Tensor:
-        weight = GroupedWeight(TYPES[self.record.types[name]], tensors.pop(self.key(name)))
-        return weight.dense().to(dtype)
-
-    def outside(self, tensors: dict[str, Writable]) -> dict[str, Writable]:
-        inside = {f"{block.name}.{name}" for block in self.record.blocks for name in block.linears}
-        source, known = self.job.checkpoint.checkpoint, load_file(self.folder / MEASUREMENT)
-        for name, kind in self.record.types.items():
-            if name not in inside:
-                key, importance_I = self.key(name), known.get(f"{name}.importance")
-                with naming(key):
-                    rounded = round_in_groups(source.whole(key), TYPES[kind], importance_I)
-                tensors[key] = rounded.data_OB
-        return tensors
-
-    def complete(self, changed: Mapping[str, torch.Tensor]) -> None:
-        self.ranks.on_rank_0(self._write_file)
-        self.record.state = "finished"
-        self.save()
-        self.check_finished()
-
-    def check_finished(self) -> None:
-        """Give the file its name, unless something else has it by now."""
-        self.ranks.on_rank_0(self._name_file)
-
-    def _name_file(self) -> None:
-        if not (self.folder / FILE).exists():  # The user has moved the file away since.
-            self._write_file()
-        overwrite, recipe = self.job.options.overwrite, self.record.recipe
-        replaces = overwrite or finished_file(self._path, recipe) is not None
-        move_file(self.folder / FILE, self._path, replaces)
-
-    def finish_outside(self) -> None:
-        """Write the shard of what lies outside the blocks, once all types are known."""
-        super().prepare()
-
-    def _write_file(self) -> None:
-        types, record = self.record.types, self.record
-        source = self.job.checkpoint.checkpoint
-        shards = Checkpoint(self.folder, only=list(record.sha256))
-        parts, after = self._plan.bytes_by_type(types), self._plan.file_bytes(types)
-        record.size = self._plan.size(source.file_bytes(), after, parts)
-        stored = self._plan.stored(types, partial(self._content, shards))
-        write_gguf(self.folder / FILE, self._plan.fields(types, reproducible(record)), stored)
-
-    def _content(self, shards: Checkpoint, tensor: GgufTensor) -> torch.Tensor:
-        """The bytes of a tensor of the file, from the shards."""
-        if tensor.values is not None:
-            return tensor.values
-        parts = [shards.whole(self.job.checkpoint.stored[name]) for name in tensor.sources]
-        rows = tensor.arranged(parts[0] if len(parts) == 1 else torch.cat(parts))
-        return rows if tensor.is_matrix else rows.float() + tensor.shift
 
 
 def reproducible(record: CompressionRecord) -> str:
