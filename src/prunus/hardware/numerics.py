@@ -17,13 +17,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+from prunus.hardware.process_state import replaced
 
 # Below this number of multiplications, rounding the factors costs more time than it saves.
 _MIN_MULTIPLICATIONS = 2**24
@@ -47,17 +49,10 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and native_bfloat16()
 
 
-@contextlib.contextmanager
-def tf32_products(allowed: bool = True) -> Iterator[None]:
-    """While active, CUDA devices round the factors of float32 products to TF32."""
+def tf32_products(allowed: bool = True) -> contextlib.AbstractContextManager[None]:
+    """While active, CUDA devices round the factors of float32 products to TF32, in any thread."""
     products = torch.backends.cuda.matmul
-    before = products.fp32_precision
-    try:
-        if allowed:
-            products.fp32_precision = "tf32"
-        yield
-    finally:
-        products.fp32_precision = before
+    return replaced(products, "fp32_precision", "tf32") if allowed else contextlib.nullcontext()
 
 
 def low_precision_product(left: Tensor, right: Tensor) -> Tensor:

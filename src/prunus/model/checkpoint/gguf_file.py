@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +37,6 @@ def package() -> Any:
     """llama.cpp's package `gguf`."""
     import gguf
 
-    # It warns of what users cannot change, such as special tokens in templates of pairs.
-    logging.getLogger("gguf").setLevel(logging.ERROR)
     return gguf
 
 
