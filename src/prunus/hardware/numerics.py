@@ -91,12 +91,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def fast_linears() -> contextlib.AbstractContextManager[Any]:
-    """While active, `linear` computes the linears of dense models."""
+    """While active, `linear` computes the linears of dense models, GPT-2's Conv1D included."""
     return contextlib.nullcontext() if native_bfloat16() else _FastLinears()
 
 
 class _FastLinears(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # transformers' Conv1D, the linear of GPT-2, calls addmm(bias_O, x_TI, weight_IO).
+        if func is torch.addmm and len(args) == 3 and not kwargs and args[0].dim() == 1:
+            return linear(args[1], args[2].T, args[0])
         return (linear if func is functional.linear else func)(*args, **(kwargs or {}))
 
 
