@@ -21,6 +21,7 @@ from torch import nn
 from prunus.compression.gguf_output import read_record
 from prunus.evaluation.model_input import find_folder
 from prunus.evaluation.records import ModelSize
+from prunus.hardware.numerics import check_finite
 from prunus.methods.grids import GRIDS
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint.atomic_files import verify_shards
@@ -182,6 +183,7 @@ def _linears(source: Readable, skeleton: Skeleton) -> Iterator[LinearInfo]:
             weight = stored[f"{linear.name}.weight"]
             weight_OI = weight.T if linear.transposed else weight
             full_name = f"{skeleton.block_name(index)}.{linear.name}"
+            check_finite({f"{full_name}.weight": weight})
             dtype, bits = packed.get(full_name, (str(weight.dtype).removeprefix("torch."), None))
             yield LinearInfo(
                 block=index,

@@ -130,9 +130,9 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def check_finite(tensors: Mapping[str, Tensor], prefix: str = "") -> None:
-    """Check that weights are numbers; `prefix` precedes their names."""
-    for key in sorted(tensors):
-        if tensors[key].is_floating_point() and not all_finite(tensors[key]):
+    """Check that weights of 16 bits or more are numbers; `prefix` precedes their names."""
+    for key, tensor in sorted(tensors.items()):
+        if tensor.is_floating_point() and tensor.itemsize > 1 and not all_finite(tensor):
             raise ValueError(
                 f"{prefix}{key} holds weights that are not finite (NaN or infinity); the "
                 "checkpoint is damaged: download or copy it again"

@@ -14,6 +14,7 @@ from huggingface_hub import constants
 from safetensors import safe_open
 
 from prunus.hardware.errors import reason
+from prunus.hardware.numerics import check_finite
 from prunus.hardware.process_state import replaced
 from prunus.model.adapter import attach, base_folder, check_adapter, is_adapter
 from prunus.model.checkpoint.atomic_files import read_json, write_text
@@ -111,6 +112,7 @@ def load_model(
                 f"{folder}: the model could not be loaded: {len(names)} of its weights are "
                 f"{problem} ({shown}); is the checkpoint whole, and is config.json its own?"
             )
+    check_finite(dict(model.named_parameters()), f"{folder}: ")
     return model.eval()
 
 
