@@ -26,11 +26,11 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
     >>> import types
     >>> owner = types.SimpleNamespace(name="before")
-    >>> first, second = replaced(owner, "name", 1), replaced(owner, "name", 1)
-    >>> first.__enter__(), second.__enter__(), first.__exit__(None, None, None), owner.name
-    (None, None, None, 1)
-    >>> second.__exit__(None, None, None), owner.name
-    (None, 'before')
+    >>> with replaced(owner, "name", 1), replaced(owner, "name", 1):
+    ...     owner.name
+    1
+    >>> owner.name
+    'before'
     """
     key = (id(owner), name)
     with _LOCK:
