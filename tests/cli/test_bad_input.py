@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import prunus
+from packed_reference import pruned_checkpoint
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.pruning.manifest import Manifest
 from prunus.runs.record import shard_name
 from tiny import shards, tiny_checkpoint, tiny_model, token_ids, tree
-from tiny_tokenizer import VOCABULARY
+from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
 #: Weights outside the blocks.
 OUTSIDE = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
@@ -284,6 +285,28 @@ def test_weights_outside_the_blocks_that_are_not_finite(name, dense, tmp_path):
     with pytest.raises(ValueError, match=f"{name} holds weights that are not finite"):
         prunus.prune(dense, tmp_path / "out", calibration=token_ids())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", *OUTSIDE])
+def test_verbs_that_read_a_whole_model_name_what_is_not_finite(name, tmp_path, monkeypatch):
+    dense = pruned_checkpoint(tmp_path / "dense", vocab_size=VOCABULARY)
+    byte_tokenizer().save_pretrained(dense)
+    spoil(dense, name, torch.nan)
+    message = f"{name} holds weights that are not finite"
+    with pytest.raises(ValueError, match=message):
+        prunus.load(dense)
+    with pytest.raises(ValueError, match=message):
+        prunus.pack(dense, tmp_path / "packed")
+    if name not in OUTSIDE:
+        with pytest.raises(ValueError, match=message):
+            prunus.inspect(dense)
+    # Earlier versions packed such a weight.
+    with monkeypatch.context() as patch:
+        patch.setattr("prunus.compression.pack.check_finite", lambda *_: None)
+        patch.setattr("prunus.model.source.check_finite", lambda *_: None)
+        prunus.pack(dense, tmp_path / "packed", overwrite=True)
+    with pytest.raises(ValueError, match=message):
+        prunus.unpack(tmp_path / "packed", tmp_path / "unpacked")
 
 
 def test_a_loaded_model_names_what_is_not_finite():

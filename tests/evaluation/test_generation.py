@@ -1,8 +1,11 @@
 """Text that a model writes: how tokens are chosen, and chats."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from command_line import call
@@ -48,6 +51,21 @@ def test_temperature_zero_and_a_tiny_top_p_take_the_most_likely_token(talker):
     assert greedy == write(talker, 0.0, None, 7) == write(talker, 1e-310, None, 7)
     assert write(talker, 2.0, 1e-6, 3) == greedy
     assert write(talker, 2.0, 1.0, 3) != greedy
+
+
+def test_a_model_that_computes_no_numbers_ends_with_an_error(talker, tmp_path):
+    shutil.copytree(talker, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    for value, message in (
+        (1e38, "the model's logits are not finite, so it cannot write text"),
+        (torch.nan, r"model\.norm\.weight holds weights that are not finite"),
+    ):
+        tensors["model.norm.weight"].fill_(value)
+        tensors["lm_head.weight"].mul_(1e5)
+        save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            write(tmp_path / "model")
 
 
 def test_choices_take_the_place_of_the_checkpoints_and_the_rest_stays():

@@ -257,6 +257,7 @@ def _convert(
 
 def _pack_block(source: CheckpointSource, skeleton: Skeleton, index: int, stored: Stored) -> _Shard:
     keys, block = source.stored, source.block(index)
+    check_finite(block, f"{skeleton.block_name(index)}.")
     tensors, records = source.as_stored(index, block), dict[str, StoredLinear]()
     for linear in skeleton.linears(index):
         # Parts get the checkpoint's own name for the weight, under which transformers looks for it.
@@ -272,6 +273,7 @@ def _pack_block(source: CheckpointSource, skeleton: Skeleton, index: int, stored
 
 def _pack_outside(source: CheckpointSource, skeleton: Skeleton, stored: Stored) -> _Shard:
     """The tensors outside the blocks, with the output head or its tied embedding packed."""
+    source.outside_digests()  # checks that the weights are finite
     tensors: dict[str, Writable] = {**source.checkpoint.stored(source.outside_keys())}
     try:
         head = tied_embedding(skeleton.model) or skeleton.head()
@@ -305,8 +307,6 @@ def _pack_linear(
         record.reason = f"it is stored in {str(weight.dtype).removeprefix('torch.')}"
     if record.reason is not None:
         return None, record
-    if stored == "int8":
-        check_finite({key: weight})
     packed = pack_weight(weight, torch.int8 if stored == "int8" else weight.dtype)
     if packed.nbytes >= before:
         record.reason = "it would not get smaller"
@@ -346,6 +346,7 @@ def _unpack_shard(
         records[linear] = StoredLinear(
             shape=packed.shape, kept=int(kept(weight).sum()), packed=False, nbytes=nbytes
         )
+    check_finite(tensors)
     return tensors, records
 
 

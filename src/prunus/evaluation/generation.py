@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from prunus.calibration.generate import check_logits
 from prunus.calibration.windows import check_ids
 from prunus.evaluation.model_input import find_folder
 from prunus.evaluation.options import WritingOptions
@@ -80,6 +81,7 @@ def _pieces(model: Any, tokenizer: Any, inputs: Any, options: WritingOptions) ->
                 model.generate(
                     **inputs,
                     streamer=streamer,
+                    logits_processor=[check_logits],
                     max_new_tokens=options.max_new_tokens,
                     stopping_criteria=StoppingCriteriaList([lambda *_, **__: unwanted.is_set()]),
                 )

@@ -22,6 +22,7 @@ from prunus.evaluation.model_input import find_folder
 from prunus.evaluation.records import ModelSize
 from prunus.formats.gguf.contents import read_record
 from prunus.formats.gguf.types import TYPES
+from prunus.hardware.numerics import check_finite
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint.atomic_files import verify_shards
 from prunus.model.checkpoint.resolve import is_gguf, resolve_folder
@@ -182,6 +183,7 @@ def _linears(source: Readable, skeleton: Skeleton) -> Iterator[LinearInfo]:
             weight = stored[f"{linear.name}.weight"]
             weight_OI = weight.T if linear.transposed else weight
             full_name = f"{skeleton.block_name(index)}.{linear.name}"
+            check_finite({f"{full_name}.weight": weight})
             dtype, bits = packed.get(full_name, (str(weight.dtype).removeprefix("torch."), None))
             yield LinearInfo(
                 block=index,

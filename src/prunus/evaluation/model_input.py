@@ -17,6 +17,7 @@ from torch import nn
 
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.hardware.memory import describe_hardware, versions
+from prunus.hardware.numerics import check_finite
 from prunus.model.adapter import base_folder, check_adapter, is_adapter
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.model.checkpoint.resolve import resolve_folder
@@ -97,9 +98,10 @@ class ModelInput:
 
 
 def find_model(model: Any, trust_remote_code: bool = False) -> ModelInput:
-    """Find a model, and check its kind. Reads no weights."""
+    """Find a model, and check its kind. Reads no weights of a folder; those loaded are numbers."""
     if isinstance(model, nn.Module):
         name = str(getattr(model, "name_or_path", "")) or type(model).__name__
+        check_finite(dict(model.named_parameters()), f"{name}: ")
         return ModelInput(name, None, model, trust_remote_code)
     folder = find_folder(model)
     if is_adapter(folder):

@@ -16,11 +16,11 @@ import math
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
@@ -29,7 +29,10 @@ from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.evaluation.local_tasks import FOLDER, load_splits, local_files
 from prunus.evaluation.records import PAPER7, Metric, TaskScore
 from prunus.hardware.errors import did_you_mean, reason
+from prunus.hardware.process_state import no_warnings, replaced
 
+#: Held by the thread that uses lm-eval; see `_quiet_lm_eval`.
+_LM_EVAL = RLock()
 #: lm-eval's own seed for drawing few-shot examples.
 SEED = 1234
 #: Bootstrap draws for the standard error of a metric without a formula. lm-eval's 100,000 take
@@ -312,23 +315,23 @@ def _as_text(value: Any) -> str:
 
 @contextlib.contextmanager
 def _quiet_lm_eval() -> Iterator[None]:
-    """Silence lm-eval, except for progress bars on a terminal. Stdout is for results alone."""
-    logger = logging.getLogger("lm_eval")
-    level, before = logger.level, os.environ.get("DISABLE_MULTIPROC")
-    logger.setLevel(logging.ERROR)
-    # Otherwise lm-eval forks this process, with the model and its threads, to compute the
-    # bootstrap.
-    os.environ["DISABLE_MULTIPROC"] = "1"
-    errors = sys.stderr if sys.stderr.isatty() else io.StringIO()
-    try:
-        with (
-            contextlib.redirect_stderr(errors),
-            contextlib.redirect_stdout(errors),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-        os.environ.pop("DISABLE_MULTIPROC")
-        os.environ.update({} if before is None else {"DISABLE_MULTIPROC": before})
+    """Silence lm-eval, except for progress bars on a terminal. Stdout is for results alone.
+
+    One thread at a time runs it, because the state of random numbers, the logger and the variable
+    belong to the whole process.
+    """
+    with _LM_EVAL:
+        logger = logging.getLogger("lm_eval")
+        level, before = logger.level, os.environ.get("DISABLE_MULTIPROC")
+        logger.setLevel(logging.ERROR)
+        # Otherwise lm-eval forks this process, with the model and its threads, to compute the
+        # bootstrap.
+        os.environ["DISABLE_MULTIPROC"] = "1"
+        errors = sys.stderr if sys.stderr.isatty() else io.StringIO()
+        try:
+            with replaced(sys, "stderr", errors), replaced(sys, "stdout", errors), no_warnings():
+                yield
+        finally:
+            logger.setLevel(level)
+            os.environ.pop("DISABLE_MULTIPROC")
+            os.environ.update({} if before is None else {"DISABLE_MULTIPROC": before})

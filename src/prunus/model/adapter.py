@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from typing import Any
 import torch
 
 from prunus.hardware.errors import reason
+from prunus.hardware.numerics import check_finite
+from prunus.hardware.process_state import no_warnings
 from prunus.model.checkpoint.atomic_files import write_json
 from prunus.model.checkpoint.reader import Checkpoint, TensorInfo
 from prunus.model.checkpoint.resolve import resolve_folder
@@ -26,6 +27,7 @@ from prunus.model.checkpoint.writer import save_safetensors
 from prunus.model.config import load_config, read_config
 from prunus.model.kinds import CAUSAL
 from prunus.model.meta_model import build_on_meta
+from prunus_autoload import when_imported
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -99,11 +101,12 @@ def attach(model: Any, folder: Path, base: Path) -> Any:
     checkpoint = Checkpoint(folder, only=[WEIGHTS_NAME])
     check_adapter_config(folder / CONFIG_NAME, checkpoint.tensors)
     tensors = dict(checkpoint.read(checkpoint.tensors))
+    check_finite(tensors, f"{folder}: ")
     unfit = f"the adapter {folder} does not fit its base {base}"
     hint = "was it trained on another model?"
     # The new layers are on the device of the model, which may be the meta device.
-    with torch.device(next(model.parameters()).device), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft only warns of what is an error here
+    # peft only warns of what is an error here.
+    with torch.device(next(model.parameters()).device), no_warnings():
         try:
             config = peft.PeftConfig.from_pretrained(str(folder))
             config.inference_mode = True
@@ -149,16 +152,49 @@ def add_lora(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
     )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # The warning is about how peft uses transformers; a user can do nothing about it.
-        warnings.simplefilter("ignore", FutureWarning)
+    # The warnings are about how peft uses transformers; a user can do nothing about them.
+    with torch.random.fork_rng(devices=[]), no_warnings():
         torch.manual_seed(seed)
         return peft.PeftModelForCausalLM(model, config, _NAME)
 
 
 @functools.cache
+def let_peft_wrap(packed: type[torch.nn.Module]) -> None:
+    """Let peft put a `PackedLora` around every layer of the class `packed`, and of no other.
+
+    peft is changed when the first such layer is made, or when it is imported after that. So a
+    program without packed layers has peft as it is. Nothing is added to its configurations, which
+    programs pickle and send to others.
+    """
+
+    def add() -> None:
+        from peft.tuners.lora.model import LoraModel
+
+        create = LoraModel._create_new_module
+
+        @functools.wraps(create)
+        def create_new_module(
+            lora_config: Any, adapter_name: str, target: Any, **options: Any
+        ) -> Any:
+            if type(target) is packed:
+                return packed_lora_layer()(target, adapter_name, lora_config, **options)
+            return create(lora_config, adapter_name, target, **options)
+
+        LoraModel._create_new_module = staticmethod(create_new_module)
+
+    when_imported("peft.tuners.lora.model", "peft.peft_model", add)
+
+
+def __getattr__(name: str) -> Any:
+    """`PackedLora`, made when it is asked for, as the pickle of a model does by its name."""
+    if name == "PackedLora":
+        return packed_lora_layer()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@functools.cache
 def packed_lora_layer() -> type[torch.nn.Module]:
-    """The class of peft's layers around packed linears."""
+    """The class of peft's layers around packed linears. It is made late, with peft's class."""
     from peft.tuners.lora.layer import LoraLayer
 
     # The attributes of both come from peft at run time, where mypy does not see them.
@@ -167,14 +203,15 @@ def packed_lora_layer() -> type[torch.nn.Module]:
     class PackedLora(module, LoraLayer):
         """A packed linear whose output gets scaling · B_OR A_RI x, in the dtype of A."""
 
+        __qualname__ = "PackedLora"  # by which pickle finds it in this module
+
         def __init__(
             self, base_layer: Any, adapter_name: str, config: Any, r: int, lora_alpha: int, **_: Any
         ) -> None:
             if getattr(config, "use_dora", False):
                 raise ValueError("DoRA needs the dense weight, and this linear is packed: use LoRA")
             super().__init__()
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Unsupported layer type")
+            with no_warnings():  # of a kind of layer that peft does not know
                 LoraLayer.__init__(self, base_layer)
             self.in_features = base_layer.in_features
             self.out_features = base_layer.out_features

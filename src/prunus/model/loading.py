@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,8 @@ from huggingface_hub import constants
 from safetensors import safe_open
 
 from prunus.hardware.errors import reason
+from prunus.hardware.numerics import check_finite
+from prunus.hardware.process_state import replaced
 from prunus.model.adapter import attach, base_folder, check_adapter, is_adapter
 from prunus.model.checkpoint.atomic_files import read_json, write_text
 from prunus.model.checkpoint.regular_files import read_card
@@ -91,7 +93,7 @@ def load_model(
         return attach(load_model(base, dtype, trust_remote_code), folder, base).eval()
     kind = check_architecture(folder, trust_remote_code, kind)
     try:
-        with _weights_in_memory():
+        with replaced(transformers.modeling_utils, "safe_open", _ReadFile):
             model, loaded = getattr(transformers, kind.loader).from_pretrained(
                 folder,
                 output_loading_info=True,
@@ -110,6 +112,7 @@ def load_model(
                 f"{folder}: the model could not be loaded: {len(names)} of its weights are "
                 f"{problem} ({shown}); is the checkpoint whole, and is config.json its own?"
             )
+    check_finite(dict(model.named_parameters()), f"{folder}: ")
     return model.eval()
 
 
@@ -150,18 +153,6 @@ class _ReadFile:
         return getattr(self._file, name)
 
 
-@contextlib.contextmanager
-def _weights_in_memory() -> Iterator[None]:
-    """While active, transformers opens weights as `_ReadFile`."""
-    from transformers import modeling_utils
-
-    mapping, modeling_utils.safe_open = modeling_utils.safe_open, _ReadFile
-    try:
-        yield
-    finally:
-        modeling_utils.safe_open = mapping
-
-
 def check_architecture(
     folder: Path, trust_remote_code: bool = False, kind: Kind | None = None
 ) -> Kind:
@@ -172,9 +163,10 @@ def check_architecture(
     return kind
 
 
-@contextlib.contextmanager
-def no_downloads(settings: Any = constants, active: bool = True) -> Iterator[None]:
-    """While active, a library of the hub finds only what was downloaded earlier.
+def no_downloads(
+    settings: Any = constants, active: bool = True
+) -> contextlib.AbstractContextManager[None]:
+    """While active, in any thread, a library of the hub finds only what was downloaded earlier.
 
     `settings` is the module of the library that holds HF_HUB_OFFLINE.
 
@@ -182,12 +174,7 @@ def no_downloads(settings: Any = constants, active: bool = True) -> Iterator[Non
     ...     constants.is_offline_mode()
     True
     """
-    before = settings.HF_HUB_OFFLINE
-    settings.HF_HUB_OFFLINE = before or active
-    try:
-        yield
-    finally:
-        settings.HF_HUB_OFFLINE = before
+    return replaced(settings, "HF_HUB_OFFLINE", True) if active else contextlib.nullcontext()
 
 
 # --- saving ---

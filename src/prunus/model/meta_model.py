@@ -12,6 +12,7 @@ import contextlib
 import copy
 import importlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -30,13 +31,16 @@ _MAX_COMPUTED = 2**31
 
 @contextlib.contextmanager
 def limited_modules() -> Iterator[None]:
-    """While active, a ValueError ends the making of more than `_MAX_MODULES` modules."""
-    count = 0
+    """While active, a ValueError ends the making of more than `_MAX_MODULES` modules.
+
+    The modules that other threads make meanwhile are theirs, and do not count.
+    """
+    count, thread = 0, get_ident()
 
     def counted(*_: Any) -> None:
         nonlocal count
-        count += 1
-        if count > _MAX_MODULES:
+        count += get_ident() == thread
+        if count > _MAX_MODULES and get_ident() == thread:
             raise ValueError(f"it has more than {_MAX_MODULES:,} modules")
 
     with register_module_module_registration_hook(counted):

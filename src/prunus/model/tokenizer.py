@@ -6,7 +6,6 @@ import math
 import multiprocessing
 import os
 import resource
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from prunus.hardware.errors import reason
+from prunus.hardware.process_state import no_warnings
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.config import check_config, check_processor_files
@@ -135,9 +135,8 @@ def apply_chat_template(
     forking = multiprocessing.get_context("fork")
     reading, writing = forking.Pipe(duplex=False)
     child = forking.Process(target=_run_child, args=(writing, tokenizer, messages, variables))
-    with warnings.catch_warnings():
+    with no_warnings():
         # The child runs Python only, and none of the threads that the warning is about.
-        warnings.simplefilter("ignore", DeprecationWarning)
         child.start()
     writing.close()
     kind, text = "memory", ""  # of a child that ends without an answer

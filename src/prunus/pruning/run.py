@@ -18,6 +18,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from threading import RLock
 from typing import Any, TypeVar
 
 import torch
@@ -45,6 +46,8 @@ from prunus.runs.plan import check_room, check_same_on_all_ranks
 from prunus.runs.progress import pruning_step, shows_progress
 from prunus.runs.windows import calibration_windows, given_windows, run_inputs
 
+#: Held by the run that computes on one processor thread.
+_ONE_THREAD = RLock()
 _Record = TypeVar("_Record", bound=PruningRecord)
 #: Makes what is done to every linear after its zeros are chosen, or None for nothing. It is called
 #: once, before the first block, with the job, the calibration windows, the output and the record.
@@ -239,8 +242,8 @@ def _change_blocks(
     output.begin(job.options.overwrite)
     finish = rounding(job, windows.ids, output, record)
     pruner = BlockPruner(job, walks, record.allocation, finish)
-    one_thread = 1 if job.reference_order else None
-    with torch.no_grad(), contextlib.closing(pruner), _threads(one_thread):
+    threads = _one_processor_thread() if job.reference_order else contextlib.nullcontext()
+    with torch.no_grad(), contextlib.closing(pruner), threads:
         # Everything before the first block: windows become hidden states.
         batches = windows.ids.split(job.batch) if len(windows.ids) else ()
         embedding = f"embedding {counted(len(windows.ids), 'window')} and " if batches else ""
@@ -284,12 +287,16 @@ def _data_folder(job: PruningJob) -> str | None:
 
 
 @contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Compute on `count` processor threads while the `with` lasts; None changes nothing."""
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _one_processor_thread() -> Iterator[None]:
+    """Compute on one processor thread while the `with` lasts, one run after the other.
+
+    torch counts the processor threads of every thread of Python, and of all together. So two runs
+    at the same time could not put back what they have changed.
+    """
+    with _ONE_THREAD:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)

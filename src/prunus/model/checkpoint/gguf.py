@@ -6,8 +6,6 @@ that the model had before it was quantised.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
 import mmap
 import os
@@ -22,6 +20,7 @@ import torch
 import transformers
 
 from prunus.hardware.errors import did_you_mean, reason
+from prunus.hardware.process_state import no_stderr
 from prunus.model.checkpoint.atomic_files import (
     TEMPORARY_SUFFIX,
     fsync_folder,
@@ -88,7 +87,7 @@ def import_gguf(
         try:
             say(f"unpacking {len(file.tensors)} tensors to {dtype}")
             # transformers and gguf show progress bars; the caller shows its own.
-            with contextlib.redirect_stderr(io.StringIO()), file.read_once():
+            with no_stderr(), file.read_once():
                 summary = _convert(path, file, staging, DTYPES[dtype])
             restore_split(file, staging)
             _tidy(staging)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,8 +39,6 @@ def package() -> Any:
     """llama.cpp's package `gguf`."""
     import gguf
 
-    # It warns of what users cannot change, such as special tokens in templates of pairs.
-    logging.getLogger("gguf").setLevel(logging.ERROR)
     return gguf
 
 

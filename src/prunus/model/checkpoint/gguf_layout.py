@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from prunus.hardware.process_state import no_stderr
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.gguf import open_gguf
 from prunus.model.checkpoint.gguf_card import metadata_of
@@ -327,8 +328,10 @@ def _llama3_factors(rope: Mapping[str, Any], known: Mapping[str, Any]) -> list[f
 def _add_tokenizer(writer: Any, folder: Path, architecture: str, known: Mapping[str, Any]) -> None:
     size = known["vocab_size"]
     by_scores = add_vocabulary(writer, folder, size, architecture)
-    special = package().SpecialVocab(folder, load_merges=not by_scores, n_vocab=size)
-    special.add_to_gguf(writer, quiet=True)
+    # The package logs what users cannot change, such as special tokens in templates of pairs.
+    with no_stderr():
+        special = package().SpecialVocab(folder, load_merges=not by_scores, n_vocab=size)
+        special.add_to_gguf(writer, quiet=True)
     says_bos = "bos" in special.add_special_token
     if architecture == "gemma3" and by_scores:
         writer.add_add_space_prefix(False)
