@@ -96,12 +96,14 @@ class ModelInput:
             ) from fault
 
 
-def find_model(model: Any, trust_remote_code: bool = False) -> ModelInput:
-    """Find a model, and check its kind. Reads no weights."""
+def find_model(
+    model: Any, trust_remote_code: bool = False, say: Callable[[str], None] | None = None
+) -> ModelInput:
+    """Find a model, and check its kind. Reads no weights but those of a GGUF file, and says so."""
     if isinstance(model, nn.Module):
         name = str(getattr(model, "name_or_path", "")) or type(model).__name__
         return ModelInput(name, None, model, trust_remote_code)
-    folder = find_folder(model)
+    folder = find_folder(model, say)
     if is_adapter(folder):
         check_adapter(folder, trust_remote_code)
     require_causal(_config(folder, trust_remote_code), "scoring on text")

@@ -52,8 +52,8 @@ def serve(
         api_key: the key that requests must carry. Required where `host` is not loopback.
         max_waiting: requests that wait for their turn; those beyond get status 503.
         device, dtype: where and in which dtype the model computes; see `load_model`.
-        log: called with a line of text when the server is ready, and when it ends. Requests are
-            logged by the logger "prunus.serving".
+        log: called with a line of text when a GGUF file is unpacked, when the server is ready, and
+            when it ends. Requests are logged by the logger "prunus.serving".
     """
     _require_libraries()
     from prunus.serving.reader import PromptReader
@@ -75,7 +75,7 @@ def serve(
     with contextlib.ExitStack() as stack:
         if Path(model).is_dir():
             stack.enter_context(no_downloads())
-        folder = find_folder(model)
+        folder = find_folder(model, log)
         chosen = choose_device(device)
         # The port is taken before the model is loaded, which may take minutes.
         listener = stack.enter_context(open_socket(host, port))
