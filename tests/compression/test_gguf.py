@@ -304,13 +304,13 @@ def test_the_folder_of_a_run_in_progress_is_left_alone(dense, tmp_path):
     refused = []
 
     def meanwhile(step: Any) -> None:
-        before = tree(folder)
+        before = {name for name in os.listdir(folder) if not name.endswith(".partial")}
         for options in ({}, {"overwrite": True}):
             with pytest.raises(FileExistsError, match="being written by another run") as error:
                 compress(dense, out, type="Q8_0", **options)
             refused.append(str(error.value))
         # The run itself writes on in the background.
-        assert before.keys() <= tree(folder).keys()
+        assert before <= set(os.listdir(folder))
 
     compress(dense, out, type="Q8_0", overwrite=True, progress=meanwhile)
     assert len(refused) == 4

@@ -74,9 +74,9 @@ def evaluate(
     for text in texts:
         check_text(text, checked.data)
     for model in models:
-        found = find_model(model, trusted)
+        found = find_model(model, trusted, note)
         if reference is not None:
-            check_reference(found, find_model(reference, trusted))
+            check_reference(found, find_model(reference, trusted, note))
     task_run = None if tasks is None else prepare_tasks(models, tasks, **of_tasks)
     scores: dict[str, list[PerplexityResult]] = {model: [] for model in models}
     with process_group(rank_timeout) as ranks:

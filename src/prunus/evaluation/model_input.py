@@ -97,13 +97,18 @@ class ModelInput:
             ) from fault
 
 
-def find_model(model: Any, trust_remote_code: bool = False) -> ModelInput:
-    """Find a model, and check its kind. Reads no weights of a folder; those loaded are numbers."""
+def find_model(
+    model: Any, trust_remote_code: bool = False, say: Callable[[str], None] | None = None
+) -> ModelInput:
+    """Find a model, and check its kind; loaded weights must be numbers.
+
+    Reads no weights of a folder. `say` is called with a line of text before a GGUF file is read.
+    """
     if isinstance(model, nn.Module):
         name = str(getattr(model, "name_or_path", "")) or type(model).__name__
         check_finite(dict(model.named_parameters()), f"{name}: ")
         return ModelInput(name, None, model, trust_remote_code)
-    folder = find_folder(model)
+    folder = find_folder(model, say)
     if is_adapter(folder):
         check_adapter(folder, trust_remote_code)
     require_causal(_config(folder, trust_remote_code), "scoring on text")

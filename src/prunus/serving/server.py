@@ -49,7 +49,7 @@ def serve(
             the address cannot be used.
     """
     _require_libraries()
-    folder = find_folder(model)
+    folder = find_folder(model, log)
     if is_adapter(folder):
         raise ValueError(
             f"{model} is an adapter, which transformers serve does not load: merge it into its "
