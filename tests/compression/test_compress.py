@@ -4,6 +4,7 @@ import fnmatch
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -199,7 +200,9 @@ def test_plan_predicts_the_size_of_the_result(dense, compressed, tmp_path, optio
     parts = CompressionRecord.load(out).size.parts
     assert planned["file"]["parts"].keys() == parts.keys()
     facts = dict(plan_facts(planned).items)
-    assert "bits per parameter of the whole model" in facts["result"]
+    assert (
+        "bits per parameter of the file, 4.000 bits per weight of the linears." in facts["result"]
+    )
     assert all(what in facts["parts of it"] for what in parts)
 
 
@@ -212,7 +215,7 @@ def test_plan_counts_the_measurement(dense):
         for recipe, stored in ((packed, PackedFormat(packed)), (pruned, PlainTensors()))
     ]
     weights = [dict(plan_facts(describe_plan(job)).items)["weights"] for job in jobs]
-    assert "4 bits each" in weights[0] and "are removed" in weights[1]
+    assert "at 4 bits per weight" in weights[0] and "are removed" in weights[1]
     memory = measuring_memory(jobs[0], quantizes=True)
     # Two blocks, six windows of 16 tokens, 64 numbers of the dtype of the computation.
     assert memory.hidden == 2 * 6 * 16 * 64 * jobs[0].dtype.itemsize
@@ -246,8 +249,12 @@ def test_what_takes_the_bytes_of_the_file_is_said(dense, compressed, tmp_path):
         words = " ".join(size.sentences())
         assert f"{nbytes / 1e3:.1f} kB of {embeddings}" in words
         assert words in (folder / "README.md").read_text()
-        assert words in " ".join(CompressionRecord.load(folder).table().note.splitlines())
-    assert words in " ".join(call("report", tmp_path / "out").stdout.split())
+        record = CompressionRecord.load(folder)
+        both = " ".join(record.size.sentences(record.all_totals()["bits"]))
+        assert both in " ".join(record.table().note.splitlines())
+        each = r"[\d.]+ bits per parameter of the file, [\d.]+ bits per weight of the linears\."
+        assert re.search(each, both)
+    assert both in " ".join(call("report", tmp_path / "out").stdout.split())
 
 
 def test_the_card_says_bits_and_zeros_and_no_method_that_chose_nothing(dense, compressed, tmp_path):
@@ -274,7 +281,9 @@ def test_tables_and_reports_say_bits_and_zeros(compressed, dense, tmp_path):
     section = run_section(manifest)
     assert section.title == "dense: 4 bits per weight"
     facts = dict(section.parts[0].items)
-    assert facts["bits per weight"] == f"{manifest.totals['bits']:.3f} (asked for: 4)"
+    assert (
+        facts["bits per weight of the linears"] == f"{manifest.totals['bits']:.3f} (asked for: 4)"
+    )
     titles = [part.title for part in section.details]
     assert "Bits per weight per block and linear" in titles
     call("report", compressed, "-o", tmp_path / "page.html")

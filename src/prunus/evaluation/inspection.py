@@ -112,11 +112,19 @@ class Inspection:
         ]
         total = {"linear": "all", "out × in": f"{self.weights:,} weights", "zeros": self.sparsity}
         verified = f"shards that have the bytes that were written: {self.verified}"
+        notes = [
+            *(
+                ["bits: per weight of a linear, with its scales, steps and mask"]
+                if self.bits
+                else []
+            ),
+            *([] if self.verified is None else [verified]),
+        ]
         return table_of(
             f"{self.model}: {self.blocks} blocks",
             rows,
             {"zeros": ".2%", "bits": ".3f"},
-            "" if self.verified is None else verified,
+            "\n".join(notes),
             total | {"bits": self.bits},
         )
 

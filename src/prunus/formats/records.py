@@ -29,12 +29,14 @@ class FileSize(Part):
         bits = 8 * after / parameters
         return cls(**sizes, bits_per_parameter=bits, parts=dict(parts.most_common()))
 
-    def sentences(self) -> list[str]:
-        """The sizes for people."""
+    def sentences(self, linear_bits: float | None = None) -> list[str]:
+        """The sizes for people. `linear_bits` is the mean of the linears, in bits per weight."""
         parts = [f"{in_bytes(nbytes)} of {what}" for what, nbytes in self.parts.items()]
         return [
             f"The file takes {in_bytes(self.after)}, and took {in_bytes(self.before)} before: "
-            f"{self.bits_per_parameter:.2f} bits per parameter of the whole model.",
+            f"{self.bits_per_parameter:.2f} bits per parameter of the file"
+            + ("" if linear_bits is None else f", {linear_bits:.3f} bits per weight of the linears")
+            + ".",
             f"It holds {', '.join(parts)}.",
         ]
 
@@ -61,4 +63,7 @@ class CompressionRecord(PruningRecord):
         return self.recipe.target
 
     def _notes(self, totals: dict[str, Any]) -> list[str]:
-        return [*(self.size.sentences() if self.size else []), *super()._notes(totals)]
+        return [
+            *(self.size.sentences(totals.get("bits")) if self.size else []),
+            *super()._notes(totals),
+        ]

@@ -98,7 +98,10 @@ def _needs_import(installed: Distribution | None) -> str | None:
     if installed is None:
         return "prunus is found by its path and is not installed"
     if not installed.entry_points.select(group="torch.backends"):
-        return "this installation, as every editable one, has no entry point for torch"
+        return (
+            "this installation, as every editable one, has no entry point for torch; `pip install "
+            ".` in the clone, without -e, makes one that has"
+        )
     if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
         return "TORCH_DEVICE_BACKEND_AUTOLOAD=0 switches the entry points of torch off"
     return None

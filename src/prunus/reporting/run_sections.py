@@ -151,8 +151,15 @@ def _sizes(manifest: PruningRecord, totals: dict[str, Any]) -> list[tuple[str, s
     bits = "not known yet" if reached is None else f"{reached:.3f}"
     asked = f"{recipe.bits:g}" if recipe.bits else f"a file of {recipe.target}"
     return [
-        *([] if size is None else [("file", f"{in_bytes(size.after)} of {in_bytes(size.before)}")]),
-        ("bits per weight", f"{bits} (asked for: {asked})"),
+        *(
+            []
+            if size is None
+            else [
+                ("file", f"{in_bytes(size.after)} of {in_bytes(size.before)}"),
+                ("bits per parameter of the file", f"{size.bits_per_parameter:.2f}"),
+            ]
+        ),
+        ("bits per weight of the linears", f"{bits} (asked for: {asked})"),
         ("zeros", f"{totals['sparsity']:.2%}: {counts}"),
         *([("zeros by a mask", f"{forced:,}")] if forced else []),
     ]

@@ -47,7 +47,7 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
     if (file := plan.get("file")) is not None:
         from prunus.formats.records import FileSize
 
-        rows["result"], rows["parts of it"] = FileSize(**file).sentences()
+        rows["result"], rows["parts of it"] = FileSize(**file).sentences(plan.get("bits"))
     if (training := plan.get("training")) is not None:
         rows["training"] = (
             f"then {training['minutes']:g} min on {training['text']}, "
@@ -66,7 +66,7 @@ def _weights_of_plan(plan: dict[str, Any]) -> str:
     if plan.get("bits") is None:
         removed = f", of which {plan['to_remove']:,} are removed"
         return weights + (removed if plan["to_remove"] else "")
-    sizes = f"in {plan['bits']:.4g} bits each; embeddings and head "
+    sizes = f"at {plan['bits']:.4g} bits per weight; embeddings and head "
     sizes += "as they are" if plan["head_bits"] == "none" else f"in {plan['head_bits']}"
     if plan["to_remove"]:
         return f"{weights} {sizes}; {plan['to_remove']:,} at least become 0"
