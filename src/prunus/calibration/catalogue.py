@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-#: Source -> what it gives. A source that is none of these names is a path.
+#: Source -> what it gives, for people. FILE and FOLDER stand for a path: a source that is none of
+#: the other names is one.
 SOURCES = {
     "c4": "C4, English, first train shard: random windows of random documents, as in the papers",
     "wikitext2": "WikiText-2, train: random windows of the whole text",
@@ -16,10 +17,10 @@ SOURCES = {
     "or .safetensors with `input_ids` (windows, tokens)",
     "FOLDER": "for image classifiers: images, or a subfolder of images per class",
 }
-#: Sources that are texts with a part for calibration and a part for scoring.
+#: Sources that are texts with a part for calibration and a part for scoring; see `corpora.py`.
 CORPORA = ("c4", "wikitext2", "ptb", "python-docs", "python-code")
-#: What the source `mix` holds -> its share of the windows, in sum 1. Without a chat template, the
-#: share of the chats is prose.
+#: What the source `mix` holds -> its share of the windows, in sum 1. Without a chat template, prose
+#: gets the share of the chats as well.
 MIX = {"prose": 0.625, "chats": 0.125, "code": 0.25}
 #: The sources of text in one phrase, for help texts.
 CHOICES = f"{', '.join(CORPORA)}, mix, self or FILE"

@@ -3,6 +3,9 @@
 Each corpus has two parts that share no text: `calibration`, from which windows are drawn, and
 `scoring`, on which perplexity is measured. If a data folder with local datasets is given, all text
 comes from it, and the hub is never asked.
+
+The order of this file: where each part is read, the checks before a run, the text itself, and the
+library `datasets`.
 """
 
 from __future__ import annotations
@@ -27,11 +30,14 @@ from prunus.calibration.files import read_json_lines, read_text, require_library
 from prunus.hardware.errors import reason
 from prunus.model.loading import no_downloads
 
+#: The part of a corpus: to draw windows from, or to measure perplexity on.
 Part = Literal["calibration", "scoring"]
 
 
 @dataclass(frozen=True)
 class _LocalFile:
+    """A file of local datasets."""
+
     path: str  #: below the data folder
     note: str = ""  #: how its text differs from the original, for the reader of a result
     fields: tuple[str, ...] = ("text",)  #: fields of a JSON line that make up a document
@@ -41,21 +47,23 @@ class _LocalFile:
 class _Origin:
     """Where one part of a corpus is read."""
 
-    hub_name: str  #: for people
+    hub_name: str  #: what people call it
     hub: dict[str, Any]  #: arguments of `datasets.load_dataset`, apart from the split
-    split: str  #: of the data set
-    #: files of local datasets, the original first, then those that may stand in for it.
+    split: str  #: the split of the data set
+    #: files of local datasets: the original first, then those that are read in its place.
     local: tuple[_LocalFile, ...]
     joiner: str = " "  #: what the code of SparseGPT and Wanda puts between two documents or lines
-    column: str = "text"  #: of the data set
+    column: str = "text"  #: the column of the data set that holds the text
 
 
 _WIKITEXT2 = {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"}
 # The repository is a loading script, which `datasets` no longer runs; the hub has a Parquet copy.
 _PTB = {"path": "ptb-text-only/ptb_text_only", "revision": "refs/convert/parquet"}
+# Names of files of C4, on the hub and in a data folder.
 _C4_TRAIN = "c4-train.00000-of-01024.json.gz"
 _C4_VALIDATION = "c4-validation.00000-of-00008.json.gz"
 
+# Corpus and part -> where its text is read. The corpora of Python need no entry.
 _ORIGINS: dict[tuple[str, Part], _Origin] = {
     ("c4", "calibration"): _Origin(
         "allenai/c4, en, train shard 0",
@@ -124,11 +132,16 @@ _NO_CODE = {
     "test", "tests", "encodings", "pydoc_data", "_casefix.py", "_opcode_metadata.py", "entities.py",
     "distutils", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtledemo",
 }  # fmt: skip
-_SMALLEST_MODULE = 4_000  # bytes; smaller ones do little but import others
+# Bytes. Smaller modules do little but import others.
+_SMALLEST_MODULE = 4_000
 
 
 def data_folder(data_dir: Path | None) -> Path | None:
-    """The folder of local datasets: `data_dir`, the folder in PRUNUS_DATA, or None without both."""
+    """The folder of local datasets: `data_dir`, the folder in PRUNUS_DATA, or None without both.
+
+    Raises:
+        FileNotFoundError: The folder does not exist.
+    """
     origin = "the data folder" if data_dir is not None else "the data folder in PRUNUS_DATA"
     named = data_dir if data_dir is not None else os.environ.get("PRUNUS_DATA")
     if not named:
@@ -141,7 +154,17 @@ def data_folder(data_dir: Path | None) -> Path | None:
 
 
 def check_corpus(name: str, part: Part, data_dir: Path | None) -> None:
-    """Check that `load_corpus` has the file or the library that it needs. Asks no network."""
+    """Check that `load_corpus` has the file or the library that it needs. Asks no network.
+
+    Args:
+        name: One of `CORPORA`.
+        part: The part that will be loaded.
+        data_dir: As for `data_folder`.
+
+    Raises:
+        FileNotFoundError: The data folder, or the file in it, does not exist.
+        ModuleNotFoundError: A library is not installed, or this Python comes without the text.
+    """
     missing = ""
     if name == "python-docs" and importlib.util.find_spec("pydoc_data") is None:
         missing = "pydoc_data"
@@ -156,7 +179,18 @@ def check_corpus(name: str, part: Part, data_dir: Path | None) -> None:
 
 
 def load_corpus(name: str, part: Part, data_dir: Path | None) -> Text:
-    """The text of one part of a corpus. As in the papers, WikiText-2 and PTB are one text each."""
+    """The text of one part of a corpus. As in the papers, WikiText-2 and PTB are one text each.
+
+    Args:
+        name: One of `CORPORA`.
+        part: The part to load.
+        data_dir: As for `data_folder`.
+
+    Raises:
+        FileNotFoundError, ModuleNotFoundError: As `check_corpus`.
+        ValueError: A local file is damaged.
+        OSError: The hub cannot be reached, and nothing was downloaded earlier.
+    """
     check_corpus(name, part, data_dir)
     if name == "python-docs":
         source = f"python-docs ({part} half of pydoc_data.topics, repeated paragraphs dropped)"
@@ -166,10 +200,12 @@ def load_corpus(name: str, part: Part, data_dir: Path | None) -> Text:
         source = f"python-code ({len(modules)} modules of Python {platform.python_version()})"
         return Text(modules, "\n\n", source, by_document=True, joins_short=True)
     origin = _ORIGINS[name, part]
-    if (found := _local_file(name, part, data_dir)) is None:
-        documents, described = _from_hub(name, origin), f"{origin.hub_name}, from the hub"
+    path_and_file = _local_file(name, part, data_dir)
+    if path_and_file is None:
+        documents = _from_hub(name, origin)
+        described = f"{origin.hub_name}, from the hub"
     else:
-        path, local = found
+        path, local = path_and_file
         described = f"{local.path}: {local.note}" if local.note else local.path
         if ".json" in path.name:
             documents = read_json_lines(path, local.fields)
@@ -181,7 +217,7 @@ def load_corpus(name: str, part: Part, data_dir: Path | None) -> Text:
 
 
 def _local_file(name: str, part: Part, data_dir: Path | None) -> tuple[Path, _LocalFile] | None:
-    """The file of the data folder to read; None if there is no data folder."""
+    """The file of the data folder to read, with its path; None if there is no data folder."""
     folder = data_folder(data_dir)
     if folder is None:
         return None
@@ -189,9 +225,9 @@ def _local_file(name: str, part: Part, data_dir: Path | None) -> tuple[Path, _Lo
     for local in candidates:
         if (path := folder / local.path).is_file():
             return path, local
-    wanted = " or ".join(local.path for local in candidates)
+    names = " or ".join(local.path for local in candidates)
     raise FileNotFoundError(
-        f"{folder}: {name} for {part} needs {wanted} in this data folder, which is not there"
+        f"{folder}: {name} for {part} needs {names} in this data folder, which is not there"
     )
 
 
@@ -226,13 +262,17 @@ def python_docs(part: Part) -> list[str]:
             if bare and bare not in seen:
                 seen.add(bare)
                 paragraphs.append(paragraph)
+    # The number of characters up to the end of each paragraph.
     ends = list(accumulate(map(len, paragraphs)))
     cut = bisect_left(ends, ends[-1] / 2) + 1
     return paragraphs[:cut] if part == "calibration" else paragraphs[cut:]
 
 
 def python_code(part: Part) -> list[str]:
-    """The source code of the modules in one part of Python's standard library."""
+    """The source code of the modules in one part of Python's standard library.
+
+    The modules of `_SCORED_MODULES` are for scoring, and the others are for calibration.
+    """
     # As text, so that it has the same line ends on every system.
     return [path.read_text(encoding="utf-8") for path in _library_modules(part)]
 
@@ -263,14 +303,14 @@ def _from_hub(name: str, origin: _Origin) -> Sequence[str]:
     try:
         with no_downloads(config, not _answers(config.HF_ENDPOINT)):
             # The column is not a list: a shard of C4 never lies in memory as Python strings.
-            found: Sequence[str] = load_dataset(**origin.hub, split=origin.split)[origin.column]
+            column: Sequence[str] = load_dataset(**origin.hub, split=origin.split)[origin.column]
     except Exception as error:  # the library raises errors of many kinds: network, cache, its own
         raise OSError(
             f"{name} could not be loaded from the hub ({reason(error)}). These "
             "sources need no network: python-docs, a file of text, self (calibration only), and a "
             f"data folder (`data` or PRUNUS_DATA) that holds {origin.local[0].path}"
         ) from error
-    return found
+    return column
 
 
 def _answers(address: str) -> bool:
@@ -287,7 +327,7 @@ def _answers(address: str) -> bool:
 
 
 def dataset_of(rows: list[dict[str, Any]]) -> Any:
-    """Rows as a `datasets.Dataset` in memory."""
+    """Rows, which have the same columns, as a `datasets.Dataset` in memory."""
     import datasets
 
     return datasets.Dataset.from_list(rows)

@@ -1,7 +1,7 @@
 """Random windows of token ids, cut out of documents or out of one long text.
 
-This file does not know where text is read. All randomness comes from the `random.Random` that
-the caller passes.
+This file does not know where text is read. All randomness comes from the seed, or from the
+`random.Random`, that the caller passes.
 
 Shape suffixes: N windows, S tokens per window (seqlen), T tokens of a text.
 """
@@ -30,16 +30,27 @@ class TextTooShort(ValueError):  # noqa: N818
 
 @dataclass(frozen=True)
 class Text:
-    """The text of a source."""
+    """The text of a source, and how windows are drawn out of it.
 
-    documents: Sequence[str]  #: documents, lines or sentences, as the source has them
-    joiner: str  #: what is between two of them in the whole text
-    source: str  #: where they come from, for people
-    by_document: bool = False  #: windows are drawn of single documents, and not of the whole text
-    #: Where no document is longer than a window, windows are drawn of all documents together.
+    Attributes:
+        documents: Documents, lines or sentences, as the source has them.
+        joiner: What is between two of them in the whole text.
+        source: Where they come from, for people.
+        by_document: Whether windows are drawn out of single documents. If not, they are drawn out
+            of the whole text.
+        joins_short: With `by_document`: where no document is longer than a window, windows are
+            drawn out of all documents together. If not, that is an error.
+        from_start: Whether windows of single documents are their first tokens.
+        share: The share of the windows of a source with several texts.
+    """
+
+    documents: Sequence[str]
+    joiner: str
+    source: str
+    by_document: bool = False
     joins_short: bool = False
-    from_start: bool = False  #: windows of single documents are their first tokens
-    share: float = 1.0  #: of the windows of a source with several texts
+    from_start: bool = False
+    share: float = 1.0
 
     def whole(self) -> str:
         """All documents as one string.
@@ -62,9 +73,12 @@ def in_turn(texts: Sequence[Text]) -> Iterator[int]:
     """
     *ends, _ = itertools.accumulate(text.share for text in texts)
     for window in itertools.count():
-        point, direction = 0, 2**31
+        # The point in units of 2⁻³²: the exclusive or of the direction numbers of the set bits.
+        point = 0
+        direction = 2**31
         for bit in reversed(f"{window:b}"):
-            point ^= direction * int(bit)
+            if bit == "1":
+                point ^= direction
             direction ^= direction >> 1
         yield bisect(ends, point / 2**32)
 
@@ -72,21 +86,38 @@ def in_turn(texts: Sequence[Text]) -> Iterator[int]:
 def draw_windows(
     texts: Sequence[Text], tokenizer: Any, *, samples: int, seqlen: int, seed: int
 ) -> tuple[torch.Tensor, str]:
-    """Random windows (N, S) of texts in turn, and where they come from, for people."""
+    """Random windows of texts in turn.
+
+    Args:
+        texts: The texts, whose shares sum to 1.
+        tokenizer: A tokenizer of transformers.
+        samples: N, the number of windows of all texts.
+        seqlen: S, the tokens per window.
+        seed: Every text starts from the same seed, so its windows depend on their number alone.
+
+    Returns:
+        Windows (N, S) int64, and where they come from, for people.
+
+    Raises:
+        ValueError: A text is too short; the message names its source.
+    """
     text_N = torch.tensor(list(itertools.islice(in_turn(texts), samples)))
     ids_NS = torch.empty((samples, seqlen), dtype=torch.int64)
     described = []
     for number, text in enumerate(texts):
-        here_N = text_N == number
-        if count := int(here_N.sum()):
+        of_text_N = text_N == number
+        if count := int(of_text_N.sum()):
             sizes = {"samples": count, "seqlen": seqlen, "rng": random.Random(seed)}
-            ids_NS[here_N], source = _draw_windows(text, tokenizer, **sizes)
+            ids_NS[of_text_N], source = _draw_windows(text, tokenizer, **sizes)
             described.append(source)
     return ids_NS, "; ".join(described)
 
 
 def _draw_windows(text: Text, tokenizer: Any, **sizes: Any) -> tuple[torch.Tensor, str]:
-    """Random windows (N, S) of one text, and where they come from, for people."""
+    """Random windows (N, S) of one text, and where they come from, for people.
+
+    `sizes` are `samples`, `seqlen` and `rng` of `windows_from_stream`.
+    """
     try:
         if not text.by_document:
             tokens = encode(tokenizer, text.whole())
@@ -108,7 +139,7 @@ def _draw_windows(text: Text, tokenizer: Any, **sizes: Any) -> tuple[torch.Tenso
 
 
 def encode(tokenizer: Any, text: str) -> torch.Tensor:
-    """Token ids of a text, (T,) int64, with the special tokens that the tokenizer adds."""
+    """Token ids of a text, (T,) int64, with the special tokens that the tokenizer adds to it."""
     # verbose=False: transformers would warn that the text is longer than the model's context.
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 
@@ -116,7 +147,13 @@ def encode(tokenizer: Any, text: str) -> torch.Tensor:
 def encode_documents(
     documents: Sequence[str], order: Sequence[int], tokenizer: Any
 ) -> Iterator[torch.Tensor]:
-    """Yield the token ids of documents in some order, (T,) int64 each; reads a few at a time."""
+    """Yield the token ids of documents in some order, (T,) int64 each; reads a few at a time.
+
+    Args:
+        documents: A document is read when it is indexed.
+        order: Numbers of documents.
+        tokenizer: A tokenizer of transformers.
+    """
     for batch in (order[first : first + _BATCH] for first in range(0, len(order), _BATCH)):
         for ids in tokenizer([documents[index] for index in batch], verbose=False)["input_ids"]:
             yield torch.tensor(ids, dtype=torch.int64)
@@ -141,8 +178,20 @@ def windows_from_documents(
     replacement. Only when all have been drawn, the long ones are used again, each time with a
     window that starts elsewhere. Only documents that are drawn are tokenised.
 
+    Args:
+        documents: A document is read when it is drawn.
+        tokenizer: A tokenizer of transformers.
+        samples: N, the number of windows.
+        seqlen: S, the tokens per window.
+        rng: Decides documents and starts.
+        from_start: Whether a window can only start at the first token of its document.
+
     Returns:
         Windows (N, S) int64, and the number of documents that they come from.
+
+    Raises:
+        TextTooShort: No document is longer than a window.
+        ValueError: The documents have fewer different windows than `samples`.
 
     Here every letter is a token:
 
@@ -157,6 +206,7 @@ def windows_from_documents(
     rows: list[torch.Tensor] = []
     # Per document that gave a window: its tokens, and other starts to use if windows run short.
     reserve: list[tuple[torch.Tensor, Iterator[int]]] = []
+    # How many different windows the documents so far have.
     different = 0
     longest = 0
     order = rng.sample(range(len(documents)), len(documents))
@@ -193,8 +243,17 @@ def windows_from_stream(
 ) -> torch.Tensor:
     """Random windows of one long text, with different starts; they may overlap.
 
+    Args:
+        tokens_T: int64, the token ids of the text.
+        samples: N, the number of windows.
+        seqlen: S, the tokens per window.
+        rng: Decides the starts.
+
     Returns:
         (N, S) int64.
+
+    Raises:
+        ValueError: The text has fewer different windows than `samples`.
 
     >>> windows_from_stream(torch.arange(100), samples=2, seqlen=4, rng=random.Random(0))
     tensor([[49, 50, 51, 52],

@@ -1,4 +1,8 @@
-"""Text and token ids from files: plain text, JSON lines, Parquet, safetensors."""
+"""Text and token ids from files: plain text, JSON lines, Parquet, safetensors.
+
+A file of a user may be damaged, or made to do harm. So nothing in it is executed, a compressed file
+is given up once it becomes far larger than text does, and every error names the file.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,14 @@ from typing import Any, NoReturn
 
 import torch
 
-#: A compressed file may hold this many bytes of text, or this many times its own size.
-_SMALL_TEXT, _MAX_RATIO = 2**26, 64
+# A compressed file may always hold this many bytes of text.
+_SMALL_TEXT = 2**26
+# A larger text may have this many times the size of its compressed file.
+_MAX_RATIO = 64
 _PIECE = 2**20  # bytes to decompress at a time
 _ROWS = 1024  # rows of a Parquet file to read at a time
 
+#: How the names of files of text or token ids may end.
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet", ".safetensors")
 
 
@@ -23,6 +30,9 @@ def file_kind(path: Path) -> str:
     """What a file holds, by its name: `text`, `json`, `parquet` or `safetensors`.
 
     `.json.gz` counts as JSON lines, because the shards of C4 are called so.
+
+    Raises:
+        ValueError: The name has none of the `SUFFIXES`.
 
     >>> file_kind(Path("c4-train.00000-of-01024.json.gz"))
     'json'
@@ -37,7 +47,13 @@ def file_kind(path: Path) -> str:
 
 
 def check_file(path: Path) -> None:
-    """Check that `path` is a non-empty file of a known kind. Opens nothing."""
+    """Check that `path` is a non-empty file of one of the kinds here. Opens nothing.
+
+    Raises:
+        ValueError: The name does not say what the file holds, or the file is empty.
+        FileNotFoundError: There is no such file.
+        ModuleNotFoundError: The library that reads this kind is not installed.
+    """
     what = file_kind(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -57,6 +73,10 @@ def read_documents(path: Path) -> list[str]:
     """The documents of a text file, without empty ones.
 
     A `.txt` file is one document. In the other formats every line or row is one.
+
+    Raises:
+        ValueError, FileNotFoundError, ModuleNotFoundError: As `check_file`. ValueError also where
+            the file is damaged, holds no text, or grows too much when it is decompressed.
     """
     check_file(path)
     match file_kind(path):
@@ -75,7 +95,11 @@ def read_documents(path: Path) -> list[str]:
 
 
 def read_text(path: Path) -> str:
-    """The whole of a text file, decompressed if its name ends in `.gz`. Keeps line ends."""
+    """The whole of a text file, decompressed if its name ends in `.gz`. Keeps line ends.
+
+    Raises:
+        ValueError: The file is damaged or not UTF-8, or grows too much when it is decompressed.
+    """
     try:
         data = _decompress(path) if path.name.lower().endswith(".gz") else path.read_bytes()
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -104,7 +128,9 @@ def _refuse_large(path: Path) -> NoReturn:
 
 def _decompress(path: Path) -> bytes:
     """The content of a gzip file, read piece by piece so that its size is known in time."""
-    largest, pieces, total = _max_text(path), [], 0
+    largest = _max_text(path)
+    pieces = []
+    total = 0
     with gzip.open(path) as file:
         while piece := file.read(_PIECE):
             pieces.append(piece)
@@ -115,7 +141,12 @@ def _decompress(path: Path) -> bytes:
 
 
 def read_json_lines(path: Path, fields: tuple[str, ...] = ("text",)) -> list[str]:
-    """One string per non-blank line: the values of `fields` of its JSON object, concatenated."""
+    """One string per non-blank line: the values of `fields` of its JSON object, concatenated.
+
+    Raises:
+        ValueError: A line is not a JSON object with text in all fields (the message has its
+            number), or as `read_text`.
+    """
     documents = []
     # Not splitlines: JSON strings may hold U+2028 and other characters that it treats as line ends.
     for number, line in enumerate(read_text(path).split("\n"), start=1):
@@ -128,13 +159,14 @@ def read_json_lines(path: Path, fields: tuple[str, ...] = ("text",)) -> list[str
         values = [record.get(field) for field in fields] if isinstance(record, dict) else []
         texts = [value for value in values if isinstance(value, str)]
         if len(texts) < len(fields):
-            wanted = " and ".join(repr(field) for field in fields)
-            raise ValueError(f"{path}, line {number}: expected a JSON object with text in {wanted}")
+            names = " and ".join(repr(field) for field in fields)
+            raise ValueError(f"{path}, line {number}: expected a JSON object with text in {names}")
         documents.append("".join(texts))
     return documents
 
 
 def _read_parquet(path: Path) -> list[str]:
+    """The values of the column `text` of a Parquet file, without missing ones."""
     import pyarrow
     import pyarrow.parquet
 
@@ -149,7 +181,7 @@ def _read_parquet(path: Path) -> list[str]:
             kind = kind.value_type
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
             raise ValueError(f"{path}: the column 'text' holds something other than text")
-        _check_stored_text(path, table.metadata)
+        _check_uncompressed_size(path, table.metadata)
         # A value that is stored once for many rows stays so until its size is known.
         table = pyarrow.parquet.ParquetFile(path, read_dictionary=["text"])
         left = _max_text(path)
@@ -163,14 +195,14 @@ def _read_parquet(path: Path) -> list[str]:
     return documents
 
 
-def _check_stored_text(path: Path, metadata: Any) -> None:
+def _check_uncompressed_size(path: Path, metadata: Any) -> None:
     """Refuse a file that is larger than its limit before it is decompressed.
 
     All columns count: pyarrow ends the process where the metadata of a single one is damaged.
     """
     groups = range(metadata.num_row_groups)
-    stored = [max(0, metadata.row_group(group).total_byte_size) for group in groups]
-    if sum(stored) > _max_text(path):
+    sizes = [max(0, metadata.row_group(group).total_byte_size) for group in groups]
+    if sum(sizes) > _max_text(path):
         _refuse_large(path)
 
 
@@ -186,7 +218,12 @@ def _text_bytes(column: Any) -> int:
 
 
 def read_ids(path: Path) -> torch.Tensor:
-    """The tensor `input_ids` of a safetensors file, (windows, tokens) int64."""
+    """The tensor `input_ids` of a safetensors file, (windows, tokens) int64.
+
+    Raises:
+        ValueError, FileNotFoundError: As `check_file`. ValueError also where the file is damaged
+            or has no such tensor, and where the tensor is empty or does not hold token ids.
+    """
     from safetensors import SafetensorError, safe_open
 
     check_file(path)

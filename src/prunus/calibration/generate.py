@@ -16,7 +16,8 @@ import torch
 
 from prunus.calibration.windows import Bos, bos_token, check_context
 
-_BATCH = 32  # windows to write together; their key-value caches are in memory at the same time
+# Windows to write together. Their key-value caches are in memory at the same time.
+_BATCH = 32
 
 
 def start_token(model: Any, tokenizer: Any, bos: Bos) -> int | None:
@@ -26,6 +27,14 @@ def start_token(model: Any, tokenizer: Any, bos: Bos) -> int | None:
     BOS of the configuration. A model that never saw BOS before text would write text unlike its
     training data, and some instruction-tuned models answer BOS with the same system prompt every
     time.
+
+    Args:
+        model: A causal LM.
+        tokenizer: Its tokenizer; None if it has none.
+        bos: What the user chooses.
+
+    Raises:
+        ValueError: `bos` is "yes", and neither tokenizer nor configuration has a BOS token.
     """
     if tokenizer is not None or bos == "no":
         return bos_token(tokenizer, bos)
@@ -36,7 +45,15 @@ def start_token(model: Any, tokenizer: Any, bos: Bos) -> int | None:
 def first_ids(
     model: Any, tokenizer: Any, samples: int, rng: random.Random, token: int | None
 ) -> torch.Tensor:
-    """The token (N,) int64 that starts each window: `token`, or a random ordinary one each."""
+    """The token that starts each window, (N,) int64.
+
+    Args:
+        model: A causal LM, whose embedding says which tokens there are.
+        tokenizer: Its tokenizer, whose special tokens are left out; None if it has none.
+        samples: N, the number of windows.
+        rng: Draws the random tokens.
+        token: The token of all windows; None for a random ordinary token per window.
+    """
     if token is not None:
         return torch.full((samples,), token, dtype=torch.int64)
     size = model.get_input_embeddings().num_embeddings
@@ -53,14 +70,24 @@ def write_windows(model: Any, first_N: torch.Tensor, *, seqlen: int, seed: int) 
     """Continue each first token to a window (N, S) int64 on the CPU, by sampling at temperature 1.
 
     The same seed gives the same windows on the same kind of device. The global random state stays
-    as it was, and so does `model`, a causal LM that runs on its device in evaluation mode.
+    as it was, and so does the model, which runs on its device in evaluation mode.
+
+    Args:
+        model: A causal LM.
+        first_N: int64, the first tokens, which are part of the windows.
+        seqlen: S, the tokens per window.
+        seed: Seeds the sampling.
+
+    Raises:
+        ValueError: Windows are longer than the context of the model, or its logits are not finite.
     """
     from transformers import GenerationConfig
 
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     check_context(positions, seqlen)
     device = model.get_input_embeddings().weight.device
-    kept_config, was_training = model.generation_config, model.training
+    original_config = model.generation_config
+    was_training = model.training
     # Replace the settings of the model rather than pass them: generate() fills what an argument
     # leaves open, such as the end-of-text token or top_p, from the model's own settings.
     model.generation_config = GenerationConfig(
@@ -78,7 +105,7 @@ def write_windows(model: Any, first_N: torch.Tensor, *, seqlen: int, seed: int) 
                 )
                 written.append(ids_BS.cpu())
     finally:
-        model.generation_config = kept_config
+        model.generation_config = original_config
         model.train(was_training)
     return torch.cat(written)
 

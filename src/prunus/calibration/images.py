@@ -16,11 +16,18 @@ from typing import Any
 
 import torch
 
+#: How the names of images may end.
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The images of a folder, by class and name. Opens none."""
+    """The images of a folder, by class and name. Opens none.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ModuleNotFoundError: Pillow is not installed.
+        ValueError: The folder holds no images, or images next to folders of images.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder} is not a folder of images: give one with images in it, or with a subfolder "
@@ -32,24 +39,30 @@ def list_images(folder: Path) -> list[Path]:
     classes = sorted(
         (path for path in folder.iterdir() if path.is_dir()), key=lambda path: path.name
     )
-    found = [image for each in classes for image in _images_in(each)]
-    if flat and found:
+    by_class = [image for subfolder in classes for image in _images_in(subfolder)]
+    if flat and by_class:
         raise ValueError(
             f"{folder} holds images ({flat[0].name}) next to folders of images "
-            f"({found[0].parent.name}): keep either"
+            f"({by_class[0].parent.name}): keep either"
         )
-    if not flat and not found:
+    if not flat and not by_class:
         raise ValueError(f"{folder} holds no images: names must end in {', '.join(SUFFIXES)}")
-    return flat or found
+    return flat or by_class
 
 
 def _images_in(folder: Path) -> list[Path]:
+    """The images directly in a folder, by name."""
     files = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     return sorted(filter(Path.is_file, files), key=lambda path: path.name)
 
 
 def draw_images(folder: Path, samples: int, seed: int) -> list[Path]:
-    """`samples` different images of a folder, at random; the same seed draws the same."""
+    """`samples` different images of a folder, at random; the same seed draws the same.
+
+    Raises:
+        FileNotFoundError, ModuleNotFoundError, ValueError: As `list_images`. ValueError also where
+            the folder holds fewer images.
+    """
     paths = list_images(folder)
     if len(paths) < samples:
         raise ValueError(
@@ -59,10 +72,18 @@ def draw_images(folder: Path, samples: int, seed: int) -> list[Path]:
 
 
 def read_images(paths: Sequence[Path], processor: Any) -> torch.Tensor:
-    """Pixel values (N, channels, height, width), float32, by the model's image processor."""
+    """Pixel values (N, channels, height, width), float32, by the model's image processor.
+
+    Args:
+        paths: The files of the images.
+        processor: An image processor of transformers.
+
+    Raises:
+        ValueError: A file is not an image, or the processor leaves images in several sizes.
+    """
     from PIL import Image
 
-    found: list[torch.Tensor] = []
+    images: list[torch.Tensor] = []
     for path in paths:
         try:
             with Image.open(path) as image:
@@ -70,11 +91,11 @@ def read_images(paths: Sequence[Path], processor: Any) -> torch.Tensor:
         except (OSError, ValueError, SyntaxError) as fault:  # Pillow's decoders raise all of these
             raise ValueError(f"{path} cannot be read as an image: {fault}") from fault
         pixels = processor(colours, return_tensors="pt")["pixel_values"][0].float()
-        if found and pixels.shape != found[0].shape:
+        if images and pixels.shape != images[0].shape:
             raise ValueError(
                 f"{path} becomes {tuple(pixels.shape)} pixel values, the images before it "
-                f"{tuple(found[0].shape)}: the image processor must resize or crop all images to "
+                f"{tuple(images[0].shape)}: the image processor must resize or crop all images to "
                 "one size"
             )
-        found.append(pixels)
-    return torch.stack(found)
+        images.append(pixels)
+    return torch.stack(images)

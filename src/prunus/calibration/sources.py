@@ -1,10 +1,13 @@
 """The sources of calibration windows: each says what it takes and refuses, and draws windows.
 
-    find_source(given) ► source.check(wanted, images) ► source.draw(wanted) ► Windows
+    find_source(choice) ► source.check(request, images) ► source.draw(request) ► Windows
 
 `SOURCES` in `catalogue.py` names those that a user can choose. A program may also give token ids,
 pixel values or texts: strings, rows of a data set with a column `text` or `messages`, or chats,
 which the tokenizer's chat template turns into text.
+
+A `request` says which windows a run wants. A source without a public name is only made by
+`find_source`, at the end of this file.
 
 Shape suffixes: N samples (windows), S tokens per window (seqlen).
 """
@@ -40,84 +43,102 @@ from prunus.hardware.errors import did_you_mean, reason
 from prunus.hardware.sizes import counted
 from prunus.model.tokenizer import apply_chat_template
 
-_WANTED = (
+# What `calibration` may be, for errors.
+_CHOICES = (
     "calibration takes the name of a source, token ids (samples, seqlen), or texts: strings, rows "
     "with a column text or messages, or chats (lists of messages with role and content)"
 )
 
 
-def are_texts(given: Any) -> TypeGuard[Sequence[Any]]:
-    """Whether `given` is a list or a data set, and not the name of a source or a tensor.
+def are_texts(value: Any) -> TypeGuard[Sequence[Any]]:
+    """Whether `value` is a list or a data set, and not the name of a source, a tensor or None.
+
+    Raises:
+        TypeError: It is none of these, such as a stream, or the parts of a data set in a mapping.
 
     >>> are_texts(["one text", "another"]), are_texts("c4"), are_texts(None)
     (True, False, False)
     """
-    if given is None or isinstance(given, str | Path | torch.Tensor):
+    if value is None or isinstance(value, str | Path | torch.Tensor):
         return False
     hint = ""
-    if isinstance(given, Mapping):
-        hint = f". Choose one of its parts: {', '.join(map(str, list(given)[:5]))}"
-    elif hasattr(given, "__getitem__") and hasattr(given, "__len__"):
+    if isinstance(value, Mapping):
+        hint = f". Choose one of its parts: {', '.join(map(str, list(value)[:5]))}"
+    elif hasattr(value, "__getitem__") and hasattr(value, "__len__"):
         return True
-    elif hasattr(given, "__iter__"):
+    elif hasattr(value, "__iter__"):
         hint = ". A stream has no end: take a list of its first rows, with itertools.islice"
-    raise TypeError(f"{_WANTED}, not {_kind(given)}{hint}")
+    raise TypeError(f"{_CHOICES}, not {_kind(value)}{hint}")
 
 
 class Documents(Sequence[str]):
     """The documents of texts that a program gives; each is read when it is drawn.
 
+    Indexing raises TypeError where an entry is not a text, a row or a chat, and ValueError where it
+    is a chat and the tokenizer has no chat template.
+
+    Args:
+        texts: Strings, rows of a data set with a column `text` or `messages`, or chats.
+        tokenizer: The tokenizer whose template turns chats into text; None if there is none.
+
     >>> Documents(["one", {"text": "two"}], None)[1]
     'two'
     """
 
-    def __init__(self, given: Any, tokenizer: Any) -> None:
-        self._given, self._tokenizer = given, tokenizer
+    def __init__(self, texts: Any, tokenizer: Any) -> None:
+        self._texts = texts
+        self._tokenizer = tokenizer
 
     def __len__(self) -> int:
-        return len(self._given)
+        return len(self._texts)
 
-    def __getitem__(self, place: Any) -> Any:
-        given = entry = self._given[place]
-        what = _kind(given)
-        if isinstance(given, Mapping):
-            entry = given["text"] if isinstance(given.get("text"), str) else given.get("messages")
-            what = f"a row with the columns {', '.join(map(str, given))}"
-        if isinstance(entry, str):
-            return entry
-        if not _is_chat(entry):
-            raise TypeError(f"calibration text {place} is {what}; {_WANTED}")
+    def __getitem__(self, index: Any) -> Any:
+        entry = text = self._texts[index]
+        what = _kind(entry)
+        if isinstance(entry, Mapping):
+            text = entry["text"] if isinstance(entry.get("text"), str) else entry.get("messages")
+            what = f"a row with the columns {', '.join(map(str, entry))}"
+        if isinstance(text, str):
+            return text
+        if not _is_chat(text):
+            raise TypeError(f"calibration text {index} is {what}; {_CHOICES}")
         if not getattr(self._tokenizer, "chat_template", None):
             raise ValueError(
                 "the calibration holds chat messages, and the tokenizer has no chat template; give "
                 "texts instead, or a tokenizer with a template"
             )
-        return apply_chat_template(self._tokenizer, entry, answer_follows=False)
+        return apply_chat_template(self._tokenizer, text, answer_follows=False)
 
 
 def _is_chat(entry: Any) -> bool:
+    """Whether a value is a list of messages with role and content."""
     return (
         isinstance(entry, list | tuple)
         and bool(entry)
-        and all(isinstance(one, Mapping) and {"role", "content"} <= set(one) for one in entry)
+        and all(isinstance(item, Mapping) and {"role", "content"} <= set(item) for item in entry)
     )
 
 
-def _kind(given: Any) -> str:
+def _kind(value: Any) -> str:
     """What a value is, in few words: an error never prints the content of a tensor or a list."""
-    if isinstance(given, torch.Tensor):
-        return f"a tensor {tuple(given.shape)}"
-    return f"a {type(given).__name__}"
+    if isinstance(value, torch.Tensor):
+        return f"a tensor {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
 
 
-#: What tensors that a program gives are called.
+#: What tensors that a program gives are called, in the place of the name of a source: integers, and
+#: floats.
 TENSORS = ("token ids", "pixel values")
 
 
 class Source(ABC):
-    """Where the windows of a run come from: `name` is for people, `images` for an image classifier.
+    """Where the windows of a run come from.
 
-    It `cuts` windows out of text where BOS may take the place of a first token.
+    Attributes:
+        name: The name of the source, a path, or what people call the data.
+        images: Whether it gives images, for an image classifier. Others give token ids.
+        cuts: Whether it cuts windows out of text, where BOS may take the place of a first token.
+            Windows of other sources stay as they are.
     """
 
     images = False
@@ -126,8 +147,17 @@ class Source(ABC):
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def check(self, wanted: Wanted, images: bool = False) -> None:
-        """Raise the errors of `draw` that can be found without reading text or the network."""
+    def check(self, request: Wanted, images: bool = False) -> None:
+        """Raise the errors of `draw` that can be found without reading text or the network.
+
+        Args:
+            request: The windows that a run asks for. Its tokenizer and its model are not called.
+            images: Whether the model is an image classifier.
+
+        Raises:
+            ValueError: The source does not suit the model, the request or its own file.
+            FileNotFoundError, ModuleNotFoundError: A file or a library that it needs is missing.
+        """
         if images and not self.images:
             raise ValueError(
                 f"an image classifier is calibrated on images, not on {self.name}: give a folder "
@@ -137,11 +167,18 @@ class Source(ABC):
         if self.images and not images:
             raise ValueError(f"this model takes text or token ids, and {self.name} gives images")
         if not self.cuts:
-            refuse_bos(self.name, wanted.bos)
+            refuse_bos(self.name, request.bos)
 
     @abstractmethod
-    def draw(self, wanted: Wanted) -> Windows:
-        """Draw the windows. `check` comes first."""
+    def draw(self, request: Wanted) -> Windows:
+        """Draw the windows. `check` comes first.
+
+        The same request gives the same windows.
+
+        Raises:
+            ValueError: The source has fewer windows than asked for, or its data are damaged.
+            OSError: The hub cannot be reached.
+        """
 
 
 class TextSource(Source):
@@ -150,24 +187,34 @@ class TextSource(Source):
     cuts = True
 
     @abstractmethod
-    def read(self, wanted: Wanted) -> list[Text]:
-        """The text, or several texts with a share of the windows each."""
+    def read(self, request: Wanted) -> list[Text]:
+        """The text, or several texts with a share of the windows each.
 
-    def tokenizer(self, wanted: Wanted) -> Any:
-        """The tokenizer, without which no window can be cut."""
-        found = wanted.tokenizer()
-        if found is None:
+        Raises:
+            ValueError, OSError: As `draw`.
+        """
+
+    def tokenizer(self, request: Wanted) -> Any:
+        """The tokenizer, without which no window can be cut.
+
+        Raises:
+            ValueError: The model has none.
+        """
+        tokenizer = request.tokenizer()
+        if tokenizer is None:
             raise ValueError(
                 f"{self.name} is text, and this model comes without a tokenizer; give token ids "
                 "instead: a .safetensors file with input_ids"
             )
-        return found
+        return tokenizer
 
-    def draw(self, wanted: Wanted) -> Windows:
-        tokenizer = self.tokenizer(wanted)
-        token, texts = bos_token(tokenizer, wanted.bos), self.read(wanted)
+    def draw(self, request: Wanted) -> Windows:
+        """Cut random windows out of the text, and put BOS first where the request says so."""
+        tokenizer = self.tokenizer(request)
+        token = bos_token(tokenizer, request.bos)
+        texts = self.read(request)
         ids, described = draw_windows(
-            texts, tokenizer, samples=wanted.samples, seqlen=wanted.seqlen, seed=wanted.seed
+            texts, tokenizer, samples=request.samples, seqlen=request.seqlen, seed=request.seed
         )
         ids = put_bos_first(ids, token)
         return Windows(ids, described, hash_ids(ids), used_bos(token))
@@ -176,12 +223,12 @@ class TextSource(Source):
 class _Corpus(TextSource):
     """A named corpus; see `corpora.py`."""
 
-    def read(self, wanted: Wanted) -> list[Text]:
-        return [load_corpus(self.name, "calibration", wanted.data)]
+    def read(self, request: Wanted) -> list[Text]:
+        return [load_corpus(self.name, "calibration", request.data)]
 
-    def check(self, wanted: Wanted, images: bool = False) -> None:
-        super().check(wanted, images)
-        check_corpus(self.name, "calibration", wanted.data)
+    def check(self, request: Wanted, images: bool = False) -> None:
+        super().check(request, images)
+        check_corpus(self.name, "calibration", request.data)
 
 
 class _AsChats(Sequence[Any]):
@@ -196,22 +243,23 @@ class _AsChats(Sequence[Any]):
     def __len__(self) -> int:
         return len(self._documents)
 
-    def __getitem__(self, place: Any) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         """
-        >>> [turn["content"] for turn in _AsChats(["One? Two. Three."])[0]]
+        >>> [message["content"] for message in _AsChats(["One? Two. Three."])[0]]
         ['One?', 'Two. Three.']
         """
-        turns = re.split(r"(?<=[.!?])\s+", self._documents[-1 - place].strip(), maxsplit=1)
+        parts = re.split(r"(?<=[.!?])\s+", self._documents[-1 - index].strip(), maxsplit=1)
         roles = ("user", "assistant")
-        return [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=False)]
+        # A document of one sentence is a question without an answer.
+        return [{"role": role, "content": part} for role, part in zip(roles, parts, strict=False)]
 
 
 class _Mix(TextSource):
     """Prose, code and chats, in the shares of `MIX`."""
 
-    def read(self, wanted: Wanted) -> list[Text]:
+    def read(self, request: Wanted) -> list[Text]:
         try:
-            prose = load_corpus("c4", "calibration", wanted.data)
+            prose = load_corpus("c4", "calibration", request.data)
         except (OSError, ModuleNotFoundError) as fault:
             warnings.warn(
                 f"mix: C4 cannot be loaded ({reason(fault.__cause__ or fault, most=120)}), so its "
@@ -223,7 +271,8 @@ class _Mix(TextSource):
             prose = load_corpus("python-docs", "calibration", None)
             prose = replace(prose, source=f"{prose.source}, because c4 could not be loaded")
         texts = {"prose": prose, "code": load_corpus("python-code", "calibration", None)}
-        shares, tokenizer = dict(MIX), self.tokenizer(wanted)
+        shares = dict(MIX)
+        tokenizer = self.tokenizer(request)
         if getattr(tokenizer, "chat_template", None):
             chats = Documents(_AsChats(prose.documents), tokenizer)
             source = "the same prose in the chat template"
@@ -235,22 +284,22 @@ class _Mix(TextSource):
             for kind, share in shares.items()
         ]
 
-    def check(self, wanted: Wanted, images: bool = False) -> None:
-        super().check(wanted, images)
-        data_folder(wanted.data)
+    def check(self, request: Wanted, images: bool = False) -> None:
+        super().check(request, images)
+        data_folder(request.data)
         check_corpus("python-code", "calibration", None)
 
 
 class _TextFile(TextSource):
     """A file of text; several documents are drawn from like those of a corpus."""
 
-    def read(self, wanted: Wanted) -> list[Text]:
+    def read(self, request: Wanted) -> list[Text]:
         documents = read_documents(Path(self.name))
         several = len(documents) > 1
         return [Text(documents, "\n\n", self.name, by_document=several, joins_short=True)]
 
-    def check(self, wanted: Wanted, images: bool = False) -> None:
-        super().check(wanted, images)
+    def check(self, request: Wanted, images: bool = False) -> None:
+        super().check(request, images)
         try:
             check_file(Path(self.name))
         except ValueError as error:
@@ -266,12 +315,12 @@ class _TextFile(TextSource):
 class _Texts(TextSource):
     """Texts, rows of a data set, or chats; see `Documents`."""
 
-    def __init__(self, given: Any) -> None:
+    def __init__(self, texts: Any) -> None:
         super().__init__("texts")
-        self._given = given
+        self._texts = texts
 
-    def read(self, wanted: Wanted) -> list[Text]:
-        documents = Documents(self._given, wanted.tokenizer())
+    def read(self, request: Wanted) -> list[Text]:
+        documents = Documents(self._texts, request.tokenizer())
         source = f"{counted(len(documents), 'text')} given by the caller"
         return [Text(documents, "\n\n", source, by_document=True, joins_short=True)]
 
@@ -280,25 +329,35 @@ class IdsFile(Source):
     """A .safetensors file of token ids. Its first windows are taken, cut to `seqlen`."""
 
     def read(self) -> torch.Tensor:
-        """All windows of the file, (windows, tokens)."""
+        """All windows of the file, (windows, tokens) int64.
+
+        Raises:
+            ValueError, FileNotFoundError: As `files.read_ids`.
+        """
         return read_ids(Path(self.name))
 
-    def check(self, wanted: Wanted, images: bool = False) -> None:
-        super().check(wanted, images)
+    def check(self, request: Wanted, images: bool = False) -> None:
+        """Check that the file exists and suits the model; `draw` compares the sizes of windows."""
+        super().check(request, images)
         check_file(Path(self.name))
 
-    def draw(self, wanted: Wanted) -> Windows:
+    def draw(self, request: Wanted) -> Windows:
+        """The first windows of the file.
+
+        Raises:
+            ValueError: The file has fewer windows, or shorter ones; or as `read`.
+        """
         ids = self.read()
         for size, name, what in (
             (1, "seqlen", "its windows have {} tokens"),
             (0, "samples", "it has {} windows"),
         ):
-            if (there := ids.shape[size]) < (asked := getattr(wanted, name)):
+            if (there := ids.shape[size]) < (asked := getattr(request, name)):
                 raise ValueError(
                     f"{self.name}: {what.format(there)}, fewer than `{name}` {asked}; use a "
                     f"smaller `{name}`"
                 )
-        ids = ids[: wanted.samples, : wanted.seqlen].contiguous()
+        ids = ids[: request.samples, : request.seqlen].contiguous()
         return Windows(ids, self.name, hash_ids(ids))
 
 
@@ -307,16 +366,17 @@ class _OwnText(Source):
 
     cuts = True
 
-    def draw(self, wanted: Wanted) -> Windows:
+    def draw(self, request: Wanted) -> Windows:
         from prunus.calibration.generate import first_ids, start_token, write_windows
 
-        if wanted.model is None:
+        if request.model is None:
             raise ValueError("the source 'self' needs the model, to let it write text")
-        model, tokenizer = wanted.model(), wanted.tokenizer()
-        token = start_token(model, tokenizer, wanted.bos)
-        rng = random.Random(wanted.seed)
-        first_N = first_ids(model, tokenizer, wanted.samples, rng, token)
-        ids = write_windows(model, first_N, seqlen=wanted.seqlen, seed=wanted.seed)
+        model = request.model()
+        tokenizer = request.tokenizer()
+        token = start_token(model, tokenizer, request.bos)
+        rng = random.Random(request.seed)
+        first_N = first_ids(model, tokenizer, request.samples, rng, token)
+        ids = write_windows(model, first_N, seqlen=request.seqlen, seed=request.seed)
         source = "self (sampled from the model at temperature 1)"
         return Windows(ids, source, hash_ids(ids), used_bos(token))
 
@@ -326,13 +386,13 @@ class _ImageFolder(Source):
 
     images = True
 
-    def check(self, wanted: Wanted, images: bool = False) -> None:
-        super().check(wanted, images)
-        draw_images(Path(self.name), wanted.samples, wanted.seed)
+    def check(self, request: Wanted, images: bool = False) -> None:
+        super().check(request, images)
+        draw_images(Path(self.name), request.samples, request.seed)
 
-    def draw(self, wanted: Wanted) -> Windows:
-        paths = draw_images(Path(self.name), wanted.samples, wanted.seed)
-        pixels = read_images(paths, wanted.tokenizer())
+    def draw(self, request: Wanted) -> Windows:
+        paths = draw_images(Path(self.name), request.samples, request.seed)
+        pixels = read_images(paths, request.tokenizer())
         described = f"{self.name}: {counted(len(pixels), 'image')} at random"
         return Windows(pixels, described, hash_ids(pixels))
 
@@ -340,31 +400,39 @@ class _ImageFolder(Source):
 class _Tensor(Source):
     """Token ids or pixel values that a program gives, taken as they are."""
 
-    def __init__(self, given: torch.Tensor) -> None:
-        super().__init__(TENSORS[given.is_floating_point()])
-        self.images, self._given = given.is_floating_point(), given.detach()
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__(TENSORS[tensor.is_floating_point()])
+        self.images = tensor.is_floating_point()
+        self._tensor = tensor.detach()
 
-    def draw(self, wanted: Wanted) -> Windows:
-        ids = self._given.to("cpu", torch.float32 if self.images else torch.int64)
+    def draw(self, request: Wanted) -> Windows:
+        ids = self._tensor.to("cpu", torch.float32 if self.images else torch.int64)
         return Windows(ids, f"{self.name} given by the caller", hash_ids(ids))
 
 
-def find_source(given: Any) -> Source:
-    """The source that a user or a program gives: a name of `SOURCES`, a path, or data. Reads
-    nothing.
+def find_source(choice: Any) -> Source:
+    """The source that a user or a program chooses. Reads nothing.
 
-    Data are token ids (N, S), pixel values (N, channels, height, width), or `Documents`.
+    Args:
+        choice: A name of `SOURCES`, a path, or data: token ids (N, S), pixel values (N, channels,
+            height, width), or the texts of `Documents`.
+
+    Raises:
+        TypeError: The choice is none of these, see `are_texts`.
+
+    >>> find_source("c4").name, find_source(torch.ones(1, 8, dtype=torch.int64)).name
+    ('c4', 'token ids')
     """
-    if isinstance(given, torch.Tensor):
-        return _Tensor(given)
-    if are_texts(given):
-        return _Texts(given)
+    if isinstance(choice, torch.Tensor):
+        return _Tensor(choice)
+    if are_texts(choice):
+        return _Texts(choice)
     named = dict.fromkeys(CORPORA, _Corpus) | {"mix": _Mix, "self": _OwnText}
-    if given in named:
-        return named[given](given)
-    path = Path(given)
+    if choice in named:
+        return named[choice](choice)
+    path = Path(choice)
     if path.is_dir():
-        return _ImageFolder(str(given))
+        return _ImageFolder(str(choice))
     if path.suffix.lower() == ".safetensors":
         return IdsFile(str(path))
     return _TextFile(str(path))

@@ -39,11 +39,20 @@ class TrainingText:
     the text it begins again, in another order of windows.
 
     Args:
-        windows: yields all windows, (S,) int64 each.
+        windows: Yields all windows once, (S,) int64 each. The first ones are held out.
+        source: Where they come from, for people.
+        held_out: How many windows are held out, at least 1.
+        seed: Decides the order of windows after the end of the text.
+        bos: Whether every window begins with BOS.
 
     Attributes:
-        held_out: the held-out windows, (held_out, S) int64.
+        source: As given.
+        bos: As given.
+        held_out: The held-out windows, (held_out, S) int64.
         sha256: `hash_ids` of the held-out windows and the first training window; tells texts apart.
+
+    Raises:
+        ValueError: The text ends before there is a window to train on.
 
     >>> rows = torch.arange(8).view(4, 2)
     >>> text = TrainingText(iter(rows), "an example", held_out=1, seed=0)
@@ -77,10 +86,16 @@ class TrainingText:
         self.sha256 = hash_ids(torch.stack([*first, self._rows[0]]))
 
     def windows(self, first: int, count: int) -> torch.Tensor:
-        """Training windows `first` to `first + count - 1`, (count, S) int64."""
+        """Training windows `first` to `first + count - 1`, (count, S) int64.
+
+        Args:
+            first: The number of the first window, from 0.
+            count: How many windows, at least 1.
+        """
         return torch.stack([self._window(index) for index in range(first, first + count)])
 
     def _window(self, index: int) -> torch.Tensor:
+        """Training window `index`, (S,)."""
         if self._extend(index + 1):
             return self._rows[index]
         epoch, position = divmod(index, len(self._rows))
@@ -96,35 +111,51 @@ class TrainingText:
 
 
 def training_text(
-    source: str, wanted: Wanted, held_out: int, windows: int | None = None
+    source: str, request: Wanted, held_out: int, windows: int | None = None
 ) -> TrainingText:
-    """The training text of a source with at least 1 window held out; `self` writes `windows`."""
-    place, seqlen, seed = find_source(source), wanted.seqlen, wanted.seed
-    wanted = dataclasses.replace(wanted, samples=(windows or 0) + held_out)
-    place.check(wanted)
+    """The training text of a source.
 
-    def fitting(rows: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    Args:
+        source: A name of `SOURCES` or a path, except of images.
+        request: Seqlen, seed, BOS, tokenizer, and whatever else the source needs. Its `samples` are
+            not used.
+        held_out: How many windows are held out, at least 1.
+        windows: How many training windows the source `self` writes; None where they are not known,
+            which `self` refuses.
+
+    Raises:
+        ValueError: The text is too short or damaged, or its tokens do not fit the vocabulary. The
+            last is raised when a window is read.
+        OSError, ModuleNotFoundError: As `Source.check` and `Source.draw`.
+    """
+    text_source = find_source(source)
+    seqlen, seed = request.seqlen, request.seed
+    request = dataclasses.replace(request, samples=(windows or 0) + held_out)
+    text_source.check(request)
+
+    def checked(rows: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         for row in rows:
-            if wanted.vocabulary is not None:
-                check_ids(row, wanted.vocabulary, "the training token ids")
+            if request.vocabulary is not None:
+                check_ids(row, request.vocabulary, "the training token ids")
             yield row
 
-    if isinstance(place, IdsFile):
-        rows = _shuffled(list(_cut(iter(place.read()), seqlen, across=False)), seed)
-        return TrainingText(fitting(rows), source, held_out, seed)
-    if not isinstance(place, TextSource):
+    if isinstance(text_source, IdsFile):
+        rows = _shuffled(list(_cut(iter(text_source.read()), seqlen, across=False)), seed)
+        return TrainingText(checked(rows), source, held_out, seed)
+    if not isinstance(text_source, TextSource):
         if windows is None:
             raise ValueError(
                 f"the source {source!r} writes a given number of tokens: give the budget in "
                 "`tokens`"
             )
-        written = place.draw(wanted)
-        return TrainingText(fitting(written.ids), written.source, held_out, seed, written.bos)
-    cutter = place.tokenizer(wanted)
-    token, texts = bos_token(cutter, wanted.bos), place.read(wanted)
-    begun = (put_bos_first(row, token) for row in _windows(texts, cutter, seqlen, seed))
+        written = text_source.draw(request)
+        return TrainingText(checked(written.ids), written.source, held_out, seed, written.bos)
+    tokenizer = text_source.tokenizer(request)
+    token = bos_token(tokenizer, request.bos)
+    texts = text_source.read(request)
+    rows_with_bos = (put_bos_first(row, token) for row in _windows(texts, tokenizer, seqlen, seed))
     sources = "; ".join(text.source for text in texts)
-    return TrainingText(fitting(begun), sources, held_out, seed, used_bos(token))
+    return TrainingText(checked(rows_with_bos), sources, held_out, seed, used_bos(token))
 
 
 def _windows(texts: list[Text], tokenizer: Any, seqlen: int, seed: int) -> Iterator[torch.Tensor]:
@@ -154,7 +185,10 @@ def _in_random_order(documents: Sequence[str], tokenizer: Any, seed: int) -> Ite
 def _cut(
     pieces: Iterator[torch.Tensor], seqlen: int, across: bool = True
 ) -> Iterator[torch.Tensor]:
-    """Cut pieces of token ids into windows (S,)."""
+    """Cut pieces of token ids into windows (S,).
+
+    Windows run on from one piece into the next if `across`; else the rest of a piece is dropped.
+    """
     rest = torch.zeros(0, dtype=torch.int64)
     for piece in pieces:
         rest = torch.cat([rest, piece]) if across else piece
@@ -164,4 +198,5 @@ def _cut(
 
 
 def _shuffled(rows: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
+    """The rows in a random order, which the seed decides."""
     return random.Random(seed).sample(rows, len(rows))

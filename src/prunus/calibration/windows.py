@@ -27,7 +27,15 @@ UsedBos = Literal["yes", "no", "given"]
 
 
 def bos_token(tokenizer: Any, bos: Bos) -> int | None:
-    """The token that begins every window; None if windows begin with the text."""
+    """The token that begins every window; None if windows begin with the text.
+
+    Args:
+        tokenizer: A tokenizer of transformers; None counts as one without BOS.
+        bos: What the user chooses.
+
+    Raises:
+        ValueError: `bos` is "yes", and the tokenizer has no BOS token.
+    """
     if bos == "no":
         return None
     token = getattr(tokenizer, "bos_token_id", None)
@@ -37,12 +45,15 @@ def bos_token(tokenizer: Any, bos: Bos) -> int | None:
         return int(token)
     if token is None:
         return None
+    # Some tokenizers have BOS and do not use it. Only a text shows that.
     ids = tokenizer("a", verbose=False)["input_ids"]
     return int(token) if len(ids) and ids[0] == token else None
 
 
 def put_bos_first(windows_NS: torch.Tensor, token: int | None) -> torch.Tensor:
     """Windows with `token` in place of their first tokens; None leaves them as they are.
+
+    A single window (S,) works as well. The argument is not changed.
 
     >>> put_bos_first(torch.tensor([[5, 6, 7]]), 1)
     tensor([[1, 6, 7]])
@@ -55,12 +66,20 @@ def put_bos_first(windows_NS: torch.Tensor, token: int | None) -> torch.Tensor:
 
 
 def used_bos(token: int | None) -> UsedBos:
-    """What windows have that begin with `token`."""
+    """What windows have that begin with `token`; None means that they begin with the text.
+
+    >>> used_bos(1), used_bos(None)
+    ('yes', 'no')
+    """
     return "no" if token is None else "yes"
 
 
 def refuse_bos(source: str, bos: Bos) -> None:
-    """Refuse "yes" for windows that are given as they are, such as token ids."""
+    """Refuse "yes" for windows that are given as they are, such as token ids.
+
+    Raises:
+        ValueError: `bos` is "yes"; the message names the `source`.
+    """
     if bos == "yes":
         raise ValueError(
             f"`bos` is yes, and windows of {source} stay as they are given: put the BOS token into "
@@ -70,32 +89,49 @@ def refuse_bos(source: str, bos: Bos) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """The windows that a run asks for, and what a source may need to draw them."""
+    """The windows that a run asks for, and what a source may need to draw them.
 
-    samples: int = 1  #: number of windows, at least 1; a training text gives as many as are taken
-    seqlen: int  #: tokens per window, at least 2; images have none
-    seed: int = 0  #: the same seed gives the same windows
-    bos: Bos = "auto"  #: whether BOS takes the place of every window's first token
-    #: folder of local datasets. None means the folder in PRUNUS_DATA, or the hub if that is not
-    #: set.
+    Attributes:
+        samples: The number of windows, at least 1. A training text gives as many as are taken.
+        seqlen: The tokens per window, at least 2. Images have none.
+        seed: The same seed gives the same windows.
+        bos: Whether BOS takes the place of every window's first token.
+        data: The folder of local datasets. None means the folder in PRUNUS_DATA, or the hub if that
+            is not set.
+        tokenizer: Returns the tokenizer of the model, or its image processor, or None if it has
+            none. Sources of token ids do not call it.
+        model: Returns the loaded causal LM. Only the source `self` calls it; None where a run has
+            no model for it.
+        vocabulary: The number of rows of the model's embedding, which token ids of a training text
+            must not reach; None for no check.
+    """
+
+    samples: int = 1
+    seqlen: int
+    seed: int = 0
+    bos: Bos = "auto"
     data: Path | None = None
-    #: returns the tokenizer of the model, or its image processor. Sources of token ids do not call
-    #: it.
     tokenizer: Callable[[], Any] = lambda: None
-    #: returns the loaded causal LM. Only the source `self` calls it.
     model: Callable[[], Any] | None = None
-    #: rows of the model's embedding, which windows of a training text must not pass.
     vocabulary: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    #: (samples, seqlen) int64, on the CPU. For an image classifier these are pixel values (samples,
-    #: channels, height, width) float32.
+    """Calibration windows, and what the record of a run says of them.
+
+    Attributes:
+        ids: (samples, seqlen) int64, on the CPU. For an image classifier these are pixel values
+            (samples, channels, height, width) float32.
+        source: Where they come from, for people.
+        sha256: The hash of the shape and the ids; see `hash_ids`.
+        bos: Whether every window begins with BOS; see `UsedBos`.
+    """
+
     ids: torch.Tensor
-    source: str  #: where they come from, for people
-    sha256: str  #: of the shape and the ids; see `hash_ids`
-    bos: UsedBos = "given"  #: whether every window begins with BOS; see `UsedBos`
+    source: str
+    sha256: str
+    bos: UsedBos = "given"
 
 
 def hash_ids(ids: torch.Tensor) -> str:
@@ -113,7 +149,21 @@ def hash_ids(ids: torch.Tensor) -> str:
 
 
 def check_ids(ids: torch.Tensor, rows: int, what: str) -> None:
-    """Check that an embedding of `rows` rows has one for every token id."""
+    """Check that an embedding of `rows` rows has one for every token id.
+
+    Args:
+        ids: int64 of any shape; no ids are accepted.
+        rows: The number of rows of the embedding.
+        what: What the ids are, in the plural, for the message.
+
+    Raises:
+        ValueError: An id is negative or too large.
+
+    >>> check_ids(torch.tensor([0, 9]), 8, "the token ids")
+    Traceback (most recent call last):
+    ValueError: the token ids run from 0 to 9, but the model's embedding has 8 rows: the tokenizer \
+or the file of ids belongs to another model
+    """
     if not ids.numel():
         return
     smallest, largest = int(ids.min()), int(ids.max())
@@ -125,7 +175,15 @@ def check_ids(ids: torch.Tensor, rows: int, what: str) -> None:
 
 
 def check_context(positions: int | None, seqlen: int) -> None:
-    """Check that a window is no longer than the model's context."""
+    """Check that a window is no longer than the model's context.
+
+    Args:
+        positions: The number of positions of the model; None for no limit.
+        seqlen: The tokens per window.
+
+    Raises:
+        ValueError: The window is longer.
+    """
     if positions is not None and seqlen > positions:
         raise ValueError(
             f"windows of {seqlen} tokens do not fit: the model has {positions} positions. "

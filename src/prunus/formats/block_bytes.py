@@ -4,6 +4,9 @@ A field holds some bits of every integer of a part: in runs of `width` bytes, by
 integers l, width + l, 2·width + l, … of its run, from its low to its high bits. GGUF's types and
 the integers of compressed-tensors are described by such fields.
 
+The order of this file: what describes a layout (`Field`, `BlockType`, which packs and unpacks
+spans), then the bits of one field.
+
 Shape suffixes: N spans (of all rows), G groups of a span, B columns of a span or its integers, K
 bytes.
 """
@@ -26,9 +29,9 @@ class Field(NamedTuple):
     Attributes:
         part: "levels"; "codes", which have the minima after them; or a float, which is "d", "dmin",
             or "-dmin" where the file has it with the other sign.
-        bits: The number of bits of each integer that are here.
-        width: The bytes of a run; see the top of this file.
-        shift: The lowest of these bits in the integer.
+        bits: The number of bits of each integer that are here; 16 for a float.
+        width: The bytes of a run; see the top of this file. A float ignores it.
+        shift: The number of the lowest of these bits in the integer, from 0. A float ignores it.
     """
 
     part: str
@@ -49,18 +52,26 @@ class BlockType(GroupQuantizer):
 
     @functools.cached_property
     def has_minimum(self) -> bool:
+        """Whether a group has a minimum: whether the layout has a dmin."""
         return any(field.part in ("dmin", "-dmin") for field in self.layout)
 
     @functools.cached_property
     def counts(self) -> dict[str, int]:
-        """The integers of each part of a span."""
-        return {"levels": self.span, "codes": self.span // self.group * (1 + self.has_minimum)}
+        """Part -> the number of its integers in a span; "codes" include the minima."""
+        groups = self.span // self.group
+        return {"levels": self.span, "codes": 2 * groups if self.has_minimum else groups}
 
     @functools.cached_property
     def nbytes(self) -> int:
+        """The bytes of a span: those of its fields."""
         return sum(self.counts.get(field.part, 1) * field.bits // 8 for field in self.layout)
 
     def pack(self, spans: Spans) -> Tensor:
+        """The bytes of spans, uint8 (N, K): their fields, one after the other.
+
+        Args:
+            spans: Spans whose numbers the fields can hold. d and dmin are rounded to the dtype.
+        """
         codes_NG = (spans.codes_NG - self.codes[0]).to(torch.uint8)
         if self.has_minimum:
             codes_NG = torch.cat([codes_NG, spans.minima_NG.to(torch.uint8)], dim=1)
@@ -80,6 +91,7 @@ class BlockType(GroupQuantizer):
         )
 
     def unpack(self, data_NK: Tensor) -> Spans:
+        """The parts of spans of bytes, uint8 (N, K): the inverse of `pack`."""
         integers = {
             part: data_NK.new_zeros(len(data_NK), size) for part, size in self.counts.items()
         }
@@ -97,7 +109,8 @@ class BlockType(GroupQuantizer):
         codes_NG, minima_NG = integers["codes"].tensor_split((self.span // self.group,), dim=1)
         codes_NG = (codes_NG - self.zero_point(self.codes)).float() + self.codes[0]
         if self.has_minimum:
-            minima_NG = minima_NG.float() + (self.codes == ONE)
+            # A span of one group stores neither code nor minimum: both are 1.
+            minima_NG = minima_NG.float() + (1 if self.codes == ONE else 0)
         else:
             minima_NG = torch.zeros_like(codes_NG)
         levels_NB = integers["levels"] - self.zero_point(self.values)
@@ -107,6 +120,9 @@ class BlockType(GroupQuantizer):
         """What turns an integer counted from the lowest on into the stored one, modulo 256.
 
         Integers of eight bits are stored in two's complement, all others as they are.
+
+        Args:
+            numbers: `values` or `codes`: from the lowest to the highest integer.
         """
         return numbers[0] % 256 if numbers[-1] == 127 else 0
 
@@ -116,7 +132,7 @@ ONE = (1, 1)
 
 
 def integers(bits: int) -> tuple[int, ...]:
-    """All integers of this number of bits, with as many negative ones as others.
+    """All integers of this number of bits in two's complement, rising.
 
     >>> integers(2)
     (-2, -1, 0, 1)
@@ -133,8 +149,8 @@ def _field(integers_NB: Tensor, bits: int, width: int) -> Tensor:
         return torch.cat([first_NB | last_NB >> 4 << 6, _field(last_NB, 4, 4)], dim=1)
     runs = (integers_NB & (2**bits - 1)).unflatten(1, (-1, 8 // bits, width))
     packed = runs[:, :, 0].clone()
-    for place in range(1, 8 // bits):
-        packed |= runs[:, :, place] << bits * place
+    for index in range(1, 8 // bits):
+        packed |= runs[:, :, index] << bits * index
     return packed.flatten(1)
 
 
@@ -145,7 +161,7 @@ def _from_field(field_NK: Tensor, bits: int, width: int) -> Tensor:
         last_NB = _from_field(low_NK, 4, 4) | first_NK >> 6 << 4
         return torch.cat(_halves(torch.cat([first_NK & 63, last_NB], dim=1)), dim=1)
     runs = field_NK.unflatten(1, (-1, width))
-    parts = [runs >> place & (2**bits - 1) for place in range(0, 8, bits)]
+    parts = [runs >> shift & (2**bits - 1) for shift in range(0, 8, bits)]
     return torch.stack(parts, dim=2).flatten(1)
 
 

@@ -22,6 +22,12 @@ def naming(name: str) -> Iterator[None]:
 def reason(error: BaseException, most: int = 300) -> str:
     """The message of an error in one line: without the number of a system error, cut at a word.
 
+    The name of the type comes first unless the message says enough without it.
+
+    Args:
+        error: The error.
+        most: The most characters of the message; a longer one is cut and ends with "…".
+
     >>> reason(FileNotFoundError(2, "No such file or directory", "gone.txt"))
     'gone.txt: No such file or directory'
     >>> reason(KeyError("bits")), reason(ValueError("one two three"), most=9)

@@ -21,6 +21,7 @@ import torch
 
 #: The version of `kernels.h` that the Python code describes.
 ABI = 10
+#: What a function returns when an argument is out of range; callers may expect it.
 BAD_ARGUMENT = 1
 # What the numbers mean that the functions return.
 _FAULTS = {
@@ -28,6 +29,7 @@ _FAULTS = {
     2: "this machine lacks the instruction set",
     3: "out of memory",
 }
+# Whether this is a 64-bit Arm processor, which has other instruction sets than x86-64.
 _ARM = platform.machine() in {"aarch64", "arm64"}
 #: Instruction sets of this kind of processor, slowest to fastest, as `kernels.h` numbers them.
 ISAS = (
@@ -38,19 +40,31 @@ ISAS = (
 
 
 def check_fault(fault: int) -> None:
-    """Raise what a function's result says, if it is not 0."""
+    """Raise what the result of a function says, if it is not 0.
+
+    Raises:
+        RuntimeError: The function refused to work; the message says why.
+    """
     if fault:
         raise RuntimeError(f"the kernel refused: {_FAULTS[fault]}")
 
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """An opened library and the instruction set that it uses."""
+    """An opened library and the instruction set that it uses.
+
+    Attributes:
+        library: The library.
+        path: Its file.
+        isa: Index of the instruction set in `ISAS`.
+        runtime: What runs the loops on all threads; None where every call stays on the thread that
+            makes it.
+    """
 
     library: ctypes.CDLL
     path: Path
-    isa: int  #: index of the instruction set in `ISAS`
-    runtime: str | None  #: what runs the loops; None: every call stays on the calling thread
+    isa: int
+    runtime: str | None
 
     @property
     def has_bfloat16(self) -> bool:
@@ -58,54 +72,79 @@ class Library:
         return ISAS[self.isa] in ("avx512-bf16", "amx")
 
     def add_gram(self, gram_II: torch.Tensor, X_TI: torch.Tensor) -> None:
-        """Add XᵀX to a contiguous symmetric float32 matrix; X_TI is bfloat16, both on the CPU.
+        """Add XᵀX to a matrix in place.
 
         Products are exact. Sums are in float32, over 512 tokens at a time.
+
+        Args:
+            gram_II: float32, contiguous and symmetric, on the CPU.
+            X_TI: bfloat16, on the CPU.
+
+        Raises:
+            RuntimeError: This processor does not multiply bfloat16 natively, see `has_bfloat16`.
         """
         self.call("prunus_add_gram", *X_TI.shape, X_TI.contiguous(), gram_II)
 
     def call(self, name: str, *arguments: Any) -> None:
-        """Call a function of `kernels.h` on all threads. Contiguous tensors become addresses."""
-        given = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments]
-        check_fault(getattr(self.library, name)(self.isa, torch.get_num_threads(), *given))
+        """Call a function of `kernels.h` on all threads.
+
+        Args:
+            name: The name of the function.
+            *arguments: Its arguments after the instruction set and the number of threads. A tensor
+                becomes its address, so it must be contiguous; None becomes a null pointer.
+
+        Raises:
+            RuntimeError: The function refused to work.
+        """
+        values = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments]
+        check_fault(getattr(self.library, name)(self.isa, torch.get_num_threads(), *values))
 
 
 def load(isa: str | None = None) -> Library | None:
     """Open the kernels, or return None where there are none (`why_not` gives the reason).
 
     Args:
-        isa: one of `ISAS`. By default it is the best of this machine, or what the environment
+        isa: One of `ISAS`. By default it is the best of this machine, or what the environment
             variable PRUNUS_ISA names (`off` switches the kernels off).
+
+    Raises:
+        ValueError: There is no such instruction set, or this machine lacks it.
     """
     return _load(isa or os.environ.get("PRUNUS_ISA") or "best")[0]
 
 
 def why_not() -> str | None:
-    """Return why `load` returns None, or None where it does not."""
+    """Return why `load` returns None, as part of a sentence; None where there is a library.
+
+    Raises:
+        ValueError: As `load`.
+    """
     return _load(os.environ.get("PRUNUS_ISA") or "best")[1]
 
 
 @functools.cache
 def _load(isa: str) -> tuple[Library | None, str | None]:
+    """The library, or why there is none; the other one of the two is None."""
     if isa == "off":
         return None, "switched off by PRUNUS_ISA=off"
     if isa not in (*ISAS, "best"):
         raise ValueError(
             f"there is no instruction set {isa!r}; PRUNUS_ISA may be one of {', '.join(ISAS)}, off"
         )
-    found = sorted(Path(__file__).parent.glob("_kernels*.so"))
-    if not found:
+    files = sorted(Path(__file__).parent.glob("_kernels*.so"))
+    if not files:
         reason = "they were not compiled when prunus was installed"
         return None, f"{reason}: install a C++17 compiler and reinstall"
     try:
-        library = ctypes.CDLL(str(found[0]))
+        library = ctypes.CDLL(str(files[0]))
         abi = library.prunus_abi()
     except (OSError, AttributeError) as fault:
-        return None, f"{found[0].name} cannot be opened: {fault}"
+        return None, f"{files[0].name} cannot be opened: {fault}"
     if abi != ABI:
-        return None, f"{found[0].name} was built from another version of prunus: reinstall"
+        return None, f"{files[0].name} was built from another version of prunus: reinstall"
     number, length, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-    library.prunus_set_runtime.argtypes, library.prunus_set_runtime.restype = [pointer], None
+    library.prunus_set_runtime.argtypes = [pointer]
+    library.prunus_set_runtime.restype = None
     library.prunus_add_gram.argtypes = [number, number, length, length, pointer, pointer]
     sizes = (number, number, length, length, ctypes.c_float)
     library.prunus_round_columns.argtypes = [*sizes, *(pointer,) * 7]
@@ -117,7 +156,7 @@ def _load(isa: str) -> tuple[Library | None, str | None]:
     if parallel is not None:
         library.prunus_set_runtime(ctypes.cast(parallel, ctypes.c_void_p))
     runtime = None if parallel is None else "GOMP_parallel of torch's OpenMP library"
-    return Library(library, found[0], chosen, runtime), None
+    return Library(library, files[0], chosen, runtime), None
 
 
 def _torch_runtime() -> Any:
@@ -129,6 +168,7 @@ def _torch_runtime() -> Any:
     """
     for name in (None, "libgomp.so.1"):
         try:
+            # RTLD_NOLOAD opens the library only if the process has loaded it already.
             mode = ctypes.DEFAULT_MODE if name is None else ctypes.DEFAULT_MODE | os.RTLD_NOLOAD
             return ctypes.CDLL(name, mode=mode).GOMP_parallel
         except (OSError, AttributeError):

@@ -21,7 +21,12 @@ import torch
 
 
 def peak_memory(device: torch.device | None = None) -> int:
-    """The peak memory in bytes: on a CUDA device what was allocated, else resident on the host."""
+    """The peak memory of this process so far, in bytes.
+
+    Args:
+        device: On a CUDA device it is what torch allocated there. On any other device, or None, it
+            is what was resident on the host.
+    """
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -66,25 +71,29 @@ def available_memory() -> int:
 
 def _cgroup_files() -> list[tuple[Path, Path]]:
     """Pairs (limit file, usage file) of this process's control groups, which need not exist."""
-    root, own_paths = Path("/sys/fs/cgroup"), {}
+    root = Path("/sys/fs/cgroup")
+    # Controllers -> the path of this process's group. Version 2 has one group, of the name "".
+    group_paths = {}
     try:
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            own_paths[controllers] = path.lstrip("/")
+            group_paths[controllers] = path.lstrip("/")
     except (OSError, ValueError):
         pass
-    version_2 = [root, root / own_paths.get("", "")]
-    version_1 = [root / "memory", root / "memory" / own_paths.get("memory", "")]
+    version_2 = [root, root / group_paths.get("", "")]
+    version_1 = [root / "memory", root / "memory" / group_paths.get("memory", "")]
     return [(x / "memory.max", x / "memory.current") for x in version_2] + [
         (x / "memory.limit_in_bytes", x / "memory.usage_in_bytes") for x in version_1
     ]
 
 
 def memory_budget(device: torch.device, memory: int | None) -> int:
-    """The bytes that this process may use in all, on the device that computes: `memory`, or what is
-    free.
+    """The bytes that this process may use in all, on the device that computes.
 
-    On CUDA a tenth of what is free is left to its allocator, and no budget is larger than that.
+    Args:
+        device: The device that computes. On CUDA a tenth of what is free is left to its allocator,
+            and no budget is larger than the rest.
+        memory: The budget that the user gives, in bytes; None for what is free.
     """
     if device.type == "cuda":
         free = int(torch.cuda.mem_get_info(device)[0] * 0.9)
@@ -105,7 +114,10 @@ def keep_freed_memory() -> None:
         set_option = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+    # M_TRIM_THRESHOLD of malloc.h: from how much free memory on some is returned.
+    trim_threshold = -1
+    # M_MMAP_MAX of malloc.h: how many pieces may be mapped apart, and so be returned when freed.
+    mmap_max = -4
     set_option(mmap_max, 0)
     set_option(trim_threshold, 2**31 - 1)
 
@@ -121,7 +133,11 @@ def return_freed_memory() -> None:
 
 
 def release_file_pages(tensor: torch.Tensor) -> None:
-    """Take an unchanged tensor of a mapped file out of memory (Linux); it is read again at need."""
+    """Take an unchanged tensor of a mapped file out of memory; the file is read again at need.
+
+    It does nothing where the system is not Linux, and where any page of the tensor was changed: a
+    change would be lost.
+    """
     page = os.sysconf("SC_PAGE_SIZE")
     first, end = -(-tensor.data_ptr() // page), (tensor.data_ptr() + tensor.nbytes) // page
     if tensor.device.type != "cpu" or first >= end:
@@ -137,7 +153,7 @@ def release_file_pages(tensor: torch.Tensor) -> None:
 
 
 def versions() -> dict[str, str]:
-    """The versions of the libraries that decide the bytes of a result."""
+    """The versions of the libraries that decide the bytes of a result, by name."""
     return {
         "prunus": _version("prunus"),
         "torch": torch.__version__,
@@ -147,7 +163,7 @@ def versions() -> dict[str, str]:
     }
 
 
-#: Reads the files of the installed package, which takes several milliseconds.
+# The version of an installed package. Reading its files takes several milliseconds.
 _version = functools.cache(version)
 
 

@@ -45,12 +45,16 @@ def native_bfloat16() -> bool:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether `device` is a processor with instructions that multiply bfloat16."""
+    """Whether `device` is a processor with instructions that multiply bfloat16; never on CUDA."""
     return device.type == "cpu" and native_bfloat16()
 
 
 def tf32_products(allowed: bool = True) -> contextlib.AbstractContextManager[None]:
-    """While active, CUDA devices round the factors of float32 products to TF32, in any thread."""
+    """While active, CUDA devices round the factors of float32 products to TF32, in any thread.
+
+    Args:
+        allowed: If False, nothing changes: a caller needs no branch for devices without TF32.
+    """
     products = torch.backends.cuda.matmul
     return replaced(products, "fp32_precision", "tf32") if allowed else contextlib.nullcontext()
 
@@ -61,6 +65,10 @@ def low_precision_product(left: Tensor, right: Tensor) -> Tensor:
     Use it for a result that is corrected later, such as a step of an iteration, or that is small
     against what it is added to. Both factors are float32, or both are rounded to bfloat16 already;
     one that comes from `low_precision_factor` may be either.
+
+    Args:
+        left: A matrix (rows, n).
+        right: A matrix (n, columns).
 
     >>> low_precision_product(torch.ones(2, 3), torch.ones(3, 1))
     tensor([[3.],
@@ -73,9 +81,12 @@ def low_precision_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def low_precision_factor(right: Tensor, rows: int) -> Tensor:
-    """Round a float32 factor once for many calls of `low_precision_product`.
+    """Round a factor once for many calls of `low_precision_product`.
 
-    With few rows in the factors to its left the product stays in float32, and so does `right`.
+    Args:
+        right: float32, the factor on the right of the products.
+        rows: The number of rows of the factors to its left. With few rows the product stays in
+            float32, and so does `right`.
     """
     return right.bfloat16() if _is_rounded(rows, right) else right
 
@@ -106,7 +117,12 @@ class _FastLinears(TorchFunctionMode):
 def row_spans(matrix: Tensor, rows_per_group: int = 1) -> list[slice]:
     """Split the rows of a matrix into runs whose temporaries are cheap.
 
-    Every run but the last is a multiple of `rows_per_group`, which must stay together.
+    Other devices than processors get a single run: they want large products.
+
+    Args:
+        matrix: Its shape and its device decide.
+        rows_per_group: How many neighbouring rows must stay together. Every run but the last is a
+            multiple of it.
 
     >>> row_spans(torch.empty(10, 2**20), rows_per_group=3)
     [slice(0, 3, None), slice(3, 6, None), slice(6, 9, None), slice(9, 10, None)]
@@ -120,11 +136,16 @@ def row_spans(matrix: Tensor, rows_per_group: int = 1) -> list[slice]:
 
 
 def _is_rounded(rows: int, right: Tensor) -> bool:
+    """Whether a product with this number of rows on the left is worth rounding to bfloat16."""
     return rows * right.numel() >= _MIN_MULTIPLICATIONS and multiplies_bfloat16(right.device)
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity."""
+    """Whether a tensor holds neither NaN nor infinity; True for one without elements.
+
+    >>> all_finite(torch.tensor([1.0])), all_finite(torch.tensor([1.0, torch.nan]))
+    (True, False)
+    """
     if tensor.numel() == 0:
         return True
     # aminmax passes NaN on. On a CPU this takes a fortieth of the time of isfinite. Both ends are
@@ -134,7 +155,15 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def check_finite(tensors: Mapping[str, Tensor], prefix: str = "") -> None:
-    """Check that weights of 16 bits or more are numbers; `prefix` precedes their names."""
+    """Check that weights are numbers.
+
+    Args:
+        tensors: Weights by name. Integers and floats of 8 bits always pass.
+        prefix: What precedes the names in the message.
+
+    Raises:
+        ValueError: A weight is NaN or infinite; the message names the first one.
+    """
     for key, tensor in sorted(tensors.items()):
         if tensor.is_floating_point() and tensor.itemsize > 1 and not all_finite(tensor):
             raise ValueError(
@@ -144,6 +173,10 @@ def check_finite(tensors: Mapping[str, Tensor], prefix: str = "") -> None:
 
 
 def count_zeros(tensor: Tensor) -> int:
-    """How many elements of a tensor are 0 or -0."""
+    """How many elements of a tensor are 0 or -0.
+
+    >>> count_zeros(torch.tensor([0.0, -0.0, 1.0]))
+    2
+    """
     # count_nonzero branches at every float. Comparing first takes a tenth of its time.
     return tensor.numel() - int(torch.count_nonzero(tensor != 0))

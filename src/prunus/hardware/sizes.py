@@ -11,8 +11,13 @@ _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 def parse_bytes(text: str, kilo: int = 1024) -> int:
     """The bytes of a size such as '8GB', '512MB' or '100000'.
 
-    Units are powers of 1024, or those of a file with `kilo` 1000: as in `in_bytes`, where a GiB
-    alone is 1024³.
+    Args:
+        text: A number with a unit. The case of letters does not matter.
+        kilo: 1024 for memory, or 1000 for files, as in `in_bytes`: a MB is kilo². A unit with an i,
+            such as MiB, is a power of 1024 in both.
+
+    Raises:
+        ValueError: The text is not a size, or the size is 0 or larger than any computer has.
 
     Raises:
         ValueError: The text is no size, a small number without a unit, zero, or beyond all memory.
@@ -39,8 +44,12 @@ def parse_bytes(text: str, kilo: int = 1024) -> int:
 
 
 def counted(count: int, noun: str) -> str:
-    """A number and its noun: 1 window, 2 windows."""
-    return f"{count} {noun}{'s' * (count != 1)}"
+    """A number and its noun.
+
+    >>> counted(1, "window"), counted(2, "window")
+    ('1 window', '2 windows')
+    """
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def in_bytes(count: int) -> str:

@@ -1,6 +1,6 @@
 """Pruning methods: pure tensor functions, one file each.
 
-    table.py          methods by their names, also a user's own: what is known of each
+    table.py          methods by their names, also a user's own: what each needs and supports
     options.py        the options of methods
     work.py           what is asked of a method, how its rows are split, and what it returns
     patterns.py       which weights compete, and from scores to a mask
@@ -54,6 +54,7 @@ __all__ = [
     "masked",
 ]
 
+# Module -> the public names that it defines. `__getattr__` imports the module at the first use.
 _HOMES = {
     "composition": ("compose",),
     "options": ("MethodOptions",),
@@ -65,6 +66,11 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    """Import a public name from its module when it is first used.
+
+    Raises:
+        AttributeError: The package has no such name.
+    """
     for module, names in _HOMES.items():
         if name in names:
             return getattr(import_module(f"{__name__}.{module}"), name)

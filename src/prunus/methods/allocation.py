@@ -20,8 +20,15 @@ def allocate_by_error(
     only rises with the sparsity, so the greedy choice is optimal: no other sparsities of the same
     weighted mean have a lower sum of (interpolated) errors.
 
-    A curve has two or more finite points (sparsity, error) of rising sparsity, and the budget lies
-    between their ends. Errors of different layers are added up, so they must have the same unit.
+    Args:
+        curves: The points (sparsity, error) of each layer: two or more, finite, of rising sparsity.
+            Errors of different layers are added up, so they must have the same unit.
+        weights: The number of weights of each layer.
+        sparsity: The sparsity of all layers together. It lies between the sparsity that the first
+            points of all curves have together and that of their last points.
+
+    Returns:
+        The sparsity of each layer.
 
     >>> robust, fragile = [(0.0, 0.0), (0.5, 1.0)], [(0.0, 0.0), (0.5, 10.0)]
     >>> allocate_by_error([robust, fragile], [100, 100], 0.25)
@@ -56,8 +63,13 @@ def round_to_whole_weights(
     would be lost in every linear. Here the fractions are added up, and given to the linears that
     were nearest to the next whole weight. The total misses the budget by less than one column.
 
-    The result has for each linear of a shape (out, in) the smallest float s for which `int(in * s)`
-    is the decided number.
+    Args:
+        sparsities: The sparsity of each linear, in [0, 1).
+        shapes: (out, in) of each linear.
+        sparsity: The sparsity of all linears together.
+
+    Returns:
+        For each linear the smallest float s for which `int(in * s)` is the decided number.
 
     >>> round_to_whole_weights([0.45, 0.55], [(1, 10), (1, 10)], 0.5)
     [0.5, 0.5]

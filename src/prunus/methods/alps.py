@@ -46,6 +46,9 @@ Weights of inputs that are always 0 become 0, as in SparseGPT.
 Which weights compete: those of a row, which keeps the rows in shards and their scores apart. In the
 public code of ALPS all weights of a linear compete. The group "layer" does that here too.
 
+The order of this file: the method (`prune`) and its iterations, the penalties, and the two ways to
+the matrix of an iteration.
+
 Shape suffixes: O outputs (rows), S some of them, I inputs; R leading eigenvectors.
 """
 
@@ -72,35 +75,59 @@ from prunus.methods.solvers.least_squares import (
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import UNSHARDED, Pruned, RowShard, Work, masked, unchanged
 
-# The default number of iterations; the penalty of data-limited linears grows at every iteration.
-_ITERATIONS, _DATA_LIMITED_ITERATIONS = 12, 5
-# Three of four iterations choose a new mask. The one at this place keeps the mask of the iteration
-# before: that saves a fifth of the solver's time and costs half a per cent of error.
+# The default number of iterations.
+_ITERATIONS = 12
+# The same for data-limited linears, whose penalty grows at every iteration.
+_DATA_LIMITED_ITERATIONS = 5
+# Three of four iterations choose a new mask. The iteration with this number of the four (from 0)
+# keeps the mask of the one before: that saves a fifth of the solver's time and costs half a per
+# cent of error.
 _KEEPS_MASK = 2
-# The maximum number of conjugate gradient steps at the end, and the share of the error that a step
-# must remove for another one to follow. With many tokens one step is enough. With two tokens per
-# input five steps remove a tenth of the error, and a fiftieth of the error on held-out tokens.
-_FINAL_STEPS, _DATA_LIMITED_STEPS, _MIN_GAIN = 8, 2, 0.003
+# The maximum number of conjugate gradient steps at the end. With many tokens one step is enough.
+# With two tokens per input five steps remove a tenth of the error, and a fiftieth of the error on
+# held-out tokens.
+_FINAL_STEPS = 8
+# The same for data-limited linears.
+_DATA_LIMITED_STEPS = 2
+# The share of the error that a step must remove for another one to follow.
+_MIN_GAIN = 0.003
 #: ω. Twelve iterations at 1.2 are as good as sixteen at 1; at 1.6 the error is 1 % larger.
 OVER_RELAXATION = 1.2
 # ρ relative to a diagonal of H of about 1; each serves a quarter of the iterations. On four linears
 # of SmolLM2 at 50 % and 2:4, twice as many iterations with twice as many penalties, from 0.1 to
 # 1.7, lower the error on held-out tokens by 0.3 to 2 %.
 _PENALTIES = (0.25, 0.4, 0.8, 1.6)
-# The first and the last ρ of data-limited linears, relative to the diagonal of H. Here λ makes the
-# diagonal much larger than 1, and ρ must grow with it.
-_DATA_LIMITED_FIRST, _DATA_LIMITED_LAST = 0.5, 2.0
-# Inverses larger than this many bytes are not kept for the next linear with the same input.
-_MAX_KEPT_BYTES = 2**28
+# The first ρ of data-limited linears, relative to the diagonal of H. Here λ makes the diagonal much
+# larger than 1, and ρ must grow with it.
+_DATA_LIMITED_FIRST = 0.5
+# The last ρ of data-limited linears, relative to the same diagonal.
+_DATA_LIMITED_LAST = 2.0
+# Inverses larger than this many bytes together are computed again for the next linear with the same
+# input, so that they do not fill the memory.
+_MAX_CACHED_BYTES = 2**28
 # One leading eigenvector is computed for this many inputs.
 _INPUTS_PER_EIGENVECTOR = 16
 
 
 def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
-    """The weights that ADMM keeps, fitted to its mask."""
+    """The weights that ADMM keeps, fitted to its mask.
+
+    Args:
+        weight_OI: float32, the trained weights W₀ (or a dense target).
+        statistics: With a Gram matrix.
+        work: Its options give λ (`damping`) and the number of `iterations`; None means the default
+            of each, which depends on the number of tokens per input.
+
+    Returns:
+        Mask and weights. The notes have `ridge` (λ) and `conjugate_gradients` (final steps).
+
+    Raises:
+        ValueError: The Gram matrix is not finite.
+    """
     if work.removes_nothing:
         return unchanged(weight_OI)
-    pattern, scaled = work.pattern, scaled_gram_of(statistics, work.options.damping)
+    pattern = work.pattern
+    scaled = scaled_gram_of(statistics, work.options.damping)
     # Where all rows compete, every iteration would need the scores of all processes. One process
     # solves all rows instead.
     rows_compete = pattern.is_unstructured and pattern.group in ("layer", "column")
@@ -110,10 +137,10 @@ def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
         rows_per_group = pattern.group
 
     def solve(shard: RowShard) -> Pruned:
-        own_OI = weight_OI[shard.rows]
-        whole = [slice(0, len(own_OI))]
-        spans = whole if rows_compete else row_spans(own_OI, rows_per_group)
-        return _solve_shard(own_OI, spans, statistics, scaled, work, shard)
+        shard_OI = weight_OI[shard.rows]
+        whole = [slice(0, len(shard_OI))]
+        spans = whole if rows_compete else row_spans(shard_OI, rows_per_group)
+        return _solve_shard(shard_OI, spans, statistics, scaled, work, shard)
 
     return sharding.solve(len(weight_OI), rows_per_group, solve)
 
@@ -126,7 +153,17 @@ def _solve_shard(
     work: Work,
     shard: RowShard,
 ) -> Pruned:
-    """Run ADMM and conjugate gradients on the rows of one shard, some rows (`spans`) at a time."""
+    """Run ADMM and conjugate gradients on the rows of one shard, some rows (`spans`) at a time.
+
+    Args:
+        weight_OI: float32, the trained weights of these rows.
+        spans: Runs of rows that an iteration computes together. Short ones keep temporaries small;
+            where all rows compete, one span holds all rows.
+        statistics: Hold the matrices that linears with the same input share.
+        scaled: The scaled and damped Gram matrix H.
+        work: What is asked for.
+        shard: Which rows of the linear these are.
+    """
     target_OI = (weight_OI * scaled.scale_I).masked_fill_(scaled.dead_I, 0)
     # W and U are never needed apart, only their sum. It equals Z where a weight is kept, and the
     # new U elsewhere. So one matrix holds the whole state.
@@ -138,7 +175,8 @@ def _solve_shard(
     operator = admm_operator(statistics, scaled, len(sum_OI))
     penalty = 0.0
     for iteration, next_penalty in enumerate(by_iteration):
-        previous, penalty = penalty, next_penalty
+        previous = penalty
+        penalty = next_penalty
         if penalty != previous:
             operator_II = operator(penalty)
         updates_mask = data_limited or iteration % 4 != _KEEPS_MASK
@@ -146,16 +184,17 @@ def _solve_shard(
             sum_SI, target_SI = sum_OI[span], target_OI[span]
             if updates_mask:
                 keep_OI[span] = keep_mask(sum_SI.abs(), work.pattern, work.sparsity)
-            kept_SI = keep_OI[span] * sum_SI
-            dual_SI = sum_SI - kept_SI
+            # `sparse` is Z, and `dual` is U. Below, `sparse` becomes Z − U − W₀ in place.
+            sparse_SI = keep_OI[span] * sum_SI
+            dual_SI = sum_SI - sparse_SI
             if penalty != previous > 0:
                 # U is the multiplier divided by ρ. The multiplier stays, so U shrinks as ρ grows.
                 dual_SI.mul_(previous / penalty)
-            kept_SI.sub_(dual_SI).sub_(target_SI)
+            sparse_SI.sub_(dual_SI).sub_(target_SI)
             # The new sum is ωW + (1 − ω)Z + U. The operator holds all that is linear in
             # Z − U − W₀; what is left of the sum is W₀ + (2 − ω)U.
             torch.add(target_SI, dual_SI, alpha=2 - OVER_RELAXATION, out=sum_SI)
-            sum_SI.add_(low_precision_product(kept_SI, operator_II))
+            sum_SI.add_(low_precision_product(sparse_SI, operator_II))
     for span in spans:
         keep_OI[span] = keep_mask(sum_OI[span].abs(), work.pattern, work.sparsity)
     max_steps = _DATA_LIMITED_STEPS if data_limited else _FINAL_STEPS
@@ -168,7 +207,19 @@ def _solve_shard(
 
 
 def penalties(scaled: ScaledGram, iterations: int) -> list[float]:
-    """The penalty ρ of each of at least one iteration, never falling."""
+    """The penalty ρ of each iteration, never falling.
+
+    A linear with many tokens gets the four values of `_PENALTIES`, a quarter of the iterations
+    each. A data-limited linear gets a geometric sequence relative to the diagonal 1 + λ of H.
+
+    Args:
+        scaled: The Gram matrix, whose width and λ decide which rule applies.
+        iterations: The number of iterations, at least 1.
+
+    >>> from prunus.methods.solvers.least_squares import scale_and_damp
+    >>> penalties(scale_and_damp(torch.eye(2), damping=0.1), iterations=6)
+    [0.25, 0.25, 0.4, 0.8, 0.8, 1.6]
+    """
     if not scaled.is_data_limited:
         # Few different values: each costs a new matrix.
         return [_PENALTIES[len(_PENALTIES) * i // iterations] for i in range(iterations)]
@@ -179,23 +230,34 @@ def penalties(scaled: ScaledGram, iterations: int) -> list[float]:
 def admm_operator(
     statistics: InputStatistics, scaled: ScaledGram, rows: int
 ) -> Callable[[float], Tensor]:
-    """A function from ρ to the matrix (I, I) of an ADMM step.
+    """A function from ρ to the matrix ωρ(H + ρI)⁻¹ + (1 − ω)I of an ADMM step, (I, I).
 
-    Call it with the values of `penalties`, in their order: it may update the last matrix in place.
-    What linears with the same input can share is kept next to `statistics`. The rows that will be
-    multiplied by the matrix decide whether it is rounded, see `numerics.low_precision_factor`.
+    Call the function with the values of `penalties`, in their order: it may update the last matrix
+    in place.
+
+    Args:
+        statistics: Hold what linears with the same input can share (`InputStatistics.derived`).
+        scaled: The scaled and damped Gram matrix H of these statistics.
+        rows: The rows that will be multiplied by the matrix. Their number decides whether the
+            matrix is rounded, see `numerics.low_precision_factor`.
+
+    Raises:
+        ValueError: The Gram matrix is not finite.
     """
-    return (_from_spectrum if scaled.is_data_limited else _from_inverses)(statistics, scaled, rows)
+    build = _from_spectrum if scaled.is_data_limited else _from_inverses
+    return build(statistics, scaled, rows)
 
 
 def _from_inverses(
     statistics: InputStatistics, scaled: ScaledGram, rows: int
 ) -> Callable[[float], Tensor]:
+    """Mix the exact matrices of the first and of the last ρ; see the top of this file."""
+
     def compute() -> tuple[Tensor, Tensor]:
         return _relaxed_resolvent(scaled, _PENALTIES[0]), _relaxed_resolvent(scaled, _PENALTIES[-1])
 
-    # The mixture is overwritten, so what is kept for other linears is copied.
-    if 2 * scaled.gram_II.nbytes > _MAX_KEPT_BYTES:
+    # The mixture is overwritten, so it is a copy of the matrix that other linears use as well.
+    if 2 * scaled.gram_II.nbytes > _MAX_CACHED_BYTES:
         mixture_II, last_II = compute()
     else:
         first_II, last_II = statistics.derived(("alps", scaled.damping), compute)
@@ -204,9 +266,10 @@ def _from_inverses(
 
     def operator(penalty: float) -> Tensor:
         nonlocal share
-        previous, share = share, _share_of_first(penalty)
-        # The mixture holds `previous` of the first matrix. Move it on in place: a third matrix of
-        # this size is not needed.
+        previous = share
+        share = _share_of_first(penalty)
+        # The mixture holds the share `previous` of the first matrix. Move it on in place: a third
+        # matrix of this size is not needed.
         mixture_II.lerp_(last_II, 1 - share / previous)
         return low_precision_factor(mixture_II, rows)
 
@@ -237,6 +300,11 @@ def _relaxed_resolvent(scaled: ScaledGram, penalty: float) -> Tensor:
 def _from_spectrum(
     statistics: InputStatistics, scaled: ScaledGram, rows: int
 ) -> Callable[[float], Tensor]:
+    """Apply ρ/(h + ρ) to the leading eigenvalues and a line to the rest; see the top of this file.
+
+    Raises:
+        ValueError: The Gram matrix is not finite.
+    """
     if not all_finite(scaled.gram_II):
         raise ValueError("the Gram matrix of the inputs has no spectrum: is it finite?")
 
@@ -272,8 +340,8 @@ def _fit_line(penalty: float, low: float, high: float) -> tuple[float, float]:
     values = torch.linspace(low, high, 50, dtype=torch.float64)
     # Both sides are divided by h, which is the weight under the square.
     basis = torch.stack([1 / values, torch.ones_like(values)], dim=1)
-    wanted = penalty / (values + penalty) / values
-    constant, slope = torch.linalg.lstsq(basis, wanted[:, None]).solution.flatten().tolist()
+    target = penalty / (values + penalty) / values
+    constant, slope = torch.linalg.lstsq(basis, target[:, None]).solution.flatten().tolist()
     return constant, slope
 
 
@@ -282,8 +350,18 @@ def leading_eigenvectors(matrix_II: Tensor, count: int) -> tuple[Tensor, Tensor]
 
     Subspace iteration from a fixed random start, so the result is always the same (Halko,
     Martinsson and Tropp 2011, algorithm 4.4). Products are computed in low precision: what an
-    approximate vector contains of other eigenvectors changes the result in second order only. The
-    vectors (I, R) are columns, and their eigenvalues (R,) grow.
+    approximate vector contains of other eigenvectors changes the result in second order only.
+
+    Args:
+        matrix_II: float32, symmetric and positive semi-definite.
+        count: R, the number of eigenvectors.
+
+    Returns:
+        The vectors, which are the columns of a matrix (I, R), and their eigenvalues (R,), rising.
+
+    >>> vectors_IR, values_R = leading_eigenvectors(torch.tensor([[9.0, 0.0], [0.0, 0.01]]), 1)
+    >>> values_R.round(decimals=3), vectors_IR.abs().round(decimals=3).flatten()
+    (tensor([9.]), tensor([1., 0.]))
     """
     start_IR = torch.randn(len(matrix_II), count, generator=torch.Generator().manual_seed(0))
     basis_IR = start_IR.to(matrix_II.device)
@@ -292,7 +370,8 @@ def leading_eigenvectors(matrix_II: Tensor, count: int) -> tuple[Tensor, Tensor]
         # Every product turns the subspace towards the leading eigenvectors. QR keeps its basis
         # vectors from all becoming the first one.
         basis_IR = torch.linalg.qr(basis_IR).Q
-        basis_IR, before_IR = low_precision_product(factor_II, basis_IR), basis_IR
+        before_IR = basis_IR
+        basis_IR = low_precision_product(factor_II, before_IR)
     # Rayleigh-Ritz: the eigenvectors of the matrix within the subspace.
-    values_R, turn_RR = torch.linalg.eigh(before_IR.T @ basis_IR)
-    return before_IR @ turn_RR, values_R
+    values_R, rotation_RR = torch.linalg.eigh(before_IR.T @ basis_IR)
+    return before_IR @ rotation_RR, values_R

@@ -32,9 +32,19 @@ from prunus.methods.work import Pruned, RowShard, Work, masked, unchanged
 def compose(method: Method, options: MethodOptions, quantizes: bool = False) -> Method:
     """Add the steps that `options` choose to a method: dense targets, refinement, weight update.
 
-    The composed method needs the statistics of its most demanding step; where nothing is added, it
-    is `method` itself. `check_options` refuses choices that exclude each other. With `quantizes`
-    the weights become integers at the end, as `Work.quantization` says.
+    Args:
+        method: The method that chooses the mask.
+        options: The options that the `Work` of every linear will have too. `check_options` refuses
+            choices that exclude each other.
+        quantizes: Whether the weights become integers at the end, as `Work.quantization` says.
+
+    Returns:
+        A new method, which needs the statistics of its most demanding step, or `method` itself
+        where nothing is added.
+
+    >>> from prunus.methods.table import METHODS
+    >>> compose(METHODS["wanda"], MethodOptions(refine="swaps")).needs
+    'gram'
     """
     refines = options.refine != "none"
     updates = options.weight_update == "least-squares"
@@ -62,13 +72,13 @@ def compose(method: Method, options: MethodOptions, quantizes: bool = False) -> 
         # Masks may compare all rows, but swaps and updates work within a row. So the method runs on
         # its own, and the steps after it are split over processes together.
         def refine_and_update(shard: RowShard) -> Pruned:
-            own_OI = weight_OI[shard.rows]
+            shard_OI = weight_OI[shard.rows]
             result = Pruned(pruned.weight_OI[shard.rows], pruned.keep_OI[shard.rows], pruned.notes)
             if refines:
-                keep_OI, notes = refine_by_swaps(own_OI, result.keep_OI, statistics, work)
-                result = masked(own_OI, keep_OI, result.notes | notes)
+                keep_OI, notes = refine_by_swaps(shard_OI, result.keep_OI, statistics, work)
+                result = masked(shard_OI, keep_OI, result.notes | notes)
             if updates:
-                result = fit_least_squares(own_OI, result, statistics, options.damping, shard)
+                result = fit_least_squares(shard_OI, result, statistics, options.damping, shard)
             return result
 
         if (refines or updates) and not work.removes_nothing:
@@ -78,12 +88,12 @@ def compose(method: Method, options: MethodOptions, quantizes: bool = False) -> 
             # method has changed to compensate for its mask, with the integers in view.
             keep_OI = None if work.removes_nothing else pruned.keep_OI
             if isinstance(work.quantization, GroupQuantizer):
-                found = quantize_in_groups(weight_OI, statistics, work)
+                quantized = quantize_in_groups(weight_OI, statistics, work)
             else:
-                found = quantize_by_rate(weight_OI, statistics, work, keep_OI)
+                quantized = quantize_by_rate(weight_OI, statistics, work, keep_OI)
             forced = 0 if keep_OI is None else count_zeros(keep_OI)
-            notes = pruned.notes | found.notes | {"forced_zeros": forced}
-            pruned = replace(found, notes=notes)
+            notes = pruned.notes | quantized.notes | {"forced_zeros": forced}
+            pruned = replace(quantized, notes=notes)
         if uses_dense_target:
             pruned.notes.update(_target_notes(statistics, options, dense_weight))
         return pruned
@@ -106,7 +116,7 @@ def compose(method: Method, options: MethodOptions, quantizes: bool = False) -> 
 def _target_notes(
     statistics: InputStatistics, options: MethodOptions, dense_weight: float
 ) -> dict[str, Any]:
-    """What the record says of a linear's dense target."""
+    """What the record says of a linear's dense target: the α chosen, or why there is no target."""
     if statistics.drift_II is None:
         return {"dense_targets": "pruned: too few tokens for this many inputs"}
     if not has_drift(statistics):

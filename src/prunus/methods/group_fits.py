@@ -6,8 +6,12 @@ rounds the weights, and least squares gives the step (and the minimum) that suit
 best. Then d and dmin are chosen so that the codes cover all groups. At last the codes near the real
 steps are tried, and d and dmin are fitted again by least squares.
 
+Least squares for one group have two unknowns, the step s and the offset o (the minimum times dmin):
+with v the rounded values, s and o minimise Σ w·(x − s·v + o)² where both are positive.
+
 Everything is computed for all rows at once. Shape suffixes: B columns of a span, G its groups, C
-columns of a group, O outputs (rows).
+columns of a group, O outputs (rows), I inputs (columns of a weight); 1 a dimension that is
+broadcast.
 """
 
 from __future__ import annotations
@@ -21,9 +25,10 @@ from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer, Scales
 
 # Candidates for the step of a group: the extreme weight gets the extreme value of the quantiser,
 # moved by these shares of the distance between values.
-_MOVES = tuple(place / 4 for place in range(-4, 5))
-# The extreme number of a row gets one of these shares of the extreme code.
-_SHARES = tuple(1 - place / 32 for place in range(16))
+_MOVES = tuple(quarters / 4 for quarters in range(-4, 5))
+# The extreme number of a row gets one of these shares of the extreme code. A smaller share gives a
+# larger d, which may suit the other groups of the row better.
+_SHARES = tuple(1 - parts / 32 for parts in range(16))
 # How often codes and d are fitted in turn.
 _ROUNDS = 2
 # Weights that are rounded at once: few enough for the cache of a processor.
@@ -31,10 +36,15 @@ _ELEMENTS = 2**19
 
 
 def fit_scales(weight_BO: Tensor, importance_B: Tensor, quantizer: GroupQuantizer) -> Scales:
-    """The scales of one span that fit weights, float32, a column in each row.
+    """The scales of one span that fit its weights best.
 
-    `importance_B`, not negative, weighs the squared error of a column. Weights that are beyond
-    the values of the quantiser are a ValueError.
+    Args:
+        weight_BO: float32, the weights of one span, transposed: every column is a row here.
+        importance_B: float32, not negative. It weighs the squared error of each column.
+        quantizer: The values, codes and dtype of scales to choose from.
+
+    Raises:
+        ValueError: Weights are beyond the values of the quantiser.
     """
     if bool((weight_BO.abs() > quantizer.largest).any()):
         raise ValueError(
@@ -42,10 +52,11 @@ def fit_scales(weight_BO: Tensor, importance_B: Tensor, quantizer: GroupQuantize
             f"{quantizer.largest:.1e}. Is the checkpoint whole? `ignore` keeps a linear as it is, "
             "and `head_bits` none the head"
         )
-    group = _Groups(weight_BO, importance_B, quantizer)
-    step_GO, offset_GO = group.fit()
+    groups = _Groups(weight_BO, importance_B, quantizer)
+    step_GO, offset_GO = groups.fit()
     lowest, highest = quantizer.codes
     if lowest == highest:
+        # The span is a single group: d and dmin are its step and its offset.
         d_O, dmin_O = quantizer.stored(step_GO[0]), quantizer.stored(offset_GO[0])
         return Scales(d_O, dmin_O, torch.ones_like(step_GO), torch.ones_like(offset_GO))
     d_O = _common_factor(step_GO, lowest, highest)
@@ -53,7 +64,7 @@ def fit_scales(weight_BO: Tensor, importance_B: Tensor, quantizer: GroupQuantize
     for _ in range(_ROUNDS):
         code_GO = _over(step_GO, d_O).round_().clamp_(lowest, highest)
         minimum_GO = _over(offset_GO, dmin_O).round_().clamp_(0, highest)
-        scales = group.refit(group.best_codes(Scales(d_O, dmin_O, code_GO, minimum_GO)))
+        scales = groups.refit(groups.best_codes(Scales(d_O, dmin_O, code_GO, minimum_GO)))
         d_O, dmin_O = scales.d_O, scales.dmin_O
     return scales
 
@@ -61,10 +72,13 @@ def fit_scales(weight_BO: Tensor, importance_B: Tensor, quantizer: GroupQuantize
 def round_in_groups(
     weight_OI: Tensor, quantizer: GroupQuantizer, importance_I: Tensor | None = None
 ) -> GroupedWeight:
-    """Round a weight of any float dtype, with the scales of the smallest weighted squared error.
+    """Round a weight to the nearest values, with the scales of the smallest weighted squared error.
 
-    `importance_I` weighs the squared error of each column, such as the mean square of an input
-    (llama.cpp's importance matrix); None for equal weights.
+    Args:
+        weight_OI: A weight of any float dtype, whose rows consist of whole spans.
+        quantizer: The values and scales to choose from.
+        importance_I: float32, weighs the squared error of each column, such as the mean square of
+            an input (llama.cpp's importance matrix); None, or all zeros, for equal weights.
     """
     columns = weight_OI.shape[1]
     if importance_I is None or not bool(importance_I.any()):
@@ -74,7 +88,8 @@ def round_in_groups(
     parts = []
     for rows_OI in weight_OI.split(max(1, _ELEMENTS // columns)):
         weight_IO = rows_OI.float().T.contiguous()
-        scales, levels = [], []
+        scales = []
+        levels = []
         for weight_BO, importance_B in zip(
             weight_IO.split(quantizer.span), importance_I.split(quantizer.span), strict=True
         ):
@@ -86,14 +101,21 @@ def round_in_groups(
 
 def _levels(weight_BO: Tensor, scales: Scales, quantizer: GroupQuantizer) -> Tensor:
     """The levels of the values nearest to the weights of a span, uint8 (B, O)."""
-    place_GCO = _places(weight_BO.unflatten(0, (-1, quantizer.group)), scales)
-    return quantizer.nearest(place_GCO)[1].flatten(0, 1).to(torch.uint8)
+    in_steps_GCO = _in_steps(weight_BO.unflatten(0, (-1, quantizer.group)), scales)
+    return quantizer.nearest(in_steps_GCO)[1].flatten(0, 1).to(torch.uint8)
 
 
 def _common_factor(real_GO: Tensor, lowest: int, highest: int) -> Tensor:
-    """d, exact in float16, for which d · integer in the range is close to all numbers of a row."""
+    """d (O,), exact in float16, for which d · code in the range is close to all numbers of a row.
+
+    Args:
+        real_GO: float32, the real steps (or offsets) of the groups.
+        lowest: The lowest code; 0 means that `highest` is the extreme code.
+        highest: The highest code.
+    """
     extreme_O = _extreme(real_GO)
     extreme_code = lowest or highest
+    # The smallest squared error so far, and its d.
     best_O, d_O = torch.full_like(extreme_O, torch.inf), torch.zeros_like(extreme_O)
     for share in _SHARES:
         new_O = (extreme_O / round(share * extreme_code)).half().float()
@@ -106,13 +128,29 @@ def _common_factor(real_GO: Tensor, lowest: int, highest: int) -> Tensor:
 def fit_codes(
     weight_CO: Tensor, importance_C: Tensor, scales: Scales, quantizer: GroupQuantizer
 ) -> Scales:
-    """The scales of one group, with the codes next to the given ones that fit its weights best."""
+    """The scales of one group with the best codes, at most 1 from those of `scales`.
+
+    Args:
+        weight_CO: float32, the weights of the group, transposed as in `fit_scales`.
+        importance_C: float32, weighs the squared error of each column.
+        scales: Of this group alone: codes and minima are (1, O). d and dmin stay.
+        quantizer: Says the range of codes.
+    """
     return _Groups(weight_CO, importance_C, quantizer).best_codes(scales)
 
 
 class _Groups:
-    """The weights of one span by groups, and the fits of a group. Candidates are compared by the
-    weighted squared error of every group (G, O).
+    """The weights of one span by groups, and the fits of a group.
+
+    Candidates are compared by the weighted squared error of every group (G, O).
+
+    Attributes:
+        quantizer: The values and codes to choose from.
+        weight_GCO: The weights x.
+        importance_GC1: The importances w of the columns.
+        weighted_GCO: W·x.
+        importance_G1: Σ w of each group; zeros where the quantiser has no minima.
+        sum_GO: Σ w·x of each group; zeros where the quantiser has no minima.
     """
 
     def __init__(self, weight_BO: Tensor, importance_B: Tensor, quantizer: GroupQuantizer) -> None:
@@ -120,17 +158,21 @@ class _Groups:
         self.weight_GCO = weight_BO.unflatten(0, (-1, quantizer.group))
         self.importance_GC1 = importance_B.view(-1, quantizer.group, 1)
         self.weighted_GCO = self.weight_GCO * self.importance_GC1
-        # Where there are no minima, these sums are 0, and so are all offsets.
-        self.importance_G1 = self.importance_GC1.sum(1) * quantizer.has_minimum
-        self.sum_GO = self.weighted_GCO.sum(1) * quantizer.has_minimum
+        self.importance_G1 = self.importance_GC1.sum(1)
+        self.sum_GO = self.weighted_GCO.sum(1)
+        if not quantizer.has_minimum:
+            # With these sums all offsets become 0.
+            self.importance_G1.zero_()
+            self.sum_GO.zero_()
 
     def fit(self) -> tuple[Tensor, Tensor]:
         """The best real step and offset of every group; an offset is not negative."""
         step_GO, offset_GO = torch.zeros_like(self.sum_GO), torch.zeros_like(self.sum_GO)
+        # By how much the best candidate so far lowers the error of rounding all weights to 0.
         best_GO = torch.zeros_like(self.sum_GO)
         for lowest_GO, inverse_GO in self._candidates():
-            place_GCO = (self.weight_GCO - lowest_GO[:, None]).mul_(inverse_GO[:, None])
-            value_GCO = self.quantizer.nearest(place_GCO)[0]
+            in_steps_GCO = (self.weight_GCO - lowest_GO[:, None]).mul_(inverse_GO[:, None])
+            value_GCO = self.quantizer.nearest(in_steps_GCO)[0]
             product_GO = (self.weighted_GCO * value_GCO).sum(1)
             new_GO, new_offset_GO = _two_least_squares(
                 *self._value_sums(value_GCO), self.importance_G1, product_GO, self.sum_GO
@@ -142,9 +184,14 @@ class _Groups:
         return step_GO, offset_GO
 
     def _candidates(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """What to round: the lowest weight of a group, to subtract, and the inverse of its step."""
+        """Candidates for each group (G, O): the weight that becomes value 0, and 1 / step.
+
+        The weights to round are (x − lowest) / step. Where the quantiser has no minima, `lowest` is
+        0, and the sign of the step says which end of the values the extreme weight takes.
+        """
         values = self.quantizer.values
-        between = (values[-1] - values[0]) / (len(values) - 1)
+        # The mean distance between neighbouring values.
+        spacing = (values[-1] - values[0]) / (len(values) - 1)
         if self.quantizer.has_minimum:
             lowest_GO = self.weight_GCO.amin(1).clamp_max_(0)
             inverse_GO = _over(1.0, self.weight_GCO.amax(1) - lowest_GO)
@@ -156,18 +203,18 @@ class _Groups:
         for value, moves in extremes:
             for move in moves:
                 # The product leaves float32 where weights are denormal.
-                yield lowest_GO, (inverse_GO * (value + move * between)).nan_to_num_(0, 0, 0)
+                yield lowest_GO, (inverse_GO * (value + move * spacing)).nan_to_num_(0, 0, 0)
 
     def best_codes(self, scales: Scales) -> Scales:
-        """The codes next to given ones with the smallest errors; d and dmin stay."""
+        """The codes with the smallest errors, at most 1 from those of `scales`; d and dmin stay."""
         d_O, dmin_O, code_GO, minimum_GO = scales
         lowest, highest = self.quantizer.codes
         best_GO = torch.full_like(code_GO, torch.inf)
         best_code_GO, best_minimum_GO = code_GO.clone(), minimum_GO.clone()
-        for more in (-1, 0, 1) if self.quantizer.has_minimum else (0,):
-            new_minimum_GO = (minimum_GO + more).clamp_(0, highest)
-            for other in (0, -1, 1):
-                new_code_GO = (code_GO + other).clamp_(lowest, highest)
+        for minimum_change in (-1, 0, 1) if self.quantizer.has_minimum else (0,):
+            new_minimum_GO = (minimum_GO + minimum_change).clamp_(0, highest)
+            for code_change in (0, -1, 1):
+                new_code_GO = (code_GO + code_change).clamp_(lowest, highest)
                 error_GO = self._error(Scales(d_O, dmin_O, new_code_GO, new_minimum_GO))
                 _take(
                     error_GO < best_GO,
@@ -179,7 +226,7 @@ class _Groups:
 
     def refit(self, scales: Scales) -> Scales:
         """d and dmin by least squares, where the weights round to the values that they have now."""
-        value_GCO = self.quantizer.nearest(_places(self.weight_GCO, scales))[0]
+        value_GCO = self.quantizer.nearest(_in_steps(self.weight_GCO, scales))[0]
         code_GO, minimum_GO = scales.codes_GO, scales.minima_GO
         product_GO = (self.weighted_GCO * value_GCO).sum(1)
         square_GO, value_sum_GO = self._value_sums(value_GCO)
@@ -190,8 +237,8 @@ class _Groups:
             (product_GO * code_GO).sum(0),
             (self.sum_GO * minimum_GO).sum(0),
         )
-        d_O, dmin_O = self.quantizer.stored(d_O), self.quantizer.stored(dmin_O)
-        return Scales(d_O, dmin_O, code_GO, minimum_GO)
+        stored = self.quantizer.stored
+        return Scales(stored(d_O), stored(dmin_O), code_GO, minimum_GO)
 
     def _value_sums(self, value_GCO: Tensor) -> tuple[Tensor, Tensor]:
         """Σ w·v², and Σ w·v where there are minima, else 0; writes over `value_GCO`."""
@@ -200,14 +247,15 @@ class _Groups:
         return value_GCO.mul_(weighted_GCO).sum(1), value_sum_GO
 
     def _error(self, scales: Scales) -> Tensor:
+        """The weighted squared error of each group (G, O) when its weights are rounded."""
         step_GO, offset_GO = scales.steps()
-        value_GCO = self.quantizer.nearest(_places(self.weight_GCO, scales))[0]
+        value_GCO = self.quantizer.nearest(_in_steps(self.weight_GCO, scales))[0]
         error_GCO = value_GCO.mul_(step_GO[:, None]).sub_(offset_GO[:, None]).sub_(self.weight_GCO)
         return error_GCO.square_().mul_(self.importance_GC1).sum(1)
 
 
-def _places(weight_GCO: Tensor, scales: Scales) -> Tensor:
-    """Weights in units of the steps of their groups, from their offsets on."""
+def _in_steps(weight_GCO: Tensor, scales: Scales) -> Tensor:
+    """(x + offset) / step of every weight: the numbers that `GroupQuantizer.nearest` rounds."""
     step_GO, offset_GO = scales.steps()
     return (weight_GCO + offset_GO[:, None]).mul_(_over(1.0, step_GO)[:, None])
 
@@ -232,9 +280,17 @@ def _take(better: Tensor, *pairs: tuple[Tensor, Tensor]) -> None:
 def _two_least_squares(
     square: Tensor, value_sum: Tensor, weight: Tensor, product: Tensor, total: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The step s and the offset o ≥ 0 that minimise Σ w·(x − s·v + o·m)².
+    """The step s and the offset o ≥ 0 that minimise Σ w·(x − s·v + o·m)², of one shape.
 
-    It takes Σ w·v², Σ w·v·m, Σ w·m², Σ w·x·v and Σ w·x·m.
+    Where the best o is negative, or the s that belongs to it is not positive, o is 0 and s is the
+    best step alone.
+
+    Args:
+        square: Σ w·v².
+        value_sum: Σ w·v·m.
+        weight: Σ w·m².
+        product: Σ w·x·v.
+        total: Σ w·x·m.
     """
     determinant = square * weight - value_sum.square()
     step = _over(weight * product - value_sum * total, determinant)

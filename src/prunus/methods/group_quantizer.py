@@ -6,8 +6,8 @@ Every row is cut into spans of columns, and a span into groups. A weight of a gr
 
 with d and dmin (16-bit floats) of the span, `code` and `minimum` (small integers) of the group, and
 `value`, one of the few values of the quantiser, of the weight. Quantisers without minima have
-dmin = 0. Those whose spans are single groups have code 1. How these numbers become bytes is known
-to the formats of files that store them (`prunus.formats`), which derive from `GroupQuantizer`.
+dmin = 0. Those whose spans are single groups have code 1. The formats of files that store these
+numbers (`prunus.formats`) derive from `GroupQuantizer` and turn them into bytes.
 
 Shape suffixes: N spans (of all rows), G groups of a span, C columns of a group, B columns of a
 span, O outputs (rows), I inputs (columns), K bytes.
@@ -47,7 +47,7 @@ class GroupQuantizer(ABC):
     @property
     @abstractmethod
     def has_minimum(self) -> bool:
-        """Whether a group has a minimum."""
+        """Whether a group has a minimum, which lets its values be asymmetric about 0."""
 
     @property
     @abstractmethod
@@ -56,7 +56,7 @@ class GroupQuantizer(ABC):
 
     @abstractmethod
     def pack(self, spans: Spans) -> Tensor:
-        """The bytes of spans, uint8 (N, K)."""
+        """The bytes of spans, uint8 (N, K), where K is `nbytes`."""
 
     @abstractmethod
     def unpack(self, data_NK: Tensor) -> Spans:
@@ -87,12 +87,23 @@ class GroupQuantizer(ABC):
         return scale.to(self.dtype).float()
 
     def nearest(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """The values nearest to `places`, float32, and their levels; writes over `places`."""
+        """The values nearest to some numbers, and their levels.
+
+        A level is an index of `values`. Of two values at the same distance, even values take the
+        one with the even number, and other values the upper one.
+
+        Args:
+            places: float32, the numbers in units of the step; they are overwritten.
+
+        Returns:
+            (values, levels), of the shape of `places`. Levels are integers of any dtype.
+        """
         lowest, highest = self.values[0], self.values[-1]
         if self.is_even:
             places.round_().clamp_(lowest, highest)
             return places, places - lowest
         values, level_at = _tables(self.values, places.device)
+        # The table has an entry for every half, so the half below a number finds its nearest value.
         index = places.mul_(2).floor_().sub_(2 * lowest).clamp_(0, len(level_at) - 1).int()
         levels = level_at[index]
         return values[levels], levels
@@ -112,9 +123,12 @@ class Spans(NamedTuple):
     """Spans of quantised weights in parts.
 
     Attributes:
-        d_N, dmin_N: float32, exact in the quantiser's dtype; zeros without minima.
-        codes_NG, minima_NG: float32, integers; zeros without minima.
-        levels_NB: uint8, indices of `GroupQuantizer.values`.
+        d_N: float32, the scale of the codes, exact in the quantiser's dtype.
+        dmin_N: float32, the scale of the minima, exact in the quantiser's dtype; zeros where the
+            quantiser has no minima.
+        codes_NG: float32, integers: the code of each group.
+        minima_NG: float32, integers: the minimum of each group; zeros where there are none.
+        levels_NB: uint8, indices of `GroupQuantizer.values`, one for each column.
     """
 
     d_N: Tensor
@@ -138,10 +152,15 @@ class Spans(NamedTuple):
 
 
 class GroupedWeight(NamedTuple):
-    """A weight that was quantised in groups, as the bytes that a file stores."""
+    """A weight that was quantised in groups, as the bytes that a file stores.
+
+    Attributes:
+        quantizer: How bytes become weights.
+        data_OB: uint8 (O, bytes of a row): the bytes of the row's spans, in the order of columns.
+    """
 
     quantizer: GroupQuantizer
-    data_OB: Tensor  #: uint8 (O, bytes of a row)
+    data_OB: Tensor
 
     def dense(self) -> Tensor:
         """The weight, float32 (O, I)."""
@@ -151,7 +170,14 @@ class GroupedWeight(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """The scales of one span of all rows; see `Spans` for dtypes and values."""
+    """The scales of one span of all rows; see `Spans` for dtypes and values.
+
+    Attributes:
+        d_O: The scale of the codes.
+        dmin_O: The scale of the minima.
+        codes_GO: The code of each group.
+        minima_GO: The minimum of each group.
+    """
 
     d_O: Tensor
     dmin_O: Tensor
@@ -164,11 +190,12 @@ class Scales(NamedTuple):
 
 
 def join_spans(scales: list[Scales], levels_IO: Tensor, quantizer: GroupQuantizer) -> GroupedWeight:
-    """The weight of spans with their scales, in the order of the columns.
+    """The weight of spans with their scales.
 
     Args:
-        scales: The scales of every span of a row.
-        levels_IO: Indices of `GroupQuantizer.values`, uint8 (I, O).
+        scales: The scales of the spans, from the left of a row to the right.
+        levels_IO: Indices of `GroupQuantizer.values`, uint8 (I, O), in the order of columns.
+        quantizer: The quantiser of scales and levels, which packs them.
     """
     d_NO, dmin_NO, codes_NGO, minima_NGO = (
         torch.stack(parts) for parts in zip(*scales, strict=True)

@@ -12,7 +12,7 @@ thousand tokens are noisy, most of all in wide linears. With half of them the sw
 and the error on other tokens is smaller there.
 
 Shape suffixes: O outputs (rows), I inputs (columns), S spans of a row, B columns of a span,
-G groups of a span, C columns of a group.
+G groups of a span, C columns of a group. In `_order`, S counts runs of columns of any width.
 """
 
 from __future__ import annotations
@@ -34,9 +34,19 @@ _BLOCK = 256
 
 
 def quantize_in_groups(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
-    """Quantise a weight, float32, in the groups of the quantiser `work.quantization`.
+    """Quantise a weight in the groups of the quantiser `work.quantization`.
 
-    The result has the dense weight, the mask of its non-zero weights, and the quantised weight.
+    Args:
+        weight_OI: float32; its rows consist of whole spans.
+        statistics: With a Gram matrix.
+        work: Its quantisation is a `GroupQuantizer`. Its `damping` is a share of the mean diagonal
+            of the Gram matrix; None means `rate_distortion.DAMPING`.
+
+    Returns:
+        The dense weight, the mask of its non-zero weights, and the quantised weight.
+
+    Raises:
+        ValueError: The Gram matrix is not finite.
     """
     quantizer = work.quantization
     assert isinstance(quantizer, GroupQuantizer)
@@ -59,39 +69,52 @@ def _order(squares_I: Tensor, quantizer: GroupQuantizer) -> Tensor:
     """Inputs with large norms first: spans, groups within a span, and columns within a group."""
     order_I = torch.arange(len(squares_I), device=squares_I.device)
     for width in (1, quantizer.group, quantizer.span):
-        place_S = squares_I.view(-1, width).sum(1).argsort(descending=True, stable=True).argsort()
-        order_I = order_I[place_S.repeat_interleave(width)[order_I].argsort(stable=True)]
+        # The rank of each run of this width, 0 for the largest norm. A stable sort by the rank
+        # leaves the order within a run as the narrower widths have made it.
+        rank_S = squares_I.view(-1, width).sum(1).argsort(descending=True, stable=True).argsort()
+        order_I = order_I[rank_S.repeat_interleave(width)[order_I].argsort(stable=True)]
     return order_I
 
 
 def _sweep(
     weight_OI: Tensor, order_I: Tensor, upper_II: Tensor, quantizer: GroupQuantizer
 ) -> GroupedWeight:
-    """The sweep over the columns of some rows."""
+    """The sweep over the columns of some rows.
+
+    Args:
+        weight_OI: float32, the weights of these rows.
+        order_I: int64, the columns in the order of the sweep; spans and groups stay together.
+        upper_II: U, in the order of the sweep.
+        quantizer: The values and scales to choose from.
+    """
     # In the transposed weight a column is contiguous.
     weight_IO = weight_OI.T[order_I]
     inverse_I = upper_II.diagonal().reciprocal()
     importance_I = inverse_I.square()
     order, inverses = order_I.tolist(), inverse_I.tolist()
     levels_IO = torch.empty(weight_IO.shape, dtype=torch.uint8, device=weight_IO.device)
+    # Number of a span in the row -> its scales.
     scales: dict[int, Scales] = {}
     # Of the group that the sweep is in: its step, the inverse of that, and its offset.
     step_O = inverse_O = offset_O = weight_IO[0]
 
     def begin_group(j: int) -> None:
         nonlocal step_O, inverse_O, offset_O
-        span, group = order[j] // quantizer.span, order[j] % quantizer.span // quantizer.group
+        span = order[j] // quantizer.span
+        group = order[j] % quantizer.span // quantizer.group
         if j % quantizer.span == 0:
-            own = slice(j, j + quantizer.span)
-            natural_B = order_I[own].argsort()
+            columns = slice(j, j + quantizer.span)
+            # The fit expects the columns of the span from the left to the right.
+            natural_B = order_I[columns].argsort()
             scales[span] = fit_scales(
-                weight_IO[own][natural_B], importance_I[own][natural_B], quantizer
+                weight_IO[columns][natural_B], importance_I[columns][natural_B], quantizer
             )
         if quantizer.span != quantizer.group:
             # The columns of the span so far have corrected this group since.
-            own, (d_O, dmin_O, codes_GO, minima_GO) = slice(j, j + quantizer.group), scales[span]
+            columns = slice(j, j + quantizer.group)
+            d_O, dmin_O, codes_GO, minima_GO = scales[span]
             before = Scales(d_O, dmin_O, codes_GO[group, None], minima_GO[group, None])
-            after = fit_codes(weight_IO[own], importance_I[own], before, quantizer)
+            after = fit_codes(weight_IO[columns], importance_I[columns], before, quantizer)
             codes_GO[group], minima_GO[group] = after.codes_GO[0], after.minima_GO[0]
         steps_GO, offsets_GO = scales[span].steps()
         step_O, offset_O = steps_GO[group], offsets_GO[group]

@@ -14,7 +14,18 @@ from prunus.methods.work import Pruned, Work, masked
 
 
 def magnitude_mask(weight_OI: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
-    """The mask. Where the whole matrix competes, equal magnitudes are treated equally.
+    """The mask of the weights with the largest magnitudes, bool (O, I).
+
+    Where the whole matrix competes, equal magnitudes are treated equally: see
+    `patterns.keep_above_threshold`.
+
+    Args:
+        weight_OI: A weight of any float dtype.
+        pattern: Which weights compete.
+        sparsity: The share to remove, in [0, 1); N:M ignores it.
+
+    Raises:
+        ValueError: The pattern does not fit the shape, or the sparsity is out of range.
 
     >>> import torch
     >>> magnitude_mask(torch.tensor([[0.5, -2.0, 1.0, -0.1]]), Pattern(), 0.5)
@@ -26,5 +37,5 @@ def magnitude_mask(weight_OI: Tensor, pattern: Pattern, sparsity: float) -> Tens
 
 
 def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
-    """The weights with the largest magnitudes."""
+    """The weights with the largest magnitudes, which keep their values; reads no statistics."""
     return masked(weight_OI, magnitude_mask(weight_OI, work.pattern, work.sparsity))

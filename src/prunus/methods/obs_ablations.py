@@ -21,7 +21,15 @@ from prunus.methods.work import Pruned, RowShard, Work, unchanged
 
 
 def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
-    """Prune one linear.
+    """The weights that the fixed or the blockwise mask keeps, corrected by the OBS sweep.
+
+    Args:
+        weight_OI: float32, the trained weights.
+        statistics: With a Gram matrix.
+        work: Its options `mask_from` and `mask_order` choose the mask.
+
+    Raises:
+        ValueError: The Gram matrix cannot be inverted, see `obs.inverse_factor`.
 
     >>> statistics = InputStatistics(4, "gram")
     >>> statistics.add(torch.eye(4) + 0.5)

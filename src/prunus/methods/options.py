@@ -20,7 +20,7 @@ def _is_dense_weight(value: Any) -> bool:
     return value == "auto" or (isinstance(value, int | float) and 0 <= value <= 1)
 
 
-#: The option `dense_weight`, whose default differs between verbs.
+#: The option `dense_weight`, whose default differs between commands.
 DenseWeight = Annotated[
     float | Literal["auto"],
     Option(
@@ -38,7 +38,27 @@ DenseWeight = Annotated[
 
 
 class MethodOptions(Options):
-    """What methods, the refinement of their masks and the update of their weights read."""
+    """What methods, the refinement of their masks and the update of their weights read.
+
+    A field whose value is None has a default that depends on the linear or on the method; its
+    declaration says which.
+
+    Attributes:
+        damping: λ, as a share of the mean diagonal of the Gram matrix, in (0, 1).
+        iterations: The iterations of method alps, at least 1.
+        refine: How kept and removed weights are exchanged after the method; see `refine/swaps.py`.
+        refine_steps: The most rounds of the refinement, at least 1. Needs a refinement.
+        weight_update: How the kept weights are fitted after the method; see
+            `solvers/least_squares.py`.
+        dense_weight: α, the share of the dense model in the outputs to approximate; "auto" chooses
+            it per linear. See `refine/dense_targets.py`.
+        ria_power: The power of the input norms in RIA's score, in [0, 2].
+        mask_from: The score of the mask of method obs.
+        mask_order: Whether method obs chooses its mask before the update or in the course of it.
+
+    Raises:
+        ValueError: A value is out of range, or `refine_steps` has no refinement.
+    """
 
     damping: Annotated[
         float | None,

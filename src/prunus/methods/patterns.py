@@ -16,12 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+#: The groups of unstructured sparsity that have names; see `Pattern`.
 GROUPS = ("row", "layer", "column")
 
 # Groups are ranked about this many scores at a time. On a CPU temporaries are then small and stay
-# in its cache. On a GPU every part costs kernels and a wait of the host, so parts are large there.
-# The indices of such a part take half a gigabyte.
-_SCORES_AT_A_TIME, _SCORES_AT_A_TIME_ON_GPU = 2**19, 2**26
+# in its cache.
+_SCORES_AT_A_TIME = 2**19
+# On a GPU every part costs kernels and a wait of the host, so parts are large there. The indices of
+# such a part take half a gigabyte.
+_SCORES_AT_A_TIME_ON_GPU = 2**26
 # On a GPU `kthvalue` gives each group one thread block. Fewer groups than this leave most of the
 # device idle, and sorting is faster.
 _MIN_GROUPS_TO_SELECT = 64
@@ -45,6 +48,14 @@ class Pattern:
     - "column": the weights of one input; `int(out * sparsity)` of each column are removed
     - an integer k: k consecutive rows; `int(k * in * sparsity)` are removed. The last group may be
       smaller.
+
+    Attributes:
+        n: How many of every `m` weights N:M keeps; None for unstructured sparsity.
+        m: How many consecutive inputs compete in N:M; None for unstructured sparsity.
+        group: Which weights compete in unstructured sparsity; N:M ignores it.
+
+    Raises:
+        ValueError: One of `n` and `m` is missing, `n` is not in 0..m, or the group is unknown.
 
     >>> str(Pattern(2, 4)), Pattern(2, 4).sparsity
     ('2:4', 0.5)
@@ -75,6 +86,9 @@ class Pattern:
     def parse(cls, text: str, group: str | int = "row") -> Pattern:
         """Read "2:4" (any N:M) or "unstructured"; `group` may be a number written as text.
 
+        Raises:
+            ValueError: The text is neither, or the numbers or the group are impossible.
+
         >>> Pattern.parse("unstructured", "16")
         Pattern(n=None, m=None, group=16)
         """
@@ -96,7 +110,11 @@ class Pattern:
 
     @property
     def sparsity(self) -> float:
-        """The fraction of weights that N:M removes, `1 - n/m`."""
+        """The fraction of weights that N:M removes, `1 - n/m`.
+
+        Raises:
+            ValueError: The pattern is unstructured: its sparsity is chosen apart from it.
+        """
         if self.n is None or self.m is None:
             raise ValueError("an unstructured pattern implies no sparsity: it must be given")
         return 1 - self.n / self.m
@@ -111,6 +129,14 @@ class Pattern:
 
 def check_shape(pattern: Pattern, shape: tuple[int, int], name: str) -> None:
     """Check that `pattern` fits a linear of `shape` (out, in), before any work is done.
+
+    Args:
+        pattern: Which weights compete.
+        shape: The shape of the weight.
+        name: The name of the linear, for the message.
+
+    Raises:
+        ValueError: The weight is not a matrix with entries, or M does not divide its inputs.
 
     >>> check_shape(Pattern(2, 4), (8, 10), "q_proj")
     Traceback (most recent call last):
@@ -134,8 +160,18 @@ def keep_mask(score_OI: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
 
     Counts are exact. Of equal scores the one with the lower index is removed first. Within a group
     of N:M, torch.topk decides between equal scores, as in the original code; on one kind of device
-    it always decides in the same way. N:M implies its own sparsity. The mask, bool (O, I), is True
-    where a weight is kept; scores are finite and of any float dtype.
+    it always decides in the same way.
+
+    Args:
+        score_OI: Finite scores of any float dtype.
+        pattern: Which weights compete.
+        sparsity: The share to remove, in [0, 1). N:M ignores it, because it implies its own.
+
+    Returns:
+        bool (O, I), True where a weight is kept.
+
+    Raises:
+        ValueError: The pattern does not fit the shape, or the sparsity is out of range.
 
     >>> score_OI = torch.tensor([[1.0, 4.0, 3.0, 2.0]])
     >>> keep_mask(score_OI, Pattern(1, 2), 0.0)
@@ -160,8 +196,8 @@ def keep_mask(score_OI: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
         score_OI[:whole].reshape(-1, rows_per_group * columns),
         score_OI[whole:].reshape(1, -1),
     ]
-    kept = [_keep_highest(part, int(part.shape[1] * sparsity)) for part in parts if part.numel()]
-    return torch.cat([part.view(-1, columns) for part in kept])
+    masks = [_keep_highest(part, int(part.shape[1] * sparsity)) for part in parts if part.numel()]
+    return torch.cat([part.view(-1, columns) for part in masks])
 
 
 def keep_above_threshold(score_OI: Tensor, sparsity: float) -> Tensor:
@@ -175,6 +211,16 @@ def keep_above_threshold(score_OI: Tensor, sparsity: float) -> Tensor:
     threshold. Removing some of them by index would take most of them from the first rows. Where
     ties would remove more than 1 % of the matrix beyond the sparsity (coarsely quantised weights),
     the exact count of `keep_mask` is used.
+
+    Args:
+        score_OI: Finite scores of any float dtype.
+        sparsity: The share to remove, in [0, 1).
+
+    Returns:
+        bool (O, I), True where a weight is kept.
+
+    Raises:
+        ValueError: The sparsity is out of range.
 
     >>> keep_above_threshold(torch.arange(1000.0).view(20, 50), 0.5).sum()
     tensor(499)
@@ -195,6 +241,7 @@ def _check_sparsity(sparsity: float) -> None:
 
 
 def _in_parts(score_GC: Tensor, keep_GC: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Runs of groups, as views of both: as many as the device ranks well at a time."""
     on_cpu = score_GC.device.type == "cpu"
     at_a_time = _SCORES_AT_A_TIME if on_cpu else _SCORES_AT_A_TIME_ON_GPU
     groups = max(1, at_a_time // score_GC.shape[1])
@@ -212,8 +259,8 @@ def _keep_n_of_m(score_GC: Tensor, n: int) -> Tensor:
             # Comparing pairs decides almost all groups. topk decides the few with ties, so that
             # the result is always that of topk.
             tied_G = _keep_by_rank(score, keep, drop)
-            score, keep[tied_G] = score[tied_G], True
-            lowest_GD = score.topk(drop, dim=1, largest=False).indices
+            keep[tied_G] = True
+            lowest_GD = score[tied_G].topk(drop, dim=1, largest=False).indices
             keep[tied_G] = keep[tied_G].scatter_(1, lowest_GD, False)
         else:
             keep.scatter_(1, score.topk(drop, dim=1, largest=False).indices, False)
@@ -269,9 +316,9 @@ def _restore_last_ties(
     row_K, column_K = (score_GC[tied_G] == threshold_G1[tied_G]).nonzero(as_tuple=True)
     count_G = torch.bincount(row_K, minlength=len(tied_G))
     end_G = count_G.cumsum(dim=0)
-    # Tied scores are listed group by group. Those at the last places of a group are kept.
-    place_K = torch.arange(len(row_K), device=row_K.device)
-    last_K = place_K >= (end_G - missing_G[tied_G])[row_K]
+    # Tied scores are listed group by group. The last ones of a group are kept.
+    position_K = torch.arange(len(row_K), device=row_K.device)
+    last_K = position_K >= (end_G - missing_G[tied_G])[row_K]
     keep_GC[tied_G[row_K[last_K]], column_K[last_K]] = True
 
 

@@ -28,8 +28,11 @@ its step, is rounded up where
 
 This μ is the slope of the error over the bits at a high rate, −dD/dR with D = 4^-R/12.
 
-Shape suffixes: O outputs (rows), S some of them, I inputs (columns), B columns of a block, K
-classes of columns, V values from −128 to 127.
+The order of this file: quantising one linear (`quantize` and its sweep), then the bits that a code
+is expected to take (`expected_bits`).
+
+Shape suffixes: O outputs (rows), S some of them, I inputs (columns), T columns of a tile, K classes
+of columns, V values from −128 to 127, N entries of a table.
 """
 
 from __future__ import annotations
@@ -60,8 +63,10 @@ _SLOPE = 2 * math.log(2) / 12
 _DEAD_ZONE = 0.1
 # A step of the sweep never rounds a value that is closer to an integer than this to another one.
 _MIN_SHARE = 0.02
-# Rows that choose the code, and how often they do so.
-_SAMPLE_ROWS, _SAMPLE_ROUNDS = 256, 2
+# Rows that choose the code: about this many, spread evenly over the linear.
+_SAMPLE_ROWS = 256
+# How often these rows are rounded and choose the code anew.
+_SAMPLE_ROUNDS = 2
 # Columns of a block of the sweep.
 _BLOCK = 128
 
@@ -69,10 +74,19 @@ _BLOCK = 128
 def quantize(
     weight_OI: Tensor, statistics: InputStatistics, work: Work, keep_OI: Tensor | None = None
 ) -> Pruned:
-    """Quantise a weight, float32, with the steps step · U_jj.
+    """Quantise a weight with the steps step · U_jj.
 
-    The weight becomes 0 where `keep_OI`, bool (O, I), is False; None allows all levels. The result
-    has the dense weight, the mask of its non-zero integers, and the quantised weight.
+    Args:
+        weight_OI: float32, the trained weights (or a dense target).
+        statistics: With a Gram matrix.
+        work: Its quantisation is a `LinearQuantization`. Its `damping` is λ; None means `DAMPING`.
+        keep_OI: bool, False where the weight must become 0; None allows all levels everywhere.
+
+    Returns:
+        The dense weight, the mask of its non-zero integers, and the quantised weight.
+
+    Raises:
+        ValueError: The Gram matrix cannot be inverted, see `obs.inverse_factor`.
 
     >>> from prunus.methods.work import CodeLengths, LinearQuantization
     >>> statistics = InputStatistics(2, "gram")
@@ -96,14 +110,15 @@ def quantize(
     steps_I = steps_I.masked_fill(steps_I == 0, 1.0)
 
     def sweep(rows: Tensor | slice, shares_KV: Tensor, classes_I: Tensor) -> Tensor:
+        """The integers of some rows, int8 (S, I), in the order of the columns of the weight."""
         # Rows are divided by their scale, so that a column has a single step. In the transposed
         # weight a column is contiguous.
         scaled_IO = (weight_OI[rows] / scales_O[rows, None]).T[order_I]
         scaled_IO[dead_I[order_I]] = 0
-        kept_IO = None if keep_OI is None else keep_OI[rows].T[order_I]
+        keep_IO = None if keep_OI is None else keep_OI[rows].T[order_I]
         levels_IO = torch.empty(scaled_IO.shape, dtype=torch.int8, device=scaled_IO.device)
         levels_IO[order_I] = _sweep(
-            scaled_IO, upper_II, steps_I[order_I], shares_KV, classes_I[order_I], kept_IO
+            scaled_IO, upper_II, steps_I[order_I], shares_KV, classes_I[order_I], keep_IO
         )
         return levels_IO.T.contiguous()
 
@@ -111,9 +126,9 @@ def quantize(
     # do it twice.
     some_S = torch.arange(0, len(weight_OI), max(1, len(weight_OI) // _SAMPLE_ROWS))
     some_S = some_S.to(weight_OI.device)
-    first_V = torch.full((1, 256), 0.5 - _DEAD_ZONE, device=weight_OI.device)
-    first_V[:, 128:] = 0.5 + _DEAD_ZONE
-    shares_KV, classes_I = first_V, torch.zeros_like(dead_I, dtype=torch.int64)
+    shares_KV = torch.full((1, 256), 0.5 - _DEAD_ZONE, device=weight_OI.device)
+    shares_KV[:, 128:] = 0.5 + _DEAD_ZONE
+    classes_I = torch.zeros_like(dead_I, dtype=torch.int64)
     for _ in range(_SAMPLE_ROUNDS):
         code = how.code_of(sweep(some_S, shares_KV, classes_I))
         classes_I = code.classes_I.to(weight_OI.device)
@@ -125,6 +140,7 @@ def quantize(
         return Pruned(dense_OI, levels_OI != 0, dict(factor_notes))
 
     pruned = work.rows.solve(len(weight_OI), 1, solve)
+    # Processes exchange dense weights only, which are whole multiples of their units.
     unit_OI = steps_I * scales_O[:, None]
     levels_OI = (pruned.weight_OI / unit_OI).round_().to(torch.int8)
     return replace(pruned, quantized=Quantized(levels_OI, steps_I, scales_O))
@@ -135,6 +151,13 @@ def relative_steps(statistics: InputStatistics, damping: float | None) -> Tensor
 
     The factor matters between linears. An error in units of these steps changes the outputs by
     d̄ / T times its square, where d̄ is the mean diagonal of the Gram matrix of T tokens.
+
+    Args:
+        statistics: With a Gram matrix.
+        damping: λ; None means `DAMPING`.
+
+    Raises:
+        ValueError: The Gram matrix cannot be inverted, see `obs.inverse_factor`.
     """
     order_I, upper_II, _ = _factor(statistics, damping)
     return torch.empty_like(upper_II[0]).index_copy_(0, order_I, upper_II.diagonal())
@@ -143,6 +166,7 @@ def relative_steps(statistics: InputStatistics, damping: float | None) -> Tensor
 def _factor(
     statistics: InputStatistics, damping: float | None
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """The columns with the largest norms first, U in this order, and notes for the record."""
     order = ("by norm", lambda norms_I: norms_I.argsort(descending=True, stable=True))
     return ordered_factor(statistics, DAMPING if damping is None else damping, order)
 
@@ -168,7 +192,13 @@ def _sweep(
 ) -> Tensor:
     """The sweep over the columns, which are in its order; returns the integers, int8 (I, O).
 
-    `weight_IO` is overwritten.
+    Args:
+        weight_IO: float32, a column in each row; it is overwritten.
+        factor_II: U.
+        steps_I: The step of each column.
+        shares_KV: When a value is rounded up, see `_rounding_shares`.
+        classes_I: The class of each column, an index of `shares_KV`.
+        keep_IO: bool, False where the integer must be 0; None where none must.
     """
     steps, classes = steps_I.tolist(), classes_I.tolist()
     inverse_I = factor_II.diagonal().reciprocal().tolist()
@@ -186,6 +216,7 @@ def _sweep(
         error_O.mul_(inverse_I[j])
 
     def round_tile(tile: slice, error_TO: Tensor) -> None:
+        # The compiled kernel rounds and corrects all columns of a tile, as `round_column` does.
         assert compiled is not None
         arrays = (steps_I[tile], shares_KV[classes_I[tile]], levels_IO[tile], error_TO)
         keep_TO = None if keep_IO is None else keep_IO[tile]
@@ -204,25 +235,36 @@ def _sweep(
 def expected_bits(deviations: Tensor) -> Tensor:
     """The entropy in bits of rounded normal values, by their standard deviations in steps.
 
+    Args:
+        deviations: float32 of any shape, not negative; 0 has an entropy of about 0.
+
+    Returns:
+        float32 of the same shape: bits per value, interpolated in a table.
+
     >>> [round(bits, 2) for bits in expected_bits(torch.tensor([0.0, 1.0, 4.0])).tolist()]
     [0.0, 2.1, 4.05]
     """
     table_N = _entropies()
     # The table is regular in the logarithm. Above it, a doubled deviation costs one more bit.
-    place = (deviations.clamp_min(1e-9).log2() - _LOWEST) * _PER_OCTAVE
-    above = (place - (len(table_N) - 1)).clamp_min(0)
-    place = place.clamp(0, len(table_N) - 1)
-    left = place.floor().clamp_max(len(table_N) - 2)
+    position = (deviations.clamp_min(1e-9).log2() - _LOWEST) * _PER_OCTAVE
+    above = (position - (len(table_N) - 1)).clamp_min(0)
+    position = position.clamp(0, len(table_N) - 1)
+    left = position.floor().clamp_max(len(table_N) - 2)
     left_bits, right_bits = table_N[left.long()], table_N[left.long() + 1]
-    return left_bits.lerp(right_bits, place - left) + above / _PER_OCTAVE
+    return left_bits.lerp(right_bits, position - left) + above / _PER_OCTAVE
 
 
-# The table of `expected_bits`: deviations from 2^_LOWEST to 2^_HIGHEST, some per octave.
-_LOWEST, _HIGHEST, _PER_OCTAVE = -4, 4, 8
+# The table of `expected_bits` starts at a deviation of 2 to this power ...
+_LOWEST = -4
+# ... ends at 2 to this power ...
+_HIGHEST = 4
+# ... and has this many entries for every doubling of the deviation.
+_PER_OCTAVE = 8
 
 
 @functools.cache
 def _entropies() -> Tensor:
+    """The table of `expected_bits`: −Σ p log₂ p over the integers, float32 (N,)."""
     count = (_HIGHEST - _LOWEST) * _PER_OCTAVE + 1
     deviation_N = 2.0 ** (_LOWEST + torch.arange(count, dtype=torch.float64) / _PER_OCTAVE)
     edges_V = torch.arange(-200, 201, dtype=torch.float64) + 0.5

@@ -22,6 +22,13 @@ from prunus.methods.work import Pruned, Work, masked
 def ria_score(weight_OI: Tensor, statistics: InputStatistics, power: float) -> Tensor:
     """RIA's score, (O, I) in the dtype of the weight; 0 where a weight is 0.
 
+    A common factor of all norms is left out: it does not change which scores are lowest.
+
+    Args:
+        weight_OI: A weight of any float dtype.
+        statistics: With norms.
+        power: A, the power of the norms; 0.5 in the paper, 0 leaves the inputs out.
+
     >>> statistics = InputStatistics(2, "norms")
     >>> statistics.add(torch.ones(1, 2))
     >>> ria_score(torch.tensor([[1.0, 3.0], [1.0, 0.0]]), statistics, 0.5)
@@ -41,6 +48,10 @@ def ria_score(weight_OI: Tensor, statistics: InputStatistics, power: float) -> T
 
 
 def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
-    """The weights with the largest scores."""
+    """The weights with the largest scores, which keep their values.
+
+    Raises:
+        ValueError: The pattern does not fit the shape, or the sparsity is out of range.
+    """
     score_OI = ria_score(weight_OI, statistics, work.options.ria_power)
     return masked(weight_OI, keep_mask(score_OI, work.pattern, work.sparsity))

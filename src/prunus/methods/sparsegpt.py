@@ -17,7 +17,16 @@ from prunus.methods.work import Pruned, RowShard, Work, unchanged
 
 
 def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
-    """The weights with the largest errors, which also correct for the removed ones."""
+    """The weights with the largest errors, which also correct for the removed ones.
+
+    Args:
+        weight_OI: float32, the trained weights.
+        statistics: With a Gram matrix.
+        work: Its `damping` is λ, a share of the mean diagonal; None means `obs.DAMPING`.
+
+    Raises:
+        ValueError: The Gram matrix cannot be inverted, see `obs.inverse_factor`.
+    """
     if work.removes_nothing:
         return unchanged(weight_OI)
 

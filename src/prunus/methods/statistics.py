@@ -3,9 +3,9 @@
 The statistics know nothing of models or methods. Batches of tokens are added as they pass, and
 only sums are kept. A `StatisticsSpec` says which sums.
 
-Shape suffixes: T tokens, I inputs (features), 2 the pair (squares, values). X_TI are the inputs of
-a linear, Y_TI its inputs in the dense model for the same tokens. G_II = XᵀX, with the diagonal
-d_j = ‖X_j‖².
+Shape suffixes: T tokens, I inputs (features), 2 the pair (squares, values), B batches. X_TI are the
+inputs of a linear, Y_TI its inputs in the dense model for the same tokens. G_II = XᵀX, with the
+diagonal d_j = ‖X_j‖².
 """
 
 from __future__ import annotations
@@ -23,18 +23,23 @@ from prunus.distributed import Ranks
 from prunus.hardware import kernels
 from prunus.hardware.numerics import all_finite, low_precision_product, tf32_products
 
+#: What a method reads of the inputs; see `StatisticsSpec`.
 Needs = Literal["none", "norms", "gram"]
+#: The values of `Needs`, from the least to the most.
 NEEDS: tuple[Needs, ...] = ("none", "norms", "gram")
 #: Whose drift from the dense model is summed: nobody's, that of some batches, or that of all.
 Drift = Literal["none", "some", "all"]
 _Value = TypeVar("_Value")
-# How many elements are squared at once. On a CPU the temporary must stay in the cache, which is
-# ten times faster. A GPU wants long kernels.
+# How many elements a CPU squares at once. The temporary must stay in the cache, which is ten times
+# faster.
 _CPU_ELEMENTS = 2**20
+# How many elements a GPU squares at once. It is fast with long kernels only.
 _GPU_ELEMENTS = 2**26
-# A Gram matrix of at least this width is computed in `_PARTS` x `_PARTS` blocks, because only the
-# blocks on and above the diagonal are needed. Smaller products would be too small to be fast.
-_SYMMETRIC_FROM, _PARTS = 512, 4
+# A Gram matrix of at least this width is computed in blocks, because only the blocks on and above
+# the diagonal are needed. The products for a narrower one would be too small to be fast.
+_SYMMETRIC_FROM = 512
+# The rows and the columns of such a matrix are each cut into this number of parts.
+_PARTS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +48,16 @@ class StatisticsSpec:
 
     Attributes:
         needs: "none" counts tokens only, "norms" also sums squares, "gram" also the Gram matrix.
-        means: also sum the values themselves.
-        drift: also sum how far the inputs have drifted from the dense model's. "some" is for runs
+        means: Also sum the values themselves.
+        drift: Also sum how far the inputs have drifted from the dense model's. "some" is for runs
             that know the dense inputs of some batches only, and keeps the Gram of these apart.
-        hold_out: also keep the sums over held-out tokens apart.
-        reference_order: sum the Gram in the order of SparseGPT's code, to reproduce its masks.
-        rounded: wide inputs may be rounded to bfloat16 for the Gram, where that is faster.
-        distributed: other ranks see the rest of the batches; see `InputStatistics.complete`.
+        hold_out: Also keep the sums over held-out tokens apart.
+        reference_order: Sum the Gram in the order of SparseGPT's code, to reproduce its masks.
+        rounded: Wide inputs may be rounded to bfloat16 for the Gram, where that is faster.
+        distributed: Other ranks see the rest of the batches; see `InputStatistics.complete`.
+
+    Raises:
+        ValueError: `needs` is none of the three.
     """
 
     needs: Needs
@@ -69,19 +77,26 @@ class InputStatistics:
     """Sums over all tokens that reached a linear. A sum that the spec does not ask for is None.
 
     Args:
-        spec: which sums; "norms" alone means `StatisticsSpec(needs="norms")`.
+        in_features: The number of inputs of the linear, at least 1.
+        spec: Which sums; "norms" alone means `StatisticsSpec(needs="norms")`.
+        device: Where the sums are stored.
 
     Attributes:
-        tokens: how many tokens were added, in rows of X_TI.
-        held_tokens: how many of them are held out.
+        in_features: As given.
+        spec: As given, always as a `StatisticsSpec`.
+        tokens: How many tokens were added, in rows of X_TI.
+        held_tokens: How many of them are held out.
         sum_squares_I: Σ_t x², float64. Equal to the bit for "norms" and "gram", and zeros for
             "none".
         sum_I: Σ_t x, float64; with `means`.
         gram_II: XᵀX, float32.
-        drift_gram_II: its share from tokens whose Y is known; where the drift is "some".
-        held_gram_II: its share from held-out tokens.
+        drift_gram_II: Its share from tokens whose Y is known; where the drift is "some".
+        held_gram_II: Its share from held-out tokens.
         drift_II: (Y − X)ᵀX, float32, over the tokens whose Y is known.
-        held_drift_II: its share from held-out tokens.
+        held_drift_II: Its share from held-out tokens.
+
+    Raises:
+        ValueError: The linear has no inputs, or `needs` is unknown.
 
     >>> statistics = InputStatistics(2, "gram")
     >>> statistics.add(torch.tensor([[3.0, 0.0], [4.0, 1.0]]))
@@ -99,8 +114,8 @@ class InputStatistics:
         if in_features < 1:
             raise ValueError(f"a linear with {in_features} inputs has no statistics")
 
-        def square(wanted: bool) -> Tensor | None:
-            return torch.zeros(in_features, in_features, device=device) if wanted else None
+        def square(needed: bool) -> Tensor | None:
+            return torch.zeros(in_features, in_features, device=device) if needed else None
 
         gram, drift = spec.needs == "gram", spec.drift != "none"
         self.in_features = in_features
@@ -115,6 +130,7 @@ class InputStatistics:
         # The feature sums of each batch until `complete`, where other ranks have more batches. All
         # batches then add up in one order, whichever rank has them.
         self._by_batch: list[Tensor] | None = [] if spec.distributed else None
+        # Key of `derived` -> the value computed from the sums so far.
         self._derived: dict[Hashable, Any] = {}
 
     @classmethod
@@ -124,6 +140,15 @@ class InputStatistics:
         """Statistics in which all features are equal: norm 1, mean 0, and not correlated.
 
         They replace those of a linear that no token reached. Wanda's score is then the magnitude.
+
+        Args:
+            in_features: The number of inputs of the linear.
+            spec: Which sums the other linears have; drift and held-out sums are left out.
+            device: Where the sums are stored.
+
+        >>> InputStatistics.of_equal_inputs(2, StatisticsSpec(needs="gram"), "cpu").gram_II
+        tensor([[1., 0.],
+                [0., 1.]])
         """
         equal = cls(in_features, StatisticsSpec(needs=spec.needs, means=spec.means), device)
         equal.sum_squares_I.fill_(1)
@@ -144,7 +169,15 @@ class InputStatistics:
     def derived(self, key: Hashable, compute: Callable[[], _Value]) -> _Value:
         """The result of `compute`, computed once: linears with the same inputs share its cost.
 
-        `key` names it and all else that it depends on. Callers must not write to it.
+        `add` and `complete` discard all results, because they change the sums.
+
+        Args:
+            key: Names the result, and all that it depends on beside these statistics.
+            compute: Computes it. Callers must not write to the result.
+
+        >>> statistics = InputStatistics(2, "norms")
+        >>> statistics.derived("answer", lambda: 42), statistics.derived("answer", lambda: 43)
+        (42, 42)
         """
         if key not in self._derived:
             self._derived[key] = compute()
@@ -152,9 +185,16 @@ class InputStatistics:
 
     @torch.no_grad()
     def add(self, X_TI: Tensor, dense_TI: Tensor | None = None, held_out: bool = False) -> None:
-        """Add one batch of inputs, in any float dtype; sums are in float32.
-        `dense_TI` has the inputs in the dense model where they are known, and is used for `drift`.
-        Tokens that are `held_out` are added to the held-out sums too.
+        """Add one batch of inputs.
+
+        Args:
+            X_TI: The inputs of the linear, in any float dtype. Products are summed in float32.
+            dense_TI: Its inputs in the dense model for the same tokens; None where they are not
+                known. Only sums of the drift use them.
+            held_out: Whether these tokens also belong to the held-out sums.
+
+        Raises:
+            ValueError: X_TI is not a matrix with `in_features` columns.
         """
         if X_TI.dim() != 2 or X_TI.shape[1] != self.in_features:
             raise ValueError(
@@ -186,6 +226,7 @@ class InputStatistics:
             self._paired_tokens += len(X_TI)
 
     def _add_features(self, sums_2I: Tensor) -> None:
+        """Add the sums of `_feature_sums`; the second row may be missing without means."""
         self.sum_squares_I += sums_2I[0]
         if self.sum_I is not None:
             self.sum_I += sums_2I[1]
@@ -204,10 +245,10 @@ class InputStatistics:
         )
         self._derived.clear()
         nothing_2I = self.sum_squares_I.new_zeros(2, self.in_features)
-        own_B2I = torch.stack([*self._by_batch, nothing_2I])[:-1]
+        local_B2I = torch.stack([*self._by_batch, nothing_2I])[:-1]
         self._by_batch = None
         # The sums of values are only sent where means are needed.
-        for sums_2I in ranks.all_gather(own_B2I if self.spec.means else own_B2I[:, :1]):
+        for sums_2I in ranks.all_gather(local_B2I if self.spec.means else local_B2I[:, :1]):
             self._add_features(sums_2I)
         counts = ranks.gather_ints([self.tokens, self._paired_tokens, self.held_tokens])
         self.tokens, self._paired_tokens, self.held_tokens = map(sum, zip(*counts, strict=True))
@@ -218,7 +259,11 @@ class InputStatistics:
                 ranks.all_reduce(sum_II)
 
     def check_finite(self, name: str) -> None:
-        """Check that no activation of linear `name` was infinite or NaN: it would show in sums."""
+        """Check that no activation of linear `name` was infinite or NaN: it would show in sums.
+
+        Raises:
+            ValueError: One was; the message names the linear and says what to do.
+        """
         bad = int((~self.sum_squares_I.isfinite()).sum())
         if bad == 0 and (self.gram_II is None or all_finite(self.gram_II)):
             return
@@ -230,12 +275,13 @@ class InputStatistics:
 
 
 def statistics_bytes(in_features: int, needs: Needs) -> int:
-    """Bytes that the statistics of one linear hold, without means and drift.
+    """Bytes that the statistics of one linear hold, without means, drift and held-out sums.
 
     >>> statistics_bytes(1000, "norms"), statistics_bytes(1000, "gram")
     (8000, 4008000)
     """
-    return 8 * in_features + 4 * in_features**2 * (needs == "gram")
+    gram_bytes = 4 * in_features**2 if needs == "gram" else 0
+    return 8 * in_features + gram_bytes
 
 
 def _feature_sums(X_TI: Tensor, *, squares: bool, means: bool) -> Tensor:
@@ -255,8 +301,12 @@ def _feature_sums(X_TI: Tensor, *, squares: bool, means: bool) -> Tensor:
 def _add_gram(sums_II: Sequence[Tensor], X_TI: Tensor, rounded: bool) -> None:
     """Add XᵀX of one batch to every matrix of `sums_II`, in place.
 
-    Rounding an input by at most 2⁻⁹ of it changes the sums a thousand times less than the
-    choice of the tokens does, because the errors of tokens are independent.
+    Args:
+        sums_II: float32, at least one matrix.
+        X_TI: The inputs, in any float dtype.
+        rounded: Whether inputs of more than 16 bits may be rounded to bfloat16 where that is
+            faster. Rounding an input by at most 2⁻⁹ of it changes the sums a thousand times less
+            than the choice of the tokens does, because the errors of tokens are independent.
     """
     first_II, *others = sums_II
     # The product is computed once and added to every sum that these tokens belong to.
@@ -303,8 +353,8 @@ def _add_symmetric(gram_II: Tensor, X_TI: Tensor) -> None:
     parts = _PARTS if gram_II.device.type == "cpu" and width >= _SYMMETRIC_FROM else 1
     edges = [width * part // parts for part in range(parts + 1)]
     spans = [slice(start, stop) for start, stop in pairwise(edges)]
-    for place, rows in enumerate(spans):
-        for columns in spans[place:]:
+    for index, rows in enumerate(spans):
+        for columns in spans[index:]:
             gram_II[rows, columns].addmm_(X_TI[:, rows].T, X_TI[:, columns])
             if columns != rows:
                 gram_II[columns, rows] = gram_II[rows, columns].T

@@ -49,7 +49,12 @@ _ROUNDS = 16
 
 @dataclass(frozen=True)
 class Kept:
-    """The numbers of the units that stay, and those of their columns; both are rising."""
+    """What stays of a linear that reads channels or heads.
+
+    Attributes:
+        units: The numbers of the units that stay, rising.
+        columns: The numbers of their columns, rising.
+    """
 
     units: list[int]
     columns: list[int]
@@ -57,19 +62,29 @@ class Kept:
 
 @dataclass(frozen=True)
 class Reader:
-    """A linear that reads channels or heads, and what is known of its inputs.
+    """A linear that reads channels or heads, and the Gram matrix of its inputs.
+
+    Attributes:
+        weight_OI: float32, the trained weights; with a bias as the last column.
+        gram_II: float32, XᵀX of the inputs; with the input 1 of a bias.
+        damping: λ, a share of each diagonal entry of the Gram matrix.
 
     >>> reader = Reader(torch.tensor([[1.0, 2.0, 0.1, 0.1]]), torch.eye(4), damping=0.01)
     >>> reader.keep(units=2, width=2, keep=1).columns
     [0, 1]
     """
 
-    weight_OI: Tensor  #: float32, the trained weights; with a bias as the last column
-    gram_II: Tensor  #: float32, XᵀX of the inputs; with the input 1 of a bias
-    damping: float  #: λ
+    weight_OI: Tensor
+    gram_II: Tensor
+    damping: float
 
     def with_bias(self, bias_O: Tensor, sum_I: Tensor, tokens: int) -> Reader:
         """The linear with a bias as its last column, whose input is 1.
+
+        Args:
+            bias_O: float32, the bias.
+            sum_I: Σ_t x of the inputs over the tokens of the Gram matrix.
+            tokens: The number of these tokens.
 
         >>> reader = Reader(torch.ones(2, 1), torch.tensor([[5.0]]), damping=0.0)
         >>> reader.with_bias(torch.zeros(2), torch.tensor([3.0]), 2).gram_II
@@ -83,18 +98,35 @@ class Reader:
         return Reader(weight_OI, torch.cat(rows, 0), self.damping)
 
     def only(self, columns: list[int]) -> Reader:
-        """The linear that has lost all columns but some, which are fitted to the outputs of all."""
+        """The linear that has lost all columns but these, which are fitted to the outputs of all.
+
+        Its columns are in the order of `columns`.
+        """
         index = torch.tensor(columns)
         gram_KK = self.gram_II[index][:, index]
         return Reader(self.fit(columns)[:, index], gram_KK, self.damping)
 
     def keep(self, units: int, width: int, keep: int, groups: int = 1) -> Kept:
-        """Choose the units of `width` columns that stay, as many in each of `groups` groups."""
-        per_group, remove = units // groups, (units - keep) // groups
+        """Choose the units that stay, as many in each group.
+
+        Args:
+            units: The number of units now. Columns after them, such as a bias, always stay.
+            width: The number of columns of a unit.
+            keep: The number of units that stay.
+            groups: The number of groups, which are runs of equally many units. It divides `units`
+                and `keep`.
+
+        Raises:
+            torch.linalg.LinAlgError: The damped Gram matrix is not positive definite.
+        """
+        per_group = units // groups
+        remove = (units - keep) // groups
         left = torch.ones(units, dtype=torch.bool)
         inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(self._damped()))
         changed_OI = self.weight_OI.to(inverse_II.dtype, copy=True)
-        rounds, done = min(_ROUNDS, remove), 0
+        rounds = min(_ROUNDS, remove)
+        # How many units each group has lost.
+        done = 0
         for number in range(rounds):
             now = remove * (number + 1) // rounds - done
             done += now
@@ -102,17 +134,27 @@ class Reader:
             removed = _lowest(score_U, now, per_group)
             left[removed] = False
             _remove(changed_OI, inverse_II, _columns(removed.tolist(), width))
-        kept = left.nonzero().flatten().tolist()
-        return Kept(kept, _columns(kept, width))
+        remaining = left.nonzero().flatten().tolist()
+        return Kept(remaining, _columns(remaining, width))
 
     def fit(self, columns: list[int]) -> Tensor:
-        """The least-squares fit of some columns to the outputs of all: (O, I), 0 outside of them.
+        """The least-squares fit of some columns to the outputs of all.
+
+        Args:
+            columns: The numbers of the columns that stay.
+
+        Returns:
+            W', float32 (O, I), which is 0 in all other columns.
+
+        Raises:
+            torch.linalg.LinAlgError: The damped Gram matrix is not positive definite.
 
         >>> gram = torch.tensor([[4.0, 4.0], [4.0, 4.0]])  # both inputs are always equal
         >>> Reader(torch.tensor([[1.0, 2.0]]), gram, damping=0.0).fit([0]).round(decimals=1)
         tensor([[3., 0.]])
         """
-        damped_II, index = self._damped(), torch.tensor(columns)
+        damped_II = self._damped()
+        index = torch.tensor(columns)
         right_KO = damped_II[index] @ self.weight_OI.to(damped_II.dtype).T
         factor_KK = torch.linalg.cholesky(damped_II[index][:, index])
         fitted_OI = torch.zeros_like(self.weight_OI)
@@ -120,7 +162,9 @@ class Reader:
         return fitted_OI
 
     def error(self, changed_OI: Tensor) -> float:
-        """‖X(W − W')ᵀ‖² / ‖XWᵀ‖², the relative error of the outputs with other weights W'.
+        """‖X(W − W')ᵀ‖² / ‖XWᵀ‖², the relative squared error of the outputs with other weights W'.
+
+        It is 0 where the linear has no outputs but 0.
 
         >>> reader = Reader(torch.tensor([[1.0, 0.0]]), torch.eye(2), damping=0.0)
         >>> reader.error(torch.tensor([[0.5, 0.0]]))
@@ -131,9 +175,12 @@ class Reader:
 
     def _power(self, weight_OI: Tensor) -> float:
         """‖XWᵀ‖² = tr W XᵀX Wᵀ: products in float32, their sum in float64."""
-        gram_II, used = self.gram_II, weight_OI.any(0).nonzero().flatten()
+        gram_II = self.gram_II
+        used = weight_OI.any(0).nonzero().flatten()
+        # Columns of zeros add nothing, so they are left out of the products.
         if len(used) < len(gram_II):
-            weight_OI, gram_II = weight_OI[:, used], gram_II[used][:, used]
+            weight_OI = weight_OI[:, used]
+            gram_II = gram_II[used][:, used]
         return inner_product(weight_OI @ gram_II, weight_OI)
 
     def _damped(self) -> Tensor:
@@ -151,18 +198,19 @@ class Reader:
 
 
 def _columns(units: list[int], width: int) -> list[int]:
+    """The numbers of the columns of some units."""
     return [column for unit in units for column in range(unit * width, (unit + 1) * width)]
 
 
 def _lowest(score_U: Tensor, count: int, per_group: int) -> Tensor:
-    """The `count` units of the lowest score in each group."""
+    """The numbers of the `count` units of the lowest score in each group of `per_group` units."""
     by_group = score_U.reshape(-1, per_group)
     chosen = by_group.sort(dim=1, stable=True).indices[:, :count]
     return (chosen + torch.arange(len(by_group))[:, None] * per_group).flatten()
 
 
 def _scores(weight_OI: Tensor, inverse_II: Tensor, units: int, width: int, left: Tensor) -> Tensor:
-    """tr W_S (C_SS)⁻¹ W_Sᵀ of every unit that is left, infinity for the others."""
+    """tr W_S (C_SS)⁻¹ W_Sᵀ of every unit that is `left`, bool (U,); infinity for the others."""
     end = units * width
     if width == 1:
         score_U = weight_OI[:, :end].square().sum(0) / inverse_II.diagonal()[:end]
@@ -188,12 +236,19 @@ def _remove(weight_OI: Tensor, inverse_II: Tensor, columns: list[int]) -> None:
     weight_OI.addmm_(part_SO.T, solved_SI, alpha=-1)
     inverse_II.addmm_(solved_SI.T, solved_SI, alpha=-1)
     weight_OI[:, index] = 0
-    inverse_II[index], inverse_II[:, index] = 0, 0
+    inverse_II[index] = 0
+    inverse_II[:, index] = 0
     inverse_II[index, index] = 1
 
 
 class ExpertSums:
     """Sums over the tokens that chose each expert of one layer.
+
+    Args:
+        count: E, the number of experts.
+
+    Attributes:
+        tokens_E: int64, how many tokens chose each expert.
 
     >>> sums = ExpertSums(2)
     >>> sums.add(1, torch.tensor([[3.0, 4.0]]), torch.tensor([0.5]))
@@ -208,7 +263,13 @@ class ExpertSums:
         self._weighted_E = torch.zeros(count, dtype=torch.float64)
 
     def add(self, expert: int, output_TH: Tensor, weight_T: Tensor) -> None:
-        """Add tokens that chose an expert, and its outputs for them before the router's weight."""
+        """Add tokens that chose an expert.
+
+        Args:
+            expert: The number of the expert.
+            output_TH: Its outputs for these tokens, before the router's weight; any float dtype.
+            weight_T: The weights that the router gives to it; any float dtype.
+        """
         norm_T = output_TH.float().norm(dim=-1)
         self._weighted_E[expert] += float(
             (weight_T.float().abs() * norm_T).sum(dtype=torch.float64)
@@ -229,7 +290,10 @@ class ExpertSums:
 
     @property
     def contribution_E(self) -> Tensor:
-        """The share of each expert in the sum of all contributions, float64 (E,)."""
+        """The share of each expert in the sum of all contributions, float64 (E,).
+
+        All are 0 where the sum is 0.
+        """
         total = self._weighted_E.sum()
         return self._weighted_E / total if total > 0 else self._weighted_E
 
@@ -239,6 +303,11 @@ def kept_experts(saliency_E: Tensor, keep: int, groups: int = 1) -> list[int]:
 
     The router chooses among groups of neighbouring experts of one size, so every group keeps the
     same number.
+
+    Args:
+        saliency_E: One number for each expert.
+        keep: How many experts stay in the layer; a multiple of `groups`.
+        groups: How many groups the router has; 1 for none.
 
     >>> kept_experts(torch.tensor([0.1, 0.9, 0.5, 0.6]), keep=2)
     [1, 3]
@@ -253,7 +322,7 @@ def kept_experts(saliency_E: Tensor, keep: int, groups: int = 1) -> list[int]:
 
 
 def cosine_sum(before_TH: Tensor, after_TH: Tensor) -> float:
-    """The sum over tokens of the cosine between two hidden states.
+    """The sum over tokens of the cosine between two hidden states, of any float dtype.
 
     >>> cosine_sum(torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
     1.0
@@ -263,7 +332,11 @@ def cosine_sum(before_TH: Tensor, after_TH: Tensor) -> float:
 
 
 def divergence_sum(dense_TV: Tensor, logits_TV: Tensor) -> float:
-    """The sum over tokens of the KL divergence in nats; the dense model gives log probabilities.
+    """The sum over tokens of the KL divergence from the dense model, in nats.
+
+    Args:
+        dense_TV: float32, the log probabilities of the dense model.
+        logits_TV: The logits of the other model, in any float dtype.
 
     >>> half = torch.tensor([[0.5, 0.5]]).log()
     >>> round(divergence_sum(half, torch.tensor([[0.0, 2.0]])), 4)

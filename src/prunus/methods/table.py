@@ -1,8 +1,11 @@
-"""Methods by their names: what is known of each before it runs. Imports no torch.
+"""Methods by their names: what each needs and supports. Imports no torch.
 
 METHODS is the only list of methods. To add one, write its file with a function `prune`, and add its
 entry here. A user's own method is in a Python file, which is only loaded where the user names it;
 see docs/how-to/add-a-method.md.
+
+The order of this file: what a `Method` is, the list of methods, checks of a method and its options
+before any work, and methods by their names (also a user's own).
 """
 
 from __future__ import annotations
@@ -34,20 +37,20 @@ class Method:
     """One way to prune a linear.
 
     Attributes:
-        name: the name of the option `method`.
-        summary: one line for people.
-        function: the method itself, or where it is, as "module:name". It changes none of its
+        name: The name of the option `method`.
+        summary: One line for people.
+        function: The method itself, or where it is, as "module:name". It changes none of its
             arguments, and expects that `check_options` and `patterns.check_shape` have passed.
-        needs: the statistics of the inputs that it reads: "none", "norms" or "gram".
-        default_group: which weights compete in the method's paper, for unstructured sparsity.
+        needs: The statistics of the inputs that it reads: "none", "norms" or "gram".
+        default_group: Which weights compete in the method's paper, for unstructured sparsity.
         updates_weights: False where every kept weight stays as it was, to the bit.
-        options: the options that it reads and that other methods may not read. All methods may
+        options: The options that it reads and that other methods may not read. All methods may
             have `damping`, because the steps after a method read it too.
-        groups: which groups of unstructured sparsity it supports; empty for all.
-        n_of_m: whether it has an N:M form.
-        why: why it does not support the others, as the end of a sentence.
-        under: from options to the entries above that they change.
-        has_reference_order: whether it can repeat the order of operations of its original code.
+        groups: Which groups of unstructured sparsity it supports; empty for all.
+        n_of_m: Whether it has an N:M form.
+        why: Why it does not support the others, as the end of a sentence.
+        under: From options to the entries above that they change.
+        has_reference_order: Whether it can repeat the order of operations of its original code.
         needs_drift: True where it reads how the inputs differ from those of the dense model.
         needs_held_out: True where it evaluates on the statistics of tokens that are held out.
         adds_ridge: True where the Gram matrix gets a ridge that grows with features per token
@@ -79,7 +82,26 @@ class Method:
         sparsity: float,
         options: MethodOptions | None = None,
     ) -> Pruned:
-        """Prune the float32 weight of one linear in this process, without a run around it."""
+        """Prune the weight of one linear in this process, without a run around it.
+
+        Args:
+            weight_OI: Float32.
+            statistics: Of the linear's inputs, with what the method `needs`.
+            pattern: Which weights compete.
+            sparsity: The share to remove, in [0, 1); N:M ignores it.
+            options: The options of the method; None for their defaults.
+
+        Raises:
+            ValueError: The pattern does not fit the shape, the sparsity is out of range, or the
+                Gram matrix cannot be inverted.
+
+        >>> import torch
+        >>> from prunus.methods import InputStatistics, Pattern
+        >>> nothing = InputStatistics(4, "none")
+        >>> weight_OI = torch.tensor([[0.5, -2.0, 1.0, -0.1]])
+        >>> METHODS["magnitude"].prune(weight_OI, nothing, Pattern(), 0.5).weight_OI
+        tensor([[ 0., -2.,  1.,  0.]])
+        """
         from prunus.methods.work import Work
 
         work = Work(pattern, sparsity, MethodOptions() if options is None else options)
@@ -109,6 +131,7 @@ def _obs_under(options: MethodOptions) -> dict[str, Any]:
     return {"default_group": "layer"} if options.mask_from == "magnitude" else {}
 
 
+# The end of a sentence that says why a method does not support some groups.
 _BY_BLOCKS = (
     "it chooses its mask in blocks of columns, where all rows compete (layer) or each on its own "
     "(row)"
@@ -188,14 +211,17 @@ def check_owners(method: Method, options: MethodOptions) -> None:
 
     An option that has its default is never refused, whatever the method is.
 
+    Raises:
+        ValueError: An option belongs to other methods; the message names them.
+
     >>> check_owners(METHODS["wanda"], MethodOptions(ria_power=1.0))
     Traceback (most recent call last):
     ValueError: ria_power belongs to method ria, not to wanda: drop it, or choose method ria
     """
     for name, field in MethodOptions.model_fields.items():
-        owners = [each.name for each in _ALL if name in each.options]
-        given = getattr(options, name) != field.default
-        if owners and given and name not in method.options:
+        owners = [candidate.name for candidate in _ALL if name in candidate.options]
+        is_set = getattr(options, name) != field.default
+        if owners and is_set and name not in method.options:
             raise ValueError(
                 f"{name} belongs to method {' and '.join(owners)}, not to {method.name}: drop it, "
                 f"or choose method {owners[0]}"
@@ -213,6 +239,19 @@ def check_options(
     """Check that a method supports a pattern, a sparsity and its options, before any work is done.
 
     `patterns.check_shape` checks for each linear whether an N:M pattern fits its width.
+
+    Args:
+        method: A method as it is in the table, without `with_options`.
+        pattern: Which weights compete.
+        sparsity: The share to remove; N:M ignores it.
+        options: The options of the method and of the steps after it; None for their defaults.
+        quantizes: Whether the weights become integers at the end, which also updates them.
+
+    Raises:
+        ValueError: Two choices exclude each other; the message says what to choose instead.
+
+    >>> from prunus.methods.patterns import Pattern
+    >>> check_options(METHODS["wanda"], Pattern(), 0.5)
     """
     options = options or MethodOptions()
     if pattern.is_unstructured and not 0 <= sparsity < 1:
@@ -251,12 +290,18 @@ def _check_refinement(method: Method, pattern: Pattern, options: MethodOptions) 
         )
 
 
-#: A recipe names a `Method` that was given in Python by this prefix and the method's own name.
+#: A recipe names a `Method` that was given in Python by this prefix and the name of the method.
 GIVEN = "given:"
 
 
 def check_method_name(method: str) -> None:
     """Check what can be checked of a method's name without loading a file.
+
+    Args:
+        method: A name of the table, FILE.py:NAME, or `GIVEN` and a name.
+
+    Raises:
+        ValueError: The name is none of these.
 
     >>> check_method_name("wandb")
     Traceback (most recent call last):
@@ -281,6 +326,11 @@ sparsegpt, obs, alps, or name your own as FILE.py:NAME; did you mean wanda?
 def get_method(method: str) -> Method:
     """The method of this name. A file that it names is loaded, which runs its code.
 
+    Raises:
+        ValueError: The name is unknown, the method was given in Python and is not in a file, or
+            the file cannot be loaded or has no method of this name.
+        FileNotFoundError: The file cannot be read.
+
     >>> get_method("wanda").needs
     'norms'
     """
@@ -296,23 +346,33 @@ def get_method(method: str) -> Method:
 
 
 def method_sha256(method: str, given: Method | None = None) -> str | None:
-    """The SHA-256 of the code of a user's own method; None for the methods of the table."""
+    """The SHA-256 of the code of a user's own method; None for the methods of the table.
+
+    Args:
+        method: The name of the method, see `check_method_name`.
+        given: The method itself where it was given in Python. Its hash is None where the code of
+            its function is in no file.
+
+    Raises:
+        FileNotFoundError: The file of the method cannot be read.
+    """
     if given is not None:
         try:
             return hashlib.sha256(inspect.getsource(given.function).encode()).hexdigest()  # type: ignore[arg-type]
         except (OSError, TypeError):
-            return None  # Nothing is known of a function without a file.
+            return None  # A function that was typed at a prompt has no source.
     file = _split(method)[0]
     return _sha256(file) if file.suffix == ".py" else None
 
 
 def _split(method: str) -> tuple[Path, str]:
     """File and name. A path on Windows has a colon too, so the last one separates them."""
-    path, _, name = (method + ":" * method.endswith(".py")).rpartition(":")
+    path, _, name = (method + ":" if method.endswith(".py") else method).rpartition(":")
     return Path(path).expanduser(), name
 
 
 def _sha256(file: Path) -> str:
+    """The hash of a file of code, or an error that says how to name one."""
     try:
         return hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError as fault:
@@ -323,7 +383,7 @@ def _sha256(file: Path) -> str:
 
 @functools.cache
 def _load(file: Path, name: str, sha256: str) -> Method:
-    """The method `name` of a file. A file that has changed is loaded again."""
+    """The method `name` of a file. A changed file has another hash and is loaded again."""
     module_name = f"prunus_own_method_{sha256[:16]}"
     spec = importlib.util.spec_from_file_location(module_name, file)
     assert spec is not None and spec.loader is not None
@@ -337,12 +397,12 @@ def _load(file: Path, name: str, sha256: str) -> Method:
         raise ValueError(
             f"the method's file {file} cannot be loaded: {type(fault).__name__}: {fault}"
         ) from fault
-    found = getattr(module, name, None)
-    if not isinstance(found, Method):
-        there = [key for key, each in vars(module).items() if isinstance(each, Method)]
-        what = "has no" if found is None else f"has a {type(found).__name__}, not a Method, as"
+    method = getattr(module, name, None)
+    if not isinstance(method, Method):
+        methods = [key for key, value in vars(module).items() if isinstance(value, Method)]
+        what = "has no" if method is None else f"has a {type(method).__name__}, not a Method, as"
         raise ValueError(
-            f"{file} {what} {name}: its methods are {', '.join(there) or 'none'}. Assign a "
+            f"{file} {what} {name}: its methods are {', '.join(methods) or 'none'}. Assign a "
             f"prunus.methods.Method to {name}"
         )
-    return found
+    return method

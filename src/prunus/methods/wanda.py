@@ -19,6 +19,10 @@ from prunus.methods.work import Pruned, Work, masked
 def wanda_score(weight_OI: Tensor, statistics: InputStatistics) -> Tensor:
     """|W_ij| · ‖X_j‖₂, (O, I) in the dtype of the weight.
 
+    Args:
+        weight_OI: A weight of any float dtype.
+        statistics: With norms.
+
     >>> import torch
     >>> statistics = InputStatistics(2, "norms")
     >>> statistics.add(torch.tensor([[3.0, 1.0], [4.0, 0.0]]))
@@ -29,6 +33,10 @@ def wanda_score(weight_OI: Tensor, statistics: InputStatistics) -> Tensor:
 
 
 def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
-    """The weights with the largest scores."""
+    """The weights with the largest scores, which keep their values.
+
+    Raises:
+        ValueError: The pattern does not fit the shape, or the sparsity is out of range.
+    """
     score_OI = wanda_score(weight_OI, statistics)
     return masked(weight_OI, keep_mask(score_OI, work.pattern, work.sparsity))

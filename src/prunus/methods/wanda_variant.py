@@ -29,6 +29,7 @@ _MIN_INTERVAL = 1e-7
 
 
 def _sorted_rows(score_OI: Tensor) -> Tensor:
+    """The scores of every row, rising."""
     # On the CPU NumPy sorts five times faster, because it moves no indices.
     if score_OI.device.type == "cpu":
         return torch.from_numpy(np.sort(score_OI.numpy(), axis=1))
@@ -36,7 +37,15 @@ def _sorted_rows(score_OI: Tensor) -> Tensor:
 
 
 def _thresholds(ascending_OI: Tensor, running_OI: Tensor, sum_O1: Tensor, alpha: float) -> Tensor:
-    """The highest score of each row within the share α, (O, 1); -1 where the row loses nothing."""
+    """The highest score that each row gives up, (O, 1); -1 where the row loses nothing.
+
+    Args:
+        ascending_OI: The scores of each row, rising.
+        running_OI: Their running sums.
+        sum_O1: The sum of each row's scores, in the order of the columns, as the original code has
+            it. It may differ from the last running sum by rounding.
+        alpha: The share of the sum that a row may give up.
+    """
     # The running sums of a row are sorted, so a binary search counts those within the share.
     count_O1 = torch.searchsorted(running_OI, sum_O1 * alpha, right=True)
     threshold_O1 = ascending_OI.gather(1, (count_O1 - 1).clamp_(min=0))
@@ -50,15 +59,27 @@ def _sparsity(ascending_OI: Tensor, threshold_O1: Tensor) -> float:
 
 
 def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
-    """The weights above the thresholds of their rows."""
-    score_OI, sparsity = wanda_score(weight_OI, statistics), work.sparsity
+    """The weights above the thresholds of their rows, which keep their values.
+
+    Args:
+        weight_OI: float32, the trained weights.
+        statistics: With norms.
+        work: Unstructured; its sparsity is that of the linear, not of each row.
+
+    Returns:
+        Mask and weights. The notes have `alpha`, the share that every row gives up; at a sparsity
+        of 0 there are no notes.
+    """
+    score_OI = wanda_score(weight_OI, statistics)
+    sparsity = work.sparsity
     if sparsity == 0:
         return masked(weight_OI, torch.ones_like(score_OI, dtype=torch.bool))
     ascending_OI = _sorted_rows(score_OI)
     running_OI = ascending_OI.cumsum(dim=1)
     sum_O1 = score_OI.sum(dim=1, keepdim=True)
 
-    low, high, alpha = 0.0, _MAX_ALPHA, 0.4
+    low, high = 0.0, _MAX_ALPHA
+    alpha = 0.4
     if _sparsity(ascending_OI, _thresholds(ascending_OI, running_OI, sum_O1, high)) < sparsity:
         # The original code stops at 0.8 and misses high targets.
         high = 1.0

@@ -1,7 +1,7 @@
 """The work on one linear: what is asked of a method, how it is done, and what the method returns.
 
 Methods are pure tensor functions. They see no module, tokenizer, path or configuration, so each can
-be tested on small matrices and used outside of a run. `table.py` says what is known of each.
+be tested on small matrices and used outside of a run. `table.py` says what each needs.
 
 Once the statistics of its inputs are known, the rows (outputs) of a linear hardly depend on each
 other. So several processes can split one linear by rows. Two things still connect the rows: a mask
@@ -30,16 +30,24 @@ from prunus.methods.statistics import InputStatistics
 
 
 class CodeLengths(NamedTuple):
-    """The lengths of a code of integers."""
+    """The lengths of a code of integers.
 
-    lengths_KV: Tensor  #: float32 (K, 255), the bits of −127 to 127 in every class of columns
-    classes_I: Tensor  #: int64 (I,), the class of each column
+    Attributes:
+        lengths_KV: float32 (K, 255), the bits of −127 to 127 in every class of columns.
+        classes_I: int64, the class of each column.
+    """
+
+    lengths_KV: Tensor
+    classes_I: Tensor
 
 
 class Quantized(NamedTuple):
     """A quantised weight: W_ij = scale_i · step_j · level_ij.
 
-    Levels are int8, from -127 to 127. Steps and scales are float32, exact in bfloat16.
+    Attributes:
+        levels_OI: int8, from -127 to 127.
+        steps_I: float32, exact in bfloat16, positive: the step of each column.
+        scales_O: float32, exact in bfloat16, positive: the scale of each row.
     """
 
     levels_OI: Tensor
@@ -63,8 +71,8 @@ class Pruned:
     Attributes:
         weight_OI: float32, exactly 0 wherever `keep_OI` is False.
         keep_OI: bool, True where the weight is kept. A kept weight may happen to be 0.
-        notes: values for the record of this linear; JSON must be able to hold them.
-        quantized: the same weight as integers and scales, if the run quantises.
+        notes: Values for the record of this linear; JSON must be able to hold them.
+        quantized: The same weight as integers and scales, if the run quantises.
     """
 
     weight_OI: Tensor
@@ -75,6 +83,11 @@ class Pruned:
 
 def masked(weight_OI: Tensor, keep_OI: Tensor, notes: dict[str, Any] | None = None) -> Pruned:
     """The weight with 0 outside the mask, and nothing else changed.
+
+    Args:
+        weight_OI: The trained weights.
+        keep_OI: bool, True where a weight is kept.
+        notes: Values for the record of this linear; None for no values.
 
     >>> keep_OI = torch.tensor([[True, False]])
     >>> masked(torch.tensor([[3.0, -1.0]]), keep_OI).weight_OI
@@ -96,7 +109,14 @@ class RowShard(Protocol):
         """Which rows of the whole linear these are."""
 
     def joint_mask(self, score_OB: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
-        """The rows of this shard of the mask that `choose` makes of the scores of all rows."""
+        """The rows of this shard of the mask that `choose` makes of the scores of all rows.
+
+        All shards must call it equally often, because their processes exchange the scores.
+
+        Args:
+            score_OB: The scores of the rows of this shard.
+            choose: From the scores of all rows (O, B) to their mask, bool (O, B).
+        """
 
     def sum(self, number: float) -> float:
         """Add up one number of every shard. All shards must call it equally often."""
@@ -106,7 +126,13 @@ class RowSharding(Protocol):
     """How the rows of a linear are split into shards."""
 
     def solve(self, rows: int, rows_per_group: int, solve: Callable[[RowShard], Pruned]) -> Pruned:
-        """Solve a linear shard by shard and return the result for all its rows."""
+        """Solve a linear shard by shard and return the result for all its rows.
+
+        Args:
+            rows: The number of rows of the linear.
+            rows_per_group: How many neighbouring rows must be in one shard, because they compete.
+            solve: From a shard to the result for its rows.
+        """
 
 
 class _AllRows:
@@ -128,17 +154,24 @@ class _Unsharded:
         return solve(EVERY_ROW)
 
 
+#: The shard with all rows of a linear.
 EVERY_ROW: RowShard = _AllRows()
+#: One process solves all rows.
 UNSHARDED: RowSharding = _Unsharded()
 
 
 @dataclass(frozen=True, slots=True)
 class LinearQuantization:
-    """How one linear is quantised."""
+    """How one linear is quantised by `rate_distortion.quantize`.
 
-    step: float  #: of a column with U_jj = 1 in a row of scale 1
-    scales_O: Tensor  #: float32 (O,), positive: the scale of each row
-    #: From the integers of some rows, int8 (S, I), to a code that suits them.
+    Attributes:
+        step: The step of a column with U_jj = 1 in a row of scale 1.
+        scales_O: float32, positive: the scale of each row.
+        code_of: From the integers of some rows, int8 (S, I), to a code that suits them.
+    """
+
+    step: float
+    scales_O: Tensor
     code_of: Callable[[Tensor], CodeLengths]
 
 
@@ -147,13 +180,13 @@ class Work:
     """What is asked of a method for one linear, and how the work is done.
 
     Attributes:
-        pattern: which weights compete, and for N:M how many of them stay.
-        sparsity: the share of the weights to remove; N:M implies its own.
-        options: what the user has chosen for the method and for the steps after it.
-        rows: how the rows of the linear are split over processes.
-        reference_order: update weights in the order of operations of the original code, which
+        pattern: Which weights compete, and for N:M how many of them stay.
+        sparsity: The share of the weights to remove; N:M implies its own.
+        options: What the user has chosen for the method and for the steps after it.
+        rows: How the rows of the linear are split over processes.
+        reference_order: Update weights in the order of operations of the original code, which
             reproduces its masks and is slower; see `solvers/obs.py`.
-        quantization: how the weight is quantised at the end; None where it is not.
+        quantization: How the weight is quantised at the end; None where it is not.
     """
 
     pattern: Pattern = field(default_factory=Pattern)

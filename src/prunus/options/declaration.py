@@ -1,4 +1,4 @@
-"""What is known of an option, and the models that hold options. Imports no torch.
+"""What is declared of an option, and the models that hold options. Imports no torch.
 
 An option is a field of a pydantic model:
 
@@ -8,6 +8,9 @@ An option is a field of a pydantic model:
 Type, default, range and help are there and nowhere else. The command line makes a flag of the
 field (`prunus.cli.flags`), `takes` makes it a keyword of a Python function, and `Options.read`
 reads it from a TOML file and checks it.
+
+The order of this file: the declaration of one option, models of options, what errors say, ranges of
+values, TOML, and keywords of functions.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ _Kind = TypeVar("_Kind", bound="Options")
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """What is known of an option besides its type and its default."""
+    """What is declared of an option besides its type and its default."""
 
     help: str  #: says what the option does; begins with a verb
     metavar: str | None = None  #: stands for the value in the help, such as "N"; None for a switch
@@ -76,12 +79,21 @@ class _OptionsType(ModelMetaclass):
 
 
 class Options(BaseModel, metaclass=_OptionsType):
-    """Options of a verb, checked when they are read, then fixed; ValueError names each bad one."""
+    """Options of a command, checked when they are read, then fixed.
+
+    A subclass declares its options as fields, see the top of this file. Fields without an `Option`
+    are read from files too, but they have no flag and no keyword.
+
+    Raises:
+        ValueError: An option is unknown or out of range, or options exclude each other; the message
+            names each of them.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
     #: What an error calls a file of these options.
     FILE: ClassVar[str] = "recipe"
-    #: Options of other verbs that users may look for -> why this verb has none, or what has it.
+    #: Options of other commands that users may look for -> why this command has none, or what has
+    #: it.
     ELSEWHERE: ClassVar[dict[str, str]] = {}
 
     @classmethod
@@ -97,7 +109,11 @@ class Options(BaseModel, metaclass=_OptionsType):
 
     @classmethod
     def names_of(cls, has: Callable[[Option], bool]) -> set[str]:
-        """The names of the declared options for which `has` is true."""
+        """The names of the declared options for which `has` is true.
+
+        Args:
+            has: A question about a declaration, such as whether it decides zeros.
+        """
         return {name for name, option in cls.declared().items() if has(option)}
 
     @classmethod
@@ -137,12 +153,25 @@ class Options(BaseModel, metaclass=_OptionsType):
         return _checked(cls, values | given, f"{cls.FILE} {base}: " if base is not None else "")
 
     def changed_by(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The options that were given explicitly and that still hold next to `given`."""
+        """The options that were given explicitly and that still hold next to `given`.
+
+        A subclass drops those that `given` replaces, such as a sparsity that a pattern implies.
+
+        Args:
+            given: The new values by name.
+        """
         return self.model_dump(exclude_unset=True)
 
     @classmethod
     def pick(cls, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Split keywords into those that are options of this model, and the others."""
+        """Split keywords into those that are options of this model, and the others.
+
+        Args:
+            values: Values by name.
+
+        Returns:
+            (options of this model, all others), both by name.
+        """
         own = {name: value for name, value in values.items() if name in cls.model_fields}
         return own, {name: value for name, value in values.items() if name not in own}
 
@@ -152,6 +181,7 @@ class Options(BaseModel, metaclass=_OptionsType):
 
 
 def _checked(kind: type[_Kind], values: dict[str, Any], where: str) -> _Kind:
+    """Options of a model. `where` begins the message of an error."""
     try:
         return kind(**values)
     except ValueError as fault:
@@ -159,7 +189,12 @@ def _checked(kind: type[_Kind], values: dict[str, Any], where: str) -> _Kind:
 
 
 def explain(fault: ValidationError, kind: type[BaseModel]) -> str:
-    """The faults of options in one sentence that names each option."""
+    """The faults of options in one sentence that names each option.
+
+    Args:
+        fault: What pydantic raised.
+        kind: The model of the options, whose fields are the options that exist.
+    """
     faults = [_explain_one(error, kind) for error in fault.errors()]
     # The list of the known options is long: once is enough.
     for place in reversed(range(1, len(faults))):
@@ -172,6 +207,7 @@ def explain(fault: ValidationError, kind: type[BaseModel]) -> str:
 
 
 def _explain_one(error: Any, kind: type[BaseModel]) -> str:
+    """One of pydantic's errors (a dict of `ValidationError.errors`) in words for people."""
     name = ".".join(str(part) for part in error["loc"])
     elsewhere: dict[str, str] = getattr(kind, "ELSEWHERE", {})
     if name in elsewhere:
@@ -233,12 +269,15 @@ def _brief(value: Any) -> str:
 class Range:
     """Which values an option takes."""
 
-    allows: Callable[[Any], bool]
+    allows: Callable[[Any], bool]  #: whether a value is in the range
     must: str  #: the range in words, after "must": "lie in (0, 1)"
     of_shares: bool = False  #: whether an error asks if the value was meant in percent
 
     def check(self, name: str, value: Any) -> None:
         """Check the value of the option `name`. None stands for the default and passes.
+
+        Raises:
+            ValueError: The value is out of the range; the message says what it must be.
 
         >>> at_least(1).check("samples", 0)
         Traceback (most recent call last):
@@ -250,7 +289,15 @@ class Range:
 
 
 def at_least(minimum: int, what: str = "") -> Range:
-    """The range of a count: `minimum` or more. `what` continues the sentence."""
+    """The range of a count: `minimum` or more.
+
+    Args:
+        minimum: The lowest value.
+        what: Continues the sentence of an error, after the number.
+
+    >>> at_least(2, " tokens").must
+    'be at least 2 tokens'
+    """
     return Range(lambda value: value >= minimum, f"be at least {minimum}{what}")
 
 
@@ -258,6 +305,10 @@ def between(text: str, what: str = "") -> Range:
     """The range of a number in an interval such as "(0, 1)" or "[0, 1)".
 
     A bracket includes its end, a parenthesis excludes it. No interval includes NaN.
+
+    Args:
+        text: The interval.
+        what: Continues the sentence of an error, after the interval.
 
     >>> between("[0, 1)").allows(0), between("[0, 1)").allows(1)
     (True, False)
@@ -288,6 +339,19 @@ _LONG_KEY = re.compile(r"""(?<![\w-])(?:(?>[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ 
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """The values of a TOML file by name; tables are dicts.
+
+    A file may come from anywhere, so its size and the length of its keys are limited before it is
+    parsed.
+
+    Args:
+        path: The file.
+        what: What an error calls the file, such as "recipe file".
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is too large, not UTF-8, or not TOML.
+    """
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(
@@ -308,11 +372,20 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
 
 
 def to_toml(values: Mapping[str, Any]) -> str:
-    """Values by name as TOML. Those that are None are left out, because TOML has no such value."""
+    """Values by name as TOML. Those that are None are left out, because TOML has no such value.
+
+    Args:
+        values: Truth values, numbers, texts, and lists of them.
+
+    >>> print(to_toml({"sparsity": 0.5, "texts": ("c4",), "seed": None}), end="")
+    sparsity = 0.5
+    texts = ["c4"]
+    """
     return "".join(f"{key} = {_value(each)}\n" for key, each in values.items() if each is not None)
 
 
 def _value(value: Any) -> str:
+    """A value as TOML writes it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
@@ -333,6 +406,13 @@ def takes(
 
     It still gets them in `options`. Its docstring gets a line per keyword, its signature type and
     default. A parameter of its own hides an option of the same name.
+
+    Args:
+        *models: The models, in the order in which their options are listed.
+        without: Names of options that the function does not take.
+
+    Returns:
+        A decorator.
     """
 
     def decorate(function: _Function) -> _Function:

@@ -31,48 +31,79 @@ from prunus.runs.options import RunOptions
 from prunus.sweeping.grid import Scoring
 from prunus.sweeping.results import CalibrationSet, CellResult, SweepResults, SweptModel
 
+#: The name of the folder of weights in the folder of a cell.
 WEIGHTS = "model"
 
 
 def windows_of(recipe: Recipe) -> dict[str, Any]:
-    """The options of a recipe that decide its windows: cells with the same ones share them."""
+    """The options of a recipe that decide its windows, by name: cells share windows by them."""
     return recipe.model_dump(include={"calibration", "samples", "seqlen", "seed", "bos"})
 
 
 def draw_windows(
     results: SweepResults, label: str, recipe: Recipe, options: RunOptions
 ) -> torch.Tensor:
-    """The calibration windows for a recipe, (samples, seqlen) int64, which `results` describe."""
+    """The calibration windows for a recipe, (samples, seqlen) int64.
+
+    Args:
+        results: Get an entry for the windows, unless they have one from an earlier run.
+        label: The label of the dense model, whose tokenizer cuts the windows.
+        recipe: Chooses the windows.
+        options: The data folder, and whether remote code is trusted.
+
+    Raises:
+        FileExistsError: The windows are not those of the entry, so cells could not be compared.
+        ValueError, OSError, ModuleNotFoundError: As `Source.check` and `Source.draw`.
+    """
     key = windows_of(recipe)
-    model, trust = Path(results.models[label].path), options.trust_remote_code
-    asked = Wanted(
+    model = Path(results.models[label].path)
+    trust = options.trust_remote_code
+    request = Wanted(
         **{name: value for name, value in key.items() if name != "calibration"},
         data=options.data,
         tokenizer=lambda: load_tokenizer(model, trust),
         model=lambda: load_model(model, trust_remote_code=trust),
     )
     source = find_source(recipe.calibration)
-    source.check(asked)
-    windows = source.draw(asked)
-    known = next((x for x in results.calibration if (x.model, x.options) == (label, key)), None)
-    if known is None:
-        sha256, bos = windows.sha256, windows.bos
+    source.check(request)
+    windows = source.draw(request)
+    entry = next((x for x in results.calibration if (x.model, x.options) == (label, key)), None)
+    if entry is None:
         results.calibration.append(
             CalibrationSet(
-                model=label, options=key, source=windows.source, sha256=sha256, used_bos=bos
+                model=label,
+                options=key,
+                source=windows.source,
+                sha256=windows.sha256,
+                used_bos=windows.bos,
             )
         )
-    elif known.sha256 != windows.sha256:
+    elif entry.sha256 != windows.sha256:
         raise FileExistsError(
             f"{recipe.calibration} gives other windows than before: cells of this sweep were "
-            f"calibrated on windows with the sha256 {known.sha256[:12]}…, these have "
+            f"calibrated on windows with the sha256 {entry.sha256[:12]}…, these have "
             f"{windows.sha256[:12]}…. Choose another output folder"
         )
     return windows.ids
 
 
 def prune_cell(cell: CellResult, folder: Path, model: Path, options: RunOptions) -> Path:
-    """Prune into the cell's folder, and return it; resumes, and makes deleted weights again."""
+    """Prune into the cell's folder.
+
+    A run that was stopped is resumed, and deleted weights are made again, to the same bytes.
+
+    Args:
+        cell: Gets the totals of the run in `pruning`, unless it has them.
+        folder: The folder of the cell.
+        model: The checkpoint of the dense model.
+        options: How the run works; its `input_ids` are the calibration windows.
+
+    Returns:
+        The folder of the pruned weights.
+
+    Raises:
+        ValueError, OSError: As `prunus.prune`.
+    """
     weights = in_held(folder / WEIGHTS)
     make_folder(folder)
     manifest = run(model, weights, cell.recipe, options)
@@ -91,10 +122,22 @@ def recover_cell(
     recovery: dict[str, Any],
     options: RunOptions,
 ) -> Path:
-    """Recover pruned weights into the cell's folder, and return the folder with the weights.
+    """Recover pruned weights into the cell's folder. An earlier attempt is resumed.
 
-    An earlier attempt is resumed. `recovery` is a table of the sweep file; with `teacher = "dense"`
-    the model before pruning is the teacher.
+    Args:
+        cell: Gets the totals of the run in `recovered`.
+        folder: The folder of the cell.
+        pruned: The checkpoint of the pruned weights, which belongs to another cell.
+        dense: The checkpoint of the model before pruning.
+        recovery: A table of the sweep file: options of `prunus recover`. With `teacher = "dense"`
+            the model before pruning is the teacher.
+        options: Device and data folder, which the table may replace.
+
+    Returns:
+        The folder of the recovered weights.
+
+    Raises:
+        ValueError, OSError: As `prunus.recover`.
     """
     weights = in_held(folder / WEIGHTS)
     make_folder(folder)
@@ -117,13 +160,22 @@ def score_model(
 ) -> None:
     """Measure a checkpoint's size, and score it on every text and task that its record lacks.
 
-    The dense model scores itself with what the comparisons of cells need as well. `finished` is
-    called with what was scored and its value, after each text and each metric.
+    Args:
+        model: The checkpoint.
+        scoring: How to score.
+        options: Device, memory, data folder and trust in remote code.
+        record: Gets the figures: a cell, or a dense model.
+        dense: The dense model. It scores itself with what the comparisons of cells need as well.
+        finished: Is called with what was scored and its value, after each text and each metric.
+
+    Raises:
+        ValueError, OSError: The checkpoint, a text or a task cannot be read.
     """
     if record.size is None:
         record.size = stored_size(model, options.trust_remote_code)
         record.packed = packed_size(model, options.trust_remote_code)
     is_cell = isinstance(record, CellResult)
+    # A cell is compared with the dense model, which is compared with nothing.
     scored, reference = (model, dense) if is_cell else (dense, None)
     how = scoring.arguments(TextOptions, options)
     for text in scoring.texts:
@@ -142,7 +194,13 @@ def score_model(
 
 
 def discard_weights(folder: Path) -> None:
-    """Delete a cell's weights. A kill in between leaves no folder that looks like a checkpoint."""
+    """Delete a cell's weights; its record stays.
+
+    The folder is renamed first, so a kill in between leaves nothing that looks like a checkpoint.
+
+    Args:
+        folder: The folder of the cell, which need not hold weights.
+    """
     weights = in_held(folder / WEIGHTS)
     doomed = weights.with_name(WEIGHTS + TEMPORARY_SUFFIX)
     shutil.rmtree(doomed, ignore_errors=True)

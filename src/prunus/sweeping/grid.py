@@ -31,16 +31,24 @@ from prunus.pruning.recipe import Recipe
 from prunus.runs.options import RunOptions
 from prunus.sweeping.results import CellResult
 
-#: Cells of a sweep. At a minute per cell, these take a week.
+# The most cells of a sweep. At a minute per cell, these take a week.
 _MAX_CELLS = 10_000
-#: The value of `recovery` in a grid that means no recovery.
+# The value of `recovery` in a grid that means no recovery.
 _NO_RECOVERY = "none"
-#: Options of evaluation that the command gives, and not the file: they do not decide any figure.
+# Options of evaluation that the command gives, and not the file: they do not decide any figure.
 _OF_THE_COMMAND = set(RunOptions.declared())
 
 
 class Scoring(TextOptions, TaskOptions):
-    """How every model of a sweep is scored: the options of `prunus eval`."""
+    """How every model of a sweep is scored: the options of `prunus eval`.
+
+    Attributes:
+        texts: The texts to measure perplexity on: names of corpora or paths.
+        tasks: The tasks of lm-eval.
+
+    Raises:
+        ValueError: An option is unknown, out of range, or one of the command, such as the device.
+    """
 
     texts: Annotated[tuple[str, ...], Option("Score on these texts.")] = ("wikitext2",)
     tasks: Annotated[tuple[str, ...], Option("Score on these tasks of lm-eval.")] = ()
@@ -56,12 +64,34 @@ class Scoring(TextOptions, TaskOptions):
         return self.model_dump(mode="json", exclude=_OF_THE_COMMAND)
 
     def arguments(self, kind: type[Options], options: RunOptions) -> dict[str, Any]:
-        """The keywords of a function that takes the options `kind`."""
-        own = {name: getattr(self, name) for name in kind.model_fields}
-        return own | {name: getattr(options, name) for name in own.keys() & _OF_THE_COMMAND}
+        """The keywords of a function that takes the options `kind`.
+
+        Args:
+            kind: A model of options that this class inherits from.
+            options: Those of the command, which decide no figure.
+        """
+        values = {name: getattr(self, name) for name in kind.model_fields}
+        return values | {name: getattr(options, name) for name in values.keys() & _OF_THE_COMMAND}
 
 
 class Sweep(Options):
+    """A sweep file, see the top of this file; `Sweep.read` reads it.
+
+    Attributes:
+        title: The title of the report; without one, the report names the models.
+        description: Text for the report.
+        models: Checkpoint folders or hub ids of the dense models.
+        recipe: Options of `prunus prune` for all cells, by name.
+        scoring: How every model is scored.
+        grid: Tables that map recipe options and `recovery` to a value or a list of values.
+        recovery: Name -> options of `prunus recover`.
+        keep_checkpoints: Whether the weights of cells stay once they are scored.
+
+    Raises:
+        ValueError: An option is unknown or out of range, there is no model or no cell, or the cells
+            are too many or cannot be told apart.
+    """
+
     FILE = "sweep"
 
     title: str = ""
@@ -69,9 +99,8 @@ class Sweep(Options):
     models: tuple[str, ...] = ()
     recipe: dict[str, Any] = Field(default={})
     scoring: Scoring = Scoring()
-    #: Tables that map recipe options and `recovery` to a value or a list of values.
     grid: tuple[dict[str, Any], ...] = Field(min_length=1)
-    recovery: dict[str, dict[str, Any]] = Field(default={})  #: name -> options of `prunus recover`
+    recovery: dict[str, dict[str, Any]] = Field(default={})
     keep_checkpoints: bool = False
 
     @model_validator(mode="after")
@@ -80,24 +109,35 @@ class Sweep(Options):
         return self
 
     def labels(self) -> dict[str, str]:
-        """Label -> model. The label is the last part of the path or hub id, used in cell names."""
+        """Label -> model. The label is the last part of the path or hub id, used in cell names.
+
+        Raises:
+            ValueError: There is no model, or two have the same label.
+        """
         if not self.models:
             raise ValueError(
                 "no model: give models = [...] in the sweep file, or name some when you run it"
             )
-        found: dict[str, str] = {}
+        models_by_label: dict[str, str] = {}
         for model in self.models:
             label = _slug(Path(model).name or model)
-            if label in found:
+            if label in models_by_label:
                 raise ValueError(
-                    f"two models are called {label!r} ({found[label]} and {model}): rename or link "
-                    "one of the folders"
+                    f"two models are called {label!r} ({models_by_label[label]} and {model}): "
+                    "rename or link one of the folders"
                 )
-            found[label] = model
-        return found
+            models_by_label[label] = model
+        return models_by_label
 
     def cells(self) -> list[CellResult]:
-        """All combinations in the order of the file; a recovery follows its own cell."""
+        """All combinations in the order of the file; a recovery follows the cell that it recovers.
+
+        A combination that several grids have is one cell.
+
+        Raises:
+            ValueError: The cells are too many, a value is not one of its option, a recovery has no
+                table, or two different cells would have the same name.
+        """
         count = len(self.labels()) * sum(
             math.prod(len(x) for x in table.values() if isinstance(x, list)) for table in self.grid
         )
@@ -107,7 +147,8 @@ class Sweep(Options):
                 "fewer values, or split the file"
             )
         base = _recipe("[recipe]", self.recipe)
-        found: dict[str, list[CellResult]] = {}
+        # Name of a pruned cell -> that cell, then the cells that recover it.
+        cells_by_name: dict[str, list[CellResult]] = {}
         for label, (number, table) in itertools.product(self.labels(), enumerate(self.grid, 1)):
             where = f"grid {number}"
             for values in _combinations(where, table):
@@ -118,16 +159,17 @@ class Sweep(Options):
                     )
                 recipe = _recipe(where, _merged(self.recipe, values))
                 name = _cell_name(label, recipe, base)
-                own = found.setdefault(name, [CellResult(name=name, model=label, recipe=recipe)])
-                if (own[0].model, own[0].recipe) != (label, recipe):
+                pruned = CellResult(name=name, model=label, recipe=recipe)
+                cells = cells_by_name.setdefault(name, [pruned])
+                if (cells[0].model, cells[0].recipe) != (label, recipe):
                     raise ValueError(
                         f"{where}: two different cells would be called {name!r}; write their "
                         "values so that they differ in more than punctuation"
                     )
-                if recovery not in (_NO_RECOVERY, *(cell.recovery for cell in own)):
+                if recovery not in (_NO_RECOVERY, *(cell.recovery for cell in cells)):
                     follower = {"name": f"{name}+{_slug(recovery)}", "recovery": recovery}
-                    own.append(own[0].model_copy(update=follower | {"recovers": name}))
-        return [cell for own in found.values() for cell in own]
+                    cells.append(cells[0].model_copy(update=follower | {"recovers": name}))
+        return [cell for cells in cells_by_name.values() for cell in cells]
 
 
 def _combinations(where: str, table: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -136,13 +178,13 @@ def _combinations(where: str, table: dict[str, Any]) -> Iterator[dict[str, Any]]
     >>> list(_combinations("grid 1", {"method": ["wanda", "obs"], "sparsity": "2:4"}))
     [{'method': 'wanda', 'pattern': '2:4'}, {'method': 'obs', 'pattern': '2:4'}]
     """
-    known = [*Recipe.model_fields, "recovery"]
+    options = [*Recipe.model_fields, "recovery"]
     hints = {"pattern": 'patterns belong to sparsity: sparsity = [0.5, "2:4"]'}
     # In a grid, a list holds the values that an option has in turn.
     hints |= dict.fromkeys(Recipe.lists(), "it belongs to [recipe]")
     for key, value in table.items():
-        if key not in known or key in hints:
-            names = ", ".join(name for name in known if name not in hints)
+        if key not in options or key in hints:
+            names = ", ".join(name for name in options if name not in hints)
             raise ValueError(f"{where} cannot vary {key!r}: {hints.get(key, f'known are {names}')}")
         if value == []:
             raise ValueError(f"{where}: {key} is an empty list; give at least one value")
@@ -162,6 +204,7 @@ def _merged(shared: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _recipe(where: str, values: dict[str, Any]) -> Recipe:
+    """A recipe of these values; an error says `where` in the file they are."""
     try:
         return Recipe.read(None, values)
     except ValueError as fault:
@@ -172,10 +215,11 @@ def _cell_name(label: str, recipe: Recipe, base: Recipe) -> str:
     """Model, method, sparsity, and all options of a recipe that differ from `base`."""
     shape = recipe.pattern.replace(":", "of") if recipe.n_of_m else f"{recipe.sparsity:g}"
     parts = [label, _slug(recipe.method), shape]
-    own, shared = recipe.model_dump(), base.model_dump()
-    for key in own:
-        if key not in ("method", "sparsity", "pattern") and own[key] != shared[key]:
-            parts.append(f"{key}={_slug(str(own[key]))}")
+    values = recipe.model_dump()
+    shared = base.model_dump()
+    for key in values:
+        if key not in ("method", "sparsity", "pattern") and values[key] != shared[key]:
+            parts.append(f"{key}={_slug(str(values[key]))}")
     return "-".join(parts)
 
 

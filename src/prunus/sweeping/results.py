@@ -21,41 +21,53 @@ from prunus.pruning.recipe import Recipe
 from prunus.runs.document import Measured, Table, table_of
 from prunus.runs.record import Part, UsedBos, read_record
 
+#: The file of the records in the folder of a sweep.
 RESULTS_NAME = "results.json"
+#: The file of the table in the folder of a sweep.
 TABLE_NAME = "results.csv"
-#: Smallest loss of Wanda, as a share of the dense perplexity, for which a residual gap is computed.
+# Smallest loss of Wanda, as a share of the dense perplexity, for which a residual gap is computed.
 _MIN_WANDA_LOSS = 0.01
-#: Recipe options that must be equal in two cells whose methods are compared. All others belong to
-#: the method.
+# Recipe options that must be equal in two cells whose methods are compared. All others belong to
+# the method.
 _CONDITIONS = Recipe.names_of(lambda option: option.is_condition)
 
 
 class SweptModel(Part):
-    """A model of a sweep, dense or a cell, and what was measured of it."""
+    """A model of a sweep, dense or a cell, and what was measured of it.
 
-    size: ModelSize | None = None  #: as it is stored
-    #: As `prunus pack` would store it without loss; None where it packs nothing.
+    Attributes:
+        size: Its size as it is stored; None until it is measured.
+        packed: Its size as `prunus pack` would store it without loss; None where it packs nothing.
+        scores: Text -> perplexity. Those of cells have a divergence from the dense model.
+        tasks: Task -> metric -> `value` and `stderr`, None where they are unknown. If all seven
+            tasks of the paper are there, their mean is too.
+        pruning: Totals of the run that pruned a cell; None before it, and for dense models.
+        recovered: Totals of the run that recovered a cell; None before it, and for other models.
+        residual_gap: Text -> see `residual_gaps`; empty for dense models.
+        error: Why the work on it failed, in one line; None where it did not.
+    """
+
+    size: ModelSize | None = None
     packed: ModelSize | None = None
-    #: Text -> perplexity. Cells have a divergence from the dense model.
     scores: dict[str, PerplexityResult] = Field(default={})
-    #: Task -> metric -> value and stderr, None where they are unknown. If all seven tasks of the
-    #: paper are there, their mean is too.
     tasks: dict[str, dict[str, dict[str, float | None]]] = Field(default={})
-    #: pruning, recovered: Totals of the runs that made a cell.
     pruning: dict[str, Any] | None = None
     recovered: dict[str, Any] | None = None
-    #: Text -> see `residual_gaps`; empty for dense models.
     residual_gap: dict[str, float | None] = Field(default={})
     error: str | None = None
 
     def figures(self, text: str) -> dict[str, Any]:
-        """Its figures on one text, and its size: packed where that is possible."""
-        size, score = self.packed or self.size, self.scores.get(text)
+        """Title -> its figure on one text, and its size: packed where that is possible."""
+        size = self.packed or self.size
+        score = self.scores.get(text)
         gap = {"residual gap": self.residual_gap.get(text)}
         return (score.figures() if score else {}) | gap | (size.figures() if size else {})
 
     def totals(self) -> dict[str, Any]:
-        """The zeros, the error of the linears in words, and the seconds of the work."""
+        """Title -> value: the zeros, the error of the linears in words, the seconds of the work.
+
+        A value is None where the model has none.
+        """
         pruning, recovered = self.pruning or {}, self.recovered or {}
         name, error = mean_error(pruning) if pruning else ("", None)
         mark = " (E)" if name == "removed energy" else ""
@@ -77,24 +89,48 @@ class SweptModel(Part):
 
 
 class CellResult(SweptModel):
-    name: str  #: unique name, which is also the name of the cell's folder
-    model: str  #: label of the model
+    """A cell of a sweep: a pruned model, or one that is recovered after that.
+
+    Attributes:
+        name: Unique name, which is also the name of the cell's folder.
+        model: Label of the dense model.
+        recipe: How it is pruned.
+        recovery: Name of the table of the recovery; None for a cell without one.
+        recovers: Name of the cell whose weights are recovered; None for a cell without a recovery.
+        state: A `waiting` cell was not started, and a `running` one is between two steps. A
+            `failed` one is tried again by the next run.
+    """
+
+    name: str
+    model: str
     recipe: Recipe
     recovery: str | None = None
-    recovers: str | None = None  #: name of the cell whose weights are recovered, or None
-    #: A `waiting` cell was not started, a `running` one is between two steps.
+    recovers: str | None = None
     state: Literal["waiting", "running", "done", "failed"] = "waiting"
 
 
 class DenseResult(SweptModel):
-    """A dense model, before it is pruned."""
+    """A dense model, before it is pruned.
+
+    Attributes:
+        path: Its checkpoint folder.
+        fingerprint: See `CheckpointSource.fingerprint`; tells checkpoints apart.
+    """
 
     path: str
     fingerprint: str
 
 
 class CalibrationSet(Part):
-    """Calibration windows that cells share, by the recipe's options for windows."""
+    """Calibration windows that cells share.
+
+    Attributes:
+        model: Label of the dense model, whose tokenizer cut the windows.
+        options: The options of the recipe that decide the windows, by name.
+        source: Where the windows come from, for people.
+        sha256: The hash of the windows, see `calibration.windows.hash_ids`.
+        used_bos: Whether every window begins with BOS.
+    """
 
     model: str
     options: dict[str, Any]
@@ -104,10 +140,23 @@ class CalibrationSet(Part):
 
 
 class SweepResults(Part):
-    """Everything that a sweep has found so far."""
+    """Everything that a sweep has measured so far.
+
+    Attributes:
+        format: The version of this record.
+        file: Name of the sweep file.
+        title: The title of the report.
+        description: Text for the report.
+        scoring: All that decides the figures, see `Scoring.figures_from`.
+        recovery: Name -> options of the recoveries.
+        hardware: See `memory.describe_hardware`.
+        versions: See `memory.versions`.
+        models: Label -> dense model.
+        calibration: The windows that cells were calibrated on.
+        cells: All cells, in the order of the sweep file.
+    """
 
     format: Literal[3] = 3
-    #: Name of the sweep file.
     file: str
     title: str
     description: str = ""
@@ -128,6 +177,12 @@ class SweepResults(Part):
 
     @classmethod
     def load(cls, folder: Path) -> SweepResults:
+        """The results in the folder of a sweep.
+
+        Raises:
+            FileNotFoundError: The folder has no results.
+            ValueError: The file is damaged, or another version of prunus wrote it.
+        """
         path = folder / RESULTS_NAME
         if not path.exists():
             raise FileNotFoundError(
@@ -142,23 +197,27 @@ class SweepResults(Part):
         for cell in self.cells:
             yield cell.name, cell.model, cell
 
-    def state_of(self, found: SweptModel) -> str:
+    def state_of(self, model: SweptModel) -> str:
         """The state of a cell, or of a dense model: done when every text and task is scored."""
-        if isinstance(found, CellResult):
-            return found.state
-        if found.error:
+        if isinstance(model, CellResult):
+            return model.state
+        if model.error:
             return "failed"
-        tasks_done = bool(found.tasks) or not self.scoring.get("tasks")
-        return "done" if tasks_done and set(self.scoring["texts"]) <= {*found.scores} else "waiting"
+        tasks_done = bool(model.tasks) or not self.scoring.get("tasks")
+        return "done" if tasks_done and set(self.scoring["texts"]) <= {*model.scores} else "waiting"
 
     def table(self, speeds: Mapping[str, float] | None = None) -> Table:
-        """One row per dense model and per cell. `speeds` has decoding speeds by name."""
+        """One row per dense model and per cell.
+
+        Args:
+            speeds: Name of a row -> decoded tokens per second; None where none was measured.
+        """
         forms = FORMS | {"zeros": ".2%", "pruning seconds": ",.1f", "recovery seconds": ",.1f"}
         rows = [
             {"model": name}
-            | self._row(found, forms)
-            | {"decoded tokens/s": (speeds or {}).get(name), "reason": found.error}
-            for name, _, found in self.every_model()
+            | self._row(model, forms)
+            | {"decoded tokens/s": (speeds or {}).get(name), "reason": model.error}
+            for name, _, model in self.every_model()
         ]
         note = (
             "Error: mean relative output error, or mean removed energy (E), which assumes "
@@ -168,16 +227,18 @@ class SweepResults(Part):
         )
         return table_of("Models", rows, forms, note)
 
-    def _row(self, found: SweptModel, forms: dict[str, str]) -> dict[str, Any]:
-        """All figures of a model. `forms` gets the formats of those on texts and tasks."""
+    def _row(self, model: SweptModel, forms: dict[str, str]) -> dict[str, Any]:
+        """Column -> figure of a model. `forms` gets the formats of those on texts and tasks."""
         row: dict[str, Any] = {}
         for text in self.scoring["texts"]:
-            for title, figure in found.figures(text).items():
-                own = title if title in ("file, GB", "bits per weight") else f"{title}, {text}"
-                row[own], forms[own] = figure, FORMS[title]
-        for title, figure in found.task_figures().items():
-            row[title], forms[title] = figure, ".4g"
-        return row | found.totals() | {"state": self.state_of(found)}
+            for title, figure in model.figures(text).items():
+                column = title if title in ("file, GB", "bits per weight") else f"{title}, {text}"
+                row[column] = figure
+                forms[column] = FORMS[title]
+        for column, figure in model.task_figures().items():
+            row[column] = figure
+            forms[column] = ".4g"
+        return row | model.totals() | {"state": self.state_of(model)}
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()
@@ -185,17 +246,19 @@ class SweepResults(Part):
     def to_csv(self) -> str:
         """One row per dense model and per cell. A missing value is an empty field."""
         rows = []
-        for name, label, found in self.every_model():
+        for name, label, model in self.every_model():
             row: dict[str, Any] = {"name": name, "model": label, "method": "dense", "sparsity": 0.0}
-            if isinstance(found, CellResult):
-                values = found.recipe.model_dump().items()
+            if isinstance(model, CellResult):
+                values = model.recipe.model_dump().items()
                 row |= {k: " ".join(x) if isinstance(x, tuple) else x for k, x in values}
-                row["recovery"] = found.recovery
-            for title, figure in self._row(found, {}).items():
+                row["recovery"] = model.recovery
+            for column, figure in self._row(model, {}).items():
                 if isinstance(figure, Measured):
-                    row[f"{title} stderr"], figure = figure.stderr, figure.value
-                row[title] = figure
-            rows.append(row | {"reason": found.error})
+                    row[f"{column} stderr"] = figure.stderr
+                    figure = figure.value
+                row[column] = figure
+            rows.append(row | {"reason": model.error})
+        # The last rows are cells, which have all columns: their options come before the figures.
         columns = list(dict.fromkeys(key for row in reversed(rows) for key in row))
         file = io.StringIO()
         writer = csv.DictWriter(file, columns, lineterminator="\n")
@@ -211,6 +274,11 @@ def residual_gap(perplexity: float, dense: float, wanda: float) -> float | None:
 
     It is None if a perplexity is infinite, or if Wanda loses less than 1 % of the dense perplexity:
     a share of almost nothing means nothing.
+
+    Args:
+        perplexity: That of the method.
+        dense: That of the dense model.
+        wanda: That of Wanda.
 
     >>> residual_gap(perplexity=25.0, dense=20.0, wanda=30.0)
     0.5
@@ -231,10 +299,10 @@ def residual_gaps(results: SweepResults, cell: CellResult) -> dict[str, float | 
     wanda = next((other.scores for other in results.cells if _is_wanda_of(other, cell)), {})
     dense = results.models[cell.model].scores
     return {
-        text: residual_gap(own.perplexity, dense[text].perplexity, wanda[text].perplexity)
+        text: residual_gap(score.perplexity, dense[text].perplexity, wanda[text].perplexity)
         if text in dense and text in wanda
         else None
-        for text, own in cell.scores.items()
+        for text, score in cell.scores.items()
     }
 
 

@@ -51,6 +51,7 @@ from prunus.sweeping.cells import (
 from prunus.sweeping.grid import Sweep
 from prunus.sweeping.results import RESULTS_NAME, CellResult, DenseResult, SweepResults, SweptModel
 
+# The folder of the folders of cells, in the folder of a sweep.
 _CELLS_FOLDER = "cells"
 
 
@@ -81,25 +82,43 @@ def sweep(
         ValueError, FileNotFoundError, FileExistsError, NotImplementedError: Before any work; says
             what was given, what is wrong and what to do.
     """
-    chosen, folder = Sweep.read(grid, {"models": tuple(models) or None}), Path(output)
+    chosen = Sweep.read(grid, {"models": tuple(models) or None})
+    folder = Path(output)
     file = "a Sweep object" if isinstance(grid, Sweep) else Path(grid).name
     if started_by_torchrun():
         raise ValueError(
             "a sweep runs in one process, and torchrun started several: call it without torchrun, "
             "or give each process a sweep and a folder of its own"
         )
-    own = RunOptions.read(None, options)
+    run_options = RunOptions.read(None, options)
     # What the folder holds decides what is done, so from here on no other run may change it.
     with locked_output(folder, SINGLE_PROCESS, lambda: check_folder(chosen, folder)):
-        results = check_sweep(chosen, folder, own, file)
-        return _Runner(chosen, results, folder, own, progress or (lambda line: None)).run()
+        results = check_sweep(chosen, folder, run_options, file)
+        report = progress or (lambda line: None)
+        return _Runner(chosen, results, folder, run_options, report).run()
 
 
 # --- checks before any work ---
 
 
 def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> SweepResults:
-    """Check a sweep before any work; returns its results so far, with all of its cells."""
+    """Check a sweep before any work.
+
+    Args:
+        sweep: The sweep.
+        output: Folder of the results, which may hold an earlier run of the sweep.
+        options: Those of the command.
+        file: Name of the sweep file, for the results.
+
+    Returns:
+        The results so far, with all cells: those of an earlier run, and new ones to fill in.
+
+    Raises:
+        ValueError, FileNotFoundError, NotImplementedError: A model, a text, a task, a recovery or a
+            cell cannot be used; the message names it.
+        FileExistsError: The folder holds something else, or a sweep that differs in more than
+            cells.
+    """
     fresh = check_folder(sweep, output)
     models = {}
     for label, name in sweep.labels().items():
@@ -144,7 +163,19 @@ def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> S
 
 
 def check_folder(sweep: Sweep, output: Path) -> bool:
-    """Check that a sweep may write into a folder; returns whether it holds no sweep yet."""
+    """Check that a sweep may write into a folder.
+
+    Args:
+        sweep: The sweep, whose models the folder must not overlap.
+        output: Folder of the results.
+
+    Returns:
+        Whether the folder holds no sweep yet.
+
+    Raises:
+        FileExistsError: The folder holds something that is not a sweep.
+        ValueError: The folder is a model of the sweep, or inside one.
+    """
     for name in sweep.labels().values():
         check_apart(output, Path(name))
     fresh = is_vacant(output)
@@ -157,7 +188,11 @@ def check_folder(sweep: Sweep, output: Path) -> bool:
 
 
 def _merge_earlier(earlier: SweepResults, now: SweepResults, output: Path) -> None:
-    """Enter the results of an earlier run into `now`, which may add cells and no more."""
+    """Enter the results of an earlier run into `now`, which may add cells and no more.
+
+    Raises:
+        FileExistsError: The two differ in anything else.
+    """
 
     def check(what: str, before: Any, after: Any) -> None:
         if before != after:
@@ -172,15 +207,15 @@ def _merge_earlier(earlier: SweepResults, now: SweepResults, output: Path) -> No
         check(f"checkpoint {label}", model.fingerprint, now.models[label].fingerprint)
     for key, value in earlier.scoring.items():
         check(f"scoring.{key}", value, now.scoring[key])
-    cells, done = ({cell.name: cell for cell in each.cells} for each in (now, earlier))
+    cells, done = ({cell.name: cell for cell in results.cells} for results in (now, earlier))
     for name, cell in done.items():
         check("set of cells", f"with {name}", f"with {name}" if name in cells else "without it")
         recipe = cells[name].recipe.model_dump()
         for key, value in cell.recipe.model_dump().items():
             check(f"{key} in cell {name}", value, recipe[key])
-        if (own := cell.recovery) is not None:
-            check(f"recovery.{own}", earlier.recovery[own], now.recovery[own])
-    # A checkpoint may have moved since: its path is that of now.
+        if (recovery := cell.recovery) is not None:
+            check(f"recovery.{recovery}", earlier.recovery[recovery], now.recovery[recovery])
+    # The fingerprints are equal, but a checkpoint may have moved since: its path is that of now.
     for label, model in earlier.models.items():
         now.models[label] = model.model_copy(update={"path": now.models[label].path})
     now.cells = [done.get(cell.name, cell) for cell in now.cells]
@@ -193,18 +228,28 @@ def _merge_earlier(earlier: SweepResults, now: SweepResults, output: Path) -> No
 
 @dataclass
 class _Runner:
-    """Runs the cells of a sweep. `report` is called with lines of text."""
+    """Runs the cells of a sweep.
+
+    Attributes:
+        sweep: What to do.
+        results: What was done; every step is entered here and saved.
+        output: Folder of the results.
+        options: Those of the command, for all cells.
+        report: Is called with a line of text after every step.
+        references: Label -> the dense model, which cells are compared with.
+        windows: Label and options of windows -> the windows, int64, which cells share.
+    """
 
     sweep: Sweep
     results: SweepResults
     output: Path
     options: RunOptions
     report: Callable[[str], None]
-    #: Label -> the dense model, which cells are compared with.
     references: dict[str, Reference] = field(default_factory=dict)
     windows: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def run(self) -> SweepResults:
+        """Score the dense models, then run cell after cell; a failed one does not end the sweep."""
         # A killed run may have left files half-written. The runs of cells clear the folders of
         # weights themselves.
         folders = [path for path in self.output.glob("*") if path.is_dir()]
@@ -229,32 +274,33 @@ class _Runner:
 
     def _run_with_recoveries(self, cell: CellResult, recoveries: list[CellResult]) -> None:
         """Run a cell and the cells that recover it. Its weights are deleted when all are done."""
-        todo = [one for one in recoveries if one.state != "done"]
+        todo = [recovery for recovery in recoveries if recovery.state != "done"]
         weights: Path | None = None
         if cell.state != "done" or todo:
             with self._running(cell, self._title(cell)):
                 weights = self._prune(cell)
                 self._score(weights, cell, cell.model, self._title(cell))
-        for one in todo:
-            with self._running(one, self._title(one)):
+        for recovery in todo:
+            with self._running(recovery, self._title(recovery)):
                 if weights is None or cell.state != "done":
                     raise RuntimeError(f"the cell to recover failed: {cell.error}")
-                self._recover(one, weights)
-        for one in (cell, *recoveries):
-            if one.state == "done" and not self.sweep.keep_checkpoints:
-                discard_weights(self._folder(one.name))
+                self._recover(recovery, weights)
+        for finished in (cell, *recoveries):
+            if finished.state == "done" and not self.sweep.keep_checkpoints:
+                discard_weights(self._folder(finished.name))
 
     def _prune(self, cell: CellResult) -> Path:
         """The folder with the pruned weights. Deleted weights are made again, to the same bytes."""
         model = self.results.models[cell.model]
         if model.error is not None:
             raise RuntimeError(f"the dense model {cell.model} could not be scored: {model.error}")
-        title, lines = self._title(cell), LineInterval()
-        lines.restart()
+        title = self._title(cell)
+        interval = LineInterval()
+        interval.restart()
 
         def report_block(step: Progress) -> None:
-            if lines.due():
-                lines.restart()
+            if interval.due():
+                interval.restart()
                 self.report(f"{title}: block {step.done} of {step.total}")
 
         windows = None
@@ -265,24 +311,28 @@ class _Runner:
                 )
             windows = self.windows[key]
             self._save()
-        own = {"input_ids": windows, "report": report_block}
-        options = self.options.model_copy(update=own)
+        changes = {"input_ids": windows, "report": report_block}
+        options = self.options.model_copy(update=changes)
         weights = prune_cell(cell, self._folder(cell.name), Path(model.path), options)
         self._save()
-        found = cell.pruning or {}
-        took = f"{found['block_seconds']:.0f} s"
-        self.report(f"{title}: {found['sparsity']:.2%} pruned in {took}")
+        totals = cell.pruning or {}
+        seconds = f"{totals['block_seconds']:.0f} s"
+        self.report(f"{title}: {totals['sparsity']:.2%} pruned in {seconds}")
         return weights
 
     def _recover(self, cell: CellResult, pruned: Path) -> None:
-        title, dense = self._title(cell), Path(self.results.models[cell.model].path)
-        table, folder = self.sweep.recovery[cell.recovery or ""], self._folder(cell.name)
+        """Recover the weights in the folder `pruned`, and score the result."""
+        title = self._title(cell)
+        folder = self._folder(cell.name)
+        dense = Path(self.results.models[cell.model].path)
+        table = self.sweep.recovery[cell.recovery or ""]
         weights = recover_cell(cell, folder, pruned, dense, table, self.options)
         self._save()
         self.report(f"{title}: recovered in {(cell.recovered or {}).get('seconds', 0):.0f} s")
         self._score(weights, cell, cell.model, title)
 
     def _score(self, weights: Path, record: SweptModel, label: str, title: str) -> None:
+        """Score a checkpoint next to the dense model `label`, saving and reporting every figure."""
         if label not in self.references:
             texts = len(self.sweep.scoring.texts)
             self.references[label] = Reference(Path(self.results.models[label].path), texts)

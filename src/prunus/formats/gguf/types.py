@@ -1,7 +1,7 @@
 """The types of GGUF that prunus writes: their values, their bytes, and their numbers.
 
 A new type is one entry of `TYPES`. The layouts are those of ggml (github.com/ggml-org/ggml,
-ggml-common.h), and the package `gguf` decodes them equally (`tests/formats/gguf/test_types.py`).
+ggml-common.h), and the tests decode them with the package `gguf` as well.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from prunus.formats.block_bytes import ONE, BlockType, Field, integers
 from prunus.hardware.errors import did_you_mean
 
-#: The 16 values of IQ4_NL and IQ4_XS (kvalues_iq4nl of ggml).
+# The 16 values of IQ4_NL and IQ4_XS (kvalues_iq4nl of ggml).
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
@@ -28,7 +28,8 @@ class GgufType(BlockType):
 
     Attributes:
         number: Its number in ggml (`ggml_type`).
-        file_type: The number of a file most of whose weights have it (`llama_ftype`).
+        file_type: The number that a file says of itself where most of its weights have this type
+            (`llama_ftype`).
         fallback: What llama.cpp takes where 256 does not divide a width; empty for types that have
             spans of 32.
     """
@@ -38,13 +39,22 @@ class GgufType(BlockType):
     fallback: str = ""
 
 
+# Fields of levels and fields of codes: bits, width and shift are their arguments.
 _levels, _codes = functools.partial(Field, "levels"), functools.partial(Field, "codes")
+# The floats of a span.
 _D, _DMIN = Field("d"), Field("dmin")
-_FIFTH_BIT, _NIBBLES, _SIX_BITS = _levels(1, 1, 4), _levels(4, 16), _codes(6, 12)
+# The highest of five bits of all levels of a span of 32, in four bytes.
+_FIFTH_BIT = _levels(1, 1, 4)
+# Four bits of all levels of 32 columns: the first sixteen in the low halves of the bytes.
+_NIBBLES = _levels(4, 16)
+# Eight codes and eight minima of six bits; see `block_bytes._field`.
+_SIX_BITS = _codes(6, 12)
+# Layouts that are too long for their entries below.
 _Q3_K = (_levels(1, 32, 2), _levels(2, 32), _codes(4, 8), _codes(2, 4, 4), _D)
 _Q5_K = (_D, _DMIN, _SIX_BITS, _levels(1, 32, 4), _levels(4, 32))
 _Q6_K = (_levels(4, 64), _levels(2, 32, 4), _codes(8, 16), _D)
 _IQ4_XS = (_D, _codes(2, 1, 4), _codes(4, 1), _NIBBLES)
+# Arguments: name, span, group, values, codes, layout, number, file type, fallback.
 _ALL = (
     GgufType("Q4_0", 32, 32, integers(4), ONE, (_D, _NIBBLES), 2, 2),
     GgufType("Q4_1", 32, 32, tuple(range(16)), ONE, (_D, Field("-dmin"), _NIBBLES), 3, 3),
@@ -75,11 +85,15 @@ PLAIN = {
     torch.bfloat16: ("BF16", 30, 32),
 }
 #: Name of a type -> the type.
-TYPES: dict[str, GgufType] = {each.name: each for each in _ALL}
+TYPES: dict[str, GgufType] = {entry.name: entry for entry in _ALL}
 
 
 def type_for(name: str, columns: int) -> GgufType:
     """A type by its name, or what llama.cpp takes for it where its span does not divide a width.
+
+    Args:
+        name: A name of `TYPES`.
+        columns: The width of the weight.
 
     Raises:
         ValueError: There is no such type, or 32 does not divide the width, so that no type suits
@@ -106,6 +120,14 @@ def type_for(name: str, columns: int) -> GgufType:
 def types_for(columns: int) -> list[GgufType]:
     """The types that a weight of this width can have: those with long spans where they fit.
 
+    Q8_0 is always one of them: no type with long spans is as exact.
+
+    Args:
+        columns: The width of the weight.
+
+    Raises:
+        ValueError: 32 does not divide the width, so that no type suits it.
+
     >>> [x.name for x in types_for(576)]
     ['Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q8_0', 'IQ4_NL']
     """
@@ -114,6 +136,10 @@ def types_for(columns: int) -> list[GgufType]:
 
 
 def file_type(name: str) -> int:
-    """The number of a file most of whose weights have the type `name`, which may be plain."""
+    """The number that a file says of itself where most of its weights have the type `name`.
+
+    >>> file_type("Q4_0"), file_type("F16")
+    (2, 1)
+    """
     plain = {name: number for name, _, number in PLAIN.values()}
     return plain[name] if name in plain else TYPES[name].file_type

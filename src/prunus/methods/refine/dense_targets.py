@@ -48,9 +48,16 @@ MAX_DRIFT_STRIDE = 4
 def dense_target(
     weight_OI: Tensor, statistics: InputStatistics, dense_weight: float, damping: float | None
 ) -> Tensor:
-    """The target W* for α = `dense_weight`; the weight itself where dense inputs are not known.
+    """The target W*, float32 (O, I); the weight itself where dense inputs are not known.
 
-    `damping` is λ, or None for `least_squares.ridge`.
+    Args:
+        weight_OI: float32, the trained weights W₀.
+        statistics: With a Gram matrix and the drift.
+        dense_weight: α, from 0 to 1.
+        damping: λ, or None for `least_squares.ridge`.
+
+    Raises:
+        ValueError: The Gram matrix or the drift is not finite.
     """
     if not has_drift(statistics):
         return weight_OI
@@ -79,6 +86,10 @@ def _scaled_gram_with_drift(statistics: InputStatistics, damping: float | None) 
 
     Why only these: Gram matrix and drift are then sums over the same tokens, so the choice of the
     tokens cancels out.
+
+    Args:
+        statistics: With a Gram matrix; where the drift is sampled, also with that of its tokens.
+        damping: λ, or None for `least_squares.ridge` of these tokens.
     """
     gram_II = statistics.drift_gram_II
     if gram_II is None:
@@ -122,12 +133,21 @@ def best_dense_weight(
     ‖αX̂Sᵀ − (X − X̂)W₀ᵀ‖² has its minimum at α = tr (W₀(X − X̂)ᵀX̂Sᵀ) / tr (SX̂ᵀX̂Sᵀ). Both traces need
     only sums that the statistics hold.
 
-    Without a λ (`damping`), `least_squares.ridge` of the tokens that are not held out is used. α is
-    clipped to [0, 1]. It is None where no tokens or all tokens are held out, or where the dense
-    inputs are not known.
+    Args:
+        weight_OI: float32, the trained weights W₀.
+        statistics: With a Gram matrix, the drift, and both for held-out tokens alone.
+        damping: λ, or None for `least_squares.ridge` of the tokens that are not held out.
+
+    Returns:
+        α, clipped to [0, 1]; None where no tokens or all tokens are held out, or where the dense
+        inputs of some tokens are not known.
+
+    Raises:
+        ValueError: The Gram matrix or the drift is not finite.
     """
-    held_gram_II, held_drift_II = statistics.held_gram_II, statistics.held_drift_II
-    gram_II, drift_II, tokens = statistics.gram_II, statistics.drift_II, statistics.held_tokens
+    gram_II, held_gram_II = statistics.gram_II, statistics.held_gram_II
+    drift_II, held_drift_II = statistics.drift_II, statistics.held_drift_II
+    tokens = statistics.held_tokens
     if statistics.drift_share < 1 or held_gram_II is None or held_drift_II is None:
         return None
     if not 0 < tokens < statistics.tokens:
@@ -160,7 +180,7 @@ def best_dense_weight(
 
 
 def _factor(damped_II: Tensor, drift_II: Tensor) -> Tensor:
-    """The lower Cholesky factor of A + λI."""
+    """The lower Cholesky factor of A + λI; the drift is only checked, because it is solved next."""
     lower_II, failed = torch.linalg.cholesky_ex(damped_II)
     if int(failed) or not all_finite(drift_II):
         raise ValueError(

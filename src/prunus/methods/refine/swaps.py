@@ -48,17 +48,30 @@ def refine_by_swaps(
     """Swap trained weights while that lowers the output error; it grows in no row.
 
     The number of kept weights stays the same in every row, and in every group of N:M. A round has
-    up to 16 swaps per row. With the mask, bool (O, I), it returns notes: `swaps`, the number of
-    restored weights, and `rounds`.
+    up to 16 swaps per row.
+
+    Args:
+        weight_OI: float32, the trained weights (or a dense target).
+        keep_OI: bool, the mask to start from; it is not changed.
+        statistics: With a Gram matrix.
+        work: Its options give λ (`damping`; None for `least_squares.ridge`) and the maximum number
+            of rounds (`refine_steps`; None for 100).
+
+    Returns:
+        The mask, bool (O, I), and notes for the record: `swaps`, the number of restored weights of
+        the whole linear, and `rounds`.
     """
-    pattern, scaled = work.pattern, scaled_gram_of(statistics, work.options.damping)
+    pattern = work.pattern
+    scaled = scaled_gram_of(statistics, work.options.damping)
     weight_OI = weight_OI * scaled.scale_I
     keep_OI = keep_OI.clone()
     inputs = keep_OI.shape[1]
     largest = max(inputs * (pattern.m or 1), 4 * _PAIRS**2, _CANDIDATES**2)
     rows_at_once = max(1, _ELEMENTS // largest)
     max_rounds = work.options.refine_steps or _MAX_ROUNDS
-    swaps, rounds = 0, 0
+    swaps = 0
+    rounds = 0
+    # The rows that may still improve.
     row_R = torch.arange(len(keep_OI), device=keep_OI.device)
     while rounds < max_rounds and row_R.numel():
         improved = []
@@ -108,7 +121,17 @@ def _one_round(
 def _pairs_in_rows(
     weight_RI: Tensor, prune_RI: Tensor, restore_RI: Tensor, gram_II: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row's candidates the best disjoint pairs: p, u and whether they exist, (R, S)."""
+    """The best disjoint pairs among the candidates of each row.
+
+    Args:
+        weight_RI: The weights of the rows.
+        prune_RI: How pruning a weight alone changes the error; infinite for pruned weights.
+        restore_RI: How restoring a weight alone changes it; infinite for kept weights.
+        gram_II: The Gram matrix.
+
+    Returns:
+        The inputs to prune (p), the inputs to restore (u), and whether the pair exists, all (R, S).
+    """
     candidates = min(_CANDIDATES, prune_RI.shape[1])
     prune_RC, p_RC = prune_RI.topk(candidates, dim=1, largest=False)
     restore_RC, u_RC = restore_RI.topk(candidates, dim=1, largest=False)
@@ -120,8 +143,8 @@ def _pairs_in_rows(
     change_RCC = (prune_RC[:, :, None] + restore_RC[:, None, :]).sub_(cross_RCC, alpha=2)
     pairs: list[tuple[Tensor, Tensor, Tensor]] = []
     for _ in range(min(_PAIRS, candidates)):
-        best_R, place_R = change_RCC.flatten(1).min(dim=1)
-        p_R1, u_R1 = (place_R // candidates)[:, None], (place_R % candidates)[:, None]
+        best_R, index_R = change_RCC.flatten(1).min(dim=1)
+        p_R1, u_R1 = (index_R // candidates)[:, None], (index_R % candidates)[:, None]
         pairs.append((p_RC.gather(1, p_R1), u_RC.gather(1, u_R1), best_R.isfinite()[:, None]))
         # Pairs are disjoint: strike out the row and the column of the pair that was taken.
         change_RCC.scatter_(1, p_R1[:, :, None].expand(-1, 1, candidates), torch.inf)
@@ -133,19 +156,22 @@ def _pairs_in_rows(
 def _pairs_in_groups(
     weight_RI: Tensor, prune_RI: Tensor, restore_RI: Tensor, gram_II: Tensor, m: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best pair of each of the best groups of M, best first; returned as in rows."""
-    rows, groups = len(weight_RI), weight_RI.shape[1] // m
+    """The best pair of each of the best groups of M, best first.
+
+    Arguments and results are those of `_pairs_in_rows`; `m` is the width of a group.
+    """
+    groups = weight_RI.shape[1] // m
     # The blocks of the Gram matrix on its diagonal, one per group: pairs never leave their group.
     block_GMM = gram_II.view(groups, m, groups, m).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     weight_RGM, prune_RGM, restore_RGM = (
-        x.view(rows, groups, m) for x in (weight_RI, prune_RI, restore_RI)
+        x.unflatten(1, (groups, m)) for x in (weight_RI, prune_RI, restore_RI)
     )
     cross_RGMM = weight_RGM[..., :, None] * weight_RGM[..., None, :] * block_GMM
     change_RGMM = (prune_RGM[..., :, None] + restore_RGM[..., None, :]).sub_(cross_RGMM, alpha=2)
-    change_RG, place_RG = change_RGMM.flatten(2).min(dim=2)
+    change_RG, index_RG = change_RGMM.flatten(2).min(dim=2)
     best_RS, group_RS = change_RG.topk(min(_PAIRS, groups), dim=1, largest=False)
-    place_RS = place_RG.gather(1, group_RS)
-    return group_RS * m + place_RS // m, group_RS * m + place_RS % m, best_RS.isfinite()
+    index_RS = index_RG.gather(1, group_RS)
+    return group_RS * m + index_RS // m, group_RS * m + index_RS % m, best_RS.isfinite()
 
 
 def _accept_pairs(
@@ -161,6 +187,15 @@ def _accept_pairs(
 
     Greedy: one pair after the other, always the one that lowers the error most, given those already
     accepted.
+
+    Args:
+        weight_RI: The weights of the rows.
+        c_RI: C = Ge of the rows.
+        gram_II: The Gram matrix.
+        pruned_RS: The inputs that the pairs prune.
+        restored_RS: The inputs that the pairs restore.
+        exists_RS: bool, False for pairs that do not exist.
+        min_gain_R: By how much a pair must lower the error of its row to be accepted.
     """
     rows, pairs = pruned_RS.shape
     feature_RF = torch.cat([pruned_RS, restored_RS], dim=1)

@@ -15,7 +15,9 @@ per step (Hestenes and Stiefel 1952). The scaling by D doubles as the Jacobi pre
 arXiv 2406.07831, section 3.3. Against exact solutions for 12 linears of a real model, 20 steps from
 the masked weights leave under 0.1 % of the gap.
 
-Shape suffixes: O outputs (rows), S some of them, I inputs.
+The order of this file: λ, the scaled Gram matrix, conjugate gradients, and the fit of one linear.
+
+Shape suffixes: O outputs (rows), S some of them, I inputs; 1 a dimension that is broadcast.
 """
 
 from __future__ import annotations
@@ -36,15 +38,20 @@ from prunus.methods.work import EVERY_ROW, Pruned, RowShard, masked
 _MAX_STEPS = 30
 # Steps end when the residual has fallen to this share of its first norm.
 _TOLERANCE = 1e-3
-# λ is this number times input features per token, within the bounds; see `ridge`.
+# λ is this number times input features per token, within the bounds below; see `ridge`.
 _RIDGE = 2.5
-_MIN_RIDGE, _MAX_RIDGE = 0.01, 1.0
-# A linear is data-limited from this many inputs on, if λ is at least as large as the second number.
-# From that width on a product (I, I) takes so long that few tokens do not repay the exact way. With
-# the default ridge the second number means five tokens per input.
-_WIDE, _DATA_LIMITED_RIDGE = 4096, 0.5
+# The smallest λ: that of many tokens.
+_MIN_RIDGE = 0.01
+# The largest λ: that of very few tokens.
+_MAX_RIDGE = 1.0
+# A linear is data-limited from this many inputs on, if its λ is large too. From this width on a
+# product (I, I) takes so long that few tokens do not repay the exact way.
+_WIDE = 4096
+# The λ of a data-limited linear is at least this. With the default ridge it means five tokens per
+# input.
+_DATA_LIMITED_RIDGE = 0.5
 
-#: Which products of conjugate gradients are computed in low precision.
+#: Which products of conjugate gradients are computed in low precision; see `conjugate_gradients`.
 Rounded = Literal["nothing", "steps", "all"]
 #: From some rows (S, I) to their product with the Gram matrix.
 _Product = Callable[[Tensor], Tensor]
@@ -52,14 +59,20 @@ _Product = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class ScaledGram:
-    """The damped Gram matrix of inputs that are scaled to norm 1, and the scales."""
+    """The damped Gram matrix of inputs that are scaled to norm 1, and the scales.
 
-    #: float32, A + λI; its diagonal is 1 + λ. Inputs that are always 0 count as uncorrelated with
-    #: all others.
+    Attributes:
+        gram_II: float32, A + λI; its diagonal is 1 + λ. Inputs that are always 0 count as
+            uncorrelated with all others.
+        scale_I: float32 √d, 1 where d is 0.
+        dead_I: bool, True for inputs that are always 0.
+        damping: λ.
+    """
+
     gram_II: Tensor
-    scale_I: Tensor  #: float32 √d, 1 where d is 0
-    dead_I: Tensor  #: bool, True for inputs that are always 0
-    damping: float  #: λ
+    scale_I: Tensor
+    dead_I: Tensor
+    damping: float
 
     @property
     def is_data_limited(self) -> bool:
@@ -94,7 +107,12 @@ def is_data_limited(in_features: int, damping: float) -> bool:
 
 
 def scaled_gram_of(statistics: InputStatistics, damping: float | None) -> ScaledGram:
-    """Scale and damp the Gram matrix of these statistics, once for all linears that share them."""
+    """Scale and damp the Gram matrix of these statistics, once for all linears that share them.
+
+    Args:
+        statistics: With a Gram matrix.
+        damping: λ, or None for `ridge`.
+    """
     gram_II = statistics.gram_II
     assert gram_II is not None, "least squares need a Gram matrix"
     damping = ridge(statistics.in_features, statistics.tokens) if damping is None else damping
@@ -102,7 +120,11 @@ def scaled_gram_of(statistics: InputStatistics, damping: float | None) -> Scaled
 
 
 def scale_and_damp(gram_II: Tensor, damping: float) -> ScaledGram:
-    """Scale a float32 Gram matrix (I, I) to a diagonal of 1 and add λ = `damping` to it.
+    """Scale a Gram matrix to a diagonal of 1 and add λ to it.
+
+    Args:
+        gram_II: float32, G; it is not changed.
+        damping: λ. One smaller than the rounding of A is raised to it; the result has the λ used.
 
     >>> scale_and_damp(torch.tensor([[4.0, 3.0], [3.0, 9.0]]), 0.25).gram_II
     tensor([[1.2500, 0.5000],
@@ -132,15 +154,31 @@ def conjugate_gradients(
 ) -> tuple[Tensor, int]:
     """Minimise tr (Z − target) gram (Z − target)ᵀ over all Z (float32) that are 0 outside the mask.
 
-    All rows take a step together, but every row has a step length of its own. From `start_OI`,
-    whose values outside the mask are ignored, it takes `max_steps` or fewer towards `target_OI`,
-    without error: until the residual is small, or a step lowers the error by less than the share
-    `min_gain`. `gram_II` is positive definite. All rows of a linear stop together, also those of
-    another `shard`.
+    All rows take a step together, but every row has a step length of its own. Steps end when the
+    norm of the residual has fallen to a thousandth.
 
-    Of the products, `rounded` computes in low precision "steps", those of the directions, good for
-    a few steps near the solution, or "all", with that of the first residual. It returns Z, which
-    may hold -0, and the number of steps.
+    Args:
+        start_OI: float32, the first guess; its values outside the mask are ignored.
+        target_OI: float32, the weights that have no error.
+        keep_OI: bool, the mask.
+        gram_II: float32, symmetric and positive definite.
+        max_steps: The maximum number of steps.
+        shard: Which rows of the linear these are. All rows of a linear stop at the same step, also
+            those of other shards.
+        min_gain: Steps also end when one lowers the error by less than this share of it; 0 never
+            ends them.
+        rounded: Which products are computed in low precision: "nothing"; "steps", those of the
+            directions, which is good for a few steps near the solution; or "all", with that of the
+            first residual.
+
+    Returns:
+        Z, float32 (O, I), which may hold -0, and the number of steps.
+
+    >>> weight_OI = torch.tensor([[1.0, 2.0]])
+    >>> keep_OI = torch.tensor([[True, False]])
+    >>> gram_II = torch.tensor([[1.0, 0.5], [0.5, 1.0]])
+    >>> conjugate_gradients(weight_OI, weight_OI, keep_OI, gram_II, max_steps=5)
+    (tensor([[2., 0.]]), 1)
     """
 
     def exact(left_SI: Tensor) -> Tensor:
@@ -175,7 +213,13 @@ def conjugate_gradients(
 
 
 class _Descent:
-    """The weights `solution_SI` of some rows so far; `error` is that before any step."""
+    """Conjugate gradients for some rows.
+
+    Attributes:
+        solution_SI: The weights so far.
+        error: The quantity that is minimised, before the first step.
+        squared_residual_S1: The squared norm of each row's residual, after the latest step.
+    """
 
     def __init__(
         self, start_SI: Tensor, target_SI: Tensor, keep_SI: Tensor, multiply: _Product
@@ -194,7 +238,8 @@ class _Descent:
 
     def step(self, multiply: _Product) -> float:
         """Go to the lowest point along each row's direction; return by how much the error falls."""
-        direction_SI, before_S1 = self._direction_SI, self.squared_residual_S1
+        direction_SI = self._direction_SI
+        before_S1 = self.squared_residual_S1
         image_SI = multiply(direction_SI)
         # The gradient at a pruned weight does not matter: that weight stays 0.
         image_SI.mul_(self._mask_SI)
@@ -213,7 +258,11 @@ class _Descent:
 
 
 def inner_product(left_OI: Tensor, right_OI: Tensor) -> float:
-    """tr (left rightᵀ): within a row summed in float32, over rows in float64."""
+    """tr (left rightᵀ): within a row summed in float32, over rows in float64.
+
+    >>> inner_product(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))
+    11.0
+    """
     return float(torch.linalg.vecdot(left_OI, right_OI).sum(dtype=torch.float64))
 
 
@@ -226,12 +275,21 @@ def fit_least_squares(
 ) -> Pruned:
     """Fit the kept weights to the mask of `start`. Weights of inputs that are always 0 stay.
 
-    `weight_OI` are the trained weights, or the dense target. Without a λ (`damping`), `ridge` is
-    used. The notes gain it and the number of steps.
+    Args:
+        weight_OI: float32, the trained weights, or the dense target.
+        start: The mask, and the first guess of the weights.
+        statistics: With a Gram matrix.
+        damping: λ, or None for `ridge`.
+        shard: Which rows of the linear these are.
+
+    Returns:
+        The same mask with new weights. The notes gain `ridge` (λ) and `conjugate_gradients` (the
+        number of steps).
     """
     # Solve for WD and divide by D at the end: in these units all inputs have norm 1.
     scaled = scaled_gram_of(statistics, damping)
-    first_OI, target_OI = start.weight_OI * scaled.scale_I, weight_OI * scaled.scale_I
+    first_OI = start.weight_OI * scaled.scale_I
+    target_OI = weight_OI * scaled.scale_I
     solution_OI, steps = conjugate_gradients(
         first_OI, target_OI, start.keep_OI, scaled.gram_II, _MAX_STEPS, shard
     )

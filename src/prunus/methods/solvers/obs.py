@@ -18,6 +18,9 @@ Why columns in blocks: a correction touches all columns to the right, which is s
 time. Within a small tile columns are corrected one by one. All corrections that leave the tile or
 the block are applied at once, as one matrix product.
 
+The order of this file: pruning one linear and its sweep, the sweep alone (`sweep_columns`), the
+sweep of the original code, masks by blocks, and the factor U.
+
 Shape suffixes: O outputs (rows), I inputs (columns), B columns of a block.
 """
 
@@ -44,6 +47,7 @@ BLOCK = 128
 TILE = 16
 # A Cholesky pivot smaller than its own diagonal entry times this many rounding errors is noise.
 _NOISE = 10
+# Beyond this damping the matrix is a multiple of the identity, and only NaN can make it fail.
 _MAX_DAMPING = 1e4
 # A triangle of at most this width is inverted directly.
 _SMALL_TRIANGLE = 256
@@ -60,8 +64,18 @@ def prune_by_obs(
 
     Weights of inputs that are always 0 become 0 before the sweep. The mask does not depend on that.
 
-    `choose` chooses the mask of the next columns, once all columns to their left are pruned: M
-    columns for N:M, else `BLOCK`.
+    Args:
+        weight_OI: float32, the trained weights.
+        statistics: With a Gram matrix.
+        work: Its `damping` is λ, a share of the mean diagonal; None means `DAMPING`.
+        choose: Chooses the mask of the next columns, once all columns to their left are pruned: M
+            columns for N:M, else `BLOCK`.
+
+    Returns:
+        Mask and weights. The notes have what `inverse_factor` says of the damping.
+
+    Raises:
+        ValueError: The Gram matrix cannot be inverted, see `inverse_factor`.
     """
     gram_II = statistics.gram_II
     assert gram_II is not None, "the update needs a Gram matrix"
@@ -78,8 +92,8 @@ def prune_by_obs(
     dead_I = gram_II.diagonal() == 0
 
     def solve(shard: RowShard) -> Pruned:
-        own_OI = weight_OI[shard.rows]
-        updated_OI, keep_OI = _sweep(own_OI, factor_II, dead_I, widths, choose, shard)
+        shard_OI = weight_OI[shard.rows]
+        updated_OI, keep_OI = _sweep(shard_OI, factor_II, dead_I, widths, choose, shard)
         return Pruned(updated_OI, keep_OI, dict(notes))
 
     return work.rows.solve(len(weight_OI), 1, solve)
@@ -93,7 +107,19 @@ def _sweep(
     choose: ChooseMask,
     shard: RowShard,
 ) -> tuple[Tensor, Tensor]:
-    """The sweep over the columns of some rows; returns weights and mask, both (O, I)."""
+    """The sweep over the columns of some rows.
+
+    Args:
+        weight_OI: float32, the weights of these rows.
+        factor_II: U.
+        dead_I: bool, True for inputs that are always 0.
+        widths: The columns that get a mask at once, and those of a block; see `_span_and_block`.
+        choose: Chooses a mask.
+        shard: Which rows of the linear these are.
+
+    Returns:
+        Weights and mask, both (O, I).
+    """
     diagonal_I = factor_II.diagonal()
     span, block = widths
     # `choose` needs columns that are fully corrected. Inside a tile every column is; otherwise only
@@ -107,15 +133,15 @@ def _sweep(
     drop_BO = torch.empty_like(weight_IO[:block])
 
     def prune_column(j: int, error_O: Tensor) -> None:
-        place = j % block
+        offset = j % block
         if j % span == 0:
             # No mask reaches over the end of a block.
-            width = min(span, block - place)
+            width = min(span, block - offset)
             chosen = slice(j, min(j + width, len(weight_IO)))
             keep_IO[chosen] = choose(weight_IO[chosen].T, j, diagonal_I[chosen], shard).T
-            torch.logical_not(keep_IO[chosen], out=drop_BO[place : place + chosen.stop - j])
+            torch.logical_not(keep_IO[chosen], out=drop_BO[offset : offset + chosen.stop - j])
         # Subtracting w from w gives exactly 0, in a fiftieth of the time of masked_fill.
-        torch.mul(weight_IO[j], drop_BO[place], out=error_O)
+        torch.mul(weight_IO[j], drop_BO[offset], out=error_O)
         weight_IO[j] -= error_O
         error_O.div_(diagonal_I[j])
 
@@ -133,11 +159,16 @@ def sweep_columns(
 ) -> None:
     """Finish one column after the other, and let all later columns correct the error of each.
 
-    `weight_IO`, float32 with a column in each row, is corrected in place. The corrections of all
-    columns after a `block` are one matrix product; columns of a `tile` are corrected one at a time.
-    `finish` is called with j once column j is corrected for all columns before it. It writes (w_j −
-    ŵ_j) / U_jj (O,), where ŵ_j is what column j becomes, to its second argument. `finish_tile`
-    does so for all columns of a tile, which it also corrects. It replaces `finish` where given.
+    Args:
+        weight_IO: float32, the weight with a column in each row; it is corrected in place.
+        factor_II: U, with the columns in the order of `weight_IO`.
+        block: The columns whose corrections of everything after them are one matrix product.
+        tile: The columns that are corrected one at a time; a block is cut into tiles.
+        finish: Is called with j once column j is corrected for all columns before it. It writes
+            (w_j − ŵ_j) / U_jj, where ŵ_j is what column j becomes, to its second argument, (O,).
+        finish_tile: Does the same for all columns of a tile, which it also corrects within the
+            tile; it is called with the columns and a matrix (columns, O) to write to. It replaces
+            `finish`; None where only `finish` is there.
     """
     inputs = len(weight_IO)
     for start in range(0, inputs, block):
@@ -203,11 +234,11 @@ def _sweep_in_reference_order(
                 keep_OI[:, chosen] = choose(
                     weight_OB[:, j:end], start + j, diagonal_I[chosen], EVERY_ROW
                 )
-            kept_O = weight_OB[:, j] * keep_OI[:, start + j]
-            error_O = (weight_OB[:, j] - kept_O) / diagonal_I[start + j]
+            pruned_O = weight_OB[:, j] * keep_OI[:, start + j]
+            error_O = (weight_OB[:, j] - pruned_O) / diagonal_I[start + j]
             weight_OB[:, j:] -= error_O[:, None] @ factor_II[None, start + j, start + j : stop]
             error_OB[:, j] = error_O
-            weight_OI[:, start + j] = kept_O
+            weight_OI[:, start + j] = pruned_O
         weight_OI[:, stop:] -= error_OB @ factor_II[start:stop, stop:]
     return Pruned(weight_OI, keep_OI, {"damping": damping, "arithmetic": "original"})
 
@@ -217,6 +248,11 @@ def block_mask(score_OB: Tensor, work: Work, shard: RowShard) -> Tensor:
 
     With group "layer" all rows of the block share one threshold. Otherwise rows, or the groups of
     N:M, compete for themselves.
+
+    Args:
+        score_OB: The scores of these columns for the rows of the shard.
+        work: Its pattern and its sparsity decide.
+        shard: Which rows of the linear these are; it brings all rows together.
     """
     if work.pattern.is_unstructured and work.pattern.group == "layer":
         choose = functools.partial(keep_above_threshold, sparsity=work.sparsity)
@@ -232,8 +268,18 @@ def inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, dict[str, A
     Why the damping may grow: calibration inputs are often almost linearly dependent, and rounding
     then makes the matrix indefinite. Where the factorisation fails in float32, or loses all
     precision, it is tried in float64, then with ten times the damping, and so on. A larger damping
-    only makes the correction more cautious, while a failed factor would end the run. The notes say
-    the damping used, and where it applies how often it was raised and that float64 was needed.
+    only makes the correction more cautious, while a failed factor would end the run.
+
+    Args:
+        gram_II: float32, G; it is not changed.
+        damping: A share of the mean diagonal, at least 0.
+
+    Returns:
+        U, float32 (I, I), and notes for the record: `damping`, the damping used; `damping_raised`,
+        how often it was raised, if it was; `factored_in`, if float64 was needed.
+
+    Raises:
+        ValueError: G is not finite, or it is far from positive semi-definite.
 
     >>> factor_II, notes = inverse_factor(torch.tensor([[4.0, 0.0], [0.0, 4.0]]), 0.5625)
     >>> factor_II
@@ -267,19 +313,30 @@ def ordered_factor(
     order: tuple[Hashable, Callable[[Tensor], Tensor]],
     correlations: float = 1.0,
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """The columns in an order, U in this order, and notes for the record.
+    """The factor U of columns in an order.
 
-    `order` is a name, and what makes the order from the squared norms of the inputs. Entries of the
-    Gram matrix next to its diagonal are multiplied by `correlations`.
+    Args:
+        statistics: With a Gram matrix.
+        damping: A share of the mean diagonal, as for `inverse_factor`.
+        order: A name of the order, by which linears with the same input share the factor; and what
+            makes the order, int64 (I,), from the squared norms of the inputs (I,).
+        correlations: Entries of the Gram matrix beside its diagonal are multiplied by this share.
+
+    Returns:
+        The columns in the order, int64 (I,); U in this order, float32 (I, I); and the notes of
+        `inverse_factor`.
+
+    Raises:
+        ValueError: The Gram matrix cannot be inverted, see `inverse_factor`.
     """
     gram_II = statistics.gram_II
     assert gram_II is not None, "rounding with feedback needs a Gram matrix"
 
     def compute() -> tuple[Tensor, Tensor, dict[str, Any]]:
         order_I = order[1](gram_II.diagonal())
-        own_II = gram_II[order_I][:, order_I].mul_(correlations)
-        own_II.diagonal().copy_(gram_II.diagonal()[order_I])
-        return order_I, *inverse_factor(own_II, damping)
+        ordered_II = gram_II[order_I][:, order_I].mul_(correlations)
+        ordered_II.diagonal().copy_(gram_II.diagonal()[order_I])
+        return order_I, *inverse_factor(ordered_II, damping)
 
     # Linears with the same input share one factor: it is computed for the first of them.
     return statistics.derived((order[0], damping, correlations), compute)
