@@ -1,4 +1,4 @@
-"""Verbs that measure a model or this machine: `eval`, `inspect`, `bench`, `doctor`."""
+"""Commands that measure a model or this machine: `eval`, `inspect`, `bench`, `doctor`."""
 
 from __future__ import annotations
 
@@ -97,6 +97,7 @@ def evaluate(
 
 
 def _chosen_texts(perplexity: str | None, tasks: str | None, reference: str | None) -> list[str]:
+    """The texts to score on, from the values of three flags; None is a flag that is not given."""
     if perplexity is None and tasks is None:
         return ["wikitext2"]
     texts = [text.strip() for text in (perplexity or "").split(",") if text.strip()]

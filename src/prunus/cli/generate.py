@@ -1,4 +1,4 @@
-"""Verbs that let a model write: `generate`, and `serve` for clients of OpenAI's protocol."""
+"""Commands that let a model write: `generate`, and `serve` for clients of OpenAI's protocol."""
 
 from __future__ import annotations
 

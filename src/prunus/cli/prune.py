@@ -1,4 +1,4 @@
-"""Verbs that change a model: `prune`, `compress`, `shrink`, `recover`, and what `plan` says."""
+"""Commands that change a model: `prune`, `compress`, `shrink`, `recover`, and what `plan` says."""
 
 from __future__ import annotations
 
@@ -100,7 +100,15 @@ def _carry_out(
     work: dict[str, Any],
     table: Callable[[Any], Any] = lambda record: record.table(),
 ) -> None:
-    """Call `run` with `what` and the options of the run, and print its record as a table."""
+    """Carry out a recipe with a progress bar, and print its record as a table.
+
+    Args:
+        run: The function of the library that does the work.
+        title: Title of the progress bar.
+        what: Model, result and recipe: the first arguments of `run`.
+        work: The options of the run that were given, by name.
+        table: From the record to its table.
+    """
     from prunus.reporting.console import show_pruning
 
     with show_pruning(title, progress_console()) as show, counted_steps(what[1], show) as step:
@@ -122,7 +130,15 @@ def _takes_max(options: dict[str, Any]) -> bool:
 def _prune_and_recover(
     model: str, output: Path, recipe: Recipe, how: RunOptions, budget: dict[str, Any]
 ) -> None:
-    """Carry out preset max with a progress bar for each phase, and print both results."""
+    """Carry out preset max with a progress bar for each phase, and print both results.
+
+    Args:
+        model: The dense model.
+        output: Folder for the result.
+        recipe: The recipe of the pruning.
+        how: The options of the run.
+        budget: `minutes` and `tokens` of the training; None is a flag that is not given.
+    """
     from prunus.recovery.max_preset import max_run
     from prunus.reporting.console import show_pruning, show_recovery
     from prunus.reporting.tables import recovery_table

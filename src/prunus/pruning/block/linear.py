@@ -1,6 +1,6 @@
 """One linear: score, mask, write back, measure. The only place where a method meets a module.
 
-`prune_linear` is the way of one linear through a method; `LinearFinish` is what a verb such as
+`prune_linear` is the way of one linear through a method; `LinearFinish` is what a command such as
 compress adds at its end. Several ranks split the rows: each solves its own, and all get the whole
 linear. `_RowsOverRanks` at the end of the file does that.
 
@@ -58,7 +58,7 @@ class LinearSettings:
 
 
 class LinearFinish(Protocol):
-    """What a verb does to each linear after its zeros are chosen, such as rounding it.
+    """What a command does to each linear after its zeros are chosen, such as rounding it.
 
     Linears come one after the other: `begin`, then `end`, and both again while `end` returns None.
     Every rank calls both for the same linears in the same order.
@@ -120,7 +120,7 @@ def prune_linear(
         stored: The weight in the checkpoint's dtype and orientation, on any device.
         statistics: Statistics of the linear's inputs, complete; see `InputStatistics.complete`.
         ranks: Processes that prune the same linear at the same time and can split its rows.
-        finish: What the verb does to the linear afterwards, such as rounding it; None for nothing.
+        finish: What the command does to the linear afterwards, such as rounding; None for nothing.
 
     Raises:
         ValueError: The inputs or the new weights are not finite, or the method refuses the weight.

@@ -72,7 +72,7 @@ class BlockPruner:
         job: The decisions of the run: model, method, options, device and ranks.
         walks: Per block, how the windows go through it; see `walk.py`.
         sparsities: The sparsity of single linears, by full name; the others get that of the run.
-        finish: What the verb does to each linear afterwards, such as rounding it; None for nothing.
+        finish: What the command does to each linear afterwards, such as rounding; None for nothing.
         stream: The hidden states of the pruned model before the next block.
         dense: The hidden states of the dense model; None if the run does not need them.
         ranks: The processes that have windows of the same run, from `job`.
