@@ -9,8 +9,10 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoTokenizer
 
-gguf = pytest.importorskip("gguf")
+pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
+
+import gguf
 
 import prunus
 from gguf_cases import gguf_checkpoint
