@@ -87,7 +87,9 @@ def metadata_of(folder: Path, parameters: int) -> Any:
     named = None if hub else folder
     # As `Metadata.load` does, but for cards that are no YAML, which it fails for.
     metadata = kind.apply_metadata_heuristic(kind(), card, config, named, parameters)
-    for option, value in kind.load_generation_config(folder).items():
+    sampling = folder / "generation_config.json"
+    # Earlier versions of the package write none of them.
+    for option, value in (read_json(sampling) if sampling.is_file() else {}).items():
         setattr(metadata, f"sampling_{'temp' if option == 'temperature' else option}", value)
     metadata.name = metadata.name or folder.name
     return metadata
