@@ -1,4 +1,8 @@
-"""Text that a model writes, piece by piece: for a person at a terminal."""
+"""Text that a model writes, piece by piece: for a person at a terminal.
+
+The settings of a checkpoint's generation_config.json decide how tokens are chosen, but only those
+that choose tokens are read. The options of the caller come before them.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +42,17 @@ def generate(
     """Yield the continuation of a prompt in pieces. For the options, see `WritingOptions`.
 
     With `chat`, it is the answer to the prompt as one message, by the chat template of the model.
+
+    Args:
+        model: Folder or hub id of a checkpoint, dense or packed.
+        prompt: The text to continue, or the message of the user.
+        chat: Whether to put the prompt into the chat template.
+        **options: Fields of `WritingOptions`.
+
+    Raises:
+        ValueError: The prompt is empty, an option is out of range, the tokenizer has no chat
+            template, or a setting of the checkpoint is damaged.
+        FileNotFoundError: There is no such model.
     """
     if not prompt:
         raise ValueError("the prompt is empty; give some text")
@@ -92,7 +107,14 @@ def _pieces(model: Any, tokenizer: Any, inputs: Any, options: WritingOptions) ->
 
 
 def chosen_settings(settings: Any, options: Any) -> Any:
-    """Settings with the given `temperature` and `top_p`, which draw, but for temperature 0."""
+    """Settings with the `temperature` and `top_p` of the options; None keeps that of the settings.
+
+    Either of them draws tokens, except for a temperature of 0, which takes the likeliest.
+
+    Args:
+        settings: A `GenerationConfig` of `token_settings`.
+        options: An object with `temperature` and `top_p`.
+    """
     from transformers import GenerationConfig
 
     given = {"temperature": options.temperature, "top_p": options.top_p}
@@ -109,6 +131,9 @@ def token_settings(settings: Any) -> Any:
     """The settings of a checkpoint's generation_config.json that choose tokens, and no others.
 
     The others can ask for any number of beams or sequences, or for a cache of any length.
+
+    Raises:
+        ValueError: A setting is neither the flag nor the number that it has to be.
     """
     from transformers import GenerationConfig
 
