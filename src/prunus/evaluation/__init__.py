@@ -1,1 +1,16 @@
-"""How good a model is: perplexity, tasks, speed; and how much models differ."""
+"""How good a model is: perplexity, tasks, speed; and how much models differ.
+
+options          what to measure; each option is declared once
+records          results as records, and the differences between models
+model_input      the model to evaluate: found, checked and watched
+perplexity       perplexity of a model on a text, and the text in windows
+window_scores    the loop over windows: loss, and divergence from a reference
+streamed_model   logits of a model that does not fit in memory, block by block
+reference        the model that others are compared with, whose blocks run once per text
+task_runner      models on tasks of lm-eval
+tasks            the tasks themselves; the only file that imports lm-eval
+local_tasks      rows of tasks from a local folder
+speed            size in memory and tokens per second
+inspection       zeros and patterns of the linears in a checkpoint, and its size
+generation       text that a model writes
+"""

@@ -1,4 +1,8 @@
-"""Text that a model writes, piece by piece: for a person at a terminal."""
+"""Text that a model writes, piece by piece: for a person at a terminal.
+
+The settings of a checkpoint's generation_config.json decide how tokens are chosen, but only those
+that choose tokens are read. The options of the caller come before them.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +48,18 @@ def generate(
     """Yield the continuation of a prompt in pieces. For the options, see `WritingOptions`.
 
     With `chat`, it is the answer to the prompt as one message, by the chat template of the model.
-    `progress` is called with what is loaded, before it is.
+
+    Args:
+        model: Folder or hub id of a checkpoint, dense or packed.
+        prompt: The text to continue, or the message of the user.
+        chat: Whether to put the prompt into the chat template.
+        progress: Called with what is loaded, before it is; None to be silent.
+        **options: Fields of `WritingOptions`.
+
+    Raises:
+        ValueError: The prompt is empty, an option is out of range, the tokenizer has no chat
+            template, or a setting of the checkpoint is damaged.
+        FileNotFoundError: There is no such model.
     """
     if not prompt:
         raise ValueError("the prompt is empty; give some text")
@@ -102,11 +117,18 @@ def _pieces(model: Any, tokenizer: Any, inputs: Any, options: WritingOptions) ->
 
 
 def chosen_settings(settings: Any, options: WritingOptions) -> Any:
-    """The settings of a checkpoint's generation_config.json that choose tokens, and no others, with
-    `temperature` and `top_p` of the options in their place. Either of these draws, but for
-    temperature 0.
+    """The settings by which a checkpoint chooses tokens, with those of the options in their place.
 
-    The other settings can ask for any number of beams or sequences, or for a cache of any length.
+    Only settings that choose tokens are taken. The others can ask for any number of beams or
+    sequences, or for a cache of any length.
+
+    Args:
+        settings: The `GenerationConfig` of the checkpoint's generation_config.json.
+        options: `temperature` or `top_p` draw tokens, except for a temperature of 0, which takes
+            the likeliest. None keeps the setting of the checkpoint.
+
+    Raises:
+        ValueError: A setting is neither the flag nor the number that it has to be.
     """
     from transformers import GenerationConfig
 

@@ -35,6 +35,7 @@ from prunus.packed.source import PackedSource, is_packed
 from prunus.pruning.manifest import mean_bits
 from prunus.runs.document import Table, table_of
 
+#: The weights of a model, ordinary, loaded or packed, block by block.
 Readable = CheckpointSource | ModuleSource | PackedSource
 
 #: The patterns that are checked, the strictest first.
@@ -45,13 +46,22 @@ _LOSSLESS = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class LinearInfo:
+    """One linear of a block."""
+
+    #: Position of its block.
     block: int
+    #: Full name.
     name: str
+    #: (outputs, inputs)
     shape: tuple[int, int]
-    dtype: str  #: dtype in which the weight is stored; "integers" for a quantised linear
+    #: The dtype in which the weight is stored; "integers" for a quantised linear, and the type in a
+    #: GGUF file.
+    dtype: str
+    #: Number of weights that are exactly zero.
     zeros: int
-    patterns: tuple[str, ...]  #: the N:M patterns of `PATTERNS` that hold, such as "2:4"
-    #: bits per weight in the file, with all that belongs to the linear; None where the linear is
+    #: The N:M patterns of `PATTERNS` that hold, such as "2:4".
+    patterns: tuple[str, ...]
+    #: Bits per weight in the file, with all that belongs to the linear; None where the linear is
     #: not packed.
     bits: float | None = None
 
@@ -66,8 +76,11 @@ class Inspection:
     """All linears of a model's blocks, and the other weights in its blocks, which no method prunes.
 
     Attributes:
-        left_dense: name -> shape of weights that stay dense.
-        verified: number of shards whose bytes are those of the record; None if not compared.
+        model: Name of the model.
+        blocks: Number of blocks.
+        linears: All linears, in the order of the model.
+        left_dense: Full name -> shape of weights that stay dense.
+        verified: Number of shards whose bytes are those of the record; None if not compared.
     """
 
     model: str
@@ -129,6 +142,7 @@ class Inspection:
         )
 
     def _repr_html_(self) -> str:
+        """The table in a notebook."""
         return self.table()._repr_html_()
 
 
@@ -138,11 +152,12 @@ def inspect(
     """Inspect a checkpoint, one block in memory at a time, or a loaded model.
 
     Args:
-        model: a checkpoint folder, a hub id, or a loaded transformers model.
-        verify: compare every shard with the SHA-256 in its record first.
+        model: A checkpoint folder, a hub id, a GGUF file, or a loaded transformers model.
+        trust_remote_code: Whether code that comes with the checkpoint may run.
+        verify: Whether to compare every shard with the SHA-256 in its record first.
 
     Raises:
-        FileNotFoundError, ValueError, NotImplementedError: the checkpoint is damaged, of an
+        FileNotFoundError, ValueError, NotImplementedError: The checkpoint is damaged, of an
             unknown kind, or has no record to compare with.
     """
     verified = None
@@ -184,6 +199,7 @@ def _opened(model: Path | nn.Module, trust_remote_code: bool) -> tuple[Readable,
 
 
 def _linears(source: Readable, skeleton: Skeleton) -> Iterator[LinearInfo]:
+    """The linears of all blocks; one block is in memory at a time."""
     packed = source.packed if isinstance(source, PackedSource) else {}
     for index in range(len(skeleton)):
         stored = source.block(index)
@@ -206,6 +222,8 @@ def _linears(source: Readable, skeleton: Skeleton) -> Iterator[LinearInfo]:
 
 def holds(weight_OI: torch.Tensor, n: int, m: int) -> bool:
     """Whether at most n of every m consecutive inputs of each row are not zero.
+
+    False where m does not divide the number of inputs.
 
     >>> weight_OI = torch.tensor([[1.0, 0.0, 2.0, 0.0], [0.0, 0.0, 3.0, 0.0]])
     >>> holds(weight_OI, 2, 4), holds(weight_OI, 1, 4)

@@ -17,6 +17,7 @@ from prunus.calibration.corpora import dataset_of
 from prunus.calibration.files import read_text
 from prunus.hardware.errors import reason
 
+#: The folder inside the data folder that holds the files.
 FOLDER = "zeroshot"
 #: Task -> its name in file names, where that is another one.
 _NAMES = {"winogrande": "winogrande_xl"}
@@ -28,8 +29,17 @@ def local_files(
     """Task -> split -> file, the split that is scored first; all are found before any is read.
 
     lm-eval opens the split of the examples even for prompts without any, so its file may be None.
+
+    Args:
+        folder: The data folder.
+        configs: Task -> its definition in lm-eval; None for a group or a task of Python code.
+        shots: Worked examples per prompt; None takes the number of the task.
+
+    Raises:
+        ValueError: A local folder cannot give the rows of a task.
+        FileNotFoundError: Files are missing; the message names all of them.
     """
-    found: dict[str, dict[str, Path | None]] = {}
+    files: dict[str, dict[str, Path | None]] = {}
     missing = []
     for task, config in configs.items():
         if config is None or "dataset_path" not in config:
@@ -48,30 +58,40 @@ def local_files(
         for split in (scored, examples):
             paths = [folder / f"{stem}_{split}.jsonl{suffix}" for suffix in ("", ".gz")]
             file = next(filter(Path.is_file, paths), None)
-            found.setdefault(task, {})[split] = file
+            files.setdefault(task, {})[split] = file
+        # The examples of some definitions are part of them ("samples").
         needed = {scored: "rows"}
         if (config.get("num_fewshot") if shots is None else shots) and "samples" not in drawn:
             needed = {examples: "examples"} | needed
         missing += [
             f"{stem}_{split}.jsonl (the {what} of {task})"
             for split, what in needed.items()
-            if found[task][split] is None
+            if files[task][split] is None
         ]
     if missing:
         raise FileNotFoundError(
             f"the data folder {folder} lacks {', '.join(missing)}; no other split takes its place"
         )
-    return found
+    return files
 
 
 def load_splits(task: str, files: Mapping[str, Path | None]) -> dict[str, Any]:
-    """Split -> `datasets.Dataset`. A split without a file is empty; damaged rows are an error."""
-    found = {split: _read_rows(task, file) for split, file in files.items() if file is not None}
-    empty = next(iter(found.values())).select([])
-    return {split: found.get(split, empty) for split in files}
+    """Split -> `datasets.Dataset`, from the files of `local_files`. Without a file it is empty.
+
+    Raises:
+        ValueError: Rows are damaged; the message names the file.
+    """
+    splits = {split: _read_rows(task, file) for split, file in files.items() if file is not None}
+    empty = next(iter(splits.values())).select([])
+    return {split: splits.get(split, empty) for split in files}
 
 
 def _read_rows(task: str, file: Path) -> Any:
+    """The rows of one file with their upstream columns, in the order of the file.
+
+    Raises:
+        ValueError: A line is no JSON object, a row lacks a column, or there are no rows.
+    """
     try:
         # Not splitlines: JSON strings may hold U+2028, which it treats as the end of a line.
         lines = [line for line in read_text(file).split("\n") if line.strip()]
@@ -103,7 +123,8 @@ def _upstream(task: str, row: Any) -> dict[str, Any]:
         return {"text": " ".join([row["context"], row["continuation"]])}
     if "gold" not in row:
         return row
-    gold, labels = row.pop("gold"), list(ascii_uppercase[: len(row.get("choices") or ())])
+    gold = row.pop("gold")
+    labels = list(ascii_uppercase[: len(row.get("choices") or ())])
     if not 0 <= gold < len(labels):
         raise ValueError(f"gold is {gold}, but there are {len(labels)} choices")
     if task == "openbookqa":

@@ -38,10 +38,15 @@ FileStates = dict[Path, dict[Path, tuple[int, int]]]
 
 @dataclass(frozen=True)
 class ComputeOptions:
-    #: a name of `DTYPES`, or auto for the dtype in which transformers would load a model.
+    """How models are loaded and computed."""
+
+    #: A name of `DTYPES`, or "auto" for the dtype in which transformers would load a model.
     dtype: str
+    #: Where models are computed.
     device: torch.device
-    memory: int | None = None  #: budget in bytes for the whole process; None takes what is free
+    #: Budget in bytes for the whole process; None takes what is free.
+    memory: int | None = None
+    #: Whether code that comes with a checkpoint may run.
     trust_remote_code: bool = False
 
     def load(self, folder: Path) -> Any:
@@ -50,14 +55,25 @@ class ComputeOptions:
         return load_model(folder, dtype, self.trust_remote_code).to(self.device)
 
     def protocol(self, batch: int | str, loaded: Any = None) -> dict[str, Any]:
-        """How a model is evaluated: hardware, versions, dtype and batch."""
+        """How a model is evaluated: hardware, versions, dtype and batch, as values for JSON.
+
+        `loaded` is the model if the caller loaded it, which decides the dtype; else None.
+        """
         dtype = str(self.dtype if loaded is None else loaded.dtype).removeprefix("torch.")
         of_model = {"versions": versions(), "dtype": dtype, "batch": batch}
         return describe_hardware(self.device) | of_model
 
 
 def find_folder(model: str | Path, say: Callable[[str], None] | None = None) -> Path:
-    """The folder of a checkpoint or an adapter; a hub id is downloaded. For `say`, see there."""
+    """The folder of a checkpoint or an adapter; a hub id is downloaded, a GGUF file unpacked.
+
+    Args:
+        model: A folder, a GGUF file or a hub id.
+        say: Called with a line of text before a GGUF file is read; None to be silent.
+
+    Raises:
+        FileNotFoundError: It is neither a folder nor a hub id, or the folder holds no model.
+    """
     folder = resolve_folder(model, say)
     if not is_adapter(folder):
         require_config(folder)
@@ -68,9 +84,13 @@ def find_folder(model: str | Path, say: Callable[[str], None] | None = None) -> 
 class ModelInput:
     """A causal language model to evaluate, in a folder or loaded; `find_model` creates it."""
 
+    #: What the caller calls it.
     name: str
+    #: The checkpoint or adapter; None for a loaded model.
     folder: Path | None
+    #: The loaded model; None for a folder.
     loaded: Any
+    #: Whether code that comes with the checkpoint may run.
     trust_remote_code: bool
 
     @property
@@ -82,10 +102,14 @@ class ModelInput:
         size = getattr(config, "vocab_size", None)
         return size if isinstance(size, int) else None
 
-    def tokenizer(self, given: Any = None) -> Any:
-        """The tokenizer: the one that is given, or that of the folder the model is loaded from."""
-        if given is not None:
-            return given
+    def tokenizer(self, chosen: Any = None) -> Any:
+        """The tokenizer: the one that the caller chose, or that of the model's folder.
+
+        Raises:
+            ValueError: `chosen` is None, and the model was not loaded from a folder with one.
+        """
+        if chosen is not None:
+            return chosen
         if self.folder is not None:
             return load_tokenizer(self.folder, self.trust_remote_code)
         try:
@@ -100,9 +124,18 @@ class ModelInput:
 def find_model(
     model: Any, trust_remote_code: bool = False, say: Callable[[str], None] | None = None
 ) -> ModelInput:
-    """Find a model, and check its kind; loaded weights must be numbers.
+    """Find a model, and check its kind. Reads no weights but those of a GGUF file.
 
-    Reads no weights of a folder. `say` is called with a line of text before a GGUF file is read.
+    Args:
+        model: A folder, a GGUF file, a hub id, or a loaded transformers model, whose weights must
+            be numbers.
+        trust_remote_code: Whether code that comes with the checkpoint may run.
+        say: Called with a line of text before a GGUF file is read; None to be silent.
+
+    Raises:
+        FileNotFoundError, ValueError: There is no such model, or its configuration is damaged.
+        NotImplementedError: It is not a causal language model.
+        ModuleNotFoundError: It is an adapter, and peft is not installed.
     """
     if isinstance(model, nn.Module):
         name = str(getattr(model, "name_or_path", "")) or type(model).__name__
@@ -116,7 +149,11 @@ def find_model(
 
 
 def check_as_loaded(model: Any, dtype: str, device: str) -> None:
-    """Check that nobody asks for another dtype or device of a loaded model."""
+    """Check that nobody asks for another dtype or device of a loaded model.
+
+    Raises:
+        ValueError: Somebody does.
+    """
     if isinstance(model, nn.Module) and (dtype != "auto" or device != "auto"):
         raise ValueError(
             "a loaded model is scored as it is: leave `dtype` and `device` at 'auto', or "
@@ -125,7 +162,11 @@ def check_as_loaded(model: Any, dtype: str, device: str) -> None:
 
 
 def check_reference(model: ModelInput, reference: ModelInput) -> None:
-    """Check that a model and its reference give logits for the same tokens."""
+    """Check that a model and its reference give logits for the same tokens.
+
+    Raises:
+        ValueError: They do not.
+    """
     first, second = (
         Vocabulary(name, one.vocabulary, one.folder, one.trust_remote_code)
         for name, one in ((f"the reference {reference.name}", reference), (model.name, model))
@@ -147,6 +188,7 @@ def file_states(*folders: Path | None) -> FileStates:
 
 
 def _states(folder: Path) -> dict[Path, tuple[int, int]]:
+    """The files of one checkpoint that decide its figures, with those of an adapter's base."""
     below = _states(base_folder(folder)) if is_adapter(folder) else {}
     names = ("config.json", "adapter_config.json", INDEX_NAME)
     paths = [*sorted(folder.glob("*.safetensors")), *(folder / name for name in names)]
@@ -159,7 +201,11 @@ def _states(folder: Path) -> dict[Path, tuple[int, int]]:
 
 @contextlib.contextmanager
 def unchanged(watched: FileStates, ranks: Ranks = SINGLE_PROCESS) -> Iterator[None]:
-    """A `with` block that fails on all ranks if a file was changed, added or removed meanwhile."""
+    """A `with` block that fails on all ranks if a file was changed, added or removed meanwhile.
+
+    Raises:
+        ValueError: `watched`, of `file_states`, is not what the files are at the end.
+    """
 
     def check() -> None:
         for folder, before in watched.items():

@@ -20,12 +20,16 @@ PROTOCOLS: dict[Protocol, int] = {"papers": 2048, "llama.cpp": 512}
 
 
 def _option(name: str) -> Any:
-    """An option that runs have too."""
+    """The declaration of an option that runs of blocks have too."""
     return RunOptions.declared()[name]
 
 
 class _EvaluationOptions(Options):
-    """How models are computed, whatever they are scored on."""
+    """How models are computed, whatever they are scored on.
+
+    Raises:
+        pydantic.ValidationError: A `ValueError`. An option is out of range.
+    """
 
     FILE = "evaluation"
 
@@ -54,6 +58,7 @@ class _EvaluationOptions(Options):
     @field_validator("batch", mode="before")
     @classmethod
     def _read_batch(cls, value: Any) -> Any:
+        """A batch as "auto" or a number, from Python or from the text of a command line."""
         number = int(value) if isinstance(value, str) and value.isdecimal() else value
         if number != "auto" and (not isinstance(number, int) or number < 1):
             raise ValueError(f"batch must be 'auto' or at least 1; got {value!r}")
@@ -61,7 +66,11 @@ class _EvaluationOptions(Options):
 
 
 class TextOptions(_EvaluationOptions):
-    """How models are scored on a text."""
+    """How models are scored on a text.
+
+    >>> TextOptions(batch="4").batch
+    4
+    """
 
     seqlen: Annotated[
         int | None,
@@ -155,13 +164,17 @@ class SpeedOptions(Options):
         bool,
         Option(
             "Also measure the first model with prunus's own kernels for dense linears, blocks and "
-            "attention in place of torch's: their gain without that of sparsity."
+            "attention in place of torch's. This shows the gain of the kernels without that of "
+            "sparsity."
         ),
     ] = False
 
 
 class WritingOptions(Options):
-    """How a model writes text, where it is not as the checkpoint says."""
+    """How a model writes text, where it is not as the checkpoint says.
+
+    None leaves the choice to the checkpoint's own settings.
+    """
 
     FILE = "generate"
 

@@ -63,8 +63,8 @@ from prunus.runs.progress import shows_progress, window_step
 
 #: SHA-256 of the joined test text of WikiText-2, 1,296,370 bytes.
 WIKITEXT2_TEST_SHA256 = "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83"
-#: GPTQ and Wanda score the first 1100 documents of C4's validation shard, and at most 256 windows
-#: of them.
+# GPTQ and Wanda score the first 1100 documents of C4's validation shard, and at most 256 windows
+# of them.
 _C4_DOCUMENTS, _C4_WINDOWS = 1100, 256
 #: Corpus -> how its documents are joined.
 _JOINED = {
@@ -94,20 +94,20 @@ def perplexity(
     tokens as the perplexity.
 
     Args:
-        model_or_path: a folder or hub id (safetensors only), a loaded transformers model, or a
+        model_or_path: A folder or hub id (safetensors only), a loaded transformers model, or a
             `Reference`, whose blocks do not run again for a text that they ran for. A loaded model
             is scored in evaluation mode, on its device and in its dtype, with the tokenizer of its
             `name_or_path`.
-        text: name of a text, see `load_scoring_text`. A `.safetensors` file with input_ids (N, T)
+        text: Name of a text, see `load_scoring_text`. A `.safetensors` file with input_ids (N, T)
             int needs no tokenizer; its rows are cut into windows one by one.
-        reference: a folder, hub id or loaded model to compare with, which has the same vocabulary.
+        reference: A folder, hub id or loaded model to compare with, which has the same vocabulary.
             A `Reference` runs once for several models. None compares with nothing.
         progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. A function
             is called with the number of windows done and of all windows; half of the blocks of a
             streamed model count as half of the windows.
-        ranks: processes that make this call together and split the windows. Each has the whole
+        ranks: Processes that make this call together and split the windows. Each has the whole
             model, or all blocks in turn. The perplexity is that of one process to the last digit.
-        **options: see `TextOptions`.
+        **options: See `TextOptions`.
 
     Raises:
         ValueError, FileNotFoundError, NotImplementedError, ModuleNotFoundError, OSError: Before any
@@ -181,7 +181,7 @@ def perplexity(
 
 
 def _opened(given: Any, model: ModelInput, compute: ComputeOptions, streamed: bool) -> LogitsSource:
-    """The model to score, opened as `perplexity` has chosen."""
+    """The model to score, opened as `perplexity` has chosen: block by block if `streamed`."""
     if isinstance(given, Reference):
         given.open(compute, streamed)
         return given
@@ -197,26 +197,43 @@ def _opened(given: Any, model: ModelInput, compute: ComputeOptions, streamed: bo
 
 @dataclass(frozen=True)
 class ScoringText:
-    """A text to score: all documents, joined as `protocol` says, cut to `max_windows` if given."""
+    """A text to score."""
 
+    #: All documents, joined.
     text: str
+    #: How they are joined, in words.
     protocol: str
+    #: Where the text comes from.
     source: str
+    #: Only this many windows are scored; None scores all.
     max_windows: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class ScoringWindows:
-    """Token ids (W, S) int64 of a text to score; `protocol` also says how windows begin."""
+    """The windows of a text to score."""
 
+    #: Token ids (W, S), int64.
     ids: torch.Tensor
+    #: Where the text comes from.
     source: str
+    #: How the documents are joined and how windows begin, in words.
     protocol: str
+    #: Whether every window begins with BOS.
     bos: UsedBos
 
 
 def load_scoring_text(name: str, data: Path | None = None) -> ScoringText:
-    """Load a text to score: one of `CORPORA`, or a text file in a format that calibration takes."""
+    """Load a text to score: one of `CORPORA`, or a text file in a format that calibration takes.
+
+    Args:
+        name: Name of the corpus, or path of the file.
+        data: Folder with local copies of the corpora; None downloads them.
+
+    Raises:
+        ValueError, FileNotFoundError, ModuleNotFoundError, OSError: The text is unknown, damaged or
+            cannot be downloaded.
+    """
     check_text(name, data)
     if name not in CORPORA:
         documents = read_documents(Path(name))
@@ -258,7 +275,10 @@ def check_text(name: str, data: Path | None) -> None:
 def first_scored_row(protocol: Protocol, seqlen: int) -> int:
     """The first row of logits of a window that is scored. Row t predicts token t + 1.
 
-    llama.cpp skips the first half, and then scores the rows up to the last but one:
+    llama.cpp skips the first half, and then scores the rows up to the last but one.
+
+    Raises:
+        ValueError: A window of `seqlen` tokens has no token to score.
 
     >>> first_scored_row("papers", 512), first_scored_row("llama.cpp", 512)
     (0, 256)
@@ -272,7 +292,18 @@ def first_scored_row(protocol: Protocol, seqlen: int) -> int:
 def scoring_windows(
     name: str, tokenizer: Callable[[], Any], seqlen: int, options: TextOptions
 ) -> ScoringWindows:
-    """Cut a text, or the rows of a file with input_ids, into windows that do not overlap."""
+    """Cut a text, or the rows of a file with input_ids, into windows that do not overlap.
+
+    Args:
+        name: The text, see `load_scoring_text`, or a `.safetensors` file with input_ids.
+        tokenizer: Loads the tokenizer of the model. It is not called for input_ids.
+        seqlen: Tokens per window.
+        options: Number of windows, BOS and data folder.
+
+    Raises:
+        ValueError, FileNotFoundError, ModuleNotFoundError, OSError: As `load_scoring_text`.
+            ValueError too if the text is shorter than a window.
+    """
     if name not in CORPORA and file_kind(Path(name)) == "safetensors":
         refuse_bos(name, options.bos)
         ids = read_ids(Path(name))

@@ -24,7 +24,11 @@ from prunus.runs.document import Column, Measured, Table, text_of
 
 
 def finite(value: float | None) -> float | None:
-    """A value for JSON, which has neither infinity nor NaN: it has None in their place."""
+    """A value for JSON, which has neither infinity nor NaN: it has None in their place.
+
+    >>> finite(0.5), finite(math.inf)
+    (0.5, None)
+    """
     return value if value is not None and math.isfinite(value) else None
 
 
@@ -36,6 +40,7 @@ Figure = Annotated[
 ]
 #: A standard error, or None where it is unknown.
 Error = Annotated[float | None, PlainSerializer(finite, return_type=float | None)]
+# A file with an unknown field is of another version, and is refused.
 _STRICT = ConfigDict(extra="forbid")
 #: The zero-shot tasks of the Wanda paper (its section 4.1), in the order of its tables.
 PAPER7 = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -71,11 +76,15 @@ class Divergence(EvaluationRecord):
     Standard errors are over windows; they are None for a single window.
 
     Attributes:
-        kl: mean of KL(reference ‖ model), in nats per token.
-        kl_q999: the 99.9 % quantile of the KL divergences of all tokens.
-        same_top: share of tokens for which both models find the same next token most likely.
-        perplexity_ratio: perplexity of the model, divided by that of the reference.
-        perplexity_ratio_stderr: its standard error, from losses paired by window.
+        reference: Name of the reference.
+        kl: Mean of KL(reference ‖ model), in nats per token.
+        kl_stderr: Standard error of `kl`.
+        kl_q999: The 99.9 % quantile of the KL divergences of all tokens, in nats.
+        same_top: Share of tokens for which both models find the same next token most likely.
+        same_top_stderr: Standard error of `same_top`.
+        reference_perplexity: Perplexity of the reference on the same tokens.
+        perplexity_ratio: Perplexity of the model, divided by that of the reference.
+        perplexity_ratio_stderr: Standard error of the ratio, from losses paired by window.
     """
 
     reference: str
@@ -94,13 +103,17 @@ class PerplexityResult(EvaluationRecord):
     """The perplexity of a model on a text, and how it was measured.
 
     Attributes:
+        source: Where the text comes from.
         perplexity: exp(loss), or infinity if that does not fit in a float.
-        loss: mean cross entropy in nats per token.
-        tokens: windows * seqlen.
-        protocol: text, windows and dtype in words.
-        seconds: time of scoring alone, without loading.
-        streamed: whether the model was read block by block. The perplexity does not depend on it.
-        bos: whether every window begins with BOS: yes, no, or given where the windows were given.
+        loss: Mean cross entropy in nats per token.
+        windows: Number of windows that were scored.
+        tokens: windows · seqlen.
+        seqlen: Tokens per window.
+        protocol: Text, windows and dtype in words.
+        seconds: Time of scoring alone, without loading.
+        streamed: Whether the model was read block by block. The perplexity does not depend on it.
+        bos: Whether every window begins with BOS: "yes", "no", or "given" for a file of token ids.
+        divergence: How far the model is from a reference; None without a reference.
     """
 
     source: str
@@ -118,18 +131,19 @@ class PerplexityResult(EvaluationRecord):
     def figures(self) -> dict[str, Any]:
         """The figures of a row of a table, without infinite ones; `FORMS` has their formats."""
         figures: dict[str, Any] = {"perplexity": finite(self.perplexity)}
-        if (found := self.divergence) is not None:
+        if (divergence := self.divergence) is not None:
             figures |= {
-                "KL divergence": Measured(found.kl, found.kl_stderr),
-                "KL 99.9 % quantile": found.kl_q999,
-                "same top token": Measured(found.same_top, found.same_top_stderr),
+                "KL divergence": Measured(divergence.kl, divergence.kl_stderr),
+                "KL 99.9 % quantile": divergence.kl_q999,
+                "same top token": Measured(divergence.same_top, divergence.same_top_stderr),
                 "perplexity ratio": None,
             }
-            if math.isfinite(ratio := found.perplexity_ratio):
-                figures["perplexity ratio"] = Measured(ratio, found.perplexity_ratio_stderr)
+            if math.isfinite(ratio := divergence.perplexity_ratio):
+                figures["perplexity ratio"] = Measured(ratio, divergence.perplexity_ratio_stderr)
         return figures
 
     def _repr_html_(self) -> str:
+        """The figures as a table in a notebook."""
         figures = {name: text_of(value, FORMS[name]) for name, value in self.figures().items()}
         windows = f"{self.windows:,} of {self.seqlen:,} tokens"
         rows = figures | {"windows": windows, "seconds": f"{self.seconds:.1f}"}
@@ -142,9 +156,12 @@ class PerplexityResult(EvaluationRecord):
 
 @dataclass(frozen=True, config=_STRICT)
 class ModelSize(EvaluationRecord):
-    file_bytes: int  #: bytes of its safetensors; an adapter's base is included
-    #: bits of the linears in the blocks, zeros and all parts counted, over their number of weights.
-    #: None where the linears are not known, as for an adapter.
+    """The size of a model as it is stored."""
+
+    #: Bytes of its safetensors or of its GGUF file. Those of an adapter include its base.
+    file_bytes: int
+    #: Bits of the linears in the blocks, all their parts counted, over their number of weights,
+    #: zeros counted. None where the linears are not known, as for an adapter.
     bits_per_weight: float | None
 
     def figures(self) -> dict[str, Any]:
@@ -157,10 +174,13 @@ class ModelSize(EvaluationRecord):
 
 @dataclass(frozen=True)
 class Metric(EvaluationRecord):
-    value: Figure  #: the value as lm-eval aggregates it. An accuracy is a share in [0, 1].
-    #: the standard error of the value. None for a single row, or a metric without a formula.
+    """The value of one metric on one task."""
+
+    #: The value as lm-eval aggregates it. An accuracy is a share in [0, 1].
+    value: Figure
+    #: The standard error of the value. None for a single row, or a metric without a formula.
     stderr: Error
-    #: what each row contributes, in the order of the rows. None if the value is not their mean.
+    #: What each row contributes, in the order of the rows. None if the value is not their mean.
     outcomes: Annotated[tuple[float, ...] | None, Field(exclude=True)] = None
 
 
@@ -168,33 +188,44 @@ class Metric(EvaluationRecord):
 class TaskScore(EvaluationRecord):
     """The score of one model on one task, or on one group of tasks."""
 
+    #: Name of the task or group in lm-eval.
     task: str
-    metrics: dict[str, Metric]  #: name -> metric. Multiple-choice tasks have `acc` and `acc_norm`.
-    shots: int  #: number of worked examples in each prompt
+    #: Name -> metric. Multiple-choice tasks have `acc` and `acc_norm`.
+    metrics: dict[str, Metric]
+    #: Number of worked examples in each prompt.
+    shots: int
+    #: Number of rows that were scored.
     rows: int
-    version: str  #: lm-eval's version of the task
-    definition: str  #: SHA-256 of everything that makes the prompts and the scoring, rows included
+    #: lm-eval's version of the task.
+    version: str
+    #: SHA-256 of everything that makes the prompts and the scoring, rows included.
+    definition: str
+    #: Where the rows come from.
     source: str
+    #: Time of scoring.
     seconds: float
 
 
 @dataclass(frozen=True)
 class TaskResults:
-    """The scores of one model on all tasks; `protocol` has dtype, batch, device and versions."""
+    """The scores of one model on all tasks."""
 
+    #: Name of the model.
     model: str
+    #: The scores, in the order of the tasks.
     scores: tuple[TaskScore, ...]
+    #: How the model was computed: dtype, batch, hardware and versions.
     protocol: dict[str, Any]
 
     def metrics(self) -> dict[tuple[str, str], Metric]:
         """(task, metric) -> value, in the order of the tasks; a mean of paper7 comes last."""
-        found = {
+        metrics = {
             (score.task, name): metric
             for score in self.scores
             for name, metric in score.metrics.items()
         }
         mean = paper_mean(self.scores)
-        return found if mean is None else found | {(MEAN, "acc"): mean}
+        return metrics if mean is None else metrics | {(MEAN, "acc"): mean}
 
     def as_dict(self) -> dict[str, Any]:
         """The results as plain values for JSON."""
@@ -222,14 +253,20 @@ def paper_mean(scores: Sequence[TaskScore]) -> Metric | None:
     75.05, 66.43, 56.92, 69.93, 75.34, 41.89 and 34.40.
     """
     by_name = {score.task: score.metrics.get("acc") for score in scores}
-    found = [metric for task in PAPER7 if (metric := by_name.get(task)) is not None]
-    if len(found) < len(PAPER7):
+    metrics = [metric for task in PAPER7 if (metric := by_name.get(task)) is not None]
+    if len(metrics) < len(PAPER7):
         return None
-    return Metric(*_mean_of_tasks([(metric.value, metric.stderr) for metric in found]))
+    return Metric(*_mean_of_tasks([(metric.value, metric.stderr) for metric in metrics]))
 
 
 def _mean_of_tasks(figures: Sequence[tuple[float, float | None]]) -> tuple[float, float | None]:
-    """The mean of n independent tasks (value, standard error), and its error √(Σ s²) / n."""
+    """The mean of n independent tasks (value, standard error), and its error √(Σ s²) / n.
+
+    The error is None if that of a task is unknown.
+
+    >>> _mean_of_tasks([(0.5, 0.03), (0.7, 0.04)]), _mean_of_tasks([(0.5, None)])
+    ((0.6, 0.025), (0.5, None))
+    """
     count = len(figures)
     errors = [stderr for _, stderr in figures if stderr is not None]
     stderr = math.hypot(*errors) / count if len(errors) == count else None
@@ -244,11 +281,17 @@ class Difference(EvaluationRecord):
     True
     """
 
+    #: The model that is compared with the first one.
     model: str
+    #: Name of the task.
     task: str
+    #: Name of the metric.
     metric: str
+    #: The difference, in the unit of the metric.
     value: float
+    #: Standard error of the difference; None if it is unknown.
     stderr: float | None
+    #: Whether the difference was taken row by row.
     paired: bool
 
     @property
@@ -273,8 +316,11 @@ def compare(results: Sequence[TaskResults]) -> list[Difference]:
 
     Returns:
         The differences, model by model. The mean over the paper's seven tasks comes last.
+
+    Raises:
+        ValueError: A task had other rows, prompts or examples for two models.
     """
-    found = []
+    differences = []
     for other in results[1:]:
         definitions = {score.task: score.definition for score in results[0].scores}
         for score in other.scores:
@@ -294,12 +340,12 @@ def compare(results: Sequence[TaskResults]) -> list[Difference]:
             mean = _mean_of_tasks([part[:2] for part in parts])
             changes[MEAN, "acc"] = (*mean, all(paired for _, _, paired in parts))
         for (task, metric), (value, stderr, paired) in changes.items():
-            found.append(Difference(other.model, task, metric, value, stderr, paired))
-    return found
+            differences.append(Difference(other.model, task, metric, value, stderr, paired))
+    return differences
 
 
 def _difference(first: Metric, other: Metric) -> tuple[float, float | None, bool]:
-    """other − first, its standard error, and whether it is paired."""
+    """other − first, its standard error (None if unknown), and whether it is paired."""
     value = other.value - first.value
     if first.outcomes is not None and other.outcomes is not None and len(first.outcomes) > 1:
         steps = [b - a for a, b in zip(first.outcomes, other.outcomes, strict=True)]
@@ -315,7 +361,14 @@ def side_by_side(
     sizes: Mapping[str, ModelSize],
     reference: str | None = None,
 ) -> dict[str, Any]:
-    """What `prunus eval --json` writes; `perplexities` has all models, `sizes` known ones."""
+    """What `prunus eval --json` writes: the results of every model, and their differences.
+
+    Args:
+        perplexities: Name of every model -> its perplexities, which may be none.
+        results: The results on tasks of the same models; may be empty.
+        sizes: Name of a model -> its size, where that is known.
+        reference: Name of the model that the others are compared with, or None.
+    """
     on_tasks = {result.model: result.as_dict() for result in results}
     size_of = {model: size.as_dict() for model, size in sizes.items()}
     dense = reference and {"model": reference, "size": size_of.get(reference)}
@@ -325,10 +378,10 @@ def side_by_side(
             {
                 "model": model,
                 "size": size_of.get(model),
-                "perplexity": [one.as_dict() for one in ones],
+                "perplexity": [result.as_dict() for result in of_model],
                 "tasks": on_tasks.get(model),
             }
-            for model, ones in perplexities.items()
+            for model, of_model in perplexities.items()
         ],
         "differences": [change.as_dict() for change in compare(results)],
     }

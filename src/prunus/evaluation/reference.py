@@ -36,8 +36,16 @@ class Reference:
     computed for a text is dropped when other texts follow, and at the end of the `with` block.
 
     Packed models, adapters, loaded models and models that prunus cannot read block by block are
-    loaded once and run again for every model. `watched` has the files of the checkpoint, which must
-    not change; none for a loaded model.
+    loaded once and run again for every model.
+
+    Args:
+        model: A folder, a hub id, or a loaded transformers model.
+        texts: How many texts take turns. What was computed for this many is kept.
+
+    Attributes:
+        model: As above.
+        folder: The checkpoint; None for a loaded model.
+        watched: The files of the checkpoint, which must not change; none for a loaded model.
 
         with prunus.Reference("MODEL") as reference:
             for model in ("pruned", "packed"):
@@ -53,8 +61,8 @@ class Reference:
         self._streamed = False
         self._by_blocks: StreamedModel | None = None
         self._whole: WholeModel | None = None
-        # What hidden states are for, and the hidden states.
-        self._kept: list[tuple[tuple[Any, ...], HiddenStates]] = []
+        # What the last block returned, by (ids, batch, dtype, streamed). The oldest comes first.
+        self._states: list[tuple[tuple[Any, ...], HiddenStates]] = []
 
     def __enter__(self) -> Reference:
         return self
@@ -63,12 +71,21 @@ class Reference:
         self.close()
 
     def close(self) -> None:
-        while self._kept:
-            self._kept.pop()[1].close()
-        self._options, self._by_blocks, self._whole = None, None, None
+        """Free the models and what they have computed. `open` makes it ready again."""
+        while self._states:
+            self._states.pop()[1].close()
+        self._options = None
+        self._by_blocks = None
+        self._whole = None
 
     def open(self, options: ComputeOptions, streamed: bool) -> None:
-        """Choose how it computes: block by block where possible, or whole. Reads headers only."""
+        """Choose how it computes, before the first window. Reads headers only.
+
+        Args:
+            options: How the model is computed. Other options than before drop what was computed.
+            streamed: Whether its blocks are read one by one. If not, the whole model is loaded
+                once per text, and what its last block returns is kept.
+        """
         self._streamed = streamed
         if options == self._options:
             return
@@ -82,14 +99,17 @@ class Reference:
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype in which the model computes."""
         return self._opened.dtype
 
     def check(self, ids: torch.Tensor, name: str) -> None:
+        """Check token ids; see `LogitsSource`."""
         self._opened.check(ids, name)
 
     def windows(
         self, ids: torch.Tensor, batch: int, progress: WindowProgress, compared: bool
     ) -> Generator[Rows, None, None]:
+        """The logits of every window; see `LogitsSource`. Blocks run only for new ids."""
         if self._by_blocks is not None and len(ids):
             try:
                 states = self._states_of(self._by_blocks, ids, batch, progress, compared)
@@ -104,6 +124,7 @@ class Reference:
 
     @property
     def _opened(self) -> StreamedModel | WholeModel:
+        """The model as it computes; loads it if it is computed whole."""
         if self._by_blocks is not None:
             return self._by_blocks
         if self._whole is None:
@@ -124,16 +145,16 @@ class Reference:
     ) -> HiddenStates:
         """Run the blocks, or find what they returned for the same ids before."""
         settings = (batch, self.dtype, self._streamed)
-        for (known, *others), states in self._kept:
-            if torch.equal(known, ids) and (*others,) == settings:
+        for (earlier_ids, *earlier_settings), states in self._states:
+            if torch.equal(earlier_ids, ids) and (*earlier_settings,) == settings:
                 return states
-        while len(self._kept) >= self._texts:
-            self._kept.pop(0)[1].close()
+        while len(self._states) >= self._texts:
+            self._states.pop(0)[1].close()
         if self._streamed:
             states = by_blocks.run_blocks(ids, batch, progress, compared)
         else:
             states = self._run_whole(by_blocks, ids, batch, progress)
-        self._kept.append(((ids, *settings), states))
+        self._states.append(((ids, *settings), states))
         return states
 
     def _run_whole(
@@ -142,13 +163,18 @@ class Reference:
         """Load the whole model, keep what its last block returns, and drop the model again."""
         loaded = self._load()
         last = find_block_list(loaded)[1][-1]
-        forward, batches = last.forward, ids.split(batch)
-        place = by_blocks.place_states(ids.shape, self._texts)
+        forward = last.forward
+        batches = ids.split(batch)
+        storage = by_blocks.place_states(ids.shape, self._texts)
         states = HiddenStates(
-            len(batches), spill_to=place.spill_to, device=loaded.device, on_device=place.on_device
+            len(batches),
+            spill_to=storage.spill_to,
+            device=loaded.device,
+            on_device=storage.on_device,
         )
 
         def keep(*args: Any, **kwargs: Any) -> Any:
+            """The forward function of the last block, which keeps what it returns."""
             output = forward(*args, **kwargs)
             states.put(position, hidden_of(output))
             # Neither norm nor head is needed now. The first batch shows what they make of it.
@@ -172,9 +198,13 @@ class Reference:
         return states
 
 
-def _check_logits(found: Generator[Rows, None, None], expected_BSV: torch.Tensor) -> None:
-    """Check that norm and head make the whole model's logits of what the last block returns."""
-    with contextlib.closing(found) as windows:
+def _check_logits(logits: Generator[Rows, None, None], expected_BSV: torch.Tensor) -> None:
+    """Check that norm and head make the whole model's logits of what the last block returns.
+
+    Raises:
+        NotImplementedError: They do not, so the model has to run whole for every other model.
+    """
+    with contextlib.closing(logits) as windows:
         for rows, expected_SV in zip(windows, expected_BSV, strict=True):
             if not torch.equal(rows(0, len(expected_SV)), expected_SV):
                 raise NotImplementedError("the logits are no function of the last block alone")

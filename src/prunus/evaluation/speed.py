@@ -34,32 +34,47 @@ from prunus.packed import use_dense_kernel, use_fast_decoding
 class Speed(EvaluationRecord):
     """Size and speed of one model. Measurements are (minimum, median, maximum) over all rounds."""
 
+    #: Name of the model.
     model: str
-    file_bytes: int  #: size of its safetensors; an adapter's base is included
-    #: resident memory of the process after generation, minus that before the model was loaded.
+    #: Size of its safetensors; an adapter's base is included.
+    file_bytes: int
+    #: Resident memory of the process after generation, minus that before the model was loaded.
     resident_bytes: tuple[float, float, float]
-    #: prompt tokens, divided by the time to the first new token.
+    #: Prompt tokens, divided by the time to the first new token.
     prefill_tokens_per_second: tuple[float, float, float]
-    #: new tokens after the first, divided by the time that they took.
+    #: New tokens after the first, divided by the time that they took.
     decode_tokens_per_second: tuple[float, float, float]
 
 
 def bench(
     models: Sequence[str], *, progress: Callable[[str], None] | None = None, **options: Any
 ) -> list[Speed]:
-    """Measure models side by side, in turns."""
-    given = SpeedOptions.read(None, options)
-    plain = given.model_copy(update={"dense_kernel": False})
+    """Measure size and speed of models side by side, in turns.
+
+    Args:
+        models: Folders or hub ids: dense, packed or adapters.
+        progress: Called with a line of text before each measurement.
+        **options: See `SpeedOptions`.
+
+    Returns:
+        One entry per model. With `dense_kernel`, the first model with the kernels comes second.
+
+    Raises:
+        ValueError, FileNotFoundError, NotImplementedError: An option or a model is unusable.
+        RuntimeError: A measurement failed.
+    """
+    chosen = SpeedOptions.read(None, options)
+    plain = chosen.model_copy(update={"dense_kernel": False})
     cases = [(model, _folder(model), plain) for model in models]
-    if given.dense_kernel:
-        cases.insert(1, (f"{models[0]}, dense kernel", cases[0][1], given))
-    found: list[list[dict[str, float]]] = [[] for _ in cases]
-    for turn in range(given.rounds):
-        for rows, (name, folder, chosen) in zip(found, cases, strict=True):
+    if chosen.dense_kernel:
+        cases.insert(1, (f"{models[0]}, dense kernel", cases[0][1], chosen))
+    measurements: list[list[dict[str, float]]] = [[] for _ in cases]
+    for number in range(chosen.rounds):
+        for rows, (name, folder, how) in zip(measurements, cases, strict=True):
             if progress is not None:
-                progress(f"round {turn + 1} of {given.rounds}: {name}")
-            rows.append(_measure_in_subprocess(folder, chosen))
-    values = [{key: [row[key] for row in rows] for key in rows[0]} for rows in found]
+                progress(f"round {number + 1} of {chosen.rounds}: {name}")
+            rows.append(_measure_in_subprocess(folder, how))
+    values = [{key: [row[key] for row in rows] for key in rows[0]} for rows in measurements]
     return [
         Speed(
             model=name,
@@ -99,6 +114,7 @@ def _measure(folder: Path, options: SpeedOptions) -> dict[str, float]:
     loaded.generation_config.eos_token_id = None
 
     def seconds(tokens: int) -> float:
+        """The time to generate this number of new tokens."""
         started = time.perf_counter()
         with torch.no_grad():
             whole = loaded.generate(

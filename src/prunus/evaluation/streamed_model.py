@@ -36,8 +36,19 @@ def choose_streamed(
 ) -> list[bool]:
     """Decide for models that are in memory together which are read block by block.
 
-    `stream` is what the user chose; None streams if the whole models do not fit in memory. Loaded
-    models, whose folder is None, packed ones and adapters are never streamed.
+    Loaded models, packed ones and adapters are never streamed.
+
+    Args:
+        folders: The folders of the models; None for a loaded one.
+        stream: What the user chose; None streams if the whole models do not fit in memory.
+        tokens: Tokens in one forward pass, for the memory of logits.
+        options: How the models are computed.
+
+    Returns:
+        For each model, whether it is streamed.
+
+    Raises:
+        ValueError: `stream` is True, and a model cannot be streamed.
     """
     if stream is False:
         return [False] * len(folders)
@@ -70,7 +81,8 @@ def whole_bytes(folder: Path, tokens: int, options: ComputeOptions) -> int:
     if is_adapter(folder):
         return stored + whole_bytes(base_folder(folder), tokens, options)
     # Packed weights keep their stored form in memory.
-    packed, dtype = whole_only(folder) is not None, DTYPES.get(options.dtype)
+    packed = whole_only(folder) is not None
+    dtype = DTYPES.get(options.dtype)
     config = load_config(folder, options.trust_remote_code, quantized=True).get_text_config()
     logits = _logits_bytes(
         int(getattr(config, "vocab_size", 0) or 0),
@@ -86,7 +98,8 @@ def whole_bytes(folder: Path, tokens: int, options: ComputeOptions) -> int:
 
 
 def _logits_bytes(vocabulary: int, tokens: int, size: int) -> int:
-    """Logits as the model returns them, and `ROWS` rows in float32 with log-probabilities."""
+    """Bytes of the logits of `tokens` as the model returns them, `size` bytes each, and of `ROWS`
+    rows in float32 with their log-probabilities."""
     return vocabulary * (tokens * size + min(tokens, ROWS) * 8)
 
 
@@ -100,24 +113,49 @@ def whole_only(folder: Path) -> str | None:
 
 
 class StreamedModel:
-    """An ordinary checkpoint that is scored block by block. Reads headers only at first."""
+    """An ordinary checkpoint that is scored block by block, a `LogitsSource`.
+
+    The constructor reads headers only.
+
+    Args:
+        folder: The checkpoint.
+        options: How the model is computed.
+
+    Attributes:
+        source: The weights.
+        skeleton: The model without weights.
+        dtype: The dtype in which it computes.
+        device: Where it computes.
+        memory: Budget in bytes for the whole process; None takes what is free.
+
+    Raises:
+        ValueError, FileNotFoundError: The checkpoint is damaged.
+        NotImplementedError: The model is not a row of blocks.
+    """
 
     def __init__(self, folder: Path, options: ComputeOptions) -> None:
         self.source = CheckpointSource(folder, options.trust_remote_code)
-        own = getattr(self.source.config, "dtype", None)
-        own = own if isinstance(own, torch.dtype) else self.source.stored_dtype
-        self.dtype = DTYPES.get(options.dtype, own)
+        default = getattr(self.source.config, "dtype", None)
+        default = default if isinstance(default, torch.dtype) else self.source.stored_dtype
+        self.dtype = DTYPES.get(options.dtype, default)
         self.skeleton = Skeleton(self.source.config, self.dtype, options.trust_remote_code)
         self.source.bind(self.skeleton)
         self.device, self.memory = options.device, options.memory
 
     def check(self, ids: torch.Tensor, name: str) -> None:
+        """Check token ids; see `LogitsSource`."""
         check_windows(self.skeleton.model, ids, name)
 
     def windows(
         self, ids: torch.Tensor, batch: int, progress: WindowProgress, compared: bool
     ) -> Generator[Rows, None, None]:
-        """The logits of every window. Until the last one, memory holds head and hidden states."""
+        """The logits of every window; see `LogitsSource`.
+
+        Until the last one is taken, memory holds the head and all hidden states.
+
+        Raises:
+            ValueError: A block with its activations does not fit in the memory budget.
+        """
         if not len(ids):
             return
         with contextlib.closing(self.run_blocks(ids, batch, progress, compared)) as states:
@@ -127,14 +165,17 @@ class StreamedModel:
     def run_blocks(
         self, ids: torch.Tensor, batch: int, progress: WindowProgress, compared: bool
     ) -> HiddenStates:
-        """What the last block returns, (B, S, H) per batch. The caller closes it."""
+        """What the last block returns, (B, S, H) per batch. The caller closes it.
+
+        The arguments and errors are those of `windows`.
+        """
         batches = ids.split(batch)
-        place = self._place_states(batch, ids.shape, compared)
+        storage = self._place_states(batch, ids.shape, compared)
         stream = Stream(self.skeleton, self.source, self.device)
         steps = len(self.skeleton) + 1
         try:
             with torch.no_grad():
-                stream.embed(batches, place.spill_to, on_device=place.on_device)
+                stream.embed(batches, storage.spill_to, on_device=storage.on_device)
                 for index in range(len(self.skeleton)):
                     stream.propagate(index, self.source.block(index))
                     progress(len(ids) * (index + 1) // steps, len(ids))
@@ -151,6 +192,12 @@ class StreamedModel:
         With `by_rows` they are computed when they are asked for, which takes the least memory.
         Otherwise all of a batch are computed at once, as in the whole model: the last bit of a
         product can depend on the number of rows.
+
+        Args:
+            states: What the last block returned, per batch.
+            ids: The token ids that it is for, (W, S).
+            batch: Windows per batch.
+            by_rows: As above.
         """
         with contextlib.ExitStack() as stack:
             # The mode ends before a window is handed out, so it never holds for the caller.
@@ -172,11 +219,13 @@ class StreamedModel:
     def _rows(
         self, ids_S: torch.Tensor, hidden_SH: torch.Tensor, first: int, stop: int
     ) -> torch.Tensor:
+        """The logits (T, V) of some rows of one window: a `Rows`."""
         return self.skeleton.logits(ids_S[None, first:stop], hidden_SH[None, first:stop])[0]
 
     def _place_states(self, batch: int, shape: torch.Size, compared: bool) -> StatesPlace:
         """Where the hidden states of all windows are kept between blocks, if a block fits."""
-        budget, models = self._free(), 1 + compared
+        budget = self._free()
+        models = 2 if compared else 1
         minimum, hidden = self._needs(batch, shape, compared)
         if minimum > budget:
             held = resident_memory()
@@ -188,7 +237,10 @@ class StreamedModel:
         return self._place(models * (minimum + hidden) <= budget, models * hidden)
 
     def place_states(self, shape: torch.Size, texts: int = 1) -> StatesPlace:
-        """Where hidden states wait, of as many texts of windows (W, S): at most half of memory."""
+        """Where the last hidden states of `texts` texts are kept, each of windows (W, S).
+
+        They take at most half of the memory budget, or else are kept elsewhere.
+        """
         needed = 2 * texts * self._needs(1, shape, True)[1]
         return self._place(needed <= self._free(), needed)
 
@@ -198,6 +250,7 @@ class StreamedModel:
         return memory_budget(self.device, self.memory) - held
 
     def _place(self, fits_on_device: bool, needed: int) -> StatesPlace:
+        """The device if `needed` bytes fit there, else the memory of the host, else a file."""
         if not fits_on_device and self.device.type != "cpu":
             host = available_memory() if self.memory is None else self.memory - resident_memory()
             if needed <= host:
@@ -209,7 +262,8 @@ class StreamedModel:
 
         The step is a block with its activations, loading the weights outside the blocks, or logits.
         """
-        skeleton, size = self.skeleton, self.skeleton.dtype.itemsize
+        skeleton = self.skeleton
+        size = skeleton.dtype.itemsize
         windows, seqlen = shape
         config = self.source.config.get_text_config()
         hidden = int(getattr(config, "hidden_size", 0) or skeleton.linears(0)[0].shape[1])
@@ -227,5 +281,6 @@ class StreamedModel:
             outer -= min(head.weight.numel(), embedding.numel()) * self.source.stored_dtype.itemsize
         # Of what is outside the blocks, only the copy is left when logits are computed.
         copy = outer * max(1, size // self.source.stored_dtype.itemsize)
-        logits = (1 + compared) * _logits_bytes(skeleton.vocabulary, min(ROWS, seqlen), size)
+        logits = _logits_bytes(skeleton.vocabulary, min(ROWS, seqlen), size)
+        logits *= 2 if compared else 1
         return max(block + transient, outer + copy, copy + logits), windows * seqlen * hidden * size

@@ -47,15 +47,18 @@ def evaluate(
     """Accuracy of a causal language model on tasks of lm-eval.
 
     Args:
-        model_or_path: a folder (dense, packed, or an adapter), a hub id, or a loaded transformers
+        model_or_path: A folder (dense, packed, or an adapter), a hub id, or a loaded transformers
             model. A loaded model is evaluated on its device and in its dtype, with the tokenizer of
             its `name_or_path`.
-        tasks: a list of names, or one string with commas. Names are tasks, tags and groups of
+        tasks: A list of names, or one string with commas. Names are tasks, tags and groups of
             lm-eval, or `paper7` for the Wanda paper's boolq, rte, hellaswag, winogrande, arc_easy,
             arc_challenge and openbookqa.
         progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. A function
             is called with a line of text after every task.
-        **options: see `TaskOptions`. The folder `data` contains the rows in `zeroshot/`.
+        **options: See `TaskOptions`. The folder `data` contains the rows in `zeroshot/`.
+
+    Returns:
+        The scores of the model, one per task or group, and how it was computed.
 
     Raises:
         ValueError, FileNotFoundError, NotImplementedError, ModuleNotFoundError, OSError: Before any
@@ -69,15 +72,28 @@ def evaluate(
 class TaskRun:
     """Models with their tokenizers, and tasks with their rows. `prepare_tasks` checks them."""
 
+    #: Each model with its tokenizer.
     models: tuple[tuple[ModelInput, Any], ...]
+    #: The tasks with their rows.
     tasks: tuple[LoadedTask, ...]
+    #: Sequences per forward pass, or "auto" for what fits on the device.
     batch: int | str
+    #: How the models are computed.
     options: ComputeOptions
 
     def run(
         self, progress: Callable[[str], None] | None = None, ranks: Ranks = SINGLE_PROCESS
     ) -> list[TaskResults]:
-        """Evaluate model after model; ranks split the rows. `progress` gets text after each."""
+        """Evaluate model after model. Only one of them is in memory at a time.
+
+        Args:
+            progress: Called on rank 0 with a line of text after every task.
+            ranks: The processes that split the rows of each task. All get the same scores.
+
+        Raises:
+            ValueError: Outputs are not finite, a tokenizer belongs to another model, or a
+                checkpoint was changed meanwhile.
+        """
         choose_device(str(self.options.device), processes=ranks.local_size)
         results = []
         for model, tokenizer in self.models:
@@ -90,13 +106,13 @@ class TaskRun:
                     wrapped = wrap_model(loaded, tokenizer, self.batch, ranks)
                 for task in self.tasks:
                     ranks.set_location(f"{task.name} of {model.name}")
-                    found = run_task(task, wrapped)
+                    of_task = run_task(task, wrapped)
                     # lm-eval returns the scores on rank 0 alone.
-                    sent = ranks.on_rank_0(partial(list, [asdict(score) for score in found]))
-                    found = found or [TaskScore(**score) for score in sent]
+                    sent = ranks.on_rank_0(partial(list, [asdict(score) for score in of_task]))
+                    of_task = of_task or [TaskScore(**score) for score in sent]
                     if progress is not None and ranks.rank == 0:
-                        progress(f"{model.name}: {task.name} done in {found[0].seconds:.0f} s")
-                    scores += found
+                        progress(f"{model.name}: {task.name} done in {of_task[0].seconds:.0f} s")
+                    scores += of_task
             # Free this model's memory before the next one is loaded.
             del wrapped, loaded
             gc.collect()
@@ -111,16 +127,16 @@ def prepare_tasks(
 ) -> TaskRun:
     """Check models and tasks before any work; see `evaluate` for arguments and errors."""
     require_lm_eval()
-    given = TaskOptions.read(None, options)
+    chosen = TaskOptions.read(None, options)
     for model in models:
-        check_as_loaded(model, given.dtype, given.device)
+        check_as_loaded(model, chosen.dtype, chosen.device)
     loaded = next((model for model in models if isinstance(model, nn.Module)), None)
-    place = choose_device(given.device, loaded)
+    device = choose_device(chosen.device, loaded)
     names = tasks.split(",") if isinstance(tasks, str) else tasks
     names = [name.strip() for name in names if name.strip()]
     checked = []
-    for model in [find_model(model, given.trust_remote_code) for model in models]:
-        tokenizer, size = model.tokenizer(given.tokenizer), model.vocabulary
+    for model in [find_model(model, chosen.trust_remote_code) for model in models]:
+        tokenizer, size = model.tokenizer(chosen.tokenizer), model.vocabulary
         # Special tokens that were added past the end of the embedding may never occur.
         if size is not None and tokenizer.vocab_size > size:
             raise ValueError(
@@ -130,7 +146,7 @@ def prepare_tasks(
         checked.append((model, tokenizer))
     return TaskRun(
         models=tuple(checked),
-        tasks=tuple(load_tasks(names, given.fewshot, given.limit, data_folder(given.data))),
-        batch=_CPU_BATCH if given.batch == "auto" and place.type == "cpu" else given.batch,
-        options=ComputeOptions(given.dtype, place, trust_remote_code=given.trust_remote_code),
+        tasks=tuple(load_tasks(names, chosen.fewshot, chosen.limit, data_folder(chosen.data))),
+        batch=_CPU_BATCH if chosen.batch == "auto" and device.type == "cpu" else chosen.batch,
+        options=ComputeOptions(chosen.dtype, device, trust_remote_code=chosen.trust_remote_code),
     )

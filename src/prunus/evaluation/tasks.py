@@ -53,16 +53,18 @@ _LOCAL_TASK_FOLDERS = (
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """A task, or a group of tasks, with its rows; `content` holds lm-eval's own objects.
+    """A task, or a group of tasks, with its rows."""
 
-    `definition` is the SHA-256 of everything that makes the prompts and the scoring: templates,
-    rows, examples, limit, lm-eval's version.
-    """
-
+    #: Its name in lm-eval.
     name: str
+    #: SHA-256 of everything that makes the prompts and the scoring: templates, rows, examples,
+    #: limit, lm-eval's version.
     definition: str
+    #: Where the rows come from.
     source: str
+    #: Only the first rows of each task are scored, as many as this; None scores all.
     limit: int | None
+    #: What lm-eval evaluates: its own objects, with the tasks by name under "tasks".
     content: Any
 
 
@@ -78,7 +80,19 @@ def load_tasks(
     limit: int | None = None,
     folder: Path | None = None,
 ) -> list[LoadedTask]:
-    """Find tasks in lm-eval's catalogue and load their rows."""
+    """Find tasks in lm-eval's catalogue and load their rows.
+
+    Args:
+        names: Tasks, tags and groups of lm-eval, or `paper7`.
+        shots: Worked examples per prompt; None takes the number of each task.
+        limit: Score only the first rows of each task; None scores all.
+        folder: Data folder with the rows; None downloads them.
+
+    Raises:
+        ValueError: A task is unknown or runs code, or local rows are damaged.
+        FileNotFoundError: The data folder lacks a file.
+        OSError: Rows could not be downloaded.
+    """
     if not names:
         raise ValueError("no tasks are named; give some, such as paper7")
     with _quiet_lm_eval():
@@ -94,6 +108,12 @@ def wrap_model(model: Any, tokenizer: Any, batch: int | str, ranks: Ranks = SING
 
     Batch "auto" lets lm-eval try which size fits on a CUDA device. Of n ranks, rank r gets the rows
     r, r + n, r + 2n and so on, as with lm-eval's own launcher.
+
+    Args:
+        model: A loaded transformers model, which is scored where it is.
+        tokenizer: Its tokenizer.
+        batch: Sequences per forward pass, or "auto".
+        ranks: The processes that split the rows.
     """
     with _quiet_lm_eval():
         from lm_eval.models.huggingface import HFLM
@@ -102,30 +122,41 @@ def wrap_model(model: Any, tokenizer: Any, batch: int | str, ranks: Ranks = SING
             """A model with its ranks, which lm-eval sets only for models that it loads itself."""
 
             def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+                """The values of all ranks, as one vector on the CPU."""
                 return ranks.all_gather(tensor.reshape(-1).cpu())
 
             def barrier(self) -> None:
+                """Wait for all ranks."""
                 ranks.gather_ints([0])
 
         wrapped = RankedModel(
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch
         )
-        wrapped._rank, wrapped._world_size = ranks.rank, ranks.size
+        wrapped._rank = ranks.rank
+        wrapped._world_size = ranks.size
         return wrapped
 
 
 def run_task(task: LoadedTask, wrapped: Any) -> list[TaskScore]:
-    """Score one task with a model of `wrap_model`. Only rank 0 has scores, a group's own first."""
+    """Score one task with a model of `wrap_model`. All ranks call it.
+
+    Returns:
+        The scores, that of a group before those of its members. They are empty on other ranks
+        than 0.
+
+    Raises:
+        ValueError: Outputs are not finite, or the tokenizer belongs to another model.
+    """
     started = time.perf_counter()
     with _quiet_lm_eval(), torch.random.fork_rng():
         import lm_eval
 
         # The seed matters for tasks that sample text. Tasks that compare likelihoods draw nothing.
         torch.manual_seed(SEED)
-        for one in task.content["tasks"].values():
-            one.set_fewshot_seed(seed=SEED)
+        for member in task.content["tasks"].values():
+            member.set_fewshot_seed(seed=SEED)
         try:
-            found = lm_eval.evaluate(
+            evaluated = lm_eval.evaluate(
                 lm=wrapped,
                 task_dict=task.content,
                 limit=task.limit,
@@ -140,29 +171,32 @@ def run_task(task: LoadedTask, wrapped: Any) -> list[TaskScore]:
                 f"{wrapped.model.get_input_embeddings().num_embeddings} rows of the model's "
                 "embedding: it belongs to another model"
             ) from fault
-    if found is None:
+    if evaluated is None:
         return []
     seconds = time.perf_counter() - started
-    names = sorted(found["results"], key=lambda name: name in found["samples"])
-    return [_read_score(found, name, task, seconds) for name in names]
+    # Only tasks have samples, so groups come first.
+    names = sorted(evaluated["results"], key=lambda name: name in evaluated["samples"])
+    return [_read_score(evaluated, name, task, seconds) for name in names]
 
 
 # --- results ---
 
 
-def _read_score(found: Mapping[str, Any], name: str, task: LoadedTask, seconds: float) -> TaskScore:
+def _read_score(
+    evaluated: Mapping[str, Any], name: str, task: LoadedTask, seconds: float
+) -> TaskScore:
     """The score of one task or group among those that `lm_eval.evaluate` returned."""
-    results = found["results"][name]
+    results = evaluated["results"][name]
     # Several ranks return the rows in another order. Two models are compared row by row, so we
     # sort.
-    samples = sorted(found["samples"].get(name, []), key=lambda row: row["doc_id"])
+    samples = sorted(evaluated["samples"].get(name, []), key=lambda row: row["doc_id"])
     _check_finite(name, samples)
     return TaskScore(
         task=name,
         metrics=_metrics(results, samples),
-        shots=int(found["n-shot"].get(name) or 0),
+        shots=int(evaluated["n-shot"].get(name) or 0),
         rows=int(results.get("sample_len", len(samples))),
-        version=str(found["versions"].get(name)),
+        version=str(evaluated["versions"].get(name)),
         definition=task.definition,
         source=task.source,
         seconds=seconds,
@@ -220,9 +254,9 @@ def _catalogue(names: Sequence[str]) -> Any:
     root = Path(lm_eval.tasks.__file__).parent
     folders = [root / name for name in _LOCAL_TASK_FOLDERS if (root / name).is_dir()]
     small = lm_eval.tasks.TaskManager(include_defaults=False, include_path=folders)
-    wanted = {task for name in names for task in (PAPER7 if name == "paper7" else (name,))}
+    requested = {task for name in names for task in (PAPER7 if name == "paper7" else (name,))}
     # Only for tasks: a tag such as `ai2_arc` may have more members in the whole catalogue.
-    return small if wanted <= set(small.all_subtasks) else lm_eval.tasks.TaskManager()
+    return small if requested <= set(small.all_subtasks) else lm_eval.tasks.TaskManager()
 
 
 def _expand(name: str, catalogue: Any) -> list[str]:
@@ -254,6 +288,7 @@ def _load(
     limit: int | None,
     files: Mapping[str, Path | None] | None,
 ) -> LoadedTask:
+    """Load a task with its rows: from `files` by split, or from the hub if that is None."""
     if files is None:
         config = _config(name, catalogue) or {}
         source = f"{config.get('dataset_path', 'several datasets')}, from the hub"
@@ -267,7 +302,8 @@ def _load(
     else:
         scored = next(iter(files.values()))
         assert scored is not None, "local_files has seen it"
-        source, rows = f"{FOLDER}/{scored.name}", load_splits(name, files)
+        source = f"{FOLDER}/{scored.name}"
+        rows = load_splits(name, files)
         # lm-eval overrides a field of a task that it ships only inside a group, so we make a group
         # of one.
         group = {"group": "local", "task": [{"task": name, "custom_dataset": lambda **_: rows}]}
@@ -285,13 +321,18 @@ def _load(
 
 
 def _set_shots(task: Any, shots: int | None) -> None:
-    """Set the number of worked examples of a task, unless it is fixed."""
-    name, own = task.config.task, task.config.num_fewshot
+    """Set the number of worked examples of a task; None takes the number of the task, or else 0.
+
+    Raises:
+        ValueError: The task fixes its number, or runs code that a model wrote.
+    """
+    name = task.config.task
+    default = task.config.num_fewshot
     if getattr(task, "UNSAFE_CODE", False):
         raise ValueError(f"{name} runs code that a model wrote; use lm-eval itself, in a sandbox")
-    if own == 0 and shots:
+    if default == 0 and shots:
         raise ValueError(f"{name} fixes its number of examples at 0; leave `fewshot` out for it")
-    if own is None or shots is not None:
+    if default is None or shots is not None:
         task.set_config(key="num_fewshot", value=shots or 0)
 
 

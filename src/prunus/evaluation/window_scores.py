@@ -44,7 +44,8 @@ ROWS = 512
 #: Rows of logits that are compared at the same time. A row takes some six rows in float32.
 _PIECE = 32
 
-#: A function of (first, stop) that returns the logits (T, V) of these tokens of a window.
+#: A function of (first, stop) that returns the logits (T, V) of these rows of a window, in the
+#: dtype of the model. Row t predicts token t + 1.
 Rows = Callable[[int, int], torch.Tensor]
 #: Called with the number of windows done, and the number of all windows.
 WindowProgress = Callable[[int, int], None]
@@ -54,9 +55,15 @@ class LogitsSource(Protocol):
     """A model that gives the logits of windows, and checks token ids by `check_windows`."""
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the model computes."""
 
-    def check(self, ids: torch.Tensor, name: str) -> None: ...
+    def check(self, ids: torch.Tensor, name: str) -> None:
+        """Check token ids (W, S), int64; `name` is that of the model in messages.
+
+        Raises:
+            ValueError: An id is outside the vocabulary, or windows are longer than the context.
+        """
 
     def windows(
         self, ids: torch.Tensor, batch: int, progress: WindowProgress, compared: bool
@@ -70,7 +77,10 @@ class LogitsSource(Protocol):
 
 
 class WholeModel:
-    """A loaded transformers model, scored in evaluation mode and left in the mode it was in."""
+    """A loaded transformers model, a `LogitsSource`.
+
+    It is scored in evaluation mode, on its device, and is left in the mode that it was in.
+    """
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -80,11 +90,13 @@ class WholeModel:
         self.dtype: torch.dtype = getattr(embedding, "dtype", embedding.weight.dtype)
 
     def check(self, ids: torch.Tensor, name: str) -> None:
+        """Check token ids; see `LogitsSource`."""
         check_windows(self._model, ids, name)
 
     def windows(
         self, ids: torch.Tensor, batch: int, progress: WindowProgress, compared: bool
     ) -> Generator[Rows, None, None]:
+        """The logits of every window; see `LogitsSource`. The model is in memory as it is."""
         was_training = self._model.training
         self._model.eval()
         done = 0
@@ -110,7 +122,13 @@ def rows_of(logits_SV: torch.Tensor) -> Rows:
 
 
 def check_windows(model: Any, ids: torch.Tensor, name: str) -> None:
-    """Check that token ids (W, S) are in the vocabulary, and that windows fit in the context."""
+    """Check that token ids (W, S) are in the vocabulary, and that windows fit in the context.
+
+    `model` is a transformers model, with or without weights.
+
+    Raises:
+        ValueError: They do not.
+    """
     check_ids(ids, model.get_input_embeddings().num_embeddings, f"the token ids for {name}")
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and ids.shape[1] > positions:
@@ -122,12 +140,18 @@ def check_windows(model: Any, ids: torch.Tensor, name: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class WindowScores:
-    """What the windows of all ranks gave, of the first of two models where there is a reference."""
+    """The figures of all windows of all ranks.
 
-    losses_WM: torch.Tensor  #: mean loss of every window in nats per token, float64
-    #: KL divergence of every scored token, float64; no tokens without a reference.
+    M is 1, or 2 with a reference, which comes first. T are the scored tokens of a window, none
+    without a reference.
+    """
+
+    #: Mean loss of every window in nats per token, float64.
+    losses_WM: torch.Tensor
+    #: KL divergence of every scored token in nats, float64.
     kl_WT: torch.Tensor
-    same_WT: torch.Tensor  #: 1 where both models find the same next token most likely, else 0
+    #: 1 where both models find the same next token most likely, else 0; float64.
+    same_WT: torch.Tensor
 
     @property
     def loss(self) -> float:
@@ -139,7 +163,7 @@ class WindowScores:
         return total / len(losses)
 
     def divergence(self, reference: str) -> Divergence:
-        """The comparison with the reference, by its name."""
+        """The comparison with the reference, whose name is `reference`."""
         kl, kl_stderr = _over_windows(self.kl_WT.mean(dim=1).tolist())
         same, same_stderr = _over_windows(self.same_WT.mean(dim=1).tolist())
         before, _ = _over_windows(self.losses_WM[:, 0].tolist())
@@ -168,18 +192,29 @@ def score_windows(
     progress: WindowProgress | None = None,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> WindowScores:
-    """Score all windows, a few rows of logits at a time: cross entropy in float32, summed in
-    float64.
+    """Score all windows, a few rows of logits at a time.
 
-    `ids` (W, S), int64, are those of all ranks; S is at least 2. Rows before `start` are context
-    only. `progress` counts a window half when one of two models is done with it.
+    The cross entropy is computed in float32, and summed in float64.
+
+    Args:
+        model: The model to score.
+        ids: Token ids (W, S), int64, of all ranks. S is at least 2.
+        reference: The model to compare with; None compares with nothing.
+        batch: Number of windows in one forward pass.
+        start: The first row of a window that is scored. Rows before it are context only.
+        progress: Called with the number of windows done, and the number of all windows of this
+            rank. A window counts half when one of two models is done with it.
+        ranks: The processes that split the windows.
+
+    Raises:
+        ValueError: Outputs are not finite, or the vocabularies differ.
     """
-    own = ranks.own_range(len(ids), batch)
-    own_ids = ids[own.start : own.stop]
+    span = ranks.own_range(len(ids), batch)
+    ids_of_rank = ids[span.start : span.stop]
     sources = [model] if reference is None else [reference, model]
     tokens = 0 if reference is None else ids.shape[1] - 1 - start
     losses_WM, kl_WT, same_WT = (
-        torch.empty(len(own_ids), width, dtype=torch.float64)
+        torch.empty(len(ids_of_rank), width, dtype=torch.float64)
         for width in (len(sources), tokens, tokens)
     )
     done = [0] * len(sources)
@@ -194,12 +229,12 @@ def score_windows(
         windows = [
             stack.enter_context(
                 contextlib.closing(
-                    source.windows(own_ids, batch, partial(report, position), len(sources) > 1)
+                    source.windows(ids_of_rank, batch, partial(report, position), len(sources) > 1)
                 )
             )
             for position, source in enumerate(sources)
         ]
-        for window, (*rows, ids_S) in enumerate(zip(*windows, own_ids, strict=True)):
+        for window, (*rows, ids_S) in enumerate(zip(*windows, ids_of_rank, strict=True)):
             losses, kl_T, same_T = _score_window(rows, ids_S, window, start)
             losses_WM[window] = torch.tensor(losses, dtype=torch.float64)
             kl_WT[window], same_WT[window] = kl_T, same_T
@@ -211,9 +246,18 @@ def score_windows(
 def _score_window(
     rows: Sequence[Rows], ids_S: torch.Tensor, window: int, start: int
 ) -> tuple[list[float], torch.Tensor, torch.Tensor]:
-    """Mean losses of the models, KL divergences (T,) and agreements (T,) of one window."""
+    """Mean losses of the models, KL divergences (T,) and agreements (T,) of one window.
+
+    Args:
+        rows: The logits by the reference, if there is one, and by the model.
+        ids_S: The tokens of the window.
+        window: Number of the window, for messages.
+        start: The first row that is scored.
+    """
     totals = [0.0] * len(rows)
-    divergences, agreements = [torch.empty(0)], [torch.empty(0)]
+    # `torch.cat` takes no empty list, and there are no pieces without a reference.
+    divergences = [torch.empty(0)]
+    agreements = [torch.empty(0)]
     # Row t predicts token t + 1, so the last row of a window predicts nothing and is left out.
     last = len(ids_S) - 1
     for first in range(start, last, ROWS):
@@ -253,7 +297,7 @@ def _score_window(
 def token_divergences(
     reference_TV: torch.Tensor, model_TV: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compare two models' logits row by row.
+    """Compare two models' logits (T, V) row by row, in any floating dtype.
 
     With logits x and y whose largest is 0, and Z the sums of their exponentials,
 
@@ -288,12 +332,17 @@ def token_divergences(
 
 def _over_windows(means: Sequence[float]) -> tuple[float, float | None]:
     """The mean over windows, and its standard error sd / √W; None for a single window."""
-    mean, single = statistics.fmean(means), len(means) < 2
-    return mean, None if single else statistics.stdev(means, mean) / math.sqrt(len(means))
+    mean = statistics.fmean(means)
+    error = statistics.stdev(means, mean) / math.sqrt(len(means)) if len(means) > 1 else None
+    return mean, error
 
 
 def _quantile(values: torch.Tensor, share: float) -> float:
-    """A quantile with linear interpolation, as in numpy. `torch.quantile` takes 2^24 values."""
+    """A quantile with linear interpolation, as in numpy. `torch.quantile` takes 2^24 values.
+
+    >>> _quantile(torch.tensor([4.0, 1.0, 2.0]), 0.75)
+    3.0
+    """
     ordered = values.sort().values
     position = share * (len(ordered) - 1)
     below = math.floor(position)

@@ -242,7 +242,7 @@ def draw_training_text(
         return load_model((dense or source).checkpoint.folder).to(device)
 
     steps = step_count(recipe)
-    wanted = Wanted(
+    request = Wanted(
         seqlen=recipe.seqlen,
         seed=recipe.seed,
         bos=recipe.bos,
@@ -253,7 +253,7 @@ def draw_training_text(
     )
     # Only a source that writes its text needs the number of windows.
     windows = steps * recipe.batch if steps is not None else None
-    return training_text(recipe.text, wanted, recipe.held_out, windows)
+    return training_text(recipe.text, request, recipe.held_out, windows)
 
 
 def _text_sha256(source: str, text: TrainingText) -> str:

@@ -67,13 +67,14 @@ class RecoveryOptions(Options):
             default="masked for a pruned model, scales for a compressed one, full after shrink",
         ),
     ]
-    text: Annotated[str, Option("Train on this source, as for calibration, or file.", "SOURCE")] = (
-        "mix"
-    )
+    text: Annotated[
+        str, Option("Train on this text: a source as for calibration, or a file.", "SOURCE")
+    ] = "mix"
     tokens: Annotated[
         int | None,
         Option(
-            "Train on N tokens, at least those of a step. A token counts each time.",
+            "Train on N tokens, at least as many as one step takes. A token counts each time that "
+            "it is used.",
             metavar="N",
             within=_COUNT,
             default=str(_TOKENS),
@@ -118,28 +119,28 @@ class RecoveryOptions(Options):
     ] = 0
     bos: Annotated[BosName, BOS] = "auto"
     held_out: Annotated[
-        int, _training("Evaluate this number of windows, and never train on them.", "N", _COUNT)
+        int, _training("Hold out N windows: evaluate them, and never train on them.", "N", _COUNT)
     ] = 8
     evaluations: Annotated[
         int,
         _training(
-            "Evaluate these windows this often, and write a checkpoint each time.", "N", _COUNT
+            "Evaluate the held-out windows N times, and write a checkpoint each time.", "N", _COUNT
         ),
     ] = 8
     patience: Annotated[
         int | None,
-        _training("Stop after this number of evaluations without progress.", "N", _COUNT, "never"),
+        _training("Stop after N evaluations without progress.", "N", _COUNT, "never"),
     ] = None
     distill_weight: Annotated[
         float,
         _training(
-            "Weigh the KL divergence from the teacher by this in the loss. The rest is the weight "
-            "of the cross entropy with the text.",
+            "Give the KL divergence from the teacher the weight X in the loss, and the cross "
+            "entropy with the text the weight 1 - X.",
             "X",
             between("(0, 1]"),
         ),
     ] = 1.0
-    rank: Annotated[int, Option("Add layers of this rank.", "N", _LORA, _COUNT)] = 8
+    rank: Annotated[int, Option("Add low-rank layers of rank N.", "N", _LORA, _COUNT)] = 8
     alpha: Annotated[float, Option("Scale the layers by alpha / rank.", "X", _LORA, _POSITIVE)] = (
         16.0
     )

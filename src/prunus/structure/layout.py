@@ -34,20 +34,20 @@ def experts_in(block: nn.Module) -> list[Experts]:
     return [module for module in block.modules() if isinstance(module, Experts)]
 
 
-def old_names(block: nn.Module, new: Collection[str], kept: Sequence[int]) -> dict[str, str]:
+def old_names(block: nn.Module, new: Collection[str], experts: Sequence[int]) -> dict[str, str]:
     """New name -> old name of the tensors of a block in which only some experts stay.
 
     Args:
         block: The old block.
         new: Names of the tensors of the new block, whose experts count from 0 again.
-        kept: Old numbers of the experts that stay, in their new order.
+        experts: Old numbers of the experts that stay, in their new order.
     """
     old_by_new = {name: name for name in new}
     for path in (name for name, module in block.named_modules() if isinstance(module, Experts)):
         for name in new:
             match = re.match(rf"{re.escape(path)}\.(\d+)\.", name)
             if match:
-                old_by_new[name] = f"{path}.{kept[int(match[1])]}.{name[match.end() :]}"
+                old_by_new[name] = f"{path}.{experts[int(match[1])]}.{name[match.end() :]}"
     return old_by_new
 
 
@@ -66,17 +66,17 @@ def axis_that_changes(old: Sequence[int], new: Sequence[int]) -> int | None:
     return differ[0] if differ else None
 
 
-def cut(tensor: Tensor, axis: int | None, kept: Sequence[int]) -> Tensor:
-    """The entries `kept` of an axis of a tensor, with the same bytes; all of it if axis is None.
+def cut(tensor: Tensor, axis: int | None, entries: Sequence[int]) -> Tensor:
+    """Some entries of an axis of a tensor, with the same bytes; all of it if axis is None.
 
     >>> cut(torch.tensor([[1, 2, 3]]), 1, [0, 2])
     tensor([[1, 3]])
     """
-    return tensor if axis is None else tensor.index_select(axis, torch.tensor(list(kept)))
+    return tensor if axis is None else tensor.index_select(axis, torch.tensor(list(entries)))
 
 
 def check_same_blocks(
-    old: Skeleton, new: Skeleton, kept: Sequence[int], may_change: AbstractSet[tuple[int, int]]
+    old: Skeleton, new: Skeleton, made_from: Sequence[int], may_change: AbstractSet[tuple[int, int]]
 ) -> None:
     """Check that each block of a smaller model computes what the old block did, but for its sizes.
 
@@ -87,13 +87,13 @@ def check_same_blocks(
     Args:
         old: The model, without weights.
         new: The smaller model, without weights.
-        kept: The old position of each block of `new`.
+        made_from: The old position of each block of `new`.
         may_change: The pairs (size before, size after) of all that becomes smaller.
 
     Raises:
         NotImplementedError: Something else differs; the message names it.
     """
-    for new_index, old_index in enumerate(kept):
+    for new_index, old_index in enumerate(made_from):
         different = _difference(old.blocks[old_index], new.blocks[new_index], may_change)
         if different is not None:
             raise NotImplementedError(

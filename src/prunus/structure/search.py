@@ -187,7 +187,8 @@ def _influence(job: StructureJob, ids: Tensor) -> dict[int, float]:
         stream.embed(batches, None, on_device=job.hidden_states_stay)
         for index in range(len(job.skeleton)):
             block = job.skeleton.fill(index, job.source.block(index), job.device)
-            forward, total = stream.checked(index, stream.forward(index, block)), 0.0
+            forward = stream.checked(index, stream.forward(index, block))
+            total = 0.0
             for batch in range(len(stream)):
                 output = forward(batch)
                 total += cosine_sum(stream.states.get(batch), output)

@@ -206,19 +206,19 @@ def narrow(
     if plan.heads is not None and layout is not None:
         linear = linears[layout.reader]
         (reader,) = _measured(stream, new_index, block, [linear], job.ranks)
-        kept = _keep_heads(reader, plan.heads, layout.read.width)
-        change["heads"] = _fit(linear, tensors, reader, kept)
+        choice = _keep_heads(reader, plan.heads, layout.read.width)
+        change["heads"] = _fit(linear, tensors, reader, choice)
         per_group = plan.heads.heads // plan.heads.groups
-        groups = sorted({head // per_group for head in kept.units})
-        cuts.append((layout, {"heads": kept.units, "groups": groups}))
+        groups = sorted({head // per_group for head in choice.units})
+        cuts.append((layout, {"heads": choice.units, "groups": groups}))
     for parts in _at_once(plan.mlps[old_index], job.budget):
         down = [linears[part.reader] for part in parts]
         readers = _measured(stream, new_index, block, down, job.ranks)
         for part, linear, reader in zip(parts, down, readers, strict=True):
-            kept = reader.keep(part.read.units, 1, part.keep)
+            choice = reader.keep(part.read.units, 1, part.keep)
             name = part.reader if len(plan.mlps[old_index]) > 1 else "channels"
-            change[name] = _fit(linear, tensors, reader, kept)
-            cuts.append((part, {"channels": kept.units}))
+            change[name] = _fit(linear, tensors, reader, choice)
+            cuts.append((part, {"channels": choice.units}))
     full.release(old_index)
     for part, units in cuts:
         for name, axis_cut in part.cuts.items():
@@ -291,14 +291,14 @@ def _keep_heads(reader: Reader, plan: HeadPlan, size: int) -> Kept:
     return Kept(heads, [groups.columns[column] for column in left.columns])
 
 
-def _fit(linear: Linear, tensors: dict[str, Tensor], reader: Reader, kept: Kept) -> PartChange:
+def _fit(linear: Linear, tensors: dict[str, Tensor], reader: Reader, choice: Kept) -> PartChange:
     """Fit the columns of a linear that stay, in the block and in its tensors.
 
     Both keep their full width: what is removed is 0 until it is cut.
     """
     weight_OI, inputs = reader.weight_OI, linear.shape[1]
     # A bias is one more column, after those of the inputs, and always stays.
-    columns = [*kept.columns, *range(inputs, weight_OI.shape[1])]
+    columns = [*choice.columns, *range(inputs, weight_OI.shape[1])]
     fitted_OI = reader.fit(columns)
     plain_OI = torch.zeros_like(weight_OI)
     plain_OI[:, columns] = weight_OI[:, columns]
@@ -311,7 +311,7 @@ def _fit(linear: Linear, tensors: dict[str, Tensor], reader: Reader, kept: Kept)
     for name, tensor in new.items():
         tensors[name] = tensor.to(tensors[name].dtype).contiguous()
     errors = {"error": reader.error(fitted_OI), "error_before_fit": reader.error(plain_OI)}
-    return PartChange(kept=kept.units, **errors)
+    return PartChange(kept=choice.units, **errors)
 
 
 class Repair:

@@ -74,23 +74,23 @@ class Cut:
     axis: int
     spans: tuple[Span, ...]
 
-    def entries(self, kept: KeptUnits) -> list[int]:
-        """The entries of the axis that belong to the units `kept`, in the order of the axis.
+    def entries(self, units: KeptUnits) -> list[int]:
+        """The entries of the axis that belong to some units, in the order of the axis.
 
-        A kind that `kept` does not name has no entries.
+        A kind that `units` does not name has no entries.
         """
         entries: list[int] = []
         start = 0
         for span in self.spans:
-            for unit in kept.get(span.kind, ()):
+            for unit in units.get(span.kind, ()):
                 first = start + unit * span.width
                 entries += range(first, first + span.width)
             start += span.units * span.width
         return entries
 
-    def take(self, tensor: Tensor, kept: KeptUnits) -> Tensor:
-        """A copy of the tensor with only the units `kept`."""
-        return tensor.index_select(self.axis, torch.tensor(self.entries(kept)))
+    def take(self, tensor: Tensor, units: KeptUnits) -> Tensor:
+        """A copy of the tensor with only some units."""
+        return tensor.index_select(self.axis, torch.tensor(self.entries(units)))
 
 
 def possible_spans(length: tuple[int, int], units: Units, width: int) -> list[tuple[Span, ...]]:
