@@ -137,8 +137,8 @@ def kind_of(config: Any) -> Kind:
         raise NotImplementedError(
             f"a model of type {model_type!r} ({named}) cannot be pruned with this head; {_WHAT}"
         )
-    own_code = getattr(config, "auto_map", None)
-    if own_code or model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    remote_code = getattr(config, "auto_map", None)
+    if remote_code or model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return CAUSAL
     if not listed:
         for kind, model_types in (

@@ -114,10 +114,10 @@ class BlockPruner:
         if reconstruction is not None:
             split = step_ranks(self.ranks, max(map(len, batches)), self.job.device)
             partial = step_parts(batches, split)
-        own = own_part(self.ranks, batches)
-        self.stream.embed(own, spill_to, on_device, partial)
+        share = own_part(self.ranks, batches)
+        self.stream.embed(share, spill_to, on_device, partial)
         if self.dense is not None:
-            self.dense.embed(own, spill_to, on_device, self._first_batch)
+            self.dense.embed(share, spill_to, on_device, self._first_batch)
         if self.dense is not None and reconstruction is not None:
             self._reconstructor = BlockReconstructor(
                 settings=reconstruction,
