@@ -36,17 +36,17 @@ from transformers import AutoModelForCausalLM
 
 import prunus
 from prunus import pack
+from prunus.engine import loop
+from prunus.engine.block import prune_block
+from prunus.engine.linear_job import PruningJob, describe_plan, plan_run
+from prunus.engine.options import RunOptions
+from prunus.engine.output import CheckpointFolder
 from prunus.hardware.memory import describe_hardware, peak_memory, versions
 from prunus.methods.statistics import InputStatistics
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
-from prunus.pruning.block import prune_block
-from prunus.pruning.job import PruningJob, describe_plan, plan_run
-from prunus.pruning.output import CheckpointFolder
 from prunus.pruning.recipe import Recipe
 from prunus.pruning.run import PlainTensors
-from prunus.runs import loop
-from prunus.runs.options import RunOptions
 
 BLOCKS = 2
 # Name -> width, width inside the MLP, heads of keys and values.

@@ -25,11 +25,11 @@ from larger_than_memory import forget
 from llama_shapes import VOCABULARY, write_checkpoint
 
 import prunus
+from prunus.engine.linear_job import PruningJob
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.checkpoint.writer import save_safetensors
 from prunus.model.source import tensors_digest
-from prunus.pruning.job import PruningJob
 
 
 def disk_seconds(model: Path, scratch: Path, blocks: int) -> tuple[float, float]:

@@ -50,13 +50,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prunus
 from prunus.calibration.sources import find_source
 from prunus.calibration.windows import Wanted, hash_ids
+from prunus.engine.options import RunOptions
+from prunus.engine.windows import given_windows
 from prunus.evaluation.reference import Reference
 from prunus.evaluation.speed import bench
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.checkpoint.atomic_files import read_json, write_json
 from prunus.model.skeleton import Skeleton
-from prunus.runs.options import RunOptions
-from prunus.runs.windows import given_windows
 from prunus.structure.plan import StructureJob, plan_structure
 from prunus.structure.records import StructureRecipe
 from prunus.structure.run import run

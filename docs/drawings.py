@@ -19,7 +19,7 @@ def lockstep() -> Drawing:
     draw = Drawing(
         400,
         "All batches of windows pause at one linear. It is pruned, and all continue.",
-        "src/prunus/pruning/block/lockstep.py",
+        "src/prunus/engine/block/lockstep.py",
     )
     columns = {"q, k, v": 170, "o": 300, "gate, up": 430, "down": 560}
     draw.box(430 - 58, 20, 116, 262, "pale")
@@ -275,7 +275,7 @@ def allocation() -> Drawing:
         462,
         "A backward pass measures what errors of each linear cost. Sparsities are chosen where the "
         "loss curves of all linears have the same slope.",
-        "src/prunus/pruning/loss_sensitivity.py, src/prunus/methods/allocation.py",
+        "src/prunus/engine/loss_sensitivity.py, src/prunus/methods/allocation.py",
     )
     names = ["text", "block 0", "block 1", "block 2", "p"]
     for number, name in enumerate(names):
@@ -335,7 +335,7 @@ def resume() -> Drawing:
         420,
         "A shard is written under a temporary name, made durable, renamed and then recorded. A "
         "second run continues at the first block that is not recorded.",
-        "src/prunus/runs/folder.py, src/prunus/model/checkpoint/atomic_files.py",
+        "src/prunus/engine/folder.py, src/prunus/model/checkpoint/atomic_files.py",
     )
     draw.text(20, 34, "Each block, in this order", "bold", "start")
     steps = [

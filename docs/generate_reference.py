@@ -71,8 +71,8 @@ def command_section(name: str, command: Any) -> str:
 
 def option_tables() -> str:
     """A table per model of options: what each one does, its default, and whether it is a flag."""
-    from prunus.formats.recipe import CompressionRecipe
     from prunus.evaluation.options import TaskOptions, TextOptions
+    from prunus.formats.recipe import CompressionRecipe
     from prunus.pruning.recipe import Recipe
     from prunus.recovery.options import RecoveryOptions
     from prunus.structure.records import StructureRecipe

@@ -30,16 +30,16 @@ MODULES = {
 
 #: The rooms from the bottom to the top. A room may import only from rooms before it in this list.
 ROOMS = [
-    "hardware", "distributed", "model", "options", "methods", "calibration", "packed", "runs",
-    "pruning", "formats", "compression", "structure", "recovery", "evaluation", "sweeping",
+    "hardware", "distributed", "model", "options", "methods", "calibration", "packed", "engine",
+    "formats", "pruning", "compression", "structure", "recovery", "evaluation", "sweeping",
     "reporting", "serving", "cli", "__main__", "__init__",
 ]  # fmt: skip
 
 #: Library -> the only rooms that may import it. What is not here may be imported by all.
 LIBRARIES = {
     "typer": {"cli"},
-    "rich": {"reporting", "cli", "runs"},
-    "greenlet": {"pruning"},
+    "rich": {"reporting", "cli", "engine"},
+    "greenlet": {"engine"},
     "huggingface_hub": {"model"},
     "transformers": {"model", "calibration", "packed", "evaluation", "serving", "cli"},
     "torch": set(ROOMS) - {"options", "cli", "reporting", "__init__", "__main__"},
@@ -54,7 +54,7 @@ OPTIONAL = [
 WITHOUT_TORCH = [
     "prunus.pruning.recipe", "prunus.pruning.manifest", "prunus.compression.records",
     "prunus.formats.recipe", "prunus.formats.records",
-    "prunus.structure.records", "prunus.runs.record", "prunus.sweeping.results",
+    "prunus.structure.records", "prunus.engine.record", "prunus.sweeping.results",
     "prunus.evaluation.options", "prunus.evaluation.records",
     "prunus.reporting.write",
 ]  # fmt: skip
@@ -154,7 +154,7 @@ def test_nothing_is_unpickled_or_executed():
                 assert node.arg not in {"allow_pickle", "shell"}, at
                 trusts = isinstance(node.value, ast.Constant) and node.value.value is True
                 assert not (node.arg == "trust_remote_code" and trusts), at
-        if path.parent != ROOT / "pruning" / "block":
+        if path.parent != ROOT / "engine" / "block":
             text = path.read_text(encoding="utf-8")
             assert "register_forward" not in text, f"{path}: forward hooks are the block walk's"
 

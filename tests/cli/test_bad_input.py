@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import prunus
 from packed_reference import pruned_checkpoint
+from prunus.engine.record import shard_name
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.pruning.manifest import Manifest
-from prunus.runs.record import shard_name
 from tiny import shards, tiny_checkpoint, tiny_model, token_ids, tree
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 

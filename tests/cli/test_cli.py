@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 import prunus
 from command_line import PROGRAM, call
 from prunus.cli.terminal import user_errors
+from prunus.engine.progress import PREPARATION, Progress
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.pruning.manifest import Manifest
 from prunus.reporting.console import show_pruning
-from prunus.runs.progress import PREPARATION, Progress
 from tiny import shards, tiny_checkpoint, token_ids, tree
 from tiny_tokenizer import dense_checkpoint
 

@@ -10,10 +10,10 @@ import pytest
 from pydantic_core import PydanticUndefined
 
 from command_line import PROGRAM, call
+from prunus.engine.options import RunOptions
 from prunus.formats.recipe import CompressionRecipe
 from prunus.pruning.recipe import Recipe
 from prunus.recovery.options import MODES, RecoveryOptions
-from prunus.runs.options import RunOptions
 from prunus.structure.records import StructureRecipe
 
 VERBS = [

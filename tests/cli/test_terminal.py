@@ -14,6 +14,8 @@ from rich.text import Text
 from command_line import call
 from prunus.cli import app, terminal
 from prunus.cli.terminal import command, log, print_result
+from prunus.engine.document import Column, Document, Facts, Section, Table
+from prunus.engine.progress import Progress
 from prunus.evaluation import generation
 from prunus.recovery.training import Step
 from prunus.reporting.console import (
@@ -25,8 +27,6 @@ from prunus.reporting.console import (
     to_terminal,
 )
 from prunus.reporting.page import to_markdown
-from prunus.runs.document import Column, Document, Facts, Section, Table
-from prunus.runs.progress import Progress
 from tiny_tokenizer import dense_checkpoint
 
 #: Clears the screen, sets a title in two ways, and turns the reading direction.

@@ -18,6 +18,11 @@ import reference
 from command_line import call
 from pictures import pictures, save_classifier
 from prunus import unpack
+from prunus.engine.job import BlockMemory
+from prunus.engine.linear_job import PruningJob, describe_plan, plan_run
+from prunus.engine.loss_sensitivity import measuring_memory
+from prunus.engine.options import RunOptions
+from prunus.engine.output import MEASUREMENT
 from prunus.evaluation.inspection import holds
 from prunus.formats.packed.format import PackedFormat
 from prunus.formats.recipe import CompressionRecipe
@@ -27,16 +32,11 @@ from prunus.model.checkpoint.reader import Checkpoint
 from prunus.packed import PackedLinear, reference_path
 from prunus.packed.description import Description, StoredTensor
 from prunus.packed.linear import PackedEmbedding
-from prunus.pruning.job import PruningJob, describe_plan, plan_run
-from prunus.pruning.loss_sensitivity import measuring_memory
 from prunus.pruning.manifest import Manifest
-from prunus.pruning.output import MEASUREMENT
 from prunus.pruning.recipe import Recipe
 from prunus.pruning.run import PlainTensors
 from prunus.reporting.run_sections import run_section
 from prunus.reporting.tables import plan_facts
-from prunus.runs.job import BlockMemory
-from prunus.runs.options import RunOptions
 from scripts import run_script
 from stopping import StopError, stop_after
 from tiny import shards, tiny_checkpoint, tiny_model, token_ids, weights
@@ -225,7 +225,7 @@ def test_plan_counts_the_measurement(dense):
 def test_a_budget_below_the_measurement_is_refused(dense, monkeypatch):
     recipe = CompressionRecipe(bits=4.0, samples=6, seqlen=16, batch=2)
     needed = BlockMemory(0, 0, 10**14, 0, 10**9)
-    monkeypatch.setattr("prunus.pruning.job.measuring_memory", lambda job, quantizes: needed)
+    monkeypatch.setattr("prunus.engine.linear_job.measuring_memory", lambda job, quantizes: needed)
     with pytest.raises(ValueError, match="measuring how the loss depends on each linear needs"):
         plan_run(dense, recipe, RunOptions(input_ids=token_ids()), PackedFormat(recipe))
 

@@ -10,13 +10,13 @@ import torch
 
 import prunus
 from prunus.compression.run import plan_compression
+from prunus.engine.options import RunOptions
+from prunus.engine.windows import given_windows
 from prunus.formats.compressed_tensors import integer_type, stored_parts, weight_of
 from prunus.formats.recipe import CompressionRecipe
 from prunus.formats.records import CompressionRecord
 from prunus.methods.group_fits import round_in_groups
 from prunus.model.loading import load_model
-from prunus.runs.options import RunOptions
-from prunus.runs.windows import given_windows
 from stopping import StopError, stop_after
 from tiny import shards, stored, tiny_checkpoint, token_ids
 

@@ -21,6 +21,7 @@ import gguf
 
 import prunus
 from gguf_cases import gguf_checkpoint, shape
+from prunus.engine.progress import Progress, pruning_step
 from prunus.evaluation.generation import generate
 from prunus.evaluation.inspection import stored_size
 from prunus.evaluation.records import ModelSize
@@ -33,7 +34,6 @@ from prunus.model.checkpoint import lock
 from prunus.model.checkpoint.atomic_files import move_file
 from prunus.model.checkpoint.gguf import import_gguf
 from prunus.model.checkpoint.gguf_file import GgufFile
-from prunus.runs.progress import Progress, pruning_step
 from scripts import run_script
 from stopping import StopError, stop_after
 from tiny import token_ids, tree

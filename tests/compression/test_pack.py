@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import prunus.runs.folder as folder_module
+import prunus.engine.folder as folder_module
 from packed_reference import prune_in_place, pruned_checkpoint
 from plane_reference import quantized_checkpoint, read_planes
 from prunus import pack, unpack

@@ -5,7 +5,7 @@ import torch
 
 from method_cases import gather
 from prunus.compression.rate_control import LinearRate, RateControl
-from prunus.pruning.loss_sensitivity import LinearSensitivity
+from prunus.engine.loss_sensitivity import LinearSensitivity
 
 KINDS = {"q": (64, 96), "up": (256, 96), "down": (96, 256)}
 

@@ -8,10 +8,10 @@ import torch
 import prunus
 from command_line import call
 from prunus.compression.rate_control import RateControl
+from prunus.engine.linear_job import plan_run
+from prunus.engine.options import RunOptions
 from prunus.formats.packed.format import PackedFormat
 from prunus.formats.recipe import CompressionRecipe
-from prunus.pruning.job import plan_run
-from prunus.runs.options import RunOptions
 from stopping import StopError, stop_after
 from tiny import shards, tiny_checkpoint, token_ids
 

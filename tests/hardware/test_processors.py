@@ -12,9 +12,9 @@ import torch
 import prunus
 from gguf_cases import gguf_checkpoint
 from processors import processor
+from prunus.engine.reconstruction import schedule
 from prunus.hardware import numerics
 from prunus.hardware.numerics import all_finite
-from prunus.pruning.reconstruction import schedule
 from recovery_cases import recover, training_text
 from tiny import token_ids
 from tiny_tokenizer import dense_checkpoint

@@ -5,18 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from prunus.methods.grids import GRIDS, round_to_grid
 from safetensors.torch import load_file, save_file
 
 import prunus
 from prunus.compression.run import plan_compression
+from prunus.engine.linear_job import describe_plan
+from prunus.engine.options import RunOptions
+from prunus.formats.gguf.types import TYPES
 from prunus.formats.recipe import CompressionRecipe
+from prunus.methods.group_fits import round_in_groups
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.levels import grid_bits
-from prunus.pruning.job import describe_plan
 from prunus.pruning.manifest import Manifest
 from prunus.reporting.tables import plan_facts
-from prunus.runs.options import RunOptions
 from tiny import token_ids
 from tiny_tokenizer import dense_checkpoint
 
@@ -50,7 +51,7 @@ def bits_of(folder: Path, *matrices: torch.Tensor, dtype=torch.bfloat16) -> int 
 
 
 def unpacked(kind: str, weight: torch.Tensor) -> torch.Tensor:
-    return round_to_grid(weight, GRIDS[kind], None).dense().reshape(weight.shape)
+    return round_in_groups(weight, TYPES[kind], None).dense().reshape(weight.shape)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -6,14 +6,14 @@ import pytest
 
 import prunus
 import reference
+from prunus.engine import loss_sensitivity
+from prunus.engine.linear_job import plan_run
+from prunus.engine.options import RunOptions
 from prunus.methods.patterns import Pattern
-from prunus.pruning import loss_sensitivity
 from prunus.pruning.allocation import allocate
-from prunus.pruning.job import plan_run
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
 from prunus.pruning.run import PlainTensors
-from prunus.runs.options import RunOptions
 from sensitivity_cases import IDS, whole_model
 from stopping import StopError, stop_after
 from tiny import shards, tiny_checkpoint, token_ids

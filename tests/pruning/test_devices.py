@@ -11,10 +11,10 @@ import transformers
 import prunus
 from devices import PRETEND, assert_same_weights
 from prunus.calibration.generate import write_windows
+from prunus.engine import loss_sensitivity
+from prunus.engine.linear_job import PruningJob
 from prunus.methods import patterns, statistics
 from prunus.methods.solvers import least_squares
-from prunus.pruning import loss_sensitivity
-from prunus.pruning.job import PruningJob
 from stopping import StopError, stop_after
 from tiny import tiny_checkpoint, token_ids
 

@@ -19,12 +19,12 @@ from transformers import (
 
 import prunus
 from command_line import call
+from prunus.engine.linear_job import plan_run
+from prunus.engine.options import RunOptions
 from prunus.model.calls import BlockStubs
 from prunus.model.kinds import CAUSAL, kind_of
-from prunus.pruning.job import plan_run
 from prunus.pruning.recipe import Recipe
 from prunus.pruning.run import PlainTensors
-from prunus.runs.options import RunOptions
 from reference import assert_three_ways_agree, wanda_by_whole_runs
 from tiny import COMMON, SIZES, token_ids
 

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 import prunus
 from command_line import call
 from prunus import pack, unpack
+from prunus.engine.linear_job import PruningJob
 from prunus.model.experts import Experts, find_routers
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.model.stream import Stream
 from prunus.packed.linear import PackedLinear
-from prunus.pruning.job import PruningJob
 from reference import prune_rows
 from stopping import StopError, stop_after
 from tiny import EXPERT_FAMILIES, stored, tiny_checkpoint, tiny_model, token_ids, weights

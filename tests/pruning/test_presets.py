@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import prunus
-from prunus.pruning.block import dense_stream
-from prunus.pruning.job import PruningJob
-from prunus.pruning.reconstruction import schedule
+from prunus.engine.block import dense_stream
+from prunus.engine.linear_job import PruningJob
+from prunus.engine.reconstruction import schedule
 from stopping import StopError, stop_after
 from tiny import shards, tiny_checkpoint, token_ids
 
@@ -89,7 +89,7 @@ def test_balanced_reconstructs_the_last_block_alone_on_the_windows_of_the_dense_
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_runs_with_16_bits_train_on_processors_without_bfloat16(dtype, tmp_path, monkeypatch):
     """A LayerNorm returns the dtype of its input, which float32 weights would refuse."""
-    monkeypatch.setattr("prunus.pruning.job.native_bfloat16", lambda: False)
+    monkeypatch.setattr("prunus.engine.linear_job.native_bfloat16", lambda: False)
     options = {"calibration": token_ids(), "dtype": dtype, "reconstruct": "all", "batch": 1}
     dense = tiny_checkpoint(tmp_path / "dense", "gpt_neo", torch.float16)
     for block in prunus.prune(dense, tmp_path / "out", **options).blocks:

@@ -16,8 +16,8 @@ import prunus
 from command_line import call
 from pictures import CLASSES, CLASSIFIERS, pictures, save_classifier, tiny_classifier
 from prunus.calibration.images import draw_images, list_images, read_images
+from prunus.engine.linear_job import PruningJob
 from prunus.model.skeleton import Skeleton
-from prunus.pruning.job import PruningJob
 from reference import assert_three_ways_agree, prune_as_called, prune_rows
 from stopping import StopError, stop_after
 

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 
 import prunus
 from command_line import call
+from prunus.engine.options import RunOptions
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.model.loading import load_model
 from prunus.pruning.manifest import Manifest
 from prunus.recovery.max_preset import PRUNED, max_run, training_options
 from prunus.recovery.record import RecoveryRecord
-from prunus.runs.options import RunOptions
 from recovery_cases import StopError, shards, stop_at
 from scripts import run_script
 from stopping import stop_after

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import prunus
+from prunus.engine.document import Document, Measured, Table, text_of
 from prunus.reporting.page import to_html
-from prunus.runs.document import Document, Measured, Table, text_of
 from report_samples import bench, compared_evaluation, hostile_document, whole_document, write
 from tiny import tiny_checkpoint
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
+from prunus.engine.document import Lines, Measured
 from prunus.evaluation.records import Divergence, ModelSize
 from prunus.reporting.evaluation_sections import decode_speed
 from prunus.reporting.page import figure_json
 from prunus.reporting.sweep_section import sweep_section
 from prunus.reporting.write import report
-from prunus.runs.document import Lines, Measured
 from report_samples import (
     DIVERGENCE,
     bench,

@@ -20,13 +20,13 @@ from safetensors.torch import save_file
 import prunus
 import prunus.reporting
 from command_line import call
+from prunus.engine.document import Document, Lines, Measured, Table, text_of
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
 from prunus.reporting.console import to_terminal
 from prunus.reporting.page import document_json, figure_json, to_html, to_markdown
 from prunus.reporting.sweep_section import sweep_section
 from prunus.reporting.write import report
-from prunus.runs.document import Document, Lines, Measured, Table, text_of
 from prunus.sweeping.results import CellResult
 from report_samples import (
     HOSTILE,

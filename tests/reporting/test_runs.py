@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 import prunus
+from prunus.engine.document import HeatMap, Lines
 from prunus.reporting.page import to_html, to_markdown
 from prunus.reporting.structure_section import structure_section
-from prunus.runs.document import HeatMap, Lines
 from prunus.structure.records import StructureRecord
 from tiny import tiny_checkpoint, token_ids
 

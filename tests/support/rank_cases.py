@@ -24,11 +24,11 @@ torch.set_num_threads(1)
 import prunus  # noqa: E402, I001
 from prunus.compression.records import CompressionRecord  # noqa: E402
 from prunus.distributed import SINGLE_PROCESS, process_group  # noqa: E402
-from prunus.pruning.block import dense_stream  # noqa: E402
-from prunus.pruning.reconstruction import output_loss  # noqa: E402
-from prunus.pruning.job import PruningJob  # noqa: E402
+from prunus.engine.block import dense_stream  # noqa: E402
+from prunus.engine.reconstruction import output_loss  # noqa: E402
+from prunus.engine.linear_job import PruningJob  # noqa: E402
 from prunus.pruning.manifest import Manifest  # noqa: E402
-from prunus.pruning.reconstruction.reconstruct_block import ReconstructionBatches  # noqa: E402
+from prunus.engine.reconstruction.reconstruct_block import ReconstructionBatches  # noqa: E402
 from prunus.structure.records import StructureRecord  # noqa: E402
 from ranks import answers, forked, in_ranks  # noqa: E402
 from stopping import StopError, stop_after  # noqa: E402
@@ -283,7 +283,7 @@ def lost(scratch: Path) -> dict[str, Any]:
         out = scratch / name
 
         def work(rank: int, name: str = name, act: Any = act, out: Path = out) -> None:
-            from prunus.pruning.block.prune_block import BlockPruner
+            from prunus.engine.block.prune_block import BlockPruner
 
             original = BlockPruner.make
 

@@ -18,13 +18,13 @@ from command_line import call
 from places import REPOSITORY
 from prunus.calibration.sources import find_source
 from prunus.calibration.windows import Wanted
+from prunus.engine.options import RunOptions
 from prunus.evaluation.inspection import stored_size
 from prunus.evaluation.options import TaskOptions
 from prunus.evaluation.records import Metric, PerplexityResult, TaskResults, TaskScore
 from prunus.evaluation.reference import Reference
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
-from prunus.runs.options import RunOptions
 from prunus.sweeping import cells as sweep_cells
 from prunus.sweeping.grid import Scoring, Sweep
 from prunus.sweeping.results import CellResult, DenseResult, SweepResults, residual_gaps

@@ -18,7 +18,7 @@ from prunus.cli.terminal import (
     write_json,
 )
 from prunus.compression.records import PackOptions
-from prunus.runs.options import RunOptions
+from prunus.engine.options import RunOptions
 
 
 def import_(

@@ -9,8 +9,8 @@ import typer
 
 from prunus.cli.flags import Model, opt, with_flags
 from prunus.cli.terminal import is_quiet, note, print_result, print_text, write_json
+from prunus.engine.options import RunOptions
 from prunus.evaluation.options import SpeedOptions, TaskOptions, TextOptions
-from prunus.runs.options import RunOptions
 
 if TYPE_CHECKING:
     from prunus.evaluation.records import PerplexityResult

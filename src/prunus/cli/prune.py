@@ -10,10 +10,10 @@ import typer
 
 from prunus.cli.flags import Model, Output, RecipeFile, opt, with_flags
 from prunus.cli.terminal import counted_steps, print_result, progress_console
+from prunus.engine.options import RunOptions
 from prunus.formats.recipe import CompressionRecipe
 from prunus.pruning.recipe import Recipe
 from prunus.recovery.options import RecoveryOptions
-from prunus.runs.options import RunOptions
 from prunus.structure.records import StructureRecipe
 
 _MAX: dict[str, Any] = {"rich_help_panel": "Preset max"}
@@ -176,9 +176,9 @@ def plan(
     With --bits, --size or --type it plans compress. It checks all that a run checks first.
     """
     from prunus.compression.run import plan_compression
-    from prunus.pruning.job import describe_plan
-    from prunus.pruning.manifest import Manifest
-    from prunus.pruning.run import PlainTensors, planned
+    from prunus.engine.linear_job import describe_plan
+    from prunus.engine.run import planned
+    from prunus.pruning.run import command
     from prunus.reporting.tables import plan_facts
 
     work, given = RunOptions.pick(options)
@@ -188,7 +188,7 @@ def plan(
     if isinstance(chosen, CompressionRecipe):
         job = plan_compression(model, output, chosen, how)
     else:
-        job = planned(Manifest, model, output, chosen, how, PlainTensors())
+        job = planned(command(), model, output, chosen, how)
     described = describe_plan(job)
     if trains:
         from prunus.recovery.max_preset import plan_training

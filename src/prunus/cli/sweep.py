@@ -9,7 +9,7 @@ import typer
 
 from prunus.cli.flags import opt, with_flags
 from prunus.cli.terminal import log, note, print_result, write_json
-from prunus.runs.options import RunOptions
+from prunus.engine.options import RunOptions
 
 
 @with_flags(RunOptions, without=("overwrite", "resume"))

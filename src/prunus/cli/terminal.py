@@ -268,7 +268,7 @@ def print_result(content: Any, *shown: Any) -> None:
 
     Args:
         content: The figures, as JSON can hold them, or a record of pydantic.
-        shown: Tables and sections of `prunus.runs.document`, in order.
+        shown: Tables and sections of `prunus.engine.document`, in order.
     """
     from prunus.distributed import is_rank_0
     from prunus.reporting.console import TerminalConsole, to_terminal

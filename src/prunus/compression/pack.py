@@ -22,6 +22,10 @@ from prunus.compression.records import (
     UnpackRecord,
 )
 from prunus.distributed import SINGLE_PROCESS
+from prunus.engine.folder import ResultFolder, find_earlier, held
+from prunus.engine.options import RunOptions
+from prunus.engine.progress import Progress, pruning_step, shows_progress
+from prunus.engine.record import RunInputs, shard_name
 from prunus.formats.cards import packed_card, unpacked_card
 from prunus.hardware.memory import peak_memory
 from prunus.hardware.numerics import check_finite
@@ -43,10 +47,6 @@ from prunus.packed.description import Description, PackedShape, Stored
 from prunus.packed.forms import checked_weight, expand, relative_error
 from prunus.packed.source import is_packed
 from prunus.packed.weight import PackedWeight, named_tensors
-from prunus.runs.folder import ResultFolder, find_earlier, held
-from prunus.runs.options import RunOptions
-from prunus.runs.progress import Progress, pruning_step, shows_progress
-from prunus.runs.record import RunInputs, shard_name
 
 #: Records of earlier work that hold for the packed and for the unpacked model as well.
 _KEPT_RECORDS = ("prunus.json", "prunus-compress.json")
@@ -83,7 +83,7 @@ def pack(
             scale per row.
         overwrite: replace an earlier result in `output`.
         progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. A function
-            is called after every shard with a `prunus.runs.progress.Progress`.
+            is called after every shard with a `prunus.engine.progress.Progress`.
 
     Returns:
         The record, which is also written to `prunus-pack.json`: per linear its shape, survivors,

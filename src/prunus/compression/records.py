@@ -6,8 +6,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from prunus.engine.record import Part, RunRecord
 from prunus.options import Option, Options
-from prunus.runs.record import Part, RunRecord
 
 
 class PackOptions(Options):

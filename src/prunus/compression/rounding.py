@@ -16,6 +16,10 @@ import torch
 from torch import Tensor
 
 from prunus.compression.rate_control import LinearRate, RateControl
+from prunus.engine.block.linear import Stored
+from prunus.engine.linear_job import PruningJob
+from prunus.engine.loss_sensitivity import LinearSensitivity, measure_loss
+from prunus.engine.output import PruningOutput
 from prunus.formats.base import CompressedFormat, RateFormat, TypeFormat
 from prunus.formats.records import CompressionRecord
 from prunus.hardware.errors import naming
@@ -26,10 +30,6 @@ from prunus.methods.work import LinearQuantization, Quantized
 from prunus.packed.description import QuantizedShape
 from prunus.packed.planes import encode
 from prunus.packed.weight import QuantizedWeight
-from prunus.pruning.block.linear import Stored
-from prunus.pruning.job import PruningJob
-from prunus.pruning.loss_sensitivity import LinearSensitivity, measure_loss
-from prunus.pruning.output import PruningOutput
 
 # A linear is rounded again at most this many times, and each time coarser by at least this log2.
 _MOST_TRIALS, _COARSER = 16, 0.002
@@ -92,7 +92,7 @@ def rate_rounding(
 
 
 class RateRounding:
-    """Rounds linears to the steps of a rate control; see `prunus.pruning.block.linear`.
+    """Rounds linears to the steps of a rate control; see `prunus.engine.block.linear`.
 
     Args:
         exceeds: Whether the sum may be a little more than the bits of the control. If not, a linear
@@ -166,7 +166,7 @@ def type_rounding(
 
 
 class TypeRounding:
-    """Rounds each linear by its quantiser; see `LinearFinish` in `pruning/block/linear.py`."""
+    """Rounds each linear by its quantiser; see `LinearFinish` in `engine/block/linear.py`."""
 
     def __init__(self, quantizers: Mapping[str, GroupQuantizer]) -> None:
         self._quantizers = quantizers

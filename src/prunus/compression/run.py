@@ -10,15 +10,16 @@ from typing import Any
 import torch
 
 from prunus.compression.rounding import rounding_for
+from prunus.engine.linear_job import PruningJob
+from prunus.engine.options import RunOptions
+from prunus.engine.progress import pruning_step, shows_progress
+from prunus.engine.run import Command, carry_out, planned
+from prunus.engine.windows import given_windows
 from prunus.formats.base import format_for
 from prunus.formats.recipe import CompressionRecipe
 from prunus.formats.records import CompressionRecord
 from prunus.options import takes
-from prunus.pruning.job import PruningJob
-from prunus.pruning.run import carry_out, planned
-from prunus.runs.options import RunOptions
-from prunus.runs.progress import pruning_step, shows_progress
-from prunus.runs.windows import given_windows
+from prunus.pruning.allocation import allocate
 
 
 @shows_progress("compress", pruning_step)
@@ -60,13 +61,17 @@ def run(
     model: str | Path, output: Path, recipe: CompressionRecipe, options: RunOptions
 ) -> CompressionRecord:
     """Carry out a recipe. The arguments and errors are those of `compress`."""
-    stored = format_for(output, recipe)
-    rounding = functools.partial(rounding_for, stored)
-    return carry_out(CompressionRecord, model, output, recipe, options, stored, rounding)
+    return carry_out(command(output, recipe), model, output, recipe, options)
 
 
 def plan_compression(
     model: str | Path, output: Path | None, recipe: CompressionRecipe, options: RunOptions
 ) -> PruningJob:
     """The job of such a run. Checks what the run checks, and writes nothing."""
-    return planned(CompressionRecord, model, output, recipe, options, format_for(output, recipe))
+    return planned(command(output, recipe), model, output, recipe, options)
+
+
+def command(output: Path | None, recipe: CompressionRecipe) -> Command[CompressionRecord]:
+    """What a run of compress does to blocks; `output` says which format the result has."""
+    stored = format_for(output, recipe)
+    return Command(CompressionRecord, stored, allocate, functools.partial(rounding_for, stored))

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunus.engine.document import Table, table_of
+from prunus.engine.linear_record import mean_bits
 from prunus.evaluation.model_input import find_folder
 from prunus.evaluation.records import ModelSize
 from prunus.formats.gguf.contents import read_record
@@ -32,8 +34,6 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.packed.bitmap import packed_bytes
 from prunus.packed.source import PackedSource, is_packed
-from prunus.pruning.manifest import mean_bits
-from prunus.runs.document import Table, table_of
 
 #: The weights of a model, ordinary, loaded or packed, block by block.
 Readable = CheckpointSource | ModuleSource | PackedSource

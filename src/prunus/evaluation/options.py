@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import field_validator, model_validator
 
+from prunus.engine.options import BATCH, BOS, DTYPE, BosName, DtypeName, Memory, RunOptions
 from prunus.options import Option, Options, Range, at_least, between
 from prunus.options.declaration import ADVANCED
-from prunus.runs.options import BATCH, BOS, DTYPE, BosName, DtypeName, Memory, RunOptions
 
 #: Which tokens of a window are scored. `papers`: all but the first. `llama.cpp`: those of the
 #: second half, as its perplexity tool does.

@@ -35,6 +35,7 @@ from prunus.calibration.draw import encode
 from prunus.calibration.files import check_file, file_kind, read_documents, read_ids
 from prunus.calibration.windows import UsedBos, bos_token, put_bos_first, refuse_bos, used_bos
 from prunus.distributed import SINGLE_PROCESS, Ranks
+from prunus.engine.progress import shows_progress, window_step
 from prunus.evaluation.model_input import (
     ComputeOptions,
     ModelInput,
@@ -59,7 +60,6 @@ from prunus.hardware.errors import did_you_mean
 from prunus.hardware.sizes import counted
 from prunus.model.device import choose_device
 from prunus.options import takes
-from prunus.runs.progress import shows_progress, window_step
 
 #: SHA-256 of the joined test text of WikiText-2, 1,296,370 bytes.
 WIKITEXT2_TEST_SHA256 = "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83"

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from prunus.runs.document import Column, Measured, Table, text_of
+from prunus.engine.document import Column, Measured, Table, text_of
 
 
 def finite(value: float | None) -> float | None:

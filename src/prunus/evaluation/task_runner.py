@@ -16,6 +16,7 @@ from torch import nn
 
 from prunus.calibration.corpora import data_folder
 from prunus.distributed import SINGLE_PROCESS, Ranks
+from prunus.engine.progress import Shown, shows_progress
 from prunus.evaluation.model_input import (
     ComputeOptions,
     ModelInput,
@@ -29,7 +30,6 @@ from prunus.evaluation.records import TaskResults, TaskScore
 from prunus.evaluation.tasks import LoadedTask, load_tasks, require_lm_eval, run_task, wrap_model
 from prunus.model.device import choose_device
 from prunus.options import takes
-from prunus.runs.progress import Shown, shows_progress
 
 #: Sequences at once for batch "auto" on a CPU, where no device memory limits the batch.
 _CPU_BATCH = 8

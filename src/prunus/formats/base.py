@@ -17,6 +17,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
+from prunus.engine.folder import BlockFolder
+from prunus.engine.linear_job import Format, LinearSelection
 from prunus.formats.packed.file_size import embedding_and_head, file_size
 from prunus.formats.recipe import CompressionRecipe
 from prunus.formats.records import CompressionRecord
@@ -29,8 +31,6 @@ from prunus.model.checkpoint.writer import file_nbytes
 from prunus.model.kinds import require_causal
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
-from prunus.pruning.job import Format, LinearSelection
-from prunus.runs.folder import BlockFolder
 
 
 class CompressedFormat(Format[CompressionRecord]):

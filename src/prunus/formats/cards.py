@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from prunus.engine.linear_record import calibration_words, grid_words, sparsity_tag
+from prunus.engine.record import extended_card, result_card, source_name
 from prunus.formats.records import CompressionRecord
 from prunus.model.checkpoint.card import add_tags, with_fields
-from prunus.pruning.manifest import calibration_words, grid_words, sparsity_tag
-from prunus.runs.record import extended_card, result_card, source_name
 
 _TITLE = "Packed by prunus"
 _SECTION = """\

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from prunus.engine.linear_record import LinearRecord
 from prunus.formats.base import TypeFormat
 from prunus.formats.block_bytes import ONE, BlockType, Field, integers
 from prunus.formats.cards import tensors_card
@@ -25,7 +26,6 @@ from prunus.formats.records import CompressionRecord
 from prunus.methods.group_quantizer import GroupedWeight
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.reader import TensorInfo
-from prunus.pruning.manifest import LinearRecord
 
 # The kernels of vLLM know groups of these sizes. Fewer scales take fewer bits.
 _GROUPS = (128, 64, 32)

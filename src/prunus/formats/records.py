@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from prunus.engine.linear_record import PruningRecord
+from prunus.engine.record import Part
 from prunus.formats.recipe import CompressionRecipe
 from prunus.hardware.sizes import in_bytes
-from prunus.pruning.manifest import PruningRecord
-from prunus.runs.record import Part
 
 
 class FileSize(Part):

@@ -17,7 +17,7 @@ of error over bits where
     step_j = Δ · U_jj                        (WaterSIC, arXiv 2603.04956).
 
 Rows differ too. Let s_i be how fast the loss of the model grows with the squared error of output i
-(`pruning/loss_sensitivity.py`). The loss grows by Σ_i s_i · error_i, so all rows have the same
+(`engine/loss_sensitivity.py`). The loss grows by Σ_i s_i · error_i, so all rows have the same
 slope where scale_i ∝ s_i^-½. If Δ is the same for all linears of a model, the bits are spent where
 they lower the loss most.
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from prunus.engine.linear_job import PruningJob
+from prunus.engine.loss_sensitivity import CURVE_STEP, measure_loss
 from prunus.methods.allocation import allocate_by_error, round_to_whole_weights
-from prunus.pruning.job import PruningJob
-from prunus.pruning.loss_sensitivity import CURVE_STEP, measure_loss
 
 # No linear is pruned further from the recipe's sparsity than this before the next constant.
 _MAX_DISTANCE = 0.25

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
+from prunus.engine.linear_options import SELECTION, PruningOptions
 from prunus.hardware.errors import did_you_mean
 from prunus.methods.options import METHOD
 from prunus.options import Option, at_least
-from prunus.pruning.options import SELECTION, PruningOptions
 
 _RECONSTRUCTION = "Reconstruction"
 

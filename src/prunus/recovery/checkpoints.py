@@ -17,11 +17,11 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from prunus.engine.record import Part
 from prunus.hardware.errors import reason
 from prunus.model.checkpoint.atomic_files import remove
 from prunus.model.checkpoint.writer import save_safetensors
 from prunus.recovery.record import Evaluation
-from prunus.runs.record import Part
 
 _STATE_NAME = "training.safetensors"
 # Key in the metadata of that file under which `TrainingState` is stored as JSON.

@@ -16,6 +16,8 @@ from prunus.calibration.sources import find_source
 from prunus.calibration.training_text import TrainingText, training_text
 from prunus.calibration.windows import Wanted, check_context
 from prunus.distributed import Ranks
+from prunus.engine.folder import resumed_or_new
+from prunus.engine.options import RunOptions
 from prunus.formats.records import CompressionRecord
 from prunus.model.adapter import CONFIG_NAME, is_adapter, require_peft
 from prunus.model.checkpoint.atomic_files import file_digest, read_json
@@ -34,8 +36,6 @@ from prunus.pruning.manifest import Manifest
 from prunus.recovery.options import MODES, Mode, RecoveryOptions
 from prunus.recovery.record import RecoveryInputs, RecoveryRecord
 from prunus.recovery.training import step_count, training_dtype
-from prunus.runs.folder import resumed_or_new
-from prunus.runs.options import RunOptions
 from prunus.structure.records import StructureRecord
 
 

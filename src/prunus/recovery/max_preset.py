@@ -20,6 +20,10 @@ import torch
 
 from prunus.calibration.sources import find_source
 from prunus.calibration.windows import Wanted
+from prunus.engine.folder import ResultFolder, find_earlier, held, remove_result
+from prunus.engine.job import check_known
+from prunus.engine.options import RunOptions
+from prunus.engine.progress import Progress
 from prunus.model.checkpoint.output_folder import check_apart, check_disk, check_resume, is_vacant
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.model.source import CheckpointSource, tensors_digest
@@ -32,10 +36,6 @@ from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.record import RecoveryRecord
 from prunus.recovery.run import carry_out
 from prunus.recovery.training import Step
-from prunus.runs.folder import ResultFolder, find_earlier, held, remove_result
-from prunus.runs.job import check_known
-from prunus.runs.options import RunOptions
-from prunus.runs.progress import Progress
 
 #: Name of the folder inside the result that holds the pruned checkpoint during the work.
 PRUNED = ".prunus-pruned"

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from prunus.engine.options import BATCH, BOS, BosName
 from prunus.options import Option, Options, Range, at_least, between
-from prunus.runs.options import BATCH, BOS, BosName
 
 Mode = Literal["lora", "masked", "full", "scales"]
 #: All modes, in the order in which messages list them.

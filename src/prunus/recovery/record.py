@@ -6,8 +6,8 @@ import math
 
 from pydantic import Field
 
+from prunus.engine.record import Part, RunInputs, RunRecord, UsedBos
 from prunus.recovery.options import RecoveryOptions
-from prunus.runs.record import Part, RunInputs, RunRecord, UsedBos
 
 
 class Evaluation(Part):

@@ -19,6 +19,16 @@ from typing import Any
 
 from torch import Tensor
 
+from prunus.engine.folder import ResultFolder, find_earlier, held
+from prunus.engine.options import RunOptions
+from prunus.engine.progress import Shown, shows_progress
+from prunus.engine.record import (
+    bos_words,
+    extended_card,
+    result_card,
+    shard_name,
+    source_name,
+)
 from prunus.formats.records import CompressionRecord
 from prunus.hardware.memory import peak_memory
 from prunus.model.adapter import CONFIG_NAME, save_adapter
@@ -36,16 +46,6 @@ from prunus.recovery.record import RecoveryRecord
 from prunus.recovery.student import base_name, load_student, load_teacher, trained_tensors
 from prunus.recovery.trainable import Trainable, check_zeros
 from prunus.recovery.training import Step, Training
-from prunus.runs.folder import ResultFolder, find_earlier, held
-from prunus.runs.options import RunOptions
-from prunus.runs.progress import Shown, shows_progress
-from prunus.runs.record import (
-    bos_words,
-    extended_card,
-    result_card,
-    shard_name,
-    source_name,
-)
 from prunus.structure.records import StructureRecord
 
 # Options of other runs. A whole model is trained, as transformers defines it.

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from prunus.calibration.training_text import TrainingText
 from prunus.distributed import SINGLE_PROCESS, Ranks
+from prunus.engine.reconstruction.train import learning_rate
 from prunus.hardware.numerics import native_bfloat16
 from prunus.model.linears import refuse_not_finite
-from prunus.pruning.reconstruction.train import learning_rate
 from prunus.recovery.checkpoints import Checkpoints, TrainingState
 from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.record import Evaluation

@@ -1,6 +1,6 @@
 """Reports: the figures of runs, sweeps and evaluations as HTML, Markdown and terminal tables.
 
-A report is a document of `prunus.runs.document`: facts, tables and charts without any formatting.
+A report is a document of `prunus.engine.document`: facts, tables and charts without any formatting.
 
 write.py                one call from folders and files to a page
 evaluation_sections.py  files of `prunus eval --json` and `prunus bench --json`; charts of quality

@@ -20,12 +20,12 @@ from rich.segment import Segment
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from prunus.runs.document import Document, Facts, Part, Section, Table, text_of
-from prunus.runs.progress import PREPARATION, LineInterval, Shown, eta, terminal_bar
+from prunus.engine.document import Document, Facts, Part, Section, Table, text_of
+from prunus.engine.progress import PREPARATION, LineInterval, Shown, eta, terminal_bar
 
 if TYPE_CHECKING:
+    from prunus.engine.progress import Progress as PruningStep
     from prunus.recovery.training import Step as RecoveryStep
-    from prunus.runs.progress import Progress as PruningStep
 
 # Control characters other than tab and newline, marks that reorder text, and lone surrogates, which
 # stand for the bytes of a file name that is not UTF-8 and cannot be encoded.

@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prunus.evaluation.records import FORMS, ModelSize, PerplexityResult, finite
-from prunus.runs.document import (
+from prunus.engine.document import (
     Facts,
     Lines,
     Measured,
@@ -22,6 +21,7 @@ from prunus.runs.document import (
     table_of,
     text_of,
 )
+from prunus.evaluation.records import FORMS, ModelSize, PerplexityResult, finite
 
 #: Metrics of lm-eval that are shares of the rows.
 _SHARES = ("acc", "exact_match", "f1", "em")

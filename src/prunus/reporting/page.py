@@ -24,8 +24,7 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
-from prunus.reporting.console import cells, printable
-from prunus.runs.document import (
+from prunus.engine.document import (
     Chart,
     Document,
     Facts,
@@ -37,6 +36,7 @@ from prunus.runs.document import (
     part_html,
     text_of,
 )
+from prunus.reporting.console import cells, printable
 
 _MARKUP = re.compile(r"([\\`*_\[\]<>|])")
 _LIBRARY = "plotly-cartesian.min.js.gz"
@@ -221,7 +221,7 @@ def _heat_map(chart: HeatMap) -> dict[str, Any]:
 def to_markdown(document: Document) -> str:
     """Write a document as Markdown. Names and other text are escaped.
 
-    >>> from prunus.runs.document import Column
+    >>> from prunus.engine.document import Column
     >>> columns = (Column("method"), Column("perplexity", ".2f"))
     >>> table = Table("Quality", columns, (("wanda", 7.261), ("dense", 5.68)))
     >>> print(to_markdown(Document("My *runs*", (Section("A sweep", parts=(table,)),))))

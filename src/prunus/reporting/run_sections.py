@@ -6,10 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from prunus.formats.records import CompressionRecord
-from prunus.hardware.sizes import counted, in_bytes
-from prunus.pruning.manifest import mean_error
-from prunus.runs.document import (
+from prunus.engine.document import (
     Column,
     Facts,
     HeatMap,
@@ -21,10 +18,13 @@ from prunus.runs.document import (
     table_of,
     text_of,
 )
-from prunus.runs.record import BlockwiseRecord, bos_words
+from prunus.engine.linear_record import mean_error
+from prunus.engine.record import BlockwiseRecord, bos_words
+from prunus.formats.records import CompressionRecord
+from prunus.hardware.sizes import counted, in_bytes
 
 if TYPE_CHECKING:
-    from prunus.pruning.manifest import PruningRecord
+    from prunus.engine.linear_record import PruningRecord
 
 _Value = TypeVar("_Value")
 #: Name of an error -> its definition.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prunus.engine.document import Column, Facts, HeatMap, Lines, Section, Series, Table
+from prunus.engine.record import bos_words
 from prunus.reporting.run_sections import blocks_map, circumstances, headline, lines_over_blocks
-from prunus.runs.document import Column, Facts, HeatMap, Lines, Section, Series, Table
-from prunus.runs.record import bos_words
 from prunus.structure.records import what_was_removed
 
 if TYPE_CHECKING:

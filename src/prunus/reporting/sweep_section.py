@@ -9,16 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from prunus.evaluation.records import FORMS
-from prunus.reporting.evaluation_sections import (
-    LOG_FROM,
-    Point,
-    decode_speed,
-    form_of,
-    plain,
-    quality_charts,
-)
-from prunus.runs.document import (
+from prunus.engine.document import (
     Column,
     Facts,
     Lines,
@@ -30,7 +21,16 @@ from prunus.runs.document import (
     short_names,
     table_of,
 )
-from prunus.runs.record import bos_words
+from prunus.engine.record import bos_words
+from prunus.evaluation.records import FORMS
+from prunus.reporting.evaluation_sections import (
+    LOG_FROM,
+    Point,
+    decode_speed,
+    form_of,
+    plain,
+    quality_charts,
+)
 
 if TYPE_CHECKING:
     from prunus.pruning.recipe import Recipe

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from prunus.engine.document import Facts, Table, items_of, table_of
+from prunus.engine.record import bos_words
 from prunus.hardware.sizes import counted
-from prunus.runs.document import Facts, Table, items_of, table_of
-from prunus.runs.record import bos_words
 
 if TYPE_CHECKING:
     from prunus.compression.records import ConversionRecord

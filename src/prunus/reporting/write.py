@@ -8,16 +8,17 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from prunus.engine.document import Document, Section, short_names
+from prunus.engine.linear_record import PruningRecord
+from prunus.engine.record import BlockwiseRecord
 from prunus.formats.records import CompressionRecord
 from prunus.model.checkpoint.atomic_files import check_place, read_json, write_text
-from prunus.pruning.manifest import Manifest, PruningRecord
+from prunus.pruning.manifest import Manifest
 from prunus.reporting.evaluation_sections import decode_speeds, evaluation_section, speed_section
 from prunus.reporting.page import document_json, to_html, to_markdown
 from prunus.reporting.run_sections import comparison_section, run_section
 from prunus.reporting.structure_section import structure_section
 from prunus.reporting.sweep_section import sweep_section
-from prunus.runs.document import Document, Section, short_names
-from prunus.runs.record import BlockwiseRecord
 from prunus.structure.records import StructureRecord
 from prunus.sweeping.results import RESULTS_NAME, SweepResults
 

@@ -11,6 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prunus.engine.job import RunJob, windows_per_batch
+from prunus.engine.options import RunOptions
+from prunus.engine.plan import check_memory, open_model
+from prunus.engine.reconstruction.reconstruct_block import training_bytes
 from prunus.methods.statistics import Needs
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.config import (
@@ -24,10 +28,6 @@ from prunus.model.config import (
 )
 from prunus.model.kinds import require_causal
 from prunus.model.skeleton import Skeleton
-from prunus.pruning.reconstruction.reconstruct_block import training_bytes
-from prunus.runs.job import RunJob, windows_per_batch
-from prunus.runs.options import RunOptions
-from prunus.runs.plan import check_memory, open_model
 from prunus.structure.layout import check_same_blocks, experts_in
 from prunus.structure.records import Amount, StructureRecipe
 from prunus.structure.width_layout import LayoutFinder

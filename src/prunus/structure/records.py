@@ -13,12 +13,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from prunus.engine.linear_record import ReconstructionRecord
+from prunus.engine.options import WindowOptions
+from prunus.engine.record import BlockwiseRecord, Part
 from prunus.hardware.sizes import counted
 from prunus.options import Option, between
 from prunus.options.declaration import percent
-from prunus.pruning.manifest import ReconstructionRecord
-from prunus.runs.options import WindowOptions
-from prunus.runs.record import BlockwiseRecord, Part
 
 #: A share to remove, a float in (0, 1), or a number to keep, an int of at least 1.
 Amount = float | int

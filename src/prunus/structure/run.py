@@ -21,18 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunus.engine.folder import BlockFolder, find_earlier, held, resumed_or_new
+from prunus.engine.loop import Made, run_blocks
+from prunus.engine.options import RunOptions
+from prunus.engine.plan import check_room, check_same_on_all_ranks
+from prunus.engine.progress import pruning_step, shows_progress
+from prunus.engine.record import bos_words, result_card, source_name
+from prunus.engine.windows import calibration_windows, given_windows, run_inputs
 from prunus.hardware.memory import peak_memory
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.experts import Fused
 from prunus.model.skeleton import names_in_model
 from prunus.options import takes
-from prunus.runs.folder import BlockFolder, find_earlier, held, resumed_or_new
-from prunus.runs.loop import Made, run_blocks
-from prunus.runs.options import RunOptions
-from prunus.runs.plan import check_room, check_same_on_all_ranks
-from prunus.runs.progress import pruning_step, shows_progress
-from prunus.runs.record import bos_words, result_card, source_name
-from prunus.runs.windows import calibration_windows, given_windows, run_inputs
 from prunus.structure.plan import SmallerModel, StructureJob, plan_structure
 from prunus.structure.records import StructureRecipe, StructureRecord, what_was_removed
 from prunus.structure.search import choose_blocks

@@ -26,23 +26,23 @@ import torch
 from torch import Tensor, nn
 
 from prunus.distributed import Ranks, own_part, split_range
+from prunus.engine.block.hooks import input_hooks, tokens_of
+from prunus.engine.linear_job import training_dtype
+from prunus.engine.linear_record import ReconstructionRecord
+from prunus.engine.loop import Made, StoredBlock, check_same
+from prunus.engine.reconstruction.reconstruct_block import (
+    BlockReconstructor,
+    step_parts,
+    step_ranks,
+)
+from prunus.engine.reconstruction.schedule import ReconstructionSettings
+from prunus.engine.record import Walk
 from prunus.methods.solvers.least_squares import ridge
 from prunus.methods.statistics import InputStatistics, StatisticsSpec
 from prunus.methods.structured import ExpertSums, Kept, Reader, kept_experts
 from prunus.model.experts import Experts
 from prunus.model.linears import Linear
 from prunus.model.stream import Stream
-from prunus.pruning.block.hooks import input_hooks, tokens_of
-from prunus.pruning.job import training_dtype
-from prunus.pruning.manifest import ReconstructionRecord
-from prunus.pruning.reconstruction.reconstruct_block import (
-    BlockReconstructor,
-    step_parts,
-    step_ranks,
-)
-from prunus.pruning.reconstruction.schedule import ReconstructionSettings
-from prunus.runs.loop import Made, StoredBlock, check_same
-from prunus.runs.record import Walk
 from prunus.structure.layout import axis_that_changes, cut, experts_in, old_names, shapes_of
 from prunus.structure.plan import SmallerModel, StructureJob
 from prunus.structure.records import BlockChange, ExpertChange, PartChange

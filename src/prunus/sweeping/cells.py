@@ -14,6 +14,7 @@ import torch
 
 from prunus.calibration.sources import find_source
 from prunus.calibration.windows import Wanted
+from prunus.engine.options import RunOptions
 from prunus.evaluation.inspection import packed_size, stored_size
 from prunus.evaluation.options import TaskOptions, TextOptions
 from prunus.evaluation.perplexity import perplexity
@@ -27,7 +28,6 @@ from prunus.pruning.recipe import Recipe
 from prunus.pruning.run import run
 from prunus.recovery.record import RecoveryRecord
 from prunus.recovery.run import recover
-from prunus.runs.options import RunOptions
 from prunus.sweeping.grid import Scoring
 from prunus.sweeping.results import CalibrationSet, CellResult, SweepResults, SweptModel
 

@@ -25,10 +25,10 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
+from prunus.engine.options import RunOptions
 from prunus.evaluation.options import TaskOptions, TextOptions
 from prunus.options import Option, Options
 from prunus.pruning.recipe import Recipe
-from prunus.runs.options import RunOptions
 from prunus.sweeping.results import CellResult
 
 # The most cells of a sweep. At a minute per cell, these take a week.

@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from prunus.engine.document import Measured, Table, table_of
+from prunus.engine.linear_record import mean_error
+from prunus.engine.record import Part, UsedBos, read_record
 from prunus.evaluation.records import FORMS, ModelSize, PerplexityResult
 from prunus.model.checkpoint.atomic_files import write_json, write_text
-from prunus.pruning.manifest import mean_error
 from prunus.pruning.recipe import Recipe
-from prunus.runs.document import Measured, Table, table_of
-from prunus.runs.record import Part, UsedBos, read_record
 
 #: The file of the records in the folder of a sweep.
 RESULTS_NAME = "results.json"

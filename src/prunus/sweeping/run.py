@@ -20,6 +20,10 @@ import torch
 
 from prunus.distributed import SINGLE_PROCESS
 from prunus.distributed.group import started_by_torchrun
+from prunus.engine.folder import locked_output
+from prunus.engine.linear_job import plan_run
+from prunus.engine.options import RunOptions
+from prunus.engine.progress import LineInterval, Progress
 from prunus.evaluation.options import TaskOptions
 from prunus.evaluation.perplexity import check_text
 from prunus.evaluation.reference import Reference
@@ -34,12 +38,8 @@ from prunus.model.device import choose_device
 from prunus.model.kinds import require_causal
 from prunus.model.source import CheckpointSource
 from prunus.options import takes
-from prunus.pruning.job import plan_run
 from prunus.pruning.run import PlainTensors
 from prunus.recovery.options import RecoveryOptions
-from prunus.runs.folder import locked_output
-from prunus.runs.options import RunOptions
-from prunus.runs.progress import LineInterval, Progress
 from prunus.sweeping.cells import (
     discard_weights,
     draw_windows,

@@ -5,6 +5,7 @@ import torch
 
 import prunus
 import reference
+from prunus.engine.linear_job import PruningJob
 from prunus.methods import METHODS, MethodOptions, compose
 from prunus.methods.patterns import Pattern
 from prunus.methods.refine.dense_targets import (
@@ -13,7 +14,6 @@ from prunus.methods.refine.dense_targets import (
     dense_target,
 )
 from prunus.methods.statistics import InputStatistics, StatisticsSpec
-from prunus.pruning.job import PruningJob
 from tiny import tiny_checkpoint, token_ids, weights
 
 DRIFT = StatisticsSpec(needs="gram", drift="all")

@@ -20,6 +20,10 @@ from typing import ClassVar
 
 import torch
 
+from prunus.engine.folder import BlockFolder, find_earlier, remove_result
+from prunus.engine.linear_options import PruningOptions
+from prunus.engine.linear_record import LinearRecord
+from prunus.engine.options import RunOptions
 from prunus.formats.base import TypeFormat, choose_types
 from prunus.formats.gguf.contents import FileContents, finished_file, reproducible
 from prunus.formats.gguf.types import GgufType, type_for, types_for
@@ -34,10 +38,6 @@ from prunus.model.checkpoint.output_folder import check_apart
 from prunus.model.checkpoint.reader import Checkpoint, TensorInfo
 from prunus.model.checkpoint.resolve import FULL_TYPES, is_gguf
 from prunus.model.checkpoint.writer import Writable
-from prunus.pruning.manifest import LinearRecord
-from prunus.pruning.options import PruningOptions
-from prunus.runs.folder import BlockFolder, find_earlier, remove_result
-from prunus.runs.options import RunOptions
 
 #: Name of the whole file in the folder of the run.
 FILE = "model.gguf"

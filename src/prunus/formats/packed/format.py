@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from prunus.engine.folder import BlockFolder
+from prunus.engine.linear_record import LinearRecord
 from prunus.formats.base import RateFormat
 from prunus.formats.cards import compressed_card
 from prunus.formats.packed.quantize_rows import BYTES_PER_QUANTIZED_WEIGHT, quantize_rows
@@ -27,8 +29,6 @@ from prunus.model.kinds import kind_of
 from prunus.packed.description import Description, QuantizedShape
 from prunus.packed.forms import checked_weight, expand
 from prunus.packed.weight import QuantizedWeight, named_tensors
-from prunus.pruning.manifest import LinearRecord
-from prunus.runs.folder import BlockFolder
 
 # The most bits per weight of linears. The least that `size` may ask for is this much above the bits
 # of zeros, where nearly all weights are 0.

@@ -1,0 +1,422 @@
+"""Prunes the blocks of a model one after the other, with all calibration windows in step.
+
+The steps of one block, as `BlockPruner.make` takes them:
+
+    load         weights into the block; a copy of the dense block where its inputs are needed
+    walk         all windows through the block; every linear is pruned when its statistics are known
+    reconstruct  train the surviving weights towards the outputs of the dense block
+    advance      the hidden states to the outputs of the finished block
+
+`BlockState` at the end of the file holds what these steps know of their block. This file knows
+weights, hidden states and walks. It knows nothing of folders, manifests on disk or where text is
+read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from prunus.distributed import SINGLE_PROCESS, Ranks, own_part, split_range
+from prunus.engine.block.dense_stream import (
+    DenseBlockInputs,
+    DenseStream,
+    accumulate_with_drift,
+    held_out_batches,
+)
+from prunus.engine.block.hooks import ExpertCounter, find_expert_counters
+from prunus.engine.block.linear import SPARSE, LinearFinish, Stored, prune_linear
+from prunus.engine.block.lockstep import lockstep
+from prunus.engine.block.replay import replay
+from prunus.engine.block.two_pass import two_pass
+from prunus.engine.block.walk import Accumulate, BlockWalk, accumulate_inputs
+from prunus.engine.linear_job import PruningJob
+from prunus.engine.linear_record import BlockRecord, LinearRecord, ReconstructionRecord
+from prunus.engine.loop import Made, StoredBlock, check_same
+from prunus.engine.reconstruction.reconstruct_block import (
+    BlockReconstruction,
+    BlockReconstructor,
+    step_parts,
+    step_ranks,
+)
+from prunus.engine.reconstruction.schedule import linears_to_train
+from prunus.engine.record import Walk
+from prunus.hardware.numerics import count_zeros
+from prunus.methods.statistics import Drift, InputStatistics, StatisticsSpec
+from prunus.model.linears import Linear
+from prunus.model.stream import Stream
+
+#: Name of a walk in records -> the walk. Each returns the linears that no token reached.
+_WALKS: dict[Walk, Callable[[BlockWalk], list[Linear]]] = {
+    "lockstep": lockstep,
+    "replay": replay,
+    "two_pass": two_pass,
+}
+
+
+@dataclass
+class BlockPruner:
+    """Takes all calibration windows through a model, one block at a time.
+
+    Call `embed` first, then `make` or `take` once per block in order, then `close`. `prune_head`
+    may follow the last block. All ranks call each of them at once.
+
+    Attributes:
+        job: The decisions of the run: model, method, options, device and ranks.
+        walks: Per block, how the windows go through it; see `walk.py`.
+        sparsities: The sparsity of single linears, by full name; the others get that of the run.
+        finish: What the command does to each linear afterwards, such as rounding; None for nothing.
+        stream: The hidden states of the pruned model before the next block.
+        dense: The hidden states of the dense model; None if the run does not need them.
+        ranks: The processes that have windows of the same run, from `job`.
+        skeleton: The model without weights, from `job`.
+    """
+
+    job: PruningJob
+    walks: Sequence[Walk]
+    sparsities: Mapping[str, float] = field(default_factory=dict)
+    finish: LinearFinish | None = None
+    stream: Stream = field(init=False)
+    dense: DenseStream | None = field(init=False, default=None)
+    #: Per rank, its number of batches. Empty before `embed`.
+    _counts: list[int] = field(init=False, default_factory=list)
+    #: Trains blocks after they are pruned; None before `embed`, or if the run trains none.
+    _reconstructor: BlockReconstructor | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        job = self.job
+        self.ranks, self.skeleton = job.ranks, job.skeleton
+        self.stream = Stream(job.skeleton, job.source, job.device)
+        if job.runs_dense_stream:
+            self.dense = DenseStream(job.skeleton, job.source, job.device, job.drift_stride)
+
+    def embed(
+        self, batches: Sequence[torch.Tensor], spill_to: Path | None, on_device: bool = True
+    ) -> None:
+        """Run what precedes the blocks on this rank's share of the batches.
+
+        Args:
+            batches: Token ids (windows, tokens), or images, of all batches of all ranks.
+            spill_to: Folder for a file of hidden states; None to keep them in memory.
+            on_device: Keep hidden states on the device between blocks, rather than on the host.
+        """
+        reconstruction = self.job.reconstruction
+        self._counts = [len(part) for part in split_range(len(batches), self.ranks.size)]
+        split: Ranks = SINGLE_PROCESS
+        partial: list[torch.Tensor] = []
+        if reconstruction is not None:
+            split = step_ranks(self.ranks, max(map(len, batches)), self.job.device)
+            partial = step_parts(batches, split)
+        share = own_part(self.ranks, batches)
+        self.stream.embed(share, spill_to, on_device, partial)
+        if self.dense is not None:
+            self.dense.embed(share, spill_to, on_device, self._first_batch)
+        if self.dense is not None and reconstruction is not None:
+            self._reconstructor = BlockReconstructor(
+                settings=reconstruction,
+                stream=self.stream,
+                dense=self.dense.stream,
+                numbers=list(self.dense.dense_number),
+                counts=self.dense.counts_per_rank(self._counts),
+                ranks=self.ranks,
+                split=split,
+            )
+
+    @property
+    def _first_batch(self) -> int:
+        """Number of this rank's first batch among those of all ranks."""
+        return sum(self._counts[: self.ranks.rank])
+
+    def take(self, place: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take all batches through a block that an earlier run has finished.
+
+        The hidden states end as they do after `make`.
+
+        Args:
+            place: Position of the block.
+            tensors: Its finished tensors by relative name.
+        """
+        self.stream.propagate(place, tensors)
+        if self.dense is not None:
+            self.dense.propagate(place)
+
+    def make(self, place: int, stored: StoredBlock) -> Made:
+        """Prune one block, and take all batches through it.
+
+        Args:
+            place: Position of the block.
+            stored: The block as the checkpoint stores it.
+
+        Returns:
+            All its tensors, its record, a line for the log, and its packed linears.
+
+        Raises:
+            ValueError: Weights or activations are not finite; the message names the tensor.
+            NotImplementedError: The walk cannot prune this block, for one that calls a linear more
+                than once.
+            RankError: The ranks have pruned to different bytes.
+            RuntimeError: Two linears share their input for some windows and not for others.
+        """
+        started = time.perf_counter()
+        state = self._load(place, stored)
+        self._note_zeros(state)
+        self._walk(state)
+        self._reconstruct(state)
+        self._advance(state)
+        self.skeleton.release(place)
+        check_same(self.ranks, state.name, state.changed)
+        record = state.record(self.ranks.size)
+        record.seconds = round(time.perf_counter() - started, 3)
+        message = f"{self.job.format.DONE} in {record.seconds:.2f} s"
+        if record.walk == "replay":
+            message += ", with one batch in flight: paused windows do not fit in the memory budget"
+        return Made(state.finished, record, message, state.packed)
+
+    def _load(self, index: int, stored: StoredBlock) -> BlockState:
+        """Put the weights into the block, and prepare all that its walk needs."""
+        job, name = self.job, self.skeleton.block_name(index)
+        selected, walk = job.selected[index], self.walks[index]
+        method = job.linear_settings.method
+        self.ranks.set_location(name)
+        module = self.skeleton.fill(index, stored.tensors, job.device)
+        linears = [linear for linear in self.skeleton.linears(index) if linear.name in selected]
+        names = [linear.name for linear in linears]
+        least = job.recipe.min_expert_tokens
+        counters = find_expert_counters(module, names, method.needs, least)
+        # Copied before anything changes in the block: neither weights nor wrapped forwards follow.
+        dense_inputs = None
+        if self.dense is not None:
+            aimed = [x.name for x in linears if job.uses_dense_target(x.shape[1])]
+            dense_inputs = self.dense.copy_block(
+                index, stored.tensors, aimed, cache=walk == "lockstep"
+            )
+        reconstruction = None
+        if self._reconstructor is not None and names:
+            trained_names = linears_to_train(names, method.updates_weights)
+            reconstruction = self._reconstructor.begin(index, module, trained_names, walk)
+        return BlockState(
+            index=index,
+            name=name,
+            stored=stored.tensors,
+            digest=stored.digest,
+            module=module,
+            linears=linears,
+            walk=walk,
+            expert_counters=counters,
+            dense_inputs=dense_inputs,
+            reconstruction=reconstruction,
+        )
+
+    def _note_zeros(self, state: BlockState) -> None:
+        """Say before the first block that the model is sparse already."""
+        weights = [state.stored[f"{linear.name}.weight"] for linear in state.linears]
+        count = sum(weight.numel() for weight in weights)
+        zeros = sum(map(count_zeros, weights)) if state.index == 0 else 0
+        if zeros > SPARSE * count:
+            self.job.options.tell(
+                f"the model has zeros already: {zeros / count:.1%} of the weights to prune in "
+                f"{state.name}; the sparsity that you ask for includes them"
+            )
+
+    def _walk(self, state: BlockState) -> None:
+        """Take all batches through the block and prune its linears on the way."""
+        prune = functools.partial(self._prune_linear, state)
+        unreached = state.linears
+        if sum(self._counts):
+            forward = self.stream.forward(state.index, state.module)
+            # A block that is trained gets its outputs later, in `_advance`.
+            is_final = state.reconstruction is None
+            with contextlib.ExitStack() as stack:
+                if state.reconstruction is not None:
+                    forward = stack.enter_context(state.reconstruction.recording(forward))
+                walk = BlockWalk(
+                    linears=state.linears,
+                    count=len(self.stream),
+                    forward=forward,
+                    finish=self.stream.states.put if is_final else lambda *_: None,
+                    new_statistics=self._new_statistics,
+                    prune=prune,
+                    accumulate=self._accumulate(state),
+                    ranks=self.ranks,
+                    expert_counters=state.expert_counters,
+                )
+                unreached = _WALKS[state.walk](walk)
+        # Linears that no token reached are pruned too, by their weights alone.
+        for linear in unreached:
+            empty = self._new_statistics(linear)
+            empty.complete(self.ranks)
+            prune(linear, empty)
+        if state.dense_inputs is not None:
+            state.dense_inputs.finish()
+            state.dense_inputs = None  # releases the copy of the dense block
+
+    def _prune_linear(self, state: BlockState, linear: Linear, statistics: InputStatistics) -> None:
+        """Prune a linear, and enter its weight and its record into the state of its block."""
+        key = f"{linear.name}.weight"
+        full_name = f"{state.name}.{linear.name}"
+        self.ranks.set_location(full_name)
+        settings = self.job.linear_settings
+        sparsity = self.sparsities.get(full_name, settings.work.sparsity)
+        finished = prune_linear(
+            replace(settings, work=replace(settings.work, sparsity=sparsity)),
+            linear,
+            full_name,
+            state.stored[key],
+            statistics,
+            self.ranks,
+            self.finish,
+        )
+        state.changed[key] = finished.weight
+        state.records[linear.name] = finished.record
+        if finished.packed is not None:
+            state.packed[linear.name] = finished.packed
+        for counter in state.expert_counters:
+            if counter.owns(linear.name):
+                finished.record.notes |= counter.notes(linear.name)
+
+    def _reconstruct(self, state: BlockState) -> None:
+        """Train the surviving weights towards the dense block's outputs."""
+        if state.reconstruction is None:
+            return
+        trained_tensors, state.reconstructed = state.reconstruction.run(state.stored, state.changed)
+        state.changed |= trained_tensors
+        for linear in state.linears:
+            # Training may round a small weight to zero.
+            record = state.records[linear.name]
+            weight = state.changed[f"{linear.name}.weight"]
+            record.zeros = count_zeros(weight)
+            record.sparsity = record.zeros / weight.numel()
+
+    def _advance(self, state: BlockState) -> None:
+        """Replace the hidden states by the outputs of the trained block.
+
+        If the block was not trained, the walk has done that already.
+        """
+        if state.reconstruction is None or not len(self.stream):
+            return
+        module = self.skeleton.fill(state.index, state.finished, self.job.device)
+        # The cached inputs of the suffix save running the attention again.
+        suffix = state.reconstruction.suffix
+        self.stream.advance(suffix or self.stream.forward(state.index, module))
+
+    def _accumulate(self, state: BlockState) -> Accumulate:
+        """How a linear's inputs are added to its statistics."""
+        if state.dense_inputs is None or not self.job.linear_settings.method.needs_drift:
+            return accumulate_inputs
+        # Held-out batches are numbered over all ranks, and a rank counts its batches from 0. So
+        # those of other ranks become numbers that no batch of this rank has.
+        held_out = held_out_batches(sum(self._counts))
+        on_this_rank = frozenset(batch - self._first_batch for batch in held_out)
+        return accumulate_with_drift(state.dense_inputs, on_this_rank)
+
+    def _new_statistics(self, linear: Linear) -> InputStatistics:
+        """Empty statistics of the inputs of a linear, with all that the method needs."""
+        job, in_features = self.job, linear.shape[1]
+        method = job.linear_settings.method
+        drift: Drift = "some" if job.drift_stride > 1 else "all"
+        spec = StatisticsSpec(
+            needs=method.needs,
+            drift=drift if job.uses_dense_target(in_features) else "none",
+            hold_out=method.needs_held_out,
+            reference_order=job.reference_order,
+            rounded=self.finish is not None,  # masks would show it, and integers do not
+            distributed=self.ranks.size > 1,
+        )
+        return InputStatistics(in_features, spec, job.device)
+
+    def prune_head(
+        self, batches: Sequence[torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], LinearRecord]:
+        """Prune the output head on the outputs of the final norm, after the last block.
+
+        Args:
+            batches: Token ids of all batches of all ranks, as in `embed`.
+
+        Returns:
+            The pruned weight by its name in the model, in its stored dtype, and its record.
+        """
+        head = self.skeleton.head()
+        key, device = f"{head.name}.weight", self.job.device
+        with self.skeleton.outside_blocks(self.job.source.read_outside, device, with_head=True):
+            self.ranks.set_location(head.name)
+            statistics = self._new_statistics(head)
+            for batch, ids in enumerate(own_part(self.ranks, batches)):
+                x = self.skeleton.head_input(ids.to(device), self.stream.states.get(batch))
+                statistics.add(x.reshape(-1, x.shape[-1]))
+            statistics.complete(self.ranks)
+            stored = self.job.source.read_outside([key])[key]
+            finished = prune_linear(
+                self.job.linear_settings, head, head.name, stored, statistics, ranks=self.ranks
+            )
+        check_same(self.ranks, head.name, {key: finished.weight})
+        return {key: finished.weight}, finished.record
+
+    def close(self) -> None:
+        """Release the hidden states, and the file that holds them."""
+        self.stream.close()
+        if self.dense is not None:
+            self.dense.close()
+
+
+@dataclass
+class BlockState:
+    """One block while it is pruned.
+
+    The fields from `changed` on are empty until the walk and the training fill them.
+
+    Attributes:
+        index: Position of the block.
+        name: Name of the block in the model, such as `model.layers.3`.
+        stored: Its dense tensors by relative name, in the checkpoint's dtypes and on the host.
+        digest: SHA-256 of `stored`, in hex.
+        module: The block with its weights in place, on the device. The walk changes them.
+        linears: The linears to prune, in the order of registration.
+        walk: How the windows go through the block; see `walk.py`.
+        expert_counters: Counters of its experts modules. Empty if no expert is to be measured on
+            tokens that did not choose it.
+        dense_inputs: Inputs of the dense block; None if the run needs none, and after the walk.
+        reconstruction: How the block is trained after the walk; None if it is not.
+        changed: The finished tensors by relative name, as far as they differ from `stored`, in the
+            dtypes of `stored`.
+        records: The records of the linears, by relative name.
+        packed: The linears that a compressed checkpoint stores as integers, by relative name.
+        reconstructed: The record of the training; None before it, or if there is none.
+    """
+
+    index: int
+    name: str
+    stored: Mapping[str, torch.Tensor]
+    digest: str
+    module: nn.Module
+    linears: list[Linear]
+    walk: Walk
+    expert_counters: list[ExpertCounter]
+    dense_inputs: DenseBlockInputs | None
+    reconstruction: BlockReconstruction | None
+    changed: dict[str, torch.Tensor] = field(default_factory=dict)
+    records: dict[str, LinearRecord] = field(default_factory=dict)
+    packed: dict[str, Stored] = field(default_factory=dict)
+    reconstructed: ReconstructionRecord | None = None
+
+    @property
+    def finished(self) -> dict[str, torch.Tensor]:
+        """All tensors of the block by relative name, as far as they are pruned."""
+        return {**self.stored, **self.changed}
+
+    def record(self, ranks: int) -> BlockRecord:
+        """The record of the finished block, made by this many ranks; its seconds are missing."""
+        return BlockRecord(
+            name=self.name,
+            input_sha256=self.digest,
+            walk=self.walk,
+            ranks=ranks,
+            linears={linear.name: self.records[linear.name] for linear in self.linears},
+            reconstruction=self.reconstructed,
+        )

@@ -1,0 +1,311 @@
+"""The folder of a result: who may write into it, what an earlier run left, and how it is completed.
+
+    find_earlier ► held ► begin ► write a shard, enter it in the record ► … ► finish
+
+A finished shard is a checkpoint of the run. It is written under a temporary name, made durable and
+renamed, and the record names it afterwards. The index is written last. No loader finds the weights
+without it, so nobody takes an unfinished folder for a model. `BlockFolder` has a shard
+for each block and one for all that lies outside them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from prunus.distributed import SINGLE_PROCESS, Ranks
+from prunus.engine.job import RunJob, check_known
+from prunus.engine.loop import Made
+from prunus.engine.options import RunOptions
+from prunus.engine.record import BlockwiseRecord, RunInputs, RunRecord
+from prunus.hardware.memory import describe_hardware, versions
+from prunus.model.checkpoint.atomic_files import (
+    RECORD_FILES,
+    TEMPORARY_SUFFIX,
+    check_shard,
+    fsync_folder,
+    make_folder,
+    remove,
+    remove_temporaries,
+    write_json,
+    write_text,
+)
+from prunus.model.checkpoint.lock import LOCK_NAME, locked
+from prunus.model.checkpoint.output_folder import (
+    auxiliary_files,
+    check_apart,
+    check_resume,
+    check_whole,
+    copy_companion,
+    is_vacant,
+)
+from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint
+from prunus.model.checkpoint.writer import Writable, save_safetensors
+from prunus.model.source import tensors_digest
+from prunus.options import Options
+
+_Record = TypeVar("_Record", bound=RunRecord)
+
+
+def remove_result(folder: Path, record: str) -> None:
+    """Remove a folder that a run made and this run holds, but for folders in it.
+
+    Its record goes after all else, so that a kill leaves a known folder. The lock goes last: from
+    then on another run may take the folder, which is not empty any more and stays.
+    """
+    last = [folder / record, folder / LOCK_NAME]
+    found = folder.glob("*") if last[0].exists() else folder.glob(f"*{TEMPORARY_SUFFIX}")
+    for path in (*(x for x in found if x.is_file() and x not in last), *last):
+        remove(path)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def bytes_in(folder: Path) -> int:
+    """Bytes of the files in a folder; 0 if there is no such folder."""
+    if not folder.is_dir():
+        return 0
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+
+
+def find_earlier(
+    kind: type[_Record],
+    output: Path,
+    recipe: Options,
+    options: RunOptions,
+    *sources: Path,
+    inside: str | None = None,
+) -> _Record | None:
+    """The record of the run that this one resumes, or None; `sources` must lie apart from it."""
+    for source in sources:
+        check_apart(output, source)
+    earlier = None
+    if not is_vacant(output, inside):
+        if not (output / kind.FILE).exists():
+            replaces = "`overwrite` replaces only what that command made. "
+            raise FileExistsError(
+                f"output {output} exists and holds no result of {kind.VERB}; it is left as it is. "
+                + (replaces if options.overwrite else "")
+                + "Move it away, or choose another name for the result"
+            )
+        earlier = None if options.overwrite else kind.load(output)
+    check_resume(output, earlier is not None and earlier.state == "running", options.resume)
+    if earlier is not None:
+        earlier.check_same_run(recipe)
+        if earlier.state == "running" and earlier.format == 1:
+            raise FileExistsError(
+                f"{output} holds an unfinished run of an earlier version of prunus, which named "
+                "its files otherwise: continue it with that version, or `overwrite` starts again"
+            )
+    return earlier
+
+
+def resumed_or_new(
+    kind: type[_Record],
+    earlier: _Record | None,
+    recipe: Options,
+    inputs: RunInputs,
+    device: torch.device,
+    **fields: Any,
+) -> _Record:
+    """The record of the run that is resumed, if it is the same, or a new one with `fields`."""
+    if earlier is not None:
+        earlier.check_same_run(recipe, inputs)
+        return earlier
+    hardware = describe_hardware(device)
+    return kind(recipe=recipe, inputs=inputs, versions=versions(), hardware=hardware, **fields)
+
+
+@contextlib.contextmanager
+def held(
+    kind: type[_Record], output: Path, ranks: Ranks, find: Callable[[], _Record | None]
+) -> Iterator[_Record | None]:
+    """Hold a folder against other runs for the length of a `with` block.
+
+    Only rank 0 touches the folder. All ranks must enter the block, and all fail if rank 0 does.
+    `find` calls `find_earlier`, and all ranks get what it returned.
+    """
+
+    # It is called twice: before anything is written, so that a folder of somebody else stays
+    # untouched, and while the folder is held, because another run may finish in between.
+
+    def look() -> dict[str, Any] | None:
+        earlier = find()
+        return None if earlier is None else earlier.model_dump(mode="json")
+
+    with locked_output(output, ranks, find):
+        found = ranks.on_rank_0(look)
+        yield None if found is None else kind.model_validate(found)
+
+
+@contextlib.contextmanager
+def locked_output(output: Path, ranks: Ranks, look: Callable[[], object]) -> Iterator[None]:
+    """Hold a folder against other runs, unless `look` raises an error: then no lock is written."""
+    with contextlib.ExitStack() as stack:
+        with ranks.fail_together():
+            if ranks.rank == 0:
+                look()
+                stack.enter_context(locked(output))
+        yield
+
+
+class ResultFolder:
+    """Writes the result of one run, in a folder that the run holds.
+
+    Every method leaves the folder in a state from which a killed run can resume. Only rank 0 may
+    call the methods that write.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        record: RunRecord,
+        source: Checkpoint | None = None,
+        ranks: Ranks = SINGLE_PROCESS,
+    ) -> None:
+        self.folder, self.record, self.source, self.ranks = folder, record, source, ranks
+
+    def save(self) -> None:
+        """Write the record. Other ranks than 0 do nothing."""
+        if self.ranks.rank == 0:
+            self.record.save(self.folder)
+
+    def begin(self, overwrite: bool) -> None:
+        """Create the folder, or clean up a killed run's: its shards are those the record names."""
+        folder, record = self.folder, self.record
+        make_folder(folder)
+        for name, expected in record.sha256.items():
+            if (folder / name).exists():
+                remedy = "remove it, and the same command makes it again"
+                check_shard(folder / name, expected, remedy)
+        # The record claims the folder first. Then the index is removed, so that the rest of an
+        # overwritten result is no model any more.
+        record.save(folder)
+        remove(folder / INDEX_NAME)
+        fsync_folder(folder)
+        if overwrite:
+            self._remove_others()
+        remove_temporaries(folder)
+        if record.forget_missing({name for name in record.sha256 if not self.has(name)}):
+            record.save(folder)
+
+    def _remove_others(self) -> None:
+        """Remove shards of the result that is replaced, and records of other verbs about it."""
+        for path in self.folder.glob("*.safetensors"):
+            if path.name not in self.record.sha256:
+                remove(path)
+        for name in RECORD_FILES:
+            if name != self.record.FILE:
+                remove(self.folder / name)
+
+    def has(self, shard: str) -> bool:
+        """Whether a shard is there, and the record names it."""
+        return shard in self.record.sha256 and (self.folder / shard).exists()
+
+    def write_shard(
+        self, name: str, tensors: Mapping[str, Writable], *, uncached: bool = False
+    ) -> None:
+        """Write a shard and note its SHA-256; the caller enters it in the record and saves that."""
+        if self.source is not None:
+            self.source.check_unchanged()
+        self.record.sha256[name] = save_safetensors(self.folder / name, tensors, uncached=uncached)
+
+    def finish(
+        self,
+        shards: Iterable[str],
+        *,
+        card: str,
+        config: Mapping[str, Any] | None = None,
+        keep_records: Iterable[str] = ("prunus-structure.json",),
+        code: bool = False,
+    ) -> None:
+        """Complete the result: companions, configuration, card, and at last the index.
+
+        `config` None copies the source's. With `keep_records`, records of earlier work on the
+        source hold for the result as well; which parts were removed stays known.
+        """
+        folder = self.folder
+        if self.source is not None:
+            here = self.source.folder
+            for path in auxiliary_files(here, code=code):
+                if path.name not in RECORD_FILES and (config is None or path.name != "config.json"):
+                    copy_companion(path, folder / path.name)
+            for name in keep_records:
+                if name != self.record.FILE and (here / name).exists():
+                    copy_companion(here / name, folder / name)
+        write_text(folder / "README.md", card)
+        if config is not None:
+            write_json(folder / "config.json", dict(config))
+        written = Checkpoint(folder, only=list(shards))
+        weight_map = {name: info.file for name, info in sorted(written.tensors.items())}
+        total = written.nbytes(written.tensors)
+        write_json(
+            folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
+        self.record.state = "finished"
+        self.record.save(folder)
+
+    def check_finished(self) -> None:
+        """Check that the finished result of an earlier run still has all its shards."""
+        self.ranks.on_rank_0(lambda: check_whole(self.folder))
+
+
+class BlockFolder(ResultFolder):
+    """Writes a result block by block under the names of the checkpoint; all ranks call its methods.
+
+    Only rank 0 touches the folder. After `begin`, `finished` blocks of an earlier run are known.
+    """
+
+    record: BlockwiseRecord
+
+    def __init__(self, folder: Path, record: BlockwiseRecord, job: RunJob) -> None:
+        super().__init__(folder, record, job.checkpoint.checkpoint, job.ranks)
+        self.job = job
+        self.finished = 0
+
+    def begin(self, overwrite: bool) -> None:
+        def prepare() -> int:
+            super(BlockFolder, self).begin(overwrite)
+            self.prepare()
+            return len(self.record.blocks)
+
+        self.finished = self.ranks.on_rank_0(prepare)
+        del self.record.blocks[self.finished :]
+
+    def prepare(self) -> None:
+        """What rank 0 writes before the first block."""
+
+    def made_from(self, place: int) -> int:
+        """The block of the source that block `place` of the result was made from."""
+        return place
+
+    def stored(self, place: int, made: Made) -> dict[str, torch.Tensor]:
+        return self.job.checkpoint.as_stored(self.made_from(place), made.tensors)
+
+    def restored(self, place: int) -> dict[str, torch.Tensor]:
+        """The tensors of a finished block, by relative name, from its shard."""
+        index = self.made_from(place)
+        shard = Checkpoint(self.folder, only=[self.record.shard(place)])
+        found = shard.read(self.job.checkpoint.block_keys(index))
+        return self.job.checkpoint.from_stored(index, found)
+
+    def read_block(self, place: int) -> Mapping[str, torch.Tensor]:
+        return self.ranks.tensors_from_rank_0(lambda: self._read_block(place))
+
+    def _read_block(self, place: int) -> dict[str, torch.Tensor]:
+        known, source = self.record.blocks[place], self.job.checkpoint
+        index = self.made_from(place)
+        name = self.job.skeleton.block_name(index)
+        check_known({name: known.input_sha256}, name, tensors_digest(source.block(index)))
+        return self.restored(place)
+
+    def write_block(self, place: int, made: Made) -> None:
+        """Write a block's shard, then save the record."""
+        if self.ranks.rank == 0:
+            self.write_shard(self.record.shard(place), self.stored(place, made))
+        self.record.blocks.append(made.record)
+        self.save()

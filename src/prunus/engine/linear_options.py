@@ -1,0 +1,251 @@
+"""The options that prune and compress share: which weights are removed, and how others follow.
+
+Options that only decide how the work is done, such as the memory budget or the device, are
+`prunus.engine.options.RunOptions`. They may change between a run and its resumption. Imports no
+torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import field_validator, model_validator
+
+from prunus.engine.options import WindowOptions
+from prunus.methods.options import METHOD, MethodOptions
+from prunus.methods.table import METHODS, check_method_name, check_owners
+from prunus.options import Option, at_least, between
+from prunus.options.declaration import percent
+
+SELECTION = "Allocation and selection"
+_PATTERN = re.compile(r"^(\d+):(\d+)$")
+
+
+#: The option `sparsity`, whose default differs between verbs.
+Sparsity = Annotated[
+    float,
+    Option(
+        "Remove this share of weights.",
+        metavar="SHARE",
+        within=between("[0, 1)", ": 0.5 removes half of the weights"),
+        is_condition=True,
+    ),
+]
+
+
+class PruningOptions(MethodOptions, WindowOptions):
+    """What prune and compress have in common: which weights are removed, and how others follow.
+
+    `pattern` is "unstructured" or N:M, which keeps at most N of every M consecutive inputs of a
+    row. (The original code of Wanda and SparseGPT counts the zeros instead; for 2:4 and 4:8 both
+    readings agree.) An N:M pattern implies its sparsity.
+    """
+
+    method: Annotated[
+        str,
+        Option(
+            f"Remove weights by {', '.join(METHODS)}, or FILE.py:NAME.",
+            metavar="METHOD",
+            suggestions=lambda: METHODS,
+            decides_zeros=True,
+        ),
+    ] = "wanda"
+    sparsity: Sparsity = 0.5
+    pattern: Annotated[
+        str,
+        Option(
+            "Keep at most N of every M consecutive inputs, such as 2:4.",
+            metavar="N:M",
+            is_condition=True,
+        ),
+    ] = "unstructured"
+    group: Annotated[
+        str | int | None,
+        Option(
+            "Remove the lowest scores among these weights: row, layer, column, or a number of rows "
+            "per group.",
+            metavar="GROUP",
+            panel=METHOD,
+            default="as published for the method; row for alps, whose own code compares the layer",
+            decides_zeros=True,
+        ),
+    ] = None
+    allocation: Annotated[
+        Literal["uniform", "fisher"],
+        Option(
+            "Give all linears the same sparsity (uniform), or let those whose errors cost the "
+            "model most keep more, by gradients of the dense model (fisher).",
+            metavar="RULE",
+            panel=SELECTION,
+            decides_zeros=True,
+        ),
+    ] = "uniform"
+    only: Annotated[
+        tuple[str, ...],
+        Option(
+            "Prune only linears whose names match; may be repeated.",
+            metavar="GLOB",
+            panel=SELECTION,
+            is_condition=True,
+        ),
+    ] = ()
+    ignore: Annotated[
+        tuple[str, ...],
+        Option(
+            "Leave linears whose names match as they are; may be repeated.",
+            metavar="GLOB",
+            panel=SELECTION,
+            is_condition=True,
+        ),
+    ] = ()
+    min_expert_tokens: Annotated[
+        int | None,
+        Option(
+            "Measure an expert with fewer tokens than this on all tokens.",
+            flag=False,
+            within=at_least(0, ", where 0 always uses an expert's own tokens"),
+            default="by the method",
+        ),
+    ] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_sparsity(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values  # a damaged record, which pydantic refuses next
+        values = cls.filled_in(values)
+        given = values.get("sparsity")
+        if isinstance(given, str) and _PATTERN.match(given):
+            raise ValueError(f"sparsity is a share such as 0.5; did you mean `pattern` {given}?")
+        with contextlib.suppress(TypeError, ValueError):
+            given = float(given)  # the command line gives text
+        match = _PATTERN.match(str(values.get("pattern", "")))
+        if not match or not 1 <= int(match[1]) <= int(match[2]):
+            return values
+        implied = 1 - int(match[1]) / int(match[2])
+        if given is not None and given != implied:
+            raise ValueError(
+                f"pattern {match[0]} already fixes the sparsity at {implied:g}; "
+                f"got sparsity {given} as well: give one of the two"
+            )
+        return {**values, "sparsity": implied}
+
+    @classmethod
+    def filled_in(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The given options with those that follow from them."""
+        return values
+
+    def changed_by(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        known = super().changed_by(given)
+        if "pattern" in given and self.n_of_m:
+            known.pop("sparsity", None)  # This recipe's own pattern implied it.
+        return known
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, value: str) -> str:
+        check_method_name(value)
+        return value
+
+    @field_validator("group", mode="before")
+    @classmethod
+    def _known_group(cls, value: str | int | None) -> str | int | None:
+        if isinstance(value, str) and value.isdigit():
+            value = int(value)
+        if value is None or value in ("row", "layer", "column"):
+            return value
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+            return value
+        raise ValueError(
+            f"group must be row, layer, column or a number of rows (1 or more); got {value!r}"
+        )
+
+    @field_validator("pattern")
+    @classmethod
+    def _known_pattern(cls, value: str) -> str:
+        if value == "unstructured":
+            return value
+        match = _PATTERN.match(value)
+        if not match:
+            raise ValueError(
+                f"pattern must be 'unstructured' or N:M such as 2:4; got {value!r}{percent(value)}"
+            )
+        if not 1 <= int(match[1]) <= int(match[2]):
+            raise ValueError(
+                f"pattern N:M keeps N of every M weights, so 1 <= N <= M; got {value!r}"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _options_fit_together(self) -> PruningOptions:
+        if self.method in METHODS:  # The plan loads the file of any other method.
+            check_owners(METHODS[self.method], self)
+        if self.allocation != "uniform" and self.n_of_m:
+            raise ValueError(
+                f"allocation {self.allocation} distributes an unstructured sparsity; "
+                f"{self.pattern} is the same in every layer: drop one of the two"
+            )
+        self.check_fit()
+        return self
+
+    def check_fit(self) -> None:
+        """Check the rules of a verb."""
+
+    # What only prune does. A command that adds to it has a recipe in which these are options.
+
+    @property
+    def trained_blocks(self) -> Literal["none", "last", "all"]:
+        """The blocks whose remaining weights are trained towards the dense model."""
+        return "none"
+
+    @property
+    def epochs(self) -> int | None:
+        """The epochs of that training; None chooses them by the number of tokens."""
+        return None
+
+    @property
+    def two_passes(self) -> bool:
+        """Whether windows run twice through each block, as in the original code of Wanda."""
+        return False
+
+    @property
+    def prunes_head(self) -> bool:
+        """Whether the output head is pruned too."""
+        return False
+
+    @property
+    def n_of_m(self) -> tuple[int, int] | None:
+        """(N, M), or None for unstructured sparsity."""
+        match = _PATTERN.match(self.pattern)
+        return (int(match[1]), int(match[2])) if match else None
+
+    @property
+    def allocates(self) -> bool:
+        """Whether the sparsity of each linear is measured, on windows of the dense model."""
+        return self.allocation == "fisher"
+
+    def selects(self, name: str) -> bool:
+        """Whether the linear `name` (its full path in the model) is to be pruned.
+
+        >>> PruningOptions(only=["*.mlp.*"]).selects("model.layers.0.mlp.up_proj")
+        True
+        """
+        wanted = not self.only or any(fnmatch.fnmatchcase(name, glob) for glob in self.only)
+        return wanted and not any(fnmatch.fnmatchcase(name, glob) for glob in self.ignore)
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Refuse name patterns that match nothing: a typing error would prune the wrong linears."""
+        known = list(names)
+        for option, globs in (("only", self.only), ("ignore", self.ignore)):
+            for glob in globs:
+                if not any(fnmatch.fnmatchcase(name, glob) for name in known):
+                    raise ValueError(
+                        f"`{option}` {glob!r} matches none of the {len(known)} linears; names look "
+                        f"like {known[0]!r}, and * stands for anything: '*.mlp.*'"
+                    )
+        if not any(self.selects(name) for name in known):
+            raise ValueError("`only` and `ignore` leave no linear to prune")

@@ -1,0 +1,299 @@
+"""What a run did to the linears of a checkpoint: the record that prune and compress share.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from prunus.engine.document import Table, table_of
+from prunus.engine.linear_options import PruningOptions
+from prunus.engine.record import BlockwiseRecord, Part, Walk, bos_words
+
+if TYPE_CHECKING:
+    import torch
+
+#: The number of an expert in a linear's name. All experts count as one kind of linear.
+_EXPERT_NUMBER = re.compile(r"\.\d+\.")
+
+
+class LinearRecord(Part):
+    """What happened to one linear.
+
+    Attributes:
+        shape: (out, in).
+        zeros: Weights that are exactly zero afterwards.
+        sparsity: Share of zeros.
+        relative_output_error: ‖X(W−Ŵ)ᵀ‖² / ‖XWᵀ‖² from the Gram matrix; None if the method keeps
+            none.
+        removed_energy: Σ (w−ŵ)²‖x_j‖² / Σ w²‖x_j‖² from the norms, as if inputs were uncorrelated;
+            None if the method keeps a Gram matrix, or nothing.
+        tokens: Calibration tokens that reached the linear.
+        seconds: Time to prune it.
+        bits: Bits per weight in the compressed file, with all that belongs to the linear; None
+            where the run does not compress.
+        log2_step: log2 of the step that the rate control gave it; see `rate_control.py`.
+        packed: The linear's entry in the config.json of the compressed checkpoint, or None.
+        notes: Remarks of the method, such as raised damping.
+    """
+
+    shape: tuple[int, int]
+    zeros: int
+    sparsity: float
+    relative_output_error: float | None = None
+    removed_energy: float | None = None
+    tokens: int
+    seconds: float
+    bits: float | None = None
+    log2_step: float | None = None
+    packed: dict[str, Any] | None = None
+    notes: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def error(self) -> float | None:
+        """The relative output error, or the removed energy where that alone was measured."""
+        if self.relative_output_error is not None:
+            return self.relative_output_error
+        return self.removed_energy
+
+
+def mean_error(totals: Mapping[str, Any]) -> tuple[str, float | None]:
+    """The name of the error that a run measured, and its mean over all linears."""
+    if totals["mean_relative_output_error"] is not None:
+        return "relative output error", totals["mean_relative_output_error"]
+    return "removed energy", totals["mean_removed_energy"]
+
+
+def mean_bits(linears: Iterable[Any]) -> float | None:
+    """The mean bits per weight of the linears whose `bits` are known; None where none are."""
+    known = [(x.bits, x.shape[0] * x.shape[1]) for x in linears if x.bits is not None]
+    return sum(bits * n for bits, n in known) / sum(n for _, n in known) if known else None
+
+
+class ReconstructionRecord(Part):
+    """What block reconstruction did to a block.
+
+    Attributes:
+        error_before, error_after: On the held-out tokens, in the unit of `measure`.
+        measure: "outputs": the mean of ‖output − dense output‖² / ‖dense output‖². "logits": the
+            KL divergence from the dense model's next token, in nats.
+        steps: Gradient steps taken.
+        stopped: Why training ended early, or None.
+        dtype: Of the matrix products.
+        seconds: Time to train.
+    """
+
+    error_before: float
+    error_after: float
+    measure: Literal["outputs", "logits"] = "outputs"
+    steps: int
+    stopped: str | None = None
+    dtype: str
+    seconds: float
+
+
+class BlockRecord(Part):
+    """One finished block.
+
+    Attributes:
+        name: Full name of the block.
+        input_sha256: Hash of the dense weights that it was made from.
+        walk: How the windows went through it.
+        seconds: Time for the whole block.
+        ranks: Processes that made it. Every rank sums its own part of a Gram matrix, so the last
+            bits of methods that use one depend on this number.
+        linears: By relative name. Errors are those before reconstruction, zeros and sparsity those
+            of the result.
+        reconstruction: None for blocks that were not reconstructed.
+    """
+
+    name: str
+    input_sha256: str
+    walk: Walk
+    seconds: float = 0.0
+    ranks: int = 1
+    linears: dict[str, LinearRecord]
+    reconstruction: ReconstructionRecord | None = None
+
+
+class PruningRecord(BlockwiseRecord):
+    recipe: PruningOptions
+    blocks: list[BlockRecord] = Field(default_factory=list)
+    head: LinearRecord | None = None  #: the pruned output head, or None
+    #: Full name of a linear -> its sparsity; empty if all have the recipe's.
+    allocation: dict[str, float] = Field(default_factory=dict)
+    #: Folder of local datasets that the calibration text was read from, if any.
+    data_dir: str | None = None
+    #: Weights of the blocks that stay as they are: full name -> shape.
+    left_dense: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    #: Bits of the grid that the weights of the model lay on before the run, or None.
+    grid_bits: int | None = None
+
+    @property
+    def what(self) -> str:
+        """What was done, in two or three words."""
+        return self.recipe.method
+
+    def close(self, seconds: float, device: torch.device) -> None:
+        # It imports torch, which whoever only reads a record does not need.
+        from prunus.hardware.memory import peak_memory
+
+        self.totals = self.summary() | {
+            "seconds": round(seconds, 2),
+            "peak_memory_bytes": peak_memory(),
+        }
+        if device.type == "cuda":
+            self.totals["peak_device_memory_bytes"] = peak_memory(device)
+
+    def summary(self) -> dict[str, Any]:
+        """Totals over the pruned linears: weights, zeros, sparsity, mean error, seconds."""
+        linears = [linear for block in self.blocks for linear in block.linears.values()]
+        linears += [self.head] if self.head is not None else []
+        weights = sum(linear.shape[0] * linear.shape[1] for linear in linears)
+        zeros = sum(linear.zeros for linear in linears)
+        errors = [x.relative_output_error for x in linears if x.relative_output_error is not None]
+        energy = [x.removed_energy for x in linears if x.removed_energy is not None]
+        return {
+            "linears": len(linears),
+            "weights": weights,
+            "zeros": zeros,
+            "sparsity": zeros / weights if weights else 0.0,
+            "mean_relative_output_error": sum(errors) / len(errors) if errors else None,
+            "mean_removed_energy": sum(energy) / len(energy) if energy else None,
+            "zeros_before": sum(x.notes.get("zeros_before", 0) for x in linears),
+            **_bits(linears),
+            **_experts(linears),
+            "block_seconds": sum(block.seconds for block in self.blocks),
+        }
+
+    def linears_by_kind(self) -> dict[str, list[LinearRecord]]:
+        """Name of a linear inside its block -> the records of all blocks; the head comes last."""
+        kinds: dict[str, list[LinearRecord]] = {}
+        for block in self.blocks:
+            for name, record in block.linears.items():
+                kinds.setdefault(_EXPERT_NUMBER.sub(".*.", name), []).append(record)
+        return kinds | ({} if self.head is None else {"output head": [self.head]})
+
+    def table(self) -> Table:
+        """One row per kind of linear, and the totals."""
+        totals = self.all_totals()
+        error, mean = mean_error(totals)
+
+        def row(name: str, records: Sequence[LinearRecord]) -> dict[str, Any]:
+            weights = sum(x.shape[0] * x.shape[1] for x in records)
+            errors = [x.error for x in records if x.error is not None]
+            return {
+                "linear": name,
+                "count": len(records),
+                "weights": weights,
+                "zeros": sum(x.zeros for x in records) / weights if weights else 0.0,
+                "bits": mean_bits(records),
+                error: sum(errors) / len(errors) if errors else None,
+                "seconds": sum(x.seconds for x in records),
+            }
+
+        kinds = self.linears_by_kind()
+        every = [record for each in kinds.values() for record in each]
+        return table_of(
+            f"{self.what}, {self.source}",
+            [row(name, each) for name, each in kinds.items()],
+            {
+                "count": ",d",
+                "weights": ",d",
+                "zeros": ".2%",
+                "bits": ".3f",
+                error: ".3%",
+                "seconds": ".1f",
+            },
+            "\n".join(self._notes(totals)),
+            row("all", every) | {error: mean},
+        )
+
+    def _notes(self, totals: dict[str, Any]) -> list[str]:
+        """What the table says below its rows."""
+        lines = [] if self.state == "finished" else ["The run is not finished."]
+        memory = totals.get("peak_memory_bytes")
+        lines.append(
+            f"computed in {self.inputs.dtype} on {self.inputs.device}, {totals['seconds']:.1f} s; "
+            + ("" if memory is None else f"peak memory {memory / 1e9:.2f} GB; ")
+            + f"calibration: {self.inputs.calibration}, {bos_words(self.inputs.bos)}"
+        )
+        if totals.get("forced_zeros"):
+            lines.append(f"zeros that a mask forced: {totals['forced_zeros']:,}")
+        if totals["zeros_before"]:
+            share = totals["zeros_before"] / totals["weights"]
+            lines.append(f"the model had {share:.1%} zeros already")
+        lines += filter(None, [grid_words(self.grid_bits)])
+        if totals.get("expert_linears"):
+            few, count = totals["expert_linears_measured_on_all"], totals["expert_linears"]
+            lines.append(
+                f"experts: {few} of {count} linears measured on all tokens, because too few chose "
+                f"the expert (the fewest: {totals['least_routed_tokens']:,})"
+            )
+        return lines
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+    def all_totals(self) -> dict[str, Any]:
+        """The recorded totals, and those that follow from the linears where one is missing.
+
+        A record of another version, or a damaged one, may lack some, or hold text for a number.
+        """
+        recorded = {
+            name: value
+            for name, value in self.totals.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        found = self.summary() | recorded
+        return found | {"seconds": found.get("seconds", found["block_seconds"])}
+
+
+def _bits(linears: Sequence[LinearRecord]) -> dict[str, float]:
+    """Mean bits per weight and zeros that a mask forced; empty where a run does not compress."""
+    bits = mean_bits(linears)
+    if bits is None:
+        return {}
+    return {"bits": bits, "forced_zeros": sum(x.notes.get("forced_zeros", 0) for x in linears)}
+
+
+def _experts(linears: Sequence[LinearRecord]) -> dict[str, int]:
+    """How many linears belong to experts, and how many were measured on all tokens, if any."""
+    notes = [linear.notes for linear in linears if "routed_tokens" in linear.notes]
+    if not notes:
+        return {}
+    return {
+        "expert_linears": len(notes),
+        "expert_linears_measured_on_all": sum("measured_on" in each for each in notes),
+        "least_routed_tokens": min(each["routed_tokens"] for each in notes),
+    }
+
+
+def grid_words(bits: int | None) -> str:
+    """What it means for people that weights lie on a grid of so many bits; nothing for None."""
+    if bits is None:
+        return ""
+    return (
+        f"The weights of the model were rounded to about {bits} bits before this run: beside "
+        "formats of as many bits it compares better than ordinary weights would, and the size "
+        "before is that of unpacked weights (benchmarks/dither.py makes fair ones of a GGUF file)."
+    )
+
+
+def calibration_words(record: PruningRecord) -> str:
+    """Where the calibration windows were taken from."""
+    return f"{record.inputs.calibration}, {bos_words(record.inputs.bos)}"
+
+
+def sparsity_tag(sparsity: float) -> str:
+    """The tag of a sparsity.
+
+    >>> sparsity_tag(0.5)
+    'sparsity-50'
+    """
+    return f"sparsity-{sparsity:.0%}".removesuffix("%")

@@ -1,0 +1,202 @@
+"""The loop over the blocks of a run: read ahead, change, write behind, record, report.
+
+    finished by an earlier run   the windows run through the stored block
+    all others                   read the block ► the step changes it ► write its shard
+
+Disk and processor work at the same time where memory has room for two more blocks. Two threads do
+it, which change nothing but the time: blocks are read and written one at a time and in order, and a
+shard still has its final name before the record names it.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
+
+import torch
+
+from prunus.distributed import RankError, Ranks
+from prunus.engine.job import RunJob, check_known
+from prunus.engine.progress import Progress
+from prunus.hardware.memory import peak_memory, return_freed_memory
+from prunus.hardware.numerics import check_finite
+from prunus.model.source import tensors_digest
+
+
+@dataclass(frozen=True)
+class Made:
+    tensors: Mapping[str, torch.Tensor]
+    record: Any
+    message: str
+    packed: Mapping[str, Any] = field(default_factory=dict)
+
+
+class BlockStep(Protocol):
+    """What a verb does to blocks, one after the other."""
+
+    def take(self, place: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Run the windows through a block that an earlier run has finished."""
+        ...
+
+    def make(self, place: int, stored: StoredBlock) -> Made: ...
+
+
+class BlockOutput(Protocol):
+    """Where finished blocks are kept."""
+
+    def read_block(self, place: int) -> Mapping[str, torch.Tensor]:
+        """The tensors of a finished block by relative name."""
+        ...
+
+    def write_block(self, place: int, made: Made) -> None:
+        """Keep a finished block, then enter it in the record."""
+        ...
+
+
+def run_blocks(
+    job: RunJob,
+    step: BlockStep,
+    output: BlockOutput,
+    finished: int,
+    *,
+    made_from: Sequence[int] | None = None,
+    names: Callable[[int], str] | None = None,
+    again: bool = False,
+) -> None:
+    """Change the blocks of a model, from the first one that is not finished to the last.
+
+    `made_from` has the block of the source for each block of the result (None: all in order), and
+    `names` their names. With `again` finished blocks are changed once more without writing them,
+    because the next block depends on what is not stored of them.
+    """
+    started = time.perf_counter()
+    places = made_from if made_from is not None else range(len(job.skeleton))
+    name_of = names or job.skeleton.block_name
+
+    def report(place: int, message: str) -> None:
+        job.options.step(
+            Progress(
+                done=place + 1,
+                total=len(places),
+                message=f"{name_of(place)} {message}",
+                seconds=time.perf_counter() - started,
+                peak_memory=peak_memory(job.device),
+            )
+        )
+
+    taken = 0 if again else finished
+    for place in range(taken):
+        step.take(place, output.read_block(place))
+        report(place, "taken from the earlier run")
+    left = range(taken, len(places))
+    with BackgroundWrites(job.overlaps) as writes:
+        blocks = read_ahead(left, lambda place: _read(job, places[place]), job.overlaps)
+        for place, stored in zip(left, blocks, strict=True):
+            source_name = job.skeleton.block_name(places[place])
+            check_known(job.measured, source_name, stored.digest)
+            made = step.make(place, stored)
+            if place >= finished:
+                writes.submit(functools.partial(output.write_block, place, made))
+            if job.ranks.size > 1:
+                return_freed_memory()
+            report(place, made.message)
+
+
+def _read(job: RunJob, index: int) -> StoredBlock:
+    """Read a block of the source, check it and hash it."""
+    tensors = job.source.block(index, pinned=job.overlaps and job.device.type == "cuda")
+    return read_stored(job.skeleton.block_name(index), tensors)
+
+
+def check_same(ranks: Ranks, name: str, changed: Mapping[str, torch.Tensor]) -> None:
+    """Check that all ranks have pruned to the same bytes. Each must: it continues with its own."""
+    if ranks.size == 1:
+        return
+    digests = ranks.gather_text(tensors_digest(changed))
+    others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        raise RankError(
+            f"{name} was pruned to other bytes on rank {', '.join(map(str, others))} than on "
+            "rank 0: their machines round differently. Run the ranks on machines of one kind"
+        )
+
+
+class StoredBlock(NamedTuple):
+    tensors: Mapping[str, torch.Tensor]
+    digest: str
+
+
+def read_stored(name: str, tensors: Mapping[str, torch.Tensor]) -> StoredBlock:
+    """Read every byte of a block, and check that all weights are finite."""
+    check_finite(tensors, f"{name}.")
+    return StoredBlock(tensors, tensors_digest(tensors))
+
+
+T = TypeVar("T")
+
+
+def read_ahead(indices: Iterable[int], read: Callable[[int], T], overlaps: bool) -> Iterator[T]:
+    """Yield `read(index)` for each index, and read the next one meanwhile.
+
+    The next one is read from the moment when its predecessor is taken, so the caller computes with
+    one block while the other arrives.
+
+    >>> list(read_ahead([1, 2, 3], lambda index: 10 * index, overlaps=True))
+    [10, 20, 30]
+    """
+    if not overlaps:
+        yield from map(read, indices)
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="read") as executor:
+        coming: Future[T] | None = None
+        for index in indices:
+            ready, coming = coming, executor.submit(read, index)
+            if ready is not None:
+                yield ready.result()
+            # What was taken can leave memory before the next one is asked for.
+            del ready
+        if coming is not None:
+            yield coming.result()
+
+
+class BackgroundWrites:
+    """Runs writes one at a time and in order, on a thread of its own.
+
+    Leaving the `with` waits for the last write, also if an error ends the run: what is finished is
+    not lost. An error of a write is raised by the next call.
+
+    >>> with BackgroundWrites(overlaps=True) as writes:
+    ...     writes.submit(lambda: print("written"))
+    written
+    """
+
+    def __init__(self, overlaps: bool) -> None:
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="write") if overlaps else None
+        self._last: Future[None] | None = None
+
+    def submit(self, write: Callable[[], None]) -> None:
+        """Wait for the write before this one, then begin this one."""
+        self.wait()
+        if self._executor is None:
+            write()
+        else:
+            # Each thread has a gradient mode of its own.
+            self._last = self._executor.submit(torch.no_grad()(write))
+
+    def wait(self) -> None:
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(wait=True)
+        if error is None:
+            self.wait()

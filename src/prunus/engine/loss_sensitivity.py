@@ -1,0 +1,428 @@
+"""How the loss of the dense model grows with errors in the outputs of its linears.
+
+If the outputs z of a linear change by small errors e that do not depend on the text, the expected
+loss grows by half of
+
+    Σ_i s_i · E[e_i²],    s_i = E[(∂ log p(y) / ∂z_i)²],    y drawn from the model's own p.
+
+This is the diagonal of the Fisher information (Amari 1998), measured at the outputs. So s says what
+errors in a linear, and in each of its rows, cost: which linears should keep more weights or bits.
+
+Models without logits per token have no p. There s is the mean squared gradient of z·h / ‖h‖, with z
+drawn from a normal distribution and h the outputs of the last block: their relative change.
+
+Two passes measure it with one block in memory at a time. The first keeps the inputs of every block
+for a few windows. The second runs through the blocks from the last to the first: each one runs
+again, and the gradient runs back through it.
+
+Shape suffixes: O outputs, R some of them, I inputs, Q quantiles of the inputs, P sparsities.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunus.engine.block.hooks import output_hooks, tokens_of
+from prunus.engine.job import BlockMemory, RunJob
+from prunus.engine.reconstruction.reconstruct_block import activation_bytes
+from prunus.hardware.errors import naming
+from prunus.hardware.numerics import all_finite, multiplies_bfloat16
+from prunus.methods.options import MethodOptions
+from prunus.methods.rate_distortion import relative_steps
+from prunus.methods.statistics import InputStatistics, statistics_bytes
+from prunus.model.kinds import CAUSAL, IMAGES
+from prunus.model.linears import Linear
+from prunus.model.stream import Stream
+
+# The windows that measure, and their length.
+_PROBE_WINDOWS, _PROBE_TOKENS = 8, 256
+# This share of its linear's mean is added to the sensitivity of every row. A few tokens say little
+# about a single row, and may miss it.
+_SHARED = 0.1
+# The largest width of a part of a linear's inputs, and the most bytes of a block's Gram matrices.
+_MAX_WIDTH, _MAX_BYTES = 2048, 2**30
+# Numbers that stand for the inputs of a linear.
+_QUANTILES = 64
+#: The curve of a linear's loss has a point at every sparsity of 0, 1, 2, ... 39 times this.
+CURVE_STEP = 1 / 40
+# The rows that the curve is computed from.
+_CURVE_ROWS = 256
+# The second pass takes about as many times the time of the first.
+_BACKWARD = 3
+# float16 holds no gradient below 6e-8 and none above 65,504. So gradients are multiplied by the
+# first of these factors with which all of them are finite.
+_FLOAT16_FACTORS = (2.0**12, 2.0**4, 2.0**-4)
+
+
+@dataclass(frozen=True)
+class LinearSensitivity:
+    """What is known of a linear before it is pruned or quantised."""
+
+    loss_O: Tensor  #: s_i, float32 (O,)
+    power: float  #: the mean square of an input
+    #: float32 (Q,): quantiles over the inputs of the deviation of a column's weights in units of
+    #: U_jj, with the rows scaled as they will be quantised. Empty where the linear is not
+    #: quantised.
+    deviations_Q: Tensor = field(default_factory=lambda: torch.zeros(0))
+    #: float32 (P,): Σ s_i w_ij² E[x_j²] of the weights that Wanda removes at each sparsity, the
+    #: loss if their errors were independent. Empty where it is quantised.
+    curve_P: Tensor = field(default_factory=lambda: torch.zeros(0))
+    #: float32 (I,): by how much the squared error of a weight in each column raises that of its
+    #: output: E[x_j²], or power / U_jj² where it is quantised and later columns correct the error.
+    importance_I: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    @property
+    def scales_O(self) -> Tensor:
+        """The relative steps of the rows, s_i^-½, with a geometric mean of 1."""
+        logs_O = self.loss_O.log()
+        return (0.5 * (logs_O.mean() - logs_O)).exp()
+
+    @property
+    def unit(self) -> float:
+        """The step, relative to U_jj, at which an error raises the loss as in every linear."""
+        return float((-0.5 * self.loss_O.log().mean()).exp()) * self.power**-0.5
+
+
+def measure_loss(
+    job: RunJob,
+    ids: Tensor,
+    selected: Sequence[Sequence[str]],
+    options: MethodOptions,
+    quantizes: bool,
+    outside: bool = False,
+) -> dict[str, LinearSensitivity]:
+    """`loss_sensitivities` of the dense model of a run, on the first of its windows or images."""
+    windows = ids[:_PROBE_WINDOWS]
+    windows = windows if windows.is_floating_point() else windows[:, :_PROBE_TOKENS]
+    stream = Stream(job.skeleton, job.hashed_source, job.device)
+    steps = (1 + _BACKWARD) * len(job.skeleton)
+    count = job.preparing("measuring what errors of each linear cost", steps)
+    with torch.no_grad(), contextlib.closing(stream):
+        stream.embed([windows], None)
+        seed = job.recipe.seed
+        return loss_sensitivities(
+            stream, windows, selected, options, seed, quantizes, outside, count
+        )
+
+
+def loss_sensitivities(
+    stream: Stream,
+    ids: Tensor,
+    selected: Sequence[Sequence[str]],
+    options: MethodOptions,
+    seed: int,
+    quantizes: bool,
+    outside: bool = False,
+    count: Callable[[int], None] = lambda steps: None,
+) -> dict[str, LinearSensitivity]:
+    """Full name -> sensitivity of the dense linears `selected` per block.
+
+    The stream has embedded `ids` (windows, tokens), or pixel values, as one batch. Linears that are
+    quantised (`quantizes`) need their inputs' Gram matrices. With `outside`, the embedding and the
+    head of a causal model are measured too, each for its own part if they are tied. `count` is
+    called with the steps that are done, of which a block has one and `_BACKWARD`.
+    """
+    inputs, found = _block_inputs(stream, count), dict[str, LinearSensitivity]()
+    first, head = inputs[0], None
+    if stream.skeleton.kind is CAUSAL:
+        gradient, heads = _gradient_of_loss(stream, ids, seed, outside)
+        head = next(iter(heads.values()), None)
+    else:
+        gradient = _gradient_of_change(stream, seed)
+    unit = gradient.shape[:-1].numel()
+    for index in reversed(range(len(stream.skeleton))):
+        gradient, of_block = _measure_block(
+            stream, index, inputs.pop(), gradient, selected[index], quantizes
+        )
+        for name, sums in of_block.items():
+            with naming(name):
+                found[name] = sums.sensitivity(options, unit)
+            if not bool(found[name].loss_O.isfinite().all()):
+                raise ValueError(f"the gradients of {name} are not finite; try `dtype` float32")
+        stream.skeleton.release(index)
+        count(_BACKWARD)
+    if head is not None:
+        found[head.linear.name] = head.known(unit)
+        embedding = _outside(stream, "input")
+        found[embedding.name] = _of_embedding(stream, embedding, ids, first, gradient, unit)
+    return found
+
+
+def _outside(stream: Stream, which: str) -> Linear:
+    """The input embedding, or the output head, by its full name."""
+    model: Any = stream.skeleton.model
+    module = getattr(model, f"get_{which}_embeddings")()
+    return Linear(next(name for name, each in model.named_modules() if each is module), module)
+
+
+def _of_embedding(
+    stream: Stream, embedding: Linear, ids: Tensor, first: Tensor, gradient: Tensor, unit: float
+) -> LinearSensitivity:
+    """What is known of the embedding, from the inputs of the first block and their gradients."""
+    key = f"{embedding.name}.weight"
+    rows_TI = stream.source.read_outside([key])[key][ids.flatten().cpu()].float()
+    # Some models multiply rows by a number.
+    scale = float(first.float().square().mean() / rows_TI.square().mean().clamp_min(1e-12))
+    frequency_O = ids.flatten().cpu().bincount(minlength=embedding.shape[0]) / ids.numel()
+    squares_I = tokens_of(gradient).float().square().sum(dim=0).cpu()
+    return LinearSensitivity(_shared(frequency_O), scale, importance_I=squares_I * (scale / unit))
+
+
+def _shared(mean_O: Tensor) -> Tensor:
+    return (mean_O + _SHARED * mean_O.mean()).clamp_min_(1e-12)
+
+
+def measuring_memory(job: RunJob, quantizes: bool) -> BlockMemory:
+    """Memory of the measurement. Its entry `hidden` are the inputs of all blocks, on the host."""
+    skeleton, itemsize = job.skeleton, job.dtype.itemsize
+    blocks = range(len(skeleton))
+    length, hidden = skeleton.window_shape(0, job.recipe.seqlen)
+    if skeleton.kind is not IMAGES:
+        length = min(_PROBE_TOKENS, length)
+    tokens = min(_PROBE_WINDOWS, job.recipe.samples) * length
+    linears = [skeleton.linears(index) for index in blocks]
+    widest = max(max(linear.shape) for block in linears for linear in block)
+    parameters = max(
+        sum(p.numel() for p in skeleton.blocks[index].parameters()) for index in blocks
+    )
+    heads = int(getattr(job.source.config.get_text_config(), "num_attention_heads", 1) or 1)
+    transient = activation_bytes(tokens, length, hidden, widest, heads, itemsize)
+    if skeleton.kind is CAUSAL:
+        # The head sees one window: its logits, their logarithms, and the gradients of both.
+        transient = max(transient, skeleton.vocabulary * (hidden * itemsize + 16 * length))
+    # A curve sorts some rows of a linear.
+    curve = 3 * 4 * _CURVE_ROWS * widest
+    return BlockMemory(
+        weights=max(map(job.source.block_nbytes, blocks)) + parameters * itemsize,
+        working=max(map(_gram_bytes, linears)) if quantizes else curve,
+        hidden=len(blocks) * tokens * hidden * itemsize,
+        paused=0,
+        transient=2 * tokens * hidden * itemsize + transient,
+    )
+
+
+def _gram_bytes(linears: Sequence[Linear]) -> int:
+    """Bytes of the Gram matrices of a block's linears, one for each part of their inputs."""
+    part = part_width(linears)
+    return sum(
+        statistics_bytes(min(part, linear.shape[1] - start), "gram")
+        for linear in linears
+        for start in range(0, linear.shape[1], part)
+    )
+
+
+def part_width(linears: Sequence[Linear]) -> int:
+    """The width of the parts in which inputs are measured: Gram matrices grow with its square."""
+    inputs = sum(linear.shape[1] for linear in linears)
+    return max(1, min(_MAX_WIDTH, _MAX_BYTES // (4 * max(1, inputs))))
+
+
+def _rounded_products(stream: Stream) -> torch.autocast:
+    """Let products be rounded to bfloat16 where that is faster than the model's float32."""
+    # The result is a mean over random draws, so the rounding costs nothing.
+    fast = multiplies_bfloat16(stream.device) and stream.skeleton.dtype == torch.float32
+    return torch.autocast(stream.device.type, torch.bfloat16, enabled=fast)
+
+
+def _in_range(
+    stream: Stream, measure: Callable[[float], tuple[Tensor, dict[str, _Sums]]]
+) -> tuple[Tensor, dict[str, _Sums]]:
+    """`measure(factor)` with the first factor of gradients at which all are finite.
+
+    Returns:
+        The gradient at the inputs, in float32 and without the factor, and the sums by name.
+    """
+    factors = _FLOAT16_FACTORS if stream.skeleton.dtype == torch.float16 else (1.0,)
+    for factor in factors:
+        gradient, sums = measure(factor)
+        if all_finite(gradient) and all(x.is_finite for x in sums.values()):
+            break
+    return gradient.float() / factor, sums
+
+
+def _block_inputs(stream: Stream, count: Callable[[int], None]) -> list[Tensor]:
+    """The inputs of every block; the stream ends after the last block."""
+    inputs = []
+    for index in range(len(stream.skeleton)):
+        inputs.append(stream.states.get(0).cpu())
+        # Read before: what a checkpoint stores may have any dtype, and autocast refuses some.
+        weights = stream.source.block(index)
+        with _rounded_products(stream):
+            stream.propagate(index, weights)
+        count(1)
+    return inputs
+
+
+def _gradient_of_loss(
+    stream: Stream, ids: Tensor, seed: int, with_head: bool
+) -> tuple[Tensor, dict[str, _Sums]]:
+    """The gradient of Σ log p(y) at the outputs of the last block, and the sums of the head."""
+    skeleton, head = stream.skeleton, [_outside(stream, "output")] if with_head else []
+
+    def measure(factor: float) -> tuple[Tensor, dict[str, _Sums]]:
+        rows, sums = [], {x.name: _Sums(x, 0, stream.device, factor) for x in head}
+        generator = torch.Generator().manual_seed(seed)
+        with _summing(head, sums):
+            # Window by window: logits are large.
+            for window_ids, hidden in zip(ids.split(1), stream.states.get(0).split(1), strict=True):
+                hidden = hidden.detach().requires_grad_()
+                with torch.enable_grad(), _rounded_products(stream):
+                    logits = skeleton.logits(window_ids.to(hidden.device), hidden)
+                    log_p = logits.flatten(0, -2).float().log_softmax(dim=-1)
+                    probabilities = log_p.detach().exp().cpu()
+                    drawn = torch.multinomial(probabilities, 1, generator=generator)
+                    log_p_drawn = log_p.gather(1, drawn.to(log_p.device))
+                    (factor * log_p_drawn.sum()).backward()
+                assert hidden.grad is not None
+                rows.append(hidden.grad)
+        return torch.cat(rows), sums
+
+    read = stream.source.read_outside
+    with skeleton.outside_blocks(read, stream.device, with_head=True):
+        return _in_range(stream, measure)
+
+
+def _summing(
+    linears: Sequence[Linear], sums: Mapping[str, _Sums]
+) -> contextlib.AbstractContextManager[None]:
+    """While active, the inputs and gradients of linears are added to their sums."""
+    return output_hooks(
+        linears, lambda linear, x, output: sums[linear.name].add(tokens_of(x.detach()), output)
+    )
+
+
+def _gradient_of_change(stream: Stream, seed: int) -> Tensor:
+    """The gradient of Σ z · h / ‖h‖ at the outputs h of the last block, with a z of its own each.
+
+    Its squared product with a change of h has the expected value ‖change‖² / ‖h‖².
+    """
+    hidden = stream.states.get(0).float()
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(hidden.shape, generator=generator).to(hidden.device)
+    norms = hidden.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    return drawn / norms
+
+
+class _Sums:
+    """Sums over all tokens of one linear: of inputs, and of squared gradients of outputs.
+
+    The Gram matrices of parts of `width` inputs are summed; 0 sums none. The gradients come
+    multiplied by `factor`, and are summed without it.
+    """
+
+    def __init__(
+        self, linear: Linear, width: int, device: torch.device, factor: float = 1.0
+    ) -> None:
+        inputs = linear.shape[1]
+        self.linear, self._factor = linear, factor
+        self._statistics = InputStatistics(inputs, "norms", device)
+        self._parts = [
+            InputStatistics(min(width, inputs - start), "gram", device)
+            for start in (range(0, inputs, width) if width else ())
+        ]
+        self._squares_O: Tensor | None = None
+
+    def add(self, x_TI: Tensor, output_TO: Tensor) -> None:
+        """Add up the inputs of a linear, and its squared gradients once they are known."""
+        if not len(x_TI):
+            return
+        self._statistics.add(x_TI)
+        if self._parts:
+            columns = x_TI.split(self._parts[0].in_features, dim=1)
+            for part, x_TP in zip(self._parts, columns, strict=True):
+                part.add(x_TP)
+        if output_TO.requires_grad:
+            output_TO.register_hook(self._add_gradient)
+
+    def _add_gradient(self, gradient: Tensor) -> None:
+        squares_O = (tokens_of(gradient.detach()).float() / self._factor).square().sum(dim=0)
+        self._squares_O = squares_O if self._squares_O is None else self._squares_O + squares_O
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no gradient was beyond the range of its dtype."""
+        return self._squares_O is None or all_finite(self._squares_O)
+
+    def known(self, unit: float) -> LinearSensitivity:
+        """What is known without the weight; `unit` is the number of tokens."""
+        if self._squares_O is None:
+            # Of an expert that no token chose nothing is known: it counts as little as the least.
+            rows, columns = self.linear.shape
+            return LinearSensitivity(
+                torch.full((rows,), 1e-12), 1.0, importance_I=torch.ones(columns)
+            )
+        squares_I, tokens = self._statistics.sum_squares_I.float(), self._statistics.tokens
+        power = max(float(squares_I.mean()) / tokens, 1e-12)
+        loss_O, importance_I = _shared(self._squares_O / unit).cpu(), (squares_I / tokens).cpu()
+        return LinearSensitivity(loss_O, power, importance_I=importance_I)
+
+    def sensitivity(self, options: MethodOptions, unit: float) -> LinearSensitivity:
+        """What is known of the linear; `unit` is that of `known`."""
+        weight_OI, known = self.linear.weight_OI.float(), self.known(unit)
+        device, squares_I = weight_OI.device, self._statistics.sum_squares_I.float()
+        if not self._parts:
+            curve_P = _loss_curve(weight_OI, known.loss_O.to(device), known.importance_I.to(device))
+            return replace(known, curve_P=curve_P)
+        steps_I = torch.ones_like(squares_I)
+        if self._squares_O is not None:
+            steps_I = torch.cat([_part_steps(part, squares_I, options) for part in self._parts])
+            known = replace(known, importance_I=(known.power / steps_I.square()).cpu())
+        scaled_OI = weight_OI / known.scales_O.to(weight_OI.device)[:, None]
+        deviation_I = scaled_OI.square().mean(dim=0).sqrt() / steps_I
+        places_Q = (torch.arange(_QUANTILES, device=deviation_I.device) + 0.5) / _QUANTILES
+        return replace(known, deviations_Q=deviation_I.quantile(places_Q).cpu())
+
+
+def _measure_block(
+    stream: Stream,
+    index: int,
+    inputs: Tensor,
+    gradient: Tensor,
+    names: Sequence[str],
+    quantizes: bool,
+) -> tuple[Tensor, dict[str, _Sums]]:
+    """The gradient at the inputs of a block (float32), and the sums of its linears by full name."""
+    skeleton, device = stream.skeleton, stream.device
+    block = skeleton.fill(index, stream.source.block(index), device)
+    linears = [linear for linear in skeleton.linears(index) if linear.name in names]
+    width = part_width(linears) if quantizes else 0
+    run = stream.call(index, block)
+
+    def measure(factor: float) -> tuple[Tensor, dict[str, _Sums]]:
+        sums = {linear.name: _Sums(linear, width, device, factor) for linear in linears}
+        hidden = inputs.to(device).detach().requires_grad_()
+        with _summing(linears, sums), torch.enable_grad(), _rounded_products(stream):
+            output = run(hidden)
+            output.backward((gradient.to(device) * factor).to(output.dtype))
+        assert hidden.grad is not None
+        return hidden.grad, sums
+
+    at_inputs, sums = _in_range(stream, measure)
+    name = skeleton.block_name(index)
+    return at_inputs, {f"{name}.{linear}": x for linear, x in sums.items()}
+
+
+def _part_steps(part: InputStatistics, squares_I: Tensor, options: MethodOptions) -> Tensor:
+    """U_jj of some inputs, as if the others did not exist, in the unit of all inputs."""
+    # `relative_steps` divides by the mean diagonal of its own Gram matrix.
+    own = float(part.sum_squares_I.float().mean())
+    steps_I = relative_steps(part, options.damping)
+    return steps_I * (float(squares_I.mean()) / own) ** 0.5 if own > 0 else torch.ones_like(steps_I)
+
+
+def _loss_curve(weight_OI: Tensor, loss_O: Tensor, power_I: Tensor) -> Tensor:
+    """`LinearSensitivity.curve_P` of all rows, estimated from some of them."""
+    rows, columns = weight_OI.shape
+    some_R = torch.arange(0, rows, max(1, rows // _CURVE_ROWS), device=weight_OI.device)
+    # Within a row Wanda removes the smallest w²·E[x²] first.
+    energy_RI = weight_OI[some_R].square().mul_(power_I).sort(dim=1).values
+    lost_I = (energy_RI.cumsum(dim=1) * loss_O[some_R, None]).sum(dim=0) * (rows / len(some_R))
+    counts = [int(columns * place * CURVE_STEP + 1e-9) for place in range(1, round(1 / CURVE_STEP))]
+    zero = torch.zeros_like(lost_I[:1])
+    return torch.cat([zero, torch.cat([zero, lost_I])[counts]]).cpu()

@@ -1,0 +1,194 @@
+"""The options that every run has: where its windows come from, and how the work is done.
+
+Imports no torch, so that a recipe can be read without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator
+
+from prunus.calibration.catalogue import CHOICES
+from prunus.engine.progress import Progress
+from prunus.hardware.sizes import parse_bytes
+from prunus.options import Option, Options, at_least
+from prunus.options.declaration import ADVANCED
+
+if TYPE_CHECKING:
+    from prunus.distributed import Ranks
+
+CALIBRATION = "Calibration"
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+BosName = Literal["auto", "yes", "no"]
+
+BOS = Option(
+    "Begin every window with the BOS token, in place of its first token. auto: if the tokenizer "
+    "puts one before a text. no: as in the papers.",
+    metavar="BOS",
+    panel=CALIBRATION,
+    is_condition=True,
+)
+DTYPE = Option(
+    "Compute in this dtype: auto, float32, bfloat16 or float16. The result keeps the dtype of the "
+    "checkpoint.",
+    metavar="DTYPE",
+    panel=ADVANCED,
+    is_condition=True,
+)
+BATCH = Option(
+    "Run this number of windows per forward pass.",
+    metavar="N",
+    panel=CALIBRATION,
+    within=at_least(1, " window"),
+    default="as many as hold about 4096 tokens",
+    is_condition=True,
+)
+
+
+#: A number of bytes, or text such as "8GB".
+Memory = Annotated[
+    int | None, BeforeValidator(lambda x: parse_bytes(x) if isinstance(x, str) else x)
+]
+
+
+class WindowOptions(Options):
+    """The calibration windows of a run, and the dtype in which they are computed."""
+
+    calibration: Annotated[
+        str,
+        Option(
+            f"Calibrate on {CHOICES}. Image classifiers take a folder of images.",
+            metavar="SOURCE",
+            is_condition=True,
+        ),
+    ] = "mix"
+    samples: Annotated[
+        int,
+        Option(
+            "Calibrate on N windows.",
+            metavar="N",
+            within=at_least(1, ": a run needs calibration windows"),
+            is_condition=True,
+        ),
+    ] = 1024
+    seqlen: Annotated[
+        int,
+        Option(
+            "Use windows of N tokens.",
+            metavar="N",
+            within=at_least(2, " tokens"),
+            is_condition=True,
+        ),
+    ] = 256
+    seed: Annotated[
+        int,
+        Option(
+            "Choose the windows at random by this seed.",
+            metavar="N",
+            panel=CALIBRATION,
+            is_condition=True,
+        ),
+    ] = 0
+    bos: Annotated[BosName, BOS] = "auto"
+    batch: Annotated[int | None, BATCH] = None
+    dtype: Annotated[DtypeName, DTYPE] = "auto"
+
+
+class RunOptions(Options):
+    """How the work is done, as far as it does not decide the bytes of the result."""
+
+    device: Annotated[str, Option("Run on cpu, cuda, cuda:0, ….", metavar="DEVICE")] = "auto"
+    memory: Annotated[
+        Memory,
+        Option(
+            "Use at most SIZE of memory, such as 8GB. This limits host and device.",
+            metavar="SIZE",
+            default="the free memory",
+        ),
+    ] = None
+    data: Annotated[
+        Path | None,
+        Option(
+            "Read datasets in DIR or $PRUNUS_DATA.",
+            metavar="DIR",
+            default="download them",
+            variable="PRUNUS_DATA",
+        ),
+    ] = None
+    overwrite: Annotated[bool, Option("Replace an earlier result of prunus in OUT.")] = False
+    resume: Annotated[
+        bool | None,
+        Option(
+            "Insist on resuming an unfinished run, or refuse to.",
+            switch="--resume/--no-resume",
+            panel=ADVANCED,
+            default="resume if the options are the same",
+        ),
+    ] = None
+    trust_remote_code: Annotated[
+        bool,
+        Option(
+            "Run the model code of the checkpoint. It runs with all your rights.", panel=ADVANCED
+        ),
+    ] = False
+    rank_timeout: Annotated[
+        float | None,
+        Option(
+            "Stop when a process of torchrun is late by this many seconds.",
+            metavar="SECONDS",
+            panel=ADVANCED,
+            default="600",
+        ),
+    ] = None
+    tokenizer: Annotated[
+        Any,
+        Option(
+            "Use this tokenizer or image processor.", flag=False, default="that of the checkpoint"
+        ),
+    ] = None
+    #: Calibration data instead of a named source: token ids (samples, seqlen), or pixel values
+    #: (samples, channels, height, width).
+    input_ids: Any = None
+    #: Texts, rows of a data set or chats instead of a named source; see
+    #: `prunus.calibration.sources`.
+    texts: Any = None
+    own_method: Any = None  #: A `prunus.methods.Method` in place of the name of one
+    #: Called with what is being prepared, before the first step, and with the `Progress` of what
+    #: takes long; None to be silent.
+    announce: Callable[[Any], None] | None = None
+    report: Callable[..., None] | None = None  #: called after every step; None to be silent
+    #: The processes that work on this run; None for those that torchrun started, if any.
+    ranks: Any = None
+
+    @property
+    def processes(self) -> Ranks:
+        """The processes of the run; a single one outside of `with_ranks`."""
+        from prunus.distributed import SINGLE_PROCESS
+
+        return self.ranks or SINGLE_PROCESS
+
+    def tell(self, message: str | Progress) -> None:
+        """Announce what is done next; only the first of several processes does so."""
+        if self.announce is not None and self.processes.rank == 0:
+            self.announce(message)
+
+    def step(self, *step: Any) -> None:
+        """Report a finished step; only the first of several processes does so."""
+        if self.report is not None and self.processes.rank == 0:
+            self.report(*step)
+
+    @contextlib.contextmanager
+    def with_ranks(self) -> Iterator[RunOptions]:
+        """The options with the processes that torchrun started, unless they name processes."""
+        from prunus.distributed import process_group
+
+        if self.ranks is not None:
+            yield self
+            return
+        with process_group(self.rank_timeout) as ranks:
+            yield self.model_copy(update={"ranks": ranks})

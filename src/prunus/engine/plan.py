@@ -1,0 +1,218 @@
+"""What is checked and decided before a run of blocks does any work.
+
+Whatever would make a run fail later fails here, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunus.calibration.windows import check_context
+from prunus.engine.folder import bytes_in
+from prunus.engine.job import RunJob, windows_per_batch
+from prunus.engine.options import RunOptions, WindowOptions
+from prunus.engine.record import RunRecord, Walk
+from prunus.engine.windows import check_inputs
+from prunus.hardware.memory import available_memory, memory_budget, resident_memory
+from prunus.hardware.numerics import native_bfloat16
+from prunus.methods.statistics import Needs
+from prunus.model.calls import hidden_of
+from prunus.model.checkpoint.output_folder import check_companions, check_disk
+from prunus.model.checkpoint.resolve import resolve_folder
+from prunus.model.device import DTYPES, choose_device
+from prunus.model.kinds import IMAGES
+from prunus.model.skeleton import Skeleton
+from prunus.model.source import CheckpointSource, ModuleSource, Source
+
+#: Memory that a run leaves to other programs, where the user gives no budget: this share of what is
+#: free, and at least this many bytes.
+_SHARE_FOR_OTHERS, _BYTES_FOR_OTHERS = 0.1, 10**9
+
+
+def open_model(
+    model: str | Path | nn.Module,
+    recipe: WindowOptions,
+    options: RunOptions,
+    *,
+    needs: Needs,
+    needs_inputs: bool,
+    adds_ridge: bool = False,
+    decided_dtype: str | None = None,
+    check: Callable[[CheckpointSource | ModuleSource, Skeleton], object] = lambda *_: None,
+) -> dict[str, Any]:
+    """Open a model for a run, and decide what the recipe leaves open: the fields of a `RunJob`.
+
+    Reads no weights and no text. `decided_dtype` is what "auto" meant in the run that is resumed.
+    """
+    loaded = model if isinstance(model, nn.Module) else None
+    trust, ranks = options.trust_remote_code, options.processes
+    device = choose_device(options.device, loaded, ranks.local_size)
+    source: CheckpointSource | ModuleSource
+    if isinstance(model, nn.Module):
+        source, name = ModuleSource(model), type(model).__name__
+    else:
+        source, name = CheckpointSource(resolve_folder(model, options.tell), trust), str(model)
+        check_companions(source.checkpoint.folder, trust)
+    if needs_inputs:
+        check_inputs(source, recipe, options)
+    # Structure and names are checked on a skeleton in the stored dtype, before a dtype trial runs.
+    skeleton = Skeleton(source.config, source.stored_dtype, trust)
+    source.bind(skeleton)
+    if skeleton.kind is not IMAGES and needs != "none":
+        check_context(skeleton.max_positions, recipe.seqlen)
+    check(source, skeleton)
+    requested = decided_dtype if recipe.dtype == "auto" and decided_dtype else recipe.dtype
+    dtype, reason = decide_dtype(
+        requested, source, skeleton, device, needs, trust, adds_ridge=adds_ridge
+    )
+    if dtype != source.stored_dtype:
+        skeleton = Skeleton(source.config, dtype, trust)
+        source.bind(skeleton)
+    host_budget = _host_budget(options)
+    on_device = memory_budget(device, options.memory) if device.type == "cuda" else host_budget
+    window_tokens = skeleton.window_shape(0, recipe.seqlen)[0]
+    return {
+        "recipe": recipe,
+        "options": options,
+        "model_name": name,
+        "source": source,
+        "skeleton": skeleton,
+        "device": device,
+        "dtype": dtype,
+        "dtype_reason": reason,
+        "batch": windows_per_batch(recipe.samples, window_tokens, recipe.batch),
+        "budget": on_device,
+        "host_budget": host_budget,
+        "needs": needs,
+        "needs_inputs": needs_inputs,
+    }
+
+
+def check_memory(job: RunJob) -> None:
+    """Check that every block fits with its hidden states elsewhere and one batch in flight."""
+    needed = max(memory.minimum for memory in job.block_memory)
+    if job.budget < needed:
+        held = resident_memory()
+        raise ValueError(
+            f"a block needs {(needed + held) / 1e9:.2f} GB with one batch of windows "
+            f"in flight ({job.batch} × {job.recipe.seqlen} tokens); the memory budget is "
+            f"{(job.budget + held) / 1e9:.2f} GB. Raise `memory`, or lower `batch` or `seqlen`"
+        )
+
+
+def check_room(job: RunJob, output: Path) -> None:
+    """Check that the disk has room for the result, beyond what an earlier run has written."""
+    check_disk(output, job.disk_bytes() - bytes_in(output))
+
+
+def _host_budget(options: RunOptions) -> int:
+    """Bytes that the run may take on the host, beyond what the process holds already."""
+    if options.memory is not None:
+        return options.memory - resident_memory()
+    free = available_memory()
+    kept = max(int(_SHARE_FOR_OTHERS * free), _BYTES_FOR_OTHERS)
+    return max(0, free - kept) // options.processes.local_size
+
+
+# From the walk that needs most memory to the one that needs least.
+_WALKS: tuple[Walk, ...] = ("lockstep", "replay", "two_pass")
+
+
+def check_same_on_all_ranks(job: RunJob, record: RunRecord) -> list[Walk]:
+    """Check that all ranks do the same run; the walk of each block, lockstep if all have room."""
+    ranks = job.ranks
+    ranks.set_location("the start")
+    own = {
+        "recipe": job.recipe.model_dump(mode="json"),
+        **record.inputs.model_dump(mode="json", exclude={"dtype_reason", "calibration"}),
+        **{key: value for key, value in record.versions.items() if key != "python"},
+        "state": record.state,
+    }
+    gathered = [json.loads(text) for text in ranks.gather_text(json.dumps(own))]
+    with ranks.fail_together():
+        for rank, values in enumerate(gathered):
+            for key, value in gathered[0].items():
+                if values[key] != value:
+                    raise ValueError(
+                        f"rank {rank} has another {key} than rank 0 ({values[key]!r}, not "
+                        f"{value!r}): all ranks need the same options, checkpoint, text and "
+                        "versions, and processors of one kind. `dtype` and `batch` settle what "
+                        "each would decide for itself"
+                    )
+    own_walks = [_WALKS.index(job.walk(index)) for index in range(len(job.skeleton))]
+    return [_WALKS[max(block)] for block in zip(*ranks.gather_ints(own_walks), strict=True)]
+
+
+#: Largest relative change of the first block's output at which bfloat16 counts as harmless.
+MAX_CHANGE = 0.02
+_TRIAL_TOKENS = 256
+
+
+def decide_dtype(
+    requested: str,
+    source: Source,
+    skeleton: Skeleton,
+    device: torch.device,
+    needs: Needs,
+    trust_remote_code: bool = False,
+    adds_ridge: bool = False,
+) -> tuple[torch.dtype, str]:
+    """The dtype of the forward passes, and the reason for it in words.
+
+    It concerns the blocks' own arithmetic only: scores, norms and updates are always float32. On a
+    CPU the choice is bfloat16 if the weights are stored in it, if the processor multiplies it
+    natively (about 2.5 times as fast as float32), and if it changes the output of the first block
+    by less than `MAX_CHANGE` in a trial. Methods that invert a Gram matrix with a small fixed
+    damping get float32 on a CPU, because their weight updates amplify small errors.
+    """
+    if requested != "auto":
+        return DTYPES[requested], "requested"
+    stored = source.stored_dtype
+    if device.type == "cuda":
+        if stored in (torch.bfloat16, torch.float16):
+            return stored, "the checkpoint's own, native on this device"
+        return torch.float32, "the checkpoint's own"
+    if stored is not torch.bfloat16:
+        name = str(stored).removeprefix("torch.")
+        return torch.float32, f"the checkpoint is stored in {name}"
+    if needs == "gram" and not adds_ridge:
+        return torch.float32, "the method inverts Gram matrices of little damping"
+    if not native_bfloat16():
+        return torch.float32, "this processor has no native bfloat16"
+    change = _trial(source, skeleton, trust_remote_code)
+    if change < MAX_CHANGE:
+        return (
+            torch.bfloat16,
+            f"native, and changes the first block's output by {change:.2%} only",
+        )
+    return torch.float32, f"bfloat16 would change the first block's output by {change:.2%}"
+
+
+@torch.no_grad()
+def _trial(source: Source, stored: Skeleton, trust_remote_code: bool) -> float:
+    """How much bfloat16 changes what the first block adds to hidden states; may be infinite.
+
+    It is ‖bfloat16 − float32‖ / ‖float32‖ on token ids spread over the vocabulary.
+    """
+    outputs = []
+    cpu = torch.device("cpu")
+    for skeleton in (Skeleton(source.config, torch.float32, trust_remote_code), stored):
+        with skeleton.outside_blocks(source.read_outside, cpu):
+            hidden, calls = skeleton.record(skeleton.trial_batch(_TRIAL_TOKENS))
+        block = skeleton.fill(0, source.block(0), cpu)
+        output = hidden_of(block(hidden, *calls[0].args, **calls[0].kwargs))
+        # The residual is left out: it is large and would hide the change.
+        outputs.append((output - hidden).float())
+        skeleton.release(0)
+    exact, rounded = outputs
+    change = float(
+        (rounded - exact).norm() / exact.norm().clamp_min(torch.finfo(torch.float32).tiny)
+    )
+    return change if math.isfinite(change) else float("inf")

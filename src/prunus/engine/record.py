@@ -1,0 +1,260 @@
+"""The record of a run: a JSON file next to the result that says what was done and how far it is.
+
+A record never claims more than is on disk: a shard is entered after it has its final name. Every
+verb adds fields of its own. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from prunus.hardware.sizes import in_bytes
+from prunus.model.checkpoint.atomic_files import read_json, write_json
+from prunus.model.checkpoint.card import add_tags, base_model, inherited_fields, with_fields
+from prunus.options import Options
+from prunus.options.declaration import words
+
+_Record = TypeVar("_Record", bound=BaseModel)
+
+#: How the windows run through a block; see `prunus.engine.block.lockstep`.
+Walk = Literal["lockstep", "replay", "two_pass"]
+#: Whether every window begins with the BOS token; `given` where the windows were given.
+UsedBos = Literal["yes", "no", "given"]
+
+
+def shard_name(index: int, count: int) -> str:
+    """File name of a shard, as the hub and its tools know it; `index` counts from 0.
+
+    >>> shard_name(3, 31)
+    'model-00004-of-00031.safetensors'
+    """
+    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def bos_words(bos: UsedBos) -> str:
+    """How windows begin, for people.
+
+    >>> bos_words("yes")
+    'BOS first in every window'
+    """
+    return {
+        "yes": "BOS first in every window",
+        "no": "no BOS added to windows",
+        "given": "windows as they were given",
+    }[bos]
+
+
+def read_record(path: Path, kind: type[_Record]) -> _Record:
+    """The record in the JSON file `path`, which must exist."""
+    try:
+        return kind.model_validate(read_json(path))
+    except ValidationError as fault:
+        first = fault.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ValueError(
+            f"{path} is damaged or of another version: {where or 'the record'}: {words(first)}"
+        ) from fault
+
+
+class Part(BaseModel):
+    """A part of a record, in which an unknown field is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class RunInputs(Part):
+    """What the bytes of the result depend on, next to the options."""
+
+    checkpoint: str = Field(description="fingerprint of the source checkpoint")
+    outside: dict[str, str] = Field(
+        default_factory=dict,
+        description="stored name of a tensor outside the blocks -> its SHA-256",
+    )
+    dtype: str = Field(description="of the forward passes, as decided for 'auto'")
+    dtype_reason: str
+    device: str = Field(description="cpu or cuda")
+
+    #: Fields that explain others, and need not be equal in a resumed run.
+    REASONS: ClassVar[set[str]] = {"dtype_reason", "bos"}
+
+    def deciding(self) -> dict[str, Any]:
+        """The fields that a resumed run must have in common with the run before it.
+
+        The hash of each tensor is a field of its own, so that an error names the tensor. Which BOS
+        the windows had shows in their hash.
+        """
+        values = self.model_dump(exclude=self.REASONS)
+        outside = values.pop("outside")
+        return values | {f"tensor {name}": digest for name, digest in outside.items()}
+
+
+class WindowInputs(RunInputs):
+    """What a run with calibration windows depends on."""
+
+    calibration: str = Field(description="where the calibration windows come from")
+    calibration_sha256: str
+    batch: int
+    method_sha256: str | None = Field(
+        default=None, description="of the code of the user's own method; None for the others"
+    )
+    bos: UsedBos = Field(description="whether every calibration window begins with BOS")
+
+
+class RunRecord(Part):
+    """The state of a run: "running" until every shard and the index exist, then "finished"."""
+
+    #: Name of the file, and of the verb that writes it.
+    FILE: ClassVar[str]
+    VERB: ClassVar[str]
+
+    #: 1 named the shards otherwise. Such a result is read, and such an unfinished run refused.
+    format: Literal[1, 2] = 2
+    state: Literal["running", "finished"] = "running"
+    source: str  #: the model as the user named it
+    recipe: Options  #: the options that decide the bytes of the result
+    inputs: RunInputs  #: what else decides them
+    versions: dict[str, str] = Field(default_factory=dict)
+    hardware: dict[str, Any] = Field(default_factory=dict)
+    #: File name of a finished shard -> SHA-256 of its bytes.
+    sha256: dict[str, str] = Field(default_factory=dict)
+    totals: dict[str, Any] = Field(default_factory=dict)  #: figures of the whole run
+
+    def save(self, folder: Path) -> None:
+        """Write the record atomically."""
+        write_json(folder / self.FILE, self.model_dump(mode="json"))
+
+    def adopt(self, content: Mapping[str, Any]) -> None:
+        """Take over the content of the same record of another process, as JSON values."""
+        other = type(self).model_validate(content)
+        for name in type(self).model_fields:
+            setattr(self, name, getattr(other, name))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read the record in a folder."""
+        if not (folder / cls.FILE).exists():
+            raise FileNotFoundError(f"{folder} has no {cls.FILE}: {cls.VERB} did not write it")
+        return read_record(folder / cls.FILE, cls)
+
+    def check_same_run(self, recipe: Options, inputs: RunInputs | None = None) -> None:
+        """Check that this record belongs to the same run, which may then be resumed."""
+        before, now = dict(self.recipe), dict(recipe)
+        if inputs is not None:
+            # What "auto" meant replaces the recipe's batch and dtype. The recipe's bos is kept.
+            before |= self.inputs.deciding()
+            now |= inputs.deciding()
+        for key in now:
+            if before.get(key) != now[key]:
+                raise FileExistsError(
+                    f"the output folder holds a run with another {key} ({_brief(before.get(key))}, "
+                    f"now {_brief(now[key])}); it is left as it is. Choose another folder, or "
+                    "`overwrite` to replace it"
+                )
+
+    def forget_missing(self, missing: set[str]) -> bool:
+        """Forget deleted shards, and what depends on them; True if that changed the record."""
+        for name in missing:
+            del self.sha256[name]
+        return bool(missing)
+
+
+class BlockwiseRecord(RunRecord):
+    """The record of a run that writes one shard per block."""
+
+    inputs: WindowInputs
+    #: Name of a block -> SHA-256 of its dense weights, where a measurement before the first block
+    #: read all blocks and decides their results.
+    measured: dict[str, str] = Field(default_factory=dict)
+    blocks: list[Any] = Field(default_factory=list)
+    #: How many shards the result has: one per block, and a last one for what lies outside them.
+    shard_count: int = 0
+
+    def shard(self, place: int) -> str:
+        """File name of the shard of a block."""
+        return shard_name(place, self.shard_count)
+
+    @property
+    def outside_shard(self) -> str:
+        """File name of the shard of all that lies outside the blocks: embeddings, norm, head."""
+        return self.shard(self.shard_count - 1)
+
+    def forget_missing(self, missing: set[str]) -> bool:
+        kept = self.sha256.keys() - missing
+        lost = next((i for i in range(len(self.blocks)) if self.shard(i) not in kept), None)
+        if lost is None:
+            return super().forget_missing(missing)
+        # The blocks after a lost one were calibrated on it, so they are made again as well.
+        gone = {self.shard(index) for index in range(lost, len(self.blocks))}
+        del self.blocks[lost:]
+        super().forget_missing(missing | (gone & self.sha256.keys()))
+        return True
+
+
+def _brief(value: Any) -> str:
+    """A value in an error; of a hash, its beginning."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:12]}…"
+
+
+def source_name(record: RunRecord) -> str:
+    """The name of the model that a result was made from, without the folders above it."""
+    return Path(record.source).name or record.source
+
+
+def result_card(
+    record: RunRecord,
+    title: str,
+    paragraphs: Iterable[str],
+    *,
+    tags: Iterable[str],
+    relation: Literal["finetune", "quantized", "adapter"] = "finetune",
+    fields: Mapping[str, str | None] | None = None,
+    source: Path | None = None,
+    nbytes: int | None = None,
+) -> str:
+    """The card of a result.
+
+    Args:
+        paragraphs: What the result is; empty ones are left out.
+        relation: How the result is related to a base model on the hub, in the hub's words, which
+            has none for pruned models.
+        fields: Fields that replace those that are the same for all verbs.
+        source: The folder of the source, whose card has fields that hold for the result as well.
+        nbytes: Bytes of the files with weights, where no paragraph says it.
+    """
+    size = "" if nbytes is None else f"The files with the weights take {in_bytes(nbytes)}."
+    body = "\n\n".join(
+        [
+            f"# {source_name(record)}, {title}",
+            *filter(None, [*paragraphs, size]),
+            f"All figures are in `{record.FILE}`. The command was `{record.VERB} "
+            f"{source_name(record)} OUTPUT` with these options:",
+            f"```toml\n{record.recipe.to_toml().rstrip()}\n```",
+        ]
+    )
+    base = base_model(record.source, source)
+    known = {
+        **inherited_fields(source),
+        **({"base_model": base, "base_model_relation": relation} if base is not None else {}),
+        "library_name": "transformers",
+        "tags": f"[{', '.join(['prunus', *tags])}]",
+    }
+    return with_fields(f"{body}\n", {**known, **(fields or {})})
+
+
+def extended_card(
+    card: str | None,
+    title: str,
+    section: str,
+    *,
+    name: str,
+    tags: Iterable[str] = (),
+    without: Iterable[str] = (),
+) -> str:
+    """The card with a section on later work, in place of one of that title and all after it."""
+    before = (card if card is not None else f"# {name}\n").split(f"## {title}\n")[0].rstrip()
+    return add_tags(f"{before}\n\n## {title}\n\n{section.rstrip()}\n", tags, without)

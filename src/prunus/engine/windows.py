@@ -1,0 +1,155 @@
+"""The calibration windows of a run: from the source that its recipe names, or given by the caller.
+
+For a language model a window is `seqlen` token ids. For an image classifier it is one image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from prunus.calibration.sources import TENSORS, Source, TextSource, are_texts, find_source
+from prunus.calibration.windows import Wanted, Windows, check_ids, hash_ids
+from prunus.engine.job import RunJob
+from prunus.engine.options import RunOptions, WindowOptions
+from prunus.engine.record import WindowInputs
+from prunus.model.kinds import IMAGES, kind_of
+from prunus.model.loading import load_model
+from prunus.model.source import CheckpointSource, ModuleSource
+from prunus.model.tokenizer import (
+    check_tokenizer,
+    load_image_processor,
+    load_tokenizer,
+    tokenizer_of_loaded,
+)
+
+
+def given_windows(calibration: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The caller's calibration as options of a run, and as the options of a recipe that say so.
+
+    >>> given_windows(torch.zeros(8, 512, dtype=torch.int64))[1]
+    {'calibration': 'token ids', 'samples': 8, 'seqlen': 512}
+    >>> given_windows(["one text", "another"])
+    ({'texts': ['one text', 'another']}, {'calibration': 'texts'})
+    >>> given_windows("c4")
+    ({}, {'calibration': 'c4'})
+    """
+    if are_texts(calibration):
+        return {"texts": calibration}, {"calibration": "texts"}
+    if not isinstance(calibration, torch.Tensor):
+        return {}, {"calibration": None if calibration is None else str(calibration)}
+    given, shape = {"input_ids": calibration}, tuple(calibration.shape)
+    is_float = calibration.dtype.is_floating_point
+    if calibration.numel() and len(shape) == 4 and is_float:
+        return given, {"calibration": "pixel values", "samples": shape[0]}
+    if calibration.numel() and len(shape) == 2 and not is_float:
+        return given, {"calibration": "token ids", "samples": shape[0], "seqlen": shape[1]}
+    raise ValueError(
+        f"calibration ids must be integers (samples, seqlen), got {calibration.dtype} {shape}; "
+        "pixel values of images are floats (samples, channels, height, width)"
+    )
+
+
+def check_inputs(
+    source: CheckpointSource | ModuleSource, recipe: WindowOptions, options: RunOptions
+) -> None:
+    """Check that the calibration data suit the model and the recipe, before any are read."""
+    given = _source(recipe, options)
+    given.check(_wanted(recipe, options), images=kind_of(source.config) is IMAGES)
+    needs_tokenizer = isinstance(given, TextSource) and options.tokenizer is None
+    if isinstance(source, CheckpointSource) and needs_tokenizer:
+        check_tokenizer(source.checkpoint.folder)
+
+
+def calibration_windows(job: RunJob) -> Windows:
+    """The calibration windows of a run; none if nothing in the run looks at inputs."""
+    recipe = job.recipe
+    if not job.needs_inputs:
+        nothing = torch.zeros((0, recipe.seqlen), dtype=torch.int64)
+        return Windows(nothing, "none: the method looks at weights only", hash_ids(nothing))
+    wanted = dataclasses.replace(
+        _wanted(recipe, job.options),
+        tokenizer=lambda: _tokenizer(job),
+        model=lambda: _dense_model(job),
+    )
+    windows = _source(recipe, job.options).draw(wanted)
+    if job.skeleton.kind is IMAGES:
+        channels = job.skeleton.model.config.num_channels
+        if windows.ids.dim() != 4 or windows.ids.shape[1] != channels:
+            raise ValueError(
+                f"the model takes images of {channels} channels, got pixel values "
+                f"{tuple(windows.ids.shape)}; the image processor belongs to another model"
+            )
+        return windows
+    rows = job.skeleton.model.get_input_embeddings().weight.shape[0]
+    check_ids(windows.ids, rows, "the calibration token ids")
+    return windows
+
+
+def _source(recipe: WindowOptions, options: RunOptions) -> Source:
+    """Where the windows come from: what the caller gives, or what the recipe names."""
+    given = options.input_ids if options.input_ids is not None else options.texts
+    return find_source(recipe.calibration if given is None else given)
+
+
+def _wanted(recipe: WindowOptions, options: RunOptions) -> Wanted:
+    # A sweep draws the windows of a text itself, and gives them with the text's name.
+    drawn = options.input_ids is not None and recipe.calibration not in TENSORS
+    return Wanted(
+        samples=recipe.samples,
+        seqlen=recipe.seqlen,
+        seed=recipe.seed,
+        bos="auto" if drawn else recipe.bos,
+        data=options.data,
+    )
+
+
+def run_inputs(job: RunJob, windows: Windows) -> WindowInputs:
+    """What the result of a run depends on besides its recipe, for its record."""
+    source = job.source
+    outside: dict[str, str] = {}
+    if isinstance(source, CheckpointSource):
+        outside = job.ranks.on_rank_0(source.outside_digests)
+    return WindowInputs(
+        checkpoint=source.fingerprint,
+        outside=outside,
+        calibration=windows.source,
+        calibration_sha256=windows.sha256,
+        dtype=str(job.dtype).removeprefix("torch."),
+        dtype_reason=job.dtype_reason,
+        device=job.device.type,
+        batch=job.batch,
+        bos=windows.bos,
+    )
+
+
+def _tokenizer(job: RunJob) -> Any:
+    """The model's tokenizer or image processor, of a loaded model that from where it was loaded."""
+    options = job.options
+    if options.tokenizer is not None:
+        return options.tokenizer
+    read = load_image_processor if job.skeleton.kind is IMAGES else load_tokenizer
+    if not isinstance(job.source, ModuleSource):
+        return read(job.source.checkpoint.folder, options.trust_remote_code)
+    if job.skeleton.kind is IMAGES:
+        raise ValueError(
+            "pruning a loaded image classifier needs its image processor: pass tokenizer=, or "
+            "pixel values as calibration="
+        )
+    try:
+        return tokenizer_of_loaded(job.source.model, options.trust_remote_code)
+    except (ValueError, FileNotFoundError) as fault:
+        raise ValueError(
+            "pruning a loaded model needs its tokenizer: pass tokenizer=, or token ids as "
+            f"calibration= ({fault})"
+        ) from fault
+
+
+def _dense_model(job: RunJob) -> Any:
+    """The whole dense model in memory. It writes the calibration text of source "self"."""
+    if isinstance(job.source, ModuleSource):
+        return job.source.model
+    folder = job.source.checkpoint.folder
+    return load_model(folder, job.dtype, job.options.trust_remote_code).to(job.device)

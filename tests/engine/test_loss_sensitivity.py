@@ -1,0 +1,182 @@
+"""How the loss depends on the outputs of linears: as autograd through the whole model has it.
+
+Shape suffixes: O outputs, I inputs, T tokens, V words of the vocabulary.
+"""
+
+import contextlib
+
+import pytest
+import torch
+
+from method_cases import gather
+from prunus.engine import loss_sensitivity
+from prunus.engine.linear_job import PruningJob, plan_run
+from prunus.engine.loss_sensitivity import LinearSensitivity, loss_sensitivities
+from prunus.engine.options import RunOptions
+from prunus.formats.packed.format import PackedFormat
+from prunus.formats.recipe import CompressionRecipe
+from prunus.methods.rate_distortion import relative_steps
+from prunus.model.skeleton import Skeleton
+from prunus.model.stream import Stream
+from sensitivity_cases import IDS, whole_model
+from tiny import tiny_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch):
+    """Keep products in float32, whatever the processor has."""
+    monkeypatch.setattr(loss_sensitivity, "multiplies_bfloat16", lambda device: False)
+
+
+def planned(folder, dtype: str = "float32", **options) -> PruningJob:
+    recipe = CompressionRecipe(bits=4.0, samples=4, seqlen=16, batch=2, dtype=dtype, **options)
+    return plan_run(folder, recipe, RunOptions(input_ids=IDS), PackedFormat(recipe))
+
+
+def streamed(
+    job: PruningJob, seed: int = 0, quantizes: bool = True, outside: bool = False
+) -> dict[str, LinearSensitivity]:
+    stream = Stream(job.skeleton, job.source, job.device)
+    with torch.no_grad(), contextlib.closing(stream):
+        stream.embed([IDS], None)
+        options = job.linear_settings.work.options
+        return loss_sensitivities(stream, IDS, job.selected, options, seed, quantizes, outside)
+
+
+def check_equal(found: LinearSensitivity, expected, options) -> None:
+    weight_OI, squares_O, X_TI = expected
+    # A tenth of the mean is added to every row.
+    loss_O = squares_O + 0.1 * squares_O.mean()
+    torch.testing.assert_close(found.loss_O, loss_O, rtol=1e-3, atol=0)
+    assert found.power == pytest.approx(float(X_TI.square().mean()), rel=1e-4)
+    scales_O = loss_O**-0.5 / (loss_O**-0.5).log().mean().exp()
+    torch.testing.assert_close(found.scales_O, scales_O, rtol=1e-3, atol=0)
+    deviations_I = (weight_OI / scales_O[:, None]).square().mean(dim=0).sqrt()
+    deviations_I /= relative_steps(gather(X_TI), options.damping)
+    for place in (0.25, 0.5, 0.75):
+        at = float(deviations_I.quantile(place))
+        assert float(found.deviations_Q.quantile(place)) == pytest.approx(at, rel=0.05)
+
+
+def test_it_is_what_autograd_through_the_whole_llama_finds(tmp_path):
+    folder = tiny_checkpoint(tmp_path / "dense", "llama")
+    job, expected = planned(folder), whole_model(folder)
+    found = streamed(job)
+    assert found.keys() == {name for name in expected if ".layers." in name}
+    assert len(found) == 14
+    for name, each in found.items():
+        check_equal(each, expected[name], job.linear_settings.work.options)
+        _, _, X_TI = expected[name]
+        steps_I = relative_steps(gather(X_TI), None)
+        expected_I = X_TI.square().mean() / steps_I.square()
+        torch.testing.assert_close(each.importance_I, expected_I, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("gemma3_text", True)])
+def test_embedding_and_head_are_measured_each_for_its_own_part(family, tied, tmp_path):
+    folder = tiny_checkpoint(tmp_path / "dense", family, tie_word_embeddings=tied)
+    found, expected = streamed(planned(folder), outside=True), whole_model(folder)
+    _, squares_V, X_TI = expected["lm_head"]
+    torch.testing.assert_close(
+        found["lm_head"].loss_O, squares_V + 0.1 * squares_V.mean(), rtol=1e-3, atol=0
+    )
+    torch.testing.assert_close(
+        found["lm_head"].importance_I, X_TI.square().mean(dim=0), rtol=1e-3, atol=0
+    )
+    embedding = found["model.embed_tokens"]
+    weight_VI, squares_I, ids_T = expected["model.embed_tokens"]
+    shares_V = ids_T.bincount(minlength=len(weight_VI)) / len(ids_T)
+    torch.testing.assert_close(embedding.loss_O, shares_V + 0.1 * shares_V.mean())
+    # Gemma multiplies the rows by the root of their width.
+    scale = weight_VI.shape[1] if family == "gemma3_text" else 1
+    torch.testing.assert_close(embedding.importance_I, squares_I * scale, rtol=1e-2, atol=0)
+
+
+def test_the_curve_is_the_loss_of_what_wanda_removes(tmp_path):
+    folder = tiny_checkpoint(tmp_path / "dense", "llama")
+    found = streamed(planned(folder), quantizes=False)
+    expected = whole_model(folder)
+    for name in found:
+        weight_OI, squares_O, X_TI = expected[name]
+        loss_O = squares_O + 0.1 * squares_O.mean()
+        energy_OI = weight_OI.square() * X_TI.square().mean(dim=0)
+        assert len(found[name].curve_P) == 40
+        for place in (0, 10, 20, 39):
+            count = int(weight_OI.shape[1] * place / 40)
+            lost_O = energy_OI.sort(dim=1).values[:, :count].sum(dim=1)
+            total = float(loss_O @ lost_O)
+            assert float(found[name].curve_P[place]) == pytest.approx(total, rel=1e-3)
+
+
+def test_gradients_go_back_through_experts(tmp_path):
+    """In memory experts are fused, so the linears around them are compared."""
+    folder = tiny_checkpoint(tmp_path / "dense", "qwen3_moe")
+    job, expected = planned(folder), whole_model(folder)
+    found = streamed(job)
+    attention = [name for name in found if "self_attn" in name]
+    assert len(attention) == 8
+    for name in attention:
+        check_equal(found[name], expected[name], job.linear_settings.work.options)
+    experts = [each for name, each in found.items() if ".experts." in name]
+    assert len(experts) == 2 * 8 * 3
+    assert all((each.loss_O > 0).all() and each.loss_O.isfinite().all() for each in experts)
+
+
+def test_only_chosen_linears_are_measured_and_the_seed_counts(tmp_path):
+    folder = tiny_checkpoint(tmp_path / "dense", "llama")
+    job = planned(folder, only=("*.0.mlp.*",))
+    one, again, other = streamed(job), streamed(job), streamed(job, seed=1)
+    assert {name.rpartition(".")[2] for name in one} == {"gate_proj", "up_proj", "down_proj"}
+    assert len(one) == 3
+    for name, each in one.items():
+        assert torch.equal(each.loss_O, again[name].loss_O)
+        assert not torch.equal(each.loss_O, other[name].loss_O)
+
+
+def test_one_block_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    job = planned(tiny_checkpoint(tmp_path / "dense", "llama", num_hidden_layers=3))
+    filled, original = [], Skeleton.fill
+
+    def fill(skeleton, index, values, device):
+        block = original(skeleton, index, values, device)
+        filled.append(index)
+        for other in set(range(3)) - {index}:
+            assert all(p.is_meta for p in skeleton.blocks[other].parameters()), (index, other)
+        return block
+
+    monkeypatch.setattr(Skeleton, "fill", fill)
+    streamed(job)
+    assert filled == [0, 1, 2, 2, 1, 0]
+    assert all(p.is_meta for block in job.skeleton.blocks for p in block.parameters())
+
+
+def test_float16_gradients_do_not_vanish(tmp_path):
+    folder = tiny_checkpoint(tmp_path / "dense", "llama", torch.float16)
+    half, single = streamed(planned(folder, "float16")), streamed(planned(folder))
+    for name, each in half.items():
+        expected_O = single[name].loss_O
+        assert float((each.loss_O - expected_O).norm() / expected_O.norm()) < 0.1, name
+
+
+def test_gradients_beyond_the_range_of_float16_are_measured_with_a_smaller_factor(
+    tmp_path, monkeypatch
+):
+    folder = tiny_checkpoint(tmp_path / "dense", "llama", torch.float16)
+    small = streamed(planned(folder, "float16"))
+    factors = (2.0**40, *loss_sensitivity._FLOAT16_FACTORS)
+    monkeypatch.setattr(loss_sensitivity, "_FLOAT16_FACTORS", factors)
+    for name, sensitivity in streamed(planned(folder, "float16")).items():
+        assert torch.equal(sensitivity.loss_O, small[name].loss_O)
+
+
+def test_gradients_that_are_not_finite_name_the_linear(tmp_path, monkeypatch):
+    job = planned(tiny_checkpoint(tmp_path / "dense", "llama"))
+    original = loss_sensitivity._gradient_of_loss
+
+    def endless(*arguments):
+        gradient, sums = original(*arguments)
+        return gradient * float("inf"), sums
+
+    monkeypatch.setattr(loss_sensitivity, "_gradient_of_loss", endless)
+    with pytest.raises(ValueError, match=r"gradients of model\.layers\.1\..* are not finite"):
+        streamed(job)

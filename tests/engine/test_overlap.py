@@ -1,0 +1,96 @@
+"""Reading ahead and writing behind change nothing but the time."""
+
+import threading
+
+import pytest
+import torch
+
+import prunus
+from prunus.engine.linear_job import PruningJob
+from prunus.engine.loop import BackgroundWrites, read_ahead
+from tiny import shards, tiny_checkpoint, token_ids
+
+
+def test_the_next_is_read_while_one_is_used():
+    started = {index: threading.Event() for index in range(4)}
+
+    def read(index):
+        started[index].set()
+        return index
+
+    blocks = read_ahead(range(4), read, overlaps=True)
+    assert next(blocks) == 0
+    # Nobody asked for it yet.
+    assert started[1].wait(timeout=30)
+    assert not started[2].is_set()
+    assert list(blocks) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_an_error_of_reading_comes_when_the_block_is_asked_for(overlaps):
+    def read(index):
+        if index == 1:
+            raise ValueError("damaged")
+        return index
+
+    blocks = read_ahead(range(3), read, overlaps)
+    assert next(blocks) == 0
+    with pytest.raises(ValueError, match="damaged"):
+        next(blocks)
+
+
+def test_writes_keep_their_order_and_never_run_together():
+    order, running = [], threading.Lock()
+
+    def write(number):
+        assert running.acquire(blocking=False)
+        assert not torch.is_grad_enabled()
+        order.append(number)
+        running.release()
+
+    with torch.no_grad(), BackgroundWrites(overlaps=True) as writes:
+        for number in range(20):
+            writes.submit(lambda number=number: write(number))
+    assert order == list(range(20))
+
+
+def test_the_last_write_is_finished_if_the_run_fails():
+    release, done = threading.Event(), []
+
+    def write():
+        assert release.wait(timeout=30)
+        done.append(True)
+
+    def run():
+        with BackgroundWrites(overlaps=True) as writes:
+            writes.submit(write)
+            threading.Timer(0.05, release.set).start()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert done == [True]
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_an_error_of_writing_ends_the_run(last):
+    def fail():
+        raise OSError("no space left on device")
+
+    def run():
+        with BackgroundWrites(overlaps=True) as writes:
+            writes.submit(fail)
+            if not last:
+                writes.submit(lambda: None)
+
+    with pytest.raises(OSError, match="no space left"):
+        run()
+
+
+def test_the_bytes_are_those_of_a_run_without_overlap(tmp_path, monkeypatch):
+    dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16, num_hidden_layers=4)
+    for name, overlaps in (("with", True), ("without", False)):
+        monkeypatch.setattr(PruningJob, "overlaps", property(lambda _job, value=overlaps: value))
+        prunus.prune(dense, tmp_path / name, calibration=token_ids())
+    assert len(shards(tmp_path / "with")) > 1
+    assert shards(tmp_path / "with") == shards(tmp_path / "without")
