@@ -28,7 +28,8 @@ __all__ = [
     "use_fast_decoding",
 ]
 
-# Names are imported when they are first used, so that `import prunus` does not wait for torch.
+# Module -> names that it defines. They are imported when they are first used, so that
+# `import prunus` does not wait for torch.
 _HOMES = {
     "doctor": ("describe",),
     "fast_decoding": ("use_fast_decoding",),
@@ -38,6 +39,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    """A name of `_HOMES`, imported when it is first used."""
     for module, names in _HOMES.items():
         if name in names:
             return getattr(import_module(f"{__name__}.{module}"), name)

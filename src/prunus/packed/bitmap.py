@@ -19,15 +19,21 @@ INT8_LEVELS = 127
 _MAX_KEPT = 0.9
 # Rows converted to float32 at a time: a whole output head would take gigabytes.
 _ROWS = 1024
+# Dtype -> the dtype of integers with as many bits.
 _BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+# How many bits of a byte are 1.
 _POPCOUNT = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.int64)
-_PLACES = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+# The value of each bit of a byte.
+_BIT_VALUES = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
 
 def kept(weight_OI: torch.Tensor) -> torch.Tensor:
     """Return which entries are not exactly +0.0, as bool (O, I).
 
     A -0.0 counts as kept: it compares equal to 0, but its bits differ, and packing is lossless.
+
+    Raises:
+        ValueError: The weight is not bfloat16, float16 or float32.
 
     >>> kept(torch.tensor([[0.0, -0.0, 2.0]], dtype=torch.bfloat16)).tolist()
     [[False, True, True]]
@@ -45,9 +51,14 @@ def pack_weight(weight_OI: torch.Tensor, values: torch.dtype) -> PackedWeight:
     bfloat16 values are coded (see `coding.py`) where their exponents allow it.
 
     Args:
-        values: the dtype of `weight_OI` (lossless: bfloat16 or float16) or int8. int8 rounds to the
+        weight_OI: A weight on the CPU with at least one entry, any strides.
+        values: The dtype of `weight_OI` (lossless: bfloat16 or float16) or int8. int8 rounds to the
             nearest of 255 symmetric levels with one scale per row. The mask does not depend on the
             choice, but int8 may round a kept entry to 0.
+
+    Raises:
+        ValueError: The dtype cannot be packed this way, or int8 is asked for and a weight is not
+            finite.
 
     >>> weight = torch.tensor([[0.0, 1.5], [0.0, -2.0]], dtype=torch.float16)
     >>> packed = pack_weight(weight, torch.float16)
@@ -58,7 +69,8 @@ def pack_weight(weight_OI: torch.Tensor, values: torch.dtype) -> PackedWeight:
     """
     weight_OI = weight_OI.contiguous()
     keep_OI = kept(weight_OI)
-    scales, stored = None, weight_OI
+    scales = None
+    stored = weight_OI
     if values == torch.int8:
         scales = _scales(weight_OI)
         stored = _levels(weight_OI, scales)
@@ -67,7 +79,8 @@ def pack_weight(weight_OI: torch.Tensor, values: torch.dtype) -> PackedWeight:
             f"weights of {weight_OI.dtype} cannot be packed as {values} without loss; convert "
             "float32 weights to bfloat16 or float16 first, or pack them as int8"
         )
-    shape, count = (weight_OI.shape[0], weight_OI.shape[1]), int(torch.count_nonzero(keep_OI))
+    shape = (weight_OI.shape[0], weight_OI.shape[1])
+    count = int(torch.count_nonzero(keep_OI))
     whole = None
     if count > _MAX_KEPT * keep_OI.numel():
         # Usually an output head. A lower bound of the masked form's size decides, because building
@@ -85,6 +98,8 @@ def pack_weight(weight_OI: torch.Tensor, values: torch.dtype) -> PackedWeight:
 
 def packed_bytes(weight_OI: torch.Tensor) -> int:
     """Return the bytes that `pack_weight` would take for bfloat16 or float16 without loss.
+
+    Nothing is packed.
 
     >>> weight = torch.tensor([[0.0, 1.5], [0.0, -2.0]], dtype=torch.float16)
     >>> packed_bytes(weight), pack_weight(weight, torch.float16).nbytes
@@ -107,6 +122,7 @@ def _with_values(
     mask: torch.Tensor | None,
     scales: torch.Tensor | None,
 ) -> PackedWeight:
+    """A bitmap of these values, coded where they are bfloat16 and that pays."""
     coded = encode(values_K) if values_K.dtype == torch.bfloat16 else None
     if coded is None:
         return PackedWeight(shape, values_K, mask, scales)
@@ -114,13 +130,15 @@ def _with_values(
 
 
 def _mask(keep_OI: torch.Tensor) -> torch.Tensor:
+    """The mask of a `PackedWeight`, uint8 (O, ceil(I / 8)), from bool (O, I)."""
     rows, columns = keep_OI.shape
     bits = torch.zeros(rows, -(-columns // 8) * 8, dtype=torch.uint8)
     bits[:, :columns] = keep_OI
-    return (bits.view(rows, -1, 8) * _PLACES).sum(dim=2, dtype=torch.uint8)
+    return (bits.view(rows, -1, 8) * _BIT_VALUES).sum(dim=2, dtype=torch.uint8)
 
 
 def _scales(weight_OI: torch.Tensor) -> torch.Tensor:
+    """The scale of each row for int8 values, float32 (O,), never 0."""
     largest_O = torch.cat([rows.float().abs().amax(dim=1) for rows in weight_OI.split(_ROWS)])
     if not torch.isfinite(largest_O).all():
         raise ValueError("weights that are infinite or not a number cannot be packed as int8")
@@ -130,6 +148,7 @@ def _scales(weight_OI: torch.Tensor) -> torch.Tensor:
 
 
 def _levels(weight_OI: torch.Tensor, scales_O: torch.Tensor) -> torch.Tensor:
+    """The weight in units of its scales, rounded to int8 (O, I)."""
     levels_OI = torch.empty(weight_OI.shape, dtype=torch.int8)
     for levels, rows, scales in zip(
         *(x.split(_ROWS) for x in (levels_OI, weight_OI, scales_O)), strict=True
@@ -139,7 +158,18 @@ def _levels(weight_OI: torch.Tensor, scales_O: torch.Tensor) -> torch.Tensor:
 
 
 def row_offsets(mask: torch.Tensor, in_features: int) -> torch.Tensor:
-    """Return where the values of each row begin: int64 (O + 1); the last entry is their number."""
+    """Return where the values of each row begin: int64 (O + 1); the last entry is their number.
+
+    Args:
+        mask: uint8 (O, ceil(I / 8)) on the CPU, contiguous.
+        in_features: I.
+
+    Raises:
+        ValueError: A bit beyond the last column is set.
+
+    >>> row_offsets(torch.tensor([[0b101], [0b010]], dtype=torch.uint8), in_features=3).tolist()
+    [0, 2, 3]
+    """
     kernels = load()
     if kernels is not None:
         return kernels.row_offsets(mask, in_features)
@@ -154,9 +184,15 @@ def check(packed: PackedWeight, stored: int | None = None) -> torch.Tensor | Non
     """Check that mask, values, scales and coding fit each other; see `forms.check`.
 
     Coded values do not tell the number of stored entries, because their last group of 64 is padded.
-    The result is that of `row_offsets`; None without a mask, where row i begins at value i · I.
+
+    Returns:
+        What `row_offsets` returns; None without a mask, where row i begins at value i · I.
+
+    Raises:
+        ValueError: They do not fit; the message says what is wrong.
     """
-    (rows, columns), mask = packed.shape, packed.mask
+    rows, columns = packed.shape
+    mask = packed.mask
     if rows < 1 or columns < 1:
         raise ValueError(
             f"a packed weight needs at least one row and one column, got {rows} x {columns}"
@@ -166,7 +202,8 @@ def check(packed: PackedWeight, stored: int | None = None) -> torch.Tensor | Non
         require("scales", packed.scales, torch.float32, rows)
         if not bool(torch.isfinite(packed.scales).all()):
             raise ValueError("a scale is infinite or not a number")
-    offsets, count = None, rows * columns
+    offsets = None
+    count = rows * columns
     if mask is not None:
         name = f"mask of a weight of {rows} x {columns}"
         require(name, mask, torch.uint8, rows, -(-columns // 8))
@@ -184,7 +221,9 @@ def check(packed: PackedWeight, stored: int | None = None) -> torch.Tensor | Non
 
 
 def _check_values(packed: PackedWeight) -> None:
-    values, coded = packed.values, packed.coding is not None
+    """Check the dtype of the values, and that int8 values alone have scales."""
+    values = packed.values
+    coded = packed.coding is not None
     allowed = (torch.uint8,) if coded else (torch.bfloat16, torch.float16, torch.int8)
     if values.dim() != 1 or values.dtype not in allowed:
         expected = "uint8 where they are coded" if coded else "bfloat16, float16 or int8"
@@ -203,9 +242,11 @@ def expand(
 ) -> torch.Tensor:
     """The dense weight (O, I), floats bit for bit in their own dtype; see `forms.expand`.
 
-    int8 times its scale, in float32, is rounded once to `dtype` (default bfloat16).
+    int8 times its scale, in float32, is rounded once to `dtype` (default bfloat16). `offsets` are
+    what `check` returned.
     """
     scales, device = packed.scales, packed.values.device
+    # A kernel writes floats in their own dtype, and int8 values as bfloat16 or float16.
     written = torch.bfloat16 if scales is not None else packed.dtype
     target = dtype or written
     if scales is not None and target == torch.float16:
@@ -221,38 +262,42 @@ def expand(
     values = packed.values if packed.coding is None else decode(packed.values, packed.coding)
     if scales is not None:
         values = values.float()
-    weight = _placed(values, packed)
+    weight = _scattered(values, packed)
     return (weight if scales is None else weight * scales[:, None]).to(target)
 
 
 def expand_rows(
     packed: PackedWeight, rows: torch.Tensor, offsets: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return some rows of the dense weight on the CPU: (..., I); see `forms.expand_rows`."""
+    """Return some rows of the dense weight on the CPU: (..., I); see `forms.expand_rows`.
+
+    `offsets` are what `check` returned.
+    """
     kernels = load()
     if kernels is None:
         return expand(packed, dtype, offsets)[rows]
     if not rows.numel():
         return torch.empty(*rows.shape, packed.shape[1], dtype=dtype)
-    scales, wanted = packed.scales, rows.to(torch.int64).contiguous()
-    written = (
-        packed.dtype if scales is None else dtype if dtype == torch.float16 else torch.bfloat16
-    )
+    scales = packed.scales
+    numbers = rows.to(torch.int64).contiguous()
+    written = packed.dtype
+    if scales is not None:
+        written = dtype if dtype == torch.float16 else torch.bfloat16
     out = torch.empty(*rows.shape, packed.shape[1], dtype=written)
     if scales is None or dtype == written:
-        kernels.expand_rows(packed, offsets, wanted, out)
+        kernels.expand_rows(packed, offsets, numbers, out)
         return out.to(dtype)
     # Integers up to 128 are exact in bfloat16, so the scale is applied in float32 afterwards.
-    kernels.expand_rows(packed._replace(scales=torch.ones_like(scales)), offsets, wanted, out)
-    return out.float() * scales[wanted][..., None]
+    kernels.expand_rows(packed._replace(scales=torch.ones_like(scales)), offsets, numbers, out)
+    return out.float() * scales[numbers][..., None]
 
 
-def _placed(values_K: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
+def _scattered(values_K: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
     """Put values (K,), possibly padded, where the mask has ones, and zeros elsewhere: (O, I)."""
     rows, columns = packed.shape
     if packed.mask is None:
         return values_K[: rows * columns].view(rows, columns)
-    keep_OI = ((packed.mask[:, :, None] & _PLACES.to(packed.mask.device)) != 0).view(rows, -1)[
+    keep_OI = ((packed.mask[:, :, None] & _BIT_VALUES.to(packed.mask.device)) != 0).view(rows, -1)[
         :, :columns
     ]
     weight_OI = values_K.new_zeros(rows, columns)

@@ -37,11 +37,13 @@ _FAMILIES = {
 _HOME = "transformers.models."
 # Likewise, of an activation.
 _ACTIVATIONS = {"SiLU": 0, "SiLUActivation": 0, "GELUTanh": 1}
+# Attention functions whose result the kernel gives: torch's, and that of `fast_decoding`.
 _SDPA = ("sdpa", "prunus_sdpa")
-_CACHES = ("cache", "past_key_values")  # the newer and the older name of one argument
+# The newer and the older name of one argument.
+_CACHES = ("cache", "past_key_values")
 # Arguments that the kernel is given, or that a block does not compute with. `generate` hands the
 # tokenizer down to every block, where a program gives it one to find stop strings.
-_KNOWN = {
+_PLAIN_ARGUMENTS = {
     *_CACHES,
     "attention_mask",
     "cache_position",
@@ -50,13 +52,19 @@ _KNOWN = {
     "tokenizer",
     "use_cache",
 }
+# Sequences of a batch that the kernel computes at a time.
 _MOST_SEQUENCES = 16
+# Attribute of a cache's layer that holds its `_Room`.
 _ROOM = "_prunus_room"
-_MORE = 256  # positions of room for new tokens, at least
+# Positions of room for new tokens, at least.
+_MIN_ROOM = 256
 
 
 def use_block_kernel(model: nn.Module) -> int:
-    """Let the blocks of a model decode with the kernel, in place; return how many do so now."""
+    """Let the blocks of a model decode with the kernel, in place; return how many do so now.
+
+    Blocks of families that are not in `_FAMILIES` stay as they are.
+    """
     count = 0
     for module in model.modules():
         kind = type(module)
@@ -71,6 +79,11 @@ class _Decoder:
     """The forward of a block: the kernel where it can be used, or else the modules of the block.
 
     It is copied with its block. A copy describes the weights of its own block anew.
+
+    Attributes:
+        block: The block.
+        form: How its norms end; see `_FAMILIES`.
+        plan: The block as the kernel reads it; None before the first token, and after a change.
     """
 
     def __init__(self, block: nn.Module, form: int) -> None:
@@ -82,10 +95,10 @@ class _Decoder:
         return self.__dict__ | {"plan": None}
 
     def __call__(self, hidden_states: torch.Tensor, *others: Any, **named: Any) -> Any:
-        found = None if others else self._decode(hidden_states, named)
-        if found is None:
+        output = None if others else self._decode(hidden_states, named)
+        if output is None:
             return type(self.block).forward(self.block, hidden_states, *others, **named)
-        return found
+        return output
 
     def _decode(self, x: torch.Tensor, named: Mapping[str, Any]) -> torch.Tensor | None:
         """Return the output (batch, 1, width), or None where the kernel does not compute it."""
@@ -110,7 +123,8 @@ class _Decoder:
         layer = _cache_of(plan, x, named)
         if layer is None:
             return None
-        mask, (cos, sin) = named.get("attention_mask"), named["position_embeddings"]
+        mask = named.get("attention_mask")
+        cos, sin = named["position_embeddings"]
         keys, values = _extend(layer)
         tokens = Tokens(
             x.shape[0],
@@ -131,11 +145,28 @@ class _OtherBlockError(Exception):
 
 
 class _Plan:
-    """A block as the kernel reads it, and what must not change as long as it is used."""
+    """A block as the kernel reads it, and what must not change as long as it is used.
+
+    Attributes:
+        dtype: The dtype of activations.
+        attention: The attention module.
+        index: Position of the block, which numbers its layer of the cache.
+        window: Tokens that the attention sees; None for all.
+        dim: Channels of a head.
+        key_heads: Number of key-value heads.
+        described: The block for the kernel. It holds addresses of tensors that this object keeps.
+
+    Raises:
+        _OtherBlockError: The kernel does not compute this block as it is.
+    """
 
     def __init__(self, block: Any, form: int, dtype: torch.dtype, has_dense: bool) -> None:
-        self.dtype, self._has_dense = dtype, has_dense
-        self._kept: list[Any] = []  # what `described` points to
+        self.dtype = dtype
+        self._has_dense = has_dense
+        # What `described` points to.
+        self._referenced: list[Any] = []
+        # (children of a module, name, child) and (tensors of a module, name, tensor, its address),
+        # which `holds` compares.
         self._modules: list[tuple[dict[str, Any], str, nn.Module]] = []
         self._tensors: list[tuple[dict[str, Any], str, torch.Tensor, int]] = []
         self._epsilons: set[float] = set()
@@ -143,11 +174,12 @@ class _Plan:
         activation = _ACTIVATIONS.get(type(feed.act_fn).__name__)
         if activation is None or getattr(attention, "attn_logit_softcapping", None) is not None:
             raise _OtherBlockError
-        self.attention, self.index = attention, attention.layer_idx
+        self.attention = attention
+        self.index = attention.layer_idx
         self.window: int | None = getattr(attention, "sliding_window", None)
         self.dim: int = attention.head_dim
-        query, key, value, output = (self._matrix(attention, f"{each}_proj") for each in "qkvo")
-        gate, up, down = (self._matrix(feed, f"{each}_proj") for each in ("gate", "up", "down"))
+        query, key, value, output = (self._matrix(attention, f"{name}_proj") for name in "qkvo")
+        gate, up, down = (self._matrix(feed, f"{name}_proj") for name in ("gate", "up", "down"))
         self.key_heads: int = attention.k_proj.out_features // self.dim
         # Gemma has four norms of hidden states, and calls the second one as others call the last.
         has_four = "pre_feedforward_layernorm" in block._modules
@@ -174,13 +206,14 @@ class _Plan:
             raise _OtherBlockError
 
     def _child(self, parent: nn.Module, name: str) -> Any:
+        """A child of a module; it must stay the same object."""
         child = parent._modules[name]
         assert child is not None
         self._modules.append((parent._modules, name, child))
         return child
 
-    def _place(self, entries: dict[str, Any], name: str) -> int | None:
-        """Return where a tensor of a module is; it must stay there."""
+    def _address(self, entries: dict[str, Any], name: str) -> int | None:
+        """Return where a tensor of a module is, and None if there is none; it must stay there."""
         tensor = entries.get(name)
         if tensor is None:
             return None
@@ -195,30 +228,31 @@ class _Plan:
             return None
         norm = self._child(parent, name)
         self._epsilons.add(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
-        return self._place(norm._parameters, "weight")
+        return self._address(norm._parameters, "weight")
 
     def _matrix(self, parent: nn.Module, name: str) -> Matrix:
+        """Describe a linear: a packed one, or a dense one in bfloat16 that has a kernel."""
         linear = self._child(parent, name)
-        bias = self._place(linear._parameters, "bias")
+        bias = self._address(linear._parameters, "bias")
         if type(linear) is PackedLinear and (linear.layout is None or linear.has_lines):
-            self._place(linear._buffers, "prepared")
+            self._address(linear._buffers, "prepared")
             packed, prepared = linear.packed, linear.prepared
         elif type(linear) is DenseLinear and self._has_dense and self.dtype == torch.bfloat16:
-            self._place(linear._parameters, "weight")
+            self._address(linear._parameters, "weight")
             shape = (linear.out_features, linear.in_features)
             packed, prepared = PackedWeight(shape, linear.weight.detach().view(-1)), None
         else:
             raise _OtherBlockError
         described = describe(packed, prepared)
-        self._kept.append((packed, prepared, described))
+        self._referenced.append((packed, prepared, described))
         at = ctypes.addressof(described)
-        places = (None, at) if isinstance(packed, QuantizedWeight) else (at, None)
-        return Matrix(*places, bias)
+        forms = (None, at) if isinstance(packed, QuantizedWeight) else (at, None)
+        return Matrix(*forms, bias)
 
     def holds(self) -> bool:
         """Whether the block is as it was described, and its modules would compute the same."""
-        for entries, name, tensor, place in self._tensors:
-            if entries.get(name) is not tensor or tensor.data_ptr() != place:
+        for entries, name, tensor, address in self._tensors:
+            if entries.get(name) is not tensor or tensor.data_ptr() != address:
                 return False
         for children, name, module in self._modules:
             if (
@@ -234,7 +268,8 @@ class _Plan:
 def _cache_of(plan: _Plan, x: torch.Tensor, named: Mapping[str, Any]) -> Any:
     """Return the cache of this block; None where the arguments are not those of plain decoding."""
     if any(
-        name not in _KNOWN and not (each is None or each is False) for name, each in named.items()
+        name not in _PLAIN_ARGUMENTS and not (value is None or value is False)
+        for name, value in named.items()
     ):
         return None
     cache: Any = next((named[name] for name in _CACHES if named.get(name) is not None), None)
@@ -267,21 +302,30 @@ class _Room:
     """Memory of the keys and values of a layer, (2, batch, heads, positions, dim), in part unused.
 
     There is room only as long as the layer holds the keys and values that it was given last.
+
+    Attributes:
+        keys: The keys that the layer was given last, a part of `memory`.
+        values: The values, likewise.
+        begin: The first position that the layer still holds.
+        end: The position after the last one.
+        positions: The positions that there is memory for.
+        memory: As above.
     """
 
     def __init__(self, layer: Any) -> None:
         self.keys, self.values = layer.keys, layer.values
         batch, heads, length, dim = self.keys.shape
         self.begin, self.end = 0, length
-        self.positions = length + max(_MORE, length // 2)
+        self.positions = length + max(_MIN_ROOM, length // 2)
         self.memory = self.keys.new_empty(2, batch, heads, self.positions, dim)
         self.memory[0, :, :, :length] = self.keys
         self.memory[1, :, :, :length] = self.values
 
 
 def _extend(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return keys and values with a new last position, which is to be written, and give the layer
-    what it keeps of them.
+    """Return keys and values with a new last position, which is to be written.
+
+    The layer gets what it keeps of them: with a sliding window, only the last positions.
     """
     room: _Room | None = layer.__dict__.get(_ROOM)
     if (

@@ -20,15 +20,21 @@ import torch
 
 from prunus.packed.weight import Coding, require
 
+# High bytes that have a code, which four bits number.
 _CODES = 16
+# Values of a group.
 _GROUP = 64
-_PART = _GROUP << 16  # values encoded at a time
-#: Above this share of rare values, patching them costs a kernel more time than coding saves.
+# Values that are encoded at a time.
+_PART = _GROUP << 16
+# Above this share of rare values, patching them costs a kernel more time than coding saves.
 _RARE_SHARE = 1 / 256
 
 
 def encode(values_K: torch.Tensor) -> tuple[torch.Tensor, Coding] | None:
-    """Split bfloat16 values into low bytes (P,) and coded high bytes; None if that does not pay."""
+    """Split bfloat16 values into low bytes, uint8 (P,), and coded high bytes.
+
+    None where that would not save bytes, or where rare values are so many that decoding is slow.
+    """
     assert values_K.dtype == torch.bfloat16
     count = values_K.shape[0]
     occurrences = high_byte_counts(values_K)
@@ -39,22 +45,24 @@ def encode(values_K: torch.Tensor) -> tuple[torch.Tensor, Coding] | None:
     whole = padded(count)
     code_of = torch.full((256,), _CODES, dtype=torch.uint8)
     code_of[table] = torch.arange(_CODES, dtype=torch.uint8)
-    low_P, pairs = torch.empty(whole, dtype=torch.uint8), torch.empty(whole // 2, dtype=torch.uint8)
-    rare_at, rare_values = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.uint8)]
+    low_P = torch.empty(whole, dtype=torch.uint8)
+    pairs = torch.empty(whole // 2, dtype=torch.uint8)
+    rare_at = [torch.empty(0, dtype=torch.int64)]
+    rare_values = [torch.empty(0, dtype=torch.uint8)]
     for first, part in _parts(values_K):
         filled = torch.nn.functional.pad(part, (0, padded(part.shape[0]) - part.shape[0]))
         low, high = _bytes(filled).unbind(1)
         codes = code_of[high.int()]
         is_rare = codes == _CODES
-        places = is_rare[: part.shape[0]].nonzero().flatten()
+        positions = is_rare[: part.shape[0]].nonzero().flatten()
         codes[is_rare] = 0
         codes_G2 = codes.view(-1, 2, _GROUP // 2)
         low_P[first : first + low.shape[0]] = low
         pairs[first // 2 : (first + low.shape[0]) // 2] = (
             codes_G2[:, 0] + (codes_G2[:, 1] << 4)
         ).flatten()
-        rare_at.append(places + first)
-        rare_values.append(high[places])
+        rare_at.append(positions + first)
+        rare_values.append(high[positions])
     return low_P, Coding(pairs, table.to(torch.uint8), torch.cat(rare_at), torch.cat(rare_values))
 
 
@@ -67,9 +75,16 @@ def high_byte_counts(values_K: torch.Tensor) -> torch.Tensor:
 
 
 def coded_bytes(occurrences: torch.Tensor) -> int:
-    """Return the bytes of values with these `high_byte_counts`, coded where `encode` codes them."""
+    """Return the bytes of values with these `high_byte_counts`, coded where `encode` codes them.
+
+    >>> counts = torch.zeros(256, dtype=torch.int64)
+    >>> counts[63] = 1024  # all high bytes are the same: 1.5 bytes a value, and the table
+    >>> coded_bytes(counts)
+    1552
+    """
     count = int(occurrences.sum())
     rare = count - int(occurrences.sort(descending=True).values[:_CODES].sum())
+    # A rare value takes eight bytes for its position, and one for its high byte.
     coded = padded(count) // 2 * 3 + _CODES + 9 * rare
     return coded if rare <= count * _RARE_SHARE and coded < 2 * count else 2 * count
 
@@ -87,6 +102,8 @@ def _bytes(values_K: torch.Tensor) -> torch.Tensor:
 
 def decode(low_P: torch.Tensor, coding: Coding) -> torch.Tensor:
     """Return the bfloat16 values (P,) that `encode` was given, bit for bit, with the padding.
+
+    This is the reference in torch for what the kernels do.
 
     >>> values = torch.linspace(-2, 2, 2048).bfloat16()
     >>> low, coding = encode(values)
@@ -111,7 +128,11 @@ def padded(count: int) -> int:
 
 
 def check_coding(low_P: torch.Tensor, count: int, coding: Coding) -> None:
-    """Check that the parts of `count` coded values fit each other, or raise `ValueError`."""
+    """Check that the parts of `count` coded values fit each other.
+
+    Raises:
+        ValueError: They do not; the message says what is wrong.
+    """
     codes, high_bytes, rare_at, rare = coding
     whole = padded(count)
     of_all = f"of {count:,} coded values"

@@ -27,31 +27,50 @@ REFUSAL = (
     "this checkpoint is packed by prunus: install prunus, then import prunus before loading it"
 )
 
+#: The dtype in which a bitmap stores its entries, by name.
 Stored = Literal["bfloat16", "float16", "int8"]
 _DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "int8": torch.int8,
 }
+# Far above any real file, and small enough for 64 bits.
 _MAX_BYTES = 2**62
 
 
 class StoredTensor(NamedTuple):
+    """A tensor that a shard must hold."""
+
+    #: Its shape.
     shape: tuple[int, ...]
+    #: Its dtype.
     dtype: torch.dtype
 
 
 class PackedShape(NamedTuple):
     """Shape of one linear that is packed as a bitmap."""
 
+    #: Rows of the dense weight.
     out_features: int
+    #: Columns of the dense weight.
     in_features: int
-    stored: int  #: number of stored entries
-    rare: int | None = None  #: number of rare values among coded ones; None if not coded
+    #: Number of stored entries.
+    stored: int
+    #: Number of rare values among coded ones; None where values are not coded.
+    rare: int | None = None
 
     @classmethod
     def from_json(cls, name: str, entry: Any, may_be_coded: bool) -> PackedShape:
-        """Read what `to_json` returned of the linear `name`, or anything."""
+        """Read an entry of config.json.
+
+        Args:
+            name: The linear, for messages.
+            entry: What `to_json` returned, or anything else.
+            may_be_coded: Whether values of this checkpoint can be coded: they are bfloat16.
+
+        Raises:
+            ValueError: A number is missing or out of range.
+        """
         if not _are_integers(entry) or len(entry) not in ((3, 4) if may_be_coded else (3,)):
             or_four = ", or four with rare" if may_be_coded else ""
             raise ValueError(
@@ -70,10 +89,18 @@ class PackedShape(NamedTuple):
         return cls(rows, columns, stored, *rare)
 
     def to_json(self) -> list[int]:
+        """The entry in config.json: (out, in, stored), and the rare values of coded ones.
+
+        >>> PackedShape(4, 8, stored=5).to_json()
+        [4, 8, 5]
+        """
         return [number for number in self if number is not None]
 
     def tensors(self, values: Stored | None) -> dict[str, StoredTensor]:
-        """Return the tensors of the weight, by names relative to the linear."""
+        """Return the tensors of the weight, by names relative to the linear.
+
+        `values` is that of the `Description`.
+        """
         rows, columns, stored, rare = self
         assert values is not None, "a checkpoint with bitmaps names the dtype of their values"
         length = stored if rare is None else padded(stored)
@@ -94,19 +121,29 @@ class PackedShape(NamedTuple):
 class QuantizedShape(NamedTuple):
     """Shape of one linear whose weight is quantised."""
 
+    #: Rows of the dense weight.
     out_features: int
+    #: Columns of the dense weight.
     in_features: int
-    nbytes: int  #: of its planes and escape bytes
-    codes: tuple[PlaneCode, ...]  #: of each class of columns
+    #: Bytes of its planes and escape bytes.
+    nbytes: int
+    #: The code of each class of columns.
+    codes: tuple[PlaneCode, ...]
+    #: Rows of each chunk; the last one may have fewer.
     rows_per_chunk: int
 
     @classmethod
     def of(cls, weight: QuantizedWeight) -> QuantizedShape:
+        """The shape of a weight."""
         return cls(*weight.shape, weight.data.shape[0], weight.codes, weight.rows_per_chunk)
 
     @classmethod
     def from_json(cls, name: str, entry: Mapping[str, Any]) -> QuantizedShape:
-        """Read what `to_json` returned, or anything; see `PackedShape.from_json`."""
+        """Read an entry of config.json; see `PackedShape.from_json`.
+
+        Raises:
+            ValueError: A number or code is missing or out of range.
+        """
         size, codes = entry.get("shape"), entry.get("codes")
         numbers: Any = [entry.get("bytes"), entry.get("rows_per_chunk")]
         if not _are_integers(size) or len(size) != 2 or not _are_integers(numbers):
@@ -134,6 +171,7 @@ class QuantizedShape(NamedTuple):
         """Nothing: the number of integers follows from the size."""
 
     def to_json(self) -> dict[str, Any]:
+        """The entry in config.json."""
         return {
             "shape": [self.out_features, self.in_features],
             "bytes": self.nbytes,
@@ -142,7 +180,10 @@ class QuantizedShape(NamedTuple):
         }
 
     def tensors(self, values: Stored | None) -> dict[str, StoredTensor]:
-        """Return the tensors of the weight, by names relative to the linear."""
+        """Return the tensors of the weight, by names relative to the linear.
+
+        `values`, for bitmaps, does not matter.
+        """
         return {
             "weight": StoredTensor((self.nbytes,), torch.uint8),
             "weight_classes": StoredTensor((self.in_features,), torch.uint8),
@@ -153,10 +194,12 @@ class QuantizedShape(NamedTuple):
 
 @dataclass(frozen=True)
 class Description:
-    #: dtype in which bitmaps store their entries; None where there are no bitmaps.
+    """The packed linears of a checkpoint: the `quantization_config` of its config.json."""
+
+    #: The dtype in which bitmaps store their entries; None where there are no bitmaps.
     values: Stored | None
-    #: module name (`model.layers.0.mlp.up_proj`) -> shape. A linear is a bitmap or quantised; a
-    #: checkpoint may hold both.
+    #: Name of a module (`model.layers.0.mlp.up_proj`) -> shape. A linear is a bitmap or quantised;
+    #: a checkpoint may hold both.
     linears: Mapping[str, PackedShape | QuantizedShape]
 
     @property
@@ -170,22 +213,32 @@ class Description:
         return {f"{linear}.{name}": tensor for name, tensor in expected.items()}
 
     def weight(self, linear: str, tensors: Mapping[str, torch.Tensor]) -> Packed:
-        """Return a linear's weight, built from the tensors that `Description.tensors` names."""
+        """Return a linear's weight, built from the tensors that `Description.tensors` names.
+
+        Nothing is checked; see `forms.checked_weight`.
+        """
         shape = self.linears[linear]
         parts = {name: tensors[f"{linear}.{name}"] for name in shape.tensors(self.values)}
         layout = (shape.codes, shape.rows_per_chunk) if isinstance(shape, QuantizedShape) else None
         return from_tensors(shape[:2], parts, layout)
 
-    def check_tensors(self, found: Mapping[str, Any]) -> None:
-        """Compare the declared tensors with those of the shards, which have a shape and a dtype."""
+    def check_tensors(self, tensors: Mapping[str, Any]) -> None:
+        """Compare the declared tensors with those of the shards.
+
+        Args:
+            tensors: Name -> anything with a shape and a dtype, for all tensors of the shards.
+
+        Raises:
+            ValueError: A tensor is missing, or has another shape or dtype.
+        """
         for linear in self.linears:
             for name, expected in self.tensors(linear).items():
-                if name not in found:
+                if name not in tensors:
                     raise ValueError(
                         f"the packed checkpoint holds no tensor {name!r}; is it whole, and was it "
                         "packed by prunus?"
                     )
-                shape, dtype = tuple(found[name].shape), found[name].dtype
+                shape, dtype = tuple(tensors[name].shape), tensors[name].dtype
                 if (shape, dtype) != expected:
                     raise ValueError(
                         f"{name!r} is {dtype} {shape} in the file, but config.json asks for "
@@ -194,6 +247,7 @@ class Description:
                     )
 
     def to_dict(self) -> dict[str, Any]:
+        """The `quantization_config` of config.json."""
         values = {} if self.values is None else {"values": self.values}
         return {
             "quant_method": METHOD,
@@ -208,6 +262,11 @@ class Description:
 
     @classmethod
     def from_dict(cls, content: Any) -> Description:
+        """Read a `quantization_config`, or anything else.
+
+        Raises:
+            ValueError: It does not describe a packed checkpoint of a version that can be read.
+        """
         if not isinstance(content, Mapping) or content.get("quant_method") != METHOD:
             raise ValueError(f"config.json has no quantization_config with quant_method {METHOD!r}")
         version = content.get("version")
@@ -220,7 +279,15 @@ class Description:
 
     @classmethod
     def of_linears(cls, linears: Any, values: Any = None) -> Description:
-        """Read the entries of linears: the name of each in the checkpoint, and its `to_json`."""
+        """Read the entries of linears, or anything else.
+
+        Args:
+            linears: Name in the checkpoint -> what `to_json` of its shape returned.
+            values: The dtype of the entries of bitmaps; None where there are no bitmaps.
+
+        Raises:
+            ValueError: There are no linears, or an entry is damaged.
+        """
         if not isinstance(linears, Mapping) or not linears:
             raise ValueError("quantization_config names no packed linears")
         are_quantised = all(isinstance(entry, Mapping) for entry in linears.values())
@@ -241,13 +308,14 @@ class Description:
 
 
 def _code(code: Any) -> PlaneCode:
+    """The code of one class of columns, from [raw, [bits of each layer]] or anything else."""
     if not isinstance(code, list | tuple) or len(code) != 2 or not _are_integers([code[0]]):
         raise ValueError(f"expected [raw, [bits of each layer]], got {code!r}")
     if not _are_integers(code[1]):
         raise ValueError(f"the bits of layers must be a list of integers, got {code[1]!r}")
-    made = PlaneCode(code[0], tuple(code[1]))
-    check_code(made)
-    return made
+    plane_code = PlaneCode(code[0], tuple(code[1]))
+    check_code(plane_code)
+    return plane_code
 
 
 def _is_size(number: int) -> bool:

@@ -19,27 +19,40 @@ from prunus.packed.kernels import library as kernels
 def describe() -> dict[str, Any]:
     """Everything that `in_sentences` says, as values that JSON can hold.
 
-    `needs_import` is why a program must import prunus before it loads a packed checkpoint, or None.
-    `extras` maps each extra of the package to its requirements that are not met.
+    Returns:
+        - kernels: Whether packed linears are multiplied without being expanded.
+        - why_not: The reason if they are not, else None.
+        - library: The file of the kernels; None without kernels, as are the next two.
+        - instruction_set: The one in use.
+        - best_instruction_set: The best of this machine.
+        - chosen_by: What decided on the instruction set.
+        - dense_kernel: Whether dense bfloat16 linears of packed models use a kernel as well.
+        - threads: How many threads torch uses.
+        - thread_runtime: Whose threads the kernels run on; None without kernels.
+        - needs_import: Why a program must import prunus before it loads a packed checkpoint; None
+          if it need not.
+        - extras: Each extra of the package -> its requirements that are not met.
+        - torch, transformers, python: Their versions.
+        - machine: The operating system and the processor's architecture.
     """
-    asked = os.environ.get("PRUNUS_ISA")
-    found = kernels.load()
-    best = None if found is None else kernels.ISAS[found.library.prunus_best_isa()]
+    chosen = os.environ.get("PRUNUS_ISA")
+    opened = kernels.load()
+    best = None if opened is None else kernels.ISAS[opened.library.prunus_best_isa()]
     installed = None
     with contextlib.suppress(PackageNotFoundError):
         installed = distribution("prunus")
     return {
-        "kernels": found is not None,
+        "kernels": opened is not None,
         "why_not": kernels.why_not(),
-        "library": None if found is None else str(found.path),
-        "instruction_set": None if found is None else kernels.ISAS[found.isa],
+        "library": None if opened is None else str(opened.path),
+        "instruction_set": None if opened is None else kernels.ISAS[opened.isa],
         "best_instruction_set": best,
-        "chosen_by": f"PRUNUS_ISA={asked}" if asked else "the best this machine has",
-        "dense_kernel": found is not None and found.has_bfloat16,
+        "chosen_by": f"PRUNUS_ISA={chosen}" if chosen else "the best this machine has",
+        "dense_kernel": opened is not None and opened.has_bfloat16,
         "threads": torch.get_num_threads(),
         "thread_runtime": None
-        if found is None
-        else found.runtime or "the calling thread alone: no OpenMP found",
+        if opened is None
+        else opened.runtime or "the calling thread alone: no OpenMP found",
         "needs_import": _needs_import(installed),
         "extras": {} if installed is None else _extras(installed),
         "torch": torch.__version__,
@@ -50,13 +63,13 @@ def describe() -> dict[str, Any]:
 
 
 def in_sentences(state: dict[str, Any]) -> list[str]:
-    """Say what `describe` found, one sentence or two on a subject."""
-    said = [
+    """Say what `describe` found, one sentence or two on a subject. `state` is its result."""
+    sentences = [
         f"Python {state['python']} on {state['machine']}, torch {state['torch']}, transformers "
         f"{state['transformers']}."
     ]
     if state["kernels"]:
-        said += [
+        sentences += [
             f"Packed models run on the compiled kernels of {state['library']}.",
             f"The kernels use {state['instruction_set']} ({state['chosen_by']}); the best of this "
             f"machine is {state['best_instruction_set']}.",
@@ -71,21 +84,21 @@ def in_sentences(state: dict[str, Any]) -> list[str]:
             f"{state['thread_runtime']}.",
         ]
     else:
-        said += [
+        sentences += [
             f"Packed models run on slower code in torch, because there are no kernels: "
             f"{state['why_not']}.",
             f"Torch uses {counted(state['threads'], 'thread')}.",
         ]
     reason = state["needs_import"]
-    said.append(
+    sentences.append(
         "Programs load packed checkpoints without `import prunus`: torch calls prunus."
         if reason is None
         else f"Programs need `import prunus` to load packed checkpoints: {reason}."
     )
     extras = state["extras"]
-    if whole := [extra for extra, missing in extras.items() if not missing]:
-        said.append(f"Installed extras: {', '.join(whole)}.")
-    return said + [
+    if complete := [extra for extra, missing in extras.items() if not missing]:
+        sentences.append(f"Installed extras: {', '.join(complete)}.")
+    return sentences + [
         f"The extra {extra} is not installed, it lacks {', '.join(missing)}: pip install "
         f"'.[{extra}]'."
         for extra, missing in extras.items()
@@ -112,16 +125,17 @@ def _extras(installed: Distribution) -> dict[str, list[str]]:
     needed = [Requirement(text) for text in installed.requires or ()]
     return {
         extra: [
-            f"{each.name}{each.specifier}"
-            for each in needed
-            if each.marker is not None and each.marker.evaluate({"extra": extra})
-            if not _is_met(each)
+            f"{requirement.name}{requirement.specifier}"
+            for requirement in needed
+            if requirement.marker is not None and requirement.marker.evaluate({"extra": extra})
+            if not _is_met(requirement)
         ]
         for extra in installed.metadata.get_all("Provides-Extra") or ()
     }
 
 
 def _is_met(needed: Requirement) -> bool:
+    """Whether a distribution is installed in a version that a requirement allows."""
     with contextlib.suppress(PackageNotFoundError):
         return needed.specifier.contains(distribution(needed.name).version, prereleases=True)
     return False

@@ -29,7 +29,9 @@ from prunus.packed.linear import DenseLinear, PackedLinear
 from prunus.packed.operators import on_reference_path
 
 _ATTENTION = "prunus_sdpa"
+# Bytes of a large page.
 _PAGE = 2 << 20
+# Bytes that are asked for at a time, at least.
 _CHUNK = 64 * _PAGE
 _ALIGNMENT = 64  # a cache line
 _SMALL = 1 << 16  # bytes; smaller tensors gain nothing
@@ -49,8 +51,9 @@ def use_fast_decoding(model: nn.Module) -> None:
 def use_decode_attention(model: Any) -> bool:
     """Let a transformers model that uses `sdpa` use this attention, in place.
 
-    The result says whether it does now. That needs heads that share keys, and a family that takes
-    its attention function from transformers' table.
+    Returns:
+        Whether it does now. That needs heads that share keys, and a family that takes its attention
+        function from transformers' table.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -78,8 +81,20 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Compute the attention of one token, in the signature that transformers expects.
 
-    query is (batch, heads, tokens, dim), key and value are (batch, shared heads, length, dim). The
-    output is (batch, tokens, heads, dim), without attention weights.
+    Everything but one token of plain attention goes to transformers' own `sdpa`.
+
+    Args:
+        module: The attention module.
+        query: (batch, heads, tokens, dim).
+        key: (batch, shared heads, length, dim).
+        value: (batch, shared heads, length, dim).
+        attention_mask: Broadcastable to (batch, heads, tokens, length), or None.
+        dropout: A probability.
+        scaling: Factor of the scores; None is dim ** -0.5.
+        **further: Other arguments of transformers' interface.
+
+    Returns:
+        The output (batch, tokens, heads, dim), and None in place of the attention weights.
     """
     batch, heads, tokens, dim = query.shape
     shared = key.shape[1]
@@ -105,7 +120,10 @@ def use_large_pages(model: nn.Module) -> int:
     """Move the weights of `PackedLinear`s and `DenseLinear`s to large pages, one at a time.
 
     Tensors that are small or not in main memory stay where they are. Parameters stay the same
-    objects, so tied weights stay tied. The result is the number of bytes that were moved.
+    objects, so tied weights stay tied.
+
+    Returns:
+        The number of bytes that were moved; 0 where the system has no large pages.
     """
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return 0
@@ -124,6 +142,7 @@ def use_large_pages(model: nn.Module) -> int:
 
 
 def _weights(model: nn.Module) -> Iterable[torch.Tensor]:
+    """The tensors that products read: of packed linears with lines, not their bit planes."""
     for module in model.modules():
         if isinstance(module, PackedLinear):
             for name, buffer in module.named_buffers(recurse=False):

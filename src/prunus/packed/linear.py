@@ -35,12 +35,27 @@ class PackedLinear(nn.Module):
 
     Its state is what `docs/reference/packed-format.md` describes: the tensors of the weight under
     their names there. They are buffers and not parameters: packed weights are not trained, but a
-    gradient passes through to the inputs. The tensors of the weight may be on the meta device, to
-    be filled from a loaded state; then `prepare` must be called before the module runs. `stored` is
-    the declared number of stored entries of a bitmap; see `forms.check`.
+    gradient passes through to the inputs.
+
+    Args:
+        packed: The weight. Its tensors may be on the meta device, to be filled from a loaded state;
+            then `prepare` must be called before the module runs.
+        bias: (O,), or None.
+        stored: The declared number of stored entries of a bitmap; see `forms.check`.
+
+    Attributes:
+        out_features: O.
+        in_features: I.
+        layout: Codes and rows per chunk of a quantised weight; None for a bitmap.
+        prepared: What `forms.check` returned; None before `prepare`.
+
+    Raises:
+        ValueError: The parts of the weight do not fit each other.
     """
 
+    #: The first tensor of the weight: values of a bitmap, or bit planes. It is not the weight.
     weight: torch.Tensor
+    #: (O,), or None.
     bias: nn.Parameter | None
 
     def __init__(
@@ -58,9 +73,10 @@ class PackedLinear(nn.Module):
         for name, tensor in parts.items():
             self.register_buffer(name, tensor)
         self.register_buffer("prepared", None, persistent=False)
-        self._kept: torch.Tensor | None = None
-        made = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.register_parameter("bias", made)
+        # The dense weight on a device without kernels; see `dense_on_device`.
+        self._expanded: torch.Tensor | None = None
+        parameter = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", parameter)
         if self.weight.device.type != "meta":
             self.prepare()
 
@@ -72,15 +88,22 @@ class PackedLinear(nn.Module):
         return from_tensors((self.out_features, self.in_features), self._buffers, self.layout)
 
     def prepare(self) -> None:
-        """Check a state that was loaded, before the module runs; see `forms.check`."""
+        """Check a state that was loaded, before the module runs; see `forms.check`.
+
+        Raises:
+            ValueError: The parts of the weight do not fit each other.
+        """
         self.prepared = check(self.packed, self._stored)
-        self._kept = None
-        if self.has_lines:
+        self._expanded = None
+        if self.has_lines:  # the bit planes are read again only when the state is saved
             release_file_pages(self.weight)
 
     @property
     def has_lines(self) -> bool:
-        """Whether products read lines, so that the bit planes are only needed to save the state."""
+        """Whether products read lines, the form in memory of a quantised weight on the CPU.
+
+        The bit planes are then only needed to save the state. `kernels/lines.h` explains lines.
+        """
         return self.prepared is not None and self.prepared.dtype is torch.uint8
 
     def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -90,13 +113,17 @@ class PackedLinear(nn.Module):
     def dense_on_device(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the dense weight on a device without kernels, kept until the module moves."""
         warn_of_expansion(self.weight.device)
-        if self._kept is None or self._kept.dtype != dtype:
+        if self._expanded is None or self._expanded.dtype != dtype:
             with torch.no_grad():
-                self._kept = self.dense(dtype)
-        return self._kept
+                self._expanded = self.dense(dtype)
+        return self._expanded
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (..., I) to (..., O)."""
+        """Map (..., I) to (..., O) in the dtype of the inputs.
+
+        Raises:
+            ValueError: The inputs have another width.
+        """
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected inputs of width {self.in_features}, got {tuple(x.shape)}")
         prepared, bias = self._buffers["prepared"], self._parameters["bias"]
@@ -108,14 +135,16 @@ class PackedLinear(nn.Module):
         return packed_linear(x, *as_arguments(self.packed), prepared, bias)
 
     def extra_repr(self) -> str:
+        """What `print` says of the module: sizes, and its bytes as a share of those in bfloat16."""
         share = self.packed.nbytes / (2 * self.in_features * self.out_features)
-        told = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{told}, of_bfloat16={share:.3f}, bias={self.bias is not None}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, of_bfloat16={share:.3f}, bias={self.bias is not None}"
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Let `.to(device)` move everything, but `.half()` and the like change the bias alone."""
         stored = {id(self._buffers[name]) for name in self._names}
-        self._kept, before = None, self.weight.device.type
+        self._expanded = None
+        before = self.weight.device.type
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
             result = fn(tensor)
@@ -149,7 +178,10 @@ class DenseLinear(nn.Linear):
 def plain_linear(
     weight_OI: torch.Tensor, bias: torch.Tensor | None, kind: type[nn.Linear] = nn.Linear
 ) -> nn.Linear:
-    """Return a linear with these parameters. Any other weight becomes one that is not trained."""
+    """Return a linear with these parameters, of the class `kind`.
+
+    A weight that is a plain tensor becomes a parameter that is not trained.
+    """
     rows, columns = weight_OI.shape
     linear = kind(columns, rows, bias=False, device="meta")
     is_parameter = isinstance(weight_OI, nn.Parameter)
@@ -161,21 +193,32 @@ def plain_linear(
 def use_dense_kernel(model: nn.Module) -> int:
     """Turn every `nn.Linear` of a model into a `DenseLinear` with the same parameters, in place.
 
-    Tied weights stay tied. The result is the number of linears that were turned.
+    Tied weights stay tied.
+
+    Returns:
+        The number of linears that were turned.
     """
-    found = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
-    for name, module in found:
+    linears = [
+        (name, module) for name, module in model.named_modules() if type(module) is nn.Linear
+    ]
+    for name, module in linears:
         model.set_submodule(name, plain_linear(module.weight, module.bias, DenseLinear))
-    return len(found)
+    return len(linears)
 
 
 class PackedEmbedding(PackedLinear):
     """Replaces an `nn.Embedding` whose weight is packed; its state is that of a `PackedLinear`.
 
     Args:
-        packed: the weight (vocabulary, width).
-        dense: the embedding that it replaces; see `prunus.model.embeddings`. Its weight may be on
+        packed: The weight (vocabulary, width).
+        dense: The embedding that it replaces; see `prunus.model.embeddings`. Its weight may be on
             the meta device, and tells the dtype of the rows that are looked up.
+        stored: As for `PackedLinear`.
+
+    Attributes:
+        num_embeddings: Size of the vocabulary.
+        embedding_dim: Width.
+        dtype: The dtype of the rows that are looked up.
     """
 
     def __init__(self, packed: Packed, dense: nn.Embedding, stored: int | None = None) -> None:
@@ -189,12 +232,15 @@ class PackedEmbedding(PackedLinear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map token ids (...) to rows (..., width)."""
-        rows, scale = self._rows(input), getattr(self._dense[0], "embed_scale", None)
+        rows = self._rows(input)
+        # Some families scale embeddings, such as Gemma.
+        scale = getattr(self._dense[0], "embed_scale", None)
         if isinstance(scale, torch.Tensor):
             scale = scale.to(self.dtype)
         return rows if scale is None else rows * scale
 
     def _rows(self, input: torch.Tensor) -> torch.Tensor:
+        """Rows of the weight (..., width), not yet scaled."""
         prepared = self._buffers["prepared"]
         if torch.compiler.is_compiling() or input.is_meta:
             return packed_embedding(input, *as_arguments(self.packed), prepared, self.dtype)
@@ -232,8 +278,16 @@ class TiedHead(nn.Module):
 
 
 def pack_module(model: Any, name: str, packed: Packed, stored: int | None) -> None:
-    """Replace a linear of a transformers model by a packed one, or an embedding and the head that
-    is tied to it; see `PackedLinear`.
+    """Replace a linear of a transformers model by a packed one, or an embedding and its tied head.
+
+    Args:
+        model: A transformers model, which is changed.
+        name: Path of the linear or embedding in it.
+        packed: The weight; see `PackedLinear`.
+        stored: The declared number of stored entries of a bitmap; None leaves it unchecked.
+
+    Raises:
+        ValueError: The head that is tied to an embedding is not a plain linear.
     """
     dense = model.get_submodule(name)
     if not isinstance(dense, nn.Embedding):
@@ -253,8 +307,15 @@ def pack_module(model: Any, name: str, packed: Packed, stored: int | None) -> No
 
 
 def unpack_module(model: Any, name: str, dtype: torch.dtype | None) -> None:
-    """Replace a packed linear by a dense one, or a packed embedding and its head by modules with
-    one dense weight. By default its dtype is that of the embedding's rows, or of the values.
+    """Replace a packed linear by a dense one, or a packed embedding and its head.
+
+    An embedding and its head get one dense weight.
+
+    Args:
+        model: A transformers model, which is changed.
+        name: Path of the packed linear or embedding in it.
+        dtype: The dtype of the dense weight; None is that of the embedding's rows, or of a bitmap's
+            entries, or bfloat16 for integers.
     """
     packed = model.get_submodule(name)
     if not isinstance(packed, PackedEmbedding):

@@ -7,6 +7,8 @@ Eager code calls `run_packed`, `run_dense` and `look_up` directly and saves the 
 
 The kernels compute few tokens, and prompts where the machine multiplies bfloat16 matrices. Longer
 inputs and other devices use the dense weight, which exists only during the call.
+
+In shapes, O are the output features of a linear, and I its input features.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ from prunus.packed.weight import Packed, PlaneCode, from_tensors, layout_of, nam
 
 #: Dtypes of activations that the kernels take.
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+# Whether `reference_path` is active.
 _reference = False
+# Memory of each thread for `_expand_for_now`.
 _workspace = threading.local()
 
 
@@ -55,15 +59,15 @@ def on_reference_path() -> bool:
 @functools.cache
 def loaded_kernels() -> kernels.Kernels | None:
     """Return the kernels, or None where there are none, with a warning the first time."""
-    found = kernels.load()
-    if found is None:
+    opened = kernels.load()
+    if opened is None:
         warnings.warn(
             "prunus has no kernels here, so packed models run slower than dense ones: "
             f"{kernels.why_not()}",
             RuntimeWarning,
             stacklevel=4,
         )
-    return found
+    return opened
 
 
 @functools.cache
@@ -95,14 +99,21 @@ def fit_kernel(*tensors: Any) -> bool:
         return False
     dtype = tensors[0].dtype
     return dtype in FLOATS and all(
-        each.dtype is dtype and each.is_cpu and each.is_contiguous() for each in tensors
+        tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous() for tensor in tensors
     )
 
 
 def run_packed(
     x: torch.Tensor, packed: Packed, prepared: torch.Tensor | None, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return `x · Wᵀ + bias` (..., O) in the dtype of `x`, for a W that `forms.check` accepted."""
+    """Return `x · Wᵀ + bias` (..., O) in the dtype of `x`.
+
+    Args:
+        x: (..., I), on the device of the weight.
+        packed: A weight that `forms.check` accepted.
+        prepared: What `forms.check` returned.
+        bias: (O,), or None.
+    """
     compiled = loaded_kernels() if x.is_cpu else None
     if (
         compiled is None
@@ -120,7 +131,12 @@ def run_dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
     """Return `x · weightᵀ + bias` for a dense weight (O, I).
 
     For a few bfloat16 tokens torch reaches about 60 % of the memory's bandwidth; this kernel
-    reaches nearly all of it.
+    reaches nearly all of it. All other inputs go to torch.
+
+    Args:
+        x: (..., I).
+        weight: (O, I).
+        bias: (O,), or None.
     """
     in_features = x.shape[-1]
     if (
@@ -159,7 +175,17 @@ def _expand_for_now(
 def look_up(
     ids: torch.Tensor, packed: Packed, prepared: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return rows of a packed weight (tokens, width): (..., width) of `dtype`."""
+    """Return rows of a packed embedding: (..., width) of `dtype`.
+
+    Args:
+        ids: Token ids (...).
+        packed: A weight (vocabulary, width) that `forms.check` accepted.
+        prepared: What `forms.check` returned.
+        dtype: bfloat16, float16 or float32.
+
+    Raises:
+        IndexError: An id is out of range.
+    """
     if ids.is_cpu:
         return expand_rows(packed, ids, prepared, dtype)
     return functional.embedding(ids, expand(packed, dtype, prepared))
@@ -171,8 +197,14 @@ def as_arguments(packed: Packed) -> tuple[list[int], str, list[torch.Tensor], li
     These are its shape, the names of its tensors, the tensors, and its layout: the rows per chunk,
     then of each code its raw bits, its layers, and -1. A bitmap has 0, because torch's gradients
     do not know empty lists.
+
+    >>> from prunus.packed.weight import PackedWeight
+    >>> shape, names, tensors, numbers = as_arguments(PackedWeight((1, 2), torch.ones(2)))
+    >>> shape, names, numbers
+    ([1, 2], 'weight', [0])
     """
-    parts, layout = named_tensors("", packed), layout_of(packed)
+    parts = named_tensors("", packed)
+    layout = layout_of(packed)
     numbers = [0]
     if layout is not None:
         codes, rows_per_chunk = layout
@@ -187,7 +219,7 @@ def _from_arguments(
     layout = None
     if numbers[0]:
         codes, begin = [], 1
-        for end in (place for place, number in enumerate(numbers) if number < 0):
+        for end in (index for index, number in enumerate(numbers) if number < 0):
             codes.append(PlaneCode(numbers[begin], tuple(numbers[begin + 1 : end])))
             begin = end + 1
         layout = tuple(codes), numbers[0]
@@ -205,7 +237,11 @@ def packed_linear(
     prepared: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The operator form of `run_packed`; see `as_arguments`."""
+    """The operator form of `run_packed`; see `as_arguments`.
+
+    Raises:
+        ValueError: The inputs have another width.
+    """
     if x.shape[-1] != shape[1]:
         raise ValueError(f"expected inputs of width {shape[1]}, got {tuple(x.shape)}")
     return run_packed(x, _from_arguments(shape, names, tensors, numbers), prepared, bias)
@@ -247,12 +283,14 @@ def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch
 
 
 def _keep_packed(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    """Keep what the gradient of `packed_linear` needs: the weight, and not the inputs."""
     _x, shape, names, tensors, numbers, prepared, _bias = inputs
     ctx.form = shape, names, numbers
     ctx.save_for_backward(prepared, *tensors)
 
 
 def _packed_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+    """The gradients of the inputs and the bias, in the order of the arguments."""
     prepared, *tensors = ctx.saved_tensors
     shape, names, numbers = ctx.form
     grad_x = grad_bias = None
@@ -268,11 +306,13 @@ packed_linear.register_autograd(_packed_gradient, setup_context=_keep_packed)
 
 
 def _keep_dense(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    """Keep what the gradient of `dense_linear` needs."""
     x, weight, _bias = inputs
     ctx.save_for_backward(x, weight)
 
 
 def _dense_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of the inputs, the weight and the bias."""
     x, weight = ctx.saved_tensors
     flat = gradient.flatten(0, -2)
     grad_x = gradient @ weight if ctx.needs_input_grad[0] else None

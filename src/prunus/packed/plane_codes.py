@@ -9,7 +9,16 @@ a byte at the end. The `raw` lowest bits of every value may be stored as they ar
 Columns whose integers need different numbers of bits go into different classes, each of which has
 a code of its own.
 
-Shape suffixes: I input features (columns), V the 255 values -127 to 127, Z zigzag numbers.
+The *zigzag number* of an integer is its position in the order above. The *top* of a value is what
+is left of it without its raw bits.
+
+    check_code, check_parts                         what a file may declare
+    zigzag, class_order                             the order of integers, and of columns
+    code_lengths                                    what a code costs per value
+    column_histograms, choose_codes                 the search for classes and codes
+
+Shape suffixes: I input features (columns), V the 255 values -127 to 127, Z zigzag numbers, R runs
+of columns, N runs times numbers of raw bits.
 """
 
 from __future__ import annotations
@@ -26,14 +35,24 @@ CYCLE_PRICE = 0.02
 GROUP = 64
 #: Integers lie in [-MAX_LEVEL, MAX_LEVEL].
 MAX_LEVEL = 127
-MAX_CLASSES, MAX_LAYERS, MAX_LAYER_BITS, MAX_RAW = 4, 8, 4, 3
+#: A weight has at most this many classes of columns.
+MAX_CLASSES = 4
+#: A code has at most this many layers.
+MAX_LAYERS = 8
+#: A layer gives at most this many bits to a value.
+MAX_LAYER_BITS = 4
+#: A value has at most this many raw bits.
+MAX_RAW = 3
 #: Weights of one chunk, about: what a kernel decodes of it stays in the first-level cache.
 CHUNK_WEIGHTS = 32768
-# Far above any real model, and small enough that a product of two such numbers fits in 64 bits.
+#: Rows and columns of a weight: far above any real model, and small enough that a product of two
+#: such numbers fits in 64 bits.
 MAX_FEATURES = 2**31
+# Bits at the end for a value that no layer names.
 _ESCAPE_BITS = 8
 # What a class more must save at least: its entry in config.json, and the kernels' work for it.
 _CLASS_BITS = 1024
+# There are this many zigzag numbers: those of all int8.
 _ZIGZAGS = 256
 # The search considers at most this many boundaries between classes.
 _MAX_UNITS = 40
@@ -42,7 +61,11 @@ _CHAINS = 512
 
 
 def check_code(code: PlaneCode) -> None:
-    """Check the numbers of a code; raises `ValueError` with the number that is out of range."""
+    """Check the numbers of a code.
+
+    Raises:
+        ValueError: One is out of range; the message says which.
+    """
     raw, layers = code
     if not 0 <= raw <= MAX_RAW or (raw and not layers):
         raise ValueError(
@@ -56,7 +79,11 @@ def check_code(code: PlaneCode) -> None:
 
 
 def check_parts(weight: QuantizedWeight) -> None:
-    """Check everything but the data; raises `ValueError` with what does not fit."""
+    """Check everything but the data: shapes, dtypes, classes, codes, steps and scales.
+
+    Raises:
+        ValueError: They do not fit; the message says what is wrong.
+    """
     rows, columns = weight.shape
     if not (0 < rows < MAX_FEATURES and 0 < columns < MAX_FEATURES):
         raise ValueError(f"a quantised weight cannot have {rows} x {columns} entries")
@@ -100,7 +127,9 @@ def max_level(raw: int) -> int:
 
 
 def zigzag(tops: torch.Tensor) -> torch.Tensor:
-    """Return the places of signed integers (below 2^14) in the order 0, +1, -1, +2, -2, ...
+    """Return the positions of signed integers in the order 0, +1, -1, +2, -2, ...
+
+    `tops` are int16, int32 or int64, of a magnitude below 2^14. The result has their dtype.
 
     >>> zigzag(torch.tensor([0, 1, -1, 2, -2])).tolist()
     [0, 1, 2, 3, 4]
@@ -109,7 +138,11 @@ def zigzag(tops: torch.Tensor) -> torch.Tensor:
 
 
 def from_zigzag(zigzags: torch.Tensor) -> torch.Tensor:
-    """Invert `zigzag`."""
+    """Return the integers at positions of `zigzag`.
+
+    >>> from_zigzag(torch.tensor([0, 1, 2, 3, 4])).tolist()
+    [0, 1, -1, 2, -2]
+    """
     return -((zigzags >> 1) ^ -(zigzags & 1))
 
 
@@ -120,15 +153,19 @@ def _zigzags(raw: int) -> torch.Tensor:
 
 
 def class_order(weight: QuantizedWeight) -> tuple[torch.Tensor, list[int]]:
-    """Return the columns in class order, where I stands for an imaginary one, and class widths."""
+    """Return the columns in the order in which they are stored, and how many each class has.
+
+    The columns of a class follow each other, and imaginary columns, numbered I, fill up its last
+    group of 64. The widths of the classes count them too.
+    """
     columns = weight.shape[1]
-    places, widths = [], []
+    by_class, widths = [], []
     for index in range(len(weight.codes)):
         members = (weight.classes.cpu() == index).nonzero().flatten()
         widths.append(-(-members.shape[0] // GROUP) * GROUP)
         padding = widths[-1] - members.shape[0]
-        places.append(torch.nn.functional.pad(members, (0, padding), value=columns))
-    return torch.cat(places), widths
+        by_class.append(torch.nn.functional.pad(members, (0, padding), value=columns))
+    return torch.cat(by_class), widths
 
 
 def code_lengths(code: PlaneCode) -> torch.Tensor:
@@ -150,7 +187,13 @@ def code_lengths(code: PlaneCode) -> torch.Tensor:
 
 
 def column_histograms(levels_OI: torch.Tensor) -> torch.Tensor:
-    """Count how often each column has each value from -127 to 127: int64 (I, 255)."""
+    """Count how often each column has each value from -127 to 127: int64 (I, 255).
+
+    `levels_OI` is int8, without -128.
+
+    >>> column_histograms(torch.tensor([[0, 1], [0, -1]], dtype=torch.int8))[:, 126:129].tolist()
+    [[0, 2, 0], [1, 0, 1]]
+    """
     columns = levels_OI.shape[1]
     width = 2 * MAX_LEVEL + 1
     counts = torch.zeros(columns * width, dtype=torch.int64)
@@ -173,11 +216,18 @@ def choose_codes(
     layers to whole words is part of the cost, so a small weight gets fewer layers and classes.
 
     Args:
-        histograms_IV: integers or floats (I, 255): how often column i has the value v - 127. All
+        histograms_IV: Integers or floats (I, 255): how often column i has the value v - 127. All
             rows have the same sum, the number of output features.
-        rows_per_chunk: what `encode` will be given; None is its default.
-        cycle_price: bits a weight that one processor cycle for 64 weights counts, because layers
+        max_classes: 1 to 4.
+        rows_per_chunk: What `encode` will be given; None is its default.
+        cycle_price: Bits a weight that one processor cycle for 64 weights counts, because layers
             take time. The default gives up about 0.01 bits for a fifth of the time.
+
+    Returns:
+        Classes, uint8 (I,), and the code of each class.
+
+    Raises:
+        ValueError: The histograms have another shape, or `max_classes` is out of range.
 
     >>> histograms = torch.zeros(128, 255)
     >>> histograms[:, 127] = 512
@@ -188,7 +238,8 @@ def choose_codes(
         raise ValueError(f"histograms must be (columns, 255), got {tuple(histograms_IV.shape)}")
     if not 1 <= max_classes <= MAX_CLASSES:
         raise ValueError(f"max_classes must be 1 to {MAX_CLASSES}, got {max_classes}")
-    columns, histograms_IV = histograms_IV.shape[0], histograms_IV.double()
+    columns = histograms_IV.shape[0]
+    histograms_IV = histograms_IV.double()
     rows = float(histograms_IV[0].sum())
     chunks = max(1.0, rows / (rows_per_chunk or default_rows_per_chunk(columns)))
     order = _rates(histograms_IV).argsort(stable=True)
@@ -224,12 +275,18 @@ def _rates(histograms_IV: torch.Tensor) -> torch.Tensor:
 def _best_codes(
     histograms_RV: torch.Tensor, chunks: float, cycle_price: float
 ) -> tuple[torch.Tensor, Callable[[int], PlaneCode]]:
-    """The best code of each histogram (R, 255) by dynamic programming: its bits (R,), and codes."""
-    count, raws = len(histograms_RV), range(MAX_RAW + 1)
+    """The best code of each histogram (R, 255), by dynamic programming over its chain.
+
+    Returns:
+        The costs in bits (R,), and a function from the number of a histogram to its code.
+    """
+    count = len(histograms_RV)
+    raws = range(MAX_RAW + 1)
     # Row w * R + r is histogram r with w raw bits in front.
     tops_NZ = histograms_RV.new_zeros(len(raws) * count, _ZIGZAGS)
     for raw, part_RZ in zip(raws, tops_NZ.split(count), strict=True):
         part_RZ.index_add_(1, _zigzags(raw), histograms_RV)
+    # How many values have at least this zigzag number, and so reach a layer that begins with it.
     reaching_NZ = tops_NZ.flip(1).cumsum(1).flip(1)
     raws_N = torch.arange(len(raws)).repeat_interleave(count)
     chains = [
@@ -264,13 +321,21 @@ def _best_chains(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The cost of the best chain (N,) and, per layer, the bits chosen (N, Z); 0 ends it.
 
-    `raws_N` are raw bits in front of a chain, which then has a layer; see `choose_codes`.
+    The state of the search is the zigzag number with which a layer begins. It runs from the last
+    layer to the first.
+
+    Args:
+        reaching_NZ: How many values have at least this zigzag number.
+        raws_N: Raw bits in front of a chain, which then has at least one layer.
+        chunks: Number of chunks, each of which pads its layers.
+        cycle_price: See `choose_codes`.
     """
     ended_NZ = _ESCAPE_BITS * _with_padding(reaching_NZ, chunks, 8)
     padded_NZ = _with_padding(reaching_NZ, chunks, GROUP)
     # Beyond the last zigzag number there is no value, and nothing to pay.
     beyond_NB = ended_NZ.new_zeros(len(ended_NZ), (1 << MAX_LAYER_BITS) - 1)
-    after_NZ, chosen = ended_NZ, []
+    after_NZ = ended_NZ
+    chosen = []
     for layer in reversed(range(MAX_LAYERS)):
         # The first layer holds whole groups anyway.
         values_NZ = padded_NZ if layer else reaching_NZ
@@ -305,7 +370,14 @@ def _with_padding(counts: torch.Tensor, chunks: float, multiple: int) -> torch.T
 
 
 def _best_runs(costs: list[list[float]], max_runs: int) -> list[tuple[int, int]]:
-    """Divide units into at most `max_runs` runs of the lowest total of `costs[first][last]`."""
+    """Divide units into at most `max_runs` runs of the lowest total of `costs[first][last]`.
+
+    Returns:
+        (first, last) of every run, in order.
+
+    >>> _best_runs([[1.0, 9000.0], [0.0, 1.0]], max_runs=2)
+    [(0, 0), (1, 1)]
+    """
     units = len(costs)
     best = [(costs[0][last], [(0, last)]) for last in range(units)]
     for _ in range(max_runs - 1):

@@ -4,7 +4,17 @@ A quantised weight stores integers and scales: `W_ij = scale_i · step_j · q_ij
 written as bit planes of groups of 64 columns, in the codes that `plane_codes.py` describes.
 `docs/reference/packed-format.md` is the reference of the layout.
 
-Shape suffixes: O output features (rows), I input features (columns), N values, W 64-bit words.
+    encode                  integers ► bit planes
+    check                   damaged data is refused, and what the other functions need is found
+    decode_levels, expand   bit planes ► integers, dense weight
+
+With kernels on the CPU, a weight has a second form in memory: its *lines*, which products read
+(`kernels/lines.h`). `check` makes them once, when a weight is loaded. Without kernels and on other
+devices, this file decodes in torch, from the *offsets* at which the layers of each chunk begin.
+Both are what other functions call `prepared`.
+
+Shape suffixes: O output features (rows), I input features (columns), N values, W 64-bit words, P
+planes of a word, B its bytes.
 """
 
 from __future__ import annotations
@@ -31,11 +41,13 @@ from prunus.packed.plane_codes import (
 )
 from prunus.packed.weight import PlaneCode, QuantizedWeight
 
+# Every int8, in the order of its bits as uint8.
 _BYTES = torch.arange(256, dtype=torch.uint8).view(torch.int8).to(torch.int16)
 # The zigzag number of the top of every int8, by its bits as uint8, for each number of raw bits.
 _ZIGZAGS = [
     zigzag((_BYTES + (1 << raw >> 1)) >> raw).to(torch.uint8).numpy() for raw in range(MAX_RAW + 1)
 ]
+# How many bits of a byte are 1.
 _POPCOUNT = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8)
 # The eight bits of a byte as the eight bytes of a word.
 _SPREAD = torch.tensor(
@@ -58,10 +70,15 @@ def encode(
     Args:
         levels_OI: int8 from -127 to 127, on the CPU, any strides. With raw bits `max_level` is a
             little less.
-        steps_I, scales_O: floats, rounded to bfloat16.
+        steps_I: Floats, rounded to bfloat16.
+        scales_O: Floats, rounded to bfloat16.
         classes_I: uint8 (I,): the class of each column. None takes the classes and codes of
             `choose_codes`, which take the fewest bits.
+        codes: The code of each class; it does not matter where `classes_I` is None.
         rows_per_chunk: None is `default_rows_per_chunk`.
+
+    Raises:
+        ValueError: An argument has another shape or dtype, or a number is out of range.
 
     >>> levels = torch.tensor([[0, 1, -1, 5], [0, 0, 2, -127]], dtype=torch.int8)
     >>> weight = encode(levels, torch.ones(4), torch.ones(2))
@@ -90,20 +107,20 @@ def encode(
     )
     check_parts(weight)
     for index, (raw, _) in enumerate(weight.codes):
-        own_I = highest_I[classes_I == index]
-        largest = int(own_I.max()) if own_I.numel() else 0
+        highest_of_class = highest_I[classes_I == index]
+        largest = int(highest_of_class.max()) if highest_of_class.numel() else 0
         if largest > max_level(raw):
             raise ValueError(
                 f"class {index} with {raw} raw bits holds levels up to {max_level(raw)}, "
                 f"got {largest}"
             )
-    places, widths = class_order(weight)
+    columns_in_order, widths = class_order(weight)
     # Column I is the imaginary column of zeros.
     padded = torch.zeros(min(rows, rows_per_chunk), columns + 1, dtype=torch.int8)
     parts: list[np.ndarray] = []
     for chunk in levels_OI.split(rows_per_chunk):
         padded[: chunk.shape[0], :columns] = chunk
-        ordered = padded[: chunk.shape[0]].index_select(1, places)
+        ordered = padded[: chunk.shape[0]].index_select(1, columns_in_order)
         for levels, code in zip(ordered.split(widths, dim=1), weight.codes, strict=True):
             _encode_values(levels.flatten().numpy().view(np.uint8), code, parts)
     return weight._replace(data=torch.from_numpy(np.concatenate(parts)))
@@ -115,7 +132,8 @@ def _encode_values(levels_N: np.ndarray, code: PlaneCode, parts: list[np.ndarray
     if not layers:
         parts.append(levels_N)
         return
-    values, first = _ZIGZAGS[raw][levels_N], 0
+    values = _ZIGZAGS[raw][levels_N]
+    first = 0
     for index, bits in enumerate(layers):
         named = np.uint8((1 << bits) - 1)
         escaped = values >= named
@@ -135,6 +153,7 @@ def _encode_values(levels_N: np.ndarray, code: PlaneCode, parts: list[np.ndarray
 
 
 def _padded(values: np.ndarray, multiple: int) -> np.ndarray:
+    """Bytes with zeros behind them, up to a multiple of some number."""
     missing = -len(values) % multiple
     return np.concatenate([values, np.zeros(missing, np.uint8)]) if missing else values
 
@@ -152,8 +171,12 @@ def _planes(symbols_N: np.ndarray, bits: int) -> np.ndarray:
 def check(weight: QuantizedWeight) -> torch.Tensor:
     """Check that data, classes, codes and scales fit each other; see `forms.check`.
 
-    On the CPU it returns the lines that the kernels read. Elsewhere, and without kernels, int64
-    (chunks, classes, 9): where each layer and then the escape bytes begin in `data`, or -1.
+    Returns:
+        On the CPU with kernels, the lines, uint8. Otherwise the offsets, int64 (chunks, classes,
+        9): where each layer and then the escape bytes begin in `data`; -1 where there is nothing.
+
+    Raises:
+        ValueError: They do not fit; the message says what is wrong.
     """
     check_parts(weight)
     if weight.data.dtype != torch.uint8 or weight.data.dim() != 1:
@@ -174,29 +197,35 @@ def check(weight: QuantizedWeight) -> torch.Tensor:
 
 
 def _on_host(weight: QuantizedWeight) -> QuantizedWeight:
+    """The weight in contiguous memory of the CPU."""
     parts = ("data", "classes", "steps", "scales")
     return weight._replace(**{name: getattr(weight, name).cpu().contiguous() for name in parts})
 
 
 def _find_offsets(host: QuantizedWeight) -> torch.Tensor:
+    """The offsets of a weight on the CPU, with a check of all lengths and paddings."""
     kernels = load()
     return _scan_all(host) if kernels is None else kernels.plane_offsets(host)
 
 
 def _refuse_below(lowest: int) -> None:
+    """Refuse the level -128, which has no negative in a byte."""
     if lowest < -MAX_LEVEL:
         raise ValueError(f"a quantised weight has the level {lowest}, below -{MAX_LEVEL}")
 
 
 def _scan_all(weight: QuantizedWeight) -> torch.Tensor:
+    """The offsets of a weight, found in torch; see `check` for their shape and errors."""
     _, widths = class_order(weight)
-    offsets, begin, rows = [], 0, weight.shape[0]
+    rows = weight.shape[0]
+    begin = 0
+    offsets = []
     for first in range(0, rows, weight.rows_per_chunk):
         chunk = min(weight.rows_per_chunk, rows - first)
         for width, code in zip(widths, weight.codes, strict=True):
-            found = _scan(weight.data, begin, chunk * width, code)
-            begin = found.pop()
-            offsets.append(found + [-1] * (MAX_LAYERS + 1 - len(found)))
+            begins = _scan(weight.data, begin, chunk * width, code)
+            begin = begins.pop()
+            offsets.append(begins + [-1] * (MAX_LAYERS + 1 - len(begins)))
     if begin != weight.data.shape[0]:
         raise ValueError(
             f"the planes of a quantised weight end at byte {begin:,} of {weight.data.shape[0]:,}"
@@ -216,6 +245,7 @@ def _scan(data: torch.Tensor, begin: int, count: int, code: PlaneCode) -> list[i
             last = _symbols(planes_WPB[-1:])[count % GROUP :]
             if bool(last.any()):
                 raise ValueError(f"the padding of a layer before byte {begin:,} is not zero")
+        # A value escapes where its bits in all planes are 1.
         escapes = planes_WPB[:, 0]
         for plane in range(1, bits):
             escapes = escapes & planes_WPB[:, plane]
@@ -233,6 +263,7 @@ def _scan(data: torch.Tensor, begin: int, count: int, code: PlaneCode) -> list[i
 
 
 def _check_length(data: torch.Tensor, begin: int, length: int) -> None:
+    """Check that `length` bytes begin at `begin`."""
     if begin + length > data.shape[0]:
         raise ValueError(
             f"the data of a quantised weight ends at byte {data.shape[0]:,}, but "
@@ -250,7 +281,13 @@ def _symbols(planes_WPB: torch.Tensor) -> torch.Tensor:
 
 
 def decode_levels(weight: QuantizedWeight, prepared: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the integers, int8 (O, I): the reference in torch for what the kernels do."""
+    """Return the integers, int8 (O, I): the reference in torch for what the kernels do.
+
+    `prepared` is what `check` returned; only offsets save a second scan.
+
+    Raises:
+        ValueError: The data are damaged.
+    """
     rows = torch.empty(weight.shape, dtype=torch.int8, device=weight.data.device)
     for first, levels in _decoded_chunks(weight, prepared, None):
         rows[first : first + levels.shape[0]] = levels
@@ -258,33 +295,40 @@ def decode_levels(weight: QuantizedWeight, prepared: torch.Tensor | None = None)
 
 
 def _decoded_chunks(
-    weight: QuantizedWeight, prepared: torch.Tensor | None, wanted: list[int] | None
+    weight: QuantizedWeight, prepared: torch.Tensor | None, chunks: list[int] | None
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield the first row and the integers, int8 (rows, I), of all chunks or of those `wanted`."""
+    """Yield the first row and the integers, int8 (rows, I), of some chunks; None takes all."""
     offsets = prepared
     if offsets is None or offsets.dtype != torch.int64:
         offsets = _find_offsets(_on_host(weight))
-    (rows, columns), step = weight.shape, weight.rows_per_chunk
-    places, widths = class_order(weight)
-    places = places.to(weight.data.device)
+    rows, columns = weight.shape
+    step = weight.rows_per_chunk
+    columns_in_order, widths = class_order(weight)
+    columns_in_order = columns_in_order.to(weight.data.device)
     starts = offsets.tolist()
-    for chunk in range(len(starts)) if wanted is None else wanted:
+    for chunk in range(len(starts)) if chunks is None else chunks:
         count = min(step, rows - chunk * step)
         parts = [
             _decode_values(weight.data, begins, count * width, code).view(count, width)
             for begins, width, code in zip(starts[chunk], widths, weight.codes, strict=True)
         ]
+        # The last column takes what belongs to imaginary columns.
         levels = torch.empty(count, columns + 1, dtype=torch.int8, device=weight.data.device)
-        levels[:, places] = torch.cat(parts, dim=1)
+        levels[:, columns_in_order] = torch.cat(parts, dim=1)
         yield chunk * step, levels[:, :columns]
 
 
 def _decode_values(
     data: torch.Tensor, begins: list[int], count: int, code: PlaneCode
 ) -> torch.Tensor:
-    """Return the integers of one class of one chunk: int8 (count,)."""
+    """Return the integers of one class of one chunk: int8 (count,).
+
+    Layers are read from the first to the last, each for the values that escaped from the one
+    before. Then values are put together from the last layer to the first.
+    """
     raw, layers = code
-    low, symbols, escapes = None, [], []
+    low = None
+    symbols, escapes = [], []
     for index, bits in enumerate(layers):
         words = -(-count // GROUP)
         planes = bits + (raw if index == 0 else 0)
@@ -319,7 +363,7 @@ def expand(
     prepared: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the dense weight (O, I); see `forms.expand`.
+    """Return the dense weight (O, I), by default in bfloat16; see `forms.expand`.
 
     The product of an integer, a step and a scale has at most 24 significant bits, so it is exact
     in float32 and rounded once to `dtype`.
@@ -341,21 +385,21 @@ def expand_rows(
     weight: QuantizedWeight, rows: torch.Tensor, prepared: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """Return some rows of the dense weight: (..., I); see `forms.expand_rows`."""
-    wanted = rows.flatten().to(torch.int64)
+    numbers = rows.flatten().to(torch.int64)
     count = weight.shape[0]
-    if bool(((wanted < 0) | (wanted >= count)).any()):
+    if bool(((numbers < 0) | (numbers >= count)).any()):
         raise IndexError(f"row numbers must lie in 0 to {count - 1}")
-    out = torch.empty(wanted.shape[0], weight.shape[1], dtype=dtype, device=weight.data.device)
+    out = torch.empty(numbers.shape[0], weight.shape[1], dtype=dtype, device=weight.data.device)
     kernels = load() if weight.data.is_cpu else None
     if kernels is not None:
-        if wanted.shape[0]:
+        if numbers.shape[0]:
             prepared = check(weight) if prepared is None else prepared
-            kernels.expand_rows(weight, prepared, wanted, out)
+            kernels.expand_rows(weight, prepared, numbers, out)
         return out.view(*rows.shape, weight.shape[1])
-    chunks = wanted // weight.rows_per_chunk
+    chunks = numbers // weight.rows_per_chunk
     steps = weight.steps.float()
     for first, levels in _decoded_chunks(weight, prepared, chunks.unique().tolist()):
         at = (chunks == first // weight.rows_per_chunk).nonzero().flatten()
-        taken = levels[wanted[at] - first]
-        out[at] = (taken * steps).mul_(weight.scales[wanted[at], None]).to(dtype)
+        taken = levels[numbers[at] - first]
+        out[at] = (taken * steps).mul_(weight.scales[numbers[at], None]).to(dtype)
     return out.view(*rows.shape, weight.shape[1])

@@ -42,7 +42,11 @@ _NEVER_IN_PRACTICE = {("BloomAttention", "dense"), ("BloomMLP", "dense_4h_to_h")
 
 
 class PrunusConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a packed checkpoint; see `description.Description`."""
+    """The `quantization_config` of a packed checkpoint; see `description.Description`.
+
+    Raises:
+        ValueError: This version of prunus cannot read the content.
+    """
 
     def __init__(
         self,
@@ -83,6 +87,11 @@ class PrunusQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
+        """Put packed linears on the meta device in place of dense ones, and rename them for saving.
+
+        Raises:
+            ValueError: Configuration and shards do not belong together.
+        """
         from prunus.model.checkpoint.reader import Checkpoint
         from prunus.model.skeleton import naming_rules
 
@@ -142,6 +151,11 @@ class PrunusQuantizer(HfQuantizer):
         return [rule for rule in rules if not (self._apart and is_fusing_rule(rule))]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        """Check the loaded weights, and let the model use the kernels.
+
+        Raises:
+            ValueError: A weight is damaged or was not loaded; the message names it.
+        """
         packed = {
             name: module
             for name, module in model.named_modules()
@@ -159,6 +173,7 @@ class PrunusQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        """Expand all packed weights; `dtype` is as for `unpack_module`, or its name."""
         # A model that was saved once has the dtype as a name in its configuration.
         stored: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         model.__dict__.pop("num_parameters", None)
@@ -168,14 +183,17 @@ class PrunusQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
+        """Whether `save_pretrained` can write the model: it writes the packed form again."""
         return True
 
     @property
     def is_compileable(self) -> bool:
+        """Whether torch.compile can take the model."""
         return True  # torch.compile sees each product as one operator
 
     @property
     def is_trainable(self) -> bool:
+        """Whether the trainer of transformers may train the model."""
         return True  # adapters of packed linears are; packed weights themselves never change
 
 
@@ -220,7 +238,8 @@ def _keep_records(model: Any) -> None:
 def _paths(model: Any, rules: Sequence[Any], name: str) -> dict[str, str]:
     """Map the paths that a checkpoint's linear may have in this model to its name when saved again.
 
-    The model may be the one that was saved, its body alone, or a body with a head added.
+    The model may be the one that was saved, its body alone, or a body with a head added. `rules`
+    are those of transformers that rename the tensors of a checkpoint.
     """
     renamed = f"{name}.weight"
     for rule in rules:
@@ -235,7 +254,11 @@ def _paths(model: Any, rules: Sequence[Any], name: str) -> dict[str, str]:
 
 
 def _find_linear(model: Any, name: str, paths: Iterable[str]) -> str:
-    """Return the one of `paths` at which the packed linear `name` is in this model."""
+    """Return the one of `paths` at which the packed linear `name` is in this model.
+
+    Raises:
+        ValueError: It is at none of them, or is not a linear there.
+    """
     for candidate in paths:
         try:
             module = model.get_submodule(candidate)
@@ -256,6 +279,10 @@ def expand_read_linears(model: Any, dtype: torch.dtype) -> list[str]:
     Mamba multiplies with `self.dt_proj.weight`, and Mamba 2 asks for `self.lm_head.weight.dtype`.
     In a packed linear `weight` is storage, which such code would read as numbers. So these linears
     are dense in memory, although the checkpoint stores them packed.
+
+    Args:
+        model: A loaded transformers model, which is changed.
+        dtype: The dtype of the dense weights.
     """
     replaced = []
     for name, module in list(model.named_modules()):

@@ -15,7 +15,10 @@ from prunus.packed.forms import checked_weight, expand
 
 
 def is_packed(folder: Path) -> bool:
-    """Whether the config.json of a checkpoint says that prunus has packed it."""
+    """Whether the config.json of a checkpoint says that prunus has packed it.
+
+    False for a folder without one.
+    """
     if not (folder / "config.json").exists():
         return False
     config = read_json(folder / "config.json")
@@ -26,8 +29,18 @@ def is_packed(folder: Path) -> bool:
 class PackedSource:
     """A packed checkpoint whose linears are expanded when they are read.
 
-    `config` is that of the dense model. After `bind`, `packed` has of each linear "integers" or the
-    dtype of its values, and the bits per weight in the file.
+    Args:
+        folder: The checkpoint.
+        trust_remote_code: Whether code that comes with the checkpoint may run.
+
+    Attributes:
+        config: The configuration of the dense model.
+        stored_dtype: The dtype to which linears are expanded.
+        packed: Full name of each packed linear in the model -> "integers" or the dtype of its
+            values, and the bits per weight in the file. It is empty before `bind`.
+
+    Raises:
+        FileNotFoundError, ValueError: The checkpoint is damaged, or of an unknown kind.
     """
 
     def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
@@ -43,6 +56,7 @@ class PackedSource:
         self.packed: dict[str, tuple[str, float]] = {}
 
     def bind(self, skeleton: Skeleton) -> None:
+        """Find the tensors of a model. Call it before the methods below."""
         self._skeleton = skeleton
         self._names = names_in_model(skeleton, self._checkpoint.tensors)[0]
         for name, key in self._names.items():
@@ -55,7 +69,10 @@ class PackedSource:
                 self.packed[name.removesuffix(".weight")] = (str(values), 8 * nbytes / weights)
 
     def nbytes(self, linear: str) -> int | None:
-        """Bytes of all tensors of a linear's weight; None where it has none, as a fused expert."""
+        """Bytes of all tensors of a linear's weight, by its full name in the model.
+
+        None where it has none of its own, such as a fused expert.
+        """
         key = self._names.get(f"{linear}.weight")
         if key is None:
             return None
@@ -64,29 +81,34 @@ class PackedSource:
         return self._checkpoint.nbytes(list(self._described.tensors(stored)) if packed else [key])
 
     def block(self, index: int) -> dict[str, torch.Tensor]:
-        """The dense tensors of one block, by names relative to it."""
+        """The dense tensors of one block, by names relative to it.
+
+        Raises:
+            ValueError: A packed weight is damaged, or a weight is missing; the message names it.
+        """
         prefix = self._skeleton.block_name(index) + "."
-        found: dict[str, torch.Tensor] = {}
-        fused = {each.name: each for each in self._skeleton.fused(index)}
+        tensors: dict[str, torch.Tensor] = {}
+        fused = {whole.name: whole for whole in self._skeleton.fused(index)}
         for name, key in self._names.items():
             if not name.startswith(prefix):
                 continue
             relative = name.removeprefix(prefix)
             linear = key.removesuffix(".weight")
             if key.endswith(".weight") and linear in self._described.linears:
-                found[relative] = self._expanded(linear)
+                tensors[relative] = self._expanded(linear)
             else:
                 tensor = self._checkpoint.whole(key)
-                found |= fused[relative].cut(tensor) if relative in fused else {relative: tensor}
-        for each in self._skeleton.linears(index):
-            if f"{each.name}.weight" not in found:
+                tensors |= fused[relative].cut(tensor) if relative in fused else {relative: tensor}
+        for module in self._skeleton.linears(index):
+            if f"{module.name}.weight" not in tensors:
                 raise ValueError(
-                    f"{self._folder} holds no weight for {prefix}{each.name}; is the checkpoint "
+                    f"{self._folder} holds no weight for {prefix}{module.name}; is the checkpoint "
                     "whole?"
                 )
-        return found
+        return tensors
 
     def _expanded(self, linear: str) -> torch.Tensor:
+        """The dense weight of a packed linear, by its name in the checkpoint, after all checks."""
         parts = dict(self._checkpoint.read(list(self._described.tensors(linear))))
         packed, prepared = checked_weight(self._described, linear, parts)
         return expand(packed, self.stored_dtype, prepared)

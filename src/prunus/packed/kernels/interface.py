@@ -76,7 +76,7 @@ class Matrix(ctypes.Structure):
 
 
 class Block(ctypes.Structure):
-    """`PrunusBlock` of `kernels.h`, field by field."""
+    """`PrunusBlock` of `kernels.h`, field by field: a block of a transformer."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("hidden", "heads", "key_heads", "dim", "inner")),
@@ -95,7 +95,7 @@ class Block(ctypes.Structure):
 
 
 class Tokens(ctypes.Structure):
-    """`PrunusTokens` of `kernels.h`, field by field."""
+    """`PrunusTokens` of `kernels.h`, field by field: one new token of each sequence."""
 
     _fields_ = (
         ("count", ctypes.c_int64),
@@ -113,6 +113,7 @@ class Tokens(ctypes.Structure):
 # Every weight is described for every call, so the few different codes are kept.
 @functools.cache
 def _codes(codes: tuple[PlaneCode, ...]) -> ctypes.Array[ctypes.c_uint8]:
+    """Codes as `PrunusPlanes` has them: `_CODE_BYTES` bytes each."""
     written = bytearray()
     for raw, layers in codes:
         written += bytes((raw, len(layers), *layers)).ljust(_CODE_BYTES, b"\0")
@@ -120,7 +121,11 @@ def _codes(codes: tuple[PlaneCode, ...]) -> ctypes.Array[ctypes.c_uint8]:
 
 
 def describe(weight: Packed, prepared: torch.Tensor | None) -> ctypes.Structure:
-    """Describe where a weight and the result of `forms.check` lie; both must outlive this."""
+    """Describe where a weight and the result of `forms.check` are in memory.
+
+    The result holds addresses only, so both must outlive it. `prepared` may be None for functions
+    that do not read it.
+    """
     at = None if prepared is None else prepared.data_ptr()
     if isinstance(weight, QuantizedWeight):
         (rows, in_features), data, classes, steps, scales, codes, rows_per_chunk = weight
@@ -142,6 +147,7 @@ def describe(weight: Packed, prepared: torch.Tensor | None) -> ctypes.Structure:
 
 
 def _describe_bitmap(weight: PackedWeight, offsets: int | None) -> _Weight:
+    """Describe a bitmap. `offsets` is the address of its row offsets, None where it has no mask."""
     (rows, in_features), values, mask, scales, coding = weight
     described = _Weight(
         rows,

@@ -29,10 +29,13 @@ MAX_TOKENS = 16
 #: product better.
 MAX_TOKENS_AS_MATRIX = 1024
 #: Up to this many tokens the product of a quantised weight is faster than expanding it and
-#: multiplying in bfloat16: without tile registers (1536 x 1536 at 2.8 bits, one core of an AMD
-#: EPYC, Zen 4), and with them (all linears of a 1.5B model, two cores of an Intel Xeon with AMX).
-#: Without instructions for bfloat16 it is always faster; the limit is that of its memory.
-MAX_PLANE_TOKENS, MAX_PLANE_TOKENS_IN_TILES, MAX_PLANE_TOKENS_WITHOUT = 256, 512, 4096
+#: multiplying in bfloat16 without tile registers (1536 x 1536 at 2.8 bits, one core of an AMD EPYC,
+#: Zen 4).
+MAX_PLANE_TOKENS = 256
+#: The same with tile registers (all linears of a 1.5B model, two cores of an Intel Xeon with AMX).
+MAX_PLANE_TOKENS_IN_TILES = 512
+#: Without instructions for bfloat16 the product is always faster; the limit is that of its memory.
+MAX_PLANE_TOKENS_WITHOUT = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,11 @@ class Kernels(Library):
     """
 
     def row_offsets(self, mask: torch.Tensor, in_features: int) -> torch.Tensor:
-        """See `bitmap.row_offsets`."""
+        """Where the values of each row of a bitmap begin; see `bitmap.row_offsets`.
+
+        Raises:
+            ValueError: A bit beyond the last column is set.
+        """
         offsets = torch.empty(mask.shape[0] + 1, dtype=torch.int64)
         count = self.library.prunus_row_offsets(
             mask.shape[0], in_features, mask.data_ptr(), offsets.data_ptr()
@@ -60,18 +67,23 @@ class Kernels(Library):
         prepared: torch.Tensor | None,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Return `x · Wᵀ + bias` (..., O), all of one dtype of floats, straight from the weight.
-
-        `prepared` is what `forms.check` returned for the weight.
+        """Return `x · Wᵀ + bias` (..., O) in the dtype of `x`, straight from the packed weight.
 
         For a quantised weight, `x` times the steps is rounded to int8, and every 16 columns share a
         scale: those that one lane of a vector adds up in four groups of a class.
+
+        Args:
+            x: bfloat16, float16 or float32 (..., I), not empty.
+            weight: A weight that `forms.check` accepted.
+            prepared: What `forms.check` returned.
+            bias: (O,) in the dtype of `x`, or None.
         """
         shape, described = x.shape, describe(weight, prepared)
         name = "prunus_plane_linear" if isinstance(weight, QuantizedWeight) else "prunus_linear"
         # torch parses separate numbers in half the time of a shape.
         out = torch.empty(*shape[:-1], weight.shape[0], dtype=x.dtype)
-        tokens, kind = x.numel() // shape[-1], KINDS[x.dtype]
+        tokens = x.numel() // shape[-1]
+        kind = KINDS[x.dtype]
         self.call(name, ctypes.byref(described), tokens, kind, x, bias, out)
         return out
 
@@ -89,7 +101,8 @@ class Kernels(Library):
     def expand(self, weight: Packed, prepared: torch.Tensor | None, out: torch.Tensor) -> None:
         """Write the dense weight to `out` (O, I), rounded once to its dtype.
 
-        `out` of a bitmap has the dtype of its entries, or bfloat16 or float16 for int8 values.
+        For a bitmap this is the dtype of its entries, or bfloat16 or float16 for int8 values; for a
+        quantised weight it is bfloat16, float16 or float32.
         """
         name = "prunus_plane_expand" if isinstance(weight, QuantizedWeight) else "prunus_expand"
         described = describe(weight, prepared)
@@ -100,10 +113,17 @@ class Kernels(Library):
     ) -> None:
         """Write row `rows[i]` (int64) of the dense weight to row i of `out`, as `expand` does.
 
-        Of a quantised weight, the eight rows of a tile are unpacked for each of them.
+        For each row of a quantised weight, all eight rows of its tile are unpacked.
+
+        Raises:
+            IndexError: A row number is out of range.
         """
-        planes, library = isinstance(weight, QuantizedWeight), self.library
-        function = library.prunus_plane_expand_rows if planes else library.prunus_expand_rows
+        is_quantized = isinstance(weight, QuantizedWeight)
+        function = (
+            self.library.prunus_plane_expand_rows
+            if is_quantized
+            else self.library.prunus_expand_rows
+        )
         fault = function(
             self.isa,
             ctypes.byref(describe(weight, prepared)),
@@ -117,8 +137,16 @@ class Kernels(Library):
         check_fault(fault)
 
     def plane_offsets(self, weight: QuantizedWeight) -> torch.Tensor:
-        """Find where the layers of every chunk and class begin; the data may hold anything."""
-        (rows, in_features), parts = weight.shape, (weight.classes, weight.steps, weight.scales)
+        """Find where the layers of every chunk and class begin; the data may hold anything.
+
+        Returns:
+            int64 (chunks, classes, 9); see `planes.check`.
+
+        Raises:
+            ValueError: The parts do not fit each other, or the planes are damaged.
+        """
+        rows, in_features = weight.shape
+        parts = (weight.classes, weight.steps, weight.scales)
         if [part.numel() for part in parts] != [in_features, in_features, rows]:
             raise ValueError(
                 f"a quantised weight {rows}x{in_features} has {weight.classes.numel()} classes, "
@@ -133,9 +161,17 @@ class Kernels(Library):
         return offsets
 
     def lines(self, weight: QuantizedWeight, offsets: torch.Tensor) -> torch.Tensor:
-        """Check the levels and return the form that `linear` and others read; see `lines.h`."""
-        described, size = describe(weight, None), ctypes.c_int64()
-        described.offsets, widths = offsets.data_ptr(), ctypes.create_string_buffer(4)
+        """Check the levels, and return the form in memory that `linear` and others read.
+
+        These are the lines of `lines.h`, uint8 (bytes,). `offsets` are those of `plane_offsets`.
+
+        Raises:
+            ValueError: The planes are damaged.
+        """
+        described = describe(weight, None)
+        described.offsets = offsets.data_ptr()
+        size = ctypes.c_int64()
+        widths = ctypes.create_string_buffer(4)
         library, at = self.library, ctypes.byref(described)
         fault = library.prunus_plane_widths(self.isa, at, widths, ctypes.byref(size))
         if fault in DAMAGE:
@@ -154,8 +190,9 @@ class Kernels(Library):
         return self.linear(x, dense, None, bias)
 
     def block(self, block: Block, tokens: Tokens, x: torch.Tensor) -> torch.Tensor:
-        """Return what a block of a transformer computes of `x` (tokens, 1, hidden); see
-        `prunus_block`. The last positions of keys and values are written.
+        """Return what a block of a transformer computes of `x` (tokens, 1, hidden).
+
+        The last positions of keys and values are written; see `prunus_block` of `kernels.h`.
         """
         out = torch.empty_like(x)
         at = ctypes.byref(block), ctypes.byref(tokens)
@@ -164,7 +201,14 @@ class Kernels(Library):
 
 
 def load(isa: str | None = None) -> Kernels | None:
-    """Open the kernels for packed weights; see `prunus.hardware.kernels.load`."""
+    """Open the kernels for packed weights; None where there are none, and `why_not` says why.
+
+    Args:
+        isa: One of `ISAS`; None is as for `prunus.hardware.kernels.load`.
+
+    Raises:
+        ValueError: There is no such instruction set, or this machine does not have it.
+    """
     opened = kernels.load(isa)
     return None if opened is None else _bind(opened)
 
