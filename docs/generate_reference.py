@@ -71,7 +71,7 @@ def command_section(name: str, command: Any) -> str:
 
 def option_tables() -> str:
     """A table per model of options: what each one does, its default, and whether it is a flag."""
-    from prunus.compression.records import CompressionRecipe
+    from prunus.formats.recipe import CompressionRecipe
     from prunus.evaluation.options import TaskOptions, TextOptions
     from prunus.pruning.recipe import Recipe
     from prunus.recovery.options import RecoveryOptions

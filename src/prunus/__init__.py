@@ -24,13 +24,14 @@ from prunus_autoload import register
 
 if TYPE_CHECKING:
     from prunus.compression.pack import pack, unpack
-    from prunus.compression.records import CompressionRecipe, CompressionRecord
     from prunus.compression.run import compress
     from prunus.evaluation.inspection import Inspection, inspect
     from prunus.evaluation.perplexity import perplexity
     from prunus.evaluation.records import PerplexityResult, TaskResults, compare
     from prunus.evaluation.reference import Reference
     from prunus.evaluation.task_runner import evaluate
+    from prunus.formats.recipe import CompressionRecipe
+    from prunus.formats.records import CompressionRecord
     from prunus.model.loading import LoadedModel, load
     from prunus.pruning.manifest import Manifest
     from prunus.pruning.recipe import Recipe
@@ -79,8 +80,8 @@ __all__ = [
 # import, and `prunus --help` needs neither. No module of the package may have a public name's own
 # name, because importing it would hide that name: hence the rooms `sweeping` and `reporting`.
 _HOMES = {
-    "CompressionRecipe": "prunus.compression.records",
-    "CompressionRecord": "prunus.compression.records",
+    "CompressionRecipe": "prunus.formats.recipe",
+    "CompressionRecord": "prunus.formats.records",
     "Inspection": "prunus.evaluation.inspection",
     "LoadedModel": "prunus.model.loading",
     "Manifest": "prunus.pruning.manifest",

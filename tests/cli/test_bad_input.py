@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import prunus
+from packed_reference import pruned_checkpoint
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.pruning.manifest import Manifest
-from prunus.runs.record import OUTSIDE_SHARD
+from prunus.runs.record import shard_name
 from tiny import shards, tiny_checkpoint, tiny_model, token_ids, tree
-from tiny_tokenizer import VOCABULARY
+from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
 #: Weights outside the blocks.
 OUTSIDE = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
@@ -214,12 +215,12 @@ def test_a_damaged_manifest(dense, tmp_path, refused):
 @pytest.mark.parametrize("harm", ["gone", "cut"])
 def test_a_finished_run_that_lost_a_shard_is_not_finished(harm, dense, tmp_path, refused):
     prunus.prune(dense, tmp_path / "out", calibration=token_ids())
-    shard = tmp_path / "out" / "block-00001.safetensors"
+    shard = tmp_path / "out" / "model-00002-of-00003.safetensors"
     if harm == "gone":
         shard.unlink()
     else:
         shard.write_bytes(shard.read_bytes()[:1000])
-    refused(FileExistsError, r"damaged since: .*block-00001\.safetensors.*overwrite`? ma", dense)
+    refused(FileExistsError, rf"damaged since: .*{shard.name}.*overwrite`? ma", dense)
 
 
 # --- errors in the middle of a run ---
@@ -234,10 +235,10 @@ def spoil(dense: Path, name: str, value: float, everywhere: bool = False) -> Non
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
 
 
-def check_unfinished(out: Path, blocks: int) -> None:
+def check_unfinished(out: Path, blocks: int, of: int) -> None:
     """Check that the folder holds finished blocks only, and does not pass for a model."""
-    shards = [f"block-{index:05d}.safetensors" for index in range(blocks)]
-    assert sorted(path.name for path in out.iterdir()) == [*shards, OUTSIDE_SHARD, Manifest.FILE]
+    shards = [shard_name(index, of + 1) for index in (*range(blocks), of)]
+    assert sorted(path.name for path in out.iterdir()) == [*shards, Manifest.FILE]
     manifest = Manifest.load(out)
     assert (manifest.state, len(manifest.blocks)) == ("running", blocks)
 
@@ -252,7 +253,7 @@ def test_weights_that_are_not_finite(value, method, tmp_path):
     with pytest.raises(ValueError, match=r"\.1\.mlp\.up_proj\.weight holds .* not finite"):
         prunus.prune(dense, tmp_path / "out", method, calibration=token_ids())
     assert tree(dense) == source
-    check_unfinished(tmp_path / "out", blocks=1)
+    check_unfinished(tmp_path / "out", blocks=1, of=3)
     # With a corrected model the run continues, and its result is that of a run that never failed.
     save_file(whole, dense / "model.safetensors", metadata={"format": "pt"})
     steps: list[Any] = []
@@ -275,7 +276,7 @@ def test_activations_that_are_not_finite(dtype, factor, propagate, dense, tmp_pa
             dense, tmp_path / "out", calibration=token_ids(), dtype=dtype, propagate=propagate
         )
     assert tree(dense) == source
-    check_unfinished(tmp_path / "out", blocks=1)
+    check_unfinished(tmp_path / "out", blocks=1, of=2)
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
@@ -284,6 +285,28 @@ def test_weights_outside_the_blocks_that_are_not_finite(name, dense, tmp_path):
     with pytest.raises(ValueError, match=f"{name} holds weights that are not finite"):
         prunus.prune(dense, tmp_path / "out", calibration=token_ids())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", *OUTSIDE])
+def test_verbs_that_read_a_whole_model_name_what_is_not_finite(name, tmp_path, monkeypatch):
+    dense = pruned_checkpoint(tmp_path / "dense", vocab_size=VOCABULARY)
+    byte_tokenizer().save_pretrained(dense)
+    spoil(dense, name, torch.nan)
+    message = f"{name} holds weights that are not finite"
+    with pytest.raises(ValueError, match=message):
+        prunus.load(dense)
+    with pytest.raises(ValueError, match=message):
+        prunus.pack(dense, tmp_path / "packed")
+    if name not in OUTSIDE:
+        with pytest.raises(ValueError, match=message):
+            prunus.inspect(dense)
+    # Earlier versions packed such a weight.
+    with monkeypatch.context() as patch:
+        patch.setattr("prunus.compression.pack.check_finite", lambda *_: None)
+        patch.setattr("prunus.model.source.check_finite", lambda *_: None)
+        prunus.pack(dense, tmp_path / "packed", overwrite=True)
+    with pytest.raises(ValueError, match=message):
+        prunus.unpack(tmp_path / "packed", tmp_path / "unpacked")
 
 
 def test_a_loaded_model_names_what_is_not_finite():

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from prunus.cli.terminal import user_errors
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.pruning.manifest import Manifest
 from prunus.reporting.console import show_pruning
-from prunus.runs.progress import Progress
+from prunus.runs.progress import PREPARATION, Progress
 from tiny import shards, tiny_checkpoint, token_ids, tree
 from tiny_tokenizer import dense_checkpoint
 
@@ -72,6 +73,12 @@ def test_a_result_that_was_finished_earlier_does_not_look_new(dense, text, tmp_p
     arguments = ["pack", tmp_path / "out", tmp_path / "packed", "--values", "int8"]
     assert "nothing was done" not in call(*arguments).stderr
     assert "nothing was done now" in call(*arguments).stderr
+
+
+@pytest.mark.parametrize(("threads", "words"), [(1, "1 thread"), (4, "4 threads")])
+def test_doctor_counts_threads_in_words(threads, words, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert re.search(rf"Torch uses {words}[;.]", call("doctor").stdout)
 
 
 def test_doctor_tells_of_the_installed_package_in_sentences(tmp_path, monkeypatch):
@@ -178,6 +185,26 @@ def test_time_left_follows_from_the_time_of_blocks_alone():
         "[3/62] block 3; left 1:58",
         "[62/62] block 62; left 0:00",
     ]
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_steps_before_the_first_block_have_their_own_time_left(is_terminal):
+    screen = io.StringIO()
+    console = Console(file=screen, width=120, force_terminal=is_terminal)
+    with show_pruning("run", console) as show:
+        show("measuring")
+        for done in range(1, 9):
+            show(Progress(done, 8, "measuring", 2.0 * done, 3 * 10**9, unit=PREPARATION + "it"))
+        for done in (1, 2):
+            show(Progress(done, 2, f"block {done}", 5.0 * done, 3 * 10**9))
+    lines = [line.partition(" ")[2] for line in screen.getvalue().splitlines()]
+    if is_terminal:
+        assert "2/2 blocks; left 0:00" in screen.getvalue()
+        return
+    # Lines that come many times a second are left out.
+    assert [line.partition(";")[0] for line in lines] == [
+        "measuring", "[1/8] measuring", "[1/2] block 1", "[2/2] block 2",
+    ]  # fmt: skip
 
 
 # --- errors; see also test_refusals.py ---

@@ -10,7 +10,7 @@ import pytest
 from pydantic_core import PydanticUndefined
 
 from command_line import PROGRAM, call
-from prunus.compression.records import CompressionRecipe
+from prunus.formats.recipe import CompressionRecipe
 from prunus.pruning.recipe import Recipe
 from prunus.recovery.options import MODES, RecoveryOptions
 from prunus.runs.options import RunOptions

@@ -4,6 +4,7 @@ import fnmatch
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -17,10 +18,10 @@ import reference
 from command_line import call
 from pictures import pictures, save_classifier
 from prunus import unpack
-from prunus.compression.job import CompressionJob
-from prunus.compression.output import MEASUREMENT
-from prunus.compression.records import CompressionRecipe, CompressionRecord
 from prunus.evaluation.inspection import holds
+from prunus.formats.packed.format import PackedFormat
+from prunus.formats.recipe import CompressionRecipe
+from prunus.formats.records import CompressionRecord
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.packed import PackedLinear, reference_path
@@ -29,7 +30,9 @@ from prunus.packed.linear import PackedEmbedding
 from prunus.pruning.job import PruningJob, describe_plan, plan_run
 from prunus.pruning.loss_sensitivity import measuring_memory
 from prunus.pruning.manifest import Manifest
+from prunus.pruning.output import MEASUREMENT
 from prunus.pruning.recipe import Recipe
+from prunus.pruning.run import PlainTensors
 from prunus.reporting.run_sections import run_section
 from prunus.reporting.tables import plan_facts
 from prunus.runs.job import BlockMemory
@@ -40,7 +43,7 @@ from tiny import shards, tiny_checkpoint, tiny_model, token_ids, weights
 
 WIDER = {"hidden_size": 64, "intermediate_size": 128}
 IDS = token_ids(2, 12)
-BLOCKS = "block-*.safetensors"
+BLOCKS = "model-0000[12]-of-00003.safetensors"
 
 
 def compress(dense: Path, out: Path, bits: float = 4.0, **options) -> Manifest:
@@ -173,7 +176,7 @@ def test_inspect_shows_zeros_patterns_and_bits(compressed, unpacked):
 
 def test_inspect_names_a_damaged_linear(compressed, tmp_path):
     shutil.copytree(compressed, tmp_path / "damaged")
-    shard = tmp_path / "damaged" / "block-00001.safetensors"
+    shard = tmp_path / "damaged" / "model-00002-of-00003.safetensors"
     tensors = load_file(shard)
     tensors["model.layers.1.mlp.up_proj.weight_classes"].fill_(200)
     save_file(tensors, shard, metadata={"format": "pt"})
@@ -189,7 +192,7 @@ def test_plan_predicts_the_size_of_the_result(dense, compressed, tmp_path, optio
         compress(dense, out, **options)
     recipe = CompressionRecipe(bits=4.0, samples=6, seqlen=16, batch=2, **options)
     planned = describe_plan(
-        plan_run(dense, recipe, RunOptions(input_ids=token_ids()), CompressionJob)
+        plan_run(dense, recipe, RunOptions(input_ids=token_ids()), PackedFormat(recipe))
     )
     stored = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     assert planned["file_bytes"] == pytest.approx(stored, rel=0.02)
@@ -197,21 +200,22 @@ def test_plan_predicts_the_size_of_the_result(dense, compressed, tmp_path, optio
     parts = CompressionRecord.load(out).size.parts
     assert planned["file"]["parts"].keys() == parts.keys()
     facts = dict(plan_facts(planned).items)
-    assert "bits per parameter of the whole model" in facts["result"]
+    assert (
+        "bits per parameter of the file, 4.000 bits per weight of the linears." in facts["result"]
+    )
     assert all(what in facts["parts of it"] for what in parts)
 
 
 def test_plan_counts_the_measurement(dense):
     options = {"samples": 6, "seqlen": 16, "batch": 2}
+    packed = CompressionRecipe(bits=4.0, **options)
+    pruned = Recipe(method="sparsegpt", dense_weight=0.25, **options)
     jobs = [
-        plan_run(dense, recipe, RunOptions(input_ids=token_ids()), kind)
-        for recipe, kind in (
-            (CompressionRecipe(bits=4.0, **options), CompressionJob),
-            (Recipe(method="sparsegpt", dense_weight=0.25, **options), PruningJob),
-        )
+        plan_run(dense, recipe, RunOptions(input_ids=token_ids()), stored)
+        for recipe, stored in ((packed, PackedFormat(packed)), (pruned, PlainTensors()))
     ]
     weights = [dict(plan_facts(describe_plan(job)).items)["weights"] for job in jobs]
-    assert "4 bits each" in weights[0] and "are removed" in weights[1]
+    assert "at 4 bits per weight" in weights[0] and "are removed" in weights[1]
     memory = measuring_memory(jobs[0], quantizes=True)
     # Two blocks, six windows of 16 tokens, 64 numbers of the dtype of the computation.
     assert memory.hidden == 2 * 6 * 16 * 64 * jobs[0].dtype.itemsize
@@ -223,7 +227,7 @@ def test_a_budget_below_the_measurement_is_refused(dense, monkeypatch):
     needed = BlockMemory(0, 0, 10**14, 0, 10**9)
     monkeypatch.setattr("prunus.pruning.job.measuring_memory", lambda job, quantizes: needed)
     with pytest.raises(ValueError, match="measuring how the loss depends on each linear needs"):
-        plan_run(dense, recipe, RunOptions(input_ids=token_ids()), CompressionJob)
+        plan_run(dense, recipe, RunOptions(input_ids=token_ids()), PackedFormat(recipe))
 
 
 def test_what_takes_the_bytes_of_the_file_is_said(dense, compressed, tmp_path):
@@ -245,8 +249,12 @@ def test_what_takes_the_bytes_of_the_file_is_said(dense, compressed, tmp_path):
         words = " ".join(size.sentences())
         assert f"{nbytes / 1e3:.1f} kB of {embeddings}" in words
         assert words in (folder / "README.md").read_text()
-        assert words in " ".join(CompressionRecord.load(folder).table().note.splitlines())
-    assert words in " ".join(call("report", tmp_path / "out").stdout.split())
+        record = CompressionRecord.load(folder)
+        both = " ".join(record.size.sentences(record.all_totals()["bits"]))
+        assert both in " ".join(record.table().note.splitlines())
+        each = r"[\d.]+ bits per parameter of the file, [\d.]+ bits per weight of the linears\."
+        assert re.search(each, both)
+    assert both in " ".join(call("report", tmp_path / "out").stdout.split())
 
 
 def test_the_card_says_bits_and_zeros_and_no_method_that_chose_nothing(dense, compressed, tmp_path):
@@ -273,7 +281,9 @@ def test_tables_and_reports_say_bits_and_zeros(compressed, dense, tmp_path):
     section = run_section(manifest)
     assert section.title == "dense: 4 bits per weight"
     facts = dict(section.parts[0].items)
-    assert facts["bits per weight"] == f"{manifest.totals['bits']:.3f} (asked for: 4)"
+    assert (
+        facts["bits per weight of the linears"] == f"{manifest.totals['bits']:.3f} (asked for: 4)"
+    )
     titles = [part.title for part in section.details]
     assert "Bits per weight per block and linear" in titles
     call("report", compressed, "-o", tmp_path / "page.html")

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import prunus
-from prunus.compression.records import CompressionRecipe, CompressionRecord
 from prunus.compression.run import plan_compression
-from prunus.compression.tensors_run import integer_type, stored_parts, weight_of
+from prunus.formats.compressed_tensors import integer_type, stored_parts, weight_of
+from prunus.formats.recipe import CompressionRecipe
+from prunus.formats.records import CompressionRecord
 from prunus.methods.group_fits import round_in_groups
 from prunus.model.loading import load_model
 from prunus.runs.options import RunOptions

@@ -1,6 +1,8 @@
 """`prunus compress` to a GGUF file: what is in it, and that it is a whole run like every other."""
 
 import itertools
+import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,23 +11,32 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
 pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
 
+import gguf
+
 import prunus
 from gguf_cases import gguf_checkpoint, shape
-from prunus.compression.gguf_output import read_record
-from prunus.compression.records import CompressionRecord
-from prunus.compression.type_choice import Choice, choose_types
+from prunus.evaluation.generation import generate
 from prunus.evaluation.inspection import stored_size
 from prunus.evaluation.records import ModelSize
+from prunus.formats.base import Choice, choose_types
+from prunus.formats.gguf.contents import read_record
+from prunus.formats.gguf.types import TYPES
+from prunus.formats.records import CompressionRecord
+from prunus.methods.group_fits import round_in_groups
+from prunus.model.checkpoint import lock
+from prunus.model.checkpoint.atomic_files import move_file
 from prunus.model.checkpoint.gguf import import_gguf
 from prunus.model.checkpoint.gguf_file import GgufFile
+from prunus.runs.progress import Progress, pruning_step
+from scripts import run_script
 from stopping import StopError, stop_after
-from tiny import token_ids
+from tiny import token_ids, tree
 
 #: Options of mixtures of experts. Other widths make larger files.
 EXPERTS: dict[str, dict[str, Any]] = {
@@ -207,7 +218,7 @@ def test_the_types_of_least_loss_meet_the_size(tmp_path):
     nbytes = (tmp_path / "x.gguf").stat().st_size
     assert 0.995 * 700_000 <= nbytes == record.size.after <= 700_000
     assert len(set(record.types.values())) > 1
-    assert any("MB in Q" in line or "kB in Q" in line for line in said)
+    assert any("MB in Q" in str(line) or "kB in Q" in str(line) for line in said)
     given = compress(dense, tmp_path / "y.gguf", bits=4.5, head_bits=8)
     file = GgufFile.open(tmp_path / "y.gguf")
     weights = [each for each in file.tensors.values() if len(each.shape) > 1]
@@ -258,3 +269,270 @@ def test_other_verbs_read_the_file(dense, tmp_path):
     assert scores[0] == scores[1]
     assert stored_size(out) == ModelSize(out.stat().st_size, None)
     assert record.totals["bits"] == 4.5
+
+
+# --- whose the folder of a run and the file are ---
+
+
+@pytest.mark.parametrize("state", ["new", "finished", "overwrite"])
+def test_a_folder_of_somebody_else_is_refused_and_left_as_it_is(state, dense, tmp_path):
+    out, folder = tmp_path / "x.gguf", tmp_path / "x.gguf.part"
+    if state != "new":
+        compress(dense, out, type="Q8_0")
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    before = tree(tmp_path)
+    with pytest.raises(FileExistsError, match=r"x\.gguf\.part exists and holds no result"):
+        compress(dense, out, type="Q8_0", overwrite=state == "overwrite")
+    assert tree(tmp_path) == before
+
+
+def test_what_somebody_put_into_a_folder_below_that_of_the_run_stays(dense, tmp_path):
+    out, folder = tmp_path / "x.gguf", tmp_path / "x.gguf.part"
+    with pytest.raises(StopError):
+        compress(dense, out, type="Q8_0", progress=stop_after(1))
+    (folder / "notes").mkdir()
+    (folder / "notes" / "thesis.txt").write_text("years of work")
+    compress(dense, out, type="Q8_0")
+    assert tree(folder) == {"notes": None, "notes/thesis.txt": b"years of work"}
+
+
+def test_the_folder_of_a_run_in_progress_is_left_alone(dense, tmp_path):
+    """Also by a command that finds its file finished: the run is one with --overwrite."""
+    out, folder = tmp_path / "x.gguf", tmp_path / "x.gguf.part"
+    compress(dense, out, type="Q8_0")
+    refused = []
+
+    def meanwhile(step: Any) -> None:
+        before = {name for name in os.listdir(folder) if not name.endswith(".partial")}
+        for options in ({}, {"overwrite": True}):
+            with pytest.raises(FileExistsError, match="being written by another run") as error:
+                compress(dense, out, type="Q8_0", **options)
+            refused.append(str(error.value))
+        # The run itself writes on in the background.
+        assert before <= set(os.listdir(folder))
+
+    compress(dense, out, type="Q8_0", overwrite=True, progress=meanwhile)
+    assert len(refused) == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
+
+
+def test_a_killed_run_that_overwrites_is_not_lost(dense, tmp_path):
+    """Without --overwrite it continues, as in a folder, and its file replaces the earlier one."""
+    out = tmp_path / "x.gguf"
+    compress(dense, out, type="Q8_0")
+    before = out.stat().st_ino
+    with pytest.raises(StopError):
+        compress(dense, out, type="Q8_0", overwrite=True, progress=stop_after(1))
+    messages: list[str] = []
+    compress(dense, out, type="Q8_0", progress=lambda step: messages.append(step.message))
+    assert "earlier run" in messages[0]
+    assert out.stat().st_ino != before
+    assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
+
+
+@pytest.mark.parametrize("made", ["of another recipe", "of somebody else", "a link to nothing"])
+def test_a_file_that_appears_during_a_run_is_not_replaced(made, dense, tmp_path):
+    out, whole = tmp_path / "x.gguf", tmp_path / "whole.gguf"
+    compress(dense, whole, type="Q8_0")
+    compress(dense, tmp_path / "other.gguf", type="Q4_K")
+
+    def appear(step: Any) -> None:
+        if step.done == step.total:
+            if made == "of another recipe":
+                shutil.copy(tmp_path / "other.gguf", out)
+            elif made == "of somebody else":
+                out.write_text("years of work")
+            else:
+                out.symlink_to("nowhere")
+
+    with pytest.raises((FileExistsError, ValueError), match=r"x\.gguf|another type"):
+        compress(dense, out, type="Q8_0", progress=appear)
+    content = None if made == "a link to nothing" else out.read_bytes()
+    assert content in (None, b"years of work", (tmp_path / "other.gguf").read_bytes())
+    out.rename(tmp_path / "moved") if content else out.unlink()
+    compress(dense, out, type="Q8_0")
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_a_file_that_another_run_finished_before_the_lock_is_not_replaced(
+    dense, monkeypatch, tmp_path
+):
+    out, acquire = tmp_path / "x.gguf", lock._acquire
+
+    def acquire_later(folder: Path) -> int:
+        monkeypatch.setattr(lock, "_acquire", acquire)
+        compress(dense, out, type="Q4_K")
+        return acquire(folder)
+
+    monkeypatch.setattr(lock, "_acquire", acquire_later)
+    with pytest.raises(FileExistsError, match="another type"):
+        compress(dense, out, type="Q8_0")
+    assert read_record(out).recipe.type == "Q4_K"
+    assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_appears_at_the_last_moment_is_not_replaced(links, monkeypatch, tmp_path):
+    (tmp_path / "part").write_text("new")
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError()))
+    move_file(tmp_path / "part", tmp_path / "x.gguf", replaces=False)
+    (tmp_path / "part").write_text("newer")
+    with pytest.raises(FileExistsError, match="move that file away, and the same command"):
+        move_file(tmp_path / "part", tmp_path / "x.gguf", replaces=False)
+    assert (tmp_path / "x.gguf").read_text() == "new"
+    move_file(tmp_path / "part", tmp_path / "x.gguf", replaces=True)
+    assert (tmp_path / "x.gguf").read_text() == "newer"
+    assert not (tmp_path / "part").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+def test_a_run_killed_wherever_a_file_gets_its_name_ends_in_the_same_file(dense, tmp_path):
+    """Nothing is left next to the file, and before the end nothing but the folder of the run."""
+    results = run_script("kill_points.py", dense, tmp_path, json.dumps({"type": "Q4_K"}))
+    assert len(results) >= 14
+    for result in results:
+        assert result["status"] == 0, result
+        assert result["equal"], result
+        assert not result["left_behind"], result
+        assert set(result["beside"]) <= {"killed.gguf.part"}, result
+    partial = [name for result in results for name in result["found"] if "model.gguf." in name]
+    assert partial, "one was killed while the file was written"
+
+
+def test_names_that_cannot_be_written_are_refused_before_any_work(dense, tmp_path):
+    (tmp_path / "folder.gguf").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link.gguf.part").symlink_to("elsewhere")
+    before = tree(tmp_path)
+    for name, message in (
+        ("folder.gguf", "folder.gguf is a folder"),
+        ("link.gguf", "link.gguf.part is a link"),
+        ("n" * 248 + ".gguf", "at most 255 bytes, and .* has 258"),
+    ):
+        for overwrite in (False, True):
+            with pytest.raises((FileExistsError, ValueError), match=message):
+                compress(dense, tmp_path / name, type="Q8_0", overwrite=overwrite)
+    compress(dense, tmp_path / "full.gguf", type="Q8_0")
+    with pytest.raises(ValueError, match="overlap"):
+        compress(tmp_path / "full.gguf", tmp_path / "full.gguf", type="Q4_K", overwrite=True)
+    (tmp_path / "full.gguf").unlink()
+    assert tree(tmp_path) == before
+    long = tmp_path / ("n" * 240 + ".gguf")
+    assert compress(dense, long, type="Q8_0").state == "finished"
+    assert long.is_file()
+
+
+# --- what a file cannot hold ---
+
+
+def scaled(dense: Path, folder: Path, part: str, factor: float) -> Path:
+    """A copy of a checkpoint in which the matrices with `part` in their names are multiplied."""
+    shutil.copytree(dense, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if part in name and tensor.dim() == 2:
+            tensor.view(-1)[::7] = 0
+            tensor *= factor
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("magnitude", [10.0**power for power in (-44, -40, -39, -38, -30, 0, 4)])
+def test_weights_of_any_size_that_fits_are_rounded_to_finite_ones(magnitude):
+    weight_OI = torch.randn(8, 256, generator=torch.Generator().manual_seed(0)) * magnitude
+    weight_OI[:, ::5] = 0
+    for grid in TYPES.values():
+        for share in (1.0, 0.3):
+            dense_OI = round_in_groups(weight_OI * share, grid).dense()
+            assert dense_OI.isfinite().all(), grid.name
+            assert (dense_OI - weight_OI * share).abs().max() <= max(4 * magnitude, 1e-7)
+
+
+@pytest.mark.parametrize("magnitude", [1e9, 1e30, 1e38])
+def test_weights_that_no_scale_of_a_type_reaches_are_an_error(magnitude):
+    weight_OI = torch.randn(8, 256, generator=torch.Generator().manual_seed(0)) * magnitude
+    for grid in TYPES.values():
+        with pytest.raises(ValueError, match=f"too large for {grid.name}, which reaches"):
+            round_in_groups(weight_OI, grid)
+
+
+def test_models_of_denormal_weights_are_written(dense, tmp_path):
+    model = scaled(dense, tmp_path / "model", "layers", 1e-37)
+    for name, options in (("x.gguf", {"type": "Q4_K"}), ("y.gguf", {"bits": 4.5})):
+        assert compress(model, tmp_path / name, **options).state == "finished"
+    assert compress(model, tmp_path / "out", bits=4).state == "finished"
+
+
+def test_embeddings_that_are_too_large_are_named_before_the_first_block(dense, tmp_path):
+    model, steps = scaled(dense, tmp_path / "model", "embed_tokens", 1e30), []
+    for name, options, why in (
+        ("x.gguf", {"type": "Q4_K"}, "too large for Q6_K"),
+        ("y.gguf", {"bits": 4.5}, "too large for Q8_0"),
+        ("out", {"bits": 4}, "too large to be packed"),
+    ):
+        with pytest.raises(ValueError, match=rf"^model\.embed_tokens.*: its weights are {why}"):
+            compress(model, tmp_path / name, **options, progress=steps.append)
+    assert not steps
+
+
+def test_linears_that_are_too_large_are_named(dense, tmp_path):
+    model = scaled(dense, tmp_path / "model", "0.self_attn.v_proj", 1e30)
+    for name, options in (
+        ("x.gguf", {"type": "Q4_K"}),
+        ("y.gguf", {"bits": 4.5}),
+        ("out", {"bits": 4}),
+    ):
+        with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.[vo]_proj"):
+            compress(model, tmp_path / name, **options)
+
+
+def test_a_tokenizer_of_bytes_without_merges_is_refused_before_any_work(dense, tmp_path):
+    model = shutil.copytree(dense, tmp_path / "model")
+    path = model / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["merges"] = []
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"tokenizer\.json has no merges, and llama\.cpp needs"):
+        compress(model, tmp_path / "x.gguf", type="Q8_0")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+# --- what is said of the work ---
+
+
+def test_the_measurement_is_announced_with_the_time_that_is_left(dense, monkeypatch, tmp_path):
+    said: list[Any] = []
+    blocks: list[Any] = []
+    compress(dense, tmp_path / "x.gguf", bits=4.5, announce=said.append, progress=blocks.append)
+    assert {step.unit for step in blocks} == {"blocks"}
+    steps = [each for each in said if isinstance(each, Progress)]
+    for what in ("measuring what errors of each linear cost", "rounding some rows of each weight"):
+        own = [step for step in steps if step.message.startswith(what)]
+        assert any(isinstance(each, str) and each.startswith(what) for each in said)
+        assert [step.done for step in own] == sorted({step.done for step in own})
+        assert own[-1].done == own[-1].total >= 8
+        assert f"steps of {what}" in pruning_step(own[-1]).state
+    for options in ({"bits": 4}, {"sparsity": 0.5, "allocation": "fisher"}):
+        said.clear()
+        verb = prunus.compress if "bits" in options else prunus.prune
+        out = tmp_path / next(iter(options))
+        verb(dense, out, calibration=token_ids(), announce=said.append, **options)
+        last = [each for each in said if isinstance(each, Progress)][-1]
+        assert last.message == "measuring what errors of each linear cost"
+        assert last.done == last.total
+
+
+def test_a_gguf_file_that_is_read_is_named_and_its_header_read_once(dense, monkeypatch, tmp_path):
+    compress(dense, tmp_path / "x.gguf", type="Q8_0")
+    said: list[str] = []
+    read: list[object] = []
+    opened = gguf.GGUFReader.__init__
+    monkeypatch.setattr(
+        gguf.GGUFReader, "__init__", lambda *given: (read.append(given[1]), opened(*given))[0]
+    )
+    "".join(generate(tmp_path / "x.gguf", "ab", max_new_tokens=2, progress=said.append))
+    assert said[0] == "reading x.gguf" and said[-1] == f"loading {tmp_path / 'x.gguf'}"
+    assert any(line.startswith("unpacking") for line in said)
+    assert len(read) == 1

@@ -125,7 +125,7 @@ def test_a_killed_conversion_goes_on(tmp_path, monkeypatch, action):
         assert not (tmp_path / "result" / INDEX_NAME).exists()
     monkeypatch.setattr(folder_module, "save_safetensors", save)
     run(source, tmp_path / "result")
-    assert writes == ["block-00000.safetensors", "block-00001.safetensors"], "none twice"
+    assert writes == [f"model-0000{number}-of-00003.safetensors" for number in (1, 2)], "none twice"
     assert {path.name: path.read_bytes() for path in (tmp_path / "result").iterdir()} == expected
     assert run(source, tmp_path / "result").state == "finished", "a finished one is recognised"
 
@@ -144,7 +144,7 @@ def test_another_conversion_is_not_mixed_in(tmp_path):
         pack(source, tmp_path / "packed", "int8")
     pack(source, tmp_path / "packed", "int8", overwrite=True)
     assert Description.from_dict(_quantization(tmp_path / "packed")).values == "int8"
-    (tmp_path / "packed" / "block-00001.safetensors").unlink()
+    (tmp_path / "packed" / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(FileExistsError, match="damaged since"):
         pack(source, tmp_path / "packed", "int8")
 

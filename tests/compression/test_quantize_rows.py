@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prunus.compression.quantize_rows import quantize_rows
+from prunus.formats.packed.quantize_rows import quantize_rows
 from prunus.packed.forms import relative_error
 from prunus.packed.planes import check, expand
 

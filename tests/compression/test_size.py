@@ -7,9 +7,9 @@ import torch
 
 import prunus
 from command_line import call
-from prunus.compression.job import CompressionJob
 from prunus.compression.rate_control import RateControl
-from prunus.compression.records import CompressionRecipe
+from prunus.formats.packed.format import PackedFormat
+from prunus.formats.recipe import CompressionRecipe
 from prunus.pruning.job import plan_run
 from prunus.runs.options import RunOptions
 from stopping import StopError, stop_after
@@ -43,11 +43,11 @@ def test_the_files_take_the_size_and_never_more(dense, tmp_path, size, options):
             compress(dense, tmp_path / "out", 1, **options)
         size = int(re.search(r"\(([\d,]+) to", str(refused.value))[1].replace(",", ""))
     recipe = CompressionRecipe(size=size, samples=6, seqlen=16, batch=2, **options)
-    job = plan_run(dense, recipe, RunOptions(input_ids=token_ids()), CompressionJob)
+    job = plan_run(dense, recipe, RunOptions(input_ids=token_ids()), PackedFormat(recipe))
     record = compress(dense, tmp_path / "out", size, **options)
     assert 0.995 * recipe.size <= in_files(tmp_path / "out") == record.size.after <= recipe.size
     assert job.file_bytes() == pytest.approx(recipe.size, rel=0.005)
-    assert job.bits == pytest.approx(record.totals["bits"], rel=0.01)
+    assert job.format.bits == pytest.approx(record.totals["bits"], rel=0.01)
 
 
 def test_a_linear_that_would_exceed_the_size_is_rounded_again(dense, tmp_path, monkeypatch):

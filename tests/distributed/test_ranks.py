@@ -8,8 +8,8 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunus.distributed import SINGLE_PROCESS, is_rank_0, process_group, split_range
-from prunus.distributed.heartbeat import Heartbeat
+from prunus.distributed import SINGLE_PROCESS, is_rank_0, lost, process_group, split_range
+from prunus.distributed.lost import Notes
 from scripts import run_script
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forked here")
@@ -133,19 +133,44 @@ def test_who_keeps_the_store_stays_until_the_rest_have_heard_who_is_lost():
     store = dist.HashStore()
     for rank in (1, 2):
         store.set(f"who/{rank}", f"elsewhere|-|{rank}")
-        store.set(f"beat/{rank}", "1|0|the start")
-    watch = Heartbeat(store, 0, 3, timeout=60)
-    store.set("fault/1", "no good")
-    assert "rank 1 (process 1 on elsewhere) stopped: no good" in str(
-        watch.lost_rank_error("a broken connection")
+        store.set(f"note/{rank}", "no good" if rank == 1 else "")
+    store.set("read/1", "")
+    notes, said = Notes(store, 0, 3), []
+    leaves = threading.Thread(
+        target=lambda: said.append(str(notes.lost_rank_error("a broken connection")))
     )
-    leaves = threading.Thread(target=watch.close, args=(True,))
     leaves.start()
     leaves.join(0.3)
     assert leaves.is_alive(), "rank 2 could not read any more why"
-    store.set("heard/2", "")
+    store.set("read/2", "")
     leaves.join(10)
-    assert not leaves.is_alive()
+    assert said == ["rank 1 (process 1 on elsewhere) stopped: no good (this rank was at the start)"]
+
+
+def test_a_rank_that_knows_the_reason_needs_the_store_no_more():
+    class Ending(dist.HashStore):
+        """A store whose keeper leaves once the other rank has read the notes."""
+
+        def check(self, keys):
+            if super().check(["read/1"]):
+                raise dist.DistNetworkError("Connection reset by peer")
+            return super().check(keys)
+
+    store = Ending()
+    store.set("who/0", "elsewhere|-|1")
+    store.set("note/0", "no good")
+    assert "stopped: no good" in str(Notes(store, 1, 2).lost_rank_error("a broken connection"))
+
+
+def test_a_rank_of_another_host_that_leaves_no_note_is_named(monkeypatch):
+    monkeypatch.setattr(lost, "_PATIENCE", 0.1)
+    store = dist.HashStore()
+    for rank in (1, 2):
+        store.set(f"who/{rank}", f"elsewhere|-|{rank}")
+    store.set("note/1", "")
+    assert "rank 2 (process 2 on elsewhere) hangs, is late (`rank_timeout` gives it longer)" in str(
+        Notes(store, 0, 3).lost_rank_error("waited for 600 s")
+    )
 
 
 def test_perplexity_is_the_same_to_the_last_digit(found):

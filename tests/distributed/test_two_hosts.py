@@ -14,7 +14,7 @@ import prunus
 from prunus.pruning.manifest import Manifest
 from ranks import free_port
 from scripts import run_script
-from tiny import tiny_checkpoint, token_ids
+from tiny import block_shards, tiny_checkpoint, token_ids
 
 
 def _ip(*arguments: str) -> None:
@@ -64,7 +64,7 @@ def test_torchrun_on_two_hosts_prunes_as_one_process_does(tmp_path):
         dense, tmp_path / "one", "sparsegpt", calibration=str(ids), samples=6, seqlen=16, batch=1
     )
     both = Manifest.load(tmp_path / "out")
-    for path in sorted((tmp_path / "one").glob("block-*.safetensors")):
+    for path in block_shards(tmp_path / "one"):
         left, right = load_file(path), load_file(tmp_path / "out" / path.name)
         differ = sum(int(((left[k] == 0) != (right[k] == 0)).sum()) for k in left)
         assert differ <= 1e-3 * sum(x.numel() for x in left.values())

@@ -18,7 +18,7 @@ FOREIGN = {
     "--kl-divergence", "--llama-bench", "--gguf", "--master-addr", "--master-port", "--nnodes",
     "--node-rank", "--nproc-per-node", "--training-memory", "--take", "--eager", "--enable-lora",
     "--tensor-parallel-size", "--outfile", "--outtype", "--temp", "--chunks", "--build",
-    "--user-repo", "--copy", "--no-compile",
+    "--user-repo", "--copy", "--no-compile", "--reasoning", "--chat-template-kwargs",
 }  # fmt: skip
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 ROOMS = {path.name for path in (REPOSITORY / "src" / "prunus").iterdir() if path.is_dir()}

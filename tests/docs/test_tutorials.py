@@ -31,7 +31,7 @@ TUTORIALS = [*START, *sorted((DOCS / "tutorials").glob("*.md")), OWN_METHOD]
 OTHERS = sorted({*(DOCS / "how-to").glob("*.md")} - {OWN_METHOD})
 #: Extra of the package -> the module that shows whether it is installed.
 EXTRAS = {
-    "data": "datasets", "eval": "lm_eval", "gguf": "gguf", "adapters": "peft", "serve": "starlette",
+    "data": "datasets", "eval": "lm_eval", "gguf": "gguf", "adapters": "peft", "serve": "fastapi",
     "vision": "PIL",
 }  # fmt: skip
 #: Options that make a command take seconds; they replace what the page says.

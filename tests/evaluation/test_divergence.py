@@ -331,7 +331,7 @@ def test_eval_shows_and_writes_the_figures(folders, tmp_path):
             assert f"{one['divergence']['kl']:.5f} ± {one['divergence']['kl_stderr']:.5f}" in shown
     [section] = report([json_file]).sections
     [table] = [part for part in section.parts if part.title == "Quality and size"]
-    names = [(text, model) for text in (ids, second) for model in ("pruned", "packed")]
-    assert [(row[0], row[1]) for row in table.rows] == [(str(t), model) for t, model in names]
+    names = [(model, text) for text in (ids, second) for model in ("pruned", "packed")]
+    assert [(row[0], row[1]) for row in table.rows] == [(model, str(t)) for model, t in names]
     assert table.columns[3].title == "KL divergence"
     assert table.rows[0][3].value == expected["divergence"]["kl"]

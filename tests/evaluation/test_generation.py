@@ -1,12 +1,15 @@
 """Text that a model writes: how tokens are chosen, and chats."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from command_line import call
-from prunus.evaluation.generation import chosen_settings, generate, token_settings
+from prunus.evaluation.generation import chosen_settings, generate
 from prunus.evaluation.options import WritingOptions
 from prunus.reporting.console import printable
 from tiny import tiny_checkpoint
@@ -50,15 +53,33 @@ def test_temperature_zero_and_a_tiny_top_p_take_the_most_likely_token(talker):
     assert write(talker, 2.0, 1.0, 3) != greedy
 
 
+def test_a_model_that_computes_no_numbers_ends_with_an_error(talker, tmp_path):
+    shutil.copytree(talker, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    for value, message in (
+        (1e38, "the model's logits are not finite, so it cannot write text"),
+        (torch.nan, r"model\.norm\.weight holds weights that are not finite"),
+    ):
+        tensors["model.norm.weight"].fill_(value)
+        tensors["lm_head.weight"].mul_(1e5)
+        save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            write(tmp_path / "model")
+
+
 def test_choices_take_the_place_of_the_checkpoints_and_the_rest_stays():
     own = GenerationConfig(do_sample=True, temperature=5.0, top_p=0.5, repetition_penalty=1.2)
     assert chosen_settings(own, WritingOptions(seed=3)) == own
+    wide = GenerationConfig(**own.to_diff_dict(), num_beams=10**6, cache_implementation="static")
+    assert chosen_settings(wide, WritingOptions()) == own
     drawn = chosen_settings(own, WritingOptions(temperature=0.7))
     assert (drawn.do_sample, drawn.temperature, drawn.top_p) == (True, 0.7, 0.5)
     greedy = chosen_settings(own, WritingOptions(temperature=0))
     assert not greedy.do_sample and greedy.repetition_penalty == 1.2
     assert chosen_settings(GenerationConfig(), WritingOptions(top_p=0.3)).do_sample
-    assert not token_settings(GenerationConfig(do_sample=True, temperature=1e-40)).do_sample
+    tiny = GenerationConfig(do_sample=True, temperature=1e-40)
+    assert not chosen_settings(tiny, WritingOptions()).do_sample
 
 
 @pytest.mark.parametrize(

@@ -183,9 +183,19 @@ def test_losses_that_are_not_finite_or_beyond_exp(model, text_file):
     assert result.loss > 1000
     assert result.perplexity == math.inf and result.as_dict()["perplexity"] is None
     with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight[3, 3] = torch.nan
-    with pytest.raises(ValueError, match="the loss of window 0 is nan"):
+        model.model.norm.weight.fill_(1e38)
+    with pytest.raises(ValueError, match=r"the loss of window 0 is (nan|inf)"):
         perplexity(model, str(text_file), **options)
+
+
+def test_weights_that_are_not_finite_are_named(model, text_file, tmp_path):
+    options = {"tokenizer": byte_tokenizer(), "seqlen": 32, "samples": 1, "stream": False}
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 3] = torch.nan
+    model.save_pretrained(tmp_path)
+    for given in (model, tmp_path):
+        with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj\.weight .* not finite"):
+            perplexity(given, str(text_file), **options)
 
 
 # --- the texts ---

@@ -181,7 +181,7 @@ def test_names_of_tasks(model, local_datasets, monkeypatch):
     # The whole catalogue takes many seconds to read.
     catalogue = tasks._catalogue(["rte"])
     monkeypatch.setattr(tasks, "_catalogue", lambda names: catalogue)
-    with pytest.raises(ValueError, match=r"unknown task 'arc_eazy': did you mean arc_easy"):
+    with pytest.raises(ValueError, match=r"unknown task 'arc_eazy': .*; did you mean arc_easy"):
         load_tasks(["boolq", "arc_eazy"], folder=local_datasets)
 
 
@@ -354,7 +354,8 @@ def test_token_ids_past_the_vocabulary_are_explained(model, local_datasets):
 def test_outputs_that_are_no_numbers_are_refused(model, local_datasets):
     model = copy.deepcopy(model)
     with torch.no_grad():
-        model.model.norm.weight[0] = float("nan")
+        model.model.norm.weight.fill_(1e38)
+        model.lm_head.weight.mul_(1e5)
     with pytest.raises(ValueError, match=r"rte, row 0: the model's outputs are not finite"):
         prunus.evaluate(model, "rte", tokenizer=byte_tokenizer(), data=local_datasets)
 

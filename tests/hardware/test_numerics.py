@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
 
 from prunus.hardware.numerics import fast_linears, low_precision_factor, low_precision_product
 
@@ -25,10 +27,37 @@ def test_a_factor_rounded_once_gives_the_same_products(rows, native, monkeypatch
     assert torch.equal(found, low_precision_product(left, right))
 
 
-def test_linears_of_16_bits_are_as_exact_in_float32(monkeypatch):
-    monkeypatch.setattr("prunus.hardware.numerics.native_bfloat16", lambda: False)
-    layer, x = torch.nn.Linear(40, 30).bfloat16(), torch.randn(3, 9, 40).bfloat16()
-    with fast_linears():
+class Products(TorchDispatchMode):
+    """Collects the dtypes in which matrices are multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("addmm", "linear", "matmul", "mm"):
+            self.dtypes.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("layer", [torch.nn.Linear(40, 30), Conv1D(30, 40)], ids=str)
+def test_linears_of_16_bits_are_as_exact_in_float32(layer, native, monkeypatch):
+    monkeypatch.setattr("prunus.hardware.numerics.native_bfloat16", lambda: native)
+    layer, x = layer.bfloat16(), torch.randn(3, 9, 40).bfloat16()
+    torch.nn.init.normal_(layer.bias)
+    with torch.inference_mode(), fast_linears(), Products() as products:
         found = layer(x)
-    exact = torch.nn.functional.linear(*(each.float() for each in (x, layer.weight, layer.bias)))
-    assert torch.equal(found, exact.bfloat16())
+    assert products.dtypes == {torch.bfloat16 if native else torch.float32}
+    with torch.no_grad():
+        exact = layer.float()(x.float())
+    torch.testing.assert_close(found, exact.bfloat16(), rtol=0.01 if native else 0, atol=0)
+
+
+def test_other_uses_of_addmm_stay_as_they_are(monkeypatch):
+    monkeypatch.setattr("prunus.hardware.numerics.native_bfloat16", lambda: False)
+    added, left, right = (torch.randn(9, 9).bfloat16() for _ in range(3))
+    with fast_linears():
+        scaled = torch.addmm(added[0], left, right, beta=2)
+        assert torch.equal(torch.addmm(added, left, right), torch.addmm(added, left, right))
+    assert torch.equal(scaled, torch.addmm(added[0], left, right, beta=2))

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from method_cases import ThreeShards
-from prunus.compression.tensors_run import integer_type
 from prunus.formats.block_bytes import BlockType
+from prunus.formats.compressed_tensors import integer_type
 from prunus.formats.gguf.types import TYPES, type_for
 from prunus.methods import InputStatistics, Work
 from prunus.methods.group_fits import fit_codes, fit_scales, round_in_groups

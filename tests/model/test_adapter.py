@@ -65,6 +65,15 @@ def test_an_adapter_computes_base_plus_update(base, adapter):
         assert not torch.allclose(found, load_model(base)(ids).logits, atol=1e-2)
 
 
+def test_an_adapter_that_is_not_finite_is_refused_by_name(adapter):
+    tensors = load_file(adapter / WEIGHTS_NAME)
+    name = sorted(tensors)[-1]
+    tensors[name][0, 0] = torch.inf
+    save_file(tensors, adapter / WEIGHTS_NAME, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name} holds weights that are not finite"):
+        prunus.load(adapter)
+
+
 def test_everything_that_loads_models_takes_adapters(base, adapter, tmp_path):
     assert is_adapter(adapter)
     assert not is_adapter(base)

@@ -17,6 +17,7 @@ from prunus.packed.kernels import library as kernels
 from prunus.packed.linear import PackedLinear, pack_module
 from prunus.packed.planes import encode
 from tiny import tiny_model, token_ids
+from tiny_tokenizer import byte_tokenizer
 
 if kernels.load() is None:
     pytest.skip(f"no kernels: {kernels.why_not()}", allow_module_level=True)
@@ -152,6 +153,15 @@ def test_caches_that_are_copied_cropped_and_continued(calls):
             after([token % 100], long)
         assert long.get_seq_length() == 306
     assert len(calls) == 2 * 306
+
+
+@pytest.mark.parametrize("options", [{}, {"stop_strings": ["q"]}, {"num_beams": 2}])
+def test_a_tokenizer_given_to_generate_leaves_the_kernel_in_use(options, calls):
+    """Servers give one with every request, whether or not it has stop strings."""
+    model, ids = _quantised("llama"), token_ids(1, 5)
+    use_block_kernel(model)
+    model.generate(ids, tokenizer=byte_tokenizer(), max_new_tokens=4, min_new_tokens=4, **options)
+    assert len(calls) == 2 * 3
 
 
 def test_what_a_block_leaves_to_its_modules(calls):

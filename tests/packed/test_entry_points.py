@@ -57,6 +57,43 @@ def test_a_packed_checkpoint_loads_without_an_import_of_prunus(module, installed
     assert "PackedLinear" in done.stdout
 
 
+#: A program that has nothing to do with packed models.
+DENSE = """
+import io, pickle
+import torch, transformers.quantizers.auto
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.model import LoraModel
+
+config = LoraConfig(target_modules=["0"])
+pickle.dumps(config)
+torch.save(get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), config), io.BytesIO())
+print(LoraConfig.__post_init__.__globals__["__name__"])
+print(LoraModel._create_new_module.__globals__["__name__"])
+"""
+LATER = """
+import sys
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+from peft import LoraConfig, get_peft_model
+print(get_peft_model(model, LoraConfig(target_modules=["q_proj"])))
+"""
+
+
+def test_programs_that_use_peft_find_nothing_of_prunus_in_it(installed):
+    pytest.importorskip("peft")
+    done = run(DENSE, installed)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["peft.tuners.lora.config", "peft.tuners.lora.model"]
+
+
+def test_peft_adapts_a_packed_model_that_was_loaded_before_peft(installed, tmp_path):
+    pytest.importorskip("peft")
+    pack(pruned_checkpoint(tmp_path / "pruned"), tmp_path / "packed")
+    done = run(LATER, installed, tmp_path / "packed")
+    assert done.returncode == 0, done.stderr
+    assert "PackedLora" in done.stdout
+
+
 #: What torch does with its group of entry points when it is imported.
 TORCH = """
 from importlib.metadata import entry_points
@@ -105,6 +142,15 @@ def test_a_broken_prunus_ends_no_import(broken, options, installed):
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("prunus is installed") == (not options)
+
+
+def test_a_broken_prunus_ends_no_program_that_uses_peft(installed):
+    pytest.importorskip("peft")
+    (installed / "prunus").mkdir()
+    (installed / "prunus" / "__init__.py").write_text("raise RuntimeError('broken')")
+    done = run(DENSE, installed)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("prunus is installed, and cannot be used: broken") == 1
 
 
 def test_an_editable_install_leaves_nothing_that_torch_would_call():

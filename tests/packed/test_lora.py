@@ -1,6 +1,7 @@
 """LoRA by peft on packed models: it trains, its gradients are right, and it is saved and loaded."""
 
-import copy
+import io
+import pickle
 
 import pytest
 import torch
@@ -98,5 +99,18 @@ def test_other_linears_get_the_layers_of_peft_itself():
     model = nn.Sequential()
     model.add_module("one", nn.Linear(4, 4))
     config = peft.LoraConfig(target_modules=["one"])
-    assert copy.deepcopy(config)._custom_modules
     assert isinstance(peft.inject_adapter_in_model(config, model).one, peft.tuners.lora.Linear)
+
+
+def test_configurations_and_adapted_models_are_pickled(folders):
+    for folder in folders:
+        model = adapted(folder).eval()
+        config = pickle.loads(pickle.dumps(model.peft_config["default"]))
+        assert config.target_modules == set(TARGETS) and config._custom_modules is None
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        again = torch.load(file, weights_only=False)
+        with torch.no_grad():
+            assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+        assert again.base_model.model.num_parameters() == model.base_model.model.num_parameters()

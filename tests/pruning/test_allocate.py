@@ -12,6 +12,7 @@ from prunus.pruning.allocation import allocate
 from prunus.pruning.job import plan_run
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
+from prunus.pruning.run import PlainTensors
 from prunus.runs.options import RunOptions
 from sensitivity_cases import IDS, whole_model
 from stopping import StopError, stop_after
@@ -75,7 +76,7 @@ def test_linears_whose_errors_cost_less_lose_more_weights(tmp_path, monkeypatch)
     recipe = Recipe(
         calibration="token ids", samples=4, seqlen=16, dtype="float32", allocation="fisher"
     )
-    job = plan_run(dense, recipe, RunOptions(input_ids=IDS))
+    job = plan_run(dense, recipe, RunOptions(input_ids=IDS), PlainTensors())
     found = allocate(job, IDS)
     assert all(0.25 <= value <= 0.75 for value in found.values())
     # No exchange of sparsity between two linears of equal shape lowers the loss by much.

@@ -23,6 +23,7 @@ from prunus.model.calls import BlockStubs
 from prunus.model.kinds import CAUSAL, kind_of
 from prunus.pruning.job import plan_run
 from prunus.pruning.recipe import Recipe
+from prunus.pruning.run import PlainTensors
 from prunus.runs.options import RunOptions
 from reference import assert_three_ways_agree, wanda_by_whole_runs
 from tiny import COMMON, SIZES, token_ids
@@ -72,10 +73,9 @@ def refusal(tmp_path, model: Any) -> str:
     model.save_pretrained(tmp_path / "dense")
     with pytest.raises(NotImplementedError) as loaded:
         prunus.prune(model, calibration=token_ids())
+    recipe = Recipe(calibration="token ids")
     with pytest.raises(NotImplementedError) as stored:
-        plan_run(
-            tmp_path / "dense", Recipe(calibration="token ids"), RunOptions(input_ids=token_ids())
-        )
+        plan_run(tmp_path / "dense", recipe, RunOptions(input_ids=token_ids()), PlainTensors())
     return f"{stored.value} | {loaded.value}"
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from method_cases import gather
-from prunus.compression.job import CompressionJob
-from prunus.compression.records import CompressionRecipe
+from prunus.formats.packed.format import PackedFormat
+from prunus.formats.recipe import CompressionRecipe
 from prunus.methods.rate_distortion import relative_steps
 from prunus.model.skeleton import Skeleton
 from prunus.model.stream import Stream
@@ -30,7 +30,7 @@ def exact_products(monkeypatch):
 
 def planned(folder, dtype: str = "float32", **options) -> PruningJob:
     recipe = CompressionRecipe(bits=4.0, samples=4, seqlen=16, batch=2, dtype=dtype, **options)
-    return plan_run(folder, recipe, RunOptions(input_ids=IDS), CompressionJob)
+    return plan_run(folder, recipe, RunOptions(input_ids=IDS), PackedFormat(recipe))
 
 
 def streamed(

@@ -164,7 +164,7 @@ def test_patterns_that_select_nothing_are_refused(only, ignore, message):
 
 def test_sizes():
     for text, size in {
-        "1": 1,
+        "10000": 10_000,
         "4B": 4,
         "1KB": 1024,
         "8 gib": 8 * 1024**3,

@@ -1,11 +1,13 @@
 """After a kill the same command ends in the same bytes. Another command changes nothing."""
 
 import fnmatch
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import prunus
 from prunus.model.checkpoint.reader import INDEX_NAME
@@ -13,7 +15,7 @@ from scripts import run_script
 from stopping import StopError, stop_after
 from tiny import shards, tiny_checkpoint, token_ids
 
-BLOCKS = "block-*.safetensors"
+BLOCKS = "model-0000[12]-of-00003.safetensors"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -40,13 +42,13 @@ def test_an_interrupted_run_is_resumed_not_redone(tmp_path):
     with pytest.raises(StopError):
         prunus.prune(dense, out, calibration=ids, progress=stop_after(2))
     assert not (out / INDEX_NAME).exists()
-    first = (out / "block-00000.safetensors").stat().st_mtime_ns
+    first = (out / "model-00001-of-00004.safetensors").stat().st_mtime_ns
     messages = []
     report = prunus.prune(
         dense, out, calibration=ids, resume=True, progress=lambda s: messages.append(s.message)
     )
     assert ["earlier run" in m for m in messages] == [True, True, False]
-    assert (out / "block-00000.safetensors").stat().st_mtime_ns == first
+    assert (out / "model-00001-of-00004.safetensors").stat().st_mtime_ns == first
     assert report.state == "finished"
     assert [block.name for block in report.blocks] == [f"model.layers.{i}" for i in range(3)]
 
@@ -107,6 +109,64 @@ def test_a_shard_lost_from_an_unfinished_run_is_made_again(tmp_path):
     prunus.prune(dense, tmp_path / "whole", calibration=token_ids())
     with pytest.raises(StopError):
         prunus.prune(dense, tmp_path / "out", calibration=token_ids(), progress=stop_after(2))
-    (tmp_path / "out" / "block-00001.safetensors").unlink()
+    (tmp_path / "out" / "model-00002-of-00004.safetensors").unlink()
     prunus.prune(dense, tmp_path / "out", calibration=token_ids())
     assert shards(tmp_path / "out") == shards(tmp_path / "whole")
+
+
+def as_of_version_0_3(folder: Path, record: str) -> None:
+    """Rename the shards of a result, and change its record, to what earlier versions wrote."""
+    path, index = folder / record, folder / INDEX_NAME
+    found = sorted(folder.glob("model-*.safetensors"))
+    names = {each.name: f"block-{number:05d}.safetensors" for number, each in enumerate(found)}
+    names[found[-1].name] = "outer.safetensors"
+    for each in found:
+        each.rename(folder / names[each.name])
+    content = json.loads(path.read_text())
+    content.pop("shard_count", None)
+    content |= {"format": 1, "sha256": {names[x]: y for x, y in content["sha256"].items()}}
+    if "shards" in content:
+        content["shards"] = {names[x]: y for x, y in content["shards"].items()}
+    path.write_text(json.dumps(content))
+    if index.exists():
+        known = json.loads(index.read_text())
+        known["weight_map"] = {x: names[y] for x, y in known["weight_map"].items()}
+        index.write_text(json.dumps(known))
+
+
+def test_a_result_has_the_names_of_shards_that_the_hub_knows(tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16)
+    prunus.prune(dense, tmp_path / "out", calibration=token_ids())
+    prunus.pack(tmp_path / "out", tmp_path / "packed")
+    prunus.shrink(dense, tmp_path / "small", blocks=1, repair=False, calibration=token_ids())
+    for name, count in (("out", 3), ("packed", 3), ("small", 2)):
+        known = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+        assert [*shards(tmp_path / name)] == known
+        content = json.loads((tmp_path / name / INDEX_NAME).read_text())
+        assert sorted(set(content["weight_map"].values())) == known
+        AutoModelForCausalLM.from_pretrained(tmp_path / name)
+
+
+def test_a_result_of_an_earlier_version_is_read_and_its_unfinished_run_refused(tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16)
+    out, packed = tmp_path / "out", tmp_path / "packed"
+    prunus.prune(dense, out, calibration=token_ids())
+    as_of_version_0_3(out, "prunus.json")
+    assert prunus.inspect(out, verify=True).verified == 3
+    assert prunus.prune(dense, out, calibration=token_ids()).state == "finished"
+    AutoModelForCausalLM.from_pretrained(out)
+    prunus.pack(out, packed)
+    as_of_version_0_3(packed, "prunus-pack.json")
+    assert prunus.pack(out, packed).state == "finished"
+    for run, folder, record in (
+        (lambda **o: prunus.prune(dense, out, calibration=token_ids(), **o), out, "prunus.json"),
+        (lambda **o: prunus.pack(out, packed, **o), packed, "prunus-pack.json"),
+    ):
+        path = folder / record
+        path.write_text(path.read_text().replace('"finished"', '"running"'))
+        before = contents(folder)
+        with pytest.raises(FileExistsError, match="unfinished run of an earlier version"):
+            run()
+        assert contents(folder) == before
+        run(overwrite=True)
+        assert [*shards(folder)] == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]

@@ -141,7 +141,8 @@ def test_a_model_without_a_finite_loss(pruned, text, tmp_path):
     broken = tmp_path / "broken"
     model = load_model(pruned)
     with torch.no_grad():
-        model.model.norm.weight.fill_(math.nan)
+        model.model.norm.weight.fill_(1e38)
+        model.lm_head.weight.mul_(1e5)
     model.save_pretrained(broken)
     byte_tokenizer().save_pretrained(broken)
     with pytest.raises(ValueError, match="before any training"):
@@ -153,7 +154,7 @@ def test_a_step_that_would_not_be_finite_changes_nothing(pruned, text, tmp_path)
     with pytest.raises(ValueError, match="training stopped"):
         recover(pruned, tmp_path / "out", "masked", text, learning_rate=1e30)
     for tensors in shards(tmp_path / "out"):
-        assert tensors.startswith(("training", "best", "block", "outer"))
+        assert tensors.startswith(("training", "best", "model-0"))
 
 
 def test_a_pruned_weight_that_is_not_zero_is_never_written():

@@ -27,7 +27,8 @@ def train(folders, output, text, **options):
 
 def shard(folder):
     """The file with everything outside the blocks."""
-    return folder / ("outer.safetensors" if folder.name == "student" else "model.safetensors")
+    shards = sorted(folder.glob("*.safetensors"))
+    return shards[-1]
 
 
 def with_another_norm(folder):

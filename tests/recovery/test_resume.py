@@ -24,7 +24,7 @@ def test_a_recovery_killed_at_any_rename_resumes_to_the_same_bytes(pruned, text,
     }
     assert "training.safetensors" in found["recover-masked"] & found["recover-lora"]
     assert len({name for name in found["recover-masked"] if name.startswith("best-")}) >= 2
-    assert "block-00000.safetensors" in found["recover-masked"]
+    assert "model-00001-of-00003.safetensors" in found["recover-masked"]
     for mode, killed in results.items():
         assert len(killed) >= 4
         for result in killed:

@@ -13,18 +13,15 @@ from prunus.reporting.page import figure_json
 from prunus.reporting.sweep_section import sweep_section
 from prunus.reporting.write import report
 from prunus.runs.document import Lines, Measured
-from report_samples import bench, evaluation, sweep_results, table, write
-
-FIGURES = {
-    "reference": "dense",
-    "kl_stderr": 0.01,
-    "kl_q999": 2.5,
-    "same_top": 0.75,
-    "same_top_stderr": 0.02,
-    "reference_perplexity": 20.5,
-    "perplexity_ratio": 1.5,
-    "perplexity_ratio_stderr": 0.1,
-}
+from report_samples import (
+    DIVERGENCE,
+    bench,
+    compared_evaluation,
+    evaluation,
+    sweep_results,
+    table,
+    write,
+)
 
 
 def compared_sweep():
@@ -32,7 +29,7 @@ def compared_sweep():
     results = sweep_results()
     for cell, kl, packed in zip(results.cells[2:5], (0.25, 0.75, 1.0), (4, 4, 2), strict=True):
         score = cell.scores["wikitext2"]
-        divergence = Divergence(kl=kl, **FIGURES)
+        divergence = Divergence(kl=kl, **DIVERGENCE)
         cell.scores = {"wikitext2": replace(score, divergence=divergence)}
         cell.size = ModelSize(8 * 10**9, 16.0)
         cell.packed = ModelSize(packed * 10**9, 2.0 * packed)
@@ -87,27 +84,20 @@ def test_speeds_belong_to_the_cells_in_whose_folders_the_models_lie():
     assert (series.x, series.y) == ((25, 40), (32.0, 61.5))
 
 
-def compared_evaluation(kls=(0.0, 0.5, 0.25)):
-    content = evaluation()
-    first = content["models"][0]
-    content["models"] = [
-        {
-            "model": f"runs/{'abc'[place]}",
-            "size": {"file_bytes": 10**9 * (place + 1), "bits_per_weight": 16.0 / (place + 1)},
-            "perplexity": [first["perplexity"][0] | {"divergence": FIGURES | {"kl": kl}}],
-            "tasks": None,
-        }
-        for place, kl in enumerate(kls)
-    ]
-    content["differences"] = []
-    return content
+def lettered_evaluation(kls=(0.0, 0.5, 0.25)):
+    """An evaluation of runs/a, runs/b, …, without a reference."""
+    content = compared_evaluation(*(f"runs/{'abc'[place]}" for place in range(len(kls))))
+    for place, (model, kl) in enumerate(zip(content["models"], kls, strict=True), 1):
+        model["size"]["bits_per_weight"] = 16.0 / place
+        model["perplexity"][0]["divergence"] |= {"kl": kl}
+    return content | {"reference": None}
 
 
 def test_an_evaluation_shows_sizes_and_speeds(tmp_path):
-    file = write(tmp_path / "e.json", compared_evaluation())
+    file = write(tmp_path / "e.json", lettered_evaluation())
     speeds = write(tmp_path / "b.json", bench("other/b", "runs/c"))
     section = report([file], bench=speeds).sections[0]
-    row = table(section, "Quality and size", key=1)["b"]
+    row = table(section, "Quality and size")["b"]
     assert (row["file, GB"], row["bits per weight"], row["decoded tokens/s"]) == (2.0, 8.0, 16.0)
     assert row["KL divergence"] == Measured(0.5, 0.01)
     assert list(charts(section)) == [
@@ -120,7 +110,7 @@ def test_an_evaluation_shows_sizes_and_speeds(tmp_path):
 
 
 def test_an_evaluation_says_first_how_much_smaller_worse_and_faster_a_model_is(tmp_path):
-    content = compared_evaluation((0.5,))
+    content = lettered_evaluation((0.5,))
     content["models"][0]["perplexity"][0]["source"] = "wikitext2 (its test text)"
     size = {"file_bytes": 4 * 10**9, "bits_per_weight": 16.0}
     content["reference"] = {"model": "runs/dense", "size": size}
@@ -136,7 +126,7 @@ def test_an_evaluation_says_first_how_much_smaller_worse_and_faster_a_model_is(t
 def test_an_evaluation_without_sizes_has_no_charts(tmp_path):
     [section] = report([write(tmp_path / "e.json", evaluation())]).sections
     assert not charts(section)
-    assert "file, GB" not in table(section, "Quality and size", key=1)["dense"]
+    assert "file, GB" not in table(section, "Quality and size")["dense"]
 
 
 @pytest.mark.parametrize(

@@ -181,8 +181,8 @@ def test_an_evaluation_is_shown_with_differences(tmp_path):
     [section] = report([write(tmp_path / "eval.json", evaluation("a/dense", "b/pruned"))]).sections
     assert section.title == "Evaluation of dense, pruned"
     assert [tuple(row.values()) for row in rows(section, "Quality and size")] == [
-        ("wikitext2", "dense", 19.125),
-        ("wikitext2", "pruned", 42.5),
+        ("dense", "wikitext2", 19.125),
+        ("pruned", "wikitext2", 42.5),
     ]
     first, other, *_ = rows(section, "Tasks")
     assert (first["task"], first["metric"], first["model"]) == ("boolq", "acc", "dense")

@@ -1,5 +1,7 @@
 """A child of the resume tests: forks runs that die of SIGKILL wherever a file gets its final name.
 
+With `type` or `gguf` among the options, the result is a GGUF file.
+
 python kill_points.py DENSE SCRATCH [OPTIONS [before]]
 
 OPTIONS is a JSON object with options of `prune`. With `before`, runs die at every second rename.
@@ -24,7 +26,7 @@ torch.set_num_threads(1)
 
 import prunus  # noqa: E402
 
-RENAME = os.replace
+RENAME, LINK = os.replace, os.link
 
 
 def fork(work: Callable[[], object]) -> int:
@@ -46,54 +48,70 @@ def child(work: Callable[[], object]) -> int:
 
 
 def die_at(rename: int, after: bool) -> None:
-    """Let this process die before or after one of its renames."""
+    """Let this process die before or after one of its renames; a link is one as well."""
     count = 0
 
-    def replace(source, target):
-        nonlocal count
-        if count == rename and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        RENAME(source, target)
-        if count == rename and after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        count += 1
+    def dying(work):
+        def replace(source, target):
+            nonlocal count
+            if count == rename and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            work(source, target)
+            if count == rename and after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count += 1
 
-    os.replace = replace
+        return replace
+
+    os.replace, os.link = dying(RENAME), dying(LINK)
 
 
 def digests(out: Path) -> dict[str, str]:
-    files = sorted(out.glob("*.safetensors"))
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    files = {"": out} if out.is_file() else {x.name: x for x in out.glob("*.safetensors")}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+
+
+def clear(scratch: Path, name: str) -> None:
+    """Remove a result, and the folder of an unfinished one."""
+    for path in scratch.glob(f"{name}*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def kill_everywhere(
-    work: Callable[[Path], object], scratch: Path, places: Iterable[tuple[int, bool]]
+    work: Callable[[Path], object],
+    scratch: Path,
+    places: Iterable[tuple[int, bool]],
+    suffix: str = "",
 ) -> list[dict[str, Any]]:
     """For each kill, what it left, how the next run ended, and whether its weights are the same."""
     # The first run is in the parent, so that the forks need not import the model's code again. A
     # process with one thread forks safely.
-    whole, out, results = scratch / "whole", scratch / "killed", []
-    shutil.rmtree(whole, ignore_errors=True)
+    whole, out, results = scratch / f"whole{suffix}", scratch / f"killed{suffix}", []
+    clear(scratch, "whole")
     work(whole)
     for place in places:
-        shutil.rmtree(out, ignore_errors=True)
+        clear(scratch, "killed")
         status = child(lambda: (die_at(*place), work(out)))  # noqa: B023
         if status == 0:
             return results
         assert os.WTERMSIG(status) == signal.SIGKILL, status
-        found = sorted(path.name for path in out.rglob("*")) if out.exists() else []
+        found = sorted(path.name for each in scratch.glob("killed*") for path in each.rglob("*"))
+        beside = [path.name for path in scratch.glob("killed*") if path != out]
         second = child(lambda: work(out))
-        left = [x.name for x in out.iterdir() if x.name.startswith(("best-", ".prunus"))]
+        left = [x.name for x in out.rglob("*") if x.name.startswith(("best-", ".prunus"))]
         left += [path.name for path in out.glob("*.partial")]
+        left += [path.name for path in scratch.glob("killed*") if path != out]
         equal = digests(out) == digests(whole)
-        results.append({"found": found, "status": second, "equal": equal, "left_behind": left})
+        state = {"found": found, "beside": beside, "status": second}
+        results.append({**state, "equal": equal, "left_behind": left})
     raise AssertionError("no run ended")
 
 
 def main() -> None:
     dense, scratch = sys.argv[1], Path(sys.argv[2])
     options = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
-    verb = prunus.compress if "bits" in options else prunus.prune
+    suffix = ".gguf" if options.pop("gguf", "type" in options) else ""
+    verb = prunus.compress if options.keys() & {"bits", "type"} else prunus.prune
     given = {"calibration": torch.arange(96).reshape(6, 16) % 120, "batch": 2, "dtype": "float32"}
     # The moment after a rename is like the moment before the next one: every third is enough.
     ways = [(False, 2)] if sys.argv[4:] == ["before"] else [(False, 1), (True, 3)]
@@ -101,7 +119,7 @@ def main() -> None:
     for after, step in ways:
         places = ((number, after) for number in itertools.count(0, step))
         results += kill_everywhere(
-            lambda out: verb(dense, out, **given, **options), scratch, places
+            lambda out: verb(dense, out, **given, **options), scratch, places, suffix
         )
     print(json.dumps(results))
 

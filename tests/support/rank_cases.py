@@ -32,7 +32,7 @@ from prunus.pruning.reconstruction.reconstruct_block import ReconstructionBatche
 from prunus.structure.records import StructureRecord  # noqa: E402
 from ranks import answers, forked, in_ranks  # noqa: E402
 from stopping import StopError, stop_after  # noqa: E402
-from tiny import shards, stored, tiny_checkpoint, token_ids  # noqa: E402
+from tiny import block_shards, shards, stored, tiny_checkpoint, token_ids  # noqa: E402
 
 METHODS: dict[str, dict[str, Any]] = {
     "wanda": {"dtype": "auto"},
@@ -103,7 +103,7 @@ def compressed(scratch: Path) -> dict[str, Any]:
     both("again")
     with contextlib.suppress(StopError):
         alone("resumed", progress=stop_after(1))
-    first = (scratch / "resumed" / "block-00000.safetensors").read_bytes()
+    first = (scratch / "resumed" / "model-00001-of-00003.safetensors").read_bytes()
     both("resumed")
     names = ("one", "two", "resumed")
     totals = {name: CompressionRecord.load(scratch / name).totals for name in names}
@@ -111,7 +111,7 @@ def compressed(scratch: Path) -> dict[str, Any]:
         "bits": {name: each["bits"] for name, each in totals.items()},
         "errors": {name: each["mean_relative_output_error"] for name, each in totals.items()},
         "again": compare(scratch / "two", scratch / "again")["bytes"],
-        "kept": (scratch / "resumed" / "block-00000.safetensors").read_bytes() == first,
+        "kept": (scratch / "resumed" / "model-00001-of-00003.safetensors").read_bytes() == first,
         "left": [path.name for path in (scratch / "resumed").glob("sensitivity*")],
     }
 
@@ -232,9 +232,7 @@ def reconstructed(scratch: Path) -> dict[str, Any]:
         original = ReconstructionBatches.get
 
         def get(batches: Any, batch: int) -> torch.Tensor:
-            if rank == 1 and any(
-                (scratch / "killed").glob("block-*.safetensors")
-            ):  # the first block is written
+            if rank == 1 and block_shards(scratch / "killed"):  # one is written
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(batches, batch)
 
@@ -243,7 +241,7 @@ def reconstructed(scratch: Path) -> dict[str, Any]:
         (scratch / f"killed {rank}").write_text(str(fault))
 
     in_ranks(2, killed_in_training)
-    blocks = len(list((scratch / "killed").glob("block-*.safetensors")))
+    blocks = len(block_shards(scratch / "killed"))
     status = in_ranks(3, lambda _: prune(llama, scratch / "killed", **every_block, resume=True))
     assert not any(status), status
     found["killed"] = {
@@ -310,7 +308,7 @@ def lost(scratch: Path) -> dict[str, Any]:
                 os.waitpid(children[rank], 0)
             os.kill(children[1], signal.SIGKILL) if act is signal.SIGSTOP else None
         # Resume with another number of ranks.
-        blocks = len(list(out.glob("block-*.safetensors")))
+        blocks = len(block_shards(out))
         size = {"killed": 2, "stopped": 1, "error": 3}[name]
         status = in_ranks(size, lambda _, out=out: prune(dense, out, resume=True))
         found[name] = {

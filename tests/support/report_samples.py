@@ -18,6 +18,18 @@ HOSTILE = (
 )
 
 
+DIVERGENCE = {
+    "reference": "dense",
+    "kl_stderr": 0.01,
+    "kl_q999": 2.5,
+    "same_top": 0.75,
+    "same_top_stderr": 0.02,
+    "reference_perplexity": 20.5,
+    "perplexity_ratio": 1.5,
+    "perplexity_ratio_stderr": 0.1,
+}
+
+
 def sweep_results(
     name: str = "smol",
     text: str = "wikitext2",
@@ -136,6 +148,27 @@ def evaluation(first: str = "dense", second: str = "pruned") -> dict:
         ],
         "differences": [change.as_dict() for change in compare(results)],
     }
+
+
+def compared_evaluation(*names: str) -> dict:
+    """As `prunus eval NAMES --reference dense --json` writes it, with sizes and divergences."""
+    content = evaluation()
+    first = content["models"][0]
+    content["reference"] = {
+        "model": "dense",
+        "size": {"file_bytes": 9 * 10**9, "bits_per_weight": 16.0},
+    }
+    content["models"] = [
+        first
+        | {
+            "model": name,
+            "size": {"file_bytes": 10**9 * (k + 1), "bits_per_weight": 2.0 * (k + 1)},
+            "perplexity": [first["perplexity"][0] | {"divergence": DIVERGENCE | {"kl": 0.25}}],
+            "tasks": None,
+        }
+        for k, name in enumerate(names)
+    ]
+    return content | {"differences": []}
 
 
 def bench(*names: str) -> list[dict]:

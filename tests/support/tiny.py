@@ -261,6 +261,12 @@ def shards(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
 
 
+def block_shards(folder: Path) -> list[Path]:
+    """The shards of the finished blocks of a result; the last one has all else."""
+    found = sorted(folder.glob("model-*-of-*.safetensors"))
+    return [path for path in found if path.name[6:11] != path.name[15:20]]
+
+
 def tree(folder: Path) -> dict[str, bytes | None]:
     """Path below a folder -> the bytes of a file, or None for a folder."""
     return {

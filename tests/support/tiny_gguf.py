@@ -1,5 +1,6 @@
 """A tiny Llama as a GGUF file, written as llama.cpp does. Needs the package gguf."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
@@ -50,16 +51,23 @@ def tiny_llama() -> LlamaForCausalLM:
 
 
 def write_gguf(
-    model: LlamaForCausalLM, path: Path, quantize: str = "F32"
+    model: LlamaForCausalLM,
+    path: Path,
+    quantize: str = "F32",
+    pre: str = "smollm",
+    facts: Mapping[str, str | int | list[str]] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Write `model` as llama.cpp does.
+    """Write `model` as llama.cpp does, with `facts` as its fields `general.…`.
 
     Returns:
         Every weight as it reads after quantisation, by transformers' name.
     """
     writer = gguf.GGUFWriter(path, "llama")
     config = model.config
-    writer.add_name("tiny")
+    for field, value in {"name": "tiny", **(facts or {})}.items():
+        kinds = {str: gguf.GGUFValueType.STRING, int: gguf.GGUFValueType.UINT32}
+        kind = kinds.get(type(value), gguf.GGUFValueType.ARRAY)
+        writer.add_key_value(f"general.{field}", value, kind)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -71,7 +79,7 @@ def write_gguf(
     writer.add_vocab_size(TOKENS)
     tokens = sorted(byte_tokenizer().get_vocab().items(), key=lambda item: item[1])
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list([*(token for token, _ in tokens), "ab"])
     writer.add_token_types([3, 3] + [1] * (TOKENS - 2))  # control, then ordinary
     writer.add_token_merges(["a b"])

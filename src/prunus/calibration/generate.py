@@ -101,7 +101,7 @@ def write_windows(model: Any, first_N: torch.Tensor, *, seqlen: int, seed: int) 
             for first_B in first_N.split(_BATCH):
                 ids_B1 = first_B.unsqueeze(1).to(device)
                 ids_BS = model.generate(
-                    ids_B1, attention_mask=torch.ones_like(ids_B1), logits_processor=[_check_finite]
+                    ids_B1, attention_mask=torch.ones_like(ids_B1), logits_processor=[check_logits]
                 )
                 written.append(ids_BS.cpu())
     finally:
@@ -110,12 +110,12 @@ def write_windows(model: Any, first_N: torch.Tensor, *, seqlen: int, seed: int) 
     return torch.cat(written)
 
 
-def _check_finite(ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
-    """A logits processor of transformers: it changes nothing, and raises where logits are NaN."""
+def check_logits(ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
+    """A logits processor of transformers that changes nothing, and raises where NaN would draw."""
     # The probabilities are checked, not the logits: some models exclude tokens by minus infinity.
     if not torch.isfinite(torch.softmax(logits_BV.float(), dim=-1)).all():
         raise ValueError(
-            "the model's logits are not finite, so it cannot write its own calibration text; "
-            "choose another source"
+            "the model's logits are not finite, so it cannot write text. Weights are damaged, or "
+            "the dtype is too small for this model. Calibration needs another source than self"
         )
     return logits_BV

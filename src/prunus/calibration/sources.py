@@ -39,7 +39,7 @@ from prunus.calibration.windows import (
     refuse_bos,
     used_bos,
 )
-from prunus.hardware.errors import reason
+from prunus.hardware.errors import did_you_mean, reason
 from prunus.hardware.sizes import counted
 from prunus.model.tokenizer import apply_chat_template
 
@@ -308,6 +308,7 @@ class _TextFile(TextSource):
             # It may be a misspelt name of a corpus as well as of a file.
             raise ValueError(
                 f"unknown source {self.name!r}: it is none of {', '.join(SOURCES)}, and {error}"
+                f"{did_you_mean(self.name, SOURCES)}"
             ) from None
 
 

@@ -1,14 +1,14 @@
-"""The command line: one file per group of verbs, no logic.
+"""The command line: one file per group of commands, no logic.
 
 prune.py           prune, compress, shrink, plan, recover
 evaluate.py        eval, inspect, bench, doctor
 generate.py        generate, serve
 convert.py         import, pack, unpack
 sweep.py           sweep, report
-flags.py           flags from the declarations of options, and flags that verbs share
+flags.py           flags from the declarations of options, and flags that commands share
 terminal.py        results, log lines, errors and JSON
 
-A verb imports what it needs when it runs: `--help` does not wait for torch.
+A command imports what it needs when it runs: `--help` does not wait for torch.
 """
 
 from __future__ import annotations
@@ -33,22 +33,23 @@ from prunus.cli.generate import generate, serve
 from prunus.cli.prune import compress, plan, prune, recover, shrink
 from prunus.cli.sweep import report, sweep
 from prunus.cli.terminal import command, log
+from prunus.hardware.errors import did_you_mean
 
 __all__ = ["app", "main"]
 
 
-#: Panel of the help -> its verbs. The name of a function that Python reserves ends with _.
+#: Panel of the help -> its commands. The name of a function that Python reserves ends with _.
 _PANELS: dict[str, tuple[Callable[..., Any], ...]] = {
     "Make a model smaller": (prune, compress, shrink, recover, plan),
     "Measure and compare models": (evaluate, inspect, bench, sweep, report),
     "Use a model, or store it in another form": (generate, serve, import_, pack, unpack, doctor),
 }
-#: What `prunus` alone shows below the verbs.
+#: What `prunus` alone shows below the commands.
 _FIRST_EXAMPLES = """Examples:
 prunus prune HuggingFaceTB/SmolLM2-135M pruned --preset balanced
 prunus compress HuggingFaceTB/SmolLM2-135M small --bits 3
 prunus eval pruned small --reference HuggingFaceTB/SmolLM2-135M"""
-#: Two examples for each verb, in the order of the help.
+#: Two examples for each command, in the order of the help.
 _EXAMPLES = """
 prunus prune HuggingFaceTB/SmolLM2-135M pruned --preset balanced
 prunus prune dense pruned --method sparsegpt --pattern 2:4 --samples 64
@@ -69,7 +70,7 @@ prunus bench dense packed --threads 4 --json speed.json
 prunus generate packed --prompt "The capital of France is"
 prunus generate packed --prompt "Name a fruit" --chat --seed 1
 prunus serve packed
-prunus serve packed --host 0.0.0.0 --port 8080 --max-concurrent 2
+prunus serve packed --port 8080 --dtype float32
 prunus import model.gguf dense
 prunus import model.gguf dense --dtype float32 --overwrite
 prunus pack pruned packed
@@ -83,35 +84,41 @@ prunus report results scores.json -o comparison.md
 prunus doctor
 prunus doctor --json kernels.json
 """
-#: Verbs that give no figures, and verbs that say nothing of their progress.
+#: Commands that give no figures, and commands that say nothing of their progress.
 _NO_JSON = {serve}
 _SILENT = {doctor, generate, inspect, plan} | _NO_JSON
-#: Verbs that continue an interrupted run.
+#: Commands that continue an interrupted run.
 _RESUMING = {prune, compress, shrink, recover, pack, unpack, sweep}
 #: The class of errors about arguments, which typer does not name.
 _UsageError: Any = typer.BadParameter.__base__
-#: Verbs whose name is not that of their function.
+#: Commands whose name is not that of their function.
 _NAMES = {evaluate: "eval", import_: "import"}
-#: A verb with more options than this beyond its first panel shows them in `--help-all` alone.
+#: A command with more options than this beyond its first panel shows them in `--help-all` alone.
 _FEW = 3
 
 
 class _Verbs(typer.core.TyperGroup):
-    """All verbs. What typer finds wrong on a command line is said as all other errors are."""
+    """All commands. What typer finds wrong on a command line is said as all other errors are."""
 
     def make_context(self, *given: Any, **options: Any) -> Any:
+        """Parse the command line up to the name of the command."""
         with _one_line():
             return super().make_context(*given, **options)
 
     def invoke(self, ctx: Any) -> Any:
+        """Parse the rest of the command line, and run the command."""
         with _one_line():
             return super().invoke(ctx)
 
 
 class _Verb(typer.core.TyperCommand):
-    """A verb whose `--help` shows the common options in brief, and whose `--help-all` shows all."""
+    """A command whose `--help` shows the common options in brief; its `--help-all` shows all."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help, of a copy of this command that has the shorter texts and fewer options.
+
+        The command itself must keep all options, because the command line is parsed with them.
+        """
         shown = copy.copy(self)
         common = [each for each in self.params if getattr(each, "rich_help_panel", None) is None]
         rare = len(self.params) - len(common)
@@ -126,7 +133,7 @@ class _Verb(typer.core.TyperCommand):
         typer.core.TyperCommand.format_help(shown, ctx, formatter)
 
     def shell_complete(self, ctx: Any, incomplete: str) -> Any:
-        """What a shell offers. fish takes one line for each."""
+        """What a shell offers for what is typed so far. fish takes one line for each offer."""
         found = super().shell_complete(ctx, incomplete)
         for each in found:
             each.help = textwrap.shorten((each.help or "").split(". ")[0], 76)
@@ -140,10 +147,12 @@ def _brief(parameter: Any) -> Any:
     return shown
 
 
+#: Key in a context of typer: the help shows all options.
 _ALL = "prunus.help_all"
 
 
 def _show_all(ctx: typer.Context, wanted: bool) -> None:
+    """Show the help with all options, and exit, if the flag `--help-all` is given."""
     if wanted:
         ctx.meta[_ALL] = True
         typer.echo(ctx.get_help())
@@ -158,6 +167,7 @@ _HELP_ALL = Annotated[
 
 @contextlib.contextmanager
 def _one_line() -> Iterator[None]:
+    """Turn typer's errors about a command line into one line, and exit with status 2."""
     try:
         yield
     except _UsageError as fault:
@@ -165,6 +175,12 @@ def _one_line() -> Iterator[None]:
         if type(fault).__name__ == "NoArgsIsHelpError":
             raise
         said = fault.format_message().replace("Value error, ", "").rstrip(".")
+        # typer lists the choices of an option as 'a', 'b', 'c'.
+        said = re.sub(
+            "'([^']*)' is not one of (.*)",
+            lambda x: x[0] + did_you_mean(x[1], re.findall("'(.*?)'", x[2])),
+            said,
+        )
         where = fault.ctx.command_path if fault.ctx else "prunus"
         log(f"error: {said} (see {where} --help)")
         raise typer.Exit(2) from None
@@ -187,6 +203,7 @@ app = typer.Typer(
 
 
 def _print_version(wanted: bool) -> None:
+    """Print the version, and exit, if the flag `--version` is given."""
     if wanted:
         print(f"prunus {version('prunus')}")
         raise typer.Exit

@@ -1,4 +1,4 @@
-"""Verbs that store a checkpoint in another form: `import`, `pack` and `unpack`."""
+"""Commands that store a checkpoint in another form: `import`, `pack` and `unpack`."""
 
 from __future__ import annotations
 
@@ -63,7 +63,10 @@ def unpack(model: Model, output: Output, **options: Any) -> None:
 def _convert(
     verb: Callable[..., Any], title: str, model: str, output: Path, options: dict[str, Any]
 ) -> None:
-    """Convert a checkpoint with a progress bar, and print how its size changes."""
+    """Convert a checkpoint with a progress bar, and print how its size changes.
+
+    `verb` is the function of the library that does it, and `options` are its keyword arguments.
+    """
     from prunus.reporting.console import show_pruning
     from prunus.reporting.tables import packing_table
 

@@ -1,4 +1,4 @@
-"""Verbs that measure a model or this machine: `eval`, `inspect`, `bench`, `doctor`."""
+"""Commands that measure a model or this machine: `eval`, `inspect`, `bench`, `doctor`."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ def evaluate(
     for text in texts:
         check_text(text, checked.data)
     for model in models:
-        found = find_model(model, trusted)
+        found = find_model(model, trusted, note)
         if reference is not None:
-            check_reference(found, find_model(reference, trusted))
+            check_reference(found, find_model(reference, trusted, note))
     task_run = None if tasks is None else prepare_tasks(models, tasks, **of_tasks)
     scores: dict[str, list[PerplexityResult]] = {model: [] for model in models}
     with process_group(rank_timeout) as ranks:
@@ -97,6 +97,7 @@ def evaluate(
 
 
 def _chosen_texts(perplexity: str | None, tasks: str | None, reference: str | None) -> list[str]:
+    """The texts to score on, from the values of three flags; None is a flag that is not given."""
     if perplexity is None and tasks is None:
         return ["wikitext2"]
     texts = [text.strip() for text in (perplexity or "").split(",") if text.strip()]

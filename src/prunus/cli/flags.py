@@ -1,7 +1,8 @@
-"""Flags of a verb, made from the declarations of its options, and those that verbs share.
+"""Flags of a command, made from the declarations of its options, and those that commands share.
 
-Typer reads a function's signature. So a verb that ends in `**options` gets the fields of its models
-as parameters in their place. Where a flag is not given, the model decides.
+Typer reads a function's signature. So a command that ends in `**options` gets the fields of its
+models as parameters in their place (`with_flags`). A value of None means that the user gave no such
+flag, and the model decides. `opt` declares an option that only one command has.
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ from prunus.options.declaration import ADVANCED
 #: Names of all options that are flags, for messages.
 FLAGS: set[str] = set()
 _Names = Collection[str]
+#: The name of an option, as messages of the library write it.
 _NAME = re.compile(r"`([a-z][a-z_0-9]*)`")
+#: The argument for one model.
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Checkpoint folder, hub id, or GGUF file.")
 ]
+#: The argument for the folder of the result.
 Output = Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the result.")]
+#: The option of all commands that give figures.
 JSON = Annotated[
     Path | None,
     typer.Option(
@@ -35,12 +40,14 @@ JSON = Annotated[
         help="Also write all figures to FILE as JSON. A FILE of - is standard output.",
     ),
 ]
+#: The option of all commands that show progress.
 QUIET = Annotated[
     bool,
     typer.Option(
         "--quiet", "-q", show_default=False, help="Show the result and errors, no progress."
     ),
 ]
+#: The option of all commands that carry out a recipe.
 RecipeFile = Annotated[
     Path | None,
     typer.Option(
@@ -55,9 +62,18 @@ RecipeFile = Annotated[
 def with_flags(
     *models: type[Options], without: _Names = (), only: _Names = (), rare: _Names = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a verb that ends in `**options` a flag for each option of its models, but its own.
+    """Give a command that ends in `**options` a flag for each option of its models.
 
-    Those of `rare` are in the last panel.
+    Parameters that the command has itself stay, and no flag of the same name is added.
+
+    Args:
+        models: Classes whose fields are declared as options. Of two with one name the first counts.
+        without: Names of options that the command does not take.
+        only: Names of the only options that the command takes; empty for all.
+        rare: Names of options that the help shows in its last panel.
+
+    Returns:
+        A decorator, which changes the signature of the command and leaves its code.
     """
 
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:
@@ -76,7 +92,13 @@ def with_flags(
 def add_parameters(
     function: Callable[..., None], added: dict[str, Any], *, last: bool = False
 ) -> Callable[..., None]:
-    """Let typer see more parameters: before the keyword-only ones of `function`, or last."""
+    """Let typer see more parameters of a function, and return the function.
+
+    Args:
+        function: Its `**options` disappear from the signature.
+        added: Name of a parameter -> its annotation, with the default None.
+        last: Put them at the end, rather than before the keyword-only parameters of `function`.
+    """
     signature = inspect.signature(function, eval_str=True)
     keyword = inspect.Parameter.KEYWORD_ONLY
     own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -144,10 +166,13 @@ def _words(default: Any) -> str:
 
 
 def _completion(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """What a shell offers for a value: the suggestions that begin as the user has typed."""
     return lambda incomplete: [name for name in names() if name.startswith(incomplete)]
 
 
 def _parser(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`parse` for typer: its ValueError becomes typer's error, with options named as flags."""
+
     def parsed(text: str) -> Any:
         try:
             return parse(text)
@@ -158,5 +183,12 @@ def _parser(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def opt(text: str, metavar: str | None = None, names: tuple[str, ...] = (), **more: Any) -> Any:
-    """An option of a single verb. Its default is in the help, in words; a switch has no metavar."""
+    """An option of a single command.
+
+    Args:
+        text: Its help, with the default in words.
+        metavar: What stands for its value in the help; None for a switch.
+        names: Its flags; empty for the one that typer makes of the parameter's name.
+        more: More arguments of `typer.Option`.
+    """
     return typer.Option(*names, metavar=metavar, help=text, show_default=False, **more)

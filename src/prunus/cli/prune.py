@@ -1,4 +1,4 @@
-"""Verbs that change a model: `prune`, `compress`, `shrink`, `recover`, and what `plan` says."""
+"""Commands that change a model: `prune`, `compress`, `shrink`, `recover`, and what `plan` says."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from prunus.cli.flags import Model, Output, RecipeFile, opt, with_flags
 from prunus.cli.terminal import counted_steps, print_result, progress_console
-from prunus.compression.records import CompressionRecipe
+from prunus.formats.recipe import CompressionRecipe
 from prunus.pruning.recipe import Recipe
 from prunus.recovery.options import RecoveryOptions
 from prunus.runs.options import RunOptions
@@ -100,7 +100,15 @@ def _carry_out(
     work: dict[str, Any],
     table: Callable[[Any], Any] = lambda record: record.table(),
 ) -> None:
-    """Call `run` with `what` and the options of the run, and print its record as a table."""
+    """Carry out a recipe with a progress bar, and print its record as a table.
+
+    Args:
+        run: The function of the library that does the work.
+        title: Title of the progress bar.
+        what: Model, result and recipe: the first arguments of `run`.
+        work: The options of the run that were given, by name.
+        table: From the record to its table.
+    """
     from prunus.reporting.console import show_pruning
 
     with show_pruning(title, progress_console()) as show, counted_steps(what[1], show) as step:
@@ -122,7 +130,15 @@ def _takes_max(options: dict[str, Any]) -> bool:
 def _prune_and_recover(
     model: str, output: Path, recipe: Recipe, how: RunOptions, budget: dict[str, Any]
 ) -> None:
-    """Carry out preset max with a progress bar for each phase, and print both results."""
+    """Carry out preset max with a progress bar for each phase, and print both results.
+
+    Args:
+        model: The dense model.
+        output: Folder for the result.
+        recipe: The recipe of the pruning.
+        how: The options of the run.
+        budget: `minutes` and `tokens` of the training; None is a flag that is not given.
+    """
     from prunus.recovery.max_preset import max_run
     from prunus.reporting.console import show_pruning, show_recovery
     from prunus.reporting.tables import recovery_table
@@ -161,15 +177,19 @@ def plan(
     """
     from prunus.compression.run import plan_compression
     from prunus.pruning.job import describe_plan
-    from prunus.pruning.run import planned
+    from prunus.pruning.manifest import Manifest
+    from prunus.pruning.run import PlainTensors, planned
     from prunus.reporting.tables import plan_facts
 
     work, given = RunOptions.pick(options)
     trains, how = _takes_max(given), RunOptions.read(None, work)
     compresses = bool({"bits", "size", "type"} & given.keys())
     chosen = (CompressionRecipe if compresses else Recipe).read(recipe, given)
-    plan_one: Any = plan_compression if compresses else planned
-    described = describe_plan(plan_one(model, output, chosen, how))
+    if isinstance(chosen, CompressionRecipe):
+        job = plan_compression(model, output, chosen, how)
+    else:
+        job = planned(Manifest, model, output, chosen, how, PlainTensors())
+    described = describe_plan(job)
     if trains:
         from prunus.recovery.max_preset import plan_training
 

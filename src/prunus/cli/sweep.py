@@ -1,4 +1,4 @@
-"""Verbs for many runs: `sweep` tries a grid, and `report` shows what was found."""
+"""Commands for many runs: `sweep` tries a grid, and `report` shows what was found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""How a verb prints: results on standard output, all else on standard error, figures as JSON."""
+"""How a command prints: results on standard output, all else on standard error, figures as JSON.
+
+Outline: `command` wraps a function for typer. `user_errors` and the functions after it turn
+exceptions, warnings and Ctrl-C into lines. `log` and `note` write lines; `print_result`,
+`print_text` and `write_json` write results.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +35,13 @@ STDOUT = Path("-")
 
 #: Width of a table in a file or a pipe, which have no width of their own.
 _PIPE_WIDTH = 160
-#: The values of `--json` and `--quiet` of the verb that runs.
+#: The value of `--json` of the command that runs; None if it is not given.
 _JSON: ContextVar[Path | None] = ContextVar("_JSON", default=None)
+#: The value of `--quiet` of the command that runs.
 _QUIET: ContextVar[bool] = ContextVar("_QUIET", default=False)
-#: What holds after Ctrl-C, and after the loss of a rank: for verbs that resume, and for others.
+#: What holds after Ctrl-C, and after the loss of a rank, for commands that resume.
 _RESUMES = "finished work is kept, and the same command continues from there"
+#: The same for commands that do not resume.
 _REPEATS = "no work is kept, and the same command starts from the beginning"
 #: Errors about what was given: the user corrects it.
 _CORRECTABLE = (
@@ -46,9 +53,13 @@ _CORRECTABLE = (
 def command(
     verb: Callable[..., None], shared: dict[str, Any], resumes: bool = False
 ) -> Callable[..., None]:
-    """A verb as typer calls it: it reports errors, and gets only the options that were given.
+    """A command as typer calls it: it reports errors, and gets only the options that were given.
 
-    `shared` are `json_file` and `quiet`, if it has them. A run that `resumes` can be continued.
+    Args:
+        verb: The function of the command.
+        shared: Name -> annotation of the options that commands share, as far as this one has them:
+            `json_file`, `quiet` and `help_all`.
+        resumes: The same command continues an interrupted run; decides what messages promise.
     """
 
     @functools.wraps(verb)
@@ -66,11 +77,17 @@ def command(
 
 @contextlib.contextmanager
 def user_errors(afterwards: str) -> Iterator[None]:
-    """Turn exceptions of a verb into one line on standard error and an exit status.
+    """Turn exceptions of a command into one line on standard error and an exit status.
 
     The status is 2 for what the user can correct, 130 for Ctrl-C, and 1 for everything else. With
     several ranks, rank 0 reports; another rank reports only an error of its own. The environment
-    variable PRUNUS_TRACEBACK turns this off. `afterwards` says what an interrupted run can do.
+    variable PRUNUS_TRACEBACK turns this off and shows tracebacks.
+
+    Args:
+        afterwards: What holds after an interruption, as the end of the message.
+
+    Raises:
+        typer.Exit: With the status, once the line is written.
     """
     if os.environ.get("PRUNUS_TRACEBACK"):
         yield
@@ -87,7 +104,7 @@ def user_errors(afterwards: str) -> Iterator[None]:
         log(f"stopped; {afterwards}")
         raise typer.Exit(130) from None
     except typer.Exit:
-        raise  # a verb has said what is wrong, and how it ends
+        raise  # a command has said what is wrong, and how it ends
     except Exception as error:
         _exit_after(error, afterwards)
 
@@ -110,7 +127,11 @@ def _warnings_as_lines() -> Iterator[None]:
 
 
 def _exit_after(error: Exception, afterwards: str) -> None:
-    """Report an error that the user cannot correct, and exit with status 1."""
+    """Report an error that the user cannot correct, and exit with status 1.
+
+    An error of another rank is not reported again. After the loss of a rank the process ends at
+    once, without the handlers of the interpreter.
+    """
     from prunus.distributed import OtherRankError, RankError
 
     if isinstance(error, OtherRankError):
@@ -138,9 +159,9 @@ def _check_json_file() -> None:
         return
     from prunus.model.checkpoint.atomic_files import check_place
 
+    check_place(json_file)
     if json_file.is_dir():
         raise ValueError(f"--json {json_file} is a folder; give the name of a file")
-    check_place(json_file)
 
 
 @contextlib.contextmanager
@@ -175,6 +196,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def _silence_transformers() -> None:
+    """Keep progress bars and warnings of transformers off standard error."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -207,7 +229,7 @@ def is_quiet() -> bool:
 
 
 def progress_console() -> Console:
-    """Return the console for progress; with --quiet, one that shows nothing."""
+    """The console for progress; with --quiet, one that shows nothing."""
     from prunus.reporting import console
 
     if _QUIET.get():
@@ -217,7 +239,10 @@ def progress_console() -> Console:
 
 @contextlib.contextmanager
 def counted_steps(output: Path, progress: Callable[..., None]) -> Iterator[Callable[..., None]]:
-    """Passes every step to `progress`; without any, a line says `output` was finished before."""
+    """Yield a function that passes every step to `progress`, and count the steps.
+
+    Without any, a line says at the end that an earlier run finished `output`.
+    """
     from prunus.distributed import is_rank_0
 
     count = 0
@@ -236,10 +261,14 @@ def counted_steps(output: Path, progress: Callable[..., None]) -> Iterator[Calla
 
 
 def print_result(content: Any, *shown: Any) -> None:
-    """Write the figures of a verb as JSON, then print them as tables. Only rank 0 does so.
+    """Write the figures of a command as JSON, then print them as tables. Only rank 0 does so.
 
-    The order matters: JSON is safe before anything can go wrong with the terminal. Where JSON
-    cannot be written, the tables are still shown before the error.
+    The order matters: JSON is safe before anything can go wrong with the terminal. If JSON cannot
+    be written, the tables are still shown before the error.
+
+    Args:
+        content: The figures, as JSON can hold them, or a record of pydantic.
+        shown: Tables and sections of `prunus.runs.document`, in order.
     """
     from prunus.distributed import is_rank_0
     from prunus.reporting.console import TerminalConsole, to_terminal
@@ -257,7 +286,12 @@ def print_result(content: Any, *shown: Any) -> None:
 
 
 def print_text(text: str) -> bool:
-    """Print text at once, control characters escaped; whether a file or somebody still reads it."""
+    """Print text at once, with control characters escaped. Nothing is added to it.
+
+    Returns:
+        Whether the text still reaches somebody: False once the reader of a pipe or the terminal is
+        gone, unless figures go to a file.
+    """
     from prunus.reporting.console import printable
 
     with _reader() as stream:
@@ -268,7 +302,10 @@ def print_text(text: str) -> bool:
 
 
 def write_json(content: Any) -> None:
-    """Write the figures of a verb as JSON, if the user gave a file; `-` is standard output."""
+    """Write the figures of a command as JSON, if the user gave a file; `-` is standard output.
+
+    `content` is what JSON can hold, or a record of pydantic. The file is written atomically.
+    """
     json_file = _JSON.get()
     if json_file is None:
         return

@@ -14,7 +14,6 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from prunus.compression.card import packed_card, unpacked_card
 from prunus.compression.records import (
     ConversionRecord,
     PackOptions,
@@ -23,6 +22,7 @@ from prunus.compression.records import (
     UnpackRecord,
 )
 from prunus.distributed import SINGLE_PROCESS
+from prunus.formats.cards import packed_card, unpacked_card
 from prunus.hardware.memory import peak_memory
 from prunus.hardware.numerics import check_finite
 from prunus.model.checkpoint.atomic_files import fingerprint_with, read_json, recorded_digests
@@ -46,7 +46,7 @@ from prunus.packed.weight import PackedWeight, named_tensors
 from prunus.runs.folder import ResultFolder, find_earlier, held
 from prunus.runs.options import RunOptions
 from prunus.runs.progress import Progress, pruning_step, shows_progress
-from prunus.runs.record import OUTSIDE_SHARD, RunInputs, shard_name
+from prunus.runs.record import RunInputs, shard_name
 
 #: Records of earlier work that hold for the packed and for the unpacked model as well.
 _KEPT_RECORDS = ("prunus.json", "prunus-compress.json")
@@ -107,8 +107,9 @@ def pack(
     source.bind(skeleton)
     checkpoint = source.checkpoint
     inputs = _find_inputs(checkpoint, source.fingerprint, stored)
+    count = source.shard_count
     shards: _Shards = {
-        shard_name(index): (
+        shard_name(index, count): (
             skeleton.block_name(index),
             functools.partial(_pack_block, source, skeleton, index, stored),
         )
@@ -116,7 +117,7 @@ def pack(
     }
     if source.outside_keys():
         outside = functools.partial(_pack_outside, source, skeleton, stored)
-        shards[OUTSIDE_SHARD] = ("outside the blocks", outside)
+        shards[shard_name(count - 1, count)] = ("outside the blocks", outside)
 
     def describe(record: PackRecord) -> tuple[str, dict[str, Any]]:
         shapes = {
@@ -256,6 +257,7 @@ def _convert(
 
 def _pack_block(source: CheckpointSource, skeleton: Skeleton, index: int, stored: Stored) -> _Shard:
     keys, block = source.stored, source.block(index)
+    check_finite(block, f"{skeleton.block_name(index)}.")
     tensors, records = source.as_stored(index, block), dict[str, StoredLinear]()
     for linear in skeleton.linears(index):
         # Parts get the checkpoint's own name for the weight, under which transformers looks for it.
@@ -271,6 +273,7 @@ def _pack_block(source: CheckpointSource, skeleton: Skeleton, index: int, stored
 
 def _pack_outside(source: CheckpointSource, skeleton: Skeleton, stored: Stored) -> _Shard:
     """The tensors outside the blocks, with the output head or its tied embedding packed."""
+    source.outside_digests()  # checks that the weights are finite
     tensors: dict[str, Writable] = {**source.checkpoint.stored(source.outside_keys())}
     try:
         head = tied_embedding(skeleton.model) or skeleton.head()
@@ -304,8 +307,6 @@ def _pack_linear(
         record.reason = f"it is stored in {str(weight.dtype).removeprefix('torch.')}"
     if record.reason is not None:
         return None, record
-    if stored == "int8":
-        check_finite({key: weight})
     packed = pack_weight(weight, torch.int8 if stored == "int8" else weight.dtype)
     if packed.nbytes >= before:
         record.reason = "it would not get smaller"
@@ -345,6 +346,7 @@ def _unpack_shard(
         records[linear] = StoredLinear(
             shape=packed.shape, kept=int(kept(weight).sum()), packed=False, nbytes=nbytes
         )
+    check_finite(tensors)
     return tensors, records
 
 

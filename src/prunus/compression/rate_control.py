@@ -14,13 +14,13 @@ Legend for shapes: L linears, Q quantiles.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from prunus.formats.packed.sizes import side_bits, zero_bits
 from prunus.methods.rate_distortion import expected_bits
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import CodeLengths, LinearQuantization
@@ -31,25 +31,6 @@ from prunus.pruning.loss_sensitivity import LinearSensitivity
 _FIRST_SURPLUS = 0.08
 # Bisection steps for log2 Δ, which halve an interval of this size.
 _STEPS, _LOWEST, _HIGHEST = 50, -60.0, 60.0
-
-
-def side_bits(shape: tuple[int, int]) -> float:
-    """The bits per weight of steps, scales and classes.
-
-    >>> round(side_bits((1536, 576)), 4)
-    0.0434
-    """
-    rows, columns = shape
-    return (16 * rows + (16 + 8) * columns) / (rows * columns)
-
-
-def zero_bits(sparsity: float) -> float:
-    """The bits per weight that say which weights a mask keeps: the entropy of a coin.
-
-    >>> zero_bits(0.5)
-    1.0
-    """
-    return sum(-share * math.log2(share) for share in (sparsity, 1 - sparsity) if 0 < share < 1)
 
 
 def _code_of(levels_SI: Tensor) -> CodeLengths:

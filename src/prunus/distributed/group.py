@@ -1,8 +1,8 @@
 """`Ranks` over a process group of torch: gloo between CPUs, NCCL between CUDA devices.
 
-torch's own collectives wait for ever, or for one fixed time, when a rank is lost. So every
-collective starts in the background here, and this rank checks it and the heartbeats of the others
-in turn: a lost rank then ends the waiting with an error that names it (see `heartbeat.py`).
+torch's own collectives say that a connection broke or that time is up, and not which rank is lost.
+So every collective starts in the background here, and this rank looks in turn at it, at the clock
+and for notes of the others. The error then names the rank (see `lost.py`).
 
 Texts travel as bytes and other values as JSON. Nothing is pickled: a pickle can run code.
 """
@@ -28,15 +28,16 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from prunus.distributed.base import SINGLE_PROCESS, OtherRankError, RankError, Ranks
-from prunus.distributed.heartbeat import Heartbeat
+from prunus.distributed.lost import Notes
 from prunus.hardware.errors import reason
 
 _DTYPES = {str(dtype): dtype for dtype in torch.__dict__.values() if isinstance(dtype, torch.dtype)}
 _MAX_SLEEP = 1e-3  # seconds between two looks at a collective
 _SPIN = 1e-3  # seconds in which a rank that waits does not sleep
+_LOOK = 1.0  # seconds between two looks for notes
 # A text travels with its length in one message of 256 bytes; a longer one needs a second message.
 _LENGTH_BYTES, _SHORT_TEXT = 8, 248
-#: Seconds after which a rank without a heartbeat, or late for a collective call, counts as lost.
+#: Seconds after which a rank that is late for a collective call counts as lost.
 DEFAULT_TIMEOUT = 600.0
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Counts the process groups of this process. All ranks count equally, so the number names a group.
@@ -46,14 +47,14 @@ _group_numbers = itertools.count()
 class ProcessGroup(Ranks):
     """Ranks over torch's default process group; `error_reported`: all know what ends this one."""
 
-    def __init__(self, heartbeat: Heartbeat) -> None:
+    def __init__(self, notes: Notes, timeout: float) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.error_reported = False
-        self._heartbeat = heartbeat
+        self._notes, self._timeout = notes, timeout
 
     def set_location(self, location: str) -> None:
-        self._heartbeat.location = location
+        self._notes.location = location
 
     def gather_ints(self, numbers: Sequence[int]) -> list[list[int]]:
         own = torch.tensor(list(numbers), dtype=torch.int64)
@@ -168,9 +169,9 @@ class ProcessGroup(Ranks):
         ]
 
     def _wait(self, start: Callable[[], Any]) -> None:
-        """Run one collective: wait until it is done, or until a rank is known to be lost."""
-        self._heartbeat.collectives += 1
+        """Run one collective: wait until it is done, or until a rank is lost or late."""
         begun, pause = time.monotonic(), 2e-5
+        look = begun + _LOOK
         try:
             work = start()
             # Most collectives end sooner than the shortest sleep does. Yielding lets other
@@ -178,16 +179,18 @@ class ProcessGroup(Ranks):
             while not work.is_completed() and time.monotonic() < begun + _SPIN:
                 os.sched_yield()
             while not work.is_completed():
-                self._heartbeat.check(begun)
+                if (now := time.monotonic()) > begun + self._timeout:
+                    raise RuntimeError(f"waited for {now - begun:.0f} s")
+                if now > look and self._notes.there_are_some():
+                    raise RuntimeError("another rank has an error")
+                look = look if now <= look else now + _LOOK
                 time.sleep(pause)
                 pause = min(1.5 * pause, _MAX_SLEEP)
             work.wait()
-        except RankError:
+        except RankError:  # of SIGTERM
             raise
-        except RuntimeError as fault:  # a connection broke
-            raise self._heartbeat.lost_rank_error(
-                f"{self._heartbeat.location}: {str(fault).splitlines()[0]}"
-            ) from fault
+        except RuntimeError as fault:  # or a connection broke
+            raise self._notes.lost_rank_error(str(fault).splitlines()[0]) from fault
 
 
 # --- from torchrun's environment variables to the ranks of a run ---
@@ -208,9 +211,9 @@ def started_by_torchrun() -> bool:
 def process_group(timeout: float | None = None) -> Iterator[Ranks]:
     """Join the processes that torchrun started, for the length of a `with` block that all enter.
 
-    Without torchrun it yields `SINGLE_PROCESS`. A rank without a heartbeat, or late for a
-    collective call, counts as lost after `timeout` seconds, or `DEFAULT_TIMEOUT`: whoever waits for
-    it raises RankError. ValueError: not above 0, or torch.distributed is in use already.
+    Without torchrun it yields `SINGLE_PROCESS`. A rank that is late for a collective call counts as
+    lost after `timeout` seconds, or `DEFAULT_TIMEOUT`: whoever waits for it raises RankError.
+    ValueError: not above 0, or torch.distributed is in use already.
     """
     timeout = DEFAULT_TIMEOUT if timeout is None else timeout
     if not (math.isfinite(timeout) and timeout > 0):
@@ -227,7 +230,7 @@ def process_group(timeout: float | None = None) -> Iterator[Ranks]:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    # torch's own timeout is longer than ours: the heartbeat comes first, and names the lost rank.
+    # torch's own timeout is longer than ours, which comes first and names the lost rank.
     torch_timeout = datetime.timedelta(seconds=2 * timeout + 60)
     store, rank, size = next(rendezvous("env://", timeout=torch_timeout))
     name = f"prunus/{next(_group_numbers)}"
@@ -238,10 +241,11 @@ def process_group(timeout: float | None = None) -> Iterator[Ranks]:
         world_size=size,
         timeout=torch_timeout,
     )
-    heartbeat = Heartbeat(_own_connection(store, name, timeout), rank, size, timeout)
-    group, rank_lost = ProcessGroup(heartbeat), False
+    prefixed: Any = PrefixStore(f"{name}/notes", store)
+    notes = Notes(prefixed.clone(), rank, size)
+    group, rank_lost = ProcessGroup(notes, timeout), False
     try:
-        with _sigterm_raises(heartbeat):
+        with _sigterm_raises(notes):
             yield group
     except RankError:
         rank_lost = True
@@ -250,25 +254,16 @@ def process_group(timeout: float | None = None) -> Iterator[Ranks]:
         raise
     except BaseException as fault:
         if not group.error_reported:
-            heartbeat.report_error(reason(fault, most=2000))
+            notes.report_error(reason(fault, most=2000))
         raise
     finally:
-        heartbeat.close(rank_lost)
         # Destroying a group that has lost a member would wait for that member.
         if not rank_lost:
             dist.destroy_process_group()
 
 
-def _own_connection(store: Any, name: str, timeout: float) -> Any:
-    """A connection to the store for the heartbeat alone, which no other call may delay."""
-    prefixed: Any = PrefixStore(f"{name}/watch", store)
-    own = prefixed.clone()
-    own.set_timeout(datetime.timedelta(seconds=max(10.0, timeout)))
-    return own
-
-
 @contextlib.contextmanager
-def _sigterm_raises(heartbeat: Heartbeat) -> Iterator[None]:
+def _sigterm_raises(notes: Notes) -> Iterator[None]:
     """While active, SIGTERM raises: torchrun sends it to all once one process has ended badly."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python allows signal handlers in the main thread only.
@@ -276,7 +271,7 @@ def _sigterm_raises(heartbeat: Heartbeat) -> Iterator[None]:
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would interrupt the clean-up
-        raise heartbeat.lost_rank_error("stopped from outside (SIGTERM)")
+        raise notes.lost_rank_error("stopped from outside (SIGTERM)")
 
     before = signal.signal(signal.SIGTERM, stop)
     try:

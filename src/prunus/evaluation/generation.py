@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
 import torch
 
+from prunus.calibration.generate import check_logits
 from prunus.calibration.windows import check_ids
 from prunus.evaluation.model_input import find_folder
 from prunus.evaluation.options import WritingOptions
@@ -29,19 +30,25 @@ _SETTINGS = (
     "pad_token_id",
 )
 #: Below it the likeliest token is taken: logits that are divided by less can overflow.
-LOWEST_TEMPERATURE = 1e-5
+_LOWEST_TEMPERATURE = 1e-5
 
 
 def generate(
-    model: str | Path, prompt: str, *, chat: bool = False, **options: Any
+    model: str | Path,
+    prompt: str,
+    *,
+    chat: bool = False,
+    progress: Callable[[str], None] | None = None,
+    **options: Any,
 ) -> Iterator[str]:
     """Yield the continuation of a prompt in pieces. For the options, see `WritingOptions`.
 
     With `chat`, it is the answer to the prompt as one message, by the chat template of the model.
+    `progress` is called with what is loaded, before it is.
     """
     if not prompt:
         raise ValueError("the prompt is empty; give some text")
-    given, folder = WritingOptions.read(None, options), find_folder(model)
+    writing, folder = WritingOptions.read(None, options), find_folder(model, progress)
     tokenizer = load_tokenizer(folder)
     if chat:
         if not getattr(tokenizer, "chat_template", None):
@@ -49,11 +56,13 @@ def generate(
         # The template writes special tokens itself.
         prompt = apply_chat_template(tokenizer, [{"role": "user", "content": prompt}])
     inputs = tokenizer(prompt, add_special_tokens=not chat, return_tensors="pt")
+    if progress is not None:
+        progress(f"loading {model}")
     loaded = load_model(folder)
-    loaded.generation_config = chosen_settings(token_settings(loaded.generation_config), given)
+    loaded.generation_config = chosen_settings(loaded.generation_config, writing)
     rows = loaded.get_input_embeddings().num_embeddings
     check_ids(inputs["input_ids"], rows, "the token ids of the prompt")
-    return _pieces(loaded, tokenizer, inputs, given)
+    return _pieces(loaded, tokenizer, inputs, writing)
 
 
 def _pieces(model: Any, tokenizer: Any, inputs: Any, options: WritingOptions) -> Iterator[str]:
@@ -72,6 +81,7 @@ def _pieces(model: Any, tokenizer: Any, inputs: Any, options: WritingOptions) ->
                 model.generate(
                     **inputs,
                     streamer=streamer,
+                    logits_processor=[check_logits],
                     max_new_tokens=options.max_new_tokens,
                     stopping_criteria=StoppingCriteriaList([lambda *_, **__: unwanted.is_set()]),
                 )
@@ -91,28 +101,28 @@ def _pieces(model: Any, tokenizer: Any, inputs: Any, options: WritingOptions) ->
         raise failure[0]
 
 
-def chosen_settings(settings: Any, options: Any) -> Any:
-    """Settings with the given `temperature` and `top_p`, which draw, but for temperature 0."""
-    from transformers import GenerationConfig
+def chosen_settings(settings: Any, options: WritingOptions) -> Any:
+    """The settings of a checkpoint's generation_config.json that choose tokens, and no others, with
+    `temperature` and `top_p` of the options in their place. Either of these draws, but for
+    temperature 0.
 
-    given = {"temperature": options.temperature, "top_p": options.top_p}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    found = settings.to_diff_dict() | chosen | ({"do_sample": True} if chosen else {})
-    if found.get("temperature", 1) < LOWEST_TEMPERATURE or not found.get("do_sample"):
-        # Without drawing, its settings have no effect, and transformers warns of them. A flag that
-        # is not set would be that of the model's own settings.
-        found = {key: x for key, x in found.items() if key not in _DRAWING} | {"do_sample": False}
-    return GenerationConfig(**found)
-
-
-def token_settings(settings: Any) -> Any:
-    """The settings of a checkpoint's generation_config.json that choose tokens, and no others.
-
-    The others can ask for any number of beams or sequences, or for a cache of any length.
+    The other settings can ask for any number of beams or sequences, or for a cache of any length.
     """
     from transformers import GenerationConfig
 
-    found = {}
+    chosen = {"temperature": options.temperature, "top_p": options.top_p}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    merged = _token_settings(settings) | chosen | ({"do_sample": True} if chosen else {})
+    if merged.get("temperature", 1) < _LOWEST_TEMPERATURE or not merged.get("do_sample"):
+        # Without drawing, its settings have no effect, and transformers warns of them. A flag that
+        # is not set would be that of the model's own settings.
+        merged = {key: x for key, x in merged.items() if key not in _DRAWING} | {"do_sample": False}
+    return GenerationConfig(**merged)
+
+
+def _token_settings(settings: Any) -> dict[str, Any]:
+    """The settings that are named in `_SETTINGS`, each of the type that it must have."""
+    checked = {}
     for name in _SETTINGS:
         if (value := getattr(settings, name, None)) is None:
             continue
@@ -125,7 +135,5 @@ def token_settings(settings: Any) -> Any:
                 f"generation_config.json sets {name} to {str(value)[:80]!r}, which is no "
                 f"{'flag' if is_flag else 'number or token id'}; correct it or delete it"
             )
-        found[name] = value
-    if found.get("temperature", 1) < LOWEST_TEMPERATURE:
-        found = {key: x for key, x in found.items() if key not in _DRAWING}
-    return GenerationConfig(**found)
+        checked[name] = value
+    return checked

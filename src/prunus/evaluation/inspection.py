@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.compression.gguf_output import read_record
 from prunus.evaluation.model_input import find_folder
 from prunus.evaluation.records import ModelSize
+from prunus.formats.gguf.contents import read_record
 from prunus.formats.gguf.types import TYPES
+from prunus.hardware.numerics import check_finite
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint.atomic_files import verify_shards
 from prunus.model.checkpoint.resolve import is_gguf, resolve_folder
@@ -111,11 +112,19 @@ class Inspection:
         ]
         total = {"linear": "all", "out × in": f"{self.weights:,} weights", "zeros": self.sparsity}
         verified = f"shards that have the bytes that were written: {self.verified}"
+        notes = [
+            *(
+                ["bits: per weight of a linear, with its scales, steps and mask"]
+                if self.bits
+                else []
+            ),
+            *([] if self.verified is None else [verified]),
+        ]
         return table_of(
             f"{self.model}: {self.blocks} blocks",
             rows,
             {"zeros": ".2%", "bits": ".3f"},
-            "" if self.verified is None else verified,
+            "\n".join(notes),
             total | {"bits": self.bits},
         )
 
@@ -182,6 +191,7 @@ def _linears(source: Readable, skeleton: Skeleton) -> Iterator[LinearInfo]:
             weight = stored[f"{linear.name}.weight"]
             weight_OI = weight.T if linear.transposed else weight
             full_name = f"{skeleton.block_name(index)}.{linear.name}"
+            check_finite({f"{full_name}.weight": weight})
             dtype, bits = packed.get(full_name, (str(weight.dtype).removeprefix("torch."), None))
             yield LinearInfo(
                 block=index,

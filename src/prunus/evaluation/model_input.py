@@ -7,7 +7,7 @@ that is written to in between would belong to no model at all.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import nn
 
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.hardware.memory import describe_hardware, versions
+from prunus.hardware.numerics import check_finite
 from prunus.model.adapter import base_folder, check_adapter, is_adapter
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.model.checkpoint.resolve import resolve_folder
@@ -55,9 +56,9 @@ class ComputeOptions:
         return describe_hardware(self.device) | of_model
 
 
-def find_folder(model: str | Path) -> Path:
-    """The folder of a checkpoint or an adapter; a hub id is downloaded."""
-    folder = resolve_folder(model)
+def find_folder(model: str | Path, say: Callable[[str], None] | None = None) -> Path:
+    """The folder of a checkpoint or an adapter; a hub id is downloaded. For `say`, see there."""
+    folder = resolve_folder(model, say)
     if not is_adapter(folder):
         require_config(folder)
     return folder
@@ -96,12 +97,18 @@ class ModelInput:
             ) from fault
 
 
-def find_model(model: Any, trust_remote_code: bool = False) -> ModelInput:
-    """Find a model, and check its kind. Reads no weights."""
+def find_model(
+    model: Any, trust_remote_code: bool = False, say: Callable[[str], None] | None = None
+) -> ModelInput:
+    """Find a model, and check its kind; loaded weights must be numbers.
+
+    Reads no weights of a folder. `say` is called with a line of text before a GGUF file is read.
+    """
     if isinstance(model, nn.Module):
         name = str(getattr(model, "name_or_path", "")) or type(model).__name__
+        check_finite(dict(model.named_parameters()), f"{name}: ")
         return ModelInput(name, None, model, trust_remote_code)
-    folder = find_folder(model)
+    folder = find_folder(model, say)
     if is_adapter(folder):
         check_adapter(folder, trust_remote_code)
     require_causal(_config(folder, trust_remote_code), "scoring on text")

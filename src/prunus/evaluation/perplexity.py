@@ -55,6 +55,7 @@ from prunus.evaluation.window_scores import (
     exponential,
     score_windows,
 )
+from prunus.hardware.errors import did_you_mean
 from prunus.hardware.sizes import counted
 from prunus.model.device import choose_device
 from prunus.options import takes
@@ -249,6 +250,7 @@ def check_text(name: str, data: Path | None) -> None:
     if not name or (not path.exists() and (name == "self" or not path.suffix)):
         raise ValueError(
             f"unknown text {name!r}: give {', '.join(CORPORA)} or a file of text or input_ids"
+            f"{did_you_mean(name, CORPORA)}"
         )
     check_file(path)
 

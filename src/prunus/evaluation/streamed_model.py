@@ -181,8 +181,8 @@ class StreamedModel:
         if minimum > budget:
             held = resident_memory()
             raise ValueError(
-                f"scoring block by block needs {(minimum + held) / 1e9:.2f} GB with {batch} "
-                f"windows of {shape[1]} tokens in flight; the memory budget is "
+                f"scoring block by block needs {(minimum + held) / 1e9:.2f} GB with one batch "
+                f"of windows in flight ({batch} × {shape[1]} tokens); the memory budget is "
                 f"{(budget + held) / 1e9:.2f} GB. Raise `memory`, or lower `batch` or `seqlen`"
             )
         return self._place(models * (minimum + hidden) <= budget, models * hidden)

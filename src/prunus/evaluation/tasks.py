@@ -7,7 +7,6 @@ source of the rows, by lm-eval's own hook `custom_dataset`.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import importlib.util
 import io
@@ -17,11 +16,11 @@ import math
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
@@ -29,8 +28,11 @@ import torch
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.evaluation.local_tasks import FOLDER, load_splits, local_files
 from prunus.evaluation.records import PAPER7, Metric, TaskScore
-from prunus.hardware.errors import reason
+from prunus.hardware.errors import did_you_mean, reason
+from prunus.hardware.process_state import no_warnings, replaced
 
+#: Held by the thread that uses lm-eval; see `_quiet_lm_eval`.
+_LM_EVAL = RLock()
 #: lm-eval's own seed for drawing few-shot examples.
 SEED = 1234
 #: Bootstrap draws for the standard error of a metric without a formula. lm-eval's 100,000 take
@@ -229,9 +231,10 @@ def _expand(name: str, catalogue: Any) -> list[str]:
         return list(PAPER7)
     entry = catalogue.task_index.get(name)
     if entry is None:
-        near = difflib.get_close_matches(name, ["paper7", *catalogue.all_tasks], n=4, cutoff=0.6)
-        hint = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
-        raise ValueError(f"unknown task {name!r}: {hint}")
+        raise ValueError(
+            f"unknown task {name!r}: `lm-eval ls tasks` lists them"
+            f"{did_you_mean(name, ['paper7', *catalogue.all_tasks])}"
+        )
     return sorted(entry.tags) if name in catalogue.all_tags else [name]
 
 
@@ -312,23 +315,23 @@ def _as_text(value: Any) -> str:
 
 @contextlib.contextmanager
 def _quiet_lm_eval() -> Iterator[None]:
-    """Silence lm-eval, except for progress bars on a terminal. Stdout is for results alone."""
-    logger = logging.getLogger("lm_eval")
-    level, before = logger.level, os.environ.get("DISABLE_MULTIPROC")
-    logger.setLevel(logging.ERROR)
-    # Otherwise lm-eval forks this process, with the model and its threads, to compute the
-    # bootstrap.
-    os.environ["DISABLE_MULTIPROC"] = "1"
-    errors = sys.stderr if sys.stderr.isatty() else io.StringIO()
-    try:
-        with (
-            contextlib.redirect_stderr(errors),
-            contextlib.redirect_stdout(errors),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-        os.environ.pop("DISABLE_MULTIPROC")
-        os.environ.update({} if before is None else {"DISABLE_MULTIPROC": before})
+    """Silence lm-eval, except for progress bars on a terminal. Stdout is for results alone.
+
+    One thread at a time runs it, because the state of random numbers, the logger and the variable
+    belong to the whole process.
+    """
+    with _LM_EVAL:
+        logger = logging.getLogger("lm_eval")
+        level, before = logger.level, os.environ.get("DISABLE_MULTIPROC")
+        logger.setLevel(logging.ERROR)
+        # Otherwise lm-eval forks this process, with the model and its threads, to compute the
+        # bootstrap.
+        os.environ["DISABLE_MULTIPROC"] = "1"
+        errors = sys.stderr if sys.stderr.isatty() else io.StringIO()
+        try:
+            with replaced(sys, "stderr", errors), replaced(sys, "stdout", errors), no_warnings():
+                yield
+        finally:
+            logger.setLevel(level)
+            os.environ.pop("DISABLE_MULTIPROC")
+            os.environ.update({} if before is None else {"DISABLE_MULTIPROC": before})

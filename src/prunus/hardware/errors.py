@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+from collections.abc import Iterable, Iterator
+
 #: Errors whose message says enough without the name of their type.
 _CLEAR = (OSError, ValueError, NotImplementedError, ImportError, MemoryError)
+
+
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """A `with` block whose ValueErrors say which tensor or linear they are about."""
+    try:
+        yield
+    except ValueError as fault:
+        raise ValueError(f"{name}: {fault}") from fault
 
 
 def reason(error: BaseException, most: int = 300) -> str:
@@ -27,3 +40,17 @@ def reason(error: BaseException, most: int = 300) -> str:
         text = f"{type(error).__name__}: {text or 'no message'}"
     line = " ".join(text.split())
     return line if len(line) <= most else line[:most].rsplit(" ", 1)[0] + " …"
+
+
+def did_you_mean(wrong: object, choices: Iterable[str], what: str = "") -> str:
+    """A hint for a misspelt name: the most similar of `choices`, or "" if none is similar.
+
+    The messages that end with it list all choices before. `what` says what is meant.
+
+    >>> did_you_mean("balence", ["fast", "balanced"]), did_you_mean("x", ["fast", "balanced"])
+    ('; did you mean balanced?', '')
+    """
+    # Upper and lower case are one for the similarity, as in Q4K and q4_k.
+    names = {name.lower(): name for name in choices}
+    near = difflib.get_close_matches(str(wrong).lower(), names, n=1)
+    return f"; did you mean {what}{names[near[0]]}?" if near else ""

@@ -17,13 +17,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+from prunus.hardware.process_state import replaced
 
 # Below this number of multiplications, rounding the factors costs more time than it saves.
 _MIN_MULTIPLICATIONS = 2**24
@@ -47,21 +49,14 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and native_bfloat16()
 
 
-@contextlib.contextmanager
-def tf32_products(allowed: bool = True) -> Iterator[None]:
-    """While active, CUDA devices round the factors of float32 products to TF32.
+def tf32_products(allowed: bool = True) -> contextlib.AbstractContextManager[None]:
+    """While active, CUDA devices round the factors of float32 products to TF32, in any thread.
 
     Args:
         allowed: If False, nothing changes: a caller needs no branch for devices without TF32.
     """
     products = torch.backends.cuda.matmul
-    before = products.fp32_precision
-    try:
-        if allowed:
-            products.fp32_precision = "tf32"
-        yield
-    finally:
-        products.fp32_precision = before
+    return replaced(products, "fp32_precision", "tf32") if allowed else contextlib.nullcontext()
 
 
 def low_precision_product(left: Tensor, right: Tensor) -> Tensor:
@@ -107,12 +102,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def fast_linears() -> contextlib.AbstractContextManager[Any]:
-    """While active, `linear` computes the linears of dense models."""
+    """While active, `linear` computes the linears of dense models, GPT-2's Conv1D included."""
     return contextlib.nullcontext() if native_bfloat16() else _FastLinears()
 
 
 class _FastLinears(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # transformers' Conv1D, the linear of GPT-2, calls addmm(bias_O, x_TI, weight_IO).
+        if func is torch.addmm and len(args) == 3 and not kwargs and args[0].dim() == 1:
+            return linear(args[1], args[2].T, args[0])
         return (linear if func is functional.linear else func)(*args, **(kwargs or {}))
 
 
@@ -160,14 +158,14 @@ def check_finite(tensors: Mapping[str, Tensor], prefix: str = "") -> None:
     """Check that weights are numbers.
 
     Args:
-        tensors: Weights by name. Integers always pass.
+        tensors: Weights by name. Integers and floats of 8 bits always pass.
         prefix: What precedes the names in the message.
 
     Raises:
         ValueError: A weight is NaN or infinite; the message names the first one.
     """
-    for key in sorted(tensors):
-        if tensors[key].is_floating_point() and not all_finite(tensors[key]):
+    for key, tensor in sorted(tensors.items()):
+        if tensor.is_floating_point() and tensor.itemsize > 1 and not all_finite(tensor):
             raise ValueError(
                 f"{prefix}{key} holds weights that are not finite (NaN or infinity); the "
                 "checkpoint is damaged: download or copy it again"

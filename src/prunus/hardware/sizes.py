@@ -19,20 +19,27 @@ def parse_bytes(text: str, kilo: int = 1024) -> int:
     Raises:
         ValueError: The text is not a size, or the size is 0 or larger than any computer has.
 
+    Raises:
+        ValueError: The text is no size, a small number without a unit, zero, or beyond all memory.
+
     >>> parse_bytes("1.5GiB"), parse_bytes("900MB", 1000)
     (1610612736, 900000000)
     """
     what = "a memory size" if kilo == 1024 else "the size of a file"
     match = _BYTES.match(text)
-    if not match:
-        raise ValueError(f"{what} looks like 8GB, 512MB or 1.5GiB; got {text[:80]!r}")
+    # No model and no memory has so few bytes: a small number without a unit is a slip.
+    if not match or (not match[2] and 0 < float(match[1]) < 10_000):
+        hint = (
+            f"; did you mean {match[1]}{'GB' if float(match[1]) < 16 else 'MB'}?" if match else ""
+        )
+        raise ValueError(f"{what} looks like 8GB, 512MB or 1.5GiB; got {text[:80]!r}{hint}")
     unit = match[2].upper().removesuffix("B")
     number = float(match[1]) * (1024 if "I" in unit else kilo) ** _UNITS[unit.removesuffix("I")]
     if number >= 2**63:
         raise ValueError(f"no computer has this much memory: {text[:40]!r}; give a smaller size")
     value = int(number)
     if value < 1:
-        raise ValueError(f"{what} must be larger than zero; got {text!r}")
+        raise ValueError(f"{what} must be larger than zero, such as 8GB or 512MB; got {text!r}")
     return value
 
 

@@ -42,7 +42,16 @@ def fit_scales(weight_BO: Tensor, importance_B: Tensor, quantizer: GroupQuantize
         weight_BO: float32, the weights of one span, transposed: every column is a row here.
         importance_B: float32, not negative. It weighs the squared error of each column.
         quantizer: The values, codes and dtype of scales to choose from.
+
+    Raises:
+        ValueError: Weights are beyond the values of the quantiser.
     """
+    if bool((weight_BO.abs() > quantizer.largest).any()):
+        raise ValueError(
+            f"its weights are too large for {quantizer.name}, which reaches "
+            f"{quantizer.largest:.1e}. Is the checkpoint whole? `ignore` keeps a linear as it is, "
+            "and `head_bits` none the head"
+        )
     groups = _Groups(weight_BO, importance_B, quantizer)
     step_GO, offset_GO = groups.fit()
     lowest, highest = quantizer.codes
@@ -193,7 +202,8 @@ class _Groups:
             extremes = [(values[0], _MOVES), (values[-1], _MOVES[len(_MOVES) // 2 :])]
         for value, moves in extremes:
             for move in moves:
-                yield lowest_GO, inverse_GO * (value + move * spacing)
+                # The product leaves float32 where weights are denormal.
+                yield lowest_GO, (inverse_GO * (value + move * spacing)).nan_to_num_(0, 0, 0)
 
     def best_codes(self, scales: Scales) -> Scales:
         """The codes with the smallest errors, at most 1 from those of `scales`; d and dmin stay."""

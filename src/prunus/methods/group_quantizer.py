@@ -72,6 +72,12 @@ class GroupQuantizer(ABC):
         return 8 * self.nbytes / self.span
 
     @functools.cached_property
+    def largest(self) -> float:
+        """A weight up to which scales are finite, and sums of squares do not leave float32."""
+        extreme = max(map(abs, self.codes)) * max(map(abs, self.values))
+        return min(1e15, torch.finfo(self.dtype).max * extreme / 2)
+
+    @functools.cached_property
     def is_even(self) -> bool:
         """Whether the values are consecutive integers."""
         return self.values[-1] - self.values[0] + 1 == len(self.values)

@@ -21,6 +21,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prunus.hardware.errors import did_you_mean
 from prunus.methods.options import MethodOptions
 
 if TYPE_CHECKING:
@@ -306,7 +307,7 @@ def check_method_name(method: str) -> None:
     >>> check_method_name("wandb")
     Traceback (most recent call last):
     ValueError: the method 'wandb' is unknown: choose one of magnitude, wanda, wanda-variant, ria, \
-sparsegpt, obs, alps, or name your own as FILE.py:NAME
+sparsegpt, obs, alps, or name your own as FILE.py:NAME; did you mean wanda?
     """
     if method in METHODS or method.startswith(GIVEN):
         return
@@ -314,7 +315,7 @@ sparsegpt, obs, alps, or name your own as FILE.py:NAME
     if file.suffix != ".py":
         raise ValueError(
             f"the method {method!r} is unknown: choose one of {', '.join(METHODS)}, or name your "
-            "own as FILE.py:NAME"
+            f"own as FILE.py:NAME{did_you_mean(method, METHODS)}"
         )
     if not name.isidentifier():
         raise ValueError(

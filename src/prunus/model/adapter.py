@@ -3,6 +3,9 @@
 Such a folder has an `adapter_config.json`, which names the base, and an
 `adapter_model.safetensors`. Only this file uses peft.
 
+Outline: functions to load an adapter (`attach`), to make and save one (`add_lora`, `save_adapter`),
+and at the end the checks of a configuration before peft reads it.
+
 Shape suffixes: R rank of the adapter, O outputs, I inputs.
 """
 
@@ -11,7 +14,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from typing import Any
 import torch
 
 from prunus.hardware.errors import reason
+from prunus.hardware.numerics import check_finite
+from prunus.hardware.process_state import no_warnings
 from prunus.model.checkpoint.atomic_files import write_json
 from prunus.model.checkpoint.reader import Checkpoint, TensorInfo
 from prunus.model.checkpoint.resolve import resolve_folder
@@ -26,19 +30,22 @@ from prunus.model.checkpoint.writer import save_safetensors
 from prunus.model.config import load_config, read_config
 from prunus.model.kinds import CAUSAL
 from prunus.model.meta_model import build_on_meta
+from prunus_autoload import when_imported
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _NAME = "default"  # the name that peft gives to the only adapter of a model
+# What a name in a configuration may be; a regular expression that peft would run is not.
 _PLAIN = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _MAX_NAMES = 10_000
-#: Lists of names of modules.
+#: Fields with lists of names of modules.
 _LISTS = (
     "target_modules", "exclude_modules", "modules_to_save", "target_parameters", "layers_pattern",
 )  # fmt: skip
-#: Name of a module -> a value of its own.
+#: Fields that map the name of a module to a value.
 _TABLES = ("rank_pattern", "alpha_pattern")
-#: They change the model, import a package, or compute starting values that no stored adapter needs.
+#: Fields that are refused. They change the model, import a package, or compute starting values that
+#: no stored adapter needs.
 _UNUSED = (
     "layer_replication", "megatron_config", "eva_config", "corda_config", "arrow_config",
     "use_qalora",
@@ -51,7 +58,12 @@ def is_adapter(folder: Path) -> bool:
 
 
 def base_folder(folder: Path) -> Path:
-    """The folder of the model that an adapter changes, downloaded if it is a hub id."""
+    """The folder of the model that an adapter changes, downloaded if it is a hub id.
+
+    Raises:
+        ValueError: The configuration names no base, or one that is an adapter itself.
+        FileNotFoundError: The base is not there.
+    """
     name = read_config(folder / CONFIG_NAME).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise ValueError(
@@ -74,7 +86,15 @@ def base_folder(folder: Path) -> Path:
 
 
 def check_adapter(folder: Path, trust_remote_code: bool = False) -> None:
-    """Check that an adapter is whole and fits its base, by names and shapes on the meta device."""
+    """Check that an adapter is whole and fits its base, by names and shapes.
+
+    No weight of the base is read: its model is built on the meta device.
+
+    Raises:
+        ModuleNotFoundError: peft is not installed; names the extra.
+        FileNotFoundError: The base or the weights of the adapter are not there.
+        ValueError: The adapter is damaged or does not fit.
+    """
     require_peft()
     base = base_folder(folder)
     try:
@@ -88,7 +108,21 @@ def check_adapter(folder: Path, trust_remote_code: bool = False) -> None:
 
 
 def attach(model: Any, folder: Path, base: Path) -> Any:
-    """Put the layers of an adapter into a model; returns the model of peft."""
+    """Put the layers of an adapter into a model.
+
+    Args:
+        model: The base, which changes. It can be on the meta device.
+        folder: Folder of the adapter.
+        base: Folder of the base, for messages.
+
+    Returns:
+        The model of peft.
+
+    Raises:
+        FileNotFoundError: The folder has no weights in safetensors.
+        ValueError: The adapter is damaged, asks peft for what prunus does not support, or does not
+            fit.
+    """
     import peft
 
     if not (folder / WEIGHTS_NAME).is_file():
@@ -99,11 +133,12 @@ def attach(model: Any, folder: Path, base: Path) -> Any:
     checkpoint = Checkpoint(folder, only=[WEIGHTS_NAME])
     check_adapter_config(folder / CONFIG_NAME, checkpoint.tensors)
     tensors = dict(checkpoint.read(checkpoint.tensors))
+    check_finite(tensors, f"{folder}: ")
     unfit = f"the adapter {folder} does not fit its base {base}"
     hint = "was it trained on another model?"
     # The new layers are on the device of the model, which may be the meta device.
-    with torch.device(next(model.parameters()).device), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft only warns of what is an error here
+    # peft only warns of what is an error here.
+    with torch.device(next(model.parameters()).device), no_warnings():
         try:
             config = peft.PeftConfig.from_pretrained(str(folder))
             config.inference_mode = True
@@ -132,9 +167,23 @@ def add_lora(
 ) -> Any:
     """Add fresh LoRA layers (Hu et al. 2021, arXiv 2106.09685) to a model.
 
-    A layer adds alpha / rank · B_OR A_RI to its linear, with A random and B zero; only these are
-    trained, in float32. `targets` are last parts of names of linears, e.g. `q_proj`; `transposed`
-    linears store (in, out), as GPT-2's Conv1D does.
+    A layer adds alpha / rank · B_OR A_RI to its linear, with A random and B zero. Only A and B are
+    trained, in float32.
+
+    Args:
+        model: A causal language model, which changes.
+        targets: Last parts of the names of the linears that get a layer, e.g. `q_proj`.
+        rank: Rank R of the update.
+        alpha: Scale of the update, before it is divided by the rank.
+        seed: Seed of A. The random numbers of the caller stay as they are.
+        base: The name of the base for the adapter's configuration.
+        transposed: Whether the linears store (in, out), as GPT-2's Conv1D does.
+
+    Returns:
+        The model of peft.
+
+    Raises:
+        ModuleNotFoundError: peft is not installed; names the extra.
     """
     require_peft()
     import peft
@@ -149,16 +198,53 @@ def add_lora(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
     )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # The warning is about how peft uses transformers; a user can do nothing about it.
-        warnings.simplefilter("ignore", FutureWarning)
+    # The warnings are about how peft uses transformers; a user can do nothing about them.
+    with torch.random.fork_rng(devices=[]), no_warnings():
         torch.manual_seed(seed)
         return peft.PeftModelForCausalLM(model, config, _NAME)
 
 
 @functools.cache
+def let_peft_wrap(packed: type[torch.nn.Module]) -> None:
+    """Let peft put a `PackedLora` around every layer of the class `packed`, and of no other.
+
+    peft is changed when the first such layer is made, or when it is imported after that. So a
+    program without packed layers has peft as it is. Nothing is added to its configurations, which
+    programs pickle and send to others.
+    """
+
+    def add() -> None:
+        from peft.tuners.lora.model import LoraModel
+
+        create = LoraModel._create_new_module
+
+        @functools.wraps(create)
+        def create_new_module(
+            lora_config: Any, adapter_name: str, target: Any, **options: Any
+        ) -> Any:
+            if type(target) is packed:
+                return packed_lora_layer()(target, adapter_name, lora_config, **options)
+            return create(lora_config, adapter_name, target, **options)
+
+        LoraModel._create_new_module = staticmethod(create_new_module)
+
+    when_imported("peft.tuners.lora.model", "peft.peft_model", add)
+
+
+def __getattr__(name: str) -> Any:
+    """`PackedLora`, made when it is asked for, as the pickle of a model does by its name."""
+    if name == "PackedLora":
+        return packed_lora_layer()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@functools.cache
 def packed_lora_layer() -> type[torch.nn.Module]:
-    """The class of peft's layers around packed linears."""
+    """The class of peft's layers around packed linears.
+
+    Only A and B of such a layer are trained. It cannot be merged, because the packed weight does
+    not change. The class is made at the first call, because peft is optional.
+    """
     from peft.tuners.lora.layer import LoraLayer
 
     # The attributes of both come from peft at run time, where mypy does not see them.
@@ -167,14 +253,15 @@ def packed_lora_layer() -> type[torch.nn.Module]:
     class PackedLora(module, LoraLayer):
         """A packed linear whose output gets scaling · B_OR A_RI x, in the dtype of A."""
 
+        __qualname__ = "PackedLora"  # by which pickle finds it in this module
+
         def __init__(
             self, base_layer: Any, adapter_name: str, config: Any, r: int, lora_alpha: int, **_: Any
         ) -> None:
             if getattr(config, "use_dora", False):
                 raise ValueError("DoRA needs the dense weight, and this linear is packed: use LoRA")
             super().__init__()
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Unsupported layer type")
+            with no_warnings():  # of a kind of layer that peft does not know
                 LoraLayer.__init__(self, base_layer)
             self.in_features = base_layer.in_features
             self.out_features = base_layer.out_features
@@ -205,7 +292,11 @@ def packed_lora_layer() -> type[torch.nn.Module]:
 
 
 def save_adapter(adapted: Any, folder: Path) -> dict[str, str]:
-    """Write an adapter as peft would, but atomically; SHA-256 of its weights by file name."""
+    """Write the adapter of a peft model as peft would, but each file atomically.
+
+    Returns:
+        Name of the file of weights -> SHA-256 (hex) of its bytes.
+    """
     import peft
 
     tensors = peft.get_peft_model_state_dict(adapted, adapter_name=_NAME)
@@ -232,7 +323,17 @@ def require_peft() -> None:
 
 
 def check_adapter_config(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
-    """Check an adapter_config.json against the tensors of the adapter."""
+    """Check an adapter_config.json against the tensors of the adapter.
+
+    Args:
+        path: The configuration.
+        tensors: Name -> what the header of the adapter's weights says of the tensor.
+
+    Raises:
+        ValueError: The file is no JSON object, describes no LoRA, sets a field that prunus does not
+            support, has something other than plain names in its lists, or a rank beyond those of
+            the tensors; names the field.
+    """
     config = read_config(path)
     if config.get("peft_type") != "LORA":
         raise ValueError(
@@ -255,6 +356,7 @@ def check_adapter_config(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
 
 
 def _check_names(path: Path, field: str, names: Any) -> None:
+    """Check that a field holds plain names of modules, or nothing."""
     if names is None or names == "all-linear":
         return
     if isinstance(names, str) and field != "layers_pattern":
@@ -274,7 +376,10 @@ def _check_names(path: Path, field: str, names: Any) -> None:
 
 
 def _check_ranks(path: Path, config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
-    """Ranks are at most the largest that a tensor has: peft makes tensors of the ranks it reads."""
+    """Check that no rank is larger than the largest of a stored tensor.
+
+    peft makes tensors of the ranks that it reads.
+    """
     inner = [x for name, x in tensors.items() if re.search(r"\.lora(_embedding)?_A\b", name)]
     largest = max((info.shape[0] for info in inner if info.shape), default=0)
     ranks = {"r": config.get("r", 8)}

@@ -3,6 +3,8 @@
 Every version of transformers calls the blocks of every family in its own way, with masks, positions
 and rotary embeddings. prunus builds none of these by hand: it runs the real model with each block
 replaced by a stub, and the stubs keep the arguments that they are called with.
+
+Shape suffixes in docstrings: B windows or images of a batch, T tokens, H hidden size.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import nn
 
 from prunus.model.meta_model import fill_with_zeros
 
+#: The end of errors about a model that skips, repeats or reorders its blocks.
 _ONCE = "only models that call every block once and in order can be pruned"
 
 
@@ -32,8 +35,8 @@ class BlockCall:
     (True, False)
     """
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: tuple[Any, ...]  #: positional arguments after the hidden states
+    kwargs: dict[str, Any]  #: keyword arguments, without `hidden_states`
 
     def same_as(self, other: BlockCall) -> bool:
         """Whether both calls pass equal values; tensors are compared by shape and content."""
@@ -41,14 +44,24 @@ class BlockCall:
 
 
 def hidden_of(output: Any) -> torch.Tensor:
-    """The hidden states in the output of a block: the tensor itself, or the first of a tuple."""
+    """The hidden states in the output of a block: the tensor itself, or the first of a tuple.
+
+    >>> hidden_of((torch.tensor(1.0), "attention weights"))
+    tensor(1.)
+    """
     return output[0] if isinstance(output, tuple | list) else output
 
 
 def split_hidden(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
-    """Split a block's arguments: hidden states (first, or keyword `hidden_states`), and others."""
+    """Split the arguments of a block into the hidden states and the others.
+
+    Hidden states are the first positional argument, or the keyword `hidden_states`.
+
+    >>> split_hidden((), {"hidden_states": torch.tensor(1.0), "use_cache": False})
+    (tensor(1.), (), {'use_cache': False})
+    """
     if args:
         return args[0], args[1:], kwargs
     rest = dict(kwargs)
@@ -56,6 +69,7 @@ def split_hidden(
 
 
 def _equal(left: Any, right: Any) -> bool:
+    """Whether two arguments of a block have equal values, also inside lists and dicts."""
     if left is right:
         return True
     if isinstance(left, torch.Tensor):
@@ -99,7 +113,14 @@ class _LastBlockReached(BaseException):
 
 
 class BlockStubs:
-    """Stand-ins for the blocks of one model."""
+    """Stand-ins for the blocks of one model.
+
+    Args:
+        model_name: The model's class, for messages.
+        blocks: Its blocks, in order. They are on the meta device while the stubs are in use.
+        images: The model takes images, whose hidden states may be grids (images, channels, height,
+            width).
+    """
 
     def __init__(self, model_name: str, blocks: Sequence[nn.Module], images: bool = False) -> None:
         self._model_name = model_name
@@ -109,7 +130,18 @@ class BlockStubs:
         self._other_outputs: dict[type, tuple[Any, ...] | None] = {}
 
     def record(self, run: Callable[[], object]) -> tuple[torch.Tensor, list[BlockCall]]:
-        """The hidden states (B, T, H) that the first block gets, and the call of every block."""
+        """Run a model up to its last block, and record how it calls each block.
+
+        Args:
+            run: Calls the model on a batch.
+
+        Returns:
+            The hidden states (B, T, H) that the first block receives, and the call of every block.
+
+        Raises:
+            NotImplementedError: The model changes hidden states between its blocks, passes them
+                in another shape, or does not call each block exactly once and in order.
+        """
         calls: list[BlockCall] = []
         first: list[torch.Tensor] = []
 
@@ -140,6 +172,8 @@ class BlockStubs:
                     first.append(hidden)
                 calls.append(BlockCall(args, kwargs))
                 last = index == len(self._blocks) - 1
+                # The last block is tried only if it is the only one. `returning` then uses what
+                # another block of its class returns, or the tensor alone.
                 if index == 0 or not last:
                     self._try_block(block, calls[-1], hidden)
                 if last:
@@ -185,15 +219,16 @@ class BlockStubs:
         return hidden if others is None else (hidden, *others)
 
     def _try_block(self, block: nn.Module, call: BlockCall, hidden: torch.Tensor) -> None:
-        """Find out what blocks of this class return; runs a copy with zero weights to see it.
+        """Find out what blocks of this class return, by running a copy with zero weights.
 
-        It depends on the version of transformers, and annotations of the forward are not reliable.
+        What a class returns depends on the version of transformers, and annotations of its forward
+        are not reliable. Some models unpack all that a block returns, such as attention weights.
         """
-        kind = type(block)
-        if kind not in self._other_outputs:
+        block_class = type(block)
+        if block_class not in self._other_outputs:
             trial = copy.deepcopy(block)
             trial.__dict__.pop("forward", None)  # the copy must not run the stub
             fill_with_zeros(trial, hidden.device)
             output = trial(hidden, *call.args, **call.kwargs)
             is_tuple = isinstance(output, tuple | list)
-            self._other_outputs[kind] = tuple(output[1:]) if is_tuple else None
+            self._other_outputs[block_class] = tuple(output[1:]) if is_tuple else None

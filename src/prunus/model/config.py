@@ -4,6 +4,9 @@ A configuration of sixty bytes can ask for a model that fills any memory. Some c
 transformers spend that memory when they only read the configuration: they make a list with an entry
 per layer. So every number in the file is compared with what the checkpoint stores, whatever its
 name and however deep it is nested. Names only decide which limit a number has.
+
+Outline: `StoredSizes` and the limits; `load_config` and the checks of files; and at the end the
+functions that make the configuration of a smaller model.
 """
 
 from __future__ import annotations
@@ -33,12 +36,15 @@ _MAX_LAYERS = 4096
 _MAX_EXPERTS = 2**15  # per block
 # Up to these values a field is accepted in any checkpoint. Layers can share their weights, and some
 # fields count what has no weights.
-_SMALL_LAYERS, _SMALL_EXPERTS, _SMALL = 128, 64, 2**16
+_SMALL_LAYERS = 128
+_SMALL_EXPERTS = 64
+_SMALL = 2**16  # of all other numbers
 
 # Which limit a field has, by its name. The first rule that fits counts; all other fields count
-# something, such as heads or labels, of which a checkpoint has no more than its longest side.
+# something, such as heads or labels, of which a checkpoint has no more than its longest side. The
+# limits of the kinds are in `_check`.
 _RULES = {
-    # They choose a row or scale a value, and size nothing.
+    # They choose a row or scale a value, and size nothing: no limit.
     "": r"token_ids?$|token_index$|(theta|seed|_value|clipping)$|(rope|rotary)\w*base",
     "experts": r"experts?$",
     "pixels": r"(image|crop)_size",
@@ -55,9 +61,12 @@ _RULES = {
         r"|params|flops|tokens$|steps?$|samples$"
     ),
 }
+# The number of a layer or an expert inside a tensor's name.
 _NUMBERED = re.compile(r"\.(\d+)(?=\.)")
 
+#: The fields for the number of experts per block, in the order in which they are tried.
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+#: The fields for the number of experts that the router chooses per token.
 _EXPERTS_PER_TOKEN = (
     "num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k",
     "top_k_experts",
@@ -76,18 +85,29 @@ _EXTRA_BLOCKS = {"num_nextn_predict_layers"}
 
 @dataclass(frozen=True)
 class StoredSizes:
-    """What a checkpoint stores, as limits for its configuration. Empty tensors count as nothing."""
+    """What a checkpoint stores, as limits for its configuration. Empty tensors count as nothing.
 
-    numbers: int  #: bytes of all tensors; a coded weight can take less than a byte
+    Attributes:
+        numbers: Bytes of all tensors. They limit counts of weights, because a coded weight can take
+            less than a byte.
+        tensors: Number of tensors that are not empty.
+        layers: Number of modules with a number in their name that hold a tensor, such as
+            `model.layers.7`.
+        experts: The largest number of experts that a block can have.
+        longest: The longest side of a tensor.
+    """
+
+    numbers: int
     tensors: int
-    layers: int  #: modules with a number in their name that hold a tensor, such as `model.layers.7`
-    experts: int  #: the largest number of experts that a block can have
+    layers: int
+    experts: int
     longest: int
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> StoredSizes:
-        """The sizes of an open checkpoint."""
+        """The sizes of an open checkpoint, from its headers."""
         numbers = tensors = fused_experts = longest = 0
+        # Names of the modules with a number, up to that number.
         layers: set[str] = set()
         # Path of a list of experts -> the numbers in it.
         experts: dict[str, set[str]] = {}
@@ -109,8 +129,8 @@ class StoredSizes:
         return cls(numbers, tensors, len(layers), most_experts, longest)
 
 
-#: Of a folder without weights, such as that of a tokenizer. No model is built from it.
-_UNKNOWN = StoredSizes(2**34, _MAX_LAYERS, _MAX_LAYERS, _MAX_EXPERTS, 2**24)
+#: The sizes of a folder without weights, such as that of a tokenizer. No model is built from it.
+_NO_WEIGHTS = StoredSizes(2**34, _MAX_LAYERS, _MAX_LAYERS, _MAX_EXPERTS, 2**24)
 
 
 def require_config(folder: Path) -> None:
@@ -128,7 +148,20 @@ def load_config(
     quantized: bool = False,
     checkpoint: Checkpoint | None = None,
 ) -> Any:
-    """The checked configuration of a folder; `quantized` accepts one, and gives its dense form."""
+    """The transformers configuration of a folder, after its numbers are checked.
+
+    Args:
+        folder: A checkpoint.
+        trust_remote_code: Let transformers run code that comes with the checkpoint.
+        quantized: Accept a quantised or packed checkpoint, and give the configuration of its dense
+            form.
+        checkpoint: The weights of the folder, if they are open already.
+
+    Raises:
+        FileNotFoundError: The folder has no config.json.
+        ValueError: The file is damaged or asks for more than the weights hold, transformers knows
+            no such model, or the checkpoint is quantised and `quantized` is False.
+    """
     require_config(folder)
     check_config(folder, checkpoint)
     try:
@@ -158,7 +191,16 @@ def load_config(
 
 
 def check_config(folder: Path, checkpoint: Checkpoint | None = None) -> None:
-    """Check the numbers in a folder's config.json, if it has one, against its weights."""
+    """Check the numbers in a folder's config.json against its weights.
+
+    Args:
+        folder: A checkpoint. One without config.json passes.
+        checkpoint: The weights of the folder, if they are open already.
+
+    Raises:
+        ValueError: The file is no JSON object or too deep, or a number in it exceeds all that the
+            checkpoint stores; the message names the field.
+    """
     path = folder / "config.json"
     if not path.exists():
         return
@@ -168,6 +210,7 @@ def check_config(folder: Path, checkpoint: Checkpoint | None = None) -> None:
         del content["quantization_config"]
     stored: StoredSizes | None = None
     for name, value in _numbers(path, content):
+        # No limit is smaller, so most files need no look at the weights.
         if value <= _SMALL_EXPERTS:
             continue
         stored = stored or _sizes(folder, checkpoint)
@@ -175,7 +218,11 @@ def check_config(folder: Path, checkpoint: Checkpoint | None = None) -> None:
 
 
 def check_processor_files(folder: Path) -> None:
-    """Check the numbers in the files that describe a tokenizer or an image processor."""
+    """Check the numbers in the files that describe a tokenizer or an image processor.
+
+    Raises:
+        ValueError: A file is no JSON object or too deep, or a number in it is beyond all limits.
+    """
     for file, largest in (("tokenizer_config.json", _SMALL), ("preprocessor_config.json", 2**12)):
         path = folder / file
         if not path.exists():
@@ -190,7 +237,11 @@ def check_processor_files(folder: Path) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The content of a JSON file that describes a model."""
+    """The content of a JSON file that describes a model.
+
+    Raises:
+        ValueError: The file is larger than `read_json` accepts, or no JSON object.
+    """
     content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no JSON object, as a configuration must be; copy it again")
@@ -204,11 +255,12 @@ def _is_packed(described: Any) -> bool:
 
 
 def _sizes(folder: Path, checkpoint: Checkpoint | None) -> StoredSizes:
+    """The sizes of a folder's weights, which are opened unless `checkpoint` has them open."""
     if checkpoint is None:
         try:
             checkpoint = Checkpoint(folder)
         except FileNotFoundError:
-            return _UNKNOWN
+            return _NO_WEIGHTS
     return StoredSizes.of(checkpoint)
 
 
@@ -237,6 +289,7 @@ def _numbers(path: Path, content: Any, name: str = "", depth: int = 0) -> Iterat
 
 
 def _check(path: Path, name: str, value: int, stored: StoredSizes) -> None:
+    """Raise a ValueError if the value of one field is beyond what the checkpoint stores."""
     kind = next((kind for kind, rule in _RULES.items() if re.search(rule, name)), "counts")
     if not kind:
         return
@@ -267,7 +320,12 @@ def _check(path: Path, name: str, value: int, stored: StoredSizes) -> None:
 
 
 def canonical(config: Any, name: str) -> str:
-    """The name under which the class keeps a field."""
+    """The name under which the class keeps a field.
+
+    >>> from transformers import GPT2Config
+    >>> canonical(GPT2Config(), "num_hidden_layers"), canonical(GPT2Config(), "n_layer")
+    ('n_layer', 'n_layer')
+    """
     return str(getattr(config, "attribute_map", {}).get(name, name))
 
 
@@ -282,65 +340,82 @@ def expert_count(config: Any, names: Sequence[str] = _EXPERT_COUNTS) -> tuple[st
 
 def experts_per_token(config: Any) -> int:
     """How many experts the router chooses for each token; 1 if the configuration does not say."""
-    found = expert_count(config, _EXPERTS_PER_TOKEN)
-    return 1 if found is None else found[1]
+    named_count = expert_count(config, _EXPERTS_PER_TOKEN)
+    return 1 if named_count is None else named_count[1]
 
 
 def expert_groups(config: Any) -> tuple[int, int]:
-    """(groups of experts, groups that a token may use); (1, 1) where experts form no groups."""
+    """(groups of experts, groups that a token may use); (1, 1) if experts form no groups."""
     groups = getattr(config, "n_group", None) or 1
     return (groups, getattr(config, "topk_group", None) or groups) if groups > 1 else (1, 1)
 
 
-def without_blocks(config: Any, kept: Sequence[int], count: int) -> dict[str, Any]:
+def without_blocks(config: Any, staying: Sequence[int], count: int) -> dict[str, Any]:
     """The fields of a configuration that change when only some blocks stay.
+
+    Args:
+        config: The transformers configuration of a language model.
+        staying: Positions of the blocks that stay, in order.
+        count: Number of blocks that the model has.
+
+    Returns:
+        Canonical name -> new value. Empty if all blocks stay.
 
     >>> from transformers import Qwen2Config
     >>> config = Qwen2Config(num_hidden_layers=3, layer_types=["full_attention"] * 3)
     >>> sorted(without_blocks(config, [0, 2], 3))
     ['layer_types', 'max_window_layers', 'num_hidden_layers']
     """
-    if len(kept) == count:
+    if len(staying) == count:
         return {}
-    changes: dict[str, Any] = {canonical(config, "num_hidden_layers"): len(kept)}
+    changes: dict[str, Any] = {canonical(config, "num_hidden_layers"): len(staying)}
     for name, value in config.to_dict().items():
         if isinstance(value, list | tuple) and name in _BLOCK_POSITIONS:
-            changes[name] = [place for place, index in enumerate(kept) if index in value]
+            changes[name] = [position for position, old in enumerate(staying) if old in value]
         elif isinstance(value, list | tuple) and len(value) == count and "layer" in name:
+            # A list with one entry per block. Lists of the blocks in `_EXTRA_BLOCKS` stay.
             if not name.startswith("mtp"):
-                changes[name] = [value[index] for index in kept]
+                changes[name] = [value[index] for index in staying]
         elif isinstance(value, int) and name in _FIRST_BLOCKS:
-            changes[name] = sum(index < value for index in kept)
+            changes[name] = sum(index < value for index in staying)
         elif isinstance(value, int) and name in _LAST_BLOCKS:
-            changes[name] = sum(index <= value for index in kept) - 1
+            changes[name] = sum(index <= value for index in staying) - 1
         elif isinstance(value, int) and name in _EXTRA_BLOCKS:
             changes[name] = 0
     return changes
 
 
 def rewritten(raw: Mapping[str, Any], config: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of config.json with fields of the language model changed, by canonical names.
+    """The content of config.json with fields of the language model changed.
+
+    Args:
+        raw: The content of the file.
+        config: What transformers reads from it; it may be that of a larger model with a language
+            model inside.
+        changes: Canonical name -> new value. Each is written under every name that the file has for
+            it, and under the canonical name if it has none.
 
     >>> from transformers import LlavaConfig
     >>> raw = {"text_config": {"model_type": "llama", "num_hidden_layers": 9}}
     >>> rewritten(raw, LlavaConfig(), {"num_hidden_layers": 8})["text_config"]["num_hidden_layers"]
     8
     """
-    found = copy.deepcopy(dict(raw))
+    content = copy.deepcopy(dict(raw))
     text = config.get_text_config()
     if text is not config:
         inside = next(name for name in config.sub_configs if getattr(config, name, None) is text)
         # Some older files have the fields of the language model next to those of the whole model.
-        if isinstance(found.get(inside), dict):
-            found[inside] = rewritten(found[inside], text, changes)
-            return found
+        if isinstance(content.get(inside), dict):
+            content[inside] = rewritten(content[inside], text, changes)
+            return content
+    # Changes of fields that the file does not have.
     left = dict(changes)
-    for key in found:
-        known = canonical(text, key)
-        if known in changes:
-            found[key] = changes[known]
-            left.pop(known, None)
-    return found | left
+    for key in content:
+        name = canonical(text, key)
+        if name in changes:
+            content[key] = changes[name]
+            left.pop(name, None)
+    return content | left
 
 
 def blocks_that_take_images(config: Any) -> int:
@@ -350,10 +425,14 @@ def blocks_that_take_images(config: Any) -> int:
 
 
 def parsed(config: Any, raw: Mapping[str, Any]) -> Any:
-    """The configuration that transformers reads from the content of a config.json."""
+    """The configuration that transformers reads from the content of a config.json.
+
+    It has the class and the implementation of attention of `config`.
+    """
     # transformers reads a file otherwise than a dict: it turns words such as Infinity into numbers.
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder, "config.json"), raw)
-        found = type(config).from_pretrained(folder)
-    found._attn_implementation = config._attn_implementation
-    return found
+        result = type(config).from_pretrained(folder)
+    # The file does not say it.
+    result._attn_implementation = config._attn_implementation
+    return result

@@ -7,6 +7,8 @@ import re
 import torch
 from torch import nn
 
+from prunus.hardware.errors import did_you_mean
+
 #: The dtypes that users can name, for computation and storage.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -14,7 +16,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def choose_device(name: str, loaded: nn.Module | None = None, processes: int = 1) -> torch.device:
     """The device called `name`. Each of several processes on a host takes a CUDA device of its own.
 
-    "auto" is the device of `loaded`, or else CUDA if there is any.
+    Args:
+        name: "cpu", "cuda", "cuda:<number>" or "auto".
+        loaded: For "auto", a loaded model, whose device is taken. Without one, "auto" is CUDA if
+            there is any, and the CPU if not.
+        processes: How many processes of the run are on this host.
+
+    Raises:
+        ValueError: This is no name of a device, that CUDA device does not exist, or processes would
+            have to share one.
+
+    >>> choose_device("cpu")
+    device(type='cpu')
     """
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
@@ -22,7 +35,10 @@ def choose_device(name: str, loaded: nn.Module | None = None, processes: int = 1
             return next(loaded.parameters()).device
         name = "cuda" if available else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:<number>, not {name!r}")
+        raise ValueError(
+            f"device must be auto, cpu, cuda or cuda:<number>, not {name!r}"
+            f"{did_you_mean('cuda' if name == 'gpu' else name, ('auto', 'cpu', 'cuda'))}"
+        )
     device = torch.device(name)
     if device.type == "cpu":
         return device

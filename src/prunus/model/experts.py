@@ -32,7 +32,16 @@ _FUSING = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
 
 @dataclass(frozen=True)
 class Fused:
-    """One fused tensor of a block.
+    """One fused tensor of a block, and how the tensors of single experts lie in it.
+
+    Attributes:
+        name: Name relative to the block, e.g. `mlp.experts.gate_up_proj`.
+        shape: Shape in the model, (experts, …): three axes for a weight, two for a bias.
+        leaves: What the slice of one expert holds, by name relative to the block's `experts`
+            module. `{}` stands for the number of the expert, e.g. ("{}.gate_proj.weight",
+            "{}.up_proj.weight").
+        transposed: Whether a slice is (in, out).
+        concatenated: Whether the leaves follow each other in a slice; if not, their rows alternate.
 
     >>> fused = Fused("experts.up", (2, 2, 1), ("{}.up.weight",), False, True)
     >>> fused.members
@@ -44,13 +53,10 @@ class Fused:
     True
     """
 
-    name: str  #: relative to the block, e.g. `mlp.experts.gate_up_proj`.
-    shape: tuple[int, ...]  #: in the model, (experts, …)
-    #: what the slice of one expert holds, by name relative to the block's `experts` module; `{}`
-    #: stands for the number of the expert, e.g. ("{}.gate_proj.weight", "{}.up_proj.weight").
+    name: str
+    shape: tuple[int, ...]
     leaves: tuple[str, ...]
-    transposed: bool  #: whether a slice is (in, out)
-    #: whether the leaves follow each other in a slice; if not, their rows alternate.
+    transposed: bool
     concatenated: bool
 
     @property
@@ -65,9 +71,9 @@ class Fused:
         for slice_ in tensor:
             rows = slice_.T if self.transposed and slice_.dim() == 2 else slice_
             step = len(rows) // len(self.leaves)
-            for place in range(len(self.leaves)):
-                in_one_run = rows[place * step : (place + 1) * step]
-                pieces.append(in_one_run if self.concatenated else rows[place :: len(self.leaves)])
+            for leaf in range(len(self.leaves)):
+                in_one_run = rows[leaf * step : (leaf + 1) * step]
+                pieces.append(in_one_run if self.concatenated else rows[leaf :: len(self.leaves)])
         return dict(zip(self.members, pieces, strict=True))
 
     def join(self, pieces: Mapping[str, Tensor]) -> Tensor:
@@ -84,19 +90,33 @@ class Experts(nn.Module):
 
     Experts run in the order of their numbers, each on the tokens that chose it, in text order. The
     order is fixed so that the result does not depend on how tokens are grouped.
+
+    Args:
+        fused: The module that this one replaces. It loses its parameters, but still computes
+            activation and gate.
+        leaves: Names of gate, up and down of one expert. Experts without a gate have no linear of
+            the first name.
+        dtype: Dtype of the linears, which are on the meta device.
+
+    Attributes:
+        count: Number of experts.
+        leaves: As given.
+        gated: Whether experts have a gate.
+        measured_on_all: Experts whose linears also run on all tokens, so that hooks on them see all
+            tokens. An expert that few tokens chose gets usable statistics in this way. What the
+            module returns does not change.
+        on_output: Called with the number of an expert, its outputs (T, H) before the router's
+            weights, and these weights (T,); None to call nothing.
+        post_expert_norm: The norm of the fused module after each expert; None without one.
     """
 
-    #: experts whose linears also run on all tokens, so that hooks on them see all tokens. An expert
-    #: that few tokens chose gets usable statistics in this way. What the module returns does not
-    #: change.
     measured_on_all: frozenset[int]
-    #: called with the number of an expert, its outputs (T, H) before the router's weights, and
-    #: these weights (T,); None to call nothing.
     on_output: Callable[[int, Tensor, Tensor], object] | None
 
     def __init__(self, fused: nn.Module, leaves: tuple[str, str, str], dtype: torch.dtype) -> None:
         super().__init__()
-        gated, biased = _is_gated(fused), bool(fused.has_bias)
+        gated = _is_gated(fused)
+        biased = bool(fused.has_bias)
         first: Any = fused.gate_up_proj if gated else fused.up_proj
         self.count, rows, columns = first.shape
         if fused.is_transposed:
@@ -128,9 +148,14 @@ class Experts(nn.Module):
     def arguments(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states (T, H) of a call, the chosen experts (T, K), and their weights (T, K)."""
-        given = dict(zip(self._names, args, strict=False)) | dict(kwargs)
-        X_TH, chosen_TK, weight_TK = (given[name] for name in self._names)
+        """The arguments of one call, by position, whatever the family calls them.
+
+        Returns:
+            Hidden states (T, H); the numbers of the experts that each token chose (T, K); their
+            weights (T, K).
+        """
+        by_name = dict(zip(self._names, args, strict=False)) | dict(kwargs)
+        X_TH, chosen_TK, weight_TK = (by_name[name] for name in self._names)
         return X_TH, chosen_TK, weight_TK
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -145,15 +170,18 @@ class Experts(nn.Module):
             token, slot = torch.where(chosen_TK == number)
             if len(token):
                 # Hooks have seen all tokens already, and must not see these a second time.
-                made = self._run(number, X_TH[token], hooks=not on_all)
+                output = self._run(number, X_TH[token], hooks=not on_all)
                 if self.on_output is not None:
-                    self.on_output(number, made, weight_TK[token, slot])
-                weighted = made * weight_TK[token, slot, None]
+                    self.on_output(number, output, weight_TK[token, slot])
+                weighted = output * weight_TK[token, slot, None]
                 out_TH.index_add_(0, token, weighted.to(out_TH.dtype))
         return out_TH
 
     def _run(self, number: int, X_TH: Tensor, hooks: bool = True) -> Tensor:
-        """The output (T, H) of one expert for tokens (T, H)."""
+        """The output (T, H) of one expert for tokens (T, H).
+
+        Without `hooks`, the linears run as usual, but nobody who observes them is called.
+        """
         fused: Any = self._fused[0]
         gate, up, down = self.leaves
 
@@ -181,7 +209,10 @@ class Experts(nn.Module):
 
 
 def fusing_rules(model: Any) -> list[Any]:
-    """The rules of transformers that fuse single experts of a checkpoint when it is loaded."""
+    """The rules of transformers that fuse single experts of a checkpoint when it is loaded.
+
+    They know the names that checkpoints of this model give to single experts.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     return [rule for rule in get_model_conversion_mapping(model) if is_fusing_rule(rule)]
@@ -198,22 +229,34 @@ def is_fusing_rule(rule: Any) -> bool:
 
 
 def unfuse_experts(rules: Sequence[Any], block: nn.Module, path: str) -> list[Fused]:
-    """Replace fused experts of a block by `Experts` on the meta device; return what it lost."""
-    found: list[Fused] = []
+    """Replace every module of fused experts in a block by an `Experts` on the meta device.
+
+    Args:
+        rules: What `fusing_rules` returns for the model.
+        block: One of its blocks, or the whole model.
+        path: Name of the block in the model; "" for the whole model.
+
+    Returns:
+        The tensors that the block no longer has, in the order in which they were registered.
+    """
+    replaced: list[Fused] = []
     for name, module in list(block.named_modules()):
         if not _is_fused(module):
             continue
         leaves = _leaves(rules, f"{path}.{name}".lstrip("."), _is_gated(module))
-        found += _layout(name, module, leaves)
+        replaced += _layout(name, module, leaves)
         owner, _, leaf = name.rpartition(".")
         dtype = next(module.parameters(recurse=False)).dtype
         experts = Experts(module, leaves, dtype).eval().requires_grad_(False)
         setattr(block.get_submodule(owner), leaf, experts)
-    return found
+    return replaced
 
 
 def split_loaded_experts(model: nn.Module) -> None:
-    """Replace the fused experts of a loaded model by single ones with the same weights."""
+    """Replace the fused experts of a loaded model by single ones with the same weights, in place.
+
+    Each tensor is copied, so both forms of one module are in memory for a moment.
+    """
     names = find_fused_experts(model)
     if not names:
         return
@@ -238,6 +281,7 @@ def find_fused_experts(model: nn.Module) -> list[str]:
 
 
 def _is_gated(module: Any) -> bool:
+    """Whether fused experts multiply the up projection by an activated gate."""
     return "gate_up_proj" in module._parameters
 
 
@@ -249,12 +293,12 @@ def _is_fused(module: Any) -> bool:
         return False
     first = "gate_up_proj" if module.has_gate else "up_proj"
     # Name of a parameter -> how many axes it has.
-    wanted = {first: 3, "down_proj": 3}
+    expected = {first: 3, "down_proj": 3}
     if module.has_bias:
-        wanted |= {f"{first}_bias": 2, "down_proj_bias": 2}
-    found = {name: 0 if x is None else x.dim() for name, x in module._parameters.items()}
+        expected |= {f"{first}_bias": 2, "down_proj_bias": 2}
+    axes = {name: 0 if x is None else x.dim() for name, x in module._parameters.items()}
     takes = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
-    return found == wanted and len(takes) == 3
+    return axes == expected and len(takes) == 3
 
 
 def _layout(path: str, module: Any, leaves: tuple[str, str, str]) -> list[Fused]:
@@ -262,31 +306,31 @@ def _layout(path: str, module: Any, leaves: tuple[str, str, str]) -> list[Fused]
     gate, up, down = leaves
     parts = {"gate_up_proj": (gate, up), "up_proj": (up,), "down_proj": (down,)}
     form = bool(module.is_transposed), bool(module.is_concatenated)
-    found = []
+    fused = []
     for name, parameter in module.named_parameters(recurse=False):
         kind = "bias" if name.endswith("_bias") else "weight"
         inside = tuple(f"{{}}.{part}.{kind}" for part in parts[name.removesuffix("_bias")])
-        found.append(Fused(f"{path}.{name}", tuple(parameter.shape), inside, *form))
-    return found
+        fused.append(Fused(f"{path}.{name}", tuple(parameter.shape), inside, *form))
+    return fused
 
 
 def _leaves(rules: Sequence[Any], path: str, gated: bool) -> tuple[str, str, str]:
     """What the checkpoint calls gate, up and down of one expert, such as w1, w3 and w2."""
-    found = dict(zip(("gate", "up", "down"), _LEAVES, strict=True))
+    names = dict(zip(("gate", "up", "down"), _LEAVES, strict=True))
     for rule in rules:
-        for place, pattern in enumerate(rule.source_patterns):
+        for position, pattern in enumerate(rule.source_patterns):
             # Apply the rule to a name of expert 0, and see which fused parameter it becomes.
             leaf = pattern.rpartition("*.")[2].removesuffix(".weight")
             target, matched = rule.rename_source_key(f"{path}.0.{leaf}.weight")
             if matched != pattern or not leaf.isidentifier():
                 continue
             if target == f"{path}.down_proj":
-                found["down"] = leaf
-            elif gated and target == f"{path}.gate_up_proj" and place < 2:
-                found["gate" if place == 0 else "up"] = leaf
+                names["down"] = leaf
+            elif gated and target == f"{path}.gate_up_proj" and position < 2:
+                names["gate" if position == 0 else "up"] = leaf
             elif not gated and target == f"{path}.up_proj":
-                found["up"] = leaf
-    return found["gate"], found["up"], found["down"]
+                names["up"] = leaf
+    return names["gate"], names["up"], names["down"]
 
 
 # --- routers ---
@@ -305,9 +349,9 @@ def find_routers(block: nn.Module) -> set[str]:
         if not isinstance(experts, Experts | nn.ModuleList):
             continue
         count = experts.count if isinstance(experts, Experts) else len(experts)
-        for name, beside in module.named_children():
-            inside = [(n, x) for n, x in beside.named_modules() if isinstance(x, nn.Linear)]
-            if beside is experts or (
+        for name, neighbour in module.named_children():
+            inside = [(n, x) for n, x in neighbour.named_modules() if isinstance(x, nn.Linear)]
+            if neighbour is experts or (
                 len(inside) > 1 and inside[0][1].in_features == inside[-1][1].out_features
             ):
                 continue

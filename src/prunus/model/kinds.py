@@ -16,14 +16,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of model: its name, transformers' class for it, and its argument for a batch."""
+    """One kind of model.
+
+    Attributes:
+        name: Name for people.
+        loader: Name of the class of transformers that loads it.
+        input_name: The argument of its forward that takes a batch.
+    """
 
     name: str
     loader: str
     input_name: str
 
     def arguments(self, batch: Tensor) -> dict[str, Any]:
-        """The keyword arguments of a forward pass on a batch."""
+        """The keyword arguments of a forward pass on a batch.
+
+        >>> MASKED.arguments(torch.tensor([[1, 2]]))
+        {'input_ids': tensor([[1, 2]])}
+        """
         return {self.input_name: batch} | ({"use_cache": False} if self.is_causal else {})
 
     @property
@@ -32,7 +42,10 @@ class Kind:
         return self in (CAUSAL, IMAGE_TEXT)
 
     def smallest_batch(self, config: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A batch that costs next to nothing to run: two tokens, or one black image."""
+        """A batch that costs next to nothing to run: two tokens, or one black image.
+
+        `dtype` is that of images. Token ids are int64.
+        """
         if self is not IMAGES:
             return torch.zeros((1, 2), dtype=torch.int64, device=device)
         return torch.zeros(
@@ -40,7 +53,16 @@ class Kind:
         )
 
     def trial_batch(self, config: Any, rows: int, tokens: int) -> Tensor:
-        """A batch that reaches many of the model's weights: ids (1, tokens), or images of noise."""
+        """A batch that reaches many of the model's weights, always the same.
+
+        Args:
+            config: The transformers configuration of the model.
+            rows: Size of the vocabulary; not read for images.
+            tokens: How many ids, spread evenly over the vocabulary; not read for images.
+
+        Returns:
+            Ids (1, tokens), or four images of noise (4, channels, height, width) in float32.
+        """
         if self is not IMAGES:
             return torch.linspace(0, rows - 1, tokens).long().unsqueeze(0)
         noise = torch.Generator().manual_seed(0)
@@ -55,6 +77,7 @@ SEQUENCES = Kind("sequence classifier", "AutoModelForSequenceClassification", "i
 TOKENS = Kind("token classifier", "AutoModelForTokenClassification", "input_ids")
 IMAGES = Kind("image classifier", "AutoModelForImageClassification", "pixel_values")
 
+#: The end of errors about models of another kind: what prunus prunes.
 _WHAT = (
     "prunus prunes causal language models, also those inside image-text models, encoders with a "
     "masked-language-model head, and classifiers of sequences, tokens and images that are stacks "
@@ -78,12 +101,20 @@ _NO_ROW_OF_BLOCKS = {
 
 
 def kind_of(config: Any) -> Kind:
-    """The kind of model that a transformers configuration describes."""
+    """The kind of model that a transformers configuration describes.
+
+    Its list of architectures decides. Without one, its model type does: an image classifier or an
+    encoder with a masked-language-model head for types that can be nothing else.
+
+    Raises:
+        NotImplementedError: The model is of none of the kinds; names its type and the kinds.
+    """
     from transformers.models.auto import modeling_auto
 
     model_type = str(getattr(config, "model_type", type(config).__name__))
-    given = getattr(config, "architectures", None)
-    listed = [x for x in given if isinstance(x, str)] if isinstance(given, list | tuple) else []
+    # A damaged config.json can have anything in this field.
+    field = getattr(config, "architectures", None)
+    listed = [x for x in field if isinstance(x, str)] if isinstance(field, list | tuple) else []
     named = ", ".join(listed) or "no architecture named"
     if getattr(config, "is_encoder_decoder", False) and "CausalLM" not in named:
         raise NotImplementedError(
@@ -110,17 +141,25 @@ def kind_of(config: Any) -> Kind:
     if own_code or model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return CAUSAL
     if not listed:
-        for kind, known in (
+        for kind, model_types in (
             (IMAGES, modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
             (MASKED, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
         ):
-            if model_type in known:
+            if model_type in model_types:
                 return kind
     raise NotImplementedError(f"a model of type {model_type!r} ({named}) cannot be pruned; {_WHAT}")
 
 
 def require_causal(config: Any, what: str) -> None:
-    """Check that a configuration is of a causal language model, alone or inside another model."""
+    """Check that a configuration is of a causal language model, alone or inside another model.
+
+    Args:
+        config: A transformers configuration.
+        what: The operation that only causal language models support, for the message.
+
+    Raises:
+        NotImplementedError: The model is of another kind.
+    """
     if not (kind := kind_of(config)).is_causal:
         raise NotImplementedError(
             f"{what} is for causal language models; this is an {kind.name} of type "
@@ -129,7 +168,15 @@ def require_causal(config: Any, what: str) -> None:
 
 
 def image_size(config: Any) -> tuple[int, int]:
-    """(height, width) of the images of a classifier, in pixels."""
+    """(height, width) of the images of a classifier, in pixels.
+
+    Raises:
+        ValueError: The configuration's `image_size` is neither a number of pixels nor two.
+
+    >>> from types import SimpleNamespace
+    >>> image_size(SimpleNamespace(image_size=224))
+    (224, 224)
+    """
     size = getattr(config, "image_size", None)
     sides = (size, size) if isinstance(size, int) else size
     if not (
@@ -152,7 +199,11 @@ def _trial_size(config: Any) -> tuple[int, int]:
 
 
 def image_tokens(config: Any, index: int) -> tuple[int, int]:
-    """(patches and 2 tokens, width) of an image in block `index`; a stage halves both sides."""
+    """(positions, width) of the hidden states of one image in block `index`.
+
+    In a transformer the positions are patches and two special tokens, even if the model has only
+    one. In a model with stages, each stage halves the height and the width of the grid of patches.
+    """
     patch = config.patch_size
     rows, columns = (patch, patch) if isinstance(patch, int) else (int(patch[0]), int(patch[1]))
     height, width = image_size(config)

@@ -3,6 +3,9 @@
 A linear is any module that multiplies the last axis of its input by one matrix: `nn.Linear` of
 torch, and the transposed `Conv1D` of GPT-2. All other code sees its weight as (out, in).
 
+Outline: `find_block_list`; `Linear` and the functions that find linears; `refuse_not_finite`, which
+explains a result that is not finite.
+
 Shape suffixes: O outputs, I inputs.
 """
 
@@ -35,6 +38,9 @@ def find_block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
     transformers itself says where: `_no_split_modules` names the classes that must stay on one
     device, and the blocks of a decoder are a module list of such classes.
+
+    Raises:
+        NotImplementedError: There is no list of blocks, or more than one that could be meant.
     """
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", type(model).__name__)
@@ -88,7 +94,7 @@ class Linear:
     0
     """
 
-    name: str  #: relative to the block, e.g. `self_attn.q_proj`.
+    name: str  #: relative to the block, e.g. `self_attn.q_proj`
     module: nn.Module  #: an `nn.Linear` or a `Conv1D`
 
     @property
@@ -98,7 +104,7 @@ class Linear:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out features, in features)."""
+        """(out features, in features), however the module stores them."""
         rows, columns = self.parameter.shape
         return (columns, rows) if self.transposed else (rows, columns)
 
@@ -123,6 +129,9 @@ def find_linears(block: nn.Module) -> list[Linear]:
 
     Routers of experts are not among them: they are small, and a pruned one sends tokens to other
     experts.
+
+    >>> [linear.name for linear in find_linears(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))]
+    ['0']
     """
     routers = find_routers(block)
     return [
@@ -133,9 +142,16 @@ def find_linears(block: nn.Module) -> list[Linear]:
 
 
 def left_dense(block: nn.Module, linears: list[Linear]) -> dict[str, tuple[int, ...]]:
-    """Weights of two or more dimensions in `block` that are not among `linears`: name -> shape."""
+    """Weights of two or more dimensions in `block` that are not among `linears`: name -> shape.
+
+    Names are relative to the block.
+
+    Raises:
+        NotImplementedError: Experts are fused into one parameter in an unfamiliar form. Most of
+            such a model would stay dense without a word.
+    """
     taken = {id(parameter) for linear in linears for parameter in linear.module.parameters()}
-    found: dict[str, tuple[int, ...]] = {}
+    dense: dict[str, tuple[int, ...]] = {}
     for module_name, module in block.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             full_name = f"{module_name}.{name}".lstrip(".")
@@ -148,14 +164,16 @@ def left_dense(block: nn.Module, linears: list[Linear]) -> dict[str, tuple[int, 
                     "one parameter in a form that prunus does not know; such a mixture of experts "
                     "cannot be pruned yet. docs/reference/models.md lists what can"
                 )
-            found[full_name] = tuple(parameter.shape)
-    return found
+            dense[full_name] = tuple(parameter.shape)
+    return dense
 
 
 def tied_embedding(model: Any) -> Linear | None:
     """The input embedding of a transformers model as a linear, if it is tied to the output head.
 
-    None also if one of them is special, such as a head with a bias.
+    Returns:
+        The embedding by its full name. None if the two are not tied, or if one of them is special:
+        an embedding that computes with its rows, a head with a bias.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     plain = is_table(embedding) and type(head) is nn.Linear and head.bias is None
@@ -169,7 +187,19 @@ def tied_embedding(model: Any) -> Linear | None:
 def refuse_not_finite(
     linears: Mapping[str, Linear], run: Callable[[], object], what: str
 ) -> NoReturn:
-    """Raise the error of a computation whose results are not finite: it names where that begins."""
+    """Raise the error of a computation whose results are not finite; it names where that begins.
+
+    It looks at the weights first. Then the computation runs again, and the first linear that gets
+    an input with infinite or NaN values is the one to name.
+
+    Args:
+        linears: The linears of the computation, by full name. Their forward methods stay replaced.
+        run: Runs the computation again.
+        what: What is not finite if no linear gets such an input, as the subject of a sentence.
+
+    Raises:
+        ValueError: Always.
+    """
     check_finite({f"{name}.weight": linear.parameter for name, linear in linears.items()})
     reached: list[str] = []
 

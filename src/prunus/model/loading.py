@@ -1,11 +1,15 @@
-"""A whole model in memory, with its tokenizer; saved again, it keeps its card and its record."""
+"""A whole model in memory, with its tokenizer; saved again, it keeps its card and its record.
+
+Outline: `load` is the public call, `load_model` the part that reads weights. `_ReadFile` makes
+transformers read files rather than map them. The functions at the end concern saving.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +18,8 @@ from huggingface_hub import constants
 from safetensors import safe_open
 
 from prunus.hardware.errors import reason
+from prunus.hardware.numerics import check_finite
+from prunus.hardware.process_state import replaced
 from prunus.model.adapter import attach, base_folder, check_adapter, is_adapter
 from prunus.model.checkpoint.atomic_files import read_json, write_text
 from prunus.model.checkpoint.regular_files import read_card
@@ -28,7 +34,12 @@ _CARD, _MANIFESTS = "README.md", ("prunus.json", "prunus-compress.json")
 
 
 class LoadedModel(NamedTuple):
-    """A model in evaluation mode, and its tokenizer or image processor; see `load`."""
+    """A model in memory and what makes its inputs: `model, tokenizer = load(path)`.
+
+    Attributes:
+        model: A transformers model in evaluation mode.
+        tokenizer: Its tokenizer; for an image classifier its image processor.
+    """
 
     model: Any
     tokenizer: Any
@@ -53,9 +64,15 @@ def load(
         device: auto, cpu, cuda or cuda:i; auto takes a CUDA device if there is one.
         trust_remote_code: Run the model code of the checkpoint.
 
+    Returns:
+        The model in evaluation mode, and its tokenizer.
+
     Raises:
-        ValueError, FileNotFoundError, NotImplementedError, ModuleNotFoundError, OSError: Before any
-            work where possible; says what was given, what is wrong and what to do.
+        FileNotFoundError: There is no such folder, and no such model on the hub.
+        ValueError: A file is damaged or missing, or there is no such device.
+        NotImplementedError: The model is of a kind that prunus does not support.
+        ModuleNotFoundError: The folder holds an adapter, and peft is not installed.
+        OSError: A file cannot be read, or the hub cannot be reached.
     """
     place = choose_device(device)
     folder = resolve_folder(model)
@@ -79,9 +96,23 @@ def load_model(
 ) -> Any:
     """The model of a folder (dense, packed, or an adapter), in evaluation mode; safetensors only.
 
-    Weights of an adapter are not merged and compute in float32, as peft loads them; it always is a
-    causal LM with default `attention`. Implementations of attention agree up to rounding. `kind` is
-    the transformers class that loads; None for what the configuration says.
+    Weights of an adapter are not merged, and compute in float32, as peft loads them.
+
+    Args:
+        folder: A checkpoint or an adapter.
+        dtype: Dtype of weights and computation, or its name; "auto" is that of the checkpoint.
+        trust_remote_code: Let transformers run code that comes with the checkpoint.
+        attention: One of transformers' implementations, which agree up to rounding; None for the
+            default of transformers, which an adapter always gets.
+        kind: The kind whose transformers class loads the model; None for what its configuration
+            says. An adapter always is a causal language model.
+
+    Raises:
+        ValueError: The model cannot be loaded, some of its weights are missing, or its
+            configuration describes a model far larger than its weights.
+        NotImplementedError: It is of a kind that prunus does not support.
+        ModuleNotFoundError: It is an adapter, and peft is not installed.
+        FileNotFoundError: A file or the base of an adapter is missing.
     """
     import transformers
 
@@ -91,7 +122,7 @@ def load_model(
         return attach(load_model(base, dtype, trust_remote_code), folder, base).eval()
     kind = check_architecture(folder, trust_remote_code, kind)
     try:
-        with _weights_in_memory():
+        with replaced(transformers.modeling_utils, "safe_open", _ReadFile):
             model, loaded = getattr(transformers, kind.loader).from_pretrained(
                 folder,
                 output_loading_info=True,
@@ -110,11 +141,15 @@ def load_model(
                 f"{folder}: the model could not be loaded: {len(names)} of its weights are "
                 f"{problem} ({shown}); is the checkpoint whole, and is config.json its own?"
             )
+    check_finite(dict(model.named_parameters()), f"{folder}: ")
     return model.eval()
 
 
 class _StoredWeight:
-    """A tensor that transformers reads by `weight[...]` when its turn comes."""
+    """A tensor that transformers reads by `weight[...]` when its turn comes.
+
+    It stands for a slice object of safetensors, which answers all other questions, such as shape.
+    """
 
     def __init__(self, file: Any, name: str) -> None:
         self._file, self._name = file, name
@@ -150,44 +185,40 @@ class _ReadFile:
         return getattr(self._file, name)
 
 
-@contextlib.contextmanager
-def _weights_in_memory() -> Iterator[None]:
-    """While active, transformers opens weights as `_ReadFile`."""
-    from transformers import modeling_utils
-
-    mapping, modeling_utils.safe_open = modeling_utils.safe_open, _ReadFile
-    try:
-        yield
-    finally:
-        modeling_utils.safe_open = mapping
-
-
 def check_architecture(
     folder: Path, trust_remote_code: bool = False, kind: Kind | None = None
 ) -> Kind:
-    """Build the model of a folder without weights, within limits, and return its kind."""
+    """Build the model of a folder without weights, within limits, and return its kind.
+
+    Args:
+        folder: A checkpoint.
+        trust_remote_code: Let transformers run code that comes with the checkpoint.
+        kind: The kind to build; None for what the configuration says.
+
+    Raises:
+        ValueError: transformers makes no model of the configuration, or one beyond all limits.
+        NotImplementedError: It is of a kind that prunus does not support.
+    """
     config = load_config(folder, trust_remote_code, quantized=True)
     kind = kind or kind_of(config)
     build_on_meta(kind, config, torch.float32, trust_remote_code)
     return kind
 
 
-@contextlib.contextmanager
-def no_downloads(settings: Any = constants, active: bool = True) -> Iterator[None]:
-    """While active, a library of the hub finds only what was downloaded earlier.
+def no_downloads(
+    settings: Any = constants, active: bool = True
+) -> contextlib.AbstractContextManager[None]:
+    """While active, in any thread, a library of the hub finds only what was downloaded earlier.
 
-    `settings` is the module of the library that holds HF_HUB_OFFLINE.
+    Args:
+        settings: The module of the library that holds HF_HUB_OFFLINE.
+        active: False changes nothing.
 
     >>> with no_downloads():
     ...     constants.is_offline_mode()
     True
     """
-    before = settings.HF_HUB_OFFLINE
-    settings.HF_HUB_OFFLINE = before or active
-    try:
-        yield
-    finally:
-        settings.HF_HUB_OFFLINE = before
+    return replaced(settings, "HF_HUB_OFFLINE", True) if active else contextlib.nullcontext()
 
 
 # --- saving ---
@@ -206,13 +237,21 @@ def records_of(folder: Path) -> dict[str, str]:
 
 
 def manifest_text(content: Any) -> str:
-    """A record for other shards than those whose bytes it names, as text."""
+    """A record as the text of a file, without the SHA-256 of shards.
+
+    The record goes next to other shards than those whose bytes it names.
+    """
     named = content | {"sha256": {}} if isinstance(content, dict) else content
     return json.dumps(named, indent=2) + "\n"
 
 
 def keep_records(model: Any, records: Mapping[str, str]) -> None:
-    """Let a transformers model write records next to its weights, wherever it is saved."""
+    """Let a transformers model write records next to its weights, wherever it is saved.
+
+    Args:
+        model: The model, which gets a `save_pretrained` of its own.
+        records: Name of a file -> its text. Without any, the model stays as it is.
+    """
     if records:
         # A partial function, because it is copied and pickled with the model.
         model.save_pretrained = functools.partial(_save_pretrained, model, dict(records))

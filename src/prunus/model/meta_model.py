@@ -4,6 +4,9 @@ There, parameters have a shape but no memory. Buffers, such as the frequencies o
 are tables that no checkpoint stores: transformers computes them in the end. Their sizes are known
 before that, and modules are counted while they are made. So a damaged configuration cannot fill
 memory.
+
+Outline: `build_on_meta` with its limits; then the functions that give a model on the meta device
+its weights (`place`), and take them away (`release`).
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import contextlib
 import copy
 import importlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -30,13 +34,16 @@ _MAX_COMPUTED = 2**31
 
 @contextlib.contextmanager
 def limited_modules() -> Iterator[None]:
-    """While active, a ValueError ends the making of more than `_MAX_MODULES` modules."""
-    count = 0
+    """While active, a ValueError ends the making of more than `_MAX_MODULES` modules.
+
+    The modules that other threads make meanwhile are theirs, and do not count.
+    """
+    count, thread = 0, get_ident()
 
     def counted(*_: Any) -> None:
         nonlocal count
-        count += 1
-        if count > _MAX_MODULES:
+        count += get_ident() == thread
+        if count > _MAX_MODULES and get_ident() == thread:
             raise ValueError(f"it has more than {_MAX_MODULES:,} modules")
 
     with register_module_module_registration_hook(counted):
@@ -44,7 +51,18 @@ def limited_modules() -> Iterator[None]:
 
 
 def build_on_meta(kind: Kind, config: Any, dtype: Any, trust_remote_code: bool) -> Any:
-    """The transformers model of a configuration, with its parameters on the meta device."""
+    """The transformers model of a configuration, with its parameters on the meta device.
+
+    Args:
+        kind: The kind of the model, which names the class that loads it.
+        config: Its transformers configuration, which does not change.
+        dtype: Dtype of the parameters.
+        trust_remote_code: Let transformers run code that comes with the checkpoint.
+
+    Raises:
+        ValueError: transformers makes no model of this configuration, or one beyond all limits.
+        ImportError: The model needs a package that is not installed.
+    """
     loader = getattr(transformers, kind.loader)
     try:
         # What code computes while it is imported must not be on the meta device.
@@ -98,8 +116,12 @@ def place(
 ) -> None:
     """Replace parameters and buffers of `module` by `values`. Tied parameters stay tied.
 
-    Each is copied and converted to the dtype of the skeleton, except on the CPU those parameters
-    whose `id` is in `as_stored`.
+    Args:
+        module: Its parameters are on the meta device.
+        values: Tensors by name relative to `module`. Each is copied, so that no memory of the
+            reader stays alive, and converted to the dtype that the parameter has in the skeleton.
+        device: Where they go.
+        as_stored: The `id` of each parameter that is neither converted nor copied on the CPU.
     """
     replaced: dict[int, nn.Parameter] = {}
     for name, value in values.items():
@@ -128,6 +150,7 @@ def place(
 
 def release(module: nn.Module) -> None:
     """Send every parameter back to the meta device; tied parameters stay tied."""
+    # The `id` of a parameter -> its empty twin.
     empty: dict[int, nn.Parameter] = {}
     for owner in module.modules():
         for leaf, old in owner._parameters.items():
@@ -137,7 +160,10 @@ def release(module: nn.Module) -> None:
 
 
 def fill_with_zeros(module: nn.Module, device: torch.device) -> None:
-    """Give every parameter zeros that take no memory: one element, expanded to the whole shape."""
+    """Give every parameter zeros that take no memory: one element, expanded to the whole shape.
+
+    A module with such weights runs, but its weights cannot be written to.
+    """
     move_buffers(module.modules(), device)
     for owner in module.modules():
         for leaf, old in owner._parameters.items():

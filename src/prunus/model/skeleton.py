@@ -4,6 +4,9 @@ The skeleton is the real transformers model with every parameter on the meta dev
 its weights while it is in work (`fill`, `release`), and so do the modules outside the blocks:
 embeddings, final norm and head (`outside_blocks`). Memory thus holds one block, whatever the size
 of the model.
+
+How the model calls its blocks is recorded from the model itself; see `calls.py`. The functions at
+the end of the file match the names of a checkpoint's tensors with those of the skeleton.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from prunus.model.kinds import IMAGE_TEXT, IMAGES, image_tokens, kind_of
 from prunus.model.linears import Linear, find_block_list, find_linears, left_dense
 from prunus.model.meta_model import build_on_meta, limited_modules, move_buffers, place, release
 
+#: From the model's names to the stored tensors; see `Source.read_outside`.
 ReadTensors = Callable[[list[str]], dict[str, torch.Tensor]]
 
 
@@ -31,11 +35,24 @@ class _HeadReached(BaseException):
 
 
 class Skeleton:
-    """A model on the meta device, as a row of blocks (a list called `path`) and what is outside
-    them.
+    """A model on the meta device, as a row of blocks and what is outside the blocks.
 
-    `dtype` is that of the computation; parameters that the model itself keeps in float32 stay so.
-    `model` is in evaluation mode and without gradients.
+    Args:
+        config: A transformers configuration of one of the kinds of model in `kinds`.
+        dtype: Dtype of the computation.
+        trust_remote_code: Let transformers run code that comes with the checkpoint.
+
+    Attributes:
+        kind: What the model takes and returns.
+        dtype: As given. Parameters that the model itself keeps in float32 stay so.
+        model: The transformers model, in evaluation mode and without gradients.
+        path: Name of the list of blocks in the model, e.g. `model.layers`.
+        blocks: Its blocks, in order.
+
+    Raises:
+        ValueError: transformers makes no model of this configuration.
+        NotImplementedError: The model is of another kind, has no single stack of blocks, or reads
+            no text without an image.
     """
 
     def __init__(self, config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
@@ -43,8 +60,8 @@ class Skeleton:
         self.dtype = dtype
         self.model: Any = build_on_meta(self.kind, config, dtype, trust_remote_code)
         self.model.eval().requires_grad_(False)
-        asked = inspect.signature(self.model.forward).parameters.get("pixel_values")
-        if self.kind is IMAGE_TEXT and asked and asked.default is inspect.Parameter.empty:
+        images = inspect.signature(self.model.forward).parameters.get("pixel_values")
+        if self.kind is IMAGE_TEXT and images and images.default is inspect.Parameter.empty:
             raise NotImplementedError(
                 f"{type(self.model).__name__} reads no text without an image, so its language "
                 "model cannot be calibrated on text. docs/reference/models.md lists what can be "
@@ -64,6 +81,7 @@ class Skeleton:
         self._outside_modules = [module for module in self.model.modules() if module not in inside]
 
     def __len__(self) -> int:
+        """The number of blocks."""
         return len(self.blocks)
 
     # --- the blocks ---
@@ -73,6 +91,7 @@ class Skeleton:
         return f"{self.path}.{index}"
 
     def linears(self, index: int) -> list[Linear]:
+        """The prunable linears of a block; see `find_linears`."""
         return find_linears(self.blocks[index])
 
     def fused(self, index: int) -> list[Fused]:
@@ -81,8 +100,8 @@ class Skeleton:
 
     def left_dense(self, index: int) -> dict[str, tuple[int, ...]]:
         """Full name -> shape of the weights of a block that no method prunes."""
-        found = left_dense(self.blocks[index], self.linears(index))
-        return {f"{self.block_name(index)}.{name}": shape for name, shape in found.items()}
+        shapes = left_dense(self.blocks[index], self.linears(index))
+        return {f"{self.block_name(index)}.{name}": shape for name, shape in shapes.items()}
 
     def fill(
         self,
@@ -91,23 +110,35 @@ class Skeleton:
         device: torch.device,
         duplicate: bool = False,
     ) -> nn.Module:
-        """Give block `index`, or a copy of it, its weights by relative name; returns it."""
+        """Give block `index` its weights, and return it, ready to run.
+
+        Args:
+            index: Position of the block.
+            values: Its tensors by relative name; they are copied.
+            device: Where the block will run.
+            duplicate: Fill a copy in its place. The block itself stays as it is.
+        """
         block = copy.deepcopy(self.blocks[index]) if duplicate else self.blocks[index]
         place(block, values, device)
         move_buffers(block.modules(), device)
         return block
 
     def release(self, index: int) -> None:
+        """Take the weights of block `index` away again."""
         release(self.blocks[index])
 
     def window_shape(self, index: int, seqlen: int) -> tuple[int, int]:
-        """(tokens or patches, width) of a window's hidden states in block `index`."""
+        """(positions, width) of the hidden states of one window in block `index`.
+
+        A position is a token, of which a window has `seqlen`, or a patch of an image.
+        """
         if self.kind is IMAGES:
             return image_tokens(self.model.config, index)
         return seqlen, int(self.model.get_input_embeddings().weight.shape[1])
 
     @property
     def vocabulary(self) -> int:
+        """Number of rows of the output head, or of the input embedding without a head."""
         head: Any = self.model.get_output_embeddings() or self.model.get_input_embeddings()
         return int(head.weight.shape[0])
 
@@ -125,8 +156,12 @@ class Skeleton:
     ) -> Iterator[None]:
         """Give the modules outside the blocks their weights for the length of a `with` block.
 
-        With `with_head` also the head, for what follows the blocks; else an untied one returns
-        zeros.
+        Args:
+            read: From the model's names to the stored tensors; see `Source.read_outside`.
+            device: Where the weights go.
+            with_head: Give the head its weights too, to run what follows the blocks. An untied
+                embedding is then left out and returns zeros. Without the flag, an untied head is
+                left out.
         """
         head = self._output_head()
         embedding: Any = (
@@ -141,7 +176,8 @@ class Skeleton:
                 skipped = of_head - of_embedding
                 as_stored = stack.enter_context(_rows_as_stored(embedding, self.dtype))
             elif isinstance(embedding, nn.Embedding) and not of_head & of_embedding:
-                skipped, width = of_embedding, embedding.embedding_dim
+                skipped = of_embedding
+                width = embedding.embedding_dim
                 zero = torch.zeros((), dtype=self.dtype, device=device)
                 stack.enter_context(
                     replaced_forward(
@@ -158,7 +194,20 @@ class Skeleton:
             yield
 
     def record(self, batch: torch.Tensor) -> tuple[torch.Tensor, list[BlockCall]]:
-        """Run what precedes the blocks, inside `outside_blocks`; see `BlockStubs.record`."""
+        """Run what precedes the blocks, and record how the model calls each block.
+
+        Only inside `outside_blocks`.
+
+        Args:
+            batch: Token ids (windows, tokens), or pixel values (images, channels, height, width).
+
+        Returns:
+            The hidden states that the first block receives, and the call of every block.
+
+        Raises:
+            NotImplementedError: The model does not call its blocks in a row; see
+                `BlockStubs.record`.
+        """
         batch = batch.to(self.dtype) if batch.is_floating_point() else batch
         base = self.model.base_model
         arguments = self.kind.arguments(batch)
@@ -168,7 +217,20 @@ class Skeleton:
         return self._stubs.record(lambda: base(**arguments))
 
     def head_input(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """The head's input when the last block returns `hidden`; as `logits`."""
+        """The input of the head when the last block returns `hidden`: its final norm, as a rule.
+
+        Only inside `outside_blocks(with_head=True)`.
+
+        Args:
+            input_ids: (windows, tokens); only the shape matters.
+            hidden: Hidden states (windows, tokens, hidden).
+
+        Returns:
+            (windows, tokens, hidden), without a graph for gradients.
+
+        Raises:
+            NotImplementedError: The head cannot be pruned; see `head`.
+        """
         seen: list[torch.Tensor] = []
 
         def stop(x: torch.Tensor) -> torch.Tensor:
@@ -187,16 +249,26 @@ class Skeleton:
     def logits(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """The logits of the model when its last block returns `hidden`.
 
-        Only inside `outside_blocks(with_head=True)`. After the blocks no token sees another, so any
-        part of a sequence may be given. Differentiable if `hidden` is. Of `input_ids` only the
-        shape (batch, tokens) matters.
+        Only inside `outside_blocks(with_head=True)`. After the blocks no token sees another, so
+        `hidden` can be any part of a sequence. The result is differentiable if `hidden` is.
+
+        Args:
+            input_ids: (windows, tokens); only the shape matters.
+            hidden: Hidden states (windows, tokens, hidden).
+
+        Returns:
+            (windows, tokens, vocabulary).
         """
         with self._stubs.returning(hidden), torch.set_grad_enabled(hidden.requires_grad):
             logits: torch.Tensor = self.model(input_ids=input_ids, use_cache=False).logits
         return logits
 
     def head(self) -> Linear:
-        """The output head as a linear, by its full name."""
+        """The output head as a linear, by its full name.
+
+        Raises:
+            NotImplementedError: There is none, it is no linear, or it is tied to the embedding.
+        """
         head = self._output_head()
         name = next((name for name, module in self.model.named_modules() if module is head), None)
         if name is None or not isinstance(head, nn.Linear):
@@ -278,11 +350,19 @@ def naming_rules(model: Any) -> tuple[list[Any], list[Any]]:
 def names_in_model(
     skeleton: Skeleton, keys: Mapping[str, Any]
 ) -> tuple[dict[str, str], set[str], dict[str, str]]:
-    """Match stored names with the names of the skeleton, as three results.
+    """Match stored names with the names of the skeleton.
 
-    The skeleton's name -> stored name, where a stored fused tensor appears under its own name; the
-    stored names of tensors that need more than a new name; and the name that a tensor would have ->
-    stored name, of tensors that the model has no place for.
+    Args:
+        skeleton: The model.
+        keys: The stored names. The values are not used.
+
+    Returns:
+        Three results:
+        the skeleton's name -> stored name, where a stored fused tensor, which is several in the
+        skeleton, appears under its own name;
+        the stored names of tensors that need more than a new name;
+        and the name that a tensor would have -> stored name, of tensors that the model has no place
+        for.
     """
     from transformers.core_model_loading import rename_source_key
 
@@ -291,9 +371,10 @@ def names_in_model(
     fused: set[str] = set()
     members: set[str] = set()
     for index in range(len(skeleton)):
-        for each in skeleton.fused(index):
-            fused.add(f"{skeleton.block_name(index)}.{each.name}")
-            members.update(f"{skeleton.block_name(index)}.{name}" for name in each.members)
+        for tensor in skeleton.fused(index):
+            fused.add(f"{skeleton.block_name(index)}.{tensor.name}")
+            members.update(f"{skeleton.block_name(index)}.{name}" for name in tensor.members)
+    # Only the names matter.
     expected = dict(model.state_dict()) | dict.fromkeys(fused, True)
     renamings, converters = naming_rules(model)
     prefix = model.base_model_prefix
@@ -307,6 +388,7 @@ def names_in_model(
             names[name] = key
             continue
         name, pattern = rename_source_key(key, renamings, converters, prefix, expected)
+        # A name that the model has stays, also where a rule would change it.
         if name not in expected and key in expected:
             name, pattern = key, None
         if pattern is not None:
@@ -319,19 +401,29 @@ def names_in_model(
 
 
 def stored_names(model: Any, keys: Iterable[str], names: Collection[str]) -> dict[str, str]:
-    """Return stored name -> the model's name, for some tensors of a loaded model."""
+    """Stored name -> the model's name, for some tensors of a loaded model.
+
+    Args:
+        model: The model, for the rules by which transformers renames what is stored.
+        keys: All stored names of the checkpoint that it was loaded from.
+        names: Names of the tensors in the model.
+
+    Raises:
+        NotImplementedError: The checkpoint stores one of them in another form.
+    """
     from transformers.core_model_loading import rename_source_key
 
-    renamings, expected = naming_rules(model)[0], dict.fromkeys(names, True)
-    found = {}
+    renamings, _ = naming_rules(model)
+    expected = dict.fromkeys(names, True)
+    model_names = {}
     for key in keys:
         name, _ = rename_source_key(key, renamings, [], model.base_model_prefix, expected)
         name = name if name in expected else key
         if name in expected:
-            found[key] = name
-    if missing := sorted(set(expected) - set(found.values())):
+            model_names[key] = name
+    if missing := sorted(set(expected) - set(model_names.values())):
         raise NotImplementedError(
             f"the checkpoint does not store {missing[0]!r} as the model has it, so it cannot be "
             "written again with packed weights; expand it with prunus unpack"
         )
-    return found
+    return model_names

@@ -3,6 +3,9 @@
 Code that prunes a block does not know which of the two it uses. Every tensor has up to three names:
 the stored name in the checkpoint, the name in the transformers model, and for tensors of a block
 the name relative to the block. `bind` matches them once.
+
+Outline: `Source` is the interface, `CheckpointSource` reads a folder block by block, and
+`ModuleSource` prunes a loaded model in place.
 """
 
 from __future__ import annotations
@@ -27,27 +30,63 @@ from prunus.model.skeleton import Skeleton, names_in_model
 
 
 class Source(Protocol):
-    """Stored weights of a model, addressed by the names of the model's own parameters."""
+    """Stored weights of a model, addressed by the names of the model's own parameters.
+
+    Attributes:
+        config: The transformers configuration of the model.
+        fingerprint: A text that differs for different checkpoints; see `Checkpoint.fingerprint`.
+        stored_dtype: The floating-point dtype that most bytes are stored in.
+    """
 
     config: Any
-    fingerprint: str  #: differs for different checkpoints; see `Checkpoint.fingerprint`
-    stored_dtype: torch.dtype  #: the floating-point dtype that most bytes are stored in
+    fingerprint: str
+    stored_dtype: torch.dtype
 
     def bind(self, skeleton: Skeleton) -> None:
-        """Match the stored names with those of the model. Comes before all that follows."""
+        """Match the stored names with those of the model. Comes before all that follows.
+
+        Raises:
+            ValueError: Weights are missing, left over, or of another shape.
+            NotImplementedError: The weights lack a head, or are stored in a form that prunus cannot
+                take apart.
+        """
 
     def read_outside(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Stored tensors outside the blocks, by the model's names; of tied names only one."""
+        """Stored tensors outside the blocks, by the model's names.
+
+        Of tied names, only the one that is stored is in the result.
+        """
 
     def block(self, index: int, pinned: bool = False) -> dict[str, torch.Tensor]:
-        """Stored tensors of one block, by relative name; see `Checkpoint.read` for `pinned`."""
+        """Stored tensors of one block on the host, by names relative to the block.
+
+        A CUDA device copies from `pinned` memory while the host continues; see `Checkpoint.read`.
+        """
 
     def block_nbytes(self, index: int) -> int:
         """Bytes of a block as stored."""
 
 
 class CheckpointSource:
-    """The weights of a folder, opened by headers; `quantized` accepts packed ones, not to bind."""
+    """The weights of a checkpoint folder. Opening it reads the configuration and headers only.
+
+    Args:
+        folder: A Hugging Face checkpoint.
+        trust_remote_code: Let transformers run code that comes with the checkpoint.
+        quantized: Accept a checkpoint that is quantised or packed. Its weights cannot be bound.
+
+    Attributes:
+        checkpoint: The open files.
+        config: The transformers configuration.
+        fingerprint: SHA-256 (hex) over the headers of the files and config.json.
+        stored_dtype: The floating-point dtype that most bytes are stored in.
+        stored: The model's name -> the stored name, of every stored tensor; empty before `bind`.
+
+    Raises:
+        FileNotFoundError: The folder, its config.json or one of its shards is missing.
+        ValueError: A file is damaged, the configuration does not belong to the weights, or the
+            checkpoint is quantised and `quantized` is False.
+    """
 
     def __init__(
         self, folder: Path, trust_remote_code: bool = False, quantized: bool = False
@@ -57,11 +96,11 @@ class CheckpointSource:
         self.config = load_config(
             folder, trust_remote_code, quantized=quantized, checkpoint=self.checkpoint
         )
+        # The bytes of config.json, to notice a change; see `check_unchanged`.
         self._config = read_limited(folder / "config.json")
         fingerprint = self.checkpoint.fingerprint.encode() + self._config
         self.fingerprint = hashlib.sha256(fingerprint).hexdigest()
         self.stored_dtype = _main_dtype(self.checkpoint.tensors.values())
-        #: The model's name -> the stored name, of every stored tensor.
         self.stored: dict[str, str] = {}
         # Per block: relative name -> stored name.
         self._blocks: list[dict[str, str]] = []
@@ -69,6 +108,7 @@ class CheckpointSource:
         self._fused: list[dict[str, Fused]] = []
 
     def bind(self, skeleton: Skeleton) -> None:
+        """Match the stored names with those of the model, and check all shapes; see `Source`."""
         self.stored, converted, unknown = names_in_model(skeleton, self.checkpoint.tensors)
         stored = self.stored
         self._refuse_unknown(skeleton, unknown)
@@ -147,10 +187,12 @@ class CheckpointSource:
             )
 
     def read_outside(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """Stored tensors outside the blocks, by the model's names; see `Source`."""
         keys = {self.stored[name]: name for name in names if name in self.stored}
         return {keys[key]: tensor for key, tensor in self.checkpoint.read(keys)}
 
     def block_keys(self, index: int) -> list[str]:
+        """Stored names of the tensors of a block, fused ones last."""
         return [*self._blocks[index].values(), *self._fused[index]]
 
     def block_names(self, index: int) -> tuple[dict[str, str], dict[str, str]]:
@@ -159,12 +201,16 @@ class CheckpointSource:
         return dict(self._blocks[index]), fused
 
     def block(self, index: int, pinned: bool = False) -> dict[str, torch.Tensor]:
+        """Stored tensors of one block, by relative name; see `Source`."""
         return self.from_stored(index, self.checkpoint.read(self.block_keys(index), pinned))
 
     def from_stored(
         self, index: int, tensors: Iterable[tuple[str, torch.Tensor]]
     ) -> dict[str, torch.Tensor]:
-        """Tensors of a block by relative name; a fused one as its pieces, which are views of it."""
+        """Tensors of a block by relative name, from pairs of stored name and tensor.
+
+        A fused tensor comes as its pieces, which are views of it.
+        """
         names = {key: name for name, key in self._blocks[index].items()}
         found: dict[str, torch.Tensor] = {}
         for key, tensor in tensors:
@@ -178,7 +224,12 @@ class CheckpointSource:
         return plain | {key: fused.join(tensors) for key, fused in self._fused[index].items()}
 
     def check_unchanged(self) -> None:
-        """Raise an error that names the file unless all files are still what was opened."""
+        """Check that all files are still what was opened.
+
+        Raises:
+            FileNotFoundError: A file is gone; names it.
+            ValueError: A file has changed; names it.
+        """
         self.checkpoint.check_unchanged()
         path = self.checkpoint.folder / "config.json"
         if read_limited(path) != self._config:
@@ -188,6 +239,7 @@ class CheckpointSource:
             )
 
     def block_nbytes(self, index: int) -> int:
+        """Bytes of a block as stored."""
         return self.checkpoint.nbytes(self.block_keys(index))
 
     def outside_keys(self) -> list[str]:
@@ -195,8 +247,19 @@ class CheckpointSource:
         inside = {key for index in range(len(self._blocks)) for key in self.block_keys(index)}
         return sorted(key for key in self.checkpoint.tensors if key not in inside)
 
+    @property
+    def shard_count(self) -> int:
+        """How many shards a result has: one per block, and one for all else, if there is any."""
+        return len(self._blocks) + bool(self.outside_keys())
+
     def outside_digests(self) -> dict[str, str]:
-        """SHA-256 of every tensor outside the blocks, by stored name. Results copy them."""
+        """SHA-256 (hex) of every tensor outside the blocks and its name, by stored name.
+
+        Results copy these tensors. So their values are checked on the way.
+
+        Raises:
+            ValueError: A value is not finite; names the tensor.
+        """
         found = {}
         for key in self.outside_keys():
             digest = hashlib.sha256(key.encode())
@@ -208,7 +271,22 @@ class CheckpointSource:
 
 
 class ModuleSource:
-    """The weights of a loaded model. Reading returns its own tensors; writing changes them."""
+    """The weights of a loaded model. Reading returns its own tensors; writing changes them.
+
+    Args:
+        model: A transformers model.
+
+    Attributes:
+        model: As given.
+        config: A copy of its configuration, with the implementation of attention and the
+            architecture that the model has.
+        fingerprint: Always "in memory".
+        stored_dtype: The floating-point dtype that most of its bytes have.
+
+    Raises:
+        TypeError: The model is no transformers model.
+        ValueError: The model is quantised.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         config = getattr(model, "config", None)
@@ -233,6 +311,7 @@ class ModuleSource:
         self._fused: list[dict[str, Fused]] = []
 
     def bind(self, skeleton: Skeleton) -> None:
+        """Learn which modules are the blocks, and that the model has all of its head."""
         known = self.model.state_dict().keys()
         if missing := [name for name in skeleton.outside_parameter_names if name not in known]:
             raise NotImplementedError(
@@ -247,10 +326,15 @@ class ModuleSource:
         ]
 
     def read_outside(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """The model's own tensors outside the blocks, by name."""
         state = self.model.state_dict()
         return {name: state[name] for name in names}
 
     def block(self, index: int, pinned: bool = False) -> dict[str, torch.Tensor]:
+        """The model's own tensors of one block, by relative name; `pinned` is not read.
+
+        A fused tensor comes as its pieces, which are views of it.
+        """
         found: dict[str, torch.Tensor] = {}
         for name, tensor in self.model.get_submodule(f"{self._path}.{index}").state_dict().items():
             fused = self._fused[index].get(name)
@@ -258,6 +342,7 @@ class ModuleSource:
         return found
 
     def block_nbytes(self, index: int) -> int:
+        """Bytes of a block in memory."""
         return sum(tensor.nbytes for tensor in self.block(index).values())
 
     @torch.no_grad()
@@ -274,6 +359,8 @@ def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     >>> tensors = {"b": torch.zeros(2), "a": torch.ones(3)}
     >>> tensors_digest(tensors) == tensors_digest(dict(sorted(tensors.items())))
     True
+    >>> tensors_digest(tensors) == tensors_digest(tensors | {"a": torch.zeros(3)})
+    False
     """
     digest = hashlib.sha256()
     for key in sorted(tensors):
@@ -283,7 +370,7 @@ def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def _main_dtype(tensors: Iterable[torch.Tensor | TensorInfo]) -> torch.dtype:
-    """The floating-point dtype that most bytes are stored in."""
+    """The floating-point dtype that most bytes are stored in; a ValueError if there is none."""
     totals: dict[torch.dtype, int] = {}
     for each in tensors:
         if each.dtype.is_floating_point:

@@ -27,15 +27,23 @@ from prunus.model.source import Source
 class StatesPlace:
     """Where hidden states are kept between two blocks; see `HiddenStates`."""
 
-    spill_to: Path | None
-    on_device: bool
+    spill_to: Path | None  #: folder for a file of them; None if they stay in memory
+    on_device: bool  #: whether they stay in the memory of the device rather than of the host
 
 
 class HiddenStates:
     """One tensor per batch: (windows, tokens, hidden), or images (images, channels, height, width).
 
-    They are in a file in the folder `spill_to`, which has no name, so that nothing is left behind
-    when the process is killed. With None they are on `device`, or else in pinned host memory.
+    Either in memory or in a file, `get` returns what `put` stored, bit for bit. `len` counts
+    batches.
+
+    Args:
+        count: Number of batches.
+        spill_to: Folder for a file of the tensors; None to keep them in memory. The file has no
+            name, so nothing is left behind when the process is killed.
+        device: Where `get` puts the tensors.
+        on_device: Keep the tensors on `device`; otherwise in host memory, which is pinned if the
+            device is a CUDA device.
 
     >>> states = HiddenStates(1, spill_to=None, device=torch.device("cpu"))
     >>> states.put(0, torch.zeros(2, 5, 8))
@@ -58,7 +66,10 @@ class HiddenStates:
         return len(self._tensors)
 
     def put(self, index: int, tensor: torch.Tensor) -> None:
-        """Store batch `index`, in order, or replace it by one of the same dtype, not larger."""
+        """Store batch `index`, or replace it by a tensor of the same dtype that is not larger.
+
+        Batches must be stored in order for the first time.
+        """
         if self._file is None:
             self._keep(index, tensor)
             return
@@ -92,31 +103,46 @@ class HiddenStates:
         return self._places[index][1:] if tensor is None else (tensor.shape, tensor.dtype)
 
     def close(self) -> None:
+        """Release memory and file."""
         self._tensors = [None] * len(self._tensors)
         if self._file is not None:
             self._file.close()
 
     def _keep(self, index: int, tensor: torch.Tensor) -> None:
+        """Store a batch in memory, of the device or of the host."""
         if self._keep_on.type != "cpu" or self._device.type != "cuda":
             self._tensors[index] = tensor.to(self._keep_on)
             return
         # Copies from and to pinned memory run next to other work. Nothing waits for them here: the
         # device does all copies and all computing in the order in which they were begun, and the
         # host never reads this memory. So the next `put` may write to the same memory.
-        kept = self._tensors[index]
-        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-            kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        self._tensors[index] = kept.copy_(tensor.detach(), non_blocking=True)
+        host = self._tensors[index]
+        if host is None or host.shape != tensor.shape or host.dtype != tensor.dtype:
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._tensors[index] = host.copy_(tensor.detach(), non_blocking=True)
 
 
 class Stream:
-    """The windows of one model in batches, all before the same block. Call `embed` first."""
+    """The windows of one model in batches, all before the same block. `len` counts batches.
+
+    Call `embed` first, then `propagate` or `advance` once per block in order, then `close`.
+
+    Args:
+        skeleton: The model without weights.
+        source: Its weights.
+        device: Where blocks run.
+
+    Attributes:
+        skeleton: As given.
+        source: As given.
+        device: As given.
+        states: The hidden states before the next block.
+    """
 
     def __init__(self, skeleton: Skeleton, source: Source, device: torch.device) -> None:
         self.skeleton = skeleton
         self.source = source
         self.device = device
-        #: The hidden states before the next block.
         self.states = HiddenStates(0, spill_to=None, device=device)
         # Number of windows in a batch -> how the model calls each block with it.
         self._calls: dict[int, list[BlockCall]] = {}
@@ -131,11 +157,19 @@ class Stream:
         on_device: bool = True,
         partial: Sequence[torch.Tensor] = (),
     ) -> None:
-        """Run what precedes the blocks on `batches` of ids, and record how the model calls each
-        block.
+        """Run what precedes the blocks, and record how the model calls each block.
 
-        No batches where no inputs are needed. For `spill_to` and `on_device` see `HiddenStates`.
-        `partial` batches are not kept; blocks will be called with as many windows too.
+        Args:
+            batches: Token ids (windows, tokens) per batch, or images. Empty if nobody needs the
+                inputs of a block.
+            spill_to: Folder for a file of hidden states; see `HiddenStates`.
+            on_device: Keep hidden states on the device between blocks; see `HiddenStates`.
+            partial: Token ids of batches whose hidden states are dropped. Blocks will be called
+                with as many windows too, so their calls are recorded.
+
+        Raises:
+            ValueError: The embeddings give hidden states that are not finite.
+            NotImplementedError: Blocks are called with arguments that depend on the text.
         """
         self.states = HiddenStates(
             len(batches), spill_to=spill_to, device=self.device, on_device=on_device
@@ -157,24 +191,40 @@ class Stream:
                     self._remember(len(ids), self.skeleton.record(ids.to(self.device))[1])
 
     def _remember(self, windows: int, recorded: list[BlockCall]) -> None:
-        """Keep one batch's calls for all of its size: masks, positions may not depend on text."""
-        known = self._calls.setdefault(windows, recorded)
-        for index, (left, right) in enumerate(zip(known, recorded, strict=True)):
-            if not left.same_as(right):
+        """Keep the calls of the first batch of this size for all batches of the size.
+
+        Their arguments, such as masks and positions, must therefore not depend on the text.
+        """
+        first = self._calls.setdefault(windows, recorded)
+        for index, (call, other) in enumerate(zip(first, recorded, strict=True)):
+            if not call.same_as(other):
                 raise NotImplementedError(
                     f"block {index} is called with arguments that depend on the text itself; such "
                     "models cannot be pruned block by block yet"
                 )
 
     def forward(self, index: int, block: nn.Module) -> Callable[[int], torch.Tensor]:
-        """A function that runs a block on batch i. It does not change the hidden states."""
+        """A function that runs a block on batch i. It does not change the hidden states.
+
+        Args:
+            index: Position of the block, which decides how the model calls it.
+            block: The block with its weights in place; it can be a copy.
+        """
         run = self.call(index, block)
         return lambda batch: run(self.states.get(batch))
 
     def call(
         self, index: int, block: nn.Module | None = None
     ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """A function that runs a block on hidden states of as many windows as an embedded batch."""
+        """A function that runs a block on hidden states.
+
+        Their number of windows must be that of a batch that was embedded. The function raises
+        NotImplementedError for a block that changes its input in place.
+
+        Args:
+            index: Position of the block, which decides how the model calls it.
+            block: The block with its weights in place; None for the skeleton's.
+        """
         block = block if block is not None else self.skeleton.blocks[index]
 
         def run(hidden: torch.Tensor) -> torch.Tensor:
@@ -203,15 +253,19 @@ class Stream:
     def checked(
         self, index: int, run: Callable[[Any], torch.Tensor]
     ) -> Callable[[Any], torch.Tensor]:
-        """A function that runs a block, with an error where its outputs are not finite."""
+        """`run`, with a ValueError if the outputs of block `index` are not finite.
 
-        def run_checked(given: Any) -> torch.Tensor:
-            output = run(given)
+        The error names the first linear whose inputs are not finite; see `refuse_not_finite`.
+        `run` can take hidden states or the number of a batch.
+        """
+
+        def run_checked(batch: Any) -> torch.Tensor:
+            output = run(batch)
             if not all_finite(output):
                 name = self.skeleton.block_name(index)
                 linears = {f"{name}.{x.name}": x for x in self.skeleton.linears(index)}
                 what = f"{name} gives hidden states that"
-                refuse_not_finite(linears, lambda: run(given), what)
+                refuse_not_finite(linears, lambda: run(batch), what)
             return output
 
         return run_checked
@@ -222,4 +276,5 @@ class Stream:
             self.states.put(batch, forward(batch))
 
     def close(self) -> None:
+        """Release the hidden states."""
         self.states.close()

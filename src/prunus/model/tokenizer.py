@@ -6,7 +6,6 @@ import math
 import multiprocessing
 import os
 import resource
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +13,12 @@ from typing import Any, NamedTuple
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from prunus.hardware.errors import reason
+from prunus.hardware.process_state import no_warnings
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.config import check_config, check_processor_files
 
+#: The files that show that an adapter has a tokenizer of its own.
 _FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 #: What loads -> the files of which a folder has at least one.
 _GLOBS = {
@@ -28,13 +29,19 @@ _TOKENIZER_REMEDY = (
     "copy its files from the dense model; for calibration or perplexity you may also give token "
     "ids instead: a .safetensors file with input_ids"
 )
-_SECONDS = 10  # that a chat template may take
+#: Seconds that a chat template may take.
+_SECONDS = 10
 #: Bytes of memory that the template may take, and of text that it may give.
 _MEMORY, _TEXT = 2**29, 2**22
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The transformers tokenizer of a checkpoint folder; an adapter may use that of its base."""
+    """The transformers tokenizer of a checkpoint folder; an adapter may use that of its base.
+
+    Raises:
+        ValueError: There is none, a number in its files is beyond all limits, or it cannot be
+            loaded; quotes the reason in one line.
+    """
     if is_adapter(folder) and not any((folder / name).exists() for name in _FILES):
         folder = base_folder(folder)
     options = {"trust_remote_code": trust_remote_code}
@@ -42,25 +49,45 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Check that a checkpoint folder has files of a tokenizer; reads none of them."""
+    """Check that a checkpoint folder has files of a tokenizer, without reading any of them.
+
+    Raises:
+        ValueError: It has none.
+    """
     _check_files(AutoTokenizer, folder, "tokenizer", _TOKENIZER_REMEDY)
 
 
 def tokenizer_of_loaded(model: Any, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a loaded transformers model, from the folder it was loaded from."""
+    """The tokenizer of a loaded transformers model, from the folder it was loaded from.
+
+    Raises:
+        ValueError: The model does not say where it was loaded from, or there is no tokenizer.
+        FileNotFoundError: The folder is gone.
+    """
     if not (name := str(getattr(model, "name_or_path", "") or "")):
         raise ValueError("the model does not say where it was loaded from")
     return load_tokenizer(resolve_folder(name), trust_remote_code)
 
 
 def load_image_processor(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The image processor of a folder, by Pillow: every host computes the same pixel values."""
+    """The transformers image processor of a checkpoint folder.
+
+    It resizes and normalises by Pillow, so that every host computes the same pixel values.
+
+    Raises:
+        ValueError: There is none, a number in its files is beyond all limits, or it cannot be
+            loaded; quotes the reason in one line.
+    """
     remedy = "copy its preprocessor_config.json from the dense model"
     options = {"backend": "pil", "trust_remote_code": trust_remote_code}
     return _load(AutoImageProcessor, folder, "image processor", remedy, **options)
 
 
 def _load(loader: Any, folder: Path, what: str, remedy: str, **options: Any) -> Any:
+    """What a class of transformers loads from a folder.
+
+    Messages call it `what`, and end with `remedy`. `options` are those of `from_pretrained`.
+    """
     check_config(folder)
     check_processor_files(folder)
     try:
@@ -88,16 +115,32 @@ def token_ids(folder: Path, trust_remote_code: bool = False) -> dict[str, int] |
 
 
 class Vocabulary(NamedTuple):
-    """What a model's token ids mean."""
+    """What a model's token ids mean.
 
-    model: str  #: how messages name the model
-    size: int | None  #: number of token ids; None if it is not known
-    folder: Path | None  #: the checkpoint with the tokenizer; None if there is none to compare
+    Attributes:
+        model: How messages name the model.
+        size: Number of token ids; None if nobody knows it.
+        folder: The checkpoint with the tokenizer; None if there is none to compare.
+        trust_remote_code: Let transformers run code that comes with the checkpoint.
+    """
+
+    model: str
+    size: int | None
+    folder: Path | None
     trust_remote_code: bool = False
 
 
 def check_same_vocabulary(first: Vocabulary, second: Vocabulary, remedy: str) -> None:
-    """Check that two models have the same tokens: sizes, and tokenizers if both have one."""
+    """Check that two models have the same tokens: sizes, and tokenizers if both have one.
+
+    Args:
+        first: The vocabulary of one model.
+        second: The vocabulary of the other.
+        remedy: What the user can do, as the end of the message.
+
+    Raises:
+        ValueError: They differ; names both sizes or one token.
+    """
     if None not in (first.size, second.size) and first.size != second.size:
         raise ValueError(
             f"{first.model} has a vocabulary of {first.size} tokens, {second.model} one of "
@@ -130,14 +173,24 @@ def apply_chat_template(
     answer_follows: bool = True,
     **variables: Any,
 ) -> str:
-    """The text that a tokenizer's chat template makes of messages and other `variables`."""
+    """The text that a tokenizer's chat template makes of messages.
+
+    Args:
+        tokenizer: A transformers tokenizer with a chat template.
+        messages: Each has a `role` and a `content`.
+        answer_follows: End with the beginning of an answer, which a model then continues.
+        variables: More that the template may read, such as `tools` or `enable_thinking`.
+
+    Raises:
+        ValueError: The template is damaged, refuses the messages, takes longer than ten seconds, or
+            asks for more than 512 MiB of memory or 4 MiB of text.
+    """
     variables["add_generation_prompt"] = answer_follows
     forking = multiprocessing.get_context("fork")
     reading, writing = forking.Pipe(duplex=False)
     child = forking.Process(target=_run_child, args=(writing, tokenizer, messages, variables))
-    with warnings.catch_warnings():
+    with no_warnings():
         # The child runs Python only, and none of the threads that the warning is about.
-        warnings.simplefilter("ignore", DeprecationWarning)
         child.start()
     writing.close()
     kind, text = "memory", ""  # of a child that ends without an answer
@@ -168,7 +221,7 @@ def _run_child(
     writing: Any, tokenizer: Any, messages: Sequence[dict[str, Any]], variables: dict[str, Any]
 ) -> None:
     """Apply the template, and send the kind of the answer, text, fault or memory, and the text."""
-    limit_process()
+    _limit_process()
     try:
         text = str(tokenizer.apply_chat_template(list(messages), tokenize=False, **variables))
         data = text.encode(errors="replace")
@@ -179,7 +232,7 @@ def _run_child(
         writing.send(("fault", reason(fault)))
 
 
-def limit_process() -> None:
+def _limit_process() -> None:
     """Limit the processor time of this process, and the memory beyond what its parent had."""
     seconds = math.ceil(_SECONDS) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
+from prunus.hardware.errors import did_you_mean
 from prunus.model.checkpoint.regular_files import read_limited
 
 if TYPE_CHECKING:
@@ -197,9 +198,10 @@ def explain(fault: ValidationError, kind: type[BaseModel]) -> str:
     faults = [_explain_one(error, kind) for error in fault.errors()]
     # The list of the known options is long: once is enough.
     for place in reversed(range(1, len(faults))):
-        own, _, known = faults[place].partition("; known are ")
-        if known and any(other.endswith(known) for other in faults[:place]):
-            faults[place] = own
+        own, _, listed = faults[place].partition("; known are ")
+        known, mark, hint = listed.partition("; did you mean")
+        if known and any(f"; known are {known}" in other for other in faults[:place]):
+            faults[place] = own + mark + hint
     more = len(faults) - _MOST_FAULTS
     return "; ".join([*faults[:_MOST_FAULTS], *([f"and {more} more"] if more > 0 else [])])
 
@@ -216,14 +218,20 @@ def _explain_one(error: Any, kind: type[BaseModel]) -> str:
             inner = getattr(fields.get(str(part)), "annotation", None)
             if isinstance(inner, type) and issubclass(inner, BaseModel):
                 fields = inner.model_fields
-        return f"unknown option {name!r}; known are {', '.join(fields)}"
+        return (
+            f"unknown option {name!r}; known are {', '.join(fields)}"
+            f"{did_you_mean(error['loc'][-1], fields)}"
+        )
     message = words(error)
     if error["type"] == "value_error":
         table = ".".join(str(part) for part in error["loc"][:-1])
         return f"{table}: {message}" if table else message
     if error["type"] == "missing":
         return f"{name} is missing"
-    return f"{name}: {message.lower()} (got {_brief(error['input'])}){percent(error['input'])}"
+    # pydantic lists the choices of a name as 'a', 'b' or 'c'.
+    choices = str(error.get("ctx", {}).get("expected", "")).split("'")[1::2]
+    hint = did_you_mean(error["input"], choices) or percent(error["input"])
+    return f"{name}: {message.lower()} (got {_brief(error['input'])}){hint}"
 
 
 def words(error: Mapping[str, Any]) -> str:

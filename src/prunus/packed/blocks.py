@@ -39,13 +39,15 @@ _HOME = "transformers.models."
 _ACTIVATIONS = {"SiLU": 0, "SiLUActivation": 0, "GELUTanh": 1}
 _SDPA = ("sdpa", "prunus_sdpa")
 _CACHES = ("cache", "past_key_values")  # the newer and the older name of one argument
-# Arguments that the kernel is given, or that a block does not compute with.
+# Arguments that the kernel is given, or that a block does not compute with. `generate` hands the
+# tokenizer down to every block, where a program gives it one to find stop strings.
 _KNOWN = {
     *_CACHES,
     "attention_mask",
     "cache_position",
     "position_embeddings",
     "position_ids",
+    "tokenizer",
     "use_cache",
 }
 _MOST_SEQUENCES = 16

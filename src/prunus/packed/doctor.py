@@ -12,6 +12,7 @@ import torch
 import transformers
 from packaging.requirements import Requirement
 
+from prunus.hardware.sizes import counted
 from prunus.packed.kernels import library as kernels
 
 
@@ -66,13 +67,14 @@ def in_sentences(state: dict[str, Any]) -> list[str]:
             ),
             "Dense bfloat16 linears of packed models "
             + ("use a kernel as well." if state["dense_kernel"] else "run in torch."),
-            f"Torch uses {state['threads']} threads; the kernels run on {state['thread_runtime']}.",
+            f"Torch uses {counted(state['threads'], 'thread')}; the kernels run on "
+            f"{state['thread_runtime']}.",
         ]
     else:
         said += [
             f"Packed models run on slower code in torch, because there are no kernels: "
             f"{state['why_not']}.",
-            f"Torch uses {state['threads']} threads.",
+            f"Torch uses {counted(state['threads'], 'thread')}.",
         ]
     reason = state["needs_import"]
     said.append(
@@ -96,7 +98,10 @@ def _needs_import(installed: Distribution | None) -> str | None:
     if installed is None:
         return "prunus is found by its path and is not installed"
     if not installed.entry_points.select(group="torch.backends"):
-        return "this installation, as every editable one, has no entry point for torch"
+        return (
+            "this installation, as every editable one, has no entry point for torch; `pip install "
+            ".` in the clone, without -e, makes one that has"
+        )
     if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
         return "TORCH_DEVICE_BACKEND_AUTOLOAD=0 switches the entry points of torch off"
     return None

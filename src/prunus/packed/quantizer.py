@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -154,7 +153,8 @@ class PrunusQuantizer(HfQuantizer):
         for path in expand_read_linears(model, model.dtype):
             del self.quantization_config.linears[self._saved_names[path]]
         use_fast_decoding(model)
-        model.num_parameters = MethodType(_num_parameters, model)
+        # A partial function, because it is copied and pickled with the model.
+        model.num_parameters = functools.partial(_num_parameters, model)
         _keep_records(model)
         return model
 

@@ -43,7 +43,6 @@ def allocate(job: PruningJob, ids: torch.Tensor | None) -> dict[str, float]:
 
 def _loss_curves(job: PruningJob, ids: torch.Tensor) -> dict[str, list[tuple[float, float]]]:
     """Full name -> (sparsity, loss) of a linear, from the least to the most that it may lose."""
-    job.options.tell("measuring what errors of each linear cost")
     options = job.linear_settings.work.options
     measured = measure_loss(job, ids, job.selected, options, quantizes=False)
     found = {name: each.curve_P.tolist() for name, each in measured.items()}

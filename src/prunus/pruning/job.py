@@ -1,16 +1,17 @@
-"""A checked run of prune: what is pruned and how. `run.py` follows it, `prunus plan` prints it.
+"""A checked run of prune or compress: what is changed and how. `prunus plan` prints it.
 
-Whatever would make a run fail later fails in `plan_run`. A verb that prunes and then does more to
-each linear has a job of a class of its own; see `prunus.compression.run`.
+Whatever would make a run fail later fails in `plan_run`. How the linears of the result are stored
+is known to a `Format`. Its base class stores plain tensors, as prune does; `prunus.formats` has the
+others.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -21,65 +22,65 @@ from prunus.methods import Method, Work, check_options, compose, get_method
 from prunus.methods.patterns import Pattern, check_shape
 from prunus.methods.refine.dense_targets import drift_is_worthwhile
 from prunus.methods.statistics import statistics_bytes
+from prunus.model.checkpoint.output_folder import check_whole
+from prunus.model.checkpoint.writer import Writable
+from prunus.model.levels import grid_bits
 from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.pruning.block.dense_stream import drift_stride_for
 from prunus.pruning.block.linear import LinearSettings
 from prunus.pruning.loss_sensitivity import measuring_memory
-from prunus.pruning.manifest import Manifest, PruningRecord
+from prunus.pruning.manifest import LinearRecord, PruningRecord, grid_words
 from prunus.pruning.options import PruningOptions
-from prunus.pruning.recipe import Recipe
 from prunus.pruning.reconstruction.reconstruct_block import training_bytes
 from prunus.pruning.reconstruction.schedule import ReconstructionSettings
+from prunus.runs.folder import BlockFolder, find_earlier
 from prunus.runs.job import RunJob, windows_per_batch
 from prunus.runs.options import RunOptions
 from prunus.runs.plan import check_memory, open_model
 from prunus.runs.record import Walk
 
+#: About so many matrices are looked at before a run.
+_SAMPLED = 24
+
 
 @dataclass(kw_only=True)
 class PruningJob(RunJob):
-    """The decisions of one run of prune."""
-
-    #: The record that the run writes.
-    RECORD: ClassVar[type[PruningRecord]] = Manifest
-    #: Whether weights become integers at the end of each linear.
-    QUANTIZES: ClassVar[bool] = False
+    """The decisions of one run of prune or compress."""
 
     recipe: PruningOptions
+    format: Format  #: how linears are stored in the result
     linear_settings: LinearSettings
     selected: list[list[str]]
     #: The weights of the blocks that stay dense: full name -> shape.
     left_dense: dict[str, tuple[int, ...]]
 
-    @classmethod
-    def select(
-        cls, found: LinearSelection, source: CheckpointSource | ModuleSource, skeleton: Skeleton
-    ) -> LinearSelection:
-        """The part of a selection that the verb can change."""
-        return found
-
-    def check(self) -> None:
-        """Check what only this verb demands, before any work."""
-
     @property
     def measures_loss(self) -> bool:
         """Whether the run begins by measuring how the loss depends on each linear."""
-        return self.QUANTIZES or (self.recipe.allocates and self.recipe.sparsity > 0)
+        allocates = self.recipe.allocates and self.recipe.sparsity > 0
+        return allocates or self.format.measures_loss
 
     def measuring_bytes(self) -> int:
+        """Bytes of that measurement; 0 without one."""
         if not self.measures_loss:
             return 0
-        memory = measuring_memory(self, self.QUANTIZES)
+        memory = measuring_memory(self, self.format.QUANTIZES)
         return memory.total(hidden=self.device.type == "cpu", paused=False)
 
     def peak_bytes(self) -> int:
-        return max(super().peak_bytes(), self.measuring_bytes())
+        return max(super().peak_bytes(), self.measuring_bytes(), self.format.peak_bytes())
 
-    def describe(self) -> dict[str, object]:
-        """What only this verb adds to a plan, as JSON values."""
-        return {}
+    def file_bytes(self) -> int:
+        return self.format.file_bytes()
+
+    def dense_file_bytes(self) -> int:
+        """Bytes of a result with plain tensors of the source's dtypes."""
+        return super().file_bytes()
+
+    def disk_bytes(self) -> int:
+        return super().disk_bytes() + self.format.temporary_bytes()
 
     def selected_linears(self) -> dict[str, Linear]:
         """The linears to prune, block by block: full name -> linear."""
@@ -90,21 +91,26 @@ class PruningJob(RunJob):
             if linear.name in names
         }
 
+    def stored_key(self, linear: str) -> str:
+        """The name under which the checkpoint stores the weight of a linear."""
+        return self.checkpoint.stored[f"{linear}.weight"]
+
+    @functools.cached_property
+    def grid_bits(self) -> int | None:
+        """The bits of the grid that stored weights lie on, or None; see `levels.grid_bits`."""
+        if isinstance(self.source, ModuleSource):
+            return None
+        checkpoint, last = self.source.checkpoint, len(self.skeleton) - 1
+        matrices = [
+            key
+            for index in {0, last // 2, last}
+            for key in self.source.block_keys(index)
+            if len(checkpoint.tensors[key].shape) > 1
+        ]
+        # A block of experts may have hundreds.
+        return grid_bits(checkpoint, matrices[:: 1 + len(matrices) // _SAMPLED])
+
     # The dense model next to the pruned one, and training towards it.
-
-    @property
-    def reconstructs(self) -> str:
-        """Which blocks are trained: none, last or all."""
-        return self.recipe.reconstruct if isinstance(self.recipe, Recipe) else "none"
-
-    @property
-    def two_passes(self) -> bool:
-        """Whether windows run twice through each block, as in the original code."""
-        return isinstance(self.recipe, Recipe) and self.recipe.propagate == "block"
-
-    @property
-    def prunes_head(self) -> bool:
-        return isinstance(self.recipe, Recipe) and self.recipe.head
 
     @property
     def runs_dense_stream(self) -> bool:
@@ -120,27 +126,29 @@ class PruningJob(RunJob):
     def drift_stride(self) -> int:
         """One of this many batches also runs through the dense model."""
         method = self.linear_settings.method
-        if method.needs_held_out or self.reconstructs == "all" or not method.needs_drift:
+        trained = self.recipe.trained_blocks
+        if method.needs_held_out or trained == "all" or not method.needs_drift:
             return 1
         blocks = map(self.skeleton.linears, range(len(self.skeleton)))
         widths = (linear.shape[1] for linears in blocks for linear in linears)
         stride = drift_stride_for(
             self.tokens, max(filter(self.uses_dense_target, widths), default=1)
         )
-        if self.reconstructs == "none":
+        if trained == "none":
             return stride
         # Reconstruction needs two batches: one to train on and one for validation.
         return max(1, min(stride, self.batches - 1))
 
     @property
     def reconstruction(self) -> ReconstructionSettings | None:
-        recipe = self.recipe
-        if not isinstance(recipe, Recipe) or not recipe.reconstructs:
+        """How blocks are trained after they are pruned; None where none is."""
+        trained = self.recipe.trained_blocks
+        if trained == "none":
             return None
         return ReconstructionSettings(
-            recipe.reconstruct_epochs,
+            self.recipe.epochs,
             training_dtype(self.device, self.dtype),
-            last_only=recipe.reconstruct == "last",
+            last_only=trained == "last",
         )
 
     @property
@@ -152,10 +160,10 @@ class PruningJob(RunJob):
         return self.linear_settings.work.reference_order
 
     def walk(self, index: int) -> Walk:
-        return "two_pass" if self.two_passes else super().walk(index)
+        return "two_pass" if self.recipe.two_passes else super().walk(index)
 
     def check_ranks(self) -> None:
-        by_window = self.two_passes and self.linear_settings.method.has_reference_order
+        by_window = self.recipe.two_passes and self.linear_settings.method.has_reference_order
         if self.ranks.size > 1 and by_window:
             raise ValueError(
                 f"`propagate` block keeps the original's order of operations for "
@@ -166,7 +174,7 @@ class PruningJob(RunJob):
     def working_bytes(self, index: int) -> int:
         method, linears = self.linear_settings.method, self.skeleton.linears(index)
         working = super().working_bytes(index)
-        if self.needs == "gram" and self.two_passes:
+        if self.needs == "gram" and self.recipe.two_passes:
             # The statistics of all linears of the block exist at the same time.
             working += sum(statistics_bytes(linear.shape[1], self.needs) for linear in linears)
         # A dense target adds five float32 matrices like the Gram, or ten with held-out statistics.
@@ -179,6 +187,127 @@ class PruningJob(RunJob):
         if settings is None or not settings.applies_to(index, len(self.skeleton)):
             return 0, 0
         return training_bytes(self, index)
+
+
+_Record = TypeVar("_Record", bound=PruningRecord)
+
+
+class Format(Generic[_Record]):
+    """How the linears of a result are stored: here as plain tensors of the source's dtypes.
+
+    `_Record` is the record of the runs that write the format. An object belongs to one run.
+    `plan_run` gives it the run's `job` before all but `select` is called. The engine asks a format
+    in this order:
+
+        where the run writes             folder ► earlier
+        the plan                         select ► check ► file_bytes, peak_bytes, describe, …
+        the shard of a block             tensors_of; weight_from where a run is resumed
+        the shard of all else            outside
+        the end                          finish ► card, config
+        a run that is finished already   is_complete, or check_finished
+        at last                          close
+    """
+
+    #: What happens to a block, in one word.
+    DONE: ClassVar[str] = "pruned"
+    #: Whether weights become integers at the end of each linear.
+    QUANTIZES: ClassVar[bool] = False
+    #: Whether what lies outside the blocks can be written before the first block.
+    WRITES_OUTSIDE_FIRST: ClassVar[bool] = True
+
+    job: PruningJob
+
+    def folder(self, model: str | Path, output: Path) -> Path:
+        """The folder that a run writes, which may lie next to its result. Refuses a bad output."""
+        return output
+
+    def earlier(
+        self,
+        kind: type[_Record],
+        model: str | Path,
+        folder: Path,
+        recipe: PruningOptions,
+        options: RunOptions,
+    ) -> _Record | None:
+        """The record of the run to go on with, or of a finished result; None for neither."""
+        return find_earlier(kind, folder, recipe, options, Path(model))
+
+    def is_complete(self, earlier: _Record) -> bool:
+        """Whether the result of an earlier run stands, and the folder holds nothing of it."""
+        return False
+
+    def close(self, folder: Path) -> None:
+        """Clean up on rank 0, after the result is complete and while the folder is held."""
+
+    def select(
+        self, selection: LinearSelection, source: CheckpointSource | ModuleSource, model: Skeleton
+    ) -> LinearSelection:
+        """The part of a selection that the format can store. Raises where that is nothing."""
+        return selection
+
+    def check(self) -> None:
+        """Refuse what the format cannot do, before any work: ValueError."""
+
+    @property
+    def measures_loss(self) -> bool:
+        """Whether the choice of bits needs the loss that errors in each linear cause."""
+        return False
+
+    def describe(self) -> dict[str, object]:
+        """What the format adds to a plan, as JSON values."""
+        return {}
+
+    def file_bytes(self) -> int:
+        """Bytes of the weights of the result."""
+        return self.job.dense_file_bytes()
+
+    def peak_bytes(self) -> int:
+        """Bytes of memory that the format needs outside the walk through the blocks."""
+        return 0
+
+    def temporary_bytes(self) -> int:
+        """Bytes on the disk that the run needs besides its result."""
+        return 0
+
+    def tensors_of(self, key: str, weight: Any, record: LinearRecord) -> dict[str, torch.Tensor]:
+        """The tensors of a shard that store a quantised linear.
+
+        Args:
+            key: The name under which the source stores the weight.
+            weight: What `LinearFinish.end` returned for the linear.
+            record: The linear's part of the record.
+        """
+        raise NotImplementedError(f"{type(self).__name__} stores plain tensors")
+
+    def weight_from(
+        self, key: str, tensors: dict[str, torch.Tensor], record: LinearRecord, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The dense weight from `tensors_of`, in `dtype`; removes these from `tensors`."""
+        raise NotImplementedError(f"{type(self).__name__} stores plain tensors")
+
+    def outside(
+        self, folder: BlockFolder, record: _Record, tensors: dict[str, Writable]
+    ) -> dict[str, Writable]:
+        """The tensors of the shard of what lies outside the blocks, from those of the source."""
+        return tensors
+
+    def card(self, record: _Record) -> str:
+        """The model card, README.md."""
+        raise NotImplementedError(f"{type(self).__name__} has no card")
+
+    def config(self, record: _Record) -> Mapping[str, object] | None:
+        """The content of config.json; None for that of the source."""
+        return None
+
+    def finish(self, folder: BlockFolder, record: _Record) -> None:
+        """Complete the result from its shards, on rank 0, and note in the record that it is."""
+        shards = [record.shard(index) for index in range(record.shard_count)]
+        code = self.job.options.trust_remote_code
+        folder.finish(shards, card=self.card(record), config=self.config(record), code=code)
+
+    def check_finished(self, folder: BlockFolder, record: _Record) -> None:
+        """Check on rank 0 that the finished result of an earlier run is whole."""
+        check_whole(folder.folder)
 
 
 def training_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -226,20 +355,25 @@ def plan_run(
     model: str | Path | nn.Module,
     recipe: PruningOptions,
     options: RunOptions,
-    kind: type[PruningJob] = PruningJob,
+    stored: Format[Any],
     decided_dtype: str | None = None,
 ) -> PruningJob:
-    """Check all that needs neither weights nor text, and decide what the recipe leaves open."""
-    settings = _linear_settings(recipe, options.own_method, kind.QUANTIZES)
+    """Check all that needs neither weights nor text, and decide what the recipe leaves open.
+
+    Args:
+        stored: How the result stores linears.
+        decided_dtype: What `dtype` auto meant in the run that is resumed; None for a new run.
+    """
+    settings = _linear_settings(recipe, options.own_method, stored.QUANTIZES)
     method = settings.method
     selections: list[LinearSelection] = []
 
     def check(source: CheckpointSource | ModuleSource, skeleton: Skeleton) -> None:
-        if isinstance(recipe, Recipe) and recipe.head:
+        if recipe.prunes_head:
             head = skeleton.head()
             check_shape(settings.work.pattern, head.shape, head.name)
-        found = select_linears(skeleton, recipe, settings.work.pattern)
-        selections.append(kind.select(found, source, skeleton))
+        all_linears = select_linears(skeleton, recipe, settings.work.pattern)
+        selections.append(stored.select(all_linears, source, skeleton))
 
     fields = open_model(
         model,
@@ -251,10 +385,9 @@ def plan_run(
         decided_dtype=decided_dtype,
         check=check,
     )
-    found = selections[0]
-    job = kind(
-        **fields, linear_settings=settings, selected=found.selected, left_dense=found.left_dense
-    )
+    [selection] = selections
+    job = PruningJob(**fields, format=stored, linear_settings=settings, **selection._asdict())
+    stored.job = job
     job.batch = _batch(job)
     job.check_ranks()
     job.measure_memory()
@@ -265,15 +398,15 @@ def plan_run(
             "measuring how the loss depends on each linear needs "
             f"{(measured + held) / 1e9:.2f} GB; the memory budget is "
             f"{(job.budget + held) / 1e9:.2f} GB. Raise `memory`"
-            + ("" if job.QUANTIZES else ", or choose allocation uniform")
+            + ("" if stored.QUANTIZES else ", or choose allocation uniform")
         )
-    job.check()
+    stored.check()
     return job
 
 
 def needs_inputs(recipe: PruningOptions, method: Method) -> bool:
     """Whether the method, the allocation or the training of a recipe uses calibration windows."""
-    trains = isinstance(recipe, Recipe) and recipe.reconstructs
+    trains = recipe.trained_blocks != "none"
     return method.needs != "none" or trains or recipe.allocates
 
 
@@ -282,20 +415,20 @@ def _linear_settings(recipe: PruningOptions, own: Method | None, quantizes: bool
     published = own or get_method(recipe.method)
     method = compose(published, recipe, quantizes)
     # Two passes are the published procedure. There the published solvers also sum in its order.
-    two_passes = isinstance(recipe, Recipe) and recipe.propagate == "block"
     group = recipe.group
     if group is None:
         group = published.with_options(recipe).default_group
     pattern = Pattern.parse(recipe.pattern, group)
     check_options(published, pattern, recipe.sparsity, recipe, quantizes=quantizes)
-    in_order = two_passes and method is published and method.has_reference_order
+    in_order = recipe.two_passes and method is published and method.has_reference_order
     work = Work(pattern, recipe.sparsity, recipe, reference_order=in_order)
     return LinearSettings(method=method, work=work)
 
 
 def _batch(job: PruningJob) -> int:
     """Calibration windows per forward pass."""
-    recipe, trains = job.recipe, "" if job.reconstructs == "none" else "reconstruction"
+    recipe = job.recipe
+    trains = "" if recipe.trained_blocks == "none" else "reconstruction"
     batch = 1 if job.reference_order else None  # the reference order sums window by window
     window_tokens = job.skeleton.window_shape(0, recipe.seqlen)[0]
     return windows_per_batch(recipe.samples, window_tokens, recipe.batch or batch, trains)
@@ -306,7 +439,7 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
 
     `to_remove` counts weights, `blocks_in_lockstep` and `batch` count too. `hidden_states` says
     where they are kept. `file_bytes` are the weights of the result, `disk_bytes` include temporary
-    files.
+    files. `rounded_before` is empty where the weights lie on no grid.
     """
     blocks = range(len(job.skeleton))
     shapes: Sequence[tuple[int, int]] = [x.shape for x in job.selected_linears().values()]
@@ -318,6 +451,8 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
         "weights": weights,
         "to_remove": int(weights * job.linear_settings.work.sparsity),
         "left_dense": {name: list(shape) for name, shape in job.left_dense.items()},
+        "grid_bits": job.grid_bits,
+        "rounded_before": grid_words(job.grid_bits),
         "dtype": str(job.dtype).removeprefix("torch."),
         "dtype_reason": job.dtype_reason,
         "device": str(job.device),
@@ -332,5 +467,5 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
             "rule": job.recipe.allocation,
             "measured": job.recipe.allocates and job.recipe.sparsity > 0,
         },
-        **job.describe(),
+        **job.format.describe(),
     }

@@ -126,9 +126,6 @@ class BlockRecord(Part):
 
 
 class PruningRecord(BlockwiseRecord):
-    #: What happened to a block, in one word.
-    DONE: ClassVar[str] = "pruned"
-
     recipe: PruningOptions
     blocks: list[BlockRecord] = Field(default_factory=list)
     head: LinearRecord | None = None  #: the pruned output head, or None
@@ -138,6 +135,8 @@ class PruningRecord(BlockwiseRecord):
     data_dir: str | None = None
     #: Weights of the blocks that stay as they are: full name -> shape.
     left_dense: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    #: Bits of the grid that the weights of the model lay on before the run, or None.
+    grid_bits: int | None = None
 
     @property
     def what(self) -> str:
@@ -233,6 +232,7 @@ class PruningRecord(BlockwiseRecord):
         if totals["zeros_before"]:
             share = totals["zeros_before"] / totals["weights"]
             lines.append(f"the model had {share:.1%} zeros already")
+        lines += filter(None, [grid_words(self.grid_bits)])
         if totals.get("expert_linears"):
             few, count = totals["expert_linears_measured_on_all"], totals["expert_linears"]
             lines.append(
@@ -301,10 +301,24 @@ def _experts(linears: Sequence[LinearRecord]) -> dict[str, int]:
     }
 
 
+def grid_words(bits: int | None) -> str:
+    """What it means for people that weights lie on a grid of so many bits; nothing for None."""
+    if bits is None:
+        return ""
+    return (
+        f"The weights of the model were rounded to about {bits} bits before this run: beside "
+        "formats of as many bits it compares better than ordinary weights would, and the size "
+        "before is that of unpacked weights (benchmarks/dither.py makes fair ones of a GGUF file)."
+    )
+
+
 def pruned_card(
-    manifest: Manifest, loader: str = "AutoModelForCausalLM", source: Path | None = None
+    manifest: Manifest,
+    loader: str = "AutoModelForCausalLM",
+    source: Path | None = None,
+    nbytes: int | None = None,
 ) -> str:
-    """What the checkpoint is, how it was made, and what loads it."""
+    """What the checkpoint is, how it was made, and what loads it; its files take `nbytes`."""
     recipe, totals = manifest.recipe, manifest.totals
     sparsity = totals.get("sparsity", 0.0)
     shape = recipe.pattern if recipe.n_of_m else f"{recipe.sparsity:.0%} unstructured"
@@ -317,8 +331,10 @@ def pruned_card(
             "used like the dense model.",
             f"Weights removed: {totals.get('zeros', 0):,} of {totals.get('weights', 0):,} in the "
             f"pruned linears ({sparsity:.2%}). Calibration: {calibration_words(manifest)}.",
+            grid_words(manifest.grid_bits),
         ],
         tags=["pruned", "sparse", sparsity_tag(sparsity)],
+        nbytes=nbytes,
         fields={"prunus": f"\n  method: {recipe.method}\n  sparsity: {sparsity:.4f}"},
         source=source,
     )

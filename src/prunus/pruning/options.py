@@ -195,6 +195,28 @@ class PruningOptions(MethodOptions, WindowOptions):
     def check_fit(self) -> None:
         """Check the rules of a verb."""
 
+    # What only prune does. A command that adds to it has a recipe in which these are options.
+
+    @property
+    def trained_blocks(self) -> Literal["none", "last", "all"]:
+        """The blocks whose remaining weights are trained towards the dense model."""
+        return "none"
+
+    @property
+    def epochs(self) -> int | None:
+        """The epochs of that training; None chooses them by the number of tokens."""
+        return None
+
+    @property
+    def two_passes(self) -> bool:
+        """Whether windows run twice through each block, as in the original code of Wanda."""
+        return False
+
+    @property
+    def prunes_head(self) -> bool:
+        """Whether the output head is pruned too."""
+        return False
+
     @property
     def n_of_m(self) -> tuple[int, int] | None:
         """(N, M), or None for unstructured sparsity."""

@@ -1,34 +1,44 @@
-"""Where a run puts what it has pruned: a new checkpoint folder, or the loaded model itself."""
+"""Where a run puts what it has changed: a new checkpoint folder, or the loaded model itself."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
-from prunus.model.checkpoint.writer import Writable
-from prunus.model.kinds import kind_of
+from prunus.model.checkpoint.atomic_files import remove
+from prunus.model.checkpoint.reader import Checkpoint
+from prunus.model.checkpoint.writer import Writable, save_safetensors
 from prunus.model.loading import keep_records, manifest_text
 from prunus.model.source import ModuleSource
-from prunus.pruning.job import PruningJob
-from prunus.pruning.manifest import Manifest, PruningRecord, pruned_card
+from prunus.pruning.job import Format, PruningJob
+from prunus.pruning.manifest import PruningRecord
 from prunus.runs.folder import BlockFolder
 from prunus.runs.loop import Made
-from prunus.runs.record import OUTSIDE_SHARD, shard_name
+
+#: Measurements of an unfinished run; they decide the bytes of all blocks.
+MEASUREMENT = "sensitivity.safetensors"
 
 
 class InPlaceOutput:
     """The loaded model itself. Its weights change block by block, and no run can be resumed."""
 
-    def __init__(self, source: ModuleSource, record: Manifest) -> None:
+    def __init__(
+        self, source: ModuleSource, record: PruningRecord, stored: Format[PruningRecord]
+    ) -> None:
         self.spill_folder = Path(tempfile.gettempdir())
         self.finished = 0
-        self._source, self._record = source, record
+        self._source, self._record, self._format = source, record, stored
 
     def begin(self, overwrite: bool) -> None:
         """A loaded model is ready."""
+
+    def measured(self, measure: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """What `measure` returns."""
+        return measure()
 
     def read_block(self, place: int) -> Mapping[str, torch.Tensor]:
         raise LookupError(f"no earlier run finished block {place} of a loaded model")
@@ -37,22 +47,29 @@ class InPlaceOutput:
         self._source.write(made.tensors, place)
         self._record.blocks.append(made.record)
 
-    def complete(self, changed: Mapping[str, torch.Tensor]) -> None:
+    def write_outside(self, changed: Mapping[str, torch.Tensor]) -> None:
+        """Write tensors outside the blocks, by their names in the model."""
         self._source.write(changed)
+
+    def complete(self, changed: Mapping[str, torch.Tensor]) -> None:
+        """Write tensors outside the blocks, by their names in the model, and keep the records."""
+        self.write_outside(changed)
         self._record.state = "finished"
         model = self._source.model
         name = str(getattr(model, "name_or_path", "") or self._record.source)
         named = self._record.model_copy(update={"source": name})
-        card = pruned_card(named, kind_of(self._source.config).loader)
         text = manifest_text(named.model_dump(mode="json"))
-        keep_records(model, {"README.md": card, Manifest.FILE: text})
+        keep_records(model, {"README.md": self._format.card(named), named.FILE: text})
 
     def check_finished(self) -> None:
         """A loaded model has no earlier run."""
 
 
-class PrunedFolder(BlockFolder):
-    """A new checkpoint folder, with the configuration and the tokenizer of the source."""
+class CheckpointFolder(BlockFolder):
+    """A new folder, whose linears are stored as the format of the run says.
+
+    No dense copy of a quantised linear is ever written.
+    """
 
     record: PruningRecord
     job: PruningJob
@@ -64,50 +81,71 @@ class PrunedFolder(BlockFolder):
     def prepare(self) -> None:
         # The hashes of what lies outside the blocks were taken just now, and embedding reads it
         # next. Copied now, it is read from the disk only once. A pruned head is not known yet.
-        if not self.job.prunes_head and not self.has(OUTSIDE_SHARD):
-            self._write_outside({})
-            self.save()
+        if self.job.format.WRITES_OUTSIDE_FIRST and not self.job.recipe.prunes_head:
+            self.write_outside({})
 
-    def complete(self, changed: Mapping[str, torch.Tensor]) -> None:
-        self.ranks.on_rank_0(lambda: self._complete(changed))
-        self.record.state = "finished"
-
-    def _complete(self, changed: Mapping[str, torch.Tensor]) -> None:
-        if changed or not self.has(OUTSIDE_SHARD):
-            self._write_outside(changed)
-        shards = [shard_name(index) for index in range(len(self.record.blocks))]
-        if self.job.checkpoint.outside_keys():
-            shards.append(OUTSIDE_SHARD)
-        self.finish(
-            shards, card=self.card(), config=self.config(), code=self.job.options.trust_remote_code
-        )
-
-    def card(self) -> str:
-        assert isinstance(self.record, Manifest)
-        source = self.job.checkpoint
-        return pruned_card(self.record, kind_of(source.config).loader, source.checkpoint.folder)
-
-    def config(self) -> Mapping[str, object] | None:
-        """The content of config.json, where it differs from the source's."""
-        return None
-
-    def outside(self, tensors: dict[str, Writable]) -> dict[str, Writable]:
-        """The tensors of the shard of what lies outside the blocks."""
+    def measured(self, measure: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Named tensors that `measure` returns now, or has returned in the run that is resumed."""
+        path = self.folder / MEASUREMENT
+        if path.exists():
+            return load_file(path)
+        tensors = measure()
+        self.save()
+        save_safetensors(path, tensors)
         return tensors
 
-    def _write_outside(self, changed: Mapping[str, torch.Tensor]) -> None:
-        """Write the shard of everything outside the blocks; `changed` as for `complete`."""
+    def complete(self, changed: Mapping[str, torch.Tensor]) -> None:
+        """Complete the result; `changed` has tensors outside the blocks by their names."""
+
+        def finish() -> dict[str, object]:
+            self.write_outside(changed)
+            self.job.format.finish(self, self.record)
+            remove(self.folder / MEASUREMENT)
+            return self.record.model_dump(mode="json")
+
+        self.record.adopt(self.ranks.on_rank_0(finish))
+
+    def check_finished(self) -> None:
+        def check() -> None:
+            self.job.format.check_finished(self, self.record)
+            remove(self.folder / MEASUREMENT)  # A run that was killed at its very end left it.
+
+        self.ranks.on_rank_0(check)
+
+    def stored(self, place: int, made: Made) -> dict[str, torch.Tensor]:
+        tensors = super().stored(place, made)
+        for name, weight in made.packed.items():
+            key = self.job.stored_key(f"{made.record.name}.{name}")
+            del tensors[key]
+            tensors |= self.job.format.tensors_of(key, weight, made.record.linears[name])
+        return tensors
+
+    def restored(self, place: int) -> dict[str, torch.Tensor]:
+        if not self.job.format.QUANTIZES:
+            return super().restored(place)
+        shard = Checkpoint(self.folder, only=[self.record.shard(place)])
+        tensors, block = dict(shard.read(shard.tensors)), self.record.blocks[place]
+        for name, linear in block.linears.items():
+            key = self.job.stored_key(f"{block.name}.{name}")
+            dtype = self.job.checkpoint.checkpoint.tensors[key].dtype
+            tensors[key] = self.job.format.weight_from(key, tensors, linear, dtype)
+        return self.job.checkpoint.from_stored(place, tensors.items())
+
+    def write_outside(self, changed: Mapping[str, torch.Tensor]) -> None:
+        """Write the shard of everything outside the blocks, unless it is there and unchanged."""
         source = self.job.checkpoint
         keys = source.outside_keys()
-        if keys:
+        if keys and (changed or not self.has(self.record.outside_shard)):
             replaced = {source.stored[name]: tensor for name, tensor in changed.items()}
             # With little memory, cached pages of the written file would push out the pages that
             # were read for it and are needed again at once.
             uncached = 4 * source.checkpoint.nbytes(keys) > self.job.host_budget
-            tensors = self.outside({**source.checkpoint.stored(keys), **replaced})
-            self.write_shard(OUTSIDE_SHARD, tensors, uncached=uncached)
+            dense: dict[str, Writable] = {**source.checkpoint.stored(keys), **replaced}
+            tensors = self.job.format.outside(self, self.record, dense)
+            self.write_shard(self.record.outside_shard, tensors, uncached=uncached)
+            self.save()
 
 
 #: What a run writes to. All have a folder for hidden states that do not fit in memory, and know
 #: after `begin` how many blocks an earlier run has finished.
-PruningOutput = InPlaceOutput | PrunedFolder
+PruningOutput = InPlaceOutput | CheckpointFolder

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
+from prunus.hardware.errors import did_you_mean
 from prunus.methods.options import METHOD
 from prunus.options import Option, at_least
 from prunus.pruning.options import SELECTION, PruningOptions
@@ -92,20 +93,32 @@ class Recipe(PruningOptions):
     def check_fit(self) -> None:
         for option, given, reason in (
             ("dense_weight", self.dense_weight != 0, "have no dense targets"),
-            ("reconstruct", self.reconstructs, "train nothing"),
+            ("reconstruct", self.reconstruct != "none", "train nothing"),
         ):
-            if self.propagate == "block" and given:
+            if self.two_passes and given:
                 raise ValueError(
                     f"{option} needs propagate linear: the original's two passes {reason}"
                 )
-        if self.reconstruct_epochs is not None and not self.reconstructs:
+        if self.reconstruct_epochs is not None and self.reconstruct == "none":
             raise ValueError(
                 "reconstruct_epochs belongs to `reconstruct` last or all: drop it or add one"
             )
 
     @property
-    def reconstructs(self) -> bool:
-        return self.reconstruct != "none"
+    def trained_blocks(self) -> Literal["none", "last", "all"]:
+        return self.reconstruct
+
+    @property
+    def epochs(self) -> int | None:
+        return self.reconstruct_epochs
+
+    @property
+    def two_passes(self) -> bool:
+        return self.propagate == "block"
+
+    @property
+    def prunes_head(self) -> bool:
+        return self.head
 
 
 #: Name -> options of a recipe. Options that the user gives explicitly override them.
@@ -141,6 +154,9 @@ def preset_options(values: dict[str, Any]) -> dict[str, Any]:
             "Give it as prunus prune --preset max, call prunus.prune_and_recover, or choose best"
         )
     if name not in PRESETS:
-        raise ValueError(f"the preset {name!r} is unknown: choose one of {', '.join(PRESETS)}")
+        raise ValueError(
+            f"the preset {name!r} is unknown: choose one of {', '.join((*PRESETS, MAX))}"
+            f"{did_you_mean(name, (*PRESETS, MAX))}"
+        )
     unstructured = values.get("pattern", "unstructured") == "unstructured"
     return PRESETS[name] | (_UNSTRUCTURED.get(name, {}) if unstructured else {}) | values

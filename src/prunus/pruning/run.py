@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from threading import RLock
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -27,22 +28,34 @@ from prunus.calibration.corpora import LOCAL_SOURCES, data_folder
 from prunus.calibration.windows import Windows
 from prunus.hardware.sizes import counted
 from prunus.methods.table import GIVEN, Method, method_sha256
+from prunus.model.kinds import kind_of
 from prunus.model.source import ModuleSource
 from prunus.options import takes
 from prunus.pruning.allocation import allocate
 from prunus.pruning.block.linear import LinearFinish
 from prunus.pruning.block.prune_block import BlockPruner
-from prunus.pruning.job import PruningJob, plan_run
-from prunus.pruning.manifest import Manifest, PruningRecord
+from prunus.pruning.job import Format, PruningJob, plan_run
+from prunus.pruning.manifest import Manifest, PruningRecord, grid_words, pruned_card
 from prunus.pruning.options import PruningOptions
-from prunus.pruning.output import InPlaceOutput, PrunedFolder, PruningOutput
+from prunus.pruning.output import CheckpointFolder, InPlaceOutput, PruningOutput
 from prunus.pruning.recipe import Recipe
-from prunus.runs.folder import find_earlier, held, resumed_or_new
+from prunus.runs.folder import held, resumed_or_new
 from prunus.runs.loop import run_blocks
 from prunus.runs.options import RunOptions
 from prunus.runs.plan import check_room, check_same_on_all_ranks
 from prunus.runs.progress import pruning_step, shows_progress
 from prunus.runs.windows import calibration_windows, given_windows, run_inputs
+
+#: Held by the run that computes on one processor thread.
+_ONE_THREAD = RLock()
+_Record = TypeVar("_Record", bound=PruningRecord)
+#: Makes what is done to every linear after its zeros are chosen, or None for nothing. It is called
+#: once, before the first block, with the job, the calibration windows, the output and the record.
+RoundingOf = Callable[[PruningJob, torch.Tensor, PruningOutput, _Record], LinearFinish | None]
+
+
+def no_rounding(*_: Any) -> None:
+    """Prune leaves the remaining weights as they are."""
 
 
 @shows_progress("prune", pruning_step)
@@ -99,95 +112,125 @@ def run(
         )
     if not isinstance(model, nn.Module) and output is None:
         raise ValueError("a checkpoint is pruned into a new folder: give output")
-    return cast(Manifest, carry_out(model, output, recipe, options, PruneVerb()))
+    return carry_out(Manifest, model, output, recipe, options, PlainTensors())
 
 
-class PruneVerb:
-    """What prune and compress do differently: their job, their folder, and the end of a linear."""
+class PlainTensors(Format[Manifest]):
+    """The format of a pruned checkpoint: tensors and configuration are those of the source."""
 
-    job: type[PruningJob] = PruningJob
-
-    def output(self, folder: Path | None, record: PruningRecord, job: PruningJob) -> PruningOutput:
-        """Where the run puts what it has pruned."""
-        if isinstance(job.source, ModuleSource):
-            assert isinstance(record, Manifest)
-            return InPlaceOutput(job.source, record)
-        assert folder is not None, "a checkpoint is pruned into a folder"
-        return PrunedFolder(folder, record, job)
-
-    def finish_linear(
-        self, job: PruningJob, ids: torch.Tensor, output: PruningOutput, record: PruningRecord
-    ) -> LinearFinish | None:
-        """What is done to a linear after its zeros are chosen; None for nothing."""
-        return None
+    def card(self, record: Manifest) -> str:
+        source = self.job.source
+        folder = None if isinstance(source, ModuleSource) else source.checkpoint.folder
+        nbytes = None if folder is None else self.file_bytes()
+        return pruned_card(record, kind_of(source.config).loader, folder, nbytes)
 
 
 def carry_out(
+    kind: type[_Record],
     model: str | Path | nn.Module,
     output: Path | None,
     recipe: PruningOptions,
     options: RunOptions,
-    verb: PruneVerb,
-) -> PruningRecord:
-    """Carry out a recipe of prune or of a verb that builds on it."""
-    kind = verb.job.RECORD
-    with options.with_ranks() as joint, contextlib.ExitStack() as stack:
-        started, earlier = time.perf_counter(), None
-        if output is not None:
-            # What the folder holds decides what is done: from here on no other run may change it.
-            earlier = stack.enter_context(
-                held(
-                    kind,
-                    output,
-                    joint.processes,
-                    lambda: find_earlier(kind, output, recipe, joint, Path(str(model))),
+    stored: Format[_Record],
+    rounding: RoundingOf[_Record] = no_rounding,
+) -> _Record:
+    """Carry out a recipe of prune or compress.
+
+    Args:
+        kind: The record of the command.
+        stored: How the result stores linears.
+        rounding: Makes what rounds every linear after its zeros are chosen; see `RoundingOf`.
+    """
+    with options.with_ranks() as joint:
+        if output is None:
+            return _carry_out_held(kind, model, None, recipe, joint, stored, rounding, None)
+        name, folder = str(model), stored.folder(str(model), output)
+
+        def find() -> _Record | None:
+            return stored.earlier(kind, name, folder, recipe, joint)
+
+        # What the folder holds decides what is done: from here on no other run may change it.
+        with held(kind, folder, joint.processes, find) as earlier:
+            if earlier is not None and stored.is_complete(earlier):
+                record = earlier
+            else:
+                record = _carry_out_held(
+                    kind, model, folder, recipe, joint, stored, rounding, earlier
                 )
-            )
-        with joint.processes.fail_together():
-            # A resumed run keeps its dtype: the trial behind "auto" need not be repeated.
-            decided_dtype = earlier.inputs.dtype if earlier is not None else None
-            job = plan_run(model, recipe, joint, verb.job, decided_dtype)
-        if output is not None:
-            joint.processes.on_rank_0(lambda: check_room(job, output))
-        return _carry_out(job, output, earlier, verb, started)
+            joint.processes.on_rank_0(lambda: stored.close(folder))
+            return record
+
+
+def _carry_out_held(
+    kind: type[_Record],
+    model: str | Path | nn.Module,
+    output: Path | None,
+    recipe: PruningOptions,
+    joint: RunOptions,
+    stored: Format[_Record],
+    rounding: RoundingOf[_Record],
+    earlier: _Record | None,
+) -> _Record:
+    """Carry out a recipe into a folder that this run holds, and go on with an `earlier` run."""
+    started = time.perf_counter()
+    with joint.processes.fail_together():
+        # A resumed run keeps its dtype: the trial behind "auto" need not be repeated.
+        decided_dtype = earlier.inputs.dtype if earlier is not None else None
+        job = plan_run(model, recipe, joint, stored, decided_dtype)
+    if output is not None:
+        joint.processes.on_rank_0(lambda: check_room(job, output))
+    # The calibration windows, and the record that says which run this is.
+    if job.needs_inputs:
+        job.options.tell(f"drawing calibration windows from {job.recipe.calibration}")
+    with job.ranks.fail_together():
+        windows = calibration_windows(job)
+        record = _record(kind, job, windows, earlier)
+    if record.grid_bits is not None:
+        job.options.tell(grid_words(record.grid_bits))
+    _change_blocks(job, windows, record, _output(job, output, record), rounding, started)
+    return record
 
 
 def planned(
+    kind: type[_Record],
     model: str | Path,
     output: Path | None,
     recipe: PruningOptions,
     options: RunOptions,
-    kind: type[PruningJob] = PruningJob,
+    stored: Format[_Record],
 ) -> PruningJob:
     """The job of such a run. Checks what the run checks, and writes nothing."""
-    if output is not None:
-        find_earlier(kind.RECORD, output, recipe, options, Path(model))
-    job = plan_run(model, recipe, options, kind)
-    if output is not None:
-        check_room(job, output)
+    folder = None if output is None else stored.folder(model, output)
+    if folder is not None:
+        stored.earlier(kind, model, folder, recipe, options)
+    job = plan_run(model, recipe, options, stored)
+    if folder is not None:
+        check_room(job, folder)
     return job
 
 
-def _carry_out(
+def _output(job: PruningJob, folder: Path | None, record: PruningRecord) -> PruningOutput:
+    """Where the run puts what it has changed."""
+    if folder is not None:
+        return CheckpointFolder(folder, record, job)
+    assert isinstance(job.source, ModuleSource), "a checkpoint is pruned into a folder"
+    return InPlaceOutput(job.source, record, job.format)
+
+
+def _change_blocks(
     job: PruningJob,
-    folder: Path | None,
-    earlier: PruningRecord | None,
-    verb: PruneVerb,
+    windows: Windows,
+    record: _Record,
+    output: PruningOutput,
+    rounding: RoundingOf[_Record],
     started: float,
-) -> PruningRecord:
+) -> None:
     """The run itself, after all checks, while no other run can use the output."""
     ranks = job.ranks
-    # The calibration windows, and the record that says which run this is.
-    if job.needs_inputs:
-        job.options.tell(f"drawing calibration windows from {job.recipe.calibration}")
-    with ranks.fail_together():
-        windows = calibration_windows(job)
-        record = _record(job, windows, earlier)
     walks = check_same_on_all_ranks(job, record)
-    output = verb.output(folder, record, job)
     if record.state == "finished":
         output.check_finished()
-        return record
+        return
 
     job.measured = record.measured
     # The sparsity of every linear. A resumed run takes it from its record.
@@ -197,10 +240,10 @@ def _carry_out(
         record.allocation = ranks.on_rank_0(lambda: record.allocation)
 
     output.begin(job.options.overwrite)
-    finish = verb.finish_linear(job, windows.ids, output, record)
+    finish = rounding(job, windows.ids, output, record)
     pruner = BlockPruner(job, walks, record.allocation, finish)
-    one_thread = 1 if job.reference_order else None
-    with torch.no_grad(), contextlib.closing(pruner), _threads(one_thread):
+    threads = _one_processor_thread() if job.reference_order else contextlib.nullcontext()
+    with torch.no_grad(), contextlib.closing(pruner), threads:
         # Everything before the first block: windows become hidden states.
         batches = windows.ids.split(job.batch) if len(windows.ids) else ()
         embedding = f"embedding {counted(len(windows.ids), 'window')} and " if batches else ""
@@ -214,19 +257,26 @@ def _carry_out(
         # storage, so a finished block is pruned once more.
         run_blocks(job, pruner, output, output.finished, again=job.reference_order)
         pruned_head: dict[str, torch.Tensor] = {}
-        if job.prunes_head:
+        if job.recipe.prunes_head:
             pruned_head, record.head = pruner.prune_head(batches)
     record.close(seconds=time.perf_counter() - started, device=job.device)
     output.complete(pruned_head)
-    return record
 
 
-def _record(job: PruningJob, windows: Windows, earlier: PruningRecord | None) -> PruningRecord:
+def _record(
+    kind: type[_Record], job: PruningJob, windows: Windows, earlier: _Record | None
+) -> _Record:
     """A new record, or the record of the run that is resumed."""
     own_sha256 = method_sha256(job.recipe.method, job.options.own_method)
     inputs = run_inputs(job, windows).model_copy(update={"method_sha256": own_sha256})
-    own = {"source": job.model_name, "data_dir": _data_folder(job), "left_dense": job.left_dense}
-    return resumed_or_new(job.RECORD, earlier, job.recipe, inputs, job.device, **own)
+    own: dict[str, Any] = {
+        "source": job.model_name,
+        "data_dir": _data_folder(job),
+        "left_dense": job.left_dense,
+        "grid_bits": job.grid_bits,
+        "shard_count": 0 if isinstance(job.source, ModuleSource) else job.source.shard_count,
+    }
+    return resumed_or_new(kind, earlier, job.recipe, inputs, job.device, **own)
 
 
 def _data_folder(job: PruningJob) -> str | None:
@@ -237,12 +287,16 @@ def _data_folder(job: PruningJob) -> str | None:
 
 
 @contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Compute on `count` processor threads while the `with` lasts; None changes nothing."""
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _one_processor_thread() -> Iterator[None]:
+    """Compute on one processor thread while the `with` lasts, one run after the other.
+
+    torch counts the processor threads of every thread of Python, and of all together. So two runs
+    at the same time could not put back what they have changed.
+    """
+    with _ONE_THREAD:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)

@@ -24,6 +24,7 @@ from prunus.recovery.record import Evaluation
 from prunus.runs.record import Part
 
 _STATE_NAME = "training.safetensors"
+# Key in the metadata of that file under which `TrainingState` is stored as JSON.
 _KEY = "state"
 #: What is stored of each parameter: its weight, and what AdamW keeps.
 _KINDS = ("weight", "step", "exp_avg", "exp_avg_sq")
@@ -32,17 +33,31 @@ _KINDS = ("weight", "step", "exp_avg", "exp_avg_sq")
 class TrainingState(Part):
     """How far a training is, over all attempts."""
 
+    #: Steps of the optimizer so far.
     step: int = 0
+    #: Tokens trained on so far.
     tokens: int = 0
+    #: Seconds of training and evaluations so far.
     seconds: float = 0.0
+    #: The evaluations so far; the first one is from before any training.
     evaluations: list[Evaluation] = Field(default_factory=list)
+    #: Position in `evaluations` of the one with the lowest held-out loss.
     best: int = 0
+    #: Why training ended before the budget was spent; None if it did not.
     stopped: str | None = None
+    #: Whether it ended because a loss was not finite.
     diverged: bool = False
 
 
 class Checkpoints:
-    """The files of one training in the folder of its result. All ranks read, and one `writes`."""
+    """The files of one training in the folder of its result.
+
+    Args:
+        folder: The folder of the result.
+        writes: True on the one rank that writes. All ranks read.
+
+    In all methods, `parameters` are the trained ones: name -> float32.
+    """
 
     def __init__(self, folder: Path, writes: bool = True) -> None:
         self.folder = folder
@@ -62,6 +77,7 @@ class Checkpoints:
         tensors: dict[str, torch.Tensor] = {}
         for name, parameter in parameters.items():
             tensors[f"weight/{name}"] = parameter
+            # Before the first step there are no moments.
             for key, moment in optimizer.state.get(parameter, {}).items():
                 tensors[f"{key}/{name}"] = moment
         save_safetensors(self.folder / _STATE_NAME, tensors, {_KEY: state.model_dump_json()})
@@ -72,7 +88,11 @@ class Checkpoints:
     def load(
         self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> TrainingState | None:
-        """Restore weights and moments, and return the state; None if there is nothing to resume."""
+        """Restore weights and moments, and return the state; None if there is nothing to resume.
+
+        Raises:
+            ValueError: The state is damaged. The message names the file, and nothing is restored.
+        """
         path = self.folder / _STATE_NAME
         if not path.exists():
             return None
@@ -95,7 +115,11 @@ class Checkpoints:
         return state
 
     def load_best(self, state: TrainingState, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Restore the weights with the lowest held-out loss."""
+        """Restore the weights with the lowest held-out loss.
+
+        Raises:
+            ValueError: Their file is damaged; the message names it.
+        """
         with _opened(self._best(state)) as file, torch.no_grad():
             for name, parameter in parameters.items():
                 tensor = file.get_tensor(name)
@@ -131,7 +155,11 @@ def _opened(path: Path) -> Iterator[Any]:
 def _check_tensors(
     tensors: Mapping[str, torch.Tensor], parameters: Mapping[str, nn.Parameter]
 ) -> None:
-    """Check that a stored state has a weight for every parameter, and nothing of another shape."""
+    """Check that a stored state has a weight for every parameter, and nothing of another shape.
+
+    Raises:
+        ValueError: It does not, or holds a number that is not finite.
+    """
     for name in parameters:
         if f"weight/{name}" not in tensors:
             raise ValueError(f"there is no weight {name}")

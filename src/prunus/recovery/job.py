@@ -15,8 +15,8 @@ import torch
 from prunus.calibration.sources import find_source
 from prunus.calibration.training_text import TrainingText, training_text
 from prunus.calibration.windows import Wanted, check_context
-from prunus.compression.records import CompressionRecord
 from prunus.distributed import Ranks
+from prunus.formats.records import CompressionRecord
 from prunus.model.adapter import CONFIG_NAME, is_adapter, require_peft
 from prunus.model.checkpoint.atomic_files import file_digest, read_json
 from prunus.model.checkpoint.output_folder import check_companions
@@ -41,20 +41,30 @@ from prunus.structure.records import StructureRecord
 
 @dataclass(frozen=True)
 class RecoveryJob:
-    """A checked recovery. Mode scales has no skeleton; the record may be of an earlier run."""
+    """A checked recovery."""
 
+    #: The model as the caller named it.
     model: str | Path
+    #: The checkpoint to train.
     source: CheckpointSource
+    #: The model without weights, to which `source` is bound; None in mode scales.
     skeleton: Skeleton | None
+    #: The dense checkpoint; None if there is no teacher.
     teacher: CheckpointSource | None
+    #: The windows to train on, and the held-out windows.
     text: TrainingText
+    #: Where the training runs.
     device: torch.device
+    #: The dtype of matrix products and activations.
     dtype: torch.dtype
+    #: A new record, or that of the unfinished or finished run in the folder of the result.
     record: RecoveryRecord
+    #: The README.md of the checkpoint; None if it has none.
     card: str | None
 
     @property
     def recipe(self) -> RecoveryOptions:
+        """How the model is trained."""
         return self.record.recipe
 
     def check_unchanged(self) -> None:
@@ -65,7 +75,12 @@ class RecoveryJob:
 
 
 def default_mode(model: str | Path) -> Mode:
-    """The mode that follows from how a checkpoint was made."""
+    """The mode that follows from how a checkpoint was made.
+
+    Raises:
+        ValueError: None follows, because the checkpoint has no record of prunus.
+        FileNotFoundError: There is no such checkpoint.
+    """
     folder = resolve_folder(model)
     if _form(folder) == "compressed":
         return "scales"
@@ -89,7 +104,20 @@ def plan_recovery(
     earlier: RecoveryRecord | None,
     name: str | None = None,
 ) -> RecoveryJob:
-    """Check all that can be checked; nothing is written. The record calls the model `name`."""
+    """Check all that can be checked, and decide what is left open. Nothing is written.
+
+    Args:
+        model: Folder or hub id of the checkpoint to train.
+        recipe: How it is trained.
+        options: How the work is done.
+        teacher: Folder or hub id of the dense model, or None.
+        earlier: The record of the run that is resumed or finished; None for a new run.
+        name: What the record calls the model; None for `model`.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError, NotImplementedError, ModuleNotFoundError,
+        OSError: The message says what was given, what is wrong and what to do.
+    """
     if recipe.mode == "lora":
         require_peft()
     find_source(recipe.text).check(Wanted(seqlen=recipe.seqlen, bos=recipe.bos, data=options.data))
@@ -126,13 +154,17 @@ def plan_recovery(
         device=device.type,
         bos=text.bos,
     )
-    own = {"source": name or str(model), "teacher": str(teacher) if teacher is not None else None}
-    record = resumed_or_new(RecoveryRecord, earlier, recipe, inputs, device, **own)
+    names = {"source": name or str(model), "teacher": str(teacher) if teacher is not None else None}
+    record = resumed_or_new(RecoveryRecord, earlier, recipe, inputs, device, **names)
     return RecoveryJob(model, source, skeleton, dense, text, device, dtype, record, card)
 
 
 def check_ranks(recipe: RecoveryOptions, ranks: Ranks) -> None:
-    """Check that several processes can split this training."""
+    """Check that several processes can split this training.
+
+    Raises:
+        ValueError: A step has fewer windows than there are processes, or the budget is in minutes.
+    """
     if ranks.size == 1:
         return
     if recipe.batch < ranks.size:
@@ -148,7 +180,12 @@ def check_ranks(recipe: RecoveryOptions, ranks: Ranks) -> None:
 
 
 def open_teacher(model: str | Path) -> CheckpointSource:
-    """The checkpoint of a dense causal LM, which can teach."""
+    """The checkpoint of a dense causal LM, which can teach.
+
+    Raises:
+        ValueError: It is packed, or an adapter.
+        FileNotFoundError, NotImplementedError: There is no checkpoint, or it is no causal LM.
+    """
     folder = resolve_folder(model)
     if _form(folder) != "dense":
         raise ValueError(
@@ -183,7 +220,19 @@ def draw_training_text(
     device: torch.device,
     data: Path | None,
 ) -> TrainingText:
-    """The windows of the text, which fit the model."""
+    """The windows of the text, which fit the model.
+
+    Args:
+        recipe: The source of the text, its windows and the budget.
+        source: The checkpoint in training, whose tokenizer cuts the text.
+        dense: The teacher, or None.
+        device: Where a model runs that writes the text itself.
+        data: Folder with local copies of datasets, or None.
+
+    Raises:
+        ValueError, FileNotFoundError, ModuleNotFoundError, OSError: As `training_text`. ValueError
+            too if the windows are longer than the context of the model.
+    """
     config = source.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     check_context(positions if isinstance(positions, int) else None, recipe.seqlen)
@@ -202,6 +251,7 @@ def draw_training_text(
         model=load_writer,
         vocabulary=config.vocab_size,
     )
+    # Only a source that writes its text needs the number of windows.
     windows = steps * recipe.batch if steps is not None else None
     return training_text(recipe.text, wanted, recipe.held_out, windows)
 
@@ -214,7 +264,11 @@ def _text_sha256(source: str, text: TrainingText) -> str:
 
 
 def _form(folder: Path) -> Literal["dense", "packed", "compressed"]:
-    """The form in which a folder stores its weights. A compressed one has quantised linears."""
+    """The form in which a folder stores its weights. A compressed one has quantised linears.
+
+    Raises:
+        ValueError: It is an adapter, or its description of packed weights is damaged.
+    """
     if is_adapter(folder):
         raise ValueError(
             f"{folder} is an adapter ({CONFIG_NAME}), not a checkpoint; "
@@ -228,7 +282,13 @@ def _form(folder: Path) -> Literal["dense", "packed", "compressed"]:
 
 
 def _check_trainable_form(folder: Path, mode: Mode) -> None:
-    """Check that a folder holds a checkpoint whose weights a mode can train."""
+    """Check that a folder holds a checkpoint whose weights a mode can train.
+
+    Mode scales trains compressed checkpoints, all other modes dense ones.
+
+    Raises:
+        ValueError: It does not; the message says what to do.
+    """
     form = _form(folder)
     if (mode == "scales") == (form == "compressed") and form != "packed":
         return
@@ -246,7 +306,11 @@ def _check_trainable_form(folder: Path, mode: Mode) -> None:
 
 
 def _check_vocabulary(student: CheckpointSource, teacher: CheckpointSource) -> None:
-    """Check that student and teacher give logits for the same tokens."""
+    """Check that student and teacher give logits for the same tokens.
+
+    Raises:
+        ValueError: They do not.
+    """
 
     def of(source: CheckpointSource, role: str = "") -> Vocabulary:
         folder = source.checkpoint.folder

@@ -20,7 +20,6 @@ import torch
 
 from prunus.calibration.sources import find_source
 from prunus.calibration.windows import Wanted
-from prunus.model.checkpoint.atomic_files import remove
 from prunus.model.checkpoint.output_folder import check_apart, check_disk, check_resume, is_vacant
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.model.source import CheckpointSource, tensors_digest
@@ -33,7 +32,7 @@ from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.record import RecoveryRecord
 from prunus.recovery.run import carry_out
 from prunus.recovery.training import Step
-from prunus.runs.folder import ResultFolder, find_earlier, held
+from prunus.runs.folder import ResultFolder, find_earlier, held, remove_result
 from prunus.runs.job import check_known
 from prunus.runs.options import RunOptions
 from prunus.runs.progress import Progress
@@ -68,10 +67,12 @@ def prune_and_recover(
     Args:
         model: Folder or hub id of the dense checkpoint. It is not changed.
         output: Folder of the result, an ordinary pruned checkpoint.
-        minutes, tokens: Budget of the training; give one of the two, or none for 20 minutes.
+        minutes: Budget of the training in minutes; 20 if neither budget is given.
+        tokens: Budget of the training in tokens, instead of minutes.
         recipe: A `Recipe` or a TOML file in place of preset best; options override it.
         pruning_progress: Called after every block.
         training_progress: Called after every step and every evaluation of the training.
+        **options: Options of `Recipe` and of the run.
 
     Returns:
         The manifest of the pruning and the record of the training, `prunus.json` and
@@ -81,10 +82,12 @@ def prune_and_recover(
         ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: Before any
             work where possible. The message says what was given, what is wrong and what to do.
     """
-    work, given = RunOptions.pick(options)
-    chosen = Recipe.read(recipe, given if recipe is not None else {"preset": "best"} | given)
-    how, budget = RunOptions.read(None, work), {"minutes": minutes, "tokens": tokens}
-    with max_run(model, Path(output), chosen, how, **budget) as checked:
+    work, overrides = RunOptions.pick(options)
+    if recipe is None:
+        overrides = {"preset": "best"} | overrides
+    chosen = Recipe.read(recipe, overrides)
+    how = RunOptions.read(None, work)
+    with max_run(model, Path(output), chosen, how, minutes=minutes, tokens=tokens) as checked:
         prune, train = checked
         return prune(pruning_progress), train(training_progress)
 
@@ -93,7 +96,24 @@ def prune_and_recover(
 def max_run(
     model: str | Path, output: Path, recipe: Recipe, options: RunOptions, **budget: Any
 ) -> Iterator[tuple[Callable[..., Manifest], Callable[..., RecoveryRecord]]]:
-    """Check a run of preset max, hold its folder, yield prune(report, announce), train(report)."""
+    """Check a run of preset max, and hold its folder for the length of a `with` block.
+
+    Args:
+        model: Folder or hub id of the dense checkpoint.
+        output: Folder of the result.
+        recipe: How the model is pruned.
+        options: How the work is done.
+        **budget: `minutes` or `tokens` of the training.
+
+    Yields:
+        Two functions. Call the first, `prune(report, announce)`, and then the second,
+        `train(report)`. `report` is called after every block or step; `announce`, with what is
+        prepared before the first block.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: As
+            `prune_and_recover`.
+    """
     pruned = output / PRUNED
     with options.with_ranks() as joint:
         ranks = joint.processes
@@ -103,6 +123,7 @@ def max_run(
             source = _check_training(model, output, training, joint)
 
         def find() -> RecoveryRecord | None:
+            """The record of the run that this one resumes or finds finished; None if none."""
             return _find_earlier(output, recipe, training, joint, source.checkpoint.folder)
 
         with held(RecoveryRecord, output, ranks, find) as earlier:
@@ -114,6 +135,7 @@ def max_run(
                 ResultFolder(output, finished, ranks=ranks).check_finished()
 
             def prune(report: Any = None, announce: Any = None) -> Manifest:
+                """Prune into the folder inside `output`, or take over what is finished there."""
                 if finished is not None:
                     return Manifest.load(output)
                 ways = {"announce": announce, "report": report, "resume": None}
@@ -122,15 +144,16 @@ def max_run(
                 with ranks.fail_together():
                     # The student must not learn from another model than it was pruned from.
                     for index, block in enumerate(manifest.blocks if done else ()):
-                        known, digest = block.input_sha256, tensors_digest(source.block(index))
-                        check_known({block.name: known}, block.name, digest)
+                        digest = tensors_digest(source.block(index))
+                        check_known({block.name: block.input_sha256}, block.name, digest)
                 return manifest
 
             def train(report: Any = None) -> RecoveryRecord:
+                """Train the pruned checkpoint into `output`, then remove it."""
                 how = joint.model_copy(update={"report": report})
                 name = str(model)
                 record = finished or carry_out(pruned, output, training, how, model, earlier, name)
-                ranks.on_rank_0(lambda: _remove(pruned))
+                ranks.on_rank_0(lambda: remove_result(pruned, Manifest.FILE))
                 return record
 
             yield prune, train
@@ -139,7 +162,22 @@ def max_run(
 def plan_training(
     model: str | Path, output: Path | None, recipe: Recipe, options: RunOptions
 ) -> dict[str, Any]:
-    """What training takes, after its checks; `memory_bytes` are both models, no activations."""
+    """Check the training of preset max, and say what it takes. Nothing is written.
+
+    Args:
+        model: Folder or hub id of the dense checkpoint.
+        output: Folder of the result; None leaves it unchecked.
+        recipe: How the model is pruned.
+        options: How the work is done.
+
+    Returns:
+        JSON values: `minutes`, `text`, `seqlen` (tokens per window), `batch` (windows per step),
+        and `memory_bytes` of the model in training and the dense one, without activations.
+
+    Raises:
+        ValueError, FileNotFoundError, NotImplementedError, ModuleNotFoundError, OSError: The
+            training could not begin.
+    """
     training = training_options(recipe)
     source = _check_training(model, output, training, options)
     stored = source.checkpoint.nbytes(source.checkpoint.tensors)
@@ -157,6 +195,15 @@ def training_options(
     recipe: Recipe, *, minutes: float | None = None, tokens: int | None = None, ranks: int = 1
 ) -> RecoveryOptions:
     """How the pruned model is trained: on the text that it is calibrated on.
+
+    Args:
+        recipe: How the model is pruned. It gives text, seqlen, seed, BOS and dtype.
+        minutes: Budget in minutes; 20 if neither budget is given.
+        tokens: Budget in tokens, instead of minutes.
+        ranks: Number of processes. Each needs a window of every step.
+
+    Raises:
+        ValueError: A budget is out of range, or both are given.
 
     >>> options = training_options(Recipe(calibration="wikitext2", seqlen=256))
     >>> options.mode, options.text, options.seqlen, options.minutes
@@ -184,10 +231,15 @@ def training_options(
 def _find_earlier(
     output: Path, recipe: Recipe, training: RecoveryOptions, options: RunOptions, model: Path
 ) -> RecoveryRecord | None:
-    """The record of the same run in the output folder; None if the training has not begun."""
+    """The record of the same run in the output folder; None if the training has not begun.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError: The run may not write into the folder.
+    """
     pruned = output / PRUNED
     if pruned.is_symlink():
         raise FileExistsError(f"{pruned} is a link; remove it, or choose another folder")
+    # Whether there is something to resume shows in both folders, and is checked at the end.
     either = options.model_copy(update={"resume": None})
     earlier = find_earlier(RecoveryRecord, output, training, either, model, inside=PRUNED)
     if earlier is not None:
@@ -204,7 +256,12 @@ def _find_earlier(
 def _check_training(
     model: str | Path, output: Path | None, training: RecoveryOptions, options: RunOptions
 ) -> CheckpointSource:
-    """Check what the training needs before anything is pruned, and return the dense model."""
+    """Check what the training needs before anything is pruned, and return the dense model.
+
+    Raises:
+        ValueError, FileNotFoundError, NotImplementedError, ModuleNotFoundError, OSError: The
+            training could not begin.
+    """
     if options.trust_remote_code:
         raise ValueError(
             "preset max trains the model as transformers defines it, without code from the "
@@ -224,14 +281,3 @@ def _check_training(
         stored = source.checkpoint.nbytes(source.checkpoint.tensors)
         check_disk(output, (2 + _STATE_BYTES // source.stored_dtype.itemsize) * stored)
     return source
-
-
-def _remove(pruned: Path) -> None:
-    """Remove the pruned checkpoint; its manifest last, so that a kill leaves a known folder."""
-    if (pruned / Manifest.FILE).exists():
-        for path in pruned.iterdir():
-            if path.is_file() and path.name != Manifest.FILE:
-                remove(path)
-        remove(pruned / Manifest.FILE)
-    with contextlib.suppress(OSError):  # There is none, or something that is not ours is in it.
-        pruned.rmdir()

@@ -12,12 +12,18 @@ from prunus.options import Option, Options, Range, at_least, between
 from prunus.runs.options import BATCH, BOS, BosName
 
 Mode = Literal["lora", "masked", "full", "scales"]
+#: All modes, in the order in which messages list them.
 MODES: tuple[Mode, ...] = ("lora", "masked", "full", "scales")
 
-_TRAINING, _LORA = "Training", "Mode lora"
-_POSITIVE, _COUNT = between("(0, inf)"), at_least(1)
-#: Budget if none is given, and size of a step.
-_TOKENS, _STEP_TOKENS = 131_072, 1024
+# Headings of --help.
+_TRAINING = "Training"
+_LORA = "Mode lora"
+_POSITIVE = between("(0, inf)")
+_COUNT = at_least(1)
+# Budget if none is given.
+_TOKENS = 131_072
+# Tokens of a step if `batch` is not given.
+_STEP_TOKENS = 1024
 
 #: Default peak learning rates. A step of Adam moves every weight by about the rate, and models
 #: differ tenfold in the size of their weights. So masked and full, which train the weights
@@ -35,11 +41,20 @@ def _names(text: str) -> tuple[str, ...]:
 def _training(
     text: str, metavar: str, within: Range | None = None, default: str | None = None
 ) -> Option:
+    """An option under the heading "Training"; the arguments are those of `Option`."""
     return Option(text, metavar, _TRAINING, within, default=default)
 
 
 class RecoveryOptions(Options):
-    """Everything about a recovery that decides the bytes of its result, except its inputs."""
+    """Everything about a recovery that decides the bytes of its result, except its inputs.
+
+    Raises:
+        pydantic.ValidationError: A `ValueError`. An option is out of range, or options contradict
+            each other.
+
+    >>> [RecoveryOptions(mode="full", seqlen=tokens).batch for tokens in (256, 1000, 2048)]
+    [4, 2, 1]
+    """
 
     mode: Annotated[
         Mode,
@@ -148,12 +163,16 @@ class RecoveryOptions(Options):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_batch(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or "batch" in given:
-            return given
-        seqlen = given.get("seqlen", cls.model_fields["seqlen"].default)
-        fills = isinstance(seqlen, int) and seqlen >= 1
-        return given | {"batch": math.ceil(_STEP_TOKENS / seqlen) if fills else 1}
+    def _fill_batch(cls, values: Any) -> Any:
+        """The raw options, with as many windows as hold 1024 tokens if `batch` is left out.
+
+        A bad `seqlen` is refused later, by its own check.
+        """
+        if not isinstance(values, dict) or "batch" in values:
+            return values
+        seqlen = values.get("seqlen", cls.model_fields["seqlen"].default)
+        is_count = isinstance(seqlen, int) and seqlen >= 1
+        return values | {"batch": math.ceil(_STEP_TOKENS / seqlen) if is_count else 1}
 
     @model_validator(mode="after")
     def _check_combination(self) -> RecoveryOptions:
@@ -181,7 +200,10 @@ class RecoveryOptions(Options):
         return _TOKENS if self.tokens is None and self.minutes is None else self.tokens
 
     def peak_rate(self, weight_rms: float = 1.0) -> float:
-        """The peak learning rate.
+        """The peak learning rate: the option, or else the default of the mode.
+
+        Args:
+            weight_rms: What the default is relative to, `Trainable.weight_rms`.
 
         >>> RecoveryOptions(mode="full").peak_rate(weight_rms=0.2)
         0.000154

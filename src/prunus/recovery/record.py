@@ -11,8 +11,13 @@ from prunus.runs.record import Part, RunInputs, RunRecord, UsedBos
 
 
 class Evaluation(Part):
-    step: int  #: step, tokens, seconds: Of the training and its evaluations before this one
+    """One evaluation of the held-out windows."""
+
+    #: Steps of the optimizer before it.
+    step: int
+    #: Tokens trained on before it.
     tokens: int
+    #: Seconds of training and evaluations before it, over all attempts.
     seconds: float
     #: Mean training loss since the previous evaluation; None at the start.
     training_loss: float | None
@@ -22,15 +27,24 @@ class Evaluation(Part):
 
     @property
     def perplexity(self) -> float:
-        """exp of the held-out loss; infinite if that overflows."""
+        """exp of the held-out loss; infinite if that overflows a float.
+
+        >>> Evaluation(
+        ...     step=0, tokens=0, seconds=0.0, training_loss=None, held_out_loss=0.0
+        ... ).perplexity
+        1.0
+        """
         return math.exp(self.held_out_loss) if self.held_out_loss < 700 else math.inf
 
 
 class LinearMask(Part):
-    """A pruned linear of shape (out, in). Every weight that was zero before is zero afterwards."""
+    """The zeros of one pruned linear. Every weight that was zero before is zero afterwards."""
 
+    #: (outputs, inputs)
     shape: tuple[int, int]
+    #: Zeros in the checkpoint that was trained.
     zeros_before: int
+    #: Zeros in the result, at least as many.
     zeros_after: int
 
 
@@ -47,11 +61,15 @@ class RecoveryRecord(RunRecord):
     """What a recovery did.
 
     Attributes:
+        recipe: How the model was trained.
+        inputs: What was trained, on which text.
         teacher: The dense model as the user named it, or None.
         evaluations: Of the held-out windows; the first one is from before any training.
-        best: Number of the evaluation whose weights are the result.
-        linears: Full name -> pruned linear, in mode masked.
+        best: Position in `evaluations` of the one whose weights are the result; None while the
+            training runs.
+        linears: Full name -> pruned linear, in mode masked. The other modes change no zeros.
         stopped: Why training ended before the budget was spent, or None.
+        diverged: Whether it ended because a loss was not finite.
     """
 
     FILE = "prunus-recovery.json"

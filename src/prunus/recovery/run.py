@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prunus.compression.records import CompressionRecord
+from prunus.formats.records import CompressionRecord
 from prunus.hardware.memory import peak_memory
 from prunus.model.adapter import CONFIG_NAME, save_adapter
 from prunus.model.checkpoint.atomic_files import remove, write_text
@@ -40,7 +40,6 @@ from prunus.runs.folder import ResultFolder, find_earlier, held
 from prunus.runs.options import RunOptions
 from prunus.runs.progress import Shown, shows_progress
 from prunus.runs.record import (
-    OUTSIDE_SHARD,
     bos_words,
     extended_card,
     result_card,
@@ -54,6 +53,7 @@ _NOT_TAKEN = ("memory", "tokenizer", "trust_remote_code")
 
 
 def _shown(step: Step) -> Shown:
+    """What the progress bar shows after a step."""
     loss = "" if step.loss is None else f", loss {step.loss:.3f}"
     return Shown(min(step.fraction, 1.0), f"{step.tokens:,} tokens{loss}")
 
@@ -96,19 +96,23 @@ def recover(
             weights are the result in `output` nevertheless. Or a model was changed during the work.
         RuntimeError: A pruned weight would not be zero; no index is written.
     """
-    out, report = Path(output), progress if callable(progress) else None
-    work, given = RunOptions.pick(options)
+    out = Path(output)
+    report = progress if callable(progress) else None
+    work, recipe_options = RunOptions.pick(options)
     for name in _NOT_TAKEN:
         if work.get(name):
             raise ValueError(f"prunus recover has no option `{name}`; leave it out")
     how = RunOptions.read(None, work | {"report": report})
     with how.with_ranks() as joint:
         with joint.processes.fail_together():
-            recipe = RecoveryOptions.read(None, given | {"mode": mode or default_mode(model)})
+            recipe = RecoveryOptions.read(
+                None, recipe_options | {"mode": mode or default_mode(model)}
+            )
         check_ranks(recipe, joint.processes)
-        sources = [Path(each) for each in (model, teacher) if each is not None]
+        sources = [Path(source) for source in (model, teacher) if source is not None]
 
         def find() -> RecoveryRecord | None:
+            """The record of the run that this one resumes or finds finished; None if none."""
             return find_earlier(RecoveryRecord, out, recipe, joint, *sources)
 
         with held(RecoveryRecord, out, joint.processes, find) as earlier:
@@ -124,8 +128,22 @@ def carry_out(
     earlier: RecoveryRecord | None,
     name: str | None = None,
 ) -> RecoveryRecord:
-    """Recover a model into a folder that this run holds; the record calls it by `name`."""
-    started, ranks = time.perf_counter(), options.processes
+    """Recover a model into a folder that this run holds. All ranks call it.
+
+    Args:
+        model: Folder or hub id of the checkpoint to train.
+        output: Folder of the result, which is locked.
+        recipe: How the model is trained.
+        options: How the work is done.
+        teacher: Folder or hub id of the dense model, or None.
+        earlier: The record of the run that is resumed or finished; None for a new run.
+        name: What the record calls the model; None for `model`.
+
+    Raises:
+        ValueError, RuntimeError: As `recover`, and all errors of `plan_recovery`.
+    """
+    started = time.perf_counter()
+    ranks = options.processes
     with ranks.fail_together():
         job = plan_recovery(model, recipe, options, teacher, earlier, name)
     folder = ResultFolder(output, job.record, job.source.checkpoint, ranks)
@@ -136,7 +154,8 @@ def carry_out(
         checkpoints.clear()  # A kill right after the end leaves them.
         return job.record
     with ranks.fail_together():
-        (student, size), dense = load_student(job), load_teacher(job)
+        student, size = load_student(job)
+        dense = load_teacher(job)
         job.check_unchanged()
     # Nothing is written until both models are loaded: most mistakes show before that.
     ranks.on_rank_0(lambda: _claim(job, folder, student, options.overwrite))
@@ -189,8 +208,10 @@ def _fill_record(
     record: RecoveryRecord, state: TrainingState, student: Trainable, size: int
 ) -> None:
     """Enter what the training did to a model with `size` parameters."""
-    record.evaluations, record.best = state.evaluations, state.best
-    record.stopped, record.diverged = state.stopped, state.diverged
+    record.evaluations = state.evaluations
+    record.best = state.best
+    record.stopped = state.stopped
+    record.diverged = state.diverged
     record.totals = {
         "parameters": size,
         "trained_parameters": student.trained,
@@ -204,14 +225,23 @@ def _fill_record(
     }
 
 
-#: Tensors of the source by name -> what the result has in their place.
+#: A function from tensors of the source to those of the result, both by their names in the model.
 _Replaced = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 # Records of what was done to the source before. They hold for the result as well.
-_KEPT_RECORDS = (Manifest.FILE, CompressionRecord.FILE, StructureRecord.FILE)
+_LASTING_RECORDS = (Manifest.FILE, CompressionRecord.FILE, StructureRecord.FILE)
 
 
 def write_result(job: RecoveryJob, folder: ResultFolder, trainable: Trainable) -> None:
-    """Write the adapter, or the checkpoint with its zeros checked, and complete the record."""
+    """Write the adapter, or the checkpoint with its zeros checked, and complete the record.
+
+    Args:
+        job: The recovery, whose record is completed.
+        folder: The folder of the result.
+        trainable: The trained model, with the best weights.
+
+    Raises:
+        RuntimeError: A pruned weight would not be zero. Its shard is not written, and no index.
+    """
     record, source = job.record, job.source
     if job.recipe.mode == "lora":
         record.sha256 |= save_adapter(trainable.model, folder.folder)
@@ -222,6 +252,7 @@ def write_result(job: RecoveryJob, folder: ResultFolder, trainable: Trainable) -
             "adapter",
             [_section(record)],
             tags=["lora", "pruned", "sparse"],
+            relation="adapter",
             fields=fields,
             source=source.checkpoint.folder,
         )
@@ -260,42 +291,45 @@ def write_result(job: RecoveryJob, folder: ResultFolder, trainable: Trainable) -
     section = f"{_section(record)} Figures are in `{record.FILE}`."
     name = f"{source_name(record)}, recovered"
     card = extended_card(job.card, "Recovery", section, name=name)
-    folder.finish(record.sha256, card=card, keep_records=_KEPT_RECORDS)
+    folder.finish(record.sha256, card=card, keep_records=_LASTING_RECORDS)
 
 
 def _write_blocks(
     source: CheckpointSource, skeleton: Skeleton, folder: ResultFolder, replaced: _Replaced
 ) -> None:
     """Write one shard per block, with experts one by one, and one for all outside the blocks."""
+    count = source.shard_count
     for index in range(len(skeleton)):
         prefix = f"{skeleton.block_name(index)}."
         block = replaced({f"{prefix}{name}": x for name, x in source.block(index).items()})
         relative = {name.removeprefix(prefix): x for name, x in block.items()}
-        folder.write_shard(shard_name(index), source.as_stored(index, relative))
+        folder.write_shard(shard_name(index, count), source.as_stored(index, relative))
     names = {key: name for name, key in source.stored.items()}
     outside = dict(source.checkpoint.read(source.outside_keys()))
     if outside:
         # The model has no name for some stored tensors.
-        found = replaced({names.get(key, key): x for key, x in outside.items()})
-        folder.write_shard(OUTSIDE_SHARD, {key: found[names.get(key, key)] for key in outside})
+        tensors = replaced({names.get(key, key): x for key, x in outside.items()})
+        last = shard_name(count - 1, count)
+        folder.write_shard(last, {key: tensors[names.get(key, key)] for key in outside})
 
 
 def _write_as_stored(checkpoint: Checkpoint, folder: ResultFolder, replaced: _Replaced) -> None:
     """Write the shards of a compressed checkpoint, tensor by tensor as it stores them."""
     files = sorted({info.file for info in checkpoint.tensors.values()})
-    for number, file in enumerate(files, start=1):
+    for index, file in enumerate(files):
         keys = [key for key, info in checkpoint.tensors.items() if info.file == file]
-        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        folder.write_shard(name, replaced(dict(checkpoint.read(keys))))
+        folder.write_shard(shard_name(index, len(files)), replaced(dict(checkpoint.read(keys))))
 
 
+# Words of the card: what a mode trains.
 _TRAINED: dict[Mode, str] = {
     "lora": "low-rank layers added to its linears (LoRA)",
     "masked": "all its weights except the pruned ones",
     "full": "all its weights",
     "scales": "the row scales and column steps of its linears, norm weights and biases",
 }
-_KEPT: dict[Mode, str] = {
+# Words of the card: what a mode leaves as it is.
+_UNCHANGED: dict[Mode, str] = {
     "lora": "Every pruned weight is still zero",
     "masked": "Every pruned weight is still zero",
     "full": "Its shapes are those of the smaller model",
@@ -304,9 +338,10 @@ _KEPT: dict[Mode, str] = {
 
 
 def _section(record: RecoveryRecord) -> str:
+    """The section of the card about the recovery."""
     target = "the dense model" if record.teacher is not None else "the text alone"
     mode, inputs = record.recipe.mode, record.inputs
     return (
         f"Recovered by prunus. Trained: {_TRAINED[mode]}, on {inputs.text}, "
-        f"{bos_words(inputs.bos)}, learning from {target}. {_KEPT[mode]}."
+        f"{bos_words(inputs.bos)}, learning from {target}. {_UNCHANGED[mode]}."
     )

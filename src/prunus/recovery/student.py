@@ -1,4 +1,10 @@
-"""The two models of a recovery in memory: the one that is trained, and the one that teaches."""
+"""The two models of a recovery in memory: the one that is trained, and the one that teaches.
+
+Modes masked and full train the parameters that the model has. Mode lora adds an adapter of peft.
+Mode scales puts modules in place of the quantised linears, whose scales and steps are parameters.
+
+Shape suffixes: O outputs, I inputs.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +47,15 @@ _MAX_EAGER_TOKENS = 512
 
 
 def load_student(job: RecoveryJob) -> tuple[Trainable, int]:
-    """The pruned model, made trainable by the mode, and its number of parameters as a dense one."""
+    """Load the checkpoint into memory, and make it trainable by the mode.
+
+    Returns:
+        The trainable model, and its number of parameters as a dense model.
+
+    Raises:
+        ValueError: The model does not fit the mode: pruned linears in mode full, none in mode
+            masked, or bad target modules or rank in mode lora.
+    """
     recipe, folder = job.recipe, job.source.checkpoint.folder
     if job.device.type == "cpu":
         # Each step frees and allocates the logits. glibc would give them back to the system.
@@ -62,7 +76,7 @@ def load_student(job: RecoveryJob) -> tuple[Trainable, int]:
 
 
 def load_teacher(job: RecoveryJob) -> Any:
-    """The dense model in memory, or None."""
+    """The dense model in memory, without gradients; None if the job has no teacher."""
     if job.teacher is None:
         return None
     teacher = _load(job, job.teacher.checkpoint.folder, job.dtype)
@@ -76,11 +90,13 @@ def base_name(model: str | Path) -> str:
 
 
 def _load(job: RecoveryJob, folder: Path, dtype: torch.dtype) -> Any:
+    """A model in memory on the device of the job, with the attention that is fastest there."""
     short = job.recipe.seqlen <= _MAX_EAGER_TOKENS
     attention = "eager" if job.device.type == "cpu" and short else None
     return load_model(folder, dtype, attention=attention).to(job.device)
 
 
+# The targets of the LoRA paper, which the Wanda paper also uses.
 _QUERY_AND_VALUE = ("q_proj", "v_proj")
 #: Names under which some families store query, key and value in one matrix.
 _FUSED = ("query_key_value", "qkv_proj", "c_attn", "Wqkv")
@@ -88,6 +104,12 @@ _FUSED = ("query_key_value", "qkv_proj", "c_attn", "Wqkv")
 
 def default_target_modules(names: Iterable[str]) -> tuple[str, ...]:
     """The names of the query and value projections, or of the matrix that holds them.
+
+    Args:
+        names: Full names of all linears in the blocks. The result has last parts of such names.
+
+    Raises:
+        ValueError: None of the names is one that prunus knows; the message lists them.
 
     >>> default_target_modules(["h.0.attn.c_attn", "h.0.mlp.c_fc"])
     ('c_attn',)
@@ -107,7 +129,22 @@ def default_target_modules(names: Iterable[str]) -> tuple[str, ...]:
 def lora(
     model: Any, linears: Mapping[str, Linear], recipe: RecoveryOptions, base: str
 ) -> Trainable:
-    """Mode lora (arXiv 2106.09685): low-rank layers, as in the Wanda paper; the base stays."""
+    """Mode lora: low-rank layers beside some linears, as in the Wanda paper; the base stays.
+
+    The layers are those of LoRA (Hu et al., arXiv 2106.09685), and so is the folder of the adapter.
+
+    Args:
+        model: A causal LM. It gets the layers, and its own parameters are frozen.
+        linears: Full name -> linear, for all linears in its blocks.
+        recipe: Rank, alpha, seed and the target modules; None targets the query and value
+            projections.
+        base: What the adapter names as its base.
+
+    Raises:
+        ValueError: A target does not exist, the rank is too large, or some targets store their
+            weight transposed and others do not.
+        ModuleNotFoundError: peft is not installed.
+    """
     targets = recipe.target_modules or default_target_modules(linears)
     last_parts = {name: name.rpartition(".")[2] for name in linears}
     for target in targets:
@@ -149,10 +186,17 @@ class ScaledLinear(nn.Module):
     The forward pass uses scales and steps as they would be stored, rounded to bfloat16. So the
     held-out loss is that of the result. The gradient passes through the rounding unchanged.
     bfloat16 holds the integers exactly.
+
+    Args:
+        linear: The quantised linear of the model, whose bias is shared.
+        dtype: The dtype of the matrix product.
     """
 
+    #: The integers, in the dtype of the product.
     levels_OI: torch.Tensor
+    #: The stored scale of each row, float32.
     scales_O: torch.Tensor
+    #: The stored step of each column, float32.
     steps_I: torch.Tensor
 
     def __init__(self, linear: PackedLinear, dtype: torch.dtype) -> None:
@@ -163,17 +207,17 @@ class ScaledLinear(nn.Module):
         self.register_buffer("levels_OI", decode_levels(packed, linear.prepared).to(dtype))
         self.register_buffer("scales_O", packed.scales.float())
         self.register_buffer("steps_I", packed.steps.float())
-        # α (O,) and β (I,)
+        # α (O,) and β (I,) of `scales`, which are trained.
         self.log_scales = nn.Parameter(torch.zeros_like(self.scales_O))
         self.log_steps = nn.Parameter(torch.zeros_like(self.steps_I))
         self.bias = linear.bias
 
     def scales(self) -> torch.Tensor:
-        """Return the current scales (O,), rounded to bfloat16, in float32."""
+        """The current scales (O,), rounded to bfloat16, in float32."""
         return _rounded(self.scales_O * self.log_scales.exp())
 
     def steps(self) -> torch.Tensor:
-        """Return the current steps (I,), rounded to bfloat16, in float32."""
+        """The current steps (I,), rounded to bfloat16, in float32."""
         return _rounded(self.steps_I * self.log_steps.exp())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -197,6 +241,10 @@ def scales(model: Any, dtype: torch.dtype) -> Trainable:
 
     A quantised embedding stays as it is, and so does the head that is tied to it. A weight that is
     packed but not trained is expanded, so that a step does not decode it again.
+
+    Args:
+        model: A compressed causal LM in memory. Its linears are replaced.
+        dtype: The dtype of matrix products.
     """
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
@@ -211,7 +259,7 @@ def scales(model: Any, dtype: torch.dtype) -> Trainable:
             model.set_submodule(name, plain_linear(module.weight, module.bias))
     parameters, rates = {}, {}
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
+        if parameter.dim() == 1:  # norms, biases, α and β; every matrix stays
             parameter.data = parameter.data.float()
             parameters[name] = parameter.requires_grad_(True)
             if not name.endswith((".log_scales", ".log_steps")):
@@ -220,8 +268,8 @@ def scales(model: Any, dtype: torch.dtype) -> Trainable:
 
 
 def trained_tensors(trainable: Trainable) -> dict[str, torch.Tensor]:
-    """Return what a packed checkpoint stores of the trained parameters, by names in the model."""
-    found = {
+    """Name in the model -> what a packed checkpoint stores there, after mode scales."""
+    tensors = {
         name: parameter.detach()
         for name, parameter in trainable.parameters.items()
         if not name.endswith((".log_scales", ".log_steps"))
@@ -229,13 +277,13 @@ def trained_tensors(trainable: Trainable) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         for name, module in trainable.model.named_modules():
             if isinstance(module, ScaledLinear):
-                found[f"{name}.weight_scales"] = module.scales()
-                found[f"{name}.weight_steps"] = module.steps()
-    return found
+                tensors[f"{name}.weight_scales"] = module.scales()
+                tensors[f"{name}.weight_steps"] = module.steps()
+    return tensors
 
 
 def dense_size(model: nn.Module) -> int:
-    """Return the number of parameters that a packed model would have as a dense one."""
+    """The number of parameters that a packed model would have as a dense one."""
     packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
     inside = sum(module.in_features * module.out_features for module in packed)
     return inside + sum(parameter.numel() for parameter in model.parameters())

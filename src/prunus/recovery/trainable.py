@@ -26,6 +26,7 @@ from prunus.recovery.record import LinearMask, RecoveryRecord
 class Trainable:
     """A model that is ready to be trained."""
 
+    #: The model in memory, a causal LM of transformers or the peft model around it.
     model: Any
     #: What is trained, float32, by names that are also those in a checkpoint.
     parameters: dict[str, nn.Parameter]
@@ -33,9 +34,10 @@ class Trainable:
     pruned: Mapping[str, Linear] = field(default_factory=dict)
     #: Name of a parameter -> bool of its shape, False where it must stay zero.
     masks: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    added: int = 0  #: number of parameters that only the result has
-    #: Root mean square of the model's own kept weights if these are trained. The default learning
-    #: rate is relative to it. 1 for low-rank factors.
+    #: How many numbers the result has that the model did not have.
+    added: int = 0
+    #: Root mean square of the weights that are not pruned, if these are trained; else 1. The
+    #: default learning rate is relative to it.
     weight_rms: float = 1.0
     #: Name of a parameter -> its learning rate, as a multiple of that of the others.
     rates: Mapping[str, float] = field(default_factory=dict)
@@ -55,6 +57,11 @@ def whole_model(
     Gradients of pruned weights are set to zero before the optimizer sees them. Their moments then
     stay zero. So a step of Adam (0 / (√0 + ε)) and weight decay (0 · λ) leave an exact zero in
     place. Gradient clipping sees only the gradients of what is trained.
+
+    Args:
+        model: A causal LM in float32, with fused experts split.
+        linears: Full name -> linear, whose kept weights set the default learning rate.
+        pruned: Full name -> pruned linear; empty in mode full.
     """
     model.requires_grad_(True)
     parameters = dict(model.named_parameters())
@@ -67,18 +74,28 @@ _MIN_ZERO_FRACTION = 0.05
 
 
 def kept_rms(linears: Mapping[str, Linear]) -> float:
-    """Return the root mean square of all kept weights of these linears; 1 if there are none."""
-    squares, kept = 0.0, 0
+    """The root mean square of all weights of these linears that are not zero; 1 if all are zero.
+
+    >>> linear = nn.Linear(2, 1)
+    >>> _ = linear.weight.data.copy_(torch.tensor([[3.0, 0.0]]))
+    >>> kept_rms({"down_proj": Linear("down_proj", linear)})
+    3.0
+    """
+    squares, count = 0.0, 0
     for linear in linears.values():
         # Sum in float64: float32 sums of this many squares lose digits.
         weight = linear.parameter.detach()
         squares += float(weight.float().square().sum(dtype=torch.float64))
-        kept += int(torch.count_nonzero(linear.parameter))
-    return math.sqrt(squares / kept) if squares else 1.0
+        count += int(torch.count_nonzero(linear.parameter))
+    return math.sqrt(squares / count) if squares else 1.0
 
 
 def block_linears(model: nn.Module) -> dict[str, Linear]:
-    """All linears in the blocks of a model by full name."""
+    """All linears in the blocks of a model by full name.
+
+    Raises:
+        NotImplementedError: The model is not a stack of blocks.
+    """
     path, blocks = find_block_list(model)
     return {
         f"{path}.{i}.{x.name}": x for i, block in enumerate(blocks) for x in find_linears(block)
@@ -86,24 +103,41 @@ def block_linears(model: nn.Module) -> dict[str, Linear]:
 
 
 def pruned_linears(model: nn.Module, folder: Path) -> dict[str, Linear]:
-    """The pruned linears of a model from `folder`, by full name, with fused experts split."""
+    """The pruned linears of a model in memory, by full name. Its fused experts must be split.
+
+    Args:
+        model: The model that was loaded.
+        folder: The checkpoint, whose records name the pruned linears.
+
+    Raises:
+        ValueError: There are none, or a record is damaged.
+        NotImplementedError: The model is not a stack of blocks.
+    """
     linears = block_linears(model)
     head = _head_name(model)
     if head is not None:
         linears[head] = Linear(head, model.get_submodule(head))
     recorded = _recorded_linears(folder, head)
-    found = {name: x for name, x in linears.items() if _is_pruned(name, x.weight_OI, recorded)}
-    if not found:
+    pruned = {name: x for name, x in linears.items() if _is_pruned(name, x.weight_OI, recorded)}
+    if not pruned:
         raise ValueError(
             f"{folder} has no pruned linears: no {Manifest.FILE} names any, and none has "
             f"{_MIN_ZERO_FRACTION:.0%} zeros; prune it first (prunus prune)"
         )
-    return found
+    return pruned
 
 
 def unpruned_linears(model: nn.Module, folder: Path) -> dict[str, Linear]:
-    """The linears in the blocks of a model without pruned weights, by full name."""
-    linears, recorded = block_linears(model), _recorded_linears(folder, None)
+    """The linears in the blocks of a model without pruned weights, by full name.
+
+    The arguments are those of `pruned_linears`.
+
+    Raises:
+        ValueError: Some of the linears are pruned, or a record is damaged.
+        NotImplementedError: The model is not a stack of blocks.
+    """
+    linears = block_linears(model)
+    recorded = _recorded_linears(folder, None)
     pruned = [name for name, x in linears.items() if _is_pruned(name, x.weight_OI, recorded)]
     if pruned:
         raise ValueError(
@@ -136,6 +170,7 @@ def _recorded_linears(folder: Path, head: str | None) -> set[str] | None:
 
 
 def _is_pruned(name: str, weight: torch.Tensor, recorded: Collection[str] | None) -> bool:
+    """Whether a linear is pruned: by the records, or by its zeros if there are none."""
     if recorded is not None:
         return name in recorded
     return float((weight == 0).float().mean()) >= _MIN_ZERO_FRACTION
@@ -145,6 +180,16 @@ def check_zeros(
     name: str, shape: tuple[int, int], before: torch.Tensor, after: torch.Tensor
 ) -> LinearMask:
     """Check, weight by weight, that every zero of a linear is still zero.
+
+    Args:
+        name: Full name of the linear, for the message.
+        shape: Its shape, (outputs, inputs).
+        before: The weight as it was stored.
+        after: The weight as it will be stored, in the same orientation.
+
+    Raises:
+        RuntimeError: A pruned weight is not zero any more. Training never does that, so the result
+            is worthless.
 
     >>> before = torch.tensor([[0.0, 1.0, 2.0]])
     >>> check_zeros("up_proj", (1, 3), before, 2 * before)

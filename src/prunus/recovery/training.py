@@ -28,24 +28,35 @@ from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.record import Evaluation
 from prunus.recovery.trainable import Trainable, block_linears
 
-# A step of more tokens is split into several forward passes, whose gradients add up.
+# A step of more tokens is split into several forward passes, whose gradients add up. The logits
+# and activations of a pass are what takes the memory of a step.
 _TOKENS_PER_PASS = 2048
 
 # Gradients are scaled down to this norm, as is usual for language models.
 _MAX_NORM = 1.0
 # Rows of logits that are in float32 at a time. On a CPU they should stay in the cache.
 _ROWS = 64
+# The same on a CUDA device, where few large kernels are faster than many small ones.
 _CUDA_ROWS = 4096
 
 
 @dataclass(frozen=True)
 class Step:
-    fraction: float  #: of the budget that is spent, from 0 to 1
-    tokens: int  #: tokens, seconds: Of training so far; the time includes evaluations
+    """How far a training is, after a step or an evaluation."""
+
+    #: Share of the budget that is spent, from 0 to 1.
+    fraction: float
+    #: Tokens trained on so far.
+    tokens: int
+    #: Seconds of training and evaluations so far, over all attempts.
     seconds: float
+    #: What has just happened, for people.
     message: str
+    #: The loss of the step, or the mean of the steps since the last evaluation; None if there is
+    #: none.
     loss: float | None = None
-    perplexity: float | None = None  #: on the held-out windows, if they have just been evaluated
+    #: The perplexity of the held-out windows if they have just been evaluated; else None.
+    perplexity: float | None = None
 
 
 def _is_stalled(held_out_losses: Sequence[float], patience: int) -> bool:
@@ -62,7 +73,10 @@ def _is_stalled(held_out_losses: Sequence[float], patience: int) -> bool:
 
 
 def training_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of products and activations, bfloat16 where that is native, and the reason."""
+    """The dtype of products and activations, and the reason, for the record.
+
+    `requested` is "float32", "bfloat16", or "auto", which is bfloat16 where that is native.
+    """
     if requested != "auto":
         return (torch.float32 if requested == "float32" else torch.bfloat16), "requested"
     if device.type == "cuda":
@@ -86,15 +100,27 @@ def step_count(options: RecoveryOptions) -> int | None:
 
 @dataclass
 class Training:
-    """One training, which `run` carries out; the parameters end as the best on held-out windows."""
+    """One training, which `run` carries out.
 
+    Other attributes are made from these: the trained `parameters` and their `device`, `autocast`,
+    the `optimizer`, and the `losses` of the steps since the last evaluation.
+    """
+
+    #: What is trained.
     trainable: Trainable
+    #: The windows to train on, and the held-out windows.
     text: TrainingText
+    #: How it is trained.
     options: RecoveryOptions
+    #: The dtype of matrix products and activations.
     dtype: torch.dtype
+    #: The dense model in memory; None to learn from the text alone.
     teacher: Any
+    #: Where the state of the training is kept.
     checkpoints: Checkpoints
+    #: Called after every step and every evaluation.
     report: Callable[[Step], None]
+    #: The processes that split the windows of each step.
     ranks: Ranks = SINGLE_PROCESS
 
     def __post_init__(self) -> None:
@@ -116,7 +142,15 @@ class Training:
         self.losses: list[float] = []
 
     def run(self) -> TrainingState:
-        """Train to the budget's end or no more gain; `diverged` is set if a loss was not finite."""
+        """Train until the budget is spent, or until patience or a loss that is not finite ends it.
+
+        It continues from the checkpoint if there is one. At the end the parameters are those with
+        the lowest held-out loss.
+
+        Raises:
+            ValueError: The checkpoint is damaged, or the model gives outputs that are not finite
+                before any training.
+        """
         parameters = self.trainable.parameters
         state = self.state = self.checkpoints.load(parameters, self.optimizer) or TrainingState()
         self.began = time.perf_counter() - state.seconds
@@ -145,6 +179,7 @@ class Training:
         return state
 
     def _seconds(self) -> float:
+        """Seconds of training and evaluations so far, over all attempts."""
         return time.perf_counter() - self.began
 
     def _spent(self, ahead: float = 0.0) -> float:
@@ -158,12 +193,14 @@ class Training:
     def _tell(
         self, message: str, loss: float | None = None, perplexity: float | None = None
     ) -> None:
-        spent, seconds = min(1.0, self._spent()), self._seconds()
-        self.report(Step(spent, self.state.tokens, seconds, message, loss, perplexity))
+        """Report how far the training is."""
+        spent = min(1.0, self._spent())
+        self.report(Step(spent, self.state.tokens, self._seconds(), message, loss, perplexity))
 
     def _evaluate(self) -> None:
         """Evaluate the held-out windows, and write a checkpoint."""
-        state, held_out_loss = self.state, self.held_out_loss()
+        state = self.state
+        held_out_loss = self.held_out_loss()
         if not math.isfinite(held_out_loss):
             if not state.evaluations:
                 refuse_not_finite(
@@ -186,7 +223,7 @@ class Training:
         if held_out_loss < state.evaluations[state.best].held_out_loss:
             state.best = len(state.evaluations) - 1
         elif (patience := self.options.patience) is not None and _is_stalled(
-            [each.held_out_loss for each in state.evaluations], patience
+            [evaluation.held_out_loss for evaluation in state.evaluations], patience
         ):
             state.stopped = f"no better held-out loss in {patience} evaluations"
         state.seconds = self._seconds()
@@ -195,15 +232,16 @@ class Training:
         self._tell(words, entry.training_loss, entry.perplexity)
 
     def _step(self, spent: float) -> float:
-        """Take one step of the optimizer and return its loss.
+        """Take one step of the optimizer and return its loss. `spent` is the share of the budget.
 
         If the loss is not finite, nothing changes. Each rank computes the gradients of some of the
         step's windows; their sum makes all ranks take the same step.
         """
         ids = self.text.windows(self.state.step * self.options.batch, self.options.batch)
-        total, own = 0.0, self.ranks.own_range(len(ids))
+        total = 0.0
+        windows = self.ranks.own_range(len(ids))
         at_a_time = max(1, _TOKENS_PER_PASS // self.options.seqlen)
-        for part in ids[own.start : own.stop].split(at_a_time):
+        for part in ids[windows.start : windows.stop].split(at_a_time):
             loss = self._loss(part, self.teacher) * (len(part) / len(ids))
             loss.backward()
             total += float(loss.detach())
@@ -230,9 +268,12 @@ class Training:
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
-        """Mean next-token cross entropy of the held-out windows, in nats per token."""
-        own = self.ranks.own_range(len(self.text.held_out))
-        windows = self.text.held_out[own.start : own.stop]
+        """Mean next-token cross entropy of the held-out windows, in nats per token.
+
+        All ranks call it, each for its part of the windows, and all get the mean over all windows.
+        """
+        rows = self.ranks.own_range(len(self.text.held_out))
+        windows = self.text.held_out[rows.start : rows.stop]
         # One window at a time: its sum does not depend on how many windows a rank has.
         losses = [float(self._loss(ids, teacher=None)) for ids in windows.split(1) if len(ids)]
         gathered = self.ranks.all_gather(torch.tensor(losses, dtype=torch.float64)).tolist()
@@ -280,14 +321,20 @@ def next_token_loss(
 ) -> Tensor:
     """The mean loss of predicting tokens 2..S of every window, a float32 scalar.
 
-    It is differentiable in the logits, and their gradient has their dtype. `weight` is that of the
-    KL divergence, from 0 to 1; without a teacher it counts as 0.
+    Args:
+        logits_WSV: The model's logits, in any floating dtype. The loss is differentiable in them,
+            and their gradient has the same dtype.
+        ids_WS: Token ids, int64.
+        teacher_WSV: The teacher's logits on the same windows; None for cross entropy alone.
+        weight: The weight of the KL divergence, from 0 to 1. Without a teacher it counts as 0.
 
     Equal logits for four tokens are a cross entropy of log 4.
 
     >>> logits, ids = torch.zeros(1, 3, 4), torch.tensor([[0, 1, 2]])
     >>> round(float(next_token_loss(logits, ids)), 4)
     1.3863
+    >>> float(next_token_loss(logits, ids, teacher_WSV=logits))
+    0.0
     """
     targets_WS = ids_WS[:, 1:].to(logits_WSV.device)
     loss: Tensor = _Loss.apply(
@@ -297,6 +344,8 @@ def next_token_loss(
 
 
 class _Loss(torch.autograd.Function):
+    """The formula above, with its gradient in the logits."""
+
     @staticmethod
     def forward(
         ctx: Any, logits_WSV: Tensor, targets_WS: Tensor, teacher_WSV: Tensor | None, weight: float

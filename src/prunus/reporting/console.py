@@ -21,7 +21,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from prunus.runs.document import Document, Facts, Part, Section, Table, text_of
-from prunus.runs.progress import LineInterval, Shown, eta, terminal_bar
+from prunus.runs.progress import PREPARATION, LineInterval, Shown, eta, terminal_bar
 
 if TYPE_CHECKING:
     from prunus.recovery.training import Step as RecoveryStep
@@ -161,22 +161,28 @@ def show_pruning(
 ) -> contextlib.AbstractContextManager[Callable[[PruningStep | str], None]]:
     """Show a run; yields a function for every block, and before the first for what is prepared."""
     first: PruningStep | None = None
+    lines = LineInterval()
 
-    def read(step: PruningStep | str) -> tuple[str, Shown]:
+    def read(step: PruningStep | str) -> tuple[str | None, Shown]:
         nonlocal first
         if isinstance(step, str):
             return step, Shown(None, step)
         # The time before the first block (reading text, embeddings) is spent once, not per block.
         # So the first block says nothing of the time that is left.
-        first = first or step
+        if first is None or (first.unit, first.total) != (step.unit, step.total):
+            first = step
         done, state = step.done - first.done, f"peak {step.peak_memory / 1e9:.2f} GB"
         if done:
             left = eta(done, step.total - first.done, step.seconds - first.seconds)
             state = f"left {left}; {state}"
         count = f"{step.done}/{step.total}"
-        return f"[{count}] {step.message}; {state}", Shown(
-            step.done / step.total, f"{count} {step.unit}; {state}"
-        )
+        shown = Shown(step.done / step.total, f"{count} {step.unit}; {state}")
+        if step.unit.startswith(PREPARATION):
+            # Such steps may come many times a second.
+            if not lines.due():
+                return None, shown
+            lines.restart()
+        return f"[{count}] {step.message}; {state}", shown
 
     return _shown(title, console, read)
 

@@ -91,7 +91,7 @@ def _quality(
         points, where = [], _short(texts[0])
         for model, score in zip(scores, texts, strict=True):
             figures = score.figures() | sizes[model]
-            rows.append({"text": where, "model": names[model]} | figures)
+            rows.append({"model": names[model], "text": where} | figures)
             points.append(Point(names[model], names[model], figures))
             if score.divergence is not None:
                 reference = score.divergence
@@ -104,7 +104,7 @@ def _quality(
         name = Path(reference.reference).name or reference.reference
         note += f" KL divergence from {name} in nats per token; ± one standard error over windows."
     if any(size.get("bits per weight") for size in sizes.values()):
-        note += " Bits per weight: of the linears in the blocks; zeros, masks and scales count."
+        note += " Bits per weight of the linears; zeros, masks and scales count."
     table = table_of("Quality and size", rows, FORMS, note.strip())
     return [table, *charts] if len(table.columns) > 1 else charts
 

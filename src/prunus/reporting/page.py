@@ -176,8 +176,9 @@ def _lines(chart: Lines) -> dict[str, Any]:
     y_axis: dict[str, Any] = {"title": {"text": escape(chart.y_title)}}
     if chart.log_y:
         y_axis["title"]["text"] += " (logarithmic)"
-        y_axis |= {"type": "log", "tickformat": ",~g"}
-    return {"data": traces, "layout": {"xaxis": x_axis, "yaxis": y_axis, "height": 420}}
+        # "D2" puts ticks at 1, 2 and 5 of each decade; more would overlap in a narrow window.
+        y_axis |= {"type": "log", "tickformat": ",~g", "dtick": "D2"}
+    return {"data": traces, "layout": {"xaxis": x_axis, "yaxis": y_axis, "height": 360}}
 
 
 def _heat_map(chart: HeatMap) -> dict[str, Any]:
@@ -199,8 +200,9 @@ def _heat_map(chart: HeatMap) -> dict[str, Any]:
         "xgap": 1,
         "ygap": 1,
         "colorbar": {
-            # Plotly's "~" leaves out trailing zeros.
-            "tickformat": f"{chart.form[:-1]}~{chart.form[-1]}",
+            # Plotly's "~" leaves out trailing zeros, and "r" rounds to digits that count: ticks
+            # of a map of small values differ as well.
+            "tickformat": "~%" if chart.form.endswith("%") else ",.3~r",
             "nticks": 5,
             "thickness": 10,
             "outlinewidth": 0,

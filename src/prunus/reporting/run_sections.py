@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from prunus.compression.records import CompressionRecord
+from prunus.formats.records import CompressionRecord
 from prunus.hardware.sizes import counted, in_bytes
 from prunus.pruning.manifest import mean_error
 from prunus.runs.document import (
@@ -151,8 +151,15 @@ def _sizes(manifest: PruningRecord, totals: dict[str, Any]) -> list[tuple[str, s
     bits = "not known yet" if reached is None else f"{reached:.3f}"
     asked = f"{recipe.bits:g}" if recipe.bits else f"a file of {recipe.target}"
     return [
-        *([] if size is None else [("file", f"{in_bytes(size.after)} of {in_bytes(size.before)}")]),
-        ("bits per weight", f"{bits} (asked for: {asked})"),
+        *(
+            []
+            if size is None
+            else [
+                ("file", f"{in_bytes(size.after)} of {in_bytes(size.before)}"),
+                ("bits per parameter of the file", f"{size.bits_per_parameter:.2f}"),
+            ]
+        ),
+        ("bits per weight of the linears", f"{bits} (asked for: {asked})"),
         ("zeros", f"{totals['sparsity']:.2%}: {counts}"),
         *([("zeros by a mask", f"{forced:,}")] if forced else []),
     ]
@@ -193,7 +200,7 @@ def _by_linear(manifest: PruningRecord) -> Table:
         for name, x in block.linears.items()
     ]
     forms = {"block": "d", "zeros": ",d", "sparsity": ".2%", "bits": ".3f", error: ".3%"}
-    return table_of(f"All {len(rows)} linears", rows, forms | {"seconds": ".3f"})
+    return table_of(f"All {counted(len(rows), 'linear')}", rows, forms | {"seconds": ".3f"})
 
 
 def comparison_section(runs: Mapping[str, PruningRecord]) -> Section:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from prunus.hardware.sizes import counted
 from prunus.runs.document import Facts, Table, items_of, table_of
 from prunus.runs.record import bos_words
 
@@ -35,21 +36,24 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
         "windows per forward pass": plan["batch"],
         "BOS first in windows": _BOS_OF_PLAN[plan["bos"]],
         "hidden states": (
-            f"in {plan['hidden_states']}; {plan['blocks_in_lockstep']} blocks in lockstep"
+            f"in {plan['hidden_states']}; "
+            f"{counted(plan['blocks_in_lockstep'], 'block')} in lockstep"
         ),
         "peak memory": f"{plan['peak_memory_bytes'] / 1e9:.2f} GB",
         "result": f"{plan['file_bytes'] / 1e9:.3f} GB",
         "disk": f"{plan['disk_bytes'] / 1e9:.2f} GB",
+        **({"weights before": plan["rounded_before"]} if plan["rounded_before"] else {}),
     }
     if (file := plan.get("file")) is not None:
-        from prunus.compression.records import FileSize
+        from prunus.formats.records import FileSize
 
-        rows["result"], rows["parts of it"] = FileSize(**file).sentences()
+        rows["result"], rows["parts of it"] = FileSize(**file).sentences(plan.get("bits"))
     if (training := plan.get("training")) is not None:
         rows["training"] = (
-            f"then {training['minutes']:g} minutes on {training['text']}, {training['batch']} "
-            f"windows of {training['seqlen']} tokens a step; it holds the whole model, "
-            f"{training['memory_bytes'] / 1e9:.2f} GB and the activations of a step"
+            f"then {training['minutes']:g} min on {training['text']}, "
+            f"{counted(training['batch'], 'window')} of {training['seqlen']} tokens a step; "
+            f"it holds the whole model, {training['memory_bytes'] / 1e9:.2f} GB and the "
+            "activations of a step"
         )
     return Facts("Plan", items_of(rows))
 
@@ -62,7 +66,7 @@ def _weights_of_plan(plan: dict[str, Any]) -> str:
     if plan.get("bits") is None:
         removed = f", of which {plan['to_remove']:,} are removed"
         return weights + (removed if plan["to_remove"] else "")
-    sizes = f"in {plan['bits']:.4g} bits each; embeddings and head "
+    sizes = f"at {plan['bits']:.4g} bits per weight; embeddings and head "
     sizes += "as they are" if plan["head_bits"] == "none" else f"in {plan['head_bits']}"
     if plan["to_remove"]:
         return f"{weights} {sizes}; {plan['to_remove']:,} at least become 0"

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from prunus.compression.records import CompressionRecord
+from prunus.formats.records import CompressionRecord
 from prunus.model.checkpoint.atomic_files import check_place, read_json, write_text
 from prunus.pruning.manifest import Manifest, PruningRecord
 from prunus.reporting.evaluation_sections import decode_speeds, evaluation_section, speed_section
@@ -90,7 +90,7 @@ def _found(path: Path) -> Any:
             "--json"
         )
     if path.suffix == ".gguf":
-        from prunus.compression.gguf_output import read_record  # it imports torch
+        from prunus.formats.gguf.contents import read_record  # it imports torch
 
         if (made := read_record(path)) is None:
             raise ValueError(f"{path} has no record of prunus compress: another program wrote it")

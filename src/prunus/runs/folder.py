@@ -21,6 +21,7 @@ from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.checkpoint.atomic_files import (
     RECORD_FILES,
+    TEMPORARY_SUFFIX,
     check_shard,
     fsync_folder,
     make_folder,
@@ -29,7 +30,7 @@ from prunus.model.checkpoint.atomic_files import (
     write_json,
     write_text,
 )
-from prunus.model.checkpoint.lock import locked
+from prunus.model.checkpoint.lock import LOCK_NAME, locked
 from prunus.model.checkpoint.output_folder import (
     auxiliary_files,
     check_apart,
@@ -45,9 +46,23 @@ from prunus.options import Options
 from prunus.runs.job import RunJob, check_known
 from prunus.runs.loop import Made
 from prunus.runs.options import RunOptions
-from prunus.runs.record import BlockwiseRecord, RunInputs, RunRecord, shard_name
+from prunus.runs.record import BlockwiseRecord, RunInputs, RunRecord
 
 _Record = TypeVar("_Record", bound=RunRecord)
+
+
+def remove_result(folder: Path, record: str) -> None:
+    """Remove a folder that a run made and this run holds, but for folders in it.
+
+    Its record goes after all else, so that a kill leaves a known folder. The lock goes last: from
+    then on another run may take the folder, which is not empty any more and stays.
+    """
+    last = [folder / record, folder / LOCK_NAME]
+    found = folder.glob("*") if last[0].exists() else folder.glob(f"*{TEMPORARY_SUFFIX}")
+    for path in (*(x for x in found if x.is_file() and x not in last), *last):
+        remove(path)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def bytes_in(folder: Path) -> int:
@@ -71,14 +86,21 @@ def find_earlier(
     earlier = None
     if not is_vacant(output, inside):
         if not (output / kind.FILE).exists():
+            replaces = "`overwrite` replaces only what that command made. "
             raise FileExistsError(
                 f"output {output} exists and holds no result of {kind.VERB}; it is left as it is. "
-                "Choose another folder"
+                + (replaces if options.overwrite else "")
+                + "Move it away, or choose another name for the result"
             )
         earlier = None if options.overwrite else kind.load(output)
     check_resume(output, earlier is not None and earlier.state == "running", options.resume)
     if earlier is not None:
         earlier.check_same_run(recipe)
+        if earlier.state == "running" and earlier.format == 1:
+            raise FileExistsError(
+                f"{output} holds an unfinished run of an earlier version of prunus, which named "
+                "its files otherwise: continue it with that version, or `overwrite` starts again"
+            )
     return earlier
 
 
@@ -267,7 +289,7 @@ class BlockFolder(ResultFolder):
     def restored(self, place: int) -> dict[str, torch.Tensor]:
         """The tensors of a finished block, by relative name, from its shard."""
         index = self.made_from(place)
-        shard = Checkpoint(self.folder, only=[shard_name(place)])
+        shard = Checkpoint(self.folder, only=[self.record.shard(place)])
         found = shard.read(self.job.checkpoint.block_keys(index))
         return self.job.checkpoint.from_stored(index, found)
 
@@ -284,6 +306,6 @@ class BlockFolder(ResultFolder):
     def write_block(self, place: int, made: Made) -> None:
         """Write a block's shard, then save the record."""
         if self.ranks.rank == 0:
-            self.write_shard(shard_name(place), self.stored(place, made))
+            self.write_shard(self.record.shard(place), self.stored(place, made))
         self.record.blocks.append(made.record)
         self.save()

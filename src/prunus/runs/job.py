@@ -7,17 +7,21 @@ what it does to a block. `prunus.runs.plan` makes the part that is the same for 
 from __future__ import annotations
 
 import functools
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from prunus.distributed import Ranks
+from prunus.hardware.memory import peak_memory
 from prunus.hardware.numerics import check_finite
 from prunus.methods.statistics import Needs, statistics_bytes
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource, Source, tensors_digest
 from prunus.runs.options import RunOptions, WindowOptions
+from prunus.runs.progress import PREPARATION, Progress
 from prunus.runs.record import Walk
 
 
@@ -73,6 +77,19 @@ class RunJob:
     def tokens(self) -> int:
         """Tokens of all calibration windows, as the first block sees them."""
         return self.recipe.samples * self.skeleton.window_shape(0, self.recipe.seqlen)[0]
+
+    def preparing(self, what: str, total: int) -> Callable[[int], None]:
+        """Announce work before the first block; returns what to call when more steps are done."""
+        started, done = time.perf_counter(), 0
+        self.options.tell(what)
+
+        def count(steps: int) -> None:
+            nonlocal done
+            done += steps
+            seconds, peak = time.perf_counter() - started, peak_memory(self.device)
+            self.options.tell(Progress(done, total, what, seconds, peak, PREPARATION + what))
+
+        return count
 
     # What a verb says.
 

@@ -16,6 +16,7 @@ from prunus.calibration.catalogue import CHOICES
 from prunus.hardware.sizes import parse_bytes
 from prunus.options import Option, Options, at_least
 from prunus.options.declaration import ADVANCED
+from prunus.runs.progress import Progress
 
 if TYPE_CHECKING:
     from prunus.distributed import Ranks
@@ -138,7 +139,7 @@ class RunOptions(Options):
     rank_timeout: Annotated[
         float | None,
         Option(
-            "Stop when a process of torchrun is silent for this many seconds.",
+            "Stop when a process of torchrun is late by this many seconds.",
             metavar="SECONDS",
             panel=ADVANCED,
             default="600",
@@ -157,8 +158,9 @@ class RunOptions(Options):
     #: `prunus.calibration.sources`.
     texts: Any = None
     own_method: Any = None  #: A `prunus.methods.Method` in place of the name of one
-    #: Called with what is being prepared, before the first step; None to be silent.
-    announce: Callable[[str], None] | None = None
+    #: Called with what is being prepared, before the first step, and with the `Progress` of what
+    #: takes long; None to be silent.
+    announce: Callable[[Any], None] | None = None
     report: Callable[..., None] | None = None  #: called after every step; None to be silent
     #: The processes that work on this run; None for those that torchrun started, if any.
     ranks: Any = None
@@ -170,7 +172,7 @@ class RunOptions(Options):
 
         return self.ranks or SINGLE_PROCESS
 
-    def tell(self, message: str) -> None:
+    def tell(self, message: str | Progress) -> None:
         """Announce what is done next; only the first of several processes does so."""
         if self.announce is not None and self.processes.rank == 0:
             self.announce(message)

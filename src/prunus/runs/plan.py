@@ -58,7 +58,7 @@ def open_model(
     if isinstance(model, nn.Module):
         source, name = ModuleSource(model), type(model).__name__
     else:
-        source, name = CheckpointSource(resolve_folder(model), trust), str(model)
+        source, name = CheckpointSource(resolve_folder(model, options.tell), trust), str(model)
         check_companions(source.checkpoint.folder, trust)
     if needs_inputs:
         check_inputs(source, recipe, options)
@@ -101,8 +101,8 @@ def check_memory(job: RunJob) -> None:
     if job.budget < needed:
         held = resident_memory()
         raise ValueError(
-            f"a block needs {(needed + held) / 1e9:.2f} GB with one batch of {job.batch} windows "
-            f"of {job.recipe.seqlen} tokens in flight; the memory budget is "
+            f"a block needs {(needed + held) / 1e9:.2f} GB with one batch of windows "
+            f"in flight ({job.batch} × {job.recipe.seqlen} tokens); the memory budget is "
             f"{(job.budget + held) / 1e9:.2f} GB. Raise `memory`, or lower `batch` or `seqlen`"
         )
 

@@ -17,13 +17,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 SECONDS_BETWEEN_LINES = 15.0
+#: How the unit of what is done before the first block begins.
+PREPARATION = "steps of "
 
 
 @dataclass(frozen=True)
 class Progress:
     """One step of a run, for a progress display."""
 
-    done: int  #: finished blocks, out of `total`; of pack and unpack, finished shards
+    #: finished blocks, out of `total`; of pack and unpack, finished shards; of a measurement before
+    #: the first block, steps of about the same time
+    done: int
     total: int  #: blocks or shards of the model
     message: str  #: what just happened
     seconds: float  #: since the start of the run
@@ -137,7 +141,9 @@ def shows_progress(title: str, read: Callable[..., Shown]) -> Callable[[_Functio
             with (_notebook_bar if place == "notebook" else terminal_bar)(title) as update:
                 shown: dict[str, Any] = {name: lambda *step: update(read(*step))}
                 if not own:
-                    shown["announce"] = lambda text: update(Shown(None, text))
+                    shown["announce"] = lambda what: update(
+                        read(what) if isinstance(what, Progress) else Shown(None, what)
+                    )
                 return function(*arguments, **shown, **options)
 
         if not own:

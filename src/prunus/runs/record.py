@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from prunus.hardware.sizes import in_bytes
 from prunus.model.checkpoint.atomic_files import read_json, write_json
 from prunus.model.checkpoint.card import add_tags, base_model, inherited_fields, with_fields
 from prunus.options import Options
@@ -19,21 +20,19 @@ from prunus.options.declaration import words
 
 _Record = TypeVar("_Record", bound=BaseModel)
 
-#: Shard of everything outside the blocks: embeddings, final norm and head.
-OUTSIDE_SHARD = "outer.safetensors"
 #: How the windows run through a block; see `prunus.pruning.block.lockstep`.
 Walk = Literal["lockstep", "replay", "two_pass"]
 #: Whether every window begins with the BOS token; `given` where the windows were given.
 UsedBos = Literal["yes", "no", "given"]
 
 
-def shard_name(index: int) -> str:
-    """File name of a block's shard.
+def shard_name(index: int, count: int) -> str:
+    """File name of a shard, as the hub and its tools know it; `index` counts from 0.
 
-    >>> shard_name(3)
-    'block-00003.safetensors'
+    >>> shard_name(3, 31)
+    'model-00004-of-00031.safetensors'
     """
-    return f"block-{index:05d}.safetensors"
+    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
 def bos_words(bos: UsedBos) -> str:
@@ -112,7 +111,8 @@ class RunRecord(Part):
     FILE: ClassVar[str]
     VERB: ClassVar[str]
 
-    format: Literal[1] = 1
+    #: 1 named the shards otherwise. Such a result is read, and such an unfinished run refused.
+    format: Literal[1, 2] = 2
     state: Literal["running", "finished"] = "running"
     source: str  #: the model as the user named it
     recipe: Options  #: the options that decide the bytes of the result
@@ -126,6 +126,12 @@ class RunRecord(Part):
     def save(self, folder: Path) -> None:
         """Write the record atomically."""
         write_json(folder / self.FILE, self.model_dump(mode="json"))
+
+    def adopt(self, content: Mapping[str, Any]) -> None:
+        """Take over the content of the same record of another process, as JSON values."""
+        other = type(self).model_validate(content)
+        for name in type(self).model_fields:
+            setattr(self, name, getattr(other, name))
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -164,14 +170,25 @@ class BlockwiseRecord(RunRecord):
     #: read all blocks and decides their results.
     measured: dict[str, str] = Field(default_factory=dict)
     blocks: list[Any] = Field(default_factory=list)
+    #: How many shards the result has: one per block, and a last one for what lies outside them.
+    shard_count: int = 0
+
+    def shard(self, place: int) -> str:
+        """File name of the shard of a block."""
+        return shard_name(place, self.shard_count)
+
+    @property
+    def outside_shard(self) -> str:
+        """File name of the shard of all that lies outside the blocks: embeddings, norm, head."""
+        return self.shard(self.shard_count - 1)
 
     def forget_missing(self, missing: set[str]) -> bool:
         kept = self.sha256.keys() - missing
-        lost = next((i for i in range(len(self.blocks)) if shard_name(i) not in kept), None)
+        lost = next((i for i in range(len(self.blocks)) if self.shard(i) not in kept), None)
         if lost is None:
             return super().forget_missing(missing)
         # The blocks after a lost one were calibrated on it, so they are made again as well.
-        gone = {shard_name(index) for index in range(lost, len(self.blocks))}
+        gone = {self.shard(index) for index in range(lost, len(self.blocks))}
         del self.blocks[lost:]
         super().forget_missing(missing | (gone & self.sha256.keys()))
         return True
@@ -194,24 +211,39 @@ def result_card(
     paragraphs: Iterable[str],
     *,
     tags: Iterable[str],
+    relation: Literal["finetune", "quantized", "adapter"] = "finetune",
     fields: Mapping[str, str | None] | None = None,
     source: Path | None = None,
+    nbytes: int | None = None,
 ) -> str:
+    """The card of a result.
+
+    Args:
+        paragraphs: What the result is; empty ones are left out.
+        relation: How the result is related to a base model on the hub, in the hub's words, which
+            has none for pruned models.
+        fields: Fields that replace those that are the same for all verbs.
+        source: The folder of the source, whose card has fields that hold for the result as well.
+        nbytes: Bytes of the files with weights, where no paragraph says it.
+    """
+    size = "" if nbytes is None else f"The files with the weights take {in_bytes(nbytes)}."
     body = "\n\n".join(
         [
             f"# {source_name(record)}, {title}",
-            *paragraphs,
-            f"All figures are in `{record.FILE}`.",
+            *filter(None, [*paragraphs, size]),
+            f"All figures are in `{record.FILE}`. The command was `{record.VERB} "
+            f"{source_name(record)} OUTPUT` with these options:",
             f"```toml\n{record.recipe.to_toml().rstrip()}\n```",
         ]
     )
+    base = base_model(record.source, source)
     known = {
         **inherited_fields(source),
-        "base_model": base_model(record.source, source),
+        **({"base_model": base, "base_model_relation": relation} if base is not None else {}),
         "library_name": "transformers",
         "tags": f"[{', '.join(['prunus', *tags])}]",
     }
-    return with_fields(f"{body}\n", known | dict(fields or {}))
+    return with_fields(f"{body}\n", {**known, **(fields or {})})
 
 
 def extended_card(

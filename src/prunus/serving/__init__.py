@@ -1,1 +1,1 @@
-"""One model behind an endpoint that speaks the OpenAI protocol, and packed linears for vLLM."""
+"""The server of transformers for one model, and packed linears for vLLM."""

@@ -4,6 +4,8 @@ Nothing here knows the families. The model that the new configuration describes 
 weights, and its shapes are compared with those of the old one. Where an axis is shorter, the tensor
 is cut; any other difference is refused before any work. So a tensor is cut exactly where
 transformers expects it to be.
+
+Names of tensors and modules here are relative to their block, such as `mlp.down_proj.weight`.
 """
 
 from __future__ import annotations
@@ -28,23 +30,32 @@ def shapes_of(block: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def experts_in(block: nn.Module) -> list[Experts]:
-    """The mixtures of experts of a block."""
+    """The mixtures of experts of a block; empty for a dense block."""
     return [module for module in block.modules() if isinstance(module, Experts)]
 
 
 def old_names(block: nn.Module, new: Collection[str], kept: Sequence[int]) -> dict[str, str]:
-    """New name -> old name of the tensors of a block in which only some experts stay."""
-    found = {name: name for name in new}
-    for path in (n for n, module in block.named_modules() if isinstance(module, Experts)):
+    """New name -> old name of the tensors of a block in which only some experts stay.
+
+    Args:
+        block: The old block.
+        new: Names of the tensors of the new block, whose experts count from 0 again.
+        kept: Old numbers of the experts that stay, in their new order.
+    """
+    old_by_new = {name: name for name in new}
+    for path in (name for name, module in block.named_modules() if isinstance(module, Experts)):
         for name in new:
             match = re.match(rf"{re.escape(path)}\.(\d+)\.", name)
             if match:
-                found[name] = f"{path}.{kept[int(match[1])]}.{name[match.end() :]}"
-    return found
+                old_by_new[name] = f"{path}.{kept[int(match[1])]}.{name[match.end() :]}"
+    return old_by_new
 
 
 def axis_that_changes(old: Sequence[int], new: Sequence[int]) -> int | None:
     """The one axis in which two shapes differ; None if they are equal.
+
+    Raises:
+        ValueError: They differ in more than one axis, or in the number of axes.
 
     >>> axis_that_changes((8, 32), (6, 32)), axis_that_changes((8, 32), (8, 32))
     (0, None)
@@ -56,7 +67,11 @@ def axis_that_changes(old: Sequence[int], new: Sequence[int]) -> int | None:
 
 
 def cut(tensor: Tensor, axis: int | None, kept: Sequence[int]) -> Tensor:
-    """The entries `kept` of an axis of a tensor, with the same bytes; all of it if axis is None."""
+    """The entries `kept` of an axis of a tensor, with the same bytes; all of it if axis is None.
+
+    >>> cut(torch.tensor([[1, 2, 3]]), 1, [0, 2])
+    tensor([[1, 3]])
+    """
     return tensor if axis is None else tensor.index_select(axis, torch.tensor(list(kept)))
 
 
@@ -65,16 +80,26 @@ def check_same_blocks(
 ) -> None:
     """Check that each block of a smaller model computes what the old block did, but for its sizes.
 
-    All but single experts is compared. This finds families whose blocks depend on their position by
+    Classes of modules, their plain attributes and shapes of tensors are compared, outside single
+    experts, whose numbers change. This refuses families whose blocks depend on their position by
     more than a list in the configuration.
+
+    Args:
+        old: The model, without weights.
+        new: The smaller model, without weights.
+        kept: The old position of each block of `new`.
+        may_change: The pairs (size before, size after) of all that becomes smaller.
+
+    Raises:
+        NotImplementedError: Something else differs; the message names it.
     """
-    for place, index in enumerate(kept):
-        different = _difference(old.blocks[index], new.blocks[place], may_change)
+    for new_index, old_index in enumerate(kept):
+        different = _difference(old.blocks[old_index], new.blocks[new_index], may_change)
         if different is not None:
             raise NotImplementedError(
-                f"{new.block_name(place)} of the smaller model would not compute what the block "
-                f"does that it is made from: {different}. The configuration of this family cannot "
-                "describe such a model"
+                f"{new.block_name(new_index)} of the smaller model would not compute what the "
+                f"block does that it is made from: {different}. The configuration of this family "
+                "cannot describe such a model"
             )
 
 
@@ -86,7 +111,7 @@ def _difference(
         {name: module for name, module in block.named_modules() if not _in_experts(name, block)}
         for block in (before, after)
     )
-    if modules.keys() != others.keys():
+    if modules.keys() != others.keys():  # `min`, so that the message is the same in every run
         return f"one of them has no {min(modules.keys() ^ others.keys())!r}"
     for path, module in modules.items():
         if type(module) is not type(others[path]):
@@ -99,6 +124,7 @@ def _difference(
     for name, shape in shapes_of(before).items():
         other = shapes.get(name, ())
         pairs = [pair for pair in zip(shape, other, strict=False) if pair[0] != pair[1]]
+        # One axis alone may be shorter, and only by a pair that was planned.
         fits = len(other) == len(shape) and len(pairs) <= 1 and {*pairs} <= may_change
         if not fits and not _in_experts(name, before):
             return f"{name} has shape {shapes.get(name)} instead of {shape}"

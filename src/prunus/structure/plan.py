@@ -41,36 +41,50 @@ PROBE_WINDOWS, PROBE_TOKENS = 8, 128
 class ExpertPlan:
     """How many experts stay in every layer."""
 
-    field: str  #: the canonical name of their number in the configuration
+    #: Canonical name of the field of the configuration that counts the experts.
+    field: str
+    #: Experts before.
     count: int
+    #: Experts that stay.
     keep: int
-    groups: int  #: of neighbouring experts, each of which keeps the same number
+    #: Groups of neighbouring experts among which the router chooses; each keeps the same number.
+    groups: int
 
 
 @dataclass(frozen=True)
 class SmallerModel:
     """The model that the run writes, without weights."""
 
-    config: dict[str, Any]  #: the content of its config.json
+    #: The content of its config.json.
+    config: dict[str, Any]
+    #: Its modules, without weights.
     skeleton: Skeleton
-    made_from: list[int]  #: the old block of each of its blocks
+    #: The old position of each of its blocks, rising.
+    made_from: list[int]
 
 
 @dataclass(kw_only=True)
 class StructureJob(RunJob):
     """The decisions of one run of shrink."""
 
+    #: What the run was asked to remove.
     recipe: StructureRecipe
-    raw: dict[str, Any] = field(default_factory=dict)  #: the content of the source's config.json
-    experts: ExpertPlan | None = None  #: experts, width: None if all stay
-    keep_blocks: int = 0  #: how many blocks stay
+    #: The content of the source's config.json.
+    raw: dict[str, Any] = field(default_factory=dict)
+    #: How many experts stay; None if all do, or if there are none.
+    experts: ExpertPlan | None = None
+    #: How many blocks stay. Which ones, the search decides later.
+    keep_blocks: int = 0
+    #: Which channels and heads there are, and how many stay; None if all do.
     width: WidthPlan | None = None
 
     @property
     def runs_dense_stream(self) -> bool:
+        """Whether the windows also run through the old model, whose outputs repair learns."""
         return self.recipe.repair
 
     def training_bytes(self, index: int) -> tuple[int, int]:
+        """Bytes of the training of block `index`: those that stay, and those of one batch."""
         return training_bytes(self, index) if self.recipe.repair else (0, 0)
 
     @property
@@ -84,10 +98,19 @@ class StructureJob(RunJob):
         return self.skeleton if self.experts is None else self.build({})[1]
 
     def build(self, changes: Mapping[str, Any]) -> tuple[dict[str, Any], Skeleton]:
-        """The model with fewer experts and changed fields (canonical name -> new value)."""
+        """The model with fewer experts and changed fields (canonical name -> new value).
+
+        Returns:
+            The content of its config.json, and the model without weights.
+
+        Raises:
+            NotImplementedError: The family has no such model.
+        """
         fewer = {self.experts.field: self.experts.keep} if self.experts is not None else {}
-        config, changes = self.source.config, fewer | dict(changes)
-        changed, trust = rewritten(self.raw, config, changes), self.options.trust_remote_code
+        config = self.source.config
+        changes = fewer | dict(changes)
+        changed = rewritten(self.raw, config, changes)
+        trust = self.options.trust_remote_code
         try:
             return changed, Skeleton(parsed(config, changed), self.dtype, trust)
         except Exception as fault:  # a configuration class may refuse with an error of any kind
@@ -97,13 +120,21 @@ class StructureJob(RunJob):
             ) from fault
 
     def smaller(self, made_from: Sequence[int]) -> SmallerModel:
-        """The model in which only some blocks stay, with all else that the recipe asks for."""
+        """The model in which only some blocks stay, with all else that the recipe asks for.
+
+        Args:
+            made_from: The old positions of the blocks that stay, rising.
+
+        Raises:
+            NotImplementedError: The family has no such model, or its blocks would not compute what
+                they did before.
+        """
         config = self.source.config
         self._check_images(made_from)
         changes = without_blocks(config.get_text_config(), made_from, len(self.skeleton))
         sizes: set[tuple[int, int]] = set()
         if (plan := self.experts) is not None:
-            sizes = {(plan.count // each, plan.keep // each) for each in (1, plan.groups)}
+            sizes = {(plan.count // parts, plan.keep // parts) for parts in (1, plan.groups)}
         if self.width is not None:
             changes |= self.width.changes
             sizes |= self.width.sizes
@@ -117,7 +148,15 @@ class StructureJob(RunJob):
         return SmallerModel(raw, skeleton, list(made_from))
 
     def smaller_by_one(self, left: Sequence[int], order: Iterable[int]) -> int:
-        """The first block of those left, in an order, that can go; NotImplementedError if none."""
+        """The first block that the model can do without.
+
+        Args:
+            left: The old positions of the blocks that are left, rising.
+            order: The candidates, in the order in which they are tried; not empty.
+
+        Raises:
+            NotImplementedError: The family can do without none of them.
+        """
         fault = None
         for block in order:
             try:
@@ -146,7 +185,21 @@ def plan_structure(
     options: RunOptions,
     decided_dtype: str | None = None,
 ) -> StructureJob:
-    """Check all that needs neither weights nor text. Arguments and errors are `open_model`'s."""
+    """Check all that needs neither weights nor text, and decide how much of each part stays.
+
+    Weights are read only where shapes leave open which rows are which heads or channels.
+
+    Args:
+        model: A checkpoint folder or a hub id.
+        recipe: What is removed.
+        options: How the work is done.
+        decided_dtype: What dtype "auto" meant in the run that is resumed; None for a new run.
+
+    Raises:
+        ValueError: A number of the recipe does not fit the model, or memory does not suffice.
+        NotImplementedError: The family cannot lose these parts.
+        FileNotFoundError, OSError: As `open_model`.
+    """
     needs: Needs = "gram" if recipe.narrows else "norms"
     job = StructureJob(
         **open_model(
@@ -179,6 +232,7 @@ def plan_structure(
             build=lambda changes: job.build(changes)[1],
             finder=LayoutFinder(job.skeleton, job.source, job.device),
         ).plan(recipe)
+    # Both build models without weights, so that a family which cannot do it is refused now.
     job.smaller(every)
     if job.keep_blocks < len(every):
         job.smaller_by_one(every, every)
@@ -188,14 +242,22 @@ def plan_structure(
 
 
 def _checked_count(name: str, asked: Amount, count: int, possible: Sequence[int], of: str) -> int:
-    """How many of `count` parts stay, if that is possible. A share is rounded to whole parts."""
+    """How many of `count` parts stay, if that is possible. A share is rounded to whole parts.
+
+    `name` is the option, `possible` the rising numbers that may stay, and `of` names the parts in
+    the ValueError for any other number.
+
+    >>> _checked_count("blocks", 0.25, 8, range(1, 8), "blocks"), _checked_count(
+    ...     "experts", 6, 8, range(2, 8, 2), "experts")
+    (6, 6)
+    """
     keep = asked if isinstance(asked, int) else count - round(count * asked)
     if keep not in possible:
         shown = f"{asked} would keep {keep}" if isinstance(asked, float) else f"{keep}"
         numbers = ", ".join(map(str, possible)) or "none"
         if len(possible) > 2:  # all of them are multiples of one number
             step = possible[1] - possible[0]
-            numbers = f"{possible[0]} to {possible[-1]}{f' in steps of {step}' * (step > 1)}"
+            numbers = f"{possible[0]} to {possible[-1]}{f' in steps of {step}' if step > 1 else ''}"
         raise ValueError(
             f"`{name}` {shown} of the {count} {of}: possible numbers to keep are {numbers}"
         )
@@ -203,9 +265,15 @@ def _checked_count(name: str, asked: Amount, count: int, possible: Sequence[int]
 
 
 def _plan_experts(job: StructureJob, asked: Amount) -> ExpertPlan:
+    """How many experts stay.
+
+    Raises:
+        ValueError: The model has none, or the number does not fit.
+        NotImplementedError: The configuration does not describe the experts by one number.
+    """
     config, name = job.source.config.get_text_config(), job.model_name
     modules = [experts_in(block) for block in job.skeleton.blocks]
-    counts = {module.count for found in modules for module in found}
+    counts = {module.count for mixtures in modules for module in mixtures}
     if not counts:
         raise ValueError(
             f"{name} is not a mixture of experts, so it has no experts to remove: leave `experts` "
@@ -217,7 +285,9 @@ def _plan_experts(job: StructureJob, asked: Amount) -> ExpertPlan:
             f"the layers of {name} have {', '.join(map(str, sorted(counts)))} experts, which its "
             "configuration does not describe by one number; it cannot lose experts"
         )
-    known, count = described
+    field_name, count = described
+    # A token must find enough experts in the groups that it uses. Routers rate a group by its two
+    # best experts, so each of several groups keeps two.
     per_token, (groups, groups_used) = experts_per_token(config), expert_groups(config)
     possible = [
         keep
@@ -229,4 +299,5 @@ def _plan_experts(job: StructureJob, asked: Amount) -> ExpertPlan:
     of = f"experts in each layer of {name}, and a token chooses {per_token} of them"
     if groups > 1:
         of += f" and they form {groups} groups of one size, of which a token uses {groups_used}"
-    return ExpertPlan(known, count, _checked_count("experts", asked, count, possible, of), groups)
+    keep = _checked_count("experts", asked, count, possible, of)
+    return ExpertPlan(field_name, count, keep, groups)

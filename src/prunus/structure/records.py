@@ -1,4 +1,10 @@
-"""The recipe of a run that makes a model smaller, and its record. Imports no torch."""
+"""The recipe of a run that makes a model smaller, and its record. Imports no torch.
+
+The record is the file `prunus-structure.json` beside the result. It never claims more than the disk
+holds: a block enters it after the shard of the block has its final name.
+
+"Old" is a number or a position in the source, "new" one in the result. Both count from 0.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +20,22 @@ from prunus.pruning.manifest import ReconstructionRecord
 from prunus.runs.options import WindowOptions
 from prunus.runs.record import BlockwiseRecord, Part
 
-#: A share to remove in (0, 1), or a number to keep.
+#: A share to remove, a float in (0, 1), or a number to keep, an int of at least 1.
 Amount = float | int
 
-_CHOICE, _WIDTH = "Choice of parts, and repair", "Width"
+# Headings of --help.
+_CHOICE = "Choice of parts, and repair"
+_WIDTH = "Width"
 
 
 class StructureRecipe(WindowOptions):
     """What is removed from a model, and how it is chosen.
+
+    None for a part means that all of it stays.
+
+    Raises:
+        pydantic.ValidationError: A `ValueError`. An option is out of range, or nothing is to be
+            removed.
 
     >>> StructureRecipe(experts=0.25).saliency
     'reap'
@@ -101,24 +115,25 @@ class StructureRecipe(WindowOptions):
 
     @field_validator("experts", "blocks", mode="before")
     @classmethod
-    def _is_amount(cls, given: Any, info: Any) -> Any:
-        value = given
-        if isinstance(given, str):
+    def _is_amount(cls, raw: Any, info: Any) -> Any:
+        """An amount, from a number, from the text of a command line, or from None."""
+        value = raw
+        if isinstance(raw, str):
             with contextlib.suppress(ValueError):
-                value = int(given) if given.isdigit() else float(given)
+                value = int(raw) if raw.isdigit() else float(raw)
         is_share = isinstance(value, float) and 0 < value < 1
+        # `type`, because True is an `int` for `isinstance`.
         if value is None or is_share or (type(value) is int and value >= 1):
             return value
         raise ValueError(
             f"{info.field_name} is a share to remove in (0, 1), such as 0.25, or a number to keep, "
-            f"such as 6; got {given!r}{percent(given) if isinstance(given, str) else ''}"
+            f"such as 6; got {raw!r}{percent(raw) if isinstance(raw, str) else ''}"
         )
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> StructureRecipe:
         names = ("experts", "blocks", "width", "heads", "kv_heads")
-        given = [name for name in names if getattr(self, name) is not None]
-        if not given:
+        if all(getattr(self, name) is None for name in names):
             raise ValueError(
                 "nothing is to be removed: give `experts` 0.25, `blocks` 0.1 or `width` 0.25, for "
                 "example"
@@ -128,81 +143,116 @@ class StructureRecipe(WindowOptions):
     @property
     def narrows(self) -> bool:
         """Whether channels or heads are removed."""
-        return any(x is not None for x in (self.width, self.heads, self.kv_heads))
+        amounts = (self.width, self.heads, self.kv_heads)
+        return any(amount is not None for amount in amounts)
 
 
 class ExpertChange(Part):
-    #: the old numbers of the experts that stay; the new number is the place in the list.
+    """Which experts of one block stay, and what decided it."""
+
+    #: Old numbers of the experts that stay, rising. The new number is the position in this list.
     kept: list[int]
-    saliency: list[float]  #: of every old expert
-    tokens: list[int]  #: calibration tokens that chose each old expert
+    #: The saliency of every old expert, by the rule of the recipe (`methods/structured.py`).
+    saliency: list[float]
+    #: How many calibration tokens chose each old expert.
+    tokens: list[int]
 
 
 class PartChange(Part):
-    kept: list[int]  #: the old numbers of those that stay; of heads, those of query heads
-    error: float  #: ‖X(W − W')ᵀ‖² / ‖XWᵀ‖² at the linear that reads them
-    error_before_fit: float  #: the same if the columns that stay had kept their weights
+    """Which channels of one MLP, or which heads of one block, stay, and what it costs.
+
+    X are the calibration inputs of the linear that reads the parts, W its trained weight.
+    """
+
+    #: Old numbers of the channels or query heads that stay, rising.
+    kept: list[int]
+    #: ‖X(W − W')ᵀ‖² / ‖XWᵀ‖², with W' the least-squares fit of the columns that stay.
+    error: float
+    #: The same relative error if the columns that stay had their trained weights.
+    error_before_fit: float
 
 
 class SearchStep(Part):
-    block: int  #: position in the source of the block that is removed
-    value: float  #: what was measured without it and the blocks of the steps before
-    #: "divergence" (KL from the dense model, nats per token) or "influence" (1 − the mean cosine
-    #: between hidden states before and after the block).
+    """One step of the search for blocks, which removes one block."""
+
+    #: Old position of the block that is removed.
+    block: int
+    #: The measure without this block and without the blocks of the steps before.
+    value: float
+    #: "divergence" is the KL divergence from the dense model, in nats per token. "influence" is
+    #: 1 − the mean cosine between the hidden states before and after the block.
     measure: Literal["divergence", "influence"]
-    #: the same for every block of the source; None for those that were not measured.
+    #: The measure for every block of the source; None for a block that this step did not measure.
     candidates: list[float | None]
 
 
 class BlockChange(Part):
-    name: str  #: full name in the result
-    made_from: int  #: position in the source
-    input_sha256: str  #: hash of the weights that it was made from
-    #: None for a block whose experts all stay, or that has none.
+    """What happened to one block of the result."""
+
+    #: Full name of the block in the result, such as `model.layers.3`.
+    name: str
+    #: Old position of the block.
+    made_from: int
+    #: Digest of the weights that the block was made from, in hexadecimal.
+    input_sha256: str
+    #: None for a block that has no experts or keeps all of them.
     experts: ExpertChange | None = None
-    #: of what became narrower: `heads`, and `channels` of the MLP, or of several MLPs, such as
-    #: experts, each by the linear that reads it.
+    #: What became narrower -> what happened to it. The keys are `heads`, and `channels` for the
+    #: only MLP of a block. Where a block has several MLPs, such as experts, the key of each is the
+    #: relative name of the linear that reads its channels.
     width: dict[str, PartChange] = Field(default_factory=dict)
-    #: the training towards the dense model; None for a block without it.
+    #: The training towards the dense model; None for a block that was not trained.
     repair: ReconstructionRecord | None = None
-    seconds: float = 0.0  #: time for the block, without the training
+    #: Time for the block in seconds, without its training.
+    seconds: float = 0.0
 
 
 class StructureRecord(BlockwiseRecord):
-    """The record of shrink."""
+    """The record of shrink: what was removed from each block, and how it was chosen."""
 
     FILE: ClassVar[str] = "prunus-structure.json"
     VERB: ClassVar[str] = "prunus shrink"
 
+    #: What the run was asked to remove.
     recipe: StructureRecipe
-    #: the blocks that are removed, in the order in which they were found.
+    #: The steps that removed blocks, in the order in which the search took them.
     search: list[SearchStep] = Field(default_factory=list)
-    #: field of config.json that changed -> its values before and after.
+    #: Field of config.json that changed -> its values before and after. Dots separate the levels.
     config: dict[str, tuple[Any, Any]] = Field(default_factory=dict)
-    #: stored tensors that the model has no place for; the result does not have them.
+    #: Stored tensors that belong to no module of the model. The result does not have them.
     left_out: list[str] = Field(default_factory=list)
+    #: The finished blocks of the result, in their order.
     blocks: list[BlockChange] = Field(default_factory=list)
 
 
 def what_was_removed(record: StructureRecord) -> list[str]:
-    """One line per kind of part that was removed."""
+    """One line per kind of part that was removed, and one for the repair; for people to read.
+
+    >>> step = SearchStep(block=2, value=0.25, measure="divergence", candidates=[0.5, None, 0.25])
+    >>> what_was_removed(StructureRecord.model_construct(search=[step], blocks=[]))
+    ['blocks 2 were removed; divergence at the last step 0.2500']
+    """
     lines = []
     if record.search:
-        which, last = ", ".join(str(step.block) for step in record.search), record.search[-1]
+        last = record.search[-1]
+        removed = ", ".join(str(step.block) for step in record.search)
         lines.append(
-            f"blocks {which} were removed; {last.measure} at the last step {last.value:.4f}"
+            f"blocks {removed} were removed; {last.measure} at the last step {last.value:.4f}"
         )
+    # The key "" collects the MLPs of blocks that have several.
     narrower: dict[str, list[PartChange]] = {"channels": [], "heads": [], "": []}
     for block in record.blocks:
         for name, part in block.width.items():
             narrower[name if name in narrower else ""].append(part)
     for name, parts in narrower.items():
         if parts:
-            what = f"{len(parts[0].kept)} {name} stay in each of {counted(len(parts), 'block')}"
+            subject = (
+                f"{len(parts[0].kept)} of the {name} stay in each of {counted(len(parts), 'block')}"
+            )
             if not name:
-                what = f"{len(parts)} experts and other MLPs of blocks with several are narrower"
+                subject = f"{len(parts)} experts and other MLPs of blocks with several are narrower"
             mean = sum(part.error for part in parts) / len(parts)
-            lines.append(f"{what}; mean relative error where they are read {mean:.3%}")
+            lines.append(f"{subject}; mean relative error where they are read {mean:.3%}")
     changes = [block.experts for block in record.blocks if block.experts is not None]
     if changes:
         lines.append(
@@ -211,10 +261,10 @@ def what_was_removed(record: StructureRecord) -> list[str]:
         )
     repairs = [block.repair for block in record.blocks if block.repair is not None]
     if repairs:
-        end = repairs[-1]
+        last_repair = repairs[-1]
         lines.append(
             f"{counted(len(repairs), 'block')} trained towards the outputs of the model; on the "
-            f"validation windows the KL divergence is {end.error_after:.4f}, and was "
-            f"{end.error_before:.4f} before the last block was trained"
+            f"validation windows the KL divergence is {last_repair.error_after:.4f}, and was "
+            f"{last_repair.error_before:.4f} before the last block was trained"
         )
     return lines

@@ -31,7 +31,7 @@ from prunus.runs.loop import Made, run_blocks
 from prunus.runs.options import RunOptions
 from prunus.runs.plan import check_room, check_same_on_all_ranks
 from prunus.runs.progress import pruning_step, shows_progress
-from prunus.runs.record import OUTSIDE_SHARD, bos_words, result_card, shard_name, source_name
+from prunus.runs.record import bos_words, result_card, source_name
 from prunus.runs.windows import calibration_windows, given_windows, run_inputs
 from prunus.structure.plan import SmallerModel, StructureJob, plan_structure
 from prunus.structure.records import StructureRecipe, StructureRecord, what_was_removed
@@ -64,9 +64,9 @@ def shrink(
     Raises:
         ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: As `prune`.
     """
-    how, given = RunOptions.pick(options)
+    how, recipe_options = RunOptions.pick(options)
     data, described = given_windows(calibration)
-    chosen = StructureRecipe.read(recipe, given | described)
+    chosen = StructureRecipe.read(recipe, recipe_options | described)
     return run(model, Path(output), chosen, RunOptions(**how, **data))
 
 
@@ -79,6 +79,7 @@ def run(
         ranks = joint.processes
 
         def find() -> StructureRecord | None:
+            """The record of the run that this one resumes or finds finished; None if none."""
             return find_earlier(StructureRecord, output, recipe, joint, Path(str(model)))
 
         # All checks. Until the end, no other run can use the output.
@@ -93,7 +94,7 @@ def run(
         with ranks.fail_together():
             windows = calibration_windows(job)
             inputs = run_inputs(job, windows)
-            own = {"source": job.model_name}
+            own = {"source": job.model_name, "shard_count": job.keep_blocks + 1}
             record = resumed_or_new(StructureRecord, earlier, job.recipe, inputs, job.device, **own)
         walks = check_same_on_all_ranks(job, record)
         folder = SmallerFolder(output, record, job)
@@ -104,13 +105,13 @@ def run(
         folder.begin(job.options.overwrite)
         job.measured = record.measured
         with torch.no_grad():
-            kept = choose_blocks(job, windows.ids, record.search, folder.save)
-            smaller = folder.smaller = job.smaller(kept)
+            blocks_left = choose_blocks(job, windows.ids, record.search, folder.save)
+            smaller = folder.smaller = job.smaller(blocks_left)
             record.config = _changes(job.raw, smaller.config)
             step = ShrinkStep(job, smaller, windows.ids, walks, output)
             with contextlib.closing(step):
                 names = smaller.skeleton.block_name
-                run_blocks(job, step, folder, folder.finished, made_from=kept, names=names)
+                run_blocks(job, step, folder, folder.finished, made_from=blocks_left, names=names)
         record.totals = {
             "seconds": round(time.perf_counter() - started, 2),
             "peak_memory_bytes": peak_memory(),
@@ -122,19 +123,25 @@ def run(
 def _changes(
     before: dict[str, Any], after: dict[str, Any], path: str = ""
 ) -> dict[str, tuple[Any, Any]]:
-    """Field of config.json that changed -> its values before and after."""
-    found: dict[str, tuple[Any, Any]] = {}
+    """Field of config.json that changed -> its values before and after.
+
+    >>> _changes({"text": {"layers": 3}}, {"text": {"layers": 2}})
+    {'text.layers': (3, 2)}
+    """
+    changes: dict[str, tuple[Any, Any]] = {}
     for key, value in after.items():
         old = before.get(key)
         if isinstance(value, dict) and isinstance(old, dict):
-            found |= _changes(old, value, f"{path}{key}.")
+            changes |= _changes(old, value, f"{path}{key}.")
         elif old != value:
-            found[f"{path}{key}"] = (old, value)
-    return found
+            changes[f"{path}{key}"] = (old, value)
+    return changes
 
 
 def renumbered(key: str, old: int, new: int) -> str:
     """The stored name of a tensor of block `old` when it becomes block `new`.
+
+    The first number `old` in the name is that of the block; a later one may be that of an expert.
 
     >>> renumbered("model.layers.7.mlp.experts.7.up.weight", 7, 5)
     'model.layers.5.mlp.experts.7.up.weight'
@@ -143,64 +150,77 @@ def renumbered(key: str, old: int, new: int) -> str:
 
 
 class SmallerFolder(BlockFolder):
-    """Writes the smaller model, which is known after the search for blocks."""
+    """Writes the smaller model, which is known after the search for blocks.
+
+    Tensors have the stored names that the source gives them, with the new positions of their
+    blocks. Some checkpoints store the experts of a layer as one tensor: such a tensor is fused
+    (`model/experts.py`), and is joined from its members here.
+    """
 
     record: StructureRecord
     job: StructureJob
-    smaller: SmallerModel  #: the model that is written; must be set before the first block
+    #: The model that is written. It must be set before the first block.
+    smaller: SmallerModel
 
-    def made_from(self, place: int) -> int:
-        return self.smaller.made_from[place]
+    def made_from(self, new_index: int) -> int:
+        """The old position of a block of the result."""
+        return self.smaller.made_from[new_index]
 
-    def stored(self, place: int, made: Made) -> dict[str, Tensor]:
-        names, fused = self._names(place)
-        found = {key: made.tensors[name] for name, key in names.items()}
-        return found | {key: each.join(made.tensors) for key, each in fused.items()}
+    def stored(self, new_index: int, made: Made) -> dict[str, Tensor]:
+        """Stored name -> tensor of a block that has just been made."""
+        names, fused = self._names(new_index)
+        tensors = {key: made.tensors[name] for name, key in names.items()}
+        return tensors | {key: whole.join(made.tensors) for key, whole in fused.items()}
 
-    def restored(self, place: int) -> dict[str, Tensor]:
-        names, fused = self._names(place)
-        shard = Checkpoint(self.folder, only=[shard_name(place)])
+    def restored(self, new_index: int) -> dict[str, Tensor]:
+        """Relative name -> tensor of a finished block, read from its shard."""
+        names, fused = self._names(new_index)
+        shard = Checkpoint(self.folder, only=[self.record.shard(new_index)])
         stored = dict(shard.read(shard.tensors))
-        found = {name: stored[key] for name, key in names.items()}
-        for key, each in fused.items():
-            found |= each.cut(stored[key])
-        return found
+        tensors = {name: stored[key] for name, key in names.items()}
+        for key, whole in fused.items():
+            tensors |= whole.cut(stored[key])
+        return tensors
 
-    def _names(self, place: int) -> tuple[dict[str, str], dict[str, Fused]]:
+    def _names(self, new_index: int) -> tuple[dict[str, str], dict[str, Fused]]:
         """Relative name -> stored name of the tensors of a block, and stored name -> fused one."""
-        index, skeleton = self.made_from(place), self.smaller.skeleton
+        skeleton = self.smaller.skeleton
+        old_index = self.made_from(new_index)
         names, joined = (
-            {name: renumbered(key, index, place) for name, key in found.items()}
-            for found in self.job.checkpoint.block_names(index)
+            {name: renumbered(key, old_index, new_index) for name, key in old_keys.items()}
+            for old_keys in self.job.checkpoint.block_names(old_index)
         )
-        fused = {joined[x.name]: x for x in skeleton.fused(place) if x.name in joined}
-        inside = {member for each in fused.values() for member in each.members}
-        wanted = skeleton.blocks[place].state_dict().keys() - inside
-        return {name: key for name, key in names.items() if name in wanted}, fused
+        fused = {joined[x.name]: x for x in skeleton.fused(new_index) if x.name in joined}
+        members = {member for whole in fused.values() for member in whole.members}
+        separate = skeleton.blocks[new_index].state_dict().keys() - members
+        return {name: key for name, key in names.items() if name in separate}, fused
 
     def complete(self) -> None:
-        """Write all that is outside the blocks, and complete the result."""
+        """Write all that is outside the blocks, and complete the result. All ranks call it."""
         self.record.totals = self.ranks.on_rank_0(self._complete)
         self.record.state = "finished"
 
     def _complete(self) -> dict[str, object]:
         source, record, old = self.job.checkpoint, self.record, self.job.skeleton
+        # Tensors below the path of the blocks that no block reads, such as those of blocks for
+        # further tokens, do not fit the smaller model. All other unknown ones are copied.
         unknown = names_in_model(old, source.checkpoint.tensors)[2]
         record.left_out = sorted(k for n, k in unknown.items() if n.startswith(f"{old.path}."))
         keys = sorted(set(source.outside_keys()) - set(record.left_out))
-        self.write_shard(OUTSIDE_SHARD, source.checkpoint.stored(keys))
-        shards = [*map(shard_name, range(len(self.smaller.made_from))), OUTSIDE_SHARD]
-        record.totals["parameters"] = _parameters(Checkpoint(self.folder, only=shards))
+        self.write_shard(record.outside_shard, source.checkpoint.stored(keys))
+        shards = [*map(record.shard, range(record.shard_count))]
+        written = Checkpoint(self.folder, only=shards)
+        record.totals["parameters"] = _parameters(written)
         record.totals["parameters_before"] = _parameters(source.checkpoint)
         self.finish(
             shards,
-            card=self._card(),
+            card=self._card(written.file_bytes()),
             config=self.smaller.config,
             code=self.job.options.trust_remote_code,
         )
         return record.totals
 
-    def _card(self) -> str:
+    def _card(self, nbytes: int) -> str:
         record, totals = self.record, self.record.totals
         return result_card(
             record,
@@ -215,8 +235,10 @@ class SmallerFolder(BlockFolder):
             ],
             tags=["pruned"],
             source=self.job.checkpoint.checkpoint.folder,
+            nbytes=nbytes,
         )
 
 
 def _parameters(checkpoint: Checkpoint) -> int:
+    """Numbers in all tensors of a checkpoint."""
     return sum(torch.Size(info.shape).numel() for info in checkpoint.tensors.values())

@@ -9,6 +9,9 @@ the best is not the best one step later.
 
 All candidates run through the model together, so a step reads each block once. A candidate shares
 the hidden states of the base model up to its block, skips the block, and has its own afterwards.
+
+The other rule, cosine, measures all blocks once (ShortGPT, Men et al. 2024, arXiv 2403.03853) and
+removes those of the lowest influence. It reads all windows, and needs no room for candidates.
 """
 
 from __future__ import annotations
@@ -33,15 +36,26 @@ _FULL_STEPS = 4
 def choose_blocks(
     job: StructureJob, ids: Tensor, steps: list[SearchStep], save: Callable[[], object]
 ) -> list[int]:
-    """Positions of the blocks that stay, rising, chosen by windows `ids` (windows, tokens)."""
+    """The old positions of the blocks that stay, rising.
+
+    Args:
+        job: The checked run.
+        ids: Calibration windows, (windows, tokens).
+        steps: The steps that an earlier run has taken; new ones are added in place.
+        save: Called after each new step, which the list holds by then.
+
+    Raises:
+        NotImplementedError: The family cannot do without any further block.
+        ValueError: The hidden states of the candidates do not fit in the memory budget.
+    """
     count = len(job.skeleton)
-    wanted = count - job.keep_blocks
-    if len(steps) < wanted and job.recipe.block_rule == "cosine":
+    remove = count - job.keep_blocks
+    if len(steps) < remove and job.recipe.block_rule == "cosine":
         influence = _influence(job, ids)
-        while len(steps) < wanted:
+        while len(steps) < remove:
             _take(job, steps, influence, "influence")
             save()
-    elif len(steps) < wanted:
+    elif len(steps) < remove:
         _search_by_divergence(job, ids[:PROBE_WINDOWS, :PROBE_TOKENS], steps, save)
     return _blocks_left(steps, count)
 
@@ -55,7 +69,10 @@ def _blocks_left(steps: Sequence[SearchStep], count: int) -> list[int]:
 def _search_by_divergence(
     job: StructureJob, probes: Tensor, steps: list[SearchStep], save: Callable[[], object]
 ) -> None:
-    """Search greedily by KL divergence on some windows. All ranks call it, rank 0 does it."""
+    """Search greedily by KL divergence on the windows `probes`, (windows, tokens).
+
+    All ranks call it. Rank 0 does it, and the others get its steps.
+    """
     _check_room(job, probes)
 
     def search() -> list[dict[str, Any]]:
@@ -89,8 +106,10 @@ def _take(
     left = _blocks_left(steps, count)
     order = sorted(values.keys() & set(left), key=lambda index: (values[index], index))
     block = job.smaller_by_one(left, order)
-    every = [values.get(index) if index in left else None for index in range(count)]
-    steps.append(SearchStep(block=block, value=values[block], measure=measure, candidates=every))
+    candidates = [values.get(index) if index in left else None for index in range(count)]
+    steps.append(
+        SearchStep(block=block, value=values[block], measure=measure, candidates=candidates)
+    )
 
 
 def _promising(steps: Sequence[SearchStep], left: Sequence[int]) -> list[int]:
@@ -105,11 +124,23 @@ def _promising(steps: Sequence[SearchStep], left: Sequence[int]) -> list[int]:
 def _candidate_states(
     stream: Stream, first: Tensor, left: Sequence[int], measured: Collection[int]
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """The hidden states after the last block: of the base model, and without each candidate."""
-    base, candidates = first, dict[int, Tensor]()
+    """The hidden states after the last block: of the base model, and without each candidate.
+
+    Args:
+        stream: The old model.
+        first: The hidden states before its first block.
+        left: The old positions of the blocks of the base model, rising.
+        measured: The candidates among them.
+
+    Returns:
+        Those of the base model, and candidate -> those of the base model without it.
+    """
+    base = first
+    candidates: dict[int, Tensor] = {}
     for index in left:
         block = stream.skeleton.fill(index, stream.source.block(index), stream.device)
         run = stream.call(index, block)
+        # The candidates before this block have hidden states of their own.
         candidates = {other: run(hidden) for other, hidden in candidates.items()}
         if index in measured:
             candidates[index] = base
@@ -121,28 +152,39 @@ def _candidate_states(
 def divergences(
     stream: Stream, ids: Tensor, dense: Tensor, candidates: dict[int, Tensor]
 ) -> dict[int, float]:
-    """The KL divergence of every candidate on windows (windows, tokens), in nats per token."""
+    """The KL divergence of every candidate from the dense model, in nats per token.
+
+    Args:
+        stream: The old model, for its head.
+        ids: The windows, (windows, tokens).
+        dense: The hidden states after the last block of the dense model, (windows, tokens, hidden).
+        candidates: Candidate -> the same without it.
+    """
     skeleton, device = stream.skeleton, stream.device
     sums, tokens = dict.fromkeys(candidates, 0.0), 0
     with skeleton.outside_blocks(stream.source.read_outside, device, with_head=True):
         for window in range(len(ids)):  # one by one, because logits are large
             part = slice(window, window + 1)
-            shape = ids[part].to(device)
-            logp = skeleton.logits(shape, dense[part]).flatten(0, 1).float().log_softmax(dim=-1)
+            ids_1T = ids[part].to(device)
+            logp = skeleton.logits(ids_1T, dense[part]).flatten(0, 1).float().log_softmax(dim=-1)
             for block, hidden in candidates.items():
                 sums[block] += divergence_sum(
-                    logp, skeleton.logits(shape, hidden[part]).flatten(0, 1)
+                    logp, skeleton.logits(ids_1T, hidden[part]).flatten(0, 1)
                 )
             tokens += len(logp)
     return {block: total / tokens for block, total in sums.items()}
 
 
 def _influence(job: StructureJob, ids: Tensor) -> dict[int, float]:
-    """Position of a block -> 1 less the mean cosine between the hidden states around it."""
-    stream, influence = Stream(job.skeleton, job.hashed_source, job.device), dict[int, float]()
+    """Old position of a block -> 1 − the mean cosine between the hidden states around it.
+
+    All ranks call it, each for its part of the windows `ids`, (windows, tokens).
+    """
+    stream = Stream(job.skeleton, job.hashed_source, job.device)
+    influence: dict[int, float] = {}
     with contextlib.closing(stream):
-        own = own_part(job.ranks, ids.split(job.batch))
-        stream.embed(own, None, on_device=job.hidden_states_stay)
+        batches = own_part(job.ranks, ids.split(job.batch))
+        stream.embed(batches, None, on_device=job.hidden_states_stay)
         for index in range(len(job.skeleton)):
             block = job.skeleton.fill(index, job.source.block(index), job.device)
             forward, total = stream.checked(index, stream.forward(index, block)), 0.0
@@ -156,7 +198,13 @@ def _influence(job: StructureJob, ids: Tensor) -> dict[int, float]:
 
 
 def _check_room(job: StructureJob, probes: Tensor) -> None:
+    """Check that memory holds the hidden states of all candidates at once.
+
+    Raises:
+        ValueError: It does not.
+    """
     width = job.skeleton.window_shape(0, probes.shape[1])[1]
+    # A candidate per block, the dense model, the base model and one output.
     needed = (len(job.skeleton) + 3) * probes.numel() * width * job.dtype.itemsize
     if needed > job.budget:
         raise ValueError(

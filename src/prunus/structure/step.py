@@ -9,6 +9,9 @@ are chosen and whose remaining columns are fitted. Then they run to the one that
 of the MLP (`down`), after the smaller attention. In a mixture of experts these are all experts at
 once, each on the tokens that chose it.
 
+A block has an old position in the source (`old_index`) and a new one in the result (`new_index`).
+Names of tensors and linears are relative to their block, such as `mlp.down_proj.weight`.
+
 Shape suffixes: O outputs, I inputs, E experts.
 """
 
@@ -48,7 +51,15 @@ from prunus.structure.width_plan import HeadPlan
 
 
 class ShrinkStep:
-    """Makes one block after the other, a `BlockStep`; `walks` are those of the old blocks."""
+    """Makes one block after the other: a `BlockStep`. Call `take` or `make` for each in order.
+
+    Args:
+        job: The checked run.
+        smaller: The model that is made.
+        ids: Calibration windows of all ranks, (windows, tokens).
+        walks: For each old block, how the ranks take their batches through it.
+        spill_to: Folder for a file of hidden states, if they do not stay in memory.
+    """
 
     def __init__(
         self,
@@ -65,75 +76,99 @@ class ShrinkStep:
         self._open.callback(self._stream.close)
         # Without repair, a removed block changes no other. Only experts and width need windows.
         batches = ids.split(job.batch) if job.measures_blocks else ()
-        own, stays = own_part(job.ranks, batches), job.hidden_states_stay
-        spilled = spill_to if job.spills else None
+        batches_of_rank = own_part(job.ranks, batches)
+        on_device = job.hidden_states_stay
+        spill_folder = spill_to if job.spills else None
         if not job.recipe.repair:
-            self._stream.embed(own, spilled, stays)
+            self._stream.embed(batches_of_rank, spill_folder, on_device)
             return
         split = step_ranks(job.ranks, max(map(len, batches)), job.device)
-        self._stream.embed(own, spilled, stays, step_parts(batches, split))
+        self._stream.embed(batches_of_rank, spill_folder, on_device, step_parts(batches, split))
         dense = Stream(job.skeleton, job.source, job.device)
         self._open.callback(dense.close)
-        dense.embed(own, spilled, on_device=stays)
+        dense.embed(batches_of_rank, spill_folder, on_device)
         self._repair = Repair(job, smaller, self._stream, dense, walks, len(batches), split)
 
-    def take(self, place: int, tensors: Mapping[str, Tensor]) -> None:
-        """Run the windows through a block that an earlier run has finished."""
-        if self._repair is not None:
-            self._repair.advance(place)
-        self._stream.propagate(place, tensors)
+    def take(self, new_index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Run the windows through a block that an earlier run has finished.
 
-    def make(self, place: int, stored: StoredBlock) -> Made:
-        """Make a block, and run the windows through it."""
+        Args:
+            new_index: New position of the block.
+            tensors: Its tensors in the result, by relative name.
+        """
         if self._repair is not None:
-            self._repair.advance(place)
-        tensors, change = self._cut(place, stored)
+            self._repair.advance(new_index)
+        self._stream.propagate(new_index, tensors)
+
+    def make(self, new_index: int, stored: StoredBlock) -> Made:
+        """Make the block `new_index` of the result, and run the windows through it.
+
+        Args:
+            new_index: New position of the block.
+            stored: The old block that it is made from.
+
+        Raises:
+            RankError: The ranks have made different bytes.
+        """
+        if self._repair is not None:
+            self._repair.advance(new_index)
+        tensors, change = self._cut(new_index, stored)
         seconds = change.seconds
         if self._repair is not None:
-            tensors, change.repair = self._repair.train(place, tensors)
+            tensors, change.repair = self._repair.train(new_index, tensors)
             seconds += change.repair.seconds if change.repair is not None else 0.0
         check_same(self._job.ranks, change.name, tensors)
-        self._stream.propagate(place, tensors)
+        self._stream.propagate(new_index, tensors)
         return Made(tensors, change, f"made from block {change.made_from} in {seconds:.2f} s")
 
     def close(self) -> None:
+        """Free the hidden states, on disk too."""
         self._open.close()
 
-    def _cut(self, place: int, stored: StoredBlock) -> tuple[dict[str, Tensor], BlockChange]:
+    def _cut(self, new_index: int, stored: StoredBlock) -> tuple[dict[str, Tensor], BlockChange]:
         """A block without what is removed from it: its tensors, and what happened to it."""
         job, smaller, stream = self._job, self._smaller, self._stream
-        started, index = time.perf_counter(), smaller.made_from[place]
-        name = smaller.skeleton.block_name(place)
-        change = BlockChange(name=name, made_from=index, input_sha256=stored.digest)
+        started = time.perf_counter()
+        old_index = smaller.made_from[new_index]
+        name = smaller.skeleton.block_name(new_index)
+        change = BlockChange(name=name, made_from=old_index, input_sha256=stored.digest)
         tensors = dict(stored.tensors)
-        experts = experts_in(job.skeleton.blocks[index]) if job.experts is not None else []
-        if experts:
-            change.experts = self._choose_experts(place, index, tensors, experts[0])
-            kept, shapes = change.experts.kept, shapes_of(job.full_width.blocks[index])
+        mixtures = experts_in(job.skeleton.blocks[old_index]) if job.experts is not None else []
+        if mixtures:  # `plan_structure` refuses blocks with more than one
+            change.experts = self._choose_experts(new_index, old_index, tensors, mixtures[0])
+            experts_kept = change.experts.kept
+            shapes = shapes_of(job.full_width.blocks[old_index])
             tensors = {
-                new: cut(tensors[old], axis_that_changes(tensors[old].shape, shapes[new]), kept)
-                for new, old in old_names(job.skeleton.blocks[index], shapes, kept).items()
+                new: cut(
+                    tensors[old], axis_that_changes(tensors[old].shape, shapes[new]), experts_kept
+                )
+                for new, old in old_names(
+                    job.skeleton.blocks[old_index], shapes, experts_kept
+                ).items()
             }
         if job.width is not None:
-            tensors, change.width = narrow(job, stream, place, index, tensors)
+            tensors, change.width = narrow(job, stream, new_index, old_index, tensors)
         change.seconds = round(time.perf_counter() - started, 3)
         return tensors, change
 
     def _choose_experts(
-        self, place: int, index: int, stored: Mapping[str, Tensor], experts: Experts
+        self, new_index: int, old_index: int, stored: Mapping[str, Tensor], experts: Experts
     ) -> ExpertChange:
-        """Choose the experts of a block that stay, from all windows before it. They do not move."""
+        """Choose the experts of a block that stay, on all windows.
+
+        The stream stays before the block, because the block that it runs through is smaller.
+        """
         job, stream, plan = self._job, self._stream, self._job.experts
         assert plan is not None
         sums = ExpertSums(plan.count)
-        forward = stream.forward(place, job.skeleton.fill(index, stored, stream.device))
+        forward = stream.forward(new_index, job.skeleton.fill(old_index, stored, stream.device))
         experts.on_output = sums.add
         try:
             for batch in range(len(stream)):
                 forward(batch)
         finally:
             experts.on_output = None
-        job.skeleton.release(index)
+        job.skeleton.release(old_index)
         sums.complete(job.ranks)
         saliency_E = sums.reap_E if job.recipe.saliency == "reap" else sums.contribution_E
         return ExpertChange(
@@ -144,40 +179,50 @@ class ShrinkStep:
 
 
 def narrow(
-    job: StructureJob, stream: Stream, place: int, index: int, stored: Mapping[str, Tensor]
+    job: StructureJob, stream: Stream, new_index: int, old_index: int, stored: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, PartChange]]:
-    """The tensors of a block that is made narrower, and what was removed.
+    """Make one block narrower.
 
-    `stream`, before block `place` of the smaller model, does not move. `stored` has full width, by
-    relative name, with only the experts that stay.
+    Args:
+        job: The checked run, which has a plan of the width.
+        stream: The windows of the smaller model. They are before the block, and stay there.
+        new_index: New position of the block.
+        old_index: Old position of the block.
+        stored: The tensors of the block at full width, by relative name, with only the experts
+            that stay.
+
+    Returns:
+        The tensors of the narrower block, and what became narrower (`BlockChange.width`).
     """
     full, plan = job.full_width, job.width
     assert plan is not None
-    layout = plan.attention[index]
-    block = full.fill(index, stored, stream.device)
-    linears = {linear.name: linear for linear in full.linears(index)}
-    tensors, change = dict(stored), dict[str, PartChange]()
+    layout = plan.attention[old_index]
+    block = full.fill(old_index, stored, stream.device)
+    linears = {linear.name: linear for linear in full.linears(old_index)}
+    tensors = dict(stored)
+    change: dict[str, PartChange] = {}
+    # All cuts come at the end, so that the block runs at full width until then.
     cuts: list[tuple[PartLayout, KeptUnits]] = []
     if plan.heads is not None and layout is not None:
         linear = linears[layout.reader]
-        (reader,) = _measured(stream, place, block, [linear], job.ranks)
+        (reader,) = _measured(stream, new_index, block, [linear], job.ranks)
         kept = _keep_heads(reader, plan.heads, layout.read.width)
         change["heads"] = _fit(linear, tensors, reader, kept)
         per_group = plan.heads.heads // plan.heads.groups
         groups = sorted({head // per_group for head in kept.units})
         cuts.append((layout, {"heads": kept.units, "groups": groups}))
-    for parts in _at_once(plan.mlps[index], job.budget):
-        found = [linears[part.reader] for part in parts]
-        readers = _measured(stream, place, block, found, job.ranks)
-        for part, linear, reader in zip(parts, found, readers, strict=True):
+    for parts in _at_once(plan.mlps[old_index], job.budget):
+        down = [linears[part.reader] for part in parts]
+        readers = _measured(stream, new_index, block, down, job.ranks)
+        for part, linear, reader in zip(parts, down, readers, strict=True):
             kept = reader.keep(part.read.units, 1, part.keep)
-            name = part.reader if len(plan.mlps[index]) > 1 else "channels"
+            name = part.reader if len(plan.mlps[old_index]) > 1 else "channels"
             change[name] = _fit(linear, tensors, reader, kept)
             cuts.append((part, {"channels": kept.units}))
-    full.release(index)
+    full.release(old_index)
     for part, units in cuts:
-        for name, each in part.cuts.items():
-            tensors[name] = each.take(tensors[name], units)
+        for name, axis_cut in part.cuts.items():
+            tensors[name] = axis_cut.take(tensors[name], units)
     return tensors, change
 
 
@@ -186,7 +231,7 @@ def _at_once(parts: Sequence[PartLayout], budget: int) -> Iterator[list[PartLayo
     taken: list[PartLayout] = []
     used = 0
     for part in parts:
-        needed = 4 * part.read.units**2
+        needed = 4 * part.read.units**2  # bytes of a float32 Gram matrix
         if taken and used + needed > budget // 4:
             yield taken
             taken, used = [], 0
@@ -197,24 +242,25 @@ def _at_once(parts: Sequence[PartLayout], budget: int) -> Iterator[list[PartLayo
 
 
 def _measured(
-    stream: Stream, place: int, block: nn.Module, linears: Sequence[Linear], ranks: Ranks
+    stream: Stream, new_index: int, block: nn.Module, linears: Sequence[Linear], ranks: Ranks
 ) -> list[Reader]:
     """Measure the inputs of some linears; those of an expert are the tokens that chose it."""
     spec = StatisticsSpec(needs="gram", means=True, distributed=ranks.size > 1)
     statistics = {
         linear.name: InputStatistics(linear.shape[1], spec, stream.device) for linear in linears
     }
-    forward = stream.forward(place, block)
+    forward = stream.forward(new_index, block)
     with input_hooks(linears, lambda linear, x: statistics[linear.name].add(tokens_of(x))):
         for batch in range(len(stream)):
             forward(batch)
-    for name, each in statistics.items():
-        each.complete(ranks)
-        each.check_finite(f"{stream.skeleton.block_name(place)}.{name}")
+    for name, inputs in statistics.items():
+        inputs.complete(ranks)
+        inputs.check_finite(f"{stream.skeleton.block_name(new_index)}.{name}")
     return [_reader(linear, statistics.pop(linear.name)) for linear in linears]
 
 
 def _reader(linear: Linear, statistics: InputStatistics) -> Reader:
+    """A linear with its measured inputs, on the CPU, where units are chosen and columns fitted."""
     gram_II, sum_I, tokens = statistics.gram_II, statistics.sum_I, statistics.tokens
     assert gram_II is not None and sum_I is not None
     weight_OI = linear.weight_OI.to("cpu", torch.float32, copy=True)
@@ -227,7 +273,11 @@ def _reader(linear: Linear, statistics: InputStatistics) -> Reader:
 
 
 def _keep_heads(reader: Reader, plan: HeadPlan, size: int) -> Kept:
-    """The query heads of `size` inputs that stay: whole groups are removed first, then heads."""
+    """The query heads that stay, and their columns in the reader.
+
+    Whole groups are removed first, and then heads of the groups that stay, as many from each. A
+    head has `size` inputs of the reader.
+    """
     per_group = plan.heads // plan.groups
     groups = reader.keep(plan.groups, per_group * size, plan.keep_groups)
     if plan.keep_heads == plan.keep_groups * per_group:
@@ -242,10 +292,15 @@ def _keep_heads(reader: Reader, plan: HeadPlan, size: int) -> Kept:
 
 
 def _fit(linear: Linear, tensors: dict[str, Tensor], reader: Reader, kept: Kept) -> PartChange:
-    """Fit the columns of a linear that stay, in the block and in its tensors."""
+    """Fit the columns of a linear that stay, in the block and in its tensors.
+
+    Both keep their full width: what is removed is 0 until it is cut.
+    """
     weight_OI, inputs = reader.weight_OI, linear.shape[1]
+    # A bias is one more column, after those of the inputs, and always stays.
     columns = [*kept.columns, *range(inputs, weight_OI.shape[1])]
-    fitted_OI, plain_OI = reader.fit(columns), torch.zeros_like(weight_OI)
+    fitted_OI = reader.fit(columns)
+    plain_OI = torch.zeros_like(weight_OI)
     plain_OI[:, columns] = weight_OI[:, columns]
     new_OI = fitted_OI[:, :inputs]
     new = {f"{linear.name}.weight": new_OI.T if linear.transposed else new_OI}
@@ -272,6 +327,15 @@ class Repair:
     rows of the router are trained too, because tokens of the lost experts now choose others.
 
     Call `advance` for each block in order.
+
+    Args:
+        job: The checked run.
+        smaller: The model that is made.
+        stream: The windows of the smaller model.
+        dense: The windows of the old model.
+        walks: For each old block, how the ranks take their batches through it.
+        batches: How many batches of windows all ranks have together.
+        split: The ranks that share the windows of one training step.
     """
 
     def __init__(
@@ -286,9 +350,10 @@ class Repair:
     ) -> None:
         self._job, self._smaller = job, smaller
         self._stream, self._dense, self._walks = stream, dense, walks
-        self._depth = 0
-        places = range(len(smaller.made_from))
-        self._first = next((place for place in places if self._changes(place)), len(places))
+        self._depth = 0  # old blocks that the dense windows have run through
+        # The first block to train. Those before it see and compute what they did in the old model.
+        count = len(smaller.made_from)
+        self._first = next((index for index in range(count) if self._changes(index)), count)
         dtype = training_dtype(job.device, job.dtype)
         self._reconstructor = BlockReconstructor(
             settings=ReconstructionSettings(epochs=None, dtype=dtype),
@@ -300,53 +365,66 @@ class Repair:
             split=split,
         )
 
-    def advance(self, place: int) -> None:
-        """Run the windows through the dense model, up to the output that block `place` learns."""
-        end = [*self._smaller.made_from, len(self._job.skeleton)][place + 1]
+    def advance(self, new_index: int) -> None:
+        """Run the windows through the dense model, up to the output that the block learns.
+
+        This is the input of the old block that the next new block is made from.
+        """
+        end = [*self._smaller.made_from, len(self._job.skeleton)][new_index + 1]
         for index in range(self._depth, end):
             self._dense.propagate(index, self._job.source.block(index))
         self._depth = end
 
     def train(
-        self, place: int, tensors: Mapping[str, Tensor]
+        self, new_index: int, tensors: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], ReconstructionRecord | None]:
-        """A trained block's tensors, and the record; None if not trained. Call `advance` before."""
-        if place < self._first:
+        """Train a block, for which `advance` was called. Neither stream moves.
+
+        Args:
+            new_index: New position of the block. The smaller stream is before it.
+            tensors: Its tensors by relative name, in their stored dtypes.
+
+        Returns:
+            The tensors of the trained block, and what the training did. For a block that is not
+            trained, the tensors as they are, and None.
+        """
+        if new_index < self._first:
             return dict(tensors), None
-        skeleton, walk = self._smaller.skeleton, self._walks[self._smaller.made_from[place]]
-        block = skeleton.fill(place, tensors, self._stream.device)
-        linears = [linear.name for linear in skeleton.linears(place)]
-        trained = [*linears, *(name for name in self._routers(place) if name not in linears)]
-        reconstruction = self._reconstructor.begin(place, block, trained, walk)
+        skeleton = self._smaller.skeleton
+        walk = self._walks[self._smaller.made_from[new_index]]
+        block = skeleton.fill(new_index, tensors, self._stream.device)
+        linears = [linear.name for linear in skeleton.linears(new_index)]
+        trained = [*linears, *(name for name in self._routers(new_index) if name not in linears)]
+        reconstruction = self._reconstructor.begin(new_index, block, trained, walk)
         if reconstruction is None:
             return dict(tensors), None
-        with reconstruction.recording(self._stream.forward(place, block)) as forward:
+        with reconstruction.recording(self._stream.forward(new_index, block)) as forward:
             if reconstruction.suffix is not None:
                 for batch in range(len(self._stream)):
                     forward(batch)
         changed, record = reconstruction.run(tensors, tensors)
-        skeleton.release(place)
+        skeleton.release(new_index)
         return {**tensors, **changed}, record
 
-    def _changes(self, place: int) -> bool:
+    def _changes(self, new_index: int) -> bool:
         """Whether a block lost parts, or was next to a removed block."""
         every = [-1, *self._smaller.made_from, len(self._job.skeleton)]
-        before, index, after = every[place : place + 3]
-        return (before, after) != (index - 1, index + 1) or bool(self._smaller_tensors(place))
+        before, index, after = every[new_index : new_index + 3]
+        return (before, after) != (index - 1, index + 1) or bool(self._smaller_tensors(new_index))
 
-    def _smaller_tensors(self, place: int) -> set[str]:
+    def _smaller_tensors(self, new_index: int) -> set[str]:
         """Relative names of the tensors that have lost rows or columns, or were removed."""
-        before = shapes_of(self._job.skeleton.blocks[self._smaller.made_from[place]])
-        after = shapes_of(self._smaller.skeleton.blocks[place])
+        before = shapes_of(self._job.skeleton.blocks[self._smaller.made_from[new_index]])
+        after = shapes_of(self._smaller.skeleton.blocks[new_index])
         return {name for name, shape in before.items() if after.get(name) != shape}
 
-    def _routers(self, place: int) -> list[str]:
+    def _routers(self, new_index: int) -> list[str]:
         """Relative names of the modules whose weights have a row per remaining expert."""
         if self._job.experts is None:
             return []
-        smaller = self._smaller_tensors(place)
+        smaller = self._smaller_tensors(new_index)
         return [
             name.removesuffix(".weight")
-            for name, parameter in self._smaller.skeleton.blocks[place].named_parameters()
+            for name, parameter in self._smaller.skeleton.blocks[new_index].named_parameters()
             if name in smaller and name.endswith(".weight") and parameter.dim() == 2
         ]

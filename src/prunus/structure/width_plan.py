@@ -1,5 +1,9 @@
 """How many channels and heads stay: as a recipe asks for them.
 
+The width of a recipe is a share to remove. Channels become fewer by this share, rounded to a number
+that kernels like. Heads become fewer by it as nearly as their key-value groups allow, because every
+group must keep the same number of query heads.
+
 The model that a narrower configuration describes is built without weights, and the shapes of its
 tensors are compared: once only the channels of one kind of MLP are fewer, and once only the heads.
 """
@@ -33,25 +37,41 @@ _MULTIPLES = (64, 32, 16, 8, 4, 2, 1)
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """Query heads and key-value groups before and after, and the width of a head."""
+    """How many query heads and key-value groups stay in every block.
 
+    A group is a key-value head with the query heads that share it. In a model without shared
+    key-value heads, each query head is a group.
+    """
+
+    #: Query heads before.
     heads: int
+    #: Query heads that stay.
     keep_heads: int
+    #: Key-value groups before.
     groups: int
+    #: Key-value groups that stay.
     keep_groups: int
+    #: Channels of one head, which do not change.
     size: int
 
     @property
     def units(self) -> dict[UnitKind, tuple[int, int]]:
-        """Heads before and after, and groups if heads share them."""
-        found: dict[UnitKind, tuple[int, int]] = {"heads": (self.heads, self.keep_heads)}
+        """Heads before and after, and groups if heads share them.
+
+        >>> HeadPlan(8, 4, 2, 1, 64).units, HeadPlan(8, 4, 8, 4, 64).units
+        ({'heads': (8, 4), 'groups': (2, 1)}, {'heads': (8, 4)})
+        """
+        units: dict[UnitKind, tuple[int, int]] = {"heads": (self.heads, self.keep_heads)}
         if self.groups != self.heads:
-            found["groups"] = (self.groups, self.keep_groups)
-        return found
+            units["groups"] = (self.groups, self.keep_groups)
+        return units
 
     @property
     def sizes(self) -> set[tuple[int, int]]:
-        """Numbers of heads and groups, and of their channels, before and after."""
+        """The pairs (before, after) that shapes and attributes of modules may show.
+
+        They are the numbers of heads, of groups, and of heads per group, and the channels of each.
+        """
         pairs = {
             (self.heads, self.keep_heads),
             (self.groups, self.keep_groups),
@@ -60,6 +80,7 @@ class HeadPlan:
         return pairs | {(before * self.size, after * self.size) for before, after in pairs}
 
     def fields(self, config: Any) -> dict[str, Any]:
+        """Canonical name of a field of a configuration -> its value with the heads that stay."""
         fields = {"num_attention_heads": self.keep_heads}
         if hasattr(config, "num_key_value_heads"):
             fields["num_key_value_heads"] = self.keep_groups
@@ -70,14 +91,18 @@ class HeadPlan:
 
 @dataclass
 class WidthPlan:
-    heads: HeadPlan | None  #: None if all stay
-    #: of every old block, where the channels of its MLPs are; a routed expert is an MLP.
+    """What stays of the width of every block, and where it is in the tensors."""
+
+    #: How many heads stay; None if all do.
+    heads: HeadPlan | None
+    #: For every old block, where the channels are of each MLP that becomes narrower. A routed
+    #: expert is an MLP.
     mlps: list[list[PartLayout]]
-    #: of every old block, where the heads are; None if all of them stay.
+    #: For every old block, where the heads are; None if the block has none or keeps all.
     attention: list[PartLayout | None]
-    #: canonical name of a field of the configuration -> its new value.
+    #: Canonical name of a field of the configuration -> its new value.
     changes: dict[str, Any] = field(default_factory=dict)
-    #: pairs of sizes before and after that shapes and attributes may show.
+    #: The pairs (size before, size after) that shapes and attributes of modules may show.
     sizes: set[tuple[int, int]] = field(default_factory=set)
 
 
@@ -85,13 +110,25 @@ class WidthPlan:
 class WidthPlanner:
     """Plans narrower versions of one model."""
 
+    #: The model at full width, without weights.
     old: Skeleton
-    config: Any  #: of the language model alone
+    #: The configuration of the language model alone.
+    config: Any
+    #: The name of the model, for messages.
     name: str
-    build: Callable[[Mapping[str, Any]], Skeleton]  #: the model with some fields changed
+    #: Builds the model with some fields changed (canonical name -> new value), without weights.
+    build: Callable[[Mapping[str, Any]], Skeleton]
+    #: Finds which rows and columns are the channels and heads.
     finder: LayoutFinder
 
     def plan(self, recipe: StructureRecipe) -> WidthPlan:
+        """Decide how many channels and heads stay, and find them in the tensors of each block.
+
+        Raises:
+            ValueError: The numbers of the recipe do not fit, or would remove nothing. The message
+                names numbers that fit.
+            NotImplementedError: The family has no such width.
+        """
         old = self.old
         plan = WidthPlan(self._heads(recipe), [[] for _ in old.blocks], [None for _ in old.blocks])
         for name, before, after in self._channel_counts(recipe):
@@ -129,9 +166,9 @@ class WidthPlanner:
         plan.sizes |= sizes
 
     def _channel_counts(self, recipe: StructureRecipe) -> list[tuple[str, int, int]]:
-        """The fields that may count channels, and each number before and after."""
+        """The fields that may count channels (canonical name), and each number before and after."""
         config, width = self.config, recipe.width
-        found: dict[str, tuple[str, int, int]] = {}
+        counts: dict[str, tuple[str, int, int]] = {}
         for name in _CHANNEL_FIELDS if width is not None else ():
             before = getattr(config, name, None)
             if name == "n_inner" and before is None and hasattr(config, name):
@@ -141,9 +178,9 @@ class WidthPlanner:
                 # Round to a number that hardware likes, but by at most a 32nd of all channels.
                 step = next(m for m in _MULTIPLES if before % m == 0 and m <= max(1, before // 32))
                 after = max(step, round(before * (1 - width) / step) * step)
-                known = canonical(config, name)
-                found.setdefault(known, (known, before, after))
-        return list(found.values())
+                field_name = canonical(config, name)
+                counts.setdefault(field_name, (field_name, before, after))
+        return list(counts.values())
 
     def _heads(self, recipe: StructureRecipe) -> HeadPlan | None:
         """How many heads stay; None if all do."""
@@ -154,15 +191,16 @@ class WidthPlanner:
         groups = getattr(config, "num_key_value_heads", None) or heads
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
         per_group = heads // groups
+        # Pairs of query heads and groups: every group keeps n of its query heads.
         possible = [(g * n, g) for g in range(1, groups + 1) for n in range(1, per_group + 1)]
-        wanted = [
+        allowed = [
             (h, g)
             for h, g in possible
             if recipe.heads in (None, h) and recipe.kv_heads in (None, g)
         ]
-        if not wanted:
-            given = {"heads": recipe.heads, "kv_heads": recipe.kv_heads}
-            asked = [f"`{name}` {value}" for name, value in given.items() if value is not None]
+        if not allowed:
+            numbers = {"heads": recipe.heads, "kv_heads": recipe.kv_heads}
+            asked = [f"`{name}` {value}" for name, value in numbers.items() if value is not None]
             shown = ", ".join(f"{h} with {g}" for h, g in sorted(possible, reverse=True)[:12])
             raise ValueError(
                 f"{' with '.join(asked)} does not fit {self.name}, whose {heads} query heads share "
@@ -171,10 +209,12 @@ class WidthPlanner:
                 f"heads): {shown}"
             )
         if recipe.heads is None and recipe.kv_heads is not None:
-            keep = max(wanted)
+            keep = max(allowed)  # whole groups alone are removed
         else:
+            # The share of heads that is nearest; of equal ones, that with the most groups, because
+            # then fewer keys and values are lost.
             share = 1 - (recipe.width or 0.0)
-            keep = min(wanted, key=lambda x: (abs(x[0] / heads - share), -x[1]))
+            keep = min(allowed, key=lambda pair: (abs(pair[0] / heads - share), -pair[1]))
         return None if keep == (heads, groups) else HeadPlan(heads, keep[0], groups, keep[1], size)
 
     def _without_heads(
@@ -213,10 +253,10 @@ class WidthPlanner:
 
 def _sizes(old: Skeleton, new: Skeleton) -> set[tuple[int, int]]:
     """The pairs of lengths in which the tensors of two models differ."""
-    found = set()
+    sizes = set()
     for before, after in zip(old.blocks, new.blocks, strict=True):
-        now = shapes_of(after)
+        new_shapes = shapes_of(after)
         for name, shape in shapes_of(before).items():
-            pairs = zip(shape, now.get(name, shape), strict=False)
-            found |= {pair for pair in pairs if pair[0] != pair[1]}
-    return found
+            pairs = zip(shape, new_shapes.get(name, shape), strict=False)
+            sizes |= {pair for pair in pairs if pair[0] != pair[1]}
+    return sizes

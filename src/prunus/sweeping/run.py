@@ -35,6 +35,7 @@ from prunus.model.kinds import require_causal
 from prunus.model.source import CheckpointSource
 from prunus.options import takes
 from prunus.pruning.job import plan_run
+from prunus.pruning.run import PlainTensors
 from prunus.recovery.options import RecoveryOptions
 from prunus.runs.folder import locked_output
 from prunus.runs.options import RunOptions
@@ -155,7 +156,7 @@ def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> S
             try:
                 # With dtype "auto" plan_run would run the model to choose a dtype, which is work.
                 recipe = cell.recipe.model_copy(update={"dtype": "float32"})
-                plan_run(models[cell.model].path, recipe, options)
+                plan_run(models[cell.model].path, recipe, options, PlainTensors())
             except (ValueError, FileNotFoundError, NotImplementedError) as fault:
                 raise type(fault)(f"cell {cell.name}: {fault}") from fault
     return results

@@ -63,9 +63,9 @@ def test_every_record_holds_the_digest_of_every_shard(name, material):
     assert verify_shards(folder) == len(shards)
 
 
-@pytest.mark.parametrize("shard", ["block-00000.safetensors", "outer.safetensors"])
-def test_resume_refuses_a_changed_shard_and_makes_a_removed_one_again(shard, material, tmp_path):
-    out = tmp_path / "out"
+@pytest.mark.parametrize("number", [1, 3])
+def test_resume_refuses_a_changed_shard_and_makes_a_removed_one_again(number, material, tmp_path):
+    out, shard = tmp_path / "out", f"model-0000{number}-of-00003.safetensors"
     with pytest.raises(StopError):
         prune(material, out, progress=stop_after(1))
     flip(out / shard)
@@ -85,10 +85,11 @@ def test_resumed_packing_refuses_a_changed_shard(material, tmp_path):
 
     with pytest.raises(StopError):
         pack(material / "pruned", out, progress=stop_after(1))
-    flip(out / "block-00000.safetensors")
-    with pytest.raises(ValueError, match=rf"block-00000\.safetensors {CHANGED}.* remove it"):
+    shard = out / "model-00001-of-00003.safetensors"
+    flip(shard)
+    with pytest.raises(ValueError, match=rf"{shard.name} {CHANGED}.* remove it"):
         pack(material / "pruned", out)
-    (out / "block-00000.safetensors").unlink()
+    shard.unlink()
     assert pack(material / "pruned", out).state == "finished"
 
 
@@ -97,11 +98,11 @@ def test_resumed_packing_refuses_a_changed_shard(material, tmp_path):
 )
 def test_a_changed_source_is_not_converted(verb, name, material, tmp_path):
     shutil.copytree(material / name, tmp_path / "model")
-    flip(tmp_path / "model" / "block-00001.safetensors")
-    with pytest.raises(ValueError, match=rf"block-00001\.safetensors {CHANGED}.* copy"):
+    flip(tmp_path / "model" / "model-00002-of-00003.safetensors")
+    with pytest.raises(ValueError, match=rf"model-00002-of-00003\.safetensors {CHANGED}.* copy"):
         verb(tmp_path / "model", tmp_path / "out")
     assert not (tmp_path / "out" / INDEX_NAME).exists()
-    assert not (tmp_path / "out" / "block-00001.safetensors").exists()
+    assert not (tmp_path / "out" / "model-00002-of-00003.safetensors").exists()
 
 
 def test_pack_tells_sources_apart_that_have_the_same_headers(material, tmp_path):
@@ -115,10 +116,10 @@ def test_inspect_verifies_on_request(material, tmp_path):
     shutil.copytree(material / "pruned", tmp_path / "model")
     shown = call("inspect", tmp_path / "model", "--verify").output
     assert "shards that have the bytes that were written: 3" in shown
-    flip(tmp_path / "model" / "block-00001.safetensors")
+    flip(tmp_path / "model" / "model-00002-of-00003.safetensors")
     assert "bytes that were written" not in call("inspect", tmp_path / "model").output
     refused = call("inspect", tmp_path / "model", "--verify", status=2).output
-    assert "block-00001.safetensors differ from the SHA-256" in " ".join(refused.split())
+    assert "model-00002-of-00003.safetensors differ from the SHA-256" in " ".join(refused.split())
     assert prunus.inspect(material / "packed", verify=True).verified == 3
 
 
@@ -126,11 +127,12 @@ def test_what_cannot_be_verified_is_an_error(material, tmp_path):
     with pytest.raises(FileNotFoundError, match="prunus did not write it"):
         prunus.inspect(material / "dense", verify=True)
     shutil.copytree(material / "pruned", tmp_path / "model")
-    (tmp_path / "model" / "outer.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has lost outer\.safetensors"):
+    last = "model-00003-of-00003.safetensors"
+    (tmp_path / "model" / last).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"has lost {last}"):
         verify_shards(tmp_path / "model")
-    shutil.copy(material / "pruned" / "outer.safetensors", tmp_path / "model")
-    shutil.copy(material / "pruned" / "outer.safetensors", tmp_path / "model" / "more.safetensors")
+    shutil.copy(material / "pruned" / last, tmp_path / "model")
+    shutil.copy(material / "pruned" / last, tmp_path / "model" / "more.safetensors")
     with pytest.raises(ValueError, match=r"more\.safetensors differ"):
         verify_shards(tmp_path / "model")
 

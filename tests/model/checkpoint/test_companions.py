@@ -164,7 +164,7 @@ def test_special_files_in_the_output_folder_and_for_records(material, tmp_path):
         for read in (read_json, lambda path: Recipe.read(path, {})):
             with pytest.raises(ValueError, match=f"toml is {named}; expected a regular file"):
                 read(path)
-        for name in ("prunus.json", "block-00000.safetensors"):
+        for name in ("prunus.json", "model-00001-of-00003.safetensors"):
             out = tmp_path / f"{number} {name}"
             shutil.copytree(material / "pruned", out)
             replace(out, name, make)

@@ -104,7 +104,7 @@ def test_a_disk_that_is_full_at_any_write(verb, material, small_disk, monkeypatc
     work(tmp_path / "whole")
     expected = outcome(tmp_path / "whole")
     # A run checks the free space before it starts; here the space runs out during the run.
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**60))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**60, total=2**60))
     total = sum(path.stat().st_size for path in (tmp_path / "whole").rglob("*") if path.is_file())
     failed = 0
     for share in (0.05, 0.3, 0.6, 0.9):
@@ -131,11 +131,13 @@ def test_a_disk_that_is_full_at_any_write(verb, material, small_disk, monkeypatc
 
 
 def test_a_command_on_a_full_disk_ends_in_one_line(material, small_disk, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=12_345_678))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: SimpleNamespace(free=12_345_678, total=2**60)
+    )
     out = small_disk(32768) / "out"
     shown = call("prune", material[0], out, "--method", "magnitude", status=1).stderr
     assert re.match(
-        "prunus: error: No space left on the disk for .*/out/outer", shown.splitlines()[-1]
+        "prunus: error: No space left on the disk for .*/out/model-00003", shown.splitlines()[-1]
     )
     assert "GB must fit, and 0.012 GB are free. Finished files are kept: make room" in shown
     assert "Errno" not in shown and "Error" not in shown
@@ -158,9 +160,29 @@ def test_a_disk_that_is_too_small_is_seen_before_any_work(material, small_disk):
 def test_an_output_that_is_read_only(verb, material, small_disk):
     disk = small_disk(2**22)
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    with pytest.raises(OSError, match=r"out cannot be written, because .* is not a folder that yo"):
+    with pytest.raises(OSError, match=r"out cannot be created: .* is not a folder that yo"):
         verbs(*material)[verb](disk / "out")
     assert list(disk.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["n" * 250 + ".json", "é" * 120 + ".json"])
+def test_a_long_name_is_no_reason_to_lose_figures(name, material, tmp_path):
+    """The temporary name of a file is no longer than a name may be."""
+    call("inspect", material[0], "--json", tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_name_that_is_too_long_is_refused_before_any_work(material, tmp_path):
+    name = "n" * 300
+    for work in (
+        lambda: prunus.prune(material[0], tmp_path / name, calibration=token_ids()),
+        lambda: pack(material[1], tmp_path / name),
+    ):
+        with pytest.raises(ValueError, match=r"a name has at most 255 bytes, and n* has 300"):
+            work()
+    shown = call("inspect", material[0], "--json", tmp_path / name, status=2).stderr
+    assert "at most 255 bytes" in shown
+    assert not list(tmp_path.iterdir())
 
 
 # --- a shard that changes during the run ---
@@ -312,7 +334,7 @@ def test_what_a_power_cut_can_leave(verb, material, monkeypatch, tmp_path):
     if verb == "prune":
         last = [name for name in renamed if name in (INDEX_NAME, "prunus.json")]
         assert last[-2:] == [INDEX_NAME, "prunus.json"], "index, then finished record"
-        first = renamed.index("block-00000.safetensors")
+        first = renamed.index("model-00001-of-00003.safetensors")
         assert "prunus.json" in renamed[:first]
         assert renamed[first + 1] == "prunus.json"
 

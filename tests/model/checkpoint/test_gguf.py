@@ -1,6 +1,7 @@
 """GGUF import: what arrives in the checkpoint, and how bad files are refused."""
 
 import json
+import struct
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from tiny_tokenizer import EOS, VOCABULARY, byte_tokenizer
 
 pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
+
+import gguf
 
 from tiny_gguf import TEMPLATE, TOKENS, tiny_llama, write_gguf
 
@@ -197,3 +200,36 @@ def test_lengths_that_do_not_fit_the_tensors_are_refused(field, value, message, 
     with pytest.raises(ValueError, match=message):
         import_gguf(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def header(tensors: int, fields: int, *parts: bytes) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, fields) + b"".join(parts)
+
+
+def array_field(kind: int, count: int, content: bytes) -> bytes:
+    """A field "x" that is an array of `count` values of GGUF's type `kind`."""
+    return struct.pack("<Q1sIIQ", 1, b"x", 9, kind, count) + content
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (header(0, 1, array_field(0, 3 * 2**20, bytes(3 * 2**20))), "lists have 3,145,728 entries"),
+        (header(0, 1, array_field(8, 2**22, bytes(2**25))), "lists have 4,194,304 entries"),
+        (
+            header(0, 1, array_field(9, 3, 3 * (struct.pack("<IQ", 0, 2**20) + bytes(2**20)))),
+            "entries up to .*, and at most 2,097,152 are read",
+        ),
+        (header(0, 2**17, bytes(2**21)), "131,072 fields; at most 65,536 are read"),
+        (header(2**17, 0, bytes(2**22)), "131,072 tensors and 0 fields; at most 65,536"),
+    ],
+)
+def test_a_header_that_would_take_a_kilobyte_of_memory_per_byte_is_refused(
+    content, message, monkeypatch, tmp_path
+):
+    """The package makes an object of every entry, so it must not see such a file."""
+    monkeypatch.setattr(gguf, "GGUFReader", None)
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        import_gguf(tmp_path / "x.gguf", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]

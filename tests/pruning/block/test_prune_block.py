@@ -16,6 +16,7 @@ from prunus.pruning.block.two_pass import two_pass
 from prunus.pruning.block.walk import BlockWalk
 from prunus.pruning.job import PruningJob, plan_run
 from prunus.pruning.recipe import Recipe
+from prunus.pruning.run import PlainTensors
 from prunus.runs import plan
 from prunus.runs.options import RunOptions
 from tiny import shards, tiny_checkpoint, token_ids
@@ -168,9 +169,7 @@ def test_streamed_in_memory_spilled_and_replayed_runs_are_equal_to_the_byte(
     prunus.prune(dense, tmp_path / "spilled", **options)
 
     expected = shards(tmp_path / "plain")
-    assert [*expected] == [
-        f"{name}.safetensors" for name in ("block-00000", "block-00001", "outer")
-    ]
+    assert [*expected] == [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
     for other in ("replayed", "spilled_replayed", "spilled"):
         assert shards(tmp_path / other) == expected
 
@@ -181,7 +180,7 @@ def test_the_memory_budget_decides_between_lockstep_replay_and_a_file(tmp_path, 
     recipe = Recipe(calibration="token ids", samples=64, seqlen=64, batch=1)
 
     def job(memory: int | None) -> PruningJob:
-        return plan_run(dense, recipe, RunOptions(memory=memory, input_ids=ids))
+        return plan_run(dense, recipe, RunOptions(memory=memory, input_ids=ids), PlainTensors())
 
     free = available_memory()
     # Free and resident memory change during the test, so they are fixed here.
@@ -214,4 +213,4 @@ def test_the_memory_budget_limits_a_device_as_it_limits_the_host(tmp_path, monke
     free = int(0.9 * 2**40)
     for memory, budget in ((None, free), (2**31, 2**31), (2**41, free)):
         options = RunOptions(device="cuda", memory=memory, input_ids=ids)
-        assert plan_run(dense, recipe, options).budget == budget
+        assert plan_run(dense, recipe, options, PlainTensors()).budget == budget

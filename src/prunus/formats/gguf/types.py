@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from prunus.formats.block_bytes import ONE, BlockType, Field, integers
+from prunus.hardware.errors import did_you_mean
 
 # The 16 values of IQ4_NL and IQ4_XS (kvalues_iq4nl of ggml).
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -102,7 +103,10 @@ def type_for(name: str, columns: int) -> GgufType:
     ('Q3_K', 'Q4_0')
     """
     if name not in TYPES:
-        raise ValueError(f"{name} is not a type that prunus writes: give one of {', '.join(TYPES)}")
+        raise ValueError(
+            f"{name} is not a type that prunus writes: give one of {', '.join(TYPES)}"
+            f"{did_you_mean(name, TYPES)}"
+        )
     chosen = TYPES[name]
     if columns % chosen.span:
         chosen = TYPES[chosen.fallback or name]

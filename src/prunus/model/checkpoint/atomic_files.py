@@ -35,6 +35,8 @@ from typing import Any, BinaryIO
 from prunus.model.checkpoint.regular_files import open_regular, read_limited
 
 TEMPORARY_SUFFIX = ".partial"
+# The most bytes of a file's name, and how many of them a temporary name takes over.
+_MAX_NAME, _OF_NAME = 255, 200
 #: Records of results. A recovered or packed checkpoint also has a copy of the record of its source,
 #: which describes the source's shards. So the first record that is there counts.
 RECORD_FILES = (
@@ -94,11 +96,18 @@ def remove(path: Path) -> None:
 def check_place(path: Path) -> None:
     """Check that the file or folder `path` can be made: the nearest folder above it takes it."""
     absolute = Path(os.path.abspath(path))
+    if (length := len(os.fsencode(absolute.name))) > _MAX_NAME:
+        raise ValueError(
+            f"a name has at most {_MAX_NAME} bytes, and {absolute.name} has {length}; choose a "
+            "shorter one"
+        )
     places = (absolute, *absolute.parents) if path.is_dir() else absolute.parents
     above = next(each for each in places if os.path.exists(each))
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+    allowed = above.is_dir() and os.access(above, os.W_OK | os.X_OK)
+    # A file system without any bytes, such as /proc, takes no files, whatever its folders allow.
+    if not allowed or not shutil.disk_usage(above).total:
         raise PermissionError(
-            f"{path} cannot be written, because {above} is not a folder that you may write to; "
+            f"{path} cannot be created: {above} is not a folder that you may write to; "
             "choose another place"
         )
 
@@ -128,7 +137,8 @@ def replacing(path: Path, nbytes: int | None = None) -> Iterator[BinaryIO]:
     After an error the new file is removed. `nbytes` is its size, for the error of a full disk.
     """
     given, path = path, in_held(path)
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(6)}{TEMPORARY_SUFFIX}")
+    begin = os.fsdecode(os.fsencode(path.name)[:_OF_NAME])
+    temporary = path.with_name(f"{begin}.{secrets.token_hex(6)}{TEMPORARY_SUFFIX}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     try:
         with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:
@@ -144,6 +154,29 @@ def replacing(path: Path, nbytes: int | None = None) -> Iterator[BinaryIO]:
             fault.filename = str(given)  # and not a name that means nothing to the user
         raise
     fsync_folder(path.parent)
+
+
+def move_file(path: Path, target: Path, replaces: bool) -> None:
+    """Give a finished file another name on its disk, atomically.
+
+    FileExistsError unless it `replaces`, if something has that name by now.
+    """
+    moved, place = in_held(path), in_held(target)
+    try:
+        if not replaces:
+            # Unlike a rename, a link never replaces. The rename then does nothing but drop a name.
+            os.link(moved, place)
+    except OSError as fault:
+        # Some file systems have no links. There the check comes just before the work.
+        if os.path.lexists(place):
+            raise FileExistsError(
+                f"{target} was made by somebody else during the run, and is left as it is. The "
+                f"finished work is in {path.parent}: move that file away, and the same command "
+                "continues"
+            ) from fault
+    os.replace(moved, place)
+    moved.unlink(missing_ok=True)
+    fsync_folder(place.parent)
 
 
 def _no_space(path: Path, nbytes: int | None) -> OSError:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from prunus.model.checkpoint.regular_files import read_card
 
@@ -17,7 +20,10 @@ _FIELD = re.compile(r"^([A-Za-z_][A-Za-z0-9_-]*):(.*)$")
 #: A model on the hub: owner and name.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 #: What holds for a model holds for what was made from it.
-_INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+_INHERITED = (
+    "license", "license_name", "license_link", "language", "pipeline_tag", "author", "organization",
+    "base_model", "base_model_relation",
+)  # fmt: skip
 
 
 def read_fields(card: str | None) -> tuple[dict[str, str], str]:
@@ -39,6 +45,22 @@ def read_fields(card: str | None) -> tuple[dict[str, str], str]:
         elif name is not None:
             fields[name] += f"\n{line.rstrip()}"
     return fields, "\n".join(lines[end + 1 :]) + "\n"
+
+
+def values_of(card: str | None) -> dict[str, Any]:
+    r"""Return the values of a card's fields: text, lists and mappings; none if they are no YAML.
+
+    Nothing is taken for a number, a date or a truth. The language of Norway is "no".
+
+    >>> values_of("---\nlanguage: [no, en]\nversion: 1.0\n---\n")
+    {'language': ['no', 'en'], 'version': '1.0'}
+    """
+    text = "".join(f"{name}:{value}\n" for name, value in read_fields(card)[0].items())
+    try:
+        values = yaml.load(text, Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def with_fields(card: str, changes: Mapping[str, str | None]) -> str:
@@ -64,15 +86,20 @@ def add_tags(card: str, tags: Iterable[str], without: Iterable[str] = ()) -> str
     >>> add_tags("---\ntags: [a]\n---\n\n# Title\n", ["b"], without=["a"])
     '---\ntags: [b]\n---\n\n# Title\n'
     """
-    text = read_fields(card)[0].get("tags", "")
-    present = [tag.strip(" '\"") for tag in re.split(r"[\[\],]|\n\s*-", text)]
-    wanted = dict.fromkeys([*filter(None, present), *tags])
-    kept = [tag for tag in wanted if tag not in set(without)]
-    return with_fields(card, {"tags": f"[{', '.join(kept)}]" if kept else None})
+    present = values_of(card).get("tags") or []
+    present = [present] if isinstance(present, str) else present
+    present = [tag for tag in present if isinstance(tag, str)]
+    kept = [tag for tag in dict.fromkeys([*present, *tags]) if tag not in set(without)]
+    text = yaml.safe_dump(kept, allow_unicode=True, default_flow_style=True, width=2**20)
+    return with_fields(card, {"tags": text if kept else None})
 
 
 def inherited_fields(folder: Path | None) -> dict[str, str]:
-    """License, language and task of a model, as its card has them; for the card of a result."""
+    """Origin, licence, language and task of a model, as its card has them, for that of a result.
+
+    The base models are those that the model has itself. A result of a model on the hub has that
+    model in their place.
+    """
     if folder is None:
         return {}
     fields = read_fields(read_card(folder / "README.md"))[0]

@@ -6,8 +6,6 @@ that the model had before it was quantised.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
 import mmap
 import os
@@ -21,7 +19,8 @@ from typing import Any
 import torch
 import transformers
 
-from prunus.hardware.errors import reason
+from prunus.hardware.errors import did_you_mean, reason
+from prunus.hardware.process_state import no_stderr
 from prunus.model.checkpoint.atomic_files import (
     TEMPORARY_SUFFIX,
     fsync_folder,
@@ -30,9 +29,12 @@ from prunus.model.checkpoint.atomic_files import (
     remove,
     remove_temporaries,
     write_json,
+    write_text,
 )
+from prunus.model.checkpoint.gguf_card import imported_card
 from prunus.model.checkpoint.gguf_file import GgufFile, check_extra
 from prunus.model.checkpoint.gguf_model import complete_config, read_experts
+from prunus.model.checkpoint.gguf_vocabulary import adds_bos, restore_split
 from prunus.model.checkpoint.lock import LOCK_NAME, locked
 from prunus.model.checkpoint.output_folder import is_vacant
 from prunus.model.device import DTYPES
@@ -44,6 +46,9 @@ _STRING, _ARRAY = 8, 9
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 # Lengths up to this value fit any model: some fields count what has no tensor.
 _SMALL = 2**16
+# Entries of all lists in a header, which the reader of the package makes objects of a kilobyte of.
+# The largest vocabularies of today have 850,000 tokens, types and merges.
+_MAX_ENTRIES = 2**21
 _MAX_POSITIONS = 2**24  # tokens
 _MAX_DEPTH = 4  # arrays in arrays
 _MAX_DIMENSIONS = 8
@@ -56,22 +61,24 @@ def import_gguf(
     overwrite: bool = False,
     dtype: str = "bfloat16",
     progress: Callable[[str], None] | None = None,
+    file: GgufFile | None = None,
 ) -> dict[str, Any]:
     """Write the model and tokenizer of a GGUF file to the folder `dest`.
 
     The files get their names when all of them are complete, and config.json last, so no loader
     takes a part for a model. With `overwrite`, `dest` holds the old content until then. The whole
-    model is in memory for a while.
+    model is in memory for a while. `file` is the GGUF file, if it is open already.
 
     Returns:
         `architecture`, `parameters` (count), `tied` (whether head and embedding are one matrix),
-        `dtype`, `files` (names), `bytes` (of all files), `chat_template` (whether there is one).
+        `chat_template` (whether there is one), `types` (those of the file -> share of the weights),
+        `dtype`, `files` (names), `bytes` (of all files).
     """
     path, dest = Path(path), Path(dest)
     _check_arguments(path, dest, overwrite=overwrite, dtype=dtype)
     say = progress or (lambda line: None)
     say(f"reading {path.name}")
-    file = open_gguf(path)
+    file = file or open_gguf(path)
     with locked(dest):
         check_destination(dest, overwrite=overwrite)
         staging = in_held(dest / f"import{TEMPORARY_SUFFIX}")
@@ -80,8 +87,9 @@ def import_gguf(
         try:
             say(f"unpacking {len(file.tensors)} tensors to {dtype}")
             # transformers and gguf show progress bars; the caller shows its own.
-            with contextlib.redirect_stderr(io.StringIO()):
+            with no_stderr(), file.read_once():
                 summary = _convert(path, file, staging, DTYPES[dtype])
+            restore_split(file, staging)
             _tidy(staging)
             say(f"writing {dest}")
             _put_in_place(staging, dest)
@@ -91,6 +99,7 @@ def import_gguf(
     return {
         "architecture": file.architecture,
         **summary,
+        "types": file.types,
         "dtype": dtype,
         "files": [each.name for each in files],
         "bytes": sum(each.stat().st_size for each in files),
@@ -99,7 +108,10 @@ def import_gguf(
 
 def _check_arguments(path: Path, dest: Path, *, overwrite: bool, dtype: str) -> None:
     if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(sorted(DTYPES))}, not {dtype!r}")
+        raise ValueError(
+            f"dtype must be one of {', '.join(sorted(DTYPES))}, not {dtype!r}"
+            f"{did_you_mean(dtype, DTYPES)}"
+        )
     check_destination(dest, overwrite=overwrite)
     if not path.is_file():
         found = "not a file" if path.exists() else "no such file"
@@ -130,7 +142,9 @@ def _convert(path: Path, file: GgufFile, folder: Path, dtype: torch.dtype) -> di
     try:
         described = complete_config(transformers.AutoConfig.from_pretrained(**source), file)
         _check_size(described, sum(int(each.n_elements) for each in file.tensors.values()))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+        says_bos = {"add_bos_token": True} if adds_bos(file) else {}
+        card = imported_card(file, path.name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source, **says_bos)
         if described.model_type in ("mixtral", "qwen2_moe", "qwen3_moe"):
             model, loading = read_experts(described, file, dtype), {}
         else:
@@ -152,6 +166,7 @@ def _convert(path: Path, file: GgufFile, folder: Path, dtype: torch.dtype) -> di
     tied = _tie_if_one_matrix(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    write_text(folder / "README.md", card)
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "tied": tied,
@@ -226,7 +241,7 @@ class _Cursor:
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data = data
-        self.position = 0
+        self.position = self.entries = 0
 
     def skip(self, count: int) -> int:
         """Move on by `count` bytes, and return the position before."""
@@ -256,12 +271,15 @@ class _Cursor:
         if kind != _ARRAY or depth >= _MAX_DEPTH:
             raise ValueError(f"a value of type {kind} at {self.position:,}")
         inner, count = self.scalar("I"), self.scalar("Q")
+        self.entries += count
+        if self.entries > _MAX_ENTRIES:
+            raise ValueError(
+                f"its lists have {self.entries:,} entries up to {self.position:,}, and at most "
+                f"{_MAX_ENTRIES:,} are read"
+            )
         if inner in _SCALARS:
             self.skip(count * struct.calcsize("<" + _SCALARS[inner]))
             return None
-        # Every other entry takes at least a byte, so more entries than bytes cannot be true.
-        if count > len(self.data) - self.position:
-            raise ValueError(f"an array of {count:,} entries at {self.position:,}")
         for _ in range(count):
             self.value(inner, depth + 1)
         return None
@@ -308,8 +326,8 @@ def _walk(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
     if (version := cursor.scalar("I")) not in (2, 3):
         raise ValueError(f"version {version} of the format; versions 2 and 3 can be read")
     tensors, count = cursor.scalar("Q"), cursor.scalar("Q")
-    if max(tensors, count) > len(cursor.data):
-        raise ValueError(f"{tensors:,} tensors and {count:,} fields in {len(cursor.data):,} bytes")
+    if max(tensors, count) > _SMALL:
+        raise ValueError(f"{tensors:,} tensors and {count:,} fields; at most {_SMALL:,} are read")
     fields = {}
     for _ in range(count):
         name = cursor.string()

@@ -6,10 +6,11 @@ No other file imports the package, which is an extra. Files of strangers are che
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,6 @@ def package() -> Any:
     """llama.cpp's package `gguf`."""
     import gguf
 
-    # It warns of what users cannot change, such as special tokens in templates of pairs.
-    logging.getLogger("gguf").setLevel(logging.ERROR)
     return gguf
 
 
@@ -74,6 +73,15 @@ class GgufFile:
         reader = package().GGUFReader(path)
         return cls(reader, {tensor.name: tensor for tensor in reader.tensors})
 
+    @contextlib.contextmanager
+    def read_once(self) -> Iterator[None]:
+        """While active, transformers takes this file as it is open: a header takes seconds."""
+        kind, package().GGUFReader = package().GGUFReader, lambda _: self.reader
+        try:
+            yield
+        finally:
+            package().GGUFReader = kind
+
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a field; `default` if it is missing."""
         found = self.reader.fields.get(key)
@@ -101,9 +109,12 @@ class GgufFile:
         return torch.from_numpy(values).reshape(*map(int, reversed(found.shape)))
 
     @property
-    def types(self) -> set[str]:
-        """The types of all tensors, by name."""
-        return {tensor.tensor_type.name for tensor in self.tensors.values()}
+    def types(self) -> dict[str, float]:
+        """Name of a type -> the share of all weights that have it, the largest first."""
+        sizes = Counter[str]()
+        for tensor in self.tensors.values():
+            sizes[tensor.tensor_type.name] += int(tensor.n_elements)
+        return {name: round(size / sizes.total(), 4) for name, size in sizes.most_common()}
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 
+from prunus.hardware.process_state import no_stderr
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.gguf import open_gguf
+from prunus.model.checkpoint.gguf_card import metadata_of
 from prunus.model.checkpoint.gguf_file import fields_of, new_fields, package, tensor_names
 from prunus.model.checkpoint.gguf_vocabulary import NORMAL, add_vocabulary
 
@@ -221,8 +223,7 @@ def _add_metadata(writer: Any, folder: Path, tensors: list[GgufTensor]) -> None:
         info = gguf.gguf_writer.TensorInfo(each.shape, gguf.GGMLQuantizationType.F32, 0)
         writer.tensors[0][each.name] = info
     total, *parts = writer.get_total_parameter_count()
-    metadata = gguf.Metadata.load(None, folder, None, total)
-    metadata.name = metadata.name or folder.resolve().name
+    metadata = metadata_of(folder, total)
     metadata.size_label = metadata.size_label or gguf.size_label(total, *parts)
     writer.add_type(gguf.GGUFType.MODEL)
     metadata.set_gguf_meta_model(writer)
@@ -327,8 +328,10 @@ def _llama3_factors(rope: Mapping[str, Any], known: Mapping[str, Any]) -> list[f
 def _add_tokenizer(writer: Any, folder: Path, architecture: str, known: Mapping[str, Any]) -> None:
     size = known["vocab_size"]
     by_scores = add_vocabulary(writer, folder, size, architecture)
-    special = package().SpecialVocab(folder, load_merges=not by_scores, n_vocab=size)
-    special.add_to_gguf(writer, quiet=True)
+    # The package logs what users cannot change, such as special tokens in templates of pairs.
+    with no_stderr():
+        special = package().SpecialVocab(folder, load_merges=not by_scores, n_vocab=size)
+        special.add_to_gguf(writer, quiet=True)
     says_bos = "bos" in special.add_special_token
     if architecture == "gemma3" and by_scores:
         writer.add_add_space_prefix(False)

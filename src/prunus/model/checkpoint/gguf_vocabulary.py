@@ -8,10 +8,12 @@ then applies a list of merges to the bytes.
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
-from prunus.model.checkpoint.atomic_files import read_json
+from prunus.model.checkpoint.atomic_files import read_json, write_json
+from prunus.model.checkpoint.gguf_file import GgufFile
 
 #: Kinds of tokens: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
@@ -23,10 +25,15 @@ _ENGLISH = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER, _LOWER = "[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]", "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]"
 _WORD = "[^\\r\\n\\p{L}\\p{N}]?"
 _REST = "\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+_DIGIT, _DIGITS = "\\p{N}", "\\p{N}{1,3}"
+# The rule of GPT-2, which the step ByteLevel of a tokenizer may apply by itself.
+_GPT_2 = (
+    "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
+)  # fmt: skip
 
 
-def _words(digits: str) -> str:
-    return f"{_ENGLISH}|{_WORD}\\p{{L}}+|{digits}| ?[^\\s\\p{{L}}\\p{{N}}]+[\\r\\n]*|{_REST}"
+def _words(digits: str, english: str = f"{_ENGLISH}|") -> str:
+    return f"{english}{_WORD}\\p{{L}}+|{digits}| ?[^\\s\\p{{L}}\\p{{N}}]+[\\r\\n]*|{_REST}"
 
 
 def _cased_words(digits: str, ending: str) -> str:
@@ -36,16 +43,93 @@ def _cased_words(digits: str, ending: str) -> str:
     )
 
 
-# How a tokenizer splits text: whether digits are split first, and its regular expression; None is
-# that of GPT-2. -> llama.cpp's name.
-_SPLITS = {
-    (False, None): "gpt-2",
-    (True, None): "smollm",
-    (False, _words("\\p{N}")): "qwen2",
-    (False, _words("\\p{N}{1,3}")): "dbrx",
-    (False, _cased_words("\\p{N}", "")): "tekken",
-    (False, _cased_words("\\p{N}{1,3}", _ENGLISH + "?")): "gpt-4o",
+_SENTENCES = " ?[^(\\s|.,!?…。，、।۔،)]+"
+# Regular expressions that are applied one after the other, each to what the one before left whole:
+# what matches becomes a piece, and so does what lies between. -> llama.cpp's names of it, of which
+# the first is written where nothing says which. These are the tokenizers' own rules. llama.cpp
+# gives the same ids, but for some capitals outside ASCII with tekken and gpt-4o.
+_NAMES = {
+    (_GPT_2,): "gpt-2 phi-2 mpt olmo jais gigachat a.x-4.0 mellum trillion granite-docling exaone4",
+    (_DIGIT, _GPT_2): "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2",
+    (_words(_DIGIT),): (
+        "qwen2 stablelm2 deepseek-r1-qwen kormo f2llmv2 megrez hunyuan solar-open grok-2"
+    ),
+    (
+        f"{_ENGLISH}|{_WORD}[\\p{{L}}\\p{{M}}]+|{_DIGIT}| "
+        f"?[^\\s\\p{{L}}\\p{{M}}\\p{{N}}]+[\\r\\n]*|{_REST}",
+    ): "qwen35",
+    (_words(_DIGITS),): (
+        "dbrx smaug-bpe chatglm-bpe llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 "
+        "lfm2 glm4 glm5"
+    ),
+    (_cased_words(_DIGIT, ""),): "tekken",
+    (_cased_words(_DIGITS, _ENGLISH + "?"),): "gpt-4o llama4 kanana2 talkie minimax-m2",
+    ("[\r\n]", "\\s?\\p{L}+", "\\s?\\p{P}+", "[一-龥ࠀ-一가-퟿]+", _DIGIT): "deepseek-coder",
+    (
+        _DIGITS,
+        "[一-龥぀-ゟ゠-ヿ]+",
+        "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?"
+        "[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+    ): "deepseek-v3 hunyuan-dense joyai-llm hy_v4",
+    ("[\\p{P}\\$\\+<=>\\^~\\|`]+", _GPT_2, "[0-9][0-9][0-9]"): "falcon",
+    ("[\\p{P}\\$\\+<=>\\^~\\|]+", _GPT_2, "\\p{N}+", "[0-9][0-9][0-9]"): "default",
+    (_SENTENCES,): "bloom poro-chat gpt3-finnish",
+    (_SENTENCES, _DIGIT): "viking",
+    (_words(_DIGIT, ""),): "ufakzeka",
+    (
+        f"{_ENGLISH}|{_WORD}\\p{{L}}+|\\p{{N}}{{1}}| ?[^\\s\\p{{L}}\\p{{N}}\r\n]+|\\s*[\r\n]+|"
+        "\\s+(?!\\S)|\\s+",
+    ): "seed-coder",
+    (_DIGITS, _words("\\p{N}+")): "minicpm5",
 }
+_SPLITS = {name: rules for rules, names in _NAMES.items() for name in names.split()}
+# With these llama.cpp begins every text with BOS, unless the file says otherwise.
+_LLAMA_3 = {
+    "llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2",
+}  # fmt: skip
+# With these a piece that is a token as it stands is not merged from bytes.
+_WHOLE_PIECES = _LLAMA_3 | {"glm4", "glm5", "tekken", "minicpm5"}
+# In tokenizer_config.json: llama.cpp's name that the file of an imported tokenizer had.
+_NOTE = "gguf_pre"
+
+
+def adds_bos(file: GgufFile) -> bool:
+    """Whether a GGUF file does not say that texts begin with BOS, and its kind of splitting does.
+
+    transformers adds BOS only where the file says so.
+    """
+    stated = file.get("tokenizer.ggml.add_bos_token")
+    return stated is None and file.get("tokenizer.ggml.pre") in _LLAMA_3
+
+
+def restore_split(file: GgufFile, folder: Path) -> None:
+    """Let the tokenizer that was imported to `folder` split text as its GGUF file says.
+
+    transformers knows a part of llama.cpp's names and takes GPT-2's rule for all others. The name
+    is noted in tokenizer_config.json, for GGUF files that are made of the checkpoint. With a name
+    that is not known here the tokenizer stays as it is, and a warning says so.
+    """
+    if file.get("tokenizer.ggml.model") != "gpt2":
+        return
+    name, config = file.get("tokenizer.ggml.pre", "default"), folder / "tokenizer_config.json"
+    write_json(config, read_json(config) | {_NOTE: str(name)})
+    if (rules := _SPLITS.get(name)) is None:
+        warnings.warn(
+            f"prunus does not know how llama.cpp splits text with tokenizers of its kind {name!r}: "
+            "that of the imported checkpoint may give other token ids. Copy the tokenizer of the "
+            "original model over it",
+            RuntimeWarning,
+            stacklevel=1,
+        )
+        return
+    content = read_json(folder / "tokenizer.json")
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    steps = [split | {"pattern": {"Regex": rule}} for rule in rules]
+    steps.append(to_bytes | {"use_regex": False})
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    content["model"]["ignore_merges"] = name in _WHOLE_PIECES
+    write_json(folder / "tokenizer.json", content)
 
 
 def add_vocabulary(writer: Any, folder: Path, size: int, architecture: str) -> bool:
@@ -67,6 +151,11 @@ def add_vocabulary(writer: Any, folder: Path, size: int, architecture: str) -> b
             f"{path}: a tokenizer of type {model.get('type')} cannot be written to a GGUF file"
         )
     by_scores = bool(model.get("byte_fallback"))
+    if not by_scores and not model.get("merges"):
+        raise ValueError(
+            f"{path} has no merges, and llama.cpp needs those of a tokenizer that works on bytes; "
+            "copy the tokenizer from the dense model again"
+        )
     tokens, kinds = [f"[PAD{index}]" for index in range(size)], [_UNUSED] * size
     for token, index in model["vocab"].items():
         if index >= size:
@@ -119,23 +208,37 @@ def _looks_special(token: str) -> bool:
 
 
 def _split(path: Path, content: dict[str, Any], architecture: str) -> str:
-    """llama.cpp's name of how a tokenizer splits text before it merges bytes."""
-    steps = content.get("pre_tokenizer") or {}
-    digits, regex, known = False, None, True
-    for step in steps.get("pretokenizers", [steps]):
-        if step.get("type") == "Digits":
-            digits = bool(step.get("individual_digits"))
-        elif step.get("type") == "Split" and regex is None:
-            regex = step.get("pattern", {}).get("Regex", "")
-        elif step.get("type") != "ByteLevel" or step.get("use_regex", True) == bool(regex):
-            known = False
-    name = _SPLITS.get((digits, regex)) if known else None
-    if name is None:
+    """llama.cpp's name of how a tokenizer splits text before it merges bytes.
+
+    Names that mean the same splitting differ in what follows it. An imported tokenizer keeps that
+    of its GGUF file.
+    """
+    steps, config = content.get("pre_tokenizer") or {}, path.with_name("tokenizer_config.json")
+    note = read_json(config).get(_NOTE) if config.is_file() else None
+    rules, whole = _rules(steps), bool(content["model"].get("ignore_merges"))
+    names = [name for name, known in _SPLITS.items() if known == rules]
+    if note in names or (note is not None and note not in _SPLITS):
+        return str(note)
+    if not names:
         raise ValueError(
             f"{path} splits text in a way that llama.cpp has no known name for: "
             f"{json.dumps(steps)[:200]}"
         )
-    # Names that mean the same splitting as another one, with other rules after it.
-    if name == "dbrx" and content["model"].get("ignore_merges"):
-        return "llama-bpe"
+    name = min(names, key=lambda name: (name in _WHOLE_PIECES) != whole)
     return "phi-2" if name == "gpt-2" and architecture == "phi2" else name
+
+
+def _rules(steps: dict[str, Any]) -> tuple[str, ...] | None:
+    """The regular expressions of a step or a sequence of steps; None where it has other steps."""
+    rules = []
+    for step in steps.get("pretokenizers", [steps]):
+        kind, parts = step.get("type"), (step.get("behavior"), bool(step.get("invert")))
+        if kind == "Digits" and step.get("individual_digits"):
+            rules.append(_DIGIT)
+        elif kind == "Split" and parts in (("Isolated", False), ("Removed", True)):
+            rules.append(step.get("pattern", {}).get("Regex", ""))
+        elif kind != "ByteLevel":
+            return None
+        elif step.get("use_regex", True):
+            rules.append(_GPT_2)
+    return tuple(rules)

@@ -33,11 +33,11 @@ def is_vacant(output: Path, inside: str | None = None) -> bool:
 
     Such are files under their temporary names, the lock, and perhaps `inside`, for an earlier step.
     """
+    check_place(output)
     if output.exists() and not output.is_dir():
         raise FileExistsError(
             f"output {output} exists and is not a folder; choose another name for the result"
         )
-    check_place(output)
     return not output.exists() or all(
         path.name.endswith(TEMPORARY_SUFFIX) or path.name in (LOCK_NAME, inside)
         for path in output.iterdir()

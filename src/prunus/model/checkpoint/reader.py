@@ -180,13 +180,13 @@ class Checkpoint:
             for name, x in infos.items()
         }
 
-    def pieces(self, name: str) -> Iterator[torch.Tensor]:
-        """Yield the values of a tensor in order, as flat tensors of at most `_VALUES` bytes."""
+    def pieces(self, name: str, most: int = _VALUES) -> Iterator[torch.Tensor]:
+        """Yield the values of a tensor in order, as flat tensors of at most `most` bytes."""
         info = self.tensors[name]
         [(file, _)] = self._by_file([name])
         with open(self.folder / file, "rb", buffering=0) as plain:
-            for start in range(0, info.nbytes, _VALUES):
-                size = min(_VALUES, info.nbytes - start)
+            for start in range(0, info.nbytes, most):
+                size = min(most, info.nbytes - start)
                 content = torch.empty(size, dtype=torch.uint8)
                 if not _fill(plain, info.begin + start, content):
                     raise ValueError(self._changed(file))

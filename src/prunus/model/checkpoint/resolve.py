@@ -5,8 +5,10 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+from prunus.hardware.errors import did_you_mean
 from prunus.model.checkpoint.gguf import import_gguf, open_gguf
 from prunus.model.checkpoint.gguf_file import check_extra
 from prunus.model.checkpoint.regular_files import check_folder
@@ -22,30 +24,34 @@ def is_gguf(path: str | Path) -> bool:
     return str(path).lower().endswith(".gguf")
 
 
-def _imported(path: Path) -> Path:
+def _imported(path: Path, say: Callable[[str], None] | None) -> Path:
     """The checkpoint of a GGUF file, made when it is first asked for and removed at exit."""
     state = path.stat()
     key = (path.resolve(), state.st_size, state.st_mtime_ns)
     if key not in _made:
         check_extra()
         # float32 holds all values of a file in full precision; others are not worth the memory.
-        exact = open_gguf(path).types <= FULL_TYPES - {"BF16"}
+        exact = (file := open_gguf(path)).types.keys() <= FULL_TYPES - {"BF16"}
+        dtype = "float32" if exact else "bfloat16"
         made = Path(tempfile.mkdtemp(prefix="prunus-"))
         atexit.register(shutil.rmtree, made, ignore_errors=True)
-        import_gguf(path, made / path.stem, dtype="float32" if exact else "bfloat16")
+        import_gguf(path, made / path.stem, dtype=dtype, progress=say, file=file)
         _made[key] = made
     return _made[key] / path.stem
 
 
-def resolve_folder(model: str | Path) -> Path:
-    """The folder of a model: a local one, a snapshot from the hub, or the import of a GGUF file."""
+def resolve_folder(model: str | Path, say: Callable[[str], None] | None = None) -> Path:
+    """The folder of a model: a local one, a snapshot from the hub, or the import of a GGUF file.
+
+    `say` is told what an import does next.
+    """
     path = Path(model)
     if path.is_dir() and str(model):
         check_folder(path)
         return path
     name = str(model)
     if is_gguf(path) and path.is_file():
-        return _imported(path)
+        return _imported(path, say)
     if name and path.exists():
         raise FileNotFoundError(
             f"{name} is {'a file' if path.is_file() else 'not a folder'}; expected the folder of a "
@@ -55,7 +61,7 @@ def resolve_folder(model: str | Path) -> Path:
     if looks_local or not name:
         raise FileNotFoundError(
             f"{name!r} is neither a folder nor a hub id; give the folder of a Hugging Face "
-            "checkpoint, or a hub id such as owner/name"
+            f"checkpoint, or a hub id such as owner/name{_similar(path)}"
         )
     from huggingface_hub import snapshot_download
 
@@ -68,6 +74,14 @@ def resolve_folder(model: str | Path) -> Path:
         reason = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
         raise FileNotFoundError(
             f"{name!r} is neither a local folder nor a model that could be downloaded from the "
-            f"hub: {reason}"
+            f"hub: {reason.rstrip('.')}{_similar(path)}"
         ) from fault
     return Path(found)
+
+
+def _similar(path: Path) -> str:
+    """A hint at the folder of a model with nearly this name, or at such a GGUF file."""
+    if is_gguf(path):
+        return did_you_mean(path, map(str, path.parent.glob("*.gguf")))
+    folders = (str(file.parent) for file in path.parent.glob("*/config.json"))
+    return did_you_mean(path, folders, "the folder ")

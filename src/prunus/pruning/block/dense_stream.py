@@ -30,15 +30,26 @@ from prunus.model.stream import Stream
 from prunus.pruning.block.hooks import input_hooks
 from prunus.pruning.block.walk import Accumulate
 
-# Tokens per input feature that are enough to measure a linear's drift.
+# Tokens per input feature that are enough to measure a linear's drift; see `drift_stride_for`.
 _TOKENS_PER_FEATURE = 2.5
 
 
 class DenseStream:
-    """All calibration windows on their way through the dense model: one batch in `stride` of all
-    ranks.
+    """The calibration windows on their way through the dense model.
 
-    `dense_number` has the number of a batch in the pruned stream -> its number in this stream.
+    Call `embed` first, then `copy_block` or `propagate` once per block in order, then `close`.
+
+    Args:
+        skeleton: The model without weights. Both streams share it.
+        source: The dense weights.
+        device: Where the copies of the blocks run.
+        stride: One batch in `stride` runs through the dense model. Batches are counted over all
+            ranks, from the first one on.
+
+    Attributes:
+        stream: The hidden states of the dense model before the next block.
+        dense_number: Number of a batch in the pruned stream of this rank -> its number in `stream`.
+            Batches that do not run through the dense model are missing.
     """
 
     def __init__(
@@ -55,38 +66,63 @@ class DenseStream:
         on_device: bool = True,
         first_batch: int = 0,
     ) -> None:
-        chosen = [
+        """Run what precedes the blocks; see `Stream.embed`.
+
+        Args:
+            batches: Token ids of all batches of this rank, also of those that are left out here.
+            spill_to: Folder for a file of hidden states; None to keep them in memory.
+            on_device: Keep hidden states on the device between blocks.
+            first_batch: Number of this rank's first batch among those of all ranks.
+        """
+        dense_batches = [
             batch for batch in range(len(batches)) if (first_batch + batch) % self._stride == 0
         ]
-        self.dense_number = {batch: number for number, batch in enumerate(chosen)}
-        self.stream.embed([batches[batch] for batch in chosen], spill_to, on_device)
+        self.dense_number = {batch: number for number, batch in enumerate(dense_batches)}
+        self.stream.embed([batches[batch] for batch in dense_batches], spill_to, on_device)
 
     def counts_per_rank(self, counts: Sequence[int]) -> list[int]:
         """Per rank, how many of its `counts` batches also run through the dense model."""
+        # Of the first `end` batches of all ranks, ⌈end / stride⌉ run through the dense model.
         ends = [-(-end // self._stride) for end in itertools.accumulate(counts, initial=0)]
         return [end - start for start, end in itertools.pairwise(ends)]
 
     def propagate(self, index: int) -> None:
+        """Take all batches through dense block `index`, whose inputs nobody needs."""
         if len(self.stream):
             self.stream.propagate(index, self.stream.source.block(index))
 
     def copy_block(
         self, index: int, stored: Mapping[str, torch.Tensor], names: Sequence[str], cache: bool
     ) -> DenseBlockInputs:
-        """Copy dense block `index`, to read its inputs while the original is pruned."""
+        """Copy dense block `index`, to read its inputs while the original is pruned.
+
+        Args:
+            index: Position of the block.
+            stored: Its dense tensors by relative name.
+            names: Linears whose inputs will be read, relative to the block.
+            cache: Run every batch once and keep its inputs; see `DenseBlockInputs`.
+        """
         block = self.stream.skeleton.fill(index, stored, self.stream.device, duplicate=True)
         linears = [linear for linear in find_linears(block) if linear.name in names]
         return DenseBlockInputs(self.stream, self.dense_number, index, block, linears, cache)
 
     def close(self) -> None:
+        """Release the hidden states."""
         self.stream.close()
 
 
 class DenseBlockInputs:
     """The inputs of the linears of one dense block, batch by batch; see `DenseStream.copy_block`.
 
-    With `cache` every batch runs once and its inputs are kept (for lockstep, which keeps all
-    batches in memory anyway). Otherwise every call of `get` runs the batch again.
+    Args:
+        stream: The hidden states of the dense model before the block. They stay there until the
+            batch has run for the last time, and are then replaced by the block's outputs.
+        dense_number: Number of a batch in the pruned stream -> its number in `stream`.
+        index: Position of the block.
+        block: A copy of the block with its dense weights.
+        linears: Linears of the copy whose inputs can be read.
+        cache: Run every batch once and keep the inputs of all `linears`, for lockstep, which keeps
+            all batches in memory anyway. Otherwise every call of `get` runs the batch again.
     """
 
     def __init__(
@@ -103,14 +139,21 @@ class DenseBlockInputs:
         self._forward = stream.forward(index, block)
         self._linears = {linear.name: linear for linear in linears}
         self._caches = cache
+        # Number in the dense stream -> name of a linear -> its input (…, in).
         self._cache: dict[int, dict[str, torch.Tensor]] = {}
 
     def get(self, name: str, batch: int, tokens: int) -> torch.Tensor | None:
         """The input X_TI (tokens, in) of a dense linear; may be asked for once per batch.
 
-        None if the batch does not run through the dense model, or if other tokens reach the linear
-        there: row t is certainly the same token in both models only where all tokens reach it in
-        both.
+        Args:
+            name: Name of the linear, relative to the block.
+            batch: Number of the batch in the pruned stream.
+            tokens: Number of rows that reach the linear in the pruned model.
+
+        Returns:
+            None if the batch does not run through the dense model, or if other tokens reach the
+            linear there. Row t is certainly the same token in both models only if all tokens of the
+            batch reach the linear in both. An expert may get other tokens in each model.
         """
         if batch not in self._dense_number:
             return None
@@ -126,13 +169,17 @@ class DenseBlockInputs:
         return x.reshape(all_tokens, x.shape[-1])
 
     def finish(self) -> None:
-        """Replace the hidden states before the block by the dense block's outputs."""
+        """Replace the hidden states before the block by the dense block's outputs.
+
+        Call it after the walk through the pruned block. It runs the batches that `get` did not.
+        """
         for number in range(len(self._stream)):
             if number not in self._cache:
                 self._stream.states.put(number, self._forward(number))
         self._cache.clear()
 
     def _cached(self, number: int, name: str) -> torch.Tensor | None:
+        """The input of a linear, from the only run of the batch; None if no token reaches it."""
         if number not in self._cache:
             inputs: dict[str, torch.Tensor] = {}
             with input_hooks(
@@ -143,12 +190,13 @@ class DenseBlockInputs:
             self._stream.states.put(number, output)
             self._cache[number] = inputs
         cached = self._cache[number]
-        found = cached.get(name)
+        x = cached.get(name)
         # Linears with the same input share their statistics and ask once, so drop it for all.
-        self._cache[number] = {other: x for other, x in cached.items() if x is not found}
-        return found
+        self._cache[number] = {other: tensor for other, tensor in cached.items() if tensor is not x}
+        return x
 
     def _recomputed(self, number: int, name: str) -> torch.Tensor | None:
+        """The input of a linear, from a run of the batch that ends there; None without tokens."""
         inputs: list[torch.Tensor] = []
 
         def stop(_linear: Linear, x: torch.Tensor) -> None:
@@ -161,7 +209,10 @@ class DenseBlockInputs:
 
 
 class _InputFound(BaseException):
-    """Ends a dense forward pass as soon as the input of the wanted linear is known."""
+    """Ends a dense forward pass at the linear whose input is asked for.
+
+    It derives from BaseException, so that no `except Exception` in a model's code catches it.
+    """
 
 
 def drift_stride_for(tokens: int, width: int) -> int:
@@ -169,6 +220,10 @@ def drift_stride_for(tokens: int, width: int) -> int:
 
     The drift (X − X̂)ᵀX̂ is far smaller than the Gram matrix X̂ᵀX̂, so its relative error may be
     larger: `_TOKENS_PER_FEATURE` tokens per input feature are enough.
+
+    Args:
+        tokens: Number of tokens in all calibration windows.
+        width: Number of inputs of the widest linear.
 
     >>> drift_stride_for(tokens=32 * 1024, width=1536)
     4
@@ -181,7 +236,7 @@ def drift_stride_for(tokens: int, width: int) -> int:
 def held_out_batches(count: int) -> frozenset[int]:
     """Numbers of the held-out batches: every fourth, or the last if there are fewer than four.
 
-    A single batch is not held out.
+    A single batch is not held out. `count` is the number of batches of all ranks.
 
     >>> sorted(held_out_batches(9)), sorted(held_out_batches(3)), sorted(held_out_batches(1))
     ([3, 7], [2], [])
@@ -190,7 +245,13 @@ def held_out_batches(count: int) -> frozenset[int]:
 
 
 def accumulate_with_drift(dense_inputs: DenseBlockInputs, held_out: frozenset[int]) -> Accumulate:
-    """Make a function that adds a linear's inputs in both models to its statistics."""
+    """Make a function that adds a linear's inputs in both models to its statistics.
+
+    Args:
+        dense_inputs: The inputs in the dense model. They are read only for linears whose statistics
+            have a drift.
+        held_out: Numbers of this rank's batches that are held out.
+    """
 
     def accumulate(
         statistics: InputStatistics, linear: Linear, batch: int, X_TI: torch.Tensor

@@ -1,6 +1,7 @@
 """Hooks that show what linears and experts are given while a block runs.
 
-The only forward hooks of prunus are here.
+The only forward hooks of prunus are here: `input_hooks` and `output_hooks`. The second half of the
+file decides, with `ExpertCounter`, which tokens the statistics of an expert come from.
 
 Shape suffixes: T tokens, K experts per token, E experts.
 """
@@ -38,7 +39,14 @@ def input_hooks(
 ) -> Iterator[None]:
     """While active, call a function before every forward of certain modules.
 
-    `on_routing` gets a counter and the numbers of the experts that each token chose (T, K).
+    An exception that a function raises ends the forward pass. Walks use this to stop early.
+
+    Args:
+        linears: Linears to observe.
+        on_input: Called with a linear and its input (…, in), before the linear runs.
+        expert_counters: Counters of the experts modules to observe.
+        on_routing: Called with a counter and the numbers of the experts that each token chose,
+            integers (T, K), before the experts run. Required if there are counters.
     """
 
     def input_hook(linear: Linear) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:
@@ -72,7 +80,12 @@ def input_hooks(
 def output_hooks(
     linears: Sequence[Linear], on_output: Callable[[Linear, torch.Tensor, torch.Tensor], object]
 ) -> Iterator[None]:
-    """While active, call a function after every forward of some linears."""
+    """While active, call a function after every forward of some linears.
+
+    Args:
+        linears: Linears to observe.
+        on_output: Called with a linear, its input (…, in) and its output (…, out).
+    """
 
     def hook(linear: Linear) -> Callable[[torch.nn.Module, tuple[Any, ...], torch.Tensor], None]:
         def observe(_module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -88,9 +101,10 @@ def output_hooks(
             handle.remove()
 
 
-#: An expert with fewer tokens than this loses less when it is pruned by the statistics of all
-#: tokens. Norms need few tokens; a Gram matrix of few tokens has no full rank. The measurements are
-#: in docs/reference/models.md.
+#: What the method needs -> an expert with fewer tokens than this loses less when it is pruned by
+#: the statistics of all tokens. Norms need few tokens; a Gram matrix of few tokens has no full
+#: rank. The measurements are in docs/reference/models.md, with the ratio of both errors per number
+#: of tokens.
 MIN_TOKENS: dict[Needs, int] = {"none": 0, "norms": 32, "gram": 512}
 
 
@@ -100,15 +114,24 @@ class ExpertCounter:
     An expert that fewer than `min_tokens` tokens chose is measured on all tokens of the calibration
     set, as if all had chosen it. Its gate and up projections see what the experts module is given,
     its down projection sees what they make of that. The block itself continues with the tokens that
-    chose the expert. They are counted while all batches of all ranks wait at the experts module, so
-    the counts are those of the pruned model.
+    chose the expert.
+
+    A walk counts tokens while all batches of all ranks wait at the experts module. So the counts
+    are those of the pruned model.
+
+    Args:
+        name: Name of the module, relative to the block.
+        experts: The module. `complete` sets its `measured_on_all`, and `reset` empties it.
+        min_tokens: An expert with fewer tokens than this is measured on all tokens.
     """
 
     def __init__(self, name: str, experts: Experts, min_tokens: int) -> None:
         self.name = name
         self.experts = experts
         self.min_tokens = min_tokens
+        # Batch of this rank -> tokens per expert, int64 (E,) on the CPU.
         self._by_batch: dict[int, Tensor] = {}
+        # Tokens per expert, of all ranks; None before `complete`.
         self._tokens_E: list[int] | None = None
 
     def owns(self, linear: str) -> bool:
@@ -116,17 +139,27 @@ class ExpertCounter:
         return linear.startswith(f"{self.name}.")
 
     def count(self, batch: int, chosen_TK: Tensor) -> None:
-        """Count the tokens of one batch by chosen expert; if it runs again, it is counted anew."""
-        chosen = chosen_TK.flatten()
+        """Count the tokens of one batch by chosen expert.
+
+        A batch that runs again replaces its earlier count.
+
+        Args:
+            batch: Number of the batch on this rank.
+            chosen_TK: Numbers of the experts that each token chose, integers (T, K).
+        """
+        numbers = chosen_TK.flatten()
         # Some models use numbers out of range for slots that no expert fills.
-        known = chosen[(chosen >= 0) & (chosen < self.experts.count)]
-        self._by_batch[batch] = torch.bincount(known, minlength=self.experts.count).cpu()
+        in_range = numbers[(numbers >= 0) & (numbers < self.experts.count)]
+        self._by_batch[batch] = torch.bincount(in_range, minlength=self.experts.count).cpu()
 
     def complete(self, ranks: Ranks) -> None:
-        """Add up the counts of all ranks, which call it; choose what is measured on all tokens."""
-        own_E = sum(self._by_batch.values(), torch.zeros(self.experts.count, dtype=torch.int64))
-        counts = ranks.gather_ints(own_E.tolist())
-        self._tokens_E = [sum(each) for each in zip(*counts, strict=True)]
+        """Add up the counts of all ranks, and choose the experts that are measured on all tokens.
+
+        Every rank calls it at once, after all its batches are counted.
+        """
+        counts_E = sum(self._by_batch.values(), torch.zeros(self.experts.count, dtype=torch.int64))
+        counts_by_rank = ranks.gather_ints(counts_E.tolist())
+        self._tokens_E = [sum(counts) for counts in zip(*counts_by_rank, strict=True)]
         self.experts.measured_on_all = frozenset(
             number for number, tokens in enumerate(self._tokens_E) if tokens < self.min_tokens
         )
@@ -136,7 +169,11 @@ class ExpertCounter:
         self.experts.measured_on_all = frozenset()
 
     def notes(self, linear: str) -> dict[str, Any]:
-        """The manifest's notes on a linear of these experts; none before `complete`."""
+        """The manifest's notes on a linear of these experts, by its name relative to the block.
+
+        `routed_tokens` is the number of tokens that chose the expert. `measured_on` says where the
+        rule applied. There are no notes before `complete`.
+        """
         if self._tokens_E is None:
             return {}
         tokens = self._tokens_E[int(linear.removeprefix(f"{self.name}.").partition(".")[0])]
@@ -153,7 +190,16 @@ class ExpertCounter:
 def find_expert_counters(
     block: nn.Module, linears: Iterable[str], needs: Needs, requested: int | None
 ) -> list[ExpertCounter]:
-    """A counter for every module that owns one of `linears`; `requested` replaces `MIN_TOKENS`."""
+    """A counter for every experts module of a block that owns one of `linears`.
+
+    Args:
+        block: The block, in which fused experts are replaced by `Experts`.
+        linears: Names of the linears to prune, relative to the block.
+        needs: The statistics that the method needs. Without any, there is nothing to decide and
+            hence no counter.
+        requested: The user's minimum of tokens per expert, in place of that in `MIN_TOKENS`; None
+            if the user has none. With 0 there is no counter.
+    """
     min_tokens = MIN_TOKENS[needs] if requested is None else requested
     if min_tokens == 0 or needs == "none":
         return []

@@ -1,6 +1,8 @@
 """One linear: score, mask, write back, measure. The only place where a method meets a module.
 
-Several ranks split the rows: each solves its own, and all get the whole linear.
+`prune_linear` is the way of one linear through a method; `LinearFinish` is what a command such as
+compress adds at its end. Several ranks split the rows: each solves its own, and all get the whole
+linear. `_RowsOverRanks` at the end of the file does that.
 
 Shape suffixes: O outputs (rows), I inputs (columns), B bytes or columns of a block.
 """
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from prunus.distributed import SINGLE_PROCESS, Ranks, split_range
+from prunus.hardware.errors import naming
 from prunus.hardware.numerics import all_finite, count_zeros, low_precision_product, row_spans
 from prunus.methods import Method, Work
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
@@ -35,36 +38,60 @@ from prunus.pruning.manifest import LinearRecord
 
 #: A weight as a compressed result stores it.
 Stored = QuantizedWeight | GroupedWeight
-#: A model with a larger share of zeros than this was pruned already.
+#: A model with a larger share of zeros than this was pruned already. Dense checkpoints have next to
+#: no weights that are exactly zero.
 SPARSE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearSettings:
-    method: Method  #: with refinements and weight updates composed in
-    #: What is asked of it. How its rows are split and rounded is decided linear by linear.
+    """How every linear of a run is pruned.
+
+    Attributes:
+        method: The method, with refinements and weight updates composed in.
+        work: What the run asks of the method. `prune_linear` decides for each linear how its rows
+            are split and how its weights are rounded; the caller may change its sparsity.
+    """
+
+    method: Method
     work: Work
 
 
 class LinearFinish(Protocol):
-    """What a verb does to each linear after its zeros are chosen, such as rounding it."""
+    """What a command does to each linear after its zeros are chosen, such as rounding it.
+
+    Linears come one after the other: `begin`, then `end`, and both again while `end` returns None.
+    Every rank calls both for the same linears in the same order.
+    """
 
     def begin(self, name: str, statistics: InputStatistics) -> LinearQuantization | GroupQuantizer:
-        """How the next linear is rounded."""
+        """How the linear of this full name is rounded, by the complete statistics of its inputs."""
         ...
 
     def end(
         self, name: str, quantized: Quantized | GroupedWeight
     ) -> tuple[Stored, dict[str, Any]] | None:
-        """Note what became of a linear: its weight as it is stored, and fields of its record.
+        """Note what became of a linear.
 
-        None asks for another rounding, for which `begin` is called once more.
+        Returns:
+            Its weight as a compressed result stores it, and fields of its `LinearRecord`; or None,
+            which asks for another rounding: `begin` is called once more.
         """
         ...
 
 
 @dataclass(frozen=True)
 class PrunedLinear:
+    """A finished linear.
+
+    Attributes:
+        weight: The weight with its zeros, in dtype and orientation of the stored weight and on its
+            device.
+        record: What the manifest says about the linear.
+        packed: The same weight as a compressed checkpoint stores it; None in a run that does not
+            compress.
+    """
+
     weight: torch.Tensor
     record: LinearRecord
     packed: Stored | None = None
@@ -79,19 +106,32 @@ def prune_linear(
     ranks: Ranks = SINGLE_PROCESS,
     finish: LinearFinish | None = None,
 ) -> PrunedLinear:
-    """Prune one linear in place by the complete statistics of its inputs, and return what is
-    stored.
+    """Prune one linear in place, and return what is stored.
 
     Scores and updates start from the stored weight in float32, whatever dtype the block computes
     in. The block continues with the stored result, so that a run resumed from the shard sees the
-    same numbers. Only with `Work.reference_order` it continues with unrounded weights, and a
-    resumed run prunes finished blocks again. `ranks` prune the same linear and can split its rows.
+    same numbers. The exception is `Work.reference_order`: the block continues with unrounded
+    weights, and a resumed run prunes finished blocks again.
+
+    Args:
+        settings: The method, and what is asked of it.
+        linear: The module. Its weight is overwritten.
+        full_name: Name of the linear in the model, for messages.
+        stored: The weight in the checkpoint's dtype and orientation, on any device.
+        statistics: Statistics of the linear's inputs, complete; see `InputStatistics.complete`.
+        ranks: Processes that prune the same linear at the same time and can split its rows.
+        finish: What the command does to the linear afterwards, such as rounding; None for nothing.
+
+    Raises:
+        ValueError: The inputs or the new weights are not finite, or the method refuses the weight.
+            The message names the linear.
     """
     started = time.perf_counter()
-    method, notes = settings.method, dict[str, Any]()
+    method = settings.method
+    notes: dict[str, Any] = {}
     statistics.check_finite(full_name)
     if statistics.tokens == 0 and method.needs != "none":
-        # Nothing is known of the inputs, so no weight can be preferred because of them.
+        # No input was seen, so no weight can be preferred because of its inputs.
         statistics = InputStatistics.of_equal_inputs(
             statistics.in_features, statistics.spec, statistics.sum_squares_I.device
         )
@@ -103,19 +143,19 @@ def prune_linear(
     if (before := count_zeros(stored_OI)) > SPARSE * stored_OI.numel():
         notes["zeros_before"] = before
     rows: RowSharding = _RowsOverRanks(ranks) if ranks.size > 1 else UNSHARDED
+    # What `finish.end` returns: the weight as stored, and fields of the record.
     ended: tuple[Stored | None, dict[str, Any]] | None = None
+    # The loop runs once, and again only as long as `finish.end` asks for another rounding.
     while ended is None:
         quantization = None if finish is None else finish.begin(full_name, statistics)
         work = replace(settings.work, rows=rows, quantization=quantization)
-        try:
+        with naming(full_name):
             pruned = method.apply(weight_OI, statistics, work)
-        except ValueError as fault:
-            raise ValueError(f"{full_name}: {fault}") from fault
         if method.updates_weights:
             new_OI = pruned.weight_OI.to(stored.dtype)
         else:
-            # Kept weights stay as stored, bit for bit. A way through float32 would round wider
-            # dtypes.
+            # Weights that are not removed stay as stored, bit for bit. A way through float32 would
+            # round wider dtypes.
             new_OI = stored_OI.masked_fill(~pruned.keep_OI, 0)
         if method.updates_weights and not all_finite(new_OI):
             raise ValueError(
@@ -149,8 +189,8 @@ def prune_linear(
 def _on_device(stored_OI: torch.Tensor, current_OI: torch.Tensor) -> torch.Tensor:
     """The stored weight on the device of the block, sent there at most once more.
 
-    The block was filled with the stored weight, and nothing has changed it yet. So where the block
-    computes in the stored dtype, its weight on the device is the stored one.
+    The block was filled with the stored weight, and nothing has changed it yet. So if the block
+    computes in the stored dtype, `current_OI`, its weight on the device, is the stored one.
     """
     if stored_OI.device == current_OI.device:
         return stored_OI
@@ -166,21 +206,32 @@ def _output_error(
     ranks: Ranks,
     low_precision: bool,
 ) -> tuple[float | None, float | None]:
-    """(relative output error, removed energy); see `LinearRecord`.
+    """(relative output error, removed energy), of which at most one is a number.
 
-    With the Gram matrix G and the change D = W − Ŵ, the lost energy of the outputs is
-    ‖XDᵀ‖² = tr(D G Dᵀ) = Σ (D G) ⊙ D. With norms alone, G is taken as diagonal.
+    With the Gram matrix G = XᵀX and the change D = W − Ŵ, the lost energy of the outputs is
+    ‖XDᵀ‖² = tr(D G Dᵀ) = Σ (D G) ⊙ D. Divided by that of W in place of D, it is the relative output
+    error. With norms alone, G is taken as diagonal, and the same quotient is the removed energy;
+    see `LinearRecord`. Both are None for a method that needs no statistics.
+
+    Args:
+        before_OI: The stored weight, float32.
+        after_OI: The new weight, in the stored dtype.
+        statistics: Statistics of the inputs, complete.
+        ranks: Ranks that have the same arguments, and split the products.
+        low_precision: Multiply in bfloat16 or TF32 where that is faster. The Gram matrix of such a
+            method comes from rounded inputs already, so its products may be rounded as far.
     """
     if statistics.spec.needs == "none":
         return None, None
     gram_II = statistics.gram_II
     product = low_precision_product if low_precision else torch.matmul
     squares_I = statistics.sum_squares_I.float()
-    lost = total = 0.0
+    lost = 0.0
+    total = 0.0
     if gram_II is not None:
         # Only these two products take long enough to split their rows over ranks.
-        own = ranks.own_range(len(before_OI))
-        before_OI, after_OI = before_OI[own.start : own.stop], after_OI[own.start : own.stop]
+        rows = ranks.own_range(len(before_OI))
+        before_OI, after_OI = before_OI[rows.start : rows.stop], after_OI[rows.start : rows.stop]
     # Slices of rows keep the temporaries small.
     for span in row_spans(before_OI):
         before, after = before_OI[span], after_OI[span]
@@ -191,22 +242,25 @@ def _output_error(
             terms = change.square_() @ squares_I, before.square() @ squares_I
         # Both sums come from the device at once, because the host waits for every number.
         sums = torch.stack([term.sum(dtype=torch.float64) for term in terms]).tolist()
-        lost, total = lost + sums[0], total + sums[1]
+        lost += sums[0]
+        total += sums[1]
     if gram_II is not None:
         lost, total = ranks.sum_floats([lost, total])
     share = max(0.0, lost / total) if total > 0 else 0.0
     return (share, None) if gram_II is not None else (None, share)
 
 
-# Notes that count something: those of the shards add up. Of other numbers the largest is kept.
+# Notes that count something: the counts of all shards add up. Of other numbers the largest stays.
 _COUNTS = frozenset({"swaps"})
 
 
 @dataclass(frozen=True)
 class _RankShard:
+    """The rows of one linear that one rank solves; see `RowShard`."""
+
     ranks: Ranks
-    rows: slice
-    lengths: list[int]
+    rows: slice  #: rows of this rank
+    lengths: list[int]  #: per rank, its number of rows
 
     def joint_mask(self, score_OB: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
         return choose(self.ranks.all_gather(score_OB, self.lengths))[self.rows]
@@ -219,15 +273,15 @@ class _RankShard:
 class _RowsOverRanks:
     """One shard per rank; see `RowSharding`. With too few rows, every rank solves all of them."""
 
-    ranks: Ranks
+    ranks: Ranks  #: all solve the same linear at once
 
     def solve(self, rows: int, rows_per_group: int, solve: Callable[[RowShard], Pruned]) -> Pruned:
         lengths = [len(part) for part in split_range(rows, self.ranks.size, rows_per_group)]
         if not all(lengths):
             return UNSHARDED.solve(rows, rows_per_group, solve)
         # Rows that compete with each other stay on one rank.
-        own = self.ranks.own_range(rows, rows_per_group)
-        pruned = solve(_RankShard(self.ranks, slice(own.start, own.stop), lengths))
+        part = self.ranks.own_range(rows, rows_per_group)
+        pruned = solve(_RankShard(self.ranks, slice(part.start, part.stop), lengths))
         notes = [json.loads(text) for text in self.ranks.gather_text(json.dumps(pruned.notes))]
         # Weights and masks travel side by side, row by row, as bytes: one message instead of two.
         weight_OI, keep_OI = pruned.weight_OI.contiguous(), pruned.keep_OI.contiguous()
@@ -242,7 +296,13 @@ class _RowsOverRanks:
 
 
 def _merge_notes(by_rank: list[dict[str, Any]]) -> dict[str, Any]:
-    """Add up counts, keep the largest of other numbers, and keep the last of texts."""
+    """The notes of a linear from those of its shards, in the order of ranks.
+
+    Counts add up. Of other numbers the largest stays, of texts the last.
+
+    >>> _merge_notes([{"swaps": 2, "damping": 0.1}, {"swaps": 3, "damping": 0.2}])
+    {'swaps': 5, 'damping': 0.2}
+    """
     merged: dict[str, Any] = {}
     for notes in by_rank:
         for key, value in notes.items():

@@ -40,7 +40,17 @@ LastInput = tuple[weakref.ref[torch.Tensor], str]
 
 
 def lockstep(walk: BlockWalk) -> list[Linear]:
-    """Take all batches through the block in lockstep."""
+    """Take all batches through the block in lockstep.
+
+    Args:
+        walk: The block's linears, its forward pass and what happens to each linear.
+
+    Returns:
+        The linears that no batch of any rank reached. They are not pruned.
+
+    Raises:
+        NotImplementedError: The block calls a linear more than once.
+    """
     return _Lockstep(walk).run()
 
 
@@ -49,23 +59,31 @@ class _Lockstep:
 
     def __init__(self, walk: BlockWalk) -> None:
         self.walk = walk
-        self.order = {name: place for place, name in enumerate(walk.execution_order())}
+        # Name of a module where batches can wait -> its position in the order of execution.
+        self.order = {name: position for position, name in enumerate(walk.execution_order())}
+        # Experts modules whose tokens are not counted yet.
         self.uncounted = {counter.name: counter for counter in walk.expert_counters}
+        # Linears that are not pruned yet.
         self.pending = {linear.name: linear for linear in walk.linears}
+        # The forward pass of each batch.
         self.runners = [greenlet(walk.forward) for _ in range(walk.count)]
-        # Batch -> the module that it waits at, and its input there.
+        # Batch -> the module that it waits at, and its input there: of a linear the tensor (…, in),
+        # of an experts module the numbers of the chosen experts (T, K).
         self.waiting: dict[int, tuple[str, torch.Tensor]] = {}
+        # Per batch, what it last added to statistics; None before it added anything.
         self.last: list[LastInput | None] = [None] * walk.count
         # Statistics that are complete, by the linear that they were made for.
         self.statistics: dict[str, InputStatistics] = {}
 
     def run(self) -> list[Linear]:
+        """Take the batches from turn to turn, and return the linears that none reached."""
         walk = self.walk
         try:
             with input_hooks(
                 walk.linears, self._pause, walk.expert_counters, self._pause_at_experts
             ):
                 for batch in range(walk.count):
+                    # The argument with which `walk.forward` begins is the number of the batch.
                     self._advance(batch, batch)
                 # Batches may take different ways through experts. The linear registered first
                 # goes first: blocks run their experts in that order, so that no batch can still
@@ -96,7 +114,12 @@ class _Lockstep:
             self._advance(batch)
 
     def _prune(self, turn: Turn, arrived: Sequence[int]) -> None:
-        linear, leader = self.pending[turn.name], turn.leader
+        """Complete the statistics of the linear of this turn, or reuse its leader's, and prune.
+
+        `arrived` are the batches of this rank that wait at the linear. There may be none.
+        """
+        linear = self.pending[turn.name]
+        leader = turn.leader
         if leader is None:
             leader = linear.name
             statistics = self.walk.new_statistics(linear)
@@ -107,7 +130,7 @@ class _Lockstep:
         statistics = self.statistics[leader]
         # A Gram matrix is large, so statistics go as soon as no later linear can reuse them.
         self.statistics = {
-            name: kept for name, kept in self.statistics.items() if name in (*turn.keep, leader)
+            name: sums for name, sums in self.statistics.items() if name in (*turn.keep, leader)
         }
         for batch in arrived:
             self.last[batch] = (weakref.ref(self.waiting[batch][1]), leader)
@@ -123,6 +146,7 @@ class _Lockstep:
             self.waiting[batch] = result
 
     def _pause(self, linear: Linear, x: torch.Tensor) -> None:
+        """Hand over to `_advance`, in the middle of a batch's forward pass."""
         if linear.name not in self.pending:
             raise called_again(linear.name)
         greenlet.getcurrent().parent.switch((linear.name, x))
@@ -134,13 +158,18 @@ class _Lockstep:
 
 @dataclass(frozen=True)
 class Turn:
-    """What all ranks do next."""
+    """What all ranks do next.
+
+    Attributes:
+        name: The linear to prune, or the experts module whose tokens are counted.
+        leader: An earlier linear whose statistics serve for this one too, because every batch gives
+            both the very same tensor (q, k, v; gate, up). None if there is none.
+        keep: Linears whose statistics a later linear may reuse, so they must stay in memory.
+    """
 
     name: str
-    #: An earlier linear whose statistics serve for this one too, because every batch gives both the
-    #: very same tensor (q, k, v; gate, up).
     leader: str | None
-    keep: frozenset[str]  #: linears whose statistics a later linear may reuse: they stay in memory
+    keep: frozenset[str]
 
 
 def synchronize(
@@ -151,17 +180,25 @@ def synchronize(
 ) -> Turn | None:
     """Find the first module that any batch of any rank waits at. All ranks call it at once.
 
+    One exchange of integers decides. A rank tells the position of its first waiting batch, the
+    leader that its batches there have in common, and two counts per linear that show which
+    statistics can still be reused.
+
     Args:
-        waiting: per batch of this rank: the module that it waits at, and its input there.
-        last: per batch of this rank: the input that it last added to statistics.
+        waiting: Per batch of this rank: the module that it waits at, and its input there.
+        last: Per batch of this rank: the input that it last added to statistics.
+        order: Name of a module where batches can wait -> its position in the order of execution.
+        ranks: The processes that have batches of the same run.
 
     Returns:
         The same on all ranks; None once all batches of all ranks are through.
     """
-    names, through = list(order), len(order)
-    own = min((order[name] for name, _ in waiting.values()), default=through)
-    arrived = {batch for batch, (name, _) in waiting.items() if order[name] == own}
-    # The statistics that already hold this very tensor. All batches must agree on them.
+    names = list(order)
+    through = len(order)  # the position of a rank whose batches are all through
+    position = min((order[name] for name, _ in waiting.values()), default=through)
+    arrived = {batch for batch, (name, _) in waiting.items() if order[name] == position}
+    # The statistics that already hold this very tensor. All batches must agree on them; -1 stands
+    # for none.
     sources = {
         order[entry[1]]
         if (entry := last[batch]) is not None and entry[0]() is waiting[batch][1]
@@ -171,12 +208,13 @@ def synchronize(
     leader = sources.pop() if len(sources) == 1 else -1
     # Per linear: of how many batches its statistics were the last, and how many of these batches
     # stay where they are in this turn.
-    added, staying = [0] * through, [0] * through
+    added = [0] * through
+    staying = [0] * through
     for batch, entry in enumerate(last):
         if entry is not None:
             added[order[entry[1]]] += 1
             staying[order[entry[1]]] += batch not in arrived
-    rows = ranks.gather_ints([own, leader, len(arrived), *added, *staying])
+    rows = ranks.gather_ints([position, leader, len(arrived), *added, *staying])
     first = min(row[0] for row in rows)
     if first == through:
         return None

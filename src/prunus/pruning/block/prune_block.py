@@ -7,8 +7,9 @@ The steps of one block, as `BlockPruner.make` takes them:
     reconstruct  train the surviving weights towards the outputs of the dense block
     advance      the hidden states to the outputs of the finished block
 
-This file knows weights, hidden states and walks. It knows nothing of folders, manifests on disk or
-where text is read.
+`BlockState` at the end of the file holds what these steps know of their block. This file knows
+weights, hidden states and walks. It knows nothing of folders, manifests on disk or where text is
+read.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ from prunus.pruning.reconstruction.schedule import linears_to_train
 from prunus.runs.loop import Made, StoredBlock, check_same
 from prunus.runs.record import Walk
 
+#: Name of a walk in records -> the walk. Each returns the linears that no token reached.
 _WALKS: dict[Walk, Callable[[BlockWalk], list[Linear]]] = {
     "lockstep": lockstep,
     "replay": replay,
@@ -61,7 +63,21 @@ _WALKS: dict[Walk, Callable[[BlockWalk], list[Linear]]] = {
 
 @dataclass
 class BlockPruner:
-    """Takes all windows through a model: `embed`, `make` or `take` per block in order, `close`."""
+    """Takes all calibration windows through a model, one block at a time.
+
+    Call `embed` first, then `make` or `take` once per block in order, then `close`. `prune_head`
+    may follow the last block. All ranks call each of them at once.
+
+    Attributes:
+        job: The decisions of the run: model, method, options, device and ranks.
+        walks: Per block, how the windows go through it; see `walk.py`.
+        sparsities: The sparsity of single linears, by full name; the others get that of the run.
+        finish: What the command does to each linear afterwards, such as rounding; None for nothing.
+        stream: The hidden states of the pruned model before the next block.
+        dense: The hidden states of the dense model; None if the run does not need them.
+        ranks: The processes that have windows of the same run, from `job`.
+        skeleton: The model without weights, from `job`.
+    """
 
     job: PruningJob
     walks: Sequence[Walk]
@@ -69,8 +85,9 @@ class BlockPruner:
     finish: LinearFinish | None = None
     stream: Stream = field(init=False)
     dense: DenseStream | None = field(init=False, default=None)
-    #: Per rank, its number of batches.
+    #: Per rank, its number of batches. Empty before `embed`.
     _counts: list[int] = field(init=False, default_factory=list)
+    #: Trains blocks after they are pruned; None before `embed`, or if the run trains none.
     _reconstructor: BlockReconstructor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -83,7 +100,13 @@ class BlockPruner:
     def embed(
         self, batches: Sequence[torch.Tensor], spill_to: Path | None, on_device: bool = True
     ) -> None:
-        """Run what precedes the blocks on this rank's share of the batches."""
+        """Run what precedes the blocks on this rank's share of the batches.
+
+        Args:
+            batches: Token ids (windows, tokens), or images, of all batches of all ranks.
+            spill_to: Folder for a file of hidden states; None to keep them in memory.
+            on_device: Keep hidden states on the device between blocks, rather than on the host.
+        """
         reconstruction = self.job.reconstruction
         self._counts = [len(part) for part in split_range(len(batches), self.ranks.size)]
         split: Ranks = SINGLE_PROCESS
@@ -112,12 +135,35 @@ class BlockPruner:
         return sum(self._counts[: self.ranks.rank])
 
     def take(self, place: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take all batches through a block that an earlier run has finished, as `make` does."""
+        """Take all batches through a block that an earlier run has finished.
+
+        The hidden states end as they do after `make`.
+
+        Args:
+            place: Position of the block.
+            tensors: Its finished tensors by relative name.
+        """
         self.stream.propagate(place, tensors)
         if self.dense is not None:
             self.dense.propagate(place)
 
     def make(self, place: int, stored: StoredBlock) -> Made:
+        """Prune one block, and take all batches through it.
+
+        Args:
+            place: Position of the block.
+            stored: The block as the checkpoint stores it.
+
+        Returns:
+            All its tensors, its record, a line for the log, and its packed linears.
+
+        Raises:
+            ValueError: Weights or activations are not finite; the message names the tensor.
+            NotImplementedError: The walk cannot prune this block, for one that calls a linear more
+                than once.
+            RankError: The ranks have pruned to different bytes.
+            RuntimeError: Two linears share their input for some windows and not for others.
+        """
         started = time.perf_counter()
         state = self._load(place, stored)
         self._note_zeros(state)
@@ -128,7 +174,7 @@ class BlockPruner:
         check_same(self.ranks, state.name, state.changed)
         record = state.record(self.ranks.size)
         record.seconds = round(time.perf_counter() - started, 3)
-        message = f"{self.job.RECORD.DONE} in {record.seconds:.2f} s"
+        message = f"{self.job.format.DONE} in {record.seconds:.2f} s"
         if record.walk == "replay":
             message += ", with one batch in flight: paused windows do not fit in the memory budget"
         return Made(state.finished, record, message, state.packed)
@@ -212,7 +258,9 @@ class BlockPruner:
             state.dense_inputs = None  # releases the copy of the dense block
 
     def _prune_linear(self, state: BlockState, linear: Linear, statistics: InputStatistics) -> None:
-        key, full_name = f"{linear.name}.weight", f"{state.name}.{linear.name}"
+        """Prune a linear, and enter its weight and its record into the state of its block."""
+        key = f"{linear.name}.weight"
+        full_name = f"{state.name}.{linear.name}"
         self.ranks.set_location(full_name)
         settings = self.job.linear_settings
         sparsity = self.sparsities.get(full_name, settings.work.sparsity)
@@ -225,27 +273,32 @@ class BlockPruner:
             self.ranks,
             self.finish,
         )
-        record = finished.record
-        state.changed[key], state.records[linear.name] = finished.weight, record
+        state.changed[key] = finished.weight
+        state.records[linear.name] = finished.record
         if finished.packed is not None:
             state.packed[linear.name] = finished.packed
         for counter in state.expert_counters:
             if counter.owns(linear.name):
-                record.notes |= counter.notes(linear.name)
+                finished.record.notes |= counter.notes(linear.name)
 
     def _reconstruct(self, state: BlockState) -> None:
+        """Train the surviving weights towards the dense block's outputs."""
         if state.reconstruction is None:
             return
         trained_tensors, state.reconstructed = state.reconstruction.run(state.stored, state.changed)
         state.changed |= trained_tensors
         for linear in state.linears:
             # Training may round a small weight to zero.
-            record, weight = state.records[linear.name], state.changed[f"{linear.name}.weight"]
+            record = state.records[linear.name]
+            weight = state.changed[f"{linear.name}.weight"]
             record.zeros = count_zeros(weight)
             record.sparsity = record.zeros / weight.numel()
 
     def _advance(self, state: BlockState) -> None:
-        """Replace the hidden states by the outputs of the trained block; else the walk has."""
+        """Replace the hidden states by the outputs of the trained block.
+
+        If the block was not trained, the walk has done that already.
+        """
         if state.reconstruction is None or not len(self.stream):
             return
         module = self.skeleton.fill(state.index, state.finished, self.job.device)
@@ -257,11 +310,14 @@ class BlockPruner:
         """How a linear's inputs are added to its statistics."""
         if state.dense_inputs is None or not self.job.linear_settings.method.needs_drift:
             return accumulate_inputs
+        # Held-out batches are numbered over all ranks, and a rank counts its batches from 0. So
+        # those of other ranks become numbers that no batch of this rank has.
         held_out = held_out_batches(sum(self._counts))
-        own = frozenset(batch - self._first_batch for batch in held_out)
-        return accumulate_with_drift(state.dense_inputs, own)
+        on_this_rank = frozenset(batch - self._first_batch for batch in held_out)
+        return accumulate_with_drift(state.dense_inputs, on_this_rank)
 
     def _new_statistics(self, linear: Linear) -> InputStatistics:
+        """Empty statistics of the inputs of a linear, with all that the method needs."""
         job, in_features = self.job, linear.shape[1]
         method = job.linear_settings.method
         drift: Drift = "some" if job.drift_stride > 1 else "all"
@@ -278,7 +334,14 @@ class BlockPruner:
     def prune_head(
         self, batches: Sequence[torch.Tensor]
     ) -> tuple[dict[str, torch.Tensor], LinearRecord]:
-        """Prune the output head on the outputs of the final norm: its tensor, and its record."""
+        """Prune the output head on the outputs of the final norm, after the last block.
+
+        Args:
+            batches: Token ids of all batches of all ranks, as in `embed`.
+
+        Returns:
+            The pruned weight by its name in the model, in its stored dtype, and its record.
+        """
         head = self.skeleton.head()
         key, device = f"{head.name}.weight", self.job.device
         with self.skeleton.outside_blocks(self.job.source.read_outside, device, with_head=True):
@@ -296,6 +359,7 @@ class BlockPruner:
         return {key: finished.weight}, finished.record
 
     def close(self) -> None:
+        """Release the hidden states, and the file that holds them."""
         self.stream.close()
         if self.dense is not None:
             self.dense.close()
@@ -303,6 +367,29 @@ class BlockPruner:
 
 @dataclass
 class BlockState:
+    """One block while it is pruned.
+
+    The fields from `changed` on are empty until the walk and the training fill them.
+
+    Attributes:
+        index: Position of the block.
+        name: Name of the block in the model, such as `model.layers.3`.
+        stored: Its dense tensors by relative name, in the checkpoint's dtypes and on the host.
+        digest: SHA-256 of `stored`, in hex.
+        module: The block with its weights in place, on the device. The walk changes them.
+        linears: The linears to prune, in the order of registration.
+        walk: How the windows go through the block; see `walk.py`.
+        expert_counters: Counters of its experts modules. Empty if no expert is to be measured on
+            tokens that did not choose it.
+        dense_inputs: Inputs of the dense block; None if the run needs none, and after the walk.
+        reconstruction: How the block is trained after the walk; None if it is not.
+        changed: The finished tensors by relative name, as far as they differ from `stored`, in the
+            dtypes of `stored`.
+        records: The records of the linears, by relative name.
+        packed: The linears that a compressed checkpoint stores as integers, by relative name.
+        reconstructed: The record of the training; None before it, or if there is none.
+    """
+
     index: int
     name: str
     stored: Mapping[str, torch.Tensor]
@@ -313,10 +400,8 @@ class BlockState:
     expert_counters: list[ExpertCounter]
     dense_inputs: DenseBlockInputs | None
     reconstruction: BlockReconstruction | None
-    #: the finished tensors by relative name, as far as they differ from `stored`.
     changed: dict[str, torch.Tensor] = field(default_factory=dict)
     records: dict[str, LinearRecord] = field(default_factory=dict)
-    #: the linears that a compressed checkpoint stores as integers, by relative name.
     packed: dict[str, Stored] = field(default_factory=dict)
     reconstructed: ReconstructionRecord | None = None
 
@@ -326,7 +411,7 @@ class BlockState:
         return {**self.stored, **self.changed}
 
     def record(self, ranks: int) -> BlockRecord:
-        """The record of the finished block; its seconds are still missing."""
+        """The record of the finished block, made by this many ranks; its seconds are missing."""
         return BlockRecord(
             name=self.name,
             input_sha256=self.digest,

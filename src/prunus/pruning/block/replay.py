@@ -10,6 +10,8 @@ such as q, k and v. For every group the block runs once from its start on all ba
     last     every batch runs through                     ──► outputs
 
 Earlier linears are pruned by then, so each pass sees the same values as lockstep does.
+
+Shape suffixes: T tokens, K experts per token.
 """
 
 from __future__ import annotations
@@ -34,13 +36,26 @@ class _Stop(BaseException):
 class _Group:
     """Linears that get the very same input, and the statistics of that input."""
 
-    statistics: InputStatistics
-    members: list[str]
+    statistics: InputStatistics  #: of all batches that have reached the group in this pass
+    members: list[str]  #: names of the linears, in the order in which the batches reached them
 
 
 @dataclass
 class _FirstGroup:
-    """Observes one batch: measures the first linear that it reaches, and finds its group."""
+    """Observes one batch: measures the first linear that it reaches, and finds its group.
+
+    All batches of a pass share `groups` and `counted`; the other fields are those of one batch.
+
+    Attributes:
+        walk: The walk.
+        batch: Number of the batch.
+        groups: The groups that batches have reached in this pass, by their first linear.
+        counted: Names of the experts modules that batches have reached first in this pass.
+        pending: The linears that are not pruned yet, by name.
+        leader: The first of these that the batch has reached; None before it reaches one.
+        input: The input of `leader`.
+        called: Names of all linears that the batch has reached.
+    """
 
     walk: BlockWalk
     batch: int
@@ -80,7 +95,17 @@ class _FirstGroup:
 
 
 def replay(walk: BlockWalk) -> list[Linear]:
-    """Take all batches through the block, one at a time and once per group of linears."""
+    """Take all batches through the block, one at a time and once per group of linears.
+
+    Args:
+        walk: The block's linears, its forward pass and what happens to each linear.
+
+    Returns:
+        The linears that no batch of any rank reached. They are not pruned.
+
+    Raises:
+        NotImplementedError: The block calls a linear more than once.
+    """
     ranks = walk.ranks
     pending = {linear.name: linear for linear in walk.linears}
     uncounted = {counter.name: counter for counter in walk.expert_counters}
@@ -97,8 +122,8 @@ def replay(walk: BlockWalk) -> list[Linear]:
                 walk.forward(batch)
         # Batches may have reached different groups (experts). All ranks take the first one; the
         # others are measured again in a later pass, with its linears pruned.
-        own = min((names.index(name) for name in (*groups, *counted)), default=len(names))
-        first = min(each for (each,) in ranks.gather_ints([own]))
+        position = min((names.index(name) for name in (*groups, *counted)), default=len(names))
+        first = min(other for (other,) in ranks.gather_ints([position]))
         if first == len(names):
             break
         leader = names[first]
@@ -107,13 +132,13 @@ def replay(walk: BlockWalk) -> list[Linear]:
             continue
         group = groups.get(leader) or _Group(walk.new_statistics(pending[leader]), [])
         group.statistics.complete(ranks)
-        # Members in the order in which the first rank that reached the group has found them. Every
-        # rank sends a row of the same length; -1 fills it up.
-        found = [names.index(name) for name in group.members]
-        rows = ranks.gather_ints(found + [-1] * (len(names) - len(found)))
-        members = dict.fromkeys(place for row in rows for place in row if place >= 0)
-        for place in members:
-            walk.prune(pending.pop(names[place]), group.statistics)
+        # Members in the order of the first rank that reached the group. Every rank sends a row of
+        # the same length; -1 fills it up.
+        positions = [names.index(name) for name in group.members]
+        rows = ranks.gather_ints(positions + [-1] * (len(names) - len(positions)))
+        members = dict.fromkeys(member for row in rows for member in row if member >= 0)
+        for member in members:
+            walk.prune(pending.pop(names[member]), group.statistics)
     for counter in walk.expert_counters:
         counter.reset()
     for batch in range(walk.count):

@@ -2,6 +2,8 @@
 
 Linears late in the block do not see what was pruned before them. This walk exists to reproduce the
 original's results; `lockstep` is better and needs one pass less.
+
+Shape suffixes: T tokens, K experts per token.
 """
 
 from __future__ import annotations
@@ -17,7 +19,17 @@ from prunus.pruning.block.walk import BlockWalk
 
 
 def two_pass(walk: BlockWalk) -> list[Linear]:
-    """Measure all linears of the unpruned block, prune them, then run the pruned block."""
+    """Measure all linears of the unpruned block, prune them, then run the pruned block.
+
+    Args:
+        walk: The block's linears, its forward pass and what happens to each linear.
+
+    Returns:
+        The linears that no batch of any rank reached. They are not pruned.
+
+    Raises:
+        RuntimeError: Two linears share their input for some windows and not for others.
+    """
     _count_expert_tokens(walk)
     statistics, leaders = _measure(walk)
     leaders = _agree_on_leaders(walk, leaders)
@@ -40,8 +52,10 @@ def two_pass(walk: BlockWalk) -> list[Linear]:
 def _measure(walk: BlockWalk) -> tuple[dict[str, InputStatistics], dict[str, str]]:
     """Run the unpruned block on all batches of this rank.
 
-    It returns statistics by the linear that they were made for; and for every linear that was
-    reached the one whose statistics are its own too, because both get the very same input.
+    Returns:
+        Statistics by the name of the linear that they were made for. And for every linear that a
+        batch reached, its leader: the linear whose statistics serve for it too, because both get
+        the very same input. A linear can be its own leader.
     """
     statistics: dict[str, InputStatistics] = {}
     leaders: dict[str, str] = {}
@@ -54,14 +68,14 @@ def _measure(walk: BlockWalk) -> tuple[dict[str, InputStatistics], dict[str, str
             nonlocal previous
             same_input = previous is not None and previous[0] is x
             leader = previous[1] if previous is not None and same_input else linear.name
-            known = leaders.setdefault(linear.name, leader)
-            if known == linear.name:
+            earlier_leader = leaders.setdefault(linear.name, leader)
+            if earlier_leader == linear.name:
                 if linear.name not in statistics:
                     statistics[linear.name] = walk.new_statistics(linear)
                 walk.accumulate(statistics[linear.name], linear, batch, tokens_of(x))
-            elif known != leader:
-                raise _sharing_error(linear.name, known)
-            previous = (x, known)
+            elif earlier_leader != leader:
+                raise _sharing_error(linear.name, earlier_leader)
+            previous = (x, earlier_leader)
 
         with input_hooks(walk.linears, collect):
             walk.forward(batch)
@@ -71,16 +85,18 @@ def _measure(walk: BlockWalk) -> tuple[dict[str, InputStatistics], dict[str, str
 
 
 def _agree_on_leaders(walk: BlockWalk, leaders: dict[str, str]) -> dict[str, str]:
-    """The leaders that all ranks have found; they must not contradict each other."""
+    """The leaders of all ranks together; they must not contradict each other."""
     names = [linear.name for linear in walk.linears]
-    own = [names.index(leaders[name]) if name in leaders else -1 for name in names]
+    # Per linear, the position of its leader; -1 if no batch of the rank reached the linear.
+    positions = [names.index(leaders[name]) if name in leaders else -1 for name in names]
     agreed: dict[str, str] = {}
-    for name, each in zip(names, zip(*walk.ranks.gather_ints(own), strict=True), strict=True):
-        found = {leader for leader in each if leader >= 0}
-        if len(found) > 1:
-            raise _sharing_error(name, names[min(found)])
-        if found:
-            agreed[name] = names[found.pop()]
+    by_linear = zip(*walk.ranks.gather_ints(positions), strict=True)
+    for name, by_rank in zip(names, by_linear, strict=True):
+        distinct = {leader for leader in by_rank if leader >= 0}
+        if len(distinct) > 1:
+            raise _sharing_error(name, names[min(distinct)])
+        if distinct:
+            agreed[name] = names[distinct.pop()]
     return agreed
 
 

@@ -29,6 +29,7 @@ from torch import nn
 
 from prunus.model.calls import replaced_forward
 
+#: All tokens of a window.
 ALL_TOKENS = slice(None)
 
 #: The batch whose forward pass is running. Each greenlet has a context of its own, so that paused
@@ -41,12 +42,20 @@ _ROUNDING = 0.02
 
 
 class CachedSuffix:
-    """A function from the number of a batch to the block's output, with the weights of `module`
-    now.
+    """A function from the number of a batch to the block's output; `find_suffix` makes one.
 
-    With no windows `forward`, that of the whole block, may skip the block. With `keep` what reaches
-    the suffix is cached, two tensors of the size of the hidden states per batch, from `recording`
-    or the first call. Otherwise it is computed again in every call.
+    It always uses the current weights of `module`.
+
+    Args:
+        module: The suffix.
+        forward: Batch -> output of the whole block. With no windows it may skip the block.
+        keep: Cache what reaches the suffix, two tensors of the size of the hidden states per batch.
+            They come from `recording` or from the first call. If False, every call computes them
+            again.
+        by_token: The suffix treats every token independently and can run on some of them.
+
+    Attributes:
+        by_token: As given. `find_suffix` sets it after its trial.
     """
 
     def __init__(
@@ -56,7 +65,11 @@ class CachedSuffix:
         keep: bool = True,
         by_token: bool = False,
     ) -> None:
-        self._module, self._forward, self._keep, self.by_token = module, forward, keep, by_token
+        self._module = module
+        self._forward = forward
+        self._keep = keep
+        self.by_token = by_token
+        # Batch -> the suffix's input x_WTH and the residual_WTH that its output is added to.
         self._cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @contextlib.contextmanager
@@ -85,19 +98,23 @@ class CachedSuffix:
             yield forward
 
     def __call__(self, batch: int, tokens: slice = ALL_TOKENS) -> torch.Tensor:
-        """The block's output on these tokens of a batch; on a part only if it is `by_token`."""
+        """The block's output (W, T, H) on these tokens of a batch.
+
+        Only a suffix that is `by_token` can run on a part of the tokens.
+        """
         x_WTH, residual_WTH = (whole[:, tokens] for whole in self.inputs(batch))
         return residual_WTH + self._module(x_WTH) if len(x_WTH) else residual_WTH
 
     def inputs(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the suffix's input and the residual that its output is added to."""
-        found = self._cache.get(batch) or self._run_prefix(batch)
+        """The suffix's input and the residual that its output is added to, both (W, T, H)."""
+        both = self._cache.get(batch) or self._run_prefix(batch)
         if self._keep:
-            self._cache[batch] = found
-        return found
+            self._cache[batch] = both
+        return both
 
     @torch.no_grad()
     def _run_prefix(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute what `inputs` returns, without a gradient: nothing before the suffix learns."""
         inputs: list[torch.Tensor] = []
 
         def record_and_return_zeros(x_WTH: torch.Tensor) -> torch.Tensor:
@@ -113,7 +130,10 @@ class CachedSuffix:
 
 
 def suffix_module(block: nn.Module, linears: Sequence[str]) -> nn.Module | None:
-    """The one submodule of `block`, no linear or list, that holds all these linears; else None."""
+    """The one direct child of `block` that holds all these linears, by their relative names.
+
+    None if several children hold them, or if the one is itself a linear or a plain list of modules.
+    """
     # Only direct children are tried: what is added last is a whole part of the block, like its MLP.
     children = {name.partition(".")[0] for name in linears}
     module = getattr(block, children.pop()) if len(children) == 1 else None
@@ -129,12 +149,21 @@ def find_suffix(
     batch: int,
     keep: bool = True,
 ) -> CachedSuffix | None:
-    """Find the submodule that holds all trained linears, and check on one batch that it is a
-    suffix.
+    """The suffix of a block that holds all trained linears, as far as one batch can show.
 
-    It is one if the block calls it once, with a single tensor, and adds its result to the residual
-    as the last operation. The check demands equality to the bit, so it makes no difference to the
-    result whether a run uses the cache or the whole block. None if there is none.
+    A submodule is the suffix if the block calls it once, with a single tensor, and adds its result
+    to the residual as the last operation. The check demands equality to the bit, so it makes no
+    difference to the result whether a run uses the cache or the whole block.
+
+    Args:
+        block: The block with its weights in place.
+        linears: Relative names of the trained linears.
+        forward: Batch -> output of `block`.
+        batch: Number of the batch for the check.
+        keep: Cache what reaches the suffix; see `CachedSuffix`.
+
+    Returns:
+        None if the block has no such submodule.
     """
     module = suffix_module(block, linears)
     if module is None:

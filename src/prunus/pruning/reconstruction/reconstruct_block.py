@@ -5,6 +5,10 @@
 
 `schedule.py` decides what is trained and for how long, `train.py` trains. This file finds the
 inputs and targets on every rank, and runs only the suffix of the block where that is possible.
+
+Outline: `BlockReconstructor` serves a run, `BlockReconstruction` one block. Below them,
+`training_bytes` forecasts the memory. `ReconstructionBatches`, at the end, brings the batches of
+all ranks to every rank.
 """
 
 from __future__ import annotations
@@ -40,25 +44,46 @@ from prunus.pruning.reconstruction.train import BlockBatches, TrainOptions, trai
 from prunus.runs.job import RunJob
 from prunus.runs.record import Walk
 
+#: From the number of a batch to the block's output.
 Forward = Callable[[int], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockReconstructor:
-    """What the reconstruction of any block of a run needs."""
+    """What the reconstruction of any block of a run needs.
+
+    Attributes:
+        settings: What the run says about it.
+        stream: Hidden states of the pruned model, before the block.
+        dense: Hidden states of the dense model, of some of these batches.
+        numbers: Per batch of `dense` on this rank, its number in `stream`.
+        counts: Per rank, how many batches `dense` has there.
+        ranks: The processes of the run.
+        split: Ranks that split the windows of a training step; see `step_ranks`.
+    """
 
     settings: ReconstructionSettings
     stream: Stream
     dense: Stream
-    numbers: Sequence[int]  #: per batch of `dense`, its number in `stream`
-    counts: Sequence[int]  #: per rank, how many batches `dense` has
+    numbers: Sequence[int]
+    counts: Sequence[int]
     ranks: Ranks
-    split: Ranks  #: ranks that split the windows of a training step; see `step_ranks`
+    split: Ranks
 
     def begin(
         self, index: int, block: nn.Module, trained: Sequence[str], walk: Walk
     ) -> BlockReconstruction | None:
-        """Prepare the training of a block before its walk; None if nothing would be trained."""
+        """Prepare the training of a block, before the windows walk through it.
+
+        Args:
+            index: Position of the block.
+            block: The block with its weights in place.
+            trained: Relative names of the linears to train.
+            walk: How the windows go through the block.
+
+        Returns:
+            None if the run does not train this block, or if there is nothing to train.
+        """
         if not trained or not self.settings.applies_to(index, len(self.stream.skeleton)):
             return None
         # With several ranks every rank would have to cache the batches of all ranks, so they
@@ -69,7 +94,17 @@ class BlockReconstructor:
 
 @dataclass
 class BlockReconstruction:
-    """The reconstruction of one block, from the walk of its windows to its trained weights."""
+    """The reconstruction of one block, from the walk of its windows to its trained weights.
+
+    Attributes:
+        shared: What the blocks of a run have in common.
+        index: Position of the block.
+        block: The block.
+        trained: Relative names of the linears that are trained.
+        caches_suffix: The walk records what reaches the block's suffix, if it has one.
+        suffix: The suffix with its inputs, cached during the walk; None before the walk, and if
+            there is none to cache.
+    """
 
     shared: BlockReconstructor
     index: int
@@ -80,7 +115,10 @@ class BlockReconstruction:
 
     @contextlib.contextmanager
     def recording(self, forward: Forward) -> Iterator[Forward]:
-        """Yield a forward, batch -> output, that caches what reaches the suffix if it can."""
+        """Yield a forward pass for the walk that caches what reaches the suffix of the block.
+
+        It is `forward` itself, batch -> output of the block, if nothing can be cached.
+        """
         if self.caches_suffix:
             self.suffix = find_suffix(self.block, self.trained, forward, 0)
         if self.suffix is None:
@@ -92,8 +130,21 @@ class BlockReconstruction:
     def run(
         self, stored: Mapping[str, torch.Tensor], pruned: Mapping[str, torch.Tensor]
     ) -> tuple[dict[str, torch.Tensor], ReconstructionRecord]:
-        """Train the block, then reset it; the trained tensors, as stored, and the record."""
-        shared, skeleton = self.shared, self.shared.stream.skeleton
+        """Train the pruned block; its module ends with the weights with which it began.
+
+        Args:
+            stored: The block's dense tensors by relative name, as stored.
+            pruned: Its pruned weights by relative name, as stored. Their zeros are the masks.
+
+        Returns:
+            The trained tensors by relative name, in dtype and orientation of `stored`, and the
+            record for the manifest.
+
+        Raises:
+            ValueError: Outputs or targets are not finite; the message names the block.
+        """
+        shared = self.shared
+        skeleton = shared.stream.skeleton
         name = skeleton.block_name(self.index)
         shared.ranks.set_location(f"{name}, reconstruction")
         inputs = self._batches(shared.stream, shared.numbers)
@@ -105,9 +156,11 @@ class BlockReconstruction:
 
         # A suffix that was cached during the walk numbers all batches of the pruned stream; a new
         # one numbers the batches that are trained on.
-        suffix, numbers = self.suffix, shared.numbers
+        suffix = self.suffix
+        numbers = shared.numbers
         if not self.caches_suffix:
-            suffix, numbers = self._uncached_suffix(run, inputs, forward), range(len(inputs))
+            suffix = self._uncached_suffix(run, inputs, forward)
+            numbers = range(len(inputs))
 
         def outputs(batch: int, tokens: slice) -> torch.Tensor:
             return forward(batch) if suffix is None else suffix(numbers[batch], tokens)
@@ -120,7 +173,8 @@ class BlockReconstruction:
         hidden = shape[-1] if len(shape) == 3 else shape[1]
         tokens = math.prod(shape) // hidden
         schedule = default_schedule(tokens, hidden, by_token, len(inputs), by_logits)
-        settings, keys = shared.settings, [f"{linear}.weight" for linear in self.trained]
+        settings = shared.settings
+        keys = [f"{linear}.weight" for linear in self.trained]
         options = TrainOptions(
             learning_rate=schedule.learning_rate,
             epochs=settings.epochs or schedule.epochs,
@@ -153,7 +207,10 @@ class BlockReconstruction:
     def _masks(
         self, pruned: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Relative name -> bool mask of what is trained: kept weights of linears, their biases."""
+        """Relative name -> bool mask of what is trained: weights that survive, and biases.
+
+        `pruned` are the weights of the trained linears, `stored` all tensors of the block.
+        """
         device = next(self.block.parameters()).device
         masks = {key: (weight != 0).to(device) for key, weight in pruned.items()}
         for key, parameter in self.block.named_parameters():
@@ -164,6 +221,7 @@ class BlockReconstruction:
         return masks
 
     def _batches(self, stream: Stream, numbers: Sequence[int]) -> ReconstructionBatches:
+        """Those batches of a stream, by number on this rank, that are trained on, of all ranks."""
         shared = self.shared
         return ReconstructionBatches(
             stream.states, numbers, shared.counts, shared.ranks, shared.split, stream.device
@@ -178,21 +236,27 @@ class BlockReconstruction:
         """The suffix that holds the trained linears, whose inputs are computed in every step.
 
         All ranks use it or none does. Ranks without windows of the first batch cannot try it.
+
+        Args:
+            run: Hidden states -> output of the block.
+            inputs: The batches that are trained on.
+            forward: Number of one of these batches -> output of the block.
         """
         module = suffix_module(self.block, self.trained)
         if module is None:
             return None
         x = inputs.get(0)
-        found = (
+        suffix = (
             find_suffix(self.block, self.trained, lambda _batch: run(x), 0, keep=False)
             if len(x)
             else None
         )
-        own = [len(x) > 0, found is not None, found is not None and found.by_token]
-        votes = [vote for vote in self.shared.ranks.gather_ints(own) if vote[0]]
-        if not all(vote[1] for vote in votes):
+        # A vote: whether this rank could try; whether there is a suffix; whether it is by token.
+        vote = [len(x) > 0, suffix is not None, suffix is not None and suffix.by_token]
+        votes = [other for other in self.shared.ranks.gather_ints(vote) if other[0]]
+        if not all(other[1] for other in votes):
             return None
-        return CachedSuffix(module, forward, keep=False, by_token=all(vote[2] for vote in votes))
+        return CachedSuffix(module, forward, keep=False, by_token=all(other[2] for other in votes))
 
     @contextlib.contextmanager
     def _loss(self, by_logits: bool, logit_stride: int) -> Iterator[OutputLoss]:
@@ -218,6 +282,14 @@ def activation_bytes(
 ) -> int:
     """Bytes of the activations of a block that a backward pass needs.
 
+    Args:
+        tokens: Number of tokens in a batch.
+        window_tokens: Number of tokens in a window. Attention is among these.
+        hidden: Size of the hidden states.
+        widest: Inputs or outputs of the widest linear, whichever are more.
+        heads: Number of attention heads.
+        itemsize: Bytes per number.
+
     Per token these are about 24 hidden states (the residual stream before and after both parts,
     two norms with their statistics, queries, keys, values, outputs, and the gradients of as many),
     eight activations of the widest linear (gate, up, their product and its gradients), and four
@@ -227,7 +299,11 @@ def activation_bytes(
 
 
 def training_bytes(job: RunJob, index: int) -> tuple[int, int]:
-    """Bytes of the training of block `index`: those that stay, and those of one batch."""
+    """Bytes of the training of block `index`: those that stay, and those of one batch.
+
+    The first are the weights and what Adam keeps of them, the second are activations and, for the
+    last block, the head with its logits.
+    """
     linears = job.skeleton.linears(index)
     parameters = sum(p.numel() for p in job.skeleton.blocks[index].parameters())
     window_tokens, hidden = job.skeleton.window_shape(index, job.recipe.seqlen)
@@ -246,17 +322,30 @@ def training_bytes(job: RunJob, index: int) -> tuple[int, int]:
 
 
 def step_ranks(ranks: Ranks, windows: int, device: torch.device) -> Ranks:
-    """Return the ranks that split the windows of one training step.
+    """The ranks that split the windows of one training step.
 
     These are all ranks, or only this one if a batch cannot be split. On CUDA they are always all
     ranks: gradients need not be the same twice there, so even the gradient of a single window comes
     from one rank for all.
+
+    Args:
+        ranks: The ranks of the run.
+        windows: Number of windows in the largest batch.
+        device: Where gradients are computed.
     """
     return ranks if windows > 1 or device.type == "cuda" else SINGLE_PROCESS
 
 
 def step_parts(batches: Sequence[torch.Tensor], split: Ranks) -> list[torch.Tensor]:
-    """What a rank may get of each batch: blocks must know how they are called with as many."""
+    """As many windows of each batch, as token ids, as this rank gets of it in a training step.
+
+    The stream must see how the model calls its blocks with as many windows. Only their number
+    matters, so these are the first ones of the batch.
+
+    Args:
+        batches: Token ids of the batches of all ranks.
+        split: Ranks that split the windows of a step; see `step_ranks`.
+    """
     return [ids[: len(split.own_range(len(ids)))] for ids in batches]
 
 
@@ -269,6 +358,14 @@ class ReconstructionBatches:
     single window cannot be split: all ranks compute the same with it.
 
     The constructor and `get` synchronize: every rank calls them, in the same order.
+
+    Args:
+        states: Hidden states of this rank.
+        chosen: Positions in `states` of the batches that are used.
+        counts: Per rank, how many batches are used there.
+        ranks: The ranks of the run.
+        split: Ranks that split the windows of a step; see `step_ranks`.
+        device: Where `get` puts the batches.
     """
 
     def __init__(
@@ -280,25 +377,32 @@ class ReconstructionBatches:
         split: Ranks,
         device: torch.device,
     ) -> None:
-        self._states, self._chosen = states, chosen
-        self._ranks, self._split, self._device = ranks, split, device
+        self._states = states
+        self._chosen = chosen
+        self._ranks = ranks
+        self._split = split
+        self._device = device
+        # Per batch of all ranks, the rank that has it; and the number of this rank's first one.
         self._owners = [rank for rank, count in enumerate(counts) for _ in range(count)]
         self._first = sum(counts[: ranks.rank])
         # A rank must allocate a batch before it receives it, so all ranks learn shapes and dtypes.
         layouts = [states.layout(batch) for batch in chosen]
-        own = json.dumps(
+        text = json.dumps(
             [[list(shape), str(dtype).removeprefix("torch.")] for shape, dtype in layouts]
         )
-        self._layouts = [layout for text in ranks.gather_text(own) for layout in json.loads(text)]
+        # Per batch of all ranks: [shape, name of the dtype].
+        self._layouts = [layout for part in ranks.gather_text(text) for layout in json.loads(part)]
 
     def __len__(self) -> int:
+        """The number of batches of all ranks."""
         return len(self._owners)
 
     def shape(self, batch: int) -> tuple[int, ...]:
+        """The shape of a batch with all its windows."""
         return tuple(self._layouts[batch][0])
 
     def get(self, batch: int) -> torch.Tensor:
-        """Return this rank's windows of a batch; there may be none."""
+        """This rank's windows of a batch, hidden states on the device; there may be none."""
         owner, (shape, dtype) = self._owners[batch], self._layouts[batch]
         if owner == self._ranks.rank:
             # Receivers get contiguous memory. Kernels may round differently on other strides, so
@@ -307,5 +411,5 @@ class ReconstructionBatches:
         else:
             whole = torch.empty(shape, dtype=getattr(torch, dtype), device=self._device)
         self._ranks.broadcast(whole, owner)
-        own = self._split.own_range(len(whole))
-        return whole[own.start : own.stop]
+        windows = self._split.own_range(len(whole))
+        return whole[windows.start : windows.stop]

@@ -36,19 +36,33 @@ _LOGIT_STEPS, _LOGIT_RATE, _MAX_LOGIT_STRIDE = 240, 2e-3, 28
 
 @dataclass(frozen=True)
 class ReconstructionSchedule:
+    """The training schedule of one block.
+
+    Attributes:
+        epochs: Passes over the training batches.
+        token_stride: A step runs the trained part of the block on one token in this many.
+        learning_rate: Peak rate relative to the RMS of each tensor's surviving weights; see
+            `TrainOptions`.
+        logit_stride: With the loss on logits, one in this many of the tokens of a step is compared.
+    """
+
     epochs: int
     token_stride: int
-    #: peak rate relative to the RMS of each tensor's kept weights; see `TrainOptions`.
     learning_rate: float
-    #: with the loss on logits, one in this many of the tokens of a step is compared.
     logit_stride: int = 1
 
 
 @dataclass(frozen=True)
 class ReconstructionSettings:
-    """What a run says about the reconstruction of all its blocks."""
+    """What a run says about the reconstruction of all its blocks.
 
-    epochs: int | None  #: passes over the training batches; None for the block's `default_schedule`
+    Attributes:
+        epochs: Passes over the training batches; None for the block's `default_schedule`.
+        dtype: Dtype of matrix products and activations, float32 or bfloat16.
+        last_only: Only the last block is reconstructed.
+    """
+
+    epochs: int | None
     dtype: torch.dtype
     last_only: bool = False
 
@@ -60,13 +74,20 @@ class ReconstructionSettings:
 def default_schedule(
     tokens: int, hidden: int, by_token: bool, batches: int, by_logits: bool = False
 ) -> ReconstructionSchedule:
-    """Return the schedule for a block where the user sets nothing.
+    """The schedule for a block if the user sets nothing.
 
-    A batch has `tokens` tokens. An epoch costs `1 / token_stride` of a pass over all tokens.
+    An epoch costs `1 / token_stride` of a pass over all tokens.
 
     The rate falls with the square root of the width. Relative to the RMS of the weights, 0.007 is
     best for SmolLM2-135M (hidden size 576) and about 0.003 for Qwen2.5-Coder-1.5B (1536). Both
     optima are flat within a factor of 1.5.
+
+    Args:
+        tokens: Number of tokens per batch.
+        hidden: Size of the block's hidden states.
+        by_token: The trained part of the block can run on some tokens of a batch.
+        batches: Number of batches, for training and validation together.
+        by_logits: The loss compares logits, as it does for the last block.
 
     >>> default_schedule(tokens=1024, hidden=576, by_token=True, batches=32)
     ReconstructionSchedule(epochs=5, token_stride=4, learning_rate=0.007, logit_stride=1)
@@ -88,7 +109,9 @@ def default_schedule(
 
 
 def split_batches(batches: int) -> tuple[range, range]:
-    """Return the numbers of the training batches and of the validation batches, which come last.
+    """The numbers of the training batches and of the validation batches, which come last.
+
+    `batches` is their number on all ranks, at least 2.
 
     >>> split_batches(32), split_batches(2)
     ((range(0, 30), range(30, 32)), (range(0, 1), range(1, 2)))
@@ -98,11 +121,15 @@ def split_batches(batches: int) -> tuple[range, range]:
 
 
 def linears_to_train(linears: Sequence[str], updated: bool) -> list[str]:
-    """Return which of a block's pruned linears are trained.
+    """Those of a block's pruned linears that are trained.
 
     After a method that updates weights, these are the ones after attention: that takes half of
     the time for nearly all of the gain. A method that only masks leaves the error of attention as
-    it is, so then all are trained.
+    it is, so then all are trained. All are trained as well if attention holds all of them.
+
+    Args:
+        linears: Relative names in the order in which they run.
+        updated: The pruning method updates the surviving weights.
 
     >>> linears_to_train(["self_attn.q_proj", "mlp.up_proj"], updated=True)
     ['mlp.up_proj']

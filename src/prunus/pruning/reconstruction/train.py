@@ -11,6 +11,9 @@ The result is the candidate with the lowest error on validation batches: the wei
 training, a snapshot that was taken during training, or a point interpolated between start and end.
 A training that does harm is therefore never taken over.
 
+Outline: `train_block` prepares the block and restores it; `_train` chooses among the candidates;
+`_run_epochs` takes the steps; `_interpolations` adds candidates between start and end.
+
 This file knows a module, functions that give outputs and targets, and masks. It knows nothing about
 checkpoints, folders or text.
 
@@ -37,11 +40,13 @@ from prunus.pruning.reconstruction.trained_weights import (
     trainable,
 )
 
-# Adam's second moments are estimates from few gradients at first, so the rate rises slowly.
+# Adam's second moments are estimates from few gradients at first, so the rate rises slowly, over
+# this fraction of the steps.
 _WARMUP = 0.05
 
 # Decay rates of Adam's moments. A block takes some ten to a few hundred steps: in so few, the usual
-# (0.9, 0.999) average over too many of them.
+# (0.9, 0.999) average over too many of them. With these, five epochs leave the error that seven
+# leave with the usual ones (docs/notes/2026-11-29.md, "Shorter averages in Adam").
 _BETAS = 0.5, 0.9
 
 # Validate four times per training, and at least once every four epochs.
@@ -50,12 +55,17 @@ _VALIDATIONS, _MAX_EPOCHS_BETWEEN = 4, 4
 
 @dataclass(frozen=True)
 class BlockBatches:
-    """The batches that a block learns from, by number."""
+    """The batches that a block learns from, by number.
 
-    #: (batch, tokens) -> the block's output (windows, tokens, hidden) on these tokens of the batch.
-    #: Training calls it under autograd.
+    Attributes:
+        forward: (batch, tokens) -> the block's output (windows, tokens, hidden) on these tokens of
+            the batch. Training calls it under autograd.
+        target: Batch -> what the output should be, for all tokens, in any floating dtype.
+        train: Numbers of the batches to train on.
+        validation: Numbers of the batches that choose between the candidates.
+    """
+
     forward: Callable[[int, slice], torch.Tensor]
-    #: batch -> what the output should be, for all tokens, in any floating dtype.
     target: Callable[[int], torch.Tensor]
     train: Sequence[int]
     validation: Sequence[int]
@@ -63,26 +73,40 @@ class BlockBatches:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    #: peak rate of Adam as a fraction of the root mean square (RMS) of each parameter's kept
-    #: weights, as in Adafactor (arXiv 1804.04235, section 8). A step of Adam moves every weight by
-    #: about the rate, whatever the gradient's size. Models differ tenfold in the size of their
-    #: weights, so a plain rate that suits one model destroys another. For its course see
-    #: `learning_rate`.
+    """How a block is trained.
+
+    Attributes:
+        learning_rate: Peak rate of Adam as a fraction of the root mean square (RMS) of each
+            parameter's surviving weights, as in Adafactor (arXiv 1804.04235, section 8). A step of
+            Adam moves every weight by about the rate, whatever the gradient's size. Models differ
+            tenfold in the size of their weights, so a plain rate that suits one model destroys
+            another. For its course see the function `learning_rate`.
+        epochs: Passes over the training batches.
+        token_stride: A step uses one token in this many. The next epoch uses the next ones.
+        dtype: Dtype of matrix products and activations, float32 or bfloat16. A block in this dtype
+            computes in it throughout; any other computes in float32 with its products cast.
+    """
+
     learning_rate: float = 3e-3
     epochs: int = 3
     token_stride: int = 1
-    #: of matrix products and activations, float32 or bfloat16. A block in this dtype computes in it
-    #: throughout; any other computes in float32 with its products cast.
     dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    #: the best candidate: the trained parameters by relative name, float32, zero outside their
-    #: masks.
+    """The outcome of training a block.
+
+    Attributes:
+        weights: The best candidate: the trained parameters by relative name, float32, zero outside
+            their masks.
+        error_before: Loss on the validation batches, of the weights before training.
+        error_after: Loss on the validation batches, of the best candidate; at most `error_before`.
+        steps: Gradient steps taken.
+        stopped: Why training ended early, for people; None if it did not.
+    """
+
     weights: dict[str, torch.Tensor]
-    #: error_before, error_after: loss on the validation batches, of the weights before training and
-    #: of the best candidate.
     error_before: float
     error_after: float
     steps: int
@@ -99,9 +123,19 @@ def train_block(
 ) -> TrainResult:
     """Train the surviving weights of `block`; its own parameters end as they began.
 
-    `masks`, by relative names of parameters, are True for kept weights, and only these parameters
-    are trained. `ranks` split the windows of every batch: `batches` gives each its own, which may
-    be none, and gradients are summed.
+    Args:
+        block: The block with its weights in place, on the device where it runs.
+        batches: What it learns from.
+        masks: Relative name of a parameter -> bool of its shape, True for weights that survive.
+            Only these parameters are trained.
+        options: How it is trained.
+        loss: Compares an output with its target.
+        ranks: Processes that split the windows of every batch. `batches` gives each rank its own
+            windows, which may be none, and gradients are summed.
+
+    Raises:
+        ValueError: There is nothing to train, or there are no batches; or outputs or targets are
+            not finite before any training.
 
     >>> block = nn.Linear(2, 1, bias=False).requires_grad_(False)
     >>> _ = block.weight.copy_(torch.tensor([[1.0, 0.0]]))
@@ -129,7 +163,13 @@ def train_block(
 
 
 class _Objective:
-    """The loss of the block's current parameters on batches."""
+    """The loss of the block's current parameters on batches.
+
+    Attributes:
+        device: Where the block runs.
+        autocast: The context in which the block runs. It casts matrix products if the parameters
+            are not in the dtype of the training, and does nothing otherwise.
+    """
 
     def __init__(
         self, weights: TrainedWeights, batches: BlockBatches, dtype: torch.dtype, loss: OutputLoss
@@ -137,11 +177,13 @@ class _Objective:
         first = next(iter(weights.parameters.values()))
         self.device = first.device
         self.autocast = torch.autocast(first.device.type, dtype, enabled=dtype != first.dtype)
-        self._batches, self._loss = batches, loss
+        self._batches = batches
+        self._loss = loss
 
     def sums(self, batch: int, tokens: slice = ALL_TOKENS) -> tuple[torch.Tensor, torch.Tensor]:
-        """Summed loss of this rank's windows, and what to divide it by."""
-        output, target = self._batches.forward(batch, tokens), self._batches.target(batch)
+        """Summed loss of this rank's windows, and what to divide it by; both 0 without windows."""
+        output = self._batches.forward(batch, tokens)
+        target = self._batches.target(batch)
         if not len(output):
             return torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         return self._loss(output, target[:, tokens])
@@ -159,8 +201,10 @@ class _Objective:
 
 @dataclass
 class _Best:
-    weights: dict[str, torch.Tensor]
-    error: float
+    """The best candidate so far."""
+
+    weights: dict[str, torch.Tensor]  #: float32, by relative name
+    error: float  #: on the validation batches
 
     def offer(self, error: float, weights: Callable[[], dict[str, torch.Tensor]]) -> None:
         """Take a candidate over if it is better. `weights` makes the copy only then."""
@@ -175,6 +219,7 @@ def _train(
     loss: OutputLoss,
     ranks: Ranks,
 ) -> TrainResult:
+    """Train parameters that are prepared already; see `train_block`."""
     objective = _Objective(weights, batches, options.dtype, loss)
     before = objective.validate(ranks)
     if not math.isfinite(before):
@@ -207,15 +252,31 @@ def _run_epochs(
     best: _Best,
     ranks: Ranks,
 ) -> tuple[float, int, str | None]:
-    """Run Adam over all epochs, offer snapshots to `best`: last error, steps, why it stopped."""
+    """Run Adam over all epochs, and offer snapshots to `best`.
+
+    Args:
+        weights: The trained parameters. They end as the last step leaves them.
+        objective: The loss to minimise.
+        train: Numbers of the training batches, in the order of the steps of an epoch.
+        options: How the block is trained.
+        best: The best candidate so far, which is replaced by a better snapshot.
+        ranks: Processes that split the windows of every batch.
+
+    Returns:
+        The last validation error, the steps taken, and why training ended early, or None.
+    """
     masters = weights.masters
     scales = kept_rms(masters, weights.masks)
     groups = [{"params": [master], "scale": scales[name]} for name, master in masters.items()]
     # `fused` updates a parameter in one pass over memory.
     optimizer = torch.optim.Adam(groups, betas=_BETAS, fused=True)
-    steps, total, stride = 0, options.epochs * len(train), options.token_stride
+    steps = 0
+    total = options.epochs * len(train)
+    stride = options.token_stride
+    # Epochs from one validation to the next.
     interval = max(1, min(options.epochs // _VALIDATIONS, _MAX_EPOCHS_BETWEEN))
-    error, stopped = best.error, None
+    error = best.error
+    stopped = None
     for epoch in range(options.epochs):
         for batch in train:
             # The rate is that of the middle of the step.
@@ -260,7 +321,15 @@ def _interpolations(
 
     These are the middle, and the lowest point of the parabola through start, middle and end. It is
     rounded to eighths, so that ranks whose errors differ by rounding choose the same point.
-    Two evaluations replace a search for the rate; see docs/concepts/reconstruction.md.
+
+    Why: part of what few tokens teach is noise. Half of the way keeps half of the gain but only a
+    quarter of the noise's error, which grows with the square of the way. So a rate that is too high
+    for a block costs little, and two evaluations replace a search for the rate of each block.
+
+    Args:
+        before: Validation error of the weights before training.
+        after: Validation error of the weights after the last step.
+        error_at: Validation error at a fraction of the way; all ranks evaluate it at once.
     """
     # With f(0) = before, f(1/2) = middle and f(1) = after, the parabola's second derivative is
     # twice `curvature`, and its lowest point is at (3 before − 4 middle + after) / (2 curvature).
@@ -274,11 +343,16 @@ def _interpolations(
 
 
 def learning_rate(peak: float, fraction: float, warmup: float = 0.0) -> float:
-    """Return the learning rate when `fraction` of the training is done.
+    """The learning rate when `fraction` of the training is done.
 
-    The shape is that of Loshchilov and Hutter (arXiv 1608.03983) without restarts. The unit of the
-    budget does not matter: steps, tokens or seconds. Fractions above 1 count as 1. Over the
-    fraction `warmup`, below 1, the rate rises from 0.
+    It rises in a line to the peak and then falls along half a cosine to 0. The shape is that of
+    Loshchilov and Hutter (arXiv 1608.03983, equation 5) without restarts.
+
+    Args:
+        peak: The highest rate, which is reached at the end of the warm-up.
+        fraction: How much of the budget is spent, from 0 to 1; larger values count as 1. The unit
+            of the budget does not matter: steps, tokens or seconds.
+        warmup: Fraction of the training over which the rate rises from 0, below 1.
 
     >>> [round(learning_rate(2.0, f, warmup=0.1), 6) for f in (0.0, 0.05, 0.1, 0.55, 1.0)]
     [0.0, 1.0, 2.0, 1.0, 0.0]

@@ -6,7 +6,29 @@ function colour(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 }
 
-function dressTrace(trace) {
+// A name as lines of at most `most` characters, broken after a separator where there is one. The
+// name is escaped: an entity such as &lt; is one character.
+function inLines(name, most) {
+  const some = `(?:&#?\\w+;|.){1,${most}}`;
+  const lines = name.match(new RegExp(`${some}$|${some}(?<=[-/_.,: ])|${some}`, "gu"));
+  return (lines || []).join("<br>");
+}
+
+// The end of a name, where the whole has more than `most` characters.
+function ending(name, most) {
+  const letters = name.match(/&#?\w+;|./gu) || [];
+  return letters.length > most ? `…${letters.slice(1 - most).join("")}` : name;
+}
+
+// How many lines the names take above a chart, which grows by them: the plot keeps its height.
+function legendLines(names, width) {
+  const lines = names.map((name) => (name || "").split("<br>"));
+  const longest = Math.max(...lines.flat().map((line) => line.length));
+  const besides = Math.max(1, Math.floor(width / (45 + 8 * longest)));
+  return besides > 1 ? Math.ceil(names.length / besides) : lines.flat().length;
+}
+
+function dressTrace(trace, most) {
   const part = trace.meta.colour;
   if (part === "scale") {
     return { ...trace, colorscale: [[0, colour("line")], [1, colour("accent")]] };
@@ -14,6 +36,7 @@ function dressTrace(trace) {
   const shade = part === "level" ? colour("muted") : colour(`series-${part % 8}`);
   return {
     ...trace,
+    name: inLines(trace.name, most),
     line: { ...trace.line, color: shade },
     marker: { ...trace.marker, color: shade, line: { width: 0 } },
     error_x: { ...trace.error_x, color: colour("ink"), thickness: 1 },
@@ -33,10 +56,15 @@ function dressAxis(axis) {
   };
 }
 
+// Paper is narrower than most windows, and a browser does not say how wide it is: 640 pixels fit on
+// A4 and on letter. A character of a name takes at most 8 pixels, and the mark before it takes 45.
 function draw(box) {
+  const width = matchMedia("print").matches ? Math.min(640, box.clientWidth) : box.clientWidth;
+  const most = Math.max(8, Math.floor((width - 45) / 8));
   const figure = JSON.parse(document.getElementById(`${box.id}-figure`).textContent);
   const layout = {
     ...figure.layout,
+    width,
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: colour("ink") },
@@ -48,8 +76,12 @@ function draw(box) {
   };
   if (figure.data.some((trace) => trace.meta.colour === "scale")) {
     layout.xaxis.showgrid = layout.yaxis.showgrid = false;
+    const rows = figure.data[0].y;
+    Object.assign(layout.yaxis, { tickvals: rows, ticktext: rows.map((row) => ending(row, Math.floor(most / 2))) });
   }
-  return Plotly.react(box, figure.data.map(dressTrace), layout, { displayModeBar: false, responsive: true });
+  const traces = figure.data.map((trace) => dressTrace(trace, most));
+  layout.height += 19 * legendLines(traces.map((trace) => trace.name), width);
+  return Plotly.react(box, traces, layout, { displayModeBar: false });
 }
 
 function valueOf(row, column) {
@@ -105,6 +137,7 @@ const drawAll = () => Promise.all(charts.filter((box) => box.closest("details:no
 loadLibrary().then(() => {
   // A page in dark colours is printed in light ones.
   for (const medium of ["(prefers-color-scheme: dark)", "print"]) matchMedia(medium).addEventListener("change", drawAll);
+  addEventListener("resize", drawAll);
   for (const fold of document.querySelectorAll("details")) fold.addEventListener("toggle", drawAll);
   return drawAll();
 }).then(() => document.documentElement.setAttribute("data-charts", String(charts.length)));

@@ -15,6 +15,7 @@ import math
 
 import torch
 
+from prunus.hardware.numerics import all_finite
 from prunus.packed.plane_codes import MAX_RAW, max_level
 from prunus.packed.planes import encode
 from prunus.packed.weight import QuantizedWeight
@@ -35,8 +36,8 @@ _ROWS = 1024  # rows converted to float32 at a time
 def quantize_rows(weight_OI: torch.Tensor, bits: float) -> QuantizedWeight:
     """Round a weight so that its tensors take at most `bits` bits a weight, and little less.
 
-    The weight is finite and on the CPU. With 8 bits it takes fewer even at the finest levels there
-    are, 247 between the extremes of each row.
+    The weight is finite and on the CPU. ValueError if its squares leave float32. With 8 bits it
+    takes fewer even at the finest levels there are, 247 between the extremes of each row.
 
     >>> weight = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
     >>> quantised = quantize_rows(weight, 4)
@@ -51,6 +52,11 @@ def quantize_rows(weight_OI: torch.Tensor, bits: float) -> QuantizedWeight:
         sums.append(squares.sum(0))
     rows_O = _relative(torch.cat(means).sqrt())
     columns_I = _relative(torch.stack(sums).sum(0).sqrt())
+    if not (all_finite(rows_O) and all_finite(columns_I)):
+        raise ValueError(
+            "its weights are too large to be packed: their squares leave float32. Is the "
+            "checkpoint whole? `head_bits` none keeps embeddings and head as they are"
+        )
     sample_S = torch.linspace(0, rows - 1, min(rows, max(1, _SAMPLE // columns))).long()
     sample_SI = weight_OI[sample_S].float()
     best = (math.inf, 1.0, columns_I)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from prunus.compression.records import FileSize
+from prunus.formats.records import FileSize
 from prunus.model.embeddings import is_plain
 from prunus.model.linears import tied_embedding
 from prunus.model.source import CheckpointSource

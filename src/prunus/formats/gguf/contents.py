@@ -1,14 +1,11 @@
-"""The folder of a run that makes a GGUF file, and the file itself.
-
-The run writes shards as every other run does, with the bytes of GGUF's types in them. At the end
-the file is put together from them, with the record among its fields.
-"""
+"""What a GGUF file holds: its tensors with their types, its fields, and the record of its run."""
 
 from __future__ import annotations
 
 import functools
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,13 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
-from prunus.compression.output import MEASUREMENT, CompressedFolder
-from prunus.compression.records import CompressionRecord, FileSize
 from prunus.formats.gguf.types import PLAIN, TYPES, file_type
-from prunus.methods.group_fits import round_in_groups
-from prunus.methods.group_quantizer import GroupedWeight
+from prunus.formats.recipe import CompressionRecipe
+from prunus.formats.records import CompressionRecord, FileSize
 from prunus.model.checkpoint.gguf import open_gguf
 from prunus.model.checkpoint.gguf_file import (
     RECORD_FIELD,
@@ -31,23 +25,21 @@ from prunus.model.checkpoint.gguf_file import (
     header_of,
     new_fields,
     padded,
-    write_gguf,
 )
 from prunus.model.checkpoint.gguf_layout import GgufLayout, GgufTensor
-from prunus.model.checkpoint.reader import Checkpoint
-from prunus.model.checkpoint.writer import Writable
-from prunus.pruning.manifest import LinearRecord
-from prunus.runs.record import OUTSIDE_SHARD
 
 # The record in the file is filled up with spaces to this many bytes, so that the size of the file
 # is known before the run.
 _RECORD_BYTES, _BYTES_PER_LINEAR = 16_000, 500
 
 
-class GgufPlan:
-    """What a GGUF file will hold: its tensors with their types, and so its bytes.
+class FileContents:
+    """The fields and tensors of a GGUF file, and so its bytes.
 
-    The model stores weights in `dtypes`, and the record describes `linears` linears.
+    Args:
+        layout: The tensors of the file, and its fields but for those that depend on the types.
+        dtypes: Name of a tensor in the model -> the dtype in which the source stores it.
+        linears: How many linears the record describes.
     """
 
     def __init__(self, layout: GgufLayout, dtypes: Mapping[str, torch.dtype], linears: int) -> None:
@@ -76,11 +68,11 @@ class GgufPlan:
 
     def bytes_by_type(self, types: Mapping[str, str]) -> Counter[str]:
         """Type -> bytes of all tensors that have it."""
-        found = Counter[str]()
+        nbytes_by_type = Counter[str]()
         for tensor in self.layout.tensors:
             name, _, nbytes = self.type_of(tensor, types)
-            found[name] += nbytes
-        return found
+            nbytes_by_type[name] += nbytes
+        return nbytes_by_type
 
     def fields(self, types: Mapping[str, str], record: str = "") -> dict[str, Any]:
         """The fields of the file. A record that is too long for its place is left out."""
@@ -108,61 +100,6 @@ class GgufPlan:
         return len(header_of(self.fields({}), self.stored({}, lambda _: torch.zeros(0))))
 
 
-class GgufFolder(CompressedFolder):
-    """The folder of a run whose result is a GGUF file at `path`."""
-
-    def __init__(
-        self, folder: Path, record: CompressionRecord, job: Any, path: Path, plan: GgufPlan
-    ) -> None:
-        super().__init__(folder, record, job)
-        self._path, self._plan = path, plan
-
-    def prepare(self) -> None:
-        """The types of what lies outside the blocks may not be known yet: it is written last."""
-
-    def tensors_of(self, name: str, weight: GroupedWeight) -> dict[str, torch.Tensor]:
-        return {self.key(name): weight.data_OB}
-
-    def weight_from(
-        self, tensors: dict[str, torch.Tensor], name: str, record: LinearRecord, dtype: torch.dtype
-    ) -> torch.Tensor:
-        weight = GroupedWeight(TYPES[self.record.types[name]], tensors.pop(self.key(name)))
-        return weight.dense().to(dtype)
-
-    def outside(self, tensors: dict[str, Writable]) -> dict[str, Writable]:
-        inside = {f"{block.name}.{name}" for block in self.record.blocks for name in block.linears}
-        source, known = self.job.checkpoint.checkpoint, load_file(self.folder / MEASUREMENT)
-        for name, kind in self.record.types.items():
-            if name not in inside:
-                key, importance_I = self.key(name), known.get(f"{name}.importance")
-                tensors[key] = round_in_groups(source.whole(key), TYPES[kind], importance_I).data_OB
-        return tensors
-
-    def complete(self, changed: Mapping[str, torch.Tensor]) -> None:
-        self.ranks.on_rank_0(self._write_file)
-        self.record.state = "finished"
-
-    def _write_file(self) -> None:
-        if not self.has(OUTSIDE_SHARD):
-            self._write_outside({})
-            self.save()
-        types, record = self.record.types, self.record
-        source = self.job.checkpoint.checkpoint
-        shards = Checkpoint(self.folder, only=list(record.sha256))
-        parts, after = self._plan.bytes_by_type(types), self._plan.file_bytes(types)
-        record.size = self._plan.size(source.file_bytes(), after, parts)
-        stored = self._plan.stored(types, partial(self._content, shards))
-        write_gguf(self._path, self._plan.fields(types, reproducible(record)), stored)
-
-    def _content(self, shards: Checkpoint, tensor: GgufTensor) -> torch.Tensor:
-        """The bytes of a tensor of the file, from the shards."""
-        if tensor.values is not None:
-            return tensor.values
-        parts = [shards.whole(self.job.checkpoint.stored[name]) for name in tensor.sources]
-        rows = tensor.arranged(parts[0] if len(parts) == 1 else torch.cat(parts))
-        return rows if tensor.is_matrix else rows.float() + tensor.shift
-
-
 def reproducible(record: CompressionRecord) -> str:
     """The record as JSON without times and hashes, so that equal runs give equal files."""
     content = record.model_dump(mode="json", exclude={"sha256", "hardware", "measured"})
@@ -185,3 +122,20 @@ def read_record(path: Path) -> CompressionRecord | None:
     """The record in a GGUF file; None if prunus did not make it. Raises for a damaged file."""
     text = open_gguf(path).get(RECORD_FIELD)
     return None if not text or not text.strip() else CompressionRecord.model_validate_json(text)
+
+
+def finished_file(path: Path, recipe: CompressionRecipe) -> CompressionRecord | None:
+    """The record of a file that a run of the same recipe made; None if nothing has this name.
+
+    FileExistsError for all else.
+    """
+    if not os.path.lexists(path):
+        return None
+    earlier = read_record(path) if path.is_file() else None
+    if earlier is None:
+        raise FileExistsError(
+            f"output {path} exists and is not a file that prunus compress made; it is left as it "
+            "is. Move it away, or choose another name"
+        )
+    earlier.check_same_run(recipe.without_folders())
+    return earlier

@@ -14,24 +14,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from prunus.compression.card import tensors_card
-from prunus.compression.job import CompressionJob
-from prunus.compression.output import CompressedFolder
-from prunus.compression.records import CompressionRecord
-from prunus.compression.type_choice import GroupVerb
+from prunus.formats.base import TypeFormat
 from prunus.formats.block_bytes import ONE, BlockType, Field, integers
+from prunus.formats.cards import tensors_card
+from prunus.formats.records import CompressionRecord
 from prunus.methods.group_quantizer import GroupedWeight
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.reader import TensorInfo
-from prunus.pruning.job import PruningJob
-from prunus.pruning.manifest import LinearRecord, PruningRecord
-from prunus.pruning.output import PruningOutput
+from prunus.pruning.manifest import LinearRecord
 
 # The kernels of vLLM know groups of these sizes. Fewer scales take fewer bits.
 _GROUPS = (128, 64, 32)
@@ -54,58 +48,6 @@ def integer_type(bits: int, group: int, dtype: torch.dtype) -> IntegerType:
     """
     layout = (Field("d"), Field("levels", bits, 1))
     return IntegerType(f"W{bits}A16", group, group, integers(bits), ONE, layout, dtype=dtype)
-
-
-@dataclass(kw_only=True)
-class TensorsJob(CompressionJob):
-    """The decisions of one run that makes such a checkpoint."""
-
-    def check(self) -> None:
-        recipe = self.recipe
-        if recipe.bits not in _BITS or recipe.template is not None:
-            raise ValueError(
-                "compressed-tensors stores linears in 4 or 8 bits: give `bits` 4 or 8, and leave "
-                "`size`, `type` and `template` out"
-            )
-        self.refuse_zeros("compressed-tensors")
-        if "head_bits" in recipe.model_fields_set and recipe.packs_head:
-            raise ValueError(
-                "compressed-tensors keeps embeddings and head as they are: leave `head_bits` out"
-            )
-        for name, linear in self.selected_linears().items():
-            if linear.shape[1] % _GROUPS[-1]:
-                raise ValueError(
-                    f"{name} has {linear.shape[1]} inputs, and groups need a number that "
-                    f"{_GROUPS[-1]} divides: keep it as it is with `ignore`"
-                )
-
-    @functools.cached_property
-    def group(self) -> int:
-        """Inputs with a common scale: the largest number that divides the width of each linear."""
-        widths = [linear.shape[1] for linear in self.selected_linears().values()]
-        return next(x for x in _GROUPS if not any(width % x for width in widths))
-
-    def quantizer_of(self, key: str) -> IntegerType:
-        """How the weight that the source stores as `key` is quantised."""
-        # What is stored in float32 is run in bfloat16 or float16, and nearly all scales that are
-        # exact in bfloat16 are exact in both.
-        is_half = self.checkpoint.checkpoint.tensors[key].dtype == torch.float16
-        dtype = torch.float16 if is_half else torch.bfloat16
-        return integer_type(int(self.recipe.bits or 0), self.group, dtype)
-
-    @property
-    def packed_outside(self) -> dict[str, list[str]]:
-        return {}
-
-    @property
-    def measures_loss(self) -> bool:
-        return False
-
-    def parts(self, key: str, info: TensorInfo, bits: float) -> dict[str, Any]:
-        quantizer = self.quantizer_of(key)
-        size = info.shape[0], quantizer.nbytes_of(info.shape[1])
-        data_OB = torch.empty(size, dtype=torch.uint8, device="meta")
-        return stored_parts(key, GroupedWeight(quantizer, data_OB), info.dtype)
 
 
 def stored_parts(key: str, weight: GroupedWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -132,34 +74,86 @@ def weight_of(
     return GroupedWeight(quantizer, data_OSK.flatten(1))
 
 
-class TensorsFolder(CompressedFolder):
-    """The folder of a checkpoint in this format."""
+class TensorsFormat(TypeFormat):
+    """A checkpoint folder in this format. All linears have the same bits."""
 
-    job: TensorsJob
+    def check(self) -> None:
+        recipe = self.recipe
+        if recipe.bits not in _BITS or recipe.template is not None:
+            raise ValueError(
+                "compressed-tensors stores linears in 4 or 8 bits: give `bits` 4 or 8, and leave "
+                "`size`, `type` and `template` out"
+            )
+        self.refuse_zeros("compressed-tensors")
+        if "head_bits" in recipe.model_fields_set and recipe.packs_head:
+            raise ValueError(
+                "compressed-tensors keeps embeddings and head as they are: leave `head_bits` out"
+            )
+        for name, linear in self.job.selected_linears().items():
+            if linear.shape[1] % _GROUPS[-1]:
+                raise ValueError(
+                    f"{name} has {linear.shape[1]} inputs, and groups need a number that "
+                    f"{_GROUPS[-1]} divides: keep it as it is with `ignore`"
+                )
 
-    def tensors_of(self, name: str, weight: GroupedWeight) -> dict[str, torch.Tensor]:
-        key = self.key(name)
+    @functools.cached_property
+    def group(self) -> int:
+        """Inputs with a common scale: the largest number that divides the width of each linear."""
+        widths = [linear.shape[1] for linear in self.job.selected_linears().values()]
+        return next(x for x in _GROUPS if not any(width % x for width in widths))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        return {name: linear.shape for name, linear in self.job.selected_linears().items()}
+
+    def quantizers(self, name: str) -> list[IntegerType]:
+        return [self._quantizer_of(self.job.stored_key(name))]
+
+    def _quantizer_of(self, key: str) -> IntegerType:
+        """How the weight that the source stores as `key` is quantised."""
+        # What is stored in float32 is run in bfloat16 or float16, and nearly all scales that are
+        # exact in bfloat16 are exact in both.
+        is_half = self.job.checkpoint.checkpoint.tensors[key].dtype == torch.float16
+        dtype = torch.float16 if is_half else torch.bfloat16
+        return integer_type(int(self.recipe.bits or 0), self.group, dtype)
+
+    @property
+    def packed_outside(self) -> dict[str, list[str]]:
+        return {}
+
+    @property
+    def budget(self) -> int:
+        return sum(only.nbytes for [only] in self.choices({}).values())
+
+    def parts(self, key: str, info: TensorInfo, bits: float) -> dict[str, Any]:
+        quantizer = self._quantizer_of(key)
+        size = info.shape[0], quantizer.nbytes_of(info.shape[1])
+        data_OB = torch.empty(size, dtype=torch.uint8, device="meta")
+        return stored_parts(key, GroupedWeight(quantizer, data_OB), info.dtype)
+
+    def tensors_of(
+        self, key: str, weight: GroupedWeight, record: LinearRecord
+    ) -> dict[str, torch.Tensor]:
         return stored_parts(key, weight, self.job.checkpoint.checkpoint.tensors[key].dtype)
 
     def weight_from(
-        self, tensors: dict[str, torch.Tensor], name: str, record: LinearRecord, dtype: torch.dtype
+        self, key: str, tensors: dict[str, torch.Tensor], record: LinearRecord, dtype: torch.dtype
     ) -> torch.Tensor:
-        key = self.key(name)
         packed, scale_OS, _ = (tensors.pop(f"{key}_{x}") for x in ("packed", "scale", "shape"))
-        return weight_of(packed, scale_OS, self.job.quantizer_of(key)).dense().to(dtype)
+        return weight_of(packed, scale_OS, self._quantizer_of(key)).dense().to(dtype)
 
-    def card(self) -> str:
-        return tensors_card(self.record, self.job.group, self.job.checkpoint.checkpoint.folder)
+    def card(self, record: CompressionRecord) -> str:
+        return tensors_card(record, self.group, self.job.checkpoint.checkpoint.folder)
 
-    def config(self) -> Mapping[str, object]:
-        job, source, model = self.job, self.job.checkpoint.checkpoint, self.job.skeleton.model
+    def config(self, record: CompressionRecord) -> Mapping[str, object]:
+        source, model = self.job.checkpoint.checkpoint, self.job.skeleton.model
         # A tied head is not stored. Engines take other matrices for linears too, such as routers.
         kept = [x for x, module in model.named_modules() if module is model.get_output_embeddings()]
         for key, info in source.tensors.items():
-            if key.endswith(".weight") and len(info.shape) == 2 and key not in job.weights:
+            if key.endswith(".weight") and len(info.shape) == 2 and key not in self.weights:
                 kept.append(key.removesuffix(".weight"))
-        weights = {"num_bits": int(job.recipe.bits or 0), "type": "int", "symmetric": True}
-        weights |= {"strategy": "group", "group_size": job.group, "dynamic": False}
+        weights = {"num_bits": int(self.recipe.bits or 0), "type": "int", "symmetric": True}
+        weights |= {"strategy": "group", "group_size": self.group, "dynamic": False}
         described = {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
@@ -168,17 +162,3 @@ class TensorsFolder(CompressedFolder):
             "ignore": sorted(set(kept)),
         }
         return read_json(source.folder / "config.json") | {"quantization_config": described}
-
-
-class TensorsVerb(GroupVerb):
-    """Compress into a checkpoint of compressed-tensors."""
-
-    job = TensorsJob
-
-    def output(self, folder: Path | None, record: PruningRecord, job: PruningJob) -> PruningOutput:
-        assert folder and isinstance(record, CompressionRecord) and isinstance(job, TensorsJob)
-        stored = job.checkpoint.stored
-        self.quantizers = {
-            x: job.quantizer_of(stored[f"{x}.weight"]) for x in job.selected_linears()
-        }
-        return TensorsFolder(folder, record, job)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prunus.compression.records import CompressionRecord
+from prunus.formats.records import CompressionRecord
 from prunus.model.checkpoint.card import add_tags, with_fields
-from prunus.pruning.manifest import calibration_words, sparsity_tag
+from prunus.pruning.manifest import calibration_words, grid_words, sparsity_tag
 from prunus.runs.record import extended_card, result_card, source_name
 
 _TITLE = "Packed by prunus"
@@ -47,6 +47,7 @@ def compressed_card(record: CompressionRecord, loader: str, source: Path) -> str
             " ".join(size),
             f"Zeros: {totals.get('zeros', 0):,} of {totals.get('weights', 0):,} weights "
             f"({sparsity:.2%}). {origin} Calibration: {calibration_words(record)}.",
+            grid_words(record.grid_bits),
         ],
         tags=[
             "compressed",
@@ -55,8 +56,8 @@ def compressed_card(record: CompressionRecord, loader: str, source: Path) -> str
             "sparse",
             sparsity_tag(sparsity),
         ],
+        relation="quantized",
         fields={
-            "base_model_relation": "quantized",
             "prunus": f"{method}\n  sparsity: {sparsity:.4f}\n  bits: {bits:.3f}",
         },
         source=source,
@@ -76,9 +77,10 @@ def tensors_card(record: CompressionRecord, group: int, source: Path) -> str:
             "" if record.size is None else " ".join(record.size.sentences()),
             "The folder is for vLLM and SGLang. transformers loads it where compressed-tensors is "
             f"installed. Calibration: {calibration_words(record)}.",
+            grid_words(record.grid_bits),
         ],
         tags=["compressed-tensors", "quantized", f"{bits}-bit"],
-        fields={"base_model_relation": "quantized"},
+        relation="quantized",
         source=source,
     )
 

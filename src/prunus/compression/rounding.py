@@ -1,0 +1,266 @@
+"""How each linear is rounded, from what its errors mean to the loss of the dense model.
+
+Both ways begin with a measurement (`loss_sensitivity.py`) on rank 0, because all ranks must use the
+same digits. A `RateFormat` spends its bits by a rate control. In a `TypeFormat` each weight
+gets the type of least loss that the size allows.
+
+Shape suffixes: O outputs (rows), R some of them, I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from prunus.compression.rate_control import LinearRate, RateControl
+from prunus.formats.base import CompressedFormat, RateFormat, TypeFormat
+from prunus.formats.records import CompressionRecord
+from prunus.hardware.errors import naming
+from prunus.methods.group_fits import round_in_groups
+from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
+from prunus.methods.statistics import InputStatistics
+from prunus.methods.work import LinearQuantization, Quantized
+from prunus.packed.description import QuantizedShape
+from prunus.packed.planes import encode
+from prunus.packed.weight import QuantizedWeight
+from prunus.pruning.block.linear import Stored
+from prunus.pruning.job import PruningJob
+from prunus.pruning.loss_sensitivity import LinearSensitivity, measure_loss
+from prunus.pruning.output import PruningOutput
+
+# A linear is rounded again at most this many times, and each time coarser by at least this log2.
+_MOST_TRIALS, _COARSER = 16, 0.002
+# Rows sampled to estimate each type's loss: 64 per weight, at least 8 when several weights share a
+# type.
+_ROWS, _LEAST_ROWS = 64, 8
+
+
+def rounding_for(
+    stored: CompressedFormat,
+    job: PruningJob,
+    ids: Tensor,
+    output: PruningOutput,
+    record: CompressionRecord,
+) -> RateRounding | TypeRounding:
+    """What rounds the linears of a run for its format; see `RoundingOf` in `pruning/run.py`."""
+    if isinstance(stored, RateFormat):
+        return rate_rounding(stored, job, ids, output, record)
+    assert isinstance(stored, TypeFormat), "a format chooses bits, or types"
+    return type_rounding(stored, job, ids, output, record)
+
+
+def rate_rounding(
+    stored: RateFormat,
+    job: PruningJob,
+    ids: Tensor,
+    output: PruningOutput,
+    record: CompressionRecord,
+) -> RateRounding:
+    """The rounding that spends the bits of the recipe, after the blocks of an earlier run."""
+    tensors = job.ranks.tensors_from_rank_0(
+        lambda: output.measured(lambda: _sensitivities(job, ids))
+    )
+    linears = [
+        LinearRate(
+            name,
+            linear.name,
+            linear.shape,
+            LinearSensitivity(
+                loss_O=tensors[f"{name}.loss"],
+                power=float(tensors[f"{name}.power"]),
+                deviations_Q=tensors[f"{name}.deviations"],
+            ),
+        )
+        for name, linear in job.selected_linears().items()
+    ]
+    sparsity = job.recipe.sparsity
+    sparsities = {x.name: record.allocation.get(x.name, sparsity) for x in linears}
+    bits = stored.bits
+    if stored.recipe.size is not None:
+        # Embeddings and head are written by now, and take a little less than was planned.
+        shard = output.spill_folder / record.outside_shard
+        bits = stored.bits_next_to(job.ranks.on_rank_0(lambda: shard.stat().st_size))
+    control = RateControl(bits, linears, sparsities)
+    for block in record.blocks:
+        for name, done in block.linears.items():
+            assert done.bits is not None and done.log2_step is not None
+            control.finish(f"{block.name}.{name}", done.bits, done.log2_step)
+    return RateRounding(control, exceeds=stored.recipe.size is None)
+
+
+class RateRounding:
+    """Rounds linears to the steps of a rate control; see `prunus.pruning.block.linear`.
+
+    Args:
+        exceeds: Whether the sum may be a little more than the bits of the control. If not, a linear
+            that leaves too little for those after it is rounded again, to coarser steps.
+    """
+
+    def __init__(self, control: RateControl, exceeds: bool) -> None:
+        self._control, self._exceeds = control, exceeds
+        self._log2_step, self._coarser, self._trials = 0.0, 0.0, 0
+
+    def begin(self, name: str, statistics: InputStatistics) -> LinearQuantization:
+        quantization, self._log2_step = self._control.begin(name, statistics, self._coarser)
+        return quantization
+
+    def end(
+        self, name: str, quantized: Quantized | GroupedWeight
+    ) -> tuple[QuantizedWeight, dict[str, Any]] | None:
+        assert isinstance(quantized, Quantized)
+        levels_OI, steps_I, scales_O = (part.cpu() for part in quantized)
+        packed = encode(levels_OI, steps_I, scales_O)
+        rows, columns = packed.shape
+        bits = 8 * packed.nbytes / (rows * columns)
+        excess = 0.0 if self._exceeds else self._control.excess(name, bits)
+        if excess > 0 and self._trials < _MOST_TRIALS:
+            self._trials += 1
+            # At low rates a step saves less than a bit where it is twice as coarse.
+            self._coarser += max(_COARSER, excess) * 1.5**self._trials
+            return None
+        if excess > 0:
+            raise ValueError(
+                f"{name} does not fit in what `size` leaves for it: give a larger size"
+            )
+        self._coarser, self._trials = 0.0, 0
+        self._control.finish(name, bits, self._log2_step)
+        entry = QuantizedShape.of(packed).to_json()
+        return packed, {"bits": bits, "log2_step": self._log2_step, "packed": entry}
+
+
+def _sensitivities(job: PruningJob, ids: Tensor) -> dict[str, Tensor]:
+    """The sensitivity of each linear, as three named tensors."""
+    options = job.linear_settings.work.options
+    sensitivities = measure_loss(job, ids, job.selected, options, quantizes=True)
+    tensors = {}
+    for name, sensitivity in sensitivities.items():
+        tensors[f"{name}.loss"] = sensitivity.loss_O
+        tensors[f"{name}.deviations"] = sensitivity.deviations_Q
+        tensors[f"{name}.power"] = torch.tensor(sensitivity.power, dtype=torch.float64)
+    return tensors
+
+
+def type_rounding(
+    stored: TypeFormat,
+    job: PruningJob,
+    ids: Tensor,
+    output: PruningOutput,
+    record: CompressionRecord,
+) -> TypeRounding:
+    """The rounding to the types of least loss, which the record and the format take note of."""
+    measured = TypeLosses.of(
+        job.ranks.tensors_from_rank_0(
+            lambda: output.measured(lambda: _type_losses(stored, job, ids).tensors())
+        )
+    )
+    stored.types = stored.types_of(measured.losses)
+    stored.importances = measured.importances
+    record.types = stored.types
+    job.ranks.on_rank_0(lambda: output.write_outside({}))
+    if said := stored.chosen(record):
+        job.options.tell(said)
+    return TypeRounding({name: stored.quantizer(name) for name in job.selected_linears()})
+
+
+class TypeRounding:
+    """Rounds each linear by its quantiser; see `LinearFinish` in `pruning/block/linear.py`."""
+
+    def __init__(self, quantizers: Mapping[str, GroupQuantizer]) -> None:
+        self._quantizers = quantizers
+
+    def begin(self, name: str, statistics: InputStatistics) -> GroupQuantizer:
+        return self._quantizers[name]
+
+    def end(self, name: str, quantized: Quantized | GroupedWeight) -> tuple[Stored, dict[str, Any]]:
+        assert isinstance(quantized, GroupedWeight)
+        return quantized, {"bits": quantized.quantizer.bits}
+
+
+class TypeLosses(NamedTuple):
+    """What a choice of types needs.
+
+    Attributes:
+        losses: First module of a weight -> the loss that each of its types adds (types,).
+        importances: First module of an embedding or a head -> float32 (I,), how much errors in each
+            column raise the loss.
+    """
+
+    losses: dict[str, Tensor]
+    importances: dict[str, Tensor]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Both as named tensors, which a file can store."""
+        return {
+            f"{kind}/{name}": tensor
+            for kind, tensors in self._asdict().items()
+            for name, tensor in tensors.items()
+        }
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> TypeLosses:
+        """The inverse of `tensors`."""
+        by_kind: dict[str, dict[str, Tensor]] = {kind: {} for kind in cls._fields}
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition("/")
+            by_kind[kind][name] = tensor
+        return cls(**by_kind)
+
+
+def _type_losses(stored: TypeFormat, job: PruningJob, ids: Tensor) -> TypeLosses:
+    """Measure what each type of each weight adds to the loss."""
+    measured = TypeLosses({}, {})
+    if not stored.measures_loss:
+        return measured
+    options, checkpoint = job.linear_settings.work.options, job.checkpoint.checkpoint
+    sensitivities = measure_loss(job, ids, job.selected, options, quantizes=True, outside=True)
+    modules = dict(job.skeleton.model.named_modules())
+    uses: dict[int, list[LinearSensitivity]] = {}
+    for name, sensitivity in sensitivities.items():
+        # A tied head has another name than the embedding, and the same weight.
+        uses.setdefault(id(modules[name].weight), []).append(sensitivity)
+    count = job.preparing("rounding some rows of each weight to every type", len(stored.shapes))
+    for first in stored.shapes:
+        names, quantizers, parts = stored.stacks[first], stored.quantizers(first), []
+        for name in names:
+            weight_OI = checkpoint.whole(job.stored_key(name))
+            with naming(name):
+                importance_I, losses = type_losses(
+                    weight_OI, uses[id(modules[name].weight)], quantizers, len(names)
+                )
+            parts.append(losses)
+        measured.losses[first] = torch.stack(parts).sum(dim=0)
+        if first not in job.selected_linears():
+            measured.importances[first] = importance_I
+        count(1)
+    return measured
+
+
+def type_losses(
+    weight_OI: Tensor,
+    uses: Sequence[LinearSensitivity],
+    quantizers: Sequence[GroupQuantizer],
+    stacked: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Per-column importance (I,), and the expected loss increase of each type.
+
+    Args:
+        weight_OI: The weight, in any float dtype.
+        uses: The sensitivity of each module with this weight: an embedding may be the head too.
+        quantizers: The quantisers of the types.
+        stacked: How many weights share one type. Sampled rows stand for all, in proportion to what
+            errors in them cost, and there are fewer per weight where several share a type.
+    """
+    rows = max(_LEAST_ROWS, _ROWS // stacked)
+    some_R = torch.arange(0, len(weight_OI), max(1, len(weight_OI) // rows))
+    rows_RI, losses = weight_OI[some_R].float(), []
+    importance_I = torch.stack([use.loss_O.sum() * use.importance_I for use in uses]).sum(dim=0)
+    for quantizer in quantizers:
+        rounded = round_in_groups(rows_RI, quantizer, importance_I)
+        error_RI = rounded.dense().sub_(rows_RI).square_()
+        parts = [error_RI @ use.importance_I @ use.loss_O[some_R] for use in uses]
+        shares = [use.loss_O.sum() / use.loss_O[some_R].sum() for use in uses]
+        losses.append(sum(part * share for part, share in zip(parts, shares, strict=True)))
+    return importance_I, torch.tensor(losses)

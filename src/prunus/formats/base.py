@@ -1,0 +1,290 @@
+"""What the formats of compressed models have in common.
+
+A `RateFormat` gives every linear as many bits as its share of the loss is worth: any number. A
+`TypeFormat` has a few quantisers, and each weight gets one of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import nn
+
+from prunus.formats.packed.file_size import embedding_and_head, file_size
+from prunus.formats.recipe import CompressionRecipe
+from prunus.formats.records import CompressionRecord
+from prunus.formats.registry import FORMATS
+from prunus.hardware.errors import naming
+from prunus.methods.group_fits import round_in_groups
+from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
+from prunus.model.checkpoint.reader import Checkpoint, TensorInfo
+from prunus.model.checkpoint.writer import file_nbytes
+from prunus.model.kinds import require_causal
+from prunus.model.skeleton import Skeleton
+from prunus.model.source import CheckpointSource, ModuleSource
+from prunus.pruning.job import Format, LinearSelection
+from prunus.runs.folder import BlockFolder
+
+
+class CompressedFormat(Format[CompressionRecord]):
+    """A format whose linears are integers."""
+
+    DONE: ClassVar[str] = "compressed"
+    QUANTIZES: ClassVar[bool] = True
+
+    def __init__(self, recipe: CompressionRecipe) -> None:
+        self.recipe = recipe
+
+    def select(
+        self, selection: LinearSelection, source: CheckpointSource | ModuleSource, model: Skeleton
+    ) -> LinearSelection:
+        if isinstance(source, ModuleSource):
+            raise ValueError(
+                "a compressed model is a packed checkpoint: give the folder of a checkpoint "
+                "instead of a loaded model"
+            )
+        require_causal(source.config, "prunus compress")
+        return _stored_as_integers(selection, model, source)
+
+    @functools.cached_property
+    def weights(self) -> dict[str, int]:
+        """Stored name of the weight of each linear to compress -> how many numbers it has."""
+        linears = self.job.selected_linears()
+        return {self.job.stored_key(name): math.prod(x.shape) for name, x in linears.items()}
+
+    @functools.cached_property
+    def packed_outside(self) -> dict[str, list[str]]:
+        """`embedding_and_head`, as far as the recipe compresses them."""
+        packs = self.recipe.packs_head is not None
+        model, stored = self.job.skeleton.model, self.job.checkpoint.stored
+        return embedding_and_head(model, stored) if packs else {}
+
+    def refuse_zeros(self, what: str) -> None:
+        """Refuse to force zeros in a format that stores them as all other weights."""
+        if self.recipe.forces_zeros:
+            raise ValueError(
+                f"{what} stores zeros as all other weights: leave `sparsity` and `pattern` out, or "
+                "write a packed checkpoint, whose zeros take fewer bits"
+            )
+
+    # The size of a result that is a folder.
+
+    @abstractmethod
+    def parts(self, key: str, info: TensorInfo, bits: float) -> dict[str, Any]:
+        """The tensors that store the weight `key` in this many bits: name -> shape and dtype."""
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight of the linears in the plan."""
+        return self.recipe.bits or 0.0
+
+    def shards(self, bits: float) -> list[dict[str, Any]]:
+        """Each block, and what lies outside the blocks first: name -> shape and dtype."""
+        source = self.job.checkpoint
+        copies = {key for keys in self.packed_outside.values() for key in keys}
+        outside = [key for key in source.outside_keys() if key not in copies]
+        blocks = map(source.block_keys, range(len(self.job.skeleton)))
+        packed = dict.fromkeys(self.weights, bits)
+        packed |= dict.fromkeys(self.packed_outside, float(self.recipe.packs_head or 0))
+        shards: list[dict[str, Any]] = []
+        for keys in (outside, *blocks):
+            shards.append({})
+            for key in keys:
+                info = source.checkpoint.tensors[key]
+                shards[-1] |= self.parts(key, info, packed[key]) if key in packed else {key: info}
+        return shards
+
+    def bytes_at(self, bits: float) -> int:
+        """Bytes of all files with weights if the linears take `bits` bits per weight."""
+        return sum(map(file_nbytes, self.shards(bits)))
+
+    def file_bytes(self) -> int:
+        # The rate control spends the bits that the recipe asks for, so they say what linears take.
+        return self.bytes_at(self.bits)
+
+    def describe(self) -> dict[str, object]:
+        tensors = {key: x for shard in self.shards(self.bits) for key, x in shard.items()}
+        file = file_size(self.job.checkpoint, self.job.skeleton.model, tensors, self.file_bytes())
+        head_bits = self.recipe.head_bits if self.packed_outside else "none"
+        return {"bits": self.bits, "head_bits": head_bits, "file": file.model_dump()}
+
+    def finish(self, folder: BlockFolder, record: CompressionRecord) -> None:
+        written = Checkpoint(folder.folder, only=list(record.sha256))
+        model = self.job.skeleton.model
+        record.size = file_size(self.job.checkpoint, model, written.tensors, written.file_bytes())
+        super().finish(folder, record)
+
+
+class RateFormat(CompressedFormat):
+    """A format in which a linear can take any number of bits; it begins with a measurement."""
+
+    @property
+    def measures_loss(self) -> bool:
+        return True
+
+    @abstractmethod
+    def bits_next_to(self, outside: int) -> float:
+        """The bits per weight that `size` leaves if the shard outside the blocks has this size."""
+
+
+class Choice(NamedTuple):
+    """A type of a weight: its name, its bytes in the result, and what it adds to the loss."""
+
+    kind: str
+    nbytes: int
+    loss: float = 0.0
+
+
+def choose_types(choices: Mapping[str, Sequence[Choice]], nbytes: int) -> dict[str, str]:
+    """The types of least loss whose bytes add up to at most `nbytes`.
+
+    For a sum of bytes the sum of the losses is least where one more byte would save as much loss in
+    every weight (Lagrange). So all weights start with their smallest type. The step to another type
+    that saves the most loss per byte is taken first, along the convex hull of each weight's types,
+    as long as it fits.
+
+    >>> narrow, wide = Choice("Q3_K", 3, 9.0), Choice("Q6_K", 6, 1.0)
+    >>> choose_types({"a": [narrow, wide], "b": [narrow, wide._replace(loss=5.0)]}, 9)
+    {'a': 'Q6_K', 'b': 'Q3_K'}
+    """
+    chosen = {name: min(each, key=lambda x: (x.nbytes, x.loss)) for name, each in choices.items()}
+    left = nbytes - sum(each.nbytes for each in chosen.values())
+    while True:
+        steps = [
+            ((now.loss - each.loss) / more, name, each)
+            for name, now in chosen.items()
+            for each in choices[name]
+            if each.loss < now.loss and 0 < (more := each.nbytes - now.nbytes) <= left
+        ]
+        if not steps:
+            return {name: each.kind for name, each in chosen.items()}
+        _, name, each = max(steps)
+        left -= each.nbytes - chosen[name].nbytes
+        chosen[name] = each
+
+
+class TypeFormat(CompressedFormat):
+    """A format in which each weight gets one of a few quantisers.
+
+    Attributes:
+        types: Name of a linear, an embedding or a head -> its type, once it is chosen.
+        importances: First module of a weight outside the blocks -> how much errors in each of its
+            columns raise the loss, float32 (I,), where that was measured.
+    """
+
+    def __init__(self, recipe: CompressionRecipe) -> None:
+        super().__init__(recipe)
+        self.types: dict[str, str] = {}
+        self.importances: dict[str, torch.Tensor] = {}
+
+    @property
+    @abstractmethod
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """First module of each weight that has a type -> its shape, with the columns last."""
+
+    @abstractmethod
+    def quantizers(self, name: str) -> Sequence[GroupQuantizer]:
+        """The quantisers that the weight of a module can have."""
+
+    @property
+    @abstractmethod
+    def budget(self) -> int:
+        """The bytes of all weights that have a type."""
+
+    @property
+    def stacks(self) -> Mapping[str, Sequence[str]]:
+        """First module of a weight -> all modules that have one type with it."""
+        return {first: [first] for first in self.shapes}
+
+    def nbytes_of(self, quantizer: GroupQuantizer, shape: tuple[int, ...]) -> int:
+        """The bytes of a weight in the result."""
+        return quantizer.nbytes_of(math.prod(shape))
+
+    def choices(self, losses: Mapping[str, torch.Tensor]) -> dict[str, list[Choice]]:
+        """First module of a weight -> the types that it can have.
+
+        Args:
+            losses: First module -> the loss that each of its types adds, in the order of
+                `quantizers`; 0 for modules that are not in it.
+        """
+        choices: dict[str, list[Choice]] = {}
+        for first, shape in self.shapes.items():
+            quantizers = self.quantizers(first)
+            of_types = losses.get(first, torch.zeros(len(quantizers))).tolist()
+            choices[first] = [
+                Choice(quantizer.name, self.nbytes_of(quantizer, shape), loss)
+                for quantizer, loss in zip(quantizers, of_types, strict=True)
+            ]
+        return choices
+
+    def types_of(self, losses: Mapping[str, torch.Tensor]) -> dict[str, str]:
+        """The type of each module that has one, by the losses that its choices add."""
+        chosen = choose_types(self.choices(losses), self.budget)
+        return {name: kind for first, kind in chosen.items() for name in self.stacks[first]}
+
+    def quantizer(self, name: str) -> GroupQuantizer:
+        """How the weight of a module is quantised, once its type is chosen."""
+        return next(x for x in self.quantizers(name) if x.name == self.types[name])
+
+    def chosen(self, record: CompressionRecord) -> str:
+        """Take note that types are chosen; returns what to tell people about them."""
+        return ""
+
+    def rounded_outside(self, name: str) -> GroupedWeight:
+        """The weight of an embedding or a head in its type, with the measured importance."""
+        key = self.job.stored_key(name)
+        weight_OI = self.job.checkpoint.checkpoint.whole(key)
+        with naming(key):
+            return round_in_groups(weight_OI, self.quantizer(name), self.importances.get(name))
+
+
+def _stored_as_integers(
+    selection: LinearSelection, skeleton: Skeleton, source: CheckpointSource
+) -> LinearSelection:
+    """The part of a selection that a compressed checkpoint can store as integers."""
+    stored = source.stored
+    by_block: list[list[str]] = []
+    left_dense = dict(selection.left_dense)
+    for index, names in enumerate(selection.selected):
+        by_block.append([])
+        for linear in skeleton.linears(index):
+            if linear.name not in names:
+                continue
+            full_name = f"{skeleton.block_name(index)}.{linear.name}.weight"
+            has_tensor = stored.get(full_name, "").endswith(".weight")
+            if has_tensor and type(linear.module) is nn.Linear:
+                by_block[-1].append(linear.name)
+            else:
+                left_dense[full_name] = linear.shape
+    if not any(by_block):
+        raise NotImplementedError(
+            "none of the chosen linears can be stored as integers: they are transposed, special, "
+            "or experts in one tensor; such a checkpoint cannot be compressed yet"
+        )
+    return LinearSelection(by_block, left_dense)
+
+
+def format_for(output: Path | None, recipe: CompressionRecipe) -> CompressedFormat:
+    """The format of an output, with the recipe of its run. `output` None is a folder.
+
+    Raises:
+        ValueError: The recipe names the format of a folder, and the output is a file.
+    """
+    name = "" if output is None else output.name
+    by_suffix = [x for x in FORMATS if x.suffix and name.lower().endswith(x.suffix)]
+    if by_suffix and "format" in recipe.model_fields_set:
+        raise ValueError(
+            f"{recipe.format} is the format of a folder: give the output a name that does not end "
+            f"in {by_suffix[0].suffix}, or leave `format` out"
+        )
+    [entry] = by_suffix or [x for x in FORMATS if x.name == recipe.format]
+    module, _, kind = entry.home.partition(":")
+    made: CompressedFormat = getattr(import_module(module), kind)(recipe)
+    return made

@@ -1,0 +1,258 @@
+"""The format of llama.cpp, Ollama and LM Studio: one file, whose weights have types.
+
+The run writes shards as every other run does, with the bytes of GGUF's types in them, to the folder
+OUT.gguf.part. At the end the file is put together from them in the same folder, with the record
+among its fields. Then the record says that the run is finished, and the file gets its name:
+
+    write FOLDER/model.gguf ► finished ► rename it to OUT.gguf ► remove the folder
+
+A kill at any moment leaves nothing outside the folder but the whole file.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from prunus.formats.base import TypeFormat, choose_types
+from prunus.formats.gguf.contents import FileContents, finished_file, reproducible
+from prunus.formats.gguf.types import GgufType, type_for, types_for
+from prunus.formats.records import CompressionRecord
+from prunus.hardware.sizes import in_bytes
+from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
+from prunus.model.checkpoint.atomic_files import check_place, move_file
+from prunus.model.checkpoint.gguf import open_gguf
+from prunus.model.checkpoint.gguf_file import check_extra, padded, write_gguf
+from prunus.model.checkpoint.gguf_layout import GgufTensor, layout_of
+from prunus.model.checkpoint.output_folder import check_apart
+from prunus.model.checkpoint.reader import Checkpoint, TensorInfo
+from prunus.model.checkpoint.resolve import FULL_TYPES, is_gguf
+from prunus.model.checkpoint.writer import Writable
+from prunus.pruning.manifest import LinearRecord
+from prunus.pruning.options import PruningOptions
+from prunus.runs.folder import BlockFolder, find_earlier, remove_result
+from prunus.runs.options import RunOptions
+
+#: Name of the whole file in the folder of the run.
+FILE = "model.gguf"
+# Bits of embeddings and head -> their type.
+_HEAD_TYPES = {4: "Q4_K", 6: "Q6_K", 8: "Q8_0"}
+
+
+class GgufFormat(TypeFormat):
+    """A GGUF file, made from a checkpoint or from a GGUF file in full precision."""
+
+    WRITES_OUTSIDE_FIRST: ClassVar[bool] = False  # its types follow from the measurement
+    #: The file that the run makes; `folder` sets it.
+    path: Path
+
+    def folder(self, model: str | Path, output: Path) -> Path:
+        check_extra()
+        is_file = is_gguf(model) and Path(model).is_file()
+        if is_file and (few := open_gguf(Path(model)).types.keys() - FULL_TYPES):
+            raise ValueError(
+                f"{model} has weights in {', '.join(sorted(few))}, which were rounded already. "
+                "Give a file in F32, F16, BF16 or Q8_0, or the checkpoint that it was made from"
+            )
+        folder = output.with_name(f"{output.name}.part")
+        check_place(folder)
+        check_apart(output, Path(model))
+        if output.is_dir() or folder.is_symlink():
+            wrong = f"{output} is a folder" if output.is_dir() else f"{folder} is a link"
+            raise FileExistsError(f"{wrong}: move it away, or choose another name for the file")
+        self.path = output
+        return folder
+
+    def earlier(
+        self,
+        kind: type[CompressionRecord],
+        model: str | Path,
+        folder: Path,
+        recipe: PruningOptions,
+        options: RunOptions,
+    ) -> CompressionRecord | None:
+        done = None if options.overwrite else finished_file(self.path, self.recipe)
+        earlier = find_earlier(kind, folder, recipe, options, Path(model))
+        # A kill may come between the name of the file and the end of its folder.
+        is_over = earlier is None or (earlier.state == "finished" and not (folder / FILE).exists())
+        return done if done is not None and is_over else earlier
+
+    def is_complete(self, earlier: CompressionRecord) -> bool:
+        # A record in a finished file names no shards.
+        return earlier.state == "finished" and not earlier.sha256
+
+    def close(self, folder: Path) -> None:
+        remove_result(folder, CompressionRecord.FILE)
+
+    def check(self) -> None:
+        self.refuse_zeros("a GGUF file")
+        linears = self.job.selected_linears()
+        for names in self.stacks.values():
+            if len({name in linears for name in names}) > 1:
+                raise ValueError(
+                    f"a GGUF file has one type for {names[0]} and all other experts of its block, "
+                    "and `ignore` matches some of them: let it match all or none"
+                )
+        reach = self._reach
+        if not reach[0] <= self.budget <= reach[1]:
+            bits = " to ".join(f"{8 * each / self._weights:.2f}" for each in reach)
+            sizes = " to ".join(in_bytes(each + self._others) for each in reach)
+            raise ValueError(
+                f"{self.recipe.target} is not possible in a GGUF file of this model: its types "
+                f"take {bits} bits per weight, with embeddings and head, and such files {sizes}"
+            )
+
+    @functools.cached_property
+    def contents(self) -> FileContents:
+        """The fields and tensors of the file."""
+        source, stored, names = self.job.checkpoint, self.job.checkpoint.stored, dict[int, str]()
+        for name, tensor in self.job.skeleton.model.state_dict(keep_vars=True).items():
+            if name in stored:
+                names.setdefault(id(tensor), name)  # a tied head is not stored again
+        infos = {name: source.checkpoint.tensors[stored[name]] for name in names.values()}
+        shapes = {name: info.shape for name, info in infos.items()}
+        folder, template = source.checkpoint.folder, self.recipe.template
+        layout = layout_of(folder, source.config, shapes, template)
+        dtypes = {name: info.dtype for name, info in infos.items()}
+        return FileContents(layout, dtypes, len(self.job.selected_linears()))
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        names = self.job.selected_linears().keys() | self._outside
+        tensors = self.contents.layout.tensors
+        return {x.module: x.shape for x in tensors if x.module in names}
+
+    @functools.cached_property
+    def _outside(self) -> set[str]:
+        """The modules of embedding and head that have a type."""
+        stored = self.job.checkpoint.stored
+        modules = (tensor.module for tensor in self.contents.layout.tensors)
+        return {x for x in modules if stored.get(f"{x}.weight") in self.packed_outside}
+
+    def quantizers(self, name: str) -> list[GgufType]:
+        columns = self.job.checkpoint.checkpoint.tensors[self.job.stored_key(name)].shape[-1]
+        kind = self._head_type if name in self._outside else self.recipe.type
+        return types_for(columns) if kind is None else [type_for(kind, columns)]
+
+    @property
+    def _head_type(self) -> str | None:
+        """The type of embedding and head; None where their losses choose it."""
+        if "head_bits" in self.recipe.model_fields_set:
+            return _HEAD_TYPES.get(self.recipe.packs_head or 0)
+        # Where types are not chosen by their losses, it is that of llama.cpp's own files.
+        return self.recipe.type and ("Q8_0" if self.recipe.type == "Q8_0" else "Q6_K")
+
+    def nbytes_of(self, quantizer: GroupQuantizer, shape: tuple[int, ...]) -> int:
+        return padded(super().nbytes_of(quantizer, shape))
+
+    @functools.cached_property
+    def stacks(self) -> dict[str, list[str]]:
+        return {tensor.module: tensor.modules for tensor in self.contents.layout.tensors}
+
+    @functools.cached_property
+    def _reach(self) -> tuple[int, int]:
+        """The bytes of all weights with a type, each with its smallest and its largest one."""
+        sizes = [[x.nbytes for x in each] for each in self.choices({}).values()]
+        return sum(map(min, sizes)), sum(map(max, sizes))
+
+    @functools.cached_property
+    def _others(self) -> int:
+        """The bytes of the file that do not depend on the types."""
+        return self.contents.file_bytes(choose_types(self.choices({}), 0)) - self._reach[0]
+
+    @property
+    def _weights(self) -> int:
+        """How many weights have a type."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def budget(self) -> int:
+        if self.recipe.size is not None:
+            return self.recipe.size - self._others
+        if self.recipe.bits is not None:
+            return int(self.recipe.bits * self._weights / 8)
+        return self._reach[0]
+
+    def describe(self) -> dict[str, object]:
+        if self.measures_loss:
+            kinds = {choice.kind: None for each in self.choices({}).values() for choice in each}
+            mix = f"the best mix of {', '.join(kinds)}"
+            parts = Counter({mix: self.budget, "all else": self._others})
+        else:
+            parts = self.contents.bytes_by_type(self.types_of({}))
+        before = self.job.checkpoint.checkpoint.file_bytes()
+        return {"file": self.contents.size(before, self.file_bytes(), parts).model_dump()}
+
+    def file_bytes(self) -> int:
+        return self._others + self.budget
+
+    def temporary_bytes(self) -> int:
+        # The file is put together from shards that are as large.
+        return self.file_bytes()
+
+    @property
+    def measures_loss(self) -> bool:
+        return self.recipe.type is None
+
+    def parts(self, key: str, info: TensorInfo, bits: float) -> dict[str, object]:
+        raise NotImplementedError("the size of a GGUF file follows from its contents")
+
+    def chosen(self, record: CompressionRecord) -> str:
+        parts = self.contents.bytes_by_type(self.types).most_common()
+        return f"the file holds {', '.join(f'{in_bytes(n)} in {kind}' for kind, n in parts)}"
+
+    def tensors_of(
+        self, key: str, weight: GroupedWeight, record: LinearRecord
+    ) -> dict[str, torch.Tensor]:
+        return {key: weight.data_OB}
+
+    def weight_from(
+        self, key: str, tensors: dict[str, torch.Tensor], record: LinearRecord, dtype: torch.dtype
+    ) -> torch.Tensor:
+        names = {self.job.stored_key(name): name for name in self.types}
+        return GroupedWeight(self.quantizer(names[key]), tensors.pop(key)).dense().to(dtype)
+
+    def outside(
+        self, folder: BlockFolder, record: CompressionRecord, tensors: dict[str, Writable]
+    ) -> dict[str, Writable]:
+        for name in self.types.keys() - self.job.selected_linears().keys():
+            tensors[self.job.stored_key(name)] = self.rounded_outside(name).data_OB
+        return tensors
+
+    def finish(self, folder: BlockFolder, record: CompressionRecord) -> None:
+        self._write_file(folder, record)
+        record.state = "finished"
+        folder.save()
+        self.check_finished(folder, record)
+
+    def check_finished(self, folder: BlockFolder, record: CompressionRecord) -> None:
+        """Give the file its name, unless something else has it by now."""
+        file = folder.folder / FILE
+        if not file.exists():  # The user has moved the file away since.
+            self._write_file(folder, record)
+        replaces = self.job.options.overwrite or finished_file(self.path, self.recipe) is not None
+        move_file(file, self.path, replaces)
+
+    def _write_file(self, folder: BlockFolder, record: CompressionRecord) -> None:
+        source = self.job.checkpoint.checkpoint
+        shards = Checkpoint(folder.folder, only=list(record.sha256))
+        parts = self.contents.bytes_by_type(record.types)
+        after = self.contents.file_bytes(record.types)
+        record.size = self.contents.size(source.file_bytes(), after, parts)
+        tensors = self.contents.stored(record.types, partial(self._content, shards))
+        fields = self.contents.fields(record.types, reproducible(record))
+        write_gguf(folder.folder / FILE, fields, tensors)
+
+    def _content(self, shards: Checkpoint, tensor: GgufTensor) -> torch.Tensor:
+        """The bytes of a tensor of the file, from the shards."""
+        if tensor.values is not None:
+            return tensor.values
+        parts = [shards.whole(self.job.checkpoint.stored[name]) for name in tensor.sources]
+        rows = tensor.arranged(parts[0] if len(parts) == 1 else torch.cat(parts))
+        return rows if tensor.is_matrix else rows.float() + tensor.shift

@@ -1,0 +1,24 @@
+"""The bits that belong to a packed linear besides those of its integers."""
+
+from __future__ import annotations
+
+import math
+
+
+def side_bits(shape: tuple[int, int]) -> float:
+    """The bits per weight of steps, scales and classes.
+
+    >>> round(side_bits((1536, 576)), 4)
+    0.0434
+    """
+    rows, columns = shape
+    return (16 * rows + (16 + 8) * columns) / (rows * columns)
+
+
+def zero_bits(sparsity: float) -> float:
+    """The bits per weight that say which weights a mask keeps: the entropy of a coin.
+
+    >>> zero_bits(0.5)
+    1.0
+    """
+    return sum(-share * math.log2(share) for share in (sparsity, 1 - sparsity) if 0 < share < 1)

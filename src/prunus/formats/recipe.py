@@ -1,0 +1,133 @@
+"""The options of compress. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import SerializerFunctionWrapHandler, field_validator, model_serializer
+
+from prunus.formats.registry import folder_formats
+from prunus.hardware.sizes import in_bytes, parse_bytes
+from prunus.methods.options import DenseWeight
+from prunus.options import Option, at_least, between, one_of
+from prunus.pruning.options import PruningOptions, Sparsity
+
+
+class CompressionRecipe(PruningOptions):
+    """One run of compress, in the words of the command line.
+
+    Without a sparsity or a pattern, zeros follow from the rate. Options of masks then have no
+    effect: they are refused, and records and cards do not name them.
+
+    >>> recipe = CompressionRecipe(bits=3)
+    >>> recipe.sparsity, recipe.dense_weight
+    (0.0, 0.25)
+    """
+
+    ELSEWHERE: ClassVar[dict[str, str]] = {
+        "preset": "presets are for prune",
+        "propagate": "compress always runs one pass",
+        "reconstruct": "it would train weights away from their integers",
+        "head": "it prunes the head, and head_bits compresses it",
+    }
+
+    bits: Annotated[
+        float | None,
+        Option(
+            "Store linears in N bits per weight, 1 to 8.",
+            metavar="N",
+            within=between("[1, 8]", ": 3 makes the linears a fifth of their bfloat16 size"),
+        ),
+    ] = None
+    size: Annotated[
+        int | None,
+        Option(
+            "Write at most SIZE of weights, such as 900MB. A MB has 10^6 bytes.",
+            metavar="SIZE",
+            within=at_least(1, " byte"),
+        ),
+    ] = None
+    format: Annotated[
+        str,
+        Option(
+            "Write packed, or compressed-tensors for GPUs.",
+            metavar="FORMAT",
+            within=one_of(folder_formats()),
+            suggestions=folder_formats,
+        ),
+    ] = "packed"
+    type: Annotated[
+        str | None,
+        Option("Store linears as a GGUF type, such as Q4_K.", metavar="TYPE"),
+    ] = None
+    template: Annotated[
+        Path | None,
+        Option(
+            "Copy fields and tokenizer of this GGUF file of MODEL.",
+            metavar="FILE.gguf",
+            panel="GGUF files",
+        ),
+    ] = None
+    head_bits: Annotated[
+        int | Literal["none"],
+        Option(
+            "Store embeddings and head in 4, 6, 8 bits or none.",
+            metavar="N",
+            within=one_of((4, 6, 8, "none")),
+        ),
+    ] = 6
+    # The figures behind these defaults are in docs/results/index.md.
+    sparsity: Sparsity = 0.0
+    dense_weight: DenseWeight = 0.25
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _read_size(cls, value: Any) -> Any:
+        return parse_bytes(value, 1000) if isinstance(value, str) else value
+
+    def check_fit(self) -> None:
+        if (self.bits, self.size, self.type).count(None) != 2:
+            raise ValueError(
+                "give either `bits`, such as 3, the `size` of the file, such as 900MB, or the "
+                "`type` of a GGUF file, such as Q4_K"
+            )
+        fields = type(self).model_fields
+        given = [name for name in self.of_masks() if getattr(self, name) != fields[name].default]
+        if given and not self.forces_zeros:
+            raise ValueError(
+                f"{', '.join(given)} would say which zeros are forced, and none are: give "
+                "`sparsity` or `pattern` as well, or drop it, and zeros follow from the rate"
+            )
+
+    @classmethod
+    def of_masks(cls) -> list[str]:
+        """The options that say which zeros are forced, in the order of the help."""
+        return sorted(cls.names_of(lambda option: option.decides_zeros))
+
+    @property
+    def target(self) -> str:
+        """What was asked for, in words."""
+        if self.size is not None:
+            return in_bytes(self.size)
+        return self.type or f"{self.bits:g} bits"
+
+    def without_folders(self) -> CompressionRecipe:
+        """The recipe as stored in a published file: the template's name without its folder."""
+        return self.model_copy(update={"template": self.template and Path(self.template.name)})
+
+    @property
+    def packs_head(self) -> int | None:
+        """The bits per weight of embeddings and head; None where they stay as they are."""
+        return None if isinstance(self.head_bits, str) else self.head_bits
+
+    @property
+    def forces_zeros(self) -> bool:
+        """Whether a mask forces zeros. All other zeros follow from the rate."""
+        return self.n_of_m is not None or self.sparsity > 0
+
+    @model_serializer(mode="wrap")
+    def _without_masks(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        own = "format" if self.format == "packed" else "head_bits"
+        unused = (own, *(() if self.forces_zeros else self.of_masks()))
+        return {name: value for name, value in dump(self).items() if name not in unused}

@@ -1,0 +1,69 @@
+"""What compress did to a checkpoint, and what takes the bytes of the result. Imports no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from prunus.formats.recipe import CompressionRecipe
+from prunus.hardware.sizes import in_bytes
+from prunus.pruning.manifest import PruningRecord
+from prunus.runs.record import Part
+
+
+class FileSize(Part):
+    """Bytes of the files with the weights, of the source and of the result, and what takes them."""
+
+    before: int
+    after: int
+    parameters: int
+    bits_per_parameter: float
+    parts: dict[str, int]
+
+    @classmethod
+    def of(cls, before: int, after: int, parameters: int, parts: Counter[str]) -> FileSize:
+        """A size whose largest part is first."""
+        sizes = {"before": before, "after": after, "parameters": parameters}
+        bits = 8 * after / parameters
+        return cls(**sizes, bits_per_parameter=bits, parts=dict(parts.most_common()))
+
+    def sentences(self, linear_bits: float | None = None) -> list[str]:
+        """The sizes for people. `linear_bits` is the mean of the linears, in bits per weight."""
+        parts = [f"{in_bytes(nbytes)} of {what}" for what, nbytes in self.parts.items()]
+        return [
+            f"The file takes {in_bytes(self.after)}, and took {in_bytes(self.before)} before: "
+            f"{self.bits_per_parameter:.2f} bits per parameter of the file"
+            + ("" if linear_bits is None else f", {linear_bits:.3f} bits per weight of the linears")
+            + ".",
+            f"It holds {', '.join(parts)}.",
+        ]
+
+
+class CompressionRecord(PruningRecord):
+    """The record of compress.
+
+    Attributes:
+        packed_outside: Stored name of a packed embedding or head -> its entry in config.json.
+        types: Name of a linear, an embedding or a head -> its type, in a GGUF file.
+        size: Of the result; None before the end of the run.
+    """
+
+    FILE: ClassVar[str] = "prunus-compress.json"
+    VERB: ClassVar[str] = "prunus compress"
+
+    recipe: CompressionRecipe
+    packed_outside: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    types: dict[str, str] = Field(default_factory=dict)
+    size: FileSize | None = None
+
+    @property
+    def what(self) -> str:
+        return self.recipe.target
+
+    def _notes(self, totals: dict[str, Any]) -> list[str]:
+        return [
+            *(self.size.sentences(totals.get("bits")) if self.size else []),
+            *super()._notes(totals),
+        ]
