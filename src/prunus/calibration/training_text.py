@@ -134,6 +134,7 @@ def training_text(
     text_source.check(request)
 
     def checked(rows: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """The rows, each of which is checked when it is read."""
         for row in rows:
             if request.vocabulary is not None:
                 check_ids(row, request.vocabulary, "the training token ids")

@@ -1,7 +1,8 @@
 """What the formats of compressed models have in common.
 
 A `RateFormat` gives every linear as many bits as its share of the loss is worth: any number. A
-`TypeFormat` has a few quantisers, and each weight gets one of them.
+`TypeFormat` has a few quantisers, and each weight gets one of them. The base class `Format` says in
+which order a run asks a format.
 """
 
 from __future__ import annotations
@@ -34,7 +35,11 @@ from prunus.model.source import CheckpointSource, ModuleSource
 
 
 class CompressedFormat(Format[CompressionRecord]):
-    """A format whose linears are integers."""
+    """A format whose linears are integers.
+
+    Args:
+        recipe: The recipe of the run. Every run has a format of its own.
+    """
 
     DONE: ClassVar[str] = "compressed"
     QUANTIZES: ClassVar[bool] = True
@@ -45,6 +50,12 @@ class CompressedFormat(Format[CompressionRecord]):
     def select(
         self, selection: LinearSelection, source: CheckpointSource | ModuleSource, model: Skeleton
     ) -> LinearSelection:
+        """The linears of a causal LM that can be stored as integers.
+
+        Raises:
+            ValueError: The source is a loaded model, or a model of another kind.
+            NotImplementedError: No chosen linear can be stored as integers.
+        """
         if isinstance(source, ModuleSource):
             raise ValueError(
                 "a compressed model is a packed checkpoint: give the folder of a checkpoint "
@@ -67,7 +78,14 @@ class CompressedFormat(Format[CompressionRecord]):
         return embedding_and_head(model, stored) if packs else {}
 
     def refuse_zeros(self, what: str) -> None:
-        """Refuse to force zeros in a format that stores them as all other weights."""
+        """Refuse to force zeros in a format that stores them as all other weights.
+
+        Args:
+            what: What people call the result, such as "a GGUF file".
+
+        Raises:
+            ValueError: The recipe forces zeros.
+        """
         if self.recipe.forces_zeros:
             raise ValueError(
                 f"{what} stores zeros as all other weights: leave `sparsity` and `pattern` out, or "
@@ -78,7 +96,13 @@ class CompressedFormat(Format[CompressionRecord]):
 
     @abstractmethod
     def parts(self, key: str, info: TensorInfo, bits: float) -> dict[str, Any]:
-        """The tensors that store the weight `key` in this many bits: name -> shape and dtype."""
+        """The tensors that store a weight: name -> something with a shape and a dtype.
+
+        Args:
+            key: The name under which the source stores the weight.
+            info: Its shape and dtype in the source.
+            bits: The bits per weight that it takes.
+        """
 
     @property
     def bits(self) -> float:
@@ -86,7 +110,13 @@ class CompressedFormat(Format[CompressionRecord]):
         return self.recipe.bits or 0.0
 
     def shards(self, bits: float) -> list[dict[str, Any]]:
-        """Each block, and what lies outside the blocks first: name -> shape and dtype."""
+        """Each shard of the result: name -> something with a shape and a dtype.
+
+        What lies outside the blocks is first, then each block follows.
+
+        Args:
+            bits: The bits per weight of the linears.
+        """
         source = self.job.checkpoint
         copies = {key for keys in self.packed_outside.values() for key in keys}
         outside = [key for key in source.outside_keys() if key not in copies]
@@ -106,16 +136,19 @@ class CompressedFormat(Format[CompressionRecord]):
         return sum(map(file_nbytes, self.shards(bits)))
 
     def file_bytes(self) -> int:
+        """Bytes of the weights of the result, as planned."""
         # The rate control spends the bits that the recipe asks for, so they say what linears take.
         return self.bytes_at(self.bits)
 
     def describe(self) -> dict[str, object]:
+        """The bits of linears and head, and the size of the files, for a plan."""
         tensors = {key: x for shard in self.shards(self.bits) for key, x in shard.items()}
         file = file_size(self.job.checkpoint, self.job.skeleton.model, tensors, self.file_bytes())
         head_bits = self.recipe.head_bits if self.packed_outside else "none"
         return {"bits": self.bits, "head_bits": head_bits, "file": file.model_dump()}
 
     def finish(self, folder: BlockFolder, record: CompressionRecord) -> None:
+        """Enter the size of the files as written, and complete the result."""
         written = Checkpoint(folder.folder, only=list(record.sha256))
         model = self.job.skeleton.model
         record.size = file_size(self.job.checkpoint, model, written.tensors, written.file_bytes())
@@ -127,15 +160,26 @@ class RateFormat(CompressedFormat):
 
     @property
     def measures_loss(self) -> bool:
+        """Always: bits go where they lower the loss most."""
         return True
 
     @abstractmethod
     def bits_next_to(self, outside: int) -> float:
-        """The bits per weight that `size` leaves if the shard outside the blocks has this size."""
+        """The bits per weight of linears that the `size` of the recipe leaves for them.
+
+        Args:
+            outside: The bytes of the shard of what lies outside the blocks.
+        """
 
 
 class Choice(NamedTuple):
-    """A type of a weight: its name, its bytes in the result, and what it adds to the loss."""
+    """A type that a weight can have.
+
+    Attributes:
+        kind: The name of the type.
+        nbytes: The bytes of the weight in the result.
+        loss: What the type adds to the loss; 0 where that was not measured.
+    """
 
     kind: str
     nbytes: int
@@ -150,24 +194,32 @@ def choose_types(choices: Mapping[str, Sequence[Choice]], nbytes: int) -> dict[s
     that saves the most loss per byte is taken first, along the convex hull of each weight's types,
     as long as it fits.
 
+    Args:
+        choices: Name of a weight -> the types that it can have.
+        nbytes: The bytes of all weights together. Where even the smallest types take more, these
+            are chosen.
+
+    Returns:
+        Name of a weight -> name of its type.
+
     >>> narrow, wide = Choice("Q3_K", 3, 9.0), Choice("Q6_K", 6, 1.0)
     >>> choose_types({"a": [narrow, wide], "b": [narrow, wide._replace(loss=5.0)]}, 9)
     {'a': 'Q6_K', 'b': 'Q3_K'}
     """
-    chosen = {name: min(each, key=lambda x: (x.nbytes, x.loss)) for name, each in choices.items()}
-    left = nbytes - sum(each.nbytes for each in chosen.values())
+    chosen = {name: min(types, key=lambda x: (x.nbytes, x.loss)) for name, types in choices.items()}
+    left = nbytes - sum(choice.nbytes for choice in chosen.values())
     while True:
         steps = [
-            ((now.loss - each.loss) / more, name, each)
+            ((now.loss - better.loss) / more, name, better)
             for name, now in chosen.items()
-            for each in choices[name]
-            if each.loss < now.loss and 0 < (more := each.nbytes - now.nbytes) <= left
+            for better in choices[name]
+            if better.loss < now.loss and 0 < (more := better.nbytes - now.nbytes) <= left
         ]
         if not steps:
-            return {name: each.kind for name, each in chosen.items()}
-        _, name, each = max(steps)
-        left -= each.nbytes - chosen[name].nbytes
-        chosen[name] = each
+            return {name: choice.kind for name, choice in chosen.items()}
+        _, name, better = max(steps)
+        left -= better.nbytes - chosen[name].nbytes
+        chosen[name] = better
 
 
 class TypeFormat(CompressedFormat):
@@ -191,7 +243,11 @@ class TypeFormat(CompressedFormat):
 
     @abstractmethod
     def quantizers(self, name: str) -> Sequence[GroupQuantizer]:
-        """The quantisers that the weight of a module can have."""
+        """The quantisers that the weight of a module can have.
+
+        Args:
+            name: Name of a linear, an embedding or a head.
+        """
 
     @property
     @abstractmethod
@@ -204,7 +260,7 @@ class TypeFormat(CompressedFormat):
         return {first: [first] for first in self.shapes}
 
     def nbytes_of(self, quantizer: GroupQuantizer, shape: tuple[int, ...]) -> int:
-        """The bytes of a weight in the result."""
+        """The bytes of a weight of this shape in the result."""
         return quantizer.nbytes_of(math.prod(shape))
 
     def choices(self, losses: Mapping[str, torch.Tensor]) -> dict[str, list[Choice]]:
@@ -225,20 +281,32 @@ class TypeFormat(CompressedFormat):
         return choices
 
     def types_of(self, losses: Mapping[str, torch.Tensor]) -> dict[str, str]:
-        """The type of each module that has one, by the losses that its choices add."""
+        """The type of each module that has one, by the losses of `choices`."""
         chosen = choose_types(self.choices(losses), self.budget)
         return {name: kind for first, kind in chosen.items() for name in self.stacks[first]}
 
     def quantizer(self, name: str) -> GroupQuantizer:
-        """How the weight of a module is quantised, once its type is chosen."""
+        """How the weight of a module is quantised, once its type is chosen.
+
+        Raises:
+            KeyError: No type is chosen for this module.
+        """
         return next(x for x in self.quantizers(name) if x.name == self.types[name])
 
     def chosen(self, record: CompressionRecord) -> str:
-        """Take note that types are chosen; returns what to tell people about them."""
+        """What to tell people once the types are chosen; empty for nothing.
+
+        Args:
+            record: The record of the run, which holds the types.
+        """
         return ""
 
     def rounded_outside(self, name: str) -> GroupedWeight:
-        """The weight of an embedding or a head in its type, with the measured importance."""
+        """The weight of an embedding or a head in its type, with the measured importance.
+
+        Raises:
+            ValueError: Weights are beyond the values of the type; the message names the weight.
+        """
         key = self.job.stored_key(name)
         weight_OI = self.job.checkpoint.checkpoint.whole(key)
         with naming(key):
@@ -272,7 +340,11 @@ def _stored_as_integers(
 
 
 def format_for(output: Path | None, recipe: CompressionRecipe) -> CompressedFormat:
-    """The format of an output, with the recipe of its run. `output` None is a folder.
+    """The format of an output.
+
+    Args:
+        output: The folder or the file of the result; None for a folder that is not known yet.
+        recipe: The recipe of the run.
 
     Raises:
         ValueError: The recipe names the format of a folder, and the output is a file.
@@ -286,5 +358,5 @@ def format_for(output: Path | None, recipe: CompressionRecipe) -> CompressedForm
         )
     [entry] = by_suffix or [x for x in FORMATS if x.name == recipe.format]
     module, _, kind = entry.home.partition(":")
-    made: CompressedFormat = getattr(import_module(module), kind)(recipe)
-    return made
+    compressed: CompressedFormat = getattr(import_module(module), kind)(recipe)
+    return compressed

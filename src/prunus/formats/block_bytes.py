@@ -58,8 +58,8 @@ class BlockType(GroupQuantizer):
     @functools.cached_property
     def counts(self) -> dict[str, int]:
         """Part -> the number of its integers in a span; "codes" include the minima."""
-        groups = self.span // self.group
-        return {"levels": self.span, "codes": 2 * groups if self.has_minimum else groups}
+        per_group = 2 if self.has_minimum else 1
+        return {"levels": self.span, "codes": self.span // self.group * per_group}
 
     @functools.cached_property
     def nbytes(self) -> int:

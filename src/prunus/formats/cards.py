@@ -9,7 +9,9 @@ from prunus.engine.record import extended_card, result_card, source_name
 from prunus.formats.records import CompressionRecord
 from prunus.model.checkpoint.card import add_tags, with_fields
 
+# The title of the section that says how to load a packed model.
 _TITLE = "Packed by prunus"
+# The section itself. Its last characters mark its end, see `unpacked_card`.
 _SECTION = """\
 The linears are stored in the packed format (`docs/reference/packed-format.md` of prunus). Install
 prunus, then:
@@ -26,7 +28,13 @@ model = LOADER.from_pretrained("this folder")
 
 
 def compressed_card(record: CompressionRecord, loader: str, source: Path) -> str:
-    """What the checkpoint is, how it was made, and what loads it."""
+    """The card of a packed result of compress: what it is, how it was made, and what loads it.
+
+    Args:
+        record: The record of the run.
+        loader: The class of transformers that loads the model.
+        source: The folder of the source, whose card is extended.
+    """
     recipe, totals = record.recipe, record.totals
     sparsity, bits = totals.get("sparsity", 0.0), totals.get("bits", recipe.bits or 0.0)
     origin = "They follow from the rate: these weights did not repay their bits."
@@ -66,7 +74,13 @@ def compressed_card(record: CompressionRecord, loader: str, source: Path) -> str
 
 
 def tensors_card(record: CompressionRecord, group: int, source: Path) -> str:
-    """The card of a checkpoint of compressed-tensors; a scale is for `group` inputs."""
+    """The card of a checkpoint in the format of compressed-tensors.
+
+    Args:
+        record: The record of the run.
+        group: The number of inputs that share a scale.
+        source: The folder of the source, whose card is extended.
+    """
     bits = f"{record.recipe.bits:g}"
     return result_card(
         record,
@@ -86,14 +100,23 @@ def tensors_card(record: CompressionRecord, group: int, source: Path) -> str:
 
 
 def packed_card(readme: str | None, loader: str = "AutoModelForCausalLM") -> str:
-    """The card of a source with how to load it packed, for which transformers needs prunus."""
+    """The card of a source with how to load it packed, for which transformers needs prunus.
+
+    Args:
+        readme: The README.md of the source; None if it has none.
+        loader: The class of transformers that loads the model.
+    """
     section, tags = _SECTION.replace("LOADER", loader), ["prunus", "packed"]
     card = extended_card(readme, _TITLE, section, name="A packed model", tags=tags)
     return with_fields(card, {"library_name": "prunus"})
 
 
 def unpacked_card(readme: str | None) -> str:
-    """The card of a packed checkpoint without what `packed_card` added."""
+    """The card of a packed checkpoint without what `packed_card` added.
+
+    Args:
+        readme: Its README.md; None if it has none.
+    """
     before, _, after = (readme or "# An unpacked model\n").partition(f"\n## {_TITLE}\n")
     text = before + after.partition(_SECTION[-20:])[2]
     return with_fields(add_tags(text, [], ["packed"]), {"library_name": "transformers"})

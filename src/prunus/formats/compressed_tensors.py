@@ -29,6 +29,7 @@ from prunus.model.checkpoint.reader import TensorInfo
 
 # The kernels of vLLM know groups of these sizes. Fewer scales take fewer bits.
 _GROUPS = (128, 64, 32)
+# The bits that those kernels know.
 _BITS = (4, 8)
 
 
@@ -36,12 +37,18 @@ class IntegerType(BlockType):
     """Integers with a scale for each group, stored as the group's scale and its integers."""
 
     def zero_point(self, numbers: tuple[int, ...]) -> int:
+        """Always 0."""
         # The package stores all integers counted from the lowest on.
         return 0
 
 
 def integer_type(bits: int, group: int, dtype: torch.dtype) -> IntegerType:
-    """The integers of 4 or 8 bits with a scale of a 16-bit dtype for each group of columns.
+    """The integers of 4 or 8 bits with a scale for each group of columns.
+
+    Args:
+        bits: 4 or 8.
+        group: The number of columns that share a scale.
+        dtype: The dtype of scales, of two bytes.
 
     >>> integer_type(4, 128, torch.bfloat16).bits
     4.125
@@ -51,7 +58,13 @@ def integer_type(bits: int, group: int, dtype: torch.dtype) -> IntegerType:
 
 
 def stored_parts(key: str, weight: GroupedWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The tensors of a weight that the source stores as `key` and in `dtype`."""
+    """The tensors of a weight by name, see the top of this file.
+
+    Args:
+        key: The name under which the source stores the weight.
+        weight: The weight, quantised by an `IntegerType`.
+        dtype: The dtype of the weight in the source, which its scales get.
+    """
     quantizer, rows = weight.quantizer, len(weight.data_OB)
     data_OSK = weight.data_OB.view(rows, -1, quantizer.nbytes)
     scale_OS = data_OSK[..., :2].contiguous().view(quantizer.dtype)[..., 0]
@@ -67,7 +80,13 @@ def stored_parts(key: str, weight: GroupedWeight, dtype: torch.dtype) -> dict[st
 def weight_of(
     packed: torch.Tensor, scale_OS: torch.Tensor, quantizer: IntegerType
 ) -> GroupedWeight:
-    """The weight of the first two of `stored_parts`."""
+    """The weight of the first two of `stored_parts`: its inverse.
+
+    Args:
+        packed: int32, the integers.
+        scale_OS: The scales, in any float dtype.
+        quantizer: What quantised the weight.
+    """
     values_OSK = packed.view(torch.uint8).unflatten(1, (scale_OS.shape[1], -1))
     scale_OSK = scale_OS.to(quantizer.dtype)[..., None].view(torch.uint8)
     data_OSK = torch.cat([scale_OSK, values_OSK], dim=2)
@@ -78,6 +97,11 @@ class TensorsFormat(TypeFormat):
     """A checkpoint folder in this format. All linears have the same bits."""
 
     def check(self) -> None:
+        """Check bits, masks, head and widths.
+
+        Raises:
+            ValueError: The format cannot do what the recipe asks for.
+        """
         recipe = self.recipe
         if recipe.bits not in _BITS or recipe.template is not None:
             raise ValueError(
@@ -104,9 +128,11 @@ class TensorsFormat(TypeFormat):
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
+        """Name of each linear -> (out, in). Embeddings and head stay as they are."""
         return {name: linear.shape for name, linear in self.job.selected_linears().items()}
 
     def quantizers(self, name: str) -> list[IntegerType]:
+        """The only quantiser of a linear."""
         return [self._quantizer_of(self.job.stored_key(name))]
 
     def _quantizer_of(self, key: str) -> IntegerType:
@@ -119,13 +145,16 @@ class TensorsFormat(TypeFormat):
 
     @property
     def packed_outside(self) -> dict[str, list[str]]:
+        """Nothing: engines expect embeddings and head as they are."""
         return {}
 
     @property
     def budget(self) -> int:
+        """The bytes of all linears, which have no choice."""
         return sum(only.nbytes for [only] in self.choices({}).values())
 
     def parts(self, key: str, info: TensorInfo, bits: float) -> dict[str, Any]:
+        """The tensors of a weight, without contents; `bits` is that of the recipe."""
         quantizer = self._quantizer_of(key)
         size = info.shape[0], quantizer.nbytes_of(info.shape[1])
         data_OB = torch.empty(size, dtype=torch.uint8, device="meta")
@@ -134,24 +163,29 @@ class TensorsFormat(TypeFormat):
     def tensors_of(
         self, key: str, weight: GroupedWeight, record: LinearRecord
     ) -> dict[str, torch.Tensor]:
+        """The three tensors of a linear; see `Format.tensors_of`."""
         return stored_parts(key, weight, self.job.checkpoint.checkpoint.tensors[key].dtype)
 
     def weight_from(
         self, key: str, tensors: dict[str, torch.Tensor], record: LinearRecord, dtype: torch.dtype
     ) -> torch.Tensor:
+        """The dense weight of a linear; its three tensors leave `tensors`."""
         packed, scale_OS, _ = (tensors.pop(f"{key}_{x}") for x in ("packed", "scale", "shape"))
         return weight_of(packed, scale_OS, self._quantizer_of(key)).dense().to(dtype)
 
     def card(self, record: CompressionRecord) -> str:
+        """The README.md of the folder."""
         return tensors_card(record, self.group, self.job.checkpoint.checkpoint.folder)
 
     def config(self, record: CompressionRecord) -> Mapping[str, object]:
+        """The config.json of the source, with how its linears are quantised."""
         source, model = self.job.checkpoint.checkpoint, self.job.skeleton.model
         # A tied head is not stored. Engines take other matrices for linears too, such as routers.
-        kept = [x for x, module in model.named_modules() if module is model.get_output_embeddings()]
+        head = model.get_output_embeddings()
+        dense = [name for name, module in model.named_modules() if module is head]
         for key, info in source.tensors.items():
             if key.endswith(".weight") and len(info.shape) == 2 and key not in self.weights:
-                kept.append(key.removesuffix(".weight"))
+                dense.append(key.removesuffix(".weight"))
         weights = {"num_bits": int(self.recipe.bits or 0), "type": "int", "symmetric": True}
         weights |= {"strategy": "group", "group_size": self.group, "dynamic": False}
         described = {
@@ -159,6 +193,6 @@ class TensorsFormat(TypeFormat):
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-            "ignore": sorted(set(kept)),
+            "ignore": sorted(set(dense)),
         }
         return read_json(source.folder / "config.json") | {"quantization_config": described}

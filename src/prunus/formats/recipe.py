@@ -20,6 +20,20 @@ class CompressionRecipe(PruningOptions):
     Without a sparsity or a pattern, zeros follow from the rate. Options of masks then have no
     effect: they are refused, and records and cards do not name them.
 
+    Attributes:
+        bits: The bits per weight of the linears in the result, 1 to 8; None with `size` or `type`.
+        size: The most bytes of the files with weights; None with `bits` or `type`.
+        format: The format of a folder. The name of a file implies its format.
+        type: The GGUF type of all linears; None with `bits` or `size`.
+        template: A GGUF file of the same model, whose fields and tokenizer are copied; None to make
+            them from the checkpoint.
+        head_bits: The bits per weight of embeddings and head, or "none" to keep them as they are.
+        sparsity: The share of the weights that a mask forces to 0.
+        dense_weight: α, see `methods/refine/dense_targets.py`.
+
+    Raises:
+        ValueError: An option is unknown or out of range, or options exclude each other.
+
     >>> recipe = CompressionRecipe(bits=3)
     >>> recipe.sparsity, recipe.dense_weight
     (0.0, 0.25)
@@ -87,16 +101,21 @@ class CompressionRecipe(PruningOptions):
         return parse_bytes(value, 1000) if isinstance(value, str) else value
 
     def check_fit(self) -> None:
+        """Check that exactly one option says how small, and that options of masks have a mask.
+
+        Raises:
+            ValueError: It does not hold; the message says what to give or to drop.
+        """
         if (self.bits, self.size, self.type).count(None) != 2:
             raise ValueError(
                 "give either `bits`, such as 3, the `size` of the file, such as 900MB, or the "
                 "`type` of a GGUF file, such as Q4_K"
             )
         fields = type(self).model_fields
-        given = [name for name in self.of_masks() if getattr(self, name) != fields[name].default]
-        if given and not self.forces_zeros:
+        changed = [name for name in self.of_masks() if getattr(self, name) != fields[name].default]
+        if changed and not self.forces_zeros:
             raise ValueError(
-                f"{', '.join(given)} would say which zeros are forced, and none are: give "
+                f"{', '.join(changed)} would say which zeros are forced, and none are: give "
                 "`sparsity` or `pattern` as well, or drop it, and zeros follow from the rate"
             )
 
@@ -128,6 +147,7 @@ class CompressionRecipe(PruningOptions):
 
     @model_serializer(mode="wrap")
     def _without_masks(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        own = "format" if self.format == "packed" else "head_bits"
-        unused = (own, *(() if self.forces_zeros else self.of_masks()))
+        # Packed is the default, and not named. The other format keeps the head as it is.
+        of_format = "format" if self.format == "packed" else "head_bits"
+        unused = (of_format, *(() if self.forces_zeros else self.of_masks()))
         return {name: value for name, value in dump(self).items() if name not in unused}

@@ -14,7 +14,15 @@ from prunus.hardware.sizes import in_bytes
 
 
 class FileSize(Part):
-    """Bytes of the files with the weights, of the source and of the result, and what takes them."""
+    """Bytes of the files with the weights, of the source and of the result, and what takes them.
+
+    Attributes:
+        before: Bytes of the source.
+        after: Bytes of the result.
+        parameters: The number of parameters of the source.
+        bits_per_parameter: Bits of the result per parameter, all included.
+        parts: What takes bytes of the result, for people -> how many; the largest part is first.
+    """
 
     before: int
     after: int
@@ -24,13 +32,17 @@ class FileSize(Part):
 
     @classmethod
     def of(cls, before: int, after: int, parameters: int, parts: Counter[str]) -> FileSize:
-        """A size whose largest part is first."""
+        """A size whose largest part is first; see the attributes for the arguments."""
         sizes = {"before": before, "after": after, "parameters": parameters}
         bits = 8 * after / parameters
         return cls(**sizes, bits_per_parameter=bits, parts=dict(parts.most_common()))
 
     def sentences(self, linear_bits: float | None = None) -> list[str]:
-        """The sizes for people. `linear_bits` is the mean of the linears, in bits per weight."""
+        """The sizes for people.
+
+        Args:
+            linear_bits: The mean of the linears, in bits per weight; None to leave it out.
+        """
         parts = [f"{in_bytes(nbytes)} of {what}" for what, nbytes in self.parts.items()]
         return [
             f"The file takes {in_bytes(self.after)}, and took {in_bytes(self.before)} before: "
@@ -45,6 +57,7 @@ class CompressionRecord(PruningRecord):
     """The record of compress.
 
     Attributes:
+        recipe: How the checkpoint was compressed.
         packed_outside: Stored name of a packed embedding or head -> its entry in config.json.
         types: Name of a linear, an embedding or a head -> its type, in a GGUF file.
         size: Of the result; None before the end of the run.
@@ -60,6 +73,7 @@ class CompressionRecord(PruningRecord):
 
     @property
     def what(self) -> str:
+        """What was asked for, in words."""
         return self.recipe.target
 
     def _notes(self, totals: dict[str, Any]) -> list[str]:

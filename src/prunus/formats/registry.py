@@ -10,7 +10,8 @@ class FormatEntry(NamedTuple):
 
     Attributes:
         name: What `--format` takes.
-        home: The module and the class.
+        home: The module and the class, as "module:class". The class derives from
+            `base.CompressedFormat` and is imported when a run needs it.
         suffix: The end of the name of an output that implies the format; empty for a folder.
     """
 
@@ -19,6 +20,7 @@ class FormatEntry(NamedTuple):
     suffix: str = ""
 
 
+#: All formats, in the order of the help.
 FORMATS = (
     FormatEntry("packed", "prunus.formats.packed.format:PackedFormat"),
     FormatEntry("compressed-tensors", "prunus.formats.compressed_tensors:TensorsFormat"),

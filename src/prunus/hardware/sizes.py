@@ -17,10 +17,8 @@ def parse_bytes(text: str, kilo: int = 1024) -> int:
             such as MiB, is a power of 1024 in both.
 
     Raises:
-        ValueError: The text is not a size, or the size is 0 or larger than any computer has.
-
-    Raises:
-        ValueError: The text is no size, a small number without a unit, zero, or beyond all memory.
+        ValueError: The text is not a size, or a small number without a unit, or the size is 0 or
+            larger than any computer has.
 
     >>> parse_bytes("1.5GiB"), parse_bytes("900MB", 1000)
     (1610612736, 900000000)

@@ -265,6 +265,7 @@ def _from_inverses(
     share = 1.0
 
     def operator(penalty: float) -> Tensor:
+        """The matrix for ρ = `penalty`, which must not be smaller than the one before."""
         nonlocal share
         previous = share
         share = _share_of_first(penalty)
@@ -320,6 +321,7 @@ def _from_spectrum(
     right_RI = vectors_IR.T.to(factor_II.dtype)
 
     def operator(penalty: float) -> Tensor:
+        """The matrix for ρ = `penalty`."""
         constant, slope = _fit_line(penalty, scaled.damping, line_end)
         # The line is applied to all eigenvalues. The leading eigenvectors get the difference
         # between the exact value and the line.

@@ -53,6 +53,7 @@ def compose(method: Method, options: MethodOptions, quantizes: bool = False) -> 
         return method
 
     def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
+        """All chosen steps on one linear, one after the other."""
         options = work.options
         if work.removes_nothing and not quantizes:
             return unchanged(weight_OI)

@@ -88,8 +88,7 @@ def round_in_groups(
     parts = []
     for rows_OI in weight_OI.split(max(1, _ELEMENTS // columns)):
         weight_IO = rows_OI.float().T.contiguous()
-        scales = []
-        levels = []
+        scales, levels = [], []
         for weight_BO, importance_B in zip(
             weight_IO.split(quantizer.span), importance_I.split(quantizer.span), strict=True
         ):

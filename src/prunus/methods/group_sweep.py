@@ -99,6 +99,7 @@ def _sweep(
     step_O = inverse_O = offset_O = weight_IO[0]
 
     def begin_group(j: int) -> None:
+        """Decide the scales of the group that begins at column j of the sweep."""
         nonlocal step_O, inverse_O, offset_O
         span = order[j] // quantizer.span
         group = order[j] % quantizer.span // quantizer.group
@@ -121,6 +122,7 @@ def _sweep(
         inverse_O = step_O.reciprocal().nan_to_num_(0, 0, 0)
 
     def round_column(j: int, error_O: Tensor) -> None:
+        """Round column j and write its error divided by U_jj; see `sweep_columns`."""
         if j % quantizer.group == 0:
             begin_group(j)
         value_O, level_O = quantizer.nearest((weight_IO[j] + offset_O).mul_(inverse_O))

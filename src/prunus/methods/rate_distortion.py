@@ -205,6 +205,7 @@ def _sweep(
     levels_IO = torch.empty(weight_IO.shape, dtype=torch.int8, device=weight_IO.device)
 
     def round_column(j: int, error_O: Tensor) -> None:
+        """Round column j and write its error divided by U_jj; see `sweep_columns`."""
         value_O = (weight_IO[j] / steps[j]).clamp_(-_MAX_SWEPT_LEVEL, _MAX_SWEPT_LEVEL)
         level_O = value_O.floor()
         share_O = shares_KV[classes[j]][(level_O + 128).int()]
@@ -216,7 +217,7 @@ def _sweep(
         error_O.mul_(inverse_I[j])
 
     def round_tile(tile: slice, error_TO: Tensor) -> None:
-        # The compiled kernel rounds and corrects all columns of a tile, as `round_column` does.
+        """Round and correct all columns of a tile with the compiled kernel."""
         assert compiled is not None
         arrays = (steps_I[tile], shares_KV[classes_I[tile]], levels_IO[tile], error_TO)
         keep_TO = None if keep_IO is None else keep_IO[tile]

@@ -280,8 +280,7 @@ def statistics_bytes(in_features: int, needs: Needs) -> int:
     >>> statistics_bytes(1000, "norms"), statistics_bytes(1000, "gram")
     (8000, 4008000)
     """
-    gram_bytes = 4 * in_features**2 if needs == "gram" else 0
-    return 8 * in_features + gram_bytes
+    return 8 * in_features + (4 * in_features**2 if needs == "gram" else 0)
 
 
 def _feature_sums(X_TI: Tensor, *, squares: bool, means: bool) -> Tensor:

@@ -278,6 +278,7 @@ def check_options(
 
 
 def _check_refinement(method: Method, pattern: Pattern, options: MethodOptions) -> None:
+    """Check that swaps within rows leave what the method and the group promise."""
     if method.updates_weights and options.weight_update == "none":
         raise ValueError(
             f"{method.name} fits the weights to its mask, and refine {options.refine} changes "

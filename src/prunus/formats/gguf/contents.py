@@ -28,9 +28,11 @@ from prunus.model.checkpoint.gguf_file import (
 )
 from prunus.model.checkpoint.gguf_layout import GgufLayout, GgufTensor
 
-# The record in the file is filled up with spaces to this many bytes, so that the size of the file
-# is known before the run.
-_RECORD_BYTES, _BYTES_PER_LINEAR = 16_000, 500
+# The record in the file is filled up with spaces, so that the size of the file is known before the
+# run. It gets this many bytes ...
+_RECORD_BYTES = 16_000
+# ... and this many for each linear.
+_BYTES_PER_LINEAR = 500
 
 
 class FileContents:
@@ -40,14 +42,18 @@ class FileContents:
         layout: The tensors of the file, and its fields but for those that depend on the types.
         dtypes: Name of a tensor in the model -> the dtype in which the source stores it.
         linears: How many linears the record describes.
+
+    Everywhere below, `types` are the types of linears, embedding and head by name. What has no
+    type stays in F32, F16 or BF16.
     """
 
     def __init__(self, layout: GgufLayout, dtypes: Mapping[str, torch.dtype], linears: int) -> None:
-        self.layout, self._dtypes = layout, dtypes
+        self.layout = layout
+        self._dtypes = dtypes
         self._record_bytes = _RECORD_BYTES + _BYTES_PER_LINEAR * linears
 
     def type_of(self, tensor: GgufTensor, types: Mapping[str, str]) -> tuple[str, int, int]:
-        """Type, its number, and bytes of a tensor, by the types of linears, embedding and head."""
+        """The name of the type of a tensor, the number of the type, and the bytes of the tensor."""
         name = types.get(tensor.module)
         count = math.prod(tensor.shape)
         if name is not None:
@@ -60,7 +66,12 @@ class FileContents:
     def stored(
         self, types: Mapping[str, str], read: Callable[[GgufTensor], torch.Tensor]
     ) -> list[StoredTensor]:
-        """All tensors as they are written."""
+        """All tensors as they are written.
+
+        Args:
+            types: See the class.
+            read: From a tensor to its content; called when the tensor is written.
+        """
         return [
             StoredTensor(x.name, x.shape, *self.type_of(x, types)[1:], partial(read, x))
             for x in self.layout.tensors
@@ -75,7 +86,12 @@ class FileContents:
         return nbytes_by_type
 
     def fields(self, types: Mapping[str, str], record: str = "") -> dict[str, Any]:
-        """The fields of the file. A record that is too long for its place is left out."""
+        """The fields of the file.
+
+        Args:
+            types: See the class.
+            record: The record of the run, as JSON. One that is too long for its place is left out.
+        """
         by_type = self.bytes_by_type(types)
         writer = new_fields(self.layout.fields["general.architecture"].value)
         writer.add_file_type(file_type(by_type.most_common(1)[0][0]))
@@ -90,7 +106,7 @@ class FileContents:
         return FileSize.of(before, after, count, parts)
 
     def file_bytes(self, types: Mapping[str, str]) -> int:
-        """The size of the file."""
+        """The size of the file in bytes."""
         contents = (padded(self.type_of(tensor, types)[2]) for tensor in self.layout.tensors)
         return self._header_bytes + sum(contents)
 
@@ -119,7 +135,11 @@ def reproducible(record: CompressionRecord) -> str:
 
 
 def read_record(path: Path) -> CompressionRecord | None:
-    """The record in a GGUF file; None if prunus did not make it. Raises for a damaged file."""
+    """The record in a GGUF file; None if prunus did not make it.
+
+    Raises:
+        ValueError: The file or its record is damaged.
+    """
     text = open_gguf(path).get(RECORD_FIELD)
     return None if not text or not text.strip() else CompressionRecord.model_validate_json(text)
 
@@ -127,7 +147,9 @@ def read_record(path: Path) -> CompressionRecord | None:
 def finished_file(path: Path, recipe: CompressionRecipe) -> CompressionRecord | None:
     """The record of a file that a run of the same recipe made; None if nothing has this name.
 
-    FileExistsError for all else.
+    Raises:
+        FileExistsError: Something else has this name, or a run of another recipe made the file.
+        ValueError: The file is damaged.
     """
     if not os.path.lexists(path):
         return None

@@ -53,6 +53,14 @@ class GgufFormat(TypeFormat):
     path: Path
 
     def folder(self, model: str | Path, output: Path) -> Path:
+        """The folder OUT.gguf.part of the run, once output and model are checked.
+
+        Raises:
+            ValueError: The model is a GGUF file whose weights are rounded, or it overlaps the
+                folder.
+            FileExistsError: The output is a folder, or the folder of the run is a link.
+            ModuleNotFoundError: The package `gguf` is not installed.
+        """
         check_extra()
         is_file = is_gguf(model) and Path(model).is_file()
         if is_file and (few := open_gguf(Path(model)).types.keys() - FULL_TYPES):
@@ -77,6 +85,11 @@ class GgufFormat(TypeFormat):
         recipe: PruningOptions,
         options: RunOptions,
     ) -> CompressionRecord | None:
+        """The record of the run to go on with, or that of the finished file; None for neither.
+
+        Raises:
+            FileExistsError: Something else has the name of the file.
+        """
         done = None if options.overwrite else finished_file(self.path, self.recipe)
         earlier = find_earlier(kind, folder, recipe, options, Path(model))
         # A kill may come between the name of the file and the end of its folder.
@@ -84,13 +97,20 @@ class GgufFormat(TypeFormat):
         return done if done is not None and is_over else earlier
 
     def is_complete(self, earlier: CompressionRecord) -> bool:
+        """Whether the record is that of a whole file, of whose run nothing is left."""
         # A record in a finished file names no shards.
         return earlier.state == "finished" and not earlier.sha256
 
     def close(self, folder: Path) -> None:
+        """Remove the folder of the run."""
         remove_result(folder, CompressionRecord.FILE)
 
     def check(self) -> None:
+        """Check masks, stacked experts, and that types can reach the bits or the size.
+
+        Raises:
+            ValueError: The format cannot do what the recipe asks for.
+        """
         self.refuse_zeros("a GGUF file")
         linears = self.job.selected_linears()
         for names in self.stacks.values():
@@ -101,8 +121,8 @@ class GgufFormat(TypeFormat):
                 )
         reach = self._reach
         if not reach[0] <= self.budget <= reach[1]:
-            bits = " to ".join(f"{8 * each / self._weights:.2f}" for each in reach)
-            sizes = " to ".join(in_bytes(each + self._others) for each in reach)
+            bits = " to ".join(f"{8 * nbytes / self._weights:.2f}" for nbytes in reach)
+            sizes = " to ".join(in_bytes(nbytes + self._others) for nbytes in reach)
             raise ValueError(
                 f"{self.recipe.target} is not possible in a GGUF file of this model: its types "
                 f"take {bits} bits per weight, with embeddings and head, and such files {sizes}"
@@ -124,6 +144,7 @@ class GgufFormat(TypeFormat):
 
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """First module of each tensor with a type -> the shape of the tensor."""
         names = self.job.selected_linears().keys() | self._outside
         tensors = self.contents.layout.tensors
         return {x.module: x.shape for x in tensors if x.module in names}
@@ -136,6 +157,7 @@ class GgufFormat(TypeFormat):
         return {x for x in modules if stored.get(f"{x}.weight") in self.packed_outside}
 
     def quantizers(self, name: str) -> list[GgufType]:
+        """The types that a module can have: one where the recipe decides, else all that fit."""
         columns = self.job.checkpoint.checkpoint.tensors[self.job.stored_key(name)].shape[-1]
         kind = self._head_type if name in self._outside else self.recipe.type
         return types_for(columns) if kind is None else [type_for(kind, columns)]
@@ -149,16 +171,18 @@ class GgufFormat(TypeFormat):
         return self.recipe.type and ("Q8_0" if self.recipe.type == "Q8_0" else "Q6_K")
 
     def nbytes_of(self, quantizer: GroupQuantizer, shape: tuple[int, ...]) -> int:
+        """The bytes of a weight with those that fill it up to the next tensor."""
         return padded(super().nbytes_of(quantizer, shape))
 
     @functools.cached_property
     def stacks(self) -> dict[str, list[str]]:
+        """First module of a tensor -> its modules: all experts of a block have one tensor."""
         return {tensor.module: tensor.modules for tensor in self.contents.layout.tensors}
 
     @functools.cached_property
     def _reach(self) -> tuple[int, int]:
         """The bytes of all weights with a type, each with its smallest and its largest one."""
-        sizes = [[x.nbytes for x in each] for each in self.choices({}).values()]
+        sizes = [[x.nbytes for x in choices] for choices in self.choices({}).values()]
         return sum(map(min, sizes)), sum(map(max, sizes))
 
     @functools.cached_property
@@ -173,6 +197,7 @@ class GgufFormat(TypeFormat):
 
     @property
     def budget(self) -> int:
+        """The bytes of all weights with a type: what `size`, `bits` or `type` leave for them."""
         if self.recipe.size is not None:
             return self.recipe.size - self._others
         if self.recipe.bits is not None:
@@ -180,8 +205,9 @@ class GgufFormat(TypeFormat):
         return self._reach[0]
 
     def describe(self) -> dict[str, object]:
+        """The size of the file and what takes it, for a plan."""
         if self.measures_loss:
-            kinds = {choice.kind: None for each in self.choices({}).values() for choice in each}
+            kinds = {choice.kind: None for types in self.choices({}).values() for choice in types}
             mix = f"the best mix of {', '.join(kinds)}"
             parts = Counter({mix: self.budget, "all else": self._others})
         else:
@@ -190,42 +216,51 @@ class GgufFormat(TypeFormat):
         return {"file": self.contents.size(before, self.file_bytes(), parts).model_dump()}
 
     def file_bytes(self) -> int:
+        """Bytes of the file, as planned."""
         return self._others + self.budget
 
     def temporary_bytes(self) -> int:
+        """Bytes of the shards of the run."""
         # The file is put together from shards that are as large.
         return self.file_bytes()
 
     @property
     def measures_loss(self) -> bool:
+        """Whether types are chosen by the loss that they cause. A type that is given is not."""
         return self.recipe.type is None
 
     def parts(self, key: str, info: TensorInfo, bits: float) -> dict[str, object]:
+        """Is never asked: the size of a GGUF file is not that of a folder."""
         raise NotImplementedError("the size of a GGUF file follows from its contents")
 
     def chosen(self, record: CompressionRecord) -> str:
+        """How many bytes of the file have each type."""
         parts = self.contents.bytes_by_type(self.types).most_common()
         return f"the file holds {', '.join(f'{in_bytes(n)} in {kind}' for kind, n in parts)}"
 
     def tensors_of(
         self, key: str, weight: GroupedWeight, record: LinearRecord
     ) -> dict[str, torch.Tensor]:
+        """The bytes of a linear, under the name of its weight."""
         return {key: weight.data_OB}
 
     def weight_from(
         self, key: str, tensors: dict[str, torch.Tensor], record: LinearRecord, dtype: torch.dtype
     ) -> torch.Tensor:
+        """The dense weight of a linear; its bytes leave `tensors`."""
         names = {self.job.stored_key(name): name for name in self.types}
         return GroupedWeight(self.quantizer(names[key]), tensors.pop(key)).dense().to(dtype)
 
     def outside(
         self, folder: BlockFolder, record: CompressionRecord, tensors: dict[str, Writable]
     ) -> dict[str, Writable]:
+        """The tensors outside the blocks, with embedding and head in their types."""
         for name in self.types.keys() - self.job.selected_linears().keys():
             tensors[self.job.stored_key(name)] = self.rounded_outside(name).data_OB
         return tensors
 
     def finish(self, folder: BlockFolder, record: CompressionRecord) -> None:
+        """Write the file, say in the record that it is finished, and give it its name."""
         self._write_file(folder, record)
         record.state = "finished"
         folder.save()
@@ -240,6 +275,7 @@ class GgufFormat(TypeFormat):
         move_file(file, self.path, replaces)
 
     def _write_file(self, folder: BlockFolder, record: CompressionRecord) -> None:
+        """Put the file together from the shards, in their folder."""
         source = self.job.checkpoint.checkpoint
         shards = Checkpoint(folder.folder, only=list(record.sha256))
         parts = self.contents.bytes_by_type(record.types)

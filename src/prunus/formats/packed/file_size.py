@@ -19,6 +19,7 @@ def file_size(
     """The size of a result and what takes its bytes.
 
     Args:
+        source: The source.
         model: The skeleton of the source.
         tensors: Stored name -> something with a shape and a dtype, of all tensors of the result.
         after: Bytes of the files of the result.
@@ -48,7 +49,8 @@ def embedding_and_head(model: Any, stored: Mapping[str, str]) -> dict[str, list[
     """The embedding and the head that the packed format can hold; only the first if they are tied.
 
     Args:
-        stored: As in `CheckpointSource`.
+        model: The skeleton of the source.
+        stored: Name in the model -> stored name, as in `CheckpointSource`.
 
     Returns:
         Stored name of the weight -> stored names of copies of it: a tied head may be stored too.

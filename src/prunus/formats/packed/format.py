@@ -30,15 +30,22 @@ from prunus.packed.description import Description, QuantizedShape
 from prunus.packed.forms import checked_weight, expand
 from prunus.packed.weight import QuantizedWeight, named_tensors
 
-# The most bits per weight of linears. The least that `size` may ask for is this much above the bits
-# of zeros, where nearly all weights are 0.
-_MOST_BITS, _ABOVE_LEAST = 7.0, 0.1
+# The most bits per weight of linears.
+_MOST_BITS = 7.0
+# The least that `size` may ask for is this much above the bits of zeros, where nearly all weights
+# are 0.
+_ABOVE_LEAST = 0.1
 
 
 class PackedFormat(RateFormat):
     """A checkpoint folder with packed linears, embeddings and head."""
 
     def check(self) -> None:
+        """Check that bits or size can be reached.
+
+        Raises:
+            ValueError: They cannot, or an option belongs to another format.
+        """
         if self.recipe.type is not None or self.recipe.template is not None:
             raise ValueError(
                 "`type` and `template` belong to GGUF files: give the output a name that ends in "
@@ -77,18 +84,21 @@ class PackedFormat(RateFormat):
         return self.bits_next_to(file_nbytes(self.shards(8.0)[0]))
 
     def bits_next_to(self, outside: int) -> float:
+        """What `size` leaves for the linears, in bits per weight, next to `outside` bytes."""
         assert self.recipe.size is not None
         # With fewer bits the headers are not longer.
         weights, blocks = sum(self.weights.values()), map(file_nbytes, self.shards(8.0)[1:])
         return 8 * (1 + (self.recipe.size - outside - sum(blocks)) / weights)
 
     def parts(self, key: str, info: TensorInfo, bits: float) -> dict[str, Any]:
+        """The tensors of a packed weight, without contents."""
         rows, columns = info.shape
         data = round((bits - side_bits((rows, columns))) * rows * columns / 8)
         parts = QuantizedShape(rows, columns, max(1, data), (), 1).tensors(None)
         return {f"{_linear(key)}.{part}": x for part, x in parts.items()}
 
     def peak_bytes(self) -> int:
+        """Bytes of memory while embedding or head is quantised."""
         # Embedding and head are quantised before the first block is read.
         tensors = self.job.checkpoint.checkpoint.tensors
         sizes = [math.prod(tensors[key].shape) for key in self.packed_outside]
@@ -97,11 +107,13 @@ class PackedFormat(RateFormat):
     def tensors_of(
         self, key: str, weight: QuantizedWeight, record: LinearRecord
     ) -> dict[str, torch.Tensor]:
+        """The tensors of a packed linear; see `Format.tensors_of`."""
         return named_tensors(_linear(key), weight)
 
     def weight_from(
         self, key: str, tensors: dict[str, torch.Tensor], record: LinearRecord, dtype: torch.dtype
     ) -> torch.Tensor:
+        """The dense weight of a linear; its tensors leave `tensors`."""
         linear = _linear(key)
         described = Description.of_linears({linear: record.packed or {}})
         weight, offsets = checked_weight(described, linear, tensors)
@@ -112,6 +124,10 @@ class PackedFormat(RateFormat):
     def outside(
         self, folder: BlockFolder, record: CompressionRecord, tensors: dict[str, Writable]
     ) -> dict[str, Writable]:
+        """The tensors outside the blocks, with packed embedding and head.
+
+        The record gets their descriptions, and is saved.
+        """
         bits = self.recipe.packs_head or 0
         for key, copies in self.packed_outside.items():
             with naming(key):
@@ -125,10 +141,12 @@ class PackedFormat(RateFormat):
         return tensors
 
     def card(self, record: CompressionRecord) -> str:
+        """The README.md of the folder."""
         source = self.job.checkpoint
         return compressed_card(record, kind_of(source.config).loader, source.checkpoint.folder)
 
     def config(self, record: CompressionRecord) -> Mapping[str, object]:
+        """The config.json of the source, with a description of every packed weight."""
         entries = dict(record.packed_outside)
         for block in record.blocks:
             for name, linear in block.linears.items():

@@ -22,22 +22,35 @@ from prunus.packed.weight import QuantizedWeight
 
 # Levels beyond this one cannot have all raw bits, without which large levels take more bits.
 _MAX_LEVEL = max_level(MAX_RAW)
+# The scale of a row grows with its root mean square to this power.
 _ROW_EXPONENT = 0.5
+# The powers to choose from with which the step of a column grows.
 _COLUMN_EXPONENTS = (0.0, 0.25, 0.5)
-_SAMPLE = 1 << 20  # weights on which the distance between levels is searched
+# Weights on which the distance between levels is searched.
+_SAMPLE = 1 << 20
+# How often the search halves the range of distances.
 _HALVINGS = 14
+# How often the whole weight is encoded at most. The sample is only nearly as hard to encode.
 _ATTEMPTS = 5
 #: Memory while a weight is quantised: the weight in two bytes or four, its levels, and its code
 #: in pieces and as a whole.
 BYTES_PER_QUANTIZED_WEIGHT = 7
-_ROWS = 1024  # rows converted to float32 at a time
+# Rows converted to float32 at a time.
+_ROWS = 1024
 
 
 def quantize_rows(weight_OI: torch.Tensor, bits: float) -> QuantizedWeight:
     """Round a weight so that its tensors take at most `bits` bits a weight, and little less.
 
-    The weight is finite and on the CPU. ValueError if its squares leave float32. With 8 bits it
-    takes fewer even at the finest levels there are, 247 between the extremes of each row.
+    With 8 bits it takes fewer even at the finest levels there are, 247 between the extremes of each
+    row.
+
+    Args:
+        weight_OI: A finite weight of any float dtype, on the CPU.
+        bits: Bits per weight, all included.
+
+    Raises:
+        ValueError: The squares of the weight leave float32, or this many bits are too few.
 
     >>> weight = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
     >>> quantised = quantize_rows(weight, 4)
@@ -45,6 +58,7 @@ def quantize_rows(weight_OI: torch.Tensor, bits: float) -> QuantizedWeight:
     True
     """
     rows, columns = weight_OI.shape
+    # Mean squares of rows, and sums of squares of columns in each run of rows.
     means, sums = [], []
     for part in weight_OI.split(_ROWS):
         squares = part.float().square()
@@ -97,8 +111,8 @@ def _round(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Levels, floats (S, I), and scales (S,), which are larger where 247 levels are too few."""
     scaled_SI = rows_SI.float() / steps_I
-    wanted_S = sizes_S.pow(_ROW_EXPONENT) * distance
-    scales_S = torch.maximum(wanted_S, scaled_SI.abs().amax(1) / _MAX_LEVEL).bfloat16().float()
+    target_S = sizes_S.pow(_ROW_EXPONENT) * distance
+    scales_S = torch.maximum(target_S, scaled_SI.abs().amax(1) / _MAX_LEVEL).bfloat16().float()
     scaled_SI /= scales_S[:, None]
     return scaled_SI.round_().clamp_(-_MAX_LEVEL, _MAX_LEVEL), scales_S
 
@@ -108,7 +122,7 @@ def _search(
 ) -> float:
     """Return the smallest distance between levels at which a sample takes `bits` bits a weight."""
     # A file has a class and a step for every column of the whole weight, not of the sample.
-    wanted = bits - 16 / sample_SI.shape[1] - 0.005
+    data_bits = bits - 16 / sample_SI.shape[1] - 0.005
     # Below `low` every row has 247 levels, above `high` every level is 0.
     largest_S = (sample_SI / steps_I).abs().amax(1) / sizes_S.pow(_ROW_EXPONENT)
     if not bool(largest_S.any()):
@@ -119,7 +133,7 @@ def _search(
         middle = (low + high) / 2
         levels_SI, scales_S = _round(sample_SI, sizes_S, steps_I, math.exp(middle))
         data = encode(levels_SI.to(torch.int8), steps_I, scales_S).data
-        if data.shape[0] * 8 / sample_SI.numel() <= wanted:
+        if data.shape[0] * 8 / sample_SI.numel() <= data_bits:
             high = middle
         else:
             low = middle

@@ -8,6 +8,9 @@ import math
 def side_bits(shape: tuple[int, int]) -> float:
     """The bits per weight of steps, scales and classes.
 
+    Args:
+        shape: (out, in) of the linear.
+
     >>> round(side_bits((1536, 576)), 4)
     0.0434
     """
@@ -17,6 +20,9 @@ def side_bits(shape: tuple[int, int]) -> float:
 
 def zero_bits(sparsity: float) -> float:
     """The bits per weight that say which weights a mask keeps: the entropy of a coin.
+
+    Args:
+        sparsity: The share of weights that the mask removes, from 0 to 1.
 
     >>> zero_bits(0.5)
     1.0

@@ -133,6 +133,7 @@ def _sweep(
     drop_BO = torch.empty_like(weight_IO[:block])
 
     def prune_column(j: int, error_O: Tensor) -> None:
+        """Prune column j and write its error divided by U_jj; see `sweep_columns`."""
         offset = j % block
         if j % span == 0:
             # No mask reaches over the end of a block.
