@@ -147,7 +147,8 @@ class CompressionRecipe(PruningOptions):
 
     @model_serializer(mode="wrap")
     def _without_masks(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Packed is the default, and not named. The other format keeps the head as it is.
-        of_format = "format" if self.format == "packed" else "head_bits"
-        unused = (of_format, *(() if self.forces_zeros else self.of_masks()))
+        # Packed is the default, and not named. Other formats may keep the head as it is: what was
+        # asked for is named, and the default is not.
+        unused = {"format"} if self.format == "packed" else {"head_bits"} - self.model_fields_set
+        unused |= set() if self.forces_zeros else set(self.of_masks())
         return {name: value for name, value in dump(self).items() if name not in unused}

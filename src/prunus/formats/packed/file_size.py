@@ -35,7 +35,7 @@ def file_size(
     parts = Counter[str]()
     for name, info in tensors.items():
         linear = name.rpartition(".weight")[0]
-        packed = not tensors.keys().isdisjoint(f"{linear}.weight_{x}" for x in ("scales", "packed"))
+        packed = name not in source.checkpoint.tensors
         kind = "other weights" if len(info.shape) > 1 else "norms and biases"
         kind = kinds.get(linear, "linears" if packed else kind)
         what = f"packed {kind}" if packed else f"{kind} in {str(info.dtype).partition('.')[2]}"
