@@ -81,7 +81,7 @@ def place(model, tmp_path, monkeypatch) -> Path:
 def hide_extras(page: Path, monkeypatch) -> None:
     """Hide the extras that neither a page of Start nor the install page installs."""
     text = (page if page.name == "README.md" else INSTALL).read_text(encoding="utf-8")
-    given = ",".join(re.findall(r"pip install -e '\.\[(.+?)\]'", text)).split(",")
+    given = ",".join(re.findall(r"pip install (?:-e )?'\.\[(.+?)\]'", text)).split(",")
     hidden = {module for extra, module in EXTRAS.items() if extra not in given}
     find_spec, data_folder = importlib.util.find_spec, corpora.data_folder
 
