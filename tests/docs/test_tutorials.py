@@ -13,15 +13,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from command_line import PROGRAM
 from documentation import Block, blocks, models
+from gguf_cases import gguf_checkpoint
 from places import REPOSITORY
 from prunus.calibration import corpora
 from prunus.model.checkpoint.gguf_file import check_extra
-from tiny_tokenizer import dense_checkpoint
 
 DOCS = REPOSITORY / "docs"
 OWN_METHOD = DOCS / "how-to" / "add-a-method.md"
@@ -55,7 +54,8 @@ SENTENCE = "The quick brown fox jumps over the lazy dog number {}. "
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A tiny checkpoint with a tokenizer, wide enough for 2:4."""
-    return dense_checkpoint(tmp_path_factory.mktemp("tutorial") / "model", dtype=torch.bfloat16)
+    folder = tmp_path_factory.mktemp("tutorial") / "model"
+    return gguf_checkpoint(folder, hidden_size=32, intermediate_size=64)
 
 
 @pytest.fixture

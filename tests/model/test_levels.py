@@ -132,7 +132,7 @@ def test_runs_and_plans_say_that_the_weights_were_rounded_before(name, bits, mod
     )
     assert small.grid_bits == pruned.grid_bits == plan.grid_bits == bits
     assert Manifest.load(tmp_path / "pruned").grid_bits == bits
-    lines = [line for line in said if "rounded to about 4 bits before" in line]
+    lines = [line for line in said if "rounded to about 4 bits before" in str(line)]
     assert len(lines) == (2 if bits else 0)
     texts = [
         (tmp_path / "small" / "README.md").read_text(),

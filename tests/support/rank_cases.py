@@ -22,7 +22,7 @@ import torch
 torch.set_num_threads(1)
 
 import prunus  # noqa: E402, I001
-from prunus.compression.records import CompressionRecord  # noqa: E402
+from prunus.formats.records import CompressionRecord  # noqa: E402
 from prunus.distributed import SINGLE_PROCESS, process_group  # noqa: E402
 from prunus.engine.block import dense_stream  # noqa: E402
 from prunus.engine.reconstruction import output_loss  # noqa: E402

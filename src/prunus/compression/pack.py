@@ -273,7 +273,6 @@ def _pack_block(source: CheckpointSource, skeleton: Skeleton, index: int, stored
 
 def _pack_outside(source: CheckpointSource, skeleton: Skeleton, stored: Stored) -> _Shard:
     """The tensors outside the blocks, with the output head or its tied embedding packed."""
-    source.outside_digests()  # checks that the weights are finite
     tensors: dict[str, Writable] = {**source.checkpoint.stored(source.outside_keys())}
     try:
         head = tied_embedding(skeleton.model) or skeleton.head()
@@ -282,7 +281,9 @@ def _pack_outside(source: CheckpointSource, skeleton: Skeleton, stored: Stored) 
     key = f"{head.name}.weight"
     if key not in tensors or len(tensors[key].shape) != 2:
         return tensors, {}
-    packed, record = _pack_linear(source.checkpoint.whole(key), stored, head, key)
+    weight = source.checkpoint.whole(key)
+    check_finite({key: weight})
+    packed, record = _pack_linear(weight, stored, head, key)
     if packed is None:
         return tensors, {}
     del tensors[key]

@@ -26,7 +26,7 @@ from prunus.engine.linear_record import LinearRecord
 from prunus.engine.options import RunOptions
 from prunus.formats.base import TypeFormat, choose_types
 from prunus.formats.gguf.contents import FileContents, finished_file, reproducible
-from prunus.formats.gguf.types import GgufType, type_for, types_for
+from prunus.formats.gguf.types import GgufType, type_for, type_named, types_for
 from prunus.formats.records import CompressionRecord
 from prunus.hardware.sizes import in_bytes
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
@@ -106,6 +106,8 @@ class GgufFormat(TypeFormat):
         remove_result(folder, CompressionRecord.FILE)
 
     def check(self) -> None:
+        if self.recipe.type is not None:
+            type_named(self.recipe.type)
         """Check masks, stacked experts, and that types can reach the bits or the size.
 
         Raises:

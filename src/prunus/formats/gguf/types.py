@@ -88,6 +88,20 @@ PLAIN = {
 TYPES: dict[str, GgufType] = {entry.name: entry for entry in _ALL}
 
 
+def type_named(name: str) -> GgufType:
+    """The type of this name.
+
+    Raises:
+        ValueError: There is none; the message lists those that there are.
+    """
+    if name not in TYPES:
+        raise ValueError(
+            f"{name} is not a type that prunus writes: give one of {', '.join(TYPES)}"
+            f"{did_you_mean(name, TYPES)}"
+        )
+    return TYPES[name]
+
+
 def type_for(name: str, columns: int) -> GgufType:
     """A type by its name, or what llama.cpp takes for it where its span does not divide a width.
 
@@ -102,12 +116,7 @@ def type_for(name: str, columns: int) -> GgufType:
     >>> type_for("Q3_K", 1536).name, type_for("Q3_K", 576).name
     ('Q3_K', 'Q4_0')
     """
-    if name not in TYPES:
-        raise ValueError(
-            f"{name} is not a type that prunus writes: give one of {', '.join(TYPES)}"
-            f"{did_you_mean(name, TYPES)}"
-        )
-    chosen = TYPES[name]
+    chosen = type_named(name)
     if columns % chosen.span:
         chosen = TYPES[chosen.fallback or name]
     if columns % chosen.span:

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from prunus.hardware.numerics import check_finite
 from prunus.model.checkpoint.atomic_files import check_shard, read_json
 from prunus.model.checkpoint.regular_files import check_regular
 from prunus.model.checkpoint.writer import TENSOR_DTYPES, FileTensor
@@ -173,12 +174,18 @@ class Checkpoint:
         return next(tensor for _, tensor in self.read([name]))
 
     def stored(self, names: Iterable[str]) -> dict[str, FileTensor]:
-        """Tensors that are read piece by piece when they are written to a result."""
+        """Tensors that are read and checked piece by piece when they are written to a result."""
         infos = {name: self.tensors[name] for name in names}
         return {
-            name: FileTensor(x.dtype, x.shape, x.nbytes, partial(self.pieces, name))
+            name: FileTensor(x.dtype, x.shape, x.nbytes, partial(self._finite_pieces, name))
             for name, x in infos.items()
         }
+
+    def _finite_pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """`pieces`, or a ValueError that names the tensor where it is not finite."""
+        for piece in self.pieces(name):
+            check_finite({name: piece})
+            yield piece
 
     def pieces(self, name: str, most: int = _VALUES) -> Iterator[torch.Tensor]:
         """Yield the values of a tensor in order, as flat tensors of at most `most` bytes."""

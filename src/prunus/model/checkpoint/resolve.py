@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -71,7 +72,9 @@ def resolve_folder(model: str | Path, say: Callable[[str], None] | None = None) 
             allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"],
         )
     except Exception as fault:
-        reason = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
+        said = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
+        # Without the number that the system has for an error.
+        reason = re.sub(r"\[Errno [^]]*\] ", "", said)
         raise FileNotFoundError(
             f"{name!r} is neither a local folder nor a model that could be downloaded from the "
             f"hub: {reason.rstrip('.')}{_similar(path)}"
