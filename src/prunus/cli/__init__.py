@@ -24,7 +24,6 @@ from typing import Annotated, Any
 
 import typer
 import typer.core
-from typer import _completion_shared
 
 from prunus.cli.convert import import_, pack, unpack
 from prunus.cli.evaluate import bench, doctor, evaluate, inspect
@@ -123,7 +122,8 @@ class _Verb(typer.core.TyperCommand):
         common = [each for each in self.params if getattr(each, "rich_help_panel", None) is None]
         rare = len(self.params) - len(common)
         # The lines of a paragraph are joined, so that they fill the terminal.
-        shown.help = re.sub(r"(?<!\n)\n(?!\n)", " ", self.help or "")
+        paragraphs = (self.help or "").split("\n\n")
+        shown.help = "\n\n".join(" ".join(lines.splitlines()) for lines in paragraphs)
         if rare > _FEW and not ctx.meta.get(_ALL):
             shown.params = [_brief(each) for each in common]
             shown.epilog = (
@@ -143,7 +143,9 @@ class _Verb(typer.core.TyperCommand):
 def _brief(parameter: Any) -> Any:
     """A parameter with the first sentence of its help, and its default."""
     shown = copy.copy(parameter)
-    shown.help = re.sub(r"\.(?= ).*?( Default: .*|$)", r".\1", parameter.help or "", count=1)
+    text, default, value = (parameter.help or "").partition(" Default: ")
+    sentence, stop, _ = text.partition(". ")
+    shown.help = sentence + stop.rstrip() + default + value
     return shown
 
 
@@ -185,12 +187,6 @@ def _one_line() -> Iterator[None]:
         log(f"error: {said} (see {where} --help)")
         raise typer.Exit(2) from None
 
-
-# zsh reads the installed script when the first TAB is pressed. typer's only defines the function
-# there, and that TAB would complete nothing.
-_completion_shared._completion_scripts["zsh"] += (
-    "[[ $zsh_eval_context[-1] != loadautofunc ]] || %(complete_func)s\n"
-)
 
 app = typer.Typer(
     name="prunus",

@@ -61,8 +61,6 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
 def _weights_of_plan(plan: dict[str, Any]) -> str:
     """How many weights there are, and what becomes of them."""
     weights = f"{plan['weights']:,}"
-    if "types" in plan:
-        return f"{weights}, in {plan['types']}"
     if plan.get("bits") is None:
         removed = f", of which {plan['to_remove']:,} are removed"
         return weights + (removed if plan["to_remove"] else "")
