@@ -303,7 +303,7 @@ def test_verbs_that_read_a_whole_model_name_what_is_not_finite(name, tmp_path, m
     # Earlier versions packed such a weight.
     with monkeypatch.context() as patch:
         patch.setattr("prunus.compression.pack.check_finite", lambda *_: None)
-        patch.setattr("prunus.model.source.check_finite", lambda *_: None)
+        patch.setattr("prunus.model.checkpoint.reader.check_finite", lambda *_: None)
         prunus.pack(dense, tmp_path / "packed", overwrite=True)
     with pytest.raises(ValueError, match=message):
         prunus.unpack(tmp_path / "packed", tmp_path / "unpacked")

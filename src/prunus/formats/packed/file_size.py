@@ -35,14 +35,15 @@ def file_size(
     parts = Counter[str]()
     for name, info in tensors.items():
         linear = name.rpartition(".weight")[0]
-        packed = name not in source.checkpoint.tensors
+        dense = source.checkpoint.tensors.get(name)
+        packed = dense is None or dense.dtype != info.dtype
         kind = "other weights" if len(info.shape) > 1 else "norms and biases"
         kind = kinds.get(linear, "linears" if packed else kind)
         what = f"packed {kind}" if packed else f"{kind} in {str(info.dtype).partition('.')[2]}"
         parts[what] += math.prod(info.shape) * info.dtype.itemsize
-    dense = source.checkpoint
-    parameters = sum(math.prod(info.shape) for info in dense.tensors.values())
-    return FileSize.of(dense.file_bytes(), after, parameters, parts)
+    checkpoint = source.checkpoint
+    parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    return FileSize.of(checkpoint.file_bytes(), after, parameters, parts)
 
 
 def embedding_and_head(model: Any, stored: Mapping[str, str]) -> dict[str, list[str]]:
