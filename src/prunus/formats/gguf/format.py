@@ -106,13 +106,13 @@ class GgufFormat(TypeFormat):
         remove_result(folder, CompressionRecord.FILE)
 
     def check(self) -> None:
-        if self.recipe.type is not None:
-            type_named(self.recipe.type)
-        """Check masks, stacked experts, and that types can reach the bits or the size.
+        """Check the type's name, masks, stacked experts, and that types reach the bits or the size.
 
         Raises:
             ValueError: The format cannot do what the recipe asks for.
         """
+        if self.recipe.type is not None:
+            type_named(self.recipe.type)
         self.refuse_zeros("a GGUF file")
         linears = self.job.selected_linears()
         for names in self.stacks.values():
