@@ -49,7 +49,7 @@ _group_numbers = itertools.count()
 class ProcessGroup(Ranks):
     """Ranks over torch's default process group; `Ranks` says what each call does.
 
-    Every call raises RankError if it does not end because a rank is lost or late.
+    Every collective call raises RankError if it does not end because a rank is lost or late.
 
     Args:
         notes: What the ranks of this run tell each other when one of them is lost.
