@@ -25,14 +25,21 @@ from typing import Any
 
 
 def register() -> None:
-    """Let transformers load packed checkpoints. A second call does nothing."""
+    """Let transformers load packed checkpoints, at once or as soon as it is imported.
+
+    A second call does nothing.
+    """
     when_imported("transformers.quantizers.auto", "transformers.modeling_utils", _register)
 
 
 def when_imported(name: str, later: str, action: Callable[[], None]) -> None:
     """Do an action once a module of another library is there: now, or after its import.
 
-    `later` is a module of that library that is imported after it.
+    Args:
+        name: The module that the action needs.
+        later: A module of the same library that is imported after it. The action waits for that one
+            if `name` is just being imported, and its import has led to this call.
+        action: What to do. A failure becomes a warning.
     """
     if name not in sys.modules:
         _wait(name, action)
@@ -73,6 +80,9 @@ class _Waiting(MetaPathFinder):
     """Waits for the import of a module and adds an action after it.
 
     It removes itself at once, so that it cannot disturb later imports.
+
+    Attributes:
+        table: The full name of the module, by which `_wait` finds out that somebody waits already.
     """
 
     def __init__(self, table: str, action: Callable[[], None]) -> None:
@@ -86,7 +96,8 @@ class _Waiting(MetaPathFinder):
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            # The loader of one module, in which only the method of this object is replaced.
+            # Replace `exec_module` on this loader alone: it belongs to one module, and its class,
+            # which other modules share, stays as it is.
             loader: Any = spec.loader
             loader.exec_module = functools.partial(_load, loader, self._action)
         return spec

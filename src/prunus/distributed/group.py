@@ -31,6 +31,7 @@ from prunus.distributed.base import SINGLE_PROCESS, OtherRankError, RankError, R
 from prunus.distributed.lost import Notes
 from prunus.hardware.errors import reason
 
+# "torch.float32" -> the dtype: dtypes travel by their names.
 _DTYPES = {str(dtype): dtype for dtype in torch.__dict__.values() if isinstance(dtype, torch.dtype)}
 _MAX_SLEEP = 1e-3  # seconds between two looks at a collective
 _SPIN = 1e-3  # seconds in which a rank that waits does not sleep
@@ -39,13 +40,25 @@ _LOOK = 1.0  # seconds between two looks for notes
 _LENGTH_BYTES, _SHORT_TEXT = 8, 248
 #: Seconds after which a rank that is late for a collective call counts as lost.
 DEFAULT_TIMEOUT = 600.0
+# The environment variables that torchrun sets and torch's rendezvous reads.
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Counts the process groups of this process. All ranks count equally, so the number names a group.
 _group_numbers = itertools.count()
 
 
 class ProcessGroup(Ranks):
-    """Ranks over torch's default process group; `error_reported`: all know what ends this one."""
+    """Ranks over torch's default process group; `Ranks` says what each call does.
+
+    Every collective call raises RankError if it does not end because a rank is lost or late.
+
+    Args:
+        notes: What the ranks of this run tell each other when one of them is lost.
+        timeout: Seconds after which a rank that is late for a collective call counts as lost.
+
+    Attributes:
+        error_reported: Whether all ranks know of the error that ends this one. Then this rank
+            leaves no note about it.
+    """
 
     def __init__(self, notes: Notes, timeout: float) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
@@ -54,35 +67,47 @@ class ProcessGroup(Ranks):
         self._notes, self._timeout = notes, timeout
 
     def set_location(self, location: str) -> None:
+        """Record what this rank works on, for its own error if another rank is lost."""
         self._notes.location = location
 
     def gather_ints(self, numbers: Sequence[int]) -> list[list[int]]:
-        own = torch.tensor(list(numbers), dtype=torch.int64)
-        return [x.tolist() for x in self._gather(own)]
+        """The integers of every rank, by rank, in one message."""
+        numbers_here = torch.tensor(list(numbers), dtype=torch.int64)
+        return [x.tolist() for x in self._gather(numbers_here)]
 
     def gather_text(self, text: str) -> list[str]:
+        """The text of every rank, by rank: in one message, or two if a text has over 248 bytes.
+
+        Most texts are empty or short (an error, or none), and a message costs more than its bytes.
+        """
         data = text.encode()
         message = len(data).to_bytes(_LENGTH_BYTES, "little")
         message += data[:_SHORT_TEXT].ljust(_SHORT_TEXT, b"\0")
-        found = [
+        messages = [
             bytes(x.tolist())
             for x in self._gather(torch.frombuffer(bytearray(message), dtype=torch.uint8))
         ]
-        lengths = [int.from_bytes(each[:_LENGTH_BYTES], "little") for each in found]
+        lengths = [int.from_bytes(received[:_LENGTH_BYTES], "little") for received in messages]
         if max(lengths) > _SHORT_TEXT:
             # frombuffer refuses an empty buffer, so an empty text starts from one byte.
             whole = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[: len(data)]
             return [bytes(x.tolist()).decode() for x in self._gather_uneven(whole, lengths)]
-        return [each[_LENGTH_BYTES:][:n].decode() for each, n in zip(found, lengths, strict=True)]
+        return [
+            received[_LENGTH_BYTES:][:n].decode()
+            for received, n in zip(messages, lengths, strict=True)
+        ]
 
     def sum_floats(self, numbers: Sequence[float]) -> list[float]:
+        """Sums in the order of ranks: an all-reduce would add in the order of its algorithm."""
         parts = self._gather(torch.tensor(list(numbers), dtype=torch.float64))
-        return [sum(each) for each in zip(*(x.tolist() for x in parts), strict=True)]
+        return [sum(summands) for summands in zip(*(x.tolist() for x in parts), strict=True)]
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
+        """Sum a tensor over the ranks, in place, by torch's all-reduce."""
         self._wait(lambda: dist.all_reduce(tensor, async_op=True))
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> None:
+        """Take over the bytes of the tensor of rank `source`. An empty tensor costs no message."""
         if tensor.numel():
             # As bytes: gloo and NCCL do not carry every dtype.
             data = tensor.view(-1).view(torch.uint8)
@@ -91,9 +116,11 @@ class ProcessGroup(Ranks):
     def all_gather(
         self, tensor: torch.Tensor, lengths: Sequence[int] | None = None
     ) -> torch.Tensor:
+        """Concatenate the tensors (n, …) of all ranks; see `_gather_uneven`."""
         return torch.cat(self._gather_uneven(tensor.contiguous(), lengths))
 
     def on_rank_0(self, make: Callable[[], Any]) -> Any:
+        """Send what `make` returns on rank 0 to all ranks as JSON. An error in `make` ends all."""
         text = ""
         with self.fail_together():
             if self.rank == 0:
@@ -103,24 +130,30 @@ class ProcessGroup(Ranks):
     def tensors_from_rank_0(
         self, make: Callable[[], Mapping[str, torch.Tensor]]
     ) -> Mapping[str, torch.Tensor]:
-        made: Mapping[str, torch.Tensor] = {}
+        """Send the tensors of rank 0: their names, dtypes and shapes first, then one by one."""
+        sent: Mapping[str, torch.Tensor] = {}
 
         def describe() -> list[Any]:
-            nonlocal made
-            made = {name: x.detach().cpu().contiguous() for name, x in make().items()}
-            return [[name, str(x.dtype), list(x.shape)] for name, x in made.items()]
+            nonlocal sent
+            sent = {name: x.detach().cpu().contiguous() for name, x in make().items()}
+            return [[name, str(x.dtype), list(x.shape)] for name, x in sent.items()]
 
         # Names, dtypes and shapes go first, so that the others can allocate what they receive.
         described = self.on_rank_0(describe)
         received = {}
         for name, dtype, shape in described:
-            x = made[name] if self.rank == 0 else torch.empty(shape, dtype=_DTYPES[dtype])
+            x = sent[name] if self.rank == 0 else torch.empty(shape, dtype=_DTYPES[dtype])
             self.broadcast(x, 0)
             received[name] = x
         return received
 
     @contextlib.contextmanager
     def fail_together(self) -> Iterator[None]:
+        """Exchange the errors of all ranks at the end of the block; if there is one, raise on all.
+
+        Each rank contributes the text of its error, cut off at 2,000 characters, or an empty text.
+        A RankError is passed on without an exchange.
+        """
         error: Exception | None = None
         try:
             yield
@@ -141,9 +174,9 @@ class ProcessGroup(Ranks):
 
     def _gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """The tensors of all ranks, which have the same shape."""
-        found = [torch.empty_like(tensor) for _ in range(self.size)]
-        self._wait(lambda: dist.all_gather(found, tensor, async_op=True))
-        return found
+        received = [torch.empty_like(tensor) for _ in range(self.size)]
+        self._wait(lambda: dist.all_gather(received, tensor, async_op=True))
+        return received
 
     def _gather_uneven(
         self, tensor: torch.Tensor, lengths: Sequence[int] | None = None
@@ -169,8 +202,12 @@ class ProcessGroup(Ranks):
         ]
 
     def _wait(self, start: Callable[[], Any]) -> None:
-        """Run one collective: wait until it is done, or until a rank is lost or late."""
-        begun, pause = time.monotonic(), 2e-5
+        """Run one collective, which `start` starts in the background, until it is done.
+
+        Raises:
+            RankError: A rank is lost, late by more than the timeout, or has an error of its own.
+        """
+        begun, pause = time.monotonic(), 2e-5  # the first sleep, in seconds; each next is longer
         look = begun + _LOOK
         try:
             work = start()
@@ -202,7 +239,11 @@ def is_rank_0() -> bool:
 
 
 def started_by_torchrun() -> bool:
-    """Whether torchrun started this process: it sets four variables, a scheduler perhaps RANK."""
+    """Whether torchrun started this process, with at least one other.
+
+    torchrun sets all four variables. A scheduler of a cluster may set RANK alone, so one is not
+    enough.
+    """
     values = [os.environ.get(name, "") for name in _VARIABLES]
     return all(values) and all(x.isdecimal() for x in values[:2]) and int(values[1]) > 1
 
@@ -211,9 +252,16 @@ def started_by_torchrun() -> bool:
 def process_group(timeout: float | None = None) -> Iterator[Ranks]:
     """Join the processes that torchrun started, for the length of a `with` block that all enter.
 
-    Without torchrun it yields `SINGLE_PROCESS`. A rank that is late for a collective call counts as
-    lost after `timeout` seconds, or `DEFAULT_TIMEOUT`: whoever waits for it raises RankError.
-    ValueError: not above 0, or torch.distributed is in use already.
+    Without torchrun it yields `SINGLE_PROCESS`.
+
+    Args:
+        timeout: Seconds after which a rank that is late for a collective call counts as lost; None
+            for `DEFAULT_TIMEOUT`.
+
+    Raises:
+        ValueError: The timeout is not a finite number above 0, or torch.distributed is in use
+            already.
+        RankError: Inside the block, wherever this rank waits for one that is lost.
     """
     timeout = DEFAULT_TIMEOUT if timeout is None else timeout
     if not (math.isfinite(timeout) and timeout > 0):

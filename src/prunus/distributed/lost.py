@@ -31,8 +31,15 @@ _PATIENCE = 5.0
 class Notes:
     """What the ranks of a run tell each other when one of them is lost.
 
-    `store` of torch.distributed has a connection of its own: a call that waits for a value would
-    delay other users. `location` is what this rank works on, for messages.
+    Args:
+        store: A store of torch.distributed with a connection of its own: a call that waits for a
+            value would delay other users of the connection.
+        rank: Number of this rank.
+        size: Number of ranks.
+
+    Attributes:
+        others: Numbers of all ranks but this one.
+        location: What this rank works on, for the messages of its errors.
     """
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
@@ -43,17 +50,29 @@ class Notes:
         store.set(f"who/{rank}", _own_process())
 
     def there_are_some(self) -> bool:
-        """Whether a rank has left a note. Raises RuntimeError where the store is gone."""
+        """Whether a rank has left a note.
+
+        Raises:
+            RuntimeError: The store is gone, and with it the process that keeps it.
+        """
         return bool(self._store.check(["alarm"]))
 
     def lost_rank_error(self, symptom: str) -> RankError:
-        """The error for a symptom of a lost rank, which names the rank."""
-        told: list[int] = []
+        """The error for a symptom of a lost rank; it names the rank, its host and its process.
+
+        Leaves an empty note, so that the others know that this rank lives, and waits up to
+        `_PATIENCE` seconds for theirs.
+
+        Args:
+            symptom: What was noticed, such as a broken connection. It stands in the message only if
+                no rank is known to be lost.
+        """
+        answered: list[int] = []
         try:
             self._leave("")
             silent = self._without("note", self.others)
-            told = [other for other in self.others if other not in silent]
-            errors = {other: self._store.get(f"note/{other}").decode() for other in told}
+            answered = [other for other in self.others if other not in silent]
+            errors = {other: self._store.get(f"note/{other}").decode() for other in answered}
             named = [f"{self._name(o)} stopped: {text}" for o, text in errors.items() if text]
             named = named or self._describe(silent)
         except RuntimeError as fault:
@@ -61,12 +80,16 @@ class Notes:
                 "the rendezvous of torchrun does not answer any more: the host that keeps it, "
                 f"usually that of rank 0, is gone or out of reach ({str(fault).splitlines()[0]})"
             ]
-        self._stay(told)
-        found = "; ".join(named) or f"{symptom}; no rank is known to be lost"
-        return RankError(f"{found} (this rank was at {self.location})")
+        self._stay(answered)
+        lost_ranks = "; ".join(named) or f"{symptom}; no rank is known to be lost"
+        return RankError(f"{lost_ranks} (this rank was at {self.location})")
 
     def report_error(self, message: str) -> None:
-        """Tell the others of an error of this rank."""
+        """Tell the others of an error of this rank, which ends. It stays until they have read it.
+
+        Args:
+            message: The text that their errors quote.
+        """
         with contextlib.suppress(RuntimeError):  # the store is gone, and with it the others
             self._leave(message)
         self._stay(self.others)
@@ -85,7 +108,7 @@ class Notes:
         self._store.set("alarm", "")
 
     def _without(self, kind: str, ranks: Iterable[int]) -> list[int]:
-        """The ranks without a key of this kind after a while; those that have died at once."""
+        """The ranks that leave no key of this kind within `_PATIENCE` s, or that have died."""
         deadline = time.monotonic() + _PATIENCE
         missing = [rank for rank in ranks if not self._store.check([f"{kind}/{rank}"])]
         while time.monotonic() < deadline and any(not self._state(rank) for rank in missing):

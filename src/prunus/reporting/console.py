@@ -41,11 +41,15 @@ def printable(text: str) -> str:
     >>> print(printable("model\x1b[2J, caf\u00e9\x9b31m"))
     model\x1b[2J, café\x9b31m
     """
-    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 class TerminalConsole(Console):
-    """A console that reads no text as markup or emoji, and that passes on no control character."""
+    """A console that reads no text as markup or emoji, and that passes on no control character.
+
+    Args:
+        options: Arguments of `rich.console.Console`. `markup` and `emoji` may be switched on again.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, "emoji": False, **options})
@@ -62,7 +66,7 @@ class TerminalConsole(Console):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
 
     def on_broken_pipe(self) -> None:
-        """Leave the error to the caller, who knows what is lost. rich would end the process."""
+        """Raise the error again: the caller knows what is lost. rich would end the process."""
         raise  # noqa: PLE0704 (rich calls this while it handles the error)
 
 
@@ -104,7 +108,10 @@ def progress_console() -> Console:
 
 
 def to_terminal(*shown: Document | Section | Part) -> Group:
-    """What rich can print of a document; a `TerminalConsole` escapes control characters."""
+    """What rich can print of documents, sections or parts of them, in their order.
+
+    Charts are left out: they are on the page alone. The text is escaped already.
+    """
     lines: list[RenderableType] = []
     for part in shown:
         if isinstance(part, Document):
@@ -138,28 +145,38 @@ def _table(part: Table) -> RichTable:
     rows = [cells(row, part) for row in (*part.rows, *([part.total] if part.total else []))]
     # The first column names the rows. Where a table is too wide, other columns are folded first.
     widest = max((len(row[0]) for row in rows), default=0)
-    for place, column in enumerate(part.columns):
+    for index, column in enumerate(part.columns):
         table.add_column(
             _text(column.title),
             justify="left" if column.form is None else "right",
             overflow="fold",
-            min_width=None if place else min(widest, _NAME_WIDTH),
+            min_width=None if index else min(widest, _NAME_WIDTH),
         )
-    for place, row in enumerate(rows):
-        if place == len(part.rows):
+    for index, row in enumerate(rows):
+        if index == len(part.rows):
             table.add_section()
         table.add_row(*map(_text, row))
     return table
 
 
 def cells(row: tuple[object, ...], part: Table) -> list[str]:
+    """A row of a table as text, one per column; see `text_of`."""
     return [text_of(value, column.form) for value, column in zip(row, part.columns, strict=True)]
 
 
 def show_pruning(
     title: str, console: Console | None = None
 ) -> contextlib.AbstractContextManager[Callable[[PruningStep | str], None]]:
-    """Show a run; yields a function for every block, and before the first for what is prepared."""
+    """Show a run: what it prepares, finished blocks, the time left, and peak memory.
+
+    Args:
+        title: Stands before the bar.
+        console: Where to print; None for `progress_console`.
+
+    Returns:
+        A context manager. It yields a function to call after every block, and before the first one
+        with a line of text on what is prepared.
+    """
     first: PruningStep | None = None
     lines = LineInterval()
 
@@ -190,7 +207,15 @@ def show_pruning(
 def show_recovery(
     title: str, console: Console | None = None
 ) -> contextlib.AbstractContextManager[Callable[[RecoveryStep], None]]:
-    """Show a recovery: share of the budget, loss, and every evaluation; see `show_pruning`."""
+    """Show a recovery: the share of the budget that is spent, loss, and every evaluation.
+
+    Args:
+        title: Stands before the bar.
+        console: Where to print; None for `progress_console`.
+
+    Returns:
+        A context manager. It yields a function to call after every step of training.
+    """
     lines, evaluation = LineInterval(), ""
 
     def read(step: RecoveryStep) -> tuple[str | None, Shown]:
@@ -213,7 +238,10 @@ def show_recovery(
 def _shown(
     title: str, console: Console | None, read: Callable[[Any], tuple[str | None, Shown]]
 ) -> Iterator[Callable[[Any], None]]:
-    """A live bar on a terminal, or lines with the time of day, without those that are None."""
+    """Yield a function that shows a step: a live bar on a terminal, else a line with the time.
+
+    `read` turns a step into a line and the state of the bar. A line that is None is not printed.
+    """
     console = console or progress_console()
     if console.is_terminal:
         with terminal_bar(printable(title), console) as update:

@@ -27,29 +27,42 @@ from prunus.evaluation.records import FORMS, ModelSize, PerplexityResult, finite
 _SHARES = ("acc", "exact_match", "f1", "em")
 #: The y axis is logarithmic from this ratio of the largest to the smallest value.
 LOG_FROM = 6.0
-#: A chart's x axis: the sizes, of which the first that tells results apart is taken, and the speed.
+#: Columns for a chart's x axis. The first size that tells results apart is taken.
 _SIZES = ("file, GB", "bits per weight")
+#: Column for the x axis of a second chart.
 _SPEED = "decoded tokens/s"
 
 
 def evaluation_section(
     content: dict[str, Any], speeds: Mapping[str, float] | None = None
 ) -> Section:
-    """The section of an evaluation: the answer in short, quality and size, then tasks."""
+    """The section of an evaluation: the answer in short, quality and size, then tasks.
+
+    Args:
+        content: The JSON of `prunus eval --json`, as Python objects.
+        speeds: Model -> tokens per second, of `decode_speeds`; None without a benchmark.
+
+    Raises:
+        LookupError, TypeError, ValueError: `content` is something else. `write.py` says so to
+            users.
+    """
     models = content["models"]
-    names = short_names([one["model"] for one in models])
+    names = short_names([model["model"] for model in models])
     scores = {
-        one["model"]: [PerplexityResult(**score) for score in one["perplexity"]] for one in models
+        model["model"]: [PerplexityResult(**score) for score in model["perplexity"]]
+        for model in models
     }
-    sizes = {one["model"]: _size(one, speeds or {}) for one in models}
+    sizes = {model["model"]: _size(model, speeds or {}) for model in models}
     parts = [*_quality(scores, sizes, names), *_tasks(content, names)]
     if (reference := content.get("reference")) is not None:
         dense = _size(reference, speeds or {})
         words = [(names[x], _in_short(scores[x], sizes[x], dense)) for x in names]
         parts.insert(0, Facts("Next to the dense model", tuple(words), headline=True))
-    protocols = {score.source: score.protocol for found in scores.values() for score in found}
+    protocols = {
+        score.source: score.protocol for model_scores in scores.values() for score in model_scores
+    }
     details = [Facts("Protocol", tuple(protocols.items()))] if protocols else []
-    for tasks in [one["tasks"] for one in models if one["tasks"] is not None][:1]:
+    for tasks in [model["tasks"] for model in models if model["tasks"] is not None][:1]:
         shown = dict(tasks["protocol"])
         shown |= shown.pop("versions")
         details.append(Facts("Protocol of the tasks", items_of(shown)))
@@ -57,20 +70,22 @@ def evaluation_section(
     return Section(title, parts=tuple(parts), details=tuple(details))
 
 
-def _size(one: dict[str, Any], speeds: Mapping[str, float]) -> dict[str, Any]:
-    size = one.get("size")
-    speed = decode_speed(speeds, one["model"], Path(one["model"]).name)
+def _size(model: dict[str, Any], speeds: Mapping[str, float]) -> dict[str, Any]:
+    size = model.get("size")
+    speed = decode_speed(speeds, model["model"], Path(model["model"]).name)
     return (ModelSize(**size).figures() if size else {}) | {_SPEED: speed}
 
 
-def _in_short(found: Sequence[PerplexityResult], size: dict[str, Any], dense: Any) -> str:
+def _in_short(scores: Sequence[PerplexityResult], size: dict[str, Any], dense: Any) -> str:
     """How much smaller, worse and faster a model is than the dense one."""
     titles = {"file, GB": "{:.0%} of the size", _SPEED: "{:.1f} × the speed"}
     smaller, faster = (
         [words.format(size[title] / dense[title])] if size.get(title) and dense.get(title) else []
         for title, words in titles.items()
     )
-    worse = [f"KL {one.divergence.kl:.3f} on {_short(one)}" for one in found if one.divergence]
+    worse = [
+        f"KL {score.divergence.kl:.3f} on {_short(score)}" for score in scores if score.divergence
+    ]
     return ", ".join([*smaller, *worse, *faster])
 
 
@@ -111,15 +126,15 @@ def _quality(
 
 def _tasks(content: dict[str, Any], names: dict[str, str]) -> list[Table]:
     """One row per task, metric and model, with the difference to the first model."""
-    models = [one for one in content["models"] if one["tasks"] is not None]
-    found = {one["model"]: _metrics(one["tasks"]) for one in models}
+    models = [model for model in content["models"] if model["tasks"] is not None]
+    metrics_by_model = {model["model"]: _metrics(model["tasks"]) for model in models}
     changes = {
         (change["model"], change["task"], change["metric"]): change
         for change in content["differences"]
     }
     rows = []
-    for key in next(iter(found.values()), ()):
-        for model, metrics in found.items():
+    for key in next(iter(metrics_by_model.values()), ()):
+        for model, metrics in metrics_by_model.items():
             change = changes.get((model, *key))
             row = {"task": key[0], "metric": key[1], "model": names[model]} | metrics.get(key, {})
             if change is not None:
@@ -140,7 +155,7 @@ def _tasks(content: dict[str, Any], names: dict[str, str]) -> list[Table]:
 
 def _metrics(tasks: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
     """(task, metric) -> its figure, and how many shots and rows it is from."""
-    found: dict[tuple[str, str], dict[str, Any]] = {
+    figures: dict[tuple[str, str], dict[str, Any]] = {
         (task["task"], metric): {
             "figure": _measured(metric, figure),
             "shots": task["shots"],
@@ -151,8 +166,8 @@ def _metrics(tasks: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
     }
     mean = tasks["paper7_mean_acc"]
     if mean is not None:
-        found["mean of paper7", "acc"] = {"figure": _measured("acc", mean)}
-    return found
+        figures["mean of paper7", "acc"] = {"figure": _measured("acc", mean)}
+    return figures
 
 
 def _measured(metric: str, figure: dict[str, float | None]) -> Measured | None:
@@ -171,12 +186,21 @@ def form_of(metric: str) -> str:
 
 
 def decode_speeds(content: list[dict[str, Any]]) -> dict[str, float]:
-    """Model -> median decoding speed in tokens per second."""
+    """Model -> median decoding speed in tokens per second.
+
+    Args:
+        content: The JSON of `prunus bench --json`, as Python objects.
+    """
     return {row["model"]: row["decode_tokens_per_second"][1] for row in content}
 
 
 def speed_section(content: list[dict[str, Any]]) -> Section:
-    """The section of a benchmark: size and speed of models, each a median with its spread."""
+    """The section of a benchmark: size and speed of models, each a median with its spread.
+
+    Args:
+        content: The JSON of `prunus bench --json`, as Python objects; the first model is the one to
+            compare with.
+    """
     forms = {"file, GB": ",.3f", "resident, GB": ",.2f", "decode / first": ".2f"}
     speeds = ("prefill, tokens/s", "decode, tokens/s", "lowest", "highest")
     first = content[0]["decode_tokens_per_second"][1]
@@ -199,12 +223,22 @@ def speed_section(content: list[dict[str, Any]]) -> Section:
 
 
 def plain(value: Any) -> float | None:
-    """A figure without its standard error."""
+    """A figure without its standard error; None stays None.
+
+    >>> plain(Measured(0.5, 0.01, ".2%")), plain(0.5)
+    (0.5, 0.5)
+    """
     return value.value if isinstance(value, Measured) else value
 
 
 class Point(NamedTuple):
-    """A result in a chart: the line that it belongs to, its name, and its row of figures."""
+    """A result in a chart.
+
+    Attributes:
+        series: Name of the line that joins the results of one method.
+        name: What stands under the pointer.
+        figures: Title of a column -> value, such as `perplexity`; see `FORMS`.
+    """
 
     series: str
     name: str
@@ -212,21 +246,28 @@ class Point(NamedTuple):
 
 
 def quality_charts(where: str, points: Sequence[Point], dense: float | None) -> list[Lines]:
-    """Perplexity against size and decoding speed; the perplexity of the dense model is a line."""
-    known = {title: _positions(points, title) for title in (*_SIZES, _SPEED)}
-    spread = [title for title in known if len({x for _, x, _ in known[title]}) > 1]
+    """Charts of perplexity against size and against decoding speed, where they differ.
+
+    Args:
+        where: Name of the text, for the titles.
+        points: The results. A chart leaves out those that lack a figure.
+        dense: Perplexity of the dense model, which becomes a horizontal line; None if it is
+            unknown.
+    """
+    positions = {title: _positions(points, title) for title in (*_SIZES, _SPEED)}
+    spread = [title for title in positions if len({x for _, x, _ in positions[title]}) > 1]
     sizes = [title for title in spread if title in _SIZES][:1]
     charts = []
     for title in [*sizes, *(title for title in spread if title == _SPEED)]:
-        found = known[title]
-        values = [y for *_, y in found] + ([dense] if dense is not None else [])
-        names = dict.fromkeys(point.series for point, *_ in found)
+        drawn = positions[title]
+        values = [y for *_, y in drawn] + ([dense] if dense is not None else [])
+        names = dict.fromkeys(point.series for point, *_ in drawn)
         charts.append(
             Lines(
                 f"Perplexity on {where} against {'speed' if title == _SPEED else 'size'}",
                 title,
                 "perplexity",
-                tuple(_series(name, title, found) for name in names),
+                tuple(_series(name, title, drawn) for name in names),
                 level=None if dense is None else ("dense", dense),
                 log_y=max(values) / min(values) >= LOG_FROM,
                 round_ticks=True,
@@ -245,21 +286,32 @@ def _positions(points: Sequence[Point], title: str) -> list[tuple[Point, float, 
     ]
 
 
-def _series(name: str, title: str, found: Sequence[tuple[Point, float, float]]) -> Series:
-    own = sorted((each for each in found if each[0].series == name), key=lambda each: each[1])
+def _series(name: str, title: str, positions: Sequence[tuple[Point, float, float]]) -> Series:
+    """The points of one line, from left to right. `title` is the column on the x axis."""
+    line_positions = sorted(
+        (position for position in positions if position[0].series == name),
+        key=lambda position: position[1],
+    )
     hover = []
-    for point, x, y in own:
+    for point, x, y in line_positions:
         text = f"{point.name}: {text_of(y, FORMS['perplexity'])} at {text_of(x, FORMS[title])}"
         kl = plain(point.figures.get("KL divergence"))
         hover.append(text if kl is None else f"{text}, KL {kl:.4f}")
-    return Series(name, tuple(x for _, x, _ in own), tuple(y for *_, y in own), tuple(hover))
+    return Series(
+        name,
+        tuple(x for _, x, _ in line_positions),
+        tuple(y for *_, y in line_positions),
+        tuple(hover),
+    )
 
 
 def decode_speed(speeds: Mapping[str, float], model: str, *names: str) -> float | None:
     """The decoding speed of a model in tokens per second, or None if it was not measured.
 
-    `speeds` has the models as they were given to `prunus bench`. `names` are parts of a path by
-    which the model is known as well, such as the name of its folder.
+    Args:
+        speeds: Model, as it was given to `prunus bench` -> median speed.
+        model: Name of the model.
+        names: Parts of a path by which the model is known as well, such as the name of its folder.
 
     >>> decode_speed({"OUT/cells/smol-wanda/packed": 32.0}, "smol-wanda", "smol-wanda")
     32.0

@@ -38,23 +38,29 @@ from prunus.engine.document import (
 )
 from prunus.reporting.console import cells, printable
 
+# Characters that Markdown obeys.
 _MARKUP = re.compile(r"([\\`*_\[\]<>|])")
 _LIBRARY = "plotly-cartesian.min.js.gz"
+# Lines differ in their symbols and dashes as well: colours alone are not told apart by everybody.
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "hexagon")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 
 def to_html(document: Document) -> str:
+    """Write a document as one HTML page, which needs no other file and no network.
+
+    The plotting library is in the page only if the document has charts. It takes 0.7 MB there.
+    """
     has_charts = any(
         isinstance(part, Chart)
         for section in document.sections
         for part in (*section.parts, *section.details)
     )
-    library, own = _asset(_LIBRARY) if has_charts else b"", _asset("page.js")
+    library, page_script = _asset(_LIBRARY) if has_charts else b"", _asset("page.js")
     # No browser runs the compressed library before page.js has expanded it.
     text = base64.b64encode(library).decode()
     plotting = f'<script type="application/gzip" id="plotly">{text}</script>\n' if text else ""
-    allowed = [own, *([gzip.decompress(library)] if library else [])]
+    allowed = [page_script, *([gzip.decompress(library)] if library else [])]
     policy = "; ".join(
         (
             "default-src 'none'",
@@ -77,7 +83,7 @@ def to_html(document: Document) -> str:
         contents=_contents(document),
         sections="".join(sections),
         version=escape(version("prunus")),
-        scripts=f"{plotting}<script>{own.decode()}</script>\n",
+        scripts=f"{plotting}<script>{page_script.decode()}</script>\n",
     )
 
 
@@ -104,7 +110,7 @@ def _section(section: Section, number: int, alone: bool) -> str:
     name = "title" if alone else f"title-{number}"
     lead = f'<p class="lead">{escape(section.lead)}</p>\n' if section.lead else ""
     every = (*section.parts, *section.details)
-    html = [_part(part, f"part-{number}-{place}") for place, part in enumerate(every)]
+    html = [_part(part, f"part-{number}-{index}") for index, part in enumerate(every)]
     shown, folded = "".join(html[: len(section.parts)]), "".join(html[len(section.parts) :])
     details = f"<details><summary>All figures</summary>\n{folded}</details>\n" if folded else ""
     return (
@@ -132,7 +138,11 @@ def document_json(document: Document) -> Any:
 
 
 def figure_json(chart: Chart) -> str:
-    """Write a chart as the JSON of a plotly figure."""
+    """Write a chart as the JSON of a plotly figure.
+
+    Raises:
+        ValueError: A value is NaN or infinite, which JSON does not have.
+    """
     figure = _lines(chart) if isinstance(chart, Lines) else _heat_map(chart)
     return json.dumps(figure, allow_nan=False)
 
@@ -189,7 +199,7 @@ def _heat_map(chart: HeatMap) -> dict[str, Any]:
         ]
         for row, line in zip(chart.rows, chart.values, strict=True)
     ]
-    known = [value for line in chart.values for value in line if value is not None]
+    values = [value for line in chart.values for value in line if value is not None]
     trace = {
         "type": "heatmap",
         "x": list(chart.columns),
@@ -210,7 +220,7 @@ def _heat_map(chart: HeatMap) -> dict[str, Any]:
         "meta": {"colour": "scale"},
         # The colours begin at zero, so that close values look the same.
         "zmin": 0.0,
-        "zmax": max(known, default=0.0) or 1.0,
+        "zmax": max(values, default=0.0) or 1.0,
     }
     x_axis = {"title": {"text": escape(chart.x_title)}, "type": "category"}
     y_axis = {"autorange": "reversed", "type": "category"}

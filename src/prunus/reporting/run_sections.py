@@ -39,6 +39,7 @@ _DEFINITIONS = {
 
 
 def run_section(manifest: PruningRecord) -> Section:
+    """The section of one run of `prune` or `compress`, finished or not, from its record."""
     error, mean = mean_error(manifest.all_totals())
     errors = {error: _block_errors(manifest)}
     by_block = [lines_over_blocks(f"Mean {error} by block", error, errors, ".3%")]
@@ -76,24 +77,33 @@ def circumstances(record: BlockwiseRecord) -> list[Facts]:
 
 def _block_errors(manifest: PruningRecord) -> dict[int, float]:
     """Block -> mean error of its linears, where it was measured."""
-    found = {}
-    for place, block in enumerate(manifest.blocks):
-        if known := [each.error for each in block.linears.values() if each.error is not None]:
-            found[place] = sum(known) / len(known)
-    return found
+    means = {}
+    for number, block in enumerate(manifest.blocks):
+        if errors := [
+            linear.error for linear in block.linears.values() if linear.error is not None
+        ]:
+            means[number] = sum(errors) / len(errors)
+    return means
 
 
 def lines_over_blocks(
     title: str, y_title: str, lines: Mapping[str, Mapping[int, float]], form: str
 ) -> Lines:
-    """A chart of one figure per block. `lines` maps a name to the figures by block."""
+    """A chart of one figure per block.
+
+    Args:
+        title: Heading of the chart.
+        y_title: Title of the y axis, without a unit.
+        lines: Name of a line -> number of a block -> figure.
+        form: Format of the figures. One that ends in % draws shares as percent.
+    """
     scale, unit = (100, ", %") if form.endswith("%") else (1, "")
     series = tuple(
         Series(
             name,
             tuple(values),
             tuple(scale * y for y in values.values()),
-            tuple(f"{name}, block {place}: {text_of(y, form)}" for place, y in values.items()),
+            tuple(f"{name}, block {number}: {text_of(y, form)}" for number, y in values.items()),
         )
         for name, values in lines.items()
     )
@@ -106,7 +116,14 @@ def blocks_map(
     figure: Callable[[_Value], float | None],
     form: str,
 ) -> HeatMap:
-    """A heat map with one figure for each named part of each block."""
+    """A heat map with one figure for each named part of each block.
+
+    Args:
+        title: Heading of the map.
+        blocks: For each block, name of a part -> what is recorded of it. Blocks may lack parts.
+        figure: Returns the figure of a part, or None where it was not measured.
+        form: Format of the figures.
+    """
     kinds = tuple(dict.fromkeys(name for block in blocks for name in block))
     return HeatMap(
         title,
@@ -131,7 +148,13 @@ def _headline(manifest: PruningRecord) -> Facts:
 def headline(
     record: BlockwiseRecord, totals: Mapping[str, Any], items: list[tuple[str, str]]
 ) -> Facts:
-    """How far a run is, `items`, and what the run took."""
+    """The facts that stand out: how far a run is, `items`, and the time and memory that it took.
+
+    Args:
+        record: The record of the run.
+        totals: Its totals. Without `seconds` or `peak_memory_bytes` that fact is left out.
+        items: Name and text of what the run reached. The list is extended.
+    """
     if record.state != "finished":
         items = [("state", f"unfinished: {counted(len(record.blocks), 'block')} done"), *items]
     if "seconds" in totals:
@@ -186,7 +209,7 @@ def _by_linear(manifest: PruningRecord) -> Table:
     error, _ = mean_error(manifest.all_totals())
     rows = [
         {
-            "block": place,
+            "block": number,
             "linear": f"{block.name}.{name}",
             "out × in": " × ".join(map(str, x.shape)),
             "zeros": x.zeros,
@@ -196,7 +219,7 @@ def _by_linear(manifest: PruningRecord) -> Table:
             "seconds": x.seconds,
             "notes": "; ".join(f"{key}: {value}" for key, value in x.notes.items()) or None,
         }
-        for place, block in enumerate(manifest.blocks)
+        for number, block in enumerate(manifest.blocks)
         for name, x in block.linears.items()
     ]
     forms = {"block": "d", "zeros": ",d", "sparsity": ".2%", "bits": ".3f", error: ".3%"}
@@ -204,7 +227,11 @@ def _by_linear(manifest: PruningRecord) -> Table:
 
 
 def comparison_section(runs: Mapping[str, PruningRecord]) -> Section:
-    """The section that compares at least two runs. `runs` maps the name of a run to its record."""
+    """The section that compares runs.
+
+    Args:
+        runs: Name of a run -> its record; at least two.
+    """
     return Section("Runs compared", parts=(_totals(runs), _differences(runs)))
 
 
@@ -234,7 +261,7 @@ def _totals(runs: Mapping[str, PruningRecord]) -> Table:
 
 def _differences(runs: Mapping[str, PruningRecord]) -> Table:
     """The fields of recipes and inputs in which the runs differ; one column per run."""
-    found = []
+    fields_by_run = []
     for run in runs.values():
         inputs = {
             "calibration text": run.inputs.calibration,
@@ -242,11 +269,13 @@ def _differences(runs: Mapping[str, PruningRecord]) -> Table:
             "computed in": run.inputs.dtype,
             "device": run.inputs.device,
         }
-        found.append(dict(items_of({"model": run.source} | run.recipe.model_dump() | inputs)))
+        fields_by_run.append(
+            dict(items_of({"model": run.source} | run.recipe.model_dump() | inputs))
+        )
     rows = [
-        (name, *(one.get(name) for one in found))
-        for name in dict.fromkeys(name for one in found for name in one)
-        if len({one.get(name) for one in found}) > 1
+        (name, *(fields.get(name) for fields in fields_by_run))
+        for name in dict.fromkeys(name for fields in fields_by_run for name in fields)
+        if len({fields.get(name) for fields in fields_by_run}) > 1
     ]
     columns = (Column("field"), *map(Column, runs))
     note = "" if rows else "The runs have the same recipe and the same inputs."

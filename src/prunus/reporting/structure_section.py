@@ -13,6 +13,7 @@ from prunus.structure.records import what_was_removed
 if TYPE_CHECKING:
     from prunus.structure.records import StructureRecord
 
+# What the search for blocks measures -> its words.
 _MEASURES = {
     "divergence": "KL divergence, nats per token",
     "influence": "influence: 1 − cosine of the hidden states before and after a block",
@@ -20,7 +21,7 @@ _MEASURES = {
 
 
 def structure_section(record: StructureRecord) -> Section:
-    """The section of a run that made a model smaller."""
+    """The section of a run that made a model smaller, finished or not, from its record."""
     name = Path(record.source).name or record.source
     return Section(
         f"{name}, made smaller",
@@ -30,7 +31,10 @@ def structure_section(record: StructureRecord) -> Section:
 
 
 def structure_table(record: StructureRecord) -> Table:
-    """The fields of the configuration that changed, and what was removed."""
+    """The fields of the configuration that changed, and below them what was removed and why.
+
+    The total of the parameters is there once the run is finished.
+    """
     totals, inputs = record.totals, record.inputs
     lines = [
         *what_was_removed(record),
@@ -102,21 +106,21 @@ def _search(record: StructureRecord) -> list[Any]:
 
 def _widths(record: StructureRecord) -> list[HeatMap]:
     """The errors where channels and heads are read."""
-    found = [block.width for block in record.blocks]
+    widths = [block.width for block in record.blocks]
     title = "Relative error where what became narrower is read"
-    return [blocks_map(title, found, lambda part: part.error, ".3%")] if any(found) else []
+    return [blocks_map(title, widths, lambda part: part.error, ".3%")] if any(widths) else []
 
 
 def _experts(record: StructureRecord) -> list[HeatMap]:
     """The saliency of every expert of the old model."""
-    found = [
+    saliencies = [
         {f"expert {number}": value for number, value in enumerate(block.experts.saliency)}
         if block.experts is not None
         else {}
         for block in record.blocks
     ]
     title = f"Saliency of experts ({record.recipe.saliency})"
-    return [blocks_map(title, found, float, ".4g")] if any(found) else []
+    return [blocks_map(title, saliencies, float, ".4g")] if any(saliencies) else []
 
 
 def _repairs(record: StructureRecord) -> list[Lines]:
@@ -126,15 +130,15 @@ def _repairs(record: StructureRecord) -> list[Lines]:
         ("outputs", "relative error of the block's output"),
         ("logits", "KL divergence of the next token"),
     ):
-        found = {
-            place: block.repair
-            for place, block in enumerate(record.blocks)
+        repairs = {
+            number: block.repair
+            for number, block in enumerate(record.blocks)
             if block.repair is not None and block.repair.measure == measure
         }
-        if found:
+        if repairs:
             lines = {
-                "before": {place: each.error_before for place, each in found.items()},
-                "afterwards": {place: each.error_after for place, each in found.items()},
+                "before": {number: repair.error_before for number, repair in repairs.items()},
+                "afterwards": {number: repair.error_after for number, repair in repairs.items()},
             }
             charts.append(
                 lines_over_blocks(f"Repair: {title}, on windows kept apart", title, lines, ".4f")

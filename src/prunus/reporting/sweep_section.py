@@ -36,13 +36,14 @@ if TYPE_CHECKING:
     from prunus.pruning.recipe import Recipe
     from prunus.sweeping.results import CellResult, SweepResults
 
+# State of a cell -> what a run of the sweep would do with it.
 _WHAT_WOULD_HAPPEN = {
     "waiting": "would run",
     "running": "would continue",
     "failed": "failed, would run again",
     "done": "done",
 }
-#: Title and value of the columns of a table, which are the x axis of the chart as well.
+#: Title -> value in a recipe, for the columns of a table. They are the chart's x axis as well.
 _AXES: dict[str, Callable[[Recipe], Any]] = {
     "sparsity": lambda recipe: _shape(recipe),  # noqa: PLW0108
     "calibration windows": lambda recipe: recipe.samples,
@@ -50,6 +51,7 @@ _AXES: dict[str, Callable[[Recipe], Any]] = {
 }
 #: Fields of a recipe that are never part of a row's name: the axes and the method name them.
 _NOT_IN_ROWS = {"method", "sparsity", "pattern", "seed"}
+# Figure -> the note below its table.
 _NOTES = {
     "perplexity": "Lower is better.",
     "KL divergence": "From the dense model, in nats per token; lower is better.",
@@ -61,7 +63,13 @@ _NOTES = {
 
 
 def sweep_section(results: SweepResults, speeds: Mapping[str, float] | None = None) -> Section:
-    """The section of a sweep, finished or not, with the speeds of models in its cells."""
+    """The section of a sweep, finished or not.
+
+    Args:
+        results: What the sweep has measured so far.
+        speeds: Model, as it was given to `prunus bench` -> tokens per second, for models that lie
+            in the folders of cells; None without a benchmark.
+    """
     measured = {
         name: speed
         for name, label, _ in results.every_model()
@@ -73,13 +81,13 @@ def sweep_section(results: SweepResults, speeds: Mapping[str, float] | None = No
     for label in results.models:
         for text, where in texts.items():
             rows = {
-                name: found.figures(text) | {"decoded tokens/s": measured.get(name)}
-                for name, _, found in results.every_model()
+                name: scored.figures(text) | {"decoded tokens/s": measured.get(name)}
+                for name, _, scored in results.every_model()
             }
-            own = [cell for cell in results.cells if cell.model == label]
+            model_cells = [cell for cell in results.cells if cell.model == label]
             shown, folded = _quality_parts(
                 f"{where}, {label}" if len(results.models) > 1 else where,
-                {cell.name: (cell, rows[cell.name]) for cell in own},
+                {cell.name: (cell, rows[cell.name]) for cell in model_cells},
                 rows[f"{label}-dense"],
             )
             parts += shown
@@ -95,10 +103,14 @@ def sweep_section(results: SweepResults, speeds: Mapping[str, float] | None = No
 
 
 def check_section(results: SweepResults) -> Section:
-    """The section of a sweep that was only checked: every cell, and what would become of it."""
+    """The section of a sweep that was only checked: every cell, and what would become of it.
+
+    Args:
+        results: The results of an earlier run of the sweep, with all cells of this one.
+    """
     rows = tuple(
-        (name, label, _WHAT_WOULD_HAPPEN[results.state_of(found)])
-        for name, label, found in results.every_model()
+        (name, label, _WHAT_WOULD_HAPPEN[results.state_of(cell)])
+        for name, label, cell in results.every_model()
     )
     columns = (Column("cell"), Column("model"), Column("state"))
     lead = "Everything was checked. Nothing was run or written."
@@ -132,13 +144,13 @@ def _headline(results: SweepResults) -> Facts:
 def _tasks(results: SweepResults) -> Table:
     """Accuracy of each task, or all its metrics if it has no accuracy."""
     rows, forms = [], {}
-    for name, _, found in results.every_model():
+    for name, _, scored in results.every_model():
         row: dict[str, Any] = {"model": name}
-        for title, figure in found.task_figures().items():
+        for title, figure in scored.task_figures().items():
             task, _, metric = title.rpartition(", ")
-            if metric == "acc" or "acc" not in found.tasks[task]:
-                own = task if metric == "acc" else title
-                row[own], forms[own] = figure, form_of(metric)
+            if metric == "acc" or "acc" not in scored.tasks[task]:
+                column = task if metric == "acc" else title
+                row[column], forms[column] = figure, form_of(metric)
         rows.append(row)
     note = "Accuracy unless another metric is named; ± one standard error."
     return table_of("Tasks", rows, forms, note)
@@ -164,15 +176,21 @@ def _circumstances(results: SweepResults, texts: Mapping[str, str]) -> list[Fact
 def _quality_parts(
     where: str, cells: Mapping[str, tuple[CellResult, Mapping[str, Any]]], dense: Mapping[str, Any]
 ) -> tuple[list[Part], list[Part]]:
-    """What the report shows of a model and a text at once, and what it folds away."""
+    """What the report shows of a model and a text at once, and what it folds away.
+
+    Args:
+        where: Name of the text, and of the model if there are several.
+        cells: Name of a cell -> the cell, and its figures on the text.
+        dense: The figures of the dense model.
+    """
     recipes = [cell.recipe for cell, _ in cells.values()]
     axis = next((name for name, f in _AXES.items() if len(set(map(f, recipes))) > 1), "sparsity")
-    place = _AXES[axis]
-    tops = list(dict.fromkeys(map(place, recipes)))
+    value_of = _AXES[axis]
+    tops = list(dict.fromkeys(map(value_of, recipes)))
     name_of = _row_names([cell for cell, _ in cells.values()], axis)
     groups: dict[str, dict[Any, list[Mapping[str, Any]]]] = {}
     for name, (cell, figures) in cells.items():
-        groups.setdefault(name_of[name], {}).setdefault(place(cell.recipe), []).append(figures)
+        groups.setdefault(name_of[name], {}).setdefault(value_of(cell.recipe), []).append(figures)
     seeds = len({recipe.seed for recipe in recipes})
 
     def table(figure: str) -> Table:
@@ -187,21 +205,21 @@ def _quality_parts(
         title = f"{figure[:1].upper()}{figure[1:]} on {where}"
         return Table(title, columns, tuple(rows), note)
 
-    known = [
+    other_figures = [
         figure
         for figure in ("KL divergence", "residual gap")
         if any(figures.get(figure) is not None for _, figures in cells.values())
     ]
     points = [Point("dense", "dense", dense)]
     for name, row in groups.items():
-        for top, found in row.items():
-            means = {figure: _mean(figure, found) for figure in FORMS}
+        for top, seed_figures in row.items():
+            means = {figure: _mean(figure, seed_figures) for figure in FORMS}
             points.append(Point(name, f"{name}, {_title(axis, top)}", means))
     level = dense.get("perplexity")
     chart = _chart(f"Perplexity on {where} by {axis}", axis, tops, groups, level)
-    shown: list[Part] = [table("perplexity"), *(table(x) for x in known[:1])]
+    shown: list[Part] = [table("perplexity"), *(table(x) for x in other_figures[:1])]
     shown += [*quality_charts(where, points, level), *([chart] if chart is not None else [])]
-    return shown, [table(figure) for figure in known[1:]]
+    return shown, [table(figure) for figure in other_figures[1:]]
 
 
 def _chart(
@@ -233,7 +251,7 @@ def _chart(
         if points:
             x = tuple(_number(top) for top, _, _ in points)
             series.append(Series(name, x, tuple(mean for _, mean, _ in points), hover))
-    values = [y for one in series for y in one.y] + ([level] if level is not None else [])
+    values = [y for line in series for y in line.y] + ([level] if level is not None else [])
     if not series:
         return None
     xs = [_number(top) for top in tops]
@@ -250,7 +268,7 @@ def _chart(
 
 def _row_names(cells: Sequence[CellResult], axis: str) -> dict[str, str]:
     """Cell -> name of its row: the method, and the options that vary among the method's cells."""
-    found = {}
+    names = {}
     hidden = _NOT_IN_ROWS | {
         "calibration windows": {"samples"},
         "tokens per window": {"seqlen"},
@@ -266,8 +284,8 @@ def _row_names(cells: Sequence[CellResult], axis: str) -> dict[str, str]:
             parts.append(_shape(cell.recipe))
         if cell.recovery is not None:
             parts.append(f"recovered by {cell.recovery}")
-        found[cell.name] = ", ".join(parts)
-    return found
+        names[cell.name] = ", ".join(parts)
+    return names
 
 
 def _shape(recipe: Recipe) -> str:
@@ -287,5 +305,5 @@ def _number(top: Any) -> float:
 
 def _mean(figure: str, rows: Sequence[Mapping[str, Any]]) -> float | None:
     """Mean over seeds, or None if a value is missing: all means are over the same seeds."""
-    known = [value for row in rows if (value := plain(row.get(figure))) is not None]
-    return sum(known) / len(known) if known and len(known) == len(rows) else None
+    values = [value for row in rows if (value := plain(row.get(figure))) is not None]
+    return sum(values) / len(values) if values and len(values) == len(rows) else None

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from prunus.compression.records import ConversionRecord
     from prunus.recovery.record import RecoveryRecord
 
+# Value of the option `bos` -> what a plan says of it, before a tokenizer is loaded.
 _BOS_OF_PLAN = {
     "auto": "if the tokenizer puts it before a text",
     "yes": "yes",
@@ -24,7 +25,11 @@ _BOS_OF_PLAN = {
 
 
 def plan_facts(plan: dict[str, Any]) -> Facts:
-    """What a run on this machine would do; see `describe_plan` and `plan_training`."""
+    """What a run on this machine would do, as facts to print.
+
+    Args:
+        plan: What `describe_plan` returned, for preset max with `training` of `plan_training`.
+    """
     rule, measured = plan["allocation"]["rule"], plan["allocation"]["measured"]
     rows = {
         "blocks": plan["blocks"],
@@ -72,7 +77,10 @@ def _weights_of_plan(plan: dict[str, Any]) -> str:
 
 
 def packing_table(record: ConversionRecord) -> Table:
-    """How a conversion changed the size of the linears: one row per kind of linear."""
+    """How a conversion changed the size of the linears: one row per kind of linear, and all.
+
+    The rounding error is the mean over the linears whose error was measured.
+    """
 
     def row(kind: str, linears: Sequence[Any]) -> dict[str, Any]:
         before, after = (sum(linear.nbytes[side] for linear in linears) for side in range(2))
@@ -101,6 +109,10 @@ def packing_table(record: ConversionRecord) -> Table:
 
 
 def recovery_table(record: RecoveryRecord) -> Table:
+    """The evaluations of a recovery, one row each, and what was spent and preserved below them.
+
+    The note counts the zeros that training preserved.
+    """
     rows = [
         {
             "step": entry.step,

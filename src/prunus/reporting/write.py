@@ -49,8 +49,8 @@ def report(
         ValueError, FileNotFoundError: A path holds something else or is damaged, or the name of
             `output` has another ending.
     """
-    given = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
-    if not given:
+    input_paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    if not input_paths:
         raise ValueError("give the folder of a run or a sweep, or the file of prunus eval --json")
     page = None if output is None else Path(output)
     if page is not None and page.suffix not in (".html", ".md"):
@@ -62,18 +62,24 @@ def report(
         content = read_json(Path(bench))
         measured = [_checked(Path(bench), lambda: speed_section(content), "prunus bench")]
         speeds = decode_speeds(content)
-    found = [(path, _found(path)) for path in given]
-    runs = [(path, one) for path, one in found if isinstance(one, BlockwiseRecord)]
+    results = [(path, _read_result(path)) for path in input_paths]
+    runs = [(path, result) for path, result in results if isinstance(result, BlockwiseRecord)]
     names = short_names(str(path) for path, _ in runs)
-    pruned = {names[str(path)]: one for path, one in runs if isinstance(one, PruningRecord)}
+    pruned = {
+        names[str(path)]: result for path, result in runs if isinstance(result, PruningRecord)
+    }
     sections = [
         *(
-            _section(path, one, speeds)
-            for path, one in found
-            if not isinstance(one, BlockwiseRecord)
+            _section(path, result, speeds)
+            for path, result in results
+            if not isinstance(result, BlockwiseRecord)
         ),
         *measured,
-        *([_checked(given[0], lambda: comparison_section(pruned))] if len(pruned) > 1 else []),
+        *(
+            [_checked(input_paths[0], lambda: comparison_section(pruned))]
+            if len(pruned) > 1
+            else []
+        ),
         *(_section(path, run, speeds) for path, run in runs),
     ]
     document = Document(title or sections[0].title, tuple(sections))
@@ -83,7 +89,7 @@ def report(
     return document
 
 
-def _found(path: Path) -> Any:
+def _read_result(path: Path) -> Any:
     """What a path holds: the record of a run, the results of a sweep, or JSON of `prunus eval`."""
     if not path.exists():
         raise FileNotFoundError(
@@ -93,9 +99,9 @@ def _found(path: Path) -> Any:
     if path.suffix == ".gguf":
         from prunus.formats.gguf.contents import read_record  # it imports torch
 
-        if (made := read_record(path)) is None:
+        if (record := read_record(path)) is None:
             raise ValueError(f"{path} has no record of prunus compress: another program wrote it")
-        return made
+        return record
     if not path.is_dir():
         return read_json(path)
     if (path / RESULTS_NAME).exists():
@@ -110,13 +116,13 @@ def _found(path: Path) -> Any:
     )
 
 
-def _section(path: Path, found: Any, speeds: Mapping[str, float]) -> Section:
-    if isinstance(found, SweepResults):
-        return _checked(path / RESULTS_NAME, lambda: sweep_section(found, speeds))
-    if isinstance(found, BlockwiseRecord):
-        section: Any = structure_section if isinstance(found, StructureRecord) else run_section
-        return _checked(path / found.FILE, lambda: section(found))
-    return _checked(path, lambda: evaluation_section(found, speeds), "prunus eval")
+def _section(path: Path, result: Any, speeds: Mapping[str, float]) -> Section:
+    if isinstance(result, SweepResults):
+        return _checked(path / RESULTS_NAME, lambda: sweep_section(result, speeds))
+    if isinstance(result, BlockwiseRecord):
+        section: Any = structure_section if isinstance(result, StructureRecord) else run_section
+        return _checked(path / result.FILE, lambda: section(result))
+    return _checked(path, lambda: evaluation_section(result, speeds), "prunus eval")
 
 
 def _checked(path: Path, make_section: Callable[[], Section], verb: str = "") -> Section:

@@ -38,15 +38,20 @@ def serve(
     Clients call the model as it is given here. While the server runs, nothing is downloaded.
 
     Args:
-        model: checkpoint folder, dense or packed, GGUF file or hub id.
+        model: Checkpoint folder, dense or packed, GGUF file or hub id.
+        host: Name or address of this machine to listen on. Only this machine reaches the default.
+            A host that others reach gets a warning, because the server asks for no key.
         port: TCP port; 0 takes a free one, which the server prints.
-        device, dtype: where and in which dtype the model computes; see `load_model`.
-        log: called with a line of text before the model is loaded, and when the server ends.
+        device: Where the model computes, as `load_model` takes it.
+        dtype: In which dtype the model computes, as `load_model` takes it.
+        trust_remote_code: Whether Python code of the checkpoint may run.
+        log: Called with a line of text before the model is loaded, and when the server ends.
 
     Raises:
-        ModuleNotFoundError: if the extra `serve` is not installed.
-        ValueError, FileNotFoundError: before any weight is read, if the model cannot be served or
-            the address cannot be used.
+        ModuleNotFoundError: If the extra `serve` is not installed.
+        ValueError: If the model cannot be served, for example because it is an adapter, or if the
+            address cannot be used. No weight was read then.
+        FileNotFoundError: If there is no such model.
     """
     _require_libraries()
     folder = find_folder(model, log)

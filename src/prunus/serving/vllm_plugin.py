@@ -6,6 +6,10 @@ needs no option.
 
 vLLM's classes are made inside functions, because this file is also imported where vLLM is not
 installed.
+
+_config_class   the class that chooses how each layer of a model is computed
+_method_class   the class that loads and computes one layer: vLLM's side of it
+PackedLayer     the weights of one layer: prunus' side of it
 """
 
 from __future__ import annotations
@@ -43,18 +47,26 @@ def _config_class() -> Any:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
     class PrunusConfig(QuantizationConfig):
-        """The packed linears of a checkpoint, by the names that vLLM gives them."""
+        """The packed linears of a checkpoint, by the names that vLLM gives them.
+
+        vLLM calls the methods whose names it prescribes; see its `QuantizationConfig`.
+        """
 
         def __init__(self, described: Description) -> None:
             super().__init__()
             self.described = described
-            #: Name in vLLM's model -> name in the checkpoint.
+            # Name in vLLM's model -> name in the checkpoint.
             self.names = {name: name for name in described.linears}
             self._layers: list[PackedLayer] = []
             self._embedding_is_packed = False
 
         @classmethod
         def from_config(cls, config: dict[str, Any]) -> PrunusConfig:
+            """Read `quantization_config` of config.json.
+
+            Raises:
+                ValueError: This vLLM computes on another device than the CPU.
+            """
             from vllm.platforms import current_platform
 
             if not current_platform.is_cpu():
@@ -71,17 +83,21 @@ def _config_class() -> Any:
             return _restored, (self.described.to_dict(),), self.__dict__
 
         def get_name(self) -> str:
+            """The name of the quantization method, as config.json has it."""
             return METHOD
 
         def get_supported_act_dtypes(self) -> list[torch.dtype]:
+            """The dtypes of activations that the kernels take."""
             return list(FLOATS)
 
         @classmethod
         def get_min_capability(cls) -> int:
+            """The least CUDA capability: none, since the kernels run on the CPU."""
             return 0
 
         @staticmethod
         def get_config_filenames() -> list[str]:
+            """Files to read besides config.json: none, it says everything."""
             return []
 
         def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
@@ -89,7 +105,12 @@ def _config_class() -> Any:
             self.names = hf_to_vllm_mapper.apply_dict(self.names)
 
         def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
-            """Return how a layer is computed; None leaves it to vLLM."""
+            """Return how a layer is computed; None leaves it to vLLM.
+
+            Raises:
+                ValueError: vLLM joins packed experts to one layer, which prunus cannot compute
+                    there.
+            """
             from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
             from vllm.model_executor.layers.vocab_parallel_embedding import (
                 ParallelLMHead,
@@ -165,7 +186,13 @@ def _method_class() -> Any:
     _define_operators()
 
     class PrunusMethod(LinearMethodBase):
-        """Computes a linear, an embedding or a head from packed weights, named `prefix`."""
+        """Computes a linear, an embedding or a head from packed weights.
+
+        Args:
+            prefix: The layer's name in vLLM's model, by which compiled code finds its weights.
+            packed: The weights of the layer.
+            prepared: Called without arguments once this layer is loaded.
+        """
 
         def __init__(self, prefix: str, packed: PackedLayer, prepared: Any) -> None:
             self._prefix, self._packed, self._prepared = prefix, packed, prepared
@@ -180,7 +207,13 @@ def _method_class() -> Any:
             params_dtype: torch.dtype,
             **_: Any,
         ) -> None:
-            """Register parameters without content that hand over what is loaded into them."""
+            """Register parameters without content that hand over what is loaded into them.
+
+            The sizes are vLLM's: those of this process, and those of the whole layer.
+
+            Raises:
+                ValueError: The layer is split between processes, or its name is taken.
+            """
             if input_size_per_partition != input_size or sum(output_partition_sizes) != output_size:
                 raise ValueError(
                     "packed weights cannot be split: start vLLM with --tensor-parallel-size 1"
@@ -227,6 +260,10 @@ def _method_class() -> Any:
         def apply(
             self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
         ) -> torch.Tensor:
+            """Map (..., in) to (..., out).
+
+            A compiled model calls an operator, which finds the weights by the layer's name.
+            """
             if torch.compiler.is_compiling():
                 product: torch.Tensor = torch.ops.prunus.vllm_linear(
                     x, bias, self._prefix, self._out_features
@@ -235,6 +272,7 @@ def _method_class() -> Any:
             return self._packed.multiply(x, bias)
 
         def embedding(self, layer: nn.Module, input_: torch.Tensor) -> torch.Tensor:
+            """Map token ids (...) to rows (..., in), in a compiled model by an operator too."""
             if torch.compiler.is_compiling():
                 rows: torch.Tensor = torch.ops.prunus.vllm_embedding(
                     input_, self._prefix, self._in_features, self._dtype
@@ -292,8 +330,17 @@ def _define_operators() -> torch.library.Library:
 class PackedLayer(nn.Module):
     """The weights of one layer, whose rows follow each other; at least one of them is packed.
 
-    Tensors are handed over with `take`, in any order; then `prepare`. `names` are those of the
-    layer's linears in the checkpoint, by rows. One that is not described is dense.
+    Tensors are handed over with `take`, in any order; then `prepare`.
+
+    Args:
+        described: What config.json says of the packed linears.
+        names: The layer's linears in the checkpoint, in the order of their rows. One that is not
+            described is dense.
+
+    Attributes:
+        names: Those linears.
+        parts: The linears as modules, in the same order; empty until `prepare`.
+        is_ready: Whether `prepare` has built the weights.
     """
 
     parts: nn.ModuleList
@@ -307,20 +354,33 @@ class PackedLayer(nn.Module):
         self.is_ready = False
 
     def expected(self) -> dict[str, torch.dtype]:
-        """The tensors that the checkpoint may hold, with dtypes: names such as `weight_mask`."""
-        found = {"weight": torch.bfloat16}
+        """Name of each tensor that the checkpoint may hold, such as `weight_mask` -> its dtype."""
+        dtypes = {"weight": torch.bfloat16}
         for name in self.names:
             if name in self._described.linears:
                 for full, tensor in self._described.tensors(name).items():
-                    found[full.removeprefix(f"{name}.")] = tensor.dtype
-        return found
+                    dtypes[full.removeprefix(f"{name}.")] = tensor.dtype
+        return dtypes
 
     def take(self, tensor_name: str, tensor: torch.Tensor, part: int = 0) -> None:
-        """Keep a tensor of linear number `part` until `prepare` is called."""
+        """Keep a tensor of linear number `part` until `prepare` is called.
+
+        Args:
+            tensor_name: One of `expected`, such as `weight_mask`.
+            tensor: The tensor from the checkpoint.
+            part: Number of the linear in `names`.
+        """
         self._taken[part][tensor_name] = tensor
 
     def prepare(self, dtype: torch.dtype) -> None:
-        """Check the tensors and build the weights. A second call does nothing."""
+        """Check the tensors and build the weights. A second call does nothing.
+
+        Args:
+            dtype: Dtype of the dense weights.
+
+        Raises:
+            ValueError: A tensor is missing, superfluous, or damaged; names the linear.
+        """
         if self.is_ready:
             return
         for name, taken in zip(self.names, self._taken, strict=True):
@@ -331,7 +391,7 @@ class PackedLayer(nn.Module):
         self.is_ready = True
 
     def _packed(self, name: str, taken: dict[str, torch.Tensor]) -> PackedLinear:
-        tensors = {f"{name}.{each}": tensor for each, tensor in taken.items()}
+        tensors = {f"{name}.{tensor_name}": tensor for tensor_name, tensor in taken.items()}
         shape = self._described.linears[name]
         only = Description(self._described.values, {name: shape})
         only.check_tensors(tensors)
@@ -342,12 +402,16 @@ class PackedLayer(nn.Module):
 
     @property
     def out_features(self) -> int:
+        """Outputs of all linears together."""
         return sum(self._rows)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Map (..., in) to (..., out): the outputs of all weights, joined in their order."""
         biases = [None] * len(self._rows) if bias is None else bias.split(self._rows)
-        outputs = [_multiply(x, part, each) for part, each in zip(self.parts, biases, strict=True)]
+        outputs = [
+            _multiply(x, part, part_bias)
+            for part, part_bias in zip(self.parts, biases, strict=True)
+        ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
     def look_up(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -34,8 +34,10 @@ from typing import Any, BinaryIO
 
 from prunus.model.checkpoint.regular_files import open_regular, read_limited
 
+#: End of the name of every file that is not finished yet.
 TEMPORARY_SUFFIX = ".partial"
-# The most bytes of a file's name, and how many of them a temporary name takes over.
+# Linux allows names of 255 bytes. A temporary name takes over the first 200, and has room for a
+# random part and its suffix.
 _MAX_NAME, _OF_NAME = 255, 200
 #: Records of results. A recovered or packed checkpoint also has a copy of the record of its source,
 #: which describes the source's shards. So the first record that is there counts.
@@ -53,7 +55,13 @@ _held: dict[Path, int] = {}
 
 @contextlib.contextmanager
 def holding(folder: Path) -> Iterator[int]:
-    """Keep a handle of `folder` open, from which paths in it are resolved. Yields the handle."""
+    """Keep a handle of `folder` open for the length of a `with` block, and yield the handle.
+
+    While the block runs, `in_held` resolves every path inside the folder from this handle.
+
+    Raises:
+        OSError: The folder is missing, or cannot be opened.
+    """
     handle, name = os.open(folder, os.O_RDONLY | os.O_DIRECTORY), Path(os.path.abspath(folder))
     _held[name] = handle
     try:
@@ -66,7 +74,11 @@ def holding(folder: Path) -> Iterator[int]:
 def in_held(path: Path) -> Path:
     """The path to write to or to remove instead of `path`: from a handle, if its folder is held.
 
-    Linux offers open handles as paths. On other systems the check comes just before the work.
+    Linux offers open handles as paths. On other systems the check comes just before the work, and
+    `path` itself is returned.
+
+    Raises:
+        FileExistsError: The held folder has been moved away or exchanged for something else.
     """
     absolute = Path(os.path.abspath(path))
     for folder in (absolute, *absolute.parents):
@@ -85,7 +97,10 @@ def in_held(path: Path) -> Path:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a link, or a folder with all that is in it, if it is there."""
+    """Remove a file or a link, or a folder with all that is in it, if it is there.
+
+    A link to a folder is removed as a link: what it leads to stays.
+    """
     path = in_held(path)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -94,15 +109,20 @@ def remove(path: Path) -> None:
 
 
 def check_place(path: Path) -> None:
-    """Check that the file or folder `path` can be made: the nearest folder above it takes it."""
+    """Check that the file or folder `path` can be made: the nearest folder above it takes it.
+
+    Raises:
+        ValueError: The name is longer than a file system allows.
+        PermissionError: The nearest folder that exists is not writable, or is not a folder.
+    """
     absolute = Path(os.path.abspath(path))
     if (length := len(os.fsencode(absolute.name))) > _MAX_NAME:
         raise ValueError(
             f"a name has at most {_MAX_NAME} bytes, and {absolute.name} has {length}; choose a "
             "shorter one"
         )
-    places = (absolute, *absolute.parents) if path.is_dir() else absolute.parents
-    above = next(each for each in places if os.path.exists(each))
+    candidates = (absolute, *absolute.parents) if path.is_dir() else absolute.parents
+    above = next(folder for folder in candidates if os.path.exists(folder))
     allowed = above.is_dir() and os.access(above, os.W_OK | os.X_OK)
     # A file system without any bytes, such as /proc, takes no files, whatever its folders allow.
     if not allowed or not shutil.disk_usage(above).total:
@@ -113,7 +133,7 @@ def check_place(path: Path) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut."""
+    """Make the renames and removals of names in `folder` survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -122,7 +142,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make `folder` and the missing ones above it, so that they survive a power cut."""
+    """Make `folder` and the missing ones above it, so that all of them survive a power cut."""
     folder = in_held(folder)
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -134,9 +154,18 @@ def make_folder(folder: Path) -> None:
 def replacing(path: Path, nbytes: int | None = None) -> Iterator[BinaryIO]:
     """Replace the file `path` atomically: it becomes the new temporary file that is yielded.
 
-    After an error the new file is removed. `nbytes` is its size, for the error of a full disk.
+    At the end of the `with` block the content is on the disk under its final name. After an error,
+    also after Ctrl-C, the temporary file is removed and `path` stays as it was.
+
+    Args:
+        path: The file. Its folder must exist.
+        nbytes: Size of the new content, for the error of a full disk; None if it is unknown.
+
+    Raises:
+        OSError: The content cannot be written. The error of a full disk says how much is free.
+        FileExistsError: The folder was exchanged; see `in_held`.
     """
-    given, path = path, in_held(path)
+    final_path, path = path, in_held(path)
     begin = os.fsdecode(os.fsencode(path.name)[:_OF_NAME])
     temporary = path.with_name(f"{begin}.{secrets.token_hex(6)}{TEMPORARY_SUFFIX}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
@@ -149,9 +178,9 @@ def replacing(path: Path, nbytes: int | None = None) -> Iterator[BinaryIO]:
     except BaseException as fault:
         temporary.unlink(missing_ok=True)
         if isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _no_space(given, nbytes) from fault
+            raise _no_space(final_path, nbytes) from fault
         if isinstance(fault, OSError) and fault.filename in (None, str(temporary)):
-            fault.filename = str(given)  # and not a name that means nothing to the user
+            fault.filename = str(final_path)  # and not a name that means nothing to the user
         raise
     fsync_folder(path.parent)
 
@@ -159,24 +188,31 @@ def replacing(path: Path, nbytes: int | None = None) -> Iterator[BinaryIO]:
 def move_file(path: Path, target: Path, replaces: bool) -> None:
     """Give a finished file another name on its disk, atomically.
 
-    FileExistsError unless it `replaces`, if something has that name by now.
+    Args:
+        path: The file.
+        target: The new name.
+        replaces: Whether something that has that name by now is replaced.
+
+    Raises:
+        FileExistsError: Something has the name `target` by now, and may not be replaced. Both files
+            stay as they are.
     """
-    moved, place = in_held(path), in_held(target)
+    source_path, target_path = in_held(path), in_held(target)
     try:
         if not replaces:
             # Unlike a rename, a link never replaces. The rename then does nothing but drop a name.
-            os.link(moved, place)
+            os.link(source_path, target_path)
     except OSError as fault:
         # Some file systems have no links. There the check comes just before the work.
-        if os.path.lexists(place):
+        if os.path.lexists(target_path):
             raise FileExistsError(
                 f"{target} was made by somebody else during the run, and is left as it is. The "
                 f"finished work is in {path.parent}: move that file away, and the same command "
                 "continues"
             ) from fault
-    os.replace(moved, place)
-    moved.unlink(missing_ok=True)
-    fsync_folder(place.parent)
+    os.replace(source_path, target_path)
+    source_path.unlink(missing_ok=True)
+    fsync_folder(target_path.parent)
 
 
 def _no_space(path: Path, nbytes: int | None) -> OSError:
@@ -207,12 +243,22 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` atomically as indented JSON, which has no NaN or infinity."""
+    """Write `content` atomically as indented JSON.
+
+    Raises:
+        ValueError: It holds NaN or infinity, which JSON does not have.
+    """
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file."""
+    """The content of a JSON file, from which nothing is trusted but that it is JSON.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not valid JSON, nested too deep, no regular file, or too large. The
+            message names the file and the position of the fault.
+    """
     content = read_limited(path)
     try:
         return json.loads(content.decode("utf-8"))
@@ -224,13 +270,21 @@ def read_json(path: Path) -> Any:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy the bytes of one file, without its permissions, atomically."""
+    """Copy the bytes of one file, without its permissions, atomically.
+
+    Raises:
+        ValueError: `source` is no regular file, or larger than its kind may be.
+    """
     with open_regular(source) as original, replacing(target) as copy:
         shutil.copyfileobj(original, copy, 2**20)
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes as a hex string."""
+    """SHA-256 of a file's bytes as a hex string.
+
+    Raises:
+        ValueError: It is no regular file, or larger than its kind may be.
+    """
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -242,17 +296,34 @@ def file_digest(path: Path) -> str:
 
 
 def recorded_digests(folder: Path) -> dict[str, str]:
-    """File name of a shard -> its SHA-256 in the record of a result; empty without a record."""
+    """File name of a shard -> its SHA-256 (hex) in the record of a result.
+
+    Empty for a folder without a record, which prunus did not write.
+
+    Raises:
+        ValueError: The record is damaged.
+    """
     path = next((folder / name for name in RECORD_FILES if (folder / name).exists()), None)
     content = read_json(path) if path is not None else {}
-    found = content.get("sha256", {}) if isinstance(content, dict) else None
-    if not isinstance(found, dict) or not all(isinstance(x, str) for x in found.values()):
+    digests = content.get("sha256", {}) if isinstance(content, dict) else None
+    if not isinstance(digests, dict) or not all(
+        isinstance(digest, str) for digest in digests.values()
+    ):
         raise ValueError(f"{path} is damaged: it maps no shards to their SHA-256; copy it again")
-    return found
+    return digests
 
 
 def check_shard(path: Path, expected: str, remedy: str) -> None:
-    """Check that a shard still has the bytes that were written."""
+    """Check that a shard still has the bytes that were written.
+
+    Args:
+        path: The shard.
+        expected: Its recorded SHA-256 (hex).
+        remedy: What to do if it was changed, as the end of a sentence.
+
+    Raises:
+        ValueError: It was changed.
+    """
     if file_digest(path) != expected:
         raise ValueError(
             f"{path} is not what was written: its SHA-256 is not the recorded one, so a disk or a "
@@ -261,7 +332,12 @@ def check_shard(path: Path, expected: str, remedy: str) -> None:
 
 
 def verify_shards(folder: Path) -> int:
-    """Compare all shards of a checkpoint with the SHA-256 in its record; returns their number."""
+    """Compare all shards of a checkpoint with the SHA-256 in its record; returns their number.
+
+    Raises:
+        FileNotFoundError: A shard is missing, or the folder has no record to compare with.
+        ValueError: Shards were changed, or lie there without being in the record; names them all.
+    """
     recorded = recorded_digests(folder)
     if not recorded:
         raise FileNotFoundError(
@@ -280,7 +356,12 @@ def verify_shards(folder: Path) -> int:
 
 
 def fingerprint_with(fingerprint: str, recorded: Mapping[str, str]) -> str:
-    """A fingerprint that also covers the weights, where their SHA-256 is known."""
+    """A fingerprint that also covers the weights, where their SHA-256 is known.
+
+    Args:
+        fingerprint: The fingerprint of `Checkpoint`, which covers names, sizes and headers alone.
+        recorded: The digests of `recorded_digests`. Without any, `fingerprint` is returned.
+    """
     if not recorded:
         return fingerprint
     return hashlib.sha256(json.dumps([fingerprint, sorted(recorded.items())]).encode()).hexdigest()

@@ -29,6 +29,9 @@ _INHERITED = (
 def read_fields(card: str | None) -> tuple[dict[str, str], str]:
     r"""Return the fields of a card as text, and what follows them.
 
+    The text of a field is all that stands after its colon, with the lines below that belong to it.
+    A card without front matter has no fields. None is an empty card.
+
     >>> read_fields("---\nlicense: mit\ntags:\n- a\n---\n\n# Title\n")
     ({'license': ' mit', 'tags': '\n- a'}, '\n# Title\n')
     """
@@ -39,9 +42,9 @@ def read_fields(card: str | None) -> tuple[dict[str, str], str]:
     fields: dict[str, str] = {}
     name = None
     for line in lines[1:end]:
-        if (found := _FIELD.match(line)) is not None:
-            name = found[1]
-            fields[name] = found[2].rstrip()
+        if (field := _FIELD.match(line)) is not None:
+            name = field[1]
+            fields[name] = field[2].rstrip()
         elif name is not None:
             fields[name] += f"\n{line.rstrip()}"
     return fields, "\n".join(lines[end + 1 :]) + "\n"
@@ -50,7 +53,8 @@ def read_fields(card: str | None) -> tuple[dict[str, str], str]:
 def values_of(card: str | None) -> dict[str, Any]:
     r"""Return the values of a card's fields: text, lists and mappings; none if they are no YAML.
 
-    Nothing is taken for a number, a date or a truth. The language of Norway is "no".
+    Every scalar stays text: YAML would take "no", the language of Norway, for false, and the
+    version 1.0 for a number.
 
     >>> values_of("---\nlanguage: [no, en]\nversion: 1.0\n---\n")
     {'language': ['no', 'en'], 'version': '1.0'}
@@ -65,6 +69,9 @@ def values_of(card: str | None) -> dict[str, Any]:
 
 def with_fields(card: str, changes: Mapping[str, str | None]) -> str:
     r"""Return a card with other fields; None removes a field.
+
+    Fields that change move behind the others, in the order of `changes`. A value that begins with a
+    line break is a list or mapping of several lines.
 
     >>> with_fields("# Title\n", {"license": "mit"})
     '---\nlicense: mit\n---\n\n# Title\n'
@@ -89,16 +96,19 @@ def add_tags(card: str, tags: Iterable[str], without: Iterable[str] = ()) -> str
     present = values_of(card).get("tags") or []
     present = [present] if isinstance(present, str) else present
     present = [tag for tag in present if isinstance(tag, str)]
-    kept = [tag for tag in dict.fromkeys([*present, *tags]) if tag not in set(without)]
-    text = yaml.safe_dump(kept, allow_unicode=True, default_flow_style=True, width=2**20)
-    return with_fields(card, {"tags": text if kept else None})
+    result_tags = [tag for tag in dict.fromkeys([*present, *tags]) if tag not in set(without)]
+    text = yaml.safe_dump(result_tags, allow_unicode=True, default_flow_style=True, width=2**20)
+    return with_fields(card, {"tags": text if result_tags else None})
 
 
 def inherited_fields(folder: Path | None) -> dict[str, str]:
-    """Origin, licence, language and task of a model, as its card has them, for that of a result.
+    """Fields of a model's card that a result takes over, such as licence and language, as text.
 
-    The base models are those that the model has itself. A result of a model on the hub has that
-    model in their place.
+    The base models are those that the model has itself. For a model on the hub, the caller puts
+    that model in their place; see `base_model`.
+
+    Args:
+        folder: The folder of the model; None, or one without a card, gives no fields.
     """
     if folder is None:
         return {}
@@ -109,8 +119,12 @@ def inherited_fields(folder: Path | None) -> dict[str, str]:
 def base_model(source: str, folder: Path | None = None) -> str | None:
     """The hub id of a model, for the field `base_model`; None where it has none.
 
-    The hub refuses cards whose base is no hub id. A folder may lie where the id of a cached model
-    says (`…/models--owner--name/snapshots/…`).
+    The hub refuses cards whose base is no hub id.
+
+    Args:
+        source: The model as the user names it: a hub id, or a path.
+        folder: Where its files are. A folder of the hub's cache has the id in its path
+            (`…/models--owner--name/snapshots/…`). None looks at the path `source`.
 
     >>> base_model("HuggingFaceTB/SmolLM2-135M")
     'HuggingFaceTB/SmolLM2-135M'
@@ -118,7 +132,7 @@ def base_model(source: str, folder: Path | None = None) -> str | None:
     if _HUB_ID.fullmatch(source) and not Path(source).exists():
         return source
     for part in (folder or Path(source)).parts:
-        found = part.removeprefix("models--").replace("--", "/")
-        if part.startswith("models--") and _HUB_ID.fullmatch(found):
-            return found
+        hub_id = part.removeprefix("models--").replace("--", "/")
+        if part.startswith("models--") and _HUB_ID.fullmatch(hub_id):
+            return hub_id
     return None

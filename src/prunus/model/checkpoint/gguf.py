@@ -66,13 +66,28 @@ def import_gguf(
     """Write the model and tokenizer of a GGUF file to the folder `dest`.
 
     The files get their names when all of them are complete, and config.json last, so no loader
-    takes a part for a model. With `overwrite`, `dest` holds the old content until then. The whole
-    model is in memory for a while. `file` is the GGUF file, if it is open already.
+    takes a part for a model. The whole model is in memory for a while.
+
+    Args:
+        path: The GGUF file.
+        dest: A folder that does not exist or is empty.
+        overwrite: Whether to replace what `dest` holds. It stays there until the new files are
+            complete.
+        dtype: Dtype of the weights in the checkpoint, a name of `DTYPES`.
+        progress: Called with a line of text before each step; None for silence.
+        file: The GGUF file, if the caller has opened it; None opens it.
 
     Returns:
-        `architecture`, `parameters` (count), `tied` (whether head and embedding are one matrix),
-        `chat_template` (whether there is one), `types` (those of the file -> share of the weights),
-        `dtype`, `files` (names), `bytes` (of all files).
+        `architecture` (llama.cpp's name), `parameters` (count), `tied` (whether head and embedding
+        are one matrix), `chat_template` (whether there is one), `types` (those of the file -> share
+        of the weights), `dtype`, `files` (names), `bytes` (of all files).
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        FileExistsError: `dest` holds something and `overwrite` is not set, or another run holds it.
+        ModuleNotFoundError: The extra `gguf` is not installed.
+        ValueError: It is no GGUF file, it is truncated or damaged, or transformers cannot import
+            the model.
     """
     path, dest = Path(path), Path(dest)
     _check_arguments(path, dest, overwrite=overwrite, dtype=dtype)
@@ -95,14 +110,14 @@ def import_gguf(
             _put_in_place(staging, dest)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    files = sorted(each for each in dest.iterdir() if each.is_file())
+    files = sorted(written for written in dest.iterdir() if written.is_file())
     return {
         "architecture": file.architecture,
         **summary,
         "types": file.types,
         "dtype": dtype,
-        "files": [each.name for each in files],
-        "bytes": sum(each.stat().st_size for each in files),
+        "files": [written.name for written in files],
+        "bytes": sum(written.stat().st_size for written in files),
     }
 
 
@@ -114,8 +129,8 @@ def _check_arguments(path: Path, dest: Path, *, overwrite: bool, dtype: str) -> 
         )
     check_destination(dest, overwrite=overwrite)
     if not path.is_file():
-        found = "not a file" if path.exists() else "no such file"
-        raise FileNotFoundError(f"{path}: {found}; give a file of llama.cpp, NAME.gguf")
+        state = "not a file" if path.exists() else "no such file"
+        raise FileNotFoundError(f"{path}: {state}; give a file of llama.cpp, NAME.gguf")
     with path.open("rb") as file:
         if (magic := file.read(4)) != b"GGUF":
             raise ValueError(
@@ -141,7 +156,7 @@ def _convert(path: Path, file: GgufFile, folder: Path, dtype: torch.dtype) -> di
     unpack = {"quantization_config": config(dequantize=True)} if config is not None else {}
     try:
         described = complete_config(transformers.AutoConfig.from_pretrained(**source), file)
-        _check_size(described, sum(int(each.n_elements) for each in file.tensors.values()))
+        _check_size(described, sum(int(tensor.n_elements) for tensor in file.tensors.values()))
         says_bos = {"add_bos_token": True} if adds_bos(file) else {}
         card = imported_card(file, path.name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**source, **says_bos)
@@ -220,8 +235,8 @@ def _put_in_place(staging: Path, dest: Path) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
     # The configuration makes a folder a model, so it is removed first and appears last.
-    kept = (staging.name, LOCK_NAME)
-    old = [path for path in dest.iterdir() if path.name not in kept]
+    needed = (staging.name, LOCK_NAME)
+    old = [path for path in dest.iterdir() if path.name not in needed]
     for path in sorted(old, key=lambda path: path.name != "config.json"):
         remove(path)
     for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
@@ -237,7 +252,15 @@ def _put_in_place(staging: Path, dest: Path) -> None:
 
 
 class _Cursor:
-    """A position in the file that cannot leave it."""
+    """A position in the file that cannot leave it.
+
+    Every method that reads moves the position on, and raises ValueError if the file ends before.
+
+    Attributes:
+        data: The mapped file.
+        position: Offset of the next byte.
+        entries: Entries of all arrays so far, compared with `_MAX_ENTRIES`.
+    """
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data = data
@@ -254,10 +277,12 @@ class _Cursor:
         return start
 
     def scalar(self, code: str) -> Any:
+        """One little-endian number; `code` is its letter in the module struct."""
         size = struct.calcsize("<" + code)
         return struct.unpack_from("<" + code, self.data, self.skip(size))[0]
 
     def string(self) -> str:
+        """A string: its length as 8 bytes, then UTF-8. Other bytes become replacement marks."""
         length = self.scalar("Q")
         start = self.skip(length)
         return self.data[start : start + length].decode("utf-8", errors="replace")
@@ -286,7 +311,11 @@ class _Cursor:
 
 
 def open_gguf(path: Path) -> GgufFile:
-    """A GGUF file of a stranger: its header is checked before the package reads it."""
+    """Open a GGUF file of a stranger: its header is checked before the package reads it.
+
+    Raises:
+        ValueError: It is truncated or damaged, or its lengths do not fit the shapes of its tensors.
+    """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             fields, tensors = _walk(_Cursor(data))

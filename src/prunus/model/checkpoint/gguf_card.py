@@ -37,6 +37,7 @@ _FIELDS = {
     "tags": "tags",
     "language": "languages",
 }
+# A file says how many base models it has. Look at this many at most, whatever it says.
 _MOST_BASES = 64
 #: Fields of a card that may have several values.
 _LISTS = {
@@ -46,12 +47,15 @@ _LISTS = {
 
 
 def imported_card(file: GgufFile, name: str) -> str:
-    """The card of the checkpoint that was imported from the GGUF file `name`."""
-    known = {field: file.get(f"general.{key}") for field, key in _FIELDS.items()}
+    """The card of the checkpoint that was imported from the GGUF file `name`.
+
+    It has the facts of `_FIELDS` that the file states, and in `prunus` what the file was.
+    """
+    stated = {field: file.get(f"general.{key}") for field, key in _FIELDS.items()}
     urls = [str(file.get(f"general.base_model.{x}.repo_url", "")) for x in range(_MOST_BASES)]
     bases = [base_model(url.removeprefix("https://huggingface.co/")) for url in urls if url]
-    known["base_model"] = [*filter(None, bases)] or None
-    values = {field: value for field, value in known.items() if _is_fact(field, value)}
+    stated["base_model"] = [*filter(None, bases)] or None
+    values = {field: value for field, value in stated.items() if _is_fact(field, value)}
     values["prunus"] = {"imported_from": name, "gguf_types": file.types}
     types = ", ".join(f"{share:.1%} {kind}" for kind, share in file.types.items())
     return (
@@ -75,6 +79,10 @@ def metadata_of(folder: Path, parameters: int) -> Any:
     """The package's `Metadata` of a checkpoint, from its card, its configuration and its name.
 
     A folder of the hub's cache has the name of its model. Values that are not text are left out.
+
+    Args:
+        folder: The checkpoint.
+        parameters: Number of its parameters, from which the package makes a label such as 7B.
     """
     folder, kind = folder.resolve(), package().Metadata
     card = {

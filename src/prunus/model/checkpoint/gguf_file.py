@@ -43,7 +43,15 @@ def package() -> Any:
 
 
 def tensor_names(architecture: str, blocks: int) -> Any:
-    """The package's table of the names of tensors in a kind of model."""
+    """The package's table of the names of tensors in a kind of model.
+
+    Args:
+        architecture: llama.cpp's name of the kind, such as `llama`.
+        blocks: Number of blocks, for which the table holds names.
+
+    Raises:
+        ValueError: The package does not know the kind.
+    """
     kinds = {name: kind for kind, name in package().MODEL_ARCH_NAMES.items()}
     if architecture not in kinds:
         raise ValueError(f"the package gguf knows no kind of model {architecture!r}; update it")
@@ -62,10 +70,15 @@ def fields_of(writer: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A GGUF file whose header was checked."""
+    """A GGUF file whose header was checked.
+
+    Attributes:
+        reader: The `GGUFReader` of the package, which has the file mapped.
+        tensors: Name -> tensor of that reader, whose data are read when they are used.
+    """
 
     reader: Any
-    tensors: dict[str, Any]  #: name -> tensor of the package's reader, whose data are mapped
+    tensors: dict[str, Any]
 
     @classmethod
     def open(cls, path: Path) -> GgufFile:
@@ -84,8 +97,8 @@ class GgufFile:
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a field; `default` if it is missing."""
-        found = self.reader.fields.get(key)
-        return default if found is None else found.contents()
+        field = self.reader.fields.get(key)
+        return default if field is None else field.contents()
 
     @property
     def architecture(self) -> str:
@@ -93,24 +106,33 @@ class GgufFile:
         return str(self.get("general.architecture", "unknown"))
 
     def fields(self) -> dict[str, Any]:
-        """All fields that describe the model, to write them again."""
+        """All fields that describe the model, with their types, to write them again.
+
+        Fields that describe the storage (`_OF_STORAGE`) are left out: they differ in the next file.
+        """
         writer = new_fields(self.architecture)
-        for key, each in self.reader.fields.items():
+        for key, field in self.reader.fields.items():
             if not key.startswith(_OF_STORAGE):
-                kinds = [*each.types, None]
-                writer.add_key_value(key, each.contents(), kinds[0], kinds[1])
+                kinds = [*field.types, None]
+                writer.add_key_value(key, field.contents(), kinds[0], kinds[1])
         return fields_of(writer)
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor in float32, with rows first."""
-        if (found := self.tensors.get(name)) is None:
+        """A tensor, unpacked to float32, with rows first.
+
+        llama.cpp counts sides the other way round.
+
+        Raises:
+            ValueError: There is no such tensor.
+        """
+        if (tensor := self.tensors.get(name)) is None:
             raise ValueError(f"it has no tensor {name}")
-        values = np.array(package().dequantize(found.data, found.tensor_type))
-        return torch.from_numpy(values).reshape(*map(int, reversed(found.shape)))
+        values = np.array(package().dequantize(tensor.data, tensor.tensor_type))
+        return torch.from_numpy(values).reshape(*map(int, reversed(tensor.shape)))
 
     @property
     def types(self) -> dict[str, float]:
-        """Name of a type -> the share of all weights that have it, the largest first."""
+        """Name of a type -> share of all weights (0 to 1) that have it, the largest first."""
         sizes = Counter[str]()
         for tensor in self.tensors.values():
             sizes[tensor.tensor_type.name] += int(tensor.n_elements)
@@ -119,30 +141,53 @@ class GgufFile:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor to write."""
+    """A tensor to write.
+
+    Attributes:
+        name: llama.cpp's name of the tensor.
+        shape: Its shape in the order of torch, rows first.
+        type_id: llama.cpp's number of its type.
+        nbytes: Bytes of its content in that type.
+        read: Returns the content, `nbytes` bytes. It is called when the tensor is written.
+    """
 
     name: str
     shape: tuple[int, ...]
-    type_id: int  #: llama.cpp's number of its type
+    type_id: int
     nbytes: int
-    read: Callable[[], torch.Tensor]  #: returns all bytes, when it is written
+    read: Callable[[], torch.Tensor]
 
 
 def write_gguf(path: Path, fields: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> None:
-    """Write a GGUF file atomically, one tensor in memory at a time."""
+    """Write a GGUF file atomically, one tensor in memory at a time.
+
+    Args:
+        path: The file.
+        fields: Key -> value with its type, as `fields_of` returns them.
+        tensors: The tensors in the order of the file.
+
+    Raises:
+        OSError: The file cannot be written, for example because the disk is full; see `replacing`.
+    """
     header = header_of(fields, tensors)
     contents = sum(padded(tensor.nbytes) for tensor in tensors)
     with replacing(path, len(header) + contents) as file:
         file.write(header)
-        for each in tensors:
-            content = each.read().contiguous().reshape(-1).view(torch.uint8)
-            assert len(content) == each.nbytes, each.name
+        for tensor in tensors:
+            content = tensor.read().contiguous().reshape(-1).view(torch.uint8)
+            assert len(content) == tensor.nbytes, tensor.name
             file.write(content.numpy().data)
-            file.write(b"\0" * (padded(each.nbytes) - each.nbytes))
+            file.write(b"\0" * (padded(tensor.nbytes) - tensor.nbytes))
 
 
 def padded(nbytes: int) -> int:
-    """The bytes that a tensor takes in a file, up to the beginning of the next one."""
+    """The bytes that a tensor takes in a file, up to the beginning of the next one.
+
+    Tensors begin at multiples of 32 bytes, the alignment that holds where a file states none.
+
+    >>> padded(32), padded(33)
+    (32, 64)
+    """
     return -(-nbytes // 32) * 32
 
 
@@ -151,9 +196,9 @@ def header_of(fields: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> byt
     gguf_writer = package().gguf_writer
     writer, file = new_fields(fields["general.architecture"].value), io.BytesIO()
     writer.kv_data[0] = dict(fields)
-    for each in tensors:
-        kind = package().GGMLQuantizationType(each.type_id)
-        writer.tensors[0][each.name] = gguf_writer.TensorInfo(each.shape, kind, each.nbytes)
+    for tensor in tensors:
+        kind = package().GGMLQuantizationType(tensor.type_id)
+        writer.tensors[0][tensor.name] = gguf_writer.TensorInfo(tensor.shape, kind, tensor.nbytes)
     writer.fout, writer.state = [file], gguf_writer.WriterState.EMPTY
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

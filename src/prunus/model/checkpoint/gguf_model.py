@@ -24,25 +24,44 @@ _WIDTHS = {
 
 
 def complete_config(config: Any, file: GgufFile) -> Any:
-    """The configuration that transformers makes of a file, with what it leaves out."""
+    """The configuration that transformers makes of a file, with what it leaves out.
+
+    The file's widths of heads and experts replace those of `config`. A file of Mixtral, which
+    transformers takes for a Llama, gets a `MixtralConfig`.
+    """
     for field, option in _WIDTHS.items():
         if hasattr(config, option) and (value := file.get(f"{file.architecture}.{field}")):
             setattr(config, option, value)
     if not (count := file.get("llama.expert_count")):
         return config
-    known = vars(transformers.MixtralConfig()).keys() - {"architectures", "transformers_version"}
-    options = {name: value for name, value in vars(config).items() if name in known}
+    option_names = vars(transformers.MixtralConfig()).keys() - {
+        "architectures",
+        "transformers_version",
+    }
+    options = {name: value for name, value in vars(config).items() if name in option_names}
     options |= {"num_local_experts": count, "architectures": ["MixtralForCausalLM"]}
     options["num_experts_per_tok"] = file.get("llama.expert_used_count")
     return transformers.MixtralConfig(**options)
 
 
 def read_experts(config: Any, file: GgufFile, dtype: torch.dtype) -> Any:
-    """The model of a file of Mixtral, Qwen2-MoE or Qwen3-MoE."""
+    """The model of a file of Mixtral, Qwen2-MoE or Qwen3-MoE, with weights in `dtype` on the CPU.
+
+    Llama's queries and keys get the row order of transformers back (see gguf_layout.py): llama.cpp
+    rotates neighbours, transformers rotates halves.
+
+    Args:
+        config: The configuration that `complete_config` returned.
+        file: The GGUF file.
+        dtype: Dtype of the weights.
+
+    Raises:
+        ValueError: The file lacks a tensor of the model.
+    """
     model = build_on_meta(CAUSAL, config, dtype, False)
     names = tensor_names(file.architecture, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    found = {}
+    weights = {}
     for name, parameter in model.named_parameters():
         whole = name if name.endswith((".weight", ".bias")) else f"{name}.weight"
         # transformers has gate and up in one tensor.
@@ -52,7 +71,7 @@ def read_experts(config: Any, file: GgufFile, dtype: torch.dtype) -> Any:
         value = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         if file.architecture == "llama" and (count := heads.get(name.split(".")[-2])):
             value = value.unflatten(0, (count, -1, 2)).transpose(1, 2)
-        found[name] = value.reshape(parameter.shape).to(dtype)
-    model.load_state_dict(found, assign=True, strict=False)
+        weights[name] = value.reshape(parameter.shape).to(dtype)
+    model.load_state_dict(weights, assign=True, strict=False)
     model.tie_weights()
     return model

@@ -107,7 +107,8 @@ def restore_split(file: GgufFile, folder: Path) -> None:
 
     transformers knows a part of llama.cpp's names and takes GPT-2's rule for all others. The name
     is noted in tokenizer_config.json, for GGUF files that are made of the checkpoint. With a name
-    that is not known here the tokenizer stays as it is, and a warning says so.
+    that is not known here the tokenizer stays as it is, and a RuntimeWarning says so. Tokenizers
+    that merge by scores do not split text, and stay as they are.
     """
     if file.get("tokenizer.ggml.model") != "gpt2":
         return
@@ -135,8 +136,18 @@ def restore_split(file: GgufFile, folder: Path) -> None:
 def add_vocabulary(writer: Any, folder: Path, size: int, architecture: str) -> bool:
     """Add the tokens in a checkpoint's folder to the fields of a GGUF file.
 
-    Ids below `size` without a token get one that no text has. Returns whether the tokenizer merges
-    pieces of text by their scores; `ValueError` says what llama.cpp has no name for.
+    Args:
+        writer: The package's writer of `new_fields`, which gets the fields.
+        folder: The checkpoint, with a tokenizer.json.
+        size: Rows of the embedding. Ids below it without a token get one that no text has.
+        architecture: llama.cpp's name of the kind of model.
+
+    Returns:
+        Whether the tokenizer merges pieces of text by their scores, as sentencepiece does.
+
+    Raises:
+        ValueError: There is no tokenizer.json, it does not fit the embedding, or llama.cpp has no
+            name for its type or its way to split text.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -168,18 +179,22 @@ def add_vocabulary(writer: Any, folder: Path, size: int, architecture: str) -> b
     if by_scores and model.get("unk_token") in model["vocab"]:
         kinds[model["vocab"][model["unk_token"]]] = _UNKNOWN
     # The import of a GGUF file may add tokens that the model has no rows for.
-    added = [each for each in content.get("added_tokens", []) if each["id"] < size]
-    for each in added:
-        is_control = each.get("special") or _looks_special(each["content"])
-        kinds[each["id"]] = _CONTROL if is_control else _USER_DEFINED
+    added = [
+        token_entry for token_entry in content.get("added_tokens", []) if token_entry["id"] < size
+    ]
+    for token_entry in added:
+        is_control = token_entry.get("special") or _looks_special(token_entry["content"])
+        kinds[token_entry["id"]] = _CONTROL if is_control else _USER_DEFINED
         # llama.cpp looks for these tokens in the text as it is.
-        plain = each["content"] if is_control else each["content"].replace(_SPACE, " ")
-        tokens[each["id"]] = plain
+        plain = (
+            token_entry["content"] if is_control else token_entry["content"].replace(_SPACE, " ")
+        )
+        tokens[token_entry["id"]] = plain
     writer.add_tokenizer_model("llama" if by_scores else "gpt2")
     writer.add_tokenizer_pre("default" if by_scores else _split(path, content, architecture))
     writer.add_token_list(tokens)
     if by_scores:
-        writer.add_token_scores(_scores(model, size, [each["id"] for each in added]))
+        writer.add_token_scores(_scores(model, size, [token_entry["id"] for token_entry in added]))
     writer.add_token_types(kinds)
     return by_scores
 
@@ -216,7 +231,7 @@ def _split(path: Path, content: dict[str, Any], architecture: str) -> str:
     steps, config = content.get("pre_tokenizer") or {}, path.with_name("tokenizer_config.json")
     note = read_json(config).get(_NOTE) if config.is_file() else None
     rules, whole = _rules(steps), bool(content["model"].get("ignore_merges"))
-    names = [name for name, known in _SPLITS.items() if known == rules]
+    names = [name for name, named_rules in _SPLITS.items() if named_rules == rules]
     if note in names or (note is not None and note not in _SPLITS):
         return str(note)
     if not names:

@@ -35,9 +35,13 @@ _MAX_BYTES = 4096  # of a lock file
 def locked(folder: Path) -> Iterator[None]:
     """Hold `folder` against other runs for the length of a `with` block.
 
-    Makes the folder if it is missing, and removes what it made if nothing was written there. Of
-    the processes of one run only the one that writes may call it. FileExistsError names the run
-    that holds it.
+    Makes the folder if it is missing, and removes what it made if nothing was written there. Of the
+    processes of one run only the one that writes may call it.
+
+    Raises:
+        FileExistsError: Another run holds the folder; names its process and host. Or something that
+            is no lock has the lock's name, or the folder was exchanged meanwhile.
+        OSError: The folder cannot be written to.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = _acquire(folder)
@@ -62,7 +66,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _acquire(folder: Path) -> int:
-    """The handle of the lock file, with the lock held and this process signed in."""
+    """The handle of the lock file, with the lock held and this process signed in.
+
+    It repeats when it loses a race with a run that ends: the file that it opened has no name then.
+    """
     path = folder / LOCK_NAME
     while True:
         make_folder(folder)
@@ -91,7 +98,12 @@ def _acquire(folder: Path) -> int:
 
 
 def _open(path: Path) -> int:
-    """Open the lock file, or create it. Follows no link, and opens nothing but a lock file."""
+    """Open the lock file, or create it. Follows no link, and opens nothing but a lock file.
+
+    Raises:
+        FileNotFoundError: The file was removed between two looks, or there is no folder.
+        FileExistsError: Something that is no lock file has its name.
+    """
     # O_NONBLOCK: opening a FIFO must not wait.
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
     with contextlib.suppress(FileExistsError):
@@ -134,8 +146,8 @@ def _take(handle: int) -> bool:
 def _sign(handle: int) -> None:
     """Write host and process id into the lock file, for the messages of other runs."""
     os.ftruncate(handle, 0)
-    own = {"host": socket.gethostname(), "pid": os.getpid()}
-    os.pwrite(handle, json.dumps(own).encode() + b"\n", 0)
+    holder = {"host": socket.gethostname(), "pid": os.getpid()}
+    os.pwrite(handle, json.dumps(holder).encode() + b"\n", 0)
 
 
 def _holder(handle: int) -> dict[str, Any]:

@@ -10,17 +10,28 @@ from prunus.model.checkpoint.lock import LOCK_NAME
 from prunus.model.checkpoint.reader import INDEX_NAME, PICKLE_SUFFIXES, Checkpoint
 from prunus.model.checkpoint.regular_files import check_regular, open_regular
 
-#: Most bytes of a file that is copied next to the weights.
+#: Most bytes of a file that is copied next to the weights: 1 GiB, far more than any tokenizer has.
 _MAX_BYTES = 2**30
 # Weights in any format and prunus' own files. All other files are copied next to the result.
 _NOT_AUXILIARY = {".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".partial", *PICKLE_SUFFIXES}
 # A record of an earlier recovery names the pruned linears of that checkpoint, not of the result.
 _OWN_FILES = {INDEX_NAME, "prunus.json", "prunus-recovery.json", "README.md"}
+# Files that a result does not copy but derives its own from, so they are checked as well.
 _OTHERS = ("README.md", "prunus.json", INDEX_NAME)
 
 
 def check_apart(output: Path, source: Path) -> None:
-    """Check that output and source are different folders, and that neither lies in the other."""
+    """Check that output and source are different folders, and that neither lies in the other.
+
+    Raises:
+        ValueError: They overlap; names both.
+
+    >>> check_apart(Path("pruned"), Path("dense"))
+    >>> check_apart(Path("dense/pruned"), Path("dense"))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    ValueError: output dense/pruned and model dense overlap: choose a folder of its own ...
+    """
     here, there = output.resolve(), source.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise ValueError(
@@ -29,9 +40,17 @@ def check_apart(output: Path, source: Path) -> None:
 
 
 def is_vacant(output: Path, inside: str | None = None) -> bool:
-    """Whether a folder does not exist, or holds only what a killed run left: no result.
+    """Whether a folder holds no result: it does not exist, or holds only what a killed run left.
 
-    Such are files under their temporary names, the lock, and perhaps `inside`, for an earlier step.
+    A killed run leaves files under their temporary names, and the lock.
+
+    Args:
+        output: The folder for the result.
+        inside: A further name that may be there, of the folder for an earlier step; None for none.
+
+    Raises:
+        FileExistsError: `output` exists and is no folder.
+        ValueError, PermissionError: The folder cannot be made; see `check_place`.
     """
     check_place(output)
     if output.exists() and not output.is_dir():
@@ -45,7 +64,18 @@ def is_vacant(output: Path, inside: str | None = None) -> bool:
 
 
 def check_resume(output: Path, unfinished: bool, resume: bool | None, work: str = "run") -> None:
-    """Check that there is unfinished work if `resume` is True, and none if it is False."""
+    """Check that there is unfinished work if `resume` is True, and none if it is False.
+
+    Args:
+        output: The folder for the result.
+        unfinished: Whether that folder holds work that can be resumed.
+        resume: What the user wants; None continues what there is.
+        work: The messages call the work so.
+
+    Raises:
+        FileNotFoundError: There is nothing to resume.
+        FileExistsError: There is unfinished work, which a new start would lose.
+    """
     if resume is True and not unfinished:
         raise FileNotFoundError(
             f"there is no unfinished {work} in {output} to resume; leave `resume` out to start one"
@@ -57,7 +87,15 @@ def check_resume(output: Path, unfinished: bool, resume: bool | None, work: str 
 
 
 def check_disk(output: Path, needed: int) -> None:
-    """Check that the result fits on the disk of `output`."""
+    """Check that the result fits on the disk of `output`, which need not exist yet.
+
+    Args:
+        output: The folder for the result.
+        needed: Size of the result in bytes.
+
+    Raises:
+        OSError: Less is free.
+    """
     here = output.resolve()
     free = shutil.disk_usage(
         next(folder for folder in (here, *here.parents) if folder.exists())
@@ -70,7 +108,11 @@ def check_disk(output: Path, needed: int) -> None:
 
 
 def check_whole(output: Path) -> None:
-    """Check that a finished result still has all its shards, whole."""
+    """Check that a finished result still has all its shards, and none is cut off.
+
+    Raises:
+        FileExistsError: A file was removed or damaged since.
+    """
     try:
         Checkpoint(output)
     except (FileNotFoundError, ValueError) as fault:
@@ -88,7 +130,12 @@ def check_whole(output: Path) -> None:
 
 
 def auxiliary_files(folder: Path, code: bool = False) -> list[Path]:
-    """Files that are copied next to the result, such as the tokenizer; Python only with `code`."""
+    """Files of a checkpoint that a result copies unchanged, such as the tokenizer, sorted by name.
+
+    Args:
+        folder: The checkpoint.
+        code: Whether to copy Python files too: only if the user trusts the code of the checkpoint.
+    """
     return sorted(
         path
         for path in folder.iterdir()
@@ -102,7 +149,16 @@ def auxiliary_files(folder: Path, code: bool = False) -> list[Path]:
 
 
 def check_companions(folder: Path, code: bool = False) -> None:
-    """Check, before any work, everything that a result takes over from a checkpoint."""
+    """Check, before any work, everything that a result takes over from a checkpoint.
+
+    Args:
+        folder: The checkpoint.
+        code: Whether the result copies Python files too.
+
+    Raises:
+        ValueError: A file is a link that leads out of the folder, no regular file, or too large.
+        OSError: A file cannot be read.
+    """
     others = [folder / name for name in _OTHERS if (folder / name).exists()]
     for path in (*auxiliary_files(folder, code), *others):
         _check_inside(path, folder)
@@ -120,7 +176,11 @@ def check_companions(folder: Path, code: bool = False) -> None:
 
 
 def copy_companion(path: Path, target: Path) -> None:
-    """Copy a regular file of a checkpoint, inside its folder, into a result, atomically."""
+    """Copy a file of a checkpoint into a result, atomically.
+
+    Raises:
+        ValueError: It is a link that leads out of its folder, or no regular file.
+    """
     _check_inside(path, path.parent)
     copy_file(path, target)
 

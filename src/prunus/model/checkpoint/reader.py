@@ -28,7 +28,9 @@ from prunus.model.checkpoint.atomic_files import check_shard, read_json
 from prunus.model.checkpoint.regular_files import check_regular
 from prunus.model.checkpoint.writer import TENSOR_DTYPES, FileTensor
 
+#: The file that maps stored names to shards.
 INDEX_NAME = "model.safetensors.index.json"
+#: The only shard of a checkpoint without an index.
 SINGLE_NAME = "model.safetensors"
 #: Suffixes of files that are never read, because reading them can run code.
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -38,7 +40,14 @@ _VALUES = 2**27  # bytes of a tensor to read at a time
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What the header of a shard says of one tensor; `begin` is the offset of its first byte."""
+    """What the header of a shard says of one tensor.
+
+    Attributes:
+        file: Name of the shard.
+        shape: Shape of the tensor.
+        dtype: Dtype of the stored values.
+        begin: Offset in the file of its first byte.
+    """
 
     file: str
     shape: tuple[int, ...]
@@ -47,15 +56,30 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the stored values."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Checkpoint:
-    """The safetensors files of one folder. Opening reads headers; every shard must be there, whole.
+    """The safetensors files of one folder.
 
-    `only` names shards to read in place of the index, for a folder that is still being written.
-    `tensors` has what the headers say, by stored name. `fingerprint` is the SHA-256 over names,
-    sizes and headers of the shards: it tells checkpoints apart without reading their weights.
+    Opening reads the headers only. Every shard must be there, whole, and hold what the index says.
+
+    Args:
+        folder: The checkpoint.
+        only: Names of shards to read in place of the index, for a folder that is still being
+            written.
+
+    Attributes:
+        folder: The checkpoint.
+        tensors: Stored name -> what the header says of the tensor.
+        fingerprint: SHA-256 (hex) over names, sizes and headers of the shards. It tells checkpoints
+            apart without reading their weights.
+
+    Raises:
+        FileNotFoundError: The folder is missing, holds no safetensors, or lacks a shard.
+        ValueError: The index or a shard is damaged, does not fit the other, or names a file outside
+            the folder; or a shard has a dtype that is not supported.
     """
 
     def __init__(self, folder: Path, only: Sequence[str] | None = None) -> None:
@@ -85,7 +109,13 @@ class Checkpoint:
         self._expected: dict[str, str] = {}
 
     def verify_on_read(self, digests: Mapping[str, str]) -> None:
-        """Compare each shard with its SHA-256 at its first read: its pages are read only once."""
+        """Compare each shard with its SHA-256 when it is first read.
+
+        Its pages are then in the page cache for the reading, so that the disk reads them only once.
+
+        Args:
+            digests: Name of a shard -> SHA-256 (hex). Shards without one are not compared.
+        """
         self._expected = {file: x for file, x in digests.items() if file in self._opened}
 
     def _read_index(self) -> dict[str, str] | None:
@@ -155,9 +185,18 @@ class Checkpoint:
     def read(
         self, names: Iterable[str], pinned: bool = False
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (name, tensor) on the CPU in the dtype of the file.
+        """Yield (stored name, tensor) on the CPU in the dtype of the file, shard by shard.
 
-        From `pinned` memory a CUDA device copies without the host waiting.
+        Each tensor has memory of its own, so that later changes of the file do not reach it.
+
+        Args:
+            names: Stored names.
+            pinned: Whether to use pinned memory, from which a CUDA device copies without the host
+                waiting.
+
+        Raises:
+            FileNotFoundError: A shard is gone.
+            ValueError: A shard was changed since it was opened, or differs from its SHA-256.
         """
         for file, members in self._by_file(names):
             with open(self.folder / file, "rb", buffering=0) as plain:
@@ -174,11 +213,16 @@ class Checkpoint:
         return next(tensor for _, tensor in self.read([name]))
 
     def stored(self, names: Iterable[str]) -> dict[str, FileTensor]:
-        """Tensors that are read and checked piece by piece when they are written to a result."""
+        """Stored name -> a tensor that is read piece by piece only when it is written to a result.
+
+        Writing raises ValueError, which names the tensor, where a value is not finite.
+        """
         infos = {name: self.tensors[name] for name in names}
         return {
-            name: FileTensor(x.dtype, x.shape, x.nbytes, partial(self._finite_pieces, name))
-            for name, x in infos.items()
+            name: FileTensor(
+                info.dtype, info.shape, info.nbytes, partial(self._finite_pieces, name)
+            )
+            for name, info in infos.items()
         }
 
     def _finite_pieces(self, name: str) -> Iterator[torch.Tensor]:
@@ -188,7 +232,11 @@ class Checkpoint:
             yield piece
 
     def pieces(self, name: str, most: int = _VALUES) -> Iterator[torch.Tensor]:
-        """Yield the values of a tensor in order, as flat tensors of at most `most` bytes."""
+        """Yield the values of a tensor in order, as flat tensors of at most `most` bytes.
+
+        `most` is a multiple of the size of a value. The errors are those of `read`. The last check
+        comes after the last piece, so only a complete loop has read one and the same file.
+        """
         info = self.tensors[name]
         [(file, _)] = self._by_file([name])
         with open(self.folder / file, "rb", buffering=0) as plain:
@@ -213,7 +261,15 @@ class Checkpoint:
             yield file, members
 
     def check_unchanged(self, files: Iterable[str] | None = None) -> None:
-        """Check that shards are still the files that were opened."""
+        """Check that shards are still the files that were opened: same inode, length and time.
+
+        Args:
+            files: Names of shards; None for all.
+
+        Raises:
+            FileNotFoundError: A shard is gone.
+            ValueError: A shard was replaced or written to.
+        """
         for file in self._opened if files is None else files:
             try:
                 now = _state(self.folder / file)

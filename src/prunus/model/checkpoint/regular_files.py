@@ -34,7 +34,12 @@ _KINDS = {
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a file; ValueError unless it is regular and no larger than its kind may be."""
+    """Open a file for reading, in binary mode.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no regular file, or larger than its kind may be (`_MAX_BYTES`).
+    """
     # Without O_NONBLOCK, opening a FIFO would wait for a writer. It changes nothing for others.
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
@@ -54,7 +59,14 @@ def read_limited(path: Path) -> bytes:
 
 
 def read_card(path: Path) -> str | None:
-    """The text of a model card, which need not be UTF-8; None if there is none."""
+    """The text of a model card; None if there is none.
+
+    Cards are for people, and old ones are not all UTF-8. So bytes that cannot be decoded become
+    replacement characters.
+
+    Raises:
+        ValueError: It is no regular file, or too large for a card.
+    """
     try:
         return read_limited(path).decode("utf-8", errors="replace")
     except FileNotFoundError:
@@ -67,11 +79,18 @@ def check_regular(path: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Check all files of a checkpoint folder, which transformers then reads on its own."""
-    for place in (folder, *(folder / name for name in _SUBFOLDERS)):
-        if not place.is_dir():
+    """Check all files of a checkpoint folder with `check_regular`, before transformers reads them.
+
+    transformers opens configuration, tokenizer and chat templates on its own, without such checks.
+    Folders other than `_SUBFOLDERS` are left out.
+
+    Raises:
+        ValueError: A file is no regular file, or larger than its kind may be; names it.
+    """
+    for subfolder in (folder, *(folder / name for name in _SUBFOLDERS)):
+        if not subfolder.is_dir():
             continue
-        for path in sorted(place.iterdir()):
+        for path in sorted(subfolder.iterdir()):
             # A link to nothing is reported by whoever needs the file.
             if path.exists() and not path.is_dir():
                 check_regular(path)

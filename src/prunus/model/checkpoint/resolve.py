@@ -44,7 +44,18 @@ def _imported(path: Path, say: Callable[[str], None] | None) -> Path:
 def resolve_folder(model: str | Path, say: Callable[[str], None] | None = None) -> Path:
     """The folder of a model: a local one, a snapshot from the hub, or the import of a GGUF file.
 
-    `say` is told what an import does next.
+    From the hub come safetensors, configuration and tokenizer files only. The import of a GGUF file
+    lies in a temporary folder, which is removed when the process ends.
+
+    Args:
+        model: Path of a folder, path of a GGUF file, or hub id such as `owner/name`.
+        say: Called with a line of text before each step of an import; None for silence.
+
+    Raises:
+        FileNotFoundError: The model is none of these, or the hub cannot be reached.
+        ModuleNotFoundError: It is a GGUF file, and the extra `gguf` is not installed.
+        ValueError: A file in the folder is no regular file or too large, or the GGUF file is
+            damaged or of a kind that transformers cannot import.
     """
     path = Path(model)
     if path.is_dir() and str(model):
@@ -67,7 +78,7 @@ def resolve_folder(model: str | Path, say: Callable[[str], None] | None = None) 
     from huggingface_hub import snapshot_download
 
     try:
-        found = snapshot_download(
+        snapshot = snapshot_download(
             name,
             allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"],
         )
@@ -79,7 +90,7 @@ def resolve_folder(model: str | Path, say: Callable[[str], None] | None = None) 
             f"{name!r} is neither a local folder nor a model that could be downloaded from the "
             f"hub: {reason.rstrip('.')}{_similar(path)}"
         ) from fault
-    return Path(found)
+    return Path(snapshot)
 
 
 def _similar(path: Path) -> str:

@@ -34,7 +34,15 @@ def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor that stays in its file until it is written to another one, as flat pieces."""
+    """A tensor that stays in its file until it is written to another one.
+
+    Attributes:
+        dtype: Dtype of the values.
+        shape: Shape of the tensor.
+        nbytes: Bytes of all values.
+        pieces: Returns the values in order, as flat tensors that together have `nbytes` bytes. It
+            reads the file anew at each call.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -42,6 +50,7 @@ class FileTensor:
     pieces: Callable[[], Iterable[torch.Tensor]]
 
 
+#: What can be written: a tensor in memory, on any device, or one that lies in another file.
 Writable = torch.Tensor | FileTensor
 
 
@@ -57,8 +66,16 @@ def save_safetensors(
     metadata in another order each time, and when killed it leaves a half-written file.
 
     Format (https://github.com/huggingface/safetensors): the length of the header as 8 bytes, the
-    header as JSON, then the bytes of the tensors without gaps. With `uncached`, written pages are
-    dropped from the page cache at once, if memory is short.
+    header as JSON, then the bytes of the tensors without gaps.
+
+    Args:
+        path: The file.
+        tensors: Name -> tensor, of any dtype of `TENSOR_DTYPES`.
+        metadata: Text for the header; None for nothing but the format's name.
+        uncached: Drop written pages from the page cache at once. For runs that have little memory.
+
+    Raises:
+        OSError: The file cannot be written, for example because the disk is full; see `replacing`.
     """
     head, names, end = _head(tensors, metadata)
     with (
@@ -102,8 +119,8 @@ def _head(
 ) -> tuple[bytes, list[str], int]:
     """The header of a file with its length, the names of the tensors in order, and their bytes."""
     # As in the library: wide dtypes first, which keeps all tensors aligned, then by name.
-    place = {dtype: position for position, dtype in enumerate(_CODES)}
-    names = sorted(tensors, key=lambda name: (place[tensors[name].dtype], name))
+    rank = {dtype: position for position, dtype in enumerate(_CODES)}
+    names = sorted(tensors, key=lambda name: (rank[tensors[name].dtype], name))
     header: dict[str, Any] = {
         "__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))
     }
@@ -118,6 +135,7 @@ def _head(
 
 
 def _pieces(tensor: Writable) -> Iterable[torch.Tensor]:
+    """The bytes of a tensor in order, as flat uint8 tensors on the CPU."""
     if isinstance(tensor, FileTensor):
         return map(flat_bytes, tensor.pieces())
     return flat_bytes(tensor).split(_PIECE)
