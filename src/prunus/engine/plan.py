@@ -57,7 +57,8 @@ def open_model(
         options: The options that only decide how the work is done.
         needs: The statistics of each linear's inputs that the run collects.
         needs_inputs: Whether calibration windows run through the model at all.
-        adds_ridge: Whether the method damps Gram matrices so much that rounding does no harm.
+        adds_ridge: Whether the method adds a ridge to Gram matrices that grows with features per
+            token, so that rounded inputs do no harm.
         decided_dtype: What `dtype` auto meant in the run that is resumed; None for a new run.
         check: Further checks of the verb, on the source and a skeleton in the stored dtype.
 
@@ -206,7 +207,8 @@ def decide_dtype(
         device: Where blocks run.
         needs: The statistics that the method uses; "gram" for one that inverts a Gram matrix.
         trust_remote_code: Whether transformers may run code that comes with the checkpoint.
-        adds_ridge: Whether the method damps Gram matrices so much that it needs no float32.
+        adds_ridge: Whether the method adds a ridge to Gram matrices that grows with features per
+            token, so that it needs no float32.
     """
     if requested != "auto":
         return DTYPES[requested], "requested"
