@@ -13,10 +13,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+#: What stands for a figure that was not measured.
 MISSING = "–"
-#: Values of at most this many characters are shown several in a row.
+# Values of at most this many characters are shown several in a row.
 _SHORT = 28
-#: Notebooks align every cell to the right.
+# Notebooks align every cell to the right.
 _NOTEBOOK_STYLE = (
     "<style>.prunus th, .prunus td {text-align: left} .prunus .number {text-align: right}</style>"
 )
@@ -24,7 +25,13 @@ _NOTEBOOK_STYLE = (
 
 @dataclass(frozen=True)
 class Measured:
-    """A figure with its standard error, or None; `form` formats it, or else that of the column."""
+    """A figure with its standard error.
+
+    Attributes:
+        value: The figure.
+        stderr: Its standard error, in the same unit; None where it is not known.
+        form: The Python format of both; None for that of the column.
+    """
 
     value: float
     stderr: float | None
@@ -33,7 +40,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table. `form` is the Python format of its figures; None if it holds text."""
+    """A column of a table.
+
+    Attributes:
+        title: Its heading.
+        form: The Python format of its figures, such as ".2%"; None if it holds text.
+    """
 
     title: str
     form: str | None = None
@@ -41,11 +53,20 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
+    """A table, which shows itself in a notebook.
+
+    Attributes:
+        title: Its heading.
+        columns: One per value of a row.
+        rows: Unformatted values; None where a figure is missing.
+        note: Lines of text below the table.
+        total: A last row that sums up the others, which sorting leaves in its place; () for none.
+    """
+
     title: str
-    columns: tuple[Column, ...]  #: one per value of a row
-    rows: tuple[tuple[Any, ...], ...]  #: unformatted values; None where a figure is missing
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Any, ...], ...]
     note: str = ""
-    #: a last row that sums up the others, which sorting leaves in its place; () for none.
     total: tuple[Any, ...] = ()
 
     def _repr_html_(self) -> str:
@@ -54,7 +75,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Facts:
-    """Pairs of names and values, such as a recipe. A headline has few of them, in large letters."""
+    """Pairs of names and values, such as a recipe.
+
+    Attributes:
+        title: Heading of the pairs.
+        items: The pairs as text.
+        headline: Whether they are the few most important ones, which a page shows in large letters
+            and without the heading.
+    """
 
     title: str
     items: tuple[tuple[str, str], ...]
@@ -63,7 +91,14 @@ class Facts:
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart: its points, and the text of each point under the pointer."""
+    """One line of a chart.
+
+    Attributes:
+        name: Its name in the legend.
+        x: The first coordinates of its points.
+        y: The second coordinates, as many.
+        hover: The text of each point under the pointer, as many.
+    """
 
     name: str
     x: tuple[float, ...]
@@ -73,23 +108,41 @@ class Series:
 
 @dataclass(frozen=True)
 class Lines:
-    """A chart of lines, with a marker at each measured point."""
+    """A chart of lines, with a marker at each measured point.
+
+    Attributes:
+        title: Its heading.
+        x_title: What the x axis shows.
+        y_title: What the y axis shows.
+        series: The lines.
+        level: Name and value of a horizontal line to compare with, such as the dense model's.
+        log_x: Whether the x axis is logarithmic.
+        log_y: Whether the y axis is logarithmic.
+        round_ticks: Whether the x axis has ticks at round numbers, rather than one at every value.
+    """
 
     title: str
     x_title: str
     y_title: str
     series: tuple[Series, ...]
-    #: name and value of a horizontal line to compare with, such as the dense model's.
     level: tuple[str, float] | None = None
     log_x: bool = False
     log_y: bool = False
-    #: whether the x axis has ticks at round numbers, rather than one at every value.
     round_ticks: bool = False
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A chart with one coloured cell per row and column."""
+    """A chart with one coloured cell per row and column.
+
+    Attributes:
+        title: Its heading.
+        x_title: What the columns are.
+        columns: Their names.
+        rows: The names of the rows.
+        values: The figure of each cell, row by row; None where it is missing.
+        form: The Python format of the figures.
+    """
 
     title: str
     x_title: str
@@ -99,13 +152,22 @@ class HeatMap:
     form: str
 
 
+#: What the written page draws.
 Chart = Lines | HeatMap
+#: What a section consists of.
 Part = Facts | Table | Chart
 
 
 @dataclass(frozen=True)
 class Section:
-    """One subject of a report: a run, a sweep, an evaluation. `details` are shown after a click."""
+    """One subject of a report: a run, a sweep, an evaluation.
+
+    Attributes:
+        title: Its heading.
+        lead: A paragraph below the heading; "" for none.
+        parts: What is shown at once.
+        details: What the page shows after a click.
+    """
 
     title: str
     lead: str = ""
@@ -115,6 +177,13 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
+    """A whole report, which shows itself in a notebook.
+
+    Attributes:
+        title: Its heading.
+        sections: Its subjects, in order.
+    """
+
     title: str
     sections: tuple[Section, ...] = ()
 
@@ -138,11 +207,18 @@ def table_of(
 ) -> Table:
     """A table from rows that map the title of a column to a value.
 
-    A column without any value is left out. `forms` has the format of the columns with figures.
+    A column without any value is left out.
+
+    Args:
+        title: Heading of the table.
+        rows: The rows, in which titles may be missing.
+        forms: Title of a column with figures -> their Python format.
+        note: Lines of text below the table.
+        total: A last row that sums up the others; None for none.
 
     >>> rows = [{"model": "a", "bits": None}, {"model": "b", "bits": None, "GB": 1.5}]
-    >>> found = table_of("Size", rows, {"GB": ".2f"})
-    >>> found.columns, found.rows
+    >>> table = table_of("Size", rows, {"GB": ".2f"})
+    >>> table.columns, table.rows
     ((Column(title='model', form=None), Column(title='GB', form='.2f')), (('a', None), ('b', 1.5)))
     """
     rows = list(rows)
@@ -185,6 +261,10 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
 
 def text_of(value: Any, form: str | None) -> str:
     """Format a value for people.
+
+    Args:
+        value: A figure, a `Measured`, or text; None where it is missing.
+        form: The Python format of figures; None writes them as they are.
 
     >>> text_of(1234.567, ",.2f")
     '1,234.57'

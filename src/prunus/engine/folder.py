@@ -52,14 +52,20 @@ _Record = TypeVar("_Record", bound=RunRecord)
 
 
 def remove_result(folder: Path, record: str) -> None:
-    """Remove a folder that a run made and this run holds, but for folders in it.
+    """Remove a folder that a run made and this run holds; folders inside it stay.
 
-    Its record goes after all else, so that a kill leaves a known folder. The lock goes last: from
-    then on another run may take the folder, which is not empty any more and stays.
+    The record goes after all other files, so that after a kill the folder still says what it is.
+    The lock goes last. From then on another run may take the folder, which then is not empty and
+    stays.
+
+    Args:
+        folder: The folder. Without a record in it, only temporary files and the lock are removed:
+            the other files are somebody else's.
+        record: File name of the record.
     """
     last = [folder / record, folder / LOCK_NAME]
-    found = folder.glob("*") if last[0].exists() else folder.glob(f"*{TEMPORARY_SUFFIX}")
-    for path in (*(x for x in found if x.is_file() and x not in last), *last):
+    files = folder.glob("*") if last[0].exists() else folder.glob(f"*{TEMPORARY_SUFFIX}")
+    for path in (*(x for x in files if x.is_file() and x not in last), *last):
         remove(path)
     with contextlib.suppress(OSError):
         folder.rmdir()
@@ -80,7 +86,26 @@ def find_earlier(
     *sources: Path,
     inside: str | None = None,
 ) -> _Record | None:
-    """The record of the run that this one resumes, or None; `sources` must lie apart from it."""
+    """The record of the earlier run in the output folder, or None if this run starts afresh.
+
+    The record is that of an unfinished run, which this run resumes, or of a finished result.
+    Nothing is written.
+
+    Args:
+        kind: The class of the record.
+        output: Folder of the result, which need not exist.
+        recipe: The options of this run, which those of the earlier run must equal.
+        options: `overwrite` and `resume` say what to do with an earlier run.
+        *sources: Folders that the run reads, which must lie apart from `output`.
+        inside: Name of something in the folder that does not count as content; see `is_vacant`.
+
+    Raises:
+        FileExistsError: The folder holds files that the verb did not write, or a run with other
+            options, or a run of an earlier version that cannot be resumed; or `resume` is False and
+            there is an unfinished run.
+        FileNotFoundError: `resume` is True and there is no unfinished run.
+        ValueError: A source lies inside the output or around it, or the record is damaged.
+    """
     for source in sources:
         check_apart(output, source)
     earlier = None
@@ -112,7 +137,19 @@ def resumed_or_new(
     device: torch.device,
     **fields: Any,
 ) -> _Record:
-    """The record of the run that is resumed, if it is the same, or a new one with `fields`."""
+    """The record of the run that is resumed, or a new record.
+
+    Args:
+        kind: The class of the record.
+        earlier: What `find_earlier` returned.
+        recipe: The options that decide the bytes of the result.
+        inputs: What else decides them.
+        device: Where the run computes, for the hardware that a new record names.
+        **fields: Further fields of a new record.
+
+    Raises:
+        FileExistsError: The earlier run had other options or other inputs.
+    """
     if earlier is not None:
         earlier.check_same_run(recipe, inputs)
         return earlier
@@ -127,19 +164,28 @@ def held(
     """Hold a folder against other runs for the length of a `with` block.
 
     Only rank 0 touches the folder. All ranks must enter the block, and all fail if rank 0 does.
-    `find` calls `find_earlier`, and all ranks get what it returned.
+
+    Args:
+        kind: The class of the record.
+        output: Folder of the result.
+        ranks: The processes of the run.
+        find: Calls `find_earlier`.
+
+    Yields:
+        What `find` returned on rank 0, the same on every rank.
     """
 
-    # It is called twice: before anything is written, so that a folder of somebody else stays
-    # untouched, and while the folder is held, because another run may finish in between.
+    # `find` is called twice. The first call is before anything is written, so that a folder of
+    # somebody else stays untouched. The second call is while the folder is held, because another
+    # run may finish in between.
 
     def look() -> dict[str, Any] | None:
         earlier = find()
         return None if earlier is None else earlier.model_dump(mode="json")
 
     with locked_output(output, ranks, find):
-        found = ranks.on_rank_0(look)
-        yield None if found is None else kind.model_validate(found)
+        content = ranks.on_rank_0(look)
+        yield None if content is None else kind.model_validate(content)
 
 
 @contextlib.contextmanager
@@ -158,6 +204,13 @@ class ResultFolder:
 
     Every method leaves the folder in a state from which a killed run can resume. Only rank 0 may
     call the methods that write.
+
+    Args:
+        folder: The folder of the result.
+        record: The record of the run, which the methods keep up to date.
+        source: The checkpoint that the result is made from: its companions are copied, and every
+            shard is preceded by a check that its files did not change. None if there is none.
+        ranks: The processes of the run.
     """
 
     def __init__(
@@ -175,7 +228,15 @@ class ResultFolder:
             self.record.save(self.folder)
 
     def begin(self, overwrite: bool) -> None:
-        """Create the folder, or clean up a killed run's: its shards are those the record names."""
+        """Create the folder, or clean up what a killed run left in it.
+
+        Args:
+            overwrite: Whether to remove shards that the record does not name, and the records of
+                other verbs.
+
+        Raises:
+            ValueError: The bytes of a shard are not those that the record has the SHA-256 of.
+        """
         folder, record = self.folder, self.record
         make_folder(folder)
         for name, expected in record.sha256.items():
@@ -209,7 +270,14 @@ class ResultFolder:
     def write_shard(
         self, name: str, tensors: Mapping[str, Writable], *, uncached: bool = False
     ) -> None:
-        """Write a shard and note its SHA-256; the caller enters it in the record and saves that."""
+        """Write a shard and note its SHA-256; the caller enters it in the record and saves that.
+
+        Args:
+            name: File name of the shard.
+            tensors: Its tensors by name.
+            uncached: Whether to keep the written pages out of the page cache; see
+                `save_safetensors`.
+        """
         if self.source is not None:
             self.source.check_unchanged()
         self.record.sha256[name] = save_safetensors(self.folder / name, tensors, uncached=uncached)
@@ -225,8 +293,13 @@ class ResultFolder:
     ) -> None:
         """Complete the result: companions, configuration, card, and at last the index.
 
-        `config` None copies the source's. With `keep_records`, records of earlier work on the
-        source hold for the result as well; which parts were removed stays known.
+        Args:
+            shards: File names of all shards of the result.
+            card: The model card, README.md.
+            config: The content of config.json; None copies that of the source.
+            keep_records: Records of earlier work on the source that hold for the result as well.
+                By default the one that says which parts were removed.
+            code: Whether to copy Python files that come with the checkpoint.
         """
         folder = self.folder
         if self.source is not None:
@@ -257,7 +330,14 @@ class ResultFolder:
 class BlockFolder(ResultFolder):
     """Writes a result block by block under the names of the checkpoint; all ranks call its methods.
 
-    Only rank 0 touches the folder. After `begin`, `finished` blocks of an earlier run are known.
+    Only rank 0 touches the folder. `place` counts the blocks of the result from 0. Where blocks
+    were removed it differs from the index of a block in the source, which `made_from` returns.
+
+    Attributes:
+        record: The record of the run.
+        job: The run.
+        finished: Blocks that an earlier run has finished, the first ones of the model; 0 before
+            `begin`.
     """
 
     record: BlockwiseRecord
@@ -268,6 +348,8 @@ class BlockFolder(ResultFolder):
         self.finished = 0
 
     def begin(self, overwrite: bool) -> None:
+        """Prepare the folder on rank 0, and tell all ranks how many blocks are `finished`."""
+
         def prepare() -> int:
             super(BlockFolder, self).begin(overwrite)
             self.prepare()
@@ -277,30 +359,37 @@ class BlockFolder(ResultFolder):
         del self.record.blocks[self.finished :]
 
     def prepare(self) -> None:
-        """What rank 0 writes before the first block."""
+        """Write what comes before the first block, on rank 0. The base class writes nothing."""
 
     def made_from(self, place: int) -> int:
         """The block of the source that block `place` of the result was made from."""
         return place
 
     def stored(self, place: int, made: Made) -> dict[str, torch.Tensor]:
+        """The tensors of the shard of a block, by the names of the checkpoint."""
         return self.job.checkpoint.as_stored(self.made_from(place), made.tensors)
 
     def restored(self, place: int) -> dict[str, torch.Tensor]:
         """The tensors of a finished block, by relative name, from its shard."""
         index = self.made_from(place)
         shard = Checkpoint(self.folder, only=[self.record.shard(place)])
-        found = shard.read(self.job.checkpoint.block_keys(index))
-        return self.job.checkpoint.from_stored(index, found)
+        tensors = shard.read(self.job.checkpoint.block_keys(index))
+        return self.job.checkpoint.from_stored(index, tensors)
 
     def read_block(self, place: int) -> Mapping[str, torch.Tensor]:
+        """The tensors of a finished block by relative name, on every rank.
+
+        Raises:
+            FileExistsError: The source's block is not the one that the finished block was made
+                from.
+        """
         return self.ranks.tensors_from_rank_0(lambda: self._read_block(place))
 
     def _read_block(self, place: int) -> dict[str, torch.Tensor]:
-        known, source = self.record.blocks[place], self.job.checkpoint
+        block_record, source = self.record.blocks[place], self.job.checkpoint
         index = self.made_from(place)
         name = self.job.skeleton.block_name(index)
-        check_known({name: known.input_sha256}, name, tensors_digest(source.block(index)))
+        check_known({name: block_record.input_sha256}, name, tensors_digest(source.block(index)))
         return self.restored(place)
 
     def write_block(self, place: int, made: Made) -> None:

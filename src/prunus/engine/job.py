@@ -27,29 +27,46 @@ from prunus.model.source import CheckpointSource, ModuleSource, Source, tensors_
 
 @dataclass(kw_only=True)
 class RunJob:
-    """The decisions of one run, as far as they concern its model and its windows."""
+    """The decisions of one run, as far as they concern its model and its windows.
+
+    Attributes:
+        recipe: The options that decide the bytes of the result.
+        options: The options that only decide how the work is done.
+        model_name: The model as the user named it; the class name of a loaded model.
+        source: The dense weights.
+        skeleton: The model without weights, in the dtype of the computation.
+        device: Where blocks run.
+        dtype: The dtype of the forward passes.
+        dtype_reason: Why it is that dtype, in words.
+        batch: Calibration windows per forward pass.
+        budget: Memory for the run on `device`, in bytes.
+        host_budget: Memory for the run on the host, in bytes. On a CPU both budgets are the same.
+        needs: The statistics of each linear's inputs that the run collects.
+        needs_inputs: Whether calibration windows run through the model at all.
+        block_memory: The memory that each block needs; empty before `measure_memory`.
+        measured: Name of a block -> SHA-256 of the weights that a measurement before the first
+            block read. The record of the run holds the same.
+    """
 
     recipe: WindowOptions
     options: RunOptions
-    model_name: str  #: the model as the user named it; the class name of a loaded model
+    model_name: str
     source: CheckpointSource | ModuleSource
     skeleton: Skeleton
     device: torch.device
     dtype: torch.dtype
     dtype_reason: str
     batch: int
-    budget: int  #: memory for the run on `device`, in bytes
-    #: Memory for the run on the host, in bytes. On a CPU both budgets are the same.
+    budget: int
     host_budget: int
     needs: Needs
     needs_inputs: bool
     block_memory: list[BlockMemory] = field(default_factory=list)
-    #: Name of a block -> SHA-256 of the weights that a measurement before the first block read. The
-    #: record of the run holds the same.
     measured: dict[str, str] = field(default_factory=dict)
 
     @property
     def ranks(self) -> Ranks:
+        """The processes that work on the run."""
         return self.options.processes
 
     @functools.cached_property
@@ -79,7 +96,15 @@ class RunJob:
         return self.recipe.samples * self.skeleton.window_shape(0, self.recipe.seqlen)[0]
 
     def preparing(self, what: str, total: int) -> Callable[[int], None]:
-        """Announce work before the first block; returns what to call when more steps are done."""
+        """Announce work before the first block, and return a function that counts its steps.
+
+        Args:
+            what: The work in words, such as "measuring …".
+            total: The steps of the work, each of about the same time.
+
+        Returns:
+            A function to call with the number of steps that were done since its last call.
+        """
         started, done = time.perf_counter(), 0
         self.options.tell(what)
 
@@ -124,6 +149,7 @@ class RunJob:
     # Where the data live and how they move.
 
     def measure_memory(self) -> None:
+        """Fill in `block_memory`, from shapes alone."""
         self.block_memory = [self._block_memory(index) for index in range(len(self.skeleton))]
 
     def _block_memory(self, index: int) -> BlockMemory:
@@ -161,7 +187,7 @@ class RunJob:
     def _in_lockstep(self, *, hidden: bool) -> int:
         """How many blocks can run in lockstep, with the hidden states here or elsewhere."""
         needed = (memory.total(hidden=hidden, paused=True) for memory in self.block_memory)
-        return sum(each <= self.budget for each in needed)
+        return sum(nbytes <= self.budget for nbytes in needed)
 
     @property
     def spills(self) -> bool:
@@ -178,7 +204,10 @@ class RunJob:
 
     @property
     def overlaps(self) -> bool:
-        """Whether the next block is read and the last written meanwhile: two blocks more memory."""
+        """Whether the next block is read and the last one written while one is changed.
+
+        This takes memory for two blocks more, and changes nothing but the time.
+        """
         return not isinstance(self.source, ModuleSource) and all(
             self.host_bytes(index) + self.overlap_bytes(index) <= self.host_budget
             for index in range(len(self.block_memory))
@@ -186,8 +215,8 @@ class RunJob:
 
     def overlap_bytes(self, index: int) -> int:
         """Bytes of the block that is read and of the one that is written next to block `index`."""
-        near = [each for each in (index - 1, index + 1) if 0 <= each < len(self.block_memory)]
-        return sum(self.source.block_nbytes(each) for each in near)
+        near = [i for i in (index - 1, index + 1) if 0 <= i < len(self.block_memory)]
+        return sum(self.source.block_nbytes(i) for i in near)
 
     def host_bytes(self, index: int) -> int:
         """Bytes that block `index` needs on the host, with nothing read or written meanwhile."""
@@ -237,20 +266,31 @@ class BlockMemory:
     >>> memory = BlockMemory(weights=40, working=20, hidden=8, paused=16, transient=4)
     >>> memory.total(hidden=True, paused=True), memory.minimum
     (88, 64)
+
+    Attributes:
+        weights: The block in the dtype of the computation, the block as stored, and the pruned
+            tensors that wait to be written.
+        working: The temporaries of the largest linear while it is pruned, and its input statistics.
+        hidden: The hidden states of all windows between two blocks.
+        paused: What windows that pause at a linear hold next to their hidden states; see
+            `paused_bytes`.
+        transient: The activations of one batch's forward pass; see `transient_bytes`.
     """
 
-    #: The block in the dtype of the computation, the block as stored, and the pruned tensors that
-    #: wait to be written.
     weights: int
-    #: The temporaries of the largest linear while it is pruned, and its input statistics.
     working: int
     hidden: int
-    #: What windows that pause at a linear hold next to their hidden states; see `paused_bytes`.
     paused: int
-    transient: int  #: the activations of one batch's forward pass; see `transient_bytes`
+    transient: int
 
     def total(self, *, hidden: bool, paused: bool) -> int:
-        """Bytes in all, with hidden states and with windows that all pause at once, or without."""
+        """Bytes in all.
+
+        Args:
+            hidden: Whether hidden states stay in this memory; otherwise a file or the host has
+                them.
+            paused: Whether all windows pause at once, as in lockstep; otherwise one batch does.
+        """
         always = self.weights + self.working + self.transient
         return always + hidden * self.hidden + paused * self.paused
 
@@ -265,14 +305,27 @@ def paused_bytes(tokens: int, hidden: int, widest: int, itemsize: int) -> int:
 
     Per token these are four hidden states (residual, normed input, and queries with keys and
     values), and one activation as wide as the widest linear.
+
+    Args:
+        tokens: Tokens of all windows that pause.
+        hidden: Width of a hidden state.
+        widest: The largest width, of inputs or outputs, of any linear of the block.
+        itemsize: Bytes of a number.
+
+    >>> paused_bytes(tokens=10, hidden=4, widest=16, itemsize=2)
+    640
     """
     return tokens * (4 * hidden + widest) * itemsize
 
 
 def transient_bytes(tokens: int, hidden: int, widest: int, itemsize: int) -> int:
-    """Bytes of one forward pass over `tokens` tokens, arguments as for `paused_bytes`.
+    """Bytes of the activations of one forward pass over `tokens` tokens.
 
-    The peak lies in the feed-forward network: six hidden states, three of the widest linear.
+    The peak lies in the feed-forward network. Six hidden states and three activations of the widest
+    linear are in memory there. The other arguments are those of `paused_bytes`.
+
+    >>> transient_bytes(tokens=10, hidden=4, widest=16, itemsize=2)
+    1440
     """
     return tokens * (6 * hidden + 3 * widest) * itemsize
 
@@ -286,9 +339,19 @@ def windows_per_batch(
 ) -> int:
     """Windows per forward pass: `batch`, or the default, which is at least 1.
 
-    A batch in training is a step. It has about 1024 tokens, and more where there would be more than
-    128 steps: each updates all weights of a block, however few tokens it has. There are at least
-    eight. `trains` names what trains, which also validates, and so needs more than one batch.
+    In training a batch is one step, which updates all weights of a block however few tokens it has.
+    By default a step has about 1024 tokens. It has more where there would be more than 128 steps,
+    and fewer where there would be fewer than eight steps.
+
+    Args:
+        samples: Calibration windows of the run.
+        window_tokens: Tokens of a window.
+        batch: What the user asks for; None for the default.
+        trains: What trains on the batches, in one word for errors; "" where nothing does.
+
+    Raises:
+        ValueError: Something trains and there is only one batch, while training needs one more for
+            validation.
 
     >>> [windows_per_batch(samples, 256) for samples in (8, 64, 1024)]
     [8, 16, 16]
@@ -309,7 +372,16 @@ def windows_per_batch(
 
 
 def check_known(digests: dict[str, str], block: str, digest: str) -> None:
-    """Check that a block still has the weights that the run read before, if it did."""
+    """Check that a block still has the weights that the run read before, if it did.
+
+    Args:
+        digests: Name of a block -> SHA-256 of the weights that were read before.
+        block: Name of the block.
+        digest: SHA-256 of the weights that were read now.
+
+    Raises:
+        FileExistsError: The hashes differ, so that the source was changed during the run.
+    """
     if digests.get(block, digest) != digest:
         raise FileExistsError(
             f"{block} of the source is not what it was when the run read it first: the checkpoint "
@@ -318,21 +390,35 @@ def check_known(digests: dict[str, str], block: str, digest: str) -> None:
 
 
 class HashedSource:
-    """Reads blocks of another source, and notes or compares their hashes the first time."""
+    """Reads blocks of another source, and notes or compares their hashes the first time.
+
+    All other attributes are those of the other source.
+
+    Args:
+        source: The source to read from.
+        skeleton: The model, for the names of blocks.
+        digests: Name of a block -> SHA-256. Missing hashes are added.
+    """
 
     def __init__(self, source: Source, skeleton: Skeleton, digests: dict[str, str]) -> None:
         self._source, self._skeleton, self._digests = source, skeleton, digests
         self._seen: set[int] = set()
 
     def block(self, index: int, pinned: bool = False) -> dict[str, torch.Tensor]:
-        found = self._source.block(index, pinned)
+        """The tensors of a block by relative name.
+
+        Raises:
+            ValueError: A weight is not finite.
+            FileExistsError: The block is not what it was when the run read it first.
+        """
+        tensors = self._source.block(index, pinned)
         if index not in self._seen:
             self._seen.add(index)
-            name, digest = self._skeleton.block_name(index), tensors_digest(found)
-            check_finite(found, f"{name}.")
+            name, digest = self._skeleton.block_name(index), tensors_digest(tensors)
+            check_finite(tensors, f"{name}.")
             check_known(self._digests, name, digest)
             self._digests[name] = digest
-        return found
+        return tensors
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)

@@ -1,8 +1,14 @@
 """A checked run of prune or compress: what is changed and how. `prunus plan` prints it.
 
-Whatever would make a run fail later fails in `plan_run`. How the linears of the result are stored
-is known to a `Format`. Its base class stores plain tensors, as prune does; `prunus.formats` has the
+Whatever would make a run fail later fails in `plan_run`. A `Format` says how the linears of the
+result are stored. The base class stores plain tensors, as prune does; `prunus.formats` has the
 others.
+
+    PruningJob       the decisions of one run, and what follows from them
+    Format           how the result is stored, with the order in which the engine asks it
+    select_linears   `only` and `ignore` applied to the linears of a model
+    plan_run         checks, and makes the job
+    describe_plan    the job as JSON values
 """
 
 from __future__ import annotations
@@ -41,19 +47,26 @@ from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
 
-#: About so many matrices are looked at before a run.
+# About so many matrices are looked at before a run, to see whether weights were rounded before.
 _SAMPLED = 24
 
 
 @dataclass(kw_only=True)
 class PruningJob(RunJob):
-    """The decisions of one run of prune or compress."""
+    """The decisions of one run of prune or compress.
+
+    Attributes:
+        recipe: The options that decide the bytes of the result.
+        format: How linears are stored in the result.
+        linear_settings: How every linear is pruned: the method and its work.
+        selected: Per block the relative names of the linears to prune.
+        left_dense: The weights of the blocks that stay dense: full name -> shape.
+    """
 
     recipe: PruningOptions
-    format: Format  #: how linears are stored in the result
+    format: Format
     linear_settings: LinearSettings
     selected: list[list[str]]
-    #: The weights of the blocks that stay dense: full name -> shape.
     left_dense: dict[str, tuple[int, ...]]
 
     @property
@@ -70,9 +83,11 @@ class PruningJob(RunJob):
         return memory.total(hidden=self.device.type == "cpu", paused=False)
 
     def peak_bytes(self) -> int:
+        """The largest need of a block, of the measurement or of the format, in bytes."""
         return max(super().peak_bytes(), self.measuring_bytes(), self.format.peak_bytes())
 
     def file_bytes(self) -> int:
+        """Bytes of the weights of the result, as the format stores them."""
         return self.format.file_bytes()
 
     def dense_file_bytes(self) -> int:
@@ -80,6 +95,7 @@ class PruningJob(RunJob):
         return super().file_bytes()
 
     def disk_bytes(self) -> int:
+        """Bytes of the result, with spilled hidden states and temporary files of the format."""
         return super().disk_bytes() + self.format.temporary_bytes()
 
     def selected_linears(self) -> dict[str, Linear]:
@@ -114,6 +130,7 @@ class PruningJob(RunJob):
 
     @property
     def runs_dense_stream(self) -> bool:
+        """Whether batches also run through the dense model: for dense targets, or for training."""
         return self.linear_settings.method.needs_drift or self.reconstruction is not None
 
     def uses_dense_target(self, in_features: int) -> bool:
@@ -124,7 +141,11 @@ class PruningJob(RunJob):
 
     @functools.cached_property
     def drift_stride(self) -> int:
-        """One of this many batches also runs through the dense model."""
+        """One of this many batches also runs through the dense model.
+
+        Held-out statistics and the training of all blocks need every batch. Dense targets alone
+        need enough tokens for the widest linear.
+        """
         method = self.linear_settings.method
         trained = self.recipe.trained_blocks
         if method.needs_held_out or trained == "all" or not method.needs_drift:
@@ -160,9 +181,15 @@ class PruningJob(RunJob):
         return self.linear_settings.work.reference_order
 
     def walk(self, index: int) -> Walk:
+        """How the windows run through block `index`; the recipe may ask for two passes."""
         return "two_pass" if self.recipe.two_passes else super().walk(index)
 
     def check_ranks(self) -> None:
+        """Check that the recipe does not need one process.
+
+        Raises:
+            ValueError: Several ranks shall keep an order of operations that goes window by window.
+        """
         by_window = self.recipe.two_passes and self.linear_settings.method.has_reference_order
         if self.ranks.size > 1 and by_window:
             raise ValueError(
@@ -172,6 +199,7 @@ class PruningJob(RunJob):
             )
 
     def working_bytes(self, index: int) -> int:
+        """Bytes of temporaries and statistics, with those of two passes and of dense targets."""
         method, linears = self.linear_settings.method, self.skeleton.linears(index)
         working = super().working_bytes(index)
         if self.needs == "gram" and self.recipe.two_passes:
@@ -183,6 +211,10 @@ class PruningJob(RunJob):
         return working + matrices * 4 * max(targets, default=0) ** 2
 
     def training_bytes(self, index: int) -> tuple[int, int]:
+        """Bytes of the training of block `index`: those that stay, and those of one batch.
+
+        Both are 0 where the block is not trained.
+        """
         settings = self.reconstruction
         if settings is None or not settings.applies_to(index, len(self.skeleton)):
             return 0, 0
@@ -206,19 +238,31 @@ class Format(Generic[_Record]):
         the end                          finish ► card, config
         a run that is finished already   is_complete, or check_finished
         at last                          close
+
+    Attributes:
+        DONE: What happens to a block, in one word.
+        QUANTIZES: Whether weights become integers at the end of each linear.
+        WRITES_OUTSIDE_FIRST: Whether what lies outside the blocks can be written before the first
+            block.
+        job: The run that writes the format; missing before `plan_run`.
     """
 
-    #: What happens to a block, in one word.
     DONE: ClassVar[str] = "pruned"
-    #: Whether weights become integers at the end of each linear.
     QUANTIZES: ClassVar[bool] = False
-    #: Whether what lies outside the blocks can be written before the first block.
     WRITES_OUTSIDE_FIRST: ClassVar[bool] = True
 
     job: PruningJob
 
     def folder(self, model: str | Path, output: Path) -> Path:
-        """The folder that a run writes, which may lie next to its result. Refuses a bad output."""
+        """The folder that a run writes, which may lie next to its result.
+
+        Args:
+            model: The model as the user named it.
+            output: The result as the user named it: a folder, or a file of some formats.
+
+        Raises:
+            ValueError: The format cannot write such an output.
+        """
         return output
 
     def earlier(
@@ -229,7 +273,18 @@ class Format(Generic[_Record]):
         recipe: PruningOptions,
         options: RunOptions,
     ) -> _Record | None:
-        """The record of the run to go on with, or of a finished result; None for neither."""
+        """The record of the run to go on with, or of a finished result; None for neither.
+
+        Args:
+            kind: The class of the record.
+            model: The model as the user named it.
+            folder: What `folder` returned.
+            recipe: The options of this run.
+            options: `overwrite` and `resume` say what to do with an earlier run.
+
+        Raises:
+            ValueError, FileExistsError, FileNotFoundError: As `find_earlier`.
+        """
         return find_earlier(kind, folder, recipe, options, Path(model))
 
     def is_complete(self, earlier: _Record) -> bool:
@@ -242,11 +297,19 @@ class Format(Generic[_Record]):
     def select(
         self, selection: LinearSelection, source: CheckpointSource | ModuleSource, model: Skeleton
     ) -> LinearSelection:
-        """The part of a selection that the format can store. Raises where that is nothing."""
+        """The part of a selection that the format can store.
+
+        Raises:
+            ValueError: The format can store none of the selected linears.
+        """
         return selection
 
     def check(self) -> None:
-        """Refuse what the format cannot do, before any work: ValueError."""
+        """Check that the format can store the result of the job, before any work.
+
+        Raises:
+            ValueError: It cannot; says why.
+        """
 
     @property
     def measures_loss(self) -> bool:
@@ -282,13 +345,26 @@ class Format(Generic[_Record]):
     def weight_from(
         self, key: str, tensors: dict[str, torch.Tensor], record: LinearRecord, dtype: torch.dtype
     ) -> torch.Tensor:
-        """The dense weight from `tensors_of`, in `dtype`; removes these from `tensors`."""
+        """The dense weight that `tensors_of` has stored.
+
+        Args:
+            key: The name under which the source stores the weight.
+            tensors: The tensors of the shard, from which those of this linear are removed.
+            record: The linear's part of the record.
+            dtype: The dtype of the weight that is returned.
+        """
         raise NotImplementedError(f"{type(self).__name__} stores plain tensors")
 
     def outside(
         self, folder: BlockFolder, record: _Record, tensors: dict[str, Writable]
     ) -> dict[str, Writable]:
-        """The tensors of the shard of what lies outside the blocks, from those of the source."""
+        """The tensors of the shard of what lies outside the blocks.
+
+        Args:
+            folder: The folder of the result.
+            record: The record of the run, which may take note of them.
+            tensors: Those of the source, by stored name, with a pruned head in place of its own.
+        """
         return tensors
 
     def card(self, record: _Record) -> str:
@@ -321,22 +397,31 @@ def training_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 
 class LinearSelection(NamedTuple):
-    """The linears of a model, sorted into those that are pruned and the rest."""
+    """The linears of a model, sorted into those that are pruned and the rest.
+
+    Attributes:
+        selected: Per block the relative names of the linears to prune.
+        left_dense: All other weights with two or more dimensions in the blocks: full name -> shape.
+    """
 
     selected: list[list[str]]
-    #: All other weights with two or more dimensions in the blocks: full name -> shape.
     left_dense: dict[str, tuple[int, ...]]
 
 
 def select_linears(skeleton: Skeleton, recipe: PruningOptions, pattern: Pattern) -> LinearSelection:
-    """Apply `only` and `ignore` of a recipe to the linears of a model."""
+    """Apply `only` and `ignore` of a recipe to the linears of a model.
+
+    Raises:
+        ValueError: A name pattern matches no linear, no linear is left, or the shape of a selected
+            linear does not fit the pattern of zeros.
+    """
     by_block = [skeleton.linears(index) for index in range(len(skeleton))]
     recipe.check_names(
         f"{skeleton.block_name(index)}.{linear.name}"
         for index, linears in enumerate(by_block)
         for linear in linears
     )
-    found = LinearSelection([], {})
+    selection = LinearSelection([], {})
     for index, linears in enumerate(by_block):
         names = []
         for linear in linears:
@@ -345,10 +430,10 @@ def select_linears(skeleton: Skeleton, recipe: PruningOptions, pattern: Pattern)
                 check_shape(pattern, linear.shape, full_name)
                 names.append(linear.name)
             else:
-                found.left_dense[f"{full_name}.weight"] = linear.shape
-        found.selected.append(names)
-        found.left_dense.update(skeleton.left_dense(index))
-    return found
+                selection.left_dense[f"{full_name}.weight"] = linear.shape
+        selection.selected.append(names)
+        selection.left_dense.update(skeleton.left_dense(index))
+    return selection
 
 
 def plan_run(
@@ -361,8 +446,15 @@ def plan_run(
     """Check all that needs neither weights nor text, and decide what the recipe leaves open.
 
     Args:
-        stored: How the result stores linears.
+        model: A checkpoint folder, a hub id, or a loaded model.
+        recipe: The options that decide the bytes of the result.
+        options: The options that only decide how the work is done.
+        stored: How the result stores linears. Its `job` is set.
         decided_dtype: What `dtype` auto meant in the run that is resumed; None for a new run.
+
+    Raises:
+        ValueError, FileNotFoundError, NotImplementedError, OSError: The run would fail; says what
+            was given, what is wrong and what to do.
     """
     settings = _linear_settings(recipe, options.own_method, stored.QUANTIZES)
     method = settings.method
@@ -405,14 +497,21 @@ def plan_run(
 
 
 def needs_inputs(recipe: PruningOptions, method: Method) -> bool:
-    """Whether the method, the allocation or the training of a recipe uses calibration windows."""
+    """Whether the method, the allocation or the training of a recipe uses calibration windows.
+
+    Args:
+        recipe: The recipe of the run.
+        method: Its method with refinement and weight update; see `prunus.methods.composition`.
+    """
     trains = recipe.trained_blocks != "none"
     return method.needs != "none" or trains or recipe.allocates
 
 
-def _linear_settings(recipe: PruningOptions, own: Method | None, quantizes: bool) -> LinearSettings:
+def _linear_settings(
+    recipe: PruningOptions, own_method: Method | None, quantizes: bool
+) -> LinearSettings:
     """How every linear is pruned: the recipe's method with its refinement and weight update."""
-    published = own or get_method(recipe.method)
+    published = own_method or get_method(recipe.method)
     method = compose(published, recipe, quantizes)
     # Two passes are the published procedure. There the published solvers also sum in its order.
     group = recipe.group
@@ -437,14 +536,23 @@ def _batch(job: PruningJob) -> int:
 def describe_plan(job: PruningJob) -> dict[str, Any]:
     """The plan of a run as JSON values, to which a verb adds its own.
 
-    `to_remove` counts weights, `blocks_in_lockstep` and `batch` count too. `hidden_states` says
-    where they are kept. `file_bytes` are the weights of the result, `disk_bytes` include temporary
-    files. `rounded_before` is empty where the weights lie on no grid.
+    These values need a word:
+
+    - `to_remove`: weights that become zero, a number;
+    - `left_dense`: name of a weight that stays as it is -> its shape;
+    - `grid_bits`: bits of the grid that the weights lie on already, or None;
+    - `rounded_before`: what that means, in words; empty where the weights lie on no grid;
+    - `batch`: windows per forward pass;
+    - `hidden_states`: where they are between blocks: memory, pinned host memory or file;
+    - `blocks_in_lockstep`: how many blocks all windows run through at once;
+    - `peak_memory_bytes`: with what this process holds already;
+    - `file_bytes`: the weights of the result;
+    - `disk_bytes`: the same with temporary files.
     """
     blocks = range(len(job.skeleton))
     shapes: Sequence[tuple[int, int]] = [x.shape for x in job.selected_linears().values()]
     weights = sum(rows * columns for rows, columns in shapes)
-    place = "memory" if job.hidden_states_stay else "pinned host memory"
+    location = "memory" if job.hidden_states_stay else "pinned host memory"
     return {
         "blocks": len(blocks),
         "linears": len(shapes),
@@ -458,7 +566,7 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
         "device": str(job.device),
         "batch": job.batch,
         "bos": job.recipe.bos,
-        "hidden_states": "file" if job.spills else place,
+        "hidden_states": "file" if job.spills else location,
         "blocks_in_lockstep": sum(job.fits_lockstep(index) for index in blocks),
         "peak_memory_bytes": job.peak_bytes() + resident_memory(),
         "file_bytes": job.file_bytes(),

@@ -21,7 +21,9 @@ from prunus.methods.table import METHODS, check_method_name, check_owners
 from prunus.options import Option, at_least, between
 from prunus.options.declaration import percent
 
+#: Heading of these options in --help.
 SELECTION = "Allocation and selection"
+# N:M, such as 2:4.
 _PATTERN = re.compile(r"^(\d+):(\d+)$")
 
 
@@ -43,6 +45,25 @@ class PruningOptions(MethodOptions, WindowOptions):
     `pattern` is "unstructured" or N:M, which keeps at most N of every M consecutive inputs of a
     row. (The original code of Wanda and SparseGPT counts the zeros instead; for 2:4 and 4:8 both
     readings agree.) An N:M pattern implies its sparsity.
+
+    Attributes:
+        method: The pruning method, by name or as FILE.py:NAME. It chooses the zeros, and may update
+            the other weights.
+        sparsity: The share of each linear's weights to remove, in [0, 1).
+        pattern: "unstructured", or N:M.
+        group: Which weights compete: "row", "layer", "column", or a number of rows per group; None
+            for those that compete in the method's paper.
+        allocation: How the sparsity is distributed over linears, with the same mean.
+        only: Name patterns. Only linears that match one of them are pruned; () for all.
+        ignore: Name patterns. Linears that match one of them stay dense.
+        min_expert_tokens: If fewer tokens reach an expert, its statistics are those of all tokens;
+            0 always uses the expert's own, and None lets the method decide.
+
+    Raises:
+        pydantic.ValidationError: A `ValueError` that lists every option that is out of range.
+
+    >>> PruningOptions(pattern="2:4").sparsity
+    0.5
     """
 
     method: Annotated[
@@ -118,19 +139,19 @@ class PruningOptions(MethodOptions, WindowOptions):
         if not isinstance(values, dict):
             return values  # a damaged record, which pydantic refuses next
         values = cls.filled_in(values)
-        given = values.get("sparsity")
-        if isinstance(given, str) and _PATTERN.match(given):
-            raise ValueError(f"sparsity is a share such as 0.5; did you mean `pattern` {given}?")
+        sparsity = values.get("sparsity")
+        if isinstance(sparsity, str) and _PATTERN.match(sparsity):
+            raise ValueError(f"sparsity is a share such as 0.5; did you mean `pattern` {sparsity}?")
         with contextlib.suppress(TypeError, ValueError):
-            given = float(given)  # the command line gives text
+            sparsity = float(sparsity)  # the command line gives text
         match = _PATTERN.match(str(values.get("pattern", "")))
         if not match or not 1 <= int(match[1]) <= int(match[2]):
             return values
         implied = 1 - int(match[1]) / int(match[2])
-        if given is not None and given != implied:
+        if sparsity is not None and sparsity != implied:
             raise ValueError(
                 f"pattern {match[0]} already fixes the sparsity at {implied:g}; "
-                f"got sparsity {given} as well: give one of the two"
+                f"got sparsity {sparsity} as well: give one of the two"
             )
         return {**values, "sparsity": implied}
 
@@ -140,10 +161,11 @@ class PruningOptions(MethodOptions, WindowOptions):
         return values
 
     def changed_by(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        known = super().changed_by(given)
+        """These options with others on top of them; a new pattern brings its own sparsity."""
+        options = super().changed_by(given)
         if "pattern" in given and self.n_of_m:
-            known.pop("sparsity", None)  # This recipe's own pattern implied it.
-        return known
+            options.pop("sparsity", None)  # This recipe's own pattern implied it.
+        return options
 
     @field_validator("method")
     @classmethod
@@ -193,7 +215,11 @@ class PruningOptions(MethodOptions, WindowOptions):
         return self
 
     def check_fit(self) -> None:
-        """Check the rules of a verb."""
+        """Check that the options fit together by the rules of a verb.
+
+        Raises:
+            ValueError: They do not; says which option to drop or to add.
+        """
 
     # What only prune does. A command that adds to it has a recipe in which these are options.
 
@@ -219,7 +245,11 @@ class PruningOptions(MethodOptions, WindowOptions):
 
     @property
     def n_of_m(self) -> tuple[int, int] | None:
-        """(N, M), or None for unstructured sparsity."""
+        """(N, M), or None for unstructured sparsity.
+
+        >>> PruningOptions(pattern="2:4").n_of_m
+        (2, 4)
+        """
         match = _PATTERN.match(self.pattern)
         return (int(match[1]), int(match[2])) if match else None
 
@@ -238,14 +268,21 @@ class PruningOptions(MethodOptions, WindowOptions):
         return wanted and not any(fnmatch.fnmatchcase(name, glob) for glob in self.ignore)
 
     def check_names(self, names: Iterable[str]) -> None:
-        """Refuse name patterns that match nothing: a typing error would prune the wrong linears."""
-        known = list(names)
+        """Check that every name pattern matches: a typing error would prune the wrong linears.
+
+        Args:
+            names: Full names of all linears of the model.
+
+        Raises:
+            ValueError: A pattern of `only` or `ignore` matches no linear, or no linear is left.
+        """
+        names = list(names)
         for option, globs in (("only", self.only), ("ignore", self.ignore)):
             for glob in globs:
-                if not any(fnmatch.fnmatchcase(name, glob) for name in known):
+                if not any(fnmatch.fnmatchcase(name, glob) for name in names):
                     raise ValueError(
-                        f"`{option}` {glob!r} matches none of the {len(known)} linears; names look "
-                        f"like {known[0]!r}, and * stands for anything: '*.mlp.*'"
+                        f"`{option}` {glob!r} matches none of the {len(names)} linears; names look "
+                        f"like {names[0]!r}, and * stands for anything: '*.mlp.*'"
                     )
-        if not any(self.selects(name) for name in known):
+        if not any(self.selects(name) for name in names):
             raise ValueError("`only` and `ignore` leave no linear to prune")

@@ -63,28 +63,40 @@ class LinearRecord(Part):
 
 
 def mean_error(totals: Mapping[str, Any]) -> tuple[str, float | None]:
-    """The name of the error that a run measured, and its mean over all linears."""
+    """The name of the error that a run measured, and its mean over all linears.
+
+    Args:
+        totals: What `PruningRecord.summary` returns.
+
+    Returns:
+        The name, and the mean; None where the run measured no error.
+    """
     if totals["mean_relative_output_error"] is not None:
         return "relative output error", totals["mean_relative_output_error"]
     return "removed energy", totals["mean_removed_energy"]
 
 
 def mean_bits(linears: Iterable[Any]) -> float | None:
-    """The mean bits per weight of the linears whose `bits` are known; None where none are."""
-    known = [(x.bits, x.shape[0] * x.shape[1]) for x in linears if x.bits is not None]
-    return sum(bits * n for bits, n in known) / sum(n for _, n in known) if known else None
+    """The mean bits per weight of the linears whose `bits` are recorded; None where none are.
+
+    Args:
+        linears: Objects with a `shape` (out, in) and `bits` per weight, which may be None.
+    """
+    sized = [(x.bits, x.shape[0] * x.shape[1]) for x in linears if x.bits is not None]
+    return sum(bits * n for bits, n in sized) / sum(n for _, n in sized) if sized else None
 
 
 class ReconstructionRecord(Part):
     """What block reconstruction did to a block.
 
     Attributes:
-        error_before, error_after: On the held-out tokens, in the unit of `measure`.
+        error_before: Before the training, on the held-out tokens and in the unit of `measure`.
+        error_after: After the training, likewise.
         measure: "outputs": the mean of ‖output − dense output‖² / ‖dense output‖². "logits": the
             KL divergence from the dense model's next token, in nats.
         steps: Gradient steps taken.
         stopped: Why training ended early, or None.
-        dtype: Of the matrix products.
+        dtype: The dtype of the matrix products.
         seconds: Time to train.
     """
 
@@ -122,16 +134,25 @@ class BlockRecord(Part):
 
 
 class PruningRecord(BlockwiseRecord):
+    """The record of a run that changes linears; prune and compress have classes of their own.
+
+    Attributes:
+        recipe: The options that decide the bytes of the result.
+        blocks: The finished blocks, in order.
+        head: The pruned output head; None where it stays dense.
+        allocation: Full name of a linear -> its sparsity; empty if all have the recipe's.
+        data_dir: Folder of local datasets that the calibration text was read from; None if none.
+        left_dense: Weights of the blocks that stay as they are: full name -> shape.
+        grid_bits: Bits of the grid that the weights of the model lay on before the run; None if
+            they lay on none.
+    """
+
     recipe: PruningOptions
     blocks: list[BlockRecord] = Field(default_factory=list)
-    head: LinearRecord | None = None  #: the pruned output head, or None
-    #: Full name of a linear -> its sparsity; empty if all have the recipe's.
+    head: LinearRecord | None = None
     allocation: dict[str, float] = Field(default_factory=dict)
-    #: Folder of local datasets that the calibration text was read from, if any.
     data_dir: str | None = None
-    #: Weights of the blocks that stay as they are: full name -> shape.
     left_dense: dict[str, tuple[int, ...]] = Field(default_factory=dict)
-    #: Bits of the grid that the weights of the model lay on before the run, or None.
     grid_bits: int | None = None
 
     @property
@@ -140,6 +161,12 @@ class PruningRecord(BlockwiseRecord):
         return self.recipe.method
 
     def close(self, seconds: float, device: torch.device) -> None:
+        """Fill in `totals`, after the last block.
+
+        Args:
+            seconds: Time of the whole run.
+            device: Where blocks ran, whose peak memory is recorded too if it is a GPU.
+        """
         # It imports torch, which whoever only reads a record does not need.
         from prunus.hardware.memory import peak_memory
 
@@ -151,7 +178,12 @@ class PruningRecord(BlockwiseRecord):
             self.totals["peak_device_memory_bytes"] = peak_memory(device)
 
     def summary(self) -> dict[str, Any]:
-        """Totals over the pruned linears: weights, zeros, sparsity, mean error, seconds."""
+        """Totals over the pruned linears of the finished blocks, and the head.
+
+        Means over linears count each linear once, whatever its size, and are None where no linear
+        has the figure. `zeros_before` counts the zeros of the dense weights. The figures of bits
+        and of experts are missing where a run has none.
+        """
         linears = [linear for block in self.blocks for linear in block.linears.values()]
         linears += [self.head] if self.head is not None else []
         weights = sum(linear.shape[0] * linear.shape[1] for linear in linears)
@@ -198,10 +230,10 @@ class PruningRecord(BlockwiseRecord):
             }
 
         kinds = self.linears_by_kind()
-        every = [record for each in kinds.values() for record in each]
+        every = [record for records in kinds.values() for record in records]
         return table_of(
             f"{self.what}, {self.source}",
-            [row(name, each) for name, each in kinds.items()],
+            [row(name, records) for name, records in kinds.items()],
             {
                 "count": ",d",
                 "weights": ",d",
@@ -250,8 +282,8 @@ class PruningRecord(BlockwiseRecord):
             for name, value in self.totals.items()
             if isinstance(value, int | float) and not isinstance(value, bool)
         }
-        found = self.summary() | recorded
-        return found | {"seconds": found.get("seconds", found["block_seconds"])}
+        totals = self.summary() | recorded
+        return totals | {"seconds": totals.get("seconds", totals["block_seconds"])}
 
 
 def _bits(linears: Sequence[LinearRecord]) -> dict[str, float]:
@@ -269,8 +301,8 @@ def _experts(linears: Sequence[LinearRecord]) -> dict[str, int]:
         return {}
     return {
         "expert_linears": len(notes),
-        "expert_linears_measured_on_all": sum("measured_on" in each for each in notes),
-        "least_routed_tokens": min(each["routed_tokens"] for each in notes),
+        "expert_linears_measured_on_all": sum("measured_on" in note for note in notes),
+        "least_routed_tokens": min(note["routed_tokens"] for note in notes),
     }
 
 

@@ -29,6 +29,16 @@ from prunus.model.source import tensors_digest
 
 @dataclass(frozen=True)
 class Made:
+    """A finished block.
+
+    Attributes:
+        tensors: Its tensors by relative name.
+        record: The block's entry in the record of the run.
+        message: What was done to the block, for people, such as "pruned".
+        packed: Relative name of a quantised linear -> its weight as the format stores it; empty
+            where the result has plain tensors.
+    """
+
     tensors: Mapping[str, torch.Tensor]
     record: Any
     message: str
@@ -36,17 +46,22 @@ class Made:
 
 
 class BlockStep(Protocol):
-    """What a verb does to blocks, one after the other."""
+    """What a verb does to blocks, one after the other.
+
+    `place` counts the blocks of the result from 0.
+    """
 
     def take(self, place: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Run the windows through a block that an earlier run has finished."""
         ...
 
-    def make(self, place: int, stored: StoredBlock) -> Made: ...
+    def make(self, place: int, stored: StoredBlock) -> Made:
+        """Run the windows through a block of the source and change it."""
+        ...
 
 
 class BlockOutput(Protocol):
-    """Where finished blocks are kept."""
+    """Where finished blocks are kept; `place` is that of `BlockStep`."""
 
     def read_block(self, place: int) -> Mapping[str, torch.Tensor]:
         """The tensors of a finished block by relative name."""
@@ -69,9 +84,20 @@ def run_blocks(
 ) -> None:
     """Change the blocks of a model, from the first one that is not finished to the last.
 
-    `made_from` has the block of the source for each block of the result (None: all in order), and
-    `names` their names. With `again` finished blocks are changed once more without writing them,
-    because the next block depends on what is not stored of them.
+    Args:
+        job: The run.
+        step: What is done to each block.
+        output: Where finished blocks are kept.
+        finished: Blocks that an earlier run has finished, the first ones of the model.
+        made_from: For each block of the result, the index of the block of the source that it is
+            made from; None for all blocks in order.
+        names: Gives the name of a block of the result for progress; None for those of the source.
+        again: Whether to change finished blocks once more without writing them. That is needed
+            where the next block depends on what is not stored of them.
+
+    Raises:
+        ValueError: A weight of the source is not finite.
+        FileExistsError: A block of the source is not the one that a measurement has read.
     """
     started = time.perf_counter()
     places = made_from if made_from is not None else range(len(job.skeleton))
@@ -113,7 +139,18 @@ def _read(job: RunJob, index: int) -> StoredBlock:
 
 
 def check_same(ranks: Ranks, name: str, changed: Mapping[str, torch.Tensor]) -> None:
-    """Check that all ranks have pruned to the same bytes. Each must: it continues with its own."""
+    """Check that all ranks have changed a block to the same bytes.
+
+    Each rank continues with its own copy of the block, so a difference would grow unnoticed.
+
+    Args:
+        ranks: The processes, all of which call this.
+        name: What was changed, for the error.
+        changed: The tensors that were changed.
+
+    Raises:
+        RankError: Some rank has other bytes than rank 0; names these ranks.
+    """
     if ranks.size == 1:
         return
     digests = ranks.gather_text(tensors_digest(changed))
@@ -126,24 +163,41 @@ def check_same(ranks: Ranks, name: str, changed: Mapping[str, torch.Tensor]) -> 
 
 
 class StoredBlock(NamedTuple):
+    """A block of the source, as it was read.
+
+    Attributes:
+        tensors: Its tensors by relative name, in the stored dtypes.
+        digest: Their SHA-256.
+    """
+
     tensors: Mapping[str, torch.Tensor]
     digest: str
 
 
 def read_stored(name: str, tensors: Mapping[str, torch.Tensor]) -> StoredBlock:
-    """Read every byte of a block, and check that all weights are finite."""
+    """Read every byte of a block, and check that all weights are finite.
+
+    Raises:
+        ValueError: A weight is not finite; names the tensor, with the block `name` before it.
+    """
     check_finite(tensors, f"{name}.")
     return StoredBlock(tensors, tensors_digest(tensors))
 
 
+#: What `read_ahead` reads for each index.
 T = TypeVar("T")
 
 
 def read_ahead(indices: Iterable[int], read: Callable[[int], T], overlaps: bool) -> Iterator[T]:
     """Yield `read(index)` for each index, and read the next one meanwhile.
 
-    The next one is read from the moment when its predecessor is taken, so the caller computes with
-    one block while the other arrives.
+    Reading of the next one begins when its predecessor is taken, so the caller computes with one
+    block while the other arrives.
+
+    Args:
+        indices: What is read, in this order.
+        read: Reads one of them, on a thread of its own.
+        overlaps: Whether to read ahead; otherwise `read` is called when its result is asked for.
 
     >>> list(read_ahead([1, 2, 3], lambda index: 10 * index, overlaps=True))
     [10, 20, 30]
@@ -167,7 +221,10 @@ class BackgroundWrites:
     """Runs writes one at a time and in order, on a thread of its own.
 
     Leaving the `with` waits for the last write, also if an error ends the run: what is finished is
-    not lost. An error of a write is raised by the next call.
+    not lost. An error of a write is raised by the next call, or on leaving the `with`.
+
+    Args:
+        overlaps: Whether there is a thread; otherwise `submit` writes before it returns.
 
     >>> with BackgroundWrites(overlaps=True) as writes:
     ...     writes.submit(lambda: print("written"))
@@ -188,6 +245,7 @@ class BackgroundWrites:
             self._last = self._executor.submit(torch.no_grad()(write))
 
     def wait(self) -> None:
+        """Wait for the last write, and raise its error if it failed."""
         last, self._last = self._last, None
         if last is not None:
             last.result()

@@ -21,11 +21,15 @@ from prunus.options.declaration import ADVANCED
 if TYPE_CHECKING:
     from prunus.distributed import Ranks
 
+#: Heading of the options on calibration in --help.
 CALIBRATION = "Calibration"
 
+#: The values of the option `dtype`.
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+#: The values of the option `bos`.
 BosName = Literal["auto", "yes", "no"]
 
+# Options that other commands have as well.
 BOS = Option(
     "Begin every window with the BOS token, in place of its first token. auto: if the tokenizer "
     "puts one before a text. no: as in the papers.",
@@ -57,7 +61,18 @@ Memory = Annotated[
 
 
 class WindowOptions(Options):
-    """The calibration windows of a run, and the dtype in which they are computed."""
+    """The calibration windows of a run, and the dtype in which they are computed.
+
+    Attributes:
+        calibration: The source of the windows: a name, a file or a folder, or what the caller gives
+            in words, such as "token ids".
+        samples: The number of windows.
+        seqlen: Tokens per window. Images have no such length and ignore it.
+        seed: Seed of the random choice of windows.
+        bos: Whether every window begins with the BOS token.
+        batch: Windows per forward pass; None lets `windows_per_batch` choose.
+        dtype: The dtype of the forward passes; "auto" lets `decide_dtype` choose.
+    """
 
     calibration: Annotated[
         str,
@@ -100,7 +115,30 @@ class WindowOptions(Options):
 
 
 class RunOptions(Options):
-    """How the work is done, as far as it does not decide the bytes of the result."""
+    """How the work is done, as far as it does not decide the bytes of the result.
+
+    Attributes:
+        device: auto, cpu, cuda or cuda:i.
+        memory: Memory budget of the whole process in bytes, on the host and on the device alike;
+            None for the free memory.
+        data: Folder with local copies of the calibration datasets; None downloads them.
+        overwrite: Whether to replace an earlier result in the output folder.
+        resume: True insists on an unfinished run to continue, False refuses one; None continues it
+            if the options are the same.
+        trust_remote_code: Whether transformers may run code that comes with the checkpoint.
+        rank_timeout: A process without a sign of life counts as lost after this many seconds; None
+            for the default.
+        tokenizer: The model's tokenizer or image processor; None loads it from the checkpoint.
+        input_ids: Calibration data instead of a named source: token ids (samples, seqlen), or pixel
+            values (samples, channels, height, width).
+        texts: Texts, rows of a data set or chats instead of a named source; see
+            `prunus.calibration.sources`.
+        own_method: A `prunus.methods.Method` in place of the name of one.
+        announce: Called with what is being prepared, before the first step, and with the `Progress`
+            of what takes long; None to be silent.
+        report: Called after every step; None to be silent.
+        ranks: The processes that work on this run; None for those that torchrun started, if any.
+    """
 
     device: Annotated[str, Option("Run on cpu, cuda, cuda:0, ….", metavar="DEVICE")] = "auto"
     memory: Annotated[
@@ -151,18 +189,11 @@ class RunOptions(Options):
             "Use this tokenizer or image processor.", flag=False, default="that of the checkpoint"
         ),
     ] = None
-    #: Calibration data instead of a named source: token ids (samples, seqlen), or pixel values
-    #: (samples, channels, height, width).
     input_ids: Any = None
-    #: Texts, rows of a data set or chats instead of a named source; see
-    #: `prunus.calibration.sources`.
     texts: Any = None
-    own_method: Any = None  #: A `prunus.methods.Method` in place of the name of one
-    #: Called with what is being prepared, before the first step, and with the `Progress` of what
-    #: takes long; None to be silent.
+    own_method: Any = None
     announce: Callable[[Any], None] | None = None
-    report: Callable[..., None] | None = None  #: called after every step; None to be silent
-    #: The processes that work on this run; None for those that torchrun started, if any.
+    report: Callable[..., None] | None = None
     ranks: Any = None
 
     @property

@@ -19,12 +19,18 @@ from prunus.model.checkpoint.writer import Writable, save_safetensors
 from prunus.model.loading import keep_records, manifest_text
 from prunus.model.source import ModuleSource
 
-#: Measurements of an unfinished run; they decide the bytes of all blocks.
+#: File with the measurements of an unfinished run. They decide the bytes of all blocks, so a
+#: resumed run reads them instead of measuring again.
 MEASUREMENT = "sensitivity.safetensors"
 
 
 class InPlaceOutput:
-    """The loaded model itself. Its weights change block by block, and no run can be resumed."""
+    """The loaded model itself. Its weights change block by block, and no run can be resumed.
+
+    Attributes:
+        spill_folder: Folder for hidden states that do not fit in memory.
+        finished: 0, because no earlier run has finished a block.
+    """
 
     def __init__(
         self, source: ModuleSource, record: PruningRecord, stored: Format[PruningRecord]
@@ -41,9 +47,11 @@ class InPlaceOutput:
         return measure()
 
     def read_block(self, place: int) -> Mapping[str, torch.Tensor]:
+        """No block is finished: LookupError."""
         raise LookupError(f"no earlier run finished block {place} of a loaded model")
 
     def write_block(self, place: int, made: Made) -> None:
+        """Put the tensors of a block into the model, then enter the block in the record."""
         self._source.write(made.tensors, place)
         self._record.blocks.append(made.record)
 
@@ -69,6 +77,11 @@ class CheckpointFolder(BlockFolder):
     """A new folder, whose linears are stored as the format of the run says.
 
     No dense copy of a quantised linear is ever written.
+
+    Attributes:
+        record: The record of the run.
+        job: The run, whose `format` stores the linears.
+        spill_folder: Folder for hidden states that do not fit in memory: that of the result.
     """
 
     record: PruningRecord
@@ -79,6 +92,7 @@ class CheckpointFolder(BlockFolder):
         self.spill_folder = folder
 
     def prepare(self) -> None:
+        """Write what lies outside the blocks first, if the format can and the head stays."""
         # The hashes of what lies outside the blocks were taken just now, and embedding reads it
         # next. Copied now, it is read from the disk only once. A pruned head is not known yet.
         if self.job.format.WRITES_OUTSIDE_FIRST and not self.job.recipe.prunes_head:
@@ -106,6 +120,8 @@ class CheckpointFolder(BlockFolder):
         self.record.adopt(self.ranks.on_rank_0(finish))
 
     def check_finished(self) -> None:
+        """Check that the finished result of an earlier run is whole, as its format says."""
+
         def check() -> None:
             self.job.format.check_finished(self, self.record)
             remove(self.folder / MEASUREMENT)  # A run that was killed at its very end left it.
@@ -113,6 +129,7 @@ class CheckpointFolder(BlockFolder):
         self.ranks.on_rank_0(check)
 
     def stored(self, place: int, made: Made) -> dict[str, torch.Tensor]:
+        """The tensors of a block's shard, with quantised linears as the format stores them."""
         tensors = super().stored(place, made)
         for name, weight in made.packed.items():
             key = self.job.stored_key(f"{made.record.name}.{name}")
@@ -121,6 +138,7 @@ class CheckpointFolder(BlockFolder):
         return tensors
 
     def restored(self, place: int) -> dict[str, torch.Tensor]:
+        """The tensors of a finished block by relative name, with quantised linears dense again."""
         if not self.job.format.QUANTIZES:
             return super().restored(place)
         shard = Checkpoint(self.folder, only=[self.record.shard(place)])
@@ -132,7 +150,11 @@ class CheckpointFolder(BlockFolder):
         return self.job.checkpoint.from_stored(place, tensors.items())
 
     def write_outside(self, changed: Mapping[str, torch.Tensor]) -> None:
-        """Write the shard of everything outside the blocks, unless it is there and unchanged."""
+        """Write the shard of everything outside the blocks, unless it is there and unchanged.
+
+        Args:
+            changed: Tensors that replace those of the source, by their names in the model.
+        """
         source = self.job.checkpoint
         keys = source.outside_keys()
         if keys and (changed or not self.has(self.record.outside_shard)):

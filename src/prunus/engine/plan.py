@@ -31,8 +31,8 @@ from prunus.model.kinds import IMAGES
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource, Source
 
-#: Memory that a run leaves to other programs, where the user gives no budget: this share of what is
-#: free, and at least this many bytes.
+# Memory that a run leaves to other programs, where the user gives no budget: this share of what is
+# free, and at least this many bytes.
 _SHARE_FOR_OTHERS, _BYTES_FOR_OTHERS = 0.1, 10**9
 
 
@@ -49,7 +49,22 @@ def open_model(
 ) -> dict[str, Any]:
     """Open a model for a run, and decide what the recipe leaves open: the fields of a `RunJob`.
 
-    Reads no weights and no text. `decided_dtype` is what "auto" meant in the run that is resumed.
+    It reads no text, and of the weights only those of a dtype trial; see `decide_dtype`.
+
+    Args:
+        model: A checkpoint folder, a hub id, or a loaded model.
+        recipe: The options that decide the bytes of the result.
+        options: The options that only decide how the work is done.
+        needs: The statistics of each linear's inputs that the run collects.
+        needs_inputs: Whether calibration windows run through the model at all.
+        adds_ridge: Whether the method adds a ridge to Gram matrices that grows with features per
+            token, so that rounded inputs do no harm.
+        decided_dtype: What `dtype` auto meant in the run that is resumed; None for a new run.
+        check: Further checks of the verb, on the source and a skeleton in the stored dtype.
+
+    Raises:
+        ValueError, FileNotFoundError, NotImplementedError, OSError: The model cannot be read or
+            has no blocks that prunus knows, or the recipe does not fit it.
     """
     loaded = model if isinstance(model, nn.Module) else None
     trust, ranks = options.trust_remote_code, options.processes
@@ -96,7 +111,11 @@ def open_model(
 
 
 def check_memory(job: RunJob) -> None:
-    """Check that every block fits with its hidden states elsewhere and one batch in flight."""
+    """Check that every block fits with its hidden states elsewhere and one batch in flight.
+
+    Raises:
+        ValueError: A block does not fit; says what it needs and what the budget is.
+    """
     needed = max(memory.minimum for memory in job.block_memory)
     if job.budget < needed:
         held = resident_memory()
@@ -117,8 +136,8 @@ def _host_budget(options: RunOptions) -> int:
     if options.memory is not None:
         return options.memory - resident_memory()
     free = available_memory()
-    kept = max(int(_SHARE_FOR_OTHERS * free), _BYTES_FOR_OTHERS)
-    return max(0, free - kept) // options.processes.local_size
+    reserve = max(int(_SHARE_FOR_OTHERS * free), _BYTES_FOR_OTHERS)
+    return max(0, free - reserve) // options.processes.local_size
 
 
 # From the walk that needs most memory to the one that needs least.
@@ -126,16 +145,24 @@ _WALKS: tuple[Walk, ...] = ("lockstep", "replay", "two_pass")
 
 
 def check_same_on_all_ranks(job: RunJob, record: RunRecord) -> list[Walk]:
-    """Check that all ranks do the same run; the walk of each block, lockstep if all have room."""
+    """Check that all ranks do the same run, and agree on how windows run through each block.
+
+    Returns:
+        The walk of each block: of those that the ranks would take, the one that needs least memory.
+
+    Raises:
+        ValueError: A rank has other options, inputs or versions than rank 0; names the first that
+            differs. All ranks raise it.
+    """
     ranks = job.ranks
     ranks.set_location("the start")
-    own = {
+    this_run = {
         "recipe": job.recipe.model_dump(mode="json"),
         **record.inputs.model_dump(mode="json", exclude={"dtype_reason", "calibration"}),
         **{key: value for key, value in record.versions.items() if key != "python"},
         "state": record.state,
     }
-    gathered = [json.loads(text) for text in ranks.gather_text(json.dumps(own))]
+    gathered = [json.loads(text) for text in ranks.gather_text(json.dumps(this_run))]
     with ranks.fail_together():
         for rank, values in enumerate(gathered):
             for key, value in gathered[0].items():
@@ -146,12 +173,13 @@ def check_same_on_all_ranks(job: RunJob, record: RunRecord) -> list[Walk]:
                         "versions, and processors of one kind. `dtype` and `batch` settle what "
                         "each would decide for itself"
                     )
-    own_walks = [_WALKS.index(job.walk(index)) for index in range(len(job.skeleton))]
-    return [_WALKS[max(block)] for block in zip(*ranks.gather_ints(own_walks), strict=True)]
+    walks = [_WALKS.index(job.walk(index)) for index in range(len(job.skeleton))]
+    return [_WALKS[max(block)] for block in zip(*ranks.gather_ints(walks), strict=True)]
 
 
 #: Largest relative change of the first block's output at which bfloat16 counts as harmless.
 MAX_CHANGE = 0.02
+# Token ids of the trial.
 _TRIAL_TOKENS = 256
 
 
@@ -171,6 +199,16 @@ def decide_dtype(
     natively (about 2.5 times as fast as float32), and if it changes the output of the first block
     by less than `MAX_CHANGE` in a trial. Methods that invert a Gram matrix with a small fixed
     damping get float32 on a CPU, because their weight updates amplify small errors.
+
+    Args:
+        requested: "auto", or the name of a dtype.
+        source: The dense weights.
+        skeleton: The model in the stored dtype.
+        device: Where blocks run.
+        needs: The statistics that the method uses; "gram" for one that inverts a Gram matrix.
+        trust_remote_code: Whether transformers may run code that comes with the checkpoint.
+        adds_ridge: Whether the method adds a ridge to Gram matrices that grows with features per
+            token, so that it needs no float32.
     """
     if requested != "auto":
         return DTYPES[requested], "requested"

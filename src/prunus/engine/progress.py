@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
+#: Seconds between two lines of progress where there is no bar, as in a log file.
 SECONDS_BETWEEN_LINES = 15.0
 #: How the unit of what is done before the first block begins.
 PREPARATION = "steps of "
@@ -23,21 +24,41 @@ PREPARATION = "steps of "
 
 @dataclass(frozen=True)
 class Progress:
-    """One step of a run, for a progress display."""
+    """One step of a run, for a progress display.
 
-    #: finished blocks, out of `total`; of pack and unpack, finished shards; of a measurement before
-    #: the first block, steps of about the same time
+    Attributes:
+        done: Finished units, out of `total`. A unit is a block, or a shard of pack and unpack, or
+            one of the steps of a measurement before the first block, which all take about the same
+            time.
+        total: All units.
+        message: What just happened.
+        seconds: Seconds since the start of the run, or of the measurement.
+        peak_memory: Peak memory of this process so far, in bytes; on a GPU that of the device.
+        unit: What is counted, in the plural.
+    """
+
     done: int
-    total: int  #: blocks or shards of the model
-    message: str  #: what just happened
-    seconds: float  #: since the start of the run
-    peak_memory: int  #: of this process so far, in bytes; on a GPU the memory of the device
+    total: int
+    message: str
+    seconds: float
+    peak_memory: int
     unit: str = "blocks"
 
 
 @dataclass
 class LineInterval:
-    """Says when the next line is due. Steps may come many times a second."""
+    """Says when the next line is due. Steps may come many times a second.
+
+    Attributes:
+        seconds: Least time between two lines.
+        clock: Returns the time in seconds; a test gives one of its own.
+
+    >>> times = iter([0.0, 5.0, 20.0])
+    >>> interval = LineInterval(15.0, clock=lambda: next(times))
+    >>> interval.restart()
+    >>> interval.due(), interval.due()
+    (False, True)
+    """
 
     seconds: float = SECONDS_BETWEEN_LINES
     clock: Callable[[], float] = time.monotonic
@@ -67,7 +88,12 @@ def eta(done: int, total: int, seconds: float) -> str:
 
 
 class Shown(NamedTuple):
-    """What a bar shows. The share of the work that is done may not be known."""
+    """What a bar shows.
+
+    Attributes:
+        share: The share of the work that is done, from 0 to 1; None where that is not known.
+        state: A text at the end of the bar.
+    """
 
     share: float | None
     state: str
@@ -75,7 +101,15 @@ class Shown(NamedTuple):
 
 @contextlib.contextmanager
 def terminal_bar(title: str, console: Any = None) -> Iterator[Callable[[Shown], None]]:
-    """Show a bar on a console of rich, by default on standard error."""
+    """Show a bar on a terminal while the `with` lasts.
+
+    Args:
+        title: A text at the beginning of the bar.
+        console: A console of rich; None for standard error.
+
+    Yields:
+        A function that shows the next state.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
@@ -92,14 +126,20 @@ def terminal_bar(title: str, console: Any = None) -> Iterator[Callable[[Shown], 
         task = bar.add_task(title, total=None, state="…")
 
         def update(shown: Shown) -> None:
-            known = {} if shown.share is None else {"completed": shown.share, "total": 1.0}
-            bar.update(task, state=one_line(shown.state), **known)  # type: ignore[arg-type]
+            share = {} if shown.share is None else {"completed": shown.share, "total": 1.0}
+            bar.update(task, state=one_line(shown.state), **share)  # type: ignore[arg-type]
 
         yield update
 
 
 def one_line(text: str) -> str:
-    """Names come from files of others: no character of them commands a terminal."""
+    """The text with every character replaced that could command a terminal, line ends included.
+
+    Names of tensors and models come from files of others.
+
+    >>> one_line("name\\x1b[2J")
+    'name�[2J'
+    """
     return "".join(letter if letter.isprintable() else "�" for letter in text)
 
 
@@ -114,13 +154,17 @@ _KEYWORD = (
 def shows_progress(title: str, read: Callable[..., Shown]) -> Callable[[_Function], _Function]:
     """Give a function a keyword `progress`: True shows a bar, and a function is called.
 
-    The function itself gets `report` and `announce` of `RunOptions`, or `progress` if it has that
-    parameter; None with False and None, and where nobody would see a bar.
+    The decorated function gets `report` and `announce` of `RunOptions`, or `progress` if it has
+    that parameter. It gets None with False and None, and where nobody would see a bar.
+
+    Args:
+        title: A text at the beginning of the bar.
+        read: Turns the arguments of a report into what the bar shows.
     """
 
     def decorate(function: _Function) -> _Function:
         signature = inspect.signature(function)
-        own = "progress" in signature.parameters
+        has_progress = "progress" in signature.parameters
         keyword = inspect.Parameter(
             "progress",
             inspect.Parameter.KEYWORD_ONLY,
@@ -132,21 +176,21 @@ def shows_progress(title: str, read: Callable[..., Shown]) -> Callable[[_Functio
         def showing(*arguments: Any, progress: Any = True, **options: Any) -> Any:
             from prunus.distributed import is_rank_0  # It imports torch.
 
-            name = "progress" if own else "report"
+            name = "progress" if has_progress else "report"
             if callable(progress):
                 return function(*arguments, **{name: progress}, **options)
-            place = _place() if progress and is_rank_0() else None
-            if place is None:
+            display = _display() if progress and is_rank_0() else None
+            if display is None:
                 return function(*arguments, **{name: None}, **options)
-            with (_notebook_bar if place == "notebook" else terminal_bar)(title) as update:
+            with (_notebook_bar if display == "notebook" else terminal_bar)(title) as update:
                 shown: dict[str, Any] = {name: lambda *step: update(read(*step))}
-                if not own:
+                if not has_progress:
                     shown["announce"] = lambda what: update(
                         read(what) if isinstance(what, Progress) else Shown(None, what)
                     )
                 return function(*arguments, **shown, **options)
 
-        if not own:
+        if not has_progress:
             showing.__signature__ = signature.replace(  # type: ignore[attr-defined]
                 parameters=[*signature.parameters.values(), keyword]
             )
@@ -176,7 +220,8 @@ def window_step(done: float, total: float) -> Shown:
     return Shown(done / total, f"{done:.0f}/{total:.0f} windows")
 
 
-def _place() -> Literal["notebook", "terminal"] | None:
+def _display() -> Literal["notebook", "terminal"] | None:
+    """Where a person would see a bar; None where nobody looks."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     if shell is not None and getattr(shell, "kernel", None) is not None:
         return "notebook"

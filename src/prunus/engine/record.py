@@ -49,7 +49,11 @@ def bos_words(bos: UsedBos) -> str:
 
 
 def read_record(path: Path, kind: type[_Record]) -> _Record:
-    """The record in the JSON file `path`, which must exist."""
+    """The record in the JSON file `path`, which must exist.
+
+    Raises:
+        ValueError: The file is no record of this kind; names the first field that is wrong.
+    """
     try:
         return kind.model_validate(read_json(path))
     except ValidationError as fault:
@@ -67,7 +71,15 @@ class Part(BaseModel):
 
 
 class RunInputs(Part):
-    """What the bytes of the result depend on, next to the options."""
+    """What the bytes of the result depend on, next to the options.
+
+    Attributes:
+        checkpoint: Fingerprint of the source checkpoint.
+        outside: Stored name of a tensor outside the blocks -> its SHA-256.
+        dtype: The dtype of the forward passes, as decided for "auto".
+        dtype_reason: Why it is that dtype, in words.
+        device: "cpu" or "cuda".
+    """
 
     checkpoint: str = Field(description="fingerprint of the source checkpoint")
     outside: dict[str, str] = Field(
@@ -93,7 +105,15 @@ class RunInputs(Part):
 
 
 class WindowInputs(RunInputs):
-    """What a run with calibration windows depends on."""
+    """What a run with calibration windows depends on.
+
+    Attributes:
+        calibration: Where the calibration windows come from, in words.
+        calibration_sha256: SHA-256 of the windows' token ids or pixel values.
+        batch: Windows per forward pass. It decides the order of sums, and so the last bits.
+        method_sha256: SHA-256 of the code of the user's own method; None for the others.
+        bos: Whether every calibration window begins with the BOS token.
+    """
 
     calibration: str = Field(description="where the calibration windows come from")
     calibration_sha256: str
@@ -105,23 +125,35 @@ class WindowInputs(RunInputs):
 
 
 class RunRecord(Part):
-    """The state of a run: "running" until every shard and the index exist, then "finished"."""
+    """The record of one run, which a JSON file next to the result holds.
 
-    #: Name of the file, and of the verb that writes it.
+    Attributes:
+        FILE: Name of the file.
+        VERB: The command that writes it, such as "prunus prune".
+        format: Version of the record. Version 1 named the shards otherwise: such a result is read,
+            and such an unfinished run is refused.
+        state: "running" until every shard and the index exist, then "finished".
+        source: The model as the user named it.
+        recipe: The options that decide the bytes of the result.
+        inputs: What else decides them.
+        versions: Name of Python or of a library -> its version.
+        hardware: What the run computes on; see `describe_hardware`.
+        sha256: File name of a finished shard -> SHA-256 of its bytes.
+        totals: Figures of the whole run; empty before it is finished.
+    """
+
     FILE: ClassVar[str]
     VERB: ClassVar[str]
 
-    #: 1 named the shards otherwise. Such a result is read, and such an unfinished run refused.
     format: Literal[1, 2] = 2
     state: Literal["running", "finished"] = "running"
-    source: str  #: the model as the user named it
-    recipe: Options  #: the options that decide the bytes of the result
-    inputs: RunInputs  #: what else decides them
+    source: str
+    recipe: Options
+    inputs: RunInputs
     versions: dict[str, str] = Field(default_factory=dict)
     hardware: dict[str, Any] = Field(default_factory=dict)
-    #: File name of a finished shard -> SHA-256 of its bytes.
     sha256: dict[str, str] = Field(default_factory=dict)
-    totals: dict[str, Any] = Field(default_factory=dict)  #: figures of the whole run
+    totals: dict[str, Any] = Field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write the record atomically."""
@@ -135,13 +167,26 @@ class RunRecord(Part):
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Read the record in a folder."""
+        """Read the record in a folder.
+
+        Raises:
+            FileNotFoundError: The folder has none.
+            ValueError: It is damaged, or of another version.
+        """
         if not (folder / cls.FILE).exists():
             raise FileNotFoundError(f"{folder} has no {cls.FILE}: {cls.VERB} did not write it")
         return read_record(folder / cls.FILE, cls)
 
     def check_same_run(self, recipe: Options, inputs: RunInputs | None = None) -> None:
-        """Check that this record belongs to the same run, which may then be resumed."""
+        """Check that this record belongs to the same run, which may then be resumed.
+
+        Args:
+            recipe: The options of the run now.
+            inputs: What else its result depends on; None before that is known.
+
+        Raises:
+            FileExistsError: The runs differ; names the first option or input that does.
+        """
         before, now = dict(self.recipe), dict(recipe)
         if inputs is not None:
             # What "auto" meant replaces the recipe's batch and dtype. The recipe's bos is kept.
@@ -156,25 +201,38 @@ class RunRecord(Part):
                 )
 
     def forget_missing(self, missing: set[str]) -> bool:
-        """Forget deleted shards, and what depends on them; True if that changed the record."""
+        """Forget deleted shards, and what depends on them.
+
+        Args:
+            missing: File names that `sha256` has and the folder has not.
+
+        Returns:
+            Whether that changed the record, so that it must be saved.
+        """
         for name in missing:
             del self.sha256[name]
         return bool(missing)
 
 
 class BlockwiseRecord(RunRecord):
-    """The record of a run that writes one shard per block."""
+    """The record of a run that writes one shard per block.
+
+    Attributes:
+        inputs: What decides the result next to the options.
+        measured: Name of a block -> SHA-256 of its dense weights, where a measurement before the
+            first block read all blocks and decides their results.
+        blocks: The entries of the finished blocks, in order.
+        shard_count: How many shards the result has: one per block, and a last one for what lies
+            outside them. 0 for a loaded model.
+    """
 
     inputs: WindowInputs
-    #: Name of a block -> SHA-256 of its dense weights, where a measurement before the first block
-    #: read all blocks and decides their results.
     measured: dict[str, str] = Field(default_factory=dict)
     blocks: list[Any] = Field(default_factory=list)
-    #: How many shards the result has: one per block, and a last one for what lies outside them.
     shard_count: int = 0
 
     def shard(self, place: int) -> str:
-        """File name of the shard of a block."""
+        """File name of the shard of a block; `place` counts the blocks of the result from 0."""
         return shard_name(place, self.shard_count)
 
     @property
@@ -183,8 +241,9 @@ class BlockwiseRecord(RunRecord):
         return self.shard(self.shard_count - 1)
 
     def forget_missing(self, missing: set[str]) -> bool:
-        kept = self.sha256.keys() - missing
-        lost = next((i for i in range(len(self.blocks)) if self.shard(i) not in kept), None)
+        """Forget deleted shards, and every block from the first deleted one on."""
+        present = self.sha256.keys() - missing
+        lost = next((i for i in range(len(self.blocks)) if self.shard(i) not in present), None)
         if lost is None:
             return super().forget_missing(missing)
         # The blocks after a lost one were calibrated on it, so they are made again as well.
@@ -216,12 +275,15 @@ def result_card(
     source: Path | None = None,
     nbytes: int | None = None,
 ) -> str:
-    """The card of a result.
+    """The model card of a result, README.md.
 
     Args:
+        record: The record of the finished run.
+        title: What was done, in a word or two; follows the model's name in the heading.
         paragraphs: What the result is; empty ones are left out.
         relation: How the result is related to a base model on the hub, in the hub's words, which
             has none for pruned models.
+        tags: Tags for the hub, next to "prunus".
         fields: Fields that replace those that are the same for all verbs.
         source: The folder of the source, whose card has fields that hold for the result as well.
         nbytes: Bytes of the files with weights, where no paragraph says it.
@@ -237,13 +299,13 @@ def result_card(
         ]
     )
     base = base_model(record.source, source)
-    known = {
+    common_fields = {
         **inherited_fields(source),
         **({"base_model": base, "base_model_relation": relation} if base is not None else {}),
         "library_name": "transformers",
         "tags": f"[{', '.join(['prunus', *tags])}]",
     }
-    return with_fields(f"{body}\n", {**known, **(fields or {})})
+    return with_fields(f"{body}\n", {**common_fields, **(fields or {})})
 
 
 def extended_card(
@@ -255,6 +317,16 @@ def extended_card(
     tags: Iterable[str] = (),
     without: Iterable[str] = (),
 ) -> str:
-    """The card with a section on later work, in place of one of that title and all after it."""
+    """The model card with a section on later work.
+
+    Args:
+        card: The card before; None if there is none.
+        title: Heading of the section. An older section of that title, and all that follows it, is
+            replaced.
+        section: Text of the section, Markdown.
+        name: Name of the model, for the heading of a new card.
+        tags: Tags for the hub that are added.
+        without: Tags that are removed.
+    """
     before = (card if card is not None else f"# {name}\n").split(f"## {title}\n")[0].rstrip()
     return add_tags(f"{before}\n\n## {title}\n\n{section.rstrip()}\n", tags, without)

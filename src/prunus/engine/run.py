@@ -42,15 +42,15 @@ from prunus.hardware.sizes import counted
 from prunus.methods.table import method_sha256
 from prunus.model.source import ModuleSource
 
-#: Held by the run that computes on one processor thread.
+# Held by the run that computes on one processor thread.
 _ONE_THREAD = RLock()
 _Record = TypeVar("_Record", bound=PruningRecord)
 #: Makes what is done to every linear after its zeros are chosen, or None for nothing. It is called
 #: once, before the first block, with the job, the calibration windows, the output and the record.
 RoundingOf = Callable[[PruningJob, torch.Tensor, PruningOutput, _Record], LinearFinish | None]
 
-
-#: The sparsity of every linear by full name, of a job and its windows; empty for the recipe's.
+#: Decides the sparsity of every linear by full name, from the job and its windows, which are None
+#: where nothing in the run looks at inputs. An empty result means the recipe's sparsity for all.
 Allocation = Callable[[PruningJob, "torch.Tensor | None"], dict[str, float]]
 
 
@@ -63,8 +63,8 @@ class Command(Generic[_Record]):
     """What a command does to the blocks of a model.
 
     Attributes:
-        record: The record that its runs write.
-        stored: How the result stores linears. An object belongs to one run.
+        record: The class of the record that its runs write.
+        stored: How the result stores linears. The object belongs to one run.
         allocate: Decides the sparsity of every linear before the first block.
         rounding: Makes what rounds every linear after its zeros are chosen.
     """
@@ -82,7 +82,14 @@ def carry_out(
     recipe: PruningOptions,
     options: RunOptions,
 ) -> _Record:
-    """Carry out a recipe; `output` None changes a loaded model in place.
+    """Carry out a recipe, and return the record of the run.
+
+    Args:
+        command: What is done to each block.
+        model: A checkpoint folder, a hub id, or a loaded model.
+        output: Folder or file of the result; None changes a loaded model in place.
+        recipe: The options that decide the bytes of the result.
+        options: The options that only decide how the work is done.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: Before any
@@ -143,7 +150,10 @@ def planned(
     recipe: PruningOptions,
     options: RunOptions,
 ) -> PruningJob:
-    """The job of such a run. Checks what the run checks, and writes nothing."""
+    """The job that `carry_out` would do with these arguments; nothing is written.
+
+    `output` None leaves out the checks of the output. The errors are those of `carry_out`.
+    """
     stored = command.stored
     folder = None if output is None else stored.folder(model, output)
     if folder is not None:
@@ -212,16 +222,16 @@ def _record(
     kind: type[_Record], job: PruningJob, windows: Windows, earlier: _Record | None
 ) -> _Record:
     """A new record, or the record of the run that is resumed."""
-    own_sha256 = method_sha256(job.recipe.method, job.options.own_method)
-    inputs = run_inputs(job, windows).model_copy(update={"method_sha256": own_sha256})
-    own: dict[str, Any] = {
+    code_sha256 = method_sha256(job.recipe.method, job.options.own_method)
+    inputs = run_inputs(job, windows).model_copy(update={"method_sha256": code_sha256})
+    fields: dict[str, Any] = {
         "source": job.model_name,
         "data_dir": _data_folder(job),
         "left_dense": job.left_dense,
         "grid_bits": job.grid_bits,
         "shard_count": 0 if isinstance(job.source, ModuleSource) else job.source.shard_count,
     }
-    return resumed_or_new(kind, earlier, job.recipe, inputs, job.device, **own)
+    return resumed_or_new(kind, earlier, job.recipe, inputs, job.device, **fields)
 
 
 def _data_folder(job: PruningJob) -> str | None:
@@ -235,8 +245,8 @@ def _data_folder(job: PruningJob) -> str | None:
 def _one_processor_thread() -> Iterator[None]:
     """Compute on one processor thread while the `with` lasts, one run after the other.
 
-    torch counts the processor threads of every thread of Python, and of all together. So two runs
-    at the same time could not put back what they have changed.
+    torch has one number of threads for the whole process, and one for each thread of Python. If two
+    runs changed it at the same time, neither could put back what was there before.
     """
     with _ONE_THREAD:
         before = torch.get_num_threads()

@@ -29,6 +29,18 @@ from prunus.model.tokenizer import (
 def given_windows(calibration: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The caller's calibration as options of a run, and as the options of a recipe that say so.
 
+    Args:
+        calibration: Token ids (samples, seqlen), pixel values (samples, channels, height, width),
+            texts, rows of a data set or chats; or the name or path of a source; None for the
+            recipe's.
+
+    Returns:
+        The options of `RunOptions` that hold the data, and the options of a recipe that describe
+        them.
+
+    Raises:
+        ValueError: A tensor is neither token ids nor pixel values.
+
     >>> given_windows(torch.zeros(8, 512, dtype=torch.int64))[1]
     {'calibration': 'token ids', 'samples': 8, 'seqlen': 512}
     >>> given_windows(["one text", "another"])
@@ -40,12 +52,12 @@ def given_windows(calibration: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         return {"texts": calibration}, {"calibration": "texts"}
     if not isinstance(calibration, torch.Tensor):
         return {}, {"calibration": None if calibration is None else str(calibration)}
-    given, shape = {"input_ids": calibration}, tuple(calibration.shape)
+    data, shape = {"input_ids": calibration}, tuple(calibration.shape)
     is_float = calibration.dtype.is_floating_point
     if calibration.numel() and len(shape) == 4 and is_float:
-        return given, {"calibration": "pixel values", "samples": shape[0]}
+        return data, {"calibration": "pixel values", "samples": shape[0]}
     if calibration.numel() and len(shape) == 2 and not is_float:
-        return given, {"calibration": "token ids", "samples": shape[0], "seqlen": shape[1]}
+        return data, {"calibration": "token ids", "samples": shape[0], "seqlen": shape[1]}
     raise ValueError(
         f"calibration ids must be integers (samples, seqlen), got {calibration.dtype} {shape}; "
         "pixel values of images are floats (samples, channels, height, width)"
@@ -55,16 +67,26 @@ def given_windows(calibration: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 def check_inputs(
     source: CheckpointSource | ModuleSource, recipe: WindowOptions, options: RunOptions
 ) -> None:
-    """Check that the calibration data suit the model and the recipe, before any are read."""
-    given = _source(recipe, options)
-    given.check(_wanted(recipe, options), images=kind_of(source.config) is IMAGES)
-    needs_tokenizer = isinstance(given, TextSource) and options.tokenizer is None
+    """Check that the calibration data suit the model and the recipe, before any are read.
+
+    Raises:
+        ValueError, FileNotFoundError: They do not suit, or the checkpoint has no tokenizer and the
+            caller gives none.
+    """
+    windows_source = _source(recipe, options)
+    windows_source.check(_wanted(recipe, options), images=kind_of(source.config) is IMAGES)
+    needs_tokenizer = isinstance(windows_source, TextSource) and options.tokenizer is None
     if isinstance(source, CheckpointSource) and needs_tokenizer:
         check_tokenizer(source.checkpoint.folder)
 
 
 def calibration_windows(job: RunJob) -> Windows:
-    """The calibration windows of a run; none if nothing in the run looks at inputs."""
+    """The calibration windows of a run; none if nothing in the run looks at inputs.
+
+    Raises:
+        ValueError: There are too few windows, or the model does not know some token ids, or takes
+            images of other channels.
+    """
     recipe = job.recipe
     if not job.needs_inputs:
         nothing = torch.zeros((0, recipe.seqlen), dtype=torch.int64)
@@ -90,8 +112,8 @@ def calibration_windows(job: RunJob) -> Windows:
 
 def _source(recipe: WindowOptions, options: RunOptions) -> Source:
     """Where the windows come from: what the caller gives, or what the recipe names."""
-    given = options.input_ids if options.input_ids is not None else options.texts
-    return find_source(recipe.calibration if given is None else given)
+    data = options.input_ids if options.input_ids is not None else options.texts
+    return find_source(recipe.calibration if data is None else data)
 
 
 def _wanted(recipe: WindowOptions, options: RunOptions) -> Wanted:
@@ -107,7 +129,10 @@ def _wanted(recipe: WindowOptions, options: RunOptions) -> Wanted:
 
 
 def run_inputs(job: RunJob, windows: Windows) -> WindowInputs:
-    """What the result of a run depends on besides its recipe, for its record."""
+    """What the result of a run depends on besides its recipe, for its record.
+
+    All ranks must call it. Rank 0 reads every byte outside the blocks to hash it.
+    """
     source = job.source
     outside: dict[str, str] = {}
     if isinstance(source, CheckpointSource):
@@ -126,7 +151,7 @@ def run_inputs(job: RunJob, windows: Windows) -> WindowInputs:
 
 
 def _tokenizer(job: RunJob) -> Any:
-    """The model's tokenizer or image processor, of a loaded model that from where it was loaded."""
+    """The model's tokenizer or image processor; a loaded model has it where it was loaded from."""
     options = job.options
     if options.tokenizer is not None:
         return options.tokenizer
