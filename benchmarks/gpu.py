@@ -38,7 +38,8 @@ import prunus
 from prunus import pack
 from prunus.engine import loop
 from prunus.engine.block import prune_block
-from prunus.engine.linear_job import PruningJob, describe_plan, plan_run
+from prunus.engine.linear_job import describe_plan, plan_run
+from prunus.engine.memory import Memory
 from prunus.engine.options import RunOptions
 from prunus.engine.output import CheckpointFolder
 from prunus.hardware.memory import describe_hardware, peak_memory, versions
@@ -115,7 +116,7 @@ def split(device: torch.device) -> Iterator[Stopwatch]:
         ("reconstruct", prune_block.BlockPruner, "_reconstruct"),
     ]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(patch.object(PruningJob, "overlaps", False))
+        stack.enter_context(patch.object(Memory, "overlaps", False))
         for part, owner, name in places:
             stack.enter_context(patch.object(owner, name, watch.timed(part, getattr(owner, name))))
         yield watch

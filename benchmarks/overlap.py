@@ -25,7 +25,7 @@ from larger_than_memory import forget
 from llama_shapes import VOCABULARY, write_checkpoint
 
 import prunus
-from prunus.engine.linear_job import PruningJob
+from prunus.engine.memory import Memory
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.checkpoint.writer import save_safetensors
@@ -80,7 +80,7 @@ def main() -> None:
         for (name, measured), overlaps in zip(seconds.items(), (False, True), strict=True):
             forget(model)
             shutil.rmtree(result, ignore_errors=True)
-            with patch.object(PruningJob, "overlaps", overlaps):
+            with patch.object(Memory, "overlaps", overlaps):
                 started = time.perf_counter()
                 prunus.prune(model, result, options.method, calibration=ids)
                 measured.append(time.perf_counter() - started)

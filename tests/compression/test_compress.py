@@ -18,9 +18,9 @@ import reference
 from command_line import call
 from pictures import pictures, save_classifier
 from prunus import unpack
-from prunus.engine.job import BlockMemory
-from prunus.engine.linear_job import PruningJob, describe_plan, plan_run
+from prunus.engine.linear_job import describe_plan, plan_run
 from prunus.engine.loss_sensitivity import measuring_memory
+from prunus.engine.memory import BlockMemory, Memory
 from prunus.engine.options import RunOptions
 from prunus.engine.output import MEASUREMENT
 from prunus.evaluation.inspection import holds
@@ -360,7 +360,7 @@ def test_a_resumed_run_spends_the_same_bits_and_gives_the_same_bytes(dense, comp
 
 
 def test_replay_gives_the_bytes_of_lockstep(dense, compressed, tmp_path, monkeypatch):
-    monkeypatch.setattr(PruningJob, "fits_lockstep", lambda self, index: False)
+    monkeypatch.setattr(Memory, "fits_lockstep", lambda self, index: False)
     manifest = compress(dense, tmp_path / "out")
     assert {block.walk for block in manifest.blocks} == {"replay"}
     assert shards(tmp_path / "out") == shards(compressed)

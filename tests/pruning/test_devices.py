@@ -12,7 +12,7 @@ import prunus
 from devices import PRETEND, assert_same_weights
 from prunus.calibration.generate import write_windows
 from prunus.engine import loss_sensitivity
-from prunus.engine.linear_job import PruningJob
+from prunus.engine.memory import Memory
 from prunus.methods import patterns, statistics
 from prunus.methods.solvers import least_squares
 from stopping import StopError, stop_after
@@ -148,9 +148,9 @@ def test_where_hidden_states_wait_changes_no_byte(
 ):
     options = {"method": "alps", "pattern": "2:4", "dense_weight": 0.25, "batch": 1}
     prune(dense, tmp_path / "stay", "cuda:0", **options)
-    monkeypatch.setattr(PruningJob, "hidden_states_stay", property(lambda self: stay))
-    monkeypatch.setattr(PruningJob, "spills", property(lambda self: spill))
-    monkeypatch.setattr(PruningJob, "fits_lockstep", lambda self, index: lockstep)
+    monkeypatch.setattr(Memory, "hidden_states_stay", property(lambda self: stay))
+    monkeypatch.setattr(Memory, "spills", property(lambda self: spill))
+    monkeypatch.setattr(Memory, "fits_lockstep", lambda self, index: lockstep)
     prune(dense, tmp_path / "moved", "cuda:0", **options)
     assert_same_weights(tmp_path / "stay", tmp_path / "moved")
 
@@ -239,7 +239,7 @@ def test_products_that_lose_nothing_by_it_use_tf32(dense, tmp_path, monkeypatch)
 def test_hidden_states_travel_by_pinned_memory(dense, tmp_path, monkeypatch):
     from pretend_cuda import traffic
 
-    monkeypatch.setattr(PruningJob, "hidden_states_stay", property(lambda self: False))
+    monkeypatch.setattr(Memory, "hidden_states_stay", property(lambda self: False))
     with traffic() as found:
         prune(dense, tmp_path / "out", "cuda:0")
     sizes = {k: size for (k, line), (_, size) in found.by_line.items() if line.startswith("stream")}

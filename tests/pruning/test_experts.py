@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import prunus
 from command_line import call
 from prunus import pack, unpack
-from prunus.engine.linear_job import PruningJob
+from prunus.engine.memory import Memory
 from prunus.model.experts import Experts, find_routers
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
@@ -209,7 +209,7 @@ def test_experts_are_pruned_as_by_a_naive_reference(family, views, few, rule, tm
 
 
 def prune_with(monkeypatch: Any, lockstep: bool, *args: Any, **options: Any) -> Any:
-    monkeypatch.setattr(PruningJob, "fits_lockstep", lambda self, index: lockstep)
+    monkeypatch.setattr(Memory, "fits_lockstep", lambda self, index: lockstep)
     return prunus.prune(*args, calibration=token_ids(), batch=3, min_expert_tokens=48, **options)
 
 

@@ -5,7 +5,7 @@ import torch
 
 import prunus
 from prunus.engine.block import dense_stream
-from prunus.engine.linear_job import PruningJob
+from prunus.engine.memory import Memory
 from prunus.engine.reconstruction import schedule
 from stopping import StopError, stop_after
 from tiny import shards, tiny_checkpoint, token_ids
@@ -22,7 +22,7 @@ def check_same_bytes_resumed_and_replayed(dense, tmp_path, monkeypatch, options)
     with pytest.raises(StopError):
         prunus.prune(dense, tmp_path / "resumed", **options, progress=stop_after(1))
     prunus.prune(dense, tmp_path / "resumed", **options)
-    monkeypatch.setattr(PruningJob, "fits_lockstep", lambda self, index: False)
+    monkeypatch.setattr(Memory, "fits_lockstep", lambda self, index: False)
     prunus.prune(dense, tmp_path / "replayed", **options)
     expected = shards(tmp_path / "plain")
     assert shards(tmp_path / "resumed") == expected

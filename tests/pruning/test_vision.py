@@ -16,7 +16,7 @@ import prunus
 from command_line import call
 from pictures import CLASSES, CLASSIFIERS, pictures, save_classifier, tiny_classifier
 from prunus.calibration.images import draw_images, list_images, read_images
-from prunus.engine.linear_job import PruningJob
+from prunus.engine.memory import Memory
 from prunus.model.skeleton import Skeleton
 from reference import assert_three_ways_agree, prune_as_called, prune_rows
 from stopping import StopError, stop_after
@@ -111,8 +111,8 @@ def test_resumed_spilled_and_replayed_runs_give_the_same_bytes(tmp_path, monkeyp
     with pytest.raises(StopError):
         prunus.prune(dense, tmp_path / "resumed", progress=stop_after(2), **options)
     prunus.prune(dense, tmp_path / "resumed", resume=True, **options)
-    monkeypatch.setattr(PruningJob, "spills", True)
-    monkeypatch.setattr(PruningJob, "fits_lockstep", lambda self, index: False)
+    monkeypatch.setattr(Memory, "spills", True)
+    monkeypatch.setattr(Memory, "fits_lockstep", lambda self, index: False)
     prunus.prune(dense, tmp_path / "replayed", **options)
     expected = loaded(tmp_path / "whole").state_dict()
     for other in ("resumed", "replayed"):

@@ -22,11 +22,11 @@ import torch
 torch.set_num_threads(1)
 
 import prunus  # noqa: E402, I001
+from prunus.engine.memory import Memory  # noqa: E402
 from prunus.formats.records import CompressionRecord  # noqa: E402
 from prunus.distributed import SINGLE_PROCESS, process_group  # noqa: E402
 from prunus.engine.block import dense_stream  # noqa: E402
 from prunus.engine.reconstruction import output_loss  # noqa: E402
-from prunus.engine.linear_job import PruningJob  # noqa: E402
 from prunus.pruning.manifest import Manifest  # noqa: E402
 from prunus.engine.reconstruction.reconstruct_block import ReconstructionBatches  # noqa: E402
 from prunus.structure.records import StructureRecord  # noqa: E402
@@ -183,7 +183,7 @@ def uneven(scratch: Path) -> dict[str, Any]:
     for name in ("lockstep", "replay", "two_pass"):
         propagate = "block" if name == "two_pass" else "linear"
         fits = name == "lockstep"
-        with mock.patch.object(PruningJob, "fits_lockstep", return_value=fits):
+        with mock.patch.object(Memory, "fits_lockstep", return_value=fits):
             found[name] = against_one(routed, scratch, name, 3, propagate=propagate, **options)
         first = Manifest.load(scratch / name).blocks[0]
         assert first.walk == name

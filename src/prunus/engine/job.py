@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from prunus.distributed import Ranks
+from prunus.engine.memory import BlockMemory, Memory, paused_bytes, transient_bytes
 from prunus.engine.options import RunOptions, WindowOptions
 from prunus.engine.progress import PREPARATION, Progress
 from prunus.engine.record import Walk
@@ -39,11 +40,9 @@ class RunJob:
         dtype: The dtype of the forward passes.
         dtype_reason: Why it is that dtype, in words.
         batch: Calibration windows per forward pass.
-        budget: Memory for the run on `device`, in bytes.
-        host_budget: Memory for the run on the host, in bytes. On a CPU both budgets are the same.
+        memory: The budgets, and what each block needs and how it is walked, once measured.
         needs: The statistics of each linear's inputs that the run collects.
         needs_inputs: Whether calibration windows run through the model at all.
-        block_memory: The memory that each block needs; empty before `measure_memory`.
         measured: Name of a block -> SHA-256 of the weights that a measurement before the first
             block read. The record of the run holds the same.
     """
@@ -57,11 +56,9 @@ class RunJob:
     dtype: torch.dtype
     dtype_reason: str
     batch: int
-    budget: int
-    host_budget: int
+    memory: Memory
     needs: Needs
     needs_inputs: bool
-    block_memory: list[BlockMemory] = field(default_factory=list)
     measured: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -125,7 +122,7 @@ class RunJob:
 
     def walk(self, index: int) -> Walk:
         """How the windows run through block `index`; lockstep and replay give the same bits."""
-        return "lockstep" if self.fits_lockstep(index) else "replay"
+        return "lockstep" if self.memory.fits_lockstep(index) else "replay"
 
     def check_ranks(self) -> None:
         """Check that the ranks can carry out the recipe together."""
@@ -149,8 +146,20 @@ class RunJob:
     # Where the data live and how they move.
 
     def measure_memory(self) -> None:
-        """Fill in `block_memory`, from shapes alone."""
-        self.block_memory = [self._block_memory(index) for index in range(len(self.skeleton))]
+        """Fill in what the blocks need, from shapes alone."""
+        blocks, source, outside = range(len(self.skeleton)), self.source, 0
+        if not isinstance(source, ModuleSource):
+            outside = source.checkpoint.nbytes(source.outside_keys())
+        self.memory = replace(
+            self.memory,
+            blocks=tuple(map(self._block_memory, blocks)),
+            stored=tuple(map(source.block_nbytes, blocks)),
+            outside=outside,
+        )
+
+    def peak_bytes(self) -> int:
+        """The largest need of the run on its device, in bytes."""
+        return self.memory.peak_bytes()
 
     def _block_memory(self, index: int) -> BlockMemory:
         linears, itemsize = self.skeleton.linears(index), self.dtype.itemsize
@@ -172,74 +181,6 @@ class RunJob:
             transient=batch + moves,
         )
 
-    @property
-    def hidden_states_stay(self) -> bool:
-        """Whether hidden states stay on the device between blocks.
-
-        They do if they fit there next to one batch in flight, and if keeping them elsewhere would
-        not let more blocks run in lockstep. Reading them back costs less than a second pass.
-        """
-        fits = all(
-            memory.total(hidden=True, paused=False) <= self.budget for memory in self.block_memory
-        )
-        return fits and self._in_lockstep(hidden=True) >= self._in_lockstep(hidden=False)
-
-    def _in_lockstep(self, *, hidden: bool) -> int:
-        """How many blocks can run in lockstep, with the hidden states here or elsewhere."""
-        needed = (memory.total(hidden=hidden, paused=True) for memory in self.block_memory)
-        return sum(nbytes <= self.budget for nbytes in needed)
-
-    @property
-    def spills(self) -> bool:
-        """Whether a file holds the hidden states: neither the device nor the host has room."""
-        if self.hidden_states_stay:
-            return False
-        largest = max(memory.hidden for memory in self.block_memory)
-        return self.device.type == "cpu" or largest > self.host_budget
-
-    def fits_lockstep(self, index: int) -> bool:
-        """Whether all batches can pause in block `index` at once."""
-        needed = self.block_memory[index].total(hidden=self.hidden_states_stay, paused=True)
-        return needed <= self.budget
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether the next block is read and the last one written while one is changed.
-
-        This takes memory for two blocks more, and changes nothing but the time.
-        """
-        return not isinstance(self.source, ModuleSource) and all(
-            self.host_bytes(index) + self.overlap_bytes(index) <= self.host_budget
-            for index in range(len(self.block_memory))
-        )
-
-    def overlap_bytes(self, index: int) -> int:
-        """Bytes of the block that is read and of the one that is written next to block `index`."""
-        near = [i for i in (index - 1, index + 1) if 0 <= i < len(self.block_memory)]
-        return sum(self.source.block_nbytes(i) for i in near)
-
-    def host_bytes(self, index: int) -> int:
-        """Bytes that block `index` needs on the host, with nothing read or written meanwhile."""
-        memory = self.block_memory[index]
-        if self.device.type != "cpu":
-            return 0 if self.hidden_states_stay or self.spills else memory.hidden
-        return memory.total(hidden=self.hidden_states_stay, paused=self.fits_lockstep(index))
-
-    def peak_bytes(self) -> int:
-        """The largest need of any block on the device, or of what is before them, in bytes."""
-        stay, overlaps = self.hidden_states_stay, self.overlaps and self.device.type == "cpu"
-        needed = [
-            memory.total(hidden=stay, paused=self.fits_lockstep(index))
-            + overlaps * self.overlap_bytes(index)
-            for index, memory in enumerate(self.block_memory)
-        ]
-        if not isinstance(self.source, ModuleSource):
-            # The embedding is in memory while it is applied to the windows and block 0 is read.
-            embedding = self.source.checkpoint.nbytes(self.source.outside_keys())
-            first = stay * self.block_memory[0].hidden + overlaps * self.source.block_nbytes(0)
-            needed.append(embedding + first)
-        return max(needed)
-
     def file_bytes(self) -> int:
         """Bytes of the weights of the result; 0 for a loaded model, which has no file."""
         if isinstance(self.source, ModuleSource):
@@ -250,84 +191,12 @@ class RunJob:
         """Bytes of the result, with the file of spilled hidden states next to it."""
         if isinstance(self.source, ModuleSource):
             return 0
-        spilled = max(memory.hidden for memory in self.block_memory) if self.spills else 0
-        return self.file_bytes() + spilled
+        return self.file_bytes() + self.memory.spilled_bytes
 
 
 #: Temporaries per weight of a linear while it is pruned: the float32 weight and score, the sorted
 #: copy of the score, and the result in the checkpoint's 2-byte dtype.
 BYTES_PER_PRUNED_WEIGHT = 14
-
-
-@dataclass(frozen=True)
-class BlockMemory:
-    """The memory of one block by purpose, in bytes.
-
-    >>> memory = BlockMemory(weights=40, working=20, hidden=8, paused=16, transient=4)
-    >>> memory.total(hidden=True, paused=True), memory.minimum
-    (88, 64)
-
-    Attributes:
-        weights: The block in the dtype of the computation, the block as stored, and the pruned
-            tensors that wait to be written.
-        working: The temporaries of the largest linear while it is pruned, and its input statistics.
-        hidden: The hidden states of all windows between two blocks.
-        paused: What windows that pause at a linear hold next to their hidden states; see
-            `paused_bytes`.
-        transient: The activations of one batch's forward pass; see `transient_bytes`.
-    """
-
-    weights: int
-    working: int
-    hidden: int
-    paused: int
-    transient: int
-
-    def total(self, *, hidden: bool, paused: bool) -> int:
-        """Bytes in all.
-
-        Args:
-            hidden: Whether hidden states stay in this memory; otherwise a file or the host has
-                them.
-            paused: Whether all windows pause at once, as in lockstep; otherwise one batch does.
-        """
-        always = self.weights + self.working + self.transient
-        return always + hidden * self.hidden + paused * self.paused
-
-    @property
-    def minimum(self) -> int:
-        """Bytes with the hidden states elsewhere and one batch in flight."""
-        return self.total(hidden=False, paused=False)
-
-
-def paused_bytes(tokens: int, hidden: int, widest: int, itemsize: int) -> int:
-    """Bytes that paused windows hold next to their hidden states.
-
-    Per token these are four hidden states (residual, normed input, and queries with keys and
-    values), and one activation as wide as the widest linear.
-
-    Args:
-        tokens: Tokens of all windows that pause.
-        hidden: Width of a hidden state.
-        widest: The largest width, of inputs or outputs, of any linear of the block.
-        itemsize: Bytes of a number.
-
-    >>> paused_bytes(tokens=10, hidden=4, widest=16, itemsize=2)
-    640
-    """
-    return tokens * (4 * hidden + widest) * itemsize
-
-
-def transient_bytes(tokens: int, hidden: int, widest: int, itemsize: int) -> int:
-    """Bytes of the activations of one forward pass over `tokens` tokens.
-
-    The peak lies in the feed-forward network. Six hidden states and three activations of the widest
-    linear are in memory there. The other arguments are those of `paused_bytes`.
-
-    >>> transient_bytes(tokens=10, hidden=4, widest=16, itemsize=2)
-    1440
-    """
-    return tokens * (6 * hidden + 3 * widest) * itemsize
 
 
 # Tokens of one forward pass: enough for large matrix products, few enough to stay in the cache.

@@ -485,11 +485,11 @@ def plan_run(
     job.measure_memory()
     check_memory(job)
     measured, held = job.measuring_bytes(), resident_memory()
-    if job.budget < measured:
+    if job.memory.budget < measured:
         raise ValueError(
             "measuring how the loss depends on each linear needs "
             f"{(measured + held) / 1e9:.2f} GB; the memory budget is "
-            f"{(job.budget + held) / 1e9:.2f} GB. Raise `memory`"
+            f"{(job.memory.budget + held) / 1e9:.2f} GB. Raise `memory`"
             + ("" if stored.QUANTIZES else ", or choose allocation uniform")
         )
     stored.check()
@@ -552,7 +552,7 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
     blocks = range(len(job.skeleton))
     shapes: Sequence[tuple[int, int]] = [x.shape for x in job.selected_linears().values()]
     weights = sum(rows * columns for rows, columns in shapes)
-    location = "memory" if job.hidden_states_stay else "pinned host memory"
+    location = "memory" if job.memory.hidden_states_stay else "pinned host memory"
     return {
         "blocks": len(blocks),
         "linears": len(shapes),
@@ -566,8 +566,8 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
         "device": str(job.device),
         "batch": job.batch,
         "bos": job.recipe.bos,
-        "hidden_states": "file" if job.spills else location,
-        "blocks_in_lockstep": sum(job.fits_lockstep(index) for index in blocks),
+        "hidden_states": "file" if job.memory.spills else location,
+        "blocks_in_lockstep": sum(job.memory.fits_lockstep(index) for index in blocks),
         "peak_memory_bytes": job.peak_bytes() + resident_memory(),
         "file_bytes": job.file_bytes(),
         "disk_bytes": job.disk_bytes(),

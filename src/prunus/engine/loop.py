@@ -119,8 +119,8 @@ def run_blocks(
         step.take(place, output.read_block(place))
         report(place, "taken from the earlier run")
     left = range(taken, len(places))
-    with BackgroundWrites(job.overlaps) as writes:
-        blocks = read_ahead(left, lambda place: _read(job, places[place]), job.overlaps)
+    with BackgroundWrites(job.memory.overlaps) as writes:
+        blocks = read_ahead(left, lambda place: _read(job, places[place]), job.memory.overlaps)
         for place, stored in zip(left, blocks, strict=True):
             source_name = job.skeleton.block_name(places[place])
             check_known(job.measured, source_name, stored.digest)
@@ -134,7 +134,7 @@ def run_blocks(
 
 def _read(job: RunJob, index: int) -> StoredBlock:
     """Read a block of the source, check it and hash it."""
-    tensors = job.source.block(index, pinned=job.overlaps and job.device.type == "cuda")
+    tensors = job.source.block(index, pinned=job.memory.overlaps and job.device.type == "cuda")
     return read_stored(job.skeleton.block_name(index), tensors)
 
 

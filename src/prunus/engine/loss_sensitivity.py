@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from prunus.engine.block.hooks import output_hooks, tokens_of
-from prunus.engine.job import BlockMemory, RunJob
+from prunus.engine.job import RunJob
+from prunus.engine.memory import BlockMemory
 from prunus.engine.reconstruction.reconstruct_block import activation_bytes
 from prunus.hardware.errors import naming
 from prunus.hardware.numerics import all_finite, multiplies_bfloat16

@@ -161,7 +161,7 @@ class CheckpointFolder(BlockFolder):
             replaced = {source.stored[name]: tensor for name, tensor in changed.items()}
             # With little memory, cached pages of the written file would push out the pages that
             # were read for it and are needed again at once.
-            uncached = 4 * source.checkpoint.nbytes(keys) > self.job.host_budget
+            uncached = 4 * source.checkpoint.nbytes(keys) > self.job.memory.host_budget
             dense: dict[str, Writable] = {**source.checkpoint.stored(keys), **replaced}
             tensors = self.job.format.outside(self, self.record, dense)
             self.write_shard(self.record.outside_shard, tensors, uncached=uncached)

@@ -17,6 +17,7 @@ from torch import nn
 from prunus.calibration.windows import check_context
 from prunus.engine.folder import bytes_in
 from prunus.engine.job import RunJob, windows_per_batch
+from prunus.engine.memory import Memory
 from prunus.engine.options import RunOptions, WindowOptions
 from prunus.engine.record import RunRecord, Walk
 from prunus.engine.windows import check_inputs
@@ -103,8 +104,12 @@ def open_model(
         "dtype": dtype,
         "dtype_reason": reason,
         "batch": windows_per_batch(recipe.samples, window_tokens, recipe.batch),
-        "budget": on_device,
-        "host_budget": host_budget,
+        "memory": Memory(
+            budget=on_device,
+            host_budget=host_budget,
+            on_host=device.type == "cpu",
+            reads_files=loaded is None,
+        ),
         "needs": needs,
         "needs_inputs": needs_inputs,
     }
@@ -116,13 +121,14 @@ def check_memory(job: RunJob) -> None:
     Raises:
         ValueError: A block does not fit; says what it needs and what the budget is.
     """
-    needed = max(memory.minimum for memory in job.block_memory)
-    if job.budget < needed:
+    needed = max(block.minimum for block in job.memory.blocks)
+    if job.memory.budget < needed:
         held = resident_memory()
         raise ValueError(
             f"a block needs {(needed + held) / 1e9:.2f} GB with one batch of windows "
             f"in flight ({job.batch} × {job.recipe.seqlen} tokens); the memory budget is "
-            f"{(job.budget + held) / 1e9:.2f} GB. Raise `memory`, or lower `batch` or `seqlen`"
+            f"{(job.memory.budget + held) / 1e9:.2f} GB. Raise `memory`, or lower `batch` or "
+            "`seqlen`"
         )
 
 

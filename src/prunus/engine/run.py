@@ -205,8 +205,8 @@ def _change_blocks(
         job.options.tell(f"{embedding}reading block 0")
         pruner.embed(
             batches,
-            spill_to=output.spill_folder if job.spills else None,
-            on_device=job.hidden_states_stay,
+            spill_to=output.spill_folder if job.memory.spills else None,
+            on_device=job.memory.hidden_states_stay,
         )
         # In the reference order the next block depends on weights before they were rounded for
         # storage, so a finished block is pruned once more.

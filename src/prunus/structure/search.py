@@ -184,7 +184,7 @@ def _influence(job: StructureJob, ids: Tensor) -> dict[int, float]:
     influence: dict[int, float] = {}
     with contextlib.closing(stream):
         batches = own_part(job.ranks, ids.split(job.batch))
-        stream.embed(batches, None, on_device=job.hidden_states_stay)
+        stream.embed(batches, None, on_device=job.memory.hidden_states_stay)
         for index in range(len(job.skeleton)):
             block = job.skeleton.fill(index, job.source.block(index), job.device)
             forward = stream.checked(index, stream.forward(index, block))
@@ -207,9 +207,9 @@ def _check_room(job: StructureJob, probes: Tensor) -> None:
     width = job.skeleton.window_shape(0, probes.shape[1])[1]
     # A candidate per block, the dense model, the base model and one output.
     needed = (len(job.skeleton) + 3) * probes.numel() * width * job.dtype.itemsize
-    if needed > job.budget:
+    if needed > job.memory.budget:
         raise ValueError(
             f"the candidates of the search for blocks hold {needed / 1e9:.1f} GB of hidden states, "
-            f"the memory budget is {job.budget / 1e9:.1f} GB: raise `memory`, or choose "
+            f"the memory budget is {job.memory.budget / 1e9:.1f} GB: raise `memory`, or choose "
             "`block_rule` cosine"
         )

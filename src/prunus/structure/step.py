@@ -77,8 +77,8 @@ class ShrinkStep:
         # Without repair, a removed block changes no other. Only experts and width need windows.
         batches = ids.split(job.batch) if job.measures_blocks else ()
         batches_of_rank = own_part(job.ranks, batches)
-        on_device = job.hidden_states_stay
-        spill_folder = spill_to if job.spills else None
+        on_device = job.memory.hidden_states_stay
+        spill_folder = spill_to if job.memory.spills else None
         if not job.recipe.repair:
             self._stream.embed(batches_of_rank, spill_folder, on_device)
             return
@@ -211,7 +211,7 @@ def narrow(
         per_group = plan.heads.heads // plan.heads.groups
         groups = sorted({head // per_group for head in choice.units})
         cuts.append((layout, {"heads": choice.units, "groups": groups}))
-    for parts in _at_once(plan.mlps[old_index], job.budget):
+    for parts in _at_once(plan.mlps[old_index], job.memory.budget):
         down = [linears[part.reader] for part in parts]
         readers = _measured(stream, new_index, block, down, job.ranks)
         for part, linear, reader in zip(parts, down, readers, strict=True):

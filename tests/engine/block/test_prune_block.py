@@ -1,6 +1,7 @@
 """The walks through a block: equal bits, shared statistics, and no batch that waits for ever."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from prunus.engine.block.replay import replay
 from prunus.engine.block.two_pass import two_pass
 from prunus.engine.block.walk import BlockWalk
 from prunus.engine.linear_job import PruningJob, plan_run
+from prunus.engine.memory import Memory
 from prunus.engine.options import RunOptions
 from prunus.hardware.memory import available_memory
 from prunus.methods.statistics import InputStatistics
@@ -159,13 +161,13 @@ def test_streamed_in_memory_spilled_and_replayed_runs_are_equal_to_the_byte(
     plain = prunus.prune(dense, tmp_path / "plain", **options)
     assert {block.walk for block in plain.blocks} == {"lockstep"}
 
-    monkeypatch.setattr(PruningJob, "fits_lockstep", lambda self, index: False)
+    monkeypatch.setattr(Memory, "fits_lockstep", lambda self, index: False)
     replayed = prunus.prune(dense, tmp_path / "replayed", **options)
     assert {block.walk for block in replayed.blocks} == {"replay"}
-    monkeypatch.setattr(PruningJob, "spills", property(lambda self: True))
-    monkeypatch.setattr(PruningJob, "hidden_states_stay", property(lambda self: False))
+    monkeypatch.setattr(Memory, "spills", property(lambda self: True))
+    monkeypatch.setattr(Memory, "hidden_states_stay", property(lambda self: False))
     prunus.prune(dense, tmp_path / "spilled_replayed", **options)
-    monkeypatch.setattr(PruningJob, "fits_lockstep", lambda self, index: True)
+    monkeypatch.setattr(Memory, "fits_lockstep", lambda self, index: True)
     prunus.prune(dense, tmp_path / "spilled", **options)
 
     expected = shards(tmp_path / "plain")
@@ -187,9 +189,9 @@ def test_the_memory_budget_decides_between_lockstep_replay_and_a_file(tmp_path, 
     monkeypatch.setattr("prunus.engine.plan.available_memory", lambda: free)
     monkeypatch.setattr("prunus.engine.plan.resident_memory", lambda: 2**28)
     roomy = job(None)
-    assert roomy.budget == free - max(free // 10, 10**9)  # the rest is for others
-    assert (roomy.walk(0), roomy.spills) == ("lockstep", False)
-    memory, resident = roomy.block_memory[0], 0
+    assert roomy.memory.budget == free - max(free // 10, 10**9)  # the rest is for others
+    assert (roomy.walk(0), roomy.memory.spills) == ("lockstep", False)
+    memory, resident = roomy.memory.blocks[0], 0
     replayed = memory.total(hidden=True, paused=False)
     in_lockstep = memory.total(hidden=True, paused=True)
     assert memory.minimum < replayed < in_lockstep
@@ -198,8 +200,8 @@ def test_the_memory_budget_decides_between_lockstep_replay_and_a_file(tmp_path, 
         (replayed, "replay", False),
         (memory.minimum, "replay", True),
     ):
-        roomy.budget = budget + resident
-        assert (roomy.walk(0), roomy.spills) == (walk, spills)
+        roomy.memory = replace(roomy.memory, budget=budget + resident)
+        assert (roomy.walk(0), roomy.memory.spills) == (walk, spills)
     with pytest.raises(ValueError, match=r"memory budget is .* Raise `memory`, or lower `batch`"):
         job(1000)
 
@@ -213,4 +215,4 @@ def test_the_memory_budget_limits_a_device_as_it_limits_the_host(tmp_path, monke
     free = int(0.9 * 2**40)
     for memory, budget in ((None, free), (2**31, 2**31), (2**41, free)):
         options = RunOptions(device="cuda", memory=memory, input_ids=ids)
-        assert plan_run(dense, recipe, options, PlainTensors()).budget == budget
+        assert plan_run(dense, recipe, options, PlainTensors()).memory.budget == budget

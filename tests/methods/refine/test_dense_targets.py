@@ -5,7 +5,7 @@ import torch
 
 import prunus
 import reference
-from prunus.engine.linear_job import PruningJob
+from prunus.engine.memory import Memory
 from prunus.methods import METHODS, MethodOptions, compose
 from prunus.methods.patterns import Pattern
 from prunus.methods.refine.dense_targets import (
@@ -160,7 +160,7 @@ def test_wide_linears_with_few_tokens_have_no_dense_target(tmp_path, monkeypatch
     }
     few = "pruned: too few tokens for this many inputs"
     assert notes == dict.fromkeys(notes) | {"mlp.down_proj": few}
-    monkeypatch.setattr(PruningJob, "fits_lockstep", lambda self, index: False)
+    monkeypatch.setattr(Memory, "fits_lockstep", lambda self, index: False)
     prunus.prune(dense, tmp_path / "other", **arguments)
     for shard in (tmp_path / "plain").glob("*.safetensors"):
         assert (tmp_path / "other" / shard.name).read_bytes() == shard.read_bytes(), shard.name
