@@ -64,7 +64,8 @@ _FLOAT16_FACTORS = (2.0**12, 2.0**4, 2.0**-4)
 class LinearSensitivity:
     """How the loss depends on errors of a linear, before it is pruned or quantised.
 
-    U is the upper Cholesky factor of the inverse Gram matrix; `relative_steps` computes U_jj.
+    U is the upper Cholesky factor of the damped inverse Gram matrix, see
+    `methods/rate_distortion.py`.
 
     Attributes:
         loss_O: s_i of each row, float32 (O,).
