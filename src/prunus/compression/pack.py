@@ -1,6 +1,10 @@
 """The verbs `pack` and `unpack`: linears of a pruned model as bitmaps, and an ordinary model again.
 
 They work shard by shard, like pruning: one is read, converted and written before the next is read.
+
+    pack     checks ► `_pack_block` for each block, `_pack_outside` ► `_pack_linear`
+    unpack   checks ► `_unpack_shard` for each file
+    both     `_convert` writes the shards, resumes an earlier run, and completes the result
 """
 
 from __future__ import annotations
@@ -48,15 +52,15 @@ from prunus.packed.forms import checked_weight, expand, relative_error
 from prunus.packed.source import is_packed
 from prunus.packed.weight import PackedWeight, named_tensors
 
-#: Records of earlier work that hold for the packed and for the unpacked model as well.
+# Records of earlier work that hold for the packed and for the unpacked model as well.
 _KEPT_RECORDS = ("prunus.json", "prunus-compress.json")
-#: What `Description.add_to` adds to config.json.
+# What `Description.add_to` adds to config.json.
 _ADDED = ("quantization_config", "transformers_weights")
 
 _Record = TypeVar("_Record", bound=ConversionRecord)
-#: The tensors of a shard, and the records of its linears.
+# The tensors of a shard, and the records of its linears.
 _Shard = tuple[Mapping[str, Writable], dict[str, StoredLinear]]
-#: File of a shard -> its name for people, and the function that makes it.
+# File of a shard -> its name for people, and the function that makes it.
 _Shards = dict[str, tuple[str, Callable[[], _Shard]]]
 
 
@@ -91,7 +95,7 @@ def pack(
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: before any
-        work.
+            work.
     """
     recipe = PackOptions.read(None, {"values": values})
     source = CheckpointSource(resolve_folder(model))
@@ -121,9 +125,9 @@ def pack(
 
     def describe(record: PackRecord) -> tuple[str, dict[str, Any]]:
         shapes = {
-            name: PackedShape(*each.shape, each.stored, each.rare)
-            for name, each in record.linears.items()
-            if each.packed
+            name: PackedShape(*linear.shape, linear.stored, linear.rare)
+            for name, linear in record.linears.items()
+            if linear.packed
         }
         if not shapes:
             raise ValueError(
@@ -155,7 +159,8 @@ def unpack(
     Args:
         model: folder or hub id of a packed checkpoint.
         output: folder of the result.
-        overwrite, progress: as for `pack`.
+        overwrite: replace an earlier result in `output`.
+        progress: as for `pack`.
 
     Returns:
         The record, which is also written to `prunus-unpack.json`.
@@ -199,7 +204,10 @@ def unpack(
 
 
 def _find_inputs(checkpoint: Checkpoint, fingerprint: str, dtype: str) -> RunInputs:
-    """What the result depends on. From here on, recorded SHA-256 of shards are checked."""
+    """What the result depends on.
+
+    From here on, the checkpoint compares shards that it reads with their recorded SHA-256.
+    """
     check_companions(checkpoint.folder)
     recorded = recorded_digests(checkpoint.folder)
     checkpoint.verify_on_read(recorded)
@@ -222,7 +230,14 @@ def _convert(
 ) -> _Record:
     """Write the shards that an earlier run has not written, and complete the result.
 
-    It takes at most `needed` bytes. `describe` gives its card and config.json.
+    Args:
+        record: A new record, which is used unless an earlier run is resumed.
+        output: Folder of the result.
+        source: The checkpoint that is converted.
+        needed: The most bytes that the result can take.
+        shards: How each shard is made.
+        describe: From the record with all linears, the card and the content of config.json.
+        options: `overwrite`, and who gets reports.
     """
     kind, path, started = type(record), Path(output), time.perf_counter()
 
@@ -235,27 +250,28 @@ def _convert(
         return earlier
 
     with held(kind, path, SINGLE_PROCESS, find) as earlier:
-        found = earlier or record
-        folder = ResultFolder(path, found, source)
-        if found.state == "finished":
+        current = earlier or record
+        folder = ResultFolder(path, current, source)
+        if current.state == "finished":
             folder.check_finished()
-            return found
+            return current
         folder.begin(options.overwrite)
         for done, (file, (name, make)) in enumerate(shards.items(), start=1):
             if not folder.has(file):
                 tensors, linears = make()
                 folder.write_shard(file, tensors)
-                found.shards[file] = linears
+                current.shards[file] = linears
                 folder.save()
             seconds = time.perf_counter() - started
-            said = f"{name} written"
-            options.step(Progress(done, len(shards), said, seconds, peak_memory(), "shards"))
-        card, config = describe(found)
-        folder.finish(found.shards, card=card, config=config, keep_records=_KEPT_RECORDS)
-        return found
+            message = f"{name} written"
+            options.step(Progress(done, len(shards), message, seconds, peak_memory(), "shards"))
+        card, config = describe(current)
+        folder.finish(current.shards, card=card, config=config, keep_records=_KEPT_RECORDS)
+        return current
 
 
 def _pack_block(source: CheckpointSource, skeleton: Skeleton, index: int, stored: Stored) -> _Shard:
+    """The tensors of block `index`, with those linears packed that get smaller."""
     keys, block = source.stored, source.block(index)
     check_finite(block, f"{skeleton.block_name(index)}.")
     tensors, records = source.as_stored(index, block), dict[str, StoredLinear]()
@@ -293,6 +309,14 @@ def _pack_outside(source: CheckpointSource, skeleton: Skeleton, stored: Stored) 
 def _pack_linear(
     weight: torch.Tensor, stored: Stored, linear: Linear, key: str
 ) -> tuple[PackedWeight | None, StoredLinear]:
+    """A linear as a bitmap, or None where it stays as it is, and its record.
+
+    Args:
+        weight: The weight as the checkpoint stores it.
+        stored: The dtype of the packed values.
+        linear: The module of the skeleton.
+        key: The name under which the checkpoint stores the weight; "" if it has none of its own.
+    """
     before = weight.numel() * weight.element_size()
     count = int(torch.count_nonzero(kept(weight)))  # a sum would convert each bool to 8 bytes
     record = StoredLinear(shape=linear.shape, kept=count, packed=False, nbytes=(before, before))
@@ -335,6 +359,7 @@ def _by_file(checkpoint: Checkpoint, described: Description) -> dict[str, list[s
 def _unpack_shard(
     checkpoint: Checkpoint, described: Description, names: list[str], dtype: torch.dtype
 ) -> _Shard:
+    """The tensors `names` of a shard, with packed linears as dense weights of `dtype`."""
     tensors = dict(checkpoint.read(names))
     records = {}
     for linear in [name.removesuffix(".weight") for name in names]:
@@ -352,7 +377,7 @@ def _unpack_shard(
 
 
 def _config_dtype(config: dict[str, Any]) -> torch.dtype:
-    """Return the dtype that config.json gives the model; bfloat16 where it gives none."""
+    """The dtype that config.json gives the model; bfloat16 where it gives none."""
     name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     if not isinstance(name, str) or name not in DTYPES:
         raise ValueError(

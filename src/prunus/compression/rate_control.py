@@ -9,7 +9,8 @@ the rest.
 
 Everything follows from what the finished linears took, so a resumed run continues as it was.
 
-Legend for shapes: L linears, Q quantiles.
+Shape suffixes: L linears, Q quantiles of a linear's inputs, S some rows, I inputs, K codes, V the
+values of an integer.
 """
 
 from __future__ import annotations
@@ -42,23 +43,36 @@ def _code_of(levels_SI: Tensor) -> CodeLengths:
 
 @dataclass(frozen=True)
 class LinearRate:
-    """One linear of the run, before it is quantised; its sensitivity is that in the dense model."""
+    """One linear of the run, before it is quantised.
+
+    Attributes:
+        name: Its full name.
+        kind: Its name within its block; linears of a kind resemble each other.
+        shape: (out, in).
+        sensitivity: How the loss depends on it in the dense model.
+    """
 
     name: str
-    kind: str  #: name within its block; linears of a kind resemble each other
+    kind: str
     shape: tuple[int, int]
     sensitivity: LinearSensitivity
 
     @property
     def weights(self) -> int:
+        """The number of its weights."""
         return self.shape[0] * self.shape[1]
 
 
 class RateControl:
     """Chooses the step of each linear, and counts the bits that linears take.
 
-    `bits` are per weight, over all linears, with all that belongs to them in the file. `sparsities`
-    has the shares of zeros that a mask forces, by full name; those that are missing have 0.
+    For each linear in the order of the model, call `begin`, quantise, then `finish`.
+
+    Args:
+        bits: Bits per weight, over all linears, with all that belongs to them in the file.
+        linears: The linears of the run, in the order of the model.
+        sparsities: Full name of a linear -> the share of zeros that a mask forces; 0 where it is
+            missing.
 
     >>> flat = LinearSensitivity(torch.ones(64), 1.0, torch.ones(8))
     >>> control = RateControl(3.0, [LinearRate("a.q", "q", (64, 64), flat)], {})
@@ -71,13 +85,18 @@ class RateControl:
     ) -> None:
         self._linears = {linear.name: linear for linear in linears}
         self._sparsities = dict(sparsities)
+        # The bits that are left for linears that are not finished.
         self._left = bits * sum(linear.weights for linear in linears)
+        # The names of these linears, in order.
         self._waiting = dict.fromkeys(self._linears)
-        #: Kind -> what its finished linears took above the prediction, in bits per weight.
+        # Kind -> what its finished linears took above the prediction, in bits per weight.
         self._surplus: dict[str, list[float]] = {}
 
     def log2_step(self) -> float:
-        """log2 Δ that would spend the bits that are left on the linears that are left."""
+        """log2 Δ that would spend the bits that are left on the linears that are left.
+
+        Predicted bits fall with Δ, so bisection finds it.
+        """
         names = list(self._waiting)
         weights_L = torch.tensor([self._linears[name].weights for name in names], dtype=torch.float)
         fixed_L = torch.tensor([self._fixed_bits(name) for name in names])
@@ -94,7 +113,12 @@ class RateControl:
         return (low + high) / 2
 
     def predicted_bits(self, name: str, log2_step: float) -> float:
-        """The predicted bits per weight of a linear at a step."""
+        """The predicted bits per weight of a linear at a step.
+
+        Args:
+            name: Full name of the linear.
+            log2_step: log2 Δ.
+        """
         bits = float(expected_bits(self._deviations(name) * 2.0**-log2_step).mean())
         return bits * (1 - self._sparsities.get(name, 0.0)) + self._fixed_bits(name)
 
@@ -103,23 +127,43 @@ class RateControl:
     ) -> tuple[LinearQuantization, float]:
         """How the next linear is quantised, and log2 Δ for `finish`.
 
-        `coarser` is added to the log2 Δ that would spend the bits.
+        Args:
+            name: Full name of the linear.
+            statistics: The statistics of its inputs in the run.
+            coarser: Is added to the log2 Δ that would spend the bits.
         """
-        step, known = self.log2_step() + coarser, self._linears[name].sensitivity
+        step, sensitivity = self.log2_step() + coarser, self._linears[name].sensitivity
         power = float(statistics.sum_squares_I.mean()) / max(1, statistics.tokens)
-        # The sensitivity was measured on a few windows of the dense model. How large the inputs
-        # are, the run knows better.
-        unit = known.unit * (known.power / power) ** 0.5 if power > 0 else known.unit
-        return LinearQuantization(2.0**step * unit, known.scales_O, _code_of), step
+        # The sensitivity was measured on a few windows of the dense model. The run has seen all
+        # windows, so its statistics say better how large the inputs are.
+        unit = sensitivity.unit * ((sensitivity.power / power) ** 0.5 if power > 0 else 1.0)
+        return LinearQuantization(2.0**step * unit, sensitivity.scales_O, _code_of), step
 
     def excess(self, name: str, bits: float) -> float:
-        """The bits per weight of a linear that the linears after it would lack, at least."""
-        others = [self._linears[each] for each in self._waiting if each != name]
+        """The bits per weight of a linear that the linears after it would lack, at least.
+
+        Those need one bit per weight and what does not depend on the step.
+
+        Args:
+            name: Full name of the linear.
+            bits: Bits per weight that the linear would take.
+
+        Returns:
+            A number above 0 where the linear takes too much; otherwise what it could take more, as
+            a negative number.
+        """
+        others = [self._linears[other] for other in self._waiting if other != name]
         least = sum((1 + side_bits(linear.shape)) * linear.weights for linear in others)
         return bits - (self._left - least) / self._linears[name].weights
 
     def finish(self, name: str, bits: float, log2_step: float) -> None:
-        """Take note of a finished linear."""
+        """Take note of a finished linear.
+
+        Args:
+            name: Full name of the linear.
+            bits: Bits per weight that it takes in the file.
+            log2_step: log2 Δ that `begin` returned.
+        """
         linear = self._linears[name]
         missed = bits - self.predicted_bits(name, log2_step) + self._mean_surplus(linear.kind)
         self._surplus.setdefault(linear.kind, []).append(missed)
@@ -127,8 +171,9 @@ class RateControl:
         del self._waiting[name]
 
     def _deviations(self, name: str) -> Tensor:
-        known = self._linears[name].sensitivity
-        return known.deviations_Q / known.unit
+        """The deviations of a linear's weights in units of its own Δ, (Q,)."""
+        sensitivity = self._linears[name].sensitivity
+        return sensitivity.deviations_Q / sensitivity.unit
 
     def _fixed_bits(self, name: str) -> float:
         """The part of a prediction that does not depend on the step."""
@@ -136,5 +181,6 @@ class RateControl:
         return side_bits(linear.shape) + zero_bits(sparsity) + self._mean_surplus(linear.kind)
 
     def _mean_surplus(self, kind: str) -> float:
-        known = self._surplus.get(kind) or [x for each in self._surplus.values() for x in each]
-        return sum(known) / len(known) if known else _FIRST_SURPLUS
+        """What predictions have missed for a kind, or for all where none of it is finished."""
+        surplus = self._surplus.get(kind) or [x for bits in self._surplus.values() for x in bits]
+        return sum(surplus) / len(surplus) if surplus else _FIRST_SURPLUS

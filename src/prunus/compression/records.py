@@ -11,7 +11,11 @@ from prunus.options import Option, Options
 
 
 class PackOptions(Options):
-    """What decides the bytes of a packed checkpoint."""
+    """What decides the bytes of a packed checkpoint.
+
+    Attributes:
+        values: "bf16" keeps the surviving weights bit for bit, "int8" rounds them.
+    """
 
     values: Annotated[
         Literal["bf16", "int8"],
@@ -23,20 +27,36 @@ class PackOptions(Options):
 
 
 class StoredLinear(Part):
-    """How one linear is stored; `stored` and `rare` are as in `PackedShape`."""
+    """How one linear is stored.
 
-    shape: tuple[int, int]  #: (out, in)
-    kept: int  #: number of weights that are not exactly zero
+    Attributes:
+        shape: (out, in).
+        kept: Number of weights that are not exactly zero.
+        stored: Number of stored entries, as in `PackedShape`; 0 where the linear is not packed.
+        rare: Number of rare values among coded ones, as in `PackedShape`; None where values are not
+            coded.
+        packed: Whether the result stores it as a bitmap.
+        reason: Why it is not packed; None where it is, and in the record of unpack.
+        nbytes: Bytes of the weight before and after.
+        relative_error: ‖W−Ŵ‖² / ‖W‖² where values were rounded to int8; None elsewhere.
+    """
+
+    shape: tuple[int, int]
+    kept: int
     stored: int = 0
     rare: int | None = None
-    packed: bool  #: whether the result stores it as a bitmap
-    reason: str | None = None  #: why it is not packed
-    nbytes: tuple[int, int]  #: of the weight before and after
-    relative_error: float | None = None  #: ‖W−Ŵ‖² / ‖W‖² where values were rounded to int8
+    packed: bool
+    reason: str | None = None
+    nbytes: tuple[int, int]
+    relative_error: float | None = None
 
 
 class ConversionRecord(RunRecord):
-    """The record of `pack` or `unpack`; `inputs.dtype` is that of the weights in the result."""
+    """The record of `pack` or `unpack`; `inputs.dtype` is that of the weights in the result.
+
+    Attributes:
+        shards: File name of a finished shard -> its linears by name.
+    """
 
     shards: dict[str, dict[str, StoredLinear]] = Field(
         default_factory=dict, description="file name of a shard -> its linears"
@@ -45,16 +65,21 @@ class ConversionRecord(RunRecord):
     @property
     def linears(self) -> dict[str, StoredLinear]:
         """The linears of all shards by name."""
-        return {name: each for shard in self.shards.values() for name, each in shard.items()}
+        return {name: linear for shard in self.shards.values() for name, linear in shard.items()}
 
     def forget_missing(self, missing: set[str]) -> bool:
+        """Forget deleted shards with their linears; True if that changed the record."""
         for name in missing:
             self.shards.pop(name, None)
         return super().forget_missing(missing)
 
 
 class PackRecord(ConversionRecord):
-    """The record of `pack`."""
+    """The record of `pack`, which is also the file `prunus-pack.json`.
+
+    Attributes:
+        recipe: The options of pack.
+    """
 
     FILE: ClassVar[str] = "prunus-pack.json"
     VERB: ClassVar[str] = "prunus pack"

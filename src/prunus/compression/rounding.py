@@ -4,6 +4,9 @@ Both ways begin with a measurement (`loss_sensitivity.py`) on rank 0, because al
 same digits. A `RateFormat` spends its bits by a rate control. In a `TypeFormat` each weight
 gets the type of least loss that the size allows.
 
+    rounding_for ► rate_rounding ► RateRounding     steps and bits of each linear
+                 ► type_rounding ► TypeRounding     a type for each weight
+
 Shape suffixes: O outputs (rows), R some of them, I inputs.
 """
 
@@ -45,7 +48,15 @@ def rounding_for(
     output: PruningOutput,
     record: CompressionRecord,
 ) -> RateRounding | TypeRounding:
-    """What rounds the linears of a run for its format; see `RoundingOf` in `pruning/run.py`."""
+    """What rounds the linears of a run for its format; see `RoundingOf` in `engine/run.py`.
+
+    Args:
+        stored: The format of the result.
+        job: The run.
+        ids: Its calibration windows (windows, tokens).
+        output: The folder of the result, which keeps the measurement for a resumed run.
+        record: The record of the run, with the blocks that an earlier run has finished.
+    """
     if isinstance(stored, RateFormat):
         return rate_rounding(stored, job, ids, output, record)
     assert isinstance(stored, TypeFormat), "a format chooses bits, or types"
@@ -59,7 +70,10 @@ def rate_rounding(
     output: PruningOutput,
     record: CompressionRecord,
 ) -> RateRounding:
-    """The rounding that spends the bits of the recipe, after the blocks of an earlier run."""
+    """The rounding that spends the bits of the recipe, after the blocks of an earlier run.
+
+    The arguments are those of `rounding_for`.
+    """
     tensors = job.ranks.tensors_from_rank_0(
         lambda: output.measured(lambda: _sensitivities(job, ids))
     )
@@ -85,9 +99,9 @@ def rate_rounding(
         bits = stored.bits_next_to(job.ranks.on_rank_0(lambda: shard.stat().st_size))
     control = RateControl(bits, linears, sparsities)
     for block in record.blocks:
-        for name, done in block.linears.items():
-            assert done.bits is not None and done.log2_step is not None
-            control.finish(f"{block.name}.{name}", done.bits, done.log2_step)
+        for name, linear_record in block.linears.items():
+            assert linear_record.bits is not None and linear_record.log2_step is not None
+            control.finish(f"{block.name}.{name}", linear_record.bits, linear_record.log2_step)
     return RateRounding(control, exceeds=stored.recipe.size is None)
 
 
@@ -95,6 +109,7 @@ class RateRounding:
     """Rounds linears to the steps of a rate control; see `prunus.engine.block.linear`.
 
     Args:
+        control: Chooses the steps.
         exceeds: Whether the sum may be a little more than the bits of the control. If not, a linear
             that leaves too little for those after it is rounded again, to coarser steps.
     """
@@ -104,12 +119,21 @@ class RateRounding:
         self._log2_step, self._coarser, self._trials = 0.0, 0.0, 0
 
     def begin(self, name: str, statistics: InputStatistics) -> LinearQuantization:
+        """How the linear of this full name is quantised, by the statistics of its inputs."""
         quantization, self._log2_step = self._control.begin(name, statistics, self._coarser)
         return quantization
 
     def end(
         self, name: str, quantized: Quantized | GroupedWeight
     ) -> tuple[QuantizedWeight, dict[str, Any]] | None:
+        """Encode a linear and count its bits.
+
+        Returns:
+            The encoded weight, and fields of its `LinearRecord`; None asks for coarser steps.
+
+        Raises:
+            ValueError: Its bits do not fit in `size`, however coarse the steps are.
+        """
         assert isinstance(quantized, Quantized)
         levels_OI, steps_I, scales_O = (part.cpu() for part in quantized)
         packed = encode(levels_OI, steps_I, scales_O)
@@ -150,7 +174,11 @@ def type_rounding(
     output: PruningOutput,
     record: CompressionRecord,
 ) -> TypeRounding:
-    """The rounding to the types of least loss, which the record and the format take note of."""
+    """The rounding to the types of least loss, which the record and the format take note of.
+
+    The arguments are those of `rounding_for`. What lies outside the blocks is written here, because
+    it needs the types too.
+    """
     measured = TypeLosses.of(
         job.ranks.tensors_from_rank_0(
             lambda: output.measured(lambda: _type_losses(stored, job, ids).tensors())
@@ -166,15 +194,21 @@ def type_rounding(
 
 
 class TypeRounding:
-    """Rounds each linear by its quantiser; see `LinearFinish` in `engine/block/linear.py`."""
+    """Rounds each linear by its quantiser; see `LinearFinish` in `engine/block/linear.py`.
+
+    Args:
+        quantizers: Full name of a linear -> the quantiser of its type.
+    """
 
     def __init__(self, quantizers: Mapping[str, GroupQuantizer]) -> None:
         self._quantizers = quantizers
 
     def begin(self, name: str, statistics: InputStatistics) -> GroupQuantizer:
+        """The quantiser of the linear of this full name."""
         return self._quantizers[name]
 
     def end(self, name: str, quantized: Quantized | GroupedWeight) -> tuple[Stored, dict[str, Any]]:
+        """The weight as it was rounded, and fields of its `LinearRecord`."""
         assert isinstance(quantized, GroupedWeight)
         return quantized, {"bits": quantized.quantizer.bits}
 
@@ -244,10 +278,13 @@ def type_losses(
     quantizers: Sequence[GroupQuantizer],
     stacked: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Per-column importance (I,), and the expected loss increase of each type.
+    """Per-column importance (I,), and the expected loss increase of each type (types,).
+
+    The loss of an error e is half of Σ s_i E[e_i²], see `engine/loss_sensitivity.py`; the factor ½
+    is the same for all types and left out.
 
     Args:
-        weight_OI: The weight, in any float dtype.
+        weight_OI: The weight, (O, I) in any float dtype.
         uses: The sensitivity of each module with this weight: an embedding may be the head too.
         quantizers: The quantisers of the types.
         stacked: How many weights share one type. Sampled rows stand for all, in proportion to what

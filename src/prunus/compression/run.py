@@ -51,23 +51,26 @@ def compress(
     Raises:
         ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: As `prune`.
     """
-    how, given = RunOptions.pick(options)
+    run_options, recipe_options = RunOptions.pick(options)
     data, described = given_windows(calibration)
-    chosen = CompressionRecipe.read(recipe, {"bits": bits} | given | described)
-    return run(model, Path(output), chosen, RunOptions(**how, **data))
+    chosen = CompressionRecipe.read(recipe, {"bits": bits} | recipe_options | described)
+    return run(model, Path(output), chosen, RunOptions(**run_options, **data))
 
 
 def run(
     model: str | Path, output: Path, recipe: CompressionRecipe, options: RunOptions
 ) -> CompressionRecord:
-    """Carry out a recipe. The arguments and errors are those of `compress`."""
+    """Carry out a recipe, and return its record. Arguments and errors are those of `compress`."""
     return carry_out(command(output, recipe), model, output, recipe, options)
 
 
 def plan_compression(
     model: str | Path, output: Path | None, recipe: CompressionRecipe, options: RunOptions
 ) -> PruningJob:
-    """The job of such a run. Checks what the run checks, and writes nothing."""
+    """The job that `run` would do with these arguments; nothing is written.
+
+    `output` None leaves out the checks of the output. The errors are those of `compress`.
+    """
     return planned(command(output, recipe), model, output, recipe, options)
 
 

@@ -330,7 +330,7 @@ class ResultFolder:
 class BlockFolder(ResultFolder):
     """Writes a result block by block under the names of the checkpoint; all ranks call its methods.
 
-    Only rank 0 touches the folder. `place` counts the blocks of the result from 0. Where blocks
+    Only rank 0 touches the folder. `position` counts the blocks of the result from 0. Where blocks
     were removed it differs from the index of a block in the source, which `made_from` returns.
 
     Attributes:
@@ -361,40 +361,40 @@ class BlockFolder(ResultFolder):
     def prepare(self) -> None:
         """Write what comes before the first block, on rank 0. The base class writes nothing."""
 
-    def made_from(self, place: int) -> int:
-        """The block of the source that block `place` of the result was made from."""
-        return place
+    def made_from(self, position: int) -> int:
+        """The block of the source that block `position` of the result was made from."""
+        return position
 
-    def stored(self, place: int, made: Made) -> dict[str, torch.Tensor]:
+    def stored(self, position: int, made: Made) -> dict[str, torch.Tensor]:
         """The tensors of the shard of a block, by the names of the checkpoint."""
-        return self.job.checkpoint.as_stored(self.made_from(place), made.tensors)
+        return self.job.checkpoint.as_stored(self.made_from(position), made.tensors)
 
-    def restored(self, place: int) -> dict[str, torch.Tensor]:
+    def restored(self, position: int) -> dict[str, torch.Tensor]:
         """The tensors of a finished block, by relative name, from its shard."""
-        index = self.made_from(place)
-        shard = Checkpoint(self.folder, only=[self.record.shard(place)])
+        index = self.made_from(position)
+        shard = Checkpoint(self.folder, only=[self.record.shard(position)])
         tensors = shard.read(self.job.checkpoint.block_keys(index))
         return self.job.checkpoint.from_stored(index, tensors)
 
-    def read_block(self, place: int) -> Mapping[str, torch.Tensor]:
+    def read_block(self, position: int) -> Mapping[str, torch.Tensor]:
         """The tensors of a finished block by relative name, on every rank.
 
         Raises:
             FileExistsError: The source's block is not the one that the finished block was made
                 from.
         """
-        return self.ranks.tensors_from_rank_0(lambda: self._read_block(place))
+        return self.ranks.tensors_from_rank_0(lambda: self._read_block(position))
 
-    def _read_block(self, place: int) -> dict[str, torch.Tensor]:
-        block_record, source = self.record.blocks[place], self.job.checkpoint
-        index = self.made_from(place)
+    def _read_block(self, position: int) -> dict[str, torch.Tensor]:
+        block_record, source = self.record.blocks[position], self.job.checkpoint
+        index = self.made_from(position)
         name = self.job.skeleton.block_name(index)
         check_known({name: block_record.input_sha256}, name, tensors_digest(source.block(index)))
-        return self.restored(place)
+        return self.restored(position)
 
-    def write_block(self, place: int, made: Made) -> None:
+    def write_block(self, position: int, made: Made) -> None:
         """Write a block's shard, then save the record."""
         if self.ranks.rank == 0:
-            self.write_shard(self.record.shard(place), self.stored(place, made))
+            self.write_shard(self.record.shard(position), self.stored(position, made))
         self.record.blocks.append(made.record)
         self.save()

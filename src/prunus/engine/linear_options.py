@@ -161,7 +161,10 @@ class PruningOptions(MethodOptions, WindowOptions):
         return values
 
     def changed_by(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """These options with others on top of them; a new pattern brings its own sparsity."""
+        """The explicit options that still hold next to `given`.
+
+        A new pattern brings its own sparsity, so the one that the old pattern implied is dropped.
+        """
         options = super().changed_by(given)
         if "pattern" in given and self.n_of_m:
             options.pop("sparsity", None)  # This recipe's own pattern implied it.

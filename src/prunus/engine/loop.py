@@ -48,26 +48,26 @@ class Made:
 class BlockStep(Protocol):
     """What a verb does to blocks, one after the other.
 
-    `place` counts the blocks of the result from 0.
+    `position` counts the blocks of the result from 0.
     """
 
-    def take(self, place: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    def take(self, position: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Run the windows through a block that an earlier run has finished."""
         ...
 
-    def make(self, place: int, stored: StoredBlock) -> Made:
+    def make(self, position: int, stored: StoredBlock) -> Made:
         """Run the windows through a block of the source and change it."""
         ...
 
 
 class BlockOutput(Protocol):
-    """Where finished blocks are kept; `place` is that of `BlockStep`."""
+    """Where finished blocks are kept; `position` is that of `BlockStep`."""
 
-    def read_block(self, place: int) -> Mapping[str, torch.Tensor]:
+    def read_block(self, position: int) -> Mapping[str, torch.Tensor]:
         """The tensors of a finished block by relative name."""
         ...
 
-    def write_block(self, place: int, made: Made) -> None:
+    def write_block(self, position: int, made: Made) -> None:
         """Keep a finished block, then enter it in the record."""
         ...
 
@@ -100,36 +100,38 @@ def run_blocks(
         FileExistsError: A block of the source is not the one that a measurement has read.
     """
     started = time.perf_counter()
-    places = made_from if made_from is not None else range(len(job.skeleton))
+    source_blocks = made_from if made_from is not None else range(len(job.skeleton))
     name_of = names or job.skeleton.block_name
 
-    def report(place: int, message: str) -> None:
+    def report(position: int, message: str) -> None:
         job.options.step(
             Progress(
-                done=place + 1,
-                total=len(places),
-                message=f"{name_of(place)} {message}",
+                done=position + 1,
+                total=len(source_blocks),
+                message=f"{name_of(position)} {message}",
                 seconds=time.perf_counter() - started,
                 peak_memory=peak_memory(job.device),
             )
         )
 
     taken = 0 if again else finished
-    for place in range(taken):
-        step.take(place, output.read_block(place))
-        report(place, "taken from the earlier run")
-    left = range(taken, len(places))
+    for position in range(taken):
+        step.take(position, output.read_block(position))
+        report(position, "taken from the earlier run")
+    left = range(taken, len(source_blocks))
     with BackgroundWrites(job.memory.overlaps) as writes:
-        blocks = read_ahead(left, lambda place: _read(job, places[place]), job.memory.overlaps)
-        for place, stored in zip(left, blocks, strict=True):
-            source_name = job.skeleton.block_name(places[place])
+        blocks = read_ahead(
+            left, lambda position: _read(job, source_blocks[position]), job.memory.overlaps
+        )
+        for position, stored in zip(left, blocks, strict=True):
+            source_name = job.skeleton.block_name(source_blocks[position])
             check_known(job.measured, source_name, stored.digest)
-            made = step.make(place, stored)
-            if place >= finished:
-                writes.submit(functools.partial(output.write_block, place, made))
+            made = step.make(position, stored)
+            if position >= finished:
+                writes.submit(functools.partial(output.write_block, position, made))
             if job.ranks.size > 1:
                 return_freed_memory()
-            report(place, made.message)
+            report(position, made.message)
 
 
 def _read(job: RunJob, index: int) -> StoredBlock:

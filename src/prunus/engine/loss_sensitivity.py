@@ -41,14 +41,14 @@ from prunus.model.kinds import CAUSAL, IMAGES
 from prunus.model.linears import Linear
 from prunus.model.stream import Stream
 
-# The windows that measure, and their length.
+# The windows that measure, and the tokens of each.
 _PROBE_WINDOWS, _PROBE_TOKENS = 8, 256
 # This share of its linear's mean is added to the sensitivity of every row. A few tokens say little
 # about a single row, and may miss it.
 _SHARED = 0.1
 # The largest width of a part of a linear's inputs, and the most bytes of a block's Gram matrices.
 _MAX_WIDTH, _MAX_BYTES = 2048, 2**30
-# Numbers that stand for the inputs of a linear.
+# Quantiles that stand for the inputs of a linear.
 _QUANTILES = 64
 #: The curve of a linear's loss has a point at every sparsity of 0, 1, 2, ... 39 times this.
 CURVE_STEP = 1 / 40
@@ -63,30 +63,44 @@ _FLOAT16_FACTORS = (2.0**12, 2.0**4, 2.0**-4)
 
 @dataclass(frozen=True)
 class LinearSensitivity:
-    """What is known of a linear before it is pruned or quantised."""
+    """How the loss depends on errors of a linear, before it is pruned or quantised.
 
-    loss_O: Tensor  #: s_i, float32 (O,)
-    power: float  #: the mean square of an input
-    #: float32 (Q,): quantiles over the inputs of the deviation of a column's weights in units of
-    #: U_jj, with the rows scaled as they will be quantised. Empty where the linear is not
-    #: quantised.
+    U is the upper Cholesky factor of the damped inverse Gram matrix, see
+    `methods/rate_distortion.py`.
+
+    Attributes:
+        loss_O: s_i of each row, float32 (O,).
+        power: The mean square of an input.
+        deviations_Q: Quantiles over the inputs of the deviation of a column's weights in units of
+            U_jj, with the rows scaled as they will be quantised, float32 (Q,). Empty where the
+            linear is not quantised.
+        curve_P: Σ s_i w_ij² E[x_j²] of the weights that Wanda removes at each sparsity, which is
+            the loss if their errors were independent, float32 (P,). Empty where the linear is
+            quantised.
+        importance_I: By how much the squared error of a weight in each column raises that of its
+            output, float32 (I,): E[x_j²], or power / U_jj² where the linear is quantised and later
+            columns correct the error.
+    """
+
+    loss_O: Tensor
+    power: float
     deviations_Q: Tensor = field(default_factory=lambda: torch.zeros(0))
-    #: float32 (P,): Σ s_i w_ij² E[x_j²] of the weights that Wanda removes at each sparsity, the
-    #: loss if their errors were independent. Empty where it is quantised.
     curve_P: Tensor = field(default_factory=lambda: torch.zeros(0))
-    #: float32 (I,): by how much the squared error of a weight in each column raises that of its
-    #: output: E[x_j²], or power / U_jj² where it is quantised and later columns correct the error.
     importance_I: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     @property
     def scales_O(self) -> Tensor:
-        """The relative steps of the rows, s_i^-½, with a geometric mean of 1."""
+        """The relative steps of the rows, s_i^-½, with a geometric mean of 1; float32 (O,).
+
+        >>> LinearSensitivity(torch.tensor([4.0, 0.25]), power=1.0).scales_O
+        tensor([0.5000, 2.0000])
+        """
         logs_O = self.loss_O.log()
         return (0.5 * (logs_O.mean() - logs_O)).exp()
 
     @property
     def unit(self) -> float:
-        """The step, relative to U_jj, at which an error raises the loss as in every linear."""
+        """The step, relative to U_jj, at which errors raise the loss equally in every linear."""
         return float((-0.5 * self.loss_O.log().mean()).exp()) * self.power**-0.5
 
 
@@ -98,7 +112,19 @@ def measure_loss(
     quantizes: bool,
     outside: bool = False,
 ) -> dict[str, LinearSensitivity]:
-    """`loss_sensitivities` of the dense model of a run, on the first of its windows or images."""
+    """`loss_sensitivities` of the dense model of a run, on the first of its windows or images.
+
+    Args:
+        job: The run, which announces the steps of the measurement.
+        ids: Token ids (windows, tokens), or pixel values (images, channels, height, width).
+        selected: Per block the relative names of the linears to measure.
+        options: The options of methods, of which the damping matters.
+        quantizes: Whether the linears will be quantised, or else pruned.
+        outside: Whether to measure the embedding and the head too.
+
+    Raises:
+        ValueError: A gradient or a weight is not finite; names the linear or the tensor.
+    """
     windows = ids[:_PROBE_WINDOWS]
     windows = windows if windows.is_floating_point() else windows[:, :_PROBE_TOKENS]
     stream = Stream(job.skeleton, job.hashed_source, job.device)
@@ -124,12 +150,22 @@ def loss_sensitivities(
 ) -> dict[str, LinearSensitivity]:
     """Full name -> sensitivity of the dense linears `selected` per block.
 
-    The stream has embedded `ids` (windows, tokens), or pixel values, as one batch. Linears that are
-    quantised (`quantizes`) need their inputs' Gram matrices. With `outside`, the embedding and the
-    head of a causal model are measured too, each for its own part if they are tied. `count` is
-    called with the steps that are done, of which a block has one and `_BACKWARD`.
+    Args:
+        stream: The dense model, which has embedded `ids` as one batch.
+        ids: Token ids (windows, tokens), or pixel values (images, channels, height, width).
+        selected: Per block the relative names of the linears to measure.
+        options: The options of methods, of which the damping matters.
+        seed: Seed of the random draws of y or z.
+        quantizes: Whether the linears will be quantised, which needs Gram matrices of their inputs.
+        outside: Whether to measure the embedding and the head of a causal model too, each for its
+            own part if they are tied.
+        count: Called with the steps that are done. Every block has one in the first pass and
+            `_BACKWARD` in the second.
+
+    Raises:
+        ValueError: The gradients of a linear are not finite; names the linear.
     """
-    inputs, found = _block_inputs(stream, count), dict[str, LinearSensitivity]()
+    inputs, sensitivities = _block_inputs(stream, count), dict[str, LinearSensitivity]()
     first, head = inputs[0], None
     if stream.skeleton.kind is CAUSAL:
         gradient, heads = _gradient_of_loss(stream, ids, seed, outside)
@@ -143,29 +179,32 @@ def loss_sensitivities(
         )
         for name, sums in of_block.items():
             with naming(name):
-                found[name] = sums.sensitivity(options, unit)
-            if not bool(found[name].loss_O.isfinite().all()):
+                sensitivities[name] = sums.sensitivity(options, unit)
+            if not bool(sensitivities[name].loss_O.isfinite().all()):
                 raise ValueError(f"the gradients of {name} are not finite; try `dtype` float32")
         stream.skeleton.release(index)
         count(_BACKWARD)
     if head is not None:
-        found[head.linear.name] = head.known(unit)
+        sensitivities[head.linear.name] = head.without_weight(unit)
         embedding = _outside(stream, "input")
-        found[embedding.name] = _of_embedding(stream, embedding, ids, first, gradient, unit)
-    return found
+        sensitivities[embedding.name] = _of_embedding(stream, embedding, ids, first, gradient, unit)
+    return sensitivities
 
 
 def _outside(stream: Stream, which: str) -> Linear:
     """The input embedding, or the output head, by its full name."""
     model: Any = stream.skeleton.model
     module = getattr(model, f"get_{which}_embeddings")()
-    return Linear(next(name for name, each in model.named_modules() if each is module), module)
+    return Linear(next(name for name, x in model.named_modules() if x is module), module)
 
 
 def _of_embedding(
     stream: Stream, embedding: Linear, ids: Tensor, first: Tensor, gradient: Tensor, unit: float
 ) -> LinearSensitivity:
-    """What is known of the embedding, from the inputs of the first block and their gradients."""
+    """The sensitivity of the embedding, from the inputs of the first block and their gradients.
+
+    A row counts by how often its token occurs. A column counts by its squared gradients.
+    """
     key = f"{embedding.name}.weight"
     rows_TI = stream.source.read_outside([key])[key][ids.flatten().cpu()].float()
     # Some models multiply rows by a number.
@@ -176,11 +215,17 @@ def _of_embedding(
 
 
 def _shared(mean_O: Tensor) -> Tensor:
+    """The means of the rows with a share of their own mean; see `_SHARED`. None is 0."""
     return (mean_O + _SHARED * mean_O.mean()).clamp_min_(1e-12)
 
 
 def measuring_memory(job: RunJob, quantizes: bool) -> BlockMemory:
-    """Memory of the measurement. Its entry `hidden` are the inputs of all blocks, on the host."""
+    """Memory of the measurement; `hidden` is that of the inputs of all blocks, on the host.
+
+    Args:
+        job: The run.
+        quantizes: Whether the linears will be quantised, which needs Gram matrices of their inputs.
+    """
     skeleton, itemsize = job.skeleton, job.dtype.itemsize
     blocks = range(len(skeleton))
     length, hidden = skeleton.window_shape(0, job.recipe.seqlen)
@@ -219,7 +264,10 @@ def _gram_bytes(linears: Sequence[Linear]) -> int:
 
 
 def part_width(linears: Sequence[Linear]) -> int:
-    """The width of the parts in which inputs are measured: Gram matrices grow with its square."""
+    """The width of the parts in which inputs are measured: Gram matrices grow with its square.
+
+    It is chosen so that the Gram matrices of all linears of a block take at most `_MAX_BYTES`.
+    """
     inputs = sum(linear.shape[1] for linear in linears)
     return max(1, min(_MAX_WIDTH, _MAX_BYTES // (4 * max(1, inputs))))
 
@@ -350,10 +398,10 @@ class _Sums:
         """Whether no gradient was beyond the range of its dtype."""
         return self._squares_O is None or all_finite(self._squares_O)
 
-    def known(self, unit: float) -> LinearSensitivity:
-        """What is known without the weight; `unit` is the number of tokens."""
+    def without_weight(self, unit: float) -> LinearSensitivity:
+        """What inputs and gradients alone say; `unit` is the number of tokens."""
         if self._squares_O is None:
-            # Of an expert that no token chose nothing is known: it counts as little as the least.
+            # No token chose this expert, so give it the smallest sensitivity.
             rows, columns = self.linear.shape
             return LinearSensitivity(
                 torch.full((rows,), 1e-12), 1.0, importance_I=torch.ones(columns)
@@ -364,20 +412,20 @@ class _Sums:
         return LinearSensitivity(loss_O, power, importance_I=importance_I)
 
     def sensitivity(self, options: MethodOptions, unit: float) -> LinearSensitivity:
-        """What is known of the linear; `unit` is that of `known`."""
-        weight_OI, known = self.linear.weight_OI.float(), self.known(unit)
+        """The sensitivity of the linear; `unit` is the number of tokens."""
+        weight_OI, result = self.linear.weight_OI.float(), self.without_weight(unit)
         device, squares_I = weight_OI.device, self._statistics.sum_squares_I.float()
         if not self._parts:
-            curve_P = _loss_curve(weight_OI, known.loss_O.to(device), known.importance_I.to(device))
-            return replace(known, curve_P=curve_P)
+            loss_O, power_I = result.loss_O.to(device), result.importance_I.to(device)
+            return replace(result, curve_P=_loss_curve(weight_OI, loss_O, power_I))
         steps_I = torch.ones_like(squares_I)
         if self._squares_O is not None:
             steps_I = torch.cat([_part_steps(part, squares_I, options) for part in self._parts])
-            known = replace(known, importance_I=(known.power / steps_I.square()).cpu())
-        scaled_OI = weight_OI / known.scales_O.to(weight_OI.device)[:, None]
+            result = replace(result, importance_I=(result.power / steps_I.square()).cpu())
+        scaled_OI = weight_OI / result.scales_O.to(weight_OI.device)[:, None]
         deviation_I = scaled_OI.square().mean(dim=0).sqrt() / steps_I
-        places_Q = (torch.arange(_QUANTILES, device=deviation_I.device) + 0.5) / _QUANTILES
-        return replace(known, deviations_Q=deviation_I.quantile(places_Q).cpu())
+        levels_Q = (torch.arange(_QUANTILES, device=deviation_I.device) + 0.5) / _QUANTILES
+        return replace(result, deviations_Q=deviation_I.quantile(levels_Q).cpu())
 
 
 def _measure_block(
@@ -412,9 +460,13 @@ def _measure_block(
 def _part_steps(part: InputStatistics, squares_I: Tensor, options: MethodOptions) -> Tensor:
     """U_jj of some inputs, as if the others did not exist, in the unit of all inputs."""
     # `relative_steps` divides by the mean diagonal of its own Gram matrix.
-    own = float(part.sum_squares_I.float().mean())
+    part_mean = float(part.sum_squares_I.float().mean())
     steps_I = relative_steps(part, options.damping)
-    return steps_I * (float(squares_I.mean()) / own) ** 0.5 if own > 0 else torch.ones_like(steps_I)
+    return (
+        steps_I * (float(squares_I.mean()) / part_mean) ** 0.5
+        if part_mean > 0
+        else torch.ones_like(steps_I)
+    )
 
 
 def _loss_curve(weight_OI: Tensor, loss_O: Tensor, power_I: Tensor) -> Tensor:
@@ -424,6 +476,6 @@ def _loss_curve(weight_OI: Tensor, loss_O: Tensor, power_I: Tensor) -> Tensor:
     # Within a row Wanda removes the smallest w²·E[x²] first.
     energy_RI = weight_OI[some_R].square().mul_(power_I).sort(dim=1).values
     lost_I = (energy_RI.cumsum(dim=1) * loss_O[some_R, None]).sum(dim=0) * (rows / len(some_R))
-    counts = [int(columns * place * CURVE_STEP + 1e-9) for place in range(1, round(1 / CURVE_STEP))]
+    counts = [int(columns * point * CURVE_STEP + 1e-9) for point in range(1, round(1 / CURVE_STEP))]
     zero = torch.zeros_like(lost_I[:1])
     return torch.cat([zero, torch.cat([zero, lost_I])[counts]]).cpu()

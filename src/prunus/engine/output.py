@@ -46,13 +46,13 @@ class InPlaceOutput:
         """What `measure` returns."""
         return measure()
 
-    def read_block(self, place: int) -> Mapping[str, torch.Tensor]:
+    def read_block(self, position: int) -> Mapping[str, torch.Tensor]:
         """No block is finished: LookupError."""
-        raise LookupError(f"no earlier run finished block {place} of a loaded model")
+        raise LookupError(f"no earlier run finished block {position} of a loaded model")
 
-    def write_block(self, place: int, made: Made) -> None:
+    def write_block(self, position: int, made: Made) -> None:
         """Put the tensors of a block into the model, then enter the block in the record."""
-        self._source.write(made.tensors, place)
+        self._source.write(made.tensors, position)
         self._record.blocks.append(made.record)
 
     def write_outside(self, changed: Mapping[str, torch.Tensor]) -> None:
@@ -128,26 +128,26 @@ class CheckpointFolder(BlockFolder):
 
         self.ranks.on_rank_0(check)
 
-    def stored(self, place: int, made: Made) -> dict[str, torch.Tensor]:
+    def stored(self, position: int, made: Made) -> dict[str, torch.Tensor]:
         """The tensors of a block's shard, with quantised linears as the format stores them."""
-        tensors = super().stored(place, made)
+        tensors = super().stored(position, made)
         for name, weight in made.packed.items():
             key = self.job.stored_key(f"{made.record.name}.{name}")
             del tensors[key]
             tensors |= self.job.format.tensors_of(key, weight, made.record.linears[name])
         return tensors
 
-    def restored(self, place: int) -> dict[str, torch.Tensor]:
+    def restored(self, position: int) -> dict[str, torch.Tensor]:
         """The tensors of a finished block by relative name, with quantised linears dense again."""
         if not self.job.format.QUANTIZES:
-            return super().restored(place)
-        shard = Checkpoint(self.folder, only=[self.record.shard(place)])
-        tensors, block = dict(shard.read(shard.tensors)), self.record.blocks[place]
+            return super().restored(position)
+        shard = Checkpoint(self.folder, only=[self.record.shard(position)])
+        tensors, block = dict(shard.read(shard.tensors)), self.record.blocks[position]
         for name, linear in block.linears.items():
             key = self.job.stored_key(f"{block.name}.{name}")
             dtype = self.job.checkpoint.checkpoint.tensors[key].dtype
             tensors[key] = self.job.format.weight_from(key, tensors, linear, dtype)
-        return self.job.checkpoint.from_stored(place, tensors.items())
+        return self.job.checkpoint.from_stored(position, tensors.items())
 
     def write_outside(self, changed: Mapping[str, torch.Tensor]) -> None:
         """Write the shard of everything outside the blocks, unless it is there and unchanged.

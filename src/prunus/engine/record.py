@@ -231,9 +231,9 @@ class BlockwiseRecord(RunRecord):
     blocks: list[Any] = Field(default_factory=list)
     shard_count: int = 0
 
-    def shard(self, place: int) -> str:
-        """File name of the shard of a block; `place` counts the blocks of the result from 0."""
-        return shard_name(place, self.shard_count)
+    def shard(self, position: int) -> str:
+        """File name of the shard of a block; `position` counts the blocks of the result from 0."""
+        return shard_name(position, self.shard_count)
 
     @property
     def outside_shard(self) -> str:

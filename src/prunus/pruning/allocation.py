@@ -23,21 +23,25 @@ def allocate(job: PruningJob, ids: torch.Tensor | None) -> dict[str, float]:
     """The sparsity of every linear that is pruned: full name -> sparsity; empty for "uniform".
 
     Their mean over all weights is the recipe's sparsity. Every linear removes whole weights per
-    row, so the mean may fall short by less than one column of one linear. A few of the calibration
-    windows `ids` (windows, tokens) are used; None where nothing is measured.
+    row, so the mean may fall short by less than one column of one linear.
+
+    Args:
+        job: The run.
+        ids: Its calibration windows (windows, tokens), of which the first few are used; None where
+            nothing is measured.
     """
     sparsity = job.recipe.sparsity
     if not job.recipe.allocates:
         return {}
     shapes = {name: linear.shape for name, linear in job.selected_linears().items()}
-    found = [sparsity] * len(shapes)
+    sparsities = [sparsity] * len(shapes)
     if sparsity > 0:
         assert ids is not None, "an allocation needs calibration windows"
         curves = _loss_curves(job, ids)
         weights = [rows * columns for rows, columns in shapes.values()]
         best = allocate_by_error([curves[name] for name in shapes], weights, sparsity)
-        found = [sparsity + _PART * (value - sparsity) for value in best]
-    rounded = round_to_whole_weights(found, list(shapes.values()), sparsity)
+        sparsities = [sparsity + _PART * (value - sparsity) for value in best]
+    rounded = round_to_whole_weights(sparsities, list(shapes.values()), sparsity)
     return dict(zip(shapes, rounded, strict=True))
 
 
@@ -45,19 +49,19 @@ def _loss_curves(job: PruningJob, ids: torch.Tensor) -> dict[str, list[tuple[flo
     """Full name -> (sparsity, loss) of a linear, from the least to the most that it may lose."""
     options = job.linear_settings.work.options
     measured = measure_loss(job, ids, job.selected, options, quantizes=False)
-    found = {name: each.curve_P.tolist() for name, each in measured.items()}
+    curves = {name: sensitivity.curve_P.tolist() for name, sensitivity in measured.items()}
     low, high = (job.recipe.sparsity + side * _MAX_DISTANCE for side in (-1, 1))
-    places = [place * CURVE_STEP for place in range(round(1 / CURVE_STEP))]
-    inner = [place for place in places if low < place < high]
-    ends = max(low, 0.0), min(high, places[-1])
-    wanted = sorted({ends[0], *inner, ends[1]})
+    measured_at = [point * CURVE_STEP for point in range(round(1 / CURVE_STEP))]
+    inner = [sparsity for sparsity in measured_at if low < sparsity < high]
+    ends = max(low, 0.0), min(high, measured_at[-1])
+    sparsities = sorted({ends[0], *inner, ends[1]})
     return {
-        name: [(place, _interpolated(curve, place)) for place in wanted]
-        for name, curve in found.items()
+        name: [(sparsity, _interpolated(curve, sparsity)) for sparsity in sparsities]
+        for name, curve in curves.items()
     }
 
 
-def _interpolated(curve: list[float], place: float) -> float:
+def _interpolated(curve: list[float], sparsity: float) -> float:
     """The loss at a sparsity between two points of a curve."""
-    left = min(int(place / CURVE_STEP + 1e-9), len(curve) - 2)
-    return curve[left] + (place / CURVE_STEP - left) * (curve[left + 1] - curve[left])
+    left = min(int(sparsity / CURVE_STEP + 1e-9), len(curve) - 2)
+    return curve[left] + (sparsity / CURVE_STEP - left) * (curve[left + 1] - curve[left])

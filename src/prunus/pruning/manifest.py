@@ -12,12 +12,16 @@ from prunus.engine.linear_record import PruningRecord, calibration_words, grid_w
 from prunus.engine.record import result_card, source_name
 from prunus.pruning.recipe import Recipe
 
-#: A sparsity that differs less than this from the one that was asked for is the same for people.
+# A sparsity that differs less than this from the one that was asked for is the same for people.
 _SAME_SPARSITY = 0.0005
 
 
 class Manifest(PruningRecord):
-    """The record of prune."""
+    """The record of prune, which is also the file `prunus.json`.
+
+    Attributes:
+        recipe: The options of prune that decide the bytes of the result.
+    """
 
     FILE: ClassVar[str] = "prunus.json"
     VERB: ClassVar[str] = "prunus prune"
@@ -45,7 +49,15 @@ def pruned_card(
     source: Path | None = None,
     nbytes: int | None = None,
 ) -> str:
-    """What the checkpoint is, how it was made, and what loads it; its files take `nbytes`."""
+    """The model card: what the checkpoint is, how it was made, and what loads it.
+
+    Args:
+        manifest: The record of the run.
+        loader: The class of transformers that loads the model.
+        source: The folder of the source, whose card has fields that hold for the result as well;
+            None for a loaded model.
+        nbytes: Bytes of the files with weights; None where there are no files.
+    """
     recipe, totals = manifest.recipe, manifest.totals
     sparsity = totals.get("sparsity", 0.0)
     shape = recipe.pattern if recipe.n_of_m else f"{recipe.sparsity:.0%} unstructured"

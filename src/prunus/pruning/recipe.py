@@ -13,11 +13,24 @@ from prunus.hardware.errors import did_you_mean
 from prunus.methods.options import METHOD
 from prunus.options import Option, at_least
 
+# Heading of these options in --help.
 _RECONSTRUCTION = "Reconstruction"
 
 
 class Recipe(PruningOptions):
     """One run of prune, in the words of the command line.
+
+    Attributes:
+        ELSEWHERE: Name of an option that belongs to another command -> what the error says of it.
+        preset: A tested set of options, which explicit options override; None for none.
+        propagate: "linear" runs the windows through a block once, where each linear sees the effect
+            of all pruning before it. "block" runs them twice per block, as the original code does.
+        head: Whether the output head is pruned too.
+        reconstruct: The blocks whose surviving weights are trained towards the dense model.
+        reconstruct_epochs: Epochs of that training; None chooses them by the number of tokens.
+
+    Raises:
+        pydantic.ValidationError: A `ValueError` that lists every option that is out of range.
 
     >>> recipe = Recipe(method="sparsegpt", pattern="1:4")
     >>> recipe.sparsity, recipe.n_of_m, recipe.calibration
@@ -80,9 +93,16 @@ class Recipe(PruningOptions):
 
     @classmethod
     def filled_in(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The given options on top of those of their preset."""
         return preset_options(values)
 
     def changed_by(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The explicit options that still hold next to `given`.
+
+        Raises:
+            ValueError: `given` has a preset, which would not fill in what this recipe has filled
+                in already.
+        """
         if "preset" in given:
             raise ValueError(
                 f"preset={given['preset']!r} next to a Recipe: a preset fills in what a recipe "
@@ -91,11 +111,17 @@ class Recipe(PruningOptions):
         return super().changed_by(given)
 
     def check_fit(self) -> None:
-        for option, given, reason in (
+        """Check that the training of blocks fits the other options.
+
+        Raises:
+            ValueError: The two passes of `propagate` block shall train or use dense targets, or
+                epochs are given for no training.
+        """
+        for option, is_set, reason in (
             ("dense_weight", self.dense_weight != 0, "have no dense targets"),
             ("reconstruct", self.reconstruct != "none", "train nothing"),
         ):
-            if self.two_passes and given:
+            if self.two_passes and is_set:
                 raise ValueError(
                     f"{option} needs propagate linear: the original's two passes {reason}"
                 )
@@ -106,18 +132,22 @@ class Recipe(PruningOptions):
 
     @property
     def trained_blocks(self) -> Literal["none", "last", "all"]:
+        """The blocks whose remaining weights are trained: the option `reconstruct`."""
         return self.reconstruct
 
     @property
     def epochs(self) -> int | None:
+        """The epochs of that training: the option `reconstruct_epochs`."""
         return self.reconstruct_epochs
 
     @property
     def two_passes(self) -> bool:
+        """Whether windows run twice through each block: `propagate` block."""
         return self.propagate == "block"
 
     @property
     def prunes_head(self) -> bool:
+        """Whether the output head is pruned too: the option `head`."""
         return self.head
 
 
@@ -139,6 +169,9 @@ _UNSTRUCTURED: dict[str, dict[str, Any]] = {
 
 def preset_options(values: dict[str, Any]) -> dict[str, Any]:
     """Put `values` on top of the options of the preset that they name, if any.
+
+    Raises:
+        ValueError: The preset is unknown, or is "max", which is more than a recipe.
 
     >>> preset_options({"preset": "fast", "seed": 1})
     {'method': 'wanda', 'preset': 'fast', 'seed': 1}

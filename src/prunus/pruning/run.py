@@ -57,19 +57,24 @@ def prune(
             work where possible; says what was given, what is wrong and what to do.
         RankError: Under torchrun, another process was lost or failed; names it.
     """
-    how, given = RunOptions.pick(options)
+    run_options, recipe_options = RunOptions.pick(options)
     data, described = given_windows(calibration)
     if isinstance(method, Method):
-        how["own_method"], method = method, f"{GIVEN}{method.name}"
-    chosen = Recipe.read(recipe, {"method": method, "sparsity": sparsity} | given | described)
+        run_options["own_method"], method = method, f"{GIVEN}{method.name}"
+    chosen = Recipe.read(
+        recipe, {"method": method, "sparsity": sparsity} | recipe_options | described
+    )
     folder = Path(output) if output is not None else None
-    return run(model, folder, chosen, RunOptions(**how, **data))
+    return run(model, folder, chosen, RunOptions(**run_options, **data))
 
 
 def run(
     model: str | Path | nn.Module, output: Path | None, recipe: Recipe, options: RunOptions
 ) -> Manifest:
-    """Carry out a recipe. The arguments and errors are those of `prune`."""
+    """Carry out a recipe. The arguments and errors are those of `prune`.
+
+    `output` None prunes a loaded model in place; a checkpoint needs an output.
+    """
     if isinstance(model, nn.Module) and output is not None:
         raise ValueError(
             "a loaded model is pruned in place: leave output out and call its save_pretrained "
@@ -84,6 +89,7 @@ class PlainTensors(Format[Manifest]):
     """The format of a pruned checkpoint: tensors and configuration are those of the source."""
 
     def card(self, record: Manifest) -> str:
+        """The model card of a pruned checkpoint, or of a loaded model that was pruned."""
         source = self.job.source
         folder = None if isinstance(source, ModuleSource) else source.checkpoint.folder
         nbytes = None if folder is None else self.file_bytes()
