@@ -126,7 +126,7 @@ class PruningOptions(MethodOptions, WindowOptions):
     min_expert_tokens: Annotated[
         int | None,
         Option(
-            "Measure an expert with fewer tokens than this on all tokens.",
+            "If fewer tokens than this reach an expert, use all tokens for its statistics.",
             flag=False,
             within=at_least(0, ", where 0 always uses an expert's own tokens"),
             default="by the method",

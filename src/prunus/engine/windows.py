@@ -27,7 +27,7 @@ from prunus.model.tokenizer import (
 
 
 def given_windows(calibration: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The caller's calibration as options of a run, and as the options of a recipe that say so.
+    """Split `calibration` into run options (the data) and recipe options (their description).
 
     Args:
         calibration: Token ids (samples, seqlen), pixel values (samples, channels, height, width),
