@@ -94,7 +94,8 @@ def rate_rounding(
     sparsities = {x.name: record.allocation.get(x.name, sparsity) for x in linears}
     bits = stored.bits
     if stored.recipe.size is not None:
-        # Embeddings and head are written by now, and take a little less than was planned.
+        # Embeddings and head are written by now, and take a little less than was planned. The
+        # folder of the result is also the one for hidden states that do not fit in memory.
         shard = output.spill_folder / record.outside_shard
         bits = stored.bits_next_to(job.ranks.on_rank_0(lambda: shard.stat().st_size))
     control = RateControl(bits, linears, sparsities)

@@ -47,7 +47,7 @@ from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
 
-# About so many matrices are looked at before a run, to see whether weights were rounded before.
+# At most about this number of matrices is sampled, to see whether weights were rounded before.
 _SAMPLED = 24
 
 

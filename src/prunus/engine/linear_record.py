@@ -307,7 +307,7 @@ def _experts(linears: Sequence[LinearRecord]) -> dict[str, int]:
 
 
 def grid_words(bits: int | None) -> str:
-    """What it means for people that weights lie on a grid of so many bits; nothing for None."""
+    """What a reader must know of weights that were rounded to this number of bits; "" for None."""
     if bits is None:
         return ""
     return (
