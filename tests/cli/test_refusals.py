@@ -137,6 +137,10 @@ OTHERS = [
         f"compress dense out.gguf --type q4_k {' '.join(CALIBRATED)}",
         "Q4_0, .*; did you mean Q4_K\\?$",
     ),
+    (
+        f"compress dense out --bits 4 --format packt {' '.join(CALIBRATED)}",
+        "be packed or compressed-tensors; got 'packt'; did you mean packed\\?$",
+    ),
     ("eval dense --perplexity wikitext", "give c4, .*; did you mean wikitext2\\?$"),
     ("recover pruned out --mode lorra", "'lora', .*; did you mean lora\\? \\("),
     ("plan ./dens", "neither a folder nor a hub id; .*; did you mean the folder dense\\?$"),

@@ -251,7 +251,7 @@ def _type_losses(stored: TypeFormat, job: PruningJob, ids: Tensor) -> TypeLosses
         return measured
     options, checkpoint = job.linear_settings.work.options, job.checkpoint.checkpoint
     sensitivities = measure_loss(job, ids, job.selected, options, quantizes=True, outside=True)
-    modules = dict(job.skeleton.model.named_modules())
+    modules, linears = dict(job.skeleton.model.named_modules()), job.selected_linears()
     uses: dict[int, list[LinearSensitivity]] = {}
     for name, sensitivity in sensitivities.items():
         # A tied head has another name than the embedding, and the same weight.
@@ -267,7 +267,7 @@ def _type_losses(stored: TypeFormat, job: PruningJob, ids: Tensor) -> TypeLosses
                 )
             parts.append(losses)
         measured.losses[first] = torch.stack(parts).sum(dim=0)
-        if first not in job.selected_linears():
+        if first not in linears:
             measured.importances[first] = importance_I
         count(1)
     return measured

@@ -254,7 +254,7 @@ class TypeFormat(CompressedFormat):
     def budget(self) -> int:
         """The bytes of all weights that have a type."""
 
-    @property
+    @functools.cached_property
     def stacks(self) -> Mapping[str, Sequence[str]]:
         """First module of a weight -> all modules that have one type with it."""
         return {first: [first] for first in self.shapes}

@@ -126,7 +126,7 @@ class TensorsFormat(TypeFormat):
         widths = [linear.shape[1] for linear in self.job.selected_linears().values()]
         return next(x for x in _GROUPS if not any(width % x for width in widths))
 
-    @property
+    @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Name of each linear -> (out, in). Embeddings and head stay as they are."""
         return {name: linear.shape for name, linear in self.job.selected_linears().items()}

@@ -272,6 +272,7 @@ class Range:
     allows: Callable[[Any], bool]  #: whether a value is in the range
     must: str  #: the range in words, after "must": "lie in (0, 1)"
     of_shares: bool = False  #: whether an error asks if the value was meant in percent
+    choices: Sequence[Any] = ()  #: all values, of a range that is a list
 
     def check(self, name: str, value: Any) -> None:
         """Check the value of the option `name`. None stands for the default and passes.
@@ -284,7 +285,7 @@ class Range:
         ValueError: samples must be at least 1; got 0
         """
         if value is not None and not self.allows(value):
-            hint = percent(value) if self.of_shares else ""
+            hint = percent(value) if self.of_shares else did_you_mean(value, map(str, self.choices))
             raise ValueError(f"{name} must {self.must}; got {value!r}{hint}")
 
 
@@ -330,7 +331,7 @@ def one_of(choices: Sequence[Any]) -> Range:
     'be 4, 6 or 8'
     """
     listed = f"{', '.join(map(str, choices[:-1]))} or {choices[-1]}"
-    return Range(lambda value: value in choices, f"be {listed}")
+    return Range(lambda value: value in choices, f"be {listed}", choices=choices)
 
 
 _MAX_BYTES = 2**18  # of a TOML file

@@ -33,7 +33,7 @@ _RARE_SHARE = 1 / 256
 def encode(values_K: torch.Tensor) -> tuple[torch.Tensor, Coding] | None:
     """Split bfloat16 values into low bytes, uint8 (P,), and coded high bytes.
 
-    None where that would not save bytes, or where rare values are so many that decoding is slow.
+    None where that would save no bytes, or where too many rare values make decoding slow.
     """
     assert values_K.dtype == torch.bfloat16
     count = values_K.shape[0]

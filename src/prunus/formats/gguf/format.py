@@ -250,8 +250,13 @@ class GgufFormat(TypeFormat):
         self, key: str, tensors: dict[str, torch.Tensor], record: LinearRecord, dtype: torch.dtype
     ) -> torch.Tensor:
         """The dense weight of a linear; its bytes leave `tensors`."""
-        names = {self.job.stored_key(name): name for name in self.types}
-        return GroupedWeight(self.quantizer(names[key]), tensors.pop(key)).dense().to(dtype)
+        quantizer = self.quantizer(self._linear_of_key[key])
+        return GroupedWeight(quantizer, tensors.pop(key)).dense().to(dtype)
+
+    @functools.cached_property
+    def _linear_of_key(self) -> dict[str, str]:
+        """Stored name of a weight -> name of its linear."""
+        return {self.job.stored_key(name): name for name in self.job.selected_linears()}
 
     def outside(
         self, folder: BlockFolder, record: CompressionRecord, tensors: dict[str, Writable]
