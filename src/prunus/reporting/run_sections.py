@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from prunus.engine.document import (
     Column,
     Facts,
-    HeatMap,
     Lines,
     Section,
     Series,
@@ -26,7 +25,6 @@ from prunus.hardware.sizes import counted, in_bytes
 if TYPE_CHECKING:
     from prunus.engine.linear_record import PruningRecord
 
-_Value = TypeVar("_Value")
 #: Name of an error -> its definition.
 _DEFINITIONS = {
     "relative output error": (
@@ -53,7 +51,7 @@ def run_section(manifest: PruningRecord) -> Section:
         f"{name}: {work}",
         "" if mean is None else _DEFINITIONS[error],
         (_headline(manifest), *(by_block if errors[error] else []), manifest.table()),
-        (*circumstances(manifest), *_heat_maps(manifest), _by_linear(manifest)),
+        (*circumstances(manifest), _by_linear(manifest)),
     )
 
 
@@ -110,34 +108,6 @@ def lines_over_blocks(
     return Lines(title, "block", y_title + unit, series, round_ticks=True)
 
 
-def blocks_map(
-    title: str,
-    blocks: Sequence[Mapping[str, _Value]],
-    figure: Callable[[_Value], float | None],
-    form: str,
-) -> HeatMap:
-    """A heat map with one figure for each named part of each block.
-
-    Args:
-        title: Heading of the map.
-        blocks: For each block, name of a part -> what is recorded of it. Blocks may lack parts.
-        figure: Returns the figure of a part, or None where it was not measured.
-        form: Format of the figures.
-    """
-    kinds = tuple(dict.fromkeys(name for block in blocks for name in block))
-    return HeatMap(
-        title,
-        "block",
-        tuple(map(str, range(len(blocks)))),
-        kinds,
-        tuple(
-            tuple(figure(block[kind]) if kind in block else None for block in blocks)
-            for kind in kinds
-        ),
-        form,
-    )
-
-
 def _headline(manifest: PruningRecord) -> Facts:
     totals = manifest.all_totals()
     name, error = mean_error(totals)
@@ -185,23 +155,6 @@ def _sizes(manifest: PruningRecord, totals: dict[str, Any]) -> list[tuple[str, s
         ("bits per weight of the linears", f"{bits} (asked for: {asked})"),
         ("zeros", f"{totals['sparsity']:.2%}: {counts}"),
         *([("zeros by a mask", f"{forced:,}")] if forced else []),
-    ]
-
-
-def _heat_maps(manifest: PruningRecord) -> list[HeatMap]:
-    error, mean = mean_error(manifest.all_totals())
-    maps: dict[str, tuple[Callable[[Any], float | None], str]] = {
-        "Sparsity": (lambda x: x.sparsity, ".2%")
-    }
-    if isinstance(manifest, CompressionRecord):
-        maps["Bits per weight"] = (lambda x: x.bits, ".3f")
-    if mean is not None:
-        maps[error.capitalize()] = (lambda x: x.error, ".3%")
-    maps["Seconds"] = (lambda x: x.seconds, ".3f")
-    blocks = [block.linears for block in manifest.blocks]
-    return [
-        blocks_map(f"{name} per block and linear", blocks, figure, form)
-        for name, (figure, form) in maps.items()
     ]
 
 

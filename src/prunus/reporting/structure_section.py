@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from prunus.engine.document import Column, Facts, HeatMap, Lines, Section, Series, Table
+from prunus.engine.document import Column, Facts, Lines, Section, Series, Table
 from prunus.engine.record import bos_words
-from prunus.reporting.run_sections import blocks_map, circumstances, headline, lines_over_blocks
+from prunus.reporting.run_sections import circumstances, headline, lines_over_blocks
 from prunus.structure.records import what_was_removed
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def structure_section(record: StructureRecord) -> Section:
     return Section(
         f"{name}, made smaller",
         parts=(_headline(record), structure_table(record), *_repairs(record)),
-        details=(*_search(record), *_widths(record), *_experts(record), *circumstances(record)),
+        details=(*_search(record), *_widths(record), *circumstances(record)),
     )
 
 
@@ -77,50 +77,32 @@ def _headline(record: StructureRecord) -> Facts:
     return headline(record, totals, items)
 
 
-def _search(record: StructureRecord) -> list[Any]:
-    """The search for blocks: what was measured after each step, and for every candidate."""
+def _search(record: StructureRecord) -> list[Lines]:
+    """The search for blocks: what was measured after each step."""
     steps = record.search
     if not steps:
         return []
-    title = _MEASURES[steps[0].measure]
     line = Series(
         name="search",
         x=tuple(range(1, len(steps) + 1)),
         y=tuple(step.value for step in steps),
         hover=tuple(f"block {step.block} removed" for step in steps),
     )
-    blocks = tuple(str(index) for index in range(len(steps[0].candidates)))
-    rows = tuple(f"step {number}: {step.block} removed" for number, step in enumerate(steps, 1))
-    return [
-        Lines("The search for blocks", "removed blocks", title, (line,)),
-        HeatMap(
-            f"Without each block: {title}",
-            "block",
-            blocks,
-            rows,
-            tuple(tuple(step.candidates) for step in steps),
-            ".4f",
-        ),
-    ]
+    title = _MEASURES[steps[0].measure]
+    return [Lines("The search for blocks", "removed blocks", title, (line,))]
 
 
-def _widths(record: StructureRecord) -> list[HeatMap]:
-    """The errors where channels and heads are read."""
-    widths = [block.width for block in record.blocks]
+def _widths(record: StructureRecord) -> list[Lines]:
+    """The mean error of each block where channels and heads are read."""
+    means = {}
+    for number, block in enumerate(record.blocks):
+        if block.width:
+            errors = [part.error for part in block.width.values()]
+            means[number] = sum(errors) / len(errors)
     title = "Relative error where what became narrower is read"
-    return [blocks_map(title, widths, lambda part: part.error, ".3%")] if any(widths) else []
-
-
-def _experts(record: StructureRecord) -> list[HeatMap]:
-    """The saliency of every expert of the old model."""
-    saliencies = [
-        {f"expert {number}": value for number, value in enumerate(block.experts.saliency)}
-        if block.experts is not None
-        else {}
-        for block in record.blocks
-    ]
-    title = f"Saliency of experts ({record.recipe.saliency})"
-    return [blocks_map(title, saliencies, float, ".4g")] if any(saliencies) else []
+    return (
+        [lines_over_blocks(title, "mean relative error", {"mean": means}, ".3%")] if means else []
+    )
 
 
 def _repairs(record: StructureRecord) -> list[Lines]:
