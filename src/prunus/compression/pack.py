@@ -1,4 +1,4 @@
-"""The verbs `pack` and `unpack`: linears of a pruned model as bitmaps, and an ordinary model again.
+"""The commands `pack` and `unpack`: linears as bitmaps, and an ordinary model again.
 
 They work shard by shard, like pruning: one is read, converted and written before the next is read.
 

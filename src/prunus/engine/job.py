@@ -1,6 +1,6 @@
 """A checked run of blocks: its model, its windows, where the data live, and what fits in memory.
 
-Every verb that takes calibration windows through a model block by block has such a job. It adds
+Every command that takes calibration windows through a model block by block has such a job. It adds
 what it does to a block. `prunus.engine.plan` makes the part that is the same for all.
 """
 
@@ -113,7 +113,7 @@ class RunJob:
 
         return count
 
-    # What a verb says.
+    # What a command says.
 
     @property
     def runs_dense_stream(self) -> bool:

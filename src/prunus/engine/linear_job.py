@@ -534,7 +534,7 @@ def _batch(job: PruningJob) -> int:
 
 
 def describe_plan(job: PruningJob) -> dict[str, Any]:
-    """The plan of a run as JSON values, to which a verb adds its own.
+    """The plan of a run as JSON values, to which a command adds its own.
 
     These values need a word:
 

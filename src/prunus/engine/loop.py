@@ -46,7 +46,7 @@ class Made:
 
 
 class BlockStep(Protocol):
-    """What a verb does to blocks, one after the other.
+    """What a command does to blocks, one after the other.
 
     `position` counts the blocks of the result from 0.
     """

@@ -61,7 +61,7 @@ def open_model(
         adds_ridge: Whether the method adds a ridge to Gram matrices that grows with features per
             token, so that rounded inputs do no harm.
         decided_dtype: What `dtype` auto meant in the run that is resumed; None for a new run.
-        check: Further checks of the verb, on the source and a skeleton in the stored dtype.
+        check: Further checks of the command, on the source and a skeleton in the stored dtype.
 
     Raises:
         ValueError, FileNotFoundError, NotImplementedError, OSError: The model cannot be read or
