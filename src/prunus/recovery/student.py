@@ -114,14 +114,14 @@ def default_target_modules(names: Iterable[str]) -> tuple[str, ...]:
     >>> default_target_modules(["h.0.attn.c_attn", "h.0.mlp.c_fc"])
     ('c_attn',)
     """
-    known = {name.rpartition(".")[2] for name in names}
-    if known.issuperset(_QUERY_AND_VALUE):
+    last_parts = {name.rpartition(".")[2] for name in names}
+    if last_parts.issuperset(_QUERY_AND_VALUE):
         return _QUERY_AND_VALUE
-    fused = tuple(name for name in _FUSED if name in known)
+    fused = tuple(name for name in _FUSED if name in last_parts)
     if not fused:
         raise ValueError(
             "the query and value projections of this model have unknown names; choose "
-            f"`target_modules` among {', '.join(sorted(known))}"
+            f"`target_modules` among {', '.join(sorted(last_parts))}"
         )
     return fused
 
