@@ -1,4 +1,4 @@
-"""Several runs compared, and the report on a smaller model."""
+"""The report on a smaller model."""
 
 from __future__ import annotations
 
@@ -9,57 +9,14 @@ import pytest
 import prunus
 from prunus.engine.document import Lines
 from prunus.reporting.page import to_html, to_markdown
-from prunus.reporting.structure_section import structure_section
+from prunus.reporting.run_sections import structure_section
 from prunus.structure.records import StructureRecord
 from tiny import tiny_checkpoint, token_ids
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    place = tmp_path_factory.mktemp("comparison")
-    dense = tiny_checkpoint(place / "dense")
-    made = {}
-    for name, options in {
-        "low": {"method": "wanda", "sparsity": 0.3},
-        "high": {"method": "wanda", "sparsity": 0.6},
-        "gram": {"method": "sparsegpt", "sparsity": 0.6},
-    }.items():
-        made[name] = prunus.prune(dense, place / name, calibration=token_ids(2), **options)
-    return place, made
-
-
-def section(place, *names):
-    return prunus.report([place / name for name in names]).sections[0]
-
-
-def test_totals_stand_in_one_table(runs):
-    place, made = runs
-    first = section(place, "low", "high")
-    assert first.title == "Runs compared"
-    totals = first.parts[0]
-    assert [column.title for column in totals.columns][:3] == ["run", "method", "sparsity"]
-    assert "bits" not in [column.title for column in totals.columns]
-    for row, name in zip(totals.rows, ("low", "high"), strict=True):
-        assert row[:3] == (name, "wanda", made[name].totals["sparsity"])
-
-
-def test_only_what_differs_is_listed(runs):
-    differs = {row[0]: row[1:] for row in section(runs[0], "low", "high").parts[1].rows}
-    assert differs == {"sparsity": ("0.3", "0.6")}
-    differs = {row[0]: row[1:] for row in section(runs[0], "high", "gram", "low").parts[1].rows}
-    assert differs["method"] == ("wanda", "sparsegpt", "wanda")
-    assert differs["sparsity"] == ("0.6", "0.6", "0.3")
-
-
-def test_one_run_stands_alone_and_runs_of_one_name_keep_their_paths(runs, tmp_path):
-    place, _ = runs
-    assert len(prunus.report(place / "low").sections) == 1
-    assert len(prunus.report([place / "low", place / "low"]).sections) == 2
-    (tmp_path / "low").mkdir()
-    (tmp_path / "low" / "prunus.json").write_bytes((place / "low" / "prunus.json").read_bytes())
-    first = prunus.report([place / "low", tmp_path / "low"]).sections[0]
-    assert [row[0] for row in first.parts[0].rows] == [str(place / "low"), str(tmp_path / "low")]
-    assert first.parts[1].rows == () and "same recipe" in first.parts[1].note
+def test_each_run_has_a_section_of_its_own(smaller):
+    assert len(prunus.report(smaller).sections) == 1
+    assert len(prunus.report([smaller, smaller]).sections) == 2
 
 
 @pytest.fixture(scope="module")
