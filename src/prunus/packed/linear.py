@@ -18,7 +18,6 @@ from prunus.hardware.memory import release_file_pages
 from prunus.packed.forms import check, expand
 from prunus.packed.operators import (
     as_arguments,
-    dense_linear,
     is_plain,
     look_up,
     packed_embedding,
@@ -169,10 +168,11 @@ class DenseLinear(nn.Linear):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Map (..., in) to (..., out)."""
+        """Map (..., in) to (..., out). A graph, as of torch.compile, has torch's own linear."""
         weight = self.weight
-        plain = is_plain(input) and not (weight.requires_grad and torch.is_grad_enabled())
-        return (run_dense if plain else dense_linear)(input, weight, self.bias)
+        if is_plain(input) and not (weight.requires_grad and torch.is_grad_enabled()):
+            return run_dense(input, weight, self.bias)
+        return functional.linear(input, weight, self.bias)
 
 
 def plain_linear(

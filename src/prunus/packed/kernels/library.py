@@ -139,20 +139,16 @@ class Kernels(Library):
     def plane_offsets(self, weight: QuantizedWeight) -> torch.Tensor:
         """Find where the layers of every chunk and class begin; the data may hold anything.
 
+        All other parts of the weight must have passed `plane_codes.check_parts`.
+
         Returns:
-            int64 (chunks, classes, 9); see `planes.check`.
+            int64 (chunks, classes, 9): where each layer and then the escape bytes begin in the
+            data; -1 where there is nothing.
 
         Raises:
-            ValueError: The parts do not fit each other, or the planes are damaged.
+            ValueError: The planes are damaged.
         """
-        rows, in_features = weight.shape
-        parts = (weight.classes, weight.steps, weight.scales)
-        if [part.numel() for part in parts] != [in_features, in_features, rows]:
-            raise ValueError(
-                f"a quantised weight {rows}x{in_features} has {weight.classes.numel()} classes, "
-                f"{weight.steps.numel()} steps and {weight.scales.numel()} scales"
-            )
-        chunks = -(-rows // max(weight.rows_per_chunk, 1))
+        chunks = -(-weight.shape[0] // weight.rows_per_chunk)
         offsets = torch.empty(chunks, len(weight.codes), OFFSETS, dtype=torch.int64)
         described = ctypes.byref(describe(weight, None))
         fault = self.library.prunus_plane_offsets(described, offsets.data_ptr())
