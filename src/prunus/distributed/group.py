@@ -105,11 +105,10 @@ class ProcessGroup(Ranks):
         self, make: Callable[[], Mapping[str, torch.Tensor]]
     ) -> Mapping[str, torch.Tensor]:
         """Send the tensors of rank 0: their names, dtypes and shapes first, then one by one."""
-        sent: Mapping[str, torch.Tensor] = {}
+        sent: dict[str, torch.Tensor] = {}
 
         def describe() -> list[Any]:
-            nonlocal sent
-            sent = {name: x.detach().cpu().contiguous() for name, x in make().items()}
+            sent.update({name: x.detach().cpu().contiguous() for name, x in make().items()})
             return [[name, str(x.dtype), list(x.shape)] for name, x in sent.items()]
 
         # Names, dtypes and shapes go first, so that the others can allocate what they receive.
@@ -164,10 +163,8 @@ class ProcessGroup(Ranks):
         longest = max(lengths)
         if not longest:
             return [tensor.new_empty((n, *tensor.shape[1:])) for n in lengths]
-        padded = tensor
-        if len(tensor) < longest:
-            padded = tensor.new_zeros((longest, *tensor.shape[1:]))
-            padded[: len(tensor)] = tensor
+        padded = tensor.new_zeros((longest, *tensor.shape[1:]))
+        padded[: len(tensor)] = tensor
         parts = self._gather(padded.reshape(-1).view(torch.uint8))
         return [
             part.view(tensor.dtype).view(longest, *tensor.shape[1:])[:n]

@@ -27,7 +27,14 @@ from torch.nn import functional
 from prunus.hardware.numerics import linear
 from prunus.packed.forms import expand, expand_rows
 from prunus.packed.kernels import library as kernels
-from prunus.packed.weight import Packed, PlaneCode, from_tensors, layout_of, named_tensors
+from prunus.packed.weight import (
+    Packed,
+    PackedWeight,
+    PlaneCode,
+    from_tensors,
+    layout_of,
+    named_tensors,
+)
 
 #: Dtypes of activations that the kernels take.
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -152,7 +159,8 @@ def run_dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
         or not compiled.has_bfloat16
     ):
         return functional.linear(x, weight, bias)
-    return compiled.dense_linear(x if x.is_contiguous() else x.contiguous(), weight, bias)
+    dense = PackedWeight((weight.shape[0], in_features), weight.view(-1))
+    return compiled.linear(x if x.is_contiguous() else x.contiguous(), dense, None, bias)
 
 
 def _expand_for_now(
@@ -198,7 +206,6 @@ def as_arguments(packed: Packed) -> tuple[list[int], str, list[torch.Tensor], li
     then of each code its raw bits, its layers, and -1. A bitmap has 0, because torch's gradients
     do not know empty lists.
 
-    >>> from prunus.packed.weight import PackedWeight
     >>> shape, names, tensors, numbers = as_arguments(PackedWeight((1, 2), torch.ones(2)))
     >>> shape, names, numbers
     ([1, 2], 'weight', [0])

@@ -181,20 +181,15 @@ def check(weight: QuantizedWeight) -> torch.Tensor:
             "the data of a quantised weight must be one row of bytes, "
             f"got {weight.data.dtype} {tuple(weight.data.shape)}"
         )
-    host = _on_host(weight)
+    # The scan reads contiguous memory of the CPU.
+    parts = ("data", "classes", "steps", "scales")
+    host = weight._replace(**{name: getattr(weight, name).cpu().contiguous() for name in parts})
     kernels = load()
     if kernels is None:
         begins = torch.tensor([begin for _, begin, _ in _decoded_chunks(host)])
         return begins.to(weight.data.device)
-    offsets = kernels.plane_offsets(host)
-    lines = kernels.lines(host, offsets)
+    lines, offsets = kernels.lines(host)
     return lines if weight.data.is_cpu else offsets[:, 0, 0].to(weight.data.device)
-
-
-def _on_host(weight: QuantizedWeight) -> QuantizedWeight:
-    """The weight in contiguous memory of the CPU."""
-    parts = ("data", "classes", "steps", "scales")
-    return weight._replace(**{name: getattr(weight, name).cpu().contiguous() for name in parts})
 
 
 def _symbols(planes_WPB: torch.Tensor) -> torch.Tensor:
