@@ -81,7 +81,8 @@ def pack_weight(weight_OI: torch.Tensor, values: torch.dtype) -> PackedWeight:
     shape = (weight_OI.shape[0], weight_OI.shape[1])
     whole, sparse = _bytes_of_forms(stored, keep_OI)
     if sparse < whole:
-        return _with_values(shape, stored[keep_OI], _mask(keep_OI), scales)
+        mask = torch.from_numpy(np.packbits(keep_OI.numpy(), axis=1, bitorder="little"))
+        return _with_values(shape, stored[keep_OI], mask, scales)
     return _with_values(shape, stored.flatten(), None, scales)
 
 
@@ -122,11 +123,6 @@ def _with_values(
     if coded is None:
         return PackedWeight(shape, values_K, mask, scales)
     return PackedWeight(shape, coded[0], mask, scales, coded[1])
-
-
-def _mask(keep_OI: torch.Tensor) -> torch.Tensor:
-    """The mask of a `PackedWeight`, uint8 (O, ceil(I / 8)), from bool (O, I)."""
-    return torch.from_numpy(np.packbits(keep_OI.numpy(), axis=1, bitorder="little"))
 
 
 def _scales(weight_OI: torch.Tensor) -> torch.Tensor:
