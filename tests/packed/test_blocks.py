@@ -77,7 +77,7 @@ def test_same_logits_as_the_modules(family, windows, calls):
     if windows == "padded":
         mask[0, :4] = mask[2, :1] = 0
     expected = _decode(model, ids, mask=mask)
-    assert use_block_kernel(model) == 2
+    use_block_kernel(model)
     found = _decode(model, ids, mask=mask)
     assert len(calls) == 2 * 12
     # The products of the modules round the same activations, which differ in their last digits.
@@ -228,4 +228,7 @@ def test_packed_models_decode_with_it_and_save_nothing_of_it(tmp_path, calls):
 
 
 def test_unknown_families_keep_their_modules():
-    assert use_block_kernel(tiny_model("phi3")) == use_block_kernel(tiny_model("gpt2")) == 0
+    for family in ("phi3", "gpt2"):
+        model = tiny_model(family)
+        use_block_kernel(model)
+        assert not any("forward" in module.__dict__ for module in model.modules())

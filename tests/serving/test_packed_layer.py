@@ -47,7 +47,6 @@ def test_outputs_stand_in_the_order_of_the_names(with_bias, dtype):
     layer = loaded(dtype=dtype)
     with reference_path():
         found = layer.multiply(x_TI, bias)
-    assert layer.out_features == 40
     torch.testing.assert_close(found, torch.nn.functional.linear(x_TI, whole_OI, bias))
 
 

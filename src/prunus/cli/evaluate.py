@@ -152,7 +152,7 @@ def bench(
 
 
 def doctor() -> None:
-    """Show how packed models run here, and which extras are installed."""
+    """Show how packed models run and load here."""
     from prunus.packed.doctor import describe, in_sentences
 
     state = describe()

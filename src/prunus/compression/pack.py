@@ -47,7 +47,7 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.options import Options
 from prunus.packed.bitmap import kept, pack_weight
-from prunus.packed.description import Description, PackedShape, Stored
+from prunus.packed.description import BitmapDtype, Description, PackedShape
 from prunus.packed.forms import checked_weight, expand, relative_error
 from prunus.packed.source import is_packed
 from prunus.packed.weight import PackedWeight, named_tensors
@@ -270,7 +270,9 @@ def _convert(
         return current
 
 
-def _pack_block(source: CheckpointSource, skeleton: Skeleton, index: int, stored: Stored) -> _Shard:
+def _pack_block(
+    source: CheckpointSource, skeleton: Skeleton, index: int, stored: BitmapDtype
+) -> _Shard:
     """The tensors of block `index`, with those linears packed that get smaller."""
     keys, block = source.stored, source.block(index)
     check_finite(block, f"{skeleton.block_name(index)}.")
@@ -287,7 +289,7 @@ def _pack_block(source: CheckpointSource, skeleton: Skeleton, index: int, stored
     return tensors, records
 
 
-def _pack_outside(source: CheckpointSource, skeleton: Skeleton, stored: Stored) -> _Shard:
+def _pack_outside(source: CheckpointSource, skeleton: Skeleton, stored: BitmapDtype) -> _Shard:
     """The tensors outside the blocks, with the output head or its tied embedding packed."""
     tensors: dict[str, Writable] = {**source.checkpoint.stored(source.outside_keys())}
     try:
@@ -307,7 +309,7 @@ def _pack_outside(source: CheckpointSource, skeleton: Skeleton, stored: Stored) 
 
 
 def _pack_linear(
-    weight: torch.Tensor, stored: Stored, linear: Linear, key: str
+    weight: torch.Tensor, stored: BitmapDtype, linear: Linear, key: str
 ) -> tuple[PackedWeight | None, StoredLinear]:
     """A linear as a bitmap, or None where it stays as it is, and its record.
 

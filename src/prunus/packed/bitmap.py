@@ -7,6 +7,7 @@ Shape suffixes: O output features (rows), I input features (columns), K stored v
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from prunus.packed.coding import check_coding, coded_bytes, decode, encode, high_byte_counts
@@ -15,8 +16,6 @@ from prunus.packed.weight import PackedWeight, require
 
 #: int8 values lie in [-127, 127]; the scale of a row is its largest magnitude / 127.
 INT8_LEVELS = 127
-# Above this share of kept entries, the form without a mask is tried first.
-_MAX_KEPT = 0.9
 # Rows converted to float32 at a time: a whole output head would take gigabytes.
 _ROWS = 1024
 # Dtype -> the dtype of integers with as many bits.
@@ -80,20 +79,11 @@ def pack_weight(weight_OI: torch.Tensor, values: torch.dtype) -> PackedWeight:
             "float32 weights to bfloat16 or float16 first, or pack them as int8"
         )
     shape = (weight_OI.shape[0], weight_OI.shape[1])
-    count = int(torch.count_nonzero(keep_OI))
-    whole = None
-    if count > _MAX_KEPT * keep_OI.numel():
-        # Usually an output head. A lower bound of the masked form's size decides, because building
-        # that form would copy gigabytes.
-        whole = _with_values(shape, stored.flatten(), None, scales)
-        min_bytes = 1.0 if values == torch.int8 else 1.5 if values == torch.bfloat16 else 2.0
-        if count * min_bytes + keep_OI.numel() / 8 >= whole.nbytes:
-            return whole
-    sparse = _with_values(shape, stored[keep_OI], _mask(keep_OI), scales)
-    # Without a mask a weight takes at least one byte per entry, so smaller ones need no comparison.
-    if whole is None and sparse.nbytes >= weight_OI.numel():
-        whole = _with_values(shape, stored.flatten(), None, scales)
-    return sparse if whole is None or sparse.nbytes < whole.nbytes else whole
+    whole, sparse = _bytes_of_forms(stored, keep_OI)
+    if sparse < whole:
+        mask = torch.from_numpy(np.packbits(keep_OI.numpy(), axis=1, bitorder="little"))
+        return _with_values(shape, stored[keep_OI], mask, scales)
+    return _with_values(shape, stored.flatten(), None, scales)
 
 
 def packed_bytes(weight_OI: torch.Tensor) -> int:
@@ -105,15 +95,21 @@ def packed_bytes(weight_OI: torch.Tensor) -> int:
     >>> packed_bytes(weight), pack_weight(weight, torch.float16).nbytes
     (6, 6)
     """
-    rows, columns = weight_OI.shape
-    zeros = weight_OI.numel() - int(torch.count_nonzero(kept(weight_OI.contiguous())))
+    weight_OI = weight_OI.contiguous()
+    return min(_bytes_of_forms(weight_OI, kept(weight_OI)))
+
+
+def _bytes_of_forms(stored_OI: torch.Tensor, keep_OI: torch.Tensor) -> tuple[int, int]:
+    """The bytes of all entries without a mask, and of the kept ones with a mask; without scales."""
+    rows, columns = stored_OI.shape
     mask = rows * -(-columns // 8)
-    if weight_OI.dtype != torch.bfloat16:
-        return min(2 * weight_OI.numel(), mask + 2 * (weight_OI.numel() - zeros))
-    occurrences = high_byte_counts(weight_OI.flatten())
+    count = int(torch.count_nonzero(keep_OI))
+    if stored_OI.dtype != torch.bfloat16:
+        return stored_OI.nbytes, mask + count * stored_OI.itemsize
+    occurrences = high_byte_counts(stored_OI.flatten())
     whole = coded_bytes(occurrences)
-    occurrences[0] -= zeros  # the high byte of +0.0 is 0
-    return min(whole, mask + coded_bytes(occurrences))
+    occurrences[0] -= stored_OI.numel() - count  # the high byte of +0.0 is 0
+    return whole, mask + coded_bytes(occurrences)
 
 
 def _with_values(
@@ -127,14 +123,6 @@ def _with_values(
     if coded is None:
         return PackedWeight(shape, values_K, mask, scales)
     return PackedWeight(shape, coded[0], mask, scales, coded[1])
-
-
-def _mask(keep_OI: torch.Tensor) -> torch.Tensor:
-    """The mask of a `PackedWeight`, uint8 (O, ceil(I / 8)), from bool (O, I)."""
-    rows, columns = keep_OI.shape
-    bits = torch.zeros(rows, -(-columns // 8) * 8, dtype=torch.uint8)
-    bits[:, :columns] = keep_OI
-    return (bits.view(rows, -1, 8) * _BIT_VALUES).sum(dim=2, dtype=torch.uint8)
 
 
 def _scales(weight_OI: torch.Tensor) -> torch.Tensor:

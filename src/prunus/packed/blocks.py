@@ -60,19 +60,16 @@ _ROOM = "_prunus_room"
 _MIN_ROOM = 256
 
 
-def use_block_kernel(model: nn.Module) -> int:
-    """Let the blocks of a model decode with the kernel, in place; return how many do so now.
+def use_block_kernel(model: nn.Module) -> None:
+    """Let the blocks of a model decode with the kernel, in place.
 
     Blocks of families that are not in `_FAMILIES` stay as they are.
     """
-    count = 0
     for module in model.modules():
         kind = type(module)
         form = _FAMILIES.get(f"{kind.__module__}.{kind.__name__}".removeprefix(_HOME))
         if form is not None and kind.__module__.startswith(_HOME):
             module.forward = _Decoder(module, form)
-            count += 1
-    return count
 
 
 class _Decoder:

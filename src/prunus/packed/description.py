@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
 
+from prunus.hardware.errors import naming
 from prunus.packed.coding import padded
 from prunus.packed.plane_codes import MAX_CLASSES, MAX_FEATURES, check_code
 from prunus.packed.weight import Packed, PlaneCode, QuantizedWeight, from_tensors
@@ -28,7 +29,7 @@ REFUSAL = (
 )
 
 #: The dtype in which a bitmap stores its entries, by name.
-Stored = Literal["bfloat16", "float16", "int8"]
+BitmapDtype = Literal["bfloat16", "float16", "int8"]
 _DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -96,7 +97,7 @@ class PackedShape(NamedTuple):
         """
         return [number for number in self if number is not None]
 
-    def tensors(self, values: Stored | None) -> dict[str, StoredTensor]:
+    def tensors(self, values: BitmapDtype | None) -> dict[str, StoredTensor]:
         """Return the tensors of the weight, by names relative to the linear.
 
         `values` is that of the `Description`.
@@ -160,10 +161,8 @@ class QuantizedShape(NamedTuple):
             raise ValueError(
                 f"quantised linear {name!r} needs 1 to {MAX_CLASSES} codes, got {codes!r}"
             )
-        try:
+        with naming(f"a code of quantised linear {name!r} is wrong"):
             checked = tuple(map(_code, codes))
-        except ValueError as fault:
-            raise ValueError(f"a code of quantised linear {name!r} is wrong: {fault}") from fault
         return cls(size[0], size[1], numbers[0], checked, numbers[1])
 
     @property
@@ -179,7 +178,7 @@ class QuantizedShape(NamedTuple):
             "codes": [[raw, list(layers)] for raw, layers in self.codes],
         }
 
-    def tensors(self, values: Stored | None) -> dict[str, StoredTensor]:
+    def tensors(self, values: BitmapDtype | None) -> dict[str, StoredTensor]:
         """Return the tensors of the weight, by names relative to the linear.
 
         `values`, for bitmaps, does not matter.
@@ -197,7 +196,7 @@ class Description:
     """The packed linears of a checkpoint: the `quantization_config` of its config.json."""
 
     #: The dtype in which bitmaps store their entries; None where there are no bitmaps.
-    values: Stored | None
+    values: BitmapDtype | None
     #: Name of a module (`model.layers.0.mlp.up_proj`) -> shape. A linear is a bitmap or quantised;
     #: a checkpoint may hold both.
     linears: Mapping[str, PackedShape | QuantizedShape]

@@ -1,16 +1,14 @@
-"""Report how packed models run and load on this machine, and why, and which extras are there."""
+"""Report how packed models run and load on this machine, and why."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from importlib.metadata import PackageNotFoundError, distribution
 from typing import Any
 
 import torch
 import transformers
-from packaging.requirements import Requirement
 
 from prunus.hardware.sizes import counted
 from prunus.packed.kernels import library as kernels
@@ -31,16 +29,12 @@ def describe() -> dict[str, Any]:
         - thread_runtime: Whose threads the kernels run on; None without kernels.
         - needs_import: Why a program must import prunus before it loads a packed checkpoint; None
           if it need not.
-        - extras: Each extra of the package -> its requirements that are not met.
         - torch, transformers, python: Their versions.
         - machine: The operating system and the processor's architecture.
     """
     chosen = os.environ.get("PRUNUS_ISA")
     opened = kernels.load()
     best = None if opened is None else kernels.ISAS[opened.library.prunus_best_isa()]
-    installed = None
-    with contextlib.suppress(PackageNotFoundError):
-        installed = distribution("prunus")
     return {
         "kernels": opened is not None,
         "why_not": kernels.why_not(),
@@ -53,8 +47,7 @@ def describe() -> dict[str, Any]:
         "thread_runtime": None
         if opened is None
         else opened.runtime or "the calling thread alone: no OpenMP found",
-        "needs_import": _needs_import(installed),
-        "extras": {} if installed is None else _extras(installed),
+        "needs_import": _needs_import(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
@@ -95,20 +88,14 @@ def in_sentences(state: dict[str, Any]) -> list[str]:
         if reason is None
         else f"Programs need `import prunus` to load packed checkpoints: {reason}."
     )
-    extras = state["extras"]
-    if complete := [extra for extra, missing in extras.items() if not missing]:
-        sentences.append(f"Installed extras: {', '.join(complete)}.")
-    return sentences + [
-        f"The extra {extra} is not installed, it lacks {', '.join(missing)}: pip install "
-        f"'.[{extra}]'."
-        for extra, missing in extras.items()
-        if missing
-    ]
+    return sentences
 
 
-def _needs_import(installed: Distribution | None) -> str | None:
+def _needs_import() -> str | None:
     """Why torch does not call prunus in this environment; None where it does."""
-    if installed is None:
+    try:
+        installed = distribution("prunus")
+    except PackageNotFoundError:
         return "prunus is found by its path and is not installed"
     if not installed.entry_points.select(group="torch.backends"):
         return (
@@ -118,24 +105,3 @@ def _needs_import(installed: Distribution | None) -> str | None:
     if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
         return "TORCH_DEVICE_BACKEND_AUTOLOAD=0 switches the entry points of torch off"
     return None
-
-
-def _extras(installed: Distribution) -> dict[str, list[str]]:
-    """Each extra -> its requirements that are not met, as the metadata of the package say."""
-    needed = [Requirement(text) for text in installed.requires or ()]
-    return {
-        extra: [
-            f"{requirement.name}{requirement.specifier}"
-            for requirement in needed
-            if requirement.marker is not None and requirement.marker.evaluate({"extra": extra})
-            if not _is_met(requirement)
-        ]
-        for extra in installed.metadata.get_all("Provides-Extra") or ()
-    }
-
-
-def _is_met(needed: Requirement) -> bool:
-    """Whether a distribution is installed in a version that a requirement allows."""
-    with contextlib.suppress(PackageNotFoundError):
-        return needed.specifier.contains(distribution(needed.name).version, prereleases=True)
-    return False

@@ -60,7 +60,8 @@ def use_decode_attention(model: Any) -> bool:
 
     configs = [module.config for module in model.modules() if hasattr(module, "config")]
     shared = any(getattr(module, "num_key_value_groups", 1) > 1 for module in model.modules())
-    if not shared or any(getattr(each, "_attn_implementation", None) != "sdpa" for each in configs):
+    attentions = {getattr(config, "_attn_implementation", None) for config in configs}
+    if not shared or attentions - {"sdpa"}:
         return False
     if _ATTENTION not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(_ATTENTION, _attention)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from prunus.hardware.errors import naming
 from prunus.packed import bitmap, planes
 from prunus.packed.description import Description
 from prunus.packed.weight import Packed, QuantizedWeight
@@ -44,10 +45,8 @@ def checked_weight(
         ValueError: The weight is damaged; the message names the linear.
     """
     weight = described.weight(linear, tensors)
-    try:
+    with naming(f"{linear} is damaged"):
         return weight, check(weight, described.linears[linear].stored)
-    except ValueError as fault:
-        raise ValueError(f"{linear} is damaged: {fault}") from fault
 
 
 def expand(

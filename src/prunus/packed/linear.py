@@ -18,7 +18,6 @@ from prunus.hardware.memory import release_file_pages
 from prunus.packed.forms import check, expand
 from prunus.packed.operators import (
     as_arguments,
-    dense_linear,
     is_plain,
     look_up,
     packed_embedding,
@@ -135,10 +134,11 @@ class PackedLinear(nn.Module):
         return packed_linear(x, *as_arguments(self.packed), prepared, bias)
 
     def extra_repr(self) -> str:
-        """What `print` says of the module: sizes, and its bytes as a share of those in bfloat16."""
-        share = self.packed.nbytes / (2 * self.in_features * self.out_features)
-        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{sizes}, of_bfloat16={share:.3f}, bias={self.bias is not None}"
+        """What `print` says of the module, as of an `nn.Linear`."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}"
+        )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Let `.to(device)` move everything, but `.half()` and the like change the bias alone."""
@@ -169,10 +169,11 @@ class DenseLinear(nn.Linear):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Map (..., in) to (..., out)."""
+        """Map (..., in) to (..., out). A graph, as of torch.compile, has torch's own linear."""
         weight = self.weight
-        plain = is_plain(input) and not (weight.requires_grad and torch.is_grad_enabled())
-        return (run_dense if plain else dense_linear)(input, weight, self.bias)
+        if is_plain(input) and not (weight.requires_grad and torch.is_grad_enabled()):
+            return run_dense(input, weight, self.bias)
+        return functional.linear(input, weight, self.bias)
 
 
 def plain_linear(
@@ -253,10 +254,6 @@ class PackedEmbedding(PackedLinear):
         self._dense[0].weight = weight
         return self._dense[0]
 
-    def project(self, x: torch.Tensor) -> torch.Tensor:
-        """Map hidden states (..., width) to logits (..., vocabulary)."""
-        return super().forward(x)
-
 
 class TiedHead(nn.Module):
     """The output head that uses the weight of a packed embedding. It has no state of its own."""
@@ -274,7 +271,7 @@ class TiedHead(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map hidden states (..., width) to logits (..., vocabulary)."""
-        return self.embedding.project(x)
+        return PackedLinear.forward(self.embedding, x)
 
 
 def pack_module(model: Any, name: str, packed: Packed, stored: int | None) -> None:

@@ -1,9 +1,9 @@
 """The products of a packed model as torch operators.
 
-`prunus::packed_linear`, `prunus::packed_embedding` and `prunus::dense_linear` have a real
-implementation for every device and a fake one that gives shapes. The linears have a gradient for
-the activations (never for packed weights). torch.compile and torch.export see each as one node.
-Eager code calls `run_packed`, `run_dense` and `look_up` directly and saves the dispatcher's time.
+`prunus::packed_linear` and `prunus::packed_embedding` have a real implementation for every device
+and a fake one that gives shapes. The linear has a gradient for the activations (never for packed
+weights). torch.compile and torch.export see each as one node. Eager code calls `run_packed` and
+`look_up` directly and saves the dispatcher's time. `run_dense` is for eager code alone.
 
 The kernels compute few tokens, and prompts where the machine multiplies bfloat16 matrices. Longer
 inputs and other devices use the dense weight, which exists only during the call.
@@ -27,7 +27,14 @@ from torch.nn import functional
 from prunus.hardware.numerics import linear
 from prunus.packed.forms import expand, expand_rows
 from prunus.packed.kernels import library as kernels
-from prunus.packed.weight import Packed, PlaneCode, from_tensors, layout_of, named_tensors
+from prunus.packed.weight import (
+    Packed,
+    PackedWeight,
+    PlaneCode,
+    from_tensors,
+    layout_of,
+    named_tensors,
+)
 
 #: Dtypes of activations that the kernels take.
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -152,7 +159,8 @@ def run_dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
         or not compiled.has_bfloat16
     ):
         return functional.linear(x, weight, bias)
-    return compiled.dense_linear(x if x.is_contiguous() else x.contiguous(), weight, bias)
+    dense = PackedWeight((weight.shape[0], in_features), weight.view(-1))
+    return compiled.linear(x if x.is_contiguous() else x.contiguous(), dense, None, bias)
 
 
 def _expand_for_now(
@@ -198,7 +206,6 @@ def as_arguments(packed: Packed) -> tuple[list[int], str, list[torch.Tensor], li
     then of each code its raw bits, its layers, and -1. A bitmap has 0, because torch's gradients
     do not know empty lists.
 
-    >>> from prunus.packed.weight import PackedWeight
     >>> shape, names, tensors, numbers = as_arguments(PackedWeight((1, 2), torch.ones(2)))
     >>> shape, names, numbers
     ([1, 2], 'weight', [0])
@@ -261,12 +268,6 @@ def packed_embedding(
     return look_up(ids, _from_arguments(shape, names, tensors, numbers), prepared, dtype)
 
 
-@torch.library.custom_op("prunus::dense_linear", mutates_args=())
-def dense_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The operator form of `run_dense`."""
-    return run_dense(x, weight, bias)
-
-
 @packed_linear.register_fake
 def _(x: torch.Tensor, shape: list[int], *_weight: Any) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], shape[0])
@@ -275,11 +276,6 @@ def _(x: torch.Tensor, shape: list[int], *_weight: Any) -> torch.Tensor:
 @packed_embedding.register_fake
 def _(ids: torch.Tensor, shape: list[int], *weight: Any) -> torch.Tensor:
     return ids.new_empty(*ids.shape, shape[1], dtype=weight[-1])
-
-
-@dense_linear.register_fake
-def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def _keep_packed(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -303,22 +299,3 @@ def _packed_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
 
 
 packed_linear.register_autograd(_packed_gradient, setup_context=_keep_packed)
-
-
-def _keep_dense(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    """Keep what the gradient of `dense_linear` needs."""
-    x, weight, _bias = inputs
-    ctx.save_for_backward(x, weight)
-
-
-def _dense_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of the inputs, the weight and the bias."""
-    x, weight = ctx.saved_tensors
-    flat = gradient.flatten(0, -2)
-    grad_x = gradient @ weight if ctx.needs_input_grad[0] else None
-    grad_weight = flat.T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
-    grad_bias = flat.sum(0) if ctx.needs_input_grad[2] else None
-    return grad_x, grad_weight, grad_bias
-
-
-dense_linear.register_autograd(_dense_gradient, setup_context=_keep_dense)

@@ -29,7 +29,8 @@ import torch
 
 from prunus.packed.weight import PlaneCode, QuantizedWeight, require
 
-#: Bits a weight that one processor cycle for 64 weights counts, when codes are chosen.
+#: Bits a weight that one processor cycle for 64 weights counts when codes are chosen, because
+#: layers take time. This price gives up about 0.01 bits for a fifth of the time.
 CYCLE_PRICE = 0.02
 #: Columns of one group: a plane of a group is one 64-bit word.
 GROUP = 64
@@ -205,9 +206,6 @@ def column_histograms(levels_OI: torch.Tensor) -> torch.Tensor:
 
 def choose_codes(
     histograms_IV: torch.Tensor,
-    max_classes: int = MAX_CLASSES,
-    rows_per_chunk: int | None = None,
-    cycle_price: float = CYCLE_PRICE,
 ) -> tuple[torch.Tensor, tuple[PlaneCode, ...]]:
     """Divide columns into up to 4 classes, uint8 (I,), and choose codes that take the fewest bits.
 
@@ -218,16 +216,12 @@ def choose_codes(
     Args:
         histograms_IV: Integers or floats (I, 255): how often column i has the value v - 127. All
             rows have the same sum, the number of output features.
-        max_classes: 1 to 4.
-        rows_per_chunk: What `encode` will be given; None is its default.
-        cycle_price: Bits a weight that one processor cycle for 64 weights counts, because layers
-            take time. The default gives up about 0.01 bits for a fifth of the time.
 
     Returns:
         Classes, uint8 (I,), and the code of each class.
 
     Raises:
-        ValueError: The histograms have another shape, or `max_classes` is out of range.
+        ValueError: The histograms have another shape.
 
     >>> histograms = torch.zeros(128, 255)
     >>> histograms[:, 127] = 512
@@ -236,12 +230,10 @@ def choose_codes(
     """
     if histograms_IV.dim() != 2 or histograms_IV.shape[1] != 2 * MAX_LEVEL + 1:
         raise ValueError(f"histograms must be (columns, 255), got {tuple(histograms_IV.shape)}")
-    if not 1 <= max_classes <= MAX_CLASSES:
-        raise ValueError(f"max_classes must be 1 to {MAX_CLASSES}, got {max_classes}")
     columns = histograms_IV.shape[0]
     histograms_IV = histograms_IV.double()
     rows = float(histograms_IV[0].sum())
-    chunks = max(1.0, rows / (rows_per_chunk or default_rows_per_chunk(columns)))
+    chunks = max(1.0, rows / default_rows_per_chunk(columns))
     order = _rates(histograms_IV).argsort(stable=True)
     groups = -(-columns // GROUP)
     # Imaginary columns of zeros fill up the first group, where zeros take the fewest bits.
@@ -253,12 +245,12 @@ def choose_codes(
     ends = torch.tensor([groups * (unit + 1) // units for unit in range(units)])
     totals = torch.cat([torch.zeros_like(sums[:1]), sums.cumsum(0)[ends - 1]])
     firsts, lasts = torch.triu_indices(units, units)
-    costs, codes = _best_codes(totals[lasts + 1] - totals[firsts], chunks, cycle_price)
+    costs, codes = _best_codes(totals[lasts + 1] - totals[firsts], chunks)
     number = torch.full((units, units), -1)
     number[firsts, lasts] = torch.arange(firsts.shape[0])
     by_run = torch.full((units, units), float("inf"), dtype=torch.float64)
     by_run[firsts, lasts] = costs
-    runs = _best_runs(by_run.tolist(), max_classes)
+    runs = _best_runs(by_run.tolist(), MAX_CLASSES)
     classes = torch.empty(columns, dtype=torch.uint8)
     for index, (first, last) in enumerate(runs):
         begin = 0 if first == 0 else int(ends[first - 1]) * GROUP - padding
@@ -273,7 +265,7 @@ def _rates(histograms_IV: torch.Tensor) -> torch.Tensor:
 
 
 def _best_codes(
-    histograms_RV: torch.Tensor, chunks: float, cycle_price: float
+    histograms_RV: torch.Tensor, chunks: float
 ) -> tuple[torch.Tensor, Callable[[int], PlaneCode]]:
     """The best code of each histogram (R, 255), by dynamic programming over its chain.
 
@@ -290,7 +282,7 @@ def _best_codes(
     reaching_NZ = tops_NZ.flip(1).cumsum(1).flip(1)
     raws_N = torch.arange(len(raws)).repeat_interleave(count)
     chains = [
-        _best_chains(*part, chunks, cycle_price)
+        _best_chains(*part, chunks)
         for part in zip(reaching_NZ.split(_CHAINS), raws_N.split(_CHAINS), strict=True)
     ]
     chosen = [torch.cat(layer) for layer in zip(*(layers for _, layers in chains), strict=True)]
@@ -317,7 +309,7 @@ def _best_codes(
 
 
 def _best_chains(
-    reaching_NZ: torch.Tensor, raws_N: torch.Tensor, chunks: float, cycle_price: float
+    reaching_NZ: torch.Tensor, raws_N: torch.Tensor, chunks: float
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The cost of the best chain (N,) and, per layer, the bits chosen (N, Z); 0 ends it.
 
@@ -328,7 +320,6 @@ def _best_chains(
         reaching_NZ: How many values have at least this zigzag number.
         raws_N: Raw bits in front of a chain, which then has at least one layer.
         chunks: Number of chunks, each of which pads its layers.
-        cycle_price: See `choose_codes`.
     """
     ended_NZ = _ESCAPE_BITS * _with_padding(reaching_NZ, chunks, 8)
     padded_NZ = _with_padding(reaching_NZ, chunks, GROUP)
@@ -345,7 +336,7 @@ def _best_chains(
         for bits in range(1, MAX_LAYER_BITS + 1):
             named = (1 << bits) - 1
             rest_NZ = longer_NZ[:, named : named + _ZIGZAGS]
-            price = bits + cycle_price * _cycles(layer, bits, raws_N)
+            price = bits + CYCLE_PRICE * _cycles(layer, bits, raws_N)
             ways.append(price * values_NZ + rest_NZ)
         after_NZ, best_NZ = torch.stack(ways).min(0)
         chosen.append(best_NZ)

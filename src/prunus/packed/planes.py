@@ -5,13 +5,13 @@ written as bit planes of groups of 64 columns, in the codes that `plane_codes.py
 `docs/reference/packed-format.md` is the reference of the layout.
 
     encode                  integers ► bit planes
-    check                   damaged data is refused, and what the other functions need is found
+    check                   refuse damaged data, and make what the other functions need
     decode_levels, expand   bit planes ► integers, dense weight
 
 With kernels on the CPU, a weight has a second form in memory: its *lines*, which products read
 (`kernels/lines.h`). `check` makes them once, when a weight is loaded. Without kernels and on other
-devices, this file decodes in torch, from the *offsets* at which the layers of each chunk begin.
-Both are what other functions call `prepared`.
+devices, this file decodes in torch, and `check` finds the bytes at which the chunks begin. Both are
+what other functions call `prepared`.
 
 Shape suffixes: O output features (rows), I input features (columns), N values, W 64-bit words, P
 planes of a word, B its bytes.
@@ -27,7 +27,6 @@ import torch
 from prunus.packed.kernels.library import load
 from prunus.packed.plane_codes import (
     GROUP,
-    MAX_LAYERS,
     MAX_LEVEL,
     MAX_RAW,
     check_parts,
@@ -47,8 +46,6 @@ _BYTES = torch.arange(256, dtype=torch.uint8).view(torch.int8).to(torch.int16)
 _ZIGZAGS = [
     zigzag((_BYTES + (1 << raw >> 1)) >> raw).to(torch.uint8).numpy() for raw in range(MAX_RAW + 1)
 ]
-# How many bits of a byte are 1.
-_POPCOUNT = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8)
 # The eight bits of a byte as the eight bytes of a word.
 _SPREAD = torch.tensor(
     [[byte >> bit & 1 for bit in range(8)] for byte in range(256)], dtype=torch.uint8
@@ -172,8 +169,8 @@ def check(weight: QuantizedWeight) -> torch.Tensor:
     """Check that data, classes, codes and scales fit each other; see `forms.check`.
 
     Returns:
-        On the CPU with kernels, the lines, uint8. Otherwise the offsets, int64 (chunks, classes,
-        9): where each layer and then the escape bytes begin in `data`; -1 where there is nothing.
+        On the CPU with kernels, the lines, uint8. Otherwise int64 (chunks,): the byte of `data` at
+        which each chunk begins.
 
     Raises:
         ValueError: They do not fit; the message says what is wrong.
@@ -184,91 +181,15 @@ def check(weight: QuantizedWeight) -> torch.Tensor:
             "the data of a quantised weight must be one row of bytes, "
             f"got {weight.data.dtype} {tuple(weight.data.shape)}"
         )
-    host, kernels = _on_host(weight), load()
-    offsets = _find_offsets(host)
-    if kernels is None:
-        for _ in _decoded_chunks(host, offsets, None):
-            pass  # decoding checks the levels
-    else:
-        lines = kernels.lines(host, offsets)
-        if weight.data.is_cpu:
-            return lines
-    return offsets.to(weight.data.device)
-
-
-def _on_host(weight: QuantizedWeight) -> QuantizedWeight:
-    """The weight in contiguous memory of the CPU."""
+    # The scan reads contiguous memory of the CPU.
     parts = ("data", "classes", "steps", "scales")
-    return weight._replace(**{name: getattr(weight, name).cpu().contiguous() for name in parts})
-
-
-def _find_offsets(host: QuantizedWeight) -> torch.Tensor:
-    """The offsets of a weight on the CPU, with a check of all lengths and paddings."""
+    host = weight._replace(**{name: getattr(weight, name).cpu().contiguous() for name in parts})
     kernels = load()
-    return _scan_all(host) if kernels is None else kernels.plane_offsets(host)
-
-
-def _refuse_below(lowest: int) -> None:
-    """Refuse the level -128, which has no negative in a byte."""
-    if lowest < -MAX_LEVEL:
-        raise ValueError(f"a quantised weight has the level {lowest}, below -{MAX_LEVEL}")
-
-
-def _scan_all(weight: QuantizedWeight) -> torch.Tensor:
-    """The offsets of a weight, found in torch; see `check` for their shape and errors."""
-    _, widths = class_order(weight)
-    rows = weight.shape[0]
-    begin = 0
-    offsets = []
-    for first in range(0, rows, weight.rows_per_chunk):
-        chunk = min(weight.rows_per_chunk, rows - first)
-        for width, code in zip(widths, weight.codes, strict=True):
-            begins = _scan(weight.data, begin, chunk * width, code)
-            begin = begins.pop()
-            offsets.append(begins + [-1] * (MAX_LAYERS + 1 - len(begins)))
-    if begin != weight.data.shape[0]:
-        raise ValueError(
-            f"the planes of a quantised weight end at byte {begin:,} of {weight.data.shape[0]:,}"
-        )
-    return torch.tensor(offsets, dtype=torch.int64).view(-1, len(weight.codes), MAX_LAYERS + 1)
-
-
-def _scan(data: torch.Tensor, begin: int, count: int, code: PlaneCode) -> list[int]:
-    """Return where the layers and the escape bytes of one class of one chunk begin, and the end."""
-    offsets = [begin]
-    for index, bits in enumerate(code.layers):
-        words = -(-count // GROUP)
-        planes = bits + (code.raw if index == 0 else 0)
-        _check_length(data, begin, words * planes * 8)
-        planes_WPB = data[begin : begin + words * planes * 8].view(words, planes, 8)[:, :bits]
-        if count % GROUP:
-            last = _symbols(planes_WPB[-1:])[count % GROUP :]
-            if bool(last.any()):
-                raise ValueError(f"the padding of a layer before byte {begin:,} is not zero")
-        # A value escapes where its bits in all planes are 1.
-        escapes = planes_WPB[:, 0]
-        for plane in range(1, bits):
-            escapes = escapes & planes_WPB[:, plane]
-        count = int(_POPCOUNT[escapes.int()].sum())
-        begin += words * planes * 8
-        offsets.append(begin)
-    length = -(-count // 8) * 8
-    _check_length(data, begin, length)
-    if bool(data[begin + count : begin + length].any()):
-        raise ValueError(f"the padding of the escape bytes at byte {begin:,} is not zero")
-    tops = data[begin : begin + count].view(torch.int8)
-    if code.raw and bool(((tops < -(128 >> code.raw)) | (tops > 127 >> code.raw)).any()):
-        raise ValueError(f"an escaped value at byte {begin:,} is out of range")
-    return [*offsets, begin + length]
-
-
-def _check_length(data: torch.Tensor, begin: int, length: int) -> None:
-    """Check that `length` bytes begin at `begin`."""
-    if begin + length > data.shape[0]:
-        raise ValueError(
-            f"the data of a quantised weight ends at byte {data.shape[0]:,}, but "
-            f"{length:,} bytes should begin at byte {begin:,}"
-        )
+    if kernels is None:
+        begins = torch.tensor([begin for _, begin, _ in _decoded_chunks(host)])
+        return begins.to(weight.data.device)
+    lines, offsets = kernels.lines(host)
+    return lines if weight.data.is_cpu else offsets[:, 0, 0].to(weight.data.device)
 
 
 def _symbols(planes_WPB: torch.Tensor) -> torch.Tensor:
@@ -280,81 +201,121 @@ def _symbols(planes_WPB: torch.Tensor) -> torch.Tensor:
     return symbols.view(torch.uint8).flatten()
 
 
-def decode_levels(weight: QuantizedWeight, prepared: torch.Tensor | None = None) -> torch.Tensor:
+def decode_levels(weight: QuantizedWeight) -> torch.Tensor:
     """Return the integers, int8 (O, I): the reference in torch for what the kernels do.
-
-    `prepared` is what `check` returned; only offsets save a second scan.
 
     Raises:
         ValueError: The data are damaged.
     """
     rows = torch.empty(weight.shape, dtype=torch.int8, device=weight.data.device)
-    for first, levels in _decoded_chunks(weight, prepared, None):
+    for first, _, levels in _decoded_chunks(weight):
         rows[first : first + levels.shape[0]] = levels
     return rows
 
 
-def _decoded_chunks(
-    weight: QuantizedWeight, prepared: torch.Tensor | None, chunks: list[int] | None
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield the first row and the integers, int8 (rows, I), of some chunks; None takes all."""
-    offsets = prepared
-    if offsets is None or offsets.dtype != torch.int64:
-        offsets = _find_offsets(_on_host(weight))
-    rows, columns = weight.shape
-    step = weight.rows_per_chunk
-    columns_in_order, widths = class_order(weight)
-    columns_in_order = columns_in_order.to(weight.data.device)
-    starts = offsets.tolist()
-    for chunk in range(len(starts)) if chunks is None else chunks:
-        count = min(step, rows - chunk * step)
-        parts = [
-            _decode_values(weight.data, begins, count * width, code).view(count, width)
-            for begins, width, code in zip(starts[chunk], widths, weight.codes, strict=True)
-        ]
-        # The last column takes what belongs to imaginary columns.
-        levels = torch.empty(count, columns + 1, dtype=torch.int8, device=weight.data.device)
-        levels[:, columns_in_order] = torch.cat(parts, dim=1)
-        yield chunk * step, levels[:, :columns]
+def _decoded_chunks(weight: QuantizedWeight) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Yield the first row, the first byte and the integers, int8 (rows, I), of every chunk.
+
+    Raises:
+        ValueError: The data are damaged.
+    """
+    order = class_order(weight)
+    begin = 0
+    for first in range(0, weight.shape[0], weight.rows_per_chunk):
+        levels, end = _decode_chunk(weight, order, first, begin)
+        yield first, begin, levels
+        begin = end
+    if begin != weight.data.shape[0]:
+        raise ValueError(
+            f"the planes of a quantised weight end at byte {begin:,} of {weight.data.shape[0]:,}"
+        )
+
+
+def _decode_chunk(
+    weight: QuantizedWeight, order: tuple[torch.Tensor, list[int]], first: int, begin: int
+) -> tuple[torch.Tensor, int]:
+    """Return the integers of the chunk that has row `first`, int8 (rows, I), and its end in `data`.
+
+    `order` is that of `class_order`, and `begin` is where the chunk begins in `data`.
+    """
+    columns_in_order, widths = order
+    rows = min(weight.rows_per_chunk, weight.shape[0] - first)
+    parts = []
+    for width, code in zip(widths, weight.codes, strict=True):
+        values, begin = _decode_values(weight.data, begin, rows * width, code)
+        parts.append(values.view(rows, width))
+    # The last column takes what belongs to imaginary columns.
+    levels = torch.empty(rows, weight.shape[1] + 1, dtype=torch.int8, device=weight.data.device)
+    levels[:, columns_in_order.to(weight.data.device)] = torch.cat(parts, dim=1)
+    return levels[:, :-1], begin
 
 
 def _decode_values(
-    data: torch.Tensor, begins: list[int], count: int, code: PlaneCode
-) -> torch.Tensor:
-    """Return the integers of one class of one chunk: int8 (count,).
+    data: torch.Tensor, begin: int, count: int, code: PlaneCode
+) -> tuple[torch.Tensor, int]:
+    """Return the integers of one class of one chunk, int8 (count,), and where its bytes end.
 
     Layers are read from the first to the last, each for the values that escaped from the one
     before. Then values are put together from the last layer to the first.
     """
-    raw, layers = code
     low = None
-    symbols, escapes = [], []
-    for index, bits in enumerate(layers):
+    layers = []
+    for index, bits in enumerate(code.layers):
+        raw = code.raw if index == 0 else 0
         words = -(-count // GROUP)
-        planes = bits + (raw if index == 0 else 0)
-        begin = begins[index]
-        planes_WPB = data[begin : begin + words * planes * 8].view(words, planes, 8)
-        if raw and index == 0:
+        planes_WPB = _part(data, begin, words * (bits + raw) * 8).view(words, bits + raw, 8)
+        symbols = _symbols(planes_WPB[:, :bits])
+        if bool(symbols[count:].any()):
+            raise ValueError(f"the padding of a layer at byte {begin:,} is not zero")
+        if raw:
             low = _symbols(planes_WPB[:, bits:])
-        symbols.append(_symbols(planes_WPB[:, :bits])[:count].to(torch.int16))
-        escapes.append(symbols[-1] == (1 << bits) - 1)
-        count = int(escapes[-1].sum())
-    begin = begins[len(layers)]
-    values = data[begin : begin + count].view(torch.int8).to(torch.int16)
-    if layers:
-        values = zigzag(values)
-        first = sum((1 << bits) - 1 for bits in layers)
-        for bits, outer, escaped in zip(layers[::-1], symbols[::-1], escapes[::-1], strict=True):
-            first -= (1 << bits) - 1
-            numbers = outer + first if first else zigzag((1 << (bits - 1)) - 1 - outer)
-            values = numbers.masked_scatter_(escaped, values)
-        values = from_zigzag(values)
+        layers.append(symbols[:count].to(torch.int16))
+        count = int((layers[-1] == (1 << bits) - 1).sum())
+        begin += planes_WPB.numel()
+    escaped = _part(data, begin, -(-count // 8) * 8).view(torch.int8)
+    if bool(escaped[count:].any()):
+        raise ValueError(f"the padding of the escape bytes at byte {begin:,} is not zero")
+    if code.raw and bool(((escaped < -(128 >> code.raw)) | (escaped > 127 >> code.raw)).any()):
+        raise ValueError(f"an escaped value at byte {begin:,} is out of range")
+    values = _joined(layers, escaped[:count].to(torch.int16), code)
     if low is not None:
         # The kernels hold the sum in a byte.
-        values = ((values << raw) + low.to(torch.int16)).to(torch.int8).to(torch.int16)
-        values -= 1 << raw >> 1
-    _refuse_below(int(values.min()) if values.numel() else 0)
-    return values.to(torch.int8)
+        values = ((values << code.raw) + low.to(torch.int16)).to(torch.int8).to(torch.int16)
+        values -= 1 << code.raw >> 1
+    lowest = int(values.min()) if values.numel() else 0
+    if lowest < -MAX_LEVEL:  # -128 has no negative in a byte
+        raise ValueError(f"a quantised weight has the level {lowest}, below -{MAX_LEVEL}")
+    return values.to(torch.int8), begin + escaped.numel()
+
+
+def _part(data: torch.Tensor, begin: int, length: int) -> torch.Tensor:
+    """Return `length` bytes of the data, after a check that they are there."""
+    if begin + length > data.shape[0]:
+        raise ValueError(
+            f"the data of a quantised weight ends at byte {data.shape[0]:,}, but "
+            f"{length:,} bytes should begin at byte {begin:,}"
+        )
+    return data[begin : begin + length]
+
+
+def _joined(layers: list[torch.Tensor], tops: torch.Tensor, code: PlaneCode) -> torch.Tensor:
+    """Return the tops of all values of a class, int16: those that layers name, and escaped ones.
+
+    Args:
+        layers: The symbols of each layer, int16.
+        tops: The escaped tops, int16.
+        code: The code of the class.
+    """
+    if not layers:
+        return tops
+    values = zigzag(tops)
+    first = sum((1 << bits) - 1 for bits in code.layers)
+    for bits, symbols in zip(reversed(code.layers), reversed(layers), strict=True):
+        named = (1 << bits) - 1
+        first -= named
+        numbers = symbols + first if first else zigzag((named >> 1) - symbols)
+        values = numbers.masked_scatter_(symbols == named, values)
+    return from_zigzag(values)
 
 
 def expand(
@@ -375,7 +336,7 @@ def expand(
         kernels.expand(weight, check(weight) if prepared is None else prepared, out)
         return out
     steps = weight.steps.float()
-    for first, levels in _decoded_chunks(weight, prepared, None):
+    for first, _, levels in _decoded_chunks(weight):
         rows = slice(first, first + levels.shape[0])
         out[rows] = (levels * steps).mul_(weight.scales[rows, None])
     return out
@@ -390,16 +351,21 @@ def expand_rows(
     if bool(((numbers < 0) | (numbers >= count)).any()):
         raise IndexError(f"row numbers must lie in 0 to {count - 1}")
     out = torch.empty(numbers.shape[0], weight.shape[1], dtype=dtype, device=weight.data.device)
+    if not numbers.shape[0]:
+        return out.view(*rows.shape, weight.shape[1])
+    if prepared is None:
+        prepared = check(weight)
     kernels = load() if weight.data.is_cpu else None
     if kernels is not None:
-        if numbers.shape[0]:
-            prepared = check(weight) if prepared is None else prepared
-            kernels.expand_rows(weight, prepared, numbers, out)
+        kernels.expand_rows(weight, prepared, numbers, out)
         return out.view(*rows.shape, weight.shape[1])
     chunks = numbers // weight.rows_per_chunk
+    order = class_order(weight)
     steps = weight.steps.float()
-    for first, levels in _decoded_chunks(weight, prepared, chunks.unique().tolist()):
-        at = (chunks == first // weight.rows_per_chunk).nonzero().flatten()
+    for chunk in chunks.unique().tolist():
+        first = chunk * weight.rows_per_chunk
+        levels, _ = _decode_chunk(weight, order, first, int(prepared[chunk]))
+        at = (chunks == chunk).nonzero().flatten()
         taken = levels[numbers[at] - first]
         out[at] = (taken * steps).mul_(weight.scales[numbers[at], None]).to(dtype)
     return out.view(*rows.shape, weight.shape[1])

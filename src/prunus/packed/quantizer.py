@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from prunus.hardware.errors import naming
 from prunus.model.embeddings import is_plain
 from prunus.packed.description import FORMAT_VERSION, METHOD, Description
 from prunus.packed.fast_decoding import use_fast_decoding
@@ -102,12 +104,12 @@ class PrunusQuantizer(HfQuantizer):
             described.check_tensors(checkpoint.tensors)
         renamings = naming_rules(model)[0]
         paths = {name: _paths(model, renamings, name) for name in described.linears}
-        self._take_experts_apart(model, [path for each in paths.values() for path in each])
+        self._take_experts_apart(model, list(itertools.chain(*paths.values())))
         names = {}
         self._saved_names = {}
         for name, shape in described.linears.items():
-            found = _find_linear(model, name, paths[name])
-            linear = model.get_submodule(found)
+            path = _find_linear(model, name, paths[name])
+            linear = model.get_submodule(path)
             if tuple(linear.weight.shape) != shape[:2]:
                 raise ValueError(
                     f"{name} is {shape.out_features} x {shape.in_features} in the packed "
@@ -118,9 +120,9 @@ class PrunusQuantizer(HfQuantizer):
                 part: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
                 for part, tensor in described.tensors(name).items()
             }
-            pack_module(model, found, described.weight(name, on_meta), shape.stored)
-            self._saved_names[found] = paths[name][found]
-            names[paths[name][found]] = shape
+            pack_module(model, path, described.weight(name, on_meta), shape.stored)
+            self._saved_names[path] = paths[name][path]
+            names[paths[name][path]] = shape
         # Names that the linears have when this model is saved again.
         renamed = Description(described.values, names)
         self.quantization_config.linears = renamed.to_dict()["linears"]
@@ -208,10 +210,8 @@ def _prepare(name: str, module: PackedLinear) -> None:
     """Check a packed linear whose weight was loaded, and make what its products read."""
     if module.weight.device.type == "meta":
         raise ValueError(f"{name} was not loaded: packed checkpoints cannot be offloaded to disk")
-    try:
+    with naming(f"{name} is damaged"):
         module.prepare()
-    except ValueError as fault:
-        raise ValueError(f"{name} is damaged: {fault}") from fault
 
 
 def _num_parameters(
@@ -245,12 +245,12 @@ def _paths(model: Any, rules: Sequence[Any], name: str) -> dict[str, str]:
     for rule in rules:
         renamed, _ = rule.rename_source_key(renamed)
     prefix = f"{model.base_model_prefix}."
-    found: dict[str, str] = {}
-    for way in (name, renamed.removesuffix(".weight")):
-        found.setdefault(way, name)
-        found.setdefault(way.removeprefix(prefix), name.removeprefix(prefix))
-        found.setdefault(prefix + way, prefix + name)
-    return found
+    paths: dict[str, str] = {}
+    for path in (name, renamed.removesuffix(".weight")):
+        paths.setdefault(path, name)
+        paths.setdefault(path.removeprefix(prefix), name.removeprefix(prefix))
+        paths.setdefault(prefix + path, prefix + name)
+    return paths
 
 
 def _find_linear(model: Any, name: str, paths: Iterable[str]) -> str:
@@ -294,7 +294,7 @@ def expand_read_linears(model: Any, dtype: torch.dtype) -> list[str]:
             continue
         if isinstance(module, TiedHead):
             owner = module.embedding
-            name = next(path for path, each in model.named_modules() if each is owner)
+            name = next(path for path, child in model.named_modules() if child is owner)
         unpack_module(model, name, dtype)
         replaced.append(name)
     return replaced

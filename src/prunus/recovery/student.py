@@ -204,7 +204,7 @@ class ScaledLinear(nn.Module):
         packed = linear.packed
         assert isinstance(packed, QuantizedWeight)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.register_buffer("levels_OI", decode_levels(packed, linear.prepared).to(dtype))
+        self.register_buffer("levels_OI", decode_levels(packed).to(dtype))
         self.register_buffer("scales_O", packed.scales.float())
         self.register_buffer("steps_I", packed.steps.float())
         # α (O,) and β (I,) of `scales`, which are trained.

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
+from prunus.hardware.errors import naming
 from prunus.packed.description import METHOD, Description
 from prunus.packed.fast_decoding import use_large_pages
 from prunus.packed.linear import DenseLinear, PackedLinear, plain_linear
@@ -395,15 +396,8 @@ class PackedLayer(nn.Module):
         shape = self._described.linears[name]
         only = Description(self._described.values, {name: shape})
         only.check_tensors(tensors)
-        try:
+        with naming(f"{name} is damaged"):
             return PackedLinear(only.weight(name, tensors), stored=shape.stored)
-        except ValueError as fault:
-            raise ValueError(f"{name} is damaged: {fault}") from fault
-
-    @property
-    def out_features(self) -> int:
-        """Outputs of all linears together."""
-        return sum(self._rows)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Map (..., in) to (..., out): the outputs of all weights, joined in their order."""

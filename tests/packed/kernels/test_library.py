@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from packed_reference import levels_of, random_sparse, with_all_exponents
 from prunus.packed.bitmap import INT8_LEVELS, check, expand, pack_weight
 from prunus.packed.kernels import library as kernels
+from prunus.packed.weight import PackedWeight
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 _best = kernels.load()
@@ -142,14 +143,14 @@ def test_dense_product():
     for rows, columns, tokens in ((1, 1, 1), (5, 63, 2), (64, 64, 1), (33, 1000, 16), (9, 130, 5)):
         weight = torch.randn(rows, columns).bfloat16()
         x, bias = torch.randn(tokens, columns).bfloat16(), torch.randn(rows).bfloat16()
-        out = _best.dense_linear(x, weight, bias)
+        out = _best.linear(x, PackedWeight((rows, columns), weight.view(-1)), None, bias)
         expected = x.double() @ weight.double().T + bias.double()
         assert ((out.double() - expected).abs() <= _tolerance(x, weight, expected, False)).all()
     # Nothing beyond a row is used.
     memory = torch.full((40,), torch.nan, dtype=torch.bfloat16)
     memory[:33] = 1
     x = torch.ones(1, 33, dtype=torch.bfloat16)
-    assert _best.dense_linear(x, memory[:33].view(1, 33), None).item() == 33
+    assert _best.linear(x, PackedWeight((1, 33), memory[:33]), None, None).item() == 33
 
 
 def test_wrong_counts_are_refused():

@@ -18,7 +18,7 @@ from prunus.hardware import kernels
 from prunus.hardware.kernels import BAD_ARGUMENT, ISAS, Library, check_fault, why_not
 from prunus.hardware.numerics import native_bfloat16
 from prunus.packed.kernels.interface import DAMAGE, KINDS, OFFSETS, Block, Tokens, declare, describe
-from prunus.packed.weight import Packed, PackedWeight, QuantizedWeight
+from prunus.packed.weight import Packed, QuantizedWeight
 
 __all__ = ["ISAS", "Kernels", "load", "why_not"]
 
@@ -119,12 +119,8 @@ class Kernels(Library):
             IndexError: A row number is out of range.
         """
         is_quantized = isinstance(weight, QuantizedWeight)
-        function = (
-            self.library.prunus_plane_expand_rows
-            if is_quantized
-            else self.library.prunus_expand_rows
-        )
-        fault = function(
+        name = "prunus_plane_expand_rows" if is_quantized else "prunus_expand_rows"
+        fault = getattr(self.library, name)(
             self.isa,
             ctypes.byref(describe(weight, prepared)),
             rows.data_ptr(),
@@ -136,58 +132,30 @@ class Kernels(Library):
             raise IndexError(f"there are {weight.shape[0]} rows, not all of {rows.tolist()}")
         check_fault(fault)
 
-    def plane_offsets(self, weight: QuantizedWeight) -> torch.Tensor:
-        """Find where the layers of every chunk and class begin; the data may hold anything.
+    def lines(self, weight: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor]:
+        """Check bit planes that may hold anything, and make the form that `linear` and others read.
+
+        All other parts of the weight must have passed `plane_codes.check_parts`.
 
         Returns:
-            int64 (chunks, classes, 9); see `planes.check`.
-
-        Raises:
-            ValueError: The parts do not fit each other, or the planes are damaged.
-        """
-        rows, in_features = weight.shape
-        parts = (weight.classes, weight.steps, weight.scales)
-        if [part.numel() for part in parts] != [in_features, in_features, rows]:
-            raise ValueError(
-                f"a quantised weight {rows}x{in_features} has {weight.classes.numel()} classes, "
-                f"{weight.steps.numel()} steps and {weight.scales.numel()} scales"
-            )
-        chunks = -(-rows // max(weight.rows_per_chunk, 1))
-        offsets = torch.empty(chunks, len(weight.codes), OFFSETS, dtype=torch.int64)
-        described = ctypes.byref(describe(weight, None))
-        fault = self.library.prunus_plane_offsets(described, offsets.data_ptr())
-        if fault:
-            raise ValueError(f"the planes of a quantised weight are damaged: {DAMAGE[fault]}")
-        return offsets
-
-    def lines(self, weight: QuantizedWeight, offsets: torch.Tensor) -> torch.Tensor:
-        """Check the levels, and return the form in memory that `linear` and others read.
-
-        These are the lines of `lines.h`, uint8 (bytes,). `offsets` are those of `plane_offsets`.
+            The lines of `lines.h`, uint8 (bytes,), and int64 (chunks, classes, 9): where each layer
+            and then the escape bytes begin in the planes; -1 where there is nothing.
 
         Raises:
             ValueError: The planes are damaged.
         """
+        chunks = -(-weight.shape[0] // weight.rows_per_chunk)
+        offsets = torch.empty(chunks, len(weight.codes), OFFSETS, dtype=torch.int64)
         described = describe(weight, None)
+        at = ctypes.byref(described)
+        _check_planes(self.library.prunus_plane_offsets(at, offsets.data_ptr()))
         described.offsets = offsets.data_ptr()
         size = ctypes.c_int64()
         widths = ctypes.create_string_buffer(4)
-        library, at = self.library, ctypes.byref(described)
-        fault = library.prunus_plane_widths(self.isa, at, widths, ctypes.byref(size))
-        if fault in DAMAGE:
-            raise ValueError(f"the planes of a quantised weight are damaged: {DAMAGE[fault]}")
-        check_fault(fault)
+        _check_planes(self.library.prunus_plane_widths(self.isa, at, widths, ctypes.byref(size)))
         lines = torch.empty(size.value, dtype=torch.uint8)
-        check_fault(library.prunus_plane_lines(self.isa, at, widths, lines.data_ptr()))
-        return lines
-
-    def dense_linear(
-        self, x: torch.Tensor, weight_OI: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Return `x · weight_OIᵀ + bias` (..., O), all in bfloat16; it needs `has_bfloat16`."""
-        rows, in_features = weight_OI.shape
-        dense = PackedWeight((rows, in_features), weight_OI.view(-1))
-        return self.linear(x, dense, None, bias)
+        check_fault(self.library.prunus_plane_lines(self.isa, at, widths, lines.data_ptr()))
+        return lines, offsets
 
     def block(self, block: Block, tokens: Tokens, x: torch.Tensor) -> torch.Tensor:
         """Return what a block of a transformer computes of `x` (tokens, 1, hidden).
@@ -198,6 +166,13 @@ class Kernels(Library):
         at = ctypes.byref(block), ctypes.byref(tokens)
         self.call("prunus_block", KINDS[x.dtype], *at, x, out)
         return out
+
+
+def _check_planes(fault: int) -> None:
+    """Raise what the result of a function says of bit planes, if it is not 0."""
+    if fault in DAMAGE:
+        raise ValueError(f"the planes of a quantised weight are damaged: {DAMAGE[fault]}")
+    check_fault(fault)
 
 
 def load(isa: str | None = None) -> Kernels | None:
