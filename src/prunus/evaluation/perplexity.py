@@ -36,6 +36,7 @@ from prunus.calibration.files import check_file, file_kind, read_documents, read
 from prunus.calibration.windows import UsedBos, bos_token, put_bos_first, refuse_bos, used_bos
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.engine.progress import shows_progress, window_step
+from prunus.evaluation.metrics import exponential
 from prunus.evaluation.model_input import (
     ComputeOptions,
     ModelInput,
@@ -53,7 +54,6 @@ from prunus.evaluation.window_scores import (
     LogitsSource,
     WholeModel,
     WindowProgress,
-    exponential,
     score_windows,
 )
 from prunus.hardware.errors import did_you_mean
