@@ -324,7 +324,7 @@ def test_eval_shows_and_writes_the_figures(folders, tmp_path):
     written = json.loads(json_file.read_text())["models"]
     expected = score(folders).as_dict() | {"seconds": 0}
     assert written[0]["perplexity"][0] | {"seconds": 0} == json.loads(json.dumps(expected))
-    assert "KL divergence from dense" in " ".join(shown.split())
+    assert "Compared with dense: KL divergence" in " ".join(shown.split())
     for model in written:
         assert len(model["perplexity"]) == 2
         for one in model["perplexity"]:

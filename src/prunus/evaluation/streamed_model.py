@@ -127,6 +127,7 @@ class StreamedModel:
         dtype: The dtype in which it computes.
         device: Where it computes.
         memory: Budget in bytes for the whole process; None takes what is free.
+        splits_experts: Whether experts that the whole model computes together run one by one.
 
     Raises:
         ValueError, FileNotFoundError: The checkpoint is damaged.
@@ -140,7 +141,9 @@ class StreamedModel:
         self.dtype = DTYPES.get(options.dtype, default)
         self.skeleton = Skeleton(self.source.config, self.dtype, options.trust_remote_code)
         self.source.bind(self.skeleton)
-        self.device, self.memory = options.device, options.memory
+        self.splits_experts = any(map(self.skeleton.fused, range(len(self.skeleton))))
+        self.device = options.device
+        self.memory = options.memory
 
     def check(self, ids: torch.Tensor, name: str) -> None:
         """Check token ids; see `LogitsSource`."""
@@ -235,14 +238,6 @@ class StreamedModel:
                 f"{(budget + held) / 1e9:.2f} GB. Raise `memory`, or lower `batch` or `seqlen`"
             )
         return self._place(models * (minimum + hidden) <= budget, models * hidden)
-
-    def place_states(self, shape: torch.Size, texts: int = 1) -> StatesPlace:
-        """Where the last hidden states of `texts` texts are kept, each of windows (W, S).
-
-        They take at most half of the memory budget, or else are kept elsewhere.
-        """
-        needed = 2 * texts * self._needs(1, shape, True)[1]
-        return self._place(needed <= self._free(), needed)
 
     def _free(self) -> int:
         """Bytes of the budget that nothing takes yet."""
