@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from prunus.packed.coding import check_coding, coded_bytes, decode, encode, high_byte_counts
+from prunus.packed.coding import check_coding, decode, encode
 from prunus.packed.kernels.library import load
 from prunus.packed.weight import PackedWeight, require
 
@@ -94,26 +94,6 @@ def pack_weight(weight_OI: torch.Tensor, values: torch.dtype) -> PackedWeight:
     if whole is None and sparse.nbytes >= weight_OI.numel():
         whole = _with_values(shape, stored.flatten(), None, scales)
     return sparse if whole is None or sparse.nbytes < whole.nbytes else whole
-
-
-def packed_bytes(weight_OI: torch.Tensor) -> int:
-    """Return the bytes that `pack_weight` would take for bfloat16 or float16 without loss.
-
-    Nothing is packed.
-
-    >>> weight = torch.tensor([[0.0, 1.5], [0.0, -2.0]], dtype=torch.float16)
-    >>> packed_bytes(weight), pack_weight(weight, torch.float16).nbytes
-    (6, 6)
-    """
-    rows, columns = weight_OI.shape
-    zeros = weight_OI.numel() - int(torch.count_nonzero(kept(weight_OI.contiguous())))
-    mask = rows * -(-columns // 8)
-    if weight_OI.dtype != torch.bfloat16:
-        return min(2 * weight_OI.numel(), mask + 2 * (weight_OI.numel() - zeros))
-    occurrences = high_byte_counts(weight_OI.flatten())
-    whole = coded_bytes(occurrences)
-    occurrences[0] -= zeros  # the high byte of +0.0 is 0
-    return min(whole, mask + coded_bytes(occurrences))
 
 
 def _with_values(
