@@ -231,8 +231,8 @@ def holds(weight_OI: torch.Tensor, n: int, m: int) -> bool:
     rows, columns = weight_OI.shape
     if columns % m:
         return False
-    kept = (weight_OI != 0).reshape(rows, columns // m, m).sum(dim=2)
-    return bool((kept <= n).all())
+    nonzeros = (weight_OI != 0).reshape(rows, columns // m, m).sum(dim=2)
+    return bool((nonzeros <= n).all())
 
 
 # --- size ---
