@@ -22,7 +22,7 @@ from prunus.engine.options import RunOptions
 from prunus.evaluation.inspection import stored_size
 from prunus.evaluation.options import TaskOptions
 from prunus.evaluation.records import Metric, PerplexityResult, TaskResults, TaskScore
-from prunus.evaluation.reference import Reference
+from prunus.evaluation.streamed_model import StreamedModel
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
 from prunus.sweeping import cells as sweep_cells
@@ -279,8 +279,10 @@ def test_the_dense_model_runs_once_for_each_text(dense, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog; " * 20)
     texts = ["python-docs", str(tmp_path / "text.txt")]
     runs, said = [], []
-    original = Reference._run_whole
-    monkeypatch.setattr(Reference, "_run_whole", lambda *given: runs.append(1) or original(*given))
+    original = StreamedModel.run_blocks
+    monkeypatch.setattr(
+        StreamedModel, "run_blocks", lambda *given: runs.append(1) or original(*given)
+    )
 
     def stop(line: str) -> None:
         said.append(line)

@@ -2,7 +2,7 @@
 
 They work shard by shard, like pruning: one is read, converted and written before the next is read.
 
-    pack     checks ► `_pack_block` for each block, `_pack_outside` ► `_pack_linear`
+    pack     checks ► `pack_block` for each block, `pack_outside` ► `_pack_linear`
     unpack   checks ► `_unpack_shard` for each file
     both     `_convert` writes the shards, resumes an earlier run, and completes the result
 """
@@ -115,12 +115,12 @@ def pack(
     shards: _Shards = {
         shard_name(index, count): (
             skeleton.block_name(index),
-            functools.partial(_pack_block, source, skeleton, index, stored),
+            functools.partial(pack_block, source, skeleton, index, stored),
         )
         for index in range(len(skeleton))
     }
     if source.outside_keys():
-        outside = functools.partial(_pack_outside, source, skeleton, stored)
+        outside = functools.partial(pack_outside, source, skeleton, stored)
         shards[shard_name(count - 1, count)] = ("outside the blocks", outside)
 
     def describe(record: PackRecord) -> tuple[str, dict[str, Any]]:
@@ -270,7 +270,7 @@ def _convert(
         return current
 
 
-def _pack_block(
+def pack_block(
     source: CheckpointSource, skeleton: Skeleton, index: int, stored: BitmapDtype
 ) -> _Shard:
     """The tensors of block `index`, with those linears packed that get smaller."""
@@ -289,7 +289,7 @@ def _pack_block(
     return tensors, records
 
 
-def _pack_outside(source: CheckpointSource, skeleton: Skeleton, stored: BitmapDtype) -> _Shard:
+def pack_outside(source: CheckpointSource, skeleton: Skeleton, stored: BitmapDtype) -> _Shard:
     """The tensors outside the blocks, with the output head or its tied embedding packed."""
     tensors: dict[str, Writable] = {**source.checkpoint.stored(source.outside_keys())}
     try:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunus.compression.pack import pack_block, pack_outside
+from prunus.compression.records import StoredLinear
 from prunus.engine.document import Table, table_of
 from prunus.engine.linear_record import mean_bits
 from prunus.evaluation.model_input import find_folder
@@ -28,11 +30,8 @@ from prunus.hardware.numerics import check_finite
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint.atomic_files import verify_shards
 from prunus.model.checkpoint.resolve import is_gguf, resolve_folder
-from prunus.model.embeddings import is_plain
-from prunus.model.linears import Linear, tied_embedding
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
-from prunus.packed.bitmap import packed_bytes
 from prunus.packed.source import PackedSource, is_packed
 
 #: The weights of a model, ordinary, loaded or packed, block by block.
@@ -232,8 +231,8 @@ def holds(weight_OI: torch.Tensor, n: int, m: int) -> bool:
     rows, columns = weight_OI.shape
     if columns % m:
         return False
-    kept = (weight_OI != 0).reshape(rows, columns // m, m).sum(dim=2)
-    return bool((kept <= n).all())
+    nonzeros = (weight_OI != 0).reshape(rows, columns // m, m).sum(dim=2)
+    return bool((nonzeros <= n).all())
 
 
 # --- size ---
@@ -292,36 +291,12 @@ def packed_size(folder: Path, trust_remote_code: bool = False) -> ModelSize | No
     source, skeleton = opened
     if not isinstance(source, CheckpointSource) or source.stored_dtype not in _LOSSLESS:
         return None
-    keys = source.stored
-    before = after = weights = 0
+    stored: Any = str(source.stored_dtype).removeprefix("torch.")
+    inside: list[StoredLinear] = []
     for index in range(len(skeleton)):
-        stored = source.block(index)
-        for linear in skeleton.linears(index):
-            weight = stored[f"{linear.name}.weight"]
-            key = keys.get(f"{skeleton.block_name(index)}.{linear.name}.weight", "")
-            before += weight.nbytes
-            after += _packed_bytes(weight, linear, key)
-            weights += weight.numel()
-    saved = before - after + _saved_outside(source, skeleton)
-    return ModelSize(file_bytes(folder) - saved, 8 * after / weights)
-
-
-def _packed_bytes(weight: torch.Tensor, linear: Linear, key: str) -> int:
-    """Bytes of a weight after `prunus pack`, which leaves some kinds of linears as they are."""
-    named = key.endswith(".weight") and weight.dtype in _LOSSLESS
-    if linear.transposed or not is_plain(linear.module) or not named:
-        return weight.nbytes
-    return min(weight.nbytes, packed_bytes(weight))
-
-
-def _saved_outside(source: CheckpointSource, skeleton: Skeleton) -> int:
-    """Bytes that packing the output head saves, or the embedding that it is tied to."""
-    try:
-        head = tied_embedding(skeleton.model) or skeleton.head()
-    except NotImplementedError:
-        return 0
-    key = f"{head.name}.weight"
-    if key not in source.checkpoint.tensors:
-        return 0
-    weight = source.checkpoint.whole(key)
-    return weight.nbytes - _packed_bytes(weight, head, key)
+        inside += pack_block(source, skeleton, index, stored)[1].values()
+    outside = pack_outside(source, skeleton, stored)[1].values()
+    saved = sum(linear.nbytes[0] - linear.nbytes[1] for linear in (*inside, *outside))
+    packed = sum(linear.nbytes[1] for linear in inside)
+    weights = sum(math.prod(linear.shape) for linear in inside)
+    return ModelSize(file_bytes(folder) - saved, 8 * packed / weights)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from prunus.packed.coding import check_coding, coded_bytes, decode, encode, high_byte_counts
+from prunus.packed.coding import check_coding, decode, encode
 from prunus.packed.kernels.library import load
 from prunus.packed.weight import PackedWeight, require
 
@@ -84,19 +84,6 @@ def pack_weight(weight_OI: torch.Tensor, values: torch.dtype) -> PackedWeight:
         mask = torch.from_numpy(np.packbits(keep_OI.numpy(), axis=1, bitorder="little"))
         return _with_values(shape, stored[keep_OI], mask, scales)
     return _with_values(shape, stored.flatten(), None, scales)
-
-
-def packed_bytes(weight_OI: torch.Tensor) -> int:
-    """Return the bytes that `pack_weight` would take for bfloat16 or float16 without loss.
-
-    Nothing is packed.
-
-    >>> weight = torch.tensor([[0.0, 1.5], [0.0, -2.0]], dtype=torch.float16)
-    >>> packed_bytes(weight), pack_weight(weight, torch.float16).nbytes
-    (6, 6)
-    """
-    weight_OI = weight_OI.contiguous()
-    return min(_bytes_of_forms(weight_OI, kept(weight_OI)))
 
 
 def _bytes_of_forms(stored_OI: torch.Tensor, keep_OI: torch.Tensor) -> tuple[int, int]:

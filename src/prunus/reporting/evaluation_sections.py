@@ -21,7 +21,7 @@ from prunus.engine.document import (
     table_of,
     text_of,
 )
-from prunus.evaluation.records import FORMS, ModelSize, PerplexityResult, finite
+from prunus.evaluation.records import FORMS, UNITS, ModelSize, PerplexityResult, finite
 
 #: Metrics of lm-eval that are shares of the rows.
 _SHARES = ("acc", "exact_match", "f1", "em")
@@ -121,7 +121,7 @@ def _quality(
     note = "Lower perplexity is better." if charts or "text" in rows[0] else ""
     if reference is not None:
         name = Path(reference.reference).name or reference.reference
-        note += f" KL divergence from {name} in nats per token; ± one standard error over windows."
+        note += f" Compared with {name}: {UNITS}; ± one standard error over windows."
     if any(size.get("bits per weight") for size in sizes.values()):
         note += " Bits per weight of the linears; zeros, masks and scales count."
     table = table_of("Quality and size", rows, FORMS, note.strip())

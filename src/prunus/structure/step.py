@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -226,19 +226,12 @@ def narrow(
     return tensors, change
 
 
-def _at_once(parts: Sequence[PartLayout], budget: int) -> Iterator[list[PartLayout]]:
+def _at_once(parts: Sequence[PartLayout], budget: int) -> list[Sequence[PartLayout]]:
     """Parts whose Gram matrices fit in a quarter of the memory budget together, or single ones."""
-    taken: list[PartLayout] = []
-    used = 0
-    for part in parts:
-        needed = 4 * part.read.units**2  # bytes of a float32 Gram matrix
-        if taken and used + needed > budget // 4:
-            yield taken
-            taken, used = [], 0
-        taken.append(part)
-        used += needed
-    if taken:
-        yield taken
+    # Bytes of a float32 Gram matrix. Only a shared expert has another number of channels.
+    largest = max((4 * part.read.units**2 for part in parts), default=1)
+    count = max(1, budget // 4 // largest)
+    return [parts[first : first + count] for first in range(0, len(parts), count)]
 
 
 def _measured(
