@@ -52,7 +52,6 @@ class Method:
         under: From options to the entries above that they change.
         has_reference_order: Whether it can repeat the order of operations of its original code.
         needs_drift: True where it reads how the inputs differ from those of the dense model.
-        needs_held_out: True where it evaluates on the statistics of tokens that are held out.
         adds_ridge: True where the Gram matrix gets a ridge that grows with features per token
             before it is inverted. Such a ridge keeps the rounding of the inputs small; a small
             fixed damping lets it grow.
@@ -71,7 +70,6 @@ class Method:
     under: Callable[[MethodOptions], dict[str, Any]] | None = None
     has_reference_order: bool = False
     needs_drift: bool = False
-    needs_held_out: bool = False
     adds_ridge: bool = False
 
     def prune(
