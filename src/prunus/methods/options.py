@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import model_validator
-
 from prunus.options import Option, Options, at_least, between
 
 #: The panel of these options in the help.
@@ -38,7 +36,6 @@ class MethodOptions(Options):
         damping: λ, as a share of the mean diagonal of the Gram matrix, in (0, 1).
         iterations: The iterations of method alps, at least 1.
         refine: How kept and removed weights are exchanged after the method; see `refine/swaps.py`.
-        refine_steps: The most rounds of the refinement, at least 1. Needs a refinement.
         weight_update: How the kept weights are fitted after the method; see
             `solvers/least_squares.py`.
         dense_weight: α, the share of the dense model in the outputs to approximate, in [0, 1]; see
@@ -48,7 +45,7 @@ class MethodOptions(Options):
         mask_order: Whether method obs chooses its mask before the update or in the course of it.
 
     Raises:
-        ValueError: A value is out of range, or `refine_steps` has no refinement.
+        ValueError: A value is out of range.
     """
 
     damping: Annotated[
@@ -82,16 +79,6 @@ class MethodOptions(Options):
             decides_zeros=True,
         ),
     ] = "none"
-    refine_steps: Annotated[
-        int | None,
-        Option(
-            "Refine for at most this number of rounds.",
-            flag=False,
-            within=at_least(1),
-            default="100",
-            decides_zeros=True,
-        ),
-    ] = None
     weight_update: Annotated[
         Literal["none", "least-squares"],
         Option(
@@ -123,9 +110,3 @@ class MethodOptions(Options):
             decides_zeros=True,
         ),
     ] = "before"
-
-    @model_validator(mode="after")
-    def _steps_need_a_refinement(self) -> MethodOptions:
-        if self.refine == "none" and self.refine_steps is not None:
-            raise ValueError("refine_steps belongs to refine swaps: drop it, or refine by swaps")
-        return self

@@ -112,14 +112,14 @@ class InputStatistics:
         def square(needed: bool) -> Tensor | None:
             return torch.zeros(in_features, in_features, device=device) if needed else None
 
-        gram, drift = spec.needs == "gram", spec.drift != "none"
+        gram = spec.needs == "gram"
         self.in_features = in_features
         self.tokens = self._paired_tokens = self._windows = 0
         self.sum_squares_I = torch.zeros(in_features, dtype=torch.float64, device=device)
         self.sum_I = torch.zeros_like(self.sum_squares_I) if spec.means else None
         self.gram_II = square(gram)
         self.drift_gram_II = square(gram and spec.drift == "some")
-        self.drift_II = square(drift)
+        self.drift_II = square(spec.drift != "none")
         # The feature sums of each batch until `complete`, where other ranks have more batches. All
         # batches then add up in one order, whichever rank has them.
         self._by_batch: list[Tensor] | None = [] if spec.distributed else None

@@ -334,5 +334,4 @@ def divergence_sum(dense_TV: Tensor, logits_TV: Tensor) -> float:
     0.4338
     """
     other_TV = logits_TV.float().log_softmax(dim=-1)
-    divergence_T = torch.linalg.vecdot(dense_TV.exp(), dense_TV - other_TV)
-    return float(divergence_T.sum(dtype=torch.float64))
+    return inner_product(dense_TV.exp(), dense_TV - other_TV)

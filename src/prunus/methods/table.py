@@ -252,8 +252,7 @@ def check_options(
     >>> check_options(METHODS["wanda"], Pattern(), 0.5)
     """
     options = options or MethodOptions()
-    if pattern.is_unstructured and not 0 <= sparsity < 1:
-        raise ValueError(f"the sparsity is {sparsity}: it must be at least 0 and less than 1")
+    pattern.check_sparsity(sparsity)
     check_owners(method, options)
     method = method.with_options(options)
     if not pattern.is_unstructured and not method.n_of_m:
