@@ -165,7 +165,7 @@ def docstrings(tree: ast.AST) -> set[ast.stmt]:
     return {
         node.body[0]
         for node in ast.walk(tree)
-        if isinstance(node, documented) and ast.get_docstring(node) is not None
+        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None
     }
 
 

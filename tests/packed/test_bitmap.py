@@ -146,21 +146,6 @@ def _damaged():
     flipped, beyond = mask.clone(), mask.clone()
     flipped[1, 0] ^= 1
     beyond[2, 2] |= 16
-    yield "counts", good._replace(mask=flipped), "are stored, but there are"
-    yield "padding", good._replace(mask=beyond), "beyond its 20 columns"
-    yield "short", good._replace(values=values[:-1]), "are stored, but there are"
-    yield "width", good._replace(shape=(4, 30)), "must be uint8"
-    yield "no mask", good._replace(mask=None), "80 weights are stored"
-    yield "mask dtype", good._replace(mask=mask.to(torch.int8)), "must be uint8"
-    yield "flat mask", good._replace(mask=mask.flatten()), "must be uint8"
-    yield "no rows", PackedWeight((0, 20), values[:0], mask[:0], scales[:0]), "at least one row"
-    yield "matrix of values", good._replace(values=values[None]), "must be one row"
-    yield "values dtype", good._replace(values=values.int()), "must be one row"
-    yield "no scales", good._replace(scales=None), "int8 values need scales"
-    yield "idle scales", good._replace(values=values.bfloat16()), "no others have them"
-    yield "few scales", good._replace(scales=scales[:2]), "scales must be float32"
-    yield "scales dtype", good._replace(scales=scales.double()), "scales must be float32"
-    yield "infinite scale", good._replace(scales=scales / 0), "infinite or not a number"
     large = pack_weight(
         with_all_exponents(random_sparse(40, 100, 0.5, torch.bfloat16)), torch.bfloat16
     )
@@ -170,19 +155,36 @@ def _damaged():
     def with_coding(**parts):
         return large._replace(coding=coding._replace(**parts))
 
-    yield "low bytes", large._replace(values=large.values[:-64]), "the low bytes of"
-    yield (
-        "coded floats",
-        large._replace(values=large.values.bfloat16()),
-        "uint8 where they are coded",
-    )
-    yield "few codes", with_coding(codes=coding.codes[:-1]), "the codes of"
-    yield "high bytes", with_coding(high_bytes=coding.high_bytes[:15]), "the high bytes of"
-    yield "rare dtype", with_coding(rare_at=coding.rare_at.int()), "the places of rare values of"
-    yield "few rare", with_coding(rare=coding.rare[:-1]), "the rare values of"
-    yield "rare order", with_coding(rare_at=coding.rare_at.flip(0)), "must ascend"
-    yield "rare below", with_coding(rare_at=coding.rare_at - coding.rare_at[0] - 1), "must ascend"
-    yield "rare beyond", with_coding(rare_at=coding.rare_at + large.values.shape[0]), "must ascend"
+    return [
+        ("counts", good._replace(mask=flipped), "are stored, but there are"),
+        ("padding", good._replace(mask=beyond), "beyond its 20 columns"),
+        ("short", good._replace(values=values[:-1]), "are stored, but there are"),
+        ("width", good._replace(shape=(4, 30)), "must be uint8"),
+        ("no mask", good._replace(mask=None), "80 weights are stored"),
+        ("mask dtype", good._replace(mask=mask.to(torch.int8)), "must be uint8"),
+        ("flat mask", good._replace(mask=mask.flatten()), "must be uint8"),
+        ("no rows", PackedWeight((0, 20), values[:0], mask[:0], scales[:0]), "at least one row"),
+        ("matrix of values", good._replace(values=values[None]), "must be one row"),
+        ("values dtype", good._replace(values=values.int()), "must be one row"),
+        ("no scales", good._replace(scales=None), "int8 values need scales"),
+        ("idle scales", good._replace(values=values.bfloat16()), "no others have them"),
+        ("few scales", good._replace(scales=scales[:2]), "scales must be float32"),
+        ("scales dtype", good._replace(scales=scales.double()), "scales must be float32"),
+        ("infinite scale", good._replace(scales=scales / 0), "infinite or not a number"),
+        ("low bytes", large._replace(values=large.values[:-64]), "the low bytes of"),
+        (
+            "coded floats",
+            large._replace(values=large.values.bfloat16()),
+            "uint8 where they are coded",
+        ),
+        ("few codes", with_coding(codes=coding.codes[:-1]), "the codes of"),
+        ("high bytes", with_coding(high_bytes=coding.high_bytes[:15]), "the high bytes of"),
+        ("rare dtype", with_coding(rare_at=coding.rare_at.int()), "the places of rare values of"),
+        ("few rare", with_coding(rare=coding.rare[:-1]), "the rare values of"),
+        ("rare order", with_coding(rare_at=coding.rare_at.flip(0)), "must ascend"),
+        ("rare below", with_coding(rare_at=coding.rare_at - coding.rare_at[0] - 1), "must ascend"),
+        ("rare beyond", with_coding(rare_at=coding.rare_at + large.values.shape[0]), "must ascend"),
+    ]
 
 
 @pytest.mark.usefixtures("_engine")

@@ -1,5 +1,6 @@
 """Programs that never import prunus, and what its entry points do for them."""
 
+import importlib.util
 import os
 import runpy
 import subprocess
@@ -12,50 +13,6 @@ import pytest
 from packed_reference import pruned_checkpoint
 from places import REPOSITORY
 from prunus import pack
-
-LOAD = """
-import sys
-from transformers import AutoModelForCausalLM
-print(AutoModelForCausalLM.from_pretrained(sys.argv[1]))
-"""
-
-
-@pytest.fixture
-def installed(tmp_path) -> Path:
-    """A folder with the entry points of pyproject.toml, as an installation writes them."""
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    lines = []
-    for group, points in project["entry-points"].items():
-        lines += [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]
-    home = tmp_path / "installed" / "prunus-0.dist-info"
-    home.mkdir(parents=True)
-    (home / "METADATA").write_text("Metadata-Version: 2.1\nName: prunus\nVersion: 0\n")
-    (home / "entry_points.txt").write_text("\n".join(lines) + "\n")
-    return home.parent
-
-
-def run(code: str, installed: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    path = [str(installed), str(REPOSITORY / "src")]
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env=os.environ
-        | {"PYTHONPATH": os.pathsep.join(path), "TORCH_DEVICE_BACKEND_AUTOLOAD": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-@pytest.mark.parametrize("module", ["transformers.quantizers.auto", "peft"])
-def test_a_packed_checkpoint_loads_without_an_import_of_prunus(module, installed, tmp_path):
-    """The module may be what leads to the import of torch, and is then half imported."""
-    if module == "peft":
-        pytest.importorskip("peft")
-    pack(pruned_checkpoint(tmp_path / "pruned"), tmp_path / "packed")
-    done = run(f"import {module}\n{LOAD}", installed, tmp_path / "packed")
-    assert done.returncode == 0, done.stderr
-    assert "PackedLinear" in done.stdout
-
 
 #: A program that has nothing to do with packed models.
 DENSE = """
@@ -70,28 +27,88 @@ torch.save(get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), config), i
 print(LoraConfig.__post_init__.__globals__["__name__"])
 print(LoraModel._create_new_module.__globals__["__name__"])
 """
-LATER = """
+LOAD = """
 import sys
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(model)
+"""
+#: Goes on after `LOAD`.
+ADAPT = """
 from peft import LoraConfig, get_peft_model
 print(get_peft_model(model, LoraConfig(target_modules=["q_proj"])))
 """
 
 
-def test_programs_that_use_peft_find_nothing_of_prunus_in_it(installed):
-    pytest.importorskip("peft")
-    done = run(DENSE, installed)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["peft.tuners.lora.config", "peft.tuners.lora.model"]
+def installation(folder: Path) -> Path:
+    """A folder with the entry points of pyproject.toml, as an installation writes them."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    lines = []
+    for group, points in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]
+    home = folder / "installed" / "prunus-0.dist-info"
+    home.mkdir(parents=True)
+    (home / "METADATA").write_text("Metadata-Version: 2.1\nName: prunus\nVersion: 0\n")
+    (home / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    return home.parent
 
 
-def test_peft_adapts_a_packed_model_that_was_loaded_before_peft(installed, tmp_path):
+@pytest.fixture
+def installed(tmp_path) -> Path:
+    return installation(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("entry points")
+    pack(pruned_checkpoint(folder / "pruned"), folder / "packed")
+    return folder / "packed"
+
+
+def run(code: str, installed: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    path = [str(installed), str(REPOSITORY / "src")]
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(path), "TORCH_DEVICE_BACKEND_AUTOLOAD": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def transformers_first(packed, tmp_path_factory) -> subprocess.CompletedProcess[str]:
+    """A program that loads a packed model, and adapts it where peft is installed."""
+    adapt = ADAPT if importlib.util.find_spec("peft") else ""
+    code = f"import transformers.quantizers.auto\n{LOAD}{adapt}"
+    return run(code, installation(tmp_path_factory.mktemp("transformers")), packed)
+
+
+@pytest.fixture(scope="module")
+def peft_first(packed, tmp_path_factory) -> subprocess.CompletedProcess[str]:
+    """A program that adapts a model of its own with peft, and then loads a packed one."""
     pytest.importorskip("peft")
-    pack(pruned_checkpoint(tmp_path / "pruned"), tmp_path / "packed")
-    done = run(LATER, installed, tmp_path / "packed")
+    code = f"import peft\n{DENSE}{LOAD}"
+    return run(code, installation(tmp_path_factory.mktemp("peft")), packed)
+
+
+@pytest.mark.parametrize("program", ["transformers_first", "peft_first"])
+def test_a_packed_checkpoint_loads_without_an_import_of_prunus(program, request):
+    """Its first module leads to the import of torch, and is then half imported."""
+    done = request.getfixturevalue(program)
     assert done.returncode == 0, done.stderr
-    assert "PackedLora" in done.stdout
+    assert "PackedLinear" in done.stdout
+
+
+def test_programs_that_use_peft_find_nothing_of_prunus_in_it(peft_first):
+    names = peft_first.stdout.split()[:2]
+    assert names == ["peft.tuners.lora.config", "peft.tuners.lora.model"], peft_first.stderr
+
+
+def test_peft_adapts_a_packed_model_that_was_loaded_before_peft(transformers_first):
+    pytest.importorskip("peft")
+    assert "PackedLora" in transformers_first.stdout, transformers_first.stderr
 
 
 #: What torch does with its group of entry points when it is imported.

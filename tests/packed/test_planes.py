@@ -213,41 +213,43 @@ SHORT, LONG = "ends at byte|end before their last", "planes .* end at byte|follo
 def _damaged():
     good = quantized(random_levels(9, 70, 3), CODES[2:4], rows_per_chunk=4)
     data = good.data
-    yield "short", good._replace(data=data[:-8]), SHORT
-    yield "empty", good._replace(data=data[:0]), SHORT
-    yield "long", good._replace(data=torch.cat([data, data[:8]])), LONG
-    yield "data dtype", good._replace(data=data.view(torch.int8)), "one row of bytes"
-    yield "matrix", good._replace(data=data[None]), "one row of bytes"
-    yield "wider", good._replace(shape=(9, 71)), "classes .* must be"
-    yield "taller", good._replace(shape=(10, 70)), "scales .* must be"
-    yield "no rows", good._replace(shape=(0, 70)), "cannot have 0 x 70"
-    yield "class", good._replace(classes=good.classes + 1), "in class 2"
-    yield "chunk", good._replace(rows_per_chunk=0), "rows_per_chunk"
-    yield "nan", good._replace(steps=good.steps * torch.nan), "not a finite number"
     zeros = torch.zeros(1, 64, dtype=torch.int8)
     zeros[0, 3] = 100
     two = quantized(zeros, [PlaneCode(0, (1, 1))])
     layer, tail = two.data.clone(), two.data.clone()
     layer[8 + 1], tail[16 + 1] = 1, 1
-    yield "padding of a layer", two._replace(data=layer), "padding of a layer"
     raw = quantized(zeros, [PlaneCode(2, (1,))])
     far = raw.data.clone()
     far[-8] = 99
-    yield "escaped value", raw._replace(data=far), "escaped value"
-    yield "padding of escapes", two._replace(data=tail), "padding of"
     # The escape byte of the 100: with raw bits its top alone is in range.
     lowest, lower = two.data.clone(), raw.data.clone()
     lowest[16], lower[-8] = 128, 256 - 32
-    yield "level", two._replace(data=lowest), "level.* below -127"
-    yield "level with raw bits", raw._replace(data=lower), "level.* below -127"
     # The kernels would hold these in a byte: -132 as an escape, and as a top that a layer names.
     escaped = quantized(zeros, [PlaneCode(3, (1, 3))])
     escaped.data[-8] = 256 - 16
-    yield "level that does not fit in a byte", escaped, "level.* below -127"
     zeros[0, 3] = -127
     named = quantized(zeros, [PlaneCode(3, (4, 4, 2))])
     named.data[32:56], named.data[-16], named.data[-8] = 0, 1, 0
-    yield "top above the highest", named, "level.* below -127"
+    return [
+        ("short", good._replace(data=data[:-8]), SHORT),
+        ("empty", good._replace(data=data[:0]), SHORT),
+        ("long", good._replace(data=torch.cat([data, data[:8]])), LONG),
+        ("data dtype", good._replace(data=data.view(torch.int8)), "one row of bytes"),
+        ("matrix", good._replace(data=data[None]), "one row of bytes"),
+        ("wider", good._replace(shape=(9, 71)), "classes .* must be"),
+        ("taller", good._replace(shape=(10, 70)), "scales .* must be"),
+        ("no rows", good._replace(shape=(0, 70)), "cannot have 0 x 70"),
+        ("class", good._replace(classes=good.classes + 1), "in class 2"),
+        ("chunk", good._replace(rows_per_chunk=0), "rows_per_chunk"),
+        ("nan", good._replace(steps=good.steps * torch.nan), "not a finite number"),
+        ("padding of a layer", two._replace(data=layer), "padding of a layer"),
+        ("escaped value", raw._replace(data=far), "escaped value"),
+        ("padding of escapes", two._replace(data=tail), "padding of"),
+        ("level", two._replace(data=lowest), "level.* below -127"),
+        ("level with raw bits", raw._replace(data=lower), "level.* below -127"),
+        ("level that does not fit in a byte", escaped, "level.* below -127"),
+        ("top above the highest", named, "level.* below -127"),
+    ]
 
 
 @pytest.mark.usefixtures("_engine")

@@ -35,7 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sparsegpt 2:4, reconstructed": {"method": "sparsegpt", "pattern": "2:4", **TRAINED},
     "sparsegpt as published": {"method": "sparsegpt", "propagate": "block"},
     "obs blockwise": {"method": "obs", "mask_order": "blockwise"},
-    "alps, dense targets": {"method": "alps", "dense_weight": "auto"},
+    "alps, dense targets": {"method": "alps", "dense_weight": 0.25},
     "alps 1:4, reconstructed": {"method": "alps", "pattern": "1:4", **TRAINED},
     "wanda 2:4, two passes": {"pattern": "2:4", "propagate": "block"},
     "swaps, least squares": {"refine": "swaps", "weight_update": "least-squares"},

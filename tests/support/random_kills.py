@@ -81,7 +81,7 @@ def verbs(dense: Path, pruned: Path, text: Path, ids: Path) -> dict[str, Callabl
         "recover-full": training(dense, "full"),
         "recover-scales": training(compressed if compressed.exists() else pruned, "scales"),
         "max": lambda out: prunus.prune_and_recover(
-            dense, out, tokens=3072, **text_windows, **quick
+            dense, out, tokens=2048, **text_windows, **quick
         ),
         "pack": lambda out: pack(pruned, out),
         "unpack": lambda out: unpack(dense.parent / PACKED, out),

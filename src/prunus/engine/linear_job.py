@@ -143,12 +143,12 @@ class PruningJob(RunJob):
     def drift_stride(self) -> int:
         """One of this many batches also runs through the dense model.
 
-        Held-out statistics and the training of all blocks need every batch. Dense targets alone
-        need enough tokens for the widest linear.
+        The training of all blocks needs every batch. Dense targets alone need enough tokens for
+        the widest linear.
         """
         method = self.linear_settings.method
         trained = self.recipe.trained_blocks
-        if method.needs_held_out or trained == "all" or not method.needs_drift:
+        if trained == "all" or not method.needs_drift:
             return 1
         blocks = map(self.skeleton.linears, range(len(self.skeleton)))
         widths = (linear.shape[1] for linears in blocks for linear in linears)
@@ -200,15 +200,14 @@ class PruningJob(RunJob):
 
     def working_bytes(self, index: int) -> int:
         """Bytes of temporaries and statistics, with those of two passes and of dense targets."""
-        method, linears = self.linear_settings.method, self.skeleton.linears(index)
+        linears = self.skeleton.linears(index)
         working = super().working_bytes(index)
         if self.needs == "gram" and self.recipe.two_passes:
             # The statistics of all linears of the block exist at the same time.
             working += sum(statistics_bytes(linear.shape[1], self.needs) for linear in linears)
-        # A dense target adds five float32 matrices like the Gram, or ten with held-out statistics.
+        # A dense target adds five float32 matrices like the Gram.
         targets = [x.shape[1] for x in linears if self.uses_dense_target(x.shape[1])]
-        matrices = 10 if method.needs_held_out else 5
-        return working + matrices * 4 * max(targets, default=0) ** 2
+        return working + 5 * 4 * max(targets, default=0) ** 2
 
     def training_bytes(self, index: int) -> tuple[int, int]:
         """Bytes of the training of block `index`: those that stay, and those of one batch.
