@@ -52,8 +52,8 @@ from prunus.calibration.draw import encode
 from prunus.calibration.sources import find_source
 from prunus.calibration.windows import Wanted, hash_ids
 from prunus.evaluation.speed import bench
+from prunus.formats.gguf.import_checkpoint import import_gguf
 from prunus.hardware.memory import describe_hardware, versions
-from prunus.model.checkpoint.gguf import import_gguf
 
 TYPES = "Q2_K,IQ2_XS,IQ2_M,IQ3_XXS,Q3_K_S,Q3_K_M,IQ4_XS,Q4_K_M"
 

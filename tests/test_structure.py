@@ -41,7 +41,7 @@ LIBRARIES = {
     "rich": {"reporting", "cli", "engine"},
     "greenlet": {"engine"},
     "huggingface_hub": {"model"},
-    "transformers": {"model", "calibration", "packed", "evaluation", "serving", "cli"},
+    "transformers": {"model", "calibration", "packed", "formats", "evaluation", "serving", "cli"},
     "torch": set(ROOMS) - {"options", "cli", "reporting", "__init__", "__main__"},
 }
 
