@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from prunus.calibration.sources import find_source
-from prunus.calibration.windows import Wanted
+from prunus.calibration.windows import WindowRequest
 from prunus.engine.options import RunOptions
 from prunus.evaluation.inspection import packed_size, stored_size
 from prunus.evaluation.options import TaskOptions, TextOptions
@@ -21,7 +21,6 @@ from prunus.evaluation.perplexity import perplexity
 from prunus.evaluation.reference import Reference
 from prunus.evaluation.task_runner import evaluate
 from prunus.model.checkpoint.atomic_files import TEMPORARY_SUFFIX, copy_file, in_held, make_folder
-from prunus.model.loading import load_model
 from prunus.model.tokenizer import load_tokenizer
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
@@ -58,11 +57,10 @@ def draw_windows(
     key = windows_of(recipe)
     model = Path(results.models[label].path)
     trust = options.trust_remote_code
-    request = Wanted(
+    request = WindowRequest(
         **{name: value for name, value in key.items() if name != "calibration"},
         data=options.data,
         tokenizer=lambda: load_tokenizer(model, trust),
-        model=lambda: load_model(model, trust_remote_code=trust),
     )
     source = find_source(recipe.calibration)
     source.check(request)
