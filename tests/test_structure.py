@@ -41,13 +41,13 @@ LIBRARIES = {
     "rich": {"reporting", "cli", "engine"},
     "greenlet": {"engine"},
     "huggingface_hub": {"model"},
-    "transformers": {"model", "calibration", "packed", "evaluation", "serving", "cli"},
+    "transformers": {"model", "calibration", "packed", "formats", "evaluation", "serving", "cli"},
     "torch": set(ROOMS) - {"options", "cli", "reporting", "__init__", "__main__"},
 }
 
 #: Libraries that an extra installs: each is imported in one file, inside a function.
 OPTIONAL = [
-    "datasets", "gguf", "pyarrow", "accelerate", "peft", "lm_eval", "PIL", "vllm",
+    "datasets", "gguf", "accelerate", "peft", "lm_eval", "PIL", "vllm",
 ]  # fmt: skip
 
 #: What must be read without torch: the recipe of each verb, its record, and reports of results.

@@ -27,13 +27,13 @@ from prunus.evaluation.inspection import stored_size
 from prunus.evaluation.records import ModelSize
 from prunus.formats.base import Choice, choose_types
 from prunus.formats.gguf.contents import read_record
+from prunus.formats.gguf.file import GgufFile
+from prunus.formats.gguf.import_checkpoint import import_gguf
 from prunus.formats.gguf.types import TYPES
 from prunus.formats.records import CompressionRecord
 from prunus.methods.group_fits import round_in_groups
 from prunus.model.checkpoint import lock
 from prunus.model.checkpoint.atomic_files import move_file
-from prunus.model.checkpoint.gguf import import_gguf
-from prunus.model.checkpoint.gguf_file import GgufFile
 from scripts import run_script
 from stopping import StopError, stop_after
 from tiny import token_ids, tree

@@ -10,7 +10,6 @@ import transformers
 
 import prunus
 from devices import PRETEND, assert_same_weights
-from prunus.calibration.generate import write_windows
 from prunus.engine import loss_sensitivity
 from prunus.engine.memory import Memory
 from prunus.methods import patterns, statistics
@@ -125,17 +124,6 @@ def test_compression_with_rounded_products_takes_the_same_bits(dense, tmp_path):
     assert prune(dense, tmp_path / "out", "cuda:0", bits=4.0).totals["bits"] == pytest.approx(
         4, 0.01
     )
-
-
-def test_the_model_writes_its_own_calibration_text(dense):
-    model = transformers.AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
-    first_N, written = torch.tensor([3, 4, 5]), []
-    for device in ("cpu", "cuda:0"):
-        written.append(write_windows(model.to(device), first_N, seqlen=6, seed=1))
-    assert written[1].shape == (3, 6)
-    assert written[1].device.type == "cpu"
-    if PRETEND:
-        assert torch.equal(*written)
 
 
 @pytest.mark.parametrize(

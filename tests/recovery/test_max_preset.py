@@ -111,7 +111,6 @@ def test_a_run_killed_in_either_phase_resumes_to_the_same_bytes(dense, text, tmp
     [
         ({"minutes": 5}, ValueError, "in tokens or in minutes, not in both"),
         ({"tokens": 0}, ValueError, "tokens must be at least 1"),
-        ({"calibration": "self", "tokens": None}, ValueError, "give the budget in `tokens`"),
         ({"samples": 2, "seqlen": 512}, ValueError, "windows of 512 tokens do not fit"),
         ({"resume": True}, FileNotFoundError, "no unfinished run"),
         ({"preset": "max"}, ValueError, "more than a recipe"),

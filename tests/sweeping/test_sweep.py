@@ -17,7 +17,7 @@ import prunus
 from command_line import call
 from places import REPOSITORY
 from prunus.calibration.sources import find_source
-from prunus.calibration.windows import Wanted
+from prunus.calibration.windows import WindowRequest
 from prunus.engine.options import RunOptions
 from prunus.evaluation.inspection import stored_size
 from prunus.evaluation.options import TaskOptions
@@ -306,7 +306,7 @@ def test_the_dense_model_runs_once_for_each_text(dense, tmp_path, monkeypatch):
 def test_windows_are_drawn_once_and_shared(swept):
     results = SweepResults.load(swept)
     [windows] = results.calibration
-    wanted = Wanted(samples=3, seqlen=32, tokenizer=byte_tokenizer)
+    wanted = WindowRequest(samples=3, seqlen=32, tokenizer=byte_tokenizer)
     expected = find_source("python-docs").draw(wanted)
     assert windows.sha256 == expected.sha256
     wanda = [cell for cell in results.cells if cell.recipe.method == "wanda"]

@@ -19,6 +19,7 @@ from prunus.cli.terminal import (
 )
 from prunus.compression.records import PackOptions
 from prunus.engine.options import RunOptions
+from prunus.model.formats import format_named, format_of
 
 
 def import_(
@@ -34,9 +35,9 @@ def import_(
 
     Quantised weights are dequantised to --dtype.
     """
-    from prunus.model.checkpoint.gguf import import_gguf
-
-    summary = import_gguf(file, dest, overwrite=overwrite, dtype=dtype, progress=note)
+    # A file without a suffix may be one all the same, such as a blob of Ollama.
+    entry = format_of(file) or format_named("gguf")
+    summary = entry.load().unpack(file, dest, overwrite=overwrite, dtype=dtype, progress=note)
     write_json(summary)
     print_text(f"{dest}: {', '.join(f'{key} {value}' for key, value in summary.items())}\n")
 

@@ -10,8 +10,8 @@ Legend: O outputs, I inputs of a linear.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,11 @@ from prunus.engine.document import Table, table_of
 from prunus.engine.linear_record import mean_bits
 from prunus.evaluation.model_input import find_folder
 from prunus.evaluation.records import ModelSize
-from prunus.formats.gguf.contents import read_record
-from prunus.formats.gguf.types import TYPES
 from prunus.hardware.numerics import check_finite
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint.atomic_files import verify_shards
-from prunus.model.checkpoint.resolve import is_gguf, resolve_folder
+from prunus.model.checkpoint.resolve import resolve_folder
+from prunus.model.formats import reader_of
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.packed.source import PackedSource, is_packed
@@ -160,25 +159,21 @@ def inspect(
             unknown kind, or has no record to compare with.
     """
     verified = None
+    types: dict[str, tuple[str, float]] = {}
     if isinstance(model, nn.Module):
         if verify:
             raise ValueError("a loaded model has no shards to compare; give its folder")
         name = type(model).__name__
     else:
-        if verify and is_gguf(model):
-            raise ValueError(f"{model} is a GGUF file, which has no shards to compare")
-        name, model = str(model), resolve_folder(model)
+        name = str(model)
+        if (kind := reader_of(name)) is not None:
+            if verify:
+                raise ValueError(f"{model} is one file, which has no shards to compare")
+            types = kind.stored_types(Path(name))
+        model = resolve_folder(model)
         verified = verify_shards(model) if verify else None
     source, skeleton = _opened(model, trust_remote_code)
-    linears = tuple(_linears(source, skeleton))
-    if is_gguf(name) and (record := read_record(Path(name))) is not None:
-        kinds = record.types
-        linears = tuple(
-            replace(x, dtype=kinds[x.name], bits=TYPES[kinds[x.name]].bits)
-            if x.name in kinds
-            else x
-            for x in linears
-        )
+    linears = tuple(_linears(source, skeleton, types))
     dense: dict[str, tuple[int, ...]] = {}
     for index in range(len(skeleton)):
         dense |= skeleton.left_dense(index)
@@ -197,9 +192,14 @@ def _opened(model: Path | nn.Module, trust_remote_code: bool) -> tuple[Readable,
     return source, skeleton
 
 
-def _linears(source: Readable, skeleton: Skeleton) -> Iterator[LinearInfo]:
-    """The linears of all blocks; one block is in memory at a time."""
-    packed = source.packed if isinstance(source, PackedSource) else {}
+def _linears(
+    source: Readable, skeleton: Skeleton, types: Mapping[str, tuple[str, float]]
+) -> Iterator[LinearInfo]:
+    """The linears of all blocks; one block is in memory at a time.
+
+    `types` are the types of linears and their bits where the source was unpacked from a file.
+    """
+    packed = source.packed if isinstance(source, PackedSource) else types
     for index in range(len(skeleton)):
         stored = source.block(index)
         for linear in skeleton.linears(index):
@@ -253,8 +253,8 @@ def _opened_for_size(folder: Path, trust_remote_code: bool) -> tuple[Readable, S
 
 
 def stored_size(model: str | Path, trust_remote_code: bool = False) -> ModelSize:
-    """The size of a checkpoint, an adapter or a GGUF file as it is stored. Reads headers only."""
-    if is_gguf(model):
+    """The size of a checkpoint, an adapter or a file as it is stored. Reads headers only."""
+    if Path(model).is_file():
         return ModelSize(Path(model).stat().st_size, None)
     folder = find_folder(model)
     opened = _opened_for_size(folder, trust_remote_code)

@@ -265,7 +265,7 @@ def check_text(name: str, data: Path | None) -> None:
         check_corpus(name, "scoring", data)
         return
     path = Path(name)
-    if not name or (not path.exists() and (name == "self" or not path.suffix)):
+    if not name or not (path.exists() or path.suffix):
         raise ValueError(
             f"unknown text {name!r}: give {', '.join(CORPORA)} or a file of text or input_ids"
             f"{did_you_mean(name, CORPORA)}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from prunus.packed.coding import check_coding, decode, encode
+from prunus.packed.coding import check_coding, coded_bytes, decode, encode, high_byte_counts
 from prunus.packed.kernels.library import load
 from prunus.packed.weight import PackedWeight, require
 

@@ -17,10 +17,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from prunus.calibration.sources import find_source
-from prunus.calibration.windows import Wanted
+from prunus.calibration.windows import WindowRequest
 from prunus.engine.folder import ResultFolder, find_earlier, held, remove_result
 from prunus.engine.job import check_known
 from prunus.engine.options import RunOptions
@@ -279,14 +277,12 @@ def _check_training(
             "checkpoint: drop `trust_remote_code`, or prune with preset best"
         )
     find_source(training.text).check(
-        Wanted(samples=1, seqlen=training.seqlen, bos=training.bos, data=options.data)
+        WindowRequest(samples=1, seqlen=training.seqlen, bos=training.bos, data=options.data)
     )
     source = open_teacher(model)
     if output is not None:
         check_apart(output, source.checkpoint.folder)
-    if training.text != "self" or training.tokens is None:
-        # With a number of tokens the model would write the text, which is work.
-        draw_training_text(training, source, source, torch.device("cpu"), options.data)
+    draw_training_text(training, source, options.data)
     if output is not None:
         # The pruned checkpoint, the result, and the state of the training.
         stored = source.checkpoint.nbytes(source.checkpoint.tensors)

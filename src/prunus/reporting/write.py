@@ -12,6 +12,7 @@ from prunus.engine.document import Document, Section
 from prunus.engine.record import BlockwiseRecord
 from prunus.formats.records import CompressionRecord
 from prunus.model.checkpoint.atomic_files import check_place, read_json, write_text
+from prunus.model.formats import reader_of
 from prunus.pruning.manifest import Manifest
 from prunus.reporting.evaluation_sections import decode_speeds, evaluation_section, speed_section
 from prunus.reporting.page import document_json, to_html, to_markdown
@@ -85,10 +86,8 @@ def _read_result(path: Path) -> Any:
             f"{path} is not there; give the folder of a run or a sweep, or the file of prunus eval "
             "--json"
         )
-    if path.suffix == ".gguf":
-        from prunus.formats.gguf.contents import read_record  # it imports torch
-
-        if (record := read_record(path)) is None:
+    if (kind := reader_of(path)) is not None:
+        if (record := kind.read_record(path)) is None:
             raise ValueError(f"{path} has no record of prunus compress: another program wrote it")
         return record
     if not path.is_dir():

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from prunus.calibration.sources import find_source
-from prunus.calibration.windows import Wanted
+from prunus.calibration.windows import WindowRequest
 from prunus.engine.options import RunOptions
 from prunus.engine.progress import LineInterval, Progress
 from prunus.evaluation.inspection import packed_size, stored_size
@@ -33,7 +33,6 @@ from prunus.model.checkpoint.atomic_files import (
     make_folder,
     remove_temporaries,
 )
-from prunus.model.loading import load_model
 from prunus.model.tokenizer import load_tokenizer
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
@@ -189,11 +188,10 @@ class Runner:
             return self.windows[key]
         model = Path(self.results.models[label].path)
         trust = self.options.trust_remote_code
-        request = Wanted(
+        request = WindowRequest(
             **{name: value for name, value in options.items() if name != "calibration"},
             data=self.options.data,
             tokenizer=lambda: load_tokenizer(model, trust),
-            model=lambda: load_model(model, trust_remote_code=trust),
         )
         source = find_source(recipe.calibration)
         source.check(request)

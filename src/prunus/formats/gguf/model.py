@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from prunus.model.checkpoint.gguf_file import GgufFile, tensor_names
+from prunus.formats.gguf.file import GgufFile, tensor_names
 from prunus.model.kinds import CAUSAL
 from prunus.model.meta_model import build_on_meta
 
@@ -47,7 +47,7 @@ def complete_config(config: Any, file: GgufFile) -> Any:
 def read_experts(config: Any, file: GgufFile, dtype: torch.dtype) -> Any:
     """The model of a file of Mixtral, Qwen2-MoE or Qwen3-MoE, with weights in `dtype` on the CPU.
 
-    Llama's queries and keys get the row order of transformers back (see gguf_layout.py): llama.cpp
+    Llama's queries and keys get the row order of transformers back (see layout.py): llama.cpp
     rotates neighbours, transformers rotates halves.
 
     Args:

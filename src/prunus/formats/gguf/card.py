@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
+from prunus.formats.gguf.file import GgufFile, package
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.card import base_model, values_of
-from prunus.model.checkpoint.gguf_file import GgufFile, package
 from prunus.model.checkpoint.regular_files import read_card
 
 #: Field of a card -> field `general.…` of a GGUF file.

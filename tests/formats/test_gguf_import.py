@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prunus.model.checkpoint.gguf import import_gguf
+from prunus.formats.gguf.import_checkpoint import import_gguf
 from tiny import tree
 from tiny_tokenizer import EOS, VOCABULARY, byte_tokenizer
 

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
+from prunus.formats.gguf.card import metadata_of
+from prunus.formats.gguf.file import fields_of, new_fields, package, tensor_names
+from prunus.formats.gguf.header import open_gguf
+from prunus.formats.gguf.vocabulary import NORMAL, add_vocabulary
 from prunus.hardware.process_state import no_stderr
 from prunus.model.checkpoint.atomic_files import read_json
-from prunus.model.checkpoint.gguf import open_gguf
-from prunus.model.checkpoint.gguf_card import metadata_of
-from prunus.model.checkpoint.gguf_file import fields_of, new_fields, package, tensor_names
-from prunus.model.checkpoint.gguf_vocabulary import NORMAL, add_vocabulary
 
 #: Class in transformers -> llama.cpp's name of its kind of model.
 ARCHITECTURES = {

@@ -18,8 +18,8 @@ import torch
 pytest.importorskip("gguf")
 
 from gguf_cases import gguf_checkpoint, shape
-from prunus.model.checkpoint.gguf_file import GgufFile
-from prunus.model.checkpoint.gguf_layout import GgufLayout, layout_of
+from prunus.formats.gguf.file import GgufFile
+from prunus.formats.gguf.layout import GgufLayout, layout_of
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 

@@ -16,8 +16,8 @@ import gguf
 
 import prunus
 from gguf_cases import gguf_checkpoint
-from prunus.model.checkpoint.gguf import import_gguf
-from prunus.model.checkpoint.gguf_layout import layout_of
+from prunus.formats.gguf.import_checkpoint import import_gguf
+from prunus.formats.gguf.layout import layout_of
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from tiny import token_ids

@@ -1,7 +1,7 @@
 """GGUF files through llama.cpp's package `gguf`: fields and tensors are read, and files written.
 
 No other file imports the package, which is an extra. Files of strangers are checked first; see
-`gguf.open_gguf`.
+`header.open_gguf`.
 """
 
 from __future__ import annotations
