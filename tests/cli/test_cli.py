@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 import prunus
 from command_line import PROGRAM, call
+from processors import processor_threads
 from prunus.cli.terminal import user_errors
 from prunus.engine.progress import PREPARATION, Progress
 from prunus.model.checkpoint.reader import INDEX_NAME
@@ -244,13 +245,9 @@ def _interrupt_c_code():
 
 
 @needs_sigint
-def test_ctrl_c_that_c_code_reports_as_an_error_is_still_ctrl_c(capsys):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(typer.Exit) as stopped, user_errors("nothing is kept"):
-            _interrupt_c_code()
-    finally:
-        signal.signal(signal.SIGINT, before)
+def test_ctrl_c_that_c_code_reports_as_an_error_is_still_ctrl_c(capsys, interruptible):
+    with pytest.raises(typer.Exit) as stopped, user_errors("nothing is kept"):
+        _interrupt_c_code()
     assert stopped.value.exit_code == 130
     assert "stopped; nothing is kept" in capsys.readouterr().err
 
@@ -302,13 +299,9 @@ def test_a_run_continues_after_ctrl_c_to_the_same_bytes(tmp_path, interruptible)
     assert not (tmp_path / "out" / INDEX_NAME).exists()
     assert not list((tmp_path / "out").glob("*.partial"))
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with processor_threads(1):
         log = call(*command).stderr
         prunus.prune(dense, tmp_path / "undisturbed", calibration=ids, batch=1)
-    finally:
-        torch.set_num_threads(threads)
     assert sum("taken from the earlier run" in line for line in log.splitlines()) == len(
         state["blocks"]
     )

@@ -3,25 +3,10 @@
 import pytest
 import torch
 
+from packed_reference import decoded
 from prunus.packed import reference_path
 from prunus.packed.fast_decoding import use_decode_attention
 from tiny import tiny_model, token_ids
-
-
-def _decode(model, ids, mask=None):
-    """Logits (windows, steps, vocabulary) of eight fixed tokens, one at a time, after a prompt."""
-    with torch.no_grad():
-        mask = torch.ones_like(ids) if mask is None else mask
-        out = model(ids, attention_mask=mask, use_cache=True)
-        found = []
-        for token in range(8):
-            mask = torch.cat([mask, torch.ones(len(ids), 1, dtype=mask.dtype)], dim=1)
-            next_ids = torch.full((len(ids), 1), 3 + token)
-            out = model(
-                next_ids, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True
-            )
-            found.append(out.logits[:, -1])
-    return torch.stack(found, dim=1)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "mistral"])
@@ -34,11 +19,11 @@ def test_same_logits_as_sdpa(family, padded):
     if padded:
         mask[0, :7] = 0
         mask[2, :1] = 0
-    expected = _decode(model, ids, mask)
+    expected = decoded(model, ids, 8, mask)
     assert use_decode_attention(model)
-    torch.testing.assert_close(_decode(model, ids, mask), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(decoded(model, ids, 8, mask), expected, rtol=1e-4, atol=1e-5)
     with reference_path():
-        assert torch.equal(_decode(model, ids, mask), expected)
+        assert torch.equal(decoded(model, ids, 8, mask), expected)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "eager"])

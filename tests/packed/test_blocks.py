@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
-from packed_reference import pruned_checkpoint
+from packed_reference import decoded, pruned_checkpoint
 from prunus import pack
 from prunus.packed import reference_path, use_dense_kernel
 from prunus.packed.bitmap import pack_weight
@@ -54,19 +54,6 @@ def calls(monkeypatch):
     return found
 
 
-def _decode(model, ids, steps=12, mask=None):
-    """Logits of fixed tokens, one at a time, after a prompt: (windows, steps, vocabulary)."""
-    with torch.no_grad():
-        mask = torch.ones_like(ids) if mask is None else mask
-        cache, found = model(ids, attention_mask=mask, use_cache=True).past_key_values, []
-        for token in range(steps):
-            mask = torch.cat([mask, mask.new_ones(len(ids), 1)], dim=1)
-            next_ids = torch.full((len(ids), 1), 3 + token)
-            out = model(next_ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-            found.append(out.logits[:, -1])
-    return torch.stack(found, dim=1)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("windows", ["one", "batch", "padded"])
 def test_same_logits_as_the_modules(family, windows, calls):
@@ -76,15 +63,15 @@ def test_same_logits_as_the_modules(family, windows, calls):
     mask = torch.ones_like(ids)
     if windows == "padded":
         mask[0, :4] = mask[2, :1] = 0
-    expected = _decode(model, ids, mask=mask)
+    expected = decoded(model, ids, mask=mask)
     use_block_kernel(model)
-    found = _decode(model, ids, mask=mask)
+    found = decoded(model, ids, mask=mask)
     assert len(calls) == 2 * 12
     # The products of the modules round the same activations, which differ in their last digits.
     error = (found - expected).norm() / expected.norm()
     assert error < 2e-2
     with reference_path():
-        _decode(model, ids, mask=mask)
+        decoded(model, ids, mask=mask)
     assert len(calls) == 2 * 12
 
 
@@ -116,10 +103,10 @@ def test_hidden_states_and_cache(family, dtype, calls):
 
 def test_dense_models_take_it_too(calls):
     model = tiny_model("qwen2", torch.bfloat16)
-    expected = _decode(model, token_ids(1, 5))
+    expected = decoded(model, token_ids(1, 5))
     use_dense_kernel(model)
     use_block_kernel(model)
-    found = _decode(model, token_ids(1, 5))
+    found = decoded(model, token_ids(1, 5))
     assert len(calls) == (24 if kernels.load().has_bfloat16 else 0)
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
 
@@ -167,21 +154,21 @@ def test_a_tokenizer_given_to_generate_leaves_the_kernel_in_use(options, calls):
 def test_what_a_block_leaves_to_its_modules(calls):
     model, ids = _quantised("llama"), token_ids(1, 6)
     use_block_kernel(model)
-    expected = _decode(model, ids, 2)
+    expected = decoded(model, ids, 2)
     del calls[:]
     attention = model.model.layers[0].self_attn
     seen = []
     hook = attention.o_proj.register_forward_hook(lambda *_: seen.append(1))
-    torch.testing.assert_close(_decode(model, ids, 2), expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(decoded(model, ids, 2), expected, rtol=1e-2, atol=1e-2)
     assert len(seen) == 3  # a prompt and two tokens
     assert len(calls) == 2  # of the other block
     hook.remove()
     before, attention.v_proj = attention.v_proj, torch.nn.Linear(32, 16, bias=False)
     attention.v_proj.weight.data.zero_()
-    assert not torch.allclose(_decode(model, ids, 2), expected, rtol=1e-2, atol=1e-2)
+    assert not torch.allclose(decoded(model, ids, 2), expected, rtol=1e-2, atol=1e-2)
     attention.v_proj = before
     model.model.layers[0].input_layernorm.weight.data = torch.zeros(32)
-    assert not torch.allclose(_decode(model, ids, 2), expected, rtol=1e-2, atol=1e-2)
+    assert not torch.allclose(decoded(model, ids, 2), expected, rtol=1e-2, atol=1e-2)
     del calls[:]
     cache = DynamicCache(config=model.config)
     model(ids, past_key_values=cache)
@@ -197,16 +184,16 @@ def test_what_a_block_leaves_to_its_modules(calls):
 def test_copies_pickles_and_other_dtypes_use_their_own_weights(calls):
     model, ids = _quantised("qwen3"), token_ids(1, 4)
     use_block_kernel(model)
-    expected = _decode(model, ids, 2)
+    expected = decoded(model, ids, 2)
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
     for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-        assert torch.equal(_decode(other, ids, 2), expected)
+        assert torch.equal(decoded(other, ids, 2), expected)
         other.model.layers[1].post_attention_layernorm.weight.data.fill_(3)
-        assert not torch.equal(_decode(other, ids, 2), expected)
-        assert torch.equal(_decode(model, ids, 2), expected)
-    half = _decode(model.bfloat16(), ids, 2)
+        assert not torch.equal(decoded(other, ids, 2), expected)
+        assert torch.equal(decoded(model, ids, 2), expected)
+    half = decoded(model.bfloat16(), ids, 2)
     assert half.dtype == torch.bfloat16
     assert (half - expected).norm() < 0.1 * expected.norm()
     assert len(calls) == 4 * 8
@@ -217,14 +204,14 @@ def test_packed_models_decode_with_it_and_save_nothing_of_it(tmp_path, calls):
     pack(source, tmp_path / "packed")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     assert all(isinstance(each.mlp.up_proj, PackedLinear) for each in model.model.layers)
-    before = _decode(model, token_ids(1, 5), 2)
+    before = decoded(model, token_ids(1, 5), 2)
     assert len(calls) == 4
     model.save_pretrained(tmp_path / "again")
     assert "prunus_sdpa" not in (tmp_path / "again" / "config.json").read_text()
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-    assert torch.equal(_decode(again, token_ids(1, 5), 2), before)
+    assert torch.equal(decoded(again, token_ids(1, 5), 2), before)
     dense = again.dequantize()
-    torch.testing.assert_close(_decode(dense, token_ids(1, 5), 2), before, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(decoded(dense, token_ids(1, 5), 2), before, rtol=0.05, atol=0.05)
 
 
 def test_unknown_families_keep_their_modules():

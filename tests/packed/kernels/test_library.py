@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packed_reference import levels_of, random_sparse, with_all_exponents
+from processors import processor_threads
 from prunus.packed.bitmap import INT8_LEVELS, check, expand, pack_weight
 from prunus.packed.kernels import library as kernels
 from prunus.packed.weight import PackedWeight
@@ -126,14 +127,10 @@ def test_threads_do_not_change_the_result():
     dense = random_sparse(700, 600, 0.5, torch.bfloat16)
     packed = pack_weight(dense, torch.bfloat16)
     x, offsets = torch.randn(3, 600).bfloat16(), check(packed)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
+    results = []
+    for threads in (1, 3):
+        with processor_threads(threads):
             results.append(_best.linear(x, packed, offsets, None))
-    finally:
-        torch.set_num_threads(before)
     assert torch.equal(*results)
 
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plane_products import dense, plane_weight, rounded_inputs
+from processors import processor_threads
 from prunus.packed.kernels import library as kernels
 from prunus.packed.planes import check
 from prunus.packed.weight import PlaneCode
@@ -155,18 +156,15 @@ def test_what_is_not_finite_stays_so(isa, poison, tokens):
 
 def test_threads_do_not_change_the_result():
     _, weight = random_weight(700, 200, (CHAINS[0], CHAINS[2]), 20, 1.0, 2)
-    lines, before = check(weight), torch.get_num_threads()
+    lines = check(weight)
     x = torch.randn(3, 200)
-    try:
-        results = []
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
+    results = []
+    for threads in (1, 3):
+        with processor_threads(threads):
             out = torch.empty(weight.shape)
             _best.expand(weight, lines, out)
             results.append((_best.linear(x, weight, lines, None), out))
             results.append((_best.linear(x[:1], weight, lines, None), out))
-    finally:
-        torch.set_num_threads(before)
     for one, other in ((0, 2), (1, 3)):
         assert all(torch.equal(*pair) for pair in zip(results[one], results[other], strict=True))
 
