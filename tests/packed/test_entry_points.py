@@ -177,6 +177,6 @@ def test_an_editable_install_leaves_nothing_that_torch_would_call():
     groups = [
         "[console_scripts]\na = b:c",
         "[torch.backends]\nd = e:f",
-        "[vllm.general_plugins]\ng = h:i",
+        "[other.plugins]\ng = h:i",
     ]
     assert backend["without_group"]("\n\n".join(groups)) == f"{groups[0]}\n\n{groups[2]}"
