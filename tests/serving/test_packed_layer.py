@@ -5,11 +5,11 @@ import torch
 
 from packed_reference import random_sparse
 from plane_reference import quantized_weight
-from prunus.packed.bitmap import pack_weight
-from prunus.packed.description import Description, PackedShape, QuantizedShape
-from prunus.packed.forms import expand
-from prunus.packed.operators import reference_path
-from prunus.packed.weight import named_tensors
+from prunus.runtime.bitmap import pack_weight
+from prunus.runtime.description import Description, PackedShape, QuantizedShape
+from prunus.runtime.forms import expand
+from prunus.runtime.operators import reference_path
+from prunus.runtime.weight import named_tensors
 from prunus.serving.vllm_plugin import PackedLayer
 
 QUANTIZED = quantized_weight(20, 64)

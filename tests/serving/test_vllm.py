@@ -16,7 +16,7 @@ import vllm_tokens
 from packed_reference import pruned_checkpoint
 from plane_reference import quantized_checkpoint
 from prunus import pack
-from prunus.packed import reference_path
+from prunus.runtime import reference_path
 from tiny import tiny_checkpoint, token_ids
 
 pytestmark = pytest.mark.skipif(

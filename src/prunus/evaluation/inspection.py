@@ -32,8 +32,8 @@ from prunus.model.embeddings import is_plain
 from prunus.model.linears import Linear, tied_embedding
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
-from prunus.packed.bitmap import packed_bytes
-from prunus.packed.source import PackedSource, is_packed
+from prunus.runtime.bitmap import packed_bytes
+from prunus.runtime.source import PackedSource, is_packed
 
 #: The weights of a model, ordinary, loaded or packed, block by block.
 Readable = CheckpointSource | ModuleSource | PackedSource

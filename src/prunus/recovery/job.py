@@ -30,12 +30,12 @@ from prunus.model.loading import load_model
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.model.tokenizer import Vocabulary, check_same_vocabulary, load_tokenizer
-from prunus.packed.description import Description, QuantizedShape
-from prunus.packed.source import is_packed
 from prunus.pruning.manifest import Manifest
 from prunus.recovery.options import MODES, Mode, RecoveryOptions
 from prunus.recovery.record import RecoveryInputs, RecoveryRecord
 from prunus.recovery.training import step_count, training_dtype
+from prunus.runtime.description import Description, QuantizedShape
+from prunus.runtime.source import is_packed
 from prunus.structure.records import StructureRecord
 
 

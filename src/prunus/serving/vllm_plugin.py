@@ -23,10 +23,10 @@ from torch import nn
 from torch.nn import Parameter
 
 from prunus.hardware.errors import naming
-from prunus.packed.description import METHOD, Description
-from prunus.packed.fast_decoding import use_large_pages
-from prunus.packed.linear import DenseLinear, PackedLinear, plain_linear
-from prunus.packed.operators import FLOATS, look_up, run_dense, run_packed
+from prunus.runtime.description import METHOD, Description
+from prunus.runtime.fast_decoding import use_large_pages
+from prunus.runtime.linear import DenseLinear, PackedLinear, plain_linear
+from prunus.runtime.operators import FLOATS, look_up, run_dense, run_packed
 
 #: How vLLM numbers the parts of a joined layer of attention.
 _PARTS = {"q": 0, "k": 1, "v": 2}
