@@ -46,11 +46,11 @@ from prunus.model.linears import Linear, tied_embedding
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.options import Options
-from prunus.packed.bitmap import kept, pack_weight
-from prunus.packed.description import BitmapDtype, Description, PackedShape
-from prunus.packed.forms import checked_weight, expand, relative_error
-from prunus.packed.source import is_packed
-from prunus.packed.weight import PackedWeight, named_tensors
+from prunus.runtime.bitmap import kept, pack_weight
+from prunus.runtime.description import BitmapDtype, Description, PackedShape
+from prunus.runtime.forms import checked_weight, expand, relative_error
+from prunus.runtime.source import is_packed
+from prunus.runtime.weight import PackedWeight, named_tensors
 
 # Records of earlier work that hold for the packed and for the unpacked model as well.
 _KEPT_RECORDS = ("prunus.json", "prunus-compress.json")

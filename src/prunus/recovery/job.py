@@ -29,8 +29,6 @@ from prunus.model.kinds import require_causal
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.model.tokenizer import Vocabulary, check_same_vocabulary, load_tokenizer
-from prunus.packed.description import Description, QuantizedShape
-from prunus.packed.source import is_packed
 from prunus.pruning.manifest import Manifest
 from prunus.recovery.options import MODES, Mode, RecoveryOptions
 from prunus.recovery.record import RecoveryInputs, RecoveryRecord

@@ -34,7 +34,7 @@ from prunus.methods.work import (
     RowSharding,
 )
 from prunus.model.linears import Linear
-from prunus.packed.weight import QuantizedWeight
+from prunus.runtime.weight import QuantizedWeight
 
 #: A weight as a compressed result stores it.
 Stored = QuantizedWeight | GroupedWeight
