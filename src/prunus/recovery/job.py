@@ -33,6 +33,8 @@ from prunus.pruning.manifest import Manifest
 from prunus.recovery.options import MODES, Mode, RecoveryOptions
 from prunus.recovery.record import RecoveryInputs, RecoveryRecord
 from prunus.recovery.training import training_dtype
+from prunus.runtime.description import Description, QuantizedShape
+from prunus.runtime.source import is_packed
 from prunus.structure.records import StructureRecord
 
 
