@@ -30,6 +30,7 @@ from prunus.engine.folder import ResultFolder, find_earlier, held
 from prunus.engine.options import RunOptions
 from prunus.engine.progress import Progress, pruning_step, shows_progress
 from prunus.engine.record import RunInputs, shard_name
+from prunus.engine.session import SILENT, Session
 from prunus.formats.cards import packed_card, unpacked_card
 from prunus.hardware.memory import peak_memory
 from prunus.hardware.numerics import check_finite
@@ -71,7 +72,7 @@ def pack(
     values: Literal["bf16", "int8"] = "bf16",
     *,
     overwrite: bool = False,
-    progress: Callable[[Progress], None] | bool | None = True,
+    session: Session = SILENT,
 ) -> PackRecord:
     """Write a pruned checkpoint with its linears as bitmaps.
 
@@ -86,8 +87,7 @@ def pack(
             twelve bits where exponents allow it) or float16; "int8" rounds them to 8 bits with one
             scale per row.
         overwrite: replace an earlier result in `output`.
-        progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. A function
-            is called after every shard with a `prunus.engine.progress.Progress`.
+        session: who hears of each shard.
 
     Returns:
         The record, which is also written to `prunus-pack.json`: per linear its shape, survivors,
@@ -139,8 +139,7 @@ def pack(
 
     record = PackRecord(source=str(model), recipe=recipe, inputs=inputs)
     needed = checkpoint.nbytes(checkpoint.tensors)
-    options = RunOptions.read(None, {"overwrite": overwrite, "report": progress})
-    return _convert(record, output, checkpoint, needed, shards, describe, options)
+    return _convert(record, output, checkpoint, needed, shards, describe, overwrite, session)
 
 
 @shows_progress("unpack", pruning_step)
@@ -149,7 +148,7 @@ def unpack(
     output: str | Path,
     *,
     overwrite: bool = False,
-    progress: Callable[[Progress], None] | bool | None = True,
+    session: Session = SILENT,
 ) -> UnpackRecord:
     """Write a packed checkpoint as an ordinary one, with the names and shapes from before packing.
 
@@ -160,7 +159,7 @@ def unpack(
         model: folder or hub id of a packed checkpoint.
         output: folder of the result.
         overwrite: replace an earlier result in `output`.
-        progress: as for `pack`.
+        session: who hears of each shard.
 
     Returns:
         The record, which is also written to `prunus-unpack.json`.
@@ -199,8 +198,7 @@ def unpack(
         return unpacked_card(read_card(here / "README.md")), plain
 
     record = UnpackRecord(source=str(model), recipe=Options(), inputs=inputs)
-    options = RunOptions.read(None, {"overwrite": overwrite, "report": progress})
-    return _convert(record, output, checkpoint, needed, shards, describe, options)
+    return _convert(record, output, checkpoint, needed, shards, describe, overwrite, session)
 
 
 def _find_inputs(checkpoint: Checkpoint, fingerprint: str, dtype: str) -> RunInputs:
@@ -226,7 +224,8 @@ def _convert(
     needed: int,
     shards: _Shards,
     describe: Callable[[_Record], tuple[str, dict[str, Any]]],
-    options: RunOptions,
+    overwrite: bool,
+    session: Session,
 ) -> _Record:
     """Write the shards that an earlier run has not written, and complete the result.
 
@@ -237,11 +236,13 @@ def _convert(
         needed: The most bytes that the result can take.
         shards: How each shard is made.
         describe: From the record with all linears, the card and the content of config.json.
-        options: `overwrite`, and who gets reports.
+        overwrite: Whether to replace an earlier result.
+        session: Who hears of each shard.
     """
     kind, path, started = type(record), Path(output), time.perf_counter()
 
     def find() -> _Record | None:
+        options = RunOptions(overwrite=overwrite)
         earlier = find_earlier(kind, path, record.recipe, options, source.folder)
         if earlier is not None:
             earlier.check_same_run(record.recipe, record.inputs)
@@ -255,7 +256,7 @@ def _convert(
         if current.state == "finished":
             folder.check_finished()
             return current
-        folder.begin(options.overwrite)
+        folder.begin(overwrite)
         for done, (file, (name, make)) in enumerate(shards.items(), start=1):
             if not folder.has(file):
                 tensors, linears = make()
@@ -264,7 +265,7 @@ def _convert(
                 folder.save()
             seconds = time.perf_counter() - started
             message = f"{name} written"
-            options.step(Progress(done, len(shards), message, seconds, peak_memory(), "shards"))
+            session.step(Progress(done, len(shards), message, seconds, peak_memory(), "shards"))
         card, config = describe(current)
         folder.finish(current.shards, card=card, config=config, keep_records=_KEPT_RECORDS)
         return current

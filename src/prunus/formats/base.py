@@ -41,6 +41,7 @@ class CompressedFormat(Format[CompressionRecord]):
         recipe: The recipe of the run. Every run has a format of its own.
     """
 
+    RECORD = CompressionRecord
     DONE: ClassVar[str] = "compressed"
     QUANTIZES: ClassVar[bool] = True
 
@@ -339,7 +340,7 @@ def _stored_as_integers(
     return LinearSelection(by_block, left_dense)
 
 
-def format_for(output: Path | None, recipe: CompressionRecipe) -> CompressedFormat:
+def format_for(output: Path | None, recipe: CompressionRecipe) -> RateFormat | TypeFormat:
     """The format of an output.
 
     Args:
@@ -358,5 +359,5 @@ def format_for(output: Path | None, recipe: CompressionRecipe) -> CompressedForm
         )
     [entry] = by_suffix or [x for x in FORMATS if x.name == recipe.format]
     module, _, kind = entry.home.partition(":")
-    compressed: CompressedFormat = getattr(import_module(module), kind)(recipe)
+    compressed: RateFormat | TypeFormat = getattr(import_module(module), kind)(recipe)
     return compressed

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from prunus.engine.folder import ResultFolder, find_earlier, held, remove_result
 from prunus.engine.job import check_known
 from prunus.engine.options import RunOptions
 from prunus.engine.progress import Progress
+from prunus.engine.session import SILENT
 from prunus.model.checkpoint.output_folder import check_apart, check_disk, check_resume, is_vacant
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.model.source import CheckpointSource, tensors_digest
@@ -115,16 +117,16 @@ def max_run(
             `prune_and_recover`.
     """
     pruned = output / PRUNED
-    with options.with_ranks() as joint:
-        ranks = joint.processes
+    with SILENT.joined(options.rank_timeout) as joint:
+        ranks = joint.ranks
         training = training_options(recipe, ranks=ranks.size, **budget)
         check_ranks(training, ranks)
         with ranks.fail_together():
-            source = _check_training(model, output, training, joint)
+            source = _check_training(model, output, training, options)
 
         def find() -> RecoveryRecord | None:
             """The record of the run that this one resumes or finds finished; None if none."""
-            return _find_earlier(output, recipe, training, joint, source.checkpoint.folder)
+            return _find_earlier(output, recipe, training, options, source.checkpoint.folder)
 
         with held(RecoveryRecord, output, ranks, find) as earlier:
             finished = earlier if earlier is not None and earlier.state == "finished" else None
@@ -138,9 +140,10 @@ def max_run(
                 """Prune into the folder inside `output`, or take over what is finished there."""
                 if finished is not None:
                     return Manifest.load(output)
-                ways = {"announce": announce, "report": report, "resume": None}
-                done = not joint.overwrite and (pruned / INDEX_NAME).exists()
-                manifest = run(model, pruned, recipe, joint.model_copy(update=ways))
+                session = replace(joint, announce=announce, report=report)
+                done = not options.overwrite and (pruned / INDEX_NAME).exists()
+                how = options.model_copy(update={"resume": None})
+                manifest = run(model, pruned, recipe, how, session)
                 with ranks.fail_together():
                     # The student must not learn from another model than it was pruned from.
                     for index, block in enumerate(manifest.blocks if done else ()):
@@ -150,9 +153,10 @@ def max_run(
 
             def train(report: Any = None) -> RecoveryRecord:
                 """Train the pruned checkpoint into `output`, then remove it."""
-                how = joint.model_copy(update={"report": report})
-                name = str(model)
-                record = finished or carry_out(pruned, output, training, how, model, earlier, name)
+                session = replace(joint, report=report)
+                record = finished or carry_out(
+                    pruned, output, training, options, session, model, earlier, str(model)
+                )
                 ranks.on_rank_0(lambda: remove_result(pruned, Manifest.FILE))
                 return record
 

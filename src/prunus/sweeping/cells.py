@@ -15,6 +15,7 @@ import torch
 from prunus.calibration.sources import find_source
 from prunus.calibration.windows import Wanted
 from prunus.engine.options import RunOptions
+from prunus.engine.session import Session
 from prunus.evaluation.inspection import packed_size, stored_size
 from prunus.evaluation.options import TaskOptions, TextOptions
 from prunus.evaluation.perplexity import perplexity
@@ -87,7 +88,9 @@ def draw_windows(
     return windows.ids
 
 
-def prune_cell(cell: CellResult, folder: Path, model: Path, options: RunOptions) -> Path:
+def prune_cell(
+    cell: CellResult, folder: Path, model: Path, options: RunOptions, session: Session
+) -> Path:
     """Prune into the cell's folder.
 
     A run that was stopped is resumed, and deleted weights are made again, to the same bytes.
@@ -97,6 +100,7 @@ def prune_cell(cell: CellResult, folder: Path, model: Path, options: RunOptions)
         folder: The folder of the cell.
         model: The checkpoint of the dense model.
         options: How the run works; its `input_ids` are the calibration windows.
+        session: Who hears of each block.
 
     Returns:
         The folder of the pruned weights.
@@ -106,7 +110,7 @@ def prune_cell(cell: CellResult, folder: Path, model: Path, options: RunOptions)
     """
     weights = in_held(folder / WEIGHTS)
     make_folder(folder)
-    manifest = run(model, weights, cell.recipe, options)
+    manifest = run(model, weights, cell.recipe, options, session)
     copy_file(weights / Manifest.FILE, folder / Manifest.FILE)
     if cell.pruning is None:
         windows = {"calibration_sha256": manifest.inputs.calibration_sha256}

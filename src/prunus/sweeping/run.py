@@ -24,6 +24,7 @@ from prunus.engine.folder import locked_output
 from prunus.engine.linear_job import plan_run
 from prunus.engine.options import RunOptions
 from prunus.engine.progress import LineInterval, Progress
+from prunus.engine.session import Session
 from prunus.evaluation.options import TaskOptions
 from prunus.evaluation.perplexity import check_text
 from prunus.evaluation.reference import Reference
@@ -311,9 +312,9 @@ class _Runner:
                 )
             windows = self.windows[key]
             self._save()
-        changes = {"input_ids": windows, "report": report_block}
-        options = self.options.model_copy(update=changes)
-        weights = prune_cell(cell, self._folder(cell.name), Path(model.path), options)
+        options = self.options.model_copy(update={"input_ids": windows})
+        session = Session(report=report_block)
+        weights = prune_cell(cell, self._folder(cell.name), Path(model.path), options, session)
         self._save()
         totals = cell.pruning or {}
         seconds = f"{totals['block_seconds']:.0f} s"

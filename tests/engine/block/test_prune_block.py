@@ -190,7 +190,7 @@ def test_the_memory_budget_decides_between_lockstep_replay_and_a_file(tmp_path, 
     monkeypatch.setattr("prunus.engine.plan.resident_memory", lambda: 2**28)
     roomy = job(None)
     assert roomy.memory.budget == free - max(free // 10, 10**9)  # the rest is for others
-    assert (roomy.walk(0), roomy.memory.spills) == ("lockstep", False)
+    assert (roomy.walks[0], roomy.memory.spills) == ("lockstep", False)
     memory, resident = roomy.memory.blocks[0], 0
     replayed = memory.total(hidden=True, paused=False)
     in_lockstep = memory.total(hidden=True, paused=True)
@@ -200,8 +200,8 @@ def test_the_memory_budget_decides_between_lockstep_replay_and_a_file(tmp_path, 
         (replayed, "replay", False),
         (memory.minimum, "replay", True),
     ):
-        roomy.memory = replace(roomy.memory, budget=budget + resident)
-        assert (roomy.walk(0), roomy.memory.spills) == (walk, spills)
+        roomy = replace(roomy, memory=replace(roomy.memory, budget=budget + resident))
+        assert (roomy.walks[0], roomy.memory.spills) == (walk, spills)
     with pytest.raises(ValueError, match=r"memory budget is .* Raise `memory`, or lower `batch`"):
         job(1000)
 

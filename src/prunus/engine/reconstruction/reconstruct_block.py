@@ -6,9 +6,8 @@
 `schedule.py` decides what is trained and for how long, `train.py` trains. This file finds the
 inputs and targets on every rank, and runs only the suffix of the block where that is possible.
 
-Outline: `BlockReconstructor` serves a run, `BlockReconstruction` one block. Below them,
-`training_bytes` forecasts the memory. `ReconstructionBatches`, at the end, brings the batches of
-all ranks to every rank.
+Outline: `BlockReconstructor` serves a run, `BlockReconstruction` one block.
+`ReconstructionBatches`, at the end, brings the batches of all ranks to every rank.
 """
 
 from __future__ import annotations
@@ -24,11 +23,9 @@ import torch
 from torch import nn
 
 from prunus.distributed import SINGLE_PROCESS, Ranks
-from prunus.engine.job import RunJob
 from prunus.engine.linear_record import ReconstructionRecord
 from prunus.engine.reconstruction.cached_suffix import CachedSuffix, find_suffix, suffix_module
 from prunus.engine.reconstruction.output_loss import (
-    CHUNK_TOKENS,
     OutputLoss,
     kl_divergence,
     logits_of,
@@ -296,29 +293,6 @@ def activation_bytes(
     rows of attention scores per head: before and after the softmax, with gradients.
     """
     return itemsize * tokens * (24 * hidden + 8 * widest + 4 * heads * window_tokens)
-
-
-def training_bytes(job: RunJob, index: int) -> tuple[int, int]:
-    """Bytes of the training of block `index`: those that stay, and those of one batch.
-
-    The first are the weights and what Adam keeps of them, the second are activations and, for the
-    last block, the head with its logits.
-    """
-    linears = job.skeleton.linears(index)
-    parameters = sum(p.numel() for p in job.skeleton.blocks[index].parameters())
-    window_tokens, hidden = job.skeleton.window_shape(index, job.recipe.seqlen)
-    tokens = min(job.batch, job.windows) * window_tokens
-    widest = max(max(linear.shape) for linear in linears)
-    heads = int(getattr(job.source.config.get_text_config(), "num_attention_heads", 1) or 1)
-    moves = activation_bytes(tokens, window_tokens, hidden, widest, heads, itemsize=4)
-    if in_front_of_head(job.skeleton, index):
-        # The head, and for some tokens the logits of both models; see `kl_divergence`.
-        vocabulary = job.skeleton.vocabulary
-        moves += vocabulary * hidden * job.dtype.itemsize
-        moves += 24 * CHUNK_TOKENS * job.batch * vocabulary
-    # Seven float32 tensors per parameter: the weight, its mask, its gradient, Adam's two moments, a
-    # copy of the start and a copy of the best so far.
-    return 7 * 4 * parameters, moves
 
 
 def step_ranks(ranks: Ranks, windows: int, device: torch.device) -> Ranks:
