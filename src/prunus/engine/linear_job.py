@@ -412,18 +412,25 @@ def plan_run(
         check_shape(work.pattern, head.shape, head.name)
     linears = select_linears(opened.skeleton, recipe, work.pattern)
     selection = stored.select(linears, opened.source, opened.skeleton)
+    trains = recipe.trained_blocks != "none"
     facts = run_facts(
         opened,
         recipe,
         options,
         session,
         needs=method.needs,
-        needs_inputs=needs_inputs(recipe, method),
+        needs_inputs=method.needs != "none" or trains or recipe.allocates,
         adds_ridge=method.adds_ridge,
         decided_dtype=decided_dtype,
     )
-    job = PruningJob(**facts, format=stored, method=method, work=work, **selection._asdict())
-    job = replace(job, batch=_batch(job))
+    job = PruningJob(
+        **facts,
+        batch=_batch(opened.skeleton, recipe, work),
+        format=stored,
+        method=method,
+        work=work,
+        **selection._asdict(),
+    )
     _check_ranks(job)
     job = replace(job, memory=_measured(job))
     stored.job = job
@@ -438,17 +445,6 @@ def plan_run(
         )
     stored.check()
     return job
-
-
-def needs_inputs(recipe: PruningOptions, method: Method) -> bool:
-    """Whether the method, the allocation or the training of a recipe uses calibration windows.
-
-    Args:
-        recipe: The recipe of the run.
-        method: Its method with refinement and weight update; see `prunus.methods.composition`.
-    """
-    trains = recipe.trained_blocks != "none"
-    return method.needs != "none" or trains or recipe.allocates
 
 
 def _method_and_work(
@@ -467,12 +463,11 @@ def _method_and_work(
     return method, Work(pattern, recipe.sparsity, recipe, reference_order=in_order)
 
 
-def _batch(job: PruningJob) -> int:
+def _batch(skeleton: Skeleton, recipe: PruningOptions, work: Work) -> int:
     """Calibration windows per forward pass."""
-    recipe = job.recipe
     trains = "" if recipe.trained_blocks == "none" else "reconstruction"
-    batch = 1 if job.work.reference_order else None  # the reference order sums window by window
-    window_tokens = job.skeleton.window_shape(0, recipe.seqlen)[0]
+    batch = 1 if work.reference_order else None  # the reference order sums window by window
+    window_tokens = skeleton.window_shape(0, recipe.seqlen)[0]
     return windows_per_batch(recipe.samples, window_tokens, recipe.batch or batch, trains)
 
 

@@ -10,12 +10,13 @@ shard still has its final name before the record names it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -140,12 +141,12 @@ def run_blocks(
         step.take(position, output.read_block(position))
         report(position, "taken from the earlier run")
     left = range(taken, len(source_blocks))
-    with BackgroundWrites(job.memory.overlaps) as writes:
+    with background_writes(job.memory.overlaps) as submit:
         blocks = read_ahead(left, read, job.memory.overlaps)
         for position, stored in zip(left, blocks, strict=True):
             block = step.make(position, stored)
             if position >= output.finished:
-                writes.submit(functools.partial(output.write_block, position, block))
+                submit(functools.partial(output.write_block, position, block))
             if session.ranks.size > 1:
                 return_freed_memory()
             report(position, block.message)
@@ -223,44 +224,34 @@ def read_ahead(indices: Iterable[int], read: Callable[[int], T], overlaps: bool)
             yield coming.result()
 
 
-class BackgroundWrites:
-    """Runs writes one at a time and in order, on a thread of its own.
+@contextlib.contextmanager
+def background_writes(overlaps: bool) -> Iterator[Callable[[Callable[[], None]], None]]:
+    """Yield a function that runs writes one at a time and in order, on a thread of its own.
 
-    Leaving the `with` waits for the last write, also if an error ends the run: what is finished is
-    not lost. An error of a write is raised by the next call, or on leaving the `with`.
+    It waits for the write before, and begins the next one. Leaving the `with` waits for the last
+    write, also if an error ends the run: what is finished is not lost. An error of a write is
+    raised by the next call, or on leaving the `with`.
 
     Args:
-        overlaps: Whether there is a thread; otherwise `submit` writes before it returns.
+        overlaps: Whether there is a thread; otherwise each write ends before the call does.
 
-    >>> with BackgroundWrites(overlaps=True) as writes:
-    ...     writes.submit(lambda: print("written"))
+    >>> with background_writes(overlaps=True) as submit:
+    ...     submit(lambda: print("written"))
     written
     """
+    if not overlaps:
+        yield lambda write: write()
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="write") as executor:
+        last: Future[None] | None = None
 
-    def __init__(self, overlaps: bool) -> None:
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="write") if overlaps else None
-        self._last: Future[None] | None = None
-
-    def submit(self, write: Callable[[], None]) -> None:
-        """Wait for the write before this one, then begin this one."""
-        self.wait()
-        if self._executor is None:
-            write()
-        else:
+        def submit(write: Callable[[], None]) -> None:
+            nonlocal last
+            if last is not None:
+                last.result()
             # Each thread has a gradient mode of its own.
-            self._last = self._executor.submit(torch.no_grad()(write))
+            last = executor.submit(torch.no_grad()(write))
 
-    def wait(self) -> None:
-        """Wait for the last write, and raise its error if it failed."""
-        last, self._last = self._last, None
+        yield submit
         if last is not None:
             last.result()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if self._executor is not None:
-            self._executor.shutdown(wait=True)
-        if error is None:
-            self.wait()

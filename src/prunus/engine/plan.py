@@ -18,7 +18,7 @@ from torch import nn
 from prunus.calibration.windows import check_context
 from prunus.distributed import Ranks
 from prunus.engine.folder import bytes_in
-from prunus.engine.job import RunJob, windows_per_batch
+from prunus.engine.job import RunJob
 from prunus.engine.memory import Memory
 from prunus.engine.options import RunOptions, WindowOptions
 from prunus.engine.record import RunRecord, Walk
@@ -94,7 +94,7 @@ def run_facts(
     adds_ridge: bool = False,
     decided_dtype: str | None = None,
 ) -> dict[str, Any]:
-    """Decide what the recipe leaves open: the fields of a `RunJob`.
+    """Decide what the recipe leaves open: the fields of a `RunJob`, but for `batch`.
 
     It reads no text, and of the weights only those of a dtype trial; see `decide_dtype`.
 
@@ -128,7 +128,6 @@ def run_facts(
         source.bind(skeleton)
     host_budget = _host_budget(options, session.ranks)
     on_device = memory_budget(device, options.memory) if device.type == "cuda" else host_budget
-    window_tokens = skeleton.window_shape(0, recipe.seqlen)[0]
     return {
         "recipe": recipe,
         "options": options,
@@ -138,7 +137,6 @@ def run_facts(
         "device": device,
         "dtype": dtype,
         "dtype_reason": reason,
-        "batch": windows_per_batch(recipe.samples, window_tokens, recipe.batch),
         "processes": session.ranks.size,
         "memory": Memory(
             budget=on_device,

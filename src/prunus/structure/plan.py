@@ -206,16 +206,15 @@ def plan_structure(
         adds_ridge=True,
         decided_dtype=decided_dtype,
     )
-    job = StructureJob(**facts)
-    window_tokens = job.skeleton.window_shape(0, recipe.seqlen)[0]
+    window_tokens = opened.skeleton.window_shape(0, recipe.seqlen)[0]
     trains = "repair" if recipe.repair else ""
-    every = range(len(job.skeleton))
-    job = replace(
-        job,
+    every = range(len(opened.skeleton))
+    job = StructureJob(
+        **facts,
         batch=windows_per_batch(recipe.samples, window_tokens, recipe.batch, trains),
-        raw=read_json(job.checkpoint.checkpoint.folder / "config.json"),
         keep_blocks=len(every),
     )
+    job = replace(job, raw=read_json(job.checkpoint.checkpoint.folder / "config.json"))
     if recipe.experts is not None:
         job = replace(job, experts=_plan_experts(job, recipe.experts))
     if recipe.blocks is not None:

@@ -168,7 +168,6 @@ class BlockPruner:
             NotImplementedError: The walk cannot prune this block, for one that calls a linear more
                 than once.
             RankError: The ranks have pruned to different bytes.
-            RuntimeError: Two linears share their input for some windows and not for others.
         """
         started = time.perf_counter()
         state = self._load(position, stored)

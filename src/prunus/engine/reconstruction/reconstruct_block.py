@@ -17,7 +17,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -36,7 +36,7 @@ from prunus.engine.reconstruction.schedule import (
     default_schedule,
     split_batches,
 )
-from prunus.engine.reconstruction.train import BlockBatches, TrainOptions, train_block
+from prunus.engine.reconstruction.train import BlockBatches, train_block
 from prunus.engine.record import Walk
 from prunus.model.skeleton import Skeleton
 from prunus.model.stream import HiddenStates, Stream
@@ -169,19 +169,15 @@ class BlockReconstruction:
         shape = inputs.shape(0)
         hidden = shape[-1] if len(shape) == 3 else shape[1]
         tokens = math.prod(shape) // hidden
-        schedule = default_schedule(tokens, hidden, by_token, len(inputs), by_logits)
         settings = shared.settings
+        options = default_schedule(tokens, hidden, by_token, len(inputs), by_logits)
+        epochs = settings.epochs or options.epochs
+        options = replace(options, epochs=epochs, dtype=settings.dtype)
         keys = [f"{linear}.weight" for linear in self.trained]
-        options = TrainOptions(
-            learning_rate=schedule.learning_rate,
-            epochs=settings.epochs or schedule.epochs,
-            token_stride=schedule.token_stride,
-            dtype=settings.dtype,
-        )
         masks = self._masks({key: pruned[key] for key in keys}, stored)
         batches = BlockBatches(outputs, targets.get, *split_batches(len(inputs)))
         started = time.perf_counter()
-        with self._loss(by_logits, schedule.logit_stride) as loss:
+        with self._loss(by_logits, options.logit_stride) as loss:
             try:
                 result = train_block(self.block, batches, masks, options, loss, shared.split)
             except ValueError as fault:
