@@ -177,8 +177,15 @@ class BlockPruner:
         self._advance(state)
         self.skeleton.release(position)
         check_same(self.ranks, state.name, state.changed)
-        record = state.record(self.ranks.size)
-        record.seconds = round(time.perf_counter() - started, 3)
+        record = BlockRecord(
+            name=state.name,
+            input_sha256=stored.digest,
+            walk=state.walk,
+            seconds=round(time.perf_counter() - started, 3),
+            ranks=self.ranks.size,
+            linears={linear.name: state.records[linear.name] for linear in state.linears},
+            reconstruction=state.reconstructed,
+        )
         message = f"{self.job.format.DONE} in {record.seconds:.2f} s"
         if record.walk == "replay":
             message += ", with one batch in flight: paused windows do not fit in the memory budget"
@@ -210,7 +217,6 @@ class BlockPruner:
             index=index,
             name=name,
             stored=stored.tensors,
-            digest=stored.digest,
             module=module,
             linears=linears,
             walk=walk,
@@ -381,7 +387,6 @@ class BlockState:
         index: Position of the block.
         name: Name of the block in the model, such as `model.layers.3`.
         stored: Its dense tensors by relative name, in the checkpoint's dtypes and on the host.
-        digest: SHA-256 of `stored`, in hex.
         module: The block with its weights in place, on the device. The walk changes them.
         linears: The linears to prune, in the order of registration.
         walk: How the windows go through the block; see `walk.py`.
@@ -399,7 +404,6 @@ class BlockState:
     index: int
     name: str
     stored: Mapping[str, torch.Tensor]
-    digest: str
     module: nn.Module
     linears: list[Linear]
     walk: Walk
@@ -415,14 +419,3 @@ class BlockState:
     def finished(self) -> dict[str, torch.Tensor]:
         """All tensors of the block by relative name, as far as they are pruned."""
         return {**self.stored, **self.changed}
-
-    def record(self, ranks: int) -> BlockRecord:
-        """The record of the finished block, made by this many ranks; its seconds are missing."""
-        return BlockRecord(
-            name=self.name,
-            input_sha256=self.digest,
-            walk=self.walk,
-            ranks=ranks,
-            linears={linear.name: self.records[linear.name] for linear in self.linears},
-            reconstruction=self.reconstructed,
-        )
