@@ -30,7 +30,7 @@ from prunus.engine.folder import ResultFolder, find_earlier, held
 from prunus.engine.options import RunOptions
 from prunus.engine.progress import Progress, pruning_step, shows_progress
 from prunus.engine.record import RunInputs, shard_name
-from prunus.engine.session import SILENT, Session
+from prunus.engine.session import Session
 from prunus.formats.cards import packed_card, unpacked_card
 from prunus.hardware.memory import peak_memory
 from prunus.hardware.numerics import check_finite
@@ -72,7 +72,7 @@ def pack(
     values: Literal["bf16", "int8"] = "bf16",
     *,
     overwrite: bool = False,
-    session: Session = SILENT,
+    progress: Callable[[Progress], None] | bool | None = True,
 ) -> PackRecord:
     """Write a pruned checkpoint with its linears as bitmaps.
 
@@ -87,7 +87,8 @@ def pack(
             twelve bits where exponents allow it) or float16; "int8" rounds them to 8 bits with one
             scale per row.
         overwrite: replace an earlier result in `output`.
-        session: who hears of each shard.
+        progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. A function
+            is called after every shard with a `prunus.engine.progress.Progress`.
 
     Returns:
         The record, which is also written to `prunus-pack.json`: per linear its shape, survivors,
@@ -139,7 +140,7 @@ def pack(
 
     record = PackRecord(source=str(model), recipe=recipe, inputs=inputs)
     needed = checkpoint.nbytes(checkpoint.tensors)
-    return _convert(record, output, checkpoint, needed, shards, describe, overwrite, session)
+    return _convert(record, output, checkpoint, needed, shards, describe, overwrite, progress)
 
 
 @shows_progress("unpack", pruning_step)
@@ -148,7 +149,7 @@ def unpack(
     output: str | Path,
     *,
     overwrite: bool = False,
-    session: Session = SILENT,
+    progress: Callable[[Progress], None] | bool | None = True,
 ) -> UnpackRecord:
     """Write a packed checkpoint as an ordinary one, with the names and shapes from before packing.
 
@@ -159,7 +160,7 @@ def unpack(
         model: folder or hub id of a packed checkpoint.
         output: folder of the result.
         overwrite: replace an earlier result in `output`.
-        session: who hears of each shard.
+        progress: as for `pack`.
 
     Returns:
         The record, which is also written to `prunus-unpack.json`.
@@ -198,7 +199,7 @@ def unpack(
         return unpacked_card(read_card(here / "README.md")), plain
 
     record = UnpackRecord(source=str(model), recipe=Options(), inputs=inputs)
-    return _convert(record, output, checkpoint, needed, shards, describe, overwrite, session)
+    return _convert(record, output, checkpoint, needed, shards, describe, overwrite, progress)
 
 
 def _find_inputs(checkpoint: Checkpoint, fingerprint: str, dtype: str) -> RunInputs:
@@ -225,7 +226,7 @@ def _convert(
     shards: _Shards,
     describe: Callable[[_Record], tuple[str, dict[str, Any]]],
     overwrite: bool,
-    session: Session,
+    progress: Callable[[Progress], None] | bool | None,
 ) -> _Record:
     """Write the shards that an earlier run has not written, and complete the result.
 
@@ -237,9 +238,10 @@ def _convert(
         shards: How each shard is made.
         describe: From the record with all linears, the card and the content of config.json.
         overwrite: Whether to replace an earlier result.
-        session: Who hears of each shard.
+        progress: Called after each shard, if it is a function.
     """
     kind, path, started = type(record), Path(output), time.perf_counter()
+    session = Session(report=progress if callable(progress) else None)
 
     def find() -> _Record | None:
         options = RunOptions(overwrite=overwrite)

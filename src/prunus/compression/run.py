@@ -11,9 +11,8 @@ import torch
 
 from prunus.compression.rounding import rate_rounding, type_rounding
 from prunus.engine.options import RunOptions
-from prunus.engine.progress import pruning_step, shows_progress
 from prunus.engine.run import RoundingOf, carry_out
-from prunus.engine.session import SILENT, Session
+from prunus.engine.session import SILENT, Session, with_session
 from prunus.engine.windows import given_windows
 from prunus.formats.base import RateFormat, format_for
 from prunus.formats.recipe import CompressionRecipe
@@ -21,7 +20,7 @@ from prunus.formats.records import CompressionRecord
 from prunus.options import takes
 
 
-@shows_progress("compress", pruning_step)
+@with_session("compress")
 @takes(CompressionRecipe, RunOptions)
 def compress(
     model: str | Path,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -144,18 +143,13 @@ def one_line(text: str) -> str:
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-#: What a docstring says of the keyword that `shows_progress` adds.
-_KEYWORD = (
-    "    progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. "
-    "A function is called after every block.\n"
-)
 
 
 def shows_progress(title: str, read: Callable[..., Shown]) -> Callable[[_Function], _Function]:
-    """Give a function a keyword `progress`: True shows a bar, and a function is called.
+    """Let a function's keyword `progress` be True, which shows a bar, or a function to call.
 
-    The decorated function gets `progress` if it has that parameter, and a `session` otherwise (see
-    `prunus.engine.session`). They are silent with False and None, and where nobody would see a bar.
+    The decorated function gets a function to call after every step; None with False and None, and
+    where nobody would see a bar.
 
     Args:
         title: A text at the beginning of the bar.
@@ -163,40 +157,18 @@ def shows_progress(title: str, read: Callable[..., Shown]) -> Callable[[_Functio
     """
 
     def decorate(function: _Function) -> _Function:
-        signature = inspect.signature(function)
-        has_progress = "progress" in signature.parameters
-
         @functools.wraps(function)
         def showing(*arguments: Any, progress: Any = True, **options: Any) -> Any:
-            with _reporter(title, read, progress) as report:
-                if has_progress:
-                    return function(*arguments, progress=report, **options)
-                from prunus.engine.session import Session  # It imports torch.
+            with reporter(title, read, progress) as report:
+                return function(*arguments, progress=report, **options)
 
-                # A bar also shows what is being prepared.
-                announce = options.pop("announce", None if callable(progress) else report)
-                session = Session(announce=announce, report=report)
-                return function(*arguments, session=session, **options)
-
-        if not has_progress:
-            parameters = [p for p in signature.parameters.values() if p.name != "session"]
-            keyword = inspect.Parameter(
-                "progress",
-                inspect.Parameter.KEYWORD_ONLY,
-                default=True,
-                annotation="Callable[..., None] | bool | None",
-            )
-            showing.__signature__ = signature.replace(  # type: ignore[attr-defined]
-                parameters=[*parameters, keyword]
-            )
-            showing.__doc__ = f"{function.__doc__}{_KEYWORD}"
         return cast(_Function, showing)
 
     return decorate
 
 
 @contextlib.contextmanager
-def _reporter(
+def reporter(
     title: str, read: Callable[..., Shown], progress: Any
 ) -> Iterator[Callable[..., None] | None]:
     """Yield what is called after every step; None where nobody would see it."""

@@ -11,9 +11,8 @@ from torch import nn
 
 from prunus.engine.linear_job import Format
 from prunus.engine.options import RunOptions
-from prunus.engine.progress import pruning_step, shows_progress
 from prunus.engine.run import carry_out
-from prunus.engine.session import SILENT, Session
+from prunus.engine.session import SILENT, Session, with_session
 from prunus.engine.windows import given_windows
 from prunus.methods.table import GIVEN, Method
 from prunus.model.kinds import kind_of
@@ -23,7 +22,7 @@ from prunus.pruning.manifest import Manifest, pruned_card
 from prunus.pruning.recipe import Recipe
 
 
-@shows_progress("prune", pruning_step)
+@with_session("prune")
 @takes(Recipe, RunOptions)
 def prune(
     model: str | Path | nn.Module,

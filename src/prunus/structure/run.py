@@ -26,9 +26,8 @@ from prunus.engine.folder import BlockFolder, find_earlier, held, resumed_or_new
 from prunus.engine.loop import FinishedBlock, run_blocks
 from prunus.engine.options import RunOptions
 from prunus.engine.plan import check_room, check_same_on_all_ranks
-from prunus.engine.progress import pruning_step, shows_progress
 from prunus.engine.record import bos_words, result_card, source_name
-from prunus.engine.session import SILENT, Session
+from prunus.engine.session import SILENT, Session, with_session
 from prunus.engine.windows import calibration_windows, given_windows, run_inputs
 from prunus.hardware.memory import peak_memory
 from prunus.model.checkpoint.reader import Checkpoint
@@ -41,7 +40,7 @@ from prunus.structure.search import choose_blocks
 from prunus.structure.step import ShrinkStep
 
 
-@shows_progress("shrink", pruning_step)
+@with_session("shrink")
 @takes(StructureRecipe, RunOptions)
 def shrink(
     model: str | Path,
