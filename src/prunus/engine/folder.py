@@ -101,7 +101,7 @@ def find_earlier(
         inside: Name of something in the folder that does not count as content; see `is_vacant`.
 
     Raises:
-        FileExistsError: The folder holds files that the verb did not write, or a run with other
+        FileExistsError: The folder holds files that the command did not write, or a run with other
             options, or a run of an earlier version that cannot be resumed; or `resume` is False and
             there is an unfinished run.
         FileNotFoundError: `resume` is True and there is no unfinished run.
@@ -114,7 +114,8 @@ def find_earlier(
         if not (output / kind.FILE).exists():
             replaces = "`overwrite` replaces only what that command made. "
             raise FileExistsError(
-                f"output {output} exists and holds no result of {kind.VERB}; it is left as it is. "
+                f"output {output} exists and holds no result of {kind.COMMAND}; it is left as it "
+                "is. "
                 + (replaces if options.overwrite else "")
                 + "Move it away, or choose another name for the result"
             )
@@ -233,7 +234,7 @@ class ResultFolder:
 
         Args:
             overwrite: Whether to remove shards that the record does not name, and the records of
-                other verbs.
+                other commands.
 
         Raises:
             ValueError: The bytes of a shard are not those that the record has the SHA-256 of.
@@ -256,7 +257,7 @@ class ResultFolder:
             record.save(folder)
 
     def _remove_others(self) -> None:
-        """Remove shards of the result that is replaced, and records of other verbs about it."""
+        """Remove shards of the result that is replaced, and records of other commands about it."""
         for path in self.folder.glob("*.safetensors"):
             if path.name not in self.record.sha256:
                 remove(path)

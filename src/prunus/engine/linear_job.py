@@ -131,12 +131,12 @@ class PruningJob(RunJob):
     def drift_stride(self) -> int:
         """One of this many batches also runs through the dense model.
 
-        Held-out statistics and the training of all blocks need every batch. Dense targets alone
-        need enough tokens for the widest linear.
+        The training of all blocks needs every batch. Dense targets alone need enough tokens for
+        the widest linear.
         """
         method = self.method
         trained = self.recipe.trained_blocks
-        if method.needs_held_out or trained == "all" or not method.needs_drift:
+        if trained == "all" or not method.needs_drift:
             return 1
         blocks = map(self.skeleton.linears, range(len(self.skeleton)))
         widths = (linear.shape[1] for linears in blocks for linear in linears)
@@ -163,9 +163,8 @@ class PruningJob(RunJob):
     def extra_bytes(self, index: int) -> int:
         """Bytes of what two passes and dense targets need while block `index` is pruned."""
         inputs = [linear.shape[1] for linear in self.skeleton.linears(index)]
-        # A dense target adds five float32 matrices like the Gram, or ten with held-out statistics.
-        matrices = 10 if self.method.needs_held_out else 5
-        extra = matrices * 4 * max(filter(self.uses_dense_target, inputs), default=0) ** 2
+        # A dense target adds five float32 matrices like the Gram.
+        extra = 5 * 4 * max(filter(self.uses_dense_target, inputs), default=0) ** 2
         if self.needs == "gram" and self.recipe.two_passes:
             # The statistics of all linears of the block exist at the same time.
             extra += sum(statistics_bytes(width, self.needs) for width in inputs)
@@ -493,7 +492,7 @@ def _measured(job: PruningJob) -> Memory:
 
 
 def describe_plan(job: PruningJob) -> dict[str, Any]:
-    """The plan of a run as JSON values, to which a verb adds its own.
+    """The plan of a run as JSON values, to which a command adds its own.
 
     These values need a word:
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -39,7 +39,7 @@ from prunus.engine.reconstruction.schedule import ReconstructionSettings
 from prunus.engine.record import Walk
 from prunus.methods.solvers.least_squares import ridge
 from prunus.methods.statistics import InputStatistics, StatisticsSpec
-from prunus.methods.structured import ExpertSums, Kept, Reader, kept_experts
+from prunus.methods.structured import ExpertSums, Reader, columns_of, kept_experts
 from prunus.model.experts import Experts
 from prunus.model.linears import Linear
 from prunus.model.stream import Stream
@@ -225,19 +225,19 @@ def narrow(
     if plan.heads is not None and layout is not None:
         linear = linears[layout.reader]
         (reader,) = _measured(stream, new_index, block, [linear], ranks)
-        choice = _keep_heads(reader, plan.heads, layout.read.width)
-        change["heads"] = _fit(linear, tensors, reader, choice)
+        heads = _keep_heads(reader, plan.heads, layout.read.width)
+        change["heads"] = _fit(linear, tensors, reader, heads, layout.read.width)
         per_group = plan.heads.heads // plan.heads.groups
-        groups = sorted({head // per_group for head in choice.units})
-        cuts.append((layout, {"heads": choice.units, "groups": groups}))
+        groups = sorted({head // per_group for head in heads})
+        cuts.append((layout, {"heads": heads, "groups": groups}))
     for parts in _at_once(plan.mlps[old_index], job.memory.budget):
         down = [linears[part.reader] for part in parts]
         readers = _measured(stream, new_index, block, down, ranks)
         for part, linear, reader in zip(parts, down, readers, strict=True):
-            choice = reader.keep(part.read.units, 1, part.keep)
+            channels = reader.keep(part.read.units, 1, part.keep)
             name = part.reader if len(plan.mlps[old_index]) > 1 else "channels"
-            change[name] = _fit(linear, tensors, reader, choice)
-            cuts.append((part, {"channels": choice.units}))
+            change[name] = _fit(linear, tensors, reader, channels, 1)
+            cuts.append((part, {"channels": channels}))
     full.release(old_index)
     for part, units in cuts:
         for name, axis_cut in part.cuts.items():
@@ -245,19 +245,12 @@ def narrow(
     return tensors, change
 
 
-def _at_once(parts: Sequence[PartLayout], budget: int) -> Iterator[list[PartLayout]]:
+def _at_once(parts: Sequence[PartLayout], budget: int) -> list[Sequence[PartLayout]]:
     """Parts whose Gram matrices fit in a quarter of the memory budget together, or single ones."""
-    taken: list[PartLayout] = []
-    used = 0
-    for part in parts:
-        needed = 4 * part.read.units**2  # bytes of a float32 Gram matrix
-        if taken and used + needed > budget // 4:
-            yield taken
-            taken, used = [], 0
-        taken.append(part)
-        used += needed
-    if taken:
-        yield taken
+    # Bytes of a float32 Gram matrix. Only a shared expert has another number of channels.
+    largest = max((4 * part.read.units**2 for part in parts), default=1)
+    count = max(1, budget // 4 // largest)
+    return [parts[first : first + count] for first in range(0, len(parts), count)]
 
 
 def _measured(
@@ -291,8 +284,8 @@ def _reader(linear: Linear, statistics: InputStatistics) -> Reader:
     return reader.with_bias(bias_O, sum_I.cpu(), tokens)
 
 
-def _keep_heads(reader: Reader, plan: HeadPlan, size: int) -> Kept:
-    """The query heads that stay, and their columns in the reader.
+def _keep_heads(reader: Reader, plan: HeadPlan, size: int) -> list[int]:
+    """The numbers of the query heads that stay.
 
     Whole groups are removed first, and then heads of the groups that stay, as many from each. A
     head has `size` inputs of the reader.
@@ -300,24 +293,31 @@ def _keep_heads(reader: Reader, plan: HeadPlan, size: int) -> Kept:
     per_group = plan.heads // plan.groups
     groups = reader.keep(plan.groups, per_group * size, plan.keep_groups)
     if plan.keep_heads == plan.keep_groups * per_group:
-        heads = [group * per_group + i for group in groups.units for i in range(per_group)]
-        return Kept(heads, groups.columns)
+        return [group * per_group + i for group in groups for i in range(per_group)]
     # The rest is scored anew, after the least-squares fit to it.
     bias = range(plan.heads * size, len(reader.gram_II))
-    rest = reader.only([*groups.columns, *bias])
-    left = rest.keep(len(groups.units) * per_group, size, plan.keep_heads, plan.keep_groups)
-    heads = [groups.units[u // per_group] * per_group + u % per_group for u in left.units]
-    return Kept(heads, [groups.columns[column] for column in left.columns])
+    rest = reader.only([*columns_of(groups, per_group * size), *bias])
+    left = rest.keep(len(groups) * per_group, size, plan.keep_heads, plan.keep_groups)
+    return [groups[head // per_group] * per_group + head % per_group for head in left]
 
 
-def _fit(linear: Linear, tensors: dict[str, Tensor], reader: Reader, choice: Kept) -> PartChange:
+def _fit(
+    linear: Linear, tensors: dict[str, Tensor], reader: Reader, units: list[int], width: int
+) -> PartChange:
     """Fit the columns of a linear that stay, in the block and in its tensors.
 
     Both keep their full width: what is removed is 0 until it is cut.
+
+    Args:
+        linear: The linear in the block; its weight is overwritten.
+        tensors: The tensors of the block by name; those of the linear are replaced.
+        reader: The same linear with its measured inputs.
+        units: The numbers of the channels or heads that stay.
+        width: How many inputs a unit has.
     """
     weight_OI, inputs = reader.weight_OI, linear.shape[1]
     # A bias is one more column, after those of the inputs, and always stays.
-    columns = [*choice.columns, *range(inputs, weight_OI.shape[1])]
+    columns = [*columns_of(units, width), *range(inputs, weight_OI.shape[1])]
     fitted_OI = reader.fit(columns)
     plain_OI = torch.zeros_like(weight_OI)
     plain_OI[:, columns] = weight_OI[:, columns]
@@ -330,7 +330,7 @@ def _fit(linear: Linear, tensors: dict[str, Tensor], reader: Reader, choice: Kep
     for name, tensor in new.items():
         tensors[name] = tensor.to(tensors[name].dtype).contiguous()
     errors = {"error": reader.error(fitted_OI), "error_before_fit": reader.error(plain_OI)}
-    return PartChange(kept=choice.units, **errors)
+    return PartChange(kept=units, **errors)
 
 
 class Repair:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -34,7 +34,7 @@ from prunus.methods.work import (
     RowSharding,
 )
 from prunus.model.linears import Linear
-from prunus.packed.weight import QuantizedWeight
+from prunus.runtime.weight import QuantizedWeight
 
 #: A weight as a compressed result stores it.
 PackedLinear = QuantizedWeight | GroupedWeight
@@ -227,11 +227,11 @@ _COUNTS = frozenset({"swaps"})
 
 
 @dataclass(frozen=True)
-class _RankShard:
-    """The rows of one linear that one rank solves; see `RowShard`."""
+class _RankShard(RowShard):
+    """The rows of one linear that one rank solves."""
 
     ranks: Ranks
-    rows: slice  #: rows of this rank
+    rows: slice = field()  #: rows of this rank
     lengths: list[int]  #: per rank, its number of rows
 
     def joint_mask(self, score_OB: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
@@ -242,8 +242,8 @@ class _RankShard:
 
 
 @dataclass(frozen=True)
-class _RowsOverRanks:
-    """One shard per rank; see `RowSharding`. With too few rows, every rank solves all of them."""
+class _RowsOverRanks(RowSharding):
+    """One shard per rank. With too few rows, every rank solves all of them."""
 
     ranks: Ranks  #: all solve the same linear at once
 

@@ -29,7 +29,6 @@ from prunus.engine.block.dense_stream import (
     DenseBlockInputs,
     DenseStream,
     accumulate_with_drift,
-    held_out_batches,
 )
 from prunus.engine.block.hooks import ExpertCounter, find_expert_counters
 from prunus.engine.block.linear import SPARSE, LinearFinish, PackedLinear, prune_linear
@@ -322,11 +321,7 @@ class BlockPruner:
         """How a linear's inputs are added to its statistics."""
         if state.dense_inputs is None or not self.job.method.needs_drift:
             return accumulate_inputs
-        # Held-out batches are numbered over all ranks, and a rank counts its batches from 0. So
-        # those of other ranks become numbers that no batch of this rank has.
-        held_out = held_out_batches(sum(self._counts))
-        on_this_rank = frozenset(batch - self._first_batch for batch in held_out)
-        return accumulate_with_drift(state.dense_inputs, on_this_rank)
+        return accumulate_with_drift(state.dense_inputs)
 
     def _new_statistics(self, linear: Linear) -> InputStatistics:
         """Empty statistics of the inputs of a linear, with all that the method needs."""
@@ -336,7 +331,6 @@ class BlockPruner:
         spec = StatisticsSpec(
             needs=method.needs,
             drift=drift if job.uses_dense_target(in_features) else "none",
-            hold_out=method.needs_held_out,
             reference_order=job.work.reference_order,
             rounded=self.finish is not None,  # masks would show it, and integers do not
             distributed=self.ranks.size > 1,
