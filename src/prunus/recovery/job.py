@@ -99,6 +99,7 @@ def plan_recovery(
     model: str | Path,
     recipe: RecoveryOptions,
     options: RunOptions,
+    ranks: Ranks,
     teacher: str | Path | None,
     earlier: RecoveryRecord | None,
     name: str | None = None,
@@ -109,6 +110,7 @@ def plan_recovery(
         model: Folder or hub id of the checkpoint to train.
         recipe: How it is trained.
         options: How the work is done.
+        ranks: The processes of the run.
         teacher: Folder or hub id of the dense model, or None.
         earlier: The record of the run that is resumed or finished; None for a new run.
         name: What the record calls the model; None for `model`.
@@ -127,7 +129,7 @@ def plan_recovery(
     if recipe.mode != "lora":  # an adapter copies nothing
         check_companions(folder)
     card = read_card(folder / "README.md")
-    device = choose_device(options.device, processes=options.processes.local_size)
+    device = choose_device(options.device, processes=ranks.local_size)
     skeleton = None
     if recipe.mode == "scales":
         source = CheckpointSource(folder, quantized=True)

@@ -10,6 +10,7 @@ import torch
 
 from prunus.engine.linear_job import PruningJob
 from prunus.engine.loss_sensitivity import CURVE_STEP, measure_loss
+from prunus.engine.session import Session
 from prunus.methods.allocation import allocate_by_error, round_to_whole_weights
 
 # No linear is pruned further from the recipe's sparsity than this before the next constant.
@@ -19,7 +20,9 @@ _MAX_DISTANCE = 0.25
 _PART = 0.75
 
 
-def allocate(job: PruningJob, ids: torch.Tensor | None) -> dict[str, float]:
+def allocate(
+    job: PruningJob, session: Session, ids: torch.Tensor, digests: dict[str, str]
+) -> dict[str, float]:
     """The sparsity of every linear that is pruned: full name -> sparsity; empty for "uniform".
 
     Their mean over all weights is the recipe's sparsity. Every linear removes whole weights per
@@ -27,8 +30,10 @@ def allocate(job: PruningJob, ids: torch.Tensor | None) -> dict[str, float]:
 
     Args:
         job: The run.
-        ids: Its calibration windows (windows, tokens), of which the first few are used; None where
-            nothing is measured.
+        session: Who hears of the measurement.
+        ids: Its calibration windows (windows, tokens), of which the first few are used.
+        digests: Name of a block -> SHA-256 of the weights that a measurement has read. Missing
+            hashes are added.
     """
     sparsity = job.recipe.sparsity
     if not job.recipe.allocates:
@@ -36,8 +41,7 @@ def allocate(job: PruningJob, ids: torch.Tensor | None) -> dict[str, float]:
     shapes = {name: linear.shape for name, linear in job.selected_linears().items()}
     sparsities = [sparsity] * len(shapes)
     if sparsity > 0:
-        assert ids is not None, "an allocation needs calibration windows"
-        curves = _loss_curves(job, ids)
+        curves = _loss_curves(job, session, ids, digests)
         weights = [rows * columns for rows, columns in shapes.values()]
         best = allocate_by_error([curves[name] for name in shapes], weights, sparsity)
         sparsities = [sparsity + _PART * (value - sparsity) for value in best]
@@ -45,10 +49,12 @@ def allocate(job: PruningJob, ids: torch.Tensor | None) -> dict[str, float]:
     return dict(zip(shapes, rounded, strict=True))
 
 
-def _loss_curves(job: PruningJob, ids: torch.Tensor) -> dict[str, list[tuple[float, float]]]:
+def _loss_curves(
+    job: PruningJob, session: Session, ids: torch.Tensor, digests: dict[str, str]
+) -> dict[str, list[tuple[float, float]]]:
     """Full name -> (sparsity, loss) of a linear, from the least to the most that it may lose."""
-    options = job.linear_settings.work.options
-    measured = measure_loss(job, ids, job.selected, options, quantizes=False)
+    options = job.work.options
+    measured = measure_loss(job, session, ids, digests, job.selected, options, quantizes=False)
     curves = {name: sensitivity.curve_P.tolist() for name, sensitivity in measured.items()}
     low, high = (job.recipe.sparsity + side * _MAX_DISTANCE for side in (-1, 1))
     measured_at = [point * CURVE_STEP for point in range(round(1 / CURVE_STEP))]
