@@ -65,9 +65,9 @@ def run(
 ) -> CompressionRecord:
     """Carry out a recipe, and return its record. Arguments and errors are those of `compress`."""
     stored = format_for(output, recipe)
-    rounding: RoundingOf[CompressionRecord]
-    if isinstance(stored, RateFormat):
-        rounding = functools.partial(rate_rounding, stored)
-    else:
-        rounding = functools.partial(type_rounding, stored)
+    rounding: RoundingOf[CompressionRecord] = (
+        functools.partial(rate_rounding, stored)
+        if isinstance(stored, RateFormat)
+        else functools.partial(type_rounding, stored)
+    )
     return carry_out(stored, model, output, recipe, options, session, rounding)

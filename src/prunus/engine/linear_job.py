@@ -80,7 +80,7 @@ class PruningJob(RunJob):
         """Bytes of that measurement; 0 without one."""
         if not self.measures_loss:
             return 0
-        memory = measuring_memory(self, self.format.QUANTIZES)
+        memory = measuring_memory(self, self.format.rounding == "feedback")
         return memory.total(hidden=self.device.type == "cpu", paused=False)
 
     def disk_bytes(self) -> int:
@@ -192,7 +192,7 @@ class Format(Generic[_Record]):
     Attributes:
         RECORD: The class of the record that runs write.
         DONE: What happens to a block, in one word.
-        QUANTIZES: Whether weights become integers at the end of each linear.
+        rounding: How weights become integers at the end of each linear; see `compose`.
         WRITES_OUTSIDE_FIRST: Whether what lies outside the blocks can be written before the first
             block.
         job: The run that writes the format; missing before `plan_run`.
@@ -200,7 +200,7 @@ class Format(Generic[_Record]):
 
     RECORD: type[_Record]
     DONE: ClassVar[str] = "pruned"
-    QUANTIZES: ClassVar[bool] = False
+    rounding: str = "none"
     WRITES_OUTSIDE_FIRST: ClassVar[bool] = True
 
     job: PruningJob
@@ -259,8 +259,12 @@ class Format(Generic[_Record]):
 
     @property
     def measures_loss(self) -> bool:
-        """Whether the choice of bits needs the loss that errors in each linear cause."""
-        return False
+        """Whether the choice of bits needs the loss that errors in each linear cause.
+
+        Without feedback the fit of scales needs its measurement, which has the mean squares of all
+        inputs.
+        """
+        return self.rounding == "nearest"
 
     def describe(self) -> dict[str, object]:
         """What the format adds to a plan, as JSON values."""
@@ -404,26 +408,27 @@ def plan_run(
         ValueError, FileNotFoundError, NotImplementedError, OSError: The run would fail; says what
             was given, what is wrong and what to do.
     """
-    method, work = _method_and_work(recipe, options.own_method, stored.QUANTIZES)
+    method, work = _method_and_work(recipe, options.own_method, stored.rounding)
     opened = open_model(model, options, session)
     if recipe.prunes_head:
         head = opened.skeleton.head()
         check_shape(work.pattern, head.shape, head.name)
     linears = select_linears(opened.skeleton, recipe, work.pattern)
     selection = stored.select(linears, opened.source, opened.skeleton)
-    trains = recipe.trained_blocks != "none"
+    walks = method.needs != "none" or recipe.trained_blocks != "none"
     facts = run_facts(
         opened,
         recipe,
         options,
         session,
         needs=method.needs,
-        needs_inputs=method.needs != "none" or trains or recipe.allocates,
+        needs_inputs=walks or recipe.allocates or stored.measures_loss,
         adds_ridge=method.adds_ridge,
         decided_dtype=decided_dtype,
     )
     job = PruningJob(
         **facts,
+        walks_windows=walks,
         batch=_batch(opened.skeleton, recipe, work),
         format=stored,
         method=method,
@@ -440,23 +445,23 @@ def plan_run(
             "measuring how the loss depends on each linear needs "
             f"{(measured + held) / 1e9:.2f} GB; the memory budget is "
             f"{(job.memory.budget + held) / 1e9:.2f} GB. Raise `memory`"
-            + ("" if stored.QUANTIZES else ", or choose allocation uniform")
+            + (", or choose allocation uniform" if stored.rounding == "none" else "")
         )
     stored.check()
     return job
 
 
 def _method_and_work(
-    recipe: PruningOptions, own_method: Method | None, quantizes: bool
+    recipe: PruningOptions, own_method: Method | None, rounding: str
 ) -> tuple[Method, Work]:
     """The recipe's method with its refinement and weight update, and what the run asks of it."""
     published = own_method or get_method(recipe.method)
-    method = compose(published, recipe, quantizes)
+    method = compose(published, recipe, rounding)
     group = recipe.group
     if group is None:
         group = published.with_options(recipe).default_group
     pattern = Pattern.parse(recipe.pattern, group)
-    check_options(published, pattern, recipe.sparsity, recipe, quantizes=quantizes)
+    check_options(published, pattern, recipe.sparsity, recipe, quantizes=rounding != "none")
     # Two passes are the published procedure. There the published solvers also sum in its order.
     in_order = recipe.two_passes and method is published and method.has_reference_order
     return method, Work(pattern, recipe.sparsity, recipe, reference_order=in_order)

@@ -42,8 +42,8 @@ from prunus.model.kinds import CAUSAL, IMAGES
 from prunus.model.linears import Linear
 from prunus.model.stream import Stream
 
-# The windows that measure, and the tokens of each.
-_PROBE_WINDOWS, _PROBE_TOKENS = 8, 256
+#: The most windows that measure, and the most tokens of each.
+PROBE_WINDOWS, PROBE_TOKENS = 8, 256
 # This share of its linear's mean is added to the sensitivity of every row. A few tokens say little
 # about a single row, and may miss it.
 _SHARED = 0.1
@@ -125,15 +125,16 @@ def measure_loss(
             hashes are added.
         selected: Per block the relative names of the linears to measure.
         options: The options of methods, of which the damping matters.
-        quantizes: Whether the linears will be quantised, or else pruned.
+        quantizes: Whether the linears will be quantised with feedback. Else they are pruned, or
+            each weight is rounded by itself.
         outside: Whether to measure the embedding and the head too.
 
     Raises:
         ValueError: A gradient or a weight is not finite; names the linear or the tensor.
         FileExistsError: A block is not the one that an earlier measurement has read.
     """
-    windows = ids[:_PROBE_WINDOWS]
-    windows = windows if windows.is_floating_point() else windows[:, :_PROBE_TOKENS]
+    windows = ids[:PROBE_WINDOWS]
+    windows = windows if windows.is_floating_point() else windows[:, :PROBE_TOKENS]
     source = HashedSource(job.source, job.skeleton, digests)
     stream = Stream(job.skeleton, source, job.device)
     steps = (1 + _BACKWARD) * len(job.skeleton)
@@ -238,8 +239,8 @@ def measuring_memory(job: RunJob, quantizes: bool) -> BlockMemory:
     blocks = range(len(skeleton))
     length, hidden = skeleton.window_shape(0, job.recipe.seqlen)
     if skeleton.kind is not IMAGES:
-        length = min(_PROBE_TOKENS, length)
-    tokens = min(_PROBE_WINDOWS, job.recipe.samples) * length
+        length = min(PROBE_TOKENS, length)
+    tokens = min(PROBE_WINDOWS, job.recipe.samples) * length
     linears = [skeleton.linears(index) for index in blocks]
     widest = max(max(linear.shape) for block in linears for linear in block)
     parameters = max(

@@ -195,7 +195,7 @@ def _change_blocks(
     threads = _one_processor_thread() if in_order else contextlib.nullcontext()
     with torch.no_grad(), contextlib.closing(pruner), threads:
         # Everything before the first block: windows become hidden states.
-        batches = windows.ids.split(job.batch) if len(windows.ids) else ()
+        batches = windows.ids.split(job.batch) if job.walks_windows else ()
         embedding = f"embedding {counted(len(windows.ids), 'window')} and " if batches else ""
         session.tell(f"{embedding}reading block 0")
         pruner.embed(batches, output.spill_folder)

@@ -42,10 +42,10 @@ class CompressedFormat(Format[CompressionRecord]):
 
     RECORD = CompressionRecord
     DONE: ClassVar[str] = "compressed"
-    QUANTIZES: ClassVar[bool] = True
 
     def __init__(self, recipe: CompressionRecipe) -> None:
         self.recipe = recipe
+        self.rounding = recipe.rounding
 
     # How a result is read that transformers cannot read, by a format with a suffix.
 
@@ -136,7 +136,6 @@ class CompressedFormat(Format[CompressionRecord]):
 
     # The size of a result that is a folder.
 
-    @abstractmethod
     def parts(self, key: str, info: TensorInfo, bits: float) -> dict[str, Any]:
         """The tensors that store a weight: name -> something with a shape and a dtype.
 
@@ -145,6 +144,7 @@ class CompressedFormat(Format[CompressionRecord]):
             info: Its shape and dtype in the source.
             bits: The bits per weight that it takes.
         """
+        raise NotImplementedError("the size of the result is not that of a folder")
 
     @property
     def bits(self) -> float:
@@ -270,7 +270,8 @@ class TypeFormat(CompressedFormat):
     Attributes:
         types: Name of a linear, an embedding or a head -> its type, once it is chosen.
         importances: First module of a weight outside the blocks -> how much errors in each of its
-            columns raise the loss, float32 (I,), where that was measured.
+            columns raise the loss, float32 (I,), where that was measured. Where each weight is
+            rounded by itself, also name of a linear -> the mean square of each of its inputs.
     """
 
     def __init__(self, recipe: CompressionRecipe) -> None:

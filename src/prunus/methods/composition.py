@@ -24,14 +24,16 @@ from prunus.methods.table import Method
 from prunus.methods.work import Pruned, RowShard, Work, masked, unchanged
 
 
-def compose(method: Method, options: MethodOptions, quantizes: bool = False) -> Method:
+def compose(method: Method, options: MethodOptions, rounding: str = "none") -> Method:
     """Add the steps that `options` choose to a method: dense targets, refinement, weight update.
 
     Args:
         method: The method that chooses the mask.
         options: The options that the `Work` of every linear will have too. `check_options` refuses
             choices that exclude each other.
-        quantizes: Whether the weights become integers at the end, as `Work.quantization` says.
+        rounding: How weights become integers at the end, as `Work.quantization` says: "none",
+            "feedback", where later columns correct the errors of earlier ones, or "nearest", each
+            by itself. The last is the only step then, and reads no statistics of the inputs.
 
     Returns:
         A new method, which needs the statistics of its most demanding step, or `method` itself
@@ -41,6 +43,9 @@ def compose(method: Method, options: MethodOptions, quantizes: bool = False) -> 
     >>> compose(METHODS["wanda"], MethodOptions(refine="swaps")).needs
     'gram'
     """
+    if rounding == "nearest":
+        return replace(method, function=quantize_in_groups, needs="none", updates_weights=True)
+    quantizes = rounding == "feedback"
     refines = options.refine != "none"
     updates = options.weight_update == "least-squares"
     uses_dense_target = options.dense_weight != 0

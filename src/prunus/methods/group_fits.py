@@ -84,7 +84,9 @@ def round_in_groups(
     if importance_I is None or not bool(importance_I.any()):
         importance_I = torch.ones(columns, device=weight_OI.device)
     # A group of inputs that are always 0 keeps its weights: other texts may use them.
-    importance_I = importance_I.float().clamp_min(1e-6 * float(importance_I.mean()))
+    importance_I = importance_I.to(weight_OI.device, torch.float32).clamp_min(
+        1e-6 * float(importance_I.mean())
+    )
     parts = []
     for rows_OI in weight_OI.split(max(1, _ELEMENTS // columns)):
         weight_IO = rows_OI.float().T.contiguous()

@@ -46,6 +46,7 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
         "result": f"{plan['file_bytes'] / 1e9:.3f} GB",
         "disk": f"{plan['disk_bytes'] / 1e9:.2f} GB",
         **({"weights before": plan["rounded_before"]} if plan["rounded_before"] else {}),
+        **({"written": ", ".join(plan["written"])} if plan.get("written") else {}),
     }
     if (file := plan.get("file")) is not None:
         from prunus.formats.records import FileSize

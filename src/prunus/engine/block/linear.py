@@ -28,6 +28,7 @@ from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import (
     UNSHARDED,
     LinearQuantization,
+    NearestRounding,
     Pruned,
     Quantized,
     RowShard,
@@ -50,7 +51,9 @@ class LinearFinish(Protocol):
     Every rank calls both for the same linears in the same order.
     """
 
-    def begin(self, name: str, statistics: InputStatistics) -> LinearQuantization | GroupQuantizer:
+    def begin(
+        self, name: str, statistics: InputStatistics
+    ) -> LinearQuantization | GroupQuantizer | NearestRounding:
         """How the linear of this full name is rounded, by the complete statistics of its inputs."""
 
     def end(

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -24,7 +25,7 @@ from prunus.formats.gguf.file import (
 )
 from prunus.formats.gguf.header import open_gguf
 from prunus.formats.gguf.layout import GgufLayout, GgufTensor
-from prunus.formats.gguf.types import PLAIN, TYPES, file_type
+from prunus.formats.gguf.types import FILE_TYPES, PLAIN, TYPES
 from prunus.formats.recipe import CompressionRecipe
 from prunus.formats.records import CompressionRecord, FileSize
 
@@ -85,6 +86,14 @@ class FileContents:
             nbytes_by_type[name] += nbytes
         return nbytes_by_type
 
+    def type_list(self, types: Mapping[str, str]) -> str:
+        """The types of all matrices, as a list for llama-quantize; see `layout.types_in`."""
+        return "".join(
+            f"^{re.escape(tensor.name)}$={self.type_of(tensor, types)[0].lower()}\n"
+            for tensor in self.layout.tensors
+            if tensor.is_matrix
+        )
+
     def fields(self, types: Mapping[str, str], record: str = "") -> dict[str, Any]:
         """The fields of the file.
 
@@ -94,7 +103,7 @@ class FileContents:
         """
         by_type = self.bytes_by_type(types)
         writer = new_fields(self.layout.fields["general.architecture"].value)
-        writer.add_file_type(file_type(by_type.most_common(1)[0][0]))
+        writer.add_file_type(FILE_TYPES[by_type.most_common(1)[0][0]])
         size = len(record.encode())
         text = record if size <= self._record_bytes else ""
         writer.add_string(RECORD_FIELD, text + " " * (self._record_bytes - len(text.encode())))

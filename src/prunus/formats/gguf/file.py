@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,10 @@ from prunus.model.checkpoint.atomic_files import replacing
 
 #: The field with the record of the run that made a file.
 RECORD_FIELD = "prunus.compress"
+#: A list of types or an importance matrix of prunus, as bytes.
+OWN_LISTS = re.compile(
+    rb"(\^[\w\\.-]+\$=\w+\n)+|GGUF.{28}general\.architecture.{12}prunus.*", re.DOTALL
+)
 # Fields that describe how a file is stored, and not its model.
 _OF_STORAGE = (
     "GGUF.", "general.architecture", "general.file_type", "general.alignment", "split.", "prunus.",
@@ -178,6 +184,39 @@ def write_gguf(path: Path, fields: Mapping[str, Any], tensors: Sequence[StoredTe
             assert len(content) == tensor.nbytes, tensor.name
             file.write(content.numpy().data)
             file.write(b"\0" * (padded(tensor.nbytes) - tensor.nbytes))
+
+
+def write_importances(
+    path: Path, importances: Mapping[str, torch.Tensor], chunks: tuple[int, int], text: str
+) -> None:
+    """Write an importance matrix for llama-quantize, which tells it what errors in a column cost.
+
+    For each tensor it has two of float32, and llama-quantize takes their quotient:
+
+        NAME.in_sum2   (experts, I), the sum over tokens of each squared input; 1 expert if none
+        NAME.counts    (experts, 1), the number of tokens
+
+    Args:
+        path: The file.
+        importances: Name of a tensor -> the mean square of each input, float32 (experts, I).
+        chunks: How many windows were measured, and how many tokens of each.
+        text: What their text is.
+    """
+    # llama.cpp writes no architecture here. This one is by what `OWN_LISTS` knows the file.
+    writer, tokens = new_fields("prunus"), float(chunks[0] * chunks[1])
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", [text])
+    writer.add_uint32("imatrix.chunk_count", chunks[0])
+    writer.add_uint32("imatrix.chunk_size", chunks[1])
+    stored = [
+        StoredTensor(f"{name}.{part}", tuple(x.shape), 0, 4 * x.numel(), partial(torch.clone, x))
+        for name, mean_EI in importances.items()
+        for part, x in (
+            ("in_sum2", mean_EI * tokens),
+            ("counts", torch.full((len(mean_EI), 1), tokens)),
+        )
+    ]
+    write_gguf(path, fields_of(writer), stored)
 
 
 def padded(nbytes: int) -> int:

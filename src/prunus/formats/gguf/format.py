@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from prunus.formats.gguf.contents import FileContents, finished_file, read_recor
 from prunus.formats.gguf.file import check_extra, padded, write_gguf
 from prunus.formats.gguf.header import open_gguf
 from prunus.formats.gguf.import_checkpoint import import_gguf
-from prunus.formats.gguf.layout import GgufTensor, layout_of
+from prunus.formats.gguf.layout import GgufTensor, layout_of, types_in
 from prunus.formats.gguf.types import (
     FULL_TYPES,
     TYPES,
@@ -43,7 +44,7 @@ from prunus.hardware.sizes import in_bytes
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.model.checkpoint.atomic_files import check_place, move_file
 from prunus.model.checkpoint.output_folder import check_apart
-from prunus.model.checkpoint.reader import Checkpoint, TensorInfo
+from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.checkpoint.writer import Writable
 from prunus.model.formats import reader_of
 
@@ -119,12 +120,12 @@ class GgufFormat(TypeFormat):
         remove_result(folder, CompressionRecord.FILE)
 
     def check(self) -> None:
-        """Check the type's name, masks, stacked experts, and that types reach the bits or the size.
+        """Check masks, stacked experts, types, and that these reach the bits or the size.
 
         Raises:
             ValueError: The format cannot do what the recipe asks for.
         """
-        if self.recipe.type is not None:
+        if self.recipe.type is not None and not self._names_file:
             type_named(self.recipe.type)
         self.refuse_zeros("a GGUF file")
         linears = self.job.selected_linears()
@@ -175,6 +176,8 @@ class GgufFormat(TypeFormat):
         """The types that a module can have: one where the recipe decides, else all that fit."""
         columns = self.job.checkpoint.checkpoint.tensors[self.job.stored_key(name)].shape[-1]
         kind = self._head_type if name in self._outside else self.recipe.type
+        if self._names_file:
+            kind = self._types_in_file.get(name, kind)
         return types_for(columns) if kind is None else [type_for(kind, columns)]
 
     @property
@@ -184,6 +187,21 @@ class GgufFormat(TypeFormat):
             return _HEAD_TYPES.get(self.recipe.packs_head or 0)
         # Where types are not chosen by their losses, it is that of llama.cpp's own files.
         return self.recipe.type and ("Q8_0" if self.recipe.type == "Q8_0" else "Q6_K")
+
+    @property
+    def _names_file(self) -> bool:
+        """Whether the recipe names a file with types in place of a type."""
+        return self.recipe.type not in (None, *TYPES) and os.path.isfile(self.recipe.type or "")
+
+    @functools.cached_property
+    def _types_in_file(self) -> dict[str, str]:
+        """Name of a module -> its type in that file, but for those that `head_bits` is about."""
+        recipe, source = self.recipe, self.job.checkpoint.checkpoint
+        is_head_given = "head_bits" in recipe.model_fields_set
+        modules = self.shapes.keys() - (self._outside if is_head_given else set())
+        return types_in(
+            Path(recipe.type or ""), source.folder, self.contents.layout.tensors, modules
+        )
 
     def nbytes_of(self, quantizer: GroupQuantizer, shape: tuple[int, ...]) -> int:
         """The bytes of a weight with those that fill it up to the next tensor."""
@@ -221,18 +239,18 @@ class GgufFormat(TypeFormat):
 
     def describe(self) -> dict[str, object]:
         """The size of the file and what takes it, for a plan."""
-        if self.measures_loss:
+        if self.recipe.type is None and not self.types:
             kinds = {choice.kind: None for types in self.choices({}).values() for choice in types}
             mix = f"the best mix of {', '.join(kinds)}"
             parts = Counter({mix: self.budget, "all else": self._others})
         else:
-            parts = self.contents.bytes_by_type(self.types_of({}))
+            parts = self.contents.bytes_by_type(self.types or self.types_of({}))
         before = self.job.checkpoint.checkpoint.file_bytes()
         return {"file": self.contents.size(before, self.file_bytes(), parts).model_dump()}
 
     def file_bytes(self) -> int:
-        """Bytes of the file, as planned."""
-        return self._others + self.budget
+        """Bytes of the file, as planned; once types are chosen, of the file with these."""
+        return self.contents.file_bytes(self.types) if self.types else self._others + self.budget
 
     def temporary_bytes(self) -> int:
         """Bytes of the shards of the run."""
@@ -241,12 +259,12 @@ class GgufFormat(TypeFormat):
 
     @property
     def measures_loss(self) -> bool:
-        """Whether types are chosen by the loss that they cause. A type that is given is not."""
-        return self.recipe.type is None
+        """Whether types are chosen by the loss that they cause, or scales by that of columns.
 
-    def parts(self, key: str, info: TensorInfo, bits: float) -> dict[str, object]:
-        """Is never asked: the size of a GGUF file is not that of a folder."""
-        raise NotImplementedError("the size of a GGUF file follows from its contents")
+        A type that is given needs neither. The types of a file may be those of an earlier choice,
+        and then this file gets the same bytes.
+        """
+        return super().measures_loss or self.recipe.type is None or self._names_file
 
     def chosen(self, record: CompressionRecord) -> str:
         """How many bytes of the file have each type."""

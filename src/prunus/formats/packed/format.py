@@ -46,10 +46,10 @@ class PackedFormat(RateFormat):
         Raises:
             ValueError: They cannot, or an option belongs to another format.
         """
-        if self.recipe.type is not None or self.recipe.template is not None:
+        if self.recipe.type or self.recipe.template or self.rounding == "nearest":
             raise ValueError(
-                "`type` and `template` belong to GGUF files: give the output a name that ends in "
-                ".gguf, or leave them out"
+                "`type`, `template`, `rounding` nearest and lists for llama-quantize belong to "
+                "GGUF files: give the output a name that ends in .gguf, or leave them out"
             )
         # If all weights were zeros, a linear would still take a bit plane, steps, scales, classes.
         shapes = [linear.shape for linear in self.job.selected_linears().values()]
