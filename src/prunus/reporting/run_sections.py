@@ -180,12 +180,6 @@ def _by_linear(manifest: PruningRecord) -> Table:
 
 # --- a model that was made smaller ---
 
-# What the search for blocks measures -> its words.
-_MEASURES = {
-    "divergence": "KL divergence, nats per token",
-    "influence": "influence: 1 − cosine of the hidden states before and after a block",
-}
-
 
 def structure_section(record: StructureRecord) -> Section:
     """The section of a run that made a model smaller, finished or not, from its record."""
@@ -256,7 +250,7 @@ def _search(record: StructureRecord) -> list[Lines]:
         y=tuple(step.value for step in steps),
         hover=tuple(f"block {step.block} removed" for step in steps),
     )
-    title = _MEASURES[steps[0].measure]
+    title = "KL divergence, nats per token"
     return [Lines("The search for blocks", "removed blocks", title, (line,))]
 
 

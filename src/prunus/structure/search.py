@@ -9,23 +9,19 @@ the best is not the best one step later.
 
 All candidates run through the model together, so a step reads each block once. A candidate shares
 the hidden states of the base model up to its block, skips the block, and has its own afterwards.
-
-The other rule, cosine, measures all blocks once (ShortGPT, Men et al. 2024, arXiv 2403.03853) and
-removes those of the lowest influence. It reads all windows, and needs no room for candidates.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
-from prunus.distributed import Ranks, own_part
 from prunus.engine.job import HashedSource
 from prunus.engine.session import Session
-from prunus.methods.structured import cosine_sum, divergence_sum
+from prunus.methods.structured import divergence_sum
 from prunus.model.stream import Stream
 from prunus.structure.plan import PROBE_TOKENS, PROBE_WINDOWS, StructureJob
 from prunus.structure.records import SearchStep, StructureRecord
@@ -58,12 +54,7 @@ def choose_blocks(
     """
     count, steps = len(job.skeleton), record.search
     remove = count - job.keep_blocks
-    if len(steps) < remove and job.recipe.block_rule == "cosine":
-        influence = _influence(job, session.ranks, ids)
-        while len(steps) < remove:
-            _take(job, steps, influence, "influence")
-            save()
-    elif len(steps) < remove:
+    if len(steps) < remove:
         _search_by_divergence(job, session, ids[:PROBE_WINDOWS, :PROBE_TOKENS], record, save)
     return _blocks_left(steps, count)
 
@@ -102,28 +93,21 @@ def _search_by_divergence(
                     f"searching for block {len(steps) + 1} to remove: {len(measured)} candidates"
                 )
                 _, candidates = _candidate_states(stream, first, left, measured)
-                _take(job, steps, divergences(stream, probes, dense, candidates), "divergence")
+                _take(job, steps, divergences(stream, probes, dense, candidates))
                 save()
         return [step.model_dump() for step in steps]
 
     steps[:] = [SearchStep.model_validate(step) for step in session.ranks.on_rank_0(search)]
 
 
-def _take(
-    job: StructureJob,
-    steps: list[SearchStep],
-    values: dict[int, float],
-    measure: Literal["divergence", "influence"],
-) -> None:
+def _take(job: StructureJob, steps: list[SearchStep], values: dict[int, float]) -> None:
     """Add the step that removes the block of the lowest value which the family can do without."""
     count = len(job.skeleton)
     left = _blocks_left(steps, count)
     order = sorted(values.keys() & set(left), key=lambda index: (values[index], index))
     block = job.smaller_by_one(left, order)
     candidates = [values.get(index) if index in left else None for index in range(count)]
-    steps.append(
-        SearchStep(block=block, value=values[block], measure=measure, candidates=candidates)
-    )
+    steps.append(SearchStep(block=block, value=values[block], candidates=candidates))
 
 
 def _promising(steps: Sequence[SearchStep], left: Sequence[int]) -> list[int]:
@@ -189,29 +173,6 @@ def divergences(
     return {block: total / tokens for block, total in sums.items()}
 
 
-def _influence(job: StructureJob, ranks: Ranks, ids: Tensor) -> dict[int, float]:
-    """Old position of a block -> 1 − the mean cosine between the hidden states around it.
-
-    All ranks call it, each for its part of the windows `ids`, (windows, tokens).
-    """
-    stream = Stream(job.skeleton, job.source, job.device)
-    influence: dict[int, float] = {}
-    with contextlib.closing(stream):
-        batches = own_part(ranks, ids.split(job.batch))
-        stream.embed(batches, None, on_device=job.memory.hidden_states_stay)
-        for index in range(len(job.skeleton)):
-            block = job.skeleton.fill(index, job.source.block(index), job.device)
-            forward = stream.checked(index, stream.forward(index, block))
-            total = 0.0
-            for batch in range(len(stream)):
-                output = forward(batch)
-                total += cosine_sum(stream.states.get(batch), output)
-                stream.states.put(batch, output)
-            influence[index] = 1 - ranks.sum_floats([total])[0] / ids.numel()
-            job.skeleton.release(index)
-    return influence
-
-
 def _check_room(job: StructureJob, probes: Tensor) -> None:
     """Check that memory holds the hidden states of all candidates at once.
 
@@ -224,6 +185,5 @@ def _check_room(job: StructureJob, probes: Tensor) -> None:
     if needed > job.memory.budget:
         raise ValueError(
             f"the candidates of the search for blocks hold {needed / 1e9:.1f} GB of hidden states, "
-            f"the memory budget is {job.memory.budget / 1e9:.1f} GB: raise `memory`, or choose "
-            "`block_rule` cosine"
+            f"the memory budget is {job.memory.budget / 1e9:.1f} GB: raise `memory`"
         )
