@@ -173,7 +173,8 @@ class SearchStep(Part):
     #: The KL divergence from the dense model, in nats per token, without this block and without
     #: the blocks of the steps before.
     value: float
-    #: The divergence for every block of the source; None for a block that this step did not measure.
+    #: The divergence for every block of the source; None for a block that this step did not
+    #: measure.
     candidates: list[float | None]
 
 

@@ -52,9 +52,9 @@ def choose_blocks(
         NotImplementedError: The family cannot do without any further block.
         ValueError: The hidden states of the candidates do not fit in the memory budget.
     """
-    count, steps = len(job.skeleton), record.search
-    remove = count - job.keep_blocks
-    if len(steps) < remove:
+    count = len(job.skeleton)
+    steps = record.search
+    if len(steps) < count - job.keep_blocks:
         _search_by_divergence(job, session, ids[:PROBE_WINDOWS, :PROBE_TOKENS], record, save)
     return _blocks_left(steps, count)
 
@@ -158,12 +158,13 @@ def divergences(
         dense: The hidden states after the last block of the dense model, (windows, tokens, hidden).
         candidates: Candidate -> the same without it.
     """
-    skeleton, device = stream.skeleton, stream.device
-    sums, tokens = dict.fromkeys(candidates, 0.0), 0
-    with skeleton.outside_blocks(stream.source.read_outside, device, with_head=True):
+    skeleton = stream.skeleton
+    sums = dict.fromkeys(candidates, 0.0)
+    tokens = 0
+    with skeleton.outside_blocks(stream.source.read_outside, stream.device, with_head=True):
         for window in range(len(ids)):  # one by one, because logits are large
             part = slice(window, window + 1)
-            ids_1T = ids[part].to(device)
+            ids_1T = ids[part].to(stream.device)
             logp = skeleton.logits(ids_1T, dense[part]).flatten(0, 1).float().log_softmax(dim=-1)
             for block, hidden in candidates.items():
                 sums[block] += divergence_sum(
