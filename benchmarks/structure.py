@@ -8,7 +8,6 @@ MODEL is a checkpoint folder. A size is the share of the parameters in blocks th
 Blocks and heads go in whole steps, so each way takes the largest of its models that is not above
 it, and the table says what it came to. Ways:
 
-    shortgpt        --block-rule cosine
     blocks          the search by KL divergence
     flap            FLAP, another width in each block; see benchmarks/flap.py
     width           channels and heads, with columns that are fitted by least squares
@@ -64,7 +63,6 @@ from prunus.structure.run import run
 
 #: Way -> options of `prunus.shrink`, without those that say how much goes.
 WAYS: dict[str, dict[str, Any]] = {
-    "shortgpt": {"block_rule": "cosine", "repair": False},
     "blocks": {"repair": False},
     "blocks+repair": {},
     "flap": {},
@@ -162,7 +160,7 @@ class Benchmark:
             ValueError: so much width cannot go.
         """
         every, limit = self.block_sizes, size * sum(self.block_sizes)
-        if way.removesuffix("+repair") in ("shortgpt", "blocks"):
+        if way.removesuffix("+repair") == "blocks":
             return {"blocks": max(n for n in range(1, len(every)) if sum(every[:n]) <= limit)}
 
         def narrowed(steps: int, heads: int | None) -> int:

@@ -46,7 +46,7 @@ def test_ranks_compress_to_the_same_bits_and_errors(found):
 
 def test_models_become_smaller_as_by_one_process(found):
     result = found["shrunk"]
-    assert result["chosen"] and result["resumed"] and result["searched"], "the same bytes"
+    assert result["chosen"] and result["resumed"], "the same bytes"
     # Sums over ranks differ in their last bits, and so do weights that are fitted or trained.
     one, two = result["one"], result["two"]
     assert one["blocks"] == two["blocks"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from prunus.calibration.sources import TENSORS, Source, TextSource, are_texts, find_source
+from prunus.calibration.sources import Source, TextSource, are_texts, find_source
 from prunus.calibration.windows import WindowRequest, Windows, check_ids, hash_ids
 from prunus.distributed import Ranks
 from prunus.engine.job import RunJob
@@ -113,13 +113,11 @@ def _source(recipe: WindowOptions, options: RunOptions) -> Source:
 
 
 def _wanted(recipe: WindowOptions, options: RunOptions) -> WindowRequest:
-    # A sweep draws the windows of a text itself, and gives them with the text's name.
-    drawn = options.input_ids is not None and recipe.calibration not in TENSORS
     return WindowRequest(
         samples=recipe.samples,
         seqlen=recipe.seqlen,
         seed=recipe.seed,
-        bos="auto" if drawn else recipe.bos,
+        bos=recipe.bos,
         data=options.data,
     )
 

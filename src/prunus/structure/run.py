@@ -204,7 +204,9 @@ class SmallerFolder(BlockFolder):
         self.record.state = "finished"
 
     def _complete(self) -> dict[str, object]:
-        source, record, old = self.job.checkpoint, self.record, self.job.skeleton
+        source = self.job.checkpoint
+        record = self.record
+        old = self.job.skeleton
         # Tensors below the path of the blocks that no block reads, such as those of blocks for
         # further tokens, do not fit the smaller model. All other unknown ones are copied.
         unknown = names_in_model(old, source.checkpoint.tensors)[2]
@@ -224,7 +226,8 @@ class SmallerFolder(BlockFolder):
         return record.totals
 
     def _card(self, nbytes: int) -> str:
-        record, totals = self.record, self.record.totals
+        record = self.record
+        totals = record.totals
         return result_card(
             record,
             "made smaller",
