@@ -23,7 +23,7 @@ import torch
 
 from prunus.engine.block.hooks import StopForward, input_hooks
 from prunus.engine.block.walk import Accumulate
-from prunus.methods.refine.dense_targets import MAX_DRIFT_STRIDE
+from prunus.methods.dense_targets import MAX_DRIFT_STRIDE
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear, find_linears
 from prunus.model.skeleton import Skeleton
