@@ -31,7 +31,7 @@ from prunus.engine.loss_sensitivity import measuring_memory
 from prunus.engine.memory import Memory
 from prunus.engine.options import RunOptions
 from prunus.engine.plan import check_memory, open_model, run_facts
-from prunus.engine.reconstruction.schedule import ReconstructionSettings
+from prunus.engine.reconstruction.reconstruct_block import ReconstructionSettings
 from prunus.engine.session import SILENT, Session
 from prunus.hardware.memory import resident_memory
 from prunus.hardware.numerics import native_bfloat16
