@@ -146,7 +146,7 @@ class Benchmark:
         """The checked run that removes an amount."""
         given = {**given_windows(self.ids)[1], "repair": False, **amount}
         recipe = StructureRecipe.read(None, given)
-        return plan_structure(self.given.model, recipe, RunOptions(input_ids=self.ids))
+        return plan_structure(self.given.model, recipe, RunOptions(calibration_data=self.ids))
 
     @functools.cached_property
     def block_sizes(self) -> list[int]:
@@ -215,7 +215,7 @@ class Benchmark:
     def shrink(self, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         """Make a smaller model in a folder."""
         given = {**given_windows(self.ids)[1], "batch": BATCH, **options}
-        how = RunOptions(input_ids=self.ids)
+        how = RunOptions(calibration_data=self.ids)
         session = Session(report=lambda now: say(f"{folder.name} {now.done}/{now.total}"))
         record = run(self.given.model, folder, StructureRecipe.read(None, given), how, session)
         gone = record.totals["parameters_before"] - record.totals["parameters"]

@@ -41,7 +41,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "sparsegpt 2:4": {"method": "sparsegpt", "pattern": "2:4"},
     "obs": {"method": "obs", "mask_order": "blockwise", "mask_from": "magnitude"},
     "alps, dense targets": {"method": "alps", "dense_weight": 0.25},
-    "swaps, lsq": {"refine": "swaps", "weight_update": "least-squares"},
+    "least squares": {"weight_update": "least-squares"},
 }
 
 

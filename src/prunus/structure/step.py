@@ -32,10 +32,10 @@ from prunus.engine.linear_record import ReconstructionRecord
 from prunus.engine.loop import FinishedBlock, StoredBlock, check_same
 from prunus.engine.reconstruction.reconstruct_block import (
     BlockReconstructor,
+    ReconstructionSettings,
     step_parts,
     step_ranks,
 )
-from prunus.engine.reconstruction.schedule import ReconstructionSettings
 from prunus.engine.record import Walk
 from prunus.methods.solvers.least_squares import ridge
 from prunus.methods.statistics import InputStatistics, StatisticsSpec
