@@ -203,12 +203,7 @@ def plan(
         format_for(output, chosen) if isinstance(chosen, CompressionRecipe) else PlainTensors()
     )
     job = planned(stored, model, output, chosen, how)
-    written = lists and write_lists(
-        job,
-        tensor_types,
-        imatrix,
-        progress=not is_quiet(),  # type: ignore[call-arg]
-    )
+    written = lists and write_lists(job, tensor_types, imatrix, progress=not is_quiet())
     described = describe_plan(job) | {"written": written or []}
     if trains:
         from prunus.recovery.max_preset import plan_training

@@ -29,7 +29,7 @@ from prunus.engine.loss_sensitivity import (
     measure_loss,
 )
 from prunus.engine.output import PruningOutput
-from prunus.engine.session import SILENT, Session, with_session
+from prunus.engine.session import Session, shown_session
 from prunus.engine.windows import calibration_windows
 from prunus.formats.base import RateFormat, TypeFormat
 from prunus.formats.gguf.file import OWN_LISTS, write_importances
@@ -204,13 +204,8 @@ def type_rounding(
     )
 
 
-@with_session("plan")
 def write_lists(
-    job: PruningJob,
-    types_file: Path | None,
-    importances_file: Path | None,
-    *,
-    session: Session = SILENT,
+    job: PruningJob, types_file: Path | None, importances_file: Path | None, progress: bool
 ) -> list[str]:
     """Choose the types of a planned GGUF file, and write them for llama-quantize of llama.cpp.
 
@@ -218,6 +213,7 @@ def write_lists(
         job: The plan; its format holds the types afterwards.
         types_file: Where the list of types is written; None for nowhere.
         importances_file: Where the importance matrix is written; None for nowhere.
+        progress: Whether to show a bar where a person looks.
 
     Returns:
         The names of the files.
@@ -234,7 +230,8 @@ def write_lists(
         )
     for path in paths:
         prepare_file(path, OWN_LISTS.fullmatch)
-    _take_note(stored, _type_losses(stored, job, session, calibration_windows(job).ids, {}))
+    with shown_session("plan", progress, None) as session:
+        _take_note(stored, _type_losses(stored, job, session, calibration_windows(job).ids, {}))
     if types_file is not None:
         write_text(types_file, stored.contents.type_list(stored.types))
     if importances_file is not None:

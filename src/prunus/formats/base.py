@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -19,16 +20,17 @@ from torch import nn
 
 from prunus.engine.folder import BlockFolder
 from prunus.engine.linear_job import Format, LinearSelection
-from prunus.formats.packed.file_size import embedding_and_head, file_size
 from prunus.formats.recipe import CompressionRecipe
-from prunus.formats.records import CompressionRecord
+from prunus.formats.records import CompressionRecord, FileSize
 from prunus.hardware.errors import naming
 from prunus.methods.group_fits import round_in_groups
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.model.checkpoint.reader import Checkpoint, TensorInfo
 from prunus.model.checkpoint.writer import file_nbytes
+from prunus.model.embeddings import is_plain
 from prunus.model.formats import format_named, format_of
 from prunus.model.kinds import require_causal
+from prunus.model.linears import tied_embedding
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
 
@@ -380,6 +382,63 @@ def _stored_as_integers(
             "or experts in one tensor; such a checkpoint cannot be compressed yet"
         )
     return LinearSelection(by_block, left_dense)
+
+
+def file_size(
+    source: CheckpointSource, model: Any, tensors: Mapping[str, Any], after: int
+) -> FileSize:
+    """The size of a result and what takes its bytes.
+
+    Args:
+        source: The source.
+        model: The skeleton of the source.
+        tensors: Stored name -> something with a shape and a dtype, of all tensors of the result.
+        after: Bytes of the files of the result.
+    """
+    # The embedding comes last, so that a tied head counts as embedding.
+    modules = {id(model.get_output_embeddings()): "output head"}
+    modules[id(model.get_input_embeddings())] = "embeddings"
+    kinds = {
+        source.stored.get(f"{name}.weight", name).removesuffix(".weight"): modules[id(module)]
+        for name, module in reversed(list(model.named_modules()))
+        if id(module) in modules
+    }
+    parts = Counter[str]()
+    for name, info in tensors.items():
+        linear = name.rpartition(".weight")[0]
+        dense = source.checkpoint.tensors.get(name)
+        packed = dense is None or dense.dtype != info.dtype
+        kind = "other weights" if len(info.shape) > 1 else "norms and biases"
+        kind = kinds.get(linear, "linears" if packed else kind)
+        what = f"packed {kind}" if packed else f"{kind} in {str(info.dtype).partition('.')[2]}"
+        parts[what] += math.prod(info.shape) * info.dtype.itemsize
+    checkpoint = source.checkpoint
+    parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    return FileSize.of(checkpoint.file_bytes(), after, parameters, parts)
+
+
+def embedding_and_head(model: Any, stored: Mapping[str, str]) -> dict[str, list[str]]:
+    """The embedding and the head that the packed format can hold; only the first if they are tied.
+
+    Args:
+        model: The skeleton of the source.
+        stored: Name in the model -> stored name, as in `CheckpointSource`.
+
+    Returns:
+        Stored name of the weight -> stored names of copies of it: a tied head may be stored too.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+    keys = [
+        stored.get(names.get(id(module), ""), "") if module is not None and is_plain(module) else ""
+        for module in (embedding, head)
+    ]
+    if not tied:
+        return {key: [] for key in keys if key.endswith(".weight")}
+    # A checkpoint may store a tied weight twice, or as the head alone, which stays as it is.
+    holds = tied_embedding(model) is not None and keys[0].endswith(".weight")
+    return {keys[0]: [key for key in keys[1:] if key]} if holds else {}
 
 
 def format_for(output: Path | None, recipe: CompressionRecipe) -> RateFormat | TypeFormat:

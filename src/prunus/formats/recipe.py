@@ -32,7 +32,7 @@ class CompressionRecipe(PruningOptions):
         rounding: "feedback" lets later columns correct the error of each, which needs all windows
             to run through the model; "nearest" rounds each weight by itself.
         sparsity: The share of the weights that a mask forces to 0.
-        dense_weight: α, see `methods/refine/dense_targets.py`.
+        dense_weight: α, see `methods/dense_targets.py`.
 
     Raises:
         ValueError: An option is unknown or out of range, or options exclude each other.

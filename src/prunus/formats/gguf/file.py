@@ -7,7 +7,6 @@ No other file imports the package, which is an extra. Files of strangers are che
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import re
 from collections import Counter
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from prunus.hardware.errors import require_library
 from prunus.model.checkpoint.atomic_files import replacing
 
 #: The field with the record of the run that made a file.
@@ -37,8 +37,7 @@ _OF_STORAGE = (
 def check_extra() -> None:
     """Raise ModuleNotFoundError unless the packages for GGUF files are installed."""
     for module in ("gguf", "accelerate"):
-        if importlib.util.find_spec(module) is None:
-            raise ModuleNotFoundError(f"a GGUF file needs {module}: pip install '.[gguf]'")
+        require_library(module, "a GGUF file", "gguf")
 
 
 def package() -> Any:
