@@ -176,7 +176,9 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true")
     arguments = parser.parse_args()
     try:
-        done = dither(arguments.source, arguments.dest, seed=arguments.seed, overwrite=arguments.overwrite)
+        done = dither(
+            arguments.source, arguments.dest, seed=arguments.seed, overwrite=arguments.overwrite
+        )
     except (ValueError, OSError, ModuleNotFoundError) as fault:
         sys.exit(f"error: {fault}")
     print(
