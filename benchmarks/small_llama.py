@@ -1,6 +1,6 @@
 """Train a small Llama from random weights, as a checkpoint whose weights come from no quantiser.
 
-    python benchmarks/small_llama.py OUT --data FOLDER [--tokens 3000000]
+    python benchmarks/small_llama.py OUT --data FOLDER [--tokens 2000000]
 
 OUT becomes an ordinary checkpoint in bfloat16 of 33.6 million parameters: 8 blocks of width 512,
 an untied head, and a byte-level tokenizer of 8,192 tokens that is trained on the same text. The
@@ -37,7 +37,7 @@ def main() -> None:
     )
     parser.add_argument("out", type=Path)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=3_000_000)
+    parser.add_argument("--tokens", type=int, default=2_000_000)
     options = parser.parse_args()
     wikitext = load_corpus("wikitext2", "calibration", options.data)
     c4 = load_corpus("c4", "calibration", options.data)
