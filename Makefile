@@ -66,7 +66,7 @@ wheel-test:
 start-test:
 	PYTHON=$(PYTHON) sh tests/release/start_pages.sh build/start-test
 
-# Packed checkpoints in vLLM for CPUs. It pins other versions of libraries than prunus needs, so it
+# Results in vLLM for CPUs. It pins other versions of libraries than prunus needs, so it
 # gets an environment of its own. It fails where it finds the two packages that are removed again:
 # their wheels are built for another torch.
 VLLM_STAMP := build/vllm/venv/.prunus-installed
@@ -95,8 +95,8 @@ hostile: $(STAMP)
 
 # Memory errors and undefined behaviour in the kernels.
 sanitize:
-	sh tests/packed/kernels/sanitize.sh
+	sh tests/runtime/kernels/sanitize.sh
 
 # The kernels of 64-bit Arm in an emulator. It needs g++-aarch64-linux-gnu and qemu-user.
 neon-test:
-	sh tests/packed/kernels/neon.sh
+	sh tests/runtime/kernels/neon.sh

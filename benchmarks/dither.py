@@ -34,7 +34,7 @@ from gguf import (
     quants,
 )
 
-from prunus.model.checkpoint.gguf import check_destination, import_gguf
+from prunus.formats.gguf.import_checkpoint import check_destination, import_gguf
 
 __all__ = ["KINDS", "dither", "quantisation_steps", "write_dithered_gguf"]
 

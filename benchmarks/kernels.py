@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from prunus.packed.bitmap import check, pack_weight
-from prunus.packed.kernels import library as kernels
-from prunus.packed.weight import Coding, PackedWeight
+from prunus.runtime.bitmap import check, pack_weight
+from prunus.runtime.kernels import library as kernels
+from prunus.runtime.weight import Coding, PackedWeight
 
 #: Bytes of all copies of a matrix: at least twice as much as the largest caches hold.
 WORKING_SET = 160e6
@@ -77,11 +77,10 @@ def make_kernels(
     whole = dense.bfloat16()
     packed(pack_weight(whole, torch.bfloat16), "whole bf16, coded")
     packed(pack_weight(whole, torch.int8), "whole int8")
-    places = [
-        w.values.view_as(whole) for w in copies(PackedWeight((rows, columns), whole.flatten()))
-    ]
+    dense_weights = copies(PackedWeight((rows, columns), whole.flatten()))
     if engine.has_bfloat16:
-        add("dense bf16", whole.nbytes, places, lambda w: engine.dense_linear(x, w, None))
+        add("dense bf16", whole.nbytes, dense_weights, lambda w: engine.linear(x, w, None, None))
+    places = [w.values.view_as(whole) for w in dense_weights]
     add("torch bf16", whole.nbytes, places, lambda w: torch.nn.functional.linear(x, w))
     return made
 

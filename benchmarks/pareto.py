@@ -50,10 +50,10 @@ from torch import nn
 import prunus
 from prunus.calibration.draw import encode
 from prunus.calibration.sources import find_source
-from prunus.calibration.windows import Wanted, hash_ids
+from prunus.calibration.windows import WindowRequest, hash_ids
 from prunus.evaluation.speed import bench
+from prunus.formats.gguf.import_checkpoint import import_gguf
 from prunus.hardware.memory import describe_hardware, versions
-from prunus.model.checkpoint.gguf import import_gguf
 
 TYPES = "Q2_K,IQ2_XS,IQ2_M,IQ3_XXS,Q3_K_S,Q3_K_M,IQ4_XS,Q4_K_M"
 
@@ -184,7 +184,7 @@ def write_calibration(options: argparse.Namespace) -> str:
         tokenizer = AutoTokenizer.from_pretrained(options.dense)
         shape = (options.samples, options.seqlen)
         # One window more than needed, since tokens at the borders may become fewer.
-        asked = Wanted(
+        asked = WindowRequest(
             samples=options.samples + 1,
             seqlen=options.seqlen,
             data=options.data,

@@ -3,7 +3,7 @@
 mkdocs calls `on_page_markdown` for every page (mkdocs.yml lists this file as a hook).
 
 - `reference/command-line.md` is generated from the typer app, so it cannot differ from `--help`.
-- `reference/python.md` has a table of options for each verb.
+- `reference/python.md` has a table of options for each command.
 - `index.md`, `contributing.md` and `changelog.md` show the files of the repository's root.
 """
 

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from prunus.calibration.sources import find_source
 from prunus.calibration.training_text import training_text
-from prunus.calibration.windows import Wanted, bos_token
+from prunus.calibration.windows import WindowRequest, bos_token
 from prunus.evaluation.options import TextOptions
 from prunus.evaluation.perplexity import scoring_windows
 from tiny_tokenizer import BOS, byte_tokenizer
@@ -43,9 +43,9 @@ def windows(kind: str, texts: dict[str, str], tokenizer, bos: str) -> tuple[torc
         return found.ids, found.bos
     options = {"tokenizer": lambda: tokenizer, "seqlen": 8, "seed": 0, "bos": bos}
     if "training" in kind:
-        text = training_text(source, Wanted(**options), 2)
+        text = training_text(source, WindowRequest(**options), 2)
         return torch.cat([text.held_out, text.windows(0, 6)]), text.bos
-    drawn = find_source(source).draw(Wanted(samples=6, **options))
+    drawn = find_source(source).draw(WindowRequest(samples=6, **options))
     return drawn.ids, drawn.bos
 
 
@@ -87,9 +87,9 @@ def test_bad_choices(texts, tmp_path):
     save_file({"input_ids": torch.arange(64).view(4, 16)}, ids)
     with pytest.raises(ValueError, match=r"ids\.safetensors stay as they are given"):
         scoring_windows(str(ids), byte_tokenizer, 8, TextOptions(bos="yes"))
-    source, wanted = find_source(str(ids)), Wanted(samples=2, seqlen=8)
+    source, wanted = find_source(str(ids)), WindowRequest(samples=2, seqlen=8)
     with pytest.raises(ValueError, match=r"ids\.safetensors stay as they are given"):
-        source.check(Wanted(samples=2, seqlen=8, bos="yes"))
+        source.check(WindowRequest(samples=2, seqlen=8, bos="yes"))
     with pytest.raises(ValueError, match=r"ids\.safetensors stay as they are given"):
-        training_text(str(ids), Wanted(seqlen=8, bos="yes"), 1)
+        training_text(str(ids), WindowRequest(seqlen=8, bos="yes"), 1)
     assert source.draw(wanted).bos == training_text(str(ids), wanted, 1).bos == "given"

@@ -16,30 +16,27 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from transformers import GenerationConfig
 
 from prunus.calibration.corpora import load_corpus, python_code, python_docs
 from prunus.calibration.draw import TextTooShort, windows_from_documents, windows_from_stream
 from prunus.calibration.files import read_documents
-from prunus.calibration.generate import first_ids, start_token, write_windows
 from prunus.calibration.sources import find_source
 from prunus.calibration.training_text import training_text
-from prunus.calibration.windows import Wanted, Windows
-from tiny import tiny_model
-from tiny_tokenizer import BOS, EOS, VOCABULARY, byte_tokenizer
+from prunus.calibration.windows import WindowRequest, Windows
+from tiny_tokenizer import BOS, byte_tokenizer
 
 C4_FILE = "c4_en_train_shard0_first1000.jsonl.gz"
 
 
 def load(source, tokenizer=None, **options) -> Windows:
-    wanted = Wanted(**{"samples": 4, "seqlen": 8, "tokenizer": lambda: tokenizer} | options)
+    wanted = WindowRequest(**{"samples": 4, "seqlen": 8, "tokenizer": lambda: tokenizer} | options)
     found = find_source(str(source))
     found.check(wanted)
     return found.draw(wanted)
 
 
 def check_source(source: str, data: Path | None) -> None:
-    find_source(source).check(Wanted(samples=1, seqlen=2, data=data))
+    find_source(source).check(WindowRequest(samples=1, seqlen=2, data=data))
 
 
 def json_lines(path: Path, documents: list[str]) -> Path:
@@ -244,15 +241,10 @@ def test_data_folders(tmp_path, monkeypatch):
         check_source("wikitext2", None)
 
 
-@pytest.mark.parametrize(("source", "library"), [("c4", "datasets"), ("rows.parquet", "pyarrow")])
-def test_missing_extra_is_named_before_any_work(
-    tmp_path, monkeypatch, uninstalled, source, library
-):
-    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
-    monkeypatch.chdir(tmp_path)
-    uninstalled(library)
-    with pytest.raises(ModuleNotFoundError, match=rf"needs {library}: pip install '\.\[data\]'"):
-        check_source(source, None)
+def test_missing_extra_is_named_before_any_work(uninstalled):
+    uninstalled("datasets")
+    with pytest.raises(ModuleNotFoundError, match=r"needs datasets: pip install '\.\[data\]'"):
+        check_source("c4", None)
 
 
 # --- python-docs ---
@@ -298,7 +290,9 @@ def test_mix_interleaves_prose_and_code(tmp_path, monkeypatch, uninstalled):
     assert torch.equal(mixed.ids[is_code], alone[1].ids)
     assert mixed.source == f"75% {alone[0].source}; 25% {alone[1].source}"
     assert torch.equal(load("mix", samples=1, **options).ids, load("c4", samples=1, **options).ids)
-    text = training_text("mix", Wanted(**options | {"tokenizer": lambda: tokenizer}), held_out=4)
+    text = training_text(
+        "mix", WindowRequest(**options | {"tokenizer": lambda: tokenizer}), held_out=4
+    )
     rows = (*text.held_out, *text.windows(0, 4))
     assert ["\n" in tokenizer.decode(row) for row in rows] == is_code[:8].tolist()
     # With a chat template, one window in eight is prose in the shape of a chat.
@@ -321,21 +315,12 @@ def test_mix_interleaves_prose_and_code(tmp_path, monkeypatch, uninstalled):
 # --- files ---
 
 
-def write_parquet(path: Path, columns: dict) -> Path:
-    parquet = pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pytest.importorskip("pyarrow").table(columns), path)
-    return path
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.JSONL.gz", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.JSONL.gz"])
 def test_documents_of_a_file(tmp_path, name):
     # U+2028 inside a document does not end a JSON line.
     documents = ["short", letters(40, 1) + "\u2028" + letters(40, 2), "", letters(90, 3)]
     path = tmp_path / name
-    if name.endswith("parquet"):
-        write_parquet(path, {"text": [*documents, None], "n": [1, 2, 3, 4, 5]})
-    else:
-        json_lines(path, documents)
+    json_lines(path, documents)
     tokenizer = byte_tokenizer()
     windows = load(path, tokenizer, samples=10, seqlen=50)
     # A window that cuts the three bytes of U+2028 does not decode, so it is left out.
@@ -378,7 +363,6 @@ def test_plain_text_keeps_every_byte(tmp_path, name):
         ("a.jsonl", b"[" * 100_000, "line 1: not a JSON object"),
         ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", "line 1: not a JSON object"),
         ("a.jsonl", b'{"text": ""}\n', "there is no text"),
-        ("a.parquet", b"PAR1 this is not it", "not a readable Parquet file"),
         ("a.safetensors", b"\x08\0\0\0\0\0\0\0{}", "not a readable safetensors file"),
         ("a.csv", b"text\nx\n", r"cannot tell what this file holds.*\.jsonl"),
     ],
@@ -391,12 +375,6 @@ def test_bad_files(tmp_path, name, content, message):
 
 
 def test_files_without_text_or_ids(tmp_path):
-    for columns, message in (
-        ({"body": ["x"], "n": [1]}, "no column 'text'; its columns are body, n"),
-        ({"text": [1, 2]}, "something other than text"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            load(write_parquet(tmp_path / "a.parquet", columns), byte_tokenizer())
     ids = torch.zeros(4, dtype=torch.int64)
     for tensors, message in (
         ({"ids": ids}, "no tensor 'input_ids'; it holds ids"),
@@ -432,7 +410,6 @@ def test_token_ids_need_no_tokenizer(tmp_path):
     ("change", "message"),
     [
         ({"source": "c5"}, "unknown source 'c5': it is none of c4, wikitext2, ptb"),
-        ({"source": "self"}, "'self' needs the model"),
         ({"tokenizer": None}, "python-docs is text, and this model comes without a tokenizer"),
         ({"source": "mix", "tokenizer": None}, "mix is text, and this model comes without a"),
     ],
@@ -448,85 +425,8 @@ def test_hash_is_of_shape_and_little_endian_values():
     pixels = ids.view(1, 3, 2, 2) / 7
     for values, shape, form in ((ids, b"3x4:", "<12i"), (pixels, b"1x3x2x2:", "<12f")):
         packed = struct.pack(form, *values.flatten().tolist())
-        windows = find_source(values).draw(Wanted(seqlen=4))
+        windows = find_source(values).draw(WindowRequest(seqlen=4))
         assert windows.sha256 == hashlib.sha256(shape + packed).hexdigest()
-
-
-# --- self ---
-
-
-def writer(vocabulary: int = VOCABULARY):
-    return tiny_model(vocab_size=vocabulary, pad_token_id=None, bos_token_id=BOS, eos_token_id=EOS)
-
-
-def test_self_samples_from_the_model_s_own_distribution():
-    model = writer()
-    # The model's own settings must not apply: they would cut its distribution or stop its text.
-    habits = GenerationConfig(
-        do_sample=True, top_k=2, temperature=0.1, repetition_penalty=9.0, eos_token_id=[*range(200)]
-    )
-    model.generation_config = habits
-    model.train()
-    first = torch.tensor([5, 6, 7])
-    before = torch.random.get_rng_state()
-    windows = write_windows(model, first, seqlen=30, seed=11)
-    assert torch.equal(torch.random.get_rng_state(), before)
-    assert model.training
-    assert model.generation_config is habits
-    model.eval()
-    torch.manual_seed(11)
-    expected = first.unsqueeze(1)
-    with torch.no_grad():
-        for _ in range(29):
-            probabilities = torch.softmax(model(input_ids=expected).logits[:, -1].float(), dim=-1)
-            expected = torch.cat([expected, torch.multinomial(probabilities, 1)], dim=1)
-    assert torch.equal(windows, expected)
-
-
-def test_self_is_seeded_and_calls_the_model_only_when_asked(tmp_path):
-    model = writer()
-    calls = []
-
-    def get():
-        calls.append(1)
-        return model
-
-    (tmp_path / "a.txt").write_text(letters(99, 0))
-    load(tmp_path / "a.txt", byte_tokenizer(), model=get)
-    assert not calls
-    one, again, other = (
-        load("self", byte_tokenizer(), samples=40, seqlen=9, seed=seed, model=get)
-        for seed in (0, 0, 1)
-    )
-    assert len(calls) == 3
-    assert one.ids.shape == (40, 9)
-    assert one.sha256 == again.sha256 != other.sha256
-
-
-def test_self_starts_as_the_tokenizer_starts_a_text():
-    model = writer()
-    rng = random.Random(0)
-    assert start_token(model, byte_tokenizer(bos=True), "auto") == BOS
-    assert start_token(model, None, "auto") == BOS
-    assert start_token(model, byte_tokenizer(), "auto") is None
-    assert start_token(model, byte_tokenizer(bos=True), "no") is None
-    assert start_token(model, byte_tokenizer(), "yes") == BOS
-    assert first_ids(model, None, 5, rng, BOS).tolist() == [BOS] * 5
-    without = first_ids(model, byte_tokenizer(), 500, rng, None)
-    assert not set(without.tolist()) & {BOS, EOS}
-    assert len(set(without.tolist())) > 100
-    # An embedding smaller than the tokenizer's vocabulary bounds the draw.
-    assert int(first_ids(writer(50), byte_tokenizer(), 500, rng, None).max()) < 50
-
-
-def test_self_with_a_broken_model_or_too_long_windows():
-    model = writer()
-    with pytest.raises(ValueError, match="windows of 65 tokens do not fit: the model has 64"):
-        write_windows(model, torch.tensor([3]), seqlen=65, seed=0)
-    with torch.no_grad():
-        model.lm_head.weight[7] = torch.nan
-    with pytest.raises(ValueError, match="logits are not finite"):
-        write_windows(model, torch.tensor([3]), seqlen=8, seed=0)
 
 
 def test_a_small_file_of_endless_text_is_refused(tmp_path, monkeypatch):
@@ -537,21 +437,3 @@ def test_a_small_file_of_endless_text_is_refused(tmp_path, monkeypatch):
             read_documents(tmp_path / name)
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"an ordinary text " * 10))
     assert read_documents(tmp_path / "a.txt.gz") == ["an ordinary text " * 10]
-
-
-def test_a_small_parquet_file_of_endless_text_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("prunus.calibration.files._SMALL_TEXT", 2**20)
-    pyarrow = pytest.importorskip("pyarrow", reason="needs the extra data")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    path = tmp_path / "a.parquet"
-    documents = ["one text", None, "another", ""]
-    for options in ({}, {"use_dictionary": False}, {"compression": "zstd"}):
-        parquet.write_table(pyarrow.table({"text": documents, "x": [1, 2, 3, 4]}), path, **options)
-        assert read_documents(path) == ["one text", "another"]
-    # Stored once for all rows, and stored in every row.
-    for dictionary, rows in ((True, 10**5), (False, 10**4)):
-        table = pyarrow.table({"text": pyarrow.repeat(pyarrow.scalar("y" * 1000), rows)})
-        parquet.write_table(table, path, compression="zstd", use_dictionary=dictionary)
-        assert path.stat().st_size < 2**20
-        with pytest.raises(ValueError, match=r"bytes of text, which no ordinary text does"):
-            read_documents(path)

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 import prunus
 from command_line import PROGRAM, call
+from processors import processor_threads
 from prunus.cli.terminal import user_errors
 from prunus.engine.progress import PREPARATION, Progress
 from prunus.model.checkpoint.reader import INDEX_NAME
@@ -82,20 +83,14 @@ def test_doctor_counts_threads_in_words(threads, words, monkeypatch):
 
 
 def test_doctor_tells_of_the_installed_package_in_sentences(tmp_path, monkeypatch):
-    """It reads the metadata of a prunus 9 with three extras, one of which is installed."""
+    """It reads the metadata of a prunus 9."""
     about = tmp_path / "prunus-9.dist-info"
     about.mkdir()
-    extras = {"data": "pytest>=1", "grow": "no-such-package>=2,<3", "later": "pytest>=1000"}
-    lines = ["Metadata-Version: 2.4", "Name: prunus", "Version: 9", "Requires-Dist: nothing-else"]
-    for extra, needed in extras.items():
-        lines += [f"Provides-Extra: {extra}", f'Requires-Dist: {needed}; extra == "{extra}"']
-    (about / "METADATA").write_text("\n".join(lines) + "\n")
+    (about / "METADATA").write_text("Metadata-Version: 2.4\nName: prunus\nVersion: 9\n")
     monkeypatch.syspath_prepend(tmp_path)
     shown = call("doctor", "--json", tmp_path / "state.json").stdout
-    assert "Installed extras: data.\n" in shown and "instruction_set" not in shown
-    assert "The extra grow is not installed, it lacks no-such-package<3,>=2: pip" in shown
-    found = json.loads((tmp_path / "state.json").read_text())["extras"]
-    assert found == {"data": [], "grow": ["no-such-package<3,>=2"], "later": ["pytest>=1000"]}
+    assert "instruction_set" not in shown
+    assert "instruction_set" in json.loads((tmp_path / "state.json").read_text())
     assert "`import prunus` to load packed checkpoints: this installation" in shown
     points = "[torch.backends]\nprunus = prunus_autoload:register_with_torch\n"
     (about / "entry_points.txt").write_text(points)
@@ -250,13 +245,9 @@ def _interrupt_c_code():
 
 
 @needs_sigint
-def test_ctrl_c_that_c_code_reports_as_an_error_is_still_ctrl_c(capsys):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(typer.Exit) as stopped, user_errors("nothing is kept"):
-            _interrupt_c_code()
-    finally:
-        signal.signal(signal.SIGINT, before)
+def test_ctrl_c_that_c_code_reports_as_an_error_is_still_ctrl_c(capsys, interruptible):
+    with pytest.raises(typer.Exit) as stopped, user_errors("nothing is kept"):
+        _interrupt_c_code()
     assert stopped.value.exit_code == 130
     assert "stopped; nothing is kept" in capsys.readouterr().err
 
@@ -308,13 +299,9 @@ def test_a_run_continues_after_ctrl_c_to_the_same_bytes(tmp_path, interruptible)
     assert not (tmp_path / "out" / INDEX_NAME).exists()
     assert not list((tmp_path / "out").glob("*.partial"))
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with processor_threads(1):
         log = call(*command).stderr
         prunus.prune(dense, tmp_path / "undisturbed", calibration=ids, batch=1)
-    finally:
-        torch.set_num_threads(threads)
     assert sum("taken from the earlier run" in line for line in log.splitlines()) == len(
         state["blocks"]
     )

@@ -20,7 +20,7 @@ from documentation import Block, blocks, models
 from gguf_cases import gguf_checkpoint
 from places import REPOSITORY
 from prunus.calibration import corpora
-from prunus.model.checkpoint.gguf_file import check_extra
+from prunus.formats.gguf.file import check_extra
 
 DOCS = REPOSITORY / "docs"
 OWN_METHOD = DOCS / "how-to" / "add-a-method.md"

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 import prunus
 from command_line import call
 from packed_reference import pruned_checkpoint
+from prunus.evaluation import metrics, window_scores
 from prunus.evaluation import streamed_model as streamed
-from prunus.evaluation import window_scores
 from prunus.evaluation.model_input import ComputeOptions
 from prunus.evaluation.perplexity import first_scored_row
 from prunus.model.loading import load_model
@@ -124,9 +124,9 @@ def test_single_tokens_and_quantiles():
     out = -math.inf
     # A token that the reference rules out adds nothing.
     p, q = torch.tensor([[0.0, 0.0, out], [0.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, out]] * 2)
-    kl, same = window_scores.token_divergences(p, q)
-    assert (kl.tolist(), same.tolist()) == ([0, math.inf], [True, True])
-    kl, _ = window_scores.token_divergences(p[:1], torch.zeros(1, 3))
+    assert metrics.kl_divergence(p, q).tolist() == [0, math.inf]
+    assert metrics.same_top(p, q).tolist() == [True, True]
+    kl = metrics.kl_divergence(p[:1], torch.zeros(1, 3))
     assert kl.item() == pytest.approx(math.log(1.5))
     # A sum of so many probabilities in float32 would be wrong by more than the divergence.
     x = (4 * torch.randn(8, 30_000)).bfloat16()
@@ -134,12 +134,12 @@ def test_single_tokens_and_quantiles():
     log_p, log_q = (logits.double().log_softmax(-1) for logits in (x, y))
     expected = (log_p.exp() * (log_p - log_q)).sum(-1)
     assert 0 < expected.mean() < 1e-6
-    found = window_scores.token_divergences(x, y)[0]
+    found = metrics.kl_divergence(x, y)
     assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-2)
     values = torch.rand(1234, dtype=torch.float64)
     for share in (0.0, 0.5, 0.999, 1.0):
         quantile = np.quantile(values.numpy(), share)
-        assert window_scores._quantile(values, share) == pytest.approx(quantile, rel=1e-12)
+        assert metrics.quantile(share, values[None]) == pytest.approx(quantile, rel=1e-12)
 
 
 def test_progress_counts_both_models(folders):
@@ -324,7 +324,7 @@ def test_eval_shows_and_writes_the_figures(folders, tmp_path):
     written = json.loads(json_file.read_text())["models"]
     expected = score(folders).as_dict() | {"seconds": 0}
     assert written[0]["perplexity"][0] | {"seconds": 0} == json.loads(json.dumps(expected))
-    assert "KL divergence from dense" in " ".join(shown.split())
+    assert "Compared with dense: KL divergence" in " ".join(shown.split())
     for model in written:
         assert len(model["perplexity"]) == 2
         for one in model["perplexity"]:

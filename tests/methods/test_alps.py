@@ -6,7 +6,7 @@ from torch import Tensor
 
 from method_cases import gather
 from prunus.methods import METHODS, MethodOptions
-from prunus.methods.alps import OVER_RELAXATION, admm_operator, penalties
+from prunus.methods.alps import OVER_RELAXATION, from_spectrum, penalties
 from prunus.methods.patterns import Pattern
 from prunus.methods.refine.dense_targets import drift_is_worthwhile
 from prunus.methods.solvers.least_squares import ScaledGram, is_data_limited, ridge, scaled_gram_of
@@ -51,7 +51,7 @@ def test_only_wide_linears_with_few_tokens_are_data_limited(wide_from_64):
 
 def test_the_spectrum_replaces_inverses(wide_from_64):
     weight_OI, statistics, scaled = data_limited_example()
-    operator = admm_operator(statistics, scaled, len(weight_OI))
+    operator = from_spectrum(statistics, scaled, len(weight_OI))
     for penalty in penalties(scaled, 5):
         expected_OI = weight_OI @ exact(scaled, penalty).float()
         found_OI = weight_OI @ operator(penalty).float()

@@ -10,7 +10,7 @@ from prunus.formats.block_bytes import BlockType
 from prunus.formats.compressed_tensors import integer_type
 from prunus.formats.gguf.types import TYPES, type_for
 from prunus.methods import InputStatistics, Work
-from prunus.methods.group_fits import fit_codes, fit_scales, round_in_groups
+from prunus.methods.group_fits import SpanFit, fit_scales, round_in_groups
 from prunus.methods.group_sweep import quantize_in_groups
 from prunus.methods.solvers.obs import inverse_factor
 
@@ -145,9 +145,8 @@ def test_the_sweep_equals_a_slow_one(quantizer):
             one = scales._replace(
                 codes_GO=scales.codes_GO[[group]], minima_GO=scales.minima_GO[[group]]
             )
-            one = fit_codes(
-                left_OI[:, own].T.float().contiguous(), importance_I[own], one, quantizer
-            )
+            fit = SpanFit(left_OI[:, own].T.float().contiguous(), importance_I[own], quantizer)
+            one = fit.best_codes(one)
             scales.codes_GO[group], scales.minima_GO[group] = one.codes_GO[0], one.minima_GO[0]
         step_O, offset_O = (each_GO[group] for each_GO in scales.steps())
         values = torch.tensor(quantizer.values)[:, None] * step_O - offset_O

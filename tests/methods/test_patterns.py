@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import reference
+from processors import processor_threads
 from prunus.hardware.numerics import count_zeros
 from prunus.methods import patterns
 from prunus.methods.patterns import Pattern, check_shape, keep_above_threshold, keep_mask
@@ -63,12 +64,8 @@ def test_blocks_and_threads_change_nothing(monkeypatch, pattern, at_a_time):
     score_OI = scores(50, 64, 0, 20)
     expected = keep_mask(score_OI, pattern, 0.6)
     monkeypatch.setattr(patterns, "_SCORES_AT_A_TIME", at_a_time)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
+    with processor_threads(3):
         assert torch.equal(keep_mask(score_OI, pattern, 0.6), expected)
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])

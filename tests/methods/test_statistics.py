@@ -89,11 +89,12 @@ def test_a_gram_of_bfloat16_inputs_is_exact_and_of_others_close(
         pytest.skip(f"no kernels for {isa} here")
     monkeypatch.setenv("PRUNUS_ISA", isa)
     X_TI = torch.randn(1101, width, generator=torch.Generator().manual_seed(0)).to(dtype)
-    statistics = InputStatistics(width, StatisticsSpec(needs="gram", hold_out=True, rounded=True))
+    spec = StatisticsSpec(needs="gram", drift="some", rounded=True)
+    statistics = InputStatistics(width, spec)
     for part_TI in X_TI.split([1, 0, 31, 999, 70]):
-        statistics.add(part_TI, held_out=len(part_TI) == 70)
-    X_TI, held_TI = X_TI.double(), X_TI[-70:].double()
-    for gram_II, Y_TI in ((statistics.gram_II, X_TI), (statistics.held_gram_II, held_TI)):
+        statistics.add(part_TI, part_TI if len(part_TI) == 70 else None)
+    X_TI, paired_TI = X_TI.double(), X_TI[-70:].double()
+    for gram_II, Y_TI in ((statistics.gram_II, X_TI), (statistics.drift_gram_II, paired_TI)):
         error_II = (gram_II.double() - Y_TI.T @ Y_TI).abs()
         assert bool((error_II <= tolerance * (Y_TI.abs().T @ Y_TI.abs())).all())
     X_TI = X_TI.to(dtype)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import prunus
 from prunus.calibration.sources import Documents, find_source
-from prunus.calibration.windows import Wanted
+from prunus.calibration.windows import WindowRequest
 from tiny import tiny_checkpoint, token_ids
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
@@ -49,10 +49,10 @@ def dense(tmp_path_factory) -> Path:
 
 def test_lists_and_data_sets_of_texts_give_the_windows_of_a_file(tmp_path):
     datasets = pytest.importorskip("datasets")
-    path = tmp_path / "text.parquet"
+    path = tmp_path / "text.jsonl"
     rows = datasets.Dataset.from_dict({"text": SENTENCES})
-    rows.to_parquet(path)
-    wanted = Wanted(seed=3, tokenizer=byte_tokenizer, **SMALL)
+    rows.to_json(path)
+    wanted = WindowRequest(seed=3, tokenizer=byte_tokenizer, **SMALL)
     expected = find_source(str(path)).draw(wanted)
     for given in (SENTENCES, tuple(SENTENCES), rows, rows["text"], Rows([*rows])):
         found = find_source(given).draw(wanted)

@@ -17,7 +17,7 @@ from prunus.recovery import training
 from prunus.recovery.job import default_mode
 from prunus.recovery.record import RecoveryRecord
 from prunus.recovery.trainable import check_zeros
-from recovery_cases import SHORT, dense_checkpoint, pruned_checkpoint, recover, shards
+from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, shards
 from tiny import tiny_checkpoint, weights
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
@@ -77,9 +77,6 @@ def test_text_that_is_not_there_or_too_short(pruned, tmp_path):
         ("foreign.safetensors", ValueError, "but the model's embedding has "),
     ):
         refused(error, words, pruned, tmp_path / "out", "masked", tmp_path / name)
-    short = {key: value for key, value in SHORT.items() if key != "tokens"}
-    with pytest.raises(ValueError, match="budget in `tokens`"):
-        prunus.recover(pruned, tmp_path / "out", "masked", text="self", minutes=1, **short)
 
 
 def test_a_teacher_with_another_vocabulary(dense, pruned, text, tmp_path):

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from prunus.calibration.training_text import training_text
-from prunus.calibration.windows import Wanted
+from prunus.calibration.windows import WindowRequest
 from prunus.engine.reconstruction.train import learning_rate
 from prunus.recovery import training
 from prunus.recovery.training import next_token_loss
@@ -92,9 +92,8 @@ def documents_file(tmp_path, count=12):
 
 
 def text_of(path, seqlen=8, held_out=2, **options):
-    windows = options.pop("windows", None)
-    wanted = Wanted(**{"seqlen": seqlen, "tokenizer": byte_tokenizer} | options)
-    return training_text(str(path), wanted, held_out, windows)
+    request = WindowRequest(**{"seqlen": seqlen, "tokenizer": byte_tokenizer} | options)
+    return training_text(str(path), request, held_out)
 
 
 def test_every_token_of_the_documents_is_used_once_before_any_is_used_twice(tmp_path):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import prunus
 from prunus.calibration.training_text import training_text as windows
-from prunus.calibration.windows import Wanted
+from prunus.calibration.windows import WindowRequest
 from prunus.evaluation.inspection import inspect
 from prunus.model.loading import load_model
 from prunus.pruning.manifest import Manifest
@@ -55,7 +55,7 @@ def test_the_record_is_what_was_measured(pruned, text, tmp_path):
     best = min(record.evaluations, key=lambda entry: entry.held_out_loss)
     assert record.evaluations[record.best] == best
     # The figure is the perplexity of what was written, on windows that plain torch can score.
-    ids = windows(str(text), Wanted(seqlen=16, tokenizer=byte_tokenizer), 2).held_out
+    ids = windows(str(text), WindowRequest(seqlen=16, tokenizer=byte_tokenizer), 2).held_out
     with torch.no_grad():
         loss = load_model(out)(input_ids=ids, labels=ids).loss
     assert float(loss) == pytest.approx(best.held_out_loss, rel=1e-4)

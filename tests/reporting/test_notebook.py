@@ -77,7 +77,7 @@ def test_a_perplexity_shows_the_comparison_where_there_is_one():
     assert not any("KL" in row[0] for row in rows(alone))
     compared = replace(alone, divergence=found)
     assert ["KL divergence", "0.12340 ± 0.01000"] in rows(compared)
-    assert "KL divergence from dense" in compared._repr_html_()
+    assert "Compared with dense: KL divergence (nats per token)" in compared._repr_html_()
 
 
 def test_scores_of_tasks_come_with_their_errors():

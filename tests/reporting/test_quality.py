@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-import pytest
-
 from prunus.engine.document import Lines, Measured
 from prunus.evaluation.records import Divergence, ModelSize
-from prunus.reporting.evaluation_sections import decode_speed
 from prunus.reporting.page import figure_json
 from prunus.reporting.sweep_section import sweep_section
 from prunus.reporting.write import report
@@ -75,15 +72,6 @@ def test_one_chart_of_a_sweep_joins_the_results_of_a_method_and_has_the_dense_mo
     assert "tickvals" not in drawn["layout"]["xaxis"]
 
 
-def test_speeds_belong_to_the_cells_in_whose_folders_the_models_lie():
-    cells = [cell.name for cell in compared_sweep().cells]
-    speeds = {f"OUT/cells/{cells[place]}/model": 10.0 * place for place in (2, 3, 4)}
-    section = sweep_section(compared_sweep(), speeds)
-    assert table(section, "Models")[cells[4]]["decoded tokens/s"] == 40
-    [series] = charts(section)["Perplexity on wikitext2 against speed"].series
-    assert (series.x, series.y) == ((25, 40), (32.0, 61.5))
-
-
 def lettered_evaluation(kls=(0.0, 0.5, 0.25)):
     """An evaluation of runs/a, runs/b, …, without a reference."""
     content = compared_evaluation(*(f"runs/{'abc'[place]}" for place in range(len(kls))))
@@ -127,11 +115,3 @@ def test_an_evaluation_without_sizes_has_no_charts(tmp_path):
     [section] = report([write(tmp_path / "e.json", evaluation())]).sections
     assert not charts(section)
     assert "file, GB" not in table(section, "Quality and size")["dense"]
-
-
-@pytest.mark.parametrize(
-    ("model", "names", "speed"),
-    [("a/b", (), 1.0), ("x", ("c",), 2.0), ("x", ("b", "d"), 1.0), ("x", (), None)],
-)
-def test_a_speed_is_found_by_path_or_by_a_part_of_it(model, names, speed):
-    assert decode_speed({"a/b": 1.0, "OUT/c/packed": 2.0}, model, *names) == speed

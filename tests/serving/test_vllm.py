@@ -1,4 +1,4 @@
-"""vLLM with packed and with smaller checkpoints. `make vllm-test` builds its environment."""
+"""vLLM with results for it. `make vllm-test` builds its environment."""
 
 import importlib.util
 import json
@@ -13,10 +13,6 @@ from transformers import AutoModelForCausalLM
 
 import prunus
 import vllm_tokens
-from packed_reference import pruned_checkpoint
-from plane_reference import quantized_checkpoint
-from prunus import pack
-from prunus.packed import reference_path
 from tiny import tiny_checkpoint, token_ids
 
 pytestmark = pytest.mark.skipif(
@@ -66,27 +62,6 @@ def transformers_greedy(folder: Path) -> list[list[int]]:
     return found
 
 
-@pytest.mark.parametrize("how", [[], ["compiled"]])
-def test_bitmaps_with_a_tied_embedding_give_the_tokens_of_transformers(tmp_path, how):
-    pruned_checkpoint(tmp_path / "pruned", "llama", tie_word_embeddings=True, **SIZES)
-    pack(tmp_path / "pruned", tmp_path / "packed")
-    stored = json.loads((tmp_path / "packed" / "config.json").read_text())
-    assert "model.embed_tokens" in stored["quantization_config"]["linears"]
-    assert vllm_greedy(tmp_path / "packed", *how) == transformers_greedy(tmp_path / "packed")
-
-
-@pytest.mark.parametrize("dense", ["none", "k_proj", "up_proj", "lm_head"])
-def test_quantised_linears_with_biases_and_dense_ones_between_them(tmp_path, dense):
-    """The kernels round inputs, so that tokens could differ where logits nearly tie. Without them
-    weights are expanded, and tokens must be equal.
-    """
-    source = tiny_checkpoint(tmp_path / "dense", "qwen2", torch.bfloat16, **SIZES)
-    folder = quantized_checkpoint(source, tmp_path / "packed", lambda name: dense not in name)
-    with reference_path():
-        expected = transformers_greedy(folder)
-    assert vllm_greedy(folder, PRUNUS_ISA="off") == expected
-
-
 def test_fewer_blocks_channels_and_heads_need_nothing_of_prunus(tmp_path):
     source = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16, **SIZES)
     smaller, removed = tmp_path / "smaller", {"blocks": 1, "width": 0.25, "repair": False}
@@ -103,27 +78,3 @@ def test_compressed_tensors_give_the_tokens_of_transformers(tmp_path):
     prunus.compress(source, out, 4, **options)
     # vLLM's kernels for CPUs have no float32, and in bfloat16 they round activations to 8 bits.
     assert vllm_greedy(out, "float16") == transformers_greedy(out)
-
-
-def test_packed_experts_are_refused_with_the_way_out(tmp_path):
-    options = {"num_hidden_layers": 1, "head_dim": 32, **SIZES}
-    source = tiny_checkpoint(tmp_path / "dense", "qwen3_moe", torch.bfloat16, **options)
-    pack(source, tmp_path / "packed")
-    done = run([str(vllm_tokens.__file__), str(tmp_path / "packed"), "[[5]]", "2"])
-    assert done.returncode != 0
-    assert "prunus cannot serve packed experts" in done.stdout + done.stderr
-
-
-def test_other_devices_are_refused_in_one_sentence():
-    code = """
-import vllm.platforms
-from types import SimpleNamespace
-from vllm.model_executor.layers.quantization import get_quantization_config
-from vllm.plugins import load_general_plugins
-load_general_plugins()
-config = get_quantization_config("prunus")
-vllm.platforms.current_platform = SimpleNamespace(is_cpu=lambda: False)
-config.from_config({})
-"""
-    done = run(["-c", code])
-    assert "which has kernels for the CPU only: run `prunus unpack" in done.stderr

@@ -53,8 +53,8 @@ def test_a_data_limited_linear_gets_the_same_channels_and_fit_in_float32(monkeyp
     for limited in (True, False):
         monkeypatch.setattr(structured, "is_data_limited", lambda *_, is_=limited: is_)
         reader = Reader(weight, gram, 1.0)
-        kept = reader.keep(200, 1, 120)
-        found.append((kept.columns, reader.fit(kept.columns)))
+        channels = reader.keep(200, 1, 120)
+        found.append((channels, reader.fit(channels)))
     (limited, fit), (exact, exact_fit) = found
     assert limited == exact
     torch.testing.assert_close(fit, exact_fit, rtol=1e-4, atol=1e-5)
@@ -106,8 +106,8 @@ def test_the_units_that_the_others_reproduce_best_are_removed_one_by_one():
     left = list(range(6))
     while len(left) > 3:
         left.remove(min(left, key=lambda u: error([x for x in left if x != u])))
-    assert reader.keep(6, 2, 3).units == left
-    halves = reader.keep(6, 2, 4, groups=2).units
+    assert reader.keep(6, 2, 3) == left
+    halves = reader.keep(6, 2, 4, groups=2)
     assert [sum(u < 3 for u in halves), sum(u >= 3 for u in halves)] == [2, 2]
 
 

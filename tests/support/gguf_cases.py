@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from tokenizers import models
 
-from prunus.model.checkpoint.gguf_file import GgufFile
+from prunus.formats.gguf.file import GgufFile
 from tiny import tiny_checkpoint
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 

@@ -32,8 +32,8 @@ from hostile_damage import damage_header, damage_json, mutate_bytes  # noqa: E40
 from hostile_inputs import more_kinds  # noqa: E402
 from packed_reference import pruned_checkpoint  # noqa: E402
 from prunus import pack, unpack  # noqa: E402
+from prunus.formats.gguf.import_checkpoint import import_gguf  # noqa: E402
 from prunus.model.checkpoint import reader  # noqa: E402
-from prunus.model.checkpoint.gguf import import_gguf  # noqa: E402
 from tiny import tiny_checkpoint, tiny_model, token_ids  # noqa: E402
 
 LONGEST = 10

@@ -263,15 +263,6 @@ def _text(folder: Path) -> tuple[Any, Any, Any]:
     (folder / "a.jsonl").write_bytes(line * 20)
     save_file({"input_ids": token_ids()}, folder / "a.safetensors")
     names = ["a.jsonl.gz", "a.txt.gz", "a.jsonl", "a.safetensors"]
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError:  # the extra data is not installed
-        pass
-    else:
-        table = pyarrow.table({"text": ["an ordinary text"] * 20})
-        pyarrow.parquet.write_table(table, folder / "a.parquet")
-        names.append("a.parquet")
     bomb = gzip.compress(bytes(2**27))
 
     def damage(model: Path, dice: random.Random) -> None:

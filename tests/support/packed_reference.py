@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from prunus.packed.weight import PackedWeight
+from prunus.runtime.weight import PackedWeight
 from tiny import tiny_model
 
 
@@ -101,3 +101,18 @@ def pruned_checkpoint(
 ) -> Path:
     prune_in_place(tiny_model(family, dtype, **options), sparsity).save_pretrained(folder)
     return folder
+
+
+def decoded(
+    model: Any, ids: torch.Tensor, steps: int = 12, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Logits of fixed tokens, one at a time, after a prompt: (windows, steps, vocabulary)."""
+    with torch.no_grad():
+        mask = torch.ones_like(ids) if mask is None else mask
+        cache, found = model(ids, attention_mask=mask, use_cache=True).past_key_values, []
+        for token in range(steps):
+            mask = torch.cat([mask, mask.new_ones(len(ids), 1)], dim=1)
+            next_ids = torch.full((len(ids), 1), 3 + token)
+            out = model(next_ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+            found.append(out.logits[:, -1])
+    return torch.stack(found, dim=1)

@@ -10,6 +10,17 @@ from prunus.hardware import numerics
 
 
 @contextmanager
+def processor_threads(count: int) -> Iterator[None]:
+    """While active, torch computes on this number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def processor(native_bfloat16: bool) -> Iterator[None]:
     """While active, prunus takes the branches of a processor with or without bfloat16 products.
 

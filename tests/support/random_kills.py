@@ -38,8 +38,8 @@ from safetensors import safe_open  # noqa: E402
 import prunus  # noqa: E402
 from kill_points import fork, kill_everywhere  # noqa: E402
 from prunus import pack, unpack  # noqa: E402
+from prunus.formats.gguf.import_checkpoint import import_gguf  # noqa: E402
 from prunus.model.checkpoint.atomic_files import RECORD_FILES  # noqa: E402
-from prunus.model.checkpoint.gguf import import_gguf  # noqa: E402
 from prunus.model.checkpoint.reader import INDEX_NAME  # noqa: E402
 from prunus.sweeping.grid import Sweep  # noqa: E402
 from prunus.sweeping.run import sweep as run_sweep  # noqa: E402
@@ -81,7 +81,7 @@ def verbs(dense: Path, pruned: Path, text: Path, ids: Path) -> dict[str, Callabl
         "recover-full": training(dense, "full"),
         "recover-scales": training(compressed if compressed.exists() else pruned, "scales"),
         "max": lambda out: prunus.prune_and_recover(
-            dense, out, tokens=3072, **text_windows, **quick
+            dense, out, tokens=2048, **text_windows, **quick
         ),
         "pack": lambda out: pack(pruned, out),
         "unpack": lambda out: unpack(dense.parent / PACKED, out),

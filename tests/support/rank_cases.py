@@ -272,7 +272,7 @@ def refused(scratch: Path) -> dict[str, Any]:
 
 
 def lost(scratch: Path) -> dict[str, Any]:
-    """A rank is killed, is stopped or fails: the others end and name it.
+    """A rank is killed, is stopped or fails: the others end.
 
     The run can be resumed with any number of ranks.
     """
@@ -313,7 +313,6 @@ def lost(scratch: Path) -> dict[str, Any]:
         status = in_ranks(size, lambda _, out=out: prune(dense, out, resume=True))
         found[name] = {
             "messages": [json.loads((scratch / f"{name} {rank}").read_text()) for rank in (0, 2)],
-            "process": children[1],
             "blocks": blocks,
             "status": status,
             **compare(scratch / "whole", out),

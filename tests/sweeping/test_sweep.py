@@ -17,12 +17,12 @@ import prunus
 from command_line import call
 from places import REPOSITORY
 from prunus.calibration.sources import find_source
-from prunus.calibration.windows import Wanted
+from prunus.calibration.windows import WindowRequest
 from prunus.engine.options import RunOptions
 from prunus.evaluation.inspection import stored_size
 from prunus.evaluation.options import TaskOptions
 from prunus.evaluation.records import Metric, PerplexityResult, TaskResults, TaskScore
-from prunus.evaluation.reference import Reference
+from prunus.evaluation.streamed_model import StreamedModel
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
 from prunus.sweeping import cells as sweep_cells
@@ -279,8 +279,10 @@ def test_the_dense_model_runs_once_for_each_text(dense, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog; " * 20)
     texts = ["python-docs", str(tmp_path / "text.txt")]
     runs, said = [], []
-    original = Reference._run_whole
-    monkeypatch.setattr(Reference, "_run_whole", lambda *given: runs.append(1) or original(*given))
+    original = StreamedModel.run_blocks
+    monkeypatch.setattr(
+        StreamedModel, "run_blocks", lambda *given: runs.append(1) or original(*given)
+    )
 
     def stop(line: str) -> None:
         said.append(line)
@@ -304,7 +306,7 @@ def test_the_dense_model_runs_once_for_each_text(dense, tmp_path, monkeypatch):
 def test_windows_are_drawn_once_and_shared(swept):
     results = SweepResults.load(swept)
     [windows] = results.calibration
-    wanted = Wanted(samples=3, seqlen=32, tokenizer=byte_tokenizer)
+    wanted = WindowRequest(samples=3, seqlen=32, tokenizer=byte_tokenizer)
     expected = find_source("python-docs").draw(wanted)
     assert windows.sha256 == expected.sha256
     wanda = [cell for cell in results.cells if cell.recipe.method == "wanda"]

@@ -6,7 +6,6 @@ windows.py        what a run asks for, and what it gets; the beginning-of-sequen
 draw.py           random windows of documents or of one long text, or of several texts in turn
 corpora.py        the named corpora: C4, WikiText-2, Penn Treebank, Python's documentation and code
 files.py          text and token ids from the user's files
-generate.py       text that the model writes itself
 images.py         images from a folder
 training_text.py  all windows of a source in order, for recovery
 

@@ -12,8 +12,7 @@ SOURCES = {
     "python-code": "the modules of Python's standard library: random windows; needs no download",
     "mix": "prose, code and chats in turn: C4, or python-docs where it cannot be loaded; "
     "python-code; and that prose in the model's chat template, if it has one",
-    "self": "text that the model writes itself (arXiv 2410.17170)",
-    "FILE": ".txt, .jsonl, .jsonl.gz or .parquet (text in the field or column `text`), "
+    "FILE": ".txt, .jsonl or .jsonl.gz (text in the field `text`), "
     "or .safetensors with `input_ids` (windows, tokens)",
     "FOLDER": "for image classifiers: images, or a subfolder of images per class",
 }
@@ -23,4 +22,4 @@ CORPORA = ("c4", "wikitext2", "ptb", "python-docs", "python-code")
 #: gets the share of the chats as well.
 MIX = {"prose": 0.625, "chats": 0.125, "code": 0.25}
 #: The sources of text in one phrase, for help texts.
-CHOICES = f"{', '.join(CORPORA)}, mix, self or FILE"
+CHOICES = f"{', '.join(CORPORA)}, mix or FILE"

@@ -1,4 +1,4 @@
-"""Text and token ids from files: plain text, JSON lines, Parquet, safetensors.
+"""Text and token ids from files: plain text, JSON lines, safetensors.
 
 A file of a user may be damaged, or made to do harm. So nothing in it is executed, a compressed file
 is given up once it becomes far larger than text does, and every error names the file.
@@ -11,7 +11,6 @@ import importlib.util
 import json
 import zlib
 from pathlib import Path
-from typing import Any, NoReturn
 
 import torch
 
@@ -20,14 +19,13 @@ _SMALL_TEXT = 2**26
 # A larger text may have this many times the size of its compressed file.
 _MAX_RATIO = 64
 _PIECE = 2**20  # bytes to decompress at a time
-_ROWS = 1024  # rows of a Parquet file to read at a time
 
 #: How the names of files of text or token ids may end.
-SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet", ".safetensors")
+SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json.gz", ".safetensors")
 
 
 def file_kind(path: Path) -> str:
-    """What a file holds, by its name: `text`, `json`, `parquet` or `safetensors`.
+    """What a file holds, by its name: `text`, `json` or `safetensors`.
 
     `.json.gz` counts as JSON lines, because the shards of C4 are called so.
 
@@ -52,15 +50,12 @@ def check_file(path: Path) -> None:
     Raises:
         ValueError: The name does not say what the file holds, or the file is empty.
         FileNotFoundError: There is no such file.
-        ModuleNotFoundError: The library that reads this kind is not installed.
     """
-    what = file_kind(path)
+    file_kind(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty")
-    if what == "parquet":
-        require_library("pyarrow", f"reading {path.name}")
 
 
 def require_library(module: str, purpose: str) -> None:
@@ -72,11 +67,11 @@ def require_library(module: str, purpose: str) -> None:
 def read_documents(path: Path) -> list[str]:
     """The documents of a text file, without empty ones.
 
-    A `.txt` file is one document. In the other formats every line or row is one.
+    A `.txt` file is one document. In the other formats every line is one.
 
     Raises:
-        ValueError, FileNotFoundError, ModuleNotFoundError: As `check_file`. ValueError also where
-            the file is damaged, holds no text, or grows too much when it is decompressed.
+        ValueError, FileNotFoundError: As `check_file`. ValueError also where the file is damaged,
+            holds no text, or grows too much when it is decompressed.
     """
     check_file(path)
     match file_kind(path):
@@ -84,8 +79,6 @@ def read_documents(path: Path) -> list[str]:
             documents = [read_text(path)]
         case "json":
             documents = read_json_lines(path)
-        case "parquet":
-            documents = _read_parquet(path)
         case _:
             raise ValueError(f"{path}: holds token ids, not text; give a text file")
     documents = [document for document in documents if document.strip()]
@@ -110,25 +103,14 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from error
 
 
-def _max_text(path: Path) -> int:
-    """The largest number of bytes of text that a compressed file may hold.
+def _decompress(path: Path) -> bytes:
+    """The content of a gzip file, read piece by piece so that its size is known in time.
 
     Text becomes about three times smaller, and rarely more than ten times. A file that grows by
     thousands was made to fill the memory of whoever reads it.
     """
-    return max(_SMALL_TEXT, _MAX_RATIO * path.stat().st_size)
-
-
-def _refuse_large(path: Path) -> NoReturn:
-    raise ValueError(
-        f"{path}: {path.stat().st_size:,} bytes become more than {_max_text(path):,} bytes of "
-        "text, which no ordinary text does; decompress it yourself if you trust it"
-    )
-
-
-def _decompress(path: Path) -> bytes:
-    """The content of a gzip file, read piece by piece so that its size is known in time."""
-    largest = _max_text(path)
+    compressed = path.stat().st_size
+    largest = max(_SMALL_TEXT, _MAX_RATIO * compressed)
     pieces = []
     total = 0
     with gzip.open(path) as file:
@@ -136,7 +118,10 @@ def _decompress(path: Path) -> bytes:
             pieces.append(piece)
             total += len(piece)
             if total > largest:
-                _refuse_large(path)
+                raise ValueError(
+                    f"{path}: {compressed:,} bytes become more than {largest:,} bytes of text, "
+                    "which no ordinary text does; decompress it yourself if you trust it"
+                )
     return b"".join(pieces)
 
 
@@ -163,58 +148,6 @@ def read_json_lines(path: Path, fields: tuple[str, ...] = ("text",)) -> list[str
             raise ValueError(f"{path}, line {number}: expected a JSON object with text in {names}")
         documents.append("".join(texts))
     return documents
-
-
-def _read_parquet(path: Path) -> list[str]:
-    """The values of the column `text` of a Parquet file, without missing ones."""
-    import pyarrow
-    import pyarrow.parquet
-
-    documents: list[str] = []
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-        names = table.schema_arrow.names
-        if "text" not in names:
-            raise ValueError(f"{path}: no column 'text'; its columns are {', '.join(names)}")
-        kind = table.schema_arrow.field("text").type
-        if pyarrow.types.is_dictionary(kind):
-            kind = kind.value_type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise ValueError(f"{path}: the column 'text' holds something other than text")
-        _check_uncompressed_size(path, table.metadata)
-        # A value that is stored once for many rows stays so until its size is known.
-        table = pyarrow.parquet.ParquetFile(path, read_dictionary=["text"])
-        left = _max_text(path)
-        for batch in table.iter_batches(_ROWS, columns=["text"]):
-            left -= _text_bytes(batch["text"])
-            if left < 0:
-                _refuse_large(path)
-            documents += [text for text in batch["text"].to_pylist() if text is not None]
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a readable Parquet file ({error})") from error
-    return documents
-
-
-def _check_uncompressed_size(path: Path, metadata: Any) -> None:
-    """Refuse a file that is larger than its limit before it is decompressed.
-
-    All columns count: pyarrow ends the process where the metadata of a single one is damaged.
-    """
-    groups = range(metadata.num_row_groups)
-    sizes = [max(0, metadata.row_group(group).total_byte_size) for group in groups]
-    if sum(sizes) > _max_text(path):
-        _refuse_large(path)
-
-
-def _text_bytes(column: Any) -> int:
-    """Bytes of the text in a column of a batch, which may store equal values once."""
-    import pyarrow.compute
-
-    if hasattr(column, "dictionary"):
-        lengths = pyarrow.compute.binary_length(column.dictionary).take(column.indices)
-    else:
-        lengths = pyarrow.compute.binary_length(column)
-    return pyarrow.compute.sum(lengths).as_py() or 0
 
 
 def read_ids(path: Path) -> torch.Tensor:

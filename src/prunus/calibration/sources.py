@@ -14,7 +14,6 @@ Shape suffixes: N samples (windows), S tokens per window (seqlen).
 
 from __future__ import annotations
 
-import random
 import re
 import warnings
 from abc import ABC, abstractmethod
@@ -31,7 +30,7 @@ from prunus.calibration.draw import Text, draw_windows
 from prunus.calibration.files import check_file, read_documents, read_ids
 from prunus.calibration.images import draw_images, read_images
 from prunus.calibration.windows import (
-    Wanted,
+    WindowRequest,
     Windows,
     bos_token,
     hash_ids,
@@ -147,7 +146,7 @@ class Source(ABC):
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def check(self, request: Wanted, images: bool = False) -> None:
+    def check(self, request: WindowRequest, images: bool = False) -> None:
         """Raise the errors of `draw` that can be found without reading text or the network.
 
         Args:
@@ -170,7 +169,7 @@ class Source(ABC):
             refuse_bos(self.name, request.bos)
 
     @abstractmethod
-    def draw(self, request: Wanted) -> Windows:
+    def draw(self, request: WindowRequest) -> Windows:
         """Draw the windows. `check` comes first.
 
         The same request gives the same windows.
@@ -187,14 +186,14 @@ class TextSource(Source):
     cuts = True
 
     @abstractmethod
-    def read(self, request: Wanted) -> list[Text]:
+    def read(self, request: WindowRequest) -> list[Text]:
         """The text, or several texts with a share of the windows each.
 
         Raises:
             ValueError, OSError: As `draw`.
         """
 
-    def tokenizer(self, request: Wanted) -> Any:
+    def tokenizer(self, request: WindowRequest) -> Any:
         """The tokenizer, without which no window can be cut.
 
         Raises:
@@ -208,7 +207,7 @@ class TextSource(Source):
             )
         return tokenizer
 
-    def draw(self, request: Wanted) -> Windows:
+    def draw(self, request: WindowRequest) -> Windows:
         """Cut random windows out of the text, and put BOS first where the request says so."""
         tokenizer = self.tokenizer(request)
         token = bos_token(tokenizer, request.bos)
@@ -223,10 +222,10 @@ class TextSource(Source):
 class _Corpus(TextSource):
     """A named corpus; see `corpora.py`."""
 
-    def read(self, request: Wanted) -> list[Text]:
+    def read(self, request: WindowRequest) -> list[Text]:
         return [load_corpus(self.name, "calibration", request.data)]
 
-    def check(self, request: Wanted, images: bool = False) -> None:
+    def check(self, request: WindowRequest, images: bool = False) -> None:
         super().check(request, images)
         check_corpus(self.name, "calibration", request.data)
 
@@ -257,7 +256,7 @@ class _AsChats(Sequence[Any]):
 class _Mix(TextSource):
     """Prose, code and chats, in the shares of `MIX`."""
 
-    def read(self, request: Wanted) -> list[Text]:
+    def read(self, request: WindowRequest) -> list[Text]:
         try:
             prose = load_corpus("c4", "calibration", request.data)
         except (OSError, ModuleNotFoundError) as fault:
@@ -284,7 +283,7 @@ class _Mix(TextSource):
             for kind, share in shares.items()
         ]
 
-    def check(self, request: Wanted, images: bool = False) -> None:
+    def check(self, request: WindowRequest, images: bool = False) -> None:
         super().check(request, images)
         data_folder(request.data)
         check_corpus("python-code", "calibration", None)
@@ -293,12 +292,12 @@ class _Mix(TextSource):
 class _TextFile(TextSource):
     """A file of text; several documents are drawn from like those of a corpus."""
 
-    def read(self, request: Wanted) -> list[Text]:
+    def read(self, request: WindowRequest) -> list[Text]:
         documents = read_documents(Path(self.name))
         several = len(documents) > 1
         return [Text(documents, "\n\n", self.name, by_document=several, joins_short=True)]
 
-    def check(self, request: Wanted, images: bool = False) -> None:
+    def check(self, request: WindowRequest, images: bool = False) -> None:
         super().check(request, images)
         try:
             check_file(Path(self.name))
@@ -319,7 +318,7 @@ class _Texts(TextSource):
         super().__init__("texts")
         self._texts = texts
 
-    def read(self, request: Wanted) -> list[Text]:
+    def read(self, request: WindowRequest) -> list[Text]:
         documents = Documents(self._texts, request.tokenizer())
         source = f"{counted(len(documents), 'text')} given by the caller"
         return [Text(documents, "\n\n", source, by_document=True, joins_short=True)]
@@ -328,57 +327,31 @@ class _Texts(TextSource):
 class IdsFile(Source):
     """A .safetensors file of token ids. Its first windows are taken, cut to `seqlen`."""
 
-    def read(self) -> torch.Tensor:
-        """All windows of the file, (windows, tokens) int64.
-
-        Raises:
-            ValueError, FileNotFoundError: As `files.read_ids`.
-        """
-        return read_ids(Path(self.name))
-
-    def check(self, request: Wanted, images: bool = False) -> None:
+    def check(self, request: WindowRequest, images: bool = False) -> None:
         """Check that the file exists and suits the model; `draw` compares the sizes of windows."""
         super().check(request, images)
         check_file(Path(self.name))
 
-    def draw(self, request: Wanted) -> Windows:
+    def draw(self, request: WindowRequest) -> Windows:
         """The first windows of the file.
 
         Raises:
-            ValueError: The file has fewer windows, or shorter ones; or as `read`.
+            ValueError: The file has fewer windows, or shorter ones; or as `read_ids`.
         """
-        ids = self.read()
-        for size, name, what in (
-            (1, "seqlen", "its windows have {} tokens"),
-            (0, "samples", "it has {} windows"),
-        ):
-            if (there := ids.shape[size]) < (asked := getattr(request, name)):
-                raise ValueError(
-                    f"{self.name}: {what.format(there)}, fewer than `{name}` {asked}; use a "
-                    f"smaller `{name}`"
-                )
+        ids = read_ids(Path(self.name))
+        windows, tokens = ids.shape
+        if tokens < request.seqlen:
+            raise ValueError(
+                f"{self.name}: its windows have {tokens} tokens, fewer than `seqlen` "
+                f"{request.seqlen}; use a smaller `seqlen`"
+            )
+        if windows < request.samples:
+            raise ValueError(
+                f"{self.name}: it has {windows} windows, fewer than `samples` {request.samples}; "
+                "use a smaller `samples`"
+            )
         ids = ids[: request.samples, : request.seqlen].contiguous()
         return Windows(ids, self.name, hash_ids(ids))
-
-
-class _OwnText(Source):
-    """Text that the model writes itself; see `generate.py`."""
-
-    cuts = True
-
-    def draw(self, request: Wanted) -> Windows:
-        from prunus.calibration.generate import first_ids, start_token, write_windows
-
-        if request.model is None:
-            raise ValueError("the source 'self' needs the model, to let it write text")
-        model = request.model()
-        tokenizer = request.tokenizer()
-        token = start_token(model, tokenizer, request.bos)
-        rng = random.Random(request.seed)
-        first_N = first_ids(model, tokenizer, request.samples, rng, token)
-        ids = write_windows(model, first_N, seqlen=request.seqlen, seed=request.seed)
-        source = "self (sampled from the model at temperature 1)"
-        return Windows(ids, source, hash_ids(ids), used_bos(token))
 
 
 class _ImageFolder(Source):
@@ -386,11 +359,11 @@ class _ImageFolder(Source):
 
     images = True
 
-    def check(self, request: Wanted, images: bool = False) -> None:
+    def check(self, request: WindowRequest, images: bool = False) -> None:
         super().check(request, images)
         draw_images(Path(self.name), request.samples, request.seed)
 
-    def draw(self, request: Wanted) -> Windows:
+    def draw(self, request: WindowRequest) -> Windows:
         paths = draw_images(Path(self.name), request.samples, request.seed)
         pixels = read_images(paths, request.tokenizer())
         described = f"{self.name}: {counted(len(pixels), 'image')} at random"
@@ -405,7 +378,7 @@ class _Tensor(Source):
         self.images = tensor.is_floating_point()
         self._tensor = tensor.detach()
 
-    def draw(self, request: Wanted) -> Windows:
+    def draw(self, request: WindowRequest) -> Windows:
         ids = self._tensor.to("cpu", torch.float32 if self.images else torch.int64)
         return Windows(ids, f"{self.name} given by the caller", hash_ids(ids))
 
@@ -427,7 +400,7 @@ def find_source(choice: Any) -> Source:
         return _Tensor(choice)
     if are_texts(choice):
         return _Texts(choice)
-    named = dict.fromkeys(CORPORA, _Corpus) | {"mix": _Mix, "self": _OwnText}
+    named = dict.fromkeys(CORPORA, _Corpus) | {"mix": _Mix}
     if choice in named:
         return named[choice](choice)
     path = Path(choice)

@@ -9,19 +9,20 @@ Shape suffixes: N windows, S tokens per window (seqlen).
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from prunus.calibration.draw import Text, encode, encode_documents, in_turn
+from prunus.calibration.files import read_ids
 from prunus.calibration.sources import IdsFile, TextSource, find_source
 from prunus.calibration.windows import (
     UsedBos,
-    Wanted,
+    WindowRequest,
     bos_token,
     check_ids,
     hash_ids,
@@ -110,9 +111,7 @@ class TrainingText:
         return len(self._rows) >= count
 
 
-def training_text(
-    source: str, request: Wanted, held_out: int, windows: int | None = None
-) -> TrainingText:
+def training_text(source: str, request: WindowRequest, held_out: int) -> TrainingText:
     """The training text of a source.
 
     Args:
@@ -120,8 +119,6 @@ def training_text(
         request: Seqlen, seed, BOS, tokenizer, and whatever else the source needs. Its `samples` are
             not used.
         held_out: How many windows are held out, at least 1.
-        windows: How many training windows the source `self` writes; None where they are not known,
-            which `self` refuses.
 
     Raises:
         ValueError: The text is too short or damaged, or its tokens do not fit the vocabulary. The
@@ -130,7 +127,6 @@ def training_text(
     """
     text_source = find_source(source)
     seqlen, seed = request.seqlen, request.seed
-    request = dataclasses.replace(request, samples=(windows or 0) + held_out)
     text_source.check(request)
 
     def checked(rows: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -141,16 +137,9 @@ def training_text(
             yield row
 
     if isinstance(text_source, IdsFile):
-        rows = _shuffled(list(_cut(iter(text_source.read()), seqlen, across=False)), seed)
+        rows = _shuffled(list(_cut(iter(read_ids(Path(source))), seqlen, across=False)), seed)
         return TrainingText(checked(rows), source, held_out, seed)
-    if not isinstance(text_source, TextSource):
-        if windows is None:
-            raise ValueError(
-                f"the source {source!r} writes a given number of tokens: give the budget in "
-                "`tokens`"
-            )
-        written = text_source.draw(request)
-        return TrainingText(checked(written.ids), written.source, held_out, seed, written.bos)
+    assert isinstance(text_source, TextSource), "`check` refuses images"
     tokenizer = text_source.tokenizer(request)
     token = bos_token(tokenizer, request.bos)
     texts = text_source.read(request)

@@ -88,7 +88,7 @@ def refuse_bos(source: str, bos: Bos) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class WindowRequest:
     """The windows that a run asks for, and what a source may need to draw them.
 
     Attributes:
@@ -100,8 +100,6 @@ class Wanted:
             is not set.
         tokenizer: Returns the tokenizer of the model, or its image processor, or None if it has
             none. Sources of token ids do not call it.
-        model: Returns the loaded causal LM. Only the source `self` calls it; None where a run has
-            no model for it.
         vocabulary: The number of rows of the model's embedding, which token ids of a training text
             must not reach; None for no check.
     """
@@ -112,7 +110,6 @@ class Wanted:
     bos: Bos = "auto"
     data: Path | None = None
     tokenizer: Callable[[], Any] = lambda: None
-    model: Callable[[], Any] | None = None
     vocabulary: int | None = None
 
 

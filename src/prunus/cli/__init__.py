@@ -96,13 +96,13 @@ _NAMES = {evaluate: "eval", import_: "import"}
 _FEW = 3
 
 
-class _Verbs(typer.core.TyperGroup):
+class _Commands(typer.core.TyperGroup):
     """All commands. What typer finds wrong on a command line is said as all other errors are."""
 
-    def make_context(self, *given: Any, **options: Any) -> Any:
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
         """Parse the command line up to the name of the command."""
         with _one_line():
-            return super().make_context(*given, **options)
+            return super().make_context(*arguments, **options)
 
     def invoke(self, ctx: Any) -> Any:
         """Parse the rest of the command line, and run the command."""
@@ -110,7 +110,7 @@ class _Verbs(typer.core.TyperGroup):
             return super().invoke(ctx)
 
 
-class _Verb(typer.core.TyperCommand):
+class _Command(typer.core.TyperCommand):
     """A command whose `--help` shows the common options in brief; its `--help-all` shows all."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -119,13 +119,17 @@ class _Verb(typer.core.TyperCommand):
         The command itself must keep all options, because the command line is parsed with them.
         """
         shown = copy.copy(self)
-        common = [each for each in self.params if getattr(each, "rich_help_panel", None) is None]
+        common = [
+            parameter
+            for parameter in self.params
+            if getattr(parameter, "rich_help_panel", None) is None
+        ]
         rare = len(self.params) - len(common)
         # The lines of a paragraph are joined, so that they fill the terminal.
         paragraphs = (self.help or "").split("\n\n")
         shown.help = "\n\n".join(" ".join(lines.splitlines()) for lines in paragraphs)
         if rare > _FEW and not ctx.meta.get(_ALL):
-            shown.params = [_brief(each) for each in common]
+            shown.params = [_brief(parameter) for parameter in common]
             shown.epilog = (
                 f"prunus {self.name} --help-all shows {rare} more options.\n{self.epilog}"
             )
@@ -134,10 +138,10 @@ class _Verb(typer.core.TyperCommand):
 
     def shell_complete(self, ctx: Any, incomplete: str) -> Any:
         """What a shell offers for what is typed so far. fish takes one line for each offer."""
-        found = super().shell_complete(ctx, incomplete)
-        for each in found:
-            each.help = textwrap.shorten((each.help or "").split(". ")[0], 76)
-        return found
+        offers = super().shell_complete(ctx, incomplete)
+        for offer in offers:
+            offer.help = textwrap.shorten((offer.help or "").split(". ")[0], 76)
+        return offers
 
 
 def _brief(parameter: Any) -> Any:
@@ -153,9 +157,9 @@ def _brief(parameter: Any) -> Any:
 _ALL = "prunus.help_all"
 
 
-def _show_all(ctx: typer.Context, wanted: bool) -> None:
+def _show_all(ctx: typer.Context, is_given: bool) -> None:
     """Show the help with all options, and exit, if the flag `--help-all` is given."""
-    if wanted:
+    if is_given:
         ctx.meta[_ALL] = True
         typer.echo(ctx.get_help())
         raise typer.Exit
@@ -190,7 +194,7 @@ def _one_line() -> Iterator[None]:
 
 app = typer.Typer(
     name="prunus",
-    cls=_Verbs,
+    cls=_Commands,
     epilog=_FIRST_EXAMPLES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -198,9 +202,9 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(is_given: bool) -> None:
     """Print the version, and exit, if the flag `--version` is given."""
-    if wanted:
+    if is_given:
         print(f"prunus {version('prunus')}")
         raise typer.Exit
 
@@ -228,7 +232,7 @@ for _panel, _functions in _PANELS.items():
         FLAGS.update(signature(_command).parameters)
         app.command(
             _name,
-            cls=_Verb,
+            cls=_Command,
             rich_help_panel=_panel,
             # The epilog keeps its line breaks: an example is one line that can be copied.
             epilog="\n".join(("Examples:", *_lines)),

@@ -10,15 +10,16 @@ import typer
 
 from prunus.cli.flags import Model, Output, opt, with_flags
 from prunus.cli.terminal import (
-    counted_steps,
     note,
     print_result,
     print_text,
     progress_console,
+    shown_steps,
     write_json,
 )
 from prunus.compression.records import PackOptions
 from prunus.engine.options import RunOptions
+from prunus.model.formats import format_named, format_of
 
 
 def import_(
@@ -34,9 +35,9 @@ def import_(
 
     Quantised weights are dequantised to --dtype.
     """
-    from prunus.model.checkpoint.gguf import import_gguf
-
-    summary = import_gguf(file, dest, overwrite=overwrite, dtype=dtype, progress=note)
+    # A file without a suffix may be one all the same, such as a blob of Ollama.
+    entry = format_of(file) or format_named("gguf")
+    summary = entry.load().unpack(file, dest, overwrite=overwrite, dtype=dtype, progress=note)
     write_json(summary)
     print_text(f"{dest}: {', '.join(f'{key} {value}' for key, value in summary.items())}\n")
 
@@ -61,15 +62,15 @@ def unpack(model: Model, output: Output, **options: Any) -> None:
 
 
 def _convert(
-    verb: Callable[..., Any], title: str, model: str, output: Path, options: dict[str, Any]
+    convert: Callable[..., Any], title: str, model: str, output: Path, options: dict[str, Any]
 ) -> None:
     """Convert a checkpoint with a progress bar, and print how its size changes.
 
-    `verb` is the function of the library that does it, and `options` are its keyword arguments.
+    `convert` is the function of the library that does it, and `options` are its keyword arguments.
     """
     from prunus.reporting.console import show_pruning
     from prunus.reporting.tables import packing_table
 
-    with show_pruning(title, progress_console()) as show, counted_steps(output, show) as step:
-        record = verb(model, output, progress=step, **options)
+    with shown_steps(show_pruning(title, progress_console()), output) as callbacks:
+        record = convert(model, output, progress=callbacks["report"], **options)
     print_result(record, packing_table(record))

@@ -64,19 +64,21 @@ def evaluate(
     from prunus.evaluation.task_runner import prepare_tasks
     from prunus.reporting.evaluation_sections import evaluation_section
 
-    models, texts = list(dict.fromkeys(models)), _chosen_texts(perplexity, tasks, reference)
+    models = list(dict.fromkeys(models))
+    texts = _chosen_texts(perplexity, tasks, reference)
     work = {"rank_timeout": options.pop("rank_timeout", None)}
     rank_timeout = RunOptions.read(None, work).rank_timeout
     shows = not is_quiet()
-    of_text, of_tasks = TextOptions.pick(options)[0], TaskOptions.pick(options)[0]
+    of_text, _ = TextOptions.pick(options)
+    of_tasks, _ = TaskOptions.pick(options)
     checked = TextOptions.read(None, of_text)
     trusted = checked.trust_remote_code
     for text in texts:
         check_text(text, checked.data)
     for model in models:
-        found = find_model(model, trusted, note)
+        checkpoint = find_model(model, trusted, note)
         if reference is not None:
-            check_reference(found, find_model(reference, trusted, note))
+            check_reference(checkpoint, find_model(reference, trusted, note))
     task_run = None if tasks is None else prepare_tasks(models, tasks, **of_tasks)
     scores: dict[str, list[PerplexityResult]] = {model: [] for model in models}
     with process_group(rank_timeout) as ranks:
@@ -90,8 +92,8 @@ def evaluate(
                     )
                     scores[model].append(scored)
         results = [] if task_run is None else task_run.run(note, ranks)
-    known = [*models, *filter(None, [reference])]
-    sizes = {model: stored_size(model, trusted) for model in known}
+    measured = [*models, *filter(None, [reference])]
+    sizes = {model: stored_size(model, trusted) for model in measured}
     content = side_by_side(scores, results, sizes, reference)
     print_result(content, evaluation_section(content))
 
@@ -127,8 +129,8 @@ def inspect(
     """Show shape, dtype, sparsity and N:M patterns of every linear."""
     from prunus.evaluation.inspection import inspect as inspect_checkpoint
 
-    found = inspect_checkpoint(model, verify=verify, **options)
-    print_result(found.as_dict(), found.table())
+    inspection = inspect_checkpoint(model, verify=verify, **options)
+    print_result(inspection.as_dict(), inspection.table())
 
 
 @with_flags(SpeedOptions)
@@ -150,8 +152,8 @@ def bench(
 
 
 def doctor() -> None:
-    """Show how packed models run here, and which extras are installed."""
-    from prunus.packed.doctor import describe, in_sentences
+    """Show how packed models run and load here."""
+    from prunus.runtime.doctor import describe, in_sentences
 
     state = describe()
     write_json(state)

@@ -76,15 +76,15 @@ def with_flags(
         A decorator, which changes the signature of the command and leaves its code.
     """
 
-    def decorate(verb: Callable[..., None]) -> Callable[..., None]:
-        hidden = {*without, *inspect.signature(verb).parameters}
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hidden = {*without, *inspect.signature(command).parameters}
         added: dict[str, Any] = {}
         for model in models:
             for name, option in model.declared().items():
                 if option.flag and name not in hidden | {*added} and (not only or name in only):
                     panel = ADVANCED if name in rare else option.panel
                     added[name] = _flag(name, option, model.model_fields[name], panel)
-        return add_parameters(verb, added)
+        return add_parameters(command, added)
 
     return decorate
 
@@ -101,10 +101,10 @@ def add_parameters(
     """
     signature = inspect.signature(function, eval_str=True)
     keyword = inspect.Parameter.KEYWORD_ONLY
-    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    place = len(own) if last else sum(p.kind is not keyword for p in own)
+    present = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    index = len(present) if last else sum(p.kind is not keyword for p in present)
     new = [inspect.Parameter(x, keyword, default=None, annotation=added[x]) for x in added]
-    parameters = [*own[:place], *new, *own[place:]]
+    parameters = [*present[:index], *new, *present[index:]]
     function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     function.__annotations__ = {p.name: p.annotation for p in parameters}
     return function
@@ -118,7 +118,7 @@ def as_flags(message: str) -> str:
     'raise --head-bits of `config.json`'
     """
     return _NAME.sub(
-        lambda found: f"--{found[1].replace('_', '-')}" if found[1] in FLAGS else found[0], message
+        lambda name: f"--{name[1].replace('_', '-')}" if name[1] in FLAGS else name[0], message
     )
 
 
@@ -149,7 +149,7 @@ def _kind(annotation: Any) -> Any:
     """What typer reads for a field: a plain type, or text such as a number for the model."""
     parts = [annotation]
     if get_origin(annotation) in (Union, types.UnionType):
-        parts = [each for each in get_args(annotation) if each is not type(None)]
+        parts = [part for part in get_args(annotation) if part is not type(None)]
     if len(parts) > 1:
         return str
     if get_origin(parts[0]) is tuple:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Annotated, Any
 
 from prunus.cli.flags import Model, opt, with_flags
@@ -30,20 +29,13 @@ def generate(
     """
     from prunus.evaluation.generation import generate as generate_pieces
 
-    text = _print_all(generate_pieces(model, prompt, chat=chat, progress=note, **options))
-    if text is not None:
-        print_text("\n")
-        write_json({"model": model, "prompt": prompt, "text": text})
-
-
-def _print_all(pieces: Iterable[str]) -> str | None:
-    """Print pieces as the model writes them; the whole text, or None once nobody needs it."""
-    seen = []
-    for piece in pieces:
-        seen.append(piece)
+    pieces = []
+    for piece in generate_pieces(model, prompt, chat=chat, progress=note, **options):
+        pieces.append(piece)
         if not print_text(piece.replace("\r", "")):
-            return None
-    return "".join(seen)
+            return  # nobody reads the text any more
+    print_text("\n")
+    write_json({"model": model, "prompt": prompt, "text": "".join(pieces)})
 
 
 @with_flags(TextOptions, only=("device", "dtype", "trust_remote_code"))

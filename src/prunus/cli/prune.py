@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from prunus.cli.flags import Model, Output, RecipeFile, opt, with_flags
-from prunus.cli.terminal import counted_steps, print_result, progress_console
+from prunus.cli.terminal import print_result, progress_console, shown_steps
 from prunus.engine.options import RunOptions
 from prunus.formats.recipe import CompressionRecipe
 from prunus.pruning.recipe import Recipe
@@ -39,14 +39,14 @@ def prune(
 
     A killed run continues with the same command. Under torchrun, processes share the work.
     """
-    work, given = RunOptions.pick(options)
-    trains = _takes_max(given)
+    work, recipe_options = RunOptions.pick(options)
+    trains = _takes_max(recipe_options)
     if not trains and (minutes is not None or tokens is not None):
         raise ValueError(
             "--minutes and --tokens are the budget of --preset max, which trains after pruning: "
             "add it, or drop them"
         )
-    chosen = Recipe.read(recipe, given)
+    chosen = Recipe.read(recipe, recipe_options)
     if trains:
         budget = {"minutes": minutes, "tokens": tokens}
         _prune_and_recover(model, output, chosen, RunOptions.read(None, work), budget)
@@ -73,8 +73,8 @@ def compress(
     """
     from prunus.compression.run import run
 
-    work, given = RunOptions.pick(options)
-    chosen = CompressionRecipe.read(recipe, given)
+    work, recipe_options = RunOptions.pick(options)
+    chosen = CompressionRecipe.read(recipe, recipe_options)
     _carry_out(run, f"{chosen.target} {output}", (model, output, chosen), work)
 
 
@@ -85,11 +85,11 @@ def shrink(model: Model, output: Output, *, recipe: RecipeFile = None, **options
     OUT is an ordinary checkpoint with a smaller configuration, so it loads wherever the family
     loads. A killed run continues with the same command.
     """
-    from prunus.reporting.structure_section import structure_table
+    from prunus.reporting.run_sections import structure_table
     from prunus.structure.run import run
 
-    work, given = RunOptions.pick(options)
-    chosen = StructureRecipe.read(recipe, given)
+    work, recipe_options = RunOptions.pick(options)
+    chosen = StructureRecipe.read(recipe, recipe_options)
     _carry_out(run, f"shrink {output}", (model, output, chosen), work, structure_table)
 
 
@@ -109,10 +109,12 @@ def _carry_out(
         work: The options of the run that were given, by name.
         table: From the record to its table.
     """
+    from prunus.engine.session import Session
     from prunus.reporting.console import show_pruning
 
-    with show_pruning(title, progress_console()) as show, counted_steps(what[1], show) as step:
-        record = run(*what, RunOptions.read(None, work | {"announce": show, "report": step}))
+    with shown_steps(show_pruning(title, progress_console()), what[1]) as callbacks:
+        session = Session(announce=callbacks["announce"], report=callbacks["report"])
+        record = run(*what, RunOptions.read(None, work), session)
     print_result(record, table(record))
 
 
@@ -143,16 +145,12 @@ def _prune_and_recover(
     from prunus.reporting.console import show_pruning, show_recovery
     from prunus.reporting.tables import recovery_table
 
-    with max_run(model, output, recipe, how, **budget) as (prune_first, train):
-        with show_pruning(f"{recipe.method} {output}", progress_console()) as show:
-            manifest = prune_first(show, show)
-        with (
-            show_recovery(f"training {output}", progress_console()) as show_training,
-            counted_steps(output, show_training) as step,
-        ):
-            record = train(step)
-    figures = {"pruning": manifest, "recovery": record}
-    content = {name: found.model_dump(mode="json") for name, found in figures.items()}
+    pruning = show_pruning(f"{recipe.method} {output}", progress_console())
+    training = show_recovery(f"training {output}", progress_console())
+    shown = (shown_steps(pruning, None), shown_steps(training, output))
+    manifest, record = max_run(model, output, recipe, how, shown, budget)
+    records = {"pruning": manifest, "recovery": record}
+    content = {name: record.model_dump(mode="json") for name, record in records.items()}
     print_result(content, manifest.table(), recovery_table(record))
 
 
@@ -175,21 +173,20 @@ def plan(
 
     With --bits, --size or --type it plans compress. It checks all that a run checks first.
     """
-    from prunus.compression.run import plan_compression
-    from prunus.engine.linear_job import describe_plan
+    from prunus.engine.linear_job import Format, describe_plan
     from prunus.engine.run import planned
-    from prunus.pruning.run import command
+    from prunus.formats.base import format_for
+    from prunus.pruning.run import PlainTensors
     from prunus.reporting.tables import plan_facts
 
-    work, given = RunOptions.pick(options)
-    trains, how = _takes_max(given), RunOptions.read(None, work)
-    compresses = bool({"bits", "size", "type"} & given.keys())
-    chosen = (CompressionRecipe if compresses else Recipe).read(recipe, given)
+    work, recipe_options = RunOptions.pick(options)
+    trains, how = _takes_max(recipe_options), RunOptions.read(None, work)
+    compresses = bool({"bits", "size", "type"} & recipe_options.keys())
+    chosen = (CompressionRecipe if compresses else Recipe).read(recipe, recipe_options)
+    stored: Format[Any] = PlainTensors()
     if isinstance(chosen, CompressionRecipe):
-        job = plan_compression(model, output, chosen, how)
-    else:
-        job = planned(command(), model, output, chosen, how)
-    described = describe_plan(job)
+        stored = format_for(output, chosen)
+    described = describe_plan(planned(stored, model, output, chosen, how))
     if trains:
         from prunus.recovery.max_preset import plan_training
 
@@ -217,6 +214,6 @@ def recover(
     from prunus.reporting.tables import recovery_table
 
     title = f"{options.get('mode', 'recover')} {output}"
-    with show_recovery(title, progress_console()) as show, counted_steps(output, show) as step:
-        record = train(model, output, teacher=teacher, progress=step, **options)
+    with shown_steps(show_recovery(title, progress_console()), output) as callbacks:
+        record = train(model, output, teacher=teacher, progress=callbacks["report"], **options)
     print_result(record, recovery_table(record))

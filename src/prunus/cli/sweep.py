@@ -72,8 +72,7 @@ def report(
     bench: Annotated[
         Path | None,
         opt(
-            "Also show a file of bench --json, and the quality of sweeps and evaluations "
-            "against these speeds.",
+            "Also show a file of bench --json, and the quality of evaluations against its speeds.",
             "FILE",
             names=("--bench",),
         ),
@@ -82,10 +81,7 @@ def report(
         str | None, opt("Set the title of the report. Default: that of its first section.", "TEXT")
     ] = None,
 ) -> None:
-    """Show runs, sweeps and evaluations as HTML, Markdown or text.
-
-    Two or more runs are also compared.
-    """
+    """Show runs, sweeps and evaluations as HTML, Markdown or text."""
     from prunus.reporting.page import document_json
     from prunus.reporting.write import report as write_report
 

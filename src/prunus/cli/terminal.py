@@ -17,6 +17,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
@@ -51,26 +52,27 @@ _CORRECTABLE = (
 
 
 def command(
-    verb: Callable[..., None], shared: dict[str, Any], resumes: bool = False
+    function: Callable[..., None], shared: dict[str, Any], resumes: bool = False
 ) -> Callable[..., None]:
     """A command as typer calls it: it reports errors, and gets only the options that were given.
 
     Args:
-        verb: The function of the command.
+        function: The function of the command.
         shared: Name -> annotation of the options that commands share, as far as this one has them:
             `json_file`, `quiet` and `help_all`.
         resumes: The same command continues an interrupted run; decides what messages promise.
     """
 
-    @functools.wraps(verb)
+    @functools.wraps(function)
     def run(*, json_file: Path | None = None, quiet: bool | None = None, **options: Any) -> None:
-        before = _JSON.set(json_file), _QUIET.set(bool(quiet))
+        json_before = _JSON.set(json_file)
+        quiet_before = _QUIET.set(bool(quiet))
         try:
             with user_errors(_RESUMES if resumes else _REPEATS):
-                verb(**{name: value for name, value in options.items() if value is not None})
+                function(**{name: value for name, value in options.items() if value is not None})
         finally:
-            _JSON.reset(before[0])
-            _QUIET.reset(before[1])
+            _JSON.reset(json_before)
+            _QUIET.reset(quiet_before)
 
     return add_parameters(run, shared, last=True)
 
@@ -232,28 +234,32 @@ def progress_console() -> Console:
     """The console for progress; with --quiet, one that shows nothing."""
     from prunus.reporting import console
 
-    if _QUIET.get():
-        return console.TerminalConsole(quiet=True, force_terminal=False)
-    return console.progress_console()
+    return console.progress_console(quiet=_QUIET.get())
 
 
 @contextlib.contextmanager
-def counted_steps(output: Path, progress: Callable[..., None]) -> Iterator[Callable[..., None]]:
-    """Yield a function that passes every step to `progress`, and count the steps.
+def shown_steps(
+    showing: AbstractContextManager[Callable[..., None]], output: Path | None
+) -> Iterator[dict[str, Callable[..., None]]]:
+    """Show the steps of a run, and yield the options of the run that do so: announce and report.
 
-    Without any, a line says at the end that an earlier run finished `output`.
+    Args:
+        showing: What `prunus.reporting.console` shows the steps with.
+        output: The result. Without any step, a line says at the end that an earlier run finished
+            it. None says nothing.
     """
     from prunus.distributed import is_rank_0
 
     count = 0
+    with showing as show:
 
-    def step(*step: Any) -> None:
-        nonlocal count
-        count += 1
-        progress(*step)
+        def report(*step: Any) -> None:
+            nonlocal count
+            count += 1
+            show(*step)
 
-    yield step
-    if not count and is_rank_0():
+        yield {"announce": show, "report": report}
+    if not count and output is not None and is_rank_0():
         note(
             f"{output} was finished by an earlier run, and nothing was done now; these are its "
             "figures (--overwrite does the work again)"

@@ -82,7 +82,7 @@ class PackRecord(ConversionRecord):
     """
 
     FILE: ClassVar[str] = "prunus-pack.json"
-    VERB: ClassVar[str] = "prunus pack"
+    COMMAND: ClassVar[str] = "prunus pack"
 
     recipe: PackOptions
 
@@ -91,4 +91,4 @@ class UnpackRecord(ConversionRecord):
     """The record of `unpack`, which has no options that decide its bytes."""
 
     FILE: ClassVar[str] = "prunus-unpack.json"
-    VERB: ClassVar[str] = "prunus unpack"
+    COMMAND: ClassVar[str] = "prunus unpack"

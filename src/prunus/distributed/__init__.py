@@ -2,7 +2,6 @@
 
 base.py       `Ranks`, what a run needs from its processes, for a run with one process
 group.py      `Ranks` over a process group of torch (gloo, NCCL) that torchrun's environment names
-lost.py       finds the rank that died, hangs, or raised an error, once a call fails
 
 Code that uses `Ranks` needs no branch for the single process. This room knows tensors, numbers and
 texts; it knows nothing of models, windows or files.

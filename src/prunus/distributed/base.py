@@ -17,7 +17,7 @@ _Item = TypeVar("_Item")
 
 
 class RankError(RuntimeError):
-    """Another rank has died, hangs, or raised an error. The message names the rank."""
+    """Another rank has died, hangs, or raised an error. A rank that could say why is named."""
 
 
 class OtherRankError(RuntimeError):

@@ -1,8 +1,7 @@
 """`Ranks` over a process group of torch: gloo between CPUs, NCCL between CUDA devices.
 
-torch's own collectives say that a connection broke or that time is up, and not which rank is lost.
-So every collective starts in the background here, and this rank looks in turn at it, at the clock
-and for notes of the others. The error then names the rank (see `lost.py`).
+A collective never ends where a rank hangs, and NCCL does not notice that a rank has died. So every
+collective starts in the background here, and this rank looks in turn at it and at the clock.
 
 Texts travel as bytes and other values as JSON. Nothing is pickled: a pickle can run code.
 """
@@ -15,11 +14,8 @@ import itertools
 import json
 import math
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import FrameType
 from typing import Any
 
 import torch
@@ -28,16 +24,13 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from prunus.distributed.base import SINGLE_PROCESS, OtherRankError, RankError, Ranks
-from prunus.distributed.lost import Notes
 from prunus.hardware.errors import reason
 
 # "torch.float32" -> the dtype: dtypes travel by their names.
 _DTYPES = {str(dtype): dtype for dtype in torch.__dict__.values() if isinstance(dtype, torch.dtype)}
 _MAX_SLEEP = 1e-3  # seconds between two looks at a collective
 _SPIN = 1e-3  # seconds in which a rank that waits does not sleep
-_LOOK = 1.0  # seconds between two looks for notes
-# A text travels with its length in one message of 256 bytes; a longer one needs a second message.
-_LENGTH_BYTES, _SHORT_TEXT = 8, 248
+_FIRST_SLEEP = 2e-5  # seconds; each next sleep is longer
 #: Seconds after which a rank that is late for a collective call counts as lost.
 DEFAULT_TIMEOUT = 600.0
 # The environment variables that torchrun sets and torch's rendezvous reads.
@@ -52,23 +45,19 @@ class ProcessGroup(Ranks):
     Every collective call raises RankError if it does not end because a rank is lost or late.
 
     Args:
-        notes: What the ranks of this run tell each other when one of them is lost.
         timeout: Seconds after which a rank that is late for a collective call counts as lost.
-
-    Attributes:
-        error_reported: Whether all ranks know of the error that ends this one. Then this rank
-            leaves no note about it.
     """
 
-    def __init__(self, notes: Notes, timeout: float) -> None:
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+    def __init__(self, timeout: float) -> None:
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        self.error_reported = False
-        self._notes, self._timeout = notes, timeout
+        self._location = "the start"
+        self._timeout = timeout
 
     def set_location(self, location: str) -> None:
         """Record what this rank works on, for its own error if another rank is lost."""
-        self._notes.location = location
+        self._location = location
 
     def gather_ints(self, numbers: Sequence[int]) -> list[list[int]]:
         """The integers of every rank, by rank, in one message."""
@@ -76,26 +65,11 @@ class ProcessGroup(Ranks):
         return [x.tolist() for x in self._gather(numbers_here)]
 
     def gather_text(self, text: str) -> list[str]:
-        """The text of every rank, by rank: in one message, or two if a text has over 248 bytes.
-
-        Most texts are empty or short (an error, or none), and a message costs more than its bytes.
-        """
+        """The text of every rank, by rank: their lengths first, then the bytes if there are any."""
         data = text.encode()
-        message = len(data).to_bytes(_LENGTH_BYTES, "little")
-        message += data[:_SHORT_TEXT].ljust(_SHORT_TEXT, b"\0")
-        messages = [
-            bytes(x.tolist())
-            for x in self._gather(torch.frombuffer(bytearray(message), dtype=torch.uint8))
-        ]
-        lengths = [int.from_bytes(received[:_LENGTH_BYTES], "little") for received in messages]
-        if max(lengths) > _SHORT_TEXT:
-            # frombuffer refuses an empty buffer, so an empty text starts from one byte.
-            whole = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[: len(data)]
-            return [bytes(x.tolist()).decode() for x in self._gather_uneven(whole, lengths)]
-        return [
-            received[_LENGTH_BYTES:][:n].decode()
-            for received, n in zip(messages, lengths, strict=True)
-        ]
+        # frombuffer refuses an empty buffer, so an empty text starts from one byte.
+        letters = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[: len(data)]
+        return [bytes(part.tolist()).decode() for part in self._gather_uneven(letters)]
 
     def sum_floats(self, numbers: Sequence[float]) -> list[float]:
         """Sums in the order of ranks: an all-reduce would add in the order of its algorithm."""
@@ -131,11 +105,10 @@ class ProcessGroup(Ranks):
         self, make: Callable[[], Mapping[str, torch.Tensor]]
     ) -> Mapping[str, torch.Tensor]:
         """Send the tensors of rank 0: their names, dtypes and shapes first, then one by one."""
-        sent: Mapping[str, torch.Tensor] = {}
+        sent: dict[str, torch.Tensor] = {}
 
         def describe() -> list[Any]:
-            nonlocal sent
-            sent = {name: x.detach().cpu().contiguous() for name, x in make().items()}
+            sent.update({name: x.detach().cpu().contiguous() for name, x in make().items()})
             return [[name, str(x.dtype), list(x.shape)] for name, x in sent.items()]
 
         # Names, dtypes and shapes go first, so that the others can allocate what they receive.
@@ -163,7 +136,6 @@ class ProcessGroup(Ranks):
         except Exception as raised:
             error = raised
         texts = self.gather_text("" if error is None else reason(error, most=2000))
-        self.error_reported = any(texts)
         if self.rank > 0 and texts[0]:
             raise OtherRankError(texts[0]) from error
         if error is not None:
@@ -191,10 +163,8 @@ class ProcessGroup(Ranks):
         longest = max(lengths)
         if not longest:
             return [tensor.new_empty((n, *tensor.shape[1:])) for n in lengths]
-        padded = tensor
-        if len(tensor) < longest:
-            padded = tensor.new_zeros((longest, *tensor.shape[1:]))
-            padded[: len(tensor)] = tensor
+        padded = tensor.new_zeros((longest, *tensor.shape[1:]))
+        padded[: len(tensor)] = tensor
         parts = self._gather(padded.reshape(-1).view(torch.uint8))
         return [
             part.view(tensor.dtype).view(longest, *tensor.shape[1:])[:n]
@@ -205,10 +175,11 @@ class ProcessGroup(Ranks):
         """Run one collective, which `start` starts in the background, until it is done.
 
         Raises:
-            RankError: A rank is lost, late by more than the timeout, or has an error of its own.
+            RankError: A rank is late by more than the timeout, or its connection broke: it has
+                died, or ended with an error.
         """
-        begun, pause = time.monotonic(), 2e-5  # the first sleep, in seconds; each next is longer
-        look = begun + _LOOK
+        begun = time.monotonic()
+        pause = _FIRST_SLEEP
         try:
             work = start()
             # Most collectives end sooner than the shortest sleep does. Yielding lets other
@@ -216,18 +187,19 @@ class ProcessGroup(Ranks):
             while not work.is_completed() and time.monotonic() < begun + _SPIN:
                 os.sched_yield()
             while not work.is_completed():
-                if (now := time.monotonic()) > begun + self._timeout:
-                    raise RuntimeError(f"waited for {now - begun:.0f} s")
-                if now > look and self._notes.there_are_some():
-                    raise RuntimeError("another rank has an error")
-                look = look if now <= look else now + _LOOK
+                if time.monotonic() > begun + self._timeout:
+                    raise RuntimeError(
+                        f"it hangs, or is late by more than {self._timeout:g} s (`rank_timeout` "
+                        "gives it longer)"
+                    )
                 time.sleep(pause)
                 pause = min(1.5 * pause, _MAX_SLEEP)
             work.wait()
-        except RankError:  # of SIGTERM
-            raise
-        except RuntimeError as fault:  # or a connection broke
-            raise self._notes.lost_rank_error(str(fault).splitlines()[0]) from fault
+        except RuntimeError as fault:
+            raise RankError(
+                f"another rank is lost: {str(fault).splitlines()[0]} (this rank was at "
+                f"{self._location}; the output of torchrun says which rank ended badly)"
+            ) from fault
 
 
 # --- from torchrun's environment variables to the ranks of a run ---
@@ -272,8 +244,7 @@ def process_group(timeout: float | None = None) -> Iterator[Ranks]:
     if dist.is_initialized():
         raise ValueError(
             "torch.distributed is in use already, and prunus sets up its own process group under "
-            "torchrun; call destroy_process_group first, or pass "
-            "ranks=prunus.distributed.SINGLE_PROCESS"
+            "torchrun; call destroy_process_group first, or start the program without torchrun"
         )
     cuda = torch.cuda.is_available()
     if cuda:
@@ -281,48 +252,19 @@ def process_group(timeout: float | None = None) -> Iterator[Ranks]:
     # torch's own timeout is longer than ours, which comes first and names the lost rank.
     torch_timeout = datetime.timedelta(seconds=2 * timeout + 60)
     store, rank, size = next(rendezvous("env://", timeout=torch_timeout))
-    name = f"prunus/{next(_group_numbers)}"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        store=PrefixStore(f"{name}/group", store),
+        store=PrefixStore(f"prunus/{next(_group_numbers)}", store),
         rank=rank,
         world_size=size,
         timeout=torch_timeout,
     )
-    prefixed: Any = PrefixStore(f"{name}/notes", store)
-    notes = Notes(prefixed.clone(), rank, size)
-    group, rank_lost = ProcessGroup(notes, timeout), False
     try:
-        with _sigterm_raises(notes):
-            yield group
+        yield ProcessGroup(timeout)
     except RankError:
-        rank_lost = True
-        raise
-    except OtherRankError:
-        raise
-    except BaseException as fault:
-        if not group.error_reported:
-            notes.report_error(reason(fault, most=2000))
-        raise
-    finally:
         # Destroying a group that has lost a member would wait for that member.
-        if not rank_lost:
-            dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def _sigterm_raises(notes: Notes) -> Iterator[None]:
-    """While active, SIGTERM raises: torchrun sends it to all once one process has ended badly."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python allows signal handlers in the main thread only.
-        return
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would interrupt the clean-up
-        raise notes.lost_rank_error("stopped from outside (SIGTERM)")
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        raise
+    except BaseException:
+        dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()

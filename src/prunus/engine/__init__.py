@@ -1,1 +1,1 @@
-"""One run of any verb: its options, record, folder, plan, windows and loop over blocks."""
+"""One run of any command: its options, record, folder, plan, windows and loop over blocks."""

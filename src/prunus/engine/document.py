@@ -131,31 +131,8 @@ class Lines:
     round_ticks: bool = False
 
 
-@dataclass(frozen=True)
-class HeatMap:
-    """A chart with one coloured cell per row and column.
-
-    Attributes:
-        title: Its heading.
-        x_title: What the columns are.
-        columns: Their names.
-        rows: The names of the rows.
-        values: The figure of each cell, row by row; None where it is missing.
-        form: The Python format of the figures.
-    """
-
-    title: str
-    x_title: str
-    columns: tuple[str, ...]
-    rows: tuple[str, ...]
-    values: tuple[tuple[float | None, ...], ...]
-    form: str
-
-
-#: What the written page draws.
-Chart = Lines | HeatMap
 #: What a section consists of.
-Part = Facts | Table | Chart
+Part = Facts | Table | Lines
 
 
 @dataclass(frozen=True)

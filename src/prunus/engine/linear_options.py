@@ -27,7 +27,7 @@ SELECTION = "Allocation and selection"
 _PATTERN = re.compile(r"^(\d+):(\d+)$")
 
 
-#: The option `sparsity`, whose default differs between verbs.
+#: The option `sparsity`, whose default differs between commands.
 Sparsity = Annotated[
     float,
     Option(
@@ -218,7 +218,7 @@ class PruningOptions(MethodOptions, WindowOptions):
         return self
 
     def check_fit(self) -> None:
-        """Check that the options fit together by the rules of a verb.
+        """Check that the options fit together by the rules of a command.
 
         Raises:
             ValueError: They do not; says which option to drop or to add.

@@ -1,7 +1,7 @@
 """The record of a run: a JSON file next to the result that says what was done and how far it is.
 
 A record never claims more than is on disk: a shard is entered after it has its final name. Every
-verb adds fields of its own. Imports no torch.
+command adds fields of its own. Imports no torch.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class RunRecord(Part):
 
     Attributes:
         FILE: Name of the file.
-        VERB: The command that writes it, such as "prunus prune".
+        COMMAND: The command that writes it, such as "prunus prune".
         format: Version of the record. Version 1 named the shards otherwise: such a result is read,
             and such an unfinished run is refused.
         state: "running" until every shard and the index exist, then "finished".
@@ -143,7 +143,7 @@ class RunRecord(Part):
     """
 
     FILE: ClassVar[str]
-    VERB: ClassVar[str]
+    COMMAND: ClassVar[str]
 
     format: Literal[1, 2] = 2
     state: Literal["running", "finished"] = "running"
@@ -159,12 +159,6 @@ class RunRecord(Part):
         """Write the record atomically."""
         write_json(folder / self.FILE, self.model_dump(mode="json"))
 
-    def adopt(self, content: Mapping[str, Any]) -> None:
-        """Take over the content of the same record of another process, as JSON values."""
-        other = type(self).model_validate(content)
-        for name in type(self).model_fields:
-            setattr(self, name, getattr(other, name))
-
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Read the record in a folder.
@@ -174,7 +168,7 @@ class RunRecord(Part):
             ValueError: It is damaged, or of another version.
         """
         if not (folder / cls.FILE).exists():
-            raise FileNotFoundError(f"{folder} has no {cls.FILE}: {cls.VERB} did not write it")
+            raise FileNotFoundError(f"{folder} has no {cls.FILE}: {cls.COMMAND} did not write it")
         return read_record(folder / cls.FILE, cls)
 
     def check_same_run(self, recipe: Options, inputs: RunInputs | None = None) -> None:
@@ -284,7 +278,7 @@ def result_card(
         relation: How the result is related to a base model on the hub, in the hub's words, which
             has none for pruned models.
         tags: Tags for the hub, next to "prunus".
-        fields: Fields that replace those that are the same for all verbs.
+        fields: Fields that replace those that are the same for all commands.
         source: The folder of the source, whose card has fields that hold for the result as well.
         nbytes: Bytes of the files with weights, where no paragraph says it.
     """
@@ -293,7 +287,7 @@ def result_card(
         [
             f"# {source_name(record)}, {title}",
             *filter(None, [*paragraphs, size]),
-            f"All figures are in `{record.FILE}`. The command was `{record.VERB} "
+            f"All figures are in `{record.FILE}`. The command was `{record.COMMAND} "
             f"{source_name(record)} OUTPUT` with these options:",
             f"```toml\n{record.recipe.to_toml().rstrip()}\n```",
         ]

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from prunus.calibration.sources import TENSORS, Source, TextSource, are_texts, find_source
-from prunus.calibration.windows import Wanted, Windows, check_ids, hash_ids
+from prunus.calibration.windows import WindowRequest, Windows, check_ids, hash_ids
+from prunus.distributed import Ranks
 from prunus.engine.job import RunJob
 from prunus.engine.options import RunOptions, WindowOptions
 from prunus.engine.record import WindowInputs
 from prunus.model.kinds import IMAGES, kind_of
-from prunus.model.loading import load_model
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.model.tokenizer import (
     check_tokenizer,
@@ -91,11 +91,7 @@ def calibration_windows(job: RunJob) -> Windows:
     if not job.needs_inputs:
         nothing = torch.zeros((0, recipe.seqlen), dtype=torch.int64)
         return Windows(nothing, "none: the method looks at weights only", hash_ids(nothing))
-    wanted = dataclasses.replace(
-        _wanted(recipe, job.options),
-        tokenizer=lambda: _tokenizer(job),
-        model=lambda: _dense_model(job),
-    )
+    wanted = dataclasses.replace(_wanted(recipe, job.options), tokenizer=lambda: _tokenizer(job))
     windows = _source(recipe, job.options).draw(wanted)
     if job.skeleton.kind is IMAGES:
         channels = job.skeleton.model.config.num_channels
@@ -116,10 +112,10 @@ def _source(recipe: WindowOptions, options: RunOptions) -> Source:
     return find_source(recipe.calibration if data is None else data)
 
 
-def _wanted(recipe: WindowOptions, options: RunOptions) -> Wanted:
+def _wanted(recipe: WindowOptions, options: RunOptions) -> WindowRequest:
     # A sweep draws the windows of a text itself, and gives them with the text's name.
     drawn = options.input_ids is not None and recipe.calibration not in TENSORS
-    return Wanted(
+    return WindowRequest(
         samples=recipe.samples,
         seqlen=recipe.seqlen,
         seed=recipe.seed,
@@ -128,7 +124,7 @@ def _wanted(recipe: WindowOptions, options: RunOptions) -> Wanted:
     )
 
 
-def run_inputs(job: RunJob, windows: Windows) -> WindowInputs:
+def run_inputs(job: RunJob, ranks: Ranks, windows: Windows) -> WindowInputs:
     """What the result of a run depends on besides its recipe, for its record.
 
     All ranks must call it. Rank 0 reads every byte outside the blocks to hash it.
@@ -136,7 +132,7 @@ def run_inputs(job: RunJob, windows: Windows) -> WindowInputs:
     source = job.source
     outside: dict[str, str] = {}
     if isinstance(source, CheckpointSource):
-        outside = job.ranks.on_rank_0(source.outside_digests)
+        outside = ranks.on_rank_0(source.outside_digests)
     return WindowInputs(
         checkpoint=source.fingerprint,
         outside=outside,
@@ -170,11 +166,3 @@ def _tokenizer(job: RunJob) -> Any:
             "pruning a loaded model needs its tokenizer: pass tokenizer=, or token ids as "
             f"calibration= ({fault})"
         ) from fault
-
-
-def _dense_model(job: RunJob) -> Any:
-    """The whole dense model in memory. It writes the calibration text of source "self"."""
-    if isinstance(job.source, ModuleSource):
-        return job.source.model
-    folder = job.source.checkpoint.folder
-    return load_model(folder, job.dtype, job.options.trust_remote_code).to(job.device)

@@ -4,6 +4,7 @@ options          what to measure; each option is declared once
 records          results as records, and the differences between models
 model_input      the model to evaluate: found, checked and watched
 perplexity       perplexity of a model on a text, and the text in windows
+metrics          how a model differs from a reference: each metric is one entry
 window_scores    the loop over windows: loss, and divergence from a reference
 streamed_model   logits of a model that does not fit in memory, block by block
 reference        the model that others are compared with, whose blocks run once per text

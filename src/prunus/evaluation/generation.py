@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from prunus.calibration.generate import check_logits
 from prunus.calibration.windows import check_ids
 from prunus.evaluation.model_input import find_folder
 from prunus.evaluation.options import WritingOptions
@@ -96,7 +95,7 @@ def _pieces(model: Any, tokenizer: Any, inputs: Any, options: WritingOptions) ->
                 model.generate(
                     **inputs,
                     streamer=streamer,
-                    logits_processor=[check_logits],
+                    logits_processor=[_check_logits],
                     max_new_tokens=options.max_new_tokens,
                     stopping_criteria=StoppingCriteriaList([lambda *_, **__: unwanted.is_set()]),
                 )
@@ -148,7 +147,8 @@ def _token_settings(settings: Any) -> dict[str, Any]:
     for name in _SETTINGS:
         if (value := getattr(settings, name, None)) is None:
             continue
-        is_token, is_flag = "token" in name, name == "do_sample"
+        is_token = "token" in name
+        is_flag = name == "do_sample"
         kinds = (bool,) if is_flag else (int,) if is_token else (int, float)
         # True is an int to Python, and no number here.
         listed = value if isinstance(value, list) and is_token else [value]
@@ -159,3 +159,14 @@ def _token_settings(settings: Any) -> dict[str, Any]:
             )
         checked[name] = value
     return checked
+
+
+def _check_logits(ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
+    """A logits processor of transformers that changes nothing, and raises where NaN would draw."""
+    # The probabilities are checked, not the logits: some models exclude tokens by minus infinity.
+    if not torch.isfinite(torch.softmax(logits_BV.float(), dim=-1)).all():
+        raise ValueError(
+            "the model's logits are not finite, so it cannot write text. Weights are damaged, or "
+            "the dtype is too small for this model: try `dtype` float32"
+        )
+    return logits_BV

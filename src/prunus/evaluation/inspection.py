@@ -10,30 +10,28 @@ Legend: O outputs, I inputs of a linear.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from prunus.compression.pack import pack_block, pack_outside
+from prunus.compression.records import StoredLinear
 from prunus.engine.document import Table, table_of
 from prunus.engine.linear_record import mean_bits
 from prunus.evaluation.model_input import find_folder
 from prunus.evaluation.records import ModelSize
-from prunus.formats.gguf.contents import read_record
-from prunus.formats.gguf.types import TYPES
 from prunus.hardware.numerics import check_finite
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint.atomic_files import verify_shards
-from prunus.model.checkpoint.resolve import is_gguf, resolve_folder
-from prunus.model.embeddings import is_plain
-from prunus.model.linears import Linear, tied_embedding
+from prunus.model.checkpoint.resolve import resolve_folder
+from prunus.model.formats import reader_of
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
-from prunus.packed.bitmap import packed_bytes
-from prunus.packed.source import PackedSource, is_packed
+from prunus.runtime.source import PackedSource, is_packed
 
 #: The weights of a model, ordinary, loaded or packed, block by block.
 Readable = CheckpointSource | ModuleSource | PackedSource
@@ -161,25 +159,21 @@ def inspect(
             unknown kind, or has no record to compare with.
     """
     verified = None
+    types: dict[str, tuple[str, float]] = {}
     if isinstance(model, nn.Module):
         if verify:
             raise ValueError("a loaded model has no shards to compare; give its folder")
         name = type(model).__name__
     else:
-        if verify and is_gguf(model):
-            raise ValueError(f"{model} is a GGUF file, which has no shards to compare")
-        name, model = str(model), resolve_folder(model)
+        name = str(model)
+        if (kind := reader_of(name)) is not None:
+            if verify:
+                raise ValueError(f"{model} is one file, which has no shards to compare")
+            types = kind.stored_types(Path(name))
+        model = resolve_folder(model)
         verified = verify_shards(model) if verify else None
     source, skeleton = _opened(model, trust_remote_code)
-    linears = tuple(_linears(source, skeleton))
-    if is_gguf(name) and (record := read_record(Path(name))) is not None:
-        kinds = record.types
-        linears = tuple(
-            replace(x, dtype=kinds[x.name], bits=TYPES[kinds[x.name]].bits)
-            if x.name in kinds
-            else x
-            for x in linears
-        )
+    linears = tuple(_linears(source, skeleton, types))
     dense: dict[str, tuple[int, ...]] = {}
     for index in range(len(skeleton)):
         dense |= skeleton.left_dense(index)
@@ -198,9 +192,14 @@ def _opened(model: Path | nn.Module, trust_remote_code: bool) -> tuple[Readable,
     return source, skeleton
 
 
-def _linears(source: Readable, skeleton: Skeleton) -> Iterator[LinearInfo]:
-    """The linears of all blocks; one block is in memory at a time."""
-    packed = source.packed if isinstance(source, PackedSource) else {}
+def _linears(
+    source: Readable, skeleton: Skeleton, types: Mapping[str, tuple[str, float]]
+) -> Iterator[LinearInfo]:
+    """The linears of all blocks; one block is in memory at a time.
+
+    `types` are the types of linears and their bits where the source was unpacked from a file.
+    """
+    packed = source.packed if isinstance(source, PackedSource) else types
     for index in range(len(skeleton)):
         stored = source.block(index)
         for linear in skeleton.linears(index):
@@ -232,8 +231,8 @@ def holds(weight_OI: torch.Tensor, n: int, m: int) -> bool:
     rows, columns = weight_OI.shape
     if columns % m:
         return False
-    kept = (weight_OI != 0).reshape(rows, columns // m, m).sum(dim=2)
-    return bool((kept <= n).all())
+    nonzeros = (weight_OI != 0).reshape(rows, columns // m, m).sum(dim=2)
+    return bool((nonzeros <= n).all())
 
 
 # --- size ---
@@ -254,8 +253,8 @@ def _opened_for_size(folder: Path, trust_remote_code: bool) -> tuple[Readable, S
 
 
 def stored_size(model: str | Path, trust_remote_code: bool = False) -> ModelSize:
-    """The size of a checkpoint, an adapter or a GGUF file as it is stored. Reads headers only."""
-    if is_gguf(model):
+    """The size of a checkpoint, an adapter or a file as it is stored. Reads headers only."""
+    if Path(model).is_file():
         return ModelSize(Path(model).stat().st_size, None)
     folder = find_folder(model)
     opened = _opened_for_size(folder, trust_remote_code)
@@ -292,36 +291,12 @@ def packed_size(folder: Path, trust_remote_code: bool = False) -> ModelSize | No
     source, skeleton = opened
     if not isinstance(source, CheckpointSource) or source.stored_dtype not in _LOSSLESS:
         return None
-    keys = source.stored
-    before = after = weights = 0
+    stored: Any = str(source.stored_dtype).removeprefix("torch.")
+    inside: list[StoredLinear] = []
     for index in range(len(skeleton)):
-        stored = source.block(index)
-        for linear in skeleton.linears(index):
-            weight = stored[f"{linear.name}.weight"]
-            key = keys.get(f"{skeleton.block_name(index)}.{linear.name}.weight", "")
-            before += weight.nbytes
-            after += _packed_bytes(weight, linear, key)
-            weights += weight.numel()
-    saved = before - after + _saved_outside(source, skeleton)
-    return ModelSize(file_bytes(folder) - saved, 8 * after / weights)
-
-
-def _packed_bytes(weight: torch.Tensor, linear: Linear, key: str) -> int:
-    """Bytes of a weight after `prunus pack`, which leaves some kinds of linears as they are."""
-    named = key.endswith(".weight") and weight.dtype in _LOSSLESS
-    if linear.transposed or not is_plain(linear.module) or not named:
-        return weight.nbytes
-    return min(weight.nbytes, packed_bytes(weight))
-
-
-def _saved_outside(source: CheckpointSource, skeleton: Skeleton) -> int:
-    """Bytes that packing the output head saves, or the embedding that it is tied to."""
-    try:
-        head = tied_embedding(skeleton.model) or skeleton.head()
-    except NotImplementedError:
-        return 0
-    key = f"{head.name}.weight"
-    if key not in source.checkpoint.tensors:
-        return 0
-    weight = source.checkpoint.whole(key)
-    return weight.nbytes - _packed_bytes(weight, head, key)
+        inside += pack_block(source, skeleton, index, stored)[1].values()
+    outside = pack_outside(source, skeleton, stored)[1].values()
+    saved = sum(linear.nbytes[0] - linear.nbytes[1] for linear in (*inside, *outside))
+    packed = sum(linear.nbytes[1] for linear in inside)
+    weights = sum(math.prod(linear.shape) for linear in inside)
+    return ModelSize(file_bytes(folder) - saved, 8 * packed / weights)

@@ -36,6 +36,7 @@ from prunus.calibration.files import check_file, file_kind, read_documents, read
 from prunus.calibration.windows import UsedBos, bos_token, put_bos_first, refuse_bos, used_bos
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.engine.progress import shows_progress, window_step
+from prunus.evaluation.metrics import exponential
 from prunus.evaluation.model_input import (
     ComputeOptions,
     ModelInput,
@@ -53,7 +54,6 @@ from prunus.evaluation.window_scores import (
     LogitsSource,
     WholeModel,
     WindowProgress,
-    exponential,
     score_windows,
 )
 from prunus.hardware.errors import did_you_mean
@@ -113,29 +113,30 @@ def perplexity(
         ValueError, FileNotFoundError, NotImplementedError, ModuleNotFoundError, OSError: Before any
             work where possible; says what was given, what is wrong and what to do.
     """
-    given = TextOptions.read(None, options)
-    seqlen = given.seqlen or PROTOCOLS[given.protocol]
-    start = first_scored_row(given.protocol, seqlen)
-    batch = 1 if given.batch == "auto" else given.batch
-    check_as_loaded(model_or_path, given.dtype, given.device)
-    check_text(text, given.data)
+    chosen = TextOptions.read(None, options)
+    seqlen = chosen.seqlen or PROTOCOLS[chosen.protocol]
+    start = first_scored_row(chosen.protocol, seqlen)
+    batch = 1 if chosen.batch == "auto" else chosen.batch
+    check_as_loaded(model_or_path, chosen.dtype, chosen.device)
+    check_text(text, chosen.data)
     loaded = model_or_path if isinstance(model_or_path, nn.Module) else None
-    place = choose_device(given.device, loaded, ranks.local_size)
-    compute = ComputeOptions(given.dtype, place, given.memory, given.trust_remote_code)
+    device = choose_device(chosen.device, loaded, ranks.local_size)
+    compute = ComputeOptions(chosen.dtype, device, chosen.memory, chosen.trust_remote_code)
     inputs = [
-        find_model(one.model if isinstance(one, Reference) else one, given.trust_remote_code)
+        find_model(one.model if isinstance(one, Reference) else one, chosen.trust_remote_code)
         for one in ([model_or_path] if reference is None else [model_or_path, reference])
     ]
-    model, folders = inputs[0], [one.folder for one in inputs]
+    model = inputs[0]
+    folders = [one.folder for one in inputs]
     if reference is not None:
         check_reference(*inputs)
     ranks.set_location(f"the perplexity of {model.name} on {text}")
     with ranks.fail_together():
-        windows = scoring_windows(text, lambda: model.tokenizer(given.tokenizer), seqlen, given)
+        windows = scoring_windows(text, lambda: model.tokenizer(chosen.tokenizer), seqlen, chosen)
     # A `Reference` that is scored itself is opened as if another model were in memory with it. One
     # will be, and the blocks need not run again for it.
     later = [model.folder] if isinstance(model_or_path, Reference) else []
-    streamed = choose_streamed([*folders, *later], given.stream, batch * seqlen, compute)
+    streamed = choose_streamed([*folders, *later], chosen.stream, batch * seqlen, compute)
     with contextlib.ExitStack() as stack:
         compared: Reference | None = reference
         if reference is not None and not isinstance(reference, Reference):
@@ -180,11 +181,11 @@ def perplexity(
     )
 
 
-def _opened(given: Any, model: ModelInput, compute: ComputeOptions, streamed: bool) -> LogitsSource:
+def _opened(asked: Any, model: ModelInput, compute: ComputeOptions, streamed: bool) -> LogitsSource:
     """The model to score, opened as `perplexity` has chosen: block by block if `streamed`."""
-    if isinstance(given, Reference):
-        given.open(compute, streamed)
-        return given
+    if isinstance(asked, Reference):
+        asked.open(compute, streamed)
+        return asked
     if model.folder is None:
         return WholeModel(model.loaded)
     if streamed:
@@ -241,7 +242,8 @@ def load_scoring_text(name: str, data: Path | None = None) -> ScoringText:
         how = several if len(documents) > 1 else "the whole text"
         return ScoringText("\n\n".join(documents), how, name)
     corpus = load_corpus(name, "scoring", data)
-    how, max_windows = _JOINED[name], None
+    how = _JOINED[name]
+    max_windows = None
     if name == "c4":
         count, max_windows = min(len(corpus.documents), _C4_DOCUMENTS), _C4_WINDOWS
         how = how.format(count=count)
@@ -264,7 +266,7 @@ def check_text(name: str, data: Path | None) -> None:
         check_corpus(name, "scoring", data)
         return
     path = Path(name)
-    if not name or (not path.exists() and (name == "self" or not path.suffix)):
+    if not name or not (path.exists() or path.suffix):
         raise ValueError(
             f"unknown text {name!r}: give {', '.join(CORPORA)} or a file of text or input_ids"
             f"{did_you_mean(name, CORPORA)}"

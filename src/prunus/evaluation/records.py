@@ -21,6 +21,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAd
 from pydantic.dataclasses import dataclass
 
 from prunus.engine.document import Column, Measured, Table, text_of
+from prunus.evaluation.metrics import METRICS, TextMetric
 
 
 def finite(value: float | None) -> float | None:
@@ -50,14 +51,13 @@ MEAN = "mean of paper7"
 FORMS = {
     "perplexity": ",.3f",
     "residual gap": ".3f",
-    "KL divergence": ",.5f",
-    "KL 99.9 % quantile": ",.3f",
-    "same top token": ".2%",
-    "perplexity ratio": ".4f",
+    **{metric.title: metric.form for metric in METRICS},
     "file, GB": ",.3f",
     "bits per weight": ".2f",
     "decoded tokens/s": ",.1f",
 }
+#: The metrics with their units, for the notes of tables.
+UNITS = ", ".join(f"{metric.title} ({metric.unit})" for metric in METRICS)
 
 
 class EvaluationRecord:
@@ -73,7 +73,8 @@ class EvaluationRecord:
 class Divergence(EvaluationRecord):
     """How far the predictions of a model are from those of a reference, on the same tokens.
 
-    Standard errors are over windows; they are None for a single window.
+    The fields are the metrics of `METRICS`, each with its standard error, if it has one. Standard
+    errors are over windows; they are None for a single window.
 
     Attributes:
         reference: Name of the reference.
@@ -96,6 +97,14 @@ class Divergence(EvaluationRecord):
     reference_perplexity: Figure
     perplexity_ratio: Figure
     perplexity_ratio_stderr: Error
+
+    def figure(self, metric: TextMetric) -> Measured | float | None:
+        """The figure of a metric, with its standard error if it has one; None if it is infinite."""
+        value = finite(getattr(self, metric.name))
+        error = f"{metric.name}_stderr"
+        if value is None or not hasattr(self, error):
+            return value
+        return Measured(value, getattr(self, error))
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -131,15 +140,8 @@ class PerplexityResult(EvaluationRecord):
     def figures(self) -> dict[str, Any]:
         """The figures of a row of a table, without infinite ones; `FORMS` has their formats."""
         figures: dict[str, Any] = {"perplexity": finite(self.perplexity)}
-        if (divergence := self.divergence) is not None:
-            figures |= {
-                "KL divergence": Measured(divergence.kl, divergence.kl_stderr),
-                "KL 99.9 % quantile": divergence.kl_q999,
-                "same top token": Measured(divergence.same_top, divergence.same_top_stderr),
-                "perplexity ratio": None,
-            }
-            if math.isfinite(ratio := divergence.perplexity_ratio):
-                figures["perplexity ratio"] = Measured(ratio, divergence.perplexity_ratio_stderr)
+        if self.divergence is not None:
+            figures |= {metric.title: self.divergence.figure(metric) for metric in METRICS}
         return figures
 
     def _repr_html_(self) -> str:
@@ -150,7 +152,7 @@ class PerplexityResult(EvaluationRecord):
         columns = (Column("measure"), Column("value"))
         note = self.protocol
         if self.divergence is not None:
-            note += f"\nKL divergence from {self.divergence.reference}, in nats per token"
+            note += f"\nCompared with {self.divergence.reference}: {UNITS}"
         return Table(self.source, columns, tuple(rows.items()), note)._repr_html_()
 
 

@@ -127,6 +127,7 @@ class StreamedModel:
         dtype: The dtype in which it computes.
         device: Where it computes.
         memory: Budget in bytes for the whole process; None takes what is free.
+        splits_experts: Whether experts that the whole model computes together run one by one.
 
     Raises:
         ValueError, FileNotFoundError: The checkpoint is damaged.
@@ -140,7 +141,9 @@ class StreamedModel:
         self.dtype = DTYPES.get(options.dtype, default)
         self.skeleton = Skeleton(self.source.config, self.dtype, options.trust_remote_code)
         self.source.bind(self.skeleton)
-        self.device, self.memory = options.device, options.memory
+        self.splits_experts = any(map(self.skeleton.fused, range(len(self.skeleton))))
+        self.device = options.device
+        self.memory = options.memory
 
     def check(self, ids: torch.Tensor, name: str) -> None:
         """Check token ids; see `LogitsSource`."""
@@ -223,8 +226,12 @@ class StreamedModel:
         return self.skeleton.logits(ids_S[None, first:stop], hidden_SH[None, first:stop])[0]
 
     def _place_states(self, batch: int, shape: torch.Size, compared: bool) -> StatesPlace:
-        """Where the hidden states of all windows are kept between blocks, if a block fits."""
-        budget = self._free()
+        """Where the hidden states of all windows are kept between blocks, if a block fits.
+
+        It is the device if they fit there, else the memory of the host, else a file.
+        """
+        held = resident_memory() if self.device.type == "cpu" else 0
+        budget = memory_budget(self.device, self.memory) - held
         models = 2 if compared else 1
         minimum, hidden = self._needs(batch, shape, compared)
         if minimum > budget:
@@ -234,28 +241,13 @@ class StreamedModel:
                 f"of windows in flight ({batch} × {shape[1]} tokens); the memory budget is "
                 f"{(budget + held) / 1e9:.2f} GB. Raise `memory`, or lower `batch` or `seqlen`"
             )
-        return self._place(models * (minimum + hidden) <= budget, models * hidden)
-
-    def place_states(self, shape: torch.Size, texts: int = 1) -> StatesPlace:
-        """Where the last hidden states of `texts` texts are kept, each of windows (W, S).
-
-        They take at most half of the memory budget, or else are kept elsewhere.
-        """
-        needed = 2 * texts * self._needs(1, shape, True)[1]
-        return self._place(needed <= self._free(), needed)
-
-    def _free(self) -> int:
-        """Bytes of the budget that nothing takes yet."""
-        held = resident_memory() if self.device.type == "cpu" else 0
-        return memory_budget(self.device, self.memory) - held
-
-    def _place(self, fits_on_device: bool, needed: int) -> StatesPlace:
-        """The device if `needed` bytes fit there, else the memory of the host, else a file."""
-        if not fits_on_device and self.device.type != "cpu":
+        if models * (minimum + hidden) <= budget:
+            return StatesPlace(None, on_device=True)
+        if self.device.type != "cpu":
             host = available_memory() if self.memory is None else self.memory - resident_memory()
-            if needed <= host:
+            if models * hidden <= host:
                 return StatesPlace(None, on_device=False)
-        return StatesPlace(None if fits_on_device else Path(tempfile.gettempdir()), on_device=True)
+        return StatesPlace(Path(tempfile.gettempdir()), on_device=True)
 
     def _needs(self, batch: int, shape: torch.Size, compared: bool) -> tuple[int, int]:
         """Bytes for the largest step with one batch in flight, and for all hidden states.

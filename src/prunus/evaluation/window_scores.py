@@ -3,18 +3,7 @@
 The logits of windows are those of a model in memory (`WholeModel`), of a model that is read block
 by block (`StreamedModel`), or of a model that others are compared with (`Reference`).
 
-Perplexity looks at the probability of one token per position, and pruning can raise some of these
-while it lowers others. The Kullback-Leibler divergence compares all probabilities. With p of the
-reference and q of the model, it is at every position
-
-    KL(p ‖ q) = Σ_v p_v (log p_v − log q_v)   in nats, never below 0, and 0 only if p = q.
-
-Positions within a window share their context, so they are no independent samples. Standard errors
-are therefore taken over the means of windows: sd(means) / √W.
-
-The ratio of two perplexities is exp(d) with d the mean difference of the losses. The difference is
-taken window by window, because both models find the same windows hard. By the delta method
-the standard error of exp(d) is exp(d) · se(d).
+What is compared with a reference is in `metrics`.
 
 Legend: W windows, B windows at once, S tokens per window, T rows of logits, V vocabulary,
 M models.
@@ -24,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import statistics
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +23,8 @@ from torch.nn import functional
 
 from prunus.calibration.windows import check_ids
 from prunus.distributed import SINGLE_PROCESS, Ranks
+from prunus.engine.document import Measured
+from prunus.evaluation.metrics import METRICS, TokenMeasure, exponential, mean
 from prunus.evaluation.records import Divergence
 from prunus.hardware.numerics import fast_linears
 
@@ -142,16 +132,14 @@ def check_windows(model: Any, ids: torch.Tensor, name: str) -> None:
 class WindowScores:
     """The figures of all windows of all ranks.
 
-    M is 1, or 2 with a reference, which comes first. T are the scored tokens of a window, none
-    without a reference.
+    M is 1, or 2 with a reference, which comes first. T are the scored tokens of a window.
     """
 
     #: Mean loss of every window in nats per token, float64.
     losses_WM: torch.Tensor
-    #: KL divergence of every scored token in nats, float64.
-    kl_WT: torch.Tensor
-    #: 1 where both models find the same next token most likely, else 0; float64.
-    same_WT: torch.Tensor
+    #: What the metrics measure -> its value for every scored token (W, T), float64; empty without a
+    #: reference.
+    values: dict[TokenMeasure, torch.Tensor]
 
     @property
     def loss(self) -> float:
@@ -164,22 +152,19 @@ class WindowScores:
 
     def divergence(self, reference: str) -> Divergence:
         """The comparison with the reference, whose name is `reference`."""
-        kl, kl_stderr = _over_windows(self.kl_WT.mean(dim=1).tolist())
-        same, same_stderr = _over_windows(self.same_WT.mean(dim=1).tolist())
-        before, _ = _over_windows(self.losses_WM[:, 0].tolist())
-        change, error = _over_windows((self.losses_WM[:, 1] - self.losses_WM[:, 0]).tolist())
-        ratio = exponential(change)
-        return Divergence(
-            reference=reference,
-            kl=kl,
-            kl_stderr=kl_stderr,
-            kl_q999=_quantile(self.kl_WT.flatten(), 0.999),
-            same_top=same,
-            same_top_stderr=same_stderr,
-            reference_perplexity=exponential(before),
-            perplexity_ratio=ratio,
-            perplexity_ratio_stderr=None if error is None else ratio * error,
-        )
+        change_W1 = self.losses_WM[:, 1:] - self.losses_WM[:, :1]
+        figures: dict[str, Any] = {
+            "reference": reference,
+            "reference_perplexity": exponential(mean(self.losses_WM[:, :1]).value),
+        }
+        for metric in METRICS:
+            values = change_W1 if metric.measure is None else self.values[metric.measure]
+            figure = metric.summary(values)
+            if isinstance(figure, Measured):
+                figures[f"{metric.name}_stderr"] = figure.stderr
+                figure = figure.value
+            figures[metric.name] = figure
+        return Divergence(**figures)
 
 
 def score_windows(
@@ -212,11 +197,11 @@ def score_windows(
     span = ranks.own_range(len(ids), batch)
     ids_of_rank = ids[span.start : span.stop]
     sources = [model] if reference is None else [reference, model]
-    tokens = 0 if reference is None else ids.shape[1] - 1 - start
-    losses_WM, kl_WT, same_WT = (
-        torch.empty(len(ids_of_rank), width, dtype=torch.float64)
-        for width in (len(sources), tokens, tokens)
-    )
+    measures = _measures() if reference is not None else []
+    scored = ids.shape[1] - 1 - start
+    count = len(ids_of_rank)
+    losses_WM = torch.empty(count, len(sources), dtype=torch.float64)
+    values = {measure: torch.empty(count, scored, dtype=torch.float64) for measure in measures}
     done = [0] * len(sources)
 
     def report(position: int, windows: int, of: int) -> None:
@@ -235,29 +220,38 @@ def score_windows(
             for position, source in enumerate(sources)
         ]
         for window, (*rows, ids_S) in enumerate(zip(*windows, ids_of_rank, strict=True)):
-            losses, kl_T, same_T = _score_window(rows, ids_S, window, start)
+            losses, window_values = _score_window(rows, ids_S, window, start, measures)
             losses_WM[window] = torch.tensor(losses, dtype=torch.float64)
-            kl_WT[window], same_WT[window] = kl_T, same_T
-    if reference is None:
-        return WindowScores(ranks.all_gather(losses_WM), kl_WT, same_WT)
-    return WindowScores(*(ranks.all_gather(x) for x in (losses_WM, kl_WT, same_WT)))
+            for measure, values_T in window_values.items():
+                values[measure][window] = values_T
+    gathered = {measure: ranks.all_gather(values_WT) for measure, values_WT in values.items()}
+    return WindowScores(ranks.all_gather(losses_WM), gathered)
+
+
+def _measures() -> list[TokenMeasure]:
+    """What the metrics measure at every token, each once, in a fixed order."""
+    measures = (metric.measure for metric in METRICS)
+    return list(dict.fromkeys(measure for measure in measures if measure is not None))
 
 
 def _score_window(
-    rows: Sequence[Rows], ids_S: torch.Tensor, window: int, start: int
-) -> tuple[list[float], torch.Tensor, torch.Tensor]:
-    """Mean losses of the models, KL divergences (T,) and agreements (T,) of one window.
+    rows: Sequence[Rows],
+    ids_S: torch.Tensor,
+    window: int,
+    start: int,
+    measures: Sequence[TokenMeasure],
+) -> tuple[list[float], dict[TokenMeasure, torch.Tensor]]:
+    """Mean losses of the models, and what is measured at every token (T,), of one window.
 
     Args:
         rows: The logits by the reference, if there is one, and by the model.
         ids_S: The tokens of the window.
         window: Number of the window, for messages.
         start: The first row that is scored.
+        measures: What is measured; empty without a reference.
     """
     totals = [0.0] * len(rows)
-    # `torch.cat` takes no empty list, and there are no pieces without a reference.
-    divergences = [torch.empty(0)]
-    agreements = [torch.empty(0)]
+    pieces: dict[TokenMeasure, list[torch.Tensor]] = {measure: [] for measure in measures}
     # Row t predicts token t + 1, so the last row of a window predicts nothing and is left out.
     last = len(ids_S) - 1
     for first in range(start, last, ROWS):
@@ -273,84 +267,19 @@ def _score_window(
         for model, logits_TV in enumerate(logits):
             loss = functional.cross_entropy(logits_TV.float(), targets_T, reduction="sum")
             totals[model] += loss.item()
-        if len(rows) == 1:
-            continue
-        for pieces in zip(*(logits_TV.split(_PIECE) for logits_TV in logits), strict=True):
-            kl_T, same_T = token_divergences(*pieces)
-            divergences.append(kl_T.cpu())
-            agreements.append(same_T.cpu())
+        for logits_of_piece in zip(*(x_TV.split(_PIECE) for x_TV in logits), strict=True):
+            for measure in measures:
+                pieces[measure].append(measure(*logits_of_piece).cpu())
     for total in totals:
         if not math.isfinite(total):
             raise ValueError(
                 f"the loss of window {window} is {total}: the model's outputs are not finite. "
                 "Damaged weights, or a dtype too small for this model; try `dtype` float32"
             )
-    kl_T = torch.cat(divergences)
-    if not kl_T.isfinite().all():
+    values = {measure: torch.cat(of_measure) for measure, of_measure in pieces.items()}
+    if not all(values_T.isfinite().all() for values_T in values.values()):
         raise ValueError(
             f"the KL divergence of window {window} is not finite: the model gives probability 0 to "
             "a token that the reference can predict"
         )
-    return [total / (last - start) for total in totals], kl_T, torch.cat(agreements)
-
-
-def token_divergences(
-    reference_TV: torch.Tensor, model_TV: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compare two models' logits (T, V) row by row, in any floating dtype.
-
-    With logits x and y whose largest is 0, and Z the sums of their exponentials,
-
-        KL = Σ_v exp(x_v) (x_v − y_v) / Z_x + log Z_y − log Z_x.
-
-    Exponentials are taken in float32, and all sums over the vocabulary in float64. A sum of 50,000
-    probabilities in float32, as in `torch.log_softmax`, would be wrong by about 1e-5. Rounding may
-    still put a value a little below 0. It is kept, because setting it to 0 would bias the mean.
-
-    >>> even, odds = torch.zeros(1, 2), torch.tensor([[0.75, 0.25]]).log()
-    >>> kl, same = token_divergences(odds, even)
-    >>> round(kl.item(), 4)  # 0.75 log 1.5 + 0.25 log 0.5
-    0.1308
-
-    Returns:
-        KL(reference ‖ model) per row (T,) in nats, float64, and whether the most likely token is
-        the same (T,), bool.
-    """
-    x_TV, y_TV = (
-        logits.float() - logits.float().amax(dim=-1, keepdim=True)
-        for logits in (reference_TV, model_TV)
-    )
-    p_TV = x_TV.exp()  # not yet divided by its sum
-    sum_p_T = p_TV.sum(dim=-1, dtype=torch.float64)
-    sum_q_T = y_TV.exp().sum(dim=-1, dtype=torch.float64)
-    # A token that the reference rules out adds 0 log 0 = 0, where the product may be NaN.
-    terms_TV = (p_TV * (x_TV - y_TV)).masked_fill(p_TV == 0, 0)
-    mean_T = terms_TV.sum(dim=-1, dtype=torch.float64) / sum_p_T
-    kl_T = mean_T + sum_q_T.log() - sum_p_T.log()
-    return kl_T, x_TV.argmax(dim=-1) == y_TV.argmax(dim=-1)
-
-
-def _over_windows(means: Sequence[float]) -> tuple[float, float | None]:
-    """The mean over windows, and its standard error sd / √W; None for a single window."""
-    mean = statistics.fmean(means)
-    error = statistics.stdev(means, mean) / math.sqrt(len(means)) if len(means) > 1 else None
-    return mean, error
-
-
-def _quantile(values: torch.Tensor, share: float) -> float:
-    """A quantile with linear interpolation, as in numpy. `torch.quantile` takes 2^24 values.
-
-    >>> _quantile(torch.tensor([4.0, 1.0, 2.0]), 0.75)
-    3.0
-    """
-    ordered = values.sort().values
-    position = share * (len(ordered) - 1)
-    below = math.floor(position)
-    above = min(below + 1, len(ordered) - 1)
-    low, high = ordered[below].item(), ordered[above].item()
-    return low + (position - below) * (high - low)
-
-
-def exponential(loss: float) -> float:
-    """exp(loss), or infinity: exp(709.8) is the largest that a float64 holds."""
-    return math.exp(loss) if loss < 700 else math.inf
+    return [total / (last - start) for total in totals], values

@@ -1,10 +1,9 @@
 """Formats of compressed models: how the values of a model become bytes, and how many.
 
 A format is one class, derived from `RateFormat` or `TypeFormat` (`base.py`), and one entry of
-`FORMATS` (`registry.py`). The command line, `plan`, completion and errors read this table. The page
-"Add a format" follows one step by step.
+`FORMATS` (`model/formats.py`). The command line, `plan`, completion, errors and whoever opens a
+model read this table. The page "Add a format" follows one step by step.
 
-    registry.py            which formats there are
     base.py                what all formats of compressed models have in common
     recipe.py, records.py  the options and the record of compress
     cards.py               model cards

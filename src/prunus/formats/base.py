@@ -10,8 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from importlib import import_module
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,12 +22,12 @@ from prunus.engine.linear_job import Format, LinearSelection
 from prunus.formats.packed.file_size import embedding_and_head, file_size
 from prunus.formats.recipe import CompressionRecipe
 from prunus.formats.records import CompressionRecord
-from prunus.formats.registry import FORMATS
 from prunus.hardware.errors import naming
 from prunus.methods.group_fits import round_in_groups
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.model.checkpoint.reader import Checkpoint, TensorInfo
 from prunus.model.checkpoint.writer import file_nbytes
+from prunus.model.formats import format_named, format_of
 from prunus.model.kinds import require_causal
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
@@ -41,11 +40,54 @@ class CompressedFormat(Format[CompressionRecord]):
         recipe: The recipe of the run. Every run has a format of its own.
     """
 
+    RECORD = CompressionRecord
     DONE: ClassVar[str] = "compressed"
     QUANTIZES: ClassVar[bool] = True
 
     def __init__(self, recipe: CompressionRecipe) -> None:
         self.recipe = recipe
+
+    # How a result is read that transformers cannot read, by a format with a suffix.
+
+    @staticmethod
+    def owns(path: Path) -> bool:
+        """Whether a path whose name has the suffix is such a result."""
+        return path.is_file()
+
+    @staticmethod
+    def unpack(
+        path: Path,
+        dest: Path,
+        *,
+        overwrite: bool = False,
+        dtype: str | None = "bfloat16",
+        progress: Callable[[str], None] | None = None,
+    ) -> dict[str, Any]:
+        """Write a result as a checkpoint that transformers can read.
+
+        Args:
+            path: The result.
+            dest: A folder that does not exist or is empty.
+            overwrite: Whether to replace what `dest` holds.
+            dtype: Dtype of the weights in the checkpoint; None leaves it to the format.
+            progress: Called with a line of text before each step; None for silence.
+
+        Returns:
+            Facts about the checkpoint, as values for JSON.
+        """
+        raise NotImplementedError("transformers reads results of this format")
+
+    @staticmethod
+    def read_record(path: Path) -> CompressionRecord | None:
+        """The record in a result; None if prunus did not make it."""
+        raise NotImplementedError("the record lies in the folder of the result")
+
+    @staticmethod
+    def stored_types(path: Path) -> dict[str, tuple[str, float]]:
+        """Full name of a linear -> its type and its bits per weight; empty if not recorded."""
+        return {}
+
+    # What a run asks.
 
     def select(
         self, selection: LinearSelection, source: CheckpointSource | ModuleSource, model: Skeleton
@@ -339,7 +381,7 @@ def _stored_as_integers(
     return LinearSelection(by_block, left_dense)
 
 
-def format_for(output: Path | None, recipe: CompressionRecipe) -> CompressedFormat:
+def format_for(output: Path | None, recipe: CompressionRecipe) -> RateFormat | TypeFormat:
     """The format of an output.
 
     Args:
@@ -349,14 +391,12 @@ def format_for(output: Path | None, recipe: CompressionRecipe) -> CompressedForm
     Raises:
         ValueError: The recipe names the format of a folder, and the output is a file.
     """
-    name = "" if output is None else output.name
-    by_suffix = [x for x in FORMATS if x.suffix and name.lower().endswith(x.suffix)]
-    if by_suffix and "format" in recipe.model_fields_set:
+    by_suffix = None if output is None else format_of(output)
+    if by_suffix is not None and "format" in recipe.model_fields_set:
         raise ValueError(
             f"{recipe.format} is the format of a folder: give the output a name that does not end "
-            f"in {by_suffix[0].suffix}, or leave `format` out"
+            f"in {by_suffix.suffix}, or leave `format` out"
         )
-    [entry] = by_suffix or [x for x in FORMATS if x.name == recipe.format]
-    module, _, kind = entry.home.partition(":")
-    compressed: CompressedFormat = getattr(import_module(module), kind)(recipe)
+    entry = by_suffix or format_named(recipe.format)
+    compressed: RateFormat | TypeFormat = entry.load()(recipe)
     return compressed

@@ -8,9 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import SerializerFunctionWrapHandler, field_validator, model_serializer
 
 from prunus.engine.linear_options import PruningOptions, Sparsity
-from prunus.formats.registry import folder_formats
 from prunus.hardware.sizes import in_bytes, parse_bytes
 from prunus.methods.options import DenseWeight
+from prunus.model.formats import folder_formats
 from prunus.options import Option, at_least, between, one_of
 
 

@@ -64,7 +64,7 @@ class CompressionRecord(PruningRecord):
     """
 
     FILE: ClassVar[str] = "prunus-compress.json"
-    VERB: ClassVar[str] = "prunus compress"
+    COMMAND: ClassVar[str] = "prunus compress"
 
     recipe: CompressionRecipe
     packed_outside: dict[str, dict[str, Any]] = Field(default_factory=dict)

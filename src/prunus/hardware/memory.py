@@ -20,6 +20,20 @@ from typing import Any
 import torch
 
 
+def _field(file: str, name: str) -> str:
+    """What stands after `name` and a colon in a file of Linux; "" where it stands nowhere."""
+    with contextlib.suppress(OSError):
+        for line in Path(file).read_text().splitlines():
+            if line.startswith(name):
+                return line.partition(":")[2].strip()
+    return ""
+
+
+def _from_kilobytes(text: str) -> int:
+    """The bytes of a size of Linux such as "1024 kB"; 0 for an empty text."""
+    return int(text.split(maxsplit=1)[0]) * 1024 if text else 0
+
+
 def peak_memory(device: torch.device | None = None) -> int:
     """The peak memory of this process so far, in bytes.
 
@@ -29,43 +43,33 @@ def peak_memory(device: torch.device | None = None) -> int:
     """
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        # A process is started as a copy of another one, and ru_maxrss includes that copy's memory.
-        # VmHWM does not.
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # A process is started as a copy of another one, and ru_maxrss includes that copy's memory.
+    # VmHWM does not.
+    highest = _from_kilobytes(_field("/proc/self/status", "VmHWM"))
+    if highest:
+        return highest
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def resident_memory() -> int:
     """The resident memory of this process now, in bytes; 0 where the system does not say."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return _from_kilobytes(_field("/proc/self/status", "VmRSS"))
 
 
 def available_memory() -> int:
     """The bytes that can still be allocated without swapping, within the limits of cgroups."""
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    available = _from_kilobytes(_field("/proc/meminfo", "MemAvailable"))
+    if not available:
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit_file, usage_file in _cgroup_files():
-        try:
-            limit, used = limit_file.read_text().strip(), int(usage_file.read_text())
+        with contextlib.suppress(OSError, ValueError):
+            limit = limit_file.read_text().strip()
+            used = int(usage_file.read_text())
             if limit != "max":
                 # The usage includes cached files, which the system could free. They count as used
                 # here, to be on the safe side.
                 available = min(available, max(0, int(limit) - used))
-        except (OSError, ValueError):
-            pass
     return available
 
 
@@ -74,12 +78,10 @@ def _cgroup_files() -> list[tuple[Path, Path]]:
     root = Path("/sys/fs/cgroup")
     # Controllers -> the path of this process's group. Version 2 has one group, of the name "".
     group_paths = {}
-    try:
+    with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             group_paths[controllers] = path.lstrip("/")
-    except (OSError, ValueError):
-        pass
     version_2 = [root, root / group_paths.get("", "")]
     version_1 = [root / "memory", root / "memory" / group_paths.get("memory", "")]
     return [(x / "memory.max", x / "memory.current") for x in version_2] + [
@@ -110,16 +112,14 @@ def keep_freed_memory() -> None:
     again. Where every step allocates the same large tensors, this takes a fifth of a training step
     on a CPU. The function does nothing where the C library is not glibc.
     """
-    try:
-        set_option = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
     # M_TRIM_THRESHOLD of malloc.h: from how much free memory on some is returned.
     trim_threshold = -1
     # M_MMAP_MAX of malloc.h: how many pieces may be mapped apart, and so be returned when freed.
     mmap_max = -4
-    set_option(mmap_max, 0)
-    set_option(trim_threshold, 2**31 - 1)
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        set_option = ctypes.CDLL(None).mallopt
+        set_option(mmap_max, 0)
+        set_option(trim_threshold, 2**31 - 1)
 
 
 def return_freed_memory() -> None:
@@ -179,10 +179,4 @@ def describe_hardware(device: torch.device) -> dict[str, Any]:
 
 def processor_name() -> str:
     """The name of the processor, as the system reports it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()

@@ -26,9 +26,9 @@ iterations (Eckstein and Bertsekas 1992). It saves a quarter of them here.
 The matrix of an iteration is ωρ(H + ρI)⁻¹ + (1 − ω)I. An inverse for every ρ would take most of the
 solver's time, so two approximations replace it:
 
-- `_from_inverses` computes the resolvent ρ(H + ρI)⁻¹ of the first and of the last ρ. In between it
+- `from_inverses` computes the resolvent ρ(H + ρI)⁻¹ of the first and of the last ρ. In between it
   mixes the two, with the share that is exact for the eigenvalues of H that equal ρ.
-- `_from_spectrum` computes no inverse. The resolvent has the eigenvectors of H, and maps an
+- `from_spectrum` computes no inverse. The resolvent has the eigenvectors of H, and maps an
   eigenvalue h to ρ/(h + ρ). The leading eigenvectors get exactly that. All other eigenvalues lie
   close together above λ, and a straight line a + bh is good enough there: a·I + b·H, which needs no
   eigenvectors. The larger λ, the straighter is the curve.
@@ -172,7 +172,8 @@ def _solve_shard(
     data_limited = scaled.is_data_limited
     default_iterations = _DATA_LIMITED_ITERATIONS if data_limited else _ITERATIONS
     by_iteration = penalties(scaled, work.options.iterations or default_iterations)
-    operator = admm_operator(statistics, scaled, len(sum_OI))
+    build = from_spectrum if data_limited else from_inverses
+    operator = build(statistics, scaled, len(sum_OI))
     penalty = 0.0
     for iteration, next_penalty in enumerate(by_iteration):
         previous = penalty
@@ -227,13 +228,13 @@ def penalties(scaled: ScaledGram, iterations: int) -> list[float]:
     return [(1 + scaled.damping) * _DATA_LIMITED_FIRST * growth**i for i in range(iterations)]
 
 
-def admm_operator(
+def from_inverses(
     statistics: InputStatistics, scaled: ScaledGram, rows: int
 ) -> Callable[[float], Tensor]:
     """A function from ρ to the matrix ωρ(H + ρI)⁻¹ + (1 − ω)I of an ADMM step, (I, I).
 
-    Call the function with the values of `penalties`, in their order: it may update the last matrix
-    in place.
+    It mixes the exact matrices of the first and of the last ρ; see the top of this file. Call the
+    function with the values of `penalties`, in their order: it updates the last matrix in place.
 
     Args:
         statistics: Hold what linears with the same input can share (`InputStatistics.derived`).
@@ -244,14 +245,6 @@ def admm_operator(
     Raises:
         ValueError: The Gram matrix is not finite.
     """
-    build = _from_spectrum if scaled.is_data_limited else _from_inverses
-    return build(statistics, scaled, rows)
-
-
-def _from_inverses(
-    statistics: InputStatistics, scaled: ScaledGram, rows: int
-) -> Callable[[float], Tensor]:
-    """Mix the exact matrices of the first and of the last ρ; see the top of this file."""
 
     def compute() -> tuple[Tensor, Tensor]:
         return _relaxed_resolvent(scaled, _PENALTIES[0]), _relaxed_resolvent(scaled, _PENALTIES[-1])
@@ -298,10 +291,13 @@ def _relaxed_resolvent(scaled: ScaledGram, penalty: float) -> Tensor:
     return relaxed_II
 
 
-def _from_spectrum(
+def from_spectrum(
     statistics: InputStatistics, scaled: ScaledGram, rows: int
 ) -> Callable[[float], Tensor]:
-    """Apply ρ/(h + ρ) to the leading eigenvalues and a line to the rest; see the top of this file.
+    """As `from_inverses`, but for data-limited linears, and without an inverse.
+
+    It applies ρ/(h + ρ) to the leading eigenvalues and a line to the rest; see the top of this
+    file.
 
     Raises:
         ValueError: The Gram matrix is not finite.

@@ -16,12 +16,7 @@ from prunus.methods.group_quantizer import GroupQuantizer
 from prunus.methods.group_sweep import quantize_in_groups
 from prunus.methods.options import MethodOptions
 from prunus.methods.rate_distortion import quantize as quantize_by_rate
-from prunus.methods.refine.dense_targets import (
-    DEFAULT_DENSE_WEIGHT,
-    best_dense_weight,
-    dense_target,
-    has_drift,
-)
+from prunus.methods.refine.dense_targets import dense_target, has_drift
 from prunus.methods.refine.swaps import refine_by_swaps
 from prunus.methods.solvers.least_squares import fit_least_squares
 from prunus.methods.statistics import InputStatistics
@@ -57,15 +52,9 @@ def compose(method: Method, options: MethodOptions, quantizes: bool = False) -> 
         options = work.options
         if work.removes_nothing and not quantizes:
             return unchanged(weight_OI)
-        dense_weight = 0.0
         if uses_dense_target:
             # All later steps treat the target as if it were the trained weight.
-            if options.dense_weight == "auto":
-                best = best_dense_weight(weight_OI, statistics, options.damping)
-                dense_weight = DEFAULT_DENSE_WEIGHT if best is None else best
-            else:
-                dense_weight = options.dense_weight
-            weight_OI = dense_target(weight_OI, statistics, dense_weight, options.damping)
+            weight_OI = dense_target(weight_OI, statistics, options.dense_weight, options.damping)
         pruned = unchanged(weight_OI)
         if not work.removes_nothing:
             pruned = method.apply(weight_OI, statistics, work)
@@ -96,7 +85,7 @@ def compose(method: Method, options: MethodOptions, quantizes: bool = False) -> 
             notes = pruned.notes | quantized.notes | {"forced_zeros": forced}
             pruned = replace(quantized, notes=notes)
         if uses_dense_target:
-            pruned.notes.update(_target_notes(statistics, options, dense_weight))
+            pruned.notes.update(_target_notes(statistics))
         return pruned
 
     return replace(
@@ -105,7 +94,6 @@ def compose(method: Method, options: MethodOptions, quantizes: bool = False) -> 
         # Every added step reads the Gram matrix.
         needs="gram",
         needs_drift=uses_dense_target,
-        needs_held_out=uses_dense_target and options.dense_weight == "auto",
         # All added steps use a ridge. Only a method that inverts a Gram matrix without one, such as
         # SparseGPT, keeps the composed method from having it.
         # So does the quantisation, whose ridge is small against the inputs with the largest norms.
@@ -114,14 +102,10 @@ def compose(method: Method, options: MethodOptions, quantizes: bool = False) -> 
     )
 
 
-def _target_notes(
-    statistics: InputStatistics, options: MethodOptions, dense_weight: float
-) -> dict[str, Any]:
-    """What the record says of a linear's dense target: the α chosen, or why there is no target."""
+def _target_notes(statistics: InputStatistics) -> dict[str, Any]:
+    """What the record says of a linear that has no dense target: why there is none."""
     if statistics.drift_II is None:
         return {"dense_targets": "pruned: too few tokens for this many inputs"}
     if not has_drift(statistics):
         return {"dense_targets": "pruned: other tokens reach this linear in the dense model"}
-    if options.dense_weight == "auto":
-        return {"dense_weight": round(dense_weight, 4)}
     return {}

@@ -52,7 +52,7 @@ def fit_scales(weight_BO: Tensor, importance_B: Tensor, quantizer: GroupQuantize
             f"{quantizer.largest:.1e}. Is the checkpoint whole? `ignore` keeps a linear as it is, "
             "and `head_bits` none the head"
         )
-    groups = _Groups(weight_BO, importance_B, quantizer)
+    groups = SpanFit(weight_BO, importance_B, quantizer)
     step_GO, offset_GO = groups.fit()
     lowest, highest = quantizer.codes
     if lowest == highest:
@@ -124,24 +124,15 @@ def _common_factor(real_GO: Tensor, lowest: int, highest: int) -> Tensor:
     return d_O
 
 
-def fit_codes(
-    weight_CO: Tensor, importance_C: Tensor, scales: Scales, quantizer: GroupQuantizer
-) -> Scales:
-    """The scales of one group with the best codes, at most 1 from those of `scales`.
-
-    Args:
-        weight_CO: float32, the weights of the group, transposed as in `fit_scales`.
-        importance_C: float32, weighs the squared error of each column.
-        scales: Of this group alone: codes and minima are (1, O). d and dmin stay.
-        quantizer: Says the range of codes.
-    """
-    return _Groups(weight_CO, importance_C, quantizer).best_codes(scales)
-
-
-class _Groups:
-    """The weights of one span by groups, and the fits of a group.
+class SpanFit:
+    """The weights of one span by groups, or those of a single group, and the fits of each group.
 
     Candidates are compared by the weighted squared error of every group (G, O).
+
+    Args:
+        weight_BO: float32, the weights, transposed as in `fit_scales`.
+        importance_B: float32, weighs the squared error of each column.
+        quantizer: Its values, and the range of its codes.
 
     Attributes:
         quantizer: The values and codes to choose from.

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunus.methods.group_fits import fit_codes, fit_scales
+from prunus.methods.group_fits import SpanFit, fit_scales
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer, Scales, join_spans
 from prunus.methods.rate_distortion import DAMPING
 from prunus.methods.solvers.obs import TILE, ordered_factor, sweep_columns
@@ -115,7 +115,8 @@ def _sweep(
             columns = slice(j, j + quantizer.group)
             d_O, dmin_O, codes_GO, minima_GO = scales[span]
             before = Scales(d_O, dmin_O, codes_GO[group, None], minima_GO[group, None])
-            after = fit_codes(weight_IO[columns], importance_I[columns], before, quantizer)
+            group_fit = SpanFit(weight_IO[columns], importance_I[columns], quantizer)
+            after = group_fit.best_codes(before)
             codes_GO[group], minima_GO[group] = after.codes_GO[0], after.minima_GO[0]
         steps_GO, offsets_GO = scales[span].steps()
         step_O, offset_O = steps_GO[group], offsets_GO[group]

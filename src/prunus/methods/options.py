@@ -5,34 +5,23 @@ A recipe has these fields too. `table.py` says which options each method takes.
 
 from __future__ import annotations
 
-import contextlib
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import field_validator, model_validator
-
-from prunus.options import Option, Options, Range, at_least, between
+from prunus.options import Option, Options, at_least, between
 
 #: The panel of these options in the help.
 METHOD = "Method"
 
 
-def _is_dense_weight(value: Any) -> bool:
-    return value == "auto" or (isinstance(value, int | float) and 0 <= value <= 1)
-
-
 #: The option `dense_weight`, whose default differs between commands.
 DenseWeight = Annotated[
-    float | Literal["auto"],
+    float,
     Option(
-        "Let updated weights approximate outputs with this share of the dense model: 0 to 1, or "
-        "auto (chosen per linear on held-out windows). Above 0 the dense model runs as well.",
+        "Let updated weights approximate outputs with this share of the dense model. Above 0 the "
+        "dense model runs as well.",
         metavar="SHARE",
         panel=METHOD,
-        within=Range(
-            _is_dense_weight,
-            "lie in [0, 1], where 0 uses the pruned model only, or be auto",
-            of_shares=True,
-        ),
+        within=between("[0, 1]", ", where 0 uses the pruned model only"),
     ),
 ]
 
@@ -47,17 +36,16 @@ class MethodOptions(Options):
         damping: λ, as a share of the mean diagonal of the Gram matrix, in (0, 1).
         iterations: The iterations of method alps, at least 1.
         refine: How kept and removed weights are exchanged after the method; see `refine/swaps.py`.
-        refine_steps: The most rounds of the refinement, at least 1. Needs a refinement.
         weight_update: How the kept weights are fitted after the method; see
             `solvers/least_squares.py`.
-        dense_weight: α, the share of the dense model in the outputs to approximate; "auto" chooses
-            it per linear. See `refine/dense_targets.py`.
+        dense_weight: α, the share of the dense model in the outputs to approximate, in [0, 1]; see
+            `refine/dense_targets.py`.
         ria_power: The power of the input norms in RIA's score, in [0, 2].
         mask_from: The score of the mask of method obs.
         mask_order: Whether method obs chooses its mask before the update or in the course of it.
 
     Raises:
-        ValueError: A value is out of range, or `refine_steps` has no refinement.
+        ValueError: A value is out of range.
     """
 
     damping: Annotated[
@@ -91,16 +79,6 @@ class MethodOptions(Options):
             decides_zeros=True,
         ),
     ] = "none"
-    refine_steps: Annotated[
-        int | None,
-        Option(
-            "Refine for at most this number of rounds.",
-            flag=False,
-            within=at_least(1),
-            default="100",
-            decides_zeros=True,
-        ),
-    ] = None
     weight_update: Annotated[
         Literal["none", "least-squares"],
         Option(
@@ -132,20 +110,3 @@ class MethodOptions(Options):
             decides_zeros=True,
         ),
     ] = "before"
-
-    @field_validator("dense_weight", mode="before")
-    @classmethod
-    def _read_number(cls, value: Any) -> Any:
-        # A file or a command line may give the number as text.
-        with contextlib.suppress(TypeError, ValueError):
-            value = float(value)
-        option = cls.declared()["dense_weight"].within
-        assert option is not None
-        option.check("dense_weight", value)
-        return value
-
-    @model_validator(mode="after")
-    def _steps_need_a_refinement(self) -> MethodOptions:
-        if self.refine == "none" and self.refine_steps is not None:
-            raise ValueError("refine_steps belongs to refine swaps: drop it, or refine by swaps")
-        return self

@@ -119,6 +119,19 @@ class Pattern:
             raise ValueError("an unstructured pattern implies no sparsity: it must be given")
         return 1 - self.n / self.m
 
+    def check_sparsity(self, sparsity: float) -> None:
+        """Check the share of weights to remove; N:M implies its own and ignores it.
+
+        Raises:
+            ValueError: The pattern is unstructured, and the sparsity is not in [0, 1).
+
+        >>> Pattern().check_sparsity(50)
+        Traceback (most recent call last):
+        ValueError: the sparsity is 50: it must be at least 0 and less than 1
+        """
+        if self.is_unstructured and not 0 <= sparsity < 1:
+            raise ValueError(f"the sparsity is {sparsity}: it must be at least 0 and less than 1")
+
     def removes_nothing(self, sparsity: float) -> bool:
         """True where all weights stay: a sparsity of 0, or N:M with N = M."""
         return sparsity == 0 if self.n is None else self.n == self.m
@@ -183,7 +196,7 @@ def keep_mask(score_OI: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
     check_shape(pattern, (rows, columns), "the score")
     if pattern.n is not None and pattern.m is not None:
         return _keep_n_of_m(score_OI.reshape(-1, pattern.m), pattern.n).view(rows, columns)
-    _check_sparsity(sparsity)
+    pattern.check_sparsity(sparsity)
     # In every case the competitors of a group become one row of a matrix.
     if pattern.group == "row":
         return _keep_highest(score_OI, int(columns * sparsity))
@@ -225,7 +238,7 @@ def keep_above_threshold(score_OI: Tensor, sparsity: float) -> Tensor:
     >>> keep_above_threshold(torch.arange(1000.0).view(20, 50), 0.5).sum()
     tensor(499)
     """
-    _check_sparsity(sparsity)
+    Pattern(group="layer").check_sparsity(sparsity)
     drop = int(score_OI.numel() * sparsity)
     if drop > 0:
         # Ranks count from 1, so `drop` other scores lie below this one.
@@ -233,11 +246,6 @@ def keep_above_threshold(score_OI: Tensor, sparsity: float) -> Tensor:
         if score_OI.numel() - int(keep_OI.sum()) - drop <= _MAX_SURPLUS * score_OI.numel():
             return keep_OI
     return keep_mask(score_OI, Pattern(group="layer"), sparsity)
-
-
-def _check_sparsity(sparsity: float) -> None:
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"the sparsity is {sparsity}: it must be at least 0 and less than 1")
 
 
 def _in_parts(score_GC: Tensor, keep_GC: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -124,8 +124,9 @@ def quantize(
 
     # A few rows choose the code. Rounding depends on the code and the code on the rounding, so they
     # do it twice.
-    some_S = torch.arange(0, len(weight_OI), max(1, len(weight_OI) // _SAMPLE_ROWS))
-    some_S = some_S.to(weight_OI.device)
+    some_S = torch.arange(
+        0, len(weight_OI), max(1, len(weight_OI) // _SAMPLE_ROWS), device=weight_OI.device
+    )
     shares_KV = torch.full((1, 256), 0.5 - _DEAD_ZONE, device=weight_OI.device)
     shares_KV[:, 128:] = 0.5 + _DEAD_ZONE
     classes_I = torch.zeros_like(dead_I, dtype=torch.int64)

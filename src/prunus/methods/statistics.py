@@ -11,7 +11,7 @@ diagonal d_j = ‖X_j‖².
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, TypeVar
@@ -51,7 +51,6 @@ class StatisticsSpec:
         means: Also sum the values themselves.
         drift: Also sum how far the inputs have drifted from the dense model's. "some" is for runs
             that know the dense inputs of some batches only, and keeps the Gram of these apart.
-        hold_out: Also keep the sums over held-out tokens apart.
         reference_order: Sum the Gram in the order of SparseGPT's code, to reproduce its masks.
         rounded: Wide inputs may be rounded to bfloat16 for the Gram, where that is faster.
         distributed: Other ranks see the rest of the batches; see `InputStatistics.complete`.
@@ -63,7 +62,6 @@ class StatisticsSpec:
     needs: Needs
     means: bool = False
     drift: Drift = "none"
-    hold_out: bool = False
     reference_order: bool = False
     rounded: bool = False
     distributed: bool = False
@@ -85,15 +83,12 @@ class InputStatistics:
         in_features: As given.
         spec: As given, always as a `StatisticsSpec`.
         tokens: How many tokens were added, in rows of X_TI.
-        held_tokens: How many of them are held out.
         sum_squares_I: Σ_t x², float64. Equal to the bit for "norms" and "gram", and zeros for
             "none".
         sum_I: Σ_t x, float64; with `means`.
         gram_II: XᵀX, float32.
         drift_gram_II: Its share from tokens whose Y is known; where the drift is "some".
-        held_gram_II: Its share from held-out tokens.
         drift_II: (Y − X)ᵀX, float32, over the tokens whose Y is known.
-        held_drift_II: Its share from held-out tokens.
 
     Raises:
         ValueError: The linear has no inputs, or `needs` is unknown.
@@ -117,16 +112,14 @@ class InputStatistics:
         def square(needed: bool) -> Tensor | None:
             return torch.zeros(in_features, in_features, device=device) if needed else None
 
-        gram, drift = spec.needs == "gram", spec.drift != "none"
+        gram = spec.needs == "gram"
         self.in_features = in_features
-        self.tokens = self.held_tokens = self._paired_tokens = self._windows = 0
+        self.tokens = self._paired_tokens = self._windows = 0
         self.sum_squares_I = torch.zeros(in_features, dtype=torch.float64, device=device)
         self.sum_I = torch.zeros_like(self.sum_squares_I) if spec.means else None
         self.gram_II = square(gram)
         self.drift_gram_II = square(gram and spec.drift == "some")
-        self.held_gram_II = square(gram and spec.hold_out)
-        self.drift_II = square(drift)
-        self.held_drift_II = square(drift and spec.hold_out)
+        self.drift_II = square(spec.drift != "none")
         # The feature sums of each batch until `complete`, where other ranks have more batches. All
         # batches then add up in one order, whichever rank has them.
         self._by_batch: list[Tensor] | None = [] if spec.distributed else None
@@ -143,7 +136,7 @@ class InputStatistics:
 
         Args:
             in_features: The number of inputs of the linear.
-            spec: Which sums the other linears have; drift and held-out sums are left out.
+            spec: Which sums the other linears have; those of the drift are left out.
             device: Where the sums are stored.
 
         >>> InputStatistics.of_equal_inputs(2, StatisticsSpec(needs="gram"), "cpu").gram_II
@@ -184,14 +177,13 @@ class InputStatistics:
         return self._derived[key]
 
     @torch.no_grad()
-    def add(self, X_TI: Tensor, dense_TI: Tensor | None = None, held_out: bool = False) -> None:
+    def add(self, X_TI: Tensor, dense_TI: Tensor | None = None) -> None:
         """Add one batch of inputs.
 
         Args:
             X_TI: The inputs of the linear, in any float dtype. Products are summed in float32.
             dense_TI: Its inputs in the dense model for the same tokens; None where they are not
                 known. Only sums of the drift use them.
-            held_out: Whether these tokens also belong to the held-out sums.
 
         Raises:
             ValueError: X_TI is not a matrix with `in_features` columns.
@@ -212,17 +204,12 @@ class InputStatistics:
             self._add_features(sums_2I)
         else:
             self._by_batch.append(sums_2I)
-        self.held_tokens += len(X_TI) if held_out else 0
         if self.gram_II is not None:
-            belongs = ((self.held_gram_II, held_out), (self.drift_gram_II, dense_TI is not None))
-            shares = [share for share, here in belongs if share is not None and here]
+            drift_gram_II = None if dense_TI is None else self.drift_gram_II
             rounded = self.spec.rounded and self.in_features >= _SYMMETRIC_FROM
-            _add_gram([self.gram_II, *shares], X_TI, rounded)
+            _add_gram(self.gram_II, drift_gram_II, X_TI, rounded)
         if self.drift_II is not None and dense_TI is not None:
-            part_II = _drift_product(X_TI, dense_TI)
-            self.drift_II += part_II
-            if held_out and self.held_drift_II is not None:
-                self.held_drift_II += part_II
+            self.drift_II += _drift_product(X_TI, dense_TI)
             self._paired_tokens += len(X_TI)
 
     def _add_features(self, sums_2I: Tensor) -> None:
@@ -250,11 +237,10 @@ class InputStatistics:
         # The sums of values are only sent where means are needed.
         for sums_2I in ranks.all_gather(local_B2I if self.spec.means else local_B2I[:, :1]):
             self._add_features(sums_2I)
-        counts = ranks.gather_ints([self.tokens, self._paired_tokens, self.held_tokens])
-        self.tokens, self._paired_tokens, self.held_tokens = map(sum, zip(*counts, strict=True))
+        counts = ranks.gather_ints([self.tokens, self._paired_tokens])
+        self.tokens, self._paired_tokens = map(sum, zip(*counts, strict=True))
         # Every rank has the same sums, so all make the same calls in the same order.
-        grams = (self.gram_II, self.drift_gram_II, self.held_gram_II)
-        for sum_II in (*grams, self.drift_II, self.held_drift_II):
+        for sum_II in (self.gram_II, self.drift_gram_II, self.drift_II):
             if sum_II is not None:
                 ranks.all_reduce(sum_II)
 
@@ -275,7 +261,7 @@ class InputStatistics:
 
 
 def statistics_bytes(in_features: int, needs: Needs) -> int:
-    """Bytes that the statistics of one linear hold, without means, drift and held-out sums.
+    """Bytes that the statistics of one linear hold, without means and drift.
 
     >>> statistics_bytes(1000, "norms"), statistics_bytes(1000, "gram")
     (8000, 4008000)
@@ -297,19 +283,19 @@ def _feature_sums(X_TI: Tensor, *, squares: bool, means: bool) -> Tensor:
     return sums_2I
 
 
-def _add_gram(sums_II: Sequence[Tensor], X_TI: Tensor, rounded: bool) -> None:
-    """Add XᵀX of one batch to every matrix of `sums_II`, in place.
+def _add_gram(gram_II: Tensor, drift_gram_II: Tensor | None, X_TI: Tensor, rounded: bool) -> None:
+    """Add XᵀX of one batch to a matrix, or to two of them, in place.
 
     Args:
-        sums_II: float32, at least one matrix.
+        gram_II: float32.
+        drift_gram_II: float32, the second matrix; None where these tokens belong to the first only.
         X_TI: The inputs, in any float dtype.
         rounded: Whether inputs of more than 16 bits may be rounded to bfloat16 where that is
             faster. Rounding an input by at most 2⁻⁹ of it changes the sums a thousand times less
             than the choice of the tokens does, because the errors of tokens are independent.
     """
-    first_II, *others = sums_II
-    # The product is computed once and added to every sum that these tokens belong to.
-    part_II = torch.zeros_like(first_II) if others else first_II
+    # The product is computed once and added to both sums.
+    part_II = gram_II if drift_gram_II is None else torch.zeros_like(gram_II)
     fits = rounded or X_TI.dtype == torch.bfloat16
     compiled = kernels.load() if X_TI.is_cpu and fits else None
     if compiled is not None and compiled.has_bfloat16:
@@ -318,9 +304,9 @@ def _add_gram(sums_II: Sequence[Tensor], X_TI: Tensor, rounded: bool) -> None:
         # Inputs of 16 bits fit into TF32, so that a CUDA device loses nothing by it.
         with tf32_products(X_TI.device.type == "cuda" and X_TI.dtype.itemsize == 2):
             _add_symmetric(part_II, X_TI.float())
-    if others:
-        for sum_II in sums_II:
-            sum_II += part_II
+    if drift_gram_II is not None:
+        gram_II += part_II
+        drift_gram_II += part_II
 
 
 def _drift_product(X_TI: Tensor, dense_TI: Tensor) -> Tensor:

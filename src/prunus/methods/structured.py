@@ -48,19 +48,6 @@ _ROUNDS = 16
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What stays of a linear that reads channels or heads.
-
-    Attributes:
-        units: The numbers of the units that stay, rising.
-        columns: The numbers of their columns, rising.
-    """
-
-    units: list[int]
-    columns: list[int]
-
-
-@dataclass(frozen=True)
 class Reader:
     """A linear that reads channels or heads, and the Gram matrix of its inputs.
 
@@ -70,8 +57,8 @@ class Reader:
         damping: λ, a share of each diagonal entry of the Gram matrix.
 
     >>> reader = Reader(torch.tensor([[1.0, 2.0, 0.1, 0.1]]), torch.eye(4), damping=0.01)
-    >>> reader.keep(units=2, width=2, keep=1).columns
-    [0, 1]
+    >>> reader.keep(units=2, width=2, keep=1)
+    [0]
     """
 
     weight_OI: Tensor
@@ -106,8 +93,8 @@ class Reader:
         gram_KK = self.gram_II[index][:, index]
         return Reader(self.fit(columns)[:, index], gram_KK, self.damping)
 
-    def keep(self, units: int, width: int, keep: int, groups: int = 1) -> Kept:
-        """Choose the units that stay, as many in each group.
+    def keep(self, units: int, width: int, keep: int, groups: int = 1) -> list[int]:
+        """The numbers of the units that stay, rising: as many in each group.
 
         Args:
             units: The number of units now. Columns after them, such as a bias, always stay.
@@ -133,9 +120,8 @@ class Reader:
             score_U = _scores(changed_OI, inverse_II, units, width, left)
             removed = _lowest(score_U, now, per_group)
             left[removed] = False
-            _remove(changed_OI, inverse_II, _columns(removed.tolist(), width))
-        remaining = left.nonzero().flatten().tolist()
-        return Kept(remaining, _columns(remaining, width))
+            _remove(changed_OI, inverse_II, columns_of(removed.tolist(), width))
+        return left.nonzero().flatten().tolist()
 
     def fit(self, columns: list[int]) -> Tensor:
         """The least-squares fit of some columns to the outputs of all.
@@ -197,13 +183,20 @@ class Reader:
         return damped_II
 
 
-def _columns(units: list[int], width: int) -> list[int]:
-    """The numbers of the columns of some units."""
+def columns_of(units: list[int], width: int) -> list[int]:
+    """The numbers of the columns of some units of `width` columns, unit by unit.
+
+    >>> columns_of([0, 2], width=2)
+    [0, 1, 4, 5]
+    """
     return [column for unit in units for column in range(unit * width, (unit + 1) * width)]
 
 
 def _lowest(score_U: Tensor, count: int, per_group: int) -> Tensor:
-    """The numbers of the `count` units of the lowest score in each group of `per_group` units."""
+    """The numbers of the `count` units of the lowest score in each group of `per_group` units.
+
+    Of units with equal scores the lower numbers are chosen.
+    """
     by_group = score_U.reshape(-1, per_group)
     chosen = by_group.sort(dim=1, stable=True).indices[:, :count]
     return (chosen + torch.arange(len(by_group))[:, None] * per_group).flatten()
@@ -314,11 +307,9 @@ def kept_experts(saliency_E: Tensor, keep: int, groups: int = 1) -> list[int]:
     >>> kept_experts(torch.tensor([0.1, 0.2, 0.5, 0.6]), keep=2, groups=2)
     [1, 3]
     """
-    by_group = saliency_E.reshape(groups, -1)
-    # A stable sort: of equal experts the one with the lower number stays.
-    order = by_group.sort(dim=1, descending=True, stable=True).indices[:, : keep // groups]
-    first = torch.arange(groups)[:, None] * by_group.shape[1]
-    return sorted((order + first).flatten().tolist())
+    # The highest are those whose negative is lowest. Of equal experts the lower number stays.
+    chosen = _lowest(-saliency_E, keep // groups, len(saliency_E) // groups)
+    return sorted(chosen.tolist())
 
 
 def cosine_sum(before_TH: Tensor, after_TH: Tensor) -> float:
@@ -343,5 +334,4 @@ def divergence_sum(dense_TV: Tensor, logits_TV: Tensor) -> float:
     0.4338
     """
     other_TV = logits_TV.float().log_softmax(dim=-1)
-    divergence_T = torch.linalg.vecdot(dense_TV.exp(), dense_TV - other_TV)
-    return float(divergence_T.sum(dtype=torch.float64))
+    return inner_product(dense_TV.exp(), dense_TV - other_TV)

@@ -52,7 +52,6 @@ class Method:
         under: From options to the entries above that they change.
         has_reference_order: Whether it can repeat the order of operations of its original code.
         needs_drift: True where it reads how the inputs differ from those of the dense model.
-        needs_held_out: True where it evaluates on the statistics of tokens that are held out.
         adds_ridge: True where the Gram matrix gets a ridge that grows with features per token
             before it is inverted. Such a ridge keeps the rounding of the inputs small; a small
             fixed damping lets it grow.
@@ -71,7 +70,6 @@ class Method:
     under: Callable[[MethodOptions], dict[str, Any]] | None = None
     has_reference_order: bool = False
     needs_drift: bool = False
-    needs_held_out: bool = False
     adds_ridge: bool = False
 
     def prune(
@@ -254,8 +252,7 @@ def check_options(
     >>> check_options(METHODS["wanda"], Pattern(), 0.5)
     """
     options = options or MethodOptions()
-    if pattern.is_unstructured and not 0 <= sparsity < 1:
-        raise ValueError(f"the sparsity is {sparsity}: it must be at least 0 and less than 1")
+    pattern.check_sparsity(sparsity)
     check_owners(method, options)
     method = method.with_options(options)
     if not pattern.is_unstructured and not method.n_of_m:

@@ -12,13 +12,12 @@ Shape suffixes: O outputs (rows), I inputs.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.wanda import wanda_score
-from prunus.methods.work import Pruned, Work, masked
+from prunus.methods.work import Pruned, Work, masked, unchanged
 
 _TOLERANCE = 0.001
 # The original code searches α from 0 to this value.
@@ -26,14 +25,6 @@ _MAX_ALPHA = 0.8
 # Where many scores are equal, the sparsity jumps over the target. The bisection then ends when the
 # interval is as small as this.
 _MIN_INTERVAL = 1e-7
-
-
-def _sorted_rows(score_OI: Tensor) -> Tensor:
-    """The scores of every row, rising."""
-    # On the CPU NumPy sorts five times faster, because it moves no indices.
-    if score_OI.device.type == "cpu":
-        return torch.from_numpy(np.sort(score_OI.numpy(), axis=1))
-    return score_OI.sort(dim=1).values
 
 
 def _thresholds(ascending_OI: Tensor, running_OI: Tensor, sum_O1: Tensor, alpha: float) -> Tensor:
@@ -73,8 +64,8 @@ def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
     score_OI = wanda_score(weight_OI, statistics)
     sparsity = work.sparsity
     if sparsity == 0:
-        return masked(weight_OI, torch.ones_like(score_OI, dtype=torch.bool))
-    ascending_OI = _sorted_rows(score_OI)
+        return unchanged(weight_OI)
+    ascending_OI = score_OI.sort(dim=1).values
     running_OI = ascending_OI.cumsum(dim=1)
     sum_O1 = score_OI.sum(dim=1, keepdim=True)
 

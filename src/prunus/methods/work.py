@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,12 +101,16 @@ def unchanged(weight_OI: Tensor) -> Pruned:
     return masked(weight_OI, torch.ones_like(weight_OI, dtype=torch.bool))
 
 
-class RowShard(Protocol):
-    """The rows of a linear that this process solves."""
+class RowShard:
+    """The rows of a linear that this process solves: all of them, as one process does.
 
-    @property
-    def rows(self) -> slice:
-        """Which rows of the whole linear these are."""
+    Where several processes share a linear, each has a subclass with a part of the rows.
+
+    Attributes:
+        rows: Which rows of the whole linear these are.
+    """
+
+    rows: slice = slice(None)
 
     def joint_mask(self, score_OB: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
         """The rows of this shard of the mask that `choose` makes of the scores of all rows.
@@ -117,13 +121,15 @@ class RowShard(Protocol):
             score_OB: The scores of the rows of this shard.
             choose: From the scores of all rows (O, B) to their mask, bool (O, B).
         """
+        return choose(score_OB)
 
     def sum(self, number: float) -> float:
         """Add up one number of every shard. All shards must call it equally often."""
+        return number
 
 
-class RowSharding(Protocol):
-    """How the rows of a linear are split into shards."""
+class RowSharding:
+    """How the rows of a linear are split into shards: here one shard has all of them."""
 
     def solve(self, rows: int, rows_per_group: int, solve: Callable[[RowShard], Pruned]) -> Pruned:
         """Solve a linear shard by shard and return the result for all its rows.
@@ -133,31 +139,13 @@ class RowSharding(Protocol):
             rows_per_group: How many neighbouring rows must be in one shard, because they compete.
             solve: From a shard to the result for its rows.
         """
-
-
-class _AllRows:
-    """The only shard of a linear that one process solves."""
-
-    rows = slice(None)
-
-    def joint_mask(self, score_OB: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
-        return choose(score_OB)
-
-    def sum(self, number: float) -> float:
-        return number
-
-
-class _Unsharded:
-    """All rows in one shard."""
-
-    def solve(self, rows: int, rows_per_group: int, solve: Callable[[RowShard], Pruned]) -> Pruned:
         return solve(EVERY_ROW)
 
 
 #: The shard with all rows of a linear.
-EVERY_ROW: RowShard = _AllRows()
+EVERY_ROW = RowShard()
 #: One process solves all rows.
-UNSHARDED: RowSharding = _Unsharded()
+UNSHARDED = RowSharding()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -31,6 +30,7 @@ class Kind:
     def arguments(self, batch: Tensor) -> dict[str, Any]:
         """The keyword arguments of a forward pass on a batch.
 
+        >>> import torch
         >>> MASKED.arguments(torch.tensor([[1, 2]]))
         {'input_ids': tensor([[1, 2]])}
         """
@@ -40,33 +40,6 @@ class Kind:
     def is_causal(self) -> bool:
         """Whether the model predicts the next token."""
         return self in (CAUSAL, IMAGE_TEXT)
-
-    def smallest_batch(self, config: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A batch that costs next to nothing to run: two tokens, or one black image.
-
-        `dtype` is that of images. Token ids are int64.
-        """
-        if self is not IMAGES:
-            return torch.zeros((1, 2), dtype=torch.int64, device=device)
-        return torch.zeros(
-            (1, config.num_channels, *_trial_size(config)), dtype=dtype, device=device
-        )
-
-    def trial_batch(self, config: Any, rows: int, tokens: int) -> Tensor:
-        """A batch that reaches many of the model's weights, always the same.
-
-        Args:
-            config: The transformers configuration of the model.
-            rows: Size of the vocabulary; not read for images.
-            tokens: How many ids, spread evenly over the vocabulary; not read for images.
-
-        Returns:
-            Ids (1, tokens), or four images of noise (4, channels, height, width) in float32.
-        """
-        if self is not IMAGES:
-            return torch.linspace(0, rows - 1, tokens).long().unsqueeze(0)
-        noise = torch.Generator().manual_seed(0)
-        return torch.randn((4, config.num_channels, *_trial_size(config)), generator=noise)
 
 
 CAUSAL = Kind("causal language model", "AutoModelForCausalLM", "input_ids")
@@ -190,8 +163,8 @@ def image_size(config: Any) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-def _trial_size(config: Any) -> tuple[int, int]:
-    """(height, width) of the images to try a model on."""
+def trial_image_size(config: Any) -> tuple[int, int]:
+    """(height, width) of the images to try a classifier on, in pixels."""
     # A model with stages has no table of positions, so small images suffice.
     height, width = image_size(config)
     largest = 128 if getattr(config, "hidden_sizes", None) else max(height, width)

@@ -74,7 +74,7 @@ def load(
         ModuleNotFoundError: The folder holds an adapter, and peft is not installed.
         OSError: A file cannot be read, or the hub cannot be reached.
     """
-    place = choose_device(device)
+    target = choose_device(device)
     folder = resolve_folder(model)
     base = base_folder(folder) if is_adapter(folder) else folder
     kind = kind_of(load_config(base, trust_remote_code, quantized=True))
@@ -84,7 +84,7 @@ def load(
     loaded = load_model(folder, dtype, trust_remote_code, kind=kind)
     if not is_adapter(folder):
         keep_records(loaded, records_of(folder))
-    return LoadedModel(loaded.to(place), tokenizer)
+    return LoadedModel(loaded.to(target), tokenizer)
 
 
 def load_model(
@@ -229,7 +229,7 @@ def no_downloads(
 
 def records_of(folder: Path) -> dict[str, str]:
     """Name -> text of the card and the record that lie in a folder; empty if prunus wrote none."""
-    name = next((each for each in _MANIFESTS if (folder / each).is_file()), None)
+    name = next((file for file in _MANIFESTS if (folder / file).is_file()), None)
     if name is None:
         return {}
     card = read_card(folder / _CARD)

@@ -22,7 +22,7 @@ from torch import nn
 
 from prunus.model.calls import BlockCall, BlockStubs, replaced_forward
 from prunus.model.experts import Fused, find_fused_experts, fusing_rules, unfuse_experts
-from prunus.model.kinds import IMAGE_TEXT, IMAGES, image_tokens, kind_of
+from prunus.model.kinds import IMAGE_TEXT, IMAGES, image_tokens, kind_of, trial_image_size
 from prunus.model.linears import Linear, find_block_list, find_linears, left_dense
 from prunus.model.meta_model import build_on_meta, limited_modules, move_buffers, place, release
 
@@ -190,7 +190,7 @@ class Skeleton:
             place(self.model, read(names), device, as_stored)
             move_buffers(self._outside_modules, device)
             # The first call finds out what the blocks return; a small batch is enough for it.
-            self.record(self.kind.smallest_batch(self.model.config, self.dtype, device))
+            self.record(self.trial_batch(2).to(device))
             yield
 
     def record(self, batch: torch.Tensor) -> tuple[torch.Tensor, list[BlockCall]]:
@@ -304,11 +304,22 @@ class Skeleton:
         return count if padding is None else count - padding - 1
 
     def trial_batch(self, tokens: int) -> torch.Tensor:
-        """A batch to try the model on, always the same: up to `tokens` ids, or images of noise."""
-        rows = 0 if self.kind is IMAGES else self.model.get_input_embeddings().weight.shape[0]
-        return self.kind.trial_batch(
-            self.model.config, rows, min(tokens, rows, self.max_positions or tokens)
-        )
+        """A batch that reaches many of the model's weights, always the same.
+
+        Args:
+            tokens: The most ids. They are spread evenly over the vocabulary.
+
+        Returns:
+            Ids (1, tokens), or four images of noise (4, channels, height, width) in float32.
+        """
+        if self.kind is IMAGES:
+            config = self.model.config
+            noise = torch.Generator().manual_seed(0)
+            shape = (4, config.num_channels, *trial_image_size(config))
+            return torch.randn(shape, generator=noise)
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        count = min(tokens, rows, self.max_positions or tokens)
+        return torch.linspace(0, rows - 1, count).long().unsqueeze(0)
 
 
 @contextlib.contextmanager

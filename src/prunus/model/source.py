@@ -118,13 +118,13 @@ class CheckpointSource:
         for index in range(len(skeleton)):
             prefix = skeleton.block_name(index) + "."
             fused = {
-                stored[prefix + each.name]: each
-                for each in skeleton.fused(index)
-                if prefix + each.name in stored
+                stored[prefix + tensor.name]: tensor
+                for tensor in skeleton.fused(index)
+                if prefix + tensor.name in stored
             }
-            for key, each in fused.items():
-                self._check_shape(key, each.shape)
-            inside = {prefix + name for each in fused.values() for name in each.members}
+            for key, tensor in fused.items():
+                self._check_shape(key, tensor.shape)
+            inside = {prefix + name for tensor in fused.values() for name in tensor.members}
             members = [x for x in expected if x.startswith(prefix) and x not in inside]
             for name in members:
                 if name not in stored and converted:
@@ -197,7 +197,7 @@ class CheckpointSource:
 
     def block_names(self, index: int) -> tuple[dict[str, str], dict[str, str]]:
         """Relative name -> stored name of a block's tensors; the same of its fused tensors."""
-        fused = {each.name: key for key, each in self._fused[index].items()}
+        fused = {tensor.name: key for key, tensor in self._fused[index].items()}
         return dict(self._blocks[index]), fused
 
     def block(self, index: int, pinned: bool = False) -> dict[str, torch.Tensor]:
@@ -212,11 +212,11 @@ class CheckpointSource:
         A fused tensor comes as its pieces, which are views of it.
         """
         names = {key: name for name, key in self._blocks[index].items()}
-        found: dict[str, torch.Tensor] = {}
+        by_name: dict[str, torch.Tensor] = {}
         for key, tensor in tensors:
             fused = self._fused[index].get(key)
-            found |= {names[key]: tensor} if fused is None else fused.cut(tensor)
-        return found
+            by_name |= {names[key]: tensor} if fused is None else fused.cut(tensor)
+        return by_name
 
     def as_stored(self, index: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A block's tensors by stored name, with fused ones joined; undoes `from_stored`."""
@@ -260,14 +260,14 @@ class CheckpointSource:
         Raises:
             ValueError: A value is not finite; names the tensor.
         """
-        found = {}
+        digests = {}
         for key in self.outside_keys():
             digest = hashlib.sha256(key.encode())
             for piece in self.checkpoint.pieces(key):
                 check_finite({key: piece})
                 digest.update(flat_bytes(piece).numpy().data)
-            found[key] = digest.hexdigest()
-        return found
+            digests[key] = digest.hexdigest()
+        return digests
 
 
 class ModuleSource:
@@ -312,8 +312,8 @@ class ModuleSource:
 
     def bind(self, skeleton: Skeleton) -> None:
         """Learn which modules are the blocks, and that the model has all of its head."""
-        known = self.model.state_dict().keys()
-        if missing := [name for name in skeleton.outside_parameter_names if name not in known]:
+        names = self.model.state_dict().keys()
+        if missing := [name for name in skeleton.outside_parameter_names if name not in names]:
             raise NotImplementedError(
                 f"a loaded {type(self.model).__name__} has no {missing[0]}, so it is no "
                 f"{skeleton.kind.name} with its head: prunus prunes whole models, as "
@@ -322,7 +322,7 @@ class ModuleSource:
             )
         self._path = skeleton.path
         self._fused = [
-            {each.name: each for each in skeleton.fused(i)} for i in range(len(skeleton))
+            {tensor.name: tensor for tensor in skeleton.fused(i)} for i in range(len(skeleton))
         ]
 
     def read_outside(self, names: list[str]) -> dict[str, torch.Tensor]:
@@ -335,11 +335,11 @@ class ModuleSource:
 
         A fused tensor comes as its pieces, which are views of it.
         """
-        found: dict[str, torch.Tensor] = {}
+        by_name: dict[str, torch.Tensor] = {}
         for name, tensor in self.model.get_submodule(f"{self._path}.{index}").state_dict().items():
             fused = self._fused[index].get(name)
-            found |= {name: tensor} if fused is None else fused.cut(tensor)
-        return found
+            by_name |= {name: tensor} if fused is None else fused.cut(tensor)
+        return by_name
 
     def block_nbytes(self, index: int) -> int:
         """Bytes of a block in memory."""
@@ -372,9 +372,9 @@ def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
 def _main_dtype(tensors: Iterable[torch.Tensor | TensorInfo]) -> torch.dtype:
     """The floating-point dtype that most bytes are stored in; a ValueError if there is none."""
     totals: dict[torch.dtype, int] = {}
-    for each in tensors:
-        if each.dtype.is_floating_point:
-            totals[each.dtype] = totals.get(each.dtype, 0) + each.nbytes
+    for tensor in tensors:
+        if tensor.dtype.is_floating_point:
+            totals[tensor.dtype] = totals.get(tensor.dtype, 0) + tensor.nbytes
     if not totals:
         raise ValueError(
             "the checkpoint holds no floating-point weights, and a quantised one cannot be pruned; "

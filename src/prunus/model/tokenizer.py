@@ -147,8 +147,8 @@ def check_same_vocabulary(first: Vocabulary, second: Vocabulary, remedy: str) ->
             f"{second.size}: {remedy}"
         )
     ids, others = (
-        None if each.folder is None else token_ids(each.folder, each.trust_remote_code)
-        for each in (first, second)
+        None if model.folder is None else token_ids(model.folder, model.trust_remote_code)
+        for model in (first, second)
     )
     if ids is None or others is None or ids == others:
         return

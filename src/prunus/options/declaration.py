@@ -41,8 +41,6 @@ ADVANCED = "Advanced"
 #: An error lists at most this many faults.
 _MOST_FAULTS = 4
 
-_Kind = TypeVar("_Kind", bound="Options")
-
 
 @dataclass(frozen=True, slots=True)
 class Option:
@@ -100,12 +98,13 @@ class Options(BaseModel, metaclass=_OptionsType):
     def declared(cls) -> dict[str, Option]:
         """The options by name, in the order of the help: a model's own before inherited ones."""
         names = [name for kind in cls.__mro__ for name in vars(kind).get("__annotations__", ())]
-        found = {
-            name: next((x for x in cls.model_fields[name].metadata if isinstance(x, Option)), None)
+        return {
+            name: declaration
             for name in dict.fromkeys(names)
             if name in cls.model_fields
+            for declaration in cls.model_fields[name].metadata
+            if isinstance(declaration, Option)
         }
-        return {name: option for name, option in found.items() if option is not None}
 
     @classmethod
     def names_of(cls, has: Callable[[Option], bool]) -> set[str]:
@@ -142,23 +141,28 @@ class Options(BaseModel, metaclass=_OptionsType):
             ValueError: The file is not TOML, an option is unknown or out of range, or options
                 exclude each other.
         """
-        given = {name: value for name, value in changes.items() if value is not None}
+        changes = {name: value for name, value in changes.items() if value is not None}
         if isinstance(base, cls):
-            if not given:
+            if not changes:
                 return base
-            return _checked(cls, base.changed_by(given) | given, "")
+            return cls(**(base.changed_by(changes) | changes))
         if isinstance(base, Options):
             raise ValueError(f"a {type(base).__name__} was given where a {cls.__name__} is needed")
-        values = read_toml(Path(base), f"{cls.FILE} file") if base is not None else {}
-        return _checked(cls, values | given, f"{cls.FILE} {base}: " if base is not None else "")
+        if base is None:
+            return cls(**changes)
+        values = read_toml(Path(base), f"{cls.FILE} file")
+        try:
+            return cls(**(values | changes))
+        except ValueError as fault:
+            raise ValueError(f"{cls.FILE} {base}: {fault}") from None
 
-    def changed_by(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The options that were given explicitly and that still hold next to `given`.
+    def changed_by(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """The options that were set explicitly and that still hold next to `changes`.
 
-        A subclass drops those that `given` replaces, such as a sparsity that a pattern implies.
+        A subclass drops those that `changes` replaces, such as a sparsity that a pattern implies.
 
         Args:
-            given: The new values by name.
+            changes: The new values by name.
         """
         return self.model_dump(exclude_unset=True)
 
@@ -172,20 +176,16 @@ class Options(BaseModel, metaclass=_OptionsType):
         Returns:
             (options of this model, all others), both by name.
         """
-        own = {name: value for name, value in values.items() if name in cls.model_fields}
-        return own, {name: value for name, value in values.items() if name not in own}
+        options = {name: value for name, value in values.items() if name in cls.model_fields}
+        return options, {name: value for name, value in values.items() if name not in options}
 
     def to_toml(self) -> str:
-        """The options as TOML, as `read` reads them. Options without a value are left out."""
-        return to_toml(self.model_dump())
+        """The options as TOML, as `read` reads them.
 
-
-def _checked(kind: type[_Kind], values: dict[str, Any], where: str) -> _Kind:
-    """Options of a model. `where` begins the message of an error."""
-    try:
-        return kind(**values)
-    except ValueError as fault:
-        raise ValueError(f"{where}{fault}") from None
+        Options whose value is None are left out, because TOML has no such value.
+        """
+        values = self.model_dump().items()
+        return "".join(f"{name} = {_toml(value)}\n" for name, value in values if value is not None)
 
 
 def explain(fault: ValidationError, kind: type[BaseModel]) -> str:
@@ -197,11 +197,11 @@ def explain(fault: ValidationError, kind: type[BaseModel]) -> str:
     """
     faults = [_explain_one(error, kind) for error in fault.errors()]
     # The list of the known options is long: once is enough.
-    for place in reversed(range(1, len(faults))):
-        own, _, listed = faults[place].partition("; known are ")
-        known, mark, hint = listed.partition("; did you mean")
-        if known and any(f"; known are {known}" in other for other in faults[:place]):
-            faults[place] = own + mark + hint
+    for index in reversed(range(1, len(faults))):
+        message, _, list_and_hint = faults[index].partition("; known are ")
+        names, mark, hint = list_and_hint.partition("; did you mean")
+        if names and any(f"; known are {names}" in earlier for earlier in faults[:index]):
+            faults[index] = message + mark + hint
     more = len(faults) - _MOST_FAULTS
     return "; ".join([*faults[:_MOST_FAULTS], *([f"and {more} more"] if more > 0 else [])])
 
@@ -360,10 +360,11 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
                 "read; is it the right file?"
             )
         text = read_limited(path).decode("utf-8")
-        if found := _LONG_KEY.search(text):
+        long_key = _LONG_KEY.search(text)
+        if long_key is not None:
             raise ValueError(
-                f"{what} {path} has a key of more than sixteen parts: {found[0][:40]}…; is it the "
-                "right file?"
+                f"{what} {path} has a key of more than sixteen parts: {long_key[0][:40]}…; is it "
+                "the right file?"
             )
         return tomllib.loads(text)
     except FileNotFoundError:
@@ -372,28 +373,19 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
         raise ValueError(f"{what} {path} is not valid TOML: {fault}") from fault
 
 
-def to_toml(values: Mapping[str, Any]) -> str:
-    """Values by name as TOML. Those that are None are left out, because TOML has no such value.
+def _toml(value: Any) -> str:
+    """A truth value, a number, a text or a list of them as TOML writes it.
 
-    Args:
-        values: Truth values, numbers, texts, and lists of them.
-
-    >>> print(to_toml({"sparsity": 0.5, "texts": ("c4",), "seed": None}), end="")
-    sparsity = 0.5
-    texts = ["c4"]
+    >>> _toml(("c4", "wikitext2")), _toml(True)
+    ('["c4", "wikitext2"]', 'true')
     """
-    return "".join(f"{key} = {_value(each)}\n" for key, each in values.items() if each is not None)
-
-
-def _value(value: Any) -> str:
-    """A value as TOML writes it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
         # JSON and TOML escape equally, except for DEL, which only TOML escapes.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, tuple | list):
-        return "[" + ", ".join(map(_value, value)) + "]"
+        return "[" + ", ".join(map(_toml, value)) + "]"
     return repr(value)
 
 
@@ -418,22 +410,22 @@ def takes(
 
     def decorate(function: _Function) -> _Function:
         signature = inspect.signature(function)
-        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        names = {*without, *(parameter.name for parameter in own)}
-        added, lines = [], []
+        parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        names = {*without, *(parameter.name for parameter in parameters)}
+        lines = []
         for model in models:
             declared = model.declared()
             for name, field in model.model_fields.items():
                 if name in names or name not in declared:
                     continue
                 names.add(name)
-                kind = inspect.formatannotation(field.annotation).replace("typing.", "")
-                added.append(
+                annotation = inspect.formatannotation(field.annotation).replace("typing.", "")
+                parameters.append(
                     inspect.Parameter(
                         name,
                         inspect.Parameter.KEYWORD_ONLY,
                         default=field.get_default(call_default_factory=True),
-                        annotation=kind,
+                        annotation=annotation,
                     )
                 )
                 lines.append(f"    {name}: {declared[name].help}")
@@ -442,7 +434,7 @@ def takes(
         def called(*arguments: Any, **options: Any) -> Any:
             return function(*arguments, **options)
 
-        called.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+        called.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         doc = inspect.cleandoc(function.__doc__ or "")
         called.__doc__ = doc + ("\n\nOptions:\n" + "\n".join(lines) if lines else "") + "\n"
         return cast(_Function, called)

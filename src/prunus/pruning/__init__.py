@@ -1,1 +1,1 @@
-"""Zeros in place of weights: the verb prune, with its options, record and allocation."""
+"""Zeros in place of weights: the command prune, with its options, record and allocation."""

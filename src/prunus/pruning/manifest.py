@@ -24,7 +24,7 @@ class Manifest(PruningRecord):
     """
 
     FILE: ClassVar[str] = "prunus.json"
-    VERB: ClassVar[str] = "prunus prune"
+    COMMAND: ClassVar[str] = "prunus prune"
 
     recipe: Recipe
 

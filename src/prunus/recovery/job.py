@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from prunus.calibration.sources import find_source
 from prunus.calibration.training_text import TrainingText, training_text
-from prunus.calibration.windows import Wanted, check_context
+from prunus.calibration.windows import WindowRequest, check_context
 from prunus.distributed import Ranks
 from prunus.engine.folder import resumed_or_new
 from prunus.engine.options import RunOptions
@@ -26,16 +26,15 @@ from prunus.model.checkpoint.regular_files import read_card
 from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.device import choose_device
 from prunus.model.kinds import require_causal
-from prunus.model.loading import load_model
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.model.tokenizer import Vocabulary, check_same_vocabulary, load_tokenizer
-from prunus.packed.description import Description, QuantizedShape
-from prunus.packed.source import is_packed
 from prunus.pruning.manifest import Manifest
 from prunus.recovery.options import MODES, Mode, RecoveryOptions
 from prunus.recovery.record import RecoveryInputs, RecoveryRecord
-from prunus.recovery.training import step_count, training_dtype
+from prunus.recovery.training import training_dtype
+from prunus.runtime.description import Description, QuantizedShape
+from prunus.runtime.source import is_packed
 from prunus.structure.records import StructureRecord
 
 
@@ -100,6 +99,7 @@ def plan_recovery(
     model: str | Path,
     recipe: RecoveryOptions,
     options: RunOptions,
+    ranks: Ranks,
     teacher: str | Path | None,
     earlier: RecoveryRecord | None,
     name: str | None = None,
@@ -110,6 +110,7 @@ def plan_recovery(
         model: Folder or hub id of the checkpoint to train.
         recipe: How it is trained.
         options: How the work is done.
+        ranks: The processes of the run.
         teacher: Folder or hub id of the dense model, or None.
         earlier: The record of the run that is resumed or finished; None for a new run.
         name: What the record calls the model; None for `model`.
@@ -120,13 +121,15 @@ def plan_recovery(
     """
     if recipe.mode == "lora":
         require_peft()
-    find_source(recipe.text).check(Wanted(seqlen=recipe.seqlen, bos=recipe.bos, data=options.data))
+    find_source(recipe.text).check(
+        WindowRequest(seqlen=recipe.seqlen, bos=recipe.bos, data=options.data)
+    )
     folder = resolve_folder(model)
     _check_trainable_form(folder, recipe.mode)
     if recipe.mode != "lora":  # an adapter copies nothing
         check_companions(folder)
     card = read_card(folder / "README.md")
-    device = choose_device(options.device, processes=options.processes.local_size)
+    device = choose_device(options.device, processes=ranks.local_size)
     skeleton = None
     if recipe.mode == "scales":
         source = CheckpointSource(folder, quantized=True)
@@ -143,7 +146,7 @@ def plan_recovery(
             "give the dense model as `teacher`"
         )
     dtype, reason = training_dtype(recipe.dtype, device)
-    text = draw_training_text(recipe, source, dense, device, options.data)
+    text = draw_training_text(recipe, source, options.data)
     inputs = RecoveryInputs(
         checkpoint=full_fingerprint(source),
         teacher=full_fingerprint(dense) if dense is not None else None,
@@ -216,8 +219,6 @@ def full_fingerprint(source: CheckpointSource) -> str:
 def draw_training_text(
     recipe: RecoveryOptions,
     source: CheckpointSource,
-    dense: CheckpointSource | None,
-    device: torch.device,
     data: Path | None,
 ) -> TrainingText:
     """The windows of the text, which fit the model.
@@ -225,8 +226,6 @@ def draw_training_text(
     Args:
         recipe: The source of the text, its windows and the budget.
         source: The checkpoint in training, whose tokenizer cuts the text.
-        dense: The teacher, or None.
-        device: Where a model runs that writes the text itself.
         data: Folder with local copies of datasets, or None.
 
     Raises:
@@ -237,23 +236,15 @@ def draw_training_text(
     positions = getattr(config, "max_position_embeddings", None)
     check_context(positions if isinstance(positions, int) else None, recipe.seqlen)
 
-    def load_writer() -> Any:
-        """The model that writes the text of source `self`: the dense one if there is one."""
-        return load_model((dense or source).checkpoint.folder).to(device)
-
-    steps = step_count(recipe)
-    request = Wanted(
+    request = WindowRequest(
         seqlen=recipe.seqlen,
         seed=recipe.seed,
         bos=recipe.bos,
         data=data,
         tokenizer=lambda: load_tokenizer(source.checkpoint.folder),
-        model=load_writer,
         vocabulary=config.vocab_size,
     )
-    # Only a source that writes its text needs the number of windows.
-    windows = steps * recipe.batch if steps is not None else None
-    return training_text(recipe.text, request, recipe.held_out, windows)
+    return training_text(recipe.text, request, recipe.held_out)
 
 
 def _text_sha256(source: str, text: TrainingText) -> str:

@@ -12,18 +12,19 @@ that the training would refuse is refused before the pruning begins.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from prunus.calibration.sources import find_source
-from prunus.calibration.windows import Wanted
+from prunus.calibration.windows import WindowRequest
 from prunus.engine.folder import ResultFolder, find_earlier, held, remove_result
 from prunus.engine.job import check_known
 from prunus.engine.options import RunOptions
 from prunus.engine.progress import Progress
+from prunus.engine.session import SILENT, Session
 from prunus.model.checkpoint.output_folder import check_apart, check_disk, check_resume, is_vacant
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.model.source import CheckpointSource, tensors_digest
@@ -86,77 +87,92 @@ def prune_and_recover(
     if recipe is None:
         overrides = {"preset": "best"} | overrides
     chosen = Recipe.read(recipe, overrides)
-    how = RunOptions.read(None, work)
-    with max_run(model, Path(output), chosen, how, minutes=minutes, tokens=tokens) as checked:
-        prune, train = checked
-        return prune(pruning_progress), train(training_progress)
+    shown = [
+        contextlib.nullcontext({"report": progress})
+        for progress in (pruning_progress, training_progress)
+    ]
+    budget = {"minutes": minutes, "tokens": tokens}
+    return max_run(model, Path(output), chosen, RunOptions.read(None, work), shown, budget)
 
 
-@contextlib.contextmanager
 def max_run(
-    model: str | Path, output: Path, recipe: Recipe, options: RunOptions, **budget: Any
-) -> Iterator[tuple[Callable[..., Manifest], Callable[..., RecoveryRecord]]]:
-    """Check a run of preset max, and hold its folder for the length of a `with` block.
+    model: str | Path,
+    output: Path,
+    recipe: Recipe,
+    options: RunOptions,
+    shown: Sequence[AbstractContextManager[dict[str, Any]]],
+    budget: dict[str, Any],
+) -> tuple[Manifest, RecoveryRecord]:
+    """Carry out preset max.
 
     Args:
         model: Folder or hub id of the dense checkpoint.
         output: Folder of the result.
         recipe: How the model is pruned.
         options: How the work is done.
-        **budget: `minutes` or `tokens` of the training.
-
-    Yields:
-        Two functions. Call the first, `prune(report, announce)`, and then the second,
-        `train(report)`. `report` is called after every block or step; `announce`, with what is
-        prepared before the first block.
+        shown: For the pruning and for the training, what is entered while it lasts. Each yields
+            fields of a `Session`: `report` is called after every block or step, and `announce`,
+            with what is prepared before the first block.
+        budget: `minutes` and `tokens` of the training, of which one at least is None.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: As
             `prune_and_recover`.
     """
     pruned = output / PRUNED
-    with options.with_ranks() as joint:
-        ranks = joint.processes
+    with SILENT.joined(options.rank_timeout) as joint:
+        ranks = joint.ranks
         training = training_options(recipe, ranks=ranks.size, **budget)
         check_ranks(training, ranks)
         with ranks.fail_together():
-            source = _check_training(model, output, training, joint)
+            source = _check_training(model, output, training, options)
 
         def find() -> RecoveryRecord | None:
             """The record of the run that this one resumes or finds finished; None if none."""
-            return _find_earlier(output, recipe, training, joint, source.checkpoint.folder)
+            return _find_earlier(output, recipe, training, options, source.checkpoint.folder)
 
         with held(RecoveryRecord, output, ranks, find) as earlier:
             finished = earlier if earlier is not None and earlier.state == "finished" else None
-            if finished is not None:
+            if finished is None:
+                with shown[0] as callbacks:
+                    session = replace(joint, **callbacks)
+                    manifest = _prune(model, pruned, recipe, options, session, source)
+            else:
                 with ranks.fail_together():
                     same = {"teacher": full_fingerprint(source)}
                     finished.check_same_run(training, finished.inputs.model_copy(update=same))
                 ResultFolder(output, finished, ranks=ranks).check_finished()
+                manifest = Manifest.load(output)
+            with shown[1] as callbacks:
+                session = replace(joint, **callbacks)
+                record = finished or carry_out(
+                    pruned, output, training, options, session, model, earlier, str(model)
+                )
+            ranks.on_rank_0(lambda: remove_result(pruned, Manifest.FILE))
+            return manifest, record
 
-            def prune(report: Any = None, announce: Any = None) -> Manifest:
-                """Prune into the folder inside `output`, or take over what is finished there."""
-                if finished is not None:
-                    return Manifest.load(output)
-                ways = {"announce": announce, "report": report, "resume": None}
-                done = not joint.overwrite and (pruned / INDEX_NAME).exists()
-                manifest = run(model, pruned, recipe, joint.model_copy(update=ways))
-                with ranks.fail_together():
-                    # The student must not learn from another model than it was pruned from.
-                    for index, block in enumerate(manifest.blocks if done else ()):
-                        digest = tensors_digest(source.block(index))
-                        check_known({block.name: block.input_sha256}, block.name, digest)
-                return manifest
 
-            def train(report: Any = None) -> RecoveryRecord:
-                """Train the pruned checkpoint into `output`, then remove it."""
-                how = joint.model_copy(update={"report": report})
-                name = str(model)
-                record = finished or carry_out(pruned, output, training, how, model, earlier, name)
-                ranks.on_rank_0(lambda: remove_result(pruned, Manifest.FILE))
-                return record
+def _prune(
+    model: str | Path,
+    pruned: Path,
+    recipe: Recipe,
+    options: RunOptions,
+    session: Session,
+    source: CheckpointSource,
+) -> Manifest:
+    """Prune into the folder `pruned`, or take over what is finished there.
 
-            yield prune, train
+    Raises:
+        FileExistsError: What is there was pruned from another model than `source`, from which the
+            student must not learn.
+    """
+    is_finished = not options.overwrite and (pruned / INDEX_NAME).exists()
+    manifest = run(model, pruned, recipe, options.model_copy(update={"resume": None}), session)
+    with session.ranks.fail_together():
+        for index, block in enumerate(manifest.blocks if is_finished else ()):
+            digest = tensors_digest(source.block(index))
+            check_known({block.name: block.input_sha256}, block.name, digest)
+    return manifest
 
 
 def plan_training(
@@ -268,14 +284,12 @@ def _check_training(
             "checkpoint: drop `trust_remote_code`, or prune with preset best"
         )
     find_source(training.text).check(
-        Wanted(samples=1, seqlen=training.seqlen, bos=training.bos, data=options.data)
+        WindowRequest(samples=1, seqlen=training.seqlen, bos=training.bos, data=options.data)
     )
     source = open_teacher(model)
     if output is not None:
         check_apart(output, source.checkpoint.folder)
-    if training.text != "self" or training.tokens is None:
-        # With a number of tokens the model would write the text, which is work.
-        draw_training_text(training, source, source, torch.device("cpu"), options.data)
+    draw_training_text(training, source, options.data)
     if output is not None:
         # The pruned checkpoint, the result, and the state of the training.
         stored = source.checkpoint.nbytes(source.checkpoint.tensors)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from prunus.engine.options import BATCH, BOS, BosName
-from prunus.options import Option, Options, Range, at_least, between
+from prunus.options import Option, Options, at_least, between
 
 Mode = Literal["lora", "masked", "full", "scales"]
 #: All modes, in the order in which messages list them.
@@ -36,13 +36,6 @@ _RATES: dict[Mode, float] = {"lora": 1e-3, "masked": 0.77e-3, "full": 0.77e-3, "
 def _names(text: str) -> tuple[str, ...]:
     """Names in a comma-separated list."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _training(
-    text: str, metavar: str, within: Range | None = None, default: str | None = None
-) -> Option:
-    """An option under the heading "Training"; the arguments are those of `Option`."""
-    return Option(text, metavar, _TRAINING, within, default=default)
 
 
 class RecoveryOptions(Options):
@@ -109,34 +102,45 @@ class RecoveryOptions(Options):
     ] = None
     warmup: Annotated[
         float,
-        _training("Raise the rate over this fraction of the budget.", "X", between("[0, 1)")),
+        Option(
+            "Raise the rate over this fraction of the budget.", "X", _TRAINING, between("[0, 1)")
+        ),
     ] = 0.05
     weight_decay: Annotated[
-        float, _training("Use this weight decay of AdamW.", "X", between("[0, inf)"))
+        float, Option("Use this weight decay of AdamW.", "X", _TRAINING, between("[0, inf)"))
     ] = 0.0
     seed: Annotated[
-        int, _training("Order the text and draw low-rank layers by this seed.", "N")
+        int, Option("Order the text and draw low-rank layers by this seed.", "N", _TRAINING)
     ] = 0
     bos: Annotated[BosName, BOS] = "auto"
     held_out: Annotated[
-        int, _training("Hold out N windows: evaluate them, and never train on them.", "N", _COUNT)
+        int,
+        Option(
+            "Hold out N windows: evaluate them, and never train on them.", "N", _TRAINING, _COUNT
+        ),
     ] = 8
     evaluations: Annotated[
         int,
-        _training(
-            "Evaluate the held-out windows N times, and write a checkpoint each time.", "N", _COUNT
+        Option(
+            "Evaluate the held-out windows N times, and write a checkpoint each time.",
+            "N",
+            _TRAINING,
+            _COUNT,
         ),
     ] = 8
     patience: Annotated[
         int | None,
-        _training("Stop after N evaluations without progress.", "N", _COUNT, "never"),
+        Option(
+            "Stop after N evaluations without progress.", "N", _TRAINING, _COUNT, default="never"
+        ),
     ] = None
     distill_weight: Annotated[
         float,
-        _training(
+        Option(
             "Give the KL divergence from the teacher the weight X in the loss, and the cross "
             "entropy with the text the weight 1 - X.",
             "X",
+            _TRAINING,
             between("(0, 1]"),
         ),
     ] = 1.0
@@ -156,9 +160,10 @@ class RecoveryOptions(Options):
     ] = None
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
-        _training(
+        Option(
             "Compute matrix products in this dtype. Trained parameters are always float32.",
             "DTYPE",
+            _TRAINING,
         ),
     ] = "auto"
 

@@ -73,7 +73,7 @@ class RecoveryRecord(RunRecord):
     """
 
     FILE = "prunus-recovery.json"
-    VERB = "prunus recover"
+    COMMAND = "prunus recover"
 
     recipe: RecoveryOptions
     inputs: RecoveryInputs

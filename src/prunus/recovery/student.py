@@ -22,15 +22,6 @@ from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.experts import split_loaded_experts
 from prunus.model.linears import Linear
 from prunus.model.loading import load_model
-from prunus.packed.linear import (
-    DenseLinear,
-    PackedEmbedding,
-    PackedLinear,
-    plain_linear,
-    unpack_module,
-)
-from prunus.packed.planes import decode_levels
-from prunus.packed.weight import QuantizedWeight
 from prunus.recovery.job import RecoveryJob
 from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.trainable import (
@@ -40,6 +31,15 @@ from prunus.recovery.trainable import (
     unpruned_linears,
     whole_model,
 )
+from prunus.runtime.linear import (
+    DenseLinear,
+    PackedEmbedding,
+    PackedLinear,
+    plain_linear,
+    unpack_module,
+)
+from prunus.runtime.planes import decode_levels
+from prunus.runtime.weight import QuantizedWeight
 
 # Up to this many tokens per window, the fused attention of torch is slower on a CPU than two
 # batched matrix products.
@@ -114,14 +114,14 @@ def default_target_modules(names: Iterable[str]) -> tuple[str, ...]:
     >>> default_target_modules(["h.0.attn.c_attn", "h.0.mlp.c_fc"])
     ('c_attn',)
     """
-    known = {name.rpartition(".")[2] for name in names}
-    if known.issuperset(_QUERY_AND_VALUE):
+    last_parts = {name.rpartition(".")[2] for name in names}
+    if last_parts.issuperset(_QUERY_AND_VALUE):
         return _QUERY_AND_VALUE
-    fused = tuple(name for name in _FUSED if name in known)
+    fused = tuple(name for name in _FUSED if name in last_parts)
     if not fused:
         raise ValueError(
             "the query and value projections of this model have unknown names; choose "
-            f"`target_modules` among {', '.join(sorted(known))}"
+            f"`target_modules` among {', '.join(sorted(last_parts))}"
         )
     return fused
 
@@ -204,7 +204,7 @@ class ScaledLinear(nn.Module):
         packed = linear.packed
         assert isinstance(packed, QuantizedWeight)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.register_buffer("levels_OI", decode_levels(packed, linear.prepared).to(dtype))
+        self.register_buffer("levels_OI", decode_levels(packed).to(dtype))
         self.register_buffer("scales_O", packed.scales.float())
         self.register_buffer("steps_I", packed.steps.float())
         # α (O,) and β (I,) of `scales`, which are trained.

@@ -5,9 +5,8 @@ A report is a document of `prunus.engine.document`: facts, tables and charts wit
 write.py                one call from folders and files to a page
 evaluation_sections.py  files of `prunus eval --json` and `prunus bench --json`; charts of quality
 sweep_section.py        one sweep
-run_sections.py         one pruning run, and several runs compared
-structure_section.py    one model that was made smaller
-tables.py               tables of the other verbs
+run_sections.py         one run of prune, compress or shrink
+tables.py               tables of the other commands
 page.py                 a document as Markdown, or as one HTML page with its charts
 console.py              the terminal: a document as tables, and the progress of a run
 

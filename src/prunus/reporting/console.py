@@ -21,10 +21,9 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from prunus.engine.document import Document, Facts, Part, Section, Table, text_of
-from prunus.engine.progress import PREPARATION, LineInterval, Shown, eta, terminal_bar
+from prunus.engine.progress import PREPARATION, LineInterval, Progress, Shown, eta, terminal_bar
 
 if TYPE_CHECKING:
-    from prunus.engine.progress import Progress as PruningStep
     from prunus.recovery.training import Step as RecoveryStep
 
 # Control characters other than tab and newline, marks that reorder text, and lone surrogates, which
@@ -102,9 +101,13 @@ class _ForgivingStream(io.TextIOBase):
         return self._stream.encoding
 
 
-def progress_console() -> Console:
-    """Return a console on standard error that works on when nobody reads it any more."""
-    return TerminalConsole(file=_ForgivingStream(sys.stderr))
+def progress_console(quiet: bool = False) -> Console:
+    """Return a console on standard error that works on when nobody reads it any more.
+
+    Args:
+        quiet: Whether it shows nothing.
+    """
+    return TerminalConsole(file=_ForgivingStream(sys.stderr), quiet=quiet)
 
 
 def to_terminal(*shown: Document | Section | Part) -> Group:
@@ -166,7 +169,7 @@ def cells(row: tuple[object, ...], part: Table) -> list[str]:
 
 def show_pruning(
     title: str, console: Console | None = None
-) -> contextlib.AbstractContextManager[Callable[[PruningStep | str], None]]:
+) -> contextlib.AbstractContextManager[Callable[[Progress | str], None]]:
     """Show a run: what it prepares, finished blocks, the time left, and peak memory.
 
     Args:
@@ -177,29 +180,24 @@ def show_pruning(
         A context manager. It yields a function to call after every block, and before the first one
         with a line of text on what is prepared.
     """
-    first: PruningStep | None = None
-    lines = LineInterval()
+    first: Progress | None = None
 
-    def read(step: PruningStep | str) -> tuple[str | None, Shown]:
+    def read(step: Progress | str) -> tuple[str, Shown, bool]:
         nonlocal first
         if isinstance(step, str):
-            return step, Shown(None, step)
+            return step, Shown(None, step), False
         # The time before the first block (reading text, embeddings) is spent once, not per block.
         # So the first block says nothing of the time that is left.
         if first is None or (first.unit, first.total) != (step.unit, step.total):
             first = step
-        done, state = step.done - first.done, f"peak {step.peak_memory / 1e9:.2f} GB"
+        done = step.done - first.done
+        state = f"peak {step.peak_memory / 1e9:.2f} GB"
         if done:
             left = eta(done, step.total - first.done, step.seconds - first.seconds)
             state = f"left {left}; {state}"
         count = f"{step.done}/{step.total}"
         shown = Shown(step.done / step.total, f"{count} {step.unit}; {state}")
-        if step.unit.startswith(PREPARATION):
-            # Such steps may come many times a second.
-            if not lines.due():
-                return None, shown
-            lines.restart()
-        return f"[{count}] {step.message}; {state}", shown
+        return f"[{count}] {step.message}; {state}", shown, step.unit.startswith(PREPARATION)
 
     return _shown(title, console, read)
 
@@ -216,31 +214,28 @@ def show_recovery(
     Returns:
         A context manager. It yields a function to call after every step of training.
     """
-    lines, evaluation = LineInterval(), ""
+    evaluation = ""
 
-    def read(step: RecoveryStep) -> tuple[str | None, Shown]:
+    def read(step: RecoveryStep) -> tuple[str, Shown, bool]:
         nonlocal evaluation
         is_ordinary = step.loss is not None and step.perplexity is None
         evaluation = evaluation if is_ordinary else step.message
         loss = "" if step.loss is None else f"loss {step.loss:.3f} "
         shown = Shown(min(step.fraction, 1.0), f"{step.fraction:.0%} {loss}{evaluation}")
-        # Ordinary training steps are thinned out; evaluations and messages are always shown.
-        if is_ordinary and not lines.due():
-            return None, shown
-        lines.restart()
         spent = f"{step.fraction:4.0%} {step.tokens:,} tokens, {step.seconds:.0f} s"
-        return f"{spent}: {step.message}", shown
+        return f"{spent}: {step.message}", shown, is_ordinary
 
     return _shown(title, console, read)
 
 
 @contextlib.contextmanager
 def _shown(
-    title: str, console: Console | None, read: Callable[[Any], tuple[str | None, Shown]]
+    title: str, console: Console | None, read: Callable[[Any], tuple[str, Shown, bool]]
 ) -> Iterator[Callable[[Any], None]]:
     """Yield a function that shows a step: a live bar on a terminal, else a line with the time.
 
-    `read` turns a step into a line and the state of the bar. A line that is None is not printed.
+    `read` turns a step into a line, the state of the bar, and whether such steps are frequent: they
+    may come many times a second, so most of their lines are left out.
     """
     console = console or progress_console()
     if console.is_terminal:
@@ -248,9 +243,15 @@ def _shown(
             yield lambda step: update(read(step)[1])
         return
 
+    interval = LineInterval()
+
     def print_line(step: Any) -> None:
-        if (text := read(step)[0]) is not None:
-            text = f"{time.strftime('%H:%M:%S')} {printable(text)}"
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
+        line, _, is_frequent = read(step)
+        if is_frequent:
+            if not interval.due():
+                return
+            interval.restart()
+        text = f"{time.strftime('%H:%M:%S')} {printable(line)}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     yield print_line

@@ -21,12 +21,12 @@ from prunus.engine.document import (
     table_of,
     text_of,
 )
-from prunus.evaluation.records import FORMS, ModelSize, PerplexityResult, finite
+from prunus.evaluation.records import FORMS, UNITS, ModelSize, PerplexityResult, finite
 
 #: Metrics of lm-eval that are shares of the rows.
 _SHARES = ("acc", "exact_match", "f1", "em")
 #: The y axis is logarithmic from this ratio of the largest to the smallest value.
-LOG_FROM = 6.0
+_LOG_FROM = 6.0
 #: Columns for a chart's x axis. The first size that tells results apart is taken.
 _SIZES = ("file, GB", "bits per weight")
 #: Column for the x axis of a second chart.
@@ -72,7 +72,11 @@ def evaluation_section(
 
 def _size(model: dict[str, Any], speeds: Mapping[str, float]) -> dict[str, Any]:
     size = model.get("size")
-    speed = decode_speed(speeds, model["model"], Path(model["model"]).name)
+    speed = speeds.get(model["model"])
+    if speed is None:
+        # The benchmark may name the model by another path to its folder.
+        folder = Path(model["model"]).name
+        speed = next((x for path, x in speeds.items() if folder in Path(path).parts), None)
     return (ModelSize(**size).figures() if size else {}) | {_SPEED: speed}
 
 
@@ -117,7 +121,7 @@ def _quality(
     note = "Lower perplexity is better." if charts or "text" in rows[0] else ""
     if reference is not None:
         name = Path(reference.reference).name or reference.reference
-        note += f" KL divergence from {name} in nats per token; ± one standard error over windows."
+        note += f" Compared with {name}: {UNITS}; ± one standard error over windows."
     if any(size.get("bits per weight") for size in sizes.values()):
         note += " Bits per weight of the linears; zeros, masks and scales count."
     table = table_of("Quality and size", rows, FORMS, note.strip())
@@ -254,30 +258,31 @@ def quality_charts(where: str, points: Sequence[Point], dense: float | None) -> 
         dense: Perplexity of the dense model, which becomes a horizontal line; None if it is
             unknown.
     """
-    positions = {title: _positions(points, title) for title in (*_SIZES, _SPEED)}
+    positions = {title: positions_of(points, title) for title in (*_SIZES, _SPEED)}
     spread = [title for title in positions if len({x for _, x, _ in positions[title]}) > 1]
     sizes = [title for title in spread if title in _SIZES][:1]
-    charts = []
-    for title in [*sizes, *(title for title in spread if title == _SPEED)]:
-        drawn = positions[title]
-        values = [y for *_, y in drawn] + ([dense] if dense is not None else [])
-        names = dict.fromkeys(point.series for point, *_ in drawn)
-        charts.append(
-            Lines(
-                f"Perplexity on {where} against {'speed' if title == _SPEED else 'size'}",
-                title,
-                "perplexity",
-                tuple(_series(name, title, drawn) for name in names),
-                level=None if dense is None else ("dense", dense),
-                log_y=max(values) / min(values) >= LOG_FROM,
-                round_ticks=True,
-            )
+    return [
+        perplexity_chart(
+            f"Perplexity on {where} against {'speed' if title == _SPEED else 'size'}",
+            title,
+            positions[title],
+            dense,
         )
-    return charts
+        for title in [*sizes, *(title for title in spread if title == _SPEED)]
+    ]
 
 
-def _positions(points: Sequence[Point], title: str) -> list[tuple[Point, float, float]]:
-    """Every point with its x and its perplexity, where both are known."""
+#: A point with its x and its perplexity.
+Position = tuple[Point, float, float]
+
+
+def positions_of(points: Sequence[Point], title: str) -> list[Position]:
+    """Every point with its x and its perplexity, where both are known.
+
+    Args:
+        points: The results.
+        title: The figure on the x axis.
+    """
     return [
         (point, x, y)
         for point in points
@@ -286,7 +291,40 @@ def _positions(points: Sequence[Point], title: str) -> list[tuple[Point, float, 
     ]
 
 
-def _series(name: str, title: str, positions: Sequence[tuple[Point, float, float]]) -> Series:
+def perplexity_chart(
+    heading: str,
+    title: str,
+    positions: Sequence[Position],
+    dense: float | None,
+    *,
+    log_x: bool = False,
+    round_ticks: bool = True,
+) -> Lines:
+    """A chart of perplexity, a line for each series of points.
+
+    Args:
+        heading: Heading of the chart.
+        title: Title of the x axis.
+        positions: The points, at least one, of `positions_of`.
+        dense: Perplexity of the dense model, a horizontal line; None if it is unknown.
+        log_x: Whether the x axis is logarithmic.
+        round_ticks: Whether the x axis has ticks at round numbers.
+    """
+    values = [y for *_, y in positions] + ([dense] if dense is not None else [])
+    names = dict.fromkeys(point.series for point, *_ in positions)
+    return Lines(
+        heading,
+        title,
+        "perplexity",
+        tuple(_series(name, title, positions) for name in names),
+        level=None if dense is None else ("dense", dense),
+        log_x=log_x,
+        log_y=max(values) / min(values) >= _LOG_FROM,
+        round_ticks=round_ticks,
+    )
+
+
+def _series(name: str, title: str, positions: Sequence[Position]) -> Series:
     """The points of one line, from left to right. `title` is the column on the x axis."""
     line_positions = sorted(
         (position for position in positions if position[0].series == name),
@@ -294,7 +332,10 @@ def _series(name: str, title: str, positions: Sequence[tuple[Point, float, float
     )
     hover = []
     for point, x, y in line_positions:
-        text = f"{point.name}: {text_of(y, FORMS['perplexity'])} at {text_of(x, FORMS[title])}"
+        text = f"{point.name}: {text_of(y, FORMS['perplexity'])}"
+        # The name of a point says where it is on other axes, such as that of sparsity.
+        if title in FORMS:
+            text += f" at {text_of(x, FORMS[title])}"
         kl = plain(point.figures.get("KL divergence"))
         hover.append(text if kl is None else f"{text}, KL {kl:.4f}")
     return Series(
@@ -302,22 +343,4 @@ def _series(name: str, title: str, positions: Sequence[tuple[Point, float, float
         tuple(x for _, x, _ in line_positions),
         tuple(y for *_, y in line_positions),
         tuple(hover),
-    )
-
-
-def decode_speed(speeds: Mapping[str, float], model: str, *names: str) -> float | None:
-    """The decoding speed of a model in tokens per second, or None if it was not measured.
-
-    Args:
-        speeds: Model, as it was given to `prunus bench` -> median speed.
-        model: Name of the model.
-        names: Parts of a path by which the model is known as well, such as the name of its folder.
-
-    >>> decode_speed({"OUT/cells/smol-wanda/packed": 32.0}, "smol-wanda", "smol-wanda")
-    32.0
-    """
-    if model in speeds:
-        return speeds[model]
-    return next(
-        (speed for path, speed in speeds.items() if set(names) & set(Path(path).parts)), None
     )

@@ -25,16 +25,13 @@ from string import Template
 from typing import Any
 
 from prunus.engine.document import (
-    Chart,
     Document,
     Facts,
-    HeatMap,
     Lines,
     Part,
     Section,
     Table,
     part_html,
-    text_of,
 )
 from prunus.reporting.console import cells, printable
 
@@ -52,7 +49,7 @@ def to_html(document: Document) -> str:
     The plotting library is in the page only if the document has charts. It takes 0.7 MB there.
     """
     has_charts = any(
-        isinstance(part, Chart)
+        isinstance(part, Lines)
         for section in document.sections
         for part in (*section.parts, *section.details)
     )
@@ -137,17 +134,12 @@ def document_json(document: Document) -> Any:
     return json.loads(json.dumps(document, default=vars))
 
 
-def figure_json(chart: Chart) -> str:
+def figure_json(chart: Lines) -> str:
     """Write a chart as the JSON of a plotly figure.
 
     Raises:
         ValueError: A value is NaN or infinite, which JSON does not have.
     """
-    figure = _lines(chart) if isinstance(chart, Lines) else _heat_map(chart)
-    return json.dumps(figure, allow_nan=False)
-
-
-def _lines(chart: Lines) -> dict[str, Any]:
     traces: list[dict[str, Any]] = [
         {
             "type": "scatter",
@@ -188,44 +180,8 @@ def _lines(chart: Lines) -> dict[str, Any]:
         y_axis["title"]["text"] += " (logarithmic)"
         # "D2" puts ticks at 1, 2 and 5 of each decade; more would overlap in a narrow window.
         y_axis |= {"type": "log", "tickformat": ",~g", "dtick": "D2"}
-    return {"data": traces, "layout": {"xaxis": x_axis, "yaxis": y_axis, "height": 360}}
-
-
-def _heat_map(chart: HeatMap) -> dict[str, Any]:
-    hover = [
-        [
-            f"{escape(chart.x_title)} {escape(column)}, {escape(row)}: {text_of(value, chart.form)}"
-            for column, value in zip(chart.columns, line, strict=True)
-        ]
-        for row, line in zip(chart.rows, chart.values, strict=True)
-    ]
-    values = [value for line in chart.values for value in line if value is not None]
-    trace = {
-        "type": "heatmap",
-        "x": list(chart.columns),
-        "y": [escape(row) for row in chart.rows],
-        "z": [list(line) for line in chart.values],
-        "text": hover,
-        "hoverinfo": "text",
-        "xgap": 1,
-        "ygap": 1,
-        "colorbar": {
-            # Plotly's "~" leaves out trailing zeros, and "r" rounds to digits that count: ticks
-            # of a map of small values differ as well.
-            "tickformat": "~%" if chart.form.endswith("%") else ",.3~r",
-            "nticks": 5,
-            "thickness": 10,
-            "outlinewidth": 0,
-        },
-        "meta": {"colour": "scale"},
-        # The colours begin at zero, so that close values look the same.
-        "zmin": 0.0,
-        "zmax": max(values, default=0.0) or 1.0,
-    }
-    x_axis = {"title": {"text": escape(chart.x_title)}, "type": "category"}
-    y_axis = {"autorange": "reversed", "type": "category"}
-    height = min(1200, 110 + 24 * len(chart.rows))
-    return {"data": [trace], "layout": {"xaxis": x_axis, "yaxis": y_axis, "height": height}}
+    layout = {"xaxis": x_axis, "yaxis": y_axis, "height": 360}
+    return json.dumps({"data": traces, "layout": layout}, allow_nan=False)
 
 
 def to_markdown(document: Document) -> str:

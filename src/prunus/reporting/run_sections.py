@@ -1,15 +1,14 @@
-"""A pruning run as a section, and several runs compared."""
+"""A run as a section: one of `prune` or `compress`, and one of `shrink`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from prunus.engine.document import (
     Column,
     Facts,
-    HeatMap,
     Lines,
     Section,
     Series,
@@ -18,15 +17,12 @@ from prunus.engine.document import (
     table_of,
     text_of,
 )
-from prunus.engine.linear_record import mean_error
+from prunus.engine.linear_record import PruningRecord, mean_error
 from prunus.engine.record import BlockwiseRecord, bos_words
 from prunus.formats.records import CompressionRecord
 from prunus.hardware.sizes import counted, in_bytes
+from prunus.structure.records import StructureRecord, what_was_removed
 
-if TYPE_CHECKING:
-    from prunus.engine.linear_record import PruningRecord
-
-_Value = TypeVar("_Value")
 #: Name of an error -> its definition.
 _DEFINITIONS = {
     "relative output error": (
@@ -43,7 +39,8 @@ def run_section(manifest: PruningRecord) -> Section:
     error, mean = mean_error(manifest.all_totals())
     errors = {error: _block_errors(manifest)}
     by_block = [lines_over_blocks(f"Mean {error} by block", error, errors, ".3%")]
-    recipe, name = manifest.recipe, Path(manifest.source).name or manifest.source
+    recipe = manifest.recipe
+    name = Path(manifest.source).name or manifest.source
     if isinstance(manifest, CompressionRecord):
         work = manifest.recipe.target + (" per weight" if manifest.recipe.bits else "")
     else:
@@ -53,7 +50,7 @@ def run_section(manifest: PruningRecord) -> Section:
         f"{name}: {work}",
         "" if mean is None else _DEFINITIONS[error],
         (_headline(manifest), *(by_block if errors[error] else []), manifest.table()),
-        (*circumstances(manifest), *_heat_maps(manifest), _by_linear(manifest)),
+        (*circumstances(manifest), _by_linear(manifest)),
     )
 
 
@@ -110,34 +107,6 @@ def lines_over_blocks(
     return Lines(title, "block", y_title + unit, series, round_ticks=True)
 
 
-def blocks_map(
-    title: str,
-    blocks: Sequence[Mapping[str, _Value]],
-    figure: Callable[[_Value], float | None],
-    form: str,
-) -> HeatMap:
-    """A heat map with one figure for each named part of each block.
-
-    Args:
-        title: Heading of the map.
-        blocks: For each block, name of a part -> what is recorded of it. Blocks may lack parts.
-        figure: Returns the figure of a part, or None where it was not measured.
-        form: Format of the figures.
-    """
-    kinds = tuple(dict.fromkeys(name for block in blocks for name in block))
-    return HeatMap(
-        title,
-        "block",
-        tuple(map(str, range(len(blocks)))),
-        kinds,
-        tuple(
-            tuple(figure(block[kind]) if kind in block else None for block in blocks)
-            for kind in kinds
-        ),
-        form,
-    )
-
-
 def _headline(manifest: PruningRecord) -> Facts:
     totals = manifest.all_totals()
     name, error = mean_error(totals)
@@ -188,23 +157,6 @@ def _sizes(manifest: PruningRecord, totals: dict[str, Any]) -> list[tuple[str, s
     ]
 
 
-def _heat_maps(manifest: PruningRecord) -> list[HeatMap]:
-    error, mean = mean_error(manifest.all_totals())
-    maps: dict[str, tuple[Callable[[Any], float | None], str]] = {
-        "Sparsity": (lambda x: x.sparsity, ".2%")
-    }
-    if isinstance(manifest, CompressionRecord):
-        maps["Bits per weight"] = (lambda x: x.bits, ".3f")
-    if mean is not None:
-        maps[error.capitalize()] = (lambda x: x.error, ".3%")
-    maps["Seconds"] = (lambda x: x.seconds, ".3f")
-    blocks = [block.linears for block in manifest.blocks]
-    return [
-        blocks_map(f"{name} per block and linear", blocks, figure, form)
-        for name, (figure, form) in maps.items()
-    ]
-
-
 def _by_linear(manifest: PruningRecord) -> Table:
     error, _ = mean_error(manifest.all_totals())
     rows = [
@@ -226,57 +178,119 @@ def _by_linear(manifest: PruningRecord) -> Table:
     return table_of(f"All {counted(len(rows), 'linear')}", rows, forms | {"seconds": ".3f"})
 
 
-def comparison_section(runs: Mapping[str, PruningRecord]) -> Section:
-    """The section that compares runs.
+# --- a model that was made smaller ---
 
-    Args:
-        runs: Name of a run -> its record; at least two.
-    """
-    return Section("Runs compared", parts=(_totals(runs), _differences(runs)))
+# What the search for blocks measures -> its words.
+_MEASURES = {
+    "divergence": "KL divergence, nats per token",
+    "influence": "influence: 1 − cosine of the hidden states before and after a block",
+}
 
 
-def _totals(runs: Mapping[str, PruningRecord]) -> Table:
-    rows = []
-    for name, run in runs.items():
-        totals = run.all_totals()
-        memory = totals.get("peak_memory_bytes")
-        rows.append(
-            {
-                "run": name,
-                "method": run.what,
-                "sparsity": totals["sparsity"],
-                "bits": totals.get("bits"),
-                "mean error": mean_error(totals)[1],
-                "seconds": totals["seconds"],
-                "peak memory, GB": None if memory is None else memory / 1e9,
-            }
-        )
-    forms = {"sparsity": ".2%", "bits": ".3f", "mean error": ".3%", "seconds": ".1f"}
-    note = (
-        "The error is the relative output error, or the removed energy where a method needs no "
-        "Gram matrix; compare it between runs of one kind alone."
+def structure_section(record: StructureRecord) -> Section:
+    """The section of a run that made a model smaller, finished or not, from its record."""
+    name = Path(record.source).name or record.source
+    return Section(
+        f"{name}, made smaller",
+        parts=(_structure_headline(record), structure_table(record), *_repairs(record)),
+        details=(*_search(record), *_widths(record), *circumstances(record)),
     )
-    return table_of("Totals", rows, forms | {"peak memory, GB": ".2f"}, note)
 
 
-def _differences(runs: Mapping[str, PruningRecord]) -> Table:
-    """The fields of recipes and inputs in which the runs differ; one column per run."""
-    fields_by_run = []
-    for run in runs.values():
-        inputs = {
-            "calibration text": run.inputs.calibration,
-            "calibration sha256": run.inputs.calibration_sha256[:12],
-            "computed in": run.inputs.dtype,
-            "device": run.inputs.device,
-        }
-        fields_by_run.append(
-            dict(items_of({"model": run.source} | run.recipe.model_dump() | inputs))
-        )
-    rows = [
-        (name, *(fields.get(name) for fields in fields_by_run))
-        for name in dict.fromkeys(name for fields in fields_by_run for name in fields)
-        if len({fields.get(name) for fields in fields_by_run}) > 1
+def structure_table(record: StructureRecord) -> Table:
+    """The fields of the configuration that changed, and below them what was removed and why.
+
+    The total of the parameters is there once the run is finished.
+    """
+    totals, inputs = record.totals, record.inputs
+    lines = [
+        *what_was_removed(record),
+        f"computed in {inputs.dtype} on {inputs.device}; calibration: {inputs.calibration}, "
+        f"{bos_words(inputs.bos)}",
     ]
-    columns = (Column("field"), *map(Column, runs))
-    note = "" if rows else "The runs have the same recipe and the same inputs."
-    return Table("What differs", columns, tuple(rows), note)
+    total: tuple[str, ...] = ()
+    if "parameters" in totals:
+        before, after = totals["parameters_before"], totals["parameters"]
+        total = ("parameters", f"{before:,}", f"{after:,} ({after / before:.1%})")
+        memory = totals["peak_memory_bytes"] / 1e9
+        lines.append(f"{totals['seconds']:.0f} s; peak memory {memory:.2f} GB")
+    if record.left_out:
+        lines.append(
+            f"left out, because the model has no place for them: {len(record.left_out)} stored "
+            "tensors in the blocks"
+        )
+    return Table(
+        f"{record.source}, made smaller",
+        (Column("field"), Column("before"), Column("after")),
+        tuple((name, *map(_shown, values)) for name, values in record.config.items()),
+        "\n".join(lines),
+        total,
+    )
+
+
+def _shown(value: object) -> str:
+    """A value of a configuration; of a list only its length."""
+    return f"{len(value)} entries" if isinstance(value, list | tuple) else str(value)
+
+
+def _structure_headline(record: StructureRecord) -> Facts:
+    totals = record.totals
+    items: list[tuple[str, str]] = []
+    if "parameters" in totals:
+        before, after = totals["parameters_before"], totals["parameters"]
+        items = [
+            ("parameters", f"{after:,} of {before:,} ({after / before:.1%})"),
+            ("blocks", f"{len(record.blocks)}"),
+        ]
+    return headline(record, totals, items)
+
+
+def _search(record: StructureRecord) -> list[Lines]:
+    """The search for blocks: what was measured after each step."""
+    steps = record.search
+    if not steps:
+        return []
+    line = Series(
+        name="search",
+        x=tuple(range(1, len(steps) + 1)),
+        y=tuple(step.value for step in steps),
+        hover=tuple(f"block {step.block} removed" for step in steps),
+    )
+    title = _MEASURES[steps[0].measure]
+    return [Lines("The search for blocks", "removed blocks", title, (line,))]
+
+
+def _widths(record: StructureRecord) -> list[Lines]:
+    """The mean error of each block where channels and heads are read."""
+    means = {}
+    for number, block in enumerate(record.blocks):
+        if block.width:
+            errors = [part.error for part in block.width.values()]
+            means[number] = sum(errors) / len(errors)
+    title = "Relative error where what became narrower is read"
+    return (
+        [lines_over_blocks(title, "mean relative error", {"mean": means}, ".3%")] if means else []
+    )
+
+
+def _repairs(record: StructureRecord) -> list[Lines]:
+    """The error of each block before it was trained and afterwards."""
+    charts = []
+    for measure, title in (
+        ("outputs", "relative error of the block's output"),
+        ("logits", "KL divergence of the next token"),
+    ):
+        repairs = {
+            number: block.repair
+            for number, block in enumerate(record.blocks)
+            if block.repair is not None and block.repair.measure == measure
+        }
+        if repairs:
+            lines = {
+                "before": {number: repair.error_before for number, repair in repairs.items()},
+                "afterwards": {number: repair.error_after for number, repair in repairs.items()},
+            }
+            charts.append(
+                lines_over_blocks(f"Repair: {title}, on windows kept apart", title, lines, ".4f")
+            )
+    return charts

@@ -7,7 +7,7 @@ sparsity, number of windows and tokens per window that varies among the cells.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prunus.engine.document import (
     Column,
@@ -15,7 +15,6 @@ from prunus.engine.document import (
     Lines,
     Part,
     Section,
-    Series,
     Table,
     items_of,
     short_names,
@@ -23,18 +22,16 @@ from prunus.engine.document import (
 )
 from prunus.engine.record import bos_words
 from prunus.evaluation.records import FORMS
+from prunus.pruning.recipe import Recipe
 from prunus.reporting.evaluation_sections import (
-    LOG_FROM,
     Point,
-    decode_speed,
     form_of,
+    perplexity_chart,
     plain,
+    positions_of,
     quality_charts,
 )
-
-if TYPE_CHECKING:
-    from prunus.pruning.recipe import Recipe
-    from prunus.sweeping.results import CellResult, SweepResults
+from prunus.sweeping.results import CellResult, SweepResults
 
 # State of a cell -> what a run of the sweep would do with it.
 _WHAT_WOULD_HAPPEN = {
@@ -62,28 +59,18 @@ _NOTES = {
 }
 
 
-def sweep_section(results: SweepResults, speeds: Mapping[str, float] | None = None) -> Section:
+def sweep_section(results: SweepResults) -> Section:
     """The section of a sweep, finished or not.
 
     Args:
         results: What the sweep has measured so far.
-        speeds: Model, as it was given to `prunus bench` -> tokens per second, for models that lie
-            in the folders of cells; None without a benchmark.
     """
-    measured = {
-        name: speed
-        for name, label, _ in results.every_model()
-        if (speed := _speed(results, speeds or {}, name, label)) is not None
-    }
     parts: list[Any] = [_headline(results)]
-    details: list[Any] = [results.table(measured)]
+    details: list[Any] = [results.table()]
     texts = short_names(results.scoring["texts"])
     for label in results.models:
         for text, where in texts.items():
-            rows = {
-                name: scored.figures(text) | {"decoded tokens/s": measured.get(name)}
-                for name, _, scored in results.every_model()
-            }
+            rows = {name: scored.figures(text) for name, _, scored in results.every_model()}
             model_cells = [cell for cell in results.cells if cell.model == label]
             shown, folded = _quality_parts(
                 f"{where}, {label}" if len(results.models) > 1 else where,
@@ -109,20 +96,11 @@ def check_section(results: SweepResults) -> Section:
         results: The results of an earlier run of the sweep, with all cells of this one.
     """
     rows = tuple(
-        (name, label, _WHAT_WOULD_HAPPEN[results.state_of(cell)])
-        for name, label, cell in results.every_model()
+        (name, label, _WHAT_WOULD_HAPPEN[cell.state]) for name, label, cell in results.every_model()
     )
     columns = (Column("cell"), Column("model"), Column("state"))
     lead = "Everything was checked. Nothing was run or written."
     return Section(results.title, lead, (Table("Cells", columns, rows),))
-
-
-def _speed(
-    results: SweepResults, speeds: Mapping[str, float], name: str, label: str
-) -> float | None:
-    if name == f"{label}-dense":
-        return decode_speed(speeds, results.models[label].path, label)
-    return decode_speed(speeds, name, name)
 
 
 def _headline(results: SweepResults) -> Facts:
@@ -150,7 +128,8 @@ def _tasks(results: SweepResults) -> Table:
             task, _, metric = title.rpartition(", ")
             if metric == "acc" or "acc" not in scored.tasks[task]:
                 column = task if metric == "acc" else title
-                row[column], forms[column] = figure, form_of(metric)
+                row[column] = figure
+                forms[column] = form_of(metric)
         rows.append(row)
     note = "Accuracy unless another metric is named; ± one standard error."
     return table_of("Tasks", rows, forms, note)
@@ -187,16 +166,22 @@ def _quality_parts(
     axis = next((name for name, f in _AXES.items() if len(set(map(f, recipes))) > 1), "sparsity")
     value_of = _AXES[axis]
     tops = list(dict.fromkeys(map(value_of, recipes)))
-    name_of = _row_names([cell for cell, _ in cells.values()], axis)
-    groups: dict[str, dict[Any, list[Mapping[str, Any]]]] = {}
+    row_names = _row_names([cell for cell, _ in cells.values()], axis)
+    # Row and column -> the figures of each seed.
+    figures_by_seed: dict[tuple[str, Any], list[Mapping[str, Any]]] = {}
     for name, (cell, figures) in cells.items():
-        groups.setdefault(name_of[name], {}).setdefault(value_of(cell.recipe), []).append(figures)
+        key = (row_names[name], value_of(cell.recipe))
+        figures_by_seed.setdefault(key, []).append(figures)
+    means = {
+        key: {figure: _mean(figure, rows) for figure in FORMS}
+        for key, rows in figures_by_seed.items()
+    }
     seeds = len({recipe.seed for recipe in recipes})
 
     def table(figure: str) -> Table:
         rows = [
-            (name, *(_mean(figure, row.get(top, [])) for top in tops))
-            for name, row in groups.items()
+            (name, *(means.get((name, top), {}).get(figure) for top in tops))
+            for name in dict.fromkeys(name for name, _ in means)
         ]
         if figure == "perplexity":
             rows.insert(0, ("dense", *([dense.get(figure)] * len(tops))))
@@ -211,59 +196,32 @@ def _quality_parts(
         if any(figures.get(figure) is not None for _, figures in cells.values())
     ]
     points = [Point("dense", "dense", dense)]
-    for name, row in groups.items():
-        for top, seed_figures in row.items():
-            means = {figure: _mean(figure, seed_figures) for figure in FORMS}
-            points.append(Point(name, f"{name}, {_title(axis, top)}", means))
+    for (name, top), mean_figures in means.items():
+        at = {_axis_title(axis): _number(top)}
+        points.append(Point(name, f"{name}, {_title(axis, top)}", mean_figures | at))
     level = dense.get("perplexity")
-    chart = _chart(f"Perplexity on {where} by {axis}", axis, tops, groups, level)
     shown: list[Part] = [table("perplexity"), *(table(x) for x in other_figures[:1])]
-    shown += [*quality_charts(where, points, level), *([chart] if chart is not None else [])]
+    shown += quality_charts(where, points, level)
+    shown += _axis_chart(where, axis, [_number(top) for top in tops], points, level)
     return shown, [table(figure) for figure in other_figures[1:]]
 
 
-def _chart(
-    title: str,
+def _axis_chart(
+    where: str,
     axis: str,
-    tops: Sequence[Any],
-    groups: Mapping[str, Mapping[Any, list[Mapping[str, Any]]]],
+    numbers: Sequence[float | None],
+    points: Sequence[Point],
     level: float | None,
-) -> Lines | None:
+) -> list[Lines]:
     """Perplexity over at least three numbers; patterns and fewer numbers are in the table alone."""
-    if len(tops) < 3 or not all(not isinstance(top, str) or top.endswith("%") for top in tops):
-        return None
-    series = []
-    for name, row in groups.items():
-        points = [
-            (top, mean, [figures["perplexity"] for figures in row[top]])
-            for top in tops
-            if top in row and (mean := _mean("perplexity", row[top])) is not None
-        ]
-        hover = tuple(
-            f"{name}, {_title(axis, top)}: {mean:,.3f}"
-            + (
-                f" (mean of {len(values)} seeds, {min(values):,.3f} to {max(values):,.3f})"
-                if len(values) > 1
-                else ""
-            )
-            for top, mean, values in points
-        )
-        if points:
-            x = tuple(_number(top) for top, _, _ in points)
-            series.append(Series(name, x, tuple(mean for _, mean, _ in points), hover))
-    values = [y for line in series for y in line.y] + ([level] if level is not None else [])
-    if not series:
-        return None
-    xs = [_number(top) for top in tops]
-    return Lines(
-        title,
-        f"{axis} (%)" if axis == "sparsity" else axis,
-        "perplexity",
-        tuple(series),
-        level=("dense", level) if level is not None else None,
-        log_x=min(xs) > 0 and max(xs) / min(xs) >= 16,
-        log_y=max(values) / min(values) >= LOG_FROM,
-    )
+    xs = [number for number in numbers if number is not None]
+    title = _axis_title(axis)
+    positions = positions_of(points, title)
+    if len(xs) < max(3, len(numbers)) or not positions:
+        return []
+    heading = f"Perplexity on {where} by {axis}"
+    log_x = min(xs) > 0 and max(xs) / min(xs) >= 16
+    return [perplexity_chart(heading, title, positions, level, log_x=log_x, round_ticks=False)]
 
 
 def _row_names(cells: Sequence[CellResult], axis: str) -> dict[str, str]:
@@ -299,8 +257,15 @@ def _title(axis: str, top: Any) -> str:
     return f"{top:,} {unit}{'' if top == 1 else 's'}"
 
 
-def _number(top: Any) -> float:
-    return float(top.removesuffix("%")) if isinstance(top, str) else float(top)
+def _axis_title(axis: str) -> str:
+    return f"{axis} (%)" if axis == "sparsity" else axis
+
+
+def _number(top: Any) -> float | None:
+    """Where a column of the table is on the x axis of the chart; None for an N:M pattern."""
+    if isinstance(top, str) and not top.endswith("%"):
+        return None
+    return float(str(top).removesuffix("%"))
 
 
 def _mean(figure: str, rows: Sequence[Mapping[str, Any]]) -> float | None:

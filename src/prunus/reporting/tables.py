@@ -1,4 +1,4 @@
-"""The tables and facts that the verbs print. Every figure is from a record that `--json` writes.
+"""The tables and facts that commands print. Every figure is from a record that `--json` writes.
 
 Records of pruning and inspections have a method `table` of their own, which notebooks show too.
 """
@@ -6,15 +6,13 @@ Records of pruning and inspections have a method `table` of their own, which not
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from prunus.compression.records import ConversionRecord
 from prunus.engine.document import Facts, Table, items_of, table_of
 from prunus.engine.record import bos_words
 from prunus.hardware.sizes import counted
-
-if TYPE_CHECKING:
-    from prunus.compression.records import ConversionRecord
-    from prunus.recovery.record import RecoveryRecord
+from prunus.recovery.record import RecoveryRecord
 
 # Value of the option `bos` -> what a plan says of it, before a tokenizer is loaded.
 _BOS_OF_PLAN = {
@@ -100,7 +98,7 @@ def packing_table(record: ConversionRecord) -> Table:
         kinds.setdefault(name.rpartition(".")[2], []).append(linear)
     forms = dict.fromkeys(("count", "packed", "bytes before", "bytes after"), ",d")
     return table_of(
-        f"{record.VERB} {record.source} ({record.inputs.dtype})",
+        f"{record.COMMAND} {record.source} ({record.inputs.dtype})",
         [row(kind, linears) for kind, linears in kinds.items()],
         forms | {"after / before": ".3f", "rounding error": ".2e"},
         "",

@@ -8,16 +8,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from prunus.engine.document import Document, Section, short_names
-from prunus.engine.linear_record import PruningRecord
+from prunus.engine.document import Document, Section
 from prunus.engine.record import BlockwiseRecord
 from prunus.formats.records import CompressionRecord
 from prunus.model.checkpoint.atomic_files import check_place, read_json, write_text
+from prunus.model.formats import reader_of
 from prunus.pruning.manifest import Manifest
 from prunus.reporting.evaluation_sections import decode_speeds, evaluation_section, speed_section
 from prunus.reporting.page import document_json, to_html, to_markdown
-from prunus.reporting.run_sections import comparison_section, run_section
-from prunus.reporting.structure_section import structure_section
+from prunus.reporting.run_sections import run_section, structure_section
 from prunus.reporting.sweep_section import sweep_section
 from prunus.structure.records import StructureRecord
 from prunus.sweeping.results import RESULTS_NAME, SweepResults
@@ -32,8 +31,7 @@ def report(
 ) -> Document:
     """Show runs, sweeps and evaluations, as `prunus report` does.
 
-    Quality is first: evaluations and sweeps, then `bench`. Runs follow; two or more runs of `prune`
-    and `compress` are also compared.
+    Quality is first: evaluations and sweeps, then `bench`. Runs follow.
 
     Args:
         paths: Folders of `prune`, `compress`, `shrink` or `sweep`, and files of
@@ -57,17 +55,14 @@ def report(
         raise ValueError(f"output {page}: the name must end in .html or .md")
     if page is not None:
         check_place(page)
-    measured, speeds = [], {}
+    measured: list[Section] = []
+    speeds: dict[str, float] = {}
     if bench is not None:
         content = read_json(Path(bench))
         measured = [_checked(Path(bench), lambda: speed_section(content), "prunus bench")]
         speeds = decode_speeds(content)
     results = [(path, _read_result(path)) for path in input_paths]
     runs = [(path, result) for path, result in results if isinstance(result, BlockwiseRecord)]
-    names = short_names(str(path) for path, _ in runs)
-    pruned = {
-        names[str(path)]: result for path, result in runs if isinstance(result, PruningRecord)
-    }
     sections = [
         *(
             _section(path, result, speeds)
@@ -75,11 +70,6 @@ def report(
             if not isinstance(result, BlockwiseRecord)
         ),
         *measured,
-        *(
-            [_checked(input_paths[0], lambda: comparison_section(pruned))]
-            if len(pruned) > 1
-            else []
-        ),
         *(_section(path, run, speeds) for path, run in runs),
     ]
     document = Document(title or sections[0].title, tuple(sections))
@@ -96,10 +86,8 @@ def _read_result(path: Path) -> Any:
             f"{path} is not there; give the folder of a run or a sweep, or the file of prunus eval "
             "--json"
         )
-    if path.suffix == ".gguf":
-        from prunus.formats.gguf.contents import read_record  # it imports torch
-
-        if (record := read_record(path)) is None:
+    if (kind := reader_of(path)) is not None:
+        if (record := kind.read_record(path)) is None:
             raise ValueError(f"{path} has no record of prunus compress: another program wrote it")
         return record
     if not path.is_dir():
@@ -118,15 +106,15 @@ def _read_result(path: Path) -> Any:
 
 def _section(path: Path, result: Any, speeds: Mapping[str, float]) -> Section:
     if isinstance(result, SweepResults):
-        return _checked(path / RESULTS_NAME, lambda: sweep_section(result, speeds))
+        return _checked(path / RESULTS_NAME, lambda: sweep_section(result))
     if isinstance(result, BlockwiseRecord):
         section: Any = structure_section if isinstance(result, StructureRecord) else run_section
         return _checked(path / result.FILE, lambda: section(result))
     return _checked(path, lambda: evaluation_section(result, speeds), "prunus eval")
 
 
-def _checked(path: Path, make_section: Callable[[], Section], verb: str = "") -> Section:
-    """A section whose figures can all be shown; errors name the file and the verb of its JSON."""
+def _checked(path: Path, make_section: Callable[[], Section], command: str = "") -> Section:
+    """A section whose figures can all be shown; errors name the file and the command."""
     try:
         section = make_section()
         to_markdown(Document(section.title, (section,)))
@@ -140,7 +128,7 @@ def _checked(path: Path, make_section: Callable[[], Section], verb: str = "") ->
         AttributeError,
         RecursionError,
     ):
-        other = f", or not the JSON of {verb}" if verb else ""
+        other = f", or not the JSON of {command}" if command else ""
         raise ValueError(f"{path} is damaged or of another version{other}") from None
     except ValueError as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None

@@ -1,1 +1,1 @@
-"""The server of transformers for one model, and packed linears for vLLM."""
+"""The server of transformers for one model."""

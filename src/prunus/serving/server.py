@@ -12,8 +12,8 @@ from prunus.evaluation.model_input import find_folder
 from prunus.hardware.errors import reason
 from prunus.model.adapter import is_adapter
 from prunus.model.checkpoint.reader import Checkpoint
-from prunus.model.checkpoint.resolve import is_gguf
 from prunus.model.device import choose_device
+from prunus.model.formats import reader_of
 from prunus.model.loading import check_architecture, no_downloads
 from prunus.model.tokenizer import load_tokenizer
 
@@ -70,7 +70,7 @@ def serve(
             f"warning: {host} can be reached from other machines, and the server asks for no key: "
             "put a proxy that does in front of it"
         )
-    served = str(folder if is_gguf(model) else model)
+    served = str(model if reader_of(model) is None else folder)
     log(f"starting transformers serve; clients call the model {served}")
     from transformers.cli.serve import Serve
 

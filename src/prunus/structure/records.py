@@ -211,7 +211,7 @@ class StructureRecord(BlockwiseRecord):
     """The record of shrink: what was removed from each block, and how it was chosen."""
 
     FILE: ClassVar[str] = "prunus-structure.json"
-    VERB: ClassVar[str] = "prunus shrink"
+    COMMAND: ClassVar[str] = "prunus shrink"
 
     #: What the run was asked to remove.
     recipe: StructureRecipe

@@ -1,199 +1,289 @@
-"""One cell of a sweep: prune, recover, score. Each finished step is entered in the cell's result.
+"""The work of a sweep: score each dense model, then prune, recover and score cell after cell.
 
-A cell's folder contains its record, and in `model` the weights for as long as they are needed.
+The folder of a cell contains its record, and in `model` the weights for as long as they are needed.
+Each finished step is entered in the results and saved. If a cell fails, its error is recorded and
+the other cells run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from prunus.calibration.sources import find_source
-from prunus.calibration.windows import Wanted
+from prunus.calibration.windows import WindowRequest
 from prunus.engine.options import RunOptions
+from prunus.engine.progress import LineInterval, Progress
+from prunus.engine.session import Session
 from prunus.evaluation.inspection import packed_size, stored_size
 from prunus.evaluation.options import TaskOptions, TextOptions
 from prunus.evaluation.perplexity import perplexity
 from prunus.evaluation.reference import Reference
 from prunus.evaluation.task_runner import evaluate
-from prunus.model.checkpoint.atomic_files import TEMPORARY_SUFFIX, copy_file, in_held, make_folder
-from prunus.model.loading import load_model
+from prunus.hardware.errors import reason
+from prunus.methods import get_method
+from prunus.model.checkpoint.atomic_files import (
+    TEMPORARY_SUFFIX,
+    copy_file,
+    in_held,
+    make_folder,
+    remove_temporaries,
+)
 from prunus.model.tokenizer import load_tokenizer
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
 from prunus.pruning.run import run
 from prunus.recovery.record import RecoveryRecord
 from prunus.recovery.run import recover
-from prunus.sweeping.grid import Scoring
+from prunus.sweeping.grid import Sweep
 from prunus.sweeping.results import CalibrationSet, CellResult, SweepResults, SweptModel
 
+#: The folder of the folders of cells, in the folder of a sweep.
+_CELLS_FOLDER = "cells"
 #: The name of the folder of weights in the folder of a cell.
-WEIGHTS = "model"
+_WEIGHTS = "model"
 
 
-def windows_of(recipe: Recipe) -> dict[str, Any]:
-    """The options of a recipe that decide its windows, by name: cells share windows by them."""
-    return recipe.model_dump(include={"calibration", "samples", "seqlen", "seed", "bos"})
+@dataclass
+class Runner:
+    """Runs the cells of a sweep.
 
-
-def draw_windows(
-    results: SweepResults, label: str, recipe: Recipe, options: RunOptions
-) -> torch.Tensor:
-    """The calibration windows for a recipe, (samples, seqlen) int64.
-
-    Args:
-        results: Get an entry for the windows, unless they have one from an earlier run.
-        label: The label of the dense model, whose tokenizer cuts the windows.
-        recipe: Chooses the windows.
-        options: The data folder, and whether remote code is trusted.
-
-    Raises:
-        FileExistsError: The windows are not those of the entry, so cells could not be compared.
-        ValueError, OSError, ModuleNotFoundError: As `Source.check` and `Source.draw`.
+    Attributes:
+        sweep: What to do.
+        results: What was done; every step is entered here and saved.
+        output: Folder of the results.
+        options: Those of the command, for all cells.
+        report: Is called with a line of text after every step.
+        references: Label -> the dense model, which cells are compared with.
+        windows: Label and options of windows -> the windows, int64, which cells share.
     """
-    key = windows_of(recipe)
-    model = Path(results.models[label].path)
-    trust = options.trust_remote_code
-    request = Wanted(
-        **{name: value for name, value in key.items() if name != "calibration"},
-        data=options.data,
-        tokenizer=lambda: load_tokenizer(model, trust),
-        model=lambda: load_model(model, trust_remote_code=trust),
-    )
-    source = find_source(recipe.calibration)
-    source.check(request)
-    windows = source.draw(request)
-    entry = next((x for x in results.calibration if (x.model, x.options) == (label, key)), None)
-    if entry is None:
-        results.calibration.append(
-            CalibrationSet(
+
+    sweep: Sweep
+    results: SweepResults
+    output: Path
+    options: RunOptions
+    report: Callable[[str], None]
+    references: dict[str, Reference] = field(default_factory=dict)
+    windows: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def run(self) -> SweepResults:
+        """Score the dense models, then run cell after cell; a failed one does not end the sweep."""
+        # A killed run may have left files half-written. The runs of cells clear the folders of
+        # weights themselves.
+        folders = [path for path in self.output.glob("*") if path.is_dir()]
+        for folder in (self.output, *folders, *self.output.glob(f"{_CELLS_FOLDER}/*")):
+            remove_temporaries(folder)
+        self._save()
+        for label, model in self.results.models.items():
+            title = f"{label}, dense"
+            with self._running(model, title):
+                self._score(Path(model.path), model, label, title)
+        for cell in self.results.cells:
+            if cell.recovers is None:
+                recoveries = [x for x in self.results.cells if x.recovers == cell.name]
+                self._run_with_recoveries(cell, recoveries)
+        for reference in self.references.values():
+            reference.close()
+        return self.results
+
+    def _save(self) -> None:
+        self.results.save(self.output)
+
+    def _title(self, cell: CellResult) -> str:
+        return f"[{self.results.cells.index(cell) + 1}/{len(self.results.cells)}] {cell.name}"
+
+    def _folder(self, cell: CellResult) -> Path:
+        return self.output / _CELLS_FOLDER / cell.name
+
+    @contextlib.contextmanager
+    def _running(self, record: SweptModel, title: str) -> Iterator[None]:
+        """Record how the work on a cell or a dense model ends, so that the sweep continues."""
+        record.state = "running"
+        record.error = None
+        try:
+            yield
+        except Exception as fault:
+            record.error = reason(fault, most=2000)
+            self.report(f"{title}: failed: {record.error}")
+        record.state = "failed" if record.error else "done"
+        self._save()
+
+    def _run_with_recoveries(self, cell: CellResult, recoveries: list[CellResult]) -> None:
+        """Run a cell and the cells that recover it. Its weights are deleted when all are done."""
+        todo = [recovery for recovery in recoveries if recovery.state != "done"]
+        weights: Path | None = None
+        if cell.state != "done" or todo:
+            with self._running(cell, self._title(cell)):
+                weights = self._prune(cell)
+                self._score(weights, cell, cell.model, self._title(cell))
+        for recovery in todo:
+            with self._running(recovery, self._title(recovery)):
+                if weights is None or cell.state != "done":
+                    raise RuntimeError(f"the cell to recover failed: {cell.error}")
+                recovered = self._recover(recovery, weights)
+                self._score(recovered, recovery, recovery.model, self._title(recovery))
+        for finished in (cell, *recoveries):
+            if finished.state == "done" and not self.sweep.keep_checkpoints:
+                _discard_weights(self._folder(finished))
+
+    # --- the steps of a cell ---
+
+    def _prune(self, cell: CellResult) -> Path:
+        """Prune into the cell's folder, and return the folder of the weights.
+
+        A run that was stopped is resumed, and deleted weights are made again, to the same bytes.
+        """
+        model = self.results.models[cell.model]
+        if model.error is not None:
+            raise RuntimeError(f"the dense model {cell.model} could not be scored: {model.error}")
+        title = self._title(cell)
+        interval = LineInterval()
+        interval.restart()
+
+        def report_block(step: Progress) -> None:
+            if interval.due():
+                interval.restart()
+                self.report(f"{title}: block {step.done} of {step.total}")
+
+        windows = None
+        if get_method(cell.recipe.method).needs != "none":
+            windows = self._windows(cell.model, cell.recipe)
+        options = self.options.model_copy(update={"input_ids": windows})
+        folder = self._folder(cell)
+        weights = in_held(folder / _WEIGHTS)
+        make_folder(folder)
+        session = Session(report=report_block)
+        manifest = run(Path(model.path), weights, cell.recipe, options, session)
+        copy_file(weights / Manifest.FILE, folder / Manifest.FILE)
+        if cell.pruning is None:
+            inputs = {"calibration_sha256": manifest.inputs.calibration_sha256}
+            cell.pruning = manifest.summary() | inputs
+        self._save()
+        seconds = f"{cell.pruning['block_seconds']:.0f} s"
+        self.report(f"{title}: {cell.pruning['sparsity']:.2%} pruned in {seconds}")
+        return weights
+
+    def _windows(self, label: str, recipe: Recipe) -> torch.Tensor:
+        """The calibration windows for a recipe, (samples, seqlen) int64.
+
+        They are entered in the results, unless an earlier run has done so.
+
+        Args:
+            label: The label of the dense model, whose tokenizer cuts the windows.
+            recipe: Chooses the windows.
+
+        Raises:
+            FileExistsError: The windows are not those of the entry, so cells could not be compared.
+            ValueError, OSError, ModuleNotFoundError: As `Source.check` and `Source.draw`.
+        """
+        # Cells share windows by the options that decide them.
+        options = recipe.model_dump(include={"calibration", "samples", "seqlen", "seed", "bos"})
+        key = f"{label} {options}"
+        if key in self.windows:
+            return self.windows[key]
+        model = Path(self.results.models[label].path)
+        trust = self.options.trust_remote_code
+        request = WindowRequest(
+            **{name: value for name, value in options.items() if name != "calibration"},
+            data=self.options.data,
+            tokenizer=lambda: load_tokenizer(model, trust),
+        )
+        source = find_source(recipe.calibration)
+        source.check(request)
+        windows = source.draw(request)
+        entry = next(
+            (x for x in self.results.calibration if (x.model, x.options) == (label, options)), None
+        )
+        if entry is None:
+            entry = CalibrationSet(
                 model=label,
-                options=key,
+                options=options,
                 source=windows.source,
                 sha256=windows.sha256,
                 used_bos=windows.bos,
             )
-        )
-    elif entry.sha256 != windows.sha256:
-        raise FileExistsError(
-            f"{recipe.calibration} gives other windows than before: cells of this sweep were "
-            f"calibrated on windows with the sha256 {entry.sha256[:12]}…, these have "
-            f"{windows.sha256[:12]}…. Choose another output folder"
-        )
-    return windows.ids
+            self.results.calibration.append(entry)
+            self._save()
+        if entry.sha256 != windows.sha256:
+            raise FileExistsError(
+                f"{recipe.calibration} gives other windows than before: cells of this sweep were "
+                f"calibrated on windows with the sha256 {entry.sha256[:12]}…, these have "
+                f"{windows.sha256[:12]}…. Choose another output folder"
+            )
+        self.windows[key] = windows.ids
+        return windows.ids
+
+    def _recover(self, cell: CellResult, pruned: Path) -> Path:
+        """Recover the weights in the folder `pruned`, and return the folder of the result.
+
+        An earlier attempt is resumed. With `teacher = "dense"` in the sweep file, the model before
+        pruning is the teacher.
+        """
+        table = self.sweep.recovery[cell.recovery or ""]
+        chosen = {"device": self.options.device, "data": self.options.data} | table
+        if table.get("teacher") == "dense":
+            chosen["teacher"] = Path(self.results.models[cell.model].path)
+        folder = self._folder(cell)
+        weights = in_held(folder / _WEIGHTS)
+        make_folder(folder)
+        record = recover(pruned, weights, progress=False, **chosen)
+        copy_file(weights / RecoveryRecord.FILE, folder / RecoveryRecord.FILE)
+        cell.recovered = record.totals
+        self._save()
+        self.report(f"{self._title(cell)}: recovered in {record.totals['seconds']:.0f} s")
+        return weights
+
+    def _score(self, weights: Path, record: SweptModel, label: str, title: str) -> None:
+        """Measure a checkpoint's size, and score it on every text and task that its record lacks.
+
+        Every figure is saved and reported at once.
+
+        Args:
+            weights: The checkpoint.
+            record: Gets the figures: a cell, or a dense model.
+            label: The label of the dense model. It scores itself with what the comparisons of cells
+                need as well.
+            title: Begins the lines of text.
+        """
+        scoring = self.sweep.scoring
+        trust = self.options.trust_remote_code
+        if label not in self.references:
+            dense = Path(self.results.models[label].path)
+            self.references[label] = Reference(dense, len(scoring.texts))
+
+        def finished(what: str, value: float) -> None:
+            self._save()
+            self.report(f"{title}: {what} {value:.4g}")
+
+        if record.size is None:
+            record.size = stored_size(weights, trust)
+            record.packed = packed_size(weights, trust)
+        # A cell is compared with the dense model, which is compared with nothing.
+        is_cell = isinstance(record, CellResult)
+        scored = weights if is_cell else self.references[label]
+        reference = self.references[label] if is_cell else None
+        how = scoring.arguments(TextOptions, self.options)
+        for text in scoring.texts:
+            if text not in record.scores:
+                result = perplexity(scored, text, reference=reference, progress=False, **how)
+                record.scores[text] = result
+                finished(f"perplexity on {text}", result.perplexity)
+                if result.divergence is not None:
+                    finished(f"KL divergence on {text}", result.divergence.kl)
+        if scoring.tasks and not record.tasks:
+            how = scoring.arguments(TaskOptions, self.options)
+            results = evaluate(weights, scoring.tasks, progress=False, **how)
+            for (task, metric), figure in results.metrics().items():
+                record.tasks.setdefault(task, {})[metric] = figure.as_dict()
+                finished(f"{metric} on {task}", figure.value)
 
 
-def prune_cell(cell: CellResult, folder: Path, model: Path, options: RunOptions) -> Path:
-    """Prune into the cell's folder.
-
-    A run that was stopped is resumed, and deleted weights are made again, to the same bytes.
-
-    Args:
-        cell: Gets the totals of the run in `pruning`, unless it has them.
-        folder: The folder of the cell.
-        model: The checkpoint of the dense model.
-        options: How the run works; its `input_ids` are the calibration windows.
-
-    Returns:
-        The folder of the pruned weights.
-
-    Raises:
-        ValueError, OSError: As `prunus.prune`.
-    """
-    weights = in_held(folder / WEIGHTS)
-    make_folder(folder)
-    manifest = run(model, weights, cell.recipe, options)
-    copy_file(weights / Manifest.FILE, folder / Manifest.FILE)
-    if cell.pruning is None:
-        windows = {"calibration_sha256": manifest.inputs.calibration_sha256}
-        cell.pruning = manifest.summary() | windows
-    return weights
-
-
-def recover_cell(
-    cell: CellResult,
-    folder: Path,
-    pruned: Path,
-    dense: Path,
-    recovery: dict[str, Any],
-    options: RunOptions,
-) -> Path:
-    """Recover pruned weights into the cell's folder. An earlier attempt is resumed.
-
-    Args:
-        cell: Gets the totals of the run in `recovered`.
-        folder: The folder of the cell.
-        pruned: The checkpoint of the pruned weights, which belongs to another cell.
-        dense: The checkpoint of the model before pruning.
-        recovery: A table of the sweep file: options of `prunus recover`. With `teacher = "dense"`
-            the model before pruning is the teacher.
-        options: Device and data folder, which the table may replace.
-
-    Returns:
-        The folder of the recovered weights.
-
-    Raises:
-        ValueError, OSError: As `prunus.recover`.
-    """
-    weights = in_held(folder / WEIGHTS)
-    make_folder(folder)
-    chosen = {"device": options.device, "data": options.data} | recovery
-    if recovery.get("teacher") == "dense":
-        chosen["teacher"] = dense
-    record = recover(pruned, weights, progress=False, **chosen)
-    copy_file(weights / RecoveryRecord.FILE, folder / RecoveryRecord.FILE)
-    cell.recovered = record.totals
-    return weights
-
-
-def score_model(
-    model: Path,
-    scoring: Scoring,
-    options: RunOptions,
-    record: SweptModel,
-    dense: Reference,
-    finished: Callable[[str, float], None],
-) -> None:
-    """Measure a checkpoint's size, and score it on every text and task that its record lacks.
-
-    Args:
-        model: The checkpoint.
-        scoring: How to score.
-        options: Device, memory, data folder and trust in remote code.
-        record: Gets the figures: a cell, or a dense model.
-        dense: The dense model. It scores itself with what the comparisons of cells need as well.
-        finished: Is called with what was scored and its value, after each text and each metric.
-
-    Raises:
-        ValueError, OSError: The checkpoint, a text or a task cannot be read.
-    """
-    if record.size is None:
-        record.size = stored_size(model, options.trust_remote_code)
-        record.packed = packed_size(model, options.trust_remote_code)
-    is_cell = isinstance(record, CellResult)
-    # A cell is compared with the dense model, which is compared with nothing.
-    scored, reference = (model, dense) if is_cell else (dense, None)
-    how = scoring.arguments(TextOptions, options)
-    for text in scoring.texts:
-        if text not in record.scores:
-            result = perplexity(scored, text, reference=reference, progress=False, **how)
-            record.scores[text] = result
-            finished(f"perplexity on {text}", result.perplexity)
-            if result.divergence is not None:
-                finished(f"KL divergence on {text}", result.divergence.kl)
-    if scoring.tasks and not record.tasks:
-        how = scoring.arguments(TaskOptions, options)
-        results = evaluate(model, scoring.tasks, progress=False, **how)
-        for (task, metric), value in results.metrics().items():
-            record.tasks.setdefault(task, {})[metric] = value.as_dict()
-            finished(f"{metric} on {task}", value.value)
-
-
-def discard_weights(folder: Path) -> None:
+def _discard_weights(folder: Path) -> None:
     """Delete a cell's weights; its record stays.
 
     The folder is renamed first, so a kill in between leaves nothing that looks like a checkpoint.
@@ -201,8 +291,8 @@ def discard_weights(folder: Path) -> None:
     Args:
         folder: The folder of the cell, which need not hold weights.
     """
-    weights = in_held(folder / WEIGHTS)
-    doomed = weights.with_name(WEIGHTS + TEMPORARY_SUFFIX)
+    weights = in_held(folder / _WEIGHTS)
+    doomed = weights.with_name(_WEIGHTS + TEMPORARY_SUFFIX)
     shutil.rmtree(doomed, ignore_errors=True)
     if weights.exists():
         weights.rename(doomed)

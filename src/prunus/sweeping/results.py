@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +32,10 @@ _MIN_WANDA_LOSS = 0.01
 _CONDITIONS = Recipe.names_of(lambda option: option.is_condition)
 
 
+#: How far the work on a model is.
+State = Literal["waiting", "running", "done", "failed"]
+
+
 class SweptModel(Part):
     """A model of a sweep, dense or a cell, and what was measured of it.
 
@@ -44,6 +48,8 @@ class SweptModel(Part):
         pruning: Totals of the run that pruned a cell; None before it, and for dense models.
         recovered: Totals of the run that recovered a cell; None before it, and for other models.
         residual_gap: Text -> see `residual_gaps`; empty for dense models.
+        state: A `waiting` model was not started, and a `running` one is between two steps. A
+            `failed` one is tried again by the next run.
         error: Why the work on it failed, in one line; None where it did not.
     """
 
@@ -54,6 +60,7 @@ class SweptModel(Part):
     pruning: dict[str, Any] | None = None
     recovered: dict[str, Any] | None = None
     residual_gap: dict[str, float | None] = Field(default={})
+    state: State = "waiting"
     error: str | None = None
 
     def figures(self, text: str) -> dict[str, Any]:
@@ -97,8 +104,6 @@ class CellResult(SweptModel):
         recipe: How it is pruned.
         recovery: Name of the table of the recovery; None for a cell without one.
         recovers: Name of the cell whose weights are recovered; None for a cell without a recovery.
-        state: A `waiting` cell was not started, and a `running` one is between two steps. A
-            `failed` one is tried again by the next run.
     """
 
     name: str
@@ -106,7 +111,6 @@ class CellResult(SweptModel):
     recipe: Recipe
     recovery: str | None = None
     recovers: str | None = None
-    state: Literal["waiting", "running", "done", "failed"] = "waiting"
 
 
 class DenseResult(SweptModel):
@@ -119,6 +123,8 @@ class DenseResult(SweptModel):
 
     path: str
     fingerprint: str
+    # Earlier versions recorded no state of a dense model.
+    state: State = "done"
 
 
 class CalibrationSet(Part):
@@ -197,26 +203,11 @@ class SweepResults(Part):
         for cell in self.cells:
             yield cell.name, cell.model, cell
 
-    def state_of(self, model: SweptModel) -> str:
-        """The state of a cell, or of a dense model: done when every text and task is scored."""
-        if isinstance(model, CellResult):
-            return model.state
-        if model.error:
-            return "failed"
-        tasks_done = bool(model.tasks) or not self.scoring.get("tasks")
-        return "done" if tasks_done and set(self.scoring["texts"]) <= {*model.scores} else "waiting"
-
-    def table(self, speeds: Mapping[str, float] | None = None) -> Table:
-        """One row per dense model and per cell.
-
-        Args:
-            speeds: Name of a row -> decoded tokens per second; None where none was measured.
-        """
+    def table(self) -> Table:
+        """One row per dense model and per cell."""
         forms = FORMS | {"zeros": ".2%", "pruning seconds": ",.1f", "recovery seconds": ",.1f"}
         rows = [
-            {"model": name}
-            | self._row(model, forms)
-            | {"decoded tokens/s": (speeds or {}).get(name), "reason": model.error}
+            {"model": name} | self._row(model, forms) | {"reason": model.error}
             for name, _, model in self.every_model()
         ]
         note = (
@@ -238,7 +229,7 @@ class SweepResults(Part):
         for column, figure in model.task_figures().items():
             row[column] = figure
             forms[column] = ".4g"
-        return row | model.totals() | {"state": self.state_of(model)}
+        return row | model.totals() | {"state": model.state}
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()

@@ -1,4 +1,4 @@
-"""The story of a sweep: check everything, score each dense model, then run cell after cell.
+"""The story of a sweep: check everything, then let `cells` score the models and run the cells.
 
 `results.json` is written after every step, so a sweep that was killed continues at the step where
 it stopped. If a cell fails, its error is recorded and the other cells run. The next run of the
@@ -10,28 +10,19 @@ is compared with it.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from prunus.distributed import SINGLE_PROCESS
 from prunus.distributed.group import started_by_torchrun
 from prunus.engine.folder import locked_output
 from prunus.engine.linear_job import plan_run
 from prunus.engine.options import RunOptions
-from prunus.engine.progress import LineInterval, Progress
 from prunus.evaluation.options import TaskOptions
 from prunus.evaluation.perplexity import check_text
-from prunus.evaluation.reference import Reference
 from prunus.evaluation.task_runner import prepare_tasks
-from prunus.hardware.errors import reason
 from prunus.hardware.memory import describe_hardware, versions
-from prunus.methods import get_method
-from prunus.model.checkpoint.atomic_files import remove_temporaries
 from prunus.model.checkpoint.output_folder import check_apart, is_vacant
 from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.device import choose_device
@@ -40,19 +31,9 @@ from prunus.model.source import CheckpointSource
 from prunus.options import takes
 from prunus.pruning.run import PlainTensors
 from prunus.recovery.options import RecoveryOptions
-from prunus.sweeping.cells import (
-    discard_weights,
-    draw_windows,
-    prune_cell,
-    recover_cell,
-    score_model,
-    windows_of,
-)
+from prunus.sweeping.cells import Runner
 from prunus.sweeping.grid import Sweep
-from prunus.sweeping.results import RESULTS_NAME, CellResult, DenseResult, SweepResults, SweptModel
-
-# The folder of the folders of cells, in the folder of a sweep.
-_CELLS_FOLDER = "cells"
+from prunus.sweeping.results import RESULTS_NAME, DenseResult, SweepResults
 
 
 @takes(RunOptions, without=("overwrite", "resume"))
@@ -95,10 +76,7 @@ def sweep(
     with locked_output(folder, SINGLE_PROCESS, lambda: check_folder(chosen, folder)):
         results = check_sweep(chosen, folder, run_options, file)
         report = progress or (lambda line: None)
-        return _Runner(chosen, results, folder, run_options, report).run()
-
-
-# --- checks before any work ---
+        return Runner(chosen, results, folder, run_options, report).run()
 
 
 def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> SweepResults:
@@ -126,7 +104,9 @@ def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> S
         check_apart(output, folder)
         source = CheckpointSource(folder, options.trust_remote_code)
         require_causal(source.config, f"a sweep (of {name})")
-        models[label] = DenseResult(path=str(folder), fingerprint=source.fingerprint)
+        models[label] = DenseResult(
+            path=str(folder), fingerprint=source.fingerprint, state="waiting"
+        )
     for text in sweep.scoring.texts:
         check_text(text, options.data)
     if sweep.scoring.tasks:
@@ -220,147 +200,5 @@ def _merge_earlier(earlier: SweepResults, now: SweepResults, output: Path) -> No
         now.models[label] = model.model_copy(update={"path": now.models[label].path})
     now.cells = [done.get(cell.name, cell) for cell in now.cells]
     now.calibration = earlier.calibration
-    now.hardware, now.versions = earlier.hardware, earlier.versions
-
-
-# --- the work ---
-
-
-@dataclass
-class _Runner:
-    """Runs the cells of a sweep.
-
-    Attributes:
-        sweep: What to do.
-        results: What was done; every step is entered here and saved.
-        output: Folder of the results.
-        options: Those of the command, for all cells.
-        report: Is called with a line of text after every step.
-        references: Label -> the dense model, which cells are compared with.
-        windows: Label and options of windows -> the windows, int64, which cells share.
-    """
-
-    sweep: Sweep
-    results: SweepResults
-    output: Path
-    options: RunOptions
-    report: Callable[[str], None]
-    references: dict[str, Reference] = field(default_factory=dict)
-    windows: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def run(self) -> SweepResults:
-        """Score the dense models, then run cell after cell; a failed one does not end the sweep."""
-        # A killed run may have left files half-written. The runs of cells clear the folders of
-        # weights themselves.
-        folders = [path for path in self.output.glob("*") if path.is_dir()]
-        for folder in (self.output, *folders, *self.output.glob(f"{_CELLS_FOLDER}/*")):
-            remove_temporaries(folder)
-        self._save()
-        for label, model in self.results.models.items():
-            with self._running(model, title := f"{label}, dense"):
-                self._score(Path(model.path), model, label, title)
-        for cell in self.results.cells:
-            if cell.recovers is None:
-                recoveries = [x for x in self.results.cells if x.recovers == cell.name]
-                self._run_with_recoveries(cell, recoveries)
-        for reference in self.references.values():
-            reference.close()
-        return self.results
-
-    def _save(self) -> None:
-        self.results.save(self.output)
-
-    # --- cells ---
-
-    def _run_with_recoveries(self, cell: CellResult, recoveries: list[CellResult]) -> None:
-        """Run a cell and the cells that recover it. Its weights are deleted when all are done."""
-        todo = [recovery for recovery in recoveries if recovery.state != "done"]
-        weights: Path | None = None
-        if cell.state != "done" or todo:
-            with self._running(cell, self._title(cell)):
-                weights = self._prune(cell)
-                self._score(weights, cell, cell.model, self._title(cell))
-        for recovery in todo:
-            with self._running(recovery, self._title(recovery)):
-                if weights is None or cell.state != "done":
-                    raise RuntimeError(f"the cell to recover failed: {cell.error}")
-                self._recover(recovery, weights)
-        for finished in (cell, *recoveries):
-            if finished.state == "done" and not self.sweep.keep_checkpoints:
-                discard_weights(self._folder(finished.name))
-
-    def _prune(self, cell: CellResult) -> Path:
-        """The folder with the pruned weights. Deleted weights are made again, to the same bytes."""
-        model = self.results.models[cell.model]
-        if model.error is not None:
-            raise RuntimeError(f"the dense model {cell.model} could not be scored: {model.error}")
-        title = self._title(cell)
-        interval = LineInterval()
-        interval.restart()
-
-        def report_block(step: Progress) -> None:
-            if interval.due():
-                interval.restart()
-                self.report(f"{title}: block {step.done} of {step.total}")
-
-        windows = None
-        if get_method(cell.recipe.method).needs != "none":
-            if (key := f"{cell.model} {windows_of(cell.recipe)}") not in self.windows:
-                self.windows[key] = draw_windows(
-                    self.results, cell.model, cell.recipe, self.options
-                )
-            windows = self.windows[key]
-            self._save()
-        changes = {"input_ids": windows, "report": report_block}
-        options = self.options.model_copy(update=changes)
-        weights = prune_cell(cell, self._folder(cell.name), Path(model.path), options)
-        self._save()
-        totals = cell.pruning or {}
-        seconds = f"{totals['block_seconds']:.0f} s"
-        self.report(f"{title}: {totals['sparsity']:.2%} pruned in {seconds}")
-        return weights
-
-    def _recover(self, cell: CellResult, pruned: Path) -> None:
-        """Recover the weights in the folder `pruned`, and score the result."""
-        title = self._title(cell)
-        folder = self._folder(cell.name)
-        dense = Path(self.results.models[cell.model].path)
-        table = self.sweep.recovery[cell.recovery or ""]
-        weights = recover_cell(cell, folder, pruned, dense, table, self.options)
-        self._save()
-        self.report(f"{title}: recovered in {(cell.recovered or {}).get('seconds', 0):.0f} s")
-        self._score(weights, cell, cell.model, title)
-
-    def _score(self, weights: Path, record: SweptModel, label: str, title: str) -> None:
-        """Score a checkpoint next to the dense model `label`, saving and reporting every figure."""
-        if label not in self.references:
-            texts = len(self.sweep.scoring.texts)
-            self.references[label] = Reference(Path(self.results.models[label].path), texts)
-
-        def finished(what: str, value: float) -> None:
-            self._save()
-            self.report(f"{title}: {what} {value:.4g}")
-
-        reference = self.references[label]
-        score_model(weights, self.sweep.scoring, self.options, record, reference, finished)
-
-    @contextlib.contextmanager
-    def _running(self, record: SweptModel, title: str) -> Iterator[None]:
-        """Record how the work on a cell or a dense model ends, so that the sweep continues."""
-        if isinstance(record, CellResult):
-            record.state = "running"
-        record.error = None
-        try:
-            yield
-        except Exception as fault:
-            record.error = reason(fault, most=2000)
-            self.report(f"{title}: failed: {record.error}")
-        if isinstance(record, CellResult):
-            record.state = "failed" if record.error else "done"
-        self._save()
-
-    def _title(self, cell: CellResult) -> str:
-        return f"[{self.results.cells.index(cell) + 1}/{len(self.results.cells)}] {cell.name}"
-
-    def _folder(self, name: str) -> Path:
-        return self.output / _CELLS_FOLDER / name
+    now.hardware = earlier.hardware
+    now.versions = earlier.versions

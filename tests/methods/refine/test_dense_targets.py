@@ -8,17 +8,12 @@ import reference
 from prunus.engine.memory import Memory
 from prunus.methods import METHODS, MethodOptions, compose
 from prunus.methods.patterns import Pattern
-from prunus.methods.refine.dense_targets import (
-    DEFAULT_DENSE_WEIGHT,
-    best_dense_weight,
-    dense_target,
-)
+from prunus.methods.refine.dense_targets import dense_target
 from prunus.methods.statistics import InputStatistics, StatisticsSpec
 from tiny import tiny_checkpoint, token_ids, weights
 
 DRIFT = StatisticsSpec(needs="gram", drift="all")
 SOME_DRIFT = StatisticsSpec(needs="gram", drift="some")
-HELD_OUT = StatisticsSpec(needs="gram", drift="all", hold_out=True)
 ALPS = {"method": "alps", "dense_weight": 0.25}
 
 
@@ -72,47 +67,6 @@ def test_the_drift_of_some_batches_stands_for_all():
     found, expected = (dense_target(weight_OI, each, 0.5, 0.01) for each in (part, whole))
     torch.testing.assert_close(found, expected)
     assert not torch.allclose(found, weight_OI)
-
-
-@pytest.mark.parametrize(
-    ("noise", "low", "high"), [(0.0, 0.9, 1.0), (10.0, 0.02, 0.6), (100.0, 0.0, 0.1)]
-)
-def test_the_dense_weight_is_the_best_on_held_out_tokens(noise, low, high):
-    torch.manual_seed(5)
-    width, tokens, damping = 12, 120, 0.1
-    dense_TI = torch.randn(tokens, width) @ torch.randn(width, width)
-    X_TI = dense_TI @ (torch.eye(width) + 0.2 * torch.randn(width, width))
-    # Noise that looks like drift on the first tokens, and does not on the held-out ones.
-    dense_TI[:80] += noise * torch.randn(80, width)
-    statistics = InputStatistics(width, HELD_OUT)
-    for place, (x, y) in enumerate(zip(X_TI.split(40), dense_TI.split(40), strict=True)):
-        statistics.add(x, y, held_out=place == 2)
-    weight_OI = torch.randn(7, width)
-    found = best_dense_weight(weight_OI, statistics, damping)
-
-    scale_I = X_TI.norm(dim=0)
-    rest_II = X_TI[:80].T @ X_TI[:80] + damping * 2 / 3 * torch.diag(scale_I**2)
-    shift_II = torch.linalg.solve(rest_II, X_TI[:80].T @ (dense_TI - X_TI)[:80])  # Y ≈ X + X·shift
-
-    def error(dense_weight: float) -> float:
-        outputs = X_TI[80:] @ (torch.eye(width) + dense_weight * shift_II) @ weight_OI.T
-        return float((outputs - dense_TI[80:] @ weight_OI.T).square().sum())
-
-    grid = [step / 200 for step in range(201)]
-    assert found == pytest.approx(min(grid, key=error), abs=0.01)
-    assert low <= found <= high
-
-
-def test_without_held_out_tokens_the_dense_weight_is_the_default():
-    statistics, _, _ = drifted()
-    weight_OI, chosen = torch.randn(5, 12), MethodOptions(dense_weight="auto")
-    assert best_dense_weight(weight_OI, statistics, None) is None
-    pruned = compose(METHODS["alps"], chosen).prune(weight_OI, statistics, Pattern(), 0.5, chosen)
-    constant = MethodOptions(dense_weight=DEFAULT_DENSE_WEIGHT)
-    expected = compose(METHODS["alps"], constant).prune(
-        weight_OI, statistics, Pattern(), 0.5, constant
-    )
-    assert torch.equal(pruned.weight_OI, expected.weight_OI)
 
 
 @pytest.mark.parametrize("method", ["alps", "sparsegpt", "obs", "wanda"])

@@ -1,5 +1,7 @@
 """Swaps against slow references, their guarantees for every input, and the composed methods."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ import reference
 from method_cases import PATTERNS, WEIRD, example, gather, weird_example
 from prunus.methods import METHODS, MethodOptions, Work, compose
 from prunus.methods.patterns import Pattern
+from prunus.methods.refine import swaps
 from prunus.methods.refine.swaps import refine_by_swaps
 
 # Swaps stay within a row, so columns keep no count.
@@ -20,8 +23,8 @@ def start(weight_OI: Tensor, X_TI: Tensor, pattern: Pattern, sparsity: float = 0
     return METHODS["wanda"].prune(weight_OI, gather(X_TI), pattern, sparsity).keep_OI
 
 
-def refine(weight_OI, keep_OI, statistics, pattern, damping=None, rounds=None):
-    options = MethodOptions(refine="swaps", damping=damping, refine_steps=rounds)
+def refine(weight_OI, keep_OI, statistics, pattern, damping=None):
+    options = MethodOptions(refine="swaps", damping=damping)
     return refine_by_swaps(weight_OI, keep_OI, statistics, Work(pattern, options=options))
 
 
@@ -72,7 +75,8 @@ def test_counts_stay_and_no_argument_is_changed(pattern, kind, rows, sparsity, s
 def test_no_round_of_swaps_raises_the_error_of_a_row(pattern, rows, columns, rounds, seed):
     weight_OI, X_TI = example(rows, columns, seed)
     keep_OI = start(weight_OI, X_TI, pattern)
-    refined_OI, notes = refine(weight_OI, keep_OI, gather(X_TI), pattern, 0.05, rounds)
+    with mock.patch.object(swaps, "_MAX_ROUNDS", rounds):
+        refined_OI, notes = refine(weight_OI, keep_OI, gather(X_TI), pattern, 0.05)
     assert notes["rounds"] <= rounds
     before, after = (error(weight_OI, mask, X_TI, 0.05) for mask in (keep_OI, refined_OI))
     changed_O = (refined_OI != keep_OI).any(dim=1)
@@ -101,11 +105,12 @@ def test_at_the_end_no_swap_lowers_the_error(pattern):
 
 
 def test_one_swap_is_the_best_of_all(monkeypatch):
-    monkeypatch.setattr("prunus.methods.refine.swaps._PAIRS", 1)
+    monkeypatch.setattr(swaps, "_PAIRS", 1)
+    monkeypatch.setattr(swaps, "_MAX_ROUNDS", 1)
     for pattern in (Pattern(), Pattern(2, 4)):
         weight_OI, X_TI = example(4, 16)
         keep_OI = start(weight_OI, X_TI, pattern)
-        refined_OI, _ = refine(weight_OI, keep_OI, gather(X_TI), pattern, 0.05, 1)
+        refined_OI, _ = refine(weight_OI, keep_OI, gather(X_TI), pattern, 0.05)
         scaled_OI, hessian_II, _ = reference.scaled(
             weight_OI, X_TI.double().T @ X_TI.double(), 0.05
         )
@@ -141,14 +146,13 @@ def test_rows_in_slices_give_the_same_result(monkeypatch):
 @pytest.mark.parametrize("pattern", [Pattern(), Pattern(2, 4)], ids=repr)
 def test_mask_then_refinement_then_update(refinement, update, pattern):
     weight_OI, X_TI = example(8, 24)
-    steps = {"refine_steps": 7} if refinement == "swaps" else {}
-    options = MethodOptions(refine=refinement, weight_update=update, damping=0.02, **steps)
+    options = MethodOptions(refine=refinement, weight_update=update, damping=0.02)
     pruned = compose(METHODS["wanda"], options).prune(
         weight_OI, gather(X_TI), pattern, 0.5, options
     )
     keep_OI = start(weight_OI, X_TI, pattern)
     if refinement != "none":
-        keep_OI, _ = refine(weight_OI, keep_OI, gather(X_TI), pattern, 0.02, 7)
+        keep_OI, _ = refine(weight_OI, keep_OI, gather(X_TI), pattern, 0.02)
     assert torch.equal(pruned.keep_OI, keep_OI)
     if update == "none":
         assert torch.equal(pruned.weight_OI, weight_OI * keep_OI)

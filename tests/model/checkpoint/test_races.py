@@ -124,7 +124,7 @@ def test_an_import_replaces_what_another_run_finished_only_if_it_may(
 ):
     pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
-    from prunus.model.checkpoint.gguf import import_gguf
+    from prunus.formats.gguf.import_checkpoint import import_gguf
     from tiny_gguf import tiny_llama, write_gguf
 
     write_gguf(tiny_llama(), tmp_path / "tiny.gguf")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from prunus.engine.block.hooks import input_hooks
+from prunus.engine.block.hooks import StopForward, input_hooks
 from prunus.engine.block.walk import Accumulate
 from prunus.methods.refine.dense_targets import MAX_DRIFT_STRIDE
 from prunus.methods.statistics import InputStatistics
@@ -201,18 +201,11 @@ class DenseBlockInputs:
 
         def stop(_linear: Linear, x: torch.Tensor) -> None:
             inputs.append(x)
-            raise _InputFound
+            raise StopForward
 
-        with input_hooks([self._linears[name]], stop), contextlib.suppress(_InputFound):
+        with input_hooks([self._linears[name]], stop), contextlib.suppress(StopForward):
             self._forward(number)
         return inputs[0] if inputs else None
-
-
-class _InputFound(BaseException):
-    """Ends a dense forward pass at the linear whose input is asked for.
-
-    It derives from BaseException, so that no `except Exception` in a model's code catches it.
-    """
 
 
 def drift_stride_for(tokens: int, width: int) -> int:
@@ -233,24 +226,12 @@ def drift_stride_for(tokens: int, width: int) -> int:
     return max(1, min(MAX_DRIFT_STRIDE, int(tokens / (_TOKENS_PER_FEATURE * width))))
 
 
-def held_out_batches(count: int) -> frozenset[int]:
-    """Numbers of the held-out batches: every fourth, or the last if there are fewer than four.
-
-    A single batch is not held out. `count` is the number of batches of all ranks.
-
-    >>> sorted(held_out_batches(9)), sorted(held_out_batches(3)), sorted(held_out_batches(1))
-    ([3, 7], [2], [])
-    """
-    return frozenset(range(3, count, 4) if count >= 4 else range(max(1, count - 1), count))
-
-
-def accumulate_with_drift(dense_inputs: DenseBlockInputs, held_out: frozenset[int]) -> Accumulate:
+def accumulate_with_drift(dense_inputs: DenseBlockInputs) -> Accumulate:
     """Make a function that adds a linear's inputs in both models to its statistics.
 
     Args:
         dense_inputs: The inputs in the dense model. They are read only for linears whose statistics
             have a drift.
-        held_out: Numbers of this rank's batches that are held out.
     """
 
     def accumulate(
@@ -258,6 +239,6 @@ def accumulate_with_drift(dense_inputs: DenseBlockInputs, held_out: frozenset[in
     ) -> None:
         has_target = statistics.drift_II is not None
         dense_TI = dense_inputs.get(linear.name, batch, len(X_TI)) if has_target else None
-        statistics.add(X_TI, dense_TI, held_out=batch in held_out)
+        statistics.add(X_TI, dense_TI)
 
     return accumulate

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -34,27 +34,13 @@ from prunus.methods.work import (
     RowSharding,
 )
 from prunus.model.linears import Linear
-from prunus.packed.weight import QuantizedWeight
+from prunus.runtime.weight import QuantizedWeight
 
 #: A weight as a compressed result stores it.
-Stored = QuantizedWeight | GroupedWeight
+PackedLinear = QuantizedWeight | GroupedWeight
 #: A model with a larger share of zeros than this was pruned already. Dense checkpoints have next to
 #: no weights that are exactly zero.
 SPARSE = 0.01
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinearSettings:
-    """How every linear of a run is pruned.
-
-    Attributes:
-        method: The method, with refinements and weight updates composed in.
-        work: What the run asks of the method. `prune_linear` decides for each linear how its rows
-            are split and how its weights are rounded; the caller may change its sparsity.
-    """
-
-    method: Method
-    work: Work
 
 
 class LinearFinish(Protocol):
@@ -66,18 +52,16 @@ class LinearFinish(Protocol):
 
     def begin(self, name: str, statistics: InputStatistics) -> LinearQuantization | GroupQuantizer:
         """How the linear of this full name is rounded, by the complete statistics of its inputs."""
-        ...
 
     def end(
         self, name: str, quantized: Quantized | GroupedWeight
-    ) -> tuple[Stored, dict[str, Any]] | None:
+    ) -> tuple[PackedLinear, dict[str, Any]] | None:
         """Note what became of a linear.
 
         Returns:
             Its weight as a compressed result stores it, and fields of its `LinearRecord`; or None,
             which asks for another rounding: `begin` is called once more.
         """
-        ...
 
 
 @dataclass(frozen=True)
@@ -94,11 +78,12 @@ class PrunedLinear:
 
     weight: torch.Tensor
     record: LinearRecord
-    packed: Stored | None = None
+    packed: PackedLinear | None = None
 
 
 def prune_linear(
-    settings: LinearSettings,
+    method: Method,
+    work: Work,
     linear: Linear,
     full_name: str,
     stored: torch.Tensor,
@@ -114,7 +99,8 @@ def prune_linear(
     weights, and a resumed run prunes finished blocks again.
 
     Args:
-        settings: The method, and what is asked of it.
+        method: The method, with refinements and weight updates composed in.
+        work: What is asked of it. How rows are split and weights are rounded is decided here.
         linear: The module. Its weight is overwritten.
         full_name: Name of the linear in the model, for messages.
         stored: The weight in the checkpoint's dtype and orientation, on any device.
@@ -127,7 +113,6 @@ def prune_linear(
             The message names the linear.
     """
     started = time.perf_counter()
-    method = settings.method
     notes: dict[str, Any] = {}
     statistics.check_finite(full_name)
     if statistics.tokens == 0 and method.needs != "none":
@@ -138,17 +123,17 @@ def prune_linear(
         notes["unreached"] = (
             "no calibration token reached this linear: its inputs were taken as equal"
         )
-    stored_OI = _on_device(stored.T if linear.transposed else stored, linear.weight_OI)
+    stored_OI = (stored.T if linear.transposed else stored).to(linear.weight_OI.device)
     weight_OI = stored_OI.to(torch.float32)
     if (before := count_zeros(stored_OI)) > SPARSE * stored_OI.numel():
         notes["zeros_before"] = before
     rows: RowSharding = _RowsOverRanks(ranks) if ranks.size > 1 else UNSHARDED
     # What `finish.end` returns: the weight as stored, and fields of the record.
-    ended: tuple[Stored | None, dict[str, Any]] | None = None
+    ended: tuple[PackedLinear | None, dict[str, Any]] | None = None
     # The loop runs once, and again only as long as `finish.end` asks for another rounding.
     while ended is None:
         quantization = None if finish is None else finish.begin(full_name, statistics)
-        work = replace(settings.work, rows=rows, quantization=quantization)
+        work = replace(work, rows=rows, quantization=quantization)
         with naming(full_name):
             pruned = method.apply(weight_OI, statistics, work)
         if method.updates_weights:
@@ -184,19 +169,6 @@ def prune_linear(
     )
     result = new_OI.T if linear.transposed else new_OI
     return PrunedLinear(result.to(stored.device).contiguous(), record, packed)
-
-
-def _on_device(stored_OI: torch.Tensor, current_OI: torch.Tensor) -> torch.Tensor:
-    """The stored weight on the device of the block, sent there at most once more.
-
-    The block was filled with the stored weight, and nothing has changed it yet. So if the block
-    computes in the stored dtype, `current_OI`, its weight on the device, is the stored one.
-    """
-    if stored_OI.device == current_OI.device:
-        return stored_OI
-    if stored_OI.dtype == current_OI.dtype:
-        return current_OI
-    return stored_OI.to(current_OI.device)
 
 
 def _output_error(
@@ -255,11 +227,11 @@ _COUNTS = frozenset({"swaps"})
 
 
 @dataclass(frozen=True)
-class _RankShard:
-    """The rows of one linear that one rank solves; see `RowShard`."""
+class _RankShard(RowShard):
+    """The rows of one linear that one rank solves."""
 
     ranks: Ranks
-    rows: slice  #: rows of this rank
+    rows: slice = field()  #: rows of this rank
     lengths: list[int]  #: per rank, its number of rows
 
     def joint_mask(self, score_OB: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
@@ -270,8 +242,8 @@ class _RankShard:
 
 
 @dataclass(frozen=True)
-class _RowsOverRanks:
-    """One shard per rank; see `RowSharding`. With too few rows, every rank solves all of them."""
+class _RowsOverRanks(RowSharding):
+    """One shard per rank. With too few rows, every rank solves all of them."""
 
     ranks: Ranks  #: all solve the same linear at once
 

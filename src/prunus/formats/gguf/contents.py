@@ -14,11 +14,7 @@ from typing import Any
 
 import torch
 
-from prunus.formats.gguf.types import PLAIN, TYPES, file_type
-from prunus.formats.recipe import CompressionRecipe
-from prunus.formats.records import CompressionRecord, FileSize
-from prunus.model.checkpoint.gguf import open_gguf
-from prunus.model.checkpoint.gguf_file import (
+from prunus.formats.gguf.file import (
     RECORD_FIELD,
     StoredTensor,
     fields_of,
@@ -26,7 +22,11 @@ from prunus.model.checkpoint.gguf_file import (
     new_fields,
     padded,
 )
-from prunus.model.checkpoint.gguf_layout import GgufLayout, GgufTensor
+from prunus.formats.gguf.header import open_gguf
+from prunus.formats.gguf.layout import GgufLayout, GgufTensor
+from prunus.formats.gguf.types import PLAIN, TYPES, file_type
+from prunus.formats.recipe import CompressionRecipe
+from prunus.formats.records import CompressionRecord, FileSize
 
 # The record in the file is filled up with spaces, so that the size of the file is known before the
 # run. It gets this many bytes ...

@@ -25,19 +25,27 @@ from prunus.engine.linear_options import PruningOptions
 from prunus.engine.linear_record import LinearRecord
 from prunus.engine.options import RunOptions
 from prunus.formats.base import TypeFormat, choose_types
-from prunus.formats.gguf.contents import FileContents, finished_file, reproducible
-from prunus.formats.gguf.types import GgufType, type_for, type_named, types_for
+from prunus.formats.gguf.contents import FileContents, finished_file, read_record, reproducible
+from prunus.formats.gguf.file import check_extra, padded, write_gguf
+from prunus.formats.gguf.header import open_gguf
+from prunus.formats.gguf.import_checkpoint import import_gguf
+from prunus.formats.gguf.layout import GgufTensor, layout_of
+from prunus.formats.gguf.types import (
+    FULL_TYPES,
+    TYPES,
+    GgufType,
+    type_for,
+    type_named,
+    types_for,
+)
 from prunus.formats.records import CompressionRecord
 from prunus.hardware.sizes import in_bytes
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.model.checkpoint.atomic_files import check_place, move_file
-from prunus.model.checkpoint.gguf import open_gguf
-from prunus.model.checkpoint.gguf_file import check_extra, padded, write_gguf
-from prunus.model.checkpoint.gguf_layout import GgufTensor, layout_of
 from prunus.model.checkpoint.output_folder import check_apart
 from prunus.model.checkpoint.reader import Checkpoint, TensorInfo
-from prunus.model.checkpoint.resolve import FULL_TYPES, is_gguf
 from prunus.model.checkpoint.writer import Writable
+from prunus.model.formats import reader_of
 
 #: Name of the whole file in the folder of the run.
 FILE = "model.gguf"
@@ -52,6 +60,16 @@ class GgufFormat(TypeFormat):
     #: The file that the run makes; `folder` sets it.
     path: Path
 
+    unpack = staticmethod(import_gguf)
+    read_record = staticmethod(read_record)
+
+    @staticmethod
+    def stored_types(path: Path) -> dict[str, tuple[str, float]]:
+        """The types of the weights of a file that prunus made; empty for others."""
+        record = read_record(path)
+        types = {} if record is None else record.types
+        return {name: (kind, TYPES[kind].bits) for name, kind in types.items()}
+
     def folder(self, model: str | Path, output: Path) -> Path:
         """The folder OUT.gguf.part of the run, once output and model are checked.
 
@@ -62,8 +80,8 @@ class GgufFormat(TypeFormat):
             ModuleNotFoundError: The package `gguf` is not installed.
         """
         check_extra()
-        is_file = is_gguf(model) and Path(model).is_file()
-        if is_file and (few := open_gguf(Path(model)).types.keys() - FULL_TYPES):
+        is_gguf = reader_of(model) is type(self)
+        if is_gguf and (few := open_gguf(Path(model)).types.keys() - FULL_TYPES):
             raise ValueError(
                 f"{model} has weights in {', '.join(sorted(few))}, which were rounded already. "
                 "Give a file in F32, F16, BF16 or Q8_0, or the checkpoint that it was made from"
@@ -78,12 +96,7 @@ class GgufFormat(TypeFormat):
         return folder
 
     def earlier(
-        self,
-        kind: type[CompressionRecord],
-        model: str | Path,
-        folder: Path,
-        recipe: PruningOptions,
-        options: RunOptions,
+        self, model: str | Path, folder: Path, recipe: PruningOptions, options: RunOptions
     ) -> CompressionRecord | None:
         """The record of the run to go on with, or that of the finished file; None for neither.
 
@@ -91,7 +104,7 @@ class GgufFormat(TypeFormat):
             FileExistsError: Something else has the name of the file.
         """
         done = None if options.overwrite else finished_file(self.path, self.recipe)
-        earlier = find_earlier(kind, folder, recipe, options, Path(model))
+        earlier = find_earlier(self.RECORD, folder, recipe, options, Path(model))
         # A kill may come between the name of the file and the end of its folder.
         is_over = earlier is None or (earlier.state == "finished" and not (folder / FILE).exists())
         return done if done is not None and is_over else earlier

@@ -84,6 +84,8 @@ PLAIN = {
     torch.float16: ("F16", 1, 1),
     torch.bfloat16: ("BF16", 30, 32),
 }
+#: Types of weights that are those of the model, or nearly so.
+FULL_TYPES = frozenset({"F32", "F16", "BF16", "Q8_0"})
 #: Name of a type -> the type.
 TYPES: dict[str, GgufType] = {entry.name: entry for entry in _ALL}
 

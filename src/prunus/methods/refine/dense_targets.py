@@ -17,9 +17,6 @@ Why a ridge: X − X̂ is small, and the solution divides it by small eigenvalue
 would grow there. Why α: the exact target (α = 1) also fits the noise of few tokens. With half of
 the change, the squared error that this noise causes is only a quarter.
 
-`best_dense_weight` chooses α by held-out tokens: W* is computed from the other tokens, and its
-error on the held-out ones is a parabola in α.
-
 Shape suffixes: O outputs (rows), I inputs. In the statistics, the drift is (X − X̂)ᵀX̂.
 """
 
@@ -31,7 +28,6 @@ from torch import Tensor
 from prunus.hardware.numerics import all_finite, low_precision_product
 from prunus.methods.solvers.least_squares import (
     ScaledGram,
-    inner_product,
     is_data_limited,
     ridge,
     scale_and_damp,
@@ -39,8 +35,6 @@ from prunus.methods.solvers.least_squares import (
 )
 from prunus.methods.statistics import InputStatistics
 
-#: α where none is given, or no tokens are held out to find it; see docs/concepts/targets.md.
-DEFAULT_DENSE_WEIGHT = 0.25
 #: At least one of this many batches also runs through the dense model.
 MAX_DRIFT_STRIDE = 4
 
@@ -122,61 +116,6 @@ def has_drift(statistics: InputStatistics) -> bool:
     return statistics.drift_share >= (
         1 if statistics.drift_gram_II is None else 1 / MAX_DRIFT_STRIDE
     )
-
-
-def best_dense_weight(
-    weight_OI: Tensor, statistics: InputStatistics, damping: float | None
-) -> float | None:
-    """The α whose W*, computed without the held-out tokens, fits the dense outputs on them best.
-
-    Let S = W₀(X − X̂)ᵀX̂ · (X̂ᵀX̂ + λD²)⁻¹ come from the other tokens. On the held-out tokens the error
-    ‖αX̂Sᵀ − (X − X̂)W₀ᵀ‖² has its minimum at α = tr (W₀(X − X̂)ᵀX̂Sᵀ) / tr (SX̂ᵀX̂Sᵀ). Both traces need
-    only sums that the statistics hold.
-
-    Args:
-        weight_OI: float32, the trained weights W₀.
-        statistics: With a Gram matrix, the drift, and both for held-out tokens alone.
-        damping: λ, or None for `least_squares.ridge` of the tokens that are not held out.
-
-    Returns:
-        α, clipped to [0, 1]; None where no tokens or all tokens are held out, or where the dense
-        inputs of some tokens are not known.
-
-    Raises:
-        ValueError: The Gram matrix or the drift is not finite.
-    """
-    gram_II, held_gram_II = statistics.gram_II, statistics.held_gram_II
-    drift_II, held_drift_II = statistics.drift_II, statistics.held_drift_II
-    tokens = statistics.held_tokens
-    if statistics.drift_share < 1 or held_gram_II is None or held_drift_II is None:
-        return None
-    if not 0 < tokens < statistics.tokens:
-        return None
-    assert gram_II is not None and drift_II is not None
-    # The scales are those of all tokens, so that they suit both parts.
-    scale_I = gram_II.diagonal().sqrt()
-    scale_I = scale_I.masked_fill(scale_I == 0, 1)
-    if damping is None:
-        damping = ridge(statistics.in_features, statistics.tokens - tokens)
-    damping = max(damping, statistics.in_features * torch.finfo(torch.float32).eps)
-
-    def compute() -> Tensor:
-        # The Gram matrix and the drift of all tokens but the held-out ones.
-        share = 1 - tokens / statistics.tokens
-        rest_II = ((gram_II - held_gram_II) / scale_I[:, None]).div_(scale_I)
-        # λ is relative to a diagonal of 1. The diagonal of the remaining tokens is about `share`.
-        rest_II.diagonal().add_(damping * share)
-        rest_drift_II = drift_II - held_drift_II
-        return _shift(_factor(rest_II, rest_drift_II), rest_drift_II, scale_I)
-
-    shift_II = statistics.derived(("held_out_shift", damping), compute)
-    scaled_OI = weight_OI * scale_I
-    change_OI = (scaled_OI @ shift_II).div_(scale_I)
-    # The error is size·α² − 2·gain·α + a constant, with its minimum at gain / size. An α above 1
-    # would extrapolate, and one below 0 would move away from the dense model.
-    size = inner_product(change_OI @ held_gram_II, change_OI)
-    gain = inner_product(weight_OI @ held_drift_II, change_OI)
-    return min(1.0, max(0.0, gain / size)) if size > 0 else 0.0
 
 
 def _factor(damped_II: Tensor, drift_II: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from prunus.methods.solvers.least_squares import scaled_gram_of
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import Work
 
+# Rounds end after this many, also where rows still improve.
 _MAX_ROUNDS = 100
 _CANDIDATES = 32
 # The maximum number of swaps per row and round.
@@ -54,8 +55,7 @@ def refine_by_swaps(
         weight_OI: float32, the trained weights (or a dense target).
         keep_OI: bool, the mask to start from; it is not changed.
         statistics: With a Gram matrix.
-        work: Its options give λ (`damping`; None for `least_squares.ridge`) and the maximum number
-            of rounds (`refine_steps`; None for 100).
+        work: Its options give λ (`damping`; None for `least_squares.ridge`).
 
     Returns:
         The mask, bool (O, I), and notes for the record: `swaps`, the number of restored weights of
@@ -68,12 +68,11 @@ def refine_by_swaps(
     inputs = keep_OI.shape[1]
     largest = max(inputs * (pattern.m or 1), 4 * _PAIRS**2, _CANDIDATES**2)
     rows_at_once = max(1, _ELEMENTS // largest)
-    max_rounds = work.options.refine_steps or _MAX_ROUNDS
     swaps = 0
     rounds = 0
     # The rows that may still improve.
     row_R = torch.arange(len(keep_OI), device=keep_OI.device)
-    while rounds < max_rounds and row_R.numel():
+    while rounds < _MAX_ROUNDS and row_R.numel():
         improved = []
         for part_R in row_R.split(rows_at_once):
             keep_RI, count_R = _one_round(

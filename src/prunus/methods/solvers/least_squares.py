@@ -180,11 +180,8 @@ def conjugate_gradients(
     >>> conjugate_gradients(weight_OI, weight_OI, keep_OI, gram_II, max_steps=5)
     (tensor([[2., 0.]]), 1)
     """
-
-    def exact(left_SI: Tensor) -> Tensor:
-        return left_SI @ gram_II
-
-    multiply: _Product = exact
+    exact: _Product = functools.partial(torch.matmul, other=gram_II)
+    multiply = exact
     if rounded != "nothing":
         factor_II = low_precision_factor(gram_II, len(start_OI))
         multiply = functools.partial(low_precision_product, right=factor_II)

@@ -276,8 +276,8 @@ def inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, dict[str, A
         damping: A share of the mean diagonal, at least 0.
 
     Returns:
-        U, float32 (I, I), and notes for the record: `damping`, the damping used; `damping_raised`,
-        how often it was raised, if it was; `factored_in`, if float64 was needed.
+        U, float32 (I, I), and notes for the record: `damping`, the damping used, and
+        `factored_in`, if float64 was needed.
 
     Raises:
         ValueError: G is not finite, or it is far from positive semi-definite.
@@ -289,20 +289,16 @@ def inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, dict[str, A
     >>> notes
     {'damping': 0.5625}
     """
-    raised = 0
     while damping <= _MAX_DAMPING:
         for dtype in (torch.float32, torch.float64):
             factor_II = _inverse_factor_in(gram_II, damping, dtype)
             if factor_II is None:
                 continue
             notes: dict[str, Any] = {"damping": damping}
-            if raised:
-                notes["damping_raised"] = raised
             if dtype == torch.float64:
                 notes["factored_in"] = "float64"
             return factor_II, notes
         damping = damping * 10 if damping > 0 else 0.01
-        raised += 1
     raise ValueError(
         "the Gram matrix of the inputs cannot be inverted however it is damped: is it finite?"
     )

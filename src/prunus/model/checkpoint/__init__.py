@@ -1,1 +1,1 @@
-"""Checkpoints as files: safetensors, GGUF, cards, locks, atomic writes, untrusted reads."""
+"""Checkpoints as files: safetensors, cards, locks, atomic writes, untrusted reads."""

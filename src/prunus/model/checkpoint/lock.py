@@ -43,7 +43,7 @@ def locked(folder: Path) -> Iterator[None]:
             is no lock has the lock's name, or the folder was exchanged meanwhile.
         OSError: The folder cannot be written to.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = _acquire(folder)
     try:
         with holding(folder) as handle:
@@ -61,7 +61,7 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         os.close(lock)
         with contextlib.suppress(OSError):
-            for path in made:
+            for path in new_folders:
                 path.rmdir()  # fails, as it should, for a folder with something in it
 
 

@@ -9,11 +9,14 @@ from prunus.model.checkpoint.atomic_files import TEMPORARY_SUFFIX, check_place, 
 from prunus.model.checkpoint.lock import LOCK_NAME
 from prunus.model.checkpoint.reader import INDEX_NAME, PICKLE_SUFFIXES, Checkpoint
 from prunus.model.checkpoint.regular_files import check_regular, open_regular
+from prunus.model.formats import SUFFIXES
 
 #: Most bytes of a file that is copied next to the weights: 1 GiB, far more than any tokenizer has.
 _MAX_BYTES = 2**30
 # Weights in any format and prunus' own files. All other files are copied next to the result.
-_NOT_AUXILIARY = {".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".partial", *PICKLE_SUFFIXES}
+_NOT_AUXILIARY = {
+    ".safetensors", ".h5", ".msgpack", ".onnx", ".partial", *SUFFIXES, *PICKLE_SUFFIXES,
+}  # fmt: skip
 # A record of an earlier recovery names the pruned linears of that checkpoint, not of the result.
 _OWN_FILES = {INDEX_NAME, "prunus.json", "prunus-recovery.json", "README.md"}
 # Files that a result does not copy but derives its own from, so they are checked as well.

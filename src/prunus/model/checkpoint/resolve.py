@@ -1,4 +1,4 @@
-"""Where the checkpoint of a model is that a user names: a folder, a GGUF file, or a hub id."""
+"""Where the checkpoint of a model is that a user names: a folder, a file, or a hub id."""
 
 from __future__ import annotations
 
@@ -8,66 +8,63 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from prunus.hardware.errors import did_you_mean
-from prunus.model.checkpoint.gguf import import_gguf, open_gguf
-from prunus.model.checkpoint.gguf_file import check_extra
 from prunus.model.checkpoint.regular_files import check_folder
+from prunus.model.formats import SUFFIXES, format_of, reader_of
 
-#: Types of GGUF files whose weights are those of the model, or nearly so.
-FULL_TYPES = frozenset({"F32", "F16", "BF16", "Q8_0"})
-#: Path, size and time of a GGUF file -> the folder that holds its checkpoint.
-_made: dict[tuple[Path, int, int], Path] = {}
-
-
-def is_gguf(path: str | Path) -> bool:
-    """Whether a path names a GGUF file, by its ending."""
-    return str(path).lower().endswith(".gguf")
+#: Path, size and time of a model that was unpacked -> the folder that holds its checkpoint.
+_unpacked: dict[tuple[Path, int, int], Path] = {}
 
 
-def _imported(path: Path, say: Callable[[str], None] | None) -> Path:
-    """The checkpoint of a GGUF file, made when it is first asked for and removed at exit."""
+def _folder_of(kind: Any, path: Path, say: Callable[[str], None] | None) -> Path:
+    """The checkpoint of a model in another format, made when first asked for, removed at exit.
+
+    Args:
+        kind: The class of the format, of `formats.base.CompressedFormat`.
+        path: The model.
+        say: Called with a line of text before each step; None for silence.
+    """
     state = path.stat()
     key = (path.resolve(), state.st_size, state.st_mtime_ns)
-    if key not in _made:
-        check_extra()
-        # float32 holds all values of a file in full precision; others are not worth the memory.
-        exact = (file := open_gguf(path)).types.keys() <= FULL_TYPES - {"BF16"}
-        dtype = "float32" if exact else "bfloat16"
-        made = Path(tempfile.mkdtemp(prefix="prunus-"))
-        atexit.register(shutil.rmtree, made, ignore_errors=True)
-        import_gguf(path, made / path.stem, dtype=dtype, progress=say, file=file)
-        _made[key] = made
-    return _made[key] / path.stem
+    if key not in _unpacked:
+        temporary = Path(tempfile.mkdtemp(prefix="prunus-"))
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        kind.unpack(path, temporary / path.stem, dtype=None, progress=say)
+        _unpacked[key] = temporary / path.stem
+    return _unpacked[key]
 
 
 def resolve_folder(model: str | Path, say: Callable[[str], None] | None = None) -> Path:
-    """The folder of a model: a local one, a snapshot from the hub, or the import of a GGUF file.
+    """The folder of a model: a local one, a snapshot from the hub, or one unpacked from a file.
 
-    From the hub come safetensors, configuration and tokenizer files only. The import of a GGUF file
-    lies in a temporary folder, which is removed when the process ends.
+    From the hub come safetensors, configuration and tokenizer files only. A model in a format with
+    a suffix, such as a GGUF file, is unpacked to a temporary folder, which is removed when the
+    process ends.
 
     Args:
-        model: Path of a folder, path of a GGUF file, or hub id such as `owner/name`.
-        say: Called with a line of text before each step of an import; None for silence.
+        model: Path of a folder, path of a model in a format with a suffix, or hub id such as
+            `owner/name`.
+        say: Called with a line of text before each step of unpacking; None for silence.
 
     Raises:
         FileNotFoundError: The model is none of these, or the hub cannot be reached.
-        ModuleNotFoundError: It is a GGUF file, and the extra `gguf` is not installed.
-        ValueError: A file in the folder is no regular file or too large, or the GGUF file is
-            damaged or of a kind that transformers cannot import.
+        ModuleNotFoundError: The format of the file needs an extra that is not installed.
+        ValueError: A file in the folder is no regular file or too large, or the model is damaged
+            or of a kind that cannot be unpacked.
     """
     path = Path(model)
+    if (kind := reader_of(path)) is not None:
+        return _folder_of(kind, path, say)
     if path.is_dir() and str(model):
         check_folder(path)
         return path
     name = str(model)
-    if is_gguf(path) and path.is_file():
-        return _imported(path, say)
     if name and path.exists():
         raise FileNotFoundError(
             f"{name} is {'a file' if path.is_file() else 'not a folder'}; expected the folder of a "
-            "Hugging Face checkpoint, or a file of llama.cpp, NAME.gguf"
+            f"Hugging Face checkpoint, or a file NAME{', NAME'.join(SUFFIXES)}"
         )
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     if looks_local or not name:
@@ -94,8 +91,8 @@ def resolve_folder(model: str | Path, say: Callable[[str], None] | None = None) 
 
 
 def _similar(path: Path) -> str:
-    """A hint at the folder of a model with nearly this name, or at such a GGUF file."""
-    if is_gguf(path):
-        return did_you_mean(path, map(str, path.parent.glob("*.gguf")))
+    """A hint at the folder of a model with nearly this name, or at a file of the same format."""
+    if entry := format_of(path):
+        return did_you_mean(path, map(str, path.parent.glob(f"*{entry.suffix}")))
     folders = (str(file.parent) for file in path.parent.glob("*/config.json"))
     return did_you_mean(path, folders, "the folder ")

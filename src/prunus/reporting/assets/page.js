@@ -14,12 +14,6 @@ function inLines(name, most) {
   return (lines || []).join("<br>");
 }
 
-// The end of a name, where the whole has more than `most` characters.
-function ending(name, most) {
-  const letters = name.match(/&#?\w+;|./gu) || [];
-  return letters.length > most ? `…${letters.slice(1 - most).join("")}` : name;
-}
-
 // How many lines the names take above a chart, which grows by them: the plot keeps its height.
 function legendLines(names, width) {
   const lines = names.map((name) => (name || "").split("<br>"));
@@ -30,9 +24,6 @@ function legendLines(names, width) {
 
 function dressTrace(trace, most) {
   const part = trace.meta.colour;
-  if (part === "scale") {
-    return { ...trace, colorscale: [[0, colour("line")], [1, colour("accent")]] };
-  }
   const shade = part === "level" ? colour("muted") : colour(`series-${part % 8}`);
   return {
     ...trace,
@@ -74,11 +65,6 @@ function draw(box) {
     xaxis: dressAxis(figure.layout.xaxis),
     yaxis: dressAxis(figure.layout.yaxis),
   };
-  if (figure.data.some((trace) => trace.meta.colour === "scale")) {
-    layout.xaxis.showgrid = layout.yaxis.showgrid = false;
-    const rows = figure.data[0].y;
-    Object.assign(layout.yaxis, { tickvals: rows, ticktext: rows.map((row) => ending(row, Math.floor(most / 2))) });
-  }
   const traces = figure.data.map((trace) => dressTrace(trace, most));
   layout.height += 19 * legendLines(traces.map((trace) => trace.name), width);
   return Plotly.react(box, traces, layout, { displayModeBar: false });

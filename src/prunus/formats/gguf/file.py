@@ -1,0 +1,206 @@
+"""GGUF files through llama.cpp's package `gguf`: fields and tensors are read, and files written.
+
+No other file imports the package, which is an extra. Files of strangers are checked first; see
+`header.open_gguf`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from prunus.model.checkpoint.atomic_files import replacing
+
+#: The field with the record of the run that made a file.
+RECORD_FIELD = "prunus.compress"
+# Fields that describe how a file is stored, and not its model.
+_OF_STORAGE = (
+    "GGUF.", "general.architecture", "general.file_type", "general.alignment", "split.", "prunus.",
+)  # fmt: skip
+
+
+def check_extra() -> None:
+    """Raise ModuleNotFoundError unless the packages for GGUF files are installed."""
+    for module in ("gguf", "accelerate"):
+        if importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(f"a GGUF file needs {module}: pip install '.[gguf]'")
+
+
+def package() -> Any:
+    """llama.cpp's package `gguf`."""
+    import gguf
+
+    return gguf
+
+
+def tensor_names(architecture: str, blocks: int) -> Any:
+    """The package's table of the names of tensors in a kind of model.
+
+    Args:
+        architecture: llama.cpp's name of the kind, such as `llama`.
+        blocks: Number of blocks, for which the table holds names.
+
+    Raises:
+        ValueError: The package does not know the kind.
+    """
+    kinds = {name: kind for kind, name in package().MODEL_ARCH_NAMES.items()}
+    if architecture not in kinds:
+        raise ValueError(f"the package gguf knows no kind of model {architecture!r}; update it")
+    return package().get_tensor_name_map(kinds[architecture], blocks)
+
+
+def new_fields(architecture: str) -> Any:
+    """A writer of the package without a file, to which fields are added; see `fields_of`."""
+    return package().GGUFWriter(None, architecture)
+
+
+def fields_of(writer: Any) -> dict[str, Any]:
+    """The fields of a writer: key -> value with its type."""
+    return dict(writer.kv_data[0])
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """A GGUF file whose header was checked.
+
+    Attributes:
+        reader: The `GGUFReader` of the package, which has the file mapped.
+        tensors: Name -> tensor of that reader, whose data are read when they are used.
+    """
+
+    reader: Any
+    tensors: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> GgufFile:
+        """Read a header; for files of strangers see `open_gguf`."""
+        reader = package().GGUFReader(path)
+        return cls(reader, {tensor.name: tensor for tensor in reader.tensors})
+
+    @contextlib.contextmanager
+    def read_once(self) -> Iterator[None]:
+        """While active, transformers takes this file as it is open: a header takes seconds."""
+        kind, package().GGUFReader = package().GGUFReader, lambda _: self.reader
+        try:
+            yield
+        finally:
+            package().GGUFReader = kind
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a field; `default` if it is missing."""
+        field = self.reader.fields.get(key)
+        return default if field is None else field.contents()
+
+    @property
+    def architecture(self) -> str:
+        """llama.cpp's name of the kind of model."""
+        return str(self.get("general.architecture", "unknown"))
+
+    def fields(self) -> dict[str, Any]:
+        """All fields that describe the model, with their types, to write them again.
+
+        Fields that describe the storage (`_OF_STORAGE`) are left out: they differ in the next file.
+        """
+        writer = new_fields(self.architecture)
+        for key, field in self.reader.fields.items():
+            if not key.startswith(_OF_STORAGE):
+                kinds = [*field.types, None]
+                writer.add_key_value(key, field.contents(), kinds[0], kinds[1])
+        return fields_of(writer)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor, unpacked to float32, with rows first.
+
+        llama.cpp counts sides the other way round.
+
+        Raises:
+            ValueError: There is no such tensor.
+        """
+        if (tensor := self.tensors.get(name)) is None:
+            raise ValueError(f"it has no tensor {name}")
+        values = np.array(package().dequantize(tensor.data, tensor.tensor_type))
+        return torch.from_numpy(values).reshape(*map(int, reversed(tensor.shape)))
+
+    @property
+    def types(self) -> dict[str, float]:
+        """Name of a type -> share of all weights (0 to 1) that have it, the largest first."""
+        sizes = Counter[str]()
+        for tensor in self.tensors.values():
+            sizes[tensor.tensor_type.name] += int(tensor.n_elements)
+        return {name: round(size / sizes.total(), 4) for name, size in sizes.most_common()}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor to write.
+
+    Attributes:
+        name: llama.cpp's name of the tensor.
+        shape: Its shape in the order of torch, rows first.
+        type_id: llama.cpp's number of its type.
+        nbytes: Bytes of its content in that type.
+        read: Returns the content, `nbytes` bytes. It is called when the tensor is written.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type_id: int
+    nbytes: int
+    read: Callable[[], torch.Tensor]
+
+
+def write_gguf(path: Path, fields: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> None:
+    """Write a GGUF file atomically, one tensor in memory at a time.
+
+    Args:
+        path: The file.
+        fields: Key -> value with its type, as `fields_of` returns them.
+        tensors: The tensors in the order of the file.
+
+    Raises:
+        OSError: The file cannot be written, for example because the disk is full; see `replacing`.
+    """
+    header = header_of(fields, tensors)
+    contents = sum(padded(tensor.nbytes) for tensor in tensors)
+    with replacing(path, len(header) + contents) as file:
+        file.write(header)
+        for tensor in tensors:
+            content = tensor.read().contiguous().reshape(-1).view(torch.uint8)
+            assert len(content) == tensor.nbytes, tensor.name
+            file.write(content.numpy().data)
+            file.write(b"\0" * (padded(tensor.nbytes) - tensor.nbytes))
+
+
+def padded(nbytes: int) -> int:
+    """The bytes that a tensor takes in a file, up to the beginning of the next one.
+
+    Tensors begin at multiples of 32 bytes, the alignment that holds where a file states none.
+
+    >>> padded(32), padded(33)
+    (32, 64)
+    """
+    return -(-nbytes // 32) * 32
+
+
+def header_of(fields: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> bytes:
+    """Everything in a file before its tensors, packed by the package, and zeros up to them."""
+    gguf_writer = package().gguf_writer
+    writer, file = new_fields(fields["general.architecture"].value), io.BytesIO()
+    writer.kv_data[0] = dict(fields)
+    for tensor in tensors:
+        kind = package().GGMLQuantizationType(tensor.type_id)
+        writer.tensors[0][tensor.name] = gguf_writer.TensorInfo(tensor.shape, kind, tensor.nbytes)
+    writer.fout, writer.state = [file], gguf_writer.WriterState.EMPTY
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    return file.getvalue().ljust(padded(file.tell()), b"\0")

@@ -1,0 +1,387 @@
+"""What a GGUF file of a checkpoint holds: its fields, and which tensors under which names.
+
+For families that are listed here, it is what llama.cpp's own converter writes.
+
+llama.cpp stores the weights of a model as they are, with three exceptions. Llama's queries and keys
+have the rows of a head in another order, because llama.cpp rotates neighbours where transformers
+rotates halves. Gemma's norms are stored with the 1 that transformers adds. The experts of a block
+are stacked: one tensor (experts, out, in) each for gate, up and down, which has one type.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunus.formats.gguf.card import metadata_of
+from prunus.formats.gguf.file import fields_of, new_fields, package, tensor_names
+from prunus.formats.gguf.header import open_gguf
+from prunus.formats.gguf.vocabulary import NORMAL, add_vocabulary
+from prunus.hardware.process_state import no_stderr
+from prunus.model.checkpoint.atomic_files import read_json
+
+#: Class in transformers -> llama.cpp's name of its kind of model.
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+    "MixtralForCausalLM": "llama",
+    "OlmoeForCausalLM": "olmoe",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen2MoeForCausalLM": "qwen2moe",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3moe",
+    "Gemma3ForCausalLM": "gemma3",
+    "PhiForCausalLM": "phi2",
+    "Phi3ForCausalLM": "phi3",
+}
+#: Tensors that llama.cpp needs in float32, also those that are matrices.
+PLAIN = re.compile(r"_norm\.weight$|ffn_gate_inp|position_embd|token_types|ssm_|shortcut|rope_")
+_EXPERT = re.compile(r"(.+\.experts\.)(\d+)\.(\w+)(\.weight)")
+# Names of an expert's matrices that the package does not know -> those that it knows.
+_LEAVES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+# What llama.cpp computes with whatever the file says: kind -> option of transformers -> its value.
+_FIXED: dict[str, dict[str, Any]] = {
+    "olmoe": {"norm_topk_prob": False, "clip_qkv": None},
+    "qwen2moe": {"norm_topk_prob": False},
+    "qwen3moe": {"norm_topk_prob": True},
+}
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One tensor of a GGUF file.
+
+    Attributes:
+        name: llama.cpp's name of the tensor.
+        shape: Shape in the order of torch, rows first.
+        sources: Its name in the model, or the names of the weights that it stacks, in the order of
+            the experts. Empty where the model has no such weight.
+        heads: Number of heads whose rows have llama.cpp's order; None leaves the rows in order.
+        shift: What is added to every value: 1 for Gemma's norms, else 0.
+        values: The content where there is no source, float32; None where there is one.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    sources: tuple[str, ...] = ()
+    heads: int | None = None
+    shift: float = 0.0
+    values: torch.Tensor | None = None
+
+    @property
+    def modules(self) -> list[str]:
+        """The names of the modules that have this weight, or a part of it."""
+        return [source.removesuffix(".weight") for source in self.sources]
+
+    @property
+    def module(self) -> str:
+        """The first of `modules`; empty where there is none."""
+        return next(iter(self.modules), "")
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it may have a type of fewer bits than float32."""
+        return len(self.shape) > 1 and not PLAIN.search(self.name)
+
+    def arranged(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of all sources in the order of the file.
+
+        transformers stores the rows of a head as two halves, which it rotates against each other.
+        llama.cpp rotates neighbours, so the rows of the two halves alternate.
+
+        >>> GgufTensor("blk.0.attn_q.weight", (4,), heads=1).arranged(torch.arange(4)).tolist()
+        [0, 2, 1, 3]
+        """
+        if self.heads is None:
+            return rows
+        parts = torch.arange(len(rows)).reshape(self.heads, 2, -1)
+        return rows[parts.transpose(1, 2).reshape(-1)]
+
+
+@dataclass(frozen=True)
+class GgufLayout:
+    """The fields and tensors of the GGUF file of a model.
+
+    Attributes:
+        fields: Key -> value with its type, as `fields_of` returns them.
+        tensors: The tensors in the order of the file.
+    """
+
+    fields: dict[str, Any]
+    tensors: tuple[GgufTensor, ...]
+
+
+def layout_of(
+    folder: Path, config: Any, shapes: Mapping[str, tuple[int, ...]], template: Path | None = None
+) -> GgufLayout:
+    """The layout of the GGUF file of the checkpoint in `folder`.
+
+    Args:
+        folder: The checkpoint, with its tokenizer and card.
+        config: Its configuration from transformers.
+        shapes: Name in the model -> shape, of each weight to store; of tied ones only the first.
+        template: A GGUF file of the same model, whose fields and tokenizer are taken over. None
+            makes them from the checkpoint.
+
+    Raises:
+        NotImplementedError: The family has no known layout, or llama.cpp computes this model in
+            another way.
+        ValueError: The tokenizer has no known form in GGUF files, or the template is of another
+            model.
+    """
+    kind = (getattr(config, "architectures", None) or ["unknown"])[0]
+    architecture = ARCHITECTURES.get(kind)
+    if architecture is None:
+        raise NotImplementedError(
+            f"{kind} has no known layout in GGUF files; known are "
+            f"{', '.join(sorted(ARCHITECTURES))}. Use llama.cpp's converter for others"
+        )
+    options = config.get_text_config().to_dict()
+    heads = options["num_attention_heads"]
+    heads = {"attn_q": heads, "attn_k": options.get("num_key_value_heads") or heads}
+    tensors = named(architecture, options["num_hidden_layers"], shapes)
+    _check_experts(kind, architecture, options, tensors)
+    for index, tensor in enumerate(tensors):
+        if architecture == "llama":
+            tensors[index] = replace(tensor, heads=heads.get(tensor.name.split(".")[-2]))
+        elif architecture == "gemma3" and tensor.name.endswith("norm.weight"):
+            tensors[index] = replace(tensor, shift=1.0)
+    writer = new_fields(architecture)
+    extra = _rope_factors(writer, architecture, options)
+    tensors = [*extra, *tensors]
+    if template is not None:
+        return GgufLayout(_template_fields(template, folder, tensors), tuple(tensors))
+    _add_metadata(writer, folder, tensors)
+    _add_parameters(writer, architecture, options)
+    _add_tokenizer(writer, folder, architecture, options)
+    return GgufLayout(fields_of(writer), tuple(tensors))
+
+
+def named(
+    architecture: str, blocks: int, shapes: Mapping[str, tuple[int, ...]]
+) -> list[GgufTensor]:
+    """All weights of a model by llama.cpp's names, in the order of `shapes`.
+
+    The experts of a block become one tensor each for gate, up and down; expert 0 comes first.
+
+    Args:
+        architecture: llama.cpp's name of the kind of model.
+        blocks: Number of its blocks.
+        shapes: Name in the model -> shape of the weight.
+
+    Raises:
+        NotImplementedError: llama.cpp has no name for a weight.
+    """
+    names, tensors = tensor_names(architecture, blocks), []
+    sources: dict[str, list[tuple[int, str]]] = {}
+    for source in shapes:
+        expert = _EXPERT.fullmatch(source)
+        stack = f"{expert[1]}{_LEAVES.get(expert[3], expert[3])}{expert[4]}" if expert else source
+        name = names.get_name(stack, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise NotImplementedError(
+                f"{source} has no place in a GGUF file of kind {architecture}, so this model "
+                "cannot be written as one"
+            )
+        sources.setdefault(name, []).append((int(expert[2]) if expert else 0, source))
+    for name, numbered in sources.items():
+        several = tuple(source for _, source in sorted(numbered))
+        shape = shapes[several[0]]
+        if "_exps." in name:
+            shape = (len(several), *shape)
+        tensors.append(GgufTensor(name, shape, several))
+    return tensors
+
+
+def _check_experts(
+    kind: str, architecture: str, options: Mapping[str, Any], tensors: list[GgufTensor]
+) -> None:
+    """Refuse mixtures of experts that llama.cpp would compute in another way."""
+    heads = options["num_attention_heads"]
+    fixed = dict(_FIXED.get(architecture, {}))
+    if architecture in ("olmoe", "qwen2moe"):
+        fixed["head_dim"] = options["hidden_size"] // heads
+    if architecture == "olmoe":
+        fixed["num_key_value_heads"] = heads
+    for option, value in fixed.items():
+        if options.get(option) not in (None, value):
+            raise NotImplementedError(
+                f"llama.cpp computes every {kind} with {option} = {value}, and this model has "
+                f"{options.get(option)}: it cannot be written as a GGUF file"
+            )
+    stacks, blocks = (
+        sum("_exps." in tensor.name for tensor in tensors),
+        options["num_hidden_layers"],
+    )
+    if (kind == "MixtralForCausalLM" or architecture in _FIXED) and stacks != 3 * blocks:
+        raise NotImplementedError(
+            f"a GGUF file of {kind} needs experts in every block, and a checkpoint that stores "
+            f"them one by one: this one has {stacks // 3} such blocks of {blocks}"
+        )
+
+
+def _template_fields(path: Path, folder: Path, tensors: list[GgufTensor]) -> dict[str, Any]:
+    """The fields of a GGUF file of the same model: names, shapes and tokens are compared."""
+    file = open_gguf(path)
+    ours: dict[str, object] = {tensor.name: tensor.shape for tensor in tensors}
+    # A head that is tied to the embedding is not stored again.
+    theirs: dict[str, object] = {
+        name: tuple(int(side) for side in reversed(tensor.shape))
+        for name, tensor in file.tensors.items()
+        if name in ours or name != "output.weight"
+    }
+    vocabulary = read_json(folder / "tokenizer.json").get("model", {}).get("vocab", {})
+    if isinstance(vocabulary, list):  # of pieces with scores
+        vocabulary = {piece[0]: index for index, piece in enumerate(vocabulary)}
+    vocabulary_by_id = {index: token for token, index in vocabulary.items()}
+    tokens, kinds = (file.get(f"tokenizer.ggml.{x}", []) for x in ("tokens", "token_type"))
+    for index, (token, kind) in enumerate(zip(tokens, kinds, strict=False)):
+        if kind == NORMAL and index in vocabulary_by_id:
+            ours[f"token {index}"], theirs[f"token {index}"] = vocabulary_by_id[index], token
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise ValueError(
+                f"{path} is not a template for this model: {name} is {ours.get(name)} in the model "
+                f"and {theirs.get(name)} there. Give what llama.cpp's converter makes of the model"
+            )
+    return file.fields()
+
+
+# --- fields, as llama.cpp's converter writes them ---
+
+
+def _add_metadata(writer: Any, folder: Path, tensors: list[GgufTensor]) -> None:
+    """Name, origin and size of the model, by the rules of the package."""
+    gguf = package()
+    for tensor in tensors:
+        info = gguf.gguf_writer.TensorInfo(tensor.shape, gguf.GGMLQuantizationType.F32, 0)
+        writer.tensors[0][tensor.name] = info
+    total, *parts = writer.get_total_parameter_count()
+    metadata = metadata_of(folder, total)
+    metadata.size_label = metadata.size_label or gguf.size_label(total, *parts)
+    writer.add_type(gguf.GGUFType.MODEL)
+    metadata.set_gguf_meta_model(writer)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _add_parameters(writer: Any, architecture: str, options: Mapping[str, Any]) -> None:
+    """The shape of the model and the constants that it computes with."""
+    heads, width = options["num_attention_heads"], options["hidden_size"]
+    rope = _rope(options)
+    writer.add_block_count(options["num_hidden_layers"])
+    writer.add_context_length(options["max_position_embeddings"])
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(options["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(options.get("num_key_value_heads") or heads)
+    if architecture == "phi2":
+        writer.add_layer_norm_eps(options["layer_norm_eps"])
+    else:
+        writer.add_layer_norm_rms_eps(options["rms_norm_eps"])
+        writer.add_rope_freq_base(rope["rope_theta"])
+        local = options["rope_parameters"].get("sliding_attention", {}).get("rope_theta")
+        if local is not None:
+            writer.add_rope_freq_base_swa(local)
+        if rope.get("rope_type") == "longrope":
+            writer.add_rope_scaling_type(package().RopeScalingType.LONGROPE)
+    if experts := options.get("num_local_experts") or options.get("num_experts"):
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(options["num_experts_per_tok"])
+    if architecture in ("qwen2moe", "qwen3moe"):
+        writer.add_expert_feed_forward_length(options["moe_intermediate_size"])
+    if architecture == "qwen2moe":
+        writer.add_expert_shared_feed_forward_length(options["shared_expert_intermediate_size"])
+    if options.get("head_dim") is not None and not architecture.startswith("phi"):
+        writer.add_key_length(options["head_dim"])
+        writer.add_value_length(options["head_dim"])
+    if architecture == "llama":
+        writer.add_vocab_size(options["vocab_size"])
+        writer.add_rope_dimension_count(options.get("head_dim") or width // heads)
+    if architecture.startswith("phi"):
+        share = rope.get("partial_rotary_factor", options.get("partial_rotary_factor", 1.0))
+        writer.add_rope_dimension_count(int(share * width) // heads)
+    if architecture == "phi3":
+        writer.add_rope_scaling_orig_ctx_len(_original_positions(options))
+        writer.add_sliding_window(options.get("sliding_window") or 0)
+    if architecture == "gemma3":
+        writer.add_sliding_window(options["sliding_window"])
+        sliding = [kind == "sliding_attention" for kind in options["layer_types"]]
+        # llama.cpp takes every sixth block for one of full attention if the file does not say it.
+        if sliding != [index % 6 < 5 for index in range(len(sliding))]:
+            writer.add_sliding_window_pattern(sliding)
+        if options.get("final_logit_softcapping"):
+            writer.add_final_logit_softcapping(options["final_logit_softcapping"])
+
+
+def _rope(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of the rotary embedding; those of full attention if there are two."""
+    rope = options["rope_parameters"]
+    parameters = dict(rope.get("full_attention", rope))
+    if (kind := parameters.get("rope_type", "default")) not in ("default", "llama3", "longrope"):
+        raise NotImplementedError(f"positions scaled by {kind!r} have no known form in a GGUF file")
+    return parameters
+
+
+def _original_positions(options: Mapping[str, Any]) -> int:
+    positions = _rope(options).get("original_max_position_embeddings")
+    positions = positions or options.get("original_max_position_embeddings")
+    return int(positions or options["max_position_embeddings"])
+
+
+def _rope_factors(writer: Any, architecture: str, options: Mapping[str, Any]) -> list[GgufTensor]:
+    """Tensors by which frequencies of the rotary embedding are divided, where there are some."""
+    rope = _rope(options)
+    factors: dict[str, Any] = {}
+    if architecture == "llama" and rope.get("rope_type") == "llama3":
+        factors["rope_freqs.weight"] = _llama3_factors(rope, options)
+    if architecture == "phi3" and rope.get("long_factor"):
+        original = _original_positions(options)
+        scale = options["max_position_embeddings"] / original
+        grown = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
+        writer.add_rope_scaling_attn_factors(grown)
+        factors["rope_factors_long.weight"] = rope["long_factor"]
+        factors["rope_factors_short.weight"] = rope["short_factor"]
+    return [
+        GgufTensor(name, (len(factor),), values=torch.tensor(factor, dtype=torch.float32))
+        for name, factor in factors.items()
+    ]
+
+
+def _llama3_factors(rope: Mapping[str, Any], options: Mapping[str, Any]) -> list[float]:
+    """The factors of Llama 3: 1 for short waves, `factor` for long ones, and a ramp between.
+
+    The same as transformers' `rope_type` "llama3": the ramp is linear in the number of wave lengths
+    that fit in the positions of the first training, from `low_freq_factor` to `high_freq_factor`.
+    """
+    heads = options["num_attention_heads"]
+    width = options.get("head_dim") or options["hidden_size"] // heads
+    steps = torch.arange(0, width, 2, dtype=torch.float32)
+    waves = 2 * math.pi * rope["rope_theta"] ** (steps / width)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    share = (rope["original_max_position_embeddings"] / waves - low) / (high - low)
+    share = share.clamp(0, 1)
+    return (1 / ((1 - share) / rope["factor"] + share)).tolist()
+
+
+def _add_tokenizer(
+    writer: Any, folder: Path, architecture: str, options: Mapping[str, Any]
+) -> None:
+    size = options["vocab_size"]
+    by_scores = add_vocabulary(writer, folder, size, architecture)
+    # The package logs what users cannot change, such as special tokens in templates of pairs.
+    with no_stderr():
+        special = package().SpecialVocab(folder, load_merges=not by_scores, n_vocab=size)
+        special.add_to_gguf(writer, quiet=True)
+    says_bos = "bos" in special.add_special_token
+    if architecture == "gemma3" and by_scores:
+        writer.add_add_space_prefix(False)
+        if not says_bos:
+            writer.add_add_bos_token(True)
+    if (architecture == "phi2" and not says_bos) or (architecture == "llama" and size == 49152):
+        writer.add_add_bos_token(False)

@@ -1,0 +1,235 @@
+"""GGUF import: what arrives in the checkpoint, and how bad files are refused."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from prunus.formats.gguf.import_checkpoint import import_gguf
+from tiny import tree
+from tiny_tokenizer import EOS, VOCABULARY, byte_tokenizer
+
+pytest.importorskip("gguf")
+pytest.importorskip("accelerate")
+
+import gguf
+
+from tiny_gguf import TEMPLATE, TOKENS, tiny_llama, write_gguf
+
+
+@pytest.fixture
+def tiny_gguf(tmp_path) -> Path:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(tiny_llama(), path)
+    return path
+
+
+# --- what comes out ---
+
+
+def test_weights_config_and_tokenizer_arrive(tiny_gguf, tmp_path):
+    model = tiny_llama()
+    lines = []
+    summary = import_gguf(
+        tiny_gguf, tmp_path / "new" / "out", dtype="float32", progress=lines.append
+    )
+    out = tmp_path / "new" / "out"
+    weights = load_file(out / "model.safetensors")
+    expected = model.state_dict()
+    assert weights.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(weights[name], weight), name
+    loaded = AutoModelForCausalLM.from_pretrained(out).eval()
+    ids = torch.randint(0, TOKENS, (1, 12))
+    with torch.no_grad():
+        assert torch.allclose(loaded(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer("Hello")["input_ids"] == byte_tokenizer()("Hello")["input_ids"]
+    assert tokenizer("ab")["input_ids"] == [VOCABULARY]
+    assert tokenizer.chat_template == TEMPLATE
+    assert loaded.generation_config.eos_token_id == EOS
+    assert (out / "generation_config.json").is_file()
+    config = json.loads((out / "config.json").read_text())
+    assert not {"_model_name_or_path", "_name_or_path", "quantization_config"} & config.keys()
+    assert config["num_hidden_layers"] == 2
+    assert summary["architecture"] == "llama"
+    assert summary["parameters"] == sum(weight.numel() for weight in expected.values())
+    assert summary["chat_template"] is True
+    assert summary["bytes"] == sum(len(content or b"") for content in tree(out).values())
+    assert len(lines) == 3
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["out"]
+    modes = {path.stat().st_mode for path in out.iterdir()}
+    assert len(modes) == 1, "all files have the same permissions"
+
+
+def test_quantised_weights_are_unpacked(tmp_path):
+    kept = write_gguf(tiny_llama(), tmp_path / "q8.gguf", "Q8_0")
+    import_gguf(tmp_path / "q8.gguf", tmp_path / "out")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert weights.keys() == kept.keys()
+    for name, weight in kept.items():
+        assert torch.equal(weights[name], weight.bfloat16()), name
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(weights[name], tiny_llama().state_dict()[name].bfloat16())
+
+
+def test_an_embedding_that_is_stored_twice_is_tied(tmp_path):
+    """As llama.cpp stores tied models: the second time as the head, in more bits."""
+    model = tiny_llama()
+    head, embedding = model.lm_head.weight.data, model.model.embed_tokens.weight.data
+    embedding.copy_(head + 0.1 * head.std() * torch.randn_like(head))
+    kept = write_gguf(model, tmp_path / "twice.gguf")
+    summary = import_gguf(tmp_path / "twice.gguf", tmp_path / "out", dtype="float32")
+    assert summary["tied"]
+    assert summary["parameters"] == sum(x.numel() for x in kept.values()) - head.numel()
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert weights.keys() == kept.keys() - {"lm_head.weight"}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded.model.embed_tokens.weight, kept["lm_head.weight"])
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_overwrite_replaces_the_whole_folder(tiny_gguf, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "pytorch_model.bin").write_text("old")
+    import_gguf(tiny_gguf, out, overwrite=True)
+    assert not (out / "pytorch_model.bin").exists()
+    assert (out / "model.safetensors").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tiny.gguf"]
+
+
+def test_an_empty_folder_is_taken(tiny_gguf, tmp_path):
+    (tmp_path / "out").mkdir()
+    import_gguf(tiny_gguf, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+# --- bad input: an error that says what, and nothing has changed ---
+
+
+@pytest.mark.parametrize(
+    ("prepare", "arguments", "error", "message"),
+    [
+        (lambda p: p.write_bytes(b""), {}, ValueError, "not a GGUF file"),
+        (
+            lambda p: p.write_bytes(b"PK\x03\x04zip"),
+            {},
+            ValueError,
+            "not a GGUF file; it starts with b'PK",
+        ),
+        (lambda p: p.write_bytes(p.read_bytes()[:-100]), {}, ValueError, "truncated or damaged"),
+        (lambda p: p.write_bytes(p.read_bytes()[:700]), {}, ValueError, "truncated or damaged"),
+        (lambda p: p.write_bytes(b"GGUF"), {}, ValueError, "truncated or damaged"),
+        (
+            lambda p: p.write_bytes(p.read_bytes().replace(b"llama", b"lhama")),
+            {},
+            ValueError,
+            "transformers cannot import this file",
+        ),
+    ],
+)
+@pytest.mark.parametrize("there", [False, True])
+def test_bad_files(tiny_gguf, tmp_path, prepare, arguments, error, message, there):
+    prepare(tiny_gguf)
+    out = tmp_path / "out"
+    if there:
+        out.mkdir()
+        (out / "precious.txt").write_text("keep me")
+    before = tree(tmp_path)
+    with pytest.raises(error, match=message):
+        import_gguf(tiny_gguf, out, overwrite=there, **arguments)
+    assert tree(tmp_path) == before
+    assert out.exists() == there
+
+
+def test_weights_that_do_not_make_a_whole_model(tmp_path):
+    model = tiny_llama()
+    del model.model.layers[1].mlp.up_proj
+    write_gguf(model, tmp_path / "part.gguf")
+    with pytest.raises(ValueError, match=r"missing keys model\.layers\.1\.mlp\.up_proj\.weight"):
+        import_gguf(tmp_path / "part.gguf", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["part.gguf"]
+
+
+def test_destinations_that_are_taken(tiny_gguf, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious.txt").write_text("keep me")
+    (tmp_path / "file").write_text("keep me")
+    before = tree(tmp_path)
+    with pytest.raises(FileExistsError, match="not empty; choose another one or give `overwrite`"):
+        import_gguf(tiny_gguf, tmp_path / "full")
+    with pytest.raises(FileExistsError, match="exists and is not a folder"):
+        import_gguf(tiny_gguf, tmp_path / "file", overwrite=True)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("library", ["gguf", "accelerate"])
+def test_missing_extra(tiny_gguf, tmp_path, uninstalled, library):
+    uninstalled(library)
+    with pytest.raises(ModuleNotFoundError, match=rf"needs {library}: pip install '\.\[gguf\]'"):
+        import_gguf(tiny_gguf, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("llama.block_count", 0, "block_count is 0, and there are tensors of 2 blocks"),
+        ("llama.block_count", 1, "block_count is 1, and there are tensors of 2 blocks"),
+        ("llama.block_count", 3, "block_count is 3, and there are tensors of 2 blocks"),
+        ("llama.vocab_size", 10**8, "vocab_size is 100,000,000, and at most 65,536 fits"),
+        ("llama.embedding_length", 2**20, "embedding_length is 1,048,576, and at most 65,536"),
+        ("llama.feed_forward_length", 128, "cannot import|mismatched keys"),
+        ("llama.attention.head_count", 2**31, "at most 65,536 fits its tensors"),
+        ("llama.context_length", 2**31, "at most 16,777,216 fits"),
+        ("llama.attention.head_count_kv", 60_000, "its fields describe"),
+    ],
+)
+def test_lengths_that_do_not_fit_the_tensors_are_refused(field, value, message, tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(tiny_llama(), path)
+    data = bytearray(path.read_bytes())
+    at = data.index(field.encode()) + len(field) + 4  # the name, and the type of the value
+    data[at : at + 4] = value.to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        import_gguf(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def header(tensors: int, fields: int, *parts: bytes) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, fields) + b"".join(parts)
+
+
+def array_field(kind: int, count: int, content: bytes) -> bytes:
+    """A field "x" that is an array of `count` values of GGUF's type `kind`."""
+    return struct.pack("<Q1sIIQ", 1, b"x", 9, kind, count) + content
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (header(0, 1, array_field(0, 3 * 2**20, bytes(3 * 2**20))), "lists have 3,145,728 entries"),
+        (header(0, 1, array_field(8, 2**22, bytes(2**25))), "lists have 4,194,304 entries"),
+        (
+            header(0, 1, array_field(9, 3, 3 * (struct.pack("<IQ", 0, 2**20) + bytes(2**20)))),
+            "entries up to .*, and at most 2,097,152 are read",
+        ),
+        (header(0, 2**17, bytes(2**21)), "131,072 fields; at most 65,536 are read"),
+        (header(2**17, 0, bytes(2**22)), "131,072 tensors and 0 fields; at most 65,536"),
+    ],
+)
+def test_a_header_that_would_take_a_kilobyte_of_memory_per_byte_is_refused(
+    content, message, monkeypatch, tmp_path
+):
+    """The package makes an object of every entry, so it must not see such a file."""
+    monkeypatch.setattr(gguf, "GGUFReader", None)
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        import_gguf(tmp_path / "x.gguf", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
