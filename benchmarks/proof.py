@@ -44,7 +44,7 @@ import torch
 from prunus.calibration.corpora import load_corpus
 from prunus.calibration.draw import encode
 from prunus.calibration.sources import find_source
-from prunus.calibration.windows import Wanted
+from prunus.calibration.windows import WindowRequest
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.checkpoint.atomic_files import file_digest
 
@@ -151,7 +151,7 @@ class Judge:
 
         tokenizer = AutoTokenizer.from_pretrained(self.checkpoint)
         wanted = self.options.samples * 256
-        draw = Wanted(
+        draw = WindowRequest(
             samples=self.options.samples + 1,  # tokens at the borders may become fewer
             seqlen=256,
             data=self.options.data,
