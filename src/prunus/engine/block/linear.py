@@ -123,7 +123,7 @@ def prune_linear(
         notes["unreached"] = (
             "no calibration token reached this linear: its inputs were taken as equal"
         )
-    stored_OI = (stored.T if linear.transposed else stored).to(linear.weight_OI.device)
+    stored_OI = _on_device(stored.T if linear.transposed else stored, linear.weight_OI)
     weight_OI = stored_OI.to(torch.float32)
     if (before := count_zeros(stored_OI)) > SPARSE * stored_OI.numel():
         notes["zeros_before"] = before
@@ -169,6 +169,19 @@ def prune_linear(
     )
     result = new_OI.T if linear.transposed else new_OI
     return PrunedLinear(result.to(stored.device).contiguous(), record, packed)
+
+
+def _on_device(stored_OI: torch.Tensor, current_OI: torch.Tensor) -> torch.Tensor:
+    """The stored weight on the device of the block, sent there at most once more.
+
+    The block was filled with the stored weight, and nothing has changed it yet. So if the block
+    computes in the stored dtype, `current_OI`, its weight on the device, is the stored one.
+    """
+    if stored_OI.device == current_OI.device:
+        return stored_OI
+    if stored_OI.dtype == current_OI.dtype:
+        return current_OI
+    return stored_OI.to(current_OI.device)
 
 
 def _output_error(
