@@ -28,9 +28,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import shlex
-import statistics
 import subprocess
 import sys
 import tarfile
@@ -47,6 +47,7 @@ from prunus.calibration.sources import find_source
 from prunus.calibration.windows import WindowRequest
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.checkpoint.atomic_files import file_digest
+from prunus.model.checkpoint.reader import Checkpoint
 
 PRESETS = "Q2_K,Q3_K_M,IQ4_XS,Q4_K_M,Q5_K_M"
 ROWS = "preset,its types,prunus types,prunus"
@@ -250,7 +251,7 @@ def read_scores(printed: str) -> dict[str, float]:
 
 
 def facts(file: Path) -> dict[str, Any]:
-    """Bytes of a GGUF file, its weights, bits of the linears in blocks, types, and its SHA-256."""
+    """Bytes, weights in matrices, bits of the linears in blocks, types and SHA-256 of a file."""
     from gguf import GGUFReader
 
     tensors = GGUFReader(file).tensors
@@ -262,7 +263,7 @@ def facts(file: Path) -> dict[str, Any]:
             types[kind] = types.get(kind, 0) + int(tensor.n_bytes)
     return {
         "bytes": file.stat().st_size,
-        "parameters": sum(int(x.n_elements) for x in tensors),
+        "weights": sum(int(x.n_elements) for x in tensors if len(x.shape) > 1),
         "bits_of_linears": 8
         * sum(int(x.n_bytes) for x in linears)
         / sum(int(x.n_elements) for x in linears),
@@ -323,6 +324,7 @@ def measure(judge: Judge, figures: dict[str, Any], save: Callable[[], None]) -> 
     """Make and score every row of a model that is not in the figures yet."""
     dense = facts(judge.dense())
     figures.setdefault("dense", dense)
+    check_weights(judge.checkpoint, dense)
     for preset in judge.options.presets.split(","):
         rows = figures.setdefault("rows", {}).setdefault(preset, {})
         for row in judge.options.rows.split(","):
@@ -330,15 +332,26 @@ def measure(judge: Judge, figures: dict[str, Any], save: Callable[[], None]) -> 
                 continue
             file, seconds = make_row(judge, preset, row)
             found = facts(file)
-            if found["parameters"] != dense["parameters"]:
-                raise ValueError(
-                    f"{file} holds {found['parameters']:,} weights and the dense model "
-                    f"{dense['parameters']:,}: a comparison at equal bytes would not be fair"
-                )
+            check_weights(judge.checkpoint, found)
             rows[row] = {**found, "seconds": round(seconds), "scores": judge.score(file)}
             save()
             means = [f"{name} {x['kl']:.4f}" for name, x in rows[row]["scores"].items()]
             print(time.strftime("%H:%M:%S"), preset, row, found["bytes"], *means, flush=True)
+
+
+def check_weights(checkpoint: Path, found: dict[str, Any]) -> None:
+    """Check that a file has the weights of the checkpoint, and none twice.
+
+    Raises:
+        ValueError: It does not; a comparison at equal bytes would not be fair.
+    """
+    shapes = [info.shape for info in Checkpoint(checkpoint).tensors.values()]
+    weights = sum(math.prod(shape) for shape in shapes if len(shape) > 1)
+    if found["weights"] != weights:
+        raise ValueError(
+            f"a file holds {found['weights']:,} weights in matrices, and {checkpoint} {weights:,}: "
+            "a comparison at equal bytes would not be fair"
+        )
 
 
 def measure_speeds(judge: Judge, figures: dict[str, Any], save: Callable[[], None]) -> None:
@@ -354,32 +367,6 @@ def measure_speeds(judge: Judge, figures: dict[str, Any], save: Callable[[], Non
         for file, row in rows:
             row.setdefault("speeds", []).append(judge.speed(file))
             save()
-
-
-def table(models: dict[str, Any]) -> str:
-    """All rows as a Markdown table, with the divergence in units of the preset's."""
-    names = list(CHUNKS)
-    columns = [f"{name}: KL, 99.9 %, same top, of the preset's" for name in names]
-    lines = [f"| model | file | bytes | bits | {' | '.join(columns)} | decode, tokens/s |"]
-    lines.append(f"| --- | --- | ---: | ---: | {' --- |' * len(names)} ---: |")
-    for model, figures in models.items():
-        for preset, rows in figures["rows"].items():
-            for row, values in rows.items():
-                cells = []
-                for name in names:
-                    score, base = values["scores"][name], rows["preset"]["scores"][name]
-                    cells.append(
-                        f"{score['kl']:.4f} ± {score['kl_stderr']:.4f}, {score['kl_99.9']:.2f}, "
-                        f"{score['same_top']:.1f} %, {score['kl'] / base['kl']:.2f}"
-                    )
-                speeds = [speed["decode"] for speed in values.get("speeds", [])]
-                decode = f"{statistics.median(speeds):.1f}" if speeds else ""
-                lines.append(
-                    f"| {model} | {preset}: {row} | {values['bytes']:,} | "
-                    f"{values['bits_of_linears']:.2f} | {' | '.join(cells)} | {decode} |"
-                )
-                model = ""
-    return "\n".join(lines)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -427,7 +414,7 @@ def main(arguments: list[str] | None = None) -> None:
         figures = results["models"].setdefault(name, {})
         measure(judge, figures, save)
         measure_speeds(judge, figures, save)
-    print(table(results["models"]))
+    print(f"{options.json}: python benchmarks/plots.py makes the table and the plot of it")
 
 
 if __name__ == "__main__":
