@@ -38,7 +38,7 @@ from prunus.hardware.numerics import native_bfloat16
 from prunus.methods import Method, Work, check_options, compose, get_method
 from prunus.methods.dense_targets import drift_is_worthwhile
 from prunus.methods.patterns import Pattern, check_shape
-from prunus.methods.statistics import statistics_bytes
+from prunus.methods.statistics import InputStatistics, statistics_bytes
 from prunus.model.checkpoint.output_folder import check_whole
 from prunus.model.checkpoint.writer import Writable
 from prunus.model.levels import grid_bits
@@ -265,6 +265,14 @@ class Format(Generic[_Record]):
         inputs.
         """
         return self.rounding == "nearest"
+
+    @property
+    def rounds_head(self) -> bool:
+        """Whether the format rounds the output head by its inputs, which `take_head` gets."""
+        return False
+
+    def take_head(self, statistics: InputStatistics) -> None:
+        """Take note of the inputs of the output head, after the last block."""
 
     def describe(self) -> dict[str, object]:
         """What the format adds to a plan, as JSON values."""

@@ -21,7 +21,7 @@ from prunus.options.declaration import words
 _Record = TypeVar("_Record", bound=BaseModel)
 
 # Options of earlier versions that recipes no longer have. A record is read without them.
-_FORMER_OPTIONS = ("refine", "refine_steps")
+_FORMER_OPTIONS = ("refine", "refine_steps", "block_rule")
 #: How the windows run through a block; see `prunus.engine.block.walks`.
 Walk = Literal["lockstep", "replay", "two_pass"]
 #: Whether every window begins with the BOS token; `given` where the windows were given.
@@ -162,6 +162,8 @@ class RunRecord(Part):
     def _without_former_options(cls, recipe: Any) -> Any:
         if not isinstance(recipe, dict):
             return recipe
+        if recipe.get("dense_weight") == "auto":
+            recipe = recipe | {"dense_weight": 0.25}  # what it chose, as a rule
         return {name: value for name, value in recipe.items() if name not in _FORMER_OPTIONS}
 
     def save(self, folder: Path) -> None:

@@ -12,6 +12,7 @@ import math
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,8 +24,10 @@ from prunus.engine.linear_job import Format, LinearSelection
 from prunus.formats.recipe import CompressionRecipe
 from prunus.formats.records import CompressionRecord, FileSize
 from prunus.hardware.errors import naming
-from prunus.methods.group_fits import round_in_groups
+from prunus.methods.group_fits import check_range, round_in_groups
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
+from prunus.methods.group_sweep import quantize_in_groups
+from prunus.methods.statistics import InputStatistics
 from prunus.model.checkpoint.reader import Checkpoint, TensorInfo
 from prunus.model.checkpoint.writer import file_nbytes
 from prunus.model.embeddings import is_plain
@@ -33,6 +36,9 @@ from prunus.model.kinds import require_causal
 from prunus.model.linears import tied_embedding
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
+
+# Rows of the output head that are rounded together: a part of it in float32, not all.
+_HEAD_ROWS = 2**14
 
 
 class CompressedFormat(Format[CompressionRecord]):
@@ -272,9 +278,13 @@ class TypeFormat(CompressedFormat):
     Attributes:
         types: Name of a linear, an embedding or a head -> its type, once it is chosen.
         importances: First module of a weight outside the blocks -> how much errors in each of its
-            columns raise the loss, float32 (I,), where that was measured. Where each weight is
-            rounded by itself, also name of a linear -> the mean square of each of its inputs.
+            columns raise the loss, float32 (I,), where that was measured. With feedback this leaves
+            out what errors of the head cost as the head. Where each weight is rounded by itself,
+            also name of a linear -> the mean square of each of its inputs.
     """
+
+    # The inputs of the output head, once they are known.
+    _head_statistics: InputStatistics | None = None
 
     def __init__(self, recipe: CompressionRecipe) -> None:
         super().__init__(recipe)
@@ -354,8 +364,55 @@ class TypeFormat(CompressedFormat):
         """
         key = self.job.stored_key(name)
         weight_OI = self.job.checkpoint.checkpoint.whole(key)
+        quantizer = self.quantizer(name)
         with naming(key):
-            return round_in_groups(weight_OI, self.quantizer(name), self.importances.get(name))
+            if name != self.head or self._head_statistics is None:
+                return round_in_groups(weight_OI, quantizer, self.importances.get(name))
+            work = replace(self.job.work, quantization=quantizer)
+            parts = []
+            for rows_OI in weight_OI.split(_HEAD_ROWS):
+                rows_OI = rows_OI.to(self.job.device, torch.float32)
+                grouped = quantize_in_groups(rows_OI, self._head_statistics, work).quantized
+                assert isinstance(grouped, GroupedWeight)
+                parts.append(grouped.data_OB.cpu())
+            return GroupedWeight(quantizer, torch.cat(parts))
+
+    def check_outside(self) -> None:
+        """Check before the first block that the types of embedding and head reach their weights.
+
+        Raises:
+            ValueError: They do not; the message names the weight.
+        """
+        for name in self.types.keys() - self.job.selected_linears().keys():
+            key = self.job.stored_key(name)
+            with naming(key):
+                check_range(self.job.checkpoint.checkpoint.whole(key), self.quantizer(name))
+
+    @functools.cached_property
+    def head(self) -> str | None:
+        """The module that has the weight of the output head, if that weight has a type.
+
+        It is the embedding where both are tied.
+        """
+        model = self.job.skeleton.model
+        modules, head = dict(model.named_modules()), model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            return None
+        return next((name for name in self.shapes if modules[name].weight is head.weight), None)
+
+    @property
+    def rounds_head(self) -> bool:
+        """Whether errors of the head are corrected by its later columns: where they are measured.
+
+        An embedding that is tied to it has errors of its own, which must be known too.
+        """
+        return self.rounding == "feedback" and self.head in self.importances
+
+    def take_head(self, statistics: InputStatistics) -> None:
+        """Take note of the inputs of the head, and of what its errors cost as an embedding."""
+        if self.head is not None:
+            statistics.add_uncorrelated(self.importances[self.head] * statistics.tokens)
+        self._head_statistics = statistics
 
 
 def _stored_as_integers(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from prunus.engine.linear_record import ReconstructionRecord
 from prunus.engine.options import WindowOptions
@@ -167,6 +167,9 @@ class PartChange(Part):
 
 class SearchStep(Part):
     """One step of the search for blocks, which removes one block."""
+
+    # Earlier versions had two measures, and named theirs in the field `measure`.
+    model_config = ConfigDict(extra="ignore")
 
     #: Old position of the block that is removed.
     block: int

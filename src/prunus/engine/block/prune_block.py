@@ -349,18 +349,33 @@ class BlockPruner:
         head = self.skeleton.head()
         key, device = f"{head.name}.weight", self.job.device
         with self.skeleton.outside_blocks(self.job.source.read_outside, device, with_head=True):
-            self.ranks.set_location(head.name)
-            statistics = self._new_statistics(head)
-            for batch, ids in enumerate(own_part(self.ranks, batches)):
-                x = self.skeleton.head_input(ids.to(device), self.stream.states.get(batch))
-                statistics.add(x.reshape(-1, x.shape[-1]))
-            statistics.complete(self.ranks)
+            statistics = self._head_statistics(head, batches)
             stored = self.job.source.read_outside([key])[key]
             finished = prune_linear(
                 self.job.method, self.job.work, head, head.name, stored, statistics, self.ranks
             )
         check_same(self.ranks, head.name, {key: finished.weight})
         return {key: finished.weight}, finished.record
+
+    def head_statistics(self, batches: Sequence[torch.Tensor]) -> InputStatistics:
+        """The statistics of the inputs of the output head, after the last block.
+
+        Args:
+            batches: Token ids of all batches of all ranks, as in `embed`.
+        """
+        read, device = self.job.source.read_outside, self.job.device
+        with self.skeleton.outside_blocks(read, device, with_head=True):
+            return self._head_statistics(self.skeleton.head(may_be_tied=True), batches)
+
+    def _head_statistics(self, head: Linear, batches: Sequence[torch.Tensor]) -> InputStatistics:
+        """`head_statistics`, while the head has its weight."""
+        self.ranks.set_location(head.name)
+        statistics = self._new_statistics(head)
+        for batch, ids in enumerate(own_part(self.ranks, batches)):
+            x = self.skeleton.head_input(ids.to(self.job.device), self.stream.states.get(batch))
+            statistics.add(x.reshape(-1, x.shape[-1]))
+        statistics.complete(self.ranks)
+        return statistics
 
     def close(self) -> None:
         """Release the hidden states, and the file that holds them."""

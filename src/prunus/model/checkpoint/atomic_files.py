@@ -144,8 +144,10 @@ def prepare_file(path: Path, is_own: Callable[[bytes], object]) -> None:
         ValueError, OSError: No file of this name can be made; see `check_place`.
     """
     check_place(path)
-    readable = path.is_file() and path.stat().st_size < 2**30  # no model by mistake
-    if os.path.lexists(path) and not (readable and is_own(path.read_bytes())):
+    # A model that is named by mistake is not read.
+    if os.path.lexists(path) and not (
+        path.is_file() and path.stat().st_size < 2**30 and is_own(path.read_bytes())
+    ):
         raise FileExistsError(
             f"{path} exists and was not written by this command; it is left as it is. Move it "
             "away, or choose another name"
