@@ -93,6 +93,24 @@ def test_an_embedding_that_is_stored_twice_is_tied(tmp_path):
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
+def test_names_are_made_once_and_every_tensor_is_decoded_once(tmp_path, monkeypatch):
+    """A table of names for every module took longer than all decoding."""
+    write_gguf(tiny_llama(), tmp_path / "q8.gguf", "Q8_0")
+    made, decoded = [], []
+    name_map, dequantize = gguf.get_tensor_name_map, gguf.dequantize
+    monkeypatch.setattr(
+        gguf, "get_tensor_name_map", lambda *args: made.append(args) or name_map(*args)
+    )
+    monkeypatch.setattr(
+        gguf, "dequantize", lambda *args: decoded.append(args) or dequantize(*args)
+    )
+    import_gguf(tmp_path / "q8.gguf", tmp_path / "out")
+    assert len(made) == 1
+    assert len(decoded) == len(gguf.GGUFReader(tmp_path / "q8.gguf").tensors)
+    assert gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2) is not None
+    assert len(made) == 2, "the table of the package is back"
+
+
 def test_overwrite_replaces_the_whole_folder(tiny_gguf, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
