@@ -112,13 +112,13 @@ class Reference:
         self._ready()[0].check(ids, name)
 
     def windows(
-        self, ids: torch.Tensor, batch: int, progress: WindowProgress, compared: bool
+        self, ids: torch.Tensor, batch: int, progress: WindowProgress, models: int
     ) -> Generator[Rows, None, None]:
         """The logits of every window; see `LogitsSource`. Blocks run only for new ids."""
         model, options, streamed = self._ready()
         if isinstance(model, StreamedModel) and len(ids):
             try:
-                states = self._states_of(model, ids, batch, progress, compared)
+                states = self._states_of(model, ids, batch, progress, models)
             except NotImplementedError:
                 # Found out only by running the model: it is no plain row of blocks.
                 self._model = model = self._whole(options)
@@ -126,7 +126,7 @@ class Reference:
                 progress(len(ids), len(ids))
                 yield from model.logits(states, ids, batch, by_rows=streamed)
                 return
-        yield from model.windows(ids, batch, progress, compared)
+        yield from model.windows(ids, batch, progress, models)
 
     def _ready(self) -> tuple[StreamedModel | WholeModel, ComputeOptions, bool]:
         """The model, and how it was opened."""
@@ -139,7 +139,7 @@ class Reference:
         ids: torch.Tensor,
         batch: int,
         progress: WindowProgress,
-        compared: bool,
+        models: int,
     ) -> HiddenStates:
         """Run the blocks, or return what they returned for the same ids before."""
         key = ids.numpy().tobytes(), ids.shape, batch
@@ -147,5 +147,5 @@ class Reference:
             while len(self._states) >= self._texts:
                 oldest = next(iter(self._states))
                 self._states.pop(oldest).close()
-            self._states[key] = model.run_blocks(ids, batch, progress, compared)
+            self._states[key] = model.run_blocks(ids, batch, progress, models)
         return self._states[key]

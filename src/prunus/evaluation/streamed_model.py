@@ -150,7 +150,7 @@ class StreamedModel:
         check_windows(self.skeleton.model, ids, name)
 
     def windows(
-        self, ids: torch.Tensor, batch: int, progress: WindowProgress, compared: bool
+        self, ids: torch.Tensor, batch: int, progress: WindowProgress, models: int
     ) -> Generator[Rows, None, None]:
         """The logits of every window; see `LogitsSource`.
 
@@ -161,19 +161,19 @@ class StreamedModel:
         """
         if not len(ids):
             return
-        with contextlib.closing(self.run_blocks(ids, batch, progress, compared)) as states:
+        with contextlib.closing(self.run_blocks(ids, batch, progress, models)) as states:
             yield from self.logits(states, ids, batch, by_rows=True)
             progress(len(ids), len(ids))
 
     def run_blocks(
-        self, ids: torch.Tensor, batch: int, progress: WindowProgress, compared: bool
+        self, ids: torch.Tensor, batch: int, progress: WindowProgress, models: int
     ) -> HiddenStates:
         """What the last block returns, (B, S, H) per batch. The caller closes it.
 
         The arguments and errors are those of `windows`.
         """
         batches = ids.split(batch)
-        storage = self._place_states(batch, ids.shape, compared)
+        storage = self._place_states(batch, ids.shape, models)
         stream = Stream(self.skeleton, self.source, self.device)
         steps = len(self.skeleton) + 1
         try:
@@ -225,15 +225,14 @@ class StreamedModel:
         """The logits (T, V) of some rows of one window: a `Rows`."""
         return self.skeleton.logits(ids_S[None, first:stop], hidden_SH[None, first:stop])[0]
 
-    def _place_states(self, batch: int, shape: torch.Size, compared: bool) -> StatesPlace:
+    def _place_states(self, batch: int, shape: torch.Size, models: int) -> StatesPlace:
         """Where the hidden states of all windows are kept between blocks, if a block fits.
 
         It is the device if they fit there, else the memory of the host, else a file.
         """
         held = resident_memory() if self.device.type == "cpu" else 0
         budget = memory_budget(self.device, self.memory) - held
-        models = 2 if compared else 1
-        minimum, hidden = self._needs(batch, shape, compared)
+        minimum, hidden = self._needs(batch, shape, models)
         if minimum > budget:
             held = resident_memory()
             raise ValueError(
@@ -241,7 +240,7 @@ class StreamedModel:
                 f"of windows in flight ({batch} × {shape[1]} tokens); the memory budget is "
                 f"{(budget + held) / 1e9:.2f} GB. Raise `memory`, or lower `batch` or `seqlen`"
             )
-        if models * (minimum + hidden) <= budget:
+        if minimum + models * hidden <= budget:
             return StatesPlace(None, on_device=True)
         if self.device.type != "cpu":
             host = available_memory() if self.memory is None else self.memory - resident_memory()
@@ -249,10 +248,11 @@ class StreamedModel:
                 return StatesPlace(None, on_device=False)
         return StatesPlace(Path(tempfile.gettempdir()), on_device=True)
 
-    def _needs(self, batch: int, shape: torch.Size, compared: bool) -> tuple[int, int]:
+    def _needs(self, batch: int, shape: torch.Size, models: int) -> tuple[int, int]:
         """Bytes for the largest step with one batch in flight, and for all hidden states.
 
         The step is a block with its activations, loading the weights outside the blocks, or logits.
+        The heads of the other `models` are in memory with it, and logits of two at once.
         """
         skeleton = self.skeleton
         size = skeleton.dtype.itemsize
@@ -274,5 +274,6 @@ class StreamedModel:
         # Of what is outside the blocks, only the copy is left when logits are computed.
         copy = outer * max(1, size // self.source.stored_dtype.itemsize)
         logits = _logits_bytes(skeleton.vocabulary, min(ROWS, seqlen), size)
-        logits *= 2 if compared else 1
-        return max(block + transient, outer + copy, copy + logits), windows * seqlen * hidden * size
+        logits *= min(models, 2)
+        step = max(block + transient, outer + copy, copy + logits)
+        return (models - 1) * copy + step, windows * seqlen * hidden * size

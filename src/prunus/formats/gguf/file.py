@@ -152,6 +152,20 @@ class GgufFile:
         return torch.from_numpy(values).reshape(*map(int, reversed(tensor.shape)))
 
     @property
+    def block_bits(self) -> float | None:
+        """Bits per weight of the matrices in the blocks, but for routers; None if there are none.
+
+        They are the linears of a model; experts are one tensor of three sides.
+        """
+        matrices = [
+            tensor
+            for name, tensor in self.tensors.items()
+            if name.startswith("blk.") and len(tensor.shape) > 1 and "ffn_gate_inp" not in name
+        ]
+        count = sum(int(tensor.n_elements) for tensor in matrices)
+        return 8 * sum(int(tensor.n_bytes) for tensor in matrices) / count if count else None
+
+    @property
     def types(self) -> dict[str, float]:
         """Name of a type -> share of all weights (0 to 1) that have it, the largest first."""
         sizes = Counter[str]()
