@@ -8,7 +8,6 @@ MODEL is a checkpoint folder. A size is the share of the parameters in blocks th
 Blocks and heads go in whole steps, so each way takes the largest of its models that is not above
 it, and the table says what it came to. Ways:
 
-    shortgpt        --block-rule cosine
     blocks          the search by KL divergence
     flap            FLAP, another width in each block; see benchmarks/flap.py
     width           channels and heads, with columns that are fitted by least squares
@@ -64,7 +63,6 @@ from prunus.structure.run import run
 
 #: Way -> options of `prunus.shrink`, without those that say how much goes.
 WAYS: dict[str, dict[str, Any]] = {
-    "shortgpt": {"block_rule": "cosine", "repair": False},
     "blocks": {"repair": False},
     "blocks+repair": {},
     "flap": {},
@@ -148,7 +146,7 @@ class Benchmark:
         """The checked run that removes an amount."""
         given = {**given_windows(self.ids)[1], "repair": False, **amount}
         recipe = StructureRecipe.read(None, given)
-        return plan_structure(self.given.model, recipe, RunOptions(input_ids=self.ids))
+        return plan_structure(self.given.model, recipe, RunOptions(calibration_data=self.ids))
 
     @functools.cached_property
     def block_sizes(self) -> list[int]:
@@ -162,7 +160,7 @@ class Benchmark:
             ValueError: so much width cannot go.
         """
         every, limit = self.block_sizes, size * sum(self.block_sizes)
-        if way.removesuffix("+repair") in ("shortgpt", "blocks"):
+        if way.removesuffix("+repair") == "blocks":
             return {"blocks": max(n for n in range(1, len(every)) if sum(every[:n]) <= limit)}
 
         def narrowed(steps: int, heads: int | None) -> int:
@@ -217,7 +215,7 @@ class Benchmark:
     def shrink(self, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         """Make a smaller model in a folder."""
         given = {**given_windows(self.ids)[1], "batch": BATCH, **options}
-        how = RunOptions(input_ids=self.ids)
+        how = RunOptions(calibration_data=self.ids)
         session = Session(report=lambda now: say(f"{folder.name} {now.done}/{now.total}"))
         record = run(self.given.model, folder, StructureRecipe.read(None, given), how, session)
         gone = record.totals["parameters_before"] - record.totals["parameters"]

@@ -26,8 +26,8 @@ from prunus.evaluation.generation import generate
 from prunus.evaluation.inspection import stored_size
 from prunus.evaluation.records import ModelSize
 from prunus.formats.base import Choice, choose_types
-from prunus.formats.gguf.contents import read_record
 from prunus.formats.gguf.file import GgufFile
+from prunus.formats.gguf.format import read_record
 from prunus.formats.gguf.import_checkpoint import import_gguf
 from prunus.formats.gguf.types import TYPES
 from prunus.formats.records import CompressionRecord

@@ -30,7 +30,7 @@ def exact_products(monkeypatch):
 
 def planned(folder, dtype: str = "float32", **options) -> PruningJob:
     recipe = CompressionRecipe(bits=4.0, samples=4, seqlen=16, batch=2, dtype=dtype, **options)
-    return plan_run(folder, recipe, RunOptions(input_ids=IDS), PackedFormat(recipe))
+    return plan_run(folder, recipe, RunOptions(calibration_data=IDS), PackedFormat(recipe))
 
 
 def streamed(

@@ -125,6 +125,11 @@ def as_of_version_0_3(folder: Path, record: str) -> None:
     content = json.loads(path.read_text())
     content.pop("shard_count", None)
     content |= {"format": 1, "sha256": {names[x]: y for x, y in content["sha256"].items()}}
+    if record == "prunus.json":
+        content["recipe"] |= {"refine": "none", "refine_steps": None, "dense_weight": "auto"}
+    if record == "prunus-structure.json":
+        content["recipe"] |= {"block_rule": "divergence"}
+        content["search"] = [step | {"measure": "divergence"} for step in content["search"]]
     if "shards" in content:
         content["shards"] = {names[x]: y for x, y in content["shards"].items()}
     path.write_text(json.dumps(content))

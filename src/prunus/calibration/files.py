@@ -7,7 +7,6 @@ is given up once it becomes far larger than text does, and every error names the
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import zlib
 from pathlib import Path
@@ -57,12 +56,6 @@ def check_file(path: Path) -> None:
         raise FileNotFoundError(f"{path}: no such file")
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty")
-
-
-def require_library(module: str, purpose: str) -> None:
-    """Raise ModuleNotFoundError, which names the extra `data`, unless `module` is installed."""
-    if importlib.util.find_spec(module) is None:
-        raise ModuleNotFoundError(f"{purpose} needs {module}: pip install '.[data]'")
 
 
 def read_documents(path: Path) -> list[str]:

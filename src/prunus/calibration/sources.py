@@ -125,11 +125,6 @@ def _kind(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-#: What tensors that a program gives are called, in the place of the name of a source: integers, and
-#: floats.
-TENSORS = ("token ids", "pixel values")
-
-
 class Source(ABC):
     """Where the windows of a run come from.
 
@@ -374,8 +369,8 @@ class _Tensor(Source):
     """Token ids or pixel values that a program gives, taken as they are."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        super().__init__(TENSORS[tensor.is_floating_point()])
         self.images = tensor.is_floating_point()
+        super().__init__("pixel values" if self.images else "token ids")
         self._tensor = tensor.detach()
 
     def draw(self, request: WindowRequest) -> Windows:

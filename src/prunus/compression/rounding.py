@@ -170,8 +170,7 @@ def type_rounding(
 ) -> TypeRounding:
     """The rounding to the types of least loss, which the record and the format take note of.
 
-    The arguments are those of `rate_rounding`. What lies outside the blocks is written here,
-    because it needs the types too.
+    The arguments are those of `rate_rounding`.
     """
     ranks = session.ranks
     tensors = ranks.tensors_from_rank_0(
@@ -180,7 +179,7 @@ def type_rounding(
     stored.types = stored.types_of(_named(tensors, _LOSSES))
     stored.importances = _named(tensors, _IMPORTANCES)
     record.types = stored.types
-    ranks.on_rank_0(lambda: output.write_outside({}))
+    ranks.on_rank_0(stored.check_outside)
     if said := stored.chosen(record):
         session.tell(said)
     return TypeRounding({name: stored.quantizer(name) for name in job.selected_linears()})
@@ -225,7 +224,8 @@ def _type_losses(
     Returns:
         Named tensors, which a file can store: of the first module of each weight the loss that each
         of its types adds (types,), and of embedding and head float32 (I,), how much errors in each
-        column raise the loss. The kinds are `_LOSSES` and `_IMPORTANCES`.
+        column raise the loss as an embedding, in units of the mean square of an input of the head.
+        The kinds are `_LOSSES` and `_IMPORTANCES`.
     """
     tensors: dict[str, Tensor] = {}
     if not stored.measures_loss:
@@ -234,6 +234,8 @@ def _type_losses(
         job, session, ids, digests, job.selected, job.work.options, quantizes=True, outside=True
     )
     modules, linears = dict(job.skeleton.model.named_modules()), job.selected_linears()
+    output_head = job.skeleton.model.get_output_embeddings()
+    head = next(x for name, x in sensitivities.items() if modules[name] is output_head)
     uses: dict[int, list[LinearSensitivity]] = {}
     for name, sensitivity in sensitivities.items():
         # A tied head has another name than the embedding, and the same weight.
@@ -246,12 +248,15 @@ def _type_losses(
         for name in names:
             weight_OI = job.checkpoint.checkpoint.whole(job.stored_key(name))
             with naming(name):
-                importance_I, losses = type_losses(
-                    weight_OI, uses[id(modules[name].weight)], quantizers, len(names)
+                parts.append(
+                    type_losses(weight_OI, uses[id(modules[name].weight)], quantizers, len(names))
                 )
-            parts.append(losses)
         tensors[f"{_LOSSES}{first}"] = torch.stack(parts).sum(dim=0)
         if first not in linears:
+            as_embedding = [x for x in uses[id(modules[first].weight)] if x is not head]
+            importance_I = torch.zeros(stored.shapes[first][-1])
+            for use in as_embedding:
+                importance_I += use.importance_I * (use.loss_O.mean() / head.loss_O.mean())
             tensors[f"{_IMPORTANCES}{first}"] = importance_I
         count(1)
     return tensors
@@ -262,8 +267,8 @@ def type_losses(
     uses: Sequence[LinearSensitivity],
     quantizers: Sequence[GroupQuantizer],
     stacked: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """Per-column importance (I,), and the expected loss increase of each type (types,).
+) -> Tensor:
+    """The expected loss increase of each type (types,).
 
     The loss of an error e is half of Σ s_i E[e_i²], see `engine/loss_sensitivity.py`; the factor ½
     is the same for all types and left out.
@@ -285,4 +290,4 @@ def type_losses(
         parts = [error_RI @ use.importance_I @ use.loss_O[some_R] for use in uses]
         shares = [use.loss_O.sum() / use.loss_O[some_R].sum() for use in uses]
         losses.append(sum(part * share for part, share in zip(parts, shares, strict=True)))
-    return importance_I, torch.tensor(losses)
+    return torch.tensor(losses)

@@ -31,14 +31,14 @@ from prunus.engine.loss_sensitivity import measuring_memory
 from prunus.engine.memory import Memory
 from prunus.engine.options import RunOptions
 from prunus.engine.plan import check_memory, open_model, run_facts
-from prunus.engine.reconstruction.schedule import ReconstructionSettings
+from prunus.engine.reconstruction.reconstruct_block import ReconstructionSettings
 from prunus.engine.session import SILENT, Session
 from prunus.hardware.memory import resident_memory
 from prunus.hardware.numerics import native_bfloat16
 from prunus.methods import Method, Work, check_options, compose, get_method
+from prunus.methods.dense_targets import drift_is_worthwhile
 from prunus.methods.patterns import Pattern, check_shape
-from prunus.methods.refine.dense_targets import drift_is_worthwhile
-from prunus.methods.statistics import statistics_bytes
+from prunus.methods.statistics import InputStatistics, statistics_bytes
 from prunus.model.checkpoint.output_folder import check_whole
 from prunus.model.checkpoint.writer import Writable
 from prunus.model.levels import grid_bits
@@ -57,7 +57,7 @@ class PruningJob(RunJob):
     Attributes:
         recipe: The options that decide the bytes of the result.
         format: How linears are stored in the result.
-        method: How every linear is pruned, with refinements and weight updates composed in.
+        method: How every linear is pruned, with targets and weight updates composed in.
         work: What the run asks of the method.
         selected: Per block the relative names of the linears to prune.
         left_dense: The weights of the blocks that stay dense: full name -> shape.
@@ -262,6 +262,14 @@ class Format(Generic[_Record]):
         """Whether the choice of bits needs the loss that errors in each linear cause."""
         return False
 
+    @property
+    def rounds_head(self) -> bool:
+        """Whether the format rounds the output head by its inputs, which `take_head` gets."""
+        return False
+
+    def take_head(self, statistics: InputStatistics) -> None:
+        """Take note of the inputs of the output head, after the last block."""
+
     def describe(self) -> dict[str, object]:
         """What the format adds to a plan, as JSON values."""
         return {}
@@ -449,7 +457,7 @@ def plan_run(
 def _method_and_work(
     recipe: PruningOptions, own_method: Method | None, quantizes: bool
 ) -> tuple[Method, Work]:
-    """The recipe's method with its refinement and weight update, and what the run asks of it."""
+    """The recipe's method with its weight update, and what the run asks of it."""
     published = own_method or get_method(recipe.method)
     method = compose(published, recipe, quantizes)
     group = recipe.group

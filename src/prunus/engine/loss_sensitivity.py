@@ -193,7 +193,7 @@ def loss_sensitivities(
         stream.skeleton.release(index)
         count(_BACKWARD)
     if head is not None:
-        sensitivities[head.linear.name] = head.without_weight(unit)
+        sensitivities[head.linear.name] = head.with_feedback(options, unit)
         embedding = _outside(stream, "input")
         sensitivities[embedding.name] = _of_embedding(stream, embedding, ids, first, gradient, unit)
     return sensitivities
@@ -323,7 +323,8 @@ def _gradient_of_loss(
     skeleton, head = stream.skeleton, [_outside(stream, "output")] if with_head else []
 
     def measure(factor: float) -> tuple[Tensor, dict[str, _Sums]]:
-        rows, sums = [], {x.name: _Sums(x, 0, stream.device, factor) for x in head}
+        rows = []
+        sums = {x.name: _Sums(x, part_width([x]), stream.device, factor) for x in head}
         generator = torch.Generator().manual_seed(seed)
         with _summing(head, sums):
             # Window by window: logits are large.
@@ -419,17 +420,30 @@ class _Sums:
         loss_O, importance_I = _shared(self._squares_O / unit).cpu(), (squares_I / tokens).cpu()
         return LinearSensitivity(loss_O, power, importance_I=importance_I)
 
+    def _steps_I(self, options: MethodOptions) -> Tensor:
+        """U_jj of every input, float32 (I,); ones where no token reached the linear."""
+        squares_I = self._statistics.sum_squares_I.float()
+        if self._squares_O is None:
+            return torch.ones_like(squares_I)
+        return torch.cat([_part_steps(part, squares_I, options) for part in self._parts])
+
+    def with_feedback(self, options: MethodOptions, unit: float) -> LinearSensitivity:
+        """`without_weight`, where later columns correct the errors of those before them."""
+        result = self.without_weight(unit)
+        if self._squares_O is None:
+            return result
+        importance_I = result.power / self._steps_I(options).square()
+        return replace(result, importance_I=importance_I.cpu())
+
     def sensitivity(self, options: MethodOptions, unit: float) -> LinearSensitivity:
         """The sensitivity of the linear; `unit` is the number of tokens."""
-        weight_OI, result = self.linear.weight_OI.float(), self.without_weight(unit)
-        device, squares_I = weight_OI.device, self._statistics.sum_squares_I.float()
+        weight_OI = self.linear.weight_OI.float()
         if not self._parts:
-            loss_O, power_I = result.loss_O.to(device), result.importance_I.to(device)
+            result = self.without_weight(unit)
+            loss_O = result.loss_O.to(weight_OI.device)
+            power_I = result.importance_I.to(weight_OI.device)
             return replace(result, curve_P=_loss_curve(weight_OI, loss_O, power_I))
-        steps_I = torch.ones_like(squares_I)
-        if self._squares_O is not None:
-            steps_I = torch.cat([_part_steps(part, squares_I, options) for part in self._parts])
-            result = replace(result, importance_I=(result.power / steps_I.square()).cpu())
+        result, steps_I = self.with_feedback(options, unit), self._steps_I(options)
         scaled_OI = weight_OI / result.scales_O.to(weight_OI.device)[:, None]
         deviation_I = scaled_OI.square().mean(dim=0).sqrt() / steps_I
         levels_Q = (torch.arange(_QUANTILES, device=deviation_I.device) + 0.5) / _QUANTILES

@@ -17,7 +17,6 @@ from torch import nn
 
 from prunus.calibration.windows import check_context
 from prunus.distributed import Ranks
-from prunus.engine.folder import bytes_in
 from prunus.engine.job import RunJob
 from prunus.engine.memory import Memory
 from prunus.engine.options import RunOptions, WindowOptions
@@ -168,7 +167,9 @@ def check_memory(job: RunJob) -> None:
 
 def check_room(nbytes: int, output: Path) -> None:
     """Check that the disk has `nbytes` for the result, less what an earlier run has written."""
-    check_disk(output, nbytes - bytes_in(output))
+    if output.is_dir():
+        nbytes -= sum(path.stat().st_size for path in output.iterdir() if path.is_file())
+    check_disk(output, nbytes)
 
 
 def _host_budget(options: RunOptions, ranks: Ranks) -> int:

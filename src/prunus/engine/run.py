@@ -205,6 +205,8 @@ def _change_blocks(
         pruned_head: dict[str, torch.Tensor] = {}
         if recipe.prunes_head:
             pruned_head, record.head = pruner.prune_head(batches)
+        if job.format.rounds_head:
+            job.format.take_head(pruner.head_statistics(batches))
     record.close(seconds=time.perf_counter() - started, device=job.device)
     output.complete(pruned_head)
 

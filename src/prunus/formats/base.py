@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import math
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,18 +21,24 @@ from torch import nn
 
 from prunus.engine.folder import BlockFolder
 from prunus.engine.linear_job import Format, LinearSelection
-from prunus.formats.packed.file_size import embedding_and_head, file_size
 from prunus.formats.recipe import CompressionRecipe
-from prunus.formats.records import CompressionRecord
+from prunus.formats.records import CompressionRecord, FileSize
 from prunus.hardware.errors import naming
-from prunus.methods.group_fits import round_in_groups
+from prunus.methods.group_fits import check_range, round_in_groups
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
+from prunus.methods.group_sweep import quantize_in_groups
+from prunus.methods.statistics import InputStatistics
 from prunus.model.checkpoint.reader import Checkpoint, TensorInfo
 from prunus.model.checkpoint.writer import file_nbytes
+from prunus.model.embeddings import is_plain
 from prunus.model.formats import format_named, format_of
 from prunus.model.kinds import require_causal
+from prunus.model.linears import tied_embedding
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
+
+# Rows of the output head that are rounded together: a part of it in float32, not all.
+_HEAD_ROWS = 2**14
 
 
 class CompressedFormat(Format[CompressionRecord]):
@@ -275,8 +283,12 @@ class TypeFormat(CompressedFormat):
     Attributes:
         types: Name of a linear, an embedding or a head -> its type, once it is chosen.
         importances: First module of a weight outside the blocks -> how much errors in each of its
-            columns raise the loss, float32 (I,), where that was measured.
+            columns raise the loss, float32 (I,), where that was measured. For the weight of the
+            head this leaves out what its errors cost as the head.
     """
+
+    # The inputs of the output head, once they are known.
+    _head_statistics: InputStatistics | None = None
 
     def __init__(self, recipe: CompressionRecipe) -> None:
         super().__init__(recipe)
@@ -356,8 +368,55 @@ class TypeFormat(CompressedFormat):
         """
         key = self.job.stored_key(name)
         weight_OI = self.job.checkpoint.checkpoint.whole(key)
+        quantizer = self.quantizer(name)
         with naming(key):
-            return round_in_groups(weight_OI, self.quantizer(name), self.importances.get(name))
+            if name != self.head or self._head_statistics is None:
+                return round_in_groups(weight_OI, quantizer, self.importances.get(name))
+            work = replace(self.job.work, quantization=quantizer)
+            parts = []
+            for rows_OI in weight_OI.split(_HEAD_ROWS):
+                rows_OI = rows_OI.to(self.job.device, torch.float32)
+                grouped = quantize_in_groups(rows_OI, self._head_statistics, work).quantized
+                assert isinstance(grouped, GroupedWeight)
+                parts.append(grouped.data_OB.cpu())
+            return GroupedWeight(quantizer, torch.cat(parts))
+
+    def check_outside(self) -> None:
+        """Check before the first block that the types of embedding and head reach their weights.
+
+        Raises:
+            ValueError: They do not; the message names the weight.
+        """
+        for name in self.types.keys() - self.job.selected_linears().keys():
+            key = self.job.stored_key(name)
+            with naming(key):
+                check_range(self.job.checkpoint.checkpoint.whole(key), self.quantizer(name))
+
+    @functools.cached_property
+    def head(self) -> str | None:
+        """The module that has the weight of the output head, if that weight has a type.
+
+        It is the embedding where both are tied.
+        """
+        model = self.job.skeleton.model
+        modules, head = dict(model.named_modules()), model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            return None
+        return next((name for name in self.shapes if modules[name].weight is head.weight), None)
+
+    @property
+    def rounds_head(self) -> bool:
+        """Whether errors of the head are corrected by its later columns: where they are measured.
+
+        An embedding that is tied to it has errors of its own, which must be known too.
+        """
+        return self.head in self.importances
+
+    def take_head(self, statistics: InputStatistics) -> None:
+        """Take note of the inputs of the head, and of what its errors cost as an embedding."""
+        if self.head is not None:
+            statistics.add_uncorrelated(self.importances[self.head] * statistics.tokens)
+        self._head_statistics = statistics
 
 
 def _stored_as_integers(
@@ -384,6 +443,63 @@ def _stored_as_integers(
             "or experts in one tensor; such a checkpoint cannot be compressed yet"
         )
     return LinearSelection(by_block, left_dense)
+
+
+def file_size(
+    source: CheckpointSource, model: Any, tensors: Mapping[str, Any], after: int
+) -> FileSize:
+    """The size of a result and what takes its bytes.
+
+    Args:
+        source: The source.
+        model: The skeleton of the source.
+        tensors: Stored name -> something with a shape and a dtype, of all tensors of the result.
+        after: Bytes of the files of the result.
+    """
+    # The embedding comes last, so that a tied head counts as embedding.
+    modules = {id(model.get_output_embeddings()): "output head"}
+    modules[id(model.get_input_embeddings())] = "embeddings"
+    kinds = {
+        source.stored.get(f"{name}.weight", name).removesuffix(".weight"): modules[id(module)]
+        for name, module in reversed(list(model.named_modules()))
+        if id(module) in modules
+    }
+    parts = Counter[str]()
+    for name, info in tensors.items():
+        linear = name.rpartition(".weight")[0]
+        dense = source.checkpoint.tensors.get(name)
+        packed = dense is None or dense.dtype != info.dtype
+        kind = "other weights" if len(info.shape) > 1 else "norms and biases"
+        kind = kinds.get(linear, "linears" if packed else kind)
+        what = f"packed {kind}" if packed else f"{kind} in {str(info.dtype).partition('.')[2]}"
+        parts[what] += math.prod(info.shape) * info.dtype.itemsize
+    checkpoint = source.checkpoint
+    parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    return FileSize.of(checkpoint.file_bytes(), after, parameters, parts)
+
+
+def embedding_and_head(model: Any, stored: Mapping[str, str]) -> dict[str, list[str]]:
+    """The embedding and the head that the packed format can hold; only the first if they are tied.
+
+    Args:
+        model: The skeleton of the source.
+        stored: Name in the model -> stored name, as in `CheckpointSource`.
+
+    Returns:
+        Stored name of the weight -> stored names of copies of it: a tied head may be stored too.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+    keys = [
+        stored.get(names.get(id(module), ""), "") if module is not None and is_plain(module) else ""
+        for module in (embedding, head)
+    ]
+    if not tied:
+        return {key: [] for key in keys if key.endswith(".weight")}
+    # A checkpoint may store a tied weight twice, or as the head alone, which stays as it is.
+    holds = tied_embedding(model) is not None and keys[0].endswith(".weight")
+    return {keys[0]: [key for key in keys[1:] if key]} if holds else {}
 
 
 def format_for(output: Path | None, recipe: CompressionRecipe) -> RateFormat | TypeFormat:

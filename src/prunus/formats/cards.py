@@ -73,32 +73,6 @@ def compressed_card(record: CompressionRecord, loader: str, source: Path) -> str
     return packed_card(card, loader)
 
 
-def tensors_card(record: CompressionRecord, group: int, source: Path) -> str:
-    """The card of a checkpoint in the format of compressed-tensors.
-
-    Args:
-        record: The record of the run.
-        group: The number of inputs that share a scale.
-        source: The folder of the source, whose card is extended.
-    """
-    bits = f"{record.recipe.bits:g}"
-    return result_card(
-        record,
-        "compressed",
-        [
-            f"{source_name(record)} with its linears in {bits} bits and a scale for each {group} "
-            f"inputs of a row (W{bits}A16), in the format of the package compressed-tensors.",
-            "" if record.size is None else " ".join(record.size.sentences()),
-            "The folder is for vLLM and SGLang. transformers loads it where compressed-tensors is "
-            f"installed. Calibration: {calibration_words(record)}.",
-            grid_words(record.grid_bits),
-        ],
-        tags=["compressed-tensors", "quantized", f"{bits}-bit"],
-        relation="quantized",
-        source=source,
-    )
-
-
 def packed_card(readme: str | None, loader: str = "AutoModelForCausalLM") -> str:
     """The card of a source with how to load it packed, for which transformers needs prunus.
 

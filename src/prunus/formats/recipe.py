@@ -29,7 +29,7 @@ class CompressionRecipe(PruningOptions):
             them from the checkpoint.
         head_bits: The bits per weight of embeddings and head, or "none" to keep them as they are.
         sparsity: The share of the weights that a mask forces to 0.
-        dense_weight: α, see `methods/refine/dense_targets.py`.
+        dense_weight: α, see `methods/dense_targets.py`.
 
     Raises:
         ValueError: An option is unknown or out of range, or options exclude each other.

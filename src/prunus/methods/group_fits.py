@@ -46,12 +46,7 @@ def fit_scales(weight_BO: Tensor, importance_B: Tensor, quantizer: GroupQuantize
     Raises:
         ValueError: Weights are beyond the values of the quantiser.
     """
-    if bool((weight_BO.abs() > quantizer.largest).any()):
-        raise ValueError(
-            f"its weights are too large for {quantizer.name}, which reaches "
-            f"{quantizer.largest:.1e}. Is the checkpoint whole? `ignore` keeps a linear as it is, "
-            "and `head_bits` none the head"
-        )
+    check_range(weight_BO, quantizer)
     groups = SpanFit(weight_BO, importance_B, quantizer)
     step_GO, offset_GO = groups.fit()
     lowest, highest = quantizer.codes
@@ -67,6 +62,20 @@ def fit_scales(weight_BO: Tensor, importance_B: Tensor, quantizer: GroupQuantize
         scales = groups.refit(groups.best_codes(Scales(d_O, dmin_O, code_GO, minimum_GO)))
         d_O, dmin_O = scales.d_O, scales.dmin_O
     return scales
+
+
+def check_range(weight: Tensor, quantizer: GroupQuantizer) -> None:
+    """Check that a quantiser reaches all numbers of a weight.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if bool((weight.abs() > quantizer.largest).any()):
+        raise ValueError(
+            f"its weights are too large for {quantizer.name}, which reaches "
+            f"{quantizer.largest:.1e}. Is the checkpoint whole? `ignore` keeps a linear as it is, "
+            "and `head_bits` none the head"
+        )
 
 
 def round_in_groups(

@@ -99,7 +99,7 @@ def prune_linear(
     weights, and a resumed run prunes finished blocks again.
 
     Args:
-        method: The method, with refinements and weight updates composed in.
+        method: The method, with targets and weight updates composed in.
         work: What is asked of it. How rows are split and weights are rounded is decided here.
         linear: The module. Its weight is overwritten.
         full_name: Name of the linear in the model, for messages.
@@ -123,7 +123,7 @@ def prune_linear(
         notes["unreached"] = (
             "no calibration token reached this linear: its inputs were taken as equal"
         )
-    stored_OI = (stored.T if linear.transposed else stored).to(linear.weight_OI.device)
+    stored_OI = _on_device(stored.T if linear.transposed else stored, linear.weight_OI)
     weight_OI = stored_OI.to(torch.float32)
     if (before := count_zeros(stored_OI)) > SPARSE * stored_OI.numel():
         notes["zeros_before"] = before
@@ -169,6 +169,19 @@ def prune_linear(
     )
     result = new_OI.T if linear.transposed else new_OI
     return PrunedLinear(result.to(stored.device).contiguous(), record, packed)
+
+
+def _on_device(stored_OI: torch.Tensor, current_OI: torch.Tensor) -> torch.Tensor:
+    """The stored weight on the device of the block, sent there at most once more.
+
+    The block was filled with the stored weight, and nothing has changed it yet. So if the block
+    computes in the stored dtype, `current_OI`, its weight on the device, is the stored one.
+    """
+    if stored_OI.device == current_OI.device:
+        return stored_OI
+    if stored_OI.dtype == current_OI.dtype:
+        return current_OI
+    return stored_OI.to(current_OI.device)
 
 
 def _output_error(
@@ -222,10 +235,6 @@ def _output_error(
     return (share, None) if gram_II is not None else (None, share)
 
 
-# Notes that count something: the counts of all shards add up. Of other numbers the largest stays.
-_COUNTS = frozenset({"swaps"})
-
-
 @dataclass(frozen=True)
 class _RankShard(RowShard):
     """The rows of one linear that one rank solves."""
@@ -270,10 +279,10 @@ class _RowsOverRanks(RowSharding):
 def _merge_notes(by_rank: list[dict[str, Any]]) -> dict[str, Any]:
     """The notes of a linear from those of its shards, in the order of ranks.
 
-    Counts add up. Of other numbers the largest stays, of texts the last.
+    Of numbers the largest stays, of texts the last.
 
-    >>> _merge_notes([{"swaps": 2, "damping": 0.1}, {"swaps": 3, "damping": 0.2}])
-    {'swaps': 5, 'damping': 0.2}
+    >>> _merge_notes([{"ridge": 0.1, "conjugate_gradients": 9}, {"ridge": 0.2}])
+    {'ridge': 0.2, 'conjugate_gradients': 9}
     """
     merged: dict[str, Any] = {}
     for notes in by_rank:
@@ -281,5 +290,5 @@ def _merge_notes(by_rank: list[dict[str, Any]]) -> dict[str, Any]:
             if key not in merged or isinstance(value, str):
                 merged[key] = value
             else:
-                merged[key] = merged[key] + value if key in _COUNTS else max(merged[key], value)
+                merged[key] = max(merged[key], value)
     return merged

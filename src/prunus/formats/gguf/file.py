@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import io
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from prunus.hardware.errors import require_library
 from prunus.hardware.process_state import replaced
 from prunus.model.checkpoint.atomic_files import replacing
 
@@ -33,8 +33,7 @@ _OF_STORAGE = (
 def check_extra() -> None:
     """Raise ModuleNotFoundError unless the packages for GGUF files are installed."""
     for module in ("gguf", "accelerate"):
-        if importlib.util.find_spec(module) is None:
-            raise ModuleNotFoundError(f"a GGUF file needs {module}: pip install '.[gguf]'")
+        require_library(module, "a GGUF file", "gguf")
 
 
 def package() -> Any:
