@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from prunus.evaluation.inspection import Inspection, inspect
     from prunus.evaluation.perplexity import perplexities, perplexity
     from prunus.evaluation.records import PerplexityResult, TaskResults, compare
-    from prunus.evaluation.reference import Reference
     from prunus.evaluation.task_runner import evaluate
     from prunus.formats.recipe import CompressionRecipe
     from prunus.formats.records import CompressionRecord
@@ -56,7 +55,6 @@ __all__ = [
     "PerplexityResult",
     "Recipe",
     "RecoveryRecord",
-    "Reference",
     "StructureRecipe",
     "StructureRecord",
     "TaskResults",
@@ -90,7 +88,6 @@ _HOMES = {
     "PerplexityResult": "prunus.evaluation.records",
     "Recipe": "prunus.pruning.recipe",
     "RecoveryRecord": "prunus.recovery.record",
-    "Reference": "prunus.evaluation.reference",
     "StructureRecipe": "prunus.structure.records",
     "StructureRecord": "prunus.structure.records",
     "TaskResults": "prunus.evaluation.records",

@@ -158,6 +158,36 @@ def test_one_block_of_all_models_is_in_memory_and_no_file_of_logits(root, monkey
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_eval_gives_each_model_the_figures_that_it_has_alone(stream, root, tmp_path, monkeypatch):
+    runs = []
+    run_blocks = StreamedModel._run_blocks
+    monkeypatch.setattr(
+        StreamedModel,
+        "_run_blocks",
+        lambda self, *rest: (
+            runs.append(self.source.checkpoint.folder.name) or run_blocks(self, *rest)
+        ),
+    )
+    json_file, names = tmp_path / "eval.json", ("dense", *MODELS)
+    texts = [str(root / f"{text}.safetensors") for text in TEXTS]
+    call(
+        "eval",
+        *(root / name for name in names),
+        *("--reference", root / "dense", "--perplexity", ",".join(texts), "--seqlen", SEQLEN),
+        *("--device", "cpu", "--json", json_file, "--stream" if stream else "--no-stream"),
+    )
+    # The reference comes first, and once for each text: `dense` is a model as well.
+    assert runs == (["dense", *names] * len(TEXTS) if stream else [])
+    for name, model in zip(names, json.loads(json_file.read_text())["models"], strict=True):
+        for text, found in zip(texts, model["perplexity"], strict=False):
+            options = {"seqlen": SEQLEN, "device": "cpu", "stream": stream}
+            alone = prunus.perplexity(root / name, text, reference=root / "dense", **options)
+            expected = json.loads(json.dumps(alone.as_dict()))
+            assert found | {"seconds": 0} == expected | {"seconds": 0}
+            assert (found["divergence"]["kl"] == 0) == (name == "dense")
+
+
 def test_heads_of_all_models_count_where_they_would_not_fit(root, monkeypatch):
     needs = []
     original = StreamedModel._needs

@@ -55,7 +55,6 @@ from prunus.evaluation.model_input import (
 )
 from prunus.evaluation.options import PROTOCOLS, Protocol, TextOptions
 from prunus.evaluation.records import ALL_TEXTS, PerplexityResult, WorstToken
-from prunus.evaluation.reference import Reference
 from prunus.evaluation.streamed_model import StreamedModel, choose_streamed
 from prunus.evaluation.window_scores import (
     LogitsSource,
@@ -107,14 +106,13 @@ def perplexity(
     tokens as the perplexity. `perplexities` scores several models, and several texts.
 
     Args:
-        model_or_path: A folder or hub id (safetensors only), a loaded transformers model, or a
-            `Reference`, whose blocks do not run again for a text that they ran for. A loaded model
-            is scored in evaluation mode, on its device and in its dtype, with the tokenizer of its
-            `name_or_path`.
+        model_or_path: A folder, a GGUF file, a hub id (safetensors only), or a loaded transformers
+            model. A loaded model is scored in evaluation mode, on its device and in its dtype, with
+            the tokenizer of its `name_or_path`.
         text: Name of a text, see `load_scoring_text`. A `.safetensors` file with input_ids (N, T)
             int needs no tokenizer; its rows are cut into windows one by one.
-        reference: A folder, hub id or loaded model to compare with, which has the same vocabulary.
-            A `Reference` runs once for several calls. None compares with nothing.
+        reference: A model to compare with, as `model_or_path`, which has the same vocabulary. None
+            compares with nothing.
         progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. A function
             is called with the number of windows done and of all windows; half of the blocks of a
             streamed model count as half of the windows.
@@ -196,29 +194,19 @@ def _side_by_side(
     loaded = next((one for one in models if isinstance(one, nn.Module)), None)
     device = choose_device(chosen.device, loaded, ranks.local_size)
     compute = ComputeOptions(chosen.dtype, device, chosen.memory, chosen.trust_remote_code)
-    inputs = [
-        find_model(one.model if isinstance(one, Reference) else one, chosen.trust_remote_code)
-        for one in asked
-    ]
+    inputs = [find_model(model, chosen.trust_remote_code) for model in asked]
     for model in inputs[: len(models)] if reference is not None else []:
         check_reference(model, inputs[-1])
     ranks.set_location(f"the perplexity of {inputs[0].name} on {', '.join(texts)}")
     with ranks.fail_together():
         tokenizer = functools.cache(lambda: inputs[0].tokenizer(chosen.tokenizer))
         windows = [scoring_windows(text, tokenizer, seqlen, chosen) for text in texts]
-    # A `Reference` that is scored itself is opened as if another model were in memory with it. One
-    # will be, and the blocks need not run again for it.
-    later = [one.folder for one in models if isinstance(one, Reference)]
-    folders = [one.folder for one in inputs]
-    streamed = choose_streamed([*folders, *later], chosen.stream, batch * seqlen, compute)
-    watched = file_states(*folders)
-    for one in asked:
-        # A `Reference` is watched since it was made.
-        watched |= one.watched if isinstance(one, Reference) else {}
+    folders = [model.folder for model in inputs]
+    streamed = choose_streamed(folders, chosen.stream, batch * seqlen, compute)
     start = first_scored_row(chosen.protocol, seqlen)
     scored = []
-    with unchanged(watched, ranks):
-        sources = list(map(_opened, asked, inputs, [compute] * len(asked), streamed))
+    with unchanged(file_states(*folders), ranks):
+        sources = list(map(_opened, inputs, streamed, [compute] * len(asked)))
         for position, source in enumerate(sources):
             for of_text in windows:
                 name = "the model" if position < len(models) else "the reference"
@@ -304,11 +292,8 @@ def _worst_token(windows: ScoringWindows, window: int, row: int, start: int) -> 
     return WorstToken(windows.source, window, token, before, text)
 
 
-def _opened(asked: Any, model: ModelInput, compute: ComputeOptions, streamed: bool) -> LogitsSource:
-    """The model to score, opened as `perplexity` has chosen: block by block if `streamed`."""
-    if isinstance(asked, Reference):
-        asked.open(compute, streamed)
-        return asked
+def _opened(model: ModelInput, streamed: bool, compute: ComputeOptions) -> LogitsSource:
+    """The model to score, block by block if `streamed`."""
     if model.folder is None:
         return WholeModel(model.loaded)
     if streamed:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from prunus.evaluation.model_input import ComputeOptions
-from prunus.evaluation.window_scores import ROWS, Rows, WindowProgress, check_windows, rows_of
+from prunus.evaluation.window_scores import ROWS, Rows, WindowProgress, check_windows
 from prunus.hardware.memory import available_memory, memory_budget, resident_memory
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint.atomic_files import read_json
@@ -127,7 +127,6 @@ class StreamedModel:
         dtype: The dtype in which it computes.
         device: Where it computes.
         memory: Budget in bytes for the whole process; None takes what is free.
-        splits_experts: Whether experts that the whole model computes together run one by one.
 
     Raises:
         ValueError, FileNotFoundError: The checkpoint is damaged.
@@ -141,7 +140,6 @@ class StreamedModel:
         self.dtype = DTYPES.get(options.dtype, default)
         self.skeleton = Skeleton(self.source.config, self.dtype, options.trust_remote_code)
         self.source.bind(self.skeleton)
-        self.splits_experts = any(map(self.skeleton.fused, range(len(self.skeleton))))
         self.device = options.device
         self.memory = options.memory
 
@@ -161,17 +159,26 @@ class StreamedModel:
         """
         if not len(ids):
             return
-        with contextlib.closing(self.run_blocks(ids, batch, progress, models)) as states:
-            yield from self.logits(states, ids, batch, by_rows=True)
+        with contextlib.ExitStack() as stack:
+            states = self._run_blocks(ids, batch, progress, models)
+            stack.callback(states.close)
+            # The mode ends before a window is handed out, so it never holds for the caller.
+            with torch.no_grad():
+                stack.enter_context(
+                    self.skeleton.outside_blocks(
+                        self.source.read_outside, self.device, with_head=True
+                    )
+                )
+            for position, ids_BS in enumerate(ids.split(batch)):
+                ids_BS = ids_BS.to(self.device)
+                for ids_S, hidden_SH in zip(ids_BS, states.get(position), strict=True):
+                    yield partial(self._rows, ids_S, hidden_SH)
             progress(len(ids), len(ids))
 
-    def run_blocks(
+    def _run_blocks(
         self, ids: torch.Tensor, batch: int, progress: WindowProgress, models: int
     ) -> HiddenStates:
-        """What the last block returns, (B, S, H) per batch. The caller closes it.
-
-        The arguments and errors are those of `windows`.
-        """
+        """What the last block returns, (B, S, H) per batch. The caller closes it."""
         batches = ids.split(batch)
         storage = self._place_states(batch, ids.shape, models)
         stream = Stream(self.skeleton, self.source, self.device)
@@ -186,38 +193,6 @@ class StreamedModel:
             stream.close()
             raise
         return stream.states
-
-    def logits(
-        self, states: HiddenStates, ids: torch.Tensor, batch: int, by_rows: bool
-    ) -> Generator[Rows, None, None]:
-        """The logits of every window, in order, from what the last block returns.
-
-        With `by_rows` they are computed when they are asked for, which takes the least memory.
-        Otherwise all of a batch are computed at once, as in the whole model: the last bit of a
-        product can depend on the number of rows.
-
-        Args:
-            states: What the last block returned, per batch.
-            ids: The token ids that it is for, (W, S).
-            batch: Windows per batch.
-            by_rows: As above.
-        """
-        with contextlib.ExitStack() as stack:
-            # The mode ends before a window is handed out, so it never holds for the caller.
-            with torch.no_grad():
-                stack.enter_context(
-                    self.skeleton.outside_blocks(
-                        self.source.read_outside, self.device, with_head=True
-                    )
-                )
-            for position, ids_BS in enumerate(ids.split(batch)):
-                hidden_BSH = states.get(position)
-                ids_BS = ids_BS.to(self.device)
-                if by_rows:
-                    for ids_S, hidden_SH in zip(ids_BS, hidden_BSH, strict=True):
-                        yield partial(self._rows, ids_S, hidden_SH)
-                else:
-                    yield from map(rows_of, self.skeleton.logits(ids_BS, hidden_BSH))
 
     def _rows(
         self, ids_S: torch.Tensor, hidden_SH: torch.Tensor, first: int, stop: int

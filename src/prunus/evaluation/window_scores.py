@@ -1,7 +1,7 @@
 """The loop over windows: loss, and how far the predictions are from those of a reference.
 
-The logits of windows are those of a model in memory (`WholeModel`), of a model that is read block
-by block (`StreamedModel`), or of a model that others are compared with (`Reference`).
+The logits of windows are those of a model in memory (`WholeModel`), or of a model that is read
+block by block (`StreamedModel`).
 
 What is compared with a reference is in `metrics`.
 
