@@ -30,7 +30,6 @@ there, and goes on in the checkpoint where it was stopped.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import json
 import os
@@ -52,7 +51,6 @@ from prunus.calibration.windows import WindowRequest, hash_ids
 from prunus.engine.options import RunOptions
 from prunus.engine.session import Session
 from prunus.engine.windows import given_windows
-from prunus.evaluation.reference import Reference
 from prunus.evaluation.speed import bench
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.checkpoint.atomic_files import read_json, write_json
@@ -94,7 +92,6 @@ class Benchmark:
         self.file: Path = given.json or self.folder / "structure.json"
         self.data = read_json(self.file) if self.file.exists() else {"rows": {}}
         self.rows: dict[str, dict[str, Any]] = self.data["rows"]
-        self._references = contextlib.ExitStack()
 
     def describe(self) -> None:
         """Note what is measured and with what.
@@ -222,22 +219,14 @@ class Benchmark:
         share = 1 - gone / sum(self.block_sizes)
         return {"folder": str(folder), "options": options, "share": share}
 
-    @functools.cached_property
-    def references(self) -> dict[str, Reference]:
-        """The dense model once for each text, so that its blocks run once for each."""
-        return {
-            text: self._references.enter_context(Reference(self.given.model))
-            for text in self.given.texts
-        }
-
     def scores(self, model: Any) -> dict[str, dict[str, Any]]:
         """Quality of a folder or a loaded model on each text."""
         found = {}
-        for text, reference in self.references.items():
+        for text in self.given.texts:
             result = prunus.perplexity(
                 model,
                 text,
-                reference=reference,
+                reference=self.given.model,
                 tokenizer=None if Path(text).suffix == ".safetensors" else self.tokenizer,
                 seqlen=self.given.eval_seqlen,
                 samples=self.given.limit,

@@ -95,6 +95,11 @@ class CompressedFormat(Format[CompressionRecord]):
         """Full name of a linear -> its type and its bits per weight; empty if not recorded."""
         return {}
 
+    @staticmethod
+    def stored_bits(path: Path) -> float | None:
+        """Bits per weight of the linears in the blocks of a file; None where it does not say."""
+        return None
+
     # What a run asks.
 
     def select(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from prunus.engine.linear_record import calibration_words
@@ -20,7 +20,6 @@ from prunus.engine.session import Session
 from prunus.evaluation.inspection import packed_size, stored_size
 from prunus.evaluation.options import TaskOptions, TextOptions
 from prunus.evaluation.perplexity import perplexity
-from prunus.evaluation.reference import Reference
 from prunus.evaluation.task_runner import evaluate
 from prunus.hardware.errors import reason
 from prunus.methods import get_method
@@ -54,7 +53,6 @@ class Runner:
         output: Folder of the results.
         options: Those of the command, for all cells.
         report: Is called with a line of text after every step.
-        references: Label -> the dense model, which cells are compared with.
     """
 
     sweep: Sweep
@@ -62,7 +60,6 @@ class Runner:
     output: Path
     options: RunOptions
     report: Callable[[str], None]
-    references: dict[str, Reference] = field(default_factory=dict)
 
     def run(self) -> SweepResults:
         """Score the dense models, then run cell after cell; a failed one does not end the sweep."""
@@ -80,8 +77,6 @@ class Runner:
             if cell.recovers is None:
                 recoveries = [x for x in self.results.cells if x.recovers == cell.name]
                 self._run_with_recoveries(cell, recoveries)
-        for reference in self.references.values():
-            reference.close()
         return self.results
 
     def _save(self) -> None:
@@ -187,15 +182,11 @@ class Runner:
         Args:
             weights: The checkpoint.
             record: Gets the figures: a cell, or a dense model.
-            label: The label of the dense model. It scores itself with what the comparisons of cells
-                need as well.
+            label: The label of the dense model, which a cell is compared with.
             title: Begins the lines of text.
         """
         scoring = self.sweep.scoring
         trust = self.options.trust_remote_code
-        if label not in self.references:
-            dense = Path(self.results.models[label].path)
-            self.references[label] = Reference(dense, len(scoring.texts))
 
         def finished(what: str, value: float) -> None:
             self._save()
@@ -206,12 +197,11 @@ class Runner:
             record.packed = packed_size(weights, trust)
         # A cell is compared with the dense model, which is compared with nothing.
         is_cell = isinstance(record, CellResult)
-        scored = weights if is_cell else self.references[label]
-        reference = self.references[label] if is_cell else None
+        reference = Path(self.results.models[label].path) if is_cell else None
         how = scoring.arguments(TextOptions, self.options)
         for text in scoring.texts:
             if text not in record.scores:
-                result = perplexity(scored, text, reference=reference, progress=False, **how)
+                result = perplexity(weights, text, reference=reference, progress=False, **how)
                 record.scores[text] = result
                 finished(f"perplexity on {text}", result.perplexity)
                 if result.divergence is not None:

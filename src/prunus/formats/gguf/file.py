@@ -7,6 +7,7 @@ No other file imports the package, which is an extra. Files of strangers are che
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import re
 from collections import Counter
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 from prunus.hardware.errors import require_library
+from prunus.hardware.process_state import replaced
 from prunus.model.checkpoint.atomic_files import replacing
 
 #: The field with the record of the run that made a file.
@@ -45,6 +47,19 @@ def package() -> Any:
     import gguf
 
     return gguf
+
+
+@functools.cache
+def _reader_class() -> Any:
+    """The package's reader of files, with the mapped file as a plain array.
+
+    A header has a slice for each token of its vocabulary, and those of a `memmap` take twice as
+    long.
+    """
+    plain = property(
+        lambda self: self.plain, lambda self, data: setattr(self, "plain", data.view(np.ndarray))
+    )
+    return type("PlainReader", (package().GGUFReader,), {"data": plain})
 
 
 def tensor_names(architecture: str, blocks: int) -> Any:
@@ -88,15 +103,21 @@ class GgufFile:
     @classmethod
     def open(cls, path: Path) -> GgufFile:
         """Read a header; for files of strangers see `open_gguf`."""
-        reader = package().GGUFReader(path)
+        reader = _reader_class()(path)
         return cls(reader, {tensor.name: tensor for tensor in reader.tensors})
 
     @contextlib.contextmanager
     def read_once(self) -> Iterator[None]:
-        """While active, transformers takes this file as it is open: a header takes seconds."""
+        """While active, transformers takes this file as it is open: a header takes seconds.
+
+        The package's table of names is made once as well. transformers asks for it for every module
+        of a model, 397 times in SmolLM2-135M, and each takes some 10 ms.
+        """
         kind, package().GGUFReader = package().GGUFReader, lambda _: self.reader
+        name_maps = functools.cache(package().get_tensor_name_map)
         try:
-            yield
+            with replaced(package(), "get_tensor_name_map", name_maps):
+                yield
         finally:
             package().GGUFReader = kind
 
@@ -134,6 +155,20 @@ class GgufFile:
             raise ValueError(f"it has no tensor {name}")
         values = np.array(package().dequantize(tensor.data, tensor.tensor_type))
         return torch.from_numpy(values).reshape(*map(int, reversed(tensor.shape)))
+
+    @property
+    def block_bits(self) -> float | None:
+        """Bits per weight of the matrices in the blocks, but for routers; None if there are none.
+
+        They are the linears of a model; experts are one tensor of three sides.
+        """
+        matrices = [
+            tensor
+            for name, tensor in self.tensors.items()
+            if name.startswith("blk.") and len(tensor.shape) > 1 and "ffn_gate_inp" not in name
+        ]
+        count = sum(int(tensor.n_elements) for tensor in matrices)
+        return 8 * sum(int(tensor.n_bytes) for tensor in matrices) / count if count else None
 
     @property
     def types(self) -> dict[str, float]:

@@ -232,6 +232,11 @@ class GgufFormat(TypeFormat):
         types = {} if record is None else record.types
         return {name: (kind, TYPES[kind].bits) for name, kind in types.items()}
 
+    @staticmethod
+    def stored_bits(path: Path) -> float | None:
+        """Bits per weight of the matrices in the blocks of any GGUF file."""
+        return open_gguf(path).block_bits
+
     def folder(self, model: str | Path, output: Path) -> Path:
         """The folder OUT.gguf.part of the run, once output and model are checked.
 
