@@ -12,7 +12,7 @@ import torch
 import prunus
 from gguf_cases import gguf_checkpoint
 from processors import processor
-from prunus.engine.reconstruction import schedule
+from prunus.engine.reconstruction import reconstruct_block
 from prunus.hardware import numerics
 from prunus.hardware.numerics import all_finite
 from recovery_cases import recover, training_text
@@ -33,7 +33,7 @@ def dense(request, tmp_path, monkeypatch):
     """The folder of a checkpoint of the case, on its processor."""
     family, dtype, native = request.param
     # One training step for the short windows of these tests.
-    monkeypatch.setattr(schedule, "_TOKENS_PER_STEP", 64)
+    monkeypatch.setattr(reconstruct_block, "_TOKENS_PER_STEP", 64)
     with processor(native):
         yield dense_checkpoint(tmp_path / "dense", family, dtype)
 

@@ -6,7 +6,7 @@ import torch
 import prunus
 from prunus.engine.block import dense_stream
 from prunus.engine.memory import Memory
-from prunus.engine.reconstruction import schedule
+from prunus.engine.reconstruction import reconstruct_block
 from stopping import StopError, stop_after
 from tiny import shards, tiny_checkpoint, token_ids
 
@@ -14,7 +14,7 @@ from tiny import shards, tiny_checkpoint, token_ids
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
     """Give the short windows of these tests several training steps each."""
-    monkeypatch.setattr(schedule, "_TOKENS_PER_STEP", 8)
+    monkeypatch.setattr(reconstruct_block, "_TOKENS_PER_STEP", 8)
 
 
 def check_same_bytes_resumed_and_replayed(dense, tmp_path, monkeypatch, options):
