@@ -59,7 +59,7 @@ def test_states_that_do_not_fit_on_the_device_wait_in_host_memory(folders, monke
             "prunus.evaluation.streamed_model.available_memory", lambda host=host: host
         )
         monkeypatch.setattr(StreamedModel, "_needs", lambda *_: (10**3, 10**7))
-        found = model._place_states(1, shape, False)
+        found = model._place_states(1, shape, 1)
         assert found == place or (place is None and found.spill_to is not None)
 
 

@@ -197,7 +197,7 @@ def _side_by_side(
     inputs = [find_model(model, chosen.trust_remote_code) for model in asked]
     for model in inputs[: len(models)] if reference is not None else []:
         check_reference(model, inputs[-1])
-    ranks.set_location(f"the perplexity of {inputs[0].name} on {', '.join(texts)}")
+    ranks.set_location(f"the perplexity of {inputs[0].name} on {', '.join(map(str, texts))}")
     with ranks.fail_together():
         tokenizer = functools.cache(lambda: inputs[0].tokenizer(chosen.tokenizer))
         windows = [scoring_windows(text, tokenizer, seqlen, chosen) for text in texts]
