@@ -134,7 +134,7 @@ class CheckpointFolder(BlockFolder):
         for name, weight in made.packed.items():
             key = self.job.stored_key(f"{made.record.name}.{name}")
             del tensors[key]
-            tensors |= self.job.format.tensors_of(key, weight, made.record.linears[name])
+            tensors |= self.job.format.tensors_of(key, weight)
         return tensors
 
     def restored(self, position: int) -> dict[str, torch.Tensor]:

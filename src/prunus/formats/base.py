@@ -1,7 +1,8 @@
 """What the formats of compressed models have in common.
 
 A `RateFormat` gives every linear as many bits as its share of the loss is worth: any number. A
-`TypeFormat` has a few quantisers, and each weight gets one of them. The base class `Format` says in
+`TypeFormat` has a few quantisers, and each weight gets one of them. In a `MixFormat` the sizes of
+all weights together, embeddings and head included, decide which. The base class `Format` says in
 which order a run asks a format.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -23,10 +25,11 @@ from prunus.formats.packed.file_size import embedding_and_head, file_size
 from prunus.formats.recipe import CompressionRecipe
 from prunus.formats.records import CompressionRecord
 from prunus.hardware.errors import naming
+from prunus.hardware.sizes import in_bytes
 from prunus.methods.group_fits import round_in_groups
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.model.checkpoint.reader import Checkpoint, TensorInfo
-from prunus.model.checkpoint.writer import file_nbytes
+from prunus.model.checkpoint.writer import Writable, file_nbytes
 from prunus.model.formats import format_named, format_of
 from prunus.model.kinds import require_causal
 from prunus.model.skeleton import Skeleton
@@ -131,6 +134,18 @@ class CompressedFormat(Format[CompressionRecord]):
             raise ValueError(
                 f"{what} stores zeros as all other weights: leave `sparsity` and `pattern` out, or "
                 "write a packed checkpoint, whose zeros take fewer bits"
+            )
+
+    def refuse_types(self) -> None:
+        """Refuse the options of GGUF files.
+
+        Raises:
+            ValueError: The recipe has one of them.
+        """
+        if self.recipe.type is not None or self.recipe.template is not None:
+            raise ValueError(
+                "`type` and `template` belong to GGUF files: give the output a name that ends in "
+                ".gguf, or leave them out"
             )
 
     # The size of a result that is a folder.
@@ -300,6 +315,33 @@ class TypeFormat(CompressedFormat):
         """First module of a weight -> all modules that have one type with it."""
         return {first: [first] for first in self.shapes}
 
+    def check_widths(self, group: int) -> None:
+        """Check that all linears consist of whole groups.
+
+        Args:
+            group: The number of columns of the smallest group.
+
+        Raises:
+            ValueError: A linear does not; names it.
+        """
+        for name, linear in self.job.selected_linears().items():
+            if linear.shape[1] % group:
+                raise ValueError(
+                    f"{name} has {linear.shape[1]} inputs, and groups need a number that "
+                    f"{group} divides: keep it as it is with `ignore`"
+                )
+
+    def scale_dtype(self, key: str) -> torch.dtype:
+        """The dtype of the scales of a weight: bfloat16, or float16 where that is its own.
+
+        Args:
+            key: The name under which the source stores the weight.
+        """
+        # What is stored in float32 is run in bfloat16 or float16, and nearly all scales that are
+        # exact in bfloat16 are exact in both.
+        is_half = self.job.checkpoint.checkpoint.tensors[key].dtype == torch.float16
+        return torch.float16 if is_half else torch.bfloat16
+
     def nbytes_of(self, quantizer: GroupQuantizer, shape: tuple[int, ...]) -> int:
         """The bytes of a weight of this shape in the result."""
         return quantizer.nbytes_of(math.prod(shape))
@@ -352,6 +394,96 @@ class TypeFormat(CompressedFormat):
         weight_OI = self.job.checkpoint.checkpoint.whole(key)
         with naming(key):
             return round_in_groups(weight_OI, self.quantizer(name), self.importances.get(name))
+
+
+class MixFormat(TypeFormat):
+    """A format whose `size` or `bits` decide the types of all weights, with embeddings and head."""
+
+    WRITES_OUTSIDE_FIRST: ClassVar[bool] = False  # its types follow from the measurement
+
+    @property
+    @abstractmethod
+    def others(self) -> int:
+        """The bytes of all that has no type, whatever the types are."""
+
+    @property
+    def measures_loss(self) -> bool:
+        """Always: types are chosen by the loss that they cause."""
+        return True
+
+    @functools.cached_property
+    def modules_outside(self) -> set[str]:
+        """The embedding and the head, as far as they have a type."""
+        stored = self.job.checkpoint.stored.items()
+        return {name.removesuffix(".weight") for name, key in stored if key in self.packed_outside}
+
+    @functools.cached_property
+    def module_of(self) -> dict[str, str]:
+        """Stored name of a weight -> name of its module, for all that have a type."""
+        names = [*self.modules_outside, *self.job.selected_linears()]
+        return {self.job.stored_key(name): name for name in names}
+
+    @functools.cached_property
+    def reach(self) -> tuple[int, int]:
+        """The bytes of all weights with a type, each with its smallest and its largest one."""
+        sizes = [[x.nbytes for x in choices] for choices in self.choices({}).values()]
+        return sum(map(min, sizes)), sum(map(max, sizes))
+
+    @property
+    def budget(self) -> int:
+        """The bytes of all weights with a type: what `size` or `bits` leave for them.
+
+        Without both, each weight has its smallest type.
+        """
+        if self.recipe.size is not None:
+            return self.recipe.size - self.others
+        if self.recipe.bits is not None:
+            return int(self.recipe.bits * self._weights / 8)
+        return self.reach[0]
+
+    @property
+    def _weights(self) -> int:
+        """How many weights have a type."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def check_reach(self, result: str) -> None:
+        """Check that the types reach the bits or the size that the recipe asks for.
+
+        Args:
+            result: What people call the result, such as "a GGUF file".
+
+        Raises:
+            ValueError: They do not; says what is possible.
+        """
+        if not self.reach[0] <= self.budget <= self.reach[1]:
+            bits = " to ".join(f"{8 * nbytes / self._weights:.2f}" for nbytes in self.reach)
+            sizes = " to ".join(in_bytes(nbytes + self.others) for nbytes in self.reach)
+            raise ValueError(
+                f"{self.recipe.target} is not possible in {result} of this model: its types "
+                f"take {bits} bits per weight, with embeddings and head, and such files {sizes}"
+            )
+
+    def file_bytes(self) -> int:
+        """Bytes of the files with weights, as planned."""
+        return self.others + self.budget
+
+    def planned_parts(self) -> Counter[str]:
+        """What will take the bytes of the result, before the types are chosen."""
+        kinds = {choice.kind: None for types in self.choices({}).values() for choice in types}
+        return Counter(
+            {f"the best mix of {', '.join(kinds)}": self.budget, "all else": self.others}
+        )
+
+    def outside(
+        self, folder: BlockFolder, record: CompressionRecord, tensors: dict[str, Writable]
+    ) -> dict[str, Writable]:
+        """The tensors outside the blocks, with embedding and head in their types."""
+        for name in self.types.keys() & self.modules_outside:
+            key = self.job.stored_key(name)
+            for dense in (key, *self.packed_outside[key]):
+                del tensors[dense]
+            tensors |= self.tensors_of(key, self.rounded_outside(name))
+        return tensors
 
 
 def _stored_as_integers(

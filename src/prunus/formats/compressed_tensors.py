@@ -65,15 +65,14 @@ def stored_parts(key: str, weight: GroupedWeight, dtype: torch.dtype) -> dict[st
         weight: The weight, quantised by an `IntegerType`.
         dtype: The dtype of the weight in the source, which its scales get.
     """
-    quantizer, rows = weight.quantizer, len(weight.data_OB)
-    data_OSK = weight.data_OB.view(rows, -1, quantizer.nbytes)
-    scale_OS = data_OSK[..., :2].contiguous().view(quantizer.dtype)[..., 0]
-    # A copy begins at a multiple of four bytes, which the view below asks for.
-    values_OB = data_OSK[..., 2:].flatten(1).clone(memory_format=torch.contiguous_format)
+    quantizer = weight.quantizer
+    assert isinstance(quantizer, IntegerType)
+    scale_OS, values_OB = quantizer.separate(weight.data_OB)
+    rows, spans = scale_OS.shape
     return {
         f"{key}_packed": values_OB.view(torch.int32),
         f"{key}_scale": scale_OS.to(dtype),
-        f"{key}_shape": torch.tensor([rows, scale_OS.shape[1] * quantizer.span]),
+        f"{key}_shape": torch.tensor([rows, spans * quantizer.span]),
     }
 
 
@@ -87,10 +86,7 @@ def weight_of(
         scale_OS: The scales, in any float dtype.
         quantizer: What quantised the weight.
     """
-    values_OSK = packed.view(torch.uint8).unflatten(1, (scale_OS.shape[1], -1))
-    scale_OSK = scale_OS.to(quantizer.dtype)[..., None].view(torch.uint8)
-    data_OSK = torch.cat([scale_OSK, values_OSK], dim=2)
-    return GroupedWeight(quantizer, data_OSK.flatten(1))
+    return GroupedWeight(quantizer, quantizer.join(scale_OS.to(quantizer.dtype), packed))
 
 
 class TensorsFormat(TypeFormat):
@@ -113,12 +109,7 @@ class TensorsFormat(TypeFormat):
             raise ValueError(
                 "compressed-tensors keeps embeddings and head as they are: leave `head_bits` out"
             )
-        for name, linear in self.job.selected_linears().items():
-            if linear.shape[1] % _GROUPS[-1]:
-                raise ValueError(
-                    f"{name} has {linear.shape[1]} inputs, and groups need a number that "
-                    f"{_GROUPS[-1]} divides: keep it as it is with `ignore`"
-                )
+        self.check_widths(_GROUPS[-1])
 
     @functools.cached_property
     def group(self) -> int:
@@ -127,7 +118,7 @@ class TensorsFormat(TypeFormat):
         return next(x for x in _GROUPS if not any(width % x for width in widths))
 
     @functools.cached_property
-    def shapes(self) -> dict[str, tuple[int, int]]:
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name of each linear -> (out, in). Embeddings and head stay as they are."""
         return {name: linear.shape for name, linear in self.job.selected_linears().items()}
 
@@ -137,11 +128,7 @@ class TensorsFormat(TypeFormat):
 
     def _quantizer_of(self, key: str) -> IntegerType:
         """How the weight that the source stores as `key` is quantised."""
-        # What is stored in float32 is run in bfloat16 or float16, and nearly all scales that are
-        # exact in bfloat16 are exact in both.
-        is_half = self.job.checkpoint.checkpoint.tensors[key].dtype == torch.float16
-        dtype = torch.float16 if is_half else torch.bfloat16
-        return integer_type(int(self.recipe.bits or 0), self.group, dtype)
+        return integer_type(int(self.recipe.bits or 0), self.group, self.scale_dtype(key))
 
     @property
     def packed_outside(self) -> dict[str, list[str]]:
@@ -160,9 +147,7 @@ class TensorsFormat(TypeFormat):
         data_OB = torch.empty(size, dtype=torch.uint8, device="meta")
         return stored_parts(key, GroupedWeight(quantizer, data_OB), info.dtype)
 
-    def tensors_of(
-        self, key: str, weight: GroupedWeight, record: LinearRecord
-    ) -> dict[str, torch.Tensor]:
+    def tensors_of(self, key: str, weight: GroupedWeight) -> dict[str, torch.Tensor]:
         """The three tensors of a linear; see `Format.tensors_of`."""
         return stored_parts(key, weight, self.job.checkpoint.checkpoint.tensors[key].dtype)
 

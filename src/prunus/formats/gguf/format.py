@@ -12,11 +12,8 @@ A kill at any moment leaves nothing outside the folder but the whole file.
 from __future__ import annotations
 
 import functools
-import math
-from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 
@@ -24,7 +21,7 @@ from prunus.engine.folder import BlockFolder, find_earlier, remove_result
 from prunus.engine.linear_options import PruningOptions
 from prunus.engine.linear_record import LinearRecord
 from prunus.engine.options import RunOptions
-from prunus.formats.base import TypeFormat, choose_types
+from prunus.formats.base import MixFormat, choose_types
 from prunus.formats.gguf.contents import FileContents, finished_file, read_record, reproducible
 from prunus.formats.gguf.file import check_extra, padded, write_gguf
 from prunus.formats.gguf.header import open_gguf
@@ -44,7 +41,6 @@ from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.model.checkpoint.atomic_files import check_place, move_file
 from prunus.model.checkpoint.output_folder import check_apart
 from prunus.model.checkpoint.reader import Checkpoint, TensorInfo
-from prunus.model.checkpoint.writer import Writable
 from prunus.model.formats import reader_of
 
 #: Name of the whole file in the folder of the run.
@@ -53,10 +49,9 @@ FILE = "model.gguf"
 _HEAD_TYPES = {4: "Q4_K", 6: "Q6_K", 8: "Q8_0"}
 
 
-class GgufFormat(TypeFormat):
+class GgufFormat(MixFormat):
     """A GGUF file, made from a checkpoint or from a GGUF file in full precision."""
 
-    WRITES_OUTSIDE_FIRST: ClassVar[bool] = False  # its types follow from the measurement
     #: The file that the run makes; `folder` sets it.
     path: Path
 
@@ -139,14 +134,7 @@ class GgufFormat(TypeFormat):
                     f"a GGUF file has one type for {names[0]} and all other experts of its block, "
                     "and `ignore` matches some of them: let it match all or none"
                 )
-        reach = self._reach
-        if not reach[0] <= self.budget <= reach[1]:
-            bits = " to ".join(f"{8 * nbytes / self._weights:.2f}" for nbytes in reach)
-            sizes = " to ".join(in_bytes(nbytes + self._others) for nbytes in reach)
-            raise ValueError(
-                f"{self.recipe.target} is not possible in a GGUF file of this model: its types "
-                f"take {bits} bits per weight, with embeddings and head, and such files {sizes}"
-            )
+        self.check_reach("a GGUF file")
 
     @functools.cached_property
     def contents(self) -> FileContents:
@@ -165,21 +153,14 @@ class GgufFormat(TypeFormat):
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """First module of each tensor with a type -> the shape of the tensor."""
-        names = self.job.selected_linears().keys() | self._outside
+        names = self.job.selected_linears().keys() | self.modules_outside
         tensors = self.contents.layout.tensors
         return {x.module: x.shape for x in tensors if x.module in names}
-
-    @functools.cached_property
-    def _outside(self) -> set[str]:
-        """The modules of embedding and head that have a type."""
-        stored = self.job.checkpoint.stored
-        modules = (tensor.module for tensor in self.contents.layout.tensors)
-        return {x for x in modules if stored.get(f"{x}.weight") in self.packed_outside}
 
     def quantizers(self, name: str) -> list[GgufType]:
         """The types that a module can have: one where the recipe decides, else all that fit."""
         columns = self.job.checkpoint.checkpoint.tensors[self.job.stored_key(name)].shape[-1]
-        kind = self._head_type if name in self._outside else self.recipe.type
+        kind = self._head_type if name in self.modules_outside else self.recipe.type
         return types_for(columns) if kind is None else [type_for(kind, columns)]
 
     @property
@@ -200,44 +181,18 @@ class GgufFormat(TypeFormat):
         return {tensor.module: tensor.modules for tensor in self.contents.layout.tensors}
 
     @functools.cached_property
-    def _reach(self) -> tuple[int, int]:
-        """The bytes of all weights with a type, each with its smallest and its largest one."""
-        sizes = [[x.nbytes for x in choices] for choices in self.choices({}).values()]
-        return sum(map(min, sizes)), sum(map(max, sizes))
-
-    @functools.cached_property
-    def _others(self) -> int:
+    def others(self) -> int:
         """The bytes of the file that do not depend on the types."""
-        return self.contents.file_bytes(choose_types(self.choices({}), 0)) - self._reach[0]
-
-    @property
-    def _weights(self) -> int:
-        """How many weights have a type."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
-
-    @property
-    def budget(self) -> int:
-        """The bytes of all weights with a type: what `size`, `bits` or `type` leave for them."""
-        if self.recipe.size is not None:
-            return self.recipe.size - self._others
-        if self.recipe.bits is not None:
-            return int(self.recipe.bits * self._weights / 8)
-        return self._reach[0]
+        return self.contents.file_bytes(choose_types(self.choices({}), 0)) - self.reach[0]
 
     def describe(self) -> dict[str, object]:
         """The size of the file and what takes it, for a plan."""
         if self.measures_loss:
-            kinds = {choice.kind: None for types in self.choices({}).values() for choice in types}
-            mix = f"the best mix of {', '.join(kinds)}"
-            parts = Counter({mix: self.budget, "all else": self._others})
+            parts = self.planned_parts()
         else:
             parts = self.contents.bytes_by_type(self.types_of({}))
         before = self.job.checkpoint.checkpoint.file_bytes()
         return {"file": self.contents.size(before, self.file_bytes(), parts).model_dump()}
-
-    def file_bytes(self) -> int:
-        """Bytes of the file, as planned."""
-        return self._others + self.budget
 
     def temporary_bytes(self) -> int:
         """Bytes of the shards of the run."""
@@ -258,9 +213,7 @@ class GgufFormat(TypeFormat):
         parts = self.contents.bytes_by_type(self.types).most_common()
         return f"the file holds {', '.join(f'{in_bytes(n)} in {kind}' for kind, n in parts)}"
 
-    def tensors_of(
-        self, key: str, weight: GroupedWeight, record: LinearRecord
-    ) -> dict[str, torch.Tensor]:
+    def tensors_of(self, key: str, weight: GroupedWeight) -> dict[str, torch.Tensor]:
         """The bytes of a linear, under the name of its weight."""
         return {key: weight.data_OB}
 
@@ -268,21 +221,8 @@ class GgufFormat(TypeFormat):
         self, key: str, tensors: dict[str, torch.Tensor], record: LinearRecord, dtype: torch.dtype
     ) -> torch.Tensor:
         """The dense weight of a linear; its bytes leave `tensors`."""
-        quantizer = self.quantizer(self._linear_of_key[key])
+        quantizer = self.quantizer(self.module_of[key])
         return GroupedWeight(quantizer, tensors.pop(key)).dense().to(dtype)
-
-    @functools.cached_property
-    def _linear_of_key(self) -> dict[str, str]:
-        """Stored name of a weight -> name of its linear."""
-        return {self.job.stored_key(name): name for name in self.job.selected_linears()}
-
-    def outside(
-        self, folder: BlockFolder, record: CompressionRecord, tensors: dict[str, Writable]
-    ) -> dict[str, Writable]:
-        """The tensors outside the blocks, with embedding and head in their types."""
-        for name in self.types.keys() - self.job.selected_linears().keys():
-            tensors[self.job.stored_key(name)] = self.rounded_outside(name).data_OB
-        return tensors
 
     def finish(self, folder: BlockFolder, record: CompressionRecord) -> None:
         """Write the file, say in the record that it is finished, and give it its name."""

@@ -34,7 +34,7 @@ def file_size(
     }
     parts = Counter[str]()
     for name, info in tensors.items():
-        linear = name.rpartition(".weight")[0]
+        linear = name.rpartition(".")[0]
         dense = source.checkpoint.tensors.get(name)
         packed = dense is None or dense.dtype != info.dtype
         kind = "other weights" if len(info.shape) > 1 else "norms and biases"
