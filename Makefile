@@ -95,8 +95,8 @@ hostile: $(STAMP)
 
 # Memory errors and undefined behaviour in the kernels.
 sanitize:
-	sh tests/packed/kernels/sanitize.sh
+	sh tests/runtime/kernels/sanitize.sh
 
 # The kernels of 64-bit Arm in an emulator. It needs g++-aarch64-linux-gnu and qemu-user.
 neon-test:
-	sh tests/packed/kernels/neon.sh
+	sh tests/runtime/kernels/neon.sh

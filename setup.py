@@ -12,7 +12,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-KERNELS = "src/prunus/packed/kernels"
+KERNELS = "src/prunus/runtime/kernels"
 
 
 class ParallelBuild(build_ext):

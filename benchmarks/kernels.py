@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from prunus.packed.bitmap import check, pack_weight
-from prunus.packed.kernels import library as kernels
-from prunus.packed.weight import Coding, PackedWeight
+from prunus.runtime.bitmap import check, pack_weight
+from prunus.runtime.kernels import library as kernels
+from prunus.runtime.weight import Coding, PackedWeight
 
 #: Bytes of all copies of a matrix: at least twice as much as the largest caches hold.
 WORKING_SET = 160e6

@@ -51,6 +51,7 @@ import prunus
 from prunus.calibration.sources import find_source
 from prunus.calibration.windows import WindowRequest, hash_ids
 from prunus.engine.options import RunOptions
+from prunus.engine.session import Session
 from prunus.engine.windows import given_windows
 from prunus.evaluation.reference import Reference
 from prunus.evaluation.speed import bench
@@ -216,10 +217,9 @@ class Benchmark:
     def shrink(self, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         """Make a smaller model in a folder."""
         given = {**given_windows(self.ids)[1], "batch": BATCH, **options}
-        how = RunOptions(
-            input_ids=self.ids, report=lambda now: say(f"{folder.name} {now.done}/{now.total}")
-        )
-        record = run(self.given.model, folder, StructureRecipe.read(None, given), how)
+        how = RunOptions(input_ids=self.ids)
+        session = Session(report=lambda now: say(f"{folder.name} {now.done}/{now.total}"))
+        record = run(self.given.model, folder, StructureRecipe.read(None, given), how, session)
         gone = record.totals["parameters_before"] - record.totals["parameters"]
         share = 1 - gone / sum(self.block_sizes)
         return {"folder": str(folder), "options": options, "share": share}

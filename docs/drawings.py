@@ -101,7 +101,7 @@ def planes() -> Drawing:
         392,
         "Integers in layers of bits: layer 0 holds every weight, each next layer only those that "
         "the layer before did not name.",
-        "src/prunus/packed/plane_codes.py, src/prunus/packed/planes.py",
+        "src/prunus/runtime/plane_codes.py, src/prunus/runtime/planes.py",
     )
     integers = [0, 1, 0, -1, 0, 2, 0, 0, -1, 0, -3, 1]
     signed = [f"{value:+d}".replace("-", "−") if value else "0" for value in integers]
@@ -151,7 +151,7 @@ def lines() -> Drawing:
     draw = Drawing(
         444,
         "In memory, eight rows of 64 columns take as many lines of 64 bytes as a value has bits.",
-        "src/prunus/packed/kernels/lines.h",
+        "src/prunus/runtime/kernels/lines.h",
     )
     draw.text(
         20,

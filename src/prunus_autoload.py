@@ -67,7 +67,7 @@ def _wait(name: str, action: Callable[[], None]) -> None:
 
 
 def _register() -> None:
-    from prunus.packed.quantizer import register_with_transformers
+    from prunus.runtime.quantizer import register_with_transformers
 
     register_with_transformers()
 

@@ -32,9 +32,9 @@ ROOT = Path(__file__).resolve().parent.parent
 #: that no process waits for one at the end.
 SLOW = (
     "script_server.py", "pretend_cuda_server.py", "docs/test_tutorials.py",
-    "pruning/test_golden.py", "serving/test_serving.py", "packed/test_loading.py",
+    "pruning/test_golden.py", "serving/test_serving.py", "runtime/test_loading.py",
     "pruning/test_experts.py", "methods/test_methods_golden.py", "sweeping/test_sweep.py",
-    "packed/test_entry_points.py", "evaluation/test_reference.py",
+    "runtime/test_entry_points.py", "evaluation/test_reference.py",
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import torch
 
 import prunus
 from packed_reference import pruned_checkpoint
-from prunus.packed import PackedLinear
+from prunus.runtime import PackedLinear
 from report_samples import sweep_results
 from tiny import tiny_checkpoint
 from tiny_tokenizer import VOCABULARY, byte_tokenizer

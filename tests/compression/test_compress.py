@@ -29,14 +29,14 @@ from prunus.formats.recipe import CompressionRecipe
 from prunus.formats.records import CompressionRecord
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.reader import Checkpoint
-from prunus.packed import PackedLinear, reference_path
-from prunus.packed.description import Description, StoredTensor
-from prunus.packed.linear import PackedEmbedding
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
 from prunus.pruning.run import PlainTensors
 from prunus.reporting.run_sections import run_section
 from prunus.reporting.tables import plan_facts
+from prunus.runtime import PackedLinear, reference_path
+from prunus.runtime.description import Description, StoredTensor
+from prunus.runtime.linear import PackedEmbedding
 from scripts import run_script
 from stopping import StopError, stop_after
 from tiny import shards, tiny_checkpoint, tiny_model, token_ids, weights

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import prunus
-from prunus.compression.run import plan_compression
+from prunus.engine.linear_job import plan_run
 from prunus.engine.options import RunOptions
 from prunus.engine.windows import given_windows
+from prunus.formats.base import format_for
 from prunus.formats.compressed_tensors import integer_type, stored_parts, weight_of
 from prunus.formats.recipe import CompressionRecipe
 from prunus.formats.records import CompressionRecord
@@ -61,7 +62,9 @@ def dense(tmp_path_factory) -> Path:
 def test_the_folder_holds_weights_close_to_those_of_the_source(bits, dense, tmp_path):
     data, described = given_windows(token_ids())
     recipe = CompressionRecipe(bits=bits, format="compressed-tensors", **described)
-    planned = plan_compression(dense, None, recipe, RunOptions(**data)).file_bytes()
+    planned = plan_run(
+        dense, recipe, RunOptions(**data), format_for(None, recipe)
+    ).format.file_bytes()
     record = compress(dense, tmp_path / "out", bits)
     assert planned == sum(map(len, shards(tmp_path / "out").values())) == record.size.after
     before, after = stored(dense), unpacked(tmp_path / "out")

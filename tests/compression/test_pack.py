@@ -14,7 +14,7 @@ from packed_reference import prune_in_place, pruned_checkpoint
 from plane_reference import quantized_checkpoint, read_planes
 from prunus import pack, unpack
 from prunus.model.checkpoint.reader import INDEX_NAME
-from prunus.packed.description import FORMAT_VERSION, Description
+from prunus.runtime.description import FORMAT_VERSION, Description
 from tiny import stored, tiny_checkpoint, tiny_model
 
 

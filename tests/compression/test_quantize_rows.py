@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from prunus.formats.packed.quantize_rows import quantize_rows
-from prunus.packed.forms import relative_error
-from prunus.packed.planes import check, expand
+from prunus.runtime.forms import relative_error
+from prunus.runtime.planes import check, expand
 
 
 def head(rows: int = 2000, columns: int = 128, seed: int = 0) -> torch.Tensor:

@@ -46,7 +46,7 @@ def test_the_files_take_the_size_and_never_more(dense, tmp_path, size, options):
     job = plan_run(dense, recipe, RunOptions(input_ids=token_ids()), PackedFormat(recipe))
     record = compress(dense, tmp_path / "out", size, **options)
     assert 0.995 * recipe.size <= in_files(tmp_path / "out") == record.size.after <= recipe.size
-    assert job.file_bytes() == pytest.approx(recipe.size, rel=0.005)
+    assert job.format.file_bytes() == pytest.approx(recipe.size, rel=0.005)
     assert job.format.bits == pytest.approx(record.totals["bits"], rel=0.01)
 
 

@@ -39,7 +39,7 @@ def streamed(
     stream = Stream(job.skeleton, job.source, job.device)
     with torch.no_grad(), contextlib.closing(stream):
         stream.embed([IDS], None)
-        options = job.linear_settings.work.options
+        options = job.work.options
         return loss_sensitivities(stream, IDS, job.selected, options, seed, quantizes, outside)
 
 
@@ -65,7 +65,7 @@ def test_it_is_what_autograd_through_the_whole_llama_finds(tmp_path):
     assert found.keys() == {name for name in expected if ".layers." in name}
     assert len(found) == 14
     for name, each in found.items():
-        check_equal(each, expected[name], job.linear_settings.work.options)
+        check_equal(each, expected[name], job.work.options)
         _, _, X_TI = expected[name]
         steps_I = relative_steps(gather(X_TI), None)
         expected_I = X_TI.square().mean() / steps_I.square()
@@ -116,7 +116,7 @@ def test_gradients_go_back_through_experts(tmp_path):
     attention = [name for name in found if "self_attn" in name]
     assert len(attention) == 8
     for name in attention:
-        check_equal(found[name], expected[name], job.linear_settings.work.options)
+        check_equal(found[name], expected[name], job.work.options)
     experts = [each for name, each in found.items() if ".experts." in name]
     assert len(experts) == 2 * 8 * 3
     assert all((each.loss_O > 0).all() and each.loss_O.isfinite().all() for each in experts)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import prunus
-from prunus.engine.loop import BackgroundWrites, read_ahead
+from prunus.engine.loop import background_writes, read_ahead
 from prunus.engine.memory import Memory
 from tiny import shards, tiny_checkpoint, token_ids
 
@@ -48,9 +48,9 @@ def test_writes_keep_their_order_and_never_run_together():
         order.append(number)
         running.release()
 
-    with torch.no_grad(), BackgroundWrites(overlaps=True) as writes:
+    with torch.no_grad(), background_writes(overlaps=True) as submit:
         for number in range(20):
-            writes.submit(lambda number=number: write(number))
+            submit(lambda number=number: write(number))
     assert order == list(range(20))
 
 
@@ -62,8 +62,8 @@ def test_the_last_write_is_finished_if_the_run_fails():
         done.append(True)
 
     def run():
-        with BackgroundWrites(overlaps=True) as writes:
-            writes.submit(write)
+        with background_writes(overlaps=True) as submit:
+            submit(write)
             threading.Timer(0.05, release.set).start()
             raise KeyboardInterrupt
 
@@ -78,10 +78,10 @@ def test_an_error_of_writing_ends_the_run(last):
         raise OSError("no space left on device")
 
     def run():
-        with BackgroundWrites(overlaps=True) as writes:
-            writes.submit(fail)
+        with background_writes(overlaps=True) as submit:
+            submit(fail)
             if not last:
-                writes.submit(lambda: None)
+                submit(lambda: None)
 
     with pytest.raises(OSError, match="no space left"):
         run()

@@ -11,7 +11,7 @@ from devices import PRETEND
 from prunus.evaluation.model_input import ComputeOptions
 from prunus.evaluation.streamed_model import StreamedModel
 from prunus.model.stream import StatesPlace
-from prunus.packed.operators import warn_of_expansion
+from prunus.runtime.operators import warn_of_expansion
 
 pytestmark = pytest.mark.cuda
 

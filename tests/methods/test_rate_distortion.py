@@ -16,7 +16,7 @@ from prunus.methods import METHODS, MethodOptions, Pruned, Work, compose
 from prunus.methods.patterns import Pattern
 from prunus.methods.rate_distortion import quantize
 from prunus.methods.work import UNSHARDED, CodeLengths, LinearQuantization, RowSharding
-from prunus.packed.plane_codes import MAX_LEVEL
+from prunus.runtime.plane_codes import MAX_LEVEL
 
 # The distance of entropy coded scalar quantisation from the limit, in squared error: 2πe / 12.
 SCALAR_LOSS = 2 * math.pi * math.e / 12

@@ -7,10 +7,11 @@ import pytest
 import prunus
 import reference
 from prunus.engine import loss_sensitivity
+from prunus.engine.allocation import allocate
 from prunus.engine.linear_job import plan_run
 from prunus.engine.options import RunOptions
+from prunus.engine.session import SILENT
 from prunus.methods.patterns import Pattern
-from prunus.pruning.allocation import allocate
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
 from prunus.pruning.run import PlainTensors
@@ -48,7 +49,7 @@ def test_a_resumed_run_keeps_the_same_sparsities(tmp_path, monkeypatch):
         prunus.prune(dense, tmp_path / "out", **options, progress=stop_after(1))
     kept = Manifest.load(tmp_path / "out").allocation
     monkeypatch.setattr(
-        "prunus.pruning.allocation._loss_curves", lambda *a: pytest.fail("measured twice")
+        "prunus.engine.allocation._loss_curves", lambda *a: pytest.fail("measured twice")
     )
     report = prunus.prune(dense, tmp_path / "out", **options)
     assert report.allocation == kept
@@ -71,13 +72,13 @@ def losses_of(folder, allocation: dict[str, float]) -> float:
 
 def test_linears_whose_errors_cost_less_lose_more_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(loss_sensitivity, "multiplies_bfloat16", lambda device: False)
-    monkeypatch.setattr("prunus.pruning.allocation._PART", 1)
+    monkeypatch.setattr("prunus.engine.allocation._PART", 1)
     dense = tiny_checkpoint(tmp_path / "dense")
     recipe = Recipe(
         calibration="token ids", samples=4, seqlen=16, dtype="float32", allocation="fisher"
     )
     job = plan_run(dense, recipe, RunOptions(input_ids=IDS), PlainTensors())
-    found = allocate(job, IDS)
+    found = allocate(job, SILENT, IDS, {})
     assert all(0.25 <= value <= 0.75 for value in found.values())
     # No exchange of sparsity between two linears of equal shape lowers the loss by much.
     least, exchanges = losses_of(dense, found), 0

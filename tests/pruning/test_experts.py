@@ -19,7 +19,7 @@ from prunus.model.experts import Experts, find_routers
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.model.stream import Stream
-from prunus.packed.linear import PackedLinear
+from prunus.runtime.linear import PackedLinear
 from reference import prune_rows
 from stopping import StopError, stop_after
 from tiny import EXPERT_FAMILIES, stored, tiny_checkpoint, tiny_model, token_ids, weights

@@ -92,9 +92,8 @@ def documents_file(tmp_path, count=12):
 
 
 def text_of(path, seqlen=8, held_out=2, **options):
-    windows = options.pop("windows", None)
-    wanted = WindowRequest(**{"seqlen": seqlen, "tokenizer": byte_tokenizer} | options)
-    return training_text(str(path), wanted, held_out, windows)
+    request = WindowRequest(**{"seqlen": seqlen, "tokenizer": byte_tokenizer} | options)
+    return training_text(str(path), request, held_out)
 
 
 def test_every_token_of_the_documents_is_used_once_before_any_is_used_twice(tmp_path):

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 from plane_reference import quantized_checkpoint, quantized_weight
 from prunus import pack, unpack
 from prunus.model.loading import load_model
-from prunus.packed.linear import PackedLinear
-from prunus.packed.operators import reference_path
 from prunus.recovery.record import RecoveryRecord
 from prunus.recovery.student import ScaledLinear, scales
+from prunus.runtime.linear import PackedLinear
+from prunus.runtime.operators import reference_path
 from recovery_cases import dense_checkpoint, pruned_checkpoint, recover
 from scripts import run_script
 from tiny import stored

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import prunus
 from prunus import pack
-from prunus.packed.kernels import library
+from prunus.runtime.kernels import library
 
 
 def command(*arguments: str | Path) -> str:

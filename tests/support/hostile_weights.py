@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from hostile_damage import mutate_json
-from prunus.packed import forms, planes
-from prunus.packed.bitmap import pack_weight
-from prunus.packed.description import Description, PackedShape, QuantizedShape
-from prunus.packed.kernels import library
-from prunus.packed.weight import PlaneCode, QuantizedWeight, named_tensors
+from prunus.runtime import forms, planes
+from prunus.runtime.bitmap import pack_weight
+from prunus.runtime.description import Description, PackedShape, QuantizedShape
+from prunus.runtime.kernels import library
+from prunus.runtime.weight import PlaneCode, QuantizedWeight, named_tensors
 
 Tensors = dict[str, torch.Tensor]
 CODES = [(3, (4, 4, 1, 1)), (3, (4, 4, 2)), (3, (4, 3, 3, 2, 1)), (3, (4, 4, 1, 1, 1, 1))]

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from prunus.packed.weight import PackedWeight
+from prunus.runtime.weight import PackedWeight
 from tiny import tiny_model
 
 

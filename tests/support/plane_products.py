@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from plane_reference import write_planes
-from prunus.packed.weight import PlaneCode, QuantizedWeight
+from prunus.runtime.weight import PlaneCode, QuantizedWeight
 
 # Columns of a block, whose 16 scales are picked by lane.
 BLOCK = 256

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from prunus.packed.description import Description, QuantizedShape
-from prunus.packed.planes import encode
-from prunus.packed.weight import PlaneCode, QuantizedWeight, named_tensors
+from prunus.runtime.description import Description, QuantizedShape
+from prunus.runtime.planes import encode
+from prunus.runtime.weight import PlaneCode, QuantizedWeight, named_tensors
 
 
 def _zigzag(top: int) -> int:

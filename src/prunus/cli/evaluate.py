@@ -153,7 +153,7 @@ def bench(
 
 def doctor() -> None:
     """Show how packed models run and load here."""
-    from prunus.packed.doctor import describe, in_sentences
+    from prunus.runtime.doctor import describe, in_sentences
 
     state = describe()
     write_json(state)

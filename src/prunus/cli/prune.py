@@ -109,10 +109,12 @@ def _carry_out(
         work: The options of the run that were given, by name.
         table: From the record to its table.
     """
+    from prunus.engine.session import Session
     from prunus.reporting.console import show_pruning
 
     with shown_steps(show_pruning(title, progress_console()), what[1]) as callbacks:
-        record = run(*what, RunOptions.read(None, work | callbacks))
+        session = Session(announce=callbacks["announce"], report=callbacks["report"])
+        record = run(*what, RunOptions.read(None, work), session)
     print_result(record, table(record))
 
 
@@ -171,21 +173,20 @@ def plan(
 
     With --bits, --size or --type it plans compress. It checks all that a run checks first.
     """
-    from prunus.compression.run import plan_compression
-    from prunus.engine.linear_job import describe_plan
+    from prunus.engine.linear_job import Format, describe_plan
     from prunus.engine.run import planned
-    from prunus.pruning.run import command
+    from prunus.formats.base import format_for
+    from prunus.pruning.run import PlainTensors
     from prunus.reporting.tables import plan_facts
 
     work, recipe_options = RunOptions.pick(options)
     trains, how = _takes_max(recipe_options), RunOptions.read(None, work)
     compresses = bool({"bits", "size", "type"} & recipe_options.keys())
     chosen = (CompressionRecipe if compresses else Recipe).read(recipe, recipe_options)
+    stored: Format[Any] = PlainTensors()
     if isinstance(chosen, CompressionRecipe):
-        job = plan_compression(model, output, chosen, how)
-    else:
-        job = planned(command(), model, output, chosen, how)
-    described = describe_plan(job)
+        stored = format_for(output, chosen)
+    described = describe_plan(planned(stored, model, output, chosen, how))
     if trains:
         from prunus.recovery.max_preset import plan_training
 

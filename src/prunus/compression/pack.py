@@ -30,6 +30,7 @@ from prunus.engine.folder import ResultFolder, find_earlier, held
 from prunus.engine.options import RunOptions
 from prunus.engine.progress import Progress, pruning_step, shows_progress
 from prunus.engine.record import RunInputs, shard_name
+from prunus.engine.session import Session
 from prunus.formats.cards import packed_card, unpacked_card
 from prunus.hardware.memory import peak_memory
 from prunus.hardware.numerics import check_finite
@@ -46,11 +47,11 @@ from prunus.model.linears import Linear, tied_embedding
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.options import Options
-from prunus.packed.bitmap import kept, pack_weight
-from prunus.packed.description import BitmapDtype, Description, PackedShape
-from prunus.packed.forms import checked_weight, expand, relative_error
-from prunus.packed.source import is_packed
-from prunus.packed.weight import PackedWeight, named_tensors
+from prunus.runtime.bitmap import kept, pack_weight
+from prunus.runtime.description import BitmapDtype, Description, PackedShape
+from prunus.runtime.forms import checked_weight, expand, relative_error
+from prunus.runtime.source import is_packed
+from prunus.runtime.weight import PackedWeight, named_tensors
 
 # Records of earlier work that hold for the packed and for the unpacked model as well.
 _KEPT_RECORDS = ("prunus.json", "prunus-compress.json")
@@ -139,8 +140,7 @@ def pack(
 
     record = PackRecord(source=str(model), recipe=recipe, inputs=inputs)
     needed = checkpoint.nbytes(checkpoint.tensors)
-    options = RunOptions.read(None, {"overwrite": overwrite, "report": progress})
-    return _convert(record, output, checkpoint, needed, shards, describe, options)
+    return _convert(record, output, checkpoint, needed, shards, describe, overwrite, progress)
 
 
 @shows_progress("unpack", pruning_step)
@@ -199,8 +199,7 @@ def unpack(
         return unpacked_card(read_card(here / "README.md")), plain
 
     record = UnpackRecord(source=str(model), recipe=Options(), inputs=inputs)
-    options = RunOptions.read(None, {"overwrite": overwrite, "report": progress})
-    return _convert(record, output, checkpoint, needed, shards, describe, options)
+    return _convert(record, output, checkpoint, needed, shards, describe, overwrite, progress)
 
 
 def _find_inputs(checkpoint: Checkpoint, fingerprint: str, dtype: str) -> RunInputs:
@@ -226,7 +225,8 @@ def _convert(
     needed: int,
     shards: _Shards,
     describe: Callable[[_Record], tuple[str, dict[str, Any]]],
-    options: RunOptions,
+    overwrite: bool,
+    progress: Callable[[Progress], None] | bool | None,
 ) -> _Record:
     """Write the shards that an earlier run has not written, and complete the result.
 
@@ -237,11 +237,14 @@ def _convert(
         needed: The most bytes that the result can take.
         shards: How each shard is made.
         describe: From the record with all linears, the card and the content of config.json.
-        options: `overwrite`, and who gets reports.
+        overwrite: Whether to replace an earlier result.
+        progress: Called after each shard, if it is a function.
     """
     kind, path, started = type(record), Path(output), time.perf_counter()
+    session = Session(report=progress if callable(progress) else None)
 
     def find() -> _Record | None:
+        options = RunOptions(overwrite=overwrite)
         earlier = find_earlier(kind, path, record.recipe, options, source.folder)
         if earlier is not None:
             earlier.check_same_run(record.recipe, record.inputs)
@@ -255,7 +258,7 @@ def _convert(
         if current.state == "finished":
             folder.check_finished()
             return current
-        folder.begin(options.overwrite)
+        folder.begin(overwrite)
         for done, (file, (name, make)) in enumerate(shards.items(), start=1):
             if not folder.has(file):
                 tensors, linears = make()
@@ -264,7 +267,7 @@ def _convert(
                 folder.save()
             seconds = time.perf_counter() - started
             message = f"{name} written"
-            options.step(Progress(done, len(shards), message, seconds, peak_memory(), "shards"))
+            session.step(Progress(done, len(shards), message, seconds, peak_memory(), "shards"))
         card, config = describe(current)
         folder.finish(current.shards, card=card, config=config, keep_records=_KEPT_RECORDS)
         return current

@@ -26,7 +26,7 @@ from prunus.formats.packed.sizes import side_bits, zero_bits
 from prunus.methods.rate_distortion import expected_bits
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import CodeLengths, LinearQuantization
-from prunus.packed.plane_codes import choose_codes, code_lengths, column_histograms
+from prunus.runtime.plane_codes import choose_codes, code_lengths, column_histograms
 
 # A code costs about this many bits above the entropy, until a linear of its kind is known.
 _FIRST_SURPLUS = 0.08

@@ -4,8 +4,8 @@ Both ways begin with a measurement (`loss_sensitivity.py`) on rank 0, because al
 same digits. A `RateFormat` spends its bits by a rate control. In a `TypeFormat` each weight
 gets the type of least loss that the size allows.
 
-    rounding_for ► rate_rounding ► RateRounding     steps and bits of each linear
-                 ► type_rounding ► TypeRounding     a type for each weight
+    rate_rounding ► RateRounding     steps and bits of each linear
+    type_rounding ► TypeRounding     a type for each weight
 
 Shape suffixes: O outputs (rows), R some of them, I inputs.
 """
@@ -13,69 +13,58 @@ Shape suffixes: O outputs (rows), R some of them, I inputs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from prunus.compression.rate_control import LinearRate, RateControl
-from prunus.engine.block.linear import Stored
+from prunus.engine.block.linear import PackedLinear
 from prunus.engine.linear_job import PruningJob
 from prunus.engine.loss_sensitivity import LinearSensitivity, measure_loss
 from prunus.engine.output import PruningOutput
-from prunus.formats.base import CompressedFormat, RateFormat, TypeFormat
+from prunus.engine.session import Session
+from prunus.formats.base import RateFormat, TypeFormat
 from prunus.formats.records import CompressionRecord
 from prunus.hardware.errors import naming
 from prunus.methods.group_fits import round_in_groups
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import LinearQuantization, Quantized
-from prunus.packed.description import QuantizedShape
-from prunus.packed.planes import encode
-from prunus.packed.weight import QuantizedWeight
+from prunus.runtime.description import QuantizedShape
+from prunus.runtime.planes import encode
+from prunus.runtime.weight import QuantizedWeight
 
 # A linear is rounded again at most this many times, and each time coarser by at least this log2.
 _MOST_TRIALS, _COARSER = 16, 0.002
 # Rows sampled to estimate each type's loss: 64 per weight, at least 8 when several weights share a
 # type.
 _ROWS, _LEAST_ROWS = 64, 8
-
-
-def rounding_for(
-    stored: CompressedFormat,
-    job: PruningJob,
-    ids: Tensor,
-    output: PruningOutput,
-    record: CompressionRecord,
-) -> RateRounding | TypeRounding:
-    """What rounds the linears of a run for its format; see `RoundingOf` in `engine/run.py`.
-
-    Args:
-        stored: The format of the result.
-        job: The run.
-        ids: Its calibration windows (windows, tokens).
-        output: The folder of the result, which keeps the measurement for a resumed run.
-        record: The record of the run, with the blocks that an earlier run has finished.
-    """
-    if isinstance(stored, RateFormat):
-        return rate_rounding(stored, job, ids, output, record)
-    assert isinstance(stored, TypeFormat), "a format chooses bits, or types"
-    return type_rounding(stored, job, ids, output, record)
+# The two kinds of tensors that a measurement of types gives; a name of a module follows.
+_LOSSES, _IMPORTANCES = "losses/", "importances/"
 
 
 def rate_rounding(
     stored: RateFormat,
     job: PruningJob,
+    session: Session,
     ids: Tensor,
     output: PruningOutput,
     record: CompressionRecord,
 ) -> RateRounding:
     """The rounding that spends the bits of the recipe, after the blocks of an earlier run.
 
-    The arguments are those of `rounding_for`.
+    Args:
+        stored: The format of the result.
+        job: The run.
+        session: Its processes, and who hears of the measurement.
+        ids: Its calibration windows (windows, tokens).
+        output: The folder of the result, which keeps the measurement for a resumed run.
+        record: The record of the run, with the blocks that an earlier run has finished.
     """
-    tensors = job.ranks.tensors_from_rank_0(
-        lambda: output.measured(lambda: _sensitivities(job, ids))
+    ranks = session.ranks
+    tensors = ranks.tensors_from_rank_0(
+        lambda: output.measured(lambda: _sensitivities(job, session, ids, record.measured))
     )
     linears = [
         LinearRate(
@@ -97,7 +86,7 @@ def rate_rounding(
         # Embeddings and head are written by now, and take a little less than was planned. The
         # folder of the result is also the one for hidden states that do not fit in memory.
         shard = output.spill_folder / record.outside_shard
-        bits = stored.bits_next_to(job.ranks.on_rank_0(lambda: shard.stat().st_size))
+        bits = stored.bits_next_to(ranks.on_rank_0(lambda: shard.stat().st_size))
     control = RateControl(bits, linears, sparsities)
     for block in record.blocks:
         for name, linear_record in block.linears.items():
@@ -156,10 +145,13 @@ class RateRounding:
         return packed, {"bits": bits, "log2_step": self._log2_step, "packed": entry}
 
 
-def _sensitivities(job: PruningJob, ids: Tensor) -> dict[str, Tensor]:
-    """The sensitivity of each linear, as three named tensors."""
-    options = job.linear_settings.work.options
-    sensitivities = measure_loss(job, ids, job.selected, options, quantizes=True)
+def _sensitivities(
+    job: PruningJob, session: Session, ids: Tensor, digests: dict[str, str]
+) -> dict[str, Tensor]:
+    """The sensitivity of each linear, as three named tensors; see `measure_loss`."""
+    sensitivities = measure_loss(
+        job, session, ids, digests, job.selected, job.work.options, quantizes=True
+    )
     tensors = {}
     for name, sensitivity in sensitivities.items():
         tensors[f"{name}.loss"] = sensitivity.loss_O
@@ -171,27 +163,32 @@ def _sensitivities(job: PruningJob, ids: Tensor) -> dict[str, Tensor]:
 def type_rounding(
     stored: TypeFormat,
     job: PruningJob,
+    session: Session,
     ids: Tensor,
     output: PruningOutput,
     record: CompressionRecord,
 ) -> TypeRounding:
     """The rounding to the types of least loss, which the record and the format take note of.
 
-    The arguments are those of `rounding_for`. What lies outside the blocks is written here, because
-    it needs the types too.
+    The arguments are those of `rate_rounding`. What lies outside the blocks is written here,
+    because it needs the types too.
     """
-    measured = TypeLosses.of(
-        job.ranks.tensors_from_rank_0(
-            lambda: output.measured(lambda: _type_losses(stored, job, ids).tensors())
-        )
+    ranks = session.ranks
+    tensors = ranks.tensors_from_rank_0(
+        lambda: output.measured(lambda: _type_losses(stored, job, session, ids, record.measured))
     )
-    stored.types = stored.types_of(measured.losses)
-    stored.importances = measured.importances
+    stored.types = stored.types_of(_named(tensors, _LOSSES))
+    stored.importances = _named(tensors, _IMPORTANCES)
     record.types = stored.types
-    job.ranks.on_rank_0(lambda: output.write_outside({}))
+    ranks.on_rank_0(lambda: output.write_outside({}))
     if said := stored.chosen(record):
-        job.options.tell(said)
+        session.tell(said)
     return TypeRounding({name: stored.quantizer(name) for name in job.selected_linears()})
+
+
+def _named(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """The tensors of one kind, by module, from those of `_type_losses`."""
+    return {key.removeprefix(kind): x for key, x in tensors.items() if key.startswith(kind)}
 
 
 class TypeRounding:
@@ -208,69 +205,56 @@ class TypeRounding:
         """The quantiser of the linear of this full name."""
         return self._quantizers[name]
 
-    def end(self, name: str, quantized: Quantized | GroupedWeight) -> tuple[Stored, dict[str, Any]]:
+    def end(
+        self, name: str, quantized: Quantized | GroupedWeight
+    ) -> tuple[PackedLinear, dict[str, Any]]:
         """The weight as it was rounded, and fields of its `LinearRecord`."""
         assert isinstance(quantized, GroupedWeight)
         return quantized, {"bits": quantized.quantizer.bits}
 
 
-class TypeLosses(NamedTuple):
-    """What a choice of types needs.
+def _type_losses(
+    stored: TypeFormat,
+    job: PruningJob,
+    session: Session,
+    ids: Tensor,
+    digests: dict[str, str],
+) -> dict[str, Tensor]:
+    """Measure what each type of each weight adds to the loss.
 
-    Attributes:
-        losses: First module of a weight -> the loss that each of its types adds (types,).
-        importances: First module of an embedding or a head -> float32 (I,), how much errors in each
-            column raise the loss.
+    Returns:
+        Named tensors, which a file can store: of the first module of each weight the loss that each
+        of its types adds (types,), and of embedding and head float32 (I,), how much errors in each
+        column raise the loss. The kinds are `_LOSSES` and `_IMPORTANCES`.
     """
-
-    losses: dict[str, Tensor]
-    importances: dict[str, Tensor]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Both as named tensors, which a file can store."""
-        return {
-            f"{kind}/{name}": tensor
-            for kind, tensors in self._asdict().items()
-            for name, tensor in tensors.items()
-        }
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> TypeLosses:
-        """The inverse of `tensors`."""
-        by_kind: dict[str, dict[str, Tensor]] = {kind: {} for kind in cls._fields}
-        for key, tensor in tensors.items():
-            kind, _, name = key.partition("/")
-            by_kind[kind][name] = tensor
-        return cls(**by_kind)
-
-
-def _type_losses(stored: TypeFormat, job: PruningJob, ids: Tensor) -> TypeLosses:
-    """Measure what each type of each weight adds to the loss."""
-    measured = TypeLosses({}, {})
+    tensors: dict[str, Tensor] = {}
     if not stored.measures_loss:
-        return measured
-    options, checkpoint = job.linear_settings.work.options, job.checkpoint.checkpoint
-    sensitivities = measure_loss(job, ids, job.selected, options, quantizes=True, outside=True)
+        return tensors
+    sensitivities = measure_loss(
+        job, session, ids, digests, job.selected, job.work.options, quantizes=True, outside=True
+    )
     modules, linears = dict(job.skeleton.model.named_modules()), job.selected_linears()
     uses: dict[int, list[LinearSensitivity]] = {}
     for name, sensitivity in sensitivities.items():
         # A tied head has another name than the embedding, and the same weight.
         uses.setdefault(id(modules[name].weight), []).append(sensitivity)
-    count = job.preparing("rounding some rows of each weight to every type", len(stored.shapes))
+    what = "rounding some rows of each weight to every type"
+    count = session.preparing(what, len(stored.shapes), job.device)
     for first in stored.shapes:
-        names, quantizers, parts = stored.stacks[first], stored.quantizers(first), []
+        names, quantizers = stored.stacks[first], stored.quantizers(first)
+        parts = []
         for name in names:
-            weight_OI = checkpoint.whole(job.stored_key(name))
+            weight_OI = job.checkpoint.checkpoint.whole(job.stored_key(name))
             with naming(name):
                 importance_I, losses = type_losses(
                     weight_OI, uses[id(modules[name].weight)], quantizers, len(names)
                 )
             parts.append(losses)
-        measured.losses[first] = torch.stack(parts).sum(dim=0)
+        tensors[f"{_LOSSES}{first}"] = torch.stack(parts).sum(dim=0)
         if first not in linears:
-            measured.importances[first] = importance_I
+            tensors[f"{_IMPORTANCES}{first}"] = importance_I
         count(1)
-    return measured
+    return tensors
 
 
 def type_losses(

@@ -9,20 +9,18 @@ from typing import Any
 
 import torch
 
-from prunus.compression.rounding import rounding_for
-from prunus.engine.linear_job import PruningJob
+from prunus.compression.rounding import rate_rounding, type_rounding
 from prunus.engine.options import RunOptions
-from prunus.engine.progress import pruning_step, shows_progress
-from prunus.engine.run import Command, carry_out, planned
+from prunus.engine.run import RoundingOf, carry_out
+from prunus.engine.session import SILENT, Session, with_session
 from prunus.engine.windows import given_windows
-from prunus.formats.base import format_for
+from prunus.formats.base import RateFormat, format_for
 from prunus.formats.recipe import CompressionRecipe
 from prunus.formats.records import CompressionRecord
 from prunus.options import takes
-from prunus.pruning.allocation import allocate
 
 
-@shows_progress("compress", pruning_step)
+@with_session("compress")
 @takes(CompressionRecipe, RunOptions)
 def compress(
     model: str | Path,
@@ -31,6 +29,7 @@ def compress(
     *,
     calibration: str | Path | torch.Tensor | Sequence[Any] | None = None,
     recipe: CompressionRecipe | str | Path | None = None,
+    session: Session = SILENT,
     **options: Any,
 ) -> CompressionRecord:
     """Compress a checkpoint to a file size or to bits per weight. The result is packed.
@@ -54,27 +53,21 @@ def compress(
     run_options, recipe_options = RunOptions.pick(options)
     data, described = given_windows(calibration)
     chosen = CompressionRecipe.read(recipe, {"bits": bits} | recipe_options | described)
-    return run(model, Path(output), chosen, RunOptions(**run_options, **data))
+    return run(model, Path(output), chosen, RunOptions(**run_options, **data), session)
 
 
 def run(
-    model: str | Path, output: Path, recipe: CompressionRecipe, options: RunOptions
+    model: str | Path,
+    output: Path,
+    recipe: CompressionRecipe,
+    options: RunOptions,
+    session: Session = SILENT,
 ) -> CompressionRecord:
     """Carry out a recipe, and return its record. Arguments and errors are those of `compress`."""
-    return carry_out(command(output, recipe), model, output, recipe, options)
-
-
-def plan_compression(
-    model: str | Path, output: Path | None, recipe: CompressionRecipe, options: RunOptions
-) -> PruningJob:
-    """The job that `run` would do with these arguments; nothing is written.
-
-    `output` None leaves out the checks of the output. The errors are those of `compress`.
-    """
-    return planned(command(output, recipe), model, output, recipe, options)
-
-
-def command(output: Path | None, recipe: CompressionRecipe) -> Command[CompressionRecord]:
-    """What a run of compress does to blocks; `output` says which format the result has."""
     stored = format_for(output, recipe)
-    return Command(CompressionRecord, stored, allocate, functools.partial(rounding_for, stored))
+    rounding: RoundingOf[CompressionRecord]
+    if isinstance(stored, RateFormat):
+        rounding = functools.partial(rate_rounding, stored)
+    else:
+        rounding = functools.partial(type_rounding, stored)
+    return carry_out(stored, model, output, recipe, options, session, rounding)

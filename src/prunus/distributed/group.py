@@ -244,8 +244,7 @@ def process_group(timeout: float | None = None) -> Iterator[Ranks]:
     if dist.is_initialized():
         raise ValueError(
             "torch.distributed is in use already, and prunus sets up its own process group under "
-            "torchrun; call destroy_process_group first, or pass "
-            "ranks=prunus.distributed.SINGLE_PROCESS"
+            "torchrun; call destroy_process_group first, or start the program without torchrun"
         )
     cuda = torch.cuda.is_available()
     if cuda:

@@ -11,7 +11,8 @@ for each block and one for all that lies outside them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ import torch
 
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.engine.job import RunJob, check_known
-from prunus.engine.loop import Made
+from prunus.engine.loop import FinishedBlock
 from prunus.engine.options import RunOptions
 from prunus.engine.record import BlockwiseRecord, RunInputs, RunRecord
 from prunus.hardware.memory import describe_hardware, versions
@@ -329,53 +330,48 @@ class ResultFolder:
 
 
 class BlockFolder(ResultFolder):
-    """Writes a result block by block under the names of the checkpoint; all ranks call its methods.
+    """Writes a result block by block; all ranks call its methods, and rank 0 touches the folder.
 
-    Only rank 0 touches the folder. `position` counts the blocks of the result from 0. Where blocks
-    were removed it differs from the index of a block in the source, which `made_from` returns.
+    `position` counts the blocks of the result from 0. A subclass says which tensors a shard has.
 
-    Attributes:
+    Args:
+        folder: The folder of the result.
         record: The record of the run.
         job: The run.
+        ranks: The processes of the run.
+
+    Attributes:
         finished: Blocks that an earlier run has finished, the first ones of the model; 0 before
             `begin`.
+        made_from: For each block of the result, the index of the block of the source that it is
+            made from.
     """
 
     record: BlockwiseRecord
 
-    def __init__(self, folder: Path, record: BlockwiseRecord, job: RunJob) -> None:
-        super().__init__(folder, record, job.checkpoint.checkpoint, job.ranks)
+    def __init__(self, folder: Path, record: BlockwiseRecord, job: RunJob, ranks: Ranks) -> None:
+        super().__init__(folder, record, job.checkpoint.checkpoint, ranks)
         self.job = job
         self.finished = 0
+        self.made_from: Sequence[int] = range(len(job.skeleton))
 
     def begin(self, overwrite: bool) -> None:
         """Prepare the folder on rank 0, and tell all ranks how many blocks are `finished`."""
 
         def prepare() -> int:
             super(BlockFolder, self).begin(overwrite)
-            self.prepare()
             return len(self.record.blocks)
 
         self.finished = self.ranks.on_rank_0(prepare)
         del self.record.blocks[self.finished :]
 
-    def prepare(self) -> None:
-        """Write what comes before the first block, on rank 0. The base class writes nothing."""
-
-    def made_from(self, position: int) -> int:
-        """The block of the source that block `position` of the result was made from."""
-        return position
-
-    def stored(self, position: int, made: Made) -> dict[str, torch.Tensor]:
+    @abstractmethod
+    def stored(self, position: int, block: FinishedBlock) -> dict[str, torch.Tensor]:
         """The tensors of the shard of a block, by the names of the checkpoint."""
-        return self.job.checkpoint.as_stored(self.made_from(position), made.tensors)
 
+    @abstractmethod
     def restored(self, position: int) -> dict[str, torch.Tensor]:
         """The tensors of a finished block, by relative name, from its shard."""
-        index = self.made_from(position)
-        shard = Checkpoint(self.folder, only=[self.record.shard(position)])
-        tensors = shard.read(self.job.checkpoint.block_keys(index))
-        return self.job.checkpoint.from_stored(index, tensors)
 
     def read_block(self, position: int) -> Mapping[str, torch.Tensor]:
         """The tensors of a finished block by relative name, on every rank.
@@ -387,15 +383,15 @@ class BlockFolder(ResultFolder):
         return self.ranks.tensors_from_rank_0(lambda: self._read_block(position))
 
     def _read_block(self, position: int) -> dict[str, torch.Tensor]:
-        block_record, source = self.record.blocks[position], self.job.checkpoint
-        index = self.made_from(position)
+        index = self.made_from[position]
         name = self.job.skeleton.block_name(index)
-        check_known({name: block_record.input_sha256}, name, tensors_digest(source.block(index)))
+        digest = tensors_digest(self.job.source.block(index))
+        check_known({name: self.record.blocks[position].input_sha256}, name, digest)
         return self.restored(position)
 
-    def write_block(self, position: int, made: Made) -> None:
+    def write_block(self, position: int, block: FinishedBlock) -> None:
         """Write a block's shard, then save the record."""
         if self.ranks.rank == 0:
-            self.write_shard(self.record.shard(position), self.stored(position, made))
-        self.record.blocks.append(made.record)
+            self.write_shard(self.record.shard(position), self.stored(position, block))
+        self.record.blocks.append(block.record)
         self.save()

@@ -1,32 +1,35 @@
-"""A checked run of blocks: its model, its windows, where the data live, and what fits in memory.
+"""A checked run of blocks: the facts that are decided before any work, and what its blocks need.
 
-Every command that takes calibration windows through a model block by block has such a job. It adds
-what it does to a block. `prunus.engine.plan` makes the part that is the same for all.
+Every command that takes calibration windows through a model block by block has such a job. It is
+frozen, and each command adds its own facts. `prunus.engine.plan` decides what is the same for all.
+`Memory` has the budgets and how each block is walked; `Session` has the processes and who hears of
+the progress. Both are values of their own.
 """
 
 from __future__ import annotations
 
-import functools
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from prunus.distributed import Ranks
 from prunus.engine.memory import BlockMemory, Memory, paused_bytes, transient_bytes
 from prunus.engine.options import RunOptions, WindowOptions
-from prunus.engine.progress import PREPARATION, Progress
+from prunus.engine.reconstruction.output_loss import CHUNK_TOKENS
+from prunus.engine.reconstruction.reconstruct_block import activation_bytes, in_front_of_head
 from prunus.engine.record import Walk
-from prunus.hardware.memory import peak_memory
 from prunus.hardware.numerics import check_finite
 from prunus.methods.statistics import Needs, statistics_bytes
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource, Source, tensors_digest
 
+#: Temporaries per weight of a linear while it is pruned: the float32 weight and score, the sorted
+#: copy of the score, and the result in the checkpoint's 2-byte dtype.
+BYTES_PER_PRUNED_WEIGHT = 14
 
-@dataclass(kw_only=True)
+
+@dataclass(frozen=True, kw_only=True)
 class RunJob:
     """The decisions of one run, as far as they concern its model and its windows.
 
@@ -40,11 +43,10 @@ class RunJob:
         dtype: The dtype of the forward passes.
         dtype_reason: Why it is that dtype, in words.
         batch: Calibration windows per forward pass.
+        processes: How many processes work on the run.
         memory: The budgets, and what each block needs and how it is walked, once measured.
         needs: The statistics of each linear's inputs that the run collects.
         needs_inputs: Whether calibration windows run through the model at all.
-        measured: Name of a block -> SHA-256 of the weights that a measurement before the first
-            block read. The record of the run holds the same.
     """
 
     recipe: WindowOptions
@@ -56,26 +58,28 @@ class RunJob:
     dtype: torch.dtype
     dtype_reason: str
     batch: int
+    processes: int
     memory: Memory
     needs: Needs
     needs_inputs: bool
-    measured: dict[str, str] = field(default_factory=dict)
 
     @property
-    def ranks(self) -> Ranks:
-        """The processes that work on the run."""
-        return self.options.processes
-
-    @functools.cached_property
     def checkpoint(self) -> CheckpointSource:
-        """The source of a run that reads a checkpoint."""
-        assert isinstance(self.source, CheckpointSource)
+        """The source of a run that reads a checkpoint.
+
+        Raises:
+            TypeError: The run changes a loaded model.
+        """
+        if isinstance(self.source, ModuleSource):
+            raise TypeError(f"{self.model_name} is a loaded model, which has no checkpoint")
         return self.source
 
     @property
-    def hashed_source(self) -> HashedSource:
-        """The source for a measurement, which notes or compares the hashes of what it reads."""
-        return HashedSource(self.source, self.skeleton, self.measured)
+    def stored_bytes(self) -> int:
+        """Bytes of the weights of the source in its files; 0 for a loaded model, which has none."""
+        if isinstance(self.source, ModuleSource):
+            return 0
+        return self.source.checkpoint.nbytes(self.source.checkpoint.tensors)
 
     @property
     def batches(self) -> int:
@@ -85,118 +89,100 @@ class RunJob:
     @property
     def windows(self) -> int:
         """The largest number of windows that any rank holds. Ranks split the windows by batches."""
-        return min(self.recipe.samples, -(-self.batches // self.ranks.size) * self.batch)
+        return min(self.recipe.samples, -(-self.batches // self.processes) * self.batch)
 
     @property
     def tokens(self) -> int:
         """Tokens of all calibration windows, as the first block sees them."""
         return self.recipe.samples * self.skeleton.window_shape(0, self.recipe.seqlen)[0]
 
-    def preparing(self, what: str, total: int) -> Callable[[int], None]:
-        """Announce work before the first block, and return a function that counts its steps.
-
-        Args:
-            what: The work in words, such as "measuring …".
-            total: The steps of the work, each of about the same time.
-
-        Returns:
-            A function to call with the number of steps that were done since its last call.
-        """
-        started, done = time.perf_counter(), 0
-        self.options.tell(what)
-
-        def count(steps: int) -> None:
-            nonlocal done
-            done += steps
-            seconds, peak = time.perf_counter() - started, peak_memory(self.device)
-            self.options.tell(Progress(done, total, what, seconds, peak, PREPARATION + what))
-
-        return count
-
-    # What a command says.
-
     @property
-    def runs_dense_stream(self) -> bool:
-        """Whether batches also run through the dense model."""
-        return False
-
-    def walk(self, index: int) -> Walk:
-        """How the windows run through block `index`; lockstep and replay give the same bits."""
-        return "lockstep" if self.memory.fits_lockstep(index) else "replay"
-
-    def check_ranks(self) -> None:
-        """Check that the ranks can carry out the recipe together."""
-
-    def working_bytes(self, index: int) -> int:
-        """Bytes of temporaries while a linear of block `index` changes, and of its statistics."""
-        linears = self.skeleton.linears(index)
-        largest = max(linear.shape[0] * linear.shape[1] for linear in linears)
-        inputs = max(linear.shape[1] for linear in linears)
-        working = BYTES_PER_PRUNED_WEIGHT * largest + statistics_bytes(inputs, self.needs)
-        if self.needs == "gram":
-            # Solvers hold six float32 matrices like the weight, and six like the Gram matrix, or
-            # three of the latter in float64.
-            working += 6 * 4 * largest + 6 * 4 * inputs**2
-        return working
-
-    def training_bytes(self, index: int) -> tuple[int, int]:
-        """Bytes of the training of block `index`: those that stay, and those of one batch."""
-        return 0, 0
-
-    # Where the data live and how they move.
-
-    def measure_memory(self) -> None:
-        """Fill in what the blocks need, from shapes alone."""
-        blocks, source, outside = range(len(self.skeleton)), self.source, 0
-        if not isinstance(source, ModuleSource):
-            outside = source.checkpoint.nbytes(source.outside_keys())
-        self.memory = replace(
-            self.memory,
-            blocks=tuple(map(self._block_memory, blocks)),
-            stored=tuple(map(source.block_nbytes, blocks)),
-            outside=outside,
-        )
-
-    def peak_bytes(self) -> int:
-        """The largest need of the run on its device, in bytes."""
-        return self.memory.peak_bytes()
-
-    def _block_memory(self, index: int) -> BlockMemory:
-        linears, itemsize = self.skeleton.linears(index), self.dtype.itemsize
-        window_tokens, hidden = self.skeleton.window_shape(index, self.recipe.seqlen)
-        tokens = self.windows * window_tokens
-        batch_tokens = min(self.batch * window_tokens, tokens)
-        widest = max(max(linear.shape) for linear in linears)
-        parameters = sum(p.numel() for p in self.skeleton.blocks[index].parameters())
-        # The hidden states of the dense model are kept next to those of the changed one.
-        models = 2 if self.runs_dense_stream else 1
-        streams = self.needs_inputs * models
-        stays, moves = self.training_bytes(index)
-        batch = self.needs_inputs * transient_bytes(batch_tokens, hidden, widest, itemsize)
-        return BlockMemory(
-            weights=2 * self.source.block_nbytes(index) + models * parameters * itemsize,
-            working=self.working_bytes(index) + stays,
-            hidden=streams * tokens * hidden * itemsize,
-            paused=streams * paused_bytes(tokens, hidden, widest, itemsize),
-            transient=batch + moves,
-        )
-
-    def file_bytes(self) -> int:
-        """Bytes of the weights of the result; 0 for a loaded model, which has no file."""
-        if isinstance(self.source, ModuleSource):
-            return 0
-        return self.source.checkpoint.nbytes(self.source.checkpoint.tensors)
-
-    def disk_bytes(self) -> int:
-        """Bytes of the result, with the file of spilled hidden states next to it."""
-        if isinstance(self.source, ModuleSource):
-            return 0
-        return self.file_bytes() + self.memory.spilled_bytes
+    def walks(self) -> list[Walk]:
+        """How the windows run through each block; lockstep and replay give the same bits."""
+        blocks = range(len(self.skeleton))
+        return ["lockstep" if self.memory.fits_lockstep(index) else "replay" for index in blocks]
 
 
-#: Temporaries per weight of a linear while it is pruned: the float32 weight and score, the sorted
-#: copy of the score, and the result in the checkpoint's 2-byte dtype.
-BYTES_PER_PRUNED_WEIGHT = 14
+def measured_memory(
+    job: RunJob, *, dense: bool, trained: Collection[int], extra: Sequence[int]
+) -> Memory:
+    """The budgets of a run with what its blocks need, from shapes alone.
+
+    Args:
+        job: The run.
+        dense: Whether batches also run through the dense model.
+        trained: The blocks that are trained after they are changed.
+        extra: Per block, bytes of temporaries beyond those that every run has.
+    """
+    blocks, source = range(len(job.skeleton)), job.source
+    outside = 0
+    if not isinstance(source, ModuleSource):
+        outside = source.checkpoint.nbytes(source.outside_keys())
+    return replace(
+        job.memory,
+        blocks=tuple(
+            _block_memory(job, index, dense, index in trained, extra[index]) for index in blocks
+        ),
+        stored=tuple(map(source.block_nbytes, blocks)),
+        outside=outside,
+    )
+
+
+def _block_memory(job: RunJob, index: int, dense: bool, trained: bool, extra: int) -> BlockMemory:
+    linears, itemsize = job.skeleton.linears(index), job.dtype.itemsize
+    window_tokens, hidden = job.skeleton.window_shape(index, job.recipe.seqlen)
+    tokens = job.windows * window_tokens
+    batch_tokens = min(job.batch * window_tokens, tokens)
+    widest = max(max(linear.shape) for linear in linears)
+    parameters = sum(p.numel() for p in job.skeleton.blocks[index].parameters())
+    # The hidden states of the dense model are kept next to those of the changed one.
+    models = 2 if dense else 1
+    streams = job.needs_inputs * models
+    stays, moves = _training_bytes(job, index) if trained else (0, 0)
+    batch = job.needs_inputs * transient_bytes(batch_tokens, hidden, widest, itemsize)
+    return BlockMemory(
+        weights=2 * job.source.block_nbytes(index) + models * parameters * itemsize,
+        working=_working_bytes(job, index) + extra + stays,
+        hidden=streams * tokens * hidden * itemsize,
+        paused=streams * paused_bytes(tokens, hidden, widest, itemsize),
+        transient=batch + moves,
+    )
+
+
+def _working_bytes(job: RunJob, index: int) -> int:
+    """Bytes of temporaries while a linear of block `index` changes, and of its statistics."""
+    linears = job.skeleton.linears(index)
+    largest = max(linear.shape[0] * linear.shape[1] for linear in linears)
+    inputs = max(linear.shape[1] for linear in linears)
+    working = BYTES_PER_PRUNED_WEIGHT * largest + statistics_bytes(inputs, job.needs)
+    if job.needs == "gram":
+        # Solvers hold six float32 matrices like the weight, and six like the Gram matrix, or three
+        # of the latter in float64.
+        working += 6 * 4 * largest + 6 * 4 * inputs**2
+    return working
+
+
+def _training_bytes(job: RunJob, index: int) -> tuple[int, int]:
+    """Bytes of the training of block `index`: those that stay, and those of one batch.
+
+    The first are the weights and what Adam keeps of them, the second are activations and, for the
+    last block, the head with its logits.
+    """
+    linears = job.skeleton.linears(index)
+    parameters = sum(p.numel() for p in job.skeleton.blocks[index].parameters())
+    window_tokens, hidden = job.skeleton.window_shape(index, job.recipe.seqlen)
+    tokens = min(job.batch, job.windows) * window_tokens
+    widest = max(max(linear.shape) for linear in linears)
+    heads = int(getattr(job.source.config.get_text_config(), "num_attention_heads", 1) or 1)
+    moves = activation_bytes(tokens, window_tokens, hidden, widest, heads, itemsize=4)
+    if in_front_of_head(job.skeleton, index):
+        # The head, and for some tokens the logits of both models; see `kl_divergence`.
+        vocabulary = job.skeleton.vocabulary
+        moves += vocabulary * hidden * job.dtype.itemsize
+        moves += 24 * CHUNK_TOKENS * job.batch * vocabulary
+    # Seven float32 tensors per parameter: the weight, its mask, its gradient, Adam's two moments, a
+    # copy of the start and a copy of the best so far.
+    return 7 * 4 * parameters, moves
 
 
 # Tokens of one forward pass: enough for large matrix products, few enough to stay in the cache.
@@ -240,7 +226,7 @@ def windows_per_batch(
     return batch
 
 
-def check_known(digests: dict[str, str], block: str, digest: str) -> None:
+def check_known(digests: Mapping[str, str], block: str, digest: str) -> None:
     """Check that a block still has the weights that the run read before, if it did.
 
     Args:

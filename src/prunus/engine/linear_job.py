@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -23,17 +23,16 @@ import torch
 from torch import nn
 
 from prunus.engine.block.dense_stream import drift_stride_for
-from prunus.engine.block.linear import LinearSettings
 from prunus.engine.folder import BlockFolder, find_earlier
-from prunus.engine.job import RunJob, windows_per_batch
+from prunus.engine.job import RunJob, measured_memory, windows_per_batch
 from prunus.engine.linear_options import PruningOptions
 from prunus.engine.linear_record import LinearRecord, PruningRecord, grid_words
 from prunus.engine.loss_sensitivity import measuring_memory
+from prunus.engine.memory import Memory
 from prunus.engine.options import RunOptions
-from prunus.engine.plan import check_memory, open_model
-from prunus.engine.reconstruction.reconstruct_block import training_bytes
+from prunus.engine.plan import check_memory, open_model, run_facts
 from prunus.engine.reconstruction.schedule import ReconstructionSettings
-from prunus.engine.record import Walk
+from prunus.engine.session import SILENT, Session
 from prunus.hardware.memory import resident_memory
 from prunus.hardware.numerics import native_bfloat16
 from prunus.methods import Method, Work, check_options, compose, get_method
@@ -51,21 +50,23 @@ from prunus.model.source import CheckpointSource, ModuleSource
 _SAMPLED = 24
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PruningJob(RunJob):
     """The decisions of one run of prune or compress.
 
     Attributes:
         recipe: The options that decide the bytes of the result.
         format: How linears are stored in the result.
-        linear_settings: How every linear is pruned: the method and its work.
+        method: How every linear is pruned, with refinements and weight updates composed in.
+        work: What the run asks of the method.
         selected: Per block the relative names of the linears to prune.
         left_dense: The weights of the blocks that stay dense: full name -> shape.
     """
 
     recipe: PruningOptions
     format: Format
-    linear_settings: LinearSettings
+    method: Method
+    work: Work
     selected: list[list[str]]
     left_dense: dict[str, tuple[int, ...]]
 
@@ -82,21 +83,10 @@ class PruningJob(RunJob):
         memory = measuring_memory(self, self.format.QUANTIZES)
         return memory.total(hidden=self.device.type == "cpu", paused=False)
 
-    def peak_bytes(self) -> int:
-        """The largest need of a block, of the measurement or of the format, in bytes."""
-        return max(super().peak_bytes(), self.measuring_bytes(), self.format.peak_bytes())
-
-    def file_bytes(self) -> int:
-        """Bytes of the weights of the result, as the format stores them."""
-        return self.format.file_bytes()
-
-    def dense_file_bytes(self) -> int:
-        """Bytes of a result with plain tensors of the source's dtypes."""
-        return super().file_bytes()
-
     def disk_bytes(self) -> int:
         """Bytes of the result, with spilled hidden states and temporary files of the format."""
-        return super().disk_bytes() + self.format.temporary_bytes()
+        stored = self.format
+        return stored.file_bytes() + self.memory.spilled_bytes + stored.temporary_bytes()
 
     def selected_linears(self) -> dict[str, Linear]:
         """The linears to prune, block by block: full name -> linear."""
@@ -131,13 +121,11 @@ class PruningJob(RunJob):
     @property
     def runs_dense_stream(self) -> bool:
         """Whether batches also run through the dense model: for dense targets, or for training."""
-        return self.linear_settings.method.needs_drift or self.reconstruction is not None
+        return self.method.needs_drift or self.reconstruction is not None
 
     def uses_dense_target(self, in_features: int) -> bool:
         """Whether a linear with this many inputs also uses its inputs in the dense model."""
-        return self.linear_settings.method.needs_drift and drift_is_worthwhile(
-            in_features, self.tokens
-        )
+        return self.method.needs_drift and drift_is_worthwhile(in_features, self.tokens)
 
     @functools.cached_property
     def drift_stride(self) -> int:
@@ -146,7 +134,7 @@ class PruningJob(RunJob):
         The training of all blocks needs every batch. Dense targets alone need enough tokens for
         the widest linear.
         """
-        method = self.linear_settings.method
+        method = self.method
         trained = self.recipe.trained_blocks
         if trained == "all" or not method.needs_drift:
             return 1
@@ -172,52 +160,15 @@ class PruningJob(RunJob):
             last_only=trained == "last",
         )
 
-    @property
-    def reference_order(self) -> bool:
-        """Whether sums keep the order of the original SparseGPT code.
-
-        Such a run uses one thread, because the order of a sum depends on the number of threads.
-        """
-        return self.linear_settings.work.reference_order
-
-    def walk(self, index: int) -> Walk:
-        """How the windows run through block `index`; the recipe may ask for two passes."""
-        return "two_pass" if self.recipe.two_passes else super().walk(index)
-
-    def check_ranks(self) -> None:
-        """Check that the recipe does not need one process.
-
-        Raises:
-            ValueError: Several ranks shall keep an order of operations that goes window by window.
-        """
-        by_window = self.recipe.two_passes and self.linear_settings.method.has_reference_order
-        if self.ranks.size > 1 and by_window:
-            raise ValueError(
-                f"`propagate` block keeps the original's order of operations for "
-                f"{self.recipe.method}, window after window: {self.ranks.size} ranks cannot share "
-                "that. Leave it out, or run one process"
-            )
-
-    def working_bytes(self, index: int) -> int:
-        """Bytes of temporaries and statistics, with those of two passes and of dense targets."""
-        linears = self.skeleton.linears(index)
-        working = super().working_bytes(index)
+    def extra_bytes(self, index: int) -> int:
+        """Bytes of what two passes and dense targets need while block `index` is pruned."""
+        inputs = [linear.shape[1] for linear in self.skeleton.linears(index)]
+        # A dense target adds five float32 matrices like the Gram.
+        extra = 5 * 4 * max(filter(self.uses_dense_target, inputs), default=0) ** 2
         if self.needs == "gram" and self.recipe.two_passes:
             # The statistics of all linears of the block exist at the same time.
-            working += sum(statistics_bytes(linear.shape[1], self.needs) for linear in linears)
-        # A dense target adds five float32 matrices like the Gram.
-        targets = [x.shape[1] for x in linears if self.uses_dense_target(x.shape[1])]
-        return working + 5 * 4 * max(targets, default=0) ** 2
-
-    def training_bytes(self, index: int) -> tuple[int, int]:
-        """Bytes of the training of block `index`: those that stay, and those of one batch.
-
-        Both are 0 where the block is not trained.
-        """
-        settings = self.reconstruction
-        if settings is None or not settings.applies_to(index, len(self.skeleton)):
-            return 0, 0
-        return training_bytes(self, index)
+            extra += sum(statistics_bytes(width, self.needs) for width in inputs)
+        return extra
 
 
 _Record = TypeVar("_Record", bound=PruningRecord)
@@ -239,6 +190,7 @@ class Format(Generic[_Record]):
         at last                          close
 
     Attributes:
+        RECORD: The class of the record that runs write.
         DONE: What happens to a block, in one word.
         QUANTIZES: Whether weights become integers at the end of each linear.
         WRITES_OUTSIDE_FIRST: Whether what lies outside the blocks can be written before the first
@@ -246,6 +198,7 @@ class Format(Generic[_Record]):
         job: The run that writes the format; missing before `plan_run`.
     """
 
+    RECORD: type[_Record]
     DONE: ClassVar[str] = "pruned"
     QUANTIZES: ClassVar[bool] = False
     WRITES_OUTSIDE_FIRST: ClassVar[bool] = True
@@ -265,17 +218,11 @@ class Format(Generic[_Record]):
         return output
 
     def earlier(
-        self,
-        kind: type[_Record],
-        model: str | Path,
-        folder: Path,
-        recipe: PruningOptions,
-        options: RunOptions,
+        self, model: str | Path, folder: Path, recipe: PruningOptions, options: RunOptions
     ) -> _Record | None:
         """The record of the run to go on with, or of a finished result; None for neither.
 
         Args:
-            kind: The class of the record.
             model: The model as the user named it.
             folder: What `folder` returned.
             recipe: The options of this run.
@@ -284,7 +231,7 @@ class Format(Generic[_Record]):
         Raises:
             ValueError, FileExistsError, FileNotFoundError: As `find_earlier`.
         """
-        return find_earlier(kind, folder, recipe, options, Path(model))
+        return find_earlier(self.RECORD, folder, recipe, options, Path(model))
 
     def is_complete(self, earlier: _Record) -> bool:
         """Whether the result of an earlier run stands, and the folder holds nothing of it."""
@@ -321,7 +268,7 @@ class Format(Generic[_Record]):
 
     def file_bytes(self) -> int:
         """Bytes of the weights of the result."""
-        return self.job.dense_file_bytes()
+        return self.job.stored_bytes
 
     def peak_bytes(self) -> int:
         """Bytes of memory that the format needs outside the walk through the blocks."""
@@ -439,6 +386,7 @@ def plan_run(
     recipe: PruningOptions,
     options: RunOptions,
     stored: Format[Any],
+    session: Session = SILENT,
     decided_dtype: str | None = None,
 ) -> PruningJob:
     """Check all that needs neither weights nor text, and decide what the recipe leaves open.
@@ -448,39 +396,42 @@ def plan_run(
         recipe: The options that decide the bytes of the result.
         options: The options that only decide how the work is done.
         stored: How the result stores linears. Its `job` is set.
+        session: The processes that work on the run.
         decided_dtype: What `dtype` auto meant in the run that is resumed; None for a new run.
 
     Raises:
         ValueError, FileNotFoundError, NotImplementedError, OSError: The run would fail; says what
             was given, what is wrong and what to do.
     """
-    settings = _linear_settings(recipe, options.own_method, stored.QUANTIZES)
-    method = settings.method
-    selections: list[LinearSelection] = []
-
-    def check(source: CheckpointSource | ModuleSource, skeleton: Skeleton) -> None:
-        if recipe.prunes_head:
-            head = skeleton.head()
-            check_shape(settings.work.pattern, head.shape, head.name)
-        all_linears = select_linears(skeleton, recipe, settings.work.pattern)
-        selections.append(stored.select(all_linears, source, skeleton))
-
-    fields = open_model(
-        model,
+    method, work = _method_and_work(recipe, options.own_method, stored.QUANTIZES)
+    opened = open_model(model, options, session)
+    if recipe.prunes_head:
+        head = opened.skeleton.head()
+        check_shape(work.pattern, head.shape, head.name)
+    linears = select_linears(opened.skeleton, recipe, work.pattern)
+    selection = stored.select(linears, opened.source, opened.skeleton)
+    trains = recipe.trained_blocks != "none"
+    facts = run_facts(
+        opened,
         recipe,
         options,
+        session,
         needs=method.needs,
-        needs_inputs=needs_inputs(recipe, method),
+        needs_inputs=method.needs != "none" or trains or recipe.allocates,
         adds_ridge=method.adds_ridge,
         decided_dtype=decided_dtype,
-        check=check,
     )
-    [selection] = selections
-    job = PruningJob(**fields, format=stored, linear_settings=settings, **selection._asdict())
+    job = PruningJob(
+        **facts,
+        batch=_batch(opened.skeleton, recipe, work),
+        format=stored,
+        method=method,
+        work=work,
+        **selection._asdict(),
+    )
+    _check_ranks(job)
+    job = replace(job, memory=_measured(job))
     stored.job = job
-    job.batch = _batch(job)
-    job.check_ranks()
-    job.measure_memory()
     check_memory(job)
     measured, held = job.measuring_bytes(), resident_memory()
     if job.memory.budget < measured:
@@ -494,41 +445,49 @@ def plan_run(
     return job
 
 
-def needs_inputs(recipe: PruningOptions, method: Method) -> bool:
-    """Whether the method, the allocation or the training of a recipe uses calibration windows.
-
-    Args:
-        recipe: The recipe of the run.
-        method: Its method with refinement and weight update; see `prunus.methods.composition`.
-    """
-    trains = recipe.trained_blocks != "none"
-    return method.needs != "none" or trains or recipe.allocates
-
-
-def _linear_settings(
+def _method_and_work(
     recipe: PruningOptions, own_method: Method | None, quantizes: bool
-) -> LinearSettings:
-    """How every linear is pruned: the recipe's method with its refinement and weight update."""
+) -> tuple[Method, Work]:
+    """The recipe's method with its refinement and weight update, and what the run asks of it."""
     published = own_method or get_method(recipe.method)
     method = compose(published, recipe, quantizes)
-    # Two passes are the published procedure. There the published solvers also sum in its order.
     group = recipe.group
     if group is None:
         group = published.with_options(recipe).default_group
     pattern = Pattern.parse(recipe.pattern, group)
     check_options(published, pattern, recipe.sparsity, recipe, quantizes=quantizes)
+    # Two passes are the published procedure. There the published solvers also sum in its order.
     in_order = recipe.two_passes and method is published and method.has_reference_order
-    work = Work(pattern, recipe.sparsity, recipe, reference_order=in_order)
-    return LinearSettings(method=method, work=work)
+    return method, Work(pattern, recipe.sparsity, recipe, reference_order=in_order)
 
 
-def _batch(job: PruningJob) -> int:
+def _batch(skeleton: Skeleton, recipe: PruningOptions, work: Work) -> int:
     """Calibration windows per forward pass."""
-    recipe = job.recipe
     trains = "" if recipe.trained_blocks == "none" else "reconstruction"
-    batch = 1 if job.reference_order else None  # the reference order sums window by window
-    window_tokens = job.skeleton.window_shape(0, recipe.seqlen)[0]
+    batch = 1 if work.reference_order else None  # the reference order sums window by window
+    window_tokens = skeleton.window_shape(0, recipe.seqlen)[0]
     return windows_per_batch(recipe.samples, window_tokens, recipe.batch or batch, trains)
+
+
+def _check_ranks(job: PruningJob) -> None:
+    """Check that several ranks need not keep an order of operations that goes window by window."""
+    if job.processes > 1 and job.recipe.two_passes and job.method.has_reference_order:
+        raise ValueError(
+            f"`propagate` block keeps the original's order of operations for {job.recipe.method}, "
+            f"window after window: {job.processes} ranks cannot share that. Leave it out, or run "
+            "one process"
+        )
+
+
+def _measured(job: PruningJob) -> Memory:
+    """The budgets with what the blocks need, and how each is walked."""
+    blocks = range(len(job.skeleton))
+    settings = job.reconstruction
+    trained = [
+        index for index in blocks if settings and settings.applies_to(index, len(job.skeleton))
+    ]
+    extra = [job.extra_bytes(index) for index in blocks]
+    return measured_memory(job, dense=job.runs_dense_stream, trained=trained, extra=extra)
 
 
 def describe_plan(job: PruningJob) -> dict[str, Any]:
@@ -550,12 +509,13 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
     blocks = range(len(job.skeleton))
     shapes: Sequence[tuple[int, int]] = [x.shape for x in job.selected_linears().values()]
     weights = sum(rows * columns for rows, columns in shapes)
+    peak = max(job.memory.peak_bytes(), job.measuring_bytes(), job.format.peak_bytes())
     location = "memory" if job.memory.hidden_states_stay else "pinned host memory"
     return {
         "blocks": len(blocks),
         "linears": len(shapes),
         "weights": weights,
-        "to_remove": int(weights * job.linear_settings.work.sparsity),
+        "to_remove": int(weights * job.work.sparsity),
         "left_dense": {name: list(shape) for name, shape in job.left_dense.items()},
         "grid_bits": job.grid_bits,
         "rounded_before": grid_words(job.grid_bits),
@@ -566,8 +526,8 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
         "bos": job.recipe.bos,
         "hidden_states": "file" if job.memory.spills else location,
         "blocks_in_lockstep": sum(job.memory.fits_lockstep(index) for index in blocks),
-        "peak_memory_bytes": job.peak_bytes() + resident_memory(),
-        "file_bytes": job.file_bytes(),
+        "peak_memory_bytes": peak + resident_memory(),
+        "file_bytes": job.format.file_bytes(),
         "disk_bytes": job.disk_bytes(),
         "allocation": {
             "rule": job.recipe.allocation,

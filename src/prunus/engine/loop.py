@@ -10,26 +10,28 @@ shard still has its final name before the record names it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
 from prunus.distributed import RankError, Ranks
 from prunus.engine.job import RunJob, check_known
 from prunus.engine.progress import Progress
+from prunus.engine.session import Session
 from prunus.hardware.memory import peak_memory, return_freed_memory
 from prunus.hardware.numerics import check_finite
 from prunus.model.source import tensors_digest
 
 
 @dataclass(frozen=True)
-class Made:
-    """A finished block.
+class FinishedBlock:
+    """A block as a step has changed it.
 
     Attributes:
         tensors: Its tensors by relative name.
@@ -45,6 +47,18 @@ class Made:
     packed: Mapping[str, Any] = field(default_factory=dict)
 
 
+class StoredBlock(NamedTuple):
+    """A block of the source, as it was read.
+
+    Attributes:
+        tensors: Its tensors by relative name, in the stored dtypes.
+        digest: Their SHA-256.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    digest: str
+
+
 class BlockStep(Protocol):
     """What a command does to blocks, one after the other.
 
@@ -53,30 +67,33 @@ class BlockStep(Protocol):
 
     def take(self, position: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Run the windows through a block that an earlier run has finished."""
-        ...
 
-    def make(self, position: int, stored: StoredBlock) -> Made:
+    def make(self, position: int, stored: StoredBlock) -> FinishedBlock:
         """Run the windows through a block of the source and change it."""
-        ...
 
 
 class BlockOutput(Protocol):
-    """Where finished blocks are kept; `position` is that of `BlockStep`."""
+    """Where finished blocks are kept; `position` is that of `BlockStep`.
+
+    Attributes:
+        finished: Blocks that an earlier run has finished, the first ones of the model.
+    """
+
+    finished: int
 
     def read_block(self, position: int) -> Mapping[str, torch.Tensor]:
         """The tensors of a finished block by relative name."""
-        ...
 
-    def write_block(self, position: int, made: Made) -> None:
+    def write_block(self, position: int, block: FinishedBlock) -> None:
         """Keep a finished block, then enter it in the record."""
-        ...
 
 
 def run_blocks(
     job: RunJob,
+    session: Session,
     step: BlockStep,
     output: BlockOutput,
-    finished: int,
+    measured: Mapping[str, str],
     *,
     made_from: Sequence[int] | None = None,
     names: Callable[[int], str] | None = None,
@@ -86,9 +103,11 @@ def run_blocks(
 
     Args:
         job: The run.
+        session: Its processes, and who hears of each block.
         step: What is done to each block.
         output: Where finished blocks are kept.
-        finished: Blocks that an earlier run has finished, the first ones of the model.
+        measured: Name of a block -> SHA-256 of the weights that a measurement before the first
+            block read.
         made_from: For each block of the result, the index of the block of the source that it is
             made from; None for all blocks in order.
         names: Gives the name of a block of the result for progress; None for those of the source.
@@ -104,7 +123,7 @@ def run_blocks(
     name_of = names or job.skeleton.block_name
 
     def report(position: int, message: str) -> None:
-        job.options.step(
+        session.step(
             Progress(
                 done=position + 1,
                 total=len(source_blocks),
@@ -114,30 +133,38 @@ def run_blocks(
             )
         )
 
-    taken = 0 if again else finished
+    def read(position: int) -> StoredBlock:
+        return read_stored(job, source_blocks[position], measured)
+
+    taken = 0 if again else output.finished
     for position in range(taken):
         step.take(position, output.read_block(position))
         report(position, "taken from the earlier run")
     left = range(taken, len(source_blocks))
-    with BackgroundWrites(job.memory.overlaps) as writes:
-        blocks = read_ahead(
-            left, lambda position: _read(job, source_blocks[position]), job.memory.overlaps
-        )
+    with background_writes(job.memory.overlaps) as submit:
+        blocks = read_ahead(left, read, job.memory.overlaps)
         for position, stored in zip(left, blocks, strict=True):
-            source_name = job.skeleton.block_name(source_blocks[position])
-            check_known(job.measured, source_name, stored.digest)
-            made = step.make(position, stored)
-            if position >= finished:
-                writes.submit(functools.partial(output.write_block, position, made))
-            if job.ranks.size > 1:
+            block = step.make(position, stored)
+            if position >= output.finished:
+                submit(functools.partial(output.write_block, position, block))
+            if session.ranks.size > 1:
                 return_freed_memory()
-            report(position, made.message)
+            report(position, block.message)
 
 
-def _read(job: RunJob, index: int) -> StoredBlock:
-    """Read a block of the source, check it and hash it."""
+def read_stored(job: RunJob, index: int, measured: Mapping[str, str]) -> StoredBlock:
+    """Read every byte of a block of the source, and check that all weights are finite.
+
+    Raises:
+        ValueError: A weight is not finite; names the tensor.
+        FileExistsError: The block is not the one that a measurement has read.
+    """
+    name = job.skeleton.block_name(index)
     tensors = job.source.block(index, pinned=job.memory.overlaps and job.device.type == "cuda")
-    return read_stored(job.skeleton.block_name(index), tensors)
+    check_finite(tensors, f"{name}.")
+    digest = tensors_digest(tensors)
+    check_known(measured, name, digest)
+    return StoredBlock(tensors, digest)
 
 
 def check_same(ranks: Ranks, name: str, changed: Mapping[str, torch.Tensor]) -> None:
@@ -162,28 +189,6 @@ def check_same(ranks: Ranks, name: str, changed: Mapping[str, torch.Tensor]) -> 
             f"{name} was pruned to other bytes on rank {', '.join(map(str, others))} than on "
             "rank 0: their machines round differently. Run the ranks on machines of one kind"
         )
-
-
-class StoredBlock(NamedTuple):
-    """A block of the source, as it was read.
-
-    Attributes:
-        tensors: Its tensors by relative name, in the stored dtypes.
-        digest: Their SHA-256.
-    """
-
-    tensors: Mapping[str, torch.Tensor]
-    digest: str
-
-
-def read_stored(name: str, tensors: Mapping[str, torch.Tensor]) -> StoredBlock:
-    """Read every byte of a block, and check that all weights are finite.
-
-    Raises:
-        ValueError: A weight is not finite; names the tensor, with the block `name` before it.
-    """
-    check_finite(tensors, f"{name}.")
-    return StoredBlock(tensors, tensors_digest(tensors))
 
 
 #: What `read_ahead` reads for each index.
@@ -219,44 +224,34 @@ def read_ahead(indices: Iterable[int], read: Callable[[int], T], overlaps: bool)
             yield coming.result()
 
 
-class BackgroundWrites:
-    """Runs writes one at a time and in order, on a thread of its own.
+@contextlib.contextmanager
+def background_writes(overlaps: bool) -> Iterator[Callable[[Callable[[], None]], None]]:
+    """Yield a function that runs writes one at a time and in order, on a thread of its own.
 
-    Leaving the `with` waits for the last write, also if an error ends the run: what is finished is
-    not lost. An error of a write is raised by the next call, or on leaving the `with`.
+    It waits for the write before, and begins the next one. Leaving the `with` waits for the last
+    write, also if an error ends the run: what is finished is not lost. An error of a write is
+    raised by the next call, or on leaving the `with`.
 
     Args:
-        overlaps: Whether there is a thread; otherwise `submit` writes before it returns.
+        overlaps: Whether there is a thread; otherwise each write ends before the call does.
 
-    >>> with BackgroundWrites(overlaps=True) as writes:
-    ...     writes.submit(lambda: print("written"))
+    >>> with background_writes(overlaps=True) as submit:
+    ...     submit(lambda: print("written"))
     written
     """
+    if not overlaps:
+        yield lambda write: write()
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="write") as executor:
+        last: Future[None] | None = None
 
-    def __init__(self, overlaps: bool) -> None:
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="write") if overlaps else None
-        self._last: Future[None] | None = None
-
-    def submit(self, write: Callable[[], None]) -> None:
-        """Wait for the write before this one, then begin this one."""
-        self.wait()
-        if self._executor is None:
-            write()
-        else:
+        def submit(write: Callable[[], None]) -> None:
+            nonlocal last
+            if last is not None:
+                last.result()
             # Each thread has a gradient mode of its own.
-            self._last = self._executor.submit(torch.no_grad()(write))
+            last = executor.submit(torch.no_grad()(write))
 
-    def wait(self) -> None:
-        """Wait for the last write, and raise its error if it failed."""
-        last, self._last = self._last, None
+        yield submit
         if last is not None:
             last.result()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if self._executor is not None:
-            self._executor.shutdown(wait=True)
-        if error is None:
-            self.wait()

@@ -29,9 +29,10 @@ import torch
 from torch import Tensor
 
 from prunus.engine.block.hooks import output_hooks, tokens_of
-from prunus.engine.job import RunJob
+from prunus.engine.job import HashedSource, RunJob
 from prunus.engine.memory import BlockMemory
 from prunus.engine.reconstruction.reconstruct_block import activation_bytes
+from prunus.engine.session import Session
 from prunus.hardware.errors import naming
 from prunus.hardware.numerics import all_finite, multiplies_bfloat16
 from prunus.methods.options import MethodOptions
@@ -106,7 +107,9 @@ class LinearSensitivity:
 
 def measure_loss(
     job: RunJob,
+    session: Session,
     ids: Tensor,
+    digests: dict[str, str],
     selected: Sequence[Sequence[str]],
     options: MethodOptions,
     quantizes: bool,
@@ -115,8 +118,11 @@ def measure_loss(
     """`loss_sensitivities` of the dense model of a run, on the first of its windows or images.
 
     Args:
-        job: The run, which announces the steps of the measurement.
+        job: The run.
+        session: Who hears of the steps of the measurement.
         ids: Token ids (windows, tokens), or pixel values (images, channels, height, width).
+        digests: Name of a block -> SHA-256 of the weights that a measurement has read. Missing
+            hashes are added.
         selected: Per block the relative names of the linears to measure.
         options: The options of methods, of which the damping matters.
         quantizes: Whether the linears will be quantised, or else pruned.
@@ -124,12 +130,14 @@ def measure_loss(
 
     Raises:
         ValueError: A gradient or a weight is not finite; names the linear or the tensor.
+        FileExistsError: A block is not the one that an earlier measurement has read.
     """
     windows = ids[:_PROBE_WINDOWS]
     windows = windows if windows.is_floating_point() else windows[:, :_PROBE_TOKENS]
-    stream = Stream(job.skeleton, job.hashed_source, job.device)
+    source = HashedSource(job.source, job.skeleton, digests)
+    stream = Stream(job.skeleton, source, job.device)
     steps = (1 + _BACKWARD) * len(job.skeleton)
-    count = job.preparing("measuring what errors of each linear cost", steps)
+    count = session.preparing("measuring what errors of each linear cost", steps, job.device)
     with torch.no_grad(), contextlib.closing(stream):
         stream.embed([windows], None)
         seed = job.recipe.seed

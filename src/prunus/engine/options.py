@@ -5,21 +5,15 @@ Imports no torch, so that a recipe can be read without it.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
 from prunus.calibration.catalogue import CHOICES
-from prunus.engine.progress import Progress
 from prunus.hardware.sizes import parse_bytes
 from prunus.options import Option, Options, at_least
 from prunus.options.declaration import ADVANCED
-
-if TYPE_CHECKING:
-    from prunus.distributed import Ranks
 
 #: Heading of the options on calibration in --help.
 CALIBRATION = "Calibration"
@@ -134,10 +128,6 @@ class RunOptions(Options):
         texts: Texts, rows of a data set or chats instead of a named source; see
             `prunus.calibration.sources`.
         own_method: A `prunus.methods.Method` in place of the name of one.
-        announce: Called with what is being prepared, before the first step, and with the `Progress`
-            of what takes long; None to be silent.
-        report: Called after every step; None to be silent.
-        ranks: The processes that work on this run; None for those that torchrun started, if any.
     """
 
     device: Annotated[str, Option("Run on cpu, cuda, cuda:0, ….", metavar="DEVICE")] = "auto"
@@ -192,34 +182,3 @@ class RunOptions(Options):
     input_ids: Any = None
     texts: Any = None
     own_method: Any = None
-    announce: Callable[[Any], None] | None = None
-    report: Callable[..., None] | None = None
-    ranks: Any = None
-
-    @property
-    def processes(self) -> Ranks:
-        """The processes of the run; a single one outside of `with_ranks`."""
-        from prunus.distributed import SINGLE_PROCESS
-
-        return self.ranks or SINGLE_PROCESS
-
-    def tell(self, message: str | Progress) -> None:
-        """Announce what is done next; only the first of several processes does so."""
-        if self.announce is not None and self.processes.rank == 0:
-            self.announce(message)
-
-    def step(self, *step: Any) -> None:
-        """Report a finished step; only the first of several processes does so."""
-        if self.report is not None and self.processes.rank == 0:
-            self.report(*step)
-
-    @contextlib.contextmanager
-    def with_ranks(self) -> Iterator[RunOptions]:
-        """The options with the processes that torchrun started, unless they name processes."""
-        from prunus.distributed import process_group
-
-        if self.ranks is not None:
-            yield self
-            return
-        with process_group(self.rank_timeout) as ranks:
-            yield self.model_copy(update={"ranks": ranks})

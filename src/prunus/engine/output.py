@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from prunus.distributed import Ranks
 from prunus.engine.folder import BlockFolder
 from prunus.engine.linear_job import Format, PruningJob
 from prunus.engine.linear_record import PruningRecord
-from prunus.engine.loop import Made
+from prunus.engine.loop import FinishedBlock
 from prunus.model.checkpoint.atomic_files import remove
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.checkpoint.writer import Writable, save_safetensors
@@ -50,10 +51,10 @@ class InPlaceOutput:
         """No block is finished: LookupError."""
         raise LookupError(f"no earlier run finished block {position} of a loaded model")
 
-    def write_block(self, position: int, made: Made) -> None:
+    def write_block(self, position: int, block: FinishedBlock) -> None:
         """Put the tensors of a block into the model, then enter the block in the record."""
-        self._source.write(made.tensors, position)
-        self._record.blocks.append(made.record)
+        self._source.write(block.tensors, position)
+        self._record.blocks.append(block.record)
 
     def write_outside(self, changed: Mapping[str, torch.Tensor]) -> None:
         """Write tensors outside the blocks, by their names in the model."""
@@ -87,16 +88,17 @@ class CheckpointFolder(BlockFolder):
     record: PruningRecord
     job: PruningJob
 
-    def __init__(self, folder: Path, record: PruningRecord, job: PruningJob) -> None:
-        super().__init__(folder, record, job)
+    def __init__(self, folder: Path, record: PruningRecord, job: PruningJob, ranks: Ranks) -> None:
+        super().__init__(folder, record, job, ranks)
         self.spill_folder = folder
 
-    def prepare(self) -> None:
-        """Write what lies outside the blocks first, if the format can and the head stays."""
+    def begin(self, overwrite: bool) -> None:
+        """Prepare the folder, and write what lies outside the blocks if it is known already."""
+        super().begin(overwrite)
         # The hashes of what lies outside the blocks were taken just now, and embedding reads it
         # next. Copied now, it is read from the disk only once. A pruned head is not known yet.
         if self.job.format.WRITES_OUTSIDE_FIRST and not self.job.recipe.prunes_head:
-            self.write_outside({})
+            self.ranks.on_rank_0(lambda: self.write_outside({}))
 
     def measured(self, measure: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Named tensors that `measure` returns now, or has returned in the run that is resumed."""
@@ -111,13 +113,12 @@ class CheckpointFolder(BlockFolder):
     def complete(self, changed: Mapping[str, torch.Tensor]) -> None:
         """Complete the result; `changed` has tensors outside the blocks by their names."""
 
-        def finish() -> dict[str, object]:
+        def finish() -> None:
             self.write_outside(changed)
             self.job.format.finish(self, self.record)
             remove(self.folder / MEASUREMENT)
-            return self.record.model_dump(mode="json")
 
-        self.record.adopt(self.ranks.on_rank_0(finish))
+        self.ranks.on_rank_0(finish)
 
     def check_finished(self) -> None:
         """Check that the finished result of an earlier run is whole, as its format says."""
@@ -128,22 +129,20 @@ class CheckpointFolder(BlockFolder):
 
         self.ranks.on_rank_0(check)
 
-    def stored(self, position: int, made: Made) -> dict[str, torch.Tensor]:
+    def stored(self, position: int, block: FinishedBlock) -> dict[str, torch.Tensor]:
         """The tensors of a block's shard, with quantised linears as the format stores them."""
-        tensors = super().stored(position, made)
-        for name, weight in made.packed.items():
-            key = self.job.stored_key(f"{made.record.name}.{name}")
+        tensors = self.job.checkpoint.as_stored(position, block.tensors)
+        for name, weight in block.packed.items():
+            key = self.job.stored_key(f"{block.record.name}.{name}")
             del tensors[key]
             tensors |= self.job.format.tensors_of(key, weight)
         return tensors
 
     def restored(self, position: int) -> dict[str, torch.Tensor]:
         """The tensors of a finished block by relative name, with quantised linears dense again."""
-        if not self.job.format.QUANTIZES:
-            return super().restored(position)
         shard = Checkpoint(self.folder, only=[self.record.shard(position)])
         tensors, block = dict(shard.read(shard.tensors)), self.record.blocks[position]
-        for name, linear in block.linears.items():
+        for name, linear in block.linears.items() if self.job.format.QUANTIZES else ():
             key = self.job.stored_key(f"{block.name}.{name}")
             dtype = self.job.checkpoint.checkpoint.tensors[key].dtype
             tensors[key] = self.job.format.weight_from(key, tensors, linear, dtype)

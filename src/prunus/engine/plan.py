@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import torch
 from torch import nn
 
 from prunus.calibration.windows import check_context
+from prunus.distributed import Ranks
 from prunus.engine.folder import bytes_in
-from prunus.engine.job import RunJob, windows_per_batch
+from prunus.engine.job import RunJob
 from prunus.engine.memory import Memory
 from prunus.engine.options import RunOptions, WindowOptions
 from prunus.engine.record import RunRecord, Walk
+from prunus.engine.session import Session
 from prunus.engine.windows import check_inputs
 from prunus.hardware.memory import available_memory, memory_budget, resident_memory
 from prunus.hardware.numerics import native_bfloat16
@@ -37,53 +40,85 @@ from prunus.model.source import CheckpointSource, ModuleSource, Source
 _SHARE_FOR_OTHERS, _BYTES_FOR_OTHERS = 0.1, 10**9
 
 
-def open_model(
-    model: str | Path | nn.Module,
+@dataclass(frozen=True)
+class OpenModel:
+    """A model that can be read, before a run decides anything about it.
+
+    Attributes:
+        name: The model as the user named it; the class name of a loaded model.
+        source: The dense weights.
+        skeleton: The model without weights, in its stored dtype.
+        device: Where blocks run.
+    """
+
+    name: str
+    source: CheckpointSource | ModuleSource
+    skeleton: Skeleton
+    device: torch.device
+
+
+def open_model(model: str | Path | nn.Module, options: RunOptions, session: Session) -> OpenModel:
+    """Open a model for a run. No weights are read.
+
+    Args:
+        model: A checkpoint folder, a hub id, or a loaded model.
+        options: The options that only decide how the work is done.
+        session: Who works on the run; hears of a download.
+
+    Raises:
+        ValueError, FileNotFoundError, NotImplementedError, OSError: The model cannot be read, or
+            has no blocks that prunus knows.
+    """
+    trust = options.trust_remote_code
+    loaded = model if isinstance(model, nn.Module) else None
+    device = choose_device(options.device, loaded, session.ranks.local_size)
+    source: CheckpointSource | ModuleSource
+    if isinstance(model, nn.Module):
+        source, name = ModuleSource(model), type(model).__name__
+    else:
+        source, name = CheckpointSource(resolve_folder(model, session.tell), trust), str(model)
+        check_companions(source.checkpoint.folder, trust)
+    skeleton = Skeleton(source.config, source.stored_dtype, trust)
+    source.bind(skeleton)
+    return OpenModel(name, source, skeleton, device)
+
+
+def run_facts(
+    opened: OpenModel,
     recipe: WindowOptions,
     options: RunOptions,
+    session: Session,
     *,
     needs: Needs,
     needs_inputs: bool,
     adds_ridge: bool = False,
     decided_dtype: str | None = None,
-    check: Callable[[CheckpointSource | ModuleSource, Skeleton], object] = lambda *_: None,
 ) -> dict[str, Any]:
-    """Open a model for a run, and decide what the recipe leaves open: the fields of a `RunJob`.
+    """Decide what the recipe leaves open: the fields of a `RunJob`, but for `batch`.
 
     It reads no text, and of the weights only those of a dtype trial; see `decide_dtype`.
 
     Args:
-        model: A checkpoint folder, a hub id, or a loaded model.
+        opened: The model.
         recipe: The options that decide the bytes of the result.
         options: The options that only decide how the work is done.
+        session: The processes that work on the run.
         needs: The statistics of each linear's inputs that the run collects.
         needs_inputs: Whether calibration windows run through the model at all.
         adds_ridge: Whether the method adds a ridge to Gram matrices that grows with features per
             token, so that rounded inputs do no harm.
         decided_dtype: What `dtype` auto meant in the run that is resumed; None for a new run.
-        check: Further checks of the command, on the source and a skeleton in the stored dtype.
 
     Raises:
-        ValueError, FileNotFoundError, NotImplementedError, OSError: The model cannot be read or
-            has no blocks that prunus knows, or the recipe does not fit it.
+        ValueError, FileNotFoundError, NotImplementedError, OSError: The recipe does not fit the
+            model.
     """
-    loaded = model if isinstance(model, nn.Module) else None
-    trust, ranks = options.trust_remote_code, options.processes
-    device = choose_device(options.device, loaded, ranks.local_size)
-    source: CheckpointSource | ModuleSource
-    if isinstance(model, nn.Module):
-        source, name = ModuleSource(model), type(model).__name__
-    else:
-        source, name = CheckpointSource(resolve_folder(model, options.tell), trust), str(model)
-        check_companions(source.checkpoint.folder, trust)
+    source, skeleton, device = opened.source, opened.skeleton, opened.device
+    trust = options.trust_remote_code
     if needs_inputs:
         check_inputs(source, recipe, options)
-    # Structure and names are checked on a skeleton in the stored dtype, before a dtype trial runs.
-    skeleton = Skeleton(source.config, source.stored_dtype, trust)
-    source.bind(skeleton)
     if skeleton.kind is not IMAGES and needs != "none":
         check_context(skeleton.max_positions, recipe.seqlen)
-    check(source, skeleton)
     requested = decided_dtype if recipe.dtype == "auto" and decided_dtype else recipe.dtype
     dtype, reason = decide_dtype(
         requested, source, skeleton, device, needs, trust, adds_ridge=adds_ridge
@@ -91,24 +126,23 @@ def open_model(
     if dtype != source.stored_dtype:
         skeleton = Skeleton(source.config, dtype, trust)
         source.bind(skeleton)
-    host_budget = _host_budget(options)
+    host_budget = _host_budget(options, session.ranks)
     on_device = memory_budget(device, options.memory) if device.type == "cuda" else host_budget
-    window_tokens = skeleton.window_shape(0, recipe.seqlen)[0]
     return {
         "recipe": recipe,
         "options": options,
-        "model_name": name,
+        "model_name": opened.name,
         "source": source,
         "skeleton": skeleton,
         "device": device,
         "dtype": dtype,
         "dtype_reason": reason,
-        "batch": windows_per_batch(recipe.samples, window_tokens, recipe.batch),
+        "processes": session.ranks.size,
         "memory": Memory(
             budget=on_device,
             host_budget=host_budget,
             on_host=device.type == "cpu",
-            reads_files=loaded is None,
+            reads_files=isinstance(source, CheckpointSource),
         ),
         "needs": needs,
         "needs_inputs": needs_inputs,
@@ -132,26 +166,34 @@ def check_memory(job: RunJob) -> None:
         )
 
 
-def check_room(job: RunJob, output: Path) -> None:
-    """Check that the disk has room for the result, beyond what an earlier run has written."""
-    check_disk(output, job.disk_bytes() - bytes_in(output))
+def check_room(nbytes: int, output: Path) -> None:
+    """Check that the disk has `nbytes` for the result, less what an earlier run has written."""
+    check_disk(output, nbytes - bytes_in(output))
 
 
-def _host_budget(options: RunOptions) -> int:
+def _host_budget(options: RunOptions, ranks: Ranks) -> int:
     """Bytes that the run may take on the host, beyond what the process holds already."""
     if options.memory is not None:
         return options.memory - resident_memory()
     free = available_memory()
     reserve = max(int(_SHARE_FOR_OTHERS * free), _BYTES_FOR_OTHERS)
-    return max(0, free - reserve) // options.processes.local_size
+    return max(0, free - reserve) // ranks.local_size
 
 
 # From the walk that needs most memory to the one that needs least.
 _WALKS: tuple[Walk, ...] = ("lockstep", "replay", "two_pass")
 
 
-def check_same_on_all_ranks(job: RunJob, record: RunRecord) -> list[Walk]:
+def check_same_on_all_ranks(
+    recipe: WindowOptions, record: RunRecord, ranks: Ranks, walks: Sequence[Walk]
+) -> list[Walk]:
     """Check that all ranks do the same run, and agree on how windows run through each block.
+
+    Args:
+        recipe: The options that decide the bytes of the result.
+        record: The record of the run.
+        ranks: The processes of the run, all of which call this.
+        walks: The walk of each block that this rank would take.
 
     Returns:
         The walk of each block: of those that the ranks would take, the one that needs least memory.
@@ -160,10 +202,9 @@ def check_same_on_all_ranks(job: RunJob, record: RunRecord) -> list[Walk]:
         ValueError: A rank has other options, inputs or versions than rank 0; names the first that
             differs. All ranks raise it.
     """
-    ranks = job.ranks
     ranks.set_location("the start")
     this_run = {
-        "recipe": job.recipe.model_dump(mode="json"),
+        "recipe": recipe.model_dump(mode="json"),
         **record.inputs.model_dump(mode="json", exclude={"dtype_reason", "calibration"}),
         **{key: value for key, value in record.versions.items() if key != "python"},
         "state": record.state,
@@ -179,8 +220,8 @@ def check_same_on_all_ranks(job: RunJob, record: RunRecord) -> list[Walk]:
                         "versions, and processors of one kind. `dtype` and `batch` settle what "
                         "each would decide for itself"
                     )
-    walks = [_WALKS.index(job.walk(index)) for index in range(len(job.skeleton))]
-    return [_WALKS[max(block)] for block in zip(*ranks.gather_ints(walks), strict=True)]
+    by_rank = ranks.gather_ints([_WALKS.index(walk) for walk in walks])
+    return [_WALKS[max(block)] for block in zip(*by_rank, strict=True)]
 
 
 #: Largest relative change of the first block's output at which bfloat16 counts as harmless.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -144,18 +143,13 @@ def one_line(text: str) -> str:
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-#: What a docstring says of the keyword that `shows_progress` adds.
-_KEYWORD = (
-    "    progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. "
-    "A function is called after every block.\n"
-)
 
 
 def shows_progress(title: str, read: Callable[..., Shown]) -> Callable[[_Function], _Function]:
-    """Give a function a keyword `progress`: True shows a bar, and a function is called.
+    """Let a function's keyword `progress` be True, which shows a bar, or a function to call.
 
-    The decorated function gets `report` and `announce` of `RunOptions`, or `progress` if it has
-    that parameter. It gets None with False and None, and where nobody would see a bar.
+    The decorated function gets a function to call after every step; None with False and None, and
+    where nobody would see a bar.
 
     Args:
         title: A text at the beginning of the bar.
@@ -163,49 +157,41 @@ def shows_progress(title: str, read: Callable[..., Shown]) -> Callable[[_Functio
     """
 
     def decorate(function: _Function) -> _Function:
-        signature = inspect.signature(function)
-        has_progress = "progress" in signature.parameters
-        keyword = inspect.Parameter(
-            "progress",
-            inspect.Parameter.KEYWORD_ONLY,
-            default=True,
-            annotation="Callable[..., None] | bool | None",
-        )
-
         @functools.wraps(function)
         def showing(*arguments: Any, progress: Any = True, **options: Any) -> Any:
-            from prunus.distributed import is_rank_0  # It imports torch.
+            with reporter(title, read, progress) as report:
+                return function(*arguments, progress=report, **options)
 
-            name = "progress" if has_progress else "report"
-            if callable(progress):
-                return function(*arguments, **{name: progress}, **options)
-            display = _display() if progress and is_rank_0() else None
-            if display is None:
-                return function(*arguments, **{name: None}, **options)
-            with (_notebook_bar if display == "notebook" else terminal_bar)(title) as update:
-                shown: dict[str, Any] = {name: lambda *step: update(read(*step))}
-                if not has_progress:
-                    shown["announce"] = lambda what: update(
-                        read(what) if isinstance(what, Progress) else Shown(None, what)
-                    )
-                return function(*arguments, **shown, **options)
-
-        if not has_progress:
-            showing.__signature__ = signature.replace(  # type: ignore[attr-defined]
-                parameters=[*signature.parameters.values(), keyword]
-            )
-            showing.__doc__ = f"{function.__doc__}{_KEYWORD}"
         return cast(_Function, showing)
 
     return decorate
 
 
-def pruning_step(step: Progress) -> Shown:
-    """What a bar shows after a block.
+@contextlib.contextmanager
+def reporter(
+    title: str, read: Callable[..., Shown], progress: Any
+) -> Iterator[Callable[..., None] | None]:
+    """Yield what is called after every step; None where nobody would see it."""
+    from prunus.distributed import is_rank_0  # It imports torch.
+
+    display = _display() if progress and is_rank_0() else None
+    if callable(progress):
+        yield progress
+    elif display is None:
+        yield None
+    else:
+        with (_notebook_bar if display == "notebook" else terminal_bar)(title) as update:
+            yield lambda *step: update(read(*step))
+
+
+def pruning_step(step: Progress | str) -> Shown:
+    """What a bar shows after a block, or while a text says what is being prepared.
 
     >>> pruning_step(Progress(1, 4, "block 0 pruned", seconds=10.0, peak_memory=2 * 10**9))
     Shown(share=0.25, state='1/4 blocks, left 0:30, peak 2.0 GB')
     """
+    if isinstance(step, str):
+        return Shown(None, step)
     left, peak = eta(step.done, step.total, step.seconds), f"{step.peak_memory / 1e9:.1f} GB"
     state = f"{step.done}/{step.total} {step.unit}, left {left}, peak {peak}"
     return Shown(step.done / step.total, state)

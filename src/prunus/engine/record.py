@@ -159,12 +159,6 @@ class RunRecord(Part):
         """Write the record atomically."""
         write_json(folder / self.FILE, self.model_dump(mode="json"))
 
-    def adopt(self, content: Mapping[str, Any]) -> None:
-        """Take over the content of the same record of another process, as JSON values."""
-        other = type(self).model_validate(content)
-        for name in type(self).model_fields:
-            setattr(self, name, getattr(other, name))
-
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Read the record in a folder.

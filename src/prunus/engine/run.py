@@ -15,18 +15,20 @@ rank 0 writes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from prunus.calibration.corpora import LOCAL_SOURCES, data_folder
 from prunus.calibration.windows import Windows
+from prunus.distributed import Ranks
+from prunus.engine.allocation import allocate
 from prunus.engine.block.linear import LinearFinish
 from prunus.engine.block.prune_block import BlockPruner
 from prunus.engine.folder import held, resumed_or_new
@@ -37,6 +39,8 @@ from prunus.engine.loop import run_blocks
 from prunus.engine.options import RunOptions
 from prunus.engine.output import CheckpointFolder, InPlaceOutput, PruningOutput
 from prunus.engine.plan import check_room, check_same_on_all_ranks
+from prunus.engine.record import Walk
+from prunus.engine.session import Session
 from prunus.engine.windows import calibration_windows, run_inputs
 from prunus.hardware.sizes import counted
 from prunus.methods.table import method_sha256
@@ -45,106 +49,92 @@ from prunus.model.source import ModuleSource
 # Held by the run that computes on one processor thread.
 _ONE_THREAD = RLock()
 _Record = TypeVar("_Record", bound=PruningRecord)
-#: Makes what is done to every linear after its zeros are chosen, or None for nothing. It is called
-#: once, before the first block, with the job, the calibration windows, the output and the record.
-RoundingOf = Callable[[PruningJob, torch.Tensor, PruningOutput, _Record], LinearFinish | None]
-
-#: Decides the sparsity of every linear by full name, from the job and its windows, which are None
-#: where nothing in the run looks at inputs. An empty result means the recipe's sparsity for all.
-Allocation = Callable[[PruningJob, "torch.Tensor | None"], dict[str, float]]
-
-
-def no_rounding(*_: Any) -> None:
-    """Prune leaves the remaining weights as they are."""
-
-
-@dataclass(frozen=True)
-class Command(Generic[_Record]):
-    """What a command does to the blocks of a model.
-
-    Attributes:
-        record: The class of the record that its runs write.
-        stored: How the result stores linears. The object belongs to one run.
-        allocate: Decides the sparsity of every linear before the first block.
-        rounding: Makes what rounds every linear after its zeros are chosen.
-    """
-
-    record: type[_Record]
-    stored: Format[_Record]
-    allocate: Allocation
-    rounding: RoundingOf[_Record] = no_rounding
+#: Makes what is done to every linear after its zeros are chosen. It is called once, before the
+#: first block, with the job, its session, the calibration windows, the output and the record.
+RoundingOf = Callable[[PruningJob, Session, torch.Tensor, PruningOutput, _Record], LinearFinish]
 
 
 def carry_out(
-    command: Command[_Record],
+    stored: Format[_Record],
     model: str | Path | nn.Module,
     output: Path | None,
     recipe: PruningOptions,
     options: RunOptions,
+    session: Session,
+    rounding: RoundingOf[_Record] | None = None,
 ) -> _Record:
     """Carry out a recipe, and return the record of the run.
 
     Args:
-        command: What is done to each block.
+        stored: How the result stores linears. The object belongs to one run.
         model: A checkpoint folder, a hub id, or a loaded model.
         output: Folder or file of the result; None changes a loaded model in place.
         recipe: The options that decide the bytes of the result.
         options: The options that only decide how the work is done.
+        session: Who hears of the progress. All processes that torchrun started join it.
+        rounding: Makes what rounds every linear after its zeros are chosen; None for nothing.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: Before any
             work where possible; says what was given, what is wrong and what to do.
         RankError: Under torchrun, another process was lost or failed; names it.
     """
-    stored = command.stored
-    with options.with_ranks() as joint:
+    with session.joined(options.rank_timeout) as joint:
+        ranks = joint.ranks
         if output is None:
-            return _carry_out_held(command, model, None, recipe, joint, None)
+            return _carry_out_held(stored, model, None, recipe, options, joint, rounding, None)
         name, folder = str(model), stored.folder(str(model), output)
-
-        def find() -> _Record | None:
-            return stored.earlier(command.record, name, folder, recipe, joint)
-
         # What the folder holds decides what is done: from here on no other run may change it.
-        with held(command.record, folder, joint.processes, find) as earlier:
+        find = functools.partial(stored.earlier, name, folder, recipe, options)
+        with held(stored.RECORD, folder, ranks, find) as earlier:
             if earlier is not None and stored.is_complete(earlier):
                 record = earlier
             else:
-                record = _carry_out_held(command, model, folder, recipe, joint, earlier)
-            joint.processes.on_rank_0(lambda: stored.close(folder))
-            return record
+                record = _carry_out_held(
+                    stored, model, folder, recipe, options, joint, rounding, earlier
+                )
+
+            def close() -> dict[str, Any]:
+                stored.close(folder)
+                return record.model_dump(mode="json")
+
+            return stored.RECORD.model_validate(ranks.on_rank_0(close))
 
 
 def _carry_out_held(
-    command: Command[_Record],
+    stored: Format[_Record],
     model: str | Path | nn.Module,
     output: Path | None,
     recipe: PruningOptions,
-    joint: RunOptions,
+    options: RunOptions,
+    session: Session,
+    rounding: RoundingOf[_Record] | None,
     earlier: _Record | None,
 ) -> _Record:
     """Carry out a recipe into a folder that this run holds, and go on with an `earlier` run."""
     started = time.perf_counter()
-    with joint.processes.fail_together():
+    ranks = session.ranks
+    with ranks.fail_together():
         # A resumed run keeps its dtype: the trial behind "auto" need not be repeated.
         decided_dtype = earlier.inputs.dtype if earlier is not None else None
-        job = plan_run(model, recipe, joint, command.stored, decided_dtype)
+        job = plan_run(model, recipe, options, stored, session, decided_dtype)
     if output is not None:
-        joint.processes.on_rank_0(lambda: check_room(job, output))
+        ranks.on_rank_0(lambda: check_room(job.disk_bytes(), output))
     # The calibration windows, and the record that says which run this is.
     if job.needs_inputs:
-        job.options.tell(f"drawing calibration windows from {job.recipe.calibration}")
-    with job.ranks.fail_together():
+        session.tell(f"drawing calibration windows from {recipe.calibration}")
+    with ranks.fail_together():
         windows = calibration_windows(job)
-        record = _record(command.record, job, windows, earlier)
+        record = _record(stored.RECORD, job, ranks, windows, earlier)
     if record.grid_bits is not None:
-        job.options.tell(grid_words(record.grid_bits))
-    _change_blocks(command, job, windows, record, _output(job, output, record), started)
+        session.tell(grid_words(record.grid_bits))
+    folder = _output(job, ranks, output, record)
+    _change_blocks(job, session, windows, record, folder, rounding, started)
     return record
 
 
 def planned(
-    command: Command[_Record],
+    stored: Format[Any],
     model: str | Path,
     output: Path | None,
     recipe: PruningOptions,
@@ -154,76 +144,81 @@ def planned(
 
     `output` None leaves out the checks of the output. The errors are those of `carry_out`.
     """
-    stored = command.stored
-    folder = None if output is None else stored.folder(model, output)
-    if folder is not None:
-        stored.earlier(command.record, model, folder, recipe, options)
+    if output is None:
+        return plan_run(model, recipe, options, stored)
+    folder = stored.folder(model, output)
+    stored.earlier(model, folder, recipe, options)
     job = plan_run(model, recipe, options, stored)
-    if folder is not None:
-        check_room(job, folder)
+    check_room(job.disk_bytes(), folder)
     return job
 
 
-def _output(job: PruningJob, folder: Path | None, record: PruningRecord) -> PruningOutput:
+def _output(
+    job: PruningJob, ranks: Ranks, folder: Path | None, record: PruningRecord
+) -> PruningOutput:
     """Where the run puts what it has changed."""
     if folder is not None:
-        return CheckpointFolder(folder, record, job)
+        return CheckpointFolder(folder, record, job, ranks)
     assert isinstance(job.source, ModuleSource), "a checkpoint is pruned into a folder"
     return InPlaceOutput(job.source, record, job.format)
 
 
 def _change_blocks(
-    command: Command[_Record],
     job: PruningJob,
+    session: Session,
     windows: Windows,
     record: _Record,
     output: PruningOutput,
+    rounding: RoundingOf[_Record] | None,
     started: float,
 ) -> None:
     """The run itself, after all checks, while no other run can use the output."""
-    ranks = job.ranks
-    walks = check_same_on_all_ranks(job, record)
+    ranks, recipe = session.ranks, job.recipe
+    wanted: list[Walk] = ["two_pass"] * len(job.skeleton) if recipe.two_passes else job.walks
+    walks = check_same_on_all_ranks(recipe, record, ranks, wanted)
     if record.state == "finished":
         output.check_finished()
         return
 
-    job.measured = record.measured
     # The sparsity of every linear. A resumed run takes it from its record.
     if not record.allocation:
         with ranks.fail_together():
-            record.allocation = command.allocate(job, windows.ids)
+            record.allocation = allocate(job, session, windows.ids, record.measured)
         record.allocation = ranks.on_rank_0(lambda: record.allocation)
 
     output.begin(job.options.overwrite)
-    finish = command.rounding(job, windows.ids, output, record)
-    pruner = BlockPruner(job, walks, record.allocation, finish)
-    threads = _one_processor_thread() if job.reference_order else contextlib.nullcontext()
+    finish = None
+    if rounding is not None:
+        finish = rounding(job, session, windows.ids, output, record)
+    pruner = BlockPruner(job, session, walks, record.allocation, finish)
+    in_order = job.work.reference_order
+    threads = _one_processor_thread() if in_order else contextlib.nullcontext()
     with torch.no_grad(), contextlib.closing(pruner), threads:
         # Everything before the first block: windows become hidden states.
         batches = windows.ids.split(job.batch) if len(windows.ids) else ()
         embedding = f"embedding {counted(len(windows.ids), 'window')} and " if batches else ""
-        job.options.tell(f"{embedding}reading block 0")
-        pruner.embed(
-            batches,
-            spill_to=output.spill_folder if job.memory.spills else None,
-            on_device=job.memory.hidden_states_stay,
-        )
+        session.tell(f"{embedding}reading block 0")
+        pruner.embed(batches, output.spill_folder)
         # In the reference order the next block depends on weights before they were rounded for
         # storage, so a finished block is pruned once more.
-        run_blocks(job, pruner, output, output.finished, again=job.reference_order)
+        run_blocks(job, session, pruner, output, record.measured, again=in_order)
         pruned_head: dict[str, torch.Tensor] = {}
-        if job.recipe.prunes_head:
+        if recipe.prunes_head:
             pruned_head, record.head = pruner.prune_head(batches)
     record.close(seconds=time.perf_counter() - started, device=job.device)
     output.complete(pruned_head)
 
 
 def _record(
-    kind: type[_Record], job: PruningJob, windows: Windows, earlier: _Record | None
+    kind: type[_Record],
+    job: PruningJob,
+    ranks: Ranks,
+    windows: Windows,
+    earlier: _Record | None,
 ) -> _Record:
     """A new record, or the record of the run that is resumed."""
     code_sha256 = method_sha256(job.recipe.method, job.options.own_method)
-    inputs = run_inputs(job, windows).model_copy(update={"method_sha256": code_sha256})
+    inputs = run_inputs(job, ranks, windows).model_copy(update={"method_sha256": code_sha256})
     fields: dict[str, Any] = {
         "source": job.model_name,
         "data_dir": _data_folder(job),

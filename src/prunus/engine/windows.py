@@ -12,6 +12,7 @@ import torch
 
 from prunus.calibration.sources import TENSORS, Source, TextSource, are_texts, find_source
 from prunus.calibration.windows import WindowRequest, Windows, check_ids, hash_ids
+from prunus.distributed import Ranks
 from prunus.engine.job import RunJob
 from prunus.engine.options import RunOptions, WindowOptions
 from prunus.engine.record import WindowInputs
@@ -123,7 +124,7 @@ def _wanted(recipe: WindowOptions, options: RunOptions) -> WindowRequest:
     )
 
 
-def run_inputs(job: RunJob, windows: Windows) -> WindowInputs:
+def run_inputs(job: RunJob, ranks: Ranks, windows: Windows) -> WindowInputs:
     """What the result of a run depends on besides its recipe, for its record.
 
     All ranks must call it. Rank 0 reads every byte outside the blocks to hash it.
@@ -131,7 +132,7 @@ def run_inputs(job: RunJob, windows: Windows) -> WindowInputs:
     source = job.source
     outside: dict[str, str] = {}
     if isinstance(source, CheckpointSource):
-        outside = job.ranks.on_rank_0(source.outside_digests)
+        outside = ranks.on_rank_0(source.outside_digests)
     return WindowInputs(
         checkpoint=source.fingerprint,
         outside=outside,

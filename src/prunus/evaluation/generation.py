@@ -147,7 +147,8 @@ def _token_settings(settings: Any) -> dict[str, Any]:
     for name in _SETTINGS:
         if (value := getattr(settings, name, None)) is None:
             continue
-        is_token, is_flag = "token" in name, name == "do_sample"
+        is_token = "token" in name
+        is_flag = name == "do_sample"
         kinds = (bool,) if is_flag else (int,) if is_token else (int, float)
         # True is an int to Python, and no number here.
         listed = value if isinstance(value, list) and is_token else [value]

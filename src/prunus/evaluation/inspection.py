@@ -31,7 +31,7 @@ from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.formats import reader_of
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
-from prunus.packed.source import PackedSource, is_packed
+from prunus.runtime.source import PackedSource, is_packed
 
 #: The weights of a model, ordinary, loaded or packed, block by block.
 Readable = CheckpointSource | ModuleSource | PackedSource

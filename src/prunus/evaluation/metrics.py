@@ -104,8 +104,8 @@ def mean(values_WT: Tensor) -> Measured:
     """The mean over windows of their means, and its standard error sd / √W.
 
     >>> import torch
-    >>> mean(torch.tensor([[0.0, 2.0], [4.0, 4.0]]))
-    Measured(value=2.5, stderr=1.5, form=None)
+    >>> mean(torch.tensor([[0.0, 2.0], [3.0, 3.0]]))
+    Measured(value=2.0, stderr=1.0, form=None)
     """
     means = values_WT.mean(dim=1).tolist()
     centre = statistics.fmean(means)

@@ -242,7 +242,8 @@ def load_scoring_text(name: str, data: Path | None = None) -> ScoringText:
         how = several if len(documents) > 1 else "the whole text"
         return ScoringText("\n\n".join(documents), how, name)
     corpus = load_corpus(name, "scoring", data)
-    how, max_windows = _JOINED[name], None
+    how = _JOINED[name]
+    max_windows = None
     if name == "c4":
         count, max_windows = min(len(corpus.documents), _C4_DOCUMENTS), _C4_WINDOWS
         how = how.format(count=count)

@@ -27,7 +27,7 @@ from prunus.hardware.memory import resident_memory
 from prunus.model.adapter import is_adapter
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.loading import check_architecture, load_model
-from prunus.packed import use_dense_kernel, use_fast_decoding
+from prunus.runtime import use_dense_kernel, use_fast_decoding
 
 
 @dataclass(frozen=True)

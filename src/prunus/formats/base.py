@@ -43,6 +43,7 @@ class CompressedFormat(Format[CompressionRecord]):
         recipe: The recipe of the run. Every run has a format of its own.
     """
 
+    RECORD = CompressionRecord
     DONE: ClassVar[str] = "compressed"
     QUANTIZES: ClassVar[bool] = True
 
@@ -512,7 +513,7 @@ def _stored_as_integers(
     return LinearSelection(by_block, left_dense)
 
 
-def format_for(output: Path | None, recipe: CompressionRecipe) -> CompressedFormat:
+def format_for(output: Path | None, recipe: CompressionRecipe) -> RateFormat | TypeFormat:
     """The format of an output.
 
     Args:
@@ -529,5 +530,5 @@ def format_for(output: Path | None, recipe: CompressionRecipe) -> CompressedForm
             f"in {by_suffix.suffix}, or leave `format` out"
         )
     entry = by_suffix or format_named(recipe.format)
-    compressed: CompressedFormat = entry.load()(recipe)
+    compressed: RateFormat | TypeFormat = entry.load()(recipe)
     return compressed

@@ -1,7 +1,7 @@
 """The compiled kernels: find the library, open it with ctypes, and multiply inputs with it.
 
-`packed/kernels/kernels.h` is the C interface. Here is what needs tensors alone; what needs packed
-weights is in `prunus.packed.kernels.library`. Where the library was not built (no compiler at
+`runtime/kernels/kernels.h` is the C interface. Here is what needs tensors alone; what needs packed
+weights is in `prunus.runtime.kernels.library`. Where the library was not built (no compiler at
 install time), `why_not` says why, and the callers compute in torch instead.
 
 Shape suffixes: T tokens, I inputs (features).

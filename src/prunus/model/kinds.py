@@ -30,6 +30,7 @@ class Kind:
     def arguments(self, batch: Tensor) -> dict[str, Any]:
         """The keyword arguments of a forward pass on a batch.
 
+        >>> import torch
         >>> MASKED.arguments(torch.tensor([[1, 2]]))
         {'input_ids': tensor([[1, 2]])}
         """

@@ -11,19 +11,18 @@ from torch import nn
 
 from prunus.engine.linear_job import Format
 from prunus.engine.options import RunOptions
-from prunus.engine.progress import pruning_step, shows_progress
-from prunus.engine.run import Command, carry_out
+from prunus.engine.run import carry_out
+from prunus.engine.session import SILENT, Session, with_session
 from prunus.engine.windows import given_windows
 from prunus.methods.table import GIVEN, Method
 from prunus.model.kinds import kind_of
 from prunus.model.source import ModuleSource
 from prunus.options import takes
-from prunus.pruning.allocation import allocate
 from prunus.pruning.manifest import Manifest, pruned_card
 from prunus.pruning.recipe import Recipe
 
 
-@shows_progress("prune", pruning_step)
+@with_session("prune")
 @takes(Recipe, RunOptions)
 def prune(
     model: str | Path | nn.Module,
@@ -33,6 +32,7 @@ def prune(
     *,
     calibration: str | Path | torch.Tensor | Sequence[Any] | None = None,
     recipe: Recipe | str | Path | None = None,
+    session: Session = SILENT,
     **options: Any,
 ) -> Manifest:
     """Prune a checkpoint into a new folder, or a loaded model in place.
@@ -65,11 +65,15 @@ def prune(
         recipe, {"method": method, "sparsity": sparsity} | recipe_options | described
     )
     folder = Path(output) if output is not None else None
-    return run(model, folder, chosen, RunOptions(**run_options, **data))
+    return run(model, folder, chosen, RunOptions(**run_options, **data), session)
 
 
 def run(
-    model: str | Path | nn.Module, output: Path | None, recipe: Recipe, options: RunOptions
+    model: str | Path | nn.Module,
+    output: Path | None,
+    recipe: Recipe,
+    options: RunOptions,
+    session: Session = SILENT,
 ) -> Manifest:
     """Carry out a recipe. The arguments and errors are those of `prune`.
 
@@ -82,11 +86,13 @@ def run(
         )
     if not isinstance(model, nn.Module) and output is None:
         raise ValueError("a checkpoint is pruned into a new folder: give output")
-    return carry_out(command(), model, output, recipe, options)
+    return carry_out(PlainTensors(), model, output, recipe, options, session)
 
 
 class PlainTensors(Format[Manifest]):
     """The format of a pruned checkpoint: tensors and configuration are those of the source."""
+
+    RECORD = Manifest
 
     def card(self, record: Manifest) -> str:
         """The model card of a pruned checkpoint, or of a loaded model that was pruned."""
@@ -94,8 +100,3 @@ class PlainTensors(Format[Manifest]):
         folder = None if isinstance(source, ModuleSource) else source.checkpoint.folder
         nbytes = None if folder is None else self.file_bytes()
         return pruned_card(record, kind_of(source.config).loader, folder, nbytes)
-
-
-def command() -> Command[Manifest]:
-    """What a run of prune does to blocks."""
-    return Command(Manifest, PlainTensors(), allocate)

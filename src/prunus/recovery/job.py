@@ -29,12 +29,12 @@ from prunus.model.kinds import require_causal
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.model.tokenizer import Vocabulary, check_same_vocabulary, load_tokenizer
-from prunus.packed.description import Description, QuantizedShape
-from prunus.packed.source import is_packed
 from prunus.pruning.manifest import Manifest
 from prunus.recovery.options import MODES, Mode, RecoveryOptions
 from prunus.recovery.record import RecoveryInputs, RecoveryRecord
 from prunus.recovery.training import training_dtype
+from prunus.runtime.description import Description, QuantizedShape
+from prunus.runtime.source import is_packed
 from prunus.structure.records import StructureRecord
 
 
@@ -99,6 +99,7 @@ def plan_recovery(
     model: str | Path,
     recipe: RecoveryOptions,
     options: RunOptions,
+    ranks: Ranks,
     teacher: str | Path | None,
     earlier: RecoveryRecord | None,
     name: str | None = None,
@@ -109,6 +110,7 @@ def plan_recovery(
         model: Folder or hub id of the checkpoint to train.
         recipe: How it is trained.
         options: How the work is done.
+        ranks: The processes of the run.
         teacher: Folder or hub id of the dense model, or None.
         earlier: The record of the run that is resumed or finished; None for a new run.
         name: What the record calls the model; None for `model`.
@@ -127,7 +129,7 @@ def plan_recovery(
     if recipe.mode != "lora":  # an adapter copies nothing
         check_companions(folder)
     card = read_card(folder / "README.md")
-    device = choose_device(options.device, processes=options.processes.local_size)
+    device = choose_device(options.device, processes=ranks.local_size)
     skeleton = None
     if recipe.mode == "scales":
         source = CheckpointSource(folder, quantized=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from prunus.engine.folder import ResultFolder, find_earlier, held, remove_result
 from prunus.engine.job import check_known
 from prunus.engine.options import RunOptions
 from prunus.engine.progress import Progress
+from prunus.engine.session import SILENT, Session
 from prunus.model.checkpoint.output_folder import check_apart, check_disk, check_resume, is_vacant
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.model.source import CheckpointSource, tensors_digest
@@ -109,8 +111,8 @@ def max_run(
         recipe: How the model is pruned.
         options: How the work is done.
         shown: For the pruning and for the training, what is entered while it lasts. Each yields
-            options of a run: `report` is called after every block or step, and `announce`, with
-            what is prepared before the first block.
+            fields of a `Session`: `report` is called after every block or step, and `announce`,
+            with what is prepared before the first block.
         budget: `minutes` and `tokens` of the training, of which one at least is None.
 
     Raises:
@@ -118,23 +120,23 @@ def max_run(
             `prune_and_recover`.
     """
     pruned = output / PRUNED
-    with options.with_ranks() as joint:
-        ranks = joint.processes
+    with SILENT.joined(options.rank_timeout) as joint:
+        ranks = joint.ranks
         training = training_options(recipe, ranks=ranks.size, **budget)
         check_ranks(training, ranks)
         with ranks.fail_together():
-            source = _check_training(model, output, training, joint)
+            source = _check_training(model, output, training, options)
 
         def find() -> RecoveryRecord | None:
             """The record of the run that this one resumes or finds finished; None if none."""
-            return _find_earlier(output, recipe, training, joint, source.checkpoint.folder)
+            return _find_earlier(output, recipe, training, options, source.checkpoint.folder)
 
         with held(RecoveryRecord, output, ranks, find) as earlier:
             finished = earlier if earlier is not None and earlier.state == "finished" else None
             if finished is None:
                 with shown[0] as callbacks:
-                    how = joint.model_copy(update=callbacks)
-                    manifest = _prune(model, pruned, recipe, how, source)
+                    session = replace(joint, **callbacks)
+                    manifest = _prune(model, pruned, recipe, options, session, source)
             else:
                 with ranks.fail_together():
                     same = {"teacher": full_fingerprint(source)}
@@ -142,16 +144,21 @@ def max_run(
                 ResultFolder(output, finished, ranks=ranks).check_finished()
                 manifest = Manifest.load(output)
             with shown[1] as callbacks:
-                how = joint.model_copy(update=callbacks)
+                session = replace(joint, **callbacks)
                 record = finished or carry_out(
-                    pruned, output, training, how, model, earlier, str(model)
+                    pruned, output, training, options, session, model, earlier, str(model)
                 )
             ranks.on_rank_0(lambda: remove_result(pruned, Manifest.FILE))
             return manifest, record
 
 
 def _prune(
-    model: str | Path, pruned: Path, recipe: Recipe, options: RunOptions, source: CheckpointSource
+    model: str | Path,
+    pruned: Path,
+    recipe: Recipe,
+    options: RunOptions,
+    session: Session,
+    source: CheckpointSource,
 ) -> Manifest:
     """Prune into the folder `pruned`, or take over what is finished there.
 
@@ -160,8 +167,8 @@ def _prune(
             student must not learn.
     """
     is_finished = not options.overwrite and (pruned / INDEX_NAME).exists()
-    manifest = run(model, pruned, recipe, options.model_copy(update={"resume": None}))
-    with options.processes.fail_together():
+    manifest = run(model, pruned, recipe, options.model_copy(update={"resume": None}), session)
+    with session.ranks.fail_together():
         for index, block in enumerate(manifest.blocks if is_finished else ()):
             digest = tensors_digest(source.block(index))
             check_known({block.name: block.input_sha256}, block.name, digest)

@@ -12,6 +12,7 @@ Tensors are stored in the dtype of the pruned checkpoint.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ from prunus.engine.record import (
     shard_name,
     source_name,
 )
+from prunus.engine.session import Session
 from prunus.formats.records import CompressionRecord
 from prunus.hardware.memory import peak_memory
 from prunus.model.adapter import CONFIG_NAME, save_adapter
@@ -97,26 +99,22 @@ def recover(
         RuntimeError: A pruned weight would not be zero; no index is written.
     """
     out = Path(output)
-    report = progress if callable(progress) else None
+    session = Session(report=progress if callable(progress) else None)
     work, recipe_options = RunOptions.pick(options)
     for name in _NOT_TAKEN:
         if work.get(name):
             raise ValueError(f"prunus recover has no option `{name}`; leave it out")
-    how = RunOptions.read(None, work | {"report": report})
-    with how.with_ranks() as joint:
-        with joint.processes.fail_together():
+    how = RunOptions.read(None, work)
+    with session.joined(how.rank_timeout) as joint:
+        with joint.ranks.fail_together():
             recipe = RecoveryOptions.read(
                 None, recipe_options | {"mode": mode or default_mode(model)}
             )
-        check_ranks(recipe, joint.processes)
+        check_ranks(recipe, joint.ranks)
         sources = [Path(source) for source in (model, teacher) if source is not None]
-
-        def find() -> RecoveryRecord | None:
-            """The record of the run that this one resumes or finds finished; None if none."""
-            return find_earlier(RecoveryRecord, out, recipe, joint, *sources)
-
-        with held(RecoveryRecord, out, joint.processes, find) as earlier:
-            return carry_out(model, out, recipe, joint, teacher, earlier)
+        find = functools.partial(find_earlier, RecoveryRecord, out, recipe, how, *sources)
+        with held(RecoveryRecord, out, joint.ranks, find) as earlier:
+            return carry_out(model, out, recipe, how, joint, teacher, earlier)
 
 
 def carry_out(
@@ -124,6 +122,7 @@ def carry_out(
     output: Path,
     recipe: RecoveryOptions,
     options: RunOptions,
+    session: Session,
     teacher: str | Path | None,
     earlier: RecoveryRecord | None,
     name: str | None = None,
@@ -135,6 +134,7 @@ def carry_out(
         output: Folder of the result, which is locked.
         recipe: How the model is trained.
         options: How the work is done.
+        session: The processes of the run, and who hears of its steps.
         teacher: Folder or hub id of the dense model, or None.
         earlier: The record of the run that is resumed or finished; None for a new run.
         name: What the record calls the model; None for `model`.
@@ -143,9 +143,9 @@ def carry_out(
         ValueError, RuntimeError: As `recover`, and all errors of `plan_recovery`.
     """
     started = time.perf_counter()
-    ranks = options.processes
+    ranks = session.ranks
     with ranks.fail_together():
-        job = plan_recovery(model, recipe, options, teacher, earlier, name)
+        job = plan_recovery(model, recipe, options, ranks, teacher, earlier, name)
     folder = ResultFolder(output, job.record, job.source.checkpoint, ranks)
     checkpoints = Checkpoints(output, writes=ranks.rank == 0)
     if job.record.state == "finished":
@@ -160,7 +160,7 @@ def carry_out(
     # Nothing is written until both models are loaded: most mistakes show before that.
     ranks.on_rank_0(lambda: _claim(job, folder, student, options.overwrite))
     training = Training(
-        student, job.text, recipe, job.dtype, dense, checkpoints, options.step, ranks
+        student, job.text, recipe, job.dtype, dense, checkpoints, session.step, ranks
     )
     state = training.run()
     _fill_record(job.record, state, student, size)

@@ -22,15 +22,6 @@ from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.experts import split_loaded_experts
 from prunus.model.linears import Linear
 from prunus.model.loading import load_model
-from prunus.packed.linear import (
-    DenseLinear,
-    PackedEmbedding,
-    PackedLinear,
-    plain_linear,
-    unpack_module,
-)
-from prunus.packed.planes import decode_levels
-from prunus.packed.weight import QuantizedWeight
 from prunus.recovery.job import RecoveryJob
 from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.trainable import (
@@ -40,6 +31,15 @@ from prunus.recovery.trainable import (
     unpruned_linears,
     whole_model,
 )
+from prunus.runtime.linear import (
+    DenseLinear,
+    PackedEmbedding,
+    PackedLinear,
+    plain_linear,
+    unpack_module,
+)
+from prunus.runtime.planes import decode_levels
+from prunus.runtime.weight import QuantizedWeight
 
 # Up to this many tokens per window, the fused attention of torch is slower on a CPU than two
 # batched matrix products.

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from prunus.engine.job import RunJob, windows_per_batch
+from prunus.engine.job import RunJob, measured_memory, windows_per_batch
 from prunus.engine.options import RunOptions
-from prunus.engine.plan import check_memory, open_model
-from prunus.engine.reconstruction.reconstruct_block import training_bytes
+from prunus.engine.plan import check_memory, open_model, run_facts
+from prunus.engine.session import SILENT, Session
 from prunus.methods.statistics import Needs
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.config import (
@@ -63,7 +63,7 @@ class SmallerModel:
     made_from: list[int]
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class StructureJob(RunJob):
     """The decisions of one run of shrink."""
 
@@ -77,15 +77,6 @@ class StructureJob(RunJob):
     keep_blocks: int = 0
     #: Which channels and heads there are, and how many stay; None if all do.
     width: WidthPlan | None = None
-
-    @property
-    def runs_dense_stream(self) -> bool:
-        """Whether the windows also run through the old model, whose outputs repair learns."""
-        return self.recipe.repair
-
-    def training_bytes(self, index: int) -> tuple[int, int]:
-        """Bytes of the training of block `index`: those that stay, and those of one batch."""
-        return training_bytes(self, index) if self.recipe.repair else (0, 0)
 
     @property
     def measures_blocks(self) -> bool:
@@ -183,6 +174,7 @@ def plan_structure(
     model: str | Path,
     recipe: StructureRecipe,
     options: RunOptions,
+    session: Session = SILENT,
     decided_dtype: str | None = None,
 ) -> StructureJob:
     """Check all that needs neither weights nor text, and decide how much of each part stays.
@@ -193,6 +185,7 @@ def plan_structure(
         model: A checkpoint folder or a hub id.
         recipe: What is removed.
         options: How the work is done.
+        session: The processes that work on the run.
         decided_dtype: What dtype "auto" meant in the run that is resumed; None for a new run.
 
     Raises:
@@ -201,42 +194,51 @@ def plan_structure(
         FileNotFoundError, OSError: As `open_model`.
     """
     needs: Needs = "gram" if recipe.narrows else "norms"
-    job = StructureJob(
-        **open_model(
-            model,
-            recipe,
-            options,
-            needs=needs,
-            needs_inputs=True,
-            adds_ridge=True,
-            decided_dtype=decided_dtype,
-            check=lambda source, _: require_causal(source.config, "prunus shrink"),
-        )
+    opened = open_model(model, options, session)
+    require_causal(opened.source.config, "prunus shrink")
+    facts = run_facts(
+        opened,
+        recipe,
+        options,
+        session,
+        needs=needs,
+        needs_inputs=True,
+        adds_ridge=True,
+        decided_dtype=decided_dtype,
     )
-    window_tokens = job.skeleton.window_shape(0, recipe.seqlen)[0]
+    window_tokens = opened.skeleton.window_shape(0, recipe.seqlen)[0]
     trains = "repair" if recipe.repair else ""
-    job.batch = windows_per_batch(recipe.samples, window_tokens, recipe.batch, trains)
-    job.raw = read_json(job.checkpoint.checkpoint.folder / "config.json")
+    every = range(len(opened.skeleton))
+    job = StructureJob(
+        **facts,
+        batch=windows_per_batch(recipe.samples, window_tokens, recipe.batch, trains),
+        keep_blocks=len(every),
+    )
+    job = replace(job, raw=read_json(job.checkpoint.checkpoint.folder / "config.json"))
     if recipe.experts is not None:
-        job.experts = _plan_experts(job, recipe.experts)
-    every = range(len(job.skeleton))
-    job.keep_blocks = len(every)
+        job = replace(job, experts=_plan_experts(job, recipe.experts))
     if recipe.blocks is not None:
         of = f"blocks of {job.model_name}"
-        job.keep_blocks = _checked_count("blocks", recipe.blocks, len(every), every[1:], of)
+        keep_blocks = _checked_count("blocks", recipe.blocks, len(every), every[1:], of)
+        job = replace(job, keep_blocks=keep_blocks)
     if recipe.narrows:
-        job.width = WidthPlanner(
+        planner = WidthPlanner(
             old=job.full_width,
             config=job.source.config.get_text_config(),
             name=job.model_name,
             build=lambda changes: job.build(changes)[1],
             finder=LayoutFinder(job.skeleton, job.source, job.device),
-        ).plan(recipe)
+        )
+        job = replace(job, width=planner.plan(recipe))
     # Both build models without weights, so that a family which cannot do it is refused now.
     job.smaller(every)
     if job.keep_blocks < len(every):
         job.smaller_by_one(every, every)
-    job.measure_memory()
+    # The windows also run through the old model, whose outputs repair learns.
+    trained = every if recipe.repair else ()
+    extra = [0] * len(every)
+    memory = measured_memory(job, dense=recipe.repair, trained=trained, extra=extra)
+    job = replace(job, memory=memory)
     check_memory(job)
     return job
 

@@ -12,6 +12,7 @@ A killed run resumes after the blocks that are finished.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import time
 from collections.abc import Sequence
@@ -22,11 +23,11 @@ import torch
 from torch import Tensor
 
 from prunus.engine.folder import BlockFolder, find_earlier, held, resumed_or_new
-from prunus.engine.loop import Made, run_blocks
+from prunus.engine.loop import FinishedBlock, run_blocks
 from prunus.engine.options import RunOptions
 from prunus.engine.plan import check_room, check_same_on_all_ranks
-from prunus.engine.progress import pruning_step, shows_progress
 from prunus.engine.record import bos_words, result_card, source_name
+from prunus.engine.session import SILENT, Session, with_session
 from prunus.engine.windows import calibration_windows, given_windows, run_inputs
 from prunus.hardware.memory import peak_memory
 from prunus.model.checkpoint.reader import Checkpoint
@@ -39,7 +40,7 @@ from prunus.structure.search import choose_blocks
 from prunus.structure.step import ShrinkStep
 
 
-@shows_progress("shrink", pruning_step)
+@with_session("shrink")
 @takes(StructureRecipe, RunOptions)
 def shrink(
     model: str | Path,
@@ -47,6 +48,7 @@ def shrink(
     *,
     calibration: str | Path | torch.Tensor | Sequence[Any] | None = None,
     recipe: StructureRecipe | str | Path | None = None,
+    session: Session = SILENT,
     **options: Any,
 ) -> StructureRecord:
     """Make a model smaller by removing whole parts. The result is an ordinary checkpoint.
@@ -67,51 +69,56 @@ def shrink(
     how, recipe_options = RunOptions.pick(options)
     data, described = given_windows(calibration)
     chosen = StructureRecipe.read(recipe, recipe_options | described)
-    return run(model, Path(output), chosen, RunOptions(**how, **data))
+    return run(model, Path(output), chosen, RunOptions(**how, **data), session)
 
 
 def run(
-    model: str | Path, output: Path, recipe: StructureRecipe, options: RunOptions
+    model: str | Path,
+    output: Path,
+    recipe: StructureRecipe,
+    options: RunOptions,
+    session: Session = SILENT,
 ) -> StructureRecord:
     """Carry out a recipe. The other arguments and errors are those of `shrink`."""
     started = time.perf_counter()
-    with options.with_ranks() as joint, contextlib.ExitStack() as stack:
-        ranks = joint.processes
-
-        def find() -> StructureRecord | None:
-            """The record of the run that this one resumes or finds finished; None if none."""
-            return find_earlier(StructureRecord, output, recipe, joint, Path(str(model)))
+    with session.joined(options.rank_timeout) as joint, contextlib.ExitStack() as stack:
+        ranks = joint.ranks
+        find = functools.partial(
+            find_earlier, StructureRecord, output, recipe, options, Path(str(model))
+        )
 
         # All checks. Until the end, no other run can use the output.
         earlier = stack.enter_context(held(StructureRecord, output, ranks, find))
         with ranks.fail_together():
             decided_dtype = earlier.inputs.dtype if earlier is not None else None
-            job = plan_structure(model, recipe, joint, decided_dtype)
-        ranks.on_rank_0(lambda: check_room(job, output))
+            job = plan_structure(model, recipe, options, joint, decided_dtype)
+        ranks.on_rank_0(lambda: check_room(job.stored_bytes + job.memory.spilled_bytes, output))
 
         # The calibration windows, and the record that says which run this is.
-        job.options.tell(f"drawing calibration windows from {job.recipe.calibration}")
+        joint.tell(f"drawing calibration windows from {recipe.calibration}")
         with ranks.fail_together():
             windows = calibration_windows(job)
-            inputs = run_inputs(job, windows)
-            own = {"source": job.model_name, "shard_count": job.keep_blocks + 1}
-            record = resumed_or_new(StructureRecord, earlier, job.recipe, inputs, job.device, **own)
-        walks = check_same_on_all_ranks(job, record)
-        folder = SmallerFolder(output, record, job)
+            inputs = run_inputs(job, ranks, windows)
+            fields = {"source": job.model_name, "shard_count": job.keep_blocks + 1}
+            record = resumed_or_new(StructureRecord, earlier, recipe, inputs, job.device, **fields)
+        walks = check_same_on_all_ranks(recipe, record, ranks, job.walks)
+        folder = SmallerFolder(output, record, job, ranks)
         if record.state == "finished":
             folder.check_finished()
             return record
 
-        folder.begin(job.options.overwrite)
-        job.measured = record.measured
+        folder.begin(options.overwrite)
         with torch.no_grad():
-            blocks_left = choose_blocks(job, windows.ids, record.search, folder.save)
+            blocks_left = choose_blocks(job, joint, windows.ids, record, folder.save)
             smaller = folder.smaller = job.smaller(blocks_left)
+            folder.made_from = smaller.made_from
             record.config = _changes(job.raw, smaller.config)
-            step = ShrinkStep(job, smaller, windows.ids, walks, output)
+            step = ShrinkStep(job, smaller, windows.ids, walks, output, ranks)
             with contextlib.closing(step):
                 names = smaller.skeleton.block_name
-                run_blocks(job, step, folder, folder.finished, made_from=blocks_left, names=names)
+                run_blocks(
+                    job, joint, step, folder, record.measured, made_from=blocks_left, names=names
+                )
         record.totals = {
             "seconds": round(time.perf_counter() - started, 2),
             "peak_memory_bytes": peak_memory(),
@@ -162,15 +169,11 @@ class SmallerFolder(BlockFolder):
     #: The model that is written. It must be set before the first block.
     smaller: SmallerModel
 
-    def made_from(self, new_index: int) -> int:
-        """The old position of a block of the result."""
-        return self.smaller.made_from[new_index]
-
-    def stored(self, new_index: int, made: Made) -> dict[str, Tensor]:
+    def stored(self, new_index: int, block: FinishedBlock) -> dict[str, Tensor]:
         """Stored name -> tensor of a block that has just been made."""
         names, fused = self._names(new_index)
-        tensors = {key: made.tensors[name] for name, key in names.items()}
-        return tensors | {key: whole.join(made.tensors) for key, whole in fused.items()}
+        tensors = {key: block.tensors[name] for name, key in names.items()}
+        return tensors | {key: whole.join(block.tensors) for key, whole in fused.items()}
 
     def restored(self, new_index: int) -> dict[str, Tensor]:
         """Relative name -> tensor of a finished block, read from its shard."""
@@ -185,7 +188,7 @@ class SmallerFolder(BlockFolder):
     def _names(self, new_index: int) -> tuple[dict[str, str], dict[str, Fused]]:
         """Relative name -> stored name of the tensors of a block, and stored name -> fused one."""
         skeleton = self.smaller.skeleton
-        old_index = self.made_from(new_index)
+        old_index = self.made_from[new_index]
         names, joined = (
             {name: renumbered(key, old_index, new_index) for name, key in old_keys.items()}
             for old_keys in self.job.checkpoint.block_names(old_index)

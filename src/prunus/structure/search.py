@@ -22,11 +22,13 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from prunus.distributed import own_part
+from prunus.distributed import Ranks, own_part
+from prunus.engine.job import HashedSource
+from prunus.engine.session import Session
 from prunus.methods.structured import cosine_sum, divergence_sum
 from prunus.model.stream import Stream
 from prunus.structure.plan import PROBE_TOKENS, PROBE_WINDOWS, StructureJob
-from prunus.structure.records import SearchStep
+from prunus.structure.records import SearchStep, StructureRecord
 
 # All candidates are measured in every fourth step. The steps in between measure the better half of
 # those that the step before measured.
@@ -34,29 +36,35 @@ _FULL_STEPS = 4
 
 
 def choose_blocks(
-    job: StructureJob, ids: Tensor, steps: list[SearchStep], save: Callable[[], object]
+    job: StructureJob,
+    session: Session,
+    ids: Tensor,
+    record: StructureRecord,
+    save: Callable[[], object],
 ) -> list[int]:
     """The old positions of the blocks that stay, rising.
 
     Args:
         job: The checked run.
+        session: Its processes, and who hears of the search.
         ids: Calibration windows, (windows, tokens).
-        steps: The steps that an earlier run has taken; new ones are added in place.
-        save: Called after each new step, which the list holds by then.
+        record: The record of the run, with the steps that an earlier run has taken; new ones are
+            added.
+        save: Called after each new step, which the record holds by then.
 
     Raises:
         NotImplementedError: The family cannot do without any further block.
         ValueError: The hidden states of the candidates do not fit in the memory budget.
     """
-    count = len(job.skeleton)
+    count, steps = len(job.skeleton), record.search
     remove = count - job.keep_blocks
     if len(steps) < remove and job.recipe.block_rule == "cosine":
-        influence = _influence(job, ids)
+        influence = _influence(job, session.ranks, ids)
         while len(steps) < remove:
             _take(job, steps, influence, "influence")
             save()
     elif len(steps) < remove:
-        _search_by_divergence(job, ids[:PROBE_WINDOWS, :PROBE_TOKENS], steps, save)
+        _search_by_divergence(job, session, ids[:PROBE_WINDOWS, :PROBE_TOKENS], record, save)
     return _blocks_left(steps, count)
 
 
@@ -67,24 +75,30 @@ def _blocks_left(steps: Sequence[SearchStep], count: int) -> list[int]:
 
 
 def _search_by_divergence(
-    job: StructureJob, probes: Tensor, steps: list[SearchStep], save: Callable[[], object]
+    job: StructureJob,
+    session: Session,
+    probes: Tensor,
+    record: StructureRecord,
+    save: Callable[[], object],
 ) -> None:
     """Search greedily by KL divergence on the windows `probes`, (windows, tokens).
 
     All ranks call it. Rank 0 does it, and the others get its steps.
     """
     _check_room(job, probes)
+    steps = record.search
 
     def search() -> list[dict[str, Any]]:
         count = len(job.skeleton)
-        stream = Stream(job.skeleton, job.hashed_source, job.device)
+        source = HashedSource(job.source, job.skeleton, record.measured)
+        stream = Stream(job.skeleton, source, job.device)
         with contextlib.closing(stream):
             stream.embed([probes], None)
             first = stream.states.get(0)
             dense, _ = _candidate_states(stream, first, range(count), ())
             while len(left := _blocks_left(steps, count)) > job.keep_blocks:
                 measured = _promising(steps, left)
-                job.options.tell(
+                session.tell(
                     f"searching for block {len(steps) + 1} to remove: {len(measured)} candidates"
                 )
                 _, candidates = _candidate_states(stream, first, left, measured)
@@ -92,7 +106,7 @@ def _search_by_divergence(
                 save()
         return [step.model_dump() for step in steps]
 
-    steps[:] = [SearchStep.model_validate(step) for step in job.ranks.on_rank_0(search)]
+    steps[:] = [SearchStep.model_validate(step) for step in session.ranks.on_rank_0(search)]
 
 
 def _take(
@@ -175,15 +189,15 @@ def divergences(
     return {block: total / tokens for block, total in sums.items()}
 
 
-def _influence(job: StructureJob, ids: Tensor) -> dict[int, float]:
+def _influence(job: StructureJob, ranks: Ranks, ids: Tensor) -> dict[int, float]:
     """Old position of a block -> 1 − the mean cosine between the hidden states around it.
 
     All ranks call it, each for its part of the windows `ids`, (windows, tokens).
     """
-    stream = Stream(job.skeleton, job.hashed_source, job.device)
+    stream = Stream(job.skeleton, job.source, job.device)
     influence: dict[int, float] = {}
     with contextlib.closing(stream):
-        batches = own_part(job.ranks, ids.split(job.batch))
+        batches = own_part(ranks, ids.split(job.batch))
         stream.embed(batches, None, on_device=job.memory.hidden_states_stay)
         for index in range(len(job.skeleton)):
             block = job.skeleton.fill(index, job.source.block(index), job.device)
@@ -193,7 +207,7 @@ def _influence(job: StructureJob, ids: Tensor) -> dict[int, float]:
                 output = forward(batch)
                 total += cosine_sum(stream.states.get(batch), output)
                 stream.states.put(batch, output)
-            influence[index] = 1 - job.ranks.sum_floats([total])[0] / ids.numel()
+            influence[index] = 1 - ranks.sum_floats([total])[0] / ids.numel()
             job.skeleton.release(index)
     return influence
 

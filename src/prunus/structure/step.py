@@ -29,7 +29,7 @@ from prunus.distributed import Ranks, own_part, split_range
 from prunus.engine.block.hooks import input_hooks, tokens_of
 from prunus.engine.linear_job import training_dtype
 from prunus.engine.linear_record import ReconstructionRecord
-from prunus.engine.loop import Made, StoredBlock, check_same
+from prunus.engine.loop import FinishedBlock, StoredBlock, check_same
 from prunus.engine.reconstruction.reconstruct_block import (
     BlockReconstructor,
     step_parts,
@@ -59,6 +59,7 @@ class ShrinkStep:
         ids: Calibration windows of all ranks, (windows, tokens).
         walks: For each old block, how the ranks take their batches through it.
         spill_to: Folder for a file of hidden states, if they do not stay in memory.
+        ranks: The processes of the run.
     """
 
     def __init__(
@@ -68,26 +69,37 @@ class ShrinkStep:
         ids: Tensor,
         walks: Sequence[Walk],
         spill_to: Path,
+        ranks: Ranks,
     ) -> None:
         self._job, self._smaller = job, smaller
+        self._ranks = ranks
         self._stream = Stream(smaller.skeleton, job.source, job.device)
         self._repair: Repair | None = None
         self._open = contextlib.ExitStack()
         self._open.callback(self._stream.close)
         # Without repair, a removed block changes no other. Only experts and width need windows.
         batches = ids.split(job.batch) if job.measures_blocks else ()
-        batches_of_rank = own_part(job.ranks, batches)
+        batches_of_rank = own_part(ranks, batches)
         on_device = job.memory.hidden_states_stay
         spill_folder = spill_to if job.memory.spills else None
         if not job.recipe.repair:
             self._stream.embed(batches_of_rank, spill_folder, on_device)
             return
-        split = step_ranks(job.ranks, max(map(len, batches)), job.device)
+        split = step_ranks(ranks, max(map(len, batches)), job.device)
         self._stream.embed(batches_of_rank, spill_folder, on_device, step_parts(batches, split))
         dense = Stream(job.skeleton, job.source, job.device)
         self._open.callback(dense.close)
         dense.embed(batches_of_rank, spill_folder, on_device)
-        self._repair = Repair(job, smaller, self._stream, dense, walks, len(batches), split)
+        reconstructor = BlockReconstructor(
+            settings=ReconstructionSettings(None, training_dtype(job.device, job.dtype)),
+            stream=self._stream,
+            dense=dense,
+            numbers=range(len(dense)),
+            counts=[len(part) for part in split_range(len(batches), ranks.size)],
+            ranks=ranks,
+            split=split,
+        )
+        self._repair = Repair(job, smaller, reconstructor, walks)
 
     def take(self, new_index: int, tensors: Mapping[str, Tensor]) -> None:
         """Run the windows through a block that an earlier run has finished.
@@ -100,7 +112,7 @@ class ShrinkStep:
             self._repair.advance(new_index)
         self._stream.propagate(new_index, tensors)
 
-    def make(self, new_index: int, stored: StoredBlock) -> Made:
+    def make(self, new_index: int, stored: StoredBlock) -> FinishedBlock:
         """Make the block `new_index` of the result, and run the windows through it.
 
         Args:
@@ -117,9 +129,10 @@ class ShrinkStep:
         if self._repair is not None:
             tensors, change.repair = self._repair.train(new_index, tensors)
             seconds += change.repair.seconds if change.repair is not None else 0.0
-        check_same(self._job.ranks, change.name, tensors)
+        check_same(self._ranks, change.name, tensors)
         self._stream.propagate(new_index, tensors)
-        return Made(tensors, change, f"made from block {change.made_from} in {seconds:.2f} s")
+        message = f"made from block {change.made_from} in {seconds:.2f} s"
+        return FinishedBlock(tensors, change, message)
 
     def close(self) -> None:
         """Free the hidden states, on disk too."""
@@ -147,7 +160,7 @@ class ShrinkStep:
                 ).items()
             }
         if job.width is not None:
-            tensors, change.width = narrow(job, stream, new_index, old_index, tensors)
+            tensors, change.width = narrow(job, self._ranks, stream, new_index, old_index, tensors)
         change.seconds = round(time.perf_counter() - started, 3)
         return tensors, change
 
@@ -169,7 +182,7 @@ class ShrinkStep:
         finally:
             experts.on_output = None
         job.skeleton.release(old_index)
-        sums.complete(job.ranks)
+        sums.complete(self._ranks)
         saliency_E = sums.reap_E if job.recipe.saliency == "reap" else sums.contribution_E
         return ExpertChange(
             kept=kept_experts(saliency_E, plan.keep, plan.groups),
@@ -179,12 +192,18 @@ class ShrinkStep:
 
 
 def narrow(
-    job: StructureJob, stream: Stream, new_index: int, old_index: int, stored: Mapping[str, Tensor]
+    job: StructureJob,
+    ranks: Ranks,
+    stream: Stream,
+    new_index: int,
+    old_index: int,
+    stored: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, PartChange]]:
     """Make one block narrower.
 
     Args:
         job: The checked run, which has a plan of the width.
+        ranks: The processes of the run.
         stream: The windows of the smaller model. They are before the block, and stay there.
         new_index: New position of the block.
         old_index: Old position of the block.
@@ -205,7 +224,7 @@ def narrow(
     cuts: list[tuple[PartLayout, KeptUnits]] = []
     if plan.heads is not None and layout is not None:
         linear = linears[layout.reader]
-        (reader,) = _measured(stream, new_index, block, [linear], job.ranks)
+        (reader,) = _measured(stream, new_index, block, [linear], ranks)
         heads = _keep_heads(reader, plan.heads, layout.read.width)
         change["heads"] = _fit(linear, tensors, reader, heads, layout.read.width)
         per_group = plan.heads.heads // plan.heads.groups
@@ -213,7 +232,7 @@ def narrow(
         cuts.append((layout, {"heads": heads, "groups": groups}))
     for parts in _at_once(plan.mlps[old_index], job.memory.budget):
         down = [linears[part.reader] for part in parts]
-        readers = _measured(stream, new_index, block, down, job.ranks)
+        readers = _measured(stream, new_index, block, down, ranks)
         for part, linear, reader in zip(parts, down, readers, strict=True):
             channels = reader.keep(part.read.units, 1, part.keep)
             name = part.reader if len(plan.mlps[old_index]) > 1 else "channels"
@@ -331,39 +350,24 @@ class Repair:
     Args:
         job: The checked run.
         smaller: The model that is made.
-        stream: The windows of the smaller model.
-        dense: The windows of the old model.
+        reconstructor: Trains blocks on the windows of the smaller model and of the old one.
         walks: For each old block, how the ranks take their batches through it.
-        batches: How many batches of windows all ranks have together.
-        split: The ranks that share the windows of one training step.
     """
 
     def __init__(
         self,
         job: StructureJob,
         smaller: SmallerModel,
-        stream: Stream,
-        dense: Stream,
+        reconstructor: BlockReconstructor,
         walks: Sequence[Walk],
-        batches: int,
-        split: Ranks,
     ) -> None:
         self._job, self._smaller = job, smaller
-        self._stream, self._dense, self._walks = stream, dense, walks
+        self._reconstructor, self._walks = reconstructor, walks
+        self._stream, self._dense = reconstructor.stream, reconstructor.dense
         self._depth = 0  # old blocks that the dense windows have run through
         # The first block to train. Those before it see and compute what they did in the old model.
         count = len(smaller.made_from)
         self._first = next((index for index in range(count) if self._changes(index)), count)
-        dtype = training_dtype(job.device, job.dtype)
-        self._reconstructor = BlockReconstructor(
-            settings=ReconstructionSettings(epochs=None, dtype=dtype),
-            stream=stream,
-            dense=dense,
-            numbers=range(len(dense)),
-            counts=[len(part) for part in split_range(batches, job.ranks.size)],
-            ranks=job.ranks,
-            split=split,
-        )
 
     def advance(self, new_index: int) -> None:
         """Run the windows through the dense model, up to the output that the block learns.

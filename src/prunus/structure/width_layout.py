@@ -229,7 +229,8 @@ class LayoutFinder:
         """The layout of the units that one linear reads."""
         kind: UnitKind = "channels" if "channels" in units else "heads"
         count, keep = units[kind]
-        inputs, width = reader.shape[1], reader.shape[1] // count
+        inputs = reader.shape[1]
+        width = inputs // count
         if inputs != count * width:
             raise NotImplementedError(f"{reader.name} reads {inputs} inputs of {count} {kind}")
         read = Span(kind, count, width)

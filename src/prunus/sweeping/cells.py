@@ -19,6 +19,7 @@ from prunus.calibration.sources import find_source
 from prunus.calibration.windows import WindowRequest
 from prunus.engine.options import RunOptions
 from prunus.engine.progress import LineInterval, Progress
+from prunus.engine.session import Session
 from prunus.evaluation.inspection import packed_size, stored_size
 from prunus.evaluation.options import TaskOptions, TextOptions
 from prunus.evaluation.perplexity import perplexity
@@ -152,13 +153,12 @@ class Runner:
         windows = None
         if get_method(cell.recipe.method).needs != "none":
             windows = self._windows(cell.model, cell.recipe)
-        changes = {"input_ids": windows, "report": report_block}
+        options = self.options.model_copy(update={"input_ids": windows})
         folder = self._folder(cell)
         weights = in_held(folder / _WEIGHTS)
         make_folder(folder)
-        manifest = run(
-            Path(model.path), weights, cell.recipe, self.options.model_copy(update=changes)
-        )
+        session = Session(report=report_block)
+        manifest = run(Path(model.path), weights, cell.recipe, options, session)
         copy_file(weights / Manifest.FILE, folder / Manifest.FILE)
         if cell.pruning is None:
             inputs = {"calibration_sha256": manifest.inputs.calibration_sha256}

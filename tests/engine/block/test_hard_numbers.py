@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import prunus
-from prunus.engine.block.linear import LinearSettings, prune_linear
+from prunus.engine.block.linear import prune_linear
 from prunus.engine.linear_record import LinearRecord
 from prunus.methods import METHODS, MethodOptions, Work, compose
 from prunus.methods.patterns import Pattern
@@ -89,8 +89,8 @@ def prune(
     statistics = InputStatistics(w.shape[1], spec)
     dense = x.float() * 1.01 if method.needs_drift else None
     statistics.add(x, dense)
-    job = LinearSettings(method=method, work=Work(pattern, 0.5, options))
-    finished = prune_linear(job, Linear("up_proj", module), NAME, w, statistics)
+    work = Work(pattern, 0.5, options)
+    finished = prune_linear(method, work, Linear("up_proj", module), NAME, w, statistics)
     return finished.weight, finished.record
 
 

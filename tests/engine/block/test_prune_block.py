@@ -127,6 +127,23 @@ def test_two_passes_measure_every_call():
     assert tokens == {"shared": 12, "other": 6}
 
 
+class SharesForSome(nn.Module):
+    """Two linears, with the same input for some batches only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.one(x) + self.two(x if x[0, 0, 0] > 0 else -x)
+
+
+def test_two_passes_measure_linears_that_share_an_input_for_some_batches_only():
+    inputs = [torch.ones(1, 3, 4), -torch.ones(1, 3, 4)]
+    _, tokens, _, unreached = walk_through(two_pass, SharesForSome(), inputs)
+    assert tokens == {"one": 6, "two": 6} and not unreached
+
+
 def test_an_error_in_one_batch_ends_all_coroutines_and_removes_the_hooks():
     block = Experts()
     linears = find_linears(block)
@@ -190,7 +207,7 @@ def test_the_memory_budget_decides_between_lockstep_replay_and_a_file(tmp_path, 
     monkeypatch.setattr("prunus.engine.plan.resident_memory", lambda: 2**28)
     roomy = job(None)
     assert roomy.memory.budget == free - max(free // 10, 10**9)  # the rest is for others
-    assert (roomy.walk(0), roomy.memory.spills) == ("lockstep", False)
+    assert (roomy.walks[0], roomy.memory.spills) == ("lockstep", False)
     memory, resident = roomy.memory.blocks[0], 0
     replayed = memory.total(hidden=True, paused=False)
     in_lockstep = memory.total(hidden=True, paused=True)
@@ -200,8 +217,8 @@ def test_the_memory_budget_decides_between_lockstep_replay_and_a_file(tmp_path, 
         (replayed, "replay", False),
         (memory.minimum, "replay", True),
     ):
-        roomy.memory = replace(roomy.memory, budget=budget + resident)
-        assert (roomy.walk(0), roomy.memory.spills) == (walk, spills)
+        roomy = replace(roomy, memory=replace(roomy.memory, budget=budget + resident))
+        assert (roomy.walks[0], roomy.memory.spills) == (walk, spills)
     with pytest.raises(ValueError, match=r"memory budget is .* Raise `memory`, or lower `batch`"):
         job(1000)
 

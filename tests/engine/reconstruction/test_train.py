@@ -10,7 +10,7 @@ from prunus.engine.reconstruction.output_loss import (
     kl_divergence,
     relative_error,
 )
-from prunus.engine.reconstruction.schedule import ReconstructionSchedule, default_schedule
+from prunus.engine.reconstruction.schedule import default_schedule
 from prunus.engine.reconstruction.train import (
     BlockBatches,
     TrainOptions,
@@ -249,14 +249,14 @@ def test_schedules():
     def by_logits(batches, by_token=True):
         return schedule(by_token=by_token, batches=batches, by_logits=True)
 
-    assert schedule() == ReconstructionSchedule(5, 4, 7e-3)
-    assert schedule(by_token=False) == ReconstructionSchedule(3, 1, 7e-3)
+    assert schedule() == TrainOptions(5, 4, 7e-3)
+    assert schedule(by_token=False) == TrainOptions(3, 1, 7e-3)
     assert schedule(256).token_stride == 1
     for tokens in (32, 512, 2048, 2**20):
         wide = schedule(tokens, 4 * 576)
         assert wide.epochs >= wide.token_stride, "the epochs see all tokens"
         assert wide.learning_rate == schedule(tokens).learning_rate / 2
-    assert by_logits(8) == by_logits(32) == ReconstructionSchedule(8, 16, 2e-3)
-    assert by_logits(64) == ReconstructionSchedule(4, 16, 2e-3)
-    assert by_logits(200) == by_logits(1000) == ReconstructionSchedule(1, 16, 2e-3)
-    assert by_logits(32, by_token=False) == ReconstructionSchedule(3, 1, 2e-3, logit_stride=4)
+    assert by_logits(8) == by_logits(32) == TrainOptions(8, 16, 2e-3)
+    assert by_logits(64) == TrainOptions(4, 16, 2e-3)
+    assert by_logits(200) == by_logits(1000) == TrainOptions(1, 16, 2e-3)
+    assert by_logits(32, by_token=False) == TrainOptions(3, 1, 2e-3, logit_stride=4)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from prunus.engine.block.hooks import input_hooks
+from prunus.engine.block.hooks import StopForward, input_hooks
 from prunus.engine.block.walk import Accumulate
 from prunus.methods.refine.dense_targets import MAX_DRIFT_STRIDE
 from prunus.methods.statistics import InputStatistics
@@ -201,18 +201,11 @@ class DenseBlockInputs:
 
         def stop(_linear: Linear, x: torch.Tensor) -> None:
             inputs.append(x)
-            raise _InputFound
+            raise StopForward
 
-        with input_hooks([self._linears[name]], stop), contextlib.suppress(_InputFound):
+        with input_hooks([self._linears[name]], stop), contextlib.suppress(StopForward):
             self._forward(number)
         return inputs[0] if inputs else None
-
-
-class _InputFound(BaseException):
-    """Ends a dense forward pass at the linear whose input is asked for.
-
-    It derives from BaseException, so that no `except Exception` in a model's code catches it.
-    """
 
 
 def drift_stride_for(tokens: int, width: int) -> int:

@@ -9,6 +9,7 @@ Shape suffixes: T tokens, K experts per token, E experts.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,13 @@ from prunus.distributed import Ranks
 from prunus.methods.statistics import Needs
 from prunus.model.experts import Experts
 from prunus.model.linears import Linear
+
+
+class StopForward(BaseException):
+    """A hook raises it to end a forward pass whose rest nobody needs.
+
+    It derives from BaseException, so that no `except Exception` in a model's code catches it.
+    """
 
 
 def tokens_of(x: torch.Tensor) -> torch.Tensor:
@@ -35,7 +43,7 @@ def input_hooks(
     linears: Sequence[Linear],
     on_input: Callable[[Linear, torch.Tensor], object],
     expert_counters: Sequence[ExpertCounter] = (),
-    on_routing: Callable[[ExpertCounter, torch.Tensor], object] | None = None,
+    on_routing: Callable[[ExpertCounter, torch.Tensor], object] = lambda *_: None,
 ) -> Iterator[None]:
     """While active, call a function before every forward of certain modules.
 
@@ -46,39 +54,42 @@ def input_hooks(
         on_input: Called with a linear and its input (…, in), before the linear runs.
         expert_counters: Counters of the experts modules to observe.
         on_routing: Called with a counter and the numbers of the experts that each token chose,
-            integers (T, K), before the experts run. Required if there are counters.
+            integers (T, K), before the experts run.
     """
 
-    def input_hook(linear: Linear) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:
-        def hook(_module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-            on_input(linear, args[0])
-
-        return hook
-
-    def routing_hook(
-        counter: ExpertCounter,
-    ) -> Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            assert on_routing is not None
-            on_routing(counter, counter.experts.arguments(args, kwargs)[1])
-
-        return hook
-
-    handles = [linear.module.register_forward_pre_hook(input_hook(linear)) for linear in linears]
-    handles += [
-        counter.experts.register_forward_pre_hook(routing_hook(counter), with_kwargs=True)
-        for counter in expert_counters
-    ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for linear in linears:
+            show_input = functools.partial(_show_input, on_input, linear)
+            hooks.enter_context(linear.module.register_forward_pre_hook(show_input))
+        for counter in expert_counters:
+            show_routing = functools.partial(_show_routing, on_routing, counter)
+            handle = counter.experts.register_forward_pre_hook(show_routing, with_kwargs=True)
+            hooks.enter_context(handle)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _show_input(
+    on_input: Callable[[Linear, Tensor], object],
+    linear: Linear,
+    _module: nn.Module,
+    args: tuple[Any, ...],
+) -> None:
+    on_input(linear, args[0])
+
+
+def _show_routing(
+    on_routing: Callable[[ExpertCounter, Tensor], object],
+    counter: ExpertCounter,
+    _module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    on_routing(counter, counter.experts.arguments(args, kwargs)[1])
 
 
 @contextlib.contextmanager
 def output_hooks(
-    linears: Sequence[Linear], on_output: Callable[[Linear, torch.Tensor, torch.Tensor], object]
+    linears: Sequence[Linear], on_output: Callable[[Linear, Tensor, Tensor], object]
 ) -> Iterator[None]:
     """While active, call a function after every forward of some linears.
 
@@ -86,19 +97,21 @@ def output_hooks(
         linears: Linears to observe.
         on_output: Called with a linear, its input (…, in) and its output (…, out).
     """
-
-    def hook(linear: Linear) -> Callable[[torch.nn.Module, tuple[Any, ...], torch.Tensor], None]:
-        def observe(_module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            on_output(linear, args[0], output)
-
-        return observe
-
-    handles = [linear.module.register_forward_hook(hook(linear)) for linear in linears]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for linear in linears:
+            show_output = functools.partial(_show_output, on_output, linear)
+            hooks.enter_context(linear.module.register_forward_hook(show_output))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _show_output(
+    on_output: Callable[[Linear, Tensor, Tensor], object],
+    linear: Linear,
+    _module: nn.Module,
+    args: tuple[Any, ...],
+    output: Tensor,
+) -> None:
+    on_output(linear, args[0], output)
 
 
 #: What the method needs -> an expert with fewer tokens than this loses less when it is pruned by

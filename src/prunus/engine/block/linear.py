@@ -34,27 +34,13 @@ from prunus.methods.work import (
     RowSharding,
 )
 from prunus.model.linears import Linear
-from prunus.packed.weight import QuantizedWeight
+from prunus.runtime.weight import QuantizedWeight
 
 #: A weight as a compressed result stores it.
-Stored = QuantizedWeight | GroupedWeight
+PackedLinear = QuantizedWeight | GroupedWeight
 #: A model with a larger share of zeros than this was pruned already. Dense checkpoints have next to
 #: no weights that are exactly zero.
 SPARSE = 0.01
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinearSettings:
-    """How every linear of a run is pruned.
-
-    Attributes:
-        method: The method, with refinements and weight updates composed in.
-        work: What the run asks of the method. `prune_linear` decides for each linear how its rows
-            are split and how its weights are rounded; the caller may change its sparsity.
-    """
-
-    method: Method
-    work: Work
 
 
 class LinearFinish(Protocol):
@@ -66,18 +52,16 @@ class LinearFinish(Protocol):
 
     def begin(self, name: str, statistics: InputStatistics) -> LinearQuantization | GroupQuantizer:
         """How the linear of this full name is rounded, by the complete statistics of its inputs."""
-        ...
 
     def end(
         self, name: str, quantized: Quantized | GroupedWeight
-    ) -> tuple[Stored, dict[str, Any]] | None:
+    ) -> tuple[PackedLinear, dict[str, Any]] | None:
         """Note what became of a linear.
 
         Returns:
             Its weight as a compressed result stores it, and fields of its `LinearRecord`; or None,
             which asks for another rounding: `begin` is called once more.
         """
-        ...
 
 
 @dataclass(frozen=True)
@@ -94,11 +78,12 @@ class PrunedLinear:
 
     weight: torch.Tensor
     record: LinearRecord
-    packed: Stored | None = None
+    packed: PackedLinear | None = None
 
 
 def prune_linear(
-    settings: LinearSettings,
+    method: Method,
+    work: Work,
     linear: Linear,
     full_name: str,
     stored: torch.Tensor,
@@ -114,7 +99,8 @@ def prune_linear(
     weights, and a resumed run prunes finished blocks again.
 
     Args:
-        settings: The method, and what is asked of it.
+        method: The method, with refinements and weight updates composed in.
+        work: What is asked of it. How rows are split and weights are rounded is decided here.
         linear: The module. Its weight is overwritten.
         full_name: Name of the linear in the model, for messages.
         stored: The weight in the checkpoint's dtype and orientation, on any device.
@@ -127,7 +113,6 @@ def prune_linear(
             The message names the linear.
     """
     started = time.perf_counter()
-    method = settings.method
     notes: dict[str, Any] = {}
     statistics.check_finite(full_name)
     if statistics.tokens == 0 and method.needs != "none":
@@ -144,11 +129,11 @@ def prune_linear(
         notes["zeros_before"] = before
     rows: RowSharding = _RowsOverRanks(ranks) if ranks.size > 1 else UNSHARDED
     # What `finish.end` returns: the weight as stored, and fields of the record.
-    ended: tuple[Stored | None, dict[str, Any]] | None = None
+    ended: tuple[PackedLinear | None, dict[str, Any]] | None = None
     # The loop runs once, and again only as long as `finish.end` asks for another rounding.
     while ended is None:
         quantization = None if finish is None else finish.begin(full_name, statistics)
-        work = replace(settings.work, rows=rows, quantization=quantization)
+        work = replace(work, rows=rows, quantization=quantization)
         with naming(full_name):
             pruned = method.apply(weight_OI, statistics, work)
         if method.updates_weights:

@@ -76,7 +76,7 @@ class _Lockstep:
         self.statistics: dict[str, InputStatistics] = {}
 
     def run(self) -> list[Linear]:
-        """Take the batches from turn to turn, and return the linears that none reached."""
+        """Take the batches from meeting to meeting, and return the linears that none reached."""
         walk = self.walk
         try:
             with input_hooks(
@@ -88,8 +88,8 @@ class _Lockstep:
                 # Batches may take different ways through experts. The linear registered first
                 # goes first: blocks run their experts in that order, so that no batch can still
                 # arrive at a linear after it was pruned.
-                while turn := synchronize(self.waiting, self.last, self.order, walk.ranks):
-                    self._take_turn(turn)
+                while meeting := synchronize(self.waiting, self.last, self.order, walk.ranks):
+                    self._meet(meeting)
         finally:
             # After an error, paused batches end here, so that none keeps its activations alive.
             for runner in self.runners:
@@ -99,27 +99,27 @@ class _Lockstep:
                 counter.reset()
         return list(self.pending.values())
 
-    def _take_turn(self, turn: Turn) -> None:
+    def _meet(self, meeting: Meeting) -> None:
         """Count the experts' tokens or prune the linear, then resume the batches there."""
-        arrived = [batch for batch, (at, _) in sorted(self.waiting.items()) if at == turn.name]
-        if turn.name in self.uncounted:
-            counter = self.uncounted.pop(turn.name)
+        arrived = [batch for batch, (at, _) in sorted(self.waiting.items()) if at == meeting.name]
+        if meeting.name in self.uncounted:
+            counter = self.uncounted.pop(meeting.name)
             for batch in arrived:
                 counter.count(batch, self.waiting[batch][1])
             counter.complete(self.walk.ranks)
         else:
-            self._prune(turn, arrived)
+            self._prune(meeting, arrived)
         for batch in arrived:
             del self.waiting[batch]
             self._advance(batch)
 
-    def _prune(self, turn: Turn, arrived: Sequence[int]) -> None:
-        """Complete the statistics of the linear of this turn, or reuse its leader's, and prune.
+    def _prune(self, meeting: Meeting, arrived: Sequence[int]) -> None:
+        """Complete the statistics of the linear of this meeting, or reuse its leader's, and prune.
 
         `arrived` are the batches of this rank that wait at the linear. There may be none.
         """
-        linear = self.pending[turn.name]
-        leader = turn.leader
+        linear = self.pending[meeting.name]
+        leader = meeting.leader
         if leader is None:
             leader = linear.name
             statistics = self.walk.new_statistics(linear)
@@ -130,7 +130,7 @@ class _Lockstep:
         statistics = self.statistics[leader]
         # A Gram matrix is large, so statistics go as soon as no later linear can reuse them.
         self.statistics = {
-            name: sums for name, sums in self.statistics.items() if name in (*turn.keep, leader)
+            name: sums for name, sums in self.statistics.items() if name in (*meeting.keep, leader)
         }
         for batch in arrived:
             self.last[batch] = (weakref.ref(self.waiting[batch][1]), leader)
@@ -157,7 +157,7 @@ class _Lockstep:
 
 
 @dataclass(frozen=True)
-class Turn:
+class Meeting:
     """What all ranks do next.
 
     Attributes:
@@ -177,7 +177,7 @@ def synchronize(
     last: Sequence[LastInput | None],
     order: Mapping[str, int],
     ranks: Ranks,
-) -> Turn | None:
+) -> Meeting | None:
     """Find the first module that any batch of any rank waits at. All ranks call it at once.
 
     One exchange of integers decides. A rank tells the position of its first waiting batch, the
@@ -207,7 +207,7 @@ def synchronize(
     }
     leader = sources.pop() if len(sources) == 1 else -1
     # Per linear: of how many batches its statistics were the last, and how many of these batches
-    # stay where they are in this turn.
+    # stay where they are in this meeting.
     added = [0] * through
     staying = [0] * through
     for batch, entry in enumerate(last):
@@ -225,7 +225,7 @@ def synchronize(
     # them. Then this linear needs statistics of its own.
     if leader >= 0 and sum(row[3 + leader] for row in rows) != sum(row[2] for row in there):
         leader = -1
-    # On a rank that does not take part in this turn, all batches stay.
+    # On a rank that does not take part in this meeting, all batches stay.
     remaining = [row[3 + through :] if row[0] == first else row[3 : 3 + through] for row in rows]
     keep = {
         name
@@ -234,4 +234,4 @@ def synchronize(
     }
     if leader >= 0:
         keep.add(names[leader])
-    return Turn(names[first], names[leader] if leader >= 0 else None, frozenset(keep))
+    return Meeting(names[first], names[leader] if leader >= 0 else None, frozenset(keep))

@@ -31,14 +31,14 @@ from prunus.engine.block.dense_stream import (
     accumulate_with_drift,
 )
 from prunus.engine.block.hooks import ExpertCounter, find_expert_counters
-from prunus.engine.block.linear import SPARSE, LinearFinish, Stored, prune_linear
+from prunus.engine.block.linear import SPARSE, LinearFinish, PackedLinear, prune_linear
 from prunus.engine.block.lockstep import lockstep
 from prunus.engine.block.replay import replay
 from prunus.engine.block.two_pass import two_pass
 from prunus.engine.block.walk import Accumulate, BlockWalk, accumulate_inputs
 from prunus.engine.linear_job import PruningJob
 from prunus.engine.linear_record import BlockRecord, LinearRecord, ReconstructionRecord
-from prunus.engine.loop import Made, StoredBlock, check_same
+from prunus.engine.loop import FinishedBlock, StoredBlock, check_same
 from prunus.engine.reconstruction.reconstruct_block import (
     BlockReconstruction,
     BlockReconstructor,
@@ -47,6 +47,7 @@ from prunus.engine.reconstruction.reconstruct_block import (
 )
 from prunus.engine.reconstruction.schedule import linears_to_train
 from prunus.engine.record import Walk
+from prunus.engine.session import Session
 from prunus.hardware.numerics import count_zeros
 from prunus.methods.statistics import Drift, InputStatistics, StatisticsSpec
 from prunus.model.linears import Linear
@@ -60,53 +61,56 @@ _WALKS: dict[Walk, Callable[[BlockWalk], list[Linear]]] = {
 }
 
 
-@dataclass
 class BlockPruner:
     """Takes all calibration windows through a model, one block at a time.
 
     Call `embed` first, then `make` or `take` once per block in order, then `close`. `prune_head`
     may follow the last block. All ranks call each of them at once.
 
-    Attributes:
-        job: The decisions of the run: model, method, options, device and ranks.
+    Args:
+        job: The decisions of the run: model, method, options and device.
+        session: The processes that have windows of the run, and who hears of it.
         walks: Per block, how the windows go through it; see `walk.py`.
         sparsities: The sparsity of single linears, by full name; the others get that of the run.
         finish: What the command does to each linear afterwards, such as rounding; None for nothing.
+
+    Attributes:
         stream: The hidden states of the pruned model before the next block.
         dense: The hidden states of the dense model; None if the run does not need them.
-        ranks: The processes that have windows of the same run, from `job`.
-        skeleton: The model without weights, from `job`.
     """
 
-    job: PruningJob
-    walks: Sequence[Walk]
-    sparsities: Mapping[str, float] = field(default_factory=dict)
-    finish: LinearFinish | None = None
-    stream: Stream = field(init=False)
-    dense: DenseStream | None = field(init=False, default=None)
-    #: Per rank, its number of batches. Empty before `embed`.
-    _counts: list[int] = field(init=False, default_factory=list)
-    #: Trains blocks after they are pruned; None before `embed`, or if the run trains none.
-    _reconstructor: BlockReconstructor | None = field(init=False, default=None)
-
-    def __post_init__(self) -> None:
-        job = self.job
-        self.ranks, self.skeleton = job.ranks, job.skeleton
+    def __init__(
+        self,
+        job: PruningJob,
+        session: Session,
+        walks: Sequence[Walk],
+        sparsities: Mapping[str, float],
+        finish: LinearFinish | None = None,
+    ) -> None:
+        self.job = job
+        self.session = session
+        self.walks = walks
+        self.sparsities = sparsities
+        self.finish = finish
+        self.ranks = session.ranks
+        self.skeleton = job.skeleton
         self.stream = Stream(job.skeleton, job.source, job.device)
+        self.dense: DenseStream | None = None
         if job.runs_dense_stream:
             self.dense = DenseStream(job.skeleton, job.source, job.device, job.drift_stride)
+        # Per rank, its number of batches. Empty before `embed`.
+        self._counts: list[int] = []
+        # Trains blocks after they are pruned; None before `embed`, or if the run trains none.
+        self._reconstructor: BlockReconstructor | None = None
 
-    def embed(
-        self, batches: Sequence[torch.Tensor], spill_to: Path | None, on_device: bool = True
-    ) -> None:
+    def embed(self, batches: Sequence[torch.Tensor], spill_folder: Path) -> None:
         """Run what precedes the blocks on this rank's share of the batches.
 
         Args:
             batches: Token ids (windows, tokens), or images, of all batches of all ranks.
-            spill_to: Folder for a file of hidden states; None to keep them in memory.
-            on_device: Keep hidden states on the device between blocks, rather than on the host.
+            spill_folder: Folder for a file of hidden states, if they do not fit in memory.
         """
-        reconstruction = self.job.reconstruction
+        reconstruction, memory = self.job.reconstruction, self.job.memory
         self._counts = [len(part) for part in split_range(len(batches), self.ranks.size)]
         split: Ranks = SINGLE_PROCESS
         partial: list[torch.Tensor] = []
@@ -114,10 +118,12 @@ class BlockPruner:
             split = step_ranks(self.ranks, max(map(len, batches)), self.job.device)
             partial = step_parts(batches, split)
         share = own_part(self.ranks, batches)
-        self.stream.embed(share, spill_to, on_device, partial)
-        if self.dense is not None:
-            self.dense.embed(share, spill_to, on_device, self._first_batch)
-        if self.dense is not None and reconstruction is not None:
+        spill_to = spill_folder if memory.spills else None
+        self.stream.embed(share, spill_to, memory.hidden_states_stay, partial)
+        if self.dense is None:
+            return
+        self.dense.embed(share, spill_to, memory.hidden_states_stay, self._first_batch)
+        if reconstruction is not None:
             self._reconstructor = BlockReconstructor(
                 settings=reconstruction,
                 stream=self.stream,
@@ -133,24 +139,24 @@ class BlockPruner:
         """Number of this rank's first batch among those of all ranks."""
         return sum(self._counts[: self.ranks.rank])
 
-    def take(self, place: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    def take(self, position: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take all batches through a block that an earlier run has finished.
 
         The hidden states end as they do after `make`.
 
         Args:
-            place: Position of the block.
+            position: Position of the block.
             tensors: Its finished tensors by relative name.
         """
-        self.stream.propagate(place, tensors)
+        self.stream.propagate(position, tensors)
         if self.dense is not None:
-            self.dense.propagate(place)
+            self.dense.propagate(position)
 
-    def make(self, place: int, stored: StoredBlock) -> Made:
+    def make(self, position: int, stored: StoredBlock) -> FinishedBlock:
         """Prune one block, and take all batches through it.
 
         Args:
-            place: Position of the block.
+            position: Position of the block.
             stored: The block as the checkpoint stores it.
 
         Returns:
@@ -161,28 +167,34 @@ class BlockPruner:
             NotImplementedError: The walk cannot prune this block, for one that calls a linear more
                 than once.
             RankError: The ranks have pruned to different bytes.
-            RuntimeError: Two linears share their input for some windows and not for others.
         """
         started = time.perf_counter()
-        state = self._load(place, stored)
+        state = self._load(position, stored)
         self._note_zeros(state)
         self._walk(state)
         self._reconstruct(state)
         self._advance(state)
-        self.skeleton.release(place)
+        self.skeleton.release(position)
         check_same(self.ranks, state.name, state.changed)
-        record = state.record(self.ranks.size)
-        record.seconds = round(time.perf_counter() - started, 3)
+        record = BlockRecord(
+            name=state.name,
+            input_sha256=stored.digest,
+            walk=state.walk,
+            seconds=round(time.perf_counter() - started, 3),
+            ranks=self.ranks.size,
+            linears={linear.name: state.records[linear.name] for linear in state.linears},
+            reconstruction=state.reconstructed,
+        )
         message = f"{self.job.format.DONE} in {record.seconds:.2f} s"
         if record.walk == "replay":
             message += ", with one batch in flight: paused windows do not fit in the memory budget"
-        return Made(state.finished, record, message, state.packed)
+        return FinishedBlock(state.finished, record, message, state.packed)
 
     def _load(self, index: int, stored: StoredBlock) -> BlockState:
         """Put the weights into the block, and prepare all that its walk needs."""
         job, name = self.job, self.skeleton.block_name(index)
         selected, walk = job.selected[index], self.walks[index]
-        method = job.linear_settings.method
+        method = job.method
         self.ranks.set_location(name)
         module = self.skeleton.fill(index, stored.tensors, job.device)
         linears = [linear for linear in self.skeleton.linears(index) if linear.name in selected]
@@ -204,7 +216,6 @@ class BlockPruner:
             index=index,
             name=name,
             stored=stored.tensors,
-            digest=stored.digest,
             module=module,
             linears=linears,
             walk=walk,
@@ -219,7 +230,7 @@ class BlockPruner:
         count = sum(weight.numel() for weight in weights)
         zeros = sum(map(count_zeros, weights)) if state.index == 0 else 0
         if zeros > SPARSE * count:
-            self.job.options.tell(
+            self.session.tell(
                 f"the model has zeros already: {zeros / count:.1%} of the weights to prune in "
                 f"{state.name}; the sparsity that you ask for includes them"
             )
@@ -261,10 +272,11 @@ class BlockPruner:
         key = f"{linear.name}.weight"
         full_name = f"{state.name}.{linear.name}"
         self.ranks.set_location(full_name)
-        settings = self.job.linear_settings
-        sparsity = self.sparsities.get(full_name, settings.work.sparsity)
+        work = self.job.work
+        sparsity = self.sparsities.get(full_name, work.sparsity)
         finished = prune_linear(
-            replace(settings, work=replace(settings.work, sparsity=sparsity)),
+            self.job.method,
+            replace(work, sparsity=sparsity),
             linear,
             full_name,
             state.stored[key],
@@ -307,19 +319,19 @@ class BlockPruner:
 
     def _accumulate(self, state: BlockState) -> Accumulate:
         """How a linear's inputs are added to its statistics."""
-        if state.dense_inputs is None or not self.job.linear_settings.method.needs_drift:
+        if state.dense_inputs is None or not self.job.method.needs_drift:
             return accumulate_inputs
         return accumulate_with_drift(state.dense_inputs)
 
     def _new_statistics(self, linear: Linear) -> InputStatistics:
         """Empty statistics of the inputs of a linear, with all that the method needs."""
         job, in_features = self.job, linear.shape[1]
-        method = job.linear_settings.method
+        method = job.method
         drift: Drift = "some" if job.drift_stride > 1 else "all"
         spec = StatisticsSpec(
             needs=method.needs,
             drift=drift if job.uses_dense_target(in_features) else "none",
-            reference_order=job.reference_order,
+            reference_order=job.work.reference_order,
             rounded=self.finish is not None,  # masks would show it, and integers do not
             distributed=self.ranks.size > 1,
         )
@@ -347,7 +359,7 @@ class BlockPruner:
             statistics.complete(self.ranks)
             stored = self.job.source.read_outside([key])[key]
             finished = prune_linear(
-                self.job.linear_settings, head, head.name, stored, statistics, ranks=self.ranks
+                self.job.method, self.job.work, head, head.name, stored, statistics, self.ranks
             )
         check_same(self.ranks, head.name, {key: finished.weight})
         return {key: finished.weight}, finished.record
@@ -369,7 +381,6 @@ class BlockState:
         index: Position of the block.
         name: Name of the block in the model, such as `model.layers.3`.
         stored: Its dense tensors by relative name, in the checkpoint's dtypes and on the host.
-        digest: SHA-256 of `stored`, in hex.
         module: The block with its weights in place, on the device. The walk changes them.
         linears: The linears to prune, in the order of registration.
         walk: How the windows go through the block; see `walk.py`.
@@ -387,7 +398,6 @@ class BlockState:
     index: int
     name: str
     stored: Mapping[str, torch.Tensor]
-    digest: str
     module: nn.Module
     linears: list[Linear]
     walk: Walk
@@ -396,21 +406,10 @@ class BlockState:
     reconstruction: BlockReconstruction | None
     changed: dict[str, torch.Tensor] = field(default_factory=dict)
     records: dict[str, LinearRecord] = field(default_factory=dict)
-    packed: dict[str, Stored] = field(default_factory=dict)
+    packed: dict[str, PackedLinear] = field(default_factory=dict)
     reconstructed: ReconstructionRecord | None = None
 
     @property
     def finished(self) -> dict[str, torch.Tensor]:
         """All tensors of the block by relative name, as far as they are pruned."""
         return {**self.stored, **self.changed}
-
-    def record(self, ranks: int) -> BlockRecord:
-        """The record of the finished block, made by this many ranks; its seconds are missing."""
-        return BlockRecord(
-            name=self.name,
-            input_sha256=self.digest,
-            walk=self.walk,
-            ranks=ranks,
-            linears={linear.name: self.records[linear.name] for linear in self.linears},
-            reconstruction=self.reconstructed,
-        )

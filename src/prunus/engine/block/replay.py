@@ -22,14 +22,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from prunus.engine.block.hooks import ExpertCounter, input_hooks, tokens_of
+from prunus.engine.block.hooks import ExpertCounter, StopForward, input_hooks, tokens_of
 from prunus.engine.block.walk import BlockWalk, called_again
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear
-
-
-class _Stop(BaseException):
-    """Ends the forward pass of a batch at the first input after the group that is measured."""
 
 
 @dataclass
@@ -81,7 +77,7 @@ class _FirstGroup:
             self.walk.accumulate(group.statistics, linear, self.batch, tokens_of(x))
             return
         if x is not self.input:
-            raise _Stop
+            raise StopForward
         members = self.groups[self.leader].members
         if linear.name not in members:
             members.append(linear.name)
@@ -91,7 +87,7 @@ class _FirstGroup:
         if self.leader is None:
             counter.count(self.batch, chosen_TK)
             self.counted.add(counter.name)
-        raise _Stop
+        raise StopForward
 
 
 def replay(walk: BlockWalk) -> list[Linear]:
@@ -118,7 +114,7 @@ def replay(walk: BlockWalk) -> list[Linear]:
             hooks = input_hooks(
                 walk.linears, observer.on_input, list(uncounted.values()), observer.on_routing
             )
-            with hooks, contextlib.suppress(_Stop):
+            with hooks, contextlib.suppress(StopForward):
                 walk.forward(batch)
         # Batches may have reached different groups (experts). All ranks take the first one; the
         # others are measured again in a later pass, with its linears pruned.

@@ -6,9 +6,8 @@
 `schedule.py` decides what is trained and for how long, `train.py` trains. This file finds the
 inputs and targets on every rank, and runs only the suffix of the block where that is possible.
 
-Outline: `BlockReconstructor` serves a run, `BlockReconstruction` one block. Below them,
-`training_bytes` forecasts the memory. `ReconstructionBatches`, at the end, brings the batches of
-all ranks to every rank.
+Outline: `BlockReconstructor` serves a run, `BlockReconstruction` one block.
+`ReconstructionBatches`, at the end, brings the batches of all ranks to every rank.
 """
 
 from __future__ import annotations
@@ -18,17 +17,15 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from prunus.distributed import SINGLE_PROCESS, Ranks
-from prunus.engine.job import RunJob
 from prunus.engine.linear_record import ReconstructionRecord
 from prunus.engine.reconstruction.cached_suffix import CachedSuffix, find_suffix, suffix_module
 from prunus.engine.reconstruction.output_loss import (
-    CHUNK_TOKENS,
     OutputLoss,
     kl_divergence,
     logits_of,
@@ -39,7 +36,7 @@ from prunus.engine.reconstruction.schedule import (
     default_schedule,
     split_batches,
 )
-from prunus.engine.reconstruction.train import BlockBatches, TrainOptions, train_block
+from prunus.engine.reconstruction.train import BlockBatches, train_block
 from prunus.engine.record import Walk
 from prunus.model.skeleton import Skeleton
 from prunus.model.stream import HiddenStates, Stream
@@ -172,19 +169,15 @@ class BlockReconstruction:
         shape = inputs.shape(0)
         hidden = shape[-1] if len(shape) == 3 else shape[1]
         tokens = math.prod(shape) // hidden
-        schedule = default_schedule(tokens, hidden, by_token, len(inputs), by_logits)
         settings = shared.settings
+        options = default_schedule(tokens, hidden, by_token, len(inputs), by_logits)
+        epochs = settings.epochs or options.epochs
+        options = replace(options, epochs=epochs, dtype=settings.dtype)
         keys = [f"{linear}.weight" for linear in self.trained]
-        options = TrainOptions(
-            learning_rate=schedule.learning_rate,
-            epochs=settings.epochs or schedule.epochs,
-            token_stride=schedule.token_stride,
-            dtype=settings.dtype,
-        )
         masks = self._masks({key: pruned[key] for key in keys}, stored)
         batches = BlockBatches(outputs, targets.get, *split_batches(len(inputs)))
         started = time.perf_counter()
-        with self._loss(by_logits, schedule.logit_stride) as loss:
+        with self._loss(by_logits, options.logit_stride) as loss:
             try:
                 result = train_block(self.block, batches, masks, options, loss, shared.split)
             except ValueError as fault:
@@ -296,29 +289,6 @@ def activation_bytes(
     rows of attention scores per head: before and after the softmax, with gradients.
     """
     return itemsize * tokens * (24 * hidden + 8 * widest + 4 * heads * window_tokens)
-
-
-def training_bytes(job: RunJob, index: int) -> tuple[int, int]:
-    """Bytes of the training of block `index`: those that stay, and those of one batch.
-
-    The first are the weights and what Adam keeps of them, the second are activations and, for the
-    last block, the head with its logits.
-    """
-    linears = job.skeleton.linears(index)
-    parameters = sum(p.numel() for p in job.skeleton.blocks[index].parameters())
-    window_tokens, hidden = job.skeleton.window_shape(index, job.recipe.seqlen)
-    tokens = min(job.batch, job.windows) * window_tokens
-    widest = max(max(linear.shape) for linear in linears)
-    heads = int(getattr(job.source.config.get_text_config(), "num_attention_heads", 1) or 1)
-    moves = activation_bytes(tokens, window_tokens, hidden, widest, heads, itemsize=4)
-    if in_front_of_head(job.skeleton, index):
-        # The head, and for some tokens the logits of both models; see `kl_divergence`.
-        vocabulary = job.skeleton.vocabulary
-        moves += vocabulary * hidden * job.dtype.itemsize
-        moves += 24 * CHUNK_TOKENS * job.batch * vocabulary
-    # Seven float32 tensors per parameter: the weight, its mask, its gradient, Adam's two moments, a
-    # copy of the start and a copy of the best so far.
-    return 7 * 4 * parameters, moves
 
 
 def step_ranks(ranks: Ranks, windows: int, device: torch.device) -> Ranks:

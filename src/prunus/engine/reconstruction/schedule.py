@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from prunus.engine.reconstruction.output_loss import LOGIT_STRIDE
+from prunus.engine.reconstruction.train import TrainOptions
 
 #: One batch in this many is a validation batch: it is not trained on, and chooses the result.
 VALIDATION_STRIDE = 16
@@ -32,24 +33,6 @@ _RATE, _RATE_WIDTH = 7e-3, 576
 # tokens take; they compare half of the tokens, each once. With half as many of either, perplexity
 # was one per cent higher.
 _LOGIT_STEPS, _LOGIT_RATE, _MAX_LOGIT_STRIDE = 240, 2e-3, 28
-
-
-@dataclass(frozen=True)
-class ReconstructionSchedule:
-    """The training schedule of one block.
-
-    Attributes:
-        epochs: Passes over the training batches.
-        token_stride: A step runs the trained part of the block on one token in this many.
-        learning_rate: Peak rate relative to the RMS of each tensor's surviving weights; see
-            `TrainOptions`.
-        logit_stride: With the loss on logits, one in this many of the tokens of a step is compared.
-    """
-
-    epochs: int
-    token_stride: int
-    learning_rate: float
-    logit_stride: int = 1
 
 
 @dataclass(frozen=True)
@@ -73,14 +56,14 @@ class ReconstructionSettings:
 
 def default_schedule(
     tokens: int, hidden: int, by_token: bool, batches: int, by_logits: bool = False
-) -> ReconstructionSchedule:
+) -> TrainOptions:
     """The schedule for a block if the user sets nothing.
 
     An epoch costs `1 / token_stride` of a pass over all tokens.
 
     The rate falls with the square root of the width. Relative to the RMS of the weights, 0.007 is
     best for SmolLM2-135M (hidden size 576) and about 0.003 for Qwen2.5-Coder-1.5B (1536). Both
-    optima are flat within a factor of 1.5.
+    optima are flat within a factor of 1.5. The dtype is left at float32.
 
     Args:
         tokens: Number of tokens per batch.
@@ -90,7 +73,7 @@ def default_schedule(
         by_logits: The loss compares logits, as it does for the last block.
 
     >>> default_schedule(tokens=1024, hidden=576, by_token=True, batches=32)
-    ReconstructionSchedule(epochs=5, token_stride=4, learning_rate=0.007, logit_stride=1)
+    TrainOptions(epochs=5, token_stride=4, learning_rate=0.007, logit_stride=1, dtype=torch.float32)
     """
     fewer, most = (LOGIT_STRIDE, _MAX_LOGIT_STRIDE) if by_logits else (1, _MAX_EPOCHS)
     stride = min(most, max(1, fewer * tokens // _TOKENS_PER_STEP)) if by_token else 1
@@ -99,13 +82,13 @@ def default_schedule(
     if not by_logits:
         # An epoch sees one token in `stride`, so twice as many epochs see every token twice.
         epochs = min(_MAX_EPOCHS, max(_MIN_EPOCHS, 2 * stride))
-        return ReconstructionSchedule(epochs, stride, _RATE * width_factor)
+        return TrainOptions(epochs, stride, _RATE * width_factor)
     # Half as many epochs as the stride see every second token once.
     enough = round(_LOGIT_STEPS / max(1, len(split_batches(batches)[0])))
     epochs = max(1, min(max(_MIN_EPOCHS, stride // 2), enough))
     # A block that must run on all tokens leaves the choice of tokens to the loss.
     logit_stride = 1 if by_token else LOGIT_STRIDE
-    return ReconstructionSchedule(epochs, stride, _LOGIT_RATE * width_factor, logit_stride)
+    return TrainOptions(epochs, stride, _LOGIT_RATE * width_factor, logit_stride)
 
 
 def split_batches(batches: int) -> tuple[range, range]:

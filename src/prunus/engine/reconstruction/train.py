@@ -76,20 +76,23 @@ class TrainOptions:
     """How a block is trained.
 
     Attributes:
+        epochs: Passes over the training batches.
+        token_stride: A step runs the trained part of the block on one token in this many. The next
+            epoch uses the next ones.
         learning_rate: Peak rate of Adam as a fraction of the root mean square (RMS) of each
             parameter's surviving weights, as in Adafactor (arXiv 1804.04235, section 8). A step of
             Adam moves every weight by about the rate, whatever the gradient's size. Models differ
             tenfold in the size of their weights, so a plain rate that suits one model destroys
             another. For its course see the function `learning_rate`.
-        epochs: Passes over the training batches.
-        token_stride: A step uses one token in this many. The next epoch uses the next ones.
+        logit_stride: With the loss on logits, one in this many of the tokens of a step is compared.
         dtype: Dtype of matrix products and activations, float32 or bfloat16. A block in this dtype
             computes in it throughout; any other computes in float32 with its products cast.
     """
 
-    learning_rate: float = 3e-3
     epochs: int = 3
     token_stride: int = 1
+    learning_rate: float = 3e-3
+    logit_stride: int = 1
     dtype: torch.dtype = torch.float32
 
 

@@ -91,12 +91,7 @@ class GgufFormat(MixFormat):
         return folder
 
     def earlier(
-        self,
-        kind: type[CompressionRecord],
-        model: str | Path,
-        folder: Path,
-        recipe: PruningOptions,
-        options: RunOptions,
+        self, model: str | Path, folder: Path, recipe: PruningOptions, options: RunOptions
     ) -> CompressionRecord | None:
         """The record of the run to go on with, or that of the finished file; None for neither.
 
@@ -104,7 +99,7 @@ class GgufFormat(MixFormat):
             FileExistsError: Something else has the name of the file.
         """
         done = None if options.overwrite else finished_file(self.path, self.recipe)
-        earlier = find_earlier(kind, folder, recipe, options, Path(model))
+        earlier = find_earlier(self.RECORD, folder, recipe, options, Path(model))
         # A kill may come between the name of the file and the end of its folder.
         is_over = earlier is None or (earlier.state == "finished" and not (folder / FILE).exists())
         return done if done is not None and is_over else earlier

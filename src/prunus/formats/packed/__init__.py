@@ -1,1 +1,1 @@
-"""The format of prunus itself: integers in an entropy code; see `prunus.packed`."""
+"""The format of prunus itself: integers in an entropy code; see `prunus.runtime`."""

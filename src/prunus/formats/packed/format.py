@@ -1,7 +1,7 @@
 """The packed format: a folder that transformers loads where prunus is installed.
 
 The linears are integers in an entropy code from the first shard on, so they take any number of
-bits. `prunus.packed` decodes and multiplies them.
+bits. `prunus.runtime` decodes and multiplies them.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.reader import TensorInfo
 from prunus.model.checkpoint.writer import Writable, file_nbytes
 from prunus.model.kinds import kind_of
-from prunus.packed.description import Description, QuantizedShape
-from prunus.packed.forms import checked_weight, expand
-from prunus.packed.weight import QuantizedWeight, named_tensors
+from prunus.runtime.description import Description, QuantizedShape
+from prunus.runtime.forms import checked_weight, expand
+from prunus.runtime.weight import QuantizedWeight, named_tensors
 
 # The most bits per weight of linears.
 _MOST_BITS = 7.0

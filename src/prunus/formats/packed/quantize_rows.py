@@ -16,9 +16,9 @@ import math
 import torch
 
 from prunus.hardware.numerics import all_finite
-from prunus.packed.plane_codes import MAX_RAW, max_level
-from prunus.packed.planes import encode
-from prunus.packed.weight import QuantizedWeight
+from prunus.runtime.plane_codes import MAX_RAW, max_level
+from prunus.runtime.planes import encode
+from prunus.runtime.weight import QuantizedWeight
 
 # Levels beyond this one cannot have all raw bits, without which large levels take more bits.
 _MAX_LEVEL = max_level(MAX_RAW)

@@ -1,0 +1,73 @@
+"""The sparsity of every linear of a run, from what its weights mean to the loss of the dense model.
+
+`prunus.methods.allocation` holds the rule that distributes a budget by error curves. This file
+feeds it with the curves of a model's linears.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from prunus.engine.linear_job import PruningJob
+from prunus.engine.loss_sensitivity import CURVE_STEP, measure_loss
+from prunus.engine.session import Session
+from prunus.methods.allocation import allocate_by_error, round_to_whole_weights
+
+# No linear is pruned further from the recipe's sparsity than this before the next constant.
+_MAX_DISTANCE = 0.25
+# The part of the way from a uniform sparsity that is taken. The curves are those of small and
+# independent errors, and the errors of a whole pruned model are neither.
+_PART = 0.75
+
+
+def allocate(
+    job: PruningJob, session: Session, ids: torch.Tensor, digests: dict[str, str]
+) -> dict[str, float]:
+    """The sparsity of every linear that is pruned: full name -> sparsity; empty for "uniform".
+
+    Their mean over all weights is the recipe's sparsity. Every linear removes whole weights per
+    row, so the mean may fall short by less than one column of one linear.
+
+    Args:
+        job: The run.
+        session: Who hears of the measurement.
+        ids: Its calibration windows (windows, tokens), of which the first few are used.
+        digests: Name of a block -> SHA-256 of the weights that a measurement has read. Missing
+            hashes are added.
+    """
+    sparsity = job.recipe.sparsity
+    if not job.recipe.allocates:
+        return {}
+    shapes = {name: linear.shape for name, linear in job.selected_linears().items()}
+    sparsities = [sparsity] * len(shapes)
+    if sparsity > 0:
+        curves = _loss_curves(job, session, ids, digests)
+        weights = [rows * columns for rows, columns in shapes.values()]
+        best = allocate_by_error([curves[name] for name in shapes], weights, sparsity)
+        sparsities = [sparsity + _PART * (value - sparsity) for value in best]
+    rounded = round_to_whole_weights(sparsities, list(shapes.values()), sparsity)
+    return dict(zip(shapes, rounded, strict=True))
+
+
+def _loss_curves(
+    job: PruningJob, session: Session, ids: torch.Tensor, digests: dict[str, str]
+) -> dict[str, list[tuple[float, float]]]:
+    """Full name -> (sparsity, loss) of a linear, from the least to the most that it may lose."""
+    options = job.work.options
+    measured = measure_loss(job, session, ids, digests, job.selected, options, quantizes=False)
+    curves = {name: sensitivity.curve_P.tolist() for name, sensitivity in measured.items()}
+    low, high = (job.recipe.sparsity + side * _MAX_DISTANCE for side in (-1, 1))
+    measured_at = [point * CURVE_STEP for point in range(round(1 / CURVE_STEP))]
+    inner = [sparsity for sparsity in measured_at if low < sparsity < high]
+    ends = max(low, 0.0), min(high, measured_at[-1])
+    sparsities = sorted({ends[0], *inner, ends[1]})
+    return {
+        name: [(sparsity, _interpolated(curve, sparsity)) for sparsity in sparsities]
+        for name, curve in curves.items()
+    }
+
+
+def _interpolated(curve: list[float], sparsity: float) -> float:
+    """The loss at a sparsity between two points of a curve."""
+    left = min(int(sparsity / CURVE_STEP + 1e-9), len(curve) - 2)
+    return curve[left] + (sparsity / CURVE_STEP - left) * (curve[left + 1] - curve[left])

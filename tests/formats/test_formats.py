@@ -1,0 +1,42 @@
+"""The table of the formats: one entry opens the models of a further format."""
+
+import shutil
+import sys
+from types import ModuleType
+
+import prunus
+from prunus.formats.base import CompressedFormat
+from prunus.model import formats
+from tiny import tiny_checkpoint
+from tiny_tokenizer import VOCABULARY, byte_tokenizer
+
+
+class ZipFormat(CompressedFormat):
+    """A checkpoint folder as one zip file."""
+
+    @staticmethod
+    def unpack(path, dest, *, overwrite=False, dtype="bfloat16", progress=None):
+        shutil.unpack_archive(path, dest, "zip")
+        return {"bytes": path.stat().st_size}
+
+    @staticmethod
+    def stored_types(path):
+        return {"model.layers.0.self_attn.q_proj": ("Z", 3.0)}
+
+
+def test_one_entry_lets_load_and_inspect_open_a_file_of_a_new_format(tmp_path, monkeypatch):
+    dense = tiny_checkpoint(tmp_path / "dense", vocab_size=VOCABULARY)
+    byte_tokenizer().save_pretrained(dense)
+    file = shutil.make_archive(str(tmp_path / "model"), "zip", dense)
+    home = ModuleType("zip_format")
+    home.ZipFormat = ZipFormat
+    monkeypatch.setitem(sys.modules, "zip_format", home)
+    entry = formats.FormatEntry("zip", "zip_format:ZipFormat", ".zip")
+    monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, entry))
+    expected = prunus.load(dense).model.state_dict()
+    opened = prunus.load(file).model.state_dict()
+    assert all(opened[name].equal(tensor) for name, tensor in expected.items())
+    linears = {linear.name: linear for linear in prunus.inspect(file).linears}
+    assert linears["model.layers.0.self_attn.q_proj"].dtype == "Z"
+    assert linears["model.layers.0.self_attn.q_proj"].bits == 3.0
+    assert linears["model.layers.0.self_attn.k_proj"].bits is None
