@@ -83,12 +83,17 @@ class CompressedFormat(Format[CompressionRecord]):
     @staticmethod
     def read_record(path: Path) -> CompressionRecord | None:
         """The record in a result; None if prunus did not make it."""
-        raise NotImplementedError("the record lies in the folder of the result")
+        return CompressionRecord.load(path) if (path / CompressionRecord.FILE).exists() else None
 
-    @staticmethod
-    def stored_types(path: Path) -> dict[str, tuple[str, float]]:
+    @classmethod
+    def stored_types(cls, path: Path) -> dict[str, tuple[str, float]]:
         """Full name of a linear -> its type and its bits per weight; empty if not recorded."""
-        return {}
+        record = cls.read_record(path)
+        return {
+            f"{block.name}.{name}": (record.types[f"{block.name}.{name}"], linear.bits or 0.0)
+            for block in (record.blocks if record else [])
+            for name, linear in block.linears.items()
+        }
 
     # What a run asks.
 
@@ -316,20 +321,38 @@ class TypeFormat(CompressedFormat):
         """First module of a weight -> all modules that have one type with it."""
         return {first: [first] for first in self.shapes}
 
+    @functools.cached_property
+    def module_of(self) -> dict[str, str]:
+        """Stored name of a weight -> name of its module, for all that have a type."""
+        names = [name for first in self.shapes for name in self.stacks[first]]
+        return {self.job.stored_key(name): name for name in names}
+
+    def parts(self, key: str, info: TensorInfo, bits: float) -> dict[str, Any]:
+        """The tensors of a weight, without contents, of its type; of its last before a choice.
+
+        `bits` is ignored: the type says it.
+        """
+        name = self.module_of[key]
+        quantizer = self.quantizer(name) if self.types else self.quantizers(name)[-1]
+        size = info.shape[0], quantizer.nbytes_of(info.shape[1])
+        data_OB = torch.empty(size, dtype=torch.uint8, device="meta")
+        return self.tensors_of(key, GroupedWeight(quantizer, data_OB))
+
     def check_widths(self, group: int) -> None:
-        """Check that all linears consist of whole groups.
+        """Check that all weights with a type consist of whole groups.
 
         Args:
             group: The number of columns of the smallest group.
 
         Raises:
-            ValueError: A linear does not; names it.
+            ValueError: A weight does not; names it.
         """
-        for name, linear in self.job.selected_linears().items():
-            if linear.shape[1] % group:
+        for name, shape in self.shapes.items():
+            if shape[-1] % group:
                 raise ValueError(
-                    f"{name} has {linear.shape[1]} inputs, and groups need a number that "
-                    f"{group} divides: keep it as it is with `ignore`"
+                    f"{name} has {shape[-1]} inputs, and groups need a number that {group} "
+                    "divides: keep it as it is with `ignore`, or embeddings and head with "
+                    "`head_bits` none"
                 )
 
     def scale_dtype(self, key: str) -> torch.dtype:
@@ -417,12 +440,6 @@ class MixFormat(TypeFormat):
         """The embedding and the head, as far as they have a type."""
         stored = self.job.checkpoint.stored.items()
         return {name.removesuffix(".weight") for name, key in stored if key in self.packed_outside}
-
-    @functools.cached_property
-    def module_of(self) -> dict[str, str]:
-        """Stored name of a weight -> name of its module, for all that have a type."""
-        names = [*self.modules_outside, *self.job.selected_linears()]
-        return {self.job.stored_key(name): name for name in names}
 
     @functools.cached_property
     def reach(self) -> tuple[int, int]:

@@ -87,18 +87,6 @@ class BlockType(GroupQuantizer):
             for field, copy in zip(self.layout, copies, strict=True)
         ]
 
-    def join(self, *fields: Tensor) -> Tensor:
-        """The bytes of rows, uint8 (O, B): the inverse of `separate`.
-
-        Args:
-            *fields: In the order of the layout. Floats have the quantiser's dtype, and integers may
-                be viewed as any dtype.
-        """
-        parts = zip(fields, self.sizes, strict=True)
-        return torch.cat(
-            [field.view(torch.uint8).unflatten(1, (-1, size)) for field, size in parts], dim=2
-        ).flatten(1)
-
     def pack(self, spans: Spans) -> Tensor:
         """The bytes of spans, uint8 (N, K): their fields, one after the other.
 
@@ -171,6 +159,19 @@ def integers(bits: int) -> tuple[int, ...]:
     return tuple(range(-(2 ** (bits - 1)), 2 ** (bits - 1)))
 
 
+def scaled(data_OB: Tensor, bits: int, scale_OS: Tensor, bias_OS: Tensor) -> Tensor:
+    """Weights scale · integer + bias of a stream of bits, float32 (O, I).
+
+    Args:
+        data_OB: uint8, the integers of each row, from 0 on; see the top of this file.
+        bits: The bits of an integer, at most 8.
+        scale_OS: The scales of the groups of each row, in any float dtype.
+        bias_OS: Their biases.
+    """
+    integers_OSC = _from_stream(data_OB, bits).float().unflatten(1, (scale_OS.shape[1], -1))
+    return integers_OSC.mul_(scale_OS[..., None]).add_(bias_OS[..., None]).flatten(1)
+
+
 def _field(integers_NB: Tensor, bits: int, width: int) -> Tensor:
     """The low `bits` bits of integers, uint8 (N, K); see the top of this file."""
     if width == 0:
@@ -195,7 +196,7 @@ def _field(integers_NB: Tensor, bits: int, width: int) -> Tensor:
 def _from_field(field_NK: Tensor, bits: int, width: int) -> Tensor:
     """The integers of a field, uint8 (N, B): the inverse of `_field`."""
     if width == 0:
-        return from_stream(field_NK, bits)
+        return _from_stream(field_NK, bits)
     if bits == 6:
         first_NK, low_NK = field_NK.tensor_split((8,), dim=1)
         last_NB = _from_field(low_NK, 4, 4) | first_NK >> 6 << 4
@@ -205,13 +206,8 @@ def _from_field(field_NK: Tensor, bits: int, width: int) -> Tensor:
     return torch.stack(parts, dim=2).flatten(1)
 
 
-def from_stream(data_NK: Tensor, bits: int) -> Tensor:
-    """The integers in a stream of bits, uint8 (N, B); see the top of this file.
-
-    Args:
-        data_NK: uint8, as many bytes as multiples of eight integers have.
-        bits: The bits of an integer, at most 8.
-    """
+def _from_stream(data_NK: Tensor, bits: int) -> Tensor:
+    """The integers in a stream of bits, uint8 (N, B); see the top of this file."""
     words_NWK = functional.pad(data_NK.unflatten(1, (-1, bits)), (0, 8 - bits))
     words_NW = words_NWK.view(torch.int64)[..., 0]
     eights = [(words_NW >> bits * index & 2**bits - 1).to(torch.uint8) for index in range(8)]

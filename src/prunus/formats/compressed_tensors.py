@@ -14,18 +14,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from prunus.engine.linear_record import LinearRecord
 from prunus.formats.base import TypeFormat
-from prunus.formats.block_bytes import ONE, BlockType, Field, integers
+from prunus.formats.block_bytes import ONE, BlockType, Field, integers, scaled
 from prunus.formats.cards import tensors_card
 from prunus.formats.records import CompressionRecord
 from prunus.methods.group_quantizer import GroupedWeight
 from prunus.model.checkpoint.atomic_files import read_json
-from prunus.model.checkpoint.reader import TensorInfo
 
 # The kernels of vLLM know groups of these sizes. Fewer scales take fewer bits.
 _GROUPS = (128, 64, 32)
@@ -76,19 +74,6 @@ def stored_parts(key: str, weight: GroupedWeight, dtype: torch.dtype) -> dict[st
     }
 
 
-def weight_of(
-    packed: torch.Tensor, scale_OS: torch.Tensor, quantizer: IntegerType
-) -> GroupedWeight:
-    """The weight of the first two of `stored_parts`: its inverse.
-
-    Args:
-        packed: int32, the integers.
-        scale_OS: The scales, in any float dtype.
-        quantizer: What quantised the weight.
-    """
-    return GroupedWeight(quantizer, quantizer.join(scale_OS.to(quantizer.dtype), packed))
-
-
 class TensorsFormat(TypeFormat):
     """A checkpoint folder in this format. All linears have the same bits."""
 
@@ -124,11 +109,8 @@ class TensorsFormat(TypeFormat):
 
     def quantizers(self, name: str) -> list[IntegerType]:
         """The only quantiser of a linear."""
-        return [self._quantizer_of(self.job.stored_key(name))]
-
-    def _quantizer_of(self, key: str) -> IntegerType:
-        """How the weight that the source stores as `key` is quantised."""
-        return integer_type(int(self.recipe.bits or 0), self.group, self.scale_dtype(key))
+        dtype = self.scale_dtype(self.job.stored_key(name))
+        return [integer_type(int(self.recipe.bits or 0), self.group, dtype)]
 
     @property
     def packed_outside(self) -> dict[str, list[str]]:
@@ -140,13 +122,6 @@ class TensorsFormat(TypeFormat):
         """The bytes of all linears, which have no choice."""
         return sum(only.nbytes for [only] in self.choices({}).values())
 
-    def parts(self, key: str, info: TensorInfo, bits: float) -> dict[str, Any]:
-        """The tensors of a weight, without contents; `bits` is that of the recipe."""
-        quantizer = self._quantizer_of(key)
-        size = info.shape[0], quantizer.nbytes_of(info.shape[1])
-        data_OB = torch.empty(size, dtype=torch.uint8, device="meta")
-        return stored_parts(key, GroupedWeight(quantizer, data_OB), info.dtype)
-
     def tensors_of(self, key: str, weight: GroupedWeight) -> dict[str, torch.Tensor]:
         """The three tensors of a linear; see `Format.tensors_of`."""
         return stored_parts(key, weight, self.job.checkpoint.checkpoint.tensors[key].dtype)
@@ -156,7 +131,9 @@ class TensorsFormat(TypeFormat):
     ) -> torch.Tensor:
         """The dense weight of a linear; its three tensors leave `tensors`."""
         packed, scale_OS, _ = (tensors.pop(f"{key}_{x}") for x in ("packed", "scale", "shape"))
-        return weight_of(packed, scale_OS, self._quantizer_of(key)).dense().to(dtype)
+        bits = int(self.recipe.bits or 0)
+        lowest_OS = scale_OS.float() * -(2 ** (bits - 1))
+        return scaled(packed.view(torch.uint8), bits, scale_OS, lowest_OS).to(dtype)
 
     def card(self, record: CompressionRecord) -> str:
         """The README.md of the folder."""

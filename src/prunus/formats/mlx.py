@@ -26,34 +26,34 @@ import torch
 
 from prunus.engine.linear_record import LinearRecord
 from prunus.formats.base import MixFormat
-from prunus.formats.block_bytes import ONE, BlockType, Field, from_stream
+from prunus.formats.block_bytes import ONE, BlockType, Field, scaled
 from prunus.formats.cards import mlx_card
-from prunus.formats.records import CompressionRecord, FileSize
+from prunus.formats.packed.file_size import size_of
+from prunus.formats.records import CompressionRecord
 from prunus.methods.group_quantizer import GroupedWeight
 from prunus.model.checkpoint.atomic_files import make_folder, read_json, write_json
 from prunus.model.checkpoint.output_folder import auxiliary_files, copy_companion
-from prunus.model.checkpoint.reader import SINGLE_NAME, Checkpoint, TensorInfo
+from prunus.model.checkpoint.reader import SINGLE_NAME, Checkpoint
 from prunus.model.checkpoint.writer import file_nbytes, save_safetensors
 from prunus.model.device import DTYPES
 
-#: Model types whose weights mlx-lm takes under the names that transformers gives them, with each
-#: linear by itself. tests/compression/test_mlx.py compares every one with mlx-lm.
-FAMILIES = frozenset({"llama"})
+#: Model types whose weights mlx-lm 0.32 takes under the names that transformers gives them, and as
+#: they are -> the values of tie_word_embeddings with which it does. With the packages installed,
+#: tests/compression/test_mlx.py compares every one with mlx-lm.
+FAMILIES: dict[str, tuple[bool, ...]] = {
+    **dict.fromkeys([
+        "apertus", "gemma3_text", "glm", "granite", "llama", "mamba2", "ministral3", "mistral",
+        "nemotron", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "smollm3", "starcoder2",
+    ], (False, True)),
+    **dict.fromkeys(["cohere", "gemma", "gemma2"], (True,)),
+    **dict.fromkeys(["gptj", "phi", "seed_oss", "stablelm"], (False,)),
+}  # fmt: skip
 # The numbers of bits and of columns of a group that MLX has kernels for; the smallest weight first.
 _BITS = (2, 3, 4, 5, 6, 8)
 _GROUPS = (128, 64, 32)
 
 
-class AffineType(BlockType):
-    """Integers with a scale and a bias for each group, stored as scale, bias and integers."""
-
-    @property
-    def width(self) -> int:
-        """The bits of an integer."""
-        return self.layout[-1].bits
-
-
-def affine_type(bits: int, group: int, dtype: torch.dtype) -> AffineType:
+def affine_type(bits: int, group: int, dtype: torch.dtype) -> BlockType:
     """Integers from 0 on, with a scale and a bias for each group of columns.
 
     Args:
@@ -64,30 +64,13 @@ def affine_type(bits: int, group: int, dtype: torch.dtype) -> AffineType:
     >>> affine_type(4, 64, torch.bfloat16).bits
     4.5
     """
-    layout = (Field("d"), Field("-dmin"), Field("levels", bits, 0))
+    layout = (Field("levels", bits, 0), Field("d"), Field("-dmin"))
     name, values = f"{bits}bit-g{group}", tuple(range(2**bits))
-    return AffineType(name, group, group, values, ONE, layout, dtype=dtype)
-
-
-def stored_parts(key: str, weight: GroupedWeight) -> dict[str, torch.Tensor]:
-    """The tensors of a weight by name, see the top of this file.
-
-    Args:
-        key: The name under which the source stores the weight.
-        weight: The weight, quantised by an `affine_type`.
-    """
-    assert isinstance(weight.quantizer, BlockType)
-    scales_OS, biases_OS, integers_OB = weight.quantizer.separate(weight.data_OB)
-    path = _module(key)
-    return {
-        key: integers_OB.view(torch.uint32),
-        f"{path}.scales": scales_OS,
-        f"{path}.biases": biases_OS,
-    }
+    return BlockType(name, group, group, values, ONE, layout, dtype=dtype)
 
 
 def dense_weight(key: str, tensors: dict[str, torch.Tensor], group: int) -> torch.Tensor:
-    """The weight of `stored_parts`, float32 (O, I); its tensors leave `tensors`.
+    """A weight that `MlxFormat.tensors_of` has stored, float32 (O, I); `tensors` lose its parts.
 
     Args:
         key: The name of the weight.
@@ -97,19 +80,16 @@ def dense_weight(key: str, tensors: dict[str, torch.Tensor], group: int) -> torc
     Raises:
         ValueError: The tensors do not belong together, or are of another mode than affine.
     """
-    names = key, f"{_module(key)}.scales", f"{_module(key)}.biases"
-    packed, scales_OS, biases_OS = (tensors.pop(name, torch.empty(0)) for name in names)
+    packed, scales_OS, biases_OS = (tensors.pop(x, torch.empty(0)) for x in _names(key))
     columns = group * scales_OS.shape[-1]
     bits = 32 * packed.shape[-1] / max(1, columns)
-    fits = packed.dtype == torch.uint32 and scales_OS.shape == biases_OS.shape
-    if not fits or bits not in _BITS or packed.shape[:-1] != scales_OS.shape[:-1] or not columns:
+    shapes = {tuple(scales_OS.shape), tuple(biases_OS.shape), (len(packed), columns // group)}
+    if packed.dtype != torch.uint32 or bits not in _BITS or len(shapes) > 1:
         raise ValueError(
             f"{key} is not stored as integers with a scale and a bias for each {group} columns: "
             "give a model of mode affine, without experts in one tensor"
         )
-    integers_OI = from_stream(packed.view(torch.uint8), int(bits)).float()
-    groups_OSC = integers_OI.unflatten(1, (-1, group))
-    return groups_OSC.mul_(scales_OS[..., None]).add_(biases_OS[..., None]).flatten(1)
+    return scaled(packed.view(torch.uint8), int(bits), scales_OS, biases_OS)
 
 
 class MlxFormat(MixFormat):
@@ -151,31 +131,19 @@ class MlxFormat(MixFormat):
         write_json(dest / "config.json", config)
         return {"tensors": len(tensors)}
 
-    @staticmethod
-    def read_record(path: Path) -> CompressionRecord | None:
-        """The record in a folder; None if prunus did not make it."""
-        made = (path / CompressionRecord.FILE).exists()
-        return CompressionRecord.load(path) if made else None
-
-    @staticmethod
-    def stored_types(path: Path) -> dict[str, tuple[str, float]]:
-        """The types of the weights of a folder that prunus made; empty for others."""
-        record = MlxFormat.read_record(path)
-        types = {} if record is None else record.types
-        bits = {x.name: x.bits for x in _types(torch.bfloat16)}
-        return {name: (kind, bits[kind]) for name, kind in types.items()}
-
     def check(self) -> None:
         """Check family, options, widths, and that types reach the bits or the size.
 
         Raises:
             ValueError: The format cannot do what the recipe asks for.
         """
-        family = self.job.checkpoint.config.model_type
-        if family not in FAMILIES:
+        config = self.job.checkpoint.config
+        tied = bool(config.tie_word_embeddings)
+        if tied not in FAMILIES.get(config.model_type, ()):
             raise ValueError(
-                f"mlx-lm takes no compressed weights of the family {family} under the names of "
-                "this checkpoint: write a GGUF file or a packed checkpoint instead, or one of "
+                f"mlx-lm does not take the weights of a model of the family {config.model_type} "
+                f"with `tie_word_embeddings` {str(tied).lower()} as they are stored: write a GGUF "
+                "file or a packed checkpoint instead. prunus writes MLX checkpoints of "
                 f"{', '.join(sorted(FAMILIES))}"
             )
         self.refuse_types()
@@ -186,44 +154,34 @@ class MlxFormat(MixFormat):
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Module of each weight with a type -> the shape of the weight."""
+        names = [*self.modules_outside, *self.job.selected_linears()]
         tensors = self.job.checkpoint.checkpoint.tensors
-        return {name: tensors[key].shape for key, name in self.module_of.items()}
+        return {name: tensors[self.job.stored_key(name)].shape for name in names}
 
-    def quantizers(self, name: str) -> list[AffineType]:
+    def quantizers(self, name: str) -> list[BlockType]:
         """The types whose groups fill the width, smallest first; `head_bits` may name the bits."""
-        key = self.job.stored_key(name)
-        columns = self.shapes[name][1]
         fixed = "head_bits" in self.recipe.model_fields_set and name in self.modules_outside
         bits = [self.recipe.packs_head] if fixed else _BITS
-        types = _types(self.scale_dtype(key))
-        return [x for x in types if columns % x.span == 0 and x.width in bits]
-
-    def parts(self, key: str, info: TensorInfo, bits: float) -> dict[str, Any]:
-        """The tensors of a weight, without contents, of its type; of its largest before a choice.
-
-        `bits` is ignored: the type says it.
-        """
-        name = self.module_of[key]
-        quantizer = self.quantizer(name) if self.types else self.quantizers(name)[-1]
-        size = info.shape[0], quantizer.nbytes_of(info.shape[1])
-        data_OB = torch.empty(size, dtype=torch.uint8, device="meta")
-        return stored_parts(key, GroupedWeight(quantizer, data_OB))
+        dtype = self.scale_dtype(self.job.stored_key(name))
+        types = [affine_type(x, group, dtype) for x in _BITS if x in bits for group in _GROUPS]
+        return [x for x in types if self.shapes[name][1] % x.span == 0]
 
     @functools.cached_property
     def others(self) -> int:
-        """The bytes of all else, with headers as long as those of the largest types."""
+        """The bytes of all else, with headers as long as those of the largest types, the last."""
         return sum(map(file_nbytes, self.shards(0))) - self.reach[1]
 
     def describe(self) -> dict[str, object]:
         """The size of the files and what takes it, for a plan."""
-        source = self.job.checkpoint.checkpoint
-        count = sum(math.prod(info.shape) for info in source.tensors.values())
-        sizes = source.file_bytes(), self.file_bytes()
-        return {"file": FileSize.of(*sizes, count, self.planned_parts()).model_dump()}
+        planned = self.file_bytes(), self.planned_parts()
+        return {"file": size_of(self.job.checkpoint.checkpoint, *planned).model_dump()}
 
     def tensors_of(self, key: str, weight: GroupedWeight) -> dict[str, torch.Tensor]:
         """The three tensors of a weight; see `Format.tensors_of`."""
-        return stored_parts(key, weight)
+        assert isinstance(weight.quantizer, BlockType)
+        integers_OB, scales_OS, biases_OS = weight.quantizer.separate(weight.data_OB)
+        parts = integers_OB.view(torch.uint32), scales_OS, biases_OS
+        return dict(zip(_names(key), parts, strict=True))
 
     def weight_from(
         self, key: str, tensors: dict[str, torch.Tensor], record: LinearRecord, dtype: torch.dtype
@@ -240,10 +198,9 @@ class MlxFormat(MixFormat):
         source, config = self.job.checkpoint, self.job.skeleton.model.config
         described: dict[str, object] = {"group_size": 64, "bits": 4, "mode": "affine"}
         for key, name in sorted(self.module_of.items()):
-            quantizer = self.quantizer(name)
-            assert isinstance(quantizer, AffineType)
-            bits, group = quantizer.width, quantizer.group
-            described[_module(key)] = {"group_size": group, "bits": bits, "mode": "affine"}
+            group, count = self.quantizer(name).span, len(self.quantizer(name).values)
+            entry = {"group_size": group, "bits": int(math.log2(count)), "mode": "affine"}
+            described[key.removesuffix(".weight")] = entry
         return read_json(source.checkpoint.folder / "config.json") | {
             # mlx-lm has defaults of its own where the file does not say it.
             "tie_word_embeddings": bool(config.tie_word_embeddings),
@@ -252,12 +209,7 @@ class MlxFormat(MixFormat):
         }
 
 
-@functools.cache
-def _types(dtype: torch.dtype) -> tuple[AffineType, ...]:
-    """All types with scales of a dtype, the smallest first."""
-    return tuple(affine_type(bits, group, dtype) for bits in _BITS for group in _GROUPS)
-
-
-def _module(key: str) -> str:
-    """The name of a module, from the stored name of its weight."""
-    return key.removesuffix(".weight")
+def _names(key: str) -> tuple[str, str, str]:
+    """The names of the integers, the scales and the biases of a weight."""
+    module = key.removesuffix(".weight")
+    return key, f"{module}.scales", f"{module}.biases"

@@ -84,9 +84,7 @@ def reader_of(path: str | Path) -> Any:
 
 def _format_in(folder: Path) -> FormatEntry | None:
     """The format that the config.json of a folder names; None for none."""
-    try:
-        config = read_json(folder / "config.json")
-    except (OSError, ValueError):
-        return None  # whoever opens the folder says what is wrong
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else {}
     keys = config if isinstance(config, dict) else {}
     return next((entry for entry in FORMATS if isinstance(keys.get(entry.key), dict)), None)

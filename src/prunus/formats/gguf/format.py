@@ -29,7 +29,6 @@ from prunus.formats.gguf.import_checkpoint import import_gguf
 from prunus.formats.gguf.layout import GgufTensor, layout_of
 from prunus.formats.gguf.types import (
     FULL_TYPES,
-    TYPES,
     GgufType,
     type_for,
     type_named,
@@ -40,7 +39,7 @@ from prunus.hardware.sizes import in_bytes
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.model.checkpoint.atomic_files import check_place, move_file
 from prunus.model.checkpoint.output_folder import check_apart
-from prunus.model.checkpoint.reader import Checkpoint, TensorInfo
+from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.formats import reader_of
 
 #: Name of the whole file in the folder of the run.
@@ -57,13 +56,6 @@ class GgufFormat(MixFormat):
 
     unpack = staticmethod(import_gguf)
     read_record = staticmethod(read_record)
-
-    @staticmethod
-    def stored_types(path: Path) -> dict[str, tuple[str, float]]:
-        """The types of the weights of a file that prunus made; empty for others."""
-        record = read_record(path)
-        types = {} if record is None else record.types
-        return {name: (kind, TYPES[kind].bits) for name, kind in types.items()}
 
     def folder(self, model: str | Path, output: Path) -> Path:
         """The folder OUT.gguf.part of the run, once output and model are checked.
@@ -198,10 +190,6 @@ class GgufFormat(MixFormat):
     def measures_loss(self) -> bool:
         """Whether types are chosen by the loss that they cause. A type that is given is not."""
         return self.recipe.type is None
-
-    def parts(self, key: str, info: TensorInfo, bits: float) -> dict[str, object]:
-        """Is never asked: the size of a GGUF file is not that of a folder."""
-        raise NotImplementedError("the size of a GGUF file follows from its contents")
 
     def chosen(self, record: CompressionRecord) -> str:
         """How many bytes of the file have each type."""

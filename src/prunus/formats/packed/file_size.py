@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prunus.formats.records import FileSize
+from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.embeddings import is_plain
 from prunus.model.linears import tied_embedding
 from prunus.model.source import CheckpointSource
@@ -41,9 +42,13 @@ def file_size(
         kind = kinds.get(linear, "linears" if packed else kind)
         what = f"packed {kind}" if packed else f"{kind} in {str(info.dtype).partition('.')[2]}"
         parts[what] += math.prod(info.shape) * info.dtype.itemsize
-    checkpoint = source.checkpoint
-    parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
-    return FileSize.of(checkpoint.file_bytes(), after, parameters, parts)
+    return size_of(source.checkpoint, after, parts)
+
+
+def size_of(source: Checkpoint, after: int, parts: Counter[str]) -> FileSize:
+    """The size of a result that has `after` bytes in these parts."""
+    parameters = sum(math.prod(info.shape) for info in source.tensors.values())
+    return FileSize.of(source.file_bytes(), after, parameters, parts)
 
 
 def embedding_and_head(model: Any, stored: Mapping[str, str]) -> dict[str, list[str]]:
