@@ -46,7 +46,7 @@ FAMILIES: dict[str, tuple[bool, ...]] = {
         "nemotron", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "smollm3", "starcoder2",
     ], (False, True)),
     **dict.fromkeys(["cohere", "gemma", "gemma2"], (True,)),
-    **dict.fromkeys(["gptj", "phi", "seed_oss", "stablelm"], (False,)),
+    **dict.fromkeys(["phi", "seed_oss", "stablelm"], (False,)),
 }  # fmt: skip
 # The numbers of bits and of columns of a group that MLX has kernels for; the smallest weight first.
 _BITS = (2, 3, 4, 5, 6, 8)
@@ -154,7 +154,7 @@ class MlxFormat(MixFormat):
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Module of each weight with a type -> the shape of the weight."""
-        names = [*self.modules_outside, *self.job.selected_linears()]
+        names = [*self.job.selected_linears(), *sorted(self.modules_outside)]
         tensors = self.job.checkpoint.checkpoint.tensors
         return {name: tensors[self.job.stored_key(name)].shape for name in names}
 
@@ -195,18 +195,37 @@ class MlxFormat(MixFormat):
 
     def config(self, record: CompressionRecord) -> Mapping[str, object]:
         """The config.json of the source, with bits and groups of every module."""
-        source, config = self.job.checkpoint, self.job.skeleton.model.config
+        config = read_json(self.job.checkpoint.checkpoint.folder / "config.json")
         described: dict[str, object] = {"group_size": 64, "bits": 4, "mode": "affine"}
         for key, name in sorted(self.module_of.items()):
             group, count = self.quantizer(name).span, len(self.quantizer(name).values)
             entry = {"group_size": group, "bits": int(math.log2(count)), "mode": "affine"}
             described[key.removesuffix(".weight")] = entry
-        return read_json(source.checkpoint.folder / "config.json") | {
-            # mlx-lm has defaults of its own where the file does not say it.
-            "tie_word_embeddings": bool(config.tie_word_embeddings),
-            "quantization": described,
-            "quantization_config": described,
-        }
+        # mlx-lm has defaults of its own where the file does not say it.
+        tied = bool(self.job.checkpoint.config.tie_word_embeddings)
+        quantized = {"quantization": described, "quantization_config": described}
+        return rope_keys(config) | config | {"tie_word_embeddings": tied} | quantized
+
+
+def rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of transformers 4 for `rope_parameters`, which mlx-lm 0.32 reads for few families.
+
+    Without them it takes a base of 10,000 for most, in silence.
+
+    Args:
+        config: The content of config.json.
+
+    >>> rope_keys({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
+    {'rope_theta': 500000.0}
+    """
+    by_layer = config.get("rope_parameters") or {}
+    rope = by_layer.get("full_attention", by_layer)
+    keys = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    if "sliding_attention" in by_layer:
+        keys["rope_local_base_freq"] = by_layer["sliding_attention"]["rope_theta"]
+    if rope.get("rope_type", "default") != "default":
+        keys["rope_scaling"] = rope | {"type": rope["rope_type"]}
+    return keys
 
 
 def _names(key: str) -> tuple[str, str, str]:
