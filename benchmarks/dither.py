@@ -8,9 +8,13 @@ adds noise to every quantised weight, once: uniform between minus half and plus 
 between the levels of its block. Where the weight was before it was quantised is not known, but it
 was within this range.
 
-It writes DEST, a checkpoint in bfloat16, and DEST.gguf, which holds the same numbers for
-llama.cpp. Both are for comparisons between compression methods, not for use: the noise is as
-large as the error that the file has already.
+It writes DEST, a checkpoint in bfloat16, for comparisons between compression methods, not for use:
+the noise is as large as the error that the file has already. Where the file stores the embedding
+twice, the second time as the head, the checkpoint ties them, as the original did.
+
+llama.cpp's converter makes its GGUF file from DEST, as from every checkpoint. A file made from
+MODEL.gguf would hold the embedding twice, and all files quantised from that would be larger than
+they need be.
 """
 
 from __future__ import annotations
@@ -140,7 +144,7 @@ def write_dithered_gguf(source: Path, target: Path, seed: int) -> tuple[int, int
 
 
 def dither(source: Path, dest: Path, *, seed: int = 0, overwrite: bool = False) -> dict[str, Any]:
-    """Write the checkpoint `dest` and the file `dest`.gguf, which hold the same numbers.
+    """Write the checkpoint `dest`.
 
     Args:
         source: a GGUF file with quantised weights.
@@ -153,16 +157,13 @@ def dither(source: Path, dest: Path, *, seed: int = 0, overwrite: bool = False) 
     """
     source, dest = Path(source), Path(dest)
     check_destination(dest, overwrite=overwrite)
-    target = dest.with_name(f"{dest.name}.gguf")
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target}: is there already; give --overwrite to replace it")
-    partial = target.with_name(f".{target.name}.partial")
+    noisy_file = dest.with_name(f".{dest.name}.partial.gguf")
     try:
-        noisy, _ = write_dithered_gguf(source, partial, seed)
-        partial.replace(target)
+        noisy, _ = write_dithered_gguf(source, noisy_file, seed)
+        summary = import_gguf(noisy_file, dest, overwrite=overwrite)
     finally:
-        partial.unlink(missing_ok=True)
-    return {**import_gguf(target, dest, overwrite=overwrite), "dithered": noisy, "seed": seed}
+        noisy_file.unlink(missing_ok=True)
+    return {**summary, "dithered": noisy, "seed": seed}
 
 
 def main() -> None:
@@ -173,14 +174,16 @@ def main() -> None:
     parser.add_argument("dest", type=Path, help="folder for the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overwrite", action="store_true")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     try:
-        done = dither(given.source, given.dest, seed=given.seed, overwrite=given.overwrite)
+        done = dither(
+            arguments.source, arguments.dest, seed=arguments.seed, overwrite=arguments.overwrite
+        )
     except (ValueError, OSError, ModuleNotFoundError) as fault:
         sys.exit(f"error: {fault}")
     print(
-        f"{given.dest}: noise in {done['dithered']:,} of {done['parameters']:,} weights, "
-        f"seed {given.seed}"
+        f"{arguments.dest}: noise in {done['dithered']:,} of {done['parameters']:,} weights, "
+        f"seed {arguments.seed}"
     )
 
 

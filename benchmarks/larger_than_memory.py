@@ -181,7 +181,10 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--data", type=Path, help="local folder with the corpora")
-    parser.add_argument("--only", default="prune,eval,pack,reconstruct")
+    parser.add_argument("--only", default="prune,eval,compare,pack,reconstruct")
+    parser.add_argument(
+        "--others", type=Path, nargs="*", help="checkpoints to compare with MODEL; else the pruned"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     scratch, model = options.scratch, options.model
@@ -215,6 +218,23 @@ def main() -> None:
                 budgets["memory"],
             ],
             [model],
+            None,
+        ),
+        # Several models and their reference side by side.
+        "compare": (
+            [
+                "eval",
+                *map(str, options.others or [pruned]),
+                "--reference",
+                str(model),
+                "--samples",
+                str(options.windows),
+                *size,
+                *data,
+                "--memory",
+                budgets["memory"],
+            ],
+            [model, *(options.others or [pruned])],
             None,
         ),
         "pack": (["pack", str(pruned), str(packed)], [pruned], packed),

@@ -29,9 +29,7 @@ from prunus.methods.statistics import InputStatistics
 
 _CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in METHODS),
-    ("wanda", {"refine": "swaps"}),
     ("wanda", {"weight_update": "least-squares"}),
-    ("wanda", {"refine": "swaps", "weight_update": "least-squares"}),
 ]
 
 

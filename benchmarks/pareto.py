@@ -16,6 +16,8 @@ convert_hf_to_gguf.py of llama.cpp (option --converter) makes it.
 - Every result is scored with `prunus.perplexity`, in bfloat16. A GGUF file is imported first, so
   the score is that of its weights alone. llama.cpp also rounds activations to 8 bits as it runs.
 - Bits per weight are those of the linears in blocks, with scales and all else that belongs to them.
+- Both programs store the same number of weights: a GGUF file that holds a tied embedding twice is
+  refused.
 - Speed comes last. The models take turns, each measurement is a process of its own, and the load
   of the machine is kept with it.
 
@@ -221,6 +223,26 @@ def dense_gguf(options: argparse.Namespace) -> Path:
     return target
 
 
+def check_weights(options: argparse.Namespace) -> None:
+    """Check that the dense GGUF file holds the weights of the checkpoint, and none twice.
+
+    Raises:
+        ValueError: It does not, such as a file that stores a tied embedding a second time.
+    """
+    from gguf import GGUFReader
+
+    tensors = GGUFReader(dense_gguf(options)).tensors
+    in_file = sum(int(tensor.n_elements) for tensor in tensors if len(tensor.shape) > 1)
+    shapes = [shape for _, shape, _ in stored_tensors(options.dense) if len(shape) > 1]
+    in_checkpoint = sum(math.prod(shape) for shape in shapes)
+    if in_file != in_checkpoint:
+        raise ValueError(
+            f"{dense_gguf(options)} holds {in_file:,} weights in matrices, and {options.dense} "
+            f"{in_checkpoint:,}: a comparison of sizes would not be fair. Give the file that "
+            "llama.cpp's converter makes of the checkpoint"
+        )
+
+
 def importance_matrix(options: argparse.Namespace) -> Path:
     target: Path = options.work / "imatrix.gguf"
     if not target.exists():
@@ -340,6 +362,8 @@ def measure_rows(results: Results, options: argparse.Namespace) -> dict[str, tup
             **given,
         )
 
+    if options.types:
+        check_weights(options)
     logits = options.work / "dense-logits.bin"
     if not logits.exists() or results.data["dense"] is None:
         say("dense: scoring")

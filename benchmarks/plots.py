@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import re
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,7 +211,49 @@ def text_table(_figures: Figures) -> str:
     return markdown(["model", "method", *TEXTS.values()], rows, text=2)
 
 
+#: Rows of proof.json, in the order of tables -> what people call them, and colour in plots.
+PROOF_ROWS = {
+    "preset": ("llama.cpp, importance matrix", SERIES["sparsegpt"][1]),
+    "prunus types": ("prunus's types, llama.cpp's rounding", SERIES["magnitude"][1]),
+    "its types": ("its types, prunus's rounding", SERIES["wanda"][1]),
+    "nearest": ("prunus, rounded weight by weight", "#7d5ba6"),
+    "prunus": ("prunus", SERIES["best"][1]),
+    "fixed head": ("prunus, embedding and head in Q6_K", SERIES["balanced"][1]),
+}
+
+
+def proof_table(_figures: Figures) -> str:
+    """GGUF files at equal bytes: divergence, its ratio to that of the preset, and speed."""
+    rows = []
+    for model, measured in read("proof")["models"].items():
+        name = model
+        for preset, of_preset in measured["rows"].items():
+            for row in (x for x in PROOF_ROWS if x in of_preset):
+                values, base = of_preset[row], of_preset["preset"]["scores"]
+                cells = [
+                    f"{x['kl']:.4f} ± {x['kl_stderr']:.4f}, {x['kl_99.9']:.2f}, "
+                    f"{x['same_top']:.1f} %, **{x['kl'] / base[text]['kl']:.2f}**"
+                    for text, x in values["scores"].items()
+                ]
+                decode = [speed["decode"] for speed in values.get("speeds", ())]
+                rows.append(
+                    [
+                        name,
+                        preset,
+                        PROOF_ROWS[row][0],
+                        f"{values['bytes']:,}",
+                        f"{values['bits_of_linears']:.2f}",
+                        *cells,
+                        f"{statistics.median(decode):.1f}" if decode else "",
+                    ]
+                )
+                name = ""
+    columns = ["model", "size of", "file", "bytes", "bits", "WikiText-2", "Python", "tokens/s"]
+    return markdown(columns, rows, text=3)
+
+
 TABLES = {
+    "proof": proof_table,
     "models-and-texts": text_table,
     "perplexity": perplexity_table,
     "gap": gap_table,
@@ -265,6 +308,7 @@ def write_plots(figures: Figures) -> None:
     }
     plots = {"curve": draw_curve(figures), "gap": draw_gap(figures), "time": draw_time(figures)}
     plots["models-and-texts"] = draw_texts(read("models-and-texts")["cells"])
+    plots["proof"] = draw_proof(read("proof")["models"])
     for path in sorted(RESULTS.glob("pareto-*.json")):
         plots[path.stem] = draw_pareto(read(path.stem))
     for name, figure in plots.items():
@@ -402,6 +446,43 @@ def draw_texts(cells: dict[str, Any]) -> Any:
     axes.set_title("What each method loses, by text", loc="left")
     # Below the names, since bars of any height may be anywhere.
     axes.legend(frameon=False, ncols=len(methods), loc="upper center", bbox_to_anchor=(0.5, -0.13))
+    return figure
+
+
+def draw_proof(models: dict[str, Any]) -> Any:
+    """KL divergence against the bytes of GGUF files, a panel for each model and text."""
+    import matplotlib.pyplot as plt
+
+    texts = ("WikiText-2", "Python")
+    figure, panels = plt.subplots(
+        len(models), len(texts), figsize=(9.6, 2.9 * len(models)), squeeze=False
+    )
+    for panels_of_model, (model, measured) in zip(panels, models.items(), strict=True):
+        for axes, text in zip(panels_of_model, texts, strict=True):
+            for row in ("preset", "prunus types", "prunus"):
+                points = sorted(
+                    (of_preset[row]["bytes"] / 1e6, of_preset[row]["scores"][text]["kl"], preset)
+                    for preset, of_preset in measured["rows"].items()
+                    if row in of_preset
+                )
+                if not points:
+                    continue
+                sizes, divergences, presets = zip(*points, strict=True)
+                label, color = PROOF_ROWS[row]
+                axes.plot(sizes, divergences, "o-", color=color, markersize=4, label=label)
+                for x, y, preset in zip(sizes, divergences, presets, strict=True):
+                    if row == "preset":
+                        axes.annotate(
+                            preset, (x, y), (4, 4), textcoords="offset points", fontsize=8
+                        )
+            axes.set_yscale("log")
+            axes.margins(x=0.15, y=0.15)
+            axes.set_title(f"{model}, {text}", loc="left")
+        panels_of_model[0].set_ylabel("KL, nats (log scale)")
+    for axes in panels[-1]:
+        axes.set_xlabel("file, MB")
+    panels[0][0].legend(frameon=False, loc="lower left", fontsize=8)
+    figure.tight_layout()
     return figure
 
 

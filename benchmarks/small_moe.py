@@ -24,79 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from small_training import token_ids, train_checkpoint, train_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 import prunus
 from prunus.calibration.corpora import load_corpus
 
-VOCABULARY, END = 2048, "<|endoftext|>"
-SEQLEN, BATCH = 256, 24
-LEARNING_RATE, WARM_UP_STEPS = 2e-3, 50
-
-
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of a small vocabulary."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END, model_max_length=10**9
-    )
-
-
-def token_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
-    """All texts as one row of token ids, each followed by the end token."""
-    ids = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
-    return torch.tensor([token for each in ids for token in each])
-
-
-def perplexity(model: torch.nn.Module, ids: torch.Tensor, windows: int = 64) -> float:
-    """Perplexity over the first windows of a text."""
-    batch = ids[: windows * SEQLEN].view(windows, SEQLEN)
-    with torch.no_grad():
-        losses = [model(each, labels=each).loss.item() for each in batch.split(8)]
-    return math.exp(sum(losses) / len(losses))
-
-
-def train(model: torch.nn.Module, ids: torch.Tensor, test: torch.Tensor, tokens: int) -> None:
-    """Train by AdamW on so many tokens, with the learning rate of a cosine over them."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1
-    )
-    generator = torch.Generator().manual_seed(0)
-    started, shown, steps = time.perf_counter(), -1, max(1, tokens // (BATCH * SEQLEN))
-    for step in range(steps):
-        share = step / steps
-        rate = LEARNING_RATE * min(1, (step + 1) / WARM_UP_STEPS)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * (0.05 + 0.95 * (1 + math.cos(math.pi * share)) / 2)
-        starts = torch.randint(len(ids) - SEQLEN, (BATCH,), generator=generator)
-        batch = torch.stack([ids[start : start + SEQLEN] for start in starts.tolist()])
-        with torch.autocast("cpu", torch.bfloat16):
-            # The auxiliary loss, which spreads tokens over the experts, is part of this loss.
-            loss = model(batch, labels=batch, output_router_logits=True).loss
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if int(20 * share) > shown:
-            shown = int(20 * share)
-            score = perplexity(model.eval(), test)
-            model.train()
-            print(
-                f"{share:4.0%}, {(step + 1) * BATCH * SEQLEN:,} tokens in "
-                f"{time.perf_counter() - started:.0f} s: loss {loss.item():.3f}, test perplexity "
-                f"{score:.2f}",
-                flush=True,
-            )
+VOCABULARY = 2048
+SEQLEN = 256
 
 
 #: Calibration windows, and test windows that are scored.
@@ -185,7 +120,9 @@ def main() -> None:
     texts = ["\n".join(wikitext.documents), *c4.documents]
     trained = (options.out / "config.json").exists()
     tokenizer = (
-        PreTrainedTokenizerFast.from_pretrained(options.out) if trained else train_tokenizer(texts)
+        PreTrainedTokenizerFast.from_pretrained(options.out)
+        if trained
+        else train_tokenizer(texts, VOCABULARY)
     )
     ids = token_ids(tokenizer, texts)
     tests = {
@@ -193,17 +130,17 @@ def main() -> None:
         "C4": token_ids(tokenizer, [c4_test.whole()]),
     }
     if not trained:
-        train_checkpoint(options, tokenizer, ids, tests["WikiText-2"])
+        train_experts(options, tokenizer, ids, tests["WikiText-2"])
     print_table(options.out, ids, tests)
 
 
-def train_checkpoint(
+def train_experts(
     options: argparse.Namespace,
     tokenizer: PreTrainedTokenizerFast,
     ids: torch.Tensor,
     test: torch.Tensor,
 ) -> None:
-    """Train a model from random weights and save it."""
+    """Train a mixture of experts from random weights and save it."""
     config = Qwen3MoeConfig(
         vocab_size=VOCABULARY,
         hidden_size=192,
@@ -218,19 +155,23 @@ def train_checkpoint(
         head_dim=32,
         max_position_embeddings=4 * SEQLEN,
         tie_word_embeddings=True,
+        # The auxiliary loss, which spreads tokens over the experts, is part of the loss.
+        output_router_logits=True,
         router_aux_loss_coef=0.01,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
     )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).train()
-    model.set_experts_implementation("grouped_mm")
-    count = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{count:,} parameters, {len(ids):,} tokens of train text", flush=True)
-    train(model, ids, test, options.tokens)
-    model.eval().bfloat16().save_pretrained(options.out)
-    tokenizer.save_pretrained(options.out)
-    print(f"test perplexity {perplexity(model, test):.2f}; saved to {options.out}")
+    train_checkpoint(
+        config,
+        options.out,
+        tokenizer,
+        ids,
+        test,
+        tokens=options.tokens,
+        batch=24,
+        seqlen=SEQLEN,
+        learning_rate=2e-3,
+    )
 
 
 if __name__ == "__main__":

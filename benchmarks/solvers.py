@@ -111,7 +111,6 @@ def measure(rows: int, columns: int, rounds: int) -> dict[str, dict[str, float]]
             prune("wanda", weight_update="least-squares"),
             conjugate_steps("wanda", weight_update="least-squares") * product,
         ),
-        "wanda + swaps": (prune("wanda", refine="swaps"), 0.0),
     }
     best: dict[str, float] = {}
     # The first round warms up.

@@ -8,7 +8,6 @@ MODEL is a checkpoint folder. A size is the share of the parameters in blocks th
 Blocks and heads go in whole steps, so each way takes the largest of its models that is not above
 it, and the table says what it came to. Ways:
 
-    shortgpt        --block-rule cosine
     blocks          the search by KL divergence
     flap            FLAP, another width in each block; see benchmarks/flap.py
     width           channels and heads, with columns that are fitted by least squares
@@ -31,7 +30,6 @@ there, and goes on in the checkpoint where it was stopped.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import json
 import os
@@ -53,7 +51,6 @@ from prunus.calibration.windows import WindowRequest, hash_ids
 from prunus.engine.options import RunOptions
 from prunus.engine.session import Session
 from prunus.engine.windows import given_windows
-from prunus.evaluation.reference import Reference
 from prunus.evaluation.speed import bench
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.checkpoint.atomic_files import read_json, write_json
@@ -64,7 +61,6 @@ from prunus.structure.run import run
 
 #: Way -> options of `prunus.shrink`, without those that say how much goes.
 WAYS: dict[str, dict[str, Any]] = {
-    "shortgpt": {"block_rule": "cosine", "repair": False},
     "blocks": {"repair": False},
     "blocks+repair": {},
     "flap": {},
@@ -96,7 +92,6 @@ class Benchmark:
         self.file: Path = given.json or self.folder / "structure.json"
         self.data = read_json(self.file) if self.file.exists() else {"rows": {}}
         self.rows: dict[str, dict[str, Any]] = self.data["rows"]
-        self._references = contextlib.ExitStack()
 
     def describe(self) -> None:
         """Note what is measured and with what.
@@ -148,7 +143,7 @@ class Benchmark:
         """The checked run that removes an amount."""
         given = {**given_windows(self.ids)[1], "repair": False, **amount}
         recipe = StructureRecipe.read(None, given)
-        return plan_structure(self.given.model, recipe, RunOptions(input_ids=self.ids))
+        return plan_structure(self.given.model, recipe, RunOptions(calibration_data=self.ids))
 
     @functools.cached_property
     def block_sizes(self) -> list[int]:
@@ -162,7 +157,7 @@ class Benchmark:
             ValueError: so much width cannot go.
         """
         every, limit = self.block_sizes, size * sum(self.block_sizes)
-        if way.removesuffix("+repair") in ("shortgpt", "blocks"):
+        if way.removesuffix("+repair") == "blocks":
             return {"blocks": max(n for n in range(1, len(every)) if sum(every[:n]) <= limit)}
 
         def narrowed(steps: int, heads: int | None) -> int:
@@ -217,29 +212,21 @@ class Benchmark:
     def shrink(self, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         """Make a smaller model in a folder."""
         given = {**given_windows(self.ids)[1], "batch": BATCH, **options}
-        how = RunOptions(input_ids=self.ids)
+        how = RunOptions(calibration_data=self.ids)
         session = Session(report=lambda now: say(f"{folder.name} {now.done}/{now.total}"))
         record = run(self.given.model, folder, StructureRecipe.read(None, given), how, session)
         gone = record.totals["parameters_before"] - record.totals["parameters"]
         share = 1 - gone / sum(self.block_sizes)
         return {"folder": str(folder), "options": options, "share": share}
 
-    @functools.cached_property
-    def references(self) -> dict[str, Reference]:
-        """The dense model once for each text, so that its blocks run once for each."""
-        return {
-            text: self._references.enter_context(Reference(self.given.model))
-            for text in self.given.texts
-        }
-
     def scores(self, model: Any) -> dict[str, dict[str, Any]]:
         """Quality of a folder or a loaded model on each text."""
         found = {}
-        for text, reference in self.references.items():
+        for text in self.given.texts:
             result = prunus.perplexity(
                 model,
                 text,
-                reference=reference,
+                reference=self.given.model,
                 tokenizer=None if Path(text).suffix == ".safetensors" else self.tokenizer,
                 seqlen=self.given.eval_seqlen,
                 samples=self.given.limit,

@@ -19,7 +19,7 @@ def lockstep() -> Drawing:
     draw = Drawing(
         400,
         "All batches of windows pause at one linear. It is pruned, and all continue.",
-        "src/prunus/engine/block/lockstep.py",
+        "src/prunus/engine/block/walks.py",
     )
     columns = {"q, k, v": 170, "o": 300, "gate, up": 430, "down": 560}
     draw.box(430 - 58, 20, 116, 262, "pale")

@@ -10,6 +10,7 @@ pack         store a pruned checkpoint in a compressed format
 unpack       turn a packed checkpoint back into an ordinary one
 load         a model and its tokenizer: dense, pruned, packed, compressed, or an adapter
 perplexity   score a model on text
+perplexities score several models on several texts side by side
 evaluate     score a model on tasks
 compare      test whether two models differ by more than chance
 inspect      list the linears of a checkpoint with their sparsity
@@ -26,9 +27,8 @@ if TYPE_CHECKING:
     from prunus.compression.pack import pack, unpack
     from prunus.compression.run import compress
     from prunus.evaluation.inspection import Inspection, inspect
-    from prunus.evaluation.perplexity import perplexity
+    from prunus.evaluation.perplexity import perplexities, perplexity
     from prunus.evaluation.records import PerplexityResult, TaskResults, compare
-    from prunus.evaluation.reference import Reference
     from prunus.evaluation.task_runner import evaluate
     from prunus.formats.recipe import CompressionRecipe
     from prunus.formats.records import CompressionRecord
@@ -55,7 +55,6 @@ __all__ = [
     "PerplexityResult",
     "Recipe",
     "RecoveryRecord",
-    "Reference",
     "StructureRecipe",
     "StructureRecord",
     "TaskResults",
@@ -66,6 +65,7 @@ __all__ = [
     "inspect",
     "load",
     "pack",
+    "perplexities",
     "perplexity",
     "prune",
     "prune_and_recover",
@@ -88,7 +88,6 @@ _HOMES = {
     "PerplexityResult": "prunus.evaluation.records",
     "Recipe": "prunus.pruning.recipe",
     "RecoveryRecord": "prunus.recovery.record",
-    "Reference": "prunus.evaluation.reference",
     "StructureRecipe": "prunus.structure.records",
     "StructureRecord": "prunus.structure.records",
     "TaskResults": "prunus.evaluation.records",
@@ -98,6 +97,7 @@ _HOMES = {
     "inspect": "prunus.evaluation.inspection",
     "load": "prunus.model.loading",
     "pack": "prunus.compression.pack",
+    "perplexities": "prunus.evaluation.perplexity",
     "perplexity": "prunus.evaluation.perplexity",
     "prune": "prunus.pruning.run",
     "prune_and_recover": "prunus.recovery.max_preset",

@@ -13,14 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from rich.console import Console
 from safetensors.torch import save_file
 
 import prunus
 from command_line import PROGRAM, call
 from processors import processor_threads
-from prunus.cli.terminal import user_errors
 from prunus.engine.progress import PREPARATION, Progress
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.pruning.manifest import Manifest
@@ -234,22 +232,6 @@ def test_a_message_of_several_lines_is_shown_on_one(dense, tmp_path, monkeypatch
 
 
 needs_sigint = pytest.mark.skipif(os.name != "posix", reason="needs SIGINT")
-
-
-def _interrupt_c_code():
-    """Raise what torch raises when Ctrl-C arrives while it looks at an argument."""
-    try:
-        signal.raise_signal(signal.SIGINT)
-    except KeyboardInterrupt:
-        raise TypeError("could not determine the shape of object type 'UntypedStorage'") from None
-
-
-@needs_sigint
-def test_ctrl_c_that_c_code_reports_as_an_error_is_still_ctrl_c(capsys, interruptible):
-    with pytest.raises(typer.Exit) as stopped, user_errors("nothing is kept"):
-        _interrupt_c_code()
-    assert stopped.value.exit_code == 130
-    assert "stopped; nothing is kept" in capsys.readouterr().err
 
 
 def test_after_ctrl_c_a_verb_promises_only_what_it_keeps(monkeypatch):

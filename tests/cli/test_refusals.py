@@ -245,7 +245,6 @@ def files(folder: Path) -> dict[Path, tuple[int, int]]:
         "prune --allocation fisher",
         "compress --bits 6",
         "shrink --blocks 0.5",
-        "shrink --blocks 0.5 --block-rule cosine",
         "shrink --width 0.25",
         "recover --mode full --held-out 1 --batch 1",
     ],

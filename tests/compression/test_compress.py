@@ -192,7 +192,7 @@ def test_plan_predicts_the_size_of_the_result(dense, compressed, tmp_path, optio
         compress(dense, out, **options)
     recipe = CompressionRecipe(bits=4.0, samples=6, seqlen=16, batch=2, **options)
     planned = describe_plan(
-        plan_run(dense, recipe, RunOptions(input_ids=token_ids()), PackedFormat(recipe))
+        plan_run(dense, recipe, RunOptions(calibration_data=token_ids()), PackedFormat(recipe))
     )
     stored = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     assert planned["file_bytes"] == pytest.approx(stored, rel=0.02)
@@ -211,7 +211,7 @@ def test_plan_counts_the_measurement(dense):
     packed = CompressionRecipe(bits=4.0, **options)
     pruned = Recipe(method="sparsegpt", dense_weight=0.25, **options)
     jobs = [
-        plan_run(dense, recipe, RunOptions(input_ids=token_ids()), stored)
+        plan_run(dense, recipe, RunOptions(calibration_data=token_ids()), stored)
         for recipe, stored in ((packed, PackedFormat(packed)), (pruned, PlainTensors()))
     ]
     weights = [dict(plan_facts(describe_plan(job)).items)["weights"] for job in jobs]
@@ -227,7 +227,7 @@ def test_a_budget_below_the_measurement_is_refused(dense, monkeypatch):
     needed = BlockMemory(0, 0, 10**14, 0, 10**9)
     monkeypatch.setattr("prunus.engine.linear_job.measuring_memory", lambda job, quantizes: needed)
     with pytest.raises(ValueError, match="measuring how the loss depends on each linear needs"):
-        plan_run(dense, recipe, RunOptions(input_ids=token_ids()), PackedFormat(recipe))
+        plan_run(dense, recipe, RunOptions(calibration_data=token_ids()), PackedFormat(recipe))
 
 
 def test_what_takes_the_bytes_of_the_file_is_said(dense, compressed, tmp_path):
@@ -263,7 +263,11 @@ def test_the_card_says_bits_and_zeros_and_no_method_that_chose_nothing(dense, co
     assert f"{totals['bits']:.2f} bits per weight" in card and "import prunus" in card
     assert f"{totals['zeros']:,} of {totals['weights']:,} weights" in card
     assert "used like the dense model" not in card and "wanda" not in card + record
-    for option in ({"method": "alps"}, {"allocation": "fisher"}, {"refine": "swaps"}):
+    for option in (
+        {"method": "alps"},
+        {"allocation": "fisher"},
+        {"weight_update": "least-squares"},
+    ):
         with pytest.raises(ValueError, match=f"{next(iter(option))} would say which zeros"):
             compress(dense, tmp_path / "out", **option)
     with pytest.raises(FileExistsError, match=r"another sparsity \(0.0, now 0.5\)"):

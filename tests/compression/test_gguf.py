@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,17 @@ pytest.importorskip("accelerate")
 import gguf
 
 import prunus
+from command_line import call
 from gguf_cases import gguf_checkpoint, shape
+from prunus.engine import loss_sensitivity
+from prunus.engine.block import prune_block
 from prunus.engine.progress import Progress, pruning_step
 from prunus.evaluation.generation import generate
 from prunus.evaluation.inspection import stored_size
 from prunus.evaluation.records import ModelSize
 from prunus.formats.base import Choice, choose_types
-from prunus.formats.gguf.contents import read_record
 from prunus.formats.gguf.file import GgufFile
+from prunus.formats.gguf.format import read_record
 from prunus.formats.gguf.import_checkpoint import import_gguf
 from prunus.formats.gguf.types import TYPES
 from prunus.formats.records import CompressionRecord
@@ -35,8 +39,9 @@ from prunus.methods.group_fits import round_in_groups
 from prunus.model.checkpoint import lock
 from prunus.model.checkpoint.atomic_files import move_file
 from scripts import run_script
+from sensitivity_cases import IDS, whole_model
 from stopping import StopError, stop_after
-from tiny import token_ids, tree
+from tiny import tiny_checkpoint, token_ids, tree
 
 #: Options of mixtures of experts. Other widths make larger files.
 EXPERTS: dict[str, dict[str, Any]] = {
@@ -117,7 +122,9 @@ def test_a_model_without_some_of_its_parts_is_written(family, tmp_path):
         assert file.get("gemma3.attention.sliding_window_pattern") == sliding
 
 
-@pytest.mark.parametrize("options", [{"type": "Q4_K"}, {"bits": 4.5}])
+@pytest.mark.parametrize(
+    "options", [{"type": "Q4_K"}, {"bits": 4.5}, {"bits": 4.5, "rounding": "nearest"}]
+)
 def test_a_killed_run_continues_to_the_same_bytes(options, dense, experts, tmp_path):
     dense = experts if "type" in options else dense
     compress(dense, tmp_path / "whole.gguf", **options)
@@ -274,7 +281,7 @@ def test_other_verbs_read_the_file(dense, tmp_path):
         for model in (out, tmp_path / "back")
     ]
     assert scores[0] == scores[1]
-    assert stored_size(out) == ModelSize(out.stat().st_size, None)
+    assert stored_size(out) == ModelSize(out.stat().st_size, 4.5)
     assert record.totals["bits"] == 4.5
 
 
@@ -543,3 +550,205 @@ def test_a_gguf_file_that_is_read_is_named_and_its_header_read_once(dense, monke
     assert said[0] == "reading x.gguf" and said[-1] == f"loading {tmp_path / 'x.gguf'}"
     assert any(line.startswith("unpacking") for line in said)
     assert len(read) == 1
+
+
+# --- each weight by itself, and the types of other files ---
+
+
+def contents(path: Path) -> dict[str, tuple[str, bytes]]:
+    """Name of a tensor that is no norm -> its type and its bytes."""
+    tensors = GgufFile.open(path).tensors.values()
+    kinds = {x.name: (x.tensor_type.name, x.data.tobytes()) for x in tensors}
+    return {name: kind for name, kind in kinds.items() if kind[0] != "F32"}
+
+
+@pytest.fixture
+def exact(monkeypatch) -> None:
+    """Keep products in float32, whatever the processor has."""
+    monkeypatch.setattr(loss_sensitivity, "multiplies_bfloat16", lambda device: False)
+
+
+@pytest.fixture
+def no_walk(monkeypatch) -> None:
+    """No window may run through the blocks on its way to a linear."""
+    monkeypatch.setattr(prune_block, "_WALKS", {})
+
+
+@pytest.mark.parametrize("options", [{"bits": 4.5}, {"type": "Q3_K"}])
+def test_each_weight_is_rounded_by_itself_with_the_mean_squares_of_its_inputs(
+    options, dense, exact, no_walk, tmp_path
+):
+    more = {"rounding": "nearest", "calibration": IDS, "dtype": "float32"}
+    record = compress(dense, tmp_path / "x.gguf", **options, **more)
+    rounded, inputs = imported(tmp_path / "x.gguf", tmp_path / "back"), whole_model(dense)
+    for name in (x for x in record.types if "layers" in x):
+        weight_OI, _, X_TI = inputs[name]
+        expected = round_in_groups(weight_OI, TYPES[record.types[name]], X_TI.square().mean(0))
+        # Sums in another order move a weight where two values are as near.
+        assert (rounded[f"{name}.weight"] != expected.dense()).float().mean() < 0.01, name
+    linear = record.blocks[0].linears["mlp.up_proj"]
+    assert (linear.tokens, linear.relative_output_error) == (0, None)
+
+
+def test_the_types_are_those_of_least_loss_with_this_rounding(exact, tmp_path):
+    """The smallest model that has one weight to choose for, and 64 rows: all of them count."""
+    dense = gguf_checkpoint(tmp_path / "dense", num_hidden_layers=1, intermediate_size=64)
+    options = {"only": ["*.up_proj"], "head_bits": "none", "calibration": IDS, "dtype": "float32"}
+    weight_OI, squares_O, X_TI = whole_model(dense)["model.layers.0.mlp.up_proj"]
+    importance_I, loss_O = X_TI.square().mean(0), squares_O + 0.1 * squares_O.mean()
+    losses = {}
+    for kind in ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0"):
+        error_OI = round_in_groups(weight_OI, TYPES[kind], importance_I).dense() - weight_OI
+        losses[kind] = float(loss_O @ error_OI.square() @ importance_I)
+    for bits in (3.0, 4.3, 5.0, 6.0):
+        record = compress(
+            dense, tmp_path / f"{bits}.gguf", bits=bits, rounding="nearest", **options
+        )
+        best = min((x for x in losses if TYPES[x].bits <= bits), key=losses.__getitem__)
+        assert [*record.types.values()] == [best]
+
+
+def test_a_pruning_by_weights_alone_that_measures_walks_no_window(dense, no_walk, tmp_path):
+    options = {"method": "magnitude", "group": "row", "allocation": "fisher", "sparsity": 0.5}
+    manifest = prunus.prune(dense, tmp_path / "out", calibration=IDS, **options)
+    assert manifest.totals["sparsity"] == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_compressed_tensors_are_rounded_by_themselves_too(bits, no_walk, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16, hidden_size=128)
+    options = {"bits": bits, "format": "compressed-tensors", "rounding": "nearest"}
+    assert compress(dense, tmp_path / "out", **options).state == "finished"
+    assert 'rounding = "nearest"' in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("rounding", ["feedback", "nearest"])
+def test_a_file_with_the_types_of_another_has_the_same_bytes(rounding, dense, experts, tmp_path):
+    """Also where a run was killed in between, and where a list names the types."""
+    for model in (dense, experts):
+        first, again, last = (tmp_path / f"{model.name}{x}.gguf" for x in (1, 2, 3))
+        record = compress(model, first, bits=4.5, rounding=rounding)
+        with pytest.raises(StopError):
+            compress(model, again, type=str(first), rounding=rounding, progress=stop_after(1))
+        compress(model, again, type=str(first), rounding=rounding)
+        kinds = {name: kind.lower() for name, (kind, _) in contents(first).items()}
+        lines = [f"^{name}$={kind}".replace(".", r"\.") for name, kind in kinds.items()]
+        (tmp_path / "types").write_text("\n".join(lines))
+        named = compress(model, last, type=str(tmp_path / "types"), rounding=rounding)
+        assert contents(first) == contents(again) == contents(last)
+        assert named.types == record.types
+        # The file names the list without the folder that it was in.
+        assert prunus.inspect(last).linears and b'"type":"types"' in last.read_bytes()
+
+
+def test_types_of_another_model_or_that_prunus_does_not_write_are_refused(dense, tmp_path):
+    longer = gguf_checkpoint(tmp_path / "longer", num_hidden_layers=3)
+    for folder in (dense, longer):
+        compress(folder, tmp_path / f"{folder.name}.gguf", type="Q8_0")
+    lines = [rf"^{name}$=q8_0" for name in contents(tmp_path / "dense.gguf")]
+    texts = {
+        "short": lines[:-1],
+        "foreign": [*lines, r"^blk\.7\.attn_q\.weight$=q8_0"],
+        "iq": [lines[0].replace("q8_0", "IQ2_XXS"), *lines],
+        "pattern": ["attn_.*=q8_0", *lines],
+        "no list": ["something else"],
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text("\n".join(text))
+    before = sorted(tmp_path.iterdir())
+    for kind, message in (
+        ("longer.gguf", r"longer\.gguf is not a file of this model: blk\.2\..* is None"),
+        ("short", rf"short has no type for {re.escape(lines[-1][1:].partition('$')[0])}"),
+        ("foreign", r"no tensor 'blk\.7\.attn_q\.weight'"),
+        ("iq", r"IQ2_XXS for .*, and prunus writes Q4_0"),
+        ("pattern", r"no tensor 'attn_\.\*'"),
+        ("no list", "no tensor ''"),
+        ("missing", "missing is not a type .* or a file with the types"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compress(dense, tmp_path / "x.gguf", type=str(tmp_path / kind))
+        assert sorted(tmp_path.iterdir()) == before
+    # The head has the type that its own option names.
+    given = compress(dense, tmp_path / "x.gguf", type=str(tmp_path / "dense.gguf"), head_bits=4)
+    assert given.types["lm_head"] == "Q4_K"
+
+
+def test_a_list_that_was_changed_since_a_run_was_killed_is_refused(dense, tmp_path):
+    options = {"type": str(tmp_path / "types.gguf")}
+    compress(dense, tmp_path / "types.gguf", type="Q4_K")
+    with pytest.raises(StopError):
+        compress(dense, tmp_path / "x.gguf", **options, progress=stop_after(1))
+    compress(dense, tmp_path / "types.gguf", type="Q5_K", overwrite=True)
+    with pytest.raises(FileExistsError, match=r"types\.gguf has other types than the finished"):
+        compress(dense, tmp_path / "x.gguf", **options)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_plan_writes_the_types_and_importances_that_llama_quantize_takes(
+    family, dense, experts, exact, tmp_path
+):
+    model, text = experts if family == "mixtral" else dense, tmp_path / "text.txt"
+    text.write_text("ab, letter by letter: a text to calibrate on. " * 20)
+    out, types, matrix = (tmp_path / x for x in ("x.gguf", "new/types.txt", "new/im.gguf"))
+    windows = ["--calibration", text, "--samples", 6, "--seqlen", 16, "--dtype", "float32"]
+    asked, lists = [model, out, "--bits", 4.5, *windows], ["--tensor-types", types]
+    said = call("plan", *asked, *lists, "--imatrix", matrix, "--json", "-")
+    plan = json.loads(said.stdout)
+    assert plan["written"] == [str(types), str(matrix)] and str(types) in said.stderr
+    assert not out.exists()
+    call("compress", *asked, "--rounding", "nearest")
+    assert plan["file_bytes"] == out.stat().st_size
+    entries = [line.split("=") for line in types.read_text().split()]
+    kinds, file = contents(out), GgufFile.open(matrix)
+    for name, (kind, _) in kinds.items():
+        # The first expression that is found in the name counts.
+        found = next((x for regex, x in entries if re.search(regex, name)), None)
+        assert found == kind.lower(), name
+    fields = ("general.type", *(f"imatrix.{x}" for x in ("chunk_count", "chunk_size", "datasets")))
+    assert [file.get(field) for field in fields] == ["imatrix", 6, 16, [str(text)]]
+    assert file.tensors.keys() == {f"{x}.{part}" for x in kinds for part in ("in_sum2", "counts")}
+    for name in kinds:
+        count, width = (2 if "_exps" in name else 1), int(GgufFile.open(out).tensors[name].shape[0])
+        assert shape(file, f"{name}.in_sum2") == (count, width)
+        assert file.read(f"{name}.counts").tolist() == [[96.0]] * count
+    # What a norm with weights of 1 gives has a mean square of nearly 1.
+    assert file.read("blk.0.attn_q.weight.in_sum2").mean() == pytest.approx(96, rel=0.1)
+    # Files that the command wrote are replaced, and a list leads to the same weights.
+    call("plan", *asked, *lists, "--imatrix", matrix)
+    call("compress", model, tmp_path / "y.gguf", "--type", types, "--rounding", "nearest", *windows)
+    assert contents(out) == contents(tmp_path / "y.gguf")
+
+
+def test_lists_that_cannot_be_written_are_refused_before_any_work(dense, monkeypatch, tmp_path):
+    monkeypatch.setattr("prunus.compression.rounding.measure_loss", None)
+    (tmp_path / "mine.txt").write_text("years of work")
+    compress(dense, tmp_path / "model.gguf", type="Q8_0")
+    (tmp_path / "link").symlink_to("nowhere")
+    before = tree(tmp_path)
+    for arguments, message in (
+        (["out", "--tensor-types", "new"], "lists for llama-quantize belong to .* ends in .gguf"),
+        (["x.gguf", "--tensor-types", "mine.txt"], "mine.txt exists and was not written by this"),
+        (["x.gguf", "--imatrix", "model.gguf"], "model.gguf exists and was not"),
+        (["x.gguf", "--imatrix", "link"], "link exists and was not"),
+        (["x.gguf", "--imatrix", "new", "--rounding", "feedback"], "leave --rounding feedback out"),
+    ):
+        out, *more = (
+            x if x.startswith("--") or x == "feedback" else tmp_path / x for x in arguments
+        )
+        asked = [dense, out, *more, "--bits", 4.5, "--calibration", tmp_path / "mine.txt"]
+        [line] = call("plan", *asked, "--seqlen", 16, status=2).stderr.splitlines()
+        assert re.search(message, line), line
+        assert tree(tmp_path) == before
+
+
+def test_nearest_rounding_of_a_packed_checkpoint_and_options_of_feedback_are_refused(
+    dense, tmp_path
+):
+    for out, options, message in (
+        ("out", {}, "`rounding` nearest and lists .* belong to GGUF files"),
+        ("x.gguf", {"calibration": IDS.repeat(1, 9)}, "windows of 144 tokens do not fit"),
+        ("x.gguf", {"dense_weight": 0.5}, "dense_weight would change .* nearest there is neither"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compress(dense, tmp_path / out, bits=4, rounding="nearest", **options)
+    assert not [*tmp_path.iterdir()]

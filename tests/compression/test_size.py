@@ -43,7 +43,7 @@ def test_the_files_take_the_size_and_never_more(dense, tmp_path, size, options):
             compress(dense, tmp_path / "out", 1, **options)
         size = int(re.search(r"\(([\d,]+) to", str(refused.value))[1].replace(",", ""))
     recipe = CompressionRecipe(size=size, samples=6, seqlen=16, batch=2, **options)
-    job = plan_run(dense, recipe, RunOptions(input_ids=token_ids()), PackedFormat(recipe))
+    job = plan_run(dense, recipe, RunOptions(calibration_data=token_ids()), PackedFormat(recipe))
     record = compress(dense, tmp_path / "out", size, **options)
     assert 0.995 * recipe.size <= in_files(tmp_path / "out") == record.size.after <= recipe.size
     assert job.format.file_bytes() == pytest.approx(recipe.size, rel=0.005)

@@ -24,7 +24,7 @@ def test_methods_that_need_norms_give_the_same_bytes(found, name):
     assert found["methods"][name] == {"masks": 0.0, "weights": 0.0, "bytes": True}
 
 
-@pytest.mark.parametrize("name", ["sparsegpt 2:4", "obs", "alps, dense targets", "swaps, lsq"])
+@pytest.mark.parametrize("name", ["sparsegpt 2:4", "obs", "alps, dense targets", "least squares"])
 def test_methods_that_need_a_gram_matrix_are_equal_within_rounding(found, name):
     assert found["methods"][name]["masks"] <= 1e-3
     assert found["methods"][name]["weights"] < 0.05
@@ -46,7 +46,7 @@ def test_ranks_compress_to_the_same_bits_and_errors(found):
 
 def test_models_become_smaller_as_by_one_process(found):
     result = found["shrunk"]
-    assert result["chosen"] and result["resumed"] and result["searched"], "the same bytes"
+    assert result["chosen"] and result["resumed"], "the same bytes"
     # Sums over ranks differ in their last bits, and so do weights that are fitted or trained.
     one, two = result["one"], result["two"]
     assert one["blocks"] == two["blocks"]

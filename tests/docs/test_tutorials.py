@@ -87,7 +87,7 @@ def hide_extras(page: Path, monkeypatch) -> None:
 
     def as_the_hub(data: Path | None) -> Path | None:
         """The corpora of `place`, which stand for those of the hub."""
-        corpora.require_library("datasets", "loading from the hub")
+        corpora.require_library("datasets", "loading from the hub", "data")
         return data_folder(data)
 
     monkeypatch.setattr(corpora, "data_folder", as_the_hub)

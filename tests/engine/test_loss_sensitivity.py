@@ -30,7 +30,7 @@ def exact_products(monkeypatch):
 
 def planned(folder, dtype: str = "float32", **options) -> PruningJob:
     recipe = CompressionRecipe(bits=4.0, samples=4, seqlen=16, batch=2, dtype=dtype, **options)
-    return plan_run(folder, recipe, RunOptions(input_ids=IDS), PackedFormat(recipe))
+    return plan_run(folder, recipe, RunOptions(calibration_data=IDS), PackedFormat(recipe))
 
 
 def streamed(
@@ -75,7 +75,8 @@ def test_it_is_what_autograd_through_the_whole_llama_finds(tmp_path):
 @pytest.mark.parametrize(("family", "tied"), [("llama", False), ("gemma3_text", True)])
 def test_embedding_and_head_are_measured_each_for_its_own_part(family, tied, tmp_path):
     folder = tiny_checkpoint(tmp_path / "dense", family, tie_word_embeddings=tied)
-    found, expected = streamed(planned(folder), outside=True), whole_model(folder)
+    expected = whole_model(folder)
+    found, corrected = (streamed(planned(folder), 0, x, outside=True) for x in (False, True))
     _, squares_V, X_TI = expected["lm_head"]
     torch.testing.assert_close(
         found["lm_head"].loss_O, squares_V + 0.1 * squares_V.mean(), rtol=1e-3, atol=0
@@ -83,6 +84,9 @@ def test_embedding_and_head_are_measured_each_for_its_own_part(family, tied, tmp
     torch.testing.assert_close(
         found["lm_head"].importance_I, X_TI.square().mean(dim=0), rtol=1e-3, atol=0
     )
+    # Where later columns correct the errors of those before them.
+    expected_I = X_TI.square().mean() / relative_steps(gather(X_TI), None).square()
+    torch.testing.assert_close(corrected["lm_head"].importance_I, expected_I, rtol=1e-2, atol=0)
     embedding = found["model.embed_tokens"]
     weight_VI, squares_I, ids_T = expected["model.embed_tokens"]
     shares_V = ids_T.bincount(minlength=len(weight_VI)) / len(ids_T)

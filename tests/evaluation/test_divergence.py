@@ -61,7 +61,10 @@ def slow_figures(reference, model, ids, start=0):
     return {
         "kl": float(np.mean(kl)),
         "kl_stderr": error(np.mean(kl, axis=1)),
+        "kl_median": float(np.median(kl)),
+        "kl_q99": float(np.quantile(kl, 0.99)),
         "kl_q999": float(np.quantile(kl, 0.999)),
+        "kl_max": float(np.max(kl)),
         "same_top": float(np.mean(same)),
         "same_top_stderr": error(np.mean(same, axis=1)),
         "reference_perplexity": math.exp(before.mean()),
@@ -72,7 +75,7 @@ def slow_figures(reference, model, ids, start=0):
 
 def figures(result):
     found = dataclasses.asdict(result.divergence)
-    del found["reference"]
+    del found["reference"], found["kl_max_at"]
     return found
 
 
@@ -191,7 +194,7 @@ def test_states_of_compared_models_leave_half_of_the_memory(folders, monkeypatch
 
     monkeypatch.setattr(streamed.Stream, "embed", watched)
     kept = figures(score(folders, stream=True))
-    monkeypatch.setattr(streamed, "memory_budget", lambda *_: 100)
+    monkeypatch.setattr(streamed, "memory_budget", lambda *_: 50)
     monkeypatch.setattr(streamed, "resident_memory", lambda: 0)
     monkeypatch.setattr(streamed.StreamedModel, "_needs", lambda *_: (40, 20))
     assert figures(score(folders, stream=True)) == kept
@@ -326,12 +329,13 @@ def test_eval_shows_and_writes_the_figures(folders, tmp_path):
     assert written[0]["perplexity"][0] | {"seconds": 0} == json.loads(json.dumps(expected))
     assert "Compared with dense: KL divergence" in " ".join(shown.split())
     for model in written:
-        assert len(model["perplexity"]) == 2
+        assert len(model["perplexity"]) == 3
         for one in model["perplexity"]:
             assert f"{one['divergence']['kl']:.5f} ± {one['divergence']['kl_stderr']:.5f}" in shown
     [section] = report([json_file]).sections
     [table] = [part for part in section.parts if part.title == "Quality and size"]
-    names = [(model, text) for text in (ids, second) for model in ("pruned", "packed")]
+    texts = (ids, second, "all texts")
+    names = [(model, text) for text in texts for model in ("pruned", "packed")]
     assert [(row[0], row[1]) for row in table.rows] == [(model, str(t)) for model, t in names]
     assert table.columns[3].title == "KL divergence"
     assert table.rows[0][3].value == expected["divergence"]["kl"]

@@ -72,7 +72,7 @@ def test_windows_do_not_overlap_and_the_rest_is_dropped(model, text_file):
     assert result.windows == tokens // 77
     assert tokens % 77 != 0
     ids = torch.tensor(byte_tokenizer()(SENTENCES)["input_ids"])[: 77 * result.windows].view(-1, 77)
-    expected = score_windows(WholeModel(model), ids).loss
+    expected = score_windows([WholeModel(model)], ids)[0].loss
     assert result.loss == pytest.approx(expected, rel=1e-6)
 
 
@@ -81,8 +81,8 @@ def test_the_loss_does_not_depend_on_the_batch(model):
     seen = []
     losses = [
         score_windows(
-            WholeModel(model), ids, batch=batch, progress=lambda *step: seen.append(step)
-        ).loss
+            [WholeModel(model)], ids, batch=batch, progress=lambda *step: seen.append(step)
+        )[0].loss
         for batch in (1, 3, 7, 50)
     ]
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
@@ -137,7 +137,7 @@ def test_token_ids_need_no_tokenizer(model, tmp_path):
     result = perplexity(folder, str(path), seqlen=20, device="cpu")
     assert result.windows == 6
     pieces = torch.cat([torch.stack([row[:20], row[20:40]]) for row in ids.long()])
-    expected = score_windows(WholeModel(model), pieces).loss
+    expected = score_windows([WholeModel(model)], pieces)[0].loss
     assert result.loss == pytest.approx(expected, rel=1e-6)
     assert perplexity(folder, str(path), seqlen=50, samples=2, device="cpu").windows == 2
     with pytest.raises(ValueError, match="its rows have 50 tokens, less than a window of 51"):
@@ -158,7 +158,7 @@ def test_token_ids_need_no_tokenizer(model, tmp_path):
         ({"device": "cpu"}, "a loaded model is scored as it is"),
         (
             {"text": "wikitext"},
-            "unknown text 'wikitext': give c4, wikitext2, ptb, python-docs, python-code or a file",
+            "unknown text 'wikitext': give c4, wikitext2, ptb, python-docs, python-code, chats",
         ),
         ({"text": "self"}, "unknown text 'self'"),
         ({"tokenizer": None}, "a loaded model needs its tokenizer"),

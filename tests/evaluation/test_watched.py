@@ -65,15 +65,6 @@ def test_perplexity(model, changed, stream, how, copies, folders):
     assert seen
 
 
-def test_a_reference_that_changes_between_two_models(copies, folders):
-    ids = str(folders / "ids.safetensors")
-    with prunus.Reference(copies / "dense") as reference:
-        prunus.perplexity(copies / "pruned", ids, reference=reference, seqlen=24)
-        change(copies / "dense")
-        with pytest.raises(ValueError, match=r"dense/model\.safetensors was changed"):
-            prunus.perplexity(copies / "packed", ids, reference=reference, seqlen=24)
-
-
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs the extra eval")
 @pytest.mark.filterwarnings("ignore")
 def test_tasks(tmp_path):

@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from prunus.evaluation.inspection import stored_size
+from prunus.evaluation.records import ModelSize
 from prunus.formats.gguf.import_checkpoint import import_gguf
 from tiny import tree
 from tiny_tokenizer import EOS, VOCABULARY, byte_tokenizer
@@ -91,6 +93,32 @@ def test_an_embedding_that_is_stored_twice_is_tied(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(loaded.model.embed_tokens.weight, kept["lm_head.weight"])
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_any_file_says_its_bits_per_weight_without_being_unpacked(tmp_path, monkeypatch):
+    """Files of llama.cpp have no record, and norms and the embedding do not count."""
+    for kind, bits in (("Q8_0", 8.5), ("F32", 32), ("F16", 16)):
+        path = tmp_path / f"{kind}.gguf"
+        write_gguf(tiny_llama(), path, kind)
+        monkeypatch.setattr(gguf, "dequantize", None)
+        assert stored_size(path) == ModelSize(path.stat().st_size, bits)
+        monkeypatch.undo()
+
+
+def test_names_are_made_once_and_every_tensor_is_decoded_once(tmp_path, monkeypatch):
+    """A table of names for every module took longer than all decoding."""
+    write_gguf(tiny_llama(), tmp_path / "q8.gguf", "Q8_0")
+    made, decoded = [], []
+    name_map, dequantize = gguf.get_tensor_name_map, gguf.dequantize
+    monkeypatch.setattr(
+        gguf, "get_tensor_name_map", lambda *args: made.append(args) or name_map(*args)
+    )
+    monkeypatch.setattr(gguf, "dequantize", lambda *args: decoded.append(args) or dequantize(*args))
+    import_gguf(tmp_path / "q8.gguf", tmp_path / "out")
+    assert len(made) == 1
+    assert len(decoded) == len(gguf.GGUFReader(tmp_path / "q8.gguf").tensors)
+    assert gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2) is not None
+    assert len(made) == 2, "the table of the package is back"
 
 
 def test_overwrite_replaces_the_whole_folder(tiny_gguf, tmp_path):

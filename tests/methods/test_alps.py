@@ -7,8 +7,8 @@ from torch import Tensor
 from method_cases import gather
 from prunus.methods import METHODS, MethodOptions
 from prunus.methods.alps import OVER_RELAXATION, from_spectrum, penalties
+from prunus.methods.dense_targets import drift_is_worthwhile
 from prunus.methods.patterns import Pattern
-from prunus.methods.refine.dense_targets import drift_is_worthwhile
 from prunus.methods.solvers.least_squares import ScaledGram, is_data_limited, ridge, scaled_gram_of
 from prunus.methods.statistics import InputStatistics
 

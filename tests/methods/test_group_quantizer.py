@@ -13,6 +13,7 @@ from prunus.methods import InputStatistics, Work
 from prunus.methods.group_fits import SpanFit, fit_scales, round_in_groups
 from prunus.methods.group_sweep import quantize_in_groups
 from prunus.methods.solvers.obs import inverse_factor
+from prunus.methods.work import NearestRounding
 
 INTEGERS = [integer_type(bits, 128, torch.bfloat16) for bits in (4, 8)]
 every_type = pytest.mark.parametrize("quantizer", TYPES.values(), ids=TYPES)
@@ -171,8 +172,12 @@ def test_feedback_lowers_the_error_of_the_outputs(quantizer):
 def test_processes_that_share_the_rows_get_the_same_weight():
     torch.manual_seed(0)
     weight_OI, statistics = torch.randn(8, 512), statistics_of(512)
-    work = Work(quantization=TYPES["Q4_K"])
-    alone = quantize_in_groups(weight_OI, statistics, work)
-    shared = quantize_in_groups(weight_OI, statistics, replace(work, rows=ThreeShards()))
-    assert (alone.weight_OI != shared.weight_OI).float().mean() < 0.02
-    assert torch.equal(shared.weight_OI, shared.quantized.dense())
+    nearest = NearestRounding(TYPES["Q4_K"], statistics.sum_squares_I.float())
+    for quantization in (TYPES["Q4_K"], nearest):
+        work = Work(quantization=quantization)
+        alone = quantize_in_groups(weight_OI, statistics, work)
+        shared = quantize_in_groups(weight_OI, statistics, replace(work, rows=ThreeShards()))
+        assert (alone.weight_OI != shared.weight_OI).float().mean() < 0.02
+        assert torch.equal(shared.weight_OI, shared.quantized.dense())
+    expected = round_in_groups(weight_OI, *nearest)
+    assert torch.equal(shared.weight_OI, expected.dense())

@@ -192,7 +192,7 @@ def work_of(weight_OI: Tensor) -> Work:
 
 def composed(weight_OI, X_TI, sparsity, pattern=Pattern(), name="wanda") -> Pruned:  # noqa: B008
     options = MethodOptions()
-    method = compose(METHODS[name], options, quantizes=True)
+    method = compose(METHODS[name], options, rounding="feedback")
     assert method.needs == "gram"
     assert method.updates_weights
     statistics = gather(X_TI)

@@ -77,7 +77,7 @@ def test_linears_whose_errors_cost_less_lose_more_weights(tmp_path, monkeypatch)
     recipe = Recipe(
         calibration="token ids", samples=4, seqlen=16, dtype="float32", allocation="fisher"
     )
-    job = plan_run(dense, recipe, RunOptions(input_ids=IDS), PlainTensors())
+    job = plan_run(dense, recipe, RunOptions(calibration_data=IDS), PlainTensors())
     found = allocate(job, SILENT, IDS, {})
     assert all(0.25 <= value <= 0.75 for value in found.values())
     # No exchange of sparsity between two linears of equal shape lowers the loss by much.

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.cuda
 
 TRAINED = {"reconstruct": "all", "reconstruct_epochs": 1, "batch": 1}
 LAST = {"reconstruct": "last", "batch": 2}
-#: Between them, the cases reach every method, refinement, update, pattern and allocation.
+#: Between them, the cases reach every method, update, pattern and allocation.
 CASES: dict[str, dict[str, Any]] = {
     "wanda": {},
     "wanda layer": {"group": "layer"},
@@ -37,8 +37,8 @@ CASES: dict[str, dict[str, Any]] = {
     "alps, dense targets": {"method": "alps", "dense_weight": 0.25},
     "alps 1:4, reconstructed": {"method": "alps", "pattern": "1:4", **TRAINED},
     "wanda 2:4, two passes": {"pattern": "2:4", "propagate": "block"},
-    "swaps, least squares": {"refine": "swaps", "weight_update": "least-squares"},
-    "swaps 2:4, last trained": {"refine": "swaps", "pattern": "2:4", **TRAINED, **LAST},
+    "least squares": {"weight_update": "least-squares"},
+    "wanda 2:4, last trained": {"pattern": "2:4", **TRAINED, **LAST},
     "head": {"head": True},
     "allocation": {"allocation": "fisher"},
 }
@@ -76,7 +76,7 @@ def test_every_method_gives_what_the_processor_gives(name, dense, tmp_path):
         ("mixtral", {"pattern": "2:4", "reconstruct": "all", "batch": 1}),
         ("deepseek_v3", {"method": "alps", "dense_weight": 0.25}),
         ("opt", {"dtype": "bfloat16"}),
-        ("bloom", {"refine": "swaps"}),
+        ("bloom", {"weight_update": "least-squares"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -75,7 +75,9 @@ def refusal(tmp_path, model: Any) -> str:
         prunus.prune(model, calibration=token_ids())
     recipe = Recipe(calibration="token ids")
     with pytest.raises(NotImplementedError) as stored:
-        plan_run(tmp_path / "dense", recipe, RunOptions(input_ids=token_ids()), PlainTensors())
+        plan_run(
+            tmp_path / "dense", recipe, RunOptions(calibration_data=token_ids()), PlainTensors()
+        )
     return f"{stored.value} | {loaded.value}"
 
 

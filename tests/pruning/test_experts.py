@@ -297,7 +297,7 @@ def test_measuring_experts_on_all_tokens_does_not_change_later_blocks(tmp_path):
     [
         {"method": "alps", "dense_weight": 0.25},
         {"method": "sparsegpt", "pattern": "2:4"},
-        {"method": "wanda", "refine": "swaps", "weight_update": "least-squares"},
+        {"method": "wanda", "weight_update": "least-squares"},
         {
             "method": "wanda",
             "reconstruct": "all",

@@ -46,7 +46,6 @@ OTHERS = st.fixed_dictionaries(
         "only": st.lists(TEXT, max_size=3).map(tuple),
         "ignore": st.lists(TEXT, max_size=3).map(tuple),
         "damping": st.floats(0, 1, exclude_min=True, exclude_max=True),
-        "refine": st.sampled_from(["none", "swaps"]),
         "weight_update": st.sampled_from(["none", "least-squares"]),
     },
 )

@@ -125,6 +125,11 @@ def as_of_version_0_3(folder: Path, record: str) -> None:
     content = json.loads(path.read_text())
     content.pop("shard_count", None)
     content |= {"format": 1, "sha256": {names[x]: y for x, y in content["sha256"].items()}}
+    if record == "prunus.json":
+        content["recipe"] |= {"refine": "none", "refine_steps": None}
+    if record == "prunus-structure.json":
+        content["recipe"] |= {"block_rule": "divergence"}
+        content["search"] = [step | {"measure": "divergence"} for step in content["search"]]
     if "shards" in content:
         content["shards"] = {names[x]: y for x, y in content["shards"].items()}
     path.write_text(json.dumps(content))
@@ -170,3 +175,12 @@ def test_a_result_of_an_earlier_version_is_read_and_its_unfinished_run_refused(t
         assert contents(folder) == before
         run(overwrite=True)
         assert [*shards(folder)] == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
+
+
+def test_a_record_with_the_former_dense_weight_auto_is_read(tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16)
+    prunus.prune(dense, tmp_path / "out", method="magnitude")
+    content = json.loads((tmp_path / "out" / "prunus.json").read_text())
+    content["recipe"]["dense_weight"] = "auto"
+    (tmp_path / "out" / "prunus.json").write_text(json.dumps(content))
+    assert prunus.Manifest.load(tmp_path / "out").recipe.dense_weight == 0.25

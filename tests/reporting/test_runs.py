@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from statistics import mean
-
 import pytest
 
 import prunus
 from prunus.engine.document import Lines
-from prunus.reporting.page import to_html, to_markdown
+from prunus.reporting.page import to_markdown
 from prunus.reporting.run_sections import structure_section
 from prunus.structure.records import StructureRecord
 from tiny import tiny_checkpoint, token_ids
@@ -35,19 +33,12 @@ def test_figures_are_those_of_the_record(smaller):
     document = prunus.report([smaller])
     section = document.sections[0]
     parts = {part.title: part for part in (*section.parts, *section.details)}
-    (step,) = record.search
-    assert parts["The search for blocks"].series[0].y == (step.value,)
-    errors = parts["Relative error where what became narrower is read"].series[0]
-    assert errors.y == pytest.approx(
-        [100 * mean([part.error for part in block.width.values()]) for block in record.blocks]
-    )
     repairs = [part for title, part in parts.items() if title.startswith("Repair")]
     assert [part.series[1].y for part in repairs if isinstance(part, Lines)] == [
         (block.repair.error_after,) for block in record.blocks
     ]
     assert ("num_hidden_layers", "3", "2") in section.parts[1].rows
     assert "num\\_hidden\\_layers" in to_markdown(document)
-    assert "Relative error where what became narrower" in to_html(document)
 
 
 def test_an_unfinished_run_is_shown(smaller):

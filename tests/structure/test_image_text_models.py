@@ -52,7 +52,7 @@ def test_an_older_file_has_the_fields_of_the_language_model_next_to_the_others(t
     raw = json.loads(path.read_text())
     text = raw.pop("text_config")
     path.write_text(json.dumps({**{k: v for k, v in text.items() if k != "model_type"}, **raw}))
-    options: dict[str, Any] = {"blocks": 1, "block_rule": "cosine", "calibration": token_ids()}
+    options: dict[str, Any] = {"blocks": 1, "calibration": token_ids()}
     shrink(dense, tmp_path / "small", **options)
     assert len(find_block_list(loaded(tmp_path / "small"))[1]) == 1
     assert json.loads((tmp_path / "small" / "config.json").read_text())["num_hidden_layers"] == 1

@@ -93,7 +93,9 @@ def test_what_cannot_be_ends_before_any_work_and_says_what_can(family, tmp_path)
 
 
 def test_a_recipe_is_read_from_what_it_writes(tmp_path):
-    recipe = StructureRecipe(experts=6, blocks=0.25, block_rule="cosine", calibration='a "b".txt')
+    recipe = StructureRecipe(
+        experts=6, blocks=0.25, saliency="contribution", calibration='a "b".txt'
+    )
     path = tmp_path / "recipe.toml"
     path.write_text(recipe.to_toml())
     assert StructureRecipe.read(path, {"seed": None}) == recipe
@@ -114,7 +116,7 @@ def test_the_verb_prints_what_changed(tmp_path):
 #: Family and options. Trained biases of GPT-2 are added in another order on a CUDA device.
 DEVICES: dict[str, tuple[str, dict[str, Any]]] = {
     "blocks, experts and width": ("mixtral", {"blocks": 2, "experts": 2, "width": 0.25}),
-    "cosine, joined linears": ("phi3", {"blocks": 2, "block_rule": "cosine", "width": 0.25}),
+    "joined linears": ("phi3", {"blocks": 2, "width": 0.25}),
     "channels with biases": ("gpt2", {"width": 0.25, "heads": 4, "repair": False}),
 }
 

@@ -340,21 +340,6 @@ def alps(
     return least_squares(weight_OI, keep_OI, gram_II, ridge), keep_OI
 
 
-def swap_changes(
-    weight_I: Tensor, keep_I: Tensor, hessian_II: Tensor
-) -> dict[tuple[int, int], float]:
-    """By how much each swap (kept, pruned) of one row changes its squared error; all are tried."""
-    changes = {}
-    before = squared_error((weight_I * ~keep_I)[None], hessian_II).item()
-    for pruned in keep_I.nonzero().flatten().tolist():
-        for restored in (~keep_I).nonzero().flatten().tolist():
-            trial_I = keep_I.clone()
-            trial_I[pruned], trial_I[restored] = False, True
-            after = squared_error((weight_I * ~trial_I)[None], hessian_II).item()
-            changes[pruned, restored] = after - before
-    return changes
-
-
 def dense_target(
     weight_OI: Tensor, X_TI: Tensor, dense_TI: Tensor, dense_weight: float, ridge: float
 ) -> Tensor:

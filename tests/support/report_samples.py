@@ -10,7 +10,7 @@ from prunus.evaluation.speed import Speed
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
 from prunus.reporting.write import report
-from prunus.sweeping.results import CalibrationSet, CellResult, DenseResult, SweepResults
+from prunus.sweeping.results import CellResult, DenseResult, SweepResults
 
 HOSTILE = (
     """<script>window.owned=1</script><img src=x onerror="window.owned=1">"""
@@ -64,6 +64,7 @@ def sweep_results(
         "mean_removed_energy": 0.0375,
         "block_seconds": 12.25,
         "dtype": "float32",
+        "calibration": "c4, shard 0, no BOS added to windows",
         "calibration_sha256": "ab",
     }
     figures = {
@@ -104,13 +105,6 @@ def sweep_results(
         error=error or "OSError: full",
     )
     model = DenseResult(path=name, fingerprint="f", scores=scores(20.5), tasks=tasks(0.7))
-    windows = CalibrationSet(
-        model=name,
-        options={"calibration": "c4", "samples": 128, "seqlen": 2048, "seed": 0, "bos": "no"},
-        source="c4, shard 0",
-        sha256="ab",
-        used_bos="no",
-    )
     return SweepResults(
         file="table.toml",
         title=f"Sweep of {name}",
@@ -119,7 +113,6 @@ def sweep_results(
         hardware={"processor": "EPYC", "cores": 2},
         versions={"torch": "2.13"},
         models={name: model},
-        calibration=[windows],
         cells=[*cells, recovered, failed],
     )
 

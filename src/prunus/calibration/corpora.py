@@ -26,8 +26,8 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from prunus.calibration.draw import Text
-from prunus.calibration.files import read_json_lines, read_text, require_library
-from prunus.hardware.errors import reason
+from prunus.calibration.files import read_json_lines, read_text
+from prunus.hardware.errors import reason, require_library
 from prunus.model.loading import no_downloads
 
 #: The part of a corpus: to draw windows from, or to measure perplexity on.
@@ -171,7 +171,7 @@ def check_corpus(name: str, part: Part, data_dir: Path | None) -> None:
     elif name == "python-code" and not _library_modules(part):
         missing = "the source code of its standard library"
     elif name in LOCAL_SOURCES and _local_file(name, part, data_dir) is None:
-        require_library("datasets", f"loading {name} from the hub")
+        require_library("datasets", f"loading {name} from the hub", "data")
     if missing:
         raise ModuleNotFoundError(
             f"this Python comes without {missing}, the text of {name}; choose another source"
@@ -307,7 +307,7 @@ def _from_hub(name: str, origin: _Origin) -> Sequence[str]:
     except Exception as error:  # the library raises errors of many kinds: network, cache, its own
         raise OSError(
             f"{name} could not be loaded from the hub ({reason(error)}). These "
-            "sources need no network: python-docs, a file of text, self (calibration only), and a "
+            "sources need no network: python-docs, python-code, a file of text, and a "
             f"data folder (`data` or PRUNUS_DATA) that holds {origin.local[0].path}"
         ) from error
     return column

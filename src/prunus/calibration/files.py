@@ -7,10 +7,10 @@ is given up once it becomes far larger than text does, and every error names the
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,12 +56,6 @@ def check_file(path: Path) -> None:
         raise FileNotFoundError(f"{path}: no such file")
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty")
-
-
-def require_library(module: str, purpose: str) -> None:
-    """Raise ModuleNotFoundError, which names the extra `data`, unless `module` is installed."""
-    if importlib.util.find_spec(module) is None:
-        raise ModuleNotFoundError(f"{purpose} needs {module}: pip install '.[data]'")
 
 
 def read_documents(path: Path) -> list[str]:
@@ -125,14 +119,13 @@ def _decompress(path: Path) -> bytes:
     return b"".join(pieces)
 
 
-def read_json_lines(path: Path, fields: tuple[str, ...] = ("text",)) -> list[str]:
-    """One string per non-blank line: the values of `fields` of its JSON object, concatenated.
+def read_json_rows(path: Path) -> dict[int, dict[str, Any]]:
+    """Number of a line, from 1 -> its JSON object, without blank lines.
 
     Raises:
-        ValueError: A line is not a JSON object with text in all fields (the message has its
-            number), or as `read_text`.
+        ValueError: A line is not a JSON object (the message has its number), or as `read_text`.
     """
-    documents = []
+    rows = {}
     # Not splitlines: JSON strings may hold U+2028 and other characters that it treats as line ends.
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
@@ -141,7 +134,22 @@ def read_json_lines(path: Path, fields: tuple[str, ...] = ("text",)) -> list[str
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not a JSON object ({error})") from error
-        values = [record.get(field) for field in fields] if isinstance(record, dict) else []
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number}: expected a JSON object")
+        rows[number] = record
+    return rows
+
+
+def read_json_lines(path: Path, fields: tuple[str, ...] = ("text",)) -> list[str]:
+    """One string per non-blank line: the values of `fields` of its JSON object, concatenated.
+
+    Raises:
+        ValueError: A line is not a JSON object with text in all fields (the message has its
+            number), or as `read_text`.
+    """
+    documents = []
+    for number, record in read_json_rows(path).items():
+        values = [record.get(field) for field in fields]
         texts = [value for value in values if isinstance(value, str)]
         if len(texts) < len(fields):
             names = " and ".join(repr(field) for field in fields)

@@ -8,13 +8,14 @@ Shape suffixes: N images.
 
 from __future__ import annotations
 
-import importlib.util
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from prunus.hardware.errors import require_library
 
 #: How the names of images may end.
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -33,8 +34,7 @@ def list_images(folder: Path) -> list[Path]:
             f"{folder} is not a folder of images: give one with images in it, or with a subfolder "
             "of images per class"
         )
-    if importlib.util.find_spec("PIL") is None:
-        raise ModuleNotFoundError("reading images needs Pillow: pip install '.[vision]'")
+    require_library("PIL", "reading images", "vision")
     flat = _images_in(folder)
     classes = sorted(
         (path for path in folder.iterdir() if path.is_dir()), key=lambda path: path.name

@@ -103,7 +103,7 @@ class Documents(Sequence[str]):
             raise TypeError(f"calibration text {index} is {what}; {_CHOICES}")
         if not getattr(self._tokenizer, "chat_template", None):
             raise ValueError(
-                "the calibration holds chat messages, and the tokenizer has no chat template; give "
+                "the text holds chat messages, and the tokenizer has no chat template; give "
                 "texts instead, or a tokenizer with a template"
             )
         return apply_chat_template(self._tokenizer, text, answer_follows=False)
@@ -123,11 +123,6 @@ def _kind(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"a tensor {tuple(value.shape)}"
     return f"a {type(value).__name__}"
-
-
-#: What tensors that a program gives are called, in the place of the name of a source: integers, and
-#: floats.
-TENSORS = ("token ids", "pixel values")
 
 
 class Source(ABC):
@@ -230,7 +225,7 @@ class _Corpus(TextSource):
         check_corpus(self.name, "calibration", request.data)
 
 
-class _AsChats(Sequence[Any]):
+class AsChats(Sequence[Any]):
     """Documents as chats, the last one first: a question of one sentence, the rest is the answer.
 
     The tokens of the template, and the features of what follows them, lower the loss on chats.
@@ -244,7 +239,7 @@ class _AsChats(Sequence[Any]):
 
     def __getitem__(self, index: Any) -> Any:
         """
-        >>> [message["content"] for message in _AsChats(["One? Two. Three."])[0]]
+        >>> [message["content"] for message in AsChats(["One? Two. Three."])[0]]
         ['One?', 'Two. Three.']
         """
         parts = re.split(r"(?<=[.!?])\s+", self._documents[-1 - index].strip(), maxsplit=1)
@@ -273,7 +268,7 @@ class _Mix(TextSource):
         shares = dict(MIX)
         tokenizer = self.tokenizer(request)
         if getattr(tokenizer, "chat_template", None):
-            chats = Documents(_AsChats(prose.documents), tokenizer)
+            chats = Documents(AsChats(prose.documents), tokenizer)
             source = "the same prose in the chat template"
             texts["chats"] = Text(chats, "\n\n", source, True, joins_short=True, from_start=True)
         else:
@@ -374,8 +369,8 @@ class _Tensor(Source):
     """Token ids or pixel values that a program gives, taken as they are."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        super().__init__(TENSORS[tensor.is_floating_point()])
         self.images = tensor.is_floating_point()
+        super().__init__("pixel values" if self.images else "token ids")
         self._tensor = tensor.detach()
 
     def draw(self, request: WindowRequest) -> Windows:

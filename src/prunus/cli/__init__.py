@@ -85,7 +85,7 @@ prunus doctor --json kernels.json
 """
 #: Commands that give no figures, and commands that say nothing of their progress.
 _NO_JSON = {serve}
-_SILENT = {doctor, generate, inspect, plan} | _NO_JSON
+_SILENT = {doctor, generate, inspect} | _NO_JSON
 #: Commands that continue an interrupted run.
 _RESUMING = {prune, compress, shrink, recover, pack, unpack, sweep}
 #: The class of errors about arguments, which typer does not name.

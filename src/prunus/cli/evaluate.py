@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -26,8 +25,9 @@ def evaluate(
     perplexity: Annotated[
         str | None,
         opt(
-            "Score on these texts: wikitext2, c4, ptb, python-docs, python-code or files. Default: "
-            "wikitext2, if no tasks are given.",
+            "Score on these texts: wikitext2, c4, ptb, python-docs, python-code, chats (in the "
+            "model's template) or files, several at once. Default: wikitext2, if no tasks are "
+            "given.",
             "TEXT,…",
         ),
     ] = None,
@@ -42,8 +42,9 @@ def evaluate(
     reference: Annotated[
         str | None,
         opt(
-            "Compare predictions with this model, such as the dense one. Figures are KL "
-            "divergence, same most likely token and ratio of perplexities.",
+            "Compare predictions with this model, such as the dense one, side by side. Figures are "
+            "KL divergence, same most likely token and ratio of perplexities, and differences "
+            "between the models.",
             "MODEL",
         ),
     ] = None,
@@ -57,10 +58,8 @@ def evaluate(
     from prunus.distributed import process_group
     from prunus.evaluation.inspection import stored_size
     from prunus.evaluation.model_input import check_reference, find_model
-    from prunus.evaluation.perplexity import check_text
-    from prunus.evaluation.perplexity import perplexity as measure_perplexity
+    from prunus.evaluation.perplexity import check_text, perplexities
     from prunus.evaluation.records import side_by_side
-    from prunus.evaluation.reference import Reference
     from prunus.evaluation.task_runner import prepare_tasks
     from prunus.reporting.evaluation_sections import evaluation_section
 
@@ -82,15 +81,11 @@ def evaluate(
     task_run = None if tasks is None else prepare_tasks(models, tasks, **of_tasks)
     scores: dict[str, list[PerplexityResult]] = {model: [] for model in models}
     with process_group(rank_timeout) as ranks:
-        with contextlib.ExitStack() as stack:
-            dense = None if reference is None else stack.enter_context(Reference(reference))
-            # Text by text, because the reference keeps what it has computed for one text.
-            for text in texts:
-                for model in models:
-                    scored = measure_perplexity(
-                        model, text, reference=dense, ranks=ranks, progress=shows, **of_text
-                    )
-                    scores[model].append(scored)
+        if texts:
+            of_models = perplexities(
+                models, texts, reference=reference, ranks=ranks, progress=shows, **of_text
+            )
+            scores = dict(zip(models, of_models, strict=True))
         results = [] if task_run is None else task_run.run(note, ranks)
     measured = [*models, *filter(None, [reference])]
     sizes = {model: stored_size(model, trusted) for model in measured}

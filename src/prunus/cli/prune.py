@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from prunus.cli.flags import Model, Output, RecipeFile, opt, with_flags
-from prunus.cli.terminal import print_result, progress_console, shown_steps
+from prunus.cli.terminal import is_quiet, print_result, progress_console, shown_steps
 from prunus.engine.options import RunOptions
 from prunus.formats.recipe import CompressionRecipe
 from prunus.pruning.recipe import Recipe
@@ -166,13 +166,26 @@ def plan(
         typer.Argument(metavar="OUT", help="Folder or file for the result; only checked."),
     ] = None,
     *,
+    tensor_types: Annotated[
+        Path | None,
+        opt(
+            "Choose types for llama-quantize --tensor-type-file.",
+            "FILE",
+            rich_help_panel="GGUF files",
+        ),
+    ] = None,
+    imatrix: Annotated[
+        Path | None,
+        opt("Write an importance matrix for llama-quantize.", "FILE", rich_help_panel="GGUF files"),
+    ] = None,
     recipe: RecipeFile = None,
     **options: Any,
 ) -> None:
-    """Show what prune or compress would do and cost; write nothing.
+    """Show what prune or compress would do and cost; write no model.
 
     With --bits, --size or --type it plans compress. It checks all that a run checks first.
     """
+    from prunus.compression.rounding import write_lists
     from prunus.engine.linear_job import Format, describe_plan
     from prunus.engine.run import planned
     from prunus.formats.base import format_for
@@ -182,11 +195,16 @@ def plan(
     work, recipe_options = RunOptions.pick(options)
     trains, how = _takes_max(recipe_options), RunOptions.read(None, work)
     compresses = bool({"bits", "size", "type"} & recipe_options.keys())
+    if lists := tensor_types is not None or imatrix is not None:
+        # llama-quantize rounds each weight by itself.
+        compresses, recipe_options = True, {"rounding": "nearest"} | recipe_options
     chosen = (CompressionRecipe if compresses else Recipe).read(recipe, recipe_options)
-    stored: Format[Any] = PlainTensors()
-    if isinstance(chosen, CompressionRecipe):
-        stored = format_for(output, chosen)
-    described = describe_plan(planned(stored, model, output, chosen, how))
+    stored: Format[Any] = (
+        format_for(output, chosen) if isinstance(chosen, CompressionRecipe) else PlainTensors()
+    )
+    job = planned(stored, model, output, chosen, how)
+    written = lists and write_lists(job, tensor_types, imatrix, progress=not is_quiet())
+    described = describe_plan(job) | {"written": written or []}
     if trains:
         from prunus.recovery.max_preset import plan_training
 

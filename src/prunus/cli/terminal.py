@@ -12,15 +12,12 @@ import errno
 import functools
 import json
 import os
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
@@ -95,7 +92,7 @@ def user_errors(afterwards: str) -> Iterator[None]:
         yield
         return
     try:
-        with _interruptible(), _warnings_as_lines():
+        with _warnings_as_lines():
             _silence_transformers()
             _check_json_file()
             yield
@@ -164,37 +161,6 @@ def _check_json_file() -> None:
     check_place(json_file)
     if json_file.is_dir():
         raise ValueError(f"--json {json_file} is a folder; give the name of a file")
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """While active, Ctrl-C always raises KeyboardInterrupt, also when it arrives inside C code.
-
-    An interrupt that arrives while torch or safetensors check an argument surfaces as a TypeError
-    about that argument. The signal handler remembers the interrupt, so that we can tell.
-    """
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    ):
-        yield
-        return
-    interrupted = False
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        nonlocal interrupted
-        interrupted = True
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    except Exception as error:
-        if interrupted:
-            raise KeyboardInterrupt from error
-        raise
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _silence_transformers() -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from prunus.engine.loss_sensitivity import LinearSensitivity
-from prunus.formats.packed.sizes import side_bits, zero_bits
+from prunus.formats.packed.format import side_bits, zero_bits
 from prunus.methods.rate_distortion import expected_bits
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import CodeLengths, LinearQuantization

@@ -5,7 +5,7 @@ same digits. A `RateFormat` spends its bits by a rate control. In a `TypeFormat`
 gets the type of least loss that the size allows.
 
     rate_rounding ► RateRounding     steps and bits of each linear
-    type_rounding ► TypeRounding     a type for each weight
+    type_rounding ► TypeRounding     a type for each weight; `write_lists` chooses them for others
 
 Shape suffixes: O outputs (rows), R some of them, I inputs.
 """
@@ -13,6 +13,7 @@ Shape suffixes: O outputs (rows), R some of them, I inputs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,16 +22,25 @@ from torch import Tensor
 from prunus.compression.rate_control import LinearRate, RateControl
 from prunus.engine.block.linear import PackedLinear
 from prunus.engine.linear_job import PruningJob
-from prunus.engine.loss_sensitivity import LinearSensitivity, measure_loss
+from prunus.engine.loss_sensitivity import (
+    PROBE_TOKENS,
+    PROBE_WINDOWS,
+    LinearSensitivity,
+    measure_loss,
+)
 from prunus.engine.output import PruningOutput
-from prunus.engine.session import Session
+from prunus.engine.session import Session, shown_session
+from prunus.engine.windows import calibration_windows
 from prunus.formats.base import RateFormat, TypeFormat
+from prunus.formats.gguf.file import OWN_LISTS, write_importances
+from prunus.formats.gguf.format import GgufFormat
 from prunus.formats.records import CompressionRecord
 from prunus.hardware.errors import naming
 from prunus.methods.group_fits import round_in_groups
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.methods.statistics import InputStatistics
-from prunus.methods.work import LinearQuantization, Quantized
+from prunus.methods.work import LinearQuantization, NearestRounding, Quantized
+from prunus.model.checkpoint.atomic_files import prepare_file, write_text
 from prunus.runtime.description import QuantizedShape
 from prunus.runtime.planes import encode
 from prunus.runtime.weight import QuantizedWeight
@@ -79,8 +89,7 @@ def rate_rounding(
         )
         for name, linear in job.selected_linears().items()
     ]
-    sparsity = job.recipe.sparsity
-    sparsities = {x.name: record.allocation.get(x.name, sparsity) for x in linears}
+    sparsities = {x.name: record.allocation.get(x.name, job.recipe.sparsity) for x in linears}
     bits = stored.bits
     if stored.recipe.size is not None:
         # Embeddings and head are written by now, and take a little less than was planned. The
@@ -152,12 +161,15 @@ def _sensitivities(
     sensitivities = measure_loss(
         job, session, ids, digests, job.selected, job.work.options, quantizes=True
     )
-    tensors = {}
-    for name, sensitivity in sensitivities.items():
-        tensors[f"{name}.loss"] = sensitivity.loss_O
-        tensors[f"{name}.deviations"] = sensitivity.deviations_Q
-        tensors[f"{name}.power"] = torch.tensor(sensitivity.power, dtype=torch.float64)
-    return tensors
+    return {
+        f"{name}.{part}": tensor
+        for name, sensitivity in sensitivities.items()
+        for part, tensor in (
+            ("loss", sensitivity.loss_O),
+            ("deviations", sensitivity.deviations_Q),
+            ("power", torch.tensor(sensitivity.power, dtype=torch.float64)),
+        )
+    }
 
 
 def type_rounding(
@@ -170,20 +182,72 @@ def type_rounding(
 ) -> TypeRounding:
     """The rounding to the types of least loss, which the record and the format take note of.
 
-    The arguments are those of `rate_rounding`. What lies outside the blocks is written here,
-    because it needs the types too.
+    The arguments are those of `rate_rounding`.
     """
     ranks = session.ranks
     tensors = ranks.tensors_from_rank_0(
         lambda: output.measured(lambda: _type_losses(stored, job, session, ids, record.measured))
     )
-    stored.types = stored.types_of(_named(tensors, _LOSSES))
-    stored.importances = _named(tensors, _IMPORTANCES)
+    _take_note(stored, tensors)
+    if record.types not in ({}, stored.types):
+        raise FileExistsError(
+            f"{stored.recipe.type} has other types than the finished blocks: the file was changed "
+            "since. Put it back as it was, or choose `overwrite` to start again"
+        )
     record.types = stored.types
-    ranks.on_rank_0(lambda: output.write_outside({}))
+    ranks.on_rank_0(stored.check_outside)
     if said := stored.chosen(record):
         session.tell(said)
-    return TypeRounding({name: stored.quantizer(name) for name in job.selected_linears()})
+    return TypeRounding(
+        {name: stored.quantizer(name) for name in job.selected_linears()}, stored.importances
+    )
+
+
+def write_lists(
+    job: PruningJob, types_file: Path | None, importances_file: Path | None, progress: bool
+) -> list[str]:
+    """Choose the types of a planned GGUF file, and write them for llama-quantize of llama.cpp.
+
+    Args:
+        job: The plan; its format holds the types afterwards.
+        types_file: Where the list of types is written; None for nowhere.
+        importances_file: Where the importance matrix is written; None for nowhere.
+        progress: Whether to show a bar where a person looks.
+
+    Returns:
+        The names of the files.
+
+    Raises:
+        ValueError: The plan is not for a GGUF file whose weights are rounded to nearest.
+        FileExistsError: Something else has the name of a file.
+    """
+    stored, paths = job.format, [x for x in (types_file, importances_file) if x is not None]
+    if not isinstance(stored, GgufFormat) or stored.rounding == "feedback":
+        raise ValueError(
+            "`tensor_types` and `imatrix` are for llama-quantize, which rounds to nearest: plan a "
+            "file whose name OUT ends in .gguf, and leave `rounding` feedback out"
+        )
+    for path in paths:
+        prepare_file(path, OWN_LISTS.fullmatch)
+    with shown_session("plan", progress, None) as session:
+        _take_note(stored, _type_losses(stored, job, session, calibration_windows(job).ids, {}))
+    if types_file is not None:
+        write_text(types_file, stored.contents.type_list(stored.types))
+    if importances_file is not None:
+        by_tensor = {
+            tensor.name: torch.stack([stored.importances[module] for module in tensor.modules])
+            for tensor in stored.contents.layout.tensors
+            if tensor.module in stored.importances
+        }
+        chunks = min(PROBE_WINDOWS, job.recipe.samples), min(PROBE_TOKENS, job.recipe.seqlen)
+        write_importances(importances_file, by_tensor, chunks, job.recipe.calibration)
+    return list(map(str, paths))
+
+
+def _take_note(stored: TypeFormat, tensors: Mapping[str, Tensor]) -> None:
+    """Choose the types by the tensors of `_type_losses`, and enter them into the format."""
+    stored.types = stored.types_of(_named(tensors, _LOSSES))
+    stored.importances = _named(tensors, _IMPORTANCES)
 
 
 def _named(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
@@ -196,14 +260,19 @@ class TypeRounding:
 
     Args:
         quantizers: Full name of a linear -> the quantiser of its type.
+        importances: Full name of a linear -> the importance of its columns, float32 (I,). A linear
+            that has one is rounded to nearest, the others with feedback.
     """
 
-    def __init__(self, quantizers: Mapping[str, GroupQuantizer]) -> None:
-        self._quantizers = quantizers
+    def __init__(
+        self, quantizers: Mapping[str, GroupQuantizer], importances: Mapping[str, Tensor]
+    ) -> None:
+        self._quantizers, self._importances = quantizers, importances
 
-    def begin(self, name: str, statistics: InputStatistics) -> GroupQuantizer:
-        """The quantiser of the linear of this full name."""
-        return self._quantizers[name]
+    def begin(self, name: str, statistics: InputStatistics) -> GroupQuantizer | NearestRounding:
+        """How the linear of this full name is rounded."""
+        quantizer, importance_I = self._quantizers[name], self._importances.get(name)
+        return quantizer if importance_I is None else NearestRounding(quantizer, importance_I)
 
     def end(
         self, name: str, quantized: Quantized | GroupedWeight
@@ -225,15 +294,20 @@ def _type_losses(
     Returns:
         Named tensors, which a file can store: of the first module of each weight the loss that each
         of its types adds (types,), and of embedding and head float32 (I,), how much errors in each
-        column raise the loss. The kinds are `_LOSSES` and `_IMPORTANCES`.
+        column raise the loss as an embedding, in units of the mean square of an input of the head.
+        Where each weight is rounded by itself, what they cost as the head is added, and all linears
+        have theirs, E[x_j²]. The kinds are `_LOSSES` and `_IMPORTANCES`.
     """
     tensors: dict[str, Tensor] = {}
     if not stored.measures_loss:
         return tensors
+    options, corrects = job.work.options, stored.rounding == "feedback"
     sensitivities = measure_loss(
-        job, session, ids, digests, job.selected, job.work.options, quantizes=True, outside=True
+        job, session, ids, digests, job.selected, options, quantizes=corrects, outside=True
     )
-    modules, linears = dict(job.skeleton.model.named_modules()), job.selected_linears()
+    model, linears = job.skeleton.model, job.selected_linears()
+    modules, output_head = dict(model.named_modules()), model.get_output_embeddings()
+    head = next(x for name, x in sensitivities.items() if modules[name] is output_head)
     uses: dict[int, list[LinearSensitivity]] = {}
     for name, sensitivity in sensitivities.items():
         # A tied head has another name than the embedding, and the same weight.
@@ -246,12 +320,19 @@ def _type_losses(
         for name in names:
             weight_OI = job.checkpoint.checkpoint.whole(job.stored_key(name))
             with naming(name):
-                importance_I, losses = type_losses(
-                    weight_OI, uses[id(modules[name].weight)], quantizers, len(names)
+                parts.append(
+                    type_losses(weight_OI, uses[id(modules[name].weight)], quantizers, len(names))
                 )
-            parts.append(losses)
+            if name in linears and not corrects:
+                tensors[f"{_IMPORTANCES}{name}"] = sensitivities[name].importance_I
         tensors[f"{_LOSSES}{first}"] = torch.stack(parts).sum(dim=0)
         if first not in linears:
+            importance_I = torch.zeros(stored.shapes[first][-1])
+            # Feedback learns what errors cost as the head from the inputs of all windows.
+            for use in (
+                x for x in uses[id(modules[first].weight)] if x is not head or not corrects
+            ):
+                importance_I += use.importance_I * (use.loss_O.mean() / head.loss_O.mean())
             tensors[f"{_IMPORTANCES}{first}"] = importance_I
         count(1)
     return tensors
@@ -262,8 +343,8 @@ def type_losses(
     uses: Sequence[LinearSensitivity],
     quantizers: Sequence[GroupQuantizer],
     stacked: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """Per-column importance (I,), and the expected loss increase of each type (types,).
+) -> Tensor:
+    """The expected loss increase of each type (types,).
 
     The loss of an error e is half of Σ s_i E[e_i²], see `engine/loss_sensitivity.py`; the factor ½
     is the same for all types and left out.
@@ -285,4 +366,4 @@ def type_losses(
         parts = [error_RI @ use.importance_I @ use.loss_O[some_R] for use in uses]
         shares = [use.loss_O.sum() / use.loss_O[some_R].sum() for use in uses]
         losses.append(sum(part * share for part, share in zip(parts, shares, strict=True)))
-    return importance_I, torch.tensor(losses)
+    return torch.tensor(losses)

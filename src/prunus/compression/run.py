@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from prunus.compression.rounding import rate_rounding, type_rounding
 from prunus.engine.options import RunOptions
 from prunus.engine.run import RoundingOf, carry_out
-from prunus.engine.session import SILENT, Session, with_session
+from prunus.engine.session import SILENT, Session, shown_session
 from prunus.engine.windows import given_windows
 from prunus.formats.base import RateFormat, format_for
 from prunus.formats.recipe import CompressionRecipe
@@ -20,7 +20,6 @@ from prunus.formats.records import CompressionRecord
 from prunus.options import takes
 
 
-@with_session("compress")
 @takes(CompressionRecipe, RunOptions)
 def compress(
     model: str | Path,
@@ -29,7 +28,8 @@ def compress(
     *,
     calibration: str | Path | torch.Tensor | Sequence[Any] | None = None,
     recipe: CompressionRecipe | str | Path | None = None,
-    session: Session = SILENT,
+    progress: Callable[..., None] | bool | None = True,
+    announce: Callable[[Any], None] | None = None,
     **options: Any,
 ) -> CompressionRecord:
     """Compress a checkpoint to a file size or to bits per weight. The result is packed.
@@ -41,6 +41,9 @@ def compress(
             `size` says how large the whole file may be. With `format` compressed-tensors, 4 or 8.
         calibration: A source of windows, token ids or texts, as for `prunus.prune`.
         recipe: A `CompressionRecipe`, or a TOML file with any of its options.
+        progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. A function
+            is called after every block with a `prunus.engine.progress.Progress`.
+        announce: Called with what is being prepared before the first block.
         **options: Options of `CompressionRecipe` and of the run.
 
     Returns:
@@ -53,7 +56,8 @@ def compress(
     run_options, recipe_options = RunOptions.pick(options)
     data, described = given_windows(calibration)
     chosen = CompressionRecipe.read(recipe, {"bits": bits} | recipe_options | described)
-    return run(model, Path(output), chosen, RunOptions(**run_options, **data), session)
+    with shown_session("compress", progress, announce) as session:
+        return run(model, Path(output), chosen, RunOptions(**run_options, **data), session)
 
 
 def run(
@@ -65,9 +69,9 @@ def run(
 ) -> CompressionRecord:
     """Carry out a recipe, and return its record. Arguments and errors are those of `compress`."""
     stored = format_for(output, recipe)
-    rounding: RoundingOf[CompressionRecord]
-    if isinstance(stored, RateFormat):
-        rounding = functools.partial(rate_rounding, stored)
-    else:
-        rounding = functools.partial(type_rounding, stored)
+    rounding: RoundingOf[CompressionRecord] = (
+        functools.partial(rate_rounding, stored)
+        if isinstance(stored, RateFormat)
+        else functools.partial(type_rounding, stored)
+    )
     return carry_out(stored, model, output, recipe, options, session, rounding)

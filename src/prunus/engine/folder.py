@@ -72,13 +72,6 @@ def remove_result(folder: Path, record: str) -> None:
         folder.rmdir()
 
 
-def bytes_in(folder: Path) -> int:
-    """Bytes of the files in a folder; 0 if there is no such folder."""
-    if not folder.is_dir():
-        return 0
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-
-
 def find_earlier(
     kind: type[_Record],
     output: Path,

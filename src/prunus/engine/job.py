@@ -46,7 +46,8 @@ class RunJob:
         processes: How many processes work on the run.
         memory: The budgets, and what each block needs and how it is walked, once measured.
         needs: The statistics of each linear's inputs that the run collects.
-        needs_inputs: Whether calibration windows run through the model at all.
+        needs_inputs: Whether the run reads calibration windows at all.
+        walks_windows: Whether all windows run through the blocks. A measurement takes a few alone.
     """
 
     recipe: WindowOptions
@@ -62,6 +63,7 @@ class RunJob:
     memory: Memory
     needs: Needs
     needs_inputs: bool
+    walks_windows: bool = True
 
     @property
     def checkpoint(self) -> CheckpointSource:
@@ -137,9 +139,9 @@ def _block_memory(job: RunJob, index: int, dense: bool, trained: bool, extra: in
     parameters = sum(p.numel() for p in job.skeleton.blocks[index].parameters())
     # The hidden states of the dense model are kept next to those of the changed one.
     models = 2 if dense else 1
-    streams = job.needs_inputs * models
+    streams = job.walks_windows * models
     stays, moves = _training_bytes(job, index) if trained else (0, 0)
-    batch = job.needs_inputs * transient_bytes(batch_tokens, hidden, widest, itemsize)
+    batch = job.walks_windows * transient_bytes(batch_tokens, hidden, widest, itemsize)
     return BlockMemory(
         weights=2 * job.source.block_nbytes(index) + models * parameters * itemsize,
         working=_working_bytes(job, index) + extra + stays,

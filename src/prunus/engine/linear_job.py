@@ -31,14 +31,14 @@ from prunus.engine.loss_sensitivity import measuring_memory
 from prunus.engine.memory import Memory
 from prunus.engine.options import RunOptions
 from prunus.engine.plan import check_memory, open_model, run_facts
-from prunus.engine.reconstruction.schedule import ReconstructionSettings
+from prunus.engine.reconstruction.reconstruct_block import ReconstructionSettings
 from prunus.engine.session import SILENT, Session
 from prunus.hardware.memory import resident_memory
 from prunus.hardware.numerics import native_bfloat16
 from prunus.methods import Method, Work, check_options, compose, get_method
+from prunus.methods.dense_targets import drift_is_worthwhile
 from prunus.methods.patterns import Pattern, check_shape
-from prunus.methods.refine.dense_targets import drift_is_worthwhile
-from prunus.methods.statistics import statistics_bytes
+from prunus.methods.statistics import InputStatistics, statistics_bytes
 from prunus.model.checkpoint.output_folder import check_whole
 from prunus.model.checkpoint.writer import Writable
 from prunus.model.levels import grid_bits
@@ -57,7 +57,7 @@ class PruningJob(RunJob):
     Attributes:
         recipe: The options that decide the bytes of the result.
         format: How linears are stored in the result.
-        method: How every linear is pruned, with refinements and weight updates composed in.
+        method: How every linear is pruned, with targets and weight updates composed in.
         work: What the run asks of the method.
         selected: Per block the relative names of the linears to prune.
         left_dense: The weights of the blocks that stay dense: full name -> shape.
@@ -80,7 +80,7 @@ class PruningJob(RunJob):
         """Bytes of that measurement; 0 without one."""
         if not self.measures_loss:
             return 0
-        memory = measuring_memory(self, self.format.QUANTIZES)
+        memory = measuring_memory(self, self.format.rounding == "feedback")
         return memory.total(hidden=self.device.type == "cpu", paused=False)
 
     def disk_bytes(self) -> int:
@@ -192,7 +192,7 @@ class Format(Generic[_Record]):
     Attributes:
         RECORD: The class of the record that runs write.
         DONE: What happens to a block, in one word.
-        QUANTIZES: Whether weights become integers at the end of each linear.
+        rounding: How weights become integers at the end of each linear; see `compose`.
         WRITES_OUTSIDE_FIRST: Whether what lies outside the blocks can be written before the first
             block.
         job: The run that writes the format; missing before `plan_run`.
@@ -200,7 +200,7 @@ class Format(Generic[_Record]):
 
     RECORD: type[_Record]
     DONE: ClassVar[str] = "pruned"
-    QUANTIZES: ClassVar[bool] = False
+    rounding: str = "none"
     WRITES_OUTSIDE_FIRST: ClassVar[bool] = True
 
     job: PruningJob
@@ -259,8 +259,20 @@ class Format(Generic[_Record]):
 
     @property
     def measures_loss(self) -> bool:
-        """Whether the choice of bits needs the loss that errors in each linear cause."""
+        """Whether the choice of bits needs the loss that errors in each linear cause.
+
+        Without feedback the fit of scales needs its measurement, which has the mean squares of all
+        inputs.
+        """
+        return self.rounding == "nearest"
+
+    @property
+    def rounds_head(self) -> bool:
+        """Whether the format rounds the output head by its inputs, which `take_head` gets."""
         return False
+
+    def take_head(self, statistics: InputStatistics) -> None:
+        """Take note of the inputs of the output head, after the last block."""
 
     def describe(self) -> dict[str, object]:
         """What the format adds to a plan, as JSON values."""
@@ -403,26 +415,27 @@ def plan_run(
         ValueError, FileNotFoundError, NotImplementedError, OSError: The run would fail; says what
             was given, what is wrong and what to do.
     """
-    method, work = _method_and_work(recipe, options.own_method, stored.QUANTIZES)
+    method, work = _method_and_work(recipe, options.own_method, stored.rounding)
     opened = open_model(model, options, session)
     if recipe.prunes_head:
         head = opened.skeleton.head()
         check_shape(work.pattern, head.shape, head.name)
     linears = select_linears(opened.skeleton, recipe, work.pattern)
     selection = stored.select(linears, opened.source, opened.skeleton)
-    trains = recipe.trained_blocks != "none"
+    walks = method.needs != "none" or recipe.trained_blocks != "none"
     facts = run_facts(
         opened,
         recipe,
         options,
         session,
         needs=method.needs,
-        needs_inputs=method.needs != "none" or trains or recipe.allocates,
+        needs_inputs=walks or recipe.allocates or stored.measures_loss,
         adds_ridge=method.adds_ridge,
         decided_dtype=decided_dtype,
     )
     job = PruningJob(
         **facts,
+        walks_windows=walks,
         batch=_batch(opened.skeleton, recipe, work),
         format=stored,
         method=method,
@@ -439,23 +452,23 @@ def plan_run(
             "measuring how the loss depends on each linear needs "
             f"{(measured + held) / 1e9:.2f} GB; the memory budget is "
             f"{(job.memory.budget + held) / 1e9:.2f} GB. Raise `memory`"
-            + ("" if stored.QUANTIZES else ", or choose allocation uniform")
+            + (", or choose allocation uniform" if stored.rounding == "none" else "")
         )
     stored.check()
     return job
 
 
 def _method_and_work(
-    recipe: PruningOptions, own_method: Method | None, quantizes: bool
+    recipe: PruningOptions, own_method: Method | None, rounding: str
 ) -> tuple[Method, Work]:
-    """The recipe's method with its refinement and weight update, and what the run asks of it."""
+    """The recipe's method with its weight update, and what the run asks of it."""
     published = own_method or get_method(recipe.method)
-    method = compose(published, recipe, quantizes)
+    method = compose(published, recipe, rounding)
     group = recipe.group
     if group is None:
         group = published.with_options(recipe).default_group
     pattern = Pattern.parse(recipe.pattern, group)
-    check_options(published, pattern, recipe.sparsity, recipe, quantizes=quantizes)
+    check_options(published, pattern, recipe.sparsity, recipe, quantizes=rounding != "none")
     # Two passes are the published procedure. There the published solvers also sum in its order.
     in_order = recipe.two_passes and method is published and method.has_reference_order
     return method, Work(pattern, recipe.sparsity, recipe, reference_order=in_order)

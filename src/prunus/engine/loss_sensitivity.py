@@ -42,8 +42,8 @@ from prunus.model.kinds import CAUSAL, IMAGES
 from prunus.model.linears import Linear
 from prunus.model.stream import Stream
 
-# The windows that measure, and the tokens of each.
-_PROBE_WINDOWS, _PROBE_TOKENS = 8, 256
+#: The most windows that measure, and the most tokens of each.
+PROBE_WINDOWS, PROBE_TOKENS = 8, 256
 # This share of its linear's mean is added to the sensitivity of every row. A few tokens say little
 # about a single row, and may miss it.
 _SHARED = 0.1
@@ -125,15 +125,16 @@ def measure_loss(
             hashes are added.
         selected: Per block the relative names of the linears to measure.
         options: The options of methods, of which the damping matters.
-        quantizes: Whether the linears will be quantised, or else pruned.
+        quantizes: Whether the linears will be quantised with feedback. Else they are pruned, or
+            each weight is rounded by itself.
         outside: Whether to measure the embedding and the head too.
 
     Raises:
         ValueError: A gradient or a weight is not finite; names the linear or the tensor.
         FileExistsError: A block is not the one that an earlier measurement has read.
     """
-    windows = ids[:_PROBE_WINDOWS]
-    windows = windows if windows.is_floating_point() else windows[:, :_PROBE_TOKENS]
+    windows = ids[:PROBE_WINDOWS]
+    windows = windows if windows.is_floating_point() else windows[:, :PROBE_TOKENS]
     source = HashedSource(job.source, job.skeleton, digests)
     stream = Stream(job.skeleton, source, job.device)
     steps = (1 + _BACKWARD) * len(job.skeleton)
@@ -176,7 +177,7 @@ def loss_sensitivities(
     inputs, sensitivities = _block_inputs(stream, count), dict[str, LinearSensitivity]()
     first, head = inputs[0], None
     if stream.skeleton.kind is CAUSAL:
-        gradient, heads = _gradient_of_loss(stream, ids, seed, outside)
+        gradient, heads = _gradient_of_loss(stream, ids, seed, outside, quantizes)
         head = next(iter(heads.values()), None)
     else:
         gradient = _gradient_of_change(stream, seed)
@@ -193,7 +194,7 @@ def loss_sensitivities(
         stream.skeleton.release(index)
         count(_BACKWARD)
     if head is not None:
-        sensitivities[head.linear.name] = head.without_weight(unit)
+        sensitivities[head.linear.name] = head.with_feedback(options, unit)
         embedding = _outside(stream, "input")
         sensitivities[embedding.name] = _of_embedding(stream, embedding, ids, first, gradient, unit)
     return sensitivities
@@ -238,8 +239,8 @@ def measuring_memory(job: RunJob, quantizes: bool) -> BlockMemory:
     blocks = range(len(skeleton))
     length, hidden = skeleton.window_shape(0, job.recipe.seqlen)
     if skeleton.kind is not IMAGES:
-        length = min(_PROBE_TOKENS, length)
-    tokens = min(_PROBE_WINDOWS, job.recipe.samples) * length
+        length = min(PROBE_TOKENS, length)
+    tokens = min(PROBE_WINDOWS, job.recipe.samples) * length
     linears = [skeleton.linears(index) for index in blocks]
     widest = max(max(linear.shape) for block in linears for linear in block)
     parameters = max(
@@ -317,13 +318,17 @@ def _block_inputs(stream: Stream, count: Callable[[int], None]) -> list[Tensor]:
 
 
 def _gradient_of_loss(
-    stream: Stream, ids: Tensor, seed: int, with_head: bool
+    stream: Stream, ids: Tensor, seed: int, with_head: bool, quantizes: bool
 ) -> tuple[Tensor, dict[str, _Sums]]:
     """The gradient of Σ log p(y) at the outputs of the last block, and the sums of the head."""
     skeleton, head = stream.skeleton, [_outside(stream, "output")] if with_head else []
 
     def measure(factor: float) -> tuple[Tensor, dict[str, _Sums]]:
-        rows, sums = [], {x.name: _Sums(x, 0, stream.device, factor) for x in head}
+        rows = []
+        sums = {
+            x.name: _Sums(x, part_width([x]) if quantizes else 0, stream.device, factor)
+            for x in head
+        }
         generator = torch.Generator().manual_seed(seed)
         with _summing(head, sums):
             # Window by window: logits are large.
@@ -419,17 +424,33 @@ class _Sums:
         loss_O, importance_I = _shared(self._squares_O / unit).cpu(), (squares_I / tokens).cpu()
         return LinearSensitivity(loss_O, power, importance_I=importance_I)
 
+    def _steps_I(self, options: MethodOptions) -> Tensor:
+        """U_jj of every input, float32 (I,); ones where no token reached the linear."""
+        squares_I = self._statistics.sum_squares_I.float()
+        if self._squares_O is None:
+            return torch.ones_like(squares_I)
+        return torch.cat([_part_steps(part, squares_I, options) for part in self._parts])
+
+    def with_feedback(self, options: MethodOptions, unit: float) -> LinearSensitivity:
+        """`without_weight`, where later columns correct the errors of those before them.
+
+        Without Gram matrices nothing is known of that, and it is `without_weight` itself.
+        """
+        result = self.without_weight(unit)
+        if self._squares_O is None or not self._parts:
+            return result
+        importance_I = result.power / self._steps_I(options).square()
+        return replace(result, importance_I=importance_I.cpu())
+
     def sensitivity(self, options: MethodOptions, unit: float) -> LinearSensitivity:
         """The sensitivity of the linear; `unit` is the number of tokens."""
-        weight_OI, result = self.linear.weight_OI.float(), self.without_weight(unit)
-        device, squares_I = weight_OI.device, self._statistics.sum_squares_I.float()
+        weight_OI = self.linear.weight_OI.float()
         if not self._parts:
-            loss_O, power_I = result.loss_O.to(device), result.importance_I.to(device)
+            result = self.without_weight(unit)
+            loss_O = result.loss_O.to(weight_OI.device)
+            power_I = result.importance_I.to(weight_OI.device)
             return replace(result, curve_P=_loss_curve(weight_OI, loss_O, power_I))
-        steps_I = torch.ones_like(squares_I)
-        if self._squares_O is not None:
-            steps_I = torch.cat([_part_steps(part, squares_I, options) for part in self._parts])
-            result = replace(result, importance_I=(result.power / steps_I.square()).cpu())
+        result, steps_I = self.with_feedback(options, unit), self._steps_I(options)
         scaled_OI = weight_OI / result.scales_O.to(weight_OI.device)[:, None]
         deviation_I = scaled_OI.square().mean(dim=0).sqrt() / steps_I
         levels_Q = (torch.arange(_QUANTILES, device=deviation_I.device) + 0.5) / _QUANTILES

@@ -123,10 +123,9 @@ class RunOptions(Options):
         rank_timeout: A process without a sign of life counts as lost after this many seconds; None
             for the default.
         tokenizer: The model's tokenizer or image processor; None loads it from the checkpoint.
-        input_ids: Calibration data instead of a named source: token ids (samples, seqlen), or pixel
-            values (samples, channels, height, width).
-        texts: Texts, rows of a data set or chats instead of a named source; see
-            `prunus.calibration.sources`.
+        calibration_data: Calibration data instead of a named source: token ids (samples, seqlen),
+            pixel values (samples, channels, height, width), or texts, rows of a data set or chats;
+            see `prunus.calibration.sources`.
         own_method: A `prunus.methods.Method` in place of the name of one.
     """
 
@@ -179,6 +178,5 @@ class RunOptions(Options):
             "Use this tokenizer or image processor.", flag=False, default="that of the checkpoint"
         ),
     ] = None
-    input_ids: Any = None
-    texts: Any = None
+    calibration_data: Any = None
     own_method: Any = None

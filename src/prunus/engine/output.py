@@ -142,7 +142,7 @@ class CheckpointFolder(BlockFolder):
         """The tensors of a finished block by relative name, with quantised linears dense again."""
         shard = Checkpoint(self.folder, only=[self.record.shard(position)])
         tensors, block = dict(shard.read(shard.tensors)), self.record.blocks[position]
-        for name, linear in block.linears.items() if self.job.format.QUANTIZES else ():
+        for name, linear in block.linears.items() if self.job.format.rounding != "none" else ():
             key = self.job.stored_key(f"{block.name}.{name}")
             dtype = self.job.checkpoint.checkpoint.tensors[key].dtype
             tensors[key] = self.job.format.weight_from(key, tensors, linear, dtype)

@@ -17,7 +17,6 @@ from torch import nn
 
 from prunus.calibration.windows import check_context
 from prunus.distributed import Ranks
-from prunus.engine.folder import bytes_in
 from prunus.engine.job import RunJob
 from prunus.engine.memory import Memory
 from prunus.engine.options import RunOptions, WindowOptions
@@ -104,7 +103,7 @@ def run_facts(
         options: The options that only decide how the work is done.
         session: The processes that work on the run.
         needs: The statistics of each linear's inputs that the run collects.
-        needs_inputs: Whether calibration windows run through the model at all.
+        needs_inputs: Whether the run reads calibration windows at all.
         adds_ridge: Whether the method adds a ridge to Gram matrices that grows with features per
             token, so that rounded inputs do no harm.
         decided_dtype: What `dtype` auto meant in the run that is resumed; None for a new run.
@@ -117,7 +116,7 @@ def run_facts(
     trust = options.trust_remote_code
     if needs_inputs:
         check_inputs(source, recipe, options)
-    if skeleton.kind is not IMAGES and needs != "none":
+    if skeleton.kind is not IMAGES and needs_inputs:
         check_context(skeleton.max_positions, recipe.seqlen)
     requested = decided_dtype if recipe.dtype == "auto" and decided_dtype else recipe.dtype
     dtype, reason = decide_dtype(
@@ -168,7 +167,9 @@ def check_memory(job: RunJob) -> None:
 
 def check_room(nbytes: int, output: Path) -> None:
     """Check that the disk has `nbytes` for the result, less what an earlier run has written."""
-    check_disk(output, nbytes - bytes_in(output))
+    if output.is_dir():
+        nbytes -= sum(path.stat().st_size for path in output.iterdir() if path.is_file())
+    check_disk(output, nbytes)
 
 
 def _host_budget(options: RunOptions, ranks: Ranks) -> int:

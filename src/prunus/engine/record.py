@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from prunus.hardware.sizes import in_bytes
 from prunus.model.checkpoint.atomic_files import read_json, write_json
@@ -20,7 +20,9 @@ from prunus.options.declaration import words
 
 _Record = TypeVar("_Record", bound=BaseModel)
 
-#: How the windows run through a block; see `prunus.engine.block.lockstep`.
+# Options of earlier versions that recipes no longer have. A record is read without them.
+_FORMER_OPTIONS = ("refine", "refine_steps", "block_rule")
+#: How the windows run through a block; see `prunus.engine.block.walks`.
 Walk = Literal["lockstep", "replay", "two_pass"]
 #: Whether every window begins with the BOS token; `given` where the windows were given.
 UsedBos = Literal["yes", "no", "given"]
@@ -154,6 +156,15 @@ class RunRecord(Part):
     hardware: dict[str, Any] = Field(default_factory=dict)
     sha256: dict[str, str] = Field(default_factory=dict)
     totals: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("recipe", mode="before")
+    @classmethod
+    def _without_former_options(cls, recipe: Any) -> Any:
+        if not isinstance(recipe, dict):
+            return recipe
+        if recipe.get("dense_weight") == "auto":
+            recipe = recipe | {"dense_weight": 0.25}  # what it chose, as a rule
+        return {name: value for name, value in recipe.items() if name not in _FORMER_OPTIONS}
 
     def save(self, folder: Path) -> None:
         """Write the record atomically."""

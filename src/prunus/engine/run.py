@@ -195,7 +195,7 @@ def _change_blocks(
     threads = _one_processor_thread() if in_order else contextlib.nullcontext()
     with torch.no_grad(), contextlib.closing(pruner), threads:
         # Everything before the first block: windows become hidden states.
-        batches = windows.ids.split(job.batch) if len(windows.ids) else ()
+        batches = windows.ids.split(job.batch) if job.walks_windows else ()
         embedding = f"embedding {counted(len(windows.ids), 'window')} and " if batches else ""
         session.tell(f"{embedding}reading block 0")
         pruner.embed(batches, output.spill_folder)
@@ -205,6 +205,8 @@ def _change_blocks(
         pruned_head: dict[str, torch.Tensor] = {}
         if recipe.prunes_head:
             pruned_head, record.head = pruner.prune_head(batches)
+        if job.format.rounds_head:
+            job.format.take_head(pruner.head_statistics(batches))
     record.close(seconds=time.perf_counter() - started, device=job.device)
     output.complete(pruned_head)
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 
@@ -85,45 +83,23 @@ class Session:
 #: The session of one process that tells nobody.
 SILENT = Session()
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-#: What a docstring says of the keyword that `with_session` adds.
-_KEYWORD = (
-    "    progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. "
-    "A function is called after every block.\n"
-)
 
-
-def with_session(title: str) -> Callable[[_Function], _Function]:
-    """Give a function a keyword `progress`, and a `session` that it makes of it.
-
-    With True a bar shows every step, and what is prepared before the first one. A function is
-    called with the `Progress` of every step. Nothing is shown with False and None, and where nobody
-    would see a bar.
+@contextlib.contextmanager
+def shown_session(
+    title: str,
+    progress: Callable[..., None] | bool | None,
+    announce: Callable[[Any], None] | None,
+) -> Iterator[Session]:
+    """The session of a function that Python calls, which shows its progress.
 
     Args:
         title: A text at the beginning of the bar.
+        progress: True shows a bar where a person looks: of every step, and of what is prepared
+            before the first one. A function is called with the `Progress` of every step. Nothing
+            is shown with False and None.
+        announce: Called with what is being prepared; None leaves it to the bar.
     """
-
-    def decorate(function: _Function) -> _Function:
-        @functools.wraps(function)
-        def showing(*arguments: Any, progress: Any = True, **options: Any) -> Any:
-            with reporter(title, pruning_step, progress) as report:
-                announce = options.pop("announce", None if callable(progress) else report)
-                session = Session(announce=announce, report=report)
-                return function(*arguments, session=session, **options)
-
-        signature = inspect.signature(function)
-        keyword = inspect.Parameter(
-            "progress",
-            inspect.Parameter.KEYWORD_ONLY,
-            default=True,
-            annotation="Callable[..., None] | bool | None",
-        )
-        parameters = [p for p in signature.parameters.values() if p.name != "session"]
-        showing.__signature__ = signature.replace(  # type: ignore[attr-defined]
-            parameters=[*parameters, keyword]
-        )
-        showing.__doc__ = f"{function.__doc__}{_KEYWORD}"
-        return cast(_Function, showing)
-
-    return decorate
+    with reporter(title, pruning_step, progress) as report:
+        if announce is None and not callable(progress):
+            announce = report
+        yield Session(announce=announce, report=report)

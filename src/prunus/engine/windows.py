@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from prunus.calibration.sources import TENSORS, Source, TextSource, are_texts, find_source
+from prunus.calibration.sources import Source, TextSource, are_texts, find_source
 from prunus.calibration.windows import WindowRequest, Windows, check_ids, hash_ids
 from prunus.distributed import Ranks
 from prunus.engine.job import RunJob
@@ -44,15 +44,16 @@ def given_windows(calibration: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     >>> given_windows(torch.zeros(8, 512, dtype=torch.int64))[1]
     {'calibration': 'token ids', 'samples': 8, 'seqlen': 512}
     >>> given_windows(["one text", "another"])
-    ({'texts': ['one text', 'another']}, {'calibration': 'texts'})
+    ({'calibration_data': ['one text', 'another']}, {'calibration': 'texts'})
     >>> given_windows("c4")
     ({}, {'calibration': 'c4'})
     """
+    data = {"calibration_data": calibration}
     if are_texts(calibration):
-        return {"texts": calibration}, {"calibration": "texts"}
+        return data, {"calibration": "texts"}
     if not isinstance(calibration, torch.Tensor):
         return {}, {"calibration": None if calibration is None else str(calibration)}
-    data, shape = {"input_ids": calibration}, tuple(calibration.shape)
+    shape = tuple(calibration.shape)
     is_float = calibration.dtype.is_floating_point
     if calibration.numel() and len(shape) == 4 and is_float:
         return data, {"calibration": "pixel values", "samples": shape[0]}
@@ -108,18 +109,16 @@ def calibration_windows(job: RunJob) -> Windows:
 
 def _source(recipe: WindowOptions, options: RunOptions) -> Source:
     """Where the windows come from: what the caller gives, or what the recipe names."""
-    data = options.input_ids if options.input_ids is not None else options.texts
+    data = options.calibration_data
     return find_source(recipe.calibration if data is None else data)
 
 
 def _wanted(recipe: WindowOptions, options: RunOptions) -> WindowRequest:
-    # A sweep draws the windows of a text itself, and gives them with the text's name.
-    drawn = options.input_ids is not None and recipe.calibration not in TENSORS
     return WindowRequest(
         samples=recipe.samples,
         seqlen=recipe.seqlen,
         seed=recipe.seed,
-        bos="auto" if drawn else recipe.bos,
+        bos=recipe.bos,
         data=options.data,
     )
 

@@ -256,8 +256,8 @@ def _opened_for_size(folder: Path, trust_remote_code: bool) -> tuple[Readable, S
 
 def stored_size(model: str | Path, trust_remote_code: bool = False) -> ModelSize:
     """The size of a checkpoint, an adapter or a file as it is stored. Reads headers only."""
-    if Path(model).is_file():
-        return ModelSize(Path(model).stat().st_size, None)
+    if (kind := reader_of(model)) is not None:
+        return ModelSize(Path(model).stat().st_size, kind.stored_bits(Path(model)))
     folder = find_folder(model)
     opened = _opened_for_size(folder, trust_remote_code)
     bits = None if opened is None else _stored_bits(*opened)

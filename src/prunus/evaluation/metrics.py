@@ -57,6 +57,8 @@ class TextMetric:
     measure: TokenMeasure | None
     #: How these numbers become one figure. Those of the loss are (W, 1).
     summary: Summary
+    #: Whether tables of quality leave it to the table of single tokens.
+    of_tokens: bool = False
 
 
 def kl_divergence(reference_TV: Tensor, model_TV: Tensor) -> Tensor:
@@ -147,8 +149,15 @@ def exponential(loss: float) -> float:
 METRICS = (
     TextMetric("kl", "KL divergence", "nats per token", ",.5f", kl_divergence, mean),
     TextMetric(
+        "kl_median", "KL median", "nats", ",.5f", kl_divergence, partial(quantile, 0.5), True
+    ),
+    TextMetric(
+        "kl_q99", "KL 99 % quantile", "nats", ",.3f", kl_divergence, partial(quantile, 0.99), True
+    ),
+    TextMetric(
         "kl_q999", "KL 99.9 % quantile", "nats", ",.3f", kl_divergence, partial(quantile, 0.999)
     ),
+    TextMetric("kl_max", "largest KL", "nats", ",.3f", kl_divergence, partial(quantile, 1.0), True),
     TextMetric("same_top", "same top token", "share of tokens", ".2%", same_top, mean),
     TextMetric("perplexity_ratio", "perplexity ratio", "times the reference's", ".4f", None, ratio),
 )

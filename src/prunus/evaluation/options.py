@@ -160,14 +160,6 @@ class SpeedOptions(Options):
             default="as torch chooses",
         ),
     ] = None
-    dense_kernel: Annotated[
-        bool,
-        Option(
-            "Also measure the first model with prunus's own kernels for dense linears, blocks and "
-            "attention in place of torch's. This shows the gain of the kernels without that of "
-            "sparsity."
-        ),
-    ] = False
 
 
 class WritingOptions(Options):

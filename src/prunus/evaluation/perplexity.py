@@ -18,11 +18,11 @@ Legend: W windows, B windows at once, S tokens per window (seqlen), V vocabulary
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import hashlib
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,14 @@ from torch import nn
 from prunus.calibration.catalogue import CORPORA
 from prunus.calibration.corpora import check_corpus, load_corpus
 from prunus.calibration.draw import encode
-from prunus.calibration.files import check_file, file_kind, read_documents, read_ids
+from prunus.calibration.files import (
+    check_file,
+    file_kind,
+    read_documents,
+    read_ids,
+    read_json_rows,
+)
+from prunus.calibration.sources import AsChats, Documents
 from prunus.calibration.windows import UsedBos, bos_token, put_bos_first, refuse_bos, used_bos
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.engine.progress import shows_progress, window_step
@@ -47,13 +54,13 @@ from prunus.evaluation.model_input import (
     unchanged,
 )
 from prunus.evaluation.options import PROTOCOLS, Protocol, TextOptions
-from prunus.evaluation.records import PerplexityResult
-from prunus.evaluation.reference import Reference
+from prunus.evaluation.records import ALL_TEXTS, PerplexityResult, WorstToken
 from prunus.evaluation.streamed_model import StreamedModel, choose_streamed
 from prunus.evaluation.window_scores import (
     LogitsSource,
     WholeModel,
     WindowProgress,
+    WindowScores,
     score_windows,
 )
 from prunus.hardware.errors import did_you_mean
@@ -63,9 +70,15 @@ from prunus.options import takes
 
 #: SHA-256 of the joined test text of WikiText-2, 1,296,370 bytes.
 WIKITEXT2_TEST_SHA256 = "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83"
+#: The texts to score that have a name. `chats` is prose of python-docs as questions and answers.
+TEXTS = (*CORPORA, "chats")
+# Chats of the text `chats`. Each runs the template in a process of its own.
+_CHATS = 256
 # GPTQ and Wanda score the first 1100 documents of C4's validation shard, and at most 256 windows
 # of them.
 _C4_DOCUMENTS, _C4_WINDOWS = 1100, 256
+#: The tokens of the text before the worst token that a result shows.
+_WORDS_BEFORE = 12
 #: Corpus -> how its documents are joined.
 _JOINED = {
     "c4": f"the first {{count}} documents joined with spaces, at most {_C4_WINDOWS} windows",
@@ -77,7 +90,6 @@ _JOINED = {
 
 
 @takes(TextOptions)
-@shows_progress("perplexity", window_step)
 def perplexity(
     model_or_path: Any,
     text: str = "wikitext2",
@@ -91,17 +103,16 @@ def perplexity(
 
     With a reference, as a rule the dense model, the result has a `divergence`: KL divergence, share
     of tokens with the same most likely prediction, and ratio of the perplexities, from the same
-    tokens as the perplexity.
+    tokens as the perplexity. `perplexities` scores several models, and several texts.
 
     Args:
-        model_or_path: A folder or hub id (safetensors only), a loaded transformers model, or a
-            `Reference`, whose blocks do not run again for a text that they ran for. A loaded model
-            is scored in evaluation mode, on its device and in its dtype, with the tokenizer of its
-            `name_or_path`.
+        model_or_path: A folder, a GGUF file, a hub id (safetensors only), or a loaded transformers
+            model. A loaded model is scored in evaluation mode, on its device and in its dtype, with
+            the tokenizer of its `name_or_path`.
         text: Name of a text, see `load_scoring_text`. A `.safetensors` file with input_ids (N, T)
             int needs no tokenizer; its rows are cut into windows one by one.
-        reference: A folder, hub id or loaded model to compare with, which has the same vocabulary.
-            A `Reference` runs once for several models. None compares with nothing.
+        reference: A model to compare with, as `model_or_path`, which has the same vocabulary. None
+            compares with nothing.
         progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. A function
             is called with the number of windows done and of all windows; half of the blocks of a
             streamed model count as half of the windows.
@@ -113,57 +124,140 @@ def perplexity(
         ValueError, FileNotFoundError, NotImplementedError, ModuleNotFoundError, OSError: Before any
             work where possible; says what was given, what is wrong and what to do.
     """
+    shared = {"reference": reference, "progress": progress, "ranks": ranks}
+    return perplexities([model_or_path], [text], **shared, **options)[0][0]
+
+
+@takes(TextOptions)
+@shows_progress("perplexity", window_step)
+def perplexities(
+    models: Sequence[Any],
+    texts: Sequence[str] = ("wikitext2",),
+    *,
+    reference: Any = None,
+    progress: WindowProgress | bool | None = True,
+    ranks: Ranks = SINGLE_PROCESS,
+    **options: Any,
+) -> list[list[PerplexityResult]]:
+    """The perplexities of models on texts, each model side by side with the others.
+
+    With a reference, all models and the reference score the same windows at the same time: its
+    logits are computed once and kept nowhere, and differences between two models can be taken
+    window by window. Without one, models are scored one after the other.
+
+    Args:
+        models: Models as `perplexity` takes them.
+        texts: Texts as `perplexity` takes them.
+        reference: As for `perplexity`.
+        progress: As for `perplexity`, for one text after the other.
+        ranks: As for `perplexity`.
+        **options: See `TextOptions`.
+
+    Returns:
+        For each model its results on all texts. For several texts, one over all of them is last.
+
+    Raises:
+        ValueError, FileNotFoundError, NotImplementedError, ModuleNotFoundError, OSError: As
+            `perplexity`.
+    """
     chosen = TextOptions.read(None, options)
-    seqlen = chosen.seqlen or PROTOCOLS[chosen.protocol]
-    start = first_scored_row(chosen.protocol, seqlen)
+    first_scored_row(chosen.protocol, _seqlen(chosen))
+    for model in models:
+        check_as_loaded(model, chosen.dtype, chosen.device)
+    for text in texts:
+        check_text(text, chosen.data)
+    if chosen.protocol == "llama.cpp" and chosen.dtype == "auto":
+        # As llama.cpp adds. Rounding to bfloat16 is of the size of the errors of eight-bit types.
+        chosen = chosen.model_copy(update={"dtype": "float32"})
+    report = progress if callable(progress) else None
+    groups = [[model] for model in models] if reference is None else [models]
+    return [
+        results
+        for group in groups
+        for results in _side_by_side(group, texts, reference, report, ranks, chosen)
+    ]
+
+
+def _side_by_side(
+    models: Sequence[Any],
+    texts: Sequence[str],
+    reference: Any,
+    progress: WindowProgress | None,
+    ranks: Ranks,
+    chosen: TextOptions,
+) -> list[list[PerplexityResult]]:
+    """Score models that share the tokens of the texts; see `perplexities`."""
+    seqlen = _seqlen(chosen)
     batch = 1 if chosen.batch == "auto" else chosen.batch
-    check_as_loaded(model_or_path, chosen.dtype, chosen.device)
-    check_text(text, chosen.data)
-    loaded = model_or_path if isinstance(model_or_path, nn.Module) else None
+    # The reference is the last one in these lists.
+    asked = [*models, *([] if reference is None else [reference])]
+    loaded = next((one for one in models if isinstance(one, nn.Module)), None)
     device = choose_device(chosen.device, loaded, ranks.local_size)
     compute = ComputeOptions(chosen.dtype, device, chosen.memory, chosen.trust_remote_code)
-    inputs = [
-        find_model(one.model if isinstance(one, Reference) else one, chosen.trust_remote_code)
-        for one in ([model_or_path] if reference is None else [model_or_path, reference])
-    ]
-    model = inputs[0]
-    folders = [one.folder for one in inputs]
-    if reference is not None:
-        check_reference(*inputs)
-    ranks.set_location(f"the perplexity of {model.name} on {text}")
+    inputs = [find_model(model, chosen.trust_remote_code) for model in asked]
+    for model in inputs[: len(models)] if reference is not None else []:
+        check_reference(model, inputs[-1])
+    ranks.set_location(f"the perplexity of {inputs[0].name} on {', '.join(texts)}")
     with ranks.fail_together():
-        windows = scoring_windows(text, lambda: model.tokenizer(chosen.tokenizer), seqlen, chosen)
-    # A `Reference` that is scored itself is opened as if another model were in memory with it. One
-    # will be, and the blocks need not run again for it.
-    later = [model.folder] if isinstance(model_or_path, Reference) else []
-    streamed = choose_streamed([*folders, *later], chosen.stream, batch * seqlen, compute)
-    with contextlib.ExitStack() as stack:
-        compared: Reference | None = reference
-        if reference is not None and not isinstance(reference, Reference):
-            compared = stack.enter_context(Reference(reference))
-        watched = file_states(*folders)
-        # A `Reference` is watched since it was made.
-        for one in (model_or_path, compared):
-            watched |= one.watched if isinstance(one, Reference) else {}
-        stack.enter_context(unchanged(watched, ranks))
-        if compared is not None:
-            compared.open(compute, streamed[1])
-            compared.check(windows.ids, "the reference")
-        source = _opened(model_or_path, model, compute, streamed[0])
-        source.check(windows.ids, "the model")
-        started = time.perf_counter()
-        scores = score_windows(
-            source,
-            windows.ids,
-            reference=compared,
-            batch=batch,
-            start=start,
-            progress=progress if callable(progress) else None,
-            ranks=ranks,
+        tokenizer = functools.cache(lambda: inputs[0].tokenizer(chosen.tokenizer))
+        windows = [scoring_windows(text, tokenizer, seqlen, chosen) for text in texts]
+    folders = [model.folder for model in inputs]
+    streamed = choose_streamed(folders, chosen.stream, batch * seqlen, compute)
+    start = first_scored_row(chosen.protocol, seqlen)
+    scored = []
+    with unchanged(file_states(*folders), ranks):
+        sources = list(map(_opened, inputs, streamed, [compute] * len(asked)))
+        for position, source in enumerate(sources):
+            for of_text in windows:
+                name = "the model" if position < len(models) else "the reference"
+                source.check(of_text.ids, name)
+        for of_text in windows:
+            started = time.perf_counter()
+            scores = score_windows(
+                sources[: len(models)],
+                of_text.ids,
+                reference=None if reference is None else sources[-1],
+                batch=batch,
+                start=start,
+                progress=progress,
+                ranks=ranks,
+            )
+            scored.append((of_text, scores, time.perf_counter() - started))
+    if len(scored) > 1:
+        joined = [WindowScores.joined(parts) for parts in zip(*(x[1] for x in scored), strict=True)]
+        scored.append((ScoringWindows.joined(windows), joined, sum(x[2] for x in scored)))
+    named = None if reference is None else inputs[-1].name
+    return [
+        [
+            _result(of_text, scores[position], start, named, source.dtype, is_streamed, seconds)
+            for of_text, scores, seconds in scored
+        ]
+        for position, (source, is_streamed) in enumerate(
+            zip(sources[: len(models)], streamed, strict=False)
         )
-        seconds = time.perf_counter() - started
-    count, tokens = len(windows.ids), windows.ids.numel()
-    scored = "" if start == 0 else f", scored from token {start + 2} of each on"
+    ]
+
+
+def _seqlen(options: TextOptions) -> int:
+    return options.seqlen or PROTOCOLS[options.protocol]
+
+
+def _result(
+    windows: ScoringWindows,
+    scores: WindowScores,
+    start: int,
+    reference: str | None,
+    dtype: torch.dtype,
+    streamed: bool,
+    seconds: float,
+) -> PerplexityResult:
+    """The figures of one model on one text. `reference` is the name of the reference, if any."""
+    (count, seqlen), tokens = windows.ids.shape, windows.ids.numel()
+    first = "" if start == 0 else f", scored from token {start + 2} of each on"
+    divergence = None
+    if reference is not None:
+        worst = _worst_token(windows, *scores.largest_kl(), start)
+        divergence = replace(scores.divergence(reference), kl_max_at=worst)
     return PerplexityResult(
         source=str(windows.source),
         perplexity=exponential(scores.loss),
@@ -172,20 +266,34 @@ def perplexity(
         tokens=tokens,
         seqlen=seqlen,
         protocol=f"{windows.protocol}; {counted(count, 'window')} of {seqlen} tokens without "
-        f"overlap ({tokens} tokens){scored}, mean loss over windows, "
-        f"{str(source.dtype).removeprefix('torch.')}",
+        f"overlap ({tokens} tokens){first}, mean loss over windows, "
+        f"{str(dtype).removeprefix('torch.')}",
         seconds=seconds,
-        streamed=streamed[0],
+        streamed=streamed,
         bos=windows.bos,
-        divergence=None if compared is None else scores.divergence(inputs[1].name),
+        divergence=divergence,
+        by_window=scores.means_by_window(),
     )
 
 
-def _opened(asked: Any, model: ModelInput, compute: ComputeOptions, streamed: bool) -> LogitsSource:
-    """The model to score, opened as `perplexity` has chosen: block by block if `streamed`."""
-    if isinstance(asked, Reference):
-        asked.open(compute, streamed)
-        return asked
+def _worst_token(windows: ScoringWindows, window: int, row: int, start: int) -> WorstToken:
+    """The token that scored row `row` of a window predicts, with the text before it."""
+    for part in windows.parts:
+        if window < len(part.ids):
+            windows = part
+            break
+        window -= len(part.ids)
+    token = start + row + 1
+    before = text = None
+    if windows.tokenizer is not None:
+        ids = windows.ids[window, : token + 1].tolist()
+        before = windows.tokenizer.decode(ids[max(0, token - _WORDS_BEFORE) : token])
+        text = windows.tokenizer.decode(ids[token:])
+    return WorstToken(windows.source, window, token, before, text)
+
+
+def _opened(model: ModelInput, streamed: bool, compute: ComputeOptions) -> LogitsSource:
+    """The model to score, block by block if `streamed`."""
     if model.folder is None:
         return WholeModel(model.loaded)
     if streamed:
@@ -222,20 +330,38 @@ class ScoringWindows:
     protocol: str
     #: Whether every window begins with BOS.
     bos: UsedBos
+    #: The tokenizer that cut the text into tokens; None for a file of input_ids.
+    tokenizer: Any = None
+    #: The windows of single texts, in order, where these are those of several; else empty.
+    parts: tuple[ScoringWindows, ...] = ()
+
+    @classmethod
+    def joined(cls, parts: Sequence[ScoringWindows]) -> ScoringWindows:
+        """The windows of several texts, which have the same length, as those of one."""
+        ids = torch.cat([part.ids for part in parts])
+        return cls(ids, ALL_TEXTS, f"{len(parts)} texts", parts[0].bos, parts=tuple(parts))
 
 
-def load_scoring_text(name: str, data: Path | None = None) -> ScoringText:
-    """Load a text to score: one of `CORPORA`, or a text file in a format that calibration takes.
+def load_scoring_text(name: str, data: Path | None = None, tokenizer: Any = None) -> ScoringText:
+    """Load a text to score: one of `TEXTS`, or a text file in a format that calibration takes.
+
+    Lines of a `.jsonl` file may have `messages` in place of `text`: chats, which the tokenizer's
+    template turns into text.
 
     Args:
-        name: Name of the corpus, or path of the file.
+        name: Name of the text, or path of the file.
         data: Folder with local copies of the corpora; None downloads them.
+        tokenizer: The tokenizer with the template; None where no text is a chat.
 
     Raises:
         ValueError, FileNotFoundError, ModuleNotFoundError, OSError: The text is unknown, damaged or
             cannot be downloaded.
     """
     check_text(name, data)
+    if (chats := _chats(name)) is not None:
+        documents = list(Documents(chats, tokenizer))
+        how = f"{counted(len(documents), 'chat')} in the model's template"
+        return ScoringText("".join(documents), how, name)
     if name not in CORPORA:
         documents = read_documents(Path(name))
         several = f"{len(documents)} documents joined with blank lines"
@@ -260,16 +386,27 @@ def load_scoring_text(name: str, data: Path | None = None) -> ScoringText:
     return ScoringText(text, how, corpus.source, max_windows)
 
 
+def _chats(name: str) -> Sequence[Any] | None:
+    """The chats of a text, each for `Documents`; None for a text of another kind."""
+    if name == "chats":
+        prose = load_corpus("python-docs", "scoring", None)
+        return AsChats(prose.documents[:_CHATS])
+    if name in CORPORA or file_kind(Path(name)) != "json":
+        return None
+    rows = list(read_json_rows(Path(name)).values())
+    return rows if any("messages" in row for row in rows) else None
+
+
 def check_text(name: str, data: Path | None) -> None:
     """Raise the errors of `load_scoring_text` that can be found without reading the text."""
-    if name in CORPORA:
-        check_corpus(name, "scoring", data)
+    if name in TEXTS:
+        check_corpus("python-docs" if name == "chats" else name, "scoring", data)
         return
     path = Path(name)
     if not name or not (path.exists() or path.suffix):
         raise ValueError(
-            f"unknown text {name!r}: give {', '.join(CORPORA)} or a file of text or input_ids"
-            f"{did_you_mean(name, CORPORA)}"
+            f"unknown text {name!r}: give {', '.join(TEXTS)} or a file of text or input_ids"
+            f"{did_you_mean(name, TEXTS)}"
         )
     check_file(path)
 
@@ -306,7 +443,7 @@ def scoring_windows(
         ValueError, FileNotFoundError, ModuleNotFoundError, OSError: As `load_scoring_text`.
             ValueError too if the text is shorter than a window.
     """
-    if name not in CORPORA and file_kind(Path(name)) == "safetensors":
+    if name not in TEXTS and file_kind(Path(name)) == "safetensors":
         refuse_bos(name, options.bos)
         ids = read_ids(Path(name))
         per_row = ids.shape[1] // seqlen
@@ -320,7 +457,7 @@ def scoring_windows(
         return ScoringWindows(windows[: options.samples].contiguous(), name, how, "given")
     loaded_tokenizer = tokenizer()
     token = bos_token(loaded_tokenizer, options.bos)
-    text = load_scoring_text(name, options.data)
+    text = load_scoring_text(name, options.data, loaded_tokenizer)
     tokens = encode(loaded_tokenizer, text.text)
     count = len(tokens) // seqlen
     if count == 0:
@@ -331,4 +468,5 @@ def scoring_windows(
     count = min(count, options.samples or count, text.max_windows or count)
     windows = put_bos_first(tokens[: count * seqlen].view(count, seqlen), token)
     how = "no BOS added to windows" if token is None else "BOS first in every window"
-    return ScoringWindows(windows, text.source, f"{text.protocol}, {how}", used_bos(token))
+    protocol = f"{text.protocol}, {how}"
+    return ScoringWindows(windows, text.source, protocol, used_bos(token), loaded_tokenizer)

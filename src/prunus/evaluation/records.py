@@ -12,9 +12,11 @@ rows are unknown.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import field
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter
@@ -47,6 +49,8 @@ _STRICT = ConfigDict(extra="forbid")
 PAPER7 = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 #: The name of the mean over these tasks in tables and comparisons.
 MEAN = "mean of paper7"
+#: What the result over all texts has as its source.
+ALL_TEXTS = "all texts"
 #: Title of a column of a table -> format of its figures.
 FORMS = {
     "perplexity": ",.3f",
@@ -57,7 +61,7 @@ FORMS = {
     "decoded tokens/s": ",.1f",
 }
 #: The metrics with their units, for the notes of tables.
-UNITS = ", ".join(f"{metric.title} ({metric.unit})" for metric in METRICS)
+UNITS = ", ".join(f"{metric.title} ({metric.unit})" for metric in METRICS if not metric.of_tokens)
 
 
 class EvaluationRecord:
@@ -67,6 +71,29 @@ class EvaluationRecord:
         """The fields as plain values for JSON."""
         fields: dict[str, Any] = TypeAdapter(type(self)).dump_python(self, mode="json")
         return fields
+
+
+@dataclass(frozen=True, config=_STRICT)
+class WorstToken(EvaluationRecord):
+    """Where the predictions of a model are farthest from those of the reference.
+
+    Attributes:
+        source: The text.
+        window: Number of the window in the text, from 0.
+        token: Position of the predicted token in the window, from 0.
+        before: The end of the text before it; None for a text of token ids.
+        text: The token as text; None for a text of token ids.
+    """
+
+    source: str
+    window: int
+    token: int
+    before: str | None
+    text: str | None
+
+    def __str__(self) -> str:
+        place = f"window {self.window}, token {self.token}"
+        return place if self.text is None else f"{place}: {self.before!r} → {self.text!r}"
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -86,6 +113,10 @@ class Divergence(EvaluationRecord):
         reference_perplexity: Perplexity of the reference on the same tokens.
         perplexity_ratio: Perplexity of the model, divided by that of the reference.
         perplexity_ratio_stderr: Standard error of the ratio, from losses paired by window.
+        kl_median: The median of the KL divergences of all tokens, in nats.
+        kl_q99: Their 99 % quantile.
+        kl_max: The largest of them.
+        kl_max_at: Where that is. The last four are None in files of earlier versions.
     """
 
     reference: str
@@ -97,6 +128,10 @@ class Divergence(EvaluationRecord):
     reference_perplexity: Figure
     perplexity_ratio: Figure
     perplexity_ratio_stderr: Error
+    kl_median: float | None = None
+    kl_q99: float | None = None
+    kl_max: float | None = None
+    kl_max_at: WorstToken | None = None
 
     def figure(self, metric: TextMetric) -> Measured | float | None:
         """The figure of a metric, with its standard error if it has one; None if it is infinite."""
@@ -119,10 +154,12 @@ class PerplexityResult(EvaluationRecord):
         tokens: windows · seqlen.
         seqlen: Tokens per window.
         protocol: Text, windows and dtype in words.
-        seconds: Time of scoring alone, without loading.
+        seconds: Time of scoring alone, without loading, of all models that were side by side.
         streamed: Whether the model was read block by block. The perplexity does not depend on it.
         bos: Whether every window begins with BOS: "yes", "no", or "given" for a file of token ids.
         divergence: How far the model is from a reference; None without a reference.
+        by_window: Name of a figure -> its mean over each window, to compare models window by
+            window. Not in the JSON, and empty without a reference.
     """
 
     source: str
@@ -136,17 +173,33 @@ class PerplexityResult(EvaluationRecord):
     streamed: bool = False
     bos: Literal["yes", "no", "given"] = "no"
     divergence: Divergence | None = None
+    by_window: Annotated[dict[str, tuple[float, ...]], Field(exclude=True)] = field(
+        default_factory=dict, compare=False
+    )
 
     def figures(self) -> dict[str, Any]:
         """The figures of a row of a table, without infinite ones; `FORMS` has their formats."""
         figures: dict[str, Any] = {"perplexity": finite(self.perplexity)}
         if self.divergence is not None:
-            figures |= {metric.title: self.divergence.figure(metric) for metric in METRICS}
+            figures |= self._metrics(of_tokens=False)
         return figures
+
+    def token_figures(self) -> dict[str, Any]:
+        """The figures of single tokens, and where the largest KL is; empty without a reference."""
+        if self.divergence is None:
+            return {}
+        place = self.divergence.kl_max_at
+        return self._metrics(of_tokens=True) | {"at": None if place is None else str(place)}
+
+    def _metrics(self, of_tokens: bool) -> dict[str, Any]:
+        assert self.divergence is not None
+        metrics = [metric for metric in METRICS if metric.of_tokens == of_tokens]
+        return {metric.title: self.divergence.figure(metric) for metric in metrics}
 
     def _repr_html_(self) -> str:
         """The figures as a table in a notebook."""
-        figures = {name: text_of(value, FORMS[name]) for name, value in self.figures().items()}
+        every = self.figures() | self.token_figures()
+        figures = {name: text_of(value, FORMS.get(name)) for name, value in every.items()}
         windows = f"{self.windows:,} of {self.seqlen:,} tokens"
         rows = figures | {"windows": windows, "seconds": f"{self.seconds:.1f}"}
         columns = (Column("measure"), Column("value"))
@@ -277,15 +330,15 @@ def _mean_of_tasks(figures: Sequence[tuple[float, float | None]]) -> tuple[float
 
 @dataclass(frozen=True)
 class Difference(EvaluationRecord):
-    """The value of one metric for a model, minus the value for the first model.
+    """The value of one metric for a model, minus the value for another one.
 
     >>> Difference("pruned", "rte", "acc", value=-0.05, stderr=0.02, paired=True).significant
     True
     """
 
-    #: The model that is compared with the first one.
+    #: The model.
     model: str
-    #: Name of the task.
+    #: Name of the task, or the text.
     task: str
     #: Name of the metric.
     metric: str
@@ -293,8 +346,10 @@ class Difference(EvaluationRecord):
     value: float
     #: Standard error of the difference; None if it is unknown.
     stderr: float | None
-    #: Whether the difference was taken row by row.
+    #: Whether the difference was taken row by row, or window by window.
     paired: bool
+    #: The model that it is compared with; empty for the first one.
+    than: str = ""
 
     @property
     def significant(self) -> bool:
@@ -346,6 +401,32 @@ def compare(results: Sequence[TaskResults]) -> list[Difference]:
     return differences
 
 
+def compare_on_texts(
+    perplexities: Mapping[str, Sequence[PerplexityResult]],
+) -> list[Difference]:
+    """Compare every two models that were scored side by side, text by text and window by window.
+
+    A metric is a name of `PerplexityResult.by_window`, such as `kl`.
+
+    Args:
+        perplexities: Name of every model -> its results on the same texts.
+
+    Returns:
+        The differences, pair by pair; none where models were not scored side by side.
+    """
+    return [
+        Difference(other, result.source, name, *_difference(*pair), than=first)
+        for first, other in itertools.combinations(perplexities, 2)
+        for before, result in zip(perplexities[first], perplexities[other], strict=True)
+        for name in result.by_window
+        for pair in [[_of_windows(x.by_window[name]) for x in (before, result)]]
+    ]
+
+
+def _of_windows(means: tuple[float, ...]) -> Metric:
+    return Metric(statistics.fmean(means), None, means)
+
+
 def _difference(first: Metric, other: Metric) -> tuple[float, float | None, bool]:
     """other − first, its standard error (None if unknown), and whether it is paired."""
     value = other.value - first.value
@@ -386,4 +467,5 @@ def side_by_side(
             for model, of_model in perplexities.items()
         ],
         "differences": [change.as_dict() for change in compare(results)],
+        "text_differences": [change.as_dict() for change in compare_on_texts(perplexities)],
     }

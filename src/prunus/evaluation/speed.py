@@ -27,7 +27,6 @@ from prunus.hardware.memory import resident_memory
 from prunus.model.adapter import is_adapter
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.loading import check_architecture, load_model
-from prunus.runtime import use_dense_kernel, use_fast_decoding
 
 
 @dataclass(frozen=True)
@@ -57,23 +56,20 @@ def bench(
         **options: See `SpeedOptions`.
 
     Returns:
-        One entry per model. With `dense_kernel`, the first model with the kernels comes second.
+        One entry per model.
 
     Raises:
         ValueError, FileNotFoundError, NotImplementedError: An option or a model is unusable.
         RuntimeError: A measurement failed.
     """
     chosen = SpeedOptions.read(None, options)
-    plain = chosen.model_copy(update={"dense_kernel": False})
-    cases = [(model, _folder(model), plain) for model in models]
-    if chosen.dense_kernel:
-        cases.insert(1, (f"{models[0]}, dense kernel", cases[0][1], chosen))
-    measurements: list[list[dict[str, float]]] = [[] for _ in cases]
+    folders = [_folder(model) for model in models]
+    measurements: list[list[dict[str, float]]] = [[] for _ in models]
     for number in range(chosen.rounds):
-        for rows, (name, folder, how) in zip(measurements, cases, strict=True):
+        for rows, name, folder in zip(measurements, models, folders, strict=True):
             if progress is not None:
                 progress(f"round {number + 1} of {chosen.rounds}: {name}")
-            rows.append(_measure_in_subprocess(folder, how))
+            rows.append(_measure_in_subprocess(folder, chosen))
     values = [{key: [row[key] for row in rows] for key in rows[0]} for rows in measurements]
     return [
         Speed(
@@ -81,7 +77,7 @@ def bench(
             file_bytes=file_bytes(folder),
             **{key: (min(x), statistics.median(x), max(x)) for key, x in measured.items()},
         )
-        for (name, folder, _), measured in zip(cases, values, strict=True)
+        for name, folder, measured in zip(models, folders, values, strict=True)
     ]
 
 
@@ -102,9 +98,6 @@ def _measure(folder: Path, options: SpeedOptions) -> dict[str, float]:
     check_architecture(folder)
     before = resident_memory()
     loaded = load_model(folder)
-    if options.dense_kernel:
-        use_dense_kernel(loaded)
-        use_fast_decoding(loaded)
     vocabulary = loaded.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (1, options.prompt_tokens), generator=generator)

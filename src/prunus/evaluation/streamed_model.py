@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from prunus.evaluation.model_input import ComputeOptions
-from prunus.evaluation.window_scores import ROWS, Rows, WindowProgress, check_windows, rows_of
+from prunus.evaluation.window_scores import ROWS, Rows, WindowProgress, check_windows
 from prunus.hardware.memory import available_memory, memory_budget, resident_memory
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint.atomic_files import read_json
@@ -127,7 +127,6 @@ class StreamedModel:
         dtype: The dtype in which it computes.
         device: Where it computes.
         memory: Budget in bytes for the whole process; None takes what is free.
-        splits_experts: Whether experts that the whole model computes together run one by one.
 
     Raises:
         ValueError, FileNotFoundError: The checkpoint is damaged.
@@ -141,7 +140,6 @@ class StreamedModel:
         self.dtype = DTYPES.get(options.dtype, default)
         self.skeleton = Skeleton(self.source.config, self.dtype, options.trust_remote_code)
         self.source.bind(self.skeleton)
-        self.splits_experts = any(map(self.skeleton.fused, range(len(self.skeleton))))
         self.device = options.device
         self.memory = options.memory
 
@@ -150,7 +148,7 @@ class StreamedModel:
         check_windows(self.skeleton.model, ids, name)
 
     def windows(
-        self, ids: torch.Tensor, batch: int, progress: WindowProgress, compared: bool
+        self, ids: torch.Tensor, batch: int, progress: WindowProgress, models: int
     ) -> Generator[Rows, None, None]:
         """The logits of every window; see `LogitsSource`.
 
@@ -161,19 +159,28 @@ class StreamedModel:
         """
         if not len(ids):
             return
-        with contextlib.closing(self.run_blocks(ids, batch, progress, compared)) as states:
-            yield from self.logits(states, ids, batch, by_rows=True)
+        with contextlib.ExitStack() as stack:
+            states = self._run_blocks(ids, batch, progress, models)
+            stack.callback(states.close)
+            # The mode ends before a window is handed out, so it never holds for the caller.
+            with torch.no_grad():
+                stack.enter_context(
+                    self.skeleton.outside_blocks(
+                        self.source.read_outside, self.device, with_head=True
+                    )
+                )
+            for position, ids_BS in enumerate(ids.split(batch)):
+                ids_BS = ids_BS.to(self.device)
+                for ids_S, hidden_SH in zip(ids_BS, states.get(position), strict=True):
+                    yield partial(self._rows, ids_S, hidden_SH)
             progress(len(ids), len(ids))
 
-    def run_blocks(
-        self, ids: torch.Tensor, batch: int, progress: WindowProgress, compared: bool
+    def _run_blocks(
+        self, ids: torch.Tensor, batch: int, progress: WindowProgress, models: int
     ) -> HiddenStates:
-        """What the last block returns, (B, S, H) per batch. The caller closes it.
-
-        The arguments and errors are those of `windows`.
-        """
+        """What the last block returns, (B, S, H) per batch. The caller closes it."""
         batches = ids.split(batch)
-        storage = self._place_states(batch, ids.shape, compared)
+        storage = self._place_states(batch, ids.shape, models)
         stream = Stream(self.skeleton, self.source, self.device)
         steps = len(self.skeleton) + 1
         try:
@@ -187,53 +194,20 @@ class StreamedModel:
             raise
         return stream.states
 
-    def logits(
-        self, states: HiddenStates, ids: torch.Tensor, batch: int, by_rows: bool
-    ) -> Generator[Rows, None, None]:
-        """The logits of every window, in order, from what the last block returns.
-
-        With `by_rows` they are computed when they are asked for, which takes the least memory.
-        Otherwise all of a batch are computed at once, as in the whole model: the last bit of a
-        product can depend on the number of rows.
-
-        Args:
-            states: What the last block returned, per batch.
-            ids: The token ids that it is for, (W, S).
-            batch: Windows per batch.
-            by_rows: As above.
-        """
-        with contextlib.ExitStack() as stack:
-            # The mode ends before a window is handed out, so it never holds for the caller.
-            with torch.no_grad():
-                stack.enter_context(
-                    self.skeleton.outside_blocks(
-                        self.source.read_outside, self.device, with_head=True
-                    )
-                )
-            for position, ids_BS in enumerate(ids.split(batch)):
-                hidden_BSH = states.get(position)
-                ids_BS = ids_BS.to(self.device)
-                if by_rows:
-                    for ids_S, hidden_SH in zip(ids_BS, hidden_BSH, strict=True):
-                        yield partial(self._rows, ids_S, hidden_SH)
-                else:
-                    yield from map(rows_of, self.skeleton.logits(ids_BS, hidden_BSH))
-
     def _rows(
         self, ids_S: torch.Tensor, hidden_SH: torch.Tensor, first: int, stop: int
     ) -> torch.Tensor:
         """The logits (T, V) of some rows of one window: a `Rows`."""
         return self.skeleton.logits(ids_S[None, first:stop], hidden_SH[None, first:stop])[0]
 
-    def _place_states(self, batch: int, shape: torch.Size, compared: bool) -> StatesPlace:
+    def _place_states(self, batch: int, shape: torch.Size, models: int) -> StatesPlace:
         """Where the hidden states of all windows are kept between blocks, if a block fits.
 
         It is the device if they fit there, else the memory of the host, else a file.
         """
         held = resident_memory() if self.device.type == "cpu" else 0
         budget = memory_budget(self.device, self.memory) - held
-        models = 2 if compared else 1
-        minimum, hidden = self._needs(batch, shape, compared)
+        minimum, hidden = self._needs(batch, shape, models)
         if minimum > budget:
             held = resident_memory()
             raise ValueError(
@@ -241,7 +215,7 @@ class StreamedModel:
                 f"of windows in flight ({batch} × {shape[1]} tokens); the memory budget is "
                 f"{(budget + held) / 1e9:.2f} GB. Raise `memory`, or lower `batch` or `seqlen`"
             )
-        if models * (minimum + hidden) <= budget:
+        if minimum + models * hidden <= budget:
             return StatesPlace(None, on_device=True)
         if self.device.type != "cpu":
             host = available_memory() if self.memory is None else self.memory - resident_memory()
@@ -249,10 +223,11 @@ class StreamedModel:
                 return StatesPlace(None, on_device=False)
         return StatesPlace(Path(tempfile.gettempdir()), on_device=True)
 
-    def _needs(self, batch: int, shape: torch.Size, compared: bool) -> tuple[int, int]:
+    def _needs(self, batch: int, shape: torch.Size, models: int) -> tuple[int, int]:
         """Bytes for the largest step with one batch in flight, and for all hidden states.
 
         The step is a block with its activations, loading the weights outside the blocks, or logits.
+        The heads of the other `models` are in memory with it, and logits of two at once.
         """
         skeleton = self.skeleton
         size = skeleton.dtype.itemsize
@@ -274,5 +249,6 @@ class StreamedModel:
         # Of what is outside the blocks, only the copy is left when logits are computed.
         copy = outer * max(1, size // self.source.stored_dtype.itemsize)
         logits = _logits_bytes(skeleton.vocabulary, min(ROWS, seqlen), size)
-        logits *= 2 if compared else 1
-        return max(block + transient, outer + copy, copy + logits), windows * seqlen * hidden * size
+        logits *= min(models, 2)
+        step = max(block + transient, outer + copy, copy + logits)
+        return (models - 1) * copy + step, windows * seqlen * hidden * size

@@ -27,7 +27,8 @@ from prunus.evaluation.model_input import (
 )
 from prunus.evaluation.options import TaskOptions
 from prunus.evaluation.records import TaskResults, TaskScore
-from prunus.evaluation.tasks import LoadedTask, load_tasks, require_lm_eval, run_task, wrap_model
+from prunus.evaluation.tasks import LoadedTask, load_tasks, run_task, wrap_model
+from prunus.hardware.errors import require_library
 from prunus.model.device import choose_device
 from prunus.options import takes
 
@@ -126,7 +127,7 @@ def prepare_tasks(
     models: Sequence[Any], tasks: str | Sequence[str] = "paper7", **options: Any
 ) -> TaskRun:
     """Check models and tasks before any work; see `evaluate` for arguments and errors."""
-    require_lm_eval()
+    require_library("lm_eval", "evaluating on tasks", "eval")
     chosen = TaskOptions.read(None, options)
     for model in models:
         check_as_loaded(model, chosen.dtype, chosen.device)

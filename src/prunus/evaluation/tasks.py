@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import io
 import json
 import logging
@@ -66,12 +65,6 @@ class LoadedTask:
     limit: int | None
     #: What lm-eval evaluates: its own objects, with the tasks by name under "tasks".
     content: Any
-
-
-def require_lm_eval() -> None:
-    """Raise ModuleNotFoundError with the name of the extra if lm-eval is not installed."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ModuleNotFoundError("evaluating on tasks needs lm-eval: pip install '.[eval]'")
 
 
 def load_tasks(

@@ -1,7 +1,7 @@
 """The loop over windows: loss, and how far the predictions are from those of a reference.
 
-The logits of windows are those of a model in memory (`WholeModel`), of a model that is read block
-by block (`StreamedModel`), or of a model that others are compared with (`Reference`).
+The logits of windows are those of a model in memory (`WholeModel`), or of a model that is read
+block by block (`StreamedModel`).
 
 What is compared with a reference is in `metrics`.
 
@@ -24,7 +24,7 @@ from torch.nn import functional
 from prunus.calibration.windows import check_ids
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.engine.document import Measured
-from prunus.evaluation.metrics import METRICS, TokenMeasure, exponential, mean
+from prunus.evaluation.metrics import METRICS, TokenMeasure, exponential, kl_divergence, mean
 from prunus.evaluation.records import Divergence
 from prunus.hardware.numerics import fast_linears
 
@@ -56,13 +56,12 @@ class LogitsSource(Protocol):
         """
 
     def windows(
-        self, ids: torch.Tensor, batch: int, progress: WindowProgress, compared: bool
+        self, ids: torch.Tensor, batch: int, progress: WindowProgress, models: int
     ) -> Generator[Rows, None, None]:
         """The logits of every window, in order. Read them before the next window is taken.
 
         `ids` are int64 (W, S); W may be 0. `progress` counts shares of windows: half of the blocks
-        for all W windows are W / 2. With `compared`, half of the memory is left to another model of
-        this size.
+        for all W windows are W / 2. `models` of this size share the memory, this one included.
         """
 
 
@@ -84,7 +83,7 @@ class WholeModel:
         check_windows(self._model, ids, name)
 
     def windows(
-        self, ids: torch.Tensor, batch: int, progress: WindowProgress, compared: bool
+        self, ids: torch.Tensor, batch: int, progress: WindowProgress, models: int
     ) -> Generator[Rows, None, None]:
         """The logits of every window; see `LogitsSource`. The model is in memory as it is."""
         was_training = self._model.training
@@ -130,7 +129,7 @@ def check_windows(model: Any, ids: torch.Tensor, name: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class WindowScores:
-    """The figures of all windows of all ranks.
+    """The figures of one model for all windows of all ranks.
 
     M is 1, or 2 with a reference, which comes first. T are the scored tokens of a window.
     """
@@ -150,6 +149,36 @@ class WindowScores:
             total += loss
         return total / len(losses)
 
+    def means_by_window(self) -> dict[str, tuple[float, ...]]:
+        """Name of a metric that is a mean -> its mean over each window; and `loss`, in nats.
+
+        Empty without a reference: only models that share a vocabulary can be compared.
+        """
+        if not self.values:
+            return {}
+        means = {
+            metric.name: self.values[metric.measure].mean(dim=1)
+            for metric in METRICS
+            if metric.measure is not None and metric.summary is mean
+        }
+        means["loss"] = self.losses_WM[:, 1]
+        return {name: tuple(means_W.tolist()) for name, means_W in means.items()}
+
+    def largest_kl(self) -> tuple[int, int]:
+        """The window and the row, among the scored ones, with the largest KL divergence."""
+        values_WT = self.values[kl_divergence]
+        window, row = divmod(int(values_WT.argmax()), values_WT.shape[1])
+        return window, row
+
+    @classmethod
+    def joined(cls, parts: Sequence[WindowScores]) -> WindowScores:
+        """The scores of one model on several texts as if they were one."""
+        values = {
+            measure: torch.cat([part.values[measure] for part in parts])
+            for measure in parts[0].values
+        }
+        return cls(torch.cat([part.losses_WM for part in parts]), values)
+
     def divergence(self, reference: str) -> Divergence:
         """The comparison with the reference, whose name is `reference`."""
         change_W1 = self.losses_WM[:, 1:] - self.losses_WM[:, :1]
@@ -168,7 +197,7 @@ class WindowScores:
 
 
 def score_windows(
-    model: LogitsSource,
+    models: Sequence[LogitsSource],
     ids: torch.Tensor,
     *,
     reference: LogitsSource | None = None,
@@ -176,13 +205,14 @@ def score_windows(
     start: int = 0,
     progress: WindowProgress | None = None,
     ranks: Ranks = SINGLE_PROCESS,
-) -> WindowScores:
-    """Score all windows, a few rows of logits at a time.
+) -> list[WindowScores]:
+    """Score all windows by all models side by side, a few rows of logits at a time.
 
-    The cross entropy is computed in float32, and summed in float64.
+    The cross entropy is computed in float32, and summed in float64. Logits are kept nowhere: those
+    of the reference are there while each model is compared with them.
 
     Args:
-        model: The model to score.
+        models: The models to score.
         ids: Token ids (W, S), int64, of all ranks. S is at least 2.
         reference: The model to compare with; None compares with nothing.
         batch: Number of windows in one forward pass.
@@ -191,17 +221,23 @@ def score_windows(
             rank. A window counts half when one of two models is done with it.
         ranks: The processes that split the windows.
 
+    Returns:
+        The scores of each model.
+
     Raises:
         ValueError: Outputs are not finite, or the vocabularies differ.
     """
     span = ranks.own_range(len(ids), batch)
     ids_of_rank = ids[span.start : span.stop]
-    sources = [model] if reference is None else [reference, model]
+    sources = [*([] if reference is None else [reference]), *models]
     measures = _measures() if reference is not None else []
     scored = ids.shape[1] - 1 - start
     count = len(ids_of_rank)
     losses_WM = torch.empty(count, len(sources), dtype=torch.float64)
-    values = {measure: torch.empty(count, scored, dtype=torch.float64) for measure in measures}
+    values = [
+        {measure: torch.empty(count, scored, dtype=torch.float64) for measure in measures}
+        for _ in models
+    ]
     done = [0] * len(sources)
 
     def report(position: int, windows: int, of: int) -> None:
@@ -214,7 +250,9 @@ def score_windows(
         windows = [
             stack.enter_context(
                 contextlib.closing(
-                    source.windows(ids_of_rank, batch, partial(report, position), len(sources) > 1)
+                    source.windows(
+                        ids_of_rank, batch, partial(report, position), len(sources) - position
+                    )
                 )
             )
             for position, source in enumerate(sources)
@@ -222,10 +260,17 @@ def score_windows(
         for window, (*rows, ids_S) in enumerate(zip(*windows, ids_of_rank, strict=True)):
             losses, window_values = _score_window(rows, ids_S, window, start, measures)
             losses_WM[window] = torch.tensor(losses, dtype=torch.float64)
-            for measure, values_T in window_values.items():
-                values[measure][window] = values_T
-    gathered = {measure: ranks.all_gather(values_WT) for measure, values_WT in values.items()}
-    return WindowScores(ranks.all_gather(losses_WM), gathered)
+            for of_model, values_of_window in zip(values, window_values, strict=True):
+                for measure, values_T in values_of_window.items():
+                    of_model[measure][window] = values_T
+    losses_WM = ranks.all_gather(losses_WM)
+    return [
+        WindowScores(
+            losses_WM[:, [position]] if reference is None else losses_WM[:, [0, position + 1]],
+            {measure: ranks.all_gather(values_WT) for measure, values_WT in of_model.items()},
+        )
+        for position, of_model in enumerate(values)
+    ]
 
 
 def _measures() -> list[TokenMeasure]:
@@ -240,46 +285,67 @@ def _score_window(
     window: int,
     start: int,
     measures: Sequence[TokenMeasure],
-) -> tuple[list[float], dict[TokenMeasure, torch.Tensor]]:
-    """Mean losses of the models, and what is measured at every token (T,), of one window.
+) -> tuple[list[float], list[dict[TokenMeasure, torch.Tensor]]]:
+    """Mean losses of all models, and what is measured at every token (T,), of one window.
 
     Args:
-        rows: The logits by the reference, if there is one, and by the model.
+        rows: The logits by the reference, if there is one, and by the models.
         ids_S: The tokens of the window.
         window: Number of the window, for messages.
         start: The first row that is scored.
-        measures: What is measured; empty without a reference.
+        measures: What is measured of each model but the first; empty without a reference.
+
+    Returns:
+        The losses of all models, and of each that is compared what was measured.
     """
     totals = [0.0] * len(rows)
-    pieces: dict[TokenMeasure, list[torch.Tensor]] = {measure: [] for measure in measures}
+    compared = len(rows) - bool(measures)
+    pieces: list[dict[TokenMeasure, list[torch.Tensor]]] = [
+        {measure: [] for measure in measures} for _ in range(compared)
+    ]
     # Row t predicts token t + 1, so the last row of a window predicts nothing and is left out.
     last = len(ids_S) - 1
     for first in range(start, last, ROWS):
         stop = min(first + ROWS, last)
-        model_TV = rows[-1](first, stop)
-        targets_T = ids_S[first + 1 : stop + 1].to(model_TV.device)
-        logits = [*(other(first, stop).to(model_TV.device) for other in rows[:-1]), model_TV]
-        if logits[0].shape != model_TV.shape:
-            raise ValueError(
-                f"the reference gives logits for {logits[0].shape[1]} tokens, the model for "
-                f"{model_TV.shape[1]}: give a reference with the same vocabulary"
-            )
-        for model, logits_TV in enumerate(logits):
+        reference_TV: torch.Tensor | None = None
+        for model, of_model in enumerate(rows):
+            logits_TV = of_model(first, stop)
+            targets_T = ids_S[first + 1 : stop + 1].to(logits_TV.device)
             loss = functional.cross_entropy(logits_TV.float(), targets_T, reduction="sum")
             totals[model] += loss.item()
-        for logits_of_piece in zip(*(x_TV.split(_PIECE) for x_TV in logits), strict=True):
-            for measure in measures:
-                pieces[measure].append(measure(*logits_of_piece).cpu())
+            if reference_TV is not None:
+                _compare(reference_TV.to(logits_TV.device), logits_TV, pieces[model - 1])
+            elif measures:
+                reference_TV = logits_TV
     for total in totals:
         if not math.isfinite(total):
             raise ValueError(
                 f"the loss of window {window} is {total}: the model's outputs are not finite. "
                 "Damaged weights, or a dtype too small for this model; try `dtype` float32"
             )
-    values = {measure: torch.cat(of_measure) for measure, of_measure in pieces.items()}
-    if not all(values_T.isfinite().all() for values_T in values.values()):
+    values = [
+        {measure: torch.cat(of_measure) for measure, of_measure in of_model.items()}
+        for of_model in pieces
+    ]
+    if not all(values_T.isfinite().all() for of_model in values for values_T in of_model.values()):
         raise ValueError(
             f"the KL divergence of window {window} is not finite: the model gives probability 0 to "
             "a token that the reference can predict"
         )
     return [total / (last - start) for total in totals], values
+
+
+def _compare(
+    reference_TV: torch.Tensor,
+    model_TV: torch.Tensor,
+    pieces: dict[TokenMeasure, list[torch.Tensor]],
+) -> None:
+    """Append what is measured of rows of logits to `pieces`, a few rows at a time."""
+    if reference_TV.shape != model_TV.shape:
+        raise ValueError(
+            f"the reference gives logits for {reference_TV.shape[1]} tokens, the model for "
+            f"{model_TV.shape[1]}: give a reference with the same vocabulary"
+        )
+    for logits in zip(reference_TV.split(_PIECE), model_TV.split(_PIECE), strict=True):
+        for measure, of_measure in pieces.items():
+            of_measure.append(measure(*logits).cpu())

@@ -13,6 +13,7 @@ import math
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,19 +22,25 @@ from torch import nn
 
 from prunus.engine.folder import BlockFolder
 from prunus.engine.linear_job import Format, LinearSelection
-from prunus.formats.packed.file_size import embedding_and_head, file_size
 from prunus.formats.recipe import CompressionRecipe
-from prunus.formats.records import CompressionRecord
+from prunus.formats.records import CompressionRecord, FileSize
 from prunus.hardware.errors import naming
 from prunus.hardware.sizes import in_bytes
-from prunus.methods.group_fits import round_in_groups
+from prunus.methods.group_fits import check_range, round_in_groups
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
+from prunus.methods.group_sweep import quantize_in_groups
+from prunus.methods.statistics import InputStatistics
 from prunus.model.checkpoint.reader import Checkpoint, TensorInfo
 from prunus.model.checkpoint.writer import Writable, file_nbytes
+from prunus.model.embeddings import is_plain
 from prunus.model.formats import format_named, format_of
 from prunus.model.kinds import require_causal
+from prunus.model.linears import tied_embedding
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
+
+# Rows of the output head that are rounded together: a part of it in float32, not all.
+_HEAD_ROWS = 2**14
 
 
 class CompressedFormat(Format[CompressionRecord]):
@@ -45,10 +52,10 @@ class CompressedFormat(Format[CompressionRecord]):
 
     RECORD = CompressionRecord
     DONE: ClassVar[str] = "compressed"
-    QUANTIZES: ClassVar[bool] = True
 
     def __init__(self, recipe: CompressionRecipe) -> None:
         self.recipe = recipe
+        self.rounding = recipe.rounding
 
     # How a result is read that transformers cannot read, by a format with a suffix.
 
@@ -94,6 +101,11 @@ class CompressedFormat(Format[CompressionRecord]):
             for block in (record.blocks if record else [])
             for name, linear in block.linears.items()
         }
+
+    @staticmethod
+    def stored_bits(path: Path) -> float | None:
+        """Bits per weight of the linears in the blocks of a file; None where it does not say."""
+        return None
 
     # What a run asks.
 
@@ -142,21 +154,20 @@ class CompressedFormat(Format[CompressionRecord]):
                 "write a packed checkpoint, whose zeros take fewer bits"
             )
 
-    def refuse_types(self) -> None:
+    def refuse_gguf_options(self) -> None:
         """Refuse the options of GGUF files.
 
         Raises:
             ValueError: The recipe has one of them.
         """
-        if self.recipe.type is not None or self.recipe.template is not None:
+        if self.recipe.type or self.recipe.template or self.rounding == "nearest":
             raise ValueError(
-                "`type` and `template` belong to GGUF files: give the output a name that ends in "
-                ".gguf, or leave them out"
+                "`type`, `template`, `rounding` nearest and lists for llama-quantize belong to "
+                "GGUF files: give the output a name that ends in .gguf, or leave them out"
             )
 
     # The size of a result that is a folder.
 
-    @abstractmethod
     def parts(self, key: str, info: TensorInfo, bits: float) -> dict[str, Any]:
         """The tensors that store a weight: name -> something with a shape and a dtype.
 
@@ -165,6 +176,7 @@ class CompressedFormat(Format[CompressionRecord]):
             info: Its shape and dtype in the source.
             bits: The bits per weight that it takes.
         """
+        raise NotImplementedError("the size of the result is not that of a folder")
 
     @property
     def bits(self) -> float:
@@ -290,8 +302,13 @@ class TypeFormat(CompressedFormat):
     Attributes:
         types: Name of a linear, an embedding or a head -> its type, once it is chosen.
         importances: First module of a weight outside the blocks -> how much errors in each of its
-            columns raise the loss, float32 (I,), where that was measured.
+            columns raise the loss, float32 (I,), where that was measured. With feedback this leaves
+            out what errors of the head cost as the head. Where each weight is rounded by itself,
+            also name of a linear -> the mean square of each of its inputs.
     """
+
+    # The inputs of the output head, once they are known.
+    _head_statistics: InputStatistics | None = None
 
     def __init__(self, recipe: CompressionRecipe) -> None:
         super().__init__(recipe)
@@ -355,16 +372,12 @@ class TypeFormat(CompressedFormat):
                     "`head_bits` none"
                 )
 
-    def scale_dtype(self, key: str) -> torch.dtype:
-        """The dtype of the scales of a weight: bfloat16, or float16 where that is its own.
-
-        Args:
-            key: The name under which the source stores the weight.
-        """
+    def scale_dtype(self, name: str) -> torch.dtype:
+        """The dtype of the scales of a module: bfloat16, or float16 where that is its own."""
         # What is stored in float32 is run in bfloat16 or float16, and nearly all scales that are
         # exact in bfloat16 are exact in both.
-        is_half = self.job.checkpoint.checkpoint.tensors[key].dtype == torch.float16
-        return torch.float16 if is_half else torch.bfloat16
+        stored = self.job.checkpoint.checkpoint.tensors[self.job.stored_key(name)].dtype
+        return torch.float16 if stored == torch.float16 else torch.bfloat16
 
     def nbytes_of(self, quantizer: GroupQuantizer, shape: tuple[int, ...]) -> int:
         """The bytes of a weight of this shape in the result."""
@@ -416,8 +429,55 @@ class TypeFormat(CompressedFormat):
         """
         key = self.job.stored_key(name)
         weight_OI = self.job.checkpoint.checkpoint.whole(key)
+        quantizer = self.quantizer(name)
         with naming(key):
-            return round_in_groups(weight_OI, self.quantizer(name), self.importances.get(name))
+            if name != self.head or self._head_statistics is None:
+                return round_in_groups(weight_OI, quantizer, self.importances.get(name))
+            work = replace(self.job.work, quantization=quantizer)
+            parts = []
+            for rows_OI in weight_OI.split(_HEAD_ROWS):
+                rows_OI = rows_OI.to(self.job.device, torch.float32)
+                grouped = quantize_in_groups(rows_OI, self._head_statistics, work).quantized
+                assert isinstance(grouped, GroupedWeight)
+                parts.append(grouped.data_OB.cpu())
+            return GroupedWeight(quantizer, torch.cat(parts))
+
+    def check_outside(self) -> None:
+        """Check before the first block that the types of embedding and head reach their weights.
+
+        Raises:
+            ValueError: They do not; the message names the weight.
+        """
+        for name in self.types.keys() - self.job.selected_linears().keys():
+            key = self.job.stored_key(name)
+            with naming(key):
+                check_range(self.job.checkpoint.checkpoint.whole(key), self.quantizer(name))
+
+    @functools.cached_property
+    def head(self) -> str | None:
+        """The module that has the weight of the output head, if that weight has a type.
+
+        It is the embedding where both are tied.
+        """
+        model = self.job.skeleton.model
+        modules, head = dict(model.named_modules()), model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            return None
+        return next((name for name in self.shapes if modules[name].weight is head.weight), None)
+
+    @property
+    def rounds_head(self) -> bool:
+        """Whether errors of the head are corrected by its later columns: where they are measured.
+
+        An embedding that is tied to it has errors of its own, which must be known too.
+        """
+        return self.rounding == "feedback" and self.head in self.importances
+
+    def take_head(self, statistics: InputStatistics) -> None:
+        """Take note of the inputs of the head, and of what its errors cost as an embedding."""
+        if self.head is not None:
+            statistics.add_uncorrelated(self.importances[self.head] * statistics.tokens)
+        self._head_statistics = statistics
 
 
 class MixFormat(TypeFormat):
@@ -432,8 +492,8 @@ class MixFormat(TypeFormat):
 
     @property
     def measures_loss(self) -> bool:
-        """Always: types are chosen by the loss that they cause."""
-        return True
+        """Whether types are chosen by the loss that they cause. A type that is given is not."""
+        return super().measures_loss or self.recipe.type is None
 
     @functools.cached_property
     def modules_outside(self) -> set[str]:
@@ -528,6 +588,67 @@ def _stored_as_integers(
             "or experts in one tensor; such a checkpoint cannot be compressed yet"
         )
     return LinearSelection(by_block, left_dense)
+
+
+def file_size(
+    source: CheckpointSource, model: Any, tensors: Mapping[str, Any], after: int
+) -> FileSize:
+    """The size of a result and what takes its bytes.
+
+    Args:
+        source: The source.
+        model: The skeleton of the source.
+        tensors: Stored name -> something with a shape and a dtype, of all tensors of the result.
+        after: Bytes of the files of the result.
+    """
+    # The embedding comes last, so that a tied head counts as embedding.
+    modules = {id(model.get_output_embeddings()): "output head"}
+    modules[id(model.get_input_embeddings())] = "embeddings"
+    kinds = {
+        source.stored.get(f"{name}.weight", name).removesuffix(".weight"): modules[id(module)]
+        for name, module in reversed(list(model.named_modules()))
+        if id(module) in modules
+    }
+    parts = Counter[str]()
+    for name, info in tensors.items():
+        linear = name.rpartition(".")[0]
+        dense = source.checkpoint.tensors.get(name)
+        packed = dense is None or dense.dtype != info.dtype
+        kind = "other weights" if len(info.shape) > 1 else "norms and biases"
+        kind = kinds.get(linear, "linears" if packed else kind)
+        what = f"packed {kind}" if packed else f"{kind} in {str(info.dtype).partition('.')[2]}"
+        parts[what] += math.prod(info.shape) * info.dtype.itemsize
+    return size_of(source.checkpoint, after, parts)
+
+
+def size_of(source: Checkpoint, after: int, parts: Counter[str]) -> FileSize:
+    """The size of a result that has `after` bytes in these parts."""
+    parameters = sum(math.prod(info.shape) for info in source.tensors.values())
+    return FileSize.of(source.file_bytes(), after, parameters, parts)
+
+
+def embedding_and_head(model: Any, stored: Mapping[str, str]) -> dict[str, list[str]]:
+    """The embedding and the head that the packed format can hold; only the first if they are tied.
+
+    Args:
+        model: The skeleton of the source.
+        stored: Name in the model -> stored name, as in `CheckpointSource`.
+
+    Returns:
+        Stored name of the weight -> stored names of copies of it: a tied head may be stored too.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+    keys = [
+        stored.get(names.get(id(module), ""), "") if module is not None and is_plain(module) else ""
+        for module in (embedding, head)
+    ]
+    if not tied:
+        return {key: [] for key in keys if key.endswith(".weight")}
+    # A checkpoint may store a tied weight twice, or as the head alone, which stays as it is.
+    holds = tied_embedding(model) is not None and keys[0].endswith(".weight")
+    return {keys[0]: [key for key in keys[1:] if key]} if holds else {}
 
 
 def format_for(output: Path | None, recipe: CompressionRecipe) -> RateFormat | TypeFormat:

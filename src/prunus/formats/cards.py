@@ -73,58 +73,6 @@ def compressed_card(record: CompressionRecord, loader: str, source: Path) -> str
     return packed_card(card, loader)
 
 
-def tensors_card(record: CompressionRecord, group: int, source: Path) -> str:
-    """The card of a checkpoint in the format of compressed-tensors.
-
-    Args:
-        record: The record of the run.
-        group: The number of inputs that share a scale.
-        source: The folder of the source, whose card is extended.
-    """
-    bits = f"{record.recipe.bits:g}"
-    return result_card(
-        record,
-        "compressed",
-        [
-            f"{source_name(record)} with its linears in {bits} bits and a scale for each {group} "
-            f"inputs of a row (W{bits}A16), in the format of the package compressed-tensors.",
-            "" if record.size is None else " ".join(record.size.sentences()),
-            "The folder is for vLLM and SGLang. transformers loads it where compressed-tensors is "
-            f"installed. Calibration: {calibration_words(record)}.",
-            grid_words(record.grid_bits),
-        ],
-        tags=["compressed-tensors", "quantized", f"{bits}-bit"],
-        relation="quantized",
-        source=source,
-    )
-
-
-def mlx_card(record: CompressionRecord, source: Path) -> str:
-    """The card of a checkpoint in the format of MLX.
-
-    Args:
-        record: The record of the run.
-        source: The folder of the source, whose card is extended.
-    """
-    name, bits = source_name(record), f"{record.totals.get('bits', 0.0):.2f}"
-    return result_card(
-        record,
-        "compressed for MLX",
-        [
-            f"{name} in the format of MLX, with {bits} bits per weight in its linears. Each weight "
-            "has the bits (2 to 8) and the size of groups that lose the least for the size.",
-            "" if record.size is None else " ".join(record.size.sentences()),
-            "mlx-lm and LM Studio run the folder on Macs: `mlx_lm.generate --model FOLDER --prompt "
-            f"TEXT`. Calibration: {calibration_words(record)}.",
-            grid_words(record.grid_bits),
-        ],
-        tags=["mlx", "quantized"],
-        relation="quantized",
-        fields={"library_name": "mlx", "pipeline_tag": "text-generation"},
-        source=source,
-    )
-
-
 def packed_card(readme: str | None, loader: str = "AutoModelForCausalLM") -> str:
     """The card of a source with how to load it packed, for which transformers needs prunus.
 

@@ -17,10 +17,10 @@ from collections.abc import Mapping
 
 import torch
 
-from prunus.engine.linear_record import LinearRecord
+from prunus.engine.linear_record import LinearRecord, calibration_words, grid_words
+from prunus.engine.record import result_card, source_name
 from prunus.formats.base import TypeFormat
 from prunus.formats.block_bytes import ONE, BlockType, Field, integers, scaled
-from prunus.formats.cards import tensors_card
 from prunus.formats.records import CompressionRecord
 from prunus.methods.group_quantizer import GroupedWeight
 from prunus.model.checkpoint.atomic_files import read_json
@@ -109,8 +109,7 @@ class TensorsFormat(TypeFormat):
 
     def quantizers(self, name: str) -> list[IntegerType]:
         """The only quantiser of a linear."""
-        dtype = self.scale_dtype(self.job.stored_key(name))
-        return [integer_type(int(self.recipe.bits or 0), self.group, dtype)]
+        return [integer_type(int(self.recipe.bits or 0), self.group, self.scale_dtype(name))]
 
     @property
     def packed_outside(self) -> dict[str, list[str]]:
@@ -137,7 +136,23 @@ class TensorsFormat(TypeFormat):
 
     def card(self, record: CompressionRecord) -> str:
         """The README.md of the folder."""
-        return tensors_card(record, self.group, self.job.checkpoint.checkpoint.folder)
+        bits = f"{record.recipe.bits:g}"
+        return result_card(
+            record,
+            "compressed",
+            [
+                f"{source_name(record)} with its linears in {bits} bits and a scale for each "
+                f"{self.group} inputs of a row (W{bits}A16), in the format of the package "
+                "compressed-tensors.",
+                "" if record.size is None else " ".join(record.size.sentences()),
+                "The folder is for vLLM and SGLang. transformers loads it where compressed-tensors "
+                f"is installed. Calibration: {calibration_words(record)}.",
+                grid_words(record.grid_bits),
+            ],
+            tags=["compressed-tensors", "quantized", f"{bits}-bit"],
+            relation="quantized",
+            source=self.job.checkpoint.checkpoint.folder,
+        )
 
     def config(self, record: CompressionRecord) -> Mapping[str, object]:
         """The config.json of the source, with how its linears are quantised."""

@@ -24,11 +24,10 @@ from typing import Any
 
 import torch
 
-from prunus.engine.linear_record import LinearRecord
-from prunus.formats.base import MixFormat
+from prunus.engine.linear_record import LinearRecord, calibration_words, grid_words
+from prunus.engine.record import result_card, source_name
+from prunus.formats.base import MixFormat, size_of
 from prunus.formats.block_bytes import ONE, BlockType, Field, scaled
-from prunus.formats.cards import mlx_card
-from prunus.formats.packed.file_size import size_of
 from prunus.formats.records import CompressionRecord
 from prunus.methods.group_quantizer import GroupedWeight
 from prunus.model.checkpoint.atomic_files import make_folder, read_json, write_json
@@ -146,7 +145,7 @@ class MlxFormat(MixFormat):
                 "file or a packed checkpoint instead. prunus writes MLX checkpoints of "
                 f"{', '.join(sorted(FAMILIES))}"
             )
-        self.refuse_types()
+        self.refuse_gguf_options()
         self.refuse_zeros("an MLX checkpoint")
         self.check_widths(_GROUPS[-1])
         self.check_reach("an MLX checkpoint")
@@ -162,7 +161,7 @@ class MlxFormat(MixFormat):
         """The types whose groups fill the width, smallest first; `head_bits` may name the bits."""
         fixed = "head_bits" in self.recipe.model_fields_set and name in self.modules_outside
         bits = [self.recipe.packs_head] if fixed else _BITS
-        dtype = self.scale_dtype(self.job.stored_key(name))
+        dtype = self.scale_dtype(name)
         types = [affine_type(x, group, dtype) for x in _BITS if x in bits for group in _GROUPS]
         return [x for x in types if self.shapes[name][1] % x.span == 0]
 
@@ -191,7 +190,24 @@ class MlxFormat(MixFormat):
 
     def card(self, record: CompressionRecord) -> str:
         """The README.md of the folder."""
-        return mlx_card(record, self.job.checkpoint.checkpoint.folder)
+        bits = f"{record.totals.get('bits', 0.0):.2f}"
+        return result_card(
+            record,
+            "compressed for MLX",
+            [
+                f"{source_name(record)} in the format of MLX, with {bits} bits per weight in its "
+                "linears. Each weight has the bits (2 to 8) and the size of groups that lose the "
+                "least for the size.",
+                "" if record.size is None else " ".join(record.size.sentences()),
+                "mlx-lm and LM Studio run the folder on Macs: `mlx_lm.generate --model FOLDER "
+                f"--prompt TEXT`. Calibration: {calibration_words(record)}.",
+                grid_words(record.grid_bits),
+            ],
+            tags=["mlx", "quantized"],
+            relation="quantized",
+            fields={"library_name": "mlx", "pipeline_tag": "text-generation"},
+            source=self.job.checkpoint.checkpoint.folder,
+        )
 
     def config(self, record: CompressionRecord) -> Mapping[str, object]:
         """The config.json of the source, with bits and groups of every module."""

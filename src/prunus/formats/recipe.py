@@ -24,12 +24,15 @@ class CompressionRecipe(PruningOptions):
         bits: The bits per weight of the linears in the result, 1 to 8; None with `size` or `type`.
         size: The most bytes of the files with weights; None with `bits` or `type`.
         format: The format of a folder. The name of a file implies its format.
-        type: The GGUF type of all linears; None with `bits` or `size`.
+        type: The GGUF type of all linears, or a file with the type of each tensor: a GGUF file, or
+            a list as llama-quantize takes it. None with `bits` or `size`.
         template: A GGUF file of the same model, whose fields and tokenizer are copied; None to make
             them from the checkpoint.
         head_bits: The bits per weight of embeddings and head, or "none" to keep them as they are.
+        rounding: "feedback" lets later columns correct the error of each, which needs all windows
+            to run through the model; "nearest" rounds each weight by itself.
         sparsity: The share of the weights that a mask forces to 0.
-        dense_weight: α, see `methods/refine/dense_targets.py`.
+        dense_weight: α, see `methods/dense_targets.py`.
 
     Raises:
         ValueError: An option is unknown or out of range, or options exclude each other.
@@ -73,7 +76,10 @@ class CompressionRecipe(PruningOptions):
     ] = "packed"
     type: Annotated[
         str | None,
-        Option("Store linears as a GGUF type, such as Q4_K.", metavar="TYPE"),
+        Option(
+            "Store linears as a GGUF type, such as Q4_K, or all tensors as FILE has them.",
+            metavar="TYPE",
+        ),
     ] = None
     template: Annotated[
         Path | None,
@@ -91,6 +97,15 @@ class CompressionRecipe(PruningOptions):
             within=one_of((4, 6, 8, "none")),
         ),
     ] = 6
+    rounding: Annotated[
+        Literal["feedback", "nearest"],
+        Option(
+            "Let later columns correct the errors of earlier ones (feedback), or round each weight "
+            "by itself (nearest), which loses more and takes a fraction of the time.",
+            metavar="RULE",
+            panel="GGUF files",
+        ),
+    ] = "feedback"
     # The figures behind these defaults are in docs/results/index.md.
     sparsity: Sparsity = 0.0
     dense_weight: DenseWeight = 0.25
@@ -101,7 +116,7 @@ class CompressionRecipe(PruningOptions):
         return parse_bytes(value, 1000) if isinstance(value, str) else value
 
     def check_fit(self) -> None:
-        """Check that exactly one option says how small, and that options of masks have a mask.
+        """Check that exactly one option says how small, and that no option is without effect.
 
         Raises:
             ValueError: It does not hold; the message says what to give or to drop.
@@ -112,17 +127,24 @@ class CompressionRecipe(PruningOptions):
                 "`type` of a GGUF file, such as Q4_K"
             )
         fields = type(self).model_fields
-        changed = [name for name in self.of_masks() if getattr(self, name) != fields[name].default]
-        if changed and not self.forces_zeros:
+        changed = [x for x in sorted(self.unused) if getattr(self, x) != fields[x].default]
+        if changed:
             raise ValueError(
-                f"{', '.join(changed)} would say which zeros are forced, and none are: give "
+                f"{', '.join(changed)} would change masks or the feedback between columns, and "
+                "with `rounding` nearest there is neither: drop one of the two"
+                if self.rounding == "nearest"
+                else f"{', '.join(changed)} would say which zeros are forced, and none are: give "
                 "`sparsity` or `pattern` as well, or drop it, and zeros follow from the rate"
             )
 
-    @classmethod
-    def of_masks(cls) -> list[str]:
-        """The options that say which zeros are forced, in the order of the help."""
-        return sorted(cls.names_of(lambda option: option.decides_zeros))
+    @property
+    def unused(self) -> set[str]:
+        """The options without effect: those of masks and those of feedback, where there is none."""
+        of_masks = self.names_of(lambda option: option.decides_zeros)
+        of_feedback = {"damping", "dense_weight", "min_expert_tokens"}
+        return (set() if self.forces_zeros else of_masks) | (
+            of_feedback if self.rounding == "nearest" else set()
+        )
 
     @property
     def target(self) -> str:
@@ -132,8 +154,13 @@ class CompressionRecipe(PruningOptions):
         return self.type or f"{self.bits:g} bits"
 
     def without_folders(self) -> CompressionRecipe:
-        """The recipe as stored in a published file: the template's name without its folder."""
-        return self.model_copy(update={"template": self.template and Path(self.template.name)})
+        """The recipe as stored in a published file: names of other files without their folder."""
+        return self.model_copy(
+            update={
+                "template": self.template and Path(self.template.name),
+                "type": self.type and Path(self.type).name,
+            }
+        )
 
     @property
     def packs_head(self) -> int | None:
@@ -150,5 +177,5 @@ class CompressionRecipe(PruningOptions):
         # Packed is the default, and not named. Other formats may keep the head as it is: what was
         # asked for is named, and the default is not.
         unused = {"format"} if self.format == "packed" else {"head_bits"} - self.model_fields_set
-        unused |= set() if self.forces_zeros else set(self.of_masks())
+        unused |= self.unused
         return {name: value for name, value in dump(self).items() if name not in unused}

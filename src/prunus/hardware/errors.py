@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib.util
 from collections.abc import Iterable, Iterator
 
 #: Errors whose message says enough without the name of their type.
@@ -54,3 +55,22 @@ def did_you_mean(wrong: object, choices: Iterable[str], what: str = "") -> str:
     names = {name.lower(): name for name in choices}
     near = difflib.get_close_matches(str(wrong).lower(), names, n=1)
     return f"; did you mean {what}{names[near[0]]}?" if near else ""
+
+
+def require_library(module: str, purpose: str, extra: str) -> None:
+    """Check that an optional library is installed, without importing it.
+
+    Args:
+        module: The name by which it is imported.
+        purpose: What needs it, as the subject of a sentence.
+        extra: The extra of prunus that installs it.
+
+    Raises:
+        ModuleNotFoundError: It is not installed.
+
+    >>> require_library("no_such_library", "reading maps", "maps")
+    Traceback (most recent call last):
+    ModuleNotFoundError: reading maps needs no_such_library: pip install '.[maps]'
+    """
+    if importlib.util.find_spec(module) is None:
+        raise ModuleNotFoundError(f"{purpose} needs {module}: pip install '.[{extra}]'")

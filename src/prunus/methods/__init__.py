@@ -21,8 +21,8 @@
     group_fits.py     scales that fit the weights of a group, and rounding without feedback
     group_sweep.py    rounding in groups with feedback: the OBS sweep
 
-    composition.py    a method, a refinement of its mask and a weight update as one method
-    refine/           better masks and targets: swaps, dense targets
+    composition.py    a method, targets of the dense model and a weight update as one method
+    dense_targets.py  weights whose outputs approximate those of the dense model
     solvers/          the OBS sweep, least squares on a mask
 
 Names are imported when they are first used, so that a recipe can check options without torch.

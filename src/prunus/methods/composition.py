@@ -1,4 +1,4 @@
-"""One method out of several steps: dense targets, a mask, its refinement, weights, integers.
+"""One method out of several steps: dense targets, a mask, weights, integers.
 
 Every step is a pure tensor function, and so is their composition. The rest of the program calls
 the composed method and does not know its steps.
@@ -12,39 +12,42 @@ from typing import Any
 from torch import Tensor
 
 from prunus.hardware.numerics import count_zeros
+from prunus.methods.dense_targets import dense_target, has_drift
 from prunus.methods.group_quantizer import GroupQuantizer
 from prunus.methods.group_sweep import quantize_in_groups
 from prunus.methods.options import MethodOptions
 from prunus.methods.rate_distortion import quantize as quantize_by_rate
-from prunus.methods.refine.dense_targets import dense_target, has_drift
-from prunus.methods.refine.swaps import refine_by_swaps
 from prunus.methods.solvers.least_squares import fit_least_squares
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.table import Method
-from prunus.methods.work import Pruned, RowShard, Work, masked, unchanged
+from prunus.methods.work import Pruned, RowShard, Work, unchanged
 
 
-def compose(method: Method, options: MethodOptions, quantizes: bool = False) -> Method:
-    """Add the steps that `options` choose to a method: dense targets, refinement, weight update.
+def compose(method: Method, options: MethodOptions, rounding: str = "none") -> Method:
+    """Add the steps that `options` choose to a method: dense targets, weight update.
 
     Args:
         method: The method that chooses the mask.
         options: The options that the `Work` of every linear will have too. `check_options` refuses
             choices that exclude each other.
-        quantizes: Whether the weights become integers at the end, as `Work.quantization` says.
+        rounding: How weights become integers at the end, as `Work.quantization` says: "none",
+            "feedback", where later columns correct the errors of earlier ones, or "nearest", each
+            by itself. The last is the only step then, and reads no statistics of the inputs.
 
     Returns:
         A new method, which needs the statistics of its most demanding step, or `method` itself
         where nothing is added.
 
     >>> from prunus.methods.table import METHODS
-    >>> compose(METHODS["wanda"], MethodOptions(refine="swaps")).needs
+    >>> compose(METHODS["wanda"], MethodOptions(weight_update="least-squares")).needs
     'gram'
     """
-    refines = options.refine != "none"
+    if rounding == "nearest":
+        return replace(method, function=quantize_in_groups, needs="none", updates_weights=True)
+    quantizes = rounding == "feedback"
     updates = options.weight_update == "least-squares"
     uses_dense_target = options.dense_weight != 0
-    if not (refines or updates or uses_dense_target or quantizes):
+    if not (updates or uses_dense_target or quantizes):
         return method
 
     def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
@@ -59,20 +62,15 @@ def compose(method: Method, options: MethodOptions, quantizes: bool = False) -> 
         if not work.removes_nothing:
             pruned = method.apply(weight_OI, statistics, work)
 
-        # Masks may compare all rows, but swaps and updates work within a row. So the method runs on
-        # its own, and the steps after it are split over processes together.
-        def refine_and_update(shard: RowShard) -> Pruned:
+        # Masks may compare all rows, but the update works within a row. So the method runs on its
+        # own, and the update is split over processes.
+        def update(shard: RowShard) -> Pruned:
+            start = Pruned(pruned.weight_OI[shard.rows], pruned.keep_OI[shard.rows], pruned.notes)
             shard_OI = weight_OI[shard.rows]
-            result = Pruned(pruned.weight_OI[shard.rows], pruned.keep_OI[shard.rows], pruned.notes)
-            if refines:
-                keep_OI, notes = refine_by_swaps(shard_OI, result.keep_OI, statistics, work)
-                result = masked(shard_OI, keep_OI, result.notes | notes)
-            if updates:
-                result = fit_least_squares(shard_OI, result, statistics, options.damping, shard)
-            return result
+            return fit_least_squares(shard_OI, start, statistics, options.damping, shard)
 
-        if (refines or updates) and not work.removes_nothing:
-            pruned = work.rows.solve(len(weight_OI), 1, refine_and_update)
+        if updates and not work.removes_nothing:
+            pruned = work.rows.solve(len(weight_OI), 1, update)
         if quantizes:
             # Integers approximate the target itself. The sweep over the columns repeats what a
             # method has changed to compensate for its mask, with the integers in view.

@@ -46,12 +46,7 @@ def fit_scales(weight_BO: Tensor, importance_B: Tensor, quantizer: GroupQuantize
     Raises:
         ValueError: Weights are beyond the values of the quantiser.
     """
-    if bool((weight_BO.abs() > quantizer.largest).any()):
-        raise ValueError(
-            f"its weights are too large for {quantizer.name}, which reaches "
-            f"{quantizer.largest:.1e}. Is the checkpoint whole? `ignore` keeps a linear as it is, "
-            "and `head_bits` none the head"
-        )
+    check_range(weight_BO, quantizer)
     groups = SpanFit(weight_BO, importance_B, quantizer)
     step_GO, offset_GO = groups.fit()
     lowest, highest = quantizer.codes
@@ -69,6 +64,20 @@ def fit_scales(weight_BO: Tensor, importance_B: Tensor, quantizer: GroupQuantize
     return scales
 
 
+def check_range(weight: Tensor, quantizer: GroupQuantizer) -> None:
+    """Check that a quantiser reaches all numbers of a weight.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if bool((weight.abs() > quantizer.largest).any()):
+        raise ValueError(
+            f"its weights are too large for {quantizer.name}, which reaches "
+            f"{quantizer.largest:.1e}. Is the checkpoint whole? `ignore` keeps a linear as it is, "
+            "and `head_bits` none the head"
+        )
+
+
 def round_in_groups(
     weight_OI: Tensor, quantizer: GroupQuantizer, importance_I: Tensor | None = None
 ) -> GroupedWeight:
@@ -84,7 +93,9 @@ def round_in_groups(
     if importance_I is None or not bool(importance_I.any()):
         importance_I = torch.ones(columns, device=weight_OI.device)
     # A group of inputs that are always 0 keeps its weights: other texts may use them.
-    importance_I = importance_I.float().clamp_min(1e-6 * float(importance_I.mean()))
+    importance_I = importance_I.to(weight_OI.device, torch.float32).clamp_min(
+        1e-6 * float(importance_I.mean())
+    )
     parts = []
     for rows_OI in weight_OI.split(max(1, _ELEMENTS // columns)):
         weight_IO = rows_OI.float().T.contiguous()

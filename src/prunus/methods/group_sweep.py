@@ -1,6 +1,7 @@
-"""Quantise columns in groups, such as a type of GGUF has, with feedback.
+"""Quantise columns in groups, such as a type of GGUF has, with feedback or without.
 
-The feedback is the OBS sweep of `solvers/obs.py`.
+Without feedback each weight is rounded by itself (`group_fits.round_in_groups`). The feedback is
+the OBS sweep of `solvers/obs.py`.
 
 The scales of a span are fitted when the sweep reaches it, to the weights as corrected so far, and
 the code of a group once more when the sweep reaches the group. Then the columns are rounded one
@@ -17,15 +18,17 @@ G groups of a span, C columns of a group. In `_order`, S counts runs of columns 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from prunus.methods.group_fits import SpanFit, fit_scales
+from prunus.methods.group_fits import SpanFit, fit_scales, round_in_groups
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer, Scales, join_spans
 from prunus.methods.rate_distortion import DAMPING
 from prunus.methods.solvers.obs import TILE, ordered_factor, sweep_columns
 from prunus.methods.statistics import InputStatistics
-from prunus.methods.work import Pruned, RowShard, Work
+from prunus.methods.work import NearestRounding, Pruned, RowShard, Work
 
 # The share of the correlations between inputs that the sweep uses.
 _CORRELATIONS = 0.5
@@ -34,13 +37,14 @@ _BLOCK = 256
 
 
 def quantize_in_groups(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
-    """Quantise a weight in the groups of the quantiser `work.quantization`.
+    """Quantise a weight in the groups of the quantiser of `work.quantization`.
 
     Args:
         weight_OI: float32; its rows consist of whole spans.
-        statistics: With a Gram matrix.
-        work: Its quantisation is a `GroupQuantizer`. Its `damping` is a share of the mean diagonal
-            of the Gram matrix; None means `rate_distortion.DAMPING`.
+        statistics: With a Gram matrix. Without feedback it may be empty.
+        work: Its quantisation is a `GroupQuantizer`, or a `NearestRounding` for no feedback. Its
+            `damping` is a share of the mean diagonal of the Gram matrix; None means
+            `rate_distortion.DAMPING`.
 
     Returns:
         The dense weight, the mask of its non-zero weights, and the quantised weight.
@@ -48,14 +52,20 @@ def quantize_in_groups(weight_OI: Tensor, statistics: InputStatistics, work: Wor
     Raises:
         ValueError: The Gram matrix is not finite.
     """
-    quantizer = work.quantization
-    assert isinstance(quantizer, GroupQuantizer)
-    damping = DAMPING if work.options.damping is None else work.options.damping
-    order = ((quantizer.span, quantizer.group), lambda squares_I: _order(squares_I, quantizer))
-    order_I, upper_II, notes = ordered_factor(statistics, damping, order, _CORRELATIONS)
+    if isinstance(work.quantization, NearestRounding):
+        quantizer, importance_I = work.quantization
+        quantize = partial(round_in_groups, quantizer=quantizer, importance_I=importance_I)
+        notes = dict[str, float]()
+    else:
+        assert isinstance(work.quantization, GroupQuantizer)
+        quantizer = work.quantization
+        damping = DAMPING if work.options.damping is None else work.options.damping
+        order = ((quantizer.span, quantizer.group), lambda squares_I: _order(squares_I, quantizer))
+        order_I, upper_II, notes = ordered_factor(statistics, damping, order, _CORRELATIONS)
+        quantize = partial(_sweep, order_I=order_I, upper_II=upper_II, quantizer=quantizer)
 
     def solve(shard: RowShard) -> Pruned:
-        data_OB = _sweep(weight_OI[shard.rows], order_I, upper_II, quantizer).data_OB
+        data_OB = quantize(weight_OI[shard.rows]).data_OB
         # Processes exchange the bytes, which are all that there is to know.
         return Pruned(data_OB, data_OB.new_empty((len(data_OB), 0), dtype=torch.bool), dict(notes))
 

@@ -27,7 +27,7 @@ DenseWeight = Annotated[
 
 
 class MethodOptions(Options):
-    """What methods, the refinement of their masks and the update of their weights read.
+    """What methods, their targets and the update of their weights read.
 
     A field whose value is None has a default that depends on the linear or on the method; its
     declaration says which.
@@ -35,11 +35,10 @@ class MethodOptions(Options):
     Attributes:
         damping: λ, as a share of the mean diagonal of the Gram matrix, in (0, 1).
         iterations: The iterations of method alps, at least 1.
-        refine: How kept and removed weights are exchanged after the method; see `refine/swaps.py`.
         weight_update: How the kept weights are fitted after the method; see
             `solvers/least_squares.py`.
         dense_weight: α, the share of the dense model in the outputs to approximate, in [0, 1]; see
-            `refine/dense_targets.py`.
+            `dense_targets.py`.
         ria_power: The power of the input norms in RIA's score, in [0, 2].
         mask_from: The score of the mask of method obs.
         mask_order: Whether method obs chooses its mask before the update or in the course of it.
@@ -56,7 +55,7 @@ class MethodOptions(Options):
             metavar="SHARE",
             panel=METHOD,
             within=between("(0, 1)", ": it is a fraction of the Gram matrix's mean diagonal"),
-            default="0.01; alps, swaps and least squares choose it by the number of tokens",
+            default="0.01; alps and least squares choose it by the number of tokens",
         ),
     ] = None
     iterations: Annotated[
@@ -70,15 +69,6 @@ class MethodOptions(Options):
             decides_zeros=True,
         ),
     ] = None
-    refine: Annotated[
-        Literal["none", "swaps"],
-        Option(
-            "Exchange kept and removed weights while the output error falls (swaps).",
-            metavar="REFINEMENT",
-            panel=METHOD,
-            decides_zeros=True,
-        ),
-    ] = "none"
     weight_update: Annotated[
         Literal["none", "least-squares"],
         Option(

@@ -212,6 +212,19 @@ class InputStatistics:
             self.drift_II += _drift_product(X_TI, dense_TI)
             self._paired_tokens += len(X_TI)
 
+    def add_uncorrelated(self, squares_I: Tensor) -> None:
+        """Add inputs that are correlated with none: all that is known of them are their Σ x².
+
+        Args:
+            squares_I: Their sums of squares, float32 (I,), such as what errors in the columns of an
+                embedding cost that is tied to the head.
+        """
+        self._derived.clear()
+        squares_I = squares_I.to(self.sum_squares_I.device)
+        self.sum_squares_I += squares_I
+        if self.gram_II is not None:
+            self.gram_II.diagonal().add_(squares_I)
+
     def _add_features(self, sums_2I: Tensor) -> None:
         """Add the sums of `_feature_sums`; the second row may be missing without means."""
         self.sum_squares_I += sums_2I[0]

@@ -21,12 +21,9 @@ where g is the weight that the router gives to the expert, and f its output. A r
 an error of about this size in the output of the layer for each of these tokens. The contribution of
 an expert is the sum of the same terms, which is the error over the whole text.
 
-Blocks. ShortGPT (Men et al. 2024, arXiv 2403.03853) removes those that turn hidden states least:
-
-    influence = 1 − mean over tokens of  cos(h before the block, h after it)
-
-The KL divergence is measured instead of guessed: Σ_v p_v (log p_v − log q_v), where p are the next
-tokens of the dense model and q those of the model without some blocks.
+Blocks. What the model loses without a block is measured by the KL divergence of its next tokens:
+Σ_v p_v (log p_v − log q_v), where p are those of the dense model and q those of the model without
+some blocks.
 
 Shape suffixes: O outputs, I inputs, U units (runs of equally many columns), S columns of one unit,
 K columns that stay; E experts, T tokens (for an expert, those that chose it), H hidden size, V
@@ -310,16 +307,6 @@ def kept_experts(saliency_E: Tensor, keep: int, groups: int = 1) -> list[int]:
     # The highest are those whose negative is lowest. Of equal experts the lower number stays.
     chosen = _lowest(-saliency_E, keep // groups, len(saliency_E) // groups)
     return sorted(chosen.tolist())
-
-
-def cosine_sum(before_TH: Tensor, after_TH: Tensor) -> float:
-    """The sum over tokens of the cosine between two hidden states, of any float dtype.
-
-    >>> cosine_sum(torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
-    1.0
-    """
-    cosine_T = torch.nn.functional.cosine_similarity(before_TH.float(), after_TH.float(), dim=-1)
-    return float(cosine_T.sum(dtype=torch.float64))
 
 
 def divergence_sum(dense_TV: Tensor, logits_TV: Tensor) -> float:

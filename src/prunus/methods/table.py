@@ -270,22 +270,6 @@ def check_options(
             "model's outputs: set weight_update to least-squares, choose a method that updates "
             "weights (alps, sparsegpt, obs), or leave dense_weight out"
         )
-    if options.refine != "none":
-        _check_refinement(method, pattern, options)
-
-
-def _check_refinement(method: Method, pattern: Pattern, options: MethodOptions) -> None:
-    """Check that swaps within rows leave what the method and the group promise."""
-    if method.updates_weights and options.weight_update == "none":
-        raise ValueError(
-            f"{method.name} fits the weights to its mask, and refine {options.refine} changes "
-            "that mask: set weight_update to least-squares, which fits them again"
-        )
-    if pattern.is_unstructured and pattern.group == "column":
-        raise ValueError(
-            f"refine {options.refine} swaps weights within a row, which would break the equal "
-            "counts of group column: choose another group"
-        )
 
 
 #: A recipe names a `Method` that was given in Python by this prefix and the name of the method.

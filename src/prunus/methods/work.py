@@ -163,6 +163,18 @@ class LinearQuantization:
     code_of: Callable[[Tensor], CodeLengths]
 
 
+class NearestRounding(NamedTuple):
+    """How one linear is rounded in groups, each weight by itself.
+
+    Attributes:
+        quantizer: The values and scales to choose from.
+        importance_I: float32, weighs the squared error of each column in the fit of the scales.
+    """
+
+    quantizer: GroupQuantizer
+    importance_I: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """What is asked of a method for one linear, and how the work is done.
@@ -182,7 +194,7 @@ class Work:
     options: MethodOptions = field(default_factory=MethodOptions)
     rows: RowSharding = UNSHARDED
     reference_order: bool = False
-    quantization: LinearQuantization | GroupQuantizer | None = None
+    quantization: LinearQuantization | GroupQuantizer | NearestRounding | None = None
 
     @property
     def removes_nothing(self) -> bool:

@@ -12,7 +12,6 @@ Shape suffixes: R rank of the adapter, O outputs, I inputs.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 
-from prunus.hardware.errors import reason
+from prunus.hardware.errors import reason, require_library
 from prunus.hardware.numerics import check_finite
 from prunus.hardware.process_state import no_warnings
 from prunus.model.checkpoint.atomic_files import write_json
@@ -95,7 +94,7 @@ def check_adapter(folder: Path, trust_remote_code: bool = False) -> None:
         FileNotFoundError: The base or the weights of the adapter are not there.
         ValueError: The adapter is damaged or does not fit.
     """
-    require_peft()
+    require_library("peft", "an adapter", "adapters")
     base = base_folder(folder)
     try:
         config = load_config(base, trust_remote_code, quantized=True)
@@ -185,7 +184,7 @@ def add_lora(
     Raises:
         ModuleNotFoundError: peft is not installed; names the extra.
     """
-    require_peft()
+    require_library("peft", "an adapter", "adapters")
     import peft
 
     config = peft.LoraConfig(
@@ -308,12 +307,6 @@ def save_adapter(adapted: Any, folder: Path) -> dict[str, str]:
     # The configuration comes last: a folder that has it is a whole adapter.
     write_json(folder / CONFIG_NAME, content)
     return {WEIGHTS_NAME: digest}
-
-
-def require_peft() -> None:
-    """Raise ModuleNotFoundError, which names the extra, unless peft is installed."""
-    if importlib.util.find_spec("peft") is None:
-        raise ModuleNotFoundError("adapters need peft: pip install '.[adapters]'")
 
 
 # --- what a configuration may ask of peft, checked before peft reads it ---

@@ -238,7 +238,7 @@ class Skeleton:
             raise _HeadReached
 
         with (
-            replaced_forward(self.head().module, stop),
+            replaced_forward(self.head(may_be_tied=True).module, stop),
             self._stubs.returning(hidden),
             torch.no_grad(),
             contextlib.suppress(_HeadReached),
@@ -263,8 +263,11 @@ class Skeleton:
             logits: torch.Tensor = self.model(input_ids=input_ids, use_cache=False).logits
         return logits
 
-    def head(self) -> Linear:
+    def head(self, may_be_tied: bool = False) -> Linear:
         """The output head as a linear, by its full name.
+
+        Args:
+            may_be_tied: Whether its weight may be that of the input embedding.
 
         Raises:
             NotImplementedError: There is none, it is no linear, or it is tied to the embedding.
@@ -276,7 +279,7 @@ class Skeleton:
                 f"{type(self.model).__name__} has no linear as its output head, so its head cannot "
                 "be pruned; leave `head` out"
             )
-        if head.weight is self.model.get_input_embeddings().weight:
+        if not may_be_tied and head.weight is self.model.get_input_embeddings().weight:
             raise NotImplementedError(
                 f"{name} is tied to the input embedding: pruning it would prune the embedding; "
                 "leave `head` out"

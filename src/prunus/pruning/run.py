@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 from prunus.engine.linear_job import Format
 from prunus.engine.options import RunOptions
 from prunus.engine.run import carry_out
-from prunus.engine.session import SILENT, Session, with_session
+from prunus.engine.session import SILENT, Session, shown_session
 from prunus.engine.windows import given_windows
 from prunus.methods.table import GIVEN, Method
 from prunus.model.kinds import kind_of
@@ -22,7 +22,6 @@ from prunus.pruning.manifest import Manifest, pruned_card
 from prunus.pruning.recipe import Recipe
 
 
-@with_session("prune")
 @takes(Recipe, RunOptions)
 def prune(
     model: str | Path | nn.Module,
@@ -32,7 +31,8 @@ def prune(
     *,
     calibration: str | Path | torch.Tensor | Sequence[Any] | None = None,
     recipe: Recipe | str | Path | None = None,
-    session: Session = SILENT,
+    progress: Callable[..., None] | bool | None = True,
+    announce: Callable[[Any], None] | None = None,
     **options: Any,
 ) -> Manifest:
     """Prune a checkpoint into a new folder, or a loaded model in place.
@@ -46,6 +46,9 @@ def prune(
         calibration: A source of windows by name or file, token ids (samples, seqlen), pixel values
             (samples, channels, height, width), texts, rows of a data set, or chats.
         recipe: A `Recipe`, or a TOML file with any of its options.
+        progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. A function
+            is called after every block with a `prunus.engine.progress.Progress`.
+        announce: Called with what is being prepared before the first block.
         **options: Options of `Recipe` and of the run.
 
     Returns:
@@ -65,7 +68,8 @@ def prune(
         recipe, {"method": method, "sparsity": sparsity} | recipe_options | described
     )
     folder = Path(output) if output is not None else None
-    return run(model, folder, chosen, RunOptions(**run_options, **data), session)
+    with shown_session("prune", progress, announce) as session:
+        return run(model, folder, chosen, RunOptions(**run_options, **data), session)
 
 
 def run(

@@ -19,7 +19,8 @@ from prunus.distributed import Ranks
 from prunus.engine.folder import resumed_or_new
 from prunus.engine.options import RunOptions
 from prunus.formats.records import CompressionRecord
-from prunus.model.adapter import CONFIG_NAME, is_adapter, require_peft
+from prunus.hardware.errors import require_library
+from prunus.model.adapter import CONFIG_NAME, is_adapter
 from prunus.model.checkpoint.atomic_files import file_digest, read_json
 from prunus.model.checkpoint.output_folder import check_companions
 from prunus.model.checkpoint.regular_files import read_card
@@ -120,7 +121,7 @@ def plan_recovery(
         OSError: The message says what was given, what is wrong and what to do.
     """
     if recipe.mode == "lora":
-        require_peft()
+        require_library("peft", "an adapter", "adapters")
     find_source(recipe.text).check(
         WindowRequest(seqlen=recipe.seqlen, bos=recipe.bos, data=options.data)
     )

@@ -29,6 +29,16 @@ _SHARES = ("acc", "exact_match", "f1", "em")
 _LOG_FROM = 6.0
 #: Columns for a chart's x axis. The first size that tells results apart is taken.
 _SIZES = ("file, GB", "bits per weight")
+#: Metric of a difference between two models -> the title of its column.
+_PAIRED = {
+    "kl": "KL divergence",
+    "same_top": "same top token",
+    "loss": "loss, nats per token",
+}
+_OF_TOKENS = (
+    "The KL divergences of single tokens in nats, and where the largest is: the number of the "
+    "window, the position of the token in it, the text before, and the token."
+)
 #: Column for the x axis of a second chart.
 _SPEED = "decoded tokens/s"
 
@@ -53,7 +63,8 @@ def evaluation_section(
         for model in models
     }
     sizes = {model["model"]: _size(model, speeds or {}) for model in models}
-    parts = [*_quality(scores, sizes, names), *_tasks(content, names)]
+    pairs = _pairs(content.get("text_differences", []), names)
+    parts = [*_quality(scores, sizes, names), *pairs, *_tasks(content, names)]
     if (reference := content.get("reference")) is not None:
         dense = _size(reference, speeds or {})
         words = [(names[x], _in_short(scores[x], sizes[x], dense)) for x in names]
@@ -105,6 +116,7 @@ def _quality(
 ) -> list[Any]:
     """One table of perplexity, divergence, size and speed, and a chart for each text."""
     rows: list[dict[str, Any]] = []
+    token_rows = []
     charts, reference = [], None
     for texts in zip(*scores.values(), strict=True):
         points, where = [], _short(texts[0])
@@ -112,6 +124,7 @@ def _quality(
             figures = score.figures() | sizes[model]
             rows.append({"model": names[model], "text": where} | figures)
             points.append(Point(names[model], names[model], figures))
+            token_rows.append({"model": names[model], "text": where} | score.token_figures())
             if score.divergence is not None:
                 reference = score.divergence
         dense = None if reference is None else finite(reference.reference_perplexity)
@@ -125,7 +138,28 @@ def _quality(
     if any(size.get("bits per weight") for size in sizes.values()):
         note += " Bits per weight of the linears; zeros, masks and scales count."
     table = table_of("Quality and size", rows, FORMS, note.strip())
-    return [table, *charts] if len(table.columns) > 1 else charts
+    tokens = table_of("Single tokens", token_rows, FORMS, _OF_TOKENS)
+    tables = [table] * (len(table.columns) > 1) + [tokens] * (len(tokens.columns) > 2)
+    return [*tables, *charts]
+
+
+def _pairs(changes: Sequence[dict[str, Any]], names: Mapping[str, str]) -> list[Table]:
+    """One row for every two models and every text: how much more the first loses."""
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for change in changes:
+        model, than, text = names[change["model"]], names[change["than"]], change["task"]
+        place = {"model": model, "minus": than, "text": text.partition(" (")[0]}
+        row = rows.setdefault((model, than, text), place)
+        title = _PAIRED.get(change["metric"], change["metric"])
+        row[title] = Measured(change["value"], change["stderr"])
+        if change["metric"] == "kl":
+            row["beyond chance"] = "yes" if change["beyond_two_standard_errors"] else "no"
+    forms = {title: f"+{FORMS.get(title, '.5f')}" for title in _PAIRED.values()}
+    note = (
+        "Differences of two models, window by window, ± one standard error over windows. Beyond "
+        "chance: the KL divergences differ by more than two standard errors."
+    )
+    return [table_of("Differences between models", rows.values(), forms, note)] if rows else []
 
 
 def _tasks(content: dict[str, Any], names: dict[str, str]) -> list[Table]:

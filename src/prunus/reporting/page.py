@@ -53,7 +53,8 @@ def to_html(document: Document) -> str:
         for section in document.sections
         for part in (*section.parts, *section.details)
     )
-    library, page_script = _asset(_LIBRARY) if has_charts else b"", _asset("page.js")
+    library = _asset(_LIBRARY) if has_charts else b""
+    page_script = _asset("page.js")
     # No browser runs the compressed library before page.js has expanded it.
     text = base64.b64encode(library).decode()
     plotting = f'<script type="application/gzip" id="plotly">{text}</script>\n' if text else ""
@@ -108,7 +109,8 @@ def _section(section: Section, number: int, alone: bool) -> str:
     lead = f'<p class="lead">{escape(section.lead)}</p>\n' if section.lead else ""
     every = (*section.parts, *section.details)
     html = [_part(part, f"part-{number}-{index}") for index, part in enumerate(every)]
-    shown, folded = "".join(html[: len(section.parts)]), "".join(html[len(section.parts) :])
+    shown = "".join(html[: len(section.parts)])
+    folded = "".join(html[len(section.parts) :])
     details = f"<details><summary>All figures</summary>\n{folded}</details>\n" if folded else ""
     return (
         f'<section id="section-{number}" aria-labelledby="{name}"'

@@ -180,12 +180,6 @@ def _by_linear(manifest: PruningRecord) -> Table:
 
 # --- a model that was made smaller ---
 
-# What the search for blocks measures -> its words.
-_MEASURES = {
-    "divergence": "KL divergence, nats per token",
-    "influence": "influence: 1 − cosine of the hidden states before and after a block",
-}
-
 
 def structure_section(record: StructureRecord) -> Section:
     """The section of a run that made a model smaller, finished or not, from its record."""
@@ -193,7 +187,7 @@ def structure_section(record: StructureRecord) -> Section:
     return Section(
         f"{name}, made smaller",
         parts=(_structure_headline(record), structure_table(record), *_repairs(record)),
-        details=(*_search(record), *_widths(record), *circumstances(record)),
+        details=tuple(circumstances(record)),
     )
 
 
@@ -243,34 +237,6 @@ def _structure_headline(record: StructureRecord) -> Facts:
             ("blocks", f"{len(record.blocks)}"),
         ]
     return headline(record, totals, items)
-
-
-def _search(record: StructureRecord) -> list[Lines]:
-    """The search for blocks: what was measured after each step."""
-    steps = record.search
-    if not steps:
-        return []
-    line = Series(
-        name="search",
-        x=tuple(range(1, len(steps) + 1)),
-        y=tuple(step.value for step in steps),
-        hover=tuple(f"block {step.block} removed" for step in steps),
-    )
-    title = _MEASURES[steps[0].measure]
-    return [Lines("The search for blocks", "removed blocks", title, (line,))]
-
-
-def _widths(record: StructureRecord) -> list[Lines]:
-    """The mean error of each block where channels and heads are read."""
-    means = {}
-    for number, block in enumerate(record.blocks):
-        if block.width:
-            errors = [part.error for part in block.width.values()]
-            means[number] = sum(errors) / len(errors)
-    title = "Relative error where what became narrower is read"
-    return (
-        [lines_over_blocks(title, "mean relative error", {"mean": means}, ".3%")] if means else []
-    )
 
 
 def _repairs(record: StructureRecord) -> list[Lines]:

@@ -20,7 +20,6 @@ from prunus.engine.document import (
     short_names,
     table_of,
 )
-from prunus.engine.record import bos_words
 from prunus.evaluation.records import FORMS
 from prunus.pruning.recipe import Recipe
 from prunus.reporting.evaluation_sections import (
@@ -141,15 +140,31 @@ def _circumstances(results: SweepResults, texts: Mapping[str, str]) -> list[Fact
         score = next((m.scores[text] for m in results.models.values() if text in m.scores), None)
         if score is not None:
             protocol[f"scored on {name}"] = f"{score.source}; {score.protocol}"
-    for windows in results.calibration:
-        name = "calibration, {samples} × {seqlen}, seed {seed}".format(**windows.options)
-        if len(results.models) > 1:
-            name += f", {windows.model}"
-        protocol[name] = f"{windows.source}, {bos_words(windows.used_bos)}"
+    protocol |= _calibrations(results)
     return [
         Facts("Protocol", tuple(protocol.items())),
         Facts("Machine", items_of(results.hardware | results.versions)),
     ]
+
+
+def _calibrations(results: SweepResults) -> dict[str, str]:
+    """What cells ask of their calibration windows -> where the windows come from.
+
+    Each cell draws its own. If cells that ask for the same have got different ones, because a text
+    has changed in between, all are named with their hashes.
+    """
+    sources: dict[str, dict[str, str]] = {}
+    for cell in results.cells:
+        if cell.pruning is not None and "calibration" in cell.pruning:
+            recipe = cell.recipe
+            name = f"calibration on {recipe.calibration}, {recipe.samples} × {recipe.seqlen}"
+            name += f", seed {recipe.seed}, BOS {recipe.bos}, {cell.model}"
+            by_hash = sources.setdefault(name, {})
+            by_hash[cell.pruning["calibration_sha256"]] = cell.pruning["calibration"]
+    return {
+        name: "; in other cells ".join(f"{x} (sha256 {sha[:12]})" for sha, x in by_hash.items())
+        for name, by_hash in sources.items()
+    }
 
 
 def _quality_parts(

@@ -28,12 +28,16 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
     Args:
         plan: What `describe_plan` returned, for preset max with `training` of `plan_training`.
     """
-    rule, measured = plan["allocation"]["rule"], plan["allocation"]["measured"]
+    allocation = plan["allocation"]
     rows = {
         "blocks": plan["blocks"],
         "linears": plan["linears"],
         "weights": _weights_of_plan(plan),
-        "sparsity": f"{rule}: measured when the run starts" if measured else "the same everywhere",
+        "sparsity": (
+            f"{allocation['rule']}: measured when the run starts"
+            if allocation["measured"]
+            else "the same everywhere"
+        ),
         "left dense in blocks": ", ".join(plan["left_dense"]) or "nothing",
         "computation": f"{plan['dtype']} on {plan['device']} ({plan['dtype_reason']})",
         "windows per forward pass": plan["batch"],
@@ -46,6 +50,7 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
         "result": f"{plan['file_bytes'] / 1e9:.3f} GB",
         "disk": f"{plan['disk_bytes'] / 1e9:.2f} GB",
         **({"weights before": plan["rounded_before"]} if plan["rounded_before"] else {}),
+        **({"written": ", ".join(plan["written"])} if plan.get("written") else {}),
     }
     if (file := plan.get("file")) is not None:
         from prunus.formats.records import FileSize
@@ -123,12 +128,14 @@ def recovery_table(record: RecoveryRecord) -> Table:
         for number, entry in enumerate(record.evaluations)
     ]
     forms = {"step": "d", "tokens": ",d", "training loss": ".4f", "held-out perplexity": ".3f"}
-    title, notes = f"{record.recipe.mode}, {record.source}", _recovery_notes(record)
-    return table_of(title, rows, forms | {"seconds": ".0f"}, "\n".join(notes))
+    title = f"{record.recipe.mode}, {record.source}"
+    notes = "\n".join(_recovery_notes(record))
+    return table_of(title, rows, forms | {"seconds": ".0f"}, notes)
 
 
 def _recovery_notes(record: RecoveryRecord) -> list[str]:
-    totals, lines = record.totals, []
+    totals = record.totals
+    lines = []
     if record.linears:
         lines.append(
             f"zeros kept: {totals['zeros']:,} of {totals['weights']:,} weights "

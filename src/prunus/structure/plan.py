@@ -273,7 +273,8 @@ def _plan_experts(job: StructureJob, asked: Amount) -> ExpertPlan:
         ValueError: The model has none, or the number does not fit.
         NotImplementedError: The configuration does not describe the experts by one number.
     """
-    config, name = job.source.config.get_text_config(), job.model_name
+    config = job.source.config.get_text_config()
+    name = job.model_name
     modules = [experts_in(block) for block in job.skeleton.blocks]
     counts = {module.count for mixtures in modules for module in mixtures}
     if not counts:
@@ -290,7 +291,8 @@ def _plan_experts(job: StructureJob, asked: Amount) -> ExpertPlan:
     field_name, count = described
     # A token must find enough experts in the groups that it uses. Routers rate a group by its two
     # best experts, so each of several groups keeps two.
-    per_token, (groups, groups_used) = experts_per_token(config), expert_groups(config)
+    per_token = experts_per_token(config)
+    groups, groups_used = expert_groups(config)
     possible = [
         keep
         for keep in range(1, count)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from prunus.engine.linear_record import ReconstructionRecord
 from prunus.engine.options import WindowOptions
@@ -62,19 +62,12 @@ class StructureRecipe(WindowOptions):
     blocks: Annotated[
         Amount | None,
         Option(
-            "Remove this share of the blocks (0.1), or keep this number (27).", metavar="AMOUNT"
+            "Remove this share of the blocks (0.1), or keep this number (27). The block whose "
+            "absence changes the next-token distribution least is removed, and the others are "
+            "measured again.",
+            metavar="AMOUNT",
         ),
     ] = None
-    block_rule: Annotated[
-        Literal["kl", "cosine"],
-        Option(
-            "Choose the blocks to remove by this rule. kl removes the block whose absence changes "
-            "the next-token distribution least, and measures again after each removal. cosine "
-            "removes the blocks that rotate the hidden states least (ShortGPT).",
-            metavar="RULE",
-            panel=_CHOICE,
-        ),
-    ] = "kl"
     width: Annotated[
         float | None,
         Option(
@@ -175,14 +168,16 @@ class PartChange(Part):
 class SearchStep(Part):
     """One step of the search for blocks, which removes one block."""
 
+    # Earlier versions had two measures, and named theirs in the field `measure`.
+    model_config = ConfigDict(extra="ignore")
+
     #: Old position of the block that is removed.
     block: int
-    #: The measure without this block and without the blocks of the steps before.
+    #: The KL divergence from the dense model, in nats per token, without this block and without
+    #: the blocks of the steps before.
     value: float
-    #: "divergence" is the KL divergence from the dense model, in nats per token. "influence" is
-    #: 1 − the mean cosine between the hidden states before and after the block.
-    measure: Literal["divergence", "influence"]
-    #: The measure for every block of the source; None for a block that this step did not measure.
+    #: The divergence for every block of the source; None for a block that this step did not
+    #: measure.
     candidates: list[float | None]
 
 
@@ -228,7 +223,7 @@ class StructureRecord(BlockwiseRecord):
 def what_was_removed(record: StructureRecord) -> list[str]:
     """One line per kind of part that was removed, and one for the repair; for people to read.
 
-    >>> step = SearchStep(block=2, value=0.25, measure="divergence", candidates=[0.5, None, 0.25])
+    >>> step = SearchStep(block=2, value=0.25, candidates=[0.5, None, 0.25])
     >>> what_was_removed(StructureRecord.model_construct(search=[step], blocks=[]))
     ['blocks 2 were removed; divergence at the last step 0.2500']
     """
@@ -236,9 +231,7 @@ def what_was_removed(record: StructureRecord) -> list[str]:
     if record.search:
         last = record.search[-1]
         removed = ", ".join(str(step.block) for step in record.search)
-        lines.append(
-            f"blocks {removed} were removed; {last.measure} at the last step {last.value:.4f}"
-        )
+        lines.append(f"blocks {removed} were removed; divergence at the last step {last.value:.4f}")
     # The key "" collects the MLPs of blocks that have several.
     narrower: dict[str, list[PartChange]] = {"channels": [], "heads": [], "": []}
     for block in record.blocks:

@@ -15,7 +15,7 @@ import contextlib
 import functools
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from prunus.engine.loop import FinishedBlock, run_blocks
 from prunus.engine.options import RunOptions
 from prunus.engine.plan import check_room, check_same_on_all_ranks
 from prunus.engine.record import bos_words, result_card, source_name
-from prunus.engine.session import SILENT, Session, with_session
+from prunus.engine.session import SILENT, Session, shown_session
 from prunus.engine.windows import calibration_windows, given_windows, run_inputs
 from prunus.hardware.memory import peak_memory
 from prunus.model.checkpoint.reader import Checkpoint
@@ -40,7 +40,6 @@ from prunus.structure.search import choose_blocks
 from prunus.structure.step import ShrinkStep
 
 
-@with_session("shrink")
 @takes(StructureRecipe, RunOptions)
 def shrink(
     model: str | Path,
@@ -48,7 +47,8 @@ def shrink(
     *,
     calibration: str | Path | torch.Tensor | Sequence[Any] | None = None,
     recipe: StructureRecipe | str | Path | None = None,
-    session: Session = SILENT,
+    progress: Callable[..., None] | bool | None = True,
+    announce: Callable[[Any], None] | None = None,
     **options: Any,
 ) -> StructureRecord:
     """Make a model smaller by removing whole parts. The result is an ordinary checkpoint.
@@ -58,6 +58,9 @@ def shrink(
         output: Folder of the smaller checkpoint.
         calibration: A source of windows, token ids or texts, as for `prunus.prune`.
         recipe: A `StructureRecipe`, or a TOML file with any of its options.
+        progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. A function
+            is called after every block with a `prunus.engine.progress.Progress`.
+        announce: Called with what is being prepared before the first block.
         **options: Options of `StructureRecipe` and of the run.
 
     Returns:
@@ -69,7 +72,8 @@ def shrink(
     how, recipe_options = RunOptions.pick(options)
     data, described = given_windows(calibration)
     chosen = StructureRecipe.read(recipe, recipe_options | described)
-    return run(model, Path(output), chosen, RunOptions(**how, **data), session)
+    with shown_session("shrink", progress, announce) as session:
+        return run(model, Path(output), chosen, RunOptions(**how, **data), session)
 
 
 def run(
@@ -204,7 +208,9 @@ class SmallerFolder(BlockFolder):
         self.record.state = "finished"
 
     def _complete(self) -> dict[str, object]:
-        source, record, old = self.job.checkpoint, self.record, self.job.skeleton
+        source = self.job.checkpoint
+        record = self.record
+        old = self.job.skeleton
         # Tensors below the path of the blocks that no block reads, such as those of blocks for
         # further tokens, do not fit the smaller model. All other unknown ones are copied.
         unknown = names_in_model(old, source.checkpoint.tensors)[2]
@@ -224,7 +230,8 @@ class SmallerFolder(BlockFolder):
         return record.totals
 
     def _card(self, nbytes: int) -> str:
-        record, totals = self.record, self.record.totals
+        record = self.record
+        totals = record.totals
         return result_card(
             record,
             "made smaller",

@@ -9,23 +9,19 @@ the best is not the best one step later.
 
 All candidates run through the model together, so a step reads each block once. A candidate shares
 the hidden states of the base model up to its block, skips the block, and has its own afterwards.
-
-The other rule, cosine, measures all blocks once (ShortGPT, Men et al. 2024, arXiv 2403.03853) and
-removes those of the lowest influence. It reads all windows, and needs no room for candidates.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
-from prunus.distributed import Ranks, own_part
 from prunus.engine.job import HashedSource
 from prunus.engine.session import Session
-from prunus.methods.structured import cosine_sum, divergence_sum
+from prunus.methods.structured import divergence_sum
 from prunus.model.stream import Stream
 from prunus.structure.plan import PROBE_TOKENS, PROBE_WINDOWS, StructureJob
 from prunus.structure.records import SearchStep, StructureRecord
@@ -56,14 +52,9 @@ def choose_blocks(
         NotImplementedError: The family cannot do without any further block.
         ValueError: The hidden states of the candidates do not fit in the memory budget.
     """
-    count, steps = len(job.skeleton), record.search
-    remove = count - job.keep_blocks
-    if len(steps) < remove and job.recipe.block_rule == "cosine":
-        influence = _influence(job, session.ranks, ids)
-        while len(steps) < remove:
-            _take(job, steps, influence, "influence")
-            save()
-    elif len(steps) < remove:
+    count = len(job.skeleton)
+    steps = record.search
+    if len(steps) < count - job.keep_blocks:
         _search_by_divergence(job, session, ids[:PROBE_WINDOWS, :PROBE_TOKENS], record, save)
     return _blocks_left(steps, count)
 
@@ -102,28 +93,21 @@ def _search_by_divergence(
                     f"searching for block {len(steps) + 1} to remove: {len(measured)} candidates"
                 )
                 _, candidates = _candidate_states(stream, first, left, measured)
-                _take(job, steps, divergences(stream, probes, dense, candidates), "divergence")
+                _take(job, steps, divergences(stream, probes, dense, candidates))
                 save()
         return [step.model_dump() for step in steps]
 
     steps[:] = [SearchStep.model_validate(step) for step in session.ranks.on_rank_0(search)]
 
 
-def _take(
-    job: StructureJob,
-    steps: list[SearchStep],
-    values: dict[int, float],
-    measure: Literal["divergence", "influence"],
-) -> None:
+def _take(job: StructureJob, steps: list[SearchStep], values: dict[int, float]) -> None:
     """Add the step that removes the block of the lowest value which the family can do without."""
     count = len(job.skeleton)
     left = _blocks_left(steps, count)
     order = sorted(values.keys() & set(left), key=lambda index: (values[index], index))
     block = job.smaller_by_one(left, order)
     candidates = [values.get(index) if index in left else None for index in range(count)]
-    steps.append(
-        SearchStep(block=block, value=values[block], measure=measure, candidates=candidates)
-    )
+    steps.append(SearchStep(block=block, value=values[block], candidates=candidates))
 
 
 def _promising(steps: Sequence[SearchStep], left: Sequence[int]) -> list[int]:
@@ -174,12 +158,13 @@ def divergences(
         dense: The hidden states after the last block of the dense model, (windows, tokens, hidden).
         candidates: Candidate -> the same without it.
     """
-    skeleton, device = stream.skeleton, stream.device
-    sums, tokens = dict.fromkeys(candidates, 0.0), 0
-    with skeleton.outside_blocks(stream.source.read_outside, device, with_head=True):
+    skeleton = stream.skeleton
+    sums = dict.fromkeys(candidates, 0.0)
+    tokens = 0
+    with skeleton.outside_blocks(stream.source.read_outside, stream.device, with_head=True):
         for window in range(len(ids)):  # one by one, because logits are large
             part = slice(window, window + 1)
-            ids_1T = ids[part].to(device)
+            ids_1T = ids[part].to(stream.device)
             logp = skeleton.logits(ids_1T, dense[part]).flatten(0, 1).float().log_softmax(dim=-1)
             for block, hidden in candidates.items():
                 sums[block] += divergence_sum(
@@ -187,29 +172,6 @@ def divergences(
                 )
             tokens += len(logp)
     return {block: total / tokens for block, total in sums.items()}
-
-
-def _influence(job: StructureJob, ranks: Ranks, ids: Tensor) -> dict[int, float]:
-    """Old position of a block -> 1 − the mean cosine between the hidden states around it.
-
-    All ranks call it, each for its part of the windows `ids`, (windows, tokens).
-    """
-    stream = Stream(job.skeleton, job.source, job.device)
-    influence: dict[int, float] = {}
-    with contextlib.closing(stream):
-        batches = own_part(ranks, ids.split(job.batch))
-        stream.embed(batches, None, on_device=job.memory.hidden_states_stay)
-        for index in range(len(job.skeleton)):
-            block = job.skeleton.fill(index, job.source.block(index), job.device)
-            forward = stream.checked(index, stream.forward(index, block))
-            total = 0.0
-            for batch in range(len(stream)):
-                output = forward(batch)
-                total += cosine_sum(stream.states.get(batch), output)
-                stream.states.put(batch, output)
-            influence[index] = 1 - ranks.sum_floats([total])[0] / ids.numel()
-            job.skeleton.release(index)
-    return influence
 
 
 def _check_room(job: StructureJob, probes: Tensor) -> None:
@@ -224,6 +186,5 @@ def _check_room(job: StructureJob, probes: Tensor) -> None:
     if needed > job.memory.budget:
         raise ValueError(
             f"the candidates of the search for blocks hold {needed / 1e9:.1f} GB of hidden states, "
-            f"the memory budget is {job.memory.budget / 1e9:.1f} GB: raise `memory`, or choose "
-            "`block_rule` cosine"
+            f"the memory budget is {job.memory.budget / 1e9:.1f} GB: raise `memory`"
         )

@@ -32,10 +32,10 @@ from prunus.engine.linear_record import ReconstructionRecord
 from prunus.engine.loop import FinishedBlock, StoredBlock, check_same
 from prunus.engine.reconstruction.reconstruct_block import (
     BlockReconstructor,
+    ReconstructionSettings,
     step_parts,
     step_ranks,
 )
-from prunus.engine.reconstruction.schedule import ReconstructionSettings
 from prunus.engine.record import Walk
 from prunus.methods.solvers.least_squares import ridge
 from prunus.methods.statistics import InputStatistics, StatisticsSpec
@@ -71,7 +71,8 @@ class ShrinkStep:
         spill_to: Path,
         ranks: Ranks,
     ) -> None:
-        self._job, self._smaller = job, smaller
+        self._job = job
+        self._smaller = smaller
         self._ranks = ranks
         self._stream = Stream(smaller.skeleton, job.source, job.device)
         self._repair: Repair | None = None
@@ -140,10 +141,10 @@ class ShrinkStep:
 
     def _cut(self, new_index: int, stored: StoredBlock) -> tuple[dict[str, Tensor], BlockChange]:
         """A block without what is removed from it: its tensors, and what happened to it."""
-        job, smaller, stream = self._job, self._smaller, self._stream
+        job = self._job
         started = time.perf_counter()
-        old_index = smaller.made_from[new_index]
-        name = smaller.skeleton.block_name(new_index)
+        old_index = self._smaller.made_from[new_index]
+        name = self._smaller.skeleton.block_name(new_index)
         change = BlockChange(name=name, made_from=old_index, input_sha256=stored.digest)
         tensors = dict(stored.tensors)
         mixtures = experts_in(job.skeleton.blocks[old_index]) if job.experts is not None else []
@@ -160,7 +161,9 @@ class ShrinkStep:
                 ).items()
             }
         if job.width is not None:
-            tensors, change.width = narrow(job, self._ranks, stream, new_index, old_index, tensors)
+            tensors, change.width = narrow(
+                job, self._ranks, self._stream, new_index, old_index, tensors
+            )
         change.seconds = round(time.perf_counter() - started, 3)
         return tensors, change
 
@@ -171,7 +174,9 @@ class ShrinkStep:
 
         The stream stays before the block, because the block that it runs through is smaller.
         """
-        job, stream, plan = self._job, self._stream, self._job.experts
+        job = self._job
+        stream = self._stream
+        plan = job.experts
         assert plan is not None
         sums = ExpertSums(plan.count)
         forward = stream.forward(new_index, job.skeleton.fill(old_index, stored, stream.device))
@@ -213,7 +218,8 @@ def narrow(
     Returns:
         The tensors of the narrower block, and what became narrower (`BlockChange.width`).
     """
-    full, plan = job.full_width, job.width
+    full = job.full_width
+    plan = job.width
     assert plan is not None
     layout = plan.attention[old_index]
     block = full.fill(old_index, stored, stream.device)
@@ -241,7 +247,7 @@ def narrow(
     full.release(old_index)
     for part, units in cuts:
         for name, axis_cut in part.cuts.items():
-            tensors[name] = axis_cut.take(tensors[name], units)
+            tensors[name] = cut(tensors[name], axis_cut.axis, axis_cut.entries(units))
     return tensors, change
 
 
@@ -273,15 +279,16 @@ def _measured(
 
 def _reader(linear: Linear, statistics: InputStatistics) -> Reader:
     """A linear with its measured inputs, on the CPU, where units are chosen and columns fitted."""
-    gram_II, sum_I, tokens = statistics.gram_II, statistics.sum_I, statistics.tokens
+    gram_II = statistics.gram_II
+    sum_I = statistics.sum_I
     assert gram_II is not None and sum_I is not None
     weight_OI = linear.weight_OI.to("cpu", torch.float32, copy=True)
-    reader = Reader(weight_OI, gram_II.cpu(), ridge(statistics.in_features, tokens))
+    reader = Reader(weight_OI, gram_II.cpu(), ridge(statistics.in_features, statistics.tokens))
     bias = linear.module.bias
     if not isinstance(bias, Tensor):
         return reader
     bias_O = bias.detach().to("cpu", torch.float32, copy=True)
-    return reader.with_bias(bias_O, sum_I.cpu(), tokens)
+    return reader.with_bias(bias_O, sum_I.cpu(), statistics.tokens)
 
 
 def _keep_heads(reader: Reader, plan: HeadPlan, size: int) -> list[int]:
@@ -315,7 +322,8 @@ def _fit(
         units: The numbers of the channels or heads that stay.
         width: How many inputs a unit has.
     """
-    weight_OI, inputs = reader.weight_OI, linear.shape[1]
+    weight_OI = reader.weight_OI
+    inputs = linear.shape[1]
     # A bias is one more column, after those of the inputs, and always stays.
     columns = [*columns_of(units, width), *range(inputs, weight_OI.shape[1])]
     fitted_OI = reader.fit(columns)
@@ -361,9 +369,11 @@ class Repair:
         reconstructor: BlockReconstructor,
         walks: Sequence[Walk],
     ) -> None:
-        self._job, self._smaller = job, smaller
-        self._reconstructor, self._walks = reconstructor, walks
-        self._stream, self._dense = reconstructor.stream, reconstructor.dense
+        self._job = job
+        self._smaller = smaller
+        self._reconstructor = reconstructor
+        self._stream = reconstructor.stream
+        self._walks = walks
         self._depth = 0  # old blocks that the dense windows have run through
         # The first block to train. Those before it see and compute what they did in the old model.
         count = len(smaller.made_from)
@@ -376,7 +386,7 @@ class Repair:
         """
         end = [*self._smaller.made_from, len(self._job.skeleton)][new_index + 1]
         for index in range(self._depth, end):
-            self._dense.propagate(index, self._job.source.block(index))
+            self._reconstructor.dense.propagate(index, self._job.source.block(index))
         self._depth = end
 
     def train(

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prunus.model.linears import Linear, find_linears
 from prunus.model.skeleton import Skeleton
@@ -87,10 +87,6 @@ class Cut:
                 entries += range(first, first + span.width)
             start += span.units * span.width
         return entries
-
-    def take(self, tensor: Tensor, units: KeptUnits) -> Tensor:
-        """A copy of the tensor with only some units."""
-        return tensor.index_select(self.axis, torch.tensor(self.entries(units)))
 
 
 def possible_spans(length: tuple[int, int], units: Units, width: int) -> list[tuple[Span, ...]]:

@@ -149,7 +149,8 @@ class WidthPlanner:
 
     def _plan_heads(self, plan: WidthPlan, heads: HeadPlan) -> None:
         """Find where the heads of each block are."""
-        old, fields = self.old, heads.fields(self.config)
+        old = self.old
+        fields = heads.fields(self.config)
         fewer = self.build(fields)
         blocks = zip(old.blocks, fewer.blocks, strict=True)
         plan.attention = [
@@ -167,7 +168,8 @@ class WidthPlanner:
 
     def _channel_counts(self, recipe: StructureRecipe) -> list[tuple[str, int, int]]:
         """The fields that may count channels (canonical name), and each number before and after."""
-        config, width = self.config, recipe.width
+        config = self.config
+        width = recipe.width
         counts: dict[str, tuple[str, int, int]] = {}
         for name in _CHANNEL_FIELDS if width is not None else ():
             before = getattr(config, name, None)

@@ -10,20 +10,16 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from prunus.calibration.sources import find_source
-from prunus.calibration.windows import WindowRequest
+from prunus.engine.linear_record import calibration_words
 from prunus.engine.options import RunOptions
 from prunus.engine.progress import LineInterval, Progress
 from prunus.engine.session import Session
 from prunus.evaluation.inspection import packed_size, stored_size
 from prunus.evaluation.options import TaskOptions, TextOptions
 from prunus.evaluation.perplexity import perplexity
-from prunus.evaluation.reference import Reference
 from prunus.evaluation.task_runner import evaluate
 from prunus.hardware.errors import reason
 from prunus.methods import get_method
@@ -34,14 +30,12 @@ from prunus.model.checkpoint.atomic_files import (
     make_folder,
     remove_temporaries,
 )
-from prunus.model.tokenizer import load_tokenizer
 from prunus.pruning.manifest import Manifest
-from prunus.pruning.recipe import Recipe
 from prunus.pruning.run import run
 from prunus.recovery.record import RecoveryRecord
 from prunus.recovery.run import recover
 from prunus.sweeping.grid import Sweep
-from prunus.sweeping.results import CalibrationSet, CellResult, SweepResults, SweptModel
+from prunus.sweeping.results import CellResult, SweepResults, SweptModel
 
 #: The folder of the folders of cells, in the folder of a sweep.
 _CELLS_FOLDER = "cells"
@@ -59,8 +53,6 @@ class Runner:
         output: Folder of the results.
         options: Those of the command, for all cells.
         report: Is called with a line of text after every step.
-        references: Label -> the dense model, which cells are compared with.
-        windows: Label and options of windows -> the windows, int64, which cells share.
     """
 
     sweep: Sweep
@@ -68,8 +60,6 @@ class Runner:
     output: Path
     options: RunOptions
     report: Callable[[str], None]
-    references: dict[str, Reference] = field(default_factory=dict)
-    windows: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def run(self) -> SweepResults:
         """Score the dense models, then run cell after cell; a failed one does not end the sweep."""
@@ -87,8 +77,6 @@ class Runner:
             if cell.recovers is None:
                 recoveries = [x for x in self.results.cells if x.recovers == cell.name]
                 self._run_with_recoveries(cell, recoveries)
-        for reference in self.references.values():
-            reference.close()
         return self.results
 
     def _save(self) -> None:
@@ -150,73 +138,21 @@ class Runner:
                 interval.restart()
                 self.report(f"{title}: block {step.done} of {step.total}")
 
-        windows = None
-        if get_method(cell.recipe.method).needs != "none":
-            windows = self._windows(cell.model, cell.recipe)
-        options = self.options.model_copy(update={"input_ids": windows})
         folder = self._folder(cell)
         weights = in_held(folder / _WEIGHTS)
         make_folder(folder)
         session = Session(report=report_block)
-        manifest = run(Path(model.path), weights, cell.recipe, options, session)
+        manifest = run(Path(model.path), weights, cell.recipe, self.options, session)
         copy_file(weights / Manifest.FILE, folder / Manifest.FILE)
         if cell.pruning is None:
-            inputs = {"calibration_sha256": manifest.inputs.calibration_sha256}
-            cell.pruning = manifest.summary() | inputs
+            cell.pruning = manifest.summary()
+        if get_method(cell.recipe.method).needs != "none":
+            cell.pruning["calibration"] = calibration_words(manifest)
+            cell.pruning["calibration_sha256"] = manifest.inputs.calibration_sha256
         self._save()
         seconds = f"{cell.pruning['block_seconds']:.0f} s"
         self.report(f"{title}: {cell.pruning['sparsity']:.2%} pruned in {seconds}")
         return weights
-
-    def _windows(self, label: str, recipe: Recipe) -> torch.Tensor:
-        """The calibration windows for a recipe, (samples, seqlen) int64.
-
-        They are entered in the results, unless an earlier run has done so.
-
-        Args:
-            label: The label of the dense model, whose tokenizer cuts the windows.
-            recipe: Chooses the windows.
-
-        Raises:
-            FileExistsError: The windows are not those of the entry, so cells could not be compared.
-            ValueError, OSError, ModuleNotFoundError: As `Source.check` and `Source.draw`.
-        """
-        # Cells share windows by the options that decide them.
-        options = recipe.model_dump(include={"calibration", "samples", "seqlen", "seed", "bos"})
-        key = f"{label} {options}"
-        if key in self.windows:
-            return self.windows[key]
-        model = Path(self.results.models[label].path)
-        trust = self.options.trust_remote_code
-        request = WindowRequest(
-            **{name: value for name, value in options.items() if name != "calibration"},
-            data=self.options.data,
-            tokenizer=lambda: load_tokenizer(model, trust),
-        )
-        source = find_source(recipe.calibration)
-        source.check(request)
-        windows = source.draw(request)
-        entry = next(
-            (x for x in self.results.calibration if (x.model, x.options) == (label, options)), None
-        )
-        if entry is None:
-            entry = CalibrationSet(
-                model=label,
-                options=options,
-                source=windows.source,
-                sha256=windows.sha256,
-                used_bos=windows.bos,
-            )
-            self.results.calibration.append(entry)
-            self._save()
-        if entry.sha256 != windows.sha256:
-            raise FileExistsError(
-                f"{recipe.calibration} gives other windows than before: cells of this sweep were "
-                f"calibrated on windows with the sha256 {entry.sha256[:12]}…, these have "
-                f"{windows.sha256[:12]}…. Choose another output folder"
-            )
-        self.windows[key] = windows.ids
-        return windows.ids
 
     def _recover(self, cell: CellResult, pruned: Path) -> Path:
         """Recover the weights in the folder `pruned`, and return the folder of the result.
@@ -246,15 +182,11 @@ class Runner:
         Args:
             weights: The checkpoint.
             record: Gets the figures: a cell, or a dense model.
-            label: The label of the dense model. It scores itself with what the comparisons of cells
-                need as well.
+            label: The label of the dense model, which a cell is compared with.
             title: Begins the lines of text.
         """
         scoring = self.sweep.scoring
         trust = self.options.trust_remote_code
-        if label not in self.references:
-            dense = Path(self.results.models[label].path)
-            self.references[label] = Reference(dense, len(scoring.texts))
 
         def finished(what: str, value: float) -> None:
             self._save()
@@ -265,12 +197,11 @@ class Runner:
             record.packed = packed_size(weights, trust)
         # A cell is compared with the dense model, which is compared with nothing.
         is_cell = isinstance(record, CellResult)
-        scored = weights if is_cell else self.references[label]
-        reference = self.references[label] if is_cell else None
+        reference = Path(self.results.models[label].path) if is_cell else None
         how = scoring.arguments(TextOptions, self.options)
         for text in scoring.texts:
             if text not in record.scores:
-                result = perplexity(scored, text, reference=reference, progress=False, **how)
+                result = perplexity(weights, text, reference=reference, progress=False, **how)
                 record.scores[text] = result
                 finished(f"perplexity on {text}", result.perplexity)
                 if result.divergence is not None:

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from prunus.engine.document import Measured, Table, table_of
 from prunus.engine.linear_record import mean_error
-from prunus.engine.record import Part, UsedBos, read_record
+from prunus.engine.record import Part, read_record
 from prunus.evaluation.records import FORMS, ModelSize, PerplexityResult
 from prunus.model.checkpoint.atomic_files import write_json, write_text
 from prunus.pruning.recipe import Recipe
@@ -45,7 +45,8 @@ class SweptModel(Part):
         scores: Text -> perplexity. Those of cells have a divergence from the dense model.
         tasks: Task -> metric -> `value` and `stderr`, None where they are unknown. If all seven
             tasks of the paper are there, their mean is too.
-        pruning: Totals of the run that pruned a cell; None before it, and for dense models.
+        pruning: Totals of the run that pruned a cell, and where its calibration windows come from,
+            with their hash; None before it, and for dense models.
         recovered: Totals of the run that recovered a cell; None before it, and for other models.
         residual_gap: Text -> see `residual_gaps`; empty for dense models.
         state: A `waiting` model was not started, and a `running` one is between two steps. A
@@ -127,24 +128,6 @@ class DenseResult(SweptModel):
     state: State = "done"
 
 
-class CalibrationSet(Part):
-    """Calibration windows that cells share.
-
-    Attributes:
-        model: Label of the dense model, whose tokenizer cut the windows.
-        options: The options of the recipe that decide the windows, by name.
-        source: Where the windows come from, for people.
-        sha256: The hash of the windows, see `calibration.windows.hash_ids`.
-        used_bos: Whether every window begins with BOS.
-    """
-
-    model: str
-    options: dict[str, Any]
-    source: str
-    sha256: str
-    used_bos: UsedBos
-
-
 class SweepResults(Part):
     """Everything that a sweep has measured so far.
 
@@ -158,11 +141,10 @@ class SweepResults(Part):
         hardware: See `memory.describe_hardware`.
         versions: See `memory.versions`.
         models: Label -> dense model.
-        calibration: The windows that cells were calibrated on.
         cells: All cells, in the order of the sweep file.
     """
 
-    format: Literal[3] = 3
+    format: Literal[4] = 4
     file: str
     title: str
     description: str = ""
@@ -171,7 +153,6 @@ class SweepResults(Part):
     hardware: dict[str, Any]
     versions: dict[str, str]
     models: dict[str, DenseResult]
-    calibration: list[CalibrationSet] = Field(default=[])
     cells: list[CellResult]
 
     def save(self, folder: Path) -> None:

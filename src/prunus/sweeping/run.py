@@ -199,6 +199,5 @@ def _merge_earlier(earlier: SweepResults, now: SweepResults, output: Path) -> No
     for label, model in earlier.models.items():
         now.models[label] = model.model_copy(update={"path": now.models[label].path})
     now.cells = [done.get(cell.name, cell) for cell in now.cells]
-    now.calibration = earlier.calibration
     now.hardware = earlier.hardware
     now.versions = earlier.versions

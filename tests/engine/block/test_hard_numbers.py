@@ -23,8 +23,7 @@ WAYS += [
     ("alps", {"dense_weight": 0.25}),
 ]
 WAYS += [
-    ("wanda", {"refine": "swaps"}),
-    ("wanda", {"refine": "swaps", "weight_update": "least-squares"}),
+    ("wanda", {"weight_update": "least-squares"}),
     ("magnitude", {"weight_update": "least-squares"}),
 ]
 IDS = ["-".join([name, *map(str, options.values())]) for name, options in WAYS]

@@ -9,10 +9,7 @@ from torch import nn
 
 import prunus
 from prunus.engine import plan
-from prunus.engine.block.lockstep import lockstep
-from prunus.engine.block.replay import replay
-from prunus.engine.block.two_pass import two_pass
-from prunus.engine.block.walk import BlockWalk
+from prunus.engine.block.walks import BlockWalk, lockstep, replay, two_pass
 from prunus.engine.linear_job import PruningJob, plan_run
 from prunus.engine.memory import Memory
 from prunus.engine.options import RunOptions
@@ -199,7 +196,9 @@ def test_the_memory_budget_decides_between_lockstep_replay_and_a_file(tmp_path, 
     recipe = Recipe(calibration="token ids", samples=64, seqlen=64, batch=1)
 
     def job(memory: int | None) -> PruningJob:
-        return plan_run(dense, recipe, RunOptions(memory=memory, input_ids=ids), PlainTensors())
+        return plan_run(
+            dense, recipe, RunOptions(memory=memory, calibration_data=ids), PlainTensors()
+        )
 
     free = available_memory()
     # Free and resident memory change during the test, so they are fixed here.
@@ -231,5 +230,5 @@ def test_the_memory_budget_limits_a_device_as_it_limits_the_host(tmp_path, monke
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**40, 2**40))
     free = int(0.9 * 2**40)
     for memory, budget in ((None, free), (2**31, 2**31), (2**41, free)):
-        options = RunOptions(device="cuda", memory=memory, input_ids=ids)
+        options = RunOptions(device="cuda", memory=memory, calibration_data=ids)
         assert plan_run(dense, recipe, options, PlainTensors()).memory.budget == budget

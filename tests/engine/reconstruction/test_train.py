@@ -10,7 +10,7 @@ from prunus.engine.reconstruction.output_loss import (
     kl_divergence,
     relative_error,
 )
-from prunus.engine.reconstruction.schedule import default_schedule
+from prunus.engine.reconstruction.reconstruct_block import default_schedule
 from prunus.engine.reconstruction.train import (
     BlockBatches,
     TrainOptions,

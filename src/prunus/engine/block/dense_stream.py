@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 from prunus.engine.block.hooks import StopForward, input_hooks
-from prunus.engine.block.walk import Accumulate
-from prunus.methods.refine.dense_targets import MAX_DRIFT_STRIDE
+from prunus.engine.block.walks import Accumulate
+from prunus.methods.dense_targets import MAX_DRIFT_STRIDE
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear, find_linears
 from prunus.model.skeleton import Skeleton
@@ -37,7 +37,8 @@ _TOKENS_PER_FEATURE = 2.5
 class DenseStream:
     """The calibration windows on their way through the dense model.
 
-    Call `embed` first, then `copy_block` or `propagate` once per block in order, then `close`.
+    Call `embed` first, then `copy_block` or `propagate` once per block in order, and close `stream`
+    at the end.
 
     Args:
         skeleton: The model without weights. Both streams share it.
@@ -105,10 +106,6 @@ class DenseStream:
         block = self.stream.skeleton.fill(index, stored, self.stream.device, duplicate=True)
         linears = [linear for linear in find_linears(block) if linear.name in names]
         return DenseBlockInputs(self.stream, self.dense_number, index, block, linears, cache)
-
-    def close(self) -> None:
-        """Release the hidden states."""
-        self.stream.close()
 
 
 class DenseBlockInputs:

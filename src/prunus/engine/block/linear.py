@@ -28,6 +28,7 @@ from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import (
     UNSHARDED,
     LinearQuantization,
+    NearestRounding,
     Pruned,
     Quantized,
     RowShard,
@@ -50,7 +51,9 @@ class LinearFinish(Protocol):
     Every rank calls both for the same linears in the same order.
     """
 
-    def begin(self, name: str, statistics: InputStatistics) -> LinearQuantization | GroupQuantizer:
+    def begin(
+        self, name: str, statistics: InputStatistics
+    ) -> LinearQuantization | GroupQuantizer | NearestRounding:
         """How the linear of this full name is rounded, by the complete statistics of its inputs."""
 
     def end(
@@ -99,7 +102,7 @@ def prune_linear(
     weights, and a resumed run prunes finished blocks again.
 
     Args:
-        method: The method, with refinements and weight updates composed in.
+        method: The method, with targets and weight updates composed in.
         work: What is asked of it. How rows are split and weights are rounded is decided here.
         linear: The module. Its weight is overwritten.
         full_name: Name of the linear in the model, for messages.
@@ -235,10 +238,6 @@ def _output_error(
     return (share, None) if gram_II is not None else (None, share)
 
 
-# Notes that count something: the counts of all shards add up. Of other numbers the largest stays.
-_COUNTS = frozenset({"swaps"})
-
-
 @dataclass(frozen=True)
 class _RankShard(RowShard):
     """The rows of one linear that one rank solves."""
@@ -283,10 +282,10 @@ class _RowsOverRanks(RowSharding):
 def _merge_notes(by_rank: list[dict[str, Any]]) -> dict[str, Any]:
     """The notes of a linear from those of its shards, in the order of ranks.
 
-    Counts add up. Of other numbers the largest stays, of texts the last.
+    Of numbers the largest stays, of texts the last.
 
-    >>> _merge_notes([{"swaps": 2, "damping": 0.1}, {"swaps": 3, "damping": 0.2}])
-    {'swaps': 5, 'damping': 0.2}
+    >>> _merge_notes([{"ridge": 0.1, "conjugate_gradients": 9}, {"ridge": 0.2}])
+    {'ridge': 0.2, 'conjugate_gradients': 9}
     """
     merged: dict[str, Any] = {}
     for notes in by_rank:
@@ -294,5 +293,5 @@ def _merge_notes(by_rank: list[dict[str, Any]]) -> dict[str, Any]:
             if key not in merged or isinstance(value, str):
                 merged[key] = value
             else:
-                merged[key] = merged[key] + value if key in _COUNTS else max(merged[key], value)
+                merged[key] = max(merged[key], value)
     return merged

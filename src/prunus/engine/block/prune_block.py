@@ -32,20 +32,24 @@ from prunus.engine.block.dense_stream import (
 )
 from prunus.engine.block.hooks import ExpertCounter, find_expert_counters
 from prunus.engine.block.linear import SPARSE, LinearFinish, PackedLinear, prune_linear
-from prunus.engine.block.lockstep import lockstep
-from prunus.engine.block.replay import replay
-from prunus.engine.block.two_pass import two_pass
-from prunus.engine.block.walk import Accumulate, BlockWalk, accumulate_inputs
+from prunus.engine.block.walks import (
+    Accumulate,
+    BlockWalk,
+    accumulate_inputs,
+    lockstep,
+    replay,
+    two_pass,
+)
 from prunus.engine.linear_job import PruningJob
 from prunus.engine.linear_record import BlockRecord, LinearRecord, ReconstructionRecord
 from prunus.engine.loop import FinishedBlock, StoredBlock, check_same
 from prunus.engine.reconstruction.reconstruct_block import (
     BlockReconstruction,
     BlockReconstructor,
+    linears_to_train,
     step_parts,
     step_ranks,
 )
-from prunus.engine.reconstruction.schedule import linears_to_train
 from prunus.engine.record import Walk
 from prunus.engine.session import Session
 from prunus.hardware.numerics import count_zeros
@@ -70,7 +74,7 @@ class BlockPruner:
     Args:
         job: The decisions of the run: model, method, options and device.
         session: The processes that have windows of the run, and who hears of it.
-        walks: Per block, how the windows go through it; see `walk.py`.
+        walks: Per block, how the windows go through it; see `walks.py`.
         sparsities: The sparsity of single linears, by full name; the others get that of the run.
         finish: What the command does to each linear afterwards, such as rounding; None for nothing.
 
@@ -122,7 +126,9 @@ class BlockPruner:
         self.stream.embed(share, spill_to, memory.hidden_states_stay, partial)
         if self.dense is None:
             return
-        self.dense.embed(share, spill_to, memory.hidden_states_stay, self._first_batch)
+        # The number of this rank's first batch among those of all ranks.
+        first_batch = sum(self._counts[: self.ranks.rank])
+        self.dense.embed(share, spill_to, memory.hidden_states_stay, first_batch)
         if reconstruction is not None:
             self._reconstructor = BlockReconstructor(
                 settings=reconstruction,
@@ -133,11 +139,6 @@ class BlockPruner:
                 ranks=self.ranks,
                 split=split,
             )
-
-    @property
-    def _first_batch(self) -> int:
-        """Number of this rank's first batch among those of all ranks."""
-        return sum(self._counts[: self.ranks.rank])
 
     def take(self, position: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take all batches through a block that an earlier run has finished.
@@ -243,6 +244,9 @@ class BlockPruner:
             forward = self.stream.forward(state.index, state.module)
             # A block that is trained gets its outputs later, in `_advance`.
             is_final = state.reconstruction is None
+            accumulate: Accumulate = accumulate_inputs
+            if state.dense_inputs is not None:
+                accumulate = accumulate_with_drift(state.dense_inputs)
             with contextlib.ExitStack() as stack:
                 if state.reconstruction is not None:
                     forward = stack.enter_context(state.reconstruction.recording(forward))
@@ -253,7 +257,7 @@ class BlockPruner:
                     finish=self.stream.states.put if is_final else lambda *_: None,
                     new_statistics=self._new_statistics,
                     prune=prune,
-                    accumulate=self._accumulate(state),
+                    accumulate=accumulate,
                     ranks=self.ranks,
                     expert_counters=state.expert_counters,
                 )
@@ -317,12 +321,6 @@ class BlockPruner:
         suffix = state.reconstruction.suffix
         self.stream.advance(suffix or self.stream.forward(state.index, module))
 
-    def _accumulate(self, state: BlockState) -> Accumulate:
-        """How a linear's inputs are added to its statistics."""
-        if state.dense_inputs is None or not self.job.method.needs_drift:
-            return accumulate_inputs
-        return accumulate_with_drift(state.dense_inputs)
-
     def _new_statistics(self, linear: Linear) -> InputStatistics:
         """Empty statistics of the inputs of a linear, with all that the method needs."""
         job, in_features = self.job, linear.shape[1]
@@ -351,12 +349,7 @@ class BlockPruner:
         head = self.skeleton.head()
         key, device = f"{head.name}.weight", self.job.device
         with self.skeleton.outside_blocks(self.job.source.read_outside, device, with_head=True):
-            self.ranks.set_location(head.name)
-            statistics = self._new_statistics(head)
-            for batch, ids in enumerate(own_part(self.ranks, batches)):
-                x = self.skeleton.head_input(ids.to(device), self.stream.states.get(batch))
-                statistics.add(x.reshape(-1, x.shape[-1]))
-            statistics.complete(self.ranks)
+            statistics = self._head_statistics(head, batches)
             stored = self.job.source.read_outside([key])[key]
             finished = prune_linear(
                 self.job.method, self.job.work, head, head.name, stored, statistics, self.ranks
@@ -364,11 +357,31 @@ class BlockPruner:
         check_same(self.ranks, head.name, {key: finished.weight})
         return {key: finished.weight}, finished.record
 
+    def head_statistics(self, batches: Sequence[torch.Tensor]) -> InputStatistics:
+        """The statistics of the inputs of the output head, after the last block.
+
+        Args:
+            batches: Token ids of all batches of all ranks, as in `embed`.
+        """
+        read, device = self.job.source.read_outside, self.job.device
+        with self.skeleton.outside_blocks(read, device, with_head=True):
+            return self._head_statistics(self.skeleton.head(may_be_tied=True), batches)
+
+    def _head_statistics(self, head: Linear, batches: Sequence[torch.Tensor]) -> InputStatistics:
+        """`head_statistics`, while the head has its weight."""
+        self.ranks.set_location(head.name)
+        statistics = self._new_statistics(head)
+        for batch, ids in enumerate(own_part(self.ranks, batches)):
+            x = self.skeleton.head_input(ids.to(self.job.device), self.stream.states.get(batch))
+            statistics.add(x.reshape(-1, x.shape[-1]))
+        statistics.complete(self.ranks)
+        return statistics
+
     def close(self) -> None:
         """Release the hidden states, and the file that holds them."""
         self.stream.close()
         if self.dense is not None:
-            self.dense.close()
+            self.dense.stream.close()
 
 
 @dataclass
@@ -383,7 +396,7 @@ class BlockState:
         stored: Its dense tensors by relative name, in the checkpoint's dtypes and on the host.
         module: The block with its weights in place, on the device. The walk changes them.
         linears: The linears to prune, in the order of registration.
-        walk: How the windows go through the block; see `walk.py`.
+        walk: How the windows go through the block; see `walks.py`.
         expert_counters: Counters of its experts modules. Empty if no expert is to be measured on
             tokens that did not choose it.
         dense_inputs: Inputs of the dense block; None if the run needs none, and after the walk.

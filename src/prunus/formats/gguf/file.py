@@ -7,21 +7,29 @@ No other file imports the package, which is an extra. Files of strangers are che
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import functools
 import io
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from prunus.hardware.errors import require_library
+from prunus.hardware.process_state import replaced
 from prunus.model.checkpoint.atomic_files import replacing
 
 #: The field with the record of the run that made a file.
 RECORD_FIELD = "prunus.compress"
+#: A list of types or an importance matrix of prunus, as bytes.
+OWN_LISTS = re.compile(
+    rb"(\^[\w\\.-]+\$=\w+\n)+|GGUF.{28}general\.architecture.{12}prunus.*", re.DOTALL
+)
 # Fields that describe how a file is stored, and not its model.
 _OF_STORAGE = (
     "GGUF.", "general.architecture", "general.file_type", "general.alignment", "split.", "prunus.",
@@ -31,8 +39,7 @@ _OF_STORAGE = (
 def check_extra() -> None:
     """Raise ModuleNotFoundError unless the packages for GGUF files are installed."""
     for module in ("gguf", "accelerate"):
-        if importlib.util.find_spec(module) is None:
-            raise ModuleNotFoundError(f"a GGUF file needs {module}: pip install '.[gguf]'")
+        require_library(module, "a GGUF file", "gguf")
 
 
 def package() -> Any:
@@ -40,6 +47,19 @@ def package() -> Any:
     import gguf
 
     return gguf
+
+
+@functools.cache
+def _reader_class() -> Any:
+    """The package's reader of files, with the mapped file as a plain array.
+
+    A header has a slice for each token of its vocabulary, and those of a `memmap` take twice as
+    long.
+    """
+    plain = property(
+        lambda self: self.plain, lambda self, data: setattr(self, "plain", data.view(np.ndarray))
+    )
+    return type("PlainReader", (package().GGUFReader,), {"data": plain})
 
 
 def tensor_names(architecture: str, blocks: int) -> Any:
@@ -83,15 +103,21 @@ class GgufFile:
     @classmethod
     def open(cls, path: Path) -> GgufFile:
         """Read a header; for files of strangers see `open_gguf`."""
-        reader = package().GGUFReader(path)
+        reader = _reader_class()(path)
         return cls(reader, {tensor.name: tensor for tensor in reader.tensors})
 
     @contextlib.contextmanager
     def read_once(self) -> Iterator[None]:
-        """While active, transformers takes this file as it is open: a header takes seconds."""
+        """While active, transformers takes this file as it is open: a header takes seconds.
+
+        The package's table of names is made once as well. transformers asks for it for every module
+        of a model, 397 times in SmolLM2-135M, and each takes some 10 ms.
+        """
         kind, package().GGUFReader = package().GGUFReader, lambda _: self.reader
+        name_maps = functools.cache(package().get_tensor_name_map)
         try:
-            yield
+            with replaced(package(), "get_tensor_name_map", name_maps):
+                yield
         finally:
             package().GGUFReader = kind
 
@@ -129,6 +155,20 @@ class GgufFile:
             raise ValueError(f"it has no tensor {name}")
         values = np.array(package().dequantize(tensor.data, tensor.tensor_type))
         return torch.from_numpy(values).reshape(*map(int, reversed(tensor.shape)))
+
+    @property
+    def block_bits(self) -> float | None:
+        """Bits per weight of the matrices in the blocks, but for routers; None if there are none.
+
+        They are the linears of a model; experts are one tensor of three sides.
+        """
+        matrices = [
+            tensor
+            for name, tensor in self.tensors.items()
+            if name.startswith("blk.") and len(tensor.shape) > 1 and "ffn_gate_inp" not in name
+        ]
+        count = sum(int(tensor.n_elements) for tensor in matrices)
+        return 8 * sum(int(tensor.n_bytes) for tensor in matrices) / count if count else None
 
     @property
     def types(self) -> dict[str, float]:
@@ -178,6 +218,39 @@ def write_gguf(path: Path, fields: Mapping[str, Any], tensors: Sequence[StoredTe
             assert len(content) == tensor.nbytes, tensor.name
             file.write(content.numpy().data)
             file.write(b"\0" * (padded(tensor.nbytes) - tensor.nbytes))
+
+
+def write_importances(
+    path: Path, importances: Mapping[str, torch.Tensor], chunks: tuple[int, int], text: str
+) -> None:
+    """Write an importance matrix for llama-quantize, which tells it what errors in a column cost.
+
+    For each tensor it has two of float32, and llama-quantize takes their quotient:
+
+        NAME.in_sum2   (experts, I), the sum over tokens of each squared input; 1 expert if none
+        NAME.counts    (experts, 1), the number of tokens
+
+    Args:
+        path: The file.
+        importances: Name of a tensor -> the mean square of each input, float32 (experts, I).
+        chunks: How many windows were measured, and how many tokens of each.
+        text: What their text is.
+    """
+    # llama.cpp writes no architecture here. This one is by what `OWN_LISTS` knows the file.
+    writer, tokens = new_fields("prunus"), float(chunks[0] * chunks[1])
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", [text])
+    writer.add_uint32("imatrix.chunk_count", chunks[0])
+    writer.add_uint32("imatrix.chunk_size", chunks[1])
+    stored = [
+        StoredTensor(f"{name}.{part}", tuple(x.shape), 0, 4 * x.numel(), partial(torch.clone, x))
+        for name, mean_EI in importances.items()
+        for part, x in (
+            ("in_sum2", mean_EI * tokens),
+            ("counts", torch.full((len(mean_EI), 1), tokens)),
+        )
+    ]
+    write_gguf(path, fields_of(writer), stored)
 
 
 def padded(nbytes: int) -> int:

@@ -7,13 +7,22 @@ among its fields. Then the record says that the run is finished, and the file ge
     write FOLDER/model.gguf ► finished ► rename it to OUT.gguf ► remove the folder
 
 A kill at any moment leaves nothing outside the folder but the whole file.
+
+The order of this file: the contents of a GGUF file and their record, then the format itself.
 """
 
 from __future__ import annotations
 
 import functools
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,19 +31,31 @@ from prunus.engine.linear_options import PruningOptions
 from prunus.engine.linear_record import LinearRecord
 from prunus.engine.options import RunOptions
 from prunus.formats.base import MixFormat, choose_types
-from prunus.formats.gguf.contents import FileContents, finished_file, read_record, reproducible
-from prunus.formats.gguf.file import check_extra, padded, write_gguf
+from prunus.formats.gguf.file import (
+    RECORD_FIELD,
+    StoredTensor,
+    check_extra,
+    fields_of,
+    header_of,
+    new_fields,
+    padded,
+    write_gguf,
+)
 from prunus.formats.gguf.header import open_gguf
 from prunus.formats.gguf.import_checkpoint import import_gguf
-from prunus.formats.gguf.layout import GgufTensor, layout_of
+from prunus.formats.gguf.layout import GgufLayout, GgufTensor, layout_of, types_in
 from prunus.formats.gguf.types import (
+    FILE_TYPES,
     FULL_TYPES,
+    PLAIN,
+    TYPES,
     GgufType,
     type_for,
     type_named,
     types_for,
 )
-from prunus.formats.records import CompressionRecord
+from prunus.formats.recipe import CompressionRecipe
+from prunus.formats.records import CompressionRecord, FileSize
 from prunus.hardware.sizes import in_bytes
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.model.checkpoint.atomic_files import check_place, move_file
@@ -48,6 +69,151 @@ FILE = "model.gguf"
 _HEAD_TYPES = {4: "Q4_K", 6: "Q6_K", 8: "Q8_0"}
 
 
+# --- what a file holds: its tensors with their types, its fields, and the record of its run ---
+
+# The record in the file is filled up with spaces, so that the size of the file is known before the
+# run. It gets this many bytes ...
+_RECORD_BYTES = 16_000
+# ... and this many for each linear.
+_BYTES_PER_LINEAR = 500
+
+
+class FileContents:
+    """The fields and tensors of a GGUF file, and so its bytes.
+
+    Args:
+        layout: The tensors of the file, and its fields but for those that depend on the types.
+        dtypes: Name of a tensor in the model -> the dtype in which the source stores it.
+        linears: How many linears the record describes.
+
+    Everywhere below, `types` are the types of linears, embedding and head by name. What has no
+    type stays in F32, F16 or BF16.
+    """
+
+    def __init__(self, layout: GgufLayout, dtypes: Mapping[str, torch.dtype], linears: int) -> None:
+        self.layout = layout
+        self._dtypes = dtypes
+        self._record_bytes = _RECORD_BYTES + _BYTES_PER_LINEAR * linears
+
+    def type_of(self, tensor: GgufTensor, types: Mapping[str, str]) -> tuple[str, int, int]:
+        """The name of the type of a tensor, the number of the type, and the bytes of the tensor."""
+        name = types.get(tensor.module)
+        count = math.prod(tensor.shape)
+        if name is not None:
+            kind = TYPES[name]
+            return name, kind.number, kind.nbytes_of(count)
+        dtype = self._dtypes.get(tensor.sources[0]) if tensor.is_matrix else None
+        name, number = PLAIN.get(dtype or torch.float32, PLAIN[torch.float32])[:2]
+        return name, number, count * (4 if number == 0 else 2)
+
+    def stored(
+        self, types: Mapping[str, str], read: Callable[[GgufTensor], torch.Tensor]
+    ) -> list[StoredTensor]:
+        """All tensors as they are written.
+
+        Args:
+            types: See the class.
+            read: From a tensor to its content; called when the tensor is written.
+        """
+        return [
+            StoredTensor(x.name, x.shape, *self.type_of(x, types)[1:], partial(read, x))
+            for x in self.layout.tensors
+        ]
+
+    def bytes_by_type(self, types: Mapping[str, str]) -> Counter[str]:
+        """Type -> bytes of all tensors that have it."""
+        nbytes_by_type = Counter[str]()
+        for tensor in self.layout.tensors:
+            name, _, nbytes = self.type_of(tensor, types)
+            nbytes_by_type[name] += nbytes
+        return nbytes_by_type
+
+    def type_list(self, types: Mapping[str, str]) -> str:
+        """The types of all matrices, as a list for llama-quantize; see `layout.types_in`."""
+        return "".join(
+            f"^{re.escape(tensor.name)}$={self.type_of(tensor, types)[0].lower()}\n"
+            for tensor in self.layout.tensors
+            if tensor.is_matrix
+        )
+
+    def fields(self, types: Mapping[str, str], record: str = "") -> dict[str, Any]:
+        """The fields of the file.
+
+        Args:
+            types: See the class.
+            record: The record of the run, as JSON. One that is too long for its place is left out.
+        """
+        by_type = self.bytes_by_type(types)
+        writer = new_fields(self.layout.fields["general.architecture"].value)
+        writer.add_file_type(FILE_TYPES[by_type.most_common(1)[0][0]])
+        size = len(record.encode())
+        text = record if size <= self._record_bytes else ""
+        writer.add_string(RECORD_FIELD, text + " " * (self._record_bytes - len(text.encode())))
+        return self.layout.fields | fields_of(writer)
+
+    def size(self, before: int, after: int, parts: Counter[str]) -> FileSize:
+        """The size for people, from the bytes of the source, of the file and of its parts."""
+        count = sum(math.prod(tensor.shape) for tensor in self.layout.tensors if tensor.sources)
+        return FileSize.of(before, after, count, parts)
+
+    def file_bytes(self, types: Mapping[str, str]) -> int:
+        """The size of the file in bytes."""
+        contents = (padded(self.type_of(tensor, types)[2]) for tensor in self.layout.tensors)
+        return self._header_bytes + sum(contents)
+
+    @functools.cached_property
+    def _header_bytes(self) -> int:
+        # The types do not change the size of the header.
+        return len(header_of(self.fields({}), self.stored({}, lambda _: torch.zeros(0))))
+
+
+def reproducible(record: CompressionRecord) -> str:
+    """The record as JSON without times and hashes, so that equal runs give equal files."""
+    content = record.model_dump(mode="json", exclude={"sha256", "hardware", "measured"})
+    content |= {"state": "finished", "source": Path(record.source).name}
+    content["totals"] = {
+        name: value
+        for name, value in content["totals"].items()
+        if not name.endswith(("seconds", "memory_bytes"))
+    }
+    content["inputs"] |= {"outside": {}}
+    content["recipe"] = record.recipe.without_folders().model_dump(mode="json")
+    for block in content["blocks"]:
+        block["seconds"] = 0.0
+        for linear in block["linears"].values():
+            linear["seconds"] = 0.0
+    return json.dumps(content, separators=(",", ":"), ensure_ascii=False)
+
+
+def read_record(path: Path) -> CompressionRecord | None:
+    """The record in a GGUF file; None if prunus did not make it.
+
+    Raises:
+        ValueError: The file or its record is damaged.
+    """
+    text = open_gguf(path).get(RECORD_FIELD)
+    return None if not text or not text.strip() else CompressionRecord.model_validate_json(text)
+
+
+def finished_file(path: Path, recipe: CompressionRecipe) -> CompressionRecord | None:
+    """The record of a file that a run of the same recipe made; None if nothing has this name.
+
+    Raises:
+        FileExistsError: Something else has this name, or a run of another recipe made the file.
+        ValueError: The file is damaged.
+    """
+    if not os.path.lexists(path):
+        return None
+    earlier = read_record(path) if path.is_file() else None
+    if earlier is None:
+        raise FileExistsError(
+            f"output {path} exists and is not a file that prunus compress made; it is left as it "
+            "is. Move it away, or choose another name"
+        )
+    earlier.check_same_run(recipe.without_folders())
+    return earlier
+
+
 class GgufFormat(MixFormat):
     """A GGUF file, made from a checkpoint or from a GGUF file in full precision."""
 
@@ -56,6 +222,11 @@ class GgufFormat(MixFormat):
 
     unpack = staticmethod(import_gguf)
     read_record = staticmethod(read_record)
+
+    @staticmethod
+    def stored_bits(path: Path) -> float | None:
+        """Bits per weight of the matrices in the blocks of any GGUF file."""
+        return open_gguf(path).block_bits
 
     def folder(self, model: str | Path, output: Path) -> Path:
         """The folder OUT.gguf.part of the run, once output and model are checked.
@@ -106,12 +277,12 @@ class GgufFormat(MixFormat):
         remove_result(folder, CompressionRecord.FILE)
 
     def check(self) -> None:
-        """Check the type's name, masks, stacked experts, and that types reach the bits or the size.
+        """Check masks, stacked experts, types, and that these reach the bits or the size.
 
         Raises:
             ValueError: The format cannot do what the recipe asks for.
         """
-        if self.recipe.type is not None:
+        if self.recipe.type is not None and not self._names_file:
             type_named(self.recipe.type)
         self.refuse_zeros("a GGUF file")
         linears = self.job.selected_linears()
@@ -148,6 +319,8 @@ class GgufFormat(MixFormat):
         """The types that a module can have: one where the recipe decides, else all that fit."""
         columns = self.job.checkpoint.checkpoint.tensors[self.job.stored_key(name)].shape[-1]
         kind = self._head_type if name in self.modules_outside else self.recipe.type
+        if self._names_file:
+            kind = self._types_in_file.get(name, kind)
         return types_for(columns) if kind is None else [type_for(kind, columns)]
 
     @property
@@ -157,6 +330,21 @@ class GgufFormat(MixFormat):
             return _HEAD_TYPES.get(self.recipe.packs_head or 0)
         # Where types are not chosen by their losses, it is that of llama.cpp's own files.
         return self.recipe.type and ("Q8_0" if self.recipe.type == "Q8_0" else "Q6_K")
+
+    @property
+    def _names_file(self) -> bool:
+        """Whether the recipe names a file with types in place of a type."""
+        return self.recipe.type not in (None, *TYPES) and os.path.isfile(self.recipe.type or "")
+
+    @functools.cached_property
+    def _types_in_file(self) -> dict[str, str]:
+        """Name of a module -> its type in that file, but for those that `head_bits` is about."""
+        recipe, source = self.recipe, self.job.checkpoint.checkpoint
+        is_head_given = "head_bits" in recipe.model_fields_set
+        modules = self.shapes.keys() - (self.modules_outside if is_head_given else set())
+        return types_in(
+            Path(recipe.type or ""), source.folder, self.contents.layout.tensors, modules
+        )
 
     def nbytes_of(self, quantizer: GroupQuantizer, shape: tuple[int, ...]) -> int:
         """The bytes of a weight with those that fill it up to the next tensor."""
@@ -174,12 +362,16 @@ class GgufFormat(MixFormat):
 
     def describe(self) -> dict[str, object]:
         """The size of the file and what takes it, for a plan."""
-        if self.measures_loss:
+        if self.recipe.type is None and not self.types:
             parts = self.planned_parts()
         else:
-            parts = self.contents.bytes_by_type(self.types_of({}))
+            parts = self.contents.bytes_by_type(self.types or self.types_of({}))
         before = self.job.checkpoint.checkpoint.file_bytes()
         return {"file": self.contents.size(before, self.file_bytes(), parts).model_dump()}
+
+    def file_bytes(self) -> int:
+        """Bytes of the file, as planned; once types are chosen, of the file with these."""
+        return self.contents.file_bytes(self.types) if self.types else super().file_bytes()
 
     def temporary_bytes(self) -> int:
         """Bytes of the shards of the run."""
@@ -188,8 +380,12 @@ class GgufFormat(MixFormat):
 
     @property
     def measures_loss(self) -> bool:
-        """Whether types are chosen by the loss that they cause. A type that is given is not."""
-        return self.recipe.type is None
+        """Whether types are chosen by the loss that they cause, or scales by that of columns.
+
+        A type that is given needs neither. The types of a file may be those of an earlier choice,
+        and then this file gets the same bytes.
+        """
+        return super().measures_loss or self._names_file
 
     def chosen(self, record: CompressionRecord) -> str:
         """How many bytes of the file have each type."""

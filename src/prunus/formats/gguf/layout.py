@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ from typing import Any
 import torch
 
 from prunus.formats.gguf.card import metadata_of
-from prunus.formats.gguf.file import fields_of, new_fields, package, tensor_names
+from prunus.formats.gguf.file import GgufFile, fields_of, new_fields, package, tensor_names
 from prunus.formats.gguf.header import open_gguf
+from prunus.formats.gguf.types import TYPES
 from prunus.formats.gguf.vocabulary import NORMAL, add_vocabulary
 from prunus.hardware.process_state import no_stderr
 from prunus.model.checkpoint.atomic_files import read_json
+from prunus.model.checkpoint.regular_files import read_limited
 
 #: Class in transformers -> llama.cpp's name of its kind of model.
 ARCHITECTURES = {
@@ -50,6 +52,16 @@ _FIXED: dict[str, dict[str, Any]] = {
     "olmoe": {"norm_topk_prob": False, "clip_qkv": None},
     "qwen2moe": {"norm_topk_prob": False},
     "qwen3moe": {"norm_topk_prob": True},
+}
+
+
+# Fields that every kind of model has -> option of transformers.
+_SIZES = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "head_count": "num_attention_heads",
 }
 
 
@@ -143,8 +155,10 @@ def layout_of(
             f"{', '.join(sorted(ARCHITECTURES))}. Use llama.cpp's converter for others"
         )
     options = config.get_text_config().to_dict()
-    heads = options["num_attention_heads"]
-    heads = {"attn_q": heads, "attn_k": options.get("num_key_value_heads") or heads}
+    heads = {
+        "attn_q": options["num_attention_heads"],
+        "attn_k": options.get("num_key_value_heads") or options["num_attention_heads"],
+    }
     tensors = named(architecture, options["num_hidden_layers"], shapes)
     _check_experts(kind, architecture, options, tensors)
     for index, tensor in enumerate(tensors):
@@ -156,11 +170,52 @@ def layout_of(
     extra = _rope_factors(writer, architecture, options)
     tensors = [*extra, *tensors]
     if template is not None:
-        return GgufLayout(_template_fields(template, folder, tensors), tuple(tensors))
+        return GgufLayout(open_same_model(template, folder, tensors).fields(), tuple(tensors))
     _add_metadata(writer, folder, tensors)
     _add_parameters(writer, architecture, options)
     _add_tokenizer(writer, folder, architecture, options)
     return GgufLayout(fields_of(writer), tuple(tensors))
+
+
+def types_in(
+    path: Path, folder: Path, tensors: Sequence[GgufTensor], needed: Collection[str]
+) -> dict[str, str]:
+    r"""Name of a module -> the type of its tensor in another file of the model, or in a list.
+
+    llama-quantize of llama.cpp takes such lists (`--tensor-type-file`). An entry is a regular
+    expression for the names of tensors and a type; the first that fits counts. prunus writes and
+    reads entries that stand for one name, such as `^blk\.0\.attn_q\.weight$=q4_k`.
+
+    Args:
+        path: A GGUF file whose name ends in .gguf, or a list.
+        folder: The checkpoint, with its tokenizer.
+        tensors: The tensors of the model.
+        needed: The first modules of the tensors that the result is about.
+
+    Raises:
+        ValueError: The file is of another model, or a tensor has no type that prunus writes; names
+            the tensor.
+    """
+    if path.suffix == ".gguf":
+        stored = open_same_model(path, folder, tensors).tensors
+        types = {name: tensor.tensor_type.name for name, tensor in stored.items()}
+    else:
+        entries = [x.rpartition("=") for x in read_limited(path).decode(errors="replace").split()]
+        types = {x.strip("^$").replace("\\.", "."): kind.upper() for x, _, kind in entries[::-1]}
+        if unknown := types.keys() - {tensor.name for tensor in tensors}:
+            raise ValueError(
+                f"{path} is not a list of types for this model, which has no tensor "
+                f"{min(unknown)[:80]!r}: give lines such as ^blk\\.0\\.attn_q\\.weight$=q4_k"
+            )
+    chosen = [tensor for tensor in tensors if tensor.module in needed]
+    for tensor in chosen:
+        if types.get(tensor.name) not in TYPES:
+            raise ValueError(
+                f"{path} has {types.get(tensor.name, 'no type')} for {tensor.name}, and prunus "
+                f"writes {', '.join(TYPES)}; `ignore` keeps a linear as it is, and `head_bits` "
+                "embedding and head"
+            )
+    return {module: types[tensor.name] for tensor in chosen for module in tensor.modules}
 
 
 def named(
@@ -226,8 +281,17 @@ def _check_experts(
         )
 
 
-def _template_fields(path: Path, folder: Path, tensors: list[GgufTensor]) -> dict[str, Any]:
-    """The fields of a GGUF file of the same model: names, shapes and tokens are compared."""
+def open_same_model(path: Path, folder: Path, tensors: Sequence[GgufTensor]) -> GgufFile:
+    """Open a GGUF file of the same model: names, shapes and tokens are compared.
+
+    Args:
+        path: The file.
+        folder: The checkpoint, with its tokenizer.
+        tensors: The tensors of the checkpoint's GGUF file.
+
+    Raises:
+        ValueError: The file is damaged or of another model; names the first thing that differs.
+    """
     file = open_gguf(path)
     ours: dict[str, object] = {tensor.name: tensor.shape for tensor in tensors}
     # A head that is tied to the embedding is not stored again.
@@ -247,10 +311,10 @@ def _template_fields(path: Path, folder: Path, tensors: list[GgufTensor]) -> dic
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             raise ValueError(
-                f"{path} is not a template for this model: {name} is {ours.get(name)} in the model "
-                f"and {theirs.get(name)} there. Give what llama.cpp's converter makes of the model"
+                f"{path} is not a file of this model: {name} is {ours.get(name)} in the model and "
+                f"{theirs.get(name)} there. Give what llama.cpp's converter makes of the model"
             )
-    return file.fields()
+    return file
 
 
 # --- fields, as llama.cpp's converter writes them ---
@@ -274,11 +338,8 @@ def _add_parameters(writer: Any, architecture: str, options: Mapping[str, Any]) 
     """The shape of the model and the constants that it computes with."""
     heads, width = options["num_attention_heads"], options["hidden_size"]
     rope = _rope(options)
-    writer.add_block_count(options["num_hidden_layers"])
-    writer.add_context_length(options["max_position_embeddings"])
-    writer.add_embedding_length(width)
-    writer.add_feed_forward_length(options["intermediate_size"])
-    writer.add_head_count(heads)
+    for field, option in _SIZES.items():
+        getattr(writer, f"add_{field}")(options[option])
     writer.add_head_count_kv(options.get("num_key_value_heads") or heads)
     if architecture == "phi2":
         writer.add_layer_norm_eps(options["layer_norm_eps"])
@@ -329,9 +390,8 @@ def _rope(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _original_positions(options: Mapping[str, Any]) -> int:
-    positions = _rope(options).get("original_max_position_embeddings")
-    positions = positions or options.get("original_max_position_embeddings")
-    return int(positions or options["max_position_embeddings"])
+    name = "original_max_position_embeddings"
+    return int(_rope(options).get(name) or options.get(name) or options["max_position_embeddings"])
 
 
 def _rope_factors(writer: Any, architecture: str, options: Mapping[str, Any]) -> list[GgufTensor]:
@@ -359,13 +419,11 @@ def _llama3_factors(rope: Mapping[str, Any], options: Mapping[str, Any]) -> list
     The same as transformers' `rope_type` "llama3": the ramp is linear in the number of wave lengths
     that fit in the positions of the first training, from `low_freq_factor` to `high_freq_factor`.
     """
-    heads = options["num_attention_heads"]
-    width = options.get("head_dim") or options["hidden_size"] // heads
+    width = options.get("head_dim") or options["hidden_size"] // options["num_attention_heads"]
     steps = torch.arange(0, width, 2, dtype=torch.float32)
     waves = 2 * math.pi * rope["rope_theta"] ** (steps / width)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    share = (rope["original_max_position_embeddings"] / waves - low) / (high - low)
-    share = share.clamp(0, 1)
+    share = ((rope["original_max_position_embeddings"] / waves - low) / (high - low)).clamp(0, 1)
     return (1 / ((1 - share) / rope["factor"] + share)).tolist()
 
 

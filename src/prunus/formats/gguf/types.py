@@ -88,6 +88,11 @@ PLAIN = {
 FULL_TYPES = frozenset({"F32", "F16", "BF16", "Q8_0"})
 #: Name of a type -> the type.
 TYPES: dict[str, GgufType] = {entry.name: entry for entry in _ALL}
+#: Name of a type -> the number that a file says of itself where most of its weights have it.
+FILE_TYPES = {
+    **{entry.name: entry.file_type for entry in _ALL},
+    **{name: file_type for name, _, file_type in PLAIN.values()},
+}
 
 
 def type_named(name: str) -> GgufType:
@@ -98,7 +103,8 @@ def type_named(name: str) -> GgufType:
     """
     if name not in TYPES:
         raise ValueError(
-            f"{name} is not a type that prunus writes: give one of {', '.join(TYPES)}"
+            f"{name} is not a type that prunus writes: give one of {', '.join(TYPES)}, or a file "
+            "with the types of all tensors"
             f"{did_you_mean(name, TYPES)}"
         )
     return TYPES[name]
@@ -144,13 +150,3 @@ def types_for(columns: int) -> list[GgufType]:
     """
     longest = type_for("Q4_K", columns).span
     return [x for x in TYPES.values() if x.span == longest or x.name == "Q8_0"]
-
-
-def file_type(name: str) -> int:
-    """The number that a file says of itself where most of its weights have the type `name`.
-
-    >>> file_type("Q4_0"), file_type("F16")
-    (2, 1)
-    """
-    plain = {name: number for name, _, number in PLAIN.values()}
-    return plain[name] if name in plain else TYPES[name].file_type

@@ -186,10 +186,9 @@ def add_vocabulary(writer: Any, folder: Path, size: int, architecture: str) -> b
         is_control = token_entry.get("special") or _looks_special(token_entry["content"])
         kinds[token_entry["id"]] = _CONTROL if is_control else _USER_DEFINED
         # llama.cpp looks for these tokens in the text as it is.
-        plain = (
+        tokens[token_entry["id"]] = (
             token_entry["content"] if is_control else token_entry["content"].replace(_SPACE, " ")
         )
-        tokens[token_entry["id"]] = plain
     writer.add_tokenizer_model("llama" if by_scores else "gpt2")
     writer.add_tokenizer_pre("default" if by_scores else _split(path, content, architecture))
     writer.add_token_list(tokens)

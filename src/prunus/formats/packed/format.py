@@ -18,7 +18,6 @@ from prunus.engine.linear_record import LinearRecord
 from prunus.formats.base import RateFormat
 from prunus.formats.cards import compressed_card
 from prunus.formats.packed.quantize_rows import BYTES_PER_QUANTIZED_WEIGHT, quantize_rows
-from prunus.formats.packed.sizes import side_bits, zero_bits
 from prunus.formats.records import CompressionRecord
 from prunus.hardware.errors import naming
 from prunus.hardware.sizes import in_bytes
@@ -37,6 +36,31 @@ _MOST_BITS = 7.0
 _ABOVE_LEAST = 0.1
 
 
+def side_bits(shape: tuple[int, int]) -> float:
+    """The bits per weight of steps, scales and classes.
+
+    Args:
+        shape: (out, in) of the linear.
+
+    >>> round(side_bits((1536, 576)), 4)
+    0.0434
+    """
+    rows, columns = shape
+    return (16 * rows + (16 + 8) * columns) / (rows * columns)
+
+
+def zero_bits(sparsity: float) -> float:
+    """The bits per weight that say which weights a mask keeps: the entropy of a coin.
+
+    Args:
+        sparsity: The share of weights that the mask removes, from 0 to 1.
+
+    >>> zero_bits(0.5)
+    1.0
+    """
+    return sum(-share * math.log2(share) for share in (sparsity, 1 - sparsity) if 0 < share < 1)
+
+
 class PackedFormat(RateFormat):
     """A checkpoint folder with packed linears, embeddings and head."""
 
@@ -46,7 +70,7 @@ class PackedFormat(RateFormat):
         Raises:
             ValueError: They cannot, or an option belongs to another format.
         """
-        self.refuse_types()
+        self.refuse_gguf_options()
         # If all weights were zeros, a linear would still take a bit plane, steps, scales, classes.
         shapes = [linear.shape for linear in self.job.selected_linears().values()]
         side = sum(side_bits(shape) * math.prod(shape) for shape in shapes)

@@ -28,7 +28,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -130,6 +130,29 @@ def check_place(path: Path) -> None:
             f"{path} cannot be created: {above} is not a folder that you may write to; "
             "choose another place"
         )
+
+
+def prepare_file(path: Path, is_own: Callable[[bytes], object]) -> None:
+    """Check that a small file can be written to `path`, and make its folder.
+
+    Args:
+        path: The file.
+        is_own: Whether a file of this content may be replaced.
+
+    Raises:
+        FileExistsError: Something else has this name.
+        ValueError, OSError: No file of this name can be made; see `check_place`.
+    """
+    check_place(path)
+    # A model that is named by mistake is not read.
+    if os.path.lexists(path) and not (
+        path.is_file() and path.stat().st_size < 2**30 and is_own(path.read_bytes())
+    ):
+        raise FileExistsError(
+            f"{path} exists and was not written by this command; it is left as it is. Move it "
+            "away, or choose another name"
+        )
+    make_folder(path.parent)
 
 
 def fsync_folder(folder: Path) -> None:

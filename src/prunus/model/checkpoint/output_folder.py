@@ -129,7 +129,7 @@ def check_whole(output: Path) -> None:
 
 # A stranger's checkpoint may hold a link to a private file of the user. A result with a copy of it,
 # once published, would give it away. So a run copies only what resolves inside the folder of the
-# checkpoint, or inside the cache of the hub: the files of a snapshot are links into its `blobs`.
+# checkpoint, or, from a snapshot in the cache of the hub, in its `blobs`, to which its files lead.
 
 
 def auxiliary_files(folder: Path, code: bool = False) -> list[Path]:
@@ -199,12 +199,6 @@ def _check_inside(path: Path, folder: Path) -> None:
 
 
 def _is_blob(path: Path, folder: Path) -> bool:
-    """Whether a file lies in the hub cache's blobs, to which the links of a snapshot lead."""
+    """Whether a file lies in the blobs of the hub's cache, and the folder is a snapshot of them."""
     # CACHE/models--OWNER--NAME/snapshots/REVISION and CACHE/models--OWNER--NAME/blobs
-    if folder.parent.name == "snapshots" and path.parent == folder.parent.parent / "blobs":
-        return True
-    if path.parent.name != "blobs":
-        return False
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    return path.parent.parent.parent == Path(HF_HUB_CACHE).resolve()
+    return folder.parent.name == "snapshots" and path.parent == folder.parent.parent / "blobs"

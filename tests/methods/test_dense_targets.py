@@ -7,8 +7,8 @@ import prunus
 import reference
 from prunus.engine.memory import Memory
 from prunus.methods import METHODS, MethodOptions, compose
+from prunus.methods.dense_targets import dense_target
 from prunus.methods.patterns import Pattern
-from prunus.methods.refine.dense_targets import dense_target
 from prunus.methods.statistics import InputStatistics, StatisticsSpec
 from tiny import tiny_checkpoint, token_ids, weights
 
