@@ -170,9 +170,9 @@ def inspect(
             if verify and Path(name).is_file():
                 raise ValueError(f"{model} is one file, which has no shards to compare")
             types = kind.stored_types(Path(name))
-        if verify:
-            # What is unpacked has other shards.
-            verified = verify_shards(resolve_folder(model) if kind is None else Path(name))
+        # What is unpacked has other shards.
+        stored = Path(name) if kind else resolve_folder(model)
+        verified = verify_shards(stored) if verify else None
         model = resolve_folder(model)
     source, skeleton = _opened(model, trust_remote_code)
     linears = tuple(_linears(source, skeleton, types))

@@ -328,10 +328,16 @@ class TypeFormat(CompressedFormat):
             name: Name of a linear, an embedding or a head.
         """
 
+    @functools.cached_property
+    def reach(self) -> tuple[int, int]:
+        """The bytes of all weights with a type, each with its smallest and its largest one."""
+        sizes = [[x.nbytes for x in choices] for choices in self.choices({}).values()]
+        return sum(map(min, sizes)), sum(map(max, sizes))
+
     @property
-    @abstractmethod
     def budget(self) -> int:
-        """The bytes of all weights that have a type."""
+        """The most bytes of all weights that have a type: here those of the smallest types."""
+        return self.reach[0]
 
     @functools.cached_property
     def stacks(self) -> Mapping[str, Sequence[str]]:
@@ -341,8 +347,9 @@ class TypeFormat(CompressedFormat):
     @functools.cached_property
     def module_of(self) -> dict[str, str]:
         """Stored name of a weight -> name of its module, for all that have a type."""
-        names = [name for first in self.shapes for name in self.stacks[first]]
-        return {self.job.stored_key(name): name for name in names}
+        return {
+            self.job.stored_key(name): name for first in self.shapes for name in self.stacks[first]
+        }
 
     def parts(self, key: str, info: TensorInfo, bits: float) -> dict[str, Any]:
         """The tensors of a weight, without contents, of its type; of its last before a choice.
@@ -501,12 +508,6 @@ class MixFormat(TypeFormat):
         stored = self.job.checkpoint.stored.items()
         return {name.removesuffix(".weight") for name, key in stored if key in self.packed_outside}
 
-    @functools.cached_property
-    def reach(self) -> tuple[int, int]:
-        """The bytes of all weights with a type, each with its smallest and its largest one."""
-        sizes = [[x.nbytes for x in choices] for choices in self.choices({}).values()]
-        return sum(map(min, sizes)), sum(map(max, sizes))
-
     @property
     def budget(self) -> int:
         """The bytes of all weights with a type: what `size` or `bits` leave for them.
@@ -517,7 +518,7 @@ class MixFormat(TypeFormat):
             return self.recipe.size - self.others
         if self.recipe.bits is not None:
             return int(self.recipe.bits * self._weights / 8)
-        return self.reach[0]
+        return super().budget
 
     @property
     def _weights(self) -> int:

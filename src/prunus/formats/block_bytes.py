@@ -80,11 +80,12 @@ class BlockType(GroupQuantizer):
             data_OB: uint8, rows of S whole spans.
         """
         fields = data_OB.unflatten(1, (-1, self.nbytes)).split(self.sizes, dim=2)
-        # A copy begins at a multiple of four bytes, which views as wider integers ask for.
-        copies = [x.flatten(1).clone(memory_format=torch.contiguous_format) for x in fields]
         return [
-            copy if field.part in self.counts else copy.view(self.dtype)
-            for field, copy in zip(self.layout, copies, strict=True)
+            # A copy begins at a multiple of four bytes, which views as wider integers ask for.
+            x.flatten(1)
+            .clone(memory_format=torch.contiguous_format)
+            .view(torch.uint8 if field.part in self.counts else self.dtype)
+            for field, x in zip(self.layout, fields, strict=True)
         ]
 
     def pack(self, spans: Spans) -> Tensor:
@@ -176,10 +177,8 @@ def _field(integers_NB: Tensor, bits: int, width: int) -> Tensor:
     """The low `bits` bits of integers, uint8 (N, K); see the top of this file."""
     if width == 0:
         # Eight integers fill as many whole bytes as each has bits, the low ones of a word.
-        eights = integers_NB.unflatten(1, (-1, 8)).unbind(2)
-        words_NW = torch.zeros_like(eights[0], dtype=torch.int64)
-        for index, integers_NW in enumerate(eights):
-            words_NW |= integers_NW.long() << bits * index
+        eights = enumerate(integers_NB.unflatten(1, (-1, 8)).unbind(2))
+        words_NW = functools.reduce(torch.bitwise_or, (x.long() << bits * i for i, x in eights))
         return words_NW[..., None].view(torch.uint8)[..., :bits].flatten(1)
     if bits == 6:
         # Q4_K and Q5_K store 8 codes and 8 minima in 12 bytes. The first four of each are the low
@@ -208,8 +207,8 @@ def _from_field(field_NK: Tensor, bits: int, width: int) -> Tensor:
 
 def _from_stream(data_NK: Tensor, bits: int) -> Tensor:
     """The integers in a stream of bits, uint8 (N, B); see the top of this file."""
-    words_NWK = functional.pad(data_NK.unflatten(1, (-1, bits)), (0, 8 - bits))
-    words_NW = words_NWK.view(torch.int64)[..., 0]
+    eights_NWK = functional.pad(data_NK.unflatten(1, (-1, bits)), (0, 8 - bits))
+    words_NW = eights_NWK.view(torch.int64)[..., 0]
     eights = [(words_NW >> bits * index & 2**bits - 1).to(torch.uint8) for index in range(8)]
     return torch.stack(eights, dim=2).flatten(1)
 

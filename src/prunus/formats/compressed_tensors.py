@@ -116,11 +116,6 @@ class TensorsFormat(TypeFormat):
         """Nothing: engines expect embeddings and head as they are."""
         return {}
 
-    @property
-    def budget(self) -> int:
-        """The bytes of all linears, which have no choice."""
-        return sum(only.nbytes for [only] in self.choices({}).values())
-
     def tensors_of(self, key: str, weight: GroupedWeight) -> dict[str, torch.Tensor]:
         """The three tensors of a linear; see `Format.tensors_of`."""
         return stored_parts(key, weight, self.job.checkpoint.checkpoint.tensors[key].dtype)
@@ -131,8 +126,8 @@ class TensorsFormat(TypeFormat):
         """The dense weight of a linear; its three tensors leave `tensors`."""
         packed, scale_OS, _ = (tensors.pop(f"{key}_{x}") for x in ("packed", "scale", "shape"))
         bits = int(self.recipe.bits or 0)
-        lowest_OS = scale_OS.float() * -(2 ** (bits - 1))
-        return scaled(packed.view(torch.uint8), bits, scale_OS, lowest_OS).to(dtype)
+        lowest = -(2 ** (bits - 1))
+        return scaled(packed.view(torch.uint8), bits, scale_OS, scale_OS.float() * lowest).to(dtype)
 
     def card(self, record: CompressionRecord) -> str:
         """The README.md of the folder."""

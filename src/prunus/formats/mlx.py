@@ -119,8 +119,7 @@ class MlxFormat(MixFormat):
         tensors = dict(source.read(source.tensors))
         for scales in [name for name in tensors if name.endswith(".scales")]:
             module, stored = scales.removesuffix(".scales"), tensors[scales].dtype
-            entry = described.get(module)
-            group = int((entry if isinstance(entry, dict) else described)["group_size"])
+            group = described.get(module, described)["group_size"]
             weight_OI = dense_weight(f"{module}.weight", tensors, group)
             tensors[f"{module}.weight"] = weight_OI.to(DTYPES[dtype] if dtype else stored)
         make_folder(dest)
@@ -161,9 +160,9 @@ class MlxFormat(MixFormat):
         """The types whose groups fill the width, smallest first; `head_bits` may name the bits."""
         fixed = "head_bits" in self.recipe.model_fields_set and name in self.modules_outside
         bits = [self.recipe.packs_head] if fixed else _BITS
-        dtype = self.scale_dtype(name)
-        types = [affine_type(x, group, dtype) for x in _BITS if x in bits for group in _GROUPS]
-        return [x for x in types if self.shapes[name][1] % x.span == 0]
+        columns, dtype = self.shapes[name][1], self.scale_dtype(name)
+        groups = [group for group in _GROUPS if columns % group == 0]
+        return [affine_type(x, group, dtype) for x in _BITS if x in bits for group in groups]
 
     @functools.cached_property
     def others(self) -> int:
@@ -217,10 +216,14 @@ class MlxFormat(MixFormat):
             group, count = self.quantizer(name).span, len(self.quantizer(name).values)
             entry = {"group_size": group, "bits": int(math.log2(count)), "mode": "affine"}
             described[key.removesuffix(".weight")] = entry
-        # mlx-lm has defaults of its own where the file does not say it.
-        tied = bool(self.job.checkpoint.config.tie_word_embeddings)
-        quantized = {"quantization": described, "quantization_config": described}
-        return rope_keys(config) | config | {"tie_word_embeddings": tied} | quantized
+        return {
+            **rope_keys(config),
+            **config,
+            # mlx-lm has defaults of its own where the file does not say it.
+            "tie_word_embeddings": bool(self.job.checkpoint.config.tie_word_embeddings),
+            "quantization": described,
+            "quantization_config": described,
+        }
 
 
 def rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,8 +240,6 @@ def rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     by_layer = config.get("rope_parameters") or {}
     rope = by_layer.get("full_attention", by_layer)
     keys = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
-    if "sliding_attention" in by_layer:
-        keys["rope_local_base_freq"] = by_layer["sliding_attention"]["rope_theta"]
     if rope.get("rope_type", "default") != "default":
         keys["rope_scaling"] = rope | {"type": rope["rope_type"]}
     return keys
