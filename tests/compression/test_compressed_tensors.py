@@ -13,7 +13,8 @@ from prunus.engine.linear_job import plan_run
 from prunus.engine.options import RunOptions
 from prunus.engine.windows import given_windows
 from prunus.formats.base import format_for
-from prunus.formats.compressed_tensors import integer_type, stored_parts, weight_of
+from prunus.formats.block_bytes import scaled
+from prunus.formats.compressed_tensors import integer_type, stored_parts
 from prunus.formats.recipe import CompressionRecipe
 from prunus.formats.records import CompressionRecord
 from prunus.methods.group_fits import round_in_groups
@@ -108,7 +109,9 @@ def test_the_package_reads_the_numbers_that_were_stored(bits):
     weight = round_in_groups(torch.randn(3, 64), quantizer)
     parts = stored_parts("x.weight", weight, torch.bfloat16)
     packed, scale_OS, shape = parts.values()
-    assert torch.equal(weight_of(packed, scale_OS, quantizer).data_OB, weight.data_OB)
+    lowest_OS = scale_OS.float() * -(2 ** (bits - 1))
+    read_OI = scaled(packed.view(torch.uint8), bits, scale_OS, lowest_OS)
+    assert torch.equal(read_OI, weight.dense())
     compressors = pytest.importorskip(
         "compressed_tensors.compressors.pack_quantized.helpers", reason="the package reads it"
     )

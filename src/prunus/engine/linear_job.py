@@ -290,13 +290,12 @@ class Format(Generic[_Record]):
         """Bytes on the disk that the run needs besides its result."""
         return 0
 
-    def tensors_of(self, key: str, weight: Any, record: LinearRecord) -> dict[str, torch.Tensor]:
-        """The tensors of a shard that store a quantised linear.
+    def tensors_of(self, key: str, weight: Any) -> dict[str, torch.Tensor]:
+        """The tensors of a shard that store a quantised weight.
 
         Args:
             key: The name under which the source stores the weight.
-            weight: What `LinearFinish.end` returned for the linear.
-            record: The linear's part of the record.
+            weight: What `LinearFinish.end` returned for a linear.
         """
         raise NotImplementedError(f"{type(self).__name__} stores plain tensors")
 

@@ -135,7 +135,7 @@ class CheckpointFolder(BlockFolder):
         for name, weight in block.packed.items():
             key = self.job.stored_key(f"{block.record.name}.{name}")
             del tensors[key]
-            tensors |= self.job.format.tensors_of(key, weight, block.record.linears[name])
+            tensors |= self.job.format.tensors_of(key, weight)
         return tensors
 
     def restored(self, position: int) -> dict[str, torch.Tensor]:

@@ -167,11 +167,13 @@ def inspect(
     else:
         name = str(model)
         if (kind := reader_of(name)) is not None:
-            if verify:
+            if verify and Path(name).is_file():
                 raise ValueError(f"{model} is one file, which has no shards to compare")
             types = kind.stored_types(Path(name))
+        # What is unpacked has other shards.
+        stored = Path(name) if kind else resolve_folder(model)
+        verified = verify_shards(stored) if verify else None
         model = resolve_folder(model)
-        verified = verify_shards(model) if verify else None
     source, skeleton = _opened(model, trust_remote_code)
     linears = tuple(_linears(source, skeleton, types))
     dense: dict[str, tuple[int, ...]] = {}

@@ -11,4 +11,5 @@ model read this table. The page "Add a format" follows one step by step.
     packed/                prunus's own format: entropy-coded integers
     gguf/                  files for llama.cpp, Ollama and LM Studio
     compressed_tensors.py  integers for vLLM and SGLang
+    mlx.py                 integers for mlx-lm and LM Studio
 """

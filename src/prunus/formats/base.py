@@ -1,7 +1,8 @@
 """What the formats of compressed models have in common.
 
 A `RateFormat` gives every linear as many bits as its share of the loss is worth: any number. A
-`TypeFormat` has a few quantisers, and each weight gets one of them. The base class `Format` says in
+`TypeFormat` has a few quantisers, and each weight gets one of them. In a `MixFormat` the sizes of
+all weights together, embeddings and head included, decide which. The base class `Format` says in
 which order a run asks a format.
 """
 
@@ -24,12 +25,13 @@ from prunus.engine.linear_job import Format, LinearSelection
 from prunus.formats.recipe import CompressionRecipe
 from prunus.formats.records import CompressionRecord, FileSize
 from prunus.hardware.errors import naming
+from prunus.hardware.sizes import in_bytes
 from prunus.methods.group_fits import check_range, round_in_groups
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.methods.group_sweep import quantize_in_groups
 from prunus.methods.statistics import InputStatistics
 from prunus.model.checkpoint.reader import Checkpoint, TensorInfo
-from prunus.model.checkpoint.writer import file_nbytes
+from prunus.model.checkpoint.writer import Writable, file_nbytes
 from prunus.model.embeddings import is_plain
 from prunus.model.formats import format_named, format_of
 from prunus.model.kinds import require_causal
@@ -88,12 +90,17 @@ class CompressedFormat(Format[CompressionRecord]):
     @staticmethod
     def read_record(path: Path) -> CompressionRecord | None:
         """The record in a result; None if prunus did not make it."""
-        raise NotImplementedError("the record lies in the folder of the result")
+        return CompressionRecord.load(path) if (path / CompressionRecord.FILE).exists() else None
 
-    @staticmethod
-    def stored_types(path: Path) -> dict[str, tuple[str, float]]:
+    @classmethod
+    def stored_types(cls, path: Path) -> dict[str, tuple[str, float]]:
         """Full name of a linear -> its type and its bits per weight; empty if not recorded."""
-        return {}
+        record = cls.read_record(path)
+        return {
+            f"{block.name}.{name}": (record.types[f"{block.name}.{name}"], linear.bits or 0.0)
+            for block in (record.blocks if record else [])
+            for name, linear in block.linears.items()
+        }
 
     @staticmethod
     def stored_bits(path: Path) -> float | None:
@@ -145,6 +152,18 @@ class CompressedFormat(Format[CompressionRecord]):
             raise ValueError(
                 f"{what} stores zeros as all other weights: leave `sparsity` and `pattern` out, or "
                 "write a packed checkpoint, whose zeros take fewer bits"
+            )
+
+    def refuse_gguf_options(self) -> None:
+        """Refuse the options of GGUF files.
+
+        Raises:
+            ValueError: The recipe has one of them.
+        """
+        if self.recipe.type or self.recipe.template or self.rounding == "nearest":
+            raise ValueError(
+                "`type`, `template`, `rounding` nearest and lists for llama-quantize belong to "
+                "GGUF files: give the output a name that ends in .gguf, or leave them out"
             )
 
     # The size of a result that is a folder.
@@ -309,15 +328,63 @@ class TypeFormat(CompressedFormat):
             name: Name of a linear, an embedding or a head.
         """
 
+    @functools.cached_property
+    def reach(self) -> tuple[int, int]:
+        """The bytes of all weights with a type, each with its smallest and its largest one."""
+        sizes = [[x.nbytes for x in choices] for choices in self.choices({}).values()]
+        return sum(map(min, sizes)), sum(map(max, sizes))
+
     @property
-    @abstractmethod
     def budget(self) -> int:
-        """The bytes of all weights that have a type."""
+        """The most bytes of all weights that have a type: here those of the smallest types."""
+        return self.reach[0]
 
     @functools.cached_property
     def stacks(self) -> Mapping[str, Sequence[str]]:
         """First module of a weight -> all modules that have one type with it."""
         return {first: [first] for first in self.shapes}
+
+    @functools.cached_property
+    def module_of(self) -> dict[str, str]:
+        """Stored name of a weight -> name of its module, for all that have a type."""
+        return {
+            self.job.stored_key(name): name for first in self.shapes for name in self.stacks[first]
+        }
+
+    def parts(self, key: str, info: TensorInfo, bits: float) -> dict[str, Any]:
+        """The tensors of a weight, without contents, of its type; of its last before a choice.
+
+        `bits` is ignored: the type says it.
+        """
+        name = self.module_of[key]
+        quantizer = self.quantizer(name) if self.types else self.quantizers(name)[-1]
+        size = info.shape[0], quantizer.nbytes_of(info.shape[1])
+        data_OB = torch.empty(size, dtype=torch.uint8, device="meta")
+        return self.tensors_of(key, GroupedWeight(quantizer, data_OB))
+
+    def check_widths(self, group: int) -> None:
+        """Check that all weights with a type consist of whole groups.
+
+        Args:
+            group: The number of columns of the smallest group.
+
+        Raises:
+            ValueError: A weight does not; names it.
+        """
+        for name, shape in self.shapes.items():
+            if shape[-1] % group:
+                raise ValueError(
+                    f"{name} has {shape[-1]} inputs, and groups need a number that {group} "
+                    "divides: keep it as it is with `ignore`, or embeddings and head with "
+                    "`head_bits` none"
+                )
+
+    def scale_dtype(self, name: str) -> torch.dtype:
+        """The dtype of the scales of a module: bfloat16, or float16 where that is its own."""
+        # What is stored in float32 is run in bfloat16 or float16, and nearly all scales that are
+        # exact in bfloat16 are exact in both.
+        stored = self.job.checkpoint.checkpoint.tensors[self.job.stored_key(name)].dtype
+        return torch.float16 if stored == torch.float16 else torch.bfloat16
 
     def nbytes_of(self, quantizer: GroupQuantizer, shape: tuple[int, ...]) -> int:
         """The bytes of a weight of this shape in the result."""
@@ -420,6 +487,84 @@ class TypeFormat(CompressedFormat):
         self._head_statistics = statistics
 
 
+class MixFormat(TypeFormat):
+    """A format whose `size` or `bits` decide the types of all weights, with embeddings and head."""
+
+    WRITES_OUTSIDE_FIRST: ClassVar[bool] = False  # its types follow from the measurement
+
+    @property
+    @abstractmethod
+    def others(self) -> int:
+        """The bytes of all that has no type, whatever the types are."""
+
+    @property
+    def measures_loss(self) -> bool:
+        """Whether types are chosen by the loss that they cause. A type that is given is not."""
+        return super().measures_loss or self.recipe.type is None
+
+    @functools.cached_property
+    def modules_outside(self) -> set[str]:
+        """The embedding and the head, as far as they have a type."""
+        stored = self.job.checkpoint.stored.items()
+        return {name.removesuffix(".weight") for name, key in stored if key in self.packed_outside}
+
+    @property
+    def budget(self) -> int:
+        """The bytes of all weights with a type: what `size` or `bits` leave for them.
+
+        Without both, each weight has its smallest type.
+        """
+        if self.recipe.size is not None:
+            return self.recipe.size - self.others
+        if self.recipe.bits is not None:
+            return int(self.recipe.bits * self._weights / 8)
+        return super().budget
+
+    @property
+    def _weights(self) -> int:
+        """How many weights have a type."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def check_reach(self, result: str) -> None:
+        """Check that the types reach the bits or the size that the recipe asks for.
+
+        Args:
+            result: What people call the result, such as "a GGUF file".
+
+        Raises:
+            ValueError: They do not; says what is possible.
+        """
+        if not self.reach[0] <= self.budget <= self.reach[1]:
+            bits = " to ".join(f"{8 * nbytes / self._weights:.2f}" for nbytes in self.reach)
+            sizes = " to ".join(in_bytes(nbytes + self.others) for nbytes in self.reach)
+            raise ValueError(
+                f"{self.recipe.target} is not possible in {result} of this model: its types "
+                f"take {bits} bits per weight, with embeddings and head, and such files {sizes}"
+            )
+
+    def file_bytes(self) -> int:
+        """Bytes of the files with weights, as planned."""
+        return self.others + self.budget
+
+    def planned_parts(self) -> Counter[str]:
+        """What will take the bytes of the result, before the types are chosen."""
+        kinds = {choice.kind: None for types in self.choices({}).values() for choice in types}
+        return Counter(
+            {f"the best mix of {', '.join(kinds)}": self.budget, "all else": self.others}
+        )
+
+    def outside(
+        self, folder: BlockFolder, record: CompressionRecord, tensors: dict[str, Writable]
+    ) -> dict[str, Writable]:
+        """The tensors outside the blocks, with embedding and head in their types."""
+        for name in self.types.keys() & self.modules_outside:
+            key = self.job.stored_key(name)
+            for dense in (key, *self.packed_outside[key]):
+                del tensors[dense]
+            tensors |= self.tensors_of(key, self.rounded_outside(name))
+        return tensors
+
+
 def _stored_as_integers(
     selection: LinearSelection, skeleton: Skeleton, source: CheckpointSource
 ) -> LinearSelection:
@@ -467,16 +612,20 @@ def file_size(
     }
     parts = Counter[str]()
     for name, info in tensors.items():
-        linear = name.rpartition(".weight")[0]
+        linear = name.rpartition(".")[0]
         dense = source.checkpoint.tensors.get(name)
         packed = dense is None or dense.dtype != info.dtype
         kind = "other weights" if len(info.shape) > 1 else "norms and biases"
         kind = kinds.get(linear, "linears" if packed else kind)
         what = f"packed {kind}" if packed else f"{kind} in {str(info.dtype).partition('.')[2]}"
         parts[what] += math.prod(info.shape) * info.dtype.itemsize
-    checkpoint = source.checkpoint
-    parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
-    return FileSize.of(checkpoint.file_bytes(), after, parameters, parts)
+    return size_of(source.checkpoint, after, parts)
+
+
+def size_of(source: Checkpoint, after: int, parts: Counter[str]) -> FileSize:
+    """The size of a result that has `after` bytes in these parts."""
+    parameters = sum(math.prod(info.shape) for info in source.tensors.values())
+    return FileSize.of(source.file_bytes(), after, parameters, parts)
 
 
 def embedding_and_head(model: Any, stored: Mapping[str, str]) -> dict[str, list[str]]:

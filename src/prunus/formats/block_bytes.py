@@ -1,14 +1,15 @@
 """The bytes of quantised columns: every part of a span is stored in one or two fields.
 
 A field holds some bits of every integer of a part: in runs of `width` bytes, byte l has the
-integers l, width + l, 2·width + l, … of its run, from its low to its high bits. GGUF's types and
-the integers of compressed-tensors are described by such fields.
+integers l, width + l, 2·width + l, … of its run, from its low to its high bits. A field of width 0
+is a stream of bits: the integers follow each other from low to high bits, across bytes. The types
+of GGUF, the integers of compressed-tensors and those of MLX are described by such fields.
 
 The order of this file: what describes a layout (`Field`, `BlockType`, which packs and unpacks
 spans), then the bits of one field.
 
 Shape suffixes: N spans (of all rows), G groups of a span, B columns of a span or its integers, K
-bytes.
+bytes, W words of eight integers. In whole rows, O outputs (rows), S spans of a row, B bytes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from prunus.methods.group_quantizer import GroupQuantizer, Spans
 
@@ -30,7 +32,7 @@ class Field(NamedTuple):
         part: "levels"; "codes", which have the minima after them; or a float, which is "d", "dmin",
             or "-dmin" where the file has it with the other sign.
         bits: The number of bits of each integer that are here; 16 for a float.
-        width: The bytes of a run; see the top of this file. A float ignores it.
+        width: The bytes of a run, or 0; see the top of this file. A float ignores it.
         shift: The number of the lowest of these bits in the integer, from 0. A float ignores it.
     """
 
@@ -62,9 +64,29 @@ class BlockType(GroupQuantizer):
         return {"levels": self.span, "codes": self.span // self.group * per_group}
 
     @functools.cached_property
+    def sizes(self) -> list[int]:
+        """The bytes of each field of a span."""
+        return [self.counts.get(field.part, 1) * field.bits // 8 for field in self.layout]
+
+    @functools.cached_property
     def nbytes(self) -> int:
         """The bytes of a span: those of its fields."""
-        return sum(self.counts.get(field.part, 1) * field.bits // 8 for field in self.layout)
+        return sum(self.sizes)
+
+    def separate(self, data_OB: Tensor) -> list[Tensor]:
+        """The fields of rows, each with all spans: floats (O, S), and integers as uint8 (O, K).
+
+        Args:
+            data_OB: uint8, rows of S whole spans.
+        """
+        fields = data_OB.unflatten(1, (-1, self.nbytes)).split(self.sizes, dim=2)
+        return [
+            # A copy begins at a multiple of four bytes, which views as wider integers ask for.
+            x.flatten(1)
+            .clone(memory_format=torch.contiguous_format)
+            .view(torch.uint8 if field.part in self.counts else self.dtype)
+            for field, x in zip(self.layout, fields, strict=True)
+        ]
 
     def pack(self, spans: Spans) -> Tensor:
         """The bytes of spans, uint8 (N, K): their fields, one after the other.
@@ -96,15 +118,13 @@ class BlockType(GroupQuantizer):
             part: data_NK.new_zeros(len(data_NK), size) for part, size in self.counts.items()
         }
         floats = {"dmin": torch.zeros(len(data_NK), device=data_NK.device)}
-        start = 0
-        for part, bits, width, shift in self.layout:
-            stop = start + self.counts.get(part, 1) * bits // 8
-            field_NK = data_NK[:, start:stop].contiguous()
-            start = stop
+        for (part, bits, width, shift), field_NK in zip(
+            self.layout, self.separate(data_NK), strict=True
+        ):
             if part in integers:
                 integers[part] |= _from_field(field_NK, bits, width) << shift
             else:
-                number_N = field_NK.view(self.dtype)[:, 0].float()
+                number_N = field_NK[:, 0].float()
                 floats[part.removeprefix("-")] = -number_N if part.startswith("-") else number_N
         codes_NG, minima_NG = integers["codes"].tensor_split((self.span // self.group,), dim=1)
         codes_NG = (codes_NG - self.zero_point(self.codes)).float() + self.codes[0]
@@ -140,8 +160,26 @@ def integers(bits: int) -> tuple[int, ...]:
     return tuple(range(-(2 ** (bits - 1)), 2 ** (bits - 1)))
 
 
+def scaled(data_OB: Tensor, bits: int, scale_OS: Tensor, bias_OS: Tensor) -> Tensor:
+    """Weights scale · integer + bias of a stream of bits, float32 (O, I).
+
+    Args:
+        data_OB: uint8, the integers of each row, from 0 on; see the top of this file.
+        bits: The bits of an integer, at most 8.
+        scale_OS: The scales of the groups of each row, in any float dtype.
+        bias_OS: Their biases.
+    """
+    integers_OSC = _from_stream(data_OB, bits).float().unflatten(1, (scale_OS.shape[1], -1))
+    return integers_OSC.mul_(scale_OS[..., None]).add_(bias_OS[..., None]).flatten(1)
+
+
 def _field(integers_NB: Tensor, bits: int, width: int) -> Tensor:
     """The low `bits` bits of integers, uint8 (N, K); see the top of this file."""
+    if width == 0:
+        # Eight integers fill as many whole bytes as each has bits, the low ones of a word.
+        eights = enumerate(integers_NB.unflatten(1, (-1, 8)).unbind(2))
+        words_NW = functools.reduce(torch.bitwise_or, (x.long() << bits * i for i, x in eights))
+        return words_NW[..., None].view(torch.uint8)[..., :bits].flatten(1)
     if bits == 6:
         # Q4_K and Q5_K store 8 codes and 8 minima in 12 bytes. The first four of each are the low
         # bits of 8 bytes. Of the others the two high bits are above them, the low bits in 4 bytes.
@@ -156,6 +194,8 @@ def _field(integers_NB: Tensor, bits: int, width: int) -> Tensor:
 
 def _from_field(field_NK: Tensor, bits: int, width: int) -> Tensor:
     """The integers of a field, uint8 (N, B): the inverse of `_field`."""
+    if width == 0:
+        return _from_stream(field_NK, bits)
     if bits == 6:
         first_NK, low_NK = field_NK.tensor_split((8,), dim=1)
         last_NB = _from_field(low_NK, 4, 4) | first_NK >> 6 << 4
@@ -163,6 +203,14 @@ def _from_field(field_NK: Tensor, bits: int, width: int) -> Tensor:
     runs = field_NK.unflatten(1, (-1, width))
     parts = [runs >> shift & (2**bits - 1) for shift in range(0, 8, bits)]
     return torch.stack(parts, dim=2).flatten(1)
+
+
+def _from_stream(data_NK: Tensor, bits: int) -> Tensor:
+    """The integers in a stream of bits, uint8 (N, B); see the top of this file."""
+    eights_NWK = functional.pad(data_NK.unflatten(1, (-1, bits)), (0, 8 - bits))
+    words_NW = eights_NWK.view(torch.int64)[..., 0]
+    eights = [(words_NW >> bits * index & 2**bits - 1).to(torch.uint8) for index in range(8)]
+    return torch.stack(eights, dim=2).flatten(1)
 
 
 def _halves(codes_NB: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,18 +14,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from prunus.engine.linear_record import LinearRecord, calibration_words, grid_words
 from prunus.engine.record import result_card, source_name
 from prunus.formats.base import TypeFormat
-from prunus.formats.block_bytes import ONE, BlockType, Field, integers
+from prunus.formats.block_bytes import ONE, BlockType, Field, integers, scaled
 from prunus.formats.records import CompressionRecord
 from prunus.methods.group_quantizer import GroupedWeight
 from prunus.model.checkpoint.atomic_files import read_json
-from prunus.model.checkpoint.reader import TensorInfo
 
 # The kernels of vLLM know groups of these sizes. Fewer scales take fewer bits.
 _GROUPS = (128, 64, 32)
@@ -65,32 +63,15 @@ def stored_parts(key: str, weight: GroupedWeight, dtype: torch.dtype) -> dict[st
         weight: The weight, quantised by an `IntegerType`.
         dtype: The dtype of the weight in the source, which its scales get.
     """
-    quantizer, rows = weight.quantizer, len(weight.data_OB)
-    data_OSK = weight.data_OB.view(rows, -1, quantizer.nbytes)
-    scale_OS = data_OSK[..., :2].contiguous().view(quantizer.dtype)[..., 0]
-    # A copy begins at a multiple of four bytes, which the view below asks for.
-    values_OB = data_OSK[..., 2:].flatten(1).clone(memory_format=torch.contiguous_format)
+    quantizer = weight.quantizer
+    assert isinstance(quantizer, IntegerType)
+    scale_OS, values_OB = quantizer.separate(weight.data_OB)
+    rows, spans = scale_OS.shape
     return {
         f"{key}_packed": values_OB.view(torch.int32),
         f"{key}_scale": scale_OS.to(dtype),
-        f"{key}_shape": torch.tensor([rows, scale_OS.shape[1] * quantizer.span]),
+        f"{key}_shape": torch.tensor([rows, spans * quantizer.span]),
     }
-
-
-def weight_of(
-    packed: torch.Tensor, scale_OS: torch.Tensor, quantizer: IntegerType
-) -> GroupedWeight:
-    """The weight of the first two of `stored_parts`: its inverse.
-
-    Args:
-        packed: int32, the integers.
-        scale_OS: The scales, in any float dtype.
-        quantizer: What quantised the weight.
-    """
-    values_OSK = packed.view(torch.uint8).unflatten(1, (scale_OS.shape[1], -1))
-    scale_OSK = scale_OS.to(quantizer.dtype)[..., None].view(torch.uint8)
-    data_OSK = torch.cat([scale_OSK, values_OSK], dim=2)
-    return GroupedWeight(quantizer, data_OSK.flatten(1))
 
 
 class TensorsFormat(TypeFormat):
@@ -113,12 +94,7 @@ class TensorsFormat(TypeFormat):
             raise ValueError(
                 "compressed-tensors keeps embeddings and head as they are: leave `head_bits` out"
             )
-        for name, linear in self.job.selected_linears().items():
-            if linear.shape[1] % _GROUPS[-1]:
-                raise ValueError(
-                    f"{name} has {linear.shape[1]} inputs, and groups need a number that "
-                    f"{_GROUPS[-1]} divides: keep it as it is with `ignore`"
-                )
+        self.check_widths(_GROUPS[-1])
 
     @functools.cached_property
     def group(self) -> int:
@@ -127,42 +103,20 @@ class TensorsFormat(TypeFormat):
         return next(x for x in _GROUPS if not any(width % x for width in widths))
 
     @functools.cached_property
-    def shapes(self) -> dict[str, tuple[int, int]]:
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name of each linear -> (out, in). Embeddings and head stay as they are."""
         return {name: linear.shape for name, linear in self.job.selected_linears().items()}
 
     def quantizers(self, name: str) -> list[IntegerType]:
         """The only quantiser of a linear."""
-        return [self._quantizer_of(self.job.stored_key(name))]
-
-    def _quantizer_of(self, key: str) -> IntegerType:
-        """How the weight that the source stores as `key` is quantised."""
-        # What is stored in float32 is run in bfloat16 or float16, and nearly all scales that are
-        # exact in bfloat16 are exact in both.
-        is_half = self.job.checkpoint.checkpoint.tensors[key].dtype == torch.float16
-        dtype = torch.float16 if is_half else torch.bfloat16
-        return integer_type(int(self.recipe.bits or 0), self.group, dtype)
+        return [integer_type(int(self.recipe.bits or 0), self.group, self.scale_dtype(name))]
 
     @property
     def packed_outside(self) -> dict[str, list[str]]:
         """Nothing: engines expect embeddings and head as they are."""
         return {}
 
-    @property
-    def budget(self) -> int:
-        """The bytes of all linears, which have no choice."""
-        return sum(only.nbytes for [only] in self.choices({}).values())
-
-    def parts(self, key: str, info: TensorInfo, bits: float) -> dict[str, Any]:
-        """The tensors of a weight, without contents; `bits` is that of the recipe."""
-        quantizer = self._quantizer_of(key)
-        size = info.shape[0], quantizer.nbytes_of(info.shape[1])
-        data_OB = torch.empty(size, dtype=torch.uint8, device="meta")
-        return stored_parts(key, GroupedWeight(quantizer, data_OB), info.dtype)
-
-    def tensors_of(
-        self, key: str, weight: GroupedWeight, record: LinearRecord
-    ) -> dict[str, torch.Tensor]:
+    def tensors_of(self, key: str, weight: GroupedWeight) -> dict[str, torch.Tensor]:
         """The three tensors of a linear; see `Format.tensors_of`."""
         return stored_parts(key, weight, self.job.checkpoint.checkpoint.tensors[key].dtype)
 
@@ -171,7 +125,9 @@ class TensorsFormat(TypeFormat):
     ) -> torch.Tensor:
         """The dense weight of a linear; its three tensors leave `tensors`."""
         packed, scale_OS, _ = (tensors.pop(f"{key}_{x}") for x in ("packed", "scale", "shape"))
-        return weight_of(packed, scale_OS, self._quantizer_of(key)).dense().to(dtype)
+        bits = int(self.recipe.bits or 0)
+        lowest = -(2 ** (bits - 1))
+        return scaled(packed.view(torch.uint8), bits, scale_OS, scale_OS.float() * lowest).to(dtype)
 
     def card(self, record: CompressionRecord) -> str:
         """The README.md of the folder."""

@@ -68,7 +68,7 @@ class CompressionRecipe(PruningOptions):
     format: Annotated[
         str,
         Option(
-            "Write packed, or compressed-tensors for GPUs.",
+            "Write packed, compressed-tensors for GPUs, or mlx.",
             metavar="FORMAT",
             within=one_of(folder_formats()),
             suggestions=folder_formats,

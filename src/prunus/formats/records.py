@@ -59,7 +59,8 @@ class CompressionRecord(PruningRecord):
     Attributes:
         recipe: How the checkpoint was compressed.
         packed_outside: Stored name of a packed embedding or head -> its entry in config.json.
-        types: Name of a linear, an embedding or a head -> its type, in a GGUF file.
+        types: Name of a linear, an embedding or a head -> its type, in formats
+            that have types.
         size: Of the result; None before the end of the run.
     """
 

@@ -10,6 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from prunus.model.checkpoint.atomic_files import read_json
+
 
 class FormatEntry(NamedTuple):
     """Where a format is found.
@@ -19,12 +21,15 @@ class FormatEntry(NamedTuple):
         home: The module and the class, as "module:class". The class derives from
             `formats.base.CompressedFormat`.
         suffix: The end of the name of an output that implies the format, in small letters. A model
-            with such a name is opened by the class. Empty for a folder that transformers reads.
+            with such a name is opened by the class. Empty for a folder.
+        key: The key of config.json that a folder of the format has, and which is opened by the
+            class. Empty for a folder that transformers reads.
     """
 
     name: str
     home: str
     suffix: str = ""
+    key: str = ""
 
     def load(self) -> Any:
         """The class of the format."""
@@ -36,6 +41,7 @@ class FormatEntry(NamedTuple):
 FORMATS = (
     FormatEntry("packed", "prunus.formats.packed.format:PackedFormat"),
     FormatEntry("compressed-tensors", "prunus.formats.compressed_tensors:TensorsFormat"),
+    FormatEntry("mlx", "prunus.formats.mlx:MlxFormat", key="quantization"),
     FormatEntry("gguf", "prunus.formats.gguf.format:GgufFormat", ".gguf"),
 )
 #: The suffixes of all formats that have one.
@@ -46,7 +52,7 @@ def folder_formats() -> list[str]:
     """The names of the formats whose result is a folder. The others follow from the output.
 
     >>> folder_formats()
-    ['packed', 'compressed-tensors']
+    ['packed', 'compressed-tensors', 'mlx']
     """
     return [entry.name for entry in FORMATS if not entry.suffix]
 
@@ -71,6 +77,18 @@ def reader_of(path: str | Path) -> Any:
 
     None where no format claims it: for a folder of a checkpoint, a hub id, and what is not there.
     """
-    entry = format_of(path)
+    entry = format_of(path) or _format_in(Path(path))
     kind = None if entry is None else entry.load()
     return kind if kind is not None and kind.owns(Path(path)) else None
+
+
+def _format_in(folder: Path) -> FormatEntry | None:
+    """The format that the config.json of a folder names; None for none."""
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    keys = (
+        [key for key, x in config.items() if isinstance(x, dict)]
+        if isinstance(config, dict)
+        else []
+    )
+    return next((entry for entry in FORMATS if entry.key in keys), None)

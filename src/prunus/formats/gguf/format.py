@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -30,7 +30,7 @@ from prunus.engine.folder import BlockFolder, find_earlier, remove_result
 from prunus.engine.linear_options import PruningOptions
 from prunus.engine.linear_record import LinearRecord
 from prunus.engine.options import RunOptions
-from prunus.formats.base import TypeFormat, choose_types
+from prunus.formats.base import MixFormat, choose_types
 from prunus.formats.gguf.file import (
     RECORD_FIELD,
     StoredTensor,
@@ -61,7 +61,6 @@ from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.model.checkpoint.atomic_files import check_place, move_file
 from prunus.model.checkpoint.output_folder import check_apart
 from prunus.model.checkpoint.reader import Checkpoint
-from prunus.model.checkpoint.writer import Writable
 from prunus.model.formats import reader_of
 
 #: Name of the whole file in the folder of the run.
@@ -215,22 +214,14 @@ def finished_file(path: Path, recipe: CompressionRecipe) -> CompressionRecord | 
     return earlier
 
 
-class GgufFormat(TypeFormat):
+class GgufFormat(MixFormat):
     """A GGUF file, made from a checkpoint or from a GGUF file in full precision."""
 
-    WRITES_OUTSIDE_FIRST: ClassVar[bool] = False  # its types follow from the measurement
     #: The file that the run makes; `folder` sets it.
     path: Path
 
     unpack = staticmethod(import_gguf)
     read_record = staticmethod(read_record)
-
-    @staticmethod
-    def stored_types(path: Path) -> dict[str, tuple[str, float]]:
-        """The types of the weights of a file that prunus made; empty for others."""
-        record = read_record(path)
-        types = {} if record is None else record.types
-        return {name: (kind, TYPES[kind].bits) for name, kind in types.items()}
 
     @staticmethod
     def stored_bits(path: Path) -> float | None:
@@ -301,14 +292,7 @@ class GgufFormat(TypeFormat):
                     f"a GGUF file has one type for {names[0]} and all other experts of its block, "
                     "and `ignore` matches some of them: let it match all or none"
                 )
-        reach = self._reach
-        if not reach[0] <= self.budget <= reach[1]:
-            bits = " to ".join(f"{8 * nbytes / self._weights:.2f}" for nbytes in reach)
-            sizes = " to ".join(in_bytes(nbytes + self._others) for nbytes in reach)
-            raise ValueError(
-                f"{self.recipe.target} is not possible in a GGUF file of this model: its types "
-                f"take {bits} bits per weight, with embeddings and head, and such files {sizes}"
-            )
+        self.check_reach("a GGUF file")
 
     @functools.cached_property
     def contents(self) -> FileContents:
@@ -327,21 +311,14 @@ class GgufFormat(TypeFormat):
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """First module of each tensor with a type -> the shape of the tensor."""
-        names = self.job.selected_linears().keys() | self._outside
+        names = self.job.selected_linears().keys() | self.modules_outside
         tensors = self.contents.layout.tensors
         return {x.module: x.shape for x in tensors if x.module in names}
-
-    @functools.cached_property
-    def _outside(self) -> set[str]:
-        """The modules of embedding and head that have a type."""
-        stored = self.job.checkpoint.stored
-        modules = (tensor.module for tensor in self.contents.layout.tensors)
-        return {x for x in modules if stored.get(f"{x}.weight") in self.packed_outside}
 
     def quantizers(self, name: str) -> list[GgufType]:
         """The types that a module can have: one where the recipe decides, else all that fit."""
         columns = self.job.checkpoint.checkpoint.tensors[self.job.stored_key(name)].shape[-1]
-        kind = self._head_type if name in self._outside else self.recipe.type
+        kind = self._head_type if name in self.modules_outside else self.recipe.type
         if self._names_file:
             kind = self._types_in_file.get(name, kind)
         return types_for(columns) if kind is None else [type_for(kind, columns)]
@@ -364,7 +341,7 @@ class GgufFormat(TypeFormat):
         """Name of a module -> its type in that file, but for those that `head_bits` is about."""
         recipe, source = self.recipe, self.job.checkpoint.checkpoint
         is_head_given = "head_bits" in recipe.model_fields_set
-        modules = self.shapes.keys() - (self._outside if is_head_given else set())
+        modules = self.shapes.keys() - (self.modules_outside if is_head_given else set())
         return types_in(
             Path(recipe.type or ""), source.folder, self.contents.layout.tensors, modules
         )
@@ -379,36 +356,14 @@ class GgufFormat(TypeFormat):
         return {tensor.module: tensor.modules for tensor in self.contents.layout.tensors}
 
     @functools.cached_property
-    def _reach(self) -> tuple[int, int]:
-        """The bytes of all weights with a type, each with its smallest and its largest one."""
-        sizes = [[x.nbytes for x in choices] for choices in self.choices({}).values()]
-        return sum(map(min, sizes)), sum(map(max, sizes))
-
-    @functools.cached_property
-    def _others(self) -> int:
+    def others(self) -> int:
         """The bytes of the file that do not depend on the types."""
-        return self.contents.file_bytes(choose_types(self.choices({}), 0)) - self._reach[0]
-
-    @property
-    def _weights(self) -> int:
-        """How many weights have a type."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
-
-    @property
-    def budget(self) -> int:
-        """The bytes of all weights with a type: what `size`, `bits` or `type` leave for them."""
-        if self.recipe.size is not None:
-            return self.recipe.size - self._others
-        if self.recipe.bits is not None:
-            return int(self.recipe.bits * self._weights / 8)
-        return self._reach[0]
+        return self.contents.file_bytes(choose_types(self.choices({}), 0)) - self.reach[0]
 
     def describe(self) -> dict[str, object]:
         """The size of the file and what takes it, for a plan."""
         if self.recipe.type is None and not self.types:
-            kinds = {choice.kind: None for types in self.choices({}).values() for choice in types}
-            mix = f"the best mix of {', '.join(kinds)}"
-            parts = Counter({mix: self.budget, "all else": self._others})
+            parts = self.planned_parts()
         else:
             parts = self.contents.bytes_by_type(self.types or self.types_of({}))
         before = self.job.checkpoint.checkpoint.file_bytes()
@@ -416,7 +371,7 @@ class GgufFormat(TypeFormat):
 
     def file_bytes(self) -> int:
         """Bytes of the file, as planned; once types are chosen, of the file with these."""
-        return self.contents.file_bytes(self.types) if self.types else self._others + self.budget
+        return self.contents.file_bytes(self.types) if self.types else super().file_bytes()
 
     def temporary_bytes(self) -> int:
         """Bytes of the shards of the run."""
@@ -430,16 +385,14 @@ class GgufFormat(TypeFormat):
         A type that is given needs neither. The types of a file may be those of an earlier choice,
         and then this file gets the same bytes.
         """
-        return super().measures_loss or self.recipe.type is None or self._names_file
+        return super().measures_loss or self._names_file
 
     def chosen(self, record: CompressionRecord) -> str:
         """How many bytes of the file have each type."""
         parts = self.contents.bytes_by_type(self.types).most_common()
         return f"the file holds {', '.join(f'{in_bytes(n)} in {kind}' for kind, n in parts)}"
 
-    def tensors_of(
-        self, key: str, weight: GroupedWeight, record: LinearRecord
-    ) -> dict[str, torch.Tensor]:
+    def tensors_of(self, key: str, weight: GroupedWeight) -> dict[str, torch.Tensor]:
         """The bytes of a linear, under the name of its weight."""
         return {key: weight.data_OB}
 
@@ -447,21 +400,8 @@ class GgufFormat(TypeFormat):
         self, key: str, tensors: dict[str, torch.Tensor], record: LinearRecord, dtype: torch.dtype
     ) -> torch.Tensor:
         """The dense weight of a linear; its bytes leave `tensors`."""
-        quantizer = self.quantizer(self._linear_of_key[key])
+        quantizer = self.quantizer(self.module_of[key])
         return GroupedWeight(quantizer, tensors.pop(key)).dense().to(dtype)
-
-    @functools.cached_property
-    def _linear_of_key(self) -> dict[str, str]:
-        """Stored name of a weight -> name of its linear."""
-        return {self.job.stored_key(name): name for name in self.job.selected_linears()}
-
-    def outside(
-        self, folder: BlockFolder, record: CompressionRecord, tensors: dict[str, Writable]
-    ) -> dict[str, Writable]:
-        """The tensors outside the blocks, with embedding and head in their types."""
-        for name in self.types.keys() - self.job.selected_linears().keys():
-            tensors[self.job.stored_key(name)] = self.rounded_outside(name).data_OB
-        return tensors
 
     def finish(self, folder: BlockFolder, record: CompressionRecord) -> None:
         """Write the file, say in the record that it is finished, and give it its name."""

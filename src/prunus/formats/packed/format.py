@@ -70,11 +70,7 @@ class PackedFormat(RateFormat):
         Raises:
             ValueError: They cannot, or an option belongs to another format.
         """
-        if self.recipe.type or self.recipe.template or self.rounding == "nearest":
-            raise ValueError(
-                "`type`, `template`, `rounding` nearest and lists for llama-quantize belong to "
-                "GGUF files: give the output a name that ends in .gguf, or leave them out"
-            )
+        self.refuse_gguf_options()
         # If all weights were zeros, a linear would still take a bit plane, steps, scales, classes.
         shapes = [linear.shape for linear in self.job.selected_linears().values()]
         side = sum(side_bits(shape) * math.prod(shape) for shape in shapes)
@@ -128,9 +124,7 @@ class PackedFormat(RateFormat):
         sizes = [math.prod(tensors[key].shape) for key in self.packed_outside]
         return BYTES_PER_QUANTIZED_WEIGHT * max(sizes, default=0)
 
-    def tensors_of(
-        self, key: str, weight: QuantizedWeight, record: LinearRecord
-    ) -> dict[str, torch.Tensor]:
+    def tensors_of(self, key: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         """The tensors of a packed linear; see `Format.tensors_of`."""
         return named_tensors(_linear(key), weight)
 

@@ -1,0 +1,120 @@
+"""What mlx_lm.convert and prunus lose at the same size, as MLX checkpoints.
+
+    python benchmarks/mlx_convert.py DENSE WORK --mlx VENV --data DIR [--bits 4] [--group 64]
+
+VENV is a virtual environment with mlx-lm (`pip install 'mlx[cpu]' mlx-lm`), which need not be that
+of prunus. `mlx_lm.convert -q` makes a folder, and `prunus compress --format mlx` makes another one
+of the same bytes, calibrated on 64 windows of 256 tokens of `mix`. Both are unpacked and scored by
+prunus against the dense model, on 6 windows of 512 tokens of each text. mlx-lm computes the
+perplexity of the first window too, with the weights that it unpacks itself, as a check that both
+folders mean what is said. (On processors its products of packed weights take minutes per window.)
+It gets the keys for positions that `convert` leaves out. Folders that are there are not made again.
+
+The file is not named mlx.py: transformers would take it for the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import time
+from pathlib import Path
+
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
+
+import prunus
+from prunus.evaluation.options import TextOptions
+from prunus.evaluation.perplexity import scoring_windows
+from prunus.formats.mlx import rope_keys
+
+TEXTS = ("wikitext2", "python-code")
+# Arguments: a folder in the format of MLX, a file with input_ids, and keys of config.json.
+MLX_PERPLEXITY = """
+import json
+import pathlib
+import sys
+import mlx.core as mx
+from mlx_lm.perplexity import eval_ppl
+from mlx_lm.utils import dequantize_model, load_model
+ids = mx.load(sys.argv[2])["input_ids"].astype(mx.int32)[:1]
+keys = json.loads(sys.argv[3])
+model = dequantize_model(load_model(pathlib.Path(sys.argv[1]), model_config=keys)[0])
+model.set_dtype(mx.float32)
+print(eval_ppl(model, ids, 1)[0])
+"""
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the files with weights."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("dense", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--mlx", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group", type=int, default=64)
+    options = parser.parse_args()
+    programs, options.work = options.mlx.resolve() / "bin", options.work.resolve()
+    converted, compressed = options.work / "convert", options.work / "prunus"
+    options.work.mkdir(parents=True, exist_ok=True)
+    seconds: dict[Path, float] = {}
+    if not converted.exists():
+        started = time.perf_counter()
+        convert = ["--hf-path", options.dense.resolve(), "--mlx-path", converted, "-q"]
+        convert += ["--q-bits", options.bits, "--q-group-size", options.group]
+        command = [programs / "mlx_lm.convert", *convert]
+        subprocess.run([str(part) for part in command], check=True, cwd=options.work)
+        seconds[converted] = time.perf_counter() - started
+    if not (compressed / "config.json").exists():
+        started = time.perf_counter()
+        calibration = {"calibration": "mix", "samples": 64, "seqlen": 256, "data": options.data}
+        size = weight_bytes(converted)
+        prunus.compress(
+            options.dense, compressed, size=size, format="mlx", progress=False, **calibration
+        )
+        seconds[compressed] = time.perf_counter() - started
+
+    rope = json.dumps(rope_keys(json.loads((options.dense / "config.json").read_text("utf-8"))))
+    scoring = TextOptions(samples=6, seqlen=512, data=options.data)
+    for text in TEXTS:
+        windows = scoring_windows(
+            text, lambda: AutoTokenizer.from_pretrained(options.dense), 512, scoring
+        )
+        ids = options.work / f"{text}.safetensors"
+        save_file({"input_ids": windows.ids.contiguous()}, ids)
+        for folder in (converted, compressed):
+            scored = prunus.perplexity(
+                folder, str(ids), reference=options.dense, seqlen=512, progress=False
+            )
+            divergence = scored.divergence
+            assert divergence is not None
+            first = prunus.perplexity(folder, str(ids), seqlen=512, samples=1, progress=False)
+            python = [programs / "python", "-I", "-c", MLX_PERPLEXITY, folder, ids, rope]
+            done = subprocess.run(
+                [str(part) for part in python], check=True, capture_output=True, text=True
+            )
+            row = {
+                "text": text,
+                "made by": folder.name,
+                "bytes": weight_bytes(folder),
+                "seconds": round(seconds.get(folder, 0)),
+                "kl": divergence.kl,
+                "kl_stderr": divergence.kl_stderr,
+                "dense": divergence.reference_perplexity,
+                "perplexity": scored.perplexity,
+                "perplexity of the first window": first.perplexity,
+                "the same by mlx-lm": float(done.stdout.split()[-1]),
+            }
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""Compress to the format of MLX, which mlx-lm and LM Studio run on Macs.
+
+A weight is scale · integer + bias: the integer has 2 to 8 bits, and a group of inputs of a row has
+a scale and a bias. The result is a checkpoint folder with these tensors for each weight that has a
+type, where NAME is the module:
+
+    NAME.weight   uint32 (O, I · bits / 32): the integers of a row, from low to high bits, without
+                  gaps, so that some reach from one word into the next
+    NAME.scales   (O, S), bfloat16 or float16
+    NAME.biases   (O, S), of the same dtype
+
+config.json has bits and size of the groups of every module, since each has its own.
+
+Shape suffixes: O outputs (rows), I inputs, B bytes of a row, S groups of a row.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunus.engine.linear_record import LinearRecord, calibration_words, grid_words
+from prunus.engine.record import result_card, source_name
+from prunus.formats.base import MixFormat, size_of
+from prunus.formats.block_bytes import ONE, BlockType, Field, scaled
+from prunus.formats.records import CompressionRecord
+from prunus.methods.group_quantizer import GroupedWeight
+from prunus.model.checkpoint.atomic_files import make_folder, read_json, write_json
+from prunus.model.checkpoint.output_folder import auxiliary_files, copy_companion
+from prunus.model.checkpoint.reader import SINGLE_NAME, Checkpoint
+from prunus.model.checkpoint.writer import file_nbytes, save_safetensors
+from prunus.model.device import DTYPES
+
+#: Model types whose weights mlx-lm 0.32 takes under the names that transformers gives them, and as
+#: they are -> the values of tie_word_embeddings with which it does. With the packages installed,
+#: tests/compression/test_mlx.py compares every one with mlx-lm.
+FAMILIES: dict[str, tuple[bool, ...]] = {
+    **dict.fromkeys([
+        "apertus", "gemma3_text", "glm", "granite", "llama", "mamba2", "ministral3", "mistral",
+        "nemotron", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "smollm3", "starcoder2",
+    ], (False, True)),
+    **dict.fromkeys(["cohere", "gemma", "gemma2"], (True,)),
+    **dict.fromkeys(["phi", "seed_oss", "stablelm"], (False,)),
+}  # fmt: skip
+# The numbers of bits and of columns of a group that MLX has kernels for; the smallest weight first.
+_BITS = (2, 3, 4, 5, 6, 8)
+_GROUPS = (128, 64, 32)
+
+
+def affine_type(bits: int, group: int, dtype: torch.dtype) -> BlockType:
+    """Integers from 0 on, with a scale and a bias for each group of columns.
+
+    Args:
+        bits: Of an integer, from 2 to 8.
+        group: The number of columns that share a scale.
+        dtype: The dtype of scales and biases, of two bytes.
+
+    >>> affine_type(4, 64, torch.bfloat16).bits
+    4.5
+    """
+    layout = (Field("levels", bits, 0), Field("d"), Field("-dmin"))
+    name, values = f"{bits}bit-g{group}", tuple(range(2**bits))
+    return BlockType(name, group, group, values, ONE, layout, dtype=dtype)
+
+
+def dense_weight(key: str, tensors: dict[str, torch.Tensor], group: int) -> torch.Tensor:
+    """A weight that `MlxFormat.tensors_of` has stored, float32 (O, I); `tensors` lose its parts.
+
+    Args:
+        key: The name of the weight.
+        tensors: Tensors of a checkpoint by name.
+        group: The number of columns that share a scale.
+
+    Raises:
+        ValueError: The tensors do not belong together, or are of another mode than affine.
+    """
+    packed, scales_OS, biases_OS = (tensors.pop(x, torch.empty(0)) for x in _names(key))
+    columns = group * scales_OS.shape[-1]
+    bits = 32 * packed.shape[-1] / max(1, columns)
+    shapes = {tuple(scales_OS.shape), tuple(biases_OS.shape), (len(packed), columns // group)}
+    if packed.dtype != torch.uint32 or bits not in _BITS or len(shapes) > 1:
+        raise ValueError(
+            f"{key} is not stored as integers with a scale and a bias for each {group} columns: "
+            "give a model of mode affine, without experts in one tensor"
+        )
+    return scaled(packed.view(torch.uint8), int(bits), scales_OS, biases_OS)
+
+
+class MlxFormat(MixFormat):
+    """A checkpoint folder in this format."""
+
+    owns = staticmethod(Path.is_dir)
+
+    @staticmethod
+    def unpack(
+        path: Path,
+        dest: Path,
+        *,
+        overwrite: bool = False,
+        dtype: str | None = "bfloat16",
+        progress: Callable[[str], None] | None = None,
+    ) -> dict[str, Any]:
+        """Write the weights of a result as a plain checkpoint. The whole model is in memory.
+
+        Other programs' results can be read as well. See `CompressedFormat.unpack`; `dtype` None
+        keeps that of the scales.
+
+        Raises:
+            ValueError: A weight is stored in another way.
+        """
+        source, config = Checkpoint(path), read_json(path / "config.json")
+        described = config.pop("quantization")
+        config.pop("quantization_config", None)
+        tensors = dict(source.read(source.tensors))
+        for scales in [name for name in tensors if name.endswith(".scales")]:
+            module, stored = scales.removesuffix(".scales"), tensors[scales].dtype
+            group = described.get(module, described)["group_size"]
+            weight_OI = dense_weight(f"{module}.weight", tensors, group)
+            tensors[f"{module}.weight"] = weight_OI.to(DTYPES[dtype] if dtype else stored)
+        make_folder(dest)
+        for file in auxiliary_files(path):
+            copy_companion(file, dest / file.name)
+        save_safetensors(dest / SINGLE_NAME, tensors)
+        write_json(dest / "config.json", config)
+        return {"tensors": len(tensors)}
+
+    def check(self) -> None:
+        """Check family, options, widths, and that types reach the bits or the size.
+
+        Raises:
+            ValueError: The format cannot do what the recipe asks for.
+        """
+        config = self.job.checkpoint.config
+        tied = bool(config.tie_word_embeddings)
+        if tied not in FAMILIES.get(config.model_type, ()):
+            raise ValueError(
+                f"mlx-lm does not take the weights of a model of the family {config.model_type} "
+                f"with `tie_word_embeddings` {str(tied).lower()} as they are stored: write a GGUF "
+                "file or a packed checkpoint instead. prunus writes MLX checkpoints of "
+                f"{', '.join(sorted(FAMILIES))}"
+            )
+        self.refuse_gguf_options()
+        self.refuse_zeros("an MLX checkpoint")
+        self.check_widths(_GROUPS[-1])
+        self.check_reach("an MLX checkpoint")
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Module of each weight with a type -> the shape of the weight."""
+        names = [*self.job.selected_linears(), *sorted(self.modules_outside)]
+        tensors = self.job.checkpoint.checkpoint.tensors
+        return {name: tensors[self.job.stored_key(name)].shape for name in names}
+
+    def quantizers(self, name: str) -> list[BlockType]:
+        """The types whose groups fill the width, smallest first; `head_bits` may name the bits."""
+        fixed = "head_bits" in self.recipe.model_fields_set and name in self.modules_outside
+        bits = [self.recipe.packs_head] if fixed else _BITS
+        columns, dtype = self.shapes[name][1], self.scale_dtype(name)
+        groups = [group for group in _GROUPS if columns % group == 0]
+        return [affine_type(x, group, dtype) for x in _BITS if x in bits for group in groups]
+
+    @functools.cached_property
+    def others(self) -> int:
+        """The bytes of all else, with headers as long as those of the largest types, the last."""
+        return sum(map(file_nbytes, self.shards(0))) - self.reach[1]
+
+    def describe(self) -> dict[str, object]:
+        """The size of the files and what takes it, for a plan."""
+        planned = self.file_bytes(), self.planned_parts()
+        return {"file": size_of(self.job.checkpoint.checkpoint, *planned).model_dump()}
+
+    def tensors_of(self, key: str, weight: GroupedWeight) -> dict[str, torch.Tensor]:
+        """The three tensors of a weight; see `Format.tensors_of`."""
+        assert isinstance(weight.quantizer, BlockType)
+        integers_OB, scales_OS, biases_OS = weight.quantizer.separate(weight.data_OB)
+        parts = integers_OB.view(torch.uint32), scales_OS, biases_OS
+        return dict(zip(_names(key), parts, strict=True))
+
+    def weight_from(
+        self, key: str, tensors: dict[str, torch.Tensor], record: LinearRecord, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The dense weight of a linear; its three tensors leave `tensors`."""
+        return dense_weight(key, tensors, self.quantizer(self.module_of[key]).group).to(dtype)
+
+    def card(self, record: CompressionRecord) -> str:
+        """The README.md of the folder."""
+        bits = f"{record.totals.get('bits', 0.0):.2f}"
+        return result_card(
+            record,
+            "compressed for MLX",
+            [
+                f"{source_name(record)} in the format of MLX, with {bits} bits per weight in its "
+                "linears. Each weight has the bits (2 to 8) and the size of groups that lose the "
+                "least for the size.",
+                "" if record.size is None else " ".join(record.size.sentences()),
+                "mlx-lm and LM Studio run the folder on Macs: `mlx_lm.generate --model FOLDER "
+                f"--prompt TEXT`. Calibration: {calibration_words(record)}.",
+                grid_words(record.grid_bits),
+            ],
+            tags=["mlx", "quantized"],
+            relation="quantized",
+            fields={"library_name": "mlx", "pipeline_tag": "text-generation"},
+            source=self.job.checkpoint.checkpoint.folder,
+        )
+
+    def config(self, record: CompressionRecord) -> Mapping[str, object]:
+        """The config.json of the source, with bits and groups of every module."""
+        config = read_json(self.job.checkpoint.checkpoint.folder / "config.json")
+        described: dict[str, object] = {"group_size": 64, "bits": 4, "mode": "affine"}
+        for key, name in sorted(self.module_of.items()):
+            group, count = self.quantizer(name).span, len(self.quantizer(name).values)
+            entry = {"group_size": group, "bits": int(math.log2(count)), "mode": "affine"}
+            described[key.removesuffix(".weight")] = entry
+        return {
+            **rope_keys(config),
+            **config,
+            # mlx-lm has defaults of its own where the file does not say it.
+            "tie_word_embeddings": bool(self.job.checkpoint.config.tie_word_embeddings),
+            "quantization": described,
+            "quantization_config": described,
+        }
+
+
+def rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of transformers 4 for `rope_parameters`, which mlx-lm 0.32 reads for few families.
+
+    Without them it takes a base of 10,000 for most, in silence.
+
+    Args:
+        config: The content of config.json.
+
+    >>> rope_keys({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
+    {'rope_theta': 500000.0}
+    """
+    by_layer = config.get("rope_parameters") or {}
+    rope = by_layer.get("full_attention", by_layer)
+    keys = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    if rope.get("rope_type", "default") != "default":
+        keys["rope_scaling"] = rope | {"type": rope["rope_type"]}
+    return keys
+
+
+def _names(key: str) -> tuple[str, str, str]:
+    """The names of the integers, the scales and the biases of a weight."""
+    module = key.removesuffix(".weight")
+    return key, f"{module}.scales", f"{module}.biases"
