@@ -12,6 +12,7 @@ import prunus
 from prunus.engine.linear_job import plan_run
 from prunus.engine.options import RunOptions
 from prunus.engine.windows import given_windows
+from prunus.evaluation.inspection import stored_size
 from prunus.formats.mlx import FAMILIES, MlxFormat, affine_type, dense_weight
 from prunus.formats.recipe import CompressionRecipe
 from prunus.formats.records import CompressionRecord
@@ -208,6 +209,8 @@ def test_other_verbs_read_the_result(dense, tmp_path):
         out, str(tmp_path / "ids.safetensors"), seqlen=16, reference=dense, progress=False
     )
     assert 0 < scored.divergence.kl < 0.1
+    files = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    assert stored_size(out).file_bytes == files
 
 
 def numbers(kind: str) -> tuple[int, int]:

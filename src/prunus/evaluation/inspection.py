@@ -257,7 +257,9 @@ def _opened_for_size(folder: Path, trust_remote_code: bool) -> tuple[Readable, S
 def stored_size(model: str | Path, trust_remote_code: bool = False) -> ModelSize:
     """The size of a checkpoint, an adapter or a file as it is stored. Reads headers only."""
     if (kind := reader_of(model)) is not None:
-        return ModelSize(Path(model).stat().st_size, kind.stored_bits(Path(model)))
+        path = Path(model)
+        nbytes = file_bytes(path) if path.is_dir() else path.stat().st_size
+        return ModelSize(nbytes, kind.stored_bits(path))
     folder = find_folder(model)
     opened = _opened_for_size(folder, trust_remote_code)
     bits = None if opened is None else _stored_bits(*opened)
