@@ -139,7 +139,7 @@ OTHERS = [
     ),
     (
         f"compress dense out --bits 4 --format packt {' '.join(CALIBRATED)}",
-        "be packed or compressed-tensors; got 'packt'; did you mean packed\\?$",
+        "be packed, compressed-tensors or mlx; got 'packt'; did you mean packed\\?$",
     ),
     ("eval dense --perplexity wikitext", "give c4, .*; did you mean wikitext2\\?$"),
     ("recover pruned out --mode lorra", "'lora', .*; did you mean lora\\? \\("),
