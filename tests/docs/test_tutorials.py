@@ -45,8 +45,8 @@ SMALL = {
 #: `bench` starts a process per model, which takes half a minute; tests/cli runs it.
 NOT_RUN = {"bench"}
 OTHER_PROGRAMS = {
-    "pip", "make", "curl", "export", "mlx_lm.generate", "python", "python3", "vllm", "ollama", "lms",
-    "lm_eval",
+    "pip", "make", "curl", "export", "mlx_lm.generate", "python", "python3", "vllm", "ollama",
+    "lms", "lm_eval",
 }  # fmt: skip
 SMALL_PYTHON = {"samples": 4, "seqlen": 16, "tokens": 1024}
 SENTENCE = "The quick brown fox jumps over the lazy dog number {}. "
