@@ -96,9 +96,10 @@ class CompressedFormat(Format[CompressionRecord]):
     def stored_types(cls, path: Path) -> dict[str, tuple[str, float]]:
         """Full name of a linear -> its type and its bits per weight; empty if not recorded."""
         record = cls.read_record(path)
+        blocks, types = ([], {}) if record is None else (record.blocks, record.types)
         return {
-            f"{block.name}.{name}": (record.types[f"{block.name}.{name}"], linear.bits or 0.0)
-            for block in (record.blocks if record else [])
+            f"{block.name}.{name}": (types[f"{block.name}.{name}"], linear.bits or 0.0)
+            for block in blocks
             for name, linear in block.linears.items()
         }
 

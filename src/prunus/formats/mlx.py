@@ -94,7 +94,10 @@ def dense_weight(key: str, tensors: dict[str, torch.Tensor], group: int) -> torc
 class MlxFormat(MixFormat):
     """A checkpoint folder in this format."""
 
-    owns = staticmethod(Path.is_dir)
+    @staticmethod
+    def owns(path: Path) -> bool:
+        """Whether a path is a folder."""
+        return path.is_dir()
 
     @staticmethod
     def unpack(
