@@ -86,9 +86,5 @@ def _format_in(folder: Path) -> FormatEntry | None:
     """The format that the config.json of a folder names; None for none."""
     path = folder / "config.json"
     config = read_json(path) if path.is_file() else {}
-    keys = (
-        [key for key, x in config.items() if isinstance(x, dict)]
-        if isinstance(config, dict)
-        else []
-    )
-    return next((entry for entry in FORMATS if entry.key in keys), None)
+    keys = config if isinstance(config, dict) else {}
+    return next((entry for entry in FORMATS if isinstance(keys.get(entry.key), dict)), None)
