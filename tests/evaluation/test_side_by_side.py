@@ -135,6 +135,18 @@ def test_models_without_a_reference_are_not_compared(root):
     assert compare_on_texts(dict(zip(MODELS, results, strict=True))) == []
 
 
+def test_a_missing_model_is_named_before_another_is_scored(root):
+    seen = []
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        prunus.perplexities(
+            [root / "dense", root / "nowhere"],
+            [str(root / "ids.safetensors")],
+            seqlen=SEQLEN,
+            progress=lambda *step: seen.append(step),
+        )
+    assert not seen
+
+
 def test_one_block_of_all_models_is_in_memory_and_no_file_of_logits(root, monkeypatch, tmp_path):
     filled, most = set(), []
     fill, release = Skeleton.fill, Skeleton.release

@@ -97,7 +97,8 @@ def _chosen_texts(perplexity: str | None, tasks: str | None, reference: str | No
     """The texts to score on, from the values of three flags; None is a flag that is not given."""
     if perplexity is None and tasks is None:
         return ["wikitext2"]
-    texts = [text.strip() for text in (perplexity or "").split(",") if text.strip()]
+    names = (text.strip() for text in (perplexity or "").split(","))
+    texts = list(dict.fromkeys(name for name in names if name))
     if perplexity is not None and not texts:
         raise ValueError("--perplexity names no texts; give some, such as wikitext2")
     if reference is not None and not texts:

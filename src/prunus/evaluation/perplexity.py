@@ -78,7 +78,7 @@ _CHATS = 256
 # of them.
 _C4_DOCUMENTS, _C4_WINDOWS = 1100, 256
 #: The tokens of the text before the worst token that a result shows.
-_WORDS_BEFORE = 12
+_TOKENS_BEFORE = 12
 #: Corpus -> how its documents are joined.
 _JOINED = {
     "c4": f"the first {{count}} documents joined with spaces, at most {_C4_WINDOWS} windows",
@@ -164,6 +164,7 @@ def perplexities(
     first_scored_row(chosen.protocol, _seqlen(chosen))
     for model in models:
         check_as_loaded(model, chosen.dtype, chosen.device)
+        find_model(model, chosen.trust_remote_code)
     for text in texts:
         check_text(text, chosen.data)
     if chosen.protocol == "llama.cpp" and chosen.dtype == "auto":
@@ -287,7 +288,7 @@ def _worst_token(windows: ScoringWindows, window: int, row: int, start: int) -> 
     before = text = None
     if windows.tokenizer is not None:
         ids = windows.ids[window, : token + 1].tolist()
-        before = windows.tokenizer.decode(ids[max(0, token - _WORDS_BEFORE) : token])
+        before = windows.tokenizer.decode(ids[max(0, token - _TOKENS_BEFORE) : token])
         text = windows.tokenizer.decode(ids[token:])
     return WorstToken(windows.source, window, token, before, text)
 
