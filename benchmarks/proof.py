@@ -70,12 +70,15 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
 
 
 def run(command: list[Any], log: Path, **options: Any) -> str:
-    """Run a program and return what it printed, which `log` holds as well."""
-    words = [str(word) for word in command]
-    with log.open("w") as output:
-        done = subprocess.run(words, check=False, stdout=output, stderr=output, **options)
+    """Run a program and return what it printed, which `log` holds as well.
+
+    What it says meanwhile is in another file: the two would run into each other.
+    """
+    words, messages = [str(word) for word in command], log.with_suffix(".messages")
+    with log.open("w") as output, messages.open("w") as errors:
+        done = subprocess.run(words, check=False, stdout=output, stderr=errors, **options)
     if done.returncode:
-        raise RuntimeError(f"{words[0]} failed, exit status {done.returncode}; see {log}")
+        raise RuntimeError(f"{words[0]} failed, exit status {done.returncode}; see {messages}")
     return log.read_text(errors="replace")
 
 
@@ -244,6 +247,8 @@ def read_scores(printed: str) -> dict[str, float]:
         match = re.search(pattern, printed)
         if match is not None:
             scores[name] = float(match.groups()[-1])
+    if "kl" not in scores:
+        raise ValueError(f"llama-perplexity printed no divergence: {printed[-2000:]}")
     return scores
 
 
