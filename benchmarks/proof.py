@@ -398,7 +398,10 @@ def main(arguments: list[str] | None = None) -> None:
     if options.json.exists():
         results = json.loads(options.json.read_text(encoding="utf-8"))
     results |= {
-        "command": shlex.join(["python", "benchmarks/proof.py", *sys.argv[1:]]),
+        # Without the folders of this machine.
+        "command": "python benchmarks/proof.py WORK NAME=CHECKPOINT … --data DIR --json FILE "
+        f"--presets {options.presets} --rows {shlex.quote(options.rows)} "
+        f"--samples {options.samples}",
         "chunks of 512 tokens": CHUNKS,
         "calibration": f"{options.samples} windows of 256 tokens of mix",
         "hardware": describe_hardware(torch.device("cpu")),

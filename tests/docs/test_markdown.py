@@ -15,7 +15,8 @@ HISTORY = {"CHANGELOG.md"} | {path.name for path in (REPOSITORY / "docs" / "note
 CURRENT = [page for page in PAGES if page.name not in HISTORY]
 #: Options of other programs that the pages name.
 FOREIGN = {
-    "--kl-divergence", "--kl-divergence-base", "--llama-bench", "--gguf", "--master-addr", "--master-port", "--nnodes",
+    "--kl-divergence", "--kl-divergence-base", "--llama-bench", "--gguf", "--master-addr",
+    "--master-port", "--nnodes",
     "--node-rank", "--nproc-per-node", "--training-memory", "--take", "--eager", "--enable-lora",
     "--tensor-parallel-size", "--outfile", "--outtype", "--temp", "--chunks", "--build",
     "--user-repo", "--copy", "--no-compile", "--reasoning", "--chat-template-kwargs",
