@@ -219,6 +219,7 @@ PROOF_ROWS = {
     "nearest": ("prunus, rounded weight by weight", "#7d5ba6"),
     "prunus": ("prunus", SERIES["best"][1]),
     "fixed head": ("prunus, embedding and head in Q6_K", SERIES["balanced"][1]),
+    "autoround": ("AutoRound", "#b8860b"),
 }
 
 

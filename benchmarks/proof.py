@@ -16,6 +16,8 @@ each preset there are these rows:
     prunus        prunus compress --size BYTES
     nearest       the same types as prunus, rounded weight by weight (--rounding nearest)
     fixed head    prunus, with embedding and head as the preset has them (Q6_K)
+    autoround     AutoRound's GGUF export of the same scheme, at its default settings but for the
+                  tokens; it needs --auto-round, the interpreter of a venv that has auto-round
 
 Both programs calibrate on the same tokens of `mix`, of which nothing is scored. Each file is scored
 by llama-perplexity --kl-divergence on wiki.test.raw and on modules of Python's standard library, in
@@ -54,10 +56,11 @@ ROWS = "preset,its types,prunus types,prunus"
 PROGRAMS = ("llama-quantize", "llama-imatrix", "llama-perplexity", "llama-bench")
 #: Chunks of 512 tokens that are scored -> by text.
 CHUNKS = {"WikiText-2": 100, "Python": 40}
-#: A tokenizer that this converter has not seen splits words as GPT-2's does; see small_training.py.
+#: A tokenizer that a converter has not seen splits words as GPT-2's does; see small_training.py.
+#: The converter of llama.cpp, or AutoRound, which carries a copy of it.
 CONVERT = """
-import runpy, sys
-import conversion.base as base
+import importlib, runpy, sys
+base = importlib.import_module(sys.argv.pop(1))
 known = base.TextModel.get_vocab_base_pre
 def split_as(self, tokenizer):
     try:
@@ -65,7 +68,9 @@ def split_as(self, tokenizer):
     except NotImplementedError:
         return "gpt-2"
 base.TextModel.get_vocab_base_pre = split_as
-runpy.run_path(sys.argv.pop(1), run_name="__main__")
+script = sys.argv.pop(1)
+sys.argv[0] = script
+(runpy.run_path if script.endswith(".py") else runpy.run_module)(script, run_name="__main__")
 """
 
 
@@ -138,7 +143,8 @@ class Judge:
     def dense(self) -> Path:
         """The model as a GGUF file in bfloat16, by llama.cpp's converter."""
         script = self.llama / "convert_hf_to_gguf.py"
-        command = [sys.executable, "-c", CONVERT, script, self.checkpoint, "--outtype", "bf16"]
+        command = [sys.executable, "-c", CONVERT, "conversion.base", script, self.checkpoint]
+        command += ["--outtype", "bf16"]
         return once(
             self.work / "dense.gguf",
             lambda partial: run(
@@ -181,6 +187,30 @@ class Judge:
                 [*command, self.dense(), partial, preset, self.threads], self.work / f"{name}.log"
             ),
         )
+
+    def auto_round(self, preset: str) -> Path:
+        """A file of AutoRound, tuned on the same tokens."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.checkpoint)
+        ids = encode(tokenizer, self.calibration().read_text(encoding="utf-8")).tolist()
+        # Decoded and encoded again, a window may have fewer tokens; AutoRound takes whole ones.
+        texts = [tokenizer.decode(ids[start : start + 264]) for start in range(0, len(ids), 256)]
+        data = self.work / "calibration.json"
+        data.write_text(json.dumps([{"text": text} for text in texts]), encoding="utf-8")
+        package = "auto_round.export.export_to_gguf.conversion.base"
+        scheme = f"gguf:{preset.lower()}"
+        folder = self.work / f"{preset}-autoround"
+        command = [self.options.auto_round, "-c", CONVERT, package, "auto_round"]
+        command += ["--model", self.checkpoint, "--scheme", scheme, "--format", scheme]
+        command += ["--device", "cpu", "--output_dir", folder, "--dataset", data]
+        command += ["--nsamples", self.options.samples - 1, "--seqlen", 256]
+
+        def make(partial: Path) -> None:
+            run(command, self.work / f"{preset}-autoround.log")
+            next(folder.rglob("*.gguf")).replace(partial)
+
+        return once(self.work / f"{preset}-autoround.gguf", make)
 
     def text(self, name: str) -> Path:
         """The file with a text to score."""
@@ -311,6 +341,9 @@ def make_row(judge: Judge, preset: str, row: str) -> tuple[Path, float]:
         return baseline, 0.0
     if row == "its types":
         return compress(judge, f"{preset}-rounding", "--type", baseline)
+    if row == "autoround":
+        started = time.perf_counter()
+        return judge.auto_round(preset), time.perf_counter() - started
     if row == "fixed head":
         return compress(judge, f"{preset}-head", "--size", size, "--head-bits", 6)
     if row == "nearest":
@@ -383,6 +416,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder with the datasets")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--llama-cpp", type=Path, help="its source, with programs in build/bin")
+    parser.add_argument("--auto-round", type=Path, help="Python with the package auto-round")
     parser.add_argument("--presets", default=PRESETS, help="Default: %(default)s")
     parser.add_argument("--rows", default=ROWS, help="Default: %(default)s")
     parser.add_argument("--samples", type=int, default=64, help="calibration windows of 256 tokens")
