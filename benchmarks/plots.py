@@ -220,6 +220,7 @@ PROOF_ROWS = {
     "prunus": ("prunus", SERIES["best"][1]),
     "fixed head": ("prunus, embedding and head in Q6_K", SERIES["balanced"][1]),
     "autoround": ("AutoRound", "#b8860b"),
+    "own format": ("prunus, own format", "#888888"),
 }
 
 
