@@ -125,7 +125,6 @@ def _attempt(action: Callable[[], None]) -> None:
         with contextlib.suppress(Warning):
             warnings.warn(
                 f"prunus is installed, and cannot be used: {fault}. Packed checkpoints will not "
-                "load, or take no adapters. Install prunus again, with the versions that it asks "
-                "for.",
+                "load. Install prunus again, with the versions that it asks for.",
                 stacklevel=2,
             )

@@ -1,6 +1,5 @@
 """Programs that never import prunus, and what its entry points do for them."""
 
-import importlib.util
 import os
 import runpy
 import subprocess
@@ -32,11 +31,6 @@ import sys
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 print(model)
-"""
-#: Goes on after `LOAD`.
-ADAPT = """
-from peft import LoraConfig, get_peft_model
-print(get_peft_model(model, LoraConfig(target_modules=["q_proj"])))
 """
 
 
@@ -79,9 +73,8 @@ def run(code: str, installed: Path, *arguments: object) -> subprocess.CompletedP
 
 @pytest.fixture(scope="module")
 def transformers_first(packed, tmp_path_factory) -> subprocess.CompletedProcess[str]:
-    """A program that loads a packed model, and adapts it where peft is installed."""
-    adapt = ADAPT if importlib.util.find_spec("peft") else ""
-    code = f"import transformers.quantizers.auto\n{LOAD}{adapt}"
+    """A program that imports transformers, and then loads a packed model."""
+    code = f"import transformers.quantizers.auto\n{LOAD}"
     return run(code, installation(tmp_path_factory.mktemp("transformers")), packed)
 
 
@@ -104,11 +97,6 @@ def test_a_packed_checkpoint_loads_without_an_import_of_prunus(program, request)
 def test_programs_that_use_peft_find_nothing_of_prunus_in_it(peft_first):
     names = peft_first.stdout.split()[:2]
     assert names == ["peft.tuners.lora.config", "peft.tuners.lora.model"], peft_first.stderr
-
-
-def test_peft_adapts_a_packed_model_that_was_loaded_before_peft(transformers_first):
-    pytest.importorskip("peft")
-    assert "PackedLora" in transformers_first.stdout, transformers_first.stderr
 
 
 #: What torch does with its group of entry points when it is imported.

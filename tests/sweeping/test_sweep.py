@@ -1,7 +1,5 @@
 """Sweeps: grid and cells, the same results as single commands, resuming, failures, refusals."""
 
-import csv
-import io
 import itertools
 import json
 import math
@@ -18,6 +16,7 @@ from command_line import call
 from places import REPOSITORY
 from prunus.calibration.sources import find_source
 from prunus.calibration.windows import WindowRequest
+from prunus.engine.document import Measured
 from prunus.engine.options import RunOptions
 from prunus.evaluation.inspection import stored_size
 from prunus.evaluation.options import TaskOptions
@@ -314,26 +313,6 @@ def test_weights_of_finished_cells_are_deleted_unless_they_are_kept(dense, swept
     assert (kept["model.layers.0.mlp.up_proj.weight"] == 0).float().mean() == 0.5
 
 
-def test_the_table_holds_the_values_of_the_json(swept):
-    content = json.loads((swept / "results.json").read_text())
-    rows = list(csv.DictReader(io.StringIO((swept / "results.csv").read_text())))
-    assert [row["name"] for row in rows] == ["dense-dense"] + [
-        cell["name"] for cell in content["cells"]
-    ]
-    base = content["models"]["dense"]["scores"]["python-docs"]["perplexity"]
-    assert (rows[0]["method"], float(rows[0]["perplexity, python-docs"])) == ("dense", base)
-    for row, cell in zip(rows[1:], content["cells"], strict=True):
-        score, recipe = cell["scores"]["python-docs"], cell["recipe"]
-        assert float(row["perplexity, python-docs"]) == score["perplexity"]
-        assert float(row["KL divergence, python-docs"]) == score["divergence"]["kl"]
-        assert float(row["KL divergence, python-docs stderr"]) == score["divergence"]["kl_stderr"]
-        assert float(row["zeros"]) == cell["pruning"]["sparsity"]
-        assert (row["method"], row["pattern"]) == (recipe["method"], recipe["pattern"])
-        assert float(row["file, GB"]) == cell["size"]["file_bytes"] / 1e9
-        gap = cell["residual_gap"]["python-docs"]
-        assert row["residual gap, python-docs"] == ("" if gap is None else str(gap))
-
-
 @pytest.mark.parametrize("lines", [1, 4])
 def test_a_stopped_sweep_continues_to_the_same_results(lines, dense, swept, tmp_path, pruned):
     said: list[str] = []
@@ -506,10 +485,10 @@ def test_tasks_are_checked_scored_and_stored_with_their_errors(dense, tmp_path, 
     }
     assert results.model_dump()["cells"][0]["tasks"] == expected
     assert results.model_dump()["models"]["dense"]["tasks"] == expected
-    rows = list(csv.DictReader(io.StringIO(results.to_csv())))
-    assert [
-        (row["boolq, acc"], row["boolq, acc stderr"], row["boolq, acc_norm"]) for row in rows
-    ] == [("0.5", "0.1", "")] * 2
+    titles = [column.title for column in results.table().columns]
+    assert [row[titles.index("boolq, acc")] for row in results.table().rows] == [
+        Measured(0.5, 0.1)
+    ] * 2
     monkeypatch.setattr(sweep_cells, "evaluate", None)
     prunus.sweep(sweep, tmp_path / "out")  # nothing is left to do
 

@@ -11,7 +11,6 @@ Shape suffixes: R rank of the adapter, O outputs, I inputs.
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +28,6 @@ from prunus.model.checkpoint.writer import save_safetensors
 from prunus.model.config import load_config, read_config
 from prunus.model.kinds import CAUSAL
 from prunus.model.meta_model import build_on_meta
-from prunus_autoload import when_imported
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -134,7 +132,7 @@ def attach(model: Any, folder: Path, base: Path) -> Any:
     tensors = dict(checkpoint.read(checkpoint.tensors))
     check_finite(tensors, f"{folder}: ")
     unfit = f"the adapter {folder} does not fit its base {base}"
-    hint = "was it trained on another model?"
+    hint = "was it trained on another model, or is the base packed?"
     # The new layers are on the device of the model, which may be the meta device.
     # peft only warns of what is an error here.
     with torch.device(next(model.parameters()).device), no_warnings():
@@ -201,93 +199,6 @@ def add_lora(
     with torch.random.fork_rng(devices=[]), no_warnings():
         torch.manual_seed(seed)
         return peft.PeftModelForCausalLM(model, config, _NAME)
-
-
-@functools.cache
-def let_peft_wrap(packed: type[torch.nn.Module]) -> None:
-    """Let peft put a `PackedLora` around every layer of the class `packed`, and of no other.
-
-    peft is changed when the first such layer is made, or when it is imported after that. So a
-    program without packed layers has peft as it is. Nothing is added to its configurations, which
-    programs pickle and send to others.
-    """
-
-    def add() -> None:
-        from peft.tuners.lora.model import LoraModel
-
-        create = LoraModel._create_new_module
-
-        @functools.wraps(create)
-        def create_new_module(
-            lora_config: Any, adapter_name: str, target: Any, **options: Any
-        ) -> Any:
-            if type(target) is packed:
-                return packed_lora_layer()(target, adapter_name, lora_config, **options)
-            return create(lora_config, adapter_name, target, **options)
-
-        LoraModel._create_new_module = staticmethod(create_new_module)
-
-    when_imported("peft.tuners.lora.model", "peft.peft_model", add)
-
-
-def __getattr__(name: str) -> Any:
-    """`PackedLora`, made when it is asked for, as the pickle of a model does by its name."""
-    if name == "PackedLora":
-        return packed_lora_layer()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-@functools.cache
-def packed_lora_layer() -> type[torch.nn.Module]:
-    """The class of peft's layers around packed linears.
-
-    Only A and B of such a layer are trained. It cannot be merged, because the packed weight does
-    not change. The class is made at the first call, because peft is optional.
-    """
-    from peft.tuners.lora.layer import LoraLayer
-
-    # The attributes of both come from peft at run time, where mypy does not see them.
-    module: Any = torch.nn.Module
-
-    class PackedLora(module, LoraLayer):
-        """A packed linear whose output gets scaling · B_OR A_RI x, in the dtype of A."""
-
-        __qualname__ = "PackedLora"  # by which pickle finds it in this module
-
-        def __init__(
-            self, base_layer: Any, adapter_name: str, config: Any, r: int, lora_alpha: int, **_: Any
-        ) -> None:
-            if getattr(config, "use_dora", False):
-                raise ValueError("DoRA needs the dense weight, and this linear is packed: use LoRA")
-            super().__init__()
-            with no_warnings():  # of a kind of layer that peft does not know
-                LoraLayer.__init__(self, base_layer)
-            self.in_features = base_layer.in_features
-            self.out_features = base_layer.out_features
-            self._active_adapter = adapter_name
-            self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
-            # peft takes the dtype of the base's tensor `weight`, which is only storage here.
-            for part in (self.lora_A[adapter_name], self.lora_B[adapter_name]):
-                part.to(torch.float32)
-
-        def forward(self, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-            result: torch.Tensor = self.base_layer(x)
-            for name in () if self.disable_adapters else self.active_adapters:
-                if name in self.lora_A:
-                    a, b = self.lora_A[name], self.lora_B[name]
-                    update = b(a(self.lora_dropout[name](x.to(a.weight.dtype))))
-                    result = result + (update * self.scaling[name]).to(result.dtype)
-            return result
-
-        def merge(self, *_: Any, **__: Any) -> None:
-            raise ValueError(
-                "an adapter cannot be merged into a packed model, whose weights do not change: "
-                "prunus unpack it, and load the adapter on the result"
-            )
-
-        unmerge = merge
-
-    return PackedLora
 
 
 def save_adapter(adapted: Any, folder: Path) -> dict[str, str]:

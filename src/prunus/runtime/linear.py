@@ -60,10 +60,7 @@ class PackedLinear(nn.Module):
     def __init__(
         self, packed: Packed, bias: torch.Tensor | None = None, stored: int | None = None
     ) -> None:
-        from prunus.model.adapter import let_peft_wrap
-
         super().__init__()
-        let_peft_wrap(PackedLinear)
         self.out_features, self.in_features = packed.shape
         self.layout = layout_of(packed)
         self._stored = stored

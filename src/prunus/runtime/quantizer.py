@@ -196,7 +196,7 @@ class PrunusQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         """Whether the trainer of transformers may train the model."""
-        return True  # adapters of packed linears are; packed weights themselves never change
+        return False  # packed weights never change; `prunus recover` trains their scales
 
 
 def register_with_transformers() -> None:

@@ -1,12 +1,10 @@
-"""The results of a sweep: the records of `results.json` and the table of `results.csv`.
+"""The results of a sweep: the records of `results.json`, and their table.
 
 The sweep writes them and the report reads them. The two share only this file and the files on disk.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,13 +16,11 @@ from prunus.engine.document import Measured, Table, table_of
 from prunus.engine.linear_record import mean_error
 from prunus.engine.record import Part, read_record
 from prunus.evaluation.records import FORMS, ModelSize, PerplexityResult
-from prunus.model.checkpoint.atomic_files import write_json, write_text
+from prunus.model.checkpoint.atomic_files import write_json
 from prunus.pruning.recipe import Recipe
 
 #: The file of the records in the folder of a sweep.
 RESULTS_NAME = "results.json"
-#: The file of the table in the folder of a sweep.
-TABLE_NAME = "results.csv"
 # Smallest loss of Wanda, as a share of the dense perplexity, for which a residual gap is computed.
 _MIN_WANDA_LOSS = 0.01
 # Recipe options that must be equal in two cells whose methods are compared. All others belong to
@@ -156,11 +152,10 @@ class SweepResults(Part):
     cells: list[CellResult]
 
     def save(self, folder: Path) -> None:
-        """Write `results.json` and `results.csv` atomically, with the current residual gaps."""
+        """Write `results.json` atomically, with the current residual gaps."""
         for cell in self.cells:
             cell.residual_gap = residual_gaps(self, cell)
         write_json(folder / RESULTS_NAME, self.model_dump(mode="json"))
-        write_text(folder / TABLE_NAME, self.to_csv())
 
     @classmethod
     def load(cls, folder: Path) -> SweepResults:
@@ -214,29 +209,6 @@ class SweepResults(Part):
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()
-
-    def to_csv(self) -> str:
-        """One row per dense model and per cell. A missing value is an empty field."""
-        rows = []
-        for name, label, model in self.every_model():
-            row: dict[str, Any] = {"name": name, "model": label, "method": "dense", "sparsity": 0.0}
-            if isinstance(model, CellResult):
-                values = model.recipe.model_dump().items()
-                row |= {k: " ".join(x) if isinstance(x, tuple) else x for k, x in values}
-                row["recovery"] = model.recovery
-            for column, figure in self._row(model, {}).items():
-                if isinstance(figure, Measured):
-                    row[f"{column} stderr"] = figure.stderr
-                    figure = figure.value
-                row[column] = figure
-            rows.append(row | {"reason": model.error})
-        # The last rows are cells, which have all columns: their options come before the figures.
-        columns = list(dict.fromkeys(key for row in reversed(rows) for key in row))
-        file = io.StringIO()
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return file.getvalue()
 
 
 def residual_gap(perplexity: float, dense: float, wanda: float) -> float | None:
