@@ -96,11 +96,12 @@ def kill_everywhere(
             return results
         assert os.WTERMSIG(status) == signal.SIGKILL, status
         found = sorted(path.name for each in scratch.glob("killed*") for path in each.rglob("*"))
-        beside = [path.name for path in scratch.glob("killed*") if path != out]
+        beside = [path.name for path in scratch.glob("killed*")]
         second = child(lambda: work(out))
         left = [x.name for x in out.rglob("*") if x.name.startswith(("best-", ".prunus"))]
         left += [path.name for path in out.glob("*.partial")]
-        left += [path.name for path in scratch.glob("killed*") if path != out]
+        names = {path.name.replace("whole", "killed") for path in scratch.glob("whole*")}
+        left += names ^ {path.name for path in scratch.glob("killed*")}
         equal = digests(out) == digests(whole)
         state = {"found": found, "beside": beside, "status": second}
         results.append({**state, "equal": equal, "left_behind": left})

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from prunus.cli.flags import Model, Output, RecipeFile, opt, with_flags
-from prunus.cli.terminal import is_quiet, print_result, progress_console, shown_steps
+from prunus.cli.terminal import is_quiet, print_result, print_text, progress_console, shown_steps
 from prunus.engine.options import RunOptions
 from prunus.formats.recipe import CompressionRecipe
 from prunus.pruning.recipe import Recipe
@@ -72,10 +72,15 @@ def compress(
     Weights that do not repay their bits become 0. A killed run continues with the same command.
     """
     from prunus.compression.run import run
+    from prunus.distributed import is_rank_0
+    from prunus.formats.base import format_for
 
     work, recipe_options = RunOptions.pick(options)
     chosen = CompressionRecipe.read(recipe, recipe_options)
+    commands = format_for(output, chosen).commands(output, uploads=True)
     _carry_out(run, f"{chosen.target} {output}", (model, output, chosen), work)
+    if is_rank_0():
+        print_text("".join(f"{use + ':':<12} {command}\n" for use, command in commands.items()))
 
 
 @with_flags(StructureRecipe, RunOptions)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 import math
+import re
+import shlex
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -48,10 +50,17 @@ class CompressedFormat(Format[CompressionRecord]):
 
     Args:
         recipe: The recipe of the run. Every run has a format of its own.
+
+    Attributes:
+        PROGRAMS: Name of a program -> the command that runs a result of the format, where OUT is
+            its path, BASE its path without the suffix, and NAME a name for it.
+        UPLOADS: What is uploaded to the hub -> the command.
     """
 
     RECORD = CompressionRecord
     DONE: ClassVar[str] = "compressed"
+    PROGRAMS: ClassVar[Mapping[str, str]] = {}
+    UPLOADS: ClassVar[Mapping[str, str]] = {"to the hub": "hf upload NAME OUT"}
 
     def __init__(self, recipe: CompressionRecipe) -> None:
         self.recipe = recipe
@@ -108,6 +117,21 @@ class CompressedFormat(Format[CompressionRecord]):
     def stored_bits(path: Path) -> float | None:
         """Bits per weight of the linears in the blocks of a file; None where it does not say."""
         return None
+
+    @classmethod
+    def commands(cls, path: Path, uploads: bool = False) -> dict[str, str]:
+        """Name of a program -> the command by which it runs a result, ready to be copied.
+
+        Args:
+            path: The result, or what stands for it.
+            uploads: Whether to add how it is uploaded to the hub.
+        """
+        name = path.with_suffix("").name if format_of(path) else path.name
+        values = {"OUT": str(path), "BASE": str(path.with_name(name)), "NAME": name.lower()}
+        return {
+            program: re.sub("OUT|BASE|NAME", lambda part: shlex.quote(values[part[0]]), command)
+            for program, command in ({**cls.PROGRAMS, **(cls.UPLOADS if uploads else {})}).items()
+        }
 
     # What a run asks.
 

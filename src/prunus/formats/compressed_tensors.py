@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
 
 import torch
 
-from prunus.engine.linear_record import LinearRecord, calibration_words, grid_words
-from prunus.engine.record import result_card, source_name
+from prunus.engine.linear_record import LinearRecord
 from prunus.formats.base import TypeFormat
 from prunus.formats.block_bytes import ONE, BlockType, Field, integers, scaled
+from prunus.formats.cards import quantized_card
 from prunus.formats.records import CompressionRecord
 from prunus.methods.group_quantizer import GroupedWeight
 from prunus.model.checkpoint.atomic_files import read_json
@@ -77,6 +79,8 @@ def stored_parts(key: str, weight: GroupedWeight, dtype: torch.dtype) -> dict[st
 class TensorsFormat(TypeFormat):
     """A checkpoint folder in this format. All linears have the same bits."""
 
+    PROGRAMS: ClassVar[dict[str, str]] = {"vLLM": "vllm serve OUT"}
+
     def check(self) -> None:
         """Check bits, masks, head and widths.
 
@@ -132,20 +136,14 @@ class TensorsFormat(TypeFormat):
     def card(self, record: CompressionRecord) -> str:
         """The README.md of the folder."""
         bits = f"{record.recipe.bits:g}"
-        return result_card(
+        return quantized_card(
             record,
             "compressed",
-            [
-                f"{source_name(record)} with its linears in {bits} bits and a scale for each "
-                f"{self.group} inputs of a row (W{bits}A16), in the format of the package "
-                "compressed-tensors.",
-                "" if record.size is None else " ".join(record.size.sentences()),
-                "The folder is for vLLM and SGLang. transformers loads it where compressed-tensors "
-                f"is installed. Calibration: {calibration_words(record)}.",
-                grid_words(record.grid_bits),
-            ],
-            tags=["compressed-tensors", "quantized", f"{bits}-bit"],
-            relation="quantized",
+            f"with its linears in {bits} bits and a scale for each {self.group} inputs of a row "
+            f"(W{bits}A16), in the format of the package compressed-tensors. The folder is for "
+            "vLLM and SGLang. transformers loads it where compressed-tensors is installed.",
+            self.commands(Path("FOLDER")),
+            tags=["compressed-tensors", f"{bits}-bit"],
             source=self.job.checkpoint.checkpoint.folder,
         )
 

@@ -20,14 +20,14 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from prunus.engine.linear_record import LinearRecord, calibration_words, grid_words
-from prunus.engine.record import result_card, source_name
+from prunus.engine.linear_record import LinearRecord
 from prunus.formats.base import MixFormat, size_of
 from prunus.formats.block_bytes import ONE, BlockType, Field, scaled
+from prunus.formats.cards import quantized_card
 from prunus.formats.records import CompressionRecord
 from prunus.methods.group_quantizer import GroupedWeight
 from prunus.model.checkpoint.atomic_files import make_folder, read_json, write_json
@@ -93,6 +93,8 @@ def dense_weight(key: str, tensors: dict[str, torch.Tensor], group: int) -> torc
 
 class MlxFormat(MixFormat):
     """A checkpoint folder in this format."""
+
+    PROGRAMS: ClassVar[dict[str, str]] = {"mlx-lm": 'mlx_lm.generate --model OUT --prompt "Hello"'}
 
     @staticmethod
     def owns(path: Path) -> bool:
@@ -193,20 +195,14 @@ class MlxFormat(MixFormat):
     def card(self, record: CompressionRecord) -> str:
         """The README.md of the folder."""
         bits = f"{record.totals.get('bits', 0.0):.2f}"
-        return result_card(
+        return quantized_card(
             record,
             "compressed for MLX",
-            [
-                f"{source_name(record)} in the format of MLX, with {bits} bits per weight in its "
-                "linears. Each weight has the bits (2 to 8) and the size of groups that lose the "
-                "least for the size.",
-                "" if record.size is None else " ".join(record.size.sentences()),
-                "mlx-lm and LM Studio run the folder on Macs: `mlx_lm.generate --model FOLDER "
-                f"--prompt TEXT`. Calibration: {calibration_words(record)}.",
-                grid_words(record.grid_bits),
-            ],
-            tags=["mlx", "quantized"],
-            relation="quantized",
+            f"in the format of MLX, with {bits} bits per weight in its linears. Each weight has "
+            "the bits (2 to 8) and the size of groups that lose the least for the size. mlx-lm and "
+            "LM Studio run the folder on Macs.",
+            self.commands(Path("FOLDER")),
+            tags=["mlx"],
             fields={"library_name": "mlx", "pipeline_tag": "text-generation"},
             source=self.job.checkpoint.checkpoint.folder,
         )

@@ -4,9 +4,11 @@ The run writes shards as every other run does, with the bytes of GGUF's types in
 OUT.gguf.part. At the end the file is put together from them in the same folder, with the record
 among its fields. Then the record says that the run is finished, and the file gets its name:
 
-    write FOLDER/model.gguf ► finished ► rename it to OUT.gguf ► remove the folder
+    write FOLDER/model.gguf ► finished ► rename it to OUT.gguf ► and what lies beside it ►
+    remove the folder
 
-A kill at any moment leaves nothing outside the folder but the whole file.
+A kill at any moment leaves nothing outside the folder but the whole file. Beside it lie
+OUT.Modelfile for Ollama and OUT.README.md, the model card.
 
 The order of this file: the contents of a GGUF file and their record, then the format itself.
 """
@@ -22,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -31,6 +33,7 @@ from prunus.engine.linear_options import PruningOptions
 from prunus.engine.linear_record import LinearRecord
 from prunus.engine.options import RunOptions
 from prunus.formats.base import MixFormat, choose_types
+from prunus.formats.cards import quantized_card
 from prunus.formats.gguf.file import (
     RECORD_FIELD,
     StoredTensor,
@@ -44,6 +47,7 @@ from prunus.formats.gguf.file import (
 from prunus.formats.gguf.header import open_gguf
 from prunus.formats.gguf.import_checkpoint import import_gguf
 from prunus.formats.gguf.layout import GgufLayout, GgufTensor, layout_of, types_in
+from prunus.formats.gguf.modelfile import modelfile
 from prunus.formats.gguf.types import (
     FILE_TYPES,
     FULL_TYPES,
@@ -58,13 +62,20 @@ from prunus.formats.recipe import CompressionRecipe
 from prunus.formats.records import CompressionRecord, FileSize
 from prunus.hardware.sizes import in_bytes
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
-from prunus.model.checkpoint.atomic_files import check_place, move_file
+from prunus.model.checkpoint.atomic_files import (
+    check_file_place,
+    check_place,
+    move_file,
+    write_text,
+)
 from prunus.model.checkpoint.output_folder import check_apart
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.formats import reader_of
 
 #: Name of the whole file in the folder of the run.
 FILE = "model.gguf"
+# The ends of the names of what lies beside the file.
+_BESIDE = (".Modelfile", ".README.md")
 # Bits of embeddings and head -> their type.
 _HEAD_TYPES = {4: "Q4_K", 6: "Q6_K", 8: "Q8_0"}
 
@@ -214,9 +225,23 @@ def finished_file(path: Path, recipe: CompressionRecipe) -> CompressionRecord | 
     return earlier
 
 
+def _is_own(content: bytes) -> bool:
+    """Whether prunus wrote a file that lies beside a result: it says so."""
+    return b"prunus" in content
+
+
 class GgufFormat(MixFormat):
     """A GGUF file, made from a checkpoint or from a GGUF file in full precision."""
 
+    PROGRAMS: ClassVar[dict[str, str]] = {
+        "llama.cpp": "llama-cli -m OUT",
+        "Ollama": "ollama create NAME -f BASE.Modelfile && ollama run NAME",
+        "LM Studio": "lms import OUT --copy",
+    }
+    UPLOADS: ClassVar[dict[str, str]] = {
+        "to the hub": "hf upload NAME OUT",
+        "its card": "hf upload NAME BASE.README.md README.md",
+    }
     #: The file that the run makes; `folder` sets it.
     path: Path
 
@@ -251,6 +276,8 @@ class GgufFormat(MixFormat):
             wrong = f"{output} is a folder" if output.is_dir() else f"{folder} is a link"
             raise FileExistsError(f"{wrong}: move it away, or choose another name for the file")
         self.path = output
+        for suffix in _BESIDE:
+            check_file_place(output.with_suffix(suffix), _is_own)
         return folder
 
     def earlier(
@@ -273,7 +300,12 @@ class GgufFormat(MixFormat):
         return earlier.state == "finished" and not earlier.sha256
 
     def close(self, folder: Path) -> None:
-        """Remove the folder of the run."""
+        """Give their names to the files that lie beside the result, and remove the folder."""
+        for suffix in _BESIDE:
+            if (file := folder / suffix[1:]).exists():
+                target = self.path.with_suffix(suffix)
+                check_file_place(target, _is_own)
+                move_file(file, target, replaces=True)
         remove_result(folder, CompressionRecord.FILE)
 
     def check(self) -> None:
@@ -427,7 +459,25 @@ class GgufFormat(MixFormat):
         record.size = self.contents.size(source.file_bytes(), after, parts)
         tensors = self.contents.stored(record.types, partial(self._content, shards))
         fields = self.contents.fields(record.types, reproducible(record))
+        text = modelfile(self.path.name, source.folder, fields)
+        write_text(folder.folder / "Modelfile", text)
+        write_text(folder.folder / "README.md", self.card(record))
         write_gguf(folder.folder / FILE, fields, tensors)
+
+    def card(self, record: CompressionRecord) -> str:
+        """The model card, which lies beside the file."""
+        bits = f"{record.totals.get('bits', 0.0):.2f}"
+        card = quantized_card(
+            record,
+            self.path.name,
+            f"as a GGUF file for llama.cpp, Ollama and LM Studio, with {bits} bits per weight in "
+            "its linears.",
+            self.commands(Path(self.path.name)),
+            tags=["gguf"],
+            fields={"library_name": "gguf", "pipeline_tag": "text-generation"},
+            source=self.job.checkpoint.checkpoint.folder,
+        )
+        return card.replace(f"`{record.FILE}`", f"the field `{RECORD_FIELD}` of the file")
 
     def _content(self, shards: Checkpoint, tensor: GgufTensor) -> torch.Tensor:
         """The bytes of a tensor of the file, from the shards."""

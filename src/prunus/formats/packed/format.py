@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -63,6 +63,11 @@ def zero_bits(sparsity: float) -> float:
 
 class PackedFormat(RateFormat):
     """A checkpoint folder with packed linears, embeddings and head."""
+
+    PROGRAMS: ClassVar[dict[str, str]] = {
+        "prunus": 'prunus generate OUT --prompt "Hello"',
+        "a server": "prunus serve OUT",
+    }
 
     def check(self) -> None:
         """Check that bits or size can be reached.

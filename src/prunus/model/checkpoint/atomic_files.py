@@ -132,8 +132,8 @@ def check_place(path: Path) -> None:
         )
 
 
-def prepare_file(path: Path, is_own: Callable[[bytes], object]) -> None:
-    """Check that a small file can be written to `path`, and make its folder.
+def check_file_place(path: Path, is_own: Callable[[bytes], object]) -> None:
+    """Check that a small file can be written to `path`.
 
     Args:
         path: The file.
@@ -152,6 +152,14 @@ def prepare_file(path: Path, is_own: Callable[[bytes], object]) -> None:
             f"{path} exists and was not written by this command; it is left as it is. Move it "
             "away, or choose another name"
         )
+
+
+def prepare_file(path: Path, is_own: Callable[[bytes], object]) -> None:
+    """Check that a small file can be written to `path`, and make its folder.
+
+    Arguments and errors are those of `check_file_place`.
+    """
+    check_file_place(path, is_own)
     make_folder(path.parent)
 
 
