@@ -223,19 +223,8 @@ def test_quantised_experts(tmp_path, family):
         assert torch.equal(_logits(_load(tmp_path / "again")), found)
 
 
-def test_gradients_reach_the_inputs():
-    weight = random_sparse(12, 30, 0.5, torch.float16).float().bfloat16()
-    packed = PackedLinear(pack_weight(weight, torch.bfloat16), torch.randn(12).bfloat16())
-    x = torch.randn(3, 30).bfloat16().requires_grad_()
-    packed(x).sum().backward()
-    assert torch.allclose(x.grad.float(), weight.float().sum(0).expand(3, 30), atol=2e-2)
-    quantised = PackedLinear(quantized_weight(12, 30), torch.randn(12).bfloat16())
-    quantised.bias.requires_grad_()
-    for x in (torch.randn(3, 30).bfloat16().requires_grad_(), torch.randn(2, 3, 30).bfloat16()):
-        quantised(x).sum().backward()
-        if x.requires_grad:
-            expected = quantised.dense(torch.float32).sum(0).expand(3, 30)
-            assert torch.allclose(x.grad.float(), expected, rtol=0.02, atol=0.05)
+def test_dense_linears_have_the_gradients_of_torch():
+    x = torch.randn(2, 3, 30).bfloat16()
     plain, own = nn.Linear(30, 12, dtype=torch.bfloat16), DenseLinear(30, 12, dtype=torch.bfloat16)
     own.load_state_dict(plain.state_dict())
     for linear in (plain, own):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,7 +57,7 @@ def prune(
     _carry_out(run, f"{chosen.method} {output}", (model, output, chosen), work)
 
 
-@with_flags(CompressionRecipe, RunOptions, rare=("method", "sparsity", "pattern"))
+@with_flags(CompressionRecipe, RunOptions, rare=("method", "sparsity", "pattern", "head_bits"))
 def compress(
     model: Model,
     output: Annotated[
@@ -64,6 +65,10 @@ def compress(
         typer.Argument(metavar="OUT", help="Folder, or NAME.gguf for llama.cpp."),
     ],
     *,
+    check: Annotated[
+        bool,
+        opt("Score OUT at the end beside MODEL, on prose and code.", names=("--check",)),
+    ] = False,
     recipe: RecipeFile = None,
     **options: Any,
 ) -> None:
@@ -78,7 +83,13 @@ def compress(
     work, recipe_options = RunOptions.pick(options)
     chosen = CompressionRecipe.read(recipe, recipe_options)
     commands = format_for(output, chosen).commands(output, uploads=True)
-    _carry_out(run, f"{chosen.target} {output}", (model, output, chosen), work)
+    after = None
+    if check:
+        from prunus.evaluation.check import prepared_check
+
+        after = prepared_check(model, output, chosen, RunOptions.read(None, work))
+    compressing = functools.partial(run, after=after)
+    _carry_out(compressing, f"{chosen.target} {output}", (model, output, chosen), work)
     if is_rank_0():
         print_text("".join(f"{use + ':':<12} {command}\n" for use, command in commands.items()))
 

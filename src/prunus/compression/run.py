@@ -66,12 +66,16 @@ def run(
     recipe: CompressionRecipe,
     options: RunOptions,
     session: Session = SILENT,
+    after: Callable[[CompressionRecord, Session], None] | None = None,
 ) -> CompressionRecord:
-    """Carry out a recipe, and return its record. Arguments and errors are those of `compress`."""
+    """Carry out a recipe, and return its record. Arguments and errors are those of `compress`.
+
+    `after` is as for `carry_out`.
+    """
     stored = format_for(output, recipe)
     rounding: RoundingOf[CompressionRecord] = (
         functools.partial(rate_rounding, stored)
         if isinstance(stored, RateFormat)
         else functools.partial(type_rounding, stored)
     )
-    return carry_out(stored, model, output, recipe, options, session, rounding)
+    return carry_out(stored, model, output, recipe, options, session, rounding, after)

@@ -62,6 +62,7 @@ def carry_out(
     options: RunOptions,
     session: Session,
     rounding: RoundingOf[_Record] | None = None,
+    after: Callable[[_Record, Session], None] | None = None,
 ) -> _Record:
     """Carry out a recipe, and return the record of the run.
 
@@ -73,6 +74,8 @@ def carry_out(
         options: The options that only decide how the work is done.
         session: Who hears of the progress. All processes that torchrun started join it.
         rounding: Makes what rounds every linear after its zeros are chosen; None for nothing.
+        after: Called on all processes with the record of the finished result, which it may extend,
+            before any other run may change the result; None for nothing.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: Before any
@@ -93,6 +96,9 @@ def carry_out(
                 record = _carry_out_held(
                     stored, model, folder, recipe, options, joint, rounding, earlier
                 )
+
+            if after is not None:
+                after(record, joint)
 
             def close() -> dict[str, Any]:
                 stored.close(folder)

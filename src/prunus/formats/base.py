@@ -24,6 +24,7 @@ from torch import nn
 
 from prunus.engine.folder import BlockFolder
 from prunus.engine.linear_job import Format, LinearSelection
+from prunus.engine.record import extended_card
 from prunus.formats.recipe import CompressionRecipe
 from prunus.formats.records import CompressionRecord, FileSize
 from prunus.hardware.errors import naming
@@ -32,7 +33,9 @@ from prunus.methods.group_fits import check_range, round_in_groups
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.methods.group_sweep import quantize_in_groups
 from prunus.methods.statistics import InputStatistics
+from prunus.model.checkpoint.atomic_files import write_text
 from prunus.model.checkpoint.reader import Checkpoint, TensorInfo
+from prunus.model.checkpoint.regular_files import read_card
 from prunus.model.checkpoint.writer import Writable, file_nbytes
 from prunus.model.embeddings import is_plain
 from prunus.model.formats import format_named, format_of
@@ -132,6 +135,29 @@ class CompressedFormat(Format[CompressionRecord]):
             program: re.sub("OUT|BASE|NAME", lambda part: shlex.quote(values[part[0]]), command)
             for program, command in ({**cls.PROGRAMS, **(cls.UPLOADS if uploads else {})}).items()
         }
+
+    # What a check of the finished result asks.
+
+    def check_readable(self) -> None:
+        """Check that this program can load a result of the format.
+
+        Raises:
+            ModuleNotFoundError: It cannot; names the package.
+        """
+
+    def card_path(self, path: Path) -> Path:
+        """The model card of a result."""
+        return path / "README.md"
+
+    def store_record(self, path: Path, record: CompressionRecord) -> None:
+        """Replace the record of a finished result."""
+        record.save(path)
+
+    def enter_check(self, path: Path, record: CompressionRecord) -> None:
+        """Enter what a check found into the card and the record of a finished result."""
+        card, text = self.card_path(path), "\n\n".join(record.check_sentences())
+        write_text(card, extended_card(read_card(card), "Checked", text, name=path.name))
+        self.store_record(path, record)
 
     # What a run asks.
 

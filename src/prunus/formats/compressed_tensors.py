@@ -13,6 +13,7 @@ Shape suffixes: O outputs (rows), I inputs, B bytes of a row, S groups of a row,
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -80,6 +81,14 @@ class TensorsFormat(TypeFormat):
     """A checkpoint folder in this format. All linears have the same bits."""
 
     PROGRAMS: ClassVar[dict[str, str]] = {"vLLM": "vllm serve OUT"}
+
+    def check_readable(self) -> None:
+        """Check that transformers can load the result, which takes the package of the format."""
+        if importlib.util.find_spec("compressed_tensors") is None:
+            raise ModuleNotFoundError(
+                "scoring the result needs the package compressed-tensors: install it, or leave "
+                "--check out"
+            )
 
     def check(self) -> None:
         """Check bits, masks, head and widths.

@@ -53,6 +53,12 @@ class FileSize(Part):
         ]
 
 
+#: What a check records of each text, as `prunus eval --reference` measures it: the mean KL
+#: divergence from the dense model in nats per token, its standard error over windows, the share of
+#: tokens for which both find the same next token most likely, and how much was scored.
+CHECKED = ("kl", "kl_stderr", "same_top", "windows", "seqlen")
+
+
 class CompressionRecord(PruningRecord):
     """The record of compress.
 
@@ -62,6 +68,8 @@ class CompressionRecord(PruningRecord):
         types: Name of a linear, an embedding or a head -> its type, in formats
             that have types.
         size: Of the result; None before the end of the run.
+        check: Text -> how far the result is from the dense model, the figures of `CHECKED`; empty
+            where that was not scored.
     """
 
     FILE: ClassVar[str] = "prunus-compress.json"
@@ -71,6 +79,17 @@ class CompressionRecord(PruningRecord):
     packed_outside: dict[str, dict[str, Any]] = Field(default_factory=dict)
     types: dict[str, str] = Field(default_factory=dict)
     size: FileSize | None = None
+    check: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    def check_sentences(self) -> list[str]:
+        """What the check found, for people; empty without one."""
+        return [
+            f"KL divergence from the dense model on {text}: {check['kl']:.5f}"
+            + (f" ± {check['kl_stderr']:.5f}" if check["kl_stderr"] is not None else "")
+            + f" nats per token; the same top token for {check['same_top']:.1%} "
+            f"({check['windows']} windows of {check['seqlen']} tokens)."
+            for text, check in self.check.items()
+        ]
 
     @property
     def what(self) -> str:
@@ -80,5 +99,6 @@ class CompressionRecord(PruningRecord):
     def _notes(self, totals: dict[str, Any]) -> list[str]:
         return [
             *(self.size.sentences(totals.get("bits")) if self.size else []),
+            *self.check_sentences(),
             *super()._notes(totals),
         ]

@@ -1,9 +1,9 @@
 """The products of a packed model as torch operators.
 
 `prunus::packed_linear` and `prunus::packed_embedding` have a real implementation for every device
-and a fake one that gives shapes. The linear has a gradient for the activations (never for packed
-weights). torch.compile and torch.export see each as one node. Eager code calls `run_packed` and
-`look_up` directly and saves the dispatcher's time. `run_dense` is for eager code alone.
+and a fake one that gives shapes. They have no gradient: packed models do not train. torch.compile
+and torch.export see each as one node. Eager code calls `run_packed` and `look_up` directly and
+saves the dispatcher's time. `run_dense` is for eager code alone.
 
 The kernels compute few tokens, and prompts where the machine multiplies bfloat16 matrices. Longer
 inputs and other devices use the dense weight, which exists only during the call.
@@ -203,8 +203,7 @@ def as_arguments(packed: Packed) -> tuple[list[int], str, list[torch.Tensor], li
     """Return a weight in types that an operator takes.
 
     These are its shape, the names of its tensors, the tensors, and its layout: the rows per chunk,
-    then of each code its raw bits, its layers, and -1. A bitmap has 0, because torch's gradients
-    do not know empty lists.
+    then of each code its raw bits, its layers, and -1. A bitmap has 0.
 
     >>> shape, names, tensors, numbers = as_arguments(PackedWeight((1, 2), torch.ones(2)))
     >>> shape, names, numbers
@@ -276,26 +275,3 @@ def _(x: torch.Tensor, shape: list[int], *_weight: Any) -> torch.Tensor:
 @packed_embedding.register_fake
 def _(ids: torch.Tensor, shape: list[int], *weight: Any) -> torch.Tensor:
     return ids.new_empty(*ids.shape, shape[1], dtype=weight[-1])
-
-
-def _keep_packed(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    """Keep what the gradient of `packed_linear` needs: the weight, and not the inputs."""
-    _x, shape, names, tensors, numbers, prepared, _bias = inputs
-    ctx.form = shape, names, numbers
-    ctx.save_for_backward(prepared, *tensors)
-
-
-def _packed_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-    """The gradients of the inputs and the bias, in the order of the arguments."""
-    prepared, *tensors = ctx.saved_tensors
-    shape, names, numbers = ctx.form
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        packed = _from_arguments(shape, names, tensors, numbers)
-        grad_x = gradient @ expand(packed, gradient.dtype, prepared)
-    if ctx.needs_input_grad[-1]:
-        grad_bias = gradient.flatten(0, -2).sum(0)
-    return grad_x, None, None, [None] * len(tensors), None, None, grad_bias
-
-
-packed_linear.register_autograd(_packed_gradient, setup_context=_keep_packed)

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -66,6 +67,7 @@ from prunus.model.checkpoint.atomic_files import (
     check_file_place,
     check_place,
     move_file,
+    replacing,
     write_text,
 )
 from prunus.model.checkpoint.output_folder import check_apart
@@ -300,12 +302,8 @@ class GgufFormat(MixFormat):
         return earlier.state == "finished" and not earlier.sha256
 
     def close(self, folder: Path) -> None:
-        """Give their names to the files that lie beside the result, and remove the folder."""
-        for suffix in _BESIDE:
-            if (file := folder / suffix[1:]).exists():
-                target = self.path.with_suffix(suffix)
-                check_file_place(target, _is_own)
-                move_file(file, target, replaces=True)
+        """Remove the folder of the run; after a kill, files may still be in it."""
+        self._move_beside(folder)
         remove_result(folder, CompressionRecord.FILE)
 
     def check(self) -> None:
@@ -449,6 +447,29 @@ class GgufFormat(MixFormat):
             self._write_file(folder, record)
         replaces = self.job.options.overwrite or finished_file(self.path, self.recipe) is not None
         move_file(file, self.path, replaces)
+        self._move_beside(folder.folder)
+
+    def _move_beside(self, folder: Path) -> None:
+        """Give their names to the files that lie beside the result."""
+        for suffix in _BESIDE:
+            if (file := folder / suffix[1:]).exists():
+                target = self.path.with_suffix(suffix)
+                check_file_place(target, _is_own)
+                move_file(file, target, replaces=True)
+
+    def card_path(self, path: Path) -> Path:
+        """The model card, beside the file."""
+        return path.with_suffix(_BESIDE[1])
+
+    def store_record(self, path: Path, record: CompressionRecord) -> None:
+        """Replace the record in a finished file; one that is too long for its place is left out."""
+        file = open_gguf(path)
+        before = file.get(RECORD_FIELD).encode()
+        text = reproducible(record).encode().ljust(len(before))
+        with path.open("rb") as source, replacing(path, path.stat().st_size) as copy:
+            header = source.read(file.reader.data_offset)
+            copy.write(header.replace(before, text) if len(text) == len(before) else header)
+            shutil.copyfileobj(source, copy, 2**20)
 
     def _write_file(self, folder: BlockFolder, record: CompressionRecord) -> None:
         """Put the file together from the shards, in their folder."""

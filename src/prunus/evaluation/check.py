@@ -1,0 +1,75 @@
+"""`compress --check`: how far a result is from the dense model, measured at the end of its run."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from prunus.engine.options import RunOptions
+from prunus.engine.session import Session
+from prunus.evaluation.model_input import find_model
+from prunus.evaluation.perplexity import load_scoring_text, perplexities
+from prunus.formats.base import CompressedFormat, format_for
+from prunus.formats.recipe import CompressionRecipe
+from prunus.formats.records import CHECKED, CompressionRecord
+from prunus.model.config import load_config
+
+#: What is scored: prose and code. No calibration reads these parts of both texts.
+TEXTS = ("wikitext2", "python-code")
+# How much of each: enough for a standard error of some percent, in a minute for a small model.
+_WINDOWS, _SEQLEN = 16, 512
+
+
+def prepared_check(
+    model: str, output: Path, recipe: CompressionRecipe, options: RunOptions
+) -> Callable[[CompressionRecord, Session], None]:
+    """What scores the result of a run at its end, for `after` of `carry_out`.
+
+    Both texts are read now, so that a run does not end without them.
+
+    Args:
+        model: The dense model.
+        output: The result.
+        recipe: The recipe of the run.
+        options: The options of the run.
+
+    Raises:
+        ValueError, FileNotFoundError, ModuleNotFoundError, OSError: A text is not at hand, or this
+            program cannot load such a result.
+    """
+    stored = format_for(output, recipe)
+    stored.check_readable()
+    for text in TEXTS:
+        load_scoring_text(text, options.data)
+    folder = find_model(model, options.trust_remote_code).folder
+    assert folder is not None, "compress takes no loaded model"
+    config = load_config(folder, options.trust_remote_code, quantized=True).get_text_config()
+    scoring = options.model_dump(include={"data", "device", "memory", "trust_remote_code"})
+    scoring["samples"] = _WINDOWS
+    scoring["seqlen"] = min(_SEQLEN, getattr(config, "max_position_embeddings", _SEQLEN))
+    return functools.partial(_check, stored, model, output, scoring)
+
+
+def _check(
+    stored: CompressedFormat,
+    model: str,
+    output: Path,
+    scoring: dict[str, Any],
+    record: CompressionRecord,
+    session: Session,
+) -> None:
+    """Score a result, and enter the figures into its record, its file and its card."""
+    if record.check:
+        return
+    session.tell(f"scoring the result beside {model} on {' and '.join(TEXTS)}")
+    ranks = session.ranks
+    [results] = perplexities(
+        [str(output)], TEXTS, reference=model, progress=None, ranks=ranks, **scoring
+    )
+    for text, result in zip(TEXTS, results, strict=False):  # the last one is over both
+        assert result.divergence is not None
+        figures = result.divergence.as_dict() | {"windows": result.windows, "seqlen": result.seqlen}
+        record.check[text] = {name: figures[name] for name in CHECKED}
+    ranks.on_rank_0(lambda: stored.enter_check(output, record))
