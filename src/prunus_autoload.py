@@ -27,27 +27,17 @@ from typing import Any
 def register() -> None:
     """Let transformers load packed checkpoints, at once or as soon as it is imported.
 
-    A second call does nothing.
+    It waits for a later module if the table of quantizers is just being imported, and its import
+    has led to this call. A second call does nothing, and a failure becomes a warning.
     """
-    when_imported("transformers.quantizers.auto", "transformers.modeling_utils", _register)
-
-
-def when_imported(name: str, later: str, action: Callable[[], None]) -> None:
-    """Do an action once a module of another library is there: now, or after its import.
-
-    Args:
-        name: The module that the action needs.
-        later: A module of the same library that is imported after it. The action waits for that one
-            if `name` is just being imported, and its import has led to this call.
-        action: What to do. A failure becomes a warning.
-    """
+    name = "transformers.quantizers.auto"
     if name not in sys.modules:
-        _wait(name, action)
+        _wait(name, _register)
     elif not _is_being_imported(name):
-        _attempt(action)
+        _attempt(_register)
     elif name not in _followed:
         # Its own import has led to torch's, which called this. It is whole before this module:
-        _wait(later, action)
+        _wait("transformers.modeling_utils", _register)
 
 
 def register_with_torch() -> None:

@@ -12,7 +12,6 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
@@ -74,25 +73,19 @@ def test_a_result_that_was_finished_earlier_does_not_look_new(dense, text, tmp_p
     assert "nothing was done now" in call(*arguments).stderr
 
 
-@pytest.mark.parametrize(("threads", "words"), [(1, "1 thread"), (4, "4 threads")])
-def test_doctor_counts_threads_in_words(threads, words, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert re.search(rf"Torch uses {words}[;.]", call("doctor").stdout)
-
-
-def test_doctor_tells_of_the_installed_package_in_sentences(tmp_path, monkeypatch):
+def test_doctor_tells_of_the_installed_package(tmp_path, monkeypatch):
     """It reads the metadata of a prunus 9."""
     about = tmp_path / "prunus-9.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.4\nName: prunus\nVersion: 9\n")
     monkeypatch.syspath_prepend(tmp_path)
     shown = call("doctor", "--json", tmp_path / "state.json").stdout
-    assert "instruction_set" not in shown
+    assert "instruction set" in shown
     assert "instruction_set" in json.loads((tmp_path / "state.json").read_text())
-    assert "`import prunus` to load packed checkpoints: this installation" in shown
+    assert re.search(r"needs import .* this installation", shown)
     points = "[torch.backends]\nprunus = prunus_autoload:register_with_torch\n"
     (about / "entry_points.txt").write_text(points)
-    assert "packed checkpoints without `import prunus`" in call("doctor").stdout
+    assert re.search(r"needs import\W+no\W", call("doctor").stdout)
     monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0 switches" in call("doctor").stdout
 

@@ -34,8 +34,7 @@ def texts(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("PRUNUS_DATA", str(folder.parent))
     # transformers adds tokens to this small tokenizer when it reads it from a GGUF file.
     monkeypatch.setattr("prunus.evaluation.perplexity.check_reference", lambda *_: None)
-    monkeypatch.setattr(check, "_WINDOWS", 3)
-    monkeypatch.setattr(check, "_SEQLEN", 16)
+    monkeypatch.setattr(check, "_TOKENS", 48)
     return folder.parent
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import prunus
 from prunus import pack
+from prunus.runtime import describe
 from prunus.runtime.kernels import library
 
 
@@ -35,8 +36,8 @@ def main() -> None:
     assert "site-packages" in installed.parts, f"this is not an installed package: {installed}"
     assert (installed.parent / "py.typed").exists()
     assert library.load() is not None, library.why_not()
-    print(state := command("doctor"))
-    assert "packed checkpoints without `import prunus`" in state
+    print(command("doctor"))
+    assert describe()["needs_import"] is None
 
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prunus.cli.flags import Model, opt, with_flags
-from prunus.cli.terminal import is_quiet, note, print_result, print_text, write_json
+from prunus.cli.terminal import is_quiet, note, print_result
 from prunus.engine.options import RunOptions
 from prunus.evaluation.options import SpeedOptions, TaskOptions, TextOptions
 
@@ -149,9 +149,10 @@ def bench(
 
 def doctor() -> None:
     """Show how packed models run and load here."""
-    from prunus.runtime.doctor import describe, in_sentences
+    from prunus.engine.document import Facts, items_of
+    from prunus.runtime.doctor import describe
 
     state = describe()
-    write_json(state)
-    for sentence in in_sentences(state):
-        print_text(f"{sentence}\n")
+    rows = {name.replace("_", " "): value for name, value in state.items()}
+    rows["needs import"] = state["needs_import"] or "no"
+    print_result(state, Facts("This machine", items_of(rows)))

@@ -13,6 +13,7 @@ from prunus.cli.flags import Model, Output, RecipeFile, opt, with_flags
 from prunus.cli.terminal import is_quiet, print_result, print_text, progress_console, shown_steps
 from prunus.engine.options import RunOptions
 from prunus.formats.recipe import CompressionRecipe
+from prunus.hardware.sizes import parse_bytes
 from prunus.pruning.recipe import Recipe
 from prunus.recovery.options import RecoveryOptions
 from prunus.structure.records import StructureRecipe
@@ -78,16 +79,13 @@ def compress(
     """
     from prunus.compression.run import run
     from prunus.distributed import is_rank_0
+    from prunus.evaluation.check import prepared_check
     from prunus.formats.base import format_for
 
     work, recipe_options = RunOptions.pick(options)
     chosen = CompressionRecipe.read(recipe, recipe_options)
     commands = format_for(output, chosen).commands(output, uploads=True)
-    after = None
-    if check:
-        from prunus.evaluation.check import prepared_check
-
-        after = prepared_check(model, output, chosen, RunOptions.read(None, work))
+    after = prepared_check(model, output, chosen, RunOptions.read(None, work)) if check else None
     compressing = functools.partial(run, after=after)
     _carry_out(compressing, f"{chosen.target} {output}", (model, output, chosen), work)
     if is_rank_0():
@@ -194,12 +192,29 @@ def plan(
         Path | None,
         opt("Write an importance matrix for llama-quantize.", "FILE", rich_help_panel="GGUF files"),
     ] = None,
+    fits: Annotated[
+        str | None,
+        opt(
+            "Plan the largest file with which llama.cpp takes at most SIZE, such as 8GB.",
+            "SIZE",
+            rich_help_panel="GGUF files",
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        opt(
+            "With --fits: tokens of the context. Default: the model's.",
+            "N",
+            min=1,
+            rich_help_panel="GGUF files",
+        ),
+    ] = None,
     recipe: RecipeFile = None,
     **options: Any,
 ) -> None:
     """Show what prune or compress would do and cost; write no model.
 
-    With --bits, --size or --type it plans compress. It checks all that a run checks first.
+    With --bits, --size, --type or --fits it plans compress. It checks all that a run checks first.
     """
     from prunus.compression.rounding import write_lists
     from prunus.engine.linear_job import Format, describe_plan
@@ -210,17 +225,26 @@ def plan(
 
     work, recipe_options = RunOptions.pick(options)
     trains, how = _takes_max(recipe_options), RunOptions.read(None, work)
-    compresses = bool({"bits", "size", "type"} & recipe_options.keys())
+    needs: dict[str, Any] = {}
+    compresses = bool({"bits", "size", "type"} & recipe_options.keys()) or fits is not None
     if lists := tensor_types is not None or imatrix is not None:
         # llama-quantize rounds each weight by itself.
         compresses, recipe_options = True, {"rounding": "nearest"} | recipe_options
-    chosen = (CompressionRecipe if compresses else Recipe).read(recipe, recipe_options)
-    stored: Format[Any] = (
-        format_for(output, chosen) if isinstance(chosen, CompressionRecipe) else PlainTensors()
-    )
-    job = planned(stored, model, output, chosen, how)
+    if fits is None:
+        chosen: Any = (CompressionRecipe if compresses else Recipe).read(recipe, recipe_options)
+        stored: Format[Any] = (
+            format_for(output, chosen) if isinstance(chosen, CompressionRecipe) else PlainTensors()
+        )
+        job = planned(stored, model, output, chosen, how)
+    else:
+        from prunus.formats.gguf.memory import plan_to_fit
+
+        job, needs = plan_to_fit(
+            model, output, (recipe, recipe_options), how, parse_bytes(fits, 1000), context
+        )
+        chosen = job.recipe
     written = lists and write_lists(job, tensor_types, imatrix, progress=not is_quiet())
-    described = describe_plan(job) | {"written": written or []}
+    described = describe_plan(job) | {"written": written or [], "needs": needs}
     if trains:
         from prunus.recovery.max_preset import plan_training
 

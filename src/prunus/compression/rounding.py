@@ -40,7 +40,7 @@ from prunus.methods.group_fits import round_in_groups
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import LinearQuantization, NearestRounding, Quantized
-from prunus.model.checkpoint.atomic_files import prepare_file, write_text
+from prunus.model.checkpoint.atomic_files import check_file_place, make_folder, write_text
 from prunus.runtime.description import QuantizedShape
 from prunus.runtime.planes import encode
 from prunus.runtime.weight import QuantizedWeight
@@ -228,7 +228,8 @@ def write_lists(
             "file whose name OUT ends in .gguf, and leave `rounding` feedback out"
         )
     for path in paths:
-        prepare_file(path, OWN_LISTS.fullmatch)
+        check_file_place(path, OWN_LISTS.fullmatch)
+        make_folder(path.parent)
     with shown_session("plan", progress, None) as session:
         _take_note(stored, _type_losses(stored, job, session, calibration_windows(job).ids, {}))
     if types_file is not None:

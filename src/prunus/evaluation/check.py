@@ -9,17 +9,16 @@ from typing import Any
 
 from prunus.engine.options import RunOptions
 from prunus.engine.session import Session
-from prunus.evaluation.model_input import find_model
 from prunus.evaluation.perplexity import load_scoring_text, perplexities
 from prunus.formats.base import CompressedFormat, format_for
 from prunus.formats.recipe import CompressionRecipe
 from prunus.formats.records import CHECKED, CompressionRecord
-from prunus.model.config import load_config
 
 #: What is scored: prose and code. No calibration reads these parts of both texts.
 TEXTS = ("wikitext2", "python-code")
-# How much of each: enough for a standard error of some percent, in a minute for a small model.
-_WINDOWS, _SEQLEN = 16, 512
+# How much of each, in windows as long as those of the calibration: enough for a standard error of
+# some percent, and little beside a calibration of the default length.
+_TOKENS = 8192
 
 
 def prepared_check(
@@ -43,12 +42,8 @@ def prepared_check(
     stored.check_readable()
     for text in TEXTS:
         load_scoring_text(text, options.data)
-    folder = find_model(model, options.trust_remote_code).folder
-    assert folder is not None, "compress takes no loaded model"
-    config = load_config(folder, options.trust_remote_code, quantized=True).get_text_config()
     scoring = options.model_dump(include={"data", "device", "memory", "trust_remote_code"})
-    scoring["samples"] = _WINDOWS
-    scoring["seqlen"] = min(_SEQLEN, getattr(config, "max_position_embeddings", _SEQLEN))
+    scoring |= {"seqlen": recipe.seqlen, "samples": max(2, _TOKENS // recipe.seqlen)}
     return functools.partial(_check, stored, model, output, scoring)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from prunus.compression.records import ConversionRecord
 from prunus.engine.document import Facts, Table, items_of, table_of
 from prunus.engine.record import bos_words
-from prunus.hardware.sizes import counted
+from prunus.hardware.sizes import counted, in_bytes
 from prunus.recovery.record import RecoveryRecord
 
 # Value of the option `bos` -> what a plan says of it, before a tokenizer is loaded.
@@ -56,6 +56,13 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
         from prunus.formats.records import FileSize
 
         rows["result"], rows["parts of it"] = FileSize(**file).sentences(plan.get("bits"))
+    if needs := plan.get("needs"):
+        rows |= {
+            "weights in llama.cpp": in_bytes(needs["weights"]),
+            "KV cache": f"{in_bytes(needs['cache'])}, {needs['context']:,} tokens in float16",
+            "compute buffers": in_bytes(needs["buffers"]),
+            "ask for": f"--size {needs['weights'] // 10**5 / 10:.1f}MB",
+        }
     if (training := plan.get("training")) is not None:
         rows["training"] = (
             f"then {training['minutes']:g} min on {training['text']}, "

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 import transformers
 
-from prunus.hardware.sizes import counted
 from prunus.runtime.kernels import library as kernels
 
 
 def describe() -> dict[str, Any]:
-    """Everything that `in_sentences` says, as values that JSON can hold.
+    """How packed models run and load here, as values that JSON can hold.
 
     Returns:
         - kernels: Whether packed linears are multiplied without being expanded.
@@ -53,42 +52,6 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
     }
-
-
-def in_sentences(state: dict[str, Any]) -> list[str]:
-    """Say what `describe` found, one sentence or two on a subject. `state` is its result."""
-    sentences = [
-        f"Python {state['python']} on {state['machine']}, torch {state['torch']}, transformers "
-        f"{state['transformers']}."
-    ]
-    if state["kernels"]:
-        sentences += [
-            f"Packed models run on the compiled kernels of {state['library']}.",
-            f"The kernels use {state['instruction_set']} ({state['chosen_by']}); the best of this "
-            f"machine is {state['best_instruction_set']}.",
-            *(
-                ["They use it for quantised weights; sparse weights run on portable code."]
-                if state["instruction_set"].startswith("neon")
-                else []
-            ),
-            "Dense bfloat16 linears of packed models "
-            + ("use a kernel as well." if state["dense_kernel"] else "run in torch."),
-            f"Torch uses {counted(state['threads'], 'thread')}; the kernels run on "
-            f"{state['thread_runtime']}.",
-        ]
-    else:
-        sentences += [
-            f"Packed models run on slower code in torch, because there are no kernels: "
-            f"{state['why_not']}.",
-            f"Torch uses {counted(state['threads'], 'thread')}.",
-        ]
-    reason = state["needs_import"]
-    sentences.append(
-        "Programs load packed checkpoints without `import prunus`: torch calls prunus."
-        if reason is None
-        else f"Programs need `import prunus` to load packed checkpoints: {reason}."
-    )
-    return sentences
 
 
 def _needs_import() -> str | None:

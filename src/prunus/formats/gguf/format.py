@@ -78,6 +78,8 @@ from prunus.model.formats import reader_of
 FILE = "model.gguf"
 # The ends of the names of what lies beside the file.
 _BESIDE = (".Modelfile", ".README.md")
+# Whether prunus wrote such a file: it says so.
+_is_own = re.compile(b"prunus").search
 # Bits of embeddings and head -> their type.
 _HEAD_TYPES = {4: "Q4_K", 6: "Q6_K", 8: "Q8_0"}
 
@@ -225,11 +227,6 @@ def finished_file(path: Path, recipe: CompressionRecipe) -> CompressionRecord | 
         )
     earlier.check_same_run(recipe.without_folders())
     return earlier
-
-
-def _is_own(content: bytes) -> bool:
-    """Whether prunus wrote a file that lies beside a result: it says so."""
-    return b"prunus" in content
 
 
 class GgufFormat(MixFormat):

@@ -123,15 +123,12 @@ def _agrees(texts: ChatTexts, render: Render) -> bool:
     return all(texts.rendered(roles) == render(roles, True) for roles in talks)
 
 
-def _split(text: str, *roles: str) -> list[str]:
-    """The texts before, between and after messages, which must be there once, in this order."""
-    parts = []
-    for role in roles:
-        before, said, text = text.partition(_SAID[role])
-        if not said:
-            raise ValueError(f"no message of role {role}")
-        parts.append(before)
-    return [*parts, text]
+def _split(text: str, *roles: str) -> tuple[str, ...]:
+    """The texts before, between and after messages, which must be there in this order."""
+    said = "(.*?)".join(_SAID[role] for role in roles)
+    if (match := re.fullmatch(f"(.*?){said}(.*)", text, re.DOTALL)) is None:
+        raise ValueError(f"no messages of {', '.join(roles)}")
+    return match.groups()
 
 
 def modelfile(name: str, folder: Path, fields: Mapping[str, Any]) -> str:
@@ -166,10 +163,8 @@ def _renders(folder: Path, template: str, first: str) -> Render:
     """What a template makes of conversations, without the text `first` at their beginning."""
     tokenizer = load_tokenizer(folder)
     tokenizer.chat_template = template
-
-    def render(roles: Sequence[str], answer_follows: bool) -> str:
-        messages = [{"role": role, "content": _SAID[role]} for role in roles]
-        text = apply_chat_template(tokenizer, messages, answer_follows=answer_follows)
-        return text.removeprefix(first)
-
-    return render
+    return lambda roles, answer_follows: apply_chat_template(
+        tokenizer,
+        [{"role": role, "content": _SAID[role]} for role in roles],
+        answer_follows=answer_follows,
+    ).removeprefix(first)

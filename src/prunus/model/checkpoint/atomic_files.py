@@ -154,15 +154,6 @@ def check_file_place(path: Path, is_own: Callable[[bytes], object]) -> None:
         )
 
 
-def prepare_file(path: Path, is_own: Callable[[bytes], object]) -> None:
-    """Check that a small file can be written to `path`, and make its folder.
-
-    Arguments and errors are those of `check_file_place`.
-    """
-    check_file_place(path, is_own)
-    make_folder(path.parent)
-
-
 def fsync_folder(folder: Path) -> None:
     """Make the renames and removals of names in `folder` survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
