@@ -29,7 +29,7 @@ from prunus.engine.progress import Progress, pruning_step
 from prunus.evaluation.generation import generate
 from prunus.evaluation.inspection import stored_size
 from prunus.evaluation.records import ModelSize
-from prunus.formats.base import Choice, choose_types
+from prunus.formats.base import Choice, choose_fast_types, choose_types
 from prunus.formats.gguf.file import GgufFile
 from prunus.formats.gguf.format import read_record
 from prunus.formats.gguf.import_checkpoint import import_gguf
@@ -269,6 +269,53 @@ def test_no_other_choice_with_as_many_bytes_loses_less_on_the_hull(losses):
         assert lost - best <= max(
             abs(x.loss - y.loss) for each in choices.values() for x in each for y in each
         )
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 99), min_size=6, max_size=6), min_size=1, max_size=4))
+def test_fast_types_keep_a_bound_of_time_that_can_be_kept(losses):
+    """Each size has a slow type and a fast one, so that any size can be had in any time."""
+    choices = {
+        str(number): [
+            Choice(f"{nbytes}{speed}", nbytes, float(loss), time)
+            for (nbytes, (speed, time)), loss in zip(
+                itertools.product((2, 3, 5), (("slow", 9.0), ("fast", 4.0))), each, strict=True
+            )
+        ]
+        for number, each in enumerate(losses)
+    }
+    for nbytes in range(2 * len(losses), 5 * len(losses) + 1):
+        for time in (4 * len(losses), 7 * len(losses), 9 * len(losses)):
+            kinds = choose_fast_types(choices, nbytes, time)
+            taken = [next(x for x in choices[name] if x.kind == kinds[name]) for name in kinds]
+            assert sum(x.nbytes for x in taken) <= nbytes
+            assert sum(x.time for x in taken) <= time
+    assert choose_fast_types(choices, nbytes, 1e9) == choose_types(choices, nbytes)
+
+
+def test_a_type_that_decodes_slowly_is_left_out_where_time_counts(dense, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    times = {kind: {"decode": 1.0, "prompt": 1.0} for kind in TYPES}
+    times["IQ4_XS"]["decode"] = 100.0
+    Path("times.json").write_text(json.dumps({"nanoseconds per weight": times}))
+    said: list[Any] = []
+    any_time = compress(dense, "any.gguf", bits=4.5)
+    fast = compress(dense, "fast.gguf", bits=4.5, fast_on="times.json", announce=said.append)
+    assert "IQ4_XS" in any_time.types.values()
+    assert "IQ4_XS" not in fast.types.values()
+    assert any("times as fast as Q4_K_M" in str(line) for line in said)
+    del times["Q4_K"]
+    Path("less.json").write_text(json.dumps({"nanoseconds per weight": times}))
+    for options, message in (
+        ({"fast_on": "avx3", "bits": 4.5}, "one of avx512, or a file"),
+        ({"fast_on": "less.json", "bits": 4.5}, "less.json has no time of Q4_K"),
+        ({"fast_on": "avx512", "type": "Q4_K"}, "drop one of the two"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compress(dense, "no.gguf", **options)
+    with pytest.raises(ValueError, match=r"`fast_on`.*belong to GGUF files"):
+        compress(dense, "folder", bits=4, fast_on="avx512")
+    assert not [*tmp_path.glob("no.gguf*"), *tmp_path.glob("folder*")]
 
 
 def test_other_verbs_read_the_file(dense, tmp_path):

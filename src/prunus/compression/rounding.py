@@ -191,8 +191,9 @@ def type_rounding(
     _take_note(stored, tensors)
     if record.types not in ({}, stored.types):
         raise FileExistsError(
-            f"{stored.recipe.type} has other types than the finished blocks: the file was changed "
-            "since. Put it back as it was, or choose `overwrite` to start again"
+            f"{stored.recipe.type or stored.recipe.fast_on} has other types than the finished "
+            "blocks: the file was changed since. Put it back as it was, or choose `overwrite` to "
+            "start again"
         )
     record.types = stored.types
     ranks.on_rank_0(stored.check_outside)

@@ -46,6 +46,8 @@ from prunus.model.source import CheckpointSource, ModuleSource
 
 # Rows of the output head that are rounded together: a part of it in float32, not all.
 _HEAD_ROWS = 2**14
+# The price of time is raised by this factor at most so often, and then halved in so many times.
+_DEARER, _RAISES, _HALVINGS = 8.0, 10, 6
 
 
 class CompressedFormat(Format[CompressionRecord]):
@@ -212,10 +214,11 @@ class CompressedFormat(Format[CompressionRecord]):
         Raises:
             ValueError: The recipe has one of them.
         """
-        if self.recipe.type or self.recipe.template or self.rounding == "nearest":
+        recipe = self.recipe
+        if recipe.type or recipe.template or recipe.fast_on or self.rounding == "nearest":
             raise ValueError(
-                "`type`, `template`, `rounding` nearest and lists for llama-quantize belong to "
-                "GGUF files: give the output a name that ends in .gguf, or leave them out"
+                "`type`, `template`, `fast_on`, `rounding` nearest and lists for llama-quantize "
+                "belong to GGUF files: give the output a name that ends in .gguf, or leave them out"
             )
 
     # The size of a result that is a folder.
@@ -305,11 +308,13 @@ class Choice(NamedTuple):
         kind: The name of the type.
         nbytes: The bytes of the weight in the result.
         loss: What the type adds to the loss; 0 where that was not measured.
+        time: What the weight takes for each token, in nanoseconds; 0 where that does not matter.
     """
 
     kind: str
     nbytes: int
     loss: float = 0.0
+    time: float = 0.0
 
 
 def choose_types(choices: Mapping[str, Sequence[Choice]], nbytes: int) -> dict[str, str]:
@@ -346,6 +351,55 @@ def choose_types(choices: Mapping[str, Sequence[Choice]], nbytes: int) -> dict[s
         _, name, better = max(steps)
         left -= better.nbytes - chosen[name].nbytes
         chosen[name] = better
+
+
+def choose_fast_types(
+    choices: Mapping[str, Sequence[Choice]], nbytes: int, time: float
+) -> dict[str, str]:
+    """The types of least loss within `nbytes` that together take at most `time` for a token.
+
+    For two sums to bound, each has its price (Lagrange). So the loss of a type gets what its time
+    costs, and the smallest price for which the time is kept is searched for.
+
+    Args:
+        choices: Name of a weight -> the types that it can have.
+        nbytes: The bytes of all weights together.
+        time: Nanoseconds of all weights together. Where no choice is as fast, the fastest one that
+            was seen is taken.
+
+    Returns:
+        Name of a weight -> name of its type.
+
+    >>> slow, fast = Choice("IQ4_XS", 4, 1.0, time=9.0), Choice("Q4_K", 4, 2.0, time=5.0)
+    >>> choose_fast_types({"a": [slow, fast], "b": [slow, fast._replace(loss=9.0)]}, 8, 14.0)
+    {'a': 'Q4_K', 'b': 'IQ4_XS'}
+    """
+
+    def chosen_at(price: float) -> tuple[float, dict[str, str]]:
+        """The time of the types that are best at this price of a nanosecond, and the types."""
+        priced = {
+            name: [x._replace(loss=x.loss + price * x.time) for x in types]
+            for name, types in choices.items()
+        }
+        kinds = choose_types(priced, nbytes)
+        times = [x.time for name, types in choices.items() for x in types if x.kind == kinds[name]]
+        return sum(times), kinds
+
+    price, chosen = 0.0, chosen_at(0.0)
+    losses = sum(max(x.loss for x in types) for types in choices.values()) or 1.0
+    for power in range(_RAISES):
+        if chosen[0] <= time:
+            break
+        price = _DEARER ** (power - 3) * losses / time
+        chosen = chosen_at(price)
+    low = price / _DEARER
+    for _ in range(_HALVINGS if price else 0):
+        middle = (low + price) / 2
+        if (trial := chosen_at(middle))[0] <= time:
+            price, chosen = middle, trial
+        else:
+            low = middle
+    return chosen[1]
 
 
 class TypeFormat(CompressedFormat):
@@ -442,6 +496,15 @@ class TypeFormat(CompressedFormat):
         """The bytes of a weight of this shape in the result."""
         return quantizer.nbytes_of(math.prod(shape))
 
+    def time_of(self, name: str, quantizer: GroupQuantizer, shape: tuple[int, ...]) -> float:
+        """Nanoseconds that a weight of this shape takes for each token; 0 if it does not matter."""
+        return 0.0
+
+    @property
+    def most_time(self) -> float | None:
+        """The most nanoseconds that all weights may take for each token; None for any time."""
+        return None
+
     def choices(self, losses: Mapping[str, torch.Tensor]) -> dict[str, list[Choice]]:
         """First module of a weight -> the types that it can have.
 
@@ -454,14 +517,23 @@ class TypeFormat(CompressedFormat):
             quantizers = self.quantizers(first)
             of_types = losses.get(first, torch.zeros(len(quantizers))).tolist()
             choices[first] = [
-                Choice(quantizer.name, self.nbytes_of(quantizer, shape), loss)
+                Choice(
+                    quantizer.name,
+                    self.nbytes_of(quantizer, shape),
+                    loss,
+                    self.time_of(first, quantizer, shape),
+                )
                 for quantizer, loss in zip(quantizers, of_types, strict=True)
             ]
         return choices
 
     def types_of(self, losses: Mapping[str, torch.Tensor]) -> dict[str, str]:
         """The type of each module that has one, by the losses of `choices`."""
-        chosen = choose_types(self.choices(losses), self.budget)
+        choices, time = self.choices(losses), self.most_time
+        if time is None:
+            chosen = choose_types(choices, self.budget)
+        else:
+            chosen = choose_fast_types(choices, self.budget, time)
         return {name: kind for first, kind in chosen.items() for name in self.stacks[first]}
 
     def quantizer(self, name: str) -> GroupQuantizer:

@@ -31,6 +31,9 @@ class CompressionRecipe(PruningOptions):
         head_bits: The bits per weight of embeddings and head, or "none" to keep them as they are.
         rounding: "feedback" lets later columns correct the error of each, which needs all windows
             to run through the model; "nearest" rounds each weight by itself.
+        fast_on: The processor on which the file is to decode about as fast as llama.cpp's presets
+            of its size, a key of `gguf/speeds.SPEEDS` or a file of measurements; None for the
+            least loss, however fast it decodes.
         sparsity: The share of the weights that a mask forces to 0.
         dense_weight: α, see `methods/dense_targets.py`.
 
@@ -106,6 +109,15 @@ class CompressionRecipe(PruningOptions):
             panel="GGUF files",
         ),
     ] = "feedback"
+    fast_on: Annotated[
+        str | None,
+        Option(
+            "Choose types that decode nearly as fast as llama.cpp's presets of this size, by times "
+            "of avx512 or in a file.",
+            metavar="CPU",
+            panel="GGUF files",
+        ),
+    ] = None
     # The figures behind these defaults are in docs/results/index.md.
     sparsity: Sparsity = 0.0
     dense_weight: DenseWeight = 0.25
@@ -159,6 +171,7 @@ class CompressionRecipe(PruningOptions):
             update={
                 "template": self.template and Path(self.template.name),
                 "type": self.type and Path(self.type).name,
+                "fast_on": self.fast_on and Path(self.fast_on).name,
             }
         )
 

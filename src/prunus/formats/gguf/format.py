@@ -49,6 +49,7 @@ from prunus.formats.gguf.header import open_gguf
 from prunus.formats.gguf.import_checkpoint import import_gguf
 from prunus.formats.gguf.layout import GgufLayout, GgufTensor, layout_of, types_in
 from prunus.formats.gguf.modelfile import modelfile
+from prunus.formats.gguf.speeds import Q4_K_M_BITS, SLOWER, preset_time, speeds_of
 from prunus.formats.gguf.types import (
     FILE_TYPES,
     FULL_TYPES,
@@ -311,6 +312,8 @@ class GgufFormat(MixFormat):
         """
         if self.recipe.type is not None and not self._names_file:
             type_named(self.recipe.type)
+        if self.recipe.type is not None and self._times:
+            raise ValueError("`fast_on` chooses types, and `type` gives them: drop one of the two")
         self.refuse_zeros("a GGUF file")
         linears = self.job.selected_linears()
         for names in self.stacks.values():
@@ -348,7 +351,11 @@ class GgufFormat(MixFormat):
         kind = self._head_type if name in self.modules_outside else self.recipe.type
         if self._names_file:
             kind = self._types_in_file.get(name, kind)
-        return types_for(columns) if kind is None else [type_for(kind, columns)]
+        if kind is not None:
+            return [type_for(kind, columns)]
+        # Of Q4_K's size, and as fast; IQ4_XS, which has the same levels, takes longer to decode.
+        fast = [TYPES["IQ4_NL"]] if self._times and not columns % 256 else []
+        return types_for(columns) + fast
 
     @property
     def _head_type(self) -> str | None:
@@ -376,6 +383,39 @@ class GgufFormat(MixFormat):
     def nbytes_of(self, quantizer: GroupQuantizer, shape: tuple[int, ...]) -> int:
         """The bytes of a weight with those that fill it up to the next tensor."""
         return padded(super().nbytes_of(quantizer, shape))
+
+    @functools.cached_property
+    def _times(self) -> dict[str, float]:
+        """Type -> nanoseconds per weight on the processor that the recipe names; {} for none."""
+        return {} if self.recipe.fast_on is None else speeds_of(self.recipe.fast_on)
+
+    def _weights_per_token(self, name: str, shape: tuple[int, ...]) -> float:
+        """How many weights of a tensor are multiplied for each token; `name` is its module."""
+        if name in self.modules_outside and name != self.head:
+            return 0.0  # an embedding looks up one row
+        config = self.job.checkpoint.config.get_text_config()
+        used = getattr(config, "num_experts_per_tok", None) if len(shape) > 2 else None
+        return math.prod(shape) * (used / shape[0] if used else 1.0)
+
+    def time_of(self, name: str, quantizer: GroupQuantizer, shape: tuple[int, ...]) -> float:
+        """Nanoseconds that a tensor takes for each token, where the recipe names a processor."""
+        if not self._times:
+            return 0.0
+        return self._times[quantizer.name] * self._weights_per_token(name, shape)
+
+    @property
+    def most_time(self) -> float | None:
+        """A little more than what llama.cpp's presets of this size take for each token."""
+        if not self._times:
+            return None
+        return SLOWER * self._preset_time(8 * self.budget / self._weights)
+
+    def _preset_time(self, bits: float) -> float:
+        """Nanoseconds that a preset with this many bits per weight takes for each token."""
+        return sum(
+            self._weights_per_token(name, shape) * preset_time(self._times, bits, shape[-1])
+            for name, shape in self.shapes.items()
+        )
 
     @functools.cached_property
     def stacks(self) -> dict[str, list[str]]:
@@ -417,7 +457,15 @@ class GgufFormat(MixFormat):
     def chosen(self, record: CompressionRecord) -> str:
         """How many bytes of the file have each type."""
         parts = self.contents.bytes_by_type(self.types).most_common()
-        return f"the file holds {', '.join(f'{in_bytes(n)} in {kind}' for kind, n in parts)}"
+        said = f"the file holds {', '.join(f'{in_bytes(n)} in {kind}' for kind, n in parts)}"
+        if not self._times:
+            return said
+        choices = self.choices({}).items()
+        took = sum(x.time for first, types in choices for x in types if x.kind == self.types[first])
+        return (
+            f"{said}; on {self.recipe.fast_on} it decodes about "
+            f"{self._preset_time(Q4_K_M_BITS) / took:.2f} times as fast as Q4_K_M"
+        )
 
     def tensors_of(self, key: str, weight: GroupedWeight) -> dict[str, torch.Tensor]:
         """The bytes of a linear, under the name of its weight."""

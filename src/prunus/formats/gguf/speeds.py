@@ -1,0 +1,90 @@
+"""How long llama.cpp takes for a weight of each type when it decodes, by kind of processor.
+
+The figures are nanoseconds per weight and token, measured by `benchmarks/type_speeds.py` on two
+cores with llama-bench: only their ratios matter. They are those of one program and two processors,
+so `--fast-on` also takes a file of other measurements, as that script writes it.
+
+GPUs have no table: there decoding waits for memory, so the smallest file is the fastest one, and
+`size` alone says so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from prunus.formats.gguf.types import TYPES, type_for
+from prunus.hardware.errors import did_you_mean
+
+#: Name of a processor's instructions -> type -> nanoseconds per weight.
+SPEEDS: dict[str, dict[str, float]] = {
+    # Two cores of an AMD EPYC (Zen 4), llama.cpp of llama-cpp-python 0.3.36 built for it.
+    "avx512": {
+        "Q4_0": 0.0214, "Q4_1": 0.0398, "Q5_0": 0.0375, "Q5_1": 0.0452, "Q8_0": 0.0460,
+        "Q2_K": 0.0148, "Q3_K": 0.0257, "Q4_K": 0.0195, "Q5_K": 0.0306, "Q6_K": 0.0322,
+        "IQ4_NL": 0.0193, "IQ4_XS": 0.0315,
+    },
+}  # fmt: skip
+# The types of llama.cpp's presets; a preset of any size mixes two that are next to each other.
+_OF_PRESETS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+# Nanoseconds per weight of a type that was not measured, so that it is not chosen.
+_UNKNOWN = 1e6
+#: The bits per weight of llama.cpp's Q4_K_M.
+Q4_K_M_BITS = 4.85
+#: Decoding takes at most this many times as long as with presets of the same size.
+SLOWER = 1 / 0.95
+
+
+def speeds_of(name: str) -> dict[str, float]:
+    """Type -> nanoseconds per weight, from the table of this name or from a file.
+
+    Args:
+        name: A key of `SPEEDS`, or the path of a file that `benchmarks/type_speeds.py` wrote.
+
+    Returns:
+        The times of all types of `TYPES`; very long for those that were not measured.
+
+    Raises:
+        ValueError: It is neither, or it lacks a type of llama.cpp's presets.
+    """
+    times = SPEEDS.get(name)
+    if times is None:
+        try:
+            entries = json.loads(Path(name).read_text(encoding="utf-8"))["nanoseconds per weight"]
+            times = {kind: float(entry["decode"]) for kind, entry in entries.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"`fast_on` must be one of {', '.join(SPEEDS)}, or a file that "
+                f"benchmarks/type_speeds.py wrote, not {name}{did_you_mean(name, SPEEDS)}"
+            ) from error
+    if missing := [kind for kind in _OF_PRESETS if not times.get(kind, 0) > 0]:
+        raise ValueError(f"{name} has no time of {', '.join(missing)}: measure these types too")
+    return {kind: times.get(kind, _UNKNOWN) for kind in TYPES}
+
+
+def preset_time(times: Mapping[str, float], bits: float, columns: int) -> float:
+    """Nanoseconds per weight of a preset of llama.cpp that has this many bits per weight.
+
+    A preset mixes types, and the fastest mix of two counts: Q4_K_M is of Q4_K and Q6_K, because
+    Q5_K is slower than its bits say.
+
+    Args:
+        times: Type -> nanoseconds per weight.
+        bits: Bits per weight, with the scales. Those of the types are the limits.
+        columns: The width of the weight. Where 256 does not divide it, llama.cpp takes other types.
+
+    >>> times = dict.fromkeys(TYPES, 0.4) | {"Q4_K": 0.2}
+    >>> preset_time(times, 4.5, 512), round(preset_time(times, 6.5, 512), 3)
+    (0.2, 0.3)
+    """
+    kinds = [type_for(kind, columns) for kind in _OF_PRESETS]
+    bits = min(max(bits, kinds[0].bits), kinds[-1].bits)
+    return min(
+        float(np.interp(bits, (fewer.bits, more.bits), (times[fewer.name], times[more.name])))
+        for fewer in kinds
+        for more in kinds
+        if fewer.bits <= bits <= more.bits
+    )
