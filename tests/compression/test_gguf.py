@@ -29,12 +29,12 @@ from prunus.engine.progress import Progress, pruning_step
 from prunus.evaluation.generation import generate
 from prunus.evaluation.inspection import stored_size
 from prunus.evaluation.records import ModelSize
-from prunus.formats.base import Choice, choose_fast_types, choose_types
 from prunus.formats.gguf.file import GgufFile
 from prunus.formats.gguf.format import read_record
 from prunus.formats.gguf.import_checkpoint import import_gguf
 from prunus.formats.gguf.types import TYPES
 from prunus.formats.records import CompressionRecord
+from prunus.formats.type_choice import Choice, choose_fast_types, choose_types
 from prunus.methods.group_fits import round_in_groups
 from prunus.model.checkpoint import lock
 from prunus.model.checkpoint.atomic_files import move_file

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from prunus.engine.linear_job import Format, LinearSelection
 from prunus.engine.record import extended_card
 from prunus.formats.recipe import CompressionRecipe
 from prunus.formats.records import CompressionRecord, FileSize
+from prunus.formats.type_choice import Choice, choose_fast_types, choose_types
 from prunus.hardware.errors import naming
 from prunus.hardware.sizes import in_bytes
 from prunus.methods.group_fits import check_range, round_in_groups
@@ -46,8 +47,6 @@ from prunus.model.source import CheckpointSource, ModuleSource
 
 # Rows of the output head that are rounded together: a part of it in float32, not all.
 _HEAD_ROWS = 2**14
-# The price of time is raised by this factor at most so often, and then halved in so many times.
-_DEARER, _RAISES, _HALVINGS = 8.0, 10, 6
 
 
 class CompressedFormat(Format[CompressionRecord]):
@@ -299,107 +298,6 @@ class RateFormat(CompressedFormat):
         Args:
             outside: The bytes of the shard of what lies outside the blocks.
         """
-
-
-class Choice(NamedTuple):
-    """A type that a weight can have.
-
-    Attributes:
-        kind: The name of the type.
-        nbytes: The bytes of the weight in the result.
-        loss: What the type adds to the loss; 0 where that was not measured.
-        time: What the weight takes for each token, in nanoseconds; 0 where that does not matter.
-    """
-
-    kind: str
-    nbytes: int
-    loss: float = 0.0
-    time: float = 0.0
-
-
-def choose_types(choices: Mapping[str, Sequence[Choice]], nbytes: int) -> dict[str, str]:
-    """The types of least loss whose bytes add up to at most `nbytes`.
-
-    For a sum of bytes the sum of the losses is least where one more byte would save as much loss in
-    every weight (Lagrange). So all weights start with their smallest type. The step to another type
-    that saves the most loss per byte is taken first, along the convex hull of each weight's types,
-    as long as it fits.
-
-    Args:
-        choices: Name of a weight -> the types that it can have.
-        nbytes: The bytes of all weights together. Where even the smallest types take more, these
-            are chosen.
-
-    Returns:
-        Name of a weight -> name of its type.
-
-    >>> narrow, wide = Choice("Q3_K", 3, 9.0), Choice("Q6_K", 6, 1.0)
-    >>> choose_types({"a": [narrow, wide], "b": [narrow, wide._replace(loss=5.0)]}, 9)
-    {'a': 'Q6_K', 'b': 'Q3_K'}
-    """
-    chosen = {name: min(types, key=lambda x: (x.nbytes, x.loss)) for name, types in choices.items()}
-    left = nbytes - sum(choice.nbytes for choice in chosen.values())
-    while True:
-        steps = [
-            ((now.loss - better.loss) / more, name, better)
-            for name, now in chosen.items()
-            for better in choices[name]
-            if better.loss < now.loss and 0 < (more := better.nbytes - now.nbytes) <= left
-        ]
-        if not steps:
-            return {name: choice.kind for name, choice in chosen.items()}
-        _, name, better = max(steps)
-        left -= better.nbytes - chosen[name].nbytes
-        chosen[name] = better
-
-
-def choose_fast_types(
-    choices: Mapping[str, Sequence[Choice]], nbytes: int, time: float
-) -> dict[str, str]:
-    """The types of least loss within `nbytes` that together take at most `time` for a token.
-
-    For two sums to bound, each has its price (Lagrange). So the loss of a type gets what its time
-    costs, and the smallest price for which the time is kept is searched for.
-
-    Args:
-        choices: Name of a weight -> the types that it can have.
-        nbytes: The bytes of all weights together.
-        time: Nanoseconds of all weights together. Where no choice is as fast, the fastest one that
-            was seen is taken.
-
-    Returns:
-        Name of a weight -> name of its type.
-
-    >>> slow, fast = Choice("IQ4_XS", 4, 1.0, time=9.0), Choice("Q4_K", 4, 2.0, time=5.0)
-    >>> choose_fast_types({"a": [slow, fast], "b": [slow, fast._replace(loss=9.0)]}, 8, 14.0)
-    {'a': 'Q4_K', 'b': 'IQ4_XS'}
-    """
-
-    def chosen_at(price: float) -> tuple[float, dict[str, str]]:
-        """The time of the types that are best at this price of a nanosecond, and the types."""
-        priced = {
-            name: [x._replace(loss=x.loss + price * x.time) for x in types]
-            for name, types in choices.items()
-        }
-        kinds = choose_types(priced, nbytes)
-        times = [x.time for name, types in choices.items() for x in types if x.kind == kinds[name]]
-        return sum(times), kinds
-
-    price, chosen = 0.0, chosen_at(0.0)
-    losses = sum(max(x.loss for x in types) for types in choices.values()) or 1.0
-    for power in range(_RAISES):
-        if chosen[0] <= time:
-            break
-        price = _DEARER ** (power - 3) * losses / time
-        chosen = chosen_at(price)
-    low = price / _DEARER
-    for _ in range(_HALVINGS if price else 0):
-        middle = (low + price) / 2
-        if (trial := chosen_at(middle))[0] <= time:
-            price, chosen = middle, trial
-        else:
-            low = middle
-    return chosen[1]
 
 
 class TypeFormat(CompressedFormat):

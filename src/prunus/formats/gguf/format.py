@@ -33,7 +33,7 @@ from prunus.engine.folder import BlockFolder, find_earlier, remove_result
 from prunus.engine.linear_options import PruningOptions
 from prunus.engine.linear_record import LinearRecord
 from prunus.engine.options import RunOptions
-from prunus.formats.base import MixFormat, choose_types
+from prunus.formats.base import MixFormat
 from prunus.formats.cards import quantized_card
 from prunus.formats.gguf.file import (
     RECORD_FIELD,
@@ -62,6 +62,7 @@ from prunus.formats.gguf.types import (
 )
 from prunus.formats.recipe import CompressionRecipe
 from prunus.formats.records import CompressionRecord, FileSize
+from prunus.formats.type_choice import choose_types
 from prunus.hardware.sizes import in_bytes
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.model.checkpoint.atomic_files import (
