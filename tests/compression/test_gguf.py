@@ -245,6 +245,24 @@ def test_the_types_of_least_loss_meet_the_size(tmp_path):
     assert given.types["model.embed_tokens"] == "Q8_0"
 
 
+def test_two_bits_at_widths_of_64_are_taken_where_a_file_must_be_smaller(tmp_path):
+    dense = gguf_checkpoint(tmp_path / "dense", hidden_size=64, intermediate_size=192)
+    kinds = {}
+    for bits in (2.5, 4.6, 5.0):
+        out = tmp_path / f"{bits}.gguf"
+        kinds[bits] = set(compress(dense, out, bits=bits).types.values())
+    assert "Q2_0" in kinds[2.5] - kinds[4.6] - kinds[5.0]
+    record = compress(dense, tmp_path / "x.gguf", type="Q2_0")
+    weights, before = (
+        imported(tmp_path / "x.gguf", tmp_path / "back"),
+        load_file(dense / "model.safetensors"),
+    )
+    for name in (f"{x}.weight" for x, kind in record.types.items() if kind == "Q2_0"):
+        assert (weights[name] - before[name]).norm() < 0.6 * before[name].norm()
+        # A span of 64 has one scale, and so at most four values.
+        assert all(len(span.unique()) <= 4 for span in weights[name].view(-1, 64))
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 99), min_size=3, max_size=3), min_size=1, max_size=4))
 def test_no_other_choice_with_as_many_bytes_loses_less_on_the_hull(losses):

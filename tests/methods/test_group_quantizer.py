@@ -8,6 +8,7 @@ import torch
 from method_cases import ThreeShards
 from prunus.formats.block_bytes import BlockType
 from prunus.formats.compressed_tensors import integer_type
+from prunus.formats.gguf.file import package
 from prunus.formats.gguf.types import TYPES, type_for
 from prunus.methods import InputStatistics, Work
 from prunus.methods.group_fits import SpanFit, fit_scales, round_in_groups
@@ -54,11 +55,12 @@ def error(weight_OI: torch.Tensor, other_OI: torch.Tensor, gram_II: torch.Tensor
 
 @every_type
 def test_bytes_are_read_and_written_as_the_package_gguf_does(quantizer):
-    gguf = pytest.importorskip("gguf", reason="the package gguf is the reference")
+    pytest.importorskip("gguf", reason="the package gguf is the reference")
     torch.manual_seed(0)
-    data_NK = random_spans(quantizer)
+    data_NK, gguf = random_spans(quantizer), package()
     spans = quantizer.unpack(data_NK)
-    kind = gguf.GGMLQuantizationType[quantizer.name]
+    kind = gguf.GGMLQuantizationType(quantizer.number)
+    assert kind.name == quantizer.name
     assert (quantizer.number, quantizer.span, quantizer.nbytes) == (
         kind,
         *gguf.GGML_QUANT_SIZES[kind],
@@ -66,6 +68,12 @@ def test_bytes_are_read_and_written_as_the_package_gguf_does(quantizer):
     expected = torch.from_numpy(gguf.quants.dequantize(data_NK.numpy(), kind))
     assert torch.equal(spans.dense(quantizer), expected)
     assert torch.equal(quantizer.pack(spans), data_NK)
+
+
+def test_q2_0_has_two_bits_of_four_neighbours_in_a_byte():
+    data_NK = torch.tensor([*torch.tensor([-0.5]).half().view(torch.uint8), *[0b11100100] * 16])
+    weight_NB = TYPES["Q2_0"].unpack(data_NK[None].byte()).dense(TYPES["Q2_0"])
+    assert weight_NB.tolist() == [[0.5, 0.0, -0.5, -1.0] * 16]
 
 
 def test_widths_that_256_does_not_divide_get_the_types_of_llama_cpp():

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from prunus.formats.gguf.types import TYPES, GgufType
 from prunus.hardware.errors import require_library
 from prunus.hardware.process_state import replaced
 from prunus.model.checkpoint.atomic_files import replacing
@@ -42,11 +43,40 @@ def check_extra() -> None:
         require_library(module, "a GGUF file", "gguf")
 
 
+@functools.cache
 def package() -> Any:
-    """llama.cpp's package `gguf`."""
+    """llama.cpp's package `gguf`, which also knows the types of prunus that it lacks."""
     import gguf
 
+    for kind in TYPES.values():
+        block = np.zeros((1, kind.nbytes), np.uint8)
+        try:
+            gguf.dequantize(block, gguf.GGMLQuantizationType(kind.number))
+        except (ValueError, NotImplementedError):
+            _add_type(gguf, kind)
     return gguf
+
+
+def _add_type(gguf: Any, kind: GgufType) -> None:
+    """Let the package, and so transformers, read a type that it does not know.
+
+    Versions up to 0.19 do not know Q2_0. llama.cpp's own copy of 0.19 knows its number alone.
+    """
+    numbers, quants = gguf.GGMLQuantizationType, gguf.quants
+    member = numbers.__members__.get(kind.name)
+    if member is None:
+        member, missing = int.__new__(numbers, kind.number), numbers._missing_
+        member._name_, member._value_ = kind.name, kind.number
+        # What an enumeration asks for the member of a number that it does not have.
+        numbers._missing_ = staticmethod(lambda x: member if x == kind.number else missing(x))
+        gguf.GGML_QUANT_SIZES[member] = kind.span, kind.nbytes
+
+    def dequantize_blocks(blocks: Any) -> Any:
+        return kind.unpack(torch.tensor(blocks)).dense(kind).numpy()
+
+    # Its subclasses are what the package decodes with.
+    base = quants.Q8_0.__base__
+    type(kind.name, (base,), {"dequantize_blocks": staticmethod(dequantize_blocks)}, qtype=member)
 
 
 @functools.cache

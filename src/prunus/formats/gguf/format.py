@@ -346,8 +346,13 @@ class GgufFormat(MixFormat):
         tensors = self.contents.layout.tensors
         return {x.module: x.shape for x in tensors if x.module in names}
 
-    def quantizers(self, name: str) -> list[GgufType]:
-        """The types that a module can have: one where the recipe decides, else all that fit."""
+    def quantizers(self, name: str, with_reserve: bool | None = None) -> list[GgufType]:
+        """The types that a module can have: one where the recipe decides, else all that fit.
+
+        Args:
+            name: Name of a linear, an embedding or a head.
+            with_reserve: Whether types count that are kept in reserve; None where they are needed.
+        """
         columns = self.job.checkpoint.checkpoint.tensors[self.job.stored_key(name)].shape[-1]
         kind = self._head_type if name in self.modules_outside else self.recipe.type
         if self._names_file:
@@ -356,7 +361,20 @@ class GgufFormat(MixFormat):
             return [type_for(kind, columns)]
         # Of Q4_K's size, and as fast; IQ4_XS, which has the same levels, takes longer to decode.
         fast = [TYPES["IQ4_NL"]] if self._times and not columns % 256 else []
-        return types_for(columns) + fast
+        with_reserve = self._needs_reserve if with_reserve is None else with_reserve
+        return types_for(columns, with_reserve) + fast
+
+    @functools.cached_property
+    def _needs_reserve(self) -> bool:
+        """Whether no other types make a file as small as the recipe asks for.
+
+        They are not measured, so that a choice of types that decode fast does without them.
+        """
+        smallest = (
+            min(self.nbytes_of(kind, shape) for kind in self.quantizers(name, with_reserve=False))
+            for name, shape in self.shapes.items()
+        )
+        return not self._times and sum(smallest) > self.budget
 
     @property
     def _head_type(self) -> str | None:
@@ -426,7 +444,10 @@ class GgufFormat(MixFormat):
     @functools.cached_property
     def others(self) -> int:
         """The bytes of the file that do not depend on the types."""
-        return self.contents.file_bytes(choose_types(self.choices({}), 0)) - self.reach[0]
+        # Those of any types will do.
+        types = dict.fromkeys(self.shapes, "Q8_0")
+        weights = sum(self.nbytes_of(TYPES["Q8_0"], shape) for shape in self.shapes.values())
+        return self.contents.file_bytes(types) - weights
 
     def describe(self) -> dict[str, object]:
         """The size of the file and what takes it, for a plan."""

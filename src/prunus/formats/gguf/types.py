@@ -14,6 +14,8 @@ import torch
 from prunus.formats.block_bytes import ONE, BlockType, Field, integers
 from prunus.hardware.errors import did_you_mean
 
+# The span of most types. Where it does not divide a width, others take their place.
+_LONG = 256
 # The 16 values of IQ4_NL and IQ4_XS (kvalues_iq4nl of ggml).
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
@@ -30,13 +32,16 @@ class GgufType(BlockType):
         number: Its number in ggml (`ggml_type`).
         file_type: The number that a file says of itself where most of its weights have this type
             (`llama_ftype`).
-        fallback: What llama.cpp takes where 256 does not divide a width; empty for types that have
-            spans of 32.
+        fallback: What llama.cpp takes where the span does not divide a width; empty for types that
+            have spans of 32.
+        is_reserve: Whether the choice by loss takes it only where a file would be too large
+            without such types.
     """
 
     number: int
     file_type: int
     fallback: str = ""
+    is_reserve: bool = False
 
 
 # Fields of levels and fields of codes: bits, width and shift are their arguments.
@@ -76,6 +81,10 @@ _ALL = (
     GgufType("Q6_K", 256, 16, integers(6), (-128, 127), _Q6_K, 14, 18, "Q8_0"),
     GgufType("IQ4_NL", 32, 32, _IQ4, ONE, (_D, _NIBBLES), 20, 25),
     GgufType("IQ4_XS", 256, 32, _IQ4, (-32, 31), _IQ4_XS, 23, 30, "IQ4_NL"),
+    # Its scale may be negative: then the values are −2 to 1.
+    GgufType(
+        "Q2_0", 64, 64, (-1, 0, 1, 2), ONE, (_D, _levels(2, 1)), 42, 41, "Q4_0", is_reserve=True
+    ),
 )  # fmt: skip
 
 #: dtype of a tensor that is stored as it is -> its name, its number, and its number as a file type.
@@ -134,19 +143,27 @@ def type_for(name: str, columns: int) -> GgufType:
     return chosen
 
 
-def types_for(columns: int) -> list[GgufType]:
+def types_for(columns: int, with_reserve: bool = False) -> list[GgufType]:
     """The types that a weight of this width can have: those with long spans where they fit.
 
     Q8_0 is always one of them: no type with long spans is as exact.
 
     Args:
         columns: The width of the weight.
+        with_reserve: Whether types count that are taken only where files are too large without.
 
     Raises:
         ValueError: 32 does not divide the width, so that no type suits it.
 
     >>> [x.name for x in types_for(576)]
     ['Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q8_0', 'IQ4_NL']
+    >>> [x.name for x in types_for(576, with_reserve=True)][-1]
+    'Q2_0'
     """
-    longest = type_for("Q4_K", columns).span
-    return [x for x in TYPES.values() if x.span == longest or x.name == "Q8_0"]
+    is_long = type_for("Q4_K", columns).span == _LONG
+    return [
+        x
+        for x in TYPES.values()
+        if columns % x.span == 0 and x.is_reserve <= with_reserve
+        if x.name == "Q8_0" or (x.span == _LONG) == is_long
+    ]
