@@ -212,7 +212,7 @@ def test_what_cannot_be_written_is_refused_before_any_work(dense, experts, tmp_p
         (dense, "x.gguf", {"type": "Q4_K", "sparsity": 0.5}, "stores zeros"),
         (dense, "folder", {"type": "Q4_K"}, ".gguf"),
         (dense, "mine.gguf", {"type": "Q4_K"}, "GGUF"),
-        (dense, "x.gguf", {"bits": 1.5}, "1.5 bits is not possible .* 2.6. to 8.50 bits"),
+        (dense, "x.gguf", {"bits": 1.5}, "1.5 bits is not possible .* 2.06 to 8.50 bits"),
         (dense, "x.gguf", {"size": 1000}, "1.0 kB is not possible .* files .* kB to .* MB"),
         (dense, "x.gguf", {"size": 10**9}, "1.0 GB is not possible"),
         (dense, "folder", {"bits": 3, "template": tmp_path / "longer.gguf"}, ".gguf"),
@@ -261,6 +261,18 @@ def test_two_bits_at_widths_of_64_are_taken_where_a_file_must_be_smaller(tmp_pat
         assert (weights[name] - before[name]).norm() < 0.6 * before[name].norm()
         # A span of 64 has one scale, and so at most four values.
         assert all(len(span.unique()) <= 4 for span in weights[name].view(-1, 64))
+
+
+@pytest.mark.parametrize(("bits", "rounding"), [(2.1, "feedback"), (2.5, "nearest")])
+def test_codebooks_make_files_that_other_types_cannot_make_as_small(bits, rounding, tmp_path):
+    dense, out = gguf_checkpoint(tmp_path / "dense", num_hidden_layers=1), tmp_path / "x.gguf"
+    kinds = compress(dense, out, bits=bits, rounding=rounding).types
+    assert {x[:3] for x in kinds.values()} & {"IQ2", "IQ3"}
+    before, weights = load_file(dense / "model.safetensors"), imported(out, tmp_path / "back")
+    for name in (f"{x}.weight" for x in kinds):
+        assert (weights[name] - before[name]).norm() < 0.4 * before[name].float().norm(), name
+    with pytest.raises(ValueError, match=r"2 bits is not possible .* take 2\.06 to"):
+        compress(dense, out, bits=2.0, rounding=rounding, overwrite=True)
 
 
 @settings(max_examples=50, deadline=None)
@@ -719,7 +731,7 @@ def test_types_of_another_model_or_that_prunus_does_not_write_are_refused(dense,
     texts = {
         "short": lines[:-1],
         "foreign": [*lines, r"^blk\.7\.attn_q\.weight$=q8_0"],
-        "iq": [lines[0].replace("q8_0", "IQ2_XXS"), *lines],
+        "iq": [lines[0].replace("q8_0", "IQ1_S"), *lines],
         "pattern": ["attn_.*=q8_0", *lines],
         "no list": ["something else"],
     }
@@ -730,7 +742,7 @@ def test_types_of_another_model_or_that_prunus_does_not_write_are_refused(dense,
         ("longer.gguf", r"longer\.gguf is not a file of this model: blk\.2\..* is None"),
         ("short", rf"short has no type for {re.escape(lines[-1][1:].partition('$')[0])}"),
         ("foreign", r"no tensor 'blk\.7\.attn_q\.weight'"),
-        ("iq", r"IQ2_XXS for .*, and prunus writes Q4_0"),
+        ("iq", r"IQ1_S for .*, and prunus writes Q4_0"),
         ("pattern", r"no tensor 'attn_\.\*'"),
         ("no list", "no tensor ''"),
         ("missing", "missing is not a type .* or a file with the types"),

@@ -17,7 +17,7 @@ from transformers import modeling_utils
 import prunus
 from prunus.engine.run import _one_processor_thread
 from prunus.evaluation.tasks import _quiet_lm_eval
-from prunus.formats.gguf.file import package
+from prunus.formats.gguf.package import package
 from prunus.hardware.numerics import tf32_products
 from prunus.hardware.process_state import no_stderr, no_warnings
 from prunus.model.loading import no_downloads

@@ -1,36 +1,44 @@
 """Weights as GGUF's types: bytes, fits, and the sweep with feedback."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 
 from method_cases import ThreeShards
-from prunus.formats.block_bytes import BlockType
 from prunus.formats.compressed_tensors import integer_type
-from prunus.formats.gguf.file import package
-from prunus.formats.gguf.types import TYPES, type_for
+from prunus.formats.gguf.file import dequantize
+from prunus.formats.gguf.package import package
+from prunus.formats.gguf.types import TYPES, CodebookType, GgufType, type_for
 from prunus.methods import InputStatistics, Work
 from prunus.methods.group_fits import SpanFit, fit_scales, round_in_groups
 from prunus.methods.group_sweep import quantize_in_groups
 from prunus.methods.solvers.obs import inverse_factor
 from prunus.methods.work import NearestRounding
 
+pytest.importorskip("gguf", reason="the package gguf is the reference, and has the codebooks")
+
 INTEGERS = [integer_type(bits, 128, torch.bfloat16) for bits in (4, 8)]
 every_type = pytest.mark.parametrize("quantizer", TYPES.values(), ids=TYPES)
 every_quantizer = pytest.mark.parametrize(
     "quantizer", [*TYPES.values(), *INTEGERS], ids=[*TYPES, "W4A16", "W8A16"]
 )
+CODEBOOKS = [x for x in TYPES.values() if isinstance(x, CodebookType)]
+every_codebook = pytest.mark.parametrize("quantizer", CODEBOOKS, ids=lambda x: x.name)
 some_quantizers = pytest.mark.parametrize(
     "quantizer", [*(TYPES[x] for x in ("Q2_K", "Q3_K", "IQ4_NL")), INTEGERS[0]]
 )
 
 
-def random_spans(quantizer: BlockType, count: int = 20) -> torch.Tensor:
+def random_spans(quantizer: GgufType, count: int = 20) -> torch.Tensor:
     """Spans of random integers, and of scales that are ordinary numbers: uint8 (N, bytes)."""
     data_NK = torch.randint(0, 256, (count, quantizer.nbytes), dtype=torch.uint8)
     if quantizer.name == "Q8_0":
         data_NK[data_NK == 128] = 0  # −128 is a value that no writer uses
+    if isinstance(quantizer, CodebookType):
+        data_NK[:, :2] = torch.randn(count, 1).half().view(torch.uint8)
+        return data_NK
     start = 0
     groups = quantizer.span // quantizer.group * (2 if quantizer.has_minimum else 1)
     for part, bits, _, _ in quantizer.layout:
@@ -55,7 +63,6 @@ def error(weight_OI: torch.Tensor, other_OI: torch.Tensor, gram_II: torch.Tensor
 
 @every_type
 def test_bytes_are_read_and_written_as_the_package_gguf_does(quantizer):
-    pytest.importorskip("gguf", reason="the package gguf is the reference")
     torch.manual_seed(0)
     data_NK, gguf = random_spans(quantizer), package()
     spans = quantizer.unpack(data_NK)
@@ -65,7 +72,7 @@ def test_bytes_are_read_and_written_as_the_package_gguf_does(quantizer):
         kind,
         *gguf.GGML_QUANT_SIZES[kind],
     )
-    expected = torch.from_numpy(gguf.quants.dequantize(data_NK.numpy(), kind))
+    expected = torch.from_numpy(dequantize(data_NK.numpy(), kind))
     assert torch.equal(spans.dense(quantizer), expected)
     assert torch.equal(quantizer.pack(spans), data_NK)
 
@@ -167,7 +174,9 @@ def test_the_sweep_equals_a_slow_one(quantizer):
     assert torch.equal(found.weight_OI, found.quantized.dense())
 
 
-@every_quantizer
+@pytest.mark.parametrize(
+    "quantizer", [x for x in (*TYPES.values(), *INTEGERS) if x not in CODEBOOKS]
+)
 def test_feedback_lowers_the_error_of_the_outputs(quantizer):
     torch.manual_seed(0)
     weight_OI, statistics = torch.randn(8, 512), statistics_of(512)
@@ -175,6 +184,57 @@ def test_feedback_lowers_the_error_of_the_outputs(quantizer):
     found = quantize_in_groups(weight_OI, statistics, Work(quantization=quantizer))
     rounded_OI = round_in_groups(weight_OI, quantizer, gram_II.diagonal()).dense()
     assert error(weight_OI, found.weight_OI, gram_II) < 0.7 * error(weight_OI, rounded_OI, gram_II)
+
+
+@every_codebook
+def test_codewords_are_the_best_of_all_for_their_scales(quantizer):
+    """Every row of the grid is tried with all signs that the type allows."""
+    torch.manual_seed(0)
+    weight_OI, importance_I = torch.randn(3, 256), torch.rand(256) + 0.1
+    rounded = round_in_groups(weight_OI, quantizer, importance_I)
+    spans, dense_OI, grid_KC = (
+        quantizer.unpack(rounded.data_OB),
+        rounded.dense(),
+        quantizer.grid_KC,
+    )
+    signs = torch.tensor(list(itertools.product((1.0, -1.0), repeat=8)))
+    if quantizer.has_even_signs:
+        signs = signs[signs.prod(1) > 0]
+    errors = []
+    for row, start in itertools.product(range(3), range(0, 256, 8)):
+        columns = slice(start, start + 8)
+        step = spans.d_N[row] * spans.codes_NG[row, start // quantizer.group]
+        parts = signs.view(len(signs), -1, grid_KC.shape[1])
+        target = (weight_OI[row, columns] * signs).view(parts.shape)
+        error = (target[:, :, None] - step * grid_KC).square()
+        error = (error * importance_I[columns].view(parts.shape[1], 1, -1)).sum(3)
+        change = dense_OI[row, columns] - weight_OI[row, columns]
+        best = error.amin(2).sum(1).min()
+        errors.append((float((change.square() * importance_I[columns]).sum()), float(best)))
+    actual, best = (sum(x) for x in zip(*errors, strict=True))
+    # The sign that an even number of them costs is chosen before the row of the grid.
+    assert actual <= best * (1.03 if quantizer.has_even_signs else 1 + 1e-5)
+
+
+@pytest.mark.parametrize(("codebook", "scalar"), [("IQ3_S", "Q3_K"), ("IQ2_S", "Q2_K")])
+def test_codebooks_have_smaller_errors_than_other_types_of_their_bits(codebook, scalar):
+    torch.manual_seed(0)
+    weight_OI, importance_I = torch.randn(16, 512), torch.rand(512)
+    codebook_error, scalar_error = (
+        ((round_in_groups(weight_OI, kind, importance_I).dense() - weight_OI) ** 2 @ importance_I)
+        for kind in (TYPES[codebook], TYPES[scalar])
+    )
+    assert TYPES[codebook].bits <= TYPES[scalar].bits
+    assert codebook_error.sum() < 0.85 * scalar_error.sum()
+
+
+@every_codebook
+def test_codewords_are_rounded_without_feedback(quantizer):
+    torch.manual_seed(0)
+    weight_OI, statistics = torch.randn(8, 512), statistics_of(512)
+    rounded = quantize_in_groups(weight_OI, statistics, Work(quantization=quantizer))
+    expected = round_in_groups(weight_OI, quantizer, statistics.sum_squares_I.float())
+    assert torch.equal(rounded.weight_OI, expected.dense())
 
 
 def test_processes_that_share_the_rows_get_the_same_weight():

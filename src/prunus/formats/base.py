@@ -30,8 +30,8 @@ from prunus.formats.records import CompressionRecord, FileSize
 from prunus.formats.type_choice import Choice, choose_fast_types, choose_types
 from prunus.hardware.errors import naming
 from prunus.hardware.sizes import in_bytes
-from prunus.methods.group_fits import check_range, round_in_groups
-from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
+from prunus.methods.group_fits import round_in_groups
+from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer, check_range
 from prunus.methods.group_sweep import quantize_in_groups
 from prunus.methods.statistics import InputStatistics
 from prunus.model.checkpoint.atomic_files import write_text

@@ -136,7 +136,7 @@ class BlockType(GroupQuantizer):
         levels_NB = integers["levels"] - self.zero_point(self.values)
         return Spans(floats["d"], floats["dmin"], codes_NG, minima_NG, levels_NB)
 
-    def zero_point(self, numbers: tuple[int, ...]) -> int:
+    def zero_point(self, numbers: tuple[float, ...]) -> int:
         """What turns an integer counted from the lowest on into the stored one, modulo 256.
 
         Integers of eight bits are stored in two's complement, all others as they are.
@@ -144,7 +144,7 @@ class BlockType(GroupQuantizer):
         Args:
             numbers: `values` or `codes`: from the lowest to the highest integer.
         """
-        return numbers[0] % 256 if numbers[-1] == 127 else 0
+        return int(numbers[0]) % 256 if numbers[-1] == 127 else 0
 
 
 #: The codes of a quantiser whose spans are single groups.

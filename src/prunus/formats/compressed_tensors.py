@@ -37,7 +37,7 @@ _BITS = (4, 8)
 class IntegerType(BlockType):
     """Integers with a scale for each group, stored as the group's scale and its integers."""
 
-    def zero_point(self, numbers: tuple[int, ...]) -> int:
+    def zero_point(self, numbers: tuple[float, ...]) -> int:
         """Always 0."""
         # The package stores all integers counted from the lowest on.
         return 0

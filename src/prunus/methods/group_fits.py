@@ -21,7 +21,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer, Scales, join_spans
+from prunus.methods.codebooks import CodebookQuantizer, fit_codewords
+from prunus.methods.group_quantizer import (
+    GroupedWeight,
+    GroupQuantizer,
+    Scales,
+    check_range,
+    join_spans,
+    over,
+)
 
 # Candidates for the step of a group: the extreme weight gets the extreme value of the quantiser,
 # moved by these shares of the distance between values.
@@ -57,25 +65,11 @@ def fit_scales(weight_BO: Tensor, importance_B: Tensor, quantizer: GroupQuantize
     d_O = _common_factor(step_GO, lowest, highest)
     dmin_O = _common_factor(offset_GO, 0, highest)
     for _ in range(_ROUNDS):
-        code_GO = _over(step_GO, d_O).round_().clamp_(lowest, highest)
-        minimum_GO = _over(offset_GO, dmin_O).round_().clamp_(0, highest)
+        code_GO = over(step_GO, d_O).round_().clamp_(lowest, highest)
+        minimum_GO = over(offset_GO, dmin_O).round_().clamp_(0, highest)
         scales = groups.refit(groups.best_codes(Scales(d_O, dmin_O, code_GO, minimum_GO)))
         d_O, dmin_O = scales.d_O, scales.dmin_O
     return scales
-
-
-def check_range(weight: Tensor, quantizer: GroupQuantizer) -> None:
-    """Check that a quantiser reaches all numbers of a weight.
-
-    Raises:
-        ValueError: It does not.
-    """
-    if bool((weight.abs() > quantizer.largest).any()):
-        raise ValueError(
-            f"its weights are too large for {quantizer.name}, which reaches "
-            f"{quantizer.largest:.1e}. Is the checkpoint whole? `ignore` keeps a linear as it is, "
-            "and `head_bits` none the head"
-        )
 
 
 def round_in_groups(
@@ -99,20 +93,23 @@ def round_in_groups(
     parts = []
     for rows_OI in weight_OI.split(max(1, _ELEMENTS // columns)):
         weight_IO = rows_OI.float().T.contiguous()
-        scales, levels = [], []
-        for weight_BO, importance_B in zip(
+        spans = zip(
             weight_IO.split(quantizer.span), importance_I.split(quantizer.span), strict=True
-        ):
-            scales.append(fit_scales(weight_BO, importance_B, quantizer))
-            levels.append(_levels(weight_BO, scales[-1], quantizer))
-        parts.append(join_spans(scales, torch.cat(levels), quantizer).data_OB)
+        )
+        scales, levels = zip(*(_fit_span(*span, quantizer) for span in spans), strict=True)
+        parts.append(join_spans(list(scales), torch.cat(levels), quantizer).data_OB)
     return GroupedWeight(quantizer, torch.cat(parts))
 
 
-def _levels(weight_BO: Tensor, scales: Scales, quantizer: GroupQuantizer) -> Tensor:
-    """The levels of the values nearest to the weights of a span, uint8 (B, O)."""
+def _fit_span(
+    weight_BO: Tensor, importance_B: Tensor, quantizer: GroupQuantizer
+) -> tuple[Scales, Tensor]:
+    """The scales of one span, and the levels of the values nearest to its weights, uint8 (B, O)."""
+    if isinstance(quantizer, CodebookQuantizer):
+        return fit_codewords(weight_BO, importance_B, quantizer)
+    scales = fit_scales(weight_BO, importance_B, quantizer)
     in_steps_GCO = _in_steps(weight_BO.unflatten(0, (-1, quantizer.group)), scales)
-    return quantizer.nearest(in_steps_GCO)[1].flatten(0, 1).to(torch.uint8)
+    return scales, quantizer.nearest(in_steps_GCO)[1].flatten(0, 1).to(torch.uint8)
 
 
 def _common_factor(real_GO: Tensor, lowest: int, highest: int) -> Tensor:
@@ -129,7 +126,7 @@ def _common_factor(real_GO: Tensor, lowest: int, highest: int) -> Tensor:
     best_O, d_O = torch.full_like(extreme_O, torch.inf), torch.zeros_like(extreme_O)
     for share in _SHARES:
         new_O = (extreme_O / round(share * extreme_code)).half().float()
-        code_GO = _over(real_GO, new_O).round_().clamp_(lowest, highest)
+        code_GO = over(real_GO, new_O).round_().clamp_(lowest, highest)
         error_O = (code_GO * new_O).sub_(real_GO).square_().sum(0)
         _take(error_O < best_O, (error_O, best_O), (new_O, d_O))
     return d_O
@@ -195,11 +192,11 @@ class SpanFit:
         spacing = (values[-1] - values[0]) / (len(values) - 1)
         if self.quantizer.has_minimum:
             lowest_GO = self.weight_GCO.amin(1).clamp_max_(0)
-            inverse_GO = _over(1.0, self.weight_GCO.amax(1) - lowest_GO)
+            inverse_GO = over(1.0, self.weight_GCO.amax(1) - lowest_GO)
             extremes = [(values[-1], _MOVES)]
         else:
             lowest_GO = torch.zeros_like(self.sum_GO)
-            inverse_GO = _over(1.0, _extreme(self.weight_GCO.transpose(0, 1)))
+            inverse_GO = over(1.0, _extreme(self.weight_GCO.transpose(0, 1)))
             extremes = [(values[0], _MOVES), (values[-1], _MOVES[len(_MOVES) // 2 :])]
         for value, moves in extremes:
             for move in moves:
@@ -258,18 +255,13 @@ class SpanFit:
 def _in_steps(weight_GCO: Tensor, scales: Scales) -> Tensor:
     """(x + offset) / step of every weight: the numbers that `GroupQuantizer.nearest` rounds."""
     step_GO, offset_GO = scales.steps()
-    return (weight_GCO + offset_GO[:, None]).mul_(_over(1.0, step_GO)[:, None])
+    return (weight_GCO + offset_GO[:, None]).mul_(over(1.0, step_GO)[:, None])
 
 
 def _extreme(weight_CX: Tensor) -> Tensor:
     """The entry of the largest magnitude along the first dimension, with its sign."""
     largest, smallest = weight_CX.amax(0), weight_CX.amin(0)
     return torch.where(largest > -smallest, largest, smallest)
-
-
-def _over(upper: Tensor | float, lower: Tensor) -> Tensor:
-    """The quotient, and 0 where it is not finite."""
-    return (upper / lower).nan_to_num_(0, 0, 0)
 
 
 def _take(better: Tensor, *pairs: tuple[Tensor, Tensor]) -> None:
@@ -294,8 +286,8 @@ def _two_least_squares(
         total: Σ w·x·m.
     """
     determinant = square * weight - value_sum.square()
-    step = _over(weight * product - value_sum * total, determinant)
-    offset = _over(value_sum * product - square * total, determinant)
+    step = over(weight * product - value_sum * total, determinant)
+    offset = over(value_sum * product - square * total, determinant)
     without = (offset <= 0) | (step <= 0)
-    step = torch.where(without, _over(product, square), step)
+    step = torch.where(without, over(product, square), step)
     return step, offset.masked_fill_(without, 0)

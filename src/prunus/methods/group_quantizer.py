@@ -40,14 +40,14 @@ class GroupQuantizer(ABC):
     name: str
     span: int
     group: int
-    values: tuple[int, ...]
+    values: tuple[float, ...]
     codes: tuple[int, int]
     dtype: torch.dtype = field(default=torch.float16, kw_only=True)
 
     @property
-    @abstractmethod
     def has_minimum(self) -> bool:
         """Whether a group has a minimum, which lets its values be asymmetric about 0."""
+        return False
 
     @property
     @abstractmethod
@@ -110,7 +110,7 @@ class GroupQuantizer(ABC):
 
 
 @functools.cache
-def _tables(values: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def _tables(values: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """The values, float32, and the level of the value nearest to each half, from the lowest on."""
     table = torch.tensor(values, dtype=torch.float32, device=device)
     halves = torch.arange(2 * values[0], 2 * values[-1] + 1, device=device) / 2
@@ -208,3 +208,22 @@ def join_spans(scales: list[Scales], levels_IO: Tensor, quantizer: GroupQuantize
         levels_IO.T.reshape(-1, quantizer.span),
     )
     return GroupedWeight(quantizer, quantizer.pack(spans).view(levels_IO.shape[1], -1))
+
+
+def check_range(weight: Tensor, quantizer: GroupQuantizer) -> None:
+    """Check that a quantiser reaches all numbers of a weight.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if bool((weight.abs() > quantizer.largest).any()):
+        raise ValueError(
+            f"its weights are too large for {quantizer.name}, which reaches "
+            f"{quantizer.largest:.1e}. Is the checkpoint whole? `ignore` keeps a linear as it is, "
+            "and `head_bits` none the head"
+        )
+
+
+def over(upper: Tensor | float, lower: Tensor) -> Tensor:
+    """The quotient, and 0 where it is not finite."""
+    return (upper / lower).nan_to_num_(0, 0, 0)

@@ -23,6 +23,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from prunus.methods.codebooks import CodebookQuantizer
 from prunus.methods.group_fits import SpanFit, fit_scales, round_in_groups
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer, Scales, join_spans
 from prunus.methods.rate_distortion import DAMPING
@@ -42,7 +43,8 @@ def quantize_in_groups(weight_OI: Tensor, statistics: InputStatistics, work: Wor
     Args:
         weight_OI: float32; its rows consist of whole spans.
         statistics: With a Gram matrix. Without feedback it may be empty.
-        work: Its quantisation is a `GroupQuantizer`, or a `NearestRounding` for no feedback. Its
+        work: Its quantisation is a `GroupQuantizer`, or a `NearestRounding` for no feedback. There
+            is none for codebooks either; see `codebooks`. Its
             `damping` is a share of the mean diagonal of the Gram matrix; None means
             `rate_distortion.DAMPING`.
 
@@ -52,13 +54,14 @@ def quantize_in_groups(weight_OI: Tensor, statistics: InputStatistics, work: Wor
     Raises:
         ValueError: The Gram matrix is not finite.
     """
-    if isinstance(work.quantization, NearestRounding):
-        quantizer, importance_I = work.quantization
+    quantizer, importance_I = work.quantization, statistics.sum_squares_I.float()
+    if isinstance(quantizer, NearestRounding):
+        quantizer, importance_I = quantizer
+    assert isinstance(quantizer, GroupQuantizer)
+    if quantizer is not work.quantization or isinstance(quantizer, CodebookQuantizer):
         quantize = partial(round_in_groups, quantizer=quantizer, importance_I=importance_I)
         notes = dict[str, float]()
     else:
-        assert isinstance(work.quantization, GroupQuantizer)
-        quantizer = work.quantization
         damping = DAMPING if work.options.damping is None else work.options.damping
         order = ((quantizer.span, quantizer.group), lambda squares_I: _order(squares_I, quantizer))
         order_I, upper_II, notes = ordered_factor(statistics, damping, order, _CORRELATIONS)

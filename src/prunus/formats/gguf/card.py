@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from prunus.formats.gguf.file import GgufFile, package
+from prunus.formats.gguf.file import GgufFile
+from prunus.formats.gguf.package import package
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.card import base_model, values_of
 from prunus.model.checkpoint.regular_files import read_card

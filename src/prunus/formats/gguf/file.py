@@ -1,7 +1,6 @@
 """GGUF files through llama.cpp's package `gguf`: fields and tensors are read, and files written.
 
-No other file imports the package, which is an extra. Files of strangers are checked first; see
-`header.open_gguf`.
+Files of strangers are checked first; see `header.open_gguf`.
 """
 
 from __future__ import annotations
@@ -20,9 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from prunus.formats.gguf.types import TYPES, GgufType
+from prunus.formats.gguf.package import package
+from prunus.formats.gguf.types import TYPES
 from prunus.hardware.errors import require_library
 from prunus.hardware.process_state import replaced
+from prunus.methods.group_quantizer import GroupedWeight
 from prunus.model.checkpoint.atomic_files import replacing
 
 #: The field with the record of the run that made a file.
@@ -43,40 +44,16 @@ def check_extra() -> None:
         require_library(module, "a GGUF file", "gguf")
 
 
-@functools.cache
-def package() -> Any:
-    """llama.cpp's package `gguf`, which also knows the types of prunus that it lacks."""
-    import gguf
+def dequantize(data: Any, kind: Any) -> Any:
+    """The weights of a tensor as the package has it, also of Q2_0, which the package cannot decode.
 
-    for kind in TYPES.values():
-        block = np.zeros((1, kind.nbytes), np.uint8)
-        try:
-            gguf.dequantize(block, gguf.GGMLQuantizationType(kind.number))
-        except (ValueError, NotImplementedError):
-            _add_type(gguf, kind)
-    return gguf
-
-
-def _add_type(gguf: Any, kind: GgufType) -> None:
-    """Let the package, and so transformers, read a type that it does not know.
-
-    Versions up to 0.19 do not know Q2_0. llama.cpp's own copy of 0.19 knows its number alone.
+    Args:
+        data: Its bytes, uint8.
+        kind: Its type in the package.
     """
-    numbers, quants = gguf.GGMLQuantizationType, gguf.quants
-    member = numbers.__members__.get(kind.name)
-    if member is None:
-        member, missing = int.__new__(numbers, kind.number), numbers._missing_
-        member._name_, member._value_ = kind.name, kind.number
-        # What an enumeration asks for the member of a number that it does not have.
-        numbers._missing_ = staticmethod(lambda x: member if x == kind.number else missing(x))
-        gguf.GGML_QUANT_SIZES[member] = kind.span, kind.nbytes
-
-    def dequantize_blocks(blocks: Any) -> Any:
-        return kind.unpack(torch.tensor(blocks)).dense(kind).numpy()
-
-    # Its subclasses are what the package decodes with.
-    base = quants.Q8_0.__base__
-    type(kind.name, (base,), {"dequantize_blocks": staticmethod(dequantize_blocks)}, qtype=member)
+    if kind != TYPES["Q2_0"].number:
+        return package().quants.dequantize(data, kind)
+    return GroupedWeight(TYPES["Q2_0"], torch.tensor(data).flatten(0, -2)).dense().numpy()
 
 
 @functools.cache
@@ -146,7 +123,10 @@ class GgufFile:
         kind, package().GGUFReader = package().GGUFReader, lambda _: self.reader
         name_maps = functools.cache(package().get_tensor_name_map)
         try:
-            with replaced(package(), "get_tensor_name_map", name_maps):
+            with (
+                replaced(package(), "get_tensor_name_map", name_maps),
+                replaced(package(), "dequantize", dequantize),
+            ):
                 yield
         finally:
             package().GGUFReader = kind
@@ -183,7 +163,7 @@ class GgufFile:
         """
         if (tensor := self.tensors.get(name)) is None:
             raise ValueError(f"it has no tensor {name}")
-        values = np.array(package().dequantize(tensor.data, tensor.tensor_type))
+        values = np.array(dequantize(tensor.data, tensor.tensor_type))
         return torch.from_numpy(values).reshape(*map(int, reversed(tensor.shape)))
 
     @property

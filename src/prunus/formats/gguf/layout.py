@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from prunus.formats.gguf.card import metadata_of
-from prunus.formats.gguf.file import GgufFile, fields_of, new_fields, package, tensor_names
+from prunus.formats.gguf.file import GgufFile, fields_of, new_fields, tensor_names
 from prunus.formats.gguf.header import open_gguf
+from prunus.formats.gguf.package import package
 from prunus.formats.gguf.types import TYPES
 from prunus.formats.gguf.vocabulary import NORMAL, add_vocabulary
 from prunus.hardware.process_state import no_stderr

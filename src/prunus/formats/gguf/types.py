@@ -12,16 +12,16 @@ from dataclasses import dataclass
 import torch
 
 from prunus.formats.block_bytes import ONE, BlockType, Field, integers
+from prunus.formats.gguf.codebooks import CodebookBlock
 from prunus.hardware.errors import did_you_mean
+from prunus.methods.group_quantizer import GroupQuantizer
 
-# The span of most types. Where it does not divide a width, others take their place.
-_LONG = 256
 # The 16 values of IQ4_NL and IQ4_XS (kvalues_iq4nl of ggml).
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
 @dataclass(frozen=True)
-class GgufType(BlockType):
+class GgufType(GroupQuantizer):
     """A type of GGUF.
 
     >>> quantizer = TYPES["Q3_K"]
@@ -44,6 +44,16 @@ class GgufType(BlockType):
     is_reserve: bool = False
 
 
+@dataclass(frozen=True)
+class ScalarType(GgufType, BlockType):
+    """A type whose weights have values of their own."""
+
+
+@dataclass(frozen=True)
+class CodebookType(GgufType, CodebookBlock):
+    """A type whose weights have the values of several columns together."""
+
+
 # Fields of levels and fields of codes: bits, width and shift are their arguments.
 _levels, _codes = functools.partial(Field, "levels"), functools.partial(Field, "codes")
 # The floats of a span.
@@ -54,36 +64,78 @@ _FIFTH_BIT = _levels(1, 1, 4)
 _NIBBLES = _levels(4, 16)
 # Eight codes and eight minima of six bits; see `block_bytes._field`.
 _SIX_BITS = _codes(6, 12)
-# Layouts that are too long for their entries below.
-_Q3_K = (_levels(1, 32, 2), _levels(2, 32), _codes(4, 8), _codes(2, 4, 4), _D)
-_Q5_K = (_D, _DMIN, _SIX_BITS, _levels(1, 32, 4), _levels(4, 32))
-_Q6_K = (_levels(4, 64), _levels(2, 32, 4), _codes(8, 16), _D)
-_IQ4_XS = (_D, _codes(2, 1, 4), _codes(4, 1), _NIBBLES)
+# The values of the types with codebooks of two bits, in units of the smallest magnitude.
+_IQ2 = (-5.375, -3.125, -1, 1, 3.125, 5.375)
 # Arguments: name, span, group, values, codes, layout, number, file type, fallback.
-_ALL = (
-    GgufType("Q4_0", 32, 32, integers(4), ONE, (_D, _NIBBLES), 2, 2),
-    GgufType("Q4_1", 32, 32, tuple(range(16)), ONE, (_D, Field("-dmin"), _NIBBLES), 3, 3),
-    GgufType("Q5_0", 32, 32, integers(5), ONE, (_D, _FIFTH_BIT, _NIBBLES), 6, 8),
-    GgufType(
+_ALL: tuple[GgufType, ...] = (
+    ScalarType("Q4_0", 32, 32, integers(4), ONE, (_D, _NIBBLES), 2, 2),
+    ScalarType("Q4_1", 32, 32, tuple(range(16)), ONE, (_D, Field("-dmin"), _NIBBLES), 3, 3),
+    ScalarType("Q5_0", 32, 32, integers(5), ONE, (_D, _FIFTH_BIT, _NIBBLES), 6, 8),
+    ScalarType(
         "Q5_1", 32, 32, tuple(range(32)), ONE, (_D, Field("-dmin"), _FIFTH_BIT, _NIBBLES), 7, 9
     ),
-    GgufType("Q8_0", 32, 32, tuple(range(-127, 128)), ONE, (_D, _levels(8, 32)), 8, 7),
-    GgufType(
+    ScalarType("Q8_0", 32, 32, tuple(range(-127, 128)), ONE, (_D, _levels(8, 32)), 8, 7),
+    ScalarType(
         "Q2_K", 256, 16, (0, 1, 2, 3), (0, 15), (_codes(4, 16), _levels(2, 32), _D, _DMIN), 10, 10,
         "Q4_0",
     ),
-    GgufType("Q3_K", 256, 16, integers(3), (-32, 31), _Q3_K, 11, 11, "Q4_0"),
-    GgufType(
+    ScalarType(
+        "Q3_K", 256, 16, integers(3), (-32, 31),
+        (_levels(1, 32, 2), _levels(2, 32), _codes(4, 8), _codes(2, 4, 4), _D), 11, 11, "Q4_0",
+    ),
+    ScalarType(
         "Q4_K", 256, 32, tuple(range(16)), (0, 63), (_D, _DMIN, _SIX_BITS, _levels(4, 32)), 12, 14,
         "Q5_0",
     ),
-    GgufType("Q5_K", 256, 32, tuple(range(32)), (0, 63), _Q5_K, 13, 16, "Q5_1"),
-    GgufType("Q6_K", 256, 16, integers(6), (-128, 127), _Q6_K, 14, 18, "Q8_0"),
-    GgufType("IQ4_NL", 32, 32, _IQ4, ONE, (_D, _NIBBLES), 20, 25),
-    GgufType("IQ4_XS", 256, 32, _IQ4, (-32, 31), _IQ4_XS, 23, 30, "IQ4_NL"),
+    ScalarType(
+        "Q5_K", 256, 32, tuple(range(32)), (0, 63),
+        (_D, _DMIN, _SIX_BITS, _levels(1, 32, 4), _levels(4, 32)), 13, 16, "Q5_1",
+    ),
+    ScalarType(
+        "Q6_K", 256, 16, integers(6), (-128, 127),
+        (_levels(4, 64), _levels(2, 32, 4), _codes(8, 16), _D), 14, 18, "Q8_0",
+    ),
+    ScalarType("IQ4_NL", 32, 32, _IQ4, ONE, (_D, _NIBBLES), 20, 25),
+    ScalarType(
+        "IQ4_XS", 256, 32, _IQ4, (-32, 31),
+        (_D, _codes(2, 1, 4), _codes(4, 1), _NIBBLES), 23, 30, "IQ4_NL",
+    ),
     # Its scale may be negative: then the values are −2 to 1.
-    GgufType(
+    ScalarType(
         "Q2_0", 64, 64, (-1, 0, 1, 2), ONE, (_D, _levels(2, 1)), 42, 41, "Q4_0", is_reserve=True
+    ),
+    # Arguments after the codes: even signs, layout, number, file type, fallback.
+    CodebookType(
+        "IQ2_XXS", 256, 32, _IQ2, (1, 31), True, (
+            ("rows", 4, 8, 0, 64, 8),
+            ("signs", 4, 7, 32, 64, 7), ("codes", 1, 4, 60, 64, 0),
+        ), 16, 19, "IQ4_NL", is_reserve=True,
+    ),
+    CodebookType(
+        "IQ2_XS", 256, 16, _IQ2, (1, 31), True, (
+            ("rows", 4, 9, 0, 64, 16),
+            ("signs", 4, 7, 9, 64, 16), ("codes", 2, 4, 512, 8, 4),
+        ), 17, 20, "IQ4_NL", is_reserve=True,
+    ),
+    CodebookType(
+        "IQ2_S", 256, 16, _IQ2, (1, 31), False, (
+            ("rows", 4, 8, 0, 32, 8),
+            ("rows", 4, 2, 512, 8, 2),
+            ("signs", 4, 8, 256, 32, 8), ("codes", 2, 4, 576, 8, 4),
+        ), 22, 28, "IQ4_NL", is_reserve=True,
+    ),
+    CodebookType(
+        "IQ3_XXS", 256, 32, (-15.5, *range(-13, 14, 2), 15.5), (1, 31), True, (
+            ("rows", 8, 8, 0, 64, 8),
+            ("signs", 4, 7, 512, 32, 7), ("codes", 1, 4, 540, 32, 0),
+        ), 18, 23, "IQ4_NL", is_reserve=True,
+    ),
+    CodebookType(
+        "IQ3_S", 256, 32, tuple(range(-15, 16, 2)), (1, 31), False, (
+            ("rows", 8, 8, 0, 64, 8),
+            ("rows", 8, 1, 512, 8, 1),
+            ("signs", 4, 8, 576, 32, 8), ("codes", 1, 4, 832, 4, 0),
+        ), 21, 26, "IQ4_NL", is_reserve=True,
     ),
 )  # fmt: skip
 
@@ -160,10 +212,12 @@ def types_for(columns: int, with_reserve: bool = False) -> list[GgufType]:
     >>> [x.name for x in types_for(576, with_reserve=True)][-1]
     'Q2_0'
     """
-    is_long = type_for("Q4_K", columns).span == _LONG
+    longest = type_for("Q4_K", columns).span
+    # The spans of Q2_0, which is for widths of spans of 32 alone, are twice as long.
+    spans = (longest, 2 * longest)
     return [
         x
         for x in TYPES.values()
         if columns % x.span == 0 and x.is_reserve <= with_reserve
-        if x.name == "Q8_0" or (x.span == _LONG) == is_long
+        if x.span in spans or x.name == "Q8_0"
     ]
