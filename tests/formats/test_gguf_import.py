@@ -100,7 +100,7 @@ def test_any_file_says_its_bits_per_weight_without_being_unpacked(tmp_path, monk
     for kind, bits in (("Q8_0", 8.5), ("F32", 32), ("F16", 16)):
         path = tmp_path / f"{kind}.gguf"
         write_gguf(tiny_llama(), path, kind)
-        monkeypatch.setattr(gguf, "dequantize", None)
+        monkeypatch.setattr(gguf.quants, "dequantize", None)
         assert stored_size(path) == ModelSize(path.stat().st_size, bits)
         monkeypatch.undo()
 
@@ -109,11 +109,13 @@ def test_names_are_made_once_and_every_tensor_is_decoded_once(tmp_path, monkeypa
     """A table of names for every module took longer than all decoding."""
     write_gguf(tiny_llama(), tmp_path / "q8.gguf", "Q8_0")
     made, decoded = [], []
-    name_map, dequantize = gguf.get_tensor_name_map, gguf.dequantize
+    name_map, dequantize = gguf.get_tensor_name_map, gguf.quants.dequantize
     monkeypatch.setattr(
         gguf, "get_tensor_name_map", lambda *args: made.append(args) or name_map(*args)
     )
-    monkeypatch.setattr(gguf, "dequantize", lambda *args: decoded.append(args) or dequantize(*args))
+    monkeypatch.setattr(
+        gguf.quants, "dequantize", lambda *args: decoded.append(args) or dequantize(*args)
+    )
     import_gguf(tmp_path / "q8.gguf", tmp_path / "out")
     assert len(made) == 1
     assert len(decoded) == len(gguf.GGUFReader(tmp_path / "q8.gguf").tensors)

@@ -62,7 +62,6 @@ from prunus.formats.gguf.types import (
 )
 from prunus.formats.recipe import CompressionRecipe
 from prunus.formats.records import CompressionRecord, FileSize
-from prunus.formats.type_choice import choose_types
 from prunus.hardware.sizes import in_bytes
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.model.checkpoint.atomic_files import (
