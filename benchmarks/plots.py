@@ -311,8 +311,6 @@ def write_plots(figures: Figures) -> None:
     plots = {"curve": draw_curve(figures), "gap": draw_gap(figures), "time": draw_time(figures)}
     plots["models-and-texts"] = draw_texts(read("models-and-texts")["cells"])
     plots["proof"] = draw_proof(read("proof")["models"])
-    for path in sorted(RESULTS.glob("pareto-*.json")):
-        plots[path.stem] = draw_pareto(read(path.stem))
     for name, figure in plots.items():
         figure.savefig(
             RESULTS / f"{name}.svg", metadata={"Date": None}, facecolor="white", bbox_inches="tight"
@@ -485,45 +483,6 @@ def draw_proof(models: dict[str, Any]) -> Any:
         axes.set_xlabel("file, MB")
     panels[0][0].legend(frameon=False, loc="lower left", fontsize=8)
     figure.tight_layout()
-    return figure
-
-
-def draw_pareto(found: dict[str, Any]) -> Any:
-    """KL divergence against bytes and speed: llama.cpp's types and prunus, from one dense model."""
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(9.6, 4), sharey=True)
-    colors = {"llama.cpp": SERIES["sparsegpt"][1], "prunus": SERIES["best"][1]}
-    colors["prunus, GGUF"] = SERIES["balanced"][1]
-    for axes, key, unit in zip(panels, ("file_bytes", "decode"), (1e6, 1), strict=True):
-        for program, color in colors.items():
-            points = sorted(
-                (row[key] / unit, row["kl"], name)
-                for name, row in found["rows"].items()
-                if row["program"] == program and row.get(key)
-            )
-            if not points:
-                continue
-            across, divergences, names = zip(*points, strict=True)
-            # A line through llama.cpp's types would join two families, and one through speeds both
-            # directions.
-            line = "-" if program == "prunus" and key == "file_bytes" else "none"
-            axes.plot(
-                across, divergences, "o", color=color, markersize=5, linestyle=line, label=program
-            )
-            for x, y, name in zip(across, divergences, names, strict=True):
-                # These lie beside others of the same bytes, so their labels are below.
-                place = (-22, -11) if "GGUF" in name else (5, 4)
-                axes.annotate(
-                    name, (x, y), place, textcoords="offset points", color=color, fontsize=8
-                )
-        axes.set_yscale("log")
-        axes.margins(x=0.2, y=0.1)
-    panels[0].set_xlabel("file, MB")
-    panels[1].set_xlabel("decoded tokens per second")
-    panels[0].set_ylabel("KL from the dense model, nats (log scale)")
-    panels[0].set_title(f"{found['title']}: what each size costs", loc="left")
-    panels[0].legend(frameon=False, loc="lower left")
     return figure
 
 
