@@ -10,7 +10,8 @@ export PRUNUS_SHARED ?= ../shared
 # Tests start many interpreters, and each of them would compile all modules, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check hostile cuda docs sanitize neon-test wheel-test start-test vllm-test install clean
+.PHONY: demo test check hostile cuda docs sanitize neon-test wheel-test start-test vllm-test gguf-test \
+	install clean
 
 # One stamp per environment: installing again is a no-op until the project file changes.
 STAMP := $(VENV)/.prunus-installed
@@ -81,6 +82,12 @@ $(VLLM_STAMP): pyproject.toml
 
 vllm-test: $(VLLM_STAMP)
 	build/vllm/venv/bin/python -m pytest tests/serving/test_vllm.py
+
+# GGUF files of many families, whose logits in llama.cpp are compared with those of transformers.
+# PRUNUS_TOKENIZER names a folder with a tokenizer of merged bytes; LLAMA_CPP a built llama.cpp,
+# which is built here otherwise.
+gguf-test: $(STAMP)
+	$(BIN)/python benchmarks/gguf_families.py build/gguf-test --json build/gguf-test.json
 
 clean:
 	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache

@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,11 +16,9 @@ import torch
 
 pytest.importorskip("gguf")
 
-from gguf_cases import gguf_checkpoint, shape
+from gguf_cases import gguf_checkpoint, known_layout, known_tensors, shape
 from prunus.formats.gguf.file import GgufFile
-from prunus.formats.gguf.layout import GgufLayout, layout_of
-from prunus.model.skeleton import Skeleton
-from prunus.model.source import CheckpointSource
+from prunus.formats.gguf.layout import GgufLayout
 
 #: Options of each family, and a digest of its fields and of the shapes of its tensors.
 FAMILIES = {
@@ -64,13 +61,6 @@ convert_hf_to_gguf.main()
 """
 
 
-def layout(folder: Path) -> tuple[GgufLayout, CheckpointSource]:
-    source = CheckpointSource(folder)
-    source.bind(Skeleton(source.config, torch.bfloat16))
-    shapes = {name: source.checkpoint.tensors[key].shape for name, key in source.stored.items()}
-    return layout_of(folder, source.config, shapes), source
-
-
 def close(ours: Any, theirs: Any) -> bool:
     if isinstance(theirs, list):
         return len(ours) == len(theirs) and all(map(close, ours, theirs))
@@ -80,7 +70,7 @@ def close(ours: Any, theirs: Any) -> bool:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fields_and_tensors_are_those_of_the_converter(family, tmp_path):
     folder = gguf_checkpoint(tmp_path / "tiny-1B", family, **FAMILIES[family])
-    found, source = layout(folder)
+    found, _ = known_layout(folder)
     llama_cpp = os.environ.get("LLAMA_CPP")
     if llama_cpp is None:
         assert digest(found) == DIGESTS[family]
@@ -97,12 +87,8 @@ def test_fields_and_tensors_are_those_of_the_converter(family, tmp_path):
     assert {tensor.name: tensor.shape for tensor in found.tensors} == {
         name: shape(theirs, name) for name in theirs.tensors
     }
-    for tensor in found.tensors:
-        values = tensor.values
-        if values is None:
-            parts = [source.checkpoint.whole(source.stored[name]) for name in tensor.sources]
-            values = tensor.arranged(torch.cat(parts).float()).reshape(tensor.shape) + tensor.shift
-        assert torch.equal(values, theirs.read(tensor.name)), tensor.name
+    for name, values in known_tensors(folder).items():
+        assert torch.equal(values, theirs.read(name)), name
     assert digest(found) == DIGESTS[family]
 
 

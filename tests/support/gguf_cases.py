@@ -1,13 +1,19 @@
 """Tiny checkpoints that can be written as GGUF files."""
 
 import json
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import models
 
-from prunus.formats.gguf.file import GgufFile
+from prunus.formats.gguf.file import GgufFile, StoredTensor, fields_of, new_fields, write_gguf
+from prunus.formats.gguf.layout import GgufLayout, layout_of
+from prunus.formats.gguf.types import PLAIN
+from prunus.model.skeleton import Skeleton
+from prunus.model.source import CheckpointSource
 from tiny import tiny_checkpoint
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
@@ -34,3 +40,46 @@ def gguf_checkpoint(
 
 def shape(file: GgufFile, name: str) -> tuple[int, ...]:
     return tuple(int(side) for side in reversed(file.tensors[name].shape))
+
+
+def known_layout(folder: Path) -> tuple[GgufLayout, CheckpointSource]:
+    """The layout that the package knows for a family."""
+    source = CheckpointSource(folder)
+    skeleton = Skeleton(source.config, torch.bfloat16)
+    source.bind(skeleton)
+    return layout_of(source, skeleton), source
+
+
+def known_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Content of all tensors of the file of a known family, float32."""
+    layout, source = known_layout(folder)
+    contents = {}
+    for tensor in layout.tensors:
+        parts = [source.weight(name) for name in tensor.sources] or [tensor.values()]
+        rows = torch.cat(parts).float()[slice(None) if tensor.rows is None else tensor.rows]
+        contents[tensor.name] = rows.reshape(tensor.shape) + tensor.shift
+    return contents
+
+
+def write_container(
+    path: Path,
+    contents: Mapping[str, torch.Tensor],
+    fields: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Path:
+    """A file as a converter makes it: matrices in `dtype`, vectors and routers in float32.
+
+    Without fields it is of a kind of model that nothing knows, with two blocks.
+    """
+    if fields is None:
+        writer = new_fields("unheard-of")
+        writer.add_uint32("unheard-of.block_count", 2)
+        fields = fields_of(writer)
+    stored = []
+    for name, content in contents.items():
+        is_vector = content.dim() < 2 or "gate_inp" in name
+        values = content.to(torch.float32 if is_vector else dtype).contiguous()
+        number, read = PLAIN[values.dtype][1], partial(torch.clone, values)
+        stored.append(StoredTensor(name, tuple(content.shape), number, values.nbytes, read))
+    write_gguf(path, fields, stored)
+    return path

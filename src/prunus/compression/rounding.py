@@ -31,7 +31,7 @@ from prunus.engine.loss_sensitivity import (
 from prunus.engine.output import PruningOutput
 from prunus.engine.session import Session, shown_session
 from prunus.engine.windows import calibration_windows
-from prunus.formats.base import RateFormat, TypeFormat
+from prunus.formats.base import RateFormat, TypeFormat, tensors_of_kind
 from prunus.formats.gguf.file import OWN_LISTS, write_importances
 from prunus.formats.gguf.format import GgufFormat
 from prunus.formats.records import CompressionRecord
@@ -186,8 +186,15 @@ def type_rounding(
     """
     ranks = session.ranks
     tensors = ranks.tensors_from_rank_0(
-        lambda: output.measured(lambda: _type_losses(stored, job, session, ids, record.measured))
+        lambda: output.measured(
+            lambda: _type_losses(stored, job, session, ids, record.measured) | stored.lasting
+        )
     )
+    if not stored.lasting.keys() <= tensors.keys():
+        raise FileExistsError(
+            f"{stored.recipe.template} is not the file that this run began with: put it back as it "
+            "was, or choose `overwrite` to start again"
+        )
     _take_note(stored, tensors)
     if record.types not in ({}, stored.types):
         raise FileExistsError(
@@ -248,13 +255,8 @@ def write_lists(
 
 def _take_note(stored: TypeFormat, tensors: Mapping[str, Tensor]) -> None:
     """Choose the types by the tensors of `_type_losses`, and enter them into the format."""
-    stored.types = stored.types_of(_named(tensors, _LOSSES))
-    stored.importances = _named(tensors, _IMPORTANCES)
-
-
-def _named(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """The tensors of one kind, by module, from those of `_type_losses`."""
-    return {key.removeprefix(kind): x for key, x in tensors.items() if key.startswith(kind)}
+    stored.types = stored.types_of(tensors_of_kind(tensors, _LOSSES))
+    stored.importances = tensors_of_kind(tensors, _IMPORTANCES)
 
 
 class TypeRounding:
@@ -320,7 +322,7 @@ def _type_losses(
         names, quantizers = stored.stacks[first], stored.quantizers(first)
         parts = []
         for name in names:
-            weight_OI = job.checkpoint.checkpoint.whole(job.stored_key(name))
+            weight_OI = job.checkpoint.weight(f"{name}.weight")
             with naming(name):
                 parts.append(
                     type_losses(weight_OI, uses[id(modules[name].weight)], quantizers, len(names))

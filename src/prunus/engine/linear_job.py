@@ -14,7 +14,7 @@ others.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
@@ -98,8 +98,17 @@ class PruningJob(RunJob):
         }
 
     def stored_key(self, linear: str) -> str:
-        """The name under which the checkpoint stores the weight of a linear."""
-        return self.checkpoint.stored[f"{linear}.weight"]
+        """The name under which the checkpoint stores the weight of a linear.
+
+        A piece of a fused tensor has its name in the model, under which shards store it alone.
+        """
+        name = f"{linear}.weight"
+        return name if name in self.checkpoint.pieces else self.checkpoint.stored[name]
+
+    def stored_dtype(self, linear: str) -> torch.dtype:
+        """The dtype in which the checkpoint stores the weight of a linear."""
+        key, pieces = self.stored_key(linear), self.checkpoint.pieces
+        return self.checkpoint.checkpoint.tensors[pieces[key].key if key in pieces else key].dtype
 
     @functools.cached_property
     def grid_bits(self) -> int | None:
@@ -363,6 +372,17 @@ class LinearSelection(NamedTuple):
 
     selected: list[list[str]]
     left_dense: dict[str, tuple[int, ...]]
+
+    def limited(self, skeleton: Skeleton, keeps: Callable[[str], bool]) -> LinearSelection:
+        """The selection without the linears for whose full name `keeps` is False."""
+        limited = LinearSelection([], dict(self.left_dense))
+        for index, names in enumerate(self.selected):
+            path = skeleton.block_name(index)
+            limited.selected.append([name for name in names if keeps(f"{path}.{name}")])
+            dropped = set(names) - set(limited.selected[-1])
+            linears = [linear for linear in skeleton.linears(index) if linear.name in dropped]
+            limited.left_dense.update({f"{path}.{x.name}.weight": x.shape for x in linears})
+        return limited
 
 
 def select_linears(skeleton: Skeleton, recipe: PruningOptions, pattern: Pattern) -> LinearSelection:

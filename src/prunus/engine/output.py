@@ -131,10 +131,10 @@ class CheckpointFolder(BlockFolder):
 
     def stored(self, position: int, block: FinishedBlock) -> dict[str, torch.Tensor]:
         """The tensors of a block's shard, with quantised linears as the format stores them."""
-        tensors = self.job.checkpoint.as_stored(position, block.tensors)
+        packed = {f"{name}.weight" for name in block.packed}
+        tensors = self.job.checkpoint.as_stored(position, block.tensors, packed)
         for name, weight in block.packed.items():
             key = self.job.stored_key(f"{block.record.name}.{name}")
-            del tensors[key]
             tensors |= self.job.format.tensors_of(key, weight)
         return tensors
 
@@ -144,7 +144,7 @@ class CheckpointFolder(BlockFolder):
         tensors, block = dict(shard.read(shard.tensors)), self.record.blocks[position]
         for name, linear in block.linears.items() if self.job.format.rounding != "none" else ():
             key = self.job.stored_key(f"{block.name}.{name}")
-            dtype = self.job.checkpoint.checkpoint.tensors[key].dtype
+            dtype = self.job.stored_dtype(f"{block.name}.{name}")
             tensors[key] = self.job.format.weight_from(key, tensors, linear, dtype)
         return self.job.checkpoint.from_stored(position, tensors.items())
 

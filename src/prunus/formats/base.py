@@ -65,6 +65,8 @@ class CompressedFormat(Format[CompressionRecord]):
     DONE: ClassVar[str] = "compressed"
     PROGRAMS: ClassVar[Mapping[str, str]] = {}
     UPLOADS: ClassVar[Mapping[str, str]] = {"to the hub": "hf upload NAME OUT"}
+    #: Whether experts are compressed that the checkpoint stores in one tensor.
+    takes_pieces = False
 
     def __init__(self, recipe: CompressionRecipe) -> None:
         self.recipe = recipe
@@ -177,7 +179,28 @@ class CompressedFormat(Format[CompressionRecord]):
                 "instead of a loaded model"
             )
         require_causal(source.config, "prunus compress")
-        return _stored_as_integers(selection, model, source)
+        return self._stored_as_integers(selection, model, source)
+
+    def _stored_as_integers(
+        self, selection: LinearSelection, skeleton: Skeleton, source: CheckpointSource
+    ) -> LinearSelection:
+        """The part of a selection that a compressed checkpoint can store as integers."""
+        modules, stored = dict(skeleton.model.named_modules()), dict(source.stored)
+        if self.takes_pieces:
+            stored |= {name: name for name in source.pieces}
+        selection = selection.limited(
+            skeleton,
+            lambda name: (
+                stored.get(f"{name}.weight", "").endswith(".weight")
+                and type(modules[name]) is nn.Linear
+            ),
+        )
+        if not any(selection.selected):
+            raise NotImplementedError(
+                "none of the chosen linears can be stored as integers: they are transposed, "
+                "special, or experts in one tensor; such a checkpoint cannot be compressed yet"
+            )
+        return selection
 
     @functools.cached_property
     def weights(self) -> dict[str, int]:
@@ -309,6 +332,7 @@ class TypeFormat(CompressedFormat):
             columns raise the loss, float32 (I,), where that was measured. With feedback this leaves
             out what errors of the head cost as the head. Where each weight is rounded by itself,
             also name of a linear -> the mean square of each of its inputs.
+        lasting: Named tensors that a resumed run reads instead of making them again.
     """
 
     # The inputs of the output head, once they are known.
@@ -318,6 +342,7 @@ class TypeFormat(CompressedFormat):
         super().__init__(recipe)
         self.types: dict[str, str] = {}
         self.importances: dict[str, torch.Tensor] = {}
+        self.lasting: dict[str, torch.Tensor] = {}
 
     @property
     @abstractmethod
@@ -387,7 +412,7 @@ class TypeFormat(CompressedFormat):
         """The dtype of the scales of a module: bfloat16, or float16 where that is its own."""
         # What is stored in float32 is run in bfloat16 or float16, and nearly all scales that are
         # exact in bfloat16 are exact in both.
-        stored = self.job.checkpoint.checkpoint.tensors[self.job.stored_key(name)].dtype
+        stored = self.job.stored_dtype(name)
         return torch.float16 if stored == torch.float16 else torch.bfloat16
 
     def nbytes_of(self, quantizer: GroupQuantizer, shape: tuple[int, ...]) -> int:
@@ -587,30 +612,9 @@ class MixFormat(TypeFormat):
         return tensors
 
 
-def _stored_as_integers(
-    selection: LinearSelection, skeleton: Skeleton, source: CheckpointSource
-) -> LinearSelection:
-    """The part of a selection that a compressed checkpoint can store as integers."""
-    stored = source.stored
-    by_block: list[list[str]] = []
-    left_dense = dict(selection.left_dense)
-    for index, names in enumerate(selection.selected):
-        by_block.append([])
-        for linear in skeleton.linears(index):
-            if linear.name not in names:
-                continue
-            full_name = f"{skeleton.block_name(index)}.{linear.name}.weight"
-            has_tensor = stored.get(full_name, "").endswith(".weight")
-            if has_tensor and type(linear.module) is nn.Linear:
-                by_block[-1].append(linear.name)
-            else:
-                left_dense[full_name] = linear.shape
-    if not any(by_block):
-        raise NotImplementedError(
-            "none of the chosen linears can be stored as integers: they are transposed, special, "
-            "or experts in one tensor; such a checkpoint cannot be compressed yet"
-        )
-    return LinearSelection(by_block, left_dense)
+def tensors_of_kind(tensors: Mapping[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin with `kind`, by the rest of their names."""
+    return {key.removeprefix(kind): x for key, x in tensors.items() if key.startswith(kind)}
 
 
 def file_size(

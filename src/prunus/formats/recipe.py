@@ -26,8 +26,9 @@ class CompressionRecipe(PruningOptions):
         format: The format of a folder. The name of a file implies its format.
         type: The GGUF type of all linears, or a file with the type of each tensor: a GGUF file, or
             a list as llama-quantize takes it. None with `bits` or `size`.
-        template: A GGUF file of the same model, whose fields and tokenizer are copied; None to make
-            them from the checkpoint.
+        template: A GGUF file of the same model in full precision, as llama.cpp's converter makes
+            it. The result has its tensors, fields and tokenizer. None takes what is known of the
+            family.
         head_bits: The bits per weight of embeddings and head, or "none" to keep them as they are.
         rounding: "feedback" lets later columns correct the error of each, which needs all windows
             to run through the model; "nearest" rounds each weight by itself.
@@ -87,7 +88,8 @@ class CompressionRecipe(PruningOptions):
     template: Annotated[
         Path | None,
         Option(
-            "Copy fields and tokenizer of this GGUF file of MODEL.",
+            "Write what this GGUF file of MODEL in full precision holds, made by llama.cpp's "
+            "converter: any family.",
             metavar="FILE.gguf",
             panel="GGUF files",
         ),

@@ -83,7 +83,10 @@ def round_in_groups(
         importance_I: float32, weighs the squared error of each column, such as the mean square of
             an input (llama.cpp's importance matrix); None, or all zeros, for equal weights.
     """
-    columns = weight_OI.shape[1]
+    columns, order = weight_OI.shape[1], list(quantizer.columns)
+    if order:
+        weight_OI = weight_OI[:, order]
+        importance_I = None if importance_I is None else importance_I[order]
     if importance_I is None or not bool(importance_I.any()):
         importance_I = torch.ones(columns, device=weight_OI.device)
     # A group of inputs that are always 0 keeps its weights: other texts may use them.

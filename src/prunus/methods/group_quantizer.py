@@ -35,6 +35,8 @@ class GroupQuantizer(ABC):
         values: The values of a weight in units of its step, ascending.
         codes: The lowest and the highest code of a group. A minimum is from 0 to the highest.
         dtype: The dtype of d and dmin, of two bytes.
+        columns: The order in which the columns of a weight are stored, and cut into spans; empty
+            where they stay in order.
     """
 
     name: str
@@ -43,6 +45,7 @@ class GroupQuantizer(ABC):
     values: tuple[float, ...]
     codes: tuple[int, int]
     dtype: torch.dtype = field(default=torch.float16, kw_only=True)
+    columns: tuple[int, ...] = field(default=(), kw_only=True)
 
     @property
     def has_minimum(self) -> bool:
@@ -156,17 +159,19 @@ class GroupedWeight(NamedTuple):
 
     Attributes:
         quantizer: How bytes become weights.
-        data_OB: uint8 (O, bytes of a row): the bytes of the row's spans, in the order of columns.
+        data_OB: uint8 (O, bytes of a row): the bytes of the row's spans, in the order of the
+            quantiser's columns.
     """
 
     quantizer: GroupQuantizer
     data_OB: Tensor
 
     def dense(self) -> Tensor:
-        """The weight, float32 (O, I)."""
-        rows = len(self.data_OB)
+        """The weight, float32 (O, I), with the columns in order."""
+        rows, order = len(self.data_OB), list(self.quantizer.columns)
         spans = self.quantizer.unpack(self.data_OB.reshape(-1, self.quantizer.nbytes))
-        return spans.dense(self.quantizer).view(rows, -1)
+        weight_OI = spans.dense(self.quantizer).view(rows, -1)
+        return weight_OI[:, torch.tensor(order).argsort()] if order else weight_OI
 
 
 class Scales(NamedTuple):

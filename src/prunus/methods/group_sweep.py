@@ -62,9 +62,17 @@ def quantize_in_groups(weight_OI: Tensor, statistics: InputStatistics, work: Wor
         quantize = partial(round_in_groups, quantizer=quantizer, importance_I=importance_I)
         notes = dict[str, float]()
     else:
+        stored_I = torch.tensor(
+            quantizer.columns or range(weight_OI.shape[1]), device=weight_OI.device
+        )
         damping = DAMPING if work.options.damping is None else work.options.damping
-        order = ((quantizer.span, quantizer.group), lambda squares_I: _order(squares_I, quantizer))
+        order = (
+            (quantizer.span, quantizer.group, quantizer.columns),
+            lambda squares_I: stored_I[_order(squares_I[stored_I], quantizer)],
+        )
         order_I, upper_II, notes = ordered_factor(statistics, damping, order, _CORRELATIONS)
+        # From here on columns have the numbers of their places in the stored row.
+        weight_OI, order_I = weight_OI[:, stored_I], stored_I.argsort()[order_I]
         quantize = partial(_sweep, order_I=order_I, upper_II=upper_II, quantizer=quantizer)
 
     def solve(shard: RowShard) -> Pruned:

@@ -13,9 +13,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import nn
@@ -67,6 +67,20 @@ class Source(Protocol):
         """Bytes of a block as stored."""
 
 
+class Piece(NamedTuple):
+    """Where a piece of a fused tensor is.
+
+    Attributes:
+        key: The stored name of the fused tensor.
+        fused: How that is cut.
+        name: The name of the piece relative to the block.
+    """
+
+    key: str
+    fused: Fused
+    name: str
+
+
 class CheckpointSource:
     """The weights of a checkpoint folder. Opening it reads the configuration and headers only.
 
@@ -81,6 +95,7 @@ class CheckpointSource:
         fingerprint: SHA-256 (hex) over the headers of the files and config.json.
         stored_dtype: The floating-point dtype that most bytes are stored in.
         stored: The model's name -> the stored name, of every stored tensor; empty before `bind`.
+        pieces: The model's name -> where it is, of every piece of a fused tensor.
 
     Raises:
         FileNotFoundError: The folder, its config.json or one of its shards is missing.
@@ -106,6 +121,9 @@ class CheckpointSource:
         self._blocks: list[dict[str, str]] = []
         # Per block: stored name of a tensor that is several in the skeleton -> how it is cut.
         self._fused: list[dict[str, Fused]] = []
+        self.pieces: dict[str, Piece] = {}
+        # Stored name of the fused tensor that was read last -> its pieces.
+        self._cut: dict[str, dict[str, torch.Tensor]] = {}
 
     def bind(self, skeleton: Skeleton) -> None:
         """Match the stored names with those of the model, and check all shapes; see `Source`."""
@@ -138,6 +156,20 @@ class CheckpointSource:
                 self._check_shape(stored[name], tuple(expected[name].shape))
             self._blocks.append({name.removeprefix(prefix): stored[name] for name in members})
             self._fused.append(fused)
+            for key, tensor in fused.items():
+                self.pieces |= {prefix + x: Piece(key, tensor, x) for x in tensor.members}
+
+    def weight(self, name: str) -> torch.Tensor:
+        """The stored tensor of this name in the model, cut out where it is a piece of a fused one.
+
+        What the model lacks has its stored name.
+        The last fused tensor stays in memory, because its other pieces come next.
+        """
+        if (piece := self.pieces.get(name)) is None:
+            return self.checkpoint.whole(self.stored.get(name, name))
+        if piece.key not in self._cut:
+            self._cut = {piece.key: piece.fused.cut(self.checkpoint.whole(piece.key))}
+        return self._cut[piece.key][piece.name]
 
     def _refuse_missing(self, name: str) -> NoReturn:
         folder = self.checkpoint.folder
@@ -209,19 +241,40 @@ class CheckpointSource:
     ) -> dict[str, torch.Tensor]:
         """Tensors of a block by relative name, from pairs of stored name and tensor.
 
-        A fused tensor comes as its pieces, which are views of it.
+        A fused tensor comes as its pieces, which are views of it. A piece that is stored by itself
+        has its name in the model.
         """
         names = {key: name for name, key in self._blocks[index].items()}
+        names |= {name: piece.name for name, piece in self.pieces.items()}
         by_name: dict[str, torch.Tensor] = {}
+        alone = set[str]()  # stored names of fused tensors whose pieces are stored one by one
         for key, tensor in tensors:
             fused = self._fused[index].get(key)
             by_name |= {names[key]: tensor} if fused is None else fused.cut(tensor)
+            alone |= {self.pieces[key].key} if key in self.pieces else set()
+        # Views of one tensor, as ever: another layout in memory would change the last bits.
+        for key in alone:
+            by_name |= self._fused[index][key].cut(self._fused[index][key].join(by_name))
         return by_name
 
-    def as_stored(self, index: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A block's tensors by stored name, with fused ones joined; undoes `from_stored`."""
-        plain = {key: tensors[name] for name, key in self._blocks[index].items()}
-        return plain | {key: fused.join(tensors) for key, fused in self._fused[index].items()}
+    def as_stored(
+        self, index: int, tensors: Mapping[str, torch.Tensor], without: Collection[str] = ()
+    ) -> dict[str, torch.Tensor]:
+        """A block's tensors by stored name, with fused ones joined; undoes `from_stored`.
+
+        Args:
+            index: The number of the block.
+            tensors: Its tensors by relative name.
+            without: Relative names to leave out; a fused tensor is, if all its pieces are.
+        """
+        plain = {
+            key: tensors[name] for name, key in self._blocks[index].items() if name not in without
+        }
+        return plain | {
+            key: fused.join(tensors)
+            for key, fused in self._fused[index].items()
+            if not set(without).issuperset(fused.members)
+        }
 
     def check_unchanged(self) -> None:
         """Check that all files are still what was opened.

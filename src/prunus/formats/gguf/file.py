@@ -166,6 +166,10 @@ class GgufFile:
         values = np.array(dequantize(tensor.data, tensor.tensor_type))
         return torch.from_numpy(values).reshape(*map(int, reversed(tensor.shape)))
 
+    def raw(self, name: str) -> torch.Tensor:
+        """The bytes of a tensor as they are stored, uint8."""
+        return torch.from_numpy(np.array(self.tensors[name].data).view(np.uint8).reshape(-1))
+
     @property
     def block_bits(self) -> float | None:
         """Bits per weight of the matrices in the blocks, but for routers; None if there are none.

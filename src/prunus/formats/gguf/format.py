@@ -23,6 +23,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,11 +31,14 @@ from typing import Any, ClassVar
 import torch
 
 from prunus.engine.folder import BlockFolder, find_earlier, remove_result
+from prunus.engine.linear_job import LinearSelection
 from prunus.engine.linear_options import PruningOptions
 from prunus.engine.linear_record import LinearRecord
 from prunus.engine.options import RunOptions
+from prunus.engine.output import MEASUREMENT
 from prunus.formats.base import MixFormat
 from prunus.formats.cards import quantized_card
+from prunus.formats.gguf.container import layout_in
 from prunus.formats.gguf.file import (
     RECORD_FIELD,
     StoredTensor,
@@ -74,6 +78,8 @@ from prunus.model.checkpoint.atomic_files import (
 from prunus.model.checkpoint.output_folder import check_apart
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.formats import reader_of
+from prunus.model.skeleton import Skeleton
+from prunus.model.source import CheckpointSource, ModuleSource
 
 #: Name of the whole file in the folder of the run.
 FILE = "model.gguf"
@@ -99,16 +105,14 @@ class FileContents:
 
     Args:
         layout: The tensors of the file, and its fields but for those that depend on the types.
-        dtypes: Name of a tensor in the model -> the dtype in which the source stores it.
         linears: How many linears the record describes.
 
     Everywhere below, `types` are the types of linears, embedding and head by name. What has no
     type stays in F32, F16 or BF16.
     """
 
-    def __init__(self, layout: GgufLayout, dtypes: Mapping[str, torch.dtype], linears: int) -> None:
+    def __init__(self, layout: GgufLayout, linears: int) -> None:
         self.layout = layout
-        self._dtypes = dtypes
         self._record_bytes = _RECORD_BYTES + _BYTES_PER_LINEAR * linears
 
     def type_of(self, tensor: GgufTensor, types: Mapping[str, str]) -> tuple[str, int, int]:
@@ -118,8 +122,7 @@ class FileContents:
         if name is not None:
             kind = TYPES[name]
             return name, kind.number, kind.nbytes_of(count)
-        dtype = self._dtypes.get(tensor.sources[0]) if tensor.is_matrix else None
-        name, number = PLAIN.get(dtype or torch.float32, PLAIN[torch.float32])[:2]
+        name, number = PLAIN.get(tensor.dtype, PLAIN[torch.float32])[:2]
         return name, number, count * (4 if number == 0 else 2)
 
     def stored(
@@ -169,7 +172,7 @@ class FileContents:
 
     def size(self, before: int, after: int, parts: Counter[str]) -> FileSize:
         """The size for people, from the bytes of the source, of the file and of its parts."""
-        count = sum(math.prod(tensor.shape) for tensor in self.layout.tensors if tensor.sources)
+        count = sum(math.prod(x.shape) for x in self.layout.tensors if x.name[:5] != "rope_")
         return FileSize.of(before, after, count, parts)
 
     def file_bytes(self, types: Mapping[str, str]) -> int:
@@ -244,6 +247,8 @@ class GgufFormat(MixFormat):
     }
     #: The file that the run makes; `folder` sets it.
     path: Path
+    # The layout that a template has; None where the recipe names none.
+    _container: GgufLayout | None = None
 
     unpack = staticmethod(import_gguf)
     read_record = staticmethod(read_record)
@@ -304,6 +309,22 @@ class GgufFormat(MixFormat):
         self._move_beside(folder)
         remove_result(folder, CompressionRecord.FILE)
 
+    def select(
+        self, selection: LinearSelection, source: CheckpointSource | ModuleSource, model: Skeleton
+    ) -> LinearSelection:
+        """The linears that can be stored as integers, and that a template has as linears."""
+        self.takes_pieces = self.recipe.template is not None
+        selection = super().select(selection, source, model)
+        if self.recipe.template is None:
+            return selection
+        assert isinstance(source, CheckpointSource)
+        folder = self.path.with_name(f"{self.path.name}.part")
+        self._container, self.lasting = layout_in(
+            self.recipe.template, source, model, folder / MEASUREMENT
+        )
+        sources = {name for tensor in self._container.tensors for name in tensor.sources}
+        return selection.limited(model, lambda name: f"{name}.weight" in sources)
+
     def check(self) -> None:
         """Check masks, stacked experts, types, and that these reach the bits or the size.
 
@@ -327,23 +348,25 @@ class GgufFormat(MixFormat):
     @functools.cached_property
     def contents(self) -> FileContents:
         """The fields and tensors of the file."""
-        source, stored, names = self.job.checkpoint, self.job.checkpoint.stored, dict[int, str]()
-        for name, tensor in self.job.skeleton.model.state_dict(keep_vars=True).items():
-            if name in stored:
-                names.setdefault(id(tensor), name)  # a tied head is not stored again
-        infos = {name: source.checkpoint.tensors[stored[name]] for name in names.values()}
-        shapes = {name: info.shape for name, info in infos.items()}
-        folder, template = source.checkpoint.folder, self.recipe.template
-        layout = layout_of(folder, source.config, shapes, template)
-        dtypes = {name: info.dtype for name, info in infos.items()}
-        return FileContents(layout, dtypes, len(self.job.selected_linears()))
+        layout = self._container or layout_of(self.job.checkpoint, self.job.skeleton)
+        return FileContents(layout, len(self.job.selected_linears()))
 
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """First module of each tensor with a type -> the shape of the tensor."""
+        """First module of each tensor with a type -> its rows, those of a 3D one too, and columns.
+
+        Tensors that are parts of one weight count together.
+        """
         names = self.job.selected_linears().keys() | self.modules_outside
-        tensors = self.contents.layout.tensors
-        return {x.module: x.shape for x in tensors if x.module in names}
+        rows = Counter[str]()
+        for tensor in self.contents.layout.tensors:
+            rows[tensor.module] += math.prod(tensor.shape[:-1])
+        return {x: (rows[x], self._tensors[x].shape[-1]) for x in rows if x in names}
+
+    @functools.cached_property
+    def _tensors(self) -> dict[str, GgufTensor]:
+        """Name of a module -> a tensor that has its weight, or a part of that."""
+        return {name: x for x in self.contents.layout.tensors for name in x.modules}
 
     def quantizers(self, name: str, with_reserve: bool | None = None) -> list[GgufType]:
         """The types that a module can have: one where the recipe decides, else all that fit.
@@ -352,16 +375,17 @@ class GgufFormat(MixFormat):
             name: Name of a linear, an embedding or a head.
             with_reserve: Whether types count that are kept in reserve; None where they are needed.
         """
-        columns = self.job.checkpoint.checkpoint.tensors[self.job.stored_key(name)].shape[-1]
+        columns, order = self._tensors[name].shape[-1], self._tensors[name].columns
         kind = self._head_type if name in self.modules_outside else self.recipe.type
         if self._names_file:
             kind = self._types_in_file.get(name, kind)
         if kind is not None:
-            return [type_for(kind, columns)]
+            return [replace(type_for(kind, columns), columns=order)]
         # Of Q4_K's size, and as fast; IQ4_XS, which has the same levels, takes longer to decode.
         fast = [TYPES["IQ4_NL"]] if self._times and not columns % 256 else []
         with_reserve = self._needs_reserve if with_reserve is None else with_reserve
-        return types_for(columns, with_reserve) + fast
+        types = types_for(columns, with_reserve) + fast
+        return [replace(x, columns=order) for x in types] if order else types
 
     @functools.cached_property
     def _needs_reserve(self) -> bool:
@@ -544,7 +568,7 @@ class GgufFormat(MixFormat):
         parts = self.contents.bytes_by_type(record.types)
         after = self.contents.file_bytes(record.types)
         record.size = self.contents.size(source.file_bytes(), after, parts)
-        tensors = self.contents.stored(record.types, partial(self._content, shards))
+        tensors = self.contents.stored(record.types, partial(self._content, shards, record.types))
         fields = self.contents.fields(record.types, reproducible(record))
         text = modelfile(self.path.name, source.folder, fields)
         write_text(folder.folder / "Modelfile", text)
@@ -566,10 +590,14 @@ class GgufFormat(MixFormat):
         )
         return card.replace(f"`{record.FILE}`", f"the field `{RECORD_FIELD}` of the file")
 
-    def _content(self, shards: Checkpoint, tensor: GgufTensor) -> torch.Tensor:
-        """The bytes of a tensor of the file, from the shards."""
-        if tensor.values is not None:
-            return tensor.values
-        parts = [shards.whole(self.job.checkpoint.stored[name]) for name in tensor.sources]
-        rows = tensor.arranged(parts[0] if len(parts) == 1 else torch.cat(parts))
+    def _content(
+        self, shards: Checkpoint, types: Mapping[str, str], tensor: GgufTensor
+    ) -> torch.Tensor:
+        """The bytes of a tensor of the file, from the shards or from the file that has it."""
+        if tensor.values is not None and tensor.module not in types:
+            return tensor.values()
+        stored = self.job.checkpoint.stored
+        parts = [shards.whole(stored.get(name, name)) for name in tensor.sources]
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+        rows = rows if tensor.rows is None else rows[tensor.rows]
         return rows if tensor.is_matrix else rows.float() + tensor.shift

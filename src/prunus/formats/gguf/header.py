@@ -92,6 +92,7 @@ def open_gguf(path: Path) -> GgufFile:
     """Open a GGUF file of a stranger: its header is checked before the package reads it.
 
     Raises:
+        FileNotFoundError: There is no such file.
         ValueError: It is truncated or damaged, or its lengths do not fit the shapes of its tensors.
     """
     try:
@@ -99,6 +100,8 @@ def open_gguf(path: Path) -> GgufFile:
             fields, tensors = _walk(_Cursor(data))
         _check_lengths(fields, str(fields.get("general.architecture", "unknown")), tensors)
         return GgufFile.open(path)
+    except FileNotFoundError:
+        raise
     except Exception as fault:  # the reader trusts its input and raises errors of many kinds
         raise ValueError(
             f"{path}: the GGUF file is truncated or damaged ({fault}); fetch it again"

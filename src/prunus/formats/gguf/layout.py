@@ -1,6 +1,8 @@
 """What a GGUF file of a checkpoint holds: its fields, and which tensors under which names.
 
-For families that are listed here, it is what llama.cpp's own converter writes.
+A layout has two makers. `layout_of` knows the families that are listed here; for them the file is
+what llama.cpp's own converter writes. `container.layout_in` takes the layout from a file of any
+family.
 
 llama.cpp stores the weights of a model as they are, with three exceptions. Llama's queries and keys
 have the rows of a head in another order, because llama.cpp rotates neighbours where transformers
@@ -12,8 +14,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,10 @@ from prunus.formats.gguf.types import TYPES
 from prunus.formats.gguf.vocabulary import NORMAL, add_vocabulary
 from prunus.hardware.process_state import no_stderr
 from prunus.model.checkpoint.atomic_files import read_json
+from prunus.model.checkpoint.reader import TensorInfo
 from prunus.model.checkpoint.regular_files import read_limited
+from prunus.model.skeleton import Skeleton
+from prunus.model.source import CheckpointSource
 
 #: Class in transformers -> llama.cpp's name of its kind of model.
 ARCHITECTURES = {
@@ -43,8 +49,11 @@ ARCHITECTURES = {
     "PhiForCausalLM": "phi2",
     "Phi3ForCausalLM": "phi3",
 }
-#: Tensors that llama.cpp needs in float32, also those that are matrices.
-PLAIN = re.compile(r"_norm\.weight$|ffn_gate_inp|position_embd|token_types|ssm_|shortcut|rope_")
+#: Tensors that llama.cpp never quantises, also those that are matrices.
+PLAIN = re.compile(
+    r"_norm\.weight$|ffn_gate_inp|ffn_gate_tid2eid|position_embd|token_types|rope_|ssm_conv1d|"
+    r"shortconv\.conv\.|altup|laurel|per_layer_model_proj|indexer\.|time_mix_|attn_rel_b"
+)
 _EXPERT = re.compile(r"(.+\.experts\.)(\d+)\.(\w+)(\.weight)")
 # Names of an expert's matrices that the package does not know -> those that it knows.
 _LEAVES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -73,19 +82,23 @@ class GgufTensor:
     Attributes:
         name: llama.cpp's name of the tensor.
         shape: Shape in the order of torch, rows first.
-        sources: Its name in the model, or the names of the weights that it stacks, in the order of
-            the experts. Empty where the model has no such weight.
-        heads: Number of heads whose rows have llama.cpp's order; None leaves the rows in order.
+        dtype: How it is stored where it has no type.
+        sources: Its name in the model, or the names of the weights whose rows it has. Empty where
+            the file has no such weight.
+        rows: Which rows of all sources it has, in the order of the file; None for all in order.
+        columns: Which column of the source each of its columns is; empty where they are in order.
         shift: What is added to every value: 1 for Gemma's norms, else 0.
-        values: The content where there is no source, float32; None where there is one.
+        values: Returns the content where it has no type; None where that is the source's.
     """
 
     name: str
     shape: tuple[int, ...]
+    dtype: torch.dtype
     sources: tuple[str, ...] = ()
-    heads: int | None = None
+    rows: torch.Tensor | None = None
+    columns: tuple[int, ...] = ()
     shift: float = 0.0
-    values: torch.Tensor | None = None
+    values: Callable[[], torch.Tensor] | None = None
 
     @property
     def modules(self) -> list[str]:
@@ -102,20 +115,6 @@ class GgufTensor:
         """Whether it may have a type of fewer bits than float32."""
         return len(self.shape) > 1 and not PLAIN.search(self.name)
 
-    def arranged(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of all sources in the order of the file.
-
-        transformers stores the rows of a head as two halves, which it rotates against each other.
-        llama.cpp rotates neighbours, so the rows of the two halves alternate.
-
-        >>> GgufTensor("blk.0.attn_q.weight", (4,), heads=1).arranged(torch.arange(4)).tolist()
-        [0, 2, 1, 3]
-        """
-        if self.heads is None:
-            return rows
-        parts = torch.arange(len(rows)).reshape(self.heads, 2, -1)
-        return rows[parts.transpose(1, 2).reshape(-1)]
-
 
 @dataclass(frozen=True)
 class GgufLayout:
@@ -130,48 +129,55 @@ class GgufLayout:
     tensors: tuple[GgufTensor, ...]
 
 
-def layout_of(
-    folder: Path, config: Any, shapes: Mapping[str, tuple[int, ...]], template: Path | None = None
-) -> GgufLayout:
-    """The layout of the GGUF file of the checkpoint in `folder`.
+def weights_stored_once(source: CheckpointSource, skeleton: Skeleton) -> dict[str, str]:
+    """Name in the model -> stored name, of each weight of a checkpoint; of tied ones the first."""
+    state = skeleton.model.state_dict(keep_vars=True)
+    stored = [name for name in state if name in source.stored]
+    first = {id(state[name]): name for name in reversed(stored)}
+    return {name: source.stored[name] for name in stored if first[id(state[name])] == name}
+
+
+def layout_of(source: CheckpointSource, skeleton: Skeleton) -> GgufLayout:
+    """The layout of the GGUF file of a checkpoint, by what is known of its family.
 
     Args:
-        folder: The checkpoint, with its tokenizer and card.
-        config: Its configuration from transformers.
-        shapes: Name in the model -> shape, of each weight to store; of tied ones only the first.
-        template: A GGUF file of the same model, whose fields and tokenizer are taken over. None
-            makes them from the checkpoint.
+        source: The checkpoint, with its tokenizer and card.
+        skeleton: Its model.
 
     Raises:
         NotImplementedError: The family has no known layout, or llama.cpp computes this model in
             another way.
-        ValueError: The tokenizer has no known form in GGUF files, or the template is of another
-            model.
+        ValueError: The tokenizer has no known form in GGUF files.
     """
+    folder, config = source.checkpoint.folder, source.config
+    stored = weights_stored_once(source, skeleton).items()
+    infos = {name: source.checkpoint.tensors[key] for name, key in stored}
     kind = (getattr(config, "architectures", None) or ["unknown"])[0]
     architecture = ARCHITECTURES.get(kind)
     if architecture is None:
         raise NotImplementedError(
             f"{kind} has no known layout in GGUF files; known are "
-            f"{', '.join(sorted(ARCHITECTURES))}. Use llama.cpp's converter for others"
+            f"{', '.join(sorted(ARCHITECTURES))}. For others give `template`, the file that "
+            "llama.cpp's converter makes of the checkpoint"
         )
     options = config.get_text_config().to_dict()
     heads = {
         "attn_q": options["num_attention_heads"],
         "attn_k": options.get("num_key_value_heads") or options["num_attention_heads"],
     }
-    tensors = named(architecture, options["num_hidden_layers"], shapes)
+    tensors = named(architecture, options["num_hidden_layers"], infos)
     _check_experts(kind, architecture, options, tensors)
     for index, tensor in enumerate(tensors):
-        if architecture == "llama":
-            tensors[index] = replace(tensor, heads=heads.get(tensor.name.split(".")[-2]))
+        if architecture == "llama" and (count := heads.get(tensor.name.split(".")[-2])):
+            # transformers stores the rows of a head as two halves, which it rotates against each
+            # other. llama.cpp rotates neighbours, so the rows of the two halves alternate.
+            halves = torch.arange(tensor.shape[0]).reshape(count, 2, -1)
+            tensors[index] = replace(tensor, rows=halves.transpose(1, 2).reshape(-1))
         elif architecture == "gemma3" and tensor.name.endswith("norm.weight"):
             tensors[index] = replace(tensor, shift=1.0)
     writer = new_fields(architecture)
     extra = _rope_factors(writer, architecture, options)
     tensors = [*extra, *tensors]
-    if template is not None:
-        return GgufLayout(open_same_model(template, folder, tensors).fields(), tuple(tensors))
     _add_metadata(writer, folder, tensors)
     _add_parameters(writer, architecture, options)
     _add_tokenizer(writer, folder, architecture, options)
@@ -219,24 +225,22 @@ def types_in(
     return {module: types[tensor.name] for tensor in chosen for module in tensor.modules}
 
 
-def named(
-    architecture: str, blocks: int, shapes: Mapping[str, tuple[int, ...]]
-) -> list[GgufTensor]:
-    """All weights of a model by llama.cpp's names, in the order of `shapes`.
+def named(architecture: str, blocks: int, infos: Mapping[str, TensorInfo]) -> list[GgufTensor]:
+    """All weights of a model by llama.cpp's names, in the order of `infos`.
 
     The experts of a block become one tensor each for gate, up and down; expert 0 comes first.
 
     Args:
         architecture: llama.cpp's name of the kind of model.
         blocks: Number of its blocks.
-        shapes: Name in the model -> shape of the weight.
+        infos: Name in the model -> shape and dtype of the weight.
 
     Raises:
         NotImplementedError: llama.cpp has no name for a weight.
     """
     names, tensors = tensor_names(architecture, blocks), []
     sources: dict[str, list[tuple[int, str]]] = {}
-    for source in shapes:
+    for source in infos:
         expert = _EXPERT.fullmatch(source)
         stack = f"{expert[1]}{_LEAVES.get(expert[3], expert[3])}{expert[4]}" if expert else source
         name = names.get_name(stack, try_suffixes=(".weight", ".bias"))
@@ -248,10 +252,11 @@ def named(
         sources.setdefault(name, []).append((int(expert[2]) if expert else 0, source))
     for name, numbered in sources.items():
         several = tuple(source for _, source in sorted(numbered))
-        shape = shapes[several[0]]
+        shape = infos[several[0]].shape
         if "_exps." in name:
             shape = (len(several), *shape)
-        tensors.append(GgufTensor(name, shape, several))
+        tensor = GgufTensor(name, shape, infos[several[0]].dtype, several)
+        tensors.append(tensor if tensor.is_matrix else replace(tensor, dtype=torch.float32))
     return tensors
 
 
@@ -301,21 +306,48 @@ def open_same_model(path: Path, folder: Path, tensors: Sequence[GgufTensor]) -> 
         for name, tensor in file.tensors.items()
         if name in ours or name != "output.weight"
     }
-    vocabulary = read_json(folder / "tokenizer.json").get("model", {}).get("vocab", {})
+    check_same(path, folder, file, ours, theirs)
+    return file
+
+
+def check_same(
+    path: Path,
+    folder: Path,
+    file: GgufFile,
+    ours: Mapping[str, object],
+    theirs: Mapping[str, object],
+) -> None:
+    """Compare the tokens of a file with those of the tokenizer of a checkpoint, and other things.
+
+    Args:
+        path: Where the file is.
+        folder: The checkpoint. One without tokenizer.json is not compared.
+        file: The file.
+        ours: Other things of the checkpoint by name.
+        theirs: The same of the file.
+
+    Raises:
+        ValueError: They differ; names the first.
+    """
+    tokenizer = folder / "tokenizer.json"
+    vocabulary = read_json(tokenizer)["model"].get("vocab", {}) if tokenizer.exists() else {}
     if isinstance(vocabulary, list):  # of pieces with scores
         vocabulary = {piece[0]: index for index, piece in enumerate(vocabulary)}
     vocabulary_by_id = {index: token for token, index in vocabulary.items()}
     tokens, kinds = (file.get(f"tokenizer.ggml.{x}", []) for x in ("tokens", "token_type"))
-    for index, (token, kind) in enumerate(zip(tokens, kinds, strict=False)):
-        if kind == NORMAL and index in vocabulary_by_id:
-            ours[f"token {index}"], theirs[f"token {index}"] = vocabulary_by_id[index], token
+    normal = {
+        index: token
+        for index, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
+        if kind == NORMAL and index in vocabulary_by_id
+    }
+    ours = {**ours, **{f"token {index}": vocabulary_by_id[index] for index in normal}}
+    theirs = {**theirs, **{f"token {index}": token for index, token in normal.items()}}
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             raise ValueError(
                 f"{path} is not a file of this model: {name} is {ours.get(name)} in the model and "
                 f"{theirs.get(name)} there. Give what llama.cpp's converter makes of the model"
             )
-    return file
 
 
 # --- fields, as llama.cpp's converter writes them ---
@@ -409,8 +441,10 @@ def _rope_factors(writer: Any, architecture: str, options: Mapping[str, Any]) ->
         factors["rope_factors_long.weight"] = rope["long_factor"]
         factors["rope_factors_short.weight"] = rope["short_factor"]
     return [
-        GgufTensor(name, (len(factor),), values=torch.tensor(factor, dtype=torch.float32))
-        for name, factor in factors.items()
+        GgufTensor(
+            name, (len(x),), torch.float32, values=partial(torch.tensor, x, dtype=torch.float32)
+        )
+        for name, x in factors.items()
     ]
 
 

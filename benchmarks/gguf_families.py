@@ -1,0 +1,237 @@
+"""Does `compress --template` write a file that llama.cpp computes with as transformers does?
+
+    python benchmarks/gguf_families.py WORK --tokenizer FOLDER --json gguf-families.json
+
+For each family (`tests/support/tiny.py`, made wider) there is a tiny random model, and
+these steps:
+
+    llama.cpp's converter       ─► FULL.gguf, in bfloat16
+    prunus compress --template  ─► OUT.gguf
+    llama-perplexity            ─► log-probabilities of OUT.gguf, of text without meaning
+    OUT.gguf's weights, put back into the checkpoint ─► log-probabilities of transformers
+
+Both must agree: the KL divergence is less than 1 % of the one to the model whose matrices are
+upside down. Random weights show whether every number is in its place, and nothing of quality.
+
+--tokenizer (or PRUNUS_TOKENIZER) is a folder with a tokenizer of merged bytes, such as one that
+benchmarks/small_llama.py trained. --llama-cpp is a folder with llama.cpp, built; without it,
+llama.cpp is built in WORK, see proof.py. Families that the converter or llama.cpp refuses are in
+the table with what they said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from proof import CONVERT, build_llama_cpp, run
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import prunus
+from prunus.formats.gguf.container import layout_by, open_container, placements_in
+from prunus.formats.gguf.file import GgufFile
+from prunus.model.checkpoint.atomic_files import write_text
+from prunus.model.skeleton import Skeleton
+from prunus.model.source import CheckpointSource
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
+from tiny import tiny_model
+
+#: Tokens of a chunk, of which llama.cpp scores the second half; and the number of chunks.
+CONTEXT, CHUNKS = 64, 2
+#: Sizes of all models. Spans of 256 columns fit.
+WIDE: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "max_position_embeddings": 512,
+}
+HEADS: dict[str, Any] = {"head_dim": 64}
+EXPERTS: dict[str, Any] = {"moe_intermediate_size": 64}
+#: Family -> options, and options of the converter. Not here are families whose converter wants a
+#: tokenizer of their own.
+FAMILIES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    **{
+        name: ({}, [])
+        for name in (
+            "llama", "qwen2", "olmo", "olmo2", "granite", "stablelm", "starcoder2", "cohere",
+            "arcee", "lfm2", "mixtral", "granitemoe", "granitemoeshared", "falcon_h1", "mamba",
+            "bloom",
+        )
+    },
+    **{
+        name: (HEADS, [])
+        for name in (
+            "qwen3", "olmo3", "smollm3", "apertus", "seed_oss", "gpt_oss", "hunyuan_v1_dense",
+        )
+    },
+    **{
+        name: (HEADS | EXPERTS, [])
+        for name in (
+            "qwen3_moe", "glm4_moe", "dots1", "ernie4_5_moe", "hunyuan_v1_moe", "minimax_m2",
+            "lfm2_moe", "qwen2_moe",
+        )
+    },
+    # llama.cpp attends to all tokens in Mistral, and to near ones in five of six blocks of Gemma 3.
+    "mistral": ({"sliding_window": None}, []),
+    "gemma3_text": (HEADS | {"layer_types": ["sliding_attention"] * 2}, []),
+    "exaone4": (HEADS | {"sliding_window": None, "layer_types": ["full_attention"] * 2}, []),
+    "phi": ({"num_key_value_heads": 4}, []),
+    "olmoe": ({"num_key_value_heads": 4}, []),
+    "falcon": ({"multi_query": True}, []),
+    "deepseek_v2": ({"q_lora_rank": 32}, []),
+    "mamba2": ({"num_heads": 64}, []),
+    "granitemoehybrid": ({"mamba_n_heads": 64}, []),
+    "qwen3_next": (HEADS | EXPERTS, ["--no-mtp"]),
+    "qwen3_5_text": (HEADS, ["--no-mtp"]),
+}  # fmt: skip
+TEXT = "The river runs through seven towns, and in each of them a bridge was built by hand. "
+
+
+def checkpoint(family: str, options: dict[str, Any], tokenizer: Any, folder: Path) -> None:
+    """A tiny random model in bfloat16 with the tokenizer."""
+    ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    model = tiny_model(family, vocab_size=len(tokenizer), **{**WIDE, **ids, **options})
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def restored(folder: Path, template: Path, written: Path, out: Path) -> None:
+    """The checkpoint with the weights of a GGUF file, in float32."""
+    source = CheckpointSource(folder)
+    skeleton = Skeleton(source.config, torch.float32)
+    source.bind(skeleton)
+    full, file = open_container(template, folder), GgufFile.open(written)
+    placements = placements_in(full, template, source, skeleton)
+    weights: dict[str, torch.Tensor] = {}
+    for tensor in layout_by(full, placements, source, skeleton).tensors:
+        if not tensor.sources:
+            continue
+        parts = [weights.get(x, source.weight(x)).float() for x in tensor.sources]
+        values, rows = file.read(tensor.name), torch.cat(parts)
+        values = values.reshape(-1, values.shape[-1])
+        if tensor.columns:
+            values = values[:, torch.tensor(tensor.columns).argsort()]
+        rows[slice(None) if tensor.rows is None else tensor.rows] = values
+        weights |= dict(zip(tensor.sources, rows.split([len(x) for x in parts]), strict=True))
+    tensors = {}
+    for index in range(len(skeleton)):
+        path = skeleton.block_name(index)
+        block = {k: weights.get(f"{path}.{k}", x.float()) for k, x in source.block(index).items()}
+        tensors |= source.as_stored(index, block)
+    names = {key: name for name, key in source.stored.items()}
+    for key in source.outside_keys():
+        tensors[key] = weights.get(names.get(key, key), source.checkpoint.whole(key).float())
+    shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors*"))
+    contents = {key: x.contiguous().clone() for key, x in tensors.items()}
+    save_file(contents, out / "model.safetensors", {"format": "pt"})
+
+
+def of_llama_cpp(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (chunks, CONTEXT) and log-probabilities that llama-perplexity has written."""
+    data = path.read_bytes()
+    width, vocabulary, chunks = np.frombuffer(data, np.int32, 3, 8)
+    tokens = np.frombuffer(data, np.int32, width * chunks, 20).reshape(chunks, width)
+    size = 2 * ((vocabulary + 1) // 2) + 4
+    rows = np.frombuffer(data, np.uint16, offset=20 + tokens.nbytes).reshape(-1, size)
+    scales = np.ascontiguousarray(rows[:, :4]).view(np.float32)
+    levels = rows[:, 4 : 4 + vocabulary].astype(np.float32)
+    values = levels * scales[:, :1] + scales[:, 1:]
+    return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(values)
+
+
+@torch.no_grad()
+def of_transformers(folder: Path, tokens: torch.Tensor, *, flipped: bool = False) -> torch.Tensor:
+    """The log-probabilities of the same positions."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    for name, parameter in model.named_parameters() if flipped else ():
+        if parameter.dim() == 2 and "embed" not in name:
+            parameter.copy_(parameter.flip(0))
+    logits = model(tokens, use_cache=False).logits[:, CONTEXT // 2 : CONTEXT - 1]
+    return logits.flatten(0, 1).float().log_softmax(-1)
+
+
+def divergence(reference: torch.Tensor, other: torch.Tensor) -> float:
+    """The mean KL divergence in nats."""
+    return float((reference.exp() * (reference - other)).sum(-1).mean())
+
+
+def measure(family: str, llama: Path, work: Path, tokenizer: Any) -> dict[str, Any]:
+    """What one family gives; raises where a step fails."""
+    options, converting = FAMILIES[family]
+    folder, full, out = work / "dense", work / "full.gguf", work / "out.gguf"
+    checkpoint(family, options, tokenizer, folder)
+    script = llama / "convert_hf_to_gguf.py"
+    command = [sys.executable, "-c", CONVERT, "conversion.base", script, folder.resolve()]
+    command += ["--outtype", "bf16", "--outfile", full.resolve(), *converting]
+    run(command, work / "convert.log", cwd=llama)
+    ids = torch.randint(10, len(tokenizer), (8, 64), generator=torch.Generator().manual_seed(0))
+    settings = {"calibration": ids, "template": full, "dense_weight": 0.0, "progress": False}
+    record = prunus.compress(folder, out, bits=5.0, **settings)
+    text = work / "text.txt"
+    write_text(text, TEXT * (2 * CONTEXT))
+    program = [llama / "build" / "bin" / "llama-perplexity", "-m", out, "-f", text]
+    program += ["-c", CONTEXT, "-b", CONTEXT, "--chunks", CHUNKS, "-t", torch.get_num_threads()]
+    program += ["-fa", "off", "--kl-divergence-base", work / "logits"]
+    run(program, work / "perplexity.log")
+    restored(folder, full, out, work / "restored")
+    tokens, ours = of_llama_cpp(work / "logits")
+    theirs = of_transformers(work / "restored", tokens)
+    wrong = of_transformers(work / "restored", tokens, flipped=True)
+    file = GgufFile.open(out)
+    return {
+        "kl": divergence(theirs, ours),
+        "kl_upside_down": divergence(theirs, wrong),
+        "same_top": float((theirs.argmax(-1) == ours.argmax(-1)).float().mean()),
+        "bits_in_blocks": file.block_bits,
+        "linears": len(record.types),
+        "types": file.types,
+    }
+
+
+def main() -> None:
+    """Measure the families, and print a table as it grows."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--tokenizer", type=Path, default=os.environ.get("PRUNUS_TOKENIZER"))
+    parser.add_argument("--llama-cpp", type=Path, default=os.environ.get("LLAMA_CPP"))
+    parser.add_argument("--families", default=",".join(FAMILIES), help="a list with commas")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if options.tokenizer is None:
+        parser.error("give --tokenizer, a folder with a tokenizer of merged bytes")
+    options.work.mkdir(parents=True, exist_ok=True)
+    llama = Path(options.llama_cpp or build_llama_cpp(options.work))
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    results = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
+    for family in options.families.split(","):
+        work = options.work / family
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        try:
+            result = measure(family, llama, work, tokenizer)
+            passed = result["kl"] < 0.01 * result["kl_upside_down"]
+            words = f"{result['kl']:.1e} of {result['kl_upside_down']:.1e}, {result['types']}"
+        except Exception as fault:  # of the converter, of llama.cpp, or of the run
+            passed, words = False, f"{type(fault).__name__}: {fault}".splitlines()[0][:300]
+            result = {"failed": words}
+        results[family] = {"passed": passed, **result}
+        print(f"{family:20} {'passed' if passed else 'FAILED'}  {words}", flush=True)
+        if options.json:
+            write_text(options.json, json.dumps(results, indent=1) + "\n")
+        for path in ("dense", "restored"):
+            shutil.rmtree(work / path, ignore_errors=True)
+    sys.exit(not all(result["passed"] for result in results.values()))
+
+
+if __name__ == "__main__":
+    main()

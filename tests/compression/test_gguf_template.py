@@ -1,0 +1,238 @@
+"""`prunus compress --template`: a file in full precision says what the GGUF file holds."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+pytest.importorskip("gguf")
+pytest.importorskip("accelerate")
+
+import prunus
+from gguf_cases import gguf_checkpoint, known_layout, known_tensors, write_container
+from prunus.formats.gguf import container as gguf_container
+from prunus.formats.gguf.file import GgufFile
+from prunus.formats.gguf.format import read_record
+from prunus.formats.records import CompressionRecord
+from stopping import StopError, stop_after
+from tiny import token_ids
+
+MOE = {"intermediate_size": 64, "num_local_experts": 2, "num_experts_per_tok": 1}
+
+
+def compress(dense: Path, out: Path, **options) -> CompressionRecord:
+    return prunus.compress(dense, out, **{"calibration": token_ids(), "batch": 2, **options})
+
+
+def full_file(dense: Path, path: Path, **options) -> Path:
+    return write_container(path, known_tensors(dense), known_layout(dense)[0].fields, **options)
+
+
+def contents(path: Path) -> dict[str, torch.Tensor]:
+    file = GgufFile.open(path)
+    return {name: file.read(name) for name in file.tensors}
+
+
+def assert_same(path: Path, other: Path) -> None:
+    ours, theirs = contents(path), contents(other)
+    assert [*ours] == [*theirs]
+    assert {name for name in ours if not torch.equal(ours[name], theirs[name])} == set()
+
+
+def assert_close(path: Path, others: dict[str, torch.Tensor]) -> None:
+    for name, content in contents(path).items():
+        error = (content - others[name].float()).norm() / others[name].float().norm()
+        assert float(error) < 0.35, name
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    return gguf_checkpoint(tmp_path_factory.mktemp("template") / "dense")
+
+
+@pytest.fixture(scope="module")
+def container(dense) -> Path:
+    return full_file(dense, dense.parent / "dense.gguf")
+
+
+@pytest.mark.parametrize(
+    ("family", "stored", "dtype"),
+    [
+        ("llama", torch.bfloat16, torch.bfloat16),
+        ("llama", torch.bfloat16, torch.float16),
+        ("llama", torch.float32, torch.bfloat16),
+        ("llama", torch.float32, torch.float16),
+        ("gemma3_text", torch.bfloat16, torch.float32),
+        ("phi3", torch.bfloat16, torch.bfloat16),
+        ("mixtral", torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_a_template_gives_what_is_known_of_its_family(family, stored, dtype, tmp_path):
+    options = MOE if family == "mixtral" else {}
+    dense = gguf_checkpoint(tmp_path / "dense", family, dtype=stored, **options)
+    template = full_file(dense, tmp_path / "full.gguf", dtype=dtype)
+    known, out = tmp_path / "known.gguf", tmp_path / "x.gguf"
+    compress(dense, known, bits=4.5)
+    compress(dense, out, bits=4.5, template=template)
+    assert_same(out, known)
+    assert GgufFile.open(out).fields() == GgufFile.open(known).fields()
+    # The file names its template without the folders that it was in.
+    assert read_record(out).recipe.template == Path("full.gguf")
+    moved = template.rename(dense / "full.gguf")
+    assert compress(dense, out, bits=4.5, template=moved).state == "finished"
+
+
+@pytest.mark.parametrize("rounding", ["feedback", "nearest"])
+def test_rows_and_columns_have_the_order_of_the_template(rounding, dense, tmp_path):
+    changed = {
+        name: x.flip(0) if x.dim() > 1 else x + 1 for name, x in known_tensors(dense).items()
+    }
+    columns = {name: x.rot90(2) for name, x in changed.items() if "attn_output" in name}
+    template = write_container(tmp_path / "full.gguf", changed | columns)
+    options = {"type": "Q4_K", "rounding": rounding}
+    compress(dense, tmp_path / "known.gguf", **options)
+    compress(dense, tmp_path / "x.gguf", **options, template=template)
+    ours, theirs = contents(tmp_path / "x.gguf"), contents(tmp_path / "known.gguf")
+    for name in (f"blk.0.attn_{x}.weight" for x in "qkv"):  # what follows sees their errors
+        assert torch.equal(ours[name], theirs[name].flip(0)), name
+    assert torch.equal(ours["output_norm.weight"], changed["output_norm.weight"])
+    assert_close(tmp_path / "x.gguf", changed | columns)
+    # Other columns share a scale.
+    assert {GgufFile.open(tmp_path / "x.gguf").tensors[x].tensor_type.name for x in columns} == {
+        "Q4_K"
+    }
+
+
+def test_parts_of_one_weight_are_found_and_have_one_type(tmp_path):
+    dense = gguf_checkpoint(tmp_path / "dense", "phi3")
+    changed = known_tensors(dense)
+    for name in [name for name in changed if "attn_qkv" in name]:
+        parts = changed.pop(name).split([256, 128, 128])
+        changed |= {name.replace("qkv", x): y for x, y in zip("qkv", parts, strict=True)}
+    template = write_container(tmp_path / "full.gguf", changed)
+    record = compress(dense, tmp_path / "x.gguf", bits=4.5, template=template)
+    assert_close(tmp_path / "x.gguf", changed)
+    file = GgufFile.open(tmp_path / "x.gguf")
+    kinds = {file.tensors[f"blk.0.attn_{x}.weight"].tensor_type.name for x in "qkv"}
+    assert kinds == {record.types["model.layers.0.self_attn.qkv_proj"]}
+    assert (tmp_path / "x.gguf").stat().st_size == record.size.after
+
+
+def test_what_the_model_lacks_is_copied(dense, tmp_path):
+    folder = shutil.copytree(dense, tmp_path / "more")
+    weights = load_file(folder / "model.safetensors")
+    draft = torch.randn(256, 256).bfloat16()
+    save_file(weights | {"mtp.fc.weight": draft}, folder / "model.safetensors", {"format": "pt"})
+    more = {"blk.1.nextn.eh_proj.weight": draft.float(), "blk.1.conv": torch.randn(4, 1, 3)}
+    template = write_container(tmp_path / "full.gguf", known_tensors(dense) | more)
+    compress(folder, tmp_path / "x.gguf", type="Q4_K", template=template)
+    written = GgufFile.open(tmp_path / "x.gguf").tensors
+    for name in more:
+        assert bytes(written[name].data) == bytes(GgufFile.open(template).tensors[name].data)
+        assert written[name].tensor_type.name == "BF16"
+
+
+def test_equal_blocks_and_equal_experts_keep_their_places(tmp_path):
+    dense = gguf_checkpoint(tmp_path / "dense", "mixtral", **MOE)
+    weights = load_file(dense / "model.safetensors")
+    for name in list(weights):
+        if "layers.1." in name or "experts.1." in name:
+            first = name.replace("layers.1.", "layers.0.").replace("experts.1.", "experts.0.")
+            weights[name] = weights[first].clone()
+        if name.endswith("proj.weight"):
+            weights[name][:3] = 0
+    save_file(weights, dense / "model.safetensors", {"format": "pt"})
+    template = full_file(dense, tmp_path / "full.gguf")
+    compress(dense, tmp_path / "known.gguf", type="Q3_K")
+    compress(dense, tmp_path / "x.gguf", type="Q3_K", template=template)
+    assert_same(tmp_path / "x.gguf", tmp_path / "known.gguf")
+
+
+def gpt_oss(folder: Path) -> dict[str, torch.Tensor]:
+    """Tensors of llama.cpp's names: gate and up alternate in the checkpoint, and are transposed."""
+    gguf_checkpoint(folder, "gpt_oss", intermediate_size=64)
+    known, tensors = load_file(folder / "model.safetensors"), {}
+    for name, ours in (("token_embd", "model.embed_tokens"), ("output", "lm_head")):
+        tensors[f"{name}.weight"] = known[f"{ours}.weight"]
+    for block in range(2):
+        ours, theirs = f"model.layers.{block}", f"blk.{block}"
+        both = known[f"{ours}.mlp.experts.gate_up_proj"].transpose(1, 2)
+        down = known[f"{ours}.mlp.experts.down_proj"].transpose(1, 2)
+        experts = {"gate": both[:, ::2], "up": both[:, 1::2], "down": down}
+        tensors |= {f"{theirs}.ffn_{x}_exps.weight": y for x, y in experts.items()}
+        tensors[f"{theirs}.ffn_gate_inp.weight"] = known[f"{ours}.mlp.router.weight"]
+        for x, y in zip("qkvo", ("q", "k", "v", "output"), strict=True):
+            tensors[f"{theirs}.attn_{y}.weight"] = known[f"{ours}.self_attn.{x}_proj.weight"]
+    return tensors
+
+
+def test_experts_that_the_checkpoint_has_in_one_tensor_are_compressed(tmp_path):
+    tensors = gpt_oss(tmp_path / "dense")
+    template = write_container(tmp_path / "full.gguf", tensors)
+    # Dense targets move the weights of a random model far.
+    options = {"bits": 4.5, "dense_weight": 0.0, "template": template}
+    record = compress(tmp_path / "dense", tmp_path / "x.gguf", **options)
+    assert_close(tmp_path / "x.gguf", tensors)
+    kinds = {x.tensor_type.name for x in GgufFile.open(tmp_path / "x.gguf").tensors.values()}
+    assert kinds == {*record.types.values(), "F32"}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_a_killed_run_with_a_template_continues_without_matching(
+    family, dense, container, tmp_path, monkeypatch
+):
+    options = {"bits": 4.5, "template": container}
+    if family == "gpt_oss":
+        dense = tmp_path / "dense"
+        options["template"] = write_container(tmp_path / "full.gguf", gpt_oss(dense))
+    compress(dense, tmp_path / "whole.gguf", **options)
+    with pytest.raises(StopError):
+        compress(dense, tmp_path / "x.gguf", **options, progress=stop_after(1))
+    with monkeypatch.context() as changed:
+        changed.delattr(gguf_container, "placements_in")
+        compress(dense, tmp_path / "x.gguf", **options)
+    assert (tmp_path / "x.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+def test_a_template_that_changes_during_the_run_is_refused(dense, container, tmp_path):
+    template = Path(shutil.copy(container, tmp_path / "full.gguf"))
+    with pytest.raises(StopError):
+        compress(dense, tmp_path / "x.gguf", type="Q4_K", template=template, progress=stop_after(1))
+    changed = {name: x + (x.dim() < 2) for name, x in known_tensors(dense).items()}
+    write_container(template, changed, known_layout(dense)[0].fields)
+    with pytest.raises(FileExistsError, match="not the file that this run began with"):
+        compress(dense, tmp_path / "x.gguf", type="Q4_K", template=template)
+    assert not (tmp_path / "x.gguf").exists()
+
+
+def test_a_template_that_does_not_fit_is_refused_before_any_work(dense, container, tmp_path):
+    other = gguf_checkpoint(tmp_path / "other", initializer_range=0.03)
+    tokens = shutil.copytree(dense, tmp_path / "tokens")
+    path = tokens / "tokenizer.json"
+    path.write_text(path.read_text().replace('"ab"', '"bc"').replace('"a","b"', '"b","c"'))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    compress(dense, tmp_path / "few.gguf", type="Q4_K")
+    (tmp_path / "cut.gguf").write_bytes(container.read_bytes()[:-5000])
+    less = {
+        name: torch.randn_like(x) if "blk.0.attn" in name and x.dim() > 1 else x
+        for name, x in known_tensors(dense).items()
+    }
+    write_container(tmp_path / "less.gguf", less, known_layout(dense)[0].fields)
+    before = sorted(tmp_path.iterdir())
+    for model, template, message in (
+        (other, container, "not a file of this model: .*% .* blk.0.attn_q.weight"),
+        (dense, tmp_path / "less.gguf", "and not those of blk.0.attn_q.weight, .* and 1 more"),
+        (dense, tmp_path / "few.gguf", "few.gguf has weights in Q4_K, .*F32, F16 or BF16"),
+        (dense, tmp_path / "cut.gguf", "truncated or damaged"),
+        (dense, tmp_path / "absent.gguf", "No such file .*absent.gguf"),
+        (tokens, container, "token .* is bc in the model and ab there"),
+        (adapter, container, "adapter without its base model"),
+    ):
+        with pytest.raises((ValueError, NotImplementedError, FileNotFoundError), match=message):
+            compress(model, tmp_path / "x.gguf", type="Q4_K", template=template)
+        assert sorted(tmp_path.iterdir()) == before
