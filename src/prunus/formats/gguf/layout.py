@@ -161,12 +161,35 @@ def layout_of(source: CheckpointSource, skeleton: Skeleton) -> GgufLayout:
             "llama.cpp's converter makes of the checkpoint"
         )
     options = config.get_text_config().to_dict()
+    tensors = tensors_of(architecture, options, infos)
+    _check_experts(kind, architecture, options, tensors)
+    writer = new_fields(architecture)
+    extra = _rope_factors(writer, architecture, options)
+    tensors = [*extra, *tensors]
+    _add_metadata(writer, folder, tensors)
+    _add_parameters(writer, architecture, options)
+    _add_tokenizer(writer, folder, architecture, options)
+    return GgufLayout(fields_of(writer), tuple(tensors))
+
+
+def tensors_of(
+    architecture: str, options: Mapping[str, Any], infos: Mapping[str, TensorInfo]
+) -> list[GgufTensor]:
+    """All weights of a model of a known family as its GGUF file has them, in the order of `infos`.
+
+    Args:
+        architecture: llama.cpp's name of the kind of model, one of `ARCHITECTURES`.
+        options: The configuration of the text model.
+        infos: Name in the model -> shape and dtype of the weight.
+
+    Raises:
+        NotImplementedError: llama.cpp has no name for a weight.
+    """
     heads = {
         "attn_q": options["num_attention_heads"],
         "attn_k": options.get("num_key_value_heads") or options["num_attention_heads"],
     }
     tensors = named(architecture, options["num_hidden_layers"], infos)
-    _check_experts(kind, architecture, options, tensors)
     for index, tensor in enumerate(tensors):
         if architecture == "llama" and (count := heads.get(tensor.name.split(".")[-2])):
             # transformers stores the rows of a head as two halves, which it rotates against each
@@ -175,13 +198,7 @@ def layout_of(source: CheckpointSource, skeleton: Skeleton) -> GgufLayout:
             tensors[index] = replace(tensor, rows=halves.transpose(1, 2).reshape(-1))
         elif architecture == "gemma3" and tensor.name.endswith("norm.weight"):
             tensors[index] = replace(tensor, shift=1.0)
-    writer = new_fields(architecture)
-    extra = _rope_factors(writer, architecture, options)
-    tensors = [*extra, *tensors]
-    _add_metadata(writer, folder, tensors)
-    _add_parameters(writer, architecture, options)
-    _add_tokenizer(writer, folder, architecture, options)
-    return GgufLayout(fields_of(writer), tuple(tensors))
+    return tensors
 
 
 def types_in(
