@@ -94,8 +94,8 @@ def memory_group(limit: int) -> Iterator[Path]:
 
 
 def forget(folder: Path) -> None:
-    """Remove the pages of a folder's files from the cache."""
-    for path in folder.rglob("*"):
+    """Remove the pages of a folder's files, or of a file, from the cache."""
+    for path in (folder, *folder.rglob("*")):
         if path.is_file():
             handle = os.open(path, os.O_RDONLY)
             os.fsync(handle)
@@ -109,7 +109,7 @@ def enter_group(group: Path) -> None:
 
 
 def bytes_in(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return sum(x.stat().st_size for x in (folder, *folder.rglob("*")) if x.is_file())
 
 
 def measure(
@@ -183,7 +183,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="local folder with the corpora")
     parser.add_argument("--only", default="prune,eval,compare,pack,reconstruct")
     parser.add_argument(
-        "--others", type=Path, nargs="*", help="checkpoints to compare with MODEL; else the pruned"
+        "--others",
+        type=Path,
+        nargs="*",
+        help="checkpoints and GGUF files to compare with MODEL; else the pruned",
     )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
