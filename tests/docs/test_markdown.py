@@ -17,7 +17,8 @@ CURRENT = [page for page in PAGES if page.name not in HISTORY]
 FOREIGN = {
     "--kl-divergence", "--kl-divergence-base", "--llama-bench", "--gguf", "--master-addr",
     "--master-port", "--nnodes",
-    "--node-rank", "--nproc-per-node", "--training-memory", "--others", "--windows", "--take", "--eager", "--enable-lora",
+    "--node-rank", "--nproc-per-node", "--training-memory", "--others", "--windows", "--take",
+    "--eager", "--enable-lora",
     "--tensor-parallel-size", "--outfile", "--outtype", "--temp", "--chunks", "--build",
     "--user-repo", "--copy", "--no-compile", "--reasoning", "--chat-template-kwargs",
     "--tensor-type-file",

@@ -67,9 +67,9 @@ def imported(folder: Path, **options: Any) -> Path:
 def fields_to_write(folder: Path) -> dict[str, Any]:
     """The fields of the GGUF file that is made of a checkpoint."""
     source = CheckpointSource(folder)
-    source.bind(Skeleton(source.config, torch.bfloat16))
-    shapes = {name: source.checkpoint.tensors[key].shape for name, key in source.stored.items()}
-    found = layout_of(folder, source.config, shapes).fields
+    skeleton = Skeleton(source.config, torch.bfloat16)
+    source.bind(skeleton)
+    found = layout_of(source, skeleton).fields
     return {key: each.value for key, each in found.items()}
 
 
