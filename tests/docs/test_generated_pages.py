@@ -76,6 +76,37 @@ def test_the_readme_states_the_figures_of_the_sweep(plots):
     assert f"{figures.dense:.2f}" in text
 
 
+#: Sentences with the divergence of prunus's files in units of llama.cpp's, on prose and on code.
+RATIOS = {
+    "README.md": {
+        "Q2_K": r"At the same size,.*?has (\d\.\d+) of its loss on prose and (\d\.\d+) on code",
+        "Q4_K_M": r"size of Q4_K_M, it has (\d\.\d+) and (\d\.\d+)",
+    },
+    "CHANGELOG.md": {
+        "Q2_K": r"has (\d\.\d+) and (\d\.\d+) of the loss of Q2_K",
+        "Q4_K_M": r"(\d\.\d+) and (\d\.\d+) of that of Q4_K_M",
+    },
+    "docs/results/index.md": {
+        "Q2_K": r"prunus has (\d\.\d+) and (\d\.\d+) of the loss of Q2_K",
+        "Q4_K_M": r"(\d\.\d+) and (\d\.\d+) of that of Q4_K_M",
+    },
+}
+
+
+def test_sentences_state_the_ratios_of_the_figures(plots):
+    rows = plots.read("tied-head")["rows"]
+    for page, sentences in RATIOS.items():
+        text = " ".join((REPOSITORY / page).read_text(encoding="utf-8").split())
+        for preset, pattern in sentences.items():
+            preset_row, ours = [row for row in rows if row["size_of"] == preset][:2]
+            expected = [
+                f"{ours['scores'][name]['kl'] / preset_row['scores'][name]['kl']:.2f}"
+                for name in ("WikiText-2", "Python")
+            ]
+            found = re.search(pattern, text)
+            assert found and list(found.groups()) == expected, (page, preset, expected)
+
+
 def test_committed_figures_name_no_paths():
     for path in (REPOSITORY / "docs" / "results").glob("*.json"):
         assert not re.search(r'"/\w+/', path.read_text(encoding="utf-8")), path.name
@@ -97,7 +128,7 @@ def test_pictures_are_those_of_the_script_and_are_small():
 
 def test_the_citation_names_the_version_of_the_package():
     versions = {
-        re.search(r"^version\W+([\d.]+)", (REPOSITORY / name).read_text(), re.MULTILINE)[1]
+        re.search(r"^version\W+(\d\.\d+)", (REPOSITORY / name).read_text(), re.MULTILINE)[1]
         for name in ("CITATION.cff", "pyproject.toml")
     }
     assert len(versions) == 1
