@@ -310,7 +310,7 @@ def test_a_type_that_decodes_slowly_is_left_out_where_time_counts(dense, tmp_pat
     del times["Q4_K"]
     Path("less.json").write_text(json.dumps({"nanoseconds per weight": times}))
     for options, message in (
-        ({"fast_on": "avx3", "bits": 4.5}, "one of avx512, or a file"),
+        ({"fast_on": "avx3", "bits": 4.5}, "one of avx2, avx512, or a file"),
         ({"fast_on": "less.json", "bits": 4.5}, "less.json has no time of Q4_K"),
         ({"fast_on": "avx512", "type": "Q4_K"}, "drop one of the two"),
     ):

@@ -115,7 +115,7 @@ class CompressionRecipe(PruningOptions):
         str | None,
         Option(
             "Choose types that decode nearly as fast as llama.cpp's presets of this size, by times "
-            "of avx512 or in a file.",
+            "of avx2, of avx512 or in a file.",
             metavar="CPU",
             panel="GGUF files",
         ),

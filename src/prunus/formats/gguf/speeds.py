@@ -21,11 +21,19 @@ from prunus.hardware.errors import did_you_mean
 
 #: Name of a processor's instructions -> type -> nanoseconds per weight.
 SPEEDS: dict[str, dict[str, float]] = {
-    # Two cores of an AMD EPYC (Zen 4), llama.cpp of llama-cpp-python 0.3.36 built for it.
+    # Two cores of an AMD EPYC (Zen 4), llama.cpp of llama-cpp-python 0.3.36 built for AVX2 alone.
+    "avx2": {
+        "Q4_0": 0.0181, "Q4_1": 0.0352, "Q5_0": 0.0372, "Q5_1": 0.0413, "Q8_0": 0.0415,
+        "Q2_K": 0.0200, "Q3_K": 0.0251, "Q4_K": 0.0167, "Q5_K": 0.0292, "Q6_K": 0.0264,
+        "IQ4_NL": 0.0185, "IQ4_XS": 0.0273, "Q2_0": 0.2492, "IQ2_XXS": 0.0377, "IQ2_XS": 0.0383,
+        "IQ2_S": 0.0370, "IQ3_XXS": 0.0522, "IQ3_S": 0.0605,
+    },
+    # The same processor, and a build for all that it has.
     "avx512": {
         "Q4_0": 0.0214, "Q4_1": 0.0398, "Q5_0": 0.0375, "Q5_1": 0.0452, "Q8_0": 0.0460,
         "Q2_K": 0.0148, "Q3_K": 0.0257, "Q4_K": 0.0195, "Q5_K": 0.0306, "Q6_K": 0.0322,
-        "IQ4_NL": 0.0193, "IQ4_XS": 0.0315,
+        "IQ4_NL": 0.0193, "IQ4_XS": 0.0315, "IQ2_XXS": 0.0390, "IQ2_XS": 0.0388, "IQ2_S": 0.0402,
+        "IQ3_XXS": 0.0522, "IQ3_S": 0.0589,
     },
 }  # fmt: skip
 # The types of llama.cpp's presets; a preset of any size mixes two that are next to each other.
