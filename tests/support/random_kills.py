@@ -39,7 +39,7 @@ import prunus  # noqa: E402
 from kill_points import fork, kill_everywhere  # noqa: E402
 from prunus import pack, unpack  # noqa: E402
 from prunus.formats.gguf.import_checkpoint import import_gguf  # noqa: E402
-from prunus.model.checkpoint.atomic_files import RECORD_FILES  # noqa: E402
+from prunus.model.checkpoint.atomic_files import RECORD_FILES, TEMPORARY_SUFFIX  # noqa: E402
 from prunus.model.checkpoint.reader import INDEX_NAME  # noqa: E402
 from prunus.sweeping.grid import Sweep  # noqa: E402
 from prunus.sweeping.run import sweep as run_sweep  # noqa: E402
@@ -151,7 +151,8 @@ def outcome(out: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for path in sorted(out.rglob("*")):
         name = str(path.relative_to(out))
-        if path.suffix == ".json":
+        # A kill may leave half of a file in a temporary folder.
+        if path.suffix == ".json" and TEMPORARY_SUFFIX not in name:
             found[name] = timeless(json.loads(path.read_text()))
         elif path.is_file() and path.suffix != ".csv":
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
