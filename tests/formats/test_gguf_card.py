@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from huggingface_hub import ModelCard
 from transformers import AutoTokenizer
 
@@ -15,11 +14,8 @@ pytest.importorskip("accelerate")
 import gguf
 
 import prunus
-from gguf_cases import gguf_checkpoint
+from gguf_cases import gguf_checkpoint, known_layout
 from prunus.formats.gguf.import_checkpoint import import_gguf
-from prunus.formats.gguf.layout import layout_of
-from prunus.model.skeleton import Skeleton
-from prunus.model.source import CheckpointSource
 from tiny import token_ids
 from tiny_gguf import tiny_llama, write_gguf
 from tiny_tokenizer import BOS
@@ -66,11 +62,7 @@ def imported(folder: Path, **options: Any) -> Path:
 
 def fields_to_write(folder: Path) -> dict[str, Any]:
     """The fields of the GGUF file that is made of a checkpoint."""
-    source = CheckpointSource(folder)
-    skeleton = Skeleton(source.config, torch.bfloat16)
-    source.bind(skeleton)
-    found = layout_of(source, skeleton).fields
-    return {key: each.value for key, each in found.items()}
+    return {key: each.value for key, each in known_layout(folder)[0].fields.items()}
 
 
 def card_of(folder: Path) -> dict[str, Any]:
