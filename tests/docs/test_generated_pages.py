@@ -105,6 +105,13 @@ def test_sentences_state_the_ratios_of_the_figures(plots):
             ]
             found = re.search(pattern, text)
             assert found and list(found.groups()) == expected, (page, preset, expected)
+    rows = plots.read("proof")["models"]["SmolLM2-135M"]["rows"]["Q4_K_M"]
+    ratios = [
+        f"{x['kl'] / rows['preset']['scores'][name]['kl']:.2f}"
+        for name, x in rows["prunus"]["scores"].items()
+    ]
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert "SmolLM2-135M has {} and {} of Q4_K_M's loss".format(*ratios) in " ".join(readme.split())
 
 
 def test_committed_figures_name_no_paths():
