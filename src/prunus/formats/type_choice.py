@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-# The price of time is raised by this factor at most so often, and then halved in so many times.
+# The search for the price of time: the factor by which it is raised, the most times it is raised,
+# and how many times the interval that has the price is halved then.
 _DEARER, _RAISES, _HALVINGS = 8.0, 10, 6
 
 

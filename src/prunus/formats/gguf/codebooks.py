@@ -28,8 +28,8 @@ class CodebookBlock(CodebookQuantizer):
 
     Attributes:
         layout: Where the bits of all integers lie, as entries of (part, integers, bits, start, run,
-            distance). Each of the eight runs has so many `integers` of the part, which is "rows",
-            "signs" or "codes". Bit b of integer i of run r is at start + r · run + i · distance + b
+            distance). The part is "rows", "signs" or "codes", and `integers` is how many of it are
+            in each of the eight runs. Bit b of integer i of run r is at start + r · run + i · distance + b
             for b below `bits`, counted from the end of d, and in a byte from the low bit. Of a part
             with two entries, the first has the low bits.
     """
