@@ -29,9 +29,9 @@ class CodebookBlock(CodebookQuantizer):
     Attributes:
         layout: Where the bits of all integers lie, as entries of (part, integers, bits, start, run,
             distance). The part is "rows", "signs" or "codes", and `integers` is how many of it are
-            in each of the eight runs. Bit b of integer i of run r is at start + r · run + i · distance + b
-            for b below `bits`, counted from the end of d, and in a byte from the low bit. Of a part
-            with two entries, the first has the low bits.
+            in each of the eight runs. Bit b of integer i of run r is at start + r · run + i ·
+            distance + b for b below `bits`, counted from the end of d, and in a byte from the low
+            bit. Of a part with two entries, the first has the low bits.
     """
 
     layout: tuple[tuple[str, int, int, int, int, int], ...]
