@@ -44,6 +44,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from type_speeds import tokens_per_second
 
 from prunus.calibration.corpora import load_corpus
 from prunus.calibration.draw import encode
@@ -256,11 +257,8 @@ class Judge:
 
     def speed(self, file: Path) -> dict[str, float]:
         """Tokens per second of a prompt of 128 tokens, and of decoding 32."""
-        command = [self.program("llama-bench"), "-m", file, "-p", 128, "-n", 32, "-r", 1]
-        words = [str(word) for word in [*command, "-t", self.threads, "-o", "json"]]
-        done = subprocess.run(words, check=True, capture_output=True, text=True)
-        prompt, decode = json.loads(done.stdout)
-        return {"prompt": float(prompt["avg_ts"]), "decode": float(decode["avg_ts"])}
+        prompt, decode = tokens_per_second(self.program("llama-bench"), file, self.threads)
+        return {"prompt": prompt, "decode": decode}
 
 
 def read_scores(printed: str) -> dict[str, float]:

@@ -27,7 +27,7 @@ from prunus.engine.linear_job import Format, LinearSelection
 from prunus.engine.record import extended_card
 from prunus.formats.recipe import CompressionRecipe
 from prunus.formats.records import CompressionRecord, FileSize
-from prunus.formats.type_choice import Choice, choose_fast_types, choose_types
+from prunus.formats.type_choice import Choice, choose_fast_types
 from prunus.hardware.errors import naming
 from prunus.hardware.sizes import in_bytes
 from prunus.methods.group_fits import round_in_groups
@@ -424,9 +424,9 @@ class TypeFormat(CompressedFormat):
         return 0.0
 
     @property
-    def most_time(self) -> float | None:
-        """The most nanoseconds that all weights may take for each token; None for any time."""
-        return None
+    def most_time(self) -> float:
+        """The most nanoseconds that all weights may take for each token; infinity for any time."""
+        return math.inf
 
     def choices(self, losses: Mapping[str, torch.Tensor]) -> dict[str, list[Choice]]:
         """First module of a weight -> the types that it can have.
@@ -452,11 +452,7 @@ class TypeFormat(CompressedFormat):
 
     def types_of(self, losses: Mapping[str, torch.Tensor]) -> dict[str, str]:
         """The type of each module that has one, by the losses of `choices`."""
-        choices, time = self.choices(losses), self.most_time
-        if time is None:
-            chosen = choose_types(choices, self.budget)
-        else:
-            chosen = choose_fast_types(choices, self.budget, time)
+        chosen = choose_fast_types(self.choices(losses), self.budget, self.most_time)
         return {name: kind for first, kind in chosen.items() for name in self.stacks[first]}
 
     def quantizer(self, name: str) -> GroupQuantizer:

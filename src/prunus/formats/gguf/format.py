@@ -446,10 +446,10 @@ class GgufFormat(MixFormat):
         return self._times[quantizer.name] * self._weights_per_token(name, shape)
 
     @property
-    def most_time(self) -> float | None:
+    def most_time(self) -> float:
         """A little more than what llama.cpp's presets of this size take for each token."""
         if not self._times:
-            return None
+            return super().most_time
         return SLOWER * self._preset_time(8 * self.budget / self._weights)
 
     def _preset_time(self, bits: float) -> float:

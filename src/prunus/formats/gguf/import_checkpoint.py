@@ -62,8 +62,8 @@ def import_gguf(
     """Write the model and tokenizer of a GGUF file to the folder `dest`.
 
     The files get their names when all of them are complete, and config.json last, so no loader
-    takes a part for a model. Of the families that
-    prunus writes, a part of a tensor is in memory at a time; of others, the whole model.
+    takes a part for a model. Of the families that prunus writes, a part of a tensor is in memory at
+    a time; of others, the whole model.
 
     Args:
         path: The GGUF file.
