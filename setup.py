@@ -36,7 +36,8 @@ setup(
         Extension(
             "prunus.hardware._kernels",
             sources=[
-                f"{KERNELS}/{name}.cpp" for name in ("kernels", "block", "planes", "gram", "sweep")
+                f"{KERNELS}/{name}.cpp"
+                for name in ("kernels", "block", "planes", "gram", "sweep", "codewords")
             ],
             depends=sorted(str(header) for header in Path(KERNELS).glob("*.h")),
             language="c++",

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 #: The version of `kernels.h` that the Python code describes.
-ABI = 10
+ABI = 11
 #: What a function returns when an argument is out of range; callers may expect it.
 BAD_ARGUMENT = 1
 # What the numbers mean that the functions return.
@@ -148,6 +148,7 @@ def _load(isa: str) -> tuple[Library | None, str | None]:
     library.prunus_add_gram.argtypes = [number, number, length, length, pointer, pointer]
     sizes = (number, number, length, length, ctypes.c_float)
     library.prunus_round_columns.argtypes = [*sizes, *(pointer,) * 7]
+    library.prunus_find_codewords.argtypes = [number, number, *(length,) * 4, *(pointer,) * 5]
     best = library.prunus_best_isa()
     chosen = best if isa == "best" else ISAS.index(isa)
     if chosen > best:

@@ -5,40 +5,31 @@ columns are cut into codewords of 4 or 8, and the magnitudes of a codeword are a
 The signs of eight columns are free, or an even number of them is negative.
 
 The fit has the goal of `group_fits`: a small Σ w·(x − d·code·value)² in every span. For a step s,
-the best codeword has the least Σ w·v²/2 − Σ w·|x|/s·v over its magnitudes v. This is one product of
-a vector with a matrix that is made of the grid, for all codewords at once, and s² times its minimum
-is half of the error, less a constant. So every group tries a few steps and takes the best. Then d
-follows from the largest step, every group tries the codes near its step, least squares gives the d
-that suits the codewords, and the last search finds the codewords for this d.
-
-Each codeword is chosen by itself, without feedback. In a trial, correcting the errors of a codeword
-in later columns halved the errors of the layers, and raised the loss of the model.
+the best codeword has the least Σ w·v²/2 − Σ w·|x|/s·v over its magnitudes v, and s² times this
+least sum is half of the error, less a constant. So every group tries a few steps and takes the
+best. Then d follows from the largest step, every group tries the codes near its step, and least
+squares gives the d that suits the codewords.
 
 Shape suffixes: O outputs (rows), B columns of a span, G groups of a span, W codewords of a span, K
-rows of the grid, C columns of a codeword, S signs of eight columns, T candidates of a step.
+rows of the grid, C columns of a codeword, S signs of eight columns.
 """
 
 from __future__ import annotations
 
-import functools
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from prunus.methods.group_quantizer import GroupQuantizer, Scales, check_range, over
+from prunus.hardware import kernels
+from prunus.methods.group_quantizer import GroupQuantizer, Scales, over
 
 # Candidates for the step of a group: the largest weight gets the largest magnitude times one of
 # these. Rows of a grid with large magnitudes are few, so more than 1 may suit the other weights.
 _REACHES = (0.8, 1.0, 1.25, 1.6)
 # How far the codes to try are from the one that is nearest to a step. Codes are odd.
 _CHANGES = (0, -2, 2)
-# What is taken of products with the grid (…, K): the least, or its row of the grid.
-_LEAST, _INDEX = functools.partial(torch.amin, dim=1), functools.partial(torch.argmin, dim=1)
-# Numbers of a product with the grid that exist at once: few enough for the cache of a processor.
-_ELEMENTS = 2**18
 
 
 @dataclass(frozen=True)
@@ -54,103 +45,121 @@ class CodebookQuantizer(GroupQuantizer):
     has_even_signs: bool
 
     @property
+    def unit(self) -> int:
+        """The columns that are rounded together: those that share signs, and whole codewords."""
+        return 8
+
+    @property
     @abstractmethod
     def grid_KC(self) -> Tensor:
         """The magnitudes of all codewords, float32."""
 
 
-def fit_codewords(
-    weight_BO: Tensor, importance_B: Tensor, quantizer: CodebookQuantizer
-) -> tuple[Scales, Tensor]:
-    """The scales of one span and the levels of its weights, uint8 (B, O), of a small error.
+class CodewordFit:
+    """The weights of one span, one group or one unit by codewords; see `group_fits.SpanFit`.
 
     Args:
-        weight_BO: float32, the weights of one span, transposed: every column is a row here.
+        weight_BO: float32, the weights, transposed: every column is a row here.
         importance_B: float32, not negative. It weighs the squared error of each column.
-        quantizer: The codewords, codes and dtype of scales to choose from.
-
-    Raises:
-        ValueError: Weights are beyond the values of the quantiser.
-    """
-    check_range(weight_BO, quantizer)
-    fit = _CodewordFit(weight_BO, importance_B, quantizer)
-    extreme_GO = weight_BO.abs().unflatten(0, (-1, quantizer.group)).amax(1) / quantizer.values[-1]
-    step_GO = fit.best_step([extreme_GO / reach for reach in _REACHES])
-    d_O = quantizer.stored(step_GO.amax(0) / quantizer.codes[1])
-    nearest_GO = ((over(step_GO, d_O) - 1) / 2).round_() * 2 + 1
-    step_GO = fit.best_step(
-        [d_O * (nearest_GO + change).clamp_(*quantizer.codes) for change in _CHANGES]
-    )
-    code_GO = over(step_GO, d_O).round_().clamp_min_(1)
-    d_O = quantizer.stored(fit.least_squares(code_GO, fit.search(step_GO, _INDEX)))
-    value_OB = fit.grid_KC[fit.search(d_O * code_GO, _INDEX)].flatten(1) * fit.sign_OB
-    levels_OB = torch.bucketize(value_OB, value_OB.new_tensor(quantizer.values)).byte()
-    return Scales(d_O, torch.zeros_like(d_O), code_GO, torch.zeros_like(code_GO)), levels_OB.T
-
-
-class _CodewordFit:
-    """The weights of one span by codewords.
-
-    Args:
-        weight_BO: float32, the weights, transposed as in `fit_codewords`.
-        importance_B: float32, weighs the squared error of each column.
-        quantizer: Its grid and signs.
+        quantizer: Its grid, signs and codes.
 
     Attributes:
+        quantizer: The codewords and codes to choose from.
         grid_KC: The grid, on the device of the weights.
-        sign_OB: float32, 1 or −1: the sign that the value of a weight will have, mostly its own.
-        weighted_OWC: w·|x|, or −w·|x| where the value will have another sign than the weight.
+        extreme_GO: The largest magnitude of a weight of each group.
+        sign_BO: float32, 1 or −1: the sign that the value of a weight will have, mostly its own.
+        weighted_WCO: w·|x|, or −w·|x| where the value will have another sign than the weight.
         importance_WC: The importances w of the columns.
-        factor: What the vector [w·|x|/s, w] of a codeword is multiplied by, (2 C, K).
+        halves_WK: Σ w·v²/2 of all rows of the grid.
     """
 
     def __init__(
         self, weight_BO: Tensor, importance_B: Tensor, quantizer: CodebookQuantizer
     ) -> None:
-        self.grid_KC = quantizer.grid_KC.to(weight_BO.device)
-        self.factor = torch.cat([-self.grid_KC, self.grid_KC.square() / 2], dim=1).T
-        weighted_OB = weight_BO.T.contiguous() * importance_B
-        negative_OB = weighted_OB < 0
+        self.quantizer, self.grid_KC = quantizer, quantizer.grid_KC.to(weight_BO.device)
+        group = min(quantizer.group, len(weight_BO))
+        self.extreme_GO = weight_BO.abs().unflatten(0, (-1, group)).amax(1)
+        weighted_BO = weight_BO * importance_B[:, None]
+        negative_BO = weighted_BO < 0
         if quantizer.has_even_signs:
             # The cheapest sign of eight makes an odd number of negative ones even.
-            negative_OWS = negative_OB.unflatten(1, (-1, 8))
-            is_odd_OW1 = negative_OWS.sum(2, keepdim=True) % 2 == 1
-            cheapest_OW1 = weighted_OB.abs().unflatten(1, (-1, 8)).argmin(2, keepdim=True)
-            flips_OWS = torch.zeros_like(negative_OWS).scatter_(2, cheapest_OW1, is_odd_OW1)
-            negative_OB = (negative_OWS ^ flips_OWS).flatten(1)
-        self.sign_OB = 1.0 - 2.0 * negative_OB
-        self.weighted_OWC = (weighted_OB * self.sign_OB).unflatten(1, (-1, self.grid_KC.shape[1]))
-        self.importance_WC = importance_B.view(self.weighted_OWC.shape[1:])
+            negative_WSO = negative_BO.unflatten(0, (-1, 8))
+            is_odd_W1O = negative_WSO.sum(1, keepdim=True) % 2 == 1
+            cheapest_W1O = weighted_BO.abs().unflatten(0, (-1, 8)).argmin(1, keepdim=True)
+            flips_WSO = torch.zeros_like(negative_WSO).scatter_(1, cheapest_W1O, is_odd_W1O)
+            negative_BO = (negative_WSO ^ flips_WSO).flatten(0, 1)
+        self.sign_BO = 1.0 - 2.0 * negative_BO
+        columns = self.grid_KC.shape[1]
+        self.weighted_WCO = (weighted_BO * self.sign_BO).unflatten(0, (-1, columns))
+        self.importance_WC = importance_B.view(-1, columns)
+        self.halves_WK = self.importance_WC @ self.grid_KC.square().T / 2
 
-    def best_step(self, steps: list[Tensor]) -> Tensor:
+    def scales(self) -> Scales:
+        """The scales that fit the weights best, with codes of all groups."""
+        quantizer, reach_GO = self.quantizer, self.extreme_GO / self.quantizer.values[-1]
+        step_GO = self._best([reach_GO / reach for reach in _REACHES])
+        d_O = quantizer.stored(step_GO.amax(0) / quantizer.codes[1])
+        code_GO = ((over(step_GO, d_O) - 1) / 2).round_().mul_(2).add_(1).clamp_min_(1)
+        scales = self.best_codes(Scales(d_O, torch.zeros_like(d_O), code_GO, 0 * code_GO))
+        return scales._replace(d_O=quantizer.stored(self._least_squares(scales)))
+
+    def best_codes(self, scales: Scales) -> Scales:
+        """The codes with the smallest errors, at most 2 from those of `scales`; d stays."""
+        codes = [(scales.codes_GO + change).clamp_(*self.quantizer.codes) for change in _CHANGES]
+        step_GO = self._best([scales.d_O * code_GO for code_GO in codes])
+        return scales._replace(codes_GO=over(step_GO, scales.d_O).round_().clamp_min_(1))
+
+    def nearest(self, scales: Scales) -> tuple[Tensor, Tensor]:
+        """The values nearest to the weights, in steps, and their levels, uint8; both (B, O)."""
+        magnitude_WOC = self.grid_KC[self._search(scales.steps()[0])[1]]
+        value_BO = magnitude_WOC.transpose(1, 2).contiguous().flatten(0, 1) * self.sign_BO
+        limits = value_BO.new_tensor(self.quantizer.values)
+        return value_BO, torch.bucketize(value_BO, limits).byte()
+
+    def _best(self, steps: list[Tensor]) -> Tensor:
         """For every group the one of some steps (G, O) that has the least error."""
         errors = [
-            self.search(step_GO, _LEAST).unflatten(1, (len(step_GO), -1)).sum(2).T
-            * step_GO.square()
+            self._search(step_GO)[0].unflatten(0, (len(step_GO), -1)).sum(1) * step_GO.square()
             for step_GO in steps
         ]
         best_1GO = torch.stack(errors).argmin(0, keepdim=True)
         return torch.stack(steps).gather(0, best_1GO)[0]
 
-    def search(self, step_GO: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
-        """From Σ w·v²/2 − Σ w·|x|/s·v for all rows of the grid to one number (O, W).
+    def _search(self, step_GO: Tensor) -> tuple[Tensor, Tensor]:
+        """The least Σ w·v²/2 − Σ w·|x|/s·v of each codeword, and its row of the grid; (W, O)."""
+        words = len(self.weighted_WCO) // len(step_GO)
+        inverse_W1O = over(1.0, step_GO).repeat_interleave(words, dim=0)[:, None]
+        return find_codewords(self.weighted_WCO * inverse_W1O, self.halves_WK, self.grid_KC)
 
-        Args:
-            step_GO: The steps s of the groups.
-            choose: From such sums (codewords of any rows, K) to a number for each codeword.
-                `_LEAST` gives the least sum, and `_INDEX` its row of the grid.
-        """
-        codewords = self.weighted_OWC.shape[1] // len(step_GO)
-        inverse_OW1 = over(1.0, step_GO).T.repeat_interleave(codewords, dim=1)[..., None]
-        in_steps_OWC = self.weighted_OWC * inverse_OW1
-        vectors = torch.cat([in_steps_OWC, self.importance_WC.expand_as(in_steps_OWC)], dim=2)
-        parts = vectors.flatten(0, 1).split(max(1, _ELEMENTS // len(self.grid_KC)))
-        return torch.cat([choose(part @ self.factor) for part in parts]).view(vectors.shape[:2])
+    def _least_squares(self, scales: Scales) -> Tensor:
+        """The d (O,) that suits the codes of the groups and their codewords best."""
+        value_BO = self.nearest(scales)[0] * self.sign_BO
+        value_GCO = value_BO.unflatten(0, (len(scales.codes_GO), -1)) * scales.codes_GO[:, None]
+        value_BO = value_GCO.flatten(0, 1)
+        product_O = (self.weighted_WCO.flatten(0, 1) * value_BO).sum(0)
+        return over(product_O, (self.importance_WC.view(-1, 1) * value_BO.square_()).sum(0))
 
-    def least_squares(self, code_GO: Tensor, row_OW: Tensor) -> Tensor:
-        """The d (O,) that suits the codes of the groups and rows of the grid best."""
-        code_OW = code_GO.T.repeat_interleave(row_OW.shape[1] // len(code_GO), dim=1)
-        value_OWC = self.grid_KC[row_OW] * code_OW[..., None]
-        product_O = (self.weighted_OWC * value_OWC).sum((1, 2))
-        square_O = (self.importance_WC * value_OWC.square()).sum((1, 2))
-        return over(product_O, square_O)
+
+def find_codewords(target_WCO: Tensor, halves_WK: Tensor, grid_KC: Tensor) -> tuple[Tensor, Tensor]:
+    """For all codewords the least of halves − Σ target·v over the rows v of a grid.
+
+    On the CPU the compiled kernel does this, where there is one.
+
+    Args:
+        target_WCO: float32.
+        halves_WK: float32.
+        grid_KC: float32, with 4 or 8 columns.
+
+    Returns:
+        The least number, float32, and its row of the grid; both (W, O).
+    """
+    compiled = kernels.load() if target_WCO.is_cpu else None
+    if compiled is None:
+        return (halves_WK[:, None] - target_WCO.transpose(1, 2) @ grid_KC.T).min(2)
+    words, columns, outputs = target_WCO.shape
+    least_WO = target_WCO.new_empty(words, outputs)
+    index_WO = torch.empty_like(least_WO, dtype=torch.int32)
+    sizes = (words, columns, outputs, len(grid_KC))
+    arrays = (target_WCO.contiguous(), grid_KC.contiguous(), halves_WK.contiguous())
+    compiled.call("prunus_find_codewords", *sizes, *arrays, least_WO, index_WO)
+    return least_WO, index_WO

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from prunus.methods.codebooks import CodebookQuantizer, fit_codewords
+from prunus.methods.codebooks import CodebookQuantizer, CodewordFit
 from prunus.methods.group_quantizer import (
     GroupedWeight,
     GroupQuantizer,
@@ -55,21 +55,16 @@ def fit_scales(weight_BO: Tensor, importance_B: Tensor, quantizer: GroupQuantize
         ValueError: Weights are beyond the values of the quantiser.
     """
     check_range(weight_BO, quantizer)
-    groups = SpanFit(weight_BO, importance_B, quantizer)
-    step_GO, offset_GO = groups.fit()
-    lowest, highest = quantizer.codes
-    if lowest == highest:
-        # The span is a single group: d and dmin are its step and its offset.
-        d_O, dmin_O = quantizer.stored(step_GO[0]), quantizer.stored(offset_GO[0])
-        return Scales(d_O, dmin_O, torch.ones_like(step_GO), torch.ones_like(offset_GO))
-    d_O = _common_factor(step_GO, lowest, highest)
-    dmin_O = _common_factor(offset_GO, 0, highest)
-    for _ in range(_ROUNDS):
-        code_GO = over(step_GO, d_O).round_().clamp_(lowest, highest)
-        minimum_GO = over(offset_GO, dmin_O).round_().clamp_(0, highest)
-        scales = groups.refit(groups.best_codes(Scales(d_O, dmin_O, code_GO, minimum_GO)))
-        d_O, dmin_O = scales.d_O, scales.dmin_O
-    return scales
+    return span_fit(weight_BO, importance_B, quantizer).scales()
+
+
+def span_fit(
+    weight_BO: Tensor, importance_B: Tensor, quantizer: GroupQuantizer
+) -> SpanFit | CodewordFit:
+    """The fit of the weights of a span, a group or a unit; see `SpanFit` for the arguments."""
+    if isinstance(quantizer, CodebookQuantizer):
+        return CodewordFit(weight_BO, importance_B, quantizer)
+    return SpanFit(weight_BO, importance_B, quantizer)
 
 
 def round_in_groups(
@@ -108,11 +103,10 @@ def _fit_span(
     weight_BO: Tensor, importance_B: Tensor, quantizer: GroupQuantizer
 ) -> tuple[Scales, Tensor]:
     """The scales of one span, and the levels of the values nearest to its weights, uint8 (B, O)."""
-    if isinstance(quantizer, CodebookQuantizer):
-        return fit_codewords(weight_BO, importance_B, quantizer)
-    scales = fit_scales(weight_BO, importance_B, quantizer)
-    in_steps_GCO = _in_steps(weight_BO.unflatten(0, (-1, quantizer.group)), scales)
-    return scales, quantizer.nearest(in_steps_GCO)[1].flatten(0, 1).to(torch.uint8)
+    check_range(weight_BO, quantizer)
+    fit = span_fit(weight_BO, importance_B, quantizer)
+    scales = fit.scales()
+    return scales, fit.nearest(scales)[1].to(torch.uint8)
 
 
 def _common_factor(real_GO: Tensor, lowest: int, highest: int) -> Tensor:
@@ -165,6 +159,29 @@ class SpanFit:
             # With these sums all offsets become 0.
             self.importance_G1.zero_()
             self.sum_GO.zero_()
+
+    def scales(self) -> Scales:
+        """The scales of a span that fit its weights best."""
+        quantizer = self.quantizer
+        step_GO, offset_GO = self.fit()
+        lowest, highest = quantizer.codes
+        if lowest == highest:
+            # The span is a single group: d and dmin are its step and its offset.
+            d_O, dmin_O = quantizer.stored(step_GO[0]), quantizer.stored(offset_GO[0])
+            return Scales(d_O, dmin_O, torch.ones_like(step_GO), torch.ones_like(offset_GO))
+        d_O = _common_factor(step_GO, lowest, highest)
+        dmin_O = _common_factor(offset_GO, 0, highest)
+        for _ in range(_ROUNDS):
+            code_GO = over(step_GO, d_O).round_().clamp_(lowest, highest)
+            minimum_GO = over(offset_GO, dmin_O).round_().clamp_(0, highest)
+            scales = self.refit(self.best_codes(Scales(d_O, dmin_O, code_GO, minimum_GO)))
+            d_O, dmin_O = scales.d_O, scales.dmin_O
+        return scales
+
+    def nearest(self, scales: Scales) -> tuple[Tensor, Tensor]:
+        """The values nearest to the weights, in steps, and their levels; both (B, O)."""
+        value_GCO, level_GCO = self.quantizer.nearest(_in_steps(self.weight_GCO, scales))
+        return value_GCO.flatten(0, 1), level_GCO.flatten(0, 1)
 
     def fit(self) -> tuple[Tensor, Tensor]:
         """The best real step and offset of every group; an offset is not negative."""

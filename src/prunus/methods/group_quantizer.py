@@ -53,6 +53,11 @@ class GroupQuantizer(ABC):
         return False
 
     @property
+    def unit(self) -> int:
+        """The number of columns whose values are chosen together."""
+        return 1
+
+    @property
     @abstractmethod
     def nbytes(self) -> int:
         """The bytes of a span."""
@@ -172,6 +177,15 @@ class GroupedWeight(NamedTuple):
         spans = self.quantizer.unpack(self.data_OB.reshape(-1, self.quantizer.nbytes))
         weight_OI = spans.dense(self.quantizer).view(rows, -1)
         return weight_OI[:, torch.tensor(order).argsort()] if order else weight_OI
+
+    def scaled(self, gain_O: Tensor) -> GroupedWeight:
+        """The weight with every row multiplied by a factor, as far as its scales can hold it."""
+        quantizer = self.quantizer
+        spans = quantizer.unpack(self.data_OB.reshape(-1, quantizer.nbytes))
+        gain_N = gain_O.repeat_interleave(len(spans.d_N) // len(gain_O))
+        d_N, dmin_N = (quantizer.stored(x * gain_N) for x in (spans.d_N, spans.dmin_N))
+        data_NK = quantizer.pack(spans._replace(d_N=d_N, dmin_N=dmin_N))
+        return GroupedWeight(quantizer, data_NK.view(self.data_OB.shape))
 
 
 class Scales(NamedTuple):

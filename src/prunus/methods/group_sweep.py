@@ -23,9 +23,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from prunus.methods.codebooks import CodebookQuantizer
-from prunus.methods.group_fits import SpanFit, fit_scales, round_in_groups
+from prunus.hardware.numerics import low_precision_product
+from prunus.methods.group_fits import fit_scales, round_in_groups, span_fit
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer, Scales, join_spans
+from prunus.methods.output_gain import output_gains
 from prunus.methods.rate_distortion import DAMPING
 from prunus.methods.solvers.obs import TILE, ordered_factor, sweep_columns
 from prunus.methods.statistics import InputStatistics
@@ -43,8 +44,7 @@ def quantize_in_groups(weight_OI: Tensor, statistics: InputStatistics, work: Wor
     Args:
         weight_OI: float32; its rows consist of whole spans.
         statistics: With a Gram matrix. Without feedback it may be empty.
-        work: Its quantisation is a `GroupQuantizer`, or a `NearestRounding` for no feedback. There
-            is none for codebooks either; see `codebooks`. Its
+        work: Its quantisation is a `GroupQuantizer`, or a `NearestRounding` for no feedback. Its
             `damping` is a share of the mean diagonal of the Gram matrix; None means
             `rate_distortion.DAMPING`.
 
@@ -58,22 +58,28 @@ def quantize_in_groups(weight_OI: Tensor, statistics: InputStatistics, work: Wor
     if isinstance(quantizer, NearestRounding):
         quantizer, importance_I = quantizer
     assert isinstance(quantizer, GroupQuantizer)
-    if quantizer is not work.quantization or isinstance(quantizer, CodebookQuantizer):
+    gram_II, notes = statistics.gram_II, dict[str, float]()
+    if quantizer is not work.quantization:
         quantize = partial(round_in_groups, quantizer=quantizer, importance_I=importance_I)
-        notes = dict[str, float]()
     else:
+        assert gram_II is not None
         stored_I = torch.tensor(
             quantizer.columns or range(weight_OI.shape[1]), device=weight_OI.device
         )
         damping = DAMPING if work.options.damping is None else work.options.damping
         order = (
-            (quantizer.span, quantizer.group, quantizer.columns),
+            (quantizer.span, quantizer.group, quantizer.unit, quantizer.columns),
             lambda squares_I: stored_I[_order(squares_I[stored_I], quantizer)],
         )
         order_I, upper_II, notes = ordered_factor(statistics, damping, order, _CORRELATIONS)
-        # From here on columns have the numbers of their places in the stored row.
-        weight_OI, order_I = weight_OI[:, stored_I], stored_I.argsort()[order_I]
-        quantize = partial(_sweep, order_I=order_I, upper_II=upper_II, quantizer=quantizer)
+        quantize = partial(
+            _round_with_feedback,
+            quantizer=quantizer,
+            gram_II=gram_II,
+            stored_I=stored_I,
+            order_I=stored_I.argsort()[order_I],
+            upper_II=upper_II,
+        )
 
     def solve(shard: RowShard) -> Pruned:
         data_OB = quantize(weight_OI[shard.rows]).data_OB
@@ -89,12 +95,35 @@ def quantize_in_groups(weight_OI: Tensor, statistics: InputStatistics, work: Wor
 def _order(squares_I: Tensor, quantizer: GroupQuantizer) -> Tensor:
     """Inputs with large norms first: spans, groups within a span, and columns within a group."""
     order_I = torch.arange(len(squares_I), device=squares_I.device)
-    for width in (1, quantizer.group, quantizer.span):
+    for width in (quantizer.unit, quantizer.group, quantizer.span):
         # The rank of each run of this width, 0 for the largest norm. A stable sort by the rank
         # leaves the order within a run as the narrower widths have made it.
         rank_S = squares_I.view(-1, width).sum(1).argsort(descending=True, stable=True).argsort()
         order_I = order_I[rank_S.repeat_interleave(width)[order_I].argsort(stable=True)]
     return order_I
+
+
+def _round_with_feedback(
+    weight_OI: Tensor,
+    quantizer: GroupQuantizer,
+    gram_II: Tensor,
+    stored_I: Tensor,
+    order_I: Tensor,
+    upper_II: Tensor,
+) -> GroupedWeight:
+    """Sweep over the columns of some rows, and make their outputs unbiased; see `output_gain`.
+
+    Args:
+        weight_OI: float32, the weights of these rows.
+        quantizer: The values and scales to choose from.
+        gram_II: The Gram matrix of the inputs.
+        stored_I: int64, the columns in the order in which they are stored.
+        order_I: int64, places in `stored_I`, in the order of the sweep.
+        upper_II: U, in the order of the sweep.
+    """
+    rounded = _sweep(weight_OI[:, stored_I], order_I, upper_II, quantizer)
+    weighted_OI = low_precision_product(weight_OI, gram_II)
+    return rounded.scaled(output_gains(weight_OI, rounded.dense(), weighted_OI))
 
 
 def _sweep(
@@ -110,18 +139,19 @@ def _sweep(
     """
     # In the transposed weight a column is contiguous.
     weight_IO = weight_OI.T[order_I]
-    inverse_I = upper_II.diagonal().reciprocal()
-    importance_I = inverse_I.square()
-    order, inverses = order_I.tolist(), inverse_I.tolist()
+    unit, importance_I = quantizer.unit, _importances(upper_II, quantizer.unit)
+    order, inverses = order_I.tolist(), upper_II.diagonal().reciprocal().tolist()
     levels_IO = torch.empty(weight_IO.shape, dtype=torch.uint8, device=weight_IO.device)
     # Number of a span in the row -> its scales.
     scales: dict[int, Scales] = {}
-    # Of the group that the sweep is in: its step, the inverse of that, and its offset.
-    step_O = inverse_O = offset_O = weight_IO[0]
+    # Of the group that the sweep is in: its scales, its step, the inverse of that, and its offset.
+    group_scales, step_O, inverse_O, offset_O = Scales(*[weight_IO[:1]] * 4), *weight_IO[[0, 0, 0]]
+    # The values of the unit that the sweep is in, in steps.
+    value_UO = weight_IO[:unit]
 
     def begin_group(j: int) -> None:
         """Decide the scales of the group that begins at column j of the sweep."""
-        nonlocal step_O, inverse_O, offset_O
+        nonlocal group_scales, step_O, inverse_O, offset_O
         span = order[j] // quantizer.span
         group = order[j] % quantizer.span // quantizer.group
         if j % quantizer.span == 0:
@@ -131,25 +161,35 @@ def _sweep(
             scales[span] = fit_scales(
                 weight_IO[columns][natural_B], importance_I[columns][natural_B], quantizer
             )
+        d_O, dmin_O, codes_GO, minima_GO = scales[span]
+        group_scales = Scales(d_O, dmin_O, codes_GO[group, None], minima_GO[group, None])
         if quantizer.span != quantizer.group:
             # The columns of the span so far have corrected this group since.
             columns = slice(j, j + quantizer.group)
-            d_O, dmin_O, codes_GO, minima_GO = scales[span]
-            before = Scales(d_O, dmin_O, codes_GO[group, None], minima_GO[group, None])
-            group_fit = SpanFit(weight_IO[columns], importance_I[columns], quantizer)
-            after = group_fit.best_codes(before)
-            codes_GO[group], minima_GO[group] = after.codes_GO[0], after.minima_GO[0]
-        steps_GO, offsets_GO = scales[span].steps()
-        step_O, offset_O = steps_GO[group], offsets_GO[group]
+            group_fit = span_fit(weight_IO[columns], importance_I[columns], quantizer)
+            group_scales = group_fit.best_codes(group_scales)
+            codes_GO[group], minima_GO[group] = group_scales.codes_GO[0], group_scales.minima_GO[0]
+        (step_O,), (offset_O,) = group_scales.steps()
         inverse_O = step_O.reciprocal().nan_to_num_(0, 0, 0)
+
+    def round_unit(j: int) -> None:
+        """Choose the values of the columns from j on that are rounded together."""
+        nonlocal value_UO
+        columns = slice(j, j + unit)
+        if unit == 1:
+            value_UO, level_UO = quantizer.nearest((weight_IO[columns] + offset_O).mul_(inverse_O))
+        else:
+            fit = span_fit(weight_IO[columns], importance_I[columns], quantizer)
+            value_UO, level_UO = fit.nearest(group_scales)
+        levels_IO[order[j] : order[j] + unit] = level_UO
 
     def round_column(j: int, error_O: Tensor) -> None:
         """Round column j and write its error divided by U_jj; see `sweep_columns`."""
         if j % quantizer.group == 0:
             begin_group(j)
-        value_O, level_O = quantizer.nearest((weight_IO[j] + offset_O).mul_(inverse_O))
-        levels_IO[order[j]] = level_O
-        value_O = (value_O * step_O).sub_(offset_O)
+        if j % unit == 0:
+            round_unit(j)
+        value_O = (value_UO[j % unit] * step_O).sub_(offset_O)
         torch.sub(weight_IO[j], value_O, out=error_O).mul_(inverses[j])
 
     # All weights of a span must be corrected when its scales are fitted, so it is a block, or a
@@ -157,3 +197,15 @@ def _sweep(
     tile = quantizer.span if quantizer.span < _BLOCK else TILE
     sweep_columns(weight_IO, upper_II, _BLOCK, tile, round_column)
     return join_spans([scales[span] for span in range(len(scales))], levels_IO, quantizer)
+
+
+def _importances(upper_II: Tensor, unit: int) -> Tensor:
+    """What a squared error in each column costs, float32 (I,), when later units have corrected it.
+
+    The error e of a unit with the triangle T of U costs |e T⁻¹|². This is the diagonal.
+    """
+    blocks_NUU = upper_II.unfold(0, unit, unit).unfold(1, unit, unit).diagonal().permute(2, 0, 1)
+    identity_UU = torch.eye(unit, device=upper_II.device).expand_as(blocks_NUU)
+    return (
+        torch.linalg.solve_triangular(blocks_NUU, identity_UU, upper=True).square().sum(2).view(-1)
+    )

@@ -5,7 +5,7 @@ cd "$(dirname "$0")/../../.."
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 kernels=src/prunus/runtime/kernels
-for name in kernels block planes gram sweep; do
+for name in kernels block planes gram sweep codewords; do
     set -- "$@" "$folder/$name.o"
     ${CXX:-c++} -std=c++17 -O1 -g -Wall -Wextra -Werror -pthread \
         -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer \

@@ -269,7 +269,7 @@ using namespace prunus;
 
 extern "C" {
 
-int prunus_abi(void) { return 10; }
+int prunus_abi(void) { return 11; }
 
 int prunus_best_isa(void) {
     static const int best = detect_isa();

@@ -200,6 +200,13 @@ int prunus_round_columns(int isa, int threads, int64_t count, int64_t rows, floa
                          float* weight, const float* factor, const float* steps,
                          const float* shares, int8_t* levels, float* errors, const uint8_t* keep);
 
+// Finds for `words` codewords of `columns` (4 or 8) columns in `rows` rows the row v of `grid`
+// (count, columns) of the least halves − Σ target·v, with `targets` (words, columns, rows) and
+// `halves` (words, count). `least` and `index` (words, rows) receive that number, and which row.
+int prunus_find_codewords(int isa, int threads, int64_t words, int64_t columns, int64_t rows,
+                          int64_t count, const float* targets, const float* grid,
+                          const float* halves, float* least, int32_t* index);
+
 // Sums `bytes` (rounded down to 64 KiB) at `data` as 64-bit words, as fast as memory allows.
 uint64_t prunus_read(int threads, const void* data, int64_t bytes);
 }
