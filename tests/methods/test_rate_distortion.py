@@ -105,7 +105,13 @@ def test_integers_and_steps_are_those_of_the_slow_version(
     )
     assert torch.equal(found.levels_OI, levels_OI)
     assert torch.equal(found.steps_I.double(), steps_I)
-    assert torch.equal(found.scales_O, scales_O.bfloat16().float())
+    # Each row of the outputs gets the length that it had, where a factor near 1 is enough.
+    scales_O = scales_O.bfloat16().double()
+    rounded_OI = levels_OI.double() * steps_I * scales_O[:, None]
+    weighted_OI = weight_OI.double() @ statistics.gram_II.double()
+    gain_O = (weighted_OI * weight_OI).sum(1) / (weighted_OI * rounded_OI).sum(1)
+    scales_O *= torch.where((gain_O > 2 / 3) & (gain_O < 3 / 2), gain_O, 1.0)
+    assert (found.scales_O / scales_O - 1).abs().max() < 2**-8
 
 
 def test_blocks_of_columns_make_no_difference():

@@ -19,8 +19,9 @@
 
     group_quantizer.py  the values of weights whose columns share scales in groups
     group_fits.py     scales that fit the weights of a group, and rounding without feedback
-    codebooks.py      several columns share a row of a grid: their fit, without feedback
+    codebooks.py      several columns share a row of a grid: their fit
     group_sweep.py    rounding in groups with feedback: the OBS sweep
+    output_gain.py    factors of rows that keep the length of outputs
 
     composition.py    a method, targets of the dense model and a weight update as one method
     dense_targets.py  weights whose outputs approximate those of the dense model

@@ -8,6 +8,12 @@ the code of a group once more when the sweep reaches the group. Then the columns
 after the other, and all later columns correct the error of each. The error that a column adds is
 e² / U_jj², so 1 / U_jj² is its importance in the fit.
 
+Columns of a codebook are chosen eight at a time: they are a unit of the sweep. If T is the triangle
+of U that belongs to a unit, its errors e add |e T⁻¹|². The diagonal of this form weighs the columns
+of the unit, also in the fit of scales.
+
+At last every row gets the factor that keeps the length of its outputs; see `output_gain`.
+
 U belongs to a Gram matrix whose entries next to the diagonal are halved. The correlations of a few
 thousand tokens are noisy, most of all in wide linears. With half of them the sweep corrects less,
 and the error on other tokens is smaller there.

@@ -28,6 +28,8 @@ its step, is rounded up where
 
 This μ is the slope of the error over the bits at a high rate, −dD/dR with D = 4^-R/12.
 
+At last scale_i is multiplied by the factor that keeps the length of the outputs; see `output_gain`.
+
 The order of this file: quantising one linear (`quantize` and its sweep), then the bits that a code
 is expected to take (`expected_bits`).
 
@@ -46,6 +48,8 @@ import torch
 from torch import Tensor
 
 from prunus.hardware import kernels
+from prunus.hardware.numerics import low_precision_product
+from prunus.methods.output_gain import output_gains
 from prunus.methods.solvers.obs import TILE, ordered_factor, sweep_columns
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import LinearQuantization, Pruned, Quantized, RowShard, Work
@@ -144,7 +148,11 @@ def quantize(
     # Processes exchange dense weights only, which are whole multiples of their units.
     unit_OI = steps_I * scales_O[:, None]
     levels_OI = (pruned.weight_OI / unit_OI).round_().to(torch.int8)
-    return replace(pruned, quantized=Quantized(levels_OI, steps_I, scales_O))
+    assert statistics.gram_II is not None
+    weighted_OI = low_precision_product(weight_OI, statistics.gram_II)
+    gain_O = output_gains(weight_OI, pruned.weight_OI, weighted_OI)
+    quantized = Quantized(levels_OI, steps_I, (scales_O * gain_O).bfloat16().float())
+    return replace(pruned, weight_OI=quantized.dense(), quantized=quantized)
 
 
 def relative_steps(statistics: InputStatistics, damping: float | None) -> Tensor:

@@ -109,33 +109,33 @@ _ALL: tuple[GgufType, ...] = (
         "IQ2_XXS", 256, 32, _IQ2, (1, 31), True, (
             ("rows", 4, 8, 0, 64, 8),
             ("signs", 4, 7, 32, 64, 7), ("codes", 1, 4, 60, 64, 0),
-        ), 16, 19, "IQ4_NL", is_reserve=True,
+        ), 16, 19, "IQ4_NL",
     ),
     CodebookType(
         "IQ2_XS", 256, 16, _IQ2, (1, 31), True, (
             ("rows", 4, 9, 0, 64, 16),
             ("signs", 4, 7, 9, 64, 16), ("codes", 2, 4, 512, 8, 4),
-        ), 17, 20, "IQ4_NL", is_reserve=True,
+        ), 17, 20, "IQ4_NL",
     ),
     CodebookType(
         "IQ2_S", 256, 16, _IQ2, (1, 31), False, (
             ("rows", 4, 8, 0, 32, 8),
             ("rows", 4, 2, 512, 8, 2),
             ("signs", 4, 8, 256, 32, 8), ("codes", 2, 4, 576, 8, 4),
-        ), 22, 28, "IQ4_NL", is_reserve=True,
+        ), 22, 28, "IQ4_NL",
     ),
     CodebookType(
         "IQ3_XXS", 256, 32, (-15.5, *range(-13, 14, 2), 15.5), (1, 31), True, (
             ("rows", 8, 8, 0, 64, 8),
             ("signs", 4, 7, 512, 32, 7), ("codes", 1, 4, 540, 32, 0),
-        ), 18, 23, "IQ4_NL", is_reserve=True,
+        ), 18, 23, "IQ4_NL",
     ),
     CodebookType(
         "IQ3_S", 256, 32, tuple(range(-15, 16, 2)), (1, 31), False, (
             ("rows", 8, 8, 0, 64, 8),
             ("rows", 8, 1, 512, 8, 1),
             ("signs", 4, 8, 576, 32, 8), ("codes", 1, 4, 832, 4, 0),
-        ), 21, 26, "IQ4_NL", is_reserve=True,
+        ), 21, 26, "IQ4_NL",
     ),
 )  # fmt: skip
 
