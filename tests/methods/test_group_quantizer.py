@@ -239,8 +239,9 @@ def test_codewords_are_the_best_of_all_for_their_scales(quantizer):
         best = error.amin(2).sum(1).min()
         errors.append((float((change.square() * importance_I[columns]).sum()), float(best)))
     actual, best = (sum(x) for x in zip(*errors, strict=True))
-    # The sign that an even number of them costs is chosen before the row of the grid.
-    assert actual <= best * (1.03 if quantizer.has_even_signs else 1 + 1e-5)
+    # The factor of the row is multiplied with its scales at the end. And the sign that an even number
+    # of them costs is chosen before the row of the grid.
+    assert actual <= best * (1.05 if quantizer.has_even_signs else 1.02)
 
 
 @pytest.mark.parametrize(("codebook", "scalar"), [("IQ3_S", "Q3_K"), ("IQ2_S", "Q2_K")])

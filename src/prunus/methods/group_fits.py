@@ -30,6 +30,7 @@ from prunus.methods.group_quantizer import (
     join_spans,
     over,
 )
+from prunus.methods.output_gain import output_gains
 
 # Candidates for the step of a group: the extreme weight gets the extreme value of the quantiser,
 # moved by these shares of the distance between values.
@@ -72,6 +73,8 @@ def round_in_groups(
 ) -> GroupedWeight:
     """Round a weight to the nearest values, with the scales of the smallest weighted squared error.
 
+    The scales are then multiplied by a factor of each row, see `output_gain`.
+
     Args:
         weight_OI: A weight of any float dtype, whose rows consist of whole spans.
         quantizer: The values and scales to choose from.
@@ -95,7 +98,10 @@ def round_in_groups(
             weight_IO.split(quantizer.span), importance_I.split(quantizer.span), strict=True
         )
         scales, levels = zip(*(_fit_span(*span, quantizer) for span in spans), strict=True)
-        parts.append(join_spans(list(scales), torch.cat(levels), quantizer).data_OB)
+        rounded = join_spans(list(scales), torch.cat(levels), quantizer)
+        dense_OI = rounded.dense()[:, order] if order else rounded.dense()
+        gain_O = output_gains(weight_IO.T, dense_OI, weight_IO.T * importance_I)
+        parts.append(rounded.scaled(gain_O).data_OB)
     return GroupedWeight(quantizer, torch.cat(parts))
 
 
