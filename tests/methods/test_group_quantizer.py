@@ -239,8 +239,8 @@ def test_codewords_are_the_best_of_all_for_their_scales(quantizer):
         best = error.amin(2).sum(1).min()
         errors.append((float((change.square() * importance_I[columns]).sum()), float(best)))
     actual, best = (sum(x) for x in zip(*errors, strict=True))
-    # The factor of the row is multiplied with its scales at the end. And the sign that an even number
-    # of them costs is chosen before the row of the grid.
+    # The factor of the row is multiplied with its scales at the end. And the sign that an even
+    # number of them costs is chosen before the row of the grid.
     assert actual <= best * (1.05 if quantizer.has_even_signs else 1.02)
 
 
