@@ -46,8 +46,8 @@ class CodebookQuantizer(GroupQuantizer):
 
     @property
     def unit(self) -> int:
-        """The columns that are rounded together: those that share signs, and whole codewords."""
-        return 8
+        """The columns that are rounded together: a codeword, or eight that share their signs."""
+        return 8 if self.has_even_signs else self.grid_KC.shape[1]
 
     @property
     @abstractmethod

@@ -8,15 +8,16 @@ the code of a group once more when the sweep reaches the group. Then the columns
 after the other, and all later columns correct the error of each. The error that a column adds is
 e² / U_jj², so 1 / U_jj² is its importance in the fit.
 
-Columns of a codebook are chosen eight at a time: they are a unit of the sweep. If T is the triangle
-of U that belongs to a unit, its errors e add |e T⁻¹|². The diagonal of this form weighs the columns
-of the unit, also in the fit of scales.
+Columns of a codebook are chosen several at a time: they are a unit of the sweep. If T is the
+triangle of U that belongs to a unit, its errors e add |e T⁻¹|². The diagonal of this form weighs the
+columns of the unit, also in the fit of scales.
 
 At last every row gets the factor that keeps the length of its outputs; see `output_gain`.
 
 U belongs to a Gram matrix whose entries next to the diagonal are halved. The correlations of a few
 thousand tokens are noisy, most of all in wide linears. With half of them the sweep corrects less,
-and the error on other tokens is smaller there.
+and the error on other tokens is smaller there. Along its largest eigenvectors the noise is small
+against what there is, so they stay whole.
 
 Shape suffixes: O outputs (rows), I inputs (columns), S spans of a row, B columns of a span,
 G groups of a span, C columns of a group. In `_order`, S counts runs of columns of any width.
@@ -38,8 +39,9 @@ from prunus.methods.solvers.obs import TILE, ordered_factor, sweep_columns
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import NearestRounding, Pruned, RowShard, Work
 
-# The share of the correlations between inputs that the sweep uses.
-_CORRELATIONS = 0.5
+# The share of the correlations between inputs that the sweep uses, and the number of eigenvectors
+# along which it uses all.
+_CORRELATIONS, _LEADING = 0.5, 64
 # Columns whose corrections of everything after them are one matrix product.
 _BLOCK = 256
 
@@ -77,7 +79,9 @@ def quantize_in_groups(weight_OI: Tensor, statistics: InputStatistics, work: Wor
             (quantizer.span, quantizer.group, quantizer.unit, quantizer.columns),
             lambda squares_I: stored_I[_order(squares_I[stored_I], quantizer)],
         )
-        order_I, upper_II, notes = ordered_factor(statistics, damping, order, _CORRELATIONS)
+        order_I, upper_II, notes = ordered_factor(
+            statistics, damping, order, _CORRELATIONS, _LEADING
+        )
         quantize = partial(
             _round_with_feedback,
             quantizer=quantizer,

@@ -47,6 +47,8 @@ BLOCK = 128
 TILE = 16
 # A Cholesky pivot smaller than its own diagonal entry times this many rounding errors is noise.
 _NOISE = 10
+# Products with the Gram matrix that find its largest eigenvectors.
+_SUBSPACE_STEPS = 4
 # Beyond this damping the matrix is a multiple of the identity, and only NaN can make it fail.
 _MAX_DAMPING = 1e4
 # A triangle of at most this width is inverted directly.
@@ -309,6 +311,7 @@ def ordered_factor(
     damping: float,
     order: tuple[Hashable, Callable[[Tensor], Tensor]],
     correlations: float = 1.0,
+    leading: int = 0,
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """The factor U of columns in an order.
 
@@ -318,6 +321,7 @@ def ordered_factor(
         order: A name of the order, by which linears with the same input share the factor; and what
             makes the order, int64 (I,), from the squared norms of the inputs (I,).
         correlations: Entries of the Gram matrix beside its diagonal are multiplied by this share.
+        leading: What they have along this many of its largest eigenvectors stays whole.
 
     Returns:
         The columns in the order, int64 (I,); U in this order, float32 (I, I); and the notes of
@@ -332,11 +336,29 @@ def ordered_factor(
     def compute() -> tuple[Tensor, Tensor, dict[str, Any]]:
         order_I = order[1](gram_II.diagonal())
         ordered_II = gram_II[order_I][:, order_I].mul_(correlations)
+        if correlations < 1 and leading:
+            vectors_IK, values_K = _leading_eigenvectors(gram_II, leading)
+            vectors_IK = vectors_IK[order_I]
+            ordered_II.addmm_(vectors_IK * values_K, vectors_IK.T, alpha=1 - correlations)
         ordered_II.diagonal().copy_(gram_II.diagonal()[order_I])
         return order_I, *inverse_factor(ordered_II, damping)
 
     # Linears with the same input share one factor: it is computed for the first of them.
-    return statistics.derived((order[0], damping, correlations), compute)
+    return statistics.derived((order[0], damping, correlations, leading), compute)
+
+
+def _leading_eigenvectors(gram_II: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest eigenvectors of a Gram matrix, float32 (I, K), and their values (K,).
+
+    By subspace iteration (Halko, Martinsson and Tropp 2011), from the same random start each time.
+    It finds twice as many, so that the ones that count are exact.
+    """
+    generator, width = torch.Generator().manual_seed(0), min(2 * count, len(gram_II))
+    basis_IK = torch.randn(len(gram_II), width, generator=generator).to(gram_II.device)
+    for _ in range(_SUBSPACE_STEPS):
+        basis_IK = torch.linalg.qr(gram_II @ basis_IK)[0]
+    values_K, turns_KK = torch.linalg.eigh(basis_IK.T @ gram_II @ basis_IK)
+    return (basis_IK @ turns_KK)[:, -count:], values_K[-count:].clamp_min(0)
 
 
 def _inverse_factor_in(gram_II: Tensor, damping: float, dtype: torch.dtype) -> Tensor | None:
