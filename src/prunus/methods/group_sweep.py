@@ -9,8 +9,8 @@ after the other, and all later columns correct the error of each. The error that
 e² / U_jj², so 1 / U_jj² is its importance in the fit.
 
 Columns of a codebook are chosen several at a time: they are a unit of the sweep. If T is the
-triangle of U that belongs to a unit, its errors e add |e T⁻¹|². The diagonal of this form weighs the
-columns of the unit, also in the fit of scales.
+triangle of U that belongs to a unit, its errors e add |e T⁻¹|². The diagonal of this form weighs
+the columns of the unit, also in the fit of scales.
 
 At last every row gets the factor that keeps the length of its outputs; see `output_gain`.
 
