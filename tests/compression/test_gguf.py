@@ -23,8 +23,10 @@ import gguf
 import prunus
 from command_line import call
 from gguf_cases import gguf_checkpoint, shape
+from prunus.compression.rounding import type_losses
 from prunus.engine import loss_sensitivity
 from prunus.engine.block import prune_block
+from prunus.engine.loss_sensitivity import LinearSensitivity
 from prunus.engine.progress import Progress, pruning_step
 from prunus.evaluation.generation import generate
 from prunus.evaluation.inspection import stored_size
@@ -218,6 +220,18 @@ def test_the_types_of_least_loss_meet_the_size(tmp_path):
     assert given.types["model.embed_tokens"] == "Q8_0"
 
 
+def test_the_loss_of_a_type_is_more_than_the_sum_of_independent_errors_at_few_bits():
+    torch.manual_seed(0)
+    weight_OI, loss_O, importance_I = torch.randn(16, 512), torch.rand(16), torch.rand(512)
+    use = LinearSensitivity(loss_O, power=1.0, importance_I=importance_I)
+    quantizers = [TYPES[name] for name in ("Q2_K", "Q4_K", "Q8_0")]
+    for quantizer, loss in zip(quantizers, type_losses(weight_OI, [use], quantizers), strict=True):
+        error_OI = round_in_groups(weight_OI, quantizer, importance_I).dense() - weight_OI
+        independent = error_OI.square() @ importance_I @ loss_O
+        lost_share = independent / (weight_OI.square() @ importance_I @ loss_O)
+        assert loss == pytest.approx(float(independent / (1 - 4 * lost_share)), rel=1e-3)
+
+
 def test_two_bits_at_widths_of_64_are_taken_where_a_file_must_be_smaller(tmp_path):
     dense = gguf_checkpoint(tmp_path / "dense", hidden_size=64, intermediate_size=192)
     kinds = {}
@@ -243,7 +257,8 @@ def test_codebooks_make_files_that_other_types_cannot_make_as_small(bits, roundi
     assert {x[:3] for x in kinds.values()} & {"IQ2", "IQ3"}
     before, weights = load_file(dense / "model.safetensors"), imported(out, tmp_path / "back")
     for name in (f"{x}.weight" for x in kinds):
-        assert (weights[name] - before[name]).norm() < 0.4 * before[name].float().norm(), name
+        # Feedback changes weights more, and outputs less.
+        assert (weights[name] - before[name]).norm() < 0.6 * before[name].float().norm(), name
     with pytest.raises(ValueError, match=r"2 bits is not possible .* take 2\.06 to"):
         compress(dense, out, bits=2.0, rounding=rounding, overwrite=True)
 
