@@ -155,7 +155,8 @@ def _sweep(
     # Number of a span in the row -> its scales.
     scales: dict[int, Scales] = {}
     # Of the group that the sweep is in: its scales, its step, the inverse of that, and its offset.
-    group_scales, step_O, inverse_O, offset_O = Scales(*[weight_IO[:1]] * 4), *weight_IO[[0, 0, 0]]
+    group_scales = Scales(*(weight_IO[:1] for _ in Scales._fields))
+    step_O = inverse_O = offset_O = weight_IO[0]
     # The values of the unit that the sweep is in, in steps.
     value_UO = weight_IO[:unit]
 
