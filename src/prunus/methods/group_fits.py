@@ -30,7 +30,6 @@ from prunus.methods.group_quantizer import (
     join_spans,
     over,
 )
-from prunus.methods.output_gain import output_gains
 
 # Candidates for the step of a group: the extreme weight gets the extreme value of the quantiser,
 # moved by these shares of the distance between values.
@@ -98,10 +97,10 @@ def round_in_groups(
             weight_IO.split(quantizer.span), importance_I.split(quantizer.span), strict=True
         )
         scales, levels = zip(*(_fit_span(*span, quantizer) for span in spans), strict=True)
-        rounded = join_spans(list(scales), torch.cat(levels), quantizer)
-        dense_OI = rounded.dense()[:, order] if order else rounded.dense()
-        gain_O = output_gains(weight_IO.T, dense_OI, weight_IO.T * importance_I)
-        parts.append(rounded.scaled(gain_O).data_OB)
+        rows_OI = weight_IO.T
+        weighted_OI = rows_OI * importance_I
+        rounded = join_spans(list(scales), torch.cat(levels), quantizer, rows_OI, weighted_OI)
+        parts.append(rounded.data_OB)
     return GroupedWeight(quantizer, torch.cat(parts))
 
 

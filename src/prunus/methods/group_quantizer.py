@@ -23,6 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prunus.methods.output_gain import output_gains
+
 
 @dataclass(frozen=True)
 class GroupQuantizer(ABC):
@@ -178,15 +180,6 @@ class GroupedWeight(NamedTuple):
         weight_OI = spans.dense(self.quantizer).view(rows, -1)
         return weight_OI[:, torch.tensor(order).argsort()] if order else weight_OI
 
-    def scaled(self, gain_O: Tensor) -> GroupedWeight:
-        """The weight with every row multiplied by a factor, as far as its scales can hold it."""
-        quantizer = self.quantizer
-        spans = quantizer.unpack(self.data_OB.reshape(-1, quantizer.nbytes))
-        gain_N = gain_O.repeat_interleave(len(spans.d_N) // len(gain_O))
-        d_N, dmin_N = (quantizer.stored(x * gain_N) for x in (spans.d_N, spans.dmin_N))
-        data_NK = quantizer.pack(spans._replace(d_N=d_N, dmin_N=dmin_N))
-        return GroupedWeight(quantizer, data_NK.view(self.data_OB.shape))
-
 
 class Scales(NamedTuple):
     """The scales of one span of all rows; see `Spans` for dtypes and values.
@@ -208,13 +201,21 @@ class Scales(NamedTuple):
         return self.d_O * self.codes_GO, self.dmin_O * self.minima_GO
 
 
-def join_spans(scales: list[Scales], levels_IO: Tensor, quantizer: GroupQuantizer) -> GroupedWeight:
-    """The weight of spans with their scales.
+def join_spans(
+    scales: list[Scales],
+    levels_IO: Tensor,
+    quantizer: GroupQuantizer,
+    weight_OI: Tensor,
+    weighted_OI: Tensor,
+) -> GroupedWeight:
+    """The weight of spans with their scales, times the gains of its rows; see `output_gain`.
 
     Args:
         scales: The scales of the spans, from the left of a row to the right.
         levels_IO: Indices of `GroupQuantizer.values`, uint8 (I, O), in the order of columns.
         quantizer: The quantiser of scales and levels, which packs them.
+        weight_OI: float32, the weight before it was rounded, with its columns as they are stored.
+        weighted_OI: As for `output_gains`, with its columns as they are stored.
     """
     d_NO, dmin_NO, codes_NGO, minima_NGO = (
         torch.stack(parts) for parts in zip(*scales, strict=True)
@@ -226,7 +227,12 @@ def join_spans(scales: list[Scales], levels_IO: Tensor, quantizer: GroupQuantize
         minima_NGO.permute(2, 0, 1).flatten(0, 1),
         levels_IO.T.reshape(-1, quantizer.span),
     )
-    return GroupedWeight(quantizer, quantizer.pack(spans).view(levels_IO.shape[1], -1))
+    rounded_OI = spans.dense(quantizer).view(weight_OI.shape)
+    gain_O = output_gains(weight_OI, rounded_OI, weighted_OI)
+    gain_N = gain_O.repeat_interleave(len(scales))
+    d_N, dmin_N = (quantizer.stored(scale_N * gain_N) for scale_N in spans[:2])
+    data_NK = quantizer.pack(spans._replace(d_N=d_N, dmin_N=dmin_N))
+    return GroupedWeight(quantizer, data_NK.view(len(weight_OI), -1))
 
 
 def check_range(weight: Tensor, quantizer: GroupQuantizer) -> None:

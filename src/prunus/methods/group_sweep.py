@@ -33,7 +33,6 @@ from torch import Tensor
 from prunus.hardware.numerics import low_precision_product
 from prunus.methods.group_fits import fit_scales, round_in_groups, span_fit
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer, Scales, join_spans
-from prunus.methods.output_gain import output_gains
 from prunus.methods.rate_distortion import DAMPING
 from prunus.methods.solvers.obs import TILE, ordered_factor, sweep_columns
 from prunus.methods.statistics import InputStatistics
@@ -131,15 +130,16 @@ def _round_with_feedback(
         order_I: int64, places in `stored_I`, in the order of the sweep.
         upper_II: U, in the order of the sweep.
     """
-    rounded = _sweep(weight_OI[:, stored_I], order_I, upper_II, quantizer)
-    weighted_OI = low_precision_product(weight_OI, gram_II)
-    return rounded.scaled(output_gains(weight_OI, rounded.dense(), weighted_OI))
+    weighted_OI = low_precision_product(weight_OI, gram_II)[:, stored_I]
+    weight_OI = weight_OI[:, stored_I]
+    scales, levels_IO = _sweep(weight_OI, order_I, upper_II, quantizer)
+    return join_spans(scales, levels_IO, quantizer, weight_OI, weighted_OI)
 
 
 def _sweep(
     weight_OI: Tensor, order_I: Tensor, upper_II: Tensor, quantizer: GroupQuantizer
-) -> GroupedWeight:
-    """The sweep over the columns of some rows.
+) -> tuple[list[Scales], Tensor]:
+    """The sweep over the columns of some rows: the scales of each span, and the levels (I, O).
 
     Args:
         weight_OI: float32, the weights of these rows.
@@ -207,7 +207,7 @@ def _sweep(
     # tile of a block. A group of a larger span consists of whole tiles.
     tile = quantizer.span if quantizer.span < _BLOCK else TILE
     sweep_columns(weight_IO, upper_II, _BLOCK, tile, round_column)
-    return join_spans([scales[span] for span in range(len(scales))], levels_IO, quantizer)
+    return [scales[span] for span in range(len(scales))], levels_IO
 
 
 def _importances(upper_II: Tensor, unit: int) -> Tensor:
