@@ -39,6 +39,8 @@ from prunus.runtime.linear import (
 
 # Methods that prepare a model, and do not compute with it.
 _PREPARING = re.compile(r"_*(init|reset|tie|get_|set_|resize)")
+# Code that reads the weight of a child, and does not replace it.
+_READ = re.compile(r"\bself\.(\w+)\.weight\b(?!\s*=[^=])")
 # BLOOM reads these only with `slow_but_exact`, which repeats the rounding of several GPUs.
 _NEVER_IN_PRACTICE = {("BloomAttention", "dense"), ("BloomMLP", "dense_4h_to_h")}
 
@@ -300,17 +302,24 @@ def expand_read_linears(model: Any, dtype: torch.dtype) -> list[str]:
     return replaced
 
 
-@functools.cache
 def _reads_weight(kind: Any, child: str) -> bool:
     """Whether a method of `kind`, a module's class, reads the weight of its child."""
-    read = re.compile(rf"\bself\.{re.escape(child)}\.weight\b(?!\s*=[^=])")
-    for name, method in inspect.getmembers(kind, inspect.isfunction):
-        if _PREPARING.match(name) or method.__module__.startswith("torch."):
-            continue
-        try:
-            text = inspect.getsource(method)
-        except (OSError, TypeError):  # code without a file
-            continue
-        if read.search(text):
-            return True
-    return False
+    methods = inspect.getmembers(kind, inspect.isfunction)
+    return any(
+        child in _weights_read(method)
+        for name, method in methods
+        if not _PREPARING.match(name) and not method.__module__.startswith("torch.")
+    )
+
+
+@functools.cache
+def _weights_read(method: Any) -> frozenset[str]:
+    """Names of the children whose weight a method reads.
+
+    Most methods of a model are those of its base class, and reading code takes a while. So it is
+    read once, however many families a process loads.
+    """
+    try:
+        return frozenset(_READ.findall(inspect.getsource(method)))
+    except (OSError, TypeError):  # code without a file
+        return frozenset()
