@@ -72,6 +72,12 @@ def dense(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def one_block(tmp_path_factory) -> Path:
+    """For tests in which no block follows another: each takes as long as the first."""
+    return gguf_checkpoint(tmp_path_factory.mktemp("gguf") / "one", num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
     """A model too narrow for the types of 256 columns, for tests that do not look at weights."""
     folder = tmp_path_factory.mktemp("gguf") / "small"
@@ -87,7 +93,10 @@ def experts(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text", *EXPERTS])
 def test_the_file_reads_as_the_weights_that_the_run_computed(family, tmp_path):
-    dense = gguf_checkpoint(tmp_path / "dense", family, **EXPERTS.get(family, {}))
+    # Gemma 3 has two kinds of blocks.
+    blocks = 2 if family == "gemma3_text" else 1
+    options = {"num_hidden_layers": blocks, **EXPERTS.get(family, {})}
+    dense = gguf_checkpoint(tmp_path / "dense", family, **options)
     record = compress(dense, tmp_path / "x.gguf", type="Q3_K")
     found = imported(tmp_path / "x.gguf", tmp_path / "back")
     before = load_file(dense / "model.safetensors")
@@ -166,8 +175,9 @@ def test_the_experts_of_a_stack_have_one_type_that_suits_them_together(experts, 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_a_gguf_file_in_full_precision_is_compressed_like_its_checkpoint(family, tmp_path):
-    dense = gguf_checkpoint(tmp_path / "dense", family)
-    compress(dense, tmp_path / "full.gguf", type="Q8_0")
+    blocks = 2 if family == "gemma3_text" else 1
+    dense = gguf_checkpoint(tmp_path / "dense", family, num_hidden_layers=blocks)
+    compress(dense, tmp_path / "full.gguf", type="Q8_0", rounding="nearest")
     record = compress(tmp_path / "full.gguf", tmp_path / "x.gguf", type="Q4_K")
     assert record.source == str(tmp_path / "full.gguf")
     compress(dense, tmp_path / "y.gguf", type="Q4_K")
@@ -233,7 +243,8 @@ def test_the_loss_of_a_type_is_more_than_the_sum_of_independent_errors_at_few_bi
 
 
 def test_two_bits_at_widths_of_64_are_taken_where_a_file_must_be_smaller(tmp_path):
-    dense = gguf_checkpoint(tmp_path / "dense", hidden_size=64, intermediate_size=192)
+    sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 1}
+    dense = gguf_checkpoint(tmp_path / "dense", **sizes)
     kinds = {}
     for bits in (2.5, 4.6, 5.0):
         out = tmp_path / f"{bits}.gguf"
@@ -311,14 +322,14 @@ def test_fast_types_keep_a_bound_of_time_that_can_be_kept(losses):
     assert choose_fast_types(choices, nbytes, 1e9) == choose_types(choices, nbytes)
 
 
-def test_a_type_that_decodes_slowly_is_left_out_where_time_counts(dense, tmp_path, monkeypatch):
+def test_a_type_that_decodes_slowly_is_left_out_where_time_counts(one_block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     times = {kind: {"decode": 1.0, "prompt": 1.0} for kind in TYPES}
     times["IQ4_XS"]["decode"] = 100.0
     Path("times.json").write_text(json.dumps({"nanoseconds per weight": times}))
     said: list[Any] = []
-    any_time = compress(dense, "any.gguf", bits=4.5)
-    fast = compress(dense, "fast.gguf", bits=4.5, fast_on="times.json", announce=said.append)
+    any_time = compress(one_block, "any.gguf", bits=4.5)
+    fast = compress(one_block, "fast.gguf", bits=4.5, fast_on="times.json", announce=said.append)
     assert "IQ4_XS" in any_time.types.values()
     assert "IQ4_XS" not in fast.types.values()
     assert any("times as fast as Q4_K_M" in str(line) for line in said)
@@ -330,15 +341,15 @@ def test_a_type_that_decodes_slowly_is_left_out_where_time_counts(dense, tmp_pat
         ({"fast_on": "avx512", "type": "Q4_K"}, "drop one of the two"),
     ):
         with pytest.raises(ValueError, match=message):
-            compress(dense, "no.gguf", **options)
+            compress(one_block, "no.gguf", **options)
     with pytest.raises(ValueError, match=r"`fast_on`.*belong to GGUF files"):
-        compress(dense, "folder", bits=4, fast_on="avx512")
+        compress(one_block, "folder", bits=4, fast_on="avx512")
     assert not [*tmp_path.glob("no.gguf*"), *tmp_path.glob("folder*")]
 
 
-def test_other_verbs_read_the_file(dense, tmp_path):
+def test_other_verbs_read_the_file(one_block, tmp_path):
     out = tmp_path / "x.gguf"
-    record = compress(dense, out, type="Q4_K")
+    record = compress(one_block, out, type="Q4_K")
     found = prunus.inspect(out)
     assert {linear.dtype for linear in found.linears} == {"Q4_K"}
     assert found.bits == 4.5
@@ -542,8 +553,8 @@ def test_weights_that_no_scale_of_a_type_reaches_are_an_error(magnitude):
             round_in_groups(weight_OI, grid)
 
 
-def test_models_of_denormal_weights_are_written(dense, tmp_path):
-    model = scaled(dense, tmp_path / "model", "layers", 1e-37)
+def test_models_of_denormal_weights_are_written(one_block, tmp_path):
+    model = scaled(one_block, tmp_path / "model", "layers", 1e-37)
     for name, options in (("x.gguf", {"type": "Q4_K"}), ("y.gguf", {"bits": 4.5})):
         assert compress(model, tmp_path / name, **options).state == "finished"
     assert compress(model, tmp_path / "out", bits=4).state == "finished"
@@ -608,8 +619,8 @@ def test_the_measurement_is_announced_with_the_time_that_is_left(dense, monkeypa
         assert last.done == last.total
 
 
-def test_a_gguf_file_that_is_read_is_named_and_its_header_read_once(dense, monkeypatch, tmp_path):
-    compress(dense, tmp_path / "x.gguf", type="Q8_0")
+def test_a_gguf_file_that_is_read_is_named_and_its_header_read_once(small, monkeypatch, tmp_path):
+    compress(small, tmp_path / "x.gguf", type="Q8_0")
     said: list[str] = []
     read: list[object] = []
     opened = gguf.GGUFReader.__init__
@@ -692,30 +703,31 @@ def test_compressed_tensors_are_rounded_by_themselves_too(bits, no_walk, tmp_pat
     assert 'rounding = "nearest"' in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("rounding", ["feedback", "nearest"])
-def test_a_file_with_the_types_of_another_has_the_same_bytes(rounding, dense, experts, tmp_path):
+@pytest.mark.parametrize(("rounding", "name"), [("feedback", "dense"), ("nearest", "experts")])
+def test_a_file_with_the_types_of_another_has_the_same_bytes(rounding, name, request, tmp_path):
     """Also where a run was killed in between, and where a list names the types."""
-    for model in (dense, experts):
-        first, again, last = (tmp_path / f"{model.name}{x}.gguf" for x in (1, 2, 3))
-        record = compress(model, first, bits=4.5, rounding=rounding)
-        with pytest.raises(StopError):
-            compress(model, again, type=str(first), rounding=rounding, progress=stop_after(1))
-        compress(model, again, type=str(first), rounding=rounding)
-        kinds = {name: kind.lower() for name, (kind, _) in contents(first).items()}
-        lines = [f"^{name}$={kind}".replace(".", r"\.") for name, kind in kinds.items()]
-        (tmp_path / "types").write_text("\n".join(lines))
-        named = compress(model, last, type=str(tmp_path / "types"), rounding=rounding)
-        assert contents(first) == contents(again) == contents(last)
-        assert named.types == record.types
-        # The file names the list without the folder that it was in.
-        assert prunus.inspect(last).linears and b'"type":"types"' in last.read_bytes()
+    model = request.getfixturevalue(name)
+    first, again, last = (tmp_path / f"{x}.gguf" for x in (1, 2, 3))
+    record = compress(model, first, bits=4.5, rounding=rounding)
+    with pytest.raises(StopError):
+        compress(model, again, type=str(first), rounding=rounding, progress=stop_after(1))
+    compress(model, again, type=str(first), rounding=rounding)
+    kinds = {name: kind.lower() for name, (kind, _) in contents(first).items()}
+    lines = [f"^{name}$={kind}".replace(".", r"\.") for name, kind in kinds.items()]
+    (tmp_path / "types").write_text("\n".join(lines))
+    named = compress(model, last, type=str(tmp_path / "types"), rounding=rounding)
+    assert contents(first) == contents(again) == contents(last)
+    assert named.types == record.types
+    # The file names the list without the folder that it was in.
+    assert prunus.inspect(last).linears and b'"type":"types"' in last.read_bytes()
 
 
-def test_types_of_another_model_or_that_prunus_does_not_write_are_refused(dense, tmp_path):
-    longer = gguf_checkpoint(tmp_path / "longer", num_hidden_layers=3)
-    for folder in (dense, longer):
-        compress(folder, tmp_path / f"{folder.name}.gguf", type="Q8_0")
-    lines = [rf"^{name}$=q8_0" for name in contents(tmp_path / "dense.gguf")]
+def test_types_of_another_model_or_that_prunus_does_not_write_are_refused(
+    dense, one_block, tmp_path
+):
+    for name, model in (("short.gguf", one_block), ("longer.gguf", dense)):
+        compress(model, tmp_path / name, type="Q8_0", rounding="nearest")
+    lines = [rf"^{name}$=q8_0" for name in contents(tmp_path / "short.gguf")]
     texts = {
         "short": lines[:-1],
         "foreign": [*lines, r"^blk\.7\.attn_q\.weight$=q8_0"],
@@ -727,7 +739,7 @@ def test_types_of_another_model_or_that_prunus_does_not_write_are_refused(dense,
         (tmp_path / name).write_text("\n".join(text))
     before = sorted(tmp_path.iterdir())
     for kind, message in (
-        ("longer.gguf", r"longer\.gguf is not a file of this model: blk\.2\..* is None"),
+        ("longer.gguf", r"longer\.gguf is not a file of this model: blk\.1\..* is None"),
         ("short", rf"short has no type for {re.escape(lines[-1][1:].partition('$')[0])}"),
         ("foreign", r"no tensor 'blk\.7\.attn_q\.weight'"),
         ("iq", r"IQ1_S for .*, and prunus writes Q4_0"),
@@ -736,28 +748,28 @@ def test_types_of_another_model_or_that_prunus_does_not_write_are_refused(dense,
         ("missing", "missing is not a type .* or a file with the types"),
     ):
         with pytest.raises(ValueError, match=message):
-            compress(dense, tmp_path / "x.gguf", type=str(tmp_path / kind))
+            compress(one_block, tmp_path / "x.gguf", type=str(tmp_path / kind))
         assert sorted(tmp_path.iterdir()) == before
     # The head has the type that its own option names.
-    given = compress(dense, tmp_path / "x.gguf", type=str(tmp_path / "dense.gguf"), head_bits=4)
+    kinds = str(tmp_path / "short.gguf")
+    given = compress(one_block, tmp_path / "x.gguf", type=kinds, head_bits=4)
     assert given.types["lm_head"] == "Q4_K"
 
 
-def test_a_list_that_was_changed_since_a_run_was_killed_is_refused(dense, tmp_path):
+def test_a_list_that_was_changed_since_a_run_was_killed_is_refused(small, tmp_path):
     options = {"type": str(tmp_path / "types.gguf")}
-    compress(dense, tmp_path / "types.gguf", type="Q4_K")
+    compress(small, tmp_path / "types.gguf", type="Q4_0")
     with pytest.raises(StopError):
-        compress(dense, tmp_path / "x.gguf", **options, progress=stop_after(1))
-    compress(dense, tmp_path / "types.gguf", type="Q5_K", overwrite=True)
+        compress(small, tmp_path / "x.gguf", **options, progress=stop_after(1))
+    compress(small, tmp_path / "types.gguf", type="Q8_0", overwrite=True)
     with pytest.raises(FileExistsError, match=r"types\.gguf has other types than the finished"):
-        compress(dense, tmp_path / "x.gguf", **options)
+        compress(small, tmp_path / "x.gguf", **options)
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_plan_writes_the_types_and_importances_that_llama_quantize_takes(
-    family, dense, experts, exact, tmp_path
-):
-    model, text = experts if family == "mixtral" else dense, tmp_path / "text.txt"
+def test_plan_writes_the_types_and_importances_that_llama_quantize_takes(family, exact, tmp_path):
+    options = {"num_hidden_layers": 1, **EXPERTS.get(family, {})}
+    model, text = gguf_checkpoint(tmp_path / "model", family, **options), tmp_path / "text.txt"
     text.write_text("ab, letter by letter: a text to calibrate on. " * 20)
     out, types, matrix = (tmp_path / x for x in ("x.gguf", "new/types.txt", "new/im.gguf"))
     windows = ["--calibration", text, "--samples", 6, "--seqlen", 16, "--dtype", "float32"]
@@ -789,10 +801,10 @@ def test_plan_writes_the_types_and_importances_that_llama_quantize_takes(
     assert contents(out) == contents(tmp_path / "y.gguf")
 
 
-def test_lists_that_cannot_be_written_are_refused_before_any_work(dense, monkeypatch, tmp_path):
+def test_lists_that_cannot_be_written_are_refused_before_any_work(small, monkeypatch, tmp_path):
     monkeypatch.setattr("prunus.compression.rounding.measure_loss", None)
     (tmp_path / "mine.txt").write_text("years of work")
-    compress(dense, tmp_path / "model.gguf", type="Q8_0")
+    compress(small, tmp_path / "model.gguf", type="Q8_0")
     (tmp_path / "link").symlink_to("nowhere")
     before = tree(tmp_path)
     for arguments, message in (
@@ -805,7 +817,7 @@ def test_lists_that_cannot_be_written_are_refused_before_any_work(dense, monkeyp
         out, *more = (
             x if x.startswith("--") or x == "feedback" else tmp_path / x for x in arguments
         )
-        asked = [dense, out, *more, "--bits", 4.5, "--calibration", tmp_path / "mine.txt"]
+        asked = [small, out, *more, "--bits", 4.5, "--calibration", tmp_path / "mine.txt"]
         [line] = call("plan", *asked, "--seqlen", 16, status=2).stderr.splitlines()
         assert re.search(message, line), line
         assert tree(tmp_path) == before

@@ -15,6 +15,8 @@ from prunus.evaluation import check
 from prunus.formats.gguf.format import read_record
 from prunus.formats.records import CompressionRecord
 
+pytestmark = pytest.mark.usefixtures("short_python_texts")
+
 TEXTS = ["wikitext2", "python-code"]
 BITS = {"gguf": ["--type", "Q4_0"], "packed": ["--bits", "3"], "mlx": ["--bits", "4.5"]}
 

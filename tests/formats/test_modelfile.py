@@ -130,7 +130,7 @@ def prompt_of_ollama(instructions: list[tuple[str, str]], messages: list[dict[st
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("modelfile") / "dense"
-    return gguf_checkpoint(folder, hidden_size=32, intermediate_size=64)
+    return gguf_checkpoint(folder, hidden_size=32, intermediate_size=64, num_hidden_layers=1)
 
 
 def compress(dense: Path, out: Path, **options) -> None:

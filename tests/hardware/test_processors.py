@@ -19,11 +19,16 @@ from recovery_cases import recover, training_text
 from tiny import token_ids
 from tiny_tokenizer import dense_checkpoint
 
-FAMILIES = ["llama", "gpt_neo"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+#: A LayerNorm returns the dtype of its input, which float32 weights refuse, so that a wrong dtype
+#: shows with it. An RMSNorm takes any dtype, and two cases of 16 bits are enough.
 CASES = [
     pytest.param(case, id=f"{case[0]}-{str(case[1])[6:]}-{'native' if case[2] else 'without'}")
-    for case in itertools.product(FAMILIES, DTYPES, [True, False])
+    for case in (
+        *itertools.product(["gpt_neo"], DTYPES, [True, False]),
+        ("llama", torch.bfloat16, True),
+        ("llama", torch.float16, False),
+    )
 ]
 IDS = token_ids(6, 32)
 

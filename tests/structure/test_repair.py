@@ -16,8 +16,6 @@ CASES: dict[str, dict[str, Any]] = {
     "llama": {"blocks": 2, "width": 0.5},
     "gpt_neox": {"blocks": 2},
     "gemma2": {"width": 0.5},
-    "starcoder2": {"width": 0.5},
-    "mixtral": {"experts": 2},
     "gpt_oss": {"experts": 2},
     "qwen3_moe": {"experts": 0.5, "blocks": 2},
     "deepseek_v3": {"experts": 0.5},

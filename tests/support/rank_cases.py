@@ -199,7 +199,7 @@ def reconstructed(scratch: Path) -> dict[str, Any]:
     dense_stream._TOKENS_PER_FEATURE = 0.1
     llama = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)
     routed = tiny_checkpoint(scratch / "routed", "qwen3_moe", torch.bfloat16)
-    every_block = {"reconstruct": "all", "reconstruct_epochs": 3}
+    every_block = {"reconstruct": "all", "reconstruct_epochs": 2}
     best = {"method": "alps", "dense_weight": 0.25}
     last = {"reconstruct": "last"}
     cases: dict[str, tuple[Path, int, int, dict[str, Any]]] = {
