@@ -31,10 +31,11 @@ ROOT = Path(__file__).resolve().parent.parent
 #: What takes longest: two servers, each with all tests that ask it, and files. They start first, so
 #: that no process waits for one at the end.
 SLOW = (
-    "script_server.py", "pretend_cuda_server.py", "docs/test_tutorials.py",
-    "pruning/test_golden.py", "serving/test_serving.py", "runtime/test_loading.py",
-    "pruning/test_experts.py", "methods/test_methods_golden.py", "sweeping/test_sweep.py",
-    "runtime/test_entry_points.py", "evaluation/test_reference.py",
+    "script_server.py", "pretend_cuda_server.py", "pruning/test_golden.py",
+    "runtime/test_entry_points.py", "hardware/test_processors.py", "reporting/test_browser.py",
+    "docs/test_tutorials.py", "pruning/test_experts.py", "methods/test_methods_golden.py",
+    "structure/test_repair.py", "sweeping/test_sweep.py", "runtime/test_loading.py",
+    "pruning/test_families.py", "serving/test_serving.py",
 )  # fmt: skip
 
 
@@ -83,9 +84,9 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    import torch
+    from tiny import seed_torch
 
-    torch.manual_seed(0)
+    seed_torch(0)
 
 
 @pytest.fixture

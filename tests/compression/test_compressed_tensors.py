@@ -104,7 +104,6 @@ def test_transformers_loads_the_same_weights(bits, dtype, tmp_path):
 
 @every_size
 def test_the_package_reads_the_numbers_that_were_stored(bits):
-    torch.manual_seed(0)
     quantizer = integer_type(bits, 32, torch.bfloat16)
     weight = round_in_groups(torch.randn(3, 64), quantizer)
     parts = stored_parts("x.weight", weight, torch.bfloat16)

@@ -40,7 +40,7 @@ def stopped(master, tmp_path):
 
     def check(verb: str, blocks: int, names: list[str], message: str) -> None:
         dense, out = shutil.copytree(master, tmp_path / "dense"), tmp_path / "out"
-        options = {"calibration": token_ids(8, 16), "batch": 1}
+        options = {"calibration": token_ids(2, 16), "batch": 1}
         with pytest.raises(StopError):
             VERBS[verb](dense, out, progress=stop_after(blocks), **options)
         for name in names:

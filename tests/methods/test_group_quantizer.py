@@ -67,7 +67,6 @@ def error(weight_OI: torch.Tensor, other_OI: torch.Tensor, gram_II: torch.Tensor
 
 @every_type
 def test_bytes_are_read_and_written_as_the_package_gguf_does(quantizer):
-    torch.manual_seed(0)
     data_NK, gguf = random_spans(quantizer), package()
     spans = quantizer.unpack(data_NK)
     kind = gguf.GGMLQuantizationType(quantizer.number)
@@ -98,7 +97,6 @@ def test_widths_that_256_does_not_divide_get_the_types_of_llama_cpp():
 
 @every_quantizer
 def test_a_rounded_weight_has_the_values_of_the_quantizer_and_is_close(quantizer):
-    torch.manual_seed(0)
     weight_OI = torch.randn(8, 512)
     rounded = round_in_groups(weight_OI, quantizer)
     dense_OI = rounded.dense()
@@ -110,7 +108,6 @@ def test_a_rounded_weight_has_the_values_of_the_quantizer_and_is_close(quantizer
 
 
 def test_the_importance_of_a_column_lowers_its_error():
-    torch.manual_seed(0)
     weight_OI, importance_I = torch.randn(8, 256), torch.ones(256)
     importance_I[::4] = 100
     with_it = (round_in_groups(weight_OI, TYPES["Q3_K"], importance_I).dense() - weight_OI).square()
@@ -139,7 +136,6 @@ def test_zeros_stay_zeros():
     ids=lambda x: x.name,
 )
 def test_the_sweep_equals_a_slow_one(quantizer, monkeypatch):
-    torch.manual_seed(0)
     monkeypatch.setattr(group_sweep, "_LEADING", LEADING)
     weight_OI, statistics = torch.randn(4, 512) / 20, statistics_of(512)
     found = quantize_in_groups(weight_OI, statistics, Work(quantization=quantizer))
@@ -214,7 +210,6 @@ def test_the_sweep_equals_a_slow_one(quantizer, monkeypatch):
 
 @every_quantizer
 def test_feedback_lowers_the_error_of_the_outputs(quantizer):
-    torch.manual_seed(0)
     weight_OI, statistics = torch.randn(8, 512), statistics_of(512)
     gram_II = statistics.gram_II
     found = quantize_in_groups(weight_OI, statistics, Work(quantization=quantizer))
@@ -225,7 +220,6 @@ def test_feedback_lowers_the_error_of_the_outputs(quantizer):
 @every_codebook
 def test_codewords_are_the_best_of_all_for_their_scales(quantizer):
     """Every row of the grid is tried with all signs that the type allows."""
-    torch.manual_seed(0)
     weight_OI, importance_I = torch.randn(3, 256), torch.rand(256) + 0.1
     rounded = round_in_groups(weight_OI, quantizer, importance_I)
     spans, dense_OI, grid_KC = (
@@ -255,7 +249,6 @@ def test_codewords_are_the_best_of_all_for_their_scales(quantizer):
 
 @pytest.mark.parametrize(("codebook", "scalar"), [("IQ3_S", "Q3_K"), ("IQ2_S", "Q2_K")])
 def test_codebooks_have_smaller_errors_than_other_types_of_their_bits(codebook, scalar):
-    torch.manual_seed(0)
     weight_OI, importance_I = torch.randn(16, 512), torch.rand(512)
     codebook_error, scalar_error = (
         ((round_in_groups(weight_OI, kind, importance_I).dense() - weight_OI) ** 2 @ importance_I)
@@ -273,7 +266,6 @@ def test_every_instruction_set_finds_the_best_codewords(isa, columns, monkeypatc
     except ValueError as lacking:
         pytest.skip(str(lacking))
     monkeypatch.setattr(kernels, "load", lambda: compiled)
-    torch.manual_seed(0)
     target_WCO, grid_KC = torch.rand(3, columns, 301), torch.rand(40, columns)
     halves_WK = torch.rand(3, 40)
     least_WO, index_WO = find_codewords(target_WCO, halves_WK, grid_KC)
@@ -286,7 +278,6 @@ def test_every_instruction_set_finds_the_best_codewords(isa, columns, monkeypatc
 @every_quantizer
 def test_rounding_with_feedback_keeps_the_length_of_outputs(quantizer):
     """Rounding alone makes them shorter, by 5 % and more at two bits."""
-    torch.manual_seed(0)
     weight_OI, statistics = torch.randn(8, 512) / 20, statistics_of(512)
     found = quantize_in_groups(weight_OI, statistics, Work(quantization=quantizer))
     weighted_OI = weight_OI @ statistics.gram_II
@@ -295,7 +286,6 @@ def test_rounding_with_feedback_keeps_the_length_of_outputs(quantizer):
 
 
 def test_processes_that_share_the_rows_get_the_same_weight():
-    torch.manual_seed(0)
     weight_OI, statistics = torch.randn(8, 512), statistics_of(512)
     nearest = NearestRounding(TYPES["Q4_K"], statistics.sum_squares_I.float())
     for quantization in (TYPES["Q4_K"], nearest):

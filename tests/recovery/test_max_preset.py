@@ -24,7 +24,7 @@ from stopping import stop_after
 
 def options(text, **changes):
     windows = {"calibration": str(text), "samples": 6, "seqlen": 16, "dtype": "float32"}
-    return windows | {"tokens": 2048} | changes
+    return windows | {"tokens": 8192} | changes
 
 
 #: A pruning that takes no time.

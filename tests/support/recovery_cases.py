@@ -13,7 +13,7 @@ from tiny_tokenizer import dense_checkpoint  # noqa: F401
 
 #: A short run that learns: windows of 16 bytes of one repeated sentence.
 SHORT: dict[str, Any] = {
-    "tokens": 320,
+    "tokens": 640,
     "seqlen": 16,
     "batch": 2,
     "held_out": 2,
