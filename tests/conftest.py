@@ -130,6 +130,14 @@ def short_python_texts() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def exact_products(monkeypatch) -> None:
+    """Measurements of loss keep products in float32, whatever the processor has."""
+    from prunus.engine import loss_sensitivity
+
+    monkeypatch.setattr(loss_sensitivity, "multiplies_bfloat16", lambda device: False)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_wait_for_the_disk() -> Iterator[None]:
     """Calls of fsync return at once: what they promise is for power cuts, and no test makes one.

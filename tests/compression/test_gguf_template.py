@@ -11,20 +11,13 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
 
-import prunus
-from gguf_cases import gguf_checkpoint, known_layout, known_tensors, write_container
+from gguf_cases import compress, gguf_checkpoint, known_layout, known_tensors, write_container
 from prunus.formats.gguf import container as gguf_container
 from prunus.formats.gguf.file import GgufFile
 from prunus.formats.gguf.format import read_record
-from prunus.formats.records import CompressionRecord
 from stopping import StopError, stop_after
-from tiny import token_ids
 
 MOE = {"intermediate_size": 64, "num_local_experts": 2, "num_experts_per_tok": 1}
-
-
-def compress(dense: Path, out: Path, **options) -> CompressionRecord:
-    return prunus.compress(dense, out, **{"calibration": token_ids(), "batch": 2, **options})
 
 
 def full_file(dense: Path, path: Path, **options) -> Path:
@@ -111,7 +104,7 @@ def test_rows_and_columns_have_the_order_of_the_template(rounding, dense, tmp_pa
 
 
 def test_parts_of_one_weight_are_found_and_have_one_type(tmp_path):
-    dense = gguf_checkpoint(tmp_path / "dense", "phi3", num_hidden_layers=1)
+    dense = gguf_checkpoint(tmp_path / "dense", "phi3")
     changed = known_tensors(dense)
     for name in [name for name in changed if "attn_qkv" in name]:
         parts = changed.pop(name).split([256, 128, 128])

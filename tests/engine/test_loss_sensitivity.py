@@ -21,11 +21,7 @@ from prunus.model.stream import Stream
 from sensitivity_cases import IDS, whole_model
 from tiny import tiny_checkpoint
 
-
-@pytest.fixture(autouse=True)
-def exact_products(monkeypatch):
-    """Keep products in float32, whatever the processor has."""
-    monkeypatch.setattr(loss_sensitivity, "multiplies_bfloat16", lambda device: False)
+pytestmark = pytest.mark.usefixtures("exact_products")
 
 
 def planned(folder, dtype: str = "float32", **options) -> PruningJob:

@@ -22,13 +22,10 @@ from prunus.model.stream import Stream
 from prunus.runtime.linear import PackedLinear
 from reference import prune_rows
 from stopping import StopError, stop_after
+from structure_cases import loaded
 from tiny import EXPERT_FAMILIES, stored, tiny_checkpoint, tiny_model, token_ids, weights
 
 CPU = torch.device("cpu")
-
-
-def loaded(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def logits_by_blocks(folder: Path, ids: Tensor) -> Tensor:

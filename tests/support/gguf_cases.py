@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from tokenizers import models
 
+import prunus
 from prunus.formats.gguf.file import GgufFile, StoredTensor, fields_of, new_fields, write_gguf
 from prunus.formats.gguf.layout import GgufLayout, layout_of
 from prunus.formats.gguf.types import PLAIN
+from prunus.formats.records import CompressionRecord
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
-from tiny import tiny_checkpoint
+from tiny import tiny_checkpoint, token_ids
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "vocab_size": VOCABULARY + 1}
@@ -36,6 +38,11 @@ def gguf_checkpoint(
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | named))
     return folder
+
+
+def compress(dense: Path, out: Path, **options: Any) -> CompressionRecord:
+    """Compress with the windows of `token_ids`, two at a time."""
+    return prunus.compress(dense, out, **{"calibration": token_ids(), "batch": 2, **options})
 
 
 def shape(file: GgufFile, name: str) -> tuple[int, ...]:
