@@ -74,9 +74,8 @@ def test_compress_shrink_and_recover_run(dense, tmp_path):
 @pytest.mark.parametrize("native", [True, False])
 def test_a_gguf_file_is_written(native, dtype, tmp_path):
     with processor(native):
-        folder = gguf_checkpoint(
-            tmp_path / "dense", dtype=dtype, hidden_size=32, intermediate_size=64
-        )
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+        folder = gguf_checkpoint(tmp_path / "dense", dtype=dtype, **sizes)
         record = prunus.compress(folder, tmp_path / "out.gguf", bits=5, calibration=IDS)
     assert record.state == "finished"
 
