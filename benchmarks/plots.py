@@ -254,25 +254,8 @@ def proof_table(_figures: Figures) -> str:
     return markdown(columns, rows, text=3)
 
 
-def tied_head_table(_figures: Figures) -> str:
-    """GGUF files of Qwen2.5-Coder-1.5B at equal bytes, measured before `proof.py` existed."""
-    rows = [
-        [
-            row["file"],
-            f"{row['bytes']:,}",
-            *(
-                f"{x['kl']:.4f} ± {x['kl_stderr']:.4f}, {x['kl_99.9']:.2f}, {x['same_top']:.1f} %"
-                for x in row["scores"].values()
-            ),
-        ]
-        for row in read("tied-head")["rows"]
-    ]
-    return markdown(["file", "bytes", "WikiText-2", "Python"], rows)
-
-
 TABLES = {
     "proof": proof_table,
-    "tied-head": tied_head_table,
     "models-and-texts": text_table,
     "perplexity": perplexity_table,
     "gap": gap_table,

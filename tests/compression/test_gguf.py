@@ -666,9 +666,10 @@ def test_the_types_are_those_of_least_loss_with_this_rounding(exact_products, tm
     weight_OI, squares_O, X_TI = whole_model(dense)["model.layers.0.mlp.up_proj"]
     importance_I, loss_O = X_TI.square().mean(0), squares_O + 0.1 * squares_O.mean()
     losses = {}
-    for kind in ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0"):
+    for kind in (x for x in TYPES if TYPES[x].span == 256 or x == "Q8_0"):
         error_OI = round_in_groups(weight_OI, TYPES[kind], importance_I).dense() - weight_OI
-        losses[kind] = float(loss_O @ error_OI.square() @ importance_I)
+        loss = float(loss_O @ error_OI.square() @ importance_I)
+        losses[kind] = loss / (1 - 4 * loss / float(loss_O @ weight_OI.square() @ importance_I))
     for bits in (3.0, 4.3, 5.0, 6.0):
         record = compress(
             dense, tmp_path / f"{bits}.gguf", bits=bits, rounding="nearest", **options

@@ -38,7 +38,7 @@ def assert_same(path: Path, other: Path) -> None:
 def assert_close(path: Path, others: dict[str, torch.Tensor]) -> None:
     for name, content in contents(path).items():
         error = (content - others[name].float()).norm() / others[name].float().norm()
-        assert float(error) < 0.35, name
+        assert float(error) < 0.45, name
 
 
 @pytest.fixture(scope="module")

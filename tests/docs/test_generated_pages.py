@@ -76,42 +76,36 @@ def test_the_readme_states_the_figures_of_the_sweep(plots):
     assert f"{figures.dense:.2f}" in text
 
 
-#: Sentences with the divergence of prunus's files in units of llama.cpp's, on prose and on code.
+#: Sentences with the divergence of prunus's files in units of llama.cpp's, on prose and on code:
+#: page -> (model, preset) -> the sentence.
 RATIOS = {
     "README.md": {
-        "Q2_K": r"At the same size,.*?has (\d\.\d+) of its loss on prose and (\d\.\d+) on code",
-        "Q4_K_M": r"size of Q4_K_M, it has (\d\.\d+) and (\d\.\d+)",
+        (
+            "Qwen2.5-Coder-1.5B",
+            "Q2_K",
+        ): r"At the same size,.*?has (\d\.\d+) of its loss on prose and (\d\.\d+) on code",
+        ("Qwen2.5-Coder-1.5B", "Q4_K_M"): r"size of Q4_K_M, it has (\d\.\d+) and (\d\.\d+)",
+        ("SmolLM2-135M", "Q4_K_M"): r"SmolLM2-135M has (\d\.\d+) and (\d\.\d+) of Q4_K_M's loss",
     },
     "CHANGELOG.md": {
-        "Q2_K": r"has (\d\.\d+) and (\d\.\d+) of the loss of Q2_K",
-        "Q4_K_M": r"(\d\.\d+) and (\d\.\d+) of that of Q4_K_M",
-    },
-    "docs/results/index.md": {
-        "Q2_K": r"prunus has (\d\.\d+) and (\d\.\d+) of the loss of Q2_K",
-        "Q4_K_M": r"(\d\.\d+) and (\d\.\d+) of that of Q4_K_M",
+        ("Qwen2.5-Coder-1.5B", "Q2_K"): r"has (\d\.\d+) and (\d\.\d+) of the loss of Q2_K",
+        ("Qwen2.5-Coder-1.5B", "Q4_K_M"): r"(\d\.\d+) and (\d\.\d+) of that of Q4_K_M",
     },
 }
 
 
 def test_sentences_state_the_ratios_of_the_figures(plots):
-    rows = plots.read("tied-head")["rows"]
+    models = plots.read("proof")["models"]
     for page, sentences in RATIOS.items():
         text = " ".join((REPOSITORY / page).read_text(encoding="utf-8").split())
-        for preset, pattern in sentences.items():
-            preset_row, ours = [row for row in rows if row["size_of"] == preset][:2]
+        for (model, preset), pattern in sentences.items():
+            rows = models[model]["rows"][preset]
             expected = [
-                f"{ours['scores'][name]['kl'] / preset_row['scores'][name]['kl']:.2f}"
-                for name in ("WikiText-2", "Python")
+                f"{x['kl'] / rows['preset']['scores'][name]['kl']:.2f}"
+                for name, x in rows["prunus"]["scores"].items()
             ]
             found = re.search(pattern, text)
-            assert found and list(found.groups()) == expected, (page, preset, expected)
-    rows = plots.read("proof")["models"]["SmolLM2-135M"]["rows"]["Q4_K_M"]
-    ratios = [
-        f"{x['kl'] / rows['preset']['scores'][name]['kl']:.2f}"
-        for name, x in rows["prunus"]["scores"].items()
-    ]
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    assert "SmolLM2-135M has {} and {} of Q4_K_M's loss".format(*ratios) in " ".join(readme.split())
+            assert found and list(found.groups()) == expected, (page, model, preset, expected)
 
 
 def test_committed_figures_name_no_paths():

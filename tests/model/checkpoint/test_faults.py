@@ -188,6 +188,15 @@ def test_a_name_that_is_too_long_is_refused_before_any_work(material, tmp_path):
 # --- a shard that changes during the run ---
 
 
+def test_a_shard_that_goes_between_the_check_and_the_reading(tmp_path, monkeypatch):
+    checkpoint = Checkpoint(dense_checkpoint(tmp_path / "dense"))
+    (tmp_path / "dense" / "model.safetensors").unlink()
+    monkeypatch.setattr(checkpoint, "check_unchanged", lambda files: None)
+    for read in (checkpoint.whole, lambda name: list(checkpoint.pieces(name))):
+        with pytest.raises(FileNotFoundError, match=r"model\.safetensors is gone"):
+            read(next(iter(checkpoint.tensors)))
+
+
 @pytest.mark.parametrize("change", ["cut", "replace", "rewrite", "remove"])
 def test_a_shard_that_changes_while_it_is_read(change, material, tmp_path):
     dense = dense_checkpoint(tmp_path / "dense", dtype=torch.bfloat16)

@@ -10,6 +10,7 @@ Nothing is mapped: a mapped file that is cut short ends the process that touches
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -199,7 +200,7 @@ class Checkpoint:
             ValueError: A shard was changed since it was opened, or differs from its SHA-256.
         """
         for file, members in self._by_file(names):
-            with open(self.folder / file, "rb", buffering=0) as plain:
+            with self._open(file) as plain:
                 for name in members:
                     info = self.tensors[name]
                     _prefetch(plain.fileno(), info)
@@ -239,7 +240,7 @@ class Checkpoint:
         """
         info = self.tensors[name]
         [(file, _)] = self._by_file([name])
-        with open(self.folder / file, "rb", buffering=0) as plain:
+        with self._open(file) as plain:
             for start in range(0, info.nbytes, most):
                 size = min(most, info.nbytes - start)
                 content = torch.empty(size, dtype=torch.uint8)
@@ -271,15 +272,25 @@ class Checkpoint:
             ValueError: A shard was replaced or written to.
         """
         for file in self._opened if files is None else files:
-            try:
+            with self._naming_what_is_gone(file):
                 now = _state(self.folder / file)
-            except FileNotFoundError as fault:
-                raise FileNotFoundError(
-                    f"{self.folder / file} is gone since it was opened; put it back, and the same "
-                    "command continues"
-                ) from fault
             if now != self._opened[file]:
                 raise ValueError(self._changed(file))
+
+    def _open(self, file: str) -> FileIO:
+        """Open a shard, which may be gone since `check_unchanged` has looked."""
+        with self._naming_what_is_gone(file):
+            return open(self.folder / file, "rb", buffering=0)
+
+    @contextlib.contextmanager
+    def _naming_what_is_gone(self, file: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as fault:
+            raise FileNotFoundError(
+                f"{self.folder / file} is gone since it was opened; put it back, and the same "
+                "command continues"
+            ) from fault
 
     def _changed(self, file: str) -> str:
         return (
