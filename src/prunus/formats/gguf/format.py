@@ -87,6 +87,8 @@ FILE = "model.gguf"
 _BESIDE = (".Modelfile", ".README.md")
 # Whether prunus wrote such a file: it says so.
 _is_own = re.compile(b"prunus").search
+# The processor for which a speed is told where the recipe names none; all newer ones have AVX2.
+_USUAL_PROCESSOR = "avx2"
 # Bits of embeddings and head -> their type.
 _HEAD_TYPES = {4: "Q4_K", 6: "Q6_K", 8: "Q8_0"}
 
@@ -333,7 +335,8 @@ class GgufFormat(MixFormat):
         """
         if self.recipe.type is not None and not self._names_file:
             type_named(self.recipe.type)
-        if self.recipe.type is not None and self._times:
+        # Reading the times refuses names and files that are none.
+        if self._times and self.recipe.type is not None and self.recipe.fast_on is not None:
             raise ValueError("`fast_on` chooses types, and `type` gives them: drop one of the two")
         self.refuse_zeros("a GGUF file")
         linears = self.job.selected_linears()
@@ -382,7 +385,7 @@ class GgufFormat(MixFormat):
         if kind is not None:
             return [replace(type_for(kind, columns), columns=order)]
         # Of Q4_K's size, and as fast; IQ4_XS, which has the same levels, takes longer to decode.
-        fast = [TYPES["IQ4_NL"]] if self._times and not columns % 256 else []
+        fast = [TYPES["IQ4_NL"]] if self.recipe.fast_on and not columns % 256 else []
         with_reserve = self._needs_reserve if with_reserve is None else with_reserve
         types = types_for(columns, with_reserve) + fast
         return [replace(x, columns=order) for x in types] if order else types
@@ -397,7 +400,7 @@ class GgufFormat(MixFormat):
             min(self.nbytes_of(kind, shape) for kind in self.quantizers(name, with_reserve=False))
             for name, shape in self.shapes.items()
         )
-        return not self._times and sum(smallest) > self.budget
+        return self.recipe.fast_on is None and sum(smallest) > self.budget
 
     @property
     def _head_type(self) -> str | None:
@@ -428,8 +431,8 @@ class GgufFormat(MixFormat):
 
     @functools.cached_property
     def _times(self) -> dict[str, float]:
-        """Type -> nanoseconds per weight on the processor that the recipe names; {} for none."""
-        return {} if self.recipe.fast_on is None else speeds_of(self.recipe.fast_on)
+        """Type -> nanoseconds per weight on the processor that the recipe names, or a usual one."""
+        return speeds_of(self.recipe.fast_on or _USUAL_PROCESSOR)
 
     def _weights_per_token(self, name: str, shape: tuple[int, ...]) -> float:
         """How many weights of a tensor are multiplied for each token; `name` is its module."""
@@ -440,15 +443,13 @@ class GgufFormat(MixFormat):
         return math.prod(shape) * (used / shape[0] if used else 1.0)
 
     def time_of(self, name: str, quantizer: GroupQuantizer, shape: tuple[int, ...]) -> float:
-        """Nanoseconds that a tensor takes for each token, where the recipe names a processor."""
-        if not self._times:
-            return 0.0
+        """Nanoseconds that a tensor takes for each token."""
         return self._times[quantizer.name] * self._weights_per_token(name, shape)
 
     @property
     def most_time(self) -> float:
         """A little more than what llama.cpp's presets of this size take for each token."""
-        if not self._times:
+        if self.recipe.fast_on is None:
             return super().most_time
         return SLOWER * self._preset_time(8 * self.budget / self._weights)
 
@@ -500,16 +501,16 @@ class GgufFormat(MixFormat):
         return super().measures_loss or self._names_file
 
     def chosen(self, record: CompressionRecord) -> str:
-        """How many bytes of the file have each type."""
+        """How many bytes of the file have each type, and how fast it decodes on a processor."""
         parts = self.contents.bytes_by_type(self.types).most_common()
-        said = f"the file holds {', '.join(f'{in_bytes(n)} in {kind}' for kind, n in parts)}"
-        if not self._times:
-            return said
         choices = self.choices({}).items()
         took = sum(x.time for first, types in choices for x in types if x.kind == self.types[first])
+        speed = self._preset_time(Q4_K_M_BITS) / took
+        hint = "" if self.recipe.fast_on else "; with `fast_on` its speed counts too"
         return (
-            f"{said}; on {self.recipe.fast_on} it decodes about "
-            f"{self._preset_time(Q4_K_M_BITS) / took:.2f} times as fast as Q4_K_M"
+            f"the file holds {', '.join(f'{in_bytes(n)} in {kind}' for kind, n in parts)}; on "
+            f"{self.recipe.fast_on or _USUAL_PROCESSOR} it decodes about {speed:.2f} times as fast "
+            f"as Q4_K_M{hint}"
         )
 
     def tensors_of(self, key: str, weight: GroupedWeight) -> dict[str, torch.Tensor]:
