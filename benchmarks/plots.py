@@ -484,7 +484,8 @@ def draw_proof(models: dict[str, Any]) -> Any:
         panels_of_model[0].set_ylabel("KL, nats (log scale)")
     for axes in panels[-1]:
         axes.set_xlabel("file, MB")
-    panels[0][0].legend(frameon=False, loc="lower left", fontsize=8)
+    lines = {line.get_label(): line for axes in panels.flat for line in axes.get_lines()}
+    panels[0][0].legend(lines.values(), lines, frameon=False, loc="lower left", fontsize=8)
     figure.tight_layout()
     return figure
 
