@@ -15,7 +15,7 @@ import prunus
 
 #: The most statements of the package and of its tests. Docstrings, comments, blank lines and
 #: doctests are free: explanation is never taken away to make room for code.
-SRC_STATEMENTS, TEST_STATEMENTS = 18_645, 16_562
+SRC_STATEMENTS, TEST_STATEMENTS = 18_643, 16_563
 #: The most lines of code in a file, without its docstrings, comments and blank lines.
 FILE_LINES = 400
 
