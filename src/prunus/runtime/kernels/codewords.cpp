@@ -14,7 +14,7 @@
 namespace prunus::codewords {
 namespace {
 
-// Of so many rows the targets, sums and numbers stay in the first-level cache.
+// The targets, sums and numbers of this many rows stay in the first-level cache.
 constexpr int64_t kRowsAtOnce = 128;
 
 struct Search {
