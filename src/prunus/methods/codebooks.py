@@ -66,7 +66,7 @@ class CodewordFit:
     Attributes:
         quantizer: The codewords and codes to choose from.
         grid_KC: The grid, on the device of the weights.
-        extreme_GO: The largest magnitude of a weight of each group.
+        weight_BO: The weights.
         sign_BO: float32, 1 or −1: the sign that the value of a weight will have, mostly its own.
         weighted_WCO: w·|x|, or −w·|x| where the value will have another sign than the weight.
         importance_WC: The importances w of the columns.
@@ -77,8 +77,7 @@ class CodewordFit:
         self, weight_BO: Tensor, importance_B: Tensor, quantizer: CodebookQuantizer
     ) -> None:
         self.quantizer, self.grid_KC = quantizer, quantizer.grid_KC.to(weight_BO.device)
-        group = min(quantizer.group, len(weight_BO))
-        self.extreme_GO = weight_BO.abs().unflatten(0, (-1, group)).amax(1)
+        self.weight_BO = weight_BO
         weighted_BO = weight_BO * importance_B[:, None]
         negative_BO = weighted_BO < 0
         if quantizer.has_even_signs:
@@ -96,8 +95,9 @@ class CodewordFit:
 
     def scales(self) -> Scales:
         """The scales that fit the weights best, with codes of all groups."""
-        quantizer, reach_GO = self.quantizer, self.extreme_GO / self.quantizer.values[-1]
-        step_GO = self._best([reach_GO / reach for reach in _REACHES])
+        quantizer = self.quantizer
+        extreme_GO = self.weight_BO.abs().unflatten(0, (-1, quantizer.group)).amax(1)
+        step_GO = self._best([extreme_GO / quantizer.values[-1] / reach for reach in _REACHES])
         d_O = quantizer.stored(step_GO.amax(0) / quantizer.codes[1])
         code_GO = ((over(step_GO, d_O) - 1) / 2).round_().mul_(2).add_(1).clamp_min_(1)
         scales = self.best_codes(Scales(d_O, torch.zeros_like(d_O), code_GO, 0 * code_GO))

@@ -337,7 +337,10 @@ def ordered_factor(
         order_I = order[1](gram_II.diagonal())
         ordered_II = gram_II[order_I][:, order_I].mul_(correlations)
         if correlations < 1 and leading:
-            vectors_IK, values_K = _leading_eigenvectors(gram_II, leading)
+            # Types of other groups have other orders, and the same eigenvectors.
+            vectors_IK, values_K = statistics.derived(
+                ("leading eigenvectors", leading), lambda: _leading_eigenvectors(gram_II, leading)
+            )
             vectors_IK = vectors_IK[order_I]
             ordered_II.addmm_(vectors_IK * values_K, vectors_IK.T, alpha=1 - correlations)
         ordered_II.diagonal().copy_(gram_II.diagonal()[order_I])
