@@ -14,6 +14,7 @@ each preset there are these rows:
     its types     prunus's rounding, with the types that the preset chose
     prunus types  llama-quantize (--tensor-type-file), with the types that prunus chose
     prunus        prunus compress --size BYTES
+    fast          the same, with types that processors decode fast (--fast-on cpu)
     nearest       the same types as prunus, rounded weight by weight (--rounding nearest)
     fixed head    prunus, with embedding and head as the preset has them (Q6_K)
     own format    prunus compress OUT --size BYTES, a folder in prunus's own format; what it holds
@@ -368,6 +369,8 @@ def make_row(judge: Judge, preset: str, row: str) -> tuple[Path, float]:
         return compress(judge, f"{preset}-head.gguf", "--size", size, "--head-bits", 6)
     if row == "nearest":
         return compress(judge, f"{preset}-nearest.gguf", "--size", size, "--rounding", "nearest")
+    if row == "fast":
+        return compress(judge, f"{preset}-fast.gguf", "--size", size, "--fast-on", "cpu")
     ours, seconds = compress(judge, f"{preset}-prunus.gguf", "--size", size)
     if row == "prunus":
         return ours, seconds

@@ -51,10 +51,11 @@ _MOST_TRIALS, _COARSER = 16, 0.002
 # type.
 _ROWS, _LEAST_ROWS = 64, 8
 # A type that loses the share ε² of what a weight contributes raises the loss of the model by
-# 1 / (1 - 4 ε²) times the sum of its independent errors, but by no more than five times. All
-# linears of one type, rounded with feedback, raised it by 1.0 times at ε² = 0.02 (three bits),
-# 1.2 at 0.06 (Q2_K, IQ2_S) and 1.75 at 0.1 (IQ2_XXS), in a Llama of 34 million weights.
-_COHERENCE, _LEAST_REST = 4.0, 0.2
+# 1 / (1 - 8 ε²) times the sum of its independent errors, but by no more than five times. Whole
+# models choose this factor, and those of one type show that there is one: relative to types of
+# three bits, Q2_K and IQ2_S (ε² = 0.06) raise the loss by 1.55 times the sum, and IQ2_XXS (0.1) by
+# twice the sum, in a Llama of 34 million weights.
+_COHERENCE, _LEAST_REST = 8.0, 0.2
 # The two kinds of tensors that a measurement of types gives; a name of a module follows.
 _LOSSES, _IMPORTANCES = "losses/", "importances/"
 

@@ -32,9 +32,9 @@ class CompressionRecipe(PruningOptions):
         head_bits: The bits per weight of embeddings and head, or "none" to keep them as they are.
         rounding: "feedback" lets later columns correct the error of each, which needs all windows
             to run through the model; "nearest" rounds each weight by itself.
-        fast_on: The processor on which the file is to decode about as fast as llama.cpp's presets
-            of its size, a key of `gguf/speeds.SPEEDS` or a file of measurements; None for the
-            least loss, however fast it decodes.
+        fast_on: The processor on which a GGUF file is to decode about as fast as llama.cpp's
+            presets of its size, a key of `gguf/speeds.SPEEDS` or a file of measurements; None for
+            the least loss, however fast it decodes.
         sparsity: The share of the weights that a mask forces to 0.
         dense_weight: α, see `methods/dense_targets.py`.
 
@@ -114,8 +114,8 @@ class CompressionRecipe(PruningOptions):
     fast_on: Annotated[
         str | None,
         Option(
-            "Choose types that decode nearly as fast as llama.cpp's presets of this size, by times "
-            "of avx2, of avx512 or in a file.",
+            "Choose types that decode nearly as fast as llama.cpp's presets of this size on a cpu, "
+            "on avx2, on avx512 or by times in a file. The file loses more.",
             metavar="CPU",
             panel="GGUF files",
         ),

@@ -53,7 +53,7 @@ from prunus.formats.gguf.header import open_gguf
 from prunus.formats.gguf.import_checkpoint import import_gguf
 from prunus.formats.gguf.layout import GgufLayout, GgufTensor, layout_of, types_in
 from prunus.formats.gguf.modelfile import modelfile
-from prunus.formats.gguf.speeds import Q4_K_M_BITS, SLOWER, preset_time, speeds_of
+from prunus.formats.gguf.speeds import SLOWER, preset_time, speeds_of
 from prunus.formats.gguf.types import (
     FILE_TYPES,
     FULL_TYPES,
@@ -87,8 +87,6 @@ FILE = "model.gguf"
 _BESIDE = (".Modelfile", ".README.md")
 # Whether prunus wrote such a file: it says so.
 _is_own = re.compile(b"prunus").search
-# The processor for which a speed is told where the recipe names none; all newer ones have AVX2.
-_USUAL_PROCESSOR = "avx2"
 # Bits of embeddings and head -> their type.
 _HEAD_TYPES = {4: "Q4_K", 6: "Q6_K", 8: "Q8_0"}
 
@@ -384,23 +382,20 @@ class GgufFormat(MixFormat):
             kind = self._types_in_file.get(name, kind)
         if kind is not None:
             return [replace(type_for(kind, columns), columns=order)]
-        # Of Q4_K's size, and as fast; IQ4_XS, which has the same levels, takes longer to decode.
-        fast = [TYPES["IQ4_NL"]] if self.recipe.fast_on and not columns % 256 else []
         with_reserve = self._needs_reserve if with_reserve is None else with_reserve
-        types = types_for(columns, with_reserve) + fast
+        types = types_for(columns, with_reserve)
         return [replace(x, columns=order) for x in types] if order else types
 
     @functools.cached_property
     def _needs_reserve(self) -> bool:
         """Whether no other types make a file as small as the recipe asks for.
 
-        They are not measured, so that a choice of types that decode fast does without them.
+        They decode slowly, so a choice of types that decode fast does without them.
         """
-        smallest = (
+        return self.recipe.fast_on is None and self.budget < sum(
             min(self.nbytes_of(kind, shape) for kind in self.quantizers(name, with_reserve=False))
             for name, shape in self.shapes.items()
         )
-        return self.recipe.fast_on is None and sum(smallest) > self.budget
 
     @property
     def _head_type(self) -> str | None:
@@ -432,31 +427,35 @@ class GgufFormat(MixFormat):
     @functools.cached_property
     def _times(self) -> dict[str, float]:
         """Type -> nanoseconds per weight on the processor that the recipe names, or a usual one."""
-        return speeds_of(self.recipe.fast_on or _USUAL_PROCESSOR)
+        return speeds_of(self.recipe.fast_on or "cpu")
 
-    def _weights_per_token(self, name: str, shape: tuple[int, ...]) -> float:
+    def _weights_per_token(self, name: str) -> float:
         """How many weights of a tensor are multiplied for each token; `name` is its module."""
         if name in self.modules_outside and name != self.head:
             return 0.0  # an embedding looks up one row
-        config = self.job.checkpoint.config.get_text_config()
+        config, shape = self.job.checkpoint.config.get_text_config(), self._tensors[name].shape
         used = getattr(config, "num_experts_per_tok", None) if len(shape) > 2 else None
-        return math.prod(shape) * (used / shape[0] if used else 1.0)
+        return math.prod(self.shapes[name]) * (used / shape[0] if used else 1.0)
 
     def time_of(self, name: str, quantizer: GroupQuantizer, shape: tuple[int, ...]) -> float:
         """Nanoseconds that a tensor takes for each token."""
-        return self._times[quantizer.name] * self._weights_per_token(name, shape)
+        return self._times[quantizer.name] * self._weights_per_token(name)
 
     @property
     def most_time(self) -> float:
         """A little more than what llama.cpp's presets of this size take for each token."""
         if self.recipe.fast_on is None:
             return super().most_time
-        return SLOWER * self._preset_time(8 * self.budget / self._weights)
+        # All but the head has the bits that the head leaves.
+        rows, columns = self.shapes.get(self.head or "", (0, 256))
+        bits = 8 * self.budget - type_for("Q6_K", columns).bits * rows * columns
+        return SLOWER * self._preset_time(bits / (self._weights - rows * columns))
 
     def _preset_time(self, bits: float) -> float:
-        """Nanoseconds that a preset with this many bits per weight takes for each token."""
+        """Nanoseconds that a preset takes for each token, with this many bits in its linears."""
         return sum(
-            self._weights_per_token(name, shape) * preset_time(self._times, bits, shape[-1])
+            self._weights_per_token(name)
+            * preset_time(self._times, TYPES["Q6_K"].bits if name == self.head else bits, shape[-1])
             for name, shape in self.shapes.items()
         )
 
@@ -474,13 +473,21 @@ class GgufFormat(MixFormat):
         return self.contents.file_bytes(types) - weights
 
     def describe(self) -> dict[str, object]:
-        """The size of the file and what takes it, for a plan."""
-        if self.recipe.type is None and not self.types:
-            parts = self.planned_parts()
-        else:
-            parts = self.contents.bytes_by_type(self.types or self.types_of({}))
+        """The size of the file, what takes it, and its speed in units of Q4_K_M's, for a plan."""
+        types = self.types or (self.types_of({}) if self.recipe.type else {})
+        parts = self.contents.bytes_by_type(types) if types else self.planned_parts()
         before = self.job.checkpoint.checkpoint.file_bytes()
-        return {"file": self.contents.size(before, self.file_bytes(), parts).model_dump()}
+        size = self.contents.size(before, self.file_bytes(), parts).model_dump()
+        return {"file": size, "decoding": self._speed(types)}
+
+    def _speed(self, types: Mapping[str, str]) -> float:
+        """How fast processors decode the file, in units of Q4_K_M's speed.
+
+        Args:
+            types: Name of a module -> its type. Without any, the speed is what a choice keeps.
+        """
+        times = (self._times[types[x]] * self._weights_per_token(x) for x in self.shapes if types)
+        return self._preset_time(4.81) / (sum(times) or self.most_time)
 
     def file_bytes(self) -> int:
         """Bytes of the file, as planned; once types are chosen, of the file with these."""
@@ -503,14 +510,10 @@ class GgufFormat(MixFormat):
     def chosen(self, record: CompressionRecord) -> str:
         """How many bytes of the file have each type, and how fast it decodes on a processor."""
         parts = self.contents.bytes_by_type(self.types).most_common()
-        choices = self.choices({}).items()
-        took = sum(x.time for first, types in choices for x in types if x.kind == self.types[first])
-        speed = self._preset_time(Q4_K_M_BITS) / took
-        hint = "" if self.recipe.fast_on else "; with `fast_on` its speed counts too"
         return (
-            f"the file holds {', '.join(f'{in_bytes(n)} in {kind}' for kind, n in parts)}; on "
-            f"{self.recipe.fast_on or _USUAL_PROCESSOR} it decodes about {speed:.2f} times as fast "
-            f"as Q4_K_M{hint}"
+            f"the file holds {', '.join(f'{in_bytes(n)} in {kind}' for kind, n in parts)}; "
+            f"processors decode it about {self._speed(self.types):.2f} times as fast as Q4_K_M"
+            + ("" if self.recipe.fast_on else "; with `fast_on` time counts too")
         )
 
     def tensors_of(self, key: str, weight: GroupedWeight) -> dict[str, torch.Tensor]:

@@ -36,12 +36,25 @@ SPEEDS: dict[str, dict[str, float]] = {
         "IQ3_XXS": 0.0522, "IQ3_S": 0.0589,
     },
 }  # fmt: skip
-# The types of llama.cpp's presets; a preset of any size mixes two that are next to each other.
-_OF_PRESETS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+# Where nobody says which of them it is.
+SPEEDS["cpu"] = {
+    kind: (time + SPEEDS["avx512"].get(kind, time)) / 2 for kind, time in SPEEDS["avx2"].items()
+}
+# What the linears of llama.cpp's presets consist of, from IQ2_XS, IQ2_M, Q2_K, Q3_K_M, Q4_K_M and
+# Q5_K_M to Q8_0: type -> share of the weights, as seen in files of Llamas. Q2_K has a little more
+# of Q3_K; so a file of its size is not taken for one between it and IQ2_M, which is slow.
+_PRESETS = (
+    {"IQ2_XS": 1.0},
+    {"IQ2_S": 0.85, "IQ3_S": 0.15},
+    {"Q2_K": 0.7, "Q3_K": 0.3},
+    {"Q3_K": 0.62, "Q4_K": 0.38},
+    {"Q4_K": 0.85, "Q6_K": 0.15},
+    {"Q5_K": 0.85, "Q6_K": 0.15},
+    {"Q6_K": 1.0},
+    {"Q8_0": 1.0},
+)
 # Nanoseconds per weight of a type that was not measured, so that it is not chosen.
 _UNKNOWN = 1e6
-#: The bits per weight of llama.cpp's Q4_K_M.
-Q4_K_M_BITS = 4.85
 #: Decoding takes at most this many times as long as with presets of the same size.
 SLOWER = 1 / 0.95
 
@@ -68,31 +81,33 @@ def speeds_of(name: str) -> dict[str, float]:
                 f"`fast_on` must be one of {', '.join(SPEEDS)}, or a file that "
                 f"benchmarks/type_speeds.py wrote, not {name}{did_you_mean(name, SPEEDS)}"
             ) from error
-    if missing := [kind for kind in _OF_PRESETS if not times.get(kind, 0) > 0]:
+    of_presets = {kind for shares in _PRESETS for kind in shares}
+    if missing := sorted(kind for kind in of_presets if not times.get(kind, 0) > 0):
         raise ValueError(f"{name} has no time of {', '.join(missing)}: measure these types too")
     return {kind: times.get(kind, _UNKNOWN) for kind in TYPES}
 
 
 def preset_time(times: Mapping[str, float], bits: float, columns: int) -> float:
-    """Nanoseconds per weight of a preset of llama.cpp that has this many bits per weight.
+    """Nanoseconds per weight of the linears in a preset of llama.cpp, of any size.
 
-    A preset mixes types, and the fastest mix of two counts: Q4_K_M is of Q4_K and Q6_K, because
-    Q5_K is slower than its bits say.
+    Between two presets it is what a mix of both takes.
 
     Args:
         times: Type -> nanoseconds per weight.
-        bits: Bits per weight, with the scales. Those of the types are the limits.
+        bits: Bits per weight of the linears, with their scales.
         columns: The width of the weight. Where 256 does not divide it, llama.cpp takes other types.
 
     >>> times = dict.fromkeys(TYPES, 0.4) | {"Q4_K": 0.2}
-    >>> preset_time(times, 4.5, 512), round(preset_time(times, 6.5, 512), 3)
-    (0.2, 0.3)
+    >>> round(preset_time(times, 4.81, 512), 3), round(preset_time(times, 9.0, 512), 3)
+    (0.23, 0.4)
     """
-    kinds = [type_for(kind, columns) for kind in _OF_PRESETS]
-    bits = min(max(bits, kinds[0].bits), kinds[-1].bits)
-    return min(
-        float(np.interp(bits, (fewer.bits, more.bits), (times[fewer.name], times[more.name])))
-        for fewer in kinds
-        for more in kinds
-        if fewer.bits <= bits <= more.bits
+    presets = [
+        [(type_for(kind, columns), share) for kind, share in shares.items()] for shares in _PRESETS
+    ]
+    return float(
+        np.interp(
+            bits,
+            [sum(kind.bits * share for kind, share in preset) for preset in presets],
+            [sum(times[kind.name] * share for kind, share in preset) for preset in presets],
+        )
     )
