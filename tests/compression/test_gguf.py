@@ -233,7 +233,7 @@ def test_the_loss_of_a_type_is_more_than_the_sum_of_independent_errors_at_few_bi
         error_OI = round_in_groups(weight_OI, quantizer, importance_I).dense() - weight_OI
         independent = error_OI.square() @ importance_I @ loss_O
         lost_share = independent / (weight_OI.square() @ importance_I @ loss_O)
-        assert loss == pytest.approx(float(independent / (1 - 4 * lost_share)), rel=1e-3)
+        assert loss == pytest.approx(float(independent / (1 - 8 * lost_share)), rel=1e-3)
 
 
 def test_two_bits_at_widths_of_64_are_taken_where_a_file_must_be_smaller(tmp_path):
