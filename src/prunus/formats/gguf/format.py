@@ -53,7 +53,7 @@ from prunus.formats.gguf.header import open_gguf
 from prunus.formats.gguf.import_checkpoint import import_gguf
 from prunus.formats.gguf.layout import GgufLayout, GgufTensor, layout_of, types_in
 from prunus.formats.gguf.modelfile import modelfile
-from prunus.formats.gguf.speeds import SLOWER, preset_time, speeds_of
+from prunus.formats.gguf.speeds import Q4_K_M_BITS, SLOWER, preset_time, speeds_of
 from prunus.formats.gguf.types import (
     FILE_TYPES,
     FULL_TYPES,
@@ -486,8 +486,12 @@ class GgufFormat(MixFormat):
         Args:
             types: Name of a module -> its type. Without any, the speed is what a choice keeps.
         """
-        times = (self._times[types[x]] * self._weights_per_token(x) for x in self.shapes if types)
-        return self._preset_time(4.81) / (sum(times) or self.most_time)
+        took = (
+            sum(self._times[types[x]] * self._weights_per_token(x) for x in self.shapes)
+            if types
+            else self.most_time
+        )
+        return self._preset_time(Q4_K_M_BITS) / took
 
     def file_bytes(self) -> int:
         """Bytes of the file, as planned; once types are chosen, of the file with these."""

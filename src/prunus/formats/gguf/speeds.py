@@ -36,7 +36,7 @@ SPEEDS: dict[str, dict[str, float]] = {
         "IQ3_XXS": 0.0522, "IQ3_S": 0.0589,
     },
 }  # fmt: skip
-# Where nobody says which of them it is.
+# The mean of both, for a processor that nobody names.
 SPEEDS["cpu"] = {
     kind: (time + SPEEDS["avx512"].get(kind, time)) / 2 for kind, time in SPEEDS["avx2"].items()
 }
@@ -55,6 +55,8 @@ _PRESETS = (
 )
 # Nanoseconds per weight of a type that was not measured, so that it is not chosen.
 _UNKNOWN = 1e6
+#: The bits per weight of the linears in llama.cpp's Q4_K_M.
+Q4_K_M_BITS = 4.81
 #: Decoding takes at most this many times as long as with presets of the same size.
 SLOWER = 1 / 0.95
 
@@ -81,8 +83,7 @@ def speeds_of(name: str) -> dict[str, float]:
                 f"`fast_on` must be one of {', '.join(SPEEDS)}, or a file that "
                 f"benchmarks/type_speeds.py wrote, not {name}{did_you_mean(name, SPEEDS)}"
             ) from error
-    of_presets = {kind for shares in _PRESETS for kind in shares}
-    if missing := sorted(kind for kind in of_presets if not times.get(kind, 0) > 0):
+    if missing := sorted({x for shares in _PRESETS for x in shares if not times.get(x, 0) > 0}):
         raise ValueError(f"{name} has no time of {', '.join(missing)}: measure these types too")
     return {kind: times.get(kind, _UNKNOWN) for kind in TYPES}
 
@@ -98,7 +99,7 @@ def preset_time(times: Mapping[str, float], bits: float, columns: int) -> float:
         columns: The width of the weight. Where 256 does not divide it, llama.cpp takes other types.
 
     >>> times = dict.fromkeys(TYPES, 0.4) | {"Q4_K": 0.2}
-    >>> round(preset_time(times, 4.81, 512), 3), round(preset_time(times, 9.0, 512), 3)
+    >>> round(preset_time(times, Q4_K_M_BITS, 512), 3), round(preset_time(times, 9.0, 512), 3)
     (0.23, 0.4)
     """
     presets = [
