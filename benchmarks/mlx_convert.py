@@ -1,14 +1,19 @@
 """What mlx_lm.convert and prunus lose at the same size, as MLX checkpoints.
 
     python benchmarks/mlx_convert.py DENSE WORK --mlx VENV --data DIR [--bits 4] [--group 64]
+        [--peers convert,gptq,awq,dynamic_quant]
 
 VENV is a virtual environment with mlx-lm (`pip install 'mlx[cpu]' mlx-lm`), which need not be that
 of prunus. `mlx_lm.convert -q` makes a folder, and `prunus compress --format mlx` makes another one
-of the same bytes, calibrated on 64 windows of 256 tokens of `mix`. Both are unpacked and scored by
-prunus against the dense model, on 6 windows of 512 tokens of each text. mlx-lm computes the
-perplexity of the first window too, with the weights that it unpacks itself, as a check that both
-folders mean what is said. (On processors its products of packed weights take minutes per window.)
-It gets the keys for positions that `convert` leaves out. Folders that are there are not made again.
+of the same bytes, calibrated on 64 windows of 256 tokens of `mix`. The other programs of mlx-lm get
+the same tokens as their calibration text, and embeddings in the bits and groups of the linears,
+which makes their folders as large as that of `convert`. (dynamic_quant keeps its default, 4 or 5
+bits, 5 in the mean with those of scales; a folder of prunus of its size stands beside it.) All are
+unpacked and scored by prunus against the dense model, on 6 windows of 512 tokens of each text.
+mlx-lm computes the perplexity of the first window too, with the weights that it unpacks itself, as
+a check that folders mean what is said. (On processors its products of packed weights take minutes
+per window.) It gets the keys for positions that `convert` leaves out. Folders that are there are
+not made again.
 
 The file is not named mlx.py: transformers would take it for the package.
 """
@@ -17,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -25,11 +31,21 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 import prunus
+from prunus.calibration.sources import find_source
+from prunus.calibration.windows import WindowRequest
 from prunus.evaluation.options import TextOptions
 from prunus.evaluation.perplexity import scoring_windows
 from prunus.formats.mlx import rope_keys
 
 TEXTS = ("wikitext2", "python-code")
+#: Program of mlx-lm -> its options, where {bits} and {group} are those of the linears.
+PEERS = {
+    "convert": "-q --q-bits {bits} --q-group-size {group}",
+    "gptq": "--bits {bits} --group-size {group} --fallback-bits {bits} "
+    "--fallback-group-size {group}",
+    "awq": "--bits {bits} --group-size {group} --embed-bits {bits} --embed-group-size {group}",
+    "dynamic_quant": "",
+}
 # Arguments: a folder in the format of MLX, a file with input_ids, and keys of config.json.
 MLX_PERPLEXITY = """
 import json
@@ -51,6 +67,14 @@ def weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
+def write_calibration(path: Path, dense: Path, data: Path | None) -> None:
+    """The tokens of 64 windows of `mix`, as the text that programs of mlx-lm calibrate on."""
+    tokenizer = AutoTokenizer.from_pretrained(dense)
+    draw = WindowRequest(samples=64, seqlen=256, data=data, tokenizer=lambda: tokenizer)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(map(tokenizer.decode, find_source("mix").draw(draw).ids)), "utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -61,26 +85,39 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group", type=int, default=64)
+    parser.add_argument("--peers", default="convert")
     options = parser.parse_args()
     programs, options.work = options.mlx.resolve() / "bin", options.work.resolve()
-    converted, compressed = options.work / "convert", options.work / "prunus"
-    options.work.mkdir(parents=True, exist_ok=True)
+    # Programs of mlx-lm look for their calibration text below the home folder.
+    text = options.work / "home/.cache/mlx-lm/calibration_v5.txt"
+    if not text.exists():
+        write_calibration(text, options.dense, options.data)
     seconds: dict[Path, float] = {}
-    if not converted.exists():
-        started = time.perf_counter()
-        convert = ["--hf-path", options.dense.resolve(), "--mlx-path", converted, "-q"]
-        convert += ["--q-bits", options.bits, "--q-group-size", options.group]
-        command = [programs / "mlx_lm.convert", *convert]
-        subprocess.run([str(part) for part in command], check=True, cwd=options.work)
-        seconds[converted] = time.perf_counter() - started
-    if not (compressed / "config.json").exists():
-        started = time.perf_counter()
-        calibration = {"calibration": "mix", "samples": 64, "seqlen": 256, "data": options.data}
-        size = weight_bytes(converted)
-        prunus.compress(
-            options.dense, compressed, size=size, format="mlx", progress=False, **calibration
-        )
-        seconds[compressed] = time.perf_counter() - started
+    folders: list[Path] = []
+    for peer in options.peers.split(","):
+        made = options.work / peer
+        folders.append(made)
+        if not (made / "config.json").exists():
+            started = time.perf_counter()
+            where = "--hf-path" if peer == "convert" else "--model"
+            command = [str(programs / f"mlx_lm.{peer}"), where, str(options.dense.resolve())]
+            command += ["--mlx-path", str(made)]
+            command += PEERS[peer].format(bits=options.bits, group=options.group).split()
+            home = os.environ | {"HOME": str(options.work / "home")}
+            subprocess.run(command, check=True, cwd=options.work, env=home)
+            seconds[made] = time.perf_counter() - started
+        size = weight_bytes(made)
+        if any(abs(weight_bytes(folder) / size - 1) < 1e-3 for folder in folders[:-1]):
+            continue  # a folder of prunus of this size is there
+        compressed = made.with_name("prunus" if peer == "convert" else f"prunus-{peer}")
+        folders.append(compressed)
+        if not (compressed / "config.json").exists():
+            started = time.perf_counter()
+            calibration = {"calibration": "mix", "samples": 64, "seqlen": 256, "data": options.data}
+            prunus.compress(
+                options.dense, compressed, size=size, format="mlx", progress=False, **calibration
+            )
+            seconds[compressed] = time.perf_counter() - started
 
     rope = json.dumps(rope_keys(json.loads((options.dense / "config.json").read_text("utf-8"))))
     scoring = TextOptions(samples=6, seqlen=512, data=options.data)
@@ -90,7 +127,7 @@ def main() -> None:
         )
         ids = options.work / f"{text}.safetensors"
         save_file({"input_ids": windows.ids.contiguous()}, ids)
-        for folder in (converted, compressed):
+        for folder in folders:
             scored = prunus.perplexity(
                 folder, str(ids), reference=options.dense, seqlen=512, progress=False
             )

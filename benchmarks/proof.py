@@ -34,6 +34,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -121,8 +122,11 @@ def build_llama_cpp(work: Path) -> Path:
     build = folder / "build"
     options = ["-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_CURL=OFF"]
     options += ["-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_SERVER=OFF", "-DGGML_NATIVE=ON"]
-    run(["cmake", "-S", folder, "-B", build, *options], work / "configure.log")
-    run(["cmake", "--build", build, "--target", *PROGRAMS], work / "build.log")
+    # What pip has installed is beside the interpreter, which may run without its venv activated.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    found = {"env": os.environ | {"PATH": path}}
+    run(["cmake", "-S", folder, "-B", build, *options], work / "configure.log", **found)
+    run(["cmake", "--build", build, "--target", *PROGRAMS], work / "build.log", **found)
     return folder
 
 
