@@ -166,7 +166,7 @@ def test_streaming_gives_the_figures_of_whole_models(family, tmp_path):
 
 
 def test_two_models_are_streamed_where_one_would_fit(folders, monkeypatch):
-    monkeypatch.setattr(streamed, "resident_memory", lambda: 0)
+    monkeypatch.setattr(streamed, "process_memory", lambda: 0)
     dense = folders / "dense"
     need = streamed.whole_bytes(dense, 24, ComputeOptions("float32", torch.device("cpu")))
     chosen = [
@@ -195,7 +195,7 @@ def test_states_of_compared_models_leave_half_of_the_memory(folders, monkeypatch
     monkeypatch.setattr(streamed.Stream, "embed", watched)
     kept = figures(score(folders, stream=True))
     monkeypatch.setattr(streamed, "memory_budget", lambda *_: 50)
-    monkeypatch.setattr(streamed, "resident_memory", lambda: 0)
+    monkeypatch.setattr(streamed, "process_memory", lambda: 0)
     monkeypatch.setattr(streamed.StreamedModel, "_needs", lambda *_: (40, 20))
     assert figures(score(folders, stream=True)) == kept
     assert spilled == [False, False, True, True]

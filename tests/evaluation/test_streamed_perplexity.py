@@ -70,7 +70,7 @@ def test_every_tensor_is_read_once(monkeypatch, ids, tmp_path):
 
 def test_what_does_not_fit_is_streamed_and_what_does_is_not(monkeypatch, ids, tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense", hidden_size=64, num_hidden_layers=12)
-    monkeypatch.setattr(streamed, "resident_memory", lambda: 0)
+    monkeypatch.setattr(streamed, "process_memory", lambda: 0)
     need = streamed.whole_bytes(dense, 24, ComputeOptions("auto", torch.device("cpu")))
     large = sum(path.stat().st_size for path in dense.glob("*.safetensors"))
     assert large < need < 2 * large

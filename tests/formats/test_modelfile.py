@@ -156,7 +156,7 @@ def test_the_template_of_the_modelfile_gives_the_prompts_of_the_chat_template(
         messages = [{"role": x, "content": f"{x} says {i}"} for i, x in enumerate(roles)]
         if "system" in roles and "raise_exception" in template:
             continue
-        expected = apply_chat_template(tokenizer, messages)
+        [expected] = apply_chat_template(tokenizer, [messages])
         # llama.cpp puts BOS before the prompt of this tokenizer.
         assert prompt_of_ollama(instructions, messages) == expected.removeprefix("<s>")
 

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from prunus.hardware.memory import peak_memory, resident_memory
+from prunus.hardware.memory import peak_memory, process_memory
 from prunus.hardware.sizes import parse_bytes
 
 
 def test_the_peak_is_at_least_what_is_resident():
-    resident = resident_memory()
+    resident = process_memory()
     # The system updates the resident size a few pages late.
     assert peak_memory() > 0.95 * resident > 0
 
@@ -26,15 +26,15 @@ subprocess.run([sys.executable, "-c", sys.argv[1]], check=True)
 #: Prints its peak. Then it frees every second of many pieces. The pieces in between keep the heap
 #: from shrinking itself.
 FRAGMENT = """
-from prunus.hardware.memory import peak_memory, resident_memory, return_freed_memory
+from prunus.hardware.memory import peak_memory, process_memory, return_freed_memory
 print(peak_memory(), flush=True)
-before = resident_memory()
+before = process_memory()
 pieces = [bytearray(b"x") * 50_000 for _ in range(3 * before // 50_000)]
 kept = pieces[1::2]
 del pieces
-grown = resident_memory()
+grown = process_memory()
 return_freed_memory()
-assert len(kept) * 50_000 < resident_memory() < grown - before
+assert len(kept) * 50_000 < process_memory() < grown - before
 """
 
 

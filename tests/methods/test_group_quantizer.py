@@ -266,11 +266,12 @@ def test_every_instruction_set_finds_the_best_codewords(isa, columns, monkeypatc
     except ValueError as lacking:
         pytest.skip(str(lacking))
     monkeypatch.setattr(kernels, "load", lambda: compiled)
-    target_WCO, grid_KC = torch.rand(3, columns, 301), torch.rand(40, columns)
-    halves_WK = torch.rand(3, 40)
-    least_WO, index_WO = find_codewords(target_WCO, halves_WK, grid_KC)
+    # Halves of rows recur, as in the grids of llama.cpp.
+    grid_KC = torch.rand(3)[torch.randint(3, (40, columns))]
+    target_WCO, importance_WC = 4 * torch.rand(3, columns, 301), torch.rand(3, columns)
+    least_WO, index_WO = find_codewords(target_WCO, importance_WC, grid_KC)
     for word, output in itertools.product(range(3), range(0, 301, 20)):
-        sums_K = halves_WK[word] - (grid_KC * target_WCO[word, :, output]).sum(1)
+        sums_K = grid_KC.square() @ importance_WC[word] / 2 - grid_KC @ target_WCO[word, :, output]
         assert abs(float(least_WO[word, output] - sums_K.min())) < 1e-5
         assert float(sums_K[index_WO[word, output]] - sums_K.min()) < 1e-5
 

@@ -6,19 +6,19 @@ from prunus.model import tokenizer
 from prunus.model.tokenizer import apply_chat_template
 from tiny_tokenizer import byte_tokenizer
 
-MESSAGES = [{"role": "user", "content": "Grüß dich"}]
+CHATS = [[{"role": "user", "content": text}] for text in ("Grüß dich", "x")]
 LOOP = "{% for i in range(9999) %}"
 
 
 def applied(template):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
-    return apply_chat_template(tokenizer, MESSAGES)
+    return apply_chat_template(tokenizer, CHATS)
 
 
 def test_a_template_gives_its_text():
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
-    assert applied(template) == "<user>Grüß dich<assistant>"
+    assert applied(template) == ["<user>Grüß dich<assistant>", "<user>x<assistant>"]
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,7 @@ def test_a_template_gives_its_text():
         ("{{ messages[3].role }}", "cannot be applied: UndefinedError"),
         ("{{ raise_exception('no system role') }}", "no system role"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ raise_exception('short') if messages[0].content == 'x' else 'y' }}", "short"),
         ("{{ ''.__class__.__mro__ }}", "SecurityError"),
     ],
 )

@@ -163,7 +163,7 @@ def _template(folder: Path) -> tuple[Any, Any, Any]:
 
     def work(case: Path) -> None:
         messages = [{"role": "user", "content": "x"}]
-        tokenizer.apply_chat_template(load_tokenizer(case / "model"), messages)
+        tokenizer.apply_chat_template(load_tokenizer(case / "model"), [messages])
 
     return folder, damage, work
 

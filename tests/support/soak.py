@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 
 import prunus  # noqa: E402
 from prunus import pack, unpack  # noqa: E402
-from prunus.hardware.memory import resident_memory  # noqa: E402
+from prunus.hardware.memory import process_memory  # noqa: E402
 from recovery_cases import dense_checkpoint, recover, training_text  # noqa: E402
 from tiny import tiny_model, token_ids  # noqa: E402
 
@@ -67,7 +67,7 @@ def main() -> None:
             ctypes.CDLL(None).malloc_trim(0)
             files = len(os.listdir("/proc/self/fd"))
             found.append(
-                {"resident": resident_memory(), "files": files, "threads": threading.active_count()}
+                {"resident": process_memory(), "files": files, "threads": threading.active_count()}
             )
     print(json.dumps(found))
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -92,21 +92,30 @@ class Documents(Sequence[str]):
         return len(self._texts)
 
     def __getitem__(self, index: Any) -> Any:
+        return self.several([index])[0]
+
+    def several(self, indices: Iterable[int]) -> list[str]:
+        """The documents at these places; one process makes the texts of all chats."""
+        texts = [self._text_of(index) for index in indices]
+        chats = [text for text in texts if not isinstance(text, str)]
+        made = iter(chats and apply_chat_template(self._tokenizer, chats, answer_follows=False))
+        return [text if isinstance(text, str) else next(made) for text in texts]
+
+    def _text_of(self, index: int) -> Any:
+        """A text, or a chat for which there is a template."""
         entry = text = self._texts[index]
         what = _kind(entry)
         if isinstance(entry, Mapping):
             text = entry["text"] if isinstance(entry.get("text"), str) else entry.get("messages")
             what = f"a row with the columns {', '.join(map(str, entry))}"
-        if isinstance(text, str):
-            return text
-        if not _is_chat(text):
+        if not isinstance(text, str) and not _is_chat(text):
             raise TypeError(f"calibration text {index} is {what}; {_CHOICES}")
-        if not getattr(self._tokenizer, "chat_template", None):
+        if not isinstance(text, str) and not getattr(self._tokenizer, "chat_template", None):
             raise ValueError(
                 "the text holds chat messages, and the tokenizer has no chat template; give "
                 "texts instead, or a tokenizer with a template"
             )
-        return apply_chat_template(self._tokenizer, text, answer_follows=False)
+        return text
 
 
 def _is_chat(entry: Any) -> bool:

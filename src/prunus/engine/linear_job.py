@@ -33,7 +33,7 @@ from prunus.engine.options import RunOptions
 from prunus.engine.plan import check_memory, open_model, run_facts
 from prunus.engine.reconstruction.reconstruct_block import ReconstructionSettings
 from prunus.engine.session import SILENT, Session
-from prunus.hardware.memory import resident_memory
+from prunus.hardware.memory import process_memory
 from prunus.hardware.numerics import native_bfloat16
 from prunus.methods import Method, Work, check_options, compose, get_method
 from prunus.methods.dense_targets import drift_is_worthwhile
@@ -466,7 +466,7 @@ def plan_run(
     job = replace(job, memory=_measured(job))
     stored.job = job
     check_memory(job)
-    measured, held = job.measuring_bytes(), resident_memory()
+    measured, held = job.measuring_bytes(), process_memory()
     if job.memory.budget < measured:
         raise ValueError(
             "measuring how the loss depends on each linear needs "
@@ -559,7 +559,7 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
         "bos": job.recipe.bos,
         "hidden_states": "file" if job.memory.spills else location,
         "blocks_in_lockstep": sum(job.memory.fits_lockstep(index) for index in blocks),
-        "peak_memory_bytes": peak + resident_memory(),
+        "peak_memory_bytes": peak + process_memory(),
         "file_bytes": job.format.file_bytes(),
         "disk_bytes": job.disk_bytes(),
         "allocation": {

@@ -23,7 +23,7 @@ from prunus.engine.options import RunOptions, WindowOptions
 from prunus.engine.record import RunRecord, Walk
 from prunus.engine.session import Session
 from prunus.engine.windows import check_inputs
-from prunus.hardware.memory import available_memory, memory_budget, resident_memory
+from prunus.hardware.memory import available_memory, memory_budget, process_memory
 from prunus.hardware.numerics import native_bfloat16
 from prunus.methods.statistics import Needs
 from prunus.model.calls import hidden_of
@@ -156,7 +156,7 @@ def check_memory(job: RunJob) -> None:
     """
     needed = max(block.minimum for block in job.memory.blocks)
     if job.memory.budget < needed:
-        held = resident_memory()
+        held = process_memory()
         raise ValueError(
             f"a block needs {(needed + held) / 1e9:.2f} GB with one batch of windows "
             f"in flight ({job.batch} × {job.recipe.seqlen} tokens); the memory budget is "
@@ -175,7 +175,7 @@ def check_room(nbytes: int, output: Path) -> None:
 def _host_budget(options: RunOptions, ranks: Ranks) -> int:
     """Bytes that the run may take on the host, beyond what the process holds already."""
     if options.memory is not None:
-        return options.memory - resident_memory()
+        return options.memory - process_memory()
     free = available_memory()
     reserve = max(int(_SHARE_FOR_OTHERS * free), _BYTES_FOR_OTHERS)
     return max(0, free - reserve) // ranks.local_size

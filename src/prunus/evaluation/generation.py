@@ -68,7 +68,7 @@ def generate(
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(f"{model}: the tokenizer has no chat template; leave `chat` out")
         # The template writes special tokens itself.
-        prompt = apply_chat_template(tokenizer, [{"role": "user", "content": prompt}])
+        [prompt] = apply_chat_template(tokenizer, [[{"role": "user", "content": prompt}]])
     inputs = tokenizer(prompt, add_special_tokens=not chat, return_tensors="pt")
     if progress is not None:
         progress(f"loading {model}")

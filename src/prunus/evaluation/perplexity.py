@@ -72,7 +72,7 @@ from prunus.options import takes
 WIKITEXT2_TEST_SHA256 = "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83"
 #: The texts to score that have a name. `chats` is prose of python-docs as questions and answers.
 TEXTS = (*CORPORA, "chats")
-# Chats of the text `chats`. Each runs the template in a process of its own.
+# Chats of the text `chats`.
 _CHATS = 256
 # GPTQ and Wanda score the first 1100 documents of C4's validation shard, and at most 256 windows
 # of them.
@@ -360,7 +360,7 @@ def load_scoring_text(name: str, data: Path | None = None, tokenizer: Any = None
     """
     check_text(name, data)
     if (chats := _chats(name)) is not None:
-        documents = list(Documents(chats, tokenizer))
+        documents = Documents(chats, tokenizer).several(range(len(chats)))
         how = f"{counted(len(documents), 'chat')} in the model's template"
         return ScoringText("".join(documents), how, name)
     if name not in CORPORA:

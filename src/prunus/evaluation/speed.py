@@ -23,7 +23,7 @@ from prunus.evaluation.inspection import file_bytes
 from prunus.evaluation.model_input import find_model
 from prunus.evaluation.options import SpeedOptions
 from prunus.evaluation.records import EvaluationRecord
-from prunus.hardware.memory import resident_memory
+from prunus.hardware.memory import process_memory
 from prunus.model.adapter import is_adapter
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.loading import check_architecture, load_model
@@ -96,7 +96,7 @@ def _measure(folder: Path, options: SpeedOptions) -> dict[str, float]:
         torch.set_num_threads(options.threads)
     # Imported first, because the memory of code is no part of the model's size.
     check_architecture(folder)
-    before = resident_memory()
+    before = process_memory()
     loaded = load_model(folder)
     vocabulary = loaded.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
@@ -127,7 +127,7 @@ def _measure(folder: Path, options: SpeedOptions) -> dict[str, float]:
     first = min(seconds(1) for _ in range(2))
     whole = seconds(options.new_tokens)
     return {
-        "resident_bytes": float(resident_memory() - before),
+        "resident_bytes": float(process_memory() - before),
         "prefill_tokens_per_second": options.prompt_tokens / first,
         "decode_tokens_per_second": (options.new_tokens - 1) / (whole - first),
     }

@@ -20,7 +20,7 @@ import torch
 
 from prunus.evaluation.model_input import ComputeOptions
 from prunus.evaluation.window_scores import ROWS, Rows, WindowProgress, check_windows
-from prunus.hardware.memory import available_memory, memory_budget, resident_memory
+from prunus.hardware.memory import available_memory, memory_budget, process_memory
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.reader import Checkpoint
@@ -62,7 +62,7 @@ def choose_streamed(
                     "out"
                 )
         return can_stream
-    need = resident_memory() if options.device.type == "cpu" else 0
+    need = process_memory() if options.device.type == "cpu" else 0
     for position, folder in enumerate(folders):
         try:
             need += 0 if folder is None else whole_bytes(folder, tokens, options)
@@ -205,11 +205,11 @@ class StreamedModel:
 
         It is the device if they fit there, else the memory of the host, else a file.
         """
-        held = resident_memory() if self.device.type == "cpu" else 0
+        held = process_memory() if self.device.type == "cpu" else 0
         budget = memory_budget(self.device, self.memory) - held
         minimum, hidden = self._needs(batch, shape, models)
         if minimum > budget:
-            held = resident_memory()
+            held = process_memory()
             raise ValueError(
                 f"scoring block by block needs {(minimum + held) / 1e9:.2f} GB with one batch "
                 f"of windows in flight ({batch} × {shape[1]} tokens); the memory budget is "
@@ -218,7 +218,7 @@ class StreamedModel:
         if minimum + models * hidden <= budget:
             return StatesPlace(None, on_device=True)
         if self.device.type != "cpu":
-            host = available_memory() if self.memory is None else self.memory - resident_memory()
+            host = available_memory() if self.memory is None else self.memory - process_memory()
             if models * hidden <= host:
                 return StatesPlace(None, on_device=False)
         return StatesPlace(Path(tempfile.gettempdir()), on_device=True)

@@ -45,23 +45,26 @@ def peak_memory(device: torch.device | None = None) -> int:
         return torch.cuda.max_memory_allocated(device)
     # A process is started as a copy of another one, and ru_maxrss includes that copy's memory.
     # VmHWM does not.
-    highest = _from_kilobytes(_field("/proc/self/status", "VmHWM"))
-    if highest:
-        return highest
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return process_memory("VmHWM") or (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024)
+    )
 
 
-def resident_memory() -> int:
-    """The resident memory of this process now, in bytes; 0 where the system does not say."""
-    return _from_kilobytes(_field("/proc/self/status", "VmRSS"))
+def process_memory(kind: str = "VmRSS") -> int:
+    """Bytes of memory of this process, as Linux counts them; 0 where the system does not say.
+
+    Args:
+        kind: VmRSS for what is resident now, VmHWM for the most that was, VmSize for all addresses.
+    """
+    return _from_kilobytes(_field("/proc/self/status", kind))
 
 
 def available_memory() -> int:
     """The bytes that can still be allocated without swapping, within the limits of cgroups."""
-    available = _from_kilobytes(_field("/proc/meminfo", "MemAvailable"))
-    if not available:
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = _from_kilobytes(_field("/proc/meminfo", "MemAvailable")) or (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    )
     for limit_file, usage_file in _cgroup_files():
         with contextlib.suppress(OSError, ValueError):
             limit = limit_file.read_text().strip()
@@ -102,7 +105,7 @@ def memory_budget(device: torch.device, memory: int | None) -> int:
         return free if memory is None else min(memory, free)
     if memory is not None:
         return memory
-    return available_memory() + resident_memory()
+    return available_memory() + process_memory()
 
 
 def keep_freed_memory() -> None:

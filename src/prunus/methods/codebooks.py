@@ -70,7 +70,6 @@ class CodewordFit:
         sign_BO: float32, 1 or −1: the sign that the value of a weight will have, mostly its own.
         weighted_WCO: w·|x|, or −w·|x| where the value will have another sign than the weight.
         importance_WC: The importances w of the columns.
-        halves_WK: Σ w·v²/2 of all rows of the grid.
     """
 
     def __init__(
@@ -91,7 +90,6 @@ class CodewordFit:
         columns = self.grid_KC.shape[1]
         self.weighted_WCO = (weighted_BO * self.sign_BO).unflatten(0, (-1, columns))
         self.importance_WC = importance_B.view(-1, columns)
-        self.halves_WK = self.importance_WC @ self.grid_KC.square().T / 2
 
     def scales(self) -> Scales:
         """The scales that fit the weights best, with codes of all groups."""
@@ -129,7 +127,7 @@ class CodewordFit:
         """The least Σ w·v²/2 − Σ w·|x|/s·v of each codeword, and its row of the grid; (W, O)."""
         words = len(self.weighted_WCO) // len(step_GO)
         inverse_W1O = over(1.0, step_GO).repeat_interleave(words, dim=0)[:, None]
-        return find_codewords(self.weighted_WCO * inverse_W1O, self.halves_WK, self.grid_KC)
+        return find_codewords(self.weighted_WCO * inverse_W1O, self.importance_WC, self.grid_KC)
 
     def _least_squares(self, scales: Scales) -> Tensor:
         """The d (O,) that suits the codes of the groups and their codewords best."""
@@ -140,26 +138,33 @@ class CodewordFit:
         return over(product_O, (self.importance_WC.view(-1, 1) * value_BO.square_()).sum(0))
 
 
-def find_codewords(target_WCO: Tensor, halves_WK: Tensor, grid_KC: Tensor) -> tuple[Tensor, Tensor]:
-    """For all codewords the least of halves − Σ target·v over the rows v of a grid.
+def find_codewords(
+    target_WCO: Tensor, importance_WC: Tensor, grid_KC: Tensor
+) -> tuple[Tensor, Tensor]:
+    """For all codewords the least Σ importance·v²/2 − Σ target·v over the rows v of a grid.
 
     On the CPU the compiled kernel does this, where there is one.
 
     Args:
         target_WCO: float32.
-        halves_WK: float32.
-        grid_KC: float32, with 4 or 8 columns.
+        importance_WC: float32.
+        grid_KC: float32, with 4 or 8 columns. At most 128 left halves of its rows may differ, and
+            as many right ones.
 
     Returns:
         The least number, float32, and its row of the grid; both (W, O).
+
+    Raises:
+        RuntimeError: More halves differ, or the grid has another number of columns.
     """
     compiled = kernels.load() if target_WCO.is_cpu else None
     if compiled is None:
+        halves_WK = importance_WC @ grid_KC.square().T / 2
         return (halves_WK[:, None] - target_WCO.transpose(1, 2) @ grid_KC.T).min(2)
     words, columns, outputs = target_WCO.shape
     least_WO = target_WCO.new_empty(words, outputs)
     index_WO = torch.empty_like(least_WO, dtype=torch.int32)
     sizes = (words, columns, outputs, len(grid_KC))
-    arrays = (target_WCO.contiguous(), grid_KC.contiguous(), halves_WK.contiguous())
+    arrays = (target_WCO.contiguous(), importance_WC.contiguous(), grid_KC.contiguous())
     compiled.call("prunus_find_codewords", *sizes, *arrays, least_WO, index_WO)
     return least_WO, index_WO

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-import os
 import resource
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from prunus.hardware.errors import reason
+from prunus.hardware.memory import process_memory
 from prunus.hardware.process_state import no_warnings
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint.resolve import resolve_folder
@@ -33,6 +33,10 @@ _TOKENIZER_REMEDY = (
 _SECONDS = 10
 #: Bytes of memory that the template may take, and of text that it may give.
 _MEMORY, _TEXT = 2**29, 2**22
+_TOO_MUCH = (
+    f"the chat template asks for more than {_MEMORY >> 20} MiB of memory or {_TEXT >> 20} MiB of "
+    "text. Do without it, or correct it"
+)
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -168,77 +172,83 @@ def check_same_vocabulary(first: Vocabulary, second: Vocabulary, remedy: str) ->
 
 def apply_chat_template(
     tokenizer: Any,
-    messages: Sequence[dict[str, Any]],
+    chats: Sequence[Sequence[dict[str, Any]]],
     *,
     answer_follows: bool = True,
     **variables: Any,
-) -> str:
-    """The text that a tokenizer's chat template makes of messages.
+) -> list[str]:
+    """The texts that a tokenizer's chat template makes of chats, all in one process.
+
+    To begin a process takes tenths of a second where this one has a large model in memory.
 
     Args:
         tokenizer: A transformers tokenizer with a chat template.
-        messages: Each has a `role` and a `content`.
+        chats: Lists of messages. Each message has a `role` and a `content`.
         answer_follows: End with the beginning of an answer, which a model then continues.
         variables: More that the template may read, such as `tools` or `enable_thinking`.
 
     Raises:
-        ValueError: The template is damaged, refuses the messages, takes longer than ten seconds, or
-            asks for more than 512 MiB of memory or 4 MiB of text.
+        ValueError: The template is damaged, refuses a chat, takes longer than ten seconds for one,
+            or asks for more than 512 MiB of memory or 4 MiB of text.
     """
     variables["add_generation_prompt"] = answer_follows
     forking = multiprocessing.get_context("fork")
     reading, writing = forking.Pipe(duplex=False)
-    child = forking.Process(target=_run_child, args=(writing, tokenizer, messages, variables))
+    child = forking.Process(target=_run_child, args=(writing, tokenizer, chats, variables))
     with no_warnings():
         # The child runs Python only, and none of the threads that the warning is about.
         child.start()
     writing.close()
-    kind, text = "memory", ""  # of a child that ends without an answer
     try:
-        if not reading.poll(_SECONDS):
-            raise ValueError(
-                f"the chat template did not end within {_SECONDS} s; its loops are too long. "
-                "Do without the template, or correct it"
-            )
-        kind, text = reading.recv()
-    except EOFError:
-        pass
+        return [_receive(reading) for _ in chats]
     finally:
         reading.close()
         child.kill()
         child.join()
-    if kind == "text":
-        return text
-    if kind == "fault":
-        raise ValueError(f"the chat template cannot be applied: {text}")
-    raise ValueError(
-        f"the chat template asks for more than {_MEMORY >> 20} MiB of memory or "
-        f"{_TEXT >> 20} MiB of text. Do without it, or correct it"
-    )
+
+
+def _receive(reading: Any) -> str:
+    """The next text that the child sends.
+
+    Raises:
+        ValueError: See `apply_chat_template`.
+    """
+    if not reading.poll(_SECONDS):
+        raise ValueError(
+            f"the chat template did not end within {_SECONDS} s; its loops are too long. "
+            "Do without the template, or correct it"
+        )
+    try:
+        text, fault = reading.recv()
+    except EOFError:  # the child has ended without an answer
+        text, fault = "", _TOO_MUCH
+    if fault:
+        raise ValueError(fault)
+    return str(text)
 
 
 def _run_child(
-    writing: Any, tokenizer: Any, messages: Sequence[dict[str, Any]], variables: dict[str, Any]
+    writing: Any,
+    tokenizer: Any,
+    chats: Sequence[Sequence[dict[str, Any]]],
+    variables: dict[str, Any],
 ) -> None:
-    """Apply the template, and send the kind of the answer, text, fault or memory, and the text."""
-    _limit_process()
-    try:
-        text = str(tokenizer.apply_chat_template(list(messages), tokenize=False, **variables))
-        data = text.encode(errors="replace")
-        writing.send(("text", data.decode()) if len(data) < _TEXT else ("memory", ""))
-    except MemoryError:
-        writing.send(("memory", ""))
-    except Exception as fault:  # a template can raise any error
-        writing.send(("fault", reason(fault)))
+    """Apply the template, and send of each chat the text, and what is wrong, if anything is."""
+    _limit_process(len(chats))
+    for messages in chats:
+        try:
+            text = tokenizer.apply_chat_template(list(messages), tokenize=False, **variables)
+            data = str(text).encode(errors="replace")
+            writing.send((data.decode(), "") if len(data) < _TEXT else ("", _TOO_MUCH))
+        except MemoryError:
+            writing.send(("", _TOO_MUCH))
+        except Exception as fault:  # a template can raise any error
+            writing.send(("", f"the chat template cannot be applied: {reason(fault)}"))
 
 
-def _limit_process() -> None:
+def _limit_process(chats: int) -> None:
     """Limit the processor time of this process, and the memory beyond what its parent had."""
-    seconds = math.ceil(_SECONDS) + 1
+    seconds = chats * math.ceil(_SECONDS) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            taken = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (taken + _MEMORY, taken + _MEMORY))
+    if taken := process_memory("VmSize"):
+        resource.setrlimit(resource.RLIMIT_AS, (taken + _MEMORY, taken + _MEMORY))

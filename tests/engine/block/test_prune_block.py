@@ -203,7 +203,7 @@ def test_the_memory_budget_decides_between_lockstep_replay_and_a_file(tmp_path, 
     free = available_memory()
     # Free and resident memory change during the test, so they are fixed here.
     monkeypatch.setattr("prunus.engine.plan.available_memory", lambda: free)
-    monkeypatch.setattr("prunus.engine.plan.resident_memory", lambda: 2**28)
+    monkeypatch.setattr("prunus.engine.plan.process_memory", lambda: 2**28)
     roomy = job(None)
     assert roomy.memory.budget == free - max(free // 10, 10**9)  # the rest is for others
     assert (roomy.walks[0], roomy.memory.spills) == ("lockstep", False)

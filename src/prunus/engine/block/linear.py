@@ -206,8 +206,10 @@ def _output_error(
         after_OI: The new weight, in the stored dtype.
         statistics: Statistics of the inputs, complete.
         ranks: Ranks that have the same arguments, and split the products.
-        low_precision: Multiply in bfloat16 or TF32 where that is faster. The Gram matrix of such a
-            method comes from rounded inputs already, so its products may be rounded as far.
+        low_precision: Multiply D too in bfloat16 or TF32 where that is faster. The Gram matrix of
+            such a method comes from rounded inputs already, so its products may be rounded as far.
+            Otherwise parts of D that later columns cancel would seem to be left. W is always
+            multiplied so: nothing cancels in it.
     """
     if statistics.spec.needs == "none":
         return None, None
@@ -225,7 +227,10 @@ def _output_error(
         before, after = before_OI[span], after_OI[span]
         change = before - after.float()
         if gram_II is not None:
-            terms = product(change, gram_II) * change, product(before, gram_II) * before
+            terms = (
+                product(change, gram_II) * change,
+                low_precision_product(before, gram_II) * before,
+            )
         else:
             terms = change.square_() @ squares_I, before.square() @ squares_I
         # Both sums come from the device at once, because the host waits for every number.

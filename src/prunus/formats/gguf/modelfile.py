@@ -165,6 +165,6 @@ def _renders(folder: Path, template: str, first: str) -> Render:
     tokenizer.chat_template = template
     return lambda roles, answer_follows: apply_chat_template(
         tokenizer,
-        [{"role": role, "content": _SAID[role]} for role in roles],
+        [[{"role": role, "content": _SAID[role]} for role in roles]],
         answer_follows=answer_follows,
-    ).removeprefix(first)
+    )[0].removeprefix(first)

@@ -201,11 +201,12 @@ int prunus_round_columns(int isa, int threads, int64_t count, int64_t rows, floa
                          const float* shares, int8_t* levels, float* errors, const uint8_t* keep);
 
 // Finds for `words` codewords of `columns` (4 or 8) columns in `rows` rows the row v of `grid`
-// (count, columns) of the least halves − Σ target·v, with `targets` (words, columns, rows) and
-// `halves` (words, count). `least` and `index` (words, rows) receive that number, and which row.
+// (count, columns) of the least Σ importance·v²/2 − Σ target·v, with `targets` (words, columns,
+// rows) and `importances` (words, columns). `least` and `index` (words, rows) receive that number,
+// and which row. At most 128 left and as many right halves of the rows of the grid may differ.
 int prunus_find_codewords(int isa, int threads, int64_t words, int64_t columns, int64_t rows,
-                          int64_t count, const float* targets, const float* grid,
-                          const float* halves, float* least, int32_t* index);
+                          int64_t count, const float* targets, const float* importances,
+                          const float* grid, float* least, int32_t* index);
 
 // Sums `bytes` (rounded down to 64 KiB) at `data` as 64-bit words, as fast as memory allows.
 uint64_t prunus_read(int threads, const void* data, int64_t bytes);
