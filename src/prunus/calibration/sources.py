@@ -104,11 +104,13 @@ class Documents(Sequence[str]):
     def _text_of(self, index: int) -> Any:
         """A text, or a chat for which there is a template."""
         entry = text = self._texts[index]
-        what = _kind(entry)
         if isinstance(entry, Mapping):
             text = entry["text"] if isinstance(entry.get("text"), str) else entry.get("messages")
-            what = f"a row with the columns {', '.join(map(str, entry))}"
         if not isinstance(text, str) and not _is_chat(text):
+            is_row = isinstance(entry, Mapping)
+            what = (
+                f"a row with the columns {', '.join(map(str, entry))}" if is_row else _kind(entry)
+            )
             raise TypeError(f"calibration text {index} is {what}; {_CHOICES}")
         if not isinstance(text, str) and not getattr(self._tokenizer, "chat_template", None):
             raise ValueError(

@@ -17,6 +17,7 @@ the system message as the first one, and `.System` is its text.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -163,8 +164,10 @@ def _renders(folder: Path, template: str, first: str) -> Render:
     """What a template makes of conversations, without the text `first` at their beginning."""
     tokenizer = load_tokenizer(folder)
     tokenizer.chat_template = template
-    return lambda roles, answer_follows: apply_chat_template(
-        tokenizer,
-        [[{"role": role, "content": _SAID[role]} for role in roles]],
-        answer_follows=answer_follows,
-    )[0].removeprefix(first)
+    return functools.cache(  # each text takes a process
+        lambda roles, answer_follows: apply_chat_template(
+            tokenizer,
+            [[{"role": role, "content": _SAID[role]} for role in roles]],
+            answer_follows=answer_follows,
+        )[0].removeprefix(first)
+    )
