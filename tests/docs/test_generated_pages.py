@@ -85,7 +85,8 @@ RATIOS = {
             "Q2_K",
         ): r"At the same size,.*?has (\d\.\d+) of its loss on prose and (\d\.\d+) on code",
         ("Qwen2.5-Coder-1.5B", "Q4_K_M"): r"size of Q4_K_M, it has (\d\.\d+) and (\d\.\d+)",
-        ("SmolLM2-135M", "Q4_K_M"): r"SmolLM2-135M has (\d\.\d+) and (\d\.\d+) of Q4_K_M's loss",
+        ("Qwen2.5-Coder-1.5B", "IQ2_M"): r"that of IQ2_M \(601 MB\) (\d\.\d+) and (\d\.\d+)",
+        ("SmolLM2-135M", "Q4_K_M"): r"one of them, has (\d\.\d+) and (\d\.\d+) of Q4_K_M's loss",
     },
     "CHANGELOG.md": {
         ("Qwen2.5-Coder-1.5B", "Q2_K"): r"has (\d\.\d+) and (\d\.\d+) of the loss of Q2_K",
