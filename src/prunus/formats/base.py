@@ -438,6 +438,7 @@ class TypeFormat(CompressedFormat):
         choices: dict[str, list[Choice]] = {}
         for first, shape in self.shapes.items():
             quantizers = self.quantizers(first)
+            of_types = losses.get(first, torch.zeros(len(quantizers))).tolist()
             choices[first] = [
                 Choice(
                     quantizer.name,
@@ -445,11 +446,7 @@ class TypeFormat(CompressedFormat):
                     loss,
                     self.time_of(first, quantizer, shape),
                 )
-                for quantizer, loss in zip(
-                    quantizers,
-                    losses.get(first, torch.zeros(len(quantizers))).tolist(),
-                    strict=True,
-                )
+                for quantizer, loss in zip(quantizers, of_types, strict=True)
             ]
         return choices
 
@@ -489,9 +486,8 @@ class TypeFormat(CompressedFormat):
             work = replace(self.job.work, quantization=quantizer)
             parts = []
             for rows_OI in weight_OI.split(_HEAD_ROWS):
-                grouped = quantize_in_groups(
-                    rows_OI.to(self.job.device, torch.float32), self._head_statistics, work
-                ).quantized
+                rows_OI = rows_OI.to(self.job.device, torch.float32)
+                grouped = quantize_in_groups(rows_OI, self._head_statistics, work).quantized
                 assert isinstance(grouped, GroupedWeight)
                 parts.append(grouped.data_OB.cpu())
             return GroupedWeight(quantizer, torch.cat(parts))
@@ -552,11 +548,8 @@ class MixFormat(TypeFormat):
     @functools.cached_property
     def modules_outside(self) -> set[str]:
         """The embedding and the head, as far as they have a type."""
-        return {
-            name.removesuffix(".weight")
-            for name, key in self.job.checkpoint.stored.items()
-            if key in self.packed_outside
-        }
+        stored = self.job.checkpoint.stored.items()
+        return {name.removesuffix(".weight") for name, key in stored if key in self.packed_outside}
 
     @property
     def budget(self) -> int:

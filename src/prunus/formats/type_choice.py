@@ -8,8 +8,6 @@ from typing import NamedTuple
 # The search for the price of time: the factor by which it is raised, the most times it is raised,
 # and how many times the interval that has the price is halved then.
 _DEARER, _RAISES, _HALVINGS = 8.0, 10, 6
-# The share of the bytes that is much to be left.
-_MUCH = 0.005
 
 
 class Choice(NamedTuple):
@@ -34,9 +32,7 @@ def choose_types(choices: Mapping[str, Sequence[Choice]], nbytes: int) -> dict[s
     For a sum of bytes the sum of the losses is least where one more byte would save as much loss in
     every weight (Lagrange). So all weights start with their smallest type. The step to another type
     that saves the most loss per byte is taken first, along the convex hull of each weight's types,
-    as long as it fits. The largest weight may be most of a model, an embedding, and its next type
-    too large for what is left, even where all others have their largest. So where much is left,
-    each of its types is tried beside the best of the others.
+    as long as it fits.
 
     Args:
         choices: Name of a weight -> the types that it can have.
@@ -49,26 +45,6 @@ def choose_types(choices: Mapping[str, Sequence[Choice]], nbytes: int) -> dict[s
     >>> narrow, wide = Choice("Q3_K", 3, 9.0), Choice("Q6_K", 6, 1.0)
     >>> choose_types({"a": [narrow, wide], "b": [narrow, wide._replace(loss=5.0)]}, 9)
     {'a': 'Q6_K', 'b': 'Q3_K'}
-    >>> embedding = Choice("Q5_1", 6, 9.0), Choice("Q8_0", 9, 1.0)
-    >>> linear = Choice("Q5_0", 1, 6.0), Choice("Q8_0", 2, 0.5)
-    >>> choose_types({"embedding": embedding, "linear": linear}, 10)
-    {'embedding': 'Q8_0', 'linear': 'Q5_0'}
-    """
-    best = _steepest(choices, nbytes)
-    largest = max(choices, key=lambda name: max(x.nbytes for x in choices[name]), default="")
-    trials = [
-        _steepest({**choices, largest: [kind]}, nbytes)
-        for kind in (choices.get(largest, ()) if best[0] > _MUCH * nbytes else ())
-    ]
-    return min([best, *(trial for trial in trials if trial[0] >= 0)], key=lambda x: x[1])[2]
-
-
-def _steepest(
-    choices: Mapping[str, Sequence[Choice]], nbytes: int
-) -> tuple[int, float, dict[str, str]]:
-    """The bytes that are left, the loss, and the types that the steepest steps lead to.
-
-    Less than 0 bytes are left where even the smallest types take more; see `choose_types`.
     """
     chosen = {name: min(types, key=lambda x: (x.nbytes, x.loss)) for name, types in choices.items()}
     left = nbytes - sum(choice.nbytes for choice in chosen.values())
@@ -80,8 +56,7 @@ def _steepest(
             if better.loss < now.loss and 0 < (more := better.nbytes - now.nbytes) <= left
         ]
         if not steps:
-            kinds = {name: choice.kind for name, choice in chosen.items()}
-            return left, sum(choice.loss for choice in chosen.values()), kinds
+            return {name: choice.kind for name, choice in chosen.items()}
         _, name, better = max(steps)
         left -= better.nbytes - chosen[name].nbytes
         chosen[name] = better

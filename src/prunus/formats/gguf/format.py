@@ -268,8 +268,8 @@ class GgufFormat(MixFormat):
             ModuleNotFoundError: The package `gguf` is not installed.
         """
         check_extra()
-        types = open_gguf(Path(model)).types.keys() if reader_of(model) is type(self) else set()
-        if few := types - FULL_TYPES:
+        is_gguf = reader_of(model) is type(self)
+        if is_gguf and (few := open_gguf(Path(model)).types.keys() - FULL_TYPES):
             raise ValueError(
                 f"{model} has weights in {', '.join(sorted(few))}, which were rounded already. "
                 "Give a file in F32, F16, BF16 or Q8_0, or the checkpoint that it was made from"
@@ -573,14 +573,13 @@ class GgufFormat(MixFormat):
         """Put the file together from the shards, in their folder."""
         source = self.job.checkpoint.checkpoint
         shards = Checkpoint(folder.folder, only=list(record.sha256))
-        record.size = self.contents.size(
-            source.file_bytes(),
-            self.contents.file_bytes(record.types),
-            self.contents.bytes_by_type(record.types),
-        )
+        parts = self.contents.bytes_by_type(record.types)
+        after = self.contents.file_bytes(record.types)
+        record.size = self.contents.size(source.file_bytes(), after, parts)
         tensors = self.contents.stored(record.types, partial(self._content, shards, record.types))
         fields = self.contents.fields(record.types, reproducible(record))
-        write_text(folder.folder / "Modelfile", modelfile(self.path.name, source.folder, fields))
+        text = modelfile(self.path.name, source.folder, fields)
+        write_text(folder.folder / "Modelfile", text)
         write_text(folder.folder / "README.md", self.card(record))
         write_gguf(folder.folder / FILE, fields, tensors)
 
