@@ -213,14 +213,15 @@ class Judge:
         data.write_text(json.dumps([{"text": text} for text in texts]), encoding="utf-8")
         package = "auto_round.export.export_to_gguf.conversion.base"
         scheme = f"gguf:{preset.lower()}"
-        folder = self.work / f"{preset}-autoround"
+        folder = self.work.resolve() / f"{preset}-autoround"
         command = [self.options.auto_round, "-c", CONVERT, package, "auto_round"]
         command += ["--model", self.checkpoint, "--scheme", scheme, "--format", scheme]
-        command += ["--device", "cpu", "--output_dir", folder, "--dataset", data]
+        # AutoRound cuts the name of a data set at commas and blanks, which a folder may have.
+        command += ["--device", "cpu", "--output_dir", folder, "--dataset", data.name]
         command += ["--nsamples", self.options.samples - 1, "--seqlen", 256]
 
         def make(partial: Path) -> None:
-            run(command, self.work / f"{preset}-autoround.log")
+            run(command, self.work / f"{preset}-autoround.log", cwd=self.work)
             next(folder.rglob("*.gguf")).replace(partial)
 
         return once(self.work / f"{preset}-autoround.gguf", make)
