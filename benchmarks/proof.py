@@ -214,7 +214,7 @@ class Judge:
         package = "auto_round.export.export_to_gguf.conversion.base"
         scheme = f"gguf:{preset.lower()}"
         folder = self.work.resolve() / f"{preset}-autoround"
-        command = [self.options.auto_round, "-c", CONVERT, package, "auto_round"]
+        command = [self.options.auto_round.absolute(), "-c", CONVERT, package, "auto_round"]
         command += ["--model", self.checkpoint, "--scheme", scheme, "--format", scheme]
         # AutoRound cuts the name of a data set at commas and blanks, which a folder may have.
         command += ["--device", "cpu", "--output_dir", folder, "--dataset", data.name]
