@@ -27,12 +27,11 @@ import subprocess
 import time
 from pathlib import Path
 
+from proof import once, write_calibration
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 import prunus
-from prunus.calibration.sources import find_source
-from prunus.calibration.windows import WindowRequest
 from prunus.evaluation.options import TextOptions
 from prunus.evaluation.perplexity import scoring_windows
 from prunus.formats.mlx import rope_keys
@@ -67,14 +66,6 @@ def weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def write_calibration(path: Path, dense: Path, data: Path | None) -> None:
-    """The tokens of 64 windows of `mix`, as the text that programs of mlx-lm calibrate on."""
-    tokenizer = AutoTokenizer.from_pretrained(dense)
-    draw = WindowRequest(samples=64, seqlen=256, data=data, tokenizer=lambda: tokenizer)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(map(tokenizer.decode, find_source("mix").draw(draw).ids)), "utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -89,9 +80,13 @@ def main() -> None:
     options = parser.parse_args()
     programs, options.work = options.mlx.resolve() / "bin", options.work.resolve()
     # Programs of mlx-lm look for their calibration text below the home folder.
-    text = options.work / "home/.cache/mlx-lm/calibration_v5.txt"
-    if not text.exists():
-        write_calibration(text, options.dense, options.data)
+    home = options.work / "home"
+    calibration_text = home / ".cache/mlx-lm/calibration_v5.txt"
+    calibration_text.parent.mkdir(parents=True, exist_ok=True)
+    once(
+        calibration_text,
+        lambda path: write_calibration(path, options.dense, 64, options.data),
+    )
     seconds: dict[Path, float] = {}
     folders: list[Path] = []
     for peer in options.peers.split(","):
@@ -103,8 +98,8 @@ def main() -> None:
             command = [str(programs / f"mlx_lm.{peer}"), where, str(options.dense.resolve())]
             command += ["--mlx-path", str(made)]
             command += PEERS[peer].format(bits=options.bits, group=options.group).split()
-            home = os.environ | {"HOME": str(options.work / "home")}
-            subprocess.run(command, check=True, cwd=options.work, env=home)
+            variables = os.environ | {"HOME": str(home)}
+            subprocess.run(command, check=True, cwd=options.work, env=variables)
             seconds[made] = time.perf_counter() - started
         size = weight_bytes(made)
         if any(abs(weight_bytes(folder) / size - 1) < 1e-3 for folder in folders[:-1]):

@@ -106,6 +106,21 @@ def once(path: Path, make: Callable[[Path], Any]) -> Path:
 # llama.cpp.
 
 
+def write_calibration(path: Path, checkpoint: Path, samples: int, data: Path | None) -> None:
+    """Write windows of 256 tokens of `mix` as text, for programs that calibrate on a text."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    draw = WindowRequest(
+        samples=samples + 1,  # tokens at the borders may become fewer
+        seqlen=256,
+        data=data,
+        tokenizer=lambda: tokenizer,
+    )
+    text = "".join(tokenizer.decode(ids) for ids in find_source("mix").draw(draw).ids)
+    path.write_text(tokenizer.decode(encode(tokenizer, text)[: samples * 256]), encoding="utf-8")
+
+
 def build_llama_cpp(work: Path) -> Path:
     """Build llama.cpp from the source that llama-cpp-python carries; returns its folder."""
     folders = sorted(work.glob("llama_cpp_python-*/vendor/llama.cpp"))
@@ -167,21 +182,11 @@ class Judge:
 
     def calibration(self) -> Path:
         """The text that both programs calibrate on."""
-        return once(self.work / "calibration.txt", self._write_calibration)
-
-    def _write_calibration(self, path: Path) -> None:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(self.checkpoint)
-        wanted = self.options.samples * 256
-        draw = WindowRequest(
-            samples=self.options.samples + 1,  # tokens at the borders may become fewer
-            seqlen=256,
-            data=self.options.data,
-            tokenizer=lambda: tokenizer,
+        samples, data = self.options.samples, self.options.data
+        return once(
+            self.work / "calibration.txt",
+            lambda path: write_calibration(path, self.checkpoint, samples, data),
         )
-        text = "".join(tokenizer.decode(ids) for ids in find_source("mix").draw(draw).ids)
-        path.write_text(tokenizer.decode(encode(tokenizer, text)[:wanted]), encoding="utf-8")
 
     def importance_matrix(self) -> Path:
         command = [self.program("llama-imatrix"), "-m", self.dense(), "-f", self.calibration()]

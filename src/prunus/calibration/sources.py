@@ -106,17 +106,19 @@ class Documents(Sequence[str]):
         entry = text = self._texts[index]
         if isinstance(entry, Mapping):
             text = entry["text"] if isinstance(entry.get("text"), str) else entry.get("messages")
-        if not isinstance(text, str) and not _is_chat(text):
-            is_row = isinstance(entry, Mapping)
-            what = (
-                f"a row with the columns {', '.join(map(str, entry))}" if is_row else _kind(entry)
-            )
-            raise TypeError(f"calibration text {index} is {what}; {_CHOICES}")
-        if not isinstance(text, str) and not getattr(self._tokenizer, "chat_template", None):
-            raise ValueError(
-                "the text holds chat messages, and the tokenizer has no chat template; give "
-                "texts instead, or a tokenizer with a template"
-            )
+        if not isinstance(text, str):
+            if not _is_chat(text):
+                what = (
+                    f"a row with the columns {', '.join(map(str, entry))}"
+                    if isinstance(entry, Mapping)
+                    else _kind(entry)
+                )
+                raise TypeError(f"calibration text {index} is {what}; {_CHOICES}")
+            if not getattr(self._tokenizer, "chat_template", None):
+                raise ValueError(
+                    "the text holds chat messages, and the tokenizer has no chat template; give "
+                    "texts instead, or a tokenizer with a template"
+                )
         return text
 
 

@@ -5,8 +5,8 @@
 
 typedef float Floats __attribute__((vector_size(4 * kWidth)));
 typedef int32_t Integers __attribute__((vector_size(4 * kWidth)));
-// With so many registers a comparison seldom waits for the one before it, and the sums of all
-// halves stay in the first-level cache.
+// Four registers at a time: a comparison then seldom waits for the one before it. The sums of all
+// halves still lie in the first or the second cache.
 constexpr int kVectors = 4;
 constexpr int64_t kRowsAtOnce = kVectors * kWidth;
 
