@@ -14,7 +14,7 @@ each preset there are these rows:
     its types     prunus's rounding, with the types that the preset chose
     prunus types  llama-quantize (--tensor-type-file), with the types that prunus chose
     prunus        prunus compress --size BYTES
-    fast          the same, with types that processors decode fast (--fast-on cpu)
+    fast          the same, with types that a processor decodes fast (--fast-on)
     nearest       the same types as prunus, rounded weight by weight (--rounding nearest)
     fixed head    prunus, with embedding and head as the preset has them (Q6_K)
     own format    prunus compress OUT --size BYTES, a folder in prunus's own format; what it holds
@@ -380,7 +380,8 @@ def make_row(judge: Judge, preset: str, row: str) -> tuple[Path, float]:
     if row == "nearest":
         return compress(judge, f"{preset}-nearest.gguf", "--size", size, "--rounding", "nearest")
     if row == "fast":
-        return compress(judge, f"{preset}-fast.gguf", "--size", size, "--fast-on", "cpu")
+        fast_on = ("--fast-on", judge.options.fast_on)
+        return compress(judge, f"{preset}-fast.gguf", "--size", size, *fast_on)
     ours, seconds = compress(judge, f"{preset}-prunus.gguf", "--size", size)
     if row == "prunus":
         return ours, seconds
@@ -457,6 +458,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--auto-round", type=Path, help="Python with the package auto-round")
     parser.add_argument("--presets", default=PRESETS, help="Default: %(default)s")
     parser.add_argument("--rows", default=ROWS, help="Default: %(default)s")
+    parser.add_argument("--fast-on", default="cpu", help="for the row `fast`")
     parser.add_argument("--samples", type=int, default=64, help="calibration windows of 256 tokens")
     parser.add_argument("--rounds", type=int, default=2, help="measurements of speed; 0 for none")
     return parser.parse_args(arguments)

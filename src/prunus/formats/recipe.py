@@ -32,7 +32,7 @@ class CompressionRecipe(PruningOptions):
         head_bits: The bits per weight of embeddings and head, or "none" to keep them as they are.
         rounding: "feedback" lets later columns correct the error of each, which needs all windows
             to run through the model; "nearest" rounds each weight by itself.
-        fast_on: The processor on which a GGUF file is to decode about as fast as llama.cpp's
+        fast_on: The processor on which a GGUF file is to decode as fast as llama.cpp's
             presets of its size, a key of `gguf/speeds.SPEEDS` or a file of measurements; None for
             the least loss, however fast it decodes.
         sparsity: The share of the weights that a mask forces to 0.

@@ -53,7 +53,7 @@ from prunus.formats.gguf.header import open_gguf
 from prunus.formats.gguf.import_checkpoint import import_gguf
 from prunus.formats.gguf.layout import GgufLayout, GgufTensor, layout_of, types_in
 from prunus.formats.gguf.modelfile import modelfile
-from prunus.formats.gguf.speeds import Q4_K_M_BITS, SLOWER, preset_time, speeds_of
+from prunus.formats.gguf.speeds import Q4_K_M_BITS, preset_time, speeds_of
 from prunus.formats.gguf.types import (
     FILE_TYPES,
     FULL_TYPES,
@@ -443,13 +443,13 @@ class GgufFormat(MixFormat):
 
     @property
     def most_time(self) -> float:
-        """A little more than what llama.cpp's presets of this size take for each token."""
+        """What llama.cpp's presets of this size take for each token, in nanoseconds."""
         if self.recipe.fast_on is None:
             return super().most_time
         # All but the head has the bits that the head leaves.
         rows, columns = self.shapes.get(self.head or "", (0, 256))
         bits = 8 * self.budget - type_for("Q6_K", columns).bits * rows * columns
-        return SLOWER * self._preset_time(bits / (self._weights - rows * columns))
+        return self._preset_time(bits / (self._weights - rows * columns))
 
     def _preset_time(self, bits: float) -> float:
         """Nanoseconds that a preset takes for each token, with this many bits in its linears."""

@@ -23,17 +23,17 @@ from prunus.hardware.errors import did_you_mean
 SPEEDS: dict[str, dict[str, float]] = {
     # Two cores of an AMD EPYC (Zen 4), llama.cpp of llama-cpp-python 0.3.36 built for AVX2 alone.
     "avx2": {
-        "Q4_0": 0.0181, "Q4_1": 0.0352, "Q5_0": 0.0372, "Q5_1": 0.0413, "Q8_0": 0.0415,
-        "Q2_K": 0.0200, "Q3_K": 0.0251, "Q4_K": 0.0167, "Q5_K": 0.0292, "Q6_K": 0.0264,
-        "IQ4_NL": 0.0185, "IQ4_XS": 0.0273, "Q2_0": 0.2492, "IQ2_XXS": 0.0377, "IQ2_XS": 0.0383,
-        "IQ2_S": 0.0370, "IQ3_XXS": 0.0522, "IQ3_S": 0.0605,
+        "Q4_0": 0.0173, "Q4_1": 0.0333, "Q5_0": 0.0364, "Q5_1": 0.0392, "Q8_0": 0.0372,
+        "Q2_K": 0.0182, "Q3_K": 0.0249, "Q4_K": 0.0164, "Q5_K": 0.0282, "Q6_K": 0.0260,
+        "IQ4_NL": 0.0175, "IQ4_XS": 0.0258, "IQ2_XXS": 0.0369, "IQ2_XS": 0.0378, "IQ2_S": 0.0364,
+        "IQ3_XXS": 0.0514, "IQ3_S": 0.0600, "Q2_0": 0.2492,
     },
     # The same processor, and a build for all that it has.
     "avx512": {
-        "Q4_0": 0.0214, "Q4_1": 0.0398, "Q5_0": 0.0375, "Q5_1": 0.0452, "Q8_0": 0.0460,
-        "Q2_K": 0.0148, "Q3_K": 0.0257, "Q4_K": 0.0195, "Q5_K": 0.0306, "Q6_K": 0.0322,
-        "IQ4_NL": 0.0193, "IQ4_XS": 0.0315, "IQ2_XXS": 0.0390, "IQ2_XS": 0.0388, "IQ2_S": 0.0402,
-        "IQ3_XXS": 0.0522, "IQ3_S": 0.0589,
+        "Q4_0": 0.0162, "Q4_1": 0.0322, "Q5_0": 0.0330, "Q5_1": 0.0376, "Q8_0": 0.0353,
+        "Q2_K": 0.0134, "Q3_K": 0.0237, "Q4_K": 0.0156, "Q5_K": 0.0270, "Q6_K": 0.0238,
+        "IQ4_NL": 0.0168, "IQ4_XS": 0.0260, "IQ2_XXS": 0.0373, "IQ2_XS": 0.0359, "IQ2_S": 0.0382,
+        "IQ3_XXS": 0.0514, "IQ3_S": 0.0570,
     },
 }  # fmt: skip
 # The mean of both, for a processor that nobody names.
@@ -57,8 +57,6 @@ _PRESETS = (
 _UNKNOWN = 1e6
 #: The bits per weight of the linears in llama.cpp's Q4_K_M.
 Q4_K_M_BITS = 4.81
-#: Decoding takes at most this many times as long as with presets of the same size.
-SLOWER = 1 / 0.95
 
 
 def speeds_of(name: str) -> dict[str, float]:
