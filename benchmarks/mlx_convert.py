@@ -10,9 +10,9 @@ the same tokens as their calibration text, and embeddings in the bits and groups
 which makes their folders as large as that of `convert`. (dynamic_quant keeps its default, 4 or 5
 bits, 5 in the mean with those of scales; a folder of prunus of its size stands beside it.) All are
 unpacked and scored by prunus against the dense model, on 6 windows of 512 tokens of each text.
-mlx-lm computes the perplexity of the first window too, with the weights that it unpacks itself, as
-a check that folders mean what is said. (On processors its products of packed weights take minutes
-per window.) It gets the keys for positions that `convert` leaves out. Folders that are there are
+mlx-lm computes the perplexity of the first window of prose too, with the weights that it unpacks
+itself, as a check that folders mean what is said. (On processors its products take minutes per
+window.) It gets the keys for positions that `convert` leaves out. Folders that are there are
 not made again.
 
 The file is not named mlx.py: transformers would take it for the package.
@@ -128,11 +128,6 @@ def main() -> None:
             )
             divergence = scored.divergence
             assert divergence is not None
-            first = prunus.perplexity(folder, str(ids), seqlen=512, samples=1, progress=False)
-            python = [programs / "python", "-I", "-c", MLX_PERPLEXITY, folder, ids, rope]
-            done = subprocess.run(
-                [str(part) for part in python], check=True, capture_output=True, text=True
-            )
             row = {
                 "text": text,
                 "made by": folder.name,
@@ -142,9 +137,15 @@ def main() -> None:
                 "kl_stderr": divergence.kl_stderr,
                 "dense": divergence.reference_perplexity,
                 "perplexity": scored.perplexity,
-                "perplexity of the first window": first.perplexity,
-                "the same by mlx-lm": float(done.stdout.split()[-1]),
             }
+            if text == TEXTS[0]:
+                first = prunus.perplexity(folder, str(ids), seqlen=512, samples=1, progress=False)
+                python = [programs / "python", "-I", "-c", MLX_PERPLEXITY, folder, ids, rope]
+                done = subprocess.run(
+                    [str(part) for part in python], check=True, capture_output=True, text=True
+                )
+                row["perplexity of the first window"] = first.perplexity
+                row["the same by mlx-lm"] = float(done.stdout.split()[-1])
             print(json.dumps(row), flush=True)
 
 
