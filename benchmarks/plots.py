@@ -218,7 +218,7 @@ PROOF_ROWS = {
     "its types": ("its types, prunus's rounding", SERIES["wanda"][1]),
     "nearest": ("prunus, rounded weight by weight", "#7d5ba6"),
     "prunus": ("prunus", SERIES["best"][1]),
-    "fast": ("prunus, `--fast-on avx512`", SERIES["wanda"][1]),
+    "fast": ("prunus, `--fast-on`", SERIES["wanda"][1]),
     "fixed head": ("prunus, embedding and head in Q6_K", SERIES["balanced"][1]),
     "autoround": ("AutoRound", "#b8860b"),
     "own format": ("prunus, own format", "#888888"),
