@@ -22,6 +22,7 @@ from prunus.hardware.errors import did_you_mean
 #: Name of a processor's instructions -> type -> nanoseconds per weight.
 SPEEDS: dict[str, dict[str, float]] = {
     # Two cores of an AMD EPYC (Zen 4), llama.cpp of llama-cpp-python 0.3.36 built for AVX2 alone.
+    # The time of Q2_0 is from an earlier measurement.
     "avx2": {
         "Q4_0": 0.0173, "Q4_1": 0.0333, "Q5_0": 0.0364, "Q5_1": 0.0392, "Q8_0": 0.0372,
         "Q2_K": 0.0182, "Q3_K": 0.0249, "Q4_K": 0.0164, "Q5_K": 0.0282, "Q6_K": 0.0260,
