@@ -76,37 +76,54 @@ def test_the_readme_states_the_figures_of_the_sweep(plots):
     assert f"{figures.dense:.2f}" in text
 
 
-#: Sentences with the divergence of prunus's files in units of llama.cpp's, on prose and on code:
-#: page -> (model, preset) -> the sentence.
+#: Sentences and rows of tables with the divergence of prunus's files in units of llama.cpp's, on
+#: prose and on code: page -> (model, preset, row of the figures) -> where the page states it.
 RATIOS = {
     "README.md": {
         (
             "Qwen2.5-Coder-1.5B",
             "Q2_K",
+            "prunus",
         ): r"At the same size,.*?has (\d\.\d+) of its loss on prose and (\d\.\d+) on code",
-        ("Qwen2.5-Coder-1.5B", "Q4_K_M"): r"size of Q4_K_M, it has (\d\.\d+) and (\d\.\d+)",
-        ("Qwen2.5-Coder-1.5B", "IQ2_M"): r"that of IQ2_M \(601 MB\) (\d\.\d+) and (\d\.\d+)",
-        ("SmolLM2-135M", "Q4_K_M"): r"one of them, has (\d\.\d+) and (\d\.\d+) of Q4_K_M's loss",
+        ("Qwen2.5-Coder-1.5B", "Q2_K", "fast"): r"a processor, and has (\d\.\d+) and (\d\.\d+)",
+        (
+            "Qwen2.5-Coder-1.5B",
+            "Q4_K_M",
+            "prunus",
+        ): r"size of Q4_K_M, it has (\d\.\d+) and (\d\.\d+)",
+        ("Qwen2.5-Coder-1.5B", "IQ2_M", "prunus"): r"IQ2_M \(601 MB\) (\d\.\d+) and (\d\.\d+)",
+        (
+            "SmolLM2-135M",
+            "Q4_K_M",
+            "prunus",
+        ): r"one of them, has (\d\.\d+) and (\d\.\d+) of Q4_K_M's",
     },
     "CHANGELOG.md": {
-        ("Qwen2.5-Coder-1.5B", "Q2_K"): r"has (\d\.\d+) and (\d\.\d+) of the loss of Q2_K",
-        ("Qwen2.5-Coder-1.5B", "Q4_K_M"): r"(\d\.\d+) and (\d\.\d+) of that of Q4_K_M",
+        ("Qwen2.5-Coder-1.5B", "Q2_K", "prunus"): r"(\d\.\d+) and (\d\.\d+) of the loss of Q2_K",
+        ("Qwen2.5-Coder-1.5B", "Q4_K_M", "prunus"): r"(\d\.\d+) and (\d\.\d+) of that of Q4_K_M",
+    },
+    "docs/reference/gguf.md": {
+        (
+            "Qwen2.5-Coder-1.5B",
+            "Q2_K",
+            "fast",
+        ): r"\| Q2_K \|.*? `--fast-on avx512` [^a-z]*?\| (\d\.\d+) \| (\d\.\d+) \|",
     },
 }
 
 
-def test_sentences_state_the_ratios_of_the_figures(plots):
+def test_pages_state_the_ratios_of_the_figures(plots):
     models = plots.read("proof")["models"]
-    for page, sentences in RATIOS.items():
+    for page, places in RATIOS.items():
         text = " ".join((REPOSITORY / page).read_text(encoding="utf-8").split())
-        for (model, preset), pattern in sentences.items():
+        for (model, preset, row), pattern in places.items():
             rows = models[model]["rows"][preset]
             expected = [
                 f"{x['kl'] / rows['preset']['scores'][name]['kl']:.2f}"
-                for name, x in rows["prunus"]["scores"].items()
+                for name, x in rows[row]["scores"].items()
             ]
             found = re.search(pattern, text)
-            assert found and list(found.groups()) == expected, (page, model, preset, expected)
+            assert found and list(found.groups()) == expected, (page, model, preset, row, expected)
 
 
 def test_committed_figures_name_no_paths():
