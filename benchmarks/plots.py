@@ -225,6 +225,20 @@ PROOF_ROWS = {
 }
 
 
+def decimals(value: float, least: int) -> int:
+    """Decimals with which a positive number has three digits that count, and at least `least`.
+
+    >>> decimals(0.34859, 4), decimals(0.0000548, 4)
+    (4, 7)
+    """
+    return max(least, 2 - math.floor(math.log10(value)))
+
+
+def fixed(value: float, least: int) -> str:
+    """A positive number with so many decimals."""
+    return f"{value:.{decimals(value, least)}f}"
+
+
 def proof_table(_figures: Figures) -> str:
     """GGUF files at equal bytes: divergence, its ratio to that of the preset, and speed."""
     rows = []
@@ -234,7 +248,8 @@ def proof_table(_figures: Figures) -> str:
             for row in (x for x in PROOF_ROWS if x in of_preset):
                 values, base = of_preset[row], of_preset["preset"]["scores"]
                 cells = [
-                    f"{x['kl']:.4f} ± {x['kl_stderr']:.4f}, {x['kl_99.9']:.2f}, "
+                    f"{fixed(x['kl'], 4)} ± {x['kl_stderr']:.{decimals(x['kl'], 4)}f}, "
+                    f"{fixed(x['kl_99.9'], 2)}, "
                     f"{x['same_top']:.1f} %, **{x['kl'] / base[text]['kl']:.2f}**"
                     for text, x in values["scores"].items()
                 ]

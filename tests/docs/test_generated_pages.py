@@ -104,6 +104,14 @@ RATIOS = {
     },
     "docs/reference/gguf.md": {
         (
+            "SmolLM2-135M",
+            "Q2_K",
+            "prunus types",
+        ): r"has (\d\.\d+) and (\d\.\d+) of the loss of Q2_K",
+        ("SmolLM2-135M", "Q4_K_M", "prunus types"): r"and (\d\.\d+) and (\d\.\d+) of that of Q4",
+        ("SmolLM2-135M", "Q2_K", "prunus"): r"prunus itself has (\d\.\d+) and (\d\.\d+)",
+        ("SmolLM2-135M", "Q4_K_M", "prunus"): r"prunus itself.*?, (\d\.\d+) and (\d\.\d+) \(",
+        (
             "Qwen2.5-Coder-1.5B",
             "Q2_K",
             "fast",
