@@ -62,21 +62,31 @@ ROWS = "preset,its types,prunus types,prunus"
 PROGRAMS = ("llama-quantize", "llama-imatrix", "llama-perplexity", "llama-bench")
 #: Chunks of 512 tokens that are scored -> by text.
 CHUNKS = {"WikiText-2": 100, "Python": 40}
-#: A tokenizer that a converter has not seen splits words as GPT-2's does; see small_training.py.
-#: The converter of llama.cpp, or AutoRound, which carries a copy of it.
+#: Runs the converter of llama.cpp, or AutoRound, which imports a copy of it when it exports. A
+#: tokenizer that a converter has not seen splits words as GPT-2's does; see small_training.py.
 CONVERT = """
 import importlib, runpy, sys
-base = importlib.import_module(sys.argv.pop(1))
-known = base.TextModel.get_vocab_base_pre
-def split_as(self, tokenizer):
-    try:
-        return known(self, tokenizer)
-    except NotImplementedError:
-        return "gpt-2"
-base.TextModel.get_vocab_base_pre = split_as
+load = importlib.import_module
+def import_module(name, package=None):
+    module = load(name, package)
+    if name == "conversion":
+        model = load("conversion.base").TextModel
+        known = model.get_vocab_base_pre
+        def split_as(self, tokenizer):
+            try:
+                return known(self, tokenizer)
+            except NotImplementedError:
+                return "gpt-2"
+        model.get_vocab_base_pre = split_as
+    return module
+importlib.import_module = import_module
 script = sys.argv.pop(1)
 sys.argv[0] = script
-(runpy.run_path if script.endswith(".py") else runpy.run_module)(script, run_name="__main__")
+if script.endswith(".py"):
+    import_module("conversion")
+    runpy.run_path(script, run_name="__main__")
+else:
+    runpy.run_module(script, run_name="__main__")
 """
 
 
@@ -171,7 +181,7 @@ class Judge:
     def convert(self, checkpoint: Path, name: str) -> Path:
         """A checkpoint as a GGUF file in bfloat16, by llama.cpp's converter."""
         script = self.llama / "convert_hf_to_gguf.py"
-        command = [sys.executable, "-c", CONVERT, "conversion.base", script, checkpoint.resolve()]
+        command = [sys.executable, "-c", CONVERT, script, checkpoint.resolve()]
         command += ["--outtype", "bf16"]
         return once(
             self.work / f"{name}.gguf",
@@ -216,10 +226,9 @@ class Judge:
         texts = [tokenizer.decode(ids[start : start + 264]) for start in range(0, len(ids), 256)]
         data = self.work / "calibration.json"
         data.write_text(json.dumps([{"text": text} for text in texts]), encoding="utf-8")
-        package = "auto_round.export.export_to_gguf.conversion.base"
         scheme = f"gguf:{preset.lower()}"
         folder = self.work.resolve() / f"{preset}-autoround"
-        command = [self.options.auto_round.absolute(), "-c", CONVERT, package, "auto_round"]
+        command = [self.options.auto_round.absolute(), "-c", CONVERT, "auto_round"]
         command += ["--model", self.checkpoint, "--scheme", scheme, "--format", scheme]
         # AutoRound cuts the name of a data set at commas and blanks, which a folder may have.
         command += ["--device", "cpu", "--output_dir", folder, "--dataset", data.name]
