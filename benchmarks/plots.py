@@ -226,12 +226,14 @@ PROOF_ROWS = {
 
 
 def decimals(value: float, least: int) -> int:
-    """Decimals with which a positive number has three digits that count, and at least `least`.
+    """Decimals with which a positive number has three digits that count: from `least` to 6.
 
-    >>> decimals(0.34859, 4), decimals(0.0000548, 4)
-    (4, 7)
+    llama.cpp prints six.
+
+    >>> decimals(0.34859, 4), decimals(0.00198, 4), decimals(0.000055, 4)
+    (4, 5, 6)
     """
-    return max(least, 2 - math.floor(math.log10(value)))
+    return min(6, max(least, 2 - math.floor(math.log10(value))))
 
 
 def fixed(value: float, least: int) -> str:
@@ -465,10 +467,26 @@ def draw_texts(cells: dict[str, Any]) -> Any:
     return figure
 
 
+def name_points(axes: Any, sizes: Any, divergences: Any, names: Any) -> None:
+    """Write names right of the points of a line, and left of them where the next one is close."""
+    width, count = sizes[-1] - sizes[0], len(names)
+    for at, (x, y, name) in enumerate(zip(sizes, divergences, names, strict=True)):
+        # A point that is far above the next one has room on its right.
+        is_close = (
+            at + 1 < count and sizes[at + 1] - x < 0.08 * width and y < 2 * divergences[at + 1]
+        )
+        place, side = ((-4, -9), "right") if is_close else ((4, 4), "left")
+        axes.annotate(name, (x, y), place, textcoords="offset points", fontsize=8, ha=side)
+
+
 def draw_proof(models: dict[str, Any]) -> Any:
-    """KL divergence against the bytes of GGUF files, a panel for each model and text."""
+    """KL divergence against the bytes of GGUF files, a panel for each model and text.
+
+    The largest model is the first.
+    """
     import matplotlib.pyplot as plt
 
+    models = dict(sorted(models.items(), key=lambda item: -item[1]["dense"]["bytes"]))
     texts = ("WikiText-2", "Python")
     figure, panels = plt.subplots(
         len(models), len(texts), figsize=(9.6, 2.9 * len(models)), squeeze=False
@@ -486,11 +504,8 @@ def draw_proof(models: dict[str, Any]) -> Any:
                 sizes, divergences, presets = zip(*points, strict=True)
                 label, color = PROOF_ROWS[row]
                 axes.plot(sizes, divergences, "o-", color=color, markersize=4, label=label)
-                for x, y, preset in zip(sizes, divergences, presets, strict=True):
-                    if row == "preset":
-                        axes.annotate(
-                            preset, (x, y), (4, 4), textcoords="offset points", fontsize=8
-                        )
+                if row == "preset":
+                    name_points(axes, sizes, divergences, presets)
             axes.set_yscale("log")
             axes.margins(x=0.15, y=0.15)
             left, right = axes.get_xlim()
