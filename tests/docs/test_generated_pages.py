@@ -104,6 +104,16 @@ RATIOS = {
     },
     "docs/reference/gguf.md": {
         (
+            "Qwen2.5-Coder-1.5B",
+            "Q4_K_M",
+            "fast",
+        ): r"`--fast-on avx512` [^a-z]*?\| (\d\.\d+) \| (\d\.\d+) \| \| IQ3_XXS",
+        (
+            "Qwen2.5-Coder-1.5B",
+            "IQ3_XXS",
+            "prunus",
+        ): r"IQ3_XXS .*?prunus [^a-z]*?\| (\d\.\d+) \| (\d\.\d+) \|",
+        (
             "SmolLM2-135M",
             "Q2_K",
             "prunus types",
