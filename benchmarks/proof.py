@@ -259,9 +259,13 @@ class Judge:
         for name, chunks in CHUNKS.items():
             command = [self.program("llama-perplexity"), "-c", "512", "-b", "512"]
             command += ["-t", self.threads, "--kl-divergence-base", self._logits(name, chunks)]
+            command += ["-m", file, "--kl-divergence"]
             log = self.work / f"{file.stem}-{name}.log"
-            printed = run([*command, "-m", file, "--kl-divergence"], log)
-            scores[name] = read_scores(printed)
+            try:
+                scores[name] = read_scores(run(command, log))
+            except ValueError:
+                # Once in some hundred runs it ended well, and the last lines were missing.
+                scores[name] = read_scores(run(command, log))
         return scores
 
     def _logits(self, name: str, chunks: int) -> Path:
@@ -284,9 +288,12 @@ class Judge:
 def read_scores(printed: str) -> dict[str, float]:
     """The statistics that llama-perplexity prints.
 
-    >>> printed = "Mean    KLD:   0.2914 ±   0.006; 99.9%   KLD:   3.88; Same top p: 71.7 ± 0.5 %"
-    >>> read_scores(printed)
-    {'kl': 0.2914, 'kl_stderr': 0.006, 'kl_99.9': 3.88, 'same_top': 71.7}
+    >>> printed = "Mean    KLD:   0.2914 ±   0.006; Maximum KLD: 9.1; 99.9%   KLD:   3.88; "
+    >>> read_scores(printed + "Median  KLD: 0.1; Same top p: 71.7 ± 0.5 %")["kl_99.9"]
+    3.88
+
+    Raises:
+        ValueError: One of them is missing.
     """
     number = r"([-\d.einf]+)"
     patterns = {
@@ -300,10 +307,9 @@ def read_scores(printed: str) -> dict[str, float]:
     scores = {}
     for name, pattern in patterns.items():
         match = re.search(pattern, printed)
-        if match is not None:
-            scores[name] = float(match.groups()[-1])
-    if "kl" not in scores:
-        raise ValueError(f"llama-perplexity printed no divergence: {printed[-2000:]}")
+        if match is None:
+            raise ValueError(f"llama-perplexity did not print {name}: {printed[-2000:]}")
+        scores[name] = float(match.groups()[-1])
     return scores
 
 
