@@ -106,6 +106,11 @@ RATIOS = {
         (
             "Qwen2.5-Coder-1.5B",
             "Q4_K_M",
+            "nearest",
+        ): r"Q4_K_M has (\d\.\d+) and (\d\.\d+) of its loss with",
+        (
+            "Qwen2.5-Coder-1.5B",
+            "Q4_K_M",
             "fast",
         ): r"`--fast-on avx512` [^a-z]*?\| (\d\.\d+) \| (\d\.\d+) \| \| IQ3_XXS",
         (
