@@ -237,7 +237,7 @@ def decimals(value: float, least: int) -> int:
 
 
 def fixed(value: float, least: int) -> str:
-    """A positive number with so many decimals."""
+    """A positive number as text, with the decimals that `decimals` says."""
     return f"{value:.{decimals(value, least)}f}"
 
 
