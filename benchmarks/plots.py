@@ -241,6 +241,11 @@ def fixed(value: float, least: int) -> str:
     return f"{value:.{decimals(value, least)}f}"
 
 
+def decoding_speed(row: dict[str, Any]) -> float:
+    """Tokens per second, the median of the rounds; 0 where none was measured."""
+    return statistics.median(speed["decode"] for speed in row["speeds"]) if "speeds" in row else 0
+
+
 def proof_table(_figures: Figures) -> str:
     """GGUF files at equal bytes: divergence, its ratio to that of the preset, and speed."""
     rows = []
@@ -255,7 +260,7 @@ def proof_table(_figures: Figures) -> str:
                     f"{x['same_top']:.1f} %, **{x['kl'] / base[text]['kl']:.2f}**"
                     for text, x in values["scores"].items()
                 ]
-                decode = [speed["decode"] for speed in values.get("speeds", ())]
+                decode = decoding_speed(values)
                 rows.append(
                     [
                         name,
@@ -264,7 +269,7 @@ def proof_table(_figures: Figures) -> str:
                         f"{values['bytes']:,}",
                         f"{values['bits_of_linears']:.2f}",
                         *cells,
-                        f"{statistics.median(decode):.1f}" if decode else "",
+                        f"{decode:.1f}" if decode else "",
                     ]
                 )
                 name = ""
@@ -272,8 +277,22 @@ def proof_table(_figures: Figures) -> str:
     return markdown(columns, rows, text=3)
 
 
+def speed_table(_figures: Figures) -> str:
+    """Of files with types that decode fast: speed and divergence in units of the preset's."""
+    rows = []
+    for preset, of_preset in read("proof")["models"]["Qwen2.5-Coder-1.5B"]["rows"].items():
+        base = of_preset["preset"]
+        for row in ("prunus", "fast") if "fast" in of_preset else ():
+            values = of_preset[row]
+            ratios = [decoding_speed(values) / decoding_speed(base)]
+            ratios += [x["kl"] / base["scores"][text]["kl"] for text, x in values["scores"].items()]
+            rows.append([preset, PROOF_ROWS[row][0], *(f"{ratio:.2f}" for ratio in ratios)])
+    return markdown(["size of", "file", "decoding speed", "WikiText-2", "Python"], rows, text=2)
+
+
 TABLES = {
     "proof": proof_table,
+    "speed": speed_table,
     "models-and-texts": text_table,
     "perplexity": perplexity_table,
     "gap": gap_table,

@@ -288,9 +288,12 @@ class Judge:
 def read_scores(printed: str) -> dict[str, float]:
     """The statistics that llama-perplexity prints.
 
-    >>> printed = "Mean    KLD:   0.2914 ±   0.006; Maximum KLD: 9.1; 99.9%   KLD:   3.88; "
-    >>> read_scores(printed + "Median  KLD: 0.1; Same top p: 71.7 ± 0.5 %")["kl_99.9"]
-    3.88
+    >>> printed = "Mean    KLD:   0.2914 ±   0.006; 99.9%   KLD:   3.88; Same top p: 71.7 ± 0.5 %"
+    >>> read_scores(printed + "; Median  KLD: 0.1; Maximum KLD: 9.1") == {
+    ...     'kl': 0.2914, 'kl_stderr': 0.006, 'kl_median': 0.1, 'kl_99.9': 3.88,
+    ...     'kl_maximum': 9.1, 'same_top': 71.7,
+    ... }
+    True
 
     Raises:
         ValueError: One of them is missing.

@@ -91,15 +91,23 @@ RATIOS = {
             "Q4_K_M",
             "prunus",
         ): r"size of Q4_K_M, it has (\d\.\d+) and (\d\.\d+)",
-        ("Qwen2.5-Coder-1.5B", "IQ2_M", "prunus"): r"IQ2_M \(601 MB\) (\d\.\d+) and (\d\.\d+)",
+        (
+            "Qwen2.5-Coder-1.5B",
+            "IQ2_M",
+            "prunus",
+        ): r"that of IQ2_M \(601 MB\) (\d\.\d+) and (\d\.\d+)",
         (
             "SmolLM2-135M",
             "Q4_K_M",
             "prunus",
-        ): r"one of them, has (\d\.\d+) and (\d\.\d+) of Q4_K_M's",
+        ): r"one of them, has (\d\.\d+) and (\d\.\d+) of Q4_K_M's loss",
     },
     "CHANGELOG.md": {
-        ("Qwen2.5-Coder-1.5B", "Q2_K", "prunus"): r"(\d\.\d+) and (\d\.\d+) of the loss of Q2_K",
+        (
+            "Qwen2.5-Coder-1.5B",
+            "Q2_K",
+            "prunus",
+        ): r"has (\d\.\d+) and (\d\.\d+) of the loss of Q2_K",
         ("Qwen2.5-Coder-1.5B", "Q4_K_M", "prunus"): r"(\d\.\d+) and (\d\.\d+) of that of Q4_K_M",
     },
     "docs/reference/gguf.md": {
