@@ -137,6 +137,59 @@ def sparsegpt(
     return obs_sweep(weight_OI, gram_II, damping, pattern.m or block, choose)
 
 
+def original_sparsegpt(
+    weight_OI: Tensor, inputs: Sequence[Tensor], n: int = 0, m: int = 0, sparsity: float = 0.5
+) -> Tensor:
+    """SparseGPT in float32, with the operations of the original code in their order.
+
+    The result on one machine is the mask of the original code on that machine. Another processor
+    sums a product in another order, and then another mask follows from the weights.
+
+    Args:
+        weight_OI: The trained weights.
+        inputs: The inputs of the linear, one matrix (tokens, I) for each window.
+        n: How many of every `m` consecutive inputs of a row become 0; `m` is 0 for none.
+        m: As for `n`.
+        sparsity: The share of each block of columns that becomes 0, if `m` is 0.
+    """
+    weight_OI, columns = weight_OI.float().clone(), weight_OI.shape[1]
+    hessian_II = torch.zeros(columns, columns)
+    for seen, X_TI in enumerate(inputs):
+        hessian_II *= seen / (seen + 1)
+        scaled_IT = math.sqrt(2 / (seen + 1)) * X_TI.float().t()
+        hessian_II += scaled_IT.matmul(scaled_IT.t())
+    dead_I = torch.diag(hessian_II) == 0
+    hessian_II[dead_I, dead_I] = 1
+    weight_OI[:, dead_I] = 0
+    all_I = torch.arange(columns)
+    hessian_II[all_I, all_I] += 0.01 * torch.mean(torch.diag(hessian_II))
+    inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(hessian_II))
+    factor_II = torch.linalg.cholesky(inverse_II, upper=True)
+    for start in range(0, columns, 128):
+        block = slice(start, min(start + 128, columns))
+        weight_OB, factor_BB = weight_OI[:, block].clone(), factor_II[block, block]
+        cost_1B = torch.diag(factor_BB).reshape(1, -1) ** 2
+        errors_OB, drop_OB = torch.zeros_like(weight_OB), torch.zeros_like(weight_OB).bool()
+        if m == 0:
+            score_OB = weight_OB**2 / cost_1B
+            sorted_scores = torch.sort(score_OB.flatten()).values
+            drop_OB = score_OB <= sorted_scores[int(score_OB.numel() * sparsity)]
+        for j in range(weight_OB.shape[1]):
+            if m and j % m == 0:
+                group = slice(j, j + m)
+                score_OM = (
+                    weight_OB[:, group] ** 2 / torch.diag(factor_BB)[group].reshape(1, -1) ** 2
+                )
+                drop_OB.scatter_(1, j + torch.topk(score_OM, n, dim=1, largest=False).indices, True)
+            kept_O = weight_OB[:, j].masked_fill(drop_OB[:, j], 0)
+            error_O = (weight_OB[:, j] - kept_O) / factor_BB[j, j]
+            weight_OB[:, j:] -= error_O.unsqueeze(1).matmul(factor_BB[j, j:].unsqueeze(0))
+            errors_OB[:, j] = error_O
+            weight_OI[:, start + j] = kept_O
+        weight_OI[:, block.stop :] -= errors_OB.matmul(factor_II[block, block.stop :])
+    return weight_OI
+
+
 def linears(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
     """All linears below a module by full name, including GPT-2's Conv1D."""
     return {
