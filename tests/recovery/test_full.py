@@ -17,7 +17,7 @@ def test_a_smaller_model_learns_from_the_dense_one(dense, text, tmp_path):
     teacher = tmp_path / "teacher"
     small = tmp_path / "small"
     options = {"blocks": 1, "repair": False}
-    shrink(teacher, small, calibration=token_ids(), dtype="float32", **options)
+    shrink(dense, small, calibration=token_ids(), dtype="float32", **options)
     before = shards(small)
     record = recover(small, tmp_path / "out", None, text, teacher=teacher)
     assert record.recipe.mode == "full"

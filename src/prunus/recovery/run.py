@@ -205,14 +205,15 @@ def _fill_record(
     record: RecoveryRecord, state: TrainingState, student: Trainable, size: int
 ) -> None:
     """Enter what the training did to a model with `size` parameters."""
+    added = student.trained if record.recipe.mode == "lora" else 0
     record.evaluations = state.evaluations
     record.best = state.best
     record.stopped = state.stopped
     record.totals = {
         "parameters": size,
         "trained_parameters": student.trained,
-        "added_parameters": student.added,
-        "added_share": student.added / size,
+        "added_parameters": added,
+        "added_share": added / size,
         "peak_learning_rate": record.recipe.peak_rate(student.weight_rms),
         "tokens": state.tokens,
         "seconds": round(state.seconds, 2),

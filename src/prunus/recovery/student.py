@@ -165,4 +165,4 @@ def lora(
         transposed=any(linear.transposed for linear in selected.values()),
     )
     parameters = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
-    return Trainable(adapted, parameters, added=sum(p.numel() for p in parameters.values()))
+    return Trainable(adapted, parameters)

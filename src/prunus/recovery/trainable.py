@@ -9,7 +9,7 @@ example, often begin as zeros.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,6 @@ class Trainable:
     pruned: Mapping[str, Linear] = field(default_factory=dict)
     #: Name of a parameter -> bool of its shape, False where it must stay zero.
     masks: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    #: How many numbers the result has that the model did not have.
-    added: int = 0
     #: Root mean square of the weights that are not pruned, if these are trained; else 1. The
     #: default learning rate is relative to it.
     weight_rms: float = 1.0
@@ -114,8 +112,10 @@ def pruned_linears(model: nn.Module, folder: Path) -> dict[str, Linear]:
     head = _head_name(model)
     if head is not None:
         linears[head] = Linear(head, model.get_submodule(head))
-    recorded = _recorded_linears(folder, head)
-    return {name: x for name, x in linears.items() if _is_pruned(name, x.weight_OI, recorded)}
+    if (recorded := _recorded_linears(folder, head)) is not None:
+        return {name: x for name, x in linears.items() if name in recorded}
+    shares = {name: float((x.weight_OI == 0).float().mean()) for name, x in linears.items()}
+    return {name: x for name, x in linears.items() if shares[name] >= MIN_ZERO_FRACTION}
 
 
 def _head_name(model: nn.Module) -> str | None:
@@ -138,13 +138,6 @@ def _recorded_linears(folder: Path, head: str | None) -> set[str] | None:
     manifest = Manifest.load(folder)
     names = {f"{block.name}.{linear}" for block in manifest.blocks for linear in block.linears}
     return names | ({head} if manifest.head is not None and head is not None else set())
-
-
-def _is_pruned(name: str, weight: torch.Tensor, recorded: Collection[str] | None) -> bool:
-    """Whether a linear is pruned: by the records, or by its zeros if there are none."""
-    if recorded is not None:
-        return name in recorded
-    return float((weight == 0).float().mean()) >= MIN_ZERO_FRACTION
 
 
 def check_zeros(
