@@ -258,9 +258,7 @@ def _folder_of(model: str | Path, *, unpacks: bool) -> Path:
                 "give the model that it is for"
             )
         config = folder / "config.json"
-        described = read_config(config).get("quantization_config") if config.is_file() else None
-        # Whatever opens a folder that an earlier version packed says what to do with it.
-        if not isinstance(described, dict) or described.get("quant_method") == "prunus":
+        if not config.is_file() or not read_config(config).get("quantization_config"):
             return folder
     raise ValueError(
         f"{model} is compressed, and recover takes dense and pruned models: give the one that it "
