@@ -41,7 +41,7 @@ MODELS = {
     "./gone": "neither a folder nor a hub id",
     "": "neither a folder nor a hub id|overlap",
     "text.txt": "is a file; expected the folder",
-    "model.gguf": "truncated or damaged",
+    "model.gguf": "truncated or damaged|is compressed, and recover takes",
     "fifo": "is not a folder; expected the folder",
     "empty": "no config.json|is not packed",
     "damaged": "config.json is not valid JSON",
