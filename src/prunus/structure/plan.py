@@ -5,22 +5,23 @@ The smaller model is built without weights and compared with the old one, block 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from prunus.engine.job import RunJob, measured_memory, windows_per_batch
 from prunus.engine.options import RunOptions
-from prunus.engine.plan import check_memory, open_model, run_facts
+from prunus.engine.plan import OpenModel, check_memory, open_model, run_facts
 from prunus.engine.session import SILENT, Session
-from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.config import (
     blocks_that_take_images,
     expert_count,
     expert_groups,
     experts_per_token,
     parsed,
+    read_config,
     rewritten,
     without_blocks,
 )
@@ -62,12 +63,15 @@ class StructureJob(RunJob):
 
     #: What the run was asked to remove.
     recipe: StructureRecipe
-    #: The content of the source's config.json.
-    raw: dict[str, Any] = field(default_factory=dict)
     #: How many experts stay; None if all do, or if there are none.
-    experts: ExpertPlan | None = None
+    experts: ExpertPlan | None
     #: How many blocks stay. Which ones, the search decides later.
-    keep_blocks: int = 0
+    keep_blocks: int
+
+    @functools.cached_property
+    def raw(self) -> dict[str, Any]:
+        """The content of the source's config.json."""
+        return read_config(self.checkpoint.checkpoint.folder / "config.json")
 
     def smaller(self, made_from: Sequence[int]) -> SmallerModel:
         """The model in which only some blocks stay, with the experts that the recipe leaves.
@@ -174,26 +178,27 @@ def plan_structure(
     window_tokens = opened.skeleton.window_shape(0, recipe.seqlen)[0]
     trains = "repair" if recipe.repair else ""
     every = range(len(opened.skeleton))
+    keep_blocks = len(every)
+    if recipe.blocks is not None:
+        of = f"blocks of {opened.name}"
+        keep_blocks = _checked_count("blocks", recipe.blocks, keep_blocks, every[1:], of)
     job = StructureJob(
         **facts,
         batch=windows_per_batch(recipe.samples, window_tokens, recipe.batch, trains),
-        keep_blocks=len(every),
+        experts=_plan_experts(opened, recipe.experts) if recipe.experts is not None else None,
+        keep_blocks=keep_blocks,
     )
-    job = replace(job, raw=read_json(job.checkpoint.checkpoint.folder / "config.json"))
-    if recipe.experts is not None:
-        job = replace(job, experts=_plan_experts(job, recipe.experts))
-    if recipe.blocks is not None:
-        of = f"blocks of {job.model_name}"
-        keep_blocks = _checked_count("blocks", recipe.blocks, len(every), every[1:], of)
-        job = replace(job, keep_blocks=keep_blocks)
     # Both build models without weights, so that a family which cannot do it is refused now.
     job.smaller(every)
     if job.keep_blocks < len(every):
         job.smaller_by_one(every, every)
     # The windows also run through the old model, whose outputs repair learns.
-    trained = every if recipe.repair else ()
-    extra = [0] * len(every)
-    memory = measured_memory(job, dense=recipe.repair, trained=trained, extra=extra)
+    memory = measured_memory(
+        job,
+        dense=recipe.repair,
+        trained=every if recipe.repair else (),
+        extra=[0] * len(every),
+    )
     job = replace(job, memory=memory)
     check_memory(job)
     return job
@@ -222,16 +227,15 @@ def _checked_count(name: str, asked: Amount, count: int, possible: Sequence[int]
     return keep
 
 
-def _plan_experts(job: StructureJob, asked: Amount) -> ExpertPlan:
+def _plan_experts(opened: OpenModel, asked: Amount) -> ExpertPlan:
     """How many experts stay.
 
     Raises:
         ValueError: The model has none, or the number does not fit.
         NotImplementedError: The configuration does not describe the experts by one number.
     """
-    config = job.source.config.get_text_config()
-    name = job.model_name
-    modules = [experts_in(block) for block in job.skeleton.blocks]
+    config, name = opened.source.config.get_text_config(), opened.name
+    modules = [experts_in(block) for block in opened.skeleton.blocks]
     counts = {module.count for mixtures in modules for module in mixtures}
     if not counts:
         raise ValueError(

@@ -32,10 +32,9 @@ from prunus.engine.reconstruction.reconstruct_block import (
 )
 from prunus.engine.record import Walk
 from prunus.methods.structured import ExpertSums, kept_experts
-from prunus.model.experts import Experts
 from prunus.model.stream import Stream
 from prunus.structure.layout import experts_in, shapes_of, with_experts
-from prunus.structure.plan import SmallerModel, StructureJob
+from prunus.structure.plan import ExpertPlan, SmallerModel, StructureJob
 from prunus.structure.records import BlockChange, ExpertChange
 
 
@@ -137,28 +136,26 @@ class ShrinkStep:
         name = self._smaller.skeleton.block_name(new_index)
         change = BlockChange(name=name, made_from=old_index, input_sha256=stored.digest)
         tensors = dict(stored.tensors)
-        mixtures = experts_in(job.skeleton.blocks[old_index]) if job.experts is not None else []
-        if mixtures:  # `plan_structure` refuses blocks with more than one
-            change.experts = self._choose_experts(new_index, old_index, tensors, mixtures[0])
+        block = job.skeleton.blocks[old_index]
+        if job.experts is not None and experts_in(block):
+            change.experts = self._choose_experts(new_index, old_index, tensors, job.experts)
             shapes = shapes_of(self._smaller.skeleton.blocks[new_index])
-            block = job.skeleton.blocks[old_index]
             tensors = with_experts(block, tensors, shapes, change.experts.kept)
         change.seconds = round(time.perf_counter() - started, 3)
         return tensors, change
 
     def _choose_experts(
-        self, new_index: int, old_index: int, stored: Mapping[str, Tensor], experts: Experts
+        self, new_index: int, old_index: int, stored: Mapping[str, Tensor], plan: ExpertPlan
     ) -> ExpertChange:
         """Choose the experts of a block that stay, on all windows.
 
         The stream stays before the block, because the block that it runs through is smaller.
         """
-        job = self._job
-        stream = self._stream
-        plan = job.experts
-        assert plan is not None
+        job, stream = self._job, self._stream
         sums = ExpertSums(plan.count)
         forward = stream.forward(new_index, job.skeleton.fill(old_index, stored, stream.device))
+        # `plan_structure` refuses blocks with several mixtures.
+        (experts,) = experts_in(job.skeleton.blocks[old_index])
         experts.on_output = sums.add
         try:
             for batch in range(len(stream)):
