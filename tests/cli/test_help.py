@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from importlib.metadata import version
+from typing import get_args
 
 import pytest
 from pydantic_core import PydanticUndefined
@@ -13,7 +14,7 @@ from command_line import PROGRAM, call
 from prunus.engine.options import RunOptions
 from prunus.formats.recipe import CompressionRecipe
 from prunus.pruning.recipe import Recipe
-from prunus.recovery.options import MODES, RecoveryOptions
+from prunus.recovery.options import Mode, RecoveryOptions
 from prunus.structure.records import StructureRecipe
 
 VERBS = [
@@ -115,7 +116,7 @@ def test_every_declared_option_is_in_the_help_with_its_default(verb, models):
 
 def test_the_help_of_recover_gives_the_learning_rate_of_every_mode():
     help_of_rate = next(p.help for p in COMMANDS["recover"].params if p.name == "learning_rate")
-    for mode in MODES:
+    for mode in get_args(Mode):
         assert f"{RecoveryOptions(mode=mode).peak_rate():g} " in help_of_rate, mode
 
 

@@ -41,7 +41,7 @@ MODELS = {
     "./gone": "neither a folder nor a hub id",
     "": "neither a folder nor a hub id|overlap",
     "text.txt": "is a file; expected the folder",
-    "model.gguf": "truncated or damaged",
+    "model.gguf": "truncated or damaged|is compressed, and recover takes",
     "fifo": "is not a folder; expected the folder",
     "empty": "no config.json|is not packed",
     "damaged": "config.json is not valid JSON",
@@ -62,7 +62,6 @@ OUTPUTS = {
 OTHERS = [
     ("prune dense out --sparsity 50", r"got 50\.0; did you mean 0\.5\?"),
     ("plan dense --sparsity 50%", r"\(got '50%'\); did you mean 0\.5\?"),
-    ("shrink dense out --width 25%", r"got '25%'\); did you mean 0\.25\?"),
     ("shrink dense out --blocks 25%", r"got '25%'; did you mean 0\.25\?"),
     ("prune dense out --recipe fifty.toml", r"fifty\.toml: sparsity .* did you mean 0\.5\?"),
     ("sweep sweep50.toml out", r"grid 1: sparsity .* did you mean 0\.5\?"),
@@ -245,7 +244,6 @@ def files(folder: Path) -> dict[Path, tuple[int, int]]:
         "prune --allocation fisher",
         "compress --bits 6",
         "shrink --blocks 0.5",
-        "shrink --width 0.25",
         "recover --mode full --held-out 1 --batch 1",
     ],
 )

@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import save_file
 
 import prunus
-from prunus import CompressionRecord, Manifest, StructureRecord
+from prunus import Manifest, StructureRecord
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.model.loading import load_model
 from prunus.recovery import training
 from prunus.recovery.job import default_mode
 from prunus.recovery.record import RecoveryRecord
 from prunus.recovery.trainable import check_zeros
-from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, shards
+from recovery_cases import dense_checkpoint, recover, shards
 from tiny import tiny_checkpoint, weights
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
@@ -62,9 +62,22 @@ def test_folders_that_are_something_else(dense, pruned, text, tmp_path):
     refused(ValueError, "fill: choose mode masked", pruned, tmp_path / "out", "full", text)
     recover(pruned, tmp_path / "adapter", "lora", text, tokens=32, evaluations=1)
     refused(ValueError, "is an adapter", tmp_path / "adapter", tmp_path / "out", "masked", text)
-    half = dense_checkpoint(tmp_path / "half", dtype=torch.bfloat16)
-    prunus.pack(pruned_checkpoint(tmp_path / "sparse", half), tmp_path / "packed")
-    refused(ValueError, "prunus unpack", tmp_path / "packed", tmp_path / "out", "lora", text)
+
+
+@pytest.mark.parametrize("mode", [None, "lora"])
+@pytest.mark.parametrize("name", ["a.gguf", "mlx", "compressed-tensors"])
+def test_compressed_models(name, mode, tmp_path, text):
+    """Each is told by its name or its configuration, so that no weights are needed here."""
+    folder = tmp_path / name
+    if name == "a.gguf":
+        folder.write_bytes(b"GGUF")
+    else:
+        folder.mkdir()
+        key = "quantization" if name == "mlx" else "quantization_config"
+        described = {"bits": 4, "group_size": 32, "quant_method": name}
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama", key: described}))
+    words = f"{name} is compressed, and recover takes dense and pruned models: give the one that"
+    refused(ValueError, words, folder, tmp_path / "out", mode, text)
 
 
 def test_text_that_is_not_there_or_too_short(pruned, tmp_path):
@@ -120,7 +133,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_best_checkpoint(
     with pytest.raises(ValueError, match=words):
         recover(pruned, out, "masked", text)
     record = RecoveryRecord.load(out)
-    assert record.state == "finished" and record.diverged
+    assert record.state == "finished"
     assert record.evaluations[record.best].step == 10
     assert all(bool(tensor.isfinite().all()) for tensor in weights(out).values())
     after, before = (
@@ -164,13 +177,22 @@ def test_a_pruned_weight_that_is_not_zero_is_never_written():
 
 def test_a_mode_follows_from_the_record_of_a_model(dense, text, tmp_path):
     refused(ValueError, "no mode follows from it: give", dense, tmp_path / "out", None, text)
-    for record in (Manifest, CompressionRecord, StructureRecord):
+    for record in (Manifest, StructureRecord):
         folder = tmp_path / record.FILE
         shutil.copytree(dense, folder)
         (folder / record.FILE).touch()
         assert default_mode(folder) == ("full" if record is StructureRecord else "masked")
     (folder / Manifest.FILE).touch()
     assert default_mode(folder) == "masked", "a smaller model that is pruned"
+
+
+def test_the_record_of_an_earlier_version_is_read(pruned, text, tmp_path):
+    record = recover(pruned, tmp_path / "out", "masked", text, tokens=32, evaluations=1)
+    path = tmp_path / "out" / RecoveryRecord.FILE
+    content = json.loads(path.read_text())
+    content["recipe"] |= {"patience": None}
+    path.write_text(json.dumps(content | {"diverged": False}))
+    assert recover(pruned, tmp_path / "out", "masked", text, tokens=32, evaluations=1) == record
 
 
 @pytest.mark.parametrize("options", [7, None, [], {"mode": "masked", "seqlen": "many"}])

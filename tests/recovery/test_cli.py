@@ -45,7 +45,7 @@ def test_lora_shows_the_parameters_it_adds(pruned, text, tmp_path):
 
 def test_a_recovery_that_won_nothing_says_so(pruned, text, tmp_path):
     out = tmp_path / "out"
-    absurd = [*SHORT, "--learning-rate", "1", "--patience", "1"]
+    absurd = [*SHORT, "--learning-rate", "1"]
     result = call("recover", pruned, out, "--mode", "masked", "--text", text, *absurd)
     assert "no evaluation was better than the start" in " ".join(result.stdout.split())
     weights = load_model(pruned).state_dict()

@@ -2,15 +2,12 @@
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import prunus
 from prunus.model.experts import Experts, find_fused_experts, split_loaded_experts
-from prunus.model.loading import load_model
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.structure.run import shrink
@@ -78,33 +75,20 @@ def test_the_zeros_of_experts_stay(text, tmp_path):
     assert len(record.linears) == len(experts) + 2 * 4
 
 
-def perplexity(folder: Path, ids: torch.Tensor) -> float:
-    model: Any = load_model(folder, torch.float32)
-    with torch.no_grad():
-        return float(model(ids, labels=ids, use_cache=False).loss.exp())
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
-def test_shrink_prune_recover_and_pack_follow_each_other(family, text, tmp_path):
+def test_shrink_prune_and_recover_follow_each_other(family, text, tmp_path):
     """The recipe of the page about smaller models, with its record of what was removed."""
     teacher = tmp_path / "teacher"
     dense_checkpoint(teacher, family, torch.bfloat16)
-    folders = [tmp_path / name for name in ("a", "b", "c", "d", "e")]
-    small, better, sparse, recovered, packed = folders
-    what = {"experts": 4} if family == "qwen3_moe" else {"width": 0.5}
+    folders = [tmp_path / name for name in ("a", "b", "c", "d")]
+    small, better, sparse, recovered = folders
+    what = {"experts": 4} if family == "qwen3_moe" else {"blocks": 1}
     shrink(teacher, small, calibration=token_ids(), dtype="float32", **what)
     recover(small, better, "full", text, teacher=teacher, tokens=160)
     pruned_checkpoint(sparse, better, sparsity=0.5)
     recover(sparse, recovered, "masked", text, teacher=teacher, tokens=160)
-    prunus.pack(recovered, packed)
-    ids = token_ids(4, 16)
-    assert perplexity(packed, ids) == pytest.approx(perplexity(recovered, ids), rel=0.02)
     for folder in (better, sparse, recovered):
         assert (folder / "prunus-structure.json").exists()
     zeros = [float((x == 0).float().mean()) for k, x in tensors(recovered).items() if "proj" in k]
     assert all(share == pytest.approx(0.5, abs=0.01) for share in zeros)
-    before, after = CheckpointSource(teacher).config, CheckpointSource(recovered).config
-    assert before.vocab_size == after.vocab_size
-    assert sum(x.stat().st_size for x in packed.glob("*.safetensors")) < sum(
-        x.stat().st_size for x in small.glob("*.safetensors")
-    )
+    AutoModelForCausalLM.from_pretrained(recovered)

@@ -19,12 +19,10 @@ def test_each_run_has_a_section_of_its_own(smaller):
 
 @pytest.fixture(scope="module")
 def smaller(tmp_path_factory):
-    """A mixture of experts that lost a block, experts, channels and heads."""
+    """A mixture of experts that lost a block and experts."""
     folder = tmp_path_factory.mktemp("structure")
     dense = tiny_checkpoint(folder / "dense", "mixtral", num_hidden_layers=3)
-    prunus.shrink(
-        dense, folder / "out", blocks=2, experts=3, width=0.25, calibration=token_ids(), batch=2
-    )
+    prunus.shrink(dense, folder / "out", blocks=2, experts=3, calibration=token_ids(), batch=2)
     return folder / "out"
 
 

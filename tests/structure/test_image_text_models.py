@@ -8,24 +8,19 @@ import torch
 
 from image_text import IMAGE_TEXT_MODELS, image_text_checkpoint, loaded
 from prunus.model.linears import find_block_list
-from structure_cases import assert_same_logits, logits, stored, take_fitted_columns
+from structure_cases import assert_same_logits, logits, stored
 from structure_cases import shrink_without_repair as shrink
 from tiny import token_ids
 
-#: Families whose heads cannot become fewer.
-_ALL_HEADS: dict[str, Any] = {"qwen2_vl": {"heads": 4}, "qwen2_5_vl": {"heads": 4}}
-
 
 @pytest.mark.parametrize("family", sorted(IMAGE_TEXT_MODELS))
-def test_blocks_and_width_are_removed_and_all_outside_them_keeps_its_bytes(family, tmp_path):
+def test_blocks_are_removed_and_all_outside_them_keeps_its_bytes(family, tmp_path):
     dense, ids = image_text_checkpoint(tmp_path / "dense", family), token_ids()
-    options = {"blocks": 1, "width": 0.5, "dtype": "float32", "calibration": ids, "batch": 2}
-    options |= _ALL_HEADS.get(family, {})
+    options = {"blocks": 1, "dtype": "float32", "calibration": ids, "batch": 2}
     record = shrink(dense, tmp_path / "small", **options)
     (gone,) = [step.block for step in record.search]
-    model, small = loaded(dense).requires_grad_(False), loaded(tmp_path / "small")
+    model, small = loaded(dense), loaded(tmp_path / "small")
     before = logits(model, ids)
-    assert take_fitted_columns(model, small, record) >= 1
     assert_same_logits(logits(small, ids), logits(model, ids, [gone]), before)
     outside = {
         key: x for key, x in stored(dense).items() if ".layers." not in key or "vision" in key

@@ -11,11 +11,10 @@ from prunus.structure.run import shrink
 from structure_cases import bytes_of, divergence, loaded, shrunk_with_a_kill, stored
 from tiny import tiny_checkpoint, token_ids
 
-#: What is removed, per family: blocks, width, experts and two at once.
+#: What is removed, per family: blocks, experts and both at once.
 CASES: dict[str, dict[str, Any]] = {
-    "llama": {"blocks": 2, "width": 0.5},
+    "llama": {"blocks": 2},
     "gpt_neox": {"blocks": 2},
-    "gemma2": {"width": 0.5},
     "gpt_oss": {"experts": 2},
     "qwen3_moe": {"experts": 0.5, "blocks": 2},
     "deepseek_v3": {"experts": 0.5},
@@ -23,8 +22,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def dense_checkpoint(folder: Path, family: str) -> Path:
-    # The other two have a list with an entry per block.
-    options: dict[str, Any] = {} if family in ("gemma2", "gpt_oss") else {"num_hidden_layers": 3}
+    # GPT-OSS has a list with an entry per block.
+    options: dict[str, Any] = {} if family == "gpt_oss" else {"num_hidden_layers": 3}
     options["initializer_range"] = 0.2  # so that blocks matter
     return tiny_checkpoint(folder, family, **options)
 
@@ -93,5 +92,5 @@ def test_a_killed_repair_trains_what_follows_a_change_that_was_finished(tmp_path
 def test_repair_needs_a_window_to_validate_on(tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense")
     with pytest.raises(ValueError, match="give more, or a smaller `batch`"):
-        shrink(dense, tmp_path / "small", width=0.5, calibration=token_ids(1))
+        shrink(dense, tmp_path / "small", blocks=1, calibration=token_ids(1))
     assert not (tmp_path / "small").exists()

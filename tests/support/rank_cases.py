@@ -123,7 +123,7 @@ def shrunk(scratch: Path) -> dict[str, Any]:
     )
     cases: dict[str, dict[str, Any]] = {
         "chosen": {"blocks": 2, "experts": 2, "repair": False},
-        "trained": {"blocks": 2, "experts": 2, "width": 0.25, "batch": 2},
+        "trained": {"blocks": 2, "experts": 2, "batch": 2},
     }
 
     def shrink(name: str, case: str, **more: Any) -> None:

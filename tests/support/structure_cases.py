@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from prunus.model.linears import find_block_list, find_linears
+from prunus.model.linears import find_block_list
 from prunus.structure.records import StructureRecord
 from prunus.structure.run import shrink
 from tiny import stored  # noqa: F401
@@ -20,66 +19,10 @@ from tiny import stored  # noqa: F401
 #: Most tests look at what is removed, and not at what is trained afterwards.
 shrink_without_repair = functools.partial(shrink, repair=False)
 
-#: Names of the linears that read heads, and of those that read the channels of the only MLP.
-_HEAD_READERS = ("self_attn.o_proj", "self_attn.dense", "self_attn.out_proj", "mixer.o_proj")
-_CHANNEL_READERS = (
-    "down_proj",
-    "fc2",
-    "mlp.c_proj",
-    "mlp.fc_out",
-    "mlp.dense_4h_to_h",
-    "feed_forward.w2",
-    "shared_mlp.output_linear",
-)
-
 
 def loaded(folder: Path) -> Any:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval().requires_grad_(False)
-
-
-def take_fitted_columns(model: Any, small: Any, record: StructureRecord, heads: int = 4) -> int:
-    """Give the old model the columns of the smaller one, and zeros for those that were removed.
-
-    Afterwards both compute the same if the smaller one was cut in the right places.
-
-    Returns:
-        How many linears have lost columns.
-    """
-    layers, smaller = find_block_list(model)[1], find_block_list(small)[1]
-    count = 0
-    for place, block in enumerate(record.blocks):
-        layer, experts = layers[block.made_from], block.experts and block.experts.kept
-        names = [linear.name for linear in find_linears(layer)]
-        readers = {"heads": _HEAD_READERS, "channels": _CHANNEL_READERS}
-        for what, part in block.width.items():
-            units = heads if what == "heads" else None
-            found = [name for name in names if name.endswith(readers.get(what, ()))]
-            (name,) = found or [what]
-            weight_OI, bias = _reader(layer, name, experts)
-            small_OI, small_bias = _reader(smaller[place], name)
-            width = weight_OI.shape[1] // (units or weight_OI.shape[1])
-            weight_OI.zero_()
-            weight_OI[:, [unit * width + i for unit in part.kept for i in range(width)]] = small_OI
-            if isinstance(bias, Tensor):
-                bias.copy_(small_bias)
-            assert part.error <= part.error_before_fit
-            assert len(part.kept) == (units or weight_OI.shape[1]) // 2
-            count += 1
-    return count
-
-
-def _reader(layer: Any, name: str, kept: list[int] | None = None) -> tuple[Tensor, Any]:
-    """The weight (O, I) and the bias of a linear, also of one that belongs to an expert."""
-    in_experts = re.match(r"(.*experts)\.(\d+)\.", name)
-    if in_experts is None:
-        (linear,) = [linear for linear in find_linears(layer) if linear.name == name]
-        return linear.weight_OI, linear.module.bias
-    # transformers holds all experts in one tensor.
-    experts, number = layer.get_submodule(in_experts[1]), int(in_experts[2])
-    number = number if kept is None else kept[number]
-    weight, bias = experts.down_proj[number], getattr(experts, "down_proj_bias", None)
-    return weight.T if experts.is_transposed else weight, None if bias is None else bias[number]
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from prunus.options.declaration import words
 _Record = TypeVar("_Record", bound=BaseModel)
 
 # Options of earlier versions that recipes no longer have. A record is read without them.
-_FORMER_OPTIONS = ("refine", "refine_steps", "block_rule")
+_FORMER_OPTIONS = ("refine", "refine_steps", "block_rule", "patience")
 #: How the windows run through a block; see `prunus.engine.block.walks`.
 Walk = Literal["lockstep", "replay", "two_pass"]
 #: Whether every window begins with the BOS token; `given` where the windows were given.

@@ -6,7 +6,7 @@
     patterns.py       which weights compete, and from scores to a mask
     statistics.py     what a method knows of a linear's inputs
     allocation.py     how a sparsity is distributed over layers
-    structured.py     which channels, heads, experts and blocks to remove
+    structured.py     which experts and blocks to remove
 
     magnitude.py      |W|
     wanda.py          |W| · ‖X‖

@@ -48,7 +48,6 @@ class StatisticsSpec:
 
     Attributes:
         needs: "none" counts tokens only, "norms" also sums squares, "gram" also the Gram matrix.
-        means: Also sum the values themselves.
         drift: Also sum how far the inputs have drifted from the dense model's. "some" is for runs
             that know the dense inputs of some batches only, and keeps the Gram of these apart.
         reference_order: Sum the Gram in the order of SparseGPT's code, to reproduce its masks.
@@ -60,7 +59,6 @@ class StatisticsSpec:
     """
 
     needs: Needs
-    means: bool = False
     drift: Drift = "none"
     reference_order: bool = False
     rounded: bool = False
@@ -85,7 +83,6 @@ class InputStatistics:
         tokens: How many tokens were added, in rows of X_TI.
         sum_squares_I: Σ_t x², float64. Equal to the bit for "norms" and "gram", and zeros for
             "none".
-        sum_I: Σ_t x, float64; with `means`.
         gram_II: XᵀX, float32.
         drift_gram_II: Its share from tokens whose Y is known; where the drift is "some".
         drift_II: (Y − X)ᵀX, float32, over the tokens whose Y is known.
@@ -116,12 +113,11 @@ class InputStatistics:
         self.in_features = in_features
         self.tokens = self._paired_tokens = self._windows = 0
         self.sum_squares_I = torch.zeros(in_features, dtype=torch.float64, device=device)
-        self.sum_I = torch.zeros_like(self.sum_squares_I) if spec.means else None
         self.gram_II = square(gram)
         self.drift_gram_II = square(gram and spec.drift == "some")
         self.drift_II = square(spec.drift != "none")
-        # The feature sums of each batch until `complete`, where other ranks have more batches. All
-        # batches then add up in one order, whichever rank has them.
+        # The sums of squares of each batch until `complete`, where other ranks have more batches.
+        # All batches then add up in one order, whichever rank has them.
         self._by_batch: list[Tensor] | None = [] if spec.distributed else None
         # Key of `derived` -> the value computed from the sums so far.
         self._derived: dict[Hashable, Any] = {}
@@ -130,7 +126,7 @@ class InputStatistics:
     def of_equal_inputs(
         cls, in_features: int, spec: StatisticsSpec, device: torch.device | str
     ) -> InputStatistics:
-        """Statistics in which all features are equal: norm 1, mean 0, and not correlated.
+        """Statistics in which all features are equal: norm 1, and not correlated.
 
         They replace those of a linear that no token reached. Wanda's score is then the magnitude.
 
@@ -143,7 +139,7 @@ class InputStatistics:
         tensor([[1., 0.],
                 [0., 1.]])
         """
-        equal = cls(in_features, StatisticsSpec(needs=spec.needs, means=spec.means), device)
+        equal = cls(in_features, StatisticsSpec(needs=spec.needs), device)
         equal.sum_squares_I.fill_(1)
         if equal.gram_II is not None:
             equal.gram_II.fill_diagonal_(1)
@@ -199,11 +195,13 @@ class InputStatistics:
             _add_in_reference_order(self.gram_II, self.sum_squares_I, X_TI, self._windows)
             self._windows += 1
             return
-        sums_2I = _feature_sums(X_TI, squares=self.spec.needs != "none", means=self.spec.means)
+        squares_I = torch.zeros_like(self.sum_squares_I)
+        if self.spec.needs != "none":
+            _add_squares(squares_I, X_TI)
         if self._by_batch is None:
-            self._add_features(sums_2I)
+            self.sum_squares_I += squares_I
         else:
-            self._by_batch.append(sums_2I)
+            self._by_batch.append(squares_I)
         if self.gram_II is not None:
             drift_gram_II = None if dense_TI is None else self.drift_gram_II
             rounded = self.spec.rounded and self.in_features >= _SYMMETRIC_FROM
@@ -225,18 +223,12 @@ class InputStatistics:
         if self.gram_II is not None:
             self.gram_II.diagonal().add_(squares_I)
 
-    def _add_features(self, sums_2I: Tensor) -> None:
-        """Add the sums of `_feature_sums`; the second row may be missing without means."""
-        self.sum_squares_I += sums_2I[0]
-        if self.sum_I is not None:
-            self.sum_I += sums_2I[1]
-
     def complete(self, ranks: Ranks) -> None:
         """Make these the statistics of all ranks' batches. All ranks call it at the same linear.
 
-        Sums of squares and of values add up batch by batch in the order of batches, so they equal
-        those of one process to the bit. Gram and drift add up rank by rank: they are the same on
-        all ranks, and equal one process's within rounding. Without `distributed` it does nothing.
+        Sums of squares add up batch by batch in the order of batches, so they equal those of one
+        process to the bit. Gram and drift add up rank by rank: they are the same on all ranks, and
+        equal one process's within rounding. Without `distributed` it does nothing.
         """
         if self._by_batch is None:
             return
@@ -244,12 +236,10 @@ class InputStatistics:
             "a running mean depends on the order of the windows, so ranks cannot split them"
         )
         self._derived.clear()
-        nothing_2I = self.sum_squares_I.new_zeros(2, self.in_features)
-        local_B2I = torch.stack([*self._by_batch, nothing_2I])[:-1]
+        local_BI = torch.stack([*self._by_batch, torch.zeros_like(self.sum_squares_I)])[:-1]
         self._by_batch = None
-        # The sums of values are only sent where means are needed.
-        for sums_2I in ranks.all_gather(local_B2I if self.spec.means else local_B2I[:, :1]):
-            self._add_features(sums_2I)
+        for squares_I in ranks.all_gather(local_BI):
+            self.sum_squares_I += squares_I
         counts = ranks.gather_ints([self.tokens, self._paired_tokens])
         self.tokens, self._paired_tokens = map(sum, zip(*counts, strict=True))
         # Every rank has the same sums, so all make the same calls in the same order.
@@ -274,7 +264,7 @@ class InputStatistics:
 
 
 def statistics_bytes(in_features: int, needs: Needs) -> int:
-    """Bytes that the statistics of one linear hold, without means and drift.
+    """Bytes that the statistics of one linear hold, without drift.
 
     >>> statistics_bytes(1000, "norms"), statistics_bytes(1000, "gram")
     (8000, 4008000)
@@ -282,18 +272,13 @@ def statistics_bytes(in_features: int, needs: Needs) -> int:
     return 8 * in_features + (4 * in_features**2 if needs == "gram" else 0)
 
 
-def _feature_sums(X_TI: Tensor, *, squares: bool, means: bool) -> Tensor:
-    """Σ_t x² and Σ_t x of one batch, float64 (2, I); zeros for what is not asked for."""
-    sums_2I = torch.zeros(2, X_TI.shape[1], dtype=torch.float64, device=X_TI.device)
-    if means:
-        sums_2I[1] = X_TI.sum(dim=0, dtype=torch.float64)
-    if squares:
-        elements = _CPU_ELEMENTS if X_TI.device.type == "cpu" else _GPU_ELEMENTS
-        for part_TI in X_TI.split(max(1, elements // X_TI.shape[1])):
-            # Convert before squaring: in float16 the square of anything above 256 overflows.
-            part_TI = part_TI.float()
-            sums_2I[0] += (part_TI * part_TI).sum(dim=0)
-    return sums_2I
+def _add_squares(squares_I: Tensor, X_TI: Tensor) -> None:
+    """Add Σ_t x² of one batch to float64 sums, in place."""
+    elements = _CPU_ELEMENTS if X_TI.device.type == "cpu" else _GPU_ELEMENTS
+    for part_TI in X_TI.split(max(1, elements // X_TI.shape[1])):
+        # Convert before squaring: in float16 the square of anything above 256 overflows.
+        part_TI = part_TI.float()
+        squares_I += (part_TI * part_TI).sum(dim=0)
 
 
 def _add_gram(gram_II: Tensor, drift_gram_II: Tensor | None, X_TI: Tensor, rounded: bool) -> None:

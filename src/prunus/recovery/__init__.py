@@ -3,7 +3,7 @@
 options       what a training does; each option is declared once
 job           all checks before any work
 trainable     what a mode trains, and which weights are pruned
-student       the models in memory, and the modes lora and scales
+student       the models in memory, and mode lora
 training      the loop of steps, evaluations and checkpoints, and the loss
 checkpoints   the state of a training on disk
 run           one recovery, and the folder of its result

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -33,6 +33,9 @@ _KINDS = ("weight", "step", "exp_avg", "exp_avg_sq")
 class TrainingState(Part):
     """How far a training is, over all attempts."""
 
+    # Versions before 0.4.0 had the field `diverged`.
+    model_config = ConfigDict(extra="ignore")
+
     #: Steps of the optimizer so far.
     step: int = 0
     #: Tokens trained on so far.
@@ -43,10 +46,8 @@ class TrainingState(Part):
     evaluations: list[Evaluation] = Field(default_factory=list)
     #: Position in `evaluations` of the one with the lowest held-out loss.
     best: int = 0
-    #: Why training ended before the budget was spent; None if it did not.
+    #: Which loss was not finite, so that training ended before the budget was spent; else None.
     stopped: str | None = None
-    #: Whether it ended because a loss was not finite.
-    diverged: bool = False
 
 
 class Checkpoints:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -18,24 +17,23 @@ from prunus.calibration.windows import WindowRequest, check_context
 from prunus.distributed import Ranks
 from prunus.engine.folder import resumed_or_new
 from prunus.engine.options import RunOptions
-from prunus.formats.records import CompressionRecord
 from prunus.hardware.errors import require_library
 from prunus.model.adapter import CONFIG_NAME, is_adapter
-from prunus.model.checkpoint.atomic_files import file_digest, read_json
+from prunus.model.checkpoint.atomic_files import file_digest
 from prunus.model.checkpoint.output_folder import check_companions
 from prunus.model.checkpoint.regular_files import read_card
 from prunus.model.checkpoint.resolve import resolve_folder
+from prunus.model.config import read_config
 from prunus.model.device import choose_device
+from prunus.model.formats import reader_of
 from prunus.model.kinds import require_causal
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.model.tokenizer import Vocabulary, check_same_vocabulary, load_tokenizer
 from prunus.pruning.manifest import Manifest
-from prunus.recovery.options import MODES, Mode, RecoveryOptions
+from prunus.recovery.options import Mode, RecoveryOptions
 from prunus.recovery.record import RecoveryInputs, RecoveryRecord
 from prunus.recovery.training import training_dtype
-from prunus.runtime.description import Description, QuantizedShape
-from prunus.runtime.source import is_packed
 from prunus.structure.records import StructureRecord
 
 
@@ -47,8 +45,8 @@ class RecoveryJob:
     model: str | Path
     #: The checkpoint to train.
     source: CheckpointSource
-    #: The model without weights, to which `source` is bound; None in mode scales.
-    skeleton: Skeleton | None
+    #: The model without weights, to which `source` is bound.
+    skeleton: Skeleton
     #: The dense checkpoint; None if there is no teacher.
     teacher: CheckpointSource | None
     #: The windows to train on, and the held-out windows.
@@ -81,16 +79,13 @@ def default_mode(model: str | Path) -> Mode:
         ValueError: None follows, because the checkpoint has no record of prunus.
         FileNotFoundError: There is no such checkpoint.
     """
-    folder = resolve_folder(model)
-    if _form(folder) == "compressed":
-        return "scales"
-    # A smaller model may be pruned too. `prunus unpack` keeps the record of compress.
-    if any((folder / kind.FILE).exists() for kind in (Manifest, CompressionRecord)):
+    folder = _folder_of(model, unpacks=False)
+    if (folder / Manifest.FILE).exists():  # a smaller model may be pruned too
         return "masked"
     if (folder / StructureRecord.FILE).exists():
         return "full"
     raise ValueError(
-        f"{folder} has no record of prunus prune, compress or shrink, so no mode follows from it: "
+        f"{folder} has no record of prunus prune or shrink, so no mode follows from it: "
         "give `mode` masked for a model with pruned weights, full for one without, or lora for an "
         "adapter"
     )
@@ -125,18 +120,12 @@ def plan_recovery(
     find_source(recipe.text).check(
         WindowRequest(seqlen=recipe.seqlen, bos=recipe.bos, data=options.data)
     )
-    folder = resolve_folder(model)
-    _check_trainable_form(folder, recipe.mode)
+    folder = _folder_of(model, unpacks=False)
     if recipe.mode != "lora":  # an adapter copies nothing
         check_companions(folder)
     card = read_card(folder / "README.md")
     device = choose_device(options.device, processes=ranks.local_size)
-    skeleton = None
-    if recipe.mode == "scales":
-        source = CheckpointSource(folder, quantized=True)
-        require_causal(source.config, "prunus recover")
-    else:
-        source, skeleton = _open(folder)
+    source, skeleton = _open(folder)
     dense = None
     if teacher is not None:
         dense = open_teacher(teacher)
@@ -187,16 +176,10 @@ def open_teacher(model: str | Path) -> CheckpointSource:
     """The checkpoint of a dense causal LM, which can teach.
 
     Raises:
-        ValueError: It is packed, or an adapter.
+        ValueError: It is compressed, or an adapter.
         FileNotFoundError, NotImplementedError: There is no checkpoint, or it is no causal LM.
     """
-    folder = resolve_folder(model)
-    if _form(folder) != "dense":
-        raise ValueError(
-            f"the teacher {folder} is packed; give the dense model that it was made from, or "
-            f"expand it first (prunus unpack {folder} DEST)"
-        )
-    return _open(folder)[0]
+    return _open(_folder_of(model, unpacks=True))[0]
 
 
 def _open(folder: Path) -> tuple[CheckpointSource, Skeleton]:
@@ -255,45 +238,31 @@ def _text_sha256(source: str, text: TrainingText) -> str:
     return hashlib.sha256(f"{text.sha256} {file_digest(Path(source))}".encode()).hexdigest()
 
 
-def _form(folder: Path) -> Literal["dense", "packed", "compressed"]:
-    """The form in which a folder stores its weights. A compressed one has quantised linears.
+def _folder_of(model: str | Path, *, unpacks: bool) -> Path:
+    """The folder of a dense or pruned checkpoint.
+
+    Args:
+        model: Folder or hub id.
+        unpacks: Whether it may also be a GGUF file or an MLX folder, of which it is then a dense
+            copy.
 
     Raises:
-        ValueError: It is an adapter, or its description of packed weights is damaged.
+        ValueError: It is compressed, or an adapter.
+        FileNotFoundError: There is no such checkpoint.
     """
-    if is_adapter(folder):
-        raise ValueError(
-            f"{folder} is an adapter ({CONFIG_NAME}), not a checkpoint; "
-            "give the model that it is for"
-        )
-    if not is_packed(folder):
-        return "dense"
-    content = read_json(folder / "config.json")["quantization_config"]
-    shapes = Description.from_dict(content).linears.values()
-    return "compressed" if any(isinstance(x, QuantizedShape) for x in shapes) else "packed"
-
-
-def _check_trainable_form(folder: Path, mode: Mode) -> None:
-    """Check that a folder holds a checkpoint whose weights a mode can train.
-
-    Mode scales trains compressed checkpoints, all other modes dense ones.
-
-    Raises:
-        ValueError: It does not; the message says what to do.
-    """
-    form = _form(folder)
-    if (mode == "scales") == (form == "compressed") and form != "packed":
-        return
-    if mode == "scales":
-        others = ", ".join(other for other in MODES if other != "scales")
-        raise ValueError(
-            f"{folder} has no quantised linears, and mode scales trains nothing else: compress it "
-            f"first (prunus compress), or choose one of the modes {others}"
-        )
-    choose = "choose mode scales, or " if form == "compressed" else ""
+    if unpacks or reader_of(model) is None:
+        folder = resolve_folder(model)
+        if is_adapter(folder):
+            raise ValueError(
+                f"{folder} is an adapter ({CONFIG_NAME}), not a checkpoint; "
+                "give the model that it is for"
+            )
+        config = folder / "config.json"
+        if not config.is_file() or not read_config(config).get("quantization_config"):
+            return folder
     raise ValueError(
-        f"{folder} is {form}, and mode {mode} cannot train packed weights: {choose}expand it "
-        f"first (prunus unpack {folder} DEST)"
+        f"{model} is compressed, and recover takes dense and pruned models: give the one that it "
+        "was made from, and compress the result"
     )
 
 

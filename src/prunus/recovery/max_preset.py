@@ -12,6 +12,7 @@ that the training would refuse is refused before the pruning begins.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -127,10 +128,9 @@ def max_run(
         with ranks.fail_together():
             source = _check_training(model, output, training, options)
 
-        def find() -> RecoveryRecord | None:
-            """The record of the run that this one resumes or finds finished; None if none."""
-            return _find_earlier(output, recipe, training, options, source.checkpoint.folder)
-
+        find = functools.partial(
+            _find_earlier, output, recipe, training, options, source.checkpoint.folder
+        )
         with held(RecoveryRecord, output, ranks, find) as earlier:
             finished = earlier if earlier is not None and earlier.state == "finished" else None
             if finished is None:
@@ -287,10 +287,9 @@ def _check_training(
         WindowRequest(samples=1, seqlen=training.seqlen, bos=training.bos, data=options.data)
     )
     source = open_teacher(model)
-    if output is not None:
-        check_apart(output, source.checkpoint.folder)
     draw_training_text(training, source, options.data)
     if output is not None:
+        check_apart(output, source.checkpoint.folder)
         # The pruned checkpoint, the result, and the state of the training.
         stored = source.checkpoint.nbytes(source.checkpoint.tensors)
         check_disk(output, (2 + _STATE_BYTES // source.stored_dtype.itemsize) * stored)

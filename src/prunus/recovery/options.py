@@ -11,9 +11,7 @@ from pydantic import Field, model_validator
 from prunus.engine.options import BATCH, BOS, BosName
 from prunus.options import Option, Options, at_least, between
 
-Mode = Literal["lora", "masked", "full", "scales"]
-#: All modes, in the order in which messages list them.
-MODES: tuple[Mode, ...] = ("lora", "masked", "full", "scales")
+Mode = Literal["lora", "masked", "full"]
 
 # Headings of --help.
 _TRAINING = "Training"
@@ -28,9 +26,8 @@ _STEP_TOKENS = 1024
 #: Default peak learning rates. A step of Adam moves every weight by about the rate, and models
 #: differ tenfold in the size of their weights. So masked and full, which train the weights
 #: themselves, have a rate relative to their root mean square. Low-rank factors begin equally in all
-#: models, so their rate is plain. On SmolLM2-135M at 50 % (0.26), masked has a rate of 2e-4. Mode
-#: scales trains logarithms, whose steps are relative changes in all models.
-_RATES: dict[Mode, float] = {"lora": 1e-3, "masked": 0.77e-3, "full": 0.77e-3, "scales": 2e-3}
+#: models, so their rate is plain. On SmolLM2-135M at 50 % (0.26), masked has a rate of 2e-4.
+_RATES: dict[Mode, float] = {"lora": 1e-3, "masked": 0.77e-3, "full": 0.77e-3}
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -52,12 +49,10 @@ class RecoveryOptions(Options):
     mode: Annotated[
         Mode,
         Option(
-            "Train by lora, masked, full or scales. lora trains low-rank layers of a peft adapter; "
-            "masked, all weights but the pruned ones; full, all weights of a model without zeros; "
-            "scales, the scales, steps, norms and biases of a compressed model, whose integers "
-            "stay.",
+            "Train by lora, masked or full. lora trains low-rank layers of a peft adapter; masked, "
+            "all weights but the pruned ones; full, all weights of a model without zeros.",
             metavar="MODE",
-            default="masked for a pruned model, scales for a compressed one, full after shrink",
+            default="masked for a pruned model, full after shrink",
         ),
     ]
     text: Annotated[
@@ -97,7 +92,7 @@ class RecoveryOptions(Options):
             panel=_TRAINING,
             within=_POSITIVE,
             default="that of the mode: 0.001 for lora, 0.00077 times the root mean square of the "
-            "weights for masked and full, 0.002 relative to each tensor for scales",
+            "weights for masked and full",
         ),
     ] = None
     warmup: Annotated[
@@ -128,12 +123,6 @@ class RecoveryOptions(Options):
             _COUNT,
         ),
     ] = 8
-    patience: Annotated[
-        int | None,
-        Option(
-            "Stop after N evaluations without progress.", "N", _TRAINING, _COUNT, default="never"
-        ),
-    ] = None
     distill_weight: Annotated[
         float,
         Option(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from prunus.engine.record import Part, RunInputs, RunRecord, UsedBos
 from prunus.recovery.options import RecoveryOptions
@@ -68,9 +68,12 @@ class RecoveryRecord(RunRecord):
         best: Position in `evaluations` of the one whose weights are the result; None while the
             training runs.
         linears: Full name -> pruned linear, in mode masked. The other modes change no zeros.
-        stopped: Why training ended before the budget was spent, or None.
-        diverged: Whether it ended because a loss was not finite.
+        stopped: Which loss was not finite, so that training ended before the budget was spent; else
+            None.
     """
+
+    # Versions before 0.4.0 had the field `diverged`.
+    model_config = ConfigDict(extra="ignore")
 
     FILE = "prunus-recovery.json"
     COMMAND = "prunus recover"
@@ -82,4 +85,3 @@ class RecoveryRecord(RunRecord):
     best: int | None = None
     linears: dict[str, LinearMask] = Field(default_factory=dict)
     stopped: str | None = None
-    diverged: bool = False

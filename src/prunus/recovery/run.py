@@ -31,13 +31,11 @@ from prunus.engine.record import (
     source_name,
 )
 from prunus.engine.session import Session
-from prunus.formats.records import CompressionRecord
 from prunus.hardware.memory import peak_memory
 from prunus.model.adapter import CONFIG_NAME, save_adapter
 from prunus.model.checkpoint.atomic_files import remove, write_text
 from prunus.model.checkpoint.output_folder import check_disk
-from prunus.model.checkpoint.reader import Checkpoint
-from prunus.model.skeleton import Skeleton, stored_names
+from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.options import takes
 from prunus.pruning.manifest import Manifest
@@ -45,7 +43,7 @@ from prunus.recovery.checkpoints import Checkpoints, TrainingState
 from prunus.recovery.job import RecoveryJob, check_ranks, default_mode, plan_recovery
 from prunus.recovery.options import Mode, RecoveryOptions
 from prunus.recovery.record import RecoveryRecord
-from prunus.recovery.student import base_name, load_student, load_teacher, trained_tensors
+from prunus.recovery.student import base_name, load_student, load_teacher
 from prunus.recovery.trainable import Trainable, check_zeros
 from prunus.recovery.training import Step, Training
 from prunus.structure.records import StructureRecord
@@ -71,17 +69,16 @@ def recover(
     progress: Callable[[Step], None] | bool | None = True,
     **options: Any,
 ) -> RecoveryRecord:
-    """Win back quality of a pruned or compressed checkpoint by a short training.
+    """Win back quality of a pruned or smaller checkpoint by a short training.
 
     Under torchrun all processes make the same call, and split the windows of every step.
 
     Args:
-        model: Folder or hub id of a pruned or compressed checkpoint. It is not changed.
+        model: Folder or hub id of the checkpoint. It is not changed.
         output: Folder of the result: a checkpoint with the same zeros, or, in mode lora, a peft
             adapter.
-        mode: lora, masked, full or scales; see `RecoveryOptions`. None is masked for a pruned
-            checkpoint, scales for a compressed one, full for one that `prunus.shrink` made, and an
-            error for all others.
+        mode: lora, masked or full; see `RecoveryOptions`. None is masked for a pruned checkpoint,
+            full for one that `prunus.shrink` made, and an error for all others.
         teacher: Folder or hub id of the dense model. The pruned model learns its logits in place of
             the text, or together with it (`distill_weight`).
         progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. A function
@@ -164,7 +161,7 @@ def carry_out(
     )
     state = training.run()
     _fill_record(job.record, state, student, size)
-    if state.diverged and state.best == 0:
+    if state.stopped is not None and state.best == 0:
         raise ValueError(
             f"training stopped: {state.stopped}, and no evaluation before was better than "
             f"the start. {output} holds no result; lower `learning_rate` and `overwrite` it"
@@ -182,7 +179,7 @@ def carry_out(
         return job.record.model_dump_json()
 
     record = RecoveryRecord.model_validate_json(ranks.on_rank_0(write))
-    if record.diverged:
+    if record.stopped is not None:
         raise ValueError(
             f"training stopped: {record.stopped}. {output} holds the weights of step "
             f"{state.evaluations[state.best].step}, the best until then; lower `learning_rate`"
@@ -208,15 +205,15 @@ def _fill_record(
     record: RecoveryRecord, state: TrainingState, student: Trainable, size: int
 ) -> None:
     """Enter what the training did to a model with `size` parameters."""
+    added = student.trained if record.recipe.mode == "lora" else 0
     record.evaluations = state.evaluations
     record.best = state.best
     record.stopped = state.stopped
-    record.diverged = state.diverged
     record.totals = {
         "parameters": size,
         "trained_parameters": student.trained,
-        "added_parameters": student.added,
-        "added_share": student.added / size,
+        "added_parameters": added,
+        "added_share": added / size,
         "peak_learning_rate": record.recipe.peak_rate(student.weight_rms),
         "tokens": state.tokens,
         "seconds": round(state.seconds, 2),
@@ -228,7 +225,7 @@ def _fill_record(
 #: A function from tensors of the source to those of the result, both by their names in the model.
 _Replaced = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 # Records of what was done to the source before. They hold for the result as well.
-_LASTING_RECORDS = (Manifest.FILE, CompressionRecord.FILE, StructureRecord.FILE)
+_LASTING_RECORDS = (Manifest.FILE, StructureRecord.FILE)
 
 
 def write_result(job: RecoveryJob, folder: ResultFolder, trainable: Trainable) -> None:
@@ -260,13 +257,8 @@ def write_result(job: RecoveryJob, folder: ResultFolder, trainable: Trainable) -
         record.state = "finished"
         folder.save()
         return
-    if job.skeleton is not None:
-        # A tied head and embedding are one parameter with two names; both may be stored.
-        changed = dict(trainable.model.named_parameters(remove_duplicate=False))
-    else:
-        trained = trained_tensors(trainable)
-        names = stored_names(trainable.model, source.checkpoint.tensors, trained)
-        changed = {key: trained[name] for key, name in names.items()}
+    # A tied head and embedding are one parameter with two names; both may be stored.
+    changed = dict(trainable.model.named_parameters(remove_duplicate=False))
 
     def replaced(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors after the training, with every zero of the pruned linears checked."""
@@ -280,14 +272,11 @@ def write_result(job: RecoveryJob, folder: ResultFolder, trainable: Trainable) -
                 record.linears[name] = check_zeros(name, linear.shape, tensors[key], written[key])
         return written
 
-    if job.skeleton is None:
-        _write_as_stored(source.checkpoint, folder, replaced)
-    else:
-        _write_blocks(source, job.skeleton, folder, replaced)
-        weights = sum(linear.shape[0] * linear.shape[1] for linear in record.linears.values())
-        zeros = sum(linear.zeros_after for linear in record.linears.values())
-        sparsity = zeros / weights if weights else 0.0
-        record.totals |= {"weights": weights, "zeros": zeros, "sparsity": sparsity}
+    _write_blocks(source, job.skeleton, folder, replaced)
+    weights = sum(linear.shape[0] * linear.shape[1] for linear in record.linears.values())
+    zeros = sum(linear.zeros_after for linear in record.linears.values())
+    sparsity = zeros / weights if weights else 0.0
+    record.totals |= {"weights": weights, "zeros": zeros, "sparsity": sparsity}
     section = f"{_section(record)} Figures are in `{record.FILE}`."
     name = f"{source_name(record)}, recovered"
     card = extended_card(job.card, "Recovery", section, name=name)
@@ -313,27 +302,17 @@ def _write_blocks(
         folder.write_shard(last, {key: tensors[names.get(key, key)] for key in outside})
 
 
-def _write_as_stored(checkpoint: Checkpoint, folder: ResultFolder, replaced: _Replaced) -> None:
-    """Write the shards of a compressed checkpoint, tensor by tensor as it stores them."""
-    files = sorted({info.file for info in checkpoint.tensors.values()})
-    for index, file in enumerate(files):
-        keys = [key for key, info in checkpoint.tensors.items() if info.file == file]
-        folder.write_shard(shard_name(index, len(files)), replaced(dict(checkpoint.read(keys))))
-
-
 # Words of the card: what a mode trains.
 _TRAINED: dict[Mode, str] = {
     "lora": "low-rank layers added to its linears (LoRA)",
     "masked": "all its weights except the pruned ones",
     "full": "all its weights",
-    "scales": "the row scales and column steps of its linears, norm weights and biases",
 }
 # Words of the card: what a mode leaves as it is.
 _UNCHANGED: dict[Mode, str] = {
     "lora": "Every pruned weight is still zero",
     "masked": "Every pruned weight is still zero",
     "full": "Its shapes are those of the smaller model",
-    "scales": "All integers are those of the compressed model",
 }
 
 

@@ -1,9 +1,6 @@
 """The two models of a recovery in memory: the one that is trained, and the one that teaches.
 
 Modes masked and full train the parameters that the model has. Mode lora adds an adapter of peft.
-Mode scales puts modules in place of the quantised linears, whose scales and steps are parameters.
-
-Shape suffixes: O outputs, I inputs.
 """
 
 from __future__ import annotations
@@ -13,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn import functional
 
 from prunus.hardware.memory import keep_freed_memory
 from prunus.model.adapter import add_lora
@@ -22,24 +17,16 @@ from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.experts import split_loaded_experts
 from prunus.model.linears import Linear
 from prunus.model.loading import load_model
+from prunus.pruning.manifest import Manifest
 from prunus.recovery.job import RecoveryJob
 from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.trainable import (
+    MIN_ZERO_FRACTION,
     Trainable,
     block_linears,
     pruned_linears,
-    unpruned_linears,
     whole_model,
 )
-from prunus.runtime.linear import (
-    DenseLinear,
-    PackedEmbedding,
-    PackedLinear,
-    plain_linear,
-    unpack_module,
-)
-from prunus.runtime.planes import decode_levels
-from prunus.runtime.weight import QuantizedWeight
 
 # Up to this many tokens per window, the fused attention of torch is slower on a CPU than two
 # batched matrix products.
@@ -50,7 +37,7 @@ def load_student(job: RecoveryJob) -> tuple[Trainable, int]:
     """Load the checkpoint into memory, and make it trainable by the mode.
 
     Returns:
-        The trainable model, and its number of parameters as a dense model.
+        The trainable model, and its number of parameters without those that the mode adds.
 
     Raises:
         ValueError: The model does not fit the mode: pruned linears in mode full, none in mode
@@ -60,18 +47,26 @@ def load_student(job: RecoveryJob) -> tuple[Trainable, int]:
     if job.device.type == "cpu":
         # Each step frees and allocates the logits. glibc would give them back to the system.
         keep_freed_memory()
-    # In modes lora and scales no matrix is updated, so they need not be float32.
-    model = _load(job, folder, job.dtype if recipe.mode in ("lora", "scales") else torch.float32)
-    parameters = dense_size(model)
-    if recipe.mode == "scales":
-        return scales(model, job.dtype), parameters
+    # In mode lora no stored weight is updated, so they need not be float32.
+    model = _load(job, folder, job.dtype if recipe.mode == "lora" else torch.float32)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     if recipe.mode == "lora":
         return lora(model, block_linears(model), recipe, base_name(job.model)), parameters
     # Results are written expert by expert, and zeros are kept in every one of them.
     split_loaded_experts(model)
+    linears, pruned = block_linears(model), pruned_linears(model, folder)
     if recipe.mode == "full":
-        return whole_model(model, unpruned_linears(model, folder), {}), parameters
-    pruned = pruned_linears(model, folder)
+        if filled := [name for name in pruned if name in linears]:
+            raise ValueError(
+                f"{folder} has pruned linears ({filled[0]} and others), whose zeros mode full "
+                "would fill: choose mode masked"
+            )
+        return whole_model(model, linears, {}), parameters
+    if not pruned:
+        raise ValueError(
+            f"{folder} has no pruned linears: no {Manifest.FILE} names any, and none has "
+            f"{MIN_ZERO_FRACTION:.0%} zeros; prune it first (prunus prune)"
+        )
     return whole_model(model, pruned, pruned), parameters
 
 
@@ -141,8 +136,7 @@ def lora(
         base: What the adapter names as its base.
 
     Raises:
-        ValueError: A target does not exist, the rank is too large, or some targets store their
-            weight transposed and others do not.
+        ValueError: A target does not exist, or the rank is too large.
         ModuleNotFoundError: peft is not installed.
     """
     targets = recipe.target_modules or default_target_modules(linears)
@@ -160,12 +154,6 @@ def lora(
                 f"rank {recipe.rank} is more than {name} of shape {linear.shape} can have: "
                 f"lower `rank` to {min(linear.shape)} or less"
             )
-    orientations = {linear.transposed for linear in selected.values()}
-    if len(orientations) > 1:
-        raise ValueError(
-            f"target_modules {','.join(targets)} mixes linears that store their weight "
-            "transposed with others; train them in two runs"
-        )
     model.requires_grad_(False)
     adapted = add_lora(
         model,
@@ -174,122 +162,7 @@ def lora(
         alpha=recipe.alpha,
         seed=recipe.seed,
         base=base,
-        transposed=orientations.pop(),
+        transposed=any(linear.transposed for linear in selected.values()),
     )
     parameters = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
-    return Trainable(adapted, parameters, added=sum(p.numel() for p in parameters.values()))
-
-
-class ScaledLinear(nn.Module):
-    """A quantised linear in training: its integers are fixed, its scales and steps are trained.
-
-    The forward pass uses scales and steps as they would be stored, rounded to bfloat16. So the
-    held-out loss is that of the result. The gradient passes through the rounding unchanged.
-    bfloat16 holds the integers exactly.
-
-    Args:
-        linear: The quantised linear of the model, whose bias is shared.
-        dtype: The dtype of the matrix product.
-    """
-
-    #: The integers, in the dtype of the product.
-    levels_OI: torch.Tensor
-    #: The stored scale of each row, float32.
-    scales_O: torch.Tensor
-    #: The stored step of each column, float32.
-    steps_I: torch.Tensor
-
-    def __init__(self, linear: PackedLinear, dtype: torch.dtype) -> None:
-        super().__init__()
-        packed = linear.packed
-        assert isinstance(packed, QuantizedWeight)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.register_buffer("levels_OI", decode_levels(packed).to(dtype))
-        self.register_buffer("scales_O", packed.scales.float())
-        self.register_buffer("steps_I", packed.steps.float())
-        # α (O,) and β (I,) of `scales`, which are trained.
-        self.log_scales = nn.Parameter(torch.zeros_like(self.scales_O))
-        self.log_steps = nn.Parameter(torch.zeros_like(self.steps_I))
-        self.bias = linear.bias
-
-    def scales(self) -> torch.Tensor:
-        """The current scales (O,), rounded to bfloat16, in float32."""
-        return _rounded(self.scales_O * self.log_scales.exp())
-
-    def steps(self) -> torch.Tensor:
-        """The current steps (I,), rounded to bfloat16, in float32."""
-        return _rounded(self.steps_I * self.log_steps.exp())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (..., I) to (..., O) in the dtype of the integers."""
-        dtype = self.levels_OI.dtype
-        with torch.autocast(x.device.type, enabled=False):
-            scaled = x.to(dtype) * self.steps().to(dtype)
-            y = functional.linear(scaled, self.levels_OI) * self.scales().to(dtype)
-            return y if self.bias is None else y + self.bias.to(dtype)
-
-
-def scales(model: Any, dtype: torch.dtype) -> Trainable:
-    """Mode scales: train everything continuous in a compressed model; its integers stay.
-
-        W_ij = scale_i · exp(α_i) · step_j · exp(β_j) · level_ij
-
-    The logarithms α (O,) and β (I,) begin at 0, so all share one learning rate, whatever the size
-    of the weights. Norm weights and biases are trained as they are, with rates relative to their
-    root mean squares. AQLM (arXiv 2401.06118) and QuIP# (arXiv 2402.04396) also train the
-    continuous parameters of a quantised model towards its dense model.
-
-    A quantised embedding stays as it is, and so does the head that is tied to it. A weight that is
-    packed but not trained is expanded, so that a step does not decode it again.
-
-    Args:
-        model: A compressed causal LM in memory. Its linears are replaced.
-        dtype: The dtype of matrix products.
-    """
-    model.requires_grad_(False)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, PackedEmbedding):
-            unpack_module(model, name, dtype)
-        elif isinstance(module, PackedLinear) and module.layout is not None:
-            model.set_submodule(name, ScaledLinear(module, dtype))
-        elif isinstance(module, PackedLinear):
-            model.set_submodule(name, plain_linear(module.dense(dtype), module.bias))
-        elif isinstance(module, DenseLinear):
-            # The kernel of a `DenseLinear` does not know autocast.
-            model.set_submodule(name, plain_linear(module.weight, module.bias))
-    parameters, rates = {}, {}
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:  # norms, biases, α and β; every matrix stays
-            parameter.data = parameter.data.float()
-            parameters[name] = parameter.requires_grad_(True)
-            if not name.endswith((".log_scales", ".log_steps")):
-                rates[name] = float(parameter.detach().square().mean().sqrt())
-    return Trainable(model, parameters, rates=rates)
-
-
-def trained_tensors(trainable: Trainable) -> dict[str, torch.Tensor]:
-    """Name in the model -> what a packed checkpoint stores there, after mode scales."""
-    tensors = {
-        name: parameter.detach()
-        for name, parameter in trainable.parameters.items()
-        if not name.endswith((".log_scales", ".log_steps"))
-    }
-    with torch.no_grad():
-        for name, module in trainable.model.named_modules():
-            if isinstance(module, ScaledLinear):
-                tensors[f"{name}.weight_scales"] = module.scales()
-                tensors[f"{name}.weight_steps"] = module.steps()
-    return tensors
-
-
-def dense_size(model: nn.Module) -> int:
-    """The number of parameters that a packed model would have as a dense one."""
-    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    inside = sum(module.in_features * module.out_features for module in packed)
-    return inside + sum(parameter.numel() for parameter in model.parameters())
-
-
-def _rounded(x: torch.Tensor) -> torch.Tensor:
-    """Round to bfloat16 (x + (rounded − x) is exact in float32); the gradient passes unchanged."""
-    exact = x.detach()
-    return x + (exact.bfloat16().float() - exact)
+    return Trainable(adapted, parameters)

@@ -9,7 +9,7 @@ example, often begin as zeros.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from torch import nn
 from prunus.model.linears import Linear, find_block_list, find_linears
 from prunus.pruning.manifest import Manifest
 from prunus.recovery.record import LinearMask, RecoveryRecord
+
+#: Fraction of zeros from which a linear counts as pruned if no record names the pruned linears.
+MIN_ZERO_FRACTION = 0.05
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,9 @@ class Trainable:
     pruned: Mapping[str, Linear] = field(default_factory=dict)
     #: Name of a parameter -> bool of its shape, False where it must stay zero.
     masks: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    #: How many numbers the result has that the model did not have.
-    added: int = 0
     #: Root mean square of the weights that are not pruned, if these are trained; else 1. The
     #: default learning rate is relative to it.
     weight_rms: float = 1.0
-    #: Name of a parameter -> its learning rate, as a multiple of that of the others.
-    rates: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def trained(self) -> int:
@@ -67,10 +66,6 @@ def whole_model(
     parameters = dict(model.named_parameters())
     masks = {f"{name}.weight": linear.parameter != 0 for name, linear in pruned.items()}
     return Trainable(model, parameters, pruned, masks, weight_rms=kept_rms(linears))
-
-
-#: Fraction of zeros from which a linear counts as pruned if no record names the pruned linears.
-_MIN_ZERO_FRACTION = 0.05
 
 
 def kept_rms(linears: Mapping[str, Linear]) -> float:
@@ -110,41 +105,17 @@ def pruned_linears(model: nn.Module, folder: Path) -> dict[str, Linear]:
         folder: The checkpoint, whose records name the pruned linears.
 
     Raises:
-        ValueError: There are none, or a record is damaged.
+        ValueError: A record is damaged.
         NotImplementedError: The model is not a stack of blocks.
     """
     linears = block_linears(model)
     head = _head_name(model)
     if head is not None:
         linears[head] = Linear(head, model.get_submodule(head))
-    recorded = _recorded_linears(folder, head)
-    pruned = {name: x for name, x in linears.items() if _is_pruned(name, x.weight_OI, recorded)}
-    if not pruned:
-        raise ValueError(
-            f"{folder} has no pruned linears: no {Manifest.FILE} names any, and none has "
-            f"{_MIN_ZERO_FRACTION:.0%} zeros; prune it first (prunus prune)"
-        )
-    return pruned
-
-
-def unpruned_linears(model: nn.Module, folder: Path) -> dict[str, Linear]:
-    """The linears in the blocks of a model without pruned weights, by full name.
-
-    The arguments are those of `pruned_linears`.
-
-    Raises:
-        ValueError: Some of the linears are pruned, or a record is damaged.
-        NotImplementedError: The model is not a stack of blocks.
-    """
-    linears = block_linears(model)
-    recorded = _recorded_linears(folder, None)
-    pruned = [name for name, x in linears.items() if _is_pruned(name, x.weight_OI, recorded)]
-    if pruned:
-        raise ValueError(
-            f"{folder} has pruned linears ({pruned[0]} and others), whose zeros mode full would "
-            "fill: choose mode masked"
-        )
-    return linears
+    if (recorded := _recorded_linears(folder, head)) is not None:
+        return {name: x for name, x in linears.items() if name in recorded}
+    shares = {name: float((x.weight_OI == 0).float().mean()) for name, x in linears.items()}
+    return {name: x for name, x in linears.items() if shares[name] >= MIN_ZERO_FRACTION}
 
 
 def _head_name(model: nn.Module) -> str | None:
@@ -167,13 +138,6 @@ def _recorded_linears(folder: Path, head: str | None) -> set[str] | None:
     manifest = Manifest.load(folder)
     names = {f"{block.name}.{linear}" for block in manifest.blocks for linear in block.linears}
     return names | ({head} if manifest.head is not None and head is not None else set())
-
-
-def _is_pruned(name: str, weight: torch.Tensor, recorded: Collection[str] | None) -> bool:
-    """Whether a linear is pruned: by the records, or by its zeros if there are none."""
-    if recorded is not None:
-        return name in recorded
-    return float((weight == 0).float().mean()) >= _MIN_ZERO_FRACTION
 
 
 def check_zeros(

@@ -1,4 +1,4 @@
-"""The training loop: windows in, steps of AdamW, held-out evaluations, checkpoints, early stop.
+"""The training loop: windows in, steps of AdamW, held-out evaluations, checkpoints.
 
 The loop knows a model that gives logits, and the parameters to train. It does not know which mode
 they come from or where they go. Weights, gradients and moments are float32; matrix products and
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,19 +57,6 @@ class Step:
     loss: float | None = None
     #: The perplexity of the held-out windows if they have just been evaluated; else None.
     perplexity: float | None = None
-
-
-def _is_stalled(held_out_losses: Sequence[float], patience: int) -> bool:
-    """Whether the last `patience` losses are no better than the best one of the training before.
-
-    The first loss, that before training, does not count: at its peak the rate costs a well repaired
-    model more than the steps win, and its decay wins that back.
-
-    >>> _is_stalled([3.75, 3.83, 3.80, 3.77], patience=2), _is_stalled([3.75, 3.6, 3.7, 3.6], 2)
-    (False, True)
-    """
-    trained = held_out_losses[1:]
-    return bool(trained) and len(trained) - 1 - trained.index(min(trained)) >= patience
 
 
 def training_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -128,21 +115,15 @@ class Training:
         self.device = self.parameters[0].device
         is_float32 = self.dtype == torch.float32
         self.autocast = torch.autocast(self.device.type, self.dtype, enabled=not is_float32)
-        groups: dict[float, list[torch.nn.Parameter]] = {}
-        for name, parameter in self.trainable.parameters.items():
-            groups.setdefault(self.trainable.rates.get(name, 1.0), []).append(parameter)
         # Each step sets its own rate. `fused` updates a parameter in one pass over memory.
         self.optimizer = torch.optim.AdamW(
-            [{"params": group, "multiple": multiple} for multiple, group in groups.items()],
-            lr=0.0,
-            weight_decay=self.options.weight_decay,
-            fused=True,
+            self.parameters, lr=0.0, weight_decay=self.options.weight_decay, fused=True
         )
         # Losses of the steps since the last evaluation.
         self.losses: list[float] = []
 
     def run(self) -> TrainingState:
-        """Train until the budget is spent, or until patience or a loss that is not finite ends it.
+        """Train until the budget is spent, or a loss that is not finite ends it.
 
         It continues from the checkpoint if there is one. At the end the parameters are those with
         the lowest held-out loss.
@@ -163,7 +144,6 @@ class Training:
             loss = self._step(self._spent(ahead=0.5))
             if not math.isfinite(loss):
                 state.stopped = f"the loss was not finite at step {state.step + 1}"
-                state.diverged = True
                 break
             self.losses.append(loss)
             state.step += 1
@@ -209,7 +189,6 @@ class Training:
                     f"the held-out loss is {held_out_loss} before any training: outputs",
                 )
             state.stopped = f"the held-out loss became {held_out_loss} at step {state.step}"
-            state.diverged = True
             return
         entry = Evaluation(
             step=state.step,
@@ -222,10 +201,6 @@ class Training:
         state.evaluations.append(entry)
         if held_out_loss < state.evaluations[state.best].held_out_loss:
             state.best = len(state.evaluations) - 1
-        elif (patience := self.options.patience) is not None and _is_stalled(
-            [evaluation.held_out_loss for evaluation in state.evaluations], patience
-        ):
-            state.stopped = f"no better held-out loss in {patience} evaluations"
         state.seconds = self._seconds()
         self.checkpoints.save(state, self.trainable.parameters, self.optimizer)
         words = f"held-out perplexity {entry.perplexity:.3f}"
@@ -257,9 +232,8 @@ class Training:
         # A single bad step would spoil weights and moments for good, so it is not taken.
         if math.isfinite(total) and bool(norm.isfinite()):
             peak = self.options.peak_rate(self.trainable.weight_rms)
-            rate = learning_rate(peak, spent, self.options.warmup)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate * group["multiple"]
+            (group,) = self.optimizer.param_groups
+            group["lr"] = learning_rate(peak, spent, self.options.warmup)
             self.optimizer.step()
         else:
             total = math.nan

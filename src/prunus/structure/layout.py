@@ -1,8 +1,8 @@
-"""Which tensors of a block become smaller, and along which axis.
+"""Which tensors of a block a smaller model has, and whether it computes the same.
 
 Nothing here knows the families. The model that the new configuration describes is built without
-weights, and its shapes are compared with those of the old one. Where an axis is shorter, the tensor
-is cut; any other difference is refused before any work. So a tensor is cut exactly where
+weights, and its shapes are compared with those of the old one. Only axes with an entry per expert
+may be shorter; any other difference is refused before any work. So a tensor is cut exactly where
 transformers expects it to be.
 
 Names of tensors and modules here are relative to their block, such as `mlp.down_proj.weight`.
@@ -10,8 +10,7 @@ Names of tensors and modules here are relative to their block, such as `mlp.down
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
 import torch
@@ -34,51 +33,37 @@ def experts_in(block: nn.Module) -> list[Experts]:
     return [module for module in block.modules() if isinstance(module, Experts)]
 
 
-def old_names(block: nn.Module, new: Collection[str], experts: Sequence[int]) -> dict[str, str]:
-    """New name -> old name of the tensors of a block in which only some experts stay.
+def with_experts(
+    block: nn.Module,
+    tensors: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    kept: Sequence[int],
+) -> dict[str, Tensor]:
+    """The tensors of a block in which only some experts stay, with the same bytes.
 
     Args:
         block: The old block.
-        new: Names of the tensors of the new block, whose experts count from 0 again.
-        experts: Old numbers of the experts that stay, in their new order.
+        tensors: Its tensors.
+        shapes: Name -> shape of the tensors of the new block, whose experts count from 0 again.
+        kept: Old numbers of the experts that stay, in their new order.
     """
-    old_by_new = {name: name for name in new}
-    for path in (name for name, module in block.named_modules() if isinstance(module, Experts)):
-        for name in new:
-            match = re.match(rf"{re.escape(path)}\.(\d+)\.", name)
-            if match:
-                old_by_new[name] = f"{path}.{experts[int(match[1])]}.{name[match.end() :]}"
-    return old_by_new
-
-
-def axis_that_changes(old: Sequence[int], new: Sequence[int]) -> int | None:
-    """The one axis in which two shapes differ; None if they are equal.
-
-    Raises:
-        ValueError: They differ in more than one axis, or in the number of axes.
-
-    >>> axis_that_changes((8, 32), (6, 32)), axis_that_changes((8, 32), (8, 32))
-    (0, None)
-    """
-    differ = [axis for axis, sizes in enumerate(zip(old, new, strict=False)) if len({*sizes}) > 1]
-    if len(old) != len(new) or len(differ) > 1:
-        raise ValueError(f"shapes {tuple(old)} and {tuple(new)} differ in more than one axis")
-    return differ[0] if differ else None
-
-
-def cut(tensor: Tensor, axis: int | None, entries: Sequence[int]) -> Tensor:
-    """Some entries of an axis of a tensor, with the same bytes; all of it if axis is None.
-
-    >>> cut(torch.tensor([[1, 2, 3]]), 1, [0, 2])
-    tensor([[1, 3]])
-    """
-    return tensor if axis is None else tensor.index_select(axis, torch.tensor(list(entries)))
+    # `plan_structure` refuses blocks with several mixtures.
+    (path,) = (f"{name}." for name, module in block.named_modules() if isinstance(module, Experts))
+    found = {}
+    for name, shape in shapes.items():
+        number, _, rest = name.removeprefix(path).partition(".")
+        in_expert = name.startswith(path) and number.isdigit()
+        tensor = tensors[f"{path}{kept[int(number)]}.{rest}" if in_expert else name]
+        # A router has an entry per expert; `check_same_blocks` found at most one such axis.
+        axis = next((i for i, size in enumerate(shape) if tensor.shape[i] != size), None)
+        found[name] = tensor if axis is None else tensor.index_select(axis, torch.tensor(kept))
+    return found
 
 
 def check_same_blocks(
     old: Skeleton, new: Skeleton, made_from: Sequence[int], may_change: AbstractSet[tuple[int, int]]
 ) -> None:
-    """Check that each block of a smaller model computes what the old block did, but for its sizes.
+    """Check that each block of a smaller model computes what the old one did, but for its experts.
 
     Classes of modules, their plain attributes and shapes of tensors are compared, outside single
     experts, whose numbers change. This refuses families whose blocks depend on their position by
@@ -88,7 +73,7 @@ def check_same_blocks(
         old: The model, without weights.
         new: The smaller model, without weights.
         made_from: The old position of each block of `new`.
-        may_change: The pairs (size before, size after) of all that becomes smaller.
+        may_change: The pairs (size before, size after) of all that counts experts.
 
     Raises:
         NotImplementedError: Something else differs; the message names it.

@@ -6,23 +6,22 @@ The smaller model is built without weights and compared with the old one, block 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from prunus.engine.job import RunJob, measured_memory, windows_per_batch
 from prunus.engine.options import RunOptions
-from prunus.engine.plan import check_memory, open_model, run_facts
+from prunus.engine.plan import OpenModel, check_memory, open_model, run_facts
 from prunus.engine.session import SILENT, Session
-from prunus.methods.statistics import Needs
-from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.config import (
     blocks_that_take_images,
     expert_count,
     expert_groups,
     experts_per_token,
     parsed,
+    read_config,
     rewritten,
     without_blocks,
 )
@@ -30,11 +29,6 @@ from prunus.model.kinds import require_causal
 from prunus.model.skeleton import Skeleton
 from prunus.structure.layout import check_same_blocks, experts_in
 from prunus.structure.records import Amount, StructureRecipe
-from prunus.structure.width_layout import LayoutFinder
-from prunus.structure.width_plan import WidthPlan, WidthPlanner
-
-#: A search reads this many windows, cut to this many tokens, as one batch.
-PROBE_WINDOWS, PROBE_TOKENS = 8, 128
 
 
 @dataclass(frozen=True)
@@ -69,49 +63,18 @@ class StructureJob(RunJob):
 
     #: What the run was asked to remove.
     recipe: StructureRecipe
-    #: The content of the source's config.json.
-    raw: dict[str, Any] = field(default_factory=dict)
     #: How many experts stay; None if all do, or if there are none.
-    experts: ExpertPlan | None = None
+    experts: ExpertPlan | None
     #: How many blocks stay. Which ones, the search decides later.
-    keep_blocks: int = 0
-    #: Which channels and heads there are, and how many stay; None if all do.
-    width: WidthPlan | None = None
-
-    @property
-    def measures_blocks(self) -> bool:
-        """Whether windows run through the blocks that stay, to choose inside them or to train."""
-        return self.experts is not None or self.width is not None or self.recipe.repair
+    keep_blocks: int
 
     @functools.cached_property
-    def full_width(self) -> Skeleton:
-        """The old model with only the experts that stay: what becomes narrower."""
-        return self.skeleton if self.experts is None else self.build({})[1]
-
-    def build(self, changes: Mapping[str, Any]) -> tuple[dict[str, Any], Skeleton]:
-        """The model with fewer experts and changed fields (canonical name -> new value).
-
-        Returns:
-            The content of its config.json, and the model without weights.
-
-        Raises:
-            NotImplementedError: The family has no such model.
-        """
-        fewer = {self.experts.field: self.experts.keep} if self.experts is not None else {}
-        config = self.source.config
-        changes = fewer | dict(changes)
-        changed = rewritten(self.raw, config, changes)
-        trust = self.options.trust_remote_code
-        try:
-            return changed, Skeleton(parsed(config, changed), self.dtype, trust)
-        except Exception as fault:  # a configuration class may refuse with an error of any kind
-            raise NotImplementedError(
-                f"the family {config.model_type} has no model with "
-                f"{', '.join(f'{name} = {value}' for name, value in changes.items())}: {fault}"
-            ) from fault
+    def raw(self) -> dict[str, Any]:
+        """The content of the source's config.json."""
+        return read_config(self.checkpoint.checkpoint.folder / "config.json")
 
     def smaller(self, made_from: Sequence[int]) -> SmallerModel:
-        """The model in which only some blocks stay, with all else that the recipe asks for.
+        """The model in which only some blocks stay, with the experts that the recipe leaves.
 
         Args:
             made_from: The old positions of the blocks that stay, rising.
@@ -122,14 +85,20 @@ class StructureJob(RunJob):
         """
         config = self.source.config
         self._check_images(made_from)
-        changes = without_blocks(config.get_text_config(), made_from, len(self.skeleton))
+        changes: dict[str, Any] = {}
         sizes: set[tuple[int, int]] = set()
         if (plan := self.experts) is not None:
+            changes = {plan.field: plan.keep}
             sizes = {(plan.count // parts, plan.keep // parts) for parts in (1, plan.groups)}
-        if self.width is not None:
-            changes |= self.width.changes
-            sizes |= self.width.sizes
-        raw, skeleton = self.build(changes)
+        changes |= without_blocks(config.get_text_config(), made_from, len(self.skeleton))
+        raw = rewritten(self.raw, config, changes)
+        try:
+            skeleton = Skeleton(parsed(config, raw), self.dtype, self.options.trust_remote_code)
+        except Exception as fault:  # a configuration class may refuse with an error of any kind
+            raise NotImplementedError(
+                f"the family {config.model_type} has no model with "
+                f"{', '.join(f'{name} = {value}' for name, value in changes.items())}: {fault}"
+            ) from fault
         if len(skeleton) != len(made_from):
             raise NotImplementedError(
                 f"the configuration of the family {config.model_type} does not say how many blocks "
@@ -138,7 +107,7 @@ class StructureJob(RunJob):
         check_same_blocks(self.skeleton, skeleton, made_from, sizes)
         return SmallerModel(raw, skeleton, list(made_from))
 
-    def smaller_by_one(self, left: Sequence[int], order: Iterable[int]) -> int:
+    def smaller_by_one(self, left: Sequence[int], order: Sequence[int]) -> int:
         """The first block that the model can do without.
 
         Args:
@@ -148,16 +117,14 @@ class StructureJob(RunJob):
         Raises:
             NotImplementedError: The family can do without none of them.
         """
-        fault = None
         for block in order:
             try:
                 self.smaller([index for index in left if index != block])
-            except NotImplementedError as error:
-                fault = error
-            else:
-                return block
-        assert fault is not None
-        raise fault
+                break
+            except NotImplementedError:
+                if block == order[-1]:
+                    raise
+        return block
 
     def _check_images(self, made_from: Sequence[int]) -> None:
         """Check that blocks which are given features of images keep their positions."""
@@ -179,8 +146,6 @@ def plan_structure(
 ) -> StructureJob:
     """Check all that needs neither weights nor text, and decide how much of each part stays.
 
-    Weights are read only where shapes leave open which rows are which heads or channels.
-
     Args:
         model: A checkpoint folder or a hub id.
         recipe: What is removed.
@@ -189,11 +154,15 @@ def plan_structure(
         decided_dtype: What dtype "auto" meant in the run that is resumed; None for a new run.
 
     Raises:
-        ValueError: A number of the recipe does not fit the model, or memory does not suffice.
+        ValueError: Nothing is to be removed, a number of the recipe does not fit the model, or
+            memory does not suffice.
         NotImplementedError: The family cannot lose these parts.
         FileNotFoundError, OSError: As `open_model`.
     """
-    needs: Needs = "gram" if recipe.narrows else "norms"
+    if recipe.experts is None and recipe.blocks is None:
+        raise ValueError(
+            "nothing is to be removed: give `experts` 0.25 or `blocks` 0.1, for example"
+        )
     opened = open_model(model, options, session)
     require_causal(opened.source.config, "prunus shrink")
     facts = run_facts(
@@ -201,7 +170,7 @@ def plan_structure(
         recipe,
         options,
         session,
-        needs=needs,
+        needs="norms",
         needs_inputs=True,
         adds_ridge=True,
         decided_dtype=decided_dtype,
@@ -209,35 +178,27 @@ def plan_structure(
     window_tokens = opened.skeleton.window_shape(0, recipe.seqlen)[0]
     trains = "repair" if recipe.repair else ""
     every = range(len(opened.skeleton))
+    keep_blocks = len(every)
+    if recipe.blocks is not None:
+        of = f"blocks of {opened.name}"
+        keep_blocks = _checked_count("blocks", recipe.blocks, keep_blocks, every[1:], of)
     job = StructureJob(
         **facts,
         batch=windows_per_batch(recipe.samples, window_tokens, recipe.batch, trains),
-        keep_blocks=len(every),
+        experts=_plan_experts(opened, recipe.experts) if recipe.experts is not None else None,
+        keep_blocks=keep_blocks,
     )
-    job = replace(job, raw=read_json(job.checkpoint.checkpoint.folder / "config.json"))
-    if recipe.experts is not None:
-        job = replace(job, experts=_plan_experts(job, recipe.experts))
-    if recipe.blocks is not None:
-        of = f"blocks of {job.model_name}"
-        keep_blocks = _checked_count("blocks", recipe.blocks, len(every), every[1:], of)
-        job = replace(job, keep_blocks=keep_blocks)
-    if recipe.narrows:
-        planner = WidthPlanner(
-            old=job.full_width,
-            config=job.source.config.get_text_config(),
-            name=job.model_name,
-            build=lambda changes: job.build(changes)[1],
-            finder=LayoutFinder(job.skeleton, job.source, job.device),
-        )
-        job = replace(job, width=planner.plan(recipe))
     # Both build models without weights, so that a family which cannot do it is refused now.
     job.smaller(every)
     if job.keep_blocks < len(every):
         job.smaller_by_one(every, every)
     # The windows also run through the old model, whose outputs repair learns.
-    trained = every if recipe.repair else ()
-    extra = [0] * len(every)
-    memory = measured_memory(job, dense=recipe.repair, trained=trained, extra=extra)
+    memory = measured_memory(
+        job,
+        dense=recipe.repair,
+        trained=every if recipe.repair else (),
+        extra=[0] * len(every),
+    )
     job = replace(job, memory=memory)
     check_memory(job)
     return job
@@ -266,16 +227,15 @@ def _checked_count(name: str, asked: Amount, count: int, possible: Sequence[int]
     return keep
 
 
-def _plan_experts(job: StructureJob, asked: Amount) -> ExpertPlan:
+def _plan_experts(opened: OpenModel, asked: Amount) -> ExpertPlan:
     """How many experts stay.
 
     Raises:
         ValueError: The model has none, or the number does not fit.
         NotImplementedError: The configuration does not describe the experts by one number.
     """
-    config = job.source.config.get_text_config()
-    name = job.model_name
-    modules = [experts_in(block) for block in job.skeleton.blocks]
+    config, name = opened.source.config.get_text_config(), opened.name
+    modules = [experts_in(block) for block in opened.skeleton.blocks]
     counts = {module.count for mixtures in modules for module in mixtures}
     if not counts:
         raise ValueError(

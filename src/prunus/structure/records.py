@@ -15,17 +15,16 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from prunus.engine.linear_record import ReconstructionRecord
 from prunus.engine.options import WindowOptions
-from prunus.engine.record import BlockwiseRecord, Part
+from prunus.engine.record import BlockwiseRecord, Part, RunInputs
 from prunus.hardware.sizes import counted
-from prunus.options import Option, between
+from prunus.options import Option, Options
 from prunus.options.declaration import percent
 
 #: A share to remove, a float in (0, 1), or a number to keep, an int of at least 1.
 Amount = float | int
 
-# Headings of --help.
+# A heading of --help.
 _CHOICE = "Choice of parts, and repair"
-_WIDTH = "Width"
 
 
 class StructureRecipe(WindowOptions):
@@ -34,12 +33,18 @@ class StructureRecipe(WindowOptions):
     None for a part means that all of it stays.
 
     Raises:
-        pydantic.ValidationError: A `ValueError`. An option is out of range, or nothing is to be
-            removed.
+        ValueError: An option is out of range.
 
     >>> StructureRecipe(experts=0.25).saliency
     'reap'
     """
+
+    #: Options of versions before 0.4.0.
+    ELSEWHERE: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("width", "heads", "kv_heads"),
+        "the width was removed in 0.4.0, and `blocks` with repair loses as little at the same size "
+        "(measured at 75 and 60 % of the parameters)",
+    )
 
     experts: Annotated[
         Amount | None,
@@ -66,33 +71,6 @@ class StructureRecipe(WindowOptions):
             "absence changes the next-token distribution least is removed, and the others are "
             "measured again.",
             metavar="AMOUNT",
-        ),
-    ] = None
-    width: Annotated[
-        float | None,
-        Option(
-            "Remove this share of heads and channels, such as 0.25. The channels are those of each "
-            "MLP and each expert.",
-            metavar="SHARE",
-            within=between("(0, 1)", ", a share to remove"),
-        ),
-    ] = None
-    heads: Annotated[
-        int | None,
-        Option(
-            "Keep this number of query heads. With all of them, only the MLPs become narrower.",
-            metavar="N",
-            panel=_WIDTH,
-            default="by the share of the width, as nearly as key-value groups allow",
-        ),
-    ] = None
-    kv_heads: Annotated[
-        int | None,
-        Option(
-            "Keep this number of key-value heads.",
-            metavar="N",
-            panel=_WIDTH,
-            default="by the share of the width",
         ),
     ] = None
     repair: Annotated[
@@ -123,22 +101,6 @@ class StructureRecipe(WindowOptions):
             f"such as 6; got {raw!r}{percent(raw) if isinstance(raw, str) else ''}"
         )
 
-    @model_validator(mode="after")
-    def _asks_for_something(self) -> StructureRecipe:
-        names = ("experts", "blocks", "width", "heads", "kv_heads")
-        if all(getattr(self, name) is None for name in names):
-            raise ValueError(
-                "nothing is to be removed: give `experts` 0.25, `blocks` 0.1 or `width` 0.25, for "
-                "example"
-            )
-        return self
-
-    @property
-    def narrows(self) -> bool:
-        """Whether channels or heads are removed."""
-        amounts = (self.width, self.heads, self.kv_heads)
-        return any(amount is not None for amount in amounts)
-
 
 class ExpertChange(Part):
     """Which experts of one block stay, and what decided it."""
@@ -149,20 +111,6 @@ class ExpertChange(Part):
     saliency: list[float]
     #: How many calibration tokens chose each old expert.
     tokens: list[int]
-
-
-class PartChange(Part):
-    """Which channels of one MLP, or which heads of one block, stay, and what it costs.
-
-    X are the calibration inputs of the linear that reads the parts, W its trained weight.
-    """
-
-    #: Old numbers of the channels or query heads that stay, rising.
-    kept: list[int]
-    #: ‖X(W − W')ᵀ‖² / ‖XWᵀ‖², with W' the least-squares fit of the columns that stay.
-    error: float
-    #: The same relative error if the columns that stay had their trained weights.
-    error_before_fit: float
 
 
 class SearchStep(Part):
@@ -184,6 +132,9 @@ class SearchStep(Part):
 class BlockChange(Part):
     """What happened to one block of the result."""
 
+    # Versions before 0.4.0 could make a block narrower, and said so in the field `width`.
+    model_config = ConfigDict(extra="ignore")
+
     #: Full name of the block in the result, such as `model.layers.3`.
     name: str
     #: Old position of the block.
@@ -192,10 +143,6 @@ class BlockChange(Part):
     input_sha256: str
     #: None for a block that has no experts or keeps all of them.
     experts: ExpertChange | None = None
-    #: What became narrower -> what happened to it. The keys are `heads`, and `channels` for the
-    #: only MLP of a block. Where a block has several MLPs, such as experts, the key of each is the
-    #: relative name of the linear that reads its channels.
-    width: dict[str, PartChange] = Field(default_factory=dict)
     #: The training towards the dense model; None for a block that was not trained.
     repair: ReconstructionRecord | None = None
     #: Time for the block in seconds, without its training.
@@ -218,34 +165,44 @@ class StructureRecord(BlockwiseRecord):
     left_out: list[str] = Field(default_factory=list)
     #: The finished blocks of the result, in their order.
     blocks: list[BlockChange] = Field(default_factory=list)
+    #: The options of a version before 0.4.0 that removed heads and channels too; empty for others.
+    narrower: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_former_options(cls, content: Any) -> Any:
+        """Move the options of the width from the recipe of an earlier version to `narrower`."""
+        recipe = content.get("recipe") if isinstance(content, dict) else None
+        former = StructureRecipe.ELSEWHERE.keys()
+        if not isinstance(recipe, dict) or not former & recipe.keys():
+            return content
+        narrower = {name: recipe[name] for name in former if recipe.get(name) is not None}
+        rest = {name: value for name, value in recipe.items() if name not in former}
+        return content | {"recipe": rest, "narrower": narrower}
+
+    def check_same_run(self, recipe: Options, inputs: RunInputs | None = None) -> None:
+        """As `RunRecord.check_same_run`; a run that also removed heads and channels is another."""
+        if self.narrower:
+            raise FileExistsError(
+                "the output folder holds a model without some heads and channels, which prunus "
+                "removes no more; it is left as it is. Choose another folder, or `overwrite` to "
+                "replace it"
+            )
+        super().check_same_run(recipe, inputs)
 
 
 def what_was_removed(record: StructureRecord) -> list[str]:
     """One line per kind of part that was removed, and one for the repair; for people to read.
 
     >>> step = SearchStep(block=2, value=0.25, candidates=[0.5, None, 0.25])
-    >>> what_was_removed(StructureRecord.model_construct(search=[step], blocks=[]))
+    >>> what_was_removed(StructureRecord.model_construct(search=[step]))
     ['blocks 2 were removed; divergence at the last step 0.2500']
     """
-    lines = []
+    lines = ["heads and channels were removed by an earlier version"] if record.narrower else []
     if record.search:
         last = record.search[-1]
         removed = ", ".join(str(step.block) for step in record.search)
         lines.append(f"blocks {removed} were removed; divergence at the last step {last.value:.4f}")
-    # The key "" collects the MLPs of blocks that have several.
-    narrower: dict[str, list[PartChange]] = {"channels": [], "heads": [], "": []}
-    for block in record.blocks:
-        for name, part in block.width.items():
-            narrower[name if name in narrower else ""].append(part)
-    for name, parts in narrower.items():
-        if parts:
-            subject = (
-                f"{len(parts[0].kept)} of the {name} stay in each of {counted(len(parts), 'block')}"
-            )
-            if not name:
-                subject = f"{len(parts)} experts and other MLPs of blocks with several are narrower"
-            mean = sum(part.error for part in parts) / len(parts)
-            lines.append(f"{subject}; mean relative error where they are read {mean:.3%}")
     changes = [block.experts for block in record.blocks if block.experts is not None]
     if changes:
         lines.append(

@@ -23,9 +23,11 @@ from prunus.engine.job import HashedSource
 from prunus.engine.session import Session
 from prunus.methods.structured import divergence_sum
 from prunus.model.stream import Stream
-from prunus.structure.plan import PROBE_TOKENS, PROBE_WINDOWS, StructureJob
+from prunus.structure.plan import StructureJob
 from prunus.structure.records import SearchStep, StructureRecord
 
+# The search reads this many windows, cut to this many tokens, as one batch.
+_PROBE_WINDOWS, _PROBE_TOKENS = 8, 128
 # All candidates are measured in every fourth step. The steps in between measure the better half of
 # those that the step before measured.
 _FULL_STEPS = 4
@@ -38,7 +40,7 @@ def choose_blocks(
     record: StructureRecord,
     save: Callable[[], object],
 ) -> list[int]:
-    """The old positions of the blocks that stay, rising.
+    """Search greedily for the blocks to remove. All ranks call it.
 
     Args:
         job: The checked run.
@@ -48,39 +50,20 @@ def choose_blocks(
             added.
         save: Called after each new step, which the record holds by then.
 
+    Returns:
+        The old positions of the blocks that stay, rising.
+
     Raises:
         NotImplementedError: The family cannot do without any further block.
         ValueError: The hidden states of the candidates do not fit in the memory budget.
     """
-    count = len(job.skeleton)
-    steps = record.search
-    if len(steps) < count - job.keep_blocks:
-        _search_by_divergence(job, session, ids[:PROBE_WINDOWS, :PROBE_TOKENS], record, save)
-    return _blocks_left(steps, count)
-
-
-def _blocks_left(steps: Sequence[SearchStep], count: int) -> list[int]:
-    """Positions of the blocks that stay after some steps, rising."""
-    removed = {step.block for step in steps}
-    return [index for index in range(count) if index not in removed]
-
-
-def _search_by_divergence(
-    job: StructureJob,
-    session: Session,
-    probes: Tensor,
-    record: StructureRecord,
-    save: Callable[[], object],
-) -> None:
-    """Search greedily by KL divergence on the windows `probes`, (windows, tokens).
-
-    All ranks call it. Rank 0 does it, and the others get its steps.
-    """
+    count, steps = len(job.skeleton), record.search
+    if len(steps) >= count - job.keep_blocks:
+        return _blocks_left(steps, count)
+    probes = ids[:_PROBE_WINDOWS, :_PROBE_TOKENS]
     _check_room(job, probes)
-    steps = record.search
 
     def search() -> list[dict[str, Any]]:
-        count = len(job.skeleton)
         source = HashedSource(job.source, job.skeleton, record.measured)
         stream = Stream(job.skeleton, source, job.device)
         with contextlib.closing(stream):
@@ -97,16 +80,23 @@ def _search_by_divergence(
                 save()
         return [step.model_dump() for step in steps]
 
+    # Rank 0 searches, and the others get its steps.
     steps[:] = [SearchStep.model_validate(step) for step in session.ranks.on_rank_0(search)]
+    return _blocks_left(steps, count)
+
+
+def _blocks_left(steps: Sequence[SearchStep], count: int) -> list[int]:
+    """Positions of the blocks that stay after some steps, rising."""
+    removed = {step.block for step in steps}
+    return [index for index in range(count) if index not in removed]
 
 
 def _take(job: StructureJob, steps: list[SearchStep], values: dict[int, float]) -> None:
     """Add the step that removes the block of the lowest value which the family can do without."""
     count = len(job.skeleton)
-    left = _blocks_left(steps, count)
-    order = sorted(values.keys() & set(left), key=lambda index: (values[index], index))
-    block = job.smaller_by_one(left, order)
-    candidates = [values.get(index) if index in left else None for index in range(count)]
+    order = sorted(values, key=lambda index: (values[index], index))
+    block = job.smaller_by_one(_blocks_left(steps, count), order)
+    candidates = [values.get(index) for index in range(count)]
     steps.append(SearchStep(block=block, value=values[block], candidates=candidates))
 
 

@@ -2,17 +2,13 @@
 
     measure ► choose what is removed ► cut ► repair ► run the windows through the result
 
-The hidden states are those of the smaller model. So every block is measured on what will reach it.
-
-Experts are chosen first. Then the windows run to the linear that reads the heads (`o`), whose heads
-are chosen and whose remaining columns are fitted. Then they run to the one that reads the channels
-of the MLP (`down`), after the smaller attention. In a mixture of experts these are all experts at
-once, each on the tokens that chose it.
+The hidden states are those of the smaller model. So the experts of every block are measured on what
+will reach them, and repair trains every block on that.
 
 A block has an old position in the source (`old_index`) and a new one in the result (`new_index`).
 Names of tensors and linears are relative to their block, such as `mlp.down_proj.weight`.
 
-Shape suffixes: O outputs, I inputs, E experts.
+Shape suffix: E experts.
 """
 
 from __future__ import annotations
@@ -22,11 +18,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prunus.distributed import Ranks, own_part, split_range
-from prunus.engine.block.hooks import input_hooks, tokens_of
 from prunus.engine.linear_job import training_dtype
 from prunus.engine.linear_record import ReconstructionRecord
 from prunus.engine.loop import FinishedBlock, StoredBlock, check_same
@@ -37,17 +31,11 @@ from prunus.engine.reconstruction.reconstruct_block import (
     step_ranks,
 )
 from prunus.engine.record import Walk
-from prunus.methods.solvers.least_squares import ridge
-from prunus.methods.statistics import InputStatistics, StatisticsSpec
-from prunus.methods.structured import ExpertSums, Reader, columns_of, kept_experts
-from prunus.model.experts import Experts
-from prunus.model.linears import Linear
+from prunus.methods.structured import ExpertSums, kept_experts
 from prunus.model.stream import Stream
-from prunus.structure.layout import axis_that_changes, cut, experts_in, old_names, shapes_of
-from prunus.structure.plan import SmallerModel, StructureJob
-from prunus.structure.records import BlockChange, ExpertChange, PartChange
-from prunus.structure.width_layout import KeptUnits, PartLayout
-from prunus.structure.width_plan import HeadPlan
+from prunus.structure.layout import experts_in, shapes_of, with_experts
+from prunus.structure.plan import ExpertPlan, SmallerModel, StructureJob
+from prunus.structure.records import BlockChange, ExpertChange
 
 
 class ShrinkStep:
@@ -78,8 +66,9 @@ class ShrinkStep:
         self._repair: Repair | None = None
         self._open = contextlib.ExitStack()
         self._open.callback(self._stream.close)
-        # Without repair, a removed block changes no other. Only experts and width need windows.
-        batches = ids.split(job.batch) if job.measures_blocks else ()
+        # Without repair, a removed block changes no other. Only experts need windows.
+        needs_windows = job.recipe.repair or job.experts is not None
+        batches = ids.split(job.batch) if needs_windows else ()
         batches_of_rank = own_part(ranks, batches)
         on_device = job.memory.hidden_states_stay
         spill_folder = spill_to if job.memory.spills else None
@@ -147,39 +136,26 @@ class ShrinkStep:
         name = self._smaller.skeleton.block_name(new_index)
         change = BlockChange(name=name, made_from=old_index, input_sha256=stored.digest)
         tensors = dict(stored.tensors)
-        mixtures = experts_in(job.skeleton.blocks[old_index]) if job.experts is not None else []
-        if mixtures:  # `plan_structure` refuses blocks with more than one
-            change.experts = self._choose_experts(new_index, old_index, tensors, mixtures[0])
-            experts_kept = change.experts.kept
-            shapes = shapes_of(job.full_width.blocks[old_index])
-            tensors = {
-                new: cut(
-                    tensors[old], axis_that_changes(tensors[old].shape, shapes[new]), experts_kept
-                )
-                for new, old in old_names(
-                    job.skeleton.blocks[old_index], shapes, experts_kept
-                ).items()
-            }
-        if job.width is not None:
-            tensors, change.width = narrow(
-                job, self._ranks, self._stream, new_index, old_index, tensors
-            )
+        block = job.skeleton.blocks[old_index]
+        if job.experts is not None and experts_in(block):
+            change.experts = self._choose_experts(new_index, old_index, tensors, job.experts)
+            shapes = shapes_of(self._smaller.skeleton.blocks[new_index])
+            tensors = with_experts(block, tensors, shapes, change.experts.kept)
         change.seconds = round(time.perf_counter() - started, 3)
         return tensors, change
 
     def _choose_experts(
-        self, new_index: int, old_index: int, stored: Mapping[str, Tensor], experts: Experts
+        self, new_index: int, old_index: int, stored: Mapping[str, Tensor], plan: ExpertPlan
     ) -> ExpertChange:
         """Choose the experts of a block that stay, on all windows.
 
         The stream stays before the block, because the block that it runs through is smaller.
         """
-        job = self._job
-        stream = self._stream
-        plan = job.experts
-        assert plan is not None
+        job, stream = self._job, self._stream
         sums = ExpertSums(plan.count)
         forward = stream.forward(new_index, job.skeleton.fill(old_index, stored, stream.device))
+        # `plan_structure` refuses blocks with several mixtures.
+        (experts,) = experts_in(job.skeleton.blocks[old_index])
         experts.on_output = sums.add
         try:
             for batch in range(len(stream)):
@@ -194,151 +170,6 @@ class ShrinkStep:
             saliency=saliency_E.tolist(),
             tokens=sums.tokens_E.tolist(),
         )
-
-
-def narrow(
-    job: StructureJob,
-    ranks: Ranks,
-    stream: Stream,
-    new_index: int,
-    old_index: int,
-    stored: Mapping[str, Tensor],
-) -> tuple[dict[str, Tensor], dict[str, PartChange]]:
-    """Make one block narrower.
-
-    Args:
-        job: The checked run, which has a plan of the width.
-        ranks: The processes of the run.
-        stream: The windows of the smaller model. They are before the block, and stay there.
-        new_index: New position of the block.
-        old_index: Old position of the block.
-        stored: The tensors of the block at full width, by relative name, with only the experts
-            that stay.
-
-    Returns:
-        The tensors of the narrower block, and what became narrower (`BlockChange.width`).
-    """
-    full = job.full_width
-    plan = job.width
-    assert plan is not None
-    layout = plan.attention[old_index]
-    block = full.fill(old_index, stored, stream.device)
-    linears = {linear.name: linear for linear in full.linears(old_index)}
-    tensors = dict(stored)
-    change: dict[str, PartChange] = {}
-    # All cuts come at the end, so that the block runs at full width until then.
-    cuts: list[tuple[PartLayout, KeptUnits]] = []
-    if plan.heads is not None and layout is not None:
-        linear = linears[layout.reader]
-        (reader,) = _measured(stream, new_index, block, [linear], ranks)
-        heads = _keep_heads(reader, plan.heads, layout.read.width)
-        change["heads"] = _fit(linear, tensors, reader, heads, layout.read.width)
-        per_group = plan.heads.heads // plan.heads.groups
-        groups = sorted({head // per_group for head in heads})
-        cuts.append((layout, {"heads": heads, "groups": groups}))
-    for parts in _at_once(plan.mlps[old_index], job.memory.budget):
-        down = [linears[part.reader] for part in parts]
-        readers = _measured(stream, new_index, block, down, ranks)
-        for part, linear, reader in zip(parts, down, readers, strict=True):
-            channels = reader.keep(part.read.units, 1, part.keep)
-            name = part.reader if len(plan.mlps[old_index]) > 1 else "channels"
-            change[name] = _fit(linear, tensors, reader, channels, 1)
-            cuts.append((part, {"channels": channels}))
-    full.release(old_index)
-    for part, units in cuts:
-        for name, axis_cut in part.cuts.items():
-            tensors[name] = cut(tensors[name], axis_cut.axis, axis_cut.entries(units))
-    return tensors, change
-
-
-def _at_once(parts: Sequence[PartLayout], budget: int) -> list[Sequence[PartLayout]]:
-    """Parts whose Gram matrices fit in a quarter of the memory budget together, or single ones."""
-    # Bytes of a float32 Gram matrix. Only a shared expert has another number of channels.
-    largest = max((4 * part.read.units**2 for part in parts), default=1)
-    count = max(1, budget // 4 // largest)
-    return [parts[first : first + count] for first in range(0, len(parts), count)]
-
-
-def _measured(
-    stream: Stream, new_index: int, block: nn.Module, linears: Sequence[Linear], ranks: Ranks
-) -> list[Reader]:
-    """Measure the inputs of some linears; those of an expert are the tokens that chose it."""
-    spec = StatisticsSpec(needs="gram", means=True, distributed=ranks.size > 1)
-    statistics = {
-        linear.name: InputStatistics(linear.shape[1], spec, stream.device) for linear in linears
-    }
-    forward = stream.forward(new_index, block)
-    with input_hooks(linears, lambda linear, x: statistics[linear.name].add(tokens_of(x))):
-        for batch in range(len(stream)):
-            forward(batch)
-    for name, inputs in statistics.items():
-        inputs.complete(ranks)
-        inputs.check_finite(f"{stream.skeleton.block_name(new_index)}.{name}")
-    return [_reader(linear, statistics.pop(linear.name)) for linear in linears]
-
-
-def _reader(linear: Linear, statistics: InputStatistics) -> Reader:
-    """A linear with its measured inputs, on the CPU, where units are chosen and columns fitted."""
-    gram_II = statistics.gram_II
-    sum_I = statistics.sum_I
-    assert gram_II is not None and sum_I is not None
-    weight_OI = linear.weight_OI.to("cpu", torch.float32, copy=True)
-    reader = Reader(weight_OI, gram_II.cpu(), ridge(statistics.in_features, statistics.tokens))
-    bias = linear.module.bias
-    if not isinstance(bias, Tensor):
-        return reader
-    bias_O = bias.detach().to("cpu", torch.float32, copy=True)
-    return reader.with_bias(bias_O, sum_I.cpu(), statistics.tokens)
-
-
-def _keep_heads(reader: Reader, plan: HeadPlan, size: int) -> list[int]:
-    """The numbers of the query heads that stay.
-
-    Whole groups are removed first, and then heads of the groups that stay, as many from each. A
-    head has `size` inputs of the reader.
-    """
-    per_group = plan.heads // plan.groups
-    groups = reader.keep(plan.groups, per_group * size, plan.keep_groups)
-    if plan.keep_heads == plan.keep_groups * per_group:
-        return [group * per_group + i for group in groups for i in range(per_group)]
-    # The rest is scored anew, after the least-squares fit to it.
-    bias = range(plan.heads * size, len(reader.gram_II))
-    rest = reader.only([*columns_of(groups, per_group * size), *bias])
-    left = rest.keep(len(groups) * per_group, size, plan.keep_heads, plan.keep_groups)
-    return [groups[head // per_group] * per_group + head % per_group for head in left]
-
-
-def _fit(
-    linear: Linear, tensors: dict[str, Tensor], reader: Reader, units: list[int], width: int
-) -> PartChange:
-    """Fit the columns of a linear that stay, in the block and in its tensors.
-
-    Both keep their full width: what is removed is 0 until it is cut.
-
-    Args:
-        linear: The linear in the block; its weight is overwritten.
-        tensors: The tensors of the block by name; those of the linear are replaced.
-        reader: The same linear with its measured inputs.
-        units: The numbers of the channels or heads that stay.
-        width: How many inputs a unit has.
-    """
-    weight_OI = reader.weight_OI
-    inputs = linear.shape[1]
-    # A bias is one more column, after those of the inputs, and always stays.
-    columns = [*columns_of(units, width), *range(inputs, weight_OI.shape[1])]
-    fitted_OI = reader.fit(columns)
-    plain_OI = torch.zeros_like(weight_OI)
-    plain_OI[:, columns] = weight_OI[:, columns]
-    new_OI = fitted_OI[:, :inputs]
-    new = {f"{linear.name}.weight": new_OI.T if linear.transposed else new_OI}
-    linear.assign(new_OI.to(linear.parameter.device))
-    if isinstance(bias := linear.module.bias, Tensor):
-        new[f"{linear.name}.bias"] = fitted_OI[:, -1]
-        bias.copy_(fitted_OI[:, -1])
-    for name, tensor in new.items():
-        tensors[name] = tensor.to(tensors[name].dtype).contiguous()
-    errors = {"error": reader.error(fitted_OI), "error_before_fit": reader.error(plain_OI)}
-    return PartChange(kept=units, **errors)
 
 
 class Repair:
@@ -434,8 +265,6 @@ class Repair:
 
     def _routers(self, new_index: int) -> list[str]:
         """Relative names of the modules whose weights have a row per remaining expert."""
-        if self._job.experts is None:
-            return []
         smaller = self._smaller_tensors(new_index)
         return [
             name.removesuffix(".weight")

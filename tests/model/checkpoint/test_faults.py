@@ -21,7 +21,7 @@ from prunus.model.checkpoint import atomic_files as files
 from prunus.model.checkpoint.lock import LOCK_NAME
 from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint
 from prunus.model.checkpoint.writer import TENSOR_DTYPES, save_safetensors
-from random_kills import COMPRESSED, GGUF_NAME, PACKED, audit, outcome, verbs
+from random_kills import GGUF_NAME, PACKED, audit, outcome, verbs
 from recovery_cases import dense_checkpoint, pruned_checkpoint, training_text
 from scripts import run_script
 from tiny import token_ids
@@ -58,7 +58,6 @@ def test_runs_killed_at_random_moments_end_in_the_same_bytes(every, material, tm
         kills = {verb: 4 * count for verb, count in KILLS.items()}
         kills |= dict.fromkeys(verbs(*material).keys() - KILLS.keys() - {"import"}, 8)
         pack(pruned, dense.with_name(PACKED))
-        prunus.compress(dense, dense.with_name(COMPRESSED), 4, calibration=token_ids())
     wanted = [f"{verb}:{count}" for verb, count in kills.items()]
     results = run_script("random_kills.py", *material, tmp_path, 2026, *wanted, timeout=850)
     fallen = Counter(result["verb"] for result in results)
@@ -246,7 +245,7 @@ def test_a_tensor_that_was_read_does_not_depend_on_its_file(tmp_path):
     ("source", "work"),
     [
         ("dense", lambda *a, **o: prunus.compress(*a, 4, calibration=token_ids(), **o)),
-        ("dense", lambda *a, **o: prunus.shrink(*a, width=0.2, calibration=token_ids(), **o)),
+        ("dense", lambda *a, **o: prunus.shrink(*a, blocks=1, calibration=token_ids(), **o)),
         ("pruned", pack),
         ("packed", unpack),
     ],
