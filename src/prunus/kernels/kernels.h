@@ -41,16 +41,6 @@ void prunus_set_runtime(void* gomp_parallel);
 int prunus_add_gram(int isa, int threads, int64_t tokens, int64_t features, const void* x,
                     float* sums);
 
-// Rounds `count` columns of `rows` weights, one after the other, and lets those after each correct
-// its error. All arrays are (count, rows) unless said otherwise. A weight is divided by its
-// column's entry of `steps` (count) and clamped to ±`most`, below 127. It is rounded up past the
-// share of the way that `shares` (count, 256) has for the integer below it, from -128 on, and is 0
-// where `keep` (or null: nowhere) is 0. `factor` (count, count) is upper triangular. `levels` and
-// `errors` receive the integers, and what is left divided by the diagonal of `factor`.
-int prunus_round_columns(int isa, int threads, int64_t count, int64_t rows, float most,
-                         float* weight, const float* factor, const float* steps,
-                         const float* shares, int8_t* levels, float* errors, const uint8_t* keep);
-
 // Finds for `words` codewords of `columns` (4 or 8) columns in `rows` rows the row v of `grid`
 // (count, columns) of the least Σ importance·v²/2 − Σ target·v, with `targets` (words, columns,
 // rows) and `importances` (words, columns). `least` and `index` (words, rows) receive that number,

@@ -140,8 +140,6 @@ def _load(isa: str) -> tuple[Library | None, str | None]:
     library.prunus_set_runtime.argtypes = [pointer]
     library.prunus_set_runtime.restype = None
     library.prunus_add_gram.argtypes = [number, number, length, length, pointer, pointer]
-    sizes = (number, number, length, length, ctypes.c_float)
-    library.prunus_round_columns.argtypes = [*sizes, *(pointer,) * 7]
     library.prunus_find_codewords.argtypes = [number, number, *(length,) * 4, *(pointer,) * 5]
     best = library.prunus_best_isa()
     chosen = best if isa == "best" else ISAS.index(isa)
