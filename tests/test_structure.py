@@ -30,7 +30,7 @@ MODULES = {
 
 #: The rooms from the bottom to the top. A room may import only from rooms before it in this list.
 ROOMS = [
-    "hardware", "kernels", "distributed", "model", "options", "methods", "calibration",
+    "kernels", "hardware", "distributed", "model", "options", "methods", "calibration",
     "runtime", "packed", "engine", "formats", "pruning", "compression", "structure", "recovery",
     "evaluation", "sweeping", "reporting", "serving", "cli", "__main__", "__init__",
 ]  # fmt: skip

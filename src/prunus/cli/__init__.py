@@ -202,9 +202,9 @@ app = typer.Typer(
 def _print_version(is_given: bool) -> None:
     """Print the version and what counts on this machine, and exit, if `--version` is given."""
     if is_given:
-        from prunus.kernels.machine import describe
+        from prunus.hardware.machine import describe_machine
 
-        print("\n".join(f"{name} {words}" for name, words in describe().items()))
+        print("\n".join(f"{name} {words}" for name, words in describe_machine().items()))
         raise typer.Exit
 
 
