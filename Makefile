@@ -10,7 +10,7 @@ export PRUNUS_SHARED ?= ../shared
 # Tests start many interpreters, and each of them would compile all modules, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check hostile cuda docs sanitize neon-test wheel-test start-test vllm-test gguf-test \
+.PHONY: demo test check hostile cuda docs sanitize wheel-test start-test vllm-test gguf-test \
 	install clean
 
 # One stamp per environment: installing again is a no-op until the project file changes.
@@ -102,8 +102,4 @@ hostile: $(STAMP)
 
 # Memory errors and undefined behaviour in the kernels.
 sanitize:
-	sh tests/runtime/kernels/sanitize.sh
-
-# The kernels of 64-bit Arm in an emulator. It needs g++-aarch64-linux-gnu and qemu-user.
-neon-test:
-	sh tests/runtime/kernels/neon.sh
+	sh tests/kernels/sanitize.sh

@@ -30,9 +30,9 @@ MODULES = {
 
 #: The rooms from the bottom to the top. A room may import only from rooms before it in this list.
 ROOMS = [
-    "hardware", "distributed", "model", "options", "methods", "calibration", "runtime", "packed",
-    "engine", "formats", "pruning", "compression", "structure", "recovery", "evaluation",
-    "sweeping", "reporting", "serving", "cli", "__main__", "__init__",
+    "kernels", "hardware", "distributed", "model", "options", "methods", "calibration",
+    "runtime", "packed", "engine", "formats", "pruning", "compression", "structure", "recovery",
+    "evaluation", "sweeping", "reporting", "serving", "cli", "__main__", "__init__",
 ]  # fmt: skip
 
 #: Library -> the only rooms that may import it. What is not here may be imported by all.

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -71,23 +70,6 @@ def test_a_result_that_was_finished_earlier_does_not_look_new(dense, text, tmp_p
     arguments = ["pack", tmp_path / "out", tmp_path / "packed", "--values", "int8"]
     assert "nothing was done" not in call(*arguments).stderr
     assert "nothing was done now" in call(*arguments).stderr
-
-
-def test_doctor_tells_of_the_installed_package(tmp_path, monkeypatch):
-    """It reads the metadata of a prunus 9."""
-    about = tmp_path / "prunus-9.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.4\nName: prunus\nVersion: 9\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    shown = call("doctor", "--json", tmp_path / "state.json").stdout
-    assert "instruction set" in shown
-    assert "instruction_set" in json.loads((tmp_path / "state.json").read_text())
-    assert re.search(r"needs import .* this installation", shown)
-    points = "[torch.backends]\nprunus = prunus_autoload:register_with_torch\n"
-    (about / "entry_points.txt").write_text(points)
-    assert re.search(r"needs import\W+no\W", call("doctor").stdout)
-    monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-    assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0 switches" in call("doctor").stdout
 
 
 def test_the_command_and_the_function_give_the_same_bytes(dense, text, tmp_path):

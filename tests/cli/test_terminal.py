@@ -63,7 +63,6 @@ def test_figures_outlive_the_reader_of_the_output(dense, text, tmp_path, monkeyp
     windows = ["--samples", 2, "--seqlen", 16]
     verbs = {
         "inspect": ["inspect", dense],
-        "doctor": ["doctor"],
         "eval": ["eval", dense, "--perplexity", text, "--seqlen", 16],
         "prune": ["prune", dense, tmp_path / "pruned[/]", "--calibration", text, *windows],
         "plan": ["plan", dense, "--calibration", text, *windows],

@@ -71,7 +71,9 @@ def test_compress_shrink_and_recover_run(dense, tmp_path):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("native", [True, False])
-def test_a_gguf_file_is_written(native, dtype, tmp_path):
+def test_a_gguf_file_is_written(native, dtype, tmp_path, monkeypatch):
+    """With the best kernels, and without any."""
+    monkeypatch.setenv("PRUNUS_ISA", "best" if native else "off")
     with processor(native):
         sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
         folder = gguf_checkpoint(tmp_path / "dense", dtype=dtype, **sizes)

@@ -11,8 +11,8 @@ from prunus.formats.compressed_tensors import integer_type
 from prunus.formats.gguf.file import dequantize
 from prunus.formats.gguf.package import package
 from prunus.formats.gguf.types import TYPES, CodebookType, GgufType, type_for
-from prunus.hardware import kernels
-from prunus.hardware.kernels import ISAS
+from prunus.kernels import library as kernels
+from prunus.kernels.library import ISAS
 from prunus.methods import InputStatistics, Work, group_sweep
 from prunus.methods.codebooks import find_codewords
 from prunus.methods.group_fits import fit_scales, round_in_groups, span_fit

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunus.hardware import kernels
+from prunus.kernels import library as kernels
 from prunus.methods.statistics import InputStatistics, StatisticsSpec, statistics_bytes
 
 

@@ -1,7 +1,7 @@
 """The command line: one file per group of commands, no logic.
 
 prune.py           prune, compress, shrink, plan, recover
-evaluate.py        eval, inspect, bench, doctor
+evaluate.py        eval, inspect, bench
 generate.py        generate, serve
 convert.py         import, pack, unpack
 sweep.py           sweep, report
@@ -18,7 +18,6 @@ import copy
 import re
 import textwrap
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from inspect import signature
 from typing import Annotated, Any
 
@@ -26,7 +25,7 @@ import typer
 import typer.core
 
 from prunus.cli.convert import import_, pack, unpack
-from prunus.cli.evaluate import bench, doctor, evaluate, inspect
+from prunus.cli.evaluate import bench, evaluate, inspect
 from prunus.cli.flags import FLAGS, JSON, QUIET
 from prunus.cli.generate import generate, serve
 from prunus.cli.prune import compress, plan, prune, recover, shrink
@@ -41,7 +40,7 @@ __all__ = ["app", "main"]
 _PANELS: dict[str, tuple[Callable[..., Any], ...]] = {
     "Make a model smaller": (prune, compress, shrink, recover, plan),
     "Measure and compare models": (evaluate, inspect, bench, sweep, report),
-    "Use a model, or store it in another form": (generate, serve, import_, pack, unpack, doctor),
+    "Use a model, or store it in another form": (generate, serve, import_, pack, unpack),
 }
 #: What `prunus` alone shows below the commands.
 _FIRST_EXAMPLES = """Examples:
@@ -80,12 +79,10 @@ prunus sweep grid.toml results --check
 prunus sweep grid.toml results --model dense --device cuda
 prunus report pruned -o run.html
 prunus report results scores.json -o comparison.md
-prunus doctor
-prunus doctor --json kernels.json
 """
 #: Commands that give no figures, and commands that say nothing of their progress.
 _NO_JSON = {serve}
-_SILENT = {doctor, generate, inspect} | _NO_JSON
+_SILENT = {generate, inspect} | _NO_JSON
 #: Commands that continue an interrupted run.
 _RESUMING = {prune, compress, shrink, recover, pack, unpack, sweep}
 #: The class of errors about arguments, which typer does not name.
@@ -203,9 +200,11 @@ app = typer.Typer(
 
 
 def _print_version(is_given: bool) -> None:
-    """Print the version, and exit, if the flag `--version` is given."""
+    """Print the version and what counts on this machine, and exit, if `--version` is given."""
     if is_given:
-        print(f"prunus {version('prunus')}")
+        from prunus.hardware.machine import describe_machine
+
+        print("\n".join(f"{name} {words}" for name, words in describe_machine().items()))
         raise typer.Exit
 
 
@@ -214,7 +213,10 @@ def _prunus(
     _version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Show versions and kernels, and exit.",
         ),
     ] = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""Commands that measure a model or this machine: `eval`, `inspect`, `bench`, `doctor`."""
+"""Commands that measure a model: `eval`, `inspect`, `bench`."""
 
 from __future__ import annotations
 
@@ -145,14 +145,3 @@ def bench(
 
     content = [speed.as_dict() for speed in measure_speed(models, progress=note, **options)]
     print_result(content, speed_section(content))
-
-
-def doctor() -> None:
-    """Show how packed models run and load here."""
-    from prunus.engine.document import Facts, items_of
-    from prunus.runtime.doctor import describe
-
-    state = describe()
-    rows = {name.replace("_", " "): value for name, value in state.items()}
-    rows["needs import"] = state["needs_import"] or "no"
-    print_result(state, Facts("This machine", items_of(rows)))

@@ -43,6 +43,7 @@ from prunus.engine.record import Walk
 from prunus.engine.session import Session
 from prunus.engine.windows import calibration_windows, run_inputs
 from prunus.hardware.sizes import counted
+from prunus.kernels.library import missing_words
 from prunus.methods.table import method_sha256
 from prunus.model.source import ModuleSource
 
@@ -126,6 +127,8 @@ def _carry_out_held(
         job = plan_run(model, recipe, options, stored, session, decided_dtype)
     if output is not None:
         ranks.on_rank_0(lambda: check_room(job.disk_bytes(), output))
+    if job.device.type == "cpu" and job.needs == "gram" and (words := missing_words()):
+        session.tell(words)
     # The calibration windows, and the record that says which run this is.
     if job.needs_inputs:
         session.tell(f"drawing calibration windows from {recipe.calibration}")

@@ -1,4 +1,4 @@
-"""The memory, the processor and the software versions of this process.
+"""The memory of this process, and the machine and the versions that its record names.
 
 Linux tells most of it in files below /proc and /sys. Where a file is missing, functions fall back
 to a portable call or to 0, because a figure for a report must never end a run.
@@ -8,25 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import os
 import platform
 import resource
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-
-def _field(file: str, name: str) -> str:
-    """What stands after `name` and a colon in a file of Linux; "" where it stands nowhere."""
-    with contextlib.suppress(OSError):
-        for line in Path(file).read_text().splitlines():
-            if line.startswith(name):
-                return line.partition(":")[2].strip()
-    return ""
+from prunus.hardware.machine import installed_version, linux_field, processor_name
 
 
 def _from_kilobytes(text: str) -> int:
@@ -57,12 +48,12 @@ def process_memory(kind: str = "VmRSS") -> int:
     Args:
         kind: VmRSS for what is resident now, VmHWM for the most that was, VmSize for all addresses.
     """
-    return _from_kilobytes(_field("/proc/self/status", kind))
+    return _from_kilobytes(linux_field("/proc/self/status", kind))
 
 
 def available_memory() -> int:
     """The bytes that can still be allocated without swapping, within the limits of cgroups."""
-    available = _from_kilobytes(_field("/proc/meminfo", "MemAvailable")) or (
+    available = _from_kilobytes(linux_field("/proc/meminfo", "MemAvailable")) or (
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     )
     for limit_file, usage_file in _cgroup_files():
@@ -135,39 +126,15 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def release_file_pages(tensor: torch.Tensor) -> None:
-    """Take an unchanged tensor of a mapped file out of memory; the file is read again at need.
-
-    It does nothing where the system is not Linux, and where any page of the tensor was changed: a
-    change would be lost.
-    """
-    page = os.sysconf("SC_PAGE_SIZE")
-    first, end = -(-tensor.data_ptr() // page), (tensor.data_ptr() + tensor.nbytes) // page
-    if tensor.device.type != "cpu" or first >= end:
-        return
-    with contextlib.suppress(AttributeError, OSError):
-        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
-            states = os.pread(pagemap.fileno(), 8 * (end - first), 8 * first)
-        # Bits of a page: 63 it is in memory, 62 it is in swap, 61 it is a file's.
-        flags = torch.frombuffer(bytearray(states), dtype=torch.int64) >> 61 & 7
-        if len(flags) == end - first and bool(((flags == 0) | (flags == 5)).all()):
-            libc = ctypes.CDLL(None)
-            libc.madvise(ctypes.c_void_p(first * page), ctypes.c_size_t((end - first) * page), 4)
-
-
 def versions() -> dict[str, str]:
     """The versions of the libraries that decide the bytes of a result, by name."""
     return {
-        "prunus": _version("prunus"),
+        "prunus": installed_version("prunus"),
         "torch": torch.__version__,
-        "transformers": _version("transformers"),
-        "safetensors": _version("safetensors"),
+        "transformers": installed_version("transformers"),
+        "safetensors": installed_version("safetensors"),
         "python": platform.python_version(),
     }
-
-
-# The version of an installed package. Reading its files takes several milliseconds.
-_version = functools.cache(version)
 
 
 def describe_hardware(device: torch.device) -> dict[str, Any]:
@@ -178,8 +145,3 @@ def describe_hardware(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
-
-
-def processor_name() -> str:
-    """The name of the processor, as the system reports it."""
-    return _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prunus.hardware import kernels
+from prunus.kernels import library as kernels
 from prunus.methods.group_quantizer import GroupQuantizer, Scales, over
 
 # Candidates for the step of a group: the largest weight gets the largest magnitude times one of

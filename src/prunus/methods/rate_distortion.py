@@ -47,8 +47,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.hardware import kernels
 from prunus.hardware.numerics import low_precision_product
+from prunus.kernels import library as kernels
 from prunus.methods.output_gain import output_gains
 from prunus.methods.solvers.obs import TILE, ordered_factor, sweep_columns
 from prunus.methods.statistics import InputStatistics

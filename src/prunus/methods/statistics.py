@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from prunus.distributed import Ranks
-from prunus.hardware import kernels
 from prunus.hardware.numerics import all_finite, low_precision_product, tf32_products
+from prunus.kernels import library as kernels
 
 #: What a method reads of the inputs; see `StatisticsSpec`.
 Needs = Literal["none", "norms", "gram"]

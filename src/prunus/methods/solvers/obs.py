@@ -158,7 +158,6 @@ def sweep_columns(
     block: int,
     tile: int,
     finish: Callable[[int, Tensor], None],
-    finish_tile: Callable[[slice, Tensor], None] | None = None,
 ) -> None:
     """Finish one column after the other, and let all later columns correct the error of each.
 
@@ -169,9 +168,6 @@ def sweep_columns(
         tile: The columns that are corrected one at a time; a block is cut into tiles.
         finish: Is called with j once column j is corrected for all columns before it. It writes
             (w_j − ŵ_j) / U_jj, where ŵ_j is what column j becomes, to its second argument, (O,).
-        finish_tile: Does the same for all columns of a tile, which it also corrects within the
-            tile; it is called with the columns and a matrix (columns, O) to write to. It replaces
-            `finish`; None where only `finish` is there.
     """
     inputs = len(weight_IO)
     for start in range(0, inputs, block):
@@ -179,9 +175,7 @@ def sweep_columns(
         error_BO = torch.empty_like(weight_IO[start:stop])
         for first in range(start, stop, tile):
             last = min(first + tile, stop)
-            if finish_tile is not None:
-                finish_tile(slice(first, last), error_BO[first - start : last - start])
-            for j in range(first, last if finish_tile is None else first):
+            for j in range(first, last):
                 error_O = error_BO[j - start]
                 finish(j, error_O)
                 # The later columns change by U_jk · (w_j − ŵ_j) / U_jj.

@@ -87,7 +87,7 @@ PRUNUS_TARGET void multiply_square(const Loop& loop, int64_t part) {
 }
 
 PRUNUS_AMX_TARGET void multiply_square_with_tiles(const Loop& loop, int64_t part) {
-    amx::configure();
+    configure();
     multiply_square(loop, part);
     _tile_release();
 }

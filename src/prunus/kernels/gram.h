@@ -6,15 +6,52 @@
 // (feature, pair of tokens, 2), its transpose. Zeros fill a panel past the last token and feature.
 #pragma once
 
-#include "amx.h"
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+// All code here has one of these two targets.
+#define PRUNUS_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+#define PRUNUS_AMX_TARGET \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")))
+#define PRUNUS_INLINE __attribute__((always_inline)) inline
+// An array of vectors stays in registers only if every loop over it is fully unrolled.
+#define PRUNUS_UNROLL _Pragma("GCC unroll 64")
 
 namespace prunus::gram {
 
-using panels::kTileBytes;
-
+constexpr int64_t kTileBytes = 1024;            // a tile register: sixteen rows of 64 bytes
 constexpr int64_t kPanel = 32;                  // features of a panel
 constexpr int64_t kTokens = 32;                 // tokens of a tile
 constexpr int64_t kStepBytes = 2 * kTileBytes;  // a panel's bytes for the tokens of a tile
+
+// Transposes sixteen rows of sixteen 32-bit words.
+PRUNUS_TARGET PRUNUS_INLINE void transpose(__m512i (&r)[16]) {
+    __m512i t[16];
+    PRUNUS_UNROLL for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    PRUNUS_UNROLL for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    PRUNUS_UNROLL for (int i = 0; i < 4; ++i) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    PRUNUS_UNROLL for (int i = 0; i < 4; ++i) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
 
 // Packs up to 32 tokens of all features: panel i begins at i · stride. `left` may be null.
 PRUNUS_TARGET inline void pack(const uint16_t* x, int64_t tokens, int64_t features, int64_t stride,
@@ -46,7 +83,7 @@ PRUNUS_TARGET inline void pack(const uint16_t* x, int64_t tokens, int64_t featur
             PRUNUS_UNROLL for (int i = 0; i < 16; ++i)
                 _mm512_store_si512(to + i * 64, halves[half][i]);
             if (!left) continue;
-            panels::transpose(halves[half]);
+            transpose(halves[half]);
             to = left + half * kTileBytes;
             PRUNUS_UNROLL for (int i = 0; i < 16; ++i)
                 _mm512_store_si512(to + i * 64, halves[half][i]);
@@ -55,16 +92,34 @@ PRUNUS_TARGET inline void pack(const uint16_t* x, int64_t tokens, int64_t featur
     }
 }
 
-// Computes the products of two panels over `tiles` tiles of tokens: sums (32, 32).
-using Multiply = void (*)(const uint8_t* left, const uint8_t* right, int64_t tiles, float* sums);
+// ---- Tile registers (Sapphire Rapids and later). ----
+//
+// Compilers do not allocate them here: they are named by number, and a barrier keeps loads behind
+// stores.
 
+struct alignas(64) Config {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes_per_row[16] = {};
+    uint8_t rows[16] = {};
+};
+
+PRUNUS_INLINE void barrier() { asm volatile("" ::: "memory"); }
+
+// All tiles are whole: sixteen rows of 64 bytes.
+PRUNUS_AMX_TARGET PRUNUS_INLINE void configure() {
+    Config config;
+    for (int tile = 0; tile < 8; ++tile) config.rows[tile] = 16, config.bytes_per_row[tile] = 64;
+    _tile_loadconfig(&config);
+}
+
+// Computes the products of two panels over `tiles` tiles of tokens: sums (32, 32).
 PRUNUS_AMX_TARGET inline void multiply_tiles(const uint8_t* left, const uint8_t* right,
                                              int64_t tiles, float* sums) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    amx::barrier();
+    barrier();
     for (int64_t i = 0; i < tiles; ++i, left += kStepBytes, right += kStepBytes) {
         _tile_loadd(6, right, 64);
         _tile_loadd(4, left, 64);
@@ -79,10 +134,12 @@ PRUNUS_AMX_TARGET inline void multiply_tiles(const uint8_t* left, const uint8_t*
     _tile_stored(1, sums + 16, 4 * kPanel);
     _tile_stored(2, sums + 16 * kPanel, 4 * kPanel);
     _tile_stored(3, sums + 16 * kPanel + 16, 4 * kPanel);
-    amx::barrier();
+    barrier();
 }
 
-// Here the left factor has the form of the right one.
+// ---- Vectors of AVX-512. ----
+
+// The same with vectors. Here the left factor has the form of the right one.
 PRUNUS_TARGET inline void multiply_vectors(const uint8_t* left, const uint8_t* right, int64_t tiles,
                                            float* sums) {
     constexpr int64_t kRows = 8;
@@ -138,7 +195,7 @@ PRUNUS_TARGET PRUNUS_INLINE void copy_transposed(const float* from, float* to, i
     __m512i r[16];
     PRUNUS_UNROLL for (int i = 0; i < 16; ++i)
         r[i] = _mm512_maskz_loadu_epi32(low >> i & 1 ? inside : 0, from + i * stride);
-    panels::transpose(r);
+    transpose(r);
     PRUNUS_UNROLL for (int i = 0; i < 16; ++i) if (inside >> i & 1)
         _mm512_mask_storeu_epi32(to + i * stride, low, r[i]);
 }

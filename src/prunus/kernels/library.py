@@ -1,8 +1,8 @@
-"""The compiled kernels: find the library, open it with ctypes, and multiply inputs with it.
+"""The compiled kernels: find the library, open it with ctypes, and call its functions.
 
-`runtime/kernels/kernels.h` is the C interface. Here is what needs tensors alone; what needs packed
-weights is in `prunus.runtime.kernels.library`. Where the library was not built (no compiler at
-install time), `why_not` says why, and the callers compute in torch instead.
+`kernels.h` is the C interface. Where the library was not built (no compiler at install time),
+`why_not` says why, and the callers compute in torch instead, with the same result but for rounding.
+torch is imported when a kernel is called: `prunus --version` opens the library without it.
 
 Shape suffixes: T tokens, I inputs (features).
 """
@@ -15,38 +15,23 @@ import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 #: The version of `kernels.h` that the Python code describes.
-ABI = 11
-#: What a function returns when an argument is out of range; callers may expect it.
-BAD_ARGUMENT = 1
+ABI = 12
 # What the numbers mean that the functions return.
 _FAULTS = {
-    BAD_ARGUMENT: "an argument is out of range",
+    1: "an argument is out of range",
     2: "this machine lacks the instruction set",
     3: "out of memory",
 }
-# Whether this is a 64-bit Arm processor, which has other instruction sets than x86-64.
-_ARM = platform.machine() in {"aarch64", "arm64"}
+# Whether this is a processor of the x86-64 kind. Any other has the portable code alone.
+_X86 = platform.machine() == "x86_64"
 #: Instruction sets of this kind of processor, slowest to fastest, as `kernels.h` numbers them.
-ISAS = (
-    ("portable", "neon", "neon-dotprod")
-    if _ARM
-    else ("portable", "avx2", "avx512", "avx512-bf16", "amx")
-)
-
-
-def check_fault(fault: int) -> None:
-    """Raise what the result of a function says, if it is not 0.
-
-    Raises:
-        RuntimeError: The function refused to work; the message says why.
-    """
-    if fault:
-        raise RuntimeError(f"the kernel refused: {_FAULTS[fault]}")
+ISAS = ("portable", *(("avx2", "avx512", "avx512-bf16", "amx") if _X86 else ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +40,11 @@ class Library:
 
     Attributes:
         library: The library.
-        path: Its file.
         isa: Index of the instruction set in `ISAS`.
-        runtime: What runs the loops on all threads; None where every call stays on the thread that
-            makes it.
     """
 
     library: ctypes.CDLL
-    path: Path
     isa: int
-    runtime: str | None
 
     @property
     def has_bfloat16(self) -> bool:
@@ -86,7 +66,7 @@ class Library:
         self.call("prunus_add_gram", *X_TI.shape, X_TI.contiguous(), gram_II)
 
     def call(self, name: str, *arguments: Any) -> None:
-        """Call a function of `kernels.h` on all threads.
+        """Call a function of `kernels.h` on all threads of torch.
 
         Args:
             name: The name of the function.
@@ -94,10 +74,15 @@ class Library:
                 becomes its address, so it must be contiguous; None becomes a null pointer.
 
         Raises:
-            RuntimeError: The function refused to work.
+            RuntimeError: The function refused to work; the message says why.
         """
+        import torch
+
+        _use_threads_of_torch(self.library)
         values = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments]
-        check_fault(getattr(self.library, name)(self.isa, torch.get_num_threads(), *values))
+        fault = getattr(self.library, name)(self.isa, torch.get_num_threads(), *values)
+        if fault:
+            raise RuntimeError(f"the kernel refused: {_FAULTS[fault]}")
 
 
 def load(isa: str | None = None) -> Library | None:
@@ -120,6 +105,15 @@ def why_not() -> str | None:
         ValueError: As `load`.
     """
     return _load(os.environ.get("PRUNUS_ISA") or "best")[1]
+
+
+def missing_words() -> str | None:
+    """What a run that would use the kernels says once where there are none; None where they are.
+
+    A user who switched them off by PRUNUS_ISA=off knows it.
+    """
+    reason = None if os.environ.get("PRUNUS_ISA") == "off" else why_not()
+    return reason and f"prunus runs without its compiled kernels, and may take longer: {reason}"
 
 
 @functools.cache
@@ -146,22 +140,17 @@ def _load(isa: str) -> tuple[Library | None, str | None]:
     library.prunus_set_runtime.argtypes = [pointer]
     library.prunus_set_runtime.restype = None
     library.prunus_add_gram.argtypes = [number, number, length, length, pointer, pointer]
-    sizes = (number, number, length, length, ctypes.c_float)
-    library.prunus_round_columns.argtypes = [*sizes, *(pointer,) * 7]
     library.prunus_find_codewords.argtypes = [number, number, *(length,) * 4, *(pointer,) * 5]
     best = library.prunus_best_isa()
     chosen = best if isa == "best" else ISAS.index(isa)
     if chosen > best:
         raise ValueError(f"this machine has no {isa}; its best instruction set is {ISAS[best]}")
-    parallel = _torch_runtime()
-    if parallel is not None:
-        library.prunus_set_runtime(ctypes.cast(parallel, ctypes.c_void_p))
-    runtime = None if parallel is None else "GOMP_parallel of torch's OpenMP library"
-    return Library(library, files[0], chosen, runtime), None
+    return Library(library, chosen), None
 
 
-def _torch_runtime() -> Any:
-    """Return the entry point of the OpenMP library that torch loaded into this process, or None.
+@functools.cache
+def _use_threads_of_torch(library: ctypes.CDLL) -> bool:
+    """Let the kernels run on the OpenMP library that torch loaded; False if there is none.
 
     The wheels of torch ship a libgomp of their own. Linking against one at build time could load a
     second one, whose threads would compete with torch's for the cores; so the loaded one is looked
@@ -171,7 +160,9 @@ def _torch_runtime() -> Any:
         try:
             # RTLD_NOLOAD opens the library only if the process has loaded it already.
             mode = ctypes.DEFAULT_MODE if name is None else ctypes.DEFAULT_MODE | os.RTLD_NOLOAD
-            return ctypes.CDLL(name, mode=mode).GOMP_parallel
+            parallel = ctypes.CDLL(name, mode=mode).GOMP_parallel
         except (OSError, AttributeError):
             continue
-    return None
+        library.prunus_set_runtime(ctypes.cast(parallel, ctypes.c_void_p))
+        return True
+    return False

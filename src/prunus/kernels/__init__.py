@@ -1,0 +1,8 @@
+"""The compiled CPU kernels: what rounding spends most of its time on, and its binding to Python.
+
+library.py     opens the library and calls its functions; says why where there is none
+kernels.h      the C interface
+processor.cpp  which instruction sets this processor has
+gram.cpp       sums XᵀX of inputs in bfloat16
+codewords.cpp  the search of codewords in the grids of GGUF's IQ types
+"""
