@@ -65,6 +65,20 @@ def test_the_help_of_a_verb_fits_a_screen_and_help_all_shows_every_option(verb, 
     assert "--help-all" not in everything
 
 
+@pytest.mark.parametrize(
+    ("verb", "options"),
+    [
+        ("compress", ["--template", "--rounding", "--fast-on"]),
+        ("plan", ["--template", "--rounding", "--fast-on", "--fits", "--context"]),
+    ],
+)
+def test_the_short_help_has_the_options_of_gguf_files(verb, options):
+    short = "\n".join(lines_of_help(verb, "--help", 80))
+    assert all(re.search(rf"│[ *]+{option} ", short) for option in options)
+    for words in ("GGUF", "MLX", "vLLM") if verb == "compress" else ():
+        assert words in short.partition("Arguments")[0]
+
+
 def test_version():
     assert call("--version").stdout == f"prunus {version('prunus')}\n"
 

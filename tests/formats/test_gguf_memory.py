@@ -1,6 +1,7 @@
 """`plan --fits`: cache and buffers are as llama.cpp prints them, and the size leaves room."""
 
 import json
+import re
 
 import pytest
 
@@ -8,8 +9,9 @@ pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
 
 from command_line import call
-from gguf_cases import gguf_checkpoint
+from gguf_cases import gguf_checkpoint, known_tensors
 from prunus.formats.gguf.memory import buffer_bytes, cache_bytes
+from prunus.hardware.sizes import in_bytes
 
 SMOLLM2 = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152,
@@ -67,10 +69,24 @@ def test_the_size_leaves_room_for_cache_and_buffers(tmp_path):
     assert wide["weights"] - 30_000 < narrow["weights"] <= memory - rest
     size = output[output.index("--size ") :].split()[1]
     call("plan", dense, tmp_path / "x.gguf", "--size", size, *SHORT[2:])
-    message = call("plan", dense, "--fits", "100kB", *SHORT, status=2).output
-    assert "100.0 kB do not hold this model with a context of 64 tokens" in " ".join(
-        message.split()
-    )
+    # The file as it is fits in the first memory, and does not in the second.
+    assert narrow["room"] < narrow["dense"] == wide["dense"] < wide["room"]
+    assert "as it is" not in output
+    for memory, words in ((100_000, "with a shorter --context$"), (rest + 20_000, "For the rest, 20")):
+        message = call("plan", dense, "--fits", str(memory), *SHORT, status=2).output
+        message = " ".join(message.split())
+        assert "do not hold this model with a context of 64 tokens: KV cache and compute" in message
+        assert f"buffers take {in_bytes(rest)}, less with a shorter --context" in message
+        assert re.search(words, message) and "0.0 kB" not in message
+
+
+def test_a_model_that_fits_as_it_is_needs_no_compression(tmp_path):
+    dense = gguf_checkpoint(tmp_path / "dense")
+    output = " ".join(call("plan", dense, "--fits", "1GB", *SHORT).output.replace("│", " ").split())
+    nbytes = sum(x.nbytes for x in known_tensors(dense).values()) // 2  # float32 to bfloat16
+    said = re.search(r"nothing: the model as it is takes ([\d.]+) kB and fits too", output)
+    assert said is not None
+    assert nbytes < float(said[1]) * 1000 < 1.2 * nbytes + 30_000
 
 
 def test_a_family_without_a_layout_and_another_output_are_refused(tmp_path):

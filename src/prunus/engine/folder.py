@@ -46,6 +46,7 @@ from prunus.model.checkpoint.output_folder import (
 )
 from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint
 from prunus.model.checkpoint.writer import Writable, save_safetensors
+from prunus.model.formats import format_of
 from prunus.model.source import tensors_digest
 from prunus.options import Options
 
@@ -98,10 +99,16 @@ def find_earlier(
             options, or a run of an earlier version that cannot be resumed; or `resume` is False and
             there is an unfinished run.
         FileNotFoundError: `resume` is True and there is no unfinished run.
-        ValueError: A source lies inside the output or around it, or the record is damaged.
+        ValueError: A source lies inside the output or around it, the name is that of a file of some
+            format, or the record is damaged.
     """
     for source in sources:
         check_apart(output, source)
+    if (entry := format_of(output)) is not None:
+        raise ValueError(
+            f"{output} is the name of a {entry.suffix} file, and {kind.COMMAND} writes a folder: "
+            "choose another name. `prunus compress` writes such files"
+        )
     earlier = None
     if not is_vacant(output, inside):
         if not (output / kind.FILE).exists():
