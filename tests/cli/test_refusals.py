@@ -173,7 +173,10 @@ OTHERS = [
     ("plan dense X.GGUF", "X.GGUF is the name of a .gguf file, and prunus prune writes a folder"),
     ("shrink dense x.gguf --blocks 1", "x.gguf .* prunus shrink writes a folder: choose another"),
     ("recover pruned x.gguf --mode masked", "x.gguf .* prunus recover writes a folder"),
-    ("prune dense x.gguf --preset max --seqlen 16 --minutes 1", "x.gguf .* writes a folder: choose another name"),
+    (
+        "prune dense x.gguf --preset max --seqlen 16 --minutes 1",
+        "x.gguf .* writes a folder: choose another name",
+    ),
     # Files that never end, or that nobody writes to.
     ("prune dense out --method fifo.py:mine", "fifo.py is a FIFO; expected a regular file"),
     ("prune dense out --recipe fifo.py", "fifo.py is a FIFO; expected a regular file"),

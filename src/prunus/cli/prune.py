@@ -171,7 +171,7 @@ def _prune_and_recover(
 @with_flags(
     *(Recipe, CompressionRecipe, RunOptions),
     without=("overwrite", "resume", "rank_timeout"),
-    rare=("pattern", "format", "head_bits"),
+    rare=("pattern", "format", "head_bits", "data"),
 )
 def plan(
     model: Model,
@@ -201,7 +201,7 @@ def plan(
     ] = None,
     context: Annotated[
         int | None,
-        opt("With --fits: tokens of the context. Default: the model's.", "N", min=1),
+        opt("With --fits: tokens of the context. Default: the model's.", "N"),
     ] = None,
     recipe: RecipeFile = None,
     **options: Any,

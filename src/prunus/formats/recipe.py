@@ -88,9 +88,9 @@ class CompressionRecipe(PruningOptions):
     template: Annotated[
         Path | None,
         Option(
-            "Write what this GGUF file of MODEL in full precision holds, made by llama.cpp's "
-            "converter: any family.",
-            metavar="FILE.gguf",
+            "Write what this GGUF file of MODEL in full precision holds. llama.cpp's converter "
+            "makes it, of any family.",
+            metavar="FILE",
         ),
     ] = None
     head_bits: Annotated[

@@ -22,6 +22,7 @@ from prunus.formats.base import format_for
 from prunus.formats.gguf.format import GgufFormat
 from prunus.formats.recipe import CompressionRecipe
 from prunus.hardware.sizes import in_bytes
+from prunus.options import at_least
 
 # llama.cpp's `n_ubatch`, and what the number of tokens in a cache is a multiple of.
 _TOKENS, _MULTIPLE = 512, 256
@@ -85,6 +86,7 @@ def plan_to_fit(
             output is no GGUF file.
         NotImplementedError: No GGUF file of this family can be written.
     """
+    at_least(1, " token").check("context", context)
     # The largest type first: more bits than its are no use.
     file, given = recipe
     chosen = CompressionRecipe.read(file, given | {"type": "Q8_0"})
