@@ -39,6 +39,7 @@ from prunus.model.checkpoint.lock import LOCK_NAME, locked
 from prunus.model.checkpoint.output_folder import (
     auxiliary_files,
     check_apart,
+    check_folder_name,
     check_resume,
     check_whole,
     copy_companion,
@@ -46,7 +47,6 @@ from prunus.model.checkpoint.output_folder import (
 )
 from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint
 from prunus.model.checkpoint.writer import Writable, save_safetensors
-from prunus.model.formats import format_of
 from prunus.model.source import tensors_digest
 from prunus.options import Options
 
@@ -104,11 +104,7 @@ def find_earlier(
     """
     for source in sources:
         check_apart(output, source)
-    if (entry := format_of(output)) is not None:
-        raise ValueError(
-            f"{output} is the name of a {entry.suffix} file, and {kind.COMMAND} writes a folder: "
-            "choose another name. `prunus compress` writes such files"
-        )
+    check_folder_name(output)
     earlier = None
     if not is_vacant(output, inside):
         if not (output / kind.FILE).exists():
