@@ -535,8 +535,7 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
     - `batch`: windows per forward pass;
     - `hidden_states`: where they are between blocks: memory, pinned host memory or file;
     - `blocks_in_lockstep`: how many blocks all windows run through at once;
-    - `least_memory_bytes`: what the run needs, with what this process holds already: a smaller
-      `memory` is refused;
+    - `least_memory_bytes`: what the run needs, with what this process holds already;
     - `peak_memory_bytes`: what it takes at most of the memory that it may use, which saves time;
     - `file_bytes`: the weights of the result;
     - `disk_bytes`: the same with temporary files.

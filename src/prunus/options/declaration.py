@@ -231,11 +231,13 @@ def _explain_one(error: Any, kind: type[BaseModel]) -> str:
         return f"{table}: {message}" if table else message
     if error["type"] == "missing":
         return f"{name} is missing"
-    said = _NUMBERS.get(error["type"].partition("_")[0])
-    said = f"{name} must be {said}" if said else f"{name}: {message.lower()}"
+    number = _NUMBERS.get(error["type"].partition("_")[0])
+    said = f"{name} must be {number}" if number else f"{name}: {message.lower()}"
     # pydantic lists the choices of a name as 'a', 'b' or 'c'.
     choices = str(error.get("ctx", {}).get("expected", "")).split("'")[1::2]
-    hint = did_you_mean(error["input"], choices) or percent(error["input"])
+    hint = did_you_mean(error["input"], choices)
+    if not hint and number != _NUMBERS["int"]:
+        hint = percent(error["input"])
     return f"{said} (got {_brief(error['input'])}){hint}"
 
 
