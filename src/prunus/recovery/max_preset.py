@@ -25,7 +25,13 @@ from prunus.engine.job import check_known
 from prunus.engine.options import RunOptions
 from prunus.engine.progress import Progress
 from prunus.engine.session import SILENT, Session
-from prunus.model.checkpoint.output_folder import check_apart, check_disk, check_resume, is_vacant
+from prunus.model.checkpoint.output_folder import (
+    check_apart,
+    check_disk,
+    check_folder_name,
+    check_resume,
+    is_vacant,
+)
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.model.source import CheckpointSource, tensors_digest
 from prunus.options import takes
@@ -288,6 +294,7 @@ def _check_training(
     )
     source = open_teacher(model)
     if output is not None:
+        check_folder_name(output)
         check_apart(output, source.checkpoint.folder)
     draw_training_text(training, source, options.data)
     if output is not None:
