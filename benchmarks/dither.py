@@ -79,14 +79,14 @@ def quantisation_steps(data: Any, kind: GGMLQuantizationType) -> Any:
     return np.abs(values[1] - values[0])
 
 
-def write_dithered_gguf(source: Path, target: Path, seed: int) -> tuple[int, int]:
+def write_dithered_gguf(source: Path, target: Path, seed: int) -> dict[str, int]:
     """Write a copy of a GGUF file with noise in its quantised weights, as bfloat16.
 
     Tensors that were not quantised (norms, biases) are rounded to bfloat16 as in the checkpoint,
     but stay float32, as llama.cpp wants them.
 
     Returns:
-        The number of weights with noise, and that of all weights.
+        Name of a tensor -> the number of its weights with noise.
 
     Raises:
         ValueError: a tensor is of a kind that `KINDS` does not have.
@@ -124,23 +124,23 @@ def write_dithered_gguf(source: Path, target: Path, seed: int) -> tuple[int, int
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    noisy = total = 0
+    noisy = {}
     for position, tensor in enumerate(reader.tensors):
         values = quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        total += values.size
+        noisy[tensor.name] = 0
         if tensor.tensor_type in KINDS:
             # A generator for each tensor, so that the noise does not depend on the others.
             noise = np.random.default_rng([seed, position]).random(values.shape, dtype=np.float32)
             noise -= np.float32(0.5)
             noise *= quantisation_steps(tensor.data, tensor.tensor_type)
             values += noise
-            noisy += values.size
+            noisy[tensor.name] = values.size
         rounded = quants.quantize(values, GGMLQuantizationType.BF16)
         if values.ndim == 1:
             rounded = quants.dequantize(rounded, GGMLQuantizationType.BF16)
         writer.write_tensor_data(rounded)
     writer.close()
-    return noisy, total
+    return noisy
 
 
 def dither(source: Path, dest: Path, *, seed: int = 0, overwrite: bool = False) -> dict[str, Any]:
@@ -159,11 +159,13 @@ def dither(source: Path, dest: Path, *, seed: int = 0, overwrite: bool = False) 
     check_destination(dest, overwrite=overwrite)
     noisy_file = dest.with_name(f".{dest.name}.partial.gguf")
     try:
-        noisy, _ = write_dithered_gguf(source, noisy_file, seed)
+        noisy = write_dithered_gguf(source, noisy_file, seed)
         summary = import_gguf(noisy_file, dest, overwrite=overwrite)
     finally:
         noisy_file.unlink(missing_ok=True)
-    return {**summary, "dithered": noisy, "seed": seed}
+    if summary["tied"] and "output.weight" in noisy:
+        del noisy["token_embd.weight"]  # the checkpoint has the head alone, as both
+    return {**summary, "dithered": sum(noisy.values()), "seed": seed}
 
 
 def main() -> None:

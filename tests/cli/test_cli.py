@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -17,10 +18,16 @@ from safetensors.torch import save_file
 import prunus
 from command_line import PROGRAM, call
 from processors import processor_threads
+from prunus.engine import linear_job, plan
+from prunus.engine.linear_job import describe_plan, plan_run
+from prunus.engine.options import RunOptions
 from prunus.engine.progress import PREPARATION, Progress
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.pruning.manifest import Manifest
+from prunus.pruning.recipe import Recipe
+from prunus.pruning.run import PlainTensors
 from prunus.reporting.console import show_pruning
+from prunus.reporting.tables import plan_facts
 from tiny import shards, tiny_checkpoint, token_ids, tree
 from tiny_tokenizer import dense_checkpoint
 
@@ -118,7 +125,7 @@ def test_plan_shows_what_prune_would_do_and_writes_nothing(dense, text, tmp_path
     result = call("plan", *arguments)
     assert (tree(tmp_path), tree(dense)) == before
     assert not (tmp_path / "out").exists()
-    assert "peak memory" in result.stdout
+    assert "memory it needs" in result.stdout and "memory it takes" in result.stdout
     call("plan", *arguments, "--json", tmp_path / "plan.json")
     plan = json.loads((tmp_path / "plan.json").read_text())
     call("prune", *arguments, "--json", tmp_path / "report.json")
@@ -129,6 +136,27 @@ def test_plan_shows_what_prune_would_do_and_writes_nothing(dense, text, tmp_path
     assert (plan["dtype"], plan["batch"]) == (report["inputs"]["dtype"], report["inputs"]["batch"])
     weights = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     assert 0.9 * weights < plan["disk_bytes"] <= weights
+
+
+def test_plan_tells_what_a_run_needs_from_what_it_may_use(dense, monkeypatch):
+    for module in (plan, linear_job):
+        monkeypatch.setattr(module, "process_memory", lambda: 0)
+    recipe = Recipe(samples=6, seqlen=64, batch=1)
+
+    def planned(memory: int) -> dict[str, Any]:
+        options = RunOptions(calibration_data=token_ids(6, 64), memory=memory)
+        return describe_plan(plan_run(dense, recipe, options, PlainTensors()))
+
+    described = planned(10**9)
+    least, most = described["least_memory_bytes"], described["peak_memory_bytes"]
+    assert least < most
+    assert planned(least)["peak_memory_bytes"] == planned(least)["least_memory_bytes"] == least
+    assert planned(most - 1)["peak_memory_bytes"] < most
+    with pytest.raises(ValueError, match="Raise `memory`"):
+        planned(least - 1)
+    facts = dict(plan_facts(described | {"least_memory_bytes": 10**9}).items)
+    assert facts["memory it needs"] == "1.00 GB"
+    assert facts["memory it takes"].startswith("at most 0.00 GB")
 
 
 def test_inspect_gives_the_figures_of_the_function(dense, tmp_path):

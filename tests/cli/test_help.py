@@ -55,7 +55,7 @@ def lines_of_help(verb: str, flag: str, columns: int) -> list[str]:
 @pytest.mark.parametrize("columns", [80, 100])
 def test_the_help_of_a_verb_fits_a_screen_and_help_all_shows_every_option(verb, columns):
     short = lines_of_help(verb, "--help", columns)
-    assert len(short) <= 40
+    assert len(short) <= 50
     options = [p for p in COMMANDS[verb].params if p.param_type_name == "option" and not p.hidden]
     shown = set(re.findall(r"│[ *]+(--[a-z-]+)", "\n".join(short)))
     hint = re.search(rf"prunus {verb} --help-all shows (\d+) more options", "\n".join(short))
@@ -63,6 +63,27 @@ def test_the_help_of_a_verb_fits_a_screen_and_help_all_shows_every_option(verb, 
     everything = "\n".join(lines_of_help(verb, "--help-all", columns))
     assert {p.opts[0] for p in options} <= set(re.findall(r"│[ *]+(--[a-z-]+)", everything))
     assert "--help-all" not in everything
+
+
+@pytest.mark.parametrize(
+    ("verb", "options"),
+    [
+        ("compress", ["--template", "--rounding", "--fast-on"]),
+        ("plan", ["--template", "--rounding", "--fast-on", "--fits", "--context"]),
+    ],
+)
+def test_the_short_help_has_the_options_of_gguf_files(verb, options):
+    short = "\n".join(lines_of_help(verb, "--help", 80))
+    assert all(re.search(rf"│[ *]+{option} ", short) for option in options)
+    for words in ("GGUF", "MLX", "vLLM") if verb == "compress" else ():
+        assert words in short.partition("Arguments")[0]
+
+
+def test_other_programs_names_of_an_option_are_taken():
+    for name in ("--max-new-tokens", "--max-tokens", "-n"):
+        arguments = ["dense", "--prompt", "a", name, "3"]
+        given = COMMANDS["generate"].make_context("generate", arguments).params
+        assert given["max_new_tokens"] == "3"
 
 
 def test_help_of_every_verb_is_quick():

@@ -60,12 +60,12 @@ OUTPUTS = {
 }
 #: More options of a verb, or all arguments -> what the error says.
 OTHERS = [
-    ("prune dense out --sparsity 50", r"got 50\.0; did you mean 0\.5\?"),
+    ("prune dense out --sparsity 50", r"got 50; did you mean 0\.5\?"),
     ("plan dense --sparsity 50%", r"\(got '50%'\); did you mean 0\.5\?"),
     ("shrink dense out --blocks 25%", r"got '25%'; did you mean 0\.25\?"),
     ("prune dense out --recipe fifty.toml", r"fifty\.toml: sparsity .* did you mean 0\.5\?"),
     ("sweep sweep50.toml out", r"grid 1: sparsity .* did you mean 0\.5\?"),
-    ("prune dense out --samples x", r"samples: .*a valid integer.*\(got 'x'\)"),
+    ("prune dense out --samples x", r"samples must be a whole number \(got 'x'\)"),
     ("prune dense out --seqlen 1000", "--seqlen 64 or less"),
     ("prune dense out --dtype float8", "'float8' is not one of 'auto', 'float32'"),
     ("prune dense out --pattern 50%", r"did you mean 0\.5\?"),
@@ -120,9 +120,12 @@ OTHERS = [
     ("report pruned --bench gone.json", r"gone\.json: No such file"),
     ("report pruned --bench broken.json", "another version, or not the JSON of prunus bench"),
     ("report pruned -o text.txt/page.html", "is not a folder that you may write to"),
-    ("prune dense out --sparsity half", r"sparsity: .*a valid number.*\(got 'half'\)"),
+    ("prune dense out --sparsity half", r"sparsity must be a number \(got 'half'\)"),
     ("prune dense out --rank-timeout -3", "must be a number of seconds above 0"),
-    ("eval dense --perplexity text.txt --rank-timeout x", r"rank_timeout: .*\(got 'x'\)"),
+    (
+        "eval dense --perplexity text.txt --rank-timeout x",
+        "rank_timeout must be a number",
+    ),
     ("prune dense out --sparsity 2:4", r"did you mean --pattern 2:4\?"),
     ("prune dense out --reconstruct first", "'--reconstruct': 'first' .* 'none', 'last'"),
     # Misspelt names: all that there are, and the nearest.
@@ -160,6 +163,29 @@ OTHERS = [
     ("eval dense --perplexity text.txt --seqlen 65", "model's 64 positions"),
     ("recover pruned out --mode lora --target-modules ,", "target_modules names no linear"),
     ("recover pruned out --mode masked --teacher ./gone", "neither a folder nor a hub id"),
+    # What other programs call otherwise.
+    ("quantize dense", "No such command 'quantize': prunus compress rounds weights"),
+    ("convert dense", "No such command 'convert': prunus compress MODEL OUT.gguf writes a GGUF"),
+    ("compress dense out --format gguf --bits 4", "name the output OUT.gguf, and leave --format"),
+    ("compress dense x.gguf --format GGUF --bits 4", "name the output OUT.gguf, and leave --for"),
+    ("compress dense out --bits four", r"bits must be a number \(got 'four'\)"),
+    ("compress dense out --bits 0", "bits must be from 1 to 9, such as 4 or 4.5; got 0"),
+    # The names of files for results that are folders.
+    ("prune dense x.gguf", "x.gguf is the name of a .gguf file, and the result is a folder"),
+    ("plan dense X.GGUF", "X.GGUF is the name of a .gguf file, and the result is a folder"),
+    ("shrink dense x.gguf --blocks 1", "x.gguf .* is a folder: choose another"),
+    ("recover pruned x.gguf --mode masked", "x.gguf .* the result is a folder"),
+    (
+        "prune dense x.gguf --preset max --seqlen 16 --minutes 1",
+        "x.gguf .* the result is a folder",
+    ),
+    # Files that never end, or that nobody writes to.
+    ("prune dense out --method fifo.py:mine", "fifo.py is a FIFO; expected a regular file"),
+    ("prune dense out --recipe fifo.py", "fifo.py is a FIFO; expected a regular file"),
+    ("prune dense out --method zero.py:mine", "zero.py is a character device, through the link"),
+    ("report deep.json", "deep.json is not valid JSON: brackets are nested too deep"),
+    ("prune nested out", "config.json is not valid JSON: brackets are nested too deep"),
+    ("eval foreign --perplexity text.txt --seqlen 16", r"loaded \(brackets are nested too deep\)"),
     ("prone", "No such command 'prone'. Did you mean 'prune'?"),
 ]
 
@@ -182,7 +208,14 @@ def place(tmp_path_factory) -> Path:
     for name in ("empty", "locked", "thesis"):
         (here / name).mkdir()
     (here / "thesis" / "thesis.txt").write_text("years of work")
-    os.mkfifo(here / "fifo")
+    for name in ("fifo", "fifo.py"):
+        os.mkfifo(here / name)
+    (here / "zero.py").symlink_to("/dev/zero")
+    deep = "[" * 100_000 + "]" * 100_000
+    (here / "deep.json").write_text(deep)
+    for name, file in (("nested", "config.json"), ("foreign", "special_tokens_map.json")):
+        shutil.copytree(here / "dense", here / name)
+        (here / name / file).write_text(deep)
     (here / "model.gguf").write_bytes(b"GGUF" + bytes(60))
     (here / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 12)
     (here / "broken.py").write_text("def mine(:\n")

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -328,9 +329,21 @@ def test_a_type_that_decodes_slowly_is_left_out_where_time_counts(one_block, tmp
     assert sum("processors decode it about" in str(line) for line in said) == 2
     plan = ("plan", one_block, "x.gguf", "--bits", 4.5, "--fast-on", "times.json", "--seqlen", 16)
     assert "times as fast as Q4_K_M on processors" in " ".join(call(*plan).output.split())
+    refused = []
+    for number, time in enumerate((math.inf, -math.inf, math.nan, -0.01, 0.0, 1e308)):
+        odd = {"nanoseconds per weight": times | {"IQ2_S": {"decode": time}}}
+        Path(f"odd{number}.json").write_text(json.dumps(odd))
+        message = f"odd{number}.json says that a weight of IQ2_S takes {time:g} nanoseconds"
+        refused.append(({"fast_on": f"odd{number}.json", "bits": 4.5}, re.escape(message)))
+    Path("deep.json").write_text("[" * 100_000 + "]" * 100_000)
     del times["Q4_K"]
     Path("less.json").write_text(json.dumps({"nanoseconds per weight": times}))
     for options, message in (
+        *refused,
+        ({"fast_on": "deep.json", "bits": 4.5}, "`fast_on` must be one of .*not deep.json"),
+        ({"type": "q3_k_l"}, "q3_k_l is a preset of several types: give the `size` of such a file"),
+        ({"type": "Q4_K_M"}, "Q4_K_M is a preset of several types"),
+        ({"type": "q4_k"}, "q4_k is not a type .* did you mean Q4_K"),
         ({"fast_on": "avx3", "bits": 4.5}, "one of avx2, avx512, cpu, or a file"),
         ({"fast_on": "less.json", "bits": 4.5}, "less.json has no time of Q4_K"),
         ({"fast_on": "avx512", "type": "Q4_K"}, "drop one of the two"),
@@ -338,7 +351,11 @@ def test_a_type_that_decodes_slowly_is_left_out_where_time_counts(one_block, tmp
         with pytest.raises(ValueError, match=message):
             compress(one_block, "no.gguf", **options)
     with pytest.raises(ValueError, match=r"`fast_on`.*belong to GGUF files"):
-        compress(one_block, "folder", bits=4, fast_on="avx512")
+        compress(one_block, "folder", bits=4, fast_on="avx512", format="mlx")
+    with pytest.raises(ValueError, match="leave `size`, `type`, `template` and `fast_on` out"):
+        compress(one_block, "folder", bits=4, fast_on="avx512", format="compressed-tensors")
+    with pytest.raises(ValueError, match="`rounding` nearest is for compressed-tensors too"):
+        compress(one_block, "folder", bits=4, rounding="nearest", format="mlx")
     assert not [*tmp_path.glob("no.gguf*"), *tmp_path.glob("folder*")]
 
 

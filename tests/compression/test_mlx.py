@@ -157,6 +157,8 @@ def test_the_files_are_at_most_as_large_as_the_size_and_use_it(dense, tmp_path):
         written = sum(map(len, shards(tmp_path / str(size)).values()))
         assert 0.95 * size < written <= size
         assert len(set(record.types.values())) > 1
+    for bits in (8.5, 9):  # the most that the page names, and more than formats without groups have
+        assert compress(dense, tmp_path / str(bits), bits).totals["bits"] > 8
     with pytest.raises(ValueError, match=r"20.0 kB is not possible .* MLX .* 2.29 to 9.00"):
         compress(dense, tmp_path / "small", None, size=20_000)
     assert not (tmp_path / "small").exists()
@@ -187,7 +189,8 @@ def test_what_cannot_be_stored_is_refused_before_any_work(dense, tmp_path):
     gemma = tiny_checkpoint(tmp_path / "gemma", "gemma", tie_word_embeddings=False)
     few = ["*.self_attn.*", "*.gate_proj", "*.up_proj"]
     for model, bits, options, message in (
-        (dense, 2, {}, "2 bits is not possible"),
+        (dense, 2, {}, "2 bits is not possible .* take 2.29 to 9.00 bits"),
+        (dense, 9.5, {}, "bits must be from 1 to 9"),
         (dense, None, {"type": "Q4_K"}, "belong to GGUF files"),
         (dense, 4, {"sparsity": 0.5}, "stores zeros"),
         (other, 4, {}, "family gpt_neox with `tie_word_embeddings` false"),

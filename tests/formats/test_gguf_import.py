@@ -2,6 +2,7 @@
 
 import json
 import struct
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from places import REPOSITORY
 from prunus.evaluation.inspection import stored_size
 from prunus.evaluation.records import ModelSize
 from prunus.formats.gguf.import_checkpoint import import_gguf
@@ -93,6 +95,23 @@ def test_an_embedding_that_is_stored_twice_is_tied(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(loaded.model.embed_tokens.weight, kept["lm_head.weight"])
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_a_dithered_file_counts_the_weights_of_the_checkpoint(tmp_path, monkeypatch):
+    """An embedding that is stored twice becomes one weight, which has its noise once."""
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    dither = import_module("dither").dither
+    model = tiny_llama()
+    write_gguf(model, tmp_path / "apart.gguf", "Q8_0")
+    apart = dither(tmp_path / "apart.gguf", tmp_path / "apart")
+    norms = sum(x.numel() for name, x in model.named_parameters() if "norm" in name)
+    assert apart["dithered"] == apart["parameters"] - norms
+    model.model.embed_tokens.weight.data.copy_(model.lm_head.weight.data)
+    write_gguf(model, tmp_path / "twice.gguf", "Q8_0")
+    twice = dither(tmp_path / "twice.gguf", tmp_path / "twice")
+    assert twice["tied"] and not apart["tied"]
+    assert twice["dithered"] == twice["parameters"] - norms
+    assert twice["dithered"] == apart["dithered"] - model.lm_head.weight.numel()
 
 
 def test_any_file_says_its_bits_per_weight_without_being_unpacked(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """`plan --fits`: cache and buffers are as llama.cpp prints them, and the size leaves room."""
 
 import json
+import re
 
 import pytest
 
@@ -8,8 +9,9 @@ pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
 
 from command_line import call
-from gguf_cases import gguf_checkpoint
+from gguf_cases import gguf_checkpoint, known_tensors
 from prunus.formats.gguf.memory import buffer_bytes, cache_bytes
+from prunus.hardware.sizes import in_bytes
 
 SMOLLM2 = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152,
@@ -60,17 +62,31 @@ def test_the_size_leaves_room_for_cache_and_buffers(tmp_path):
         return json.loads(figures.read_text())["needs"], output
 
     wide, output = planned("--fits", "1GB")
-    assert "of Q8_0" in output and "--size" in output
+    assert "of Q8_0" in output
     rest = wide["cache"] + wide["buffers"]
     memory = rest + wide["weights"] - 20_000
     narrow, output = planned("--fits", str(memory))
     assert wide["weights"] - 30_000 < narrow["weights"] <= memory - rest
     size = output[output.index("--size ") :].split()[1]
     call("plan", dense, tmp_path / "x.gguf", "--size", size, *SHORT[2:])
-    message = call("plan", dense, "--fits", "100kB", *SHORT, status=2).output
-    assert "100.0 kB do not hold this model with a context of 64 tokens" in " ".join(
-        message.split()
-    )
+    # The file as it is fits in the first memory, and does not in the second.
+    assert narrow["room"] < narrow["dense"] == wide["dense"] < wide["room"]
+    assert "as it is" not in output
+    for memory, words in ((100_000, "shorter --context$"), (rest + 20_000, "For the rest, 20.0 k")):
+        message = call("plan", dense, "--fits", str(memory), *SHORT, status=2).output
+        message = " ".join(message.split())
+        assert "do not hold this model with a context of 64 tokens: KV cache and compute" in message
+        assert f"buffers take {in_bytes(rest)}, less with a shorter --context" in message
+        assert re.search(words, message) and " 0.0 kB" not in message
+
+
+def test_a_model_that_fits_as_it_is_needs_no_compression(tmp_path):
+    dense = gguf_checkpoint(tmp_path / "dense")
+    output = " ".join(call("plan", dense, "--fits", "1GB", *SHORT).output.replace("│", " ").split())
+    nbytes = sum(x.nbytes for x in known_tensors(dense).values()) // 2  # float32 to bfloat16
+    said = re.search(r"nothing: the model as it is takes ([\d.]+) MB and fits too", output)
+    assert said is not None and "--size" not in output
+    assert nbytes < float(said[1]) * 1e6 < 1.2 * nbytes
 
 
 def test_a_family_without_a_layout_and_another_output_are_refused(tmp_path):

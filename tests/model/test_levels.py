@@ -119,7 +119,7 @@ def models(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize(("name", "bits"), [("rounded", 4), ("ordinary", None)])
-def test_runs_and_plans_say_that_the_weights_were_rounded_before(name, bits, models, tmp_path):
+def test_runs_and_plans_say_once_that_the_weights_were_rounded_before(name, bits, models, tmp_path):
     said: list[str] = []
     options: dict[str, Any] = {"calibration": token_ids(2), "announce": said.append}
     small = prunus.compress(models[name], tmp_path / "small", 4, **options)
@@ -128,15 +128,13 @@ def test_runs_and_plans_say_that_the_weights_were_rounded_before(name, bits, mod
     plan = plan_run(models[name], recipe, RunOptions(), format_for(None, recipe))
     assert small.grid_bits == pruned.grid_bits == plan.grid_bits == bits
     assert Manifest.load(tmp_path / "pruned").grid_bits == bits
-    lines = [line for line in said if "rounded to about 4 bits before" in str(line)]
-    assert len(lines) == (2 if bits else 0)
-    texts = [
-        (tmp_path / "small" / "README.md").read_text(),
-        (tmp_path / "pruned" / "README.md").read_text(),
-        str(small.table()),
-        str(plan_facts(describe_plan(plan))),
-    ]
-    assert {("rounded to about 4 bits before" in text) for text in texts} == {bits is not None}
+    sentence = "rounded to about 4 bits before"
+    for folder, record in (("small", small), ("pruned", pruned)):
+        card = (tmp_path / folder / "README.md").read_text()
+        texts = [*map(str, said), str(record.table()), card]
+        assert sum(text.count(sentence) for text in texts) == (1 if bits else 0)
+    facts = dict(plan_facts(describe_plan(plan)).items)
+    assert facts.get("weights before") == ("rounded to about 4 bits" if bits else None)
 
 
 def test_the_card_says_size_and_command(models, tmp_path):

@@ -98,7 +98,7 @@ def test_a_number_of_rows_may_be_written_as_text():
         ("sparsity = 1.5", r"sparsity must lie in \[0, 1\).*got 1\.5"),
         ("samples = 0\nseqlen = 1", r"samples must be at least 1.*; seqlen must be at least 2"),
         ("min_expert_tokens = -1", "min_expert_tokens must be at least 0"),
-        ("samples = 1.5", r"samples: .*got 1\.5"),
+        ("samples = 1.5", r"samples must be a whole number \(got 1\.5\)$"),
         ('only = "*.mlp.*"', "only: "),
         ('device = "cpu"', "unknown option 'device'"),
     ],

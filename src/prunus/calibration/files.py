@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from prunus.hardware.errors import reason
+
 # A compressed file may always hold this many bytes of text.
 _SMALL_TEXT = 2**26
 # A larger text may have this many times the size of its compressed file.
@@ -133,7 +135,9 @@ def read_json_rows(path: Path) -> dict[int, dict[str, Any]]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not a JSON object ({error})") from error
+            raise ValueError(
+                f"{path}, line {number}: not a JSON object ({reason(error)})"
+            ) from error
         if not isinstance(record, dict):
             raise ValueError(f"{path}, line {number}: expected a JSON object")
         rows[number] = record

@@ -276,7 +276,6 @@ class _Mix(TextSource):
                 stacklevel=1,
             )
             prose = load_corpus("python-docs", "calibration", None)
-            prose = replace(prose, source=f"{prose.source}, because c4 could not be loaded")
         texts = {"prose": prose, "code": load_corpus("python-code", "calibration", None)}
         shares = dict(MIX)
         tokenizer = self.tokenizer(request)

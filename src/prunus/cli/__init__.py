@@ -89,6 +89,30 @@ _RESUMING = {prune, compress, shrink, recover, pack, unpack, sweep}
 _UsageError: Any = typer.BadParameter.__base__
 #: Commands whose name is not that of their function.
 _NAMES = {evaluate: "eval", import_: "import"}
+#: What users may look for, by its name in other programs or in earlier versions -> what to use. It
+#: is said of names that are no command.
+_ELSEWHERE = {
+    **dict.fromkeys(
+        ("quantize", "quantise", "quant", "gptq", "awq"), "prunus compress rounds weights"
+    ),
+    "convert": "prunus compress MODEL OUT.gguf writes a GGUF file, and prunus import reads one",
+    "dequantize": "prunus import turns a GGUF file into a checkpoint",
+    "sparsify": "prunus prune removes weights",
+    **dict.fromkeys(("distill", "finetune", "train"), "prunus recover trains"),
+    **dict.fromkeys(("evaluate", "perplexity", "ppl", "score"), "prunus eval scores models"),
+    **dict.fromkeys(("info", "show"), "prunus inspect describes a model"),
+    **dict.fromkeys(("chat", "run"), "prunus generate --chat answers a prompt"),
+    "help": "prunus --help lists the commands",
+    "version": "prunus --version shows it",
+    # Removed in 0.4.0.
+    "pack": "it was removed in 0.4.0, because zeros take no less room in any format that other "
+    "programs read; prunus compress makes smaller files",
+    "unpack": "it was removed in 0.4.0; version 0.3 of prunus unpacks its packed folders",
+    "bench": "it was removed in 0.4.0; llama-bench or mlx_lm.benchmark time a result",
+    "serve": "it was removed in 0.4.0; llama-server, transformers serve, vLLM and mlx_lm.server "
+    "serve results",
+    "doctor": "it was removed in 0.4.0; prunus --version shows the version",
+}
 #: A command with more options than this beyond its first panel shows them in `--help-all` alone.
 _FEW = 3
 
@@ -184,6 +208,9 @@ def _one_line() -> Iterator[None]:
             lambda x: x[0] + did_you_mean(x[1], re.findall("'(.*?)'", x[2])),
             said,
         )
+        unknown = re.match("No such command '([^']*)'", said)
+        if unknown and unknown[1] in _ELSEWHERE:
+            said = f"{unknown[0]}: {_ELSEWHERE[unknown[1]]}"
         where = fault.ctx.command_path if fault.ctx else "prunus"
         log(f"error: {said} (see {where} --help)")
         raise typer.Exit(2) from None

@@ -133,6 +133,7 @@ def _flag(name: str, option: Option, field: Any, panel: str | None) -> Any:
         kind | None,
         typer.Option(
             spelled,
+            *option.aliases,
             metavar=option.metavar,
             help=text,
             rich_help_panel=panel,

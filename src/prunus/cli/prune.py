@@ -73,7 +73,7 @@ def compress(
     recipe: RecipeFile = None,
     **options: Any,
 ) -> None:
-    """Compress MODEL: packed, to GGUF, or for vLLM on GPUs.
+    """Compress MODEL: packed, to GGUF, to MLX, or for vLLM on GPUs.
 
     Weights that do not repay their bits become 0. A killed run continues with the same command.
     """
@@ -171,7 +171,7 @@ def _prune_and_recover(
 @with_flags(
     *(Recipe, CompressionRecipe, RunOptions),
     without=("overwrite", "resume", "rank_timeout"),
-    rare=("pattern", "format", "head_bits"),
+    rare=("pattern", "format", "head_bits", "data"),
 )
 def plan(
     model: Model,
@@ -195,19 +195,13 @@ def plan(
     fits: Annotated[
         str | None,
         opt(
-            "Plan the largest file with which llama.cpp takes at most SIZE, such as 8GB.",
+            "Plan the largest GGUF file with which llama.cpp takes at most SIZE, such as 8GB.",
             "SIZE",
-            rich_help_panel="GGUF files",
         ),
     ] = None,
     context: Annotated[
         int | None,
-        opt(
-            "With --fits: tokens of the context. Default: the model's.",
-            "N",
-            min=1,
-            rich_help_panel="GGUF files",
-        ),
+        opt("With --fits: tokens of the context. Default: the model's.", "N"),
     ] = None,
     recipe: RecipeFile = None,
     **options: Any,

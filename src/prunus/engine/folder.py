@@ -39,6 +39,7 @@ from prunus.model.checkpoint.lock import LOCK_NAME, locked
 from prunus.model.checkpoint.output_folder import (
     auxiliary_files,
     check_apart,
+    check_folder_name,
     check_resume,
     check_whole,
     copy_companion,
@@ -98,10 +99,12 @@ def find_earlier(
             options, or a run of an earlier version that cannot be resumed; or `resume` is False and
             there is an unfinished run.
         FileNotFoundError: `resume` is True and there is no unfinished run.
-        ValueError: A source lies inside the output or around it, or the record is damaged.
+        ValueError: A source lies inside the output or around it, the name is that of a file of some
+            format, or the record is damaged.
     """
     for source in sources:
         check_apart(output, source)
+    check_folder_name(output)
     earlier = None
     if not is_vacant(output, inside):
         if not (output / kind.FILE).exists():

@@ -26,7 +26,7 @@ from prunus.engine.block.dense_stream import drift_stride_for
 from prunus.engine.folder import BlockFolder, find_earlier
 from prunus.engine.job import RunJob, measured_memory, windows_per_batch
 from prunus.engine.linear_options import PruningOptions
-from prunus.engine.linear_record import LinearRecord, PruningRecord, grid_words
+from prunus.engine.linear_record import LinearRecord, PruningRecord, grid_fact
 from prunus.engine.loss_sensitivity import measuring_memory
 from prunus.engine.memory import Memory
 from prunus.engine.options import RunOptions
@@ -531,18 +531,23 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
     - `to_remove`: weights that become zero, a number;
     - `left_dense`: name of a weight that stays as it is -> its shape;
     - `grid_bits`: bits of the grid that the weights lie on already, or None;
-    - `rounded_before`: what that means, in words; empty where the weights lie on no grid;
+    - `rounded_before`: the same in words; empty where the weights lie on no grid;
     - `batch`: windows per forward pass;
     - `hidden_states`: where they are between blocks: memory, pinned host memory or file;
     - `blocks_in_lockstep`: how many blocks all windows run through at once;
-    - `peak_memory_bytes`: with what this process holds already;
+    - `least_memory_bytes`: what the run needs, with what this process holds already;
+    - `peak_memory_bytes`: what it takes at most of the memory that it may use, which saves time;
     - `file_bytes`: the weights of the result;
     - `disk_bytes`: the same with temporary files.
     """
     blocks = range(len(job.skeleton))
     shapes: Sequence[tuple[int, int]] = [x.shape for x in job.selected_linears().values()]
     weights = sum(rows * columns for rows, columns in shapes)
-    peak = max(job.memory.peak_bytes(), job.measuring_bytes(), job.format.peak_bytes())
+    others = max(job.measuring_bytes(), job.format.peak_bytes())
+    least, peak = (
+        max(nbytes, others) + process_memory()
+        for nbytes in (job.memory.least_bytes, job.memory.peak_bytes())
+    )
     location = "memory" if job.memory.hidden_states_stay else "pinned host memory"
     return {
         "blocks": len(blocks),
@@ -551,7 +556,7 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
         "to_remove": int(weights * job.work.sparsity),
         "left_dense": {name: list(shape) for name, shape in job.left_dense.items()},
         "grid_bits": job.grid_bits,
-        "rounded_before": grid_words(job.grid_bits),
+        "rounded_before": grid_fact(job.grid_bits),
         "dtype": str(job.dtype).removeprefix("torch."),
         "dtype_reason": job.dtype_reason,
         "device": str(job.device),
@@ -559,7 +564,8 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
         "bos": job.recipe.bos,
         "hidden_states": "file" if job.memory.spills else location,
         "blocks_in_lockstep": sum(job.memory.fits_lockstep(index) for index in blocks),
-        "peak_memory_bytes": peak + process_memory(),
+        "least_memory_bytes": least,
+        "peak_memory_bytes": peak,
         "file_bytes": job.format.file_bytes(),
         "disk_bytes": job.disk_bytes(),
         "allocation": {

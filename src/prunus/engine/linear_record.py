@@ -317,6 +317,15 @@ def grid_words(bits: int | None) -> str:
     )
 
 
+def grid_fact(bits: int | None) -> str:
+    """The same in a few words, for a plan or a card.
+
+    >>> grid_fact(4), grid_fact(None)
+    ('rounded to about 4 bits', '')
+    """
+    return "" if bits is None else f"rounded to about {bits} bits"
+
+
 def calibration_words(record: PruningRecord) -> str:
     """Where the calibration windows were taken from."""
     return f"{record.inputs.calibration}, {bos_words(record.inputs.bos)}"

@@ -140,6 +140,15 @@ class Memory:
         return max(needed)
 
     @property
+    def least_bytes(self) -> int:
+        """The smallest budget of the device with which the run can be done, in bytes.
+
+        Hidden states are then elsewhere, windows go through a block batch by batch, and nothing is
+        read or written meanwhile.
+        """
+        return max(self.outside, *(memory.minimum for memory in self.blocks))
+
+    @property
     def spilled_bytes(self) -> int:
         """Bytes of the file that holds the hidden states; 0 without one."""
         return max(memory.hidden for memory in self.blocks) if self.spills else 0

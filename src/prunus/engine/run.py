@@ -34,7 +34,7 @@ from prunus.engine.block.prune_block import BlockPruner
 from prunus.engine.folder import held, resumed_or_new
 from prunus.engine.linear_job import Format, PruningJob, plan_run
 from prunus.engine.linear_options import PruningOptions
-from prunus.engine.linear_record import PruningRecord, grid_words
+from prunus.engine.linear_record import PruningRecord
 from prunus.engine.loop import run_blocks
 from prunus.engine.options import RunOptions
 from prunus.engine.output import CheckpointFolder, InPlaceOutput, PruningOutput
@@ -135,8 +135,6 @@ def _carry_out_held(
     with ranks.fail_together():
         windows = calibration_windows(job)
         record = _record(stored.RECORD, job, ranks, windows, earlier)
-    if record.grid_bits is not None:
-        session.tell(grid_words(record.grid_bits))
     folder = _output(job, ranks, output, record)
     _change_blocks(job, session, windows, record, folder, rounding, started)
     return record

@@ -171,7 +171,13 @@ class WritingOptions(Options):
     FILE = "generate"
 
     max_new_tokens: Annotated[
-        int, Option("Write at most this number of tokens.", metavar="N", within=at_least(1))
+        int,
+        Option(
+            "Write at most this number of tokens.",
+            metavar="N",
+            within=at_least(1),
+            aliases=("--max-tokens", "-n"),
+        ),
     ] = 128
     temperature: Annotated[
         float | None,

@@ -240,7 +240,8 @@ class CompressedFormat(Format[CompressionRecord]):
         if recipe.type or recipe.template or recipe.fast_on or self.rounding == "nearest":
             raise ValueError(
                 "`type`, `template`, `fast_on`, `rounding` nearest and lists for llama-quantize "
-                "belong to GGUF files: give the output a name that ends in .gguf, or leave them out"
+                "belong to GGUF files: give the output a name that ends in .gguf, or leave them "
+                "out. `rounding` nearest is for compressed-tensors too"
             )
 
     # The size of a result that is a folder.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from prunus.engine.linear_record import calibration_words, grid_words, sparsity_tag
+from prunus.engine.linear_record import calibration_words, sparsity_tag
 from prunus.engine.record import extended_card, result_card, source_name
 from prunus.formats.records import CompressionRecord
 from prunus.model.checkpoint.card import add_tags, with_fields
@@ -58,7 +58,6 @@ def quantized_card(
             "" if record.size is None else " ".join(record.size.sentences()),
             "\n".join(["```sh", *lines, "```"]),
             f"Calibration: {calibration_words(record)}.",
-            grid_words(record.grid_bits),
         ],
         tags=["quantized", *tags],
         relation="quantized",
@@ -95,7 +94,6 @@ def compressed_card(record: CompressionRecord, loader: str, source: Path) -> str
             " ".join(size),
             f"Zeros: {totals.get('zeros', 0):,} of {totals.get('weights', 0):,} weights "
             f"({sparsity:.2%}). {origin} Calibration: {calibration_words(record)}.",
-            grid_words(record.grid_bits),
         ],
         tags=[
             "compressed",

@@ -97,10 +97,10 @@ class TensorsFormat(TypeFormat):
             ValueError: The format cannot do what the recipe asks for.
         """
         recipe = self.recipe
-        if recipe.bits not in _BITS or recipe.template is not None:
+        if recipe.bits not in _BITS or recipe.template or recipe.fast_on:
             raise ValueError(
                 "compressed-tensors stores linears in 4 or 8 bits: give `bits` 4 or 8, and leave "
-                "`size`, `type` and `template` out"
+                "`size`, `type`, `template` and `fast_on` out"
             )
         self.refuse_zeros("compressed-tensors")
         if "head_bits" in recipe.model_fields_set and recipe.packs_head:

@@ -10,8 +10,8 @@ from pydantic import SerializerFunctionWrapHandler, field_validator, model_seria
 from prunus.engine.linear_options import PruningOptions, Sparsity
 from prunus.hardware.sizes import in_bytes, parse_bytes
 from prunus.methods.options import DenseWeight
-from prunus.model.formats import folder_formats
-from prunus.options import Option, at_least, between, one_of
+from prunus.model.formats import FORMATS, folder_formats
+from prunus.options import Option, Range, at_least, one_of
 
 
 class CompressionRecipe(PruningOptions):
@@ -21,7 +21,7 @@ class CompressionRecipe(PruningOptions):
     effect: they are refused, and records and cards do not name them.
 
     Attributes:
-        bits: The bits per weight of the linears in the result, 1 to 8; None with `size` or `type`.
+        bits: The bits per weight of the linears in the result, 1 to 9; None with `size` or `type`.
         size: The most bytes of the files with weights; None with `bits` or `type`.
         format: The format of a folder. The name of a file implies its format.
         type: The GGUF type of all linears, or a file with the type of each tensor: a GGUF file, or
@@ -56,9 +56,9 @@ class CompressionRecipe(PruningOptions):
     bits: Annotated[
         float | None,
         Option(
-            "Store linears in N bits per weight, 1 to 8.",
+            "Store linears in N bits per weight, 1 to 9.",
             metavar="N",
-            within=between("[1, 8]", ": 3 makes the linears a fifth of their bfloat16 size"),
+            within=Range(lambda bits: 1 <= bits <= 9, "be from 1 to 9, such as 4 or 4.5"),
         ),
     ] = None
     size: Annotated[
@@ -88,10 +88,9 @@ class CompressionRecipe(PruningOptions):
     template: Annotated[
         Path | None,
         Option(
-            "Write what this GGUF file of MODEL in full precision holds, made by llama.cpp's "
-            "converter: any family.",
-            metavar="FILE.gguf",
-            panel="GGUF files",
+            "Write what this GGUF file of MODEL in full precision holds. llama.cpp's converter "
+            "makes it, of any family.",
+            metavar="FILE",
         ),
     ] = None
     head_bits: Annotated[
@@ -105,24 +104,34 @@ class CompressionRecipe(PruningOptions):
     rounding: Annotated[
         Literal["feedback", "nearest"],
         Option(
-            "Let later columns correct the errors of earlier ones (feedback), or round each weight "
-            "by itself (nearest), which loses more and takes a fraction of the time.",
+            "Let later columns correct rounding errors (feedback), or do not (nearest). nearest is "
+            "for GGUF files and compressed-tensors: it loses more, and takes a fraction of the "
+            "time.",
             metavar="RULE",
-            panel="GGUF files",
         ),
     ] = "feedback"
     fast_on: Annotated[
         str | None,
         Option(
-            "Choose types that decode nearly as fast as llama.cpp's presets of this size on a cpu, "
-            "on avx2, on avx512 or by times in a file. The file loses more.",
+            "Choose GGUF types that decode fast on cpu, avx2, avx512 or by times in a file. They "
+            "are nearly as fast as llama.cpp's presets of this size, and the file loses more.",
             metavar="CPU",
-            panel="GGUF files",
         ),
     ] = None
     # The figures behind these defaults are in docs/results/index.md.
     sparsity: Sparsity = 0.0
     dense_weight: DenseWeight = 0.25
+
+    @field_validator("format", mode="before")
+    @classmethod
+    def _names_folder(cls, value: Any) -> Any:
+        for entry in FORMATS:
+            if entry.suffix and entry.name == str(value).lower():
+                raise ValueError(
+                    f"{value} is the format of a file: name the output OUT{entry.suffix}, and "
+                    "leave `format` out"
+                )
+        return value
 
     @field_validator("size", mode="before")
     @classmethod

@@ -33,11 +33,15 @@ def reason(error: BaseException, most: int = 300) -> str:
     'gone.txt: No such file or directory'
     >>> reason(KeyError("bits")), reason(ValueError("one two three"), most=9)
     ("KeyError: 'bits'", 'one two …')
+    >>> reason(RecursionError("maximum recursion depth exceeded"))
+    'brackets are nested too deep'
     """
     text = str(error)
     if isinstance(error, OSError) and error.strerror and error.errno is not None:
         text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
-    if not isinstance(error, _CLEAR) or not text:
+    if isinstance(error, RecursionError):  # Python's own words are about its stack
+        text = "brackets are nested too deep"
+    elif not isinstance(error, _CLEAR) or not text:
         text = f"{type(error).__name__}: {text or 'no message'}"
     line = " ".join(text.split())
     return line if len(line) <= most else line[:most].rsplit(" ", 1)[0] + " …"

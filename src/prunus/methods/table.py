@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunus.hardware.errors import did_you_mean
 from prunus.methods.options import MethodOptions
+from prunus.model.checkpoint.regular_files import read_limited
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -356,7 +357,7 @@ def _split(method: str) -> tuple[Path, str]:
 def _sha256(file: Path) -> str:
     """The hash of a file of code, or an error that says how to name one."""
     try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
+        return hashlib.sha256(read_limited(file)).hexdigest()
     except OSError as fault:
         raise FileNotFoundError(
             f"the method's file {file} cannot be read ({fault.strerror}): give FILE.py:NAME"

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
-from prunus.hardware.errors import did_you_mean
+from prunus.hardware.errors import did_you_mean, reason
 from prunus.model.checkpoint.regular_files import read_limited
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ else:
 ADVANCED = "Advanced"
 #: An error lists at most this many faults.
 _MOST_FAULTS = 4
+#: The beginning of pydantic's name of an error -> what the value must be.
+_NUMBERS = {"float": "a number", "int": "a whole number"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ class Option:
     flag: bool = True  #: whether the command line has it. Other options are for files and Python.
     #: The flags of a switch that is not plain, such as "--repair/--no-repair".
     switch: str | None = None
+    aliases: tuple[str, ...] = ()  #: other names of the flag, which other programs use
     #: Turns text of the command line into a value, or raises `ValueError`.
     parse: Callable[[str], Any] | None = None
     #: Names that a shell may complete; None for none.
@@ -228,10 +231,14 @@ def _explain_one(error: Any, kind: type[BaseModel]) -> str:
         return f"{table}: {message}" if table else message
     if error["type"] == "missing":
         return f"{name} is missing"
+    number = _NUMBERS.get(error["type"].partition("_")[0])
+    said = f"{name} must be {number}" if number else f"{name}: {message.lower()}"
     # pydantic lists the choices of a name as 'a', 'b' or 'c'.
     choices = str(error.get("ctx", {}).get("expected", "")).split("'")[1::2]
-    hint = did_you_mean(error["input"], choices) or percent(error["input"])
-    return f"{name}: {message.lower()} (got {_brief(error['input'])}){hint}"
+    hint = did_you_mean(error["input"], choices)
+    if not hint and number != _NUMBERS["int"]:
+        hint = percent(error["input"])
+    return f"{said} (got {_brief(error['input'])}){hint}"
 
 
 def words(error: Mapping[str, Any]) -> str:
@@ -286,7 +293,8 @@ class Range:
         """
         if value is not None and not self.allows(value):
             hint = percent(value) if self.of_shares else did_you_mean(value, map(str, self.choices))
-            raise ValueError(f"{name} must {self.must}; got {value!r}{hint}")
+            shown = f"{value:g}" if isinstance(value, float) else repr(value)
+            raise ValueError(f"{name} must {self.must}; got {shown}{hint}")
 
 
 def at_least(minimum: int, what: str = "") -> Range:
@@ -370,7 +378,7 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no {what} {path}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as fault:
-        raise ValueError(f"{what} {path} is not valid TOML: {fault}") from fault
+        raise ValueError(f"{what} {path} is not valid TOML: {reason(fault)}") from fault
 
 
 def _toml(value: Any) -> str:

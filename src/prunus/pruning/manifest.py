@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from prunus.engine.linear_record import PruningRecord, calibration_words, grid_words, sparsity_tag
+from prunus.engine.linear_record import PruningRecord, calibration_words, sparsity_tag
 from prunus.engine.record import result_card, source_name
 from prunus.pruning.recipe import Recipe
 
@@ -70,7 +70,6 @@ def pruned_card(
             "used like the dense model.",
             f"Weights removed: {totals.get('zeros', 0):,} of {totals.get('weights', 0):,} in the "
             f"pruned linears ({sparsity:.2%}). Calibration: {calibration_words(manifest)}.",
-            grid_words(manifest.grid_bits),
         ],
         tags=["pruned", "sparse", sparsity_tag(sparsity)],
         nbytes=nbytes,

@@ -26,7 +26,13 @@ from prunus.engine.job import check_known
 from prunus.engine.options import RunOptions
 from prunus.engine.progress import Progress
 from prunus.engine.session import SILENT, Session
-from prunus.model.checkpoint.output_folder import check_apart, check_disk, check_resume, is_vacant
+from prunus.model.checkpoint.output_folder import (
+    check_apart,
+    check_disk,
+    check_folder_name,
+    check_resume,
+    is_vacant,
+)
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.model.source import CheckpointSource, tensors_digest
 from prunus.options import takes
@@ -287,9 +293,11 @@ def _check_training(
         WindowRequest(samples=1, seqlen=training.seqlen, bos=training.bos, data=options.data)
     )
     source = open_teacher(model)
+    if output is not None:
+        check_folder_name(output)
+        check_apart(output, source.checkpoint.folder)
     draw_training_text(training, source, options.data)
     if output is not None:
-        check_apart(output, source.checkpoint.folder)
         # The pruned checkpoint, the result, and the state of the training.
         stored = source.checkpoint.nbytes(source.checkpoint.tensors)
         check_disk(output, (2 + _STATE_BYTES // source.stored_dtype.itemsize) * stored)

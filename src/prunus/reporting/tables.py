@@ -46,7 +46,11 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
             f"in {plan['hidden_states']}; "
             f"{counted(plan['blocks_in_lockstep'], 'block')} in lockstep"
         ),
-        "peak memory": f"{plan['peak_memory_bytes'] / 1e9:.2f} GB",
+        "memory it needs": f"{plan['least_memory_bytes'] / 1e9:.2f} GB",
+        "memory it takes": (
+            f"at most {plan['peak_memory_bytes'] / 1e9:.2f} GB, to be faster; --memory SIZE sets "
+            "less"
+        ),
         "result": f"{plan['file_bytes'] / 1e9:.3f} GB",
         "disk": f"{plan['disk_bytes'] / 1e9:.2f} GB",
         **({"weights before": plan["rounded_before"]} if plan["rounded_before"] else {}),
@@ -65,6 +69,11 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
             "compute buffers": in_bytes(needs["buffers"]),
             "ask for": f"--size {needs['weights'] // 10**5 / 10:.1f}MB",
         }
+        if needs["weights"] < needs["dense"] <= needs["room"]:
+            rows["ask for"] = (
+                f"nothing: the model as it is takes {in_bytes(needs['dense'])} and fits too. "
+                "convert_hf_to_gguf.py of llama.cpp writes it"
+            )
     if (training := plan.get("training")) is not None:
         rows["training"] = (
             f"then {training['minutes']:g} min on {training['text']}, "

@@ -22,6 +22,7 @@ from prunus.formats.base import format_for
 from prunus.formats.gguf.format import GgufFormat
 from prunus.formats.recipe import CompressionRecipe
 from prunus.hardware.sizes import in_bytes
+from prunus.options import at_least
 
 # llama.cpp's `n_ubatch`, and what the number of tokens in a cache is a multiple of.
 _TOKENS, _MULTIPLE = 512, 256
@@ -77,12 +78,15 @@ def plan_to_fit(
         context: Tokens of the context; None for those that the model was trained for.
 
     Returns:
-        The plan, and the bytes of each part by name.
+        The plan, and the bytes of each part by name. `room` is what cache and buffers leave, and
+        `dense` is the file with the weights as the model stores them.
 
     Raises:
-        ValueError: Not even the smallest types fit, or the output is no GGUF file.
+        ValueError: Cache and buffers alone are too large, not even the smallest types fit, or the
+            output is no GGUF file.
         NotImplementedError: No GGUF file of this family can be written.
     """
+    at_least(1, " token").check("context", context)
     # The largest type first: more bits than its are no use.
     file, given = recipe
     chosen = CompressionRecipe.read(file, given | {"type": "Q8_0"})
@@ -94,16 +98,19 @@ def plan_to_fit(
     context = context or shape["max_position_embeddings"]
     needs = {"cache": cache_bytes(shape, context), "buffers": buffer_bytes(shape, context)}
     left = memory - sum(needs.values())
+    too_small = (
+        f"{in_bytes(memory)} do not hold this model with a context of {context:,} tokens: KV cache "
+        f"and compute buffers take {in_bytes(memory - left)}, less with a shorter `context`"
+    )
+    if left <= 0:
+        raise ValueError(too_small)
+    needs |= {"room": left, "dense": stored.contents.file_bytes({})}
     if stored.file_bytes() > left:
-        chosen = CompressionRecipe.read(file, given | {"size": max(1, left)})
+        chosen = CompressionRecipe.read(file, given | {"size": left})
         try:
             job = planned(GgufFormat(chosen), model, output, chosen, options)
         except ValueError as fault:
-            raise ValueError(
-                f"{in_bytes(memory)} do not hold this model with a context of {context:,} tokens: "
-                f"KV cache and compute buffers take {in_bytes(memory - left)}. For the rest, "
-                f"{fault}"
-            ) from fault
+            raise ValueError(f"{too_small}. For the rest, {fault}") from fault
     return job, needs | {"weights": job.format.file_bytes(), "context": context}
 
 

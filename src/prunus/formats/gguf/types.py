@@ -7,6 +7,7 @@ ggml-common.h), and the tests decode them with the package `gguf` as well.
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass
 
 import torch
@@ -145,6 +146,8 @@ PLAIN = {
     torch.float16: ("F16", 1, 1),
     torch.bfloat16: ("BF16", 30, 32),
 }
+# Whether a name is one of llama-quantize's mixes, such as Q4_K_M, unless it is a type.
+_PRESET = re.compile(r"(UD-)?I?Q[2-8]_(K_)?(XS|S|M|L|XL)", re.IGNORECASE).fullmatch
 #: Types of weights that are those of the model, or nearly so.
 FULL_TYPES = frozenset({"F32", "F16", "BF16", "Q8_0"})
 #: Name of a type -> the type.
@@ -162,6 +165,11 @@ def type_named(name: str) -> GgufType:
     Raises:
         ValueError: There is none; the message lists those that there are.
     """
+    if name not in TYPES and name.upper() not in TYPES and _PRESET(name):
+        raise ValueError(
+            f"{name} is a preset of several types: give the `size` of such a file, and prunus "
+            f"chooses the types, or one of {', '.join(TYPES)} for all linears"
+        )
     if name not in TYPES:
         raise ValueError(
             f"{name} is not a type that prunus writes: give one of {', '.join(TYPES)}, or a file "

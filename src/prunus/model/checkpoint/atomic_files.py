@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from prunus.hardware.errors import reason
 from prunus.model.checkpoint.regular_files import open_regular, read_limited
 
 #: End of the name of every file that is not finished yet.
@@ -287,7 +288,7 @@ def read_json(path: Path) -> Any:
     # Numbers of thousands of digits are a ValueError, and brackets without end a RecursionError.
     except (ValueError, RecursionError) as fault:
         raise ValueError(
-            f"{path} is not valid JSON: {fault}. Was it cut off while copying?"
+            f"{path} is not valid JSON: {reason(fault)}. Was it cut off while copying?"
         ) from fault
 
 

@@ -9,7 +9,7 @@ from prunus.model.checkpoint.atomic_files import TEMPORARY_SUFFIX, check_place, 
 from prunus.model.checkpoint.lock import LOCK_NAME
 from prunus.model.checkpoint.reader import INDEX_NAME, PICKLE_SUFFIXES, Checkpoint
 from prunus.model.checkpoint.regular_files import check_regular, open_regular
-from prunus.model.formats import SUFFIXES
+from prunus.model.formats import SUFFIXES, format_of
 
 #: Most bytes of a file that is copied next to the weights: 1 GiB, far more than any tokenizer has.
 _MAX_BYTES = 2**30
@@ -39,6 +39,24 @@ def check_apart(output: Path, source: Path) -> None:
     if here == there or here in there.parents or there in here.parents:
         raise ValueError(
             f"output {output} and model {source} overlap: choose a folder of its own for the result"
+        )
+
+
+def check_folder_name(output: Path) -> None:
+    """Check that a folder is not named as a file of some format.
+
+    Raises:
+        ValueError: It is, so that programs would take it for such a file.
+
+    >>> check_folder_name(Path("small.gguf"))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    ValueError: small.gguf is the name of a .gguf file, and the result is a folder: choose ...
+    """
+    if (entry := format_of(output)) is not None:
+        raise ValueError(
+            f"{output} is the name of a {entry.suffix} file, and the result is a folder: choose "
+            "another name. `prunus compress` writes such files"
         )
 
 
