@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from prunus.formats.packed.format import PackedFormat
+from prunus.runtime.description import Description, StoredTensor
+from prunus.runtime.linear import PackedEmbedding
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
@@ -24,7 +27,6 @@ from prunus.engine.memory import BlockMemory, Memory
 from prunus.engine.options import RunOptions
 from prunus.engine.output import MEASUREMENT
 from prunus.evaluation.inspection import holds
-from prunus.formats.packed.format import PackedFormat
 from prunus.formats.recipe import CompressionRecipe
 from prunus.formats.records import CompressionRecord
 from prunus.model.checkpoint.atomic_files import read_json
@@ -35,8 +37,6 @@ from prunus.pruning.run import PlainTensors
 from prunus.reporting.run_sections import run_section
 from prunus.reporting.tables import plan_facts
 from prunus.runtime import PackedLinear, reference_path
-from prunus.runtime.description import Description, StoredTensor
-from prunus.runtime.linear import PackedEmbedding
 from scripts import run_script
 from stopping import StopError, stop_after
 from tiny import shards, tiny_checkpoint, tiny_model, token_ids, weights

@@ -4,13 +4,13 @@ import re
 
 import pytest
 import torch
+from prunus.compression.rate_control import RateControl
+from prunus.formats.packed.format import PackedFormat
 
 import prunus
 from command_line import call
-from prunus.compression.rate_control import RateControl
 from prunus.engine.linear_job import plan_run
 from prunus.engine.options import RunOptions
-from prunus.formats.packed.format import PackedFormat
 from prunus.formats.recipe import CompressionRecipe
 from stopping import StopError, stop_after
 from tiny import shards, tiny_checkpoint, token_ids

@@ -7,15 +7,15 @@ import contextlib
 
 import pytest
 import torch
+from prunus.formats.packed.format import PackedFormat
+from prunus.methods.rate_distortion import relative_steps
 
 from method_cases import gather
 from prunus.engine import loss_sensitivity
 from prunus.engine.linear_job import PruningJob, plan_run
 from prunus.engine.loss_sensitivity import LinearSensitivity, loss_sensitivities
 from prunus.engine.options import RunOptions
-from prunus.formats.packed.format import PackedFormat
 from prunus.formats.recipe import CompressionRecipe
-from prunus.methods.rate_distortion import relative_steps
 from prunus.model.skeleton import Skeleton
 from prunus.model.stream import Stream
 from sensitivity_cases import IDS, whole_model

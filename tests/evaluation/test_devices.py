@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from prunus.runtime.operators import warn_of_expansion
 
 import prunus
 from devices import PRETEND
 from prunus.evaluation.model_input import ComputeOptions
 from prunus.evaluation.streamed_model import StreamedModel
 from prunus.model.stream import StatesPlace
-from prunus.runtime.operators import warn_of_expansion
 
 pytestmark = pytest.mark.cuda
 

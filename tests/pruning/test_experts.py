@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from prunus.runtime.linear import PackedLinear
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -19,7 +20,6 @@ from prunus.model.experts import Experts, find_routers
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.model.stream import Stream
-from prunus.runtime.linear import PackedLinear
 from reference import prune_rows
 from stopping import StopError, stop_after
 from structure_cases import loaded

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from prunus.runtime.linear import PackedLinear
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import prunus
 from places import REPOSITORY
 from prunus.model.kinds import kind_of
-from prunus.runtime.linear import PackedLinear
 from tiny import tiny_checkpoint, token_ids
 
 PAGE = REPOSITORY / "docs" / "reference" / "models.md"

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from prunus.serving import server as serving
 from transformers import GenerationConfig
 from transformers.utils.import_utils import is_serve_available
 
 from command_line import call
 from packed_reference import pruned_checkpoint
 from prunus import pack
-from prunus.serving import server as serving
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
 openai = pytest.importorskip("openai", reason="the server needs the extra serve")

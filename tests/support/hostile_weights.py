@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from prunus.runtime.bitmap import pack_weight
+from prunus.runtime.description import Description, PackedShape, QuantizedShape
+from prunus.runtime.weight import PlaneCode, QuantizedWeight, named_tensors
 
 from hostile_damage import mutate_json
 from prunus.runtime import forms, planes
-from prunus.runtime.bitmap import pack_weight
-from prunus.runtime.description import Description, PackedShape, QuantizedShape
 from prunus.runtime.kernels import library
-from prunus.runtime.weight import PlaneCode, QuantizedWeight, named_tensors
 
 Tensors = dict[str, torch.Tensor]
 CODES = [(3, (4, 4, 1, 1)), (3, (4, 4, 2)), (3, (4, 3, 3, 2, 1)), (3, (4, 4, 1, 1, 1, 1))]

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from prunus.runtime.weight import PackedWeight
+
 from tiny import tiny_model
 
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 import torch
+from prunus.runtime.weight import PlaneCode, QuantizedWeight
 
 from plane_reference import write_planes
-from prunus.runtime.weight import PlaneCode, QuantizedWeight
 
 # Columns of a block, whose 16 scales are picked by lane.
 BLOCK = 256

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-
 from prunus.runtime.description import Description, QuantizedShape
 from prunus.runtime.planes import encode
 from prunus.runtime.weight import PlaneCode, QuantizedWeight, named_tensors
+from safetensors.torch import load_file, save_file
 
 
 def _zigzag(top: int) -> int:

@@ -4,9 +4,10 @@ import json
 import math
 from pathlib import Path
 
+from prunus.evaluation.speed import Speed
+
 from prunus.engine.document import Document, Section, Table
 from prunus.evaluation.records import Metric, PerplexityResult, TaskResults, TaskScore, compare
-from prunus.evaluation.speed import Speed
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
 from prunus.reporting.write import report

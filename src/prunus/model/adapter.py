@@ -132,7 +132,7 @@ def attach(model: Any, folder: Path, base: Path) -> Any:
     tensors = dict(checkpoint.read(checkpoint.tensors))
     check_finite(tensors, f"{folder}: ")
     unfit = f"the adapter {folder} does not fit its base {base}"
-    hint = "was it trained on another model, or is the base packed?"
+    hint = "was it trained on another model?"
     # The new layers are on the device of the model, which may be the meta device.
     # peft only warns of what is an error here.
     with torch.device(next(model.parameters()).device), no_warnings():

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -412,32 +412,3 @@ def names_in_model(
         else:
             unknown[name] = key
     return names, converted, unknown
-
-
-def stored_names(model: Any, keys: Iterable[str], names: Collection[str]) -> dict[str, str]:
-    """Stored name -> the model's name, for some tensors of a loaded model.
-
-    Args:
-        model: The model, for the rules by which transformers renames what is stored.
-        keys: All stored names of the checkpoint that it was loaded from.
-        names: Names of the tensors in the model.
-
-    Raises:
-        NotImplementedError: The checkpoint stores one of them in another form.
-    """
-    from transformers.core_model_loading import rename_source_key
-
-    renamings, _ = naming_rules(model)
-    expected = dict.fromkeys(names, True)
-    model_names = {}
-    for key in keys:
-        name, _ = rename_source_key(key, renamings, [], model.base_model_prefix, expected)
-        name = name if name in expected else key
-        if name in expected:
-            model_names[key] = name
-    if missing := sorted(set(expected) - set(model_names.values())):
-        raise NotImplementedError(
-            f"the checkpoint does not store {missing[0]!r} as the model has it, so it cannot be "
-            "written again with packed weights; expand it with prunus unpack"
-        )
-    return model_names
