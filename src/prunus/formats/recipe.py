@@ -73,7 +73,7 @@ class CompressionRecipe(LinearOptions):
     format: Annotated[
         str,
         Option(
-            "Write a folder for vLLM, SGLang and transformers (compressed-tensors, 4 or 8 bits), or "
+            "Write a folder for vLLM, SGLang and transformers (compressed-tensors, 4 or 8 bits) or "
             "for Macs (mlx).",
             metavar="FORMAT",
             within=one_of(folder_formats()),
