@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -68,26 +67,10 @@ def test_a_result_that_was_finished_earlier_does_not_look_new(dense, text, tmp_p
     again = call(*arguments)
     assert "was finished by an earlier run, and nothing was done now" in again.stderr
     assert "self_attn.q_proj" in again.stdout
-    arguments = ["pack", tmp_path / "out", tmp_path / "packed", "--values", "int8"]
+    arguments = ["compress", dense, tmp_path / "small", "--bits", 8]
+    arguments += ["--calibration", text, *WINDOWS]
     assert "nothing was done" not in call(*arguments).stderr
     assert "nothing was done now" in call(*arguments).stderr
-
-
-def test_doctor_tells_of_the_installed_package(tmp_path, monkeypatch):
-    """It reads the metadata of a prunus 9."""
-    about = tmp_path / "prunus-9.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.4\nName: prunus\nVersion: 9\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    shown = call("doctor", "--json", tmp_path / "state.json").stdout
-    assert "instruction set" in shown
-    assert "instruction_set" in json.loads((tmp_path / "state.json").read_text())
-    assert re.search(r"needs import .* this installation", shown)
-    points = "[torch.backends]\nprunus = prunus_autoload:register_with_torch\n"
-    (about / "entry_points.txt").write_text(points)
-    assert re.search(r"needs import\W+no\W", call("doctor").stdout)
-    monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-    assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0 switches" in call("doctor").stdout
 
 
 def test_the_command_and_the_function_give_the_same_bytes(dense, text, tmp_path):
@@ -238,7 +221,7 @@ def test_after_ctrl_c_a_verb_promises_only_what_it_keeps(monkeypatch):
         needed = ["--prompt=x" if each.name == "prompt" else "x" for each in required]
         after[verb] = call(verb, *needed, status=130).stderr.removeprefix("prunus: stopped; ")
     resuming = {verb for verb, text in after.items() if text.startswith("finished work is kept")}
-    assert resuming == {"prune", "compress", "shrink", "recover", "pack", "unpack", "sweep"}
+    assert resuming == {"prune", "compress", "shrink", "recover", "sweep"}
     assert all(after[verb].startswith("no work is kept") for verb in {*after} - resuming)
 
 

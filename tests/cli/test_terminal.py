@@ -63,12 +63,14 @@ def test_figures_outlive_the_reader_of_the_output(dense, text, tmp_path, monkeyp
     windows = ["--samples", 2, "--seqlen", 16]
     verbs = {
         "inspect": ["inspect", dense],
-        "doctor": ["doctor"],
         "eval": ["eval", dense, "--perplexity", text, "--seqlen", 16],
         "prune": ["prune", dense, tmp_path / "pruned[/]", "--calibration", text, *windows],
         "plan": ["plan", dense, "--calibration", text, *windows],
         "generate": ["generate", dense, "--prompt", "a", "--max-new-tokens", 3],
-        "pack": ["pack", tmp_path / "pruned[/]", tmp_path / "packed[/]", "--values", "int8"],
+        "compress": [
+            *("compress", dense, tmp_path / "small[/]", "--bits", 8),
+            *("--calibration", text, *windows),
+        ],
     }
     for name, arguments in verbs.items():
         file = tmp_path / f"{name}.json"

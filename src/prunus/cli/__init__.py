@@ -1,7 +1,7 @@
 """The command line: one file per group of commands, no logic.
 
 prune.py           prune, compress, shrink, plan, recover
-evaluate.py        eval, inspect, doctor
+evaluate.py        eval, inspect
 generate.py        generate
 convert.py         import
 sweep.py           sweep, report
@@ -26,7 +26,7 @@ import typer
 import typer.core
 
 from prunus.cli.convert import import_
-from prunus.cli.evaluate import doctor, evaluate, inspect
+from prunus.cli.evaluate import evaluate, inspect
 from prunus.cli.flags import FLAGS, JSON, QUIET
 from prunus.cli.generate import generate
 from prunus.cli.prune import compress, plan, prune, recover, shrink
@@ -41,7 +41,7 @@ __all__ = ["app", "main"]
 _PANELS: dict[str, tuple[Callable[..., Any], ...]] = {
     "Make a model smaller": (prune, compress, shrink, recover, plan),
     "Measure and compare models": (evaluate, inspect, sweep, report),
-    "Use a model, or store it in another form": (generate, import_, doctor),
+    "Use a model, or store it in another form": (generate, import_),
 }
 #: What `prunus` alone shows below the commands.
 _FIRST_EXAMPLES = """Examples:
@@ -72,11 +72,9 @@ prunus sweep grid.toml results --check
 prunus sweep grid.toml results --model dense --device cuda
 prunus report pruned -o run.html
 prunus report results scores.json -o comparison.md
-prunus doctor
-prunus doctor --json kernels.json
 """
 #: Commands that say nothing of their progress.
-_SILENT = {doctor, generate, inspect}
+_SILENT = {generate, inspect}
 #: Commands that continue an interrupted run.
 _RESUMING = {prune, compress, shrink, recover, sweep}
 #: The class of errors about arguments, which typer does not name.

@@ -1,4 +1,4 @@
-"""Commands that measure a model or this machine: `eval`, `inspect`, `doctor`."""
+"""Commands that measure a model: `eval`, `inspect`."""
 
 from __future__ import annotations
 
@@ -127,14 +127,3 @@ def inspect(
 
     inspection = inspect_checkpoint(model, verify=verify, **options)
     print_result(inspection.as_dict(), inspection.table())
-
-
-def doctor() -> None:
-    """Show how packed models run and load here."""
-    from prunus.engine.document import Facts, items_of
-    from prunus.runtime.doctor import describe
-
-    state = describe()
-    rows = {name.replace("_", " "): value for name, value in state.items()}
-    rows["needs import"] = state["needs_import"] or "no"
-    print_result(state, Facts("This machine", items_of(rows)))

@@ -91,14 +91,15 @@ def dense_weight(key: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     Raises:
         ValueError: The tensors do not belong together.
     """
-    empty = torch.empty(0, 0, dtype=torch.int32)
     packed, scale_OS, shape = (
-        tensors.pop(f"{key}_{part}", empty) for part in ("packed", "scale", "shape")
+        tensors.pop(f"{key}_{part}", torch.empty(0)) for part in ("packed", "scale", "shape")
     )
     rows, columns = shape.tolist() if shape.shape == (2,) else (0, 0)
-    bits = 32 * packed.shape[-1] // max(1, columns)
-    fits = packed.shape == (rows, columns * bits // 32) and scale_OS.shape[:-1] == (rows,)
-    if bits not in _BITS or packed.dtype != torch.int32 or not fits or columns % scale_OS.shape[-1]:
+    spans = scale_OS.shape[-1] if scale_OS.shape == (rows, *scale_OS.shape[1:2]) else 0
+    bits = next((x for x in _BITS if packed.shape == (rows, columns * x // 32)), 0)
+    of_types = packed.dtype == torch.int32 and scale_OS.dtype.is_floating_point
+    # Rows end with a word, and consist of whole groups.
+    if not (bits and spans and rows and of_types) or columns % 8 or columns % spans:
         raise ValueError(
             f"{key} is not stored as integers of 4 or 8 bits with a scale for each group of inputs"
         )
@@ -121,7 +122,10 @@ def _is_plain(group: Any) -> bool:
 class TensorsFormat(CompressedFormat):
     """A checkpoint folder in this format. All linears have the same bits."""
 
-    PROGRAMS: ClassVar[dict[str, str]] = {"vLLM": "vllm serve OUT"}
+    PROGRAMS: ClassVar[dict[str, str]] = {
+        "prunus": 'prunus generate OUT --prompt "Hello"',
+        "vLLM": "vllm serve OUT",
+    }
 
     @staticmethod
     def owns(path: Path) -> bool:
@@ -156,8 +160,8 @@ class TensorsFormat(CompressedFormat):
         tensors = dict(source.read(source.tensors))
         for packed in [name for name in tensors if name.endswith(".weight_packed")]:
             key = packed.removesuffix("_packed")
-            stored = tensors[f"{key}_scale"].dtype if f"{key}_scale" in tensors else torch.float32
-            tensors[key] = dense_weight(key, tensors).to(DTYPES[dtype] if dtype else stored)
+            scale = tensors.get(f"{key}_scale", tensors[packed])
+            tensors[key] = dense_weight(key, tensors).to(DTYPES[dtype] if dtype else scale.dtype)
         return write_unpacked(path, dest, tensors, config)
 
     def check(self) -> None:

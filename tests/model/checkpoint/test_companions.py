@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import prunus
-from prunus import pack, unpack
 from prunus.model.checkpoint import regular_files
 from prunus.model.checkpoint.atomic_files import read_json, replacing, write_text
 from prunus.model.checkpoint.reader import INDEX_NAME
@@ -29,7 +28,7 @@ def material(tmp_path_factory) -> Path:
     """A folder with checkpoints and text; no test writes to it."""
     folder = tmp_path_factory.mktemp("companions")
     dense = dense_checkpoint(folder / "dense", dtype=torch.bfloat16)
-    pack(pruned_checkpoint(folder / "pruned", dense), folder / "packed")
+    pruned_checkpoint(folder / "pruned", dense)
     training_text(folder)
     return folder
 
@@ -40,8 +39,10 @@ VERBS: dict[str, tuple[str, Callable[[Path, Path, Path], Any]]] = {
         "dense",
         lambda model, out, _: prunus.prune(model, out, calibration=token_ids(), dtype="float32"),
     ),
-    "pack": ("pruned", lambda model, out, _: pack(model, out)),
-    "unpack": ("packed", lambda model, out, _: unpack(model, out)),
+    "compress": (
+        "dense",
+        lambda model, out, _: prunus.compress(model, out, 8, calibration=token_ids()),
+    ),
     "recover": (
         "pruned",
         lambda model, out, text: recover(model, out, "masked", text, tokens=64, evaluations=1),
