@@ -101,7 +101,7 @@ def test_the_curve_is_the_loss_of_what_wanda_removes(tmp_path):
 
 def test_gradients_go_back_through_experts(tmp_path):
     """In memory experts are fused, so the linears around them are compared."""
-    folder = tiny_checkpoint(tmp_path / "dense", "qwen3_moe")
+    folder = tiny_checkpoint(tmp_path / "dense", "qwen3_moe", moe_intermediate_size=32)
     job, expected = planned(folder), whole_model(folder)
     found = streamed(job)
     attention = [name for name in found if "self_attn" in name]
