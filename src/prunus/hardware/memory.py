@@ -135,26 +135,6 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def release_file_pages(tensor: torch.Tensor) -> None:
-    """Take an unchanged tensor of a mapped file out of memory; the file is read again at need.
-
-    It does nothing where the system is not Linux, and where any page of the tensor was changed: a
-    change would be lost.
-    """
-    page = os.sysconf("SC_PAGE_SIZE")
-    first, end = -(-tensor.data_ptr() // page), (tensor.data_ptr() + tensor.nbytes) // page
-    if tensor.device.type != "cpu" or first >= end:
-        return
-    with contextlib.suppress(AttributeError, OSError):
-        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
-            states = os.pread(pagemap.fileno(), 8 * (end - first), 8 * first)
-        # Bits of a page: 63 it is in memory, 62 it is in swap, 61 it is a file's.
-        flags = torch.frombuffer(bytearray(states), dtype=torch.int64) >> 61 & 7
-        if len(flags) == end - first and bool(((flags == 0) | (flags == 5)).all()):
-            libc = ctypes.CDLL(None)
-            libc.madvise(ctypes.c_void_p(first * page), ctypes.c_size_t((end - first) * page), 4)
-
-
 def versions() -> dict[str, str]:
     """The versions of the libraries that decide the bytes of a result, by name."""
     return {

@@ -28,7 +28,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -375,15 +375,3 @@ def verify_shards(folder: Path) -> int:
             "SHA-256 in the record; copy the checkpoint again, or make it again with `overwrite`"
         )
     return len(recorded)
-
-
-def fingerprint_with(fingerprint: str, recorded: Mapping[str, str]) -> str:
-    """A fingerprint that also covers the weights, where their SHA-256 is known.
-
-    Args:
-        fingerprint: The fingerprint of `Checkpoint`, which covers names, sizes and headers alone.
-        recorded: The digests of `recorded_digests`. Without any, `fingerprint` is returned.
-    """
-    if not recorded:
-        return fingerprint
-    return hashlib.sha256(json.dumps([fingerprint, sorted(recorded.items())]).encode()).hexdigest()
