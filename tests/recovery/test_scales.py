@@ -5,16 +5,16 @@ import shutil
 
 import pytest
 import torch
-from plane_reference import quantized_checkpoint, quantized_weight
-from prunus.runtime.linear import PackedLinear
-from prunus.runtime.operators import reference_path
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from plane_reference import quantized_checkpoint, quantized_weight
 from prunus import pack, unpack
 from prunus.model.loading import load_model
 from prunus.recovery.record import RecoveryRecord
 from prunus.recovery.student import ScaledLinear, scales
+from prunus.runtime.linear import PackedLinear
+from prunus.runtime.operators import reference_path
 from recovery_cases import dense_checkpoint, pruned_checkpoint, recover
 from scripts import run_script
 from tiny import stored

@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_reference import levels_of, random_sparse, with_all_exponents
-from prunus.runtime.bitmap import INT8_LEVELS, check, expand, pack_weight
-from prunus.runtime.weight import PackedWeight
 
+from packed_reference import levels_of, random_sparse, with_all_exponents
 from processors import processor_threads
+from prunus.runtime.bitmap import INT8_LEVELS, check, expand, pack_weight
 from prunus.runtime.kernels import library as kernels
+from prunus.runtime.weight import PackedWeight
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 _best = kernels.load()

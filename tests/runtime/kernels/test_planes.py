@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plane_products import dense, plane_weight, rounded_inputs
-from prunus.runtime.planes import check
-from prunus.runtime.weight import PlaneCode
 
+from plane_products import dense, plane_weight, rounded_inputs
 from processors import processor_threads
 from prunus.runtime.kernels import library as kernels
+from prunus.runtime.planes import check
+from prunus.runtime.weight import PlaneCode
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 CHAINS = [
