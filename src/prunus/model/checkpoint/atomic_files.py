@@ -39,8 +39,9 @@ TEMPORARY_SUFFIX = ".partial"
 # Linux allows names of 255 bytes. A temporary name takes over the first 200, and has room for a
 # random part and its suffix.
 _MAX_NAME, _OF_NAME = 255, 200
-#: Records of results, those of earlier versions first. A recovered checkpoint also has a copy of the record of its source,
-#: which describes the source's shards. So the first record that is there counts.
+#: Records of results; earlier versions wrote the first two. A recovered checkpoint also has a copy
+#: of the record of its source, which describes the source's shards. So the first record that is
+#: there counts.
 RECORD_FILES = (
     "prunus-pack.json",
     "prunus-unpack.json",
