@@ -70,18 +70,19 @@ def test_a_folder_is_no_base_for_the_hub(tmp_path, monkeypatch):
     assert base_model(str(tmp_path)) is None and base_model("../dense") is None
 
 
-@pytest.mark.parametrize("kind", ["pruned", "small"])
-def test_a_model_that_is_saved_again_keeps_card_and_record(folders, tmp_path, kind):
-    model, tokenizer = prunus.load(folders[kind])
+def test_a_model_that_is_saved_again_keeps_card_and_record(folders, tmp_path):
+    model, tokenizer = prunus.load(folders["pruned"])
     model.save_pretrained(tmp_path / "again")
     tokenizer.save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again/README.md").read_text() == (folders[kind] / "README.md").read_text()
+    assert (tmp_path / "again/README.md").read_text() == (
+        folders["pruned"] / "README.md"
+    ).read_text()
     [path] = (tmp_path / "again").glob("prunus*.json")
     record = json.loads(path.read_text())
     # The bytes of the new shards are others than those that the record names.
     assert record["sha256"] == {} and record["state"] == "finished"
     assert prunus.report(tmp_path / "again").sections
-    assert prunus.inspect(tmp_path / "again", verify=False).sparsity > 0.1
+    assert prunus.inspect(tmp_path / "again", verify=False).sparsity > 0.2
     assert prunus.load(tmp_path / "again").model.dtype == torch.bfloat16
 
 
