@@ -55,7 +55,7 @@ prunus prune dense pruned --method sparsegpt --pattern 2:4 --samples 64
 prunus compress HuggingFaceTB/SmolLM2-135M small.gguf --size 90MB
 prunus compress dense small --bits 4
 prunus shrink allenai/OLMoE-1B-7B-0924 smaller --experts 0.25
-prunus shrink dense smaller --blocks 0.1 --width 0.25 --samples 32
+prunus shrink dense smaller --blocks 0.1 --samples 32
 prunus plan dense pruned --preset best --memory 8GB
 prunus plan allenai/OLMoE-1B-7B-0924 small.gguf --bits 3
 prunus recover pruned recovered --tokens 1000000

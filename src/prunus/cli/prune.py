@@ -73,10 +73,9 @@ def compress(
     recipe: RecipeFile = None,
     **options: Any,
 ) -> None:
-    """Round the weights of MODEL to few bits: OUT says the format.
+    """Round the weights of MODEL to few bits: a file or a folder.
 
-    NAME.gguf is a file for llama.cpp, Ollama and LM Studio. A folder is for transformers, vLLM and
-    SGLang, or with --format mlx for Macs. A killed run continues with the same command.
+    A folder is for vLLM, SGLang and transformers. A killed run continues with the same command.
     """
     from prunus.compression.run import run
     from prunus.distributed import is_rank_0

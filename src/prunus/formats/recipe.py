@@ -73,8 +73,7 @@ class CompressionRecipe(LinearOptions):
     format: Annotated[
         str,
         Option(
-            "Write a folder for vLLM, SGLang and transformers (compressed-tensors, 4 or 8 bits) or "
-            "for Macs (mlx).",
+            "Write a folder of this format: mlx is for Macs.",
             metavar="FORMAT",
             within=one_of(folder_formats()),
             suggestions=folder_formats,
