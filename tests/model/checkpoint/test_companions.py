@@ -190,7 +190,7 @@ def test_a_model_card_of_a_terabyte(material, tmp_path):
             file.truncate(2**40)
 
     with pytest.raises(ValueError, match=r"README\.md has 1,099,511,627,776 bytes"):
-        run("pack", material, tmp_path, change)
+        run("recover", material, tmp_path, change)
     assert os.listdir(tmp_path) == ["model"]
 
 
@@ -201,7 +201,7 @@ def test_a_model_card_of_a_terabyte(material, tmp_path):
 def test_a_card_in_latin_1_is_no_reason_to_fail(verb, material, tmp_path):
     out = run(verb, material, tmp_path, lambda m: (m / "README.md").write_bytes(LATIN_1) and None)
     card = (out / "README.md").read_text("utf-8")
-    assert verb == "prune" or "# Mod\ufffdle \ufffdlagu\ufffd\n" in card
+    assert verb != "recover" or "# Mod\ufffdle \ufffdlagu\ufffd\n" in card
 
 
 @pytest.mark.parametrize("verb", VERBS)
