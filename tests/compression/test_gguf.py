@@ -797,7 +797,7 @@ def test_lists_that_cannot_be_written_are_refused_before_any_work(small, monkeyp
     (tmp_path / "link").symlink_to("nowhere")
     before = tree(tmp_path)
     for arguments, message in (
-        (["out", "--tensor-types", "new"], "lists for llama-quantize belong to .* ends in .gguf"),
+        (["out", "--tensor-types", "new"], "for 4.5 bits name the output OUT.gguf"),
         (["x.gguf", "--tensor-types", "mine.txt"], "mine.txt exists and was not written by this"),
         (["x.gguf", "--imatrix", "model.gguf"], "model.gguf exists and was not"),
         (["x.gguf", "--imatrix", "link"], "link exists and was not"),

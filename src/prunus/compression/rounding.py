@@ -88,7 +88,7 @@ def type_rounding(
         )
     record.types = stored.types
     ranks.on_rank_0(stored.check_outside)
-    if said := stored.chosen(record):
+    if said := stored.chosen():
         session.tell(said)
 
     def round_as(name: str) -> GroupQuantizer | NearestRounding:

@@ -317,14 +317,10 @@ class Format(Generic[_Record]):
         """
         raise NotImplementedError(f"{type(self).__name__} stores plain tensors")
 
-    def outside(
-        self, folder: BlockFolder, record: _Record, tensors: dict[str, Writable]
-    ) -> dict[str, Writable]:
+    def outside(self, tensors: dict[str, Writable]) -> dict[str, Writable]:
         """The tensors of the shard of what lies outside the blocks.
 
         Args:
-            folder: The folder of the result.
-            record: The record of the run, which may take note of them.
             tensors: Those of the source, by stored name, with a pruned head in place of its own.
         """
         return tensors

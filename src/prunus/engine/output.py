@@ -162,7 +162,7 @@ class CheckpointFolder(BlockFolder):
             # were read for it and are needed again at once.
             uncached = 4 * source.checkpoint.nbytes(keys) > self.job.memory.host_budget
             dense: dict[str, Writable] = {**source.checkpoint.stored(keys), **replaced}
-            tensors = self.job.format.outside(self, self.record, dense)
+            tensors = self.job.format.outside(dense)
             self.write_shard(self.record.outside_shard, tensors, uncached=uncached)
             self.save()
 

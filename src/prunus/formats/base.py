@@ -211,14 +211,17 @@ class CompressedFormat(Format[CompressionRecord]):
         """Stored names of embedding and head, as far as they have a type -> those of copies."""
         return {}
 
-    def refuse_gguf_options(self) -> None:
+    def refuse_gguf_options(self, takes_nearest: bool = False) -> None:
         """Refuse the options of GGUF files.
+
+        Args:
+            takes_nearest: Whether the format can round each weight by itself too.
 
         Raises:
             ValueError: The recipe has one of them.
         """
-        recipe = self.recipe
-        if recipe.type or recipe.template or recipe.fast_on or self.rounding == "nearest":
+        recipe, nearest = self.recipe, self.rounding == "nearest" and not takes_nearest
+        if recipe.type or recipe.template or recipe.fast_on or nearest:
             raise ValueError(
                 "`type`, `template`, `fast_on`, `rounding` nearest and lists for llama-quantize "
                 "belong to GGUF files: give the output a name that ends in .gguf, or leave them out"
@@ -379,12 +382,8 @@ class CompressedFormat(Format[CompressionRecord]):
         """
         return next(x for x in self.quantizers(name) if x.name == self.types[name])
 
-    def chosen(self, record: CompressionRecord) -> str:
-        """What to tell people once the types are chosen; empty for nothing.
-
-        Args:
-            record: The record of the run, which holds the types.
-        """
+    def chosen(self) -> str:
+        """What to tell people once the types are chosen; empty for nothing."""
         return ""
 
     def rounded_outside(self, name: str) -> GroupedWeight:
@@ -519,9 +518,7 @@ class MixFormat(CompressedFormat):
             {f"the best mix of {', '.join(kinds)}": self.budget, "all else": self.others}
         )
 
-    def outside(
-        self, folder: BlockFolder, record: CompressionRecord, tensors: dict[str, Writable]
-    ) -> dict[str, Writable]:
+    def outside(self, tensors: dict[str, Writable]) -> dict[str, Writable]:
         """The tensors outside the blocks, with embedding and head in their types."""
         for name in self.types.keys() & self.modules_outside:
             key = self.job.stored_key(name)

@@ -172,11 +172,7 @@ class TensorsFormat(CompressedFormat):
         """
         recipe = self.recipe
         lower = "name the output OUT.gguf for a GGUF file, or choose `format` mlx"
-        if recipe.type or recipe.template or recipe.fast_on:
-            raise ValueError(
-                "`type`, `template` and `fast_on` belong to GGUF files: give the output a name "
-                "that ends in .gguf, or leave them out"
-            )
+        self.refuse_gguf_options(takes_nearest=True)
         if recipe.bits is not None and recipe.bits not in _BITS:
             raise ValueError(
                 f"a folder of format compressed-tensors stores linears in 4 or 8 bits: for "

@@ -509,7 +509,7 @@ class GgufFormat(MixFormat):
         """
         return super().measures_loss or self._names_file
 
-    def chosen(self, record: CompressionRecord) -> str:
+    def chosen(self) -> str:
         """How many bytes of the file have each type, and how fast it decodes on a processor."""
         parts = self.contents.bytes_by_type(self.types).most_common()
         return (
