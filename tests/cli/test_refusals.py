@@ -83,11 +83,11 @@ OTHERS = [
     ("eval bare --perplexity text.txt --seqlen 16", "bare has no tokenizer: copy its files"),
     ("generate bare --prompt a", "bare has no tokenizer: copy its files"),
     (
-        "compress dense out --bits 3",
+        f"compress dense out --bits 3 {' '.join(CALIBRATED)}",
         "for 3 bits name the output OUT.gguf .* --format mlx",
     ),
     (
-        "compress dense out --size 9kB",
+        f"compress dense out --size 9kB {' '.join(CALIBRATED)}",
         r"take [\d.]+ kB with .* 4 bits.* For less, name the",
     ),
     ("compress dense out --bits 4 --sparsity 0.5", "No such option: --sparsity"),
