@@ -32,10 +32,9 @@ ROOT = Path(__file__).resolve().parent.parent
 #: that no process waits for one at the end.
 SLOW = (
     "script_server.py", "pretend_cuda_server.py", "pruning/test_golden.py",
-    "runtime/test_entry_points.py", "hardware/test_processors.py", "reporting/test_browser.py",
-    "docs/test_tutorials.py", "pruning/test_experts.py", "methods/test_methods_golden.py",
-    "structure/test_repair.py", "sweeping/test_sweep.py", "runtime/test_loading.py",
-    "pruning/test_families.py", "serving/test_serving.py",
+    "hardware/test_processors.py", "reporting/test_browser.py", "docs/test_tutorials.py",
+    "pruning/test_experts.py", "methods/test_methods_golden.py", "structure/test_repair.py",
+    "sweeping/test_sweep.py", "pruning/test_families.py",
 )  # fmt: skip
 
 

@@ -9,7 +9,6 @@ from importlib import import_module, util
 from pathlib import Path
 
 import pytest
-import transformers.quantizers.auto  # noqa: F401 (prunus.runtime.quantizer comes after it)
 
 import prunus
 
@@ -30,9 +29,9 @@ MODULES = {
 
 #: The rooms from the bottom to the top. A room may import only from rooms before it in this list.
 ROOMS = [
-    "kernels", "hardware", "distributed", "model", "options", "methods", "calibration",
-    "runtime", "packed", "engine", "formats", "pruning", "compression", "structure", "recovery",
-    "evaluation", "sweeping", "reporting", "serving", "cli", "__main__", "__init__",
+    "kernels", "hardware", "distributed", "model", "options", "methods", "calibration", "engine",
+    "formats", "pruning", "compression", "structure", "recovery", "evaluation", "sweeping",
+    "reporting", "cli", "__main__", "__init__",
 ]  # fmt: skip
 
 #: Library -> the only rooms that may import it. What is not here may be imported by all.
@@ -41,7 +40,7 @@ LIBRARIES = {
     "rich": {"reporting", "cli", "engine"},
     "greenlet": {"engine"},
     "huggingface_hub": {"model"},
-    "transformers": {"model", "calibration", "runtime", "formats", "evaluation", "serving", "cli"},
+    "transformers": {"model", "calibration", "formats", "evaluation", "cli"},
     "torch": set(ROOMS) - {"options", "cli", "reporting", "__init__", "__main__"},
 }
 
@@ -52,7 +51,7 @@ OPTIONAL = [
 
 #: What must be read without torch: the recipe of each verb, its record, and reports of results.
 WITHOUT_TORCH = [
-    "prunus.pruning.recipe", "prunus.pruning.manifest", "prunus.compression.records",
+    "prunus.pruning.recipe", "prunus.pruning.manifest",
     "prunus.formats.recipe", "prunus.formats.records",
     "prunus.structure.records", "prunus.engine.record", "prunus.sweeping.results",
     "prunus.evaluation.options", "prunus.evaluation.records",
@@ -195,8 +194,7 @@ def test_statements_are_counted_without_what_explains_them():
 
 def test_the_whole_has_a_budget_of_statements():
     tests = [ast.parse(path.read_text("utf-8")) for path in Path(__file__).parent.rglob("*.py")]
-    autoload = ast.parse((ROOT.parent / "prunus_autoload.py").read_text("utf-8"))
-    source = sum(map(statements, [autoload, *TREES.values()]))
+    source = sum(map(statements, TREES.values()))
     assert source <= SRC_STATEMENTS, f"src has {source} statements"
     in_tests = sum(map(statements, tests))
     assert in_tests <= TEST_STATEMENTS, f"tests have {in_tests} statements"
@@ -244,7 +242,7 @@ def test_scripts_import_names_that_exist():
 def test_no_module_hides_a_public_name():
     """`prunus.prune` is a function. A module of that name would replace it when it is imported."""
     assert not set(ROOMS[:-1]) & set(prunus.__all__)
-    verbs = "compress evaluate pack prune recover report shrink sweep unpack"
+    verbs = "compress evaluate prune recover report shrink sweep"
     assert set(verbs.split()) <= set(prunus.__all__) <= set(dir(prunus))
     with pytest.raises(AttributeError, match="no attribute 'prun'"):
         prunus.prun  # noqa: B018

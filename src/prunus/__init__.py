@@ -1,14 +1,12 @@
 """Prune large language models after training.
 
 prune        prune a checkpoint or a loaded model
-compress     compress a checkpoint to a number of bits per weight
+compress     compress a checkpoint to a file size or to bits per weight
 shrink       make a model smaller: remove blocks, experts, channels or heads
 recover      train a pruned checkpoint, with its zeros kept
 prune_and_recover
              both, one after the other: preset max
-pack         store a pruned checkpoint in a compressed format
-unpack       turn a packed checkpoint back into an ordinary one
-load         a model and its tokenizer: dense, pruned, packed, compressed, or an adapter
+load         a model and its tokenizer: dense, pruned, compressed, or an adapter
 perplexity   score a model on text
 perplexities score several models on several texts side by side
 evaluate     score a model on tasks
@@ -21,10 +19,7 @@ report       show runs, sweeps and evaluations as tables and pages
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from prunus_autoload import register
-
 if TYPE_CHECKING:
-    from prunus.compression.pack import pack, unpack
     from prunus.compression.run import compress
     from prunus.evaluation.inspection import Inspection, inspect
     from prunus.evaluation.perplexity import perplexities, perplexity
@@ -64,7 +59,6 @@ __all__ = [
     "evaluate",
     "inspect",
     "load",
-    "pack",
     "perplexities",
     "perplexity",
     "prune",
@@ -73,7 +67,6 @@ __all__ = [
     "report",
     "shrink",
     "sweep",
-    "unpack",
 ]
 
 # Where each public name lives. It is imported on first use: torch and transformers take seconds to
@@ -96,7 +89,6 @@ _HOMES = {
     "evaluate": "prunus.evaluation.task_runner",
     "inspect": "prunus.evaluation.inspection",
     "load": "prunus.model.loading",
-    "pack": "prunus.compression.pack",
     "perplexities": "prunus.evaluation.perplexity",
     "perplexity": "prunus.evaluation.perplexity",
     "prune": "prunus.pruning.run",
@@ -105,12 +97,7 @@ _HOMES = {
     "report": "prunus.reporting.write",
     "shrink": "prunus.structure.run",
     "sweep": "prunus.sweeping.run",
-    "unpack": "prunus.compression.pack",
 }
-
-
-# After this, transformers loads packed checkpoints, even if it is imported later.
-register()
 
 
 def __getattr__(name: str) -> Any:

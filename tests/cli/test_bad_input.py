@@ -11,11 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import prunus
-from packed_reference import pruned_checkpoint
 from prunus.engine.record import shard_name
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.pruning.manifest import Manifest
-from tiny import shards, tiny_checkpoint, tiny_model, token_ids, tree
+from tiny import pruned_checkpoint, shards, tiny_checkpoint, tiny_model, token_ids, tree
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
 #: Weights outside the blocks.
@@ -287,25 +286,16 @@ def test_weights_outside_the_blocks_that_are_not_finite(name, dense, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", *OUTSIDE])
-def test_verbs_that_read_a_whole_model_name_what_is_not_finite(name, tmp_path, monkeypatch):
+def test_verbs_that_read_a_whole_model_name_what_is_not_finite(name, tmp_path):
     dense = pruned_checkpoint(tmp_path / "dense", vocab_size=VOCABULARY)
     byte_tokenizer().save_pretrained(dense)
     spoil(dense, name, torch.nan)
     message = f"{name} holds weights that are not finite"
     with pytest.raises(ValueError, match=message):
         prunus.load(dense)
-    with pytest.raises(ValueError, match=message):
-        prunus.pack(dense, tmp_path / "packed")
     if name not in OUTSIDE:
         with pytest.raises(ValueError, match=message):
             prunus.inspect(dense)
-    # Earlier versions packed such a weight.
-    with monkeypatch.context() as patch:
-        patch.setattr("prunus.compression.pack.check_finite", lambda *_: None)
-        patch.setattr("prunus.model.checkpoint.reader.check_finite", lambda *_: None)
-        prunus.pack(dense, tmp_path / "packed", overwrite=True)
-    with pytest.raises(ValueError, match=message):
-        prunus.unpack(tmp_path / "packed", tmp_path / "unpacked")
 
 
 def test_a_loaded_model_names_what_is_not_finite():

@@ -74,7 +74,8 @@ def test_a_result_that_was_finished_earlier_does_not_look_new(dense, text, tmp_p
     again = call(*arguments)
     assert "was finished by an earlier run, and nothing was done now" in again.stderr
     assert "self_attn.q_proj" in again.stdout
-    arguments = ["pack", tmp_path / "out", tmp_path / "packed", "--values", "int8"]
+    arguments = ["compress", dense, tmp_path / "small", "--bits", 8]
+    arguments += ["--calibration", text, *WINDOWS]
     assert "nothing was done" not in call(*arguments).stderr
     assert "nothing was done now" in call(*arguments).stderr
 
@@ -248,7 +249,7 @@ def test_after_ctrl_c_a_verb_promises_only_what_it_keeps(monkeypatch):
         needed = ["--prompt=x" if each.name == "prompt" else "x" for each in required]
         after[verb] = call(verb, *needed, status=130).stderr.removeprefix("prunus: stopped; ")
     resuming = {verb for verb, text in after.items() if text.startswith("finished work is kept")}
-    assert resuming == {"prune", "compress", "shrink", "recover", "pack", "unpack", "sweep"}
+    assert resuming == {"prune", "compress", "shrink", "recover", "sweep"}
     assert all(after[verb].startswith("no work is kept") for verb in {*after} - resuming)
 
 

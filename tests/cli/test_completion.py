@@ -16,7 +16,7 @@ import prunus
 LINES = {
     "prunus reco": "prunus recover ",
     "prunus prune --reconstruct-": "prunus prune --reconstruct-epochs ",
-    "prunus compress dense out --method magn": "prunus compress dense out --method magnitude ",
+    "prunus prune dense out --method magn": "prunus prune dense out --method magnitude ",
     "prunus inspect dense-": "prunus inspect dense-folder/",
 }
 READY = "ready> "

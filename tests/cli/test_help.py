@@ -17,8 +17,8 @@ from prunus.recovery.options import Mode, RecoveryOptions
 from prunus.structure.records import StructureRecipe
 
 VERBS = [
-    "prune", "compress", "shrink", "recover", "plan", "eval", "inspect", "bench",
-    "sweep", "report", "generate", "serve", "import", "pack", "unpack",
+    "prune", "compress", "shrink", "recover", "plan", "eval", "inspect", "sweep", "report",
+    "generate", "import",
 ]  # fmt: skip
 COMMANDS = PROGRAM.commands
 

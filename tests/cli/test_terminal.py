@@ -67,7 +67,10 @@ def test_figures_outlive_the_reader_of_the_output(dense, text, tmp_path, monkeyp
         "prune": ["prune", dense, tmp_path / "pruned[/]", "--calibration", text, *windows],
         "plan": ["plan", dense, "--calibration", text, *windows],
         "generate": ["generate", dense, "--prompt", "a", "--max-new-tokens", 3],
-        "pack": ["pack", tmp_path / "pruned[/]", tmp_path / "packed[/]", "--values", "int8"],
+        "compress": [
+            *("compress", dense, tmp_path / "small[/]", "--bits", 8),
+            *("--calibration", text, *windows),
+        ],
     }
     for name, arguments in verbs.items():
         file = tmp_path / f"{name}.json"

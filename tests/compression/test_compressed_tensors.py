@@ -1,34 +1,39 @@
-"""`prunus compress --format compressed-tensors`: the folder that vLLM and SGLang run."""
+"""`prunus compress` to a folder: integers for transformers, vLLM and SGLang."""
 
 import hashlib
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import prunus
+from command_line import call
 from prunus.engine.linear_job import plan_run
 from prunus.engine.options import RunOptions
 from prunus.engine.windows import given_windows
 from prunus.formats.base import format_for
 from prunus.formats.block_bytes import scaled
-from prunus.formats.compressed_tensors import integer_type, stored_parts
+from prunus.formats.compressed_tensors import TensorsFormat, integer_type, stored_parts
 from prunus.formats.recipe import CompressionRecipe
 from prunus.formats.records import CompressionRecord
 from prunus.methods.group_fits import round_in_groups
+from prunus.model.checkpoint.resolve import resolve_folder
+from prunus.model.formats import reader_of
 from prunus.model.loading import load_model
 from stopping import StopError, stop_after
 from tiny import shards, stored, tiny_checkpoint, token_ids
+from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
-WIDE = {"hidden_size": 128, "intermediate_size": 384}
+WIDE = {"hidden_size": 128, "intermediate_size": 384, "vocab_size": VOCABULARY}
 every_size = pytest.mark.parametrize("bits", [4, 8])
 
 
 def compress(dense: Path, out: Path, bits: float | None = 4, **options) -> CompressionRecord:
-    given = {"calibration": token_ids(), "batch": 2, "format": "compressed-tensors"}
-    return prunus.compress(dense, out, bits, **{**given, **options})
+    return prunus.compress(dense, out, bits, calibration=token_ids(), batch=2, **options)
 
 
 def unpacked(folder: Path) -> dict[str, torch.Tensor]:
@@ -62,7 +67,7 @@ def dense(tmp_path_factory) -> Path:
 @every_size
 def test_the_folder_holds_weights_close_to_those_of_the_source(bits, dense, tmp_path):
     data, described = given_windows(token_ids())
-    recipe = CompressionRecipe(bits=bits, format="compressed-tensors", **described)
+    recipe = CompressionRecipe(bits=bits, **described)
     planned = plan_run(
         dense, recipe, RunOptions(**data), format_for(None, recipe)
     ).format.file_bytes()
@@ -158,12 +163,11 @@ def test_a_killed_run_continues_to_the_same_bytes(dense, tmp_path):
 def test_what_cannot_be_stored_is_refused_before_any_work(dense, tmp_path):
     narrow = tiny_checkpoint(tmp_path / "narrow", "llama", hidden_size=48)
     for model, bits, options, message in (
-        (dense, 3, {}, "4 or 8"),
-        (dense, None, {"size": "1MB"}, "4 or 8"),
-        (dense, None, {"type": "Q4_K"}, "4 or 8"),
-        (dense, 4, {"sparsity": 0.5}, "stores zeros"),
+        (dense, 3, {}, r"in 4 or 8 bits: for 3 bits name the output OUT\.gguf .* `format` mlx"),
+        (dense, None, {"size": 100_000}, r"the files take [\d.]+ kB with linears in 4 bits"),
+        (dense, None, {"type": "Q4_K"}, "belong to GGUF files"),
+        (dense, 4, {"sparsity": 0.5}, "sparsity is not an option here"),
         (dense, 4, {"head_bits": 4}, "`head_bits`"),
-        (dense, 8, {"format": "packed"}, "at most 7"),
         (narrow, 4, {}, "q_proj has 48 inputs, .* 32 divides: .* `ignore`"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -171,10 +175,70 @@ def test_what_cannot_be_stored_is_refused_before_any_work(dense, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
-def test_other_verbs_read_the_record_or_say_that_they_cannot(dense, tmp_path):
+def test_a_folder_has_this_format_and_a_size_gets_the_most_bits_that_fit(dense, tmp_path):
+    sizes = {}
+    for bits in (4, 8):
+        record = compress(dense, tmp_path / f"{bits}", bits)
+        assert (
+            "format" not in json.loads((tmp_path / f"{bits}" / record.FILE).read_text())["recipe"]
+        )
+        sizes[bits] = sum(map(len, shards(tmp_path / f"{bits}").values()))
+    for size, bits in ((sizes[4], 4), (sizes[8] - 1, 4), (sizes[8], 8), (10**8, 8)):
+        record = compress(dense, tmp_path / f"{size}", None, size=size)
+        assert record.size.after == sizes[bits] <= size
+        assert shards(tmp_path / f"{size}") == shards(tmp_path / f"{bits}")
+        assert f"in {bits} bits" in (tmp_path / f"{size}" / "README.md").read_text()
+
+
+@every_size
+def test_the_result_is_read_without_the_package(bits, dense, tmp_path):
+    out, expected = tmp_path / "out", None
+    compress(dense, out, bits)
+    expected = unpacked(out)
+    loaded = load_model(resolve_folder(out))
+    assert all(torch.equal(weight, expected[name]) for name, weight in loaded.state_dict().items())
+    record = CompressionRecord.load(out)
+    for linear in prunus.inspect(out, verify=True).linears:
+        assert (linear.dtype, linear.bits) == (f"W{bits}A16", bits + 16 / 128)
+        assert linear.zeros == record.blocks[linear.block].linears[linear.name[15:]].zeros
+    assert f"{bits} bits" in prunus.report(out)._repr_html_()
+    byte_tokenizer().save_pretrained(out)
+    assert call("generate", out, "--prompt", "a", "--max-new-tokens", 2, "--temperature", 0).stdout
+
+
+def test_integers_of_other_programs_are_left_to_transformers(dense, tmp_path):
     compress(dense, tmp_path / "out")
-    assert "4 bits" in prunus.report(tmp_path / "out")._repr_html_()
-    with pytest.raises(ValueError, match="quantised weights"):
-        prunus.inspect(tmp_path / "out")
-    with pytest.raises(ValueError, match="not packed"):
-        prunus.unpack(tmp_path / "out", tmp_path / "x")
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    assert reader_of(tmp_path / "out") is TensorsFormat
+    weights = config["quantization_config"]["config_groups"]["group_0"]["weights"]
+    for change in ({"num_bits": 3}, {"type": "float"}, {"symmetric": False}, {"actorder": "group"}):
+        before = dict(weights)
+        weights.update(change)
+        path.write_text(json.dumps(config))
+        assert reader_of(tmp_path / "out") is None
+        weights.clear()
+        weights.update(before)
+    path.write_text(json.dumps(config))
+    assert reader_of(tmp_path / "out") is TensorsFormat
+
+
+def test_weights_that_are_not_whole_are_named(dense, tmp_path):
+    compress(dense, tmp_path / "out")
+    shard = tmp_path / "out" / "model-00002-of-00003.safetensors"
+    key = "model.layers.1.mlp.up_proj.weight"
+    for part, change in (
+        ("packed", lambda x: x[:, 1:]),
+        ("packed", lambda x: x.float()),
+        ("scale", lambda x: x[1:]),
+        ("scale", lambda x: x[:, :0]),
+        ("shape", lambda x: x * 0),
+        ("shape", lambda x: x[:1]),
+    ):
+        tensors = load_file(shard)
+        name = f"{key}_{part}"
+        save_file(tensors | {name: change(tensors[name]).contiguous()}, tmp_path / "x.safetensors")
+        folder = shutil.copytree(tmp_path / "out", tmp_path / "damaged", dirs_exist_ok=True)
+        shutil.copy(tmp_path / "x.safetensors", folder / shard.name)
+        with pytest.raises(ValueError, match=rf"{key} is not stored as integers of 4 or 8 bits"):
+            prunus.inspect(folder)

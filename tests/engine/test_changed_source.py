@@ -14,7 +14,7 @@ WIDER = {"hidden_size": 64, "intermediate_size": 128}
 VERBS = {
     "prune": lambda *a, **o: prunus.prune(*a, method="wanda", **o),
     "prune with an allocation": lambda *a, **o: prunus.prune(*a, allocation="fisher", **o),
-    "compress": lambda *a, **o: prunus.compress(*a, 4, **o),
+    "compress": lambda *a, **o: prunus.compress(*a, 4.5, format="mlx", **o),
     "shrink by a search": lambda *a, **o: prunus.shrink(*a, blocks=2, repair=False, **o),
 }
 #: The number of blocks in the result.

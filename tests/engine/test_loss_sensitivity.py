@@ -13,9 +13,9 @@ from prunus.engine import loss_sensitivity
 from prunus.engine.linear_job import PruningJob, plan_run
 from prunus.engine.loss_sensitivity import LinearSensitivity, loss_sensitivities
 from prunus.engine.options import RunOptions
-from prunus.formats.packed.format import PackedFormat
+from prunus.formats.compressed_tensors import TensorsFormat
 from prunus.formats.recipe import CompressionRecipe
-from prunus.methods.rate_distortion import relative_steps
+from prunus.methods.group_sweep import relative_steps
 from prunus.model.skeleton import Skeleton
 from prunus.model.stream import Stream
 from sensitivity_cases import IDS, whole_model
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("exact_products")
 
 def planned(folder, dtype: str = "float32", **options) -> PruningJob:
     recipe = CompressionRecipe(bits=4.0, samples=4, seqlen=16, batch=2, dtype=dtype, **options)
-    return plan_run(folder, recipe, RunOptions(calibration_data=IDS), PackedFormat(recipe))
+    return plan_run(folder, recipe, RunOptions(calibration_data=IDS), TensorsFormat(recipe))
 
 
 def streamed(
@@ -40,18 +40,13 @@ def streamed(
 
 
 def check_equal(found: LinearSensitivity, expected, options) -> None:
-    weight_OI, squares_O, X_TI = expected
+    _, squares_O, X_TI = expected
     # A tenth of the mean is added to every row.
     loss_O = squares_O + 0.1 * squares_O.mean()
     torch.testing.assert_close(found.loss_O, loss_O, rtol=1e-3, atol=0)
-    assert found.power == pytest.approx(float(X_TI.square().mean()), rel=1e-4)
-    scales_O = loss_O**-0.5 / (loss_O**-0.5).log().mean().exp()
-    torch.testing.assert_close(found.scales_O, scales_O, rtol=1e-3, atol=0)
-    deviations_I = (weight_OI / scales_O[:, None]).square().mean(dim=0).sqrt()
-    deviations_I /= relative_steps(gather(X_TI), options.damping)
-    for place in (0.25, 0.5, 0.75):
-        at = float(deviations_I.quantile(place))
-        assert float(found.deviations_Q.quantile(place)) == pytest.approx(at, rel=0.05)
+    steps_I = relative_steps(gather(X_TI), options.damping)
+    expected_I = X_TI.square().mean() / steps_I.square()
+    torch.testing.assert_close(found.importance_I, expected_I, rtol=1e-2, atol=0)
 
 
 def test_it_is_what_autograd_through_the_whole_llama_finds(tmp_path):
@@ -62,10 +57,6 @@ def test_it_is_what_autograd_through_the_whole_llama_finds(tmp_path):
     assert len(found) == 14
     for name, each in found.items():
         check_equal(each, expected[name], job.work.options)
-        _, _, X_TI = expected[name]
-        steps_I = relative_steps(gather(X_TI), None)
-        expected_I = X_TI.square().mean() / steps_I.square()
-        torch.testing.assert_close(each.importance_I, expected_I, rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize(("family", "tied"), [("llama", False), ("gemma3_text", True)])
@@ -110,7 +101,7 @@ def test_the_curve_is_the_loss_of_what_wanda_removes(tmp_path):
 
 def test_gradients_go_back_through_experts(tmp_path):
     """In memory experts are fused, so the linears around them are compared."""
-    folder = tiny_checkpoint(tmp_path / "dense", "qwen3_moe")
+    folder = tiny_checkpoint(tmp_path / "dense", "qwen3_moe", moe_intermediate_size=32)
     job, expected = planned(folder), whole_model(folder)
     found = streamed(job)
     attention = [name for name in found if "self_attn" in name]

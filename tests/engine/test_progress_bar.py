@@ -89,6 +89,3 @@ def test_pruning_and_scoring_show_their_steps(notebook, tmp_path):
     assert all(isinstance(step, Progress) for step in steps) and len(steps) == 2
     prunus.prune(dense, tmp_path / "c", calibration=token_ids(2), progress=False)
     assert "%" not in notebook()
-    prunus.pack(tmp_path / "out", tmp_path / "packed", "int8")
-    shown = notebook()
-    assert "pack 100%" in shown and "3/3 shards, left 0:00" in shown

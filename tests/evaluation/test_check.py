@@ -18,7 +18,11 @@ from prunus.formats.records import CompressionRecord
 pytestmark = pytest.mark.usefixtures("short_python_texts")
 
 TEXTS = ["wikitext2", "python-code"]
-BITS = {"gguf": ["--type", "Q4_0"], "packed": ["--bits", "3"], "mlx": ["--bits", "4.5"]}
+BITS = {
+    "gguf": ["--type", "Q4_0"],
+    "compressed-tensors": ["--bits", "4"],
+    "mlx": ["--bits", "4.5"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +81,7 @@ def test_the_record_the_card_and_the_file_have_what_eval_measures(
     assert words in " ".join(compress(dense, out, kind, "--check").split())
 
 
-@pytest.mark.parametrize("kind", ["gguf", "packed"])
+@pytest.mark.parametrize("kind", ["gguf", "mlx"])
 def test_a_run_that_is_stopped_while_it_scores_keeps_its_result_and_scores_again(
     kind, dense, monkeypatch, tmp_path
 ):
@@ -96,12 +100,8 @@ def test_a_run_that_is_stopped_while_it_scores_keeps_its_result_and_scores_again
     assert not (tmp_path / "x.gguf.part").exists()
 
 
-def test_a_text_that_is_not_at_hand_is_named_before_any_work(dense, texts, monkeypatch, tmp_path):
+def test_a_text_that_is_not_at_hand_is_named_before_any_work(dense, texts, tmp_path):
     shutil.rmtree(texts / "wikitext2")
     message = compress(dense, tmp_path / "x.gguf", "gguf", "--check", status=2)
     assert "wikitext2 for scoring needs wikitext2/wiki.test.raw" in " ".join(message.split())
-    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
-    monkeypatch.setitem(BITS, "compressed-tensors", ["--bits", "4"])
-    message = compress(dense, tmp_path / "out", "compressed-tensors", "--check", status=2)
-    assert "needs the package compressed-tensors" in " ".join(message.split())
     assert [path.name for path in tmp_path.iterdir()] == ["data"]

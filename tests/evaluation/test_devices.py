@@ -11,7 +11,6 @@ from devices import PRETEND
 from prunus.evaluation.model_input import ComputeOptions
 from prunus.evaluation.streamed_model import StreamedModel
 from prunus.model.stream import StatesPlace
-from prunus.runtime.operators import warn_of_expansion
 
 pytestmark = pytest.mark.cuda
 
@@ -61,13 +60,3 @@ def test_states_that_do_not_fit_on_the_device_wait_in_host_memory(folders, monke
         monkeypatch.setattr(StreamedModel, "_needs", lambda *_: (10**3, 10**7))
         found = model._place_states(1, shape, 1)
         assert found == place or (place is None and found.spill_to is not None)
-
-
-def test_a_packed_model_is_scored(folders):
-    ids = str(folders / "ids.safetensors")
-    expected = prunus.perplexity(folders / "packed", ids, seqlen=24, device="cpu").loss
-    warn_of_expansion.cache_clear()  # another test of this process may have seen the warning
-    with pytest.warns(RuntimeWarning, match="has kernels for the CPU only"):
-        found = prunus.perplexity(folders / "packed", ids, seqlen=24, device="cuda:0").loss
-    # The kernels sum in another order than torch.
-    assert found == pytest.approx(expected, rel=1e-3)

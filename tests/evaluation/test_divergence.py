@@ -12,14 +12,13 @@ from safetensors.torch import save_file
 
 import prunus
 from command_line import call
-from packed_reference import pruned_checkpoint
 from prunus.evaluation import metrics, window_scores
 from prunus.evaluation import streamed_model as streamed
 from prunus.evaluation.model_input import ComputeOptions
 from prunus.evaluation.perplexity import first_scored_row
 from prunus.model.loading import load_model
 from prunus.reporting.write import report
-from tiny import tiny_checkpoint, token_ids
+from tiny import pruned_checkpoint, tiny_checkpoint, token_ids
 from tiny_tokenizer import BOS, VOCABULARY, byte_tokenizer, dense_checkpoint
 
 #: Weights large enough for predictions that are far from uniform.
@@ -178,10 +177,9 @@ def test_two_models_are_streamed_where_one_would_fit(folders, monkeypatch):
             (["pruned"], need),
             (["pruned", "dense"], 2 * need),
             (["pruned", "dense"], 2 * need - 1),
-            (["packed", "dense"], need),
         )
     ]  # fmt: skip
-    assert chosen == [[False], [False, False], [True, True], [False, True]]
+    assert chosen == [[False], [False, False], [True, True]]
 
 
 def test_states_of_compared_models_leave_half_of_the_memory(folders, monkeypatch):
@@ -201,19 +199,16 @@ def test_states_of_compared_models_leave_half_of_the_memory(folders, monkeypatch
     assert spilled == [False, False, True, True]
 
 
-def test_a_packed_model_beside_a_streamed_reference(folders, monkeypatch):
-    expected = figures(score(folders, dtype="auto"))
-    # The kernels of packed models add in another order.
-    found = figures(score(folders, "packed", dtype="auto"))
-    assert found["kl"] == pytest.approx(expected["kl"], rel=0.05)
-    assert figures(score(folders, "packed", "pruned", dtype="auto"))["kl"] < 1e-2
+def test_a_whole_model_beside_a_streamed_reference(folders, monkeypatch):
+    found = figures(score(folders, "small", dtype="auto"))
+    assert found["kl"] < 1e-2 < figures(score(folders, dtype="auto"))["kl"]
     choose = streamed.choose_streamed
     monkeypatch.setattr(
         sys.modules["prunus.evaluation.perplexity"],
         "choose_streamed",
         lambda *given: choose(*given) and [False, True],
     )
-    assert figures(score(folders, "packed", dtype="auto")) == pytest.approx(found, rel=1e-6)
+    assert figures(score(folders, "small", dtype="auto")) == pytest.approx(found, rel=1e-6)
 
 
 def test_loaded_models_are_compared_and_left_as_they_were(folders):
@@ -320,7 +315,7 @@ def test_eval_shows_and_writes_the_figures(folders, tmp_path):
     json_file, ids = tmp_path / "eval.json", folders / "ids.safetensors"
     second = tmp_path / "second.safetensors"
     save_file({"input_ids": token_ids(3, 24)}, second)
-    models = [folders / "pruned", folders / "packed"]
+    models = [folders / "pruned", folders / "small"]
     options = ["--seqlen", 24, "--device", "cpu", "--dtype", "float32", "--json", json_file]
     texts = ["--perplexity", f"{ids},{second}", "--reference", folders / "dense"]
     shown = call("eval", *models, *texts, *options).stdout
@@ -335,7 +330,7 @@ def test_eval_shows_and_writes_the_figures(folders, tmp_path):
     [section] = report([json_file]).sections
     [table] = [part for part in section.parts if part.title == "Quality and size"]
     texts = (ids, second, "all texts")
-    names = [(model, text) for text in texts for model in ("pruned", "packed")]
+    names = [(model, text) for text in texts for model in ("pruned", "small")]
     assert [(row[0], row[1]) for row in table.rows] == [(model, str(t)) for model, t in names]
     assert table.columns[3].title == "KL divergence"
     assert table.rows[0][3].value == expected["divergence"]["kl"]

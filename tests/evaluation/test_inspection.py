@@ -1,4 +1,4 @@
-"""Inspection of a checkpoint and of a loaded model, and size: as stored, and as packed."""
+"""Inspection of a checkpoint and of a loaded model, and its size."""
 
 import dataclasses
 import json
@@ -11,10 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import prunus
-from packed_reference import pruned_checkpoint
-from prunus import pack
-from prunus.evaluation.inspection import PATTERNS, file_bytes, holds, packed_size, stored_size
-from prunus.model.checkpoint.reader import Checkpoint
+from prunus.evaluation.inspection import PATTERNS, holds, stored_size
 from prunus.model.linears import find_linears, left_dense
 from tiny import tiny_checkpoint, tiny_model, token_ids
 
@@ -128,37 +125,13 @@ def test_weights_that_no_method_prunes_are_named():
 # --- size ---
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_packed_size_is_that_of_pack(family, dtype, tmp_path):
-    pruned_checkpoint(tmp_path / "pruned", family, dtype)
-    found = packed_size(tmp_path / "pruned")
-    record = pack(tmp_path / "pruned", tmp_path / "packed")
-    stored = {
-        name: Checkpoint(tmp_path / name).nbytes(Checkpoint(tmp_path / name).tensors)
-        for name in ("pruned", "packed")
-    }
-    saved = file_bytes(tmp_path / "pruned") - found.file_bytes
-    assert saved == stored["pruned"] - stored["packed"]
-    inside = [linear for name, linear in record.linears.items() if ".layers." in name]
-    if family == "llama":
-        weights = sum(linear.shape[0] * linear.shape[1] for linear in inside)
-        bits = 8 * sum(linear.nbytes[1] for linear in inside) / weights
-        assert found.bits_per_weight == pytest.approx(bits)
-        assert stored_size(tmp_path / "packed").bits_per_weight == pytest.approx(bits)
-    assert stored_size(tmp_path / "pruned").bits_per_weight == 16
-    assert packed_size(tmp_path / "packed") is None
-
-
-def test_transposed_weights_are_left_as_they_are(tmp_path):
-    pruned_checkpoint(tmp_path / "pruned", "gpt2", torch.bfloat16)
-    assert packed_size(tmp_path / "pruned").bits_per_weight == 16
-
-
-def test_what_is_not_packed_has_only_a_stored_size(tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense")
-    assert packed_size(dense) is None
-    assert stored_size(dense).bits_per_weight == 32
+@pytest.mark.parametrize(
+    ("family", "dtype", "bits"),
+    [("llama", torch.float32, 32), ("mixtral", torch.float16, 16), ("gpt2", torch.bfloat16, 16)],
+)
+def test_the_size_of_a_model_is_that_of_its_files_and_linears(family, dtype, bits, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", family, dtype)
+    assert stored_size(dense).bits_per_weight == bits
     assert stored_size(dense).file_bytes == (dense / "model.safetensors").stat().st_size
 
 
@@ -170,4 +143,3 @@ def test_the_size_of_a_model_of_an_unknown_kind_is_that_of_its_files(tmp_path):
     found = stored_size(dense)
     assert found.bits_per_weight is None
     assert found.file_bytes > 0
-    assert packed_size(dense) is None

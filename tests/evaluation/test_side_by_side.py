@@ -9,13 +9,12 @@ from safetensors.torch import save_file
 
 import prunus
 from command_line import call
-from packed_reference import pruned_checkpoint
 from prunus.evaluation.records import compare_on_texts
 from prunus.evaluation.streamed_model import StreamedModel
 from prunus.model.loading import load_model
 from prunus.model.skeleton import Skeleton
 from prunus.reporting.write import report
-from tiny import tiny_checkpoint, token_ids
+from tiny import pruned_checkpoint, tiny_checkpoint, token_ids
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
 SEQLEN = 24

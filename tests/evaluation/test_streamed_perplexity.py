@@ -1,5 +1,6 @@
 """Perplexity block by block: equal to the whole model's to the bit, and no weight read twice."""
 
+import json
 from collections import Counter
 
 import pytest
@@ -8,8 +9,6 @@ from safetensors.torch import load_file, save_file
 
 import prunus
 from command_line import call
-from packed_reference import pruned_checkpoint
-from prunus import pack
 from prunus.evaluation import streamed_model as streamed
 from prunus.evaluation.model_input import ComputeOptions
 from prunus.model.checkpoint.reader import Checkpoint
@@ -90,12 +89,16 @@ def test_a_block_that_breaks_is_named(ids, tmp_path):
         score(dense, ids, stream=True)
 
 
-def test_packed_models_are_not_streamed(ids, tmp_path):
-    source = pruned_checkpoint(tmp_path / "pruned", "llama")
-    pack(source, tmp_path / "packed")
-    with pytest.raises(ValueError, match="packed or quantised, which is scored with the whole"):
-        score(tmp_path / "packed", ids, stream=True)
-    assert not score(tmp_path / "packed", ids, memory="1GB").streamed
+def test_compressed_models_are_streamed_and_quantised_ones_of_other_programs_are_not(ids, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16)
+    prunus.compress(dense, tmp_path / "small", 8, calibration=token_ids())
+    whole = score(tmp_path / "small", ids, stream=False)
+    assert score(tmp_path / "small", ids, stream=True).loss == whole.loss
+    config = json.loads((dense / "config.json").read_text())
+    described = {"quantization_config": {"quant_method": "fp8"}}
+    (dense / "config.json").write_text(json.dumps(config | described))
+    with pytest.raises(ValueError, match="is quantised, which is scored with the whole"):
+        score(dense, ids, stream=True)
 
 
 def test_the_command_streams(ids, tmp_path):

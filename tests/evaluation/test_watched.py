@@ -27,7 +27,7 @@ def change(folder):
 
 @pytest.fixture
 def copies(folders, tmp_path):
-    for name in ("dense", "pruned", "packed"):
+    for name in ("dense", "pruned"):
         shutil.copytree(folders / name, tmp_path / name)
     return tmp_path
 
@@ -37,7 +37,6 @@ def copies(folders, tmp_path):
     [
         ("pruned", "pruned", False),
         ("pruned", "pruned", True),
-        ("packed", "packed", None),
         ("pruned", "dense", False),
         ("pruned", "dense", True),
     ],

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import prunus
 from prunus.evaluation.generation import generate
-from prunus.evaluation.inspection import packed_size, stored_size
+from prunus.evaluation.inspection import stored_size
 from prunus.model.adapter import CONFIG_NAME, WEIGHTS_NAME, base_folder, check_adapter, is_adapter
 from prunus.model.loading import load_model
 from prunus.model.tokenizer import load_tokenizer
@@ -90,7 +90,7 @@ def test_everything_that_loads_models_takes_adapters(base, adapter, tmp_path):
         path.stat().st_size for folder in (adapter, base) for path in folder.glob("*.safetensors")
     ]
     assert stored_size(adapter).file_bytes == sum(sizes)
-    assert stored_size(adapter).bits_per_weight is packed_size(adapter) is None
+    assert stored_size(adapter).bits_per_weight is None
 
 
 def test_the_base_is_found_beside_the_adapter(base, adapter, tmp_path, monkeypatch):

@@ -30,16 +30,14 @@ widget: []
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """A dense model with a license, as a hub's cache holds it; pruned, packed and compressed."""
+    """A dense model with a license, as a hub's cache holds it; pruned and compressed."""
     place = tmp_path_factory.mktemp("records")
     dense = place / "models--owner--dense" / "snapshots" / "0"
     dense_checkpoint(dense, dtype=torch.bfloat16, hidden_size=64)
     (dense / "README.md").write_text(LICENSED)
-    made = {name: place / name for name in ("pruned", "packed", "small", "unpacked")}
+    made = {name: place / name for name in ("pruned", "small")}
     ids = token_ids(2)
     prunus.prune(dense, made["pruned"], "magnitude", 0.5, calibration=ids)
-    prunus.pack(made["pruned"], made["packed"])
-    prunus.unpack(made["packed"], made["unpacked"])
     prunus.compress(dense, made["small"], 4, calibration=ids)
     return made | {"dense": dense}
 
@@ -58,14 +56,10 @@ def test_the_card_of_a_pruned_model_has_what_the_hub_reads(folders):
     assert found["language"] == ["en", "de"] and "widget" not in found
 
 
-def test_packed_models_are_loaded_by_prunus_and_unpacked_ones_by_transformers(folders):
-    packed, unpacked = fields(folders["packed"]), fields(folders["unpacked"])
-    assert packed["library_name"] == "prunus" and "packed" in packed["tags"]
-    assert unpacked["library_name"] == "transformers" and "packed" not in unpacked["tags"]
-    assert packed["prunus"] == unpacked["prunus"] == fields(folders["pruned"])["prunus"]
+def test_the_card_of_a_compressed_model_has_what_the_hub_reads(folders):
     small = fields(folders["small"])
-    assert small["library_name"] == "prunus" and small["base_model_relation"] == "quantized"
-    assert "4-bit" in small["tags"] and 0 < small["prunus"]["bits"] < 32
+    assert small["library_name"] == "transformers" and small["base_model"] == "owner/dense"
+    assert small["base_model_relation"] == "quantized" and "4-bit" in small["tags"]
 
 
 def test_a_folder_is_no_base_for_the_hub(tmp_path, monkeypatch):
@@ -76,12 +70,13 @@ def test_a_folder_is_no_base_for_the_hub(tmp_path, monkeypatch):
     assert base_model(str(tmp_path)) is None and base_model("../dense") is None
 
 
-@pytest.mark.parametrize("kind", ["pruned", "packed", "small"])
-def test_a_model_that_is_saved_again_keeps_card_and_record(folders, tmp_path, kind):
-    model, tokenizer = prunus.load(folders[kind])
+def test_a_model_that_is_saved_again_keeps_card_and_record(folders, tmp_path):
+    model, tokenizer = prunus.load(folders["pruned"])
     model.save_pretrained(tmp_path / "again")
     tokenizer.save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again/README.md").read_text() == (folders[kind] / "README.md").read_text()
+    assert (tmp_path / "again/README.md").read_text() == (
+        folders["pruned"] / "README.md"
+    ).read_text()
     [path] = (tmp_path / "again").glob("prunus*.json")
     record = json.loads(path.read_text())
     # The bytes of the new shards are others than those that the record names.
@@ -89,11 +84,6 @@ def test_a_model_that_is_saved_again_keeps_card_and_record(folders, tmp_path, ki
     assert prunus.report(tmp_path / "again").sections
     assert prunus.inspect(tmp_path / "again", verify=False).sparsity > 0.2
     assert prunus.load(tmp_path / "again").model.dtype == torch.bfloat16
-
-
-def test_a_packed_model_keeps_them_with_plain_transformers_too(folders, tmp_path):
-    AutoModelForCausalLM.from_pretrained(folders["packed"]).save_pretrained(tmp_path)
-    assert fields(tmp_path)["library_name"] == "prunus"
 
 
 def test_a_loaded_model_that_is_pruned_gets_them(folders, tmp_path):

@@ -73,12 +73,11 @@ def test_a_share_in_percent_gets_a_hint(value):
         Speed(share=value)
 
 
-def test_every_option_of_a_recipe_is_declared_and_has_at_most_one_role():
+def test_every_option_of_a_recipe_is_declared():
     for kind in (prunus.Recipe, prunus.CompressionRecipe):
         assert kind.declared().keys() == kind.model_fields.keys()
         conditions = kind.names_of(lambda option: option.is_condition)
-        assert conditions.isdisjoint(kind.names_of(lambda option: option.decides_zeros))
-        assert {"calibration", "samples", "sparsity", "only"} <= conditions
+        assert {"calibration", "samples", "only"} <= conditions and "method" not in conditions
 
 
 def test_a_list_of_choices_is_a_sentence():

@@ -13,9 +13,8 @@ import pytest
 import torch
 
 import prunus
-from prunus import pack, unpack
 from prunus.model.checkpoint.reader import Checkpoint
-from recovery_cases import dense_checkpoint, pruned_checkpoint
+from recovery_cases import dense_checkpoint
 from tiny import token_ids
 
 
@@ -73,16 +72,8 @@ def test_prune(method, dense, tmp_path, traffic):
     assert set(written.values()) == {1} and len(written) == 3
 
 
-def test_pack_and_unpack(dense, tmp_path, traffic):
+def test_compress(dense, tmp_path, traffic):
     read, written = traffic
-    pruned_checkpoint(tmp_path / "pruned", dense)
-    read.clear()
-    written.clear()
-    pack(tmp_path / "pruned", tmp_path / "packed")
-    assert set(read.values()) == {1}
-    assert set(written.values()) == {1}
-    read.clear()
-    written.clear()
-    unpack(tmp_path / "packed", tmp_path / "unpacked")
-    assert set(read.values()) == {1}
-    assert set(written.values()) == {1}
+    prunus.compress(dense, tmp_path / "out", 4, calibration=token_ids(), dtype="float32")
+    assert of_blocks(read, "dense") == {1}
+    assert set(written.values()) == {1} and len(written) == 3

@@ -9,17 +9,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 import prunus
 from command_line import call
-from prunus import pack, unpack
 from prunus.engine.memory import Memory
 from prunus.model.experts import Experts, find_routers
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.model.stream import Stream
-from prunus.runtime.linear import PackedLinear
 from reference import prune_rows
 from stopping import StopError, stop_after
 from structure_cases import loaded
@@ -319,43 +316,6 @@ def test_every_kind_of_run_takes_experts_as_linears(options, tmp_path):
     assert report.totals["sparsity"] == pytest.approx(0.5, abs=0.02)
     with torch.no_grad():
         assert bool(loaded(tmp_path / "pruned")(token_ids()).logits.isfinite().all())
-
-
-#: Experts stored one by one, fused, transposed, next to shared ones, and in one tensor for all.
-STORED = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "granitemoe", "qwen2_moe")
-
-
-@pytest.mark.parametrize("family", STORED)
-def test_packed_experts_are_bitmaps_of_their_own(family, tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense", family, torch.bfloat16)
-    prunus.prune(dense, tmp_path / "pruned", "magnitude")
-    record = pack(tmp_path / "pruned", tmp_path / "packed")
-    experts = {name: x for name, x in record.linears.items() if ".experts." in name}
-    in_one_tensor = family in ("gpt_oss", "granitemoe")
-    assert {x.packed for x in experts.values()} == {not in_one_tensor}
-    assert all(("one tensor" in str(x.reason)) == in_one_tensor for x in experts.values())
-    unpack(tmp_path / "packed", tmp_path / "unpacked")
-    before, after = stored(tmp_path / "pruned"), stored(tmp_path / "unpacked")
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[key], after[key]) for key in before)
-
-    ids = token_ids()
-    plain, packed = (
-        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.bfloat16)
-        for name in ("pruned", "packed")
-    )
-    assert any(isinstance(module, PackedLinear) for module in packed.modules())
-    assert any(isinstance(module, Experts) for module in packed.modules()) != in_one_tensor
-    packed.save_pretrained(tmp_path / "again")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.bfloat16)
-    with torch.no_grad():
-        expected, found = plain(ids).logits, packed(ids).logits
-        assert torch.equal(again(ids).logits, found)
-        dequantised = packed.dequantize()(ids).logits
-    for logits in (found, dequantised):
-        # Where two experts score almost the same for a token, rounding may choose the other one.
-        far = (expected - logits).abs().amax(dim=-1) > 0.05 * expected.abs().max()
-        assert float(far.float().mean()) < 0.1
 
 
 def test_an_expert_sees_its_tokens_in_the_order_of_the_text():

@@ -142,9 +142,8 @@ def as_of_version_0_3(folder: Path, record: str) -> None:
 def test_a_result_has_the_names_of_shards_that_the_hub_knows(tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16)
     prunus.prune(dense, tmp_path / "out", calibration=token_ids())
-    prunus.pack(tmp_path / "out", tmp_path / "packed")
     prunus.shrink(dense, tmp_path / "small", blocks=1, repair=False, calibration=token_ids())
-    for name, count in (("out", 3), ("packed", 3), ("small", 2)):
+    for name, count in (("out", 3), ("small", 2)):
         known = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
         assert [*shards(tmp_path / name)] == known
         content = json.loads((tmp_path / name / INDEX_NAME).read_text())
@@ -154,27 +153,20 @@ def test_a_result_has_the_names_of_shards_that_the_hub_knows(tmp_path):
 
 def test_a_result_of_an_earlier_version_is_read_and_its_unfinished_run_refused(tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16)
-    out, packed = tmp_path / "out", tmp_path / "packed"
+    out = tmp_path / "out"
     prunus.prune(dense, out, calibration=token_ids())
     as_of_version_0_3(out, "prunus.json")
     assert prunus.inspect(out, verify=True).verified == 3
     assert prunus.prune(dense, out, calibration=token_ids()).state == "finished"
     AutoModelForCausalLM.from_pretrained(out)
-    prunus.pack(out, packed)
-    as_of_version_0_3(packed, "prunus-pack.json")
-    assert prunus.pack(out, packed).state == "finished"
-    for run, folder, record in (
-        (lambda **o: prunus.prune(dense, out, calibration=token_ids(), **o), out, "prunus.json"),
-        (lambda **o: prunus.pack(out, packed, **o), packed, "prunus-pack.json"),
-    ):
-        path = folder / record
-        path.write_text(path.read_text().replace('"finished"', '"running"'))
-        before = contents(folder)
-        with pytest.raises(FileExistsError, match="unfinished run of an earlier version"):
-            run()
-        assert contents(folder) == before
-        run(overwrite=True)
-        assert [*shards(folder)] == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
+    path = out / "prunus.json"
+    path.write_text(path.read_text().replace('"finished"', '"running"'))
+    before = contents(out)
+    with pytest.raises(FileExistsError, match="unfinished run of an earlier version"):
+        prunus.prune(dense, out, calibration=token_ids())
+    assert contents(out) == before
+    prunus.prune(dense, out, calibration=token_ids(), overwrite=True)
+    assert [*shards(out)] == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
 
 
 def test_a_record_with_the_former_dense_weight_auto_is_read(tmp_path):

@@ -7,7 +7,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import prunus
 from places import REPOSITORY
 from prunus.model.kinds import kind_of
-from prunus.runtime.linear import PackedLinear
 from tiny import tiny_checkpoint, token_ids
 
 PAGE = REPOSITORY / "docs" / "reference" / "models.md"
@@ -36,8 +35,8 @@ def names(cell: str) -> set[str]:
 
 
 ROWS = rows()
-WORKING = [(kind, dense, read) for _, kind, works, dense, read in ROWS if works == "yes"]
-REFUSED = [(kind, reason) for _, kind, works, reason, _ in ROWS if works == "no"]
+WORKING = [(kind, dense) for _, kind, works, dense in ROWS if works == "yes"]
+REFUSED = [(kind, reason) for _, kind, works, reason in ROWS if works == "no"]
 
 
 def test_every_row_says_yes_or_no():
@@ -46,29 +45,16 @@ def test_every_row_says_yes_or_no():
     assert expected <= {row[0] for row in (*WORKING, *REFUSED)}
 
 
-@pytest.mark.parametrize(("family", "stays_dense", "read"), WORKING)
-def test_what_works_is_pruned_packed_and_loaded(family, stays_dense, read, tmp_path):
+@pytest.mark.parametrize(("family", "stays_dense"), WORKING)
+def test_what_works_is_pruned_and_loaded(family, stays_dense, tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense", family, torch.bfloat16, **OPTIONS.get(family, {}))
     manifest = prunus.prune(dense, tmp_path / "out", "magnitude", calibration=token_ids(2))
     parts = {name.removesuffix(".weight").split(".")[-1] for name in manifest.left_dense}
     assert parts == names(stays_dense)
     assert 0.45 < manifest.totals["sparsity"] < 0.55
-    record = prunus.pack(tmp_path / "out", tmp_path / "packed")
-    packed = sum(linear.packed for linear in record.linears.values())
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
-    assert packed >= manifest.totals["linears"]
-    # All other dense linears have kernels, and are of a class of their own.
-    expanded = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
-    assert {name.split(".")[-1] for name in expanded} == names(read)
-    assert packed - len(expanded) == sum(isinstance(x, PackedLinear) for x in model.modules())
     with torch.no_grad():
-        expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(token_ids(1)).logits
-        logits = model(token_ids(1)).logits
-        torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.05)
-        # What is dense in memory is saved as such.
-        model.save_pretrained(tmp_path / "again")
-        again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-        torch.testing.assert_close(again(token_ids(1)).logits, logits, rtol=0.05, atol=0.05)
+        logits = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(token_ids(1)).logits
+    assert bool(logits.isfinite().all())
 
 
 @pytest.mark.parametrize(("family", "reason"), REFUSED)

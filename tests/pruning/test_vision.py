@@ -195,7 +195,6 @@ def test_verbs_of_language_models_refuse_a_classifier(tmp_path):
     dense = save_classifier(tmp_path / "dense", "vit", torch.bfloat16)
     for arguments in (
         ("eval", dense),
-        ("pack", dense, tmp_path / "o"),
         ("recover", dense, tmp_path / "o", "--mode", "masked"),
     ):
         assert "image classifier" in call(*arguments, status=2).output.replace("\n", " ")

@@ -16,7 +16,7 @@ import pytest
 import prunus
 from prunus.engine.document import Document, Measured, Table, text_of
 from prunus.reporting.page import to_html
-from report_samples import bench, compared_evaluation, hostile_document, whole_document, write
+from report_samples import compared_evaluation, hostile_document, whole_document, write
 from tiny import tiny_checkpoint, token_ids
 
 
@@ -33,11 +33,10 @@ def documents(run, tmp_path_factory) -> dict[str, Document]:
     folders = {name: tmp_path_factory.mktemp(name) for name in ("whole", "hostile", "long")}
     names = [f"runs/smollm2-135m-instruct-compressed-to-{k}-bits-and-recovered" for k in range(9)]
     long = write(folders["long"] / "e.json", compared_evaluation(*names))
-    speeds = write(folders["long"] / "b.json", bench(*names))
     return {
         "whole": whole_document(folders["whole"], run),
         "hostile": hostile_document(folders["hostile"], run),
-        "long": prunus.report([long], bench=speeds),
+        "long": prunus.report([long]),
     }
 
 

@@ -1,4 +1,4 @@
-"""Quality against size and speed: the figures of sweeps and evaluations in tables and charts."""
+"""Quality against size: the figures of sweeps and evaluations in tables and charts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from prunus.reporting.sweep_section import sweep_section
 from prunus.reporting.write import report
 from report_samples import (
     DIVERGENCE,
-    bench,
     compared_evaluation,
     evaluation,
     sweep_results,
@@ -24,12 +23,11 @@ from report_samples import (
 def compared_sweep():
     """The sample sweep, whose cells of Wanda have sizes and divergences."""
     results = sweep_results()
-    for cell, kl, packed in zip(results.cells[2:5], (0.25, 0.75, 1.0), (4, 4, 2), strict=True):
+    for cell, kl, size in zip(results.cells[2:5], (0.25, 0.75, 1.0), (4, 4, 2), strict=True):
         score = cell.scores["wikitext2"]
         divergence = Divergence(kl=kl, **DIVERGENCE)
         cell.scores = {"wikitext2": replace(score, divergence=divergence)}
-        cell.size = ModelSize(8 * 10**9, 16.0)
-        cell.packed = ModelSize(packed * 10**9, 2.0 * packed)
+        cell.size = ModelSize(size * 10**9, 2.0 * size)
     return results
 
 
@@ -37,7 +35,7 @@ def charts(section):
     return {part.title: part for part in section.parts if isinstance(part, Lines)}
 
 
-def test_a_sweep_shows_divergences_and_packed_sizes():
+def test_a_sweep_shows_divergences_and_sizes():
     section = sweep_section(compared_sweep())
     assert table(section, "KL divergence on wikitext2")["wanda"] == {
         "method": "wanda",
@@ -49,7 +47,6 @@ def test_a_sweep_shows_divergences_and_packed_sizes():
     assert row["KL 99.9 % quantile, wikitext2"] == 2.5
     assert row["same top token, wikitext2"] == Measured(0.75, 0.02)
     assert (row["file, GB"], row["bits per weight"]) == (4, 8)
-    assert "decoded tokens/s" not in row
     plain = sweep_section(sweep_results())
     assert not [title for title in charts(plain) if "against" in title]
     assert not [title for title in table(plain, "Models")["smol-dense"] if "KL" in title]
@@ -81,23 +78,19 @@ def lettered_evaluation(kls=(0.0, 0.5, 0.25)):
     return content | {"reference": None}
 
 
-def test_an_evaluation_shows_sizes_and_speeds(tmp_path):
+def test_an_evaluation_shows_sizes(tmp_path):
     file = write(tmp_path / "e.json", lettered_evaluation())
-    speeds = write(tmp_path / "b.json", bench("other/b", "runs/c"))
-    section = report([file], bench=speeds).sections[0]
+    section = report([file]).sections[0]
     row = table(section, "Quality and size")["b"]
-    assert (row["file, GB"], row["bits per weight"], row["decoded tokens/s"]) == (2.0, 8.0, 16.0)
+    assert (row["file, GB"], row["bits per weight"]) == (2.0, 8.0)
     assert row["KL divergence"] == Measured(0.5, 0.01)
-    assert list(charts(section)) == [
-        "Perplexity on wikitext2 against size",
-        "Perplexity on wikitext2 against speed",
-    ]
-    chart = charts(section)["Perplexity on wikitext2 against size"]
+    [chart] = charts(section).values()
+    assert chart.title == "Perplexity on wikitext2 against size"
     assert [(s.name, s.x) for s in chart.series] == [("a", (1,)), ("b", (2,)), ("c", (3,))]
     assert chart.level == ("dense", 20.5)
 
 
-def test_an_evaluation_says_first_how_much_smaller_worse_and_faster_a_model_is(tmp_path):
+def test_an_evaluation_says_first_how_much_smaller_and_worse_a_model_is(tmp_path):
     content = lettered_evaluation((0.5,))
     content["models"][0]["perplexity"][0]["source"] = "wikitext2 (its test text)"
     size = {"file_bytes": 4 * 10**9, "bits_per_weight": 16.0}
@@ -106,9 +99,6 @@ def test_an_evaluation_says_first_how_much_smaller_worse_and_faster_a_model_is(t
     first = report([file]).sections[0].parts[0]
     assert first.headline
     assert first.items == (("a", "25% of the size, KL 0.500 on wikitext2"),)
-    speeds = write(tmp_path / "b.json", bench("dense", "a"))
-    first = report([file], bench=speeds).sections[0].parts[0]
-    assert first.items == (("a", "25% of the size, KL 0.500 on wikitext2, 2.0 × the speed"),)
 
 
 def test_an_evaluation_without_sizes_has_no_charts(tmp_path):

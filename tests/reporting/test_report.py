@@ -30,7 +30,6 @@ from prunus.reporting.write import report
 from prunus.sweeping.results import CellResult
 from report_samples import (
     HOSTILE,
-    bench,
     evaluation,
     hostile_document,
     rows,
@@ -190,19 +189,6 @@ def test_an_evaluation_is_shown_with_differences(tmp_path):
     assert other["beyond chance"] == "no"
 
 
-def test_size_and_speed_are_shown_with_their_spread(tmp_path):
-    document = report(
-        [write(tmp_path / "e.json", evaluation())],
-        bench=write(tmp_path / "b.json", bench("x", "y")),
-    )
-    section = document.sections[1]
-    shown = table(section, "Medians over separate processes")
-    assert shown["x"]["file, GB"] == 0.269
-    assert shown["y"]["decode, tokens/s"] == 32.0
-    assert shown["y"]["decode / first"] == 2.0
-    assert (shown["y"]["lowest"], shown["y"]["highest"]) == (30.0, 36.0)
-
-
 @pytest.mark.parametrize(
     ("value", "form", "text"),
     [
@@ -247,7 +233,7 @@ def test_hostile_names_are_text_and_nothing_else(run, tmp_path):
     }
     assert all(not name.startswith("on") for _, attributes in tags(page) for name in attributes)
     assert {attributes.get("href") for tag, attributes in tags(page) if tag == "a"} == {
-        f"#section-{k}" for k in range(4)
+        f"#section-{k}" for k in range(3)
     }
     executed = [
         attributes for tag, attributes in tags(page) if tag == "script" and "type" not in attributes
@@ -302,11 +288,9 @@ def test_pages_are_small(run, tmp_path):
 
 
 def test_the_command_writes_a_page_markdown_or_the_terminal(run, tmp_path):
-    bench_file = write(tmp_path / "b.json", bench("x"))
-    call("report", run, "-o", tmp_path / "new" / "r.html", "--bench", bench_file)
+    call("report", run, "-o", tmp_path / "new" / "r.html")
     page = (tmp_path / "new" / "r.html").read_text()
     assert page.startswith("<!doctype html>")
-    assert "Size and speed" in page
     result = call(
         "report", run, "-o", tmp_path / "r.md", "--title", "My run", "--json", tmp_path / "r.json"
     )

@@ -37,7 +37,6 @@ from safetensors import safe_open  # noqa: E402
 
 import prunus  # noqa: E402
 from kill_points import fork, kill_everywhere  # noqa: E402
-from prunus import pack, unpack  # noqa: E402
 from prunus.formats.gguf.import_checkpoint import import_gguf  # noqa: E402
 from prunus.model.checkpoint.atomic_files import RECORD_FILES, TEMPORARY_SUFFIX  # noqa: E402
 from prunus.model.checkpoint.reader import INDEX_NAME  # noqa: E402
@@ -46,12 +45,12 @@ from prunus.sweeping.run import sweep as run_sweep  # noqa: E402
 from recovery_cases import recover  # noqa: E402
 
 MAX_SECONDS = 60
-GGUF_NAME, PACKED = "tiny.gguf", "packed"
+GGUF_NAME = "tiny.gguf"
 _TIMES = ("seconds", "peak_memory_bytes")
 
 
 def verbs(dense: Path, pruned: Path, text: Path, ids: Path) -> dict[str, Callable[[Path], object]]:
-    """What each verb does with its output; `PACKED` is a model next to `dense`."""
+    """What each verb does with its output."""
     windows = torch.arange(96).reshape(6, 16) % 120
     given = {"calibration": windows, "batch": 2, "dtype": "float32"}
     quick = {"method": "wanda", "dense_weight": 0.0, "reconstruct": "none", "allocation": "uniform"}
@@ -81,8 +80,6 @@ def verbs(dense: Path, pruned: Path, text: Path, ids: Path) -> dict[str, Callabl
         "max": lambda out: prunus.prune_and_recover(
             dense, out, tokens=2048, **text_windows, **quick
         ),
-        "pack": lambda out: pack(pruned, out),
-        "unpack": lambda out: unpack(dense.parent / PACKED, out),
         "sweep": lambda out: run_sweep(sweep, out),
         "import": lambda out: import_gguf(dense.parent / GGUF_NAME, out, overwrite=True),
     }

@@ -7,7 +7,6 @@ Shape suffixes: O outputs (rows), I inputs, T tokens, B columns of a block.
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from prunus.methods.patterns import Pattern
-from prunus.methods.work import CodeLengths
 from stopping import StopError
 
 # From a linear's full name, its weight (out, in) and its inputs (tokens, in), one tensor per
@@ -405,96 +403,3 @@ def dense_target(
         [(dense_weight * dense + (1 - dense_weight) * X) @ weight.T, below @ weight.T]
     )
     return torch.linalg.lstsq(inputs, outputs).solution.T
-
-
-def quantize(
-    weight_OI: Tensor,
-    gram_II: Tensor,
-    damping: float,
-    step: float,
-    scales_O: Tensor,
-    code_of: Callable[[Tensor], CodeLengths],
-    keep_OI: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Quantise column by column in float64; returns the integers (O, I) and the steps (I,).
-
-    The columns are taken from the input with the largest norm to the smallest.
-    """
-    order_I = gram_II.diagonal().argsort(descending=True, stable=True)
-
-    def in_natural_order(values: Tensor) -> Tensor:
-        result = torch.empty_like(values)
-        result[..., order_I] = values
-        return result
-
-    def code_in_order(levels_OI: Tensor) -> CodeLengths:
-        code = code_of(in_natural_order(levels_OI))
-        return CodeLengths(code.lengths_KV, code.classes_I[order_I])
-
-    levels_OI, steps_I = _quantize_in_order(
-        weight_OI[:, order_I],
-        gram_II[order_I][:, order_I],
-        damping,
-        step,
-        scales_O,
-        code_in_order,
-        None if keep_OI is None else keep_OI[:, order_I],
-    )
-    return in_natural_order(levels_OI), in_natural_order(steps_I)
-
-
-def _quantize_in_order(
-    weight_OI: Tensor,
-    gram_II: Tensor,
-    damping: float,
-    step: float,
-    scales_O: Tensor,
-    code_of: Callable[[Tensor], CodeLengths],
-    keep_OI: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The sweep of `quantize` from left to right.
-
-    A value between two integers becomes the one whose squared error and bits cost less. The columns
-    to the right correct the error with a new inverse Hessian of their own. The first sweep has a
-    dead zone. Its integers choose the code of the second sweep, and those of the second sweep
-    choose the code of the last one.
-    """
-    rows, columns = weight_OI.shape
-    norms_I, mean = gram_II.double().diagonal(), float(gram_II.double().diagonal().mean())
-    hessian_II = gram_II.double() / mean + damping * torch.eye(columns)
-    hessian_II += (norms_I == 0).double().diag()
-    scaled_OI = weight_OI.double() / scales_O.bfloat16().double()[:, None]
-    largest_I = scaled_OI.abs().amax(dim=0)
-    scaled_OI[:, norms_I == 0] = 0
-    inverses, steps_I = [], torch.zeros(columns, dtype=torch.float64)
-    for j in range(columns):
-        inverses.append(torch.linalg.inv(hessian_II[j:, j:]))
-        wanted = max(step * inverses[j][0, 0].item() ** 0.5, largest_I[j].item() / 100)
-        steps_I[j] = torch.tensor(wanted).bfloat16().double()
-
-    def sweep(rounds_up: Callable[[float, int, int], bool]) -> Tensor:
-        left_OI, levels_OI = scaled_OI.clone(), torch.zeros(rows, columns, dtype=torch.int8)
-        for j, inverse in enumerate(inverses):
-            for i in range(rows):
-                value = min(max(left_OI[i, j].item() / steps_I[j].item(), -127), 127)
-                below = math.floor(value)
-                if keep_OI is None or keep_OI[i, j]:
-                    levels_OI[i, j] = below + rounds_up(value, below, j)
-                error = left_OI[i, j] - levels_OI[i, j] * steps_I[j]
-                left_OI[i, j:] -= error / inverse[0, 0] * inverse[0]
-        return levels_OI
-
-    def with_dead_zone(value: float, below: int, _j: int) -> bool:
-        return value - below > (0.6 if below >= 0 else 0.4)
-
-    def with_code(value: float, below: int, j: int) -> bool:
-        bits = code.lengths_KV[code.classes_I[j]]
-        share, price = value - below, 2 * math.log(2) / 12
-        if below == 127 or share <= 0.02 or share > 0.98:
-            return share > 0.98
-        down = share**2 + price * bits[below + 127].item()
-        return (1 - share) ** 2 + price * bits[below + 128].item() < down
-
-    code = code_of(sweep(with_dead_zone))
-    code = code_of(sweep(with_code))
-    return sweep(with_code), steps_I

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from prunus.engine.document import Document, Section, Table
 from prunus.evaluation.records import Metric, PerplexityResult, TaskResults, TaskScore, compare
-from prunus.evaluation.speed import Speed
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
 from prunus.reporting.write import report
@@ -164,32 +163,17 @@ def compared_evaluation(*names: str) -> dict:
     return content | {"differences": []}
 
 
-def bench(*names: str) -> list[dict]:
-    """As `prunus bench --json` writes it."""
-    return [
-        Speed(
-            name,
-            269_000_000 // (k + 1),
-            (3e8, 4e8, 5e8),
-            (100.0, 120.0, 130.0),
-            (15.0 * (k + 1), 16.0 * (k + 1), 18.0 * (k + 1)),
-        ).as_dict()
-        for k, name in enumerate(names)
-    ]
-
-
 def write(path: Path, content: object) -> Path:
     path.write_text(json.dumps(content))
     return path
 
 
 def whole_document(tmp_path: Path, run: Path) -> Document:
-    """A run, a sweep, an evaluation and a measurement in one report."""
+    """A run, a sweep and an evaluation in one report."""
     (tmp_path / "sweep").mkdir()
     sweep_results(other=0.6).save(tmp_path / "sweep")
     return report(
         [run, tmp_path / "sweep", write(tmp_path / "eval.json", evaluation())],
-        bench=write(tmp_path / "bench.json", bench("dense", "packed")),
         title="All of it",
     )
 
@@ -215,7 +199,6 @@ def hostile_document(tmp_path: Path, run: Path) -> Document:
             tmp_path / "sweep",
             write(tmp_path / "e.json", evaluation(HOSTILE, "x" + HOSTILE)),
         ],
-        bench=write(tmp_path / "b.json", bench(HOSTILE)),
         title=HOSTILE,
     )
 

@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 torch.set_num_threads(1)
 
 import prunus  # noqa: E402
-from prunus import pack, unpack  # noqa: E402
 from prunus.hardware.memory import process_memory  # noqa: E402
 from recovery_cases import dense_checkpoint, recover, training_text  # noqa: E402
 from tiny import tiny_model, token_ids  # noqa: E402
@@ -33,9 +32,9 @@ def main() -> None:
     save_file({"input_ids": ids}, scratch / "ids.safetensors")
     scored = str(scratch / "ids.safetensors")
     model = tiny_model()
-    pruned, packed = scratch / "pruned", scratch / "packed"
+    pruned, small = scratch / "pruned", scratch / "small"
     prunus.prune(dense, pruned, calibration=ids)
-    pack(pruned, packed)
+    prunus.compress(dense, small, 8, calibration=ids)
     out = scratch / "out"
 
     def refused() -> None:
@@ -51,9 +50,8 @@ def main() -> None:
         lambda: prunus.prune(model, calibration=ids),
         lambda: prunus.perplexity(dense, scored, seqlen=16),
         lambda: prunus.perplexity(dense, scored, seqlen=16, stream=True),
-        lambda: prunus.perplexity(packed, scored, seqlen=16),
-        lambda: pack(pruned, out),
-        lambda: unpack(packed, out),
+        lambda: prunus.perplexity(small, scored, seqlen=16),
+        lambda: prunus.compress(dense, out, 4, calibration=ids),
         lambda: prunus.inspect(pruned),
         lambda: recover(pruned, out, "masked", text, tokens=64, evaluations=1),
         refused,

@@ -251,6 +251,29 @@ def tiny_checkpoint(
 _SAVED: dict[str, tuple[dict[str, bytes], torch.Tensor]] = {}
 
 
+def prune_in_place(model: Any, sparsity: float = 0.5) -> Any:
+    """Zero the smallest entries of every row of every matrix inside the blocks."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            inside = any(part in name for part in (".layers.", ".h.", ".blocks."))
+            if inside and parameter.dim() == 2:
+                count = int(parameter.shape[1] * sparsity)
+                smallest = parameter.float().abs().argsort(dim=1)[:, :count]
+                parameter.scatter_(1, smallest, 0)
+    return model
+
+
+def pruned_checkpoint(
+    folder: Path,
+    family: str = "llama",
+    dtype: torch.dtype = torch.bfloat16,
+    sparsity: float = 0.5,
+    **options: Any,
+) -> Path:
+    prune_in_place(tiny_model(family, dtype, **options), sparsity).save_pretrained(folder)
+    return folder
+
+
 def token_ids(windows: int = 6, tokens: int = 16, vocabulary: int = 128) -> torch.Tensor:
     """Random calibration windows (windows, tokens), always the same."""
     generator = torch.Generator().manual_seed(7)

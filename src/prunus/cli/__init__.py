@@ -1,9 +1,9 @@
 """The command line: one file per group of commands, no logic.
 
 prune.py           prune, compress, shrink, plan, recover
-evaluate.py        eval, inspect, bench
-generate.py        generate, serve
-convert.py         import, pack, unpack
+evaluate.py        eval, inspect
+generate.py        generate
+convert.py         import
 sweep.py           sweep, report
 flags.py           flags from the declarations of options, and flags that commands share
 terminal.py        results, log lines, errors and JSON
@@ -24,10 +24,10 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from prunus.cli.convert import import_, pack, unpack
-from prunus.cli.evaluate import bench, evaluate, inspect
+from prunus.cli.convert import import_
+from prunus.cli.evaluate import evaluate, inspect
 from prunus.cli.flags import FLAGS, JSON, QUIET
-from prunus.cli.generate import generate, serve
+from prunus.cli.generate import generate
 from prunus.cli.prune import compress, plan, prune, recover, shrink
 from prunus.cli.sweep import report, sweep
 from prunus.cli.terminal import command, log
@@ -39,52 +39,43 @@ __all__ = ["app", "main"]
 #: Panel of the help -> its commands. The name of a function that Python reserves ends with _.
 _PANELS: dict[str, tuple[Callable[..., Any], ...]] = {
     "Make a model smaller": (prune, compress, shrink, recover, plan),
-    "Measure and compare models": (evaluate, inspect, bench, sweep, report),
-    "Use a model, or store it in another form": (generate, serve, import_, pack, unpack),
+    "Measure and compare models": (evaluate, inspect, sweep, report),
+    "Use a model, or store it in another form": (generate, import_),
 }
 #: What `prunus` alone shows below the commands.
 _FIRST_EXAMPLES = """Examples:
 prunus prune HuggingFaceTB/SmolLM2-135M pruned --preset balanced
-prunus compress HuggingFaceTB/SmolLM2-135M small --bits 3
-prunus eval pruned small --reference HuggingFaceTB/SmolLM2-135M"""
+prunus compress HuggingFaceTB/SmolLM2-135M small.gguf --size 90MB
+prunus eval pruned small.gguf --reference HuggingFaceTB/SmolLM2-135M"""
 #: Two examples for each command, in the order of the help.
 _EXAMPLES = """
 prunus prune HuggingFaceTB/SmolLM2-135M pruned --preset balanced
 prunus prune dense pruned --method sparsegpt --pattern 2:4 --samples 64
-prunus compress HuggingFaceTB/SmolLM2-135M small --bits 3
-prunus compress dense small.gguf --size 90MB
+prunus compress HuggingFaceTB/SmolLM2-135M small.gguf --size 90MB
+prunus compress dense small --bits 4
 prunus shrink allenai/OLMoE-1B-7B-0924 smaller --experts 0.25
 prunus shrink dense smaller --blocks 0.1 --samples 32
 prunus plan dense pruned --preset best --memory 8GB
-prunus plan allenai/OLMoE-1B-7B-0924 --bits 3
+prunus plan allenai/OLMoE-1B-7B-0924 small.gguf --bits 3
 prunus recover pruned recovered --tokens 1000000
 prunus recover pruned adapter --mode lora --teacher dense --minutes 30
 prunus eval pruned --reference dense --perplexity wikitext2,c4
 prunus eval dense pruned --tasks paper7 --limit 200 --json scores.json
 prunus inspect pruned
 prunus inspect pruned --json linears.json
-prunus bench dense packed --prompt-tokens 512 --new-tokens 128
-prunus bench dense packed --threads 4 --json speed.json
-prunus generate packed --prompt "The capital of France is"
-prunus generate packed --prompt "Name a fruit" --chat --seed 1
-prunus serve packed
-prunus serve packed --port 8080 --dtype float32
+prunus generate small.gguf --prompt "The capital of France is"
+prunus generate small.gguf --prompt "Name a fruit" --chat --seed 1
 prunus import model.gguf dense
 prunus import model.gguf dense --dtype float32 --overwrite
-prunus pack pruned packed
-prunus pack pruned packed --values int8
-prunus unpack packed pruned
-prunus unpack packed pruned --overwrite
 prunus sweep grid.toml results --check
 prunus sweep grid.toml results --model dense --device cuda
 prunus report pruned -o run.html
 prunus report results scores.json -o comparison.md
 """
-#: Commands that give no figures, and commands that say nothing of their progress.
-_NO_JSON = {serve}
-_SILENT = {generate, inspect} | _NO_JSON
+#: Commands that say nothing of their progress.
+_SILENT = {generate, inspect}
 #: Commands that continue an interrupted run.
-_RESUMING = {prune, compress, shrink, recover, pack, unpack, sweep}
+_RESUMING = {prune, compress, shrink, recover, sweep}
 #: The class of errors about arguments, which typer does not name.
 _UsageError: Any = typer.BadParameter.__base__
 #: Commands whose name is not that of their function.
@@ -254,7 +245,7 @@ for _panel, _functions in _PANELS.items():
     for _function in _functions:
         _name = _NAMES.get(_function, _function.__name__)
         _lines = [line for line in _EXAMPLES.splitlines() if line.split()[1:2] == [_name]]
-        _shared: dict[str, Any] = {"json_file": JSON} if _function not in _NO_JSON else {}
+        _shared: dict[str, Any] = {"json_file": JSON}
         _shared |= {"quiet": QUIET} if _function not in _SILENT else {}
         _shared["help_all"] = _HELP_ALL
         _command = command(_function, _shared, _function in _RESUMING)

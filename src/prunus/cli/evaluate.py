@@ -1,4 +1,4 @@
-"""Commands that measure a model: `eval`, `inspect`, `bench`."""
+"""Commands that measure a model: `eval`, `inspect`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from prunus.cli.flags import Model, opt, with_flags
 from prunus.cli.terminal import is_quiet, note, print_result
 from prunus.engine.options import RunOptions
-from prunus.evaluation.options import SpeedOptions, TaskOptions, TextOptions
+from prunus.evaluation.options import TaskOptions, TextOptions
 
 if TYPE_CHECKING:
     from prunus.evaluation.records import PerplexityResult
@@ -127,21 +127,3 @@ def inspect(
 
     inspection = inspect_checkpoint(model, verify=verify, **options)
     print_result(inspection.as_dict(), inspection.table())
-
-
-@with_flags(SpeedOptions)
-def bench(
-    models: Annotated[
-        list[str], typer.Argument(metavar="MODEL…", help="Checkpoints, dense or packed.")
-    ],
-    **options: Any,
-) -> None:
-    """Measure file size, memory, and prefill and decode speed.
-
-    Several models are measured in turns, each measurement in a process of its own.
-    """
-    from prunus.evaluation.speed import bench as measure_speed
-    from prunus.reporting.evaluation_sections import speed_section
-
-    content = [speed.as_dict() for speed in measure_speed(models, progress=note, **options)]
-    print_result(content, speed_section(content))

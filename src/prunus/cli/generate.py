@@ -1,12 +1,12 @@
-"""Commands that let a model write: `generate`, and `serve` for clients of OpenAI's protocol."""
+"""The command `generate`, which lets a model write."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
 from prunus.cli.flags import Model, opt, with_flags
-from prunus.cli.terminal import log, note, print_text, write_json
-from prunus.evaluation.options import TextOptions, WritingOptions
+from prunus.cli.terminal import note, print_text, write_json
+from prunus.evaluation.options import WritingOptions
 
 
 @with_flags(WritingOptions)
@@ -23,9 +23,9 @@ def generate(
     chat: Annotated[bool, opt("Use the model's chat template.", names=("--chat",))] = False,
     **options: Any,
 ) -> None:
-    """Let a dense or packed model continue or answer a prompt.
+    """Let a model continue or answer a prompt, also a compressed one.
 
-    The text appears while the model writes it. prunus serve holds conversations.
+    The text appears while the model writes it.
     """
     from prunus.evaluation.generation import generate as generate_pieces
 
@@ -36,34 +36,3 @@ def generate(
             return  # nobody reads the text any more
     print_text("\n")
     write_json({"model": model, "prompt": prompt, "text": "".join(pieces)})
-
-
-@with_flags(TextOptions, only=("device", "dtype", "trust_remote_code"))
-def serve(
-    model: Model,
-    *,
-    host: Annotated[
-        str,
-        opt(
-            "Listen on this address. The server asks for no key: let other machines reach it "
-            "through a proxy that does. Default: 127.0.0.1.",
-            "ADDRESS",
-        ),
-    ] = "127.0.0.1",
-    port: Annotated[
-        int,
-        opt("Listen on this TCP port, or a free one (0). Default: 8000.", "N", min=0, max=65535),
-    ] = 8000,
-    **options: Any,
-) -> None:
-    """Answer chats in OpenAI's protocol, by transformers serve.
-
-    Clients call the model, dense or packed, as you write it here. Try it with:
-
-    curl localhost:8000/v1/completions --json '{"prompt": "Once upon"}'
-
-    prunus checks the model first, and nothing is downloaded while the server runs.
-    """
-    from prunus.serving.server import serve as serve_model
-
-    serve_model(model, host=host, port=port, log=log, **options)

@@ -58,12 +58,12 @@ def prune(
     _carry_out(run, f"{chosen.method} {output}", (model, output, chosen), work)
 
 
-@with_flags(CompressionRecipe, RunOptions, rare=("method", "sparsity", "pattern", "head_bits"))
+@with_flags(CompressionRecipe, RunOptions, rare=("head_bits",))
 def compress(
     model: Model,
     output: Annotated[
         Path,
-        typer.Argument(metavar="OUT", help="Folder, or NAME.gguf for llama.cpp."),
+        typer.Argument(metavar="OUT", help="NAME.gguf for llama.cpp, or a folder."),
     ],
     *,
     check: Annotated[
@@ -73,9 +73,10 @@ def compress(
     recipe: RecipeFile = None,
     **options: Any,
 ) -> None:
-    """Compress MODEL: packed, to GGUF, to MLX, or for vLLM on GPUs.
+    """Round the weights of MODEL to few bits: a GGUF file, or a folder.
 
-    Weights that do not repay their bits become 0. A killed run continues with the same command.
+    A folder is for vLLM, SGLang and transformers, or for MLX. A killed run continues with the same
+    command.
     """
     from prunus.compression.run import run
     from prunus.distributed import is_rank_0

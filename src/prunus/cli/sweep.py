@@ -69,14 +69,6 @@ def report(
             names=("--output", "-o"),
         ),
     ] = None,
-    bench: Annotated[
-        Path | None,
-        opt(
-            "Also show a file of bench --json, and the quality of evaluations against its speeds.",
-            "FILE",
-            names=("--bench",),
-        ),
-    ] = None,
     title: Annotated[
         str | None, opt("Set the title of the report. Default: that of its first section.", "TEXT")
     ] = None,
@@ -85,7 +77,7 @@ def report(
     from prunus.reporting.page import document_json
     from prunus.reporting.write import report as write_report
 
-    document = write_report(paths, output, bench=bench, title=title)
+    document = write_report(paths, output, title=title)
     content = document_json(document)
     if output is None:
         print_result(content, document)

@@ -1,1 +1,1 @@
-"""Checkpoints in fewer bytes: the commands compress, pack and unpack."""
+"""Checkpoints in fewer bytes: the command compress."""

@@ -1,11 +1,9 @@
 """How each linear is rounded, from what its errors mean to the loss of the dense model.
 
-Both ways begin with a measurement (`loss_sensitivity.py`) on rank 0, because all ranks must use the
-same digits. A `RateFormat` spends its bits by a rate control. In a `TypeFormat` each weight
-gets the type of least loss that the size allows.
+It begins with a measurement (`loss_sensitivity.py`) on rank 0, because all ranks must use the same
+digits. Then each weight gets the type of least loss that the size allows.
 
-    rate_rounding ► RateRounding     steps and bits of each linear
-    type_rounding ► TypeRounding     a type for each weight; `write_lists` chooses them for others
+    type_rounding    a type for each weight; `write_lists` chooses them for other programs
 
 Shape suffixes: O outputs (rows), R some of them, I inputs.
 """
@@ -14,13 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from prunus.compression.rate_control import LinearRate, RateControl
-from prunus.engine.block.linear import PackedLinear
+from prunus.engine.block.linear import LinearRounding
 from prunus.engine.linear_job import PruningJob
 from prunus.engine.loss_sensitivity import (
     PROBE_TOKENS,
@@ -31,22 +27,16 @@ from prunus.engine.loss_sensitivity import (
 from prunus.engine.output import PruningOutput
 from prunus.engine.session import Session, shown_session
 from prunus.engine.windows import calibration_windows
-from prunus.formats.base import RateFormat, TypeFormat, tensors_of_kind
+from prunus.formats.base import CompressedFormat, tensors_of_kind
 from prunus.formats.gguf.file import OWN_LISTS, write_importances
 from prunus.formats.gguf.format import GgufFormat
 from prunus.formats.records import CompressionRecord
 from prunus.hardware.errors import naming
 from prunus.methods.group_fits import round_in_groups
-from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
-from prunus.methods.statistics import InputStatistics
-from prunus.methods.work import LinearQuantization, NearestRounding, Quantized
+from prunus.methods.group_quantizer import GroupQuantizer
+from prunus.methods.work import NearestRounding
 from prunus.model.checkpoint.atomic_files import check_file_place, make_folder, write_text
-from prunus.runtime.description import QuantizedShape
-from prunus.runtime.planes import encode
-from prunus.runtime.weight import QuantizedWeight
 
-# A linear is rounded again at most this many times, and each time coarser by at least this log2.
-_MOST_TRIALS, _COARSER = 16, 0.002
 # Rows sampled to estimate each type's loss: 64 per weight, at least 8 when several weights share a
 # type.
 _ROWS, _LEAST_ROWS = 64, 8
@@ -60,15 +50,15 @@ _COHERENCE, _LEAST_REST = 8.0, 0.2
 _LOSSES, _IMPORTANCES = "losses/", "importances/"
 
 
-def rate_rounding(
-    stored: RateFormat,
+def type_rounding(
+    stored: CompressedFormat,
     job: PruningJob,
     session: Session,
     ids: Tensor,
     output: PruningOutput,
     record: CompressionRecord,
-) -> RateRounding:
-    """The rounding that spends the bits of the recipe, after the blocks of an earlier run.
+) -> LinearRounding:
+    """The rounding to the types of least loss, which the record and the format take note of.
 
     Args:
         stored: The format of the result.
@@ -77,118 +67,6 @@ def rate_rounding(
         ids: Its calibration windows (windows, tokens).
         output: The folder of the result, which keeps the measurement for a resumed run.
         record: The record of the run, with the blocks that an earlier run has finished.
-    """
-    ranks = session.ranks
-    tensors = ranks.tensors_from_rank_0(
-        lambda: output.measured(lambda: _sensitivities(job, session, ids, record.measured))
-    )
-    linears = [
-        LinearRate(
-            name,
-            linear.name,
-            linear.shape,
-            LinearSensitivity(
-                loss_O=tensors[f"{name}.loss"],
-                power=float(tensors[f"{name}.power"]),
-                deviations_Q=tensors[f"{name}.deviations"],
-            ),
-        )
-        for name, linear in job.selected_linears().items()
-    ]
-    sparsities = {x.name: record.allocation.get(x.name, job.recipe.sparsity) for x in linears}
-    bits = stored.bits
-    if stored.recipe.size is not None:
-        # Embeddings and head are written by now, and take a little less than was planned. The
-        # folder of the result is also the one for hidden states that do not fit in memory.
-        shard = output.spill_folder / record.outside_shard
-        bits = stored.bits_next_to(ranks.on_rank_0(lambda: shard.stat().st_size))
-    control = RateControl(bits, linears, sparsities)
-    for block in record.blocks:
-        for name, linear_record in block.linears.items():
-            assert linear_record.bits is not None and linear_record.log2_step is not None
-            control.finish(f"{block.name}.{name}", linear_record.bits, linear_record.log2_step)
-    return RateRounding(control, exceeds=stored.recipe.size is None)
-
-
-class RateRounding:
-    """Rounds linears to the steps of a rate control; see `prunus.engine.block.linear`.
-
-    Args:
-        control: Chooses the steps.
-        exceeds: Whether the sum may be a little more than the bits of the control. If not, a linear
-            that leaves too little for those after it is rounded again, to coarser steps.
-    """
-
-    def __init__(self, control: RateControl, exceeds: bool) -> None:
-        self._control, self._exceeds = control, exceeds
-        self._log2_step, self._coarser, self._trials = 0.0, 0.0, 0
-
-    def begin(self, name: str, statistics: InputStatistics) -> LinearQuantization:
-        """How the linear of this full name is quantised, by the statistics of its inputs."""
-        quantization, self._log2_step = self._control.begin(name, statistics, self._coarser)
-        return quantization
-
-    def end(
-        self, name: str, quantized: Quantized | GroupedWeight
-    ) -> tuple[QuantizedWeight, dict[str, Any]] | None:
-        """Encode a linear and count its bits.
-
-        Returns:
-            The encoded weight, and fields of its `LinearRecord`; None asks for coarser steps.
-
-        Raises:
-            ValueError: Its bits do not fit in `size`, however coarse the steps are.
-        """
-        assert isinstance(quantized, Quantized)
-        levels_OI, steps_I, scales_O = (part.cpu() for part in quantized)
-        packed = encode(levels_OI, steps_I, scales_O)
-        rows, columns = packed.shape
-        bits = 8 * packed.nbytes / (rows * columns)
-        excess = 0.0 if self._exceeds else self._control.excess(name, bits)
-        if excess > 0 and self._trials < _MOST_TRIALS:
-            self._trials += 1
-            # At low rates a step saves less than a bit where it is twice as coarse.
-            self._coarser += max(_COARSER, excess) * 1.5**self._trials
-            return None
-        if excess > 0:
-            raise ValueError(
-                f"{name} does not fit in what `size` leaves for it: give a larger size"
-            )
-        self._coarser, self._trials = 0.0, 0
-        self._control.finish(name, bits, self._log2_step)
-        entry = QuantizedShape.of(packed).to_json()
-        return packed, {"bits": bits, "log2_step": self._log2_step, "packed": entry}
-
-
-def _sensitivities(
-    job: PruningJob, session: Session, ids: Tensor, digests: dict[str, str]
-) -> dict[str, Tensor]:
-    """The sensitivity of each linear, as three named tensors; see `measure_loss`."""
-    sensitivities = measure_loss(
-        job, session, ids, digests, job.selected, job.work.options, quantizes=True
-    )
-    return {
-        f"{name}.{part}": tensor
-        for name, sensitivity in sensitivities.items()
-        for part, tensor in (
-            ("loss", sensitivity.loss_O),
-            ("deviations", sensitivity.deviations_Q),
-            ("power", torch.tensor(sensitivity.power, dtype=torch.float64)),
-        )
-    }
-
-
-def type_rounding(
-    stored: TypeFormat,
-    job: PruningJob,
-    session: Session,
-    ids: Tensor,
-    output: PruningOutput,
-    record: CompressionRecord,
-) -> TypeRounding:
-    """The rounding to the types of least loss, which the record and the format take note of.
-
-    The arguments are those of `rate_rounding`.
     """
     ranks = session.ranks
     tensors = ranks.tensors_from_rank_0(
@@ -210,11 +88,15 @@ def type_rounding(
         )
     record.types = stored.types
     ranks.on_rank_0(stored.check_outside)
-    if said := stored.chosen(record):
+    if said := stored.chosen():
         session.tell(said)
-    return TypeRounding(
-        {name: stored.quantizer(name) for name in job.selected_linears()}, stored.importances
-    )
+
+    def round_as(name: str) -> GroupQuantizer | NearestRounding:
+        """A linear with an importance is rounded to nearest, the others with feedback."""
+        quantizer, importance_I = stored.quantizer(name), stored.importances.get(name)
+        return quantizer if importance_I is None else NearestRounding(quantizer, importance_I)
+
+    return round_as
 
 
 def write_lists(
@@ -259,41 +141,14 @@ def write_lists(
     return list(map(str, paths))
 
 
-def _take_note(stored: TypeFormat, tensors: Mapping[str, Tensor]) -> None:
+def _take_note(stored: CompressedFormat, tensors: Mapping[str, Tensor]) -> None:
     """Choose the types by the tensors of `_type_losses`, and enter them into the format."""
     stored.types = stored.types_of(tensors_of_kind(tensors, _LOSSES))
     stored.importances = tensors_of_kind(tensors, _IMPORTANCES)
 
 
-class TypeRounding:
-    """Rounds each linear by its quantiser; see `LinearFinish` in `engine/block/linear.py`.
-
-    Args:
-        quantizers: Full name of a linear -> the quantiser of its type.
-        importances: Full name of a linear -> the importance of its columns, float32 (I,). A linear
-            that has one is rounded to nearest, the others with feedback.
-    """
-
-    def __init__(
-        self, quantizers: Mapping[str, GroupQuantizer], importances: Mapping[str, Tensor]
-    ) -> None:
-        self._quantizers, self._importances = quantizers, importances
-
-    def begin(self, name: str, statistics: InputStatistics) -> GroupQuantizer | NearestRounding:
-        """How the linear of this full name is rounded."""
-        quantizer, importance_I = self._quantizers[name], self._importances.get(name)
-        return quantizer if importance_I is None else NearestRounding(quantizer, importance_I)
-
-    def end(
-        self, name: str, quantized: Quantized | GroupedWeight
-    ) -> tuple[PackedLinear, dict[str, Any]]:
-        """The weight as it was rounded, and fields of its `LinearRecord`."""
-        assert isinstance(quantized, GroupedWeight)
-        return quantized, {"bits": quantized.quantizer.bits}
-
-
 def _type_losses(
-    stored: TypeFormat,
+    stored: CompressedFormat,
     job: PruningJob,
     session: Session,
     ids: Tensor,

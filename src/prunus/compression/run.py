@@ -1,4 +1,4 @@
-"""The command compress: prune, with integers instead of float weights at the end of each linear."""
+"""The command compress: what users call."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from prunus.compression.rounding import rate_rounding, type_rounding
+from prunus.compression.rounding import type_rounding
 from prunus.engine.options import RunOptions
-from prunus.engine.run import RoundingOf, carry_out
+from prunus.engine.run import carry_out
 from prunus.engine.session import SILENT, Session, shown_session
 from prunus.engine.windows import given_windows
-from prunus.formats.base import RateFormat, format_for
+from prunus.formats.base import format_for
 from prunus.formats.recipe import CompressionRecipe
 from prunus.formats.records import CompressionRecord
 from prunus.options import takes
@@ -32,13 +32,13 @@ def compress(
     announce: Callable[[Any], None] | None = None,
     **options: Any,
 ) -> CompressionRecord:
-    """Compress a checkpoint to a file size or to bits per weight. The result is packed.
+    """Compress a checkpoint to a file size or to bits per weight.
 
     Args:
         model: A checkpoint folder or a hub id; for a GGUF file also one in full precision.
-        output: Folder of the compressed checkpoint, or a GGUF file, NAME.gguf.
-        bits: Bits per weight of the linears in the file, with all that belongs to them; None where
-            `size` says how large the whole file may be. With `format` compressed-tensors, 4 or 8.
+        output: NAME.gguf for a GGUF file, or a folder, of format compressed-tensors or mlx.
+        bits: Bits per weight, with all that belongs to them; None if `size` says how large the
+            whole file may be. With `format` compressed-tensors, 4 or 8.
         calibration: A source of windows, token ids or texts, as for `prunus.prune`.
         recipe: A `CompressionRecipe`, or a TOML file with any of its options.
         progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. A function
@@ -73,9 +73,5 @@ def run(
     `after` is as for `carry_out`.
     """
     stored = format_for(output, recipe)
-    rounding: RoundingOf[CompressionRecord] = (
-        functools.partial(rate_rounding, stored)
-        if isinstance(stored, RateFormat)
-        else functools.partial(type_rounding, stored)
-    )
+    rounding = functools.partial(type_rounding, stored)
     return carry_out(stored, model, output, recipe, options, session, rounding, after)

@@ -35,7 +35,7 @@ def allocate(
         digests: Name of a block -> SHA-256 of the weights that a measurement has read. Missing
             hashes are added.
     """
-    sparsity = job.recipe.sparsity
+    sparsity = job.work.sparsity
     if not job.recipe.allocates:
         return {}
     shapes = {name: linear.shape for name, linear in job.selected_linears().items()}
@@ -56,7 +56,7 @@ def _loss_curves(
     options = job.work.options
     measured = measure_loss(job, session, ids, digests, job.selected, options, quantizes=False)
     curves = {name: sensitivity.curve_P.tolist() for name, sensitivity in measured.items()}
-    low, high = (job.recipe.sparsity + side * _MAX_DISTANCE for side in (-1, 1))
+    low, high = (job.work.sparsity + side * _MAX_DISTANCE for side in (-1, 1))
     measured_at = [point * CURVE_STEP for point in range(round(1 / CURVE_STEP))]
     inner = [sparsity for sparsity in measured_at if low < sparsity < high]
     ends = max(low, 0.0), min(high, measured_at[-1])

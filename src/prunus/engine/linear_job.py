@@ -25,8 +25,8 @@ from torch import nn
 from prunus.engine.block.dense_stream import drift_stride_for
 from prunus.engine.folder import BlockFolder, find_earlier
 from prunus.engine.job import RunJob, measured_memory, windows_per_batch
-from prunus.engine.linear_options import PruningOptions
-from prunus.engine.linear_record import LinearRecord, PruningRecord, grid_fact
+from prunus.engine.linear_options import LinearOptions, PruningOptions
+from prunus.engine.linear_record import PruningRecord, grid_fact
 from prunus.engine.loss_sensitivity import measuring_memory
 from prunus.engine.memory import Memory
 from prunus.engine.options import RunOptions
@@ -35,7 +35,8 @@ from prunus.engine.reconstruction.reconstruct_block import ReconstructionSetting
 from prunus.engine.session import SILENT, Session
 from prunus.hardware.memory import process_memory
 from prunus.hardware.numerics import native_bfloat16
-from prunus.methods import Method, Work, check_options, compose, get_method
+from prunus.methods import Method, MethodOptions, Work, check_options, compose, get_method
+from prunus.methods.composition import rounding_method
 from prunus.methods.dense_targets import drift_is_worthwhile
 from prunus.methods.patterns import Pattern, check_shape
 from prunus.methods.statistics import InputStatistics, statistics_bytes
@@ -63,7 +64,7 @@ class PruningJob(RunJob):
         left_dense: The weights of the blocks that stay dense: full name -> shape.
     """
 
-    recipe: PruningOptions
+    recipe: LinearOptions
     format: Format
     method: Method
     work: Work
@@ -73,7 +74,7 @@ class PruningJob(RunJob):
     @property
     def measures_loss(self) -> bool:
         """Whether the run begins by measuring how the loss depends on each linear."""
-        allocates = self.recipe.allocates and self.recipe.sparsity > 0
+        allocates = self.recipe.allocates and self.work.sparsity > 0
         return allocates or self.format.measures_loss
 
     def measuring_bytes(self) -> int:
@@ -191,7 +192,7 @@ class Format(Generic[_Record]):
     in this order:
 
         where the run writes             folder ► earlier
-        the plan                         select ► check ► file_bytes, peak_bytes, describe, …
+        the plan                         select ► check ► file_bytes, describe, …
         the shard of a block             tensors_of; weight_from where a run is resumed
         the shard of all else            outside
         the end                          finish ► card, config
@@ -201,7 +202,7 @@ class Format(Generic[_Record]):
     Attributes:
         RECORD: The class of the record that runs write.
         DONE: What happens to a block, in one word.
-        rounding: How weights become integers at the end of each linear; see `compose`.
+        rounding: How weights become integers; see `rounding_method`.
         WRITES_OUTSIDE_FIRST: Whether what lies outside the blocks can be written before the first
             block.
         job: The run that writes the format; missing before `plan_run`.
@@ -227,7 +228,7 @@ class Format(Generic[_Record]):
         return output
 
     def earlier(
-        self, model: str | Path, folder: Path, recipe: PruningOptions, options: RunOptions
+        self, model: str | Path, folder: Path, recipe: LinearOptions, options: RunOptions
     ) -> _Record | None:
         """The record of the run to go on with, or of a finished result; None for neither.
 
@@ -291,10 +292,6 @@ class Format(Generic[_Record]):
         """Bytes of the weights of the result."""
         return self.job.stored_bytes
 
-    def peak_bytes(self) -> int:
-        """Bytes of memory that the format needs outside the walk through the blocks."""
-        return 0
-
     def temporary_bytes(self) -> int:
         """Bytes on the disk that the run needs besides its result."""
         return 0
@@ -304,31 +301,26 @@ class Format(Generic[_Record]):
 
         Args:
             key: The name under which the source stores the weight.
-            weight: What `LinearFinish.end` returned for a linear.
+            weight: The weight of a linear as its type stores it.
         """
         raise NotImplementedError(f"{type(self).__name__} stores plain tensors")
 
     def weight_from(
-        self, key: str, tensors: dict[str, torch.Tensor], record: LinearRecord, dtype: torch.dtype
+        self, key: str, tensors: dict[str, torch.Tensor], dtype: torch.dtype
     ) -> torch.Tensor:
         """The dense weight that `tensors_of` has stored.
 
         Args:
             key: The name under which the source stores the weight.
             tensors: The tensors of the shard, from which those of this linear are removed.
-            record: The linear's part of the record.
             dtype: The dtype of the weight that is returned.
         """
         raise NotImplementedError(f"{type(self).__name__} stores plain tensors")
 
-    def outside(
-        self, folder: BlockFolder, record: _Record, tensors: dict[str, Writable]
-    ) -> dict[str, Writable]:
+    def outside(self, tensors: dict[str, Writable]) -> dict[str, Writable]:
         """The tensors of the shard of what lies outside the blocks.
 
         Args:
-            folder: The folder of the result.
-            record: The record of the run, which may take note of them.
             tensors: Those of the source, by stored name, with a pruned head in place of its own.
         """
         return tensors
@@ -385,7 +377,7 @@ class LinearSelection(NamedTuple):
         return limited
 
 
-def select_linears(skeleton: Skeleton, recipe: PruningOptions, pattern: Pattern) -> LinearSelection:
+def select_linears(skeleton: Skeleton, recipe: LinearOptions, pattern: Pattern) -> LinearSelection:
     """Apply `only` and `ignore` of a recipe to the linears of a model.
 
     Raises:
@@ -415,7 +407,7 @@ def select_linears(skeleton: Skeleton, recipe: PruningOptions, pattern: Pattern)
 
 def plan_run(
     model: str | Path | nn.Module,
-    recipe: PruningOptions,
+    recipe: LinearOptions,
     options: RunOptions,
     stored: Format[Any],
     session: Session = SILENT,
@@ -479,22 +471,25 @@ def plan_run(
 
 
 def _method_and_work(
-    recipe: PruningOptions, own_method: Method | None, rounding: str
+    recipe: LinearOptions, own_method: Method | None, rounding: str
 ) -> tuple[Method, Work]:
-    """The recipe's method with its weight update, and what the run asks of it."""
+    """The recipe's method with its weight update, or rounding, and what the run asks of it."""
+    if not isinstance(recipe, PruningOptions):
+        options = MethodOptions(damping=recipe.damping, dense_weight=recipe.dense_weight)
+        return rounding_method(rounding, options), Work(options=options)
     published = own_method or get_method(recipe.method)
-    method = compose(published, recipe, rounding)
+    method = compose(published, recipe)
     group = recipe.group
     if group is None:
         group = published.with_options(recipe).default_group
     pattern = Pattern.parse(recipe.pattern, group)
-    check_options(published, pattern, recipe.sparsity, recipe, quantizes=rounding != "none")
+    check_options(published, pattern, recipe.sparsity, recipe)
     # Two passes are the published procedure. There the published solvers also sum in its order.
     in_order = recipe.two_passes and method is published and method.has_reference_order
     return method, Work(pattern, recipe.sparsity, recipe, reference_order=in_order)
 
 
-def _batch(skeleton: Skeleton, recipe: PruningOptions, work: Work) -> int:
+def _batch(skeleton: Skeleton, recipe: LinearOptions, work: Work) -> int:
     """Calibration windows per forward pass."""
     trains = "" if recipe.trained_blocks == "none" else "reconstruction"
     batch = 1 if work.reference_order else None  # the reference order sums window by window
@@ -506,7 +501,7 @@ def _check_ranks(job: PruningJob) -> None:
     """Check that several ranks need not keep an order of operations that goes window by window."""
     if job.processes > 1 and job.recipe.two_passes and job.method.has_reference_order:
         raise ValueError(
-            f"`propagate` block keeps the original's order of operations for {job.recipe.method}, "
+            f"`propagate` block keeps the original's order of operations for {job.method.name}, "
             f"window after window: {job.processes} ranks cannot share that. Leave it out, or run "
             "one process"
         )
@@ -543,9 +538,8 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
     blocks = range(len(job.skeleton))
     shapes: Sequence[tuple[int, int]] = [x.shape for x in job.selected_linears().values()]
     weights = sum(rows * columns for rows, columns in shapes)
-    others = max(job.measuring_bytes(), job.format.peak_bytes())
     least, peak = (
-        max(nbytes, others) + process_memory()
+        max(nbytes, job.measuring_bytes()) + process_memory()
         for nbytes in (job.memory.least_bytes, job.memory.peak_bytes())
     )
     location = "memory" if job.memory.hidden_states_stay else "pinned host memory"
@@ -569,8 +563,8 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
         "file_bytes": job.format.file_bytes(),
         "disk_bytes": job.disk_bytes(),
         "allocation": {
-            "rule": job.recipe.allocation,
-            "measured": job.recipe.allocates and job.recipe.sparsity > 0,
+            "rule": "fisher" if job.recipe.allocates else "uniform",
+            "measured": job.recipe.allocates and job.work.sparsity > 0,
         },
         **job.format.describe(),
     }

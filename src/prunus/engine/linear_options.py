@@ -1,4 +1,4 @@
-"""The options that prune and compress share: which weights are removed, and how others follow.
+"""The options that prune and compress share, and those of prune: which weights are removed.
 
 Options that only decide how the work is done, such as the memory budget or the device, are
 `prunus.engine.options.RunOptions`. They may change between a run and its resumption. Imports no
@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import field_validator, model_validator
 
 from prunus.engine.options import WindowOptions
-from prunus.methods.options import METHOD, MethodOptions
+from prunus.methods.options import METHOD, MethodOptions, UpdateOptions
 from prunus.methods.table import METHODS, check_method_name, check_owners
 from prunus.options import Option, at_least, between
 from prunus.options.declaration import percent
@@ -27,84 +27,19 @@ SELECTION = "Allocation and selection"
 _PATTERN = re.compile(r"^(\d+):(\d+)$")
 
 
-#: The option `sparsity`, whose default differs between commands.
-Sparsity = Annotated[
-    float,
-    Option(
-        "Remove this share of weights.",
-        metavar="SHARE",
-        within=between("[0, 1)", ": 0.5 removes half of the weights"),
-        is_condition=True,
-    ),
-]
-
-
-class PruningOptions(MethodOptions, WindowOptions):
-    """What prune and compress have in common: which weights are removed, and how others follow.
-
-    `pattern` is "unstructured" or N:M, which keeps at most N of every M consecutive inputs of a
-    row. (The original code of Wanda and SparseGPT counts the zeros instead; for 2:4 and 4:8 both
-    readings agree.) An N:M pattern implies its sparsity.
+class LinearOptions(UpdateOptions, WindowOptions):
+    """What prune and compress have in common: the linears, and how weights are updated.
 
     Attributes:
-        method: The pruning method, by name or as FILE.py:NAME. It chooses the zeros, and may update
-            the other weights.
-        sparsity: The share of each linear's weights to remove, in [0, 1).
-        pattern: "unstructured", or N:M.
-        group: Which weights compete: "row", "layer", "column", or a number of rows per group; None
-            for those that compete in the method's paper.
-        allocation: How the sparsity is distributed over linears, with the same mean.
-        only: Name patterns. Only linears that match one of them are pruned; () for all.
-        ignore: Name patterns. Linears that match one of them stay dense.
+        only: Name patterns. Only linears that match one of them are changed; () for all.
+        ignore: Name patterns. Linears that match one of them stay as they are.
         min_expert_tokens: If fewer tokens reach an expert, its statistics are those of all tokens;
             0 always uses the expert's own, and None lets the method decide.
 
-    Raises:
-        pydantic.ValidationError: A `ValueError` that lists every option that is out of range.
-
-    >>> PruningOptions(pattern="2:4").sparsity
-    0.5
+    >>> LinearOptions(only=["*.mlp.*"]).selects("model.layers.0.mlp.up_proj")
+    True
     """
 
-    method: Annotated[
-        str,
-        Option(
-            f"Remove weights by {', '.join(METHODS)}, or FILE.py:NAME.",
-            metavar="METHOD",
-            suggestions=lambda: METHODS,
-            decides_zeros=True,
-        ),
-    ] = "wanda"
-    sparsity: Sparsity = 0.5
-    pattern: Annotated[
-        str,
-        Option(
-            "Keep at most N of every M consecutive inputs, such as 2:4.",
-            metavar="N:M",
-            is_condition=True,
-        ),
-    ] = "unstructured"
-    group: Annotated[
-        str | int | None,
-        Option(
-            "Remove the lowest scores among these weights: row, layer, column, or a number of rows "
-            "per group.",
-            metavar="GROUP",
-            panel=METHOD,
-            default="as published for the method; row for alps, whose own code compares the layer",
-            decides_zeros=True,
-        ),
-    ] = None
-    allocation: Annotated[
-        Literal["uniform", "fisher"],
-        Option(
-            "Give all linears the same sparsity (uniform), or let those whose errors cost the "
-            "model most keep more, by gradients of the dense model (fisher).",
-            metavar="RULE",
-            panel=SELECTION,
-            decides_zeros=True,
-        ),
-    ] = "uniform"
     only: Annotated[
         tuple[str, ...],
         Option(
@@ -132,6 +67,139 @@ class PruningOptions(MethodOptions, WindowOptions):
             default="by the method",
         ),
     ] = None
+
+    @model_validator(mode="after")
+    def _options_fit_together(self) -> LinearOptions:
+        self.check_fit()
+        return self
+
+    def check_fit(self) -> None:
+        """Check that the options fit together by the rules of a command.
+
+        Raises:
+            ValueError: They do not; says which option to drop or to add.
+        """
+
+    # What only prune does. A command that adds to it has a recipe in which these are options.
+
+    @property
+    def trained_blocks(self) -> Literal["none", "last", "all"]:
+        """The blocks whose remaining weights are trained towards the dense model."""
+        return "none"
+
+    @property
+    def epochs(self) -> int | None:
+        """The epochs of that training; None chooses them by the number of tokens."""
+        return None
+
+    @property
+    def two_passes(self) -> bool:
+        """Whether windows run twice through each block, as in the original code of Wanda."""
+        return False
+
+    @property
+    def prunes_head(self) -> bool:
+        """Whether the output head is pruned too."""
+        return False
+
+    @property
+    def allocates(self) -> bool:
+        """Whether the sparsity of each linear is measured, on windows of the dense model."""
+        return False
+
+    def selects(self, name: str) -> bool:
+        """Whether the linear `name` (its full path in the model) is to be changed."""
+        wanted = not self.only or any(fnmatch.fnmatchcase(name, glob) for glob in self.only)
+        return wanted and not any(fnmatch.fnmatchcase(name, glob) for glob in self.ignore)
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Check that every name pattern matches: a typing error would prune the wrong linears.
+
+        Args:
+            names: Full names of all linears of the model.
+
+        Raises:
+            ValueError: A pattern of `only` or `ignore` matches no linear, or no linear is left.
+        """
+        names = list(names)
+        for option, globs in (("only", self.only), ("ignore", self.ignore)):
+            for glob in globs:
+                if not any(fnmatch.fnmatchcase(name, glob) for name in names):
+                    raise ValueError(
+                        f"`{option}` {glob!r} matches none of the {len(names)} linears; names look "
+                        f"like {names[0]!r}, and * stands for anything: '*.mlp.*'"
+                    )
+        if not any(self.selects(name) for name in names):
+            raise ValueError("`only` and `ignore` leave no linear to prune")
+
+
+class PruningOptions(MethodOptions, LinearOptions):
+    """Which weights are removed, and how others follow.
+
+    `pattern` is "unstructured" or N:M, which keeps at most N of every M consecutive inputs of a
+    row. (The original code of Wanda and SparseGPT counts the zeros instead; for 2:4 and 4:8 both
+    readings agree.) An N:M pattern implies its sparsity.
+
+    Attributes:
+        method: The pruning method, by name or as FILE.py:NAME. It chooses the zeros, and may update
+            the other weights.
+        sparsity: The share of each linear's weights to remove, in [0, 1).
+        pattern: "unstructured", or N:M.
+        group: Which weights compete: "row", "layer", "column", or a number of rows per group; None
+            for those that compete in the method's paper.
+        allocation: How the sparsity is distributed over linears, with the same mean.
+
+    Raises:
+        pydantic.ValidationError: A `ValueError` that lists every option that is out of range.
+
+    >>> PruningOptions(pattern="2:4").sparsity
+    0.5
+    """
+
+    method: Annotated[
+        str,
+        Option(
+            f"Remove weights by {', '.join(METHODS)}, or FILE.py:NAME.",
+            metavar="METHOD",
+            suggestions=lambda: METHODS,
+        ),
+    ] = "wanda"
+    sparsity: Annotated[
+        float,
+        Option(
+            "Remove this share of weights.",
+            metavar="SHARE",
+            within=between("[0, 1)", ": 0.5 removes half of the weights"),
+            is_condition=True,
+        ),
+    ] = 0.5
+    pattern: Annotated[
+        str,
+        Option(
+            "Keep at most N of every M consecutive inputs, such as 2:4.",
+            metavar="N:M",
+            is_condition=True,
+        ),
+    ] = "unstructured"
+    group: Annotated[
+        str | int | None,
+        Option(
+            "Remove the lowest scores among these weights: row, layer, column, or a number of rows "
+            "per group.",
+            metavar="GROUP",
+            panel=METHOD,
+            default="as published for the method; row for alps, whose own code compares the layer",
+        ),
+    ] = None
+    allocation: Annotated[
+        Literal["uniform", "fisher"],
+        Option(
+            "Give all linears the same sparsity (uniform), or let those whose errors cost the "
+            "model most keep more, by gradients of the dense model (fisher).",
+            metavar="RULE",
+            panel=SELECTION,
+        ),
+    ] = "uniform"
 
     @model_validator(mode="before")
     @classmethod
@@ -205,8 +273,12 @@ class PruningOptions(MethodOptions, WindowOptions):
             )
         return value
 
-    @model_validator(mode="after")
-    def _options_fit_together(self) -> PruningOptions:
+    def check_fit(self) -> None:
+        """Check that an option belongs to the method, and an allocation to the pattern.
+
+        Raises:
+            ValueError: It does not; says which option to drop or to add.
+        """
         if self.method in METHODS:  # The plan loads the file of any other method.
             check_owners(METHODS[self.method], self)
         if self.allocation != "uniform" and self.n_of_m:
@@ -214,37 +286,6 @@ class PruningOptions(MethodOptions, WindowOptions):
                 f"allocation {self.allocation} distributes an unstructured sparsity; "
                 f"{self.pattern} is the same in every layer: drop one of the two"
             )
-        self.check_fit()
-        return self
-
-    def check_fit(self) -> None:
-        """Check that the options fit together by the rules of a command.
-
-        Raises:
-            ValueError: They do not; says which option to drop or to add.
-        """
-
-    # What only prune does. A command that adds to it has a recipe in which these are options.
-
-    @property
-    def trained_blocks(self) -> Literal["none", "last", "all"]:
-        """The blocks whose remaining weights are trained towards the dense model."""
-        return "none"
-
-    @property
-    def epochs(self) -> int | None:
-        """The epochs of that training; None chooses them by the number of tokens."""
-        return None
-
-    @property
-    def two_passes(self) -> bool:
-        """Whether windows run twice through each block, as in the original code of Wanda."""
-        return False
-
-    @property
-    def prunes_head(self) -> bool:
-        """Whether the output head is pruned too."""
-        return False
 
     @property
     def n_of_m(self) -> tuple[int, int] | None:
@@ -258,34 +299,5 @@ class PruningOptions(MethodOptions, WindowOptions):
 
     @property
     def allocates(self) -> bool:
-        """Whether the sparsity of each linear is measured, on windows of the dense model."""
+        """Whether `allocation` measures the sparsity of each linear."""
         return self.allocation == "fisher"
-
-    def selects(self, name: str) -> bool:
-        """Whether the linear `name` (its full path in the model) is to be pruned.
-
-        >>> PruningOptions(only=["*.mlp.*"]).selects("model.layers.0.mlp.up_proj")
-        True
-        """
-        wanted = not self.only or any(fnmatch.fnmatchcase(name, glob) for glob in self.only)
-        return wanted and not any(fnmatch.fnmatchcase(name, glob) for glob in self.ignore)
-
-    def check_names(self, names: Iterable[str]) -> None:
-        """Check that every name pattern matches: a typing error would prune the wrong linears.
-
-        Args:
-            names: Full names of all linears of the model.
-
-        Raises:
-            ValueError: A pattern of `only` or `ignore` matches no linear, or no linear is left.
-        """
-        names = list(names)
-        for option, globs in (("only", self.only), ("ignore", self.ignore)):
-            for glob in globs:
-                if not any(fnmatch.fnmatchcase(name, glob) for name in names):
-                    raise ValueError(
-                        f"`{option}` {glob!r} matches none of the {len(names)} linears; names look "
-                        f"like {names[0]!r}, and * stands for anything: '*.mlp.*'"
-                    )
-        if not any(self.selects(name) for name in names):
-            raise ValueError("`only` and `ignore` leave no linear to prune")

@@ -6,13 +6,14 @@ Imports no torch.
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from prunus.engine.document import Table, table_of
-from prunus.engine.linear_options import PruningOptions
+from prunus.engine.linear_options import LinearOptions
 from prunus.engine.record import BlockwiseRecord, Part, Walk, bos_words
 
 if TYPE_CHECKING:
@@ -37,10 +38,10 @@ class LinearRecord(Part):
         seconds: Time to prune it.
         bits: Bits per weight in the compressed file, with all that belongs to the linear; None
             where the run does not compress.
-        log2_step: log2 of the step that the rate control gave it; see `rate_control.py`.
-        packed: The linear's entry in the config.json of the compressed checkpoint, or None.
         notes: Remarks of the method, such as raised damping.
     """
+
+    FORMER = ("log2_step", "packed")
 
     shape: tuple[int, int]
     zeros: int
@@ -50,8 +51,6 @@ class LinearRecord(Part):
     tokens: int
     seconds: float
     bits: float | None = None
-    log2_step: float | None = None
-    packed: dict[str, Any] | None = None
     notes: dict[str, Any] = Field(default_factory=dict)
 
     @property
@@ -147,7 +146,7 @@ class PruningRecord(BlockwiseRecord):
             they lay on none.
     """
 
-    recipe: PruningOptions
+    recipe: LinearOptions
     blocks: list[BlockRecord] = Field(default_factory=list)
     head: LinearRecord | None = None
     allocation: dict[str, float] = Field(default_factory=dict)
@@ -156,9 +155,9 @@ class PruningRecord(BlockwiseRecord):
     grid_bits: int | None = None
 
     @property
+    @abstractmethod
     def what(self) -> str:
         """What was done, in two or three words."""
-        return self.recipe.method
 
     def close(self, seconds: float, device: torch.device) -> None:
         """Fill in `totals`, after the last block.
@@ -188,6 +187,7 @@ class PruningRecord(BlockwiseRecord):
         linears += [self.head] if self.head is not None else []
         weights = sum(linear.shape[0] * linear.shape[1] for linear in linears)
         zeros = sum(linear.zeros for linear in linears)
+        bits = mean_bits(linears)
         errors = [x.relative_output_error for x in linears if x.relative_output_error is not None]
         energy = [x.removed_energy for x in linears if x.removed_energy is not None]
         return {
@@ -198,7 +198,7 @@ class PruningRecord(BlockwiseRecord):
             "mean_relative_output_error": sum(errors) / len(errors) if errors else None,
             "mean_removed_energy": sum(energy) / len(energy) if energy else None,
             "zeros_before": sum(x.notes.get("zeros_before", 0) for x in linears),
-            **_bits(linears),
+            **({} if bits is None else {"bits": bits}),
             **_experts(linears),
             "block_seconds": sum(block.seconds for block in self.blocks),
         }
@@ -255,8 +255,6 @@ class PruningRecord(BlockwiseRecord):
             + ("" if memory is None else f"peak memory {memory / 1e9:.2f} GB; ")
             + f"calibration: {self.inputs.calibration}, {bos_words(self.inputs.bos)}"
         )
-        if totals.get("forced_zeros"):
-            lines.append(f"zeros that a mask forced: {totals['forced_zeros']:,}")
         if totals["zeros_before"]:
             share = totals["zeros_before"] / totals["weights"]
             lines.append(f"the model had {share:.1%} zeros already")
@@ -284,14 +282,6 @@ class PruningRecord(BlockwiseRecord):
         }
         totals = self.summary() | recorded
         return totals | {"seconds": totals.get("seconds", totals["block_seconds"])}
-
-
-def _bits(linears: Sequence[LinearRecord]) -> dict[str, float]:
-    """Mean bits per weight and zeros that a mask forced; empty where a run does not compress."""
-    bits = mean_bits(linears)
-    if bits is None:
-        return {}
-    return {"bits": bits, "forced_zeros": sum(x.notes.get("forced_zeros", 0) for x in linears)}
 
 
 def _experts(linears: Sequence[LinearRecord]) -> dict[str, int]:

@@ -37,14 +37,14 @@ class FinishedBlock:
         tensors: Its tensors by relative name.
         record: The block's entry in the record of the run.
         message: What was done to the block, for people, such as "pruned".
-        packed: Relative name of a quantised linear -> its weight as the format stores it; empty
+        rounded: Relative name of a rounded linear -> its weight as its type stores it; empty
             where the result has plain tensors.
     """
 
     tensors: Mapping[str, torch.Tensor]
     record: Any
     message: str
-    packed: Mapping[str, Any] = field(default_factory=dict)
+    rounded: Mapping[str, Any] = field(default_factory=dict)
 
 
 class StoredBlock(NamedTuple):

@@ -15,7 +15,7 @@ Two passes measure it with one block in memory at a time. The first keeps the in
 for a few windows. The second runs through the blocks from the last to the first: each one runs
 again, and the gradient runs back through it.
 
-Shape suffixes: O outputs, R some of them, I inputs, Q quantiles of the inputs, P sparsities.
+Shape suffixes: O outputs, R some of them, I inputs, P sparsities.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from prunus.engine.reconstruction.reconstruct_block import activation_bytes
 from prunus.engine.session import Session
 from prunus.hardware.errors import naming
 from prunus.hardware.numerics import all_finite, multiplies_bfloat16
+from prunus.methods.group_sweep import relative_steps
 from prunus.methods.options import MethodOptions
-from prunus.methods.rate_distortion import relative_steps
 from prunus.methods.statistics import InputStatistics, statistics_bytes
 from prunus.model.kinds import CAUSAL, IMAGES
 from prunus.model.linears import Linear
@@ -49,8 +49,6 @@ PROBE_WINDOWS, PROBE_TOKENS = 8, 256
 _SHARED = 0.1
 # The largest width of a part of a linear's inputs, and the most bytes of a block's Gram matrices.
 _MAX_WIDTH, _MAX_BYTES = 2048, 2**30
-# Quantiles that stand for the inputs of a linear.
-_QUANTILES = 64
 #: The curve of a linear's loss has a point at every sparsity of 0, 1, 2, ... 39 times this.
 CURVE_STEP = 1 / 40
 # The rows that the curve is computed from.
@@ -66,43 +64,21 @@ _FLOAT16_FACTORS = (2.0**12, 2.0**4, 2.0**-4)
 class LinearSensitivity:
     """How the loss depends on errors of a linear, before it is pruned or quantised.
 
-    U is the upper Cholesky factor of the damped inverse Gram matrix, see
-    `methods/rate_distortion.py`.
+    U is the upper Cholesky factor of the damped inverse Gram matrix, see `relative_steps`.
 
     Attributes:
         loss_O: s_i of each row, float32 (O,).
-        power: The mean square of an input.
-        deviations_Q: Quantiles over the inputs of the deviation of a column's weights in units of
-            U_jj, with the rows scaled as they will be quantised, float32 (Q,). Empty where the
-            linear is not quantised.
         curve_P: Σ s_i w_ij² E[x_j²] of the weights that Wanda removes at each sparsity, which is
             the loss if their errors were independent, float32 (P,). Empty where the linear is
             quantised.
         importance_I: By how much the squared error of a weight in each column raises that of its
-            output, float32 (I,): E[x_j²], or power / U_jj² where the linear is quantised and later
-            columns correct the error.
+            output, float32 (I,): E[x_j²], or their mean / U_jj² where the linear is quantised and
+            later columns correct the error.
     """
 
     loss_O: Tensor
-    power: float
-    deviations_Q: Tensor = field(default_factory=lambda: torch.zeros(0))
     curve_P: Tensor = field(default_factory=lambda: torch.zeros(0))
     importance_I: Tensor = field(default_factory=lambda: torch.zeros(0))
-
-    @property
-    def scales_O(self) -> Tensor:
-        """The relative steps of the rows, s_i^-½, with a geometric mean of 1; float32 (O,).
-
-        >>> LinearSensitivity(torch.tensor([4.0, 0.25]), power=1.0).scales_O
-        tensor([0.5000, 2.0000])
-        """
-        logs_O = self.loss_O.log()
-        return (0.5 * (logs_O.mean() - logs_O)).exp()
-
-    @property
-    def unit(self) -> float:
-        """The step, relative to U_jj, at which errors raise the loss equally in every linear."""
-        return float((-0.5 * self.loss_O.log().mean()).exp()) * self.power**-0.5
 
 
 def measure_loss(
@@ -220,7 +196,7 @@ def _of_embedding(
     scale = float(first.float().square().mean() / rows_TI.square().mean().clamp_min(1e-12))
     frequency_O = ids.flatten().cpu().bincount(minlength=embedding.shape[0]) / ids.numel()
     squares_I = tokens_of(gradient).float().square().sum(dim=0).cpu()
-    return LinearSensitivity(_shared(frequency_O), scale, importance_I=squares_I * (scale / unit))
+    return LinearSensitivity(_shared(frequency_O), importance_I=squares_I * (scale / unit))
 
 
 def _shared(mean_O: Tensor) -> Tensor:
@@ -416,20 +392,10 @@ class _Sums:
         if self._squares_O is None:
             # No token chose this expert, so give it the smallest sensitivity.
             rows, columns = self.linear.shape
-            return LinearSensitivity(
-                torch.full((rows,), 1e-12), 1.0, importance_I=torch.ones(columns)
-            )
-        squares_I, tokens = self._statistics.sum_squares_I.float(), self._statistics.tokens
-        power = max(float(squares_I.mean()) / tokens, 1e-12)
-        loss_O, importance_I = _shared(self._squares_O / unit).cpu(), (squares_I / tokens).cpu()
-        return LinearSensitivity(loss_O, power, importance_I=importance_I)
-
-    def _steps_I(self, options: MethodOptions) -> Tensor:
-        """U_jj of every input, float32 (I,); ones where no token reached the linear."""
+            return LinearSensitivity(torch.full((rows,), 1e-12), importance_I=torch.ones(columns))
         squares_I = self._statistics.sum_squares_I.float()
-        if self._squares_O is None:
-            return torch.ones_like(squares_I)
-        return torch.cat([_part_steps(part, squares_I, options) for part in self._parts])
+        importance_I = (squares_I / self._statistics.tokens).cpu()
+        return LinearSensitivity(_shared(self._squares_O / unit).cpu(), importance_I=importance_I)
 
     def with_feedback(self, options: MethodOptions, unit: float) -> LinearSensitivity:
         """`without_weight`, where later columns correct the errors of those before them.
@@ -439,22 +405,19 @@ class _Sums:
         result = self.without_weight(unit)
         if self._squares_O is None or not self._parts:
             return result
-        importance_I = result.power / self._steps_I(options).square()
-        return replace(result, importance_I=importance_I.cpu())
+        squares_I = self._statistics.sum_squares_I.float()
+        power = max(float(squares_I.mean()) / self._statistics.tokens, 1e-12)
+        steps_I = torch.cat([_part_steps(part, squares_I, options) for part in self._parts])
+        return replace(result, importance_I=(power / steps_I.square()).cpu())
 
     def sensitivity(self, options: MethodOptions, unit: float) -> LinearSensitivity:
         """The sensitivity of the linear; `unit` is the number of tokens."""
-        weight_OI = self.linear.weight_OI.float()
-        if not self._parts:
-            result = self.without_weight(unit)
-            loss_O = result.loss_O.to(weight_OI.device)
-            power_I = result.importance_I.to(weight_OI.device)
-            return replace(result, curve_P=_loss_curve(weight_OI, loss_O, power_I))
-        result, steps_I = self.with_feedback(options, unit), self._steps_I(options)
-        scaled_OI = weight_OI / result.scales_O.to(weight_OI.device)[:, None]
-        deviation_I = scaled_OI.square().mean(dim=0).sqrt() / steps_I
-        levels_Q = (torch.arange(_QUANTILES, device=deviation_I.device) + 0.5) / _QUANTILES
-        return replace(result, deviations_Q=deviation_I.quantile(levels_Q).cpu())
+        if self._parts:
+            return self.with_feedback(options, unit)
+        result, weight_OI = self.without_weight(unit), self.linear.weight_OI.float()
+        loss_O = result.loss_O.to(weight_OI.device)
+        power_I = result.importance_I.to(weight_OI.device)
+        return replace(result, curve_P=_loss_curve(weight_OI, loss_O, power_I))
 
 
 def _measure_block(

@@ -131,9 +131,9 @@ class CheckpointFolder(BlockFolder):
 
     def stored(self, position: int, block: FinishedBlock) -> dict[str, torch.Tensor]:
         """The tensors of a block's shard, with quantised linears as the format stores them."""
-        packed = {f"{name}.weight" for name in block.packed}
-        tensors = self.job.checkpoint.as_stored(position, block.tensors, packed)
-        for name, weight in block.packed.items():
+        rounded = {f"{name}.weight" for name in block.rounded}
+        tensors = self.job.checkpoint.as_stored(position, block.tensors, rounded)
+        for name, weight in block.rounded.items():
             key = self.job.stored_key(f"{block.record.name}.{name}")
             tensors |= self.job.format.tensors_of(key, weight)
         return tensors
@@ -142,10 +142,10 @@ class CheckpointFolder(BlockFolder):
         """The tensors of a finished block by relative name, with quantised linears dense again."""
         shard = Checkpoint(self.folder, only=[self.record.shard(position)])
         tensors, block = dict(shard.read(shard.tensors)), self.record.blocks[position]
-        for name, linear in block.linears.items() if self.job.format.rounding != "none" else ():
+        for name in block.linears if self.job.format.rounding != "none" else ():
             key = self.job.stored_key(f"{block.name}.{name}")
             dtype = self.job.stored_dtype(f"{block.name}.{name}")
-            tensors[key] = self.job.format.weight_from(key, tensors, linear, dtype)
+            tensors[key] = self.job.format.weight_from(key, tensors, dtype)
         return self.job.checkpoint.from_stored(position, tensors.items())
 
     def write_outside(self, changed: Mapping[str, torch.Tensor]) -> None:
@@ -162,7 +162,7 @@ class CheckpointFolder(BlockFolder):
             # were read for it and are needed again at once.
             uncached = 4 * source.checkpoint.nbytes(keys) > self.job.memory.host_budget
             dense: dict[str, Writable] = {**source.checkpoint.stored(keys), **replaced}
-            tensors = self.job.format.outside(self, self.record, dense)
+            tensors = self.job.format.outside(dense)
             self.write_shard(self.record.outside_shard, tensors, uncached=uncached)
             self.save()
 

@@ -26,9 +26,8 @@ class Progress:
     """One step of a run, for a progress display.
 
     Attributes:
-        done: Finished units, out of `total`. A unit is a block, or a shard of pack and unpack, or
-            one of the steps of a measurement before the first block, which all take about the same
-            time.
+        done: Finished units, out of `total`. A unit is a block, or one of the steps of a
+            measurement before the first block, which all take about the same time.
         total: All units.
         message: What just happened.
         seconds: Seconds since the start of the run, or of the measurement.

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from prunus.hardware.sizes import in_bytes
 from prunus.model.checkpoint.atomic_files import read_json, write_json
@@ -67,9 +67,21 @@ def read_record(path: Path, kind: type[_Record]) -> _Record:
 
 
 class Part(BaseModel):
-    """A part of a record, in which an unknown field is an error."""
+    """A part of a record, in which an unknown field is an error.
+
+    Attributes:
+        FORMER: Fields that records of earlier versions have. They are not read.
+    """
 
     model_config = ConfigDict(extra="forbid")
+    FORMER: ClassVar[tuple[str, ...]] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_former_fields(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values  # not a record, which pydantic says next
+        return {name: value for name, value in values.items() if name not in cls.FORMER}
 
 
 class RunInputs(Part):

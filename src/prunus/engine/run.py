@@ -29,11 +29,11 @@ from prunus.calibration.corpora import LOCAL_SOURCES, data_folder
 from prunus.calibration.windows import Windows
 from prunus.distributed import Ranks
 from prunus.engine.allocation import allocate
-from prunus.engine.block.linear import LinearFinish
+from prunus.engine.block.linear import LinearRounding
 from prunus.engine.block.prune_block import BlockPruner
 from prunus.engine.folder import held, resumed_or_new
 from prunus.engine.linear_job import Format, PruningJob, plan_run
-from prunus.engine.linear_options import PruningOptions
+from prunus.engine.linear_options import LinearOptions, PruningOptions
 from prunus.engine.linear_record import PruningRecord
 from prunus.engine.loop import run_blocks
 from prunus.engine.options import RunOptions
@@ -50,16 +50,16 @@ from prunus.model.source import ModuleSource
 # Held by the run that computes on one processor thread.
 _ONE_THREAD = RLock()
 _Record = TypeVar("_Record", bound=PruningRecord)
-#: Makes what is done to every linear after its zeros are chosen. It is called once, before the
-#: first block, with the job, its session, the calibration windows, the output and the record.
-RoundingOf = Callable[[PruningJob, Session, torch.Tensor, PruningOutput, _Record], LinearFinish]
+#: Chooses how each linear is rounded. It is called once, before the first block, with the job, its
+#: session, the calibration windows, the output and the record.
+RoundingOf = Callable[[PruningJob, Session, torch.Tensor, PruningOutput, _Record], LinearRounding]
 
 
 def carry_out(
     stored: Format[_Record],
     model: str | Path | nn.Module,
     output: Path | None,
-    recipe: PruningOptions,
+    recipe: LinearOptions,
     options: RunOptions,
     session: Session,
     rounding: RoundingOf[_Record] | None = None,
@@ -74,7 +74,7 @@ def carry_out(
         recipe: The options that decide the bytes of the result.
         options: The options that only decide how the work is done.
         session: Who hears of the progress. All processes that torchrun started join it.
-        rounding: Makes what rounds every linear after its zeros are chosen; None for nothing.
+        rounding: Chooses how each linear is rounded; None for a run that rounds none.
         after: Called on all processes with the record of the finished result, which it may extend,
             before any other run may change the result; None for nothing.
 
@@ -112,7 +112,7 @@ def _carry_out_held(
     stored: Format[_Record],
     model: str | Path | nn.Module,
     output: Path | None,
-    recipe: PruningOptions,
+    recipe: LinearOptions,
     options: RunOptions,
     session: Session,
     rounding: RoundingOf[_Record] | None,
@@ -144,7 +144,7 @@ def planned(
     stored: Format[Any],
     model: str | Path,
     output: Path | None,
-    recipe: PruningOptions,
+    recipe: LinearOptions,
     options: RunOptions,
 ) -> PruningJob:
     """The job that `carry_out` would do with these arguments; nothing is written.
@@ -194,10 +194,10 @@ def _change_blocks(
         record.allocation = ranks.on_rank_0(lambda: record.allocation)
 
     output.begin(job.options.overwrite)
-    finish = None
+    round_as = None
     if rounding is not None:
-        finish = rounding(job, session, windows.ids, output, record)
-    pruner = BlockPruner(job, session, walks, record.allocation, finish)
+        round_as = rounding(job, session, windows.ids, output, record)
+    pruner = BlockPruner(job, session, walks, record.allocation, round_as)
     in_order = job.work.reference_order
     threads = _one_processor_thread() if in_order else contextlib.nullcontext()
     with torch.no_grad(), contextlib.closing(pruner), threads:
@@ -226,7 +226,9 @@ def _record(
     earlier: _Record | None,
 ) -> _Record:
     """A new record, or the record of the run that is resumed."""
-    code_sha256 = method_sha256(job.recipe.method, job.options.own_method)
+    code_sha256 = None
+    if isinstance(job.recipe, PruningOptions):
+        code_sha256 = method_sha256(job.recipe.method, job.options.own_method)
     inputs = run_inputs(job, ranks, windows).model_copy(update={"method_sha256": code_sha256})
     fields: dict[str, Any] = {
         "source": job.model_name,

@@ -1,4 +1,4 @@
-"""How good a model is: perplexity, tasks, speed; and how much models differ.
+"""How good a model is: perplexity, tasks; and how much models differ.
 
 options          what to measure; each option is declared once
 records          results as records, and the differences between models
@@ -10,7 +10,6 @@ streamed_model   logits of a model that does not fit in memory, block by block
 task_runner      models on tasks of lm-eval
 tasks            the tasks themselves; the only file that imports lm-eval
 local_tasks      rows of tasks from a local folder
-speed            size in memory and tokens per second
 inspection       zeros and patterns of the linears in a checkpoint, and its size
 generation       text that a model writes
 """

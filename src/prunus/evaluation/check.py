@@ -35,11 +35,9 @@ def prepared_check(
         options: The options of the run.
 
     Raises:
-        ValueError, FileNotFoundError, ModuleNotFoundError, OSError: A text is not at hand, or this
-            program cannot load such a result.
+        ValueError, FileNotFoundError, ModuleNotFoundError, OSError: A text is not at hand.
     """
     stored = format_for(output, recipe)
-    stored.check_readable()
     for text in TEXTS:
         load_scoring_text(text, options.data)
     scoring = options.model_dump(include={"data", "device", "memory", "trust_remote_code"})

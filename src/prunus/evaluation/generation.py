@@ -49,7 +49,7 @@ def generate(
     With `chat`, it is the answer to the prompt as one message, by the chat template of the model.
 
     Args:
-        model: Folder or hub id of a checkpoint, dense or packed.
+        model: A checkpoint folder, a hub id, or a result of compress.
         prompt: The text to continue, or the message of the user.
         chat: Whether to put the prompt into the chat template.
         progress: Called with what is loaded, before it is; None to be silent.

@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.compression.pack import pack_block, pack_outside
-from prunus.compression.records import StoredLinear
 from prunus.engine.document import Table, table_of
 from prunus.engine.linear_record import mean_bits
 from prunus.evaluation.model_input import find_folder
@@ -31,15 +29,12 @@ from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.formats import reader_of
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
-from prunus.runtime.source import PackedSource, is_packed
 
-#: The weights of a model, ordinary, loaded or packed, block by block.
-Readable = CheckpointSource | ModuleSource | PackedSource
+#: The weights of a model, stored or loaded, block by block.
+Readable = CheckpointSource | ModuleSource
 
 #: The patterns that are checked, the strictest first.
 PATTERNS = ((1, 4), (2, 4), (2, 8), (4, 8))
-#: Dtypes that `prunus pack` stores without loss.
-_LOSSLESS = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -52,15 +47,13 @@ class LinearInfo:
     name: str
     #: (outputs, inputs)
     shape: tuple[int, int]
-    #: The dtype in which the weight is stored; "integers" for a quantised linear, and the type in a
-    #: GGUF file.
+    #: The dtype in which the weight is stored, or its type in a compressed model.
     dtype: str
     #: Number of weights that are exactly zero.
     zeros: int
     #: The N:M patterns of `PATTERNS` that hold, such as "2:4".
     patterns: tuple[str, ...]
-    #: Bits per weight in the file, with all that belongs to the linear; None where the linear is
-    #: not packed.
+    #: Bits per weight in the file, with all that belongs to the linear; None in a plain checkpoint.
     bits: float | None = None
 
     @property
@@ -99,7 +92,7 @@ class Inspection:
 
     @property
     def bits(self) -> float | None:
-        """Mean bits per weight of the packed linears; None where there are none."""
+        """Mean bits per weight of the linears of a compressed model; None in a plain checkpoint."""
         return mean_bits(self.linears)
 
     def as_dict(self) -> dict[str, Any]:
@@ -124,11 +117,7 @@ class Inspection:
         total = {"linear": "all", "out × in": f"{self.weights:,} weights", "zeros": self.sparsity}
         verified = f"shards that have the bytes that were written: {self.verified}"
         notes = [
-            *(
-                ["bits: per weight of a linear, with its scales, steps and mask"]
-                if self.bits
-                else []
-            ),
+            *(["bits: per weight of a linear, with its scales"] if self.bits else []),
             *([] if self.verified is None else [verified]),
         ]
         return table_of(
@@ -183,25 +172,26 @@ def inspect(
 
 
 def _opened(model: Path | nn.Module, trust_remote_code: bool) -> tuple[Readable, Skeleton]:
-    """The weights of a model, ordinary, packed or loaded, and the model without weights."""
+    """The weights of a model, stored or loaded, and the model without weights."""
     source: Readable
     if isinstance(model, nn.Module):
         source = ModuleSource(model)
     else:
-        source = (PackedSource if is_packed(model) else CheckpointSource)(model, trust_remote_code)
+        source = CheckpointSource(model, trust_remote_code)
     skeleton = Skeleton(source.config, source.stored_dtype, trust_remote_code)
     source.bind(skeleton)
     return source, skeleton
 
 
 def _linears(
-    source: Readable, skeleton: Skeleton, types: Mapping[str, tuple[str, float]]
+    source: Readable,
+    skeleton: Skeleton,
+    types: Mapping[str, tuple[str, float]],
 ) -> Iterator[LinearInfo]:
     """The linears of all blocks; one block is in memory at a time.
 
     `types` are the types of linears and their bits where the source was unpacked from a file.
     """
-    packed = source.packed if isinstance(source, PackedSource) else types
     for index in range(len(skeleton)):
         stored = source.block(index)
         for linear in skeleton.linears(index):
@@ -209,7 +199,7 @@ def _linears(
             weight_OI = weight.T if linear.transposed else weight
             full_name = f"{skeleton.block_name(index)}.{linear.name}"
             check_finite({f"{full_name}.weight": weight})
-            dtype, bits = packed.get(full_name, (str(weight.dtype).removeprefix("torch."), None))
+            dtype, bits = types.get(full_name, (str(weight.dtype).removeprefix("torch."), None))
             yield LinearInfo(
                 block=index,
                 name=full_name,
@@ -246,14 +236,6 @@ def file_bytes(folder: Path) -> int:
     return below + sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _opened_for_size(folder: Path, trust_remote_code: bool) -> tuple[Readable, Skeleton] | None:
-    """As `_opened`; None for adapters, and for models that prunus cannot take apart."""
-    try:
-        return None if is_adapter(folder) else _opened(folder, trust_remote_code)
-    except (ValueError, FileNotFoundError, NotImplementedError):
-        return None
-
-
 def stored_size(model: str | Path, trust_remote_code: bool = False) -> ModelSize:
     """The size of a checkpoint, an adapter or a file as it is stored. Reads headers only."""
     if (kind := reader_of(model)) is not None:
@@ -261,46 +243,24 @@ def stored_size(model: str | Path, trust_remote_code: bool = False) -> ModelSize
         nbytes = file_bytes(path) if path.is_dir() else path.stat().st_size
         return ModelSize(nbytes, kind.stored_bits(path))
     folder = find_folder(model)
-    opened = _opened_for_size(folder, trust_remote_code)
-    bits = None if opened is None else _stored_bits(*opened)
-    return ModelSize(file_bytes(folder), bits)
+    return ModelSize(file_bytes(folder), _stored_bits(folder, trust_remote_code))
 
 
-def _stored_bits(source: Readable, skeleton: Skeleton) -> float | None:
-    """Bits per weight; None where a linear is stored under no known name."""
-    keys = source.stored if isinstance(source, CheckpointSource) else {}
+def _stored_bits(folder: Path, trust_remote_code: bool) -> float | None:
+    """Bits per weight; None for adapters, and for models that prunus cannot take apart."""
+    if is_adapter(folder):
+        return None
+    try:
+        source, skeleton = _opened(folder, trust_remote_code)
+    except (ValueError, FileNotFoundError, NotImplementedError):
+        return None
+    assert isinstance(source, CheckpointSource)
     nbytes = weights = 0
     for index in range(len(skeleton)):
         for linear in skeleton.linears(index):
             name, count = f"{skeleton.block_name(index)}.{linear.name}", math.prod(linear.shape)
-            if isinstance(source, CheckpointSource):
-                info = source.checkpoint.tensors.get(keys.get(f"{name}.weight", ""))
-                # Fused experts lie in one tensor together, which has no name of its own for each.
-                size = info.nbytes if info else count * source.stored_dtype.itemsize
-            else:
-                stored = source.nbytes(name) if isinstance(source, PackedSource) else None
-                if stored is None:
-                    return None
-                size = stored
-            nbytes += size
+            info = source.checkpoint.tensors.get(source.stored.get(f"{name}.weight", ""))
+            # Fused experts lie in one tensor together, which has no name of its own for each.
+            nbytes += info.nbytes if info else count * source.stored_dtype.itemsize
             weights += count
     return 8 * nbytes / weights
-
-
-def packed_size(folder: Path, trust_remote_code: bool = False) -> ModelSize | None:
-    """The size that `prunus pack` would give a model without loss; None where it packs nothing."""
-    opened = _opened_for_size(folder, trust_remote_code)
-    if opened is None:
-        return None
-    source, skeleton = opened
-    if not isinstance(source, CheckpointSource) or source.stored_dtype not in _LOSSLESS:
-        return None
-    stored: Any = str(source.stored_dtype).removeprefix("torch.")
-    inside: list[StoredLinear] = []
-    for index in range(len(skeleton)):
-        inside += pack_block(source, skeleton, index, stored)[1].values()
-    outside = pack_outside(source, skeleton, stored)[1].values()
-    saved = sum(linear.nbytes[0] - linear.nbytes[1] for linear in (*inside, *outside))
-    packed = sum(linear.nbytes[1] for linear in inside)
-    weights = sum(math.prod(linear.shape) for linear in inside)
-    return ModelSize(file_bytes(folder) - saved, 8 * packed / weights)

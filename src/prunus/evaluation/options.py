@@ -137,31 +137,6 @@ class TaskOptions(_EvaluationOptions):
     ] = None
 
 
-class SpeedOptions(Options):
-    """How size and speed of models are measured."""
-
-    FILE = "bench"
-
-    prompt_tokens: Annotated[
-        int, Option("Use prompts of this number of tokens.", metavar="N", within=at_least(1))
-    ] = 128
-    new_tokens: Annotated[
-        int, Option("Decode this number of tokens.", metavar="N", within=at_least(2))
-    ] = 64
-    rounds: Annotated[
-        int, Option("Start this number of processes per model.", metavar="N", within=at_least(1))
-    ] = 3
-    threads: Annotated[
-        int | None,
-        Option(
-            "Compute on this number of torch threads.",
-            metavar="N",
-            within=at_least(1),
-            default="as torch chooses",
-        ),
-    ] = None
-
-
 class WritingOptions(Options):
     """How a model writes text, where it is not as the checkpoint says.
 

@@ -36,7 +36,7 @@ def choose_streamed(
 ) -> list[bool]:
     """Decide for models that are in memory together which are read block by block.
 
-    Loaded models, packed ones and adapters are never streamed.
+    Loaded models, quantised ones and adapters are never streamed.
 
     Args:
         folders: The folders of the models; None for a loaded one.
@@ -80,16 +80,16 @@ def whole_bytes(folder: Path, tokens: int, options: ComputeOptions) -> int:
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if is_adapter(folder):
         return stored + whole_bytes(base_folder(folder), tokens, options)
-    # Packed weights keep their stored form in memory.
-    packed = whole_only(folder) is not None
+    # Quantised weights keep their stored form in memory.
+    quantized = whole_only(folder) is not None
     dtype = DTYPES.get(options.dtype)
     config = load_config(folder, options.trust_remote_code, quantized=True).get_text_config()
     logits = _logits_bytes(
         int(getattr(config, "vocab_size", 0) or 0),
         tokens,
-        (torch.float32 if packed or dtype is None else dtype).itemsize,
+        (torch.float32 if quantized or dtype is None else dtype).itemsize,
     )
-    if packed:
+    if quantized:
         return stored + logits
     for info in Checkpoint(folder).tensors.values():
         loaded = dtype if dtype is not None and info.dtype.is_floating_point else info.dtype
@@ -108,8 +108,8 @@ def whole_only(folder: Path) -> str | None:
     if is_adapter(folder):
         return "is an adapter, which"
     config = read_json(folder / "config.json")
-    packed = isinstance(config, dict) and config.get("quantization_config")
-    return "is packed or quantised, which" if packed else None
+    quantized = isinstance(config, dict) and config.get("quantization_config")
+    return "is quantised, which" if quantized else None
 
 
 class StreamedModel:

@@ -48,7 +48,7 @@ def evaluate(
     """Accuracy of a causal language model on tasks of lm-eval.
 
     Args:
-        model_or_path: A folder (dense, packed, or an adapter), a hub id, or a loaded transformers
+        model_or_path: A folder (a checkpoint or an adapter), a hub id, or a loaded transformers
             model. A loaded model is evaluated on its device and in its dtype, with the tokenizer of
             its `name_or_path`.
         tasks: A list of names, or one string with commas. Names are tasks, tags and groups of

@@ -75,8 +75,7 @@ class WholeModel:
         self._model = model
         embedding = model.get_input_embeddings()
         self._device: torch.device = embedding.weight.device
-        # A packed embedding stores bytes, and says in which dtype it gives rows.
-        self.dtype: torch.dtype = getattr(embedding, "dtype", embedding.weight.dtype)
+        self.dtype: torch.dtype = embedding.weight.dtype
 
     def check(self, ids: torch.Tensor, name: str) -> None:
         """Check token ids; see `LogitsSource`."""

@@ -1,6 +1,6 @@
 """Formats of compressed models: how the values of a model become bytes, and how many.
 
-A format is one class, derived from `RateFormat` or `TypeFormat` (`base.py`), and one entry of
+A format is one class, derived from `CompressedFormat` (`base.py`), and one entry of
 `FORMATS` (`model/formats.py`). The command line, `plan`, completion, errors and whoever opens a
 model read this table. The page "Add a format" follows one step by step.
 
@@ -8,7 +8,6 @@ model read this table. The page "Add a format" follows one step by step.
     recipe.py, records.py  the options and the record of compress
     cards.py               model cards
     block_bytes.py         the bytes of quantised columns, as fields of bits
-    packed/                prunus's own format: entropy-coded integers
     gguf/                  files for llama.cpp, Ollama and LM Studio
     compressed_tensors.py  integers for vLLM and SGLang
     mlx.py                 integers for mlx-lm and LM Studio

@@ -1,9 +1,8 @@
 """What the formats of compressed models have in common.
 
-A `RateFormat` gives every linear as many bits as its share of the loss is worth: any number. A
-`TypeFormat` has a few quantisers, and each weight gets one of them. In a `MixFormat` the sizes of
-all weights together, embeddings and head included, decide which. The base class `Format` says in
-which order a run asks a format.
+Each weight gets one of a few types, which is a quantiser. In a `MixFormat` the sizes of all weights
+together, embeddings and head included, decide which. The base class `Format` says in which order a
+run asks a format.
 """
 
 from __future__ import annotations
@@ -34,10 +33,11 @@ from prunus.methods.group_fits import round_in_groups
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer, check_range
 from prunus.methods.group_sweep import quantize_in_groups
 from prunus.methods.statistics import InputStatistics
-from prunus.model.checkpoint.atomic_files import write_text
-from prunus.model.checkpoint.reader import Checkpoint, TensorInfo
+from prunus.model.checkpoint.atomic_files import make_folder, write_json, write_text
+from prunus.model.checkpoint.output_folder import auxiliary_files, copy_companion
+from prunus.model.checkpoint.reader import SINGLE_NAME, Checkpoint
 from prunus.model.checkpoint.regular_files import read_card
-from prunus.model.checkpoint.writer import Writable, file_nbytes
+from prunus.model.checkpoint.writer import Writable, file_nbytes, save_safetensors
 from prunus.model.embeddings import is_plain
 from prunus.model.formats import format_named, format_of
 from prunus.model.kinds import require_causal
@@ -50,7 +50,7 @@ _HEAD_ROWS = 2**14
 
 
 class CompressedFormat(Format[CompressionRecord]):
-    """A format whose linears are integers.
+    """A format in which each weight gets one of a few quantisers.
 
     Args:
         recipe: The recipe of the run. Every run has a format of its own.
@@ -59,6 +59,12 @@ class CompressedFormat(Format[CompressionRecord]):
         PROGRAMS: Name of a program -> the command that runs a result of the format, where OUT is
             its path, BASE its path without the suffix, and NAME a name for it.
         UPLOADS: What is uploaded to the hub -> the command.
+        types: Name of a linear, an embedding or a head -> its type, once it is chosen.
+        importances: First module of a weight outside the blocks -> how much errors in each of its
+            columns raise the loss, float32 (I,), where that was measured. With feedback this leaves
+            out what errors of the head cost as the head. Where each weight is rounded by itself,
+            also name of a linear -> the mean square of each of its inputs.
+        lasting: Named tensors that a resumed run reads instead of making them again.
     """
 
     RECORD = CompressionRecord
@@ -67,16 +73,21 @@ class CompressedFormat(Format[CompressionRecord]):
     UPLOADS: ClassVar[Mapping[str, str]] = {"to the hub": "hf upload NAME OUT"}
     #: Whether experts are compressed that the checkpoint stores in one tensor.
     takes_pieces = False
+    # The inputs of the output head, once they are known.
+    _head_statistics: InputStatistics | None = None
 
     def __init__(self, recipe: CompressionRecipe) -> None:
         self.recipe = recipe
         self.rounding = recipe.rounding
+        self.types: dict[str, str] = {}
+        self.importances: dict[str, torch.Tensor] = {}
+        self.lasting: dict[str, torch.Tensor] = {}
 
-    # How a result is read that transformers cannot read, by a format with a suffix.
+    # How a result is read.
 
     @staticmethod
     def owns(path: Path) -> bool:
-        """Whether a path whose name has the suffix is such a result."""
+        """Whether a path whose name or configuration names the format is such a result."""
         return path.is_file()
 
     @staticmethod
@@ -141,13 +152,6 @@ class CompressedFormat(Format[CompressionRecord]):
 
     # What a check of the finished result asks.
 
-    def check_readable(self) -> None:
-        """Check that this program can load a result of the format.
-
-        Raises:
-            ModuleNotFoundError: It cannot; names the package.
-        """
-
     def card_path(self, path: Path) -> Path:
         """The model card of a result."""
         return path / "README.md"
@@ -175,8 +179,8 @@ class CompressedFormat(Format[CompressionRecord]):
         """
         if isinstance(source, ModuleSource):
             raise ValueError(
-                "a compressed model is a packed checkpoint: give the folder of a checkpoint "
-                "instead of a loaded model"
+                "compress writes the files of a new model: give the folder of a checkpoint instead "
+                "of a loaded model"
             )
         require_causal(source.config, "prunus compress")
         return self._stored_as_integers(selection, model, source)
@@ -202,42 +206,22 @@ class CompressedFormat(Format[CompressionRecord]):
             )
         return selection
 
-    @functools.cached_property
-    def weights(self) -> dict[str, int]:
-        """Stored name of the weight of each linear to compress -> how many numbers it has."""
-        linears = self.job.selected_linears()
-        return {self.job.stored_key(name): math.prod(x.shape) for name, x in linears.items()}
+    @property
+    def weights_outside(self) -> Mapping[str, list[str]]:
+        """Stored names of embedding and head, as far as they have a type -> those of copies."""
+        return {}
 
-    @functools.cached_property
-    def packed_outside(self) -> dict[str, list[str]]:
-        """`embedding_and_head`, as far as the recipe compresses them."""
-        packs = self.recipe.packs_head is not None
-        model, stored = self.job.skeleton.model, self.job.checkpoint.stored
-        return embedding_and_head(model, stored) if packs else {}
-
-    def refuse_zeros(self, what: str) -> None:
-        """Refuse to force zeros in a format that stores them as all other weights.
+    def refuse_gguf_options(self, takes_nearest: bool = False) -> None:
+        """Refuse the options of GGUF files.
 
         Args:
-            what: What people call the result, such as "a GGUF file".
-
-        Raises:
-            ValueError: The recipe forces zeros.
-        """
-        if self.recipe.forces_zeros:
-            raise ValueError(
-                f"{what} stores zeros as all other weights: leave `sparsity` and `pattern` out, or "
-                "write a packed checkpoint, whose zeros take fewer bits"
-            )
-
-    def refuse_gguf_options(self) -> None:
-        """Refuse the options of GGUF files.
+            takes_nearest: Whether the format can round each weight by itself too.
 
         Raises:
             ValueError: The recipe has one of them.
         """
-        recipe = self.recipe
-        if recipe.type or recipe.template or recipe.fast_on or self.rounding == "nearest":
+        recipe, nearest = self.recipe, self.rounding == "nearest" and not takes_nearest
+        if recipe.type or recipe.template or recipe.fast_on or nearest:
             raise ValueError(
                 "`type`, `template`, `fast_on`, `rounding` nearest and lists for llama-quantize "
                 "belong to GGUF files: give the output a name that ends in .gguf, or leave them "
@@ -246,58 +230,41 @@ class CompressedFormat(Format[CompressionRecord]):
 
     # The size of a result that is a folder.
 
-    def parts(self, key: str, info: TensorInfo, bits: float) -> dict[str, Any]:
-        """The tensors that store a weight: name -> something with a shape and a dtype.
-
-        Args:
-            key: The name under which the source stores the weight.
-            info: Its shape and dtype in the source.
-            bits: The bits per weight that it takes.
-        """
-        raise NotImplementedError("the size of the result is not that of a folder")
-
-    @property
-    def bits(self) -> float:
-        """Bits per weight of the linears in the plan."""
-        return self.recipe.bits or 0.0
-
-    def shards(self, bits: float) -> list[dict[str, Any]]:
+    def shards(
+        self, quantizer: Callable[[str], GroupQuantizer] | None = None
+    ) -> list[dict[str, Any]]:
         """Each shard of the result: name -> something with a shape and a dtype.
 
         What lies outside the blocks is first, then each block follows.
 
         Args:
-            bits: The bits per weight of the linears.
+            quantizer: From the name of a module to its type; None for the types that are chosen,
+                and before that the last one of each weight.
         """
+        quantizer = quantizer or (
+            self.quantizer if self.types else lambda name: self.quantizers(name)[-1]
+        )
         source = self.job.checkpoint
-        copies = {key for keys in self.packed_outside.values() for key in keys}
+        copies = {key for keys in self.weights_outside.values() for key in keys}
         outside = [key for key in source.outside_keys() if key not in copies]
         blocks = map(source.block_keys, range(len(self.job.skeleton)))
-        packed = dict.fromkeys(self.weights, bits)
-        packed |= dict.fromkeys(self.packed_outside, float(self.recipe.packs_head or 0))
         shards: list[dict[str, Any]] = []
         for keys in (outside, *blocks):
             shards.append({})
             for key in keys:
                 info = source.checkpoint.tensors[key]
-                shards[-1] |= self.parts(key, info, packed[key]) if key in packed else {key: info}
+                if (name := self.module_of.get(key)) is None:
+                    shards[-1][key] = info
+                    continue
+                kind = quantizer(name)
+                size = info.shape[0], kind.nbytes_of(info.shape[1])
+                data_OB = torch.empty(size, dtype=torch.uint8, device="meta")
+                shards[-1] |= self.tensors_of(key, GroupedWeight(kind, data_OB))
         return shards
 
-    def bytes_at(self, bits: float) -> int:
-        """Bytes of all files with weights if the linears take `bits` bits per weight."""
-        return sum(map(file_nbytes, self.shards(bits)))
-
     def file_bytes(self) -> int:
-        """Bytes of the weights of the result, as planned."""
-        # The rate control spends the bits that the recipe asks for, so they say what linears take.
-        return self.bytes_at(self.bits)
-
-    def describe(self) -> dict[str, object]:
-        """The bits of linears and head, and the size of the files, for a plan."""
-        tensors = {key: x for shard in self.shards(self.bits) for key, x in shard.items()}
-        file = file_size(self.job.checkpoint, self.job.skeleton.model, tensors, self.file_bytes())
-        head_bits = self.recipe.head_bits if self.packed_outside else "none"
-        return {"bits": self.bits, "head_bits": head_bits, "file": file.model_dump()}
+        """Bytes of the files with weights, as planned."""
+        return sum(map(file_nbytes, self.shards()))
 
     def finish(self, folder: BlockFolder, record: CompressionRecord) -> None:
         """Enter the size of the files as written, and complete the result."""
@@ -306,44 +273,7 @@ class CompressedFormat(Format[CompressionRecord]):
         record.size = file_size(self.job.checkpoint, model, written.tensors, written.file_bytes())
         super().finish(folder, record)
 
-
-class RateFormat(CompressedFormat):
-    """A format in which a linear can take any number of bits; it begins with a measurement."""
-
-    @property
-    def measures_loss(self) -> bool:
-        """Always: bits go where they lower the loss most."""
-        return True
-
-    @abstractmethod
-    def bits_next_to(self, outside: int) -> float:
-        """The bits per weight of linears that the `size` of the recipe leaves for them.
-
-        Args:
-            outside: The bytes of the shard of what lies outside the blocks.
-        """
-
-
-class TypeFormat(CompressedFormat):
-    """A format in which each weight gets one of a few quantisers.
-
-    Attributes:
-        types: Name of a linear, an embedding or a head -> its type, once it is chosen.
-        importances: First module of a weight outside the blocks -> how much errors in each of its
-            columns raise the loss, float32 (I,), where that was measured. With feedback this leaves
-            out what errors of the head cost as the head. Where each weight is rounded by itself,
-            also name of a linear -> the mean square of each of its inputs.
-        lasting: Named tensors that a resumed run reads instead of making them again.
-    """
-
-    # The inputs of the output head, once they are known.
-    _head_statistics: InputStatistics | None = None
-
-    def __init__(self, recipe: CompressionRecipe) -> None:
-        super().__init__(recipe)
-        self.types: dict[str, str] = {}
-        self.importances: dict[str, torch.Tensor] = {}
-        self.lasting: dict[str, torch.Tensor] = {}
+    # Which types the weights can have, and get.
 
     @property
     @abstractmethod
@@ -380,17 +310,6 @@ class TypeFormat(CompressedFormat):
         return {
             self.job.stored_key(name): name for first in self.shapes for name in self.stacks[first]
         }
-
-    def parts(self, key: str, info: TensorInfo, bits: float) -> dict[str, Any]:
-        """The tensors of a weight, without contents, of its type; of its last before a choice.
-
-        `bits` is ignored: the type says it.
-        """
-        name = self.module_of[key]
-        quantizer = self.quantizer(name) if self.types else self.quantizers(name)[-1]
-        size = info.shape[0], quantizer.nbytes_of(info.shape[1])
-        data_OB = torch.empty(size, dtype=torch.uint8, device="meta")
-        return self.tensors_of(key, GroupedWeight(quantizer, data_OB))
 
     def check_widths(self, group: int) -> None:
         """Check that all weights with a type consist of whole groups.
@@ -464,12 +383,8 @@ class TypeFormat(CompressedFormat):
         """
         return next(x for x in self.quantizers(name) if x.name == self.types[name])
 
-    def chosen(self, record: CompressionRecord) -> str:
-        """What to tell people once the types are chosen; empty for nothing.
-
-        Args:
-            record: The record of the run, which holds the types.
-        """
+    def chosen(self) -> str:
+        """What to tell people once the types are chosen; empty for nothing."""
         return ""
 
     def rounded_outside(self, name: str) -> GroupedWeight:
@@ -531,7 +446,7 @@ class TypeFormat(CompressedFormat):
         self._head_statistics = statistics
 
 
-class MixFormat(TypeFormat):
+class MixFormat(CompressedFormat):
     """A format whose `size` or `bits` decide the types of all weights, with embeddings and head."""
 
     WRITES_OUTSIDE_FIRST: ClassVar[bool] = False  # its types follow from the measurement
@@ -547,10 +462,17 @@ class MixFormat(TypeFormat):
         return super().measures_loss or self.recipe.type is None
 
     @functools.cached_property
+    def weights_outside(self) -> dict[str, list[str]]:
+        """Stored names of embedding and head -> those of copies; empty if `head_bits` is none."""
+        if self.recipe.head_bits == "none":
+            return {}
+        return embedding_and_head(self.job.skeleton.model, self.job.checkpoint.stored)
+
+    @functools.cached_property
     def modules_outside(self) -> set[str]:
         """The embedding and the head, as far as they have a type."""
         stored = self.job.checkpoint.stored.items()
-        return {name.removesuffix(".weight") for name, key in stored if key in self.packed_outside}
+        return {name.removesuffix(".weight") for name, key in stored if key in self.weights_outside}
 
     @property
     def budget(self) -> int:
@@ -597,13 +519,11 @@ class MixFormat(TypeFormat):
             {f"the best mix of {', '.join(kinds)}": self.budget, "all else": self.others}
         )
 
-    def outside(
-        self, folder: BlockFolder, record: CompressionRecord, tensors: dict[str, Writable]
-    ) -> dict[str, Writable]:
+    def outside(self, tensors: dict[str, Writable]) -> dict[str, Writable]:
         """The tensors outside the blocks, with embedding and head in their types."""
         for name in self.types.keys() & self.modules_outside:
             key = self.job.stored_key(name)
-            for dense in (key, *self.packed_outside[key]):
+            for dense in (key, *self.weights_outside[key]):
                 del tensors[dense]
             tensors |= self.tensors_of(key, self.rounded_outside(name))
         return tensors
@@ -612,6 +532,25 @@ class MixFormat(TypeFormat):
 def tensors_of_kind(tensors: Mapping[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
     """The tensors whose names begin with `kind`, by the rest of their names."""
     return {key.removeprefix(kind): x for key, x in tensors.items() if key.startswith(kind)}
+
+
+def write_unpacked(
+    path: Path, dest: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write a folder that was unpacked as a plain checkpoint, and return facts about it.
+
+    Args:
+        path: The folder, whose tokenizer and other small files are copied.
+        dest: A folder that does not exist or is empty.
+        tensors: All tensors of the checkpoint.
+        config: The content of its config.json.
+    """
+    make_folder(dest)
+    for file in auxiliary_files(path):
+        copy_companion(file, dest / file.name)
+    save_safetensors(dest / SINGLE_NAME, tensors)
+    write_json(dest / "config.json", dict(config))
+    return {"tensors": len(tensors)}
 
 
 def file_size(
@@ -637,10 +576,10 @@ def file_size(
     for name, info in tensors.items():
         linear = name.rpartition(".")[0]
         dense = source.checkpoint.tensors.get(name)
-        packed = dense is None or dense.dtype != info.dtype
+        rounded = dense is None or dense.dtype != info.dtype
         kind = "other weights" if len(info.shape) > 1 else "norms and biases"
-        kind = kinds.get(linear, "linears" if packed else kind)
-        what = f"packed {kind}" if packed else f"{kind} in {str(info.dtype).partition('.')[2]}"
+        kind = kinds.get(linear, "linears" if rounded else kind)
+        what = f"rounded {kind}" if rounded else f"{kind} in {str(info.dtype).partition('.')[2]}"
         parts[what] += math.prod(info.shape) * info.dtype.itemsize
     return size_of(source.checkpoint, after, parts)
 
@@ -652,7 +591,7 @@ def size_of(source: Checkpoint, after: int, parts: Counter[str]) -> FileSize:
 
 
 def embedding_and_head(model: Any, stored: Mapping[str, str]) -> dict[str, list[str]]:
-    """The embedding and the head that the packed format can hold; only the first if they are tied.
+    """The embedding and the head that can have types; only the first if they are tied.
 
     Args:
         model: The skeleton of the source.
@@ -675,7 +614,7 @@ def embedding_and_head(model: Any, stored: Mapping[str, str]) -> dict[str, list[
     return {keys[0]: [key for key in keys[1:] if key]} if holds else {}
 
 
-def format_for(output: Path | None, recipe: CompressionRecipe) -> RateFormat | TypeFormat:
+def format_for(output: Path | None, recipe: CompressionRecipe) -> CompressedFormat:
     """The format of an output.
 
     Args:
@@ -692,5 +631,5 @@ def format_for(output: Path | None, recipe: CompressionRecipe) -> RateFormat | T
             f"in {by_suffix.suffix}, or leave `format` out"
         )
     entry = by_suffix or format_named(recipe.format)
-    compressed: RateFormat | TypeFormat = entry.load()(recipe)
+    compressed: CompressedFormat = entry.load()(recipe)
     return compressed

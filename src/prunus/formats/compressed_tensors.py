@@ -13,24 +13,28 @@ Shape suffixes: O outputs (rows), I inputs, B bytes of a row, S groups of a row,
 from __future__ import annotations
 
 import functools
-import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
-from prunus.engine.linear_record import LinearRecord
-from prunus.formats.base import TypeFormat
+from prunus.formats.base import CompressedFormat, file_size, write_unpacked
 from prunus.formats.block_bytes import ONE, BlockType, Field, integers, scaled
 from prunus.formats.cards import quantized_card
 from prunus.formats.records import CompressionRecord
+from prunus.hardware.sizes import in_bytes
 from prunus.methods.group_quantizer import GroupedWeight
 from prunus.model.checkpoint.atomic_files import read_json
+from prunus.model.checkpoint.reader import Checkpoint
+from prunus.model.checkpoint.writer import file_nbytes
+from prunus.model.device import DTYPES
 
 # The kernels of vLLM know groups of these sizes. Fewer scales take fewer bits.
 _GROUPS = (128, 64, 32)
-# The bits that those kernels know.
+# What configurations call the format.
+_METHOD = "compressed-tensors"
+# The bits that those kernels know, the smallest first.
 _BITS = (4, 8)
 
 
@@ -77,37 +81,130 @@ def stored_parts(key: str, weight: GroupedWeight, dtype: torch.dtype) -> dict[st
     }
 
 
-class TensorsFormat(TypeFormat):
+def dense_weight(key: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A weight that `stored_parts` has made, float32 (O, I); its parts leave `tensors`.
+
+    Args:
+        key: The name of the weight.
+        tensors: Tensors of a checkpoint by name.
+
+    Raises:
+        ValueError: The tensors do not belong together.
+    """
+    packed, scale_OS, shape = (
+        tensors.pop(f"{key}_{part}", torch.empty(0)) for part in ("packed", "scale", "shape")
+    )
+    rows, columns = shape.tolist() if shape.shape == (2,) else (0, 0)
+    spans = scale_OS.shape[-1] if scale_OS.shape == (rows, *scale_OS.shape[1:2]) else 0
+    bits = next((x for x in _BITS if packed.shape == (rows, columns * x // 32)), 0)
+    of_types = packed.dtype == torch.int32 and scale_OS.dtype.is_floating_point
+    # Rows end with a word, and consist of whole groups.
+    if not (bits and spans and rows and of_types) or columns % 8 or columns % spans:
+        raise ValueError(
+            f"{key} is not stored as integers of 4 or 8 bits with a scale for each group of inputs"
+        )
+    lowest = -(2 ** (bits - 1))
+    return scaled(packed.view(torch.uint8), bits, scale_OS, scale_OS.float() * lowest)
+
+
+def _is_plain(group: Any) -> bool:
+    """Whether an entry of `config_groups` is of weights as `dense_weight` reads them."""
+    weights = group.get("weights") if isinstance(group, dict) else None
+    return (
+        isinstance(weights, dict)
+        and not group.get("input_activations")
+        and not weights.get("actorder")
+        and (weights.get("num_bits"), weights.get("type")) in [(bits, "int") for bits in _BITS]
+        and weights.get("symmetric") is True
+    )
+
+
+class TensorsFormat(CompressedFormat):
     """A checkpoint folder in this format. All linears have the same bits."""
 
-    PROGRAMS: ClassVar[dict[str, str]] = {"vLLM": "vllm serve OUT"}
+    PROGRAMS: ClassVar[dict[str, str]] = {
+        "prunus": 'prunus generate OUT --prompt "Hello"',
+        "vLLM": "vllm serve OUT",
+    }
 
-    def check_readable(self) -> None:
-        """Check that transformers can load the result, which takes the package of the format."""
-        if importlib.util.find_spec("compressed_tensors") is None:
-            raise ModuleNotFoundError(
-                "scoring the result needs the package compressed-tensors: install it, or leave "
-                "--check out"
-            )
+    @staticmethod
+    def owns(path: Path) -> bool:
+        """Whether the configuration of a folder describes such integers, also another program's."""
+        described = read_json(path / "config.json")["quantization_config"]
+        groups = described.get("config_groups")
+        return (
+            described.get("quant_method") == _METHOD
+            and described.get("format") == "pack-quantized"
+            and isinstance(groups, dict)
+            and all(_is_plain(group) for group in groups.values())
+        )
+
+    @staticmethod
+    def unpack(
+        path: Path,
+        dest: Path,
+        *,
+        overwrite: bool = False,
+        dtype: str | None = "bfloat16",
+        progress: Callable[[str], None] | None = None,
+    ) -> dict[str, Any]:
+        """Write the weights of a result as a plain checkpoint. The whole model is in memory.
+
+        See `CompressedFormat.unpack`; `dtype` None keeps that of the scales.
+
+        Raises:
+            ValueError: A weight is stored in another way.
+        """
+        source, config = Checkpoint(path), read_json(path / "config.json")
+        del config["quantization_config"]
+        tensors = dict(source.read(source.tensors))
+        for packed in [name for name in tensors if name.endswith(".weight_packed")]:
+            key = packed.removesuffix("_packed")
+            scale = tensors.get(f"{key}_scale", tensors[packed])
+            tensors[key] = dense_weight(key, tensors).to(DTYPES[dtype] if dtype else scale.dtype)
+        return write_unpacked(path, dest, tensors, config)
 
     def check(self) -> None:
-        """Check bits, masks, head and widths.
+        """Check bits, size, head and widths.
 
         Raises:
             ValueError: The format cannot do what the recipe asks for.
         """
         recipe = self.recipe
-        if recipe.bits not in _BITS or recipe.template or recipe.fast_on:
+        lower = "name the output OUT.gguf for a GGUF file, or choose `format` mlx"
+        self.refuse_gguf_options(takes_nearest=True)
+        if recipe.bits is not None and recipe.bits not in _BITS:
             raise ValueError(
-                "compressed-tensors stores linears in 4 or 8 bits: give `bits` 4 or 8, and leave "
-                "`size`, `type`, `template` and `fast_on` out"
+                f"a folder of format compressed-tensors stores linears in 4 or 8 bits: for "
+                f"{recipe.bits:g} bits {lower}"
             )
-        self.refuse_zeros("compressed-tensors")
-        if "head_bits" in recipe.model_fields_set and recipe.packs_head:
+        if recipe.head_bits not in (None, "none"):
             raise ValueError(
                 "compressed-tensors keeps embeddings and head as they are: leave `head_bits` out"
             )
         self.check_widths(_GROUPS[-1])
+        if recipe.size is not None and (least := self._bytes_at(_BITS[0])) > recipe.size:
+            raise ValueError(
+                f"{in_bytes(recipe.size)} is not possible: the files take {in_bytes(least)} with "
+                f"linears in {_BITS[0]} bits, the fewest that compressed-tensors has. For less, "
+                f"{lower}"
+            )
+
+    @functools.cached_property
+    def bits(self) -> int:
+        """4 or 8: those asked for, or the most with which the files fit in `size`."""
+        if self.recipe.bits is not None:
+            return int(self.recipe.bits)
+        fitting = [bits for bits in _BITS if self._bytes_at(bits) <= (self.recipe.size or 0)]
+        return max(fitting, default=_BITS[0])
+
+    def _bytes_at(self, bits: int) -> int:
+        """Bytes of the files with weights if the linears have this number of bits."""
+        return sum(map(file_nbytes, self.shards(functools.partial(self._type_of, bits))))
+
+    def _type_of(self, bits: int, name: str) -> IntegerType:
+        """The type of a linear in this number of bits."""
+        return integer_type(bits, self.group, self.scale_dtype(name))
 
     @functools.cached_property
     def group(self) -> int:
@@ -122,35 +219,33 @@ class TensorsFormat(TypeFormat):
 
     def quantizers(self, name: str) -> list[IntegerType]:
         """The only quantiser of a linear."""
-        return [integer_type(int(self.recipe.bits or 0), self.group, self.scale_dtype(name))]
+        return [self._type_of(self.bits, name)]
 
-    @property
-    def packed_outside(self) -> dict[str, list[str]]:
-        """Nothing: engines expect embeddings and head as they are."""
-        return {}
+    def describe(self) -> dict[str, object]:
+        """The bits of linears and the size of the files, for a plan."""
+        tensors = {key: x for shard in self.shards() for key, x in shard.items()}
+        file = file_size(self.job.checkpoint, self.job.skeleton.model, tensors, self.file_bytes())
+        return {"bits": self.quantizers(next(iter(self.shapes)))[0].bits, "file": file.model_dump()}
 
     def tensors_of(self, key: str, weight: GroupedWeight) -> dict[str, torch.Tensor]:
         """The three tensors of a linear; see `Format.tensors_of`."""
         return stored_parts(key, weight, self.job.checkpoint.checkpoint.tensors[key].dtype)
 
     def weight_from(
-        self, key: str, tensors: dict[str, torch.Tensor], record: LinearRecord, dtype: torch.dtype
+        self, key: str, tensors: dict[str, torch.Tensor], dtype: torch.dtype
     ) -> torch.Tensor:
         """The dense weight of a linear; its three tensors leave `tensors`."""
-        packed, scale_OS, _ = (tensors.pop(f"{key}_{x}") for x in ("packed", "scale", "shape"))
-        bits = int(self.recipe.bits or 0)
-        lowest = -(2 ** (bits - 1))
-        return scaled(packed.view(torch.uint8), bits, scale_OS, scale_OS.float() * lowest).to(dtype)
+        return dense_weight(key, tensors).to(dtype)
 
     def card(self, record: CompressionRecord) -> str:
         """The README.md of the folder."""
-        bits = f"{record.recipe.bits:g}"
+        bits = str(self.bits)
         return quantized_card(
             record,
             "compressed",
             f"with its linears in {bits} bits and a scale for each {self.group} inputs of a row "
             f"(W{bits}A16), in the format of the package compressed-tensors. The folder is for "
-            "vLLM and SGLang. transformers loads it where compressed-tensors is installed.",
+            "vLLM and SGLang, and for transformers with the package compressed-tensors.",
             self.commands(Path("FOLDER")),
             tags=["compressed-tensors", f"{bits}-bit"],
             source=self.job.checkpoint.checkpoint.folder,
@@ -163,12 +258,12 @@ class TensorsFormat(TypeFormat):
         head = model.get_output_embeddings()
         dense = [name for name, module in model.named_modules() if module is head]
         for key, info in source.tensors.items():
-            if key.endswith(".weight") and len(info.shape) == 2 and key not in self.weights:
+            if key.endswith(".weight") and len(info.shape) == 2 and key not in self.module_of:
                 dense.append(key.removesuffix(".weight"))
-        weights = {"num_bits": int(self.recipe.bits or 0), "type": "int", "symmetric": True}
+        weights = {"num_bits": self.bits, "type": "int", "symmetric": True}
         weights |= {"strategy": "group", "group_size": self.group, "dynamic": False}
         described = {
-            "quant_method": "compressed-tensors",
+            "quant_method": _METHOD,
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},

@@ -24,16 +24,14 @@ from typing import Any, ClassVar
 
 import torch
 
-from prunus.engine.linear_record import LinearRecord
-from prunus.formats.base import MixFormat, size_of
+from prunus.formats.base import MixFormat, size_of, write_unpacked
 from prunus.formats.block_bytes import ONE, BlockType, Field, scaled
 from prunus.formats.cards import quantized_card
 from prunus.formats.records import CompressionRecord
 from prunus.methods.group_quantizer import GroupedWeight
-from prunus.model.checkpoint.atomic_files import make_folder, read_json, write_json
-from prunus.model.checkpoint.output_folder import auxiliary_files, copy_companion
-from prunus.model.checkpoint.reader import SINGLE_NAME, Checkpoint
-from prunus.model.checkpoint.writer import file_nbytes, save_safetensors
+from prunus.model.checkpoint.atomic_files import read_json
+from prunus.model.checkpoint.reader import Checkpoint
+from prunus.model.checkpoint.writer import file_nbytes
 from prunus.model.device import DTYPES
 
 #: Model types whose weights mlx-lm 0.32 takes under the names that transformers gives them, and as
@@ -127,12 +125,7 @@ class MlxFormat(MixFormat):
             group = described.get(module, described)["group_size"]
             weight_OI = dense_weight(f"{module}.weight", tensors, group)
             tensors[f"{module}.weight"] = weight_OI.to(DTYPES[dtype] if dtype else stored)
-        make_folder(dest)
-        for file in auxiliary_files(path):
-            copy_companion(file, dest / file.name)
-        save_safetensors(dest / SINGLE_NAME, tensors)
-        write_json(dest / "config.json", config)
-        return {"tensors": len(tensors)}
+        return write_unpacked(path, dest, tensors, config)
 
     def check(self) -> None:
         """Check family, options, widths, and that types reach the bits or the size.
@@ -146,11 +139,10 @@ class MlxFormat(MixFormat):
             raise ValueError(
                 f"mlx-lm does not take the weights of a model of the family {config.model_type} "
                 f"with `tie_word_embeddings` {str(tied).lower()} as they are stored: write a GGUF "
-                "file or a packed checkpoint instead. prunus writes MLX checkpoints of "
+                "file instead. prunus writes MLX checkpoints of "
                 f"{', '.join(sorted(FAMILIES))}"
             )
         self.refuse_gguf_options()
-        self.refuse_zeros("an MLX checkpoint")
         self.check_widths(_GROUPS[-1])
         self.check_reach("an MLX checkpoint")
 
@@ -163,8 +155,8 @@ class MlxFormat(MixFormat):
 
     def quantizers(self, name: str) -> list[BlockType]:
         """The types whose groups fill the width, smallest first; `head_bits` may name the bits."""
-        fixed = "head_bits" in self.recipe.model_fields_set and name in self.modules_outside
-        bits = [self.recipe.packs_head] if fixed else _BITS
+        fixed = self.recipe.head_bits is not None and name in self.modules_outside
+        bits = [self.recipe.head_bits] if fixed else _BITS
         columns, dtype = self.shapes[name][1], self.scale_dtype(name)
         groups = [group for group in _GROUPS if columns % group == 0]
         return [affine_type(x, group, dtype) for x in _BITS if x in bits for group in groups]
@@ -172,7 +164,7 @@ class MlxFormat(MixFormat):
     @functools.cached_property
     def others(self) -> int:
         """The bytes of all else, with headers as long as those of the largest types, the last."""
-        return sum(map(file_nbytes, self.shards(0))) - self.reach[1]
+        return sum(map(file_nbytes, self.shards())) - self.reach[1]
 
     def describe(self) -> dict[str, object]:
         """The size of the files and what takes it, for a plan."""
@@ -187,7 +179,7 @@ class MlxFormat(MixFormat):
         return dict(zip(_names(key), parts, strict=True))
 
     def weight_from(
-        self, key: str, tensors: dict[str, torch.Tensor], record: LinearRecord, dtype: torch.dtype
+        self, key: str, tensors: dict[str, torch.Tensor], dtype: torch.dtype
     ) -> torch.Tensor:
         """The dense weight of a linear; its three tensors leave `tensors`."""
         return dense_weight(key, tensors, self.quantizer(self.module_of[key]).group).to(dtype)

@@ -7,43 +7,40 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import SerializerFunctionWrapHandler, field_validator, model_serializer
 
-from prunus.engine.linear_options import PruningOptions, Sparsity
+from prunus.engine.linear_options import LinearOptions
 from prunus.hardware.sizes import in_bytes, parse_bytes
 from prunus.methods.options import DenseWeight
 from prunus.model.formats import FORMATS, folder_formats
 from prunus.options import Option, Range, at_least, one_of
 
 
-class CompressionRecipe(PruningOptions):
+class CompressionRecipe(LinearOptions):
     """One run of compress, in the words of the command line.
-
-    Without a sparsity or a pattern, zeros follow from the rate. Options of masks then have no
-    effect: they are refused, and records and cards do not name them.
 
     Attributes:
         bits: The bits per weight of the linears in the result, 1 to 9; None with `size` or `type`.
         size: The most bytes of the files with weights; None with `bits` or `type`.
-        format: The format of a folder. The name of a file implies its format.
+        format: The format of a folder. The name of a file implies its own.
         type: The GGUF type of all linears, or a file with the type of each tensor: a GGUF file, or
             a list as llama-quantize takes it. None with `bits` or `size`.
         template: A GGUF file of the same model in full precision, as llama.cpp's converter makes
             it. The result has its tensors, fields and tokenizer. None takes what is known of the
             family.
-        head_bits: The bits per weight of embeddings and head, or "none" to keep them as they are.
+        head_bits: The bits per weight of embeddings and head, "none" to keep them as they are, or
+            None to choose their types as those of all weights.
         rounding: "feedback" lets later columns correct the error of each, which needs all windows
             to run through the model; "nearest" rounds each weight by itself.
         fast_on: The processor on which a GGUF file is to decode as fast as llama.cpp's
             presets of its size, a key of `gguf/speeds.SPEEDS` or a file of measurements; None for
             the least loss, however fast it decodes.
-        sparsity: The share of the weights that a mask forces to 0.
         dense_weight: α, see `methods/dense_targets.py`.
 
     Raises:
         ValueError: An option is unknown or out of range, or options exclude each other.
 
-    >>> recipe = CompressionRecipe(bits=3)
-    >>> recipe.sparsity, recipe.dense_weight
-    (0.0, 0.25)
+    >>> recipe = CompressionRecipe(bits=4)
+    >>> recipe.format, recipe.dense_weight
+    ('compressed-tensors', 0.25)
     """
 
     ELSEWHERE: ClassVar[dict[str, str]] = {
@@ -51,6 +48,10 @@ class CompressionRecipe(PruningOptions):
         "propagate": "compress always runs one pass",
         "reconstruct": "it would train weights away from their integers",
         "head": "it prunes the head, and head_bits compresses it",
+        **dict.fromkeys(
+            ("method", "sparsity", "pattern", "group", "allocation", "weight_update"),
+            "it removes weights, and no file of compress gets smaller by zeros; use prunus prune",
+        ),
     }
 
     bits: Annotated[
@@ -72,12 +73,12 @@ class CompressionRecipe(PruningOptions):
     format: Annotated[
         str,
         Option(
-            "Write packed, compressed-tensors for GPUs, or mlx.",
+            "Write a folder of this format: mlx is for Macs.",
             metavar="FORMAT",
             within=one_of(folder_formats()),
             suggestions=folder_formats,
         ),
-    ] = "packed"
+    ] = "compressed-tensors"
     type: Annotated[
         str | None,
         Option(
@@ -94,13 +95,14 @@ class CompressionRecipe(PruningOptions):
         ),
     ] = None
     head_bits: Annotated[
-        int | Literal["none"],
+        int | Literal["none"] | None,
         Option(
             "Store embeddings and head in 4, 6, 8 bits or none.",
             metavar="N",
             within=one_of((4, 6, 8, "none")),
+            default="as the format chooses for the least loss",
         ),
-    ] = 6
+    ] = None
     rounding: Annotated[
         Literal["feedback", "nearest"],
         Option(
@@ -119,7 +121,6 @@ class CompressionRecipe(PruningOptions):
         ),
     ] = None
     # The figures behind these defaults are in docs/results/index.md.
-    sparsity: Sparsity = 0.0
     dense_weight: DenseWeight = 0.25
 
     @field_validator("format", mode="before")
@@ -153,20 +154,17 @@ class CompressionRecipe(PruningOptions):
         changed = [x for x in sorted(self.unused) if getattr(self, x) != fields[x].default]
         if changed:
             raise ValueError(
-                f"{', '.join(changed)} would change masks or the feedback between columns, and "
-                "with `rounding` nearest there is neither: drop one of the two"
-                if self.rounding == "nearest"
-                else f"{', '.join(changed)} would say which zeros are forced, and none are: give "
-                "`sparsity` or `pattern` as well, or drop it, and zeros follow from the rate"
+                f"{', '.join(changed)} would change the feedback between columns, and with "
+                "`rounding` nearest there is none: drop one of the two"
             )
 
     @property
     def unused(self) -> set[str]:
-        """The options without effect: those of masks and those of feedback, where there is none."""
-        of_masks = self.names_of(lambda option: option.decides_zeros)
-        of_feedback = {"damping", "dense_weight", "min_expert_tokens"}
-        return (set() if self.forces_zeros else of_masks) | (
-            of_feedback if self.rounding == "nearest" else set()
+        """The options without effect: those of feedback, if there is none."""
+        return (
+            {"damping", "dense_weight", "min_expert_tokens"}
+            if self.rounding == "nearest"
+            else set()
         )
 
     @property
@@ -186,20 +184,9 @@ class CompressionRecipe(PruningOptions):
             }
         )
 
-    @property
-    def packs_head(self) -> int | None:
-        """The bits per weight of embeddings and head; None where they stay as they are."""
-        return None if isinstance(self.head_bits, str) else self.head_bits
-
-    @property
-    def forces_zeros(self) -> bool:
-        """Whether a mask forces zeros. All other zeros follow from the rate."""
-        return self.n_of_m is not None or self.sparsity > 0
-
     @model_serializer(mode="wrap")
-    def _without_masks(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Packed is the default, and not named. Other formats may keep the head as it is: what was
-        # asked for is named, and the default is not.
-        unused = {"format"} if self.format == "packed" else {"head_bits"} - self.model_fields_set
-        unused |= self.unused
+    def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # The default format is not named: a file has another one.
+        default = {"format"} if self.format == type(self).model_fields["format"].default else set()
+        unused = self.unused | default
         return {name: value for name, value in dump(self).items() if name not in unused}

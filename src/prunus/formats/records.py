@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from prunus.engine.linear_record import PruningRecord
 from prunus.engine.record import Part
 from prunus.formats.recipe import CompressionRecipe
 from prunus.hardware.sizes import in_bytes
+from prunus.model.formats import of_packed
 
 
 class FileSize(Part):
@@ -59,12 +60,16 @@ class FileSize(Part):
 CHECKED = ("kl", "kl_stderr", "same_top", "windows", "seqlen")
 
 
+def _is_earlier(recipe: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether a recipe is of a version before 0.4, in which zeros could be forced."""
+    return isinstance(recipe, dict) and "sparsity" in recipe
+
+
 class CompressionRecord(PruningRecord):
     """The record of compress.
 
     Attributes:
         recipe: How the checkpoint was compressed.
-        packed_outside: Stored name of a packed embedding or head -> its entry in config.json.
         types: Name of a linear, an embedding or a head -> its type, in formats
             that have types.
         size: Of the result; None before the end of the run.
@@ -74,12 +79,36 @@ class CompressionRecord(PruningRecord):
 
     FILE: ClassVar[str] = "prunus-compress.json"
     COMMAND: ClassVar[str] = "prunus compress"
+    FORMER = ("packed_outside",)
 
     recipe: CompressionRecipe
-    packed_outside: dict[str, dict[str, Any]] = Field(default_factory=dict)
     types: dict[str, str] = Field(default_factory=dict)
     size: FileSize | None = None
     check: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_packed(cls, values: Any) -> Any:
+        """Refuse the record of a packed folder: it had no types, and its format was the default."""
+        recipe = values.get("recipe") if isinstance(values, dict) else None
+        if _is_earlier(recipe) and "format" not in recipe:
+            blocks, types = values.get("blocks"), values.get("types")
+            if values.get("packed_outside") or (blocks and not types):
+                raise ValueError(of_packed(values))
+        return values
+
+    @field_validator("recipe", mode="before")
+    @classmethod
+    def _of_this_version(cls, recipe: Any) -> Any:
+        """An earlier version's options without those of masks, which were the same for all files.
+
+        It named the bits of the head also where nobody had chosen them.
+        """
+        if not _is_earlier(recipe):
+            return recipe
+        chosen = "format" in recipe or recipe.get("head_bits") != 6
+        known = CompressionRecipe.model_fields.keys() - (set() if chosen else {"head_bits"})
+        return {name: value for name, value in recipe.items() if name in known}
 
     def check_sentences(self) -> list[str]:
         """What the check found, for people; empty without one."""

@@ -15,7 +15,6 @@
     sparsegpt.py      mask and weight update by the OBS sweep
     obs_ablations.py  a mask from magnitude or Wanda, and the update of the OBS sweep
     alps.py           mask and weights together by ADMM
-    rate_distortion.py  integers whose code is short and whose error is small
 
     group_quantizer.py  the values of weights whose columns share scales in groups
     group_fits.py     scales that fit the weights of a group, and rounding without feedback

@@ -1,4 +1,4 @@
-"""One method out of several steps: dense targets, a mask, weights, integers.
+"""One method out of several steps: dense targets, a mask, weights; or dense targets and rounding.
 
 Every step is a pure tensor function, and so is their composition. The rest of the program calls
 the composed method and does not know its steps.
@@ -11,28 +11,22 @@ from typing import Any
 
 from torch import Tensor
 
-from prunus.hardware.numerics import count_zeros
 from prunus.methods.dense_targets import dense_target, has_drift
-from prunus.methods.group_quantizer import GroupQuantizer
 from prunus.methods.group_sweep import quantize_in_groups
 from prunus.methods.options import MethodOptions
-from prunus.methods.rate_distortion import quantize as quantize_by_rate
 from prunus.methods.solvers.least_squares import fit_least_squares
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.table import Method
 from prunus.methods.work import Pruned, RowShard, Work, unchanged
 
 
-def compose(method: Method, options: MethodOptions, rounding: str = "none") -> Method:
+def compose(method: Method, options: MethodOptions) -> Method:
     """Add the steps that `options` choose to a method: dense targets, weight update.
 
     Args:
         method: The method that chooses the mask.
         options: The options that the `Work` of every linear will have too. `check_options` refuses
             choices that exclude each other.
-        rounding: How weights become integers at the end, as `Work.quantization` says: "none",
-            "feedback", where later columns correct the errors of earlier ones, or "nearest", each
-            by itself. The last is the only step then, and reads no statistics of the inputs.
 
     Returns:
         A new method, which needs the statistics of its most demanding step, or `method` itself
@@ -42,25 +36,20 @@ def compose(method: Method, options: MethodOptions, rounding: str = "none") -> M
     >>> compose(METHODS["wanda"], MethodOptions(weight_update="least-squares")).needs
     'gram'
     """
-    if rounding == "nearest":
-        return replace(method, function=quantize_in_groups, needs="none", updates_weights=True)
-    quantizes = rounding == "feedback"
     updates = options.weight_update == "least-squares"
     uses_dense_target = options.dense_weight != 0
-    if not (updates or uses_dense_target or quantizes):
+    if not (updates or uses_dense_target):
         return method
 
     def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
         """All chosen steps on one linear, one after the other."""
         options = work.options
-        if work.removes_nothing and not quantizes:
+        if work.removes_nothing:
             return unchanged(weight_OI)
         if uses_dense_target:
             # All later steps treat the target as if it were the trained weight.
             weight_OI = dense_target(weight_OI, statistics, options.dense_weight, options.damping)
-        pruned = unchanged(weight_OI)
-        if not work.removes_nothing:
-            pruned = method.apply(weight_OI, statistics, work)
+        pruned = method.apply(weight_OI, statistics, work)
 
         # Masks may compare all rows, but the update works within a row. So the method runs on its
         # own, and the update is split over processes.
@@ -69,19 +58,8 @@ def compose(method: Method, options: MethodOptions, rounding: str = "none") -> M
             shard_OI = weight_OI[shard.rows]
             return fit_least_squares(shard_OI, start, statistics, options.damping, shard)
 
-        if updates and not work.removes_nothing:
+        if updates:
             pruned = work.rows.solve(len(weight_OI), 1, update)
-        if quantizes:
-            # Integers approximate the target itself. The sweep over the columns repeats what a
-            # method has changed to compensate for its mask, with the integers in view.
-            keep_OI = None if work.removes_nothing else pruned.keep_OI
-            if isinstance(work.quantization, GroupQuantizer):
-                quantized = quantize_in_groups(weight_OI, statistics, work)
-            else:
-                quantized = quantize_by_rate(weight_OI, statistics, work, keep_OI)
-            forced = 0 if keep_OI is None else count_zeros(keep_OI)
-            notes = pruned.notes | quantized.notes | {"forced_zeros": forced}
-            pruned = replace(quantized, notes=notes)
         if uses_dense_target:
             pruned.notes.update(_target_notes(statistics))
         return pruned
@@ -94,9 +72,44 @@ def compose(method: Method, options: MethodOptions, rounding: str = "none") -> M
         needs_drift=uses_dense_target,
         # All added steps use a ridge. Only a method that inverts a Gram matrix without one, such as
         # SparseGPT, keeps the composed method from having it.
-        # So does the quantisation, whose ridge is small against the inputs with the largest norms.
-        adds_ridge=not quantizes and (method.adds_ridge or method.needs != "gram"),
-        updates_weights=method.updates_weights or updates or quantizes,
+        adds_ridge=method.adds_ridge or method.needs != "gram",
+        updates_weights=method.updates_weights or updates,
+    )
+
+
+def rounding_method(rounding: str, options: MethodOptions) -> Method:
+    """A method that removes nothing and rounds each weight, as `Work.quantization` says.
+
+    Args:
+        rounding: "feedback", where later columns correct the errors of earlier ones, or "nearest",
+            each weight by itself, which reads no statistics of the inputs.
+        options: The options that the `Work` of every linear will have too.
+
+    >>> rounding_method("feedback", MethodOptions(dense_weight=0.25)).needs_drift
+    True
+    """
+    feedback = rounding == "feedback"
+    uses_dense_target = feedback and options.dense_weight != 0
+
+    def quantize(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
+        """Round one linear, or the target that takes its place."""
+        if not uses_dense_target:
+            return quantize_in_groups(weight_OI, statistics, work)
+        options = work.options
+        weight_OI = dense_target(weight_OI, statistics, options.dense_weight, options.damping)
+        pruned = quantize_in_groups(weight_OI, statistics, work)
+        pruned.notes.update(_target_notes(statistics))
+        return pruned
+
+    return Method(
+        name="rounding",
+        summary="round each weight to a type of the format",
+        function=quantize,
+        needs="gram" if feedback else "none",
+        updates_weights=True,
+        needs_drift=uses_dense_target,
+        # Its ridge is small against the inputs with the largest norms.
+        adds_ridge=False,
     )
 
 

@@ -33,11 +33,12 @@ from torch import Tensor
 from prunus.hardware.numerics import low_precision_product
 from prunus.methods.group_fits import fit_scales, round_in_groups, span_fit
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer, Scales, join_spans
-from prunus.methods.rate_distortion import DAMPING
 from prunus.methods.solvers.obs import TILE, ordered_factor, sweep_columns
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import NearestRounding, Pruned, RowShard, Work
 
+#: λ, a share of the mean diagonal of the Gram matrix, if an option does not choose it.
+DAMPING = 0.1
 # The share of the correlations between inputs that the sweep uses, and the number of eigenvectors
 # along which it uses all.
 _CORRELATIONS, _LEADING = 0.5, 64
@@ -53,7 +54,7 @@ def quantize_in_groups(weight_OI: Tensor, statistics: InputStatistics, work: Wor
         statistics: With a Gram matrix. Without feedback it may be empty.
         work: Its quantisation is a `GroupQuantizer`, or a `NearestRounding` for no feedback. Its
             `damping` is a share of the mean diagonal of the Gram matrix; None means
-            `rate_distortion.DAMPING`.
+            `DAMPING`.
 
     Returns:
         The dense weight, the mask of its non-zero weights, and the quantised weight.
@@ -99,6 +100,25 @@ def quantize_in_groups(weight_OI: Tensor, statistics: InputStatistics, work: Wor
     quantized = GroupedWeight(quantizer, solved.weight_OI)
     dense_OI = quantized.dense()
     return Pruned(dense_OI, dense_OI != 0, solved.notes, quantized)
+
+
+def relative_steps(statistics: InputStatistics, damping: float | None) -> Tensor:
+    """U_jj, float32 (I,), with the largest input norms first in the sweep.
+
+    An error e in column j of the sweep adds e² / U_jj² to the output error, up to a factor that is
+    the same for all columns of a linear.
+
+    Args:
+        statistics: With a Gram matrix.
+        damping: λ; None means `DAMPING`.
+
+    Raises:
+        ValueError: The Gram matrix cannot be inverted, see `obs.inverse_factor`.
+    """
+    order = ("by norm", lambda norms_I: norms_I.argsort(descending=True, stable=True))
+    damping = DAMPING if damping is None else damping
+    order_I, upper_II, _ = ordered_factor(statistics, damping, order)
+    return torch.empty_like(upper_II[0]).index_copy_(0, order_I, upper_II.diagonal())
 
 
 def _order(squares_I: Tensor, quantizer: GroupQuantizer) -> Tensor:

@@ -26,22 +26,13 @@ DenseWeight = Annotated[
 ]
 
 
-class MethodOptions(Options):
-    """What methods, their targets and the update of their weights read.
-
-    A field whose value is None has a default that depends on the linear or on the method; its
-    declaration says which.
+class UpdateOptions(Options):
+    """What all updates of weights read, those of rounding too.
 
     Attributes:
         damping: λ, as a share of the mean diagonal of the Gram matrix, in (0, 1).
-        iterations: The iterations of method alps, at least 1.
-        weight_update: How the kept weights are fitted after the method; see
-            `solvers/least_squares.py`.
         dense_weight: α, the share of the dense model in the outputs to approximate, in [0, 1]; see
             `dense_targets.py`.
-        ria_power: The power of the input norms in RIA's score, in [0, 2].
-        mask_from: The score of the mask of method obs.
-        mask_order: Whether method obs chooses its mask before the update or in the course of it.
 
     Raises:
         ValueError: A value is out of range.
@@ -58,6 +49,27 @@ class MethodOptions(Options):
             default="0.01; alps and least squares choose it by the number of tokens",
         ),
     ] = None
+    dense_weight: DenseWeight = 0.0
+
+
+class MethodOptions(UpdateOptions):
+    """What methods, their targets and the update of their weights read.
+
+    A field whose value is None has a default that depends on the linear or on the method; its
+    declaration says which.
+
+    Attributes:
+        iterations: The iterations of method alps, at least 1.
+        weight_update: How the kept weights are fitted after the method; see
+            `solvers/least_squares.py`.
+        ria_power: The power of the input norms in RIA's score, in [0, 2].
+        mask_from: The score of the mask of method obs.
+        mask_order: Whether method obs chooses its mask before the update or in the course of it.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
     iterations: Annotated[
         int | None,
         Option(
@@ -66,7 +78,6 @@ class MethodOptions(Options):
             panel=METHOD,
             within=at_least(1),
             default="12",
-            decides_zeros=True,
         ),
     ] = None
     weight_update: Annotated[
@@ -75,28 +86,24 @@ class MethodOptions(Options):
             "Fit the kept weights to the mask of any method (least-squares).",
             metavar="UPDATE",
             panel=METHOD,
-            decides_zeros=True,
         ),
     ] = "none"
-    dense_weight: DenseWeight = 0.0
     ria_power: Annotated[
         float,
         Option(
             "Raise the input norms in the score of method ria to this power.",
             flag=False,
             within=between("[0, 2]"),
-            decides_zeros=True,
         ),
     ] = 0.5
     mask_from: Annotated[
         Literal["wanda", "magnitude"],
-        Option("Choose the mask of method obs by this score.", flag=False, decides_zeros=True),
+        Option("Choose the mask of method obs by this score.", flag=False),
     ] = "wanda"
     mask_order: Annotated[
         Literal["before", "blockwise"],
         Option(
             "Choose the mask of method obs before the update, or blockwise in it.",
             flag=False,
-            decides_zeros=True,
         ),
     ] = "before"

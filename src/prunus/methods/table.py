@@ -232,8 +232,6 @@ def check_options(
     pattern: Pattern,
     sparsity: float,
     options: MethodOptions | None = None,
-    *,
-    quantizes: bool = False,
 ) -> None:
     """Check that a method supports a pattern, a sparsity and its options, before any work is done.
 
@@ -244,7 +242,6 @@ def check_options(
         pattern: Which weights compete.
         sparsity: The share to remove; N:M ignores it.
         options: The options of the method and of the steps after it; None for their defaults.
-        quantizes: Whether the weights become integers at the end, which also updates them.
 
     Raises:
         ValueError: Two choices exclude each other; the message says what to choose instead.
@@ -265,7 +262,7 @@ def check_options(
             f"Use group {supported}, or another method"
         )
     fixed = not method.updates_weights and options.weight_update == "none"
-    if options.dense_weight != 0 and fixed and not quantizes:
+    if options.dense_weight != 0 and fixed:
         raise ValueError(
             f"{method.name} keeps its weights as they are, so they cannot approximate the dense "
             "model's outputs: set weight_update to least-squares, choose a method that updates "

@@ -11,7 +11,7 @@ A solver is written once, for the rows of a shard. A single process gets a shard
 rows, so solvers need no branch for it.
 
 Shape suffixes in all files of this package: O outputs (rows), S some of them, I inputs (columns),
-T tokens, B columns of a block. Here also K classes of columns and V values −127 to 127.
+T tokens, B columns of a block.
 """
 
 from __future__ import annotations
@@ -29,41 +29,6 @@ from prunus.methods.patterns import Pattern
 from prunus.methods.statistics import InputStatistics
 
 
-class CodeLengths(NamedTuple):
-    """The lengths of a code of integers.
-
-    Attributes:
-        lengths_KV: float32 (K, 255), the bits of −127 to 127 in every class of columns.
-        classes_I: int64, the class of each column.
-    """
-
-    lengths_KV: Tensor
-    classes_I: Tensor
-
-
-class Quantized(NamedTuple):
-    """A quantised weight: W_ij = scale_i · step_j · level_ij.
-
-    Attributes:
-        levels_OI: int8, from -127 to 127.
-        steps_I: float32, exact in bfloat16, positive: the step of each column.
-        scales_O: float32, exact in bfloat16, positive: the scale of each row.
-    """
-
-    levels_OI: Tensor
-    steps_I: Tensor
-    scales_O: Tensor
-
-    def dense(self) -> Tensor:
-        """The weight, float32 (O, I).
-
-        >>> levels = torch.tensor([[1, -2]], dtype=torch.int8)
-        >>> Quantized(levels, torch.tensor([0.5, 2.0]), torch.tensor([2.0])).dense()
-        tensor([[ 1., -8.]])
-        """
-        return self.levels_OI * self.steps_I * self.scales_O[:, None]
-
-
 @dataclass(slots=True)
 class Pruned:
     """The result for one linear.
@@ -72,13 +37,13 @@ class Pruned:
         weight_OI: float32, exactly 0 wherever `keep_OI` is False.
         keep_OI: bool, True where the weight is kept. A kept weight may happen to be 0.
         notes: Values for the record of this linear; JSON must be able to hold them.
-        quantized: The same weight as integers and scales, if the run quantises.
+        quantized: The same weight as a type of a format stores it, if the run quantises.
     """
 
     weight_OI: Tensor
     keep_OI: Tensor
     notes: dict[str, Any] = field(default_factory=dict)
-    quantized: Quantized | GroupedWeight | None = None
+    quantized: GroupedWeight | None = None
 
 
 def masked(weight_OI: Tensor, keep_OI: Tensor, notes: dict[str, Any] | None = None) -> Pruned:
@@ -148,21 +113,6 @@ EVERY_ROW = RowShard()
 UNSHARDED = RowSharding()
 
 
-@dataclass(frozen=True, slots=True)
-class LinearQuantization:
-    """How one linear is quantised by `rate_distortion.quantize`.
-
-    Attributes:
-        step: The step of a column with U_jj = 1 in a row of scale 1.
-        scales_O: float32, positive: the scale of each row.
-        code_of: From the integers of some rows, int8 (S, I), to a code that suits them.
-    """
-
-    step: float
-    scales_O: Tensor
-    code_of: Callable[[Tensor], CodeLengths]
-
-
 class NearestRounding(NamedTuple):
     """How one linear is rounded in groups, each weight by itself.
 
@@ -194,7 +144,7 @@ class Work:
     options: MethodOptions = field(default_factory=MethodOptions)
     rows: RowSharding = UNSHARDED
     reference_order: bool = False
-    quantization: LinearQuantization | GroupQuantizer | NearestRounding | None = None
+    quantization: GroupQuantizer | NearestRounding | None = None
 
     @property
     def removes_nothing(self) -> bool:

@@ -26,8 +26,8 @@ from transformers import AutoConfig
 
 from prunus.model.checkpoint.atomic_files import read_json, write_json
 from prunus.model.checkpoint.reader import Checkpoint
+from prunus.model.formats import refuse_packed
 
-_PACKED = "prunus"  # `packed.description.METHOD`, from which this room may not import
 _MAX_DEPTH = 32  # of lists and objects in each other
 _MAX_LIST = 10_000  # entries; transformers may repeat a list once per layer
 _MAX_POSITIONS = 2**24  # tokens; the longest context of a published model is 10 million
@@ -156,16 +156,16 @@ def load_config(
     Args:
         folder: A checkpoint.
         trust_remote_code: Let transformers run code that comes with the checkpoint.
-        quantized: Accept a quantised or packed checkpoint, and give the configuration of its dense
-            form.
+        quantized: Accept a quantised checkpoint, and give the configuration of its dense form.
         checkpoint: The weights of the folder, if they are open already.
 
     Raises:
         FileNotFoundError: The folder has no config.json.
         ValueError: The file is damaged or asks for more than the weights hold, transformers knows
-            no such model, or the checkpoint is quantised and `quantized` is False.
+            no such model, or the checkpoint is packed, or quantised and `quantized` is False.
     """
     require_config(folder)
+    refuse_packed(folder)
     check_config(folder, checkpoint)
     try:
         config = AutoConfig.from_pretrained(
@@ -180,11 +180,6 @@ def load_config(
     described = getattr(config, "quantization_config", None)
     if quantized and hasattr(config, "quantization_config"):
         del config.quantization_config
-    elif described and _is_packed(described):
-        raise ValueError(
-            f"{folder} is packed already; give the checkpoint that it was packed from, or turn it "
-            "back with prunus unpack first"
-        )
     elif described:
         raise ValueError(
             f"{folder} holds quantised weights; prune the full-precision checkpoint, then quantise "
@@ -208,9 +203,6 @@ def check_config(folder: Path, checkpoint: Checkpoint | None = None) -> None:
     if not path.exists():
         return
     content = read_config(path)
-    if _is_packed(content.get("quantization_config")):
-        # The module that reads packed weights compares this part with the tensors, one by one.
-        del content["quantization_config"]
     stored: StoredSizes | None = None
     for name, value in _numbers(path, content):
         # No limit is smaller, so most files need no look at the weights.
@@ -249,12 +241,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no JSON object, as a configuration must be; copy it again")
     return content
-
-
-def _is_packed(described: Any) -> bool:
-    """Whether a `quantization_config`, a dict or an object, is of a packed model."""
-    fields = described if isinstance(described, dict) else getattr(described, "__dict__", {})
-    return bool(fields.get("quant_method") == _PACKED)
 
 
 def _sizes(folder: Path, checkpoint: Checkpoint | None) -> StoredSizes:

@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prunus.model.checkpoint.atomic_files import read_json
+from prunus.model.checkpoint.atomic_files import RECORD_FILES, read_json
 
 
 class FormatEntry(NamedTuple):
@@ -22,8 +22,8 @@ class FormatEntry(NamedTuple):
             `formats.base.CompressedFormat`.
         suffix: The end of the name of an output that implies the format, in small letters. A model
             with such a name is opened by the class. Empty for a folder.
-        key: The key of config.json that a folder of the format has, and which is opened by the
-            class. Empty for a folder that transformers reads.
+        key: The key of config.json that a folder of the format has. Such a folder is opened by the
+            class, if it `owns` the folder. Empty for a file.
     """
 
     name: str
@@ -39,8 +39,11 @@ class FormatEntry(NamedTuple):
 
 #: All formats, in the order of the help.
 FORMATS = (
-    FormatEntry("packed", "prunus.formats.packed.format:PackedFormat"),
-    FormatEntry("compressed-tensors", "prunus.formats.compressed_tensors:TensorsFormat"),
+    FormatEntry(
+        "compressed-tensors",
+        "prunus.formats.compressed_tensors:TensorsFormat",
+        key="quantization_config",
+    ),
     FormatEntry("mlx", "prunus.formats.mlx:MlxFormat", key="quantization"),
     FormatEntry("gguf", "prunus.formats.gguf.format:GgufFormat", ".gguf"),
 )
@@ -52,7 +55,7 @@ def folder_formats() -> list[str]:
     """The names of the formats whose result is a folder. The others follow from the output.
 
     >>> folder_formats()
-    ['packed', 'compressed-tensors', 'mlx']
+    ['compressed-tensors', 'mlx']
     """
     return [entry.name for entry in FORMATS if not entry.suffix]
 
@@ -76,15 +79,45 @@ def reader_of(path: str | Path) -> Any:
     """The class of the format that opens a path, where transformers cannot.
 
     None where no format claims it: for a folder of a checkpoint, a hub id, and what is not there.
+
+    Raises:
+        ValueError: It is a packed folder of an earlier version.
     """
-    entry = format_of(path) or _format_in(Path(path))
-    kind = None if entry is None else entry.load()
-    return kind if kind is not None and kind.owns(Path(path)) else None
+    named, config = format_of(path), _config_of(Path(path))
+    refuse_packed(Path(path))
+    entries = [named] if named else [x for x in FORMATS if isinstance(config.get(x.key), dict)]
+    kinds = (entry.load() for entry in entries)
+    return next((kind for kind in kinds if kind.owns(Path(path))), None)
 
 
-def _format_in(folder: Path) -> FormatEntry | None:
-    """The format that the config.json of a folder names; None for none."""
+def refuse_packed(folder: Path) -> None:
+    """Refuse a folder in the packed format, which versions before 0.4 wrote and ran.
+
+    Raises:
+        ValueError: It is one; says which version made it, and how to get a plain checkpoint.
+    """
+    described = _config_of(folder).get("quantization_config")
+    if isinstance(described, dict) and described.get("quant_method") == "prunus":
+        file = next((folder / x for x in RECORD_FILES if (folder / x).is_file()), None)
+        raise ValueError(f"{folder} is a packed model: {of_packed(file and read_json(file))}")
+
+
+def of_packed(record: Any) -> str:
+    """What to do with a packed model: the end of a sentence.
+
+    Args:
+        record: The content of its record, or anything else.
+    """
+    versions = record.get("versions") if isinstance(record, dict) else None
+    version = versions.get("prunus") if isinstance(versions, dict) else None
+    return (
+        f"prunus {str(version)[:20] if version else 'before 0.4'} made it, and this version does "
+        "not read it. `prunus unpack` of version 0.3 turns it back into a plain checkpoint"
+    )
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    """The content of the config.json of a folder; empty without one."""
     path = folder / "config.json"
     config = read_json(path) if path.is_file() else {}
-    keys = config if isinstance(config, dict) else {}
-    return next((entry for entry in FORMATS if isinstance(keys.get(entry.key), dict)), None)
+    return config if isinstance(config, dict) else {}

@@ -52,9 +52,9 @@ def load(
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load any model that prunus reads or writes: dense, pruned, packed, compressed, an adapter.
+    """Load any model that prunus reads or writes: dense, pruned, compressed, an adapter.
 
-    A packed model stays packed in memory. An adapter is loaded with the model that it is for. Where
+    A compressed model is unpacked. An adapter is loaded with the model that it is for. Where
     prunus wrote the checkpoint, the model's `save_pretrained` keeps its model card and its record.
 
     Args:
@@ -94,7 +94,7 @@ def load_model(
     attention: str | None = None,
     kind: Kind | None = None,
 ) -> Any:
-    """The model of a folder (dense, packed, or an adapter), in evaluation mode; safetensors only.
+    """The model of a folder (a checkpoint or an adapter), in evaluation mode; safetensors only.
 
     Weights of an adapter are not merged, and compute in float32, as peft loads them.
 

@@ -87,7 +87,7 @@ class CheckpointSource:
     Args:
         folder: A Hugging Face checkpoint.
         trust_remote_code: Let transformers run code that comes with the checkpoint.
-        quantized: Accept a checkpoint that is quantised or packed. Its weights cannot be bound.
+        quantized: Accept a checkpoint that is quantised. Its weights cannot be bound.
 
     Attributes:
         checkpoint: The open files.

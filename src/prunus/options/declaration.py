@@ -65,8 +65,6 @@ class Option:
     #: Whether it says what is asked for, and not by which method it is reached. Results of two
     #: methods can only be compared where all conditions are equal.
     is_condition: bool = False
-    #: Whether it decides which weights a mask forces to be zero. Without a mask it has no effect.
-    decides_zeros: bool = False
 
 
 class _OptionsType(ModelMetaclass):
@@ -114,7 +112,7 @@ class Options(BaseModel, metaclass=_OptionsType):
         """The names of the declared options for which `has` is true.
 
         Args:
-            has: A question about a declaration, such as whether it decides zeros.
+            has: A question about a declaration, such as whether it is a condition.
         """
         return {name for name, option in cls.declared().items() if has(option)}
 

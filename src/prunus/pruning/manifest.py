@@ -28,6 +28,11 @@ class Manifest(PruningRecord):
 
     recipe: Recipe
 
+    @property
+    def what(self) -> str:
+        """The method."""
+        return self.recipe.method
+
     def _notes(self, totals: dict[str, Any]) -> list[str]:
         lines, asked, reached = super()._notes(totals), self.recipe.sparsity, totals["sparsity"]
         if self.state != "finished" or abs(reached - asked) < _SAME_SPARSITY:

@@ -111,12 +111,13 @@ class Recipe(PruningOptions):
         return super().changed_by(given)
 
     def check_fit(self) -> None:
-        """Check that the training of blocks fits the other options.
+        """Check that the options fit together, and the training of blocks fits the others.
 
         Raises:
             ValueError: The two passes of `propagate` block shall train or use dense targets, or
                 epochs are given for no training.
         """
+        super().check_fit()
         for option, is_set, reason in (
             ("dense_weight", self.dense_weight != 0, "have no dense targets"),
             ("reconstruct", self.reconstruct != "none", "train nothing"),

@@ -3,7 +3,7 @@
 A report is a document of `prunus.engine.document`: facts, tables and charts without any formatting.
 
 write.py                one call from folders and files to a page
-evaluation_sections.py  files of `prunus eval --json` and `prunus bench --json`; charts of quality
+evaluation_sections.py  files of `prunus eval --json`; charts of quality
 sweep_section.py        one sweep
 run_sections.py         one run of prune, compress or shrink
 tables.py               tables of the other commands

@@ -1,4 +1,4 @@
-"""What `prunus eval --json` and `prunus bench --json` write, as sections.
+"""What `prunus eval --json` writes, as a section.
 
 A row of figures maps the title of a column to a value; see `prunus.evaluation.records.FORMS`.
 """
@@ -39,18 +39,13 @@ _OF_TOKENS = (
     "The KL divergences of single tokens in nats, and where the largest is: the number of the "
     "window, the position of the token in it, the text before, and the token."
 )
-#: Column for the x axis of a second chart.
-_SPEED = "decoded tokens/s"
 
 
-def evaluation_section(
-    content: dict[str, Any], speeds: Mapping[str, float] | None = None
-) -> Section:
+def evaluation_section(content: dict[str, Any]) -> Section:
     """The section of an evaluation: the answer in short, quality and size, then tasks.
 
     Args:
         content: The JSON of `prunus eval --json`, as Python objects.
-        speeds: Model -> tokens per second, of `decode_speeds`; None without a benchmark.
 
     Raises:
         LookupError, TypeError, ValueError: `content` is something else. `write.py` says so to
@@ -62,11 +57,11 @@ def evaluation_section(
         model["model"]: [PerplexityResult(**score) for score in model["perplexity"]]
         for model in models
     }
-    sizes = {model["model"]: _size(model, speeds or {}) for model in models}
+    sizes = {model["model"]: _size(model) for model in models}
     pairs = _pairs(content.get("text_differences", []), names)
     parts = [*_quality(scores, sizes, names), *pairs, *_tasks(content, names)]
     if (reference := content.get("reference")) is not None:
-        dense = _size(reference, speeds or {})
+        dense = _size(reference)
         words = [(names[x], _in_short(scores[x], sizes[x], dense)) for x in names]
         parts.insert(0, Facts("Next to the dense model", tuple(words), headline=True))
     protocols = {
@@ -81,27 +76,20 @@ def evaluation_section(
     return Section(title, parts=tuple(parts), details=tuple(details))
 
 
-def _size(model: dict[str, Any], speeds: Mapping[str, float]) -> dict[str, Any]:
+def _size(model: dict[str, Any]) -> dict[str, Any]:
     size = model.get("size")
-    speed = speeds.get(model["model"])
-    if speed is None:
-        # The benchmark may name the model by another path to its folder.
-        folder = Path(model["model"]).name
-        speed = next((x for path, x in speeds.items() if folder in Path(path).parts), None)
-    return (ModelSize(**size).figures() if size else {}) | {_SPEED: speed}
+    return ModelSize(**size).figures() if size else {}
 
 
 def _in_short(scores: Sequence[PerplexityResult], size: dict[str, Any], dense: Any) -> str:
-    """How much smaller, worse and faster a model is than the dense one."""
-    titles = {"file, GB": "{:.0%} of the size", _SPEED: "{:.1f} × the speed"}
-    smaller, faster = (
-        [words.format(size[title] / dense[title])] if size.get(title) and dense.get(title) else []
-        for title, words in titles.items()
-    )
+    """How much smaller and worse a model is than the dense one."""
+    title, smaller = "file, GB", []
+    if size.get(title) and dense.get(title):
+        smaller = [f"{size[title] / dense[title]:.0%} of the size"]
     worse = [
         f"KL {score.divergence.kl:.3f} on {_short(score)}" for score in scores if score.divergence
     ]
-    return ", ".join([*smaller, *worse, *faster])
+    return ", ".join([*smaller, *worse])
 
 
 def _short(score: PerplexityResult) -> str:
@@ -114,7 +102,7 @@ def _quality(
     sizes: Mapping[str, dict[str, Any]],
     names: dict[str, str],
 ) -> list[Any]:
-    """One table of perplexity, divergence, size and speed, and a chart for each text."""
+    """One table of perplexity, divergence and size, and a chart for each text."""
     rows: list[dict[str, Any]] = []
     token_rows = []
     charts, reference = [], None
@@ -136,7 +124,7 @@ def _quality(
         name = Path(reference.reference).name or reference.reference
         note += f" Compared with {name}: {UNITS}; ± one standard error over windows."
     if any(size.get("bits per weight") for size in sizes.values()):
-        note += " Bits per weight of the linears; zeros, masks and scales count."
+        note += " Bits per weight of the linears; scales count too."
     table = table_of("Quality and size", rows, FORMS, note.strip())
     tokens = table_of("Single tokens", token_rows, FORMS, _OF_TOKENS)
     tables = [table] * (len(table.columns) > 1) + [tokens] * (len(tokens.columns) > 2)
@@ -223,43 +211,6 @@ def form_of(metric: str) -> str:
     return ".2%" if share else ".4g"
 
 
-def decode_speeds(content: list[dict[str, Any]]) -> dict[str, float]:
-    """Model -> median decoding speed in tokens per second.
-
-    Args:
-        content: The JSON of `prunus bench --json`, as Python objects.
-    """
-    return {row["model"]: row["decode_tokens_per_second"][1] for row in content}
-
-
-def speed_section(content: list[dict[str, Any]]) -> Section:
-    """The section of a benchmark: size and speed of models, each a median with its spread.
-
-    Args:
-        content: The JSON of `prunus bench --json`, as Python objects; the first model is the one to
-            compare with.
-    """
-    forms = {"file, GB": ",.3f", "resident, GB": ",.2f", "decode / first": ".2f"}
-    speeds = ("prefill, tokens/s", "decode, tokens/s", "lowest", "highest")
-    first = content[0]["decode_tokens_per_second"][1]
-    rows = []
-    for row in content:
-        low, median, high = row["decode_tokens_per_second"]
-        prefill = row["prefill_tokens_per_second"][1]
-        rows.append(
-            {
-                "model": Path(row["model"]).name or row["model"],
-                "file, GB": row["file_bytes"] / 1e9,
-                "resident, GB": row["resident_bytes"][1] / 1e9,
-                **dict(zip(speeds, (prefill, median, low, high), strict=True)),
-                "decode / first": median / first,
-            }
-        )
-    forms |= dict.fromkeys(speeds, ",.1f")
-    table = table_of("Medians over separate processes", rows, forms)
-    return Section("Size and speed", parts=(table,))
-
-
 def plain(value: Any) -> float | None:
     """A figure without its standard error; None stays None.
 
@@ -284,26 +235,20 @@ class Point(NamedTuple):
 
 
 def quality_charts(where: str, points: Sequence[Point], dense: float | None) -> list[Lines]:
-    """Charts of perplexity against size and against decoding speed, where they differ.
+    """A chart of perplexity against size; empty where all have the same size.
 
     Args:
-        where: Name of the text, for the titles.
-        points: The results. A chart leaves out those that lack a figure.
+        where: Name of the text, for the title.
+        points: The results. The chart leaves out those that lack a figure.
         dense: Perplexity of the dense model, which becomes a horizontal line; None if it is
             unknown.
     """
-    positions = {title: positions_of(points, title) for title in (*_SIZES, _SPEED)}
-    spread = [title for title in positions if len({x for _, x, _ in positions[title]}) > 1]
-    sizes = [title for title in spread if title in _SIZES][:1]
-    return [
-        perplexity_chart(
-            f"Perplexity on {where} against {'speed' if title == _SPEED else 'size'}",
-            title,
-            positions[title],
-            dense,
-        )
-        for title in [*sizes, *(title for title in spread if title == _SPEED)]
-    ]
+    for title in _SIZES:
+        positions = positions_of(points, title)
+        if len({x for _, x, _ in positions}) > 1:
+            heading = f"Perplexity on {where} against size"
+            return [perplexity_chart(heading, title, positions, dense)]
+    return []
 
 
 #: A point with its x and its perplexity.

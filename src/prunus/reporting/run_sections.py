@@ -21,6 +21,7 @@ from prunus.engine.linear_record import PruningRecord, mean_error
 from prunus.engine.record import BlockwiseRecord, bos_words
 from prunus.formats.records import CompressionRecord
 from prunus.hardware.sizes import counted, in_bytes
+from prunus.pruning.manifest import Manifest
 from prunus.structure.records import StructureRecord, what_was_removed
 
 #: Name of an error -> its definition.
@@ -39,13 +40,14 @@ def run_section(manifest: PruningRecord) -> Section:
     error, mean = mean_error(manifest.all_totals())
     errors = {error: _block_errors(manifest)}
     by_block = [lines_over_blocks(f"Mean {error} by block", error, errors, ".3%")]
-    recipe = manifest.recipe
     name = Path(manifest.source).name or manifest.source
+    work = manifest.what
     if isinstance(manifest, CompressionRecord):
-        work = manifest.recipe.target + (" per weight" if manifest.recipe.bits else "")
-    else:
+        work += " per weight" if manifest.recipe.bits else ""
+    elif isinstance(manifest, Manifest):
+        recipe = manifest.recipe
         shape = recipe.pattern if recipe.n_of_m else f"{recipe.sparsity:.0%} unstructured"
-        work = f"{recipe.method}, {shape}"
+        work += f", {shape}"
     return Section(
         f"{name}: {work}",
         "" if mean is None else _DEFINITIONS[error],
@@ -138,8 +140,7 @@ def _sizes(manifest: PruningRecord, totals: dict[str, Any]) -> list[tuple[str, s
     counts = f"{totals['zeros']:,} of {totals['weights']:,}"
     if not isinstance(manifest, CompressionRecord):
         return [("sparsity reached", f"{totals['sparsity']:.2%}"), ("weights removed", counts)]
-    reached, forced = totals.get("bits"), totals.get("forced_zeros", 0)
-    size, recipe = manifest.size, manifest.recipe
+    reached, size, recipe = totals.get("bits"), manifest.size, manifest.recipe
     bits = "not known yet" if reached is None else f"{reached:.3f}"
     asked = f"{recipe.bits:g}" if recipe.bits else f"a file of {recipe.target}"
     return [
@@ -153,7 +154,6 @@ def _sizes(manifest: PruningRecord, totals: dict[str, Any]) -> list[tuple[str, s
         ),
         ("bits per weight of the linears", f"{bits} (asked for: {asked})"),
         ("zeros", f"{totals['sparsity']:.2%}: {counts}"),
-        *([("zeros by a mask", f"{forced:,}")] if forced else []),
     ]
 
 

@@ -5,10 +5,8 @@ Records of pruning and inspections have a method `table` of their own, which not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from prunus.compression.records import ConversionRecord
 from prunus.engine.document import Facts, Table, items_of, table_of
 from prunus.engine.record import bos_words
 from prunus.hardware.sizes import counted, in_bytes
@@ -28,16 +26,15 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
     Args:
         plan: What `describe_plan` returned, for preset max with `training` of `plan_training`.
     """
-    allocation = plan["allocation"]
+    allocation, sparsity = plan["allocation"], "the same everywhere"
+    if allocation["measured"]:
+        sparsity = f"{allocation['rule']}: measured when the run starts"
+    removed = f", of which {plan['to_remove']:,} are removed" if plan["to_remove"] else ""
     rows = {
         "blocks": plan["blocks"],
         "linears": plan["linears"],
-        "weights": _weights_of_plan(plan),
-        "sparsity": (
-            f"{allocation['rule']}: measured when the run starts"
-            if allocation["measured"]
-            else "the same everywhere"
-        ),
+        "weights": f"{plan['weights']:,}{removed}",
+        **({"sparsity": sparsity} if plan["to_remove"] else {}),
         "left dense in blocks": ", ".join(plan["left_dense"]) or "nothing",
         "computation": f"{plan['dtype']} on {plan['device']} ({plan['dtype_reason']})",
         "windows per forward pass": plan["batch"],
@@ -82,51 +79,6 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
             "activations of a step"
         )
     return Facts("Plan", items_of(rows))
-
-
-def _weights_of_plan(plan: dict[str, Any]) -> str:
-    """How many weights there are, and what becomes of them."""
-    weights = f"{plan['weights']:,}"
-    if plan.get("bits") is None:
-        removed = f", of which {plan['to_remove']:,} are removed"
-        return weights + (removed if plan["to_remove"] else "")
-    sizes = f"at {plan['bits']:.4g} bits per weight; embeddings and head "
-    sizes += "as they are" if plan["head_bits"] == "none" else f"in {plan['head_bits']}"
-    if plan["to_remove"]:
-        return f"{weights} {sizes}; {plan['to_remove']:,} at least become 0"
-    return f"{weights} {sizes}; how many become 0 follows from the rate"
-
-
-def packing_table(record: ConversionRecord) -> Table:
-    """How a conversion changed the size of the linears: one row per kind of linear, and all.
-
-    The rounding error is the mean over the linears whose error was measured.
-    """
-
-    def row(kind: str, linears: Sequence[Any]) -> dict[str, Any]:
-        before, after = (sum(linear.nbytes[side] for linear in linears) for side in range(2))
-        errors = [linear.relative_error for linear in linears if linear.relative_error is not None]
-        return {
-            "linear": kind,
-            "count": len(linears),
-            "packed": sum(linear.packed for linear in linears),
-            "bytes before": before,
-            "bytes after": after,
-            "after / before": after / before if before else None,
-            "rounding error": sum(errors) / len(errors) if errors else None,
-        }
-
-    kinds: dict[str, list[Any]] = {}
-    for name, linear in record.linears.items():
-        kinds.setdefault(name.rpartition(".")[2], []).append(linear)
-    forms = dict.fromkeys(("count", "packed", "bytes before", "bytes after"), ",d")
-    return table_of(
-        f"{record.COMMAND} {record.source} ({record.inputs.dtype})",
-        [row(kind, linears) for kind, linears in kinds.items()],
-        forms | {"after / before": ".3f", "rounding error": ".2e"},
-        "",
-        row("all", list(record.linears.values())),
-    )
 
 
 def recovery_table(record: RecoveryRecord) -> Table:

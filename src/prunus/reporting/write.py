@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from prunus.formats.records import CompressionRecord
 from prunus.model.checkpoint.atomic_files import check_place, read_json, write_text
 from prunus.model.formats import reader_of
 from prunus.pruning.manifest import Manifest
-from prunus.reporting.evaluation_sections import decode_speeds, evaluation_section, speed_section
+from prunus.reporting.evaluation_sections import evaluation_section
 from prunus.reporting.page import document_json, to_html, to_markdown
 from prunus.reporting.run_sections import run_section, structure_section
 from prunus.reporting.sweep_section import sweep_section
@@ -26,18 +26,16 @@ def report(
     paths: str | Path | Sequence[str | Path],
     output: str | Path | None = None,
     *,
-    bench: str | Path | None = None,
     title: str | None = None,
 ) -> Document:
     """Show runs, sweeps and evaluations, as `prunus report` does.
 
-    Quality is first: evaluations and sweeps, then `bench`. Runs follow.
+    Quality is first: evaluations and sweeps. Runs follow.
 
     Args:
         paths: Folders of `prune`, `compress`, `shrink` or `sweep`, and files of
             `prunus eval --json`; one or several.
         output: Where to write the report: a page (.html) or Markdown (.md). None writes nothing.
-        bench: A file of `prunus bench --json`, whose speeds are shown too.
         title: Title of the report; default is that of its first section.
 
     Returns:
@@ -55,23 +53,10 @@ def report(
         raise ValueError(f"output {page}: the name must end in .html or .md")
     if page is not None:
         check_place(page)
-    measured: list[Section] = []
-    speeds: dict[str, float] = {}
-    if bench is not None:
-        content = read_json(Path(bench))
-        measured = [_checked(Path(bench), lambda: speed_section(content), "prunus bench")]
-        speeds = decode_speeds(content)
     results = [(path, _read_result(path)) for path in input_paths]
-    runs = [(path, result) for path, result in results if isinstance(result, BlockwiseRecord)]
-    sections = [
-        *(
-            _section(path, result, speeds)
-            for path, result in results
-            if not isinstance(result, BlockwiseRecord)
-        ),
-        *measured,
-        *(_section(path, run, speeds) for path, run in runs),
-    ]
+    # Stable: both keep the order in which they were given.
+    results.sort(key=lambda result: isinstance(result[1], BlockwiseRecord))
+    sections = [_section(path, result) for path, result in results]
     document = Document(title or sections[0].title, tuple(sections))
     if page is not None:
         page.parent.mkdir(parents=True, exist_ok=True)
@@ -104,13 +89,13 @@ def _read_result(path: Path) -> Any:
     )
 
 
-def _section(path: Path, result: Any, speeds: Mapping[str, float]) -> Section:
+def _section(path: Path, result: Any) -> Section:
     if isinstance(result, SweepResults):
         return _checked(path / RESULTS_NAME, lambda: sweep_section(result))
     if isinstance(result, BlockwiseRecord):
         section: Any = structure_section if isinstance(result, StructureRecord) else run_section
         return _checked(path / result.FILE, lambda: section(result))
-    return _checked(path, lambda: evaluation_section(result, speeds), "prunus eval")
+    return _checked(path, lambda: evaluation_section(result), "prunus eval")
 
 
 def _checked(path: Path, make_section: Callable[[], Section], command: str = "") -> Section:

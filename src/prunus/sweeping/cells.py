@@ -17,7 +17,7 @@ from prunus.engine.linear_record import calibration_words
 from prunus.engine.options import RunOptions
 from prunus.engine.progress import LineInterval, Progress
 from prunus.engine.session import Session
-from prunus.evaluation.inspection import packed_size, stored_size
+from prunus.evaluation.inspection import stored_size
 from prunus.evaluation.options import TaskOptions, TextOptions
 from prunus.evaluation.perplexity import perplexity
 from prunus.evaluation.task_runner import evaluate
@@ -194,7 +194,6 @@ class Runner:
 
         if record.size is None:
             record.size = stored_size(weights, trust)
-            record.packed = packed_size(weights, trust)
         # A cell is compared with the dense model, which is compared with nothing.
         is_cell = isinstance(record, CellResult)
         reference = Path(self.results.models[label].path) if is_cell else None

@@ -37,7 +37,6 @@ class SweptModel(Part):
 
     Attributes:
         size: Its size as it is stored; None until it is measured.
-        packed: Its size as `prunus pack` would store it without loss; None where it packs nothing.
         scores: Text -> perplexity. Those of cells have a divergence from the dense model.
         tasks: Task -> metric -> `value` and `stderr`, None where they are unknown. If all seven
             tasks of the paper are there, their mean is too.
@@ -50,8 +49,9 @@ class SweptModel(Part):
         error: Why the work on it failed, in one line; None where it did not.
     """
 
+    FORMER = ("packed",)
+
     size: ModelSize | None = None
-    packed: ModelSize | None = None
     scores: dict[str, PerplexityResult] = Field(default={})
     tasks: dict[str, dict[str, dict[str, float | None]]] = Field(default={})
     pruning: dict[str, Any] | None = None
@@ -61,11 +61,10 @@ class SweptModel(Part):
     error: str | None = None
 
     def figures(self, text: str) -> dict[str, Any]:
-        """Title -> its figure on one text, and its size: packed where that is possible."""
-        size = self.packed or self.size
+        """Title -> its figure on one text, and its size."""
         score = self.scores.get(text)
         gap = {"residual gap": self.residual_gap.get(text)}
-        return (score.figures() if score else {}) | gap | (size.figures() if size else {})
+        return (score.figures() if score else {}) | gap | (self.size.figures() if self.size else {})
 
     def totals(self) -> dict[str, Any]:
         """Title -> value: the zeros, the error of the linears in words, the seconds of the work.

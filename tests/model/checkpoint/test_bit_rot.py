@@ -1,4 +1,4 @@
-"""A bit of a written shard changes: resume, pack, unpack and `inspect --verify` notice it."""
+"""A bit of a written shard changes: resuming and `inspect --verify` notice it."""
 
 import hashlib
 import json
@@ -11,7 +11,6 @@ import torch
 
 import prunus
 from command_line import call
-from prunus import pack, unpack
 from prunus.model.checkpoint.atomic_files import recorded_digests, verify_shards
 from prunus.model.checkpoint.reader import INDEX_NAME
 from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, training_text
@@ -28,9 +27,7 @@ def material(tmp_path_factory) -> Path:
     dense = dense_checkpoint(folder / "dense", dtype=torch.bfloat16)
     pruned = pruned_checkpoint(folder / "pruned", dense)
     pruned_checkpoint(folder / "pruned-head", dense, head=True)
-    pack(pruned, folder / "packed")
-    unpack(folder / "packed", folder / "unpacked")
-    prunus.compress(dense, folder / "compressed", 4.0, calibration=token_ids(), head_bits=8)
+    prunus.compress(dense, folder / "compressed", 4, calibration=token_ids())
     text = training_text(folder)
     recover(pruned, folder / "recovered", "masked", text, tokens=64, evaluations=1)
     return folder
@@ -48,9 +45,7 @@ def prune(material: Path, out: Path, **options: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize(
-    "name", ["pruned", "pruned-head", "packed", "unpacked", "compressed", "recovered"]
-)
+@pytest.mark.parametrize("name", ["pruned", "pruned-head", "compressed", "recovered"])
 def test_every_record_holds_the_digest_of_every_shard(name, material):
     folder = material / name
     shards = {
@@ -79,38 +74,6 @@ def test_resume_refuses_a_changed_shard_and_makes_a_removed_one_again(number, ma
     assert verify_shards(out) == 3
 
 
-def test_resumed_packing_refuses_a_changed_shard(material, tmp_path):
-    out = tmp_path / "out"
-
-    with pytest.raises(StopError):
-        pack(material / "pruned", out, progress=stop_after(1))
-    shard = out / "model-00001-of-00003.safetensors"
-    flip(shard)
-    with pytest.raises(ValueError, match=rf"{shard.name} {CHANGED}.* remove it"):
-        pack(material / "pruned", out)
-    shard.unlink()
-    assert pack(material / "pruned", out).state == "finished"
-
-
-@pytest.mark.parametrize(
-    ("verb", "name"), [(pack, "pruned"), (pack, "recovered"), (unpack, "packed")]
-)
-def test_a_changed_source_is_not_converted(verb, name, material, tmp_path):
-    shutil.copytree(material / name, tmp_path / "model")
-    flip(tmp_path / "model" / "model-00002-of-00003.safetensors")
-    with pytest.raises(ValueError, match=rf"model-00002-of-00003\.safetensors {CHANGED}.* copy"):
-        verb(tmp_path / "model", tmp_path / "out")
-    assert not (tmp_path / "out" / INDEX_NAME).exists()
-    assert not (tmp_path / "out" / "model-00002-of-00003.safetensors").exists()
-
-
-def test_pack_tells_sources_apart_that_have_the_same_headers(material, tmp_path):
-    pruned_checkpoint(tmp_path / "sparser", material / "dense", sparsity=0.7)
-    pack(material / "pruned", tmp_path / "out", "int8")
-    with pytest.raises(FileExistsError, match="another checkpoint"):
-        pack(tmp_path / "sparser", tmp_path / "out", "int8")
-
-
 def test_inspect_verifies_on_request(material, tmp_path):
     shutil.copytree(material / "pruned", tmp_path / "model")
     shown = call("inspect", tmp_path / "model", "--verify").output
@@ -119,7 +82,7 @@ def test_inspect_verifies_on_request(material, tmp_path):
     assert "bytes that were written" not in call("inspect", tmp_path / "model").output
     refused = call("inspect", tmp_path / "model", "--verify", status=2).output
     assert "model-00002-of-00003.safetensors differ from the SHA-256" in " ".join(refused.split())
-    assert prunus.inspect(material / "packed", verify=True).verified == 3
+    assert prunus.inspect(material / "compressed", verify=True).verified == 3
 
 
 def test_what_cannot_be_verified_is_an_error(material, tmp_path):

@@ -16,12 +16,11 @@ from safetensors.torch import load_file, save, save_file
 
 import prunus
 from command_line import call
-from prunus import pack, unpack
 from prunus.model.checkpoint import atomic_files as files
 from prunus.model.checkpoint.lock import LOCK_NAME
 from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint
 from prunus.model.checkpoint.writer import TENSOR_DTYPES, save_safetensors
-from random_kills import GGUF_NAME, PACKED, audit, outcome, verbs
+from random_kills import GGUF_NAME, audit, outcome, verbs
 from recovery_cases import dense_checkpoint, pruned_checkpoint, training_text
 from scripts import run_script
 from tiny import token_ids
@@ -29,9 +28,9 @@ from tiny import token_ids
 NO_SPACE = re.compile(
     r"^OSError: .*(No space left|os error 28)|^(RuntimeError|ValueError): .*(No space|os error 28)"
 )
-VERBS = ["prune", "pack", "recover-masked", "sweep"]
+VERBS = ["prune", "compress", "recover-masked", "sweep"]
 #: Pruning and recovery also die at each of their renames, in their own tests.
-KILLS = {"prune": 6, "pack": 10, "recover-masked": 4, "sweep": 3}
+KILLS = {"prune": 6, "compress": 6, "recover-masked": 4, "sweep": 3}
 if importlib.util.find_spec("gguf") and importlib.util.find_spec("accelerate"):
     KILLS["import"] = 6
 
@@ -53,11 +52,10 @@ def material(tmp_path_factory) -> tuple[Path, Path, Path, Path]:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_runs_killed_at_random_moments_end_in_the_same_bytes(every, material, tmp_path):
-    kills, (dense, pruned, *_) = KILLS, material
+    kills = KILLS
     if every:
         kills = {verb: 4 * count for verb, count in KILLS.items()}
         kills |= dict.fromkeys(verbs(*material).keys() - KILLS.keys() - {"import"}, 8)
-        pack(pruned, dense.with_name(PACKED))
     wanted = [f"{verb}:{count}" for verb, count in kills.items()]
     results = run_script("random_kills.py", *material, tmp_path, 2026, *wanted, timeout=850)
     fallen = Counter(result["verb"] for result in results)
@@ -143,12 +141,11 @@ def test_a_command_on_a_full_disk_ends_in_one_line(material, small_disk, monkeyp
 
 
 def test_a_disk_that_is_too_small_is_seen_before_any_work(material, small_disk):
-    dense, pruned, *_ = material
-    disk = small_disk(65536)
+    dense, disk = material[0], small_disk(65536)
     with pytest.raises(OSError, match=r"not enough disk for .* the result needs"):
         prunus.prune(dense, disk / "out", calibration=token_ids())
     with pytest.raises(OSError, match="not enough disk"):
-        pack(pruned, disk / "out")
+        prunus.compress(dense, disk / "out", 8, calibration=token_ids())
     assert list(disk.iterdir()) == []
 
 
@@ -175,7 +172,7 @@ def test_a_name_that_is_too_long_is_refused_before_any_work(material, tmp_path):
     name = "n" * 300
     for work in (
         lambda: prunus.prune(material[0], tmp_path / name, calibration=token_ids()),
-        lambda: pack(material[1], tmp_path / name),
+        lambda: prunus.compress(material[0], tmp_path / name, 8, calibration=token_ids()),
     ):
         with pytest.raises(ValueError, match=r"a name has at most 255 bytes, and n* has 300"):
             work()
@@ -242,18 +239,14 @@ def test_a_tensor_that_was_read_does_not_depend_on_its_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("source", "work"),
+    "work",
     [
-        ("dense", lambda *a, **o: prunus.compress(*a, 4, calibration=token_ids(), **o)),
-        ("dense", lambda *a, **o: prunus.shrink(*a, blocks=1, calibration=token_ids(), **o)),
-        ("pruned", pack),
-        ("packed", unpack),
+        lambda *a, **o: prunus.compress(*a, 4, calibration=token_ids(), **o),
+        lambda *a, **o: prunus.shrink(*a, blocks=1, calibration=token_ids(), **o),
     ],
 )
-def test_a_shard_that_is_cut_short(source, work, material, tmp_path):
-    pack(material[1], tmp_path / "packed")
-    folder = {"dense": material[0], "pruned": material[1]}.get(source, tmp_path / "packed")
-    model = shutil.copytree(folder, tmp_path / "model")
+def test_a_shard_that_is_cut_short(work, material, tmp_path):
+    model = shutil.copytree(material[0], tmp_path / "model")
 
     def cut(*_):
         for path in model.glob("*.safetensors"):

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import prunus
 from prunus.formats.gguf.header import open_gguf
-from scripts import fork_script, run_script
+from scripts import fork_script
 from tiny import tiny_checkpoint, token_ids
 
 resource = pytest.importorskip("resource")
@@ -23,7 +23,7 @@ CASES = {
     "header": 80,
     "index": 80,
     "config": 40,
-    "packed": 30,
+    "integers": 30,
     "gguf": 30,
     "architecture": 60,
     "adapter": 30,
@@ -52,13 +52,6 @@ def test_hundreds_of_damaged_inputs(times, tmp_path):
     for kind, count in outcomes.items():
         refused = sum(number for name, number in count.items() if name != "fine")
         assert refused > times * CASES[kind] / 10, (kind, count)
-
-
-@pytest.mark.parametrize("cases", [240, pytest.param(4000, marks=pytest.mark.slow)])
-def test_damaged_packed_weights_have_one_answer_on_every_kernel_or_none(cases):
-    found = run_script("hostile_weights.py", 1, cases)
-    print(found)
-    assert all(x >= cases / 20 for x in found.values()) and sum(found.values()) == cases, found
 
 
 class Bomb:

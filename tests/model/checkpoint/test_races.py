@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import save_file
 
 import prunus
-from prunus import pack, unpack
 from prunus.model.checkpoint import lock
 from prunus.sweeping.grid import Sweep
 from prunus.sweeping.run import sweep as run_sweep
@@ -26,8 +25,7 @@ def material(tmp_path_factory) -> Path:
     """A folder with checkpoints, text and token ids; no test writes to it."""
     folder = tmp_path_factory.mktemp("races")
     dense = dense_checkpoint(folder / "dense", dtype=torch.bfloat16)
-    pack(pruned_checkpoint(folder / "pruned", dense, sparsity=0.5), folder / "packed")
-    pack(pruned_checkpoint(folder / "sparser", dense, sparsity=0.7), folder / "packed-sparser")
+    pruned_checkpoint(folder / "pruned", dense, sparsity=0.5)
     save_file({"input_ids": token_ids()}, folder / "ids.safetensors")
     training_text(folder)
     return folder
@@ -81,11 +79,7 @@ def verbs(material: Path) -> dict[str, tuple[Callable[[Path], Any], Callable[[Pa
             lambda out, b=b: prunus.compress(
                 dense, out, b, calibration=token_ids(), dtype="float32"
             )
-            for b in (3.5, 4.0)
-        ],
-        "pack": [lambda out, m=m: pack(material / m, out, "int8") for m in ("pruned", "sparser")],
-        "unpack": [
-            lambda out, m=m: unpack(material / m, out) for m in ("packed", "packed-sparser")
+            for b in (4, 8)
         ],
         "recover": [
             lambda out, n=n: recover(
@@ -98,7 +92,7 @@ def verbs(material: Path) -> dict[str, tuple[Callable[[Path], Any], Callable[[Pa
     return found
 
 
-@pytest.mark.parametrize("verb", ["prune", "compress", "pack", "unpack", "recover", "sweep"])
+@pytest.mark.parametrize("verb", ["prune", "compress", "recover", "sweep"])
 def test_what_another_run_finished_meanwhile_is_not_destroyed(
     verb, material, between_look_and_lock, tmp_path
 ):
@@ -110,7 +104,7 @@ def test_what_another_run_finished_meanwhile_is_not_destroyed(
     assert tree(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("verb", ["prune", "pack", "recover"])
+@pytest.mark.parametrize("verb", ["prune", "compress", "recover"])
 def test_the_same_command_twice_gives_one_result(verb, material, between_look_and_lock, tmp_path):
     """The second command finds the result of the first, and ends well without work."""
     first, _ = verbs(material)[verb]

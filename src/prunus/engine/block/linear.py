@@ -1,8 +1,7 @@
 """One linear: score, mask, write back, measure. The only place where a method meets a module.
 
-`prune_linear` is the way of one linear through a method; `LinearFinish` is what a command such as
-compress adds at its end. Several ranks split the rows: each solves its own, and all get the whole
-linear. `_RowsOverRanks` at the end of the file does that.
+`prune_linear` is the way of one linear through a method. Several ranks split the rows: each solves
+its own, and all get the whole linear. `_RowsOverRanks` at the end of the file does that.
 
 Shape suffixes: O outputs (rows), I inputs (columns), B bytes or columns of a block.
 """
@@ -13,7 +12,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,44 +26,18 @@ from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import (
     UNSHARDED,
-    LinearQuantization,
     NearestRounding,
     Pruned,
-    Quantized,
     RowShard,
     RowSharding,
 )
 from prunus.model.linears import Linear
-from prunus.runtime.weight import QuantizedWeight
 
-#: A weight as a compressed result stores it.
-PackedLinear = QuantizedWeight | GroupedWeight
+#: From the full name of a linear to how it is rounded.
+LinearRounding = Callable[[str], GroupQuantizer | NearestRounding]
 #: A model with a larger share of zeros than this was pruned already. Dense checkpoints have next to
 #: no weights that are exactly zero.
 SPARSE = 0.01
-
-
-class LinearFinish(Protocol):
-    """What a command does to each linear after its zeros are chosen, such as rounding it.
-
-    Linears come one after the other: `begin`, then `end`, and both again while `end` returns None.
-    Every rank calls both for the same linears in the same order.
-    """
-
-    def begin(
-        self, name: str, statistics: InputStatistics
-    ) -> LinearQuantization | GroupQuantizer | NearestRounding:
-        """How the linear of this full name is rounded, by the complete statistics of its inputs."""
-
-    def end(
-        self, name: str, quantized: Quantized | GroupedWeight
-    ) -> tuple[PackedLinear, dict[str, Any]] | None:
-        """Note what became of a linear.
-
-        Returns:
-            Its weight as a compressed result stores it, and fields of its `LinearRecord`; or None,
-            which asks for another rounding: `begin` is called once more.
-        """
 
 
 @dataclass(frozen=True)
@@ -75,13 +48,12 @@ class PrunedLinear:
         weight: The weight with its zeros, in dtype and orientation of the stored weight and on its
             device.
         record: What the manifest says about the linear.
-        packed: The same weight as a compressed checkpoint stores it; None in a run that does not
-            compress.
+        rounded: The same weight as its type stores it; None in a run that does not compress.
     """
 
     weight: torch.Tensor
     record: LinearRecord
-    packed: PackedLinear | None = None
+    rounded: GroupedWeight | None = None
 
 
 def prune_linear(
@@ -92,7 +64,7 @@ def prune_linear(
     stored: torch.Tensor,
     statistics: InputStatistics,
     ranks: Ranks = SINGLE_PROCESS,
-    finish: LinearFinish | None = None,
+    round_as: LinearRounding | None = None,
 ) -> PrunedLinear:
     """Prune one linear in place, and return what is stored.
 
@@ -109,7 +81,7 @@ def prune_linear(
         stored: The weight in the checkpoint's dtype and orientation, on any device.
         statistics: Statistics of the linear's inputs, complete; see `InputStatistics.complete`.
         ranks: Processes that prune the same linear at the same time and can split its rows.
-        finish: What the command does to the linear afterwards, such as rounding; None for nothing.
+        round_as: How linears are rounded; None for a run that rounds none.
 
     Raises:
         ValueError: The inputs or the new weights are not finite, or the method refuses the weight.
@@ -131,29 +103,21 @@ def prune_linear(
     if (before := count_zeros(stored_OI)) > SPARSE * stored_OI.numel():
         notes["zeros_before"] = before
     rows: RowSharding = _RowsOverRanks(ranks) if ranks.size > 1 else UNSHARDED
-    # What `finish.end` returns: the weight as stored, and fields of the record.
-    ended: tuple[PackedLinear | None, dict[str, Any]] | None = None
-    # The loop runs once, and again only as long as `finish.end` asks for another rounding.
-    while ended is None:
-        quantization = None if finish is None else finish.begin(full_name, statistics)
-        work = replace(work, rows=rows, quantization=quantization)
-        with naming(full_name):
-            pruned = method.apply(weight_OI, statistics, work)
-        if method.updates_weights:
-            new_OI = pruned.weight_OI.to(stored.dtype)
-        else:
-            # Weights that are not removed stay as stored, bit for bit. A way through float32 would
-            # round wider dtypes.
-            new_OI = stored_OI.masked_fill(~pruned.keep_OI, 0)
-        if method.updates_weights and not all_finite(new_OI):
+    quantization = None if round_as is None else round_as(full_name)
+    work = replace(work, rows=rows, quantization=quantization)
+    with naming(full_name):
+        pruned = method.apply(weight_OI, statistics, work)
+    if method.updates_weights:
+        new_OI = pruned.weight_OI.to(stored.dtype)
+        if not all_finite(new_OI):
             raise ValueError(
                 f"{method.name} gave weights that are not finite for {full_name}; "
                 "try a larger `damping` or more `samples`"
             )
-        ended = None, {}
-        if finish is not None and pruned.quantized is not None:
-            ended = finish.end(full_name, pruned.quantized)
-    packed, fields = ended
+    else:
+        # Weights that are not removed stay as stored, bit for bit. A way through float32 would
+        # round wider dtypes.
+        new_OI = stored_OI.masked_fill(~pruned.keep_OI, 0)
     error, energy = _output_error(weight_OI, new_OI, statistics, ranks, method.adds_ridge)
     # From here on `weight_OI` may not be used: on a device it can be the weight that this changes.
     # The original code continues with the weight as computed, and rounds only when it saves.
@@ -167,11 +131,11 @@ def prune_linear(
         removed_energy=energy,
         tokens=0 if "unreached" in notes else statistics.tokens,
         seconds=round(time.perf_counter() - started, 4),
+        bits=None if pruned.quantized is None else pruned.quantized.quantizer.bits,
         notes=notes | pruned.notes,
-        **fields,
     )
     result = new_OI.T if linear.transposed else new_OI
-    return PrunedLinear(result.to(stored.device).contiguous(), record, packed)
+    return PrunedLinear(result.to(stored.device).contiguous(), record, pruned.quantized)
 
 
 def _on_device(stored_OI: torch.Tensor, current_OI: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ from prunus.engine.block.dense_stream import (
     accumulate_with_drift,
 )
 from prunus.engine.block.hooks import ExpertCounter, find_expert_counters
-from prunus.engine.block.linear import SPARSE, LinearFinish, PackedLinear, prune_linear
+from prunus.engine.block.linear import SPARSE, LinearRounding, prune_linear
 from prunus.engine.block.walks import (
     Accumulate,
     BlockWalk,
@@ -53,6 +53,7 @@ from prunus.engine.reconstruction.reconstruct_block import (
 from prunus.engine.record import Walk
 from prunus.engine.session import Session
 from prunus.hardware.numerics import count_zeros
+from prunus.methods.group_quantizer import GroupedWeight
 from prunus.methods.statistics import Drift, InputStatistics, StatisticsSpec
 from prunus.model.linears import Linear
 from prunus.model.stream import Stream
@@ -76,7 +77,7 @@ class BlockPruner:
         session: The processes that have windows of the run, and who hears of it.
         walks: Per block, how the windows go through it; see `walks.py`.
         sparsities: The sparsity of single linears, by full name; the others get that of the run.
-        finish: What the command does to each linear afterwards, such as rounding; None for nothing.
+        round_as: How linears are rounded; None for a run that rounds none.
 
     Attributes:
         stream: The hidden states of the pruned model before the next block.
@@ -89,13 +90,13 @@ class BlockPruner:
         session: Session,
         walks: Sequence[Walk],
         sparsities: Mapping[str, float],
-        finish: LinearFinish | None = None,
+        round_as: LinearRounding | None = None,
     ) -> None:
         self.job = job
         self.session = session
         self.walks = walks
         self.sparsities = sparsities
-        self.finish = finish
+        self.round_as = round_as
         self.ranks = session.ranks
         self.skeleton = job.skeleton
         self.stream = Stream(job.skeleton, job.source, job.device)
@@ -161,7 +162,7 @@ class BlockPruner:
             stored: The block as the checkpoint stores it.
 
         Returns:
-            All its tensors, its record, a line for the log, and its packed linears.
+            All its tensors, its record, a line for the log, and its rounded linears.
 
         Raises:
             ValueError: Weights or activations are not finite; the message names the tensor.
@@ -189,7 +190,7 @@ class BlockPruner:
         message = f"{self.job.format.DONE} in {record.seconds:.2f} s"
         if record.walk == "replay":
             message += ", with one batch in flight: paused windows do not fit in the memory budget"
-        return FinishedBlock(state.finished, record, message, state.packed)
+        return FinishedBlock(state.finished, record, message, state.rounded)
 
     def _load(self, index: int, stored: StoredBlock) -> BlockState:
         """Put the weights into the block, and prepare all that its walk needs."""
@@ -286,12 +287,12 @@ class BlockPruner:
             state.stored[key],
             statistics,
             self.ranks,
-            self.finish,
+            self.round_as,
         )
         state.changed[key] = finished.weight
         state.records[linear.name] = finished.record
-        if finished.packed is not None:
-            state.packed[linear.name] = finished.packed
+        if finished.rounded is not None:
+            state.rounded[linear.name] = finished.rounded
         for counter in state.expert_counters:
             if counter.owns(linear.name):
                 finished.record.notes |= counter.notes(linear.name)
@@ -330,7 +331,7 @@ class BlockPruner:
             needs=method.needs,
             drift=drift if job.uses_dense_target(in_features) else "none",
             reference_order=job.work.reference_order,
-            rounded=self.finish is not None,  # masks would show it, and integers do not
+            rounded=self.round_as is not None,  # masks would show it, and integers do not
             distributed=self.ranks.size > 1,
         )
         return InputStatistics(in_features, spec, job.device)
@@ -404,7 +405,7 @@ class BlockState:
         changed: The finished tensors by relative name, as far as they differ from `stored`, in the
             dtypes of `stored`.
         records: The records of the linears, by relative name.
-        packed: The linears that a compressed checkpoint stores as integers, by relative name.
+        rounded: The linears that a format stores in types of its own, by relative name.
         reconstructed: The record of the training; None before it, or if there is none.
     """
 
@@ -419,7 +420,7 @@ class BlockState:
     reconstruction: BlockReconstruction | None
     changed: dict[str, torch.Tensor] = field(default_factory=dict)
     records: dict[str, LinearRecord] = field(default_factory=dict)
-    packed: dict[str, PackedLinear] = field(default_factory=dict)
+    rounded: dict[str, GroupedWeight] = field(default_factory=dict)
     reconstructed: ReconstructionRecord | None = None
 
     @property

@@ -32,8 +32,7 @@ import torch
 
 from prunus.engine.folder import BlockFolder, find_earlier, remove_result
 from prunus.engine.linear_job import LinearSelection
-from prunus.engine.linear_options import PruningOptions
-from prunus.engine.linear_record import LinearRecord
+from prunus.engine.linear_options import LinearOptions
 from prunus.engine.options import RunOptions
 from prunus.engine.output import MEASUREMENT
 from prunus.formats.base import MixFormat
@@ -88,7 +87,7 @@ _BESIDE = (".Modelfile", ".README.md")
 # Whether prunus wrote such a file: it says so.
 _is_own = re.compile(b"prunus").search
 # Bits of embeddings and head -> their type.
-_HEAD_TYPES = {4: "Q4_K", 6: "Q6_K", 8: "Q8_0"}
+_HEAD_TYPES: dict[int | str, str] = {4: "Q4_K", 6: "Q6_K", 8: "Q8_0"}
 
 
 # --- what a file holds: its tensors with their types, its fields, and the record of its run ---
@@ -286,7 +285,7 @@ class GgufFormat(MixFormat):
         return folder
 
     def earlier(
-        self, model: str | Path, folder: Path, recipe: PruningOptions, options: RunOptions
+        self, model: str | Path, folder: Path, recipe: LinearOptions, options: RunOptions
     ) -> CompressionRecord | None:
         """The record of the run to go on with, or that of the finished file; None for neither.
 
@@ -326,7 +325,7 @@ class GgufFormat(MixFormat):
         return selection.limited(model, lambda name: f"{name}.weight" in sources)
 
     def check(self) -> None:
-        """Check masks, stacked experts, types, and that these reach the bits or the size.
+        """Check stacked experts, types, and that these reach the bits or the size.
 
         Raises:
             ValueError: The format cannot do what the recipe asks for.
@@ -336,7 +335,6 @@ class GgufFormat(MixFormat):
         # Reading the times refuses names and files that are none.
         if self._times and self.recipe.type is not None and self.recipe.fast_on is not None:
             raise ValueError("`fast_on` chooses types, and `type` gives them: drop one of the two")
-        self.refuse_zeros("a GGUF file")
         linears = self.job.selected_linears()
         for names in self.stacks.values():
             if len({name in linears for name in names}) > 1:
@@ -400,8 +398,8 @@ class GgufFormat(MixFormat):
     @property
     def _head_type(self) -> str | None:
         """The type of embedding and head; None where their losses choose it."""
-        if "head_bits" in self.recipe.model_fields_set:
-            return _HEAD_TYPES.get(self.recipe.packs_head or 0)
+        if self.recipe.head_bits is not None:
+            return _HEAD_TYPES.get(self.recipe.head_bits)
         # Where types are not chosen by their losses, it is that of llama.cpp's own files.
         return self.recipe.type and ("Q8_0" if self.recipe.type == "Q8_0" else "Q6_K")
 
@@ -414,8 +412,8 @@ class GgufFormat(MixFormat):
     def _types_in_file(self) -> dict[str, str]:
         """Name of a module -> its type in that file, but for those that `head_bits` is about."""
         recipe, source = self.recipe, self.job.checkpoint.checkpoint
-        is_head_given = "head_bits" in recipe.model_fields_set
-        modules = self.shapes.keys() - (self.modules_outside if is_head_given else set())
+        given = set() if recipe.head_bits is None else self.modules_outside
+        modules = self.shapes.keys() - given
         return types_in(
             Path(recipe.type or ""), source.folder, self.contents.layout.tensors, modules
         )
@@ -511,7 +509,7 @@ class GgufFormat(MixFormat):
         """
         return super().measures_loss or self._names_file
 
-    def chosen(self, record: CompressionRecord) -> str:
+    def chosen(self) -> str:
         """How many bytes of the file have each type, and how fast it decodes on a processor."""
         parts = self.contents.bytes_by_type(self.types).most_common()
         return (
@@ -525,7 +523,7 @@ class GgufFormat(MixFormat):
         return {key: weight.data_OB}
 
     def weight_from(
-        self, key: str, tensors: dict[str, torch.Tensor], record: LinearRecord, dtype: torch.dtype
+        self, key: str, tensors: dict[str, torch.Tensor], dtype: torch.dtype
     ) -> torch.Tensor:
         """The dense weight of a linear; its bytes leave `tensors`."""
         quantizer = self.quantizer(self.module_of[key])

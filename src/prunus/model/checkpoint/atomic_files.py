@@ -28,7 +28,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,8 +40,9 @@ TEMPORARY_SUFFIX = ".partial"
 # Linux allows names of 255 bytes. A temporary name takes over the first 200, and has room for a
 # random part and its suffix.
 _MAX_NAME, _OF_NAME = 255, 200
-#: Records of results. A recovered or packed checkpoint also has a copy of the record of its source,
-#: which describes the source's shards. So the first record that is there counts.
+#: Records of results; earlier versions wrote the first two. A recovered checkpoint also has a copy
+#: of the record of its source, which describes the source's shards. So the first record that is
+#: there counts.
 RECORD_FILES = (
     "prunus-pack.json",
     "prunus-unpack.json",
@@ -376,15 +377,3 @@ def verify_shards(folder: Path) -> int:
             "SHA-256 in the record; copy the checkpoint again, or make it again with `overwrite`"
         )
     return len(recorded)
-
-
-def fingerprint_with(fingerprint: str, recorded: Mapping[str, str]) -> str:
-    """A fingerprint that also covers the weights, where their SHA-256 is known.
-
-    Args:
-        fingerprint: The fingerprint of `Checkpoint`, which covers names, sizes and headers alone.
-        recorded: The digests of `recorded_digests`. Without any, `fingerprint` is returned.
-    """
-    if not recorded:
-        return fingerprint
-    return hashlib.sha256(json.dumps([fingerprint, sorted(recorded.items())]).encode()).hexdigest()

@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from io import FileIO
@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from prunus.hardware.numerics import check_finite
-from prunus.model.checkpoint.atomic_files import check_shard, read_json
+from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.regular_files import check_regular
 from prunus.model.checkpoint.writer import TENSOR_DTYPES, FileTensor
 
@@ -107,17 +107,6 @@ class Checkpoint:
                         "does not hold it; the index and the shards do not belong together"
                     )
         self.fingerprint = digest.hexdigest()
-        self._expected: dict[str, str] = {}
-
-    def verify_on_read(self, digests: Mapping[str, str]) -> None:
-        """Compare each shard with its SHA-256 when it is first read.
-
-        Its pages are then in the page cache for the reading, so that the disk reads them only once.
-
-        Args:
-            digests: Name of a shard -> SHA-256 (hex). Shards without one are not compared.
-        """
-        self._expected = {file: x for file, x in digests.items() if file in self._opened}
 
     def _read_index(self) -> dict[str, str] | None:
         """Stored name -> shard, from the index file; None for a checkpoint of one file."""
@@ -197,7 +186,7 @@ class Checkpoint:
 
         Raises:
             FileNotFoundError: A shard is gone.
-            ValueError: A shard was changed since it was opened, or differs from its SHA-256.
+            ValueError: A shard was changed since it was opened.
         """
         for file, members in self._by_file(names):
             with self._open(file) as plain:
@@ -255,11 +244,7 @@ class Checkpoint:
         for name in names:
             by_file.setdefault(self.tensors[name].file, []).append(name)
         self.check_unchanged(by_file)
-        for file, members in by_file.items():
-            if file in self._expected:
-                check_shard(self.folder / file, self._expected[file], "copy the checkpoint again")
-                del self._expected[file]
-            yield file, members
+        yield from by_file.items()
 
     def check_unchanged(self, files: Iterable[str] | None = None) -> None:
         """Check that shards are still the files that were opened: same inode, length and time.

@@ -1,1 +1,0 @@
-"""The format of prunus itself: integers in an entropy code; see `prunus.runtime`."""
