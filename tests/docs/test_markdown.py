@@ -11,8 +11,8 @@ from prunus.pruning.recipe import Recipe
 
 PAGES = pages()
 #: Pages that tell of earlier versions, so their names need not exist any more.
-HISTORY = {"CHANGELOG.md"} | {path.name for path in (REPOSITORY / "docs" / "notes").glob("*.md")}
-CURRENT = [page for page in PAGES if page.name not in HISTORY]
+HISTORY = {REPOSITORY / "CHANGELOG.md", *(REPOSITORY / "docs" / "notes").glob("*.md")}
+CURRENT = [page for page in PAGES if page not in HISTORY]
 #: Options of other programs that the pages name.
 FOREIGN = {
     "--kl-divergence", "--kl-divergence-base", "--llama-bench", "--gguf", "--master-addr",

@@ -4,7 +4,7 @@ The weight is rounded to the nearest of evenly spaced levels and coded by entrop
 a row are as many as its values need. The distance between levels is `scale_i · step_j`. Where the
 code adapts to the data, one distance for the whole weight has the smallest error in theory. On the
 tied embedding of SmolLM2-135M it was best to let scales grow with the root of a row's root mean
-square, and to choose the exponent of the columns for each weight (docs/notes/2026-11-29.md).
+square, and to choose the exponent of the columns for each weight (docs/notes/type-choice.md).
 
 Shape suffixes: O output features (rows), I input features (columns), S rows of a sample.
 """
