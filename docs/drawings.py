@@ -6,7 +6,6 @@ Each function below makes one picture. The table at the end names its file.
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import log2
 from pathlib import Path
 
 from drawing import WIDTH, Drawing
@@ -95,173 +94,12 @@ def column_sweep() -> Drawing:
     return draw
 
 
-def planes() -> Drawing:
-    """Twelve integers in a code of three layers."""
-    draw = Drawing(
-        392,
-        "Integers in layers of bits: layer 0 holds every weight, each next layer only those that "
-        "the layer before did not name.",
-        "src/prunus/runtime/plane_codes.py, src/prunus/runtime/planes.py",
-    )
-    integers = [0, 1, 0, -1, 0, 2, 0, 0, -1, 0, -3, 1]
-    signed = [f"{value:+d}".replace("-", "−") if value else "0" for value in integers]
-    left, cell = 166, 44
-    draw.text(20, 45, "integers q", "bold", "start")
-    for place, word in enumerate(signed):
-        draw.text(left + (place + 0.5) * cell, 45, word, "bold")
-    layers = [
-        ("layer 0: 2 bits", "0, +1, −1 or more", 72),
-        ("layer 1: 1 bit", "+2 or more", 146),
-        ("layer 2: 1 bit", "−2 or more", 220),
-        ("a byte", "all others", 294),
-    ]
-    for name, names, y in layers:
-        draw.text(20, y + 14, name, "bold", "start")
-        draw.text(20, y + 33, names, "soft", "start")
-    for place, value in enumerate(integers):
-        more = abs(value) > 1
-        style = "orange" if more else "plain" if value == 0 else "blue"
-        words = "more" if more else signed[place]
-        draw.named_box((left + place * cell, 72), (cell, 32), [words], style)
-    below = [(5, 0, 104, 146), (10, 1, 104, 146), (1, 0, 178, 220), (0, 0, 252, 294)]
-    for start, end, y1, y2 in below:
-        x1, x2, turn = left + (start + 0.5) * cell, left + (end + 0.5) * cell, y1 + 10 + 10 * end
-        draw.line([(x1, y1), (x1, turn), (x2, turn)])
-        draw.arrow((x2, turn), (x2, y2))
-    draw.named_box((left, 146), (cell, 32), ["+2"], "blue")
-    draw.named_box((left + cell, 146), (cell, 32), ["more"], "orange")
-    draw.named_box((left, 220), (cell, 32), ["more"], "orange")
-    draw.named_box((left, 294), (cell, 32), ["−3"], "violet")
-    notes = [
-        ("12 × 2 + 2 × 1 + 1 × 1 + 8 = 35 bits for 12 weights.", ""),
-        ("In a real linear few weights reach the last layers.", "soft"),
-        ("Each bit of a layer is a plane: one 64-bit word", "soft"),
-        ("holds this bit of 64 weights.", "soft"),
-    ]
-    for number, (words, style) in enumerate(notes):
-        draw.text(322, 192 + 21 * number + 14 * (number > 1), words, style, "start")
-    draw.text(
-        WIDTH / 2, 354, "A layer has no gaps: it takes bits only for the weights that reach it."
-    )
-    return draw
-
-
-def lines() -> Drawing:
-    """A tile of the form in memory, for a class whose values have three bits."""
-    draw = Drawing(
-        444,
-        "In memory, eight rows of 64 columns take as many lines of 64 bytes as a value has bits.",
-        "src/prunus/runtime/kernels/lines.h",
-    )
-    draw.text(
-        20,
-        34,
-        "A tile: 8 rows × 64 columns. Values of 3 bits take 3 lines of 64 bytes.",
-        "bold",
-        "start",
-    )
-    held = ["000111" + "66", "222333" + "67", "444555" + "77"]
-    styles = ["blue", "green", "blue", "green", "blue", "green", "orange", "violet"]
-    left, wide, bits, bit = 76, 256, 392, 38
-    draw.text(left + wide / 2, 64, "bytes 0 to 63: one for each column", "soft")
-    draw.text(bits + 4 * bit, 64, "bits of the byte of column i", "soft")
-    for number, rows in enumerate(held):
-        y = 78 + 44 * number
-        draw.text(20, y + 21, f"line {number}", "", "start")
-        for byte in range(32):
-            draw.box(left + byte * 8, y, 8, 32, "orange" if byte == 20 else "plain")
-        for place, row in enumerate(rows):
-            draw.named_box((bits + place * bit, y), (bit, 32), [f"r{row}"], styles[int(row)])
-        draw.line([(left + 21 * 8, y + 16), (left + wide + 6, y + 16)], "line dash")
-        draw.arrow((left + wide + 6, y + 16), (bits - 4, y + 16))
-    for place in range(8):
-        draw.text(bits + (place + 0.5) * bit, 222, str(place), "soft")
-    draw.text(left + 20.5 * 8, 222, "i", "soft")
-    draw.text(
-        20,
-        254,
-        "Rows r0 to r5 lie whole in the low six bits. Rows r6 and r7 share the spare bits.",
-        "",
-        "start",
-    )
-    draw.text(
-        20,
-        275,
-        "A mask and a shift extract the values of one row for all 64 columns at a time.",
-        "soft",
-        "start",
-    )
-    draw.text(20, 316, "Exceptions: 3 bits hold −4 to +3.", "bold", "start")
-    boxes = [
-        (20, 136, ["the value +5", "does not fit"], "orange"),
-        (180, 156, ["the line holds the", "nearest that fits: +3"], "plain"),
-        (360, 166, ["a list of the tile has", "row, column and +2"], "violet"),
-        (550, 150, ["the product adds", "input × 2"], "plain"),
-    ]
-    for number, (x, width, words, style) in enumerate(boxes):
-        draw.named_box((x, 330), (width, 52), words, style)
-        if number:
-            draw.arrow((x - 24, 356), (x, 356))
-    draw.text(
-        20,
-        408,
-        "Each class of columns has a width of its own: one more bit for all, or more exceptions.",
-        "soft",
-        "start",
-    )
-    return draw
-
-
 def _touching(draw: Drawing, curve: Callable[[float], float], at: float, style: str) -> None:
     """The straight line that touches a curve at one place, and the place."""
     slope = (curve(at + 0.5) - curve(at - 0.5)) / 1.0
     reach = 44 / (1 + slope**2) ** 0.5
     draw.line([(at - reach, curve(at) - slope * reach), (at + reach, curve(at) + slope * reach)])
     draw.add("circle", cx=float(at), cy=float(curve(at)), r=5, class_=style)
-
-
-def water_filling() -> Drawing:
-    """Equal slopes of loss over bits, and the bits of columns above one level."""
-    draw = Drawing(
-        414,
-        "Bits are spent so that one more bit lowers the loss equally everywhere. Columns above the "
-        "level of the step take bits, those below become zeros.",
-        "src/prunus/compression/rate_control.py, src/prunus/methods/rate_distortion.py",
-    )
-    draw.text(185, 34, "Equal slopes over linears and rows", "bold")
-    draw.axes(50, 300, 280, 240)
-    draw.text(325, 340, "bits a weight", "soft", "end")
-    draw.text(58, 66, "loss", "soft", "start")
-    # loss = size · 4^-bits; the slope is the same where size · 4^-bits is, one bit is 60 px.
-    for bits, style, name in ((1.4, "blue", "a"), (2.4, "green", "b"), (3.4, "orange", "c")):
-        x = 50 + 60 * bits
-
-        def curve(at: float, x: float = x) -> float:
-            return 300 - 40 * 4.0 ** ((x - at) / 60)
-
-        start = x - 60 * log2(225 / 40) / 2
-        draw.line([(at, curve(at)) for at in _steps(start, 325, 5)], f"curve {style}")
-        draw.line([(x, curve(x)), (x, 300)], "line dash")
-        _touching(draw, curve, x, style)
-        draw.text(x, 318, name, "soft")
-        draw.text(start + 12, 90, name, "bold", "start")
-    draw.text(190, 366, "one more bit lowers the loss equally", "soft")
-    draw.text(545, 34, "One level Δ for the columns of a linear", "bold")
-    draw.axes(400, 300, 300, 240)
-    draw.text(408, 66, "log₂ (σ_j / U_jj)", "soft", "start")
-    heights = [214, 190, 176, 150, 146, 128, 116, 98, 92, 74, 66, 48]
-    for number, height in enumerate(heights):
-        x, level = 410 + 23 * number, 100
-        draw.box(x, 300 - min(height, level), 17, min(height, level), "plain")
-        if height > level:
-            draw.box(x, 300 - height, 17, height - level, "blue")
-    draw.line([(400, 200), (695, 200)], "line dash")
-    draw.text(694, 192, "log₂ Δ", "bold", "end")
-    draw.text(600, 130, "above the level:", "soft")
-    draw.text(600, 149, "bits of the column", "soft")
-    draw.text(550, 340, "columns, from large inputs to small", "soft")
-    draw.text(550, 366, "columns below the level: mostly zeros", "soft")
-    return draw
 
 
 def _steps(start: float, stop: float, width: float) -> list[float]:
@@ -383,9 +221,6 @@ def resume() -> Drawing:
 DRAWINGS = {
     "lockstep": lockstep,
     "column-sweep": column_sweep,
-    "planes": planes,
-    "lines": lines,
-    "water-filling": water_filling,
     "allocation": allocation,
     "resume": resume,
 }
