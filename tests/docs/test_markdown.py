@@ -20,8 +20,7 @@ FOREIGN = {
     "--node-rank", "--nproc-per-node", "--training-memory", "--others", "--windows", "--take",
     "--eager", "--enable-lora",
     "--tensor-parallel-size", "--outfile", "--outtype", "--temp", "--chunks", "--build",
-    "--user-repo", "--copy", "--no-compile", "--reasoning", "--chat-template-kwargs",
-    "--tensor-type-file",
+    "--user-repo", "--copy", "--no-compile", "--tensor-type-file", "--port", "--json",
 }  # fmt: skip
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 ROOMS = {path.name for path in (REPOSITORY / "src" / "prunus").iterdir() if path.is_dir()}
