@@ -79,29 +79,6 @@ def test_the_readme_states_the_figures_of_the_sweep(plots):
 #: Sentences and rows of tables with the divergence of prunus's files in units of llama.cpp's, on
 #: prose and on code: page -> (model, preset, row of the figures) -> where the page states it.
 RATIOS = {
-    "README.md": {
-        (
-            "Qwen2.5-Coder-1.5B",
-            "Q2_K",
-            "prunus",
-        ): r"At the same size,.*?has (\d\.\d+) of its loss on prose and (\d\.\d+) on code",
-        ("Qwen2.5-Coder-1.5B", "Q2_K", "fast"): r"a processor, and has (\d\.\d+) and (\d\.\d+)",
-        (
-            "Qwen2.5-Coder-1.5B",
-            "Q4_K_M",
-            "prunus",
-        ): r"size of Q4_K_M, it has (\d\.\d+) and (\d\.\d+)",
-        (
-            "Qwen2.5-Coder-1.5B",
-            "IQ2_M",
-            "prunus",
-        ): r"that of IQ2_M \(601 MB\) (\d\.\d+) and (\d\.\d+)",
-        (
-            "SmolLM2-135M",
-            "Q4_K_M",
-            "prunus",
-        ): r"one of them, has (\d\.\d+) and (\d\.\d+) of Q4_K_M's loss",
-    },
     "CHANGELOG.md": {
         (
             "Qwen2.5-Coder-1.5B",
@@ -155,6 +132,19 @@ def test_pages_state_the_ratios_of_the_figures(plots):
             ]
             found = re.search(pattern, text)
             assert found and list(found.groups()) == expected, (page, model, preset, row, expected)
+
+
+def test_the_readme_states_the_losses_of_the_figures(plots):
+    text = " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
+    rows = plots.read("proof")["models"]["Qwen2.5-Coder-1.5B"]["rows"]["Q2_K"]
+    expected = [
+        f"{rows[row]['scores'][name]['kl']:.3f}"
+        for name in rows["preset"]["scores"]
+        for row in ("prunus", "preset")
+    ]
+    loss = r"(\d\.\d+) against (\d\.\d+)"
+    found = re.search(rf"{loss} on English prose, and {loss} on Python code", text)
+    assert found and list(found.groups()) == expected
 
 
 def test_committed_figures_name_no_paths():

@@ -11,8 +11,8 @@ from prunus.pruning.recipe import Recipe
 
 PAGES = pages()
 #: Pages that tell of earlier versions, so their names need not exist any more.
-HISTORY = {"CHANGELOG.md"} | {path.name for path in (REPOSITORY / "docs" / "notes").glob("*.md")}
-CURRENT = [page for page in PAGES if page.name not in HISTORY]
+HISTORY = {REPOSITORY / "CHANGELOG.md", *(REPOSITORY / "docs" / "notes").glob("*.md")}
+CURRENT = [page for page in PAGES if page not in HISTORY]
 #: Options of other programs that the pages name.
 FOREIGN = {
     "--kl-divergence", "--kl-divergence-base", "--llama-bench", "--gguf", "--master-addr",
@@ -20,8 +20,7 @@ FOREIGN = {
     "--node-rank", "--nproc-per-node", "--training-memory", "--others", "--windows", "--take",
     "--eager", "--enable-lora",
     "--tensor-parallel-size", "--outfile", "--outtype", "--temp", "--chunks", "--build",
-    "--user-repo", "--copy", "--no-compile", "--reasoning", "--chat-template-kwargs",
-    "--tensor-type-file",
+    "--user-repo", "--copy", "--no-compile", "--tensor-type-file", "--port", "--json",
 }  # fmt: skip
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 ROOMS = {path.name for path in (REPOSITORY / "src" / "prunus").iterdir() if path.is_dir()}

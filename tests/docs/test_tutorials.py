@@ -30,8 +30,7 @@ TUTORIALS = [*START, *sorted((DOCS / "tutorials").glob("*.md")), OWN_METHOD]
 OTHERS = sorted({*(DOCS / "how-to").glob("*.md")} - {OWN_METHOD})
 #: Extra of the package -> the module that shows whether it is installed.
 EXTRAS = {
-    "data": "datasets", "eval": "lm_eval", "gguf": "gguf", "adapters": "peft", "serve": "fastapi",
-    "vision": "PIL",
+    "data": "datasets", "eval": "lm_eval", "gguf": "gguf", "adapters": "peft", "vision": "PIL",
 }  # fmt: skip
 #: Options that make a command take seconds; they replace what the page says.
 SMALL = {
@@ -42,9 +41,10 @@ SMALL = {
     "recover": {"--tokens": "1024", "--seqlen": "16", "--held-out": "2", "--evaluations": "1"},
     "generate": {"--max-new-tokens": "4"},
 }
+#: Programs that are no command of prunus; its own options, such as --version, do nothing.
 OTHER_PROGRAMS = {
-    "pip", "make", "curl", "export", "mlx_lm.generate", "python", "python3", "vllm", "ollama",
-    "lms", "lm_eval",
+    "pip", "make", "curl", "export", "mlx_lm.generate", "mlx_lm.server", "python", "python3",
+    "vllm", "transformers", "ollama", "lms", "lm_eval", "prunus",
 }  # fmt: skip
 SMALL_PYTHON = {"samples": 4, "seqlen": 16, "tokens": 1024}
 SENTENCE = "The quick brown fox jumps over the lazy dog number {}. "
@@ -97,10 +97,10 @@ def hide_extras(page: Path, monkeypatch) -> None:
 
 
 def verb_and_arguments(words: list[str]) -> tuple[str, list[str]] | None:
-    """Command and arguments of `prunus …` or `torchrun … -m prunus …`; None for other programs."""
+    """Command and arguments of `prunus …` or `torchrun … -m prunus …`; None without a command."""
     if words[0] == "torchrun":
         words = words[words.index("-m") + 1 :]
-    return (words[1], words[2:]) if words[0] == "prunus" else None
+    return (words[1], words[2:]) if words[0] == "prunus" and words[1][0] != "-" else None
 
 
 def smaller(verb: str, arguments: list[str]) -> list[str]:
@@ -110,6 +110,8 @@ def smaller(verb: str, arguments: list[str]) -> list[str]:
         options["--bits"] = "4"  # A folder has 4 or 8.
     if "--type" in kept:
         options.pop("--bits", None)  # the one replaces the other
+    if verb == "compress" and "--size" in kept:
+        kept[kept.index("--size")] = "--bits"  # a tiny model has other sizes
     if "--memory" in kept:
         # Whatever ran in this process before counts against the budget.
         options["--memory"] = "64GB"

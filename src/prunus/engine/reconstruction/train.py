@@ -40,7 +40,7 @@ _WARMUP = 0.05
 
 # Decay rates of Adam's moments. A block takes some ten to a few hundred steps: in so few, the usual
 # (0.9, 0.999) average over too many of them. With these, five epochs leave the error that seven
-# leave with the usual ones (docs/notes/2026-11-29.md, "Shorter averages in Adam").
+# leave with the usual ones (docs/notes/recovery.md, "Shorter averages in Adam").
 _BETAS = 0.5, 0.9
 
 # Validate four times per training, and at least once every four epochs.
