@@ -161,29 +161,15 @@ def with_tables(text: str, figures: Figures) -> str:
 
 def perplexity_table(figures: Figures) -> str:
     """Perplexity of every series at every pattern."""
-    patterns = [p for p in ("40 %", *PATTERNS) if any(key[1] == p for key in figures.cells)]
+    patterns = [p for p in PATTERNS if any(key[1] == p for key in figures.cells)]
     rows = [[label, *(perplexity(figures, name, p) for p in patterns)] for name, label in labels()]
-    return markdown(["", *patterns], rows)
-
-
-def gap_table(figures: Figures) -> str:
-    """The residual gap of every series but magnitude."""
-    patterns = [p for p in ("40 %", *PATTERNS) if any(key[1] == p for key in figures.cells)]
-    rows = [
-        [label, *(spelled_gap(figures, name, p) for p in patterns)]
-        for name, label in labels()
-        if name != "magnitude"
-    ]
     return markdown(["", *patterns], rows)
 
 
 def time_table(figures: Figures) -> str:
     """Processor seconds of every series, for the patterns that were timed."""
-    patterns = [
-        p
-        for p in ("40 %", *PATTERNS)
-        if any(c.seconds for key, c in figures.cells.items() if key[1] == p)
-    ]
+    timed = {pattern for (_, pattern), cell in figures.cells.items() if cell.seconds}
+    patterns = [p for p in PATTERNS if p in timed]
     rows = [[label, *(seconds(figures, name, p) for p in patterns)] for name, label in labels()]
     rows = [row for row in rows if any(row[1:])]
     return markdown(["seconds", *patterns], rows)
@@ -221,7 +207,6 @@ PROOF_ROWS = {
     "fast": ("prunus, `--fast-on`", SERIES["wanda"][1]),
     "fixed head": ("prunus, embedding and head in Q6_K", SERIES["balanced"][1]),
     "autoround": ("AutoRound", "#b8860b"),
-    "own format": ("prunus, own format", "#888888"),
 }
 
 
@@ -295,7 +280,6 @@ TABLES = {
     "speed": speed_table,
     "models-and-texts": text_table,
     "perplexity": perplexity_table,
-    "gap": gap_table,
     "time": time_table,
     "two-of-four": two_of_four_table,
 }
@@ -345,7 +329,7 @@ def write_plots(figures: Figures) -> None:
         "grid.color": "#e6e6e6",
         "axes.axisbelow": True,
     }
-    plots = {"curve": draw_curve(figures), "gap": draw_gap(figures), "time": draw_time(figures)}
+    plots = {"curve": draw_curve(figures), "gap": draw_gap(figures)}
     plots["models-and-texts"] = draw_texts(read("models-and-texts")["cells"])
     plots["proof"] = draw_proof(read("proof")["models"])
     for name, figure in plots.items():
@@ -424,49 +408,13 @@ def draw_gap(figures: Figures) -> Any:
     return figure
 
 
-def draw_time(figures: Figures) -> Any:
-    """Loss against the time of a run, at 50 and 60 %."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.2, 3.4))
-    for pattern, marker in (("50 %", "o"), ("60 %", "s")):
-        points = []
-        for name, (label, color) in SERIES.items():
-            cell = figures.cells.get((name, pattern))
-            if name == "magnitude" or cell is None or cell.seconds is None:
-                continue
-            loss = math.log(cell.perplexity)
-            points.append((cell.seconds, loss))
-            axes.plot(cell.seconds, loss, marker, color=color, markersize=7)
-            axes.annotate(
-                f"{label}, {pattern}",
-                (cell.seconds, loss),
-                (7, 3),
-                textcoords="offset points",
-                color=color,
-                fontsize=9,
-            )
-        if points:
-            axes.plot(*zip(*points, strict=True), color="#bbbbbb", linewidth=1, zorder=0)
-    axes.axhline(math.log(figures.dense), color="black", linewidth=1, linestyle=":")
-    axes.text(50, math.log(figures.dense) + 0.02, "dense")
-    axes.set_xscale("log")
-    axes.set_xlim(45, 1500)
-    axes.set_xticks([60, 120, 300, 600, 1200], ["1", "2", "5", "10", "20"])
-    axes.set_xlabel("processor minutes, one core (log scale)")
-    axes.set_ylabel("loss, nats per token")
-    axes.set_title("Loss against time", loc="left")
-    axes.minorticks_off()
-    return figure
-
-
 def draw_texts(cells: dict[str, Any]) -> Any:
     """Bars of the KL divergence of every method, one group for each model and text."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(1.2 + 1.3 * len(TEXTS) * len(cells), 3.8))
     groups = [(model, text) for model in cells for text in TEXTS]
-    colors = dict(SERIES.values()) | {"max": "#5fb98a", "compress 2.7 bits": "#8b3f6e"}
+    colors = dict(SERIES.values()) | {"max": "#5fb98a"}
     methods = [label for label in colors if any(label in found for found in cells.values())]
     width = 0.8 / len(methods)
     for number, method in enumerate(methods):

@@ -44,6 +44,7 @@ WAYS = (
     ("alps", "row"),
 )
 EPOCHS = {"vit": 60, "convnext": 40}
+CALIBRATION: dict[str, Any] = {"samples": 128, "dtype": "float32", "overwrite": True}
 
 
 def pictures(work: Path) -> tuple[Path, Path]:
@@ -145,32 +146,12 @@ def main() -> None:
             row = []
             for sparsity in SPARSITIES:
                 out = options.work / f"{kind} {method} {group} {sparsity}"
-                prunus.prune(
-                    dense,
-                    out,
-                    method,
-                    sparsity,
-                    group=group,
-                    calibration=str(training),
-                    samples=128,
-                    dtype="float32",
-                    overwrite=True,
-                )
+                how = {"method": method, "sparsity": sparsity, "group": group}
+                prunus.prune(dense, out, **how, **CALIBRATION, calibration=str(training))
                 row.append(accuracy(out, testing))
-                found.append(
-                    {
-                        "model": kind,
-                        "method": method,
-                        "group": group,
-                        "sparsity": sparsity,
-                        "accuracy": row[-1],
-                    }
-                )
-            print(
-                f"{method}, per {group}".ljust(18),
-                *(f"{share:7.1%}" for share in row),
-                flush=True,
-            )
+                found.append({"model": kind, **how, "accuracy": row[-1]})
+            shown = (f"{share:7.1%}" for share in row)
+            print(f"{method}, per {group}".ljust(18), *shown, flush=True)
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
