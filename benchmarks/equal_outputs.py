@@ -166,20 +166,20 @@ def make_inputs(folder: Path) -> None:
         ViTImageProcessorPil,
     )
 
-    def save(name: str, make: Any, family: str, **options: Any) -> None:
+    def save(name: str, family: str, **options: Any) -> None:
+        is_text = family != "vit"
+        make = AutoModelForCausalLM if is_text else AutoModelForImageClassification
+        given = {**(_TABLE["text"] if is_text else {}), **options}
         torch.manual_seed(1)
-        model = make.from_config(AutoConfig.for_model(family, **options), dtype=torch.float32)
+        model = make.from_config(AutoConfig.for_model(family, **given), dtype=torch.float32)
         with torch.no_grad():
             for key, parameter in model.named_parameters():
                 # Experts must differ, and tokens must choose different ones.
                 scale = 0.3 if ".experts." in key or ".gate." in key else 0.1
                 parameter.add_(torch.randn_like(parameter) * scale)
         model.save_pretrained(folder / name)
-
-    def save_text(name: str, family: str, **options: Any) -> None:
-        text = {"vocab_size": 260, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
-        save(name, AutoModelForCausalLM, family, **text, **options)
-        add_tokenizer(folder / name)
+        if is_text:
+            add_tokenizer(folder / name)
 
     def add_tokenizer(model: Path) -> None:
         """A token for each byte, one of two letters, and others that no text has."""
@@ -202,23 +202,8 @@ def make_inputs(folder: Path) -> None:
     noise = torch.Generator().manual_seed(7)
     ids = torch.randint(3, 128, (6, 16), generator=noise, dtype=torch.int32)
     save_file({"input_ids": ids}, folder / "tiny-ids.safetensors")
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    small |= {"num_attention_heads": 4, "max_position_embeddings": 64}
-    shared = small | {"num_key_value_heads": 2}
-    save_text("mixture", "mixtral", **shared, num_local_experts=4)
-    save_text("gpt2", "gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=64)
-    save_text("opt", "opt", **small, ffn_dim=64, word_embed_proj_dim=16)
-    save_text("phi", "phi", **small)
-    # Types whose spans have 256 columns need wide linears.
-    wide = shared | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
-    save_text("qwen3", "qwen3", **wide, head_dim=32)
-    layers = ["sliding_attention", "full_attention"]
-    window = {"head_dim": 8, "sliding_window": 8, "layer_types": layers}
-    save_text("gemma3", "gemma3_text", **shared, **window)
-    labels = {"id2label": {0: "eel", 1: "cat"}, "label2id": {"eel": 0, "cat": 1}}
-    image = {"image_size": 16, "patch_size": 4}
-    sizes = {key: each for key, each in small.items() if "position" not in key}
-    save("classifier", AutoModelForImageClassification, "vit", **sizes, **labels, **image)
+    for name, options in _TABLE["models"].items():
+        save(name, **options)
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder / "classifier")
     for kind in ("cat", "eel"):
         (folder / "pictures" / kind).mkdir(parents=True)
@@ -261,11 +246,10 @@ class Runs:
             words, out = [*words, "--json", "OUT"], self.folder / f"{name}.json"
         if "OUT.gguf" in words:
             out = self.folder / f"{name}.gguf"
-        words = [str(out) if word in ("OUT", "OUT.gguf") else self._path(word) for word in words]
+        words = [str(out) if "OUT" in word else self._path(word) for word in words]
         if name.endswith("-resumed"):
-            status = self._prunus(
-                words, log, die_at=_TABLE["die_at"][name.removesuffix("-resumed")]
-            )
+            die_at = _TABLE["die_at"][name.removesuffix("-resumed")]
+            status = self._prunus(words, log, die_at=die_at)
             if status != -signal.SIGKILL:
                 return f"exit status {status} where a kill was planned\n{log.read_text()}", {}
             words.append("--resume")  # It insists that there is something to resume.
@@ -289,19 +273,16 @@ class Runs:
     def _prunus(self, words: list[str], log: Path, die_at: int = 0, ranks: int = 1) -> int:
         """Run a command on some ranks; returns its exit status, or minus a signal's number."""
         sys.stdout.flush()
-        children, environment = [], {}
-        if ranks > 1:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-        for rank in range(ranks):
-            if ranks > 1:
-                environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        children: list[int] = []
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        for rank in map(str, range(ranks)):
+            group = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
+            group |= {"MASTER_PORT": port, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
             children.append(os.fork())  # This process has one thread, and torch in memory.
             if children[-1] == 0:
-                _be_prunus(words, log, environment, die_at)
+                _be_prunus(words, log, group if ranks > 1 else {}, die_at)
         statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         return next((status for status in statuses if status), 0)
 
@@ -359,7 +340,7 @@ def differences(known: Results, found: Results) -> Iterator[str]:
     for name in {**known, **found}:
         before, now = known.get(name), found.get(name)
         if before != now:
-            yield f"{name}{' is missing' if now is None else ' is new' if before is None else ''}"
+            yield name + (" is missing" if now is None else " is new" if before is None else "")
 
 
 def main() -> None:
@@ -394,7 +375,7 @@ def main() -> None:
                 known[name] = found
                 _write(file, known)
             elif found is not None:
-                lines = list(differences(known.get(name, {}), found))
+                lines = list(differences(known[name], found)) if name in known else ["not recorded"]
             for line in lines:
                 print(f"differs: {name}: {line}", flush=True)
             wrong, count = wrong + bool(lines), count + len(found or {})

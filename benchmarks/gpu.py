@@ -136,15 +136,11 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def show(results: dict[str, Any]) -> str:
-    header = ["", "seconds per block", "peak, GB", "planned, GB"]
-    text = table(
-        header,
-        [
-            [name, f"{row['seconds']:.2f}"]
-            + [f"{row[key] / 1e9:.1f}" for key in ("peak_bytes", "planned_bytes")]
-            for name, row in results["runs"].items()
-        ],
-    )
+    rows = []
+    for name, run in results["runs"].items():
+        memory = [f"{run[key] / 1e9:.1f}" for key in ("peak_bytes", "planned_bytes")]
+        rows.append([name, f"{run['seconds']:.2f}", *memory])
+    text = table(["", "seconds per block", "peak, GB", "planned, GB"], rows)
     text += f"\nDecoding, one token at a time: {results['decode']:.1f} tokens per second\n"
     products = [[x["linear"], str(x["tokens"]), f"{x['speedup']:.2f}"] for x in results["sparse"]]
     return text + "\n" + table(["2:4 linear", "tokens", "speed-up"], products)

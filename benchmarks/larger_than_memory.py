@@ -136,14 +136,7 @@ def measure(
         found |= json.loads(report.read_text())
     found["input"] = sum(bytes_in(folder) for folder in inputs)
     found["output"] = bytes_in(output) if output is not None else 0
-    row = [f"{name:8}", f"status {found['status']}"]
-    for key in ("limit", "resident", "input", "read_bytes", "output", "write_bytes"):
-        row.append(f"{key} {found.get(key, 0) / 1e9:.3f} GB")
-    if "read_bytes" in found and found["input"]:
-        row.append(f"read/input {found['read_bytes'] / found['input']:.3f}")
-    if "write_bytes" in found and found["output"]:
-        row.append(f"written/output {found['write_bytes'] / found['output']:.3f}")
-    print("  ".join([*row, f"{seconds:.0f} s"]), flush=True)
+    print(json.dumps(found), flush=True)
     return found
 
 

@@ -115,10 +115,7 @@ def main() -> None:
 
 
 def train_experts(
-    options: argparse.Namespace,
-    tokenizer: PreTrainedTokenizerFast,
-    ids: torch.Tensor,
-    test: torch.Tensor,
+    options: argparse.Namespace, tokenizer: Any, ids: torch.Tensor, test: torch.Tensor
 ) -> None:
     """Train a mixture of experts from random weights and save it."""
     config = Qwen3MoeConfig(
@@ -141,17 +138,8 @@ def train_experts(
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
     )
-    train_checkpoint(
-        config,
-        options.out,
-        tokenizer,
-        ids,
-        test,
-        tokens=options.tokens,
-        batch=24,
-        seqlen=SEQLEN,
-        learning_rate=2e-3,
-    )
+    training = {"tokens": options.tokens, "batch": 24, "seqlen": SEQLEN, "learning_rate": 2e-3}
+    train_checkpoint(config, options.out, tokenizer, ids, test, **training)
 
 
 if __name__ == "__main__":

@@ -61,33 +61,15 @@ def pictures(work: Path) -> tuple[Path, Path]:
 
 
 def classifier(kind: str) -> Any:
-    labels = {
-        "id2label": {i: str(i) for i in range(10)},
-        "label2id": {str(i): i for i in range(10)},
-    }
+    options: dict[str, Any] = {"image_size": SIDE, "id2label": {i: str(i) for i in range(10)}}
+    options["label2id"] = {str(i): i for i in range(10)}
     if kind == "vit":
-        return ViTForImageClassification(
-            ViTConfig(
-                image_size=SIDE,
-                patch_size=2,
-                hidden_size=96,
-                intermediate_size=384,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-                **labels,
-            )
-        )
-    return ConvNextForImageClassification(
-        ConvNextConfig(
-            image_size=SIDE,
-            patch_size=1,
-            num_stages=2,
-            hidden_sizes=[48, 96],
-            depths=[2, 3],
-            layer_scale_init_value=0.1,
-            **labels,
-        )
-    )
+        options |= {"hidden_size": 96, "intermediate_size": 384}
+        options |= {"num_hidden_layers": 4, "num_attention_heads": 4, "patch_size": 2}
+        return ViTForImageClassification(ViTConfig(**options))
+    options |= {"num_stages": 2, "hidden_sizes": [48, 96], "depths": [2, 3]}
+    options |= {"layer_scale_init_value": 0.1, "patch_size": 1}
+    return ConvNextForImageClassification(ConvNextConfig(**options))
 
 
 def train(kind: str, folder: Path, target: Path) -> None:
