@@ -67,7 +67,7 @@ wheel-test:
 start-test:
 	PYTHON=$(PYTHON) sh tests/release/start_pages.sh build/start-test
 
-# Results in vLLM for CPUs. It pins other versions of libraries than prunus needs, so it
+# compressed-tensors and smaller models in vLLM for CPUs. It pins other versions of libraries than prunus needs, so it
 # gets an environment of its own. It fails where it finds the two packages that are removed again:
 # their wheels are built for another torch.
 VLLM_STAMP := build/vllm/venv/.prunus-installed
@@ -81,7 +81,7 @@ $(VLLM_STAMP): pyproject.toml
 	touch $@
 
 vllm-test: $(VLLM_STAMP)
-	build/vllm/venv/bin/python -m pytest tests/serving/test_vllm.py
+	build/vllm/venv/bin/python -m pytest tests/compression/test_vllm.py
 
 # GGUF files of many families, whose logits in llama.cpp are compared with those of transformers.
 # PRUNUS_TOKENIZER names a folder with a tokenizer of merged bytes; LLAMA_CPP a built llama.cpp,
@@ -92,9 +92,8 @@ gguf-test: $(STAMP)
 clean:
 	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache
 
-# Ten thousand hostile inputs, 4,000 damaged packed weights on every kernel, and kills of all verbs.
-# `make test` has a twentieth of them or more. Then the runs whose masks feed back into weights,
-# against the original's.
+# Ten thousand hostile inputs, and kills of all verbs. `make test` has a twentieth of them or more.
+# Then the runs whose masks feed back into weights, against the original's.
 hostile: $(STAMP)
 	$(BIN)/python -m pytest -rP -m slow tests/model/checkpoint/test_hostile.py \
 	    tests/model/checkpoint/test_faults.py tests/model/test_config_limits.py \

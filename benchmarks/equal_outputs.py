@@ -1,14 +1,19 @@
-"""Check that a change of the code changes neither a byte of the results nor a figure of them.
+"""Check that a change of the code changes neither a weight of the results nor a score of them.
 
     python benchmarks/equal_outputs.py record FILE.json [CASE ...]     # before the change
     python benchmarks/equal_outputs.py compare FILE.json [CASE ...]    # after it
     python benchmarks/equal_outputs.py compare FILE.json 'shrink*'     # some cases only
 
-The script runs `prunus` on small models, as the source next to it defines it: each case in a
-process of its own, on one thread. It keeps the SHA-256 of every tensor file, index and
-configuration, and the figures of records and evaluations. Prose, times and the layout of records
-are left out. `record` replaces the cases that it runs in FILE.json and keeps the others. `compare`
-lists what differs and ends with exit status 1 if anything does.
+The script runs `prunus` on small models: each case in a process of its own, on one thread. It keeps
+a SHA-256 of each tensor by name, of its dtype, shape and bytes, and of the configuration, the
+fields of a GGUF file, generated texts and the numbers of scores. Prose, times, records, headers and
+the layout of shards are left out. `record` replaces the cases that it runs in FILE.json and keeps
+the others. `compare` lists what differs and ends with exit status 1 if anything does.
+
+`--source DIR` runs the package `DIR/prunus` in place of the one next to this script. So one script
+and one list of cases record with an old tree and compare with a new one. The compiled kernels are
+switched off unless `--kernels` is given: they add in another order, so their results are recorded
+in a file of their own.
 
 The two real blocks are read from `PRUNUS_SHARED` (default `../shared`). The hashes depend on the
 processor and on the version of torch: record and compare on the same machine.
@@ -16,6 +21,7 @@ processor and on the version of torch: record and compare on the same machine.
 
 from __future__ import annotations
 
+import argparse
 import fnmatch
 import hashlib
 import json
@@ -24,12 +30,13 @@ import runpy
 import shutil
 import signal
 import socket
+import struct
 import sys
 import tempfile
 import time
 import tomllib
 import traceback
-from collections import Counter
+from bisect import bisect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -43,48 +50,107 @@ CASES = {name: line.format(**_TABLE["words"]) for name, line in _TABLE["cases"].
 CASES |= {f"{name}-resumed": CASES[name] for name in _TABLE["die_at"]}
 CASES |= {f"{name}-two-ranks": CASES[name] for name in _TABLE["ranked"]}
 
-#: Parts of a record that hold results, and parts that hold remarks or repeat config.json.
-_PARTS = {"blocks", "head", "search", "evaluations", "linears"}
-_SKIPPED = {"packed", "notes"}
-_RECORD, _SCORES = set(_TABLE["figures"]["record"]), set(_TABLE["figures"]["scores"])
+# The first token of all models; the import of a GGUF file gives it this name.
+END = "<|endoftext|>"
+# Number of a type of a field of a GGUF file -> its form for struct.
+_NUMBERS = {**dict(enumerate("BbHhIif?")), 10: "Q", 11: "q", 12: "d"}
 
-Results = dict[str, Any]  # File name -> SHA-256; "figures" -> sorted numbers.
+Results = dict[str, str]  # What it is of -> SHA-256.
 
 
-def figures(value: Any, names: set[str], inside: bool) -> Iterator[float]:
-    """The numbers under the keys `names`, wherever the layout has them; None is not a number."""
+def digest(value: Any) -> str:
+    """The SHA-256 of bytes, or of anything that JSON can hold."""
+    data = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True).encode()
+    return hashlib.sha256(data).hexdigest()
+
+
+def scores(value: Any) -> Iterator[float]:
+    """The numbers under the keys of `scores`, wherever the layout has them."""
     if isinstance(value, list):
         for each in value:
-            yield from figures(each, names, inside)
+            yield from scores(each)
     if isinstance(value, dict):
         for key, each in value.items():
-            if (inside and key in names) or key == "allocation":
-                flat = each.get("value", [*each.values()]) if isinstance(each, dict) else each
-                for number in flat if isinstance(flat, list) else [flat]:
-                    if isinstance(number, int | float) and not isinstance(number, bool):
-                        yield number
-            if key not in _SKIPPED:
-                yield from figures(each, names, inside or key in _PARTS)
+            if key in _TABLE["scores"] and isinstance(each, int | float):
+                yield each
+            yield from scores(each)
 
 
 def results(path: Path, root: Path) -> Results:
-    """What a case made, as far as no wording, time or layout decides it."""
+    """What a case made, as far as no wording, time or layout decides it.
+
+    Args:
+        path: The folder, the GGUF file, or the JSON file of scores.
+        root: The folder of all cases, whose name is left out of configurations.
+    """
+    if path.suffix == ".gguf":
+        return of_gguf(path.read_bytes())
     if path.is_file():
-        return {"figures": sorted(set(figures(json.loads(path.read_text()), _SCORES, True)))}
-    found: Results = {}
-    records: list[float] = []
+        found = json.loads(path.read_text())
+        return {"scores": digest(sorted(set(scores(found)))), "text": digest(found.get("text"))}
+    hashes: Results = {}
     for file in sorted(path.iterdir()):
-        name = file.name
         if file.suffix == ".safetensors":
-            found[name] = hashlib.sha256(file.read_bytes()).hexdigest()
-        elif name.endswith("index.json") or name in ("config.json", "adapter_config.json"):
-            text = file.read_text().replace(str(root), "")
-            found[name] = hashlib.sha256(text.encode()).hexdigest()
-        elif name == "results.json":  # Of a sweep, whose cells lie in folders of their own.
-            records += set(figures(json.loads(file.read_text()), _SCORES, True))
-        elif name.startswith("prunus") and file.suffix == ".json":
-            records += figures(json.loads(file.read_text()), _RECORD, False)
-    return found | {"figures": sorted(records)}
+            hashes |= of_safetensors(file.read_bytes())
+        elif file.name in ("config.json", "adapter_config.json"):
+            said = json.loads(file.read_text().replace(str(root), ""))
+            hashes |= {f"{file.name}: {key}": digest(each) for key, each in said.items()}
+        elif file.name == "results.json":  # Of a sweep, whose cells lie in folders of their own.
+            hashes["scores"] = digest(sorted(set(scores(json.loads(file.read_text())))))
+    return hashes
+
+
+def of_safetensors(data: bytes) -> Results:
+    """A hash of each tensor of a safetensors file."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header.pop("__metadata__", None)
+    found = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        content = hashlib.sha256(data[start + first : start + last]).hexdigest()
+        found[name] = digest([entry["dtype"], entry["shape"], content])
+    return found
+
+
+def of_gguf(data: bytes) -> Results:
+    """A hash of each tensor of a GGUF file, and of each field that programs compute with.
+
+    The package gguf does not know all types that prunus writes.
+    """
+    at = 8  # Behind the magic number and the version.
+
+    def read(form: str) -> Any:
+        nonlocal at
+        values = struct.unpack_from(f"<{form}", data, at)
+        at += struct.calcsize(f"<{form}")
+        return values[0] if len(values) == 1 else values
+
+    def value(kind: int) -> Any:
+        if kind == 8:
+            return read(f"{read('Q')}s").decode()
+        if kind == 9:
+            kind, count = read("I"), read("Q")
+            return [value(kind) for _ in range(count)]
+        return read(_NUMBERS[kind])
+
+    tensors, count = read("Q"), read("Q")
+    fields = {value(8): value(read("I")) for _ in range(count)}
+    entries = [
+        (value(8), [read("Q") for _ in range(read("I"))], read("I"), read("Q"))
+        for _ in range(tensors)
+    ]
+    data = data[-(-at // 32) * 32 :]
+    ends = sorted([*(start for *_, start in entries), len(data)])
+    found = {
+        f"field {name}": digest(each)
+        for name, each in fields.items()
+        if not name.startswith(("general.", "prunus."))
+    }
+    for name, shape, kind, start in entries:
+        content = hashlib.sha256(data[start : ends[bisect(ends, start)]]).hexdigest()
+        found[name] = digest([kind, shape, content])
+    return found
 
 
 def make_inputs(folder: Path) -> None:
@@ -92,6 +158,7 @@ def make_inputs(folder: Path) -> None:
     import torch
     from PIL import Image
     from safetensors.torch import save_file
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
@@ -99,33 +166,44 @@ def make_inputs(folder: Path) -> None:
         ViTImageProcessorPil,
     )
 
-    def save(name: str, make: Any, family: str, **options: Any) -> None:
+    def save(name: str, family: str, **options: Any) -> None:
+        is_text = family != "vit"
+        make = AutoModelForCausalLM if is_text else AutoModelForImageClassification
+        given = {**(_TABLE["text"] if is_text else {}), **options}
         torch.manual_seed(1)
-        model = make.from_config(AutoConfig.for_model(family, **options), dtype=torch.float32)
+        model = make.from_config(AutoConfig.for_model(family, **given), dtype=torch.float32)
         with torch.no_grad():
             for key, parameter in model.named_parameters():
                 # Experts must differ, and tokens must choose different ones.
                 scale = 0.3 if ".experts." in key or ".gate." in key else 0.1
                 parameter.add_(torch.randn_like(parameter) * scale)
         model.save_pretrained(folder / name)
+        if is_text:
+            add_tokenizer(folder / name)
+
+    def add_tokenizer(model: Path) -> None:
+        """A token for each byte, one of two letters, and others that no text has."""
+        size = json.loads((model / "config.json").read_text())["vocab_size"]
+        tokens = [END, *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
+        tokens += [f"word{index}" for index in range(len(tokens), size)]
+        vocabulary = {token: index for index, token in enumerate(tokens)}
+        tokenizer = Tokenizer(models.BPE(vocabulary, [("a", "b")]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.save(str(model / "tokenizer.json"))
+        described = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END}
+        (model / "tokenizer_config.json").write_text(json.dumps(described))
 
     (folder / "dense").mkdir()
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         shutil.copy(GOLDEN / name, folder / "dense" / name)
+    add_tokenizer(folder / "dense")
     shutil.copy(GOLDEN / "calibration.safetensors", folder / "ids.safetensors")
     noise = torch.Generator().manual_seed(7)
     ids = torch.randint(3, 128, (6, 16), generator=noise, dtype=torch.int32)
     save_file({"input_ids": ids}, folder / "tiny-ids.safetensors")
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    small |= {"num_attention_heads": 4}
-    text = {"vocab_size": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    mixture = {"num_key_value_heads": 2, "num_local_experts": 4, "max_position_embeddings": 64}
-    save("mixture", AutoModelForCausalLM, "mixtral", **small, **text, **mixture)
-    gpt2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-    save("gpt2", AutoModelForCausalLM, "gpt2", **text, **gpt2)
-    labels = {"id2label": {0: "eel", 1: "cat"}, "label2id": {"eel": 0, "cat": 1}}
-    image = {"image_size": 16, "patch_size": 4}
-    save("classifier", AutoModelForImageClassification, "vit", **small, **labels, **image)
+    for name, options in _TABLE["models"].items():
+        save(name, **options)
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder / "classifier")
     for kind in ("cat", "eel"):
         (folder / "pictures" / kind).mkdir(parents=True)
@@ -164,13 +242,14 @@ class Runs:
         """Run a case; returns what went wrong, if anything did, and the results."""
         words, log = CASES[name].split(), self.folder / f"{name}.log"
         out = self.folder / name
-        if words[0] == "eval":
+        if words[0] in ("eval", "generate"):
             words, out = [*words, "--json", "OUT"], self.folder / f"{name}.json"
-        words = [str(out) if word == "OUT" else self._path(word) for word in words]
+        if "OUT.gguf" in words:
+            out = self.folder / f"{name}.gguf"
+        words = [str(out) if "OUT" in word else self._path(word) for word in words]
         if name.endswith("-resumed"):
-            status = self._prunus(
-                words, log, die_at=_TABLE["die_at"][name.removesuffix("-resumed")]
-            )
+            die_at = _TABLE["die_at"][name.removesuffix("-resumed")]
+            status = self._prunus(words, log, die_at=die_at)
             if status != -signal.SIGKILL:
                 return f"exit status {status} where a kill was planned\n{log.read_text()}", {}
             words.append("--resume")  # It insists that there is something to resume.
@@ -178,7 +257,7 @@ class Runs:
         if status:
             return f"exit status {status}\n{log.read_text()[-1500:]}", {}
         found = results(out, self.folder)
-        same = "wanda" if name == "wanda-two-ranks" else name.removesuffix("-resumed")
+        same = _TABLE["same"].get(name, name.removesuffix("-resumed"))
         if same != name and self.need(same) != found:
             return f"the results are not those of {same}", {}
         return None, found
@@ -188,25 +267,22 @@ class Runs:
             return word
         if word[1:] in CASES:
             self.need(word[1:])
-        path = self.folder / word[1:]
-        return str(path if path.exists() else path.with_suffix(".safetensors"))
+        paths = [Path(f"{self.folder / word[1:]}{end}") for end in ("", ".gguf", ".safetensors")]
+        return str(next((path for path in paths if path.exists()), paths[0]))
 
     def _prunus(self, words: list[str], log: Path, die_at: int = 0, ranks: int = 1) -> int:
         """Run a command on some ranks; returns its exit status, or minus a signal's number."""
         sys.stdout.flush()
-        children, environment = [], {}
-        if ranks > 1:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-        for rank in range(ranks):
-            if ranks > 1:
-                environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        children: list[int] = []
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        for rank in map(str, range(ranks)):
+            group = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
+            group |= {"MASTER_PORT": port, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
             children.append(os.fork())  # This process has one thread, and torch in memory.
             if children[-1] == 0:
-                _be_prunus(words, log, environment, die_at)
+                _be_prunus(words, log, group if ranks > 1 else {}, die_at)
         statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         return next((status for status in statuses if status), 0)
 
@@ -232,7 +308,10 @@ def _be_prunus(words: list[str], log: Path, environment: dict[str, str], die_at:
         os.dup2(output, 1)
         os.dup2(output, 2)
         torch.manual_seed(0)
-        runpy.run_module("prunus", run_name="__main__", alter_sys=True)
+        if words[0] == "in-place":
+            prune_in_place(*words[1:])
+        else:
+            runpy.run_module("prunus", run_name="__main__", alter_sys=True)
         status = 0
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -244,32 +323,48 @@ def _be_prunus(words: list[str], log: Path, environment: dict[str, str], die_at:
         os._exit(status)
 
 
+def prune_in_place(model: str, out: str, ids: str, options: str) -> None:
+    """Prune a loaded model; `options` is JSON without a space."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    import prunus
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    prunus.prune(loaded, calibration=load_file(ids)["input_ids"], **json.loads(options))
+    loaded.save_pretrained(out)
+
+
 def differences(known: Results, found: Results) -> Iterator[str]:
-    """The files that differ, and the numbers that are only in one of the two."""
+    """What differs, is missing, or is new."""
     for name in {**known, **found}:
         before, now = known.get(name), found.get(name)
-        if before == now:
-            continue
-        if isinstance(before, list) and isinstance(now, list):
-            gone, new = Counter(before) - Counter(now), Counter(now) - Counter(before)
-            yield f"{name}: {gone.total()} of {len(before)} gone, {new.total()} new"
-            yield f"    gone {list(gone)[:4]}, new {list(new)[:4]}"
-        else:
-            yield f"{name}{' is missing' if now is None else ' is new' if before is None else ''}"
+        if before != now:
+            yield name + (" is missing" if now is None else " is new" if before is None else "")
 
 
 def main() -> None:
     """Record or compare the cases that the command line names."""
-    if len(sys.argv) < 3 or sys.argv[1] not in ("record", "compare"):
-        raise SystemExit(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("task", choices=["record", "compare"])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("cases", nargs="*", default=["*"], help="names, or globs of names")
+    parser.add_argument("--source", type=Path, default=ROOT / "src", help="folder of the package")
+    parser.add_argument("--kernels", action="store_true", help="use the compiled kernels")
+    options = parser.parse_intermixed_args()
+    recording, file, source = options.task == "record", options.file, options.source.resolve()
     if not GOLDEN.is_dir():
-        raise SystemExit(f"there are no reference blocks at {GOLDEN}; set PRUNUS_SHARED")
-    recording, file, globs = sys.argv[1] == "record", Path(sys.argv[2]), sys.argv[3:] or ["*"]
-    chosen = [name for name in CASES if any(fnmatch.fnmatch(name, glob) for glob in globs)]
+        parser.error(f"there are no reference blocks at {GOLDEN}; set PRUNUS_SHARED")
+    if not (source / "prunus").is_dir():
+        parser.error(f"there is no folder prunus in {source}")
+    if options.kernels and not any(source.rglob("_kernels*.so")):
+        parser.error(f"{source} has no compiled kernels: run setup.py build_ext --inplace there")
+    chosen = [name for name in CASES if any(fnmatch.fnmatch(name, x) for x in options.cases)]
     known = json.loads(file.read_text()) if file.exists() else {}
-    # The kernels for packed models are compiled in some trees only, and round in another order.
-    os.environ |= {"OMP_NUM_THREADS": "1", "PRUNUS_ISA": "off", "GLOO_SOCKET_IFNAME": "lo"}
-    sys.path.insert(0, str(ROOT / "src"))
+    os.environ |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ["PRUNUS_ISA"] = "" if options.kernels else "off"
+    sys.path.insert(0, str(source))
+    print(f"{options.task}: the package in {source}", flush=True)
     start, wrong, count = time.monotonic(), 0, 0
     with tempfile.TemporaryDirectory() as folder:
         runs = Runs(Path(folder))
@@ -280,7 +375,7 @@ def main() -> None:
                 known[name] = found
                 _write(file, known)
             elif found is not None:
-                lines = list(differences(known.get(name, {}), found))
+                lines = list(differences(known[name], found)) if name in known else ["not recorded"]
             for line in lines:
                 print(f"differs: {name}: {line}", flush=True)
             wrong, count = wrong + bool(lines), count + len(found or {})

@@ -49,40 +49,26 @@ from tiny import tiny_model
 #: Tokens of a chunk, of which llama.cpp scores the second half; and the number of chunks.
 CONTEXT, CHUNKS = 64, 2
 #: Sizes of all models. Spans of 256 columns fit.
-WIDE: dict[str, Any] = {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "max_position_embeddings": 512,
-}
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "max_position_embeddings": 512}
 HEADS: dict[str, Any] = {"head_dim": 64}
 EXPERTS: dict[str, Any] = {"moe_intermediate_size": 64}
+PLAIN = [
+    "llama", "qwen2", "olmo", "olmo2", "granite", "stablelm", "starcoder2", "cohere", "arcee",
+    "lfm2", "mixtral", "granitemoe", "granitemoeshared", "falcon_h1", "mamba", "bloom",
+]  # fmt: skip
+WITH_HEADS = ["qwen3", "olmo3", "smollm3", "apertus", "seed_oss", "gpt_oss", "hunyuan_v1_dense"]
 #: Family -> options, and options of the converter. Not here are families whose converter wants a
 #: tokenizer of their own.
 FAMILIES: dict[str, tuple[dict[str, Any], list[str]]] = {
-    **{
-        name: ({}, [])
-        for name in (
-            "llama", "qwen2", "olmo", "olmo2", "granite", "stablelm", "starcoder2", "cohere",
-            "arcee", "lfm2", "mixtral", "granitemoe", "granitemoeshared", "falcon_h1", "mamba",
-            "bloom",
-        )
-    },
-    **{
-        name: (HEADS, [])
-        for name in (
-            "qwen3", "olmo3", "smollm3", "apertus", "seed_oss", "gpt_oss", "hunyuan_v1_dense",
-        )
-    },
-    **{
-        name: (HEADS | EXPERTS, [])
-        for name in (
-            "qwen3_moe", "qwen2_moe",
-        )
-    },
+    **dict.fromkeys(PLAIN, ({}, [])),
+    **dict.fromkeys(WITH_HEADS, (HEADS, [])),
+    "qwen3_moe": (HEADS | EXPERTS, []),
+    "qwen2_moe": (HEADS | EXPERTS, []),
     # llama.cpp attends to all tokens in Mistral, and to near ones in five of six blocks of Gemma 3.
     "mistral": ({"sliding_window": None}, []),
     "gemma3_text": (
-        HEADS | {"layer_types": ["sliding_attention"] * 2, "query_pre_attn_scalar": 64}, []
+        HEADS | {"layer_types": ["sliding_attention"] * 2, "query_pre_attn_scalar": 64},
+        [],
     ),
     "exaone4": (HEADS | {"sliding_window": None, "layer_types": ["full_attention"] * 2}, []),
     "phi": ({"num_key_value_heads": 4, "intermediate_size": 1024}, []),
@@ -90,7 +76,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "deepseek_v2": ({"q_lora_rank": 32}, []),
     "mamba2": ({"num_heads": 64}, []),
     "qwen3_5_text": (HEADS, ["--no-mtp"]),
-}  # fmt: skip
+}
 TEXT = "The river runs through seven towns, and in each of them a bridge was built by hand. "
 
 

@@ -5,11 +5,10 @@
 SCRATCH needs 8 GB. Models have random weights in the shapes of LLaMA-7B, LLaMA-13B and LLaMA-2-70B,
 two blocks each, and 128 windows of 2048 random tokens. The tables at the end are Markdown.
 
-- Seconds of a block, by part. The host waits for the device around every part, and nothing is read
-  ahead. So the parts add up, and the last column, which is measured without them, is smaller.
-- Wanda in lockstep and in two passes, and device memory beside what the plan says.
+- Seconds of a block by method, and of Wanda in lockstep and in two passes.
+- Device memory beside what the plan says.
 - Products of 2:4 linears on sparse tensor cores, which torch calls, and dense ones.
-- Decoding with a packed model and with the unpacked one.
+- Decoding with a pruned model.
 
 `--hidden 256 --windows 4 --seqlen 64 --device cpu` tries the script on any machine.
 """
@@ -17,37 +16,22 @@ two blocks each, and 128 windows of 2048 random tokens. The tables at the end ar
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
 import json
 import shutil
 import statistics
+import subprocess
+import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from llama_shapes import VOCABULARY, write_checkpoint
+from safetensors.torch import save_file
 from torch.sparse import to_sparse_semi_structured
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import prunus
-from prunus import pack
-from prunus.engine import loop
-from prunus.engine.block import prune_block
-from prunus.engine.linear_job import describe_plan, plan_run
-from prunus.engine.memory import Memory
-from prunus.engine.options import RunOptions
-from prunus.engine.output import CheckpointFolder
 from prunus.hardware.memory import describe_hardware, peak_memory, versions
-from prunus.methods.statistics import InputStatistics
-from prunus.model.skeleton import Skeleton
-from prunus.model.source import CheckpointSource
-from prunus.pruning.recipe import Recipe
-from prunus.pruning.run import PlainTensors
 
 BLOCKS = 2
 # Name -> width, width inside the MLP, heads of keys and values.
@@ -65,91 +49,43 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 # The larger models run with these only: a block of 70B trains for too long.
 LARGE = ("Wanda", "SparseGPT")
-PARTS = ("disk", "transfer", "statistics", "solve", "reconstruct")
+VOCABULARY = 32000
 
 
-class Stopwatch:
-    """Seconds by part. A part inside another one counts for itself only.
+def write_checkpoint(folder: Path, hidden: int, intermediate: int, key_heads: int) -> None:
+    """Write a model of random weights.
 
     Args:
-        device: waited for at both ends of a part.
+        folder: of the checkpoint.
+        hidden: width of a hidden state, a multiple of 128.
+        intermediate: width inside the MLP.
+        key_heads: number of heads of keys and values, of 128 features each.
     """
-
-    def __init__(self, device: torch.device) -> None:
-        self.seconds: Counter[str] = Counter()
-        self._device, self._inside, self._since = device, ["rest"], time.perf_counter()
-
-    def _switch(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        now = time.perf_counter()
-        self.seconds[self._inside[-1]] += now - self._since
-        self._since = now
-
-    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, whose time counts for `part`."""
-
-        @functools.wraps(function)
-        def call(*args: Any, **given: Any) -> Any:
-            self._switch()
-            self._inside.append(part)
-            try:
-                return function(*args, **given)
-            finally:
-                self._switch()
-                self._inside.pop()
-
-        return call
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_attention_heads=hidden // 128,
+        num_key_value_heads=key_heads,
+        num_hidden_layers=BLOCKS,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
 
-@contextlib.contextmanager
-def split(device: torch.device) -> Iterator[Stopwatch]:
-    """Measure the parts of a run inside the `with`."""
-    watch = Stopwatch(device)
-    places = [
-        ("disk", CheckpointSource, "block"),
-        ("disk", loop, "read_stored"),
-        ("disk", CheckpointFolder, "write_block"),
-        ("transfer", Skeleton, "fill"),
-        ("statistics", InputStatistics, "add"),
-        ("solve", prune_block, "prune_linear"),
-        ("reconstruct", prune_block.BlockPruner, "_reconstruct"),
-    ]
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(patch.object(Memory, "overlaps", False))
-        for part, owner, name in places:
-            stack.enter_context(patch.object(owner, name, watch.timed(part, getattr(owner, name))))
-        yield watch
-
-
-def prune(
-    model: Path, result: Path, ids: torch.Tensor, device: torch.device, **recipe: Any
-) -> dict[str, Any]:
-    """Prune twice, with and without the split; seconds are per block."""
-    options = {"calibration": ids, "device": str(device), "overwrite": True, **recipe}
+def prune(model: Path, result: Path, ids: Path, device: torch.device, **recipe: Any) -> Any:
+    """Prune twice and measure the second run; seconds are per block."""
+    options = {"calibration": str(ids), "device": str(device), "overwrite": True, **recipe}
     prunus.prune(model, result, **options)  # everything is loaded and compiled now
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
     prunus.prune(model, result, **options)
-    whole = time.perf_counter() - started
-    peak = peak_memory(device)
-    with split(device) as watch:
-        prunus.prune(model, result, **options)
-    parts = {part: watch.seconds[part] / BLOCKS for part in PARTS}
-    return {
-        "parts": parts | {"forward and rest": watch.seconds["rest"] / BLOCKS},
-        "seconds": whole / BLOCKS,
-        "peak_bytes": peak,
-        "planned_bytes": planned(model, device, ids, recipe),
-    }
-
-
-def planned(model: Path, device: torch.device, ids: torch.Tensor, recipe: dict[str, Any]) -> int:
-    samples, seqlen = ids.shape
-    options = RunOptions(device=str(device), calibration_data=ids)
-    wanted = Recipe(calibration="tensor", samples=samples, seqlen=seqlen, **recipe)
-    return int(describe_plan(plan_run(model, wanted, options, PlainTensors()))["peak_memory_bytes"])
+    seconds = (time.perf_counter() - started) / BLOCKS
+    words = [f"--{name}={value}" for name, value in options.items() if name != "overwrite"]
+    command = [sys.executable, "-m", "prunus", "plan", str(model), f"{result}-planned", *words]
+    plan = subprocess.run([*command, "-q", "--json", "-"], check=True, stdout=subprocess.PIPE)
+    planned = json.loads(plan.stdout)["peak_memory_bytes"]
+    return {"seconds": seconds, "peak_bytes": peak_memory(device), "planned_bytes": planned}
 
 
 @torch.no_grad()
@@ -200,33 +136,14 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def show(results: dict[str, Any]) -> str:
-    columns = [*PARTS, "forward and rest"]
-    rows = [
-        [
-            name,
-            *(f"{row['parts'][part]:.2f}" for part in columns),
-            f"{sum(row['parts'].values()):.2f}",
-            f"{row['seconds']:.2f}",
-            f"{row['peak_bytes'] / 1e9:.1f}",
-            f"{row['planned_bytes'] / 1e9:.1f}",
-        ]
-        for name, row in results["runs"].items()
-    ]
-    header = ["seconds per block", *columns, "sum", "without the split", "peak, GB", "planned, GB"]
-    text = table(header, rows)
-    text += "\n" + table(
-        ["tokens per second", "one token at a time"],
-        [[name, f"{speed:.1f}"] for name, speed in results["decode"].items()],
-    )
-    if results["sparse"]:
-        text += "\n" + table(
-            ["2:4 linear", "tokens", "speed-up"],
-            [
-                [row["linear"], str(row["tokens"]), f"{row['speedup']:.2f}"]
-                for row in results["sparse"]
-            ],
-        )
-    return text
+    rows = []
+    for name, run in results["runs"].items():
+        memory = [f"{run[key] / 1e9:.1f}" for key in ("peak_bytes", "planned_bytes")]
+        rows.append([name, f"{run['seconds']:.2f}", *memory])
+    text = table(["", "seconds per block", "peak, GB", "planned, GB"], rows)
+    text += f"\nDecoding, one token at a time: {results['decode']:.1f} tokens per second\n"
+    products = [[x["linear"], str(x["tokens"]), f"{x['speedup']:.2f}"] for x in results["sparse"]]
+    return text + "\n" + table(["2:4 linear", "tokens", "speed-up"], products)
 
 
 def main() -> None:
@@ -250,7 +167,10 @@ def main() -> None:
     first = next(iter(shapes))
     generator = torch.Generator().manual_seed(0)
     shape = (options.windows, options.seqlen)
-    ids = torch.randint(0, VOCABULARY, shape, generator=generator)
+    options.scratch.mkdir(parents=True, exist_ok=True)
+    ids = options.scratch / "ids.safetensors"
+    save_file({"input_ids": torch.randint(0, VOCABULARY, shape, generator=generator)}, ids)
+    size = {"samples": options.windows, "seqlen": options.seqlen}
     results: dict[str, Any] = {
         "what": "What runs take on a GPU, by benchmarks/gpu.py.",
         "hardware": describe_hardware(device),
@@ -261,31 +181,22 @@ def main() -> None:
     result = options.scratch / "result"
     for name, (hidden, intermediate, key_heads) in shapes.items():
         model = options.scratch / name
-        write_checkpoint(model, BLOCKS, hidden, intermediate, key_heads)
+        write_checkpoint(model, hidden, intermediate, key_heads)
         for label, recipe in RECIPES.items():
             if name == first or label in LARGE:
-                found = prune(model, result, ids, device, **recipe)
+                found = prune(model, result, ids, device, **size, **recipe)
                 results["runs"][f"{name}, {label}"] = found
                 print(f"{name}, {label}: {found['seconds']:.2f} s per block", flush=True)
         if name != first:
             shutil.rmtree(model)
 
+    where = {"device": str(device), "overwrite": True}
     prunus.prune(
-        options.scratch / first,
-        result,
-        pattern="2:4",
-        calibration=ids[:8],
-        device=str(device),
-        overwrite=True,
+        options.scratch / first, result, pattern="2:4", calibration=str(ids), **size, **where
     )
-    packed = options.scratch / "packed"
-    pack(result, packed, overwrite=True)
-    results["decode"] = {
-        "pruned, dense storage": decode(result, device),
-        "packed": decode(packed, device),
-    }
+    results["decode"] = decode(result, device)
     results["sparse"] = sparse_products(result, device) if device.type == "cuda" else []
-    for folder in (packed, result, options.scratch / first):
+    for folder in (result, options.scratch / first):
         shutil.rmtree(folder)
     print("\n" + show(results))
     if options.json:

@@ -36,7 +36,7 @@ import json, resource, sys
 import torch
 torch.set_num_threads(int(sys.argv[2]))
 import transformers.models.auto.modeling_auto
-import prunus.evaluation, prunus.runtime, prunus.pruning.run, prunus.recovery
+import prunus.evaluation, prunus.pruning.run, prunus.recovery
 from prunus.cli import app
 from transformers import AutoConfig, AutoModelForCausalLM
 AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(sys.argv[3]))]
@@ -60,24 +60,14 @@ json.dump({"status": status, "resident": peak, **cost}, open(sys.argv[1], "w"))
 def memory_group(limit: int) -> Iterator[Path]:
     """Create a memory control group below this process's own, and remove it at the end."""
     first = Path("/sys/fs/cgroup/memory")
-    own = {
-        controllers: path
-        for _, controllers, path in (
-            line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()
-        )
-    }
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    own = {name: path.lstrip("/") for _, name, path in (line.split(":", 2) for line in lines)}
     if first.is_dir():
-        group, limit_name = (
-            first / own.get("memory", "").lstrip("/") / GROUP,
-            "memory.limit_in_bytes",
-        )
-        swap_name = "memory.memsw.limit_in_bytes"
+        group = first / own.get("memory", "") / GROUP
+        limit_name, swap_name = "memory.limit_in_bytes", "memory.memsw.limit_in_bytes"
     else:
-        group, limit_name = (
-            Path("/sys/fs/cgroup") / own.get("", "").lstrip("/") / GROUP,
-            "memory.max",
-        )
-        swap_name = "memory.swap.max"
+        group = Path("/sys/fs/cgroup") / own.get("", "") / GROUP
+        limit_name, swap_name = "memory.max", "memory.swap.max"
     group.mkdir()
     try:
         (group / limit_name).write_text(str(limit))
@@ -127,20 +117,10 @@ def measure(
     report = Path(arguments[-1])
     report.unlink(missing_ok=True)
     with memory_group(limit) as group:
-        command = [
-            sys.executable,
-            "-c",
-            CHILD,
-            str(report),
-            str(threads),
-            str(model),
-            *arguments[:-1],
-        ]
+        words = [sys.executable, "-c", CHILD, report, threads, model, *arguments[:-1]]
         began = time.monotonic()
         done = subprocess.run(
-            command,
-            check=False,
-            preexec_fn=partial(enter_group, group),
+            [str(word) for word in words], check=False, preexec_fn=partial(enter_group, group)
         )
         seconds = time.monotonic() - began
         peak = next(x for x in ("memory.max_usage_in_bytes", "memory.peak") if (group / x).exists())
@@ -156,14 +136,7 @@ def measure(
         found |= json.loads(report.read_text())
     found["input"] = sum(bytes_in(folder) for folder in inputs)
     found["output"] = bytes_in(output) if output is not None else 0
-    row = [f"{name:8}", f"status {found['status']}"]
-    for key in ("limit", "resident", "input", "read_bytes", "output", "write_bytes"):
-        row.append(f"{key} {found.get(key, 0) / 1e9:.3f} GB")
-    if "read_bytes" in found and found["input"]:
-        row.append(f"read/input {found['read_bytes'] / found['input']:.3f}")
-    if "write_bytes" in found and found["output"]:
-        row.append(f"written/output {found['write_bytes'] / found['output']:.3f}")
-    print("  ".join([*row, f"{seconds:.0f} s"]), flush=True)
+    print(json.dumps(found), flush=True)
     return found
 
 
@@ -181,7 +154,7 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--data", type=Path, help="local folder with the corpora")
-    parser.add_argument("--only", default="prune,eval,compare,pack,reconstruct")
+    parser.add_argument("--only", default="prune,eval,compare,reconstruct")
     parser.add_argument(
         "--others",
         type=Path,
@@ -193,68 +166,29 @@ def main() -> None:
     scratch, model = options.scratch, options.model
     scratch.mkdir(parents=True, exist_ok=True)
     weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    pruned, packed, better = (scratch / x for x in ("pruned", "packed", "better"))
+    pruned, better = scratch / "pruned", scratch / "better"
     report = str(scratch / "report.json")
     # A tenth of the limit is left for pages of files that wait to be read or written.
     budgets = {
         x: str(int(parse_bytes(getattr(options, x)) * 0.9)) for x in ("memory", "training_memory")
     }
-    data = ["--data", str(options.data)] if options.data else []
-    size = ["--seqlen", str(options.seqlen)]
-    few = ["--samples", str(options.windows), *size]
+    few = ["--samples", str(options.windows), "--seqlen", str(options.seqlen)]
+    few += ["--data", str(options.data)] if options.data else []
     training = ["--reconstruct", "all", "--reconstruct-epochs", "1"]
-    runs = {
-        "prune": (
-            ["prune", str(model), str(pruned), *few, *data, "--memory", budgets["memory"]],
-            [model],
-            pruned,
-        ),
-        "eval": (
-            [
-                "eval",
-                str(model),
-                "--samples",
-                str(options.windows),
-                *size,
-                *data,
-                "--memory",
-                budgets["memory"],
-            ],
-            [model],
-            None,
-        ),
+    training += ["--memory", budgets["training_memory"]]
+    within = ["--memory", budgets["memory"]]
+    others = options.others or [pruned]
+    # Command -> its words, the folders that it reads, and the one that it writes.
+    runs: dict[str, tuple[list[str], list[Path], Path | None]] = {
+        "prune": (["prune", str(model), str(pruned), *few, *within], [model], pruned),
+        "eval": (["eval", str(model), *few, *within], [model], None),
         # Several models and their reference side by side.
         "compare": (
-            [
-                "eval",
-                *map(str, options.others or [pruned]),
-                "--reference",
-                str(model),
-                "--samples",
-                str(options.windows),
-                *size,
-                *data,
-                "--memory",
-                budgets["memory"],
-            ],
-            [model, *(options.others or [pruned])],
+            ["eval", *map(str, others), "--reference", str(model), *few, *within],
+            [model, *others],
             None,
         ),
-        "pack": (["pack", str(pruned), str(packed)], [pruned], packed),
-        "reconstruct": (
-            [
-                "prune",
-                str(model),
-                str(better),
-                *training,
-                *few,
-                *data,
-                "--memory",
-                budgets["training_memory"],
-            ],
-            [model],
-            better,
-        ),
+        "reconstruct": (["prune", str(model), str(better), *few, *training], [model], better),
     }
     found = []
     for name, (arguments, inputs, output) in runs.items():

@@ -31,7 +31,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "balanced": {"preset": "balanced"},
     "best": {"preset": "best"},
     "max": {"minutes": 20},
-    "compress 2.7 bits": {"bits": 2.7, "head_bits": "none"},
 }
 
 

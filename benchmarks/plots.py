@@ -168,8 +168,7 @@ def perplexity_table(figures: Figures) -> str:
 
 def time_table(figures: Figures) -> str:
     """Processor seconds of every series, for the patterns that were timed."""
-    timed = {pattern for (_, pattern), cell in figures.cells.items() if cell.seconds}
-    patterns = [p for p in PATTERNS if p in timed]
+    patterns = [p for p in PATTERNS if any(seconds(figures, name, p) for name in SERIES)]
     rows = [[label, *(seconds(figures, name, p) for p in patterns)] for name, label in labels()]
     rows = [row for row in rows if any(row[1:])]
     return markdown(["seconds", *patterns], rows)
@@ -178,7 +177,7 @@ def time_table(figures: Figures) -> str:
 def two_of_four_table(figures: Figures) -> str:
     """Perplexity and gap at 2:4."""
     rows = [
-        [label, perplexity(figures, name, "2:4"), spelled_gap(figures, name, "2:4")]
+        [label, perplexity(figures, name, "2:4"), f"{figures.gap(name, '2:4'):.2f}"]
         for name, label in labels()
     ]
     return markdown(["", "perplexity at 2:4", "residual gap"], rows)
@@ -246,17 +245,9 @@ def proof_table(_figures: Figures) -> str:
                     for text, x in values["scores"].items()
                 ]
                 decode = decoding_speed(values)
-                rows.append(
-                    [
-                        name,
-                        preset,
-                        PROOF_ROWS[row][0],
-                        f"{values['bytes']:,}",
-                        f"{values['bits_of_linears']:.2f}",
-                        *cells,
-                        f"{decode:.1f}" if decode else "",
-                    ]
-                )
+                size = [f"{values['bytes']:,}", f"{values['bits_of_linears']:.2f}"]
+                speed = f"{decode:.1f}" if decode else ""
+                rows.append([name, preset, PROOF_ROWS[row][0], *size, *cells, speed])
                 name = ""
     columns = ["model", "size of", "file", "bytes", "bits", "WikiText-2", "Python", "tokens/s"]
     return markdown(columns, rows, text=3)
@@ -297,11 +288,6 @@ def perplexity(figures: Figures, series: str, pattern: str) -> str:
 def seconds(figures: Figures, series: str, pattern: str) -> str:
     cell = figures.cells.get((series, pattern))
     return "" if cell is None or cell.seconds is None else f"{cell.seconds:.0f}"
-
-
-def spelled_gap(figures: Figures, series: str, pattern: str) -> str:
-    gap = figures.gap(series, pattern)
-    return "" if gap is None else f"{gap:.2f}"
 
 
 def markdown(header: list[str], rows: list[list[str]], text: int = 1) -> str:

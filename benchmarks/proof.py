@@ -17,8 +17,6 @@ each preset there are these rows:
     fast          the same, with types that a processor decodes fast (--fast-on)
     nearest       the same types as prunus, rounded weight by weight (--rounding nearest)
     fixed head    prunus, with embedding and head as the preset has them (Q6_K)
-    own format    prunus compress OUT --size BYTES, a folder in prunus's own format; what it holds
-                  is unpacked to bfloat16 for llama.cpp to judge, and its bytes are the folder's
     autoround     AutoRound's GGUF export of the same scheme, at its default settings but for the
                   tokens; it needs --auto-round, the interpreter of a venv that has auto-round
 
@@ -52,7 +50,6 @@ from prunus.calibration.corpora import load_corpus
 from prunus.calibration.draw import encode
 from prunus.calibration.sources import find_source
 from prunus.calibration.windows import WindowRequest
-from prunus.evaluation.inspection import stored_size
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.checkpoint.atomic_files import file_digest
 from prunus.model.checkpoint.reader import Checkpoint
@@ -176,18 +173,12 @@ class Judge:
 
     def dense(self) -> Path:
         """The model as a GGUF file in bfloat16, by llama.cpp's converter."""
-        return self.convert(self.checkpoint, "dense")
-
-    def convert(self, checkpoint: Path, name: str) -> Path:
-        """A checkpoint as a GGUF file in bfloat16, by llama.cpp's converter."""
         script = self.llama / "convert_hf_to_gguf.py"
-        command = [sys.executable, "-c", CONVERT, script, checkpoint.resolve()]
-        command += ["--outtype", "bf16"]
+        command = [sys.executable, "-c", CONVERT, script, self.checkpoint, "--outtype", "bf16"]
+        log = self.work / "dense-convert.log"
         return once(
-            self.work / f"{name}.gguf",
-            lambda partial: run(
-                [*command, "--outfile", partial], self.work / f"{name}-convert.log", cwd=self.llama
-            ),
+            self.work / "dense.gguf",
+            lambda partial: run([*command, "--outfile", partial], log, cwd=self.llama),
         )
 
     def calibration(self) -> Path:
@@ -356,7 +347,7 @@ def type_list(file: Path, target: Path) -> Path:
 
 
 def compress(judge: Judge, name: str, *options: Any) -> tuple[Path, float]:
-    """A file or folder of `prunus compress`, and the seconds that it took; 0 if it was there."""
+    """A file of `prunus compress`, and the seconds that it took; 0 if it was there."""
     file = judge.work / name
     command = [sys.executable, "-m", "prunus", "compress", judge.checkpoint, file, *options]
     command += ["--calibration", judge.calibration(), "--samples", judge.options.samples]
@@ -367,19 +358,6 @@ def compress(judge: Judge, name: str, *options: Any) -> tuple[Path, float]:
     return file, time.perf_counter() - started
 
 
-def own_format(judge: Judge, preset: str, size: int) -> tuple[Path, float]:
-    """A folder in prunus's own format, and the seconds that it took."""
-    return compress(judge, f"{preset}-own", "--size", size)
-
-
-def unpacked(judge: Judge, folder: Path) -> Path:
-    """The weights that a folder in prunus's own format runs with, as a GGUF file in bfloat16."""
-    dense = folder.with_name(f"{folder.name}-unpacked")
-    command = [sys.executable, "-m", "prunus", "unpack", folder, dense, "--overwrite"]
-    run(command, judge.work / f"{dense.name}.log")
-    return judge.convert(dense, dense.name)
-
-
 def make_row(judge: Judge, preset: str, row: str) -> tuple[Path, float]:
     """The file of one row, and the seconds that it took to make."""
     baseline = judge.quantise(preset, preset)
@@ -388,8 +366,6 @@ def make_row(judge: Judge, preset: str, row: str) -> tuple[Path, float]:
         return baseline, 0.0
     if row == "its types":
         return compress(judge, f"{preset}-rounding.gguf", "--type", baseline)
-    if row == "own format":
-        return own_format(judge, preset, size)
     if row == "autoround":
         started = time.perf_counter()
         return judge.auto_round(preset), time.perf_counter() - started
@@ -421,13 +397,9 @@ def measure(judge: Judge, figures: dict[str, Any], save: Callable[[], None]) -> 
             if row in rows:
                 continue
             file, seconds = make_row(judge, preset, row)
-            scored = unpacked(judge, file) if file.is_dir() else file
-            found = facts(scored)
-            if file.is_dir():
-                size = stored_size(file)
-                found |= {"bytes": size.file_bytes, "bits_of_linears": size.bits_per_weight}
+            found = facts(file)
             check_weights(judge.checkpoint, found)
-            rows[row] = {**found, "seconds": round(seconds), "scores": judge.score(scored)}
+            rows[row] = {**found, "seconds": round(seconds), "scores": judge.score(file)}
             save()
             means = [f"{name} {x['kl']:.4f}" for name, x in rows[row]["scores"].items()]
             print(time.strftime("%H:%M:%S"), preset, row, found["bytes"], *means, flush=True)
@@ -455,7 +427,6 @@ def measure_speeds(judge: Judge, figures: dict[str, Any], save: Callable[[], Non
         (make_row(judge, preset, name)[0], row)
         for preset, of_preset in figures["rows"].items()
         for name, row in of_preset.items()
-        if name != "own format"  # llama.cpp does not run it
         if len(row.get("speeds", [])) < rounds
     ]
     for _ in range(rounds):

@@ -95,22 +95,10 @@ def main() -> None:
     for pattern, target in PATTERNS.items():
         slug = pattern.replace(" %", "").replace(":", "of")
         pruned = folder / f"wanda-{slug}"
-        calibration = [
-            "--calibration",
-            str(folder / "calibration.jsonl"),
-            "--samples",
-            "32",
-            "--seqlen",
-            "1024",
-        ]
-        prunus(
-            "prune",
-            dense,
-            str(pruned),
-            *target,
-            *calibration,
-            json_file=folder / f"{pruned.name}.json",
-        )
+        calibration = ["--calibration", str(folder / "calibration.jsonl")]
+        calibration += ["--samples", "32", "--seqlen", "1024"]
+        words = ["prune", dense, str(pruned), *target, *calibration]
+        prunus(*words, json_file=folder / f"{pruned.name}.json")
         worst = perplexity(pruned, pruned.name, folder, data)
         for mode, options in MODES.items():
             name = f"{pruned.name}-{mode.replace(', ', '-')}"
@@ -118,14 +106,8 @@ def main() -> None:
                 continue
             options = [dense if word == "DENSE" else word for word in options]
             text = ["--text", str(folder / "training.jsonl"), "--tokens", str(given.tokens)]
-            found = prunus(
-                "recover",
-                str(pruned),
-                str(folder / name),
-                *options,
-                *text,
-                json_file=folder / f"{name}.json",
-            )
+            words = ["recover", str(pruned), str(folder / name), *options, *text]
+            found = prunus(*words, json_file=folder / f"{name}.json")
             after = perplexity(folder / name, name, folder, data)
             if not mode.startswith("lora"):
                 shutil.rmtree(folder / name, ignore_errors=True)

@@ -59,17 +59,8 @@ def main() -> None:
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    train_checkpoint(
-        config,
-        options.out,
-        tokenizer,
-        ids,
-        test,
-        tokens=options.tokens,
-        batch=4,
-        seqlen=512,
-        learning_rate=1e-3,
-    )
+    training = {"tokens": options.tokens, "batch": 4, "seqlen": 512, "learning_rate": 1e-3}
+    train_checkpoint(config, options.out, tokenizer, ids, test, **training)
 
 
 if __name__ == "__main__":

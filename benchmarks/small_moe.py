@@ -17,15 +17,15 @@ test texts of WikiText-2 and C4.
 from __future__ import annotations
 
 import argparse
-import math
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from small_training import token_ids, train_checkpoint, train_tokenizer
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig
+from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig
 
 import prunus
 from prunus.calibration.corpora import load_corpus
@@ -45,55 +45,35 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
-def scores(model: Any, dense: list[torch.Tensor], batches: list[torch.Tensor]) -> tuple[float, ...]:
-    """KL divergence from the dense model in nats per token, and perplexity, on test windows.
-
-    Args:
-        model: a smaller model.
-        dense: log probabilities of the dense model (windows, tokens, vocabulary) per batch.
-        batches: the windows (windows, tokens).
-    """
-    divergence, loss = 0.0, 0.0
-    with torch.no_grad():
-        for logp, ids in zip(dense, batches, strict=True):
-            logq = model(ids).logits.float().log_softmax(-1)
-            divergence += float((logp.exp() * (logp - logq)).sum(-1).mean())
-            loss -= float(logq[:, :-1].gather(-1, ids[:, 1:, None]).mean())
-    return divergence / len(batches), math.exp(loss / len(batches))
-
-
-def print_table(folder: Path, ids: torch.Tensor, tests: dict[str, torch.Tensor]) -> None:
+def print_table(folder: Path, ids: torch.Tensor, tests: dict[str, Path]) -> None:
     """Remove experts in several ways and print what is left.
 
     Args:
         folder: of the trained model.
         ids: the train text, as one row of token ids.
-        tests: name of a text -> its token ids.
+        tests: name of a text -> a file with its windows.
     """
     generator = torch.Generator().manual_seed(1)
     starts = torch.randint(len(ids) - SEQLEN, (SAMPLES,), generator=generator)
     windows = torch.stack([ids[start : start + SEQLEN] for start in starts.tolist()])
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    texts = []
+    how: dict[str, Any] = {"seqlen": SEQLEN, "dtype": "float32", "progress": False}
     for name, test in tests.items():
-        batches = list(test[: SCORED * SEQLEN].view(SCORED, SEQLEN).split(8))
-        with torch.no_grad():
-            dense = [model(batch).logits.log_softmax(-1) for batch in batches]
-        texts.append((dense, batches))
-        print(f"dense: perplexity {scores(model, dense, batches)[1]:.2f} on {name}")
+        dense = prunus.perplexity(folder, str(test), **how).perplexity
+        print(f"dense: perplexity {dense:.2f} on {name}")
     columns = [cell for name in tests for cell in (f"KL, {name}", "perplexity")]
     print(f"\n| experts that go | by | {' | '.join(columns)} | seconds |")
     print(f"| ---: | --- | {'---: | ' * len(columns)}---: |", flush=True)
     for share in (0.25, 0.5):
         for name, options in ROWS.items():
-            started = time.process_time()
+            started, cells = time.process_time(), []
             with tempfile.TemporaryDirectory() as place:
                 out = Path(place, "out")
                 prunus.shrink(folder, out, experts=share, calibration=windows, **options)
-                small = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
-                found = [scores(small, *text) for text in texts]
-            cells = [f"{kl:.4f} | {ppl:.2f}" for kl, ppl in found]
-            seconds = time.process_time() - started
+                seconds = time.process_time() - started
+                for test in tests.values():
+                    found = prunus.perplexity(out, str(test), reference=folder, **how)
+                    assert found.divergence is not None
+                    cells.append(f"{found.divergence.kl:.4f} | {found.perplexity:.2f}")
             print(f"| {share:.0%} | {name} | {' | '.join(cells)} | {seconds:.0f} |", flush=True)
 
 
@@ -110,12 +90,8 @@ def main() -> None:
     options = parser.parse_args()
     wikitext, c4, wikitext_test, c4_test = (
         load_corpus(name, part, options.data)
-        for name, part in (
-            ("wikitext2", "calibration"),
-            ("c4", "calibration"),
-            ("wikitext2", "scoring"),
-            ("c4", "scoring"),
-        )
+        for part in ("calibration", "scoring")
+        for name in ("wikitext2", "c4")
     )
     texts = ["\n".join(wikitext.documents), *c4.documents]
     trained = (options.out / "config.json").exists()
@@ -131,14 +107,15 @@ def main() -> None:
     }
     if not trained:
         train_experts(options, tokenizer, ids, tests["WikiText-2"])
-    print_table(options.out, ids, tests)
+    files = {name: options.out / f"{name}.safetensors" for name in tests}
+    for name, test in tests.items():
+        windows = test[: SCORED * SEQLEN].view(SCORED, SEQLEN)
+        save_file({"input_ids": windows.clone()}, files[name])
+    print_table(options.out, ids, files)
 
 
 def train_experts(
-    options: argparse.Namespace,
-    tokenizer: PreTrainedTokenizerFast,
-    ids: torch.Tensor,
-    test: torch.Tensor,
+    options: argparse.Namespace, tokenizer: Any, ids: torch.Tensor, test: torch.Tensor
 ) -> None:
     """Train a mixture of experts from random weights and save it."""
     config = Qwen3MoeConfig(
@@ -161,17 +138,8 @@ def train_experts(
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
     )
-    train_checkpoint(
-        config,
-        options.out,
-        tokenizer,
-        ids,
-        test,
-        tokens=options.tokens,
-        batch=24,
-        seqlen=SEQLEN,
-        learning_rate=2e-3,
-    )
+    training = {"tokens": options.tokens, "batch": 24, "seqlen": SEQLEN, "learning_rate": 2e-3}
+    train_checkpoint(config, options.out, tokenizer, ids, test, **training)
 
 
 if __name__ == "__main__":

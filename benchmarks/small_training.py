@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -109,11 +110,7 @@ def train_checkpoint(
     tokenizer: PreTrainedTokenizerFast,
     ids: torch.Tensor,
     test: torch.Tensor,
-    *,
-    tokens: int,
-    batch: int,
-    seqlen: int,
-    learning_rate: float,
+    **training: Any,
 ) -> None:
     """Train a model from random weights (seed 0) and save it to `out`, in bfloat16.
 
@@ -125,15 +122,7 @@ def train_checkpoint(
         model.set_experts_implementation("grouped_mm")
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{count:,} parameters, {len(ids):,} tokens of train text", flush=True)
-    train(
-        model,
-        ids,
-        test,
-        tokens=tokens,
-        batch=batch,
-        seqlen=seqlen,
-        learning_rate=learning_rate,
-    )
+    train(model, ids, test, **training)
     model.eval().bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)
-    print(f"test perplexity {perplexity(model, test, seqlen):.2f}; saved to {out}")
+    print(f"test perplexity {perplexity(model, test, training['seqlen']):.2f}; saved to {out}")

@@ -1,4 +1,4 @@
-"""Compare the solvers with plain matrix products in speed, and SparseGPT with its pseudo-code.
+"""Compare the solvers with plain matrix products in speed.
 
     python benchmarks/solvers.py [--shapes 576x576,1536x576,576x1536] [--rounds 3] [--threads 1]
         [--json FILE]
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.methods import METHODS, MethodOptions, compose
@@ -28,36 +27,6 @@ from prunus.methods.statistics import InputStatistics
 
 # The number of ADMM iterations whose arithmetic the share of ALPS counts.
 _ALPS_STEPS = 16
-
-
-def from_pseudo_code(
-    weight_OI: Tensor, gram_II: Tensor, sparsity: float, block: int = 128
-) -> Tensor:
-    """Algorithm 1 of arXiv 2301.00774, line by line; each column corrects the rest of its block."""
-    weight_OI = weight_OI.clone()
-    damped_II = gram_II + 0.01 * gram_II.diagonal().mean() * torch.eye(len(gram_II))
-    factor_II = torch.linalg.cholesky(
-        torch.cholesky_inverse(torch.linalg.cholesky(damped_II)), upper=True
-    )
-    for start in range(0, weight_OI.shape[1], block):
-        stop = min(start + block, weight_OI.shape[1])
-        part_OB, error_OB = (
-            weight_OI[:, start:stop].clone(),
-            torch.zeros(len(weight_OI), stop - start),
-        )
-        upper_BB = factor_II[start:stop, start:stop]
-        cost_OB = part_OB**2 / upper_BB.diagonal() ** 2
-        threshold = cost_OB.flatten().sort().values[int(cost_OB.numel() * sparsity)]
-        for j in range(stop - start):
-            column_O = part_OB[:, j]
-            kept_O = torch.where(cost_OB[:, j] > threshold, column_O, 0)
-            error_O = (column_O - kept_O) / upper_BB[j, j]
-            part_OB[:, j:] -= error_O[:, None] @ upper_BB[j, j:][None]
-            part_OB[:, j] = kept_O
-            error_OB[:, j] = error_O
-        weight_OI[:, start:stop] = part_OB
-        weight_OI[:, stop:] -= error_OB @ factor_II[start:stop, stop:]
-    return weight_OI
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -105,7 +74,6 @@ def measure(rows: int, columns: int, rounds: int) -> dict[str, dict[str, float]]
         "product": (lambda: weight_OI @ gram_II, product),
         "gram": (gram, 2.0 * len(X_TI) * columns**2),
         "sparsegpt": (prune("sparsegpt"), inverse + product / 2),
-        "pseudo-code": (lambda: from_pseudo_code(weight_OI, gram_II, 0.5), inverse + product / 2),
         "alps": (prune("alps"), alps_products * product + 8 * inverse),
         "wanda + least squares": (
             prune("wanda", weight_update="least-squares"),
@@ -140,8 +108,6 @@ def main() -> None:
             for name, figures in found[shape].items():
                 share = f"{figures['share']:7.0%}" if figures["share"] else "       "
                 print(f"{shape:>12} {name:21} {1000 * figures['seconds']:9.1f} ms {share}")
-            ratio = found[shape]["pseudo-code"]["seconds"] / found[shape]["sparsegpt"]["seconds"]
-            print(f"{shape:>12} sparsegpt is {ratio:.2f} times as fast as its pseudo-code")
     if options.json:
         content = {
             "machine": describe_hardware(torch.device("cpu")),

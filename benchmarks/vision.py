@@ -44,6 +44,7 @@ WAYS = (
     ("alps", "row"),
 )
 EPOCHS = {"vit": 60, "convnext": 40}
+CALIBRATION: dict[str, Any] = {"samples": 128, "dtype": "float32", "overwrite": True}
 
 
 def pictures(work: Path) -> tuple[Path, Path]:
@@ -60,33 +61,15 @@ def pictures(work: Path) -> tuple[Path, Path]:
 
 
 def classifier(kind: str) -> Any:
-    labels = {
-        "id2label": {i: str(i) for i in range(10)},
-        "label2id": {str(i): i for i in range(10)},
-    }
+    options: dict[str, Any] = {"image_size": SIDE, "id2label": {i: str(i) for i in range(10)}}
+    options["label2id"] = {str(i): i for i in range(10)}
     if kind == "vit":
-        return ViTForImageClassification(
-            ViTConfig(
-                image_size=SIDE,
-                patch_size=2,
-                hidden_size=96,
-                intermediate_size=384,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-                **labels,
-            )
-        )
-    return ConvNextForImageClassification(
-        ConvNextConfig(
-            image_size=SIDE,
-            patch_size=1,
-            num_stages=2,
-            hidden_sizes=[48, 96],
-            depths=[2, 3],
-            layer_scale_init_value=0.1,
-            **labels,
-        )
-    )
+        options |= {"hidden_size": 96, "intermediate_size": 384}
+        options |= {"num_hidden_layers": 4, "num_attention_heads": 4, "patch_size": 2}
+        return ViTForImageClassification(ViTConfig(**options))
+    options |= {"num_stages": 2, "hidden_sizes": [48, 96], "depths": [2, 3]}
+    options |= {"layer_scale_init_value": 0.1, "patch_size": 1}
+    return ConvNextForImageClassification(ConvNextConfig(**options))
 
 
 def train(kind: str, folder: Path, target: Path) -> None:
@@ -145,32 +128,12 @@ def main() -> None:
             row = []
             for sparsity in SPARSITIES:
                 out = options.work / f"{kind} {method} {group} {sparsity}"
-                prunus.prune(
-                    dense,
-                    out,
-                    method,
-                    sparsity,
-                    group=group,
-                    calibration=str(training),
-                    samples=128,
-                    dtype="float32",
-                    overwrite=True,
-                )
+                how = {"method": method, "sparsity": sparsity, "group": group}
+                prunus.prune(dense, out, **how, **CALIBRATION, calibration=str(training))
                 row.append(accuracy(out, testing))
-                found.append(
-                    {
-                        "model": kind,
-                        "method": method,
-                        "group": group,
-                        "sparsity": sparsity,
-                        "accuracy": row[-1],
-                    }
-                )
-            print(
-                f"{method}, per {group}".ljust(18),
-                *(f"{share:7.1%}" for share in row),
-                flush=True,
-            )
+                found.append({"model": kind, **how, "accuracy": row[-1]})
+            shown = (f"{share:7.1%}" for share in row)
+            print(f"{method}, per {group}".ljust(18), *shown, flush=True)
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 

@@ -9,8 +9,8 @@ import re
 
 import pytest
 
+from gguf_cases import gguf_checkpoint
 from places import REPOSITORY
-from tiny_tokenizer import byte_tokenizer, dense_checkpoint
 
 NOTEBOOKS = sorted((REPOSITORY / "examples").glob("*.ipynb"))
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -35,10 +35,12 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch, capsys):
     if any("matplotlib" in source for source in sources):
         pytest.importorskip("matplotlib")
     if "PRUNUS_MODEL" not in os.environ:
-        model = dense_checkpoint(tmp_path / "model", max_position_embeddings=512)
-        tokenizer = byte_tokenizer()
-        tokenizer.chat_template = "{% for each in messages %}{{ each.content }}{% endfor %}"
-        tokenizer.save_pretrained(model)
+        model = gguf_checkpoint(tmp_path / "model", max_position_embeddings=512)
+        for file in model.glob("tokenizer*.json"):
+            # The name that the import of a GGUF file gives its last token.
+            file.write_text(file.read_text().replace("</s>", "<|endoftext|>"))
+        template = "{% for each in messages %}{{ each.content }}{% endfor %}"
+        (model / "chat_template.jinja").write_text(template)
         monkeypatch.setenv("PRUNUS_MODEL", str(model))
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.chdir(tmp_path)

@@ -64,10 +64,9 @@ def transformers_greedy(folder: Path) -> list[list[int]]:
 
 def test_fewer_blocks_need_nothing_of_prunus(tmp_path):
     source = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16, **SIZES)
-    smaller, removed = tmp_path / "smaller", {"blocks": 1, "repair": False}
-    prunus.shrink(source, smaller, calibration=token_ids(), **removed)
-    config = json.loads((smaller / "config.json").read_text())
-    assert config["num_hidden_layers"] == 1
+    smaller = tmp_path / "smaller"
+    prunus.shrink(source, smaller, calibration=token_ids(), blocks=1, repair=False)
+    assert json.loads((smaller / "config.json").read_text())["num_hidden_layers"] == 1
     assert vllm_greedy(smaller) == transformers_greedy(smaller)
 
 
