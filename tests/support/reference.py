@@ -7,6 +7,7 @@ Shape suffixes: O outputs (rows), I inputs, T tokens, B columns of a block.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
