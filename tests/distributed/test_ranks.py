@@ -35,7 +35,7 @@ def test_ranks_compress_to_the_same_bits_and_errors(found):
     integers. So results are alike, not equal; with the same ranks they are equal.
     """
     result = found["compressed"]
-    assert all(bits == pytest.approx(4.0, rel=0.005) for bits in result["bits"].values())
+    assert len({*result["bits"].values()}) == 1, "rank 0 measures and chooses"
     errors = result["errors"]
     assert errors["two"] == pytest.approx(errors["one"], rel=0.05)
     assert errors["resumed"] == pytest.approx(errors["one"], rel=0.05)

@@ -76,4 +76,4 @@ def test_compress(dense, tmp_path, traffic):
     read, written = traffic
     prunus.compress(dense, tmp_path / "out", 4, calibration=token_ids(), dtype="float32")
     assert of_blocks(read, "dense") == {1}
-    assert set(written.values()) == {1} and len(written) == 3
+    assert set(written.values()) == {1} and "model-00003-of-00003.safetensors" in written
