@@ -188,8 +188,8 @@ class SweepResults(Part):
         note = (
             "Error: mean relative output error, or mean removed energy (E), which assumes "
             "uncorrelated inputs.\nKL divergence: from the dense model, in nats per token; ± one "
-            "standard error over windows.\nFile: as prunus pack would write it without loss, with "
-            "the bits per weight of its linears in the blocks; as stored where it packs nothing."
+            "standard error over windows.\nFile: with the bits per weight of the linears in the "
+            "blocks; zeros take as much room as all other weights."
         )
         return table_of("Models", rows, forms, note)
 

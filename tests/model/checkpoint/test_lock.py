@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 
 import prunus
 from command_line import call
-from prunus import pack
 from prunus.model.checkpoint.lock import LOCK_NAME, locked
 from prunus.sweeping.grid import Sweep
 from prunus.sweeping.run import sweep as run_sweep
@@ -54,7 +53,7 @@ def test_every_verb_that_writes_is_refused_with_host_and_process(held, tmp_path)
     with pytest.raises(FileExistsError, match=who):
         prunus.prune(dense, out, calibration=token_ids())
     with pytest.raises(FileExistsError, match=who):
-        pack(pruned, out)
+        prunus.compress(dense, out, 4, format="mlx", calibration=token_ids())
     with pytest.raises(FileExistsError, match=who):
         recover(pruned, out, "masked", training_text(tmp_path))
     sweep = {"title": "t", "models": [str(dense)], "grid": [{"method": "magnitude"}]}
