@@ -10,7 +10,7 @@ GPUs have no table: there decoding waits for memory, so the smallest file is the
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from prunus.formats.gguf.types import TYPES, type_for
 from prunus.hardware.errors import did_you_mean
+from prunus.model.checkpoint.atomic_files import read_json
 
 #: Name of a processor's instructions -> type -> nanoseconds per weight.
 SPEEDS: dict[str, dict[str, float]] = {
@@ -70,19 +71,25 @@ def speeds_of(name: str) -> dict[str, float]:
         The times of all types of `TYPES`; very long for those that were not measured.
 
     Raises:
-        ValueError: It is neither, or it lacks a type of llama.cpp's presets.
+        ValueError: It is neither, a time is infinite or not above 0, or it lacks a type of
+            llama.cpp's presets.
     """
     times = SPEEDS.get(name)
     if times is None:
         try:
-            entries = json.loads(Path(name).read_text(encoding="utf-8"))["nanoseconds per weight"]
+            entries = read_json(Path(name))["nanoseconds per weight"]
             times = {kind: float(entry["decode"]) for kind, entry in entries.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"`fast_on` must be one of {', '.join(SPEEDS)}, or a file that "
                 f"benchmarks/type_speeds.py wrote, not {name}{did_you_mean(name, SPEEDS)}"
             ) from error
-    if missing := sorted({x for shares in _PRESETS for x in shares if not times.get(x, 0) > 0}):
+    if wrong := sorted(kind for kind, time in times.items() if not 0 < time < math.inf):
+        raise ValueError(
+            f"{name} says that a weight of {wrong[0]} takes {times[wrong[0]]} ns: give a time above"
+            " 0, as benchmarks/type_speeds.py measures it"
+        )
+    if missing := sorted({x for shares in _PRESETS for x in shares if x not in times}):
         raise ValueError(f"{name} has no time of {', '.join(missing)}: measure these types too")
     return {kind: times.get(kind, _UNKNOWN) for kind in TYPES}
 
