@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prunus.engine.linear_record import calibration_words, grid_words, sparsity_tag
 from prunus.engine.record import extended_card, result_card, source_name
-from prunus.formats.records import CompressionRecord
+from prunus.formats.records import CompressionRecord, unmatched_sentences
 from prunus.model.checkpoint.card import add_tags, with_fields
 
 # The title of the section that says how to load a packed model.
@@ -59,6 +59,7 @@ def quantized_card(
             "\n".join(["```sh", *lines, "```"]),
             f"Calibration: {calibration_words(record)}.",
             grid_words(record.grid_bits),
+            " ".join(unmatched_sentences(record.unmatched)),
         ],
         tags=["quantized", *tags],
         relation="quantized",
