@@ -201,6 +201,18 @@ def test_experts_that_the_checkpoint_has_in_one_tensor_are_compressed(tmp_path):
     assert kinds == {*record.types.values(), "F32", "BF16"}  # biases of all experts are a matrix
 
 
+def test_what_has_no_type_has_the_numbers_of_the_checkpoint_in_the_order_of_the_template(tmp_path):
+    tensors = gpt_oss(tmp_path / "dense")
+    tensors |= {x: y.rot90(2) for x, y in tensors.items() if "attn_output.weight" in x}
+    template = write_container(tmp_path / "full.gguf", tensors)
+    options = {"type": "Q4_K", "dense_weight": 0.0, "template": template, "head_bits": "none"}
+    compress(tmp_path / "dense", tmp_path / "x.gguf", **options, ignore=("*layers.1*",))
+    ours, theirs = contents(tmp_path / "x.gguf"), contents(template)
+    equal = {name for name in theirs if torch.equal(ours[name], theirs[name])}
+    assert equal >= {name for name in theirs if not name.startswith("blk.0.")}
+    assert equal.isdisjoint(f"blk.0.attn_{x}.weight" for x in "qkv")
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt_oss"])
 def test_a_killed_run_with_a_template_continues_without_matching(
     family, dense, container, tmp_path, monkeypatch

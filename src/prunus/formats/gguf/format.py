@@ -605,8 +605,10 @@ class GgufFormat(MixFormat):
         """The bytes of a tensor of the file, from the shards or from the file that has it."""
         if tensor.values is not None:
             return tensor.values()
-        stored = self.job.checkpoint.stored
-        parts = [shards.whole(stored.get(name, name)) for name in tensor.sources]
+        source = self.job.checkpoint
+        # Pieces of one tensor that have no type are in the shards as that tensor.
+        keys = [source.stored.get(name, name) for name in tensor.sources]
+        parts = [shards.whole(x) if x in shards.tensors else source.weight(x) for x in keys]
         rows = parts[0] if len(parts) == 1 else torch.cat(parts)
         rows = rows if tensor.rows is None else rows[tensor.rows]
         return rows if tensor.module in types else tensor.plain(rows)
