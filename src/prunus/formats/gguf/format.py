@@ -475,9 +475,8 @@ class GgufFormat(MixFormat):
         """The size of the file, what takes it, and its speed in units of Q4_K_M's, for a plan."""
         types = self.types or (self.types_of({}) if self.recipe.type else {})
         parts = self.contents.bytes_by_type(types) if types else self.planned_parts()
-        before = self.job.checkpoint.checkpoint.file_bytes()
-        size = self.contents.size(before, self.file_bytes(), parts).model_dump()
-        unmatched = self.contents.layout.unmatched
+        source, unmatched = self.job.checkpoint.checkpoint, self.contents.layout.unmatched
+        size = self.contents.size(source.file_bytes(), self.file_bytes(), parts).model_dump()
         return {"file": size, "decoding": self._speed(types), "unmatched": unmatched}
 
     def _speed(self, types: Mapping[str, str]) -> float:
