@@ -1,7 +1,9 @@
 """`prunus compress --template`: a file in full precision says what the GGUF file holds."""
 
 import json
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,15 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
 
-from gguf_cases import compress, gguf_checkpoint, known_layout, known_tensors, write_container
+from command_line import call
+from gguf_cases import (
+    WIDE,
+    compress,
+    gguf_checkpoint,
+    known_layout,
+    known_tensors,
+    write_container,
+)
 from prunus.formats.gguf import container as gguf_container
 from prunus.formats.gguf.file import GgufFile
 from prunus.formats.gguf.format import read_record
@@ -119,18 +129,28 @@ def test_parts_of_one_weight_are_found_and_have_one_type(tmp_path):
     assert (tmp_path / "x.gguf").stat().st_size == record.size.after
 
 
+@pytest.mark.filterwarnings("default:.* has blk.1.conv:RuntimeWarning")
 def test_what_the_model_lacks_is_copied(dense, tmp_path):
     folder = shutil.copytree(dense, tmp_path / "more")
     weights = load_file(folder / "model.safetensors")
     draft = torch.randn(256, 256).bfloat16()
-    save_file(weights | {"mtp.fc.weight": draft}, folder / "model.safetensors", {"format": "pt"})
+    weights |= {"mtp.fc.weight": draft, "model.layers.1.rotary.inv_freq": torch.rand(4)}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     more = {"blk.1.nextn.eh_proj.weight": draft.float(), "blk.1.conv": torch.randn(4, 1, 3)}
     template = write_container(tmp_path / "full.gguf", known_tensors(dense) | more)
-    compress(folder, tmp_path / "x.gguf", type="Q4_K", template=template)
+    with pytest.warns(RuntimeWarning, match="blk.1.conv, which .*more lacks"):
+        compress(folder, tmp_path / "x.gguf", type="Q4_K", template=template)
     written = GgufFile.open(tmp_path / "x.gguf").tensors
     for name in more:
         assert bytes(written[name].data) == bytes(GgufFile.open(template).tensors[name].data)
         assert written[name].tensor_type.name == "BF16"
+    # Record, card and plan name what only one of the two has.
+    lists = {"the template": ["blk.1.conv"], "the checkpoint": ["model.layers.N.rotary.inv_freq"]}
+    assert read_record(tmp_path / "x.gguf").unmatched == lists
+    assert "Only the template has blk.1.conv." in (tmp_path / "x.README.md").read_text()
+    asked = (folder, tmp_path / "y.gguf", "--type", "Q4_K", "--template", template, "--seqlen", 16)
+    said = " ".join(call("plan", *asked).output.split())
+    assert "Only the template has blk.1.conv." in said and "blk.1.conv, which" in said
 
 
 def test_equal_blocks_and_equal_experts_keep_their_places(tmp_path):
@@ -164,7 +184,10 @@ def gpt_oss(folder: Path) -> dict[str, torch.Tensor]:
         tensors[f"{theirs}.ffn_gate_inp.weight"] = known[f"{ours}.mlp.router.weight"]
         for x, y in zip("qkvo", ("q", "k", "v", "output"), strict=True):
             tensors[f"{theirs}.attn_{y}.weight"] = known[f"{ours}.self_attn.{x}_proj.weight"]
-    return tensors
+        others = [x for x in known if x.startswith(ours) and x.endswith(("bias", "norm.weight"))]
+        others += [x for x in known if x.startswith(ours) and x.endswith(("sinks", "_proj_bias"))]
+        tensors |= {f"{theirs}.{x.removeprefix(ours + '.')}": known[x] for x in others}
+    return tensors | {"output_norm.weight": known["model.norm.weight"]}
 
 
 def test_experts_that_the_checkpoint_has_in_one_tensor_are_compressed(tmp_path):
@@ -175,7 +198,19 @@ def test_experts_that_the_checkpoint_has_in_one_tensor_are_compressed(tmp_path):
     record = compress(tmp_path / "dense", tmp_path / "x.gguf", **options)
     assert_close(tmp_path / "x.gguf", tensors)
     kinds = {x.tensor_type.name for x in GgufFile.open(tmp_path / "x.gguf").tensors.values()}
-    assert kinds == {*record.types.values(), "F32"}
+    assert kinds == {*record.types.values(), "F32", "BF16"}  # biases of all experts are a matrix
+
+
+def test_what_has_no_type_has_the_numbers_of_the_checkpoint_in_the_order_of_the_template(tmp_path):
+    tensors = gpt_oss(tmp_path / "dense")
+    tensors |= {x: y.rot90(2) for x, y in tensors.items() if "attn_output.weight" in x}
+    template = write_container(tmp_path / "full.gguf", tensors)
+    options = {"type": "Q4_K", "dense_weight": 0.0, "template": template, "head_bits": "none"}
+    compress(tmp_path / "dense", tmp_path / "x.gguf", **options, ignore=("*layers.1*",))
+    ours, theirs = contents(tmp_path / "x.gguf"), contents(template)
+    equal = {name for name in theirs if torch.equal(ours[name], theirs[name])}
+    assert equal >= {name for name in theirs if not name.startswith("blk.0.")}
+    assert equal.isdisjoint(f"blk.0.attn_{x}.weight" for x in "qkv")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_oss"])
@@ -195,15 +230,112 @@ def test_a_killed_run_with_a_template_continues_without_matching(
     assert (tmp_path / "x.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 
 
-def test_a_template_that_changes_during_the_run_is_refused(dense, container, tmp_path):
-    template = Path(shutil.copy(container, tmp_path / "full.gguf"))
-    with pytest.raises(StopError):
-        compress(dense, tmp_path / "x.gguf", type="Q4_K", template=template, progress=stop_after(1))
-    changed = {name: x + (x.dim() < 2) for name, x in known_tensors(dense).items()}
-    write_container(template, changed, known_layout(dense)[0].fields)
-    with pytest.raises(FileExistsError, match="not the file that this run began with"):
-        compress(dense, tmp_path / "x.gguf", type="Q4_K", template=template)
+@pytest.mark.parametrize("name", ["blk.1.attn_norm.weight", "blk.1.ffn_gate_inp.weight"])
+@pytest.mark.parametrize("is_killed", [True, False])
+def test_a_template_that_changes_during_the_run_is_refused(name, is_killed, tmp_path):
+    """Norms and routers, which have no type, are copied from it at the end."""
+    dense = gguf_checkpoint(tmp_path / "dense", "mixtral", **MOE)
+    template, other = (full_file(dense, tmp_path / x) for x in ("full.gguf", "other.gguf"))
+    whole, options = template.read_bytes(), {"type": "Q4_K", "template": template}
+    compress(dense, tmp_path / "whole.gguf", **options)
+    tensors = known_tensors(dense)
+    write_container(other, tensors | {name: tensors[name] + 1}, known_layout(dense)[0].fields)
+
+    def change(*_: object) -> None:
+        template.write_bytes(other.read_bytes())
+
+    if is_killed:
+        with pytest.raises(StopError):
+            compress(dense, tmp_path / "x.gguf", **options, progress=stop_after(1))
+        change()
+        with pytest.raises(FileExistsError, match="not the file that this run began with"):
+            compress(dense, tmp_path / "x.gguf", **options)
+    else:
+        with pytest.raises(ValueError, match=f"changed since the run began: {name}"):
+            compress(dense, tmp_path / "x.gguf", **options, progress=change)
     assert not (tmp_path / "x.gguf").exists()
+    template.write_bytes(whole)
+    compress(dense, tmp_path / "x.gguf", **options)
+    assert (tmp_path / "x.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+def test_a_template_that_is_cut_short_during_the_run_ends_it_with_an_error(dense, tmp_path):
+    template = full_file(dense, tmp_path / "full.gguf")
+    whole, options = template.read_bytes(), {"type": "Q4_K", "template": template}
+    with pytest.raises(ValueError, match=r"full\.gguf was cut short while it was read"):
+        compress(
+            dense,
+            tmp_path / "x.gguf",
+            **options,
+            progress=lambda *_: template.write_bytes(whole[:4096]),
+        )
+    template.write_bytes(whole)
+    compress(dense, tmp_path / "x.gguf", **options)
+    assert_close(tmp_path / "x.gguf", known_tensors(dense))
+
+
+def swapped(name: str, other: str):
+    return lambda x: x | {name: x[other], other: x[name]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: {k: v for k, v in x.items() if "blk.1" not in k}, "it lacks .*layers.1.* more"),
+        (lambda x: {k: v for k, v in x.items() if k != "output.weight"}, "it lacks .*lm_head"),
+        (lambda x: {k: v for k, v in x.items() if k != "blk.0.ffn_up.weight"}, "0.mlp.up_proj"),
+        (lambda x: {k: v for k, v in x.items() if k != "output_norm.weight"}, "model.norm.weight"),
+        (lambda x: x | {"output.weight": x["token_embd.weight"]}, "it lacks .*lm_head.weight"),
+        (lambda x: x | {"blk.0.attn_k.weight": torch.randn(128, 256)}, "0.self_attn.k_proj"),
+        (lambda x: x | {"blk.0.attn_norm.weight": torch.rand(256)}, "0.input_layernorm.weight"),
+        (lambda x: x | {"blk.0.attn_norm.weight": x["blk.0.attn_norm.weight"].flip(0)}, "input_la"),
+        (lambda x: x | {"blk.0.attn_k.weight": x["blk.0.attn_v.weight"]}, "k_proj"),
+        (swapped("blk.0.attn_q.weight", "blk.1.attn_q.weight"), "layers.1.self_attn.q_proj"),
+        (swapped("blk.0.ffn_up.weight", "blk.0.ffn_gate.weight"), "which belong to blk.0.ffn_"),
+        (swapped("blk.0.attn_norm.weight", "blk.1.attn_norm.weight"), "it lacks .*input_layernorm"),
+        (swapped("blk.0.attn_norm.weight", "blk.0.ffn_norm.weight"), "which belong to blk.0."),
+    ],
+)  # fmt: skip
+def test_a_template_that_lacks_a_weight_or_has_it_elsewhere_is_refused(change, message, tmp_path):
+    dense = gguf_checkpoint(tmp_path / "dense", vocab_size=4 * WIDE["vocab_size"])
+    fields = dict(known_layout(dense)[0].fields)
+    tensors = change(known_tensors(dense))
+    if not any(name.startswith("blk.1") for name in tensors):
+        fields["llama.block_count"] = replace(fields["llama.block_count"], value=1)
+    template = write_container(tmp_path / "full.gguf", tensors, fields)
+    with pytest.raises(ValueError, match=message):
+        compress(dense, tmp_path / "x.gguf", type="Q4_K", template=template)
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["dense", "full.gguf"]
+
+
+def test_a_template_has_as_many_tokens_as_rows_and_may_leave_out_rows_without_a_token(tmp_path):
+    dense = gguf_checkpoint(tmp_path / "dense", vocab_size=WIDE["vocab_size"] + 5)
+    fields, tensors = dict(known_layout(dense)[0].fields), known_tensors(dense)
+    for count, rows, message in (
+        (
+            WIDE["vocab_size"] + 4,
+            WIDE["vocab_size"] + 5,
+            "the number of tokens is 264 .* 263 there",
+        ),
+        (WIDE["vocab_size"] - 1, WIDE["vocab_size"] - 1, "it lacks .*embed_tokens"),
+        (WIDE["vocab_size"] + 2, WIDE["vocab_size"] + 2, None),
+    ):
+        fewer = {
+            key: replace(x, value=x.value[:count]) if key.endswith(("tokens", "token_type")) else x
+            for key, x in fields.items()
+        }
+        cut = {
+            x: y[:rows] if x in ("token_embd.weight", "output.weight") else y
+            for x, y in tensors.items()
+        }
+        template = write_container(tmp_path / "full.gguf", cut, fewer)
+        options = {"type": "Q4_K", "template": template}
+        if message:
+            with pytest.raises(ValueError, match=message):
+                compress(dense, tmp_path / "x.gguf", **options)
+        else:
+            compress(dense, tmp_path / "x.gguf", **options)
+            assert_close(tmp_path / "x.gguf", cut)
 
 
 def test_a_template_that_does_not_fit_is_refused_before_any_work(dense, container, tmp_path):
@@ -221,6 +353,7 @@ def test_a_template_that_does_not_fit_is_refused_before_any_work(dense, containe
         for name, x in known_tensors(dense).items()
     }
     write_container(tmp_path / "less.gguf", less, known_layout(dense)[0].fields)
+    os.mkfifo(tmp_path / "pipe.gguf")
     before = sorted(tmp_path.iterdir())
     for model, template, message in (
         (other, container, "not a file of this model: .*% .* blk.0.attn_q.weight"),
@@ -228,6 +361,8 @@ def test_a_template_that_does_not_fit_is_refused_before_any_work(dense, containe
         (dense, tmp_path / "few.gguf", "few.gguf has weights in Q4_K, .*F32, F16 or BF16"),
         (dense, tmp_path / "cut.gguf", "truncated or damaged"),
         (dense, tmp_path / "absent.gguf", "No such file .*absent.gguf"),
+        (dense, tmp_path / "pipe.gguf", "pipe.gguf is a FIFO; expected a regular file"),
+        (dense, tmp_path / "other", "other is a folder, and a template is a GGUF file: give FILE"),
         (tokens, container, "token .* is bc in the model and ab there"),
         (adapter, container, "adapter without its base model"),
     ):

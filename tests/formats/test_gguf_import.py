@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from places import REPOSITORY
 from prunus.evaluation.inspection import stored_size
 from prunus.evaluation.records import ModelSize
+from prunus.formats.gguf.header import open_gguf
 from prunus.formats.gguf.import_checkpoint import import_gguf
 from tiny import tree
 from tiny_tokenizer import EOS, VOCABULARY, byte_tokenizer
@@ -86,7 +87,7 @@ def test_an_embedding_that_is_stored_twice_is_tied(tmp_path):
     model = tiny_llama()
     head, embedding = model.lm_head.weight.data, model.model.embed_tokens.weight.data
     embedding.copy_(head + 0.1 * head.std() * torch.randn_like(head))
-    kept = write_gguf(model, tmp_path / "twice.gguf")
+    kept = write_gguf(model, tmp_path / "twice.gguf", "Q8_0")
     summary = import_gguf(tmp_path / "twice.gguf", tmp_path / "out", dtype="float32")
     assert summary["tied"]
     assert summary["parameters"] == sum(x.numel() for x in kept.values()) - head.numel()
@@ -112,6 +113,28 @@ def test_a_dithered_file_counts_the_weights_of_the_checkpoint(tmp_path, monkeypa
     assert twice["tied"] and not apart["tied"]
     assert twice["dithered"] == twice["parameters"] - norms
     assert twice["dithered"] == apart["dithered"] - model.lm_head.weight.numel()
+
+
+@pytest.mark.parametrize(("kind", "change"), [("F32", 1.001), ("F16", 1.01), ("Q8_0", -1.0)])
+def test_a_head_of_which_one_row_differs_is_no_copy_of_the_embedding(kind, change, tmp_path):
+    model = tiny_llama()
+    model.model.embed_tokens.weight.data.copy_(model.lm_head.weight.data)
+    model.lm_head.weight.data[-1] *= change
+    kept = write_gguf(model, tmp_path / "x.gguf", kind)
+    assert not import_gguf(tmp_path / "x.gguf", tmp_path / "out", dtype="float32")["tied"]
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert torch.equal(weights[name], kept[name])
+
+
+def test_a_file_that_is_cut_short_while_it_is_read_is_an_error(tmp_path):
+    """It was mapped, and then touching it ends the process."""
+    write_gguf(tiny_llama(), tmp_path / "x.gguf")
+    file, whole = open_gguf(tmp_path / "x.gguf"), (tmp_path / "x.gguf").read_bytes()
+    (tmp_path / "x.gguf").write_bytes(whole[:64])
+    with pytest.raises(ValueError, match=r"x\.gguf was cut short while it was read"):
+        file.read("token_embd.weight")
+    assert file.get("general.name") == "tiny"
 
 
 def test_any_file_says_its_bits_per_weight_without_being_unpacked(tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.config import load_config
 from prunus.model.device import DTYPES
+from prunus.model.linears import is_tied
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.model.stream import HiddenStates, StatesPlace, Stream
@@ -244,7 +245,7 @@ class StreamedModel:
         outer = self.source.checkpoint.nbytes(self.source.outside_keys())
         head = skeleton.model.get_output_embeddings()
         embedding = skeleton.model.get_input_embeddings().weight
-        if head is not None and head.weight is not embedding:
+        if head is not None and not is_tied(skeleton.model):
             outer -= min(head.weight.numel(), embedding.numel()) * self.source.stored_dtype.itemsize
         # Of what is outside the blocks, only the copy is left when logits are computed.
         copy = outer * max(1, size // self.source.stored_dtype.itemsize)

@@ -41,7 +41,7 @@ from prunus.model.checkpoint.writer import Writable, file_nbytes, save_safetenso
 from prunus.model.embeddings import is_plain
 from prunus.model.formats import format_named, format_of
 from prunus.model.kinds import require_causal
-from prunus.model.linears import tied_embedding
+from prunus.model.linears import is_tied, tied_embedding
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
 
@@ -601,13 +601,12 @@ def embedding_and_head(model: Any, stored: Mapping[str, str]) -> dict[str, list[
         Stored name of the weight -> stored names of copies of it: a tied head may be stored too.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head is not None and head.weight is embedding.weight
     names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
     keys = [
         stored.get(names.get(id(module), ""), "") if module is not None and is_plain(module) else ""
         for module in (embedding, head)
     ]
-    if not tied:
+    if not is_tied(model):
         return {key: [] for key in keys if key.endswith(".weight")}
     # A checkpoint may store a tied weight twice, or as the head alone, which stays as it is.
     holds = tied_embedding(model) is not None and keys[0].endswith(".weight")

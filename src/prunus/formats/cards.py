@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prunus.engine.linear_record import calibration_words
 from prunus.engine.record import result_card, source_name
-from prunus.formats.records import CompressionRecord
+from prunus.formats.records import CompressionRecord, unmatched_sentences
 
 
 def quantized_card(
@@ -40,6 +40,7 @@ def quantized_card(
             "" if record.size is None else " ".join(record.size.sentences()),
             "\n".join(["```sh", *lines, "```"]),
             f"Calibration: {calibration_words(record)}.",
+            " ".join(unmatched_sentences(record.unmatched)),
         ],
         tags=["quantized", *tags],
         relation="quantized",

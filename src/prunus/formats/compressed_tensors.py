@@ -29,6 +29,7 @@ from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.checkpoint.writer import file_nbytes
 from prunus.model.device import DTYPES
+from prunus.model.linears import is_tied
 
 # The kernels of vLLM know groups of these sizes. Fewer scales take fewer bits.
 _GROUPS = (128, 64, 32)
@@ -269,4 +270,7 @@ class TensorsFormat(CompressedFormat):
             "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
             "ignore": sorted(set(dense)),
         }
-        return read_json(source.folder / "config.json") | {"quantization_config": described}
+        config = read_json(source.folder / "config.json")
+        # A head that is stored with other numbers than the embedding is tied by vLLM all the same.
+        tied = {"tie_word_embeddings": False} if not is_tied(model) else {}
+        return {**config, **tied, "quantization_config": described}

@@ -33,6 +33,7 @@ from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.checkpoint.writer import file_nbytes
 from prunus.model.device import DTYPES
+from prunus.model.linears import is_tied
 
 #: Model types whose weights mlx-lm 0.32 takes under the names that transformers gives them, and as
 #: they are -> the values of tie_word_embeddings with which it does. With the packages installed,
@@ -134,7 +135,7 @@ class MlxFormat(MixFormat):
             ValueError: The format cannot do what the recipe asks for.
         """
         config = self.job.checkpoint.config
-        tied = bool(config.tie_word_embeddings)
+        tied = is_tied(self.job.skeleton.model)
         if tied not in FAMILIES.get(config.model_type, ()):
             raise ValueError(
                 f"mlx-lm does not take the weights of a model of the family {config.model_type} "
@@ -211,7 +212,7 @@ class MlxFormat(MixFormat):
             **rope_keys(config),
             **config,
             # mlx-lm has defaults of its own where the file does not say it.
-            "tie_word_embeddings": bool(self.job.checkpoint.config.tie_word_embeddings),
+            "tie_word_embeddings": is_tied(self.job.skeleton.model),
             "quantization": described,
             "quantization_config": described,
         }

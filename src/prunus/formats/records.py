@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, TypeGuard
 
 from pydantic import Field, field_validator, model_validator
@@ -65,6 +66,15 @@ def _is_earlier(recipe: Any) -> TypeGuard[dict[str, Any]]:
     return isinstance(recipe, dict) and "sparsity" in recipe
 
 
+def unmatched_sentences(unmatched: Mapping[str, Iterable[str]]) -> list[str]:
+    """What a template and its checkpoint do not have in common, for people.
+
+    >>> unmatched_sentences({"the template": ["rope_freqs.weight"]})
+    ['Only the template has rope_freqs.weight.']
+    """
+    return [f"Only {which} has {', '.join(names)}." for which, names in unmatched.items()]
+
+
 class CompressionRecord(PruningRecord):
     """The record of compress.
 
@@ -72,6 +82,9 @@ class CompressionRecord(PruningRecord):
         recipe: How the checkpoint was compressed.
         types: Name of a linear, an embedding or a head -> its type, in formats
             that have types.
+        unmatched: "the template" and "the checkpoint" -> names of the tensors that only one of the
+            two has, in GGUF files with a template. Those of the template are copied. Numbers in
+            names of the checkpoint are replaced by N.
         size: Of the result; None before the end of the run.
         check: Text -> how far the result is from the dense model, the figures of `CHECKED`; empty
             where that was not scored.
@@ -83,6 +96,7 @@ class CompressionRecord(PruningRecord):
 
     recipe: CompressionRecipe
     types: dict[str, str] = Field(default_factory=dict)
+    unmatched: dict[str, list[str]] = Field(default_factory=dict)
     size: FileSize | None = None
     check: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
@@ -129,5 +143,6 @@ class CompressionRecord(PruningRecord):
         return [
             *(self.size.sentences(totals.get("bits")) if self.size else []),
             *self.check_sentences(),
+            *unmatched_sentences(self.unmatched),
             *super()._notes(totals),
         ]

@@ -23,7 +23,7 @@ from torch import nn
 from prunus.model.calls import BlockCall, BlockStubs, replaced_forward
 from prunus.model.experts import Fused, find_fused_experts, fusing_rules, unfuse_experts
 from prunus.model.kinds import IMAGE_TEXT, IMAGES, image_tokens, kind_of, trial_image_size
-from prunus.model.linears import Linear, find_block_list, find_linears, left_dense
+from prunus.model.linears import Linear, find_block_list, find_linears, is_tied, left_dense
 from prunus.model.meta_model import build_on_meta, limited_modules, move_buffers, place, release
 
 #: From the model's names to the stored tensors; see `Source.read_outside`.
@@ -149,6 +149,23 @@ class Skeleton:
         """Names of parameters and persistent buffers outside the blocks."""
         prefix = f"{self.path}."
         return [name for name in self.model.state_dict() if not name.startswith(prefix)]
+
+    def untie(self, equal: Callable[[str, str], bool]) -> None:
+        """Give names that share a parameter one each if their stored numbers differ.
+
+        A configuration may ask for a head that is the embedding, while the checkpoint stores two
+        weights. transformers then loads both, and so do all that run this model.
+
+        Args:
+            equal: Whether two names of one parameter, of which the first comes first in the model,
+                have the same numbers. A name that is not stored is equal to all others.
+        """
+        first: dict[int, str] = {}
+        for name, shared in self.model.state_dict(keep_vars=True).items():
+            if not equal(first.setdefault(id(shared), name), name):
+                path, _, leaf = name.rpartition(".")
+                own = nn.Parameter(torch.empty_like(shared), requires_grad=False)
+                self.model.get_submodule(path)._parameters[leaf] = own
 
     @contextlib.contextmanager
     def outside_blocks(
@@ -279,7 +296,7 @@ class Skeleton:
                 f"{type(self.model).__name__} has no linear as its output head, so its head cannot "
                 "be pruned; leave `head` out"
             )
-        if not may_be_tied and head.weight is self.model.get_input_embeddings().weight:
+        if not may_be_tied and is_tied(self.model):
             raise NotImplementedError(
                 f"{name} is tied to the input embedding: pruning it would prune the embedding; "
                 "leave `head` out"

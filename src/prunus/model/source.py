@@ -11,6 +11,7 @@ Outline: `Source` is the interface, `CheckpointSource` reads a folder block by b
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -122,6 +123,7 @@ class CheckpointSource:
         # Per block: stored name of a tensor that is several in the skeleton -> how it is cut.
         self._fused: list[dict[str, Fused]] = []
         self.pieces: dict[str, Piece] = {}
+        self._are_equal = functools.cache(self._compare)
         # Stored name of the fused tensor that was read last -> its pieces.
         self._cut: dict[str, dict[str, torch.Tensor]] = {}
 
@@ -130,6 +132,7 @@ class CheckpointSource:
         self.stored, converted, unknown = names_in_model(skeleton, self.checkpoint.tensors)
         stored = self.stored
         self._refuse_unknown(skeleton, unknown)
+        skeleton.untie(self._are_equal)
         self._check_outside(skeleton)
         expected = skeleton.model.state_dict()
         self._blocks, self._fused = [], []
@@ -158,6 +161,22 @@ class CheckpointSource:
             self._fused.append(fused)
             for key, tensor in fused.items():
                 self.pieces |= {prefix + x: Piece(key, tensor, x) for x in tensor.members}
+
+    def _compare(self, name: str, other: str) -> bool:
+        """Whether two names of one parameter have the same numbers, as far as both are stored."""
+        keys = [self.stored.get(x, "") for x in (name, other)]
+        if name == other or not all(keys):
+            return True
+        infos = [self.checkpoint.tensors[key] for key in keys]
+        if infos[0].shape != infos[1].shape:
+            return False
+        # transformers compares what it has loaded, in one dtype.
+        same = infos[0].dtype == infos[1].dtype
+        read = self.checkpoint.pieces if same else lambda key: iter([self.checkpoint.whole(key)])
+        return all(
+            torch.equal(ours.to(self.stored_dtype), theirs.to(self.stored_dtype))
+            for ours, theirs in zip(*map(read, keys), strict=True)
+        )
 
     def weight(self, name: str) -> torch.Tensor:
         """The stored tensor of this name in the model, cut out where it is a piece of a fused one.
@@ -373,6 +392,8 @@ class ModuleSource:
                 f"{skeleton.kind.loader} loads them, not what AutoModel loads or the language "
                 "model inside a larger one"
             )
+        state = self.model.state_dict(keep_vars=True)
+        skeleton.untie(lambda name, other: state[name] is state[other])
         self._path = skeleton.path
         self._fused = [
             {tensor.name: tensor for tensor in skeleton.fused(i)} for i in range(len(skeleton))

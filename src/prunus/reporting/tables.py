@@ -54,9 +54,11 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
         **({"written": ", ".join(plan["written"])} if plan.get("written") else {}),
     }
     if (file := plan.get("file")) is not None:
-        from prunus.formats.records import FileSize
+        from prunus.formats.records import FileSize, unmatched_sentences
 
         rows["result"], rows["parts of it"] = FileSize(**file).sentences(plan.get("bits"))
+        if plan.get("unmatched"):
+            rows["unmatched"] = " ".join(unmatched_sentences(plan["unmatched"]))
     if plan.get("decoding"):
         rows["decoding"] = f"{plan['decoding']:.2f} times as fast as Q4_K_M on processors, or more"
     if needs := plan.get("needs"):

@@ -9,19 +9,20 @@ matrix in the file still holds the numbers of a row of the checkpoint, and hashe
     file of the converter ──► hashes ────┘              │
                                                         └──► GgufLayout
 
-Matrices without such rows are looked for by their columns. What has no source, and what is not the
-weight of a linear, an embedding or a head, is copied from the file.
+What has no source, and what is not the weight of a linear, an embedding or a head, is copied from
+the file. `placements.py` compares the two.
 
-Shape suffixes: O rows of one matrix, I its columns, N rows of all weights of one width.
+Shape suffixes: O rows of one matrix, I its columns.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,24 +34,26 @@ from torch import Tensor
 from prunus.formats.base import tensors_of_kind
 from prunus.formats.gguf.file import GgufFile
 from prunus.formats.gguf.header import open_gguf
-from prunus.formats.gguf.layout import GgufLayout, GgufTensor, check_same, weights_stored_once
-from prunus.formats.gguf.types import PLAIN, TYPES
+from prunus.formats.gguf.layout import GgufLayout, GgufTensor, check_same
+from prunus.formats.gguf.placements import (
+    ABSENT,
+    COLUMNS,
+    DTYPES,
+    FOREIGN,
+    ROWS,
+    compared_dtype,
+    content,
+    few_of,
+    placements_in,
+    weight_shapes,
+)
+from prunus.formats.gguf.types import TYPES
+from prunus.model.checkpoint.writer import flat_bytes
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 
-#: Kinds of placements; the name of the tensor follows. See `placements_in`.
-ROWS, COLUMNS, TRANSPOSED = "rows/", "columns/", "transposed/"
-# The least share of the weights of a file's matrices that must be in the checkpoint.
-_LEAST_SHARE = 0.95
-# Shorter rows are often equal by chance.
-_SHORTEST = 8
-# Numbers that are hashed together: they take 8 bytes each meanwhile.
-_HASHED = 2**22
-# Rows by which the weights are compared that could have the same rows.
-_COMPARED = 256
 # The columns of a weight that can have a type are a multiple of these.
 _NARROWEST = min(kind.span for kind in TYPES.values())
-_DTYPES = {name: dtype for dtype, (name, _, _) in PLAIN.items()}
 
 
 def open_container(path: Path, folder: Path) -> GgufFile:
@@ -60,224 +63,19 @@ def open_container(path: Path, folder: Path) -> GgufFile:
         FileNotFoundError: There is no such file.
         ValueError: It is damaged, its weights are rounded, or it has another vocabulary.
     """
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder, and a template is a GGUF file: give FILE.gguf, which llama.cpp's "
+            "converter makes of the checkpoint"
+        )
     file = open_gguf(path)
-    if few := file.types.keys() - _DTYPES.keys():
+    if few := file.types.keys() - DTYPES.keys():
         raise ValueError(
             f"{path} has weights in {', '.join(sorted(few))}, and a template is in F32, F16 or "
             "BF16: give the file that llama.cpp's converter makes of the checkpoint"
         )
     check_same(path, folder, file, {}, {})
     return file
-
-
-def fingerprint(file: GgufFile, source: CheckpointSource) -> str:
-    """A text that differs for other files, by header and vectors, and for other checkpoints."""
-    vectors = (file.raw(name).numpy() for name in file.tensors if name not in matrices_of(file))
-    header = file.reader.data[: file.reader.data_offset].tobytes()
-    parts = (source.fingerprint.encode(), header, *vectors)
-    return hashlib.sha256(b"".join(parts)).hexdigest()
-
-
-def matrices_of(file: GgufFile) -> list[str]:
-    """The names of the tensors of a file that have rows and columns, block after block."""
-    return sorted(
-        [name for name, x in file.tensors.items() if sum(side > 1 for side in x.shape) > 1],
-        key=lambda name: int(name.split(".")[1]) if name.startswith("blk.") else -1,
-    )
-
-
-def content(file: GgufFile, name: str) -> Tensor:
-    """A tensor as a file in full precision stores it, with rows first."""
-    dtype = _DTYPES[file.tensors[name].tensor_type.name]
-    return file.raw(name).view(dtype).reshape(shape_in(file, name))
-
-
-def shape_in(file: GgufFile, name: str) -> tuple[int, ...]:
-    """The shape of a tensor of a file in the order of torch, rows first."""
-    return tuple(int(side) for side in reversed(file.tensors[name].shape))
-
-
-# --- where the matrices of a file are in a checkpoint ---
-
-
-def weight_shapes(source: CheckpointSource, skeleton: Skeleton) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every weight of a checkpoint; what the model lacks has its stored name."""
-    shapes = {name: tuple(x.shape) for name, x in skeleton.model.state_dict().items()}
-    unknown = source.checkpoint.tensors.keys() - set(source.stored.values())
-    return shapes | {key: source.checkpoint.tensors[key].shape for key in sorted(unknown)}
-
-
-def _weights(source: CheckpointSource, skeleton: Skeleton) -> Iterator[tuple[int, Tensor]]:
-    """Every weight with rows, one after the other, with the number of its name in `weight_shapes`.
-
-    Of tied weights there is the first.
-    """
-    unknown = source.checkpoint.tensors.keys() - set(source.stored.values())
-    names = {*weights_stored_once(source, skeleton), *source.pieces, *unknown}
-    for number, (name, shape) in enumerate(weight_shapes(source, skeleton).items()):
-        if len(shape) > 1 and name in names:
-            yield number, source.weight(name)
-
-
-def placements_in(
-    file: GgufFile, path: Path, source: CheckpointSource, skeleton: Skeleton
-) -> dict[str, Tensor]:
-    """Where the matrices of a file are in a checkpoint.
-
-    Args:
-        file: What `open_container` returned for `path`.
-        path: Its name, for messages.
-        source: The checkpoint.
-        skeleton: Its model.
-
-    Returns:
-        Kind and name of a tensor of the file -> int32 (O, 2): for each row the number of a weight
-        in `weight_shapes` and the row there (`ROWS`), or the column there (`TRANSPOSED`); or
-        (I, 2), for each column the weight and the column there (`COLUMNS`). A matrix without a
-        source is missing.
-
-    Raises:
-        ValueError: Less than 95 % of the weights of the matrices are in the checkpoint; names some
-            matrices that are not.
-    """
-    matrices, dtype = matrices_of(file), _compared_dtype(file)
-    by_row = _Lookup(_weights(source, skeleton), dtype)
-    placements = dict[str, Tensor]()
-    for name in matrices:
-        if (placed := by_row.places(content(file, name))) is not None:
-            placements[ROWS + name] = placed
-    if left := [name for name in matrices if ROWS + name not in placements]:
-        unused = (x for x in _weights(source, skeleton) if x[0] not in by_row.uses)
-        by_column = _Lookup(((number, weight.flatten(0, -2).T) for number, weight in unused), dtype)
-        for name in left:
-            weight = content(file, name)
-            for kind, rows in ((TRANSPOSED, weight), (COLUMNS, weight.flatten(0, -2).T)):
-                if (placed := by_column.places(rows)) is not None:
-                    placements[kind + name] = placed
-    _check_share(file, path, source, matrices, {x.partition("/")[2] for x in placements})
-    return placements
-
-
-def _compared_dtype(file: GgufFile) -> torch.dtype:
-    """The dtype in which weights are compared: that of the file, where not all are float32."""
-    return next((_DTYPES[name] for name in ("BF16", "F16") if name in file.types), torch.float32)
-
-
-def _check_share(
-    file: GgufFile, path: Path, source: CheckpointSource, matrices: list[str], placed: set[str]
-) -> None:
-    sizes = {name: math.prod(shape_in(file, name)) for name in matrices}
-    missing = [name for name in matrices if name not in placed]
-    share = 1 - sum(sizes[name] for name in missing) / max(1, sum(sizes.values()))
-    if share < _LEAST_SHARE:
-        names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" * (len(missing) > 3))
-        raise ValueError(
-            f"{path} is not a file of this model: {share:.0%} of the weights of its matrices are "
-            f"in {source.checkpoint.folder}, and not those of {names}. Give what llama.cpp's "
-            "converter makes of the checkpoint, in F32, F16 or BF16"
-        )
-
-
-def _hashes(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A hash of each row of a weight (…, I) in a dtype, int64 (O,).
-
-    It is Σ_i a_i x_i modulo 2^64, with the bits of a number as an integer x_i, and random odd a_i.
-    The chance that two different rows have the same one is 2^-48 at most, and 2^-32 in float32, of
-    rows that differ in nothing but signs. It is near 2^-63 for others.
-    """
-    rows_OI = weight.reshape(-1, weight.shape[-1])
-    integers = torch.int16 if dtype.itemsize == 2 else torch.int32
-    generator, columns = torch.Generator().manual_seed(0), weight.shape[-1]
-    factors_I = torch.randint(-(2**62), 2**62, (columns,), generator=generator) * 2 + 1
-    return torch.cat(
-        [
-            part.to(dtype).contiguous().view(integers).long() @ factors_I
-            for part in rows_OI.split(max(1, _HASHED // columns))
-        ]
-    )
-
-
-class _Lookup:
-    """Finds rows of matrices among those of all weights.
-
-    Args:
-        weights: Each weight after its number. Those with short rows are left out.
-        dtype: What all rows are compared in.
-
-    Attributes:
-        uses: Number of a weight -> how many matrices have rows of it.
-    """
-
-    def __init__(self, weights: Iterable[tuple[int, Tensor]], dtype: torch.dtype) -> None:
-        self.uses, self._dtype = Counter[int](), dtype
-        parts = defaultdict[int, list[Tensor]](list)
-        for number, weight in weights:
-            if weight.is_floating_point() and weight.shape[-1] >= _SHORTEST:
-                hashes_O = _hashes(weight, dtype)
-                row_O = torch.arange(len(hashes_O))
-                part = torch.stack([hashes_O, torch.full_like(row_O, number), row_O])
-                parts[weight.shape[-1]].append(part)
-        tables = {width: torch.cat(of_width, dim=1) for width, of_width in parts.items()}
-        # Width -> int64 (3, N), the hash, the number of the weight and the row, in this order.
-        self._sorted = {w: table[:, table[0].argsort(stable=True)] for w, table in tables.items()}
-
-    def places(self, weight: Tensor) -> Tensor | None:
-        """For each row of a matrix the number of a weight and the row in it, int32 (O, 2).
-
-        None if a row is in no weight.
-        """
-        if weight.shape[-1] not in self._sorted:
-            return None
-        hashes_N, number_N, row_N = self._sorted[weight.shape[-1]]
-        hashes_O = _hashes(weight, self._dtype)
-        place_O = torch.searchsorted(hashes_N, hashes_O).clamp_max_(len(hashes_N) - 1)
-        if not torch.equal(hashes_N[place_O], hashes_O):
-            return None
-        last_O = torch.searchsorted(hashes_N, hashes_O, right=True)
-        is_open_O = last_O - place_O > 1
-        taken = set(number_N[place_O[~is_open_O]].tolist())
-        spans = torch.stack([place_O[is_open_O], last_O[is_open_O]], dim=1).tolist()
-        place_O[is_open_O] = torch.tensor(self._choose(spans, number_N, taken), dtype=torch.int64)
-        self.uses.update(number_N[place_O].unique().tolist())
-        return torch.stack([number_N[place_O], row_N[place_O]], dim=1).int()
-
-    def _choose(self, spans: list[list[int]], number_N: Tensor, taken: set[int]) -> list[int]:
-        """A place for each row of a matrix that is equal to several rows of the weights.
-
-        The weight that can give the most of them gives all that it can, before the next one. Of
-        models with equal blocks or experts, a weight that gave rows to fewer matrices comes first,
-        and then one before others: the order of the file is that of the model.
-
-        Args:
-            spans: The first place of each row and the one after the last.
-            number_N: The weight of each place.
-            taken: Weights that other rows of the matrix come from. They are preferred.
-        """
-        numbers = number_N.tolist()
-        # First place of equal rows -> weight -> its places that are left, from the last on.
-        free = {
-            first: {
-                number: list(places)[::-1]
-                for number, places in itertools.groupby(range(first, last), numbers.__getitem__)
-            }
-            for first, last in {(first, last) for first, last in spans}
-        }
-        chosen, rest = dict[int, int](), list(range(len(spans)))
-        while rest:
-            compared = [free[spans[i][0]].items() for i in rest[:_COMPARED]]
-            rows = Counter(number for items in compared for number, places in items if places)
-            options = [number for number, places in free[spans[rest[0]][0]].items() if places]
-            best = max(options, key=lambda x: (x in taken, rows[x], -self.uses[x], -x), default=-1)
-            taken = taken | {best}
-            for i in rest:
-                if places := free[spans[i][0]].get(best):
-                    chosen[i] = places.pop()
-            rest = [i for i in rest[1:] if i not in chosen]
-        # A file may have a row more often than the checkpoint.
-        return [chosen.get(i, spans[i][0]) for i in range(len(spans))]
-
-
-# --- what the file holds, by these placements ---
 
 
 def layout_in(
@@ -295,11 +93,49 @@ def layout_in(
         FileNotFoundError, ValueError: As `open_container` and `placements_in`.
     """
     file = open_container(path, source.checkpoint.folder)
-    kind = f"placements/{fingerprint(file, source)}/"
+    header = file.contents.read(0, file.reader.data_offset).tobytes()
+    fingerprint = hashlib.sha256(source.fingerprint.encode() + header).hexdigest()
+    kind = f"placements/{fingerprint}/"
     earlier = load_file(measurement) if measurement.exists() else {}
     placements = tensors_of_kind(earlier, kind) or placements_in(file, path, source, skeleton)
     lasting = {f"{kind}{name}": placed for name, placed in placements.items()}
-    return layout_by(file, placements, source, skeleton), lasting
+    layout, digest = _with_copies(layout_by(file, placements, source, skeleton), file, path)
+    foreign = [x for x in layout.unmatched.get("the template", []) if not x.startswith("rope_")]
+    if foreign:  # other than tables that follow from the configuration
+        warnings.warn(
+            f"{path} has {few_of(foreign)}, which {source.checkpoint.folder} lacks: the result gets"
+            " it as it is",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return layout, lasting | {f"copied/{digest}": torch.zeros(1)}
+
+
+def _with_copies(layout: GgufLayout, file: GgufFile, path: Path) -> tuple[GgufLayout, str]:
+    """A layout whose copies are checked when they are read, and a hash of all copies."""
+    tensors, all_copies = [], hashlib.sha256()
+    for tensor in layout.tensors:
+        if not tensor.sources:
+            digest = _digest(content(file, tensor.name))
+            all_copies.update(tensor.name.encode() + digest)
+            tensor = replace(tensor, values=partial(_unchanged, file, path, tensor.name, digest))
+        tensors.append(tensor)
+    return replace(layout, tensors=tuple(tensors)), all_copies.hexdigest()
+
+
+def _digest(values: Tensor) -> bytes:
+    return hashlib.sha256(flat_bytes(values).numpy().data).digest()
+
+
+def _unchanged(file: GgufFile, path: Path, name: str, digest: bytes) -> Tensor:
+    """The content of a tensor whose hash was `digest` before the run."""
+    values = content(file, name)
+    if _digest(values) != digest:
+        raise ValueError(
+            f"{path} was changed since the run began: {name} has other numbers. Put it back as it "
+            "was, and the same command continues"
+        )
+    return values
 
 
 def layout_by(
@@ -322,10 +158,10 @@ def layout_by(
     shapes = weight_shapes(source, skeleton)
     tensors, uses = [], defaultdict[str, set[object]](set)
     for name, stored in file.tensors.items():
-        dtype, values = _DTYPES[stored.tensor_type.name], partial(content, file, name)
-        tensor = GgufTensor(name, shape_in(file, name), dtype, values=values)
+        dtype = DTYPES[stored.tensor_type.name]
+        tensor = GgufTensor(name, file.shape(name), dtype)
         may_have_type = tensor.is_matrix and name.endswith(".weight")
-        if may_have_type and dtype == _compared_dtype(file) and tensor.shape[-1] % _NARROWEST == 0:
+        if may_have_type and dtype == compared_dtype(file) and tensor.shape[-1] % _NARROWEST == 0:
             tensor = _with_sources(tensor, placements, shapes)
         tensors.append(tensor)
         for source_name in tensor.sources:
@@ -336,9 +172,13 @@ def layout_by(
         for linear in skeleton.linears(index)
     )
     readable = {x for x in (*linears, *skeleton.outside_parameter_names) if len(uses[x]) == 1}
+    foreign, absent = (sorted(tensors_of_kind(placements, kind)) for kind in (FOREIGN, ABSENT))
+    patterns = sorted({re.sub(r"\d+", "N", name) for name in absent})
+    unmatched = {"the template": foreign, "the checkpoint": patterns}
     return GgufLayout(
         file.fields(),
         tuple(x if readable.issuperset(x.sources) else replace(x, sources=()) for x in tensors),
+        {which: names for which, names in unmatched.items() if names},
     )
 
 

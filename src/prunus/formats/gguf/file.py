@@ -8,7 +8,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import math
+import os
 import re
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +28,7 @@ from prunus.hardware.errors import require_library
 from prunus.hardware.process_state import replaced
 from prunus.methods.group_quantizer import GroupedWeight
 from prunus.model.checkpoint.atomic_files import replacing
+from prunus.model.checkpoint.regular_files import open_regular
 
 # Weights that are unpacked at a time: 64 MB in float32.
 _UNPACKED = 2**24
@@ -58,17 +62,72 @@ def dequantize(data: Any, kind: Any) -> Any:
     return GroupedWeight(TYPES["Q2_0"], torch.tensor(data).flatten(0, -2)).dense().numpy()
 
 
+class _Contents:
+    """The bytes of an open file, which is closed with this object.
+
+    They are read and not mapped, so that a file that is cut short kills no process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with open_regular(path) as opened:
+            self._handle = os.dup(opened.fileno())
+        weakref.finalize(self, os.close, self._handle)
+        self._path, self.size = path, os.fstat(self._handle).st_size
+
+    def read(self, start: int, count: int) -> Any:
+        """Some bytes as a new array, uint8.
+
+        Raises:
+            ValueError: The file ends before them: it was cut short since it was opened.
+        """
+        data, done = np.empty(count, dtype=np.uint8), 0
+        while done < count:
+            if not (size := os.preadv(self._handle, [data[done:].data], start + done)):
+                raise ValueError(
+                    f"{self._path} was cut short while it was read: it ends before byte "
+                    f"{start + count:,}. Put it back as it was, and run the same command again"
+                )
+            done += size
+        return data
+
+
 @functools.cache
 def _reader_class() -> Any:
-    """The package's reader of files, with the mapped file as a plain array.
+    """The package's reader of headers, which is given the open file (`opened`) before it begins.
 
-    A header has a slice for each token of its vocabulary, and those of a `memmap` take twice as
-    long.
+    It takes slices of a mapped file. Here they are read. For the content of each tensor it gets
+    zeros that take no memory; `_StoredContent` reads the content when it is used.
     """
-    plain = property(
-        lambda self: self.plain, lambda self, data: setattr(self, "plain", data.view(np.ndarray))
-    )
-    return type("PlainReader", (package().GGUFReader,), {"data": plain})
+
+    def get(self: Any, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        if hasattr(self, "data_offset"):  # the header is over
+            return np.broadcast_to(np.zeros((), dtype), (int(count),))
+        self.opened.seek(offset)
+        return np.frombuffer(self.opened.read(np.dtype(dtype).itemsize * int(count)), dtype)
+
+    return type("HeaderReader", (package().GGUFReader,), {"_get": get})
+
+
+class _StoredContent:
+    """A tensor of the package's reader whose `data` are read from the file when they are used."""
+
+    def __init__(self, contents: _Contents, info: Any) -> None:
+        self.contents, self.info = contents, info
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.info, name)
+
+    @property
+    def data(self) -> Any:
+        """The whole content, in the shape and the dtype that the package gives it."""
+        return self.rows(0, math.prod(self.info.data.shape[:-1])).reshape(self.info.data.shape)
+
+    def rows(self, first: int, count: int) -> Any:
+        """Some rows of the content, (count, I)."""
+        like = self.info.data
+        nbytes = like.shape[-1] * like.itemsize
+        raw = self.contents.read(self.info.data_offset + first * nbytes, count * nbytes)
+        return raw.view(like.dtype).reshape(count, like.shape[-1])
 
 
 def tensor_names(architecture: str, blocks: int) -> Any:
@@ -102,18 +161,32 @@ class GgufFile:
     """A GGUF file whose header was checked.
 
     Attributes:
-        reader: The `GGUFReader` of the package, which has the file mapped.
+        reader: The `GGUFReader` of the package.
         tensors: Name -> tensor of that reader, whose data are read when they are used.
+        contents: The bytes of the file.
     """
 
     reader: Any
     tensors: dict[str, Any]
+    contents: _Contents
 
     @classmethod
     def open(cls, path: Path) -> GgufFile:
-        """Read a header; for files of strangers see `open_gguf`."""
-        reader = _reader_class()(path)
-        return cls(reader, {tensor.name: tensor for tensor in reader.tensors})
+        """Read a header; for files of strangers see `open_gguf`.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is no regular file, or it ends before a tensor does.
+        """
+        contents, reader = _Contents(path), _reader_class().__new__(_reader_class())
+        with open_regular(path) as reader.opened:
+            reader.__init__(path)
+        tensors = {x.name: _StoredContent(contents, x) for x in reader.tensors}
+        for name, tensor in tensors.items():
+            if tensor.data_offset + tensor.n_bytes > contents.size:
+                raise ValueError(f"{name} ends beyond the {contents.size:,} bytes of the file")
+        reader.tensors = [*tensors.values()]
+        return cls(reader, tensors, contents)
 
     @contextlib.contextmanager
     def read_once(self) -> Iterator[None]:
@@ -182,16 +255,17 @@ class GgufFile:
             name: The tensor. The rows of the experts in it follow each other.
             rows_O: int64, their numbers in the order wanted; None for all.
         """
-        tensor, columns = self.tensors[name], self.shape(name)[-1]
-        data = tensor.data.reshape(-1, tensor.data.shape[-1])
-        rows_O = torch.arange(len(data)) if rows_O is None else rows_O
-        for part_O in rows_O.split(max(1, _UNPACKED // columns)):
-            values = dequantize(data[part_O.numpy()], tensor.tensor_type)
-            yield torch.from_numpy(np.array(values))
+        tensor, shape = self.tensors[name], self.shape(name)
+        rows_O = torch.arange(math.prod(shape[:-1])) if rows_O is None else rows_O
+        for part_O in rows_O.split(max(1, _UNPACKED // max(1, shape[-1]))):
+            # Rows of one head are in another order, so that few between them are read in vain.
+            first, last = map(int, part_O.aminmax()) if len(part_O) else (0, -1)
+            data = tensor.rows(first, last + 1 - first)[(part_O - first).numpy()]
+            yield torch.from_numpy(np.array(dequantize(data, tensor.tensor_type)))
 
     def raw(self, name: str) -> torch.Tensor:
         """The bytes of a tensor as they are stored, uint8."""
-        return torch.from_numpy(np.array(self.tensors[name].data).view(np.uint8).reshape(-1))
+        return torch.from_numpy(self.tensors[name].data.view(np.uint8).reshape(-1))
 
     @property
     def block_bits(self) -> float | None:

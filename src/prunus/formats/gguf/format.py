@@ -112,7 +112,8 @@ class FileContents:
 
     def __init__(self, layout: GgufLayout, linears: int) -> None:
         self.layout = layout
-        self._record_bytes = _RECORD_BYTES + _BYTES_PER_LINEAR * linears
+        names = len(json.dumps(layout.unmatched))
+        self._record_bytes = _RECORD_BYTES + _BYTES_PER_LINEAR * linears + names
 
     def type_of(self, tensor: GgufTensor, types: Mapping[str, str]) -> tuple[str, int, int]:
         """The name of the type of a tensor, the number of the type, and the bytes of the tensor."""
@@ -317,10 +318,8 @@ class GgufFormat(MixFormat):
         if self.recipe.template is None:
             return selection
         assert isinstance(source, CheckpointSource)
-        folder = self.path.with_name(f"{self.path.name}.part")
-        self._container, self.lasting = layout_in(
-            self.recipe.template, source, model, folder / MEASUREMENT
-        )
+        earlier = self.path.with_name(f"{self.path.name}.part") / MEASUREMENT
+        self._container, self.lasting = layout_in(self.recipe.template, source, model, earlier)
         sources = {name for tensor in self._container.tensors for name in tensor.sources}
         return selection.limited(model, lambda name: f"{name}.weight" in sources)
 
@@ -474,9 +473,9 @@ class GgufFormat(MixFormat):
         """The size of the file, what takes it, and its speed in units of Q4_K_M's, for a plan."""
         types = self.types or (self.types_of({}) if self.recipe.type else {})
         parts = self.contents.bytes_by_type(types) if types else self.planned_parts()
-        before = self.job.checkpoint.checkpoint.file_bytes()
-        size = self.contents.size(before, self.file_bytes(), parts).model_dump()
-        return {"file": size, "decoding": self._speed(types)}
+        source, unmatched = self.job.checkpoint.checkpoint, self.contents.layout.unmatched
+        size = self.contents.size(source.file_bytes(), self.file_bytes(), parts).model_dump()
+        return {"file": size, "decoding": self._speed(types), "unmatched": unmatched}
 
     def _speed(self, types: Mapping[str, str]) -> float:
         """How fast processors decode the file, in units of Q4_K_M's speed.
@@ -574,6 +573,7 @@ class GgufFormat(MixFormat):
         parts = self.contents.bytes_by_type(record.types)
         after = self.contents.file_bytes(record.types)
         record.size = self.contents.size(source.file_bytes(), after, parts)
+        record.unmatched = self.contents.layout.unmatched
         tensors = self.contents.stored(record.types, partial(self._content, shards, record.types))
         fields = self.contents.fields(record.types, reproducible(record))
         text = modelfile(self.path.name, source.folder, fields)
@@ -600,10 +600,12 @@ class GgufFormat(MixFormat):
         self, shards: Checkpoint, types: Mapping[str, str], tensor: GgufTensor
     ) -> torch.Tensor:
         """The bytes of a tensor of the file, from the shards or from the file that has it."""
-        if tensor.values is not None and tensor.module not in types:
+        if tensor.values is not None:
             return tensor.values()
-        stored = self.job.checkpoint.stored
-        parts = [shards.whole(stored.get(name, name)) for name in tensor.sources]
+        source = self.job.checkpoint
+        # Pieces of one tensor that have no type are in the shards as that tensor.
+        keys = [source.stored.get(name, name) for name in tensor.sources]
+        parts = [shards.whole(x) if x in shards.tensors else source.weight(x) for x in keys]
         rows = parts[0] if len(parts) == 1 else torch.cat(parts)
         rows = rows if tensor.rows is None else rows[tensor.rows]
-        return rows if tensor.is_matrix else rows.float() + tensor.shift
+        return rows if tensor.module in types else tensor.plain(rows)

@@ -8,13 +8,15 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 an
 from __future__ import annotations
 
 import math
-import mmap
+import os
 import re
 import struct
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from prunus.formats.gguf.file import GgufFile
+from prunus.model.checkpoint.regular_files import open_regular
 
 # Types of values: a string, an array, and scalars with their struct codes.
 _STRING, _ARRAY = 8, 9
@@ -35,35 +37,30 @@ class _Cursor:
     Every method that reads moves the position on, and raises ValueError if the file ends before.
 
     Attributes:
-        data: The mapped file.
+        size: Bytes of the file.
         position: Offset of the next byte.
         entries: Entries of all arrays so far, compared with `_MAX_ENTRIES`.
     """
 
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data = data
+    def __init__(self, file: BufferedReader) -> None:
+        self._file, self.size = file, os.fstat(file.fileno()).st_size
         self.position = self.entries = 0
 
-    def skip(self, count: int) -> int:
-        """Move on by `count` bytes, and return the position before."""
+    def take(self, count: int) -> bytes:
+        """The next `count` bytes."""
         start, self.position = self.position, self.position + count
-        if self.position > len(self.data):
-            raise ValueError(
-                f"{count:,} bytes are announced at {start:,}, and {len(self.data) - start:,} are "
-                "left"
-            )
-        return start
+        left = self.size - start
+        if count > left or len(data := self._file.read(count)) < count:
+            raise ValueError(f"{count:,} bytes are announced at {start:,}, and {left:,} are left")
+        return data
 
     def scalar(self, code: str) -> Any:
         """One little-endian number; `code` is its letter in the module struct."""
-        size = struct.calcsize("<" + code)
-        return struct.unpack_from("<" + code, self.data, self.skip(size))[0]
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
 
     def string(self) -> str:
         """A string: its length as 8 bytes, then UTF-8. Other bytes become replacement marks."""
-        length = self.scalar("Q")
-        start = self.skip(length)
-        return self.data[start : start + length].decode("utf-8", errors="replace")
+        return self.take(self.scalar("Q")).decode("utf-8", errors="replace")
 
     def value(self, kind: int, depth: int = 0) -> Any:
         """A value of GGUF's type `kind`. The content of an array is checked and dropped."""
@@ -81,7 +78,7 @@ class _Cursor:
                 f"{_MAX_ENTRIES:,} are read"
             )
         if inner in _SCALARS:
-            self.skip(count * struct.calcsize("<" + _SCALARS[inner]))
+            self.take(count * struct.calcsize("<" + _SCALARS[inner]))
             return None
         for _ in range(count):
             self.value(inner, depth + 1)
@@ -93,19 +90,21 @@ def open_gguf(path: Path) -> GgufFile:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is truncated or damaged, or its lengths do not fit the shapes of its tensors.
+        ValueError: It is no regular file, truncated or damaged, or its lengths do not fit the
+            shapes of its tensors.
     """
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            fields, tensors = _walk(_Cursor(data))
-        _check_lengths(fields, str(fields.get("general.architecture", "unknown")), tensors)
-        return GgufFile.open(path)
-    except FileNotFoundError:
-        raise
-    except Exception as fault:  # the reader trusts its input and raises errors of many kinds
-        raise ValueError(
-            f"{path}: the GGUF file is truncated or damaged ({fault}); fetch it again"
-        ) from fault
+    with open_regular(path) as file:
+        cursor = _Cursor(file)
+        try:
+            fields, tensors = _walk(cursor)
+            _check_lengths(fields, str(fields.get("general.architecture", "unknown")), tensors)
+            return GgufFile.open(path)
+        except FileNotFoundError:
+            raise
+        except Exception as fault:  # the reader trusts its input and raises errors of many kinds
+            raise ValueError(
+                f"{path}: the GGUF file is truncated or damaged ({fault}); fetch it again"
+            ) from fault
 
 
 def _check_lengths(
@@ -132,7 +131,7 @@ def _check_lengths(
 
 def _walk(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
     """The fields of a header, and the shape of every tensor."""
-    cursor.skip(4)  # the magic number
+    cursor.take(4)  # the magic number
     if (version := cursor.scalar("I")) not in (2, 3):
         raise ValueError(f"version {version} of the format; versions 2 and 3 can be read")
     tensors, count = cursor.scalar("Q"), cursor.scalar("Q")
@@ -150,7 +149,7 @@ def _walk(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
             raise ValueError(f"a tensor of {dimensions:,} dimensions")
         shapes[name] = tuple(cursor.scalar("Q") for _ in range(dimensions))
         # Even at one bit per weight, a tensor has no more numbers than its file has bits.
-        if math.prod(shapes[name]) > 8 * len(cursor.data):
-            raise ValueError(f"{name} has shape {shapes[name]} in {len(cursor.data):,} bytes")
-        cursor.skip(4 + 8)  # its type and offset
+        if math.prod(shapes[name]) > 8 * cursor.size:
+            raise ValueError(f"{name} has shape {shapes[name]} in {cursor.size:,} bytes")
+        cursor.take(4 + 8)  # its type and offset
     return fields, shapes

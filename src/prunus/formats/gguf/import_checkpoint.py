@@ -22,7 +22,7 @@ from prunus.formats.gguf.card import imported_card
 from prunus.formats.gguf.file import GgufFile, check_extra
 from prunus.formats.gguf.header import open_gguf
 from prunus.formats.gguf.layout import ARCHITECTURES, GgufTensor, tensors_of
-from prunus.formats.gguf.types import FULL_TYPES
+from prunus.formats.gguf.types import FULL_TYPES, PLAIN
 from prunus.formats.gguf.vocabulary import adds_bos, restore_split
 from prunus.hardware.errors import did_you_mean, reason
 from prunus.hardware.process_state import no_stderr
@@ -45,8 +45,7 @@ from prunus.model.kinds import CAUSAL
 from prunus.model.meta_model import build_on_meta
 from prunus.model.skeleton import Skeleton
 
-# Rows of embedding and head that are compared.
-_COMPARED = 4096
+_EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 # Kind of model -> a part of its names in transformers, and what checkpoints have for it.
 _RENAMED = {"mixtral": (".mlp.", ".block_sparse_moe.")}
 
@@ -163,7 +162,7 @@ def _convert(path: Path, file: GgufFile, folder: Path, dtype: torch.dtype) -> di
         if file.architecture in ARCHITECTURES.values():
             figures = _save_known(described, file, folder, dtype)
         else:
-            figures = _save_loaded(source, described, folder, dtype)
+            figures = _save_loaded(source, described, file, folder, dtype)
     except Exception as error:
         raise ValueError(
             f"{path}: transformers cannot import this file ({reason(error)})"
@@ -174,7 +173,7 @@ def _convert(path: Path, file: GgufFile, folder: Path, dtype: torch.dtype) -> di
 
 
 def _save_loaded(
-    source: dict[str, str], described: Any, folder: Path, dtype: torch.dtype
+    source: dict[str, str], described: Any, file: GgufFile, folder: Path, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Let transformers unpack a file, which has room in memory, and save it to `folder`."""
     # Versions of transformers without GgufConfig unpack every GGUF file by default.
@@ -187,7 +186,7 @@ def _save_loaded(
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         _refuse(problem.replace("_", " "), map(str, loading.get(problem) or ()))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = _are_one(embedding.weight[:_COMPARED], head.weight[:_COMPARED])
+    tied = _is_tied(file)
     if tied:
         embedding.weight = head.weight
         model.config.tie_word_embeddings = True
@@ -205,18 +204,25 @@ def _refuse(problem: str, names: Iterable[str]) -> None:
         )
 
 
-def _are_one(embedding: torch.Tensor, head: torch.Tensor) -> bool:
-    """Whether an embedding and a head are one matrix, by some of their rows.
+def _is_tied(file: GgufFile) -> bool:
+    """Whether the embedding of a file is its head as well, by all rows of both.
 
     Many GGUF files store the embedding of a tied model twice, the second time as the head and in
     more bits. The two then differ by errors of rounding, at most by a fifth (Q2_K); matrices that
     were trained apart differ by more than their own size. The head's form is kept, which is the
-    more precise one.
+    more precise one. If nothing was rounded, the numbers of one matrix are equal.
     """
-    if embedding.shape != head.shape:
+    if _HEAD not in file.tensors:
+        return True
+    if file.shape(_EMBEDDING) != file.shape(_HEAD):
         return False
-    difference, of_head = (embedding - head).float(), head.float()
-    return bool(difference.norm() <= 0.3 * of_head.norm())
+    types = {file.tensors[name].tensor_type.name for name in (_EMBEDDING, _HEAD)}
+    full = {name for name, _, _ in PLAIN.values()}
+    slack = 0.3 if types - full else 2**-8 if len(types) > 1 else 0.0
+    return all(
+        bool(((ours - theirs).norm(dim=1) <= slack * theirs.norm(dim=1)).all())
+        for ours, theirs in zip(file.rows(_EMBEDDING), file.rows(_HEAD), strict=True)
+    )
 
 
 # --- a file of a family whose layout is known: one tensor in memory at a time ---
@@ -224,11 +230,7 @@ def _are_one(embedding: torch.Tensor, head: torch.Tensor) -> bool:
 
 def _save_known(described: Any, file: GgufFile, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     """Write the weights of a file to `folder`, with the configuration, a tensor at a time."""
-    embedding, head = "token_embd.weight", "output.weight"
-    some_O = torch.arange(min(_COMPARED, file.shape(embedding)[0]))
-    tied = head not in file.tensors or _are_one(
-        *(torch.cat(list(file.rows(name, some_O))) for name in (embedding, head))
-    )
+    tied = _is_tied(file)
     described.tie_word_embeddings = tied
     skeleton = Skeleton(described, dtype)
     infos = {
@@ -238,11 +240,11 @@ def _save_known(described: Any, file: GgufFile, folder: Path, dtype: torch.dtype
     options = described.get_text_config().to_dict()
     tensors = tensors_of(file.architecture, options, infos)
     # The tables of rotary embeddings follow from the configuration.
-    known = {tensor.name for tensor in tensors} | {head}
+    known = {tensor.name for tensor in tensors} | {_HEAD}
     _refuse("unexpected tensors", {x for x in file.tensors.keys() - known if "rope_" not in x})
     _refuse("missing tensors", {tensor.name for tensor in tensors} - file.tensors.keys())
-    if tied and head in file.tensors:
-        tensors = [replace(x, name=head) if x.name == embedding else x for x in tensors]
+    if tied and _HEAD in file.tensors:
+        tensors = [replace(x, name=_HEAD) if x.name == _EMBEDDING else x for x in tensors]
     weights = _weights(file, tensors, infos)
     part = _RENAMED.get(described.model_type, ("", ""))
     weights = {name.replace(*part): weight for name, weight in weights.items()}

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,11 @@ class GgufTensor:
         """The first of `modules`; empty where there is none."""
         return next(iter(self.modules), "")
 
+    def plain(self, rows: torch.Tensor) -> torch.Tensor:
+        """Its content without a type, from its rows in the checkpoint."""
+        rows = rows[:, list(self.columns)] if self.columns else rows
+        return rows.to(self.dtype) + self.shift if self.shift else rows.to(self.dtype)
+
     @property
     def is_matrix(self) -> bool:
         """Whether it may have a type of fewer bits than float32."""
@@ -123,10 +128,13 @@ class GgufLayout:
     Attributes:
         fields: Key -> value with its type, as `fields_of` returns them.
         tensors: The tensors in the order of the file.
+        unmatched: What a template and its checkpoint do not have in common; see
+            `CompressionRecord`.
     """
 
     fields: dict[str, Any]
     tensors: tuple[GgufTensor, ...]
+    unmatched: dict[str, list[str]] = field(default_factory=dict)
 
 
 def weights_stored_once(source: CheckpointSource, skeleton: Skeleton) -> dict[str, str]:
@@ -258,9 +266,7 @@ def named(architecture: str, blocks: int, infos: Mapping[str, TensorInfo]) -> li
     names, tensors = tensor_names(architecture, blocks), []
     sources: dict[str, list[tuple[int, str]]] = {}
     for source in infos:
-        expert = _EXPERT.fullmatch(source)
-        stack = f"{expert[1]}{_LEAVES.get(expert[3], expert[3])}{expert[4]}" if expert else source
-        name = names.get_name(stack, try_suffixes=(".weight", ".bias"))
+        expert, name = _EXPERT.fullmatch(source), known_name(names, source)
         if name is None:
             raise NotImplementedError(
                 f"{source} has no place in a GGUF file of kind {architecture}, so this model "
@@ -275,6 +281,19 @@ def named(architecture: str, blocks: int, infos: Mapping[str, TensorInfo]) -> li
         tensor = GgufTensor(name, shape, infos[several[0]].dtype, several)
         tensors.append(tensor if tensor.is_matrix else replace(tensor, dtype=torch.float32))
     return tensors
+
+
+def known_name(names: Any, source: str) -> str | None:
+    """llama.cpp's name of a weight; None if it has none. That of an expert is that of all experts.
+
+    Args:
+        names: What `tensor_names` returned.
+        source: The name of the weight in the checkpoint or in the model.
+    """
+    expert = _EXPERT.fullmatch(source)
+    stack = f"{expert[1]}{_LEAVES.get(expert[3], expert[3])}{expert[4]}" if expert else source
+    name: str | None = names.get_name(stack, try_suffixes=(".weight", ".bias"))
+    return name
 
 
 def _check_experts(
@@ -327,6 +346,21 @@ def open_same_model(path: Path, folder: Path, tensors: Sequence[GgufTensor]) -> 
     return file
 
 
+def vocabulary_of(folder: Path) -> tuple[dict[int, str], int]:
+    """The tokens of a checkpoint's tokenizer.json by id, and how many ids it has with added ones.
+
+    Nothing and 0 for a checkpoint without this file.
+    """
+    path = folder / "tokenizer.json"
+    content = read_json(path) if path.exists() else {"model": {}}
+    vocabulary = content["model"].get("vocab", {})
+    if isinstance(vocabulary, list):  # of pieces with scores
+        vocabulary = {piece[0]: index for index, piece in enumerate(vocabulary)}
+    added = [entry["id"] for entry in content.get("added_tokens", [])]
+    ids = max([*vocabulary.values(), *added], default=-1) + 1
+    return {index: token for token, index in vocabulary.items()}, ids
+
+
 def check_same(
     path: Path,
     folder: Path,
@@ -346,11 +380,7 @@ def check_same(
     Raises:
         ValueError: They differ; names the first.
     """
-    tokenizer = folder / "tokenizer.json"
-    vocabulary = read_json(tokenizer)["model"].get("vocab", {}) if tokenizer.exists() else {}
-    if isinstance(vocabulary, list):  # of pieces with scores
-        vocabulary = {piece[0]: index for index, piece in enumerate(vocabulary)}
-    vocabulary_by_id = {index: token for token, index in vocabulary.items()}
+    vocabulary_by_id, _ = vocabulary_of(folder)
     tokens, kinds = (file.get(f"tokenizer.ggml.{x}", []) for x in ("tokens", "token_type"))
     normal = {
         index: token
@@ -359,6 +389,9 @@ def check_same(
     }
     ours = {**ours, **{f"token {index}": vocabulary_by_id[index] for index in normal}}
     theirs = {**theirs, **{f"token {index}": token for index, token in normal.items()}}
+    if tokens and "token_embd.weight" in file.tensors:  # llama.cpp reads no other
+        ours["the number of tokens"] = file.shape("token_embd.weight")[0]
+        theirs["the number of tokens"] = len(tokens)
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             raise ValueError(
@@ -388,8 +421,8 @@ def _add_parameters(writer: Any, architecture: str, options: Mapping[str, Any]) 
     """The shape of the model and the constants that it computes with."""
     heads, width = options["num_attention_heads"], options["hidden_size"]
     rope = _rope(options)
-    for field, option in _SIZES.items():
-        getattr(writer, f"add_{field}")(options[option])
+    for size, option in _SIZES.items():
+        getattr(writer, f"add_{size}")(options[option])
     writer.add_head_count_kv(options.get("num_key_value_heads") or heads)
     if architecture == "phi2":
         writer.add_layer_norm_eps(options["layer_norm_eps"])

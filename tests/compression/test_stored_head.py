@@ -1,0 +1,89 @@
+"""A head that the configuration calls the embedding, and that is stored with other numbers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+pytest.importorskip("gguf")
+pytest.importorskip("accelerate")
+
+import prunus
+from gguf_cases import compress, gguf_checkpoint
+from prunus.formats.gguf.import_checkpoint import import_gguf
+from prunus.formats.mlx import MlxFormat
+from prunus.model.skeleton import Skeleton
+from prunus.model.source import CheckpointSource, ModuleSource
+from tiny import stored, token_ids
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def two_matrices(tmp_path_factory) -> Path:
+    """A checkpoint that says it is tied, and stores a head of other numbers."""
+    folder = gguf_checkpoint(tmp_path_factory.mktemp("two") / "dense", tie_word_embeddings=True)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@torch.no_grad()
+def logits(folder: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model(token_ids(2)).logits
+
+
+@pytest.mark.parametrize("form", ["gguf", "mlx", "compressed-tensors", "prune"])
+def test_a_stored_head_that_is_not_the_embedding_is_kept_as_transformers_loads_it(
+    form, two_matrices, tmp_path
+):
+    out = tmp_path / ("x.gguf" if form == "gguf" else "out")
+    if form == "prune":
+        prunus.prune(two_matrices, out, calibration=token_ids(), sparsity=0.0)
+    elif form == "gguf":
+        compress(two_matrices, out, type="Q8_0")
+        import_gguf(out, tmp_path / "dense")
+    else:
+        compress(two_matrices, out, bits=8, format=form)
+        if form == "mlx":
+            MlxFormat.unpack(out, tmp_path / "dense")
+    expected = logits(two_matrices)
+    if form != "compressed-tensors":
+        result = logits(out if form == "prune" else tmp_path / "dense")
+        assert float((result - expected).norm() / expected.norm()) < 0.02
+    if form != "prune":
+        path = tmp_path / "dense" if form == "gguf" else out
+        assert json.loads((path / "config.json").read_text())["tie_word_embeddings"] is False
+    if form == "compressed-tensors":
+        head = stored(out)["lm_head.weight"]
+        assert torch.equal(head, stored(two_matrices)["lm_head.weight"])
+
+
+def test_a_model_is_computed_with_the_head_that_it_stores(two_matrices):
+    weights = load_file(two_matrices / "model.safetensors")
+    loaded = AutoModelForCausalLM.from_pretrained(two_matrices, dtype=torch.float32)
+    for source in (CheckpointSource(two_matrices), ModuleSource(loaded)):
+        skeleton = Skeleton(source.config, torch.float32)
+        source.bind(skeleton)
+        with skeleton.outside_blocks(source.read_outside, CPU):
+            hidden, _ = skeleton.record(token_ids(2))
+        assert torch.equal(hidden, weights["model.embed_tokens.weight"].float()[token_ids(2)])
+        with skeleton.outside_blocks(source.read_outside, CPU, with_head=True):
+            assert torch.equal(skeleton.head().weight_OI, weights["lm_head.weight"].float())
+
+
+def test_a_head_that_is_stored_twice_with_equal_numbers_stays_the_embedding(two_matrices, tmp_path):
+    folder = gguf_checkpoint(tmp_path / "dense", tie_word_embeddings=True)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    record = compress(folder, tmp_path / "x.gguf", type="Q8_0")
+    assert "lm_head" not in record.types and "model.embed_tokens" in record.types
+    assert {"lm_head", "model.embed_tokens"} <= compress(
+        two_matrices, tmp_path / "y.gguf", type="Q8_0"
+    ).types.keys()
