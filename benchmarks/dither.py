@@ -34,7 +34,12 @@ from gguf import (
     quants,
 )
 
-from prunus.formats.gguf.import_checkpoint import check_destination, import_gguf
+from prunus.formats.gguf.header import open_gguf
+from prunus.formats.gguf.import_checkpoint import (
+    check_destination,
+    head_is_embedding,
+    import_gguf,
+)
 
 __all__ = ["KINDS", "dither", "quantisation_steps", "write_dithered_gguf"]
 
@@ -125,16 +130,22 @@ def write_dithered_gguf(source: Path, target: Path, seed: int) -> dict[str, int]
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     noisy = {}
-    for position, tensor in enumerate(reader.tensors):
+    places = {tensor.name: (position, tensor) for position, tensor in enumerate(reader.tensors)}
+    # An embedding that is the head as well gets the head's values and noise, and stays its copy.
+    twice = "output.weight" in places and head_is_embedding(open_gguf(source))
+    for name in places:
+        position, tensor = places[
+            "output.weight" if twice and name == "token_embd.weight" else name
+        ]
         values = quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        noisy[tensor.name] = 0
+        noisy[name] = 0
         if tensor.tensor_type in KINDS:
             # A generator for each tensor, so that the noise does not depend on the others.
             noise = np.random.default_rng([seed, position]).random(values.shape, dtype=np.float32)
             noise -= np.float32(0.5)
             noise *= quantisation_steps(tensor.data, tensor.tensor_type)
             values += noise
-            noisy[tensor.name] = values.size
+            noisy[name] = values.size
         rounded = quants.quantize(values, GGMLQuantizationType.BF16)
         if values.ndim == 1:
             rounded = quants.dequantize(rounded, GGMLQuantizationType.BF16)

@@ -186,7 +186,7 @@ def _save_loaded(
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         _refuse(problem.replace("_", " "), map(str, loading.get(problem) or ()))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = _is_tied(file)
+    tied = head_is_embedding(file)
     if tied:
         embedding.weight = head.weight
         model.config.tie_word_embeddings = True
@@ -204,7 +204,7 @@ def _refuse(problem: str, names: Iterable[str]) -> None:
         )
 
 
-def _is_tied(file: GgufFile) -> bool:
+def head_is_embedding(file: GgufFile) -> bool:
     """Whether the embedding of a file is its head as well, by all rows of both.
 
     Many GGUF files store the embedding of a tied model twice, the second time as the head and in
@@ -230,7 +230,7 @@ def _is_tied(file: GgufFile) -> bool:
 
 def _save_known(described: Any, file: GgufFile, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     """Write the weights of a file to `folder`, with the configuration, a tensor at a time."""
-    tied = _is_tied(file)
+    tied = head_is_embedding(file)
     described.tie_word_embeddings = tied
     skeleton = Skeleton(described, dtype)
     infos = {
