@@ -28,6 +28,7 @@ from prunus.engine.linear_record import LinearRecord
 from prunus.formats.base import MixFormat, size_of
 from prunus.formats.block_bytes import ONE, BlockType, Field, scaled
 from prunus.formats.cards import quantized_card
+from prunus.formats.fixed import MLX, check_fixed
 from prunus.formats.records import CompressionRecord
 from prunus.methods.group_quantizer import GroupedWeight
 from prunus.model.checkpoint.atomic_files import make_folder, read_json, write_json
@@ -149,6 +150,7 @@ class MlxFormat(MixFormat):
                 "file or a packed checkpoint instead. prunus writes MLX checkpoints of "
                 f"{', '.join(sorted(FAMILIES))}"
             )
+        check_fixed("mlx-lm", "an MLX checkpoint", config, MLX[config.model_type])
         self.refuse_gguf_options()
         self.refuse_zeros("an MLX checkpoint")
         self.check_widths(_GROUPS[-1])
