@@ -167,16 +167,6 @@ class CompressionRecipe(PruningOptions):
             return in_bytes(self.size)
         return self.type or f"{self.bits:g} bits"
 
-    def without_folders(self) -> CompressionRecipe:
-        """The recipe as stored in a published file: names of other files without their folder."""
-        return self.model_copy(
-            update={
-                "template": self.template and Path(self.template.name),
-                "type": self.type and Path(self.type).name,
-                "fast_on": self.fast_on and Path(self.fast_on).name,
-            }
-        )
-
     @property
     def packs_head(self) -> int | None:
         """The bits per weight of embeddings and head; None where they stay as they are."""
