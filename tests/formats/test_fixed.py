@@ -1,5 +1,6 @@
 """What llama.cpp and mlx-lm compute whatever a configuration says: every entry of the tables."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,7 @@ from transformers import AutoConfig
 pytest.importorskip("gguf")
 
 from gguf_cases import FAMILIES as GGUF_FAMILIES
-from gguf_cases import gguf_checkpoint, known_layout
+from gguf_cases import compress, gguf_checkpoint, known_layout, known_tensors, write_container
 from prunus.formats.fixed import LLAMA_CPP, MLX, Table, check_fixed, check_known
 from prunus.formats.mlx import FAMILIES as MLX_FAMILIES
 from tiny import COMMON, FAMILIES
@@ -115,6 +116,34 @@ def test_a_checkpoint_that_llama_cpp_computes_in_another_way_is_refused(family, 
     path.write_text(json.dumps(json.loads(path.read_text()) | options))
     with pytest.raises(NotImplementedError, match=message):
         known_layout(folder)
+
+
+#: Option of a config.json that its template does not have -> what the message says.
+UNLIKE = {
+    "rms_norm_eps": (1e-3, "layer_norm_rms_epsilon is 1e-06, and config.json has rms_norm_eps = 0"),
+    "rope_parameters": ({"rope_theta": 500.0, "rope_type": "default"}, "rope_theta = 500.0"),
+    "hidden_act": ("gelu", "hidden_act = silu or swish, and this model has gelu"),
+    "logits_scaling": (2.0, "logit_scale is 4, and config.json has logits_scaling = 2.0"),
+}
+
+
+@pytest.mark.parametrize("option", UNLIKE)
+def test_a_template_says_nothing_else_than_the_configuration(option, tmp_path):
+    dense = gguf_checkpoint(tmp_path / "dense", hidden_size=32, intermediate_size=64)
+    fields = known_layout(dense)[0].fields
+    fields["llama.logit_scale"] = dataclasses.replace(fields["llama.rope.freq_base"], value=4.0)
+    template = write_container(tmp_path / "full.gguf", known_tensors(dense), fields)
+    value, message = UNLIKE[option]
+    for given in ({}, {option: value}):
+        path = dense / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | given))
+        options = {"type": "Q8_0", "rounding": "nearest", "template": template}
+        if given:
+            with pytest.raises((ValueError, NotImplementedError), match=message):
+                compress(dense, tmp_path / "other.gguf", **options)
+        else:
+            compress(dense, tmp_path / "x.gguf", **options)
+    assert not (tmp_path / "other.gguf").exists()
 
 
 def test_the_class_of_the_model_counts_and_not_the_one_that_the_configuration_names(tmp_path):

@@ -101,14 +101,14 @@ def parsed(text: str) -> list[tuple[str, str]]:
             continue
         start = re.match(r"(?:PARAMETER )?[A-Za-z]+[ \t]", text)
         assert start is not None, text
-        value, unquoted = "", None
-        for end, letter in enumerate(text[start.end() :] + "\n"):
+        value, unquoted, rest = "", None, iter(text[start.end() :] + "\n")
+        for letter in rest:
             if letter in "\r\n" and (unquoted := without_quotes(value.strip())) is not None:
                 break
             value += letter if letter in "\t\r\n" or letter.isprintable() else ""
         assert unquoted is not None, "the file ends within quotation marks"
         instructions.append((start[0].strip(), unquoted))
-        text = text[start.end() + end :]
+        text = "".join(rest)
     return instructions
 
 

@@ -11,7 +11,6 @@ pytest.importorskip("gguf")
 import prunus
 from gguf_cases import gguf_checkpoint, known_layout, known_tensors, write_container
 from prunus.formats.recipe import CompressionRecipe
-from prunus.model.checkpoint.atomic_files import read_json
 from prunus.pruning.recipe import Recipe
 from prunus.recovery.options import RecoveryOptions
 from prunus.structure.records import StructureRecipe

@@ -24,9 +24,11 @@ Where the facts come from, which were read and not copied:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -87,20 +89,20 @@ def _gemma3_layers(options: Mapping[str, Any]) -> Container[Any]:
 _SILU, _TANH_GELU = ("silu", "swish"), ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 _BY_LAYER = partial(_windows, by_layer=True)
 # What holds for a family that says nothing else.
-_PLAIN: Mapping[str, Values] = {
+_PLAIN: dict[str, Values] = {
     "hidden_act": _SILU,
     "is_causal": [True],
     "use_bidirectional_attention": [False],
     "rope_type": ["default"],
     "partial_rotary_factor": [1.0],
 }
-_NO_BIAS: Mapping[str, Values] = _PLAIN | {"attention_bias": [False], "mlp_bias": [False]}
-_EXPERTS: Mapping[str, Values] = _NO_BIAS | {
+_NO_BIAS: dict[str, Values] = _PLAIN | {"attention_bias": [False], "mlp_bias": [False]}
+_EXPERTS: dict[str, Values] = _NO_BIAS | {
     "decoder_sparse_step": [1],
     "mlp_only_layers": [[]],
 }
 # A field says how much of a head is rotated.
-_PHI: Mapping[str, Values] = {
+_PHI: dict[str, Values] = {
     **{option: values for option, values in _NO_BIAS.items() if option[:7] != "partial"},
     "head_dim": _head_width,
 }
@@ -145,8 +147,8 @@ LLAMA_CPP: Table = {
 }
 
 # Families of mlx-lm that read the scaling of the rotary embedding, and those that do not.
-_SCALED: Mapping[str, Values] = _PLAIN | {"rope_type": ["default", "linear", "llama3", "yarn"]}
-_UNSCALED: Mapping[str, Values] = {
+_SCALED: dict[str, Values] = _PLAIN | {"rope_type": ["default", "linear", "llama3", "yarn"]}
+_UNSCALED: dict[str, Values] = {
     option: values for option, values in _PLAIN.items() if option[:7] != "partial"
 }
 #: Type of a model in transformers -> option -> values of mlx-lm.
@@ -194,19 +196,21 @@ MLX: Table = {
 }
 
 # Options that fields and tensors of a GGUF file hold.
-_HELD = (
-    "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers head_dim "
-    "shared_expert_intermediate_size num_attention_heads num_key_value_heads num_experts "
-    "num_local_experts num_experts_per_tok max_position_embeddings rms_norm_eps layer_norm_eps "
-    "original_max_position_embeddings rope_parameters sliding_window layer_types attention_bias "
-    "mlp_bias final_logit_softcapping tie_word_embeddings partial_rotary_factor"
-).split()
+_HELD = {
+    "attention_bias", "final_logit_softcapping", "head_dim", "hidden_size", "intermediate_size",
+    "layer_norm_eps", "layer_types", "max_position_embeddings", "mlp_bias", "moe_intermediate_size",
+    "num_attention_heads", "num_experts", "num_experts_per_tok", "num_hidden_layers",
+    "num_key_value_heads", "num_local_experts", "original_max_position_embeddings",
+    "partial_rotary_factor", "rms_norm_eps", "rope_parameters", "shared_expert_intermediate_size",
+    "sliding_window", "tie_word_embeddings", "vocab_size",
+}  # fmt: skip
 # Options of training, or of what other options say as well: they change no output.
-_WITHOUT_EFFECT = (
-    "attention_dropout bos_token_id embd_pdrop eos_token_id initializer_range max_window_layers "
-    "output_router_logits pad_token_id pretraining_tp resid_pdrop router_aux_loss_coef router_jitter_noise use_cache "
-    "use_sliding_window _sliding_window_pattern"
-).split()
+_WITHOUT_EFFECT = {
+    "_sliding_window_pattern", "attention_dropout", "bos_token_id", "embd_pdrop", "eos_token_id",
+    "initializer_range", "max_window_layers", "output_router_logits", "pad_token_id",
+    "pretraining_tp", "resid_pdrop", "router_aux_loss_coef", "router_jitter_noise", "use_cache",
+    "use_sliding_window",
+}  # fmt: skip
 
 
 def check_fixed(
@@ -257,6 +261,63 @@ def check_known(config: PreTrainedConfig, values: Mapping[str, Values]) -> None:
                 f"prunus does not know whether llama.cpp computes {option} = {options[option]}, "
                 f"and usual is {usual[option]}: it cannot be written as a GGUF file. A newer "
                 "version of prunus may know"
+            )
+
+
+# Field of a GGUF file, without its kind -> options that say the same.
+_STATED = {
+    "attention.head_count": ("num_attention_heads",),
+    "attention.layer_norm_epsilon": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"),
+    "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
+    "attention.scale": ("attention_multiplier",),
+    "attention.sliding_window": ("sliding_window",),
+    "attn_logit_softcapping": ("attn_logit_softcapping",),
+    "embedding_length": ("hidden_size",),
+    "embedding_scale": ("embedding_multiplier",),
+    "expert_used_count": ("num_experts_per_tok",),
+    "final_logit_softcapping": ("final_logit_softcapping",),
+    "logit_scale": ("logit_scale", "logits_scaling"),
+    "residual_scale": ("residual_multiplier",),
+    "rope.freq_base": ("rope_theta",),
+}
+
+
+def check_template(
+    path: Path, kind: str, field: Callable[[str], Any], config: PreTrainedConfig
+) -> None:
+    """Check that llama.cpp computes a template as transformers does the model, as far as known.
+
+    Where llama.cpp's kind is in the table, the configuration must be one that it computes. Of any
+    kind, fields and options that say the same must agree; one of several options is enough.
+
+    Args:
+        path: The template.
+        kind: llama.cpp's name of its kind.
+        field: Returns the value of a field by its name; None where there is none.
+        config: The configuration of the text model.
+
+    Raises:
+        NotImplementedError: As for `check_fixed`.
+        ValueError: A field and an option differ; names both.
+    """
+    check_fixed("llama.cpp", "a GGUF file", config, LLAMA_CPP.get(kind, {}))
+    options = list(_named(config.to_dict()))
+    for name, names in _STATED.items():
+        stated, said = (
+            field(f"{kind}.{name}"),
+            {
+                option: value
+                for option, value in options
+                if option.rpartition(".")[2] in names and isinstance(value, int | float)
+            },
+        )
+        if not isinstance(stated, int | float) or not said:
+            continue
+        if not any(math.isclose(stated, value, rel_tol=1e-5) for value in said.values()):
+            first, value = next(iter(said.items()))
+            raise ValueError(
+                f"{path} is not a file of this model: its field {kind}.{name} is {stated:g}, and "
+                f"config.json has {first} = {value}. Give what llama.cpp's converter makes of it"
             )
 
 

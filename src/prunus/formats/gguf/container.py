@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from prunus.formats.base import tensors_of_kind
+from prunus.formats.fixed import check_template
 from prunus.formats.gguf.file import GgufFile
 from prunus.formats.gguf.header import open_gguf
 from prunus.formats.gguf.layout import GgufLayout, GgufTensor, check_same, weights_stored_once
@@ -295,6 +296,7 @@ def layout_in(
         FileNotFoundError, ValueError: As `open_container` and `placements_in`.
     """
     file = open_container(path, source.checkpoint.folder)
+    check_template(path, file.architecture, file.get, source.config.get_text_config())
     kind = f"placements/{fingerprint(file, source)}/"
     earlier = load_file(measurement) if measurement.exists() else {}
     placements = tensors_of_kind(earlier, kind) or placements_in(file, path, source, skeleton)

@@ -433,7 +433,7 @@ def _rope_factors(writer: Any, options: Mapping[str, Any]) -> list[GgufTensor]:
     rope = _rope(options)
     factors: dict[str, Any] = {}
     if rope.get("rope_type") == "llama3":
-        factors["rope_freqs.weight"] = _llama3_factors(rope, options)
+        factors["rope_freqs.weight"] = llama3_factors(rope, options)
     if rope.get("rope_type") == "longrope":
         original = _original_positions(options)
         scale = rope.get("factor") or options["max_position_embeddings"] / original
@@ -449,7 +449,7 @@ def _rope_factors(writer: Any, options: Mapping[str, Any]) -> list[GgufTensor]:
     ]
 
 
-def _llama3_factors(rope: Mapping[str, Any], options: Mapping[str, Any]) -> list[float]:
+def llama3_factors(rope: Mapping[str, Any], options: Mapping[str, Any]) -> list[float]:
     """The factors of Llama 3: 1 for short waves, `factor` for long ones, and a ramp between.
 
     The same as transformers' `rope_type` "llama3": the ramp is linear in the number of wave lengths
