@@ -255,9 +255,11 @@ def test_folders_that_do_not_fit_their_description_are_refused(part, compressed,
 
 def test_positions_have_the_keys_that_mlx_lm_reads(tmp_path):
     scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
-    layers = {"full_attention": scaled, "sliding_attention": scaled | {"rope_theta": 7.0}}
+    local = {"rope_type": "default", "rope_theta": 7.0}
+    layers = {"full_attention": scaled, "sliding_attention": local}
     for family, rope in (("llama", scaled), ("gemma3_text", layers)):
-        dense = tiny_checkpoint(tmp_path / f"dense {family}", family, rope_parameters=rope)
+        options = {"rope_parameters": rope, **WINDOWS.get(family, {})}
+        dense = tiny_checkpoint(tmp_path / f"dense {family}", family, **options)
         compress(dense, tmp_path / family)
         config = json.loads((tmp_path / family / "config.json").read_text())
         assert config["rope_theta"] == 500.0
@@ -265,6 +267,7 @@ def test_positions_have_the_keys_that_mlx_lm_reads(tmp_path):
         assert config["rope_scaling"]["type"] == "linear"
         before = json.loads((dense / "config.json").read_text())
         assert config["rope_parameters"] == before["rope_parameters"]
+        assert config.get("rope_local_base_freq", 7.0) == 7.0
 
 
 #: Keys that mlx-lm needs for some of the tiny models.

@@ -161,7 +161,6 @@ MLX: Table = {
     "apertus": {**_SCALED, "hidden_act": ["xielu"]},
     "gemma3_text": {
         # Before what holds for both kinds of blocks.
-        "sliding_attention.rope_theta": [10000.0],
         "sliding_attention.rope_type": ["default"],
         **_SCALED,
         "attention_bias": [False],

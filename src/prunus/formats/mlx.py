@@ -241,6 +241,8 @@ def rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     by_layer = config.get("rope_parameters") or {}
     rope = by_layer.get("full_attention", by_layer)
     keys = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    if "sliding_attention" in by_layer:
+        keys["rope_local_base_freq"] = by_layer["sliding_attention"]["rope_theta"]
     if rope.get("rope_type", "default") != "default":
         keys["rope_scaling"] = rope | {"type": rope["rope_type"]}
     return keys

@@ -82,7 +82,7 @@ def _restore_gemma3(config: Any, file: GgufFile) -> None:
 
 def _llama3(rope: dict[str, Any], options: dict[str, Any], factors: torch.Tensor) -> dict[str, Any]:
     """The parameters of Llama 3's scaling that give these factors; the unscaled ones for ones."""
-    scaled = {"rope_type": "llama3", "factor": float(factors.max())}
+    scaled: dict[str, Any] = {"rope_type": "llama3", "factor": float(factors.max())}
     scaled |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     for positions in _POSITIONS:
         found = scaled | {"original_max_position_embeddings": positions}
