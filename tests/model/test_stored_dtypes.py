@@ -82,5 +82,7 @@ def test_a_weight_beyond_all_numbers_is_refused_by_name(options, value, dense, t
         return weight
 
     model = with_weight(dense, tmp_path / "model", change)
-    with pytest.raises(ValueError, match=rf"{KEY} holds weights that are not finite \(NaN"):
+    module = KEY.removesuffix(".weight")
+    message = rf"({KEY} holds weights that are not finite|{module}: its weights are too large for)"
+    with pytest.raises(ValueError, match=message):
         prunus.compress(model, tmp_path / name, calibration=token_ids(), **options)

@@ -161,23 +161,26 @@ def all_finite(tensor: Tensor, largest: float = torch.inf) -> bool:
     return bool(lowest.isfinite() & highest.isfinite() & within)
 
 
-def check_finite(tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+def check_finite(
+    tensors: Mapping[str, Tensor], prefix: str = "", largest: float = torch.inf
+) -> None:
     """Check that weights are numbers.
 
     Args:
         tensors: Weights by name. Integers and floats of 8 bits always pass.
         prefix: What precedes the names in the message.
+        largest: The largest magnitude of a weight, such as `LARGEST`.
 
     Raises:
-        ValueError: A weight is NaN, infinite or so large that sums of squares leave float32; the
-            message names the first tensor.
+        ValueError: A weight is NaN, infinite or larger; the message names the first tensor.
     """
     for key, tensor in sorted(tensors.items()):
         is_checked = tensor.is_floating_point() and tensor.itemsize > 1
-        if is_checked and not all_finite(tensor, LARGEST):
+        if is_checked and not all_finite(tensor, largest):
+            what = "NaN or infinity" if largest == torch.inf else f"NaN, or beyond {largest:.0e}"
             raise ValueError(
-                f"{prefix}{key} holds weights that are not finite (NaN, infinity or beyond "
-                f"{LARGEST:.0e}); the checkpoint is damaged: download or copy it again"
+                f"{prefix}{key} holds weights that are not finite ({what}); the checkpoint is "
+                "damaged: download or copy it again"
             )
 
 
