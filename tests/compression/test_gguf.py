@@ -795,7 +795,7 @@ def test_plan_writes_the_types_and_importances_that_llama_quantize_takes(
         found = next((x for regex, x in entries if re.search(regex, name)), None)
         assert found == kind.lower(), name
     fields = ("general.type", *(f"imatrix.{x}" for x in ("chunk_count", "chunk_size", "datasets")))
-    assert [file.get(field) for field in fields] == ["imatrix", 6, 16, [str(text)]]
+    assert [file.get(field) for field in fields] == ["imatrix", 6, 16, [text.name]]
     assert file.tensors.keys() == {f"{x}.{part}" for x in kinds for part in ("in_sum2", "counts")}
     for name in kinds:
         count, width = (2 if "_exps" in name else 1), int(GgufFile.open(out).tensors[name].shape[0])

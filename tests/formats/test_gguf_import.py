@@ -10,11 +10,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import prunus
+from gguf_cases import FAMILIES, compress, gguf_checkpoint
 from places import REPOSITORY
 from prunus.evaluation.inspection import stored_size
 from prunus.evaluation.records import ModelSize
 from prunus.formats.gguf.header import open_gguf
 from prunus.formats.gguf.import_checkpoint import import_gguf
+from prunus.model.tokenizer import token_ids as token_ids_of
 from tiny import tree
 from tiny_tokenizer import EOS, VOCABULARY, byte_tokenizer
 
@@ -69,6 +72,75 @@ def test_weights_config_and_tokenizer_arrive(tiny_gguf, tmp_path):
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["out"]
     modes = {path.stat().st_mode for path in out.iterdir()}
     assert len(modes) == 1, "all files have the same permissions"
+
+
+LLAMA_3 = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+}  # fmt: skip
+LONG = {
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.5] * 4, "long_factor": [2.0] * 4,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+#: Options that a file says in its own way, and transformers does not read of it.
+SAID = {
+    "llama": {"rope_parameters": LLAMA_3, "attention_bias": True, "mlp_bias": True},
+    "gemma3_text": {
+        "head_dim": 8,
+        "sliding_window": 4,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "final_logit_softcapping": 5.0,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+        },
+    },
+    "phi3": {"rope_parameters": LONG, "original_max_position_embeddings": 32},
+    "phi3, half": {
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5
+        }
+    },
+    "mistral": {}, "mixtral": {}, "qwen2": {}, "qwen2_moe": {"head_dim": 8}, "qwen3": {},
+    "qwen3_moe": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_the_imported_model_computes_what_the_checkpoint_computes(case, tmp_path):
+    family, small = case.partition(",")[0], {"hidden_size": 32, "intermediate_size": 64}
+    options = FAMILIES[family] | small | SAID[case]
+    options |= {"head_dim": None} if case == "llama" else {}
+    dense = gguf_checkpoint(tmp_path / "dense", family, dtype=torch.float32, **options)
+    compress(dense, tmp_path / "x.gguf", type="Q8_0", rounding="nearest")
+    import_gguf(tmp_path / "x.gguf", tmp_path / "back", dtype="float32")
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / x) for x in ("dense", "back")]
+    for name, parameter in models[0].named_parameters():
+        stored = models[1].get_parameter(name)
+        assert (stored - parameter).norm() <= 0.05 * parameter.norm(), name
+        # Larger weights show the constants, and equal ones show nothing else.
+        parameter.data.normal_(std=0.3)
+        stored.data.copy_(parameter)
+    ids = torch.arange(48)[None] % 200
+    with torch.no_grad():
+        ours, theirs = (model(ids).logits for model in models)
+    assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("named", [True, False], ids=["named", "unnamed"])
+def test_the_imported_tokenizer_has_the_tokens_of_the_file_alone(family, named, tmp_path):
+    dense = gguf_checkpoint(tmp_path / "dense", family, hidden_size=32, intermediate_size=64)
+    path = dense / "tokenizer_config.json"
+    if not named:  # then classes of transformers add <|endoftext|>
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps(config | {"unk_token": None, "pad_token": None}))
+    out = tmp_path / "x.gguf"
+    compress(dense, out, type="Q8_0", rounding="nearest")
+    import_gguf(out, tmp_path / "back")
+    assert token_ids_of(tmp_path / "back") == token_ids_of(dense)
+    result = prunus.perplexity(out, text="python-docs", reference=dense, seqlen=16)
+    assert result.divergence.kl < 0.1
 
 
 def test_quantised_weights_are_unpacked(tmp_path):

@@ -16,25 +16,11 @@ import torch
 
 pytest.importorskip("gguf")
 
-from gguf_cases import gguf_checkpoint, known_layout, known_tensors, shape
+from gguf_cases import FAMILIES, gguf_checkpoint, known_layout, known_tensors, shape
 from prunus.formats.gguf.file import GgufFile
 from prunus.formats.gguf.layout import GgufLayout
 
-#: Options of each family, and a digest of its fields and of the shapes of its tensors.
-FAMILIES = {
-    "llama": {"head_dim": 64},
-    "mistral": {},
-    "qwen2": {},
-    "qwen3": {"head_dim": 128},
-    # Two blocks of the pattern that llama.cpp assumes.
-    "gemma3_text": {"layer_types": ["sliding_attention"] * 2},
-    "phi": {"intermediate_size": 1024, "num_key_value_heads": 4},
-    "phi3": {},
-    "mixtral": {},
-    "qwen2_moe": {"moe_intermediate_size": 64, "head_dim": 64},
-    "qwen3_moe": {"moe_intermediate_size": 64, "head_dim": 128, "norm_topk_prob": True},
-    "olmoe": {"num_key_value_heads": 4},
-}
+#: Digests of the fields and of the shapes of the tensors.
 DIGESTS = {
     "llama": "3916c5e518fe28f1",
     "mistral": "3916c5e518fe28f1",

@@ -2,16 +2,22 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import jinja2
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
 
 import prunus
 from gguf_cases import gguf_checkpoint
+from prunus.formats.gguf import modelfile
 from prunus.formats.gguf.format import read_record
+from prunus.formats.gguf.modelfile import _SAID, ChatTexts, chat_texts
 from prunus.model.checkpoint.card import values_of
 from prunus.model.tokenizer import apply_chat_template, load_tokenizer
 from tiny import token_ids
@@ -87,18 +93,31 @@ GO = {
 
 
 def parsed(text: str) -> list[tuple[str, str]]:
-    """The instructions of a Modelfile by the grammar of Ollama's documentation."""
-    value = r'"""(?:.|\n)*?"""|"[^"\n]*"|[^"\n][^\n]*'
-    line = re.compile(rf"(?:#[^\n]*|(FROM|TEMPLATE|SYSTEM|PARAMETER stop) ({value}))\n")
-    instructions, position = [], 0
-    while position < len(text):
-        match = line.match(text, position)
-        assert match is not None, text[position:]
-        position = match.end()
-        if match[1]:
-            quotes = next((x for x in ('"""', '"') if match[2].startswith(x)), "")
-            instructions.append((match[1], match[2].removeprefix(quotes).removesuffix(quotes)))
+    """The instructions of a Modelfile by the rules of Ollama's parser/parser.go."""
+    instructions = []
+    while text := text.lstrip(" \t\r\n"):
+        if text[0] == "#":
+            text = re.sub(r"\A[^\r\n]*", "", text)
+            continue
+        start = re.match(r"(?:PARAMETER )?[A-Za-z]+[ \t]", text)
+        assert start is not None, text
+        value, unquoted, rest = "", None, iter(text[start.end() :] + "\n")
+        for letter in rest:
+            if letter in "\r\n" and (unquoted := without_quotes(value.strip())) is not None:
+                break
+            value += letter if letter in "\t\r\n" or letter.isprintable() else ""
+        assert unquoted is not None, "the file ends within quotation marks"
+        instructions.append((start[0].strip(), unquoted))
+        text = "".join(rest)
     return instructions
+
+
+def without_quotes(value: str) -> str | None:
+    for quotes in ('"""', '"'):
+        if value.startswith(quotes):
+            is_whole = len(value) >= 2 * len(quotes) and value.endswith(quotes)
+            return value[len(quotes) : -len(quotes)] if is_whole else None
+    return value
 
 
 def in_jinja(template: str) -> jinja2.Template:
@@ -144,7 +163,7 @@ def test_the_template_of_the_modelfile_gives_the_prompts_of_the_chat_template(
     template, is_written, end = TEMPLATES[family]
     (dense / "chat_template.jinja").write_text(template)
     compress(dense, tmp_path / "A b.gguf")
-    text = (tmp_path / "A b.Modelfile").read_text()
+    text = (tmp_path / "A b.Modelfile").read_bytes().decode()
     instructions = parsed(text)
     assert instructions[0] == ("FROM", "./A b.gguf")
     stops = [value for name, value in instructions if name == "PARAMETER stop"]
@@ -159,6 +178,33 @@ def test_the_template_of_the_modelfile_gives_the_prompts_of_the_chat_template(
         [expected] = apply_chat_template(tokenizer, [messages])
         # llama.cpp puts BOS before the prompt of this tokenizer.
         assert prompt_of_ollama(instructions, messages) == expected.removeprefix("<s>")
+
+
+PARTS = [*'"\n\r\t #a{}é', '"""', "SYSTEM x", "\nADAPTER y\n", "\0", "\u200d"]
+TEXTS = st.lists(st.sampled_from(PARTS)).map("".join)
+
+
+@given(st.builds(ChatTexts, *[TEXTS] * 7, st.sampled_from(["never", "last"])), TEXTS, TEXTS)
+@example(ChatTexts("", "", "", '"\nSYSTEM """x"""\n'), 'x"\nADAPTER ./evil\n', "x.gguf\nFROM y")
+def test_texts_of_a_model_come_out_of_the_modelfile_as_they_are_or_not_at_all(texts, eos, name):
+    values = {"chat_template": "x", "ggml.tokens": ["a", eos], "ggml.eos_token_id": 1}
+    fields = {f"tokenizer.{key}": SimpleNamespace(value=value) for key, value in values.items()}
+    with (
+        mock.patch.object(modelfile, "chat_texts", return_value=texts),
+        mock.patch.object(modelfile, "_renders"),
+    ):
+        text = modelfile.modelfile(name, Path(), fields)
+    stops = [stop for stop in dict.fromkeys([texts.end.strip(), eos]) if stop]
+    wanted = [("FROM", f"./{name}"), ("TEMPLATE", texts.template)]
+    wanted += [("SYSTEM", texts.default)] if texts.default else []
+    wanted += [("PARAMETER stop", stop) for stop in stops]
+    held = [pair for pair in wanted if not any(x in pair[1] for x in ('"""', "\0", "\u200d"))]
+    assert parsed(text) == held
+    assert text.count("# No ") == len(wanted) - len(held)
+
+
+def test_a_text_that_ends_with_a_brace_is_in_no_template():
+    assert chat_texts(lambda roles, _: "".join(f"{{{_SAID[x]}!" for x in roles)) is None
 
 
 def test_a_model_without_a_chat_template_has_a_modelfile_that_names_the_file_alone(tmp_path):

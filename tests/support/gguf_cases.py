@@ -21,6 +21,22 @@ from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "vocab_size": VOCABULARY + 1}
 
+#: Known family -> options with which llama.cpp computes it as transformers does.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"head_dim": 64},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"head_dim": 128},
+    # Two blocks of the pattern that llama.cpp assumes.
+    "gemma3_text": {"layer_types": ["sliding_attention"] * 2, "query_pre_attn_scalar": 8},
+    "phi": {"intermediate_size": 1024, "num_key_value_heads": 4},
+    "phi3": {},
+    "mixtral": {},
+    "qwen2_moe": {"moe_intermediate_size": 64, "head_dim": 64},
+    "qwen3_moe": {"moe_intermediate_size": 64, "head_dim": 128, "norm_topk_prob": True},
+    "olmoe": {"num_key_value_heads": 4},
+}
+
 
 def gguf_checkpoint(
     folder: Path, family: str = "llama", *, dtype: torch.dtype = torch.bfloat16, **options: Any

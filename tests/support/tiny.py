@@ -44,7 +44,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     **{name: {"head_dim": 8} for name in _WITH_HEAD_DIM},
     "mistral": {"sliding_window": 8},
     "gemma2": {"head_dim": 8, "sliding_window": 8},
-    "gemma3_text": _ALTERNATING,
+    "gemma3_text": _ALTERNATING | {"query_pre_attn_scalar": 8},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 16, "do_layer_norm_before": True},
     "gpt2": _GPT2,
     "gptj": _GPT2 | {"rotary_dim": 4},

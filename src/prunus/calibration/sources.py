@@ -302,7 +302,8 @@ class _TextFile(TextSource):
     def read(self, request: WindowRequest) -> list[Text]:
         documents = read_documents(Path(self.name))
         several = len(documents) > 1
-        return [Text(documents, "\n\n", self.name, by_document=several, joins_short=True)]
+        name = Path(self.name).name  # cards and files that are published say it
+        return [Text(documents, "\n\n", name, by_document=several, joins_short=True)]
 
     def check(self, request: WindowRequest, images: bool = False) -> None:
         super().check(request, images)
@@ -358,7 +359,7 @@ class IdsFile(Source):
                 "use a smaller `samples`"
             )
         ids = ids[: request.samples, : request.seqlen].contiguous()
-        return Windows(ids, self.name, hash_ids(ids))
+        return Windows(ids, Path(self.name).name, hash_ids(ids))
 
 
 class _ImageFolder(Source):
@@ -373,7 +374,7 @@ class _ImageFolder(Source):
     def draw(self, request: WindowRequest) -> Windows:
         paths = draw_images(Path(self.name), request.samples, request.seed)
         pixels = read_images(paths, request.tokenizer())
-        described = f"{self.name}: {counted(len(pixels), 'image')} at random"
+        described = f"{Path(self.name).name}: {counted(len(pixels), 'image')} at random"
         return Windows(pixels, described, hash_ids(pixels))
 
 

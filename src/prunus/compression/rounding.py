@@ -137,7 +137,8 @@ def write_lists(
             if tensor.module in stored.importances
         }
         chunks = min(PROBE_WINDOWS, job.recipe.samples), min(PROBE_TOKENS, job.recipe.seqlen)
-        write_importances(importances_file, by_tensor, chunks, job.recipe.calibration)
+        text = Path(job.recipe.calibration).name
+        write_importances(importances_file, by_tensor, chunks, text)
     return list(map(str, paths))
 
 

@@ -19,7 +19,7 @@ from prunus.engine.options import RunOptions, WindowOptions
 from prunus.engine.reconstruction.output_loss import CHUNK_TOKENS
 from prunus.engine.reconstruction.reconstruct_block import activation_bytes, in_front_of_head
 from prunus.engine.record import Walk
-from prunus.hardware.numerics import check_finite
+from prunus.hardware.numerics import LARGEST, check_finite
 from prunus.methods.statistics import Needs, statistics_bytes
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource, Source, tensors_digest
@@ -272,7 +272,7 @@ class HashedSource:
         if index not in self._seen:
             self._seen.add(index)
             name, digest = self._skeleton.block_name(index), tensors_digest(tensors)
-            check_finite(tensors, f"{name}.")
+            check_finite(tensors, f"{name}.", LARGEST)
             check_known(self._digests, name, digest)
             self._digests[name] = digest
         return tensors

@@ -312,7 +312,7 @@ def result_card(
             *filter(None, [*paragraphs, size]),
             f"All figures are in `{record.FILE}`. The command was `{record.COMMAND} "
             f"{source_name(record)} OUTPUT` with these options:",
-            f"```toml\n{record.recipe.to_toml().rstrip()}\n```",
+            f"```toml\n{record.recipe.without_folders().to_toml().rstrip()}\n```",
         ]
     )
     base = base_model(record.source, source)

@@ -27,6 +27,7 @@ import torch
 from prunus.formats.base import MixFormat, size_of, write_unpacked
 from prunus.formats.block_bytes import ONE, BlockType, Field, scaled
 from prunus.formats.cards import quantized_card
+from prunus.formats.fixed import MLX, check_fixed
 from prunus.formats.records import CompressionRecord
 from prunus.methods.group_quantizer import GroupedWeight
 from prunus.model.checkpoint.atomic_files import read_json
@@ -143,6 +144,7 @@ class MlxFormat(MixFormat):
                 "file instead. prunus writes MLX checkpoints of "
                 f"{', '.join(sorted(FAMILIES))}"
             )
+        check_fixed("mlx-lm", "an MLX checkpoint", config, MLX[config.model_type])
         self.refuse_gguf_options()
         self.check_widths(_GROUPS[-1])
         self.check_reach("an MLX checkpoint")
@@ -232,6 +234,8 @@ def rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     by_layer = config.get("rope_parameters") or {}
     rope = by_layer.get("full_attention", by_layer)
     keys = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    if "sliding_attention" in by_layer:
+        keys["rope_local_base_freq"] = by_layer["sliding_attention"]["rope_theta"]
     if rope.get("rope_type", "default") != "default":
         keys["rope_scaling"] = rope | {"type": rope["rope_type"]}
     return keys

@@ -174,16 +174,6 @@ class CompressionRecipe(LinearOptions):
             return in_bytes(self.size)
         return self.type or f"{self.bits:g} bits"
 
-    def without_folders(self) -> CompressionRecipe:
-        """The recipe as stored in a published file: names of other files without their folder."""
-        return self.model_copy(
-            update={
-                "template": self.template and Path(self.template.name),
-                "type": self.type and Path(self.type).name,
-                "fast_on": self.fast_on and Path(self.fast_on).name,
-            }
-        )
-
     @model_serializer(mode="wrap")
     def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # The default format is not named: a file has another one.

@@ -33,6 +33,8 @@ _MIN_MULTIPLICATIONS = 2**24
 # 32 MB to the system at once, and every new one starts with page faults. Those take a third of the
 # time of a product and what follows it.
 _ELEMENTS_AT_A_TIME = 2**22
+#: Weights up to here have sums of squares in float32, with room for the inputs that they make.
+LARGEST = 1e15
 # From this number of tokens on, a product takes longer than the conversion of its weight.
 _MIN_TOKENS = 8
 
@@ -140,8 +142,12 @@ def _is_rounded(rows: int, right: Tensor) -> bool:
     return rows * right.numel() >= _MIN_MULTIPLICATIONS and multiplies_bfloat16(right.device)
 
 
-def all_finite(tensor: Tensor) -> bool:
+def all_finite(tensor: Tensor, largest: float = torch.inf) -> bool:
     """Whether a tensor holds neither NaN nor infinity; True for one without elements.
+
+    Args:
+        tensor: Floats.
+        largest: The largest magnitude that counts as finite.
 
     >>> all_finite(torch.tensor([1.0])), all_finite(torch.tensor([1.0, torch.nan]))
     (True, False)
@@ -151,24 +157,30 @@ def all_finite(tensor: Tensor) -> bool:
     # aminmax passes NaN on. On a CPU this takes a fortieth of the time of isfinite. Both ends are
     # not stacked: under torch's autocast for CPUs, stack and cat refuse float16.
     lowest, highest = torch.aminmax(tensor)
-    return bool(lowest.isfinite() & highest.isfinite())
+    within = torch.maximum(-lowest, highest) <= largest
+    return bool(lowest.isfinite() & highest.isfinite() & within)
 
 
-def check_finite(tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+def check_finite(
+    tensors: Mapping[str, Tensor], prefix: str = "", largest: float = torch.inf
+) -> None:
     """Check that weights are numbers.
 
     Args:
         tensors: Weights by name. Integers and floats of 8 bits always pass.
         prefix: What precedes the names in the message.
+        largest: The largest magnitude of a weight, such as `LARGEST`.
 
     Raises:
-        ValueError: A weight is NaN or infinite; the message names the first one.
+        ValueError: A weight is NaN, infinite or larger; the message names the first tensor.
     """
     for key, tensor in sorted(tensors.items()):
-        if tensor.is_floating_point() and tensor.itemsize > 1 and not all_finite(tensor):
+        is_checked = tensor.is_floating_point() and tensor.itemsize > 1
+        if is_checked and not all_finite(tensor, largest):
+            what = "NaN or infinity" if largest == torch.inf else f"NaN, or beyond {largest:.0e}"
             raise ValueError(
-                f"{prefix}{key} holds weights that are not finite (NaN or infinity); the "
-                "checkpoint is damaged: download or copy it again"
+                f"{prefix}{key} holds weights that are not finite ({what}); the checkpoint is "
+                "damaged: download or copy it again"
             )
 
 

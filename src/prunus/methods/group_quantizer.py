@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prunus.hardware.numerics import LARGEST
 from prunus.methods.output_gain import output_gains
 
 
@@ -85,7 +86,7 @@ class GroupQuantizer(ABC):
     def largest(self) -> float:
         """A weight up to which scales are finite, and sums of squares do not leave float32."""
         extreme = max(map(abs, self.codes)) * max(map(abs, self.values))
-        return min(1e15, torch.finfo(self.dtype).max * extreme / 2)
+        return min(LARGEST, torch.finfo(self.dtype).max * extreme / 2)
 
     @functools.cached_property
     def is_even(self) -> bool:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import AutoConfig
 
@@ -63,6 +64,10 @@ _RULES = {
 }
 # The number of a layer or an expert inside a tensor's name.
 _NUMBERED = re.compile(r"\.(\d+)(?=\.)")
+
+# How the names of weights end, and the dtypes in which they are plain numbers.
+_WEIGHTS = (".weight", "_proj")
+_NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 #: The fields for the number of experts per block, in the order in which they are tried.
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -185,7 +190,26 @@ def load_config(
             f"{folder} holds quantised weights; prune the full-precision checkpoint, then quantise "
             "the result"
         )
+    if not described:
+        _check_dtypes(folder, checkpoint)
     return config
+
+
+def _check_dtypes(folder: Path, checkpoint: Checkpoint | None) -> None:
+    """Check that weights are stored as numbers, where no configuration says what codes mean.
+
+    Raises:
+        ValueError: A weight is stored in integers or in floats of 8 bits; names it.
+    """
+    if checkpoint is None and any(folder.glob("*.safetensors")):
+        checkpoint = Checkpoint(folder)
+    for name, info in checkpoint.tensors.items() if checkpoint else ():
+        if name.endswith(_WEIGHTS) and info.dtype not in _NUMBERS:
+            raise ValueError(
+                f"{folder} stores {name} as {str(info.dtype).removeprefix('torch.')}, and its "
+                "config.json has no quantization_config that says which weights these codes stand "
+                "for: give the model in bfloat16, float16 or float32"
+            )
 
 
 def check_config(folder: Path, checkpoint: Checkpoint | None = None) -> None:

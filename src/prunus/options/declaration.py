@@ -67,6 +67,10 @@ class Option:
     is_condition: bool = False
 
 
+#: Options whose values may be names of files; a method may be FILE.py:NAME.
+_NAMING_FILES = ("calibration", "fast_on", "method", "template", "text", "type")
+
+
 class _OptionsType(ModelMetaclass):
     """Lets a model of options say in one sentence what is wrong, where pydantic has a list."""
 
@@ -179,6 +183,12 @@ class Options(BaseModel, metaclass=_OptionsType):
         """
         options = {name: value for name, value in values.items() if name in cls.model_fields}
         return options, {name: value for name, value in values.items() if name not in options}
+
+    def without_folders(self) -> Self:
+        """The options as stored in a published file: names of other files without their folder."""
+        given = {name: getattr(self, name, None) for name in _NAMING_FILES}
+        update = {name: type(value)(Path(value).name) for name, value in given.items() if value}
+        return self.model_copy(update=update)
 
     def to_toml(self) -> str:
         """The options as TOML, as `read` reads them.
@@ -387,9 +397,9 @@ def _toml(value: Any) -> str:
     """
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, str):
+    if isinstance(value, str | Path):
         # JSON and TOML escape equally, except for DEL, which only TOML escapes.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, tuple | list):
         return "[" + ", ".join(map(_toml, value)) + "]"
     return repr(value)

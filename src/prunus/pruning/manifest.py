@@ -63,7 +63,7 @@ def pruned_card(
             None for a loaded model.
         nbytes: Bytes of the files with weights; None where there are no files.
     """
-    recipe, totals = manifest.recipe, manifest.totals
+    recipe, totals = manifest.recipe.without_folders(), manifest.totals
     sparsity = totals.get("sparsity", 0.0)
     shape = recipe.pattern if recipe.n_of_m else f"{recipe.sparsity:.0%} unstructured"
     return result_card(

@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from prunus.formats.base import tensors_of_kind
+from prunus.formats.fixed import check_template
 from prunus.formats.gguf.file import GgufFile
 from prunus.formats.gguf.header import open_gguf
 from prunus.formats.gguf.layout import GgufLayout, GgufTensor, check_same
@@ -93,6 +94,7 @@ def layout_in(
         FileNotFoundError, ValueError: As `open_container` and `placements_in`.
     """
     file = open_container(path, source.checkpoint.folder)
+    check_template(path, file.architecture, file.get, source.config.get_text_config())
     header = file.contents.read(0, file.reader.data_offset).tobytes()
     fingerprint = hashlib.sha256(source.fingerprint.encode() + header).hexdigest()
     kind = f"placements/{fingerprint}/"

@@ -243,6 +243,7 @@ class GgufFormat(MixFormat):
     }
     UPLOADS: ClassVar[dict[str, str]] = {
         "to the hub": "hf upload NAME OUT",
+        "for Ollama": "hf upload NAME BASE.Modelfile",
         "its card": "hf upload NAME BASE.README.md README.md",
     }
     #: The file that the run makes; `folder` sets it.

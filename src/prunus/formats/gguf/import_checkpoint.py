@@ -21,9 +21,10 @@ import transformers
 from prunus.formats.gguf.card import imported_card
 from prunus.formats.gguf.file import GgufFile, check_extra
 from prunus.formats.gguf.header import open_gguf
+from prunus.formats.gguf.import_config import restore_constants
 from prunus.formats.gguf.layout import ARCHITECTURES, GgufTensor, tensors_of
 from prunus.formats.gguf.types import FULL_TYPES, PLAIN
-from prunus.formats.gguf.vocabulary import adds_bos, restore_split
+from prunus.formats.gguf.vocabulary import adds_bos, drop_added_tokens, restore_split
 from prunus.hardware.errors import did_you_mean, reason
 from prunus.hardware.process_state import no_stderr
 from prunus.model.checkpoint.atomic_files import (
@@ -101,6 +102,7 @@ def import_gguf(
             # transformers and gguf show progress bars; the caller shows its own.
             with no_stderr(), file.read_once():
                 summary = _convert(path, file, staging, DTYPES[dtype])
+            drop_added_tokens(file, staging)
             restore_split(file, staging)
             _tidy(staging)
             say(f"writing {dest}")
@@ -288,6 +290,9 @@ def _unpacked(
     file: GgufFile, tensor: GgufTensor, rows_O: torch.Tensor, dtype: torch.dtype
 ) -> Iterator[torch.Tensor]:
     """Rows of a tensor as the checkpoint has them, a part at a time."""
+    if tensor.rows is not None and len(tensor.shape) == 1:  # the bias of queries or keys
+        yield file.read(tensor.name)[rows_O].to(dtype)
+        return
     for part in file.rows(tensor.name, rows_O):
         yield part.sub_(tensor.shift).to(dtype)
 
@@ -343,12 +348,14 @@ _WIDTHS = {
 def complete_config(config: Any, file: GgufFile) -> Any:
     """The configuration that transformers makes of a file, with what it leaves out.
 
-    The file's widths of heads and experts replace those of `config`. A file of Mixtral, which
+    The file's widths of heads and experts replace those of `config`, and what `restore_constants`
+    knows. A file of Mixtral, which
     transformers takes for a Llama, gets a `MixtralConfig`.
     """
     for field, option in _WIDTHS.items():
         if hasattr(config, option) and (value := file.get(f"{file.architecture}.{field}")):
             setattr(config, option, value)
+    restore_constants(config, file)
     if not (count := file.get("llama.expert_count")):
         return config
     option_names = vars(transformers.MixtralConfig()).keys() - {

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from prunus.formats.fixed import LLAMA_CPP, check_fixed, check_known
 from prunus.formats.gguf.card import metadata_of
 from prunus.formats.gguf.file import GgufFile, fields_of, new_fields, tensor_names
 from prunus.formats.gguf.header import open_gguf
@@ -57,13 +58,8 @@ PLAIN = re.compile(
 _EXPERT = re.compile(r"(.+\.experts\.)(\d+)\.(\w+)(\.weight)")
 # Names of an expert's matrices that the package does not know -> those that it knows.
 _LEAVES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-# What llama.cpp computes with whatever the file says: kind -> option of transformers -> its value.
-_FIXED: dict[str, dict[str, Any]] = {
-    "olmoe": {"norm_topk_prob": False, "clip_qkv": None},
-    "qwen2moe": {"norm_topk_prob": False},
-    "qwen3moe": {"norm_topk_prob": True},
-}
-
+# Kinds that have experts in every block; so has Mixtral, which is a Llama to llama.cpp.
+_OF_EXPERTS = ("olmoe", "qwen2moe", "qwen3moe")
 
 # Fields that every kind of model has -> option of transformers.
 _SIZES = {
@@ -160,7 +156,7 @@ def layout_of(source: CheckpointSource, skeleton: Skeleton) -> GgufLayout:
     folder, config = source.checkpoint.folder, source.config
     stored = weights_stored_once(source, skeleton).items()
     infos = {name: source.checkpoint.tensors[key] for name, key in stored}
-    kind = (getattr(config, "architectures", None) or ["unknown"])[0]
+    kind = type(skeleton.model).__name__  # a configuration can name another class
     architecture = ARCHITECTURES.get(kind)
     if architecture is None:
         raise NotImplementedError(
@@ -168,11 +164,14 @@ def layout_of(source: CheckpointSource, skeleton: Skeleton) -> GgufLayout:
             f"{', '.join(sorted(ARCHITECTURES))}. For others give `template`, the file that "
             "llama.cpp's converter makes of the checkpoint"
         )
-    options = config.get_text_config().to_dict()
+    described = config.get_text_config()
+    check_fixed("llama.cpp", "a GGUF file", described, LLAMA_CPP[architecture])
+    check_known(described, LLAMA_CPP[architecture])
+    options = described.to_dict()
     tensors = tensors_of(architecture, options, infos)
     _check_experts(kind, architecture, options, tensors)
     writer = new_fields(architecture)
-    extra = _rope_factors(writer, architecture, options)
+    extra = _rope_factors(writer, options)
     tensors = [*extra, *tensors]
     _add_metadata(writer, folder, tensors)
     _add_parameters(writer, architecture, options)
@@ -299,24 +298,12 @@ def known_name(names: Any, source: str) -> str | None:
 def _check_experts(
     kind: str, architecture: str, options: Mapping[str, Any], tensors: list[GgufTensor]
 ) -> None:
-    """Refuse mixtures of experts that llama.cpp would compute in another way."""
-    heads = options["num_attention_heads"]
-    fixed = dict(_FIXED.get(architecture, {}))
-    if architecture in ("olmoe", "qwen2moe"):
-        fixed["head_dim"] = options["hidden_size"] // heads
-    if architecture == "olmoe":
-        fixed["num_key_value_heads"] = heads
-    for option, value in fixed.items():
-        if options.get(option) not in (None, value):
-            raise NotImplementedError(
-                f"llama.cpp computes every {kind} with {option} = {value}, and this model has "
-                f"{options.get(option)}: it cannot be written as a GGUF file"
-            )
+    """Refuse mixtures of experts of which llama.cpp would not find all."""
     stacks, blocks = (
         sum("_exps." in tensor.name for tensor in tensors),
         options["num_hidden_layers"],
     )
-    if (kind == "MixtralForCausalLM" or architecture in _FIXED) and stacks != 3 * blocks:
+    if (kind == "MixtralForCausalLM" or architecture in _OF_EXPERTS) and stacks != 3 * blocks:
         raise NotImplementedError(
             f"a GGUF file of {kind} needs experts in every block, and a checkpoint that stores "
             f"them one by one: this one has {stacks // 3} such blocks of {blocks}"
@@ -466,10 +453,7 @@ def _add_parameters(writer: Any, architecture: str, options: Mapping[str, Any]) 
 def _rope(options: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of the rotary embedding; those of full attention if there are two."""
     rope = options["rope_parameters"]
-    parameters = dict(rope.get("full_attention", rope))
-    if (kind := parameters.get("rope_type", "default")) not in ("default", "llama3", "longrope"):
-        raise NotImplementedError(f"positions scaled by {kind!r} have no known form in a GGUF file")
-    return parameters
+    return dict(rope.get("full_attention", rope))
 
 
 def _original_positions(options: Mapping[str, Any]) -> int:
@@ -477,17 +461,17 @@ def _original_positions(options: Mapping[str, Any]) -> int:
     return int(_rope(options).get(name) or options.get(name) or options["max_position_embeddings"])
 
 
-def _rope_factors(writer: Any, architecture: str, options: Mapping[str, Any]) -> list[GgufTensor]:
+def _rope_factors(writer: Any, options: Mapping[str, Any]) -> list[GgufTensor]:
     """Tensors by which frequencies of the rotary embedding are divided, where there are some."""
     rope = _rope(options)
     factors: dict[str, Any] = {}
-    if architecture == "llama" and rope.get("rope_type") == "llama3":
-        factors["rope_freqs.weight"] = _llama3_factors(rope, options)
-    if architecture == "phi3" and rope.get("long_factor"):
+    if rope.get("rope_type") == "llama3":
+        factors["rope_freqs.weight"] = llama3_factors(rope, options)
+    if rope.get("rope_type") == "longrope":
         original = _original_positions(options)
-        scale = options["max_position_embeddings"] / original
+        scale = rope.get("factor") or options["max_position_embeddings"] / original
         grown = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
-        writer.add_rope_scaling_attn_factors(grown)
+        writer.add_rope_scaling_attn_factors(rope.get("attention_factor") or grown)
         factors["rope_factors_long.weight"] = rope["long_factor"]
         factors["rope_factors_short.weight"] = rope["short_factor"]
     return [
@@ -498,7 +482,7 @@ def _rope_factors(writer: Any, architecture: str, options: Mapping[str, Any]) ->
     ]
 
 
-def _llama3_factors(rope: Mapping[str, Any], options: Mapping[str, Any]) -> list[float]:
+def llama3_factors(rope: Mapping[str, Any], options: Mapping[str, Any]) -> list[float]:
     """The factors of Llama 3: 1 for short waves, `factor` for long ones, and a ramp between.
 
     The same as transformers' `rope_type` "llama3": the ramp is linear in the number of wave lengths

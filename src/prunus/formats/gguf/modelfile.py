@@ -9,8 +9,14 @@ whether they are right is checked on longer ones.
     START question ANSWER answer END START question ANSWER …
     OPEN system CLOSE question ANSWER answer END START question ANSWER …
 
-The grammar is that of https://docs.ollama.com/modelfile, and the variables of templates are those
-of https://github.com/ollama/ollama/blob/main/docs/template.mdx: `.Messages` are all messages, with
+The grammar is that of https://docs.ollama.com/modelfile, as `parser/parser.go` in
+https://github.com/ollama/ollama reads it. A value ends at the end of a line, unless it begins with
+three quotation marks: then it ends at a line that ends with three. Nothing in it can be escaped,
+and characters that are not printable are dropped. All texts are those of a stranger's model, so
+only what comes out as it went in is written (`_instruction`).
+
+The variables of templates are those of
+https://github.com/ollama/ollama/blob/main/docs/template.mdx: `.Messages` are all messages, with
 the system message as the first one, and `.System` is its text.
 """
 
@@ -117,7 +123,7 @@ def chat_texts(render: Render) -> ChatTexts | None:
 
 def _agrees(texts: ChatTexts, render: Render) -> bool:
     """Whether the texts give what the template gives, for short and long conversations."""
-    if any(mark in "".join(texts) for mark in ("{{", "}}", '"""')):
+    if any(mark in "".join(texts) for mark in ("{{", "}}")) or "{{{" in texts.template:
         return False
     talks: list[tuple[str, ...]] = [("user",), _TALK, (*_TALK, "assistant", "user")]
     talks += [] if texts.system == "never" else [("system", *roles) for roles in talks]
@@ -149,15 +155,27 @@ def modelfile(name: str, folder: Path, fields: Mapping[str, Any]) -> str:
         # llama.cpp puts BOS before a text where the file says so.
         first = named.get("bos", "") if values.get("ggml.add_bos_token") else ""
         texts = chat_texts(_renders(folder, template, first))
-    lines = [f"# Made by prunus for {name}: ollama create NAME -f THIS_FILE", f"FROM ./{name}"]
+    lines = ["# Made by prunus: ollama create NAME -f THIS_FILE", _instruction("FROM", f"./{name}")]
     if texts is not None:
-        lines.append(f'TEMPLATE """{texts.template}"""')
-        lines += [f'SYSTEM """{texts.default}"""'] if texts.default else []
+        lines.append(_instruction("TEMPLATE", texts.template))
+        lines += [_instruction("SYSTEM", texts.default)] if texts.default else []
     elif template:
         lines.append("# No TEMPLATE: Ollama reads the chat template of the file where it can.")
     stops = [texts.end.strip() if texts else "", named.get("eot", ""), named.get("eos", "")]
-    lines += [f'PARAMETER stop "{stop}"' for stop in dict.fromkeys(stops) if template and stop]
-    return "\n".join([*lines, ""])
+    stops = [stop for stop in dict.fromkeys(stops) if template and stop]
+    return "\n".join([*lines, *(_instruction("PARAMETER stop", stop) for stop in stops), ""])
+
+
+def _instruction(name: str, text: str) -> str:
+    r"""A line that Ollama reads as `text`, or a comment that says why there is none.
+
+    >>> print(_instruction("FROM", "./a b.gguf"), _instruction("SYSTEM", chr(0)), sep="\n")
+    FROM \"""./a b.gguf\"""
+    # No SYSTEM: a Modelfile cannot hold its text.
+    """
+    if '"""' in text or not re.sub(r"[\t\n\r]", "", text).isprintable():
+        return f"# No {name}: a Modelfile cannot hold its text."
+    return f"{name} {text}" if re.fullmatch(r'[^\s"]+', text) else f'{name} """{text}"""'
 
 
 def _renders(folder: Path, template: str, first: str) -> Render:

@@ -102,6 +102,21 @@ def adds_bos(file: GgufFile) -> bool:
     return stated is None and file.get("tokenizer.ggml.pre") in _LLAMA_3
 
 
+def drop_added_tokens(file: GgufFile, folder: Path) -> None:
+    """Let the tokenizer that was imported to `folder` have the tokens of its GGUF file alone.
+
+    transformers adds those that its class of the family expects, such as `<|endoftext|>`, with ids
+    for which the model has no row. A special token that was one of them is none afterwards.
+    """
+    path, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    content, size = read_json(path), len(file.get("tokenizer.ggml.tokens", []))
+    kept = [token for token in content["added_tokens"] if token["id"] < size]
+    gone = {token["content"] for token in content["added_tokens"] if token not in kept}
+    write_json(path, content | {"added_tokens": kept})
+    named = read_json(config).items()
+    write_json(config, {key: None if isinstance(x, str) and x in gone else x for key, x in named})
+
+
 def restore_split(file: GgufFile, folder: Path) -> None:
     """Let the tokenizer that was imported to `folder` split text as its GGUF file says.
 

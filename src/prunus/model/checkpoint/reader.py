@@ -157,7 +157,7 @@ class Checkpoint:
                     if code not in TENSOR_DTYPES:
                         raise ValueError(
                             f"{path}: tensor {name!r} has dtype {code}, which is not supported; "
-                            f"convert it to one of {', '.join(TENSOR_DTYPES)}"
+                            "give the model in bfloat16, float16 or float32"
                         )
                     info = TensorInfo(file, tuple(piece.get_shape()), TENSOR_DTYPES[code], begin)
                     self.tensors[name] = info
