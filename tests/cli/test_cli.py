@@ -113,9 +113,11 @@ def test_flags_override_the_recipe_file(dense, text, tmp_path):
     assert (used["method"], used["sparsity"], used["samples"]) == ("sparsegpt", 0.75, 4)
     assert used["ignore"] == ["*.mlp.*"]
     assert figures["totals"]["sparsity"] == pytest.approx(0.75, abs=0.01)
-    # The card of the result holds the recipe; given as a file it makes the same run.
+    # The card of the result holds the recipe, without folders. Given as a file, with the folder of
+    # the text, it makes the same run.
     card = (tmp_path / "out" / "README.md").read_text()
-    recipe.write_text(card.split("```toml\n")[1].split("```")[0])
+    published = card.split("```toml\n")[1].split("```")[0]
+    recipe.write_text(published.replace('"text.txt"', json.dumps(str(text))))
     again = call("prune", dense, tmp_path / "out", "--recipe", recipe)
     assert "pruned in" not in again.stderr, "the run was finished: no block is pruned again"
 
