@@ -83,8 +83,9 @@ def prune(model: Path, result: Path, ids: Path, device: torch.device, **recipe: 
     seconds = (time.perf_counter() - started) / BLOCKS
     words = [f"--{name}={value}" for name, value in options.items() if name != "overwrite"]
     command = [sys.executable, "-m", "prunus", "plan", str(model), f"{result}-planned", *words]
-    plan = subprocess.run([*command, "-q", "--json", "-"], check=True, stdout=subprocess.PIPE)
-    planned = json.loads(plan.stdout)["peak_memory_bytes"]
+    file = model.with_suffix(".json")
+    subprocess.run([*command, f"--json={file}"], check=True, stdout=subprocess.DEVNULL)
+    planned = json.loads(file.read_text())["peak_memory_bytes"]
     return {"seconds": seconds, "peak_bytes": peak_memory(device), "planned_bytes": planned}
 
 

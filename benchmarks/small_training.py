@@ -123,6 +123,8 @@ def train_checkpoint(
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{count:,} parameters, {len(ids):,} tokens of train text", flush=True)
     train(model, ids, test, **training)
+    if hasattr(config, "output_router_logits"):
+        model.config.output_router_logits = False  # of training alone
     model.eval().bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)
     print(f"test perplexity {perplexity(model, test, training['seqlen']):.2f}; saved to {out}")
