@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import prunus
 from structure_cases import assert_same_logits, loaded, logits, stored
 from structure_cases import shrink_without_repair as shrink
 from tiny import EXPERT_FAMILIES, tiny_checkpoint, token_ids
@@ -49,6 +50,13 @@ def masked_logits(
         patch.setattr(torch.nn.functional, "linear", masked)
         # A router may hand a converted copy to `linear`; in float32 it is the weight itself.
         return logits(model, IDS)
+
+
+def test_a_model_that_returns_what_its_routers_say_is_repaired(tmp_path):
+    """transformers then computes a loss of the routers' balance, also of the stubs of blocks."""
+    dense = tiny_checkpoint(tmp_path / "dense", "mixtral", output_router_logits=True)
+    options: dict[str, Any] = {"experts": 3, "calibration": IDS, "batch": 2}
+    assert prunus.shrink(dense, tmp_path / "small", **options).state == "finished"
 
 
 @pytest.mark.parametrize("family", sorted(EXPERT_FAMILIES))

@@ -260,7 +260,7 @@ class Skeleton:
             torch.no_grad(),
             contextlib.suppress(_HeadReached),
         ):
-            self.model(input_ids=input_ids, use_cache=False)
+            self._run_head(input_ids)
         return seen[0]
 
     def logits(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -277,8 +277,17 @@ class Skeleton:
             (windows, tokens, vocabulary).
         """
         with self._stubs.returning(hidden), torch.set_grad_enabled(hidden.requires_grad):
-            logits: torch.Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+            logits: torch.Tensor = self._run_head(input_ids).logits
         return logits
+
+    def _run_head(self, input_ids: torch.Tensor) -> Any:
+        """Run the model with the stubs in place of its blocks.
+
+        They say nothing of what routers chose, for which some configurations ask in training.
+        """
+        takes = inspect.signature(self.model.forward).parameters
+        routers = {"output_router_logits": False} if "output_router_logits" in takes else {}
+        return self.model(input_ids=input_ids, use_cache=False, **routers)
 
     def head(self, may_be_tied: bool = False) -> Linear:
         """The output head as a linear, by its full name.
