@@ -12,9 +12,9 @@ import pytest
 
 import prunus
 
-#: The most statements of the package and of its tests. Docstrings, comments, blank lines and
-#: doctests are free: explanation is never taken away to make room for code.
-SRC_STATEMENTS, TEST_STATEMENTS = 18_643, 16_563
+#: The statements that the package and its tests aim at, and the room above the aim. Docstrings,
+#: comments, blank lines and doctests are free; CONTRIBUTING.md says what to do at the limit.
+SRC_STATEMENTS, TEST_STATEMENTS, ROOM = 15_300, 13_900, 1.03
 #: The most lines of code in a file, without its docstrings, comments and blank lines.
 FILE_LINES = 400
 
@@ -195,9 +195,9 @@ def test_statements_are_counted_without_what_explains_them():
 def test_the_whole_has_a_budget_of_statements():
     tests = [ast.parse(path.read_text("utf-8")) for path in Path(__file__).parent.rglob("*.py")]
     source = sum(map(statements, TREES.values()))
-    assert source <= SRC_STATEMENTS, f"src has {source} statements"
+    assert source <= SRC_STATEMENTS * ROOM, f"src has {source} statements"
     in_tests = sum(map(statements, tests))
-    assert in_tests <= TEST_STATEMENTS, f"tests have {in_tests} statements"
+    assert in_tests <= TEST_STATEMENTS * ROOM, f"tests have {in_tests} statements"
 
 
 def test_files_and_functions_are_short_and_say_what_they_are():
