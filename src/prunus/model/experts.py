@@ -214,18 +214,14 @@ def fusing_rules(model: Any) -> list[Any]:
     They know the names that checkpoints of this model give to single experts.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-
-    return [rule for rule in get_model_conversion_mapping(model) if is_fusing_rule(rule)]
-
-
-def is_fusing_rule(rule: Any) -> bool:
-    """Whether a rule of transformers for the names of weights fuses experts."""
     from transformers.core_model_loading import WeightConverter
 
-    return (
-        isinstance(rule, WeightConverter)
+    return [
+        rule
+        for rule in get_model_conversion_mapping(model)
+        if isinstance(rule, WeightConverter)
         and [type(operation).__name__ for operation in rule.operations] in _FUSING
-    )
+    ]
 
 
 def unfuse_experts(rules: Sequence[Any], block: nn.Module, path: str) -> list[Fused]:
