@@ -73,7 +73,7 @@ from prunus.methods.solvers.least_squares import (
     scaled_gram_of,
 )
 from prunus.methods.statistics import InputStatistics
-from prunus.methods.work import UNSHARDED, Pruned, RowShard, Work, masked, unchanged
+from prunus.methods.work import UNSHARDED, Pruned, RowShard, Work, masked
 
 # The default number of iterations.
 _ITERATIONS = 12
@@ -124,8 +124,6 @@ def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
     Raises:
         ValueError: The Gram matrix is not finite.
     """
-    if work.removes_nothing:
-        return unchanged(weight_OI)
     pattern = work.pattern
     scaled = scaled_gram_of(statistics, work.options.damping)
     # Where all rows compete, every iteration would need the scores of all processes. One process
