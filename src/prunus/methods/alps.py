@@ -55,6 +55,7 @@ Shape suffixes: O outputs (rows), S some of them, I inputs; R leading eigenvecto
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -172,10 +173,7 @@ def _solve_shard(
     by_iteration = penalties(scaled, work.options.iterations or default_iterations)
     build = from_spectrum if data_limited else from_inverses
     operator = build(statistics, scaled, len(sum_OI))
-    penalty = 0.0
-    for iteration, next_penalty in enumerate(by_iteration):
-        previous = penalty
-        penalty = next_penalty
+    for iteration, (previous, penalty) in enumerate(pairwise([0.0, *by_iteration])):
         if penalty != previous:
             operator_II = operator(penalty)
         updates_mask = data_limited or iteration % 4 != _KEEPS_MASK
