@@ -2,7 +2,7 @@
 
 prune        prune a checkpoint or a loaded model
 compress     compress a checkpoint to a file size or to bits per weight
-shrink       make a model smaller: remove blocks, experts, channels or heads
+shrink       make a model smaller: remove blocks or experts, and repair what is left
 recover      train a pruned checkpoint, with its zeros kept
 prune_and_recover
              both, one after the other: preset max

@@ -19,6 +19,7 @@ import sysconfig
 import urllib.request
 from bisect import bisect_left
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -28,7 +29,7 @@ from urllib.parse import urlsplit
 from prunus.calibration.draw import Text
 from prunus.calibration.files import read_json_lines, read_text
 from prunus.hardware.errors import reason, require_library
-from prunus.model.loading import no_downloads
+from prunus.hardware.process_state import replaced
 
 #: The part of a corpus: to draw windows from, or to measure perplexity on.
 Part = Literal["calibration", "scoring"]
@@ -301,7 +302,8 @@ def _from_hub(name: str, origin: _Origin) -> Sequence[str]:
     from datasets import config, load_dataset
 
     try:
-        with no_downloads(config, not _answers(config.HF_ENDPOINT)):
+        reachable = _answers(config.HF_ENDPOINT)
+        with nullcontext() if reachable else replaced(config, "HF_HUB_OFFLINE", True):
             # The column is not a list: a shard of C4 never lies in memory as Python strings.
             column: Sequence[str] = load_dataset(**origin.hub, split=origin.split)[origin.column]
     except Exception as error:  # the library raises errors of many kinds: network, cache, its own

@@ -33,7 +33,7 @@ from prunus.methods.group_fits import round_in_groups
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer, check_range
 from prunus.methods.group_sweep import quantize_in_groups
 from prunus.methods.statistics import InputStatistics
-from prunus.model.checkpoint.atomic_files import make_folder, write_json, write_text
+from prunus.model.checkpoint.atomic_files import make_folder, read_json, write_json, write_text
 from prunus.model.checkpoint.output_folder import auxiliary_files, copy_companion
 from prunus.model.checkpoint.reader import SINGLE_NAME, Checkpoint
 from prunus.model.checkpoint.regular_files import read_card
@@ -90,8 +90,9 @@ class CompressedFormat(Format[CompressionRecord]):
         """Whether a path whose name or configuration names the format is such a result."""
         return path.is_file()
 
-    @staticmethod
+    @classmethod
     def unpack(
+        cls,
         path: Path,
         dest: Path,
         *,
@@ -100,6 +101,9 @@ class CompressedFormat(Format[CompressionRecord]):
         progress: Callable[[str], None] | None = None,
     ) -> dict[str, Any]:
         """Write a result as a checkpoint that transformers can read.
+
+        Here the result is a folder. The whole model is in memory, and each weight has the dtype of
+        its scales, whatever the options say.
 
         Args:
             path: The result.
@@ -110,8 +114,32 @@ class CompressedFormat(Format[CompressionRecord]):
 
         Returns:
             Facts about the checkpoint, as values for JSON.
+
+        Raises:
+            ValueError: A weight is stored in another way.
         """
-        raise NotImplementedError("transformers reads results of this format")
+        source, config = Checkpoint(path), read_json(path / "config.json")
+        tensors = dict(source.read(source.tensors))
+        cls.make_dense(tensors, config)
+        make_folder(dest)
+        for file in auxiliary_files(path):
+            copy_companion(file, dest / file.name)
+        save_safetensors(dest / SINGLE_NAME, tensors)
+        write_json(dest / "config.json", config)
+        return {"tensors": len(tensors)}
+
+    @staticmethod
+    def make_dense(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+        """Turn the content of a folder into that of a plain checkpoint, in place.
+
+        Args:
+            tensors: All stored tensors by name. A weight takes the place of its parts.
+            config: The content of config.json. What describes the format leaves it.
+
+        Raises:
+            ValueError: A weight is stored in another way.
+        """
+        raise NotImplementedError("a file is no folder of tensors")
 
     @staticmethod
     def read_record(path: Path) -> CompressionRecord | None:
@@ -183,17 +211,11 @@ class CompressedFormat(Format[CompressionRecord]):
                 "of a loaded model"
             )
         require_causal(source.config, "prunus compress")
-        return self._stored_as_integers(selection, model, source)
-
-    def _stored_as_integers(
-        self, selection: LinearSelection, skeleton: Skeleton, source: CheckpointSource
-    ) -> LinearSelection:
-        """The part of a selection that a compressed checkpoint can store as integers."""
-        modules, stored = dict(skeleton.model.named_modules()), dict(source.stored)
+        modules, stored = dict(model.model.named_modules()), dict(source.stored)
         if self.takes_pieces:
             stored |= {name: name for name in source.pieces}
         selection = selection.limited(
-            skeleton,
+            model,
             lambda name: (
                 stored.get(f"{name}.weight", "").endswith(".weight")
                 and type(modules[name]) is nn.Linear
@@ -532,25 +554,6 @@ class MixFormat(CompressedFormat):
 def tensors_of_kind(tensors: Mapping[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
     """The tensors whose names begin with `kind`, by the rest of their names."""
     return {key.removeprefix(kind): x for key, x in tensors.items() if key.startswith(kind)}
-
-
-def write_unpacked(
-    path: Path, dest: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Write a folder that was unpacked as a plain checkpoint, and return facts about it.
-
-    Args:
-        path: The folder, whose tokenizer and other small files are copied.
-        dest: A folder that does not exist or is empty.
-        tensors: All tensors of the checkpoint.
-        config: The content of its config.json.
-    """
-    make_folder(dest)
-    for file in auxiliary_files(path):
-        copy_companion(file, dest / file.name)
-    save_safetensors(dest / SINGLE_NAME, tensors)
-    write_json(dest / "config.json", dict(config))
-    return {"tensors": len(tensors)}
 
 
 def file_size(

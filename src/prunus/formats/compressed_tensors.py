@@ -13,22 +13,20 @@ Shape suffixes: O outputs (rows), I inputs, B bytes of a row, S groups of a row,
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from prunus.formats.base import CompressedFormat, file_size, write_unpacked
+from prunus.formats.base import CompressedFormat, file_size
 from prunus.formats.block_bytes import ONE, BlockType, Field, integers, scaled
 from prunus.formats.cards import quantized_card
 from prunus.formats.records import CompressionRecord
 from prunus.hardware.sizes import in_bytes
 from prunus.methods.group_quantizer import GroupedWeight
 from prunus.model.checkpoint.atomic_files import read_json
-from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.checkpoint.writer import file_nbytes
-from prunus.model.device import DTYPES
 from prunus.model.linears import is_tied
 
 # The kernels of vLLM know groups of these sizes. Fewer scales take fewer bits.
@@ -141,29 +139,13 @@ class TensorsFormat(CompressedFormat):
         )
 
     @staticmethod
-    def unpack(
-        path: Path,
-        dest: Path,
-        *,
-        overwrite: bool = False,
-        dtype: str | None = "bfloat16",
-        progress: Callable[[str], None] | None = None,
-    ) -> dict[str, Any]:
-        """Write the weights of a result as a plain checkpoint. The whole model is in memory.
-
-        See `CompressedFormat.unpack`; `dtype` None keeps that of the scales.
-
-        Raises:
-            ValueError: A weight is stored in another way.
-        """
-        source, config = Checkpoint(path), read_json(path / "config.json")
+    def make_dense(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+        """Turn the content of a folder into that of a plain checkpoint; see `CompressedFormat`."""
         del config["quantization_config"]
-        tensors = dict(source.read(source.tensors))
         for packed in [name for name in tensors if name.endswith(".weight_packed")]:
             key = packed.removesuffix("_packed")
             scale = tensors.get(f"{key}_scale", tensors[packed])
-            tensors[key] = dense_weight(key, tensors).to(DTYPES[dtype] if dtype else scale.dtype)
-        return write_unpacked(path, dest, tensors, config)
+            tensors[key] = dense_weight(key, tensors).to(scale.dtype)
 
     def check(self) -> None:
         """Check bits, size, head and widths.

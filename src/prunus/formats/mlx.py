@@ -18,22 +18,20 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from prunus.formats.base import MixFormat, size_of, write_unpacked
+from prunus.formats.base import MixFormat, size_of
 from prunus.formats.block_bytes import ONE, BlockType, Field, scaled
 from prunus.formats.cards import quantized_card
 from prunus.formats.fixed import MLX, check_fixed
 from prunus.formats.records import CompressionRecord
 from prunus.methods.group_quantizer import GroupedWeight
 from prunus.model.checkpoint.atomic_files import read_json
-from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.checkpoint.writer import file_nbytes
-from prunus.model.device import DTYPES
 from prunus.model.linears import is_tied
 
 #: Model types whose weights mlx-lm 0.32 takes under the names that transformers gives them, and as
@@ -102,32 +100,18 @@ class MlxFormat(MixFormat):
         return path.is_dir()
 
     @staticmethod
-    def unpack(
-        path: Path,
-        dest: Path,
-        *,
-        overwrite: bool = False,
-        dtype: str | None = "bfloat16",
-        progress: Callable[[str], None] | None = None,
-    ) -> dict[str, Any]:
-        """Write the weights of a result as a plain checkpoint. The whole model is in memory.
+    def make_dense(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+        """Turn the content of a folder into that of a plain checkpoint; see `CompressedFormat`.
 
-        Other programs' results can be read as well. See `CompressedFormat.unpack`; `dtype` None
-        keeps that of the scales.
-
-        Raises:
-            ValueError: A weight is stored in another way.
+        Other programs' results can be read as well.
         """
-        source, config = Checkpoint(path), read_json(path / "config.json")
         described = config.pop("quantization")
         config.pop("quantization_config", None)
-        tensors = dict(source.read(source.tensors))
         for scales in [name for name in tensors if name.endswith(".scales")]:
             module, stored = scales.removesuffix(".scales"), tensors[scales].dtype
             group = described.get(module, described)["group_size"]
             weight_OI = dense_weight(f"{module}.weight", tensors, group)
-            tensors[f"{module}.weight"] = weight_OI.to(DTYPES[dtype] if dtype else stored)
-        return write_unpacked(path, dest, tensors, config)
+            tensors[f"{module}.weight"] = weight_OI.to(stored)
 
     def check(self) -> None:
         """Check family, options, widths, and that types reach the bits or the size.

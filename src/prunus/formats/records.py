@@ -35,9 +35,13 @@ class FileSize(Part):
     @classmethod
     def of(cls, before: int, after: int, parameters: int, parts: Counter[str]) -> FileSize:
         """A size whose largest part is first; see the attributes for the arguments."""
-        sizes = {"before": before, "after": after, "parameters": parameters}
-        bits = 8 * after / parameters
-        return cls(**sizes, bits_per_parameter=bits, parts=dict(parts.most_common()))
+        return cls(
+            before=before,
+            after=after,
+            parameters=parameters,
+            bits_per_parameter=8 * after / parameters,
+            parts=dict(parts.most_common()),
+        )
 
     def sentences(self, linear_bits: float | None = None) -> list[str]:
         """The sizes for people.

@@ -55,6 +55,7 @@ Shape suffixes: O outputs (rows), S some of them, I inputs; R leading eigenvecto
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ from prunus.methods.solvers.least_squares import (
     scaled_gram_of,
 )
 from prunus.methods.statistics import InputStatistics
-from prunus.methods.work import UNSHARDED, Pruned, RowShard, Work, masked, unchanged
+from prunus.methods.work import UNSHARDED, Pruned, RowShard, Work, masked
 
 # The default number of iterations.
 _ITERATIONS = 12
@@ -124,8 +125,6 @@ def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
     Raises:
         ValueError: The Gram matrix is not finite.
     """
-    if work.removes_nothing:
-        return unchanged(weight_OI)
     pattern = work.pattern
     scaled = scaled_gram_of(statistics, work.options.damping)
     # Where all rows compete, every iteration would need the scores of all processes. One process
@@ -174,10 +173,7 @@ def _solve_shard(
     by_iteration = penalties(scaled, work.options.iterations or default_iterations)
     build = from_spectrum if data_limited else from_inverses
     operator = build(statistics, scaled, len(sum_OI))
-    penalty = 0.0
-    for iteration, next_penalty in enumerate(by_iteration):
-        previous = penalty
-        penalty = next_penalty
+    for iteration, (previous, penalty) in enumerate(pairwise([0.0, *by_iteration])):
         if penalty != previous:
             operator_II = operator(penalty)
         updates_mask = data_limited or iteration % 4 != _KEEPS_MASK

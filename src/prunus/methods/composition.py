@@ -17,7 +17,7 @@ from prunus.methods.options import MethodOptions
 from prunus.methods.solvers.least_squares import fit_least_squares
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.table import Method
-from prunus.methods.work import Pruned, RowShard, Work, unchanged
+from prunus.methods.work import Pruned, RowShard, Work
 
 
 def compose(method: Method, options: MethodOptions) -> Method:
@@ -44,8 +44,6 @@ def compose(method: Method, options: MethodOptions) -> Method:
     def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
         """All chosen steps on one linear, one after the other."""
         options = work.options
-        if work.removes_nothing:
-            return unchanged(weight_OI)
         if uses_dense_target:
             # All later steps treat the target as if it were the trained weight.
             weight_OI = dense_target(weight_OI, statistics, options.dense_weight, options.damping)

@@ -62,15 +62,13 @@ def quantize_in_groups(weight_OI: Tensor, statistics: InputStatistics, work: Wor
     Raises:
         ValueError: The Gram matrix is not finite.
     """
-    quantizer, importance_I = work.quantization, statistics.sum_squares_I.float()
-    if isinstance(quantizer, NearestRounding):
-        quantizer, importance_I = quantizer
-    assert isinstance(quantizer, GroupQuantizer)
-    gram_II, notes = statistics.gram_II, dict[str, float]()
-    if quantizer is not work.quantization:
+    notes = dict[str, float]()
+    if isinstance(work.quantization, NearestRounding):
+        quantizer, importance_I = work.quantization
         quantize = partial(round_in_groups, quantizer=quantizer, importance_I=importance_I)
     else:
-        assert gram_II is not None
+        assert work.quantization is not None and statistics.gram_II is not None
+        quantizer, gram_II = work.quantization, statistics.gram_II
         stored_I = torch.tensor(
             quantizer.columns or range(weight_OI.shape[1]), device=weight_OI.device
         )

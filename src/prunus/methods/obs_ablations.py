@@ -17,7 +17,7 @@ from prunus.methods.patterns import keep_mask
 from prunus.methods.solvers.obs import block_mask, prune_by_obs
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.wanda import wanda_score
-from prunus.methods.work import Pruned, RowShard, Work, unchanged
+from prunus.methods.work import Pruned, RowShard, Work
 
 
 def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
@@ -40,8 +40,6 @@ def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
     >>> bool(pruned.weight_OI[0, 1] > weight_OI[0, 1])  # it replaces what the first weight added
     True
     """
-    if work.removes_nothing:
-        return unchanged(weight_OI)
     options = work.options
 
     if options.mask_order == "before":

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prunus.methods.solvers.obs import block_mask, prune_by_obs
 from prunus.methods.statistics import InputStatistics
-from prunus.methods.work import Pruned, RowShard, Work, unchanged
+from prunus.methods.work import Pruned, RowShard, Work
 
 
 def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
@@ -27,8 +27,6 @@ def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
     Raises:
         ValueError: The Gram matrix cannot be inverted, see `obs.inverse_factor`.
     """
-    if work.removes_nothing:
-        return unchanged(weight_OI)
 
     def choose(weight_OB: Tensor, start: int, diagonal_B: Tensor, shard: RowShard) -> Tensor:
         # The square is left out: it does not change the order.

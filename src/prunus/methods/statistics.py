@@ -88,7 +88,7 @@ class InputStatistics:
         drift_II: (Y − X)ᵀX, float32, over the tokens whose Y is known.
 
     Raises:
-        ValueError: The linear has no inputs, or `needs` is unknown.
+        ValueError: `needs` is unknown.
 
     >>> statistics = InputStatistics(2, "gram")
     >>> statistics.add(torch.tensor([[3.0, 0.0], [4.0, 1.0]]))
@@ -103,8 +103,6 @@ class InputStatistics:
         self, in_features: int, spec: StatisticsSpec | Needs, device: torch.device | str = "cpu"
     ) -> None:
         self.spec = spec = spec if isinstance(spec, StatisticsSpec) else StatisticsSpec(needs=spec)
-        if in_features < 1:
-            raise ValueError(f"a linear with {in_features} inputs has no statistics")
 
         def square(needed: bool) -> Tensor | None:
             return torch.zeros(in_features, in_features, device=device) if needed else None

@@ -107,7 +107,14 @@ class Method:
         return self.apply(weight_OI, statistics, work)
 
     def apply(self, weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
-        """Call the function of the method, which is imported if it is not yet."""
+        """Call the function of the method, which is imported if it is not yet.
+
+        If nothing is removed and nothing rounded, the weight stays as it is, whatever the method.
+        """
+        from prunus.methods.work import unchanged
+
+        if work.quantization is None and work.pattern.removes_nothing(work.sparsity):
+            return unchanged(weight_OI)
         function = self.function
         if isinstance(function, str):
             module, _, name = function.partition(":")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.wanda import wanda_score
-from prunus.methods.work import Pruned, Work, masked, unchanged
+from prunus.methods.work import Pruned, Work, masked
 
 _TOLERANCE = 0.001
 # The original code searches α from 0 to this value.
@@ -58,13 +58,10 @@ def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
         work: Unstructured; its sparsity is that of the linear, not of each row.
 
     Returns:
-        Mask and weights. The notes have `alpha`, the share that every row gives up; at a sparsity
-        of 0 there are no notes.
+        Mask and weights. The notes have `alpha`, the share that every row gives up.
     """
     score_OI = wanda_score(weight_OI, statistics)
     sparsity = work.sparsity
-    if sparsity == 0:
-        return unchanged(weight_OI)
     ascending_OI = score_OI.sort(dim=1).values
     running_OI = ascending_OI.cumsum(dim=1)
     sum_O1 = score_OI.sum(dim=1, keepdim=True)

@@ -146,11 +146,6 @@ class Work:
     reference_order: bool = False
     quantization: GroupQuantizer | NearestRounding | None = None
 
-    @property
-    def removes_nothing(self) -> bool:
-        """Whether every weight stays."""
-        return self.pattern.removes_nothing(self.sparsity)
-
 
 #: From a weight (O, I) float32, the statistics of its inputs and the work to the result.
 PruneFunction = Callable[[Tensor, InputStatistics, Work], Pruned]

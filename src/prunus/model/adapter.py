@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from prunus.hardware.errors import reason, require_library
+from prunus.hardware.errors import naming, reason, require_library
 from prunus.hardware.numerics import check_finite
 from prunus.hardware.process_state import no_warnings
 from prunus.model.checkpoint.atomic_files import write_json
@@ -94,12 +94,8 @@ def check_adapter(folder: Path, trust_remote_code: bool = False) -> None:
     """
     require_library("peft", "an adapter", "adapters")
     base = base_folder(folder)
-    try:
+    with naming(f"{base}, the base of {folder}"):
         config = load_config(base, trust_remote_code, quantized=True)
-    except (ValueError, FileNotFoundError) as error:
-        raise ValueError(
-            f"{base}, the base of {folder}: no configuration could be loaded ({error})"
-        ) from error
     model = build_on_meta(CAUSAL, config, torch.float32, trust_remote_code)
     attach(model, folder, base)
 

@@ -12,8 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,23 +23,14 @@ from prunus.model.meta_model import fill_with_zeros
 _ONCE = "only models that call every block once and in order can be pruned"
 
 
-@dataclass(frozen=True)
-class BlockCall:
+class BlockCall(NamedTuple):
     """The arguments with which the model calls one block, apart from the hidden states.
 
     Masks, positions and rotary embeddings are among them.
-
-    >>> call, other = (BlockCall((), {"position_ids": torch.arange(x)}) for x in (4, 5))
-    >>> call.same_as(call), call.same_as(other)
-    (True, False)
     """
 
     args: tuple[Any, ...]  #: positional arguments after the hidden states
     kwargs: dict[str, Any]  #: keyword arguments, without `hidden_states`
-
-    def same_as(self, other: BlockCall) -> bool:
-        """Whether both calls pass equal values; tensors are compared by shape and content."""
-        return _equal(self.args, other.args) and _equal(self.kwargs, other.kwargs)
 
 
 def hidden_of(output: Any) -> torch.Tensor:
@@ -68,18 +58,27 @@ def split_hidden(
     return rest.pop("hidden_states"), (), rest
 
 
-def _equal(left: Any, right: Any) -> bool:
-    """Whether two arguments of a block have equal values, also inside lists and dicts."""
+def same_arguments(left: Any, right: Any) -> bool:
+    """Whether two arguments of a block, or two calls, have equal values.
+
+    Tensors are compared by shape and content, also inside tuples, lists and dicts.
+
+    >>> call, other = (BlockCall((), {"position_ids": torch.arange(x)}) for x in (4, 5))
+    >>> same_arguments(call, call), same_arguments(call, other)
+    (True, False)
+    """
     if left is right:
         return True
     if isinstance(left, torch.Tensor):
         return isinstance(right, torch.Tensor) and torch.equal(left, right)
     if isinstance(left, tuple | list):
         return len(left) == len(right) and all(
-            _equal(a, b) for a, b in zip(left, right, strict=True)
+            same_arguments(a, b) for a, b in zip(left, right, strict=True)
         )
     if isinstance(left, dict):
-        return left.keys() == right.keys() and all(_equal(left[key], right[key]) for key in left)
+        return left.keys() == right.keys() and all(
+            same_arguments(left[key], right[key]) for key in left
+        )
     return bool(left == right)
 
 

@@ -15,7 +15,6 @@ import copy
 import math
 import re
 import tempfile
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 import transformers
 from transformers import AutoConfig
 
+from prunus.hardware.errors import reason
 from prunus.model.checkpoint.atomic_files import read_json, write_json
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.formats import refuse_packed
@@ -177,10 +177,9 @@ def load_config(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except Exception as fault:  # transformers raises errors of many kinds for a damaged file
-        reason = textwrap.shorten(str(fault), 300, placeholder=" …")
         raise ValueError(
             f"{folder / 'config.json'} describes no model that transformers "
-            f"{transformers.__version__} knows: {reason}"
+            f"{transformers.__version__} knows: {reason(fault)}"
         ) from fault
     described = getattr(config, "quantization_config", None)
     if quantized and hasattr(config, "quantization_config"):

@@ -110,9 +110,6 @@ class Experts(nn.Module):
         post_expert_norm: The norm of the fused module after each expert; None without one.
     """
 
-    measured_on_all: frozenset[int]
-    on_output: Callable[[int, Tensor, Tensor], object] | None
-
     def __init__(self, fused: nn.Module, leaves: tuple[str, str, str], dtype: torch.dtype) -> None:
         super().__init__()
         gated = _is_gated(fused)
@@ -142,8 +139,8 @@ class Experts(nn.Module):
         # nn.Module does not register it, and searches for modules do not find it.
         fused._parameters.clear()
         self._fused = (fused,)
-        self.measured_on_all = frozenset()
-        self.on_output = None
+        self.measured_on_all: frozenset[int] = frozenset()
+        self.on_output: Callable[[int, Tensor, Tensor], object] | None = None
 
     def arguments(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -214,18 +211,14 @@ def fusing_rules(model: Any) -> list[Any]:
     They know the names that checkpoints of this model give to single experts.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-
-    return [rule for rule in get_model_conversion_mapping(model) if is_fusing_rule(rule)]
-
-
-def is_fusing_rule(rule: Any) -> bool:
-    """Whether a rule of transformers for the names of weights fuses experts."""
     from transformers.core_model_loading import WeightConverter
 
-    return (
-        isinstance(rule, WeightConverter)
+    return [
+        rule
+        for rule in get_model_conversion_mapping(model)
+        if isinstance(rule, WeightConverter)
         and [type(operation).__name__ for operation in rule.operations] in _FUSING
-    )
+    ]
 
 
 def unfuse_experts(rules: Sequence[Any], block: nn.Module, path: str) -> list[Fused]:

@@ -6,7 +6,6 @@ transformers read files rather than map them. The functions at the end concern s
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 from collections.abc import Mapping
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import constants
 from safetensors import safe_open
 
 from prunus.hardware.errors import reason
@@ -120,7 +118,10 @@ def load_model(
         check_adapter(folder, trust_remote_code)
         base = base_folder(folder)
         return attach(load_model(base, dtype, trust_remote_code), folder, base).eval()
-    kind = check_architecture(folder, trust_remote_code, kind)
+    config = load_config(folder, trust_remote_code, quantized=True)
+    kind = kind or kind_of(config)
+    # A model beyond all limits ends here, before transformers makes it.
+    build_on_meta(kind, config, torch.float32, trust_remote_code)
     try:
         with replaced(transformers.modeling_utils, "safe_open", _ReadFile):
             model, loaded = getattr(transformers, kind.loader).from_pretrained(
@@ -183,42 +184,6 @@ class _ReadFile:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
-
-
-def check_architecture(
-    folder: Path, trust_remote_code: bool = False, kind: Kind | None = None
-) -> Kind:
-    """Build the model of a folder without weights, within limits, and return its kind.
-
-    Args:
-        folder: A checkpoint.
-        trust_remote_code: Let transformers run code that comes with the checkpoint.
-        kind: The kind to build; None for what the configuration says.
-
-    Raises:
-        ValueError: transformers makes no model of the configuration, or one beyond all limits.
-        NotImplementedError: It is of a kind that prunus does not support.
-    """
-    config = load_config(folder, trust_remote_code, quantized=True)
-    kind = kind or kind_of(config)
-    build_on_meta(kind, config, torch.float32, trust_remote_code)
-    return kind
-
-
-def no_downloads(
-    settings: Any = constants, active: bool = True
-) -> contextlib.AbstractContextManager[None]:
-    """While active, in any thread, a library of the hub finds only what was downloaded earlier.
-
-    Args:
-        settings: The module of the library that holds HF_HUB_OFFLINE.
-        active: False changes nothing.
-
-    >>> with no_downloads():
-    ...     constants.is_offline_mode()
-    True
-    """
-    return replaced(settings, "HF_HUB_OFFLINE", True) if active else contextlib.nullcontext()
 
 
 # --- saving ---

@@ -373,24 +373,12 @@ def _rows_as_stored(embedding: nn.Module, dtype: torch.dtype) -> Iterator[Collec
 # --- the names of a checkpoint's tensors in the skeleton, by transformers' own rules ---
 
 
-def naming_rules(model: Any) -> tuple[list[Any], list[Any]]:
-    """The rules by which names in checkpoints of this model become names of the model.
-
-    A checkpoint may be older than the model's code, or store experts one by one. The first rules
-    rename whole tensors; the second make one tensor of several, or several of one.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    return renamings, [rule for rule in rules if isinstance(rule, WeightConverter)]
-
-
 def names_in_model(
     skeleton: Skeleton, keys: Mapping[str, Any]
 ) -> tuple[dict[str, str], set[str], dict[str, str]]:
     """Match stored names with the names of the skeleton.
+
+    A checkpoint may be older than the model's code, or store experts one by one.
 
     Args:
         skeleton: The model.
@@ -404,7 +392,12 @@ def names_in_model(
         and the name that a tensor would have -> stored name, of tensors that the model has no place
         for.
     """
-    from transformers.core_model_loading import rename_source_key
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+    )
 
     model = skeleton.model
     # Fused tensors and the experts in them.
@@ -416,7 +409,10 @@ def names_in_model(
             members.update(f"{skeleton.block_name(index)}.{name}" for name in tensor.members)
     # Only the names matter.
     expected = dict(model.state_dict()) | dict.fromkeys(fused, True)
-    renamings, converters = naming_rules(model)
+    # Renamings are for whole tensors. Converters make one tensor of several, or several of one.
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     prefix = model.base_model_prefix
     names: dict[str, str] = {}
     converted: set[str] = set()

@@ -88,7 +88,6 @@ class CheckpointSource:
     Args:
         folder: A Hugging Face checkpoint.
         trust_remote_code: Let transformers run code that comes with the checkpoint.
-        quantized: Accept a checkpoint that is quantised. Its weights cannot be bound.
 
     Attributes:
         checkpoint: The open files.
@@ -101,17 +100,13 @@ class CheckpointSource:
     Raises:
         FileNotFoundError: The folder, its config.json or one of its shards is missing.
         ValueError: A file is damaged, the configuration does not belong to the weights, or the
-            checkpoint is quantised and `quantized` is False.
+            checkpoint is quantised.
     """
 
-    def __init__(
-        self, folder: Path, trust_remote_code: bool = False, quantized: bool = False
-    ) -> None:
+    def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
         require_config(folder)
         self.checkpoint = Checkpoint(folder)
-        self.config = load_config(
-            folder, trust_remote_code, quantized=quantized, checkpoint=self.checkpoint
-        )
+        self.config = load_config(folder, trust_remote_code, checkpoint=self.checkpoint)
         # The bytes of config.json, to notice a change; see `check_unchanged`.
         self._config = read_limited(folder / "config.json")
         fingerprint = self.checkpoint.fingerprint.encode() + self._config

@@ -48,8 +48,13 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """
     if is_adapter(folder) and not any((folder / name).exists() for name in _FILES):
         folder = base_folder(folder)
-    options = {"trust_remote_code": trust_remote_code}
-    return _load(AutoTokenizer, folder, "tokenizer", _TOKENIZER_REMEDY, **options)
+    return _load(
+        AutoTokenizer,
+        folder,
+        "tokenizer",
+        _TOKENIZER_REMEDY,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def check_tokenizer(folder: Path) -> None:
@@ -83,8 +88,14 @@ def load_image_processor(folder: Path, trust_remote_code: bool = False) -> Any:
             loaded; quotes the reason in one line.
     """
     remedy = "copy its preprocessor_config.json from the dense model"
-    options = {"backend": "pil", "trust_remote_code": trust_remote_code}
-    return _load(AutoImageProcessor, folder, "image processor", remedy, **options)
+    return _load(
+        AutoImageProcessor,
+        folder,
+        "image processor",
+        remedy,
+        backend="pil",
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def _load(loader: Any, folder: Path, what: str, remedy: str, **options: Any) -> Any:

@@ -288,12 +288,9 @@ def inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, dict[str, A
     while damping <= _MAX_DAMPING:
         for dtype in (torch.float32, torch.float64):
             factor_II = _inverse_factor_in(gram_II, damping, dtype)
-            if factor_II is None:
-                continue
-            notes: dict[str, Any] = {"damping": damping}
-            if dtype == torch.float64:
-                notes["factored_in"] = "float64"
-            return factor_II, notes
+            if factor_II is not None:
+                doubled = {"factored_in": "float64"} if dtype == torch.float64 else {}
+                return factor_II, {"damping": damping, **doubled}
         damping = damping * 10 if damping > 0 else 0.01
     raise ValueError(
         "the Gram matrix of the inputs cannot be inverted however it is damped: is it finite?"

@@ -84,14 +84,13 @@ def is_vacant(output: Path, inside: str | None = None) -> bool:
     )
 
 
-def check_resume(output: Path, unfinished: bool, resume: bool | None, work: str = "run") -> None:
+def check_resume(output: Path, unfinished: bool, resume: bool | None) -> None:
     """Check that there is unfinished work if `resume` is True, and none if it is False.
 
     Args:
         output: The folder for the result.
         unfinished: Whether that folder holds work that can be resumed.
         resume: What the user wants; None continues what there is.
-        work: The messages call the work so.
 
     Raises:
         FileNotFoundError: There is nothing to resume.
@@ -99,11 +98,11 @@ def check_resume(output: Path, unfinished: bool, resume: bool | None, work: str 
     """
     if resume is True and not unfinished:
         raise FileNotFoundError(
-            f"there is no unfinished {work} in {output} to resume; leave `resume` out to start one"
+            f"there is no unfinished run in {output} to resume; leave `resume` out to start one"
         )
     if resume is False and unfinished:
         raise FileExistsError(
-            f"{output} holds an unfinished {work}; `overwrite` starts again, `resume` continues"
+            f"{output} holds an unfinished run; `overwrite` starts again, `resume` continues"
         )
 
 

@@ -22,8 +22,6 @@ _MAX_BYTES = {
     ".model": 256 * _MIB,
     ".txt": 256 * _MIB,
 }
-#: Subfolders of a checkpoint from which transformers reads files.
-_SUBFOLDERS = ("additional_chat_templates",)
 _KINDS = {
     stat.S_ISFIFO: "a FIFO",
     stat.S_ISCHR: "a character device",
@@ -82,18 +80,15 @@ def check_folder(folder: Path) -> None:
     """Check all files of a checkpoint folder with `check_regular`, before transformers reads them.
 
     transformers opens configuration, tokenizer and chat templates on its own, without such checks.
-    Folders other than `_SUBFOLDERS` are left out.
+    Of the folders in it, transformers looks into the one with chat templates alone.
 
     Raises:
         ValueError: A file is no regular file, or larger than its kind may be; names it.
     """
-    for subfolder in (folder, *(folder / name for name in _SUBFOLDERS)):
-        if not subfolder.is_dir():
-            continue
-        for path in sorted(subfolder.iterdir()):
-            # A link to nothing is reported by whoever needs the file.
-            if path.exists() and not path.is_dir():
-                check_regular(path)
+    for path in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
+        # A link to nothing is reported by whoever needs the file.
+        if path.exists() and not path.is_dir():
+            check_regular(path)
 
 
 def _check_state(path: Path, state: os.stat_result) -> None:
