@@ -247,19 +247,13 @@ class ResultFolder:
         remove(folder / INDEX_NAME)
         fsync_folder(folder)
         if overwrite:
-            self._remove_others()
+            # Shards of the result that is replaced, and records of other commands about it.
+            others = [x for x in folder.glob("*.safetensors") if x.name not in record.sha256]
+            for path in (*others, *(folder / name for name in RECORD_FILES if name != record.FILE)):
+                remove(path)
         remove_temporaries(folder)
         if record.forget_missing({name for name in record.sha256 if not self.has(name)}):
             record.save(folder)
-
-    def _remove_others(self) -> None:
-        """Remove shards of the result that is replaced, and records of other commands about it."""
-        for path in self.folder.glob("*.safetensors"):
-            if path.name not in self.record.sha256:
-                remove(path)
-        for name in RECORD_FILES:
-            if name != self.record.FILE:
-                remove(self.folder / name)
 
     def has(self, shard: str) -> bool:
         """Whether a shard is there, and the record names it."""

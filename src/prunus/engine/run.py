@@ -42,6 +42,7 @@ from prunus.engine.plan import check_room, check_same_on_all_ranks
 from prunus.engine.record import Walk
 from prunus.engine.session import Session
 from prunus.engine.windows import calibration_windows, run_inputs
+from prunus.hardware.memory import peak_memory
 from prunus.hardware.sizes import counted
 from prunus.kernels.library import missing_words
 from prunus.methods.table import method_sha256
@@ -135,7 +136,12 @@ def _carry_out_held(
     with ranks.fail_together():
         windows = calibration_windows(job)
         record = _record(stored.RECORD, job, ranks, windows, earlier)
-    folder = _output(job, ranks, output, record)
+    folder: PruningOutput
+    if output is not None:
+        folder = CheckpointFolder(output, record, job, ranks)
+    else:
+        assert isinstance(job.source, ModuleSource), "a checkpoint is pruned into a folder"
+        folder = InPlaceOutput(job.source, record, stored)
     _change_blocks(job, session, windows, record, folder, rounding, started)
     return record
 
@@ -158,16 +164,6 @@ def planned(
     job = plan_run(model, recipe, options, stored)
     check_room(job.disk_bytes(), folder)
     return job
-
-
-def _output(
-    job: PruningJob, ranks: Ranks, folder: Path | None, record: PruningRecord
-) -> PruningOutput:
-    """Where the run puts what it has changed."""
-    if folder is not None:
-        return CheckpointFolder(folder, record, job, ranks)
-    assert isinstance(job.source, ModuleSource), "a checkpoint is pruned into a folder"
-    return InPlaceOutput(job.source, record, job.format)
 
 
 def _change_blocks(
@@ -205,7 +201,7 @@ def _change_blocks(
         batches = windows.ids.split(job.batch) if job.walks_windows else ()
         embedding = f"embedding {counted(len(windows.ids), 'window')} and " if batches else ""
         session.tell(f"{embedding}reading block 0")
-        pruner.embed(batches, output.spill_folder)
+        pruner.embed(batches, output.folder)
         # In the reference order the next block depends on weights before they were rounded for
         # storage, so a finished block is pruned once more.
         run_blocks(job, session, pruner, output, record.measured, again=in_order)
@@ -214,7 +210,12 @@ def _change_blocks(
             pruned_head, record.head = pruner.prune_head(batches)
         if job.format.rounds_head:
             job.format.take_head(pruner.head_statistics(batches))
-    record.close(seconds=time.perf_counter() - started, device=job.device)
+    record.totals = record.summary() | {
+        "seconds": round(time.perf_counter() - started, 2),
+        "peak_memory_bytes": peak_memory(),
+    }
+    if job.device.type == "cuda":
+        record.totals["peak_device_memory_bytes"] = peak_memory(job.device)
     output.complete(pruned_head)
 
 
@@ -230,21 +231,17 @@ def _record(
     if isinstance(job.recipe, PruningOptions):
         code_sha256 = method_sha256(job.recipe.method, job.options.own_method)
     inputs = run_inputs(job, ranks, windows).model_copy(update={"method_sha256": code_sha256})
+    # The folder of local datasets that the calibration text was read from, if any.
+    is_local = job.needs_inputs and job.recipe.calibration in LOCAL_SOURCES
+    folder = data_folder(job.options.data) if is_local else None
     fields: dict[str, Any] = {
         "source": job.model_name,
-        "data_dir": _data_folder(job),
+        "data_dir": None if folder is None else str(folder.absolute()),
         "left_dense": job.left_dense,
         "grid_bits": job.grid_bits,
         "shard_count": 0 if isinstance(job.source, ModuleSource) else job.source.shard_count,
     }
     return resumed_or_new(kind, earlier, job.recipe, inputs, job.device, **fields)
-
-
-def _data_folder(job: PruningJob) -> str | None:
-    """The folder of local datasets that the calibration text was read from, if any."""
-    is_local = job.recipe.calibration in LOCAL_SOURCES
-    folder = data_folder(job.options.data) if job.needs_inputs and is_local else None
-    return None if folder is None else str(folder.absolute())
 
 
 @contextlib.contextmanager

@@ -73,18 +73,6 @@ def training_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, s
     return torch.float32, "this processor has no native bfloat16"
 
 
-def step_count(options: RecoveryOptions) -> int | None:
-    """How many steps a budget in tokens allows; None for a budget in minutes.
-
-    The last step may exceed the budget.
-
-    >>> step_count(RecoveryOptions(mode="masked", tokens=2500, seqlen=512, batch=2))
-    3
-    """
-    tokens = options.budget_tokens
-    return None if tokens is None else math.ceil(tokens / (options.batch * options.seqlen))
-
-
 @dataclass
 class Training:
     """One training, which `run` carries out.
@@ -164,11 +152,13 @@ class Training:
 
     def _spent(self, ahead: float = 0.0) -> float:
         """Fraction of the budget that is spent, `ahead` steps from now."""
-        steps = step_count(self.options)
-        if steps is not None:
+        options = self.options
+        if options.budget_tokens is not None:
+            # The last step may exceed the budget.
+            steps = math.ceil(options.budget_tokens / (options.batch * options.seqlen))
             return (self.state.step + ahead) / steps
-        assert self.options.minutes is not None
-        return self._seconds() / (60 * self.options.minutes)
+        assert options.minutes is not None
+        return self._seconds() / (60 * options.minutes)
 
     def _tell(
         self, message: str, loss: float | None = None, perplexity: float | None = None
