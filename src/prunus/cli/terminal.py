@@ -79,7 +79,8 @@ def user_errors(afterwards: str) -> Iterator[None]:
     """Turn exceptions of a command into one line on standard error and an exit status.
 
     The status is 2 for what the user can correct, 130 for Ctrl-C, and 1 for everything else. With
-    several ranks, rank 0 reports; another rank reports only an error of its own. The environment
+    several ranks, rank 0 reports; another rank reports only an error of its own. After the loss of
+    a rank the process ends at once, without the handlers of the interpreter. The environment
     variable PRUNUS_TRACEBACK turns this off and shows tracebacks.
 
     Args:
@@ -93,7 +94,11 @@ def user_errors(afterwards: str) -> Iterator[None]:
         return
     try:
         with _warnings_as_lines():
-            _silence_transformers()
+            from transformers.utils import logging
+
+            # Progress bars and warnings of transformers stay off standard error.
+            logging.disable_progress_bar()
+            logging.set_verbosity_error()
             _check_json_file()
             yield
     except _CORRECTABLE as error:
@@ -105,7 +110,20 @@ def user_errors(afterwards: str) -> Iterator[None]:
     except typer.Exit:
         raise  # a command has said what is wrong, and how it ends
     except Exception as error:
-        _exit_after(error, afterwards)
+        from prunus.distributed import OtherRankError, RankError
+
+        if isinstance(error, OtherRankError):
+            raise typer.Exit(1) from None
+        if isinstance(error, RankError):
+            log(f"error: {error}; {afterwards}")
+            # An ordinary exit would wait in the process group for the rank that is lost.
+            sys.stdout.flush()
+            os._exit(1)
+        # A full disk or a network says what it is. Of any other error, developers need to know
+        # where.
+        where = "" if isinstance(error, OSError) else " (PRUNUS_TRACEBACK=1 shows where)"
+        log(f"error: {_for_users(error)}{where}")
+        raise typer.Exit(1) from None
 
 
 @contextlib.contextmanager
@@ -125,27 +143,6 @@ def _warnings_as_lines() -> Iterator[None]:
         yield
 
 
-def _exit_after(error: Exception, afterwards: str) -> None:
-    """Report an error that the user cannot correct, and exit with status 1.
-
-    An error of another rank is not reported again. After the loss of a rank the process ends at
-    once, without the handlers of the interpreter.
-    """
-    from prunus.distributed import OtherRankError, RankError
-
-    if isinstance(error, OtherRankError):
-        raise typer.Exit(1) from None
-    if isinstance(error, RankError):
-        log(f"error: {error}; {afterwards}")
-        # An ordinary exit would wait in the process group for the rank that is lost.
-        sys.stdout.flush()
-        os._exit(1)
-    # A full disk or a network says what it is. Of any other error, developers need to know where.
-    where = "" if isinstance(error, OSError) else " (PRUNUS_TRACEBACK=1 shows where)"
-    log(f"error: {_for_users(error)}{where}")
-    raise typer.Exit(1) from None
-
-
 def _for_users(error: Exception) -> str:
     """The message of an error on the command line."""
     return as_flags(str(error) if isinstance(error, TypeError) else reason(error, most=10_000))
@@ -161,14 +158,6 @@ def _check_json_file() -> None:
     check_place(json_file)
     if json_file.is_dir():
         raise ValueError(f"--json {json_file} is a folder; give the name of a file")
-
-
-def _silence_transformers() -> None:
-    """Keep progress bars and warnings of transformers off standard error."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
 
 
 def log(message: str) -> None:

@@ -18,11 +18,14 @@ from typing import Any, TypeVar
 
 import torch
 
+from prunus.calibration.windows import Windows
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.engine.job import RunJob, check_known
 from prunus.engine.loop import FinishedBlock
 from prunus.engine.options import RunOptions
 from prunus.engine.record import BlockwiseRecord, RunInputs, RunRecord
+from prunus.engine.session import Session
+from prunus.engine.windows import calibration_windows, run_inputs
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.checkpoint.atomic_files import (
     RECORD_FILES,
@@ -51,6 +54,7 @@ from prunus.model.source import tensors_digest
 from prunus.options import Options
 
 _Record = TypeVar("_Record", bound=RunRecord)
+_BlockwiseRecord = TypeVar("_BlockwiseRecord", bound=BlockwiseRecord)
 
 
 def remove_result(folder: Path, record: str) -> None:
@@ -153,6 +157,36 @@ def resumed_or_new(
         return earlier
     hardware = describe_hardware(device)
     return kind(recipe=recipe, inputs=inputs, versions=versions(), hardware=hardware, **fields)
+
+
+def drawn_and_recorded(
+    kind: type[_BlockwiseRecord],
+    job: RunJob,
+    session: Session,
+    earlier: _BlockwiseRecord | None,
+    method_sha256: str | None = None,
+    **fields: Any,
+) -> tuple[Windows, _BlockwiseRecord]:
+    """The calibration windows of a run of blocks, and the record that says which run this is.
+
+    All ranks call it. The other arguments and the errors are those of `resumed_or_new`.
+
+    Args:
+        kind: The class of the record.
+        job: The run.
+        session: Its processes, and who hears that windows are drawn.
+        earlier: What `find_earlier` returned.
+        method_sha256: Hash of the code of the user's own method; None for the others.
+        **fields: Further fields of a new record.
+    """
+    if job.needs_inputs:
+        session.tell(f"drawing calibration windows from {job.recipe.calibration}")
+    with session.ranks.fail_together():
+        windows = calibration_windows(job)
+        inputs = run_inputs(job, session.ranks, windows, method_sha256)
+        fields |= {"source": job.model_name}
+        record = resumed_or_new(kind, earlier, job.recipe, inputs, job.device, **fields)
+    return windows, record
 
 
 @contextlib.contextmanager

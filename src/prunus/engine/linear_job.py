@@ -145,7 +145,7 @@ class PruningJob(RunJob):
         the widest linear.
         """
         method = self.method
-        trained = self.recipe.trained_blocks
+        trained = self.recipe.plan.blocks
         if trained == "all" or not method.needs_drift:
             return 1
         blocks = map(self.skeleton.linears, range(len(self.skeleton)))
@@ -161,21 +161,18 @@ class PruningJob(RunJob):
     @property
     def reconstruction(self) -> ReconstructionSettings | None:
         """How blocks are trained after they are pruned; None where none is."""
-        trained = self.recipe.trained_blocks
-        if trained == "none":
+        plan = self.recipe.plan
+        if plan.blocks == "none":
             return None
-        return ReconstructionSettings(
-            self.recipe.epochs,
-            training_dtype(self.device, self.dtype),
-            last_only=trained == "last",
-        )
+        dtype = training_dtype(self.device, self.dtype)
+        return ReconstructionSettings(plan.epochs, dtype, last_only=plan.blocks == "last")
 
     def extra_bytes(self, index: int) -> int:
         """Bytes of what two passes and dense targets need while block `index` is pruned."""
         inputs = [linear.shape[1] for linear in self.skeleton.linears(index)]
         # A dense target adds five float32 matrices like the Gram.
         extra = 5 * 4 * max(filter(self.uses_dense_target, inputs), default=0) ** 2
-        if self.needs == "gram" and self.recipe.two_passes:
+        if self.needs == "gram" and self.recipe.plan.two_passes:
             # The statistics of all linears of the block exist at the same time.
             extra += sum(statistics_bytes(width, self.needs) for width in inputs)
         return extra
@@ -429,12 +426,12 @@ def plan_run(
     """
     method, work = _method_and_work(recipe, options.own_method, stored.rounding)
     opened = open_model(model, options, session)
-    if recipe.prunes_head:
+    if recipe.plan.head:
         head = opened.skeleton.head()
         check_shape(work.pattern, head.shape, head.name)
     linears = select_linears(opened.skeleton, recipe, work.pattern)
     selection = stored.select(linears, opened.source, opened.skeleton)
-    trains = "" if recipe.trained_blocks == "none" else "reconstruction"
+    trains = "" if recipe.plan.blocks == "none" else "reconstruction"
     walks = method.needs != "none" or trains != ""
     window_tokens = opened.skeleton.window_shape(0, recipe.seqlen)[0]
     batch = 1 if work.reference_order else None  # the reference order sums window by window
@@ -457,7 +454,7 @@ def plan_run(
         work=work,
         **selection._asdict(),
     )
-    if job.processes > 1 and recipe.two_passes and method.has_reference_order:
+    if job.processes > 1 and recipe.plan.two_passes and method.has_reference_order:
         raise ValueError(
             f"`propagate` block keeps the original's order of operations for {method.name}, "
             f"window after window: {job.processes} ranks cannot share that. Leave it out, or run "
@@ -493,7 +490,7 @@ def _method_and_work(
     pattern = Pattern.parse(recipe.pattern, group)
     check_options(published, pattern, recipe.sparsity, recipe)
     # Two passes are the published procedure. There the published solvers also sum in its order.
-    in_order = recipe.two_passes and method is published and method.has_reference_order
+    in_order = recipe.plan.two_passes and method is published and method.has_reference_order
     return method, Work(pattern, recipe.sparsity, recipe, reference_order=in_order)
 
 

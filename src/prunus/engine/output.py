@@ -87,7 +87,7 @@ class CheckpointFolder(BlockFolder):
         super().begin(overwrite)
         # The hashes of what lies outside the blocks were taken just now, and embedding reads it
         # next. Copied now, it is read from the disk only once. A pruned head is not known yet.
-        if self.job.format.WRITES_OUTSIDE_FIRST and not self.job.recipe.prunes_head:
+        if self.job.format.WRITES_OUTSIDE_FIRST and not self.job.recipe.plan.head:
             self.ranks.on_rank_0(lambda: self.write_outside({}))
 
     def measured(self, measure: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

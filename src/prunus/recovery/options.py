@@ -154,8 +154,9 @@ class RecoveryOptions(Options):
     @classmethod
     def _split_lists(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
         """The names, of which one flag may give several with commas between them."""
-        listed = None if names is None else ",".join(names).split(",")
-        return listed and tuple(name.strip() for name in listed if name.strip())
+        if names is None:
+            return None
+        return tuple(name.strip() for name in ",".join(names).split(",") if name.strip())
 
     @model_validator(mode="before")
     @classmethod
