@@ -9,7 +9,6 @@ Shape suffixes: T tokens, K experts per token, E experts.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -88,19 +87,14 @@ def output_hooks(
     """
     with contextlib.ExitStack() as hooks:
         for linear in linears:
-            show_output = functools.partial(_show_output, on_output, linear)
+
+            def show_output(
+                _module: nn.Module, args: Any, output: Tensor, linear: Linear = linear
+            ) -> None:
+                on_output(linear, args[0], output)
+
             hooks.enter_context(linear.module.register_forward_hook(show_output))
         yield
-
-
-def _show_output(
-    on_output: Callable[[Linear, Tensor, Tensor], object],
-    linear: Linear,
-    _module: nn.Module,
-    args: tuple[Any, ...],
-    output: Tensor,
-) -> None:
-    on_output(linear, args[0], output)
 
 
 #: What the method needs -> an expert with fewer tokens than this loses less when it is pruned by
