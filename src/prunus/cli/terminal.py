@@ -18,15 +18,16 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import typer
+from rich.console import Console
 
 from prunus.cli.flags import add_parameters, as_flags
 from prunus.hardware.errors import reason
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from prunus.model.checkpoint import atomic_files
+from prunus.reporting.console import TerminalConsole, printable, to_terminal
+from prunus.reporting.console import progress_console as new_progress_console
 
 #: The value of `--json` that stands for standard output.
 STDOUT = Path("-")
@@ -153,9 +154,7 @@ def _check_json_file() -> None:
     json_file = _JSON.get()
     if json_file is None or json_file == STDOUT:
         return
-    from prunus.model.checkpoint.atomic_files import check_place
-
-    check_place(json_file)
+    atomic_files.check_place(json_file)
     if json_file.is_dir():
         raise ValueError(f"--json {json_file} is a folder; give the name of a file")
 
@@ -165,8 +164,6 @@ def log(message: str) -> None:
 
     Where nobody reads standard error any more, the message is dropped, and the work continues.
     """
-    from prunus.reporting.console import printable
-
     # A RANK without the other variables of torchrun means nothing; see `prunus.distributed`.
     rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE") else "0"
     prefix = "prunus:" if rank == "0" else f"prunus, rank {rank}:"
@@ -187,9 +184,7 @@ def is_quiet() -> bool:
 
 def progress_console() -> Console:
     """The console for progress; with --quiet, one that shows nothing."""
-    from prunus.reporting import console
-
-    return console.progress_console(quiet=_QUIET.get())
+    return new_progress_console(quiet=_QUIET.get())
 
 
 @contextlib.contextmanager
@@ -232,7 +227,6 @@ def print_result(content: Any, *shown: Any) -> None:
         shown: Tables and sections of `prunus.engine.document`, in order.
     """
     from prunus.distributed import is_rank_0
-    from prunus.reporting.console import TerminalConsole, to_terminal
 
     if not is_rank_0():
         return
@@ -253,8 +247,6 @@ def print_text(text: str) -> bool:
         Whether the text still reaches somebody: False once the reader of a pipe or the terminal is
         gone, unless figures go to a file.
     """
-    from prunus.reporting.console import printable
-
     with _reader() as stream:
         stream.write(printable(text))
         stream.flush()  # fails here if nobody reads
@@ -275,8 +267,6 @@ def write_json(content: Any) -> None:
         with _reader(sys.stdout) as stream:
             stream.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
         return
-    from prunus.model.checkpoint import atomic_files
-
     json_file.parent.mkdir(parents=True, exist_ok=True)
     atomic_files.write_json(json_file, content)
 
