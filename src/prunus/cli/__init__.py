@@ -1,4 +1,4 @@
-"""The command line: one file per group of commands, no logic.
+"""The command line: one file per group of commands. What a command does is in the rooms below.
 
 prune.py           prune, compress, shrink, plan, recover
 evaluate.py        eval, inspect
@@ -245,9 +245,8 @@ for _panel, _functions in _PANELS.items():
     for _function in _functions:
         _name = _NAMES.get(_function, _function.__name__)
         _lines = [line for line in _EXAMPLES.splitlines() if line.split()[1:2] == [_name]]
-        _shared: dict[str, Any] = {"json_file": JSON}
-        _shared |= {"quiet": QUIET} if _function not in _SILENT else {}
-        _shared["help_all"] = _HELP_ALL
+        _quiet = {} if _function in _SILENT else {"quiet": QUIET}
+        _shared: dict[str, Any] = {"json_file": JSON, **_quiet, "help_all": _HELP_ALL}
         _command = command(_function, _shared, _function in _RESUMING)
         FLAGS.update(signature(_command).parameters)
         app.command(

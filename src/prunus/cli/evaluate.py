@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -10,9 +10,7 @@ from prunus.cli.flags import Model, opt, with_flags
 from prunus.cli.terminal import is_quiet, note, print_result
 from prunus.engine.options import RunOptions
 from prunus.evaluation.options import TaskOptions, TextOptions
-
-if TYPE_CHECKING:
-    from prunus.evaluation.records import PerplexityResult
+from prunus.evaluation.records import PerplexityResult, side_by_side
 
 
 @with_flags(RunOptions, only=("rank_timeout",))
@@ -59,7 +57,6 @@ def evaluate(
     from prunus.evaluation.inspection import stored_size
     from prunus.evaluation.model_input import check_reference, find_model
     from prunus.evaluation.perplexity import check_text, perplexities
-    from prunus.evaluation.records import side_by_side
     from prunus.evaluation.task_runner import prepare_tasks
     from prunus.reporting.evaluation_sections import evaluation_section
 

@@ -124,13 +124,11 @@ def as_flags(message: str) -> str:
 
 def _flag(name: str, option: Option, field: Any, panel: str | None) -> Any:
     """The type of an option for typer, with its help."""
-    kind = _kind(field.annotation) if option.parse is None else str
     spelled = option.switch or f"--{name.replace('_', '-')}"
     default = option.default or _words(field.get_default(call_default_factory=True))
     text = option.help + (f" Default: {default}." if default else "")
-    parser = None if option.parse is None else _parser(option.parse)
     return Annotated[
-        kind | None,
+        _kind(field.annotation) | None,
         typer.Option(
             spelled,
             *option.aliases,
@@ -138,9 +136,6 @@ def _flag(name: str, option: Option, field: Any, panel: str | None) -> Any:
             help=text,
             rich_help_panel=panel,
             show_default=False,
-            envvar=option.variable,
-            show_envvar=False,
-            parser=parser,
             autocompletion=option.suggestions and _completion(option.suggestions),
         ),
     ]
@@ -169,18 +164,6 @@ def _words(default: Any) -> str:
 def _completion(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
     """What a shell offers for a value: the suggestions that begin as the user has typed."""
     return lambda incomplete: [name for name in names() if name.startswith(incomplete)]
-
-
-def _parser(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """`parse` for typer: its ValueError becomes typer's error, with options named as flags."""
-
-    def parsed(text: str) -> Any:
-        try:
-            return parse(text)
-        except ValueError as fault:
-            raise typer.BadParameter(as_flags(str(fault))) from None
-
-    return parsed
 
 
 def opt(text: str, metavar: str | None = None, names: tuple[str, ...] = (), **more: Any) -> Any:

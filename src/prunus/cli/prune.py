@@ -16,6 +16,9 @@ from prunus.formats.recipe import CompressionRecipe
 from prunus.hardware.sizes import parse_bytes
 from prunus.pruning.recipe import Recipe
 from prunus.recovery.options import RecoveryOptions
+from prunus.reporting.console import show_pruning, show_recovery
+from prunus.reporting.run_sections import structure_table
+from prunus.reporting.tables import plan_facts, recovery_table
 from prunus.structure.records import StructureRecipe
 
 _MAX: dict[str, Any] = {"rich_help_panel": "Preset max"}
@@ -100,7 +103,6 @@ def shrink(model: Model, output: Output, *, recipe: RecipeFile = None, **options
     OUT is an ordinary checkpoint with a smaller configuration, so it loads wherever the family
     loads. A killed run continues with the same command.
     """
-    from prunus.reporting.run_sections import structure_table
     from prunus.structure.run import run
 
     work, recipe_options = RunOptions.pick(options)
@@ -125,7 +127,6 @@ def _carry_out(
         table: From the record to its table.
     """
     from prunus.engine.session import Session
-    from prunus.reporting.console import show_pruning
 
     with shown_steps(show_pruning(title, progress_console()), what[1]) as callbacks:
         session = Session(announce=callbacks["announce"], report=callbacks["report"])
@@ -157,8 +158,6 @@ def _prune_and_recover(
         budget: `minutes` and `tokens` of the training; None is a flag that is not given.
     """
     from prunus.recovery.max_preset import max_run
-    from prunus.reporting.console import show_pruning, show_recovery
-    from prunus.reporting.tables import recovery_table
 
     pruning = show_pruning(f"{recipe.method} {output}", progress_console())
     training = show_recovery(f"training {output}", progress_console())
@@ -216,7 +215,6 @@ def plan(
     from prunus.engine.run import planned
     from prunus.formats.base import format_for
     from prunus.pruning.run import PlainTensors
-    from prunus.reporting.tables import plan_facts
 
     work, recipe_options = RunOptions.pick(options)
     trains, how = _takes_max(recipe_options), RunOptions.read(None, work)
@@ -263,8 +261,6 @@ def recover(
     processes split the windows of a step.
     """
     from prunus.recovery.run import recover as train
-    from prunus.reporting.console import show_recovery
-    from prunus.reporting.tables import recovery_table
 
     title = f"{options.get('mode', 'recover')} {output}"
     with shown_steps(show_recovery(title, progress_console()), output) as callbacks:

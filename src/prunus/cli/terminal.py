@@ -18,15 +18,16 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import typer
+from rich.console import Console
 
 from prunus.cli.flags import add_parameters, as_flags
 from prunus.hardware.errors import reason
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from prunus.model.checkpoint import atomic_files
+from prunus.reporting.console import TerminalConsole, printable, to_terminal
+from prunus.reporting.console import progress_console as new_progress_console
 
 #: The value of `--json` that stands for standard output.
 STDOUT = Path("-")
@@ -79,7 +80,8 @@ def user_errors(afterwards: str) -> Iterator[None]:
     """Turn exceptions of a command into one line on standard error and an exit status.
 
     The status is 2 for what the user can correct, 130 for Ctrl-C, and 1 for everything else. With
-    several ranks, rank 0 reports; another rank reports only an error of its own. The environment
+    several ranks, rank 0 reports; another rank reports only an error of its own. After the loss of
+    a rank the process ends at once, without the handlers of the interpreter. The environment
     variable PRUNUS_TRACEBACK turns this off and shows tracebacks.
 
     Args:
@@ -93,7 +95,11 @@ def user_errors(afterwards: str) -> Iterator[None]:
         return
     try:
         with _warnings_as_lines():
-            _silence_transformers()
+            from transformers.utils import logging
+
+            # Progress bars and warnings of transformers stay off standard error.
+            logging.disable_progress_bar()
+            logging.set_verbosity_error()
             _check_json_file()
             yield
     except _CORRECTABLE as error:
@@ -105,7 +111,20 @@ def user_errors(afterwards: str) -> Iterator[None]:
     except typer.Exit:
         raise  # a command has said what is wrong, and how it ends
     except Exception as error:
-        _exit_after(error, afterwards)
+        from prunus.distributed import OtherRankError, RankError
+
+        if isinstance(error, OtherRankError):
+            raise typer.Exit(1) from None
+        if isinstance(error, RankError):
+            log(f"error: {error}; {afterwards}")
+            # An ordinary exit would wait in the process group for the rank that is lost.
+            sys.stdout.flush()
+            os._exit(1)
+        # A full disk or a network says what it is. Of any other error, developers need to know
+        # where.
+        where = "" if isinstance(error, OSError) else " (PRUNUS_TRACEBACK=1 shows where)"
+        log(f"error: {_for_users(error)}{where}")
+        raise typer.Exit(1) from None
 
 
 @contextlib.contextmanager
@@ -125,27 +144,6 @@ def _warnings_as_lines() -> Iterator[None]:
         yield
 
 
-def _exit_after(error: Exception, afterwards: str) -> None:
-    """Report an error that the user cannot correct, and exit with status 1.
-
-    An error of another rank is not reported again. After the loss of a rank the process ends at
-    once, without the handlers of the interpreter.
-    """
-    from prunus.distributed import OtherRankError, RankError
-
-    if isinstance(error, OtherRankError):
-        raise typer.Exit(1) from None
-    if isinstance(error, RankError):
-        log(f"error: {error}; {afterwards}")
-        # An ordinary exit would wait in the process group for the rank that is lost.
-        sys.stdout.flush()
-        os._exit(1)
-    # A full disk or a network says what it is. Of any other error, developers need to know where.
-    where = "" if isinstance(error, OSError) else " (PRUNUS_TRACEBACK=1 shows where)"
-    log(f"error: {_for_users(error)}{where}")
-    raise typer.Exit(1) from None
-
-
 def _for_users(error: Exception) -> str:
     """The message of an error on the command line."""
     return as_flags(str(error) if isinstance(error, TypeError) else reason(error, most=10_000))
@@ -156,19 +154,9 @@ def _check_json_file() -> None:
     json_file = _JSON.get()
     if json_file is None or json_file == STDOUT:
         return
-    from prunus.model.checkpoint.atomic_files import check_place
-
-    check_place(json_file)
+    atomic_files.check_place(json_file)
     if json_file.is_dir():
         raise ValueError(f"--json {json_file} is a folder; give the name of a file")
-
-
-def _silence_transformers() -> None:
-    """Keep progress bars and warnings of transformers off standard error."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
 
 
 def log(message: str) -> None:
@@ -176,8 +164,6 @@ def log(message: str) -> None:
 
     Where nobody reads standard error any more, the message is dropped, and the work continues.
     """
-    from prunus.reporting.console import printable
-
     # A RANK without the other variables of torchrun means nothing; see `prunus.distributed`.
     rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE") else "0"
     prefix = "prunus:" if rank == "0" else f"prunus, rank {rank}:"
@@ -198,9 +184,7 @@ def is_quiet() -> bool:
 
 def progress_console() -> Console:
     """The console for progress; with --quiet, one that shows nothing."""
-    from prunus.reporting import console
-
-    return console.progress_console(quiet=_QUIET.get())
+    return new_progress_console(quiet=_QUIET.get())
 
 
 @contextlib.contextmanager
@@ -243,7 +227,6 @@ def print_result(content: Any, *shown: Any) -> None:
         shown: Tables and sections of `prunus.engine.document`, in order.
     """
     from prunus.distributed import is_rank_0
-    from prunus.reporting.console import TerminalConsole, to_terminal
 
     if not is_rank_0():
         return
@@ -264,8 +247,6 @@ def print_text(text: str) -> bool:
         Whether the text still reaches somebody: False once the reader of a pipe or the terminal is
         gone, unless figures go to a file.
     """
-    from prunus.reporting.console import printable
-
     with _reader() as stream:
         stream.write(printable(text))
         stream.flush()  # fails here if nobody reads
@@ -286,8 +267,6 @@ def write_json(content: Any) -> None:
         with _reader(sys.stdout) as stream:
             stream.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
         return
-    from prunus.model.checkpoint import atomic_files
-
     json_file.parent.mkdir(parents=True, exist_ok=True)
     atomic_files.write_json(json_file, content)
 

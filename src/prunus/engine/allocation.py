@@ -41,30 +41,22 @@ def allocate(
     shapes = {name: linear.shape for name, linear in job.selected_linears().items()}
     sparsities = [sparsity] * len(shapes)
     if sparsity > 0:
-        curves = _loss_curves(job, session, ids, digests)
+        options = job.work.options
+        measured = measure_loss(job, session, ids, digests, job.selected, options, quantizes=False)
+        # From the least to the most that a linear may lose, a curve has (sparsity, loss).
+        low, high = (sparsity + side * _MAX_DISTANCE for side in (-1, 1))
+        measured_at = [point * CURVE_STEP for point in range(round(1 / CURVE_STEP))]
+        inner = [point for point in measured_at if low < point < high]
+        points = sorted({max(low, 0.0), *inner, min(high, measured_at[-1])})
+        curves = []
+        for name in shapes:
+            curve = measured[name].curve_P.tolist()
+            curves.append([(point, _interpolated(curve, point)) for point in points])
         weights = [rows * columns for rows, columns in shapes.values()]
-        best = allocate_by_error([curves[name] for name in shapes], weights, sparsity)
+        best = allocate_by_error(curves, weights, sparsity)
         sparsities = [sparsity + _PART * (value - sparsity) for value in best]
     rounded = round_to_whole_weights(sparsities, list(shapes.values()), sparsity)
     return dict(zip(shapes, rounded, strict=True))
-
-
-def _loss_curves(
-    job: PruningJob, session: Session, ids: torch.Tensor, digests: dict[str, str]
-) -> dict[str, list[tuple[float, float]]]:
-    """Full name -> (sparsity, loss) of a linear, from the least to the most that it may lose."""
-    options = job.work.options
-    measured = measure_loss(job, session, ids, digests, job.selected, options, quantizes=False)
-    curves = {name: sensitivity.curve_P.tolist() for name, sensitivity in measured.items()}
-    low, high = (job.work.sparsity + side * _MAX_DISTANCE for side in (-1, 1))
-    measured_at = [point * CURVE_STEP for point in range(round(1 / CURVE_STEP))]
-    inner = [sparsity for sparsity in measured_at if low < sparsity < high]
-    ends = max(low, 0.0), min(high, measured_at[-1])
-    sparsities = sorted({ends[0], *inner, ends[1]})
-    return {
-        name: [(sparsity, _interpolated(curve, sparsity)) for sparsity in sparsities]
-        for name, curve in curves.items()
-    }
 
 
 def _interpolated(curve: list[float], sparsity: float) -> float:

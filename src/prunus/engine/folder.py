@@ -18,11 +18,14 @@ from typing import Any, TypeVar
 
 import torch
 
+from prunus.calibration.windows import Windows
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.engine.job import RunJob, check_known
 from prunus.engine.loop import FinishedBlock
 from prunus.engine.options import RunOptions
 from prunus.engine.record import BlockwiseRecord, RunInputs, RunRecord
+from prunus.engine.session import Session
+from prunus.engine.windows import calibration_windows, run_inputs
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.checkpoint.atomic_files import (
     RECORD_FILES,
@@ -51,6 +54,7 @@ from prunus.model.source import tensors_digest
 from prunus.options import Options
 
 _Record = TypeVar("_Record", bound=RunRecord)
+_BlockwiseRecord = TypeVar("_BlockwiseRecord", bound=BlockwiseRecord)
 
 
 def remove_result(folder: Path, record: str) -> None:
@@ -155,6 +159,36 @@ def resumed_or_new(
     return kind(recipe=recipe, inputs=inputs, versions=versions(), hardware=hardware, **fields)
 
 
+def drawn_and_recorded(
+    kind: type[_BlockwiseRecord],
+    job: RunJob,
+    session: Session,
+    earlier: _BlockwiseRecord | None,
+    method_sha256: str | None = None,
+    **fields: Any,
+) -> tuple[Windows, _BlockwiseRecord]:
+    """The calibration windows of a run of blocks, and the record that says which run this is.
+
+    All ranks call it. The other arguments and the errors are those of `resumed_or_new`.
+
+    Args:
+        kind: The class of the record.
+        job: The run.
+        session: Its processes, and who hears that windows are drawn.
+        earlier: What `find_earlier` returned.
+        method_sha256: Hash of the code of the user's own method; None for the others.
+        **fields: Further fields of a new record.
+    """
+    if job.needs_inputs:
+        session.tell(f"drawing calibration windows from {job.recipe.calibration}")
+    with session.ranks.fail_together():
+        windows = calibration_windows(job)
+        inputs = run_inputs(job, session.ranks, windows, method_sha256)
+        fields |= {"source": job.model_name}
+        record = resumed_or_new(kind, earlier, job.recipe, inputs, job.device, **fields)
+    return windows, record
+
+
 @contextlib.contextmanager
 def held(
     kind: type[_Record], output: Path, ranks: Ranks, find: Callable[[], _Record | None]
@@ -247,19 +281,13 @@ class ResultFolder:
         remove(folder / INDEX_NAME)
         fsync_folder(folder)
         if overwrite:
-            self._remove_others()
+            # Shards of the result that is replaced, and records of other commands about it.
+            others = [x for x in folder.glob("*.safetensors") if x.name not in record.sha256]
+            for path in (*others, *(folder / name for name in RECORD_FILES if name != record.FILE)):
+                remove(path)
         remove_temporaries(folder)
         if record.forget_missing({name for name in record.sha256 if not self.has(name)}):
             record.save(folder)
-
-    def _remove_others(self) -> None:
-        """Remove shards of the result that is replaced, and records of other commands about it."""
-        for path in self.folder.glob("*.safetensors"):
-            if path.name not in self.record.sha256:
-                remove(path)
-        for name in RECORD_FILES:
-            if name != self.record.FILE:
-                remove(self.folder / name)
 
     def has(self, shard: str) -> bool:
         """Whether a shard is there, and the record names it."""

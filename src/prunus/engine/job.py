@@ -140,51 +140,32 @@ def _block_memory(job: RunJob, index: int, dense: bool, trained: bool, extra: in
     # The hidden states of the dense model are kept next to those of the changed one.
     models = 2 if dense else 1
     streams = job.walks_windows * models
-    stays, moves = _training_bytes(job, index) if trained else (0, 0)
-    batch = job.walks_windows * transient_bytes(batch_tokens, hidden, widest, itemsize)
-    return BlockMemory(
-        weights=2 * job.source.block_nbytes(index) + models * parameters * itemsize,
-        working=_working_bytes(job, index) + extra + stays,
-        hidden=streams * tokens * hidden * itemsize,
-        paused=streams * paused_bytes(tokens, hidden, widest, itemsize),
-        transient=batch + moves,
-    )
-
-
-def _working_bytes(job: RunJob, index: int) -> int:
-    """Bytes of temporaries while a linear of block `index` changes, and of its statistics."""
-    linears = job.skeleton.linears(index)
+    # The temporaries while a linear changes, and its statistics.
     largest = max(linear.shape[0] * linear.shape[1] for linear in linears)
     inputs = max(linear.shape[1] for linear in linears)
-    working = BYTES_PER_PRUNED_WEIGHT * largest + statistics_bytes(inputs, job.needs)
+    working = BYTES_PER_PRUNED_WEIGHT * largest + statistics_bytes(inputs, job.needs) + extra
     if job.needs == "gram":
         # Solvers hold six float32 matrices like the weight, and six like the Gram matrix, or three
         # of the latter in float64.
         working += 6 * 4 * largest + 6 * 4 * inputs**2
-    return working
-
-
-def _training_bytes(job: RunJob, index: int) -> tuple[int, int]:
-    """Bytes of the training of block `index`: those that stay, and those of one batch.
-
-    The first are the weights and what Adam keeps of them, the second are activations and, for the
-    last block, the head with its logits.
-    """
-    linears = job.skeleton.linears(index)
-    parameters = sum(p.numel() for p in job.skeleton.blocks[index].parameters())
-    window_tokens, hidden = job.skeleton.window_shape(index, job.recipe.seqlen)
-    tokens = min(job.batch, job.windows) * window_tokens
-    widest = max(max(linear.shape) for linear in linears)
-    heads = int(getattr(job.source.config.get_text_config(), "num_attention_heads", 1) or 1)
-    moves = activation_bytes(tokens, window_tokens, hidden, widest, heads, itemsize=4)
-    if in_front_of_head(job.skeleton, index):
-        # The head, and for some tokens the logits of both models; see `kl_divergence`.
-        vocabulary = job.skeleton.vocabulary
-        moves += vocabulary * hidden * job.dtype.itemsize
-        moves += 24 * CHUNK_TOKENS * job.batch * vocabulary
-    # Seven float32 tensors per parameter: the weight, its mask, its gradient, Adam's two moments, a
-    # copy of the start and a copy of the best so far.
-    return 7 * 4 * parameters, moves
+    transient = job.walks_windows * transient_bytes(batch_tokens, hidden, widest, itemsize)
+    if trained:
+        # Seven float32 tensors per parameter: the weight, its mask, its gradient, Adam's two
+        # moments, a copy of the start and a copy of the best so far.
+        working += 7 * 4 * parameters
+        heads = int(getattr(job.source.config.get_text_config(), "num_attention_heads", 1) or 1)
+        transient += activation_bytes(batch_tokens, window_tokens, hidden, widest, heads, 4)
+        if in_front_of_head(job.skeleton, index):
+            # The head, and for some tokens the logits of both models; see `kl_divergence`.
+            per_token = hidden * itemsize + 24 * CHUNK_TOKENS * job.batch
+            transient += job.skeleton.vocabulary * per_token
+    return BlockMemory(
+        weights=2 * job.source.block_nbytes(index) + models * parameters * itemsize,
+        working=working,
+        hidden=streams * tokens * hidden * itemsize,
+        paused=streams * paused_bytes(tokens, hidden, widest, itemsize),
+        transient=transient,
+    )
 
 
 # Tokens of one forward pass: enough for large matrix products, few enough to stay in the cache.

@@ -26,7 +26,7 @@ from prunus.engine.block.dense_stream import drift_stride_for
 from prunus.engine.folder import BlockFolder, find_earlier
 from prunus.engine.job import RunJob, measured_memory, windows_per_batch
 from prunus.engine.linear_options import LinearOptions, PruningOptions
-from prunus.engine.linear_record import PruningRecord, grid_fact
+from prunus.engine.linear_record import PruningRecord
 from prunus.engine.loss_sensitivity import measuring_memory
 from prunus.engine.memory import Memory
 from prunus.engine.options import RunOptions
@@ -145,7 +145,7 @@ class PruningJob(RunJob):
         the widest linear.
         """
         method = self.method
-        trained = self.recipe.trained_blocks
+        trained = self.recipe.plan.blocks
         if trained == "all" or not method.needs_drift:
             return 1
         blocks = map(self.skeleton.linears, range(len(self.skeleton)))
@@ -161,21 +161,18 @@ class PruningJob(RunJob):
     @property
     def reconstruction(self) -> ReconstructionSettings | None:
         """How blocks are trained after they are pruned; None where none is."""
-        trained = self.recipe.trained_blocks
-        if trained == "none":
+        plan = self.recipe.plan
+        if plan.blocks == "none":
             return None
-        return ReconstructionSettings(
-            self.recipe.epochs,
-            training_dtype(self.device, self.dtype),
-            last_only=trained == "last",
-        )
+        dtype = training_dtype(self.device, self.dtype)
+        return ReconstructionSettings(plan.epochs, dtype, last_only=plan.blocks == "last")
 
     def extra_bytes(self, index: int) -> int:
         """Bytes of what two passes and dense targets need while block `index` is pruned."""
         inputs = [linear.shape[1] for linear in self.skeleton.linears(index)]
         # A dense target adds five float32 matrices like the Gram.
         extra = 5 * 4 * max(filter(self.uses_dense_target, inputs), default=0) ** 2
-        if self.needs == "gram" and self.recipe.two_passes:
+        if self.needs == "gram" and self.recipe.plan.two_passes:
             # The statistics of all linears of the block exist at the same time.
             extra += sum(statistics_bytes(width, self.needs) for width in inputs)
         return extra
@@ -429,12 +426,15 @@ def plan_run(
     """
     method, work = _method_and_work(recipe, options.own_method, stored.rounding)
     opened = open_model(model, options, session)
-    if recipe.prunes_head:
+    if recipe.plan.head:
         head = opened.skeleton.head()
         check_shape(work.pattern, head.shape, head.name)
     linears = select_linears(opened.skeleton, recipe, work.pattern)
     selection = stored.select(linears, opened.source, opened.skeleton)
-    walks = method.needs != "none" or recipe.trained_blocks != "none"
+    trains = "" if recipe.plan.blocks == "none" else "reconstruction"
+    walks = method.needs != "none" or trains != ""
+    window_tokens = opened.skeleton.window_shape(0, recipe.seqlen)[0]
+    batch = 1 if work.reference_order else None  # the reference order sums window by window
     facts = run_facts(
         opened,
         recipe,
@@ -448,13 +448,18 @@ def plan_run(
     job = PruningJob(
         **facts,
         walks_windows=walks,
-        batch=_batch(opened.skeleton, recipe, work),
+        batch=windows_per_batch(recipe.samples, window_tokens, recipe.batch or batch, trains),
         format=stored,
         method=method,
         work=work,
         **selection._asdict(),
     )
-    _check_ranks(job)
+    if job.processes > 1 and recipe.plan.two_passes and method.has_reference_order:
+        raise ValueError(
+            f"`propagate` block keeps the original's order of operations for {method.name}, "
+            f"window after window: {job.processes} ranks cannot share that. Leave it out, or run "
+            "one process"
+        )
     job = replace(job, memory=_measured(job))
     stored.job = job
     check_memory(job)
@@ -485,26 +490,8 @@ def _method_and_work(
     pattern = Pattern.parse(recipe.pattern, group)
     check_options(published, pattern, recipe.sparsity, recipe)
     # Two passes are the published procedure. There the published solvers also sum in its order.
-    in_order = recipe.two_passes and method is published and method.has_reference_order
+    in_order = recipe.plan.two_passes and method is published and method.has_reference_order
     return method, Work(pattern, recipe.sparsity, recipe, reference_order=in_order)
-
-
-def _batch(skeleton: Skeleton, recipe: LinearOptions, work: Work) -> int:
-    """Calibration windows per forward pass."""
-    trains = "" if recipe.trained_blocks == "none" else "reconstruction"
-    batch = 1 if work.reference_order else None  # the reference order sums window by window
-    window_tokens = skeleton.window_shape(0, recipe.seqlen)[0]
-    return windows_per_batch(recipe.samples, window_tokens, recipe.batch or batch, trains)
-
-
-def _check_ranks(job: PruningJob) -> None:
-    """Check that several ranks need not keep an order of operations that goes window by window."""
-    if job.processes > 1 and job.recipe.two_passes and job.method.has_reference_order:
-        raise ValueError(
-            f"`propagate` block keeps the original's order of operations for {job.method.name}, "
-            f"window after window: {job.processes} ranks cannot share that. Leave it out, or run "
-            "one process"
-        )
 
 
 def _measured(job: PruningJob) -> Memory:
@@ -550,7 +537,7 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
         "to_remove": int(weights * job.work.sparsity),
         "left_dense": {name: list(shape) for name, shape in job.left_dense.items()},
         "grid_bits": job.grid_bits,
-        "rounded_before": grid_fact(job.grid_bits),
+        "rounded_before": f"rounded to about {job.grid_bits} bits" if job.grid_bits else "",
         "dtype": str(job.dtype).removeprefix("torch."),
         "dtype_reason": job.dtype_reason,
         "device": str(job.device),

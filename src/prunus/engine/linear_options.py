@@ -11,6 +11,7 @@ import contextlib
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import field_validator, model_validator
@@ -25,6 +26,23 @@ from prunus.options.declaration import percent
 SELECTION = "Allocation and selection"
 # N:M, such as 2:4.
 _PATTERN = re.compile(r"^(\d+):(\d+)$")
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a run does beside changing each linear once, as the engine asks for it.
+
+    Attributes:
+        blocks: The blocks whose remaining weights are trained towards the dense model.
+        epochs: The epochs of that training; None chooses them by the number of tokens.
+        two_passes: Whether windows run twice through each block, as in the original code of Wanda.
+        head: Whether the output head is pruned too.
+    """
+
+    blocks: Literal["none", "last", "all"] = "none"
+    epochs: int | None = None
+    two_passes: bool = False
+    head: bool = False
 
 
 class LinearOptions(UpdateOptions, WindowOptions):
@@ -80,27 +98,10 @@ class LinearOptions(UpdateOptions, WindowOptions):
             ValueError: They do not; says which option to drop or to add.
         """
 
-    # What only prune does. A command that adds to it has a recipe in which these are options.
-
     @property
-    def trained_blocks(self) -> Literal["none", "last", "all"]:
-        """The blocks whose remaining weights are trained towards the dense model."""
-        return "none"
-
-    @property
-    def epochs(self) -> int | None:
-        """The epochs of that training; None chooses them by the number of tokens."""
-        return None
-
-    @property
-    def two_passes(self) -> bool:
-        """Whether windows run twice through each block, as in the original code of Wanda."""
-        return False
-
-    @property
-    def prunes_head(self) -> bool:
-        """Whether the output head is pruned too."""
-        return False
+    def plan(self) -> TrainingPlan:
+        """What only prune does; its recipe has options for it."""
+        return TrainingPlan()
 
     @property
     def allocates(self) -> bool:

@@ -8,16 +8,13 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from prunus.engine.document import Table, table_of
 from prunus.engine.linear_options import LinearOptions
 from prunus.engine.record import BlockwiseRecord, Part, Walk, bos_words
-
-if TYPE_CHECKING:
-    import torch
 
 #: The number of an expert in a linear's name. All experts count as one kind of linear.
 _EXPERT_NUMBER = re.compile(r"\.\d+\.")
@@ -159,23 +156,6 @@ class PruningRecord(BlockwiseRecord):
     def what(self) -> str:
         """What was done, in two or three words."""
 
-    def close(self, seconds: float, device: torch.device) -> None:
-        """Fill in `totals`, after the last block.
-
-        Args:
-            seconds: Time of the whole run.
-            device: Where blocks ran, whose peak memory is recorded too if it is a GPU.
-        """
-        # It imports torch, which whoever only reads a record does not need.
-        from prunus.hardware.memory import peak_memory
-
-        self.totals = self.summary() | {
-            "seconds": round(seconds, 2),
-            "peak_memory_bytes": peak_memory(),
-        }
-        if device.type == "cuda":
-            self.totals["peak_device_memory_bytes"] = peak_memory(device)
-
     def summary(self) -> dict[str, Any]:
         """Totals over the pruned linears of the finished blocks, and the head.
 
@@ -203,16 +183,8 @@ class PruningRecord(BlockwiseRecord):
             "block_seconds": sum(block.seconds for block in self.blocks),
         }
 
-    def linears_by_kind(self) -> dict[str, list[LinearRecord]]:
-        """Name of a linear inside its block -> the records of all blocks; the head comes last."""
-        kinds: dict[str, list[LinearRecord]] = {}
-        for block in self.blocks:
-            for name, record in block.linears.items():
-                kinds.setdefault(_EXPERT_NUMBER.sub(".*.", name), []).append(record)
-        return kinds | ({} if self.head is None else {"output head": [self.head]})
-
     def table(self) -> Table:
-        """One row per kind of linear, and the totals."""
+        """One row per kind of linear, and the totals; the head comes last."""
         totals = self.all_totals()
         error, mean = mean_error(totals)
 
@@ -229,7 +201,11 @@ class PruningRecord(BlockwiseRecord):
                 "seconds": sum(x.seconds for x in records),
             }
 
-        kinds = self.linears_by_kind()
+        kinds: dict[str, list[LinearRecord]] = {}
+        for block in self.blocks:
+            for name, record in block.linears.items():
+                kinds.setdefault(_EXPERT_NUMBER.sub(".*.", name), []).append(record)
+        kinds |= {} if self.head is None else {"output head": [self.head]}
         every = [record for records in kinds.values() for record in records]
         return table_of(
             f"{self.what}, {self.source}",
@@ -258,7 +234,13 @@ class PruningRecord(BlockwiseRecord):
         if totals["zeros_before"]:
             share = totals["zeros_before"] / totals["weights"]
             lines.append(f"the model had {share:.1%} zeros already")
-        lines += filter(None, [grid_words(self.grid_bits)])
+        if self.grid_bits is not None:
+            lines.append(
+                f"The weights of the model were rounded to about {self.grid_bits} bits before this "
+                "run: beside formats of as many bits it compares better than ordinary weights "
+                "would, and the size before is that of unpacked weights (benchmarks/dither.py "
+                "makes fair ones of a GGUF file)."
+            )
         if totals.get("expert_linears"):
             few, count = totals["expert_linears_measured_on_all"], totals["expert_linears"]
             lines.append(
@@ -296,35 +278,6 @@ def _experts(linears: Sequence[LinearRecord]) -> dict[str, int]:
     }
 
 
-def grid_words(bits: int | None) -> str:
-    """What a reader must know of weights that were rounded to this number of bits; "" for None."""
-    if bits is None:
-        return ""
-    return (
-        f"The weights of the model were rounded to about {bits} bits before this run: beside "
-        "formats of as many bits it compares better than ordinary weights would, and the size "
-        "before is that of unpacked weights (benchmarks/dither.py makes fair ones of a GGUF file)."
-    )
-
-
-def grid_fact(bits: int | None) -> str:
-    """The same in a few words, for a plan or a card.
-
-    >>> grid_fact(4), grid_fact(None)
-    ('rounded to about 4 bits', '')
-    """
-    return "" if bits is None else f"rounded to about {bits} bits"
-
-
 def calibration_words(record: PruningRecord) -> str:
     """Where the calibration windows were taken from."""
     return f"{record.inputs.calibration}, {bos_words(record.inputs.bos)}"
-
-
-def sparsity_tag(sparsity: float) -> str:
-    """The tag of a sparsity.
-
-    >>> sparsity_tag(0.5)
-    'sparsity-50'
-    """
-    return f"sparsity-{sparsity:.0%}".removesuffix("%")

@@ -134,7 +134,14 @@ def run_blocks(
         )
 
     def read(position: int) -> StoredBlock:
-        return read_stored(job, source_blocks[position], measured)
+        """Read every byte of a block of the source, and check it."""
+        index = source_blocks[position]
+        name = job.skeleton.block_name(index)
+        tensors = job.source.block(index, pinned=job.memory.overlaps and job.device.type == "cuda")
+        check_finite(tensors, f"{name}.")
+        digest = tensors_digest(tensors)
+        check_known(measured, name, digest)
+        return StoredBlock(tensors, digest)
 
     taken = 0 if again else output.finished
     for position in range(taken):
@@ -150,21 +157,6 @@ def run_blocks(
             if session.ranks.size > 1:
                 return_freed_memory()
             report(position, block.message)
-
-
-def read_stored(job: RunJob, index: int, measured: Mapping[str, str]) -> StoredBlock:
-    """Read every byte of a block of the source, and check that all weights are finite.
-
-    Raises:
-        ValueError: A weight is not finite; names the tensor.
-        FileExistsError: The block is not the one that a measurement has read.
-    """
-    name = job.skeleton.block_name(index)
-    tensors = job.source.block(index, pinned=job.memory.overlaps and job.device.type == "cuda")
-    check_finite(tensors, f"{name}.")
-    digest = tensors_digest(tensors)
-    check_known(measured, name, digest)
-    return StoredBlock(tensors, digest)
 
 
 def check_same(ranks: Ranks, name: str, changed: Mapping[str, torch.Tensor]) -> None:

@@ -144,7 +144,6 @@ class RunOptions(Options):
             "Read datasets in DIR or $PRUNUS_DATA.",
             metavar="DIR",
             default="download them",
-            variable="PRUNUS_DATA",
         ),
     ] = None
     overwrite: Annotated[bool, Option("Replace an earlier result of prunus in OUT.")] = False

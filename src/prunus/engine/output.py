@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from prunus.distributed import Ranks
 from prunus.engine.folder import BlockFolder
 from prunus.engine.linear_job import Format, PruningJob
 from prunus.engine.linear_record import PruningRecord
@@ -29,14 +28,14 @@ class InPlaceOutput:
     """The loaded model itself. Its weights change block by block, and no run can be resumed.
 
     Attributes:
-        spill_folder: Folder for hidden states that do not fit in memory.
+        folder: Folder for hidden states that do not fit in memory.
         finished: 0, because no earlier run has finished a block.
     """
 
     def __init__(
         self, source: ModuleSource, record: PruningRecord, stored: Format[PruningRecord]
     ) -> None:
-        self.spill_folder = Path(tempfile.gettempdir())
+        self.folder = Path(tempfile.gettempdir())
         self.finished = 0
         self._source, self._record, self._format = source, record, stored
 
@@ -56,13 +55,9 @@ class InPlaceOutput:
         self._source.write(block.tensors, position)
         self._record.blocks.append(block.record)
 
-    def write_outside(self, changed: Mapping[str, torch.Tensor]) -> None:
-        """Write tensors outside the blocks, by their names in the model."""
-        self._source.write(changed)
-
     def complete(self, changed: Mapping[str, torch.Tensor]) -> None:
         """Write tensors outside the blocks, by their names in the model, and keep the records."""
-        self.write_outside(changed)
+        self._source.write(changed)
         self._record.state = "finished"
         model = self._source.model
         name = str(getattr(model, "name_or_path", "") or self._record.source)
@@ -82,22 +77,17 @@ class CheckpointFolder(BlockFolder):
     Attributes:
         record: The record of the run.
         job: The run, whose `format` stores the linears.
-        spill_folder: Folder for hidden states that do not fit in memory: that of the result.
     """
 
     record: PruningRecord
     job: PruningJob
-
-    def __init__(self, folder: Path, record: PruningRecord, job: PruningJob, ranks: Ranks) -> None:
-        super().__init__(folder, record, job, ranks)
-        self.spill_folder = folder
 
     def begin(self, overwrite: bool) -> None:
         """Prepare the folder, and write what lies outside the blocks if it is known already."""
         super().begin(overwrite)
         # The hashes of what lies outside the blocks were taken just now, and embedding reads it
         # next. Copied now, it is read from the disk only once. A pruned head is not known yet.
-        if self.job.format.WRITES_OUTSIDE_FIRST and not self.job.recipe.prunes_head:
+        if self.job.format.WRITES_OUTSIDE_FIRST and not self.job.recipe.plan.head:
             self.ranks.on_rank_0(lambda: self.write_outside({}))
 
     def measured(self, measure: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -125,7 +125,12 @@ def run_facts(
     if dtype != source.stored_dtype:
         skeleton = Skeleton(source.config, dtype, trust)
         source.bind(skeleton)
-    host_budget = _host_budget(options, session.ranks)
+    if options.memory is not None:
+        host_budget = options.memory - process_memory()
+    else:
+        free = available_memory()
+        reserve = max(int(_SHARE_FOR_OTHERS * free), _BYTES_FOR_OTHERS)
+        host_budget = max(0, free - reserve) // session.ranks.local_size
     on_device = memory_budget(device, options.memory) if device.type == "cuda" else host_budget
     return {
         "recipe": recipe,
@@ -170,15 +175,6 @@ def check_room(nbytes: int, output: Path) -> None:
     if output.is_dir():
         nbytes -= sum(path.stat().st_size for path in output.iterdir() if path.is_file())
     check_disk(output, nbytes)
-
-
-def _host_budget(options: RunOptions, ranks: Ranks) -> int:
-    """Bytes that the run may take on the host, beyond what the process holds already."""
-    if options.memory is not None:
-        return options.memory - process_memory()
-    free = available_memory()
-    reserve = max(int(_SHARE_FOR_OTHERS * free), _BYTES_FOR_OTHERS)
-    return max(0, free - reserve) // ranks.local_size
 
 
 # From the walk that needs most memory to the one that needs least.

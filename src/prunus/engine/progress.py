@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 #: Seconds between two lines of progress where there is no bar, as in a log file.
 SECONDS_BETWEEN_LINES = 15.0
@@ -173,14 +173,16 @@ def reporter(
     """Yield what is called after every step; None where nobody would see it."""
     from prunus.distributed import is_rank_0  # It imports torch.
 
-    display = _display() if progress and is_rank_0() else None
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    in_notebook = getattr(shell, "kernel", None) is not None
+    somebody_looks = in_notebook or (sys.stderr is not None and sys.stderr.isatty())
     if callable(progress):
         yield progress
-    elif display is None:
-        yield None
-    else:
-        with (_notebook_bar if display == "notebook" else terminal_bar)(title) as update:
+    elif progress and somebody_looks and is_rank_0():
+        with (_notebook_bar if in_notebook else terminal_bar)(title) as update:
             yield lambda *step: update(read(*step))
+    else:
+        yield None
 
 
 def pruning_step(step: Progress | str) -> Shown:
@@ -203,14 +205,6 @@ def window_step(done: float, total: float) -> Shown:
     Shown(share=0.25, state='3/12 windows')
     """
     return Shown(done / total, f"{done:.0f}/{total:.0f} windows")
-
-
-def _display() -> Literal["notebook", "terminal"] | None:
-    """Where a person would see a bar; None where nobody looks."""
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    if shell is not None and getattr(shell, "kernel", None) is not None:
-        return "notebook"
-    return "terminal" if sys.stderr is not None and sys.stderr.isatty() else None
 
 
 @contextlib.contextmanager

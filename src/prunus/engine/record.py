@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from prunus.hardware.sizes import in_bytes
 from prunus.model.checkpoint.atomic_files import read_json, write_json
-from prunus.model.checkpoint.card import add_tags, base_model, inherited_fields, with_fields
+from prunus.model.checkpoint.card import base_model, inherited_fields, with_fields
 from prunus.options import Options
 from prunus.options.declaration import words
 
@@ -325,15 +325,7 @@ def result_card(
     return with_fields(f"{body}\n", {**common_fields, **(fields or {})})
 
 
-def extended_card(
-    card: str | None,
-    title: str,
-    section: str,
-    *,
-    name: str,
-    tags: Iterable[str] = (),
-    without: Iterable[str] = (),
-) -> str:
+def extended_card(card: str | None, title: str, section: str, *, name: str) -> str:
     """The model card with a section on later work.
 
     Args:
@@ -342,8 +334,6 @@ def extended_card(
             replaced.
         section: Text of the section, Markdown.
         name: Name of the model, for the heading of a new card.
-        tags: Tags for the hub that are added.
-        without: Tags that are removed.
     """
     before = (card if card is not None else f"# {name}\n").split(f"## {title}\n")[0].rstrip()
-    return add_tags(f"{before}\n\n## {title}\n\n{section.rstrip()}\n", tags, without)
+    return f"{before}\n\n## {title}\n\n{section.rstrip()}\n"

@@ -27,11 +27,10 @@ from torch import nn
 
 from prunus.calibration.corpora import LOCAL_SOURCES, data_folder
 from prunus.calibration.windows import Windows
-from prunus.distributed import Ranks
 from prunus.engine.allocation import allocate
 from prunus.engine.block.linear import LinearRounding
 from prunus.engine.block.prune_block import BlockPruner
-from prunus.engine.folder import held, resumed_or_new
+from prunus.engine.folder import drawn_and_recorded, held
 from prunus.engine.linear_job import Format, PruningJob, plan_run
 from prunus.engine.linear_options import LinearOptions, PruningOptions
 from prunus.engine.linear_record import PruningRecord
@@ -41,7 +40,7 @@ from prunus.engine.output import CheckpointFolder, InPlaceOutput, PruningOutput
 from prunus.engine.plan import check_room, check_same_on_all_ranks
 from prunus.engine.record import Walk
 from prunus.engine.session import Session
-from prunus.engine.windows import calibration_windows, run_inputs
+from prunus.hardware.memory import peak_memory
 from prunus.hardware.sizes import counted
 from prunus.kernels.library import missing_words
 from prunus.methods.table import method_sha256
@@ -129,13 +128,27 @@ def _carry_out_held(
         ranks.on_rank_0(lambda: check_room(job.disk_bytes(), output))
     if job.device.type == "cpu" and job.needs == "gram" and (words := missing_words()):
         session.tell(words)
-    # The calibration windows, and the record that says which run this is.
-    if job.needs_inputs:
-        session.tell(f"drawing calibration windows from {recipe.calibration}")
-    with ranks.fail_together():
-        windows = calibration_windows(job)
-        record = _record(stored.RECORD, job, ranks, windows, earlier)
-    folder = _output(job, ranks, output, record)
+    code_sha256 = None
+    if isinstance(recipe, PruningOptions):
+        code_sha256 = method_sha256(recipe.method, options.own_method)
+    # The folder of local datasets that the calibration text was read from, if any.
+    is_local = job.needs_inputs and recipe.calibration in LOCAL_SOURCES
+    data = data_folder(options.data) if is_local else None
+    fields: dict[str, Any] = {
+        "data_dir": None if data is None else str(data.absolute()),
+        "left_dense": job.left_dense,
+        "grid_bits": job.grid_bits,
+        "shard_count": 0 if isinstance(job.source, ModuleSource) else job.source.shard_count,
+    }
+    windows, record = drawn_and_recorded(
+        stored.RECORD, job, session, earlier, code_sha256, **fields
+    )
+    folder: PruningOutput
+    if output is not None:
+        folder = CheckpointFolder(output, record, job, ranks)
+    else:
+        assert isinstance(job.source, ModuleSource), "a checkpoint is pruned into a folder"
+        folder = InPlaceOutput(job.source, record, job.format)
     _change_blocks(job, session, windows, record, folder, rounding, started)
     return record
 
@@ -160,16 +173,6 @@ def planned(
     return job
 
 
-def _output(
-    job: PruningJob, ranks: Ranks, folder: Path | None, record: PruningRecord
-) -> PruningOutput:
-    """Where the run puts what it has changed."""
-    if folder is not None:
-        return CheckpointFolder(folder, record, job, ranks)
-    assert isinstance(job.source, ModuleSource), "a checkpoint is pruned into a folder"
-    return InPlaceOutput(job.source, record, job.format)
-
-
 def _change_blocks(
     job: PruningJob,
     session: Session,
@@ -181,7 +184,7 @@ def _change_blocks(
 ) -> None:
     """The run itself, after all checks, while no other run can use the output."""
     ranks, recipe = session.ranks, job.recipe
-    wanted: list[Walk] = ["two_pass"] * len(job.skeleton) if recipe.two_passes else job.walks
+    wanted: list[Walk] = ["two_pass"] * len(job.skeleton) if recipe.plan.two_passes else job.walks
     walks = check_same_on_all_ranks(recipe, record, ranks, wanted)
     if record.state == "finished":
         output.check_finished()
@@ -205,46 +208,22 @@ def _change_blocks(
         batches = windows.ids.split(job.batch) if job.walks_windows else ()
         embedding = f"embedding {counted(len(windows.ids), 'window')} and " if batches else ""
         session.tell(f"{embedding}reading block 0")
-        pruner.embed(batches, output.spill_folder)
+        pruner.embed(batches, output.folder)
         # In the reference order the next block depends on weights before they were rounded for
         # storage, so a finished block is pruned once more.
         run_blocks(job, session, pruner, output, record.measured, again=in_order)
         pruned_head: dict[str, torch.Tensor] = {}
-        if recipe.prunes_head:
+        if recipe.plan.head:
             pruned_head, record.head = pruner.prune_head(batches)
         if job.format.rounds_head:
             job.format.take_head(pruner.head_statistics(batches))
-    record.close(seconds=time.perf_counter() - started, device=job.device)
-    output.complete(pruned_head)
-
-
-def _record(
-    kind: type[_Record],
-    job: PruningJob,
-    ranks: Ranks,
-    windows: Windows,
-    earlier: _Record | None,
-) -> _Record:
-    """A new record, or the record of the run that is resumed."""
-    code_sha256 = None
-    if isinstance(job.recipe, PruningOptions):
-        code_sha256 = method_sha256(job.recipe.method, job.options.own_method)
-    inputs = run_inputs(job, ranks, windows).model_copy(update={"method_sha256": code_sha256})
-    fields: dict[str, Any] = {
-        "source": job.model_name,
-        "data_dir": _data_folder(job),
-        "left_dense": job.left_dense,
-        "grid_bits": job.grid_bits,
-        "shard_count": 0 if isinstance(job.source, ModuleSource) else job.source.shard_count,
+    record.totals = record.summary() | {
+        "seconds": round(time.perf_counter() - started, 2),
+        "peak_memory_bytes": peak_memory(),
     }
-    return resumed_or_new(kind, earlier, job.recipe, inputs, job.device, **fields)
-
-
-def _data_folder(job: PruningJob) -> str | None:
-    """The folder of local datasets that the calibration text was read from, if any."""
-    is_local = job.recipe.calibration in LOCAL_SOURCES
-    folder = data_folder(job.options.data) if job.needs_inputs and is_local else None
-    return None if folder is None else str(folder.absolute())
+    if job.device.type == "cuda":
+        record.totals["peak_device_memory_bytes"] = peak_memory(job.device)
+    output.complete(pruned_head)
 
 
 @contextlib.contextmanager

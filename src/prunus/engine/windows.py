@@ -123,10 +123,13 @@ def _wanted(recipe: WindowOptions, options: RunOptions) -> WindowRequest:
     )
 
 
-def run_inputs(job: RunJob, ranks: Ranks, windows: Windows) -> WindowInputs:
+def run_inputs(
+    job: RunJob, ranks: Ranks, windows: Windows, method_sha256: str | None = None
+) -> WindowInputs:
     """What the result of a run depends on besides its recipe, for its record.
 
     All ranks must call it. Rank 0 reads every byte outside the blocks to hash it.
+    `method_sha256` is the hash of the code of the user's own method.
     """
     source = job.source
     outside: dict[str, str] = {}
@@ -141,6 +144,7 @@ def run_inputs(job: RunJob, ranks: Ranks, windows: Windows) -> WindowInputs:
         dtype_reason=job.dtype_reason,
         device=job.device.type,
         batch=job.batch,
+        method_sha256=method_sha256,
         bos=windows.bos,
     )
 

@@ -173,11 +173,11 @@ def inspect(
 
 def _opened(model: Path | nn.Module, trust_remote_code: bool) -> tuple[Readable, Skeleton]:
     """The weights of a model, stored or loaded, and the model without weights."""
-    source: Readable
-    if isinstance(model, nn.Module):
-        source = ModuleSource(model)
-    else:
-        source = CheckpointSource(model, trust_remote_code)
+    source: Readable = (
+        ModuleSource(model)
+        if isinstance(model, nn.Module)
+        else CheckpointSource(model, trust_remote_code)
+    )
     skeleton = Skeleton(source.config, source.stored_dtype, trust_remote_code)
     source.bind(skeleton)
     return source, skeleton

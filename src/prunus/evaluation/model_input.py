@@ -182,11 +182,6 @@ def _config(folder: Path, trust_remote_code: bool) -> Any:
     return load_config(folder, trust_remote_code, quantized=True)
 
 
-def file_states(*folders: Path | None) -> FileStates:
-    """Weights, index and configuration of checkpoints as they are now; None is passed over."""
-    return {folder: _states(folder) for folder in folders if folder is not None}
-
-
 def _states(folder: Path) -> dict[Path, tuple[int, int]]:
     """The files of one checkpoint that decide its figures, with those of an adapter's base."""
     below = _states(base_folder(folder)) if is_adapter(folder) else {}
@@ -200,15 +195,21 @@ def _states(folder: Path) -> dict[Path, tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def unchanged(watched: FileStates, ranks: Ranks = SINGLE_PROCESS) -> Iterator[None]:
+def unchanged(*folders: Path | None, ranks: Ranks = SINGLE_PROCESS) -> Iterator[None]:
     """A `with` block that fails on all ranks if a file was changed, added or removed meanwhile.
 
+    Args:
+        folders: Checkpoints, whose weights, index and configuration are watched; None is passed
+            over.
+        ranks: The processes that score the models.
+
     Raises:
-        ValueError: `watched`, of `file_states`, is not what the files are at the end.
+        ValueError: The files are not what they were at the start.
     """
+    watched = [(folder, _states(folder)) for folder in folders if folder is not None]
 
     def check() -> None:
-        for folder, before in watched.items():
+        for folder, before in watched:
             now = _states(folder)
             for path in before | now:
                 if before.get(path) != now.get(path):

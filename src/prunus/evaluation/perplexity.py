@@ -49,7 +49,6 @@ from prunus.evaluation.model_input import (
     ModelInput,
     check_as_loaded,
     check_reference,
-    file_states,
     find_model,
     unchanged,
 )
@@ -206,7 +205,7 @@ def _side_by_side(
     streamed = choose_streamed(folders, chosen.stream, batch * seqlen, compute)
     start = first_scored_row(chosen.protocol, seqlen)
     scored = []
-    with unchanged(file_states(*folders), ranks):
+    with unchanged(*folders, ranks=ranks):
         sources = list(map(_opened, inputs, streamed, [compute] * len(asked)))
         for position, source in enumerate(sources):
             for of_text in windows:

@@ -58,7 +58,6 @@ FORMS = {
     **{metric.title: metric.form for metric in METRICS},
     "file, GB": ",.3f",
     "bits per weight": ".2f",
-    "decoded tokens/s": ",.1f",
 }
 #: The metrics with their units, for the notes of tables.
 UNITS = ", ".join(f"{metric.title} ({metric.unit})" for metric in METRICS if not metric.of_tokens)
@@ -419,12 +418,13 @@ def compare_on_texts(
         for first, other in itertools.combinations(perplexities, 2)
         for before, result in zip(perplexities[first], perplexities[other], strict=True)
         for name in result.by_window
-        for pair in [[_of_windows(x.by_window[name]) for x in (before, result)]]
+        for pair in [
+            [
+                Metric(statistics.fmean(means), None, means)
+                for means in (before.by_window[name], result.by_window[name])
+            ]
+        ]
     ]
-
-
-def _of_windows(means: tuple[float, ...]) -> Metric:
-    return Metric(statistics.fmean(means), None, means)
 
 
 def _difference(first: Metric, other: Metric) -> tuple[float, float | None, bool]:

@@ -21,7 +21,6 @@ from prunus.evaluation.model_input import (
     ComputeOptions,
     ModelInput,
     check_as_loaded,
-    file_states,
     find_model,
     unchanged,
 )
@@ -100,7 +99,7 @@ class TaskRun:
         for model, tokenizer in self.models:
             scores: list[TaskScore] = []
             ranks.set_location(f"loading {model.name}")
-            with unchanged(file_states(model.folder), ranks):
+            with unchanged(model.folder, ranks=ranks):
                 with ranks.fail_together():
                     folder = model.folder
                     loaded = model.loaded if folder is None else self.options.load(folder)

@@ -183,7 +183,16 @@ def _read_score(
     # Several ranks return the rows in another order. Two models are compared row by row, so we
     # sort.
     samples = sorted(evaluated["samples"].get(name, []), key=lambda row: row["doc_id"])
-    _check_finite(name, samples)
+    # Log-likelihoods that are NaN are refused: lm-eval would choose among them and score the
+    # choice.
+    for row in samples:
+        for response in row["filtered_resps"]:
+            first = response[0] if isinstance(response, tuple | list) and response else response
+            if isinstance(first, float) and math.isnan(first):
+                raise ValueError(
+                    f"{name}, row {row['doc_id']}: the model's outputs are not finite. Damaged "
+                    "weights, or a dtype too small for this model; try `dtype` float32"
+                )
     return TaskScore(
         task=name,
         metrics=_metrics(results, samples),
@@ -223,18 +232,6 @@ def _metrics(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -
             tuple(map(float, outcomes)) if is_mean else None,
         )
     return metrics
-
-
-def _check_finite(name: str, samples: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse log-likelihoods that are NaN: lm-eval would choose among them and score the choice."""
-    for row in samples:
-        for response in row["filtered_resps"]:
-            first = response[0] if isinstance(response, tuple | list) and response else response
-            if isinstance(first, float) and math.isnan(first):
-                raise ValueError(
-                    f"{name}, row {row['doc_id']}: the model's outputs are not finite. Damaged "
-                    "weights, or a dtype too small for this model; try `dtype` float32"
-                )
 
 
 # --- the catalogue ---

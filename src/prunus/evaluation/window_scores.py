@@ -229,7 +229,9 @@ def score_windows(
     span = ranks.own_range(len(ids), batch)
     ids_of_rank = ids[span.start : span.stop]
     sources = [*([] if reference is None else [reference]), *models]
-    measures = _measures() if reference is not None else []
+    # What the metrics measure at every token, each once, in a fixed order.
+    measured = [] if reference is None else [metric.measure for metric in METRICS]
+    measures = list(dict.fromkeys(measure for measure in measured if measure is not None))
     scored = ids.shape[1] - 1 - start
     count = len(ids_of_rank)
     losses_WM = torch.empty(count, len(sources), dtype=torch.float64)
@@ -270,12 +272,6 @@ def score_windows(
         )
         for position, of_model in enumerate(values)
     ]
-
-
-def _measures() -> list[TokenMeasure]:
-    """What the metrics measure at every token, each once, in a fixed order."""
-    measures = (metric.measure for metric in METRICS)
-    return list(dict.fromkeys(measure for measure in measures if measure is not None))
 
 
 def _score_window(

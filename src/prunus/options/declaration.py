@@ -57,11 +57,8 @@ class Option:
     #: The flags of a switch that is not plain, such as "--repair/--no-repair".
     switch: str | None = None
     aliases: tuple[str, ...] = ()  #: other names of the flag, which other programs use
-    #: Turns text of the command line into a value, or raises `ValueError`.
-    parse: Callable[[str], Any] | None = None
     #: Names that a shell may complete; None for none.
     suggestions: Callable[[], Iterable[str]] | None = None
-    variable: str | None = None  #: an environment variable that gives the value where no flag does
     #: Whether it says what is asked for, and not by which method it is reached. Results of two
     #: methods can only be compared where all conditions are equal.
     is_condition: bool = False

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from prunus.engine.linear_record import PruningRecord, calibration_words, sparsity_tag
+from prunus.engine.linear_record import PruningRecord, calibration_words
 from prunus.engine.record import result_card, source_name
 from prunus.pruning.recipe import Recipe
 
@@ -76,7 +76,7 @@ def pruned_card(
             f"Weights removed: {totals.get('zeros', 0):,} of {totals.get('weights', 0):,} in the "
             f"pruned linears ({sparsity:.2%}). Calibration: {calibration_words(manifest)}.",
         ],
-        tags=["pruned", "sparse", sparsity_tag(sparsity)],
+        tags=["pruned", "sparse", f"sparsity-{100 * sparsity:.0f}"],
         nbytes=nbytes,
         fields={"prunus": f"\n  method: {recipe.method}\n  sparsity: {sparsity:.4f}"},
         source=source,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from prunus.engine.linear_options import SELECTION, PruningOptions
+from prunus.engine.linear_options import SELECTION, PruningOptions, TrainingPlan
 from prunus.hardware.errors import did_you_mean
 from prunus.methods.options import METHOD
 from prunus.options import Option, at_least
@@ -122,7 +122,7 @@ class Recipe(PruningOptions):
             ("dense_weight", self.dense_weight != 0, "have no dense targets"),
             ("reconstruct", self.reconstruct != "none", "train nothing"),
         ):
-            if self.two_passes and is_set:
+            if self.propagate == "block" and is_set:
                 raise ValueError(
                     f"{option} needs propagate linear: the original's two passes {reason}"
                 )
@@ -132,24 +132,10 @@ class Recipe(PruningOptions):
             )
 
     @property
-    def trained_blocks(self) -> Literal["none", "last", "all"]:
-        """The blocks whose remaining weights are trained: the option `reconstruct`."""
-        return self.reconstruct
-
-    @property
-    def epochs(self) -> int | None:
-        """The epochs of that training: the option `reconstruct_epochs`."""
-        return self.reconstruct_epochs
-
-    @property
-    def two_passes(self) -> bool:
-        """Whether windows run twice through each block: `propagate` block."""
-        return self.propagate == "block"
-
-    @property
-    def prunes_head(self) -> bool:
-        """Whether the output head is pruned too: the option `head`."""
-        return self.head
+    def plan(self) -> TrainingPlan:
+        """The options `reconstruct`, `reconstruct_epochs`, `propagate` and `head`."""
+        two_passes = self.propagate == "block"
+        return TrainingPlan(self.reconstruct, self.reconstruct_epochs, two_passes, self.head)
 
 
 #: Name -> options of a recipe. Options that the user gives explicitly override them.

@@ -129,7 +129,11 @@ def plan_recovery(
     dense = None
     if teacher is not None:
         dense = open_teacher(teacher)
-        _check_vocabulary(source, dense)
+        check_same_vocabulary(
+            _vocabulary(dense, "the teacher "),
+            _vocabulary(source),
+            "give a teacher with the same vocabulary",
+        )
     elif recipe.distill_weight != 1:
         raise ValueError(
             f"distill_weight {recipe.distill_weight} weighs a teacher, and there is none: "
@@ -266,16 +270,7 @@ def _folder_of(model: str | Path, *, unpacks: bool) -> Path:
     )
 
 
-def _check_vocabulary(student: CheckpointSource, teacher: CheckpointSource) -> None:
-    """Check that student and teacher give logits for the same tokens.
-
-    Raises:
-        ValueError: They do not.
-    """
-
-    def of(source: CheckpointSource, role: str = "") -> Vocabulary:
-        folder = source.checkpoint.folder
-        return Vocabulary(f"{role}{folder}", source.config.get_text_config().vocab_size, folder)
-
-    remedy = "give a teacher with the same vocabulary"
-    check_same_vocabulary(of(teacher, "the teacher "), of(student), remedy)
+def _vocabulary(source: CheckpointSource, role: str = "") -> Vocabulary:
+    """The tokens of a model, which `role` begins to name in errors."""
+    folder = source.checkpoint.folder
+    return Vocabulary(f"{role}{folder}", source.config.get_text_config().vocab_size, folder)

@@ -25,7 +25,7 @@ from prunus.engine.folder import ResultFolder, find_earlier, held, remove_result
 from prunus.engine.job import check_known
 from prunus.engine.options import RunOptions
 from prunus.engine.progress import Progress
-from prunus.engine.session import SILENT, Session
+from prunus.engine.session import SILENT
 from prunus.model.checkpoint.output_folder import (
     check_apart,
     check_disk,
@@ -140,9 +140,16 @@ def max_run(
         with held(RecoveryRecord, output, ranks, find) as earlier:
             finished = earlier if earlier is not None and earlier.state == "finished" else None
             if finished is None:
+                # What a run finished in the folder `pruned` is taken over.
+                was_pruned = not options.overwrite and (pruned / INDEX_NAME).exists()
+                either = options.model_copy(update={"resume": None})
                 with shown[0] as callbacks:
-                    session = replace(joint, **callbacks)
-                    manifest = _prune(model, pruned, recipe, options, session, source)
+                    manifest = run(model, pruned, recipe, either, replace(joint, **callbacks))
+                # The student must not learn from another model than it was pruned from.
+                with ranks.fail_together():
+                    for index, block in enumerate(manifest.blocks if was_pruned else ()):
+                        digest = tensors_digest(source.block(index))
+                        check_known({block.name: block.input_sha256}, block.name, digest)
             else:
                 with ranks.fail_together():
                     same = {"teacher": full_fingerprint(source)}
@@ -156,29 +163,6 @@ def max_run(
                 )
             ranks.on_rank_0(lambda: remove_result(pruned, Manifest.FILE))
             return manifest, record
-
-
-def _prune(
-    model: str | Path,
-    pruned: Path,
-    recipe: Recipe,
-    options: RunOptions,
-    session: Session,
-    source: CheckpointSource,
-) -> Manifest:
-    """Prune into the folder `pruned`, or take over what is finished there.
-
-    Raises:
-        FileExistsError: What is there was pruned from another model than `source`, from which the
-            student must not learn.
-    """
-    is_finished = not options.overwrite and (pruned / INDEX_NAME).exists()
-    manifest = run(model, pruned, recipe, options.model_copy(update={"resume": None}), session)
-    with session.ranks.fail_together():
-        for index, block in enumerate(manifest.blocks if is_finished else ()):
-            digest = tensors_digest(source.block(index))
-            check_known({block.name: block.input_sha256}, block.name, digest)
-    return manifest
 
 
 def plan_training(
@@ -296,9 +280,8 @@ def _check_training(
     if output is not None:
         check_folder_name(output)
         check_apart(output, source.checkpoint.folder)
-    draw_training_text(training, source, options.data)
-    if output is not None:
         # The pruned checkpoint, the result, and the state of the training.
         stored = source.checkpoint.nbytes(source.checkpoint.tensors)
         check_disk(output, (2 + _STATE_BYTES // source.stored_dtype.itemsize) * stored)
+    draw_training_text(training, source, options.data)
     return source

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from prunus.engine.options import BATCH, BOS, BosName
 from prunus.options import Option, Options, at_least, between
@@ -28,11 +28,6 @@ _STEP_TOKENS = 1024
 #: themselves, have a rate relative to their root mean square. Low-rank factors begin equally in all
 #: models, so their rate is plain. On SmolLM2-135M at 50 % (0.26), masked has a rate of 2e-4.
 _RATES: dict[Mode, float] = {"lora": 1e-3, "masked": 0.77e-3, "full": 0.77e-3}
-
-
-def _names(text: str) -> tuple[str, ...]:
-    """Names in a comma-separated list."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 class RecoveryOptions(Options):
@@ -144,7 +139,6 @@ class RecoveryOptions(Options):
             metavar="NAME,…",
             panel=_LORA,
             default="q_proj,v_proj",
-            parse=_names,
         ),
     ] = None
     dtype: Annotated[
@@ -155,6 +149,14 @@ class RecoveryOptions(Options):
             _TRAINING,
         ),
     ] = "auto"
+
+    @field_validator("target_modules")
+    @classmethod
+    def _split_lists(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        """The names, of which one flag may give several with commas between them."""
+        if names is None:
+            return None
+        return tuple(name.strip() for name in ",".join(names).split(",") if name.strip())
 
     @model_validator(mode="before")
     @classmethod

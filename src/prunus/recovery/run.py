@@ -39,7 +39,7 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.options import takes
 from prunus.pruning.manifest import Manifest
-from prunus.recovery.checkpoints import Checkpoints, TrainingState
+from prunus.recovery.checkpoints import Checkpoints
 from prunus.recovery.job import RecoveryJob, check_ranks, default_mode, plan_recovery
 from prunus.recovery.options import Mode, RecoveryOptions
 from prunus.recovery.record import RecoveryRecord
@@ -160,7 +160,20 @@ def carry_out(
         student, job.text, recipe, job.dtype, dense, checkpoints, session.step, ranks
     )
     state = training.run()
-    _fill_record(job.record, state, student, size)
+    record, best = job.record, state.evaluations[state.best]
+    record.evaluations, record.best, record.stopped = state.evaluations, state.best, state.stopped
+    added = student.trained if recipe.mode == "lora" else 0
+    record.totals = {
+        "parameters": size,
+        "trained_parameters": student.trained,
+        "added_parameters": added,
+        "added_share": added / size,
+        "peak_learning_rate": recipe.peak_rate(student.weight_rms),
+        "tokens": state.tokens,
+        "seconds": round(state.seconds, 2),
+        "held_out_perplexity_before": state.evaluations[0].perplexity,
+        "held_out_perplexity_after": best.perplexity,
+    }
     if state.stopped is not None and state.best == 0:
         raise ValueError(
             f"training stopped: {state.stopped}, and no evaluation before was better than "
@@ -182,7 +195,7 @@ def carry_out(
     if record.stopped is not None:
         raise ValueError(
             f"training stopped: {record.stopped}. {output} holds the weights of step "
-            f"{state.evaluations[state.best].step}, the best until then; lower `learning_rate`"
+            f"{best.step}, the best until then; lower `learning_rate`"
         )
     return record
 
@@ -199,27 +212,6 @@ def _claim(job: RecoveryJob, folder: ResultFolder, student: Trainable, overwrite
         # No mixture of a checkpoint and an adapter may look whole.
         for name in ("config.json", CONFIG_NAME):
             remove(folder.folder / name)
-
-
-def _fill_record(
-    record: RecoveryRecord, state: TrainingState, student: Trainable, size: int
-) -> None:
-    """Enter what the training did to a model with `size` parameters."""
-    added = student.trained if record.recipe.mode == "lora" else 0
-    record.evaluations = state.evaluations
-    record.best = state.best
-    record.stopped = state.stopped
-    record.totals = {
-        "parameters": size,
-        "trained_parameters": student.trained,
-        "added_parameters": added,
-        "added_share": added / size,
-        "peak_learning_rate": record.recipe.peak_rate(student.weight_rms),
-        "tokens": state.tokens,
-        "seconds": round(state.seconds, 2),
-        "held_out_perplexity_before": state.evaluations[0].perplexity,
-        "held_out_perplexity_after": state.evaluations[state.best].perplexity,
-    }
 
 
 #: A function from tensors of the source to those of the result, both by their names in the model.

@@ -109,21 +109,16 @@ def pruned_linears(model: nn.Module, folder: Path) -> dict[str, Linear]:
         NotImplementedError: The model is not a stack of blocks.
     """
     linears = block_linears(model)
-    head = _head_name(model)
-    if head is not None:
-        linears[head] = Linear(head, model.get_submodule(head))
+    # The output head counts if it is a linear of its own and not the embedding.
+    head, embedding = None, model.get_input_embeddings()  # type: ignore[operator]
+    output: Any = model.get_output_embeddings()  # type: ignore[operator]
+    if isinstance(output, nn.Linear) and output.weight is not embedding.weight:
+        head = next(name for name, module in model.named_modules() if module is output)
+        linears[head] = Linear(head, output)
     if (recorded := _recorded_linears(folder, head)) is not None:
         return {name: x for name, x in linears.items() if name in recorded}
     shares = {name: float((x.weight_OI == 0).float().mean()) for name, x in linears.items()}
     return {name: x for name, x in linears.items() if shares[name] >= MIN_ZERO_FRACTION}
-
-
-def _head_name(model: nn.Module) -> str | None:
-    """Full name of the output head, if it is a linear of its own and not the embedding."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
-    if not isinstance(head, nn.Linear) or head.weight is embedding.weight:
-        return None
-    return next((name for name, module in model.named_modules() if module is head), None)
 
 
 def _recorded_linears(folder: Path, head: str | None) -> set[str] | None:

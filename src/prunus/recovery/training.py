@@ -66,23 +66,10 @@ def training_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, s
     """
     if requested != "auto":
         return (torch.float32 if requested == "float32" else torch.bfloat16), "requested"
-    if device.type == "cuda":
-        return torch.bfloat16, "native on this device; trained parameters stay float32"
-    if native_bfloat16():
-        return torch.bfloat16, "native on this processor; trained parameters stay float32"
+    place = "device" if device.type == "cuda" else "processor"
+    if device.type == "cuda" or native_bfloat16():
+        return torch.bfloat16, f"native on this {place}; trained parameters stay float32"
     return torch.float32, "this processor has no native bfloat16"
-
-
-def step_count(options: RecoveryOptions) -> int | None:
-    """How many steps a budget in tokens allows; None for a budget in minutes.
-
-    The last step may exceed the budget.
-
-    >>> step_count(RecoveryOptions(mode="masked", tokens=2500, seqlen=512, batch=2))
-    3
-    """
-    tokens = options.budget_tokens
-    return None if tokens is None else math.ceil(tokens / (options.batch * options.seqlen))
 
 
 @dataclass
@@ -164,11 +151,13 @@ class Training:
 
     def _spent(self, ahead: float = 0.0) -> float:
         """Fraction of the budget that is spent, `ahead` steps from now."""
-        steps = step_count(self.options)
-        if steps is not None:
+        options = self.options
+        if options.budget_tokens is not None:
+            # The last step may exceed the budget.
+            steps = math.ceil(options.budget_tokens / (options.batch * options.seqlen))
             return (self.state.step + ahead) / steps
-        assert self.options.minutes is not None
-        return self._seconds() / (60 * self.options.minutes)
+        assert options.minutes is not None
+        return self._seconds() / (60 * options.minutes)
 
     def _tell(
         self, message: str, loss: float | None = None, perplexity: float | None = None
@@ -220,8 +209,13 @@ class Training:
             loss = self._loss(part, self.teacher) * (len(part) / len(ids))
             loss.backward()
             total += float(loss.detach())
-        # Each part's loss was weighted by its windows, so sums over parts and ranks are means.
-        self._sum_gradients()
+        # Each part's loss was weighted by its windows, so sums over parts and ranks are means. A
+        # missing gradient counts as zeros, such as that of an expert that no token chose. So every
+        # parameter has moments, and checkpoints need not say which have none.
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            self.ranks.all_reduce(parameter.grad)
         total = self.ranks.sum_floats([total])[0]
         for name, mask in self.trainable.masks.items():
             gradient = self.trainable.parameters[name].grad
@@ -263,17 +257,6 @@ class Training:
         with self.autocast:
             logits_WSV = self.trainable.model(input_ids=ids_WS, use_cache=False).logits
         return next_token_loss(logits_WSV, ids_WS, teacher_WSV, self.options.distill_weight)
-
-    def _sum_gradients(self) -> None:
-        """Replace gradients by their sums over ranks.
-
-        A missing gradient counts as zeros, such as that of an expert that no token chose. So every
-        parameter has moments, and checkpoints need not say which have none.
-        """
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            self.ranks.all_reduce(parameter.grad)
 
 
 # --- the loss ---

@@ -8,7 +8,6 @@ end here: everything that prunus shows is printed by `TerminalConsole` or `print
 from __future__ import annotations
 
 import contextlib
-import io
 import re
 import sys
 import time
@@ -69,36 +68,27 @@ class TerminalConsole(Console):
         raise  # noqa: PLE0704 (rich calls this while it handles the error)
 
 
-class _ForgivingStream(io.TextIOBase):
+class _ForgivingStream:
     """A text stream that drops what the stream below it does not take.
 
-    Progress is not a result: a run does not end because nobody reads its progress any more.
+    Progress is not a result: a run does not end because nobody reads its progress any more. All
+    other attributes are those of the stream below.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except (OSError, ValueError):  # ValueError: the stream is closed
-            return len(text)
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
+            self._stream.write(text)
+        return len(text)
 
     def flush(self) -> None:
-        try:
+        with contextlib.suppress(OSError, ValueError):
             self._stream.flush()
-        except (OSError, ValueError):
-            return
 
-    def isatty(self) -> bool:
-        return self._stream.isatty()
-
-    def fileno(self) -> int:
-        return self._stream.fileno()
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return self._stream.encoding
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def progress_console(quiet: bool = False) -> Console:

@@ -74,11 +74,16 @@ def to_html(document: Document) -> str:
         _section(section, number, section.title == document.title)
         for number, section in enumerate(document.sections)
     ]
+    items = "".join(
+        f'<li><a href="#section-{number}">{escape(section.title)}</a></li>'
+        for number, section in enumerate(document.sections)
+    )
+    contents = f'<nav aria-label="Sections"><ul>{items}</ul></nav>\n'
     return Template(_asset("page.html").decode()).substitute(
         policy=escape(policy),
         title=escape(document.title),
         style=_asset("page.css").decode(),
-        contents=_contents(document),
+        contents=contents if len(sections) > 1 else "",
         sections="".join(sections),
         version=escape(version("prunus")),
         scripts=f"{plotting}<script>{page_script.decode()}</script>\n",
@@ -91,16 +96,6 @@ def _asset(name: str) -> bytes:
 
 def _sha256(script: bytes) -> str:
     return base64.b64encode(hashlib.sha256(script).digest()).decode()
-
-
-def _contents(document: Document) -> str:
-    if len(document.sections) < 2:
-        return ""
-    items = (
-        f'<li><a href="#section-{number}">{escape(section.title)}</a></li>'
-        for number, section in enumerate(document.sections)
-    )
-    return f'<nav aria-label="Sections"><ul>{"".join(items)}</ul></nav>\n'
 
 
 def _section(section: Section, number: int, alone: bool) -> str:

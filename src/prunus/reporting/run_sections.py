@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from prunus.engine.document import (
@@ -18,7 +17,7 @@ from prunus.engine.document import (
     text_of,
 )
 from prunus.engine.linear_record import PruningRecord, mean_error
-from prunus.engine.record import BlockwiseRecord, bos_words
+from prunus.engine.record import BlockwiseRecord, bos_words, source_name
 from prunus.formats.records import CompressionRecord
 from prunus.hardware.sizes import counted, in_bytes
 from prunus.pruning.manifest import Manifest
@@ -37,10 +36,16 @@ _DEFINITIONS = {
 
 def run_section(manifest: PruningRecord) -> Section:
     """The section of one run of `prune` or `compress`, finished or not, from its record."""
-    error, mean = mean_error(manifest.all_totals())
-    errors = {error: _block_errors(manifest)}
-    by_block = [lines_over_blocks(f"Mean {error} by block", error, errors, ".3%")]
-    name = Path(manifest.source).name or manifest.source
+    totals = manifest.all_totals()
+    error, mean = mean_error(totals)
+    mean_words = "not measured" if mean is None else f"{mean:.3%}"
+    facts = [*_sizes(manifest, totals), (f"mean {error}", mean_words)]
+    # The mean error of each block, where it was measured.
+    errors: dict[int, float] = {}
+    for number, block in enumerate(manifest.blocks):
+        if of_block := [x.error for x in block.linears.values() if x.error is not None]:
+            errors[number] = sum(of_block) / len(of_block)
+    by_block = lines_over_blocks(f"Mean {error} by block", error, {error: errors}, ".3%")
     work = manifest.what
     if isinstance(manifest, CompressionRecord):
         work += " per weight" if manifest.recipe.bits else ""
@@ -49,10 +54,10 @@ def run_section(manifest: PruningRecord) -> Section:
         shape = recipe.pattern if recipe.n_of_m else f"{recipe.sparsity:.0%} unstructured"
         work += f", {shape}"
     return Section(
-        f"{name}: {work}",
+        f"{source_name(manifest)}: {work}",
         "" if mean is None else _DEFINITIONS[error],
-        (_headline(manifest), *(by_block if errors[error] else []), manifest.table()),
-        (*circumstances(manifest), _by_linear(manifest)),
+        (headline(manifest, totals, facts), *([by_block] if errors else []), manifest.table()),
+        (*circumstances(manifest), _by_linear(manifest, error)),
     )
 
 
@@ -72,17 +77,6 @@ def circumstances(record: BlockwiseRecord) -> list[Facts]:
         Facts("Inputs", items_of(facts)),
         Facts("Machine", items_of(record.hardware | record.versions)),
     ]
-
-
-def _block_errors(manifest: PruningRecord) -> dict[int, float]:
-    """Block -> mean error of its linears, where it was measured."""
-    means = {}
-    for number, block in enumerate(manifest.blocks):
-        if errors := [
-            linear.error for linear in block.linears.values() if linear.error is not None
-        ]:
-            means[number] = sum(errors) / len(errors)
-    return means
 
 
 def lines_over_blocks(
@@ -107,13 +101,6 @@ def lines_over_blocks(
         for name, values in lines.items()
     )
     return Lines(title, "block", y_title + unit, series, round_ticks=True)
-
-
-def _headline(manifest: PruningRecord) -> Facts:
-    totals = manifest.all_totals()
-    name, error = mean_error(totals)
-    mean = f"{error:.3%}" if error is not None else "not measured"
-    return headline(manifest, totals, [*_sizes(manifest, totals), (f"mean {name}", mean)])
 
 
 def headline(
@@ -157,8 +144,7 @@ def _sizes(manifest: PruningRecord, totals: dict[str, Any]) -> list[tuple[str, s
     ]
 
 
-def _by_linear(manifest: PruningRecord) -> Table:
-    error, _ = mean_error(manifest.all_totals())
+def _by_linear(manifest: PruningRecord, error: str) -> Table:
     rows = [
         {
             "block": number,
@@ -183,10 +169,17 @@ def _by_linear(manifest: PruningRecord) -> Table:
 
 def structure_section(record: StructureRecord) -> Section:
     """The section of a run that made a model smaller, finished or not, from its record."""
-    name = Path(record.source).name or record.source
+    totals = record.totals
+    items: list[tuple[str, str]] = []
+    if "parameters" in totals:
+        before, after = totals["parameters_before"], totals["parameters"]
+        items = [
+            ("parameters", f"{after:,} of {before:,} ({after / before:.1%})"),
+            ("blocks", f"{len(record.blocks)}"),
+        ]
     return Section(
-        f"{name}, made smaller",
-        parts=(_structure_headline(record), structure_table(record), *_repairs(record)),
+        f"{source_name(record)}, made smaller",
+        parts=(headline(record, totals, items), structure_table(record), *_repairs(record)),
         details=tuple(circumstances(record)),
     )
 
@@ -225,18 +218,6 @@ def structure_table(record: StructureRecord) -> Table:
 def _shown(value: object) -> str:
     """A value of a configuration; of a list only its length."""
     return f"{len(value)} entries" if isinstance(value, list | tuple) else str(value)
-
-
-def _structure_headline(record: StructureRecord) -> Facts:
-    totals = record.totals
-    items: list[tuple[str, str]] = []
-    if "parameters" in totals:
-        before, after = totals["parameters_before"], totals["parameters"]
-        items = [
-            ("parameters", f"{after:,} of {before:,} ({after / before:.1%})"),
-            ("blocks", f"{len(record.blocks)}"),
-        ]
-    return headline(record, totals, items)
 
 
 def _repairs(record: StructureRecord) -> list[Lines]:

@@ -101,11 +101,6 @@ def recovery_table(record: RecoveryRecord) -> Table:
     ]
     forms = {"step": "d", "tokens": ",d", "training loss": ".4f", "held-out perplexity": ".3f"}
     title = f"{record.recipe.mode}, {record.source}"
-    notes = "\n".join(_recovery_notes(record))
-    return table_of(title, rows, forms | {"seconds": ".0f"}, notes)
-
-
-def _recovery_notes(record: RecoveryRecord) -> list[str]:
     totals = record.totals
     lines = []
     if record.linears:
@@ -133,4 +128,4 @@ def _recovery_notes(record: RecoveryRecord) -> list[str]:
             "no evaluation was better than the start, so the result is the start; try a smaller "
             "learning_rate"
         )
-    return lines
+    return table_of(title, rows, forms | {"seconds": ".0f"}, "\n".join(lines))

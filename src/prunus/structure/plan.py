@@ -84,7 +84,14 @@ class StructureJob(RunJob):
                 they did before.
         """
         config = self.source.config
-        self._check_images(made_from)
+        # Blocks that are given features of images keep their positions.
+        fixed = blocks_that_take_images(config)
+        moved = next((i for i in range(fixed) if list(made_from[: i + 1]) != [*range(i + 1)]), None)
+        if moved is not None:
+            raise NotImplementedError(
+                f"block {moved} of {self.model_name} cannot be removed: features of images are "
+                f"added after each of the first {fixed} blocks, so these keep their positions"
+            )
         changes: dict[str, Any] = {}
         sizes: set[tuple[int, int]] = set()
         if (plan := self.experts) is not None:
@@ -125,16 +132,6 @@ class StructureJob(RunJob):
                 if block == order[-1]:
                     raise
         return block
-
-    def _check_images(self, made_from: Sequence[int]) -> None:
-        """Check that blocks which are given features of images keep their positions."""
-        count = blocks_that_take_images(self.source.config)
-        moved = next((i for i in range(count) if list(made_from[: i + 1]) != [*range(i + 1)]), None)
-        if moved is not None:
-            raise NotImplementedError(
-                f"block {moved} of {self.model_name} cannot be removed: features of images are "
-                f"added after each of the first {count} blocks, so these keep their positions"
-            )
 
 
 def plan_structure(

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.engine.folder import BlockFolder, find_earlier, held, resumed_or_new
+from prunus.engine.folder import BlockFolder, drawn_and_recorded, find_earlier, held
 from prunus.engine.loop import FinishedBlock, run_blocks
 from prunus.engine.options import RunOptions
 from prunus.engine.plan import check_room, check_same_on_all_ranks
 from prunus.engine.record import bos_words, result_card, source_name
 from prunus.engine.session import SILENT, Session, shown_session
-from prunus.engine.windows import calibration_windows, given_windows, run_inputs
+from prunus.engine.windows import given_windows
 from prunus.hardware.memory import peak_memory
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.experts import Fused
@@ -98,13 +98,9 @@ def run(
             job = plan_structure(model, recipe, options, joint, decided_dtype)
         ranks.on_rank_0(lambda: check_room(job.stored_bytes + job.memory.spilled_bytes, output))
 
-        # The calibration windows, and the record that says which run this is.
-        joint.tell(f"drawing calibration windows from {recipe.calibration}")
-        with ranks.fail_together():
-            windows = calibration_windows(job)
-            inputs = run_inputs(job, ranks, windows)
-            fields = {"source": job.model_name, "shard_count": job.keep_blocks + 1}
-            record = resumed_or_new(StructureRecord, earlier, recipe, inputs, job.device, **fields)
+        windows, record = drawn_and_recorded(
+            StructureRecord, job, joint, earlier, shard_count=job.keep_blocks + 1
+        )
         walks = check_same_on_all_ranks(recipe, record, ranks, job.walks)
         folder = SmallerFolder(output, record, job, ranks)
         if record.state == "finished":
@@ -223,30 +219,25 @@ class SmallerFolder(BlockFolder):
         record.totals["parameters_before"] = _parameters(source.checkpoint)
         self.finish(
             shards,
-            card=self._card(written.file_bytes()),
+            card=result_card(
+                record,
+                "made smaller",
+                [
+                    f"An ordinary checkpoint with {record.totals['parameters']:,} of the "
+                    f"{record.totals['parameters_before']:,} parameters of {source_name(record)}. "
+                    "Its configuration is smaller too, so that it loads like any other model of "
+                    "its family.",
+                    "\n".join(f"- {line}." for line in what_was_removed(record)),
+                    f"Calibration: {record.inputs.calibration}, {bos_words(record.inputs.bos)}.",
+                ],
+                tags=["pruned"],
+                source=source.checkpoint.folder,
+                nbytes=written.file_bytes(),
+            ),
             config=self.smaller.config,
             code=self.job.options.trust_remote_code,
         )
         return record.totals
-
-    def _card(self, nbytes: int) -> str:
-        record = self.record
-        totals = record.totals
-        return result_card(
-            record,
-            "made smaller",
-            [
-                f"An ordinary checkpoint with {totals['parameters']:,} of the "
-                f"{totals['parameters_before']:,} parameters of {source_name(record)}. Its "
-                "configuration is smaller too, so that it loads like any other model of its "
-                "family.",
-                "\n".join(f"- {line}." for line in what_was_removed(record)),
-                f"Calibration: {record.inputs.calibration}, {bos_words(record.inputs.bos)}.",
-            ],
-            tags=["pruned"],
-            source=self.job.checkpoint.checkpoint.folder,
-            nbytes=nbytes,
-        )
 
 
 def _parameters(checkpoint: Checkpoint) -> int:

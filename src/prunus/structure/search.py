@@ -61,7 +61,15 @@ def choose_blocks(
     if len(steps) >= count - job.keep_blocks:
         return _blocks_left(steps, count)
     probes = ids[:_PROBE_WINDOWS, :_PROBE_TOKENS]
-    _check_room(job, probes)
+    width = job.skeleton.window_shape(0, probes.shape[1])[1]
+    # Memory holds the hidden states of all at once: of a candidate per block, of the dense model,
+    # of the base model, and one output.
+    needed = (count + 3) * probes.numel() * width * job.dtype.itemsize
+    if needed > job.memory.budget:
+        raise ValueError(
+            f"the candidates of the search for blocks hold {needed / 1e9:.1f} GB of hidden states, "
+            f"the memory budget is {job.memory.budget / 1e9:.1f} GB: raise `memory`"
+        )
 
     def search() -> list[dict[str, Any]]:
         source = HashedSource(job.source, job.skeleton, record.measured)
@@ -76,7 +84,12 @@ def choose_blocks(
                     f"searching for block {len(steps) + 1} to remove: {len(measured)} candidates"
                 )
                 _, candidates = _candidate_states(stream, first, left, measured)
-                _take(job, steps, divergences(stream, probes, dense, candidates))
+                values = divergences(stream, probes, dense, candidates)
+                order = sorted(values, key=lambda index: (values[index], index))
+                # The family may not be able to do without the block of the lowest value.
+                block = job.smaller_by_one(left, order)
+                by_block = [values.get(index) for index in range(count)]
+                steps.append(SearchStep(block=block, value=values[block], candidates=by_block))
                 save()
         return [step.model_dump() for step in steps]
 
@@ -89,15 +102,6 @@ def _blocks_left(steps: Sequence[SearchStep], count: int) -> list[int]:
     """Positions of the blocks that stay after some steps, rising."""
     removed = {step.block for step in steps}
     return [index for index in range(count) if index not in removed]
-
-
-def _take(job: StructureJob, steps: list[SearchStep], values: dict[int, float]) -> None:
-    """Add the step that removes the block of the lowest value which the family can do without."""
-    count = len(job.skeleton)
-    order = sorted(values, key=lambda index: (values[index], index))
-    block = job.smaller_by_one(_blocks_left(steps, count), order)
-    candidates = [values.get(index) for index in range(count)]
-    steps.append(SearchStep(block=block, value=values[block], candidates=candidates))
 
 
 def _promising(steps: Sequence[SearchStep], left: Sequence[int]) -> list[int]:
@@ -162,19 +166,3 @@ def divergences(
                 )
             tokens += len(logp)
     return {block: total / tokens for block, total in sums.items()}
-
-
-def _check_room(job: StructureJob, probes: Tensor) -> None:
-    """Check that memory holds the hidden states of all candidates at once.
-
-    Raises:
-        ValueError: It does not.
-    """
-    width = job.skeleton.window_shape(0, probes.shape[1])[1]
-    # A candidate per block, the dense model, the base model and one output.
-    needed = (len(job.skeleton) + 3) * probes.numel() * width * job.dtype.itemsize
-    if needed > job.memory.budget:
-        raise ValueError(
-            f"the candidates of the search for blocks hold {needed / 1e9:.1f} GB of hidden states, "
-            f"the memory budget is {job.memory.budget / 1e9:.1f} GB: raise `memory`"
-        )

@@ -206,9 +206,15 @@ class Repair:
         self._stream = reconstructor.stream
         self._walks = walks
         self._depth = 0  # old blocks that the dense windows have run through
-        # The first block to train. Those before it see and compute what they did in the old model.
-        count = len(smaller.made_from)
-        self._first = next((index for index in range(count) if self._changes(index)), count)
+        # The first block to train. Those before it see and compute what they did in the old model:
+        # they lost no experts, and were not next to a removed block.
+        ends = [-1, *smaller.made_from, len(job.skeleton)]
+        self._first = 0
+        for before, index, after in zip(ends, ends[1:], ends[2:], strict=False):
+            lost_experts = job.experts is not None and experts_in(job.skeleton.blocks[index])
+            if lost_experts or (before, after) != (index - 1, index + 1):
+                break
+            self._first += 1
 
     def advance(self, new_index: int) -> None:
         """Run the windows through the dense model, up to the output that the block learns.
@@ -251,23 +257,13 @@ class Repair:
         skeleton.release(new_index)
         return {**tensors, **changed}, record
 
-    def _changes(self, new_index: int) -> bool:
-        """Whether a block lost parts, or was next to a removed block."""
-        every = [-1, *self._smaller.made_from, len(self._job.skeleton)]
-        before, index, after = every[new_index : new_index + 3]
-        return (before, after) != (index - 1, index + 1) or bool(self._smaller_tensors(new_index))
-
-    def _smaller_tensors(self, new_index: int) -> set[str]:
-        """Relative names of the tensors that have lost rows or columns, or were removed."""
-        before = shapes_of(self._job.skeleton.blocks[self._smaller.made_from[new_index]])
-        after = shapes_of(self._smaller.skeleton.blocks[new_index])
-        return {name for name, shape in before.items() if after.get(name) != shape}
-
     def _routers(self, new_index: int) -> list[str]:
         """Relative names of the modules whose weights have a row per remaining expert."""
-        smaller = self._smaller_tensors(new_index)
+        before = shapes_of(self._job.skeleton.blocks[self._smaller.made_from[new_index]])
         return [
             name.removesuffix(".weight")
             for name, parameter in self._smaller.skeleton.blocks[new_index].named_parameters()
-            if name in smaller and name.endswith(".weight") and parameter.dim() == 2
+            if name.endswith(".weight")
+            and parameter.dim() == 2
+            and before.get(name, parameter.shape) != tuple(parameter.shape)
         ]

@@ -157,7 +157,12 @@ class Sweep(Options):
                     raise ValueError(
                         f"{where}: recovery {recovery!r} has no table [recovery.{recovery}]"
                     )
-                recipe = _recipe(where, _merged(self.recipe, values))
+                # A pattern replaces the sparsity of [recipe] and vice versa.
+                replaced = (
+                    {"pattern", "sparsity"} if values.keys() & {"pattern", "sparsity"} else ()
+                )
+                shared = {key: x for key, x in self.recipe.items() if key not in replaced}
+                recipe = _recipe(where, shared | values)
                 name = _cell_name(label, recipe, base)
                 pruned = CellResult(name=name, model=label, recipe=recipe)
                 cells = cells_by_name.setdefault(name, [pruned])
@@ -194,13 +199,6 @@ def _combinations(where: str, table: dict[str, Any]) -> Iterator[dict[str, Any]]
         if isinstance(values.get("sparsity"), str):
             values["pattern"] = values.pop("sparsity")
         yield values
-
-
-def _merged(shared: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """A grid's values on top of `[recipe]`. A pattern replaces a sparsity and vice versa."""
-    if "pattern" in values or "sparsity" in values:
-        shared = {key: value for key, value in shared.items() if key not in ("pattern", "sparsity")}
-    return shared | values
 
 
 def _recipe(where: str, values: dict[str, Any]) -> Recipe:

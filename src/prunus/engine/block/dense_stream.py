@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 
 from prunus.engine.block.hooks import StopForward, input_hooks
-from prunus.engine.block.walks import Accumulate
 from prunus.methods.dense_targets import MAX_DRIFT_STRIDE
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear, find_linears
@@ -165,6 +164,17 @@ class DenseBlockInputs:
             return None
         return x.reshape(all_tokens, x.shape[-1])
 
+    def accumulate(
+        self, statistics: InputStatistics, linear: Linear, batch: int, X_TI: torch.Tensor
+    ) -> None:
+        """Add a linear's inputs to its statistics, with those in the dense model if it has a drift.
+
+        This is an `Accumulate` of a walk.
+        """
+        has_target = statistics.drift_II is not None
+        dense_TI = self.get(linear.name, batch, len(X_TI)) if has_target else None
+        statistics.add(X_TI, dense_TI)
+
     def finish(self) -> None:
         """Replace the hidden states before the block by the dense block's outputs.
 
@@ -221,21 +231,3 @@ def drift_stride_for(tokens: int, width: int) -> int:
     1
     """
     return max(1, min(MAX_DRIFT_STRIDE, int(tokens / (_TOKENS_PER_FEATURE * width))))
-
-
-def accumulate_with_drift(dense_inputs: DenseBlockInputs) -> Accumulate:
-    """Make a function that adds a linear's inputs in both models to its statistics.
-
-    Args:
-        dense_inputs: The inputs in the dense model. They are read only for linears whose statistics
-            have a drift.
-    """
-
-    def accumulate(
-        statistics: InputStatistics, linear: Linear, batch: int, X_TI: torch.Tensor
-    ) -> None:
-        has_target = statistics.drift_II is not None
-        dense_TI = dense_inputs.get(linear.name, batch, len(X_TI)) if has_target else None
-        statistics.add(X_TI, dense_TI)
-
-    return accumulate

@@ -9,7 +9,6 @@ Shape suffixes: T tokens, K experts per token, E experts.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -59,32 +58,21 @@ def input_hooks(
 
     with contextlib.ExitStack() as hooks:
         for linear in linears:
-            show_input = functools.partial(_show_input, on_input, linear)
+
+            def show_input(_module: nn.Module, args: Any, linear: Linear = linear) -> None:
+                on_input(linear, args[0])
+
             hooks.enter_context(linear.module.register_forward_pre_hook(show_input))
         for counter in expert_counters:
-            show_routing = functools.partial(_show_routing, on_routing, counter)
+
+            def show_routing(
+                _module: nn.Module, args: Any, kwargs: Any, counter: ExpertCounter = counter
+            ) -> None:
+                on_routing(counter, counter.experts.arguments(args, kwargs)[1])
+
             handle = counter.experts.register_forward_pre_hook(show_routing, with_kwargs=True)
             hooks.enter_context(handle)
         yield
-
-
-def _show_input(
-    on_input: Callable[[Linear, Tensor], object],
-    linear: Linear,
-    _module: nn.Module,
-    args: tuple[Any, ...],
-) -> None:
-    on_input(linear, args[0])
-
-
-def _show_routing(
-    on_routing: Callable[[ExpertCounter, Tensor], object],
-    counter: ExpertCounter,
-    _module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> None:
-    on_routing(counter, counter.experts.arguments(args, kwargs)[1])
 
 
 @contextlib.contextmanager
@@ -99,19 +87,14 @@ def output_hooks(
     """
     with contextlib.ExitStack() as hooks:
         for linear in linears:
-            show_output = functools.partial(_show_output, on_output, linear)
+
+            def show_output(
+                _module: nn.Module, args: Any, output: Tensor, linear: Linear = linear
+            ) -> None:
+                on_output(linear, args[0], output)
+
             hooks.enter_context(linear.module.register_forward_hook(show_output))
         yield
-
-
-def _show_output(
-    on_output: Callable[[Linear, Tensor, Tensor], object],
-    linear: Linear,
-    _module: nn.Module,
-    args: tuple[Any, ...],
-    output: Tensor,
-) -> None:
-    on_output(linear, args[0], output)
 
 
 #: What the method needs -> an expert with fewer tokens than this loses less when it is pruned by

@@ -28,7 +28,6 @@ from prunus.distributed import SINGLE_PROCESS, Ranks, own_part, split_range
 from prunus.engine.block.dense_stream import (
     DenseBlockInputs,
     DenseStream,
-    accumulate_with_drift,
 )
 from prunus.engine.block.hooks import ExpertCounter, find_expert_counters
 from prunus.engine.block.linear import SPARSE, LinearRounding, prune_linear
@@ -174,8 +173,8 @@ class BlockPruner:
         state = self._load(position, stored)
         self._note_zeros(state)
         self._walk(state)
-        self._reconstruct(state)
-        self._advance(state)
+        if state.reconstruction is not None:
+            self._reconstruct(state, state.reconstruction)
         self.skeleton.release(position)
         check_same(self.ranks, state.name, state.changed)
         record = BlockRecord(
@@ -243,11 +242,11 @@ class BlockPruner:
         unreached = state.linears
         if sum(self._counts):
             forward = self.stream.forward(state.index, state.module)
-            # A block that is trained gets its outputs later, in `_advance`.
+            # A block that is trained gets its outputs later, in `_reconstruct`.
             is_final = state.reconstruction is None
             accumulate: Accumulate = accumulate_inputs
             if state.dense_inputs is not None:
-                accumulate = accumulate_with_drift(state.dense_inputs)
+                accumulate = state.dense_inputs.accumulate
             with contextlib.ExitStack() as stack:
                 if state.reconstruction is not None:
                     forward = stack.enter_context(state.reconstruction.recording(forward))
@@ -297,11 +296,13 @@ class BlockPruner:
             if counter.owns(linear.name):
                 finished.record.notes |= counter.notes(linear.name)
 
-    def _reconstruct(self, state: BlockState) -> None:
-        """Train the surviving weights towards the dense block's outputs."""
-        if state.reconstruction is None:
-            return
-        trained_tensors, state.reconstructed = state.reconstruction.run(state.stored, state.changed)
+    def _reconstruct(self, state: BlockState, reconstruction: BlockReconstruction) -> None:
+        """Train the surviving weights towards the dense block's outputs.
+
+        Then replace the hidden states by the outputs of the trained block. If a block is not
+        trained, the walk has done that already.
+        """
+        trained_tensors, state.reconstructed = reconstruction.run(state.stored, state.changed)
         state.changed |= trained_tensors
         for linear in state.linears:
             # Training may round a small weight to zero.
@@ -309,18 +310,10 @@ class BlockPruner:
             weight = state.changed[f"{linear.name}.weight"]
             record.zeros = count_zeros(weight)
             record.sparsity = record.zeros / weight.numel()
-
-    def _advance(self, state: BlockState) -> None:
-        """Replace the hidden states by the outputs of the trained block.
-
-        If the block was not trained, the walk has done that already.
-        """
-        if state.reconstruction is None or not len(self.stream):
-            return
-        module = self.skeleton.fill(state.index, state.finished, self.job.device)
-        # The cached inputs of the suffix save running the attention again.
-        suffix = state.reconstruction.suffix
-        self.stream.advance(suffix or self.stream.forward(state.index, module))
+        if len(self.stream):
+            module = self.skeleton.fill(state.index, state.finished, self.job.device)
+            # The cached inputs of the suffix save running the attention again.
+            self.stream.advance(reconstruction.suffix or self.stream.forward(state.index, module))
 
     def _new_statistics(self, linear: Linear) -> InputStatistics:
         """Empty statistics of the inputs of a linear, with all that the method needs."""

@@ -39,7 +39,7 @@ def accumulate_inputs(
 ) -> None:
     """Add the input X_TI (tokens, in) of a linear in one batch to its statistics.
 
-    This is the `Accumulate` of runs without a dense stream. `accumulate_with_drift` is the other.
+    This is the `Accumulate` of runs without a dense stream; `DenseBlockInputs` has the other.
     """
     statistics.add(X_TI)
 

@@ -7,7 +7,7 @@ the text that the card has for it, so that fields which prunus does not know sta
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,20 +85,6 @@ def with_fields(card: str, changes: Mapping[str, str | None]) -> str:
         return body.lstrip()
     head = "".join(f"{name}:{value}\n" for name, value in fields.items())
     return f"{_FENCE}\n{head}{_FENCE}\n\n{body.lstrip()}"
-
-
-def add_tags(card: str, tags: Iterable[str], without: Iterable[str] = ()) -> str:
-    r"""Return a card that has tags as well, and no longer has those in `without`.
-
-    >>> add_tags("---\ntags: [a]\n---\n\n# Title\n", ["b"], without=["a"])
-    '---\ntags: [b]\n---\n\n# Title\n'
-    """
-    present = values_of(card).get("tags") or []
-    present = [present] if isinstance(present, str) else present
-    present = [tag for tag in present if isinstance(tag, str)]
-    result_tags = [tag for tag in dict.fromkeys([*present, *tags]) if tag not in set(without)]
-    text = yaml.safe_dump(result_tags, allow_unicode=True, default_flow_style=True, width=2**20)
-    return with_fields(card, {"tags": text if result_tags else None})
 
 
 def inherited_fields(folder: Path | None) -> dict[str, str]:
