@@ -24,7 +24,6 @@ from prunus.methods.group_fits import round_in_groups
 from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.formats import reader_of
 from prunus.model.loading import load_model
-from stopping import StopError, stop_after
 from tiny import shards, stored, tiny_checkpoint, token_ids
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
@@ -148,16 +147,6 @@ def test_narrow_models_have_smaller_groups(width, tmp_path):
         stored(tmp_path / "out")["model.layers.1.mlp.up_proj.weight"],
         stored(dense)["model.layers.1.mlp.up_proj.weight"],
     )
-
-
-def test_a_killed_run_continues_to_the_same_bytes(dense, tmp_path):
-    compress(dense, tmp_path / "whole")
-    with pytest.raises(StopError):
-        compress(dense, tmp_path / "out", progress=stop_after(1))
-    compress(dense, tmp_path / "out")
-    assert shards(tmp_path / "out") == shards(tmp_path / "whole")
-    with pytest.raises(FileExistsError, match="another bits"):
-        compress(dense, tmp_path / "out", 8)
 
 
 def test_what_cannot_be_stored_is_refused_before_any_work(dense, tmp_path):
