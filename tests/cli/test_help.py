@@ -183,7 +183,7 @@ def shell(request, tmp_path, monkeypatch) -> str:
     """A shell whose home has a program and its completion, and the folder `dense-folder`."""
     name = request.param
     if os.name != "posix" or shutil.which(name) is None or (name == "bash" and SKIP_BASH):
-        pytest.skip(f"needs {name}")
+        pytest.skip(f"the shell {name} is not installed, or an old bash of macOS")
     program = tmp_path / "bin" / "prunus"
     program.parent.mkdir()
     source = Path(prunus.__file__).parents[1]

@@ -23,6 +23,7 @@ from prunus.model.loading import load_model
 from stopping import interrupt
 from tiny import ids_file, shards, stored, tiny_checkpoint, token_ids
 
+NO_MLX = "not installed: pip install mlx mlx-lm, on Linux 'mlx[cpu]' mlx-lm"
 WIDE = {"hidden_size": 128, "intermediate_size": 192}
 #: Bits -> the bytes into which mx.quantize of MLX 0.32.4 packed `weights_of(bits)`, with groups of
 #: 32. Scale and bias were -1 and the largest weight.
@@ -99,7 +100,7 @@ def test_bytes_are_those_that_mlx_packed(bits):
 @pytest.mark.parametrize("bits", PACKED)
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_mlx_reads_the_numbers_that_were_stored(bits, group):
-    mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
+    mx = pytest.importorskip("mlx.core", reason=NO_MLX)
     rounded = round_in_groups(torch.randn(3, 256), affine_type(bits, group, torch.bfloat16))
     packed_OB, *ends = rounded.quantizer.separate(rounded.data_OB)
     scales, biases = (mx.array(x.float().numpy()) for x in ends)
@@ -261,8 +262,8 @@ TINY = {"sliding_window_pattern": 2, "mlp_bias": False, "post_norm": False, "qk_
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_mlx_lm_computes_what_is_computed_here(family, tmp_path):
-    mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
-    mlx_lm = pytest.importorskip("mlx_lm.utils", reason="mlx-lm is not installed")
+    mx = pytest.importorskip("mlx.core", reason=NO_MLX)
+    mlx_lm = pytest.importorskip("mlx_lm.utils", reason=NO_MLX)
     mx.set_default_device(mx.cpu)
     for tied in FAMILIES[family]:
         dense = tiny_checkpoint(tmp_path / f"dense{tied}", family, tie_word_embeddings=tied)

@@ -194,7 +194,7 @@ def test_a_card_in_latin_1_is_no_reason_to_fail(verb, material, tmp_path):
 
 
 @pytest.mark.parametrize("verb", VERBS)
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file: run it as a user")
 def test_a_companion_that_cannot_be_read_shows_before_any_work(verb, material, tmp_path):
     with pytest.raises(OSError, match=r"notes\.txt"):
         run(verb, material, tmp_path, lambda m: (m / "notes.txt").touch(0o000))
