@@ -32,9 +32,10 @@ ROOT = Path(__file__).resolve().parent.parent
 #: that no process waits for one at the end.
 SLOW = (
     "script_server.py", "pretend_cuda_server.py", "pruning/test_golden.py",
-    "hardware/test_processors.py", "reporting/test_browser.py", "docs/test_tutorials.py",
-    "pruning/test_experts.py", "methods/test_methods_golden.py", "structure/test_repair.py",
-    "sweeping/test_sweep.py", "pruning/test_families.py",
+    "docs/test_tutorials.py", "cli/test_cli.py", "pruning/test_families.py",
+    "reporting/test_browser.py", "methods/test_methods_golden.py", "pruning/test_experts.py",
+    "hardware/test_processors.py", "sweeping/test_sweep.py", "evaluation/test_tasks.py",
+    "structure/test_repair.py",
 )  # fmt: skip
 
 
@@ -86,6 +87,14 @@ def _seeded() -> None:
     from tiny import seed_torch
 
     seed_torch(0)
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    """A tiny Llama in the folder of the test. Files that need another model have their own."""
+    from tiny import tiny_checkpoint
+
+    return tiny_checkpoint(tmp_path / "dense")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -19,15 +18,6 @@ def pruned(tmp_path_factory) -> Path:
     folder = pruned_checkpoint(tmp_path_factory.mktemp("names") / "pruned", vocab_size=VOCABULARY)
     byte_tokenizer().save_pretrained(folder)
     return folder
-
-
-def test_the_functions_are_those_of_the_verbs(pruned, tmp_path):
-    """Importing the rooms behind them hides none of them."""
-    import prunus.reporting
-    import prunus.sweeping
-
-    assert callable(prunus.report) and callable(prunus.sweep) and callable(prunus.prune)
-    assert prunus.__version__ == version("prunus")
 
 
 def test_importing_the_package_imports_none_of_the_large_libraries():

@@ -1,6 +1,7 @@
-"""The structure of the package: which room imports which, its size, and what is nowhere in it."""
+"""The structure of the package: which room imports which, its size, its examples, its promises."""
 
 import ast
+import doctest
 import subprocess
 import sys
 import unicodedata
@@ -223,6 +224,16 @@ def test_files_and_functions_are_short_and_say_what_they_are():
             for node in TREES[path].body:
                 if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in public:
                     assert ast.get_docstring(node), f"{name}.{node.name} has no docstring"
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, path in MODULES.items() if ">>> " in path.read_text(encoding="utf-8")]
+)
+def test_examples_of_docstrings_run_and_print_what_they_say(name):
+    options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    result = doctest.testmod(import_module(name), optionflags=options)
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 def test_scripts_import_names_that_exist():

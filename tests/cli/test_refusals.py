@@ -1,19 +1,29 @@
-"""Every verb with every kind of bad input: status 2, one line of error, and no file is changed."""
+"""Every verb with every kind of bad input: status 2, one line of error, and no file is changed.
 
+Then damaged checkpoints and numbers that are not finite: the message says what is wrong.
+"""
+
+import json
 import math
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import prunus
+from changes import edit_json, edit_tensors
 from command_line import call
-from tiny import tiny_checkpoint
+from prunus.engine.record import shard_name
+from prunus.model.checkpoint.reader import INDEX_NAME
+from prunus.pruning.manifest import Manifest
+from tiny import shards, tiny_checkpoint, tiny_model, token_ids, tree
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
 CALIBRATED = ["--calibration", "text.txt", "--samples", "2", "--seqlen", "16"]
@@ -153,6 +163,11 @@ OTHERS = [
     ("prune dense out --memory 8", "a memory size looks like 8GB, .*; did you mean 8GB\\?$"),
     # What `overwrite` replaces.
     ("prune dense thesis --overwrite", "; it is left as it is. --overwrite replaces only what"),
+    ("prune dense text.txt --overwrite", "exists and is not a folder"),
+    ("prune dense dense --overwrite", "overlap: choose a folder of its own"),
+    ("prune dense dense/deep/out", "overlap: choose a folder of its own"),
+    ("prune dense thesis/../dense --overwrite", "overlap: choose a folder of its own"),
+    ("prune dense .", "overlap: choose a folder of its own"),
     ("sweep sweep.toml /proc/none", "/proc/none cannot be created: "),
     ("report pruned -o /proc/none/a.md", "/proc/none/a.md cannot be created: "),
     ("inspect pruned --json /proc/none/a.json", "/proc/none/a.json cannot be created: "),
@@ -187,6 +202,32 @@ OTHERS = [
 ]
 
 
+_SWEEP = """models = ["dense"]
+[scoring]
+texts = ["text.txt"]
+seqlen = 16
+[[grid]]
+method = "magnitude"
+sparsity = [{}]
+"""
+#: Name of a file in the place of the tests -> its text.
+FILES = {
+    "text.txt": "The quick brown fox jumps over the lazy dog. " * 12,
+    "model.gguf": "GGUF" + "\0" * 60,
+    "broken.py": "def mine(:\n",
+    "broken.json": "[1, 2]",
+    "deep.json": "[" * 100_000 + "]" * 100_000,
+    "fifty.toml": "sparsity = 50\n",
+    "misspelt.toml": "sparsty = 0.5\n",
+    "bits.toml": "bits = 3.0\n",
+    "sweep.toml": _SWEEP.format(0.5),
+    "sweep50.toml": _SWEEP.format(50),
+    "damaged/config.json": "{",
+    "listed/config.json": "[]",
+    "thesis/thesis.txt": "years of work",
+}
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """Checkpoints of all kinds and files that are none; no test writes to them."""
@@ -197,32 +238,18 @@ def place(tmp_path_factory) -> Path:
     prunus.prune(here / "dense", here / "pruned", "magnitude")
     for name in ("damaged", "listed", "cut"):
         shutil.copytree(here / "dense", here / name)
-    (here / "damaged" / "config.json").write_text("{")
-    (here / "listed" / "config.json").write_text("[]")
     shard = here / "cut" / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:1000])
     for name in ("empty", "locked", "thesis"):
         (here / name).mkdir()
-    (here / "thesis" / "thesis.txt").write_text("years of work")
     for name in ("fifo", "fifo.py"):
         os.mkfifo(here / name)
     (here / "zero.py").symlink_to("/dev/zero")
-    deep = "[" * 100_000 + "]" * 100_000
-    (here / "deep.json").write_text(deep)
     for name, file in (("nested", "config.json"), ("foreign", "special_tokens_map.json")):
         shutil.copytree(here / "dense", here / name)
-        (here / name / file).write_text(deep)
-    (here / "model.gguf").write_bytes(b"GGUF" + bytes(60))
-    (here / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 12)
-    (here / "broken.py").write_text("def mine(:\n")
-    (here / "broken.json").write_text("[1, 2]")
-    (here / "fifty.toml").write_text("sparsity = 50\n")
-    (here / "misspelt.toml").write_text("sparsty = 0.5\n")
-    (here / "bits.toml").write_text("bits = 3.0\n")
-    for name, sparsity in (("sweep", 0.5), ("sweep50", 50)):
-        grid = f'[[grid]]\nmethod = "magnitude"\nsparsity = [{sparsity}]\n'
-        text = f'models = ["dense"]\n[scoring]\ntexts = ["text.txt"]\nseqlen = 16\n{grid}'
-        (here / f"{name}.toml").write_text(text)
+        (here / name / file).write_text(FILES["deep.json"])
+    for name, text in FILES.items():
+        (here / name).write_text(text)
     return here
 
 
@@ -277,10 +304,8 @@ def files(folder: Path) -> dict[Path, tuple[int, int]]:
 def test_weights_that_are_not_finite_or_too_large_name_a_linear(verb, factor, place, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(place / "dense", broken)
-    tensors = load_file(broken / "model.safetensors")
     for name in ("gate_proj", "up_proj"):
-        tensors[f"model.layers.1.mlp.{name}.weight"] *= factor
-    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+        edit_tensors(broken, lambda x: x[f"model.layers.1.mlp.{name}.weight"].mul_(factor))  # noqa: B023
     name, *options = verb.split()
     given = [place / "text.txt" if each == "text.txt" else each for each in RUNS[name][-6:]]
     shown = call(name, broken, tmp_path / "out", *given, *options, status=2).stderr
@@ -330,3 +355,270 @@ def test_token_ids_beyond_the_embedding_name_both_numbers(place, tmp_path):
         assert re.search(
             rf"to {VOCABULARY}, but the model's embedding has {VOCABULARY} rows", shown
         )
+
+
+# --- files and numbers that are damaged ---
+
+#: Weights outside the blocks.
+OUTSIDE = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+PICKLE = b"\x80\x04K\x01."
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """Checks that `prune` raises, and that everything below `tmp_path` stays as it was."""
+
+    def check(kind: type[Exception], message: str, model: Any, out: str = "out", **options) -> None:
+        before = tree(tmp_path)
+        with pytest.raises(kind, match=message):
+            prunus.prune(model, tmp_path / out, **{"calibration": token_ids(), **options})
+        assert tree(tmp_path) == before
+
+    return check
+
+
+@pytest.fixture(scope="module")
+def master(tmp_path_factory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("master") / "dense", vocab_size=VOCABULARY)
+
+
+@pytest.fixture
+def dense(master, tmp_path) -> Path:
+    """A checkpoint of one file, without a tokenizer, alone in `tmp_path`."""
+    return Path(shutil.copytree(master, tmp_path / "dense"))
+
+
+@pytest.fixture
+def sharded(tmp_path) -> Path:
+    tiny_model().save_pretrained(tmp_path / "dense", max_shard_size="50KB")
+    assert len(list((tmp_path / "dense").glob("model-*-of-00003.safetensors"))) == 3
+    return tmp_path / "dense"
+
+
+# --- the checkpoint ---
+
+
+def test_shards_that_are_missing_cut_off_or_elsewhere(sharded, tmp_path, refused):
+    shard, index = sharded / "model-00002-of-00003.safetensors", sharded / INDEX_NAME
+    whole, places = shard.read_bytes(), json.loads(index.read_text())["weight_map"]
+    shard.unlink()
+    refused(FileNotFoundError, r"shard model-00002-of-00003\.safetensors is missing", sharded)
+    for keep in (0, 5, 200, -1):
+        shard.write_bytes(whole[:keep])
+        refused(ValueError, r"model-00002-of-00003\.safetensors \([\d,]+ bytes\) is not a", sharded)
+    shard.write_bytes(whole)
+    name = next(iter(places))
+    # The file exists and is whole, so only its name can be the reason.
+    (sharded / "sub").mkdir()
+    for folder in (tmp_path, sharded / "sub"):
+        shutil.copy(sharded / "model-00001-of-00003.safetensors", folder / "x.safetensors")
+    for place in ("../", f"{tmp_path}/", "..\\", "sub/", ".."):
+        place += "" if place == ".." else "x.safetensors"
+        edit_json(index, weight_map=places | {name: place})
+        refused(ValueError, f"places '{name}' in .*shards must be plain file names", sharded)
+    (sharded / "weights.bin").write_bytes(PICKLE)
+    edit_json(index, weight_map=dict.fromkeys(places, "weights.bin"))
+    refused(ValueError, r"'weights\.bin': shards must be .*ending in \.safetensors", sharded)
+    wrong = {"model.norm.weight": "model-00001-of-00003.safetensors"}
+    assert places["model.norm.weight"] != wrong["model.norm.weight"]
+    edit_json(index, weight_map=places | wrong)
+    refused(ValueError, r"'model\.norm\.weight' is in .*does not hold it.*belong together", sharded)
+    for content in ("{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": 3}'):
+        index.write_text(content)
+        refused(ValueError, rf"{INDEX_NAME} (is not valid JSON|has no 'weight_map')", sharded)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "nonsense"}, "describes no model that transformers .* knows: .*`nonsense`"),
+        ({"model_type": None, "architectures": None}, "describes no model that .* knows"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "holds quantised weights; "),
+        ({"num_hidden_layers": 3}, r"no weight for model\.layers\.2\..*is the checkpoint whole"),
+        ({"num_hidden_layers": 1}, r"holds 'model\.layers\.1\..*no such weight in its 1 blocks"),
+        ({"intermediate_size": 96}, r"shape \(64, 32\), but config\.json asks for \(96, 32\)"),
+    ],
+)
+def test_a_config_that_does_not_describe_the_weights(changes, message, dense, refused):
+    edit_json(dense / "config.json", **changes)
+    refused(ValueError, message, dense)
+
+
+def test_checkpoints_that_are_not_whole(dense, tmp_path, refused):
+    file = dense / "model.safetensors"
+    whole = file.read_bytes()
+    for keep in (0, 5, 200, -1):
+        file.write_bytes(whole[:keep])
+        refused(ValueError, r"not a whole safetensors file.* download or copy", dense)
+    file.unlink()
+    refused(FileNotFoundError, r"no safetensors checkpoint\. Expected model\.safetensors", dense)
+    (dense / "pytorch_model.bin").write_bytes(PICKLE)
+    refused(FileNotFoundError, r"pytorch_model\.bin, a pickle, .* never loaded", dense)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*OUTSIDE, "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.experts.2.w3.weight"],
+)
+@pytest.mark.parametrize("method", ["wanda", "magnitude"])
+def test_a_weight_that_is_not_there(name, method, tmp_path, refused):
+    dense = tiny_checkpoint(tmp_path / "dense", "mixtral" if "experts" in name else "llama")
+    stored = name.replace("mlp.experts", "block_sparse_moe.experts")
+    edit_tensors(dense, lambda tensors: tensors.pop(stored))
+    # Without its head a model is of another kind, and is refused as such.
+    kind = NotImplementedError if name == "lm_head.weight" else ValueError
+    refused(kind, f"holds no weight for {name.removesuffix('.weight')}", dense, method=method)
+
+
+def test_a_hub_id_that_cannot_be_downloaded(tmp_path, monkeypatch, refused):
+    asked = []
+
+    def download(name: str, **options: Any) -> str:
+        asked.append((name, options["allow_patterns"]))
+        raise ConnectionError("no route to the hub\nand more lines")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    refused(FileNotFoundError, r"'org/model' is neither .* hub: no route to the hub$", "org/model")
+    [(name, patterns)] = asked
+    assert name == "org/model"
+    assert not any(glob.endswith((".bin", ".pt", ".py", "*")) for glob in patterns), "no code"
+
+
+# --- options and text ---
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pattern": "2:5"}, r"layers\.0\.self_attn\.q_proj has 32 inputs, .* multiple of 5"),
+        ({"pattern": "5:4"}, "1 <= N <= M; got '5:4'"),
+        ({"method": "wanda-variant", "pattern": "2:4"}, "wanda-variant has no 2:4 form"),
+        ({"ignore": ["lm_head"]}, "`ignore` 'lm_head' matches none of the 14 linears"),
+        ({"device": "cuda:99"}, r"device 'cuda:99' is not there: \d+ CUDA devices are visible"),
+        ({"memory": "1MB", "device": "cpu"}, "the memory budget is .*Raise `memory`"),
+        ({"calibration": token_ids().float()}, r"integers \(samples, seqlen\), got torch\.float32"),
+        ({"calibration": token_ids()[0]}, r"must be integers \(samples, seqlen\)"),
+        ({"calibration": token_ids()[:0]}, r"\(samples, seqlen\), got torch\.int64 \(0, 16\)"),
+        ({"calibration": token_ids()[:, :1]}, "seqlen must be at least 2 tokens; got 1"),
+        ({"calibration": token_ids() + VOCABULARY}, f"from 261 to 382, but .* {VOCABULARY} rows"),
+        ({"calibration": token_ids() - 100}, "the calibration token ids run from -97 to"),
+        ({"calibration": token_ids(2, 65)}, "windows of 65 tokens do not fit: .* 64 positions"),
+        ({"calibration": "python-docs", "samples": 0}, "samples must be at least 1"),
+    ],
+)
+def test_options_that_make_no_sense(options, message, dense, tmp_path, refused):
+    refused(ValueError, message, dense, **options)
+
+
+def test_a_loaded_model_and_an_output_folder_exclude_each_other(dense, tmp_path, refused):
+    refused(ValueError, "leave output out and call its save_pretrained", tiny_model())
+    with pytest.raises(ValueError, match="pruned into a new folder: give output"):
+        prunus.prune(dense, calibration=token_ids())
+    with pytest.raises(TypeError, match=r"expected a transformers model .* got Linear"):
+        prunus.prune(torch.nn.Linear(3, 3), calibration=token_ids())
+    with pytest.raises(ValueError, match="needs its tokenizer: pass tokenizer="):
+        prunus.prune(tiny_model(), calibration="python-docs", samples=2, seqlen=16)
+
+
+# --- the output folder ---
+
+
+def test_a_damaged_manifest(dense, tmp_path, refused):
+    (tmp_path / "out").mkdir()
+    for content in ("{", "{}", '{"format": 2}'):
+        (tmp_path / "out" / Manifest.FILE).write_text(content)
+        refused(ValueError, rf"{Manifest.FILE} is (not valid JSON|damaged or of another)", dense)
+    report = prunus.prune(dense, tmp_path / "out", calibration=token_ids(), overwrite=True)
+    assert report.state == "finished"
+
+
+@pytest.mark.parametrize("harm", ["gone", "cut"])
+def test_a_finished_run_that_lost_a_shard_is_not_finished(harm, dense, tmp_path, refused):
+    prunus.prune(dense, tmp_path / "out", calibration=token_ids())
+    shard = tmp_path / "out" / "model-00002-of-00003.safetensors"
+    if harm == "gone":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:1000])
+    refused(FileExistsError, rf"damaged since: .*{shard.name}.*overwrite`? ma", dense)
+
+
+# --- errors in the middle of a run ---
+
+
+def spoil(dense: Path, name: str, value: float) -> None:
+    edit_tensors(dense, lambda tensors: tensors[name].view(-1)[3].fill_(value))
+
+
+def check_unfinished(out: Path, blocks: int, of: int) -> None:
+    """Check that the folder holds finished blocks only, and does not pass for a model."""
+    shards = [shard_name(index, of + 1) for index in (*range(blocks), of)]
+    assert sorted(path.name for path in out.iterdir()) == [*shards, Manifest.FILE]
+    manifest = Manifest.load(out)
+    assert (manifest.state, len(manifest.blocks)) == ("running", blocks)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("method", ["wanda", "magnitude"])
+def test_weights_that_are_not_finite(value, method, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=3)
+    whole = load_file(dense / "model.safetensors")
+    spoil(dense, "model.layers.1.mlp.up_proj.weight", value)
+    source = tree(dense)
+    with pytest.raises(ValueError, match=r"\.1\.mlp\.up_proj\.weight holds .* not finite"):
+        prunus.prune(dense, tmp_path / "out", method, calibration=token_ids())
+    assert tree(dense) == source
+    check_unfinished(tmp_path / "out", blocks=1, of=3)
+    # With a corrected model the run continues, and its result is that of a run that never failed.
+    save_file(whole, dense / "model.safetensors", metadata={"format": "pt"})
+    steps: list[Any] = []
+    for name in ("out", "undisturbed"):
+        prunus.prune(dense, tmp_path / name, method, calibration=token_ids(), progress=steps.append)
+    assert "earlier run" in steps[0].message
+    assert shards(tmp_path / "out") == shards(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factor"), [("float32", 1e30), ("float16", 1e5), ("bfloat16", 1e30)], ids=str
+)
+@pytest.mark.parametrize("propagate", ["linear", "block"])
+def test_activations_that_are_not_finite(dtype, factor, propagate, dense, tmp_path):
+    for name in ("gate_proj", "up_proj"):
+        edit_tensors(dense, lambda x: x[f"model.layers.1.mlp.{name}.weight"].mul_(factor))  # noqa: B023
+    source = tree(dense)
+    with pytest.raises(ValueError, match=r"reach model\.layers\.1\.mlp\.down_proj are not finite"):
+        prunus.prune(
+            dense, tmp_path / "out", calibration=token_ids(), dtype=dtype, propagate=propagate
+        )
+    assert tree(dense) == source
+    check_unfinished(tmp_path / "out", blocks=1, of=2)
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_weights_outside_the_blocks_that_are_not_finite(name, dense, tmp_path):
+    spoil(dense, name, torch.inf)
+    with pytest.raises(ValueError, match=f"{name} holds weights that are not finite"):
+        prunus.prune(dense, tmp_path / "out", calibration=token_ids())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", *OUTSIDE])
+def test_verbs_that_read_a_whole_model_name_what_is_not_finite(name, dense):
+    byte_tokenizer().save_pretrained(dense)
+    spoil(dense, name, torch.nan)
+    for read in (prunus.load, prunus.inspect)[: 1 if name in OUTSIDE else 2]:
+        with pytest.raises(ValueError, match=f"{name} holds weights that are not finite"):
+            read(dense)
+
+
+def test_a_loaded_model_names_what_is_not_finite():
+    embeddings, weight = tiny_model(), tiny_model()
+    with torch.no_grad():
+        embeddings.model.embed_tokens.weight.fill_(torch.inf)
+        weight.model.layers[1].self_attn.o_proj.weight[0, 0] = torch.nan
+    for model, message in (
+        (embeddings, "the embeddings give hidden states that are not finite"),
+        (weight, r"model\.layers\.1\.self_attn\.o_proj\.weight .* not finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prunus.prune(model, calibration=token_ids())

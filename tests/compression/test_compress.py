@@ -32,7 +32,7 @@ from prunus.pruning.run import PlainTensors
 from prunus.reporting.run_sections import run_section
 from prunus.reporting.tables import plan_facts
 from scripts import run_script
-from stopping import StopError, stop_after
+from stopping import interrupt
 from tiny import shards, tiny_checkpoint, tiny_model, token_ids, weights
 
 WIDER = {"hidden_size": 64, "intermediate_size": 128}
@@ -159,8 +159,7 @@ def of_version_3(record: dict) -> dict:
 
 def test_a_run_of_version_3_is_read_and_continues_to_the_same_bytes(dense, tmp_path):
     compress(dense, tmp_path / "whole", format="mlx")
-    with pytest.raises(StopError):
-        compress(dense, tmp_path / "out", format="mlx", progress=stop_after(1))
+    interrupt(compress, dense, tmp_path / "out", format="mlx")
     path = tmp_path / "out" / CompressionRecord.FILE
     path.write_text(json.dumps(of_version_3(json.loads(path.read_text()))))
     compress(dense, tmp_path / "out", format="mlx", resume=True)
@@ -229,8 +228,7 @@ def test_experts_in_one_tensor_stay_dense_and_are_named(tmp_path):
 def test_a_resumed_run_takes_the_measurement_or_makes_it_again(dense, tmp_path):
     compress(dense, tmp_path / "whole", format="mlx")
     assert not (tmp_path / "whole" / MEASUREMENT).exists()
-    with pytest.raises(StopError):
-        compress(dense, tmp_path / "out", format="mlx", progress=stop_after(1))
+    interrupt(compress, dense, tmp_path / "out", format="mlx")
     assert (tmp_path / "out" / MEASUREMENT).exists()
     shutil.copytree(tmp_path / "out", tmp_path / "lost")
     (tmp_path / "lost" / MEASUREMENT).unlink()  # it measures again

@@ -20,9 +20,10 @@ from prunus.formats.records import CompressionRecord
 from prunus.methods.group_fits import round_in_groups
 from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.loading import load_model
-from stopping import StopError, stop_after
-from tiny import shards, stored, tiny_checkpoint, token_ids
+from stopping import interrupt
+from tiny import ids_file, shards, stored, tiny_checkpoint, token_ids
 
+NO_MLX = "not installed: pip install mlx mlx-lm, on Linux 'mlx[cpu]' mlx-lm"
 WIDE = {"hidden_size": 128, "intermediate_size": 192}
 #: Bits -> the bytes into which mx.quantize of MLX 0.32.4 packed `weights_of(bits)`, with groups of
 #: 32. Scale and bias were -1 and the largest weight.
@@ -99,7 +100,7 @@ def test_bytes_are_those_that_mlx_packed(bits):
 @pytest.mark.parametrize("bits", PACKED)
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_mlx_reads_the_numbers_that_were_stored(bits, group):
-    mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
+    mx = pytest.importorskip("mlx.core", reason=NO_MLX)
     rounded = round_in_groups(torch.randn(3, 256), affine_type(bits, group, torch.bfloat16))
     packed_OB, *ends = rounded.quantizer.separate(rounded.data_OB)
     scales, biases = (mx.array(x.float().numpy()) for x in ends)
@@ -174,13 +175,10 @@ def test_head_bits_hold_for_embedding_and_head(dense, tmp_path):
 
 
 def test_a_killed_run_continues_to_the_same_bytes(dense, compressed, tmp_path):
-    with pytest.raises(StopError):
-        compress(dense, tmp_path / "out", progress=stop_after(1))
+    interrupt(compress, dense, tmp_path / "out")
     compress(dense, tmp_path / "out")
     assert shards(tmp_path / "out") == shards(compressed)
     assert quantization(tmp_path / "out") == quantization(compressed)
-    with pytest.raises(FileExistsError, match="another bits"):
-        compress(dense, tmp_path / "out", 4)
 
 
 def test_what_cannot_be_stored_is_refused_before_any_work(dense, tmp_path):
@@ -214,7 +212,7 @@ def test_other_verbs_read_the_result(dense, compressed, tmp_path):
     for name, linear in linears.items():
         assert linear.dtype == record.types[name]
         assert linear.bits == affine_type(*numbers(linear.dtype), torch.bfloat16).bits
-    save_file({"input_ids": token_ids()}, tmp_path / "ids.safetensors")
+    ids_file(tmp_path / "ids.safetensors")
     scored = prunus.perplexity(
         compressed, str(tmp_path / "ids.safetensors"), seqlen=16, reference=dense, progress=False
     )
@@ -227,16 +225,6 @@ def numbers(kind: str) -> tuple[int, int]:
     """Bits and size of groups of a type, by its name."""
     bits, group = kind.split("bit-g")
     return int(bits), int(group)
-
-
-def test_a_shard_that_was_changed_does_not_pass_the_check_of_inspect(compressed, tmp_path):
-    out = shutil.copytree(compressed, tmp_path / "out")
-    path = next(out.glob("model-00001-*"))
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="model-00001"):
-        prunus.inspect(out, verify=True)
 
 
 @pytest.mark.parametrize("part", ["scales", "biases", "weight", "bits", "mode"])
@@ -283,8 +271,8 @@ WINDOWS = {family: {"sliding_window": 64} for family in ("mistral", "gemma2")} |
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_mlx_lm_computes_what_is_computed_here(family, tmp_path):
-    mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
-    mlx_lm = pytest.importorskip("mlx_lm.utils", reason="mlx-lm is not installed")
+    mx = pytest.importorskip("mlx.core", reason=NO_MLX)
+    mlx_lm = pytest.importorskip("mlx_lm.utils", reason=NO_MLX)
     mx.set_default_device(mx.cpu)
     for tied in FAMILIES[family]:
         options = {"tie_word_embeddings": tied, **WINDOWS.get(family, {})}

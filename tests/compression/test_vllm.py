@@ -26,25 +26,23 @@ NEW_TOKENS = 12
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4}
 
 
-def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    settings = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env=os.environ | settings | environment,
+SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def vllm_greedy(folder: Path, *options: str) -> list[list[int]]:
+    script, prompts = str(vllm_tokens.__file__), json.dumps(PROMPTS)
+    done = subprocess.run(
+        [sys.executable, script, str(folder), prompts, str(NEW_TOKENS), *options],
+        env=os.environ | SETTINGS,
         capture_output=True,
         text=True,
         check=False,
     )
-
-
-def vllm_greedy(folder: Path, *options: str, **environment: str) -> list[list[int]]:
-    script, prompts = str(vllm_tokens.__file__), json.dumps(PROMPTS)
-    done = run([script, str(folder), prompts, str(NEW_TOKENS), *options], **environment)
     assert done.returncode == 0, done.stderr[-3000:]
     tokens: list[list[int]] = json.loads(done.stdout.splitlines()[-1])
     return tokens

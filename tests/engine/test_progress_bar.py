@@ -9,7 +9,7 @@ import pytest
 
 import prunus
 from prunus.engine.progress import Progress, Shown, shows_progress
-from tiny import tiny_checkpoint, token_ids
+from tiny import token_ids
 
 
 class Terminal(io.StringIO):
@@ -79,8 +79,7 @@ def test_a_console_of_ipython_is_a_terminal(monkeypatch):
     assert count() is None
 
 
-def test_pruning_and_scoring_show_their_steps(notebook, tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense")
+def test_pruning_and_scoring_show_their_steps(dense, notebook, tmp_path):
     prunus.prune(dense, tmp_path / "out", calibration=token_ids(2))
     shown = notebook()
     assert "100%" in shown and "2/2 blocks, left 0:00, peak" in shown

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 
 import prunus
+from changes import edit_tensors
 from command_line import call
 from prunus.evaluation.model_input import ComputeOptions
 from prunus.evaluation.records import PAPER7, Metric, TaskResults, TaskScore
@@ -35,14 +35,9 @@ def models(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     first = dense_checkpoint(root / "first", max_position_embeddings=1024)
     second = Path(shutil.copytree(first, root / "second"))
-    alter(second)
+    name = "model.layers.0.mlp.up_proj.weight"
+    edit_tensors(second, lambda tensors: tensors[name][0, 0].add_(3))
     return {"first": first, "second": second}
-
-
-def alter(folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] += 3
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @needs_lm_eval

@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import prunus
+from changes import edit_tensors
 from prunus.evaluation.inspection import PATTERNS, holds, stored_size
 from prunus.model.linears import find_linears, left_dense
 from tiny import tiny_checkpoint, tiny_model, token_ids
@@ -87,8 +88,7 @@ def test_a_path_and_a_loaded_model_give_the_same(family, tmp_path):
         assert (linear.sparsity < 0.01) == (".1.mlp." in linear.name)
 
 
-def test_counts_are_those_of_the_files_in_the_order_of_the_model(tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense")
+def test_counts_are_those_of_the_files_in_the_order_of_the_model(dense, tmp_path):
     stored = load_file(dense / "model.safetensors")
     found = prunus.inspect(dense)
     assert [linear.block for linear in found.linears] == [0] * 7 + [1] * 7
@@ -135,11 +135,8 @@ def test_the_size_of_a_model_is_that_of_its_files_and_linears(family, dtype, bit
     assert stored_size(dense).file_bytes == (dense / "model.safetensors").stat().st_size
 
 
-def test_the_size_of_a_model_of_an_unknown_kind_is_that_of_its_files(tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense")
-    tensors = load_file(dense / "model.safetensors")
-    del tensors["model.layers.1.mlp.down_proj.weight"]
-    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
+def test_the_size_of_a_model_of_an_unknown_kind_is_that_of_its_files(dense, tmp_path):
+    edit_tensors(dense, lambda tensors: tensors.pop("model.layers.1.mlp.down_proj.weight"))
     found = stored_size(dense)
     assert found.bits_per_weight is None
     assert found.file_bytes > 0

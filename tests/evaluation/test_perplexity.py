@@ -1,19 +1,25 @@
-"""Perplexity and the texts it is measured on."""
+"""Perplexity of whole models and block by block, and the texts it is measured on."""
 
 import gzip
 import hashlib
 import json
 import logging
 import math
+from collections import Counter
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import prunus
+from changes import edit_json
 from prunus.calibration.corpora import python_code, python_docs
+from prunus.evaluation import streamed_model as streamed
+from prunus.evaluation.model_input import ComputeOptions
 from prunus.evaluation.perplexity import check_text, load_scoring_text, perplexity
 from prunus.evaluation.window_scores import WholeModel, score_windows
-from tiny import tiny_model
+from prunus.model.checkpoint.reader import Checkpoint
+from tiny import ids_file, tiny_checkpoint, tiny_model, token_ids
 from tiny_tokenizer import BOS, EOS, VOCABULARY, byte_tokenizer
 
 SENTENCES = "The quick brown fox jumps over the lazy dog; " * 12
@@ -59,7 +65,7 @@ def test_against_token_by_token_scoring(model, text_file):
     expected = slow_loss(model, ids)
     assert result.loss == pytest.approx(expected, rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
-    assert (result.windows, result.seqlen, result.tokens) == (4, 25, 100)
+    assert (result.windows, result.seqlen, result.tokens, result.bos) == (4, 25, 100, "no")
     assert "4 windows of 25 tokens without overlap (100 tokens)" in result.protocol
     assert "float32" in result.protocol
     assert result.source == str(text_file)
@@ -189,13 +195,13 @@ def test_losses_that_are_not_finite_or_beyond_exp(model, text_file):
 
 
 def test_weights_that_are_not_finite_are_named(model, text_file, tmp_path):
-    options = {"tokenizer": byte_tokenizer(), "seqlen": 32, "samples": 1, "stream": False}
+    options = {"tokenizer": byte_tokenizer(), "seqlen": 32, "samples": 1}
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[3, 3] = torch.nan
     model.save_pretrained(tmp_path)
-    for given in (model, tmp_path):
+    for given, stream in ((model, False), (tmp_path, False), (tmp_path, True)):
         with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj\.weight .* not finite"):
-            perplexity(given, str(text_file), **options)
+            perplexity(given, str(text_file), stream=stream, **options)
 
 
 # --- the texts ---
@@ -272,3 +278,80 @@ def test_how_documents_are_joined(tmp_path):
 def test_missing_texts(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"wikitext2/wiki\.test\.raw"):
         check_text("wikitext2", tmp_path)
+
+
+# --- block by block ---
+
+
+@pytest.fixture
+def ids(tmp_path):
+    return str(ids_file(tmp_path / "ids.safetensors", 7, 24))
+
+
+def score(folder, ids, **options):
+    return prunus.perplexity(folder, ids, seqlen=24, device="cpu", **options)
+
+
+#: Embeddings and heads of every form: scaled, capped, with biases, projections, positions, norms.
+FAMILIES = """
+bloom codegen cohere falcon_h1 gemma2 gemma4_text gpt2 gpt_neox granite llama mamba mpt opt phi
+qwen3_5_text
+"""
+
+
+@pytest.mark.parametrize("family", FAMILIES.split())
+def test_streaming_gives_the_perplexity_of_the_whole_model(family, ids, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", family)
+    whole = score(dense, ids, batch=2, stream=False)
+    parts = score(dense, ids, batch=2, stream=True)
+    assert (whole.streamed, parts.streamed) == (False, True)
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert (parts.windows, parts.protocol) == (whole.windows, whole.protocol)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+def test_streaming_gives_the_same_bits(tied, dtype, ids, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16, tie_word_embeddings=tied)
+    losses = {score(dense, ids, dtype=dtype, stream=stream).loss for stream in (False, True)}
+    assert len(losses) == 1
+
+
+def test_every_tensor_is_read_once(monkeypatch, ids, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", tie_word_embeddings=False)
+    seen: Counter[str] = Counter()
+    original = Checkpoint.read
+
+    def counting(self, names, *options):
+        names = list(names)
+        seen.update(names)
+        return original(self, names, *options)
+
+    monkeypatch.setattr(Checkpoint, "read", counting)
+    score(dense, ids, stream=True)
+    # Final norm and rotary tables come with the embedding and with the head.
+    assert {name for name, count in seen.items() if count > 1} == {"model.norm.weight"}
+    assert set(seen) == set(Checkpoint(dense).tensors)
+
+
+def test_what_does_not_fit_is_streamed_and_what_does_is_not(monkeypatch, ids, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", hidden_size=64, num_hidden_layers=12)
+    monkeypatch.setattr(streamed, "process_memory", lambda: 0)
+    need = streamed.whole_bytes(dense, 24, ComputeOptions("auto", torch.device("cpu")))
+    large = sum(path.stat().st_size for path in dense.glob("*.safetensors"))
+    assert large < need < 2 * large
+    assert not score(dense, ids, memory=need).streamed
+    assert score(dense, ids, memory=need - 1).streamed
+    assert score(dense, ids, memory=f"{need // 2048}KB").streamed
+    with pytest.raises(ValueError, match=r"block by block needs .* the memory budget is .* Raise"):
+        score(dense, ids, memory=large // 12)
+
+
+def test_compressed_models_are_streamed_and_quantised_ones_of_other_programs_are_not(ids, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16)
+    prunus.compress(dense, tmp_path / "small", 8, calibration=token_ids())
+    whole = score(tmp_path / "small", ids, stream=False)
+    assert score(tmp_path / "small", ids, stream=True).loss == whole.loss
+    edit_json(dense / "config.json", quantization_config={"quant_method": "fp8"})
+    with pytest.raises(ValueError, match="is quantised, which is scored with the whole"):
+        score(dense, ids, stream=True)

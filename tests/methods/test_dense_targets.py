@@ -87,8 +87,7 @@ def test_a_dense_target_lowers_the_error_against_the_dense_outputs(method):
     assert error(dense_weight=1.0) < error(dense_weight=0.4) < error()
 
 
-def test_dense_targets_change_what_later_blocks_become(tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense")
+def test_dense_targets_change_what_later_blocks_become(dense, tmp_path):
     ids = token_ids(8, 16)
     for name, options in (
         ("plain", {"method": "alps"}),
@@ -120,8 +119,7 @@ def test_wide_linears_with_few_tokens_have_no_dense_target(tmp_path, monkeypatch
         assert (tmp_path / "other" / shard.name).read_bytes() == shard.read_bytes(), shard.name
 
 
-def test_reconstruction_keeps_masks_and_lowers_the_error_of_every_block(tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense")
+def test_reconstruction_keeps_masks_and_lowers_the_error_of_every_block(dense, tmp_path):
     options = {"pattern": "2:4", "calibration": token_ids(32, 32)}
     report = prunus.prune(dense, tmp_path / "out", reconstruct="all", batch=1, **options)
     assert all(
@@ -152,8 +150,7 @@ def test_reconstruction_keeps_masks_and_lowers_the_error_of_every_block(tmp_path
         ({"reconstruct": "all", "batch": 8}, "make one batch of"),
     ],
 )
-def test_what_does_not_go_together_is_refused_before_any_work(options, message, tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense")
+def test_what_does_not_go_together_is_refused_before_any_work(dense, options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         prunus.prune(dense, tmp_path / "out", calibration=token_ids(8, 16), **options)
     assert not (tmp_path / "out").exists()

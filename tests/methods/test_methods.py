@@ -1,4 +1,6 @@
-"""Each method against a slow reference, and its guarantees on degenerate matrices."""
+"""Each method against a slow reference, its guarantees, and the table that declares all methods."""
+
+import hashlib
 
 import pytest
 import torch
@@ -6,11 +8,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import prunus
 import reference
-from method_cases import BY_BLOCKS, PATTERNS, example, gather, prune, weird_example
-from prunus.methods import METHODS
+from method_cases import BY_BLOCKS, PATTERNS, WEIRD, example, gather, prune, weird_example
+from prunus.methods import METHODS, Method, MethodOptions, check_options, compose, get_method
+from prunus.methods.alps import OVER_RELAXATION, from_spectrum, penalties
+from prunus.methods.dense_targets import drift_is_worthwhile
 from prunus.methods.patterns import Pattern
+from prunus.methods.solvers.least_squares import (
+    ScaledGram,
+    conjugate_gradients,
+    is_data_limited,
+    ridge,
+    scaled_gram_of,
+)
 from prunus.methods.solvers.obs import inverse_factor
+from prunus.methods.statistics import InputStatistics
+from tiny import tiny_checkpoint, token_ids, weights
 
 # --- against the references ---
 
@@ -97,14 +111,17 @@ def test_n_of_m_holds_for_every_block_width(name, m, groups, rows, data):
     assert (pruned.keep_OI.view(rows, groups, m).sum(dim=2) == n).all()
 
 
+@pytest.mark.parametrize("update", ["none", "least-squares"])
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("pattern", [Pattern(), Pattern(4, 4)], ids=repr)
-def test_nothing_to_remove_changes_nothing(name, pattern):
+def test_nothing_to_remove_changes_nothing(name, pattern, update):
     weight_OI, X_TI = example(5, 12)
     weight_OI[2, 3], weight_OI[3, 3] = 0.0, -0.0
     X_TI[:, 1] = 0
     if name != "wanda-variant" or pattern.is_unstructured:
-        pruned = prune(name, weight_OI, X_TI, pattern, 0.0)
+        options = MethodOptions(weight_update=update)
+        method = compose(METHODS[name], options)
+        pruned = method.prune(weight_OI, gather(X_TI), pattern, 0.0, options)
         assert pruned.keep_OI.all()
         assert torch.equal(pruned.weight_OI.view(torch.int32), weight_OI.view(torch.int32))
 
@@ -160,3 +177,379 @@ def test_the_scale_of_the_inputs_does_not_matter():
             prune("sparsegpt", weight_OI, X_TI * factor, Pattern(group="layer")).weight_OI,
             expected.weight_OI,
         )
+
+
+# --- RIA, ALPS and least squares ---
+
+# --- RIA ---
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_ria_equals_the_reference(pattern, power):
+    weight_OI, X_TI = example(7, 12)
+    pruned = prune("ria", weight_OI, X_TI, pattern, ria_power=power)
+    expected = reference.keep_mask(reference.ria_score(weight_OI, X_TI, power), pattern, 0.5)
+    assert torch.equal(pruned.keep_OI, expected)
+
+
+# --- least squares ---
+
+
+@pytest.mark.parametrize("damping", [0.01, 0.3, None])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+def test_the_fit_is_the_exact_solution(pattern, damping, monkeypatch):
+    monkeypatch.setattr("prunus.methods.solvers.least_squares._TOLERANCE", 1e-6)
+    monkeypatch.setattr("prunus.methods.solvers.least_squares._MAX_STEPS", 200)
+    weight_OI, X_TI = example(9, 24)
+    X_TI[:, 7] = 0
+    statistics = gather(X_TI)
+    start = METHODS["wanda"].prune(weight_OI, statistics, pattern, 0.5)
+    options = MethodOptions(weight_update="least-squares", damping=damping)
+    fitted = compose(METHODS["wanda"], options).prune(weight_OI, statistics, pattern, 0.5, options)
+    used = damping or ridge(24, 200)
+    assert fitted.notes["ridge"] == used
+    expected = reference.least_squares(weight_OI, start.keep_OI, statistics.gram_II, used)
+    torch.testing.assert_close(fitted.weight_OI.double(), expected, rtol=2e-3, atol=2e-3)
+    assert torch.equal(fitted.keep_OI, start.keep_OI)
+    kept = start.keep_OI[:, 7]
+    # A dead input keeps its weights.
+    torch.testing.assert_close(fitted.weight_OI[kept, 7], weight_OI[kept, 7])
+
+
+@given(
+    st.integers(1, 8),
+    st.integers(1, 30),
+    st.integers(1, 60),
+    st.integers(0, 40),
+    st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=30)
+def test_no_step_of_conjugate_gradients_raises_the_error(rows, columns, tokens, steps, seed):
+    weight_OI, X_TI = example(rows, columns, seed, tokens)
+    keep_OI = torch.rand(rows, columns) < 0.5
+    target_OI, hessian_II, _ = reference.scaled(weight_OI, gather(X_TI).gram_II, 0.05)
+    start_OI = torch.randn(rows, columns)
+    solution_OI, taken = conjugate_gradients(
+        start_OI, target_OI.float(), keep_OI, hessian_II.float(), steps
+    )
+    before = reference.squared_error(start_OI * keep_OI - target_OI, hessian_II)
+    after = reference.squared_error(solution_OI - target_OI, hessian_II)
+    assert taken <= steps
+    assert (after <= before * (1 + 1e-4) + 1e-6).all()
+    assert not solution_OI[~keep_OI].any()
+
+
+# --- ALPS ---
+
+
+@pytest.mark.parametrize("iterations", [1, 4, 5, 32])
+@pytest.mark.parametrize("pattern", [*PATTERNS, Pattern(4, 8)], ids=repr)
+def test_alps_equals_the_reference(pattern, iterations):
+    weight_OI, X_TI = example(6, 24)
+    X_TI[:, 13] = 0
+    pruned = prune("alps", weight_OI, X_TI, pattern, damping=0.1, iterations=iterations)
+    gram_II = X_TI.double().T @ X_TI.double()
+    weight, keep = reference.alps(weight_OI, gram_II, pattern, 0.5, 0.1, iterations)
+    # The reference breaks ties of weights that are exactly 0 in its own order.
+    alive_I = X_TI.any(dim=0)
+    assert torch.equal(pruned.keep_OI[:, alive_I], keep[:, alive_I])
+    # A few steps of conjugate gradients remove nearly all of the error that is left.
+    _, hessian_II, scale_I = reference.scaled(weight_OI, gram_II, 0.1)
+    alive_II = hessian_II[alive_I][:, alive_I]
+
+    def loss(found_OI: torch.Tensor) -> float:
+        change_OI = (found_OI.double() - weight_OI)[:, alive_I] * scale_I[alive_I]
+        return float(reference.squared_error(change_OI, alive_II).sum())
+
+    assert loss(weight) * (1 - 1e-6) <= loss(pruned.weight_OI) <= loss(weight) * 1.01
+    if iterations == 32:
+        torch.testing.assert_close(pruned.weight_OI.double(), weight, rtol=0.02, atol=0.05)
+
+
+@given(
+    st.sampled_from([*PATTERNS, Pattern(0, 4), Pattern(3, 4)]),
+    st.integers(1, 9),
+    st.sampled_from([0.1, 0.4, 0.8]),
+    st.sampled_from(list(WEIRD)),
+    st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=30)
+def test_alps_keeps_exact_counts(pattern, rows, sparsity, kind, seed):
+    weight_OI, X_TI = weird_example(kind, rows, 12, seed)
+    pruned = prune("alps", weight_OI, X_TI, pattern, sparsity, iterations=5)
+    for places in reference.competitors((rows, 12), pattern):
+        gone = int(len(places) * sparsity) if pattern.n is None else pattern.m - pattern.n
+        assert sum(not pruned.keep_OI[place] for place in places) == gone
+
+
+@pytest.mark.parametrize(
+    "pattern", [Pattern(), Pattern(group="layer"), Pattern(2, 4), Pattern(4, 8)], ids=repr
+)
+def test_wanda_loses_more_than_sparsegpt_and_sparsegpt_more_than_alps(pattern):
+    """ALPS beats the best weights for Wanda's mask too, also on tokens that it has not seen."""
+    weight_OI, X_TI = example(32, 96, tokens=600)
+    errors = {}
+    for update in ("none", "least-squares"):
+        options = MethodOptions(weight_update=update)
+        for name in ("wanda", "sparsegpt", "alps") if update == "none" else ("wanda",):
+            method = compose(METHODS[name], options)
+            pruned = method.prune(weight_OI, gather(X_TI[:300]), pattern, 0.5, options)
+            change_OI = weight_OI - pruned.weight_OI
+            errors[name, update] = [float((change_OI @ x.T).norm()) for x in X_TI.split(300)]
+    (seen, alps_unseen), (fitted, *_) = errors["alps", "none"], errors["wanda", "least-squares"]
+    assert errors["wanda", "none"][0] > errors["sparsegpt", "none"][0] > 1.05 * seen
+    assert seen < 0.97 * fitted
+    assert all(unseen >= alps_unseen for _, unseen in errors.values())
+
+
+# --- the ADMM operator, and ALPS on wide linears with few tokens ---
+
+
+@pytest.fixture
+def wide_from_64(monkeypatch):
+    monkeypatch.setattr("prunus.methods.solvers.least_squares._WIDE", 64)
+
+
+def decaying(tokens: int, width: int, seed: int = 0) -> Tensor:
+    """Inputs whose Gram matrix has a few large eigenvalues, and many small ones."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.randn(tokens, width, generator=generator)
+    turn_II = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
+    return draw * (1 + 12 * torch.arange(1, width + 1) ** -0.7) @ turn_II
+
+
+def data_limited_example(width: int = 256) -> tuple[Tensor, InputStatistics, ScaledGram]:
+    weight_OI = torch.randn(48, width, generator=torch.Generator().manual_seed(1))
+    statistics = gather(decaying(2 * width, width))
+    return weight_OI, statistics, scaled_gram_of(statistics, None)
+
+
+def exact(scaled: ScaledGram, penalty: float) -> Tensor:
+    identity_II = torch.eye(len(scaled.gram_II), dtype=torch.float64)
+    inverse_II = torch.linalg.inv(scaled.gram_II.double() + penalty * identity_II)
+    return OVER_RELAXATION * penalty * inverse_II + (1 - OVER_RELAXATION) * identity_II
+
+
+def test_only_wide_linears_with_few_tokens_are_data_limited(wide_from_64):
+    assert is_data_limited(64, ridge(64, 320))
+    assert not is_data_limited(64, ridge(64, 321)), "five tokens for each input"
+    assert not is_data_limited(63, ridge(63, 100)), "narrow"
+    assert (
+        drift_is_worthwhile(64, 320),
+        drift_is_worthwhile(64, 321),
+        drift_is_worthwhile(63, 100),
+    ) == (False, True, True)
+
+
+def test_the_spectrum_replaces_inverses(wide_from_64):
+    weight_OI, statistics, scaled = data_limited_example()
+    operator = from_spectrum(statistics, scaled, len(weight_OI))
+    for penalty in penalties(scaled, 5):
+        expected_OI = weight_OI @ exact(scaled, penalty).float()
+        found_OI = weight_OI @ operator(penalty).float()
+        assert float((found_OI - expected_OI).norm() / expected_OI.norm()) < 0.25
+        diagonal_OI = weight_OI * float(exact(scaled, penalty).diagonal().mean())
+        assert (found_OI - expected_OI).norm() < 0.65 * (diagonal_OI - expected_OI).norm()
+
+
+@pytest.mark.parametrize("pattern", [Pattern(), Pattern(group="layer"), Pattern(2, 4)], ids=repr)
+def test_with_few_tokens_alps_is_nearly_as_good_as_with_inverses(pattern, monkeypatch):
+    weight_OI, statistics, scaled = data_limited_example()
+
+    def error(method: str) -> float:
+        pruned = METHODS[method].prune(weight_OI, statistics, pattern, 0.5)
+        change_OI = (pruned.weight_OI - weight_OI) * scaled.scale_I
+        return float((change_OI @ scaled.gram_II * change_OI).sum())
+
+    by_inverses = error("alps")
+    monkeypatch.setattr("prunus.methods.solvers.least_squares._WIDE", 64)
+    found = error("alps")
+    assert found != by_inverses
+    assert found < 1.05 * by_inverses
+    assert found < 0.85 * error("wanda")
+
+
+def test_rows_in_runs_are_pruned_as_all_at_once(wide_from_64, monkeypatch):
+    weight_OI, statistics, _ = data_limited_example()
+    for pattern in (Pattern(), Pattern(group=3), Pattern(group="layer"), Pattern(4, 8)):
+        whole = METHODS["alps"].prune(weight_OI, statistics, pattern, 0.5)
+        monkeypatch.setattr("prunus.hardware.numerics._ELEMENTS_AT_A_TIME", 10 * 256)
+        runs = METHODS["alps"].prune(weight_OI, statistics, pattern, 0.5)
+        monkeypatch.undo()
+        monkeypatch.setattr("prunus.methods.solvers.least_squares._WIDE", 64)
+        assert (whole.keep_OI == runs.keep_OI).float().mean() > 0.999
+        torch.testing.assert_close(whole.weight_OI, runs.weight_OI, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("wide", [64, 4096])
+def test_what_is_no_gram_matrix_is_refused(wide, monkeypatch):
+    monkeypatch.setattr("prunus.methods.solvers.least_squares._WIDE", wide)
+    weight_OI, statistics, _ = data_limited_example(64)
+    statistics._derived.clear()
+    assert statistics.gram_II is not None
+    statistics.gram_II.fill_(float("nan"))
+    with pytest.raises(ValueError, match="is it finite"):
+        METHODS["alps"].prune(weight_OI, statistics, Pattern(), 0.5, MethodOptions(damping=0.99))
+
+
+# --- the table of methods ---
+
+BLOCKWISE = {"mask_order": "blockwise"}
+
+
+def test_default_groups_are_those_of_the_paper():
+    assert {name: method.default_group for name, method in METHODS.items()} == {
+        "magnitude": "layer",
+        "wanda": "row",
+        "wanda-variant": "row",
+        "ria": "layer",
+        "sparsegpt": "layer",
+        "obs": "row",
+        "alps": "row",
+    }
+    for options in ({"mask_from": "magnitude"}, BLOCKWISE):
+        assert METHODS["obs"].with_options(MethodOptions(**options)).default_group == "layer"
+
+
+def test_every_declared_option_exists_and_defaults_fit_every_method():
+    for name, method in METHODS.items():
+        assert set(method.options) <= set(MethodOptions.model_fields), name
+        check_options(method, Pattern(group=method.default_group), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "sparsity", "options", "message"),
+    [
+        ("wanda", Pattern(), 1.0, {}, "sparsity is 1.0"),
+        ("wanda", Pattern(), -0.1, {}, "sparsity is -0.1"),
+        ("wanda", Pattern(), float("nan"), {}, "sparsity is nan"),
+        ("wanda-variant", Pattern(2, 4), 0.5, {}, "no 2:4 form: each row.*Use another method"),
+        ("wanda-variant", Pattern(group="layer"), 0.5, {}, "the group layer.*Use group row"),
+        ("sparsegpt", Pattern(group="column"), 0.5, {}, "the group column.*row or layer"),
+        ("sparsegpt", Pattern(group=4), 0.5, {}, "the group 4.*row or layer"),
+        ("obs", Pattern(group="column"), 0.5, BLOCKWISE, "the group column.*row or layer"),
+        ("wanda", Pattern(), 0.5, {"dense_weight": 0.5}, "wanda keeps its weights as they are"),
+        ("alps", Pattern(), 0.5, {"ria_power": 1.0}, "belongs to method ria, not to alps: drop"),
+        ("wanda", Pattern(), 0.5, {"iterations": 7}, "belongs to method alps, not to wanda"),
+        ("sparsegpt", Pattern(), 0.5, {"mask_from": "magnitude"}, "belongs to method obs"),
+        ("sparsegpt", Pattern(), 0.5, BLOCKWISE, "belongs to method obs, not to sparsegpt"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(name, pattern, sparsity, options, message):
+    with pytest.raises(ValueError, match=message):
+        check_options(METHODS[name], pattern, sparsity, MethodOptions(**options))
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "options"),
+    [
+        ("sparsegpt", Pattern(2, 4, group="column"), {}),
+        ("obs", Pattern(group="column"), {}),
+        ("wanda", Pattern(group=7), {"damping": 0.1}),
+        ("alps", Pattern(), {"weight_update": "least-squares"}),
+        ("wanda-variant", Pattern(), {"weight_update": "least-squares"}),
+        ("wanda", Pattern(group="column"), {"weight_update": "least-squares"}),
+        ("ria", Pattern(), {"ria_power": 1.0}),
+        ("alps", Pattern(), {"iterations": 7}),
+    ],
+)
+def test_what_goes_together_passes(name, pattern, options):
+    check_options(METHODS[name], pattern, 0.5, MethodOptions(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ria_power": -0.5}, r"ria_power must lie in \[0, 2\]; got -0\.5"),
+        ({"ria_power": float("nan")}, r"ria_power must lie in \[0, 2\]; got nan"),
+        ({"iterations": 0}, "iterations must be at least 1; got 0"),
+        ({"damping": 0.0}, r"damping must lie in \(0, 1\)"),
+        ({"damping": 1.5}, r"damping must lie in \(0, 1\).*got 1\.5"),
+        ({"damping": float("nan")}, r"damping must lie in \(0, 1\)"),
+        ({"dense_weight": 2.0}, r"dense_weight must lie in \[0, 1\]"),
+        ({"dense_weight": "auto"}, "dense_weight.*number"),
+        ({"weight_update": "ridge"}, "weight_update"),
+        ({"mask_order": "after"}, "mask_order"),
+        ({"mask_from": "ria"}, "mask_from"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        MethodOptions(**options)
+    assert MethodOptions(dense_weight="0.25").dense_weight == 0.25
+
+
+OWN = """
+import torch
+from prunus.methods import Method, keep_mask, masked
+
+def prune(weight_OI, statistics, work):
+    score_OI = weight_OI.abs() * statistics.norms_I ** 2
+    return masked(weight_OI, keep_mask(score_OI, work.pattern, work.sparsity))
+
+SQUARED = Method(name="squared", summary="squared norms", function=prune, needs="norms")
+NOT_ONE = "text"
+"""
+
+
+def test_a_method_of_ones_own_is_read_from_its_file(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(OWN)
+    method = get_method(f"{file}:SQUARED")
+    assert get_method(f"{file}:SQUARED") is method
+    weight_OI, X_TI = example(5, 12)
+    found = method.prune(weight_OI, gather(X_TI), Pattern(), 0.5)
+    score_OI = weight_OI.abs() * X_TI.norm(dim=0).square()
+    assert torch.equal(found.keep_OI, METHODS["magnitude"].prune(
+        score_OI, gather(X_TI), Pattern(), 0.5
+    ).keep_OI)  # fmt: skip
+    file.write_text(OWN.replace('"squared norms"', '"changed"'))
+    assert get_method(f"{file}:SQUARED").summary == "changed"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("{own}", "names a file but no method in it"),
+        ("{own}:", "names a file but no method in it"),
+        ("{own}:MISSING", "has no MISSING: its methods are SQUARED"),
+        ("{own}:NOT_ONE", "has a str, not a Method, as NOT_ONE"),
+        ("given:squared", "'squared' was given in Python"),
+    ],
+)
+def test_a_name_without_a_method_is_refused(name, message, tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text(OWN)
+    with pytest.raises(ValueError, match=message):
+        get_method(name.format(own=own))
+
+
+def test_a_method_is_given_as_an_object():
+    method = Method(
+        name="mine", summary="", function="prunus.methods.wanda:prune", needs="norms", groups=(3,)
+    )
+    with pytest.raises(ValueError, match="does not support the group row"):
+        check_options(method, Pattern(), 0.5)
+    weight_OI, X_TI = example(6, 12)
+    pruned = method.prune(weight_OI, gather(X_TI), Pattern(group=3), 0.5)
+    assert int(pruned.keep_OI.sum()) == 36
+
+
+def test_a_run_with_a_method_of_ones_own_is_recorded_and_not_mixed_with_another(tmp_path):
+    dense, file = tiny_checkpoint(tmp_path / "dense"), tmp_path / "own.py"
+    file.write_text(OWN)
+    name, options = f"{file}:SQUARED", {"calibration": token_ids()}
+    record = prunus.prune(dense, tmp_path / "out", method=name, **options)
+    assert record.recipe.method == name
+    assert record.inputs.method_sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    given = prunus.prune(dense, tmp_path / "given", method=get_method(name), **options)
+    assert given.recipe.method == "given:squared" and given.inputs.method_sha256
+    one, two = (weights(tmp_path / folder) for folder in ("out", "given"))
+    assert all(torch.equal(each, two[key]) for key, each in one.items())
+    file.write_text(OWN.replace("** 2", "** 3"))
+    with pytest.raises(FileExistsError, match="another method_sha256"):
+        prunus.prune(dense, tmp_path / "out", method=name, **options)
+    with pytest.raises(ValueError, match="ria_power belongs to method ria, not to squared"):
+        prunus.prune(dense, tmp_path / "no", method=name, ria_power=1.0, **options)
+    assert not (tmp_path / "no").exists()

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import reference
-from golden import FED_BACK_LINEAR
+from golden import FED_BACK_LINEAR, kept
 from prunus.methods import METHODS, MethodOptions, Work
 from prunus.methods.patterns import Pattern
 from prunus.methods.solvers.obs import prune_by_obs
@@ -41,11 +41,6 @@ CASES = [
     ("ablate_mag_iter_2of4", "obs", Pattern(2, 4), MAGNITUDE | BLOCKWISE, FED_BACK_LINEAR),
     ("ablate_wanda_iter_unstructured", "obs", LAYER, BLOCKWISE, FED_BACK_LINEAR),
 ]
-
-
-def official_keep(official: dict[str, np.ndarray], name: str, weight_OI: Tensor) -> Tensor:
-    bits = np.unpackbits(official[f"{name}.weight.keep"], bitorder="little")[: weight_OI.numel()]
-    return torch.from_numpy(bits.astype(bool)).view_as(weight_OI)
 
 
 def with_its_mask(weight_OI: Tensor, statistics: InputStatistics, keep_OI: Tensor) -> Tensor:
@@ -83,7 +78,7 @@ def test_masks_and_norms_equal_those_of_the_original(
         pruned = METHODS[method].prune(
             weight_OI, statistics, pattern, 0.5, MethodOptions(**options)
         )
-        keep_OI = official_keep(official, name, weight_OI)
+        keep_OI = kept(official[f"{name}.weight.keep"], weight_OI)
         agreement = ((pruned.weight_OI != 0) == keep_OI).double().mean().item()
         assert agreement >= share, f"{name}: {agreement}"
         norm = pruned.weight_OI.double().norm().item()

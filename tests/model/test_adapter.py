@@ -1,6 +1,5 @@
 """Adapter folders as models: loaded, scored, refused where they do not fit their base."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import prunus
+from changes import edit_json, edit_tensors
 from prunus.evaluation.generation import generate
 from prunus.evaluation.inspection import stored_size
 from prunus.model.adapter import CONFIG_NAME, WEIGHTS_NAME, base_folder, check_adapter, is_adapter
@@ -43,11 +43,6 @@ def make_adapter(base: Path, folder: Path) -> Path:
     return folder
 
 
-def rewrite(adapter: Path, **changes) -> None:
-    path = adapter / CONFIG_NAME
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 def test_an_adapter_computes_base_plus_update(base, adapter):
     tensors = load_file(adapter / WEIGHTS_NAME)
     merged = load_model(base)
@@ -66,10 +61,8 @@ def test_an_adapter_computes_base_plus_update(base, adapter):
 
 
 def test_an_adapter_that_is_not_finite_is_refused_by_name(adapter):
-    tensors = load_file(adapter / WEIGHTS_NAME)
-    name = sorted(tensors)[-1]
-    tensors[name][0, 0] = torch.inf
-    save_file(tensors, adapter / WEIGHTS_NAME, metadata={"format": "pt"})
+    name = max(load_file(adapter / WEIGHTS_NAME))
+    edit_tensors(adapter / WEIGHTS_NAME, lambda tensors: tensors[name].fill_(torch.inf))
     with pytest.raises(ValueError, match=f"{name} holds weights that are not finite"):
         prunus.load(adapter)
 
@@ -95,11 +88,11 @@ def test_everything_that_loads_models_takes_adapters(base, adapter, tmp_path):
 
 def test_the_base_is_found_beside_the_adapter(base, adapter, tmp_path, monkeypatch):
     shutil.copytree(base, tmp_path / "its-base")
-    rewrite(adapter, base_model_name_or_path="../its-base")
+    edit_json(adapter / CONFIG_NAME, base_model_name_or_path="../its-base")
     assert base_folder(adapter).resolve() == tmp_path / "its-base"
     (tmp_path / "here" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
-    rewrite(adapter, base_model_name_or_path="model")
+    edit_json(adapter / CONFIG_NAME, base_model_name_or_path="model")
     assert base_folder(adapter).resolve() == tmp_path / "here" / "model"
 
 
@@ -109,7 +102,7 @@ def test_the_base_is_found_beside_the_adapter(base, adapter, tmp_path, monkeypat
 def test_an_adapter_of_another_base_is_refused_without_reading_it(adapter, tmp_path, options):
     tiny_checkpoint(tmp_path / "other", vocab_size=VOCABULARY, **options)
     (tmp_path / "other" / "model.safetensors").unlink()
-    rewrite(adapter, base_model_name_or_path=str(tmp_path / "other"))
+    edit_json(adapter / CONFIG_NAME, base_model_name_or_path=str(tmp_path / "other"))
     with pytest.raises(ValueError, match=r"does not fit its base .*was it trained on another"):
         check_adapter(adapter)
 
@@ -125,7 +118,7 @@ def test_an_adapter_of_another_family_or_with_other_tensors_is_refused(base, ada
     other = tiny_checkpoint(tmp_path / "gpt2", "gpt2")
     deeper = tiny_checkpoint(tmp_path / "deeper", num_hidden_layers=3)
     for folder, message in ((other, "does not fit"), (deeper, r"the adapter lacks .*layers\.2")):
-        rewrite(adapter, base_model_name_or_path=str(folder))
+        edit_json(adapter / CONFIG_NAME, base_model_name_or_path=str(folder))
         with pytest.raises(ValueError, match=message):
             load_model(adapter)
 
@@ -142,7 +135,7 @@ def test_damaged_adapters_are_refused(base, adapter, tmp_path):
         (str(tmp_path / "gone"), r"is for '.*gone', which is not there"),
         (str(adapter), "is an adapter itself"),
     ):
-        rewrite(adapter, base_model_name_or_path=name)
+        edit_json(adapter / CONFIG_NAME, base_model_name_or_path=name)
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             load_model(adapter)
     (adapter / CONFIG_NAME).write_text("{")

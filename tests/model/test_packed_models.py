@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import prunus
+from changes import edit_json
 from command_line import call
 from tiny import tree
 from tiny_tokenizer import dense_checkpoint
@@ -47,9 +48,8 @@ def place(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("place")
     dense = dense_checkpoint(place / "dense", dtype=torch.bfloat16)
     packed = shutil.copytree(dense, place / "packed")
-    config = json.loads((packed / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "prunus", "format_version": 3, "linears": {}}
-    (packed / "config.json").write_text(json.dumps(config))
+    described = {"quant_method": "prunus", "format_version": 3, "linears": {}}
+    edit_json(packed / "config.json", quantization_config=described)
     (packed / "prunus-compress.json").write_text(json.dumps(record_of_a_packed_model()))
     (place / "adapter").mkdir()
     adapter = {"base_model_name_or_path": "../packed", "peft_type": "LORA"}

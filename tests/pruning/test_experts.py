@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import prunus
@@ -17,10 +16,11 @@ from prunus.model.experts import Experts, find_routers
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.model.stream import Stream
+from prunus.pruning.manifest import Manifest
 from reference import prune_rows
-from stopping import StopError, stop_after
+from stopping import assert_resumes
 from structure_cases import loaded
-from tiny import EXPERT_FAMILIES, stored, tiny_checkpoint, tiny_model, token_ids, weights
+from tiny import EXPERT_FAMILIES, ids_file, stored, tiny_checkpoint, tiny_model, token_ids, weights
 
 CPU = torch.device("cpu")
 
@@ -276,14 +276,9 @@ def test_measuring_experts_on_all_tokens_does_not_change_later_blocks(tmp_path):
     """A resumed run ends in the same bytes, though it measures nothing in finished blocks."""
     dense = tiny_checkpoint(tmp_path / "dense", "qwen3_moe")
     options: dict[str, Any] = {"calibration": token_ids(), "batch": 2, "min_expert_tokens": 30}
-    report = prunus.prune(dense, tmp_path / "whole", **options)
-    assert report.totals["expert_linears_measured_on_all"] > 0
-
-    with pytest.raises(StopError):
-        prunus.prune(dense, tmp_path / "killed", progress=stop_after(1), **options)
-    prunus.prune(dense, tmp_path / "killed", resume=True, **options)
-    one, two = stored(tmp_path / "whole"), stored(tmp_path / "killed")
-    assert all(torch.equal(x, two[key]) for key, x in one.items())
+    assert_resumes(lambda out, **more: prunus.prune(dense, out, **options, **more), tmp_path)
+    totals = Manifest.load(tmp_path / "whole").totals
+    assert totals["expert_linears_measured_on_all"] > 0
 
 
 @pytest.mark.parametrize(
@@ -340,8 +335,8 @@ def test_an_expert_sees_its_tokens_in_the_order_of_the_text():
 
 def test_the_commands_count_experts_and_those_with_too_few_tokens(tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense", "mixtral")
-    save_file({"input_ids": token_ids()}, tmp_path / "ids.safetensors")
-    options = ["--calibration", tmp_path / "ids.safetensors", "--samples", 6, "--seqlen", 16]
+    ids = ids_file(tmp_path / "ids.safetensors")
+    options = ["--calibration", ids, "--samples", 6, "--seqlen", 16]
     (tmp_path / "recipe.toml").write_text("min_expert_tokens = 48\n")
     recipe = ["--recipe", tmp_path / "recipe.toml"]
     text = call("prune", dense, tmp_path / "pruned", *options, *recipe).stdout

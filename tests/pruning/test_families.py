@@ -1,12 +1,41 @@
-"""Every family gets the same weights streamed, in place, and from a naive reference."""
+"""Every family gets the same weights streamed, in place, and from a naive reference.
+
+Also encoders, classifiers of text, the output head, and language models inside image-text models.
+What is no row of blocks is refused by name.
+"""
+
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    Gemma3nTextConfig,
+    RwkvConfig,
+)
 
 import prunus
-from reference import assert_three_ways_agree, wanda_by_whole_runs
-from tiny import FAMILIES, tiny_model, token_ids
+from command_line import call
+from image_text import IMAGE_TEXT_MODELS, VISION, image_text_checkpoint, loaded_with_images
+from places import REPOSITORY
+from prunus.engine.linear_job import plan_run
+from prunus.engine.options import RunOptions
+from prunus.model.calls import BlockStubs
+from prunus.model.checkpoint.resolve import resolve_folder
+from prunus.model.kinds import CAUSAL, kind_of
+from prunus.pruning.recipe import Recipe
+from prunus.pruning.run import PlainTensors
+from recovery_cases import SHORT, shards, training_text
+from reference import assert_three_ways_agree, prune_as_called, prune_rows, wanda_by_whole_runs
+from tiny import COMMON, FAMILIES, SIZES, tiny_checkpoint, tiny_model, token_ids, weights
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -58,3 +87,329 @@ def test_weights_that_stay_dense_in_a_block_are_named(tmp_path):
     assert "model.layers.0.self_attn.q_proj.weight" in dense
     assert "model.layers.1.mlp.down_proj.weight" in dense
     assert "model.layers.0.mlp.down_proj.weight" not in dense
+
+
+# --- the output head ---
+
+
+@pytest.mark.parametrize(
+    ("family", "head"), [("llama", "lm_head"), ("gpt_neox", "embed_out"), ("phi", "lm_head")]
+)
+def test_the_head_is_pruned_on_the_inputs_that_the_pruned_blocks_give_it(family, head, tmp_path):
+    model = tiny_model(family, tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "dense")
+    ids = token_ids()
+    prunus.prune(tmp_path / "dense", tmp_path / "plain", calibration=ids, batch=2)
+    report = prunus.prune(
+        tmp_path / "dense", tmp_path / "headed", calibration=ids, batch=2, head=True
+    )
+    plain, headed = weights(tmp_path / "plain"), weights(tmp_path / "headed")
+    key = next(
+        name for name in plain if name.endswith("lm_head.weight") or name.endswith(f"{head}.weight")
+    )
+    assert report.head is not None
+    assert report.head.sparsity == pytest.approx(0.5)
+    assert all(torch.equal(plain[name], headed[name]) for name in plain if name != key)
+
+    # The naive way: run the pruned model, record the head's input, sort each row.
+    naive = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    caught: list[torch.Tensor] = []
+    naive.get_output_embeddings().register_forward_pre_hook(lambda m, args: caught.append(args[0]))
+    with torch.no_grad():
+        for part in ids.split(2):
+            naive(part)
+    expected = plain[key].clone()
+    prune_rows(expected, torch.cat([x.reshape(-1, x.shape[-1]) for x in caught]))
+    assert torch.equal(headed[key], expected)
+
+    prunus.prune(model, calibration=ids, batch=2, head=True)
+    assert torch.equal(model.state_dict()[key], headed[key])
+
+
+def test_a_tied_head_is_refused_before_any_work(tmp_path):
+    tiny_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "dense")
+    with pytest.raises(NotImplementedError, match="tied to the input embedding"):
+        prunus.prune(tmp_path / "dense", tmp_path / "out", calibration=token_ids(), head=True)
+    assert not (tmp_path / "out").exists()
+
+
+# --- the table of hybrids and encoder-decoders in the documentation ---
+
+PAGE = REPOSITORY / "docs" / "reference" / "models.md"
+#: Linear attention beside full attention; the tests of mixtures of experts have the latter alone.
+OPTIONS = {
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    }
+}
+
+
+def rows() -> list[list[str]]:
+    """The cells of the table below the heading, without its head."""
+    text = PAGE.read_text(encoding="utf-8").split("## Hybrids and encoder-decoders")[1]
+    lines = [line for line in text.split("\n## ")[0].splitlines() if line.startswith("|")]
+    return [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def names(cell: str) -> set[str]:
+    """The names in a cell."""
+    return {part.strip(" `") for part in cell.split(",")} - {""}
+
+
+ROWS = rows()
+WORKING = [(kind, dense) for _, kind, works, dense in ROWS if works == "yes"]
+REFUSED = [(kind, reason) for _, kind, works, reason in ROWS if works == "no"]
+
+
+def test_every_row_says_yes_or_no():
+    assert len(WORKING) + len(REFUSED) == len(ROWS) >= 12
+    expected = {"mamba", "falcon_h1", "granitemoehybrid", "qwen3_next", "rwkv", "t5", "whisper"}
+    assert expected <= {row[0] for row in (*WORKING, *REFUSED)}
+
+
+@pytest.mark.parametrize(("family", "stays_dense"), WORKING)
+def test_what_works_is_pruned_and_loaded(family, stays_dense, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", family, torch.bfloat16, **OPTIONS.get(family, {}))
+    manifest = prunus.prune(dense, tmp_path / "out", "magnitude", calibration=token_ids(2))
+    parts = {name.removesuffix(".weight").split(".")[-1] for name in manifest.left_dense}
+    assert parts == names(stays_dense)
+    assert 0.45 < manifest.totals["sparsity"] < 0.55
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(token_ids(1)).logits
+    assert bool(logits.isfinite().all())
+
+
+@pytest.mark.parametrize(("family", "reason"), REFUSED)
+def test_what_does_not_work_is_refused_by_name_with_the_reason(family, reason):
+    config = AutoConfig.for_model(family)
+    heads = {"rwkv": "RwkvForCausalLM"}
+    config.architectures = [heads.get(family, f"{family}ForConditionalGeneration")]
+    with pytest.raises(NotImplementedError) as refusal:
+        kind_of(config)
+    assert f"'{family}'" in str(refusal.value) and reason in str(refusal.value)
+
+
+# --- the language model inside an image-text model ---
+
+
+@pytest.mark.parametrize("family", IMAGE_TEXT_MODELS)
+def test_the_language_model_is_pruned_and_nothing_else(family, tmp_path):
+    dense = image_text_checkpoint(tmp_path / "dense", family)
+    prunus.prune(dense, tmp_path / "out", calibration=token_ids(), dtype="float32", batch=2)
+    expected = loaded_with_images(dense)
+    decoder = expected.get_decoder()
+    todo = [x for x in decoder.layers.modules() if isinstance(x, nn.Linear)]
+    assert len(todo) == 14
+
+    prune_as_called(todo, token_ids().split(2), lambda ids: expected(input_ids=ids), prune_rows)
+    found = loaded_with_images(tmp_path / "out").state_dict()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl"])
+def test_what_follows_pruning(family, tmp_path):
+    """Scoring in parts and as a whole, recovery and loading in one line."""
+    dense = image_text_checkpoint(tmp_path / "dense", family)
+    prunus.prune(dense, tmp_path / "out", calibration=token_ids(), dtype="float32")
+    pruned = loaded_with_images(tmp_path / "out").eval()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "AutoModelForImageTextToText.from_pretrained" in card and "CausalLM" not in card
+
+    text = training_text(tmp_path)
+    options = {"text": str(text), "seqlen": 16, "samples": 4, "dtype": "float32"}
+    whole, streamed = (
+        prunus.perplexity(tmp_path / "out", stream=stream, **options) for stream in (False, True)
+    )
+    assert whole.perplexity == pytest.approx(streamed.perplexity, rel=1e-6)
+    record = prunus.recover(tmp_path / "out", tmp_path / "new", "masked", text=str(text), **SHORT)
+    assert record.state == "finished"
+    trained = loaded_with_images(tmp_path / "new").state_dict()
+    changed = {name for name, x in pruned.state_dict().items() if not torch.equal(trained[name], x)}
+    assert changed and not any("vis" in name for name in changed)
+    assert all(((x == 0) | (x != 0)).all() for name, x in trained.items())
+    assert prunus.load(tmp_path / "out").tokenizer is not None
+
+
+def test_compression(tmp_path):
+    dense = image_text_checkpoint(tmp_path / "dense", "llava")
+    prunus.compress(dense, tmp_path / "out", bits=4, calibration=token_ids(8, 64))
+    ids, model = token_ids(), loaded_with_images(resolve_folder(tmp_path / "out"))
+    assert model(input_ids=ids).logits.isfinite().all()
+    assert sum(map(len, shards(tmp_path / "out").values())) < sum(map(len, shards(dense).values()))
+
+
+def test_a_model_that_reads_no_text_without_an_image_is_refused(tmp_path):
+    opt = {"model_type": "opt", "ffn_dim": 64, "vocab_size": 128, "word_embed_proj_dim": 32}
+    config = transformers.Blip2Config(
+        text_config=SIZES | opt,
+        vision_config=VISION,
+        qformer_config=SIZES | {"encoder_hidden_size": 32},
+        num_query_tokens=2,
+    )
+    dense = tmp_path / "dense"
+    transformers.Blip2ForConditionalGeneration(config).save_pretrained(dense)
+    with pytest.raises(NotImplementedError, match="reads no text without an image"):
+        prunus.prune(dense, tmp_path / "out", calibration=token_ids())
+    assert not (tmp_path / "out").exists()
+
+
+# --- encoders and classifiers of text ---
+
+_FOR_TEXT: dict[str, Any] = COMMON | {"pad_token_id": 1, "bos_token_id": 0}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "roberta": {},
+    "xlm-roberta": {},
+    "distilbert": {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4},
+    "electra": {"embedding_size": 16},
+    "mpnet": {},
+    "roformer": {},
+    "modernbert": {"global_attn_every_n_layers": 2, "local_attention": 8},
+}
+
+
+def tiny_encoder(family: str) -> Any:
+    config = AutoConfig.for_model(family, **{**_FOR_TEXT, **ENCODERS[family]})
+    torch.manual_seed(2)
+    return AutoModelForMaskedLM.from_config(config).eval()
+
+
+HEADS = ["SequenceClassification", "TokenClassification"]
+CLASSIFIERS = [*product(HEADS, ["bert", "distilbert", "roberta", "llama", "qwen2"])]
+
+
+@pytest.mark.parametrize(("head", "family"), [*product(["MaskedLM"], ENCODERS), *CLASSIFIERS])
+def test_encoders_and_classifiers_of_text_agree_in_three_ways(head, family, tmp_path):
+    loader = getattr(transformers, f"AutoModelFor{head}")
+    options = {**_FOR_TEXT, **ENCODERS.get(family, {}), "num_labels": 3}
+    torch.manual_seed(2)
+    loader.from_config(AutoConfig.for_model(family, **options)).save_pretrained(tmp_path / "dense")
+    ids = token_ids()
+    report = prunus.prune(tmp_path / "dense", tmp_path / "pruned", calibration=ids, batch=2)
+    assert report.totals["sparsity"] == pytest.approx(0.5)
+    naive, in_place = (loader.from_pretrained(tmp_path / "dense").eval() for _ in range(2))
+    prunus.prune(in_place, calibration=ids, batch=2)
+    wanda_by_whole_runs(naive, ids)
+    streamed = loader.from_pretrained(tmp_path / "pruned")
+    assert_three_ways_agree(streamed, in_place, naive, differ=2e-3)
+    assert f"AutoModelFor{head}" in (tmp_path / "pruned" / "README.md").read_text()
+
+
+def refusal(tmp_path, model: Any) -> str:
+    """What a plan of the checkpoint and a run on the loaded model say; both refuse alike."""
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(NotImplementedError) as loaded:
+        prunus.prune(model, calibration=token_ids())
+    recipe = Recipe(calibration="token ids")
+    with pytest.raises(NotImplementedError) as stored:
+        plan_run(
+            tmp_path / "dense", recipe, RunOptions(calibration_data=token_ids()), PlainTensors()
+        )
+    return f"{stored.value} | {loaded.value}"
+
+
+def test_a_model_without_its_head_is_refused_with_what_to_do(tmp_path):
+    for family in ("llama", "bert"):
+        model = AutoModel.from_config(AutoConfig.for_model(family, **_FOR_TEXT))
+        found = refusal(tmp_path / family, model)
+        assert "holds no weight for" in found
+        assert "without its head. Save the whole model" in found
+        assert f"a loaded {type(model).__name__} has no" in found
+
+
+def test_heads_that_are_not_known_are_refused_by_name(tmp_path):
+    model = AutoModelForQuestionAnswering.from_config(AutoConfig.for_model("bert", **_FOR_TEXT))
+    assert refusal(tmp_path / "a", model).count("(BertForQuestionAnswering) cannot be pruned") == 2
+    model = AutoModel.from_config(AutoConfig.for_model("clip_text_model", **SIZES))
+    assert "of type 'clip_text_model' (CLIPTextModel) cannot be pruned" in refusal(
+        tmp_path / "b", model
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (RwkvConfig(), "type 'rwkv' rescales hidden states between its blocks"),
+        (Gemma3nTextConfig(), "type 'gemma3n_text' passes several streams of hidden states"),
+    ],
+)
+def test_decoders_that_are_no_row_of_blocks_are_refused_by_name(config, message):
+    with pytest.raises(NotImplementedError, match=message):
+        kind_of(config)
+
+
+def test_hidden_states_of_another_shape_are_refused():
+    block = nn.Linear(4, 4)
+    stubs = BlockStubs("Streams", [block])
+    with pytest.raises(NotImplementedError, match=r"Streams passes .* of shape \(2, 1, 3, 4\)"):
+        stubs.record(lambda: block(torch.zeros(2, 1, 3, 4)))
+
+
+def test_positions_start_after_the_padding(tmp_path):
+    tiny_encoder("roberta").save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match="windows of 64 tokens do not fit: the model has 62"):
+        prunus.prune(tmp_path / "dense", tmp_path / "pruned", calibration=token_ids(2, 64))
+    prunus.prune(tmp_path / "dense", tmp_path / "pruned", calibration=token_ids(2, 62))
+
+
+_SEQUENCES: dict[str, Any] = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "vocab_size": 128,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        (
+            "whisper",
+            _SEQUENCES
+            | {"max_source_positions": 32, "pad_token_id": 0, "decoder_start_token_id": 1},
+        ),
+        ("bart", _SEQUENCES),
+        ("t5", {"d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 4, "d_kv": 8}),
+    ],
+)
+@pytest.mark.parametrize("verb", ["prune", "plan"])
+def test_encoder_decoders_are_refused_before_any_work(family, options, verb, tmp_path):
+    from transformers import AutoModelForSpeechSeq2Seq
+
+    auto = AutoModelForSpeechSeq2Seq if family == "whisper" else AutoModelForSeq2SeqLM
+    model = auto.from_config(AutoConfig.for_model(family, **options))
+    model.save_pretrained(tmp_path / "dense")
+    text = call(
+        verb, tmp_path / "dense", tmp_path / "out", "--calibration", "python-docs", status=2
+    ).output
+    text = " ".join(text.split())
+    assert (
+        f"a model of type '{family}' ({type(model).__name__}) has an encoder and a decoder" in text
+    )
+    assert (
+        "prunus prunes causal language models, also those inside image-text models, encoders"
+        in text
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
+
+
+@pytest.mark.parametrize("architectures", [None, "LlamaForCausalLM", [3.5], [["x"]], {}])
+def test_damaged_architectures_count_as_causal(architectures):
+    config = AutoConfig.for_model("llama")
+    config.architectures = architectures
+    assert kind_of(config) is CAUSAL
+
+
+def test_the_decoder_of_an_encoder_decoder_is_causal():
+    config = AutoConfig.for_model("bart", is_encoder_decoder=False)
+    config.architectures = ["BartForCausalLM"]
+    assert kind_of(config) is CAUSAL

@@ -1,5 +1,5 @@
-"""Calibration that a Python program gives: texts, data sets and chats; and a loaded model's
-tokenizer.
+"""Calibration that a Python program gives: texts, data sets and chats; a loaded model's tokenizer;
+and whether windows begin with BOS.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import prunus
 from prunus.calibration.sources import Documents, find_source
 from prunus.calibration.windows import WindowRequest
-from tiny import tiny_checkpoint, token_ids
+from tiny import shards, tiny_checkpoint, token_ids
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
 SENTENCES = [f"The quick brown fox number {n} jumps over the lazy dog. " * 2 for n in range(12)]
@@ -112,3 +112,37 @@ def test_errors_hold_no_tensors(dense, tmp_path):
     with pytest.raises((TypeError, ValueError)) as caught:
         prunus.prune(dense, tmp_path / "out", torch.zeros(99, 99), calibration=token_ids())
     assert len(str(caught.value)) < 300
+
+
+# --- what windows begin with ---
+
+TEXT = "The quick brown fox jumps over the lazy dog; " * 20
+
+
+@pytest.fixture
+def with_bos(tmp_path):
+    """A checkpoint whose tokenizer puts BOS first, beside a text."""
+    folder = tiny_checkpoint(tmp_path / "with_bos", vocab_size=VOCABULARY)
+    byte_tokenizer(bos=True).save_pretrained(folder)
+    (tmp_path / "text.txt").write_text(TEXT)
+    return folder
+
+
+def prune(with_bos, name, **options):
+    text = {"calibration": str(with_bos.parent / "text.txt")} | options
+    return prunus.prune(with_bos, with_bos.parent / name, samples=4, seqlen=16, **text)
+
+
+def test_the_manifest_and_the_card_say_which_it_was(with_bos):
+    auto, no = prune(with_bos, "auto"), prune(with_bos, "no", bos="no")
+    assert (auto.recipe.bos, auto.inputs.bos) == ("auto", "yes")
+    assert (no.recipe.bos, no.inputs.bos) == ("no", "no")
+    assert auto.inputs.calibration_sha256 != no.inputs.calibration_sha256
+    assert shards(with_bos.parent / "auto") != shards(with_bos.parent / "no")
+    for name, words in (("auto", "BOS first in every window"), ("no", "no BOS added to windows")):
+        assert words in (with_bos.parent / name / "README.md").read_text()
+    given = prune(with_bos, "given", calibration=token_ids(4, 16))
+    assert given.inputs.bos == "given"
+    with pytest.raises(ValueError, match="windows of token ids stay as they are given"):
+        prune(with_bos, "refused", calibration=token_ids(4, 16), bos="yes")
+    assert not (with_bos.parent / "refused").exists()

@@ -172,7 +172,8 @@ def test_sizes():
         "2T": 2 * 1024**4,
     }.items():
         assert parse_bytes(text) == size
-    for text in ("", "GB", "-1GB", "8PB", "1e9", "8 GB free", "8,5GB", "0", "0.0GB", "nan", "inf"):
+    wrong = ["", "GB", "-1GB", "8PB", "1e9", "8 GB free", "8,5GB", "0", "0.0GB", "nan", "inf"]
+    for text in (*wrong, "8\0", "8" + "B" * 1000):
         with pytest.raises(ValueError, match=r"a memory size (looks like|must be larger than)"):
             parse_bytes(text)
 

@@ -1,8 +1,13 @@
-"""After a kill the same command ends in the same bytes. Another command changes nothing."""
+"""After a kill the same command ends in the same bytes. Another command changes nothing.
+
+Nor does the same command on a checkpoint that was changed meanwhile, which is named.
+"""
 
 import fnmatch
 import json
 import os
+import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,12 +15,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import prunus
+from changes import edit_json, edit_tensors
 from prunus.model.checkpoint.reader import INDEX_NAME
 from scripts import run_script
-from stopping import StopError, stop_after
+from stopping import assert_resumes, interrupt, stop_after
 from tiny import shards, tiny_checkpoint, token_ids
 
 BLOCKS = "model-0000[12]-of-00003.safetensors"
+
+
+@pytest.fixture
+def dense(tmp_path) -> Path:
+    return tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -23,8 +34,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
-def test_a_run_killed_at_any_rename_resumes_to_the_same_bytes(tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16)
+def test_a_run_killed_at_any_rename_resumes_to_the_same_bytes(dense, tmp_path):
     results = run_script("kill_points.py", dense, tmp_path)
     assert len(results) >= 14, "two blocks, manifests, outer shard and index, before and after"
     assert {len(fnmatch.filter(r["found"], BLOCKS)) for r in results} == {0, 1, 2}
@@ -39,8 +49,7 @@ def test_a_run_killed_at_any_rename_resumes_to_the_same_bytes(tmp_path):
 def test_an_interrupted_run_is_resumed_not_redone(tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=3)
     ids, out = token_ids(), tmp_path / "out"
-    with pytest.raises(StopError):
-        prunus.prune(dense, out, calibration=ids, progress=stop_after(2))
+    interrupt(prunus.prune, dense, out, after=2, calibration=ids)
     assert not (out / INDEX_NAME).exists()
     first = (out / "model-00001-of-00004.safetensors").stat().st_mtime_ns
     messages = []
@@ -57,11 +66,8 @@ def test_a_run_with_unrounded_weights_resumes_to_the_same_bytes(tmp_path):
     """Shards are rounded to bfloat16. In the reference order the next block sees exact weights."""
     dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16, num_hidden_layers=3)
     options = {"calibration": token_ids(), "method": "sparsegpt", "propagate": "block"}
-    prunus.prune(dense, tmp_path / "whole", **options)
-    with pytest.raises(StopError):
-        prunus.prune(dense, tmp_path / "out", **options, progress=stop_after(2))
-    prunus.prune(dense, tmp_path / "out", **options)
-    assert shards(tmp_path / "out") == shards(tmp_path / "whole")
+    run = partial(prunus.prune, dense, **options)
+    assert_resumes(run, tmp_path, stop_after(2))
 
 
 @pytest.mark.parametrize(
@@ -70,13 +76,12 @@ def test_a_run_with_unrounded_weights_resumes_to_the_same_bytes(tmp_path):
         ({"sparsity": 0.25}, "sparsity"),
         ({"calibration": token_ids() + 1}, "calibration_sha256"),
         ({"batch": 3}, "batch"),
+        ({"bos": "no"}, "bos"),
     ],
 )
-def test_another_recipe_in_the_same_folder_is_refused(change, named, tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense")
+def test_another_recipe_in_the_same_folder_is_refused(dense, change, named, tmp_path):
     options = {"calibration": token_ids(), "sparsity": 0.5, "batch": 2}
-    with pytest.raises(StopError):
-        prunus.prune(dense, tmp_path / "out", **options, progress=stop_after(1))
+    interrupt(prunus.prune, dense, tmp_path / "out", **options)
     before = contents(tmp_path / "out")
     with pytest.raises(FileExistsError, match=f"another {named}"):
         prunus.prune(dense, tmp_path / "out", **(options | change))
@@ -85,21 +90,18 @@ def test_another_recipe_in_the_same_folder_is_refused(change, named, tmp_path):
     assert report.state == "finished"
 
 
-def test_another_model_in_the_same_folder_is_refused(tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense")
+def test_another_model_in_the_same_folder_is_refused(dense, tmp_path):
     other = tiny_checkpoint(tmp_path / "other", num_hidden_layers=3)
     prunus.prune(dense, tmp_path / "out", calibration=token_ids())
     with pytest.raises(FileExistsError, match="another checkpoint"):
         prunus.prune(other, tmp_path / "out", calibration=token_ids())
 
 
-def test_resume_flags(tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense")
+def test_resume_flags(dense, tmp_path):
     with pytest.raises(FileNotFoundError, match="no unfinished run"):
         prunus.prune(dense, tmp_path / "out", calibration=token_ids(), resume=True)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(StopError):
-        prunus.prune(dense, tmp_path / "out", calibration=token_ids(), progress=stop_after(1))
+    interrupt(prunus.prune, dense, tmp_path / "out", calibration=token_ids())
     with pytest.raises(FileExistsError, match="unfinished run"):
         prunus.prune(dense, tmp_path / "out", calibration=token_ids(), resume=False)
 
@@ -107,16 +109,15 @@ def test_resume_flags(tmp_path):
 def test_a_shard_lost_from_an_unfinished_run_is_made_again(tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=3)
     prunus.prune(dense, tmp_path / "whole", calibration=token_ids())
-    with pytest.raises(StopError):
-        prunus.prune(dense, tmp_path / "out", calibration=token_ids(), progress=stop_after(2))
+    interrupt(prunus.prune, dense, tmp_path / "out", after=2, calibration=token_ids())
     (tmp_path / "out" / "model-00002-of-00004.safetensors").unlink()
     prunus.prune(dense, tmp_path / "out", calibration=token_ids())
     assert shards(tmp_path / "out") == shards(tmp_path / "whole")
 
 
-def as_of_version_0_3(folder: Path, record: str) -> None:
+def as_of_version_0_3(folder: Path) -> None:
     """Rename the shards of a result, and change its record, to what earlier versions wrote."""
-    path, index = folder / record, folder / INDEX_NAME
+    path, index = folder / "prunus.json", folder / INDEX_NAME
     found = sorted(folder.glob("model-*.safetensors"))
     names = {each.name: f"block-{number:05d}.safetensors" for number, each in enumerate(found)}
     names[found[-1].name] = "outer.safetensors"
@@ -125,22 +126,13 @@ def as_of_version_0_3(folder: Path, record: str) -> None:
     content = json.loads(path.read_text())
     content.pop("shard_count", None)
     content |= {"format": 1, "sha256": {names[x]: y for x, y in content["sha256"].items()}}
-    if record == "prunus.json":
-        content["recipe"] |= {"refine": "none", "refine_steps": None}
-    if record == "prunus-structure.json":
-        content["recipe"] |= {"block_rule": "divergence"}
-        content["search"] = [step | {"measure": "divergence"} for step in content["search"]]
-    if "shards" in content:
-        content["shards"] = {names[x]: y for x, y in content["shards"].items()}
+    content["recipe"] |= {"refine": "none", "refine_steps": None}
     path.write_text(json.dumps(content))
-    if index.exists():
-        known = json.loads(index.read_text())
-        known["weight_map"] = {x: names[y] for x, y in known["weight_map"].items()}
-        index.write_text(json.dumps(known))
+    known = json.loads(index.read_text())["weight_map"]
+    edit_json(index, weight_map={x: names[y] for x, y in known.items()})
 
 
-def test_a_result_has_the_names_of_shards_that_the_hub_knows(tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16)
+def test_a_result_has_the_names_of_shards_that_the_hub_knows(dense, tmp_path):
     prunus.prune(dense, tmp_path / "out", calibration=token_ids())
     prunus.shrink(dense, tmp_path / "small", blocks=1, repair=False, calibration=token_ids())
     for name, count in (("out", 3), ("small", 2)):
@@ -151,11 +143,10 @@ def test_a_result_has_the_names_of_shards_that_the_hub_knows(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / name)
 
 
-def test_a_result_of_an_earlier_version_is_read_and_its_unfinished_run_refused(tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16)
+def test_a_result_of_an_earlier_version_is_read_and_its_unfinished_run_refused(dense, tmp_path):
     out = tmp_path / "out"
     prunus.prune(dense, out, calibration=token_ids())
-    as_of_version_0_3(out, "prunus.json")
+    as_of_version_0_3(out)
     assert prunus.inspect(out, verify=True).verified == 3
     assert prunus.prune(dense, out, calibration=token_ids()).state == "finished"
     AutoModelForCausalLM.from_pretrained(out)
@@ -169,10 +160,69 @@ def test_a_result_of_an_earlier_version_is_read_and_its_unfinished_run_refused(t
     assert [*shards(out)] == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
 
 
-def test_a_record_with_the_former_dense_weight_auto_is_read(tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16)
+def test_a_record_with_the_former_dense_weight_auto_is_read(dense, tmp_path):
     prunus.prune(dense, tmp_path / "out", method="magnitude")
-    content = json.loads((tmp_path / "out" / "prunus.json").read_text())
-    content["recipe"]["dense_weight"] = "auto"
-    (tmp_path / "out" / "prunus.json").write_text(json.dumps(content))
+    path = tmp_path / "out" / "prunus.json"
+    recipe = json.loads(path.read_text())["recipe"]
+    edit_json(path, recipe=recipe | {"dense_weight": "auto"})
     assert prunus.Manifest.load(tmp_path / "out").recipe.dense_weight == 0.25
+
+
+# --- a checkpoint that was changed meanwhile ---
+
+WIDER = {"hidden_size": 64, "intermediate_size": 128}
+VERBS = {
+    "prune": lambda *a, **o: prunus.prune(*a, method="wanda", **o),
+    "prune with an allocation": lambda *a, **o: prunus.prune(*a, allocation="fisher", **o),
+    "compress": lambda *a, **o: prunus.compress(*a, 4.5, format="mlx", **o),
+    "shrink by a search": lambda *a, **o: prunus.shrink(*a, blocks=2, repair=False, **o),
+}
+#: The number of blocks in the result.
+LAST = dict.fromkeys(VERBS, 3) | {"shrink by a search": 1}
+
+
+@pytest.fixture(scope="module")
+def master(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("changed") / "dense"
+    return tiny_checkpoint(folder, "llama", torch.bfloat16, num_hidden_layers=3, **WIDER)
+
+
+@pytest.fixture
+def refused_after(master, tmp_path):
+    """Stops a verb after some blocks, changes tensors, and checks that it is refused then."""
+
+    def check(verb: str, blocks: int, names: list[str], message: str) -> None:
+        dense, out = shutil.copytree(master, tmp_path / "dense"), tmp_path / "out"
+        options = {"calibration": token_ids(2, 16), "batch": 1}
+        interrupt(VERBS[verb], dense, out, after=blocks, **options)
+        for name in names:
+            edit_tensors(dense, lambda tensors: tensors[name].mul_(1.5))  # noqa: B023
+        before = shards(out)
+        with pytest.raises(FileExistsError, match=message):
+            VERBS[verb](dense, out, **options)
+        assert shards(out) == before
+
+    return check
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [("model.embed_tokens.weight", 1), ("model.norm.weight", 2), ("lm_head.weight", 1)],
+)
+def test_another_tensor_outside_the_blocks_is_refused(verb, name, blocks, refused_after):
+    refused_after(verb, min(blocks, LAST[verb]), [name], rf"another tensor {name}")
+
+
+@pytest.mark.parametrize("verb", ["prune with an allocation", "compress", "shrink by a search"])
+def test_another_block_than_the_one_that_was_measured_is_refused(verb, refused_after):
+    names = [f"model.layers.{index}.mlp.up_proj.weight" for index in (1, 2)]
+    refused_after(verb, 1, names, r"model\.layers\.[12] of .* is not what it was")
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_finished_block_that_was_made_from_other_weights_is_refused(verb, blocks, refused_after):
+    blocks = min(blocks, LAST[verb])
+    names = [f"model.layers.{index}.mlp.up_proj.weight" for index in range(blocks - 1, 3)]
+    refused_after(verb, blocks, names, r"model\.layers\.\d of .* is not what it was")

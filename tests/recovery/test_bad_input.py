@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import prunus
+from changes import edit_json, swap_two_tokens
 from prunus import Manifest, StructureRecord
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.model.loading import load_model
@@ -97,10 +98,7 @@ def test_a_teacher_with_another_vocabulary(dense, pruned, text, tmp_path):
     words = f"has a vocabulary of {VOCABULARY + 6} tokens, .* one of {VOCABULARY}"
     refused(ValueError, words, pruned, tmp_path / "out", "masked", text, teacher=larger)
     other = dense_checkpoint(tmp_path / "other")
-    content = json.loads((other / "tokenizer.json").read_text())
-    vocab = content["model"]["vocab"]
-    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
-    (other / "tokenizer.json").write_text(json.dumps(content))
+    swap_two_tokens(other)
     words = "the tokenizers .* differ, at 'a'"
     refused(ValueError, words, pruned, tmp_path / "out", "lora", text, teacher=other)
 
@@ -189,9 +187,8 @@ def test_a_mode_follows_from_the_record_of_a_model(dense, text, tmp_path):
 def test_the_record_of_an_earlier_version_is_read(pruned, text, tmp_path):
     record = recover(pruned, tmp_path / "out", "masked", text, tokens=32, evaluations=1)
     path = tmp_path / "out" / RecoveryRecord.FILE
-    content = json.loads(path.read_text())
-    content["recipe"] |= {"patience": None}
-    path.write_text(json.dumps(content | {"diverged": False}))
+    recipe = json.loads(path.read_text())["recipe"] | {"patience": None}
+    edit_json(path, recipe=recipe, diverged=False)
     assert recover(pruned, tmp_path / "out", "masked", text, tokens=32, evaluations=1) == record
 
 

@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import prunus
+from changes import edit_tensors
 from command_line import call
 from prunus.engine.options import RunOptions
 from prunus.model.checkpoint.reader import INDEX_NAME
@@ -19,7 +19,7 @@ from prunus.recovery.max_preset import PRUNED, max_run, training_options
 from prunus.recovery.record import RecoveryRecord
 from recovery_cases import StopError, shards, stop_at
 from scripts import run_script
-from stopping import stop_after
+from stopping import interrupt, stop_after
 
 
 def options(text, **changes):
@@ -95,7 +95,7 @@ def test_the_same_call_again_does_nothing_and_another_one_is_refused(finished, d
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 def test_a_run_killed_in_either_phase_resumes_to_the_same_bytes(dense, text, tmp_path):
-    results = run_script("random_kills.py", dense, dense, text, text, tmp_path, 0, "max/9")["max"]
+    results = run_script("random_kills.py", dense.parent, tmp_path, 0, "max/9")["max"]
     found = [set(result["found"]) for result in results]
     assert any("training.safetensors" in names for names in found), "some in the training"
     in_pruning = [names for names in found if RecoveryRecord.FILE not in names]
@@ -132,8 +132,7 @@ def test_only_the_folder_of_the_result_is_written(dense, text, tmp_path):
     """Not the folder OUT-pruned, nor one that a link leads to, even with `overwrite`."""
     out, beside = tmp_path / "out", tmp_path / "out-pruned"
     windows = {k: x for k, x in options(text, **QUICK).items() if k != "tokens"}
-    with pytest.raises(StopError):
-        prunus.prune(dense, beside, **windows, progress=stop_after(1))
+    interrupt(prunus.prune, dense, beside, **windows)
     before = content(beside)
     prunus.prune_and_recover(dense, out, **options(text, **QUICK))
     assert content(beside) == before, "an unfinished run"
@@ -207,9 +206,7 @@ def test_a_model_that_changed_since_is_refused(phase, name, message, dense, text
     shown = (pruning, stop_at_once() if phase == "pruned" else training)
     with contextlib.suppress(StopError):
         max_run(model, out, read, RunOptions(), shown, {"tokens": 8192})
-    tensors = load_file(model / "model.safetensors")
-    tensors[name] *= 1.5
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    edit_tensors(model, lambda tensors: tensors[name].mul_(1.5))
     before = shards(out), shards(out / PRUNED)
     with pytest.raises(FileExistsError, match=message):
         prunus.prune_and_recover(model, out, **chosen)

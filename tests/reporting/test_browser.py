@@ -17,15 +17,6 @@ import prunus
 from prunus.engine.document import Document, Measured, Table, text_of
 from prunus.reporting.page import to_html
 from report_samples import compared_evaluation, hostile_document, whole_document, write
-from tiny import tiny_checkpoint, token_ids
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("browser")
-    dense = tiny_checkpoint(folder / "dense")
-    prunus.prune(dense, folder / "out", "wanda", calibration=token_ids(2))
-    return folder / "out"
 
 
 @pytest.fixture(scope="module")

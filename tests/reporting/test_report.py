@@ -1,4 +1,7 @@
-"""Reports: figures equal the JSON that they come from, and hostile names are only text."""
+"""Reports: figures equal the JSON that they come from, and hostile names are only text.
+
+On a page, as Markdown, in the terminal and in a notebook.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +13,36 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
-from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from rich.console import Console
-from safetensors.torch import save_file
 
 import prunus
-import prunus.reporting
 from command_line import call
 from prunus.engine.document import Document, Lines, Measured, Table, text_of
+from prunus.evaluation.records import (
+    Divergence,
+    Metric,
+    ModelSize,
+    PerplexityResult,
+    TaskResults,
+    TaskScore,
+)
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
 from prunus.reporting.console import to_terminal
 from prunus.reporting.page import document_json, figure_json, to_html, to_markdown
+from prunus.reporting.run_sections import structure_section
 from prunus.reporting.sweep_section import sweep_section
 from prunus.reporting.write import report
+from prunus.structure.records import StructureRecord
 from prunus.sweeping.results import CellResult
 from report_samples import (
+    DIVERGENCE,
     HOSTILE,
+    compared_evaluation,
     evaluation,
     hostile_document,
     rows,
@@ -41,18 +54,6 @@ from report_samples import (
 from tiny import tiny_checkpoint, token_ids
 
 # --- what reports are made from ---
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """A pruned checkpoint; no test writes to it."""
-    folder = tmp_path_factory.mktemp("report")
-    dense = tiny_checkpoint(folder / "dense")
-    save_file({"input_ids": token_ids(4, 16)}, folder / "ids.safetensors")
-    prunus.prune(
-        dense, folder / "out", calibration=str(folder / "ids.safetensors"), samples=4, seqlen=16
-    )
-    return folder / "out"
 
 
 @pytest.fixture
@@ -341,3 +342,221 @@ def test_a_record_whose_recipe_is_none_is_refused_by_name(tmp_path):
     write(tmp_path / "prunus.json", {"recipe": 3})
     with pytest.raises(ValueError, match=r"prunus\.json is damaged or of another version"):
         report([tmp_path])
+
+
+# --- quality against size ---
+
+
+def compared_sweep():
+    """The sample sweep, whose cells of Wanda have sizes and divergences."""
+    results = sweep_results()
+    for cell, kl, size in zip(results.cells[2:5], (0.25, 0.75, 1.0), (4, 4, 2), strict=True):
+        score = cell.scores["wikitext2"]
+        divergence = Divergence(kl=kl, **DIVERGENCE)
+        cell.scores = {"wikitext2": replace(score, divergence=divergence)}
+        cell.size = ModelSize(size * 10**9, 2.0 * size)
+    return results
+
+
+def charts(section):
+    return {part.title: part for part in section.parts if isinstance(part, Lines)}
+
+
+def test_a_sweep_shows_divergences_and_sizes():
+    section = sweep_section(compared_sweep())
+    assert table(section, "KL divergence on wikitext2")["wanda"] == {
+        "method": "wanda",
+        "50%": 0.5,  # the mean over two seeds
+        "2:4": 1.0,
+    }
+    row = table(section, "Models")["smol-wanda-0.5-0"]
+    assert row["KL divergence, wikitext2"] == Measured(0.25, 0.01)
+    assert row["KL 99.9 % quantile, wikitext2"] == 2.5
+    assert row["same top token, wikitext2"] == Measured(0.75, 0.02)
+    assert (row["file, GB"], row["bits per weight"]) == (4, 8)
+    plain = sweep_section(sweep_results())
+    assert not [title for title in charts(plain) if "against" in title]
+    assert not [title for title in table(plain, "Models")["smol-dense"] if "KL" in title]
+
+
+def test_one_chart_of_a_sweep_joins_the_results_of_a_method_and_has_the_dense_model():
+    results = compared_sweep()
+    results.models["smol"].size = ModelSize(8 * 10**9, 16.0)
+    found = charts(sweep_section(results))
+    assert list(found) == ["Perplexity on wikitext2 against size"]
+    [chart] = found.values()
+    assert [(s.name, s.x, s.y) for s in chart.series] == [
+        ("dense", (8,), (20.5,)),
+        ("wanda", (2, 4), (61.5, 32.0)),
+    ]
+    assert chart.level == ("dense", 20.5)
+    assert chart.series[1].hover[0] == "wanda, 2:4: 61.500 at 2.000, KL 1.0000"
+    drawn = json.loads(figure_json(chart))
+    assert drawn["data"][1]["mode"] == "lines+markers"
+    assert "tickvals" not in drawn["layout"]["xaxis"]
+
+
+def lettered_evaluation(kls=(0.0, 0.5, 0.25)):
+    """An evaluation of runs/a, runs/b, …, without a reference."""
+    content = compared_evaluation(*(f"runs/{'abc'[place]}" for place in range(len(kls))))
+    for place, (model, kl) in enumerate(zip(content["models"], kls, strict=True), 1):
+        model["size"]["bits_per_weight"] = 16.0 / place
+        model["perplexity"][0]["divergence"] |= {"kl": kl}
+    return content | {"reference": None}
+
+
+def test_an_evaluation_shows_sizes(tmp_path):
+    file = write(tmp_path / "e.json", lettered_evaluation())
+    section = report([file]).sections[0]
+    row = table(section, "Quality and size")["b"]
+    assert (row["file, GB"], row["bits per weight"]) == (2.0, 8.0)
+    assert row["KL divergence"] == Measured(0.5, 0.01)
+    [chart] = charts(section).values()
+    assert chart.title == "Perplexity on wikitext2 against size"
+    assert [(s.name, s.x) for s in chart.series] == [("a", (1,)), ("b", (2,)), ("c", (3,))]
+    assert chart.level == ("dense", 20.5)
+
+
+def test_an_evaluation_says_first_how_much_smaller_and_worse_a_model_is(tmp_path):
+    content = lettered_evaluation((0.5,))
+    content["models"][0]["perplexity"][0]["source"] = "wikitext2 (its test text)"
+    size = {"file_bytes": 4 * 10**9, "bits_per_weight": 16.0}
+    content["reference"] = {"model": "runs/dense", "size": size}
+    file = write(tmp_path / "e.json", content)
+    first = report([file]).sections[0].parts[0]
+    assert first.headline
+    assert first.items == (("a", "25% of the size, KL 0.500 on wikitext2"),)
+
+
+def test_an_evaluation_without_sizes_has_no_charts(tmp_path):
+    [section] = report([write(tmp_path / "e.json", evaluation())]).sections
+    assert not charts(section)
+    assert "file, GB" not in table(section, "Quality and size")["dense"]
+
+
+# --- smaller models ---
+
+
+def test_each_run_has_a_section_of_its_own(smaller):
+    assert len(prunus.report(smaller).sections) == 1
+    assert len(prunus.report([smaller, smaller]).sections) == 2
+
+
+@pytest.fixture(scope="module")
+def smaller(tmp_path_factory):
+    """A mixture of experts that lost a block and experts."""
+    folder = tmp_path_factory.mktemp("structure")
+    dense = tiny_checkpoint(folder / "dense", "mixtral", num_hidden_layers=3)
+    prunus.shrink(dense, folder / "out", blocks=2, experts=3, calibration=token_ids(), batch=2)
+    return folder / "out"
+
+
+def test_figures_are_those_of_the_record(smaller):
+    record = StructureRecord.load(smaller)
+    document = prunus.report([smaller])
+    section = document.sections[0]
+    parts = {part.title: part for part in (*section.parts, *section.details)}
+    repairs = [part for title, part in parts.items() if title.startswith("Repair")]
+    assert [part.series[1].y for part in repairs if isinstance(part, Lines)] == [
+        (block.repair.error_after,) for block in record.blocks
+    ]
+    assert ("num_hidden_layers", "3", "2") in section.parts[1].rows
+    assert "num\\_hidden\\_layers" in to_markdown(document)
+
+
+def test_an_unfinished_run_is_shown(smaller):
+    record = StructureRecord.load(smaller)
+    record.state, record.totals = "running", {}
+    section = structure_section(record)
+    assert section.parts[0].items == (("state", "unfinished: 2 blocks done"),)
+
+
+# --- tables in a notebook ---
+
+
+def elements(result) -> ElementTree.Element:
+    """What a notebook shows, which is well-formed."""
+    return ElementTree.fromstring(f"<div>{result._repr_html_()}</div>")
+
+
+def cells_of(result) -> list[list[str]]:
+    """The text of every cell, row by row."""
+    return [["".join(cell.itertext()) for cell in row] for row in elements(result).iter("tr")]
+
+
+def elements_named(result) -> set[str]:
+    return {element.tag for element in elements(result).iter()}
+
+
+@pytest.fixture
+def manifest(run) -> Manifest:
+    return Manifest.load(run)
+
+
+def test_a_run_has_a_row_for_each_kind_of_linear_and_one_for_all(manifest):
+    head, *kinds, total = cells_of(manifest)
+    assert head == ["linear", "count", "weights", "zeros", "removed energy", "seconds"]
+    assert [row[0] for row in kinds] == list(manifest.blocks[0].linears)
+    assert total[:4] == ["all", "14", f"{manifest.totals['weights']:,}", "50.00%"]
+    unfinished = manifest.model_copy(update={"state": "running"})
+    assert "not finished" in unfinished._repr_html_()
+    assert "not finished" not in manifest._repr_html_()
+    slow = manifest.model_copy(update={"totals": {**manifest.totals, "seconds": 98.76}})
+    assert "98.8 s" in slow._repr_html_() and float(cells_of(slow)[-1][-1]) < 98, (
+        "a sum of its column"
+    )
+
+
+def test_an_inspection_has_a_row_for_each_linear(tmp_path):
+    found = prunus.inspect(tiny_checkpoint(tmp_path / "dense"))
+    assert len(cells_of(found)) == 1 + 14 + 1
+    assert cells_of(found)[1] == [
+        "model.layers.0.self_attn.q_proj",
+        "32 × 32",
+        "float32",
+        "0.00%",
+    ]
+    assert cells_of(found)[-1][0] == "all"
+
+
+def test_a_perplexity_shows_the_comparison_where_there_is_one():
+    alone = PerplexityResult("wikitext2", 12.5, 2.5257, 4, 64, 16, "as in the papers", 1.0)
+    found = Divergence("dense", 0.1234, 0.01, 0.9, 0.876, 0.02, 11.0, 1.1364, 0.01)
+    assert ["perplexity", "12.500"] in cells_of(alone)
+    assert not any("KL" in row[0] for row in cells_of(alone))
+    compared = replace(alone, divergence=found)
+    assert ["KL divergence", "0.12340 ± 0.01000"] in cells_of(compared)
+    assert "Compared with dense: KL divergence (nats per token)" in compared._repr_html_()
+
+
+def test_scores_of_tasks_come_with_their_errors():
+    score = TaskScore(
+        "boolq", {"acc": Metric(0.5, 0.05), "ppl": Metric(9.0, None)}, 0, 9, "1", "", "", 1.0
+    )
+    results = TaskResults("model", (score,), {"dtype": "float32"})
+    assert cells_of(results)[1:] == [
+        ["boolq", "acc", "0.5000", "0.0500"],
+        ["boolq", "ppl", "9.0000", "–"],
+    ]
+
+
+def test_a_report_shows_its_tables_without_charts(tmp_path):
+    sweep_results().save(tmp_path)
+    shown = elements_named(prunus.report(tmp_path))
+    assert "table" in shown and not {"script", "figure"} & shown
+
+
+def test_names_are_escaped(tmp_path, manifest):
+    hostile = sweep_results(name=HOSTILE, text=HOSTILE, error=HOSTILE)
+    hostile.save(tmp_path)
+    score = TaskScore(HOSTILE, {HOSTILE: Metric(1.0, None)}, 0, 1, "1", "", "", 1.0)
+    shown = (
+        hostile,
+        prunus.report(tmp_path, title=HOSTILE),
+        manifest.model_copy(update={"source": HOSTILE}),
+        PerplexityResult(HOSTILE, 1.0, 0.0, 1, 2, 2, HOSTILE, 1.0),
+        TaskResults(HOSTILE, (score,), {HOSTILE: HOSTILE}),
+    )
+    for result in shown:
+        assert not {"script", "img"} & elements_named(result)
+        assert "&lt;script&gt;" in result._repr_html_()

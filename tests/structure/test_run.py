@@ -4,7 +4,6 @@ import json
 from typing import Any
 
 import pytest
-from safetensors.torch import save_file
 
 import prunus
 from command_line import call
@@ -13,7 +12,7 @@ from prunus.model.checkpoint.atomic_files import verify_shards
 from prunus.structure.records import StructureRecipe, StructureRecord, what_was_removed
 from structure_cases import bytes_of, loaded, shrunk_with_a_kill
 from structure_cases import shrink_without_repair as shrink
-from tiny import tiny_checkpoint, token_ids
+from tiny import ids_file, tiny_checkpoint, token_ids
 
 #: Family, number of finished blocks before the kill, and options.
 KILLS: dict[str, tuple[str, int, dict[str, Any]]] = {
@@ -85,8 +84,9 @@ def test_what_cannot_be_ends_before_any_work_and_says_what_can(family, tmp_path)
             assert not (tmp_path / "small").exists()
 
 
-def test_the_record_of_an_earlier_version_that_removed_width_is_read_and_not_resumed(tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense")
+def test_the_record_of_an_earlier_version_that_removed_width_is_read_and_not_resumed(
+    dense, tmp_path
+):
     out, options = tmp_path / "out", {"blocks": 1, "calibration": token_ids()}
     shrink(dense, out, **options)
     path = out / StructureRecord.FILE
@@ -126,8 +126,7 @@ def test_a_recipe_is_read_from_what_it_writes(tmp_path):
 
 def test_the_verb_prints_what_changed(tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense", "mixtral")
-    ids = tmp_path / "ids.safetensors"
-    save_file({"input_ids": token_ids()}, ids)
+    ids = ids_file(tmp_path / "ids.safetensors")
     common = ("--calibration", ids, "--samples", 6, "--seqlen", 16)
     result = call("shrink", dense, tmp_path / "small", "--experts", 0.25, *common)
     assert "num_local_experts" in result.output

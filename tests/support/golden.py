@@ -47,6 +47,12 @@ CASES = [
 ]
 
 
+def kept(bits: np.ndarray, weight: torch.Tensor) -> torch.Tensor:
+    """The mask of a weight, from the bits that are stored of it."""
+    unpacked = np.unpackbits(bits, bitorder="little")[: weight.numel()]
+    return torch.from_numpy(unpacked.astype(bool)).view_as(weight)
+
+
 def agreement(
     golden: Path, case: GoldenCase, weights: dict[str, torch.Tensor]
 ) -> dict[str, tuple[float, float]]:
@@ -58,8 +64,7 @@ def agreement(
                 continue
             name = key.removesuffix(".keep")
             weight = weights[name].float()
-            packed = np.unpackbits(stored[key], bitorder="little")[: weight.numel()]
-            keep = torch.from_numpy(packed.astype(bool)).reshape(weight.shape)
+            keep = kept(stored[key], weight)
             norm = float(stored[f"{name}.norm"])
             result[name] = (
                 float((keep == (weight != 0)).double().mean()),

@@ -40,7 +40,7 @@ LONGEST = 10
 ROOM = 2**30
 FOR_PEOPLE = (ValueError, FileNotFoundError, FileExistsError, NotImplementedError)
 #: Kinds whose folder becomes one case only when it is damaged.
-NEEDS_DAMAGE = ("architecture", "template", "text", "environment")
+NEEDS_DAMAGE = ("architecture", "template", "text")
 
 
 class TooLong(BaseException):
@@ -185,13 +185,8 @@ def main() -> None:
             if sorted(str(path) for path in scratch.iterdir()) != before:
                 trouble = "wrote outside its folder"
             if trouble:
-                if "HOSTILE_ALL" not in os.environ:
-                    shutil.copytree(case, scratch / "found", dirs_exist_ok=True)
-                    sys.exit(f"{kind} case {number}: {trouble}")
-                print(
-                    f"{kind} case {number}: {trouble.strip().splitlines()[-1][:300]}",
-                    file=sys.stderr,
-                )
+                shutil.copytree(case, scratch / "found", dirs_exist_ok=True)
+                sys.exit(f"{kind} case {number}: {trouble}")
     print(json.dumps(outcomes))
 
 

@@ -12,27 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
+from safetensors.torch import save_file
 
 import prunus
-from command_line import PROGRAM
 from hostile_damage import damage_header, mutate_bytes, mutate_json
 from prunus.calibration.files import file_kind, read_documents, read_ids
 from prunus.evaluation.generation import generate
-from prunus.hardware.sizes import parse_bytes
 from prunus.model import tokenizer
 from prunus.model.adapter import CONFIG_NAME, WEIGHTS_NAME, check_adapter
 from prunus.model.tokenizer import load_tokenizer
-from prunus.pruning.recipe import Recipe
-from prunus.recovery.checkpoints import Checkpoints, TrainingState
-from prunus.recovery.record import Evaluation
 from prunus.reporting.page import document_json, to_markdown
 from prunus.reporting.write import report
-from prunus.sweeping.grid import Sweep
 from report_samples import evaluation, sweep_results
-from tiny import tiny_checkpoint, token_ids
+from tiny import ids_file, tiny_checkpoint, token_ids
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
 Kinds = dict[str, tuple[Path, Callable[[Path, random.Random], None], Callable[[Path], None]]]
@@ -65,21 +57,6 @@ TEMPLATES = (
     "{{ N | string | replace('0', 'xxxxxxxxxx') | center(N) }}",
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}",
 )
-SWEEP = """title = "t"
-models = ["a/m"]
-[recipe]
-samples = 3
-[scoring]
-texts = ["wikitext2"]
-seqlen = 32
-[[grid]]
-method = ["magnitude", "wanda"]
-sparsity = [0.5, "2:4"]
-recovery = ["none", "short"]
-[recovery.short]
-mode = "masked"
-tokens = 100
-"""
 
 
 def _damage_text(path: Path, dice: random.Random) -> None:
@@ -222,46 +199,13 @@ def _report(folder: Path) -> tuple[Any, Any, Any]:
     return folder, damage, work
 
 
-def _toml(folder: Path) -> tuple[Any, Any, Any]:
-    folder.mkdir()
-    (folder / "sweep.toml").write_text(SWEEP)
-    (folder / "recipe.toml").write_text('method = "wanda"\nsparsity = 0.5\nsamples = 8\n')
-
-    def damage(model: Path, dice: random.Random) -> None:
-        path = model / dice.choice(["sweep.toml", "recipe.toml"])
-        kind = dice.random()
-        if kind < 0.5:
-            _damage_text(path, dice)
-        elif kind < 0.6:
-            count = dice.choice([20, 2000, 20_000])
-            path.write_text(dice.choice([".".join(["a"] * count), "[" * count, "a={" * count]))
-        elif kind < 0.8:
-            values = [str(dice.choice([1, 9, 10**6, 10**30, -1, 0.5])) for _ in range(200)]
-            lines = [f"{name} = [{', '.join(values)}]\n" for name in ("seed", "samples", "seqlen")]
-            (model / "sweep.toml").write_text(
-                SWEEP.replace('sparsity = [0.5, "2:4"]\n', "".join(lines))
-            )
-        else:
-            lines = path.read_text().splitlines()
-            place = dice.randrange(len(lines))
-            value = dice.choice(["1", "[]", "{}", "nan", "1e400", "1" * 5000, '"x"', "[[[1]]]"])
-            lines[place] = f"{lines[place].split('=')[0]}= {value}"
-            path.write_text("\n".join(lines))
-
-    def work(case: Path) -> None:
-        Sweep.read(case / "model" / "sweep.toml", {})
-        Recipe.read(case / "model" / "recipe.toml", {})
-
-    return folder, damage, work
-
-
 def _text(folder: Path) -> tuple[Any, Any, Any]:
     folder.mkdir()
     line = b'{"text": "an ordinary text"}\n'
     (folder / "a.jsonl.gz").write_bytes(gzip.compress(line * 20))
     (folder / "a.txt.gz").write_bytes(gzip.compress(b"an ordinary text " * 20))
     (folder / "a.jsonl").write_bytes(line * 20)
-    save_file({"input_ids": token_ids()}, folder / "a.safetensors")
+    ids_file(folder / "a.safetensors")
     names = ["a.jsonl.gz", "a.txt.gz", "a.jsonl", "a.safetensors"]
     bomb = gzip.compress(bytes(2**27))
 
@@ -285,74 +229,10 @@ def _text(folder: Path) -> tuple[Any, Any, Any]:
     return folder, damage, work
 
 
-def _training(folder: Path) -> tuple[Any, Any, Any]:
-    folder.mkdir()
-
-    def parameters() -> dict[str, torch.nn.Parameter]:
-        return {"a": torch.nn.Parameter(torch.ones(2, 3)), "b": torch.nn.Parameter(torch.ones(4))}
-
-    first = parameters()
-    optimizer = torch.optim.AdamW(first.values())
-    sum(each.sum() for each in first.values()).backward()
-    optimizer.step()
-    start = Evaluation(step=0, tokens=0, seconds=0.0, training_loss=None, held_out_loss=1.0)
-    Checkpoints(folder).save(TrainingState(evaluations=[start]), first, optimizer)
-
-    def damage(model: Path, dice: random.Random) -> None:
-        path = model / "training.safetensors"
-        if dice.random() < 0.6:
-            damage_header(path, dice)
-            return
-        with safe_open(path, framework="pt") as file:
-            state = json.loads(file.metadata()["state"])
-        save_file(load_file(path), path, {"state": json.dumps(mutate_json(state, dice))})
-
-    def work(case: Path) -> None:
-        restored = parameters()
-        again = torch.optim.AdamW(restored.values())
-        Checkpoints(case / "model").load(restored, again)
-
-    return folder, damage, work
-
-
-def _size(folder: Path) -> tuple[Any, Any, Any]:
-    folder.mkdir()
-    (folder / "memory").write_text("8GB")
-
-    def damage(model: Path, dice: random.Random) -> None:
-        number = dice.choice(["9" * 400, "1e5", "-1", "0", "0.0001", "1" * 20, "٣", "8", "inf"])
-        unit = dice.choice(["GB", "", "TiB", "PB", "k", " ", "\x00", "B" * 1000])
-        (model / "memory").write_text(number + unit)
-
-    return folder, damage, lambda case: parse_bytes((case / "model" / "memory").read_text())
-
-
-def _environment(folder: Path) -> tuple[Any, Any, Any]:
-    tiny_checkpoint(folder)
-    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "PRUNUS_DATA"]
-    names += ["COLUMNS", "LINES", "TERM", "NO_COLOR", "LANG", "OMP_NUM_THREADS"]
-    values = ["", "-1", "0", "1", "node7", "9" * 30, "é", "/dev/null", "../..", "x" * 10_000, "[/]"]
-
-    def damage(model: Path, dice: random.Random) -> None:
-        chosen = {name: dice.choice(values) for name in dice.sample(names, 3)}
-        (model / "environment").write_text(json.dumps(chosen))
-
-    def work(case: Path) -> None:
-        variables = json.loads((case / "model" / "environment").read_text())
-        result = CliRunner(env=variables).invoke(PROGRAM, ["inspect", str(case / "model")])
-        if result.exit_code == 2:
-            raise ValueError(result.output)
-        if result.exit_code != 0:
-            raise RuntimeError(f"{variables}: {result.output}") from result.exception
-
-    return folder, damage, work
-
-
 def more_kinds(scratch: Path, wanted: set[str]) -> Kinds:
     """The kinds of this file that are wanted; `scratch` is an empty folder."""
     tokenizer._SECONDS = 0.5
-    makers = [_architecture, _template, _generation, _report, _toml, _text, _training]
-    makers += [_size, _environment]
+    makers = [_architecture, _template, _generation, _report, _text]
     if importlib.util.find_spec("peft") is not None:  # of the extra adapters
         makers.append(_adapter)
     root = scratch / "more"

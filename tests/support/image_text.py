@@ -73,6 +73,6 @@ def image_text_checkpoint(folder: Path, family: str, **tower: Any) -> Path:
     return folder
 
 
-def loaded(folder: Path) -> Any:
+def loaded_with_images(folder: Path) -> Any:
     """The model of a folder, as a user of transformers loads it."""
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()

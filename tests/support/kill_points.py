@@ -113,7 +113,7 @@ def main() -> None:
     options = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
     suffix = ".gguf" if options.pop("gguf", "type" in options) else ""
     verb = prunus.compress if options.keys() & {"bits", "type"} else prunus.prune
-    given = {"calibration": torch.arange(96).reshape(6, 16) % 120, "batch": 2, "dtype": "float32"}
+    given = {"calibration": torch.arange(32).reshape(2, 16) % 120, "batch": 1, "dtype": "float32"}
     # The moment after a rename is like the moment before the next one: every third is enough.
     ways = [(False, 2)] if sys.argv[4:] == ["before"] else [(False, 1), (True, 3)]
     results = []

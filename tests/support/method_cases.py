@@ -4,6 +4,7 @@ Shape suffixes: O outputs (rows), I inputs, T tokens.
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
@@ -25,15 +26,25 @@ PATTERNS = [
     Pattern(1, 3),
 ]
 BY_BLOCKS = [Pattern(), Pattern(group="layer"), Pattern(2, 4), Pattern(1, 3)]
-WEIRD = [
-    "rank one",
-    "fewer tokens than inputs",
-    "dead",
-    "all dead",
-    "duplicates",
-    "zero weight",
-    "one outlier",
-]
+#: Kind of degenerate example -> what makes it of an ordinary one (weight, inputs).
+WEIRD: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "rank one": lambda weight_OI, X_TI: (weight_OI, X_TI[:, :1] * X_TI[:1]),
+    "fewer tokens than inputs": lambda weight_OI, X_TI: (
+        weight_OI,
+        X_TI[: max(1, X_TI.shape[1] // 3)],
+    ),
+    "dead": lambda weight_OI, X_TI: (
+        weight_OI,
+        X_TI.index_fill(1, torch.arange(0, X_TI.shape[1], 2), 0),
+    ),
+    "all dead": lambda weight_OI, X_TI: (weight_OI, torch.zeros_like(X_TI)),
+    "duplicates": lambda weight_OI, X_TI: (weight_OI, X_TI[:, :1].repeat(1, X_TI.shape[1])),
+    "zero weight": lambda weight_OI, X_TI: (torch.zeros_like(weight_OI), X_TI),
+    "one outlier": lambda weight_OI, X_TI: (
+        weight_OI,
+        torch.cat([X_TI[:, :-1], X_TI[:, -1:] * 1e6], dim=1),
+    ),
+}
 
 
 def example(rows: int, columns: int, seed: int = 0, tokens: int = 200) -> tuple[Tensor, Tensor]:
@@ -47,23 +58,7 @@ def example(rows: int, columns: int, seed: int = 0, tokens: int = 200) -> tuple[
 
 def weird_example(kind: str, rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor]:
     """A degenerate weight or input matrix of one of the kinds in `WEIRD`."""
-    weight_OI, X_TI = example(rows, columns, seed)
-    match kind:
-        case "rank one":
-            X_TI = X_TI[:, :1] * X_TI[:1]
-        case "fewer tokens than inputs":
-            X_TI = X_TI[: max(1, columns // 3)]
-        case "dead":
-            X_TI[:, ::2] = 0
-        case "all dead":
-            X_TI = torch.zeros_like(X_TI)
-        case "duplicates":
-            X_TI = X_TI[:, :1].repeat(1, columns)
-        case "zero weight":
-            weight_OI = torch.zeros_like(weight_OI)
-        case "one outlier":
-            X_TI[:, -1] *= 1e6
-    return weight_OI, X_TI
+    return WEIRD[kind](*example(rows, columns, seed))
 
 
 def gather(X_TI: Tensor) -> InputStatistics:

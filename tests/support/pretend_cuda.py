@@ -20,7 +20,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -175,23 +174,7 @@ def install() -> None:
         total_memory: int = _BYTES
         multi_processor_count: int = 1
 
-    class Event:
-        """Stands for `torch.cuda.Event`; it measures the time of the host."""
-
-        def __init__(self, **_options: Any) -> None:
-            self._at = 0.0
-
-        def record(self, stream: Any = None) -> None:
-            self._at = time.perf_counter()
-
-        def synchronize(self) -> None:
-            handle.pretend_synchronize()
-
-        def elapsed_time(self, end: "Event") -> float:
-            return 1e3 * (end._at - self._at)
-
     answers = {
-        "Event": Event,
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
         "is_initialized": lambda: True,

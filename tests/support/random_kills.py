@@ -1,6 +1,6 @@
 """A child of the test of faults: forks runs of every verb and kills them at random moments.
 
-    python random_kills.py DENSE PRUNED TEXT IDS SCRATCH SEED VERB:KILLS ...
+    python random_kills.py FOLDER SCRATCH SEED VERB:KILLS ...
 
 The moments are seeded. It prints one JSON line with, for each kill: the verb, the share of the run
 after which it came, the faults that an audit of the folder found, how the next run ended, and which
@@ -49,8 +49,13 @@ GGUF_NAME = "tiny.gguf"
 _TIMES = ("seconds", "peak_memory_bytes")
 
 
-def verbs(dense: Path, pruned: Path, text: Path, ids: Path) -> dict[str, Callable[[Path], object]]:
-    """What each verb does with its output."""
+def verbs(folder: Path) -> dict[str, Callable[[Path], object]]:
+    """What each verb does with its output.
+
+    `folder` holds what it works on: `dense`, `pruned`, `text.txt` and `ids.safetensors`.
+    """
+    dense, pruned, text = folder / "dense", folder / "pruned", folder / "text.txt"
+    ids = folder / "ids.safetensors"
     windows = torch.arange(96).reshape(6, 16) % 120
     given = {"calibration": windows, "batch": 2, "dtype": "float32"}
     quick = {"method": "wanda", "dense_weight": 0.0, "reconstruct": "none", "allocation": "uniform"}
@@ -81,7 +86,7 @@ def verbs(dense: Path, pruned: Path, text: Path, ids: Path) -> dict[str, Callabl
             dense, out, tokens=2048, **text_windows, **quick
         ),
         "sweep": lambda out: run_sweep(sweep, out),
-        "import": lambda out: import_gguf(dense.parent / GGUF_NAME, out, overwrite=True),
+        "import": lambda out: import_gguf(folder / GGUF_NAME, out, overwrite=True),
     }
 
 
@@ -155,17 +160,17 @@ def outcome(out: Path) -> dict[str, object]:
 
 
 def main() -> None:
-    dense, pruned, text, ids, scratch = map(Path, sys.argv[1:6])
-    moments = random.Random(int(sys.argv[6]))
-    known, results = verbs(dense, pruned, text, ids), []
-    if "/" in sys.argv[7]:
+    folder, scratch = map(Path, sys.argv[1:3])
+    moments = random.Random(int(sys.argv[3]))
+    known, results = verbs(folder), []
+    if "/" in sys.argv[4]:
         found = {}
-        for verb, every in (argument.split("/") for argument in sys.argv[7:]):
+        for verb, every in (argument.split("/") for argument in sys.argv[4:]):
             places = ((number, number % 3 == 0) for number in itertools.count(0, int(every)))
             found[verb] = kill_everywhere(known[verb], scratch, places)
         print(json.dumps(found))
         return
-    for argument in sys.argv[7:]:
+    for argument in sys.argv[4:]:
         verb, kills = argument.split(":")
         work = known[verb]
         # The first run is in the parent, so that the forks need not import the model's code again.

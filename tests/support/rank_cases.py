@@ -32,7 +32,7 @@ from prunus.engine.reconstruction.reconstruct_block import ReconstructionBatches
 from prunus.structure.records import StructureRecord  # noqa: E402
 from ranks import answers, forked, in_ranks  # noqa: E402
 from stopping import StopError, stop_after  # noqa: E402
-from tiny import block_shards, shards, stored, tiny_checkpoint, token_ids  # noqa: E402
+from tiny import block_shards, ids_file, shards, stored, tiny_checkpoint, token_ids  # noqa: E402
 
 METHODS: dict[str, dict[str, Any]] = {
     "wanda": {"dtype": "auto"},
@@ -62,6 +62,12 @@ def compare(left: Path, right: Path) -> dict[str, Any]:
         "weights": max(float((a[k].float() - b[k].float()).abs().max()) for k in a),
         "bytes": shards(left) == shards(right),
     }
+
+
+def on_two(work: Callable[[], object]) -> None:
+    """Run `work` on two ranks, which must end well."""
+    status = in_ranks(2, lambda _: work())
+    assert status == [0, 0], status
 
 
 def against_one(dense: Path, scratch: Path, name: str, size: int, **options: Any) -> dict[str, Any]:
@@ -94,17 +100,13 @@ def compressed(scratch: Path) -> dict[str, Any]:
     def alone(name: str, **more: Any) -> None:
         prune(dense, scratch / name, **options, **more)
 
-    def both(name: str) -> None:
-        status = in_ranks(2, lambda _: alone(name))
-        assert status == [0, 0], (name, status)
-
     alone("one")
-    both("two")
-    both("again")
+    on_two(lambda: alone("two"))
+    on_two(lambda: alone("again"))
     with contextlib.suppress(StopError):
         alone("resumed", progress=stop_after(1))
     first = (scratch / "resumed" / "model-00001-of-00003.safetensors").read_bytes()
-    both("resumed")
+    on_two(lambda: alone("resumed"))
     names = ("one", "two", "resumed")
     totals = {name: CompressionRecord.load(scratch / name).totals for name in names}
     return {
@@ -130,16 +132,12 @@ def shrunk(scratch: Path) -> dict[str, Any]:
         given = {"calibration": token_ids(6), "batch": 1, "rank_timeout": 60.0, "dtype": "float32"}
         prunus.shrink(dense, scratch / name, **(given | cases[case] | more))
 
-    def both(name: str, case: str) -> None:
-        status = in_ranks(2, lambda _: shrink(name, case))
-        assert status == [0, 0], (name, status)
-
     for case in cases:
         shrink(f"{case} one", case)
-        both(f"{case} two", case)
+        on_two(lambda: shrink(f"{case} two", case))  # noqa: B023
     with contextlib.suppress(StopError):
         shrink("resumed", "chosen", progress=stop_after(1))
-    both("resumed", "chosen")
+    on_two(lambda: shrink("resumed", "chosen"))
     found: dict[str, Any] = {
         "chosen": compare(scratch / "chosen one", scratch / "chosen two")["bytes"]
     }
@@ -320,14 +318,11 @@ def lost(scratch: Path) -> dict[str, Any]:
 
 def evaluated(scratch: Path) -> dict[str, Any]:
     """Perplexity over ranks, also over more ranks than windows."""
-    from safetensors.torch import save_file
 
     from prunus.evaluation.perplexity import perplexity
 
     dense = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)
-    text, ids = scratch / "text.safetensors", scratch / "ids.safetensors"
-    save_file({"input_ids": token_ids(2, 32)}, text)
-    save_file({"input_ids": token_ids(6, 16)}, ids)
+    text = ids_file(scratch / "text.safetensors", 2, 32)
     found: dict[str, Any] = {"alone": perplexity(dense, str(text), seqlen=32).loss}
     reference = tiny_checkpoint(scratch / "reference", "llama", initializer_range=0.3)
 
@@ -351,12 +346,10 @@ def evaluated(scratch: Path) -> dict[str, Any]:
 
 def recovered(scratch: Path) -> dict[str, Any]:
     """A training whose steps two ranks split by windows, against one rank."""
-    from safetensors.torch import save_file
 
     dense = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)
-    pruned, text = scratch / "pruned", scratch / "text.safetensors"
+    pruned, text = scratch / "pruned", ids_file(scratch / "text.safetensors", 40, 16)
     prune(dense, pruned)
-    save_file({"input_ids": token_ids(40, 16)}, text)
     options = {
         "text": str(text),
         "tokens": 16 * 4 * 6,
@@ -371,18 +364,18 @@ def recovered(scratch: Path) -> dict[str, Any]:
         return prunus.recover(pruned, out, "masked", **(options | more))
 
     alone = train(scratch / "one")
-    assert in_ranks(2, lambda _: train(scratch / "two")) == [0, 0]
+    on_two(lambda: train(scratch / "two"))
 
     refused = answers(2, lambda _: fault_of(lambda: train(scratch / "three", batch=1)), scratch)
 
-    def prune_and_train(_rank: int) -> None:
+    def prune_and_train() -> None:
         quick = {"method": "wanda", "dense_weight": 0.0, "reconstruct": "none"}
         prunus.prune_and_recover(
             dense, scratch / "max", calibration=str(text), samples=4, seqlen=16, dtype="float32",
             allocation="uniform", rank_timeout=60.0, tokens=2048, **quick,
         )  # fmt: skip
 
-    assert in_ranks(2, prune_and_train) == [0, 0]
+    on_two(prune_and_train)
     both = json.loads((scratch / "two" / "prunus-recovery.json").read_text())
     return {
         "alone": [x.held_out_loss for x in alone.evaluations],

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from prunus.model.linears import find_block_list
 from prunus.structure.records import StructureRecord
 from prunus.structure.run import shrink
+from stopping import interrupt
 from tiny import stored  # noqa: F401
 
 #: Most tests look at what is removed, and not at what is trained afterwards.
@@ -72,16 +73,8 @@ class Killed(BaseException):
 
 def shrunk_with_a_kill(dense: Path, output: Path, after: int, **options: Any) -> None:
     """Stop a run after some blocks, then give the same command again."""
-    seen: list[Any] = []
     options = {"repair": False, **options}
-
-    def kill(step: Any) -> None:
-        seen.append(step)
-        if len(seen) == after:
-            raise Killed
-
-    with pytest.raises(Killed):
-        shrink(dense, output, progress=kill, **options)
+    interrupt(shrink, dense, output, after=after, **options)
     assert StructureRecord.load(output).state == "running"
     assert not (output / "model.safetensors.index.json").exists()
     shrink(dense, output, resume=True, **options)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 #: Sizes of a transformer, and the rest that most language models need.
@@ -278,6 +278,12 @@ def token_ids(windows: int = 6, tokens: int = 16, vocabulary: int = 128) -> torc
     """Random calibration windows (windows, tokens), always the same."""
     generator = torch.Generator().manual_seed(7)
     return torch.randint(3, vocabulary, (windows, tokens), generator=generator)
+
+
+def ids_file(path: Path, windows: int = 6, tokens: int = 16) -> Path:
+    """Save `token_ids`; returns the path."""
+    save_file({"input_ids": token_ids(windows, tokens)}, path)
+    return path
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -273,19 +274,25 @@ class Stopped(BaseException):
     """Works like a kill: nothing catches it."""
 
 
-def test_cells_are_compared_with_the_dense_model_on_each_text_also_after_a_stop(dense, tmp_path):
-    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog; " * 20)
-    texts, said = ["python-docs", str(tmp_path / "text.txt")], []
+def stop_at_line(number: int) -> Callable[[str], None]:
+    """What stops a sweep when it says its line of this number."""
+    said: list[str] = []
 
     def stop(line: str) -> None:
         said.append(line)
-        if len(said) == 3:
+        if len(said) == number:
             raise Stopped
 
+    return stop
+
+
+def test_cells_are_compared_with_the_dense_model_on_each_text_also_after_a_stop(dense, tmp_path):
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog; " * 20)
+    texts = ["python-docs", str(tmp_path / "text.txt")]
     grid = {"method": ["magnitude", "wanda"]}
     sweep, out = sweep_of(dense, grid, scoring={**SCORING, "texts": texts}), tmp_path / "out"
     with pytest.raises(Stopped):
-        prunus.sweep(sweep, out, progress=stop)
+        prunus.sweep(sweep, out, progress=stop_at_line(3))
     results = prunus.sweep(sweep, out)
     for cell in results.cells:
         for text in texts:
@@ -314,15 +321,8 @@ def test_weights_of_finished_cells_are_deleted_unless_they_are_kept(dense, swept
 
 @pytest.mark.parametrize("lines", [1, 4])
 def test_a_stopped_sweep_continues_to_the_same_results(lines, dense, swept, tmp_path, pruned):
-    said: list[str] = []
-
-    def stop(line: str) -> None:
-        said.append(line)
-        if len(said) == lines:
-            raise Stopped
-
     with pytest.raises(Stopped):
-        prunus.sweep(sweep_of(dense), tmp_path / "out", progress=stop)
+        prunus.sweep(sweep_of(dense), tmp_path / "out", progress=stop_at_line(lines))
     done = [cell.name for cell in SweepResults.load(tmp_path / "out").cells if cell.state == "done"]
     pruned.clear()
     again = prunus.sweep(sweep_of(dense), tmp_path / "out")

@@ -190,8 +190,7 @@ def test_streamed_in_memory_spilled_and_replayed_runs_are_equal_to_the_byte(
         assert shards(tmp_path / other) == expected
 
 
-def test_the_memory_budget_decides_between_lockstep_replay_and_a_file(tmp_path, monkeypatch):
-    dense = tiny_checkpoint(tmp_path / "dense")
+def test_the_memory_budget_decides_between_lockstep_replay_and_a_file(dense, tmp_path, monkeypatch):
     ids = token_ids(64, 64)
     recipe = Recipe(calibration="token ids", samples=64, seqlen=64, batch=1)
 
@@ -222,8 +221,7 @@ def test_the_memory_budget_decides_between_lockstep_replay_and_a_file(tmp_path, 
         job(1000)
 
 
-def test_the_memory_budget_limits_a_device_as_it_limits_the_host(tmp_path, monkeypatch):
-    dense = tiny_checkpoint(tmp_path / "dense")
+def test_the_memory_budget_limits_a_device_as_it_limits_the_host(dense, tmp_path, monkeypatch):
     ids = token_ids(8, 16)
     recipe = Recipe(calibration="token ids", samples=8, seqlen=16, dtype="float32")
     monkeypatch.setattr(plan, "choose_device", lambda *_: torch.device("cuda"))

@@ -10,27 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import prunus
 from prunus.model.checkpoint import regular_files
 from prunus.model.checkpoint.atomic_files import read_json, replacing, write_text
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.pruning.recipe import Recipe
-from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, training_text
+from recovery_cases import recover
 from tiny import token_ids
 
 LATIN_1 = "# Modèle élagué\n".encode("latin-1")
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory) -> Path:
-    """A folder with checkpoints and text; no test writes to it."""
-    folder = tmp_path_factory.mktemp("companions")
-    dense = dense_checkpoint(folder / "dense", dtype=torch.bfloat16)
-    pruned_checkpoint(folder / "pruned", dense)
-    training_text(folder)
-    return folder
 
 
 #: Verb -> the checkpoint that it takes, and the verb.
@@ -205,7 +194,7 @@ def test_a_card_in_latin_1_is_no_reason_to_fail(verb, material, tmp_path):
 
 
 @pytest.mark.parametrize("verb", VERBS)
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file: run it as a user")
 def test_a_companion_that_cannot_be_read_shows_before_any_work(verb, material, tmp_path):
     with pytest.raises(OSError, match=r"notes\.txt"):
         run(verb, material, tmp_path, lambda m: (m / "notes.txt").touch(0o000))

@@ -1,28 +1,34 @@
-"""Faults: kills at any moment, full disks, read-only folders, shards that change, power cuts."""
+"""Faults: kills, full disks, read-only folders, shards that change, power cuts, rotten bits."""
 
+import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
 import subprocess
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import save, save_file
 
 import prunus
 from command_line import call
 from prunus.model.checkpoint import atomic_files as files
+from prunus.model.checkpoint.atomic_files import recorded_digests, verify_shards
 from prunus.model.checkpoint.lock import LOCK_NAME
 from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint
 from prunus.model.checkpoint.writer import TENSOR_DTYPES, save_safetensors
-from random_kills import GGUF_NAME, audit, outcome, verbs
-from recovery_cases import dense_checkpoint, pruned_checkpoint, training_text
+from random_kills import audit, outcome, verbs
+from recovery_cases import dense_checkpoint, pruned_checkpoint, recover
 from scripts import run_script
+from stopping import interrupt
 from tiny import token_ids
 
 NO_SPACE = re.compile(
@@ -35,29 +41,15 @@ if importlib.util.find_spec("gguf") and importlib.util.find_spec("accelerate"):
     KILLS["import"] = 6
 
 
-@pytest.fixture(scope="module")
-def material(tmp_path_factory) -> tuple[Path, Path, Path, Path]:
-    """A dense and a pruned checkpoint, text, token ids; no test writes to them."""
-    folder = tmp_path_factory.mktemp("faults")
-    dense = dense_checkpoint(folder / "dense", dtype=torch.bfloat16)
-    pruned = pruned_checkpoint(folder / "pruned", dense)
-    save_file({"input_ids": token_ids()}, folder / "ids.safetensors")
-    if "import" in KILLS:
-        from tiny_gguf import tiny_llama, write_gguf
-
-        write_gguf(tiny_llama(), folder / GGUF_NAME)
-    return dense, pruned, training_text(folder), folder / "ids.safetensors"
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_runs_killed_at_random_moments_end_in_the_same_bytes(every, material, tmp_path):
     kills = KILLS
     if every:
         kills = {verb: 4 * count for verb, count in KILLS.items()}
-        kills |= dict.fromkeys(verbs(*material).keys() - KILLS.keys() - {"import"}, 8)
+        kills |= dict.fromkeys(verbs(material).keys() - KILLS.keys() - {"import"}, 8)
     wanted = [f"{verb}:{count}" for verb, count in kills.items()]
-    results = run_script("random_kills.py", *material, tmp_path, 2026, *wanted, timeout=850)
+    results = run_script("random_kills.py", material, tmp_path, 2026, *wanted, timeout=850)
     fallen = Counter(result["verb"] for result in results)
     print(dict(fallen))
     assert sum(fallen.values()) >= 20, fallen
@@ -97,7 +89,7 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_disk_that_is_full_at_any_write(verb, material, small_disk, monkeypatch, tmp_path):
     """All files are whole, and with more space the same command ends in the same bytes."""
-    work = verbs(*material)[verb]
+    work = verbs(material)[verb]
     work(tmp_path / "whole")
     expected = outcome(tmp_path / "whole")
     # A run checks the free space before it starts; here the space runs out during the run.
@@ -132,7 +124,7 @@ def test_a_command_on_a_full_disk_ends_in_one_line(material, small_disk, monkeyp
         shutil, "disk_usage", lambda _: SimpleNamespace(free=12_345_678, total=2**60)
     )
     out = small_disk(32768) / "out"
-    shown = call("prune", material[0], out, "--method", "magnitude", status=1).stderr
+    shown = call("prune", material / "dense", out, "--method", "magnitude", status=1).stderr
     assert re.match(
         "prunus: error: No space left on the disk for .*/out/model-00003", shown.splitlines()[-1]
     )
@@ -141,7 +133,7 @@ def test_a_command_on_a_full_disk_ends_in_one_line(material, small_disk, monkeyp
 
 
 def test_a_disk_that_is_too_small_is_seen_before_any_work(material, small_disk):
-    dense, disk = material[0], small_disk(65536)
+    dense, disk = material / "dense", small_disk(65536)
     with pytest.raises(OSError, match=r"not enough disk for .* the result needs"):
         prunus.prune(dense, disk / "out", calibration=token_ids())
     assert list(disk.iterdir()) == []
@@ -155,26 +147,26 @@ def test_an_output_that_is_read_only(verb, material, small_disk):
     disk = small_disk(2**22)
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     with pytest.raises(OSError, match=r"out cannot be created: .* is not a folder that yo"):
-        verbs(*material)[verb](disk / "out")
+        verbs(material)[verb](disk / "out")
     assert list(disk.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["n" * 250 + ".json", "é" * 120 + ".json"])
 def test_a_long_name_is_no_reason_to_lose_figures(name, material, tmp_path):
     """The temporary name of a file is no longer than a name may be."""
-    call("inspect", material[0], "--json", tmp_path / name)
+    call("inspect", material / "dense", "--json", tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_a_name_that_is_too_long_is_refused_before_any_work(material, tmp_path):
     name = "n" * 300
     for work in (
-        lambda: prunus.prune(material[0], tmp_path / name, calibration=token_ids()),
-        lambda: prunus.compress(material[0], tmp_path / name, 8, calibration=token_ids()),
+        lambda: prunus.prune(material / "dense", tmp_path / name, calibration=token_ids()),
+        lambda: prunus.compress(material / "dense", tmp_path / name, 8, calibration=token_ids()),
     ):
         with pytest.raises(ValueError, match=r"a name has at most 255 bytes, and n* has 300"):
             work()
-    shown = call("inspect", material[0], "--json", tmp_path / name, status=2).stderr
+    shown = call("inspect", material / "dense", "--json", tmp_path / name, status=2).stderr
     assert "at most 255 bytes" in shown
     assert not list(tmp_path.iterdir())
 
@@ -191,32 +183,36 @@ def test_a_shard_that_goes_between_the_check_and_the_reading(tmp_path, monkeypat
             read(next(iter(checkpoint.tensors)))
 
 
-@pytest.mark.parametrize("change", ["cut", "replace", "rewrite", "remove"])
-def test_a_shard_that_changes_while_it_is_read(change, material, tmp_path):
-    dense = dense_checkpoint(tmp_path / "dense", dtype=torch.bfloat16)
+#: What happens to a shard of the source while a run reads it.
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "cut": lambda path: os.truncate(path, 4096),
+    "replace": lambda path: os.replace(shutil.copy(path, path.with_name("new")), path),
+    "rewrite": lambda path: os.utime(path, ns=(1, 1)),
+    "remove": Path.unlink,
+}
+
+
+@pytest.mark.parametrize(
+    ("verb", "change"),
+    [*(("prune", change) for change in CHANGES), ("compress", "cut"), ("shrink", "cut")],
+)
+def test_a_shard_that_changes_while_it_is_read(verb, change, material, tmp_path):
+    dense, out = shutil.copytree(material / "dense", tmp_path / "dense"), tmp_path / "out"
     path = dense / "model.safetensors"
+    disturbed = []
 
-    def disturb(step):
-        if step.done == 1:
-            if change == "cut":
-                path.write_bytes(path.read_bytes()[:-1000])
-            elif change == "replace":
-                tensors = load_file(path)
-                save_file(
-                    {k: x * 2 for k, x in tensors.items()}, tmp_path / "other", {"format": "pt"}
-                )
-                os.replace(tmp_path / "other", path)
-            elif change == "rewrite":
-                os.utime(path, ns=(1, 1))
-            else:
-                path.unlink()
+    def disturb(*_):
+        if not disturbed:
+            disturbed.append(CHANGES[change](path))
 
+    arguments = {"compress": {"bits": 4}, "shrink": {"blocks": 1}}.get(verb, {})
+    options = {"calibration": token_ids(), "progress": disturb, **arguments}
     with pytest.raises(
         (ValueError, FileNotFoundError), match=r"model\.safetensors .*(changed|gone)"
     ):
-        prunus.prune(dense, tmp_path / "out", calibration=token_ids(), progress=disturb)
-    assert audit(tmp_path / "out") == []
-    assert not (tmp_path / "out" / INDEX_NAME).exists()
+        getattr(prunus, verb)(dense, out, **options)
+    assert audit(out) == []
+    assert not (out / INDEX_NAME).exists()
 
 
 def test_a_tensor_that_was_read_does_not_depend_on_its_file(tmp_path):
@@ -236,25 +232,6 @@ def test_a_tensor_that_was_read_does_not_depend_on_its_file(tmp_path):
     }
 
 
-@pytest.mark.parametrize(
-    "work",
-    [
-        lambda *a, **o: prunus.compress(*a, 4, calibration=token_ids(), **o),
-        lambda *a, **o: prunus.shrink(*a, blocks=1, calibration=token_ids(), **o),
-    ],
-)
-def test_a_shard_that_is_cut_short(work, material, tmp_path):
-    model = shutil.copytree(material[0], tmp_path / "model")
-
-    def cut(*_):
-        for path in model.glob("*.safetensors"):
-            os.truncate(path, min(path.stat().st_size, 4096))
-
-    with pytest.raises(ValueError, match=r"\.safetensors was changed since it was opened"):
-        work(model, tmp_path / "out", progress=cut)
-    assert not (tmp_path / "out" / INDEX_NAME).exists()
-
-
 # --- the output folder is exchanged ---
 
 
@@ -262,7 +239,7 @@ def test_a_shard_that_is_cut_short(work, material, tmp_path):
 def test_nothing_is_written_through_a_link_that_takes_the_place_of_the_output(
     verb, material, monkeypatch, tmp_path
 ):
-    work = verbs(*material)[verb]
+    work = verbs(material)[verb]
     work(tmp_path / "whole")
     out, moved, foreign = tmp_path / "out", tmp_path / "moved", tmp_path / "foreign"
     foreign.mkdir()
@@ -325,7 +302,7 @@ def test_what_a_power_cut_can_leave(verb, material, monkeypatch, tmp_path):
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
     out = tmp_path / "out"
-    verbs(*material)[verb](out)
+    verbs(material)[verb](out)
     assert not pending
     # No file got its name in another way.
     names = {path.name for path in out.rglob("*") if path.is_file()}
@@ -370,3 +347,89 @@ def test_files_are_those_of_the_library(tmp_path):
         {name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"}
     )
     assert (tmp_path / "ours").read_bytes() == library
+
+
+# --- a bit of a written shard changes ---
+
+CHANGED = "is not what was written: its SHA-256 is not the recorded one"
+
+
+@pytest.fixture(scope="module")
+def results(material, tmp_path_factory) -> Path:
+    """A folder with results of every verb; no test writes to it."""
+    folder = shutil.copytree(material, tmp_path_factory.mktemp("rot"), dirs_exist_ok=True)
+    pruned_checkpoint(folder / "pruned-head", folder / "dense", head=True)
+    prunus.compress(folder / "dense", folder / "compressed", 4, calibration=token_ids())
+    short = {"tokens": 64, "evaluations": 1}
+    recover(folder / "pruned", folder / "recovered", "masked", folder / "text.txt", **short)
+    return folder
+
+
+def flip(path: Path, place: int = -1) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def prune(results: Path, out: Path, **options: Any) -> Any:
+    return prunus.prune(results / "dense", out, calibration=token_ids(), dtype="float32", **options)
+
+
+@pytest.mark.parametrize("name", ["pruned", "pruned-head", "compressed", "recovered"])
+def test_every_record_holds_the_digest_of_every_shard(name, results):
+    folder = results / name
+    shards = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.glob("*.safetensors")
+    }
+    assert recorded_digests(folder) == shards
+    assert set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values()) == set(shards)
+    assert verify_shards(folder) == len(shards)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_resume_refuses_a_changed_shard_and_makes_a_removed_one_again(number, results, tmp_path):
+    out, shard = tmp_path / "out", f"model-0000{number}-of-00003.safetensors"
+    interrupt(prune, results, out)
+    flip(out / shard)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(ValueError, match=rf"{shard} {CHANGED}.* remove it"):
+        prune(results, out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (out / shard).unlink()
+    assert prune(results, out).state == "finished"
+    for path in out.glob("*.safetensors"):
+        assert path.read_bytes() == (results / "pruned" / path.name).read_bytes()
+    assert verify_shards(out) == 3
+
+
+def test_inspect_verifies_on_request(results, tmp_path):
+    shutil.copytree(results / "pruned", tmp_path / "model")
+    shown = call("inspect", tmp_path / "model", "--verify").output
+    assert "shards that have the bytes that were written: 3" in shown
+    flip(tmp_path / "model" / "model-00002-of-00003.safetensors")
+    assert "bytes that were written" not in call("inspect", tmp_path / "model").output
+    refused = call("inspect", tmp_path / "model", "--verify", status=2).output
+    assert "model-00002-of-00003.safetensors differ from the SHA-256" in " ".join(refused.split())
+    assert prunus.inspect(results / "compressed", verify=True).verified == 3
+
+
+def test_what_cannot_be_verified_is_an_error(results, tmp_path):
+    with pytest.raises(FileNotFoundError, match="prunus did not write it"):
+        prunus.inspect(results / "dense", verify=True)
+    shutil.copytree(results / "pruned", tmp_path / "model")
+    last = "model-00003-of-00003.safetensors"
+    (tmp_path / "model" / last).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"has lost {last}"):
+        verify_shards(tmp_path / "model")
+    shutil.copy(results / "pruned" / last, tmp_path / "model")
+    shutil.copy(results / "pruned" / last, tmp_path / "model" / "more.safetensors")
+    with pytest.raises(ValueError, match=r"more\.safetensors differ"):
+        verify_shards(tmp_path / "model")
+
+
+@pytest.mark.parametrize("damage", [{"sha256": []}, {"sha256": {"a": 1}}, []])
+def test_a_damaged_record_is_an_error(damage, tmp_path):
+    (tmp_path / "prunus.json").write_text(json.dumps(damage))
+    with pytest.raises(ValueError, match=r"prunus\.json is damaged"):
+        recorded_digests(tmp_path)

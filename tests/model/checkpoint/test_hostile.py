@@ -9,19 +9,19 @@ import pickle
 from pathlib import Path
 
 import pytest
-from safetensors.torch import save_file
 
 import prunus
+from changes import edit_json
 from prunus.formats.gguf.header import open_gguf
 from scripts import fork_script
-from tiny import tiny_checkpoint, token_ids
+from tiny import ids_file, token_ids
 
 resource = pytest.importorskip("resource")
 
 #: Kind of input -> its cases, of which at least a share must be refused.
 CASES = {
-    "header": 80,
-    "index": 80,
+    "header": 160,
+    "index": 120,
     "config": 40,
     "integers": 30,
     "gguf": 30,
@@ -30,11 +30,7 @@ CASES = {
     "template": 25,
     "generation": 10,
     "report": 50,
-    "toml": 190,
-    "text": 190,
-    "training": 70,
-    "size": 105,
-    "environment": 10,
+    "text": 445,
 }
 
 
@@ -48,7 +44,6 @@ def test_hundreds_of_damaged_inputs(times, tmp_path):
     outcomes = json.loads(done.stdout.splitlines()[-1])
     if len(outcomes) == len(CASES):  # without an extra there are fewer
         assert sum(sum(count.values()) for count in outcomes.values()) >= 1000 * times
-    assert not set(outcomes.pop("environment")) - {"fine", "ValueError"}
     for kind, count in outcomes.items():
         refused = sum(number for name, number in count.items() if name != "fine")
         assert refused > times * CASES[kind] / 10, (kind, count)
@@ -65,8 +60,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("alone", [True, False])
-def test_no_pickle_is_ever_loaded(alone, tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense")
+def test_no_pickle_is_ever_loaded(dense, alone, tmp_path):
     names = ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt", "training_args.bin"]
     for name in names:
         (dense / name).write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
@@ -85,21 +79,19 @@ def test_no_pickle_is_ever_loaded(alone, tmp_path):
         assert not (tmp_path / "out" / name).exists(), "no pickle is copied to the result"
 
 
-def test_code_of_a_checkpoint_runs_with_the_flag_only(tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense")
+def test_code_of_a_checkpoint_runs_with_the_flag_only(dense, tmp_path):
     (dense / "configuration_own.py").write_text(
         f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
         "from transformers import LlamaConfig\n"
         "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
     )
-    config = json.loads((dense / "config.json").read_text())
-    config |= {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
-    (dense / "config.json").write_text(json.dumps(config))
-    save_file({"input_ids": token_ids()}, tmp_path / "ids.safetensors")
+    auto_map = {"AutoConfig": "configuration_own.OwnConfig"}
+    edit_json(dense / "config.json", model_type="own", auto_map=auto_map)
+    ids = ids_file(tmp_path / "ids.safetensors")
     for work in (
         lambda: prunus.prune(dense, tmp_path / "out", calibration=token_ids()),
         lambda: prunus.inspect(dense),
-        lambda: prunus.perplexity(dense, str(tmp_path / "ids.safetensors"), seqlen=16, samples=1),
+        lambda: prunus.perplexity(dense, str(ids), seqlen=16, samples=1),
     ):
         with pytest.raises(ValueError, match=r"own|custom code"):
             work()
@@ -135,10 +127,9 @@ def test_numbers_in_a_gguf_header_are_not_believed(head, message, tmp_path):
         open_gguf(tmp_path / "x.gguf")
 
 
-def test_weights_that_are_not_there_are_not_made_up(tmp_path):
+def test_weights_that_are_not_there_are_not_made_up(dense, tmp_path):
     """transformers would continue with random ones."""
-    dense = tiny_checkpoint(tmp_path / "dense")
-    save_file({"input_ids": token_ids()}, tmp_path / "ids.safetensors")
+    ids_file(tmp_path / "ids.safetensors")
     config = json.loads((dense / "config.json").read_text())
     for change, what in (
         ({"num_hidden_layers": 3}, "9 of its weights are not there"),

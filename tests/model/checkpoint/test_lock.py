@@ -1,6 +1,7 @@
 """Two runs into one folder: the second is refused and learns who holds the folder.
 
-The lock that a killed run left stops no other run.
+The lock that a killed run left stops no other run. A run that is slow between its look at the
+folder and its lock finds what happened there.
 """
 
 import contextlib
@@ -12,18 +13,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 import prunus
 from command_line import call
+from prunus.model.checkpoint import lock
 from prunus.model.checkpoint.lock import LOCK_NAME, locked
 from prunus.sweeping.grid import Sweep
 from prunus.sweeping.run import sweep as run_sweep
-from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, training_text
-from tiny import tiny_checkpoint, token_ids
+from random_kills import verbs as verbs_of_kills
+from recovery_cases import recover
+from tiny import token_ids, tree
 
 _HOLD = "import sys; from pathlib import Path; from prunus.model.checkpoint.lock import locked\n"
 _HOLD += "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
@@ -44,28 +46,22 @@ def held(tmp_path):
     assert not (tmp_path / "out").exists(), "nothing was written to it"
 
 
-def test_every_verb_that_writes_is_refused_with_host_and_process(held, tmp_path):
+def test_every_verb_that_writes_is_refused_with_host_and_process(held, material):
     out, other = held
-    dense = dense_checkpoint(tmp_path / "dense", dtype=torch.bfloat16)
-    pruned = pruned_checkpoint(tmp_path / "pruned", dense)
     who = f"being written by another run: process {other.pid} on {socket.gethostname()}"
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    with pytest.raises(FileExistsError, match=who):
-        prunus.prune(dense, out, calibration=token_ids())
-    with pytest.raises(FileExistsError, match=who):
-        prunus.compress(dense, out, 4, format="mlx", calibration=token_ids())
-    with pytest.raises(FileExistsError, match=who):
-        recover(pruned, out, "masked", training_text(tmp_path))
-    sweep = {"title": "t", "models": [str(dense)], "grid": [{"method": "magnitude"}]}
-    with pytest.raises(FileExistsError, match=who):
-        run_sweep(Sweep.model_validate(sweep), out)
-    save_file({"input_ids": token_ids()}, tmp_path / "ids.safetensors")
-    options = ["--calibration", tmp_path / "ids.safetensors", "--samples", 6, "--seqlen", 16]
-    assert who in " ".join(call("prune", dense, out, *options, status=2).output.split())
+    writing = verbs_of_kills(material)
+    assert writing.keys() >= {"prune", "compress", "shrink", "recover-masked", "max", "sweep"}
+    for verb in writing.keys() - {"import"}:
+        with pytest.raises(FileExistsError, match=who):
+            writing[verb](out)
+    options = ["--calibration", material / "ids.safetensors", "--samples", 6, "--seqlen", 16]
+    shown = call("prune", material / "dense", out, *options, status=2).output
+    assert who in " ".join(shown.split())
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_the_lock_of_a_killed_run_is_taken_over(held, tmp_path):
+def test_the_lock_of_a_killed_run_is_taken_over(dense, held, tmp_path):
     out, other = held
     other.send_signal(signal.SIGKILL)
     other.wait()
@@ -73,7 +69,6 @@ def test_the_lock_of_a_killed_run_is_taken_over(held, tmp_path):
         "host": socket.gethostname(),
         "pid": other.pid,
     }
-    dense = tiny_checkpoint(tmp_path / "dense")
     assert prunus.prune(dense, out, calibration=token_ids()).state == "finished"
     assert not (out / LOCK_NAME).exists()
     for path in out.iterdir():
@@ -81,8 +76,7 @@ def test_the_lock_of_a_killed_run_is_taken_over(held, tmp_path):
     out.rmdir()
 
 
-def test_two_runs_one_after_the_other_and_a_failed_one(tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense")
+def test_two_runs_one_after_the_other_and_a_failed_one(dense, tmp_path):
     with pytest.raises(ValueError, match="the calibration token ids run"):
         prunus.prune(dense, tmp_path / "deep" / "out", calibration=token_ids() + 1000)
     assert not (tmp_path / "deep").exists()
@@ -167,3 +161,113 @@ def test_the_lock_of_another_folder_with_the_same_name_stays(tmp_path):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / LOCK_NAME).write_text("{}")
     assert (tmp_path / "out" / LOCK_NAME).read_text() == "{}"
+
+
+# --- races: a run that is slow between its look at the folder and its lock ---
+
+
+@pytest.fixture
+def between_look_and_lock(monkeypatch):
+    """A function that runs `work` on a folder in the moment before the next lock is taken.
+
+    It returns what the folder holds after that, once it has happened.
+    """
+    acquire = lock._acquire
+    left: dict[str, bytes] = {}
+
+    def arrange(work: Callable[[Path], Any], out: Path) -> dict[str, bytes]:
+        def acquire_later(folder: Path) -> int:
+            monkeypatch.setattr(lock, "_acquire", acquire)
+            work(out)
+            left.update(tree(out))
+            return acquire(folder)
+
+        monkeypatch.setattr(lock, "_acquire", acquire_later)
+        return left
+
+    return arrange
+
+
+def sweep_of(dense: Path, ids: Path, sparsity: float) -> Sweep:
+    return Sweep.model_validate(
+        {
+            "title": "t",
+            "models": [str(dense)],
+            "recipe": {"calibration": str(ids), "samples": 3, "seqlen": 16, "dtype": "float32"},
+            "scoring": {"texts": [str(ids)], "seqlen": 16, "samples": 2},
+            "grid": [{"method": "magnitude", "sparsity": sparsity}],
+            "keep_checkpoints": True,
+        }
+    )
+
+
+def verbs(material: Path) -> dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]]:
+    """Verb -> two commands that write different results."""
+    dense, text = material / "dense", material / "text.txt"
+    ids = material / "ids.safetensors"
+    found: dict[str, Any] = {
+        "prune": [
+            lambda out, s=s: prunus.prune(dense, out, "magnitude", s, dtype="float32")
+            for s in (0.3, 0.7)
+        ],
+        "compress": [
+            lambda out, b=b: prunus.compress(
+                dense, out, b, calibration=token_ids(), dtype="float32"
+            )
+            for b in (4, 8)
+        ],
+        "recover": [
+            lambda out, n=n: recover(
+                material / "pruned", out, "masked", text, evaluations=1, tokens=n
+            )
+            for n in (64, 128)
+        ],
+        "sweep": [lambda out, s=s: run_sweep(sweep_of(dense, ids, s), out) for s in (0.3, 0.7)],
+    }
+    return found
+
+
+@pytest.mark.parametrize("verb", ["prune", "compress", "recover", "sweep"])
+def test_what_another_run_finished_meanwhile_is_not_destroyed(
+    verb, material, between_look_and_lock, tmp_path
+):
+    first, second = verbs(material)[verb]
+    before = between_look_and_lock(first, tmp_path / "out")
+    with pytest.raises(FileExistsError, match=r"another|set of cells"):
+        second(tmp_path / "out")
+    assert before
+    assert tree(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("verb", ["prune", "compress", "recover"])
+def test_the_same_command_twice_gives_one_result(verb, material, between_look_and_lock, tmp_path):
+    """The second command finds the result of the first, and ends well without work."""
+    first, _ = verbs(material)[verb]
+    before = between_look_and_lock(first, tmp_path / "out")
+    first(tmp_path / "out")
+    assert tree(tmp_path / "out") == before
+
+
+def test_an_import_replaces_what_another_run_finished_only_if_it_may(
+    material, between_look_and_lock, tmp_path
+):
+    pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    from prunus.formats.gguf.import_checkpoint import import_gguf
+
+    file, out = material / "tiny.gguf", tmp_path / "out"
+    with lock.locked(out):
+        for overwrite in (False, True):
+            with pytest.raises(FileExistsError, match="being written"):
+                import_gguf(file, out, overwrite=overwrite)
+        assert os.listdir(tmp_path) == ["out"]
+    prune = verbs(material)["prune"][0]
+    between_look_and_lock(prune, out)
+    with pytest.raises(FileExistsError, match="not empty"):
+        import_gguf(file, out)
+    assert (out / "prunus.json").exists()
+    between_look_and_lock(prune, out)
+    import_gguf(file, out, overwrite=True)
+    assert (out / "model.safetensors").exists()
+    assert not (out / "prunus.json").exists()
+    assert os.listdir(tmp_path) == ["out"]
