@@ -248,7 +248,9 @@ def plan(
 
 @with_flags(RecoveryOptions, RunOptions, without=("memory", "trust_remote_code"))
 def recover(
-    model: Model,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder or hub id of a model that is not rounded.")
+    ],
     output: Output,
     teacher: Annotated[
         str | None, opt("Learn the logits of this dense model. Default: learn the text.", "DENSE")
