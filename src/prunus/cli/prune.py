@@ -249,7 +249,7 @@ def plan(
 @with_flags(RecoveryOptions, RunOptions, without=("memory", "trust_remote_code"))
 def recover(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Folder or hub id of a model that is not rounded.")
+        str, typer.Argument(metavar="MODEL", help="Folder or hub id of a dense or pruned model.")
     ],
     output: Output,
     teacher: Annotated[
