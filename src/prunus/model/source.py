@@ -388,7 +388,8 @@ class ModuleSource:
                 "model inside a larger one"
             )
         state = self.model.state_dict(keep_vars=True)
-        skeleton.untie(lambda name, other: state[name] is state[other])
+        # The skeleton has a name for each expert, also if the model has one tensor for all of them.
+        skeleton.untie(lambda a, b: not {a, b} <= state.keys() or state[a] is state[b])
         self._path = skeleton.path
         self._fused = [
             {tensor.name: tensor for tensor in skeleton.fused(i)} for i in range(len(skeleton))

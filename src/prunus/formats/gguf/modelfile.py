@@ -167,11 +167,10 @@ def modelfile(name: str, folder: Path, fields: Mapping[str, Any]) -> str:
 
 
 def _instruction(name: str, text: str) -> str:
-    r"""A line that Ollama reads as `text`, or a comment that says why there is none.
+    """A line that Ollama reads as `text`, or a comment that says why there is none.
 
-    >>> print(_instruction("FROM", "./a b.gguf"), _instruction("SYSTEM", chr(0)), sep="\n")
-    FROM \"""./a b.gguf\"""
-    # No SYSTEM: a Modelfile cannot hold its text.
+    >>> _instruction("PARAMETER stop", "<|end|>"), _instruction("SYSTEM", chr(0))
+    ('PARAMETER stop <|end|>', '# No SYSTEM: a Modelfile cannot hold its text.')
     """
     if '"""' in text or not re.sub(r"[\t\n\r]", "", text).isprintable():
         return f"# No {name}: a Modelfile cannot hold its text."
