@@ -15,7 +15,7 @@ bytes, W words of eight integers. In whole rows, O outputs (rows), S spans of a 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -26,12 +26,12 @@ from prunus.methods.group_quantizer import GroupQuantizer, Spans
 
 
 class Field(NamedTuple):
-    """Some bits of all integers of a part of a span, or one of its 16-bit floats.
+    """Some bits of all integers of a part of a span, or one of its floats.
 
     Attributes:
         part: "levels"; "codes", which have the minima after them; or a float, which is "d", "dmin",
             or "-dmin" where the file has it with the other sign.
-        bits: The number of bits of each integer that are here; 16 for a float.
+        bits: The number of bits of each integer that are here; those of its dtype for a float.
         width: The bytes of a run, or 0; see the top of this file. A float ignores it.
         shift: The number of the lowest of these bits in the integer, from 0. A float ignores it.
     """
@@ -48,9 +48,11 @@ class BlockType(GroupQuantizer):
 
     Attributes:
         layout: The fields of a span, in their order in the file.
+        order: The integer that stands for each level; empty where integers rise with the values.
     """
 
     layout: tuple[Field, ...]
+    order: tuple[int, ...] = field(default=(), kw_only=True)
 
     @functools.cached_property
     def has_minimum(self) -> bool:
@@ -97,8 +99,11 @@ class BlockType(GroupQuantizer):
         codes_NG = (spans.codes_NG - self.codes[0]).to(torch.uint8)
         if self.has_minimum:
             codes_NG = torch.cat([codes_NG, spans.minima_NG.to(torch.uint8)], dim=1)
+        levels_NB = spans.levels_NB + self.zero_point(self.values)
+        if self.order:
+            levels_NB = levels_NB.new_tensor(self.order)[levels_NB.int()]
         integers = {
-            "levels": spans.levels_NB + self.zero_point(self.values),
+            "levels": levels_NB,
             "codes": codes_NG + self.zero_point(self.codes),
         }
         floats = {"d": spans.d_N, "dmin": spans.dmin_N, "-dmin": -spans.dmin_N}
@@ -134,6 +139,8 @@ class BlockType(GroupQuantizer):
         else:
             minima_NG = torch.zeros_like(codes_NG)
         levels_NB = integers["levels"] - self.zero_point(self.values)
+        if self.order:
+            levels_NB = levels_NB.new_tensor(self.order).argsort()[levels_NB.int()].byte()
         return Spans(floats["d"], floats["dmin"], codes_NG, minima_NG, levels_NB)
 
     def zero_point(self, numbers: tuple[float, ...]) -> int:

@@ -4,9 +4,10 @@ Every row is cut into spans of columns, and a span into groups. A weight of a gr
 
     d · code · value − dmin · minimum
 
-with d and dmin (16-bit floats) of the span, `code` and `minimum` (small integers) of the group, and
+with d and dmin (floats) of the span, `code` and `minimum` (small integers) of the group, and
 `value`, one of the few values of the quantiser, of the weight. Quantisers without minima have
-dmin = 0. Those whose spans are single groups have code 1. The formats of files that store these
+dmin = 0. Those whose spans are single groups have code 1, and their d can be a power of two of
+eight bits. The formats of files that store these
 numbers (`prunus.formats`) derive from `GroupQuantizer` and turn them into bytes.
 
 Shape suffixes: N spans (of all rows), G groups of a span, C columns of a group, B columns of a
@@ -35,9 +36,11 @@ class GroupQuantizer(ABC):
         name: The name that users and records know, such as "Q4_K".
         span: The number of columns that share d and dmin.
         group: The number of columns that share a code and a minimum.
-        values: The values of a weight in units of its step, ascending.
+        values: The values of a weight in units of its step, ascending. `nearest` needs multiples of
+            a half.
         codes: The lowest and the highest code of a group. A minimum is from 0 to the highest.
-        dtype: The dtype of d and dmin, of two bytes.
+        dtype: The dtype of d and dmin: one of two bytes, or torch.float8_e8m0fnu for a d that is a
+            power of two, of spans of one group without minima.
         columns: The order in which the columns of a weight are stored, and cut into spans; empty
             where they stay in order.
     """
@@ -54,6 +57,11 @@ class GroupQuantizer(ABC):
     def has_minimum(self) -> bool:
         """Whether a group has a minimum, which lets its values be asymmetric about 0."""
         return False
+
+    @property
+    def has_power(self) -> bool:
+        """Whether d is a power of two, to which nothing but another one can be multiplied."""
+        return self.dtype == torch.float8_e8m0fnu
 
     @property
     def unit(self) -> int:
@@ -114,20 +122,20 @@ class GroupQuantizer(ABC):
             places.round_().clamp_(lowest, highest)
             return places, places - lowest
         values, level_at = _tables(self.values, places.device)
-        # The table has an entry for every half, so the half below a number finds its nearest value.
-        index = places.mul_(2).floor_().sub_(2 * lowest).clamp_(0, len(level_at) - 1).int()
+        # The quarter below a number is the entry of the table that has its nearest value.
+        index = places.mul_(4).floor_().sub_(4 * lowest).clamp_(0, len(level_at) - 1).int()
         levels = level_at[index]
         return values[levels], levels
 
 
 @functools.cache
 def _tables(values: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The values, float32, and the level of the value nearest to each half, from the lowest on."""
+    """The values, float32, and the level of the one nearest to each quarter, from the lowest on."""
     table = torch.tensor(values, dtype=torch.float32, device=device)
-    halves = torch.arange(2 * values[0], 2 * values[-1] + 1, device=device) / 2
-    # Limits between values are multiples of a half.
+    quarters = torch.arange(4 * values[0], 4 * values[-1] + 1, device=device) / 4
+    # Limits between values are multiples of a quarter.
     limits = (table[1:] + table[:-1]) / 2
-    return table, torch.bucketize(halves, limits, right=True).int()
+    return table, torch.bucketize(quarters, limits, right=True).int()
 
 
 class Spans(NamedTuple):
@@ -211,6 +219,8 @@ def join_spans(
 ) -> GroupedWeight:
     """The weight of spans with their scales, times the gains of its rows; see `output_gain`.
 
+    Scales that are powers of two stay as they are.
+
     Args:
         scales: The scales of the spans, from the left of a row to the right.
         levels_IO: Indices of `GroupQuantizer.values`, uint8 (I, O), in the order of columns.
@@ -229,10 +239,12 @@ def join_spans(
         levels_IO.T.reshape(-1, quantizer.span),
     )
     rounded_OI = spans.dense(quantizer).view(weight_OI.shape)
-    gain_O = output_gains(weight_OI, rounded_OI, weighted_OI)
-    gain_N = gain_O.repeat_interleave(len(scales))
-    d_N, dmin_N = (quantizer.stored(scale_N * gain_N) for scale_N in spans[:2])
-    data_NK = quantizer.pack(spans._replace(d_N=d_N, dmin_N=dmin_N))
+    if not quantizer.has_power:
+        gain_O = output_gains(weight_OI, rounded_OI, weighted_OI)
+        gain_N = gain_O.repeat_interleave(len(scales))
+        d_N, dmin_N = (quantizer.stored(scale_N * gain_N) for scale_N in spans[:2])
+        spans = spans._replace(d_N=d_N, dmin_N=dmin_N)
+    data_NK = quantizer.pack(spans)
     return GroupedWeight(quantizer, data_NK.view(len(weight_OI), -1))
 
 

@@ -37,12 +37,14 @@ class GgufType(GroupQuantizer):
             have spans of 32.
         is_reserve: Whether the choice by loss takes it only where a file would be too large
             without such types.
+        is_chosen: Whether the choice by loss takes it at all, and not only a recipe that names it.
     """
 
     number: int
     file_type: int
     fallback: str = ""
     is_reserve: bool = False
+    is_chosen: bool = True
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,9 @@ _NIBBLES = _levels(4, 16)
 _SIX_BITS = _codes(6, 12)
 # The values of the types with codebooks of two bits, in units of the smallest magnitude.
 _IQ2 = (-5.375, -3.125, -1, 1, 3.125, 5.375)
+# The values of FP4 (e2m1: a sign, two bits of an exponent, one of a mantissa). Both zeros
+# have a level.
+_FP4 = (-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0, 0.5, 1, 1.5, 2, 3, 4, 6)
 # Arguments: name, span, group, values, codes, layout, number, file type, fallback.
 _ALL: tuple[GgufType, ...] = (
     ScalarType("Q4_0", 32, 32, integers(4), ONE, (_D, _NIBBLES), 2, 2),
@@ -100,6 +105,12 @@ _ALL: tuple[GgufType, ...] = (
     ScalarType(
         "IQ4_XS", 256, 32, _IQ4, (-32, 31),
         (_D, _codes(2, 1, 4), _codes(4, 1), _NIBBLES), 23, 30, "IQ4_NL",
+    ),
+    # Its scale is a power of two. ggml has twice the values and half the scale, which is the same.
+    # The choice by loss has IQ4_XS and IQ4_NL, which lose less at these bits.
+    ScalarType(
+        "MXFP4", 32, 32, _FP4, ONE, (Field("d", 8), _NIBBLES), 39, 38, is_chosen=False,
+        dtype=torch.float8_e8m0fnu, order=(*range(15, 7, -1), *range(8)),
     ),
     # Its scale may be negative: then the values are −2 to 1.
     ScalarType(
@@ -204,7 +215,7 @@ def type_for(name: str, columns: int) -> GgufType:
 
 
 def types_for(columns: int, with_reserve: bool = False) -> list[GgufType]:
-    """The types that a weight of this width can have: those with long spans where they fit.
+    """The types that the choice by loss has for this width: those with long spans where they fit.
 
     Q8_0 is always one of them, because no type with long spans is as exact, and so is IQ4_NL, which
     processors decode as fast as Q4_K. IQ4_XS has the same levels in fewer bits, and is slower.
@@ -227,6 +238,6 @@ def types_for(columns: int, with_reserve: bool = False) -> list[GgufType]:
     return [
         x
         for x in TYPES.values()
-        if columns % x.span == 0 and x.is_reserve <= with_reserve
+        if columns % x.span == 0 and x.is_chosen and x.is_reserve <= with_reserve
         if x.span in spans or x.name in ("Q8_0", "IQ4_NL")
     ]
