@@ -236,8 +236,9 @@ def plan(
             model, output, (recipe, recipe_options), how, parse_bytes(fits, 1000), context
         )
         chosen = job.recipe
-    written = lists and write_lists(job, tensor_types, imatrix, progress=not is_quiet())
-    described = describe_plan(job) | {"written": written or [], "needs": needs}
+    choice = write_lists(job, tensor_types, imatrix, progress=not is_quiet()) if lists else None
+    written = [str(path) for path in (tensor_types, imatrix) if path is not None]
+    described = describe_plan(job, choice) | {"written": written, "needs": needs}
     if trains:
         from prunus.recovery.max_preset import plan_training
 

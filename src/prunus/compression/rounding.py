@@ -10,13 +10,14 @@ Shape suffixes: O outputs (rows), R some of them, I inputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from prunus.engine.block.linear import LinearRounding
 from prunus.engine.linear_job import PruningJob
 from prunus.engine.loss_sensitivity import (
     PROBE_TOKENS,
@@ -24,13 +25,14 @@ from prunus.engine.loss_sensitivity import (
     LinearSensitivity,
     measure_loss,
 )
-from prunus.engine.output import PruningOutput
+from prunus.engine.output import CheckpointFolder, Rounding
 from prunus.engine.session import Session, shown_session
 from prunus.engine.windows import calibration_windows
-from prunus.formats.base import CompressedFormat, tensors_of_kind
+from prunus.formats.base import CompressedFormat
 from prunus.formats.gguf.file import OWN_LISTS, write_importances
 from prunus.formats.gguf.format import GgufFormat
 from prunus.formats.records import CompressionRecord
+from prunus.formats.type_choice import Measurement, TypeChoice
 from prunus.hardware.errors import naming
 from prunus.methods.group_fits import round_in_groups
 from prunus.methods.group_quantizer import GroupQuantizer
@@ -46,8 +48,6 @@ _ROWS, _LEAST_ROWS = 64, 8
 # three bits, Q2_K and IQ2_S (ε² = 0.06) raise the loss by 1.55 times the sum, and IQ2_XXS (0.1) by
 # twice the sum, in a Llama of 34 million weights.
 _COHERENCE, _LEAST_REST = 8.0, 0.2
-# The two kinds of tensors that a measurement of types gives; a name of a module follows.
-_LOSSES, _IMPORTANCES = "losses/", "importances/"
 
 
 def type_rounding(
@@ -55,63 +55,69 @@ def type_rounding(
     job: PruningJob,
     session: Session,
     ids: Tensor,
-    output: PruningOutput,
+    folder: CheckpointFolder,
     record: CompressionRecord,
-) -> LinearRounding:
-    """The rounding to the types of least loss, which the record and the format take note of.
+) -> Rounding:
+    """The rounding to the types of least loss, which the record takes note of.
 
     Args:
         stored: The format of the result.
         job: The run.
         session: Its processes, and who hears of the measurement.
         ids: Its calibration windows (windows, tokens).
-        output: The folder of the result, which keeps the measurement for a resumed run.
+        folder: The folder of the result, which keeps the measurement for a resumed run.
         record: The record of the run, with the blocks that an earlier run has finished.
     """
     ranks = session.ranks
     tensors = ranks.tensors_from_rank_0(
-        lambda: output.measured(
-            lambda: _type_losses(stored, job, session, ids, record.measured) | stored.lasting
+        lambda: folder.measured(
+            lambda: measured(stored, job, session, ids, record.measured).tensors()
         )
     )
-    if not stored.lasting.keys() <= tensors.keys():
+    if not stored.lasting.tensors().keys() <= tensors.keys():
         raise FileExistsError(
             f"{stored.recipe.template} is not the file that this run began with: put it back as it "
             "was, or choose `overwrite` to start again"
         )
-    _take_note(stored, tensors)
-    if record.types not in ({}, stored.types):
+    choice = stored.choice(Measurement.of(tensors))
+    if record.types not in ({}, choice.types):
         raise FileExistsError(
             f"{stored.recipe.type or stored.recipe.fast_on} has other types than the finished "
             "blocks: the file was changed since. Put it back as it was, or choose `overwrite` to "
             "start again"
         )
-    record.types = stored.types
-    ranks.on_rank_0(stored.check_outside)
-    if said := stored.chosen():
+    record.types = choice.types
+    ranks.on_rank_0(lambda: stored.check_outside(choice))
+    if said := stored.said(choice):
         session.tell(said)
 
     def round_as(name: str) -> GroupQuantizer | NearestRounding:
         """A linear with an importance is rounded to nearest, the others with feedback."""
-        quantizer, importance_I = stored.quantizer(name), stored.importances.get(name)
+        quantizer, importance_I = choice.quantizers[name], choice.importances.get(name)
         return quantizer if importance_I is None else NearestRounding(quantizer, importance_I)
 
-    return round_as
+    return Rounding(
+        of=round_as,
+        encode=stored.tensors_of,
+        decode=lambda name, key, parts: stored.weight_from(key, parts, choice.quantizers[name]),
+        outside=partial(stored.outside, choice) if stored.weights_outside else None,
+        needs_head=stored.rounds_head(choice),
+    )
 
 
 def write_lists(
     job: PruningJob, types_file: Path | None, importances_file: Path | None, progress: bool
-) -> list[str]:
+) -> TypeChoice:
     """Choose the types of a planned GGUF file, and write them for llama-quantize of llama.cpp.
 
     Args:
-        job: The plan; its format holds the types afterwards.
+        job: The plan.
         types_file: Where the list of types is written; None for nowhere.
         importances_file: Where the importance matrix is written; None for nowhere.
         progress: Whether to show a bar where a person looks.
 
     Returns:
-        The names of the files.
+        The type of each weight.
 
     Raises:
         ValueError: The plan is not for a GGUF file whose weights are rounded to nearest.
@@ -127,46 +133,38 @@ def write_lists(
         check_file_place(path, OWN_LISTS.fullmatch)
         make_folder(path.parent)
     with shown_session("plan", progress, None) as session:
-        _take_note(stored, _type_losses(stored, job, session, calibration_windows(job).ids, {}))
+        choice = stored.choice(measured(stored, job, session, calibration_windows(job).ids, {}))
     if types_file is not None:
-        write_text(types_file, stored.contents.type_list(stored.types))
+        write_text(types_file, stored.contents.type_list(choice.types))
     if importances_file is not None:
         by_tensor = {
-            tensor.name: torch.stack([stored.importances[module] for module in tensor.modules])
+            tensor.name: torch.stack([choice.importances[module] for module in tensor.modules])
             for tensor in stored.contents.layout.tensors
-            if tensor.module in stored.importances
+            if tensor.module in choice.importances
         }
         chunks = min(PROBE_WINDOWS, job.recipe.samples), min(PROBE_TOKENS, job.recipe.seqlen)
         text = Path(job.recipe.calibration).name
         write_importances(importances_file, by_tensor, chunks, text)
-    return list(map(str, paths))
+    return choice
 
 
-def _take_note(stored: CompressedFormat, tensors: Mapping[str, Tensor]) -> None:
-    """Choose the types by the tensors of `_type_losses`, and enter them into the format."""
-    stored.types = stored.types_of(tensors_of_kind(tensors, _LOSSES))
-    stored.importances = tensors_of_kind(tensors, _IMPORTANCES)
-
-
-def _type_losses(
+def measured(
     stored: CompressedFormat,
     job: PruningJob,
     session: Session,
     ids: Tensor,
     digests: dict[str, str],
-) -> dict[str, Tensor]:
-    """Measure what each type of each weight adds to the loss.
+) -> Measurement:
+    """Measure what each type of each weight adds to the loss, if the format chooses by it.
 
-    Returns:
-        Named tensors, which a file can store: of the first module of each weight the loss that each
-        of its types adds (types,), and of embedding and head float32 (I,), how much errors in each
-        column raise the loss as an embedding, in units of the mean square of an input of the head.
-        Where each weight is rounded by itself, what they cost as the head is added, and all linears
-        have theirs, E[x_j²]. The kinds are `_LOSSES` and `_IMPORTANCES`.
+    Importances of embedding and head are those as an embedding, in units of the mean square of an
+    input of the head. Where each weight is rounded by itself, what errors cost as the head is
+    added, and all linears have theirs, E[x_j²].
     """
-    tensors: dict[str, Tensor] = {}
     if not stored.measures_loss:
-        return tensors
+        return stored.lasting
+    losses: dict[str, Tensor] = {}
+    importances: dict[str, Tensor] = {}
     options, corrects = job.work.options, stored.rounding == "feedback"
     sensitivities = measure_loss(
         job, session, ids, digests, job.selected, options, quantizes=corrects, outside=True
@@ -190,8 +188,8 @@ def _type_losses(
                     type_losses(weight_OI, uses[id(modules[name].weight)], quantizers, len(names))
                 )
             if name in linears and not corrects:
-                tensors[f"{_IMPORTANCES}{name}"] = sensitivities[name].importance_I
-        tensors[f"{_LOSSES}{first}"] = torch.stack(parts).sum(dim=0)
+                importances[name] = sensitivities[name].importance_I
+        losses[first] = torch.stack(parts).sum(dim=0)
         if first not in linears:
             importance_I = torch.zeros(stored.shapes[first][-1])
             # Feedback learns what errors cost as the head from the inputs of all windows.
@@ -199,9 +197,9 @@ def _type_losses(
                 x for x in uses[id(modules[first].weight)] if x is not head or not corrects
             ):
                 importance_I += use.importance_I * (use.loss_O.mean() / head.loss_O.mean())
-            tensors[f"{_IMPORTANCES}{first}"] = importance_I
+            importances[first] = importance_I
         count(1)
-    return tensors
+    return replace(stored.lasting, losses=losses, importances=importances)
 
 
 def type_losses(

@@ -365,8 +365,6 @@ class BlockFolder(ResultFolder):
         ranks: The processes of the run.
 
     Attributes:
-        finished: Blocks that an earlier run has finished, the first ones of the model; 0 before
-            `begin`.
         made_from: For each block of the result, the index of the block of the source that it is
             made from.
     """
@@ -376,18 +374,21 @@ class BlockFolder(ResultFolder):
     def __init__(self, folder: Path, record: BlockwiseRecord, job: RunJob, ranks: Ranks) -> None:
         super().__init__(folder, record, job.checkpoint.checkpoint, ranks)
         self.job = job
-        self.finished = 0
         self.made_from: Sequence[int] = range(len(job.skeleton))
 
+    @property
+    def finished(self) -> int:
+        """How many blocks are finished, the first ones of the result."""
+        return len(self.record.blocks)
+
     def begin(self, overwrite: bool) -> None:
-        """Prepare the folder on rank 0, and tell all ranks how many blocks are `finished`."""
+        """Prepare the folder on rank 0, and tell all ranks which blocks are finished."""
 
         def prepare() -> int:
             super(BlockFolder, self).begin(overwrite)
-            return len(self.record.blocks)
+            return self.finished
 
-        self.finished = self.ranks.on_rank_0(prepare)
-        del self.record.blocks[self.finished :]
+        del self.record.blocks[self.ranks.on_rank_0(prepare) :]
 
     @abstractmethod
     def stored(self, position: int, block: FinishedBlock) -> dict[str, torch.Tensor]:

@@ -39,9 +39,8 @@ from prunus.methods import Method, MethodOptions, Work, check_options, compose, 
 from prunus.methods.composition import rounding_method
 from prunus.methods.dense_targets import drift_is_worthwhile
 from prunus.methods.patterns import Pattern, check_shape
-from prunus.methods.statistics import InputStatistics, statistics_bytes
+from prunus.methods.statistics import statistics_bytes
 from prunus.model.checkpoint.output_folder import check_whole
-from prunus.model.checkpoint.writer import Writable
 from prunus.model.levels import grid_bits
 from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton
@@ -84,10 +83,9 @@ class PruningJob(RunJob):
         memory = measuring_memory(self, self.format.rounding == "feedback")
         return memory.total(hidden=self.device.type == "cpu", paused=False)
 
-    def disk_bytes(self) -> int:
+    def disk_bytes(self, choice: Any = None) -> int:
         """Bytes of the result, with spilled hidden states and temporary files of the format."""
-        stored = self.format
-        return stored.file_bytes() + self.memory.spilled_bytes + stored.temporary_bytes()
+        return self.format.COPIES * self.format.file_bytes(choice) + self.memory.spilled_bytes
 
     def selected_linears(self) -> dict[str, Linear]:
         """The linears to prune, block by block: full name -> linear."""
@@ -190,8 +188,6 @@ class Format(Generic[_Record]):
 
         where the run writes             folder ► earlier
         the plan                         select ► check ► file_bytes, describe, …
-        the shard of a block             tensors_of; weight_from where a run is resumed
-        the shard of all else            outside
         the end                          finish ► card, config
         a run that is finished already   is_complete, or check_finished
         at last                          close
@@ -200,15 +196,14 @@ class Format(Generic[_Record]):
         RECORD: The class of the record that runs write.
         DONE: What happens to a block, in one word.
         rounding: How weights become integers; see `rounding_method`.
-        WRITES_OUTSIDE_FIRST: Whether what lies outside the blocks can be written before the first
-            block.
+        COPIES: How many files as large as the result a run needs on the disk at once.
         job: The run that writes the format; missing before `plan_run`.
     """
 
     RECORD: type[_Record]
     DONE: ClassVar[str] = "pruned"
     rounding: str = "none"
-    WRITES_OUTSIDE_FIRST: ClassVar[bool] = True
+    COPIES: ClassVar[int] = 1
 
     job: PruningJob
 
@@ -273,54 +268,13 @@ class Format(Generic[_Record]):
         """
         return self.rounding == "nearest"
 
-    @property
-    def rounds_head(self) -> bool:
-        """Whether the format rounds the output head by its inputs, which `take_head` gets."""
-        return False
-
-    def take_head(self, statistics: InputStatistics) -> None:
-        """Take note of the inputs of the output head, after the last block."""
-
-    def describe(self) -> dict[str, object]:
-        """What the format adds to a plan, as JSON values."""
+    def describe(self, choice: Any = None) -> dict[str, object]:
+        """What the format adds to a plan, as JSON values; `choice` has types if they are chosen."""
         return {}
 
-    def file_bytes(self) -> int:
+    def file_bytes(self, choice: Any = None) -> int:
         """Bytes of the weights of the result."""
         return self.job.stored_bytes
-
-    def temporary_bytes(self) -> int:
-        """Bytes on the disk that the run needs besides its result."""
-        return 0
-
-    def tensors_of(self, key: str, weight: Any) -> dict[str, torch.Tensor]:
-        """The tensors of a shard that store a quantised weight.
-
-        Args:
-            key: The name under which the source stores the weight.
-            weight: The weight of a linear as its type stores it.
-        """
-        raise NotImplementedError(f"{type(self).__name__} stores plain tensors")
-
-    def weight_from(
-        self, key: str, tensors: dict[str, torch.Tensor], dtype: torch.dtype
-    ) -> torch.Tensor:
-        """The dense weight that `tensors_of` has stored.
-
-        Args:
-            key: The name under which the source stores the weight.
-            tensors: The tensors of the shard, from which those of this linear are removed.
-            dtype: The dtype of the weight that is returned.
-        """
-        raise NotImplementedError(f"{type(self).__name__} stores plain tensors")
-
-    def outside(self, tensors: dict[str, Writable]) -> dict[str, Writable]:
-        """The tensors of the shard of what lies outside the blocks.
-
-        Args:
-            tensors: Those of the source, by stored name, with a pruned head in place of its own.
-        """
-        return tensors
 
     def card(self, record: _Record) -> str:
         """The model card, README.md."""
@@ -505,10 +459,10 @@ def _measured(job: PruningJob) -> Memory:
     return measured_memory(job, dense=job.runs_dense_stream, trained=trained, extra=extra)
 
 
-def describe_plan(job: PruningJob) -> dict[str, Any]:
+def describe_plan(job: PruningJob, choice: Any = None) -> dict[str, Any]:
     """The plan of a run as JSON values, to which a command adds its own.
 
-    These values need a word:
+    `choice` has the types of a format, if they are chosen already. These values need a word:
 
     - `to_remove`: weights that become zero, a number;
     - `left_dense`: name of a weight that stays as it is -> its shape;
@@ -547,11 +501,11 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
         "blocks_in_lockstep": sum(job.memory.fits_lockstep(index) for index in blocks),
         "least_memory_bytes": least,
         "peak_memory_bytes": peak,
-        "file_bytes": job.format.file_bytes(),
-        "disk_bytes": job.disk_bytes(),
+        "file_bytes": job.format.file_bytes(choice),
+        "disk_bytes": job.disk_bytes(choice),
         "allocation": {
             "rule": "fisher" if job.recipe.allocates else "uniform",
             "measured": job.recipe.allocates and job.work.sparsity > 0,
         },
-        **job.format.describe(),
+        **job.format.describe(choice),
     }

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from prunus.distributed import Ranks
+from prunus.engine.block.linear import LinearRounding
 from prunus.engine.folder import BlockFolder
 from prunus.engine.linear_job import Format, PruningJob
 from prunus.engine.linear_record import PruningRecord
 from prunus.engine.loop import FinishedBlock
+from prunus.methods.statistics import InputStatistics
 from prunus.model.checkpoint.atomic_files import remove
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.checkpoint.writer import Writable, save_safetensors
@@ -22,6 +27,28 @@ from prunus.model.source import ModuleSource
 #: File with the measurements of an unfinished run. They decide the bytes of all blocks, so a
 #: resumed run reads them instead of measuring again.
 MEASUREMENT = "sensitivity.safetensors"
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a run rounds weights and stores them, which is decided before its first block.
+
+    Attributes:
+        of: How each linear is rounded.
+        encode: From the stored name of a weight and the weight as its type stores it to the tensors
+            of a shard.
+        decode: From the full name of a linear, the stored name of its weight, and the tensors of a
+            shard to the dense weight. The tensors of the weight are removed from the shard's.
+        outside: From the tensors outside the blocks by stored name, and the inputs of the output
+            head, to the tensors of their shard; None where they stay as they are.
+        needs_head: Whether `outside` needs those inputs; it gets None otherwise.
+    """
+
+    of: LinearRounding
+    encode: Callable[[str, Any], dict[str, torch.Tensor]]
+    decode: Callable[[str, str, dict[str, torch.Tensor]], torch.Tensor]
+    outside: Callable[[dict[str, Writable], InputStatistics | None], dict[str, Writable]] | None
+    needs_head: bool
 
 
 class InPlaceOutput:
@@ -42,9 +69,8 @@ class InPlaceOutput:
     def begin(self, overwrite: bool) -> None:
         """A loaded model is ready."""
 
-    def measured(self, measure: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """What `measure` returns."""
-        return measure()
+    def write_known(self) -> None:
+        """A loaded model has all of it already."""
 
     def read_block(self, position: int) -> Mapping[str, torch.Tensor]:
         """No block is finished: LookupError."""
@@ -55,7 +81,9 @@ class InPlaceOutput:
         self._source.write(block.tensors, position)
         self._record.blocks.append(block.record)
 
-    def complete(self, changed: Mapping[str, torch.Tensor]) -> None:
+    def complete(
+        self, changed: Mapping[str, torch.Tensor], head: InputStatistics | None = None
+    ) -> None:
         """Write tensors outside the blocks, by their names in the model, and keep the records."""
         self._source.write(changed)
         self._record.state = "finished"
@@ -70,25 +98,32 @@ class InPlaceOutput:
 
 
 class CheckpointFolder(BlockFolder):
-    """A new folder, whose linears are stored as the format of the run says.
+    """A new folder of a run of prune or compress.
 
     No dense copy of a quantised linear is ever written.
 
-    Attributes:
+    Args:
+        folder: The folder of the result.
         record: The record of the run.
-        job: The run, whose `format` stores the linears.
+        job: The run.
+        ranks: The processes of the run.
+        rounding: How weights are rounded and stored; None for plain tensors, and before that is
+            decided.
     """
 
     record: PruningRecord
     job: PruningJob
 
-    def begin(self, overwrite: bool) -> None:
-        """Prepare the folder, and write what lies outside the blocks if it is known already."""
-        super().begin(overwrite)
-        # The hashes of what lies outside the blocks were taken just now, and embedding reads it
-        # next. Copied now, it is read from the disk only once. A pruned head is not known yet.
-        if self.job.format.WRITES_OUTSIDE_FIRST and not self.job.recipe.plan.head:
-            self.ranks.on_rank_0(lambda: self.write_outside({}))
+    def __init__(
+        self,
+        folder: Path,
+        record: PruningRecord,
+        job: PruningJob,
+        ranks: Ranks,
+        rounding: Rounding | None = None,
+    ) -> None:
+        super().__init__(folder, record, job, ranks)
+        self.rounding = rounding
 
     def measured(self, measure: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Named tensors that `measure` returns now, or has returned in the run that is resumed."""
@@ -100,11 +135,18 @@ class CheckpointFolder(BlockFolder):
         save_safetensors(path, tensors)
         return tensors
 
-    def complete(self, changed: Mapping[str, torch.Tensor]) -> None:
-        """Complete the result; `changed` has tensors outside the blocks by their names."""
+    def complete(
+        self, changed: Mapping[str, torch.Tensor], head: InputStatistics | None = None
+    ) -> None:
+        """Complete the result.
+
+        Args:
+            changed: Tensors outside the blocks that replace those of the source, by their names.
+            head: The inputs of the output head, if the rounding needs them.
+        """
 
         def finish() -> None:
-            self.write_outside(changed)
+            self.write_outside(changed, head)
             self.job.format.finish(self, self.record)
             remove(self.folder / MEASUREMENT)
 
@@ -125,24 +167,37 @@ class CheckpointFolder(BlockFolder):
         tensors = self.job.checkpoint.as_stored(position, block.tensors, rounded)
         for name, weight in block.rounded.items():
             key = self.job.stored_key(f"{block.record.name}.{name}")
-            tensors |= self.job.format.tensors_of(key, weight)
+            assert self.rounding is not None
+            tensors |= self.rounding.encode(key, weight)
         return tensors
 
     def restored(self, position: int) -> dict[str, torch.Tensor]:
         """The tensors of a finished block by relative name, with quantised linears dense again."""
         shard = Checkpoint(self.folder, only=[self.record.shard(position)])
         tensors, block = dict(shard.read(shard.tensors)), self.record.blocks[position]
-        for name in block.linears if self.job.format.rounding != "none" else ():
-            key = self.job.stored_key(f"{block.name}.{name}")
-            dtype = self.job.stored_dtype(f"{block.name}.{name}")
-            tensors[key] = self.job.format.weight_from(key, tensors, dtype)
+        for linear in block.linears if self.rounding is not None else ():
+            assert self.rounding is not None
+            name = f"{block.name}.{linear}"
+            key, dtype = self.job.stored_key(name), self.job.stored_dtype(name)
+            tensors[key] = self.rounding.decode(name, key, tensors).to(dtype)
         return self.job.checkpoint.from_stored(position, tensors.items())
 
-    def write_outside(self, changed: Mapping[str, torch.Tensor]) -> None:
+    def write_known(self) -> None:
+        """Write what lies outside the blocks, if it is known before the first block."""
+        # The hashes of what lies outside the blocks were taken just now, and embedding reads it
+        # next. Copied now, it is read from the disk only once. A pruned head is not known yet.
+        is_plain = self.rounding is None or self.rounding.outside is None
+        if is_plain and not self.job.recipe.plan.head:
+            self.ranks.on_rank_0(lambda: self.write_outside({}))
+
+    def write_outside(
+        self, changed: Mapping[str, torch.Tensor], head: InputStatistics | None = None
+    ) -> None:
         """Write the shard of everything outside the blocks, unless it is there and unchanged.
 
         Args:
             changed: Tensors that replace those of the source, by their names in the model.
+            head: The inputs of the output head, if the rounding needs them.
         """
         source = self.job.checkpoint
         keys = source.outside_keys()
@@ -152,8 +207,9 @@ class CheckpointFolder(BlockFolder):
             # were read for it and are needed again at once.
             uncached = 4 * source.checkpoint.nbytes(keys) > self.job.memory.host_budget
             dense: dict[str, Writable] = {**source.checkpoint.stored(keys), **replaced}
-            tensors = self.job.format.outside(dense)
-            self.write_shard(self.record.outside_shard, tensors, uncached=uncached)
+            if self.rounding is not None and self.rounding.outside is not None:
+                dense = self.rounding.outside(dense, head)
+            self.write_shard(self.record.outside_shard, dense, uncached=uncached)
             self.save()
 
 

@@ -28,7 +28,6 @@ from torch import nn
 from prunus.calibration.corpora import LOCAL_SOURCES, data_folder
 from prunus.calibration.windows import Windows
 from prunus.engine.allocation import allocate
-from prunus.engine.block.linear import LinearRounding
 from prunus.engine.block.prune_block import BlockPruner
 from prunus.engine.folder import drawn_and_recorded, held
 from prunus.engine.linear_job import Format, PruningJob, plan_run
@@ -36,7 +35,7 @@ from prunus.engine.linear_options import LinearOptions, PruningOptions
 from prunus.engine.linear_record import PruningRecord
 from prunus.engine.loop import run_blocks
 from prunus.engine.options import RunOptions
-from prunus.engine.output import CheckpointFolder, InPlaceOutput, PruningOutput
+from prunus.engine.output import CheckpointFolder, InPlaceOutput, PruningOutput, Rounding
 from prunus.engine.plan import check_room, check_same_on_all_ranks
 from prunus.engine.record import Walk
 from prunus.engine.session import Session
@@ -50,8 +49,8 @@ from prunus.model.source import ModuleSource
 _ONE_THREAD = RLock()
 _Record = TypeVar("_Record", bound=PruningRecord)
 #: Chooses how each linear is rounded. It is called once, before the first block, with the job, its
-#: session, the calibration windows, the output and the record.
-RoundingOf = Callable[[PruningJob, Session, torch.Tensor, PruningOutput, _Record], LinearRounding]
+#: session, the calibration windows, the folder, which keeps measurements, and the record.
+RoundingOf = Callable[[PruningJob, Session, torch.Tensor, CheckpointFolder, _Record], Rounding]
 
 
 def carry_out(
@@ -197,9 +196,13 @@ def _change_blocks(
         record.allocation = ranks.on_rank_0(lambda: record.allocation)
 
     output.begin(job.options.overwrite)
-    round_as = None
+    rounded = None
     if rounding is not None:
-        round_as = rounding(job, session, windows.ids, output, record)
+        assert isinstance(output, CheckpointFolder), "a loaded model is not rounded"
+        rounded = rounding(job, session, windows.ids, output, record)
+        output = CheckpointFolder(output.folder, record, job, ranks, rounded)
+    output.write_known()
+    round_as = None if rounded is None else rounded.of
     pruner = BlockPruner(job, session, walks, record.allocation, round_as)
     in_order = job.work.reference_order
     threads = _one_processor_thread() if in_order else contextlib.nullcontext()
@@ -215,15 +218,15 @@ def _change_blocks(
         pruned_head: dict[str, torch.Tensor] = {}
         if recipe.plan.head:
             pruned_head, record.head = pruner.prune_head(batches)
-        if job.format.rounds_head:
-            job.format.take_head(pruner.head_statistics(batches))
+        needs_head = rounded is not None and rounded.needs_head
+        head = pruner.head_statistics(batches) if needs_head else None
     record.totals = record.summary() | {
         "seconds": round(time.perf_counter() - started, 2),
         "peak_memory_bytes": peak_memory(),
     }
     if job.device.type == "cuda":
         record.totals["peak_device_memory_bytes"] = peak_memory(job.device)
-    output.complete(pruned_head)
+    output.complete(pruned_head, head)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from prunus.engine.linear_job import Format, LinearSelection
 from prunus.engine.record import extended_card
 from prunus.formats.recipe import CompressionRecipe
 from prunus.formats.records import CompressionRecord, FileSize
-from prunus.formats.type_choice import Choice, choose_fast_types
+from prunus.formats.type_choice import Choice, Measurement, TypeChoice, choose_types
 from prunus.hardware.errors import naming
 from prunus.hardware.sizes import in_bytes
 from prunus.methods.group_fits import round_in_groups
@@ -59,12 +59,7 @@ class CompressedFormat(Format[CompressionRecord]):
         PROGRAMS: Name of a program -> the command that runs a result of the format, where OUT is
             its path, BASE its path without the suffix, and NAME a name for it.
         UPLOADS: What is uploaded to the hub -> the command.
-        types: Name of a linear, an embedding or a head -> its type, once it is chosen.
-        importances: First module of a weight outside the blocks -> how much errors in each of its
-            columns raise the loss, float32 (I,), where that was measured. With feedback this leaves
-            out what errors of the head cost as the head. Where each weight is rounded by itself,
-            also name of a linear -> the mean square of each of its inputs.
-        lasting: Named tensors that a resumed run reads instead of making them again.
+        lasting: What is known of the measurement before the run, which lasts with it.
     """
 
     RECORD = CompressionRecord
@@ -73,15 +68,11 @@ class CompressedFormat(Format[CompressionRecord]):
     UPLOADS: ClassVar[Mapping[str, str]] = {"to the hub": "hf upload NAME OUT"}
     #: Whether experts are compressed that the checkpoint stores in one tensor.
     takes_pieces = False
-    # The inputs of the output head, once they are known.
-    _head_statistics: InputStatistics | None = None
+    lasting = Measurement()
 
     def __init__(self, recipe: CompressionRecipe) -> None:
         self.recipe = recipe
         self.rounding = recipe.rounding
-        self.types: dict[str, str] = {}
-        self.importances: dict[str, torch.Tensor] = {}
-        self.lasting: dict[str, torch.Tensor] = {}
 
     # How a result is read.
 
@@ -260,12 +251,9 @@ class CompressedFormat(Format[CompressionRecord]):
         What lies outside the blocks is first, then each block follows.
 
         Args:
-            quantizer: From the name of a module to its type; None for the types that are chosen,
-                and before that the last one of each weight.
+            quantizer: From the name of a module to its type; None for the last one of each weight.
         """
-        quantizer = quantizer or (
-            self.quantizer if self.types else lambda name: self.quantizers(name)[-1]
-        )
+        quantizer = quantizer or (lambda name: self.quantizers(name)[-1])
         source = self.job.checkpoint
         copies = {key for keys in self.weights_outside.values() for key in keys}
         outside = [key for key in source.outside_keys() if key not in copies]
@@ -284,8 +272,8 @@ class CompressedFormat(Format[CompressionRecord]):
                 shards[-1] |= self.tensors_of(key, GroupedWeight(kind, data_OB))
         return shards
 
-    def file_bytes(self) -> int:
-        """Bytes of the files with weights, as planned."""
+    def file_bytes(self, choice: TypeChoice | None = None) -> int:
+        """Bytes of the files with weights, as planned, or with the types of a choice."""
         return sum(map(file_nbytes, self.shards()))
 
     def finish(self, folder: BlockFolder, record: CompressionRecord) -> None:
@@ -294,6 +282,29 @@ class CompressedFormat(Format[CompressionRecord]):
         model = self.job.skeleton.model
         record.size = file_size(self.job.checkpoint, model, written.tensors, written.file_bytes())
         super().finish(folder, record)
+
+    # How a weight becomes tensors.
+
+    @abstractmethod
+    def tensors_of(self, key: str, weight: GroupedWeight) -> dict[str, torch.Tensor]:
+        """The tensors of a shard that store a quantised weight.
+
+        Args:
+            key: The name under which the source stores the weight.
+            weight: The weight as its type stores it.
+        """
+
+    @abstractmethod
+    def weight_from(
+        self, key: str, tensors: dict[str, torch.Tensor], quantizer: GroupQuantizer
+    ) -> torch.Tensor:
+        """The dense weight that `tensors_of` has stored.
+
+        Args:
+            key: The name under which the source stores the weight.
+            tensors: The tensors of the shard, from which those of this weight are removed.
+            quantizer: The type of the weight.
+        """
 
     # Which types the weights can have, and get.
 
@@ -392,54 +403,63 @@ class CompressedFormat(Format[CompressionRecord]):
             ]
         return choices
 
-    def types_of(self, losses: Mapping[str, torch.Tensor]) -> dict[str, str]:
-        """The type of each module that has one, by the losses of `choices`."""
-        chosen = choose_fast_types(self.choices(losses), self.budget, self.most_time)
-        return {name: kind for first, kind in chosen.items() for name in self.stacks[first]}
+    def choice(self, measurement: Measurement) -> TypeChoice:
+        """The types of least loss by a measurement."""
+        chosen = choose_types(self.choices(measurement.losses), self.budget, self.most_time)
+        quantizers = {
+            name: self.quantizer(name, choice.kind)
+            for first, choice in chosen.items()
+            for name in self.stacks[first]
+        }
+        return TypeChoice(chosen, quantizers, measurement.importances)
 
-    def quantizer(self, name: str) -> GroupQuantizer:
-        """How the weight of a module is quantised, once its type is chosen.
+    def quantizer(self, name: str, kind: str) -> GroupQuantizer:
+        """How the weight of a module is quantised with the type of this name."""
+        return next(x for x in self.quantizers(name) if x.name == kind)
 
-        Raises:
-            KeyError: No type is chosen for this module.
-        """
-        return next(x for x in self.quantizers(name) if x.name == self.types[name])
-
-    def chosen(self) -> str:
+    def said(self, choice: TypeChoice) -> str:
         """What to tell people once the types are chosen; empty for nothing."""
         return ""
 
-    def rounded_outside(self, name: str) -> GroupedWeight:
+    def rounded_outside(
+        self, name: str, choice: TypeChoice, statistics: InputStatistics | None
+    ) -> GroupedWeight:
         """The weight of an embedding or a head in its type, with the measured importance.
+
+        Args:
+            name: Name of the module.
+            choice: The type of each weight.
+            statistics: The inputs of the head, and what its errors cost as an embedding; None where
+                the head is rounded by its importance too.
 
         Raises:
             ValueError: Weights are beyond the values of the type; the message names the weight.
         """
         key = self.job.stored_key(name)
         weight_OI = self.job.checkpoint.checkpoint.whole(key)
-        quantizer = self.quantizer(name)
+        quantizer = choice.quantizers[name]
         with naming(key):
-            if name != self.head or self._head_statistics is None:
-                return round_in_groups(weight_OI, quantizer, self.importances.get(name))
+            if name != self.head or statistics is None:
+                return round_in_groups(weight_OI, quantizer, choice.importances.get(name))
             work = replace(self.job.work, quantization=quantizer)
             parts = []
             for rows_OI in weight_OI.split(_HEAD_ROWS):
                 rows_OI = rows_OI.to(self.job.device, torch.float32)
-                grouped = quantize_in_groups(rows_OI, self._head_statistics, work).quantized
+                grouped = quantize_in_groups(rows_OI, statistics, work).quantized
                 assert isinstance(grouped, GroupedWeight)
                 parts.append(grouped.data_OB.cpu())
             return GroupedWeight(quantizer, torch.cat(parts))
 
-    def check_outside(self) -> None:
+    def check_outside(self, choice: TypeChoice) -> None:
         """Check before the first block that the types of embedding and head reach their weights.
 
         Raises:
             ValueError: They do not; the message names the weight.
         """
-        for name in self.types.keys() - self.job.selected_linears().keys():
+        for name in choice.quantizers.keys() - self.job.selected_linears().keys():
             key = self.job.stored_key(name)
             with naming(key):
-                check_range(self.job.checkpoint.checkpoint.whole(key), self.quantizer(name))
+                check_range(self.job.checkpoint.checkpoint.whole(key), choice.quantizers[name])
 
     @functools.cached_property
     def head(self) -> str | None:
@@ -453,25 +473,38 @@ class CompressedFormat(Format[CompressionRecord]):
             return None
         return next((name for name in self.shapes if modules[name].weight is head.weight), None)
 
-    @property
-    def rounds_head(self) -> bool:
+    def rounds_head(self, choice: TypeChoice) -> bool:
         """Whether errors of the head are corrected by its later columns: where they are measured.
 
         An embedding that is tied to it has errors of its own, which must be known too.
         """
-        return self.rounding == "feedback" and self.head in self.importances
+        return self.rounding == "feedback" and self.head in choice.importances
 
-    def take_head(self, statistics: InputStatistics) -> None:
-        """Take note of the inputs of the head, and of what its errors cost as an embedding."""
-        if self.head is not None:
-            statistics.add_uncorrelated(self.importances[self.head] * statistics.tokens)
-        self._head_statistics = statistics
+    def outside(
+        self,
+        choice: TypeChoice,
+        tensors: dict[str, Writable],
+        statistics: InputStatistics | None,
+    ) -> dict[str, Writable]:
+        """The tensors of the shard of what lies outside the blocks, some of them in their types.
+
+        Args:
+            choice: The type of each weight.
+            tensors: The tensors of the source by stored name.
+            statistics: The inputs of the output head, if `rounds_head` asks for them.
+        """
+        if statistics is not None and self.head is not None:
+            statistics.add_uncorrelated(choice.importances[self.head] * statistics.tokens)
+        for key, copies in self.weights_outside.items():
+            for dense in (key, *copies):
+                del tensors[dense]
+            weight = self.rounded_outside(self.module_of[key], choice, statistics)
+            tensors |= self.tensors_of(key, weight)
+        return tensors
 
 
 class MixFormat(CompressedFormat):
     """A format whose `size` or `bits` decide the types of all weights, with embeddings and head."""
-
-    WRITES_OUTSIDE_FIRST: ClassVar[bool] = False  # its types follow from the measurement
 
     @property
     @abstractmethod
@@ -530,7 +563,7 @@ class MixFormat(CompressedFormat):
                 f"take {bits} bits per weight, with embeddings and head, and such files {sizes}"
             )
 
-    def file_bytes(self) -> int:
+    def file_bytes(self, choice: TypeChoice | None = None) -> int:
         """Bytes of the files with weights, as planned."""
         return self.others + self.budget
 
@@ -540,20 +573,6 @@ class MixFormat(CompressedFormat):
         return Counter(
             {f"the best mix of {', '.join(kinds)}": self.budget, "all else": self.others}
         )
-
-    def outside(self, tensors: dict[str, Writable]) -> dict[str, Writable]:
-        """The tensors outside the blocks, with embedding and head in their types."""
-        for name in self.types.keys() & self.modules_outside:
-            key = self.job.stored_key(name)
-            for dense in (key, *self.weights_outside[key]):
-                del tensors[dense]
-            tensors |= self.tensors_of(key, self.rounded_outside(name))
-        return tensors
-
-
-def tensors_of_kind(tensors: Mapping[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
-    """The tensors whose names begin with `kind`, by the rest of their names."""
-    return {key.removeprefix(kind): x for key, x in tensors.items() if key.startswith(kind)}
 
 
 def file_size(

@@ -23,8 +23,9 @@ from prunus.formats.base import CompressedFormat, file_size
 from prunus.formats.block_bytes import ONE, BlockType, Field, integers, scaled
 from prunus.formats.cards import quantized_card
 from prunus.formats.records import CompressionRecord
+from prunus.formats.type_choice import TypeChoice
 from prunus.hardware.sizes import in_bytes
-from prunus.methods.group_quantizer import GroupedWeight
+from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.writer import file_nbytes
 from prunus.model.linears import is_tied
@@ -204,7 +205,7 @@ class TensorsFormat(CompressedFormat):
         """The only quantiser of a linear."""
         return [self._type_of(self.bits, name)]
 
-    def describe(self) -> dict[str, object]:
+    def describe(self, choice: TypeChoice | None = None) -> dict[str, object]:
         """The bits of linears and the size of the files, for a plan."""
         tensors = {key: x for shard in self.shards() for key, x in shard.items()}
         file = file_size(self.job.checkpoint, self.job.skeleton.model, tensors, self.file_bytes())
@@ -215,10 +216,10 @@ class TensorsFormat(CompressedFormat):
         return stored_parts(key, weight, self.job.checkpoint.checkpoint.tensors[key].dtype)
 
     def weight_from(
-        self, key: str, tensors: dict[str, torch.Tensor], dtype: torch.dtype
+        self, key: str, tensors: dict[str, torch.Tensor], quantizer: GroupQuantizer
     ) -> torch.Tensor:
         """The dense weight of a linear; its three tensors leave `tensors`."""
-        return dense_weight(key, tensors).to(dtype)
+        return dense_weight(key, tensors)
 
     def card(self, record: CompressionRecord) -> str:
         """The README.md of the folder."""

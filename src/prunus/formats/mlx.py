@@ -29,7 +29,8 @@ from prunus.formats.block_bytes import ONE, BlockType, Field, scaled
 from prunus.formats.cards import quantized_card
 from prunus.formats.fixed import MLX, check_fixed
 from prunus.formats.records import CompressionRecord
-from prunus.methods.group_quantizer import GroupedWeight
+from prunus.formats.type_choice import TypeChoice
+from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.writer import file_nbytes
 from prunus.model.linears import is_tied
@@ -153,7 +154,7 @@ class MlxFormat(MixFormat):
         """The bytes of all else, with headers as long as those of the largest types, the last."""
         return sum(map(file_nbytes, self.shards())) - self.reach[1]
 
-    def describe(self) -> dict[str, object]:
+    def describe(self, choice: TypeChoice | None = None) -> dict[str, object]:
         """The size of the files and what takes it, for a plan."""
         planned = self.file_bytes(), self.planned_parts()
         return {"file": size_of(self.job.checkpoint.checkpoint, *planned).model_dump()}
@@ -166,10 +167,10 @@ class MlxFormat(MixFormat):
         return dict(zip(_names(key), parts, strict=True))
 
     def weight_from(
-        self, key: str, tensors: dict[str, torch.Tensor], dtype: torch.dtype
+        self, key: str, tensors: dict[str, torch.Tensor], quantizer: GroupQuantizer
     ) -> torch.Tensor:
         """The dense weight of a linear; its three tensors leave `tensors`."""
-        return dense_weight(key, tensors, self.quantizer(self.module_of[key]).group).to(dtype)
+        return dense_weight(key, tensors, quantizer.group)
 
     def card(self, record: CompressionRecord) -> str:
         """The README.md of the folder."""
@@ -191,8 +192,9 @@ class MlxFormat(MixFormat):
         config = read_json(self.job.checkpoint.checkpoint.folder / "config.json")
         described: dict[str, object] = {"group_size": 64, "bits": 4, "mode": "affine"}
         for key, name in sorted(self.module_of.items()):
-            group, count = self.quantizer(name).span, len(self.quantizer(name).values)
-            entry = {"group_size": group, "bits": int(math.log2(count)), "mode": "affine"}
+            kind = self.quantizer(name, record.types[name])
+            bits = int(math.log2(len(kind.values)))
+            entry = {"group_size": kind.span, "bits": bits, "mode": "affine"}
             described[key.removesuffix(".weight")] = entry
         return {
             **rope_keys(config),

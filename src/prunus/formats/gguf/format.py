@@ -65,6 +65,7 @@ from prunus.formats.gguf.types import (
 )
 from prunus.formats.recipe import CompressionRecipe
 from prunus.formats.records import CompressionRecord, FileSize
+from prunus.formats.type_choice import Measurement, TypeChoice
 from prunus.hardware.sizes import in_bytes
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.model.checkpoint.atomic_files import (
@@ -246,6 +247,7 @@ class GgufFormat(MixFormat):
         "for Ollama": "hf upload NAME BASE.Modelfile",
         "its card": "hf upload NAME BASE.README.md README.md",
     }
+    COPIES: ClassVar[int] = 2  # the file is put together from shards that are as large
     #: The file that the run makes; `folder` sets it.
     path: Path
     # The layout that a template has; None where the recipe names none.
@@ -470,12 +472,15 @@ class GgufFormat(MixFormat):
         weights = sum(self.nbytes_of(TYPES["Q8_0"], shape) for shape in self.shapes.values())
         return self.contents.file_bytes(types) - weights
 
-    def describe(self) -> dict[str, object]:
+    def describe(self, choice: TypeChoice | None = None) -> dict[str, object]:
         """The size of the file, what takes it, and its speed in units of Q4_K_M's, for a plan."""
-        types = self.types or (self.types_of({}) if self.recipe.type else {})
+        if choice is None and self.recipe.type:
+            choice = self.choice(Measurement())
+        types = choice.types if choice else {}
         parts = self.contents.bytes_by_type(types) if types else self.planned_parts()
         source, unmatched = self.job.checkpoint.checkpoint, self.contents.layout.unmatched
-        size = self.contents.size(source.file_bytes(), self.file_bytes(), parts).model_dump()
+        after = self.file_bytes(choice)
+        size = self.contents.size(source.file_bytes(), after, parts).model_dump()
         return {"file": size, "decoding": self._speed(types), "unmatched": unmatched}
 
     def _speed(self, types: Mapping[str, str]) -> float:
@@ -491,14 +496,9 @@ class GgufFormat(MixFormat):
         )
         return self._preset_time(Q4_K_M_BITS) / took
 
-    def file_bytes(self) -> int:
-        """Bytes of the file, as planned; once types are chosen, of the file with these."""
-        return self.contents.file_bytes(self.types) if self.types else super().file_bytes()
-
-    def temporary_bytes(self) -> int:
-        """Bytes of the shards of the run."""
-        # The file is put together from shards that are as large.
-        return self.file_bytes()
+    def file_bytes(self, choice: TypeChoice | None = None) -> int:
+        """Bytes of the file, as planned, or with the types of a choice."""
+        return self.contents.file_bytes(choice.types) if choice else super().file_bytes()
 
     @property
     def measures_loss(self) -> bool:
@@ -509,12 +509,12 @@ class GgufFormat(MixFormat):
         """
         return super().measures_loss or self._names_file
 
-    def chosen(self) -> str:
+    def said(self, choice: TypeChoice) -> str:
         """How many bytes of the file have each type, and how fast it decodes on a processor."""
-        parts = self.contents.bytes_by_type(self.types).most_common()
+        parts = self.contents.bytes_by_type(choice.types).most_common()
         return (
             f"the file holds {', '.join(f'{in_bytes(n)} in {kind}' for kind, n in parts)}; "
-            f"processors decode it about {self._speed(self.types):.2f} times as fast as Q4_K_M"
+            f"processors decode it about {self._speed(choice.types):.2f} times as fast as Q4_K_M"
             + ("" if self.recipe.fast_on else "; with `fast_on` time counts too")
         )
 
@@ -523,11 +523,10 @@ class GgufFormat(MixFormat):
         return {key: weight.data_OB}
 
     def weight_from(
-        self, key: str, tensors: dict[str, torch.Tensor], dtype: torch.dtype
+        self, key: str, tensors: dict[str, torch.Tensor], quantizer: GroupQuantizer
     ) -> torch.Tensor:
         """The dense weight of a linear; its bytes leave `tensors`."""
-        quantizer = self.quantizer(self.module_of[key])
-        return GroupedWeight(quantizer, tensors.pop(key)).dense().to(dtype)
+        return GroupedWeight(quantizer, tensors.pop(key)).dense()
 
     def finish(self, folder: BlockFolder, record: CompressionRecord) -> None:
         """Write the file, say in the record that it is finished, and give it its name."""
