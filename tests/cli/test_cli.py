@@ -25,7 +25,6 @@ from prunus.engine.progress import PREPARATION, Progress
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
-from prunus.pruning.run import PlainTensors
 from prunus.reporting.console import show_pruning
 from prunus.reporting.tables import plan_facts
 from tiny import shards, tiny_checkpoint, token_ids, tree
@@ -148,7 +147,7 @@ def test_plan_tells_what_a_run_needs_from_what_it_may_use(dense, monkeypatch):
 
     def planned(memory: int) -> dict[str, Any]:
         options = RunOptions(calibration_data=token_ids(6, 64), memory=memory)
-        return describe_plan(plan_run(dense, recipe, options, PlainTensors()))
+        return describe_plan(plan_run(dense, recipe, options))
 
     described = planned(10**9)
     least, most = described["least_memory_bytes"], described["peak_memory_bytes"]

@@ -32,8 +32,8 @@ from prunus.evaluation.generation import generate
 from prunus.evaluation.inspection import stored_size
 from prunus.evaluation.records import ModelSize
 from prunus.formats.gguf.file import GgufFile
-from prunus.formats.gguf.format import read_record
 from prunus.formats.gguf.import_checkpoint import import_gguf
+from prunus.formats.gguf.result import read_record
 from prunus.formats.gguf.types import TYPES
 from prunus.formats.type_choice import Choice, choose_types
 from prunus.methods.group_fits import round_in_groups

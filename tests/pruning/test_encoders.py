@@ -24,7 +24,6 @@ from prunus.engine.options import RunOptions
 from prunus.model.calls import BlockStubs
 from prunus.model.kinds import CAUSAL, kind_of
 from prunus.pruning.recipe import Recipe
-from prunus.pruning.run import PlainTensors
 from reference import assert_three_ways_agree, wanda_by_whole_runs
 from tiny import COMMON, SIZES, token_ids
 
@@ -75,9 +74,7 @@ def refusal(tmp_path, model: Any) -> str:
         prunus.prune(model, calibration=token_ids())
     recipe = Recipe(calibration="token ids")
     with pytest.raises(NotImplementedError) as stored:
-        plan_run(
-            tmp_path / "dense", recipe, RunOptions(calibration_data=token_ids()), PlainTensors()
-        )
+        plan_run(tmp_path / "dense", recipe, RunOptions(calibration_data=token_ids()))
     return f"{stored.value} | {loaded.value}"
 
 

@@ -84,16 +84,18 @@ def compress(
     from prunus.compression.run import run
     from prunus.distributed import is_rank_0
     from prunus.evaluation.check import prepared_check
-    from prunus.formats.base import format_for
+    from prunus.formats.cards import commands
+    from prunus.formats.codec import codec_for
 
     work, recipe_options = RunOptions.pick(options)
     chosen = CompressionRecipe.read(recipe, recipe_options)
-    commands = format_for(output, chosen).commands(output, uploads=True)
+    codec = codec_for(output, chosen)
     after = prepared_check(model, output, chosen, RunOptions.read(None, work)) if check else None
     compressing = functools.partial(run, after=after)
     _carry_out(compressing, f"{chosen.target} {output}", (model, output, chosen), work)
     if is_rank_0():
-        print_text("".join(f"{use + ':':<12} {command}\n" for use, command in commands.items()))
+        lines = commands({**codec.PROGRAMS, **codec.UPLOADS}, output).items()
+        print_text("".join(f"{use + ':':<12} {command}\n" for use, command in lines))
 
 
 @with_flags(StructureRecipe, RunOptions)
@@ -211,10 +213,12 @@ def plan(
     With --bits, --size, --type or --fits it plans compress. It checks all that a run checks first.
     """
     from prunus.compression.rounding import write_lists
-    from prunus.engine.linear_job import Format, describe_plan
+    from prunus.compression.run import command_for
+    from prunus.engine.linear_job import describe_plan
+    from prunus.engine.result import Result
     from prunus.engine.run import planned
-    from prunus.formats.base import format_for
-    from prunus.pruning.run import PlainTensors
+    from prunus.pruning.manifest import Manifest
+    from prunus.pruning.run import PRUNE
 
     work, recipe_options = RunOptions.pick(options)
     trains, how = _takes_max(recipe_options), RunOptions.read(None, work)
@@ -225,12 +229,13 @@ def plan(
         compresses, recipe_options = True, {"rounding": "nearest"} | recipe_options
     if fits is None:
         chosen: Any = (CompressionRecipe if compresses else Recipe).read(recipe, recipe_options)
-        stored: Format[Any] = (
-            format_for(output, chosen) if isinstance(chosen, CompressionRecipe) else PlainTensors()
-        )
-        job = planned(stored, model, output, chosen, how)
+        command: Any = PRUNE
+        result: Any = None if output is None else Result(output, Manifest)
+        if isinstance(chosen, CompressionRecipe):
+            command, result = command_for(output, chosen)
+        job = planned(command, model, result, chosen, how)
     else:
-        from prunus.formats.gguf.memory import plan_to_fit
+        from prunus.compression.fit import plan_to_fit
 
         job, needs = plan_to_fit(
             model, output, (recipe, recipe_options), how, parse_bytes(fits, 1000), context

@@ -11,10 +11,11 @@ import torch
 
 from prunus.compression.rounding import type_rounding
 from prunus.engine.options import RunOptions
-from prunus.engine.run import carry_out
+from prunus.engine.result import Result
+from prunus.engine.run import LinearCommand, carry_out
 from prunus.engine.session import SILENT, Session, shown_session
 from prunus.engine.windows import given_windows
-from prunus.formats.base import format_for
+from prunus.formats.codec import Codec, codec_for, size_plan
 from prunus.formats.recipe import CompressionRecipe
 from prunus.formats.records import CompressionRecord
 from prunus.options import takes
@@ -70,8 +71,33 @@ def run(
 ) -> CompressionRecord:
     """Carry out a recipe, and return its record. Arguments and errors are those of `compress`.
 
-    `after` is as for `carry_out`.
+    `after` is as for `LinearCommand`.
     """
-    stored = format_for(output, recipe)
-    rounding = functools.partial(type_rounding, stored)
-    return carry_out(stored, model, output, recipe, options, session, rounding, after)
+    command, result = command_for(output, recipe, after)
+    return carry_out(command, model, result, recipe, options, session)
+
+
+def command_for(
+    output: Path | None,
+    recipe: CompressionRecipe,
+    after: Callable[[CompressionRecord, Session], None] | None = None,
+    codec: type[Codec] | None = None,
+) -> tuple[LinearCommand[CompressionRecord], Result[CompressionRecord] | None]:
+    """The command as the engine knows it, and where its result is written.
+
+    Args:
+        output: The folder or the file of the result; None if that is not known yet.
+        recipe: The recipe of the run.
+        after: As for `LinearCommand`.
+        codec: The format; None for that of the output or of the recipe.
+    """
+    codec = codec or codec_for(output, recipe)
+    result = None if output is None else codec.RESULT(output, CompressionRecord)
+    folder = None if result is None else result.folder
+    command = LinearCommand(
+        CompressionRecord,
+        functools.partial(size_plan, codec, recipe, folder),
+        functools.partial(type_rounding, codec=codec),
+        after,
+    )
+    return command, result

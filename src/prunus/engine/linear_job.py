@@ -1,11 +1,11 @@
 """A checked run of prune or compress: what is changed and how. `prunus plan` prints it.
 
-Whatever would make a run fail later fails in `plan_run`. A `Format` says how the linears of the
-result are stored. The base class stores plain tensors, as prune does; `prunus.formats` has the
-others.
+Whatever would make a run fail later fails in `plan_run`. A `Storage` says how the linears of the
+result are stored. The base class stores plain tensors, as prune does; `formats/size_plan.py` has
+the other.
 
     PruningJob       the decisions of one run, and what follows from them
-    Format           how the result is stored, with the order in which the engine asks it
+    Storage          how the result is stored
     select_linears   `only` and `ignore` applied to the linears of a model
     plan_run         checks, and makes the job
     describe_plan    the job as JSON values
@@ -17,20 +17,18 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from prunus.engine.block.dense_stream import drift_stride_for
-from prunus.engine.folder import BlockFolder, find_earlier
 from prunus.engine.job import RunJob, measured_memory, windows_per_batch
 from prunus.engine.linear_options import LinearOptions, PruningOptions
-from prunus.engine.linear_record import PruningRecord
 from prunus.engine.loss_sensitivity import measuring_memory
 from prunus.engine.memory import Memory
 from prunus.engine.options import RunOptions
-from prunus.engine.plan import check_memory, open_model, run_facts
+from prunus.engine.plan import OpenModel, check_memory, open_model, run_facts
 from prunus.engine.reconstruction.reconstruct_block import ReconstructionSettings
 from prunus.engine.session import SILENT, Session
 from prunus.hardware.memory import process_memory
@@ -40,7 +38,7 @@ from prunus.methods.composition import rounding_method
 from prunus.methods.dense_targets import drift_is_worthwhile
 from prunus.methods.patterns import Pattern, check_shape
 from prunus.methods.statistics import statistics_bytes
-from prunus.model.checkpoint.output_folder import check_whole
+from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.levels import grid_bits
 from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton
@@ -50,64 +48,125 @@ from prunus.model.source import CheckpointSource, ModuleSource
 _SAMPLED = 24
 
 
+class LinearSelection(NamedTuple):
+    """The linears of a model, sorted into those that are pruned and the rest.
+
+    Attributes:
+        selected: Per block the relative names of the linears to prune.
+        left_dense: All other weights with two or more dimensions in the blocks: full name -> shape.
+    """
+
+    selected: list[list[str]]
+    left_dense: dict[str, tuple[int, ...]]
+
+    def linears(self, skeleton: Skeleton) -> dict[str, Linear]:
+        """The linears to prune, block by block: full name -> linear."""
+        return {
+            f"{skeleton.block_name(index)}.{linear.name}": linear
+            for index, names in enumerate(self.selected)
+            for linear in skeleton.linears(index)
+            if linear.name in names
+        }
+
+    def limited(self, skeleton: Skeleton, keeps: Callable[[str], bool]) -> LinearSelection:
+        """The selection without the linears for whose full name `keeps` is False."""
+        limited = LinearSelection([], dict(self.left_dense))
+        for index, names in enumerate(self.selected):
+            path = skeleton.block_name(index)
+            limited.selected.append([name for name in names if keeps(f"{path}.{name}")])
+            dropped = set(names) - set(limited.selected[-1])
+            linears = [linear for linear in skeleton.linears(index) if linear.name in dropped]
+            limited.left_dense.update({f"{path}.{x.name}.weight": x.shape for x in linears})
+        return limited
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """How a result stores its linears, as far as a plan must know: here as plain tensors.
+
+    Attributes:
+        source: The dense weights.
+        skeleton: The model without weights, in its stored dtype.
+        selection: The linears that are changed.
+        measures_loss: Whether the run begins by measuring how the loss depends on each linear, for
+            the types of weights or the fit of scales.
+        copies: How many files as large as the result a run needs on the disk at once.
+    """
+
+    source: CheckpointSource | ModuleSource
+    skeleton: Skeleton
+    selection: LinearSelection
+    measures_loss: bool = False
+    copies: int = 1
+
+    def file_bytes(self, choice: Any = None) -> int:
+        """Bytes of the weights of the result; `choice` has types, if they are chosen already."""
+        if isinstance(self.source, ModuleSource):
+            return 0
+        return self.source.checkpoint.nbytes(self.source.checkpoint.tensors)
+
+    def describe(self, choice: Any = None) -> dict[str, object]:
+        """What a plan shows of it, as JSON values."""
+        return {}
+
+    def card(self, record: Any) -> str:
+        """The model card, README.md, of a run with this record."""
+        raise NotImplementedError(f"{type(self).__name__} has no card")
+
+    def config(self, record: Any) -> Mapping[str, object] | None:
+        """The content of config.json; None for that of the source."""
+        return None
+
+    def note_size(self, record: Any, written: Checkpoint) -> None:
+        """Enter into the record what takes the bytes of the shards that were written."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PruningJob(RunJob):
     """The decisions of one run of prune or compress.
 
     Attributes:
         recipe: The options that decide the bytes of the result.
-        format: How linears are stored in the result.
+        storage: How linears are stored in the result.
         method: How every linear is pruned, with targets and weight updates composed in.
         work: What the run asks of the method.
-        selected: Per block the relative names of the linears to prune.
-        left_dense: The weights of the blocks that stay dense: full name -> shape.
     """
 
     recipe: LinearOptions
-    format: Format
+    storage: Storage
     method: Method
     work: Work
-    selected: list[list[str]]
-    left_dense: dict[str, tuple[int, ...]]
+
+    @property
+    def selected(self) -> list[list[str]]:
+        """Per block the relative names of the linears to prune."""
+        return self.storage.selection.selected
+
+    @property
+    def left_dense(self) -> dict[str, tuple[int, ...]]:
+        """The weights of the blocks that stay dense: full name -> shape."""
+        return self.storage.selection.left_dense
 
     @property
     def measures_loss(self) -> bool:
         """Whether the run begins by measuring how the loss depends on each linear."""
         allocates = self.recipe.allocates and self.work.sparsity > 0
-        return allocates or self.format.measures_loss
+        return allocates or self.storage.measures_loss
 
     def measuring_bytes(self) -> int:
         """Bytes of that measurement; 0 without one."""
         if not self.measures_loss:
             return 0
-        memory = measuring_memory(self, self.format.rounding == "feedback")
+        memory = measuring_memory(self, self.recipe.rounds == "feedback")
         return memory.total(hidden=self.device.type == "cpu", paused=False)
 
     def disk_bytes(self, choice: Any = None) -> int:
         """Bytes of the result, with spilled hidden states and temporary files of the format."""
-        return self.format.COPIES * self.format.file_bytes(choice) + self.memory.spilled_bytes
+        return self.storage.copies * self.storage.file_bytes(choice) + self.memory.spilled_bytes
 
     def selected_linears(self) -> dict[str, Linear]:
         """The linears to prune, block by block: full name -> linear."""
-        return {
-            f"{self.skeleton.block_name(index)}.{linear.name}": linear
-            for index, names in enumerate(self.selected)
-            for linear in self.skeleton.linears(index)
-            if linear.name in names
-        }
-
-    def stored_key(self, linear: str) -> str:
-        """The name under which the checkpoint stores the weight of a linear.
-
-        A piece of a fused tensor has its name in the model, under which shards store it alone.
-        """
-        name = f"{linear}.weight"
-        return name if name in self.checkpoint.pieces else self.checkpoint.stored[name]
-
-    def stored_dtype(self, linear: str) -> torch.dtype:
-        """The dtype in which the checkpoint stores the weight of a linear."""
-        key, pieces = self.stored_key(linear), self.checkpoint.pieces
-        return self.checkpoint.checkpoint.tensors[pieces[key].key if key in pieces else key].dtype
+        return self.storage.selection.linears(self.skeleton)
 
     @functools.cached_property
     def grid_bits(self) -> int | None:
@@ -176,125 +235,6 @@ class PruningJob(RunJob):
         return extra
 
 
-_Record = TypeVar("_Record", bound=PruningRecord)
-
-
-class Format(Generic[_Record]):
-    """How the linears of a result are stored: here as plain tensors of the source's dtypes.
-
-    `_Record` is the record of the runs that write the format. An object belongs to one run.
-    `plan_run` gives it the run's `job` before all but `select` is called. The engine asks a format
-    in this order:
-
-        where the run writes             folder ► earlier
-        the plan                         select ► check ► file_bytes, describe, …
-        the end                          finish ► card, config
-        a run that is finished already   is_complete, or check_finished
-        at last                          close
-
-    Attributes:
-        RECORD: The class of the record that runs write.
-        DONE: What happens to a block, in one word.
-        rounding: How weights become integers; see `rounding_method`.
-        COPIES: How many files as large as the result a run needs on the disk at once.
-        job: The run that writes the format; missing before `plan_run`.
-    """
-
-    RECORD: type[_Record]
-    DONE: ClassVar[str] = "pruned"
-    rounding: str = "none"
-    COPIES: ClassVar[int] = 1
-
-    job: PruningJob
-
-    def folder(self, model: str | Path, output: Path) -> Path:
-        """The folder that a run writes, which may lie next to its result.
-
-        Args:
-            model: The model as the user named it.
-            output: The result as the user named it: a folder, or a file of some formats.
-
-        Raises:
-            ValueError: The format cannot write such an output.
-        """
-        return output
-
-    def earlier(
-        self, model: str | Path, folder: Path, recipe: LinearOptions, options: RunOptions
-    ) -> _Record | None:
-        """The record of the run to go on with, or of a finished result; None for neither.
-
-        Args:
-            model: The model as the user named it.
-            folder: What `folder` returned.
-            recipe: The options of this run.
-            options: `overwrite` and `resume` say what to do with an earlier run.
-
-        Raises:
-            ValueError, FileExistsError, FileNotFoundError: As `find_earlier`.
-        """
-        return find_earlier(self.RECORD, folder, recipe, options, Path(model))
-
-    def is_complete(self, earlier: _Record) -> bool:
-        """Whether the result of an earlier run stands, and the folder holds nothing of it."""
-        return False
-
-    def close(self, folder: Path) -> None:
-        """Clean up on rank 0, after the result is complete and while the folder is held."""
-
-    def select(
-        self, selection: LinearSelection, source: CheckpointSource | ModuleSource, model: Skeleton
-    ) -> LinearSelection:
-        """The part of a selection that the format can store.
-
-        Raises:
-            ValueError: The format can store none of the selected linears.
-        """
-        return selection
-
-    def check(self) -> None:
-        """Check that the format can store the result of the job, before any work.
-
-        Raises:
-            ValueError: It cannot; says why.
-        """
-
-    @property
-    def measures_loss(self) -> bool:
-        """Whether the choice of bits needs the loss that errors in each linear cause.
-
-        Without feedback the fit of scales needs its measurement, which has the mean squares of all
-        inputs.
-        """
-        return self.rounding == "nearest"
-
-    def describe(self, choice: Any = None) -> dict[str, object]:
-        """What the format adds to a plan, as JSON values; `choice` has types if they are chosen."""
-        return {}
-
-    def file_bytes(self, choice: Any = None) -> int:
-        """Bytes of the weights of the result."""
-        return self.job.stored_bytes
-
-    def card(self, record: _Record) -> str:
-        """The model card, README.md."""
-        raise NotImplementedError(f"{type(self).__name__} has no card")
-
-    def config(self, record: _Record) -> Mapping[str, object] | None:
-        """The content of config.json; None for that of the source."""
-        return None
-
-    def finish(self, folder: BlockFolder, record: _Record) -> None:
-        """Complete the result from its shards, on rank 0, and note in the record that it is."""
-        shards = [record.shard(index) for index in range(record.shard_count)]
-        code = self.job.options.trust_remote_code
-        folder.finish(shards, card=self.card(record), config=self.config(record), code=code)
-
-    def check_finished(self, folder: BlockFolder, record: _Record) -> None:
-        """Check on rank 0 that the finished result of an earlier run is whole."""
-        check_whole(folder.folder)
-
-
 def training_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """The dtype of a training's matrix products: bfloat16 where that is native, else float32.
 
@@ -303,29 +243,6 @@ def training_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """
     fast = device.type == "cuda" or native_bfloat16()
     return torch.bfloat16 if fast or dtype.itemsize == 2 else torch.float32
-
-
-class LinearSelection(NamedTuple):
-    """The linears of a model, sorted into those that are pruned and the rest.
-
-    Attributes:
-        selected: Per block the relative names of the linears to prune.
-        left_dense: All other weights with two or more dimensions in the blocks: full name -> shape.
-    """
-
-    selected: list[list[str]]
-    left_dense: dict[str, tuple[int, ...]]
-
-    def limited(self, skeleton: Skeleton, keeps: Callable[[str], bool]) -> LinearSelection:
-        """The selection without the linears for whose full name `keeps` is False."""
-        limited = LinearSelection([], dict(self.left_dense))
-        for index, names in enumerate(self.selected):
-            path = skeleton.block_name(index)
-            limited.selected.append([name for name in names if keeps(f"{path}.{name}")])
-            dropped = set(names) - set(limited.selected[-1])
-            linears = [linear for linear in skeleton.linears(index) if linear.name in dropped]
-            limited.left_dense.update({f"{path}.{x.name}.weight": x.shape for x in linears})
-        return limited
 
 
 def select_linears(skeleton: Skeleton, recipe: LinearOptions, pattern: Pattern) -> LinearSelection:
@@ -360,7 +277,7 @@ def plan_run(
     model: str | Path | nn.Module,
     recipe: LinearOptions,
     options: RunOptions,
-    stored: Format[Any],
+    storage_of: Callable[[OpenModel, LinearSelection], Storage] | None = None,
     session: Session = SILENT,
     decided_dtype: str | None = None,
 ) -> PruningJob:
@@ -370,7 +287,7 @@ def plan_run(
         model: A checkpoint folder, a hub id, or a loaded model.
         recipe: The options that decide the bytes of the result.
         options: The options that only decide how the work is done.
-        stored: How the result stores linears. Its `job` is set.
+        storage_of: Plans how the result stores the linears; None for plain tensors.
         session: The processes that work on the run.
         decided_dtype: What `dtype` auto meant in the run that is resumed; None for a new run.
 
@@ -378,13 +295,13 @@ def plan_run(
         ValueError, FileNotFoundError, NotImplementedError, OSError: The run would fail; says what
             was given, what is wrong and what to do.
     """
-    method, work = _method_and_work(recipe, options.own_method, stored.rounding)
+    method, work = _method_and_work(recipe, options.own_method)
     opened = open_model(model, options, session)
     if recipe.plan.head:
         head = opened.skeleton.head()
         check_shape(work.pattern, head.shape, head.name)
     linears = select_linears(opened.skeleton, recipe, work.pattern)
-    selection = stored.select(linears, opened.source, opened.skeleton)
+    storage = (storage_of or plain_storage)(opened, linears)
     trains = "" if recipe.plan.blocks == "none" else "reconstruction"
     walks = method.needs != "none" or trains != ""
     window_tokens = opened.skeleton.window_shape(0, recipe.seqlen)[0]
@@ -395,7 +312,7 @@ def plan_run(
         options,
         session,
         needs=method.needs,
-        needs_inputs=walks or recipe.allocates or stored.measures_loss,
+        needs_inputs=walks or recipe.allocates or storage.measures_loss,
         adds_ridge=method.adds_ridge,
         decided_dtype=decided_dtype,
     )
@@ -403,10 +320,9 @@ def plan_run(
         **facts,
         walks_windows=walks,
         batch=windows_per_batch(recipe.samples, window_tokens, recipe.batch or batch, trains),
-        format=stored,
+        storage=storage,
         method=method,
         work=work,
-        **selection._asdict(),
     )
     if job.processes > 1 and recipe.plan.two_passes and method.has_reference_order:
         raise ValueError(
@@ -415,7 +331,6 @@ def plan_run(
             "one process"
         )
     job = replace(job, memory=_measured(job))
-    stored.job = job
     check_memory(job)
     measured, held = job.measuring_bytes(), process_memory()
     if job.memory.budget < measured:
@@ -423,19 +338,21 @@ def plan_run(
             "measuring how the loss depends on each linear needs "
             f"{(measured + held) / 1e9:.2f} GB; the memory budget is "
             f"{(job.memory.budget + held) / 1e9:.2f} GB. Raise `memory`"
-            + (", or choose allocation uniform" if stored.rounding == "none" else "")
+            + (", or choose allocation uniform" if recipe.rounds == "none" else "")
         )
-    stored.check()
     return job
 
 
-def _method_and_work(
-    recipe: LinearOptions, own_method: Method | None, rounding: str
-) -> tuple[Method, Work]:
+def plain_storage(opened: OpenModel, selection: LinearSelection) -> Storage:
+    """The storage as plain tensors."""
+    return Storage(source=opened.source, skeleton=opened.skeleton, selection=selection)
+
+
+def _method_and_work(recipe: LinearOptions, own_method: Method | None) -> tuple[Method, Work]:
     """The recipe's method with its weight update, or rounding, and what the run asks of it."""
     if not isinstance(recipe, PruningOptions):
         options = MethodOptions(damping=recipe.damping, dense_weight=recipe.dense_weight)
-        return rounding_method(rounding, options), Work(options=options)
+        return rounding_method(recipe.rounds, options), Work(options=options)
     published = own_method or get_method(recipe.method)
     method = compose(published, recipe)
     group = recipe.group
@@ -501,11 +418,11 @@ def describe_plan(job: PruningJob, choice: Any = None) -> dict[str, Any]:
         "blocks_in_lockstep": sum(job.memory.fits_lockstep(index) for index in blocks),
         "least_memory_bytes": least,
         "peak_memory_bytes": peak,
-        "file_bytes": job.format.file_bytes(choice),
+        "file_bytes": job.storage.file_bytes(choice),
         "disk_bytes": job.disk_bytes(choice),
         "allocation": {
             "rule": "fisher" if job.recipe.allocates else "uniform",
             "measured": job.recipe.allocates and job.work.sparsity > 0,
         },
-        **job.format.describe(choice),
+        **job.storage.describe(choice),
     }

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from prunus.distributed import Ranks
 from prunus.engine.block.linear import LinearRounding
 from prunus.engine.folder import BlockFolder
-from prunus.engine.linear_job import Format, PruningJob
+from prunus.engine.linear_job import PruningJob, Storage
 from prunus.engine.linear_record import PruningRecord
 from prunus.engine.loop import FinishedBlock
+from prunus.engine.result import Result
 from prunus.methods.statistics import InputStatistics
 from prunus.model.checkpoint.atomic_files import remove
 from prunus.model.checkpoint.reader import Checkpoint
@@ -35,10 +36,10 @@ class Rounding:
 
     Attributes:
         of: How each linear is rounded.
-        encode: From the stored name of a weight and the weight as its type stores it to the tensors
+        encode: From the full name of a linear and its weight as its type stores it to the tensors
             of a shard.
-        decode: From the full name of a linear, the stored name of its weight, and the tensors of a
-            shard to the dense weight. The tensors of the weight are removed from the shard's.
+        decode: From the full name of a linear and the tensors of a shard, which lose those of this
+            linear, to the dense weight.
         outside: From the tensors outside the blocks by stored name, and the inputs of the output
             head, to the tensors of their shard; None where they stay as they are.
         needs_head: Whether `outside` needs those inputs; it gets None otherwise.
@@ -46,7 +47,7 @@ class Rounding:
 
     of: LinearRounding
     encode: Callable[[str, Any], dict[str, torch.Tensor]]
-    decode: Callable[[str, str, dict[str, torch.Tensor]], torch.Tensor]
+    decode: Callable[[str, dict[str, torch.Tensor]], torch.Tensor]
     outside: Callable[[dict[str, Writable], InputStatistics | None], dict[str, Writable]] | None
     needs_head: bool
 
@@ -59,12 +60,10 @@ class InPlaceOutput:
         finished: 0, because no earlier run has finished a block.
     """
 
-    def __init__(
-        self, source: ModuleSource, record: PruningRecord, stored: Format[PruningRecord]
-    ) -> None:
+    def __init__(self, source: ModuleSource, record: PruningRecord, storage: Storage) -> None:
         self.folder = Path(tempfile.gettempdir())
         self.finished = 0
-        self._source, self._record, self._format = source, record, stored
+        self._source, self._record, self._storage = source, record, storage
 
     def begin(self, overwrite: bool) -> None:
         """A loaded model is ready."""
@@ -91,7 +90,7 @@ class InPlaceOutput:
         name = str(getattr(model, "name_or_path", "") or self._record.source)
         named = self._record.model_copy(update={"source": name})
         text = manifest_text(named.model_dump(mode="json"))
-        keep_records(model, {"README.md": self._format.card(named), named.FILE: text})
+        keep_records(model, {"README.md": self._storage.card(named), named.FILE: text})
 
     def check_finished(self) -> None:
         """A loaded model has no earlier run."""
@@ -103,10 +102,10 @@ class CheckpointFolder(BlockFolder):
     No dense copy of a quantised linear is ever written.
 
     Args:
-        folder: The folder of the result.
         record: The record of the run.
         job: The run.
         ranks: The processes of the run.
+        result: What the folder becomes in the end.
         rounding: How weights are rounded and stored; None for plain tensors, and before that is
             decided.
     """
@@ -116,14 +115,14 @@ class CheckpointFolder(BlockFolder):
 
     def __init__(
         self,
-        folder: Path,
         record: PruningRecord,
         job: PruningJob,
         ranks: Ranks,
+        result: Result[Any],
         rounding: Rounding | None = None,
     ) -> None:
-        super().__init__(folder, record, job, ranks)
-        self.rounding = rounding
+        super().__init__(result.folder, record, job, ranks)
+        self.result, self.rounding = result, rounding
 
     def measured(self, measure: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Named tensors that `measure` returns now, or has returned in the run that is resumed."""
@@ -147,7 +146,7 @@ class CheckpointFolder(BlockFolder):
 
         def finish() -> None:
             self.write_outside(changed, head)
-            self.job.format.finish(self, self.record)
+            self.result.finish(self, self.job.storage)
             remove(self.folder / MEASUREMENT)
 
         self.ranks.on_rank_0(finish)
@@ -156,7 +155,7 @@ class CheckpointFolder(BlockFolder):
         """Check that the finished result of an earlier run is whole, as its format says."""
 
         def check() -> None:
-            self.job.format.check_finished(self, self.record)
+            self.result.check_finished(self, self.job.storage)
             remove(self.folder / MEASUREMENT)  # A run that was killed at its very end left it.
 
         self.ranks.on_rank_0(check)
@@ -166,9 +165,8 @@ class CheckpointFolder(BlockFolder):
         rounded = {f"{name}.weight" for name in block.rounded}
         tensors = self.job.checkpoint.as_stored(position, block.tensors, rounded)
         for name, weight in block.rounded.items():
-            key = self.job.stored_key(f"{block.record.name}.{name}")
             assert self.rounding is not None
-            tensors |= self.rounding.encode(key, weight)
+            tensors |= self.rounding.encode(f"{block.record.name}.{name}", weight)
         return tensors
 
     def restored(self, position: int) -> dict[str, torch.Tensor]:
@@ -178,8 +176,8 @@ class CheckpointFolder(BlockFolder):
         for linear in block.linears if self.rounding is not None else ():
             assert self.rounding is not None
             name = f"{block.name}.{linear}"
-            key, dtype = self.job.stored_key(name), self.job.stored_dtype(name)
-            tensors[key] = self.rounding.decode(name, key, tensors).to(dtype)
+            weight = self.rounding.decode(name, tensors).to(self.job.checkpoint.weight_dtype(name))
+            tensors[self.job.checkpoint.weight_key(name)] = weight
         return self.job.checkpoint.from_stored(position, tensors.items())
 
     def write_known(self) -> None:

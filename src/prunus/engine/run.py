@@ -18,9 +18,10 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -30,14 +31,15 @@ from prunus.calibration.windows import Windows
 from prunus.engine.allocation import allocate
 from prunus.engine.block.prune_block import BlockPruner
 from prunus.engine.folder import drawn_and_recorded, held
-from prunus.engine.linear_job import Format, PruningJob, plan_run
+from prunus.engine.linear_job import LinearSelection, PruningJob, Storage, plan_run
 from prunus.engine.linear_options import LinearOptions, PruningOptions
 from prunus.engine.linear_record import PruningRecord
 from prunus.engine.loop import run_blocks
 from prunus.engine.options import RunOptions
 from prunus.engine.output import CheckpointFolder, InPlaceOutput, PruningOutput, Rounding
-from prunus.engine.plan import check_room, check_same_on_all_ranks
+from prunus.engine.plan import OpenModel, check_room, check_same_on_all_ranks
 from prunus.engine.record import Walk
+from prunus.engine.result import Result
 from prunus.engine.session import Session
 from prunus.hardware.memory import peak_memory
 from prunus.hardware.sizes import counted
@@ -53,28 +55,41 @@ _Record = TypeVar("_Record", bound=PruningRecord)
 RoundingOf = Callable[[PruningJob, Session, torch.Tensor, CheckpointFolder, _Record], Rounding]
 
 
+@dataclass(frozen=True)
+class LinearCommand(Generic[_Record]):
+    """What a command does with the linears of a model, as `carry_out` must know it.
+
+    Attributes:
+        kind: The class of its record.
+        storage_of: Plans how the result stores linears.
+        rounding: Chooses how each linear is rounded; None for a run that rounds none.
+        after: Called on all processes with the record of the finished result, which it may extend,
+            before any other run may change the result; None for nothing.
+    """
+
+    kind: type[_Record]
+    storage_of: Callable[[OpenModel, LinearSelection], Storage]
+    rounding: RoundingOf[_Record] | None = None
+    after: Callable[[_Record, Session], None] | None = None
+
+
 def carry_out(
-    stored: Format[_Record],
+    command: LinearCommand[_Record],
     model: str | Path | nn.Module,
-    output: Path | None,
+    result: Result[_Record] | None,
     recipe: LinearOptions,
     options: RunOptions,
     session: Session,
-    rounding: RoundingOf[_Record] | None = None,
-    after: Callable[[_Record, Session], None] | None = None,
 ) -> _Record:
     """Carry out a recipe, and return the record of the run.
 
     Args:
-        stored: How the result stores linears. The object belongs to one run.
+        command: What is done with the linears.
         model: A checkpoint folder, a hub id, or a loaded model.
-        output: Folder or file of the result; None changes a loaded model in place.
+        result: Where the result is written; None changes a loaded model in place.
         recipe: The options that decide the bytes of the result.
         options: The options that only decide how the work is done.
         session: Who hears of the progress. All processes that torchrun started join it.
-        rounding: Chooses how each linear is rounded; None for a run that rounds none.
-        after: Called on all processes with the record of the finished result, which it may extend,
-            before any other run may change the result; None for nothing.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: Before any
@@ -83,37 +98,35 @@ def carry_out(
     """
     with session.joined(options.rank_timeout) as joint:
         ranks = joint.ranks
-        if output is None:
-            return _carry_out_held(stored, model, None, recipe, options, joint, rounding, None)
-        name, folder = str(model), stored.folder(str(model), output)
+        if result is None:
+            return _carry_out_held(command, model, None, recipe, options, joint, None)
+        name = str(model)
+        result.check(name)
         # What the folder holds decides what is done: from here on no other run may change it.
-        find = functools.partial(stored.earlier, name, folder, recipe, options)
-        with held(stored.RECORD, folder, ranks, find) as earlier:
-            if earlier is not None and stored.is_complete(earlier):
+        find = functools.partial(result.earlier, name, recipe, options)
+        with held(command.kind, result.folder, ranks, find) as earlier:
+            if earlier is not None and result.is_complete(earlier):
                 record = earlier
             else:
-                record = _carry_out_held(
-                    stored, model, folder, recipe, options, joint, rounding, earlier
-                )
+                record = _carry_out_held(command, model, result, recipe, options, joint, earlier)
 
-            if after is not None:
-                after(record, joint)
+            if command.after is not None:
+                command.after(record, joint)
 
             def close() -> dict[str, Any]:
-                stored.close(folder)
+                result.close()
                 return record.model_dump(mode="json")
 
-            return stored.RECORD.model_validate(ranks.on_rank_0(close))
+            return command.kind.model_validate(ranks.on_rank_0(close))
 
 
 def _carry_out_held(
-    stored: Format[_Record],
+    command: LinearCommand[_Record],
     model: str | Path | nn.Module,
-    output: Path | None,
+    result: Result[_Record] | None,
     recipe: LinearOptions,
     options: RunOptions,
     session: Session,
-    rounding: RoundingOf[_Record] | None,
     earlier: _Record | None,
 ) -> _Record:
     """Carry out a recipe into a folder that this run holds, and go on with an `earlier` run."""
@@ -122,9 +135,9 @@ def _carry_out_held(
     with ranks.fail_together():
         # A resumed run keeps its dtype: the trial behind "auto" need not be repeated.
         decided_dtype = earlier.inputs.dtype if earlier is not None else None
-        job = plan_run(model, recipe, options, stored, session, decided_dtype)
-    if output is not None:
-        ranks.on_rank_0(lambda: check_room(job.disk_bytes(), output))
+        job = plan_run(model, recipe, options, command.storage_of, session, decided_dtype)
+    if result is not None:
+        ranks.on_rank_0(lambda: check_room(job.disk_bytes(), result.folder))
     if job.device.type == "cpu" and job.needs == "gram" and (words := missing_words()):
         session.tell(words)
     code_sha256 = None
@@ -139,36 +152,34 @@ def _carry_out_held(
         "grid_bits": job.grid_bits,
         "shard_count": 0 if isinstance(job.source, ModuleSource) else job.source.shard_count,
     }
-    windows, record = drawn_and_recorded(
-        stored.RECORD, job, session, earlier, code_sha256, **fields
-    )
-    folder: PruningOutput
-    if output is not None:
-        folder = CheckpointFolder(output, record, job, ranks)
+    windows, record = drawn_and_recorded(command.kind, job, session, earlier, code_sha256, **fields)
+    output: PruningOutput
+    if result is not None:
+        output = CheckpointFolder(record, job, ranks, result)
     else:
         assert isinstance(job.source, ModuleSource), "a checkpoint is pruned into a folder"
-        folder = InPlaceOutput(job.source, record, job.format)
-    _change_blocks(job, session, windows, record, folder, rounding, started)
+        output = InPlaceOutput(job.source, record, job.storage)
+    _change_blocks(job, session, windows, record, output, command.rounding, started)
     return record
 
 
 def planned(
-    stored: Format[Any],
+    command: LinearCommand[_Record],
     model: str | Path,
-    output: Path | None,
+    result: Result[_Record] | None,
     recipe: LinearOptions,
     options: RunOptions,
 ) -> PruningJob:
     """The job that `carry_out` would do with these arguments; nothing is written.
 
-    `output` None leaves out the checks of the output. The errors are those of `carry_out`.
+    `result` None leaves out the checks of the output. The errors are those of `carry_out`.
     """
-    if output is None:
-        return plan_run(model, recipe, options, stored)
-    folder = stored.folder(model, output)
-    stored.earlier(model, folder, recipe, options)
-    job = plan_run(model, recipe, options, stored)
-    check_room(job.disk_bytes(), folder)
+    if result is None:
+        return plan_run(model, recipe, options, command.storage_of)
+    result.check(model)
+    result.earlier(model, recipe, options)
+    job = plan_run(model, recipe, options, command.storage_of)
+    check_room(job.disk_bytes(), result.folder)
     return job
 
 
@@ -200,7 +211,7 @@ def _change_blocks(
     if rounding is not None:
         assert isinstance(output, CheckpointFolder), "a loaded model is not rounded"
         rounded = rounding(job, session, windows.ids, output, record)
-        output = CheckpointFolder(output.folder, record, job, ranks, rounded)
+        output = CheckpointFolder(record, job, ranks, output.result, rounded)
     output.write_known()
     round_as = None if rounded is None else rounded.of
     pruner = BlockPruner(job, session, walks, record.allocation, round_as)

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.engine.linear_job import Format
+from prunus.engine.linear_job import LinearSelection, Storage
 from prunus.engine.options import RunOptions
-from prunus.engine.run import carry_out
+from prunus.engine.plan import OpenModel
+from prunus.engine.result import Result
+from prunus.engine.run import LinearCommand, carry_out
 from prunus.engine.session import SILENT, Session, shown_session
 from prunus.engine.windows import given_windows
 from prunus.methods.table import GIVEN, Method
@@ -90,17 +92,24 @@ def run(
         )
     if not isinstance(model, nn.Module) and output is None:
         raise ValueError("a checkpoint is pruned into a new folder: give output")
-    return carry_out(PlainTensors(), model, output, recipe, options, session)
+    result = None if output is None else Result(output, Manifest)
+    return carry_out(PRUNE, model, result, recipe, options, session)
 
 
-class PlainTensors(Format[Manifest]):
-    """The format of a pruned checkpoint: tensors and configuration are those of the source."""
-
-    RECORD = Manifest
+class PlainTensors(Storage):
+    """A pruned checkpoint: tensors and configuration are those of the source."""
 
     def card(self, record: Manifest) -> str:
         """The model card of a pruned checkpoint, or of a loaded model that was pruned."""
-        source = self.job.source
+        source = self.source
         folder = None if isinstance(source, ModuleSource) else source.checkpoint.folder
         nbytes = None if folder is None else self.file_bytes()
         return pruned_card(record, kind_of(source.config).loader, folder, nbytes)
+
+
+def _storage(opened: OpenModel, selection: LinearSelection) -> PlainTensors:
+    return PlainTensors(source=opened.source, skeleton=opened.skeleton, selection=selection)
+
+
+#: The command, as the engine knows it.
+PRUNE = LinearCommand(Manifest, _storage)

@@ -28,7 +28,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from prunus.formats.fixed import check_template
@@ -80,7 +79,7 @@ def open_container(path: Path, folder: Path) -> GgufFile:
 
 
 def layout_in(
-    path: Path, source: CheckpointSource, skeleton: Skeleton, measurement: Path
+    path: Path, source: CheckpointSource, skeleton: Skeleton, earlier: Measurement
 ) -> tuple[GgufLayout, Measurement]:
     """The layout of a file in full precision, and what a resumed run reads instead of matching it.
 
@@ -88,7 +87,7 @@ def layout_in(
         path: The file.
         source: The checkpoint.
         skeleton: Its model.
-        measurement: A file that has the second part, if a run was stopped.
+        earlier: What an unfinished run has stored; empty for a new one.
 
     Raises:
         FileNotFoundError, ValueError: As `open_container` and `placements_in`.
@@ -98,7 +97,6 @@ def layout_in(
     header = file.contents.read(0, file.reader.data_offset).tobytes()
     fingerprint = hashlib.sha256(source.fingerprint.encode() + header).hexdigest()
     kind = f"{fingerprint}/"
-    earlier = Measurement.of(load_file(measurement) if measurement.exists() else {})
     placements = _of_kind(earlier.placements, kind) or placements_in(file, path, source, skeleton)
     lasting = {f"{kind}{name}": placed for name, placed in placements.items()}
     layout, digest = _with_copies(layout_by(file, placements, source, skeleton), file, path)
