@@ -15,12 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 import prunus
 from command_line import call
 from pictures import pictures, save_classifier
-from prunus.compression.run import command_for
-from prunus.engine.linear_job import describe_plan, plan_run
+from prunus.compression.run import compression
+from prunus.engine.linear_job import describe_plan
 from prunus.engine.loss_sensitivity import measuring_memory
 from prunus.engine.memory import BlockMemory, Memory
 from prunus.engine.options import RunOptions
-from prunus.engine.output import MEASUREMENT
+from prunus.engine.result import MEASUREMENT
 from prunus.formats.recipe import CompressionRecipe
 from prunus.formats.records import CompressionRecord
 from prunus.model.checkpoint.reader import Checkpoint
@@ -28,6 +28,7 @@ from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.loading import load_model
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
+from prunus.pruning.run import pruning
 from prunus.reporting.run_sections import run_section
 from prunus.reporting.tables import plan_facts
 from scripts import run_script
@@ -85,8 +86,8 @@ def test_plan_counts_the_measurement(dense):
     small = CompressionRecipe(bits=4.0, format="mlx", **options)
     pruned = Recipe(method="sparsegpt", dense_weight=0.25, **options)
     jobs = [
-        plan_run(dense, recipe, RunOptions(calibration_data=token_ids()), storage_of)
-        for recipe, storage_of in ((small, command_for(None, small)[0].storage_of), (pruned, None))
+        command(dense, None, recipe, RunOptions(calibration_data=token_ids())).plan()
+        for recipe, command in ((small, compression), (pruned, pruning))
     ]
     facts = [dict(plan_facts(describe_plan(job)).items) for job in jobs]
     assert "removed" not in facts[0]["weights"] and "are removed" in facts[1]["weights"]
@@ -101,9 +102,9 @@ def test_a_budget_below_the_measurement_is_refused(dense, monkeypatch):
     recipe = CompressionRecipe(bits=4.0, samples=6, seqlen=16, batch=2, format="mlx")
     needed = BlockMemory(0, 0, 10**14, 0, 10**9)
     monkeypatch.setattr("prunus.engine.linear_job.measuring_memory", lambda job, quantizes: needed)
-    options, command = RunOptions(calibration_data=token_ids()), command_for(None, recipe)[0]
+    command = compression(dense, None, recipe, RunOptions(calibration_data=token_ids()))
     with pytest.raises(ValueError, match="measuring how the loss depends on each linear needs"):
-        plan_run(dense, recipe, options, command.storage_of)
+        command.plan()
 
 
 def test_what_takes_the_bytes_of_the_file_is_said(dense, compressed):

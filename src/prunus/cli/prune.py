@@ -213,12 +213,10 @@ def plan(
     With --bits, --size, --type or --fits it plans compress. It checks all that a run checks first.
     """
     from prunus.compression.rounding import write_lists
-    from prunus.compression.run import command_for
+    from prunus.compression.run import compression
     from prunus.engine.linear_job import describe_plan
-    from prunus.engine.result import Result
     from prunus.engine.run import planned
-    from prunus.pruning.manifest import Manifest
-    from prunus.pruning.run import PRUNE
+    from prunus.pruning.run import pruning
 
     work, recipe_options = RunOptions.pick(options)
     trains, how = _takes_max(recipe_options), RunOptions.read(None, work)
@@ -229,11 +227,8 @@ def plan(
         compresses, recipe_options = True, {"rounding": "nearest"} | recipe_options
     if fits is None:
         chosen: Any = (CompressionRecipe if compresses else Recipe).read(recipe, recipe_options)
-        command: Any = PRUNE
-        result: Any = None if output is None else Result(output, Manifest)
-        if isinstance(chosen, CompressionRecipe):
-            command, result = command_for(output, chosen)
-        job = planned(command, model, result, chosen, how)
+        command: Any = compression if compresses else pruning
+        job = planned(command(model, output, chosen, how))
     else:
         from prunus.compression.fit import plan_to_fit
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from prunus.compression.rounding import plan_of
-from prunus.compression.run import command_for
+from prunus.compression.run import compression
 from prunus.engine.linear_job import PruningJob
 from prunus.engine.options import RunOptions
 from prunus.engine.run import planned
@@ -53,8 +53,7 @@ def plan_to_fit(
         raise ValueError(f"`fits` plans a GGUF file: give {output} a name that ends in .gguf")
 
     def planned_file(recipe: CompressionRecipe) -> PruningJob:
-        command, result = command_for(output, recipe, codec=GgufCodec)
-        return planned(command, model, result, recipe, options)
+        return planned(compression(model, output, recipe, options, GgufCodec))
 
     job = planned_file(chosen)
     shape = job.checkpoint.config.get_text_config().to_dict()

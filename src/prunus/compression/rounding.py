@@ -20,6 +20,7 @@ from torch import Tensor
 from prunus.engine.linear_job import PruningJob
 from prunus.engine.loss_sensitivity import LinearSensitivity, measure_loss
 from prunus.engine.output import CheckpointFolder, Rounding
+from prunus.engine.run import Run
 from prunus.engine.session import Session, shown_session
 from prunus.engine.windows import calibration_windows
 from prunus.formats.codec import Codec
@@ -48,27 +49,19 @@ _COHERENCE, _LEAST_REST = 8.0, 0.2
 
 
 def type_rounding(
-    job: PruningJob,
-    session: Session,
-    ids: Tensor,
-    folder: CheckpointFolder,
-    record: CompressionRecord,
-    *,
-    codec: type[Codec],
+    run: Run[PruningJob, CompressionRecord], folder: CheckpointFolder, codec: type[Codec]
 ) -> Rounding:
     """The rounding to the types of least loss, which the record takes note of.
 
     Args:
-        job: The run.
-        session: Its processes, and who hears of the measurement.
-        ids: Its calibration windows (windows, tokens).
+        run: The run.
         folder: The folder of the result, which keeps the measurement for a resumed run.
-        record: The record of the run, with the blocks that an earlier run has finished.
         codec: The format of the result.
     """
+    job, session, record = run.job, run.session, run.record
     ranks, plan, source = session.ranks, plan_of(job), job.checkpoint
     tensors = ranks.tensors_from_rank_0(
-        lambda: folder.measured(lambda: measured(job, session, ids, record.measured).tensors())
+        lambda: folder.measured(lambda: measured(job, session, run.ids, record.measured).tensors())
     )
     if not plan.lasting.tensors().keys() <= tensors.keys():
         raise FileExistsError(

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from prunus.compression.rounding import type_rounding
+from prunus.engine.linear_job import LinearSelection, PruningJob
+from prunus.engine.linear_run import LinearCommand
 from prunus.engine.options import RunOptions
-from prunus.engine.result import Result
-from prunus.engine.run import LinearCommand, carry_out
+from prunus.engine.output import CheckpointFolder, Rounding
+from prunus.engine.plan import OpenModel
+from prunus.engine.run import Run, carry_out
 from prunus.engine.session import SILENT, Session, shown_session
 from prunus.engine.windows import given_windows
 from prunus.formats.codec import Codec, codec_for, size_plan
 from prunus.formats.recipe import CompressionRecipe
 from prunus.formats.records import CompressionRecord
+from prunus.formats.size_plan import SizePlan
 from prunus.options import takes
 
 
@@ -71,33 +75,51 @@ def run(
 ) -> CompressionRecord:
     """Carry out a recipe, and return its record. Arguments and errors are those of `compress`.
 
-    `after` is as for `LinearCommand`.
+    `after` is as for `carry_out`.
     """
-    command, result = command_for(output, recipe, after)
-    return carry_out(command, model, result, recipe, options, session)
+    return carry_out(compression(model, output, recipe, options), session, after)
 
 
-def command_for(
+def compression(
+    model: str | Path,
     output: Path | None,
     recipe: CompressionRecipe,
-    after: Callable[[CompressionRecord, Session], None] | None = None,
+    options: RunOptions,
     codec: type[Codec] | None = None,
-) -> tuple[LinearCommand[CompressionRecord], Result[CompressionRecord] | None]:
-    """The command as the engine knows it, and where its result is written.
+) -> Compression:
+    """The command with its arguments.
 
     Args:
+        model: A checkpoint folder or a hub id.
         output: The folder or the file of the result; None if that is not known yet.
         recipe: The recipe of the run.
-        after: As for `LinearCommand`.
+        options: The options that only decide how the work is done.
         codec: The format; None for that of the output or of the recipe.
     """
     codec = codec or codec_for(output, recipe)
     result = None if output is None else codec.RESULT(output, CompressionRecord)
-    folder = None if result is None else result.folder
-    command = LinearCommand(
-        CompressionRecord,
-        functools.partial(size_plan, codec, recipe, folder),
-        functools.partial(type_rounding, codec=codec),
-        after,
-    )
-    return command, result
+    return Compression(model, recipe, options, result, codec)
+
+
+@dataclass(frozen=True)
+class Compression(LinearCommand[CompressionRecord]):
+    """The command compress, as the engine knows it.
+
+    Attributes:
+        codec: The format of the result.
+    """
+
+    KIND = CompressionRecord
+
+    codec: type[Codec]
+
+    def storage(self, opened: OpenModel, selection: LinearSelection) -> SizePlan:
+        """Which weights have types, and what all may take."""
+        folder = None if self.result is None else self.result.folder
+        return size_plan(self.codec, self.recipe, folder, opened, selection)
+
+    def rounding(
+        self, run: Run[PruningJob, CompressionRecord], folder: CheckpointFolder
+    ) -> Rounding:
+        """The types of least loss."""
+        return type_rounding(run, folder, self.codec)

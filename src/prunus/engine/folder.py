@@ -164,7 +164,6 @@ def drawn_and_recorded(
     job: RunJob,
     session: Session,
     earlier: _BlockwiseRecord | None,
-    method_sha256: str | None = None,
     **fields: Any,
 ) -> tuple[Windows, _BlockwiseRecord]:
     """The calibration windows of a run of blocks, and the record that says which run this is.
@@ -176,14 +175,13 @@ def drawn_and_recorded(
         job: The run.
         session: Its processes, and who hears that windows are drawn.
         earlier: What `find_earlier` returned.
-        method_sha256: Hash of the code of the user's own method; None for the others.
         **fields: Further fields of a new record.
     """
     if job.needs_inputs:
         session.tell(f"drawing calibration windows from {job.recipe.calibration}")
     with session.ranks.fail_together():
         windows = calibration_windows(job)
-        inputs = run_inputs(job, session.ranks, windows, method_sha256)
+        inputs = run_inputs(job, session.ranks, windows)
         fields |= {"source": job.model_name}
         record = resumed_or_new(kind, earlier, job.recipe, inputs, job.device, **fields)
     return windows, record
@@ -364,31 +362,28 @@ class BlockFolder(ResultFolder):
         job: The run.
         ranks: The processes of the run.
 
-    Attributes:
         made_from: For each block of the result, the index of the block of the source that it is
-            made from.
+            made from; None for all blocks in order.
     """
 
     record: BlockwiseRecord
 
-    def __init__(self, folder: Path, record: BlockwiseRecord, job: RunJob, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        record: BlockwiseRecord,
+        job: RunJob,
+        ranks: Ranks,
+        made_from: Sequence[int] | None = None,
+    ) -> None:
         super().__init__(folder, record, job.checkpoint.checkpoint, ranks)
         self.job = job
-        self.made_from: Sequence[int] = range(len(job.skeleton))
+        self.made_from = range(len(job.skeleton)) if made_from is None else made_from
 
     @property
     def finished(self) -> int:
         """How many blocks are finished, the first ones of the result."""
         return len(self.record.blocks)
-
-    def begin(self, overwrite: bool) -> None:
-        """Prepare the folder on rank 0, and tell all ranks which blocks are finished."""
-
-        def prepare() -> int:
-            super(BlockFolder, self).begin(overwrite)
-            return self.finished
-
-        del self.record.blocks[self.ranks.on_rank_0(prepare) :]
 
     @abstractmethod
     def stored(self, position: int, block: FinishedBlock) -> dict[str, torch.Tensor]:

@@ -84,6 +84,15 @@ class RunJob:
         return self.source.checkpoint.nbytes(self.source.checkpoint.tensors)
 
     @property
+    def method_sha256(self) -> str | None:
+        """Hash of the code of the user's own method; None without one."""
+        return None
+
+    def disk_bytes(self, choice: Any = None) -> int:
+        """Bytes of the result and of spilled hidden states; `choice` has types, if any."""
+        return self.stored_bytes + self.memory.spilled_bytes
+
+    @property
     def batches(self) -> int:
         """Batches of calibration windows, over all ranks."""
         return -(-self.recipe.samples // self.batch)

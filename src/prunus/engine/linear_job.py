@@ -30,6 +30,7 @@ from prunus.engine.memory import Memory
 from prunus.engine.options import RunOptions
 from prunus.engine.plan import OpenModel, check_memory, open_model, run_facts
 from prunus.engine.reconstruction.reconstruct_block import ReconstructionSettings
+from prunus.engine.record import Walk
 from prunus.engine.session import SILENT, Session
 from prunus.hardware.memory import process_memory
 from prunus.hardware.numerics import native_bfloat16
@@ -38,6 +39,7 @@ from prunus.methods.composition import rounding_method
 from prunus.methods.dense_targets import drift_is_worthwhile
 from prunus.methods.patterns import Pattern, check_shape
 from prunus.methods.statistics import statistics_bytes
+from prunus.methods.table import method_sha256
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.levels import grid_bits
 from prunus.model.linears import Linear
@@ -146,6 +148,19 @@ class PruningJob(RunJob):
     def left_dense(self) -> dict[str, tuple[int, ...]]:
         """The weights of the blocks that stay dense: full name -> shape."""
         return self.storage.selection.left_dense
+
+    @property
+    def method_sha256(self) -> str | None:
+        """Hash of the code of the user's own method; None for the others."""
+        if not isinstance(self.recipe, PruningOptions):
+            return None
+        return method_sha256(self.recipe.method, self.options.own_method)
+
+    @property
+    def walks(self) -> list[Walk]:
+        """How the windows run through each block; the published procedure passes twice."""
+        walks = super().walks
+        return ["two_pass"] * len(walks) if self.recipe.plan.two_passes else walks
 
     @property
     def measures_loss(self) -> bool:

@@ -17,17 +17,13 @@ from prunus.engine.folder import BlockFolder
 from prunus.engine.linear_job import PruningJob, Storage
 from prunus.engine.linear_record import PruningRecord
 from prunus.engine.loop import FinishedBlock
-from prunus.engine.result import Result
+from prunus.engine.result import MEASUREMENT, Result
 from prunus.methods.statistics import InputStatistics
 from prunus.model.checkpoint.atomic_files import remove
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.checkpoint.writer import Writable, save_safetensors
 from prunus.model.loading import keep_records, manifest_text
 from prunus.model.source import ModuleSource
-
-#: File with the measurements of an unfinished run. They decide the bytes of all blocks, so a
-#: resumed run reads them instead of measuring again.
-MEASUREMENT = "sensitivity.safetensors"
 
 
 @dataclass(frozen=True)
@@ -65,9 +61,6 @@ class InPlaceOutput:
         self.finished = 0
         self._source, self._record, self._storage = source, record, storage
 
-    def begin(self, overwrite: bool) -> None:
-        """A loaded model is ready."""
-
     def write_known(self) -> None:
         """A loaded model has all of it already."""
 
@@ -91,9 +84,6 @@ class InPlaceOutput:
         named = self._record.model_copy(update={"source": name})
         text = manifest_text(named.model_dump(mode="json"))
         keep_records(model, {"README.md": self._storage.card(named), named.FILE: text})
-
-    def check_finished(self) -> None:
-        """A loaded model has no earlier run."""
 
 
 class CheckpointFolder(BlockFolder):
@@ -146,19 +136,10 @@ class CheckpointFolder(BlockFolder):
 
         def finish() -> None:
             self.write_outside(changed, head)
-            self.result.finish(self, self.job.storage)
+            self.result.finish(self, self.job)
             remove(self.folder / MEASUREMENT)
 
         self.ranks.on_rank_0(finish)
-
-    def check_finished(self) -> None:
-        """Check that the finished result of an earlier run is whole, as its format says."""
-
-        def check() -> None:
-            self.result.check_finished(self, self.job.storage)
-            remove(self.folder / MEASUREMENT)  # A run that was killed at its very end left it.
-
-        self.ranks.on_rank_0(check)
 
     def stored(self, position: int, block: FinishedBlock) -> dict[str, torch.Tensor]:
         """The tensors of a block's shard, with quantised linears as the format stores them."""

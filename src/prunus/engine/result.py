@@ -12,15 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from prunus.engine.folder import BlockFolder, find_earlier
-from prunus.engine.linear_job import Storage
-from prunus.engine.linear_options import LinearOptions
-from prunus.engine.linear_record import PruningRecord
+from prunus.engine.folder import ResultFolder, find_earlier
+from prunus.engine.linear_job import PruningJob
 from prunus.engine.options import RunOptions
+from prunus.engine.record import BlockwiseRecord
+from prunus.model.checkpoint.atomic_files import remove
 from prunus.model.checkpoint.output_folder import check_whole
 from prunus.model.checkpoint.reader import Checkpoint
+from prunus.options import Options
 
-_Record = TypeVar("_Record", bound=PruningRecord)
+_Record = TypeVar("_Record", bound=BlockwiseRecord)
+#: File with the measurements of an unfinished run. They decide the bytes of all blocks, so a
+#: resumed run reads them instead of measuring again.
+MEASUREMENT = "sensitivity.safetensors"
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,7 @@ class Result(Generic[_Record]):
             ValueError, FileExistsError: It cannot; says why.
         """
 
-    def earlier(
-        self, model: str | Path, recipe: LinearOptions, options: RunOptions
-    ) -> _Record | None:
+    def earlier(self, model: str | Path, recipe: Options, options: RunOptions) -> _Record | None:
         """The record of the run to go on with, or of a finished result; None for neither.
 
         Args:
@@ -71,20 +73,22 @@ class Result(Generic[_Record]):
         """Whether the result of an earlier run stands, and the folder holds nothing of it."""
         return False
 
-    def finish(self, folder: BlockFolder, storage: Storage) -> None:
+    def finish(self, folder: ResultFolder, job: PruningJob) -> None:
         """Complete the result from its shards, on rank 0, and note in the record that it is."""
         record: Any = folder.record
+        storage = job.storage
         storage.note_size(record, Checkpoint(folder.folder, only=list(record.sha256)))
         folder.finish(
             [record.shard(index) for index in range(record.shard_count)],
             card=storage.card(record),
             config=storage.config(record),
-            code=folder.job.options.trust_remote_code,
+            code=job.options.trust_remote_code,
         )
 
-    def check_finished(self, folder: BlockFolder, storage: Storage) -> None:
+    def check_finished(self, folder: ResultFolder, job: Any) -> None:
         """Check on rank 0 that the finished result of an earlier run is whole."""
         check_whole(folder.folder)
+        remove(folder.folder / MEASUREMENT)  # A run that was killed at its very end left it.
 
     def close(self) -> None:
         """Clean up on rank 0, after the result is complete and while the folder is held."""

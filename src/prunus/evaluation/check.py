@@ -28,7 +28,7 @@ _TOKENS = 8192
 def prepared_check(
     model: str, output: Path, recipe: CompressionRecipe, options: RunOptions
 ) -> Callable[[CompressionRecord, Session], None]:
-    """What scores the result of a run at its end, for `after` of `LinearCommand`.
+    """What scores the result of a run at its end, for `after` of `carry_out`.
 
     Both texts are read now, so that a run does not end without them.
 

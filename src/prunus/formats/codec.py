@@ -16,9 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from prunus.engine.linear_job import LinearSelection
-from prunus.engine.output import MEASUREMENT
 from prunus.engine.plan import OpenModel
-from prunus.engine.result import Result
+from prunus.engine.result import MEASUREMENT, Result
 from prunus.formats.recipe import CompressionRecipe
 from prunus.formats.records import CompressionRecord
 from prunus.formats.size_plan import Given, SizePlan, compressible

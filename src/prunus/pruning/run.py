@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from prunus.engine.linear_job import LinearSelection, Storage
+from prunus.engine.linear_run import LinearCommand
 from prunus.engine.options import RunOptions
 from prunus.engine.plan import OpenModel
 from prunus.engine.result import Result
-from prunus.engine.run import LinearCommand, carry_out
+from prunus.engine.run import carry_out
 from prunus.engine.session import SILENT, Session, shown_session
 from prunus.engine.windows import given_windows
 from prunus.methods.table import GIVEN, Method
@@ -92,8 +93,15 @@ def run(
         )
     if not isinstance(model, nn.Module) and output is None:
         raise ValueError("a checkpoint is pruned into a new folder: give output")
+    return carry_out(pruning(model, output, recipe, options), session)
+
+
+def pruning(
+    model: str | Path | nn.Module, output: Path | None, recipe: Recipe, options: RunOptions
+) -> Pruning:
+    """The command with its arguments, which are those of `run`."""
     result = None if output is None else Result(output, Manifest)
-    return carry_out(PRUNE, model, result, recipe, options, session)
+    return Pruning(model, recipe, options, result)
 
 
 class PlainTensors(Storage):
@@ -107,9 +115,11 @@ class PlainTensors(Storage):
         return pruned_card(record, kind_of(source.config).loader, folder, nbytes)
 
 
-def _storage(opened: OpenModel, selection: LinearSelection) -> PlainTensors:
-    return PlainTensors(source=opened.source, skeleton=opened.skeleton, selection=selection)
+class Pruning(LinearCommand[Manifest]):
+    """The command prune, as the engine knows it."""
 
+    KIND = Manifest
 
-#: The command, as the engine knows it.
-PRUNE = LinearCommand(Manifest, _storage)
+    def storage(self, opened: OpenModel, selection: LinearSelection) -> PlainTensors:
+        """Plain tensors."""
+        return PlainTensors(source=opened.source, skeleton=opened.skeleton, selection=selection)

@@ -22,8 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prunus.engine.folder import BlockFolder, remove_result
-from prunus.engine.linear_options import LinearOptions
+from prunus.engine.folder import ResultFolder, remove_result
+from prunus.engine.linear_job import PruningJob
 from prunus.engine.options import RunOptions
 from prunus.engine.result import Result
 from prunus.formats.cards import quantized_card
@@ -140,7 +140,7 @@ class GgufResult(Result[CompressionRecord]):
             check_file_place(output.with_suffix(suffix), _is_own)
 
     def earlier(
-        self, model: str | Path, recipe: LinearOptions, options: RunOptions
+        self, model: str | Path, recipe: Options, options: RunOptions
     ) -> CompressionRecord | None:
         """The record of the run to go on with, or that of the finished file; None for neither.
 
@@ -159,19 +159,19 @@ class GgufResult(Result[CompressionRecord]):
         # A record in a finished file names no shards.
         return earlier.state == "finished" and not earlier.sha256
 
-    def finish(self, folder: BlockFolder, storage: Any) -> None:
+    def finish(self, folder: ResultFolder, job: PruningJob) -> None:
         """Write the file, say in the record that it is finished, and give it its name."""
-        self._write_file(folder, storage)
+        self._write_file(folder, job.storage)
         folder.record.state = "finished"
         folder.save()
-        self.check_finished(folder, storage)
+        self.check_finished(folder, job)
 
-    def check_finished(self, folder: BlockFolder, storage: Any) -> None:
+    def check_finished(self, folder: ResultFolder, job: PruningJob) -> None:
         """Give the file its name, unless something else has it by now."""
         file, recipe = folder.folder / FILE, folder.record.recipe
         if not file.exists():  # The user has moved the file away since.
-            self._write_file(folder, storage)
-        replaces = folder.job.options.overwrite or finished_file(self.path, recipe) is not None
+            self._write_file(folder, job.storage)
+        replaces = job.options.overwrite or finished_file(self.path, recipe) is not None
         move_file(file, self.path, replaces)
         self._move_beside()
 
@@ -201,7 +201,7 @@ class GgufResult(Result[CompressionRecord]):
             copy.write(header.replace(before, text) if len(text) == len(before) else header)
             shutil.copyfileobj(source, copy, 2**20)
 
-    def _write_file(self, folder: BlockFolder, plan: Any) -> None:
+    def _write_file(self, folder: ResultFolder, plan: Any) -> None:
         """Put the file together from the shards, in their folder."""
         record: Any = folder.record
         source, contents = plan.given.source, plan.contents
