@@ -19,7 +19,7 @@ import prunus
 from command_line import PROGRAM, call
 from processors import processor_threads
 from prunus.engine import linear_job, plan
-from prunus.engine.linear_job import describe_plan, plan_run
+from prunus.engine.linear_job import plan_run
 from prunus.engine.options import RunOptions
 from prunus.engine.progress import PREPARATION, Progress
 from prunus.model.checkpoint.reader import INDEX_NAME
@@ -147,7 +147,7 @@ def test_plan_tells_what_a_run_needs_from_what_it_may_use(dense, monkeypatch):
 
     def planned(memory: int) -> dict[str, Any]:
         options = RunOptions(calibration_data=token_ids(6, 64), memory=memory)
-        return describe_plan(plan_run(dense, recipe, options))
+        return plan_run(dense, recipe, options).describe()
 
     described = planned(10**9)
     least, most = described["least_memory_bytes"], described["peak_memory_bytes"]

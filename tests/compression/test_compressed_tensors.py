@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import prunus
 from command_line import call
-from prunus.compression.run import compression
+from prunus.compression.run import Compression
 from prunus.engine.options import RunOptions
 from prunus.engine.windows import given_windows
 from prunus.formats.block_bytes import scaled
@@ -67,7 +67,7 @@ def dense(tmp_path_factory) -> Path:
 def test_the_folder_holds_weights_close_to_those_of_the_source(bits, dense, tmp_path):
     data, described = given_windows(token_ids())
     recipe = CompressionRecipe(bits=bits, **described)
-    planned = compression(dense, None, recipe, RunOptions(**data)).plan().storage.file_bytes()
+    planned = Compression(dense, None, recipe, RunOptions(**data)).plan().storage.file_bytes()
     record = compress(dense, tmp_path / "out", bits)
     assert planned == sum(map(len, shards(tmp_path / "out").values())) == record.size.after
     before, after = stored(dense), unpacked(tmp_path / "out")

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import prunus
-from prunus.compression.run import compression
+from prunus.compression.run import Compression
 from prunus.engine.options import RunOptions
 from prunus.engine.windows import given_windows
 from prunus.evaluation.inspection import stored_size
@@ -116,7 +116,7 @@ def test_the_folder_holds_weights_close_to_those_of_the_source(tied, tmp_path):
     before, out = stored(dense), tmp_path / "out"
     data, described = given_windows(token_ids())
     recipe = CompressionRecipe(bits=5, format="mlx", **described)
-    job = compression(dense, None, recipe, RunOptions(**data)).plan()
+    job = Compression(dense, None, recipe, RunOptions(**data)).plan()
     planned = job.storage.file_bytes()
     record = compress(dense, out)
     written = sum(map(len, shards(out).values()))

@@ -48,7 +48,7 @@ def test_a_resumed_run_keeps_the_same_sparsities(tmp_path, monkeypatch):
         prunus.prune(dense, tmp_path / "out", **options, progress=stop_after(1))
     kept = Manifest.load(tmp_path / "out").allocation
     monkeypatch.setattr(
-        "prunus.engine.allocation._loss_curves", lambda *a: pytest.fail("measured twice")
+        "prunus.engine.allocation.measure_loss", lambda *a: pytest.fail("measured twice")
     )
     report = prunus.prune(dense, tmp_path / "out", **options)
     assert report.allocation == kept

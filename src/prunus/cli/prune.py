@@ -13,7 +13,6 @@ from prunus.cli.flags import Model, Output, RecipeFile, opt, with_flags
 from prunus.cli.terminal import is_quiet, print_result, print_text, progress_console, shown_steps
 from prunus.engine.options import RunOptions
 from prunus.formats.recipe import CompressionRecipe
-from prunus.hardware.sizes import parse_bytes
 from prunus.pruning.recipe import Recipe
 from prunus.recovery.options import RecoveryOptions
 from prunus.reporting.console import show_pruning, show_recovery
@@ -45,7 +44,9 @@ def prune(
     A killed run continues with the same command. Under torchrun, processes share the work.
     """
     work, recipe_options = RunOptions.pick(options)
-    trains = _takes_max(recipe_options)
+    # The pruning of preset max is that of best; a recipe file may change options of it, as flags may.
+    if trains := recipe_options.get("preset") == "max":
+        recipe_options["preset"] = "best"
     if not trains and (minutes is not None or tokens is not None):
         raise ValueError(
             "--minutes and --tokens are the budget of --preset max, which trains after pruning: "
@@ -136,17 +137,6 @@ def _carry_out(
     print_result(record, table(record))
 
 
-def _takes_max(options: dict[str, Any]) -> bool:
-    """Whether the preset is max, whose pruning is that of best: `options` say best afterwards.
-
-    A recipe file may then change options of the pruning, as flags may.
-    """
-    trains = options.get("preset") == "max"
-    if trains:
-        options["preset"] = "best"
-    return trains
-
-
 def _prune_and_recover(
     model: str, output: Path, recipe: Recipe, how: RunOptions, budget: dict[str, Any]
 ) -> None:
@@ -171,7 +161,7 @@ def _prune_and_recover(
 
 
 @with_flags(
-    *(Recipe, CompressionRecipe, RunOptions),
+    *(Recipe, CompressionRecipe, StructureRecipe, RunOptions),
     without=("overwrite", "resume", "rank_timeout"),
     rare=("pattern", "format", "head_bits", "data"),
 )
@@ -208,42 +198,15 @@ def plan(
     recipe: RecipeFile = None,
     **options: Any,
 ) -> None:
-    """Show what prune or compress would do and cost; write no model.
+    """Show what prune, compress or shrink would do and cost; write no model.
 
-    With --bits, --size, --type or --fits it plans compress. It checks all that a run checks first.
+    With --bits, --size, --type or --fits it plans compress, with --blocks or --experts shrink. It
+    checks all that a run checks first.
     """
-    from prunus.compression.rounding import write_lists
-    from prunus.compression.run import compression
-    from prunus.engine.linear_job import describe_plan
-    from prunus.engine.run import planned
-    from prunus.pruning.run import pruning
+    from prunus.planning.run import plan as plan_command
 
-    work, recipe_options = RunOptions.pick(options)
-    trains, how = _takes_max(recipe_options), RunOptions.read(None, work)
-    needs: dict[str, Any] = {}
-    compresses = bool({"bits", "size", "type"} & recipe_options.keys()) or fits is not None
-    if lists := tensor_types is not None or imatrix is not None:
-        # llama-quantize rounds each weight by itself.
-        compresses, recipe_options = True, {"rounding": "nearest"} | recipe_options
-    if fits is None:
-        chosen: Any = (CompressionRecipe if compresses else Recipe).read(recipe, recipe_options)
-        command: Any = compression if compresses else pruning
-        job = planned(command(model, output, chosen, how))
-    else:
-        from prunus.compression.fit import plan_to_fit
-
-        job, needs = plan_to_fit(
-            model, output, (recipe, recipe_options), how, parse_bytes(fits, 1000), context
-        )
-        chosen = job.recipe
-    choice = write_lists(job, tensor_types, imatrix, progress=not is_quiet()) if lists else None
-    written = [str(path) for path in (tensor_types, imatrix) if path is not None]
-    described = describe_plan(job, choice) | {"written": written, "needs": needs}
-    if trains:
-        from prunus.recovery.max_preset import plan_training
-
-        assert isinstance(chosen, Recipe), "compress has no preset"
-        described["training"] = plan_training(model, output, chosen, how)
+    options |= {"tensor_types": tensor_types, "imatrix": imatrix, "progress": not is_quiet()}
+    described = plan_command(model, output, recipe=recipe, fits=fits, context=context, **options)
     print_result(described, plan_facts(described))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from prunus.compression.rounding import plan_of
-from prunus.compression.run import compression
+from prunus.compression.run import Compression
 from prunus.engine.linear_job import PruningJob
 from prunus.engine.options import RunOptions
 from prunus.engine.run import planned
@@ -53,7 +53,7 @@ def plan_to_fit(
         raise ValueError(f"`fits` plans a GGUF file: give {output} a name that ends in .gguf")
 
     def planned_file(recipe: CompressionRecipe) -> PruningJob:
-        return planned(compression(model, output, recipe, options, GgufCodec))
+        return planned(Compression(model, output, recipe, options, GgufCodec))
 
     job = planned_file(chosen)
     shape = job.checkpoint.config.get_text_config().to_dict()

@@ -15,6 +15,7 @@ from prunus.engine.linear_run import LinearCommand
 from prunus.engine.options import RunOptions
 from prunus.engine.output import CheckpointFolder, Rounding
 from prunus.engine.plan import OpenModel
+from prunus.engine.result import Result
 from prunus.engine.run import Run, carry_out
 from prunus.engine.session import SILENT, Session, shown_session
 from prunus.engine.windows import given_windows
@@ -77,28 +78,7 @@ def run(
 
     `after` is as for `carry_out`.
     """
-    return carry_out(compression(model, output, recipe, options), session, after)
-
-
-def compression(
-    model: str | Path,
-    output: Path | None,
-    recipe: CompressionRecipe,
-    options: RunOptions,
-    codec: type[Codec] | None = None,
-) -> Compression:
-    """The command with its arguments.
-
-    Args:
-        model: A checkpoint folder or a hub id.
-        output: The folder or the file of the result; None if that is not known yet.
-        recipe: The recipe of the run.
-        options: The options that only decide how the work is done.
-        codec: The format; None for that of the output or of the recipe.
-    """
-    codec = codec or codec_for(output, recipe)
-    result = None if output is None else codec.RESULT(output, CompressionRecord)
-    return Compression(model, recipe, options, result, codec)
+    return carry_out(Compression(model, output, recipe, options), session, after)
 
 
 @dataclass(frozen=True)
@@ -106,12 +86,22 @@ class Compression(LinearCommand[CompressionRecord]):
     """The command compress, as the engine knows it.
 
     Attributes:
-        codec: The format of the result.
+        given_codec: The format of the result; None for that of the output or of the recipe.
     """
 
     KIND = CompressionRecord
 
-    codec: type[Codec]
+    given_codec: type[Codec] | None = None
+
+    @property
+    def codec(self) -> type[Codec]:
+        """The format of the result."""
+        return self.given_codec or codec_for(self.output, self.recipe)
+
+    @property
+    def result(self) -> Result[CompressionRecord] | None:
+        """Where the result is written, which the format says; None for nowhere."""
+        return None if self.output is None else self.codec.RESULT(self.output, self.KIND)
 
     def storage(self, opened: OpenModel, selection: LinearSelection) -> SizePlan:
         """Which weights have types, and what all may take."""

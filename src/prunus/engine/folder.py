@@ -18,14 +18,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from prunus.calibration.windows import Windows
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.engine.job import RunJob, check_known
 from prunus.engine.loop import FinishedBlock
 from prunus.engine.options import RunOptions
 from prunus.engine.record import BlockwiseRecord, RunInputs, RunRecord
-from prunus.engine.session import Session
-from prunus.engine.windows import calibration_windows, run_inputs
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.checkpoint.atomic_files import (
     RECORD_FILES,
@@ -157,34 +154,6 @@ def resumed_or_new(
         return earlier
     hardware = describe_hardware(device)
     return kind(recipe=recipe, inputs=inputs, versions=versions(), hardware=hardware, **fields)
-
-
-def drawn_and_recorded(
-    kind: type[_BlockwiseRecord],
-    job: RunJob,
-    session: Session,
-    earlier: _BlockwiseRecord | None,
-    **fields: Any,
-) -> tuple[Windows, _BlockwiseRecord]:
-    """The calibration windows of a run of blocks, and the record that says which run this is.
-
-    All ranks call it. The other arguments and the errors are those of `resumed_or_new`.
-
-    Args:
-        kind: The class of the record.
-        job: The run.
-        session: Its processes, and who hears that windows are drawn.
-        earlier: What `find_earlier` returned.
-        **fields: Further fields of a new record.
-    """
-    if job.needs_inputs:
-        session.tell(f"drawing calibration windows from {job.recipe.calibration}")
-    with session.ranks.fail_together():
-        windows = calibration_windows(job)
-        inputs = run_inputs(job, session.ranks, windows)
-        fields |= {"source": job.model_name}
-        record = resumed_or_new(kind, earlier, job.recipe, inputs, job.device, **fields)
-    return windows, record
 
 
 @contextlib.contextmanager

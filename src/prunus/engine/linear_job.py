@@ -8,13 +8,12 @@ the other.
     Storage          how the result is stored
     select_linears   `only` and `ignore` applied to the linears of a model
     plan_run         checks, and makes the job
-    describe_plan    the job as JSON values
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,7 +87,6 @@ class Storage:
 
     Attributes:
         source: The dense weights.
-        skeleton: The model without weights, in its stored dtype.
         selection: The linears that are changed.
         measures_loss: Whether the run begins by measuring how the loss depends on each linear, for
             the types of weights or the fit of scales.
@@ -96,7 +94,6 @@ class Storage:
     """
 
     source: CheckpointSource | ModuleSource
-    skeleton: Skeleton
     selection: LinearSelection
     measures_loss: bool = False
     copies: int = 1
@@ -148,6 +145,33 @@ class PruningJob(RunJob):
     def left_dense(self) -> dict[str, tuple[int, ...]]:
         """The weights of the blocks that stay dense: full name -> shape."""
         return self.storage.selection.left_dense
+
+    def describe(self, choice: Any = None) -> dict[str, Any]:
+        """The plan as JSON values; see `RunJob.describe`. These values need a word:
+
+        - `to_remove`: weights that become zero, a number;
+        - `left_dense`: name of a weight that stays as it is -> its shape;
+        - `grid_bits`: bits of the grid that the weights lie on already, or None;
+        - `rounded_before`: the same in words; empty where the weights lie on no grid.
+        """
+        shapes: list[tuple[int, int]] = [x.shape for x in self.selected_linears().values()]
+        weights = sum(rows * columns for rows, columns in shapes)
+        return {
+            **super().describe(),
+            "linears": len(shapes),
+            "weights": weights,
+            "to_remove": int(weights * self.work.sparsity),
+            "left_dense": {name: list(shape) for name, shape in self.left_dense.items()},
+            "grid_bits": self.grid_bits,
+            "rounded_before": f"rounded to about {self.grid_bits} bits" if self.grid_bits else "",
+            "file_bytes": self.storage.file_bytes(choice),
+            "disk_bytes": self.disk_bytes(choice),
+            "allocation": {
+                "rule": "fisher" if self.recipe.allocates else "uniform",
+                "measured": self.recipe.allocates and self.work.sparsity > 0,
+            },
+            **self.storage.describe(choice),
+        }
 
     @property
     def method_sha256(self) -> str | None:
@@ -360,7 +384,7 @@ def plan_run(
 
 def plain_storage(opened: OpenModel, selection: LinearSelection) -> Storage:
     """The storage as plain tensors."""
-    return Storage(source=opened.source, skeleton=opened.skeleton, selection=selection)
+    return Storage(source=opened.source, selection=selection)
 
 
 def _method_and_work(recipe: LinearOptions, own_method: Method | None) -> tuple[Method, Work]:
@@ -389,55 +413,3 @@ def _measured(job: PruningJob) -> Memory:
     ]
     extra = [job.extra_bytes(index) for index in blocks]
     return measured_memory(job, dense=job.runs_dense_stream, trained=trained, extra=extra)
-
-
-def describe_plan(job: PruningJob, choice: Any = None) -> dict[str, Any]:
-    """The plan of a run as JSON values, to which a command adds its own.
-
-    `choice` has the types of a format, if they are chosen already. These values need a word:
-
-    - `to_remove`: weights that become zero, a number;
-    - `left_dense`: name of a weight that stays as it is -> its shape;
-    - `grid_bits`: bits of the grid that the weights lie on already, or None;
-    - `rounded_before`: the same in words; empty where the weights lie on no grid;
-    - `batch`: windows per forward pass;
-    - `hidden_states`: where they are between blocks: memory, pinned host memory or file;
-    - `blocks_in_lockstep`: how many blocks all windows run through at once;
-    - `least_memory_bytes`: what the run needs, with what this process holds already;
-    - `peak_memory_bytes`: what it takes at most of the memory that it may use, which saves time;
-    - `file_bytes`: the weights of the result;
-    - `disk_bytes`: the same with temporary files.
-    """
-    blocks = range(len(job.skeleton))
-    shapes: Sequence[tuple[int, int]] = [x.shape for x in job.selected_linears().values()]
-    weights = sum(rows * columns for rows, columns in shapes)
-    least, peak = (
-        max(nbytes, job.measuring_bytes()) + process_memory()
-        for nbytes in (job.memory.least_bytes, job.memory.peak_bytes())
-    )
-    location = "memory" if job.memory.hidden_states_stay else "pinned host memory"
-    return {
-        "blocks": len(blocks),
-        "linears": len(shapes),
-        "weights": weights,
-        "to_remove": int(weights * job.work.sparsity),
-        "left_dense": {name: list(shape) for name, shape in job.left_dense.items()},
-        "grid_bits": job.grid_bits,
-        "rounded_before": f"rounded to about {job.grid_bits} bits" if job.grid_bits else "",
-        "dtype": str(job.dtype).removeprefix("torch."),
-        "dtype_reason": job.dtype_reason,
-        "device": str(job.device),
-        "batch": job.batch,
-        "bos": job.recipe.bos,
-        "hidden_states": "file" if job.memory.spills else location,
-        "blocks_in_lockstep": sum(job.memory.fits_lockstep(index) for index in blocks),
-        "least_memory_bytes": least,
-        "peak_memory_bytes": peak,
-        "file_bytes": job.storage.file_bytes(choice),
-        "disk_bytes": job.disk_bytes(choice),
-        "allocation": {
-            "rule": "fisher" if job.recipe.allocates else "uniform",
-            "measured": job.recipe.allocates and job.work.sparsity > 0,
-        },
-        **job.storage.describe(choice),
-    }

@@ -61,9 +61,6 @@ class InPlaceOutput:
         self.finished = 0
         self._source, self._record, self._storage = source, record, storage
 
-    def write_known(self) -> None:
-        """A loaded model has all of it already."""
-
     def read_block(self, position: int) -> Mapping[str, torch.Tensor]:
         """No block is finished: LookupError."""
         raise LookupError(f"no earlier run finished block {position} of a loaded model")

@@ -14,17 +14,19 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 
-from prunus.engine.folder import ResultFolder, drawn_and_recorded, held
+from prunus.engine.folder import ResultFolder, held, resumed_or_new
 from prunus.engine.job import RunJob
 from prunus.engine.options import RunOptions
 from prunus.engine.plan import check_room, check_same_on_all_ranks
 from prunus.engine.record import BlockwiseRecord, Walk
 from prunus.engine.result import Result
 from prunus.engine.session import SILENT, Session
+from prunus.engine.windows import calibration_windows, run_inputs
 from prunus.hardware.memory import peak_memory
 
 _Record = TypeVar("_Record", bound=BlockwiseRecord)
@@ -69,17 +71,23 @@ class Command(ABC, Generic[_Job, _Record]):
     Attributes:
         KIND: The class of its record.
         model: A checkpoint folder, a hub id, or a loaded model.
+        output: The result as the user names it; None changes a loaded model in place, and leaves
+            the checks of the output out of a plan.
         recipe: The options that decide the bytes of the result.
         options: The options that only decide how the work is done.
-        result: Where the result is written; None changes a loaded model in place.
     """
 
     KIND: ClassVar[type[Any]]
 
     model: Any
+    output: Path | None
     recipe: Any
     options: RunOptions
-    result: Result[_Record] | None
+
+    @property
+    def result(self) -> Result[_Record] | None:
+        """Where the result is written; None for nowhere."""
+        return None if self.output is None else Result(self.output, self.KIND)
 
     @abstractmethod
     def plan(self, session: Session = SILENT, decided_dtype: str | None = None) -> _Job:
@@ -125,10 +133,11 @@ def carry_out(
         ranks = joint.ranks
         if result is None:
             return _carry_out_held(command, joint, None)
-        result.check(command.model)
+        model = str(command.model)
+        result.check(model)
 
         def find() -> _Record | None:
-            return result.earlier(command.model, command.recipe, options)
+            return result.earlier(model, command.recipe, options)
 
         # What the folder holds decides what is done: from here on no other run may change it.
         with held(command.KIND, result.folder, ranks, find) as earlier:
@@ -158,8 +167,15 @@ def _carry_out_held(
         job = command.plan(session, decided_dtype)
     if result is not None:
         ranks.on_rank_0(lambda: check_room(job.disk_bytes(), result.folder))
-    fields = command.fields(job)
-    windows, record = drawn_and_recorded(command.KIND, job, session, earlier, **fields)
+    fields = {"source": job.model_name, **command.fields(job)}
+    if job.needs_inputs:
+        session.tell(f"drawing calibration windows from {job.recipe.calibration}")
+    with ranks.fail_together():
+        windows = calibration_windows(job)
+        inputs = run_inputs(job, ranks, windows)
+        record: _Record = resumed_or_new(
+            command.KIND, earlier, job.recipe, inputs, job.device, **fields
+        )
     walks = check_same_on_all_ranks(command.recipe, record, ranks, job.walks)
     run = Run(job, session, windows.ids, walks, record, started)
     if result is not None:

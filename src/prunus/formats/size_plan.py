@@ -336,7 +336,6 @@ def planned(given: Given, **fields: Any) -> dict[str, Any]:
     """The fields of `SizePlan` that follow from what is given, with others."""
     return {
         "source": given.source,
-        "skeleton": given.skeleton,
         "selection": given.selection,
         "given": given,
         **fields,

@@ -13,7 +13,6 @@ from prunus.engine.linear_job import LinearSelection, Storage
 from prunus.engine.linear_run import LinearCommand
 from prunus.engine.options import RunOptions
 from prunus.engine.plan import OpenModel
-from prunus.engine.result import Result
 from prunus.engine.run import carry_out
 from prunus.engine.session import SILENT, Session, shown_session
 from prunus.engine.windows import given_windows
@@ -93,15 +92,7 @@ def run(
         )
     if not isinstance(model, nn.Module) and output is None:
         raise ValueError("a checkpoint is pruned into a new folder: give output")
-    return carry_out(pruning(model, output, recipe, options), session)
-
-
-def pruning(
-    model: str | Path | nn.Module, output: Path | None, recipe: Recipe, options: RunOptions
-) -> Pruning:
-    """The command with its arguments, which are those of `run`."""
-    result = None if output is None else Result(output, Manifest)
-    return Pruning(model, recipe, options, result)
+    return carry_out(Pruning(model, output, recipe, options), session)
 
 
 class PlainTensors(Storage):
@@ -122,4 +113,4 @@ class Pruning(LinearCommand[Manifest]):
 
     def storage(self, opened: OpenModel, selection: LinearSelection) -> PlainTensors:
         """Plain tensors."""
-        return PlainTensors(source=opened.source, skeleton=opened.skeleton, selection=selection)
+        return PlainTensors(source=opened.source, selection=selection)

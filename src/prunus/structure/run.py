@@ -25,7 +25,6 @@ from prunus.engine.folder import BlockFolder, ResultFolder
 from prunus.engine.loop import FinishedBlock, run_blocks
 from prunus.engine.options import RunOptions
 from prunus.engine.record import bos_words, result_card, source_name
-from prunus.engine.result import Result
 from prunus.engine.run import Command, Run, carry_out
 from prunus.engine.session import SILENT, Session, shown_session
 from prunus.engine.windows import given_windows
@@ -83,15 +82,7 @@ def run(
     session: Session = SILENT,
 ) -> StructureRecord:
     """Carry out a recipe. The other arguments and errors are those of `shrink`."""
-    return carry_out(shrinking(model, output, recipe, options), session)
-
-
-def shrinking(
-    model: str | Path, output: Path | None, recipe: StructureRecipe, options: RunOptions
-) -> Shrinking:
-    """The command with its arguments, which are those of `run`."""
-    result = None if output is None else Result(output, StructureRecord)
-    return Shrinking(model, recipe, options, result)
+    return carry_out(Shrinking(model, output, recipe, options), session)
 
 
 class Shrinking(Command[StructureJob, StructureRecord]):
@@ -110,8 +101,8 @@ class Shrinking(Command[StructureJob, StructureRecord]):
     def change(self, run: Run[StructureJob, StructureRecord]) -> None:
         """Search for blocks, make those that stay, and complete the result."""
         job, session, record, ranks = run.job, run.session, run.record, run.session.ranks
-        assert self.result is not None, "a loaded model is not made smaller"
-        output, source = self.result.folder, job.checkpoint.checkpoint
+        assert self.output is not None, "a loaded model is not made smaller"
+        output, source = self.output, job.checkpoint.checkpoint
         with torch.no_grad():
             save = ResultFolder(output, record, source, ranks).save
             blocks_left = choose_blocks(job, session, run.ids, record, save)
