@@ -20,6 +20,23 @@ def pruned(tmp_path_factory) -> Path:
     return folder
 
 
+def test_plan_says_what_each_command_would_do(tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", vocab_size=VOCABULARY)
+    byte_tokenizer().save_pretrained(dense)
+    (tmp_path / "text.txt").write_text("some words " * 50)
+    options = {"samples": 4, "seqlen": 16, "calibration": str(tmp_path / "text.txt")}
+    pruned = prunus.plan(dense, sparsity=0.25, **options)
+    assert pruned["to_remove"] == pruned["weights"] // 4
+    folder = prunus.plan(dense, tmp_path / "out", bits=8, **options)
+    assert folder["file_bytes"] < pruned["file_bytes"] and not (tmp_path / "out").exists()
+    smaller = prunus.plan(dense, blocks=1, **options)
+    assert (smaller["blocks"], smaller["kept_blocks"]) == (2, 1)
+    assert prunus.plan(dense, command="shrink", blocks=1, **options) == smaller | {
+        name: pytest.approx(smaller[name], rel=0.2)
+        for name in ("least_memory_bytes", "peak_memory_bytes")
+    }
+
+
 def test_importing_the_package_imports_none_of_the_large_libraries():
     code = (
         "import sys, prunus; prunus.__version__; "

@@ -31,8 +31,8 @@ MODULES = {
 #: The rooms from the bottom to the top. A room may import only from rooms before it in this list.
 ROOMS = [
     "kernels", "hardware", "distributed", "model", "options", "methods", "calibration", "engine",
-    "formats", "pruning", "compression", "structure", "recovery", "evaluation", "sweeping",
-    "reporting", "cli", "__main__", "__init__",
+    "formats", "pruning", "compression", "structure", "recovery", "planning", "evaluation",
+    "sweeping", "reporting", "cli", "__main__", "__init__",
 ]  # fmt: skip
 
 #: Library -> the only rooms that may import it. What is not here may be imported by all.
@@ -62,6 +62,7 @@ WITHOUT_TORCH = [
 #: Public verbs: the only functions with more than eight parameters.
 VERBS = {
     "calibration.training_text.training_text",
+    "planning.run.plan",
     "recovery.max_preset.prune_and_recover",
     "recovery.run.recover",
 }
@@ -135,6 +136,26 @@ def test_libraries_are_imported_where_they_belong():
         users = [path for path, tree in TREES.items() if library in libraries(tree)]
         assert len(users) <= 1, f"{library} is imported in {users}"
     code = f"import sys, {', '.join(WITHOUT_TORCH)}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_format_is_eight_methods_and_no_class_has_more_than_thirty():
+    from prunus.formats.codec import Codec
+
+    methods = [name for name in dir(Codec) if name.islower() and not name.startswith("_")]
+    assert len(methods) <= 8, methods
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                count = sum(isinstance(each, ast.FunctionDef) for each in node.body)
+                assert count <= 30, f"{path}: {node.name} has {count} methods"
+
+
+def test_a_folder_of_mlx_is_planned_without_gguf():
+    code = (
+        "import sys, prunus.compression.run; from prunus.model.formats import format_named; "
+        "format_named('mlx').load(); sys.exit('prunus.formats.gguf' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from prunus.formats.recipe import CompressionRecipe
     from prunus.formats.records import CompressionRecord
     from prunus.model.loading import LoadedModel, load
+    from prunus.planning.run import plan
     from prunus.pruning.manifest import Manifest
     from prunus.pruning.recipe import Recipe
     from prunus.pruning.run import prune
@@ -61,6 +62,7 @@ __all__ = [
     "load",
     "perplexities",
     "perplexity",
+    "plan",
     "prune",
     "prune_and_recover",
     "recover",
@@ -91,6 +93,7 @@ _HOMES = {
     "load": "prunus.model.loading",
     "perplexities": "prunus.evaluation.perplexity",
     "perplexity": "prunus.evaluation.perplexity",
+    "plan": "prunus.planning.run",
     "prune": "prunus.pruning.run",
     "prune_and_recover": "prunus.recovery.max_preset",
     "recover": "prunus.recovery.run",

@@ -26,14 +26,13 @@ from prunus.cli import app, terminal
 from prunus.cli.terminal import command, log, print_result
 from prunus.engine import linear_job, plan
 from prunus.engine.document import Column, Document, Facts, Section, Table
-from prunus.engine.linear_job import describe_plan, plan_run
+from prunus.engine.linear_job import plan_run
 from prunus.engine.options import RunOptions
 from prunus.engine.progress import PREPARATION, Progress
 from prunus.evaluation import generation
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
-from prunus.pruning.run import PlainTensors
 from prunus.recovery.training import Step
 from prunus.reporting.console import (
     TerminalConsole,
@@ -165,7 +164,7 @@ def test_plan_tells_what_a_run_needs_from_what_it_may_use(dense, monkeypatch):
 
     def planned(memory: int) -> dict[str, Any]:
         options = RunOptions(calibration_data=token_ids(6, 64), memory=memory)
-        return describe_plan(plan_run(dense, recipe, options, PlainTensors()))
+        return plan_run(dense, recipe, options).describe()
 
     described = planned(10**9)
     least, most = described["least_memory_bytes"], described["peak_memory_bytes"]

@@ -15,12 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 import prunus
 from command_line import call
 from pictures import pictures, save_classifier
-from prunus.engine.linear_job import describe_plan, plan_run
+from prunus.compression.run import Compression
 from prunus.engine.loss_sensitivity import measuring_memory
 from prunus.engine.memory import BlockMemory, Memory
 from prunus.engine.options import RunOptions
-from prunus.engine.output import MEASUREMENT
-from prunus.formats.mlx import MlxFormat
+from prunus.engine.result import MEASUREMENT
 from prunus.formats.recipe import CompressionRecipe
 from prunus.formats.records import CompressionRecord
 from prunus.model.checkpoint.reader import Checkpoint
@@ -28,7 +27,7 @@ from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.loading import load_model
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
-from prunus.pruning.run import PlainTensors
+from prunus.pruning.run import Pruning
 from prunus.reporting.run_sections import run_section
 from prunus.reporting.tables import plan_facts
 from scripts import run_script
@@ -86,24 +85,25 @@ def test_plan_counts_the_measurement(dense):
     small = CompressionRecipe(bits=4.0, format="mlx", **options)
     pruned = Recipe(method="sparsegpt", dense_weight=0.25, **options)
     jobs = [
-        plan_run(dense, recipe, RunOptions(calibration_data=token_ids()), stored)
-        for recipe, stored in ((small, MlxFormat(small)), (pruned, PlainTensors()))
+        command(dense, None, recipe, RunOptions(calibration_data=token_ids())).plan()
+        for recipe, command in ((small, Compression), (pruned, Pruning))
     ]
-    facts = [dict(plan_facts(describe_plan(job)).items) for job in jobs]
+    facts = [dict(plan_facts(job.describe()).items) for job in jobs]
     assert "removed" not in facts[0]["weights"] and "are removed" in facts[1]["weights"]
     assert "sparsity" not in facts[0] and facts[1]["sparsity"] == "the same everywhere"
     memory = measuring_memory(jobs[0], quantizes=True)
     # Two blocks, six windows of 16 tokens, 64 numbers of the dtype of the computation.
     assert memory.hidden == 2 * 6 * 16 * 64 * jobs[0].dtype.itemsize
-    assert describe_plan(jobs[0])["peak_memory_bytes"] > memory.total(hidden=True, paused=False)
+    assert jobs[0].describe()["peak_memory_bytes"] > memory.total(hidden=True, paused=False)
 
 
 def test_a_budget_below_the_measurement_is_refused(dense, monkeypatch):
     recipe = CompressionRecipe(bits=4.0, samples=6, seqlen=16, batch=2, format="mlx")
     needed = BlockMemory(0, 0, 10**14, 0, 10**9)
     monkeypatch.setattr("prunus.engine.linear_job.measuring_memory", lambda job, quantizes: needed)
+    command = Compression(dense, None, recipe, RunOptions(calibration_data=token_ids()))
     with pytest.raises(ValueError, match="measuring how the loss depends on each linear needs"):
-        plan_run(dense, recipe, RunOptions(calibration_data=token_ids()), MlxFormat(recipe))
+        command.plan()
 
 
 def test_what_takes_the_bytes_of_the_file_is_said(dense, compressed):

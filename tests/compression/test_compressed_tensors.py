@@ -12,12 +12,11 @@ from safetensors.torch import load_file, save_file
 
 import prunus
 from command_line import call
-from prunus.engine.linear_job import plan_run
+from prunus.compression.run import Compression
 from prunus.engine.options import RunOptions
 from prunus.engine.windows import given_windows
-from prunus.formats.base import format_for
 from prunus.formats.block_bytes import scaled
-from prunus.formats.compressed_tensors import TensorsFormat, integer_type, stored_parts
+from prunus.formats.compressed_tensors import TensorsCodec, integer_type, stored_parts
 from prunus.formats.recipe import CompressionRecipe
 from prunus.formats.records import CompressionRecord
 from prunus.methods.group_fits import round_in_groups
@@ -70,9 +69,7 @@ def dense(tmp_path_factory) -> Path:
 def test_the_folder_holds_weights_close_to_those_of_the_source(bits, dense, tmp_path):
     data, described = given_windows(token_ids())
     recipe = CompressionRecipe(bits=bits, **described)
-    planned = plan_run(
-        dense, recipe, RunOptions(**data), format_for(None, recipe)
-    ).format.file_bytes()
+    planned = Compression(dense, None, recipe, RunOptions(**data)).plan().storage.file_bytes()
     record = compress(dense, tmp_path / "out", bits)
     assert planned == sum(map(len, shards(tmp_path / "out").values())) == record.size.after
     before, after = stored(dense), unpacked(tmp_path / "out")
@@ -202,7 +199,7 @@ def test_integers_of_other_programs_are_left_to_transformers(dense, tmp_path):
     compress(dense, tmp_path / "out")
     path = tmp_path / "out" / "config.json"
     config = json.loads(path.read_text())
-    assert reader_of(tmp_path / "out") is TensorsFormat
+    assert reader_of(tmp_path / "out") is TensorsCodec
     weights = config["quantization_config"]["config_groups"]["group_0"]["weights"]
     for change in ({"num_bits": 3}, {"type": "float"}, {"symmetric": False}, {"actorder": "group"}):
         before = dict(weights)
@@ -212,7 +209,7 @@ def test_integers_of_other_programs_are_left_to_transformers(dense, tmp_path):
         weights.clear()
         weights.update(before)
     path.write_text(json.dumps(config))
-    assert reader_of(tmp_path / "out") is TensorsFormat
+    assert reader_of(tmp_path / "out") is TensorsCodec
 
 
 def test_weights_that_are_not_whole_are_named(dense, tmp_path):

@@ -32,10 +32,10 @@ from prunus.evaluation.generation import generate
 from prunus.evaluation.inspection import stored_size
 from prunus.evaluation.records import ModelSize
 from prunus.formats.gguf.file import GgufFile
-from prunus.formats.gguf.format import read_record
 from prunus.formats.gguf.import_checkpoint import import_gguf
+from prunus.formats.gguf.result import read_record
 from prunus.formats.gguf.types import TYPES
-from prunus.formats.type_choice import Choice, choose_fast_types, choose_types
+from prunus.formats.type_choice import Choice, choose_types
 from prunus.methods.group_fits import round_in_groups
 from prunus.model.checkpoint import lock
 from prunus.model.checkpoint.atomic_files import move_file
@@ -295,8 +295,7 @@ def test_no_other_choice_with_as_many_bytes_loses_less_on_the_hull(losses):
         for place, each in enumerate(losses)
     }
     for budget in range(2 * len(losses), 5 * len(losses) + 1):
-        chosen = choose_types(choices, budget)
-        taken = [next(x for x in choices[name] if x.kind == kind) for name, kind in chosen.items()]
+        taken = choose_types(choices, budget).values()
         spent, lost = sum(x.nbytes for x in taken), sum(x.loss for x in taken)
         assert spent <= budget
         best = min(
@@ -325,11 +324,10 @@ def test_fast_types_keep_a_bound_of_time_that_can_be_kept(losses):
     }
     for nbytes in range(2 * len(losses), 5 * len(losses) + 1):
         for time in (4 * len(losses), 7 * len(losses), 9 * len(losses)):
-            kinds = choose_fast_types(choices, nbytes, time)
-            taken = [next(x for x in choices[name] if x.kind == kinds[name]) for name in kinds]
+            taken = choose_types(choices, nbytes, time).values()
             assert sum(x.nbytes for x in taken) <= nbytes
             assert sum(x.time for x in taken) <= time
-    assert choose_fast_types(choices, nbytes, 1e9) == choose_types(choices, nbytes)
+    assert choose_types(choices, nbytes, 1e9) == choose_types(choices, nbytes)
 
 
 def test_a_type_that_decodes_slowly_is_left_out_where_time_counts(one_block, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from gguf_cases import (
 )
 from prunus.formats.gguf import container as gguf_container
 from prunus.formats.gguf.file import GgufFile
-from prunus.formats.gguf.format import read_record
+from prunus.formats.gguf.result import read_record
 from stopping import StopError, stop_after
 
 MOE = {"intermediate_size": 64, "num_local_experts": 2, "num_experts_per_tok": 1}

@@ -14,7 +14,7 @@ pytest.importorskip("accelerate")
 import prunus
 from gguf_cases import compress, gguf_checkpoint
 from prunus.formats.gguf.import_checkpoint import import_gguf
-from prunus.formats.mlx import MlxFormat
+from prunus.formats.mlx import MlxCodec
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
 from tiny import stored, token_ids
@@ -51,7 +51,7 @@ def test_a_stored_head_that_is_not_the_embedding_is_kept_as_transformers_loads_i
     else:
         compress(two_matrices, out, bits=8, format=form)
         if form == "mlx":
-            MlxFormat.unpack(out, tmp_path / "dense")
+            MlxCodec.unpack(out, tmp_path / "dense")
     expected = logits(two_matrices)
     if form != "compressed-tensors":
         result = logits(out if form == "prune" else tmp_path / "dense")

@@ -13,7 +13,6 @@ from prunus.engine import loss_sensitivity
 from prunus.engine.linear_job import PruningJob, plan_run
 from prunus.engine.loss_sensitivity import LinearSensitivity, loss_sensitivities
 from prunus.engine.options import RunOptions
-from prunus.formats.compressed_tensors import TensorsFormat
 from prunus.formats.recipe import CompressionRecipe
 from prunus.methods.group_sweep import relative_steps
 from prunus.model.skeleton import Skeleton
@@ -26,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("exact_products")
 
 def planned(folder, dtype: str = "float32", **options) -> PruningJob:
     recipe = CompressionRecipe(bits=4.0, samples=4, seqlen=16, batch=2, dtype=dtype, **options)
-    return plan_run(folder, recipe, RunOptions(calibration_data=IDS), TensorsFormat(recipe))
+    return plan_run(folder, recipe, RunOptions(calibration_data=IDS))
 
 
 def streamed(

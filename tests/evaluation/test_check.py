@@ -12,7 +12,7 @@ import prunus
 from command_line import call
 from gguf_cases import gguf_checkpoint
 from prunus.evaluation import check
-from prunus.formats.gguf.format import read_record
+from prunus.formats.gguf.result import read_record
 from prunus.formats.records import CompressionRecord
 
 pytestmark = pytest.mark.usefixtures("short_python_texts")

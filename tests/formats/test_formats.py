@@ -2,16 +2,16 @@
 
 import shutil
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import prunus
-from prunus.formats.base import CompressedFormat
+from prunus.formats.codec import Codec
 from prunus.model import formats
 from tiny import tiny_checkpoint
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
 
-class ZipFormat(CompressedFormat):
+class ZipFormat(Codec):
     """A checkpoint folder as one zip file."""
 
     @staticmethod
@@ -20,8 +20,8 @@ class ZipFormat(CompressedFormat):
         return {"bytes": path.stat().st_size}
 
     @staticmethod
-    def stored_types(path):
-        return {"model.layers.0.self_attn.q_proj": ("Z", 3.0)}
+    def read_record(path):
+        return SimpleNamespace(stored_types={"model.layers.0.self_attn.q_proj": ("Z", 3.0)})
 
 
 def test_one_entry_lets_load_and_inspect_open_a_file_of_a_new_format(tmp_path, monkeypatch):

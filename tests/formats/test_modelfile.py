@@ -16,8 +16,8 @@ pytest.importorskip("accelerate")
 import prunus
 from gguf_cases import gguf_checkpoint
 from prunus.formats.gguf import modelfile
-from prunus.formats.gguf.format import read_record
 from prunus.formats.gguf.modelfile import _SAID, ChatTexts, chat_texts
+from prunus.formats.gguf.result import read_record
 from prunus.model.checkpoint.card import values_of
 from prunus.model.tokenizer import apply_chat_template, load_tokenizer
 from tiny import token_ids

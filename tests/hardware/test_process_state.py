@@ -14,7 +14,7 @@ from torch import nn
 from transformers import modeling_utils
 
 import prunus
-from prunus.engine.run import _one_processor_thread
+from prunus.engine.linear_run import _one_processor_thread
 from prunus.evaluation.tasks import _quiet_lm_eval
 from prunus.formats.gguf.package import package
 from prunus.hardware.numerics import tf32_products

@@ -8,9 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import prunus
-from prunus.engine.linear_job import describe_plan, plan_run
+from prunus.compression.run import Compression
 from prunus.engine.options import RunOptions
-from prunus.formats.base import format_for
 from prunus.formats.gguf.types import TYPES
 from prunus.formats.recipe import CompressionRecipe
 from prunus.methods.group_fits import round_in_groups
@@ -125,7 +124,7 @@ def test_runs_and_plans_say_once_that_the_weights_were_rounded_before(name, bits
     small = prunus.compress(models[name], tmp_path / "small", 4, **options)
     pruned = prunus.prune(models[name], tmp_path / "pruned", "magnitude", 0.5, **options)
     recipe = CompressionRecipe(bits=4, calibration="python-docs", seqlen=32)
-    plan = plan_run(models[name], recipe, RunOptions(), format_for(None, recipe))
+    plan = Compression(models[name], None, recipe, RunOptions()).plan()
     assert small.grid_bits == pruned.grid_bits == plan.grid_bits == bits
     assert Manifest.load(tmp_path / "pruned").grid_bits == bits
     sentence = "rounded to about 4 bits before"
@@ -133,7 +132,7 @@ def test_runs_and_plans_say_once_that_the_weights_were_rounded_before(name, bits
         card = (tmp_path / folder / "README.md").read_text()
         texts = [*map(str, said), str(record.table()), card]
         assert sum(text.count(sentence) for text in texts) == (1 if bits else 0)
-    facts = dict(plan_facts(describe_plan(plan)).items)
+    facts = dict(plan_facts(plan.describe()).items)
     assert facts.get("weights before") == ("rounded to about 4 bits" if bits else None)
 
 

@@ -32,7 +32,6 @@ from prunus.model.calls import BlockStubs
 from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.kinds import CAUSAL, kind_of
 from prunus.pruning.recipe import Recipe
-from prunus.pruning.run import PlainTensors
 from recovery_cases import SHORT, shards, training_text
 from reference import assert_three_ways_agree, prune_as_called, prune_rows, wanda_by_whole_runs
 from tiny import COMMON, FAMILIES, SIZES, tiny_checkpoint, tiny_model, token_ids, weights
@@ -307,9 +306,7 @@ def refusal(tmp_path, model: Any) -> str:
         prunus.prune(model, calibration=token_ids())
     recipe = Recipe(calibration="token ids")
     with pytest.raises(NotImplementedError) as stored:
-        plan_run(
-            tmp_path / "dense", recipe, RunOptions(calibration_data=token_ids()), PlainTensors()
-        )
+        plan_run(tmp_path / "dense", recipe, RunOptions(calibration_data=token_ids()))
     return f"{stored.value} | {loaded.value}"
 
 

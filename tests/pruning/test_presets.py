@@ -18,7 +18,6 @@ from prunus.engine.session import SILENT
 from prunus.methods.patterns import Pattern
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
-from prunus.pruning.run import PlainTensors
 from sensitivity_cases import IDS, whole_model
 from stopping import interrupt
 from tiny import shards, tiny_checkpoint, token_ids
@@ -159,7 +158,7 @@ def test_linears_whose_errors_cost_less_lose_more_weights(dense, tmp_path, monke
     recipe = Recipe(
         calibration="token ids", samples=4, seqlen=16, dtype="float32", allocation="fisher"
     )
-    job = plan_run(dense, recipe, RunOptions(calibration_data=IDS), PlainTensors())
+    job = plan_run(dense, recipe, RunOptions(calibration_data=IDS))
     found = allocate(job, SILENT, IDS, {})
     assert all(0.25 <= value <= 0.75 for value in found.values())
     # No exchange of sparsity between two linears of equal shape lowers the loss by much.

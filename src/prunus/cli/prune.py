@@ -13,7 +13,6 @@ from prunus.cli.flags import Model, Output, RecipeFile, opt, with_flags
 from prunus.cli.terminal import is_quiet, print_result, print_text, progress_console, shown_steps
 from prunus.engine.options import RunOptions
 from prunus.formats.recipe import CompressionRecipe
-from prunus.hardware.sizes import parse_bytes
 from prunus.pruning.recipe import Recipe
 from prunus.recovery.options import RecoveryOptions
 from prunus.reporting.console import show_pruning, show_recovery
@@ -45,7 +44,9 @@ def prune(
     A killed run continues with the same command. Under torchrun, processes share the work.
     """
     work, recipe_options = RunOptions.pick(options)
-    trains = _takes_max(recipe_options)
+    # The pruning of preset max is that of best. A recipe file may change its options, as flags may.
+    if trains := recipe_options.get("preset") == "max":
+        recipe_options["preset"] = "best"
     if not trains and (minutes is not None or tokens is not None):
         raise ValueError(
             "--minutes and --tokens are the budget of --preset max, which trains after pruning: "
@@ -84,16 +85,18 @@ def compress(
     from prunus.compression.run import run
     from prunus.distributed import is_rank_0
     from prunus.evaluation.check import prepared_check
-    from prunus.formats.base import format_for
+    from prunus.formats.cards import commands
+    from prunus.formats.codec import codec_for
 
     work, recipe_options = RunOptions.pick(options)
     chosen = CompressionRecipe.read(recipe, recipe_options)
-    commands = format_for(output, chosen).commands(output, uploads=True)
+    codec = codec_for(output, chosen)
     after = prepared_check(model, output, chosen, RunOptions.read(None, work)) if check else None
     compressing = functools.partial(run, after=after)
     _carry_out(compressing, f"{chosen.target} {output}", (model, output, chosen), work)
     if is_rank_0():
-        print_text("".join(f"{use + ':':<12} {command}\n" for use, command in commands.items()))
+        lines = commands({**codec.PROGRAMS, **codec.UPLOADS}, output).items()
+        print_text("".join(f"{use + ':':<12} {command}\n" for use, command in lines))
 
 
 @with_flags(StructureRecipe, RunOptions)
@@ -134,17 +137,6 @@ def _carry_out(
     print_result(record, table(record))
 
 
-def _takes_max(options: dict[str, Any]) -> bool:
-    """Whether the preset is max, whose pruning is that of best: `options` say best afterwards.
-
-    A recipe file may then change options of the pruning, as flags may.
-    """
-    trains = options.get("preset") == "max"
-    if trains:
-        options["preset"] = "best"
-    return trains
-
-
 def _prune_and_recover(
     model: str, output: Path, recipe: Recipe, how: RunOptions, budget: dict[str, Any]
 ) -> None:
@@ -169,7 +161,7 @@ def _prune_and_recover(
 
 
 @with_flags(
-    *(Recipe, CompressionRecipe, RunOptions),
+    *(Recipe, CompressionRecipe, StructureRecipe, RunOptions),
     without=("overwrite", "resume", "rank_timeout"),
     rare=("pattern", "format", "head_bits", "data"),
 )
@@ -206,43 +198,15 @@ def plan(
     recipe: RecipeFile = None,
     **options: Any,
 ) -> None:
-    """Show what prune or compress would do and cost; write no model.
+    """Show what prune, compress or shrink would do and cost; write no model.
 
-    With --bits, --size, --type or --fits it plans compress. It checks all that a run checks first.
+    With --bits, --size, --type or --fits it plans compress, with --blocks or --experts shrink. It
+    checks all that a run checks first.
     """
-    from prunus.compression.rounding import write_lists
-    from prunus.engine.linear_job import Format, describe_plan
-    from prunus.engine.run import planned
-    from prunus.formats.base import format_for
-    from prunus.pruning.run import PlainTensors
+    from prunus.planning.run import plan as plan_command
 
-    work, recipe_options = RunOptions.pick(options)
-    trains, how = _takes_max(recipe_options), RunOptions.read(None, work)
-    needs: dict[str, Any] = {}
-    compresses = bool({"bits", "size", "type"} & recipe_options.keys()) or fits is not None
-    if lists := tensor_types is not None or imatrix is not None:
-        # llama-quantize rounds each weight by itself.
-        compresses, recipe_options = True, {"rounding": "nearest"} | recipe_options
-    if fits is None:
-        chosen: Any = (CompressionRecipe if compresses else Recipe).read(recipe, recipe_options)
-        stored: Format[Any] = (
-            format_for(output, chosen) if isinstance(chosen, CompressionRecipe) else PlainTensors()
-        )
-        job = planned(stored, model, output, chosen, how)
-    else:
-        from prunus.formats.gguf.memory import plan_to_fit
-
-        job, needs = plan_to_fit(
-            model, output, (recipe, recipe_options), how, parse_bytes(fits, 1000), context
-        )
-        chosen = job.recipe
-    written = lists and write_lists(job, tensor_types, imatrix, progress=not is_quiet())
-    described = describe_plan(job) | {"written": written or [], "needs": needs}
-    if trains:
-        from prunus.recovery.max_preset import plan_training
-
-        assert isinstance(chosen, Recipe), "compress has no preset"
-        described["training"] = plan_training(model, output, chosen, how)
+    options |= {"tensor_types": tensor_types, "imatrix": imatrix, "progress": not is_quiet()}
+    described = plan_command(model, output, recipe=recipe, fits=fits, context=context, **options)
     print_result(described, plan_facts(described))
 
 

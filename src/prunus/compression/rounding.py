@@ -10,33 +10,33 @@ Shape suffixes: O outputs (rows), R some of them, I inputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from prunus.engine.block.linear import LinearRounding
 from prunus.engine.linear_job import PruningJob
-from prunus.engine.loss_sensitivity import (
-    PROBE_TOKENS,
-    PROBE_WINDOWS,
-    LinearSensitivity,
-    measure_loss,
-)
-from prunus.engine.output import PruningOutput
+from prunus.engine.loss_sensitivity import LinearSensitivity, measure_loss
+from prunus.engine.output import CheckpointFolder, Rounding
+from prunus.engine.run import Run
 from prunus.engine.session import Session, shown_session
 from prunus.engine.windows import calibration_windows
-from prunus.formats.base import CompressedFormat, tensors_of_kind
-from prunus.formats.gguf.file import OWN_LISTS, write_importances
-from prunus.formats.gguf.format import GgufFormat
+from prunus.formats.codec import Codec
 from prunus.formats.records import CompressionRecord
+from prunus.formats.size_plan import SizePlan
+from prunus.formats.type_choice import Measurement, TypeChoice
 from prunus.hardware.errors import naming
 from prunus.methods.group_fits import round_in_groups
-from prunus.methods.group_quantizer import GroupQuantizer
+from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer, check_range
+from prunus.methods.group_sweep import quantize_in_groups
+from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import NearestRounding
-from prunus.model.checkpoint.atomic_files import check_file_place, make_folder, write_text
+from prunus.model.checkpoint.writer import Writable
 
+# Rows of the output head that are rounded together: a part of it in float32, not all.
+_HEAD_ROWS = 2**14
 # Rows sampled to estimate each type's loss: 64 per weight, at least 8 when several weights share a
 # type.
 _ROWS, _LEAST_ROWS = 64, 8
@@ -46,128 +46,158 @@ _ROWS, _LEAST_ROWS = 64, 8
 # three bits, Q2_K and IQ2_S (ε² = 0.06) raise the loss by 1.55 times the sum, and IQ2_XXS (0.1) by
 # twice the sum, in a Llama of 34 million weights.
 _COHERENCE, _LEAST_REST = 8.0, 0.2
-# The two kinds of tensors that a measurement of types gives; a name of a module follows.
-_LOSSES, _IMPORTANCES = "losses/", "importances/"
 
 
 def type_rounding(
-    stored: CompressedFormat,
-    job: PruningJob,
-    session: Session,
-    ids: Tensor,
-    output: PruningOutput,
-    record: CompressionRecord,
-) -> LinearRounding:
-    """The rounding to the types of least loss, which the record and the format take note of.
+    run: Run[PruningJob, CompressionRecord], folder: CheckpointFolder, codec: type[Codec]
+) -> Rounding:
+    """The rounding to the types of least loss, which the record takes note of.
 
     Args:
-        stored: The format of the result.
-        job: The run.
-        session: Its processes, and who hears of the measurement.
-        ids: Its calibration windows (windows, tokens).
-        output: The folder of the result, which keeps the measurement for a resumed run.
-        record: The record of the run, with the blocks that an earlier run has finished.
+        run: The run.
+        folder: The folder of the result, which keeps the measurement for a resumed run.
+        codec: The format of the result.
     """
-    ranks = session.ranks
+    job, session, record = run.job, run.session, run.record
+    ranks, plan, source = session.ranks, plan_of(job), job.checkpoint
     tensors = ranks.tensors_from_rank_0(
-        lambda: output.measured(
-            lambda: _type_losses(stored, job, session, ids, record.measured) | stored.lasting
-        )
+        lambda: folder.measured(lambda: measured(job, session, run.ids, record.measured).tensors())
     )
-    if not stored.lasting.keys() <= tensors.keys():
+    if not plan.lasting.tensors().keys() <= tensors.keys():
         raise FileExistsError(
-            f"{stored.recipe.template} is not the file that this run began with: put it back as it "
-            "was, or choose `overwrite` to start again"
+            f"{plan.given.recipe.template} is not the file that this run began with: put it back "
+            "as it was, or choose `overwrite` to start again"
         )
-    _take_note(stored, tensors)
-    if record.types not in ({}, stored.types):
+    choice = plan.choose(Measurement.of(tensors))
+    if record.types not in ({}, choice.types):
         raise FileExistsError(
-            f"{stored.recipe.type or stored.recipe.fast_on} has other types than the finished "
-            "blocks: the file was changed since. Put it back as it was, or choose `overwrite` to "
-            "start again"
+            f"{plan.given.recipe.type or plan.given.recipe.fast_on} has other types than the "
+            "finished blocks: the file was changed since. Put it back as it was, or choose "
+            "`overwrite` to start again"
         )
-    record.types = stored.types
-    ranks.on_rank_0(stored.check_outside)
-    if said := stored.chosen():
+    record.types = choice.types
+    ranks.on_rank_0(lambda: _check_outside(plan, choice))
+    if said := plan.said(choice):
         session.tell(said)
 
     def round_as(name: str) -> GroupQuantizer | NearestRounding:
         """A linear with an importance is rounded to nearest, the others with feedback."""
-        quantizer, importance_I = stored.quantizer(name), stored.importances.get(name)
+        quantizer, importance_I = choice.quantizers[name], choice.importances.get(name)
         return quantizer if importance_I is None else NearestRounding(quantizer, importance_I)
 
-    return round_as
+    def encode(name: str, weight: GroupedWeight) -> dict[str, Tensor]:
+        return codec.encode(source.weight_key(name), weight, source.weight_dtype(name))
+
+    def decode(name: str, parts: dict[str, Tensor]) -> Tensor:
+        return codec.decode(source.weight_key(name), parts, choice.quantizers[name])
+
+    def outside(dense: dict[str, Writable], head: InputStatistics | None) -> dict[str, Writable]:
+        """The tensors outside the blocks, with embedding and head in their types."""
+        if head is not None and plan.head is not None:
+            head.add_uncorrelated(choice.importances[plan.head] * head.tokens)
+        for name, keys in plan.outside.items():
+            for key in keys:
+                del dense[key]
+            of_head = head if name == plan.head else None
+            dense |= encode(name, _rounded(job, name, choice, of_head))
+        return dense
+
+    # Errors of the head are corrected by its later columns, if they are measured: an embedding that
+    # is tied to it has errors of its own, which must be known too.
+    corrects = job.recipe.rounds == "feedback" and plan.head in choice.importances
+    return Rounding(round_as, encode, decode, outside if plan.outside else None, corrects)
+
+
+def plan_of(job: PruningJob) -> SizePlan:
+    """The plan of the result of a run of compress."""
+    assert isinstance(job.storage, SizePlan), "the run rounds no weights"
+    return job.storage
+
+
+def _check_outside(plan: SizePlan, choice: TypeChoice) -> None:
+    """Check before the first block that the types of embedding and head reach their weights.
+
+    Raises:
+        ValueError: They do not; the message names the weight.
+    """
+    for name, [key, *_] in plan.outside.items():
+        with naming(key):
+            check_range(plan.given.source.checkpoint.whole(key), choice.quantizers[name])
+
+
+def _rounded(
+    job: PruningJob, name: str, choice: TypeChoice, head: InputStatistics | None
+) -> GroupedWeight:
+    """The weight of an embedding or a head in its type.
+
+    Args:
+        job: The run.
+        name: Name of the module.
+        choice: The type of each weight.
+        head: For the output head its inputs, and what its errors cost as an embedding. None rounds
+            the weight by its importance.
+
+    Raises:
+        ValueError: Weights are beyond the values of the type; the message names the weight.
+    """
+    key, quantizer = job.checkpoint.weight_key(name), choice.quantizers[name]
+    weight_OI = job.checkpoint.checkpoint.whole(key)
+    with naming(key):
+        if head is None:
+            return round_in_groups(weight_OI, quantizer, choice.importances.get(name))
+        work = replace(job.work, quantization=quantizer)
+        parts = []
+        for rows_OI in weight_OI.split(_HEAD_ROWS):
+            rows_OI = rows_OI.to(job.device, torch.float32)
+            grouped = quantize_in_groups(rows_OI, head, work).quantized
+            assert isinstance(grouped, GroupedWeight)
+            parts.append(grouped.data_OB.cpu())
+        return GroupedWeight(quantizer, torch.cat(parts))
 
 
 def write_lists(
     job: PruningJob, types_file: Path | None, importances_file: Path | None, progress: bool
-) -> list[str]:
+) -> TypeChoice:
     """Choose the types of a planned GGUF file, and write them for llama-quantize of llama.cpp.
 
     Args:
-        job: The plan; its format holds the types afterwards.
+        job: The plan.
         types_file: Where the list of types is written; None for nowhere.
         importances_file: Where the importance matrix is written; None for nowhere.
         progress: Whether to show a bar where a person looks.
 
     Returns:
-        The names of the files.
+        The type of each weight.
 
     Raises:
-        ValueError: The plan is not for a GGUF file whose weights are rounded to nearest.
-        FileExistsError: Something else has the name of a file.
+        ValueError, FileExistsError: As `SizePlan.write_lists`.
     """
-    stored, paths = job.format, [x for x in (types_file, importances_file) if x is not None]
-    if not isinstance(stored, GgufFormat) or stored.rounding == "feedback":
-        raise ValueError(
-            "`tensor_types` and `imatrix` are for llama-quantize, which rounds to nearest: plan a "
-            "file whose name OUT ends in .gguf, and leave `rounding` feedback out"
-        )
-    for path in paths:
-        check_file_place(path, OWN_LISTS.fullmatch)
-        make_folder(path.parent)
+    plan = plan_of(job)
+    plan.write_lists(None, types_file, importances_file)
     with shown_session("plan", progress, None) as session:
-        _take_note(stored, _type_losses(stored, job, session, calibration_windows(job).ids, {}))
-    if types_file is not None:
-        write_text(types_file, stored.contents.type_list(stored.types))
-    if importances_file is not None:
-        by_tensor = {
-            tensor.name: torch.stack([stored.importances[module] for module in tensor.modules])
-            for tensor in stored.contents.layout.tensors
-            if tensor.module in stored.importances
-        }
-        chunks = min(PROBE_WINDOWS, job.recipe.samples), min(PROBE_TOKENS, job.recipe.seqlen)
-        text = Path(job.recipe.calibration).name
-        write_importances(importances_file, by_tensor, chunks, text)
-    return list(map(str, paths))
+        choice = plan.choose(measured(job, session, calibration_windows(job).ids, {}))
+    plan.write_lists(choice, types_file, importances_file)
+    return choice
 
 
-def _take_note(stored: CompressedFormat, tensors: Mapping[str, Tensor]) -> None:
-    """Choose the types by the tensors of `_type_losses`, and enter them into the format."""
-    stored.types = stored.types_of(tensors_of_kind(tensors, _LOSSES))
-    stored.importances = tensors_of_kind(tensors, _IMPORTANCES)
-
-
-def _type_losses(
-    stored: CompressedFormat,
+def measured(
     job: PruningJob,
     session: Session,
     ids: Tensor,
     digests: dict[str, str],
-) -> dict[str, Tensor]:
-    """Measure what each type of each weight adds to the loss.
+) -> Measurement:
+    """Measure what each type of each weight adds to the loss, if the format chooses by it.
 
-    Returns:
-        Named tensors, which a file can store: of the first module of each weight the loss that each
-        of its types adds (types,), and of embedding and head float32 (I,), how much errors in each
-        column raise the loss as an embedding, in units of the mean square of an input of the head.
-        Where each weight is rounded by itself, what they cost as the head is added, and all linears
-        have theirs, E[x_j²]. The kinds are `_LOSSES` and `_IMPORTANCES`.
+    Importances of embedding and head are those as an embedding, in units of the mean square of an
+    input of the head. Where each weight is rounded by itself, what errors cost as the head is
+    added, and all linears have theirs, E[x_j²].
     """
-    tensors: dict[str, Tensor] = {}
-    if not stored.measures_loss:
-        return tensors
-    options, corrects = job.work.options, stored.rounding == "feedback"
+    plan = plan_of(job)
+    if not plan.measures_loss:
+        return plan.lasting
+    losses: dict[str, Tensor] = {}
+    importances: dict[str, Tensor] = {}
+    options, corrects = job.work.options, job.recipe.rounds == "feedback"
     sensitivities = measure_loss(
         job, session, ids, digests, job.selected, options, quantizes=corrects, outside=True
     )
@@ -179,10 +209,9 @@ def _type_losses(
         # A tied head has another name than the embedding, and the same weight.
         uses.setdefault(id(modules[name].weight), []).append(sensitivity)
     what = "rounding some rows of each weight to every type"
-    count = session.preparing(what, len(stored.shapes), job.device)
-    for first in stored.shapes:
-        names, quantizers = stored.stacks[first], stored.quantizers(first)
-        parts = []
+    count = session.preparing(what, len(plan.weights), job.device)
+    for first, weight in plan.weights.items():
+        names, quantizers, parts = weight.modules, weight.quantizers, []
         for name in names:
             weight_OI = job.checkpoint.weight(f"{name}.weight")
             with naming(name):
@@ -190,18 +219,18 @@ def _type_losses(
                     type_losses(weight_OI, uses[id(modules[name].weight)], quantizers, len(names))
                 )
             if name in linears and not corrects:
-                tensors[f"{_IMPORTANCES}{name}"] = sensitivities[name].importance_I
-        tensors[f"{_LOSSES}{first}"] = torch.stack(parts).sum(dim=0)
+                importances[name] = sensitivities[name].importance_I
+        losses[first] = torch.stack(parts).sum(dim=0)
         if first not in linears:
-            importance_I = torch.zeros(stored.shapes[first][-1])
+            importance_I = torch.zeros(weight.shape[-1])
             # Feedback learns what errors cost as the head from the inputs of all windows.
             for use in (
                 x for x in uses[id(modules[first].weight)] if x is not head or not corrects
             ):
                 importance_I += use.importance_I * (use.loss_O.mean() / head.loss_O.mean())
-            tensors[f"{_IMPORTANCES}{first}"] = importance_I
+            importances[first] = importance_I
         count(1)
-    return tensors
+    return replace(plan.lasting, losses=losses, importances=importances)
 
 
 def type_losses(

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from prunus.compression.rounding import type_rounding
+from prunus.engine.linear_job import LinearSelection, PruningJob
+from prunus.engine.linear_run import LinearCommand
 from prunus.engine.options import RunOptions
-from prunus.engine.run import carry_out
+from prunus.engine.output import CheckpointFolder, Rounding
+from prunus.engine.plan import OpenModel
+from prunus.engine.result import Result
+from prunus.engine.run import Run, carry_out
 from prunus.engine.session import SILENT, Session, shown_session
 from prunus.engine.windows import given_windows
-from prunus.formats.base import format_for
+from prunus.formats.codec import Codec, codec_for, size_plan
 from prunus.formats.recipe import CompressionRecipe
 from prunus.formats.records import CompressionRecord
+from prunus.formats.size_plan import SizePlan
 from prunus.options import takes
 
 
@@ -72,6 +78,38 @@ def run(
 
     `after` is as for `carry_out`.
     """
-    stored = format_for(output, recipe)
-    rounding = functools.partial(type_rounding, stored)
-    return carry_out(stored, model, output, recipe, options, session, rounding, after)
+    return carry_out(Compression(model, output, recipe, options), session, after)
+
+
+@dataclass(frozen=True)
+class Compression(LinearCommand[CompressionRecord]):
+    """The command compress, as the engine knows it.
+
+    Attributes:
+        given_codec: The format of the result; None for that of the output or of the recipe.
+    """
+
+    KIND = CompressionRecord
+
+    given_codec: type[Codec] | None = None
+
+    @property
+    def codec(self) -> type[Codec]:
+        """The format of the result."""
+        return self.given_codec or codec_for(self.output, self.recipe)
+
+    @property
+    def result(self) -> Result[CompressionRecord] | None:
+        """Where the result is written, which the format says; None for nowhere."""
+        return None if self.output is None else self.codec.RESULT(self.output, self.KIND)
+
+    def storage(self, opened: OpenModel, selection: LinearSelection) -> SizePlan:
+        """Which weights have types, and what all may take."""
+        folder = None if self.result is None else self.result.folder
+        return size_plan(self.codec, self.recipe, folder, opened, selection)
+
+    def rounding(
+        self, run: Run[PruningJob, CompressionRecord], folder: CheckpointFolder
+    ) -> Rounding:
+        """The types of least loss."""
+        return type_rounding(run, folder, self.codec)

@@ -18,14 +18,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from prunus.calibration.windows import Windows
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.engine.job import RunJob, check_known
 from prunus.engine.loop import FinishedBlock
 from prunus.engine.options import RunOptions
 from prunus.engine.record import BlockwiseRecord, RunInputs, RunRecord
-from prunus.engine.session import Session
-from prunus.engine.windows import calibration_windows, run_inputs
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.checkpoint.atomic_files import (
     RECORD_FILES,
@@ -157,36 +154,6 @@ def resumed_or_new(
         return earlier
     hardware = describe_hardware(device)
     return kind(recipe=recipe, inputs=inputs, versions=versions(), hardware=hardware, **fields)
-
-
-def drawn_and_recorded(
-    kind: type[_BlockwiseRecord],
-    job: RunJob,
-    session: Session,
-    earlier: _BlockwiseRecord | None,
-    method_sha256: str | None = None,
-    **fields: Any,
-) -> tuple[Windows, _BlockwiseRecord]:
-    """The calibration windows of a run of blocks, and the record that says which run this is.
-
-    All ranks call it. The other arguments and the errors are those of `resumed_or_new`.
-
-    Args:
-        kind: The class of the record.
-        job: The run.
-        session: Its processes, and who hears that windows are drawn.
-        earlier: What `find_earlier` returned.
-        method_sha256: Hash of the code of the user's own method; None for the others.
-        **fields: Further fields of a new record.
-    """
-    if job.needs_inputs:
-        session.tell(f"drawing calibration windows from {job.recipe.calibration}")
-    with session.ranks.fail_together():
-        windows = calibration_windows(job)
-        inputs = run_inputs(job, session.ranks, windows, method_sha256)
-        fields |= {"source": job.model_name}
-        record = resumed_or_new(kind, earlier, job.recipe, inputs, job.device, **fields)
-    return windows, record
 
 
 @contextlib.contextmanager
@@ -364,30 +331,28 @@ class BlockFolder(ResultFolder):
         job: The run.
         ranks: The processes of the run.
 
-    Attributes:
-        finished: Blocks that an earlier run has finished, the first ones of the model; 0 before
-            `begin`.
         made_from: For each block of the result, the index of the block of the source that it is
-            made from.
+            made from; None for all blocks in order.
     """
 
     record: BlockwiseRecord
 
-    def __init__(self, folder: Path, record: BlockwiseRecord, job: RunJob, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        record: BlockwiseRecord,
+        job: RunJob,
+        ranks: Ranks,
+        made_from: Sequence[int] | None = None,
+    ) -> None:
         super().__init__(folder, record, job.checkpoint.checkpoint, ranks)
         self.job = job
-        self.finished = 0
-        self.made_from: Sequence[int] = range(len(job.skeleton))
+        self.made_from = range(len(job.skeleton)) if made_from is None else made_from
 
-    def begin(self, overwrite: bool) -> None:
-        """Prepare the folder on rank 0, and tell all ranks how many blocks are `finished`."""
-
-        def prepare() -> int:
-            super(BlockFolder, self).begin(overwrite)
-            return len(self.record.blocks)
-
-        self.finished = self.ranks.on_rank_0(prepare)
-        del self.record.blocks[self.finished :]
+    @property
+    def finished(self) -> int:
+        """How many blocks are finished, the first ones of the result."""
+        return len(self.record.blocks)
 
     @abstractmethod
     def stored(self, position: int, block: FinishedBlock) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ from prunus.engine.options import RunOptions, WindowOptions
 from prunus.engine.reconstruction.output_loss import CHUNK_TOKENS
 from prunus.engine.reconstruction.reconstruct_block import activation_bytes, in_front_of_head
 from prunus.engine.record import Walk
+from prunus.hardware.memory import process_memory
 from prunus.hardware.numerics import LARGEST, check_finite
 from prunus.methods.statistics import Needs, statistics_bytes
 from prunus.model.skeleton import Skeleton
@@ -82,6 +83,52 @@ class RunJob:
         if isinstance(self.source, ModuleSource):
             return 0
         return self.source.checkpoint.nbytes(self.source.checkpoint.tensors)
+
+    @property
+    def method_sha256(self) -> str | None:
+        """Hash of the code of the user's own method; None without one."""
+        return None
+
+    def disk_bytes(self, choice: Any = None) -> int:
+        """Bytes of the result and of spilled hidden states; `choice` has types, if any."""
+        return self.stored_bytes + self.memory.spilled_bytes
+
+    def measuring_bytes(self) -> int:
+        """Bytes of a measurement before the first block; 0 without one."""
+        return 0
+
+    def describe(self, choice: Any = None) -> dict[str, Any]:
+        """The plan as JSON values; `choice` has types, if they are chosen. These need a word:
+
+        - `batch`: windows per forward pass;
+        - `hidden_states`: where they are between blocks: memory, pinned host memory or file;
+        - `blocks_in_lockstep`: how many blocks all windows run through at once;
+        - `least_memory_bytes`: what the run needs, with what this process holds already;
+        - `peak_memory_bytes`: what it takes at most of the memory that it may use, which saves
+          time;
+        - `file_bytes`: the weights of the result, or the most that they may take;
+        - `disk_bytes`: the same with temporary files.
+        """
+        memory, blocks = self.memory, range(len(self.skeleton))
+        least, peak = (
+            max(nbytes, self.measuring_bytes()) + process_memory()
+            for nbytes in (memory.least_bytes, memory.peak_bytes())
+        )
+        location = "memory" if memory.hidden_states_stay else "pinned host memory"
+        return {
+            "blocks": len(blocks),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype_reason": self.dtype_reason,
+            "device": str(self.device),
+            "batch": self.batch,
+            "bos": self.recipe.bos,
+            "hidden_states": "file" if memory.spills else location,
+            "blocks_in_lockstep": sum(memory.fits_lockstep(index) for index in blocks),
+            "least_memory_bytes": least,
+            "peak_memory_bytes": peak,
+            "file_bytes": self.stored_bytes,
+            "disk_bytes": self.disk_bytes(),
+        }
 
     @property
     def batches(self) -> int:

@@ -1,37 +1,35 @@
 """A checked run of prune or compress: what is changed and how. `prunus plan` prints it.
 
-Whatever would make a run fail later fails in `plan_run`. A `Format` says how the linears of the
-result are stored. The base class stores plain tensors, as prune does; `prunus.formats` has the
-others.
+Whatever would make a run fail later fails in `plan_run`. A `Storage` says how the linears of the
+result are stored. The base class stores plain tensors, as prune does; `formats/size_plan.py` has
+the other.
 
     PruningJob       the decisions of one run, and what follows from them
-    Format           how the result is stored, with the order in which the engine asks it
+    Storage          how the result is stored
     select_linears   `only` and `ignore` applied to the linears of a model
     plan_run         checks, and makes the job
-    describe_plan    the job as JSON values
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from prunus.engine.block.dense_stream import drift_stride_for
-from prunus.engine.folder import BlockFolder, find_earlier
 from prunus.engine.job import RunJob, measured_memory, windows_per_batch
 from prunus.engine.linear_options import LinearOptions, PruningOptions
-from prunus.engine.linear_record import PruningRecord
 from prunus.engine.loss_sensitivity import measuring_memory
 from prunus.engine.memory import Memory
 from prunus.engine.options import RunOptions
-from prunus.engine.plan import check_memory, open_model, run_facts
+from prunus.engine.plan import OpenModel, check_memory, open_model, run_facts
 from prunus.engine.reconstruction.reconstruct_block import ReconstructionSettings
+from prunus.engine.record import Walk
 from prunus.engine.session import SILENT, Session
 from prunus.hardware.memory import process_memory
 from prunus.hardware.numerics import native_bfloat16
@@ -39,9 +37,9 @@ from prunus.methods import Method, MethodOptions, Work, check_options, compose, 
 from prunus.methods.composition import rounding_method
 from prunus.methods.dense_targets import drift_is_worthwhile
 from prunus.methods.patterns import Pattern, check_shape
-from prunus.methods.statistics import InputStatistics, statistics_bytes
-from prunus.model.checkpoint.output_folder import check_whole
-from prunus.model.checkpoint.writer import Writable
+from prunus.methods.statistics import statistics_bytes
+from prunus.methods.table import method_sha256
+from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.levels import grid_bits
 from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton
@@ -51,65 +49,163 @@ from prunus.model.source import CheckpointSource, ModuleSource
 _SAMPLED = 24
 
 
+class LinearSelection(NamedTuple):
+    """The linears of a model, sorted into those that are pruned and the rest.
+
+    Attributes:
+        selected: Per block the relative names of the linears to prune.
+        left_dense: All other weights with two or more dimensions in the blocks: full name -> shape.
+    """
+
+    selected: list[list[str]]
+    left_dense: dict[str, tuple[int, ...]]
+
+    def linears(self, skeleton: Skeleton) -> dict[str, Linear]:
+        """The linears to prune, block by block: full name -> linear."""
+        return {
+            f"{skeleton.block_name(index)}.{linear.name}": linear
+            for index, names in enumerate(self.selected)
+            for linear in skeleton.linears(index)
+            if linear.name in names
+        }
+
+    def limited(self, skeleton: Skeleton, keeps: Callable[[str], bool]) -> LinearSelection:
+        """The selection without the linears for whose full name `keeps` is False."""
+        limited = LinearSelection([], dict(self.left_dense))
+        for index, names in enumerate(self.selected):
+            path = skeleton.block_name(index)
+            limited.selected.append([name for name in names if keeps(f"{path}.{name}")])
+            dropped = set(names) - set(limited.selected[-1])
+            linears = [linear for linear in skeleton.linears(index) if linear.name in dropped]
+            limited.left_dense.update({f"{path}.{x.name}.weight": x.shape for x in linears})
+        return limited
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """How a result stores its linears, as far as a plan must know: here as plain tensors.
+
+    Attributes:
+        source: The dense weights.
+        selection: The linears that are changed.
+        measures_loss: Whether the run begins by measuring how the loss depends on each linear, for
+            the types of weights or the fit of scales.
+        copies: How many files as large as the result a run needs on the disk at once.
+    """
+
+    source: CheckpointSource | ModuleSource
+    selection: LinearSelection
+    measures_loss: bool = False
+    copies: int = 1
+
+    def file_bytes(self, choice: Any = None) -> int:
+        """Bytes of the weights of the result; `choice` has types, if they are chosen already."""
+        if isinstance(self.source, ModuleSource):
+            return 0
+        return self.source.checkpoint.nbytes(self.source.checkpoint.tensors)
+
+    def describe(self, choice: Any = None) -> dict[str, object]:
+        """What a plan shows of it, as JSON values."""
+        return {}
+
+    def card(self, record: Any) -> str:
+        """The model card, README.md, of a run with this record."""
+        raise NotImplementedError(f"{type(self).__name__} has no card")
+
+    def config(self, record: Any) -> Mapping[str, object] | None:
+        """The content of config.json; None for that of the source."""
+        return None
+
+    def note_size(self, record: Any, written: Checkpoint) -> None:
+        """Enter into the record what takes the bytes of the shards that were written."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PruningJob(RunJob):
     """The decisions of one run of prune or compress.
 
     Attributes:
         recipe: The options that decide the bytes of the result.
-        format: How linears are stored in the result.
+        storage: How linears are stored in the result.
         method: How every linear is pruned, with targets and weight updates composed in.
         work: What the run asks of the method.
-        selected: Per block the relative names of the linears to prune.
-        left_dense: The weights of the blocks that stay dense: full name -> shape.
     """
 
     recipe: LinearOptions
-    format: Format
+    storage: Storage
     method: Method
     work: Work
-    selected: list[list[str]]
-    left_dense: dict[str, tuple[int, ...]]
+
+    @property
+    def selected(self) -> list[list[str]]:
+        """Per block the relative names of the linears to prune."""
+        return self.storage.selection.selected
+
+    @property
+    def left_dense(self) -> dict[str, tuple[int, ...]]:
+        """The weights of the blocks that stay dense: full name -> shape."""
+        return self.storage.selection.left_dense
+
+    def describe(self, choice: Any = None) -> dict[str, Any]:
+        """The plan as JSON values; see `RunJob.describe`. These values need a word:
+
+        - `to_remove`: weights that become zero, a number;
+        - `left_dense`: name of a weight that stays as it is -> its shape;
+        - `grid_bits`: bits of the grid that the weights lie on already, or None;
+        - `rounded_before`: the same in words; empty where the weights lie on no grid.
+        """
+        shapes: list[tuple[int, int]] = [x.shape for x in self.selected_linears().values()]
+        weights = sum(rows * columns for rows, columns in shapes)
+        return {
+            **super().describe(),
+            "linears": len(shapes),
+            "weights": weights,
+            "to_remove": int(weights * self.work.sparsity),
+            "left_dense": {name: list(shape) for name, shape in self.left_dense.items()},
+            "grid_bits": self.grid_bits,
+            "rounded_before": f"rounded to about {self.grid_bits} bits" if self.grid_bits else "",
+            "file_bytes": self.storage.file_bytes(choice),
+            "disk_bytes": self.disk_bytes(choice),
+            "allocation": {
+                "rule": "fisher" if self.recipe.allocates else "uniform",
+                "measured": self.recipe.allocates and self.work.sparsity > 0,
+            },
+            **self.storage.describe(choice),
+        }
+
+    @property
+    def method_sha256(self) -> str | None:
+        """Hash of the code of the user's own method; None for the others."""
+        if not isinstance(self.recipe, PruningOptions):
+            return None
+        return method_sha256(self.recipe.method, self.options.own_method)
+
+    @property
+    def walks(self) -> list[Walk]:
+        """How the windows run through each block; the published procedure passes twice."""
+        walks = super().walks
+        return ["two_pass"] * len(walks) if self.recipe.plan.two_passes else walks
 
     @property
     def measures_loss(self) -> bool:
         """Whether the run begins by measuring how the loss depends on each linear."""
         allocates = self.recipe.allocates and self.work.sparsity > 0
-        return allocates or self.format.measures_loss
+        return allocates or self.storage.measures_loss
 
     def measuring_bytes(self) -> int:
         """Bytes of that measurement; 0 without one."""
         if not self.measures_loss:
             return 0
-        memory = measuring_memory(self, self.format.rounding == "feedback")
+        memory = measuring_memory(self, self.recipe.rounds == "feedback")
         return memory.total(hidden=self.device.type == "cpu", paused=False)
 
-    def disk_bytes(self) -> int:
+    def disk_bytes(self, choice: Any = None) -> int:
         """Bytes of the result, with spilled hidden states and temporary files of the format."""
-        stored = self.format
-        return stored.file_bytes() + self.memory.spilled_bytes + stored.temporary_bytes()
+        return self.storage.copies * self.storage.file_bytes(choice) + self.memory.spilled_bytes
 
     def selected_linears(self) -> dict[str, Linear]:
         """The linears to prune, block by block: full name -> linear."""
-        return {
-            f"{self.skeleton.block_name(index)}.{linear.name}": linear
-            for index, names in enumerate(self.selected)
-            for linear in self.skeleton.linears(index)
-            if linear.name in names
-        }
-
-    def stored_key(self, linear: str) -> str:
-        """The name under which the checkpoint stores the weight of a linear.
-
-        A piece of a fused tensor has its name in the model, under which shards store it alone.
-        """
-        name = f"{linear}.weight"
-        return name if name in self.checkpoint.pieces else self.checkpoint.stored[name]
-
-    def stored_dtype(self, linear: str) -> torch.dtype:
-        """The dtype in which the checkpoint stores the weight of a linear."""
-        key, pieces = self.stored_key(linear), self.checkpoint.pieces
-        return self.checkpoint.checkpoint.tensors[pieces[key].key if key in pieces else key].dtype
+        return self.storage.selection.linears(self.skeleton)
 
     @functools.cached_property
     def grid_bits(self) -> int | None:
@@ -178,169 +274,6 @@ class PruningJob(RunJob):
         return extra
 
 
-_Record = TypeVar("_Record", bound=PruningRecord)
-
-
-class Format(Generic[_Record]):
-    """How the linears of a result are stored: here as plain tensors of the source's dtypes.
-
-    `_Record` is the record of the runs that write the format. An object belongs to one run.
-    `plan_run` gives it the run's `job` before all but `select` is called. The engine asks a format
-    in this order:
-
-        where the run writes             folder ► earlier
-        the plan                         select ► check ► file_bytes, describe, …
-        the shard of a block             tensors_of; weight_from where a run is resumed
-        the shard of all else            outside
-        the end                          finish ► card, config
-        a run that is finished already   is_complete, or check_finished
-        at last                          close
-
-    Attributes:
-        RECORD: The class of the record that runs write.
-        DONE: What happens to a block, in one word.
-        rounding: How weights become integers; see `rounding_method`.
-        WRITES_OUTSIDE_FIRST: Whether what lies outside the blocks can be written before the first
-            block.
-        job: The run that writes the format; missing before `plan_run`.
-    """
-
-    RECORD: type[_Record]
-    DONE: ClassVar[str] = "pruned"
-    rounding: str = "none"
-    WRITES_OUTSIDE_FIRST: ClassVar[bool] = True
-
-    job: PruningJob
-
-    def folder(self, model: str | Path, output: Path) -> Path:
-        """The folder that a run writes, which may lie next to its result.
-
-        Args:
-            model: The model as the user named it.
-            output: The result as the user named it: a folder, or a file of some formats.
-
-        Raises:
-            ValueError: The format cannot write such an output.
-        """
-        return output
-
-    def earlier(
-        self, model: str | Path, folder: Path, recipe: LinearOptions, options: RunOptions
-    ) -> _Record | None:
-        """The record of the run to go on with, or of a finished result; None for neither.
-
-        Args:
-            model: The model as the user named it.
-            folder: What `folder` returned.
-            recipe: The options of this run.
-            options: `overwrite` and `resume` say what to do with an earlier run.
-
-        Raises:
-            ValueError, FileExistsError, FileNotFoundError: As `find_earlier`.
-        """
-        return find_earlier(self.RECORD, folder, recipe, options, Path(model))
-
-    def is_complete(self, earlier: _Record) -> bool:
-        """Whether the result of an earlier run stands, and the folder holds nothing of it."""
-        return False
-
-    def close(self, folder: Path) -> None:
-        """Clean up on rank 0, after the result is complete and while the folder is held."""
-
-    def select(
-        self, selection: LinearSelection, source: CheckpointSource | ModuleSource, model: Skeleton
-    ) -> LinearSelection:
-        """The part of a selection that the format can store.
-
-        Raises:
-            ValueError: The format can store none of the selected linears.
-        """
-        return selection
-
-    def check(self) -> None:
-        """Check that the format can store the result of the job, before any work.
-
-        Raises:
-            ValueError: It cannot; says why.
-        """
-
-    @property
-    def measures_loss(self) -> bool:
-        """Whether the choice of bits needs the loss that errors in each linear cause.
-
-        Without feedback the fit of scales needs its measurement, which has the mean squares of all
-        inputs.
-        """
-        return self.rounding == "nearest"
-
-    @property
-    def rounds_head(self) -> bool:
-        """Whether the format rounds the output head by its inputs, which `take_head` gets."""
-        return False
-
-    def take_head(self, statistics: InputStatistics) -> None:
-        """Take note of the inputs of the output head, after the last block."""
-
-    def describe(self) -> dict[str, object]:
-        """What the format adds to a plan, as JSON values."""
-        return {}
-
-    def file_bytes(self) -> int:
-        """Bytes of the weights of the result."""
-        return self.job.stored_bytes
-
-    def temporary_bytes(self) -> int:
-        """Bytes on the disk that the run needs besides its result."""
-        return 0
-
-    def tensors_of(self, key: str, weight: Any) -> dict[str, torch.Tensor]:
-        """The tensors of a shard that store a quantised weight.
-
-        Args:
-            key: The name under which the source stores the weight.
-            weight: The weight of a linear as its type stores it.
-        """
-        raise NotImplementedError(f"{type(self).__name__} stores plain tensors")
-
-    def weight_from(
-        self, key: str, tensors: dict[str, torch.Tensor], dtype: torch.dtype
-    ) -> torch.Tensor:
-        """The dense weight that `tensors_of` has stored.
-
-        Args:
-            key: The name under which the source stores the weight.
-            tensors: The tensors of the shard, from which those of this linear are removed.
-            dtype: The dtype of the weight that is returned.
-        """
-        raise NotImplementedError(f"{type(self).__name__} stores plain tensors")
-
-    def outside(self, tensors: dict[str, Writable]) -> dict[str, Writable]:
-        """The tensors of the shard of what lies outside the blocks.
-
-        Args:
-            tensors: Those of the source, by stored name, with a pruned head in place of its own.
-        """
-        return tensors
-
-    def card(self, record: _Record) -> str:
-        """The model card, README.md."""
-        raise NotImplementedError(f"{type(self).__name__} has no card")
-
-    def config(self, record: _Record) -> Mapping[str, object] | None:
-        """The content of config.json; None for that of the source."""
-        return None
-
-    def finish(self, folder: BlockFolder, record: _Record) -> None:
-        """Complete the result from its shards, on rank 0, and note in the record that it is."""
-        shards = [record.shard(index) for index in range(record.shard_count)]
-        code = self.job.options.trust_remote_code
-        folder.finish(shards, card=self.card(record), config=self.config(record), code=code)
-
-    def check_finished(self, folder: BlockFolder, record: _Record) -> None:
-        """Check on rank 0 that the finished result of an earlier run is whole."""
-        check_whole(folder.folder)
-
-
 def training_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """The dtype of a training's matrix products: bfloat16 where that is native, else float32.
 
@@ -349,29 +282,6 @@ def training_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """
     fast = device.type == "cuda" or native_bfloat16()
     return torch.bfloat16 if fast or dtype.itemsize == 2 else torch.float32
-
-
-class LinearSelection(NamedTuple):
-    """The linears of a model, sorted into those that are pruned and the rest.
-
-    Attributes:
-        selected: Per block the relative names of the linears to prune.
-        left_dense: All other weights with two or more dimensions in the blocks: full name -> shape.
-    """
-
-    selected: list[list[str]]
-    left_dense: dict[str, tuple[int, ...]]
-
-    def limited(self, skeleton: Skeleton, keeps: Callable[[str], bool]) -> LinearSelection:
-        """The selection without the linears for whose full name `keeps` is False."""
-        limited = LinearSelection([], dict(self.left_dense))
-        for index, names in enumerate(self.selected):
-            path = skeleton.block_name(index)
-            limited.selected.append([name for name in names if keeps(f"{path}.{name}")])
-            dropped = set(names) - set(limited.selected[-1])
-            linears = [linear for linear in skeleton.linears(index) if linear.name in dropped]
-            limited.left_dense.update({f"{path}.{x.name}.weight": x.shape for x in linears})
-        return limited
 
 
 def select_linears(skeleton: Skeleton, recipe: LinearOptions, pattern: Pattern) -> LinearSelection:
@@ -406,7 +316,7 @@ def plan_run(
     model: str | Path | nn.Module,
     recipe: LinearOptions,
     options: RunOptions,
-    stored: Format[Any],
+    storage_of: Callable[[OpenModel, LinearSelection], Storage] | None = None,
     session: Session = SILENT,
     decided_dtype: str | None = None,
 ) -> PruningJob:
@@ -416,7 +326,7 @@ def plan_run(
         model: A checkpoint folder, a hub id, or a loaded model.
         recipe: The options that decide the bytes of the result.
         options: The options that only decide how the work is done.
-        stored: How the result stores linears. Its `job` is set.
+        storage_of: Plans how the result stores the linears; None for plain tensors.
         session: The processes that work on the run.
         decided_dtype: What `dtype` auto meant in the run that is resumed; None for a new run.
 
@@ -424,13 +334,13 @@ def plan_run(
         ValueError, FileNotFoundError, NotImplementedError, OSError: The run would fail; says what
             was given, what is wrong and what to do.
     """
-    method, work = _method_and_work(recipe, options.own_method, stored.rounding)
+    method, work = _method_and_work(recipe, options.own_method)
     opened = open_model(model, options, session)
     if recipe.plan.head:
         head = opened.skeleton.head()
         check_shape(work.pattern, head.shape, head.name)
     linears = select_linears(opened.skeleton, recipe, work.pattern)
-    selection = stored.select(linears, opened.source, opened.skeleton)
+    storage = (storage_of or plain_storage)(opened, linears)
     trains = "" if recipe.plan.blocks == "none" else "reconstruction"
     walks = method.needs != "none" or trains != ""
     window_tokens = opened.skeleton.window_shape(0, recipe.seqlen)[0]
@@ -441,7 +351,7 @@ def plan_run(
         options,
         session,
         needs=method.needs,
-        needs_inputs=walks or recipe.allocates or stored.measures_loss,
+        needs_inputs=walks or recipe.allocates or storage.measures_loss,
         adds_ridge=method.adds_ridge,
         decided_dtype=decided_dtype,
     )
@@ -449,10 +359,9 @@ def plan_run(
         **facts,
         walks_windows=walks,
         batch=windows_per_batch(recipe.samples, window_tokens, recipe.batch or batch, trains),
-        format=stored,
+        storage=storage,
         method=method,
         work=work,
-        **selection._asdict(),
     )
     if job.processes > 1 and recipe.plan.two_passes and method.has_reference_order:
         raise ValueError(
@@ -461,7 +370,6 @@ def plan_run(
             "one process"
         )
     job = replace(job, memory=_measured(job))
-    stored.job = job
     check_memory(job)
     measured, held = job.measuring_bytes(), process_memory()
     if job.memory.budget < measured:
@@ -469,19 +377,21 @@ def plan_run(
             "measuring how the loss depends on each linear needs "
             f"{(measured + held) / 1e9:.2f} GB; the memory budget is "
             f"{(job.memory.budget + held) / 1e9:.2f} GB. Raise `memory`"
-            + (", or choose allocation uniform" if stored.rounding == "none" else "")
+            + (", or choose allocation uniform" if recipe.rounds == "none" else "")
         )
-    stored.check()
     return job
 
 
-def _method_and_work(
-    recipe: LinearOptions, own_method: Method | None, rounding: str
-) -> tuple[Method, Work]:
+def plain_storage(opened: OpenModel, selection: LinearSelection) -> Storage:
+    """The storage as plain tensors."""
+    return Storage(source=opened.source, selection=selection)
+
+
+def _method_and_work(recipe: LinearOptions, own_method: Method | None) -> tuple[Method, Work]:
     """The recipe's method with its weight update, or rounding, and what the run asks of it."""
     if not isinstance(recipe, PruningOptions):
         options = MethodOptions(damping=recipe.damping, dense_weight=recipe.dense_weight)
-        return rounding_method(rounding, options), Work(options=options)
+        return rounding_method(recipe.rounds, options), Work(options=options)
     published = own_method or get_method(recipe.method)
     method = compose(published, recipe)
     group = recipe.group
@@ -503,55 +413,3 @@ def _measured(job: PruningJob) -> Memory:
     ]
     extra = [job.extra_bytes(index) for index in blocks]
     return measured_memory(job, dense=job.runs_dense_stream, trained=trained, extra=extra)
-
-
-def describe_plan(job: PruningJob) -> dict[str, Any]:
-    """The plan of a run as JSON values, to which a command adds its own.
-
-    These values need a word:
-
-    - `to_remove`: weights that become zero, a number;
-    - `left_dense`: name of a weight that stays as it is -> its shape;
-    - `grid_bits`: bits of the grid that the weights lie on already, or None;
-    - `rounded_before`: the same in words; empty where the weights lie on no grid;
-    - `batch`: windows per forward pass;
-    - `hidden_states`: where they are between blocks: memory, pinned host memory or file;
-    - `blocks_in_lockstep`: how many blocks all windows run through at once;
-    - `least_memory_bytes`: what the run needs, with what this process holds already;
-    - `peak_memory_bytes`: what it takes at most of the memory that it may use, which saves time;
-    - `file_bytes`: the weights of the result;
-    - `disk_bytes`: the same with temporary files.
-    """
-    blocks = range(len(job.skeleton))
-    shapes: Sequence[tuple[int, int]] = [x.shape for x in job.selected_linears().values()]
-    weights = sum(rows * columns for rows, columns in shapes)
-    least, peak = (
-        max(nbytes, job.measuring_bytes()) + process_memory()
-        for nbytes in (job.memory.least_bytes, job.memory.peak_bytes())
-    )
-    location = "memory" if job.memory.hidden_states_stay else "pinned host memory"
-    return {
-        "blocks": len(blocks),
-        "linears": len(shapes),
-        "weights": weights,
-        "to_remove": int(weights * job.work.sparsity),
-        "left_dense": {name: list(shape) for name, shape in job.left_dense.items()},
-        "grid_bits": job.grid_bits,
-        "rounded_before": f"rounded to about {job.grid_bits} bits" if job.grid_bits else "",
-        "dtype": str(job.dtype).removeprefix("torch."),
-        "dtype_reason": job.dtype_reason,
-        "device": str(job.device),
-        "batch": job.batch,
-        "bos": job.recipe.bos,
-        "hidden_states": "file" if job.memory.spills else location,
-        "blocks_in_lockstep": sum(job.memory.fits_lockstep(index) for index in blocks),
-        "least_memory_bytes": least,
-        "peak_memory_bytes": peak,
-        "file_bytes": job.format.file_bytes(),
-        "disk_bytes": job.disk_bytes(),
-        "allocation": {
-            "rule": "fisher" if job.recipe.allocates else "uniform",
-            "measured": job.recipe.allocates and job.work.sparsity > 0,
-        },
-        **job.format.describe(),
-    }

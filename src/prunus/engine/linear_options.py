@@ -108,6 +108,11 @@ class LinearOptions(UpdateOptions, WindowOptions):
         """Whether the sparsity of each linear is measured, on windows of the dense model."""
         return False
 
+    @property
+    def rounds(self) -> str:
+        """How weights become integers; see `rounding_method`."""
+        return "none"
+
     def selects(self, name: str) -> bool:
         """Whether the linear `name` (its full path in the model) is to be changed."""
         wanted = not self.only or any(fnmatch.fnmatchcase(name, glob) for glob in self.only)

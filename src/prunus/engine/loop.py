@@ -76,10 +76,11 @@ class BlockOutput(Protocol):
     """Where finished blocks are kept; `position` is that of `BlockStep`.
 
     Attributes:
-        finished: Blocks that an earlier run has finished, the first ones of the model.
+        finished: How many blocks are finished, the first ones of the model.
     """
 
-    finished: int
+    @property
+    def finished(self) -> int: ...
 
     def read_block(self, position: int) -> Mapping[str, torch.Tensor]:
         """The tensors of a finished block by relative name."""
@@ -143,7 +144,8 @@ def run_blocks(
         check_known(measured, name, digest)
         return StoredBlock(tensors, digest)
 
-    taken = 0 if again else output.finished
+    finished = output.finished
+    taken = 0 if again else finished
     for position in range(taken):
         step.take(position, output.read_block(position))
         report(position, "taken from the earlier run")
@@ -152,7 +154,7 @@ def run_blocks(
         blocks = read_ahead(left, read, job.memory.overlaps)
         for position, stored in zip(left, blocks, strict=True):
             block = step.make(position, stored)
-            if position >= output.finished:
+            if position >= finished:
                 submit(functools.partial(output.write_block, position, block))
             if session.ranks.size > 1:
                 return_freed_memory()

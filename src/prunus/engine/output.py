@@ -4,24 +4,48 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from prunus.distributed import Ranks
+from prunus.engine.block.linear import LinearRounding
 from prunus.engine.folder import BlockFolder
-from prunus.engine.linear_job import Format, PruningJob
+from prunus.engine.linear_job import PruningJob, Storage
 from prunus.engine.linear_record import PruningRecord
 from prunus.engine.loop import FinishedBlock
+from prunus.engine.result import MEASUREMENT, Result
+from prunus.methods.statistics import InputStatistics
 from prunus.model.checkpoint.atomic_files import remove
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.checkpoint.writer import Writable, save_safetensors
 from prunus.model.loading import keep_records, manifest_text
 from prunus.model.source import ModuleSource
 
-#: File with the measurements of an unfinished run. They decide the bytes of all blocks, so a
-#: resumed run reads them instead of measuring again.
-MEASUREMENT = "sensitivity.safetensors"
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a run rounds weights and stores them, which is decided before its first block.
+
+    Attributes:
+        of: How each linear is rounded.
+        encode: From the full name of a linear and its weight as its type stores it to the tensors
+            of a shard.
+        decode: From the full name of a linear and the tensors of a shard, which lose those of this
+            linear, to the dense weight.
+        outside: From the tensors outside the blocks by stored name, and the inputs of the output
+            head, to the tensors of their shard; None where they stay as they are.
+        needs_head: Whether `outside` needs those inputs; it gets None otherwise.
+    """
+
+    of: LinearRounding
+    encode: Callable[[str, Any], dict[str, torch.Tensor]]
+    decode: Callable[[str, dict[str, torch.Tensor]], torch.Tensor]
+    outside: Callable[[dict[str, Writable], InputStatistics | None], dict[str, Writable]] | None
+    needs_head: bool
 
 
 class InPlaceOutput:
@@ -32,19 +56,10 @@ class InPlaceOutput:
         finished: 0, because no earlier run has finished a block.
     """
 
-    def __init__(
-        self, source: ModuleSource, record: PruningRecord, stored: Format[PruningRecord]
-    ) -> None:
+    def __init__(self, source: ModuleSource, record: PruningRecord, storage: Storage) -> None:
         self.folder = Path(tempfile.gettempdir())
         self.finished = 0
-        self._source, self._record, self._format = source, record, stored
-
-    def begin(self, overwrite: bool) -> None:
-        """A loaded model is ready."""
-
-    def measured(self, measure: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """What `measure` returns."""
-        return measure()
+        self._source, self._record, self._storage = source, record, storage
 
     def read_block(self, position: int) -> Mapping[str, torch.Tensor]:
         """No block is finished: LookupError."""
@@ -55,7 +70,9 @@ class InPlaceOutput:
         self._source.write(block.tensors, position)
         self._record.blocks.append(block.record)
 
-    def complete(self, changed: Mapping[str, torch.Tensor]) -> None:
+    def complete(
+        self, changed: Mapping[str, torch.Tensor], head: InputStatistics | None = None
+    ) -> None:
         """Write tensors outside the blocks, by their names in the model, and keep the records."""
         self._source.write(changed)
         self._record.state = "finished"
@@ -63,32 +80,36 @@ class InPlaceOutput:
         name = str(getattr(model, "name_or_path", "") or self._record.source)
         named = self._record.model_copy(update={"source": name})
         text = manifest_text(named.model_dump(mode="json"))
-        keep_records(model, {"README.md": self._format.card(named), named.FILE: text})
-
-    def check_finished(self) -> None:
-        """A loaded model has no earlier run."""
+        keep_records(model, {"README.md": self._storage.card(named), named.FILE: text})
 
 
 class CheckpointFolder(BlockFolder):
-    """A new folder, whose linears are stored as the format of the run says.
+    """A new folder of a run of prune or compress.
 
     No dense copy of a quantised linear is ever written.
 
-    Attributes:
+    Args:
         record: The record of the run.
-        job: The run, whose `format` stores the linears.
+        job: The run.
+        ranks: The processes of the run.
+        result: What the folder becomes in the end.
+        rounding: How weights are rounded and stored; None for plain tensors, and before that is
+            decided.
     """
 
     record: PruningRecord
     job: PruningJob
 
-    def begin(self, overwrite: bool) -> None:
-        """Prepare the folder, and write what lies outside the blocks if it is known already."""
-        super().begin(overwrite)
-        # The hashes of what lies outside the blocks were taken just now, and embedding reads it
-        # next. Copied now, it is read from the disk only once. A pruned head is not known yet.
-        if self.job.format.WRITES_OUTSIDE_FIRST and not self.job.recipe.plan.head:
-            self.ranks.on_rank_0(lambda: self.write_outside({}))
+    def __init__(
+        self,
+        record: PruningRecord,
+        job: PruningJob,
+        ranks: Ranks,
+        result: Result[Any],
+        rounding: Rounding | None = None,
+    ) -> None:
+        super().__init__(result.folder, record, job, ranks)
+        self.result, self.rounding = result, rounding
 
     def measured(self, measure: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Named tensors that `measure` returns now, or has returned in the run that is resumed."""
@@ -100,49 +121,59 @@ class CheckpointFolder(BlockFolder):
         save_safetensors(path, tensors)
         return tensors
 
-    def complete(self, changed: Mapping[str, torch.Tensor]) -> None:
-        """Complete the result; `changed` has tensors outside the blocks by their names."""
+    def complete(
+        self, changed: Mapping[str, torch.Tensor], head: InputStatistics | None = None
+    ) -> None:
+        """Complete the result.
+
+        Args:
+            changed: Tensors outside the blocks that replace those of the source, by their names.
+            head: The inputs of the output head, if the rounding needs them.
+        """
 
         def finish() -> None:
-            self.write_outside(changed)
-            self.job.format.finish(self, self.record)
+            self.write_outside(changed, head)
+            self.result.finish(self, self.job)
             remove(self.folder / MEASUREMENT)
 
         self.ranks.on_rank_0(finish)
-
-    def check_finished(self) -> None:
-        """Check that the finished result of an earlier run is whole, as its format says."""
-
-        def check() -> None:
-            self.job.format.check_finished(self, self.record)
-            remove(self.folder / MEASUREMENT)  # A run that was killed at its very end left it.
-
-        self.ranks.on_rank_0(check)
 
     def stored(self, position: int, block: FinishedBlock) -> dict[str, torch.Tensor]:
         """The tensors of a block's shard, with quantised linears as the format stores them."""
         rounded = {f"{name}.weight" for name in block.rounded}
         tensors = self.job.checkpoint.as_stored(position, block.tensors, rounded)
         for name, weight in block.rounded.items():
-            key = self.job.stored_key(f"{block.record.name}.{name}")
-            tensors |= self.job.format.tensors_of(key, weight)
+            assert self.rounding is not None
+            tensors |= self.rounding.encode(f"{block.record.name}.{name}", weight)
         return tensors
 
     def restored(self, position: int) -> dict[str, torch.Tensor]:
         """The tensors of a finished block by relative name, with quantised linears dense again."""
         shard = Checkpoint(self.folder, only=[self.record.shard(position)])
         tensors, block = dict(shard.read(shard.tensors)), self.record.blocks[position]
-        for name in block.linears if self.job.format.rounding != "none" else ():
-            key = self.job.stored_key(f"{block.name}.{name}")
-            dtype = self.job.stored_dtype(f"{block.name}.{name}")
-            tensors[key] = self.job.format.weight_from(key, tensors, dtype)
+        for linear in block.linears if self.rounding is not None else ():
+            assert self.rounding is not None
+            name = f"{block.name}.{linear}"
+            weight = self.rounding.decode(name, tensors).to(self.job.checkpoint.weight_dtype(name))
+            tensors[self.job.checkpoint.weight_key(name)] = weight
         return self.job.checkpoint.from_stored(position, tensors.items())
 
-    def write_outside(self, changed: Mapping[str, torch.Tensor]) -> None:
+    def write_known(self) -> None:
+        """Write what lies outside the blocks, if it is known before the first block."""
+        # The hashes of what lies outside the blocks were taken just now, and embedding reads it
+        # next. Copied now, it is read from the disk only once. A pruned head is not known yet.
+        is_plain = self.rounding is None or self.rounding.outside is None
+        if is_plain and not self.job.recipe.plan.head:
+            self.ranks.on_rank_0(lambda: self.write_outside({}))
+
+    def write_outside(
+        self, changed: Mapping[str, torch.Tensor], head: InputStatistics | None = None
+    ) -> None:
         """Write the shard of everything outside the blocks, unless it is there and unchanged.
 
         Args:
             changed: Tensors that replace those of the source, by their names in the model.
+            head: The inputs of the output head, if the rounding needs them.
         """
         source = self.job.checkpoint
         keys = source.outside_keys()
@@ -152,8 +183,9 @@ class CheckpointFolder(BlockFolder):
             # were read for it and are needed again at once.
             uncached = 4 * source.checkpoint.nbytes(keys) > self.job.memory.host_budget
             dense: dict[str, Writable] = {**source.checkpoint.stored(keys), **replaced}
-            tensors = self.job.format.outside(dense)
-            self.write_shard(self.record.outside_shard, tensors, uncached=uncached)
+            if self.rounding is not None and self.rounding.outside is not None:
+                dense = self.rounding.outside(dense, head)
+            self.write_shard(self.record.outside_shard, dense, uncached=uncached)
             self.save()
 
 

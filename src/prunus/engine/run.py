@@ -1,79 +1,125 @@
-"""The story of one run of prune or compress.
+"""The story of one run, for every command that changes a model block by block.
 
-    checkpoint ──► skeleton (no weights) ──► how the model calls each block
-    text ──► calibration windows ──► embeddings ──► hidden states
+    hold ► earlier run? ► plan ► room ► windows ► record ► begin ► BLOCKS ► finish ► close
 
-    for each block:  load weights ► walk the windows ► prune ► reconstruct ► write ► release
-
-    head, if the recipe prunes it ──► pruned checkpoint + record
-
-`carry_out` tells this story from top to bottom. If torchrun started several processes, each runs
-its share of the windows through the whole model. All processes prune every linear equally, and
-rank 0 writes.
+`carry_out` tells this story from top to bottom. A `Command` says what its plan is and what happens
+to the blocks: `linear_run.py` has that of prune and compress, `structure/run.py` that of shrink. If
+torchrun started several processes, each runs its share of the windows through the whole model, all
+change every block equally, and rank 0 writes.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import time
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from threading import RLock
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-from torch import nn
 
-from prunus.calibration.corpora import LOCAL_SOURCES, data_folder
-from prunus.calibration.windows import Windows
-from prunus.engine.allocation import allocate
-from prunus.engine.block.linear import LinearRounding
-from prunus.engine.block.prune_block import BlockPruner
-from prunus.engine.folder import drawn_and_recorded, held
-from prunus.engine.linear_job import Format, PruningJob, plan_run
-from prunus.engine.linear_options import LinearOptions, PruningOptions
-from prunus.engine.linear_record import PruningRecord
-from prunus.engine.loop import run_blocks
+from prunus.engine.folder import ResultFolder, held, resumed_or_new
+from prunus.engine.job import RunJob
 from prunus.engine.options import RunOptions
-from prunus.engine.output import CheckpointFolder, InPlaceOutput, PruningOutput
 from prunus.engine.plan import check_room, check_same_on_all_ranks
-from prunus.engine.record import Walk
-from prunus.engine.session import Session
+from prunus.engine.record import BlockwiseRecord, Walk
+from prunus.engine.result import Result
+from prunus.engine.session import SILENT, Session
+from prunus.engine.windows import calibration_windows, run_inputs
 from prunus.hardware.memory import peak_memory
-from prunus.hardware.sizes import counted
-from prunus.kernels.library import missing_words
-from prunus.methods.table import method_sha256
-from prunus.model.source import ModuleSource
 
-# Held by the run that computes on one processor thread.
-_ONE_THREAD = RLock()
-_Record = TypeVar("_Record", bound=PruningRecord)
-#: Chooses how each linear is rounded. It is called once, before the first block, with the job, its
-#: session, the calibration windows, the output and the record.
-RoundingOf = Callable[[PruningJob, Session, torch.Tensor, PruningOutput, _Record], LinearRounding]
+_Record = TypeVar("_Record", bound=BlockwiseRecord)
+_Job = TypeVar("_Job", bound=RunJob)
+
+
+@dataclass(frozen=True)
+class Run(Generic[_Job, _Record]):
+    """A run after all checks, while no other run can use the result.
+
+    Attributes:
+        job: Its plan.
+        session: Its processes, and who hears of the steps.
+        ids: The calibration windows (windows, tokens), or images.
+        walks: Per block of the source, how the windows go through it.
+        record: Its record, with the blocks that an earlier run has finished.
+        started: When it began, on the clock of `time.perf_counter`.
+    """
+
+    job: _Job
+    session: Session
+    ids: torch.Tensor
+    walks: list[Walk]
+    record: _Record
+    started: float
+
+    def totals(self) -> dict[str, Any]:
+        """What the run has taken until now, for the record."""
+        totals = {
+            "seconds": round(time.perf_counter() - self.started, 2),
+            "peak_memory_bytes": peak_memory(),
+        }
+        if self.job.device.type == "cuda":
+            totals["peak_device_memory_bytes"] = peak_memory(self.job.device)
+        return totals
+
+
+@dataclass(frozen=True)
+class Command(ABC, Generic[_Job, _Record]):
+    """What a command says to `carry_out`.
+
+    Attributes:
+        KIND: The class of its record.
+        model: A checkpoint folder, a hub id, or a loaded model.
+        output: The result as the user names it; None changes a loaded model in place, and leaves
+            the checks of the output out of a plan.
+        recipe: The options that decide the bytes of the result.
+        options: The options that only decide how the work is done.
+    """
+
+    KIND: ClassVar[type[Any]]
+
+    model: Any
+    output: Path | None
+    recipe: Any
+    options: RunOptions
+
+    @property
+    def result(self) -> Result[_Record] | None:
+        """Where the result is written; None for nowhere."""
+        return None if self.output is None else Result(self.output, self.KIND)
+
+    @abstractmethod
+    def plan(self, session: Session = SILENT, decided_dtype: str | None = None) -> _Job:
+        """Check all that needs neither weights nor text, and decide what the recipe leaves open.
+
+        Args:
+            session: The processes that work on the run.
+            decided_dtype: What `dtype` auto meant in the run that is resumed; None for a new run.
+        """
+
+    @abstractmethod
+    def fields(self, job: _Job) -> dict[str, Any]:
+        """The fields of a new record beside its recipe and its inputs."""
+
+    def prepare(self, run: Run[_Job, _Record]) -> None:
+        """Measure what can fail before anything is written."""
+
+    @abstractmethod
+    def change(self, run: Run[_Job, _Record]) -> None:
+        """Change all blocks, and complete the result."""
 
 
 def carry_out(
-    stored: Format[_Record],
-    model: str | Path | nn.Module,
-    output: Path | None,
-    recipe: LinearOptions,
-    options: RunOptions,
+    command: Command[_Job, _Record],
     session: Session,
-    rounding: RoundingOf[_Record] | None = None,
     after: Callable[[_Record, Session], None] | None = None,
 ) -> _Record:
-    """Carry out a recipe, and return the record of the run.
+    """Carry out a command, and return the record of the run.
 
     Args:
-        stored: How the result stores linears. The object belongs to one run.
-        model: A checkpoint folder, a hub id, or a loaded model.
-        output: Folder or file of the result; None changes a loaded model in place.
-        recipe: The options that decide the bytes of the result.
-        options: The options that only decide how the work is done.
+        command: What is done.
         session: Who hears of the progress. All processes that torchrun started join it.
-        rounding: Chooses how each linear is rounded; None for a run that rounds none.
         after: Called on all processes with the record of the finished result, which it may extend,
             before any other run may change the result; None for nothing.
 
@@ -82,161 +128,83 @@ def carry_out(
             work where possible; says what was given, what is wrong and what to do.
         RankError: Under torchrun, another process was lost or failed; names it.
     """
+    options, result = command.options, command.result
     with session.joined(options.rank_timeout) as joint:
         ranks = joint.ranks
-        if output is None:
-            return _carry_out_held(stored, model, None, recipe, options, joint, rounding, None)
-        name, folder = str(model), stored.folder(str(model), output)
+        if result is None:
+            return _carry_out_held(command, joint, None)
+        model = str(command.model)
+        result.check(model)
+
+        def find() -> _Record | None:
+            return result.earlier(model, command.recipe, options)
+
         # What the folder holds decides what is done: from here on no other run may change it.
-        find = functools.partial(stored.earlier, name, folder, recipe, options)
-        with held(stored.RECORD, folder, ranks, find) as earlier:
-            if earlier is not None and stored.is_complete(earlier):
+        with held(command.KIND, result.folder, ranks, find) as earlier:
+            if earlier is not None and result.is_complete(earlier):
                 record = earlier
             else:
-                record = _carry_out_held(
-                    stored, model, folder, recipe, options, joint, rounding, earlier
-                )
-
+                record = _carry_out_held(command, joint, earlier)
             if after is not None:
                 after(record, joint)
 
             def close() -> dict[str, Any]:
-                stored.close(folder)
+                result.close()
                 return record.model_dump(mode="json")
 
-            return stored.RECORD.model_validate(ranks.on_rank_0(close))
+            done: _Record = command.KIND.model_validate(ranks.on_rank_0(close))
+            return done
 
 
 def _carry_out_held(
-    stored: Format[_Record],
-    model: str | Path | nn.Module,
-    output: Path | None,
-    recipe: LinearOptions,
-    options: RunOptions,
-    session: Session,
-    rounding: RoundingOf[_Record] | None,
-    earlier: _Record | None,
+    command: Command[_Job, _Record], session: Session, earlier: _Record | None
 ) -> _Record:
-    """Carry out a recipe into a folder that this run holds, and go on with an `earlier` run."""
-    started = time.perf_counter()
-    ranks = session.ranks
+    """Carry out a command whose result this run holds, and go on with an `earlier` run."""
+    started, ranks, result = time.perf_counter(), session.ranks, command.result
     with ranks.fail_together():
         # A resumed run keeps its dtype: the trial behind "auto" need not be repeated.
         decided_dtype = earlier.inputs.dtype if earlier is not None else None
-        job = plan_run(model, recipe, options, stored, session, decided_dtype)
-    if output is not None:
-        ranks.on_rank_0(lambda: check_room(job.disk_bytes(), output))
-    if job.device.type == "cpu" and job.needs == "gram" and (words := missing_words()):
-        session.tell(words)
-    code_sha256 = None
-    if isinstance(recipe, PruningOptions):
-        code_sha256 = method_sha256(recipe.method, options.own_method)
-    # The folder of local datasets that the calibration text was read from, if any.
-    is_local = job.needs_inputs and recipe.calibration in LOCAL_SOURCES
-    data = data_folder(options.data) if is_local else None
-    fields: dict[str, Any] = {
-        "data_dir": None if data is None else str(data.absolute()),
-        "left_dense": job.left_dense,
-        "grid_bits": job.grid_bits,
-        "shard_count": 0 if isinstance(job.source, ModuleSource) else job.source.shard_count,
-    }
-    windows, record = drawn_and_recorded(
-        stored.RECORD, job, session, earlier, code_sha256, **fields
-    )
-    folder: PruningOutput
-    if output is not None:
-        folder = CheckpointFolder(output, record, job, ranks)
-    else:
-        assert isinstance(job.source, ModuleSource), "a checkpoint is pruned into a folder"
-        folder = InPlaceOutput(job.source, record, job.format)
-    _change_blocks(job, session, windows, record, folder, rounding, started)
+        job = command.plan(session, decided_dtype)
+    if result is not None:
+        ranks.on_rank_0(lambda: check_room(job.disk_bytes(), result.folder))
+    fields = {"source": job.model_name, **command.fields(job)}
+    if job.needs_inputs:
+        session.tell(f"drawing calibration windows from {job.recipe.calibration}")
+    with ranks.fail_together():
+        windows = calibration_windows(job)
+        inputs = run_inputs(job, ranks, windows)
+        record: _Record = resumed_or_new(
+            command.KIND, earlier, job.recipe, inputs, job.device, **fields
+        )
+    walks = check_same_on_all_ranks(command.recipe, record, ranks, job.walks)
+    run = Run(job, session, windows.ids, walks, record, started)
+    if result is not None:
+        folder = ResultFolder(result.folder, record, job.checkpoint.checkpoint, ranks)
+        if record.state == "finished":
+            ranks.on_rank_0(lambda: result.check_finished(folder, job))
+            return record
+    command.prepare(run)
+    if result is not None:
+
+        def begin() -> int:
+            folder.begin(command.options.overwrite)
+            return len(record.blocks)
+
+        del record.blocks[ranks.on_rank_0(begin) :]
+    command.change(run)
     return record
 
 
-def planned(
-    stored: Format[Any],
-    model: str | Path,
-    output: Path | None,
-    recipe: LinearOptions,
-    options: RunOptions,
-) -> PruningJob:
-    """The job that `carry_out` would do with these arguments; nothing is written.
+def planned(command: Command[_Job, _Record]) -> _Job:
+    """The plan that `carry_out` would carry out; nothing is written.
 
-    `output` None leaves out the checks of the output. The errors are those of `carry_out`.
+    Without a result, the checks of it are left out. The errors are those of `carry_out`.
     """
-    if output is None:
-        return plan_run(model, recipe, options, stored)
-    folder = stored.folder(model, output)
-    stored.earlier(model, folder, recipe, options)
-    job = plan_run(model, recipe, options, stored)
-    check_room(job.disk_bytes(), folder)
+    result = command.result
+    if result is None:
+        return command.plan()
+    result.check(command.model)
+    result.earlier(command.model, command.recipe, command.options)
+    job = command.plan()
+    check_room(job.disk_bytes(), result.folder)
     return job
-
-
-def _change_blocks(
-    job: PruningJob,
-    session: Session,
-    windows: Windows,
-    record: _Record,
-    output: PruningOutput,
-    rounding: RoundingOf[_Record] | None,
-    started: float,
-) -> None:
-    """The run itself, after all checks, while no other run can use the output."""
-    ranks, recipe = session.ranks, job.recipe
-    wanted: list[Walk] = ["two_pass"] * len(job.skeleton) if recipe.plan.two_passes else job.walks
-    walks = check_same_on_all_ranks(recipe, record, ranks, wanted)
-    if record.state == "finished":
-        output.check_finished()
-        return
-
-    # The sparsity of every linear. A resumed run takes it from its record.
-    if not record.allocation:
-        with ranks.fail_together():
-            record.allocation = allocate(job, session, windows.ids, record.measured)
-        record.allocation = ranks.on_rank_0(lambda: record.allocation)
-
-    output.begin(job.options.overwrite)
-    round_as = None
-    if rounding is not None:
-        round_as = rounding(job, session, windows.ids, output, record)
-    pruner = BlockPruner(job, session, walks, record.allocation, round_as)
-    in_order = job.work.reference_order
-    threads = _one_processor_thread() if in_order else contextlib.nullcontext()
-    with torch.no_grad(), contextlib.closing(pruner), threads:
-        # Everything before the first block: windows become hidden states.
-        batches = windows.ids.split(job.batch) if job.walks_windows else ()
-        embedding = f"embedding {counted(len(windows.ids), 'window')} and " if batches else ""
-        session.tell(f"{embedding}reading block 0")
-        pruner.embed(batches, output.folder)
-        # In the reference order the next block depends on weights before they were rounded for
-        # storage, so a finished block is pruned once more.
-        run_blocks(job, session, pruner, output, record.measured, again=in_order)
-        pruned_head: dict[str, torch.Tensor] = {}
-        if recipe.plan.head:
-            pruned_head, record.head = pruner.prune_head(batches)
-        if job.format.rounds_head:
-            job.format.take_head(pruner.head_statistics(batches))
-    record.totals = record.summary() | {
-        "seconds": round(time.perf_counter() - started, 2),
-        "peak_memory_bytes": peak_memory(),
-    }
-    if job.device.type == "cuda":
-        record.totals["peak_device_memory_bytes"] = peak_memory(job.device)
-    output.complete(pruned_head)
-
-
-@contextlib.contextmanager
-def _one_processor_thread() -> Iterator[None]:
-    """Compute on one processor thread while the `with` lasts, one run after the other.
-
-    torch has one number of threads for the whole process, and one for each thread of Python. If two
-    runs changed it at the same time, neither could put back what was there before.
-    """
-    with _ONE_THREAD:
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)

@@ -123,13 +123,10 @@ def _wanted(recipe: WindowOptions, options: RunOptions) -> WindowRequest:
     )
 
 
-def run_inputs(
-    job: RunJob, ranks: Ranks, windows: Windows, method_sha256: str | None = None
-) -> WindowInputs:
+def run_inputs(job: RunJob, ranks: Ranks, windows: Windows) -> WindowInputs:
     """What the result of a run depends on besides its recipe, for its record.
 
     All ranks must call it. Rank 0 reads every byte outside the blocks to hash it.
-    `method_sha256` is the hash of the code of the user's own method.
     """
     source = job.source
     outside: dict[str, str] = {}
@@ -144,7 +141,7 @@ def run_inputs(
         dtype_reason=job.dtype_reason,
         device=job.device.type,
         batch=job.batch,
-        method_sha256=method_sha256,
+        method_sha256=job.method_sha256,
         bos=windows.bos,
     )
 

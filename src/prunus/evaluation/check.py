@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from prunus.engine.options import RunOptions
+from prunus.engine.record import extended_card
+from prunus.engine.result import Result
 from prunus.engine.session import Session
 from prunus.evaluation.perplexity import load_scoring_text, perplexities
-from prunus.formats.base import CompressedFormat, format_for
+from prunus.formats.codec import codec_for
 from prunus.formats.recipe import CompressionRecipe
 from prunus.formats.records import CHECKED, CompressionRecord
+from prunus.model.checkpoint.atomic_files import write_text
+from prunus.model.checkpoint.regular_files import read_card
 
 #: What is scored: prose and code. No calibration reads these parts of both texts.
 TEXTS = ("wikitext2", "python-code")
@@ -37,18 +41,17 @@ def prepared_check(
     Raises:
         ValueError, FileNotFoundError, ModuleNotFoundError, OSError: A text is not at hand.
     """
-    stored = format_for(output, recipe)
+    result = codec_for(output, recipe).RESULT(output, CompressionRecord)
     for text in TEXTS:
         load_scoring_text(text, options.data)
     scoring = options.model_dump(include={"data", "device", "memory", "trust_remote_code"})
     scoring |= {"seqlen": recipe.seqlen, "samples": max(2, _TOKENS // recipe.seqlen)}
-    return functools.partial(_check, stored, model, output, scoring)
+    return functools.partial(_check, result, model, scoring)
 
 
 def _check(
-    stored: CompressedFormat,
+    result: Result[CompressionRecord],
     model: str,
-    output: Path,
     scoring: dict[str, Any],
     record: CompressionRecord,
     session: Session,
@@ -59,10 +62,17 @@ def _check(
     session.tell(f"scoring the result beside {model} on {' and '.join(TEXTS)}")
     ranks = session.ranks
     [results] = perplexities(
-        [str(output)], TEXTS, reference=model, progress=None, ranks=ranks, **scoring
+        [str(result.path)], TEXTS, reference=model, progress=None, ranks=ranks, **scoring
     )
-    for text, result in zip(TEXTS, results, strict=False):  # the last one is over both
-        assert result.divergence is not None
-        figures = result.divergence.as_dict() | {"windows": result.windows, "seqlen": result.seqlen}
+    for text, scored in zip(TEXTS, results, strict=False):  # the last one is over both
+        assert scored.divergence is not None
+        figures = scored.divergence.as_dict() | {"windows": scored.windows, "seqlen": scored.seqlen}
         record.check[text] = {name: figures[name] for name in CHECKED}
-    ranks.on_rank_0(lambda: stored.enter_check(output, record))
+
+    def enter() -> None:
+        """Enter the figures into the card and the record of the finished result."""
+        text, name = "\n\n".join(record.check_sentences()), result.path.name
+        write_text(result.card, extended_card(read_card(result.card), "Checked", text, name=name))
+        result.store_record(record)
+
+    ranks.on_rank_0(enter)

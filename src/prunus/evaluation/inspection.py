@@ -158,7 +158,8 @@ def inspect(
         if (kind := reader_of(name)) is not None:
             if verify and Path(name).is_file():
                 raise ValueError(f"{model} is one file, which has no shards to compare")
-            types = kind.stored_types(Path(name))
+            record = kind.read_record(Path(name))
+            types = {} if record is None else record.stored_types
         # What is unpacked has other shards.
         stored = Path(name) if kind else resolve_folder(model)
         verified = verify_shards(stored) if verify else None

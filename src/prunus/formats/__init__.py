@@ -1,10 +1,12 @@
 """Formats of compressed models: how the values of a model become bytes, and how many.
 
-A format is one class, derived from `CompressedFormat` (`base.py`), and one entry of
-`FORMATS` (`model/formats.py`). The command line, `plan`, completion, errors and whoever opens a
+A format is one class, derived from `Codec` (`codec.py`), and one entry of `FORMATS`
+(`model/formats.py`). The command line, `plan`, completion, errors and whoever opens a
 model read this table. The page "Add a format" follows one step by step.
 
-    base.py                what all formats of compressed models have in common
+    codec.py               what a format is: it plans, encodes, decodes, opens
+    size_plan.py           which weights have types, and how large the result becomes
+    type_choice.py         the type of each weight, by its loss, bytes and time
     recipe.py, records.py  the options and the record of compress
     cards.py               model cards
     block_bytes.py         the bytes of quantised columns, as fields of bits

@@ -1,49 +1,79 @@
-"""The README.md of compressed checkpoints."""
+"""The README.md of compressed checkpoints, and the commands that run them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from prunus.engine.linear_record import calibration_words
 from prunus.engine.record import result_card, source_name
 from prunus.formats.records import CompressionRecord, unmatched_sentences
+from prunus.model.formats import format_of
 
 
-def quantized_card(
-    record: CompressionRecord,
-    title: str,
-    what: str,
-    commands: Mapping[str, str],
-    *,
-    tags: Iterable[str],
-    fields: Mapping[str, str | None] | None = None,
-    source: Path,
-) -> str:
+@dataclass(frozen=True)
+class CardWords:
+    """What a card says of the format of a result.
+
+    Attributes:
+        what: A sentence or two on the result, before its size. `{bits}` stands for the bits per
+            weight of its linears.
+        programs: Name of a program -> the command that runs the result; see `Codec.PROGRAMS`.
+        tags: Tags for the hub.
+        title: What was done, in a word or two.
+        fields: As for `result_card`.
+        path: The result, or what stands for it.
+    """
+
+    what: str
+    programs: Mapping[str, str]
+    tags: Sequence[str]
+    title: str = "compressed"
+    fields: Mapping[str, str | None] = field(default_factory=dict)
+    path: Path = Path("FOLDER")
+
+
+def commands(programs: Mapping[str, str], path: Path) -> dict[str, str]:
+    """Name of a program -> the command by which it runs a result, ready to be copied.
+
+    Args:
+        programs: `PROGRAMS` of a codec, with its `UPLOADS` or without.
+        path: The result, or what stands for it.
+    """
+    name = path.with_suffix("").name if format_of(path) else path.name
+    values = {"OUT": str(path), "BASE": str(path.with_name(name)), "NAME": name.lower()}
+    return {
+        program: re.sub("OUT|BASE|NAME", lambda part: shlex.quote(values[part[0]]), command)
+        for program, command in programs.items()
+    }
+
+
+def quantized_card(record: CompressionRecord, words: CardWords, source: Path) -> str:
     """The card of a result of compress that needs nothing of prunus.
 
     Args:
         record: The record of the run.
-        title: What was done, in a word or two.
-        what: A sentence or two on the result, before its size.
-        commands: Name of a program -> the command by which it runs the result.
-        tags: Tags for the hub.
-        fields: As for `result_card`.
+        words: What it says of the format.
         source: The folder of the source, whose card is extended.
     """
-    lines = [f"{command}  # {program}" for program, command in commands.items()]
+    programs = commands(words.programs, words.path)
+    lines = [f"{command}  # {program}" for program, command in programs.items()]
+    bits = f"{record.totals.get('bits', 0.0):.2f}"
     return result_card(
         record,
-        title,
+        words.title,
         [
-            f"{source_name(record)} {what}",
+            f"{source_name(record)} {words.what.format(bits=bits)}",
             "" if record.size is None else " ".join(record.size.sentences()),
             "\n".join(["```sh", *lines, "```"]),
             f"Calibration: {calibration_words(record)}.",
             " ".join(unmatched_sentences(record.unmatched)),
         ],
-        tags=["quantized", *tags],
+        tags=["quantized", *words.tags],
         relation="quantized",
-        fields=fields,
+        fields=words.fields,
         source=source,
     )

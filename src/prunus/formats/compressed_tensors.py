@@ -12,21 +12,20 @@ Shape suffixes: O outputs (rows), I inputs, B bytes of a row, S groups of a row,
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from prunus.formats.base import CompressedFormat, file_size
 from prunus.formats.block_bytes import ONE, BlockType, Field, integers, scaled
-from prunus.formats.cards import quantized_card
-from prunus.formats.records import CompressionRecord
+from prunus.formats.cards import CardWords
+from prunus.formats.codec import Codec
+from prunus.formats.size_plan import Given, SizePlan, folder_plan
 from prunus.hardware.sizes import in_bytes
-from prunus.methods.group_quantizer import GroupedWeight
+from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.model.checkpoint.atomic_files import read_json
-from prunus.model.checkpoint.writer import file_nbytes
 from prunus.model.linears import is_tied
 
 # The kernels of vLLM know groups of these sizes. Fewer scales take fewer bits.
@@ -118,13 +117,74 @@ def _is_plain(group: Any) -> bool:
     )
 
 
-class TensorsFormat(CompressedFormat):
+class TensorsCodec(Codec):
     """A checkpoint folder in this format. All linears have the same bits."""
 
     PROGRAMS: ClassVar[dict[str, str]] = {
         "prunus": 'prunus generate OUT --prompt "Hello"',
         "vLLM": "vllm serve OUT",
     }
+
+    @classmethod
+    def plan(cls, given: Given) -> SizePlan:
+        """All linears, in the bits that are asked for or the most with which the files fit.
+
+        Embeddings and head stay as they are.
+        """
+        recipe = given.recipe
+        lower = "name the output OUT.gguf for a GGUF file, or choose `format` mlx"
+        given.refuse_gguf_options(takes_nearest=True)
+        if recipe.bits is not None and recipe.bits not in _BITS:
+            raise ValueError(
+                f"a folder of format compressed-tensors stores linears in 4 or 8 bits: for "
+                f"{recipe.bits:g} bits {lower}"
+            )
+        if recipe.head_bits not in (None, "none"):
+            raise ValueError(
+                "compressed-tensors keeps embeddings and head as they are: leave `head_bits` out"
+            )
+        linears = given.linears
+        given.check_widths(list(linears), _GROUPS[-1])
+        # The largest number that divides the width of each linear.
+        widths = [linear.shape[1] for linear in linears.values()]
+        group = next(x for x in _GROUPS if not any(width % x for width in widths))
+
+        def planned(bits: int) -> SizePlan:
+            weights = [
+                given.typed(name, [integer_type(bits, group, given.scale_dtype(name))])
+                for name in linears
+            ]
+            words = CardWords(
+                f"with its linears in {bits} bits and a scale for each {group} inputs of a row "
+                f"(W{bits}A16), in the format of the package compressed-tensors. The folder is for "
+                "vLLM and SGLang, and for transformers with the package compressed-tensors.",
+                cls.PROGRAMS,
+                ["compressed-tensors", f"{bits}-bit"],
+            )
+            return folder_plan(given, weights, cls.encode, words=words, configure=_config)
+
+        if recipe.size is None:
+            return planned(int(recipe.bits or _BITS[0]))
+        plans = [planned(bits) for bits in _BITS]
+        if (least := plans[0].file_bytes()) > recipe.size:
+            raise ValueError(
+                f"{in_bytes(recipe.size)} is not possible: the files take {in_bytes(least)} with "
+                f"linears in {_BITS[0]} bits, the fewest that compressed-tensors has. For less, "
+                f"{lower}"
+            )
+        return [plan for plan in plans if plan.file_bytes() <= recipe.size][-1]
+
+    @staticmethod
+    def encode(key: str, weight: GroupedWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """The three tensors of a linear; see `Codec.encode`."""
+        return stored_parts(key, weight, dtype)
+
+    @staticmethod
+    def decode(
+        key: str, tensors: dict[str, torch.Tensor], quantizer: GroupQuantizer
+    ) -> torch.Tensor:
+        """The dense weight of a linear; its three tensors leave `tensors`."""
+        return dense_weight(key, tensors)
 
     @staticmethod
     def owns(path: Path) -> bool:
@@ -140,119 +200,36 @@ class TensorsFormat(CompressedFormat):
 
     @staticmethod
     def make_dense(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
-        """Turn the content of a folder into that of a plain checkpoint; see `CompressedFormat`."""
+        """Turn the content of a folder into that of a plain checkpoint; see `Codec`."""
         del config["quantization_config"]
         for packed in [name for name in tensors if name.endswith(".weight_packed")]:
             key = packed.removesuffix("_packed")
             scale = tensors.get(f"{key}_scale", tensors[packed])
             tensors[key] = dense_weight(key, tensors).to(scale.dtype)
 
-    def check(self) -> None:
-        """Check bits, size, head and widths.
 
-        Raises:
-            ValueError: The format cannot do what the recipe asks for.
-        """
-        recipe = self.recipe
-        lower = "name the output OUT.gguf for a GGUF file, or choose `format` mlx"
-        self.refuse_gguf_options(takes_nearest=True)
-        if recipe.bits is not None and recipe.bits not in _BITS:
-            raise ValueError(
-                f"a folder of format compressed-tensors stores linears in 4 or 8 bits: for "
-                f"{recipe.bits:g} bits {lower}"
-            )
-        if recipe.head_bits not in (None, "none"):
-            raise ValueError(
-                "compressed-tensors keeps embeddings and head as they are: leave `head_bits` out"
-            )
-        self.check_widths(_GROUPS[-1])
-        if recipe.size is not None and (least := self._bytes_at(_BITS[0])) > recipe.size:
-            raise ValueError(
-                f"{in_bytes(recipe.size)} is not possible: the files take {in_bytes(least)} with "
-                f"linears in {_BITS[0]} bits, the fewest that compressed-tensors has. For less, "
-                f"{lower}"
-            )
-
-    @functools.cached_property
-    def bits(self) -> int:
-        """4 or 8: those asked for, or the most with which the files fit in `size`."""
-        if self.recipe.bits is not None:
-            return int(self.recipe.bits)
-        fitting = [bits for bits in _BITS if self._bytes_at(bits) <= (self.recipe.size or 0)]
-        return max(fitting, default=_BITS[0])
-
-    def _bytes_at(self, bits: int) -> int:
-        """Bytes of the files with weights if the linears have this number of bits."""
-        return sum(map(file_nbytes, self.shards(functools.partial(self._type_of, bits))))
-
-    def _type_of(self, bits: int, name: str) -> IntegerType:
-        """The type of a linear in this number of bits."""
-        return integer_type(bits, self.group, self.scale_dtype(name))
-
-    @functools.cached_property
-    def group(self) -> int:
-        """Inputs with a common scale: the largest number that divides the width of each linear."""
-        widths = [linear.shape[1] for linear in self.job.selected_linears().values()]
-        return next(x for x in _GROUPS if not any(width % x for width in widths))
-
-    @functools.cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name of each linear -> (out, in). Embeddings and head stay as they are."""
-        return {name: linear.shape for name, linear in self.job.selected_linears().items()}
-
-    def quantizers(self, name: str) -> list[IntegerType]:
-        """The only quantiser of a linear."""
-        return [self._type_of(self.bits, name)]
-
-    def describe(self) -> dict[str, object]:
-        """The bits of linears and the size of the files, for a plan."""
-        tensors = {key: x for shard in self.shards() for key, x in shard.items()}
-        file = file_size(self.job.checkpoint, self.job.skeleton.model, tensors, self.file_bytes())
-        return {"bits": self.quantizers(next(iter(self.shapes)))[0].bits, "file": file.model_dump()}
-
-    def tensors_of(self, key: str, weight: GroupedWeight) -> dict[str, torch.Tensor]:
-        """The three tensors of a linear; see `Format.tensors_of`."""
-        return stored_parts(key, weight, self.job.checkpoint.checkpoint.tensors[key].dtype)
-
-    def weight_from(
-        self, key: str, tensors: dict[str, torch.Tensor], dtype: torch.dtype
-    ) -> torch.Tensor:
-        """The dense weight of a linear; its three tensors leave `tensors`."""
-        return dense_weight(key, tensors).to(dtype)
-
-    def card(self, record: CompressionRecord) -> str:
-        """The README.md of the folder."""
-        bits = str(self.bits)
-        return quantized_card(
-            record,
-            "compressed",
-            f"with its linears in {bits} bits and a scale for each {self.group} inputs of a row "
-            f"(W{bits}A16), in the format of the package compressed-tensors. The folder is for "
-            "vLLM and SGLang, and for transformers with the package compressed-tensors.",
-            self.commands(Path("FOLDER")),
-            tags=["compressed-tensors", f"{bits}-bit"],
-            source=self.job.checkpoint.checkpoint.folder,
-        )
-
-    def config(self, record: CompressionRecord) -> Mapping[str, object]:
-        """The config.json of the source, with how its linears are quantised."""
-        source, model = self.job.checkpoint.checkpoint, self.job.skeleton.model
-        # A tied head is not stored. Engines take other matrices for linears too, such as routers.
-        head = model.get_output_embeddings()
-        dense = [name for name, module in model.named_modules() if module is head]
-        for key, info in source.tensors.items():
-            if key.endswith(".weight") and len(info.shape) == 2 and key not in self.module_of:
-                dense.append(key.removesuffix(".weight"))
-        weights = {"num_bits": self.bits, "type": "int", "symmetric": True}
-        weights |= {"strategy": "group", "group_size": self.group, "dynamic": False}
-        described = {
-            "quant_method": _METHOD,
-            "format": "pack-quantized",
-            "quantization_status": "compressed",
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-            "ignore": sorted(set(dense)),
-        }
-        config = read_json(source.folder / "config.json")
-        # A head that is stored with other numbers than the embedding is tied by vLLM all the same.
-        tied = {"tie_word_embeddings": False} if not is_tied(model) else {}
-        return {**config, **tied, "quantization_config": described}
+def _config(plan: SizePlan, kinds: Mapping[str, GroupQuantizer]) -> Mapping[str, object]:
+    """The config.json of the source, with how its linears are quantised."""
+    source, model = plan.given.source, plan.given.skeleton.model
+    # A tied head is not stored. Engines take other matrices for linears too, such as routers.
+    head = model.get_output_embeddings()
+    dense = [name for name, module in model.named_modules() if module is head]
+    rounded = set(map(source.weight_key, kinds))
+    for key, info in source.checkpoint.tensors.items():
+        if key.endswith(".weight") and len(info.shape) == 2 and key not in rounded:
+            dense.append(key.removesuffix(".weight"))
+    kind = next(iter(kinds.values()))
+    bits = int(math.log2(len(kind.values)))
+    weights = {"num_bits": bits, "type": "int", "symmetric": True}
+    weights |= {"strategy": "group", "group_size": kind.group, "dynamic": False}
+    described = {
+        "quant_method": _METHOD,
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": sorted(set(dense)),
+    }
+    config = read_json(source.checkpoint.folder / "config.json")
+    # A head that is stored with other numbers than the embedding is tied by vLLM all the same.
+    tied = {"tie_word_embeddings": False} if not is_tied(model) else {}
+    return {**config, **tied, "quantization_config": described}

@@ -16,7 +16,6 @@ Shape suffixes: O outputs (rows), I inputs, B bytes of a row, S groups of a row.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,14 +23,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from prunus.formats.base import MixFormat, size_of
 from prunus.formats.block_bytes import ONE, BlockType, Field, scaled
-from prunus.formats.cards import quantized_card
+from prunus.formats.cards import CardWords
+from prunus.formats.codec import Codec
 from prunus.formats.fixed import MLX, check_fixed
-from prunus.formats.records import CompressionRecord
-from prunus.methods.group_quantizer import GroupedWeight
+from prunus.formats.size_plan import Given, SizePlan, folder_plan
+from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.model.checkpoint.atomic_files import read_json
-from prunus.model.checkpoint.writer import file_nbytes
 from prunus.model.linears import is_tied
 
 #: Model types whose weights mlx-lm 0.32 takes under the names that transformers gives them, and as
@@ -67,7 +65,7 @@ def affine_type(bits: int, group: int, dtype: torch.dtype) -> BlockType:
 
 
 def dense_weight(key: str, tensors: dict[str, torch.Tensor], group: int) -> torch.Tensor:
-    """A weight that `MlxFormat.tensors_of` has stored, float32 (O, I); `tensors` lose its parts.
+    """A weight that `MlxCodec.encode` has stored, float32 (O, I); `tensors` lose its parts.
 
     Args:
         key: The name of the weight.
@@ -89,10 +87,60 @@ def dense_weight(key: str, tensors: dict[str, torch.Tensor], group: int) -> torc
     return scaled(packed.view(torch.uint8), int(bits), scales_OS, biases_OS)
 
 
-class MlxFormat(MixFormat):
+class MlxCodec(Codec):
     """A checkpoint folder in this format."""
 
     PROGRAMS: ClassVar[dict[str, str]] = {"mlx-lm": 'mlx_lm.generate --model OUT --prompt "Hello"'}
+
+    @classmethod
+    def plan(cls, given: Given) -> SizePlan:
+        """All linears, the embedding and the head, in the bits of least loss for the size.
+
+        Raises:
+            ValueError: mlx-lm does not take the family, widths are no whole groups, or the types do
+                not reach the bits or the size.
+        """
+        config = given.source.config
+        tied = is_tied(given.skeleton.model)
+        if tied not in FAMILIES.get(config.model_type, ()):
+            raise ValueError(
+                f"mlx-lm does not take the weights of a model of the family {config.model_type} "
+                f"with `tie_word_embeddings` {str(tied).lower()} as they are stored: write a GGUF "
+                "file instead. prunus writes MLX checkpoints of "
+                f"{', '.join(sorted(FAMILIES))}"
+            )
+        check_fixed("mlx-lm", "an MLX checkpoint", config, MLX[config.model_type])
+        given.refuse_gguf_options()
+        names = [*given.linears, *sorted(given.modules_outside)]
+        given.check_widths(names, _GROUPS[-1])
+        weights = [given.typed(name, _types(given, name)) for name in names]
+        words = CardWords(
+            "in the format of MLX, with {bits} bits per weight in its linears. Each weight has "
+            "the bits (2 to 8) and the size of groups that lose the least for the size. mlx-lm and "
+            "LM Studio run the folder on Macs.",
+            cls.PROGRAMS,
+            ["mlx"],
+            "compressed for MLX",
+            {"library_name": "mlx", "pipeline_tag": "text-generation"},
+        )
+        return folder_plan(
+            given, weights, cls.encode, "an MLX checkpoint", words=words, configure=_config
+        )
+
+    @staticmethod
+    def encode(key: str, weight: GroupedWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """The three tensors of a weight; see `Codec.encode`."""
+        assert isinstance(weight.quantizer, BlockType)
+        integers_OB, scales_OS, biases_OS = weight.quantizer.separate(weight.data_OB)
+        parts = integers_OB.view(torch.uint32), scales_OS, biases_OS
+        return dict(zip(_names(key), parts, strict=True))
+
+    @staticmethod
+    def decode(
+        key: str, tensors: dict[str, torch.Tensor], quantizer: GroupQuantizer
+    ) -> torch.Tensor:
+        """The dense weight of a linear; its three tensors leave `tensors`."""
+        return dense_weight(key, tensors, quantizer.group)
 
     @staticmethod
     def owns(path: Path) -> bool:
@@ -101,7 +149,7 @@ class MlxFormat(MixFormat):
 
     @staticmethod
     def make_dense(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
-        """Turn the content of a folder into that of a plain checkpoint; see `CompressedFormat`.
+        """Turn the content of a folder into that of a plain checkpoint; see `Codec`.
 
         Other programs' results can be read as well.
         """
@@ -113,95 +161,35 @@ class MlxFormat(MixFormat):
             weight_OI = dense_weight(f"{module}.weight", tensors, group)
             tensors[f"{module}.weight"] = weight_OI.to(stored)
 
-    def check(self) -> None:
-        """Check family, options, widths, and that types reach the bits or the size.
 
-        Raises:
-            ValueError: The format cannot do what the recipe asks for.
-        """
-        config = self.job.checkpoint.config
-        tied = is_tied(self.job.skeleton.model)
-        if tied not in FAMILIES.get(config.model_type, ()):
-            raise ValueError(
-                f"mlx-lm does not take the weights of a model of the family {config.model_type} "
-                f"with `tie_word_embeddings` {str(tied).lower()} as they are stored: write a GGUF "
-                "file instead. prunus writes MLX checkpoints of "
-                f"{', '.join(sorted(FAMILIES))}"
-            )
-        check_fixed("mlx-lm", "an MLX checkpoint", config, MLX[config.model_type])
-        self.refuse_gguf_options()
-        self.check_widths(_GROUPS[-1])
-        self.check_reach("an MLX checkpoint")
+def _types(given: Given, name: str) -> list[BlockType]:
+    """The types whose groups fill the width, smallest first; `head_bits` may name the bits."""
+    recipe = given.recipe
+    fixed = recipe.head_bits is not None and name in given.modules_outside
+    bits = [recipe.head_bits] if fixed else _BITS
+    columns = given.source.checkpoint.tensors[given.source.weight_key(name)].shape[1]
+    groups = [group for group in _GROUPS if columns % group == 0]
+    dtype = given.scale_dtype(name)
+    return [affine_type(x, group, dtype) for x in _BITS if x in bits for group in groups]
 
-    @functools.cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Module of each weight with a type -> the shape of the weight."""
-        names = [*self.job.selected_linears(), *sorted(self.modules_outside)]
-        tensors = self.job.checkpoint.checkpoint.tensors
-        return {name: tensors[self.job.stored_key(name)].shape for name in names}
 
-    def quantizers(self, name: str) -> list[BlockType]:
-        """The types whose groups fill the width, smallest first; `head_bits` may name the bits."""
-        fixed = self.recipe.head_bits is not None and name in self.modules_outside
-        bits = [self.recipe.head_bits] if fixed else _BITS
-        columns, dtype = self.shapes[name][1], self.scale_dtype(name)
-        groups = [group for group in _GROUPS if columns % group == 0]
-        return [affine_type(x, group, dtype) for x in _BITS if x in bits for group in groups]
-
-    @functools.cached_property
-    def others(self) -> int:
-        """The bytes of all else, with headers as long as those of the largest types, the last."""
-        return sum(map(file_nbytes, self.shards())) - self.reach[1]
-
-    def describe(self) -> dict[str, object]:
-        """The size of the files and what takes it, for a plan."""
-        planned = self.file_bytes(), self.planned_parts()
-        return {"file": size_of(self.job.checkpoint.checkpoint, *planned).model_dump()}
-
-    def tensors_of(self, key: str, weight: GroupedWeight) -> dict[str, torch.Tensor]:
-        """The three tensors of a weight; see `Format.tensors_of`."""
-        assert isinstance(weight.quantizer, BlockType)
-        integers_OB, scales_OS, biases_OS = weight.quantizer.separate(weight.data_OB)
-        parts = integers_OB.view(torch.uint32), scales_OS, biases_OS
-        return dict(zip(_names(key), parts, strict=True))
-
-    def weight_from(
-        self, key: str, tensors: dict[str, torch.Tensor], dtype: torch.dtype
-    ) -> torch.Tensor:
-        """The dense weight of a linear; its three tensors leave `tensors`."""
-        return dense_weight(key, tensors, self.quantizer(self.module_of[key]).group).to(dtype)
-
-    def card(self, record: CompressionRecord) -> str:
-        """The README.md of the folder."""
-        bits = f"{record.totals.get('bits', 0.0):.2f}"
-        return quantized_card(
-            record,
-            "compressed for MLX",
-            f"in the format of MLX, with {bits} bits per weight in its linears. Each weight has "
-            "the bits (2 to 8) and the size of groups that lose the least for the size. mlx-lm and "
-            "LM Studio run the folder on Macs.",
-            self.commands(Path("FOLDER")),
-            tags=["mlx"],
-            fields={"library_name": "mlx", "pipeline_tag": "text-generation"},
-            source=self.job.checkpoint.checkpoint.folder,
-        )
-
-    def config(self, record: CompressionRecord) -> Mapping[str, object]:
-        """The config.json of the source, with bits and groups of every module."""
-        config = read_json(self.job.checkpoint.checkpoint.folder / "config.json")
-        described: dict[str, object] = {"group_size": 64, "bits": 4, "mode": "affine"}
-        for key, name in sorted(self.module_of.items()):
-            group, count = self.quantizer(name).span, len(self.quantizer(name).values)
-            entry = {"group_size": group, "bits": int(math.log2(count)), "mode": "affine"}
-            described[key.removesuffix(".weight")] = entry
-        return {
-            **rope_keys(config),
-            **config,
-            # mlx-lm has defaults of its own where the file does not say it.
-            "tie_word_embeddings": is_tied(self.job.skeleton.model),
-            "quantization": described,
-            "quantization_config": described,
-        }
+def _config(plan: SizePlan, kinds: Mapping[str, GroupQuantizer]) -> Mapping[str, object]:
+    """The config.json of the source, with bits and groups of every module."""
+    source = plan.given.source
+    config = read_json(source.checkpoint.folder / "config.json")
+    described: dict[str, object] = {"group_size": 64, "bits": 4, "mode": "affine"}
+    for key, kind in sorted((source.weight_key(name), kind) for name, kind in kinds.items()):
+        bits = int(math.log2(len(kind.values)))
+        entry = {"group_size": kind.span, "bits": bits, "mode": "affine"}
+        described[key.removesuffix(".weight")] = entry
+    return {
+        **rope_keys(config),
+        **config,
+        # mlx-lm has defaults of its own where the file does not say it.
+        "tie_word_embeddings": is_tied(plan.given.skeleton.model),
+        "quantization": described,
+        "quantization_config": described,
+    }
 
 
 def rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -168,6 +168,11 @@ class CompressionRecipe(LinearOptions):
         )
 
     @property
+    def rounds(self) -> str:
+        """How weights become integers."""
+        return self.rounding
+
+    @property
     def target(self) -> str:
         """What was asked for, in words."""
         if self.size is not None:

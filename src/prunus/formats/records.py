@@ -139,6 +139,15 @@ class CompressionRecord(PruningRecord):
         ]
 
     @property
+    def stored_types(self) -> dict[str, tuple[str, float]]:
+        """Full name of a linear -> its type and its bits per weight."""
+        return {
+            f"{block.name}.{name}": (self.types[f"{block.name}.{name}"], linear.bits or 0.0)
+            for block in self.blocks
+            for name, linear in block.linears.items()
+        }
+
+    @property
     def what(self) -> str:
         """What was asked for, in words."""
         return self.recipe.target

@@ -19,7 +19,7 @@ class FormatEntry(NamedTuple):
     Attributes:
         name: What `--format` takes.
         home: The module and the class, as "module:class". The class derives from
-            `formats.base.CompressedFormat`.
+            `formats.codec.Codec`.
         suffix: The end of the name of an output that implies the format, in small letters. A model
             with such a name is opened by the class. Empty for a folder.
         key: The key of config.json that a folder of the format has. Such a folder is opened by the
@@ -41,11 +41,11 @@ class FormatEntry(NamedTuple):
 FORMATS = (
     FormatEntry(
         "compressed-tensors",
-        "prunus.formats.compressed_tensors:TensorsFormat",
+        "prunus.formats.compressed_tensors:TensorsCodec",
         key="quantization_config",
     ),
-    FormatEntry("mlx", "prunus.formats.mlx:MlxFormat", key="quantization"),
-    FormatEntry("gguf", "prunus.formats.gguf.format:GgufFormat", ".gguf"),
+    FormatEntry("mlx", "prunus.formats.mlx:MlxCodec", key="quantization"),
+    FormatEntry("gguf", "prunus.formats.gguf.codec:GgufCodec", ".gguf"),
 )
 #: The suffixes of all formats that have one.
 SUFFIXES = [entry.suffix for entry in FORMATS if entry.suffix]

@@ -122,6 +122,19 @@ class CheckpointSource:
         # Stored name of the fused tensor that was read last -> its pieces.
         self._cut: dict[str, dict[str, torch.Tensor]] = {}
 
+    def weight_key(self, module: str) -> str:
+        """The name under which the weight of a module is stored.
+
+        A piece of a fused tensor has its name in the model, under which shards store it alone.
+        """
+        name = f"{module}.weight"
+        return name if name in self.pieces else self.stored[name]
+
+    def weight_dtype(self, module: str) -> torch.dtype:
+        """The dtype in which the weight of a module is stored."""
+        key = self.weight_key(module)
+        return self.checkpoint.tensors[self.pieces[key].key if key in self.pieces else key].dtype
+
     def bind(self, skeleton: Skeleton) -> None:
         """Match the stored names with those of the model, and check all shapes; see `Source`."""
         self.stored, converted, unknown = names_in_model(skeleton, self.checkpoint.tensors)

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.engine.linear_job import Format
+from prunus.engine.linear_job import LinearSelection, Storage
+from prunus.engine.linear_run import LinearCommand
 from prunus.engine.options import RunOptions
+from prunus.engine.plan import OpenModel
 from prunus.engine.run import carry_out
 from prunus.engine.session import SILENT, Session, shown_session
 from prunus.engine.windows import given_windows
@@ -90,17 +92,25 @@ def run(
         )
     if not isinstance(model, nn.Module) and output is None:
         raise ValueError("a checkpoint is pruned into a new folder: give output")
-    return carry_out(PlainTensors(), model, output, recipe, options, session)
+    return carry_out(Pruning(model, output, recipe, options), session)
 
 
-class PlainTensors(Format[Manifest]):
-    """The format of a pruned checkpoint: tensors and configuration are those of the source."""
-
-    RECORD = Manifest
+class PlainTensors(Storage):
+    """A pruned checkpoint: tensors and configuration are those of the source."""
 
     def card(self, record: Manifest) -> str:
         """The model card of a pruned checkpoint, or of a loaded model that was pruned."""
-        source = self.job.source
+        source = self.source
         folder = None if isinstance(source, ModuleSource) else source.checkpoint.folder
         nbytes = None if folder is None else self.file_bytes()
         return pruned_card(record, kind_of(source.config).loader, folder, nbytes)
+
+
+class Pruning(LinearCommand[Manifest]):
+    """The command prune, as the engine knows it."""
+
+    KIND = Manifest
+
+    def storage(self, opened: OpenModel, selection: LinearSelection) -> PlainTensors:
+        """Plain tensors."""
+        return PlainTensors(source=opened.source, selection=selection)

@@ -24,18 +24,11 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
     """What a run on this machine would do, as facts to print.
 
     Args:
-        plan: What `describe_plan` returned, for preset max with `training` of `plan_training`.
+        plan: What `prunus.plan` returned.
     """
-    allocation, sparsity = plan["allocation"], "the same everywhere"
-    if allocation["measured"]:
-        sparsity = f"{allocation['rule']}: measured when the run starts"
-    removed = f", of which {plan['to_remove']:,} are removed" if plan["to_remove"] else ""
     rows = {
         "blocks": plan["blocks"],
-        "linears": plan["linears"],
-        "weights": f"{plan['weights']:,}{removed}",
-        **({"sparsity": sparsity} if plan["to_remove"] else {}),
-        "left dense in blocks": ", ".join(plan["left_dense"]) or "nothing",
+        **(_of_linears(plan) if "linears" in plan else _of_parts(plan)),
         "computation": f"{plan['dtype']} on {plan['device']} ({plan['dtype_reason']})",
         "windows per forward pass": plan["batch"],
         "BOS first in windows": _BOS_OF_PLAN[plan["bos"]],
@@ -50,7 +43,7 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
         ),
         "result": f"{plan['file_bytes'] / 1e9:.3f} GB",
         "disk": f"{plan['disk_bytes'] / 1e9:.2f} GB",
-        **({"weights before": plan["rounded_before"]} if plan["rounded_before"] else {}),
+        **({"weights before": plan["rounded_before"]} if plan.get("rounded_before") else {}),
         **({"written": ", ".join(plan["written"])} if plan.get("written") else {}),
     }
     if (file := plan.get("file")) is not None:
@@ -81,6 +74,27 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
             "activations of a step"
         )
     return Facts("Plan", items_of(rows))
+
+
+def _of_linears(plan: dict[str, Any]) -> dict[str, Any]:
+    """What a plan of prune or compress says of the linears."""
+    allocation, sparsity = plan["allocation"], "the same everywhere"
+    if allocation["measured"]:
+        sparsity = f"{allocation['rule']}: measured when the run starts"
+    removed = f", of which {plan['to_remove']:,} are removed" if plan["to_remove"] else ""
+    return {
+        "linears": plan["linears"],
+        "weights": f"{plan['weights']:,}{removed}",
+        **({"sparsity": sparsity} if plan["to_remove"] else {}),
+        "left dense in blocks": ", ".join(plan["left_dense"]) or "nothing",
+    }
+
+
+def _of_parts(plan: dict[str, Any]) -> dict[str, Any]:
+    """What a plan of shrink says of the parts that stay."""
+    experts = plan["kept_experts"]
+    of_experts = {} if experts is None else {"experts that stay": f"{experts[0]} of {experts[1]}"}
+    return {"blocks that stay": plan["kept_blocks"], **of_experts}
 
 
 def recovery_table(record: RecoveryRecord) -> Table:

@@ -68,6 +68,11 @@ class StructureJob(RunJob):
     #: How many blocks stay. Which ones, the search decides later.
     keep_blocks: int
 
+    def describe(self, choice: Any = None) -> dict[str, Any]:
+        """The plan as JSON values, with the blocks and experts that stay; None for no experts."""
+        experts = None if self.experts is None else [self.experts.keep, self.experts.count]
+        return super().describe() | {"kept_blocks": self.keep_blocks, "kept_experts": experts}
+
     @functools.cached_property
     def raw(self) -> dict[str, Any]:
         """The content of the source's config.json."""

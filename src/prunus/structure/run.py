@@ -12,9 +12,7 @@ A killed run resumes after the blocks that are finished.
 from __future__ import annotations
 
 import contextlib
-import functools
 import re
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.engine.folder import BlockFolder, drawn_and_recorded, find_earlier, held
+from prunus.distributed import Ranks
+from prunus.engine.folder import BlockFolder, ResultFolder
 from prunus.engine.loop import FinishedBlock, run_blocks
 from prunus.engine.options import RunOptions
-from prunus.engine.plan import check_room, check_same_on_all_ranks
 from prunus.engine.record import bos_words, result_card, source_name
+from prunus.engine.run import Command, Run, carry_out
 from prunus.engine.session import SILENT, Session, shown_session
 from prunus.engine.windows import given_windows
-from prunus.hardware.memory import peak_memory
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.experts import Fused
 from prunus.model.skeleton import names_in_model
@@ -84,47 +82,41 @@ def run(
     session: Session = SILENT,
 ) -> StructureRecord:
     """Carry out a recipe. The other arguments and errors are those of `shrink`."""
-    started = time.perf_counter()
-    with session.joined(options.rank_timeout) as joint, contextlib.ExitStack() as stack:
-        ranks = joint.ranks
-        find = functools.partial(
-            find_earlier, StructureRecord, output, recipe, options, Path(str(model))
-        )
+    return carry_out(Shrinking(model, output, recipe, options), session)
 
-        # All checks. Until the end, no other run can use the output.
-        earlier = stack.enter_context(held(StructureRecord, output, ranks, find))
-        with ranks.fail_together():
-            decided_dtype = earlier.inputs.dtype if earlier is not None else None
-            job = plan_structure(model, recipe, options, joint, decided_dtype)
-        ranks.on_rank_0(lambda: check_room(job.stored_bytes + job.memory.spilled_bytes, output))
 
-        windows, record = drawn_and_recorded(
-            StructureRecord, job, joint, earlier, shard_count=job.keep_blocks + 1
-        )
-        walks = check_same_on_all_ranks(recipe, record, ranks, job.walks)
-        folder = SmallerFolder(output, record, job, ranks)
-        if record.state == "finished":
-            folder.check_finished()
-            return record
+class Shrinking(Command[StructureJob, StructureRecord]):
+    """The command shrink, as the engine knows it."""
 
-        folder.begin(options.overwrite)
+    KIND = StructureRecord
+
+    def plan(self, session: Session = SILENT, decided_dtype: str | None = None) -> StructureJob:
+        """See `plan_structure`."""
+        return plan_structure(self.model, self.recipe, self.options, session, decided_dtype)
+
+    def fields(self, job: StructureJob) -> dict[str, Any]:
+        """The number of shards: one for each block that stays, and one for all else."""
+        return {"shard_count": job.keep_blocks + 1}
+
+    def change(self, run: Run[StructureJob, StructureRecord]) -> None:
+        """Search for blocks, make those that stay, and complete the result."""
+        job, session, record, ranks = run.job, run.session, run.record, run.session.ranks
+        assert self.output is not None, "a loaded model is not made smaller"
+        output, source = self.output, job.checkpoint.checkpoint
         with torch.no_grad():
-            blocks_left = choose_blocks(job, joint, windows.ids, record, folder.save)
-            smaller = folder.smaller = job.smaller(blocks_left)
-            folder.made_from = smaller.made_from
+            save = ResultFolder(output, record, source, ranks).save
+            blocks_left = choose_blocks(job, session, run.ids, record, save)
+            smaller = job.smaller(blocks_left)
+            folder = SmallerFolder(output, record, job, ranks, smaller)
             record.config = _changes(job.raw, smaller.config)
-            step = ShrinkStep(job, smaller, windows.ids, walks, output, ranks)
+            step = ShrinkStep(job, smaller, run.ids, run.walks, output, ranks)
             with contextlib.closing(step):
                 names = smaller.skeleton.block_name
                 run_blocks(
-                    job, joint, step, folder, record.measured, made_from=blocks_left, names=names
+                    job, session, step, folder, record.measured, made_from=blocks_left, names=names
                 )
-        record.totals = {
-            "seconds": round(time.perf_counter() - started, 2),
-            "peak_memory_bytes": peak_memory(),
-        }
+        record.totals = run.totals()
         folder.complete()
-        return record
 
 
 def _changes(
@@ -157,7 +149,7 @@ def renumbered(key: str, old: int, new: int) -> str:
 
 
 class SmallerFolder(BlockFolder):
-    """Writes the smaller model, which is known after the search for blocks.
+    """Writes the smaller model, the last of the arguments; the others are those of `BlockFolder`.
 
     Tensors have the stored names that the source gives them, with the new positions of their
     blocks. Some checkpoints store the experts of a layer as one tensor: such a tensor is fused
@@ -166,8 +158,17 @@ class SmallerFolder(BlockFolder):
 
     record: StructureRecord
     job: StructureJob
-    #: The model that is written. It must be set before the first block.
-    smaller: SmallerModel
+
+    def __init__(
+        self,
+        folder: Path,
+        record: StructureRecord,
+        job: StructureJob,
+        ranks: Ranks,
+        smaller: SmallerModel,
+    ) -> None:
+        super().__init__(folder, record, job, ranks, smaller.made_from)
+        self.smaller = smaller
 
     def stored(self, new_index: int, block: FinishedBlock) -> dict[str, Tensor]:
         """Stored name -> tensor of a block that has just been made."""

@@ -29,7 +29,6 @@ from prunus.model.device import choose_device
 from prunus.model.kinds import require_causal
 from prunus.model.source import CheckpointSource
 from prunus.options import takes
-from prunus.pruning.run import PlainTensors
 from prunus.recovery.options import RecoveryOptions
 from prunus.sweeping.cells import Runner
 from prunus.sweeping.grid import Sweep
@@ -136,7 +135,7 @@ def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> S
             try:
                 # With dtype "auto" plan_run would run the model to choose a dtype, which is work.
                 recipe = cell.recipe.model_copy(update={"dtype": "float32"})
-                plan_run(models[cell.model].path, recipe, options, PlainTensors())
+                plan_run(models[cell.model].path, recipe, options)
             except (ValueError, FileNotFoundError, NotImplementedError) as fault:
                 raise type(fault)(f"cell {cell.name}: {fault}") from fault
     return results

@@ -17,7 +17,6 @@ from prunus.hardware.memory import available_memory
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear, find_linears
 from prunus.pruning.recipe import Recipe
-from prunus.pruning.run import PlainTensors
 from tiny import shards, tiny_checkpoint, token_ids
 
 
@@ -195,9 +194,7 @@ def test_the_memory_budget_decides_between_lockstep_replay_and_a_file(dense, tmp
     recipe = Recipe(calibration="token ids", samples=64, seqlen=64, batch=1)
 
     def job(memory: int | None) -> PruningJob:
-        return plan_run(
-            dense, recipe, RunOptions(memory=memory, calibration_data=ids), PlainTensors()
-        )
+        return plan_run(dense, recipe, RunOptions(memory=memory, calibration_data=ids))
 
     free = available_memory()
     # Free and resident memory change during the test, so they are fixed here.
@@ -229,4 +226,4 @@ def test_the_memory_budget_limits_a_device_as_it_limits_the_host(dense, tmp_path
     free = int(0.9 * 2**40)
     for memory, budget in ((None, free), (2**31, 2**31), (2**41, free)):
         options = RunOptions(device="cuda", memory=memory, calibration_data=ids)
-        assert plan_run(dense, recipe, options, PlainTensors()).memory.budget == budget
+        assert plan_run(dense, recipe, options).memory.budget == budget

@@ -186,7 +186,8 @@ class BlockPruner:
             linears={linear.name: state.records[linear.name] for linear in state.linears},
             reconstruction=state.reconstructed,
         )
-        message = f"{self.job.format.DONE} in {record.seconds:.2f} s"
+        done = "pruned" if self.round_as is None else "compressed"
+        message = f"{done} in {record.seconds:.2f} s"
         if record.walk == "replay":
             message += ", with one batch in flight: paused windows do not fit in the memory budget"
         return FinishedBlock(state.finished, record, message, state.rounded)

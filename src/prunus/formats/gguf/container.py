@@ -28,10 +28,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from prunus.formats.base import tensors_of_kind
 from prunus.formats.fixed import check_template
 from prunus.formats.gguf.file import GgufFile
 from prunus.formats.gguf.header import open_gguf
@@ -49,6 +47,7 @@ from prunus.formats.gguf.placements import (
     weight_shapes,
 )
 from prunus.formats.gguf.types import TYPES
+from prunus.formats.type_choice import Measurement
 from prunus.model.checkpoint.writer import flat_bytes
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
@@ -80,15 +79,15 @@ def open_container(path: Path, folder: Path) -> GgufFile:
 
 
 def layout_in(
-    path: Path, source: CheckpointSource, skeleton: Skeleton, measurement: Path
-) -> tuple[GgufLayout, dict[str, Tensor]]:
+    path: Path, source: CheckpointSource, skeleton: Skeleton, earlier: Measurement
+) -> tuple[GgufLayout, Measurement]:
     """The layout of a file in full precision, and what a resumed run reads instead of matching it.
 
     Args:
         path: The file.
         source: The checkpoint.
         skeleton: Its model.
-        measurement: A file that has the second part, if a run was stopped.
+        earlier: What an unfinished run has stored; empty for a new one.
 
     Raises:
         FileNotFoundError, ValueError: As `open_container` and `placements_in`.
@@ -97,9 +96,8 @@ def layout_in(
     check_template(path, file.architecture, file.get, source.config.get_text_config())
     header = file.contents.read(0, file.reader.data_offset).tobytes()
     fingerprint = hashlib.sha256(source.fingerprint.encode() + header).hexdigest()
-    kind = f"placements/{fingerprint}/"
-    earlier = load_file(measurement) if measurement.exists() else {}
-    placements = tensors_of_kind(earlier, kind) or placements_in(file, path, source, skeleton)
+    kind = f"{fingerprint}/"
+    placements = _of_kind(earlier.placements, kind) or placements_in(file, path, source, skeleton)
     lasting = {f"{kind}{name}": placed for name, placed in placements.items()}
     layout, digest = _with_copies(layout_by(file, placements, source, skeleton), file, path)
     foreign = [x for x in layout.unmatched.get("the template", []) if not x.startswith("rope_")]
@@ -110,7 +108,12 @@ def layout_in(
             RuntimeWarning,
             stacklevel=2,
         )
-    return layout, lasting | {f"copied/{digest}": torch.zeros(1)}
+    return layout, Measurement(placements=lasting, copied={digest: torch.zeros(1)})
+
+
+def _of_kind(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `kind`, by the rest of their names."""
+    return {key.removeprefix(kind): x for key, x in tensors.items() if key.startswith(kind)}
 
 
 def _with_copies(layout: GgufLayout, file: GgufFile, path: Path) -> tuple[GgufLayout, str]:
@@ -174,7 +177,7 @@ def layout_by(
         for linear in skeleton.linears(index)
     )
     readable = {x for x in (*linears, *skeleton.outside_parameter_names) if len(uses[x]) == 1}
-    foreign, absent = (sorted(tensors_of_kind(placements, kind)) for kind in (FOREIGN, ABSENT))
+    foreign, absent = (sorted(_of_kind(placements, kind)) for kind in (FOREIGN, ABSENT))
     patterns = sorted({re.sub(r"\d+", "N", name) for name in absent})
     unmatched = {"the template": foreign, "the checkpoint": patterns}
     return GgufLayout(

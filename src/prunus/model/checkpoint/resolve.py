@@ -22,7 +22,7 @@ def _folder_of(kind: Any, path: Path, say: Callable[[str], None] | None) -> Path
     """The checkpoint of a model in another format, made when first asked for, removed at exit.
 
     Args:
-        kind: The class of the format, of `formats.base.CompressedFormat`.
+        kind: The class of the format, of `formats.codec.Codec`.
         path: The model.
         say: Called with a line of text before each step; None for silence.
     """

@@ -1,0 +1,78 @@
+"""The largest GGUF file with which llama.cpp stays within a memory: `plan --fits`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prunus.compression.rounding import plan_of
+from prunus.compression.run import Compression
+from prunus.engine.linear_job import PruningJob
+from prunus.engine.options import RunOptions
+from prunus.engine.run import planned
+from prunus.formats.codec import codec_for
+from prunus.formats.gguf.codec import GgufCodec, GgufPlan
+from prunus.formats.gguf.memory import buffer_bytes, cache_bytes
+from prunus.formats.recipe import CompressionRecipe
+from prunus.hardware.sizes import in_bytes
+from prunus.options import at_least
+
+
+def plan_to_fit(
+    model: str,
+    output: Path | None,
+    recipe: tuple[Path | None, dict[str, Any]],
+    options: RunOptions,
+    memory: int,
+    context: int | None,
+) -> tuple[PruningJob, dict[str, Any]]:
+    """The plan of the largest GGUF file with which llama.cpp stays within a memory.
+
+    Args:
+        model: The model.
+        output: The file; None leaves out the checks of it.
+        recipe: The file with options and the options that were given, as `Options.read` takes them.
+        options: The options of the run.
+        memory: The bytes that weights, cache and buffers have.
+        context: Tokens of the context; None for those that the model was trained for.
+
+    Returns:
+        The plan, and the bytes of each part by name. `room` is what cache and buffers leave, and
+        `dense` is the file with the weights as the model stores them.
+
+    Raises:
+        ValueError: Cache and buffers alone are too large, not even the smallest types fit, or the
+            output is no GGUF file.
+        NotImplementedError: No GGUF file of this family can be written.
+    """
+    at_least(1, " token").check("context", context)
+    # The largest type first: more bits than its are no use.
+    file, given = recipe
+    chosen = CompressionRecipe.read(file, given | {"type": "Q8_0"})
+    if output is not None and codec_for(output, chosen) is not GgufCodec:
+        raise ValueError(f"`fits` plans a GGUF file: give {output} a name that ends in .gguf")
+
+    def planned_file(recipe: CompressionRecipe) -> PruningJob:
+        return planned(Compression(model, output, recipe, options, GgufCodec))
+
+    job = planned_file(chosen)
+    shape = job.checkpoint.config.get_text_config().to_dict()
+    context = context or shape["max_position_embeddings"]
+    needs = {"cache": cache_bytes(shape, context), "buffers": buffer_bytes(shape, context)}
+    left = memory - sum(needs.values())
+    too_small = (
+        f"{in_bytes(memory)} do not hold this model with a context of {context:,} tokens: KV cache "
+        f"and compute buffers take {in_bytes(memory - left)}, less with a shorter `context`"
+    )
+    if left <= 0:
+        raise ValueError(too_small)
+    plan = plan_of(job)
+    assert isinstance(plan, GgufPlan)
+    needs |= {"room": left, "dense": plan.contents.file_bytes({})}
+    if plan.file_bytes() > left:
+        chosen = CompressionRecipe.read(file, given | {"size": left})
+        try:
+            job = planned_file(chosen)
+        except ValueError as fault:
+            raise ValueError(f"{too_small}. For the rest, {fault}") from fault
+    return job, needs | {"weights": job.storage.file_bytes(), "context": context}

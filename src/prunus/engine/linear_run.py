@@ -1,0 +1,134 @@
+"""The step of prune and compress: the linears of each block are pruned or rounded.
+
+for each block:  load weights ► walk the windows ► prune ► reconstruct ► write ► release
+
+head, if the recipe prunes it ──► pruned checkpoint + record
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from threading import RLock
+from typing import Any, TypeVar
+
+import torch
+
+from prunus.calibration.corpora import LOCAL_SOURCES, data_folder
+from prunus.engine.allocation import allocate
+from prunus.engine.block.prune_block import BlockPruner
+from prunus.engine.linear_job import LinearSelection, PruningJob, Storage, plan_run
+from prunus.engine.linear_record import PruningRecord
+from prunus.engine.loop import run_blocks
+from prunus.engine.output import CheckpointFolder, InPlaceOutput, PruningOutput, Rounding
+from prunus.engine.plan import OpenModel
+from prunus.engine.run import Command, Run
+from prunus.engine.session import SILENT, Session
+from prunus.hardware.sizes import counted
+from prunus.kernels.library import missing_words
+from prunus.model.source import ModuleSource
+
+# Held by the run that computes on one processor thread.
+_ONE_THREAD = RLock()
+_Record = TypeVar("_Record", bound=PruningRecord)
+
+
+@dataclass(frozen=True)
+class LinearCommand(Command[PruningJob, _Record]):
+    """A command that changes the linears of a model; see `Command`."""
+
+    @abstractmethod
+    def storage(self, opened: OpenModel, selection: LinearSelection) -> Storage:
+        """How the result stores the linears that the recipe selects."""
+
+    def rounding(self, run: Run[PruningJob, _Record], folder: CheckpointFolder) -> Rounding | None:
+        """Choose how linears are rounded, before the first block; None for a run that rounds none.
+
+        Args:
+            run: The run.
+            folder: The folder of the result, which keeps measurements.
+        """
+        return None
+
+    def plan(self, session: Session = SILENT, decided_dtype: str | None = None) -> PruningJob:
+        """See `plan_run`."""
+        job = plan_run(self.model, self.recipe, self.options, self.storage, session, decided_dtype)
+        if job.device.type == "cpu" and job.needs == "gram" and (words := missing_words()):
+            session.tell(words)
+        return job
+
+    def fields(self, job: PruningJob) -> dict[str, Any]:
+        """What a record of linears has beside its recipe and its inputs."""
+        # The folder of local datasets that the calibration text was read from, if any.
+        is_local = job.needs_inputs and job.recipe.calibration in LOCAL_SOURCES
+        data = data_folder(self.options.data) if is_local else None
+        return {
+            "data_dir": None if data is None else str(data.absolute()),
+            "left_dense": job.left_dense,
+            "grid_bits": job.grid_bits,
+            "shard_count": 0 if isinstance(job.source, ModuleSource) else job.source.shard_count,
+        }
+
+    def prepare(self, run: Run[PruningJob, _Record]) -> None:
+        """Decide the sparsity of every linear. A resumed run takes it from its record."""
+        record, ranks = run.record, run.session.ranks
+        if not record.allocation:
+            with ranks.fail_together():
+                record.allocation = allocate(run.job, run.session, run.ids, record.measured)
+            record.allocation = ranks.on_rank_0(lambda: record.allocation)
+
+    def change(self, run: Run[PruningJob, _Record]) -> None:
+        """Change all linears block by block, and complete the result."""
+        job, session, record, recipe = run.job, run.session, run.record, run.job.recipe
+        ranks = session.ranks
+        rounding, output = None, self._output(run)
+        if isinstance(output, CheckpointFolder):
+            rounding = self.rounding(run, output)
+            output = CheckpointFolder(record, job, ranks, output.result, rounding)
+            output.write_known()
+        round_as = None if rounding is None else rounding.of
+        pruner = BlockPruner(job, session, run.walks, record.allocation, round_as)
+        in_order = job.work.reference_order
+        threads = _one_processor_thread() if in_order else contextlib.nullcontext()
+        with torch.no_grad(), contextlib.closing(pruner), threads:
+            # Everything before the first block: windows become hidden states.
+            batches = run.ids.split(job.batch) if job.walks_windows else ()
+            embedding = f"embedding {counted(len(run.ids), 'window')} and " if batches else ""
+            session.tell(f"{embedding}reading block 0")
+            pruner.embed(batches, output.folder)
+            # In the reference order the next block depends on weights before they were rounded for
+            # storage, so a finished block is pruned once more.
+            run_blocks(job, session, pruner, output, record.measured, again=in_order)
+            pruned_head: dict[str, torch.Tensor] = {}
+            if recipe.plan.head:
+                pruned_head, record.head = pruner.prune_head(batches)
+            needs_head = rounding is not None and rounding.needs_head
+            head = pruner.head_statistics(batches) if needs_head else None
+        record.totals = record.summary() | run.totals()
+        output.complete(pruned_head, head)
+
+    def _output(self, run: Run[PruningJob, _Record]) -> PruningOutput:
+        """What the blocks are written to."""
+        job = run.job
+        if self.result is not None:
+            return CheckpointFolder(run.record, job, run.session.ranks, self.result)
+        assert isinstance(job.source, ModuleSource), "a checkpoint is pruned into a folder"
+        return InPlaceOutput(job.source, run.record, job.storage)
+
+
+@contextlib.contextmanager
+def _one_processor_thread() -> Iterator[None]:
+    """Compute on one processor thread while the `with` lasts, one run after the other.
+
+    torch has one number of threads for the whole process, and one for each thread of Python. If two
+    runs changed it at the same time, neither could put back what was there before.
+    """
+    with _ONE_THREAD:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)

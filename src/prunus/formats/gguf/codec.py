@@ -1,0 +1,324 @@
+"""The format of llama.cpp, Ollama and LM Studio: one file, whose weights have types.
+
+`GgufCodec` plans which tensors get which types; `result.py` makes the file of the shards.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from prunus.engine.loss_sensitivity import PROBE_TOKENS, PROBE_WINDOWS
+from prunus.formats.cards import CardWords
+from prunus.formats.codec import Codec
+from prunus.formats.gguf.container import layout_in
+from prunus.formats.gguf.contents import FileContents
+from prunus.formats.gguf.file import OWN_LISTS, padded, write_importances
+from prunus.formats.gguf.header import open_gguf
+from prunus.formats.gguf.import_checkpoint import import_gguf
+from prunus.formats.gguf.layout import layout_of, types_in
+from prunus.formats.gguf.result import GgufResult, read_record
+from prunus.formats.gguf.speeds import Q4_K_M_BITS, preset_time, speeds_of
+from prunus.formats.gguf.types import TYPES, GgufType, type_for, type_named, types_for
+from prunus.formats.records import CompressionRecord
+from prunus.formats.size_plan import (
+    Given,
+    SizePlan,
+    TypedWeight,
+    budget_of,
+    planned,
+    weights_in,
+)
+from prunus.formats.type_choice import Measurement, TypeChoice
+from prunus.hardware.sizes import in_bytes
+from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
+from prunus.model.checkpoint.atomic_files import check_file_place, make_folder, write_text
+from prunus.model.checkpoint.reader import Checkpoint
+
+# Bits of embeddings and head -> their type.
+_HEAD_TYPES: dict[int | str, str] = {4: "Q4_K", 6: "Q6_K", 8: "Q8_0"}
+
+
+class GgufCodec(Codec):
+    """A GGUF file, made from a checkpoint or from a GGUF file in full precision."""
+
+    PROGRAMS: ClassVar[dict[str, str]] = {
+        "llama.cpp": "llama-cli -m OUT",
+        "Ollama": "ollama create NAME -f BASE.Modelfile && ollama run NAME",
+        "LM Studio": "lms import OUT --copy",
+    }
+    UPLOADS: ClassVar[dict[str, str]] = {
+        "to the hub": "hf upload NAME OUT",
+        "for Ollama": "hf upload NAME BASE.Modelfile",
+        "its card": "hf upload NAME BASE.README.md README.md",
+    }
+    RESULT = GgufResult
+
+    unpack = staticmethod(import_gguf)
+    read_record = staticmethod(read_record)
+
+    @staticmethod
+    def stored_bits(path: Path) -> float | None:
+        """Bits per weight of the matrices in the blocks of any GGUF file."""
+        return open_gguf(path).block_bits
+
+    @classmethod
+    def plan(cls, given: Given) -> SizePlan:
+        """All matrices of the file: a type that the recipe gives, or that of least loss.
+
+        Raises:
+            ValueError: An option is wrong, a type does not fit, experts of a block would have
+                several types, or the types do not reach the bits or the size.
+            NotImplementedError: The family has no known layout.
+        """
+        recipe, times = given.recipe, speeds_of(given.recipe.fast_on or "cpu")
+        names_file = recipe.type not in (None, *TYPES) and os.path.isfile(recipe.type or "")
+        if recipe.type is not None and not names_file:
+            type_named(recipe.type)
+        if recipe.type is not None and recipe.fast_on is not None:
+            raise ValueError("`fast_on` chooses types, and `type` gives them: drop one of the two")
+        lasting = Measurement()
+        if recipe.template is None:
+            layout = layout_of(given.source, given.skeleton)
+        else:
+            layout, lasting = layout_in(
+                recipe.template, given.source, given.skeleton, given.earlier
+            )
+            sources = {name for tensor in layout.tensors for name in tensor.sources}
+            limited = given.selection.limited(given.skeleton, lambda x: f"{x}.weight" in sources)
+            given = replace(given, selection=limited)
+        linears, contents = given.linears, FileContents(layout, len(given.linears))
+        for names in (tensor.modules for tensor in layout.tensors):
+            if len({name in linears for name in names}) > 1:
+                raise ValueError(
+                    f"a GGUF file has one type for {names[0]} and all other experts of its block, "
+                    "and `ignore` matches some of them: let it match all or none"
+                )
+        table = _Table(given, contents, times)
+        of_file: Mapping[str, str] = {}
+        if names_file:
+            # `head_bits` decides about the others.
+            free = set() if recipe.head_bits is None else given.modules_outside
+            source = given.source.checkpoint.folder
+            needed = table.rows.keys() - free
+            of_file = types_in(Path(recipe.type or ""), source, layout.tensors, needed)
+        weights = table.weights(of_file, with_reserve=False)
+        # Those of any types will do.
+        others = contents.file_bytes(dict.fromkeys(weights, "Q8_0")) - sum(
+            padded(TYPES["Q8_0"].nbytes_of(math.prod(x.shape))) for x in weights.values()
+        )
+        # Types in reserve decode slowly, so a choice of types that decode fast does without them.
+        if recipe.fast_on is None and budget_of(recipe, weights, others) < sum(
+            min(weight.nbytes) for weight in weights.values()
+        ):
+            weights = table.weights(of_file, with_reserve=True)
+        budget = budget_of(recipe, weights, others)
+        words = CardWords(
+            "as a GGUF file for llama.cpp, Ollama and LM Studio, with {bits} bits per weight in "
+            "its linears.",
+            cls.PROGRAMS,
+            ["gguf"],
+            fields={"library_name": "gguf", "pipeline_tag": "text-generation"},
+        )
+        plan = GgufPlan(
+            **planned(given, weights=weights, others=others, budget=budget),
+            # The types of a file may be those of an earlier choice, and then this file gets the
+            # same bytes. A type that is given needs no measurement, unless scales do.
+            measures_loss=recipe.rounding == "nearest" or recipe.type is None or names_file,
+            copies=2,  # the file is put together from shards that are as large
+            words=words,
+            configure=None,
+            lasting=lasting,
+            contents=contents,
+            speeds=times,
+            uses={name: table.uses(name) for name in weights},
+        )
+        if recipe.fast_on is not None:
+            plan = replace(plan, most_time=plan.preset_time_of_budget())
+        plan.check_reach("a GGUF file")
+        return plan
+
+    @staticmethod
+    def encode(key: str, weight: GroupedWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """The bytes of a weight, under its name."""
+        return {key: weight.data_OB}
+
+    @staticmethod
+    def decode(
+        key: str, tensors: dict[str, torch.Tensor], quantizer: GroupQuantizer
+    ) -> torch.Tensor:
+        """The dense weight of a linear; its bytes leave `tensors`."""
+        return GroupedWeight(quantizer, tensors.pop(key)).dense()
+
+
+class _Table:
+    """The matrices of a file, and the types that each can have.
+
+    Args:
+        given: What is planned for.
+        contents: The file.
+        times: Type -> nanoseconds per weight on a processor.
+    """
+
+    def __init__(self, given: Given, contents: FileContents, times: Mapping[str, float]) -> None:
+        self.given, self.times = given, times
+        # Name of a module -> a tensor that has its weight, or a part of that.
+        self.tensors = {name: x for x in contents.layout.tensors for name in x.modules}
+        names = given.linears.keys() | given.modules_outside
+        # Tensors that are parts of one weight count together; so do the rows of a 3D one.
+        self.rows = Counter[str]()
+        for tensor in contents.layout.tensors:
+            if tensor.module in names:
+                self.rows[tensor.module] += math.prod(tensor.shape[:-1])
+        self.stacks = {tensor.module: tensor.modules for tensor in contents.layout.tensors}
+
+    def weights(self, of_file: Mapping[str, str], with_reserve: bool) -> dict[str, TypedWeight]:
+        """First module of each tensor with a type -> its types: all that fit, or a given one.
+
+        Args:
+            of_file: Name of a module -> its type in the file that the recipe names.
+            with_reserve: Whether types count that are kept in reserve.
+        """
+        weights = {}
+        for name, rows in self.rows.items():
+            tensor, given = self.tensors[name], self.given
+            columns, order = tensor.shape[-1], tensor.columns
+            kind = self._head_type if name in given.modules_outside else given.recipe.type
+            kind = of_file.get(name, kind)
+            types: Sequence[GgufType] = (
+                types_for(columns, with_reserve) if kind is None else [type_for(kind, columns)]
+            )
+            types = [replace(x, columns=order) for x in types] if order else types
+            weights[name] = TypedWeight(
+                self.stacks[name],
+                (rows, columns),
+                types,
+                [padded(x.nbytes_of(rows * columns)) for x in types],
+                [self.times[x.name] * self.uses(name) for x in types],
+            )
+        return weights
+
+    @property
+    def _head_type(self) -> str | None:
+        """The type of embedding and head; None where their losses choose it."""
+        recipe = self.given.recipe
+        if recipe.head_bits is not None:
+            return _HEAD_TYPES.get(recipe.head_bits)
+        # Where types are not chosen by their losses, it is that of llama.cpp's own files.
+        return recipe.type and ("Q8_0" if recipe.type == "Q8_0" else "Q6_K")
+
+    def uses(self, name: str) -> float:
+        """How many weights of a tensor are multiplied for each token; `name` is its module."""
+        given, shape = self.given, self.tensors[name].shape
+        if name in given.modules_outside and name != given.head_among(self.rows):
+            return 0.0  # an embedding looks up one row
+        config = given.source.config.get_text_config()
+        used = getattr(config, "num_experts_per_tok", None) if len(shape) > 2 else None
+        return self.rows[name] * shape[-1] * (used / shape[0] if used else 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufPlan(SizePlan):
+    """The plan of a GGUF file.
+
+    Attributes:
+        contents: The fields and tensors of the file.
+        speeds: Type -> nanoseconds per weight.
+        uses: First module of a weight -> how many of its numbers are multiplied for each token.
+    """
+
+    contents: FileContents
+    speeds: Mapping[str, float]
+    uses: Mapping[str, float]
+
+    def preset_time_of_budget(self) -> float:
+        """What llama.cpp's presets of this size take for each token, in nanoseconds."""
+        # All but the head has the bits that the head leaves.
+        head = self.weights.get(self.head or "")
+        rows, columns = (0, 256) if head is None else head.shape
+        bits = 8 * self.budget - type_for("Q6_K", columns).bits * rows * columns
+        return self._preset_time(bits / (weights_in(self.weights) - rows * columns))
+
+    def _preset_time(self, bits: float) -> float:
+        """Nanoseconds that a preset takes for each token, with this many bits in its linears."""
+        head = TYPES["Q6_K"].bits
+        return sum(
+            self.uses[name]
+            * preset_time(self.speeds, head if name == self.head else bits, weight.shape[-1])
+            for name, weight in self.weights.items()
+        )
+
+    def _speed(self, types: Mapping[str, str]) -> float:
+        """How fast processors decode the file, in units of Q4_K_M's speed.
+
+        Args:
+            types: Name of a module -> its type. Without any, the speed is what a choice keeps.
+        """
+        took = (
+            sum(self.speeds[types[x]] * self.uses[x] for x in self.weights)
+            if types
+            else self.most_time
+        )
+        return self._preset_time(Q4_K_M_BITS) / took
+
+    def file_bytes(self, choice: TypeChoice | None = None) -> int:
+        """Bytes of the file, as planned, or with the types of a choice."""
+        return self.contents.file_bytes(choice.types) if choice else super().file_bytes()
+
+    def describe(self, choice: TypeChoice | None = None) -> dict[str, object]:
+        """The size of the file, what takes it, and its speed in units of Q4_K_M's, for a plan."""
+        if choice is None and self.given.recipe.type:
+            choice = self.choose(Measurement())
+        types = choice.types if choice else {}
+        parts = self.contents.bytes_by_type(types) if types else self.planned_parts()
+        before = self.given.source.checkpoint.file_bytes()
+        size = self.contents.size(before, self.file_bytes(choice), parts).model_dump()
+        unmatched = self.contents.layout.unmatched
+        return {"file": size, "decoding": self._speed(types), "unmatched": unmatched}
+
+    def said(self, choice: TypeChoice) -> str:
+        """How many bytes of the file have each type, and how fast it decodes on a processor."""
+        parts = self.contents.bytes_by_type(choice.types).most_common()
+        return (
+            f"the file holds {', '.join(f'{in_bytes(n)} in {kind}' for kind, n in parts)}; "
+            f"processors decode it about {self._speed(choice.types):.2f} times as fast as Q4_K_M"
+            + ("" if self.given.recipe.fast_on else "; with `fast_on` time counts too")
+        )
+
+    def write_lists(
+        self, choice: TypeChoice | None, types_file: Path | None, importances_file: Path | None
+    ) -> None:
+        """Write the types and the importances for llama-quantize; without a choice, check only."""
+        recipe = self.given.recipe
+        if recipe.rounding == "feedback":
+            super().write_lists(choice, types_file, importances_file)
+        if choice is None:
+            for path in (x for x in (types_file, importances_file) if x is not None):
+                check_file_place(path, OWN_LISTS.fullmatch)
+                make_folder(path.parent)
+            return
+        if types_file is not None:
+            write_text(types_file, self.contents.type_list(choice.types))
+        if importances_file is not None:
+            by_tensor = {
+                tensor.name: torch.stack([choice.importances[module] for module in tensor.modules])
+                for tensor in self.contents.layout.tensors
+                if tensor.module in choice.importances
+            }
+            chunks = min(PROBE_WINDOWS, recipe.samples), min(PROBE_TOKENS, recipe.seqlen)
+            text = Path(recipe.calibration).name
+            write_importances(importances_file, by_tensor, chunks, text)
+
+    def note_size(self, record: CompressionRecord, written: Checkpoint) -> None:
+        """Enter the size of the file, and what a template and the checkpoint do not share."""
+        contents, before = self.contents, self.given.source.checkpoint.file_bytes()
+        parts = contents.bytes_by_type(record.types)
+        record.size = contents.size(before, contents.file_bytes(record.types), parts)
+        record.unmatched = contents.layout.unmatched

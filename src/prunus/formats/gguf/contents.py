@@ -1,0 +1,142 @@
+"""What a GGUF file holds: its tensors with their types, its fields, and room for a record."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from prunus.formats.gguf.file import (
+    RECORD_FIELD,
+    StoredTensor,
+    fields_of,
+    header_of,
+    new_fields,
+    padded,
+)
+from prunus.formats.gguf.layout import GgufLayout, GgufTensor
+from prunus.formats.gguf.types import FILE_TYPES, PLAIN, TYPES
+from prunus.formats.records import FileSize
+from prunus.model.checkpoint.reader import Checkpoint
+from prunus.model.source import CheckpointSource
+
+# The record in the file is filled up with spaces, so that the size of the file is known before the
+# run. It gets this many bytes ...
+_RECORD_BYTES = 16_000
+# ... and this many for each linear.
+_BYTES_PER_LINEAR = 500
+
+
+class FileContents:
+    """The fields and tensors of a GGUF file, and so its bytes.
+
+    Args:
+        layout: The tensors of the file, and its fields but for those that depend on the types.
+        linears: How many linears the record describes.
+
+    Everywhere below, `types` are the types of linears, embedding and head by name. What has no
+    type stays in F32, F16 or BF16.
+    """
+
+    def __init__(self, layout: GgufLayout, linears: int) -> None:
+        self.layout = layout
+        names = len(json.dumps(layout.unmatched))
+        self._record_bytes = _RECORD_BYTES + _BYTES_PER_LINEAR * linears + names
+
+    def type_of(self, tensor: GgufTensor, types: Mapping[str, str]) -> tuple[str, int, int]:
+        """The name of the type of a tensor, the number of the type, and the bytes of the tensor."""
+        name = types.get(tensor.module)
+        count = math.prod(tensor.shape)
+        if name is not None:
+            kind = TYPES[name]
+            return name, kind.number, kind.nbytes_of(count)
+        name, number = PLAIN.get(tensor.dtype, PLAIN[torch.float32])[:2]
+        return name, number, count * (4 if number == 0 else 2)
+
+    def stored(
+        self, types: Mapping[str, str], read: Callable[[GgufTensor], torch.Tensor]
+    ) -> list[StoredTensor]:
+        """All tensors as they are written.
+
+        Args:
+            types: See the class.
+            read: From a tensor to its content; called when the tensor is written.
+        """
+        return [
+            StoredTensor(x.name, x.shape, *self.type_of(x, types)[1:], partial(read, x))
+            for x in self.layout.tensors
+        ]
+
+    def bytes_by_type(self, types: Mapping[str, str]) -> Counter[str]:
+        """Type -> bytes of all tensors that have it."""
+        nbytes_by_type = Counter[str]()
+        for tensor in self.layout.tensors:
+            name, _, nbytes = self.type_of(tensor, types)
+            nbytes_by_type[name] += nbytes
+        return nbytes_by_type
+
+    def type_list(self, types: Mapping[str, str]) -> str:
+        """The types of all matrices, as a list for llama-quantize; see `layout.types_in`."""
+        return "".join(
+            f"^{re.escape(tensor.name)}$={self.type_of(tensor, types)[0].lower()}\n"
+            for tensor in self.layout.tensors
+            if tensor.is_matrix
+        )
+
+    def fields(self, types: Mapping[str, str], record: str = "") -> dict[str, Any]:
+        """The fields of the file.
+
+        Args:
+            types: See the class.
+            record: The record of the run, as JSON. One that is too long for its place is left out.
+        """
+        by_type = self.bytes_by_type(types)
+        writer = new_fields(self.layout.fields["general.architecture"].value)
+        writer.add_file_type(FILE_TYPES[by_type.most_common(1)[0][0]])
+        size = len(record.encode())
+        text = record if size <= self._record_bytes else ""
+        writer.add_string(RECORD_FIELD, text + " " * (self._record_bytes - len(text.encode())))
+        return self.layout.fields | fields_of(writer)
+
+    def size(self, before: int, after: int, parts: Counter[str]) -> FileSize:
+        """The size for people, from the bytes of the source, of the file and of its parts."""
+        count = sum(math.prod(x.shape) for x in self.layout.tensors if x.name[:5] != "rope_")
+        return FileSize.of(before, after, count, parts)
+
+    def file_bytes(self, types: Mapping[str, str]) -> int:
+        """The size of the file in bytes."""
+        contents = (padded(self.type_of(tensor, types)[2]) for tensor in self.layout.tensors)
+        return self._header_bytes + sum(contents)
+
+    @functools.cached_property
+    def _header_bytes(self) -> int:
+        # The types do not change the size of the header.
+        return len(header_of(self.fields({}), self.stored({}, lambda _: torch.zeros(0))))
+
+
+def content(
+    source: CheckpointSource, shards: Checkpoint, types: Mapping[str, str], tensor: GgufTensor
+) -> torch.Tensor:
+    """The bytes of a tensor of the file, from the shards or from the file that has it.
+
+    Args:
+        source: The checkpoint.
+        shards: What the run has written.
+        types: Name of a module -> its type.
+        tensor: The tensor.
+    """
+    if tensor.values is not None:
+        return tensor.values()
+    # Pieces of one tensor that have no type are in the shards as that tensor.
+    keys = [source.stored.get(name, name) for name in tensor.sources]
+    parts = [shards.whole(x) if x in shards.tensors else source.weight(x) for x in keys]
+    rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+    rows = rows if tensor.rows is None else rows[tensor.rows]
+    return rows if tensor.module in types else tensor.plain(rows)

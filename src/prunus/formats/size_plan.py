@@ -1,0 +1,484 @@
+"""Which weights of a result have types, and how large it becomes: what a run of compress plans.
+
+    Given          the model, its linears and the recipe: what a codec is asked about
+    TypedWeight    a weight with the types that it can have
+    SizePlan       all of them, the bytes that they may take, and so the choice of types
+    folder_plan    the plan of a result that is a folder
+
+Embedding and head can have types too; they lie outside the blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunus.engine.linear_job import LinearSelection, Storage
+from prunus.formats.cards import CardWords, quantized_card
+from prunus.formats.recipe import CompressionRecipe
+from prunus.formats.records import CompressionRecord, FileSize
+from prunus.formats.type_choice import Choice, Measurement, TypeChoice, choose_types
+from prunus.hardware.sizes import in_bytes
+from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
+from prunus.model.checkpoint.reader import Checkpoint
+from prunus.model.checkpoint.writer import file_nbytes
+from prunus.model.embeddings import is_plain
+from prunus.model.linears import Linear, is_tied, tied_embedding
+from prunus.model.skeleton import Skeleton
+from prunus.model.source import CheckpointSource
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a codec is asked to plan for.
+
+    Attributes:
+        recipe: The recipe of the run.
+        source: The checkpoint.
+        skeleton: Its model.
+        selection: The linears that are compressed.
+        earlier: What an unfinished run has measured; empty for a new one.
+    """
+
+    recipe: CompressionRecipe
+    source: CheckpointSource
+    skeleton: Skeleton
+    selection: LinearSelection
+    earlier: Measurement = field(default_factory=Measurement)
+
+    @functools.cached_property
+    def linears(self) -> dict[str, Linear]:
+        """Full name -> linear that is compressed."""
+        return self.selection.linears(self.skeleton)
+
+    @functools.cached_property
+    def outside(self) -> dict[str, list[str]]:
+        """Stored name of embedding and head -> those of copies; empty if `head_bits` is none."""
+        if self.recipe.head_bits == "none":
+            return {}
+        return embedding_and_head(self.skeleton.model, self.source.stored)
+
+    @functools.cached_property
+    def modules_outside(self) -> set[str]:
+        """The embedding and the head, as far as they can have a type."""
+        stored = self.source.stored.items()
+        return {name.removesuffix(".weight") for name, key in stored if key in self.outside}
+
+    def head_among(self, names: Collection[str]) -> str | None:
+        """The one of these modules that has the weight of the output head; None for none.
+
+        It is the embedding where both are tied.
+        """
+        model = self.skeleton.model
+        modules, head = dict(model.named_modules()), model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            return None
+        return next((name for name in names if modules[name].weight is head.weight), None)
+
+    def scale_dtype(self, name: str) -> torch.dtype:
+        """The dtype of the scales of a module: bfloat16, or float16 where that is its own."""
+        # What is stored in float32 is run in bfloat16 or float16, and nearly all scales that are
+        # exact in bfloat16 are exact in both.
+        stored = self.source.weight_dtype(name)
+        return torch.float16 if stored == torch.float16 else torch.bfloat16
+
+    def check_widths(self, names: Sequence[str], group: int) -> None:
+        """Check that some weights consist of whole groups.
+
+        Args:
+            names: Their modules.
+            group: The number of columns of the smallest group.
+
+        Raises:
+            ValueError: A weight does not; names it.
+        """
+        for name in names:
+            columns = self.source.checkpoint.tensors[self.source.weight_key(name)].shape[-1]
+            if columns % group:
+                raise ValueError(
+                    f"{name} has {columns} inputs, and groups need a number that {group} "
+                    "divides: keep it as it is with `ignore`, or embeddings and head with "
+                    "`head_bits` none"
+                )
+
+    def refuse_gguf_options(self, takes_nearest: bool = False) -> None:
+        """Refuse the options of GGUF files.
+
+        Args:
+            takes_nearest: Whether the format can round each weight by itself too.
+
+        Raises:
+            ValueError: The recipe has one of them.
+        """
+        recipe, nearest = self.recipe, self.recipe.rounding == "nearest" and not takes_nearest
+        if recipe.type or recipe.template or recipe.fast_on or nearest:
+            raise ValueError(
+                "`type`, `template`, `fast_on`, `rounding` nearest and lists for llama-quantize "
+                "belong to GGUF files: give the output a name that ends in .gguf, or leave them "
+                "out. `rounding` nearest is for compressed-tensors too"
+            )
+
+    def typed(self, name: str, quantizers: Sequence[GroupQuantizer]) -> TypedWeight:
+        """The weight of a module that has a type of its own, one of `quantizers`."""
+        shape = self.source.checkpoint.tensors[self.source.weight_key(name)].shape
+        sizes = [quantizer.nbytes_of(math.prod(shape)) for quantizer in quantizers]
+        return TypedWeight([name], tuple(shape), quantizers, sizes, [0.0] * len(sizes))
+
+    def shards(self, weights: Mapping[str, TypedWeight], encode: Encode) -> list[dict[str, Any]]:
+        """Each shard of a folder: name -> something with a shape and a dtype.
+
+        What lies outside the blocks is first, then each block follows.
+
+        Each weight has the last of its types.
+
+        Args:
+            weights: Module -> weight that has a type of its own.
+            encode: `Codec.encode`.
+        """
+        source = self.source
+        modules = {source.weight_key(name): name for name in weights}
+        copies = {x for key, keys in self.outside.items() if key in modules for x in keys}
+        outside = [key for key in source.outside_keys() if key not in copies]
+        blocks = map(source.block_keys, range(len(self.skeleton)))
+        shards: list[dict[str, Any]] = []
+        for keys in (outside, *blocks):
+            shards.append({})
+            for key in keys:
+                info = source.checkpoint.tensors[key]
+                if key not in modules:
+                    shards[-1][key] = info
+                    continue
+                kind = weights[modules[key]].quantizers[-1]
+                size = info.shape[0], kind.nbytes_of(info.shape[1])
+                data_OB = torch.empty(size, dtype=torch.uint8, device="meta")
+                shards[-1] |= encode(key, GroupedWeight(kind, data_OB), info.dtype)
+        return shards
+
+
+#: `Codec.encode`.
+Encode = Callable[[str, GroupedWeight, torch.dtype], dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class TypedWeight:
+    """A weight with the types that it can have.
+
+    Attributes:
+        modules: The names of the modules that have it or a part of it: all experts of a block have
+            one tensor in a GGUF file.
+        shape: Rows of all modules together, and columns last.
+        quantizers: The types.
+        nbytes: The bytes of the weight in each of them.
+        times: The nanoseconds that it takes for each token in each of them; 0 if that does not
+            matter.
+    """
+
+    modules: Sequence[str]
+    shape: tuple[int, ...]
+    quantizers: Sequence[GroupQuantizer]
+    nbytes: Sequence[int]
+    times: Sequence[float]
+
+    def choices(self, losses: torch.Tensor | None) -> list[Choice]:
+        """The types with the loss that each adds; None for no loss."""
+        of_types = [0.0] * len(self.quantizers) if losses is None else losses.tolist()
+        names = [quantizer.name for quantizer in self.quantizers]
+        columns = zip(names, self.nbytes, of_types, self.times, strict=True)
+        return [Choice(*values) for values in columns]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizePlan(Storage):
+    """The plan of a result whose weights have types.
+
+    Attributes:
+        given: What it was made for.
+        weights: First module of each weight that has a type -> the weight.
+        others: The bytes of all that has no type, whatever the types are.
+        budget: The most bytes of all weights that have a type.
+        words: What the model card says of the format.
+        configure: From the plan and the record to the content of config.json; None for none.
+        most_time: The most nanoseconds that all weights may take for each token.
+        lasting: What is known of the measurement before the run, which lasts with it.
+        tensors: Stored name -> something with a shape and a dtype, of all tensors of the result;
+            None if the choice of types decides it.
+    """
+
+    given: Given
+    weights: Mapping[str, TypedWeight]
+    others: int
+    budget: int
+    words: CardWords
+    configure: Callable[[SizePlan, Mapping[str, GroupQuantizer]], Mapping[str, object]] | None
+    most_time: float = math.inf
+    lasting: Measurement = field(default_factory=Measurement)
+    tensors: Mapping[str, Any] | None = None
+
+    @functools.cached_property
+    def reach(self) -> tuple[int, int]:
+        """The bytes of all weights with a type, each with its smallest and its largest one."""
+        sizes = [weight.nbytes for weight in self.weights.values()]
+        return sum(map(min, sizes)), sum(map(max, sizes))
+
+    def check_reach(self, result: str) -> None:
+        """Check that the types reach the bits or the size that the recipe asks for.
+
+        Args:
+            result: What people call the result, such as "a GGUF file".
+
+        Raises:
+            ValueError: They do not; says what is possible.
+        """
+        if not self.reach[0] <= self.budget <= self.reach[1]:
+            count = weights_in(self.weights)
+            bits = " to ".join(f"{8 * nbytes / count:.2f}" for nbytes in self.reach)
+            sizes = " to ".join(in_bytes(nbytes + self.others) for nbytes in self.reach)
+            raise ValueError(
+                f"{self.given.recipe.target} is not possible in {result} of this model: its types "
+                f"take {bits} bits per weight, with embeddings and head, and such files {sizes}"
+            )
+
+    def choose(self, measurement: Measurement) -> TypeChoice:
+        """The types of least loss by a measurement."""
+        choices = {
+            first: weight.choices(measurement.losses.get(first))
+            for first, weight in self.weights.items()
+        }
+        chosen = choose_types(choices, self.budget, self.most_time)
+        types = {
+            name: x.kind for first, x in chosen.items() for name in self.weights[first].modules
+        }
+        return TypeChoice(chosen, self.quantizers(types), measurement.importances)
+
+    def quantizers(self, types: Mapping[str, str]) -> dict[str, GroupQuantizer]:
+        """Module -> how its weight is rounded, from the names of the types."""
+        return {
+            name: next(x for x in weight.quantizers if x.name == types[name])
+            for weight in self.weights.values()
+            for name in weight.modules
+        }
+
+    @functools.cached_property
+    def head(self) -> str | None:
+        """The module that has the weight of the output head, if that weight has a type."""
+        return self.given.head_among(self.weights)
+
+    @functools.cached_property
+    def outside(self) -> dict[str, list[str]]:
+        """Embedding and head, as far as they have a type -> stored names of the dense weight."""
+        keys = {name: self.given.source.weight_key(name) for name in self.weights}
+        outside = self.given.outside
+        return {name: [key, *outside[key]] for name, key in keys.items() if key in outside}
+
+    def file_bytes(self, choice: TypeChoice | None = None) -> int:
+        """Bytes of the files with weights, as planned."""
+        return self.others + self.budget
+
+    def describe(self, choice: TypeChoice | None = None) -> dict[str, object]:
+        """The size of the files and what takes it, and the bits if there is one number of them."""
+        given = self.given
+        if self.tensors is None:
+            size = size_of(given.source.checkpoint, self.file_bytes(), self.planned_parts())
+            return {"file": size.model_dump()}
+        model, [weight, *_] = given.skeleton.model, self.weights.values()
+        size = file_size(given.source, model, self.tensors, self.file_bytes())
+        return {"bits": weight.quantizers[0].bits, "file": size.model_dump()}
+
+    def planned_parts(self) -> Counter[str]:
+        """What will take the bytes of the result, before the types are chosen."""
+        kinds = {x.name: None for weight in self.weights.values() for x in weight.quantizers}
+        return Counter(
+            {f"the best mix of {', '.join(kinds)}": self.budget, "all else": self.others}
+        )
+
+    def said(self, choice: TypeChoice) -> str:
+        """What to tell people once the types are chosen; empty for nothing."""
+        return ""
+
+    def write_lists(
+        self, choice: TypeChoice | None, types_file: Path | None, importances_file: Path | None
+    ) -> None:
+        """Write the types and the importances for llama-quantize; without a choice, check only.
+
+        Raises:
+            ValueError: The plan is not for a GGUF file whose weights are rounded to nearest.
+            FileExistsError: Something else has the name of a file.
+        """
+        raise ValueError(
+            "`tensor_types` and `imatrix` are for llama-quantize, which rounds to nearest: plan a "
+            "file whose name OUT ends in .gguf, and leave `rounding` feedback out"
+        )
+
+    def card(self, record: CompressionRecord) -> str:
+        """The model card of the result."""
+        return quantized_card(record, self.words, self.given.source.checkpoint.folder)
+
+    def config(self, record: CompressionRecord) -> Mapping[str, object] | None:
+        """The content of config.json, which says how each weight is stored."""
+        configure = self.configure
+        return None if configure is None else configure(self, self.quantizers(record.types))
+
+    def note_size(self, record: CompressionRecord, written: Checkpoint) -> None:
+        """Enter the size of the files as written into the record."""
+        model = self.given.skeleton.model
+        record.size = file_size(self.given.source, model, written.tensors, written.file_bytes())
+
+
+def planned(given: Given, **fields: Any) -> dict[str, Any]:
+    """The fields of `SizePlan` that follow from what is given, with others."""
+    return {
+        "source": given.source,
+        "selection": given.selection,
+        "given": given,
+        **fields,
+    }
+
+
+def folder_plan(
+    given: Given,
+    weights: Sequence[TypedWeight],
+    encode: Encode,
+    result: str | None = None,
+    **fields: Any,
+) -> SizePlan:
+    """The plan of a result that is a folder.
+
+    Args:
+        given: What it is made for.
+        weights: The weights that have a type.
+        encode: `Codec.encode`.
+        result: What people call the result, such as "an MLX checkpoint", if `size` or `bits` decide
+            the types by their losses; None if each weight has only one.
+        **fields: Further fields of the plan.
+
+    Raises:
+        ValueError: The types do not reach the bits or the size.
+    """
+    by_name = {weight.modules[0]: weight for weight in weights}
+    # Headers are as long as those of the largest types.
+    shards = given.shards(by_name, encode)
+    others = sum(map(file_nbytes, shards)) - sum(weight.nbytes[-1] for weight in weights)
+    fields = planned(given, weights=by_name, others=others, **fields)
+    if result is None:
+        tensors = {key: info for shard in shards for key, info in shard.items()}
+        budget = sum(weight.nbytes[0] for weight in weights)
+        nearest = given.recipe.rounding == "nearest"
+        return SizePlan(budget=budget, tensors=tensors, measures_loss=nearest, **fields)
+    budget = budget_of(given.recipe, by_name, others)
+    plan = SizePlan(budget=budget, measures_loss=True, **fields)
+    plan.check_reach(result)
+    return plan
+
+
+def budget_of(recipe: CompressionRecipe, weights: Mapping[str, TypedWeight], others: int) -> int:
+    """The bytes of all weights with a type: what `size` or `bits` leave for them.
+
+    Without both, each weight has its smallest type.
+    """
+    if recipe.size is not None:
+        return recipe.size - others
+    if recipe.bits is not None:
+        return int(recipe.bits * weights_in(weights) / 8)
+    return sum(min(weight.nbytes) for weight in weights.values())
+
+
+def weights_in(weights: Mapping[str, TypedWeight]) -> int:
+    """How many numbers all these weights have."""
+    return sum(math.prod(weight.shape) for weight in weights.values())
+
+
+def compressible(given: Given, takes_pieces: bool) -> Given:
+    """The same without the linears that no format can store as integers.
+
+    Args:
+        given: All linears that the recipe selects.
+        takes_pieces: Whether experts are compressed that the checkpoint stores in one tensor.
+
+    Raises:
+        NotImplementedError: No linear is left.
+    """
+    source, skeleton = given.source, given.skeleton
+    modules, stored = dict(skeleton.model.named_modules()), dict(source.stored)
+    if takes_pieces:
+        stored |= {name: name for name in source.pieces}
+    selection = given.selection.limited(
+        skeleton,
+        lambda name: (
+            stored.get(f"{name}.weight", "").endswith(".weight")
+            and type(modules[name]) is nn.Linear
+        ),
+    )
+    if not any(selection.selected):
+        raise NotImplementedError(
+            "none of the chosen linears can be stored as integers: they are transposed, "
+            "special, or experts in one tensor; such a checkpoint cannot be compressed yet"
+        )
+    return replace(given, selection=selection)
+
+
+def file_size(
+    source: CheckpointSource, model: Any, tensors: Mapping[str, Any], after: int
+) -> FileSize:
+    """The size of a result and what takes its bytes.
+
+    Args:
+        source: The source.
+        model: The skeleton of the source.
+        tensors: Stored name -> something with a shape and a dtype, of all tensors of the result.
+        after: Bytes of the files of the result.
+    """
+    # The embedding comes last, so that a tied head counts as embedding.
+    modules = {id(model.get_output_embeddings()): "output head"}
+    modules[id(model.get_input_embeddings())] = "embeddings"
+    kinds = {
+        source.stored.get(f"{name}.weight", name).removesuffix(".weight"): modules[id(module)]
+        for name, module in reversed(list(model.named_modules()))
+        if id(module) in modules
+    }
+    parts = Counter[str]()
+    for name, info in tensors.items():
+        linear = name.rpartition(".")[0]
+        dense = source.checkpoint.tensors.get(name)
+        rounded = dense is None or dense.dtype != info.dtype
+        kind = "other weights" if len(info.shape) > 1 else "norms and biases"
+        kind = kinds.get(linear, "linears" if rounded else kind)
+        what = f"rounded {kind}" if rounded else f"{kind} in {str(info.dtype).partition('.')[2]}"
+        parts[what] += math.prod(info.shape) * info.dtype.itemsize
+    return size_of(source.checkpoint, after, parts)
+
+
+def size_of(source: Checkpoint, after: int, parts: Counter[str]) -> FileSize:
+    """The size of a result that has `after` bytes in these parts."""
+    parameters = sum(math.prod(info.shape) for info in source.tensors.values())
+    return FileSize.of(source.file_bytes(), after, parameters, parts)
+
+
+def embedding_and_head(model: Any, stored: Mapping[str, str]) -> dict[str, list[str]]:
+    """The embedding and the head that can have types; only the first if they are tied.
+
+    Args:
+        model: The skeleton of the source.
+        stored: Name in the model -> stored name, as in `CheckpointSource`.
+
+    Returns:
+        Stored name of the weight -> stored names of copies of it: a tied head may be stored too.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+    keys = [
+        stored.get(names.get(id(module), ""), "") if module is not None and is_plain(module) else ""
+        for module in (embedding, head)
+    ]
+    if not is_tied(model):
+        return {key: [] for key in keys if key.endswith(".weight")}
+    # A checkpoint may store a tied weight twice, or as the head alone, which stays as it is.
+    holds = tied_embedding(model) is not None and keys[0].endswith(".weight")
+    return {keys[0]: [key for key in keys[1:] if key]} if holds else {}
