@@ -10,7 +10,7 @@ import torch
 
 from method_cases import gather
 from prunus.engine import loss_sensitivity
-from prunus.engine.linear_job import PruningJob, plan_run
+from prunus.engine.linear_job import LinearPlan, plan_run
 from prunus.engine.loss_sensitivity import LinearSensitivity, loss_sensitivities
 from prunus.engine.options import RunOptions
 from prunus.formats.recipe import CompressionRecipe
@@ -23,13 +23,13 @@ from tiny import tiny_checkpoint
 pytestmark = pytest.mark.usefixtures("exact_products")
 
 
-def planned(folder, dtype: str = "float32", **options) -> PruningJob:
+def planned(folder, dtype: str = "float32", **options) -> LinearPlan:
     recipe = CompressionRecipe(bits=4.0, samples=4, seqlen=16, batch=2, dtype=dtype, **options)
     return plan_run(folder, recipe, RunOptions(calibration_data=IDS))
 
 
 def streamed(
-    job: PruningJob, seed: int = 0, quantizes: bool = True, outside: bool = False
+    job: LinearPlan, seed: int = 0, quantizes: bool = True, outside: bool = False
 ) -> dict[str, LinearSensitivity]:
     stream = Stream(job.skeleton, job.source, job.device)
     with torch.no_grad(), contextlib.closing(stream):

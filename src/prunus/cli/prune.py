@@ -163,7 +163,7 @@ def _prune_and_recover(
 @with_flags(
     *(Recipe, CompressionRecipe, StructureRecipe, RunOptions),
     without=("overwrite", "resume", "rank_timeout"),
-    rare=("pattern", "format", "head_bits", "data"),
+    rare=("pattern", "format", "head_bits", "data", "experts", "blocks"),
 )
 def plan(
     model: Model,
@@ -198,10 +198,9 @@ def plan(
     recipe: RecipeFile = None,
     **options: Any,
 ) -> None:
-    """Show what prune, compress or shrink would do and cost; write no model.
+    """Show what a run would do and cost; write no model.
 
-    With --bits, --size, --type or --fits it plans compress, with --blocks or --experts shrink. It
-    checks all that a run checks first.
+    With --bits, --size, --type or --fits it plans compress, with --blocks or --experts shrink.
     """
     from prunus.planning.run import plan as plan_command
 

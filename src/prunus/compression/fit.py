@@ -7,7 +7,7 @@ from typing import Any
 
 from prunus.compression.rounding import plan_of
 from prunus.compression.run import Compression
-from prunus.engine.linear_job import PruningJob
+from prunus.engine.linear_job import LinearPlan
 from prunus.engine.options import RunOptions
 from prunus.engine.run import planned
 from prunus.formats.codec import codec_for
@@ -25,7 +25,7 @@ def plan_to_fit(
     options: RunOptions,
     memory: int,
     context: int | None,
-) -> tuple[PruningJob, dict[str, Any]]:
+) -> tuple[LinearPlan, dict[str, Any]]:
     """The plan of the largest GGUF file with which llama.cpp stays within a memory.
 
     Args:
@@ -52,7 +52,7 @@ def plan_to_fit(
     if output is not None and codec_for(output, chosen) is not GgufCodec:
         raise ValueError(f"`fits` plans a GGUF file: give {output} a name that ends in .gguf")
 
-    def planned_file(recipe: CompressionRecipe) -> PruningJob:
+    def planned_file(recipe: CompressionRecipe) -> LinearPlan:
         return planned(Compression(model, output, recipe, options, GgufCodec))
 
     job = planned_file(chosen)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prunus.engine.linear_job import PruningJob
+from prunus.engine.linear_job import LinearPlan
 from prunus.engine.loss_sensitivity import LinearSensitivity, measure_loss
 from prunus.engine.output import CheckpointFolder, Rounding
 from prunus.engine.run import Run
@@ -49,7 +49,7 @@ _COHERENCE, _LEAST_REST = 8.0, 0.2
 
 
 def type_rounding(
-    run: Run[PruningJob, CompressionRecord], folder: CheckpointFolder, codec: type[Codec]
+    run: Run[LinearPlan, CompressionRecord], folder: CheckpointFolder, codec: type[Codec]
 ) -> Rounding:
     """The rounding to the types of least loss, which the record takes note of.
 
@@ -108,7 +108,7 @@ def type_rounding(
     return Rounding(round_as, encode, decode, outside if plan.outside else None, corrects)
 
 
-def plan_of(job: PruningJob) -> SizePlan:
+def plan_of(job: LinearPlan) -> SizePlan:
     """The plan of the result of a run of compress."""
     assert isinstance(job.storage, SizePlan), "the run rounds no weights"
     return job.storage
@@ -126,7 +126,7 @@ def _check_outside(plan: SizePlan, choice: TypeChoice) -> None:
 
 
 def _rounded(
-    job: PruningJob, name: str, choice: TypeChoice, head: InputStatistics | None
+    job: LinearPlan, name: str, choice: TypeChoice, head: InputStatistics | None
 ) -> GroupedWeight:
     """The weight of an embedding or a head in its type.
 
@@ -156,7 +156,7 @@ def _rounded(
 
 
 def write_lists(
-    job: PruningJob, types_file: Path | None, importances_file: Path | None, progress: bool
+    job: LinearPlan, types_file: Path | None, importances_file: Path | None, progress: bool
 ) -> TypeChoice:
     """Choose the types of a planned GGUF file, and write them for llama-quantize of llama.cpp.
 
@@ -181,7 +181,7 @@ def write_lists(
 
 
 def measured(
-    job: PruningJob,
+    job: LinearPlan,
     session: Session,
     ids: Tensor,
     digests: dict[str, str],

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from prunus.compression.rounding import type_rounding
-from prunus.engine.linear_job import LinearSelection, PruningJob
+from prunus.engine.linear_job import LinearPlan, LinearSelection
 from prunus.engine.linear_run import LinearCommand
 from prunus.engine.options import RunOptions
 from prunus.engine.output import CheckpointFolder, Rounding
@@ -109,7 +109,7 @@ class Compression(LinearCommand[CompressionRecord]):
         return size_plan(self.codec, self.recipe, folder, opened, selection)
 
     def rounding(
-        self, run: Run[PruningJob, CompressionRecord], folder: CheckpointFolder
+        self, run: Run[LinearPlan, CompressionRecord], folder: CheckpointFolder
     ) -> Rounding:
         """The types of least loss."""
         return type_rounding(run, folder, self.codec)

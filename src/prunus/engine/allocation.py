@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from prunus.engine.linear_job import PruningJob
+from prunus.engine.linear_job import LinearPlan
 from prunus.engine.loss_sensitivity import CURVE_STEP, measure_loss
 from prunus.engine.session import Session
 from prunus.methods.allocation import allocate_by_error, round_to_whole_weights
@@ -21,7 +21,7 @@ _PART = 0.75
 
 
 def allocate(
-    job: PruningJob, session: Session, ids: torch.Tensor, digests: dict[str, str]
+    job: LinearPlan, session: Session, ids: torch.Tensor, digests: dict[str, str]
 ) -> dict[str, float]:
     """The sparsity of every linear that is pruned: full name -> sparsity; empty for "uniform".
 

@@ -109,9 +109,9 @@ class RunJob:
         - `file_bytes`: the weights of the result, or the most that they may take;
         - `disk_bytes`: the same with temporary files.
         """
-        memory, blocks = self.memory, range(len(self.skeleton))
+        memory, blocks, held = self.memory, range(len(self.skeleton)), process_memory()
         least, peak = (
-            max(nbytes, self.measuring_bytes()) + process_memory()
+            max(nbytes, self.measuring_bytes()) + held
             for nbytes in (memory.least_bytes, memory.peak_bytes())
         )
         location = "memory" if memory.hidden_states_stay else "pinned host memory"

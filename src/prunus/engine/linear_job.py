@@ -4,7 +4,7 @@ Whatever would make a run fail later fails in `plan_run`. A `Storage` says how t
 result are stored. The base class stores plain tensors, as prune does; `formats/size_plan.py` has
 the other.
 
-    PruningJob       the decisions of one run, and what follows from them
+    LinearPlan       the decisions of one run, and what follows from them
     Storage          how the result is stored
     select_linears   `only` and `ignore` applied to the linears of a model
     plan_run         checks, and makes the job
@@ -121,7 +121,7 @@ class Storage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruningJob(RunJob):
+class LinearPlan(RunJob):
     """The decisions of one run of prune or compress.
 
     Attributes:
@@ -319,7 +319,7 @@ def plan_run(
     storage_of: Callable[[OpenModel, LinearSelection], Storage] | None = None,
     session: Session = SILENT,
     decided_dtype: str | None = None,
-) -> PruningJob:
+) -> LinearPlan:
     """Check all that needs neither weights nor text, and decide what the recipe leaves open.
 
     Args:
@@ -355,7 +355,7 @@ def plan_run(
         adds_ridge=method.adds_ridge,
         decided_dtype=decided_dtype,
     )
-    job = PruningJob(
+    job = LinearPlan(
         **facts,
         walks_windows=walks,
         batch=windows_per_batch(recipe.samples, window_tokens, recipe.batch or batch, trains),
@@ -404,7 +404,7 @@ def _method_and_work(recipe: LinearOptions, own_method: Method | None) -> tuple[
     return method, Work(pattern, recipe.sparsity, recipe, reference_order=in_order)
 
 
-def _measured(job: PruningJob) -> Memory:
+def _measured(job: LinearPlan) -> Memory:
     """The budgets with what the blocks need, and how each is walked."""
     blocks = range(len(job.skeleton))
     settings = job.reconstruction

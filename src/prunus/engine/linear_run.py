@@ -19,7 +19,7 @@ import torch
 from prunus.calibration.corpora import LOCAL_SOURCES, data_folder
 from prunus.engine.allocation import allocate
 from prunus.engine.block.prune_block import BlockPruner
-from prunus.engine.linear_job import LinearSelection, PruningJob, Storage, plan_run
+from prunus.engine.linear_job import LinearPlan, LinearSelection, Storage, plan_run
 from prunus.engine.linear_record import PruningRecord
 from prunus.engine.loop import run_blocks
 from prunus.engine.output import CheckpointFolder, InPlaceOutput, PruningOutput, Rounding
@@ -36,14 +36,14 @@ _Record = TypeVar("_Record", bound=PruningRecord)
 
 
 @dataclass(frozen=True)
-class LinearCommand(Command[PruningJob, _Record]):
+class LinearCommand(Command[LinearPlan, _Record]):
     """A command that changes the linears of a model; see `Command`."""
 
     @abstractmethod
     def storage(self, opened: OpenModel, selection: LinearSelection) -> Storage:
         """How the result stores the linears that the recipe selects."""
 
-    def rounding(self, run: Run[PruningJob, _Record], folder: CheckpointFolder) -> Rounding | None:
+    def rounding(self, run: Run[LinearPlan, _Record], folder: CheckpointFolder) -> Rounding | None:
         """Choose how linears are rounded, before the first block; None for a run that rounds none.
 
         Args:
@@ -52,14 +52,14 @@ class LinearCommand(Command[PruningJob, _Record]):
         """
         return None
 
-    def plan(self, session: Session = SILENT, decided_dtype: str | None = None) -> PruningJob:
+    def plan(self, session: Session = SILENT, decided_dtype: str | None = None) -> LinearPlan:
         """See `plan_run`."""
         job = plan_run(self.model, self.recipe, self.options, self.storage, session, decided_dtype)
         if job.device.type == "cpu" and job.needs == "gram" and (words := missing_words()):
             session.tell(words)
         return job
 
-    def fields(self, job: PruningJob) -> dict[str, Any]:
+    def fields(self, job: LinearPlan) -> dict[str, Any]:
         """What a record of linears has beside its recipe and its inputs."""
         # The folder of local datasets that the calibration text was read from, if any.
         is_local = job.needs_inputs and job.recipe.calibration in LOCAL_SOURCES
@@ -71,7 +71,7 @@ class LinearCommand(Command[PruningJob, _Record]):
             "shard_count": 0 if isinstance(job.source, ModuleSource) else job.source.shard_count,
         }
 
-    def prepare(self, run: Run[PruningJob, _Record]) -> None:
+    def prepare(self, run: Run[LinearPlan, _Record]) -> None:
         """Decide the sparsity of every linear. A resumed run takes it from its record."""
         record, ranks = run.record, run.session.ranks
         if not record.allocation:
@@ -79,7 +79,7 @@ class LinearCommand(Command[PruningJob, _Record]):
                 record.allocation = allocate(run.job, run.session, run.ids, record.measured)
             record.allocation = ranks.on_rank_0(lambda: record.allocation)
 
-    def change(self, run: Run[PruningJob, _Record]) -> None:
+    def change(self, run: Run[LinearPlan, _Record]) -> None:
         """Change all linears block by block, and complete the result."""
         job, session, record, recipe = run.job, run.session, run.record, run.job.recipe
         ranks = session.ranks
@@ -109,7 +109,7 @@ class LinearCommand(Command[PruningJob, _Record]):
         record.totals = record.summary() | run.totals()
         output.complete(pruned_head, head)
 
-    def _output(self, run: Run[PruningJob, _Record]) -> PruningOutput:
+    def _output(self, run: Run[LinearPlan, _Record]) -> PruningOutput:
         """What the blocks are written to."""
         job = run.job
         if self.result is not None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from prunus.distributed import Ranks
 from prunus.engine.block.linear import LinearRounding
 from prunus.engine.folder import BlockFolder
-from prunus.engine.linear_job import PruningJob, Storage
+from prunus.engine.linear_job import LinearPlan, Storage
 from prunus.engine.linear_record import PruningRecord
 from prunus.engine.loop import FinishedBlock
 from prunus.engine.result import MEASUREMENT, Result
@@ -98,12 +98,12 @@ class CheckpointFolder(BlockFolder):
     """
 
     record: PruningRecord
-    job: PruningJob
+    job: LinearPlan
 
     def __init__(
         self,
         record: PruningRecord,
-        job: PruningJob,
+        job: LinearPlan,
         ranks: Ranks,
         result: Result[Any],
         rounding: Rounding | None = None,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from prunus.engine.folder import ResultFolder, find_earlier
-from prunus.engine.linear_job import PruningJob
+from prunus.engine.linear_job import LinearPlan
 from prunus.engine.options import RunOptions
 from prunus.engine.record import BlockwiseRecord
 from prunus.model.checkpoint.atomic_files import remove
@@ -73,7 +73,7 @@ class Result(Generic[_Record]):
         """Whether the result of an earlier run stands, and the folder holds nothing of it."""
         return False
 
-    def finish(self, folder: ResultFolder, job: PruningJob) -> None:
+    def finish(self, folder: ResultFolder, job: LinearPlan) -> None:
         """Complete the result from its shards, on rank 0, and note in the record that it is."""
         record: Any = folder.record
         storage = job.storage

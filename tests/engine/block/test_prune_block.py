@@ -10,7 +10,7 @@ from torch import nn
 import prunus
 from prunus.engine import plan
 from prunus.engine.block.walks import BlockWalk, lockstep, replay, two_pass
-from prunus.engine.linear_job import PruningJob, plan_run
+from prunus.engine.linear_job import LinearPlan, plan_run
 from prunus.engine.memory import Memory
 from prunus.engine.options import RunOptions
 from prunus.hardware.memory import available_memory
@@ -193,7 +193,7 @@ def test_the_memory_budget_decides_between_lockstep_replay_and_a_file(dense, tmp
     ids = token_ids(64, 64)
     recipe = Recipe(calibration="token ids", samples=64, seqlen=64, batch=1)
 
-    def job(memory: int | None) -> PruningJob:
+    def job(memory: int | None) -> LinearPlan:
         return plan_run(dense, recipe, RunOptions(memory=memory, calibration_data=ids))
 
     free = available_memory()

@@ -39,7 +39,7 @@ from prunus.engine.block.walks import (
     replay,
     two_pass,
 )
-from prunus.engine.linear_job import PruningJob
+from prunus.engine.linear_job import LinearPlan
 from prunus.engine.linear_record import BlockRecord, LinearRecord, ReconstructionRecord
 from prunus.engine.loop import FinishedBlock, StoredBlock, check_same
 from prunus.engine.reconstruction.reconstruct_block import (
@@ -85,7 +85,7 @@ class BlockPruner:
 
     def __init__(
         self,
-        job: PruningJob,
+        job: LinearPlan,
         session: Session,
         walks: Sequence[Walk],
         sparsities: Mapping[str, float],

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from prunus.engine.folder import ResultFolder, remove_result
-from prunus.engine.linear_job import PruningJob
+from prunus.engine.linear_job import LinearPlan
 from prunus.engine.options import RunOptions
 from prunus.engine.result import Result
 from prunus.formats.cards import quantized_card
@@ -159,14 +159,14 @@ class GgufResult(Result[CompressionRecord]):
         # A record in a finished file names no shards.
         return earlier.state == "finished" and not earlier.sha256
 
-    def finish(self, folder: ResultFolder, job: PruningJob) -> None:
+    def finish(self, folder: ResultFolder, job: LinearPlan) -> None:
         """Write the file, say in the record that it is finished, and give it its name."""
         self._write_file(folder, job.storage)
         folder.record.state = "finished"
         folder.save()
         self.check_finished(folder, job)
 
-    def check_finished(self, folder: ResultFolder, job: PruningJob) -> None:
+    def check_finished(self, folder: ResultFolder, job: LinearPlan) -> None:
         """Give the file its name, unless something else has it by now."""
         file, recipe = folder.folder / FILE, folder.record.recipe
         if not file.exists():  # The user has moved the file away since.
