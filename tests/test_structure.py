@@ -15,7 +15,7 @@ import prunus
 
 #: The statements that the package and its tests aim at, and the room above the aim. Docstrings,
 #: comments, blank lines and doctests are free; CONTRIBUTING.md says what to do at the limit.
-SRC_STATEMENTS, TEST_STATEMENTS, ROOM = 15_300, 13_900, 1.03
+SRC_STATEMENTS, TEST_STATEMENTS, ROOM = 15_450, 13_900, 1.03
 #: The most lines of code in a file, without its docstrings, comments and blank lines.
 FILE_LINES = 400
 
