@@ -105,7 +105,8 @@ class Compression(LinearCommand[CompressionRecord]):
 
     def storage(self, opened: OpenModel, selection: LinearSelection) -> SizePlan:
         """Which weights have types, and what all may take."""
-        folder = None if self.result is None else self.result.folder
+        result = None if self.options.overwrite else self.result
+        folder = None if result is None else result.folder
         return size_plan(self.codec, self.recipe, folder, opened, selection)
 
     def rounding(

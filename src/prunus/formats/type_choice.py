@@ -56,11 +56,23 @@ class Measurement:
         """The inverse of `tensors`.
 
         Raises:
-            TypeError: A name begins with no field.
+            ValueError: A name begins with no field.
+
+        >>> Measurement.of({"losses/a": 0.5}).tensors()
+        {'losses/a': 0.5}
+        >>> Measurement.of({"bits/a": 0.5})  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ValueError: the measurement of an unfinished run has 'bits/a', which ...
         """
         by_field = defaultdict[str, dict[str, Tensor]](dict)
         for name, tensor in tensors.items():
             kind, _, key = name.partition("/")
+            if kind not in cls.__dataclass_fields__:
+                raise ValueError(
+                    f"the measurement of an unfinished run has {name[:80]!r}, which this version "
+                    "does not know: choose `overwrite` to start again"
+                )
             by_field[kind][key] = tensor
         return cls(**by_field)
 
