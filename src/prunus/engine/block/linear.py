@@ -90,7 +90,8 @@ def prune_linear(
     started = time.perf_counter()
     notes: dict[str, Any] = {}
     statistics.check_finite(full_name)
-    if statistics.tokens == 0 and method.needs != "none":
+    tokens = statistics.tokens
+    if tokens == 0 and method.needs != "none":
         # No input was seen, so no weight can be preferred because of its inputs.
         statistics = InputStatistics.of_equal_inputs(
             statistics.in_features, statistics.spec, statistics.sum_squares_I.device
@@ -129,7 +130,7 @@ def prune_linear(
         sparsity=zeros / new_OI.numel(),
         relative_output_error=error,
         removed_energy=energy,
-        tokens=0 if "unreached" in notes else statistics.tokens,
+        tokens=tokens,
         seconds=round(time.perf_counter() - started, 4),
         bits=None if pruned.quantized is None else pruned.quantized.quantizer.bits,
         notes=notes | pruned.notes,
