@@ -11,7 +11,7 @@ import torch
 from method_cases import gather
 from prunus.engine import loss_sensitivity
 from prunus.engine.linear_job import PruningJob, plan_run
-from prunus.engine.loss_sensitivity import LinearSensitivity, loss_sensitivities
+from prunus.engine.loss_sensitivity import LinearSensitivity, Measurement, loss_sensitivities
 from prunus.engine.options import RunOptions
 from prunus.formats.compressed_tensors import TensorsFormat
 from prunus.formats.recipe import CompressionRecipe
@@ -35,8 +35,9 @@ def streamed(
     stream = Stream(job.skeleton, job.source, job.device)
     with torch.no_grad(), contextlib.closing(stream):
         stream.embed([IDS], None)
-        options = job.work.options
-        return loss_sensitivities(stream, IDS, job.selected, options, seed, quantizes, outside)
+        damping = job.work.options.damping
+        measurement = Measurement(job.selected, damping, seed, quantizes, outside)
+        return loss_sensitivities(stream, IDS, measurement)
 
 
 def check_equal(found: LinearSensitivity, expected, options) -> None:

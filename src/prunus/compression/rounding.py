@@ -22,6 +22,7 @@ from prunus.engine.loss_sensitivity import (
     PROBE_TOKENS,
     PROBE_WINDOWS,
     LinearSensitivity,
+    Measurement,
     measure_loss,
 )
 from prunus.engine.output import PruningOutput
@@ -167,10 +168,10 @@ def _type_losses(
     tensors: dict[str, Tensor] = {}
     if not stored.measures_loss:
         return tensors
-    options, corrects = job.work.options, stored.rounding == "feedback"
-    sensitivities = measure_loss(
-        job, session, ids, digests, job.selected, options, quantizes=corrects, outside=True
-    )
+    corrects = stored.rounding == "feedback"
+    damping, seed = job.work.options.damping, job.recipe.seed
+    measurement = Measurement(job.selected, damping, seed, quantizes=corrects, outside=True)
+    sensitivities = measure_loss(job, session, ids, digests, measurement)
     model, linears = job.skeleton.model, job.selected_linears()
     modules, output_head = dict(model.named_modules()), model.get_output_embeddings()
     head = next(x for name, x in sensitivities.items() if modules[name] is output_head)
