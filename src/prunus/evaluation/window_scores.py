@@ -24,9 +24,10 @@ from torch.nn import functional
 from prunus.calibration.windows import check_ids
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.engine.document import Measured
-from prunus.evaluation.metrics import METRICS, TokenMeasure, exponential, kl_divergence, mean
+from prunus.evaluation.metrics import METRICS, TokenMeasure, exponential, mean
 from prunus.evaluation.records import Divergence
 from prunus.hardware.numerics import fast_linears
+from prunus.methods.divergence import kl_divergence
 
 #: Rows of logits (one per token) that are in float32 at the same time. A whole window of 2048
 #: tokens and a vocabulary of 128,000 would take 1 GB in float32.
