@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import save_file
 
 import prunus
-from prunus.formats.gguf.header import open_gguf
+from prunus.formats.gguf.file import open_gguf
 from scripts import fork_script
 from tiny import tiny_checkpoint, token_ids
 

@@ -33,8 +33,7 @@ from torch import Tensor
 
 from prunus.formats.base import tensors_of_kind
 from prunus.formats.fixed import check_template
-from prunus.formats.gguf.file import GgufFile
-from prunus.formats.gguf.header import open_gguf
+from prunus.formats.gguf.file import GgufFile, open_gguf
 from prunus.formats.gguf.layout import GgufLayout, GgufTensor, check_same
 from prunus.formats.gguf.placements import (
     ABSENT,
@@ -95,7 +94,7 @@ def layout_in(
     """
     file = open_container(path, source.checkpoint.folder)
     check_template(path, file.architecture, file.get, source.config.get_text_config())
-    header = file.contents.read(0, file.reader.data_offset).tobytes()
+    header = file.contents.read(0, file.header.size).tobytes()
     fingerprint = hashlib.sha256(source.fingerprint.encode() + header).hexdigest()
     kind = f"placements/{fingerprint}/"
     earlier = load_file(measurement) if measurement.exists() else {}

@@ -40,15 +40,13 @@ from prunus.formats.cards import quantized_card
 from prunus.formats.gguf.container import layout_in
 from prunus.formats.gguf.file import (
     RECORD_FIELD,
-    StoredTensor,
     check_extra,
     fields_of,
-    header_of,
     new_fields,
-    padded,
+    open_gguf,
     write_gguf,
 )
-from prunus.formats.gguf.header import open_gguf
+from prunus.formats.gguf.header import StoredTensor, header_of, padded
 from prunus.formats.gguf.import_checkpoint import import_gguf
 from prunus.formats.gguf.layout import GgufLayout, GgufTensor, layout_of, types_in
 from prunus.formats.gguf.modelfile import modelfile
@@ -563,7 +561,7 @@ class GgufFormat(MixFormat):
         before = file.get(RECORD_FIELD).encode()
         text = reproducible(record).encode().ljust(len(before))
         with path.open("rb") as source, replacing(path, path.stat().st_size) as copy:
-            header = source.read(file.reader.data_offset)
+            header = source.read(file.header.size)
             copy.write(header.replace(before, text) if len(text) == len(before) else header)
             shutil.copyfileobj(source, copy, 2**20)
 

@@ -24,8 +24,8 @@ import torch
 
 from prunus.formats.fixed import LLAMA_CPP, check_fixed, check_known
 from prunus.formats.gguf.card import metadata_of
-from prunus.formats.gguf.file import GgufFile, fields_of, new_fields, tensor_names
-from prunus.formats.gguf.header import open_gguf
+from prunus.formats.gguf.file import GgufFile, fields_of, new_fields, open_gguf, tensor_names
+from prunus.formats.gguf.header import GgufField
 from prunus.formats.gguf.package import package
 from prunus.formats.gguf.types import TYPES
 from prunus.formats.gguf.vocabulary import NORMAL, add_vocabulary
@@ -119,7 +119,7 @@ class GgufLayout:
             `CompressionRecord`.
     """
 
-    fields: dict[str, Any]
+    fields: dict[str, GgufField]
     tensors: tuple[GgufTensor, ...]
     unmatched: dict[str, list[str]] = field(default_factory=dict)
 
@@ -385,8 +385,7 @@ def _add_metadata(writer: Any, folder: Path, tensors: list[GgufTensor]) -> None:
     """Name, origin and size of the model, by the rules of the package."""
     gguf = package()
     for tensor in tensors:
-        info = gguf.gguf_writer.TensorInfo(tensor.shape, gguf.GGMLQuantizationType.F32, 0)
-        writer.tensors[0][tensor.name] = info
+        writer.add_tensor_info(tensor.name, tensor.shape, None, 0, gguf.GGMLQuantizationType.F32)
     total, *parts = writer.get_total_parameter_count()
     metadata = metadata_of(folder, total)
     metadata.size_label = metadata.size_label or gguf.size_label(total, *parts)
@@ -406,8 +405,7 @@ def _add_parameters(writer: Any, architecture: str, options: Mapping[str, Any]) 
 
 def _rope(options: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of the rotary embedding; those of full attention if there are two."""
-    rope = options["rope_parameters"]
-    return dict(rope.get("full_attention", rope))
+    return dict(options["rope_parameters"].get("full_attention", options["rope_parameters"]))
 
 
 def _original_positions(options: Mapping[str, Any]) -> int:
@@ -421,8 +419,8 @@ def _head_width(options: Mapping[str, Any]) -> int:
 
 def _rotated_width(options: Mapping[str, Any]) -> int:
     """The columns of a head that are rotated, of families that rotate a share of them."""
-    share = _rope(options).get("partial_rotary_factor", options.get("partial_rotary_factor", 1.0))
-    return int(share * options["hidden_size"]) // int(options["num_attention_heads"])
+    width = {**options, **_rope(options)}.get("partial_rotary_factor", 1.0) * options["hidden_size"]
+    return int(width) // int(options["num_attention_heads"])
 
 
 def _experts(options: Mapping[str, Any]) -> int | None:
