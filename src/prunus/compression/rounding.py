@@ -169,9 +169,19 @@ def _type_losses(
     if not stored.measures_loss:
         return tensors
     corrects = stored.rounding == "feedback"
-    damping, seed = job.work.options.damping, job.recipe.seed
-    measurement = Measurement(job.selected, damping, seed, quantizes=corrects, outside=True)
-    sensitivities = measure_loss(job, session, ids, digests, measurement)
+    sensitivities = measure_loss(
+        job,
+        session,
+        ids,
+        digests,
+        Measurement(
+            job.selected,
+            job.work.options.damping,
+            job.recipe.seed,
+            quantizes=corrects,
+            outside=True,
+        ),
+    )
     model, linears = job.skeleton.model, job.selected_linears()
     modules, output_head = dict(model.named_modules()), model.get_output_embeddings()
     head = next(x for name, x in sensitivities.items() if modules[name] is output_head)

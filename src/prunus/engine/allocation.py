@@ -41,9 +41,13 @@ def allocate(
     shapes = {name: linear.shape for name, linear in job.selected_linears().items()}
     sparsities = [sparsity] * len(shapes)
     if sparsity > 0:
-        damping, seed = job.work.options.damping, job.recipe.seed
-        measurement = Measurement(job.selected, damping, seed, quantizes=False)
-        measured = measure_loss(job, session, ids, digests, measurement)
+        measured = measure_loss(
+            job,
+            session,
+            ids,
+            digests,
+            Measurement(job.selected, job.work.options.damping, job.recipe.seed, quantizes=False),
+        )
         # From the least to the most that a linear may lose, a curve has (sparsity, loss).
         low, high = (sparsity + side * _MAX_DISTANCE for side in (-1, 1))
         measured_at = [point * CURVE_STEP for point in range(round(1 / CURVE_STEP))]

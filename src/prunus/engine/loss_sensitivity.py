@@ -426,8 +426,7 @@ def _measure_block(
     """The gradient at the inputs of a block (float32), and the sums of its linears by full name."""
     skeleton, device = stream.skeleton, stream.device
     block = skeleton.fill(index, stream.source.block(index), device)
-    names = measurement.selected[index]
-    linears = [linear for linear in skeleton.linears(index) if linear.name in names]
+    linears = [x for x in skeleton.linears(index) if x.name in measurement.selected[index]]
     run = stream.call(index, block)
 
     def measure(factor: float) -> tuple[Tensor, dict[str, _Sums]]:

@@ -201,8 +201,8 @@ def _side_by_side(
     """Score models that share the tokens of the texts; see `perplexities`."""
     seqlen = _seqlen(chosen)
     batch = 1 if chosen.batch == "auto" else chosen.batch
-    loaded = next((one for one in models if isinstance(one, nn.Module)), None)
-    device = choose_device(chosen.device, loaded, ranks.local_size)
+    loaded = (model for model in models if isinstance(model, nn.Module))
+    device = choose_device(chosen.device, next(loaded, None), ranks.local_size)
     compute = ComputeOptions(chosen.dtype, device, chosen.memory, chosen.trust_remote_code)
     inputs = [find_model(model, chosen.trust_remote_code) for model in models]
     compared = None if reference is None else find_model(reference, chosen.trust_remote_code)
@@ -242,10 +242,9 @@ def _side_by_side(
         seconds.append(sum(seconds))
         for each in scored:
             each.scores.append(WindowScores.joined(each.scores))
-    name = None if compared is None else compared.name
     return [
         [
-            _result(of_text, of_model, start, name, each, took)
+            _result(of_text, of_model, start, compared, each, took)
             for of_text, of_model, took in zip(windows, each.scores, seconds, strict=True)
         ]
         for each in scored
@@ -260,17 +259,17 @@ def _result(
     windows: ScoringWindows,
     scores: WindowScores,
     start: int,
-    reference: str | None,
+    reference: ModelInput | None,
     model: _OpenModel,
     seconds: float,
 ) -> PerplexityResult:
-    """The figures of one model on one text. `reference` is the name of the reference, if any."""
+    """The figures of one model on one text, compared with the reference if there is one."""
     (count, seqlen), tokens = windows.ids.shape, windows.ids.numel()
     first = "" if start == 0 else f", scored from token {start + 2} of each on"
     divergence = None
     if reference is not None:
         worst = _worst_token(windows, *scores.largest_kl(), start)
-        divergence = replace(scores.divergence(reference), kl_max_at=worst)
+        divergence = replace(scores.divergence(reference.name), kl_max_at=worst)
     return PerplexityResult(
         source=str(windows.source),
         perplexity=exponential(scores.loss),
@@ -307,13 +306,10 @@ def _worst_token(windows: ScoringWindows, window: int, row: int, start: int) -> 
 
 def _opened(model: ModelInput, streamed: bool, compute: ComputeOptions) -> _OpenModel:
     """Open a model to score it, block by block if `streamed`."""
-    if model.folder is None:
-        source: LogitsSource = WholeModel(model.loaded)
-    elif streamed:
-        source = StreamedModel(model.folder, compute)
-    else:
-        source = WholeModel(compute.load(model.folder))
-    return _OpenModel(streamed, source)
+    if streamed and model.folder is not None:
+        return _OpenModel(True, StreamedModel(model.folder, compute))
+    loaded = model.loaded if model.folder is None else compute.load(model.folder)
+    return _OpenModel(False, WholeModel(loaded))
 
 
 # --- the text ---

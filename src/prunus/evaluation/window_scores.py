@@ -231,8 +231,8 @@ def score_windows(
     ids_of_rank = ids[span.start : span.stop]
     sources = [*([] if reference is None else [reference]), *models]
     # What the metrics measure at every token, each once, in a fixed order.
-    measured = [] if reference is None else [metric.measure for metric in METRICS]
-    measures = list(dict.fromkeys(measure for measure in measured if measure is not None))
+    every = dict.fromkeys(x.measure for x in METRICS if x.measure is not None)
+    measures = [] if reference is None else list(every)
     scored = ids.shape[1] - 1 - start
     count = len(ids_of_rank)
     losses_WM = torch.empty(count, len(sources), dtype=torch.float64)

@@ -72,11 +72,14 @@ def rounding_method(rounding: str, options: MethodOptions) -> Method:
     """
     feedback = rounding == "feedback"
     uses_dense_target = feedback and options.dense_weight != 0
-    on_target = partial(_on_dense_target, quantize_in_groups)
     return Method(
         name="rounding",
         summary="round each weight to a type of the format",
-        function=on_target if uses_dense_target else quantize_in_groups,
+        function=(
+            partial(_on_dense_target, quantize_in_groups)
+            if uses_dense_target
+            else quantize_in_groups
+        ),
         needs="gram" if feedback else "none",
         updates_weights=True,
         needs_drift=uses_dense_target,
@@ -108,8 +111,11 @@ def _then_update(
     the update is split over processes.
     """
     pruned = step(weight_OI, statistics, work)
-    update = partial(_update_rows, weight_OI, pruned, statistics, work.options.damping)
-    return work.rows.solve(len(weight_OI), 1, update)
+    return work.rows.solve(
+        len(weight_OI),
+        1,
+        partial(_update_rows, weight_OI, pruned, statistics, work.options.damping),
+    )
 
 
 def _update_rows(

@@ -9,14 +9,13 @@ they sum in which precision:
 
 - `kl_divergence` measures, one number for every position. All sums over the vocabulary are in
   float64, because figures of 1e-5 are compared.
-- `kl_sum` is for whole sums that are minimised or ranked (reconstruction of the last block, search
-  for blocks to remove). A position is summed in float32 as one dot product, so that no third matrix
-  of logits is needed, and positions are added in float64.
-- `kl_sum_of_terms` is for training (`recover`), where the rows are few at a time and a third matrix
-  is small. Every term is added in float64.
+- `kl_sum` is for whole sums. Reconstruction of the last block and the search for blocks to remove
+  add up a position in float32, as one dot product that needs no third matrix of logits, and
+  positions in float64. Training (`recover`) takes few rows at a time, so that a third matrix is
+  small, and adds every term in float64 (`by_term`).
 
-The two sums of the same matrices agree but for rounding, so neither takes the place of the other:
-results are compared to the last bit.
+The two ways agree but for rounding. Neither takes the place of the other, because results are
+compared to the last bit.
 
 torch is imported when a function is called: the table of metrics is read without it.
 
@@ -67,12 +66,13 @@ def kl_divergence(reference_TV: Tensor, model_TV: Tensor) -> Tensor:
     return mean_T + sum_q_T.log() - sum_p_T.log()
 
 
-def kl_sum(p_TV: Tensor, change_TV: Tensor) -> Tensor:
+def kl_sum(p_TV: Tensor, change_TV: Tensor, by_term: bool = False) -> Tensor:
     """The sum over all positions of Σ_v p_v (log p_v − log q_v), a float64 scalar.
 
     Args:
         p_TV: The probabilities of the reference, float32 (…, V).
         change_TV: log p − log q, of the same shape; see `log_probabilities`.
+        by_term: Add every term in float64, not only the sums of positions.
 
     >>> import torch
     >>> half, other = (log_probabilities(torch.tensor([[0.0, x]])) for x in (0.0, 2.0))
@@ -81,17 +81,5 @@ def kl_sum(p_TV: Tensor, change_TV: Tensor) -> Tensor:
     """
     import torch
 
-    return torch.linalg.vecdot(p_TV, change_TV).sum(dtype=torch.float64)
-
-
-def kl_sum_of_terms(p_TV: Tensor, change_TV: Tensor) -> Tensor:
-    """As `kl_sum`, with every term added in float64.
-
-    >>> import torch
-    >>> half, other = (log_probabilities(torch.tensor([[0.0, x]])) for x in (0.0, 2.0))
-    >>> round(kl_sum_of_terms(half.exp(), half - other).item(), 4)
-    0.4338
-    """
-    import torch
-
-    return (p_TV * change_TV).sum(dtype=torch.float64)
+    parts = p_TV * change_TV if by_term else torch.linalg.vecdot(p_TV, change_TV)
+    return parts.sum(dtype=torch.float64)

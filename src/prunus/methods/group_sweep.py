@@ -26,14 +26,12 @@ G groups of a span, C columns of a group. In `_order`, S counts runs of columns 
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from prunus.hardware.numerics import low_precision_product
-from prunus.methods.codebooks import CodewordFit
-from prunus.methods.group_fits import SpanFit, fit_scales, round_in_groups, span_fit
+from prunus.methods.group_fits import fit_scales, round_in_groups, span_fit
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer, Scales, join_spans
 from prunus.methods.solvers.obs import TILE, ordered_factor, sweep_columns
 from prunus.methods.statistics import InputStatistics
@@ -156,15 +154,6 @@ def _round_with_feedback(
     return join_spans(scales, levels_IO, quantizer, weight_OI, weighted_OI)
 
 
-class _Group(NamedTuple):
-    """How the group that the sweep is in is rounded: scales, its step, 1 / step, and its offset."""
-
-    scales: Scales
-    step_O: Tensor
-    inverse_O: Tensor
-    offset_O: Tensor
-
-
 class _Sweep:
     """The sweep over the columns of some rows.
 
@@ -182,7 +171,10 @@ class _Sweep:
         inverses: 1 / U_jj.
         scales: Number of a span in the row -> its scales.
         levels_IO: The levels in the order in which they are stored.
-        group: The group that the sweep is in.
+        group: The scales of the group that the sweep is in.
+        step_O: Its step.
+        inverse_O: 1 / step.
+        offset_O: Its offset.
         value_UO: The values of the unit that the sweep is in, in steps.
     """
 
@@ -212,11 +204,11 @@ class _Sweep:
         if j % self.quantizer.span == 0:
             self._fit_span(j)
         if j % self.quantizer.group == 0:
-            self.group = self._group_at(j)
+            self._begin_group(j)
         if j % self.quantizer.unit == 0:
             self._round_unit(j)
-        value_O = self.value_UO[j % self.quantizer.unit] * self.group.step_O
-        torch.sub(self.weight_IO[j], value_O.sub_(self.group.offset_O), out=error_O)
+        value_O = self.value_UO[j % self.quantizer.unit] * self.step_O
+        torch.sub(self.weight_IO[j], value_O.sub_(self.offset_O), out=error_O)
         error_O.mul_(self.inverses[j])
 
     def _fit_span(self, j: int) -> None:
@@ -230,32 +222,33 @@ class _Sweep:
             self.quantizer,
         )
 
-    def _group_at(self, j: int) -> _Group:
+    def _begin_group(self, j: int) -> None:
         """Decide the scales of the group that begins at column j of the sweep."""
         span, column = divmod(self.order[j], self.quantizer.span)
         group = column // self.quantizer.group
         d_O, dmin_O, codes_GO, minima_GO = self.scales[span]
-        scales = Scales(d_O, dmin_O, codes_GO[group, None], minima_GO[group, None])
+        self.group = Scales(d_O, dmin_O, codes_GO[group, None], minima_GO[group, None])
         if self.quantizer.span != self.quantizer.group:
             # The columns of the span so far have corrected this group since.
-            scales = self._fit(slice(j, j + self.quantizer.group)).best_codes(scales)
-            codes_GO[group], minima_GO[group] = scales.codes_GO[0], scales.minima_GO[0]
-        (step_O,), (offset_O,) = scales.steps()
-        return _Group(scales, step_O, step_O.reciprocal().nan_to_num_(0, 0, 0), offset_O)
+            columns = slice(j, j + self.quantizer.group)
+            self.group = span_fit(
+                self.weight_IO[columns], self.importance_I[columns], self.quantizer
+            ).best_codes(self.group)
+            codes_GO[group], minima_GO[group] = self.group.codes_GO[0], self.group.minima_GO[0]
+        (self.step_O,), (self.offset_O,) = self.group.steps()
+        self.inverse_O = self.step_O.reciprocal().nan_to_num_(0, 0, 0)
 
     def _round_unit(self, j: int) -> None:
         """Choose the values of the columns from j on that are rounded together."""
         columns = slice(j, j + self.quantizer.unit)
         if self.quantizer.unit == 1:
-            steps_UO = (self.weight_IO[columns] + self.group.offset_O).mul_(self.group.inverse_O)
+            steps_UO = (self.weight_IO[columns] + self.offset_O).mul_(self.inverse_O)
             self.value_UO, level_UO = self.quantizer.nearest(steps_UO)
         else:
-            self.value_UO, level_UO = self._fit(columns).nearest(self.group.scales)
+            self.value_UO, level_UO = span_fit(
+                self.weight_IO[columns], self.importance_I[columns], self.quantizer
+            ).nearest(self.group)
         self.levels_IO[self.order[j] : self.order[j] + self.quantizer.unit] = level_UO
-
-    def _fit(self, columns: slice) -> SpanFit | CodewordFit:
-        """The fit of some columns, as they are corrected so far."""
-        return span_fit(self.weight_IO[columns], self.importance_I[columns], self.quantizer)
 
 
 def _importances(upper_II: Tensor, unit: int) -> Tensor:

@@ -22,7 +22,7 @@ from prunus.calibration.training_text import TrainingText
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.engine.reconstruction.train import learning_rate
 from prunus.hardware.numerics import native_bfloat16
-from prunus.methods.divergence import kl_sum_of_terms, log_probabilities
+from prunus.methods.divergence import kl_sum, log_probabilities
 from prunus.model.linears import refuse_not_finite
 from prunus.recovery.checkpoints import Checkpoints, TrainingState
 from prunus.recovery.options import RecoveryOptions
@@ -323,7 +323,7 @@ class _Loss(torch.autograd.Function):
                 if teacher_WSV is not None:
                     logp_RV = log_probabilities(teacher_WSV[part])
                     p_RV = logp_RV.exp()
-                    total += weight * kl_sum_of_terms(p_RV, logp_RV.sub_(logq_RV))
+                    total += weight * kl_sum(p_RV, logp_RV.sub_(logq_RV), by_term=True)
                 if gradient_WSV is not None:
                     # q − w·p − (1−w)·[v = y], in place of log q.
                     change_RV = logq_RV.exp_()

@@ -104,8 +104,7 @@ def prune_linear(
     if (before := count_zeros(stored_OI)) > SPARSE * stored_OI.numel():
         notes["zeros_before"] = before
     rows: RowSharding = _RowsOverRanks(ranks) if ranks.size > 1 else UNSHARDED
-    quantization = None if round_as is None else round_as(full_name)
-    work = replace(work, rows=rows, quantization=quantization)
+    work = replace(work, rows=rows, quantization=round_as(full_name) if round_as else None)
     with naming(full_name):
         pruned = method.apply(weight_OI, statistics, work)
     if method.updates_weights:
@@ -135,8 +134,8 @@ def prune_linear(
         bits=None if pruned.quantized is None else pruned.quantized.quantizer.bits,
         notes=notes | pruned.notes,
     )
-    result = new_OI.T if linear.transposed else new_OI
-    return PrunedLinear(result.to(stored.device).contiguous(), record, pruned.quantized)
+    oriented = (new_OI.T if linear.transposed else new_OI).to(stored.device)
+    return PrunedLinear(oriented.contiguous(), record, pruned.quantized)
 
 
 def _on_device(stored_OI: torch.Tensor, current_OI: torch.Tensor) -> torch.Tensor:
@@ -145,11 +144,8 @@ def _on_device(stored_OI: torch.Tensor, current_OI: torch.Tensor) -> torch.Tenso
     The block was filled with the stored weight, and nothing has changed it yet. So if the block
     computes in the stored dtype, `current_OI`, its weight on the device, is the stored one.
     """
-    if stored_OI.device == current_OI.device:
-        return stored_OI
-    if stored_OI.dtype == current_OI.dtype:
-        return current_OI
-    return stored_OI.to(current_OI.device)
+    is_there = stored_OI.device != current_OI.device and stored_OI.dtype == current_OI.dtype
+    return current_OI if is_there else stored_OI.to(current_OI.device)
 
 
 def _output_error(
@@ -260,8 +256,5 @@ def _merge_notes(by_rank: list[dict[str, Any]]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for notes in by_rank:
         for key, value in notes.items():
-            if key not in merged or isinstance(value, str):
-                merged[key] = value
-            else:
-                merged[key] = max(merged[key], value)
+            merged[key] = value if isinstance(value, str) else max(merged.get(key, value), value)
     return merged

@@ -305,7 +305,8 @@ def synchronize(
         each.arrived for each in there
     ):
         leader = _NONE
-    left = [each.left_at(first) for each in standings]
+    # On a rank that does not take part in this meeting, all batches stay.
+    left = [each.staying if each.position == first else each.added for each in standings]
     keep = {name for place, name in enumerate(names) if any(counts[place] for counts in left)}
     if leader == _NONE:
         return Meeting(names[first], None, frozenset(keep))
@@ -371,13 +372,6 @@ class _Standing:
             _Standing(other[0], other[1], other[2], other[3:split], other[split:])
             for other in ranks.gather_ints(row)
         ]
-
-    def left_at(self, position: int) -> Sequence[int]:
-        """Per module, of how many batches it was the last that stay in a meeting at `position`.
-
-        All batches of a rank that does not take part in the meeting stay.
-        """
-        return self.staying if self.position == position else self.added
 
 
 def _common(positions: Iterable[int]) -> int:
