@@ -34,7 +34,7 @@ from gguf import (
     quants,
 )
 
-from prunus.formats.gguf.header import open_gguf
+from prunus.formats.gguf.file import open_gguf
 from prunus.formats.gguf.import_checkpoint import (
     check_destination,
     head_is_embedding,

@@ -26,7 +26,8 @@ from typing import Any
 
 import torch
 
-from prunus.formats.gguf.file import GgufFile, StoredTensor, write_gguf
+from prunus.formats.gguf.file import GgufFile, write_gguf
+from prunus.formats.gguf.header import StoredTensor
 from prunus.formats.gguf.types import TYPES, GgufType
 from prunus.hardware.memory import describe_hardware
 from prunus.methods.group_fits import round_in_groups

@@ -19,7 +19,6 @@ from transformers import AutoConfig, AutoTokenizer
 pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
 
-import gguf
 
 import prunus
 from command_line import call
@@ -31,6 +30,7 @@ from prunus.engine.progress import Progress, pruning_step
 from prunus.evaluation.generation import generate
 from prunus.evaluation.inspection import stored_size
 from prunus.evaluation.records import ModelSize
+from prunus.formats.gguf import file as gguf_file
 from prunus.formats.gguf.file import GgufFile
 from prunus.formats.gguf.import_checkpoint import import_gguf
 from prunus.formats.gguf.result import read_record
@@ -648,9 +648,9 @@ def test_a_gguf_file_that_is_read_is_named_and_its_header_read_once(small, monke
     compress(small, tmp_path / "x.gguf", type="Q8_0")
     said: list[str] = []
     read: list[object] = []
-    opened = gguf.GGUFReader.__init__
+    read_header = gguf_file.read_header
     monkeypatch.setattr(
-        gguf.GGUFReader, "__init__", lambda *given: (read.append(given[1]), opened(*given))[0]
+        gguf_file, "read_header", lambda file: (read.append(file), read_header(file))[1]
     )
     "".join(generate(tmp_path / "x.gguf", "ab", max_new_tokens=2, progress=said.append))
     assert said[0] == "reading x.gguf" and said[-1] == f"loading {tmp_path / 'x.gguf'}"
@@ -663,8 +663,8 @@ def test_a_gguf_file_that_is_read_is_named_and_its_header_read_once(small, monke
 
 def contents(path: Path) -> dict[str, tuple[str, bytes]]:
     """Name of a tensor that is no norm -> its type and its bytes."""
-    tensors = GgufFile.open(path).tensors.values()
-    kinds = {x.name: (x.tensor_type.name, x.data.tobytes()) for x in tensors}
+    file = GgufFile.open(path)
+    kinds = {x: (file.tensors[x].tensor_type.name, bytes(file.raw(x))) for x in file.tensors}
     return {name: kind for name, kind in kinds.items() if kind[0] != "F32"}
 
 

@@ -11,7 +11,7 @@ import torch
 from method_cases import gather
 from prunus.engine import loss_sensitivity
 from prunus.engine.linear_job import LinearPlan, plan_run
-from prunus.engine.loss_sensitivity import LinearSensitivity, loss_sensitivities
+from prunus.engine.loss_sensitivity import LinearSensitivity, LossMeasurement, loss_sensitivities
 from prunus.engine.options import RunOptions
 from prunus.formats.recipe import CompressionRecipe
 from prunus.methods.group_sweep import relative_steps
@@ -34,8 +34,9 @@ def streamed(
     stream = Stream(job.skeleton, job.source, job.device)
     with torch.no_grad(), contextlib.closing(stream):
         stream.embed([IDS], None)
-        options = job.work.options
-        return loss_sensitivities(stream, IDS, job.selected, options, seed, quantizes, outside)
+        damping = job.work.options.damping
+        measurement = LossMeasurement(job.selected, damping, seed, quantizes, outside)
+        return loss_sensitivities(stream, IDS, measurement)
 
 
 def check_equal(found: LinearSensitivity, expected, options) -> None:

@@ -1,6 +1,5 @@
 """What llama.cpp and mlx-lm compute whatever a configuration says: every entry of the tables."""
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -131,7 +130,7 @@ UNLIKE = {
 def test_a_template_says_nothing_else_than_the_configuration(option, tmp_path):
     dense = gguf_checkpoint(tmp_path / "dense", hidden_size=32, intermediate_size=64)
     fields = known_layout(dense)[0].fields
-    fields["llama.logit_scale"] = dataclasses.replace(fields["llama.rope.freq_base"], value=4.0)
+    fields["llama.logit_scale"] = fields["llama.rope.freq_base"]._replace(value=4.0)
     template = write_container(tmp_path / "full.gguf", known_tensors(dense), fields)
     value, message = UNLIKE[option]
     for given in ({}, {option: value}):

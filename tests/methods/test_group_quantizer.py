@@ -8,7 +8,6 @@ import torch
 
 from method_cases import ThreeShards
 from prunus.formats.compressed_tensors import integer_type
-from prunus.formats.gguf.file import dequantize
 from prunus.formats.gguf.package import package
 from prunus.formats.gguf.types import TYPES, CodebookType, GgufType, type_for
 from prunus.kernels import library as kernels
@@ -70,14 +69,12 @@ def error(weight_OI: torch.Tensor, other_OI: torch.Tensor, gram_II: torch.Tensor
 def test_bytes_are_read_and_written_as_the_package_gguf_does(quantizer):
     data_NK, gguf = random_spans(quantizer), package()
     spans = quantizer.unpack(data_NK)
-    kind = gguf.GGMLQuantizationType(quantizer.number)
-    assert kind.name == quantizer.name
-    assert (quantizer.number, quantizer.span, quantizer.nbytes) == (
-        kind,
-        *gguf.GGML_QUANT_SIZES[kind],
-    )
-    expected = torch.from_numpy(dequantize(data_NK.numpy(), kind))
-    assert torch.equal(spans.dense(quantizer), expected)
+    if quantizer.name != "Q2_0":  # which the package cannot decode; see the next test
+        kind = gguf.GGMLQuantizationType(quantizer.number)
+        assert kind.name == quantizer.name
+        assert (quantizer.span, quantizer.nbytes) == gguf.GGML_QUANT_SIZES[kind]
+        expected = torch.from_numpy(gguf.quants.dequantize(data_NK.numpy(), kind))
+        assert torch.equal(spans.dense(quantizer), expected)
     assert torch.equal(quantizer.pack(spans), data_NK)
 
 
@@ -94,7 +91,9 @@ def test_all_scales_and_codes_of_mxfp4_are_those_of_the_package_gguf():
         [torch.arange(253)[:, None], (codes_K[0] | codes_K[1].flip(0) << 4).expand(253, -1)], 1
     ).byte()
     spans = TYPES["MXFP4"].unpack(data_NK)
-    expected = torch.from_numpy(dequantize(data_NK.numpy(), package().GGMLQuantizationType(39)))
+    expected = torch.from_numpy(
+        package().quants.dequantize(data_NK.numpy(), package().GGMLQuantizationType(39))
+    )
     assert torch.equal(spans.dense(TYPES["MXFP4"]), expected)
     assert torch.equal(TYPES["MXFP4"].pack(spans), data_NK)
 

@@ -10,7 +10,8 @@ import torch
 from tokenizers import models
 
 import prunus
-from prunus.formats.gguf.file import GgufFile, StoredTensor, fields_of, new_fields, write_gguf
+from prunus.formats.gguf.file import GgufFile, fields_of, new_fields, write_gguf
+from prunus.formats.gguf.header import StoredTensor
 from prunus.formats.gguf.layout import GgufLayout, layout_of
 from prunus.formats.gguf.types import PLAIN
 from prunus.formats.records import CompressionRecord

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from prunus.engine.linear_job import LinearPlan
-from prunus.engine.loss_sensitivity import LinearSensitivity, measure_loss
+from prunus.engine.loss_sensitivity import LinearSensitivity, LossMeasurement, measure_loss
 from prunus.engine.output import CheckpointFolder, Rounding
 from prunus.engine.run import Run
 from prunus.engine.session import Session, shown_session
@@ -197,9 +197,19 @@ def measured(
         return plan.lasting
     losses: dict[str, Tensor] = {}
     importances: dict[str, Tensor] = {}
-    options, corrects = job.work.options, job.recipe.rounds == "feedback"
+    corrects = job.recipe.rounds == "feedback"
     sensitivities = measure_loss(
-        job, session, ids, digests, job.selected, options, quantizes=corrects, outside=True
+        job,
+        session,
+        ids,
+        digests,
+        LossMeasurement(
+            job.selected,
+            job.work.options.damping,
+            job.recipe.seed,
+            quantizes=corrects,
+            outside=True,
+        ),
     )
     model, linears = job.skeleton.model, job.selected_linears()
     modules, output_head = dict(model.named_modules()), model.get_output_embeddings()

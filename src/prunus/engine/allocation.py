@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from prunus.engine.linear_job import LinearPlan
-from prunus.engine.loss_sensitivity import CURVE_STEP, measure_loss
+from prunus.engine.loss_sensitivity import CURVE_STEP, LossMeasurement, measure_loss
 from prunus.engine.session import Session
 from prunus.methods.allocation import allocate_by_error, round_to_whole_weights
 
@@ -41,8 +41,15 @@ def allocate(
     shapes = {name: linear.shape for name, linear in job.selected_linears().items()}
     sparsities = [sparsity] * len(shapes)
     if sparsity > 0:
-        options = job.work.options
-        measured = measure_loss(job, session, ids, digests, job.selected, options, quantizes=False)
+        measured = measure_loss(
+            job,
+            session,
+            ids,
+            digests,
+            LossMeasurement(
+                job.selected, job.work.options.damping, job.recipe.seed, quantizes=False
+            ),
+        )
         # From the least to the most that a linear may lose, a curve has (sparsity, loss).
         low, high = (sparsity + side * _MAX_DISTANCE for side in (-1, 1))
         measured_at = [point * CURVE_STEP for point in range(round(1 / CURVE_STEP))]

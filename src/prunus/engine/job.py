@@ -203,7 +203,7 @@ def _block_memory(job: RunJob, index: int, dense: bool, trained: bool, extra: in
         heads = int(getattr(job.source.config.get_text_config(), "num_attention_heads", 1) or 1)
         transient += activation_bytes(batch_tokens, window_tokens, hidden, widest, heads, 4)
         if in_front_of_head(job.skeleton, index):
-            # The head, and for some tokens the logits of both models; see `kl_divergence`.
+            # The head, and for some tokens the logits of both models; see `divergence_loss`.
             per_token = hidden * itemsize + 24 * CHUNK_TOKENS * job.batch
             transient += job.skeleton.vocabulary * per_token
     return BlockMemory(

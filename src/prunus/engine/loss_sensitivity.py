@@ -36,7 +36,6 @@ from prunus.engine.session import Session
 from prunus.hardware.errors import naming
 from prunus.hardware.numerics import all_finite, multiplies_bfloat16
 from prunus.methods.group_sweep import relative_steps
-from prunus.methods.options import MethodOptions
 from prunus.methods.statistics import InputStatistics, statistics_bytes
 from prunus.model.kinds import CAUSAL, IMAGES
 from prunus.model.linears import Linear
@@ -81,15 +80,40 @@ class LinearSensitivity:
     importance_I: Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
+@dataclass(frozen=True)
+class LossMeasurement:
+    """What to measure of a dense model, and for whom.
+
+    Attributes:
+        selected: Per block the relative names of the linears to measure.
+        damping: λ of the Gram matrices, see `relative_steps`.
+        seed: Seed of the random draws of y or z.
+        quantizes: Whether the linears will be quantised with feedback, which needs Gram matrices of
+            their inputs. Else they are pruned, or each weight is rounded by itself.
+        outside: Whether to measure the embedding and the head of a causal model too, each for its
+            own part if they are tied.
+    """
+
+    selected: Sequence[Sequence[str]]
+    damping: float | None
+    seed: int
+    quantizes: bool
+    outside: bool = False
+
+    def sums(
+        self, linears: Sequence[Linear], device: torch.device, factor: float
+    ) -> dict[str, _Sums]:
+        """Name -> empty sums of linears whose Gram matrices are in memory at the same time."""
+        width = part_width(linears) if self.quantizes else 0
+        return {linear.name: _Sums(linear, width, device, factor) for linear in linears}
+
+
 def measure_loss(
     job: RunJob,
     session: Session,
     ids: Tensor,
     digests: dict[str, str],
-    selected: Sequence[Sequence[str]],
-    options: MethodOptions,
-    quantizes: bool,
-    outside: bool = False,
+    measurement: LossMeasurement,
 ) -> dict[str, LinearSensitivity]:
     """`loss_sensitivities` of the dense model of a run, on the first of its windows or images.
 
@@ -99,11 +123,7 @@ def measure_loss(
         ids: Token ids (windows, tokens), or pixel values (images, channels, height, width).
         digests: Name of a block -> SHA-256 of the weights that a measurement has read. Missing
             hashes are added.
-        selected: Per block the relative names of the linears to measure.
-        options: The options of methods, of which the damping matters.
-        quantizes: Whether the linears will be quantised with feedback. Else they are pruned, or
-            each weight is rounded by itself.
-        outside: Whether to measure the embedding and the head too.
+        measurement: What to measure.
 
     Raises:
         ValueError: A gradient or a weight is not finite; names the linear or the tensor.
@@ -117,33 +137,21 @@ def measure_loss(
     count = session.preparing("measuring what errors of each linear cost", steps, job.device)
     with torch.no_grad(), contextlib.closing(stream):
         stream.embed([windows], None)
-        seed = job.recipe.seed
-        return loss_sensitivities(
-            stream, windows, selected, options, seed, quantizes, outside, count
-        )
+        return loss_sensitivities(stream, windows, measurement, count)
 
 
 def loss_sensitivities(
     stream: Stream,
     ids: Tensor,
-    selected: Sequence[Sequence[str]],
-    options: MethodOptions,
-    seed: int,
-    quantizes: bool,
-    outside: bool = False,
+    measurement: LossMeasurement,
     count: Callable[[int], None] = lambda steps: None,
 ) -> dict[str, LinearSensitivity]:
-    """Full name -> sensitivity of the dense linears `selected` per block.
+    """Full name -> sensitivity of dense linears.
 
     Args:
         stream: The dense model, which has embedded `ids` as one batch.
         ids: Token ids (windows, tokens), or pixel values (images, channels, height, width).
-        selected: Per block the relative names of the linears to measure.
-        options: The options of methods, of which the damping matters.
-        seed: Seed of the random draws of y or z.
-        quantizes: Whether the linears will be quantised, which needs Gram matrices of their inputs.
-        outside: Whether to measure the embedding and the head of a causal model too, each for its
-            own part if they are tied.
+        measurement: What to measure.
         count: Called with the steps that are done. Every block has one in the first pass and
             `_BACKWARD` in the second.
 
@@ -153,24 +161,22 @@ def loss_sensitivities(
     inputs, sensitivities = _block_inputs(stream, count), dict[str, LinearSensitivity]()
     first, head = inputs[0], None
     if stream.skeleton.kind is CAUSAL:
-        gradient, heads = _gradient_of_loss(stream, ids, seed, outside, quantizes)
+        gradient, heads = _gradient_of_loss(stream, ids, measurement)
         head = next(iter(heads.values()), None)
     else:
-        gradient = _gradient_of_change(stream, seed)
+        gradient = _gradient_of_change(stream, measurement.seed)
     unit = gradient.shape[:-1].numel()
     for index in reversed(range(len(stream.skeleton))):
-        gradient, of_block = _measure_block(
-            stream, index, inputs.pop(), gradient, selected[index], quantizes
-        )
+        gradient, of_block = _measure_block(stream, index, inputs.pop(), gradient, measurement)
         for name, sums in of_block.items():
             with naming(name):
-                sensitivities[name] = sums.sensitivity(options, unit)
+                sensitivities[name] = sums.sensitivity(measurement.damping, unit)
             if not bool(sensitivities[name].loss_O.isfinite().all()):
                 raise ValueError(f"the gradients of {name} are not finite; try `dtype` float32")
         stream.skeleton.release(index)
         count(_BACKWARD)
     if head is not None:
-        sensitivities[head.linear.name] = head.with_feedback(options, unit)
+        sensitivities[head.linear.name] = head.with_feedback(measurement.damping, unit)
         embedding = _outside(stream, "input")
         sensitivities[embedding.name] = _of_embedding(stream, embedding, ids, first, gradient, unit)
     return sensitivities
@@ -294,18 +300,14 @@ def _block_inputs(stream: Stream, count: Callable[[int], None]) -> list[Tensor]:
 
 
 def _gradient_of_loss(
-    stream: Stream, ids: Tensor, seed: int, with_head: bool, quantizes: bool
+    stream: Stream, ids: Tensor, measurement: LossMeasurement
 ) -> tuple[Tensor, dict[str, _Sums]]:
     """The gradient of Σ log p(y) at the outputs of the last block, and the sums of the head."""
-    skeleton, head = stream.skeleton, [_outside(stream, "output")] if with_head else []
+    skeleton, head = stream.skeleton, [_outside(stream, "output")] if measurement.outside else []
 
     def measure(factor: float) -> tuple[Tensor, dict[str, _Sums]]:
-        rows = []
-        sums = {
-            x.name: _Sums(x, part_width([x]) if quantizes else 0, stream.device, factor)
-            for x in head
-        }
-        generator = torch.Generator().manual_seed(seed)
+        rows, sums = [], measurement.sums(head, stream.device, factor)
+        generator = torch.Generator().manual_seed(measurement.seed)
         with _summing(head, sums):
             # Window by window: logits are large.
             for window_ids, hidden in zip(ids.split(1), stream.states.get(0).split(1), strict=True):
@@ -354,9 +356,7 @@ class _Sums:
     multiplied by `factor`, and are summed without it.
     """
 
-    def __init__(
-        self, linear: Linear, width: int, device: torch.device, factor: float = 1.0
-    ) -> None:
+    def __init__(self, linear: Linear, width: int, device: torch.device, factor: float) -> None:
         inputs = linear.shape[1]
         self.linear, self._factor = linear, factor
         self._statistics = InputStatistics(inputs, "norms", device)
@@ -397,7 +397,7 @@ class _Sums:
         importance_I = (squares_I / self._statistics.tokens).cpu()
         return LinearSensitivity(_shared(self._squares_O / unit).cpu(), importance_I=importance_I)
 
-    def with_feedback(self, options: MethodOptions, unit: float) -> LinearSensitivity:
+    def with_feedback(self, damping: float | None, unit: float) -> LinearSensitivity:
         """`without_weight`, where later columns correct the errors of those before them.
 
         Without Gram matrices nothing is known of that, and it is `without_weight` itself.
@@ -407,13 +407,13 @@ class _Sums:
             return result
         squares_I = self._statistics.sum_squares_I.float()
         power = max(float(squares_I.mean()) / self._statistics.tokens, 1e-12)
-        steps_I = torch.cat([_part_steps(part, squares_I, options) for part in self._parts])
+        steps_I = torch.cat([_part_steps(part, squares_I, damping) for part in self._parts])
         return replace(result, importance_I=(power / steps_I.square()).cpu())
 
-    def sensitivity(self, options: MethodOptions, unit: float) -> LinearSensitivity:
+    def sensitivity(self, damping: float | None, unit: float) -> LinearSensitivity:
         """The sensitivity of the linear; `unit` is the number of tokens."""
         if self._parts:
-            return self.with_feedback(options, unit)
+            return self.with_feedback(damping, unit)
         result, weight_OI = self.without_weight(unit), self.linear.weight_OI.float()
         loss_O = result.loss_O.to(weight_OI.device)
         power_I = result.importance_I.to(weight_OI.device)
@@ -425,18 +425,16 @@ def _measure_block(
     index: int,
     inputs: Tensor,
     gradient: Tensor,
-    names: Sequence[str],
-    quantizes: bool,
+    measurement: LossMeasurement,
 ) -> tuple[Tensor, dict[str, _Sums]]:
     """The gradient at the inputs of a block (float32), and the sums of its linears by full name."""
     skeleton, device = stream.skeleton, stream.device
     block = skeleton.fill(index, stream.source.block(index), device)
-    linears = [linear for linear in skeleton.linears(index) if linear.name in names]
-    width = part_width(linears) if quantizes else 0
+    linears = [x for x in skeleton.linears(index) if x.name in measurement.selected[index]]
     run = stream.call(index, block)
 
     def measure(factor: float) -> tuple[Tensor, dict[str, _Sums]]:
-        sums = {linear.name: _Sums(linear, width, device, factor) for linear in linears}
+        sums = measurement.sums(linears, device, factor)
         hidden = inputs.to(device).detach().requires_grad_()
         with _summing(linears, sums), torch.enable_grad(), _rounded_products(stream):
             output = run(hidden)
@@ -449,11 +447,11 @@ def _measure_block(
     return at_inputs, {f"{name}.{linear}": x for linear, x in sums.items()}
 
 
-def _part_steps(part: InputStatistics, squares_I: Tensor, options: MethodOptions) -> Tensor:
+def _part_steps(part: InputStatistics, squares_I: Tensor, damping: float | None) -> Tensor:
     """U_jj of some inputs, as if the others did not exist, in the unit of all inputs."""
     # `relative_steps` divides by the mean diagonal of its own Gram matrix.
     part_mean = float(part.sum_squares_I.float().mean())
-    steps_I = relative_steps(part, options.damping)
+    steps_I = relative_steps(part, damping)
     return (
         steps_I * (float(squares_I.mean()) / part_mean) ** 0.5
         if part_mean > 0

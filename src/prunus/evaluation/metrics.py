@@ -4,10 +4,8 @@ An entry says how a metric is computed, what it is called and how it is shown. I
 fields of `records.Divergence`, so a new metric is an entry here and a field there.
 
 Perplexity looks at the probability of one token per position, and pruning can raise some of these
-while it lowers others. The Kullback-Leibler divergence compares all probabilities. With p of the
-reference and q of the model, it is at every position
-
-    KL(p ‖ q) = Σ_v p_v (log p_v − log q_v)   in nats, never below 0, and 0 only if p = q.
+while it lowers others. The Kullback-Leibler divergence compares all probabilities; see
+`methods/divergence.py`.
 
 Positions within a window share their context, so they are no independent samples. Standard errors
 are therefore taken over the means of windows: sd(means) / √W.
@@ -29,6 +27,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from prunus.engine.document import Measured
+from prunus.methods.divergence import kl_divergence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,37 +58,6 @@ class TextMetric:
     summary: Summary
     #: Whether tables of quality leave it to the table of single tokens.
     of_tokens: bool = False
-
-
-def kl_divergence(reference_TV: Tensor, model_TV: Tensor) -> Tensor:
-    """KL(reference ‖ model) in nats for every row of two models' logits (T, V), float64 (T,).
-
-    With logits x and y whose largest is 0, and Z the sums of their exponentials,
-
-        KL = Σ_v exp(x_v) (x_v − y_v) / Z_x + log Z_y − log Z_x.
-
-    Exponentials are taken in float32, and all sums over the vocabulary in float64. A sum of 50,000
-    probabilities in float32, as in `torch.log_softmax`, would be wrong by about 1e-5. Rounding may
-    still put a value a little below 0. It is kept, because setting it to 0 would bias the mean.
-
-    >>> import torch
-    >>> even, odds = torch.zeros(1, 2), torch.tensor([[0.75, 0.25]]).log()
-    >>> round(kl_divergence(odds, even).item(), 4)  # 0.75 log 1.5 + 0.25 log 0.5
-    0.1308
-    """
-    import torch
-
-    x_TV, y_TV = (
-        logits.float() - logits.float().amax(dim=-1, keepdim=True)
-        for logits in (reference_TV, model_TV)
-    )
-    p_TV = x_TV.exp()  # not yet divided by its sum
-    sum_p_T = p_TV.sum(dim=-1, dtype=torch.float64)
-    sum_q_T = y_TV.exp().sum(dim=-1, dtype=torch.float64)
-    # A token that the reference rules out adds 0 log 0 = 0, where the product may be NaN.
-    terms_TV = (p_TV * (x_TV - y_TV)).masked_fill(p_TV == 0, 0)
-    mean_T = terms_TV.sum(dim=-1, dtype=torch.float64) / sum_p_T
-    return mean_T + sum_q_T.log() - sum_p_T.log()
 
 
 def same_top(reference_TV: Tensor, model_TV: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import functools
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +178,18 @@ def perplexities(
     ]
 
 
+@dataclass(frozen=True, eq=False)
+class _OpenModel:
+    """A model that takes part in a comparison, open to be scored."""
+
+    #: Whether it is read block by block.
+    streamed: bool
+    #: Its logits.
+    source: LogitsSource
+    #: Its scores on each text, as they come; none of a reference.
+    scores: list[WindowScores] = field(default_factory=list)
+
+
 def _side_by_side(
     models: Sequence[Any],
     texts: Sequence[str],
@@ -189,52 +201,53 @@ def _side_by_side(
     """Score models that share the tokens of the texts; see `perplexities`."""
     seqlen = _seqlen(chosen)
     batch = 1 if chosen.batch == "auto" else chosen.batch
-    # The reference is the last one in these lists.
-    asked = [*models, *([] if reference is None else [reference])]
-    loaded = next((one for one in models if isinstance(one, nn.Module)), None)
-    device = choose_device(chosen.device, loaded, ranks.local_size)
+    loaded = (model for model in models if isinstance(model, nn.Module))
+    device = choose_device(chosen.device, next(loaded, None), ranks.local_size)
     compute = ComputeOptions(chosen.dtype, device, chosen.memory, chosen.trust_remote_code)
-    inputs = [find_model(model, chosen.trust_remote_code) for model in asked]
-    for model in inputs[: len(models)] if reference is not None else []:
-        check_reference(model, inputs[-1])
+    inputs = [find_model(model, chosen.trust_remote_code) for model in models]
+    compared = None if reference is None else find_model(reference, chosen.trust_remote_code)
+    if compared is not None:
+        for model in inputs:
+            check_reference(model, compared)
     ranks.set_location(f"the perplexity of {inputs[0].name} on {', '.join(map(str, texts))}")
     with ranks.fail_together():
         tokenizer = functools.cache(lambda: inputs[0].tokenizer(chosen.tokenizer))
         windows = [scoring_windows(text, tokenizer, seqlen, chosen) for text in texts]
-    folders = [model.folder for model in inputs]
+    everyone = inputs if compared is None else [*inputs, compared]
+    folders = [model.folder for model in everyone]
     streamed = choose_streamed(folders, chosen.stream, batch * seqlen, compute)
-    start = first_scored_row(chosen.protocol, seqlen)
-    scored = []
+    start, seconds = first_scored_row(chosen.protocol, seqlen), list[float]()
     with unchanged(*folders, ranks=ranks):
-        sources = list(map(_opened, inputs, streamed, [compute] * len(asked)))
-        for position, source in enumerate(sources):
+        opened = [_opened(*each, compute) for each in zip(everyone, streamed, strict=True)]
+        scored = opened[: len(inputs)]
+        for each in opened:
             for of_text in windows:
-                name = "the model" if position < len(models) else "the reference"
-                source.check(of_text.ids, name)
+                each.source.check(of_text.ids, "the model" if each in scored else "the reference")
         for of_text in windows:
             started = time.perf_counter()
             scores = score_windows(
-                sources[: len(models)],
+                [each.source for each in scored],
                 of_text.ids,
-                reference=None if reference is None else sources[-1],
+                reference=None if compared is None else opened[-1].source,
                 batch=batch,
                 start=start,
                 progress=progress,
                 ranks=ranks,
             )
-            scored.append((of_text, scores, time.perf_counter() - started))
-    if len(scored) > 1:
-        joined = [WindowScores.joined(parts) for parts in zip(*(x[1] for x in scored), strict=True)]
-        scored.append((ScoringWindows.joined(windows), joined, sum(x[2] for x in scored)))
-    named = None if reference is None else inputs[-1].name
+            for each, of_model in zip(scored, scores, strict=True):
+                each.scores.append(of_model)
+            seconds.append(time.perf_counter() - started)
+    if len(windows) > 1:
+        windows.append(ScoringWindows.joined(windows))
+        seconds.append(sum(seconds))
+        for each in scored:
+            each.scores.append(WindowScores.joined(each.scores))
     return [
         [
-            _result(of_text, scores[position], start, named, source.dtype, is_streamed, seconds)
-            for of_text, scores, seconds in scored
+            _result(of_text, of_model, start, compared, each, took)
+            for of_text, of_model, took in zip(windows, each.scores, seconds, strict=True)
         ]
-        for position, (source, is_streamed) in enumerate(
-            zip(sources[: len(models)], streamed, strict=False)
-        )
+        for each in scored
     ]
 
 
@@ -246,18 +259,17 @@ def _result(
     windows: ScoringWindows,
     scores: WindowScores,
     start: int,
-    reference: str | None,
-    dtype: torch.dtype,
-    streamed: bool,
+    reference: ModelInput | None,
+    model: _OpenModel,
     seconds: float,
 ) -> PerplexityResult:
-    """The figures of one model on one text. `reference` is the name of the reference, if any."""
+    """The figures of one model on one text, compared with the reference if there is one."""
     (count, seqlen), tokens = windows.ids.shape, windows.ids.numel()
     first = "" if start == 0 else f", scored from token {start + 2} of each on"
     divergence = None
     if reference is not None:
         worst = _worst_token(windows, *scores.largest_kl(), start)
-        divergence = replace(scores.divergence(reference), kl_max_at=worst)
+        divergence = replace(scores.divergence(reference.name), kl_max_at=worst)
     return PerplexityResult(
         source=str(windows.source),
         perplexity=exponential(scores.loss),
@@ -267,9 +279,9 @@ def _result(
         seqlen=seqlen,
         protocol=f"{windows.protocol}; {counted(count, 'window')} of {seqlen} tokens without "
         f"overlap ({tokens} tokens){first}, mean loss over windows, "
-        f"{str(dtype).removeprefix('torch.')}",
+        f"{str(model.source.dtype).removeprefix('torch.')}",
         seconds=seconds,
-        streamed=streamed,
+        streamed=model.streamed,
         bos=windows.bos,
         divergence=divergence,
         by_window=scores.means_by_window(),
@@ -292,13 +304,12 @@ def _worst_token(windows: ScoringWindows, window: int, row: int, start: int) -> 
     return WorstToken(windows.source, window, token, before, text)
 
 
-def _opened(model: ModelInput, streamed: bool, compute: ComputeOptions) -> LogitsSource:
-    """The model to score, block by block if `streamed`."""
-    if model.folder is None:
-        return WholeModel(model.loaded)
-    if streamed:
-        return StreamedModel(model.folder, compute)
-    return WholeModel(compute.load(model.folder))
+def _opened(model: ModelInput, streamed: bool, compute: ComputeOptions) -> _OpenModel:
+    """Open a model to score it, block by block if `streamed`."""
+    if streamed and model.folder is not None:
+        return _OpenModel(True, StreamedModel(model.folder, compute))
+    loaded = model.loaded if model.folder is None else compute.load(model.folder)
+    return _OpenModel(False, WholeModel(loaded))
 
 
 # --- the text ---

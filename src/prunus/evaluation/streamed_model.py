@@ -71,9 +71,8 @@ def choose_streamed(
             # transformers may know other formats. If something is wrong, loading the model will
             # say so.
             can_stream[position] = False
-    if need <= memory_budget(options.device, options.memory):
-        return [False] * len(folders)
-    return can_stream
+    fits = need <= memory_budget(options.device, options.memory)
+    return [reads and not fits for reads in can_stream]
 
 
 def whole_bytes(folder: Path, tokens: int, options: ComputeOptions) -> int:

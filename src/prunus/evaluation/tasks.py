@@ -114,6 +114,8 @@ def wrap_model(model: Any, tokenizer: Any, batch: int | str, ranks: Ranks = SING
         class RankedModel(HFLM):
             """A model with its ranks, which lm-eval sets only for models that it loads itself."""
 
+            rank, world_size = ranks.rank, ranks.size
+
             def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
                 """The values of all ranks, as one vector on the CPU."""
                 return ranks.all_gather(tensor.reshape(-1).cpu())
@@ -122,12 +124,9 @@ def wrap_model(model: Any, tokenizer: Any, batch: int | str, ranks: Ranks = SING
                 """Wait for all ranks."""
                 ranks.gather_ints([0])
 
-        wrapped = RankedModel(
+        return RankedModel(
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch
         )
-        wrapped._rank = ranks.rank
-        wrapped._world_size = ranks.size
-        return wrapped
 
 
 def run_task(task: LoadedTask, wrapped: Any) -> list[TaskScore]:

@@ -24,9 +24,10 @@ from torch.nn import functional
 from prunus.calibration.windows import check_ids
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.engine.document import Measured
-from prunus.evaluation.metrics import METRICS, TokenMeasure, exponential, kl_divergence, mean
+from prunus.evaluation.metrics import METRICS, TokenMeasure, exponential, mean
 from prunus.evaluation.records import Divergence
 from prunus.hardware.numerics import fast_linears
+from prunus.methods.divergence import kl_divergence
 
 #: Rows of logits (one per token) that are in float32 at the same time. A whole window of 2048
 #: tokens and a vocabulary of 128,000 would take 1 GB in float32.
@@ -230,8 +231,8 @@ def score_windows(
     ids_of_rank = ids[span.start : span.stop]
     sources = [*([] if reference is None else [reference]), *models]
     # What the metrics measure at every token, each once, in a fixed order.
-    measured = [] if reference is None else [metric.measure for metric in METRICS]
-    measures = list(dict.fromkeys(measure for measure in measured if measure is not None))
+    every = dict.fromkeys(x.measure for x in METRICS if x.measure is not None)
+    measures = [] if reference is None else list(every)
     scored = ids.shape[1] - 1 - start
     count = len(ids_of_rank)
     losses_WM = torch.empty(count, len(sources), dtype=torch.float64)

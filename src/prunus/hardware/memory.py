@@ -94,9 +94,7 @@ def memory_budget(device: torch.device, memory: int | None) -> int:
     if device.type == "cuda":
         free = int(torch.cuda.mem_get_info(device)[0] * 0.9)
         return free if memory is None else min(memory, free)
-    if memory is not None:
-        return memory
-    return available_memory() + process_memory()
+    return memory if memory is not None else available_memory() + process_memory()
 
 
 def keep_freed_memory() -> None:

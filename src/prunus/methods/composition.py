@@ -7,6 +7,7 @@ the composed method and does not know its steps.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +18,7 @@ from prunus.methods.options import MethodOptions
 from prunus.methods.solvers.least_squares import fit_least_squares
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.table import Method
-from prunus.methods.work import Pruned, RowShard, Work
+from prunus.methods.work import Pruned, PruneFunction, RowShard, Work
 
 
 def compose(method: Method, options: MethodOptions) -> Method:
@@ -40,31 +41,14 @@ def compose(method: Method, options: MethodOptions) -> Method:
     uses_dense_target = options.dense_weight != 0
     if not (updates or uses_dense_target):
         return method
-
-    def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
-        """All chosen steps on one linear, one after the other."""
-        options = work.options
-        if uses_dense_target:
-            # All later steps treat the target as if it were the trained weight.
-            weight_OI = dense_target(weight_OI, statistics, options.dense_weight, options.damping)
-        pruned = method.apply(weight_OI, statistics, work)
-
-        # Masks may compare all rows, but the update works within a row. So the method runs on its
-        # own, and the update is split over processes.
-        def update(shard: RowShard) -> Pruned:
-            start = Pruned(pruned.weight_OI[shard.rows], pruned.keep_OI[shard.rows], pruned.notes)
-            shard_OI = weight_OI[shard.rows]
-            return fit_least_squares(shard_OI, start, statistics, options.damping, shard)
-
-        if updates:
-            pruned = work.rows.solve(len(weight_OI), 1, update)
-        if uses_dense_target:
-            pruned.notes.update(_target_notes(statistics))
-        return pruned
-
+    function: PruneFunction = method.apply
+    if updates:
+        function = partial(_then_update, function)
+    if uses_dense_target:
+        function = partial(_on_dense_target, function)
     return replace(
         method,
-        function=prune,
+        function=function,
         # Every added step reads the Gram matrix.
         needs="gram",
         needs_drift=uses_dense_target,
@@ -88,27 +72,62 @@ def rounding_method(rounding: str, options: MethodOptions) -> Method:
     """
     feedback = rounding == "feedback"
     uses_dense_target = feedback and options.dense_weight != 0
-
-    def quantize(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
-        """Round one linear, or the target that takes its place."""
-        if not uses_dense_target:
-            return quantize_in_groups(weight_OI, statistics, work)
-        options = work.options
-        weight_OI = dense_target(weight_OI, statistics, options.dense_weight, options.damping)
-        pruned = quantize_in_groups(weight_OI, statistics, work)
-        pruned.notes.update(_target_notes(statistics))
-        return pruned
-
     return Method(
         name="rounding",
         summary="round each weight to a type of the format",
-        function=quantize,
+        function=(
+            partial(_on_dense_target, quantize_in_groups)
+            if uses_dense_target
+            else quantize_in_groups
+        ),
         needs="gram" if feedback else "none",
         updates_weights=True,
         needs_drift=uses_dense_target,
         # Its ridge is small against the inputs with the largest norms.
         adds_ridge=False,
     )
+
+
+# --- the steps: each takes what comes before or after it as a function of one linear ---
+
+
+def _on_dense_target(
+    step: PruneFunction, weight_OI: Tensor, statistics: InputStatistics, work: Work
+) -> Pruned:
+    """A step on the dense target, as if that were the trained weight."""
+    options = work.options
+    target_OI = dense_target(weight_OI, statistics, options.dense_weight, options.damping)
+    pruned = step(target_OI, statistics, work)
+    pruned.notes.update(_target_notes(statistics))
+    return pruned
+
+
+def _then_update(
+    step: PruneFunction, weight_OI: Tensor, statistics: InputStatistics, work: Work
+) -> Pruned:
+    """A step that chooses a mask, and then the kept weights that fit the outputs best.
+
+    Masks may compare all rows, but the update works within a row. So the step runs on its own, and
+    the update is split over processes.
+    """
+    pruned = step(weight_OI, statistics, work)
+    return work.rows.solve(
+        len(weight_OI),
+        1,
+        partial(_update_rows, weight_OI, pruned, statistics, work.options.damping),
+    )
+
+
+def _update_rows(
+    weight_OI: Tensor,
+    pruned: Pruned,
+    statistics: InputStatistics,
+    damping: float | None,
+    shard: RowShard,
+) -> Pruned:
+    """The kept weights of some rows, fitted; `weight_OI` and `pruned` have all rows."""
+    start = Pruned(pruned.weight_OI[shard.rows], pruned.keep_OI[shard.rows], pruned.notes)
+    return fit_least_squares(weight_OI[shard.rows], start, statistics, damping, shard)
 
 
 def _target_notes(statistics: InputStatistics) -> dict[str, Any]:

@@ -150,82 +150,105 @@ def _round_with_feedback(
     """
     weighted_OI = low_precision_product(weight_OI, gram_II)[:, stored_I]
     weight_OI = weight_OI[:, stored_I]
-    scales, levels_IO = _sweep(weight_OI, order_I, upper_II, quantizer)
+    scales, levels_IO = _Sweep(weight_OI, order_I, upper_II, quantizer).run()
     return join_spans(scales, levels_IO, quantizer, weight_OI, weighted_OI)
 
 
-def _sweep(
-    weight_OI: Tensor, order_I: Tensor, upper_II: Tensor, quantizer: GroupQuantizer
-) -> tuple[list[Scales], Tensor]:
-    """The sweep over the columns of some rows: the scales of each span, and the levels (I, O).
+class _Sweep:
+    """The sweep over the columns of some rows.
 
     Args:
         weight_OI: float32, the weights of these rows.
         order_I: int64, the columns in the order of the sweep; spans and groups stay together.
         upper_II: U, in the order of the sweep.
         quantizer: The values and scales to choose from.
+
+    Attributes:
+        order: `order_I` as a list.
+        weight_IO: The weight in the order of the sweep, as corrected so far. In the transposed
+            weight a column is contiguous.
+        importance_I: What a squared error costs, see `_importances`.
+        inverses: 1 / U_jj.
+        scales: Number of a span in the row -> its scales.
+        levels_IO: The levels in the order in which they are stored.
+        group: The scales of the group that the sweep is in.
+        step_O: Its step.
+        inverse_O: 1 / step.
+        offset_O: Its offset.
+        value_UO: The values of the unit that the sweep is in, in steps.
     """
-    # In the transposed weight a column is contiguous.
-    weight_IO = weight_OI.T[order_I]
-    unit, importance_I = quantizer.unit, _importances(upper_II, quantizer.unit)
-    order, inverses = order_I.tolist(), upper_II.diagonal().reciprocal().tolist()
-    levels_IO = torch.empty(weight_IO.shape, dtype=torch.uint8, device=weight_IO.device)
-    # Number of a span in the row -> its scales.
-    scales: dict[int, Scales] = {}
-    # Of the group that the sweep is in: its scales, its step, the inverse of that, and its offset.
-    group_scales = Scales(*(weight_IO[:1] for _ in Scales._fields))
-    step_O = inverse_O = offset_O = weight_IO[0]
-    # The values of the unit that the sweep is in, in steps.
-    value_UO = weight_IO[:unit]
 
-    def begin_group(j: int) -> None:
-        """Decide the scales of the group that begins at column j of the sweep."""
-        nonlocal group_scales, step_O, inverse_O, offset_O
-        span = order[j] // quantizer.span
-        group = order[j] % quantizer.span // quantizer.group
-        if j % quantizer.span == 0:
-            columns = slice(j, j + quantizer.span)
-            # The fit expects the columns of the span from the left to the right.
-            natural_B = order_I[columns].argsort()
-            scales[span] = fit_scales(
-                weight_IO[columns][natural_B], importance_I[columns][natural_B], quantizer
-            )
-        d_O, dmin_O, codes_GO, minima_GO = scales[span]
-        group_scales = Scales(d_O, dmin_O, codes_GO[group, None], minima_GO[group, None])
-        if quantizer.span != quantizer.group:
-            # The columns of the span so far have corrected this group since.
-            columns = slice(j, j + quantizer.group)
-            group_fit = span_fit(weight_IO[columns], importance_I[columns], quantizer)
-            group_scales = group_fit.best_codes(group_scales)
-            codes_GO[group], minima_GO[group] = group_scales.codes_GO[0], group_scales.minima_GO[0]
-        (step_O,), (offset_O,) = group_scales.steps()
-        inverse_O = step_O.reciprocal().nan_to_num_(0, 0, 0)
+    def __init__(
+        self, weight_OI: Tensor, order_I: Tensor, upper_II: Tensor, quantizer: GroupQuantizer
+    ) -> None:
+        self.quantizer, self.order_I, self.upper_II = quantizer, order_I, upper_II
+        self.order: list[int] = order_I.tolist()
+        self.weight_IO = weight_OI.T[order_I]
+        self.importance_I = _importances(upper_II, quantizer.unit)
+        self.inverses: list[float] = upper_II.diagonal().reciprocal().tolist()
+        self.scales: dict[int, Scales] = {}
+        self.levels_IO = torch.empty(
+            self.weight_IO.shape, dtype=torch.uint8, device=weight_OI.device
+        )
 
-    def round_unit(j: int) -> None:
-        """Choose the values of the columns from j on that are rounded together."""
-        nonlocal value_UO
-        columns = slice(j, j + unit)
-        if unit == 1:
-            value_UO, level_UO = quantizer.nearest((weight_IO[columns] + offset_O).mul_(inverse_O))
-        else:
-            fit = span_fit(weight_IO[columns], importance_I[columns], quantizer)
-            value_UO, level_UO = fit.nearest(group_scales)
-        levels_IO[order[j] : order[j] + unit] = level_UO
+    def run(self) -> tuple[list[Scales], Tensor]:
+        """Round all columns. Returns the scales of each span, and the levels (I, O)."""
+        # All weights of a span must be corrected when its scales are fitted, so it is a block, or a
+        # tile of a block. A group of a larger span consists of whole tiles.
+        tile = self.quantizer.span if self.quantizer.span < _BLOCK else TILE
+        sweep_columns(self.weight_IO, self.upper_II, _BLOCK, tile, self._round_column)
+        return [self.scales[span] for span in range(len(self.scales))], self.levels_IO
 
-    def round_column(j: int, error_O: Tensor) -> None:
+    def _round_column(self, j: int, error_O: Tensor) -> None:
         """Round column j and write its error divided by U_jj; see `sweep_columns`."""
-        if j % quantizer.group == 0:
-            begin_group(j)
-        if j % unit == 0:
-            round_unit(j)
-        value_O = (value_UO[j % unit] * step_O).sub_(offset_O)
-        torch.sub(weight_IO[j], value_O, out=error_O).mul_(inverses[j])
+        if j % self.quantizer.span == 0:
+            self._fit_span(j)
+        if j % self.quantizer.group == 0:
+            self._begin_group(j)
+        if j % self.quantizer.unit == 0:
+            self._round_unit(j)
+        value_O = self.value_UO[j % self.quantizer.unit] * self.step_O
+        torch.sub(self.weight_IO[j], value_O.sub_(self.offset_O), out=error_O)
+        error_O.mul_(self.inverses[j])
 
-    # All weights of a span must be corrected when its scales are fitted, so it is a block, or a
-    # tile of a block. A group of a larger span consists of whole tiles.
-    tile = quantizer.span if quantizer.span < _BLOCK else TILE
-    sweep_columns(weight_IO, upper_II, _BLOCK, tile, round_column)
-    return [scales[span] for span in range(len(scales))], levels_IO
+    def _fit_span(self, j: int) -> None:
+        """Choose the scales of the span that begins at column j of the sweep."""
+        columns = slice(j, j + self.quantizer.span)
+        # The fit expects the columns of the span from the left to the right.
+        natural_B = self.order_I[columns].argsort()
+        self.scales[self.order[j] // self.quantizer.span] = fit_scales(
+            self.weight_IO[columns][natural_B],
+            self.importance_I[columns][natural_B],
+            self.quantizer,
+        )
+
+    def _begin_group(self, j: int) -> None:
+        """Decide the scales of the group that begins at column j of the sweep."""
+        span, column = divmod(self.order[j], self.quantizer.span)
+        group = column // self.quantizer.group
+        d_O, dmin_O, codes_GO, minima_GO = self.scales[span]
+        self.group = Scales(d_O, dmin_O, codes_GO[group, None], minima_GO[group, None])
+        if self.quantizer.span != self.quantizer.group:
+            # The columns of the span so far have corrected this group since.
+            columns = slice(j, j + self.quantizer.group)
+            self.group = span_fit(
+                self.weight_IO[columns], self.importance_I[columns], self.quantizer
+            ).best_codes(self.group)
+            codes_GO[group], minima_GO[group] = self.group.codes_GO[0], self.group.minima_GO[0]
+        (self.step_O,), (self.offset_O,) = self.group.steps()
+        self.inverse_O = self.step_O.reciprocal().nan_to_num_(0, 0, 0)
+
+    def _round_unit(self, j: int) -> None:
+        """Choose the values of the columns from j on that are rounded together."""
+        columns = slice(j, j + self.quantizer.unit)
+        if self.quantizer.unit == 1:
+            steps_UO = (self.weight_IO[columns] + self.offset_O).mul_(self.inverse_O)
+            self.value_UO, level_UO = self.quantizer.nearest(steps_UO)
+        else:
+            self.value_UO, level_UO = span_fit(
+                self.weight_IO[columns], self.importance_I[columns], self.quantizer
+            ).nearest(self.group)
+        self.levels_IO[self.order[j] : self.order[j] + self.quantizer.unit] = level_UO
 
 
 def _importances(upper_II: Tensor, unit: int) -> Tensor:

@@ -8,12 +8,10 @@ where g is the weight that the router gives to the expert, and f its output. A r
 an error of about this size in the output of the layer for each of these tokens. The contribution of
 an expert is the sum of the same terms, which is the error over the whole text.
 
-Blocks. What the model loses without a block is measured by the KL divergence of its next tokens:
-Σ_v p_v (log p_v − log q_v), where p are those of the dense model and q those of the model without
-some blocks.
+Blocks. What the model loses without a block is measured by the KL divergence of its next tokens
+from those of the dense model; see `divergence.py`.
 
-Shape suffixes: E experts, T tokens (for an expert, those that chose it), H hidden size, V
-vocabulary.
+Shape suffixes: E experts, T tokens (for an expert, those that chose it), H hidden size.
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ import torch
 from torch import Tensor
 
 from prunus.distributed import Ranks
-from prunus.methods.solvers.least_squares import inner_product
 
 
 class ExpertSums:
@@ -102,18 +99,3 @@ def kept_experts(saliency_E: Tensor, keep: int, groups: int = 1) -> list[int]:
     # Of equal experts the lower number stays.
     chosen = by_group.sort(dim=1, descending=True, stable=True).indices[:, : keep // groups]
     return sorted((chosen + torch.arange(groups)[:, None] * by_group.shape[1]).flatten().tolist())
-
-
-def divergence_sum(dense_TV: Tensor, logits_TV: Tensor) -> float:
-    """The sum over tokens of the KL divergence from the dense model, in nats.
-
-    Args:
-        dense_TV: float32, the log probabilities of the dense model.
-        logits_TV: The logits of the other model, in any float dtype.
-
-    >>> half = torch.tensor([[0.5, 0.5]]).log()
-    >>> round(divergence_sum(half, torch.tensor([[0.0, 2.0]])), 4)
-    0.4338
-    """
-    other_TV = logits_TV.float().log_softmax(dim=-1)
-    return inner_product(dense_TV.exp(), dense_TV - other_TV)

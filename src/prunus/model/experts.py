@@ -112,7 +112,7 @@ class Experts(nn.Module):
 
     def __init__(self, fused: nn.Module, leaves: tuple[str, str, str], dtype: torch.dtype) -> None:
         super().__init__()
-        gated = _is_gated(fused)
+        gated = bool(fused.has_gate)
         biased = bool(fused.has_bias)
         first: Any = fused.gate_up_proj if gated else fused.up_proj
         self.count, rows, columns = first.shape
@@ -137,7 +137,8 @@ class Experts(nn.Module):
         self._names = list(inspect.signature(type(fused).forward).parameters)[1:4]
         # The fused module computes activation and gate; its parameters are not needed. In a tuple,
         # nn.Module does not register it, and searches for modules do not find it.
-        fused._parameters.clear()
+        for name, _ in list(fused.named_parameters(recurse=False)):
+            delattr(fused, name)
         self._fused = (fused,)
         self.measured_on_all: frozenset[int] = frozenset()
         self.on_output: Callable[[int, Tensor, Tensor], object] | None = None
@@ -236,7 +237,7 @@ def unfuse_experts(rules: Sequence[Any], block: nn.Module, path: str) -> list[Fu
     for name, module in list(block.named_modules()):
         if not _is_fused(module):
             continue
-        leaves = _leaves(rules, f"{path}.{name}".lstrip("."), _is_gated(module))
+        leaves = _leaves(rules, f"{path}.{name}".lstrip("."), bool(module.has_gate))
         replaced += _layout(name, module, leaves)
         owner, _, leaf = name.rpartition(".")
         dtype = next(module.parameters(recurse=False)).dtype
@@ -273,11 +274,6 @@ def find_fused_experts(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if _is_fused(module)]
 
 
-def _is_gated(module: Any) -> bool:
-    """Whether fused experts multiply the up projection by an activated gate."""
-    return "gate_up_proj" in module._parameters
-
-
 def _is_fused(module: Any) -> bool:
     """Whether this is a module of experts as `transformers.integrations.moe` declares them."""
     # The arithmetic of a module with other parameters, or another call, is unknown here.
@@ -289,7 +285,7 @@ def _is_fused(module: Any) -> bool:
     expected = {first: 3, "down_proj": 3}
     if module.has_bias:
         expected |= {f"{first}_bias": 2, "down_proj_bias": 2}
-    axes = {name: 0 if x is None else x.dim() for name, x in module._parameters.items()}
+    axes = {name: x.dim() for name, x in module.named_parameters(recurse=False)}
     takes = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
     return axes == expected and len(takes) == 3
 

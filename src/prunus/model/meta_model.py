@@ -96,9 +96,8 @@ def _compute_tables(model: nn.Module) -> None:
             "such as one row for each of its positions"
         )
     for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.zeros_like(buffer, device="cpu")
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.zeros_like(buffer, device="cpu"))
     # transformers passes over parameters with this mark, as if they were loaded already.
     for parameter in model.parameters():
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
@@ -127,25 +126,27 @@ def place(
     for name, value in values.items():
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
-        old = owner._parameters.get(leaf)
-        if old is None:
-            buffer = owner._buffers[leaf]
-            assert buffer is not None
-            owner._buffers[leaf] = value.to(device=device, dtype=buffer.dtype, copy=True)
+        old = getattr(owner, leaf)
+        if not isinstance(old, nn.Parameter):
+            setattr(owner, leaf, value.to(device=device, dtype=old.dtype, copy=True))
             continue
         if id(old) in as_stored and device.type == value.device.type == "cpu":
             new = value.detach()
         else:
             # The tensor is copied as it is stored. The device converts it, which is faster.
             # From pinned memory it is copied while the host continues.
-            there = value.to(device=device, copy=True, non_blocking=value.is_pinned())
-            new = there.to(old.dtype)
+            new = value.to(device, copy=True, non_blocking=value.is_pinned()).to(old.dtype)
         replaced[id(old)] = nn.Parameter(new, requires_grad=False)
     # In a second pass over all owners, because a tied parameter has several.
     for owner in module.modules():
-        for leaf, old in owner._parameters.items():
-            if old is not None and id(old) in replaced:
-                owner._parameters[leaf] = replaced[id(old)]
+        for leaf, old in _own_parameters(owner):
+            if id(old) in replaced:
+                setattr(owner, leaf, replaced[id(old)])
+
+
+def _own_parameters(owner: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Name -> parameter of a module without its children; a list, because they are replaced."""
+    return list(owner.named_parameters(recurse=False, remove_duplicate=False))
 
 
 def release(module: nn.Module) -> None:
@@ -153,10 +154,10 @@ def release(module: nn.Module) -> None:
     # The `id` of a parameter -> its empty twin.
     empty: dict[int, nn.Parameter] = {}
     for owner in module.modules():
-        for leaf, old in owner._parameters.items():
-            if old is not None and old.device.type != "meta":
+        for leaf, old in _own_parameters(owner):
+            if old.device.type != "meta":
                 new = empty.setdefault(id(old), nn.Parameter(old.to("meta"), requires_grad=False))
-                owner._parameters[leaf] = new
+                setattr(owner, leaf, new)
 
 
 def fill_with_zeros(module: nn.Module, device: torch.device) -> None:
@@ -166,15 +167,14 @@ def fill_with_zeros(module: nn.Module, device: torch.device) -> None:
     """
     move_buffers(module.modules(), device)
     for owner in module.modules():
-        for leaf, old in owner._parameters.items():
-            if old is not None:
-                zeros = torch.zeros((), dtype=old.dtype, device=device).expand(old.shape)
-                owner._parameters[leaf] = nn.Parameter(zeros, requires_grad=False)
+        for leaf, old in _own_parameters(owner):
+            zeros = torch.zeros((), dtype=old.dtype, device=device).expand(old.shape)
+            setattr(owner, leaf, nn.Parameter(zeros, requires_grad=False))
 
 
 def move_buffers(modules: Iterable[nn.Module], device: torch.device) -> None:
     """Send the buffers of some modules, without their children, to `device`."""
     for module in modules:
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.device != device:
-                module._buffers[name] = buffer.to(device)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.device != device:
+                setattr(module, name, buffer.to(device))

@@ -165,7 +165,7 @@ class Skeleton:
             if not equal(first.setdefault(id(shared), name), name):
                 path, _, leaf = name.rpartition(".")
                 own = nn.Parameter(torch.empty_like(shared), requires_grad=False)
-                self.model.get_submodule(path)._parameters[leaf] = own
+                setattr(self.model.get_submodule(path), leaf, own)
 
     @contextlib.contextmanager
     def outside_blocks(

@@ -22,6 +22,7 @@ from prunus.calibration.training_text import TrainingText
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.engine.reconstruction.train import learning_rate
 from prunus.hardware.numerics import native_bfloat16
+from prunus.methods.divergence import kl_sum, log_probabilities
 from prunus.model.linears import refuse_not_finite
 from prunus.recovery.checkpoints import Checkpoints, TrainingState
 from prunus.recovery.options import RecoveryOptions
@@ -314,15 +315,15 @@ class _Loss(torch.autograd.Function):
         for window in range(windows):
             for first in range(0, predicted, rows):
                 part = window, slice(first, min(first + rows, predicted))
-                logq_RV = logits_WSV[part].float().log_softmax(dim=-1)
+                logq_RV = log_probabilities(logits_WSV[part])
                 targets_R1 = targets_WS[part][:, None]
                 if weight < 1:
                     total -= (1 - weight) * logq_RV.gather(1, targets_R1).sum(dtype=torch.float64)
                 p_RV = None
                 if teacher_WSV is not None:
-                    logp_RV = teacher_WSV[part].float().log_softmax(dim=-1)
+                    logp_RV = log_probabilities(teacher_WSV[part])
                     p_RV = logp_RV.exp()
-                    total += weight * (p_RV * logp_RV.sub_(logq_RV)).sum(dtype=torch.float64)
+                    total += weight * kl_sum(p_RV, logp_RV.sub_(logq_RV), by_term=True)
                 if gradient_WSV is not None:
                     # q − w·p − (1−w)·[v = y], in place of log q.
                     change_RV = logq_RV.exp_()

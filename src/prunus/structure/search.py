@@ -21,7 +21,7 @@ from torch import Tensor
 
 from prunus.engine.job import HashedSource
 from prunus.engine.session import Session
-from prunus.methods.structured import divergence_sum
+from prunus.methods.divergence import kl_sum, log_probabilities
 from prunus.model.stream import Stream
 from prunus.structure.plan import StructureJob
 from prunus.structure.records import SearchStep, StructureRecord
@@ -159,10 +159,9 @@ def divergences(
         for window in range(len(ids)):  # one by one, because logits are large
             part = slice(window, window + 1)
             ids_1T = ids[part].to(stream.device)
-            logp = skeleton.logits(ids_1T, dense[part]).flatten(0, 1).float().log_softmax(dim=-1)
+            logp = log_probabilities(skeleton.logits(ids_1T, dense[part]).flatten(0, 1))
             for block, hidden in candidates.items():
-                sums[block] += divergence_sum(
-                    logp, skeleton.logits(ids_1T, hidden[part]).flatten(0, 1)
-                )
+                logq = log_probabilities(skeleton.logits(ids_1T, hidden[part]).flatten(0, 1))
+                sums[block] += float(kl_sum(logp.exp(), logp - logq))
             tokens += len(logp)
     return {block: total / tokens for block, total in sums.items()}

@@ -9,7 +9,7 @@ from prunus.engine.reconstruction.cached_suffix import find_suffix
 from prunus.engine.reconstruction.output_loss import (
     CHUNK_TOKENS,
     LOGIT_STRIDE,
-    kl_divergence,
+    divergence_loss,
     relative_error,
 )
 from prunus.engine.reconstruction.reconstruct_block import default_schedule
@@ -204,7 +204,7 @@ def test_kl_divergence_in_chunks_is_that_of_all_logits_at_once(tokens):
         expected = nn.functional.kl_div(logq, logp.detach(), log_target=True, reduction="sum")
         expected.backward()
         parts = output.clone().requires_grad_(True)
-        loss = kl_divergence(head)
+        loss = divergence_loss(head)
         in_turn = [loss(parts, target) for _ in range(LOGIT_STRIDE if tokens > CHUNK_TOKENS else 1)]
         sum(lost for lost, _ in in_turn).backward()
     assert float(sum(lost.detach() for lost, _ in in_turn)) == pytest.approx(

@@ -12,7 +12,7 @@ import pytest
 
 import prunus
 from changes import edit_json
-from prunus.formats.gguf.header import open_gguf
+from prunus.formats.gguf.file import open_gguf
 from scripts import fork_script
 from tiny import ids_file, token_ids
 

@@ -90,7 +90,8 @@ def prune_linear(
     started = time.perf_counter()
     notes: dict[str, Any] = {}
     statistics.check_finite(full_name)
-    if statistics.tokens == 0 and method.needs != "none":
+    tokens = statistics.tokens
+    if tokens == 0 and method.needs != "none":
         # No input was seen, so no weight can be preferred because of its inputs.
         statistics = InputStatistics.of_equal_inputs(
             statistics.in_features, statistics.spec, statistics.sum_squares_I.device
@@ -103,8 +104,7 @@ def prune_linear(
     if (before := count_zeros(stored_OI)) > SPARSE * stored_OI.numel():
         notes["zeros_before"] = before
     rows: RowSharding = _RowsOverRanks(ranks) if ranks.size > 1 else UNSHARDED
-    quantization = None if round_as is None else round_as(full_name)
-    work = replace(work, rows=rows, quantization=quantization)
+    work = replace(work, rows=rows, quantization=round_as(full_name) if round_as else None)
     with naming(full_name):
         pruned = method.apply(weight_OI, statistics, work)
     if method.updates_weights:
@@ -129,13 +129,13 @@ def prune_linear(
         sparsity=zeros / new_OI.numel(),
         relative_output_error=error,
         removed_energy=energy,
-        tokens=0 if "unreached" in notes else statistics.tokens,
+        tokens=tokens,
         seconds=round(time.perf_counter() - started, 4),
         bits=None if pruned.quantized is None else pruned.quantized.quantizer.bits,
         notes=notes | pruned.notes,
     )
-    result = new_OI.T if linear.transposed else new_OI
-    return PrunedLinear(result.to(stored.device).contiguous(), record, pruned.quantized)
+    oriented = (new_OI.T if linear.transposed else new_OI).to(stored.device)
+    return PrunedLinear(oriented.contiguous(), record, pruned.quantized)
 
 
 def _on_device(stored_OI: torch.Tensor, current_OI: torch.Tensor) -> torch.Tensor:
@@ -144,11 +144,8 @@ def _on_device(stored_OI: torch.Tensor, current_OI: torch.Tensor) -> torch.Tenso
     The block was filled with the stored weight, and nothing has changed it yet. So if the block
     computes in the stored dtype, `current_OI`, its weight on the device, is the stored one.
     """
-    if stored_OI.device == current_OI.device:
-        return stored_OI
-    if stored_OI.dtype == current_OI.dtype:
-        return current_OI
-    return stored_OI.to(current_OI.device)
+    is_there = stored_OI.device != current_OI.device and stored_OI.dtype == current_OI.dtype
+    return current_OI if is_there else stored_OI.to(current_OI.device)
 
 
 def _output_error(
@@ -259,8 +256,5 @@ def _merge_notes(by_rank: list[dict[str, Any]]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for notes in by_rank:
         for key, value in notes.items():
-            if key not in merged or isinstance(value, str):
-                merged[key] = value
-            else:
-                merged[key] = max(merged[key], value)
+            merged[key] = value if isinstance(value, str) else max(merged.get(key, value), value)
     return merged

@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from greenlet import greenlet
@@ -127,9 +129,15 @@ class BlockWalk:
 # next linear, the first that any batch of any rank waits at. A rank without a batch there takes
 # part with empty statistics.
 
-#: The tensor that a batch last added to statistics, and the linear that these belong to. The
-#: reference is weak: an input must not stay in memory only to be compared with the next one.
-LastInput = tuple[weakref.ref[torch.Tensor], str]
+
+class LastInput(NamedTuple):
+    """The tensor that a batch last added to statistics, and the linear that these belong to.
+
+    The reference is weak: an input must not stay in memory only to be compared with the next one.
+    """
+
+    input: weakref.ref[torch.Tensor]
+    linear: str
 
 
 def lockstep(walk: BlockWalk) -> list[Linear]:
@@ -226,7 +234,7 @@ class _Lockstep:
             name: sums for name, sums in self.statistics.items() if name in (*meeting.keep, leader)
         }
         for batch in arrived:
-            self.last[batch] = (weakref.ref(self.waiting[batch][1]), leader)
+            self.last[batch] = LastInput(weakref.ref(self.waiting[batch][1]), leader)
         self.walk.prune(linear, statistics)
         del self.pending[linear.name]
 
@@ -273,9 +281,7 @@ def synchronize(
 ) -> Meeting | None:
     """Find the first module that any batch of any rank waits at. All ranks call it at once.
 
-    One exchange of integers decides. A rank tells the position of its first waiting batch, the
-    leader that its batches there have in common, and two counts per linear that show which
-    statistics can still be reused.
+    One exchange of integers decides: every rank tells its `_Standing`.
 
     Args:
         waiting: Per batch of this rank: the module that it waits at, and its input there.
@@ -287,47 +293,91 @@ def synchronize(
         The same on all ranks; None once all batches of all ranks are through.
     """
     names = list(order)
-    through = len(order)  # the position of a rank whose batches are all through
-    position = min((order[name] for name, _ in waiting.values()), default=through)
-    arrived = {batch for batch, (name, _) in waiting.items() if order[name] == position}
-    # The statistics that already hold this very tensor. All batches must agree on them; -1 stands
-    # for none.
-    sources = {
-        order[entry[1]]
-        if (entry := last[batch]) is not None and entry[0]() is waiting[batch][1]
-        else -1
-        for batch in arrived
-    }
-    leader = sources.pop() if len(sources) == 1 else -1
-    # Per linear: of how many batches its statistics were the last, and how many of these batches
-    # stay where they are in this meeting.
-    added = [0] * through
-    staying = [0] * through
-    for batch, entry in enumerate(last):
-        if entry is not None:
-            added[order[entry[1]]] += 1
-            staying[order[entry[1]]] += batch not in arrived
-    rows = ranks.gather_ints([position, leader, len(arrived), *added, *staying])
-    first = min(row[0] for row in rows)
-    if first == through:
+    standings = _Standing.of(waiting, last, order).exchanged(ranks)
+    first = min(each.position for each in standings)
+    if first == len(names):
         return None
-    there = [row for row in rows if row[0] == first]
-    leaders = {row[1] for row in there}
-    leader = leaders.pop() if len(leaders) == 1 else -1
+    there = [each for each in standings if each.position == first]
+    leader = _common(each.leader for each in there)
     # A batch that is in the leader's statistics but does not wait here would leave its tokens in
     # them. Then this linear needs statistics of its own.
-    if leader >= 0 and sum(row[3 + leader] for row in rows) != sum(row[2] for row in there):
-        leader = -1
+    if leader != _NONE and sum(each.added[leader] for each in standings) != sum(
+        each.arrived for each in there
+    ):
+        leader = _NONE
     # On a rank that does not take part in this meeting, all batches stay.
-    remaining = [row[3 + through :] if row[0] == first else row[3 : 3 + through] for row in rows]
-    keep = {
-        name
-        for name, batches in zip(names, zip(*remaining, strict=True), strict=True)
-        if any(batches)
-    }
-    if leader >= 0:
-        keep.add(names[leader])
-    return Meeting(names[first], names[leader] if leader >= 0 else None, frozenset(keep))
+    left = [each.staying if each.position == first else each.added for each in standings]
+    keep = {name for place, name in enumerate(names) if any(counts[place] for counts in left)}
+    if leader == _NONE:
+        return Meeting(names[first], None, frozenset(keep))
+    return Meeting(names[first], names[leader], frozenset(keep | {names[leader]}))
+
+
+# In the place of the position of a module: there is none.
+_NONE = -1
+
+
+@dataclass(frozen=True)
+class _Standing:
+    """How far the batches of one rank are, in integers that ranks can exchange.
+
+    A module is given by its position in the order of execution. The counts have one entry per
+    module.
+
+    Attributes:
+        position: The first module that batches wait at; the number of modules if all batches are
+            through.
+        leader: The module whose statistics already hold the very input of all batches that wait
+            there; `_NONE` if there is no such module.
+        arrived: How many batches wait there.
+        added: Of how many batches each module's statistics were the last.
+        staying: How many of these batches do not wait at `position`, so that they stay where they
+            are in a meeting there.
+    """
+
+    position: int
+    leader: int
+    arrived: int
+    added: Sequence[int]
+    staying: Sequence[int]
+
+    @classmethod
+    def of(
+        cls,
+        waiting: Mapping[int, tuple[str, torch.Tensor]],
+        last: Sequence[LastInput | None],
+        order: Mapping[str, int],
+    ) -> _Standing:
+        """That of this rank; the arguments are those of `synchronize`."""
+        position = min((order[name] for name, _ in waiting.values()), default=len(order))
+        arrived = {batch for batch, (name, _) in waiting.items() if order[name] == position}
+        leader = _common(
+            order[entry.linear]
+            if (entry := last[batch]) is not None and entry.input() is waiting[batch][1]
+            else _NONE
+            for batch in arrived
+        )
+        added = Counter(order[entry.linear] for entry in last if entry is not None)
+        staying = added - Counter(
+            order[entry.linear] for batch in arrived if (entry := last[batch]) is not None
+        )
+        counts = [[count[place] for place in range(len(order))] for count in (added, staying)]
+        return cls(position, leader, len(arrived), counts[0], counts[1])
+
+    def exchanged(self, ranks: Ranks) -> list[_Standing]:
+        """Those of all ranks, in the order of ranks."""
+        row = [self.position, self.leader, self.arrived, *self.added, *self.staying]
+        split = 3 + len(self.added)
+        return [
+            _Standing(other[0], other[1], other[2], other[3:split], other[split:])
+            for other in ranks.gather_ints(row)
+        ]
+
+
+def _common(positions: Iterable[int]) -> int:
+    """The position that all of some are; `_NONE` if they differ or there are none."""
+    different = {*positions}
+    return different.pop() if len(different) == 1 else _NONE
 
 
 # --- replay ---

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from prunus.distributed import SINGLE_PROCESS, Ranks, split_range
+from prunus.methods.divergence import kl_sum, log_probabilities
 from prunus.model.stream import Stream
 
 #: Tokens per window whose logits are in memory at a time. With a vocabulary of 150,000, these are
@@ -57,7 +58,7 @@ def logits_of(stream: Stream) -> Iterator[Callable[[Tensor], Tensor]]:
         yield logits
 
 
-def kl_divergence(
+def divergence_loss(
     logits: Callable[[Tensor], Tensor], ranks: Ranks = SINGLE_PROCESS, stride: int = LOGIT_STRIDE
 ) -> OutputLoss:
     """Return a loss: the KL divergence summed over the compared tokens, and their number.
@@ -76,7 +77,7 @@ def kl_divergence(
             already.
 
     >>> x = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]])
-    >>> loss = kl_divergence(lambda hidden: hidden)
+    >>> loss = divergence_loss(lambda hidden: hidden)
     >>> [float(value) for value in loss(x, x)]
     [0.0, 2.0]
     >>> bool(loss(x.flip(-1), x)[0] > 0)
@@ -106,7 +107,7 @@ class _KLDivergence(torch.autograd.Function):
     The usual order, all chunks forward and then all backward, would keep the logits of every chunk.
     With q = softmax(logits), the gradient with respect to the logits is q − p.
 
-    The arguments are those of `kl_divergence` and of the loss that it returns. The result is a
+    The arguments are those of `divergence_loss` and of the loss that it returns. The result is a
     float32 scalar; the sums of the chunks add up in float64.
     """
 
@@ -128,17 +129,15 @@ class _KLDivergence(torch.autograd.Function):
             chunk = slice(None), slice(first, first + CHUNK_TOKENS)
             # The target is fixed: no graph, and no gradient, is needed for it.
             with torch.no_grad():
-                logp = logits(target_WTH[chunk]).float().log_softmax(dim=-1)
+                logp = log_probabilities(logits(target_WTH[chunk]))
             # A graph for this chunk alone. It ends at the hidden states, whose gradient stays.
             x = output_WTH[chunk].detach()
             with torch.set_grad_enabled(with_gradient):
                 output_logits = logits(x.requires_grad_(with_gradient))
-            logq = output_logits.detach().float().log_softmax(dim=-1)
+            logq = log_probabilities(output_logits.detach())
             p = logp.exp()
             # In place: logp becomes log p − log q, and below logq becomes q − p.
-            sums_P[first // CHUNK_TOKENS] = torch.linalg.vecdot(p, logp.sub_(logq)).sum(
-                dtype=torch.float64
-            )
+            sums_P[first // CHUNK_TOKENS] = kl_sum(p, logp.sub_(logq))
             if gradient_WTH is not None:
                 (gradient_WTH[chunk],) = torch.autograd.grad(
                     output_logits, x, logq.exp_().sub_(p).to(output_logits.dtype)

@@ -28,7 +28,7 @@ from prunus.engine.reconstruction.cached_suffix import CachedSuffix, find_suffix
 from prunus.engine.reconstruction.output_loss import (
     LOGIT_STRIDE,
     OutputLoss,
-    kl_divergence,
+    divergence_loss,
     logits_of,
     relative_error,
 )
@@ -258,7 +258,7 @@ class BlockReconstruction:
         shared = self.shared
         ranks = shared.ranks if shared.split is SINGLE_PROCESS else SINGLE_PROCESS
         with logits_of(shared.stream) as logits:
-            yield kl_divergence(logits, ranks, logit_stride)
+            yield divergence_loss(logits, ranks, logit_stride)
 
 
 def in_front_of_head(skeleton: Skeleton, index: int) -> bool:

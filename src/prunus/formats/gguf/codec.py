@@ -20,8 +20,8 @@ from prunus.formats.cards import CardWords
 from prunus.formats.codec import Codec
 from prunus.formats.gguf.container import layout_in
 from prunus.formats.gguf.contents import FileContents
-from prunus.formats.gguf.file import OWN_LISTS, padded, write_importances
-from prunus.formats.gguf.header import open_gguf
+from prunus.formats.gguf.file import OWN_LISTS, open_gguf, write_importances
+from prunus.formats.gguf.header import padded
 from prunus.formats.gguf.import_checkpoint import import_gguf
 from prunus.formats.gguf.layout import layout_of, types_in
 from prunus.formats.gguf.result import GgufResult, read_record

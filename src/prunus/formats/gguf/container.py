@@ -31,8 +31,7 @@ import torch
 from torch import Tensor
 
 from prunus.formats.fixed import check_template
-from prunus.formats.gguf.file import GgufFile
-from prunus.formats.gguf.header import open_gguf
+from prunus.formats.gguf.file import GgufFile, open_gguf
 from prunus.formats.gguf.layout import GgufLayout, GgufTensor, check_same
 from prunus.formats.gguf.placements import (
     ABSENT,
@@ -94,7 +93,7 @@ def layout_in(
     """
     file = open_container(path, source.checkpoint.folder)
     check_template(path, file.architecture, file.get, source.config.get_text_config())
-    header = file.contents.read(0, file.reader.data_offset).tobytes()
+    header = file.contents.read(0, file.header.size).tobytes()
     fingerprint = hashlib.sha256(source.fingerprint.encode() + header).hexdigest()
     kind = f"{fingerprint}/"
     placements = _of_kind(earlier.placements, kind) or placements_in(file, path, source, skeleton)

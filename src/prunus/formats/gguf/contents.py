@@ -13,14 +13,8 @@ from typing import Any
 
 import torch
 
-from prunus.formats.gguf.file import (
-    RECORD_FIELD,
-    StoredTensor,
-    fields_of,
-    header_of,
-    new_fields,
-    padded,
-)
+from prunus.formats.gguf.file import RECORD_FIELD, fields_of, new_fields
+from prunus.formats.gguf.header import StoredTensor, header_of, padded
 from prunus.formats.gguf.layout import GgufLayout, GgufTensor
 from prunus.formats.gguf.types import FILE_TYPES, PLAIN, TYPES
 from prunus.formats.records import FileSize

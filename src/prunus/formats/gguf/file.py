@@ -1,35 +1,46 @@
-"""GGUF files through llama.cpp's package `gguf`: fields and tensors are read, and files written.
+"""GGUF files: fields and tensors are read, and files written.
 
-Files of strangers are checked first; see `header.open_gguf`.
+llama.cpp's package `gguf` decodes the types of tensors, and knows the names of fields and tensors.
+Files of strangers are checked; see `open_gguf`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import io
 import math
 import os
 import re
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from prunus.formats.gguf.header import (
+    GgufField,
+    Header,
+    ListedTensor,
+    StoredTensor,
+    header_of,
+    padded,
+    read_header,
+)
 from prunus.formats.gguf.package import package
-from prunus.formats.gguf.types import TYPES
+from prunus.formats.gguf.types import TYPES, GgufType
 from prunus.hardware.errors import require_library
 from prunus.hardware.process_state import replaced
 from prunus.methods.group_quantizer import GroupedWeight
 from prunus.model.checkpoint.atomic_files import replacing
 from prunus.model.checkpoint.regular_files import open_regular
 
+# Types that the package cannot decode, by their numbers; versions up to 0.19 do not know them.
+_OWN = {TYPES["Q2_0"].number: TYPES["Q2_0"]}
 # Weights that are unpacked at a time: 64 MB in float32.
 _UNPACKED = 2**24
 #: The field with the record of the run that made a file.
@@ -38,6 +49,9 @@ RECORD_FIELD = "prunus.compress"
 OWN_LISTS = re.compile(
     rb"(\^[\w\\.-]+\$=\w+\n)+|GGUF.{28}general\.architecture.{12}prunus.*", re.DOTALL
 )
+# Lengths up to this value fit any model: some fields count what has no tensor.
+_SMALL = 2**16
+_MAX_POSITIONS = 2**24  # tokens
 # Fields that describe how a file is stored, and not its model.
 _OF_STORAGE = (
     "GGUF.", "general.architecture", "general.file_type", "general.alignment", "split.", "prunus.",
@@ -48,18 +62,6 @@ def check_extra() -> None:
     """Raise ModuleNotFoundError unless the packages for GGUF files are installed."""
     for module in ("gguf", "accelerate"):
         require_library(module, "a GGUF file", "gguf")
-
-
-def dequantize(data: Any, kind: Any) -> Any:
-    """The weights of a tensor as the package has it, also of Q2_0, which the package cannot decode.
-
-    Args:
-        data: Its bytes, uint8.
-        kind: Its type in the package.
-    """
-    if kind != TYPES["Q2_0"].number:
-        return package().quants.dequantize(data, kind)
-    return GroupedWeight(TYPES["Q2_0"], torch.tensor(data).flatten(0, -2)).dense().numpy()
 
 
 class _Contents:
@@ -91,43 +93,59 @@ class _Contents:
         return data
 
 
-@functools.cache
-def _reader_class() -> Any:
-    """The package's reader of headers, which is given the open file (`opened`) before it begins.
+@dataclass(frozen=True)
+class TensorInFile:
+    """A tensor of an open file, whose content is read when it is used.
 
-    It takes slices of a mapped file. Here they are read. For the content of each tensor it gets
-    zeros that take no memory; `_StoredContent` reads the content when it is used.
+    Attributes:
+        contents: The bytes of the file.
+        name: llama.cpp's name of the tensor.
+        shape: Its shape in the order of the file, columns first.
+        tensor_type: Its type in the package, or that of prunus if the package cannot decode it.
+        data_offset: Where its content begins in the file.
+        row_bytes: Bytes of a row.
     """
 
-    def get(self: Any, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
-        if hasattr(self, "data_offset"):  # the header is over
-            return np.broadcast_to(np.zeros((), dtype), (int(count),))
-        self.opened.seek(offset)
-        return np.frombuffer(self.opened.read(np.dtype(dtype).itemsize * int(count)), dtype)
+    contents: _Contents
+    name: str
+    shape: tuple[int, ...]
+    tensor_type: Any
+    data_offset: int
+    row_bytes: int
 
-    return type("HeaderReader", (package().GGUFReader,), {"_get": get})
+    @classmethod
+    def of(cls, contents: _Contents, header: Header, listed: ListedTensor) -> TensorInFile:
+        """A tensor that the header of a file lists.
 
-
-class _StoredContent:
-    """A tensor of the package's reader whose `data` are read from the file when they are used."""
-
-    def __init__(self, contents: _Contents, info: Any) -> None:
-        self.contents, self.info = contents, info
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.info, name)
+        Raises:
+            ValueError: Its type is not known or does not fit its shape, or the file ends before it.
+        """
+        gguf, start = package(), header.size + listed.offset
+        kind = _OWN.get(listed.type_id) or gguf.GGMLQuantizationType(listed.type_id)
+        width, nbytes = gguf.GGML_QUANT_SIZES.get(kind) or (kind.span, kind.nbytes)
+        columns = math.prod(listed.sides[:1])
+        found = cls(contents, listed.name, listed.sides, kind, start, columns // width * nbytes)
+        if columns % width or start + found.n_bytes > contents.size:
+            raise ValueError(
+                f"{found.name} of shape {found.shape} in {kind.name} ends beyond the "
+                f"{contents.size:,} bytes of the file, or within a group of {width} columns"
+            )
+        return found
 
     @property
-    def data(self) -> Any:
-        """The whole content, in the shape and the dtype that the package gives it."""
-        return self.rows(0, math.prod(self.info.data.shape[:-1])).reshape(self.info.data.shape)
+    def n_elements(self) -> int:
+        """How many weights it has."""
+        return math.prod(self.shape)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of its content."""
+        return math.prod(self.shape[1:]) * self.row_bytes
 
     def rows(self, first: int, count: int) -> Any:
-        """Some rows of the content, (count, I)."""
-        like = self.info.data
-        nbytes = like.shape[-1] * like.itemsize
-        raw = self.contents.read(self.info.data_offset + first * nbytes, count * nbytes)
-        return raw.view(like.dtype).reshape(count, like.shape[-1])
+        """The bytes of some rows of the content, an array of uint8 (count, bytes of a row)."""
+        start = self.data_offset + first * self.row_bytes
+        return self.contents.read(start, count * self.row_bytes).reshape(count, self.row_bytes)
 
 
 def tensor_names(architecture: str, blocks: int) -> Any:
@@ -148,26 +166,57 @@ def tensor_names(architecture: str, blocks: int) -> Any:
 
 def new_fields(architecture: str) -> Any:
     """A writer of the package without a file, to which fields are added; see `fields_of`."""
-    return package().GGUFWriter(None, architecture)
+
+    def add_key_value(
+        self: Any, key: str, val: Any, vtype: int, sub_type: int | None = None
+    ) -> None:
+        vars(self).setdefault("fields", {})[key] = GgufField(val, vtype, sub_type)
+
+    # All methods of the package that add a field call this one, the first before `__init__` ends.
+    kind = type("FieldsOnly", (package().GGUFWriter,), {"add_key_value": add_key_value})
+    return kind(None, architecture)
 
 
-def fields_of(writer: Any) -> dict[str, Any]:
-    """The fields of a writer: key -> value with its type."""
-    return dict(writer.kv_data[0])
+def fields_of(writer: Any) -> dict[str, GgufField]:
+    """The fields of a writer of `new_fields`: key -> value with its type."""
+    return dict(writer.fields)
+
+
+def _as_package_has(field: GgufField) -> Any:
+    """A field as the package's reader has it: parts, which of them are values, and types."""
+    is_list = isinstance(field.value, list)
+    parts = [
+        x.encode() if isinstance(x, str) else [x]
+        for x in (field.value if is_list else [field.value])
+    ]
+    return SimpleNamespace(parts=parts, data=range(len(parts)), types=[*field[1 : 2 + is_list]])
+
+
+class _Unpacked(NamedTuple):
+    """A tensor for transformers, which is unpacked when it is used: no type need be known there."""
+
+    file: GgufFile
+    name: str
+    tensor_type: int = 0  # float32
+
+    @property
+    def data(self) -> Any:
+        """The weights, float32."""
+        return self.file.read(self.name).numpy()
 
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A GGUF file whose header was checked.
+    """An open GGUF file.
 
     Attributes:
-        reader: The `GGUFReader` of the package.
-        tensors: Name -> tensor of that reader, whose data are read when they are used.
+        header: What its header says.
+        tensors: Name -> tensor, whose data are read when they are used.
         contents: The bytes of the file.
     """
 
-    reader: Any
-    tensors: dict[str, Any]
+    header: Header
+    tensors: dict[str, TensorInFile]
     contents: _Contents
 
     @classmethod
@@ -176,57 +225,47 @@ class GgufFile:
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: It is no regular file, or it ends before a tensor does.
+            ValueError: It is no regular file, its header is damaged, or it ends before a tensor.
         """
-        contents, reader = _Contents(path), _reader_class().__new__(_reader_class())
-        with open_regular(path) as reader.opened:
-            reader.__init__(path)
-        tensors = {x.name: _StoredContent(contents, x) for x in reader.tensors}
-        for name, tensor in tensors.items():
-            if tensor.data_offset + tensor.n_bytes > contents.size:
-                raise ValueError(f"{name} ends beyond the {contents.size:,} bytes of the file")
-        reader.tensors = [*tensors.values()]
-        return cls(reader, tensors, contents)
+        contents = _Contents(path)
+        with open_regular(path) as file:
+            header = read_header(file)
+        return cls(
+            header,
+            {listed.name: TensorInFile.of(contents, header, listed) for listed in header.tensors},
+            contents,
+        )
 
-    @contextlib.contextmanager
-    def read_once(self) -> Iterator[None]:
-        """While active, transformers takes this file as it is open: a header takes seconds.
+    def read_by_transformers(self) -> contextlib.AbstractContextManager[None]:
+        """While active, transformers takes this file as it is open.
 
-        The package's table of names is made once as well. transformers asks for it for every module
-        of a model, 397 times in SmolLM2-135M, and each takes some 10 ms.
+        Otherwise it would read the header two or three times, which takes many seconds if the
+        vocabulary is large, and map the file: one that is cut short ends the process.
         """
-        kind, package().GGUFReader = package().GGUFReader, lambda _: self.reader
-        name_maps = functools.cache(package().get_tensor_name_map)
-        try:
-            with (
-                replaced(package(), "get_tensor_name_map", name_maps),
-                replaced(package(), "dequantize", dequantize),
-            ):
-                yield
-        finally:
-            package().GGUFReader = kind
+        fields = {key: _as_package_has(field) for key, field in self.header.fields.items()}
+        tensors = [_Unpacked(self, name) for name in self.tensors]
+        reader = SimpleNamespace(fields=fields, tensors=tensors)
+        return replaced(package(), "GGUFReader", lambda path: reader)
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a field; `default` if it is missing."""
-        field = self.reader.fields.get(key)
-        return default if field is None else field.contents()
+        return self.header.fields.get(key, GgufField(default, 0)).value
 
     @property
     def architecture(self) -> str:
         """llama.cpp's name of the kind of model."""
         return str(self.get("general.architecture", "unknown"))
 
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, GgufField]:
         """All fields that describe the model, with their types, to write them again.
 
         Fields that describe the storage (`_OF_STORAGE`) are left out: they differ in the next file.
         """
-        writer = new_fields(self.architecture)
-        for key, field in self.reader.fields.items():
-            if not key.startswith(_OF_STORAGE):
-                kinds = [*field.types, None]
-                writer.add_key_value(key, field.contents(), kinds[0], kinds[1])
-        return fields_of(writer)
+        return fields_of(new_fields(self.architecture)) | {
+            key: field
+            for key, field in self.header.fields.items()
+            if not key.startswith(_OF_STORAGE)
+        }
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor, unpacked to float32, with rows first.
@@ -255,17 +294,22 @@ class GgufFile:
             name: The tensor. The rows of the experts in it follow each other.
             rows_O: int64, their numbers in the order wanted; None for all.
         """
-        tensor, shape = self.tensors[name], self.shape(name)
+        tensor, kind, shape = self.tensors[name], self.tensors[name].tensor_type, self.shape(name)
         rows_O = torch.arange(math.prod(shape[:-1])) if rows_O is None else rows_O
         for part_O in rows_O.split(max(1, _UNPACKED // max(1, shape[-1]))):
             # Rows of one head are in another order, so that few between them are read in vain.
             first, last = map(int, part_O.aminmax()) if len(part_O) else (0, -1)
             data = tensor.rows(first, last + 1 - first)[(part_O - first).numpy()]
-            yield torch.from_numpy(np.array(dequantize(data, tensor.tensor_type)))
+            yield (
+                GroupedWeight(kind, torch.from_numpy(data)).dense()
+                if isinstance(kind, GgufType)
+                else torch.from_numpy(np.array(package().quants.dequantize(data, kind)))
+            )
 
     def raw(self, name: str) -> torch.Tensor:
         """The bytes of a tensor as they are stored, uint8."""
-        return torch.from_numpy(self.tensors[name].data.view(np.uint8).reshape(-1))
+        rows = math.prod(self.shape(name)[:-1])
+        return torch.from_numpy(self.tensors[name].rows(0, rows).reshape(-1))
 
     @property
     def block_bits(self) -> float | None:
@@ -290,26 +334,47 @@ class GgufFile:
         return {name: round(size / sizes.total(), 4) for name, size in sizes.most_common()}
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor to write.
+def open_gguf(path: Path) -> GgufFile:
+    """Open a GGUF file of a stranger, and compare its lengths with the shapes of its tensors.
 
-    Attributes:
-        name: llama.cpp's name of the tensor.
-        shape: Its shape in the order of torch, rows first.
-        type_id: llama.cpp's number of its type.
-        nbytes: Bytes of its content in that type.
-        read: Returns the content, `nbytes` bytes. It is called when the tensor is written.
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no regular file, truncated or damaged, or its lengths do not fit.
     """
+    try:
+        file = GgufFile.open(path)
+        _check_lengths(file)
+        return file
+    except FileNotFoundError:
+        raise
+    except Exception as fault:  # a damaged header raises errors of many kinds
+        raise ValueError(
+            f"{path}: the GGUF file is truncated or damaged ({fault}); fetch it again"
+        ) from fault
 
-    name: str
-    shape: tuple[int, ...]
-    type_id: int
-    nbytes: int
-    read: Callable[[], torch.Tensor]
+
+def _check_lengths(file: GgufFile) -> None:
+    """Compare the lengths in the fields, which size the model, with the shapes of the tensors."""
+    architecture = file.architecture
+    blocks = {match[1] for name in file.tensors if (match := re.match(r"blk\.(\d+)\.", name))}
+    said = file.get(f"{architecture}.block_count", 0)
+    if not isinstance(said, int) or said != len(blocks) or not blocks:
+        raise ValueError(
+            f"{architecture}.block_count is {said!r}, and there are tensors of {len(blocks)} blocks"
+        )
+    if any(int(number[:9]) >= len(blocks) for number in blocks):
+        raise ValueError(f"its blocks are not numbered from 0 to {len(blocks) - 1}")
+    longest = max(_SMALL, *(side for x in file.tensors.values() for side in x.shape))
+    for name, (value, *_) in file.header.fields.items():
+        if name.startswith(f"{architecture}.") and type(value) is int:
+            counts_tokens = "context_length" in name or "sliding_window" in name
+            if value > (limit := _MAX_POSITIONS if counts_tokens else longest):
+                raise ValueError(f"{name} is {value:,}, and at most {limit:,} fits its tensors")
 
 
-def write_gguf(path: Path, fields: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> None:
+def write_gguf(
+    path: Path, fields: Mapping[str, GgufField], tensors: Sequence[StoredTensor]
+) -> None:
     """Write a GGUF file atomically, one tensor in memory at a time.
 
     Args:
@@ -362,29 +427,3 @@ def write_importances(
         )
     ]
     write_gguf(path, fields_of(writer), stored)
-
-
-def padded(nbytes: int) -> int:
-    """The bytes that a tensor takes in a file, up to the beginning of the next one.
-
-    Tensors begin at multiples of 32 bytes, the alignment that holds where a file states none.
-
-    >>> padded(32), padded(33)
-    (32, 64)
-    """
-    return -(-nbytes // 32) * 32
-
-
-def header_of(fields: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> bytes:
-    """Everything in a file before its tensors, packed by the package, and zeros up to them."""
-    gguf_writer = package().gguf_writer
-    writer, file = new_fields(fields["general.architecture"].value), io.BytesIO()
-    writer.kv_data[0] = dict(fields)
-    for tensor in tensors:
-        kind = package().GGMLQuantizationType(tensor.type_id)
-        writer.tensors[0][tensor.name] = gguf_writer.TensorInfo(tensor.shape, kind, tensor.nbytes)
-    writer.fout, writer.state = [file], gguf_writer.WriterState.EMPTY
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    return file.getvalue().ljust(padded(file.tell()), b"\0")

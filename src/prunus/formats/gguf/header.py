@@ -1,34 +1,86 @@
-"""The header of a GGUF file, parsed without trust in any number in it.
+"""The header of a GGUF file: its fields and the list of its tensors, as bytes and back.
 
-The reader of the package gguf trusts its input: an array that claims 2^60 entries keeps it busy
-until memory is full. So every length is compared with the rest of the file before it is followed.
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3.
+A header is parsed without trust in any number in it. An array that claims 2^60 entries would keep a
+reader busy until memory is full, so every length is compared with the rest of the file before it is
+followed. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3.
+
+All numbers are little-endian. A text is its length in 8 bytes, and UTF-8:
+
+    magic "GGUF", version (4 bytes), number of tensors (8), number of fields (8)
+    per field: its key, the type of its value (4), the value; see `_packed`
+    per tensor: its name, number of sides (4), sides (8 each) with columns first, type (4), and
+        where it begins after the header (8)
+    zeros up to a multiple of the alignment
 """
 
 from __future__ import annotations
 
 import math
 import os
-import re
 import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from io import BufferedReader
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from prunus.formats.gguf.file import GgufFile
-from prunus.model.checkpoint.regular_files import open_regular
+import torch
 
-# Types of values: a string, an array, and scalars with their struct codes.
-_STRING, _ARRAY = 8, 9
+from prunus.formats.gguf.package import package
+
+# Types of values: a text, a list, and scalars with their struct codes.
+_TEXT, _LIST = 8, 9
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
-# Lengths up to this value fit any model: some fields count what has no tensor.
-_SMALL = 2**16
-# Entries of all lists in a header, which the reader of the package makes objects of a kilobyte of.
-# The largest vocabularies of today have 850,000 tokens, types and merges.
+# The most tensors, and the most fields.
+_MAX_COUNT = 2**16
+# Entries of all lists in a header. The largest vocabularies of today have 850,000 tokens, types and
+# merges.
 _MAX_ENTRIES = 2**21
-_MAX_POSITIONS = 2**24  # tokens
-_MAX_DEPTH = 4  # arrays in arrays
+_MAX_DEPTH = 4  # lists in lists
 _MAX_DIMENSIONS = 8
+
+
+class GgufField(NamedTuple):
+    """A value of a header with its type; the numbers of types are those of the format.
+
+    Attributes:
+        value: A number, a text, or a list of them; bytes are a list of numbers up to 255.
+        type: The type of the value.
+        sub_type: The type of the entries of a list; None for that of its first one.
+    """
+
+    value: Any
+    type: int
+    sub_type: int | None = None
+
+
+class ListedTensor(NamedTuple):
+    """A tensor as a header lists it.
+
+    Attributes:
+        name: llama.cpp's name of the tensor.
+        sides: Its shape in the order of the file, columns first.
+        type_id: llama.cpp's number of its type.
+        offset: Where its content begins after the header, in bytes.
+    """
+
+    name: str
+    sides: tuple[int, ...]
+    type_id: int
+    offset: int
+
+
+class Header(NamedTuple):
+    """What the header of a file says.
+
+    Attributes:
+        fields: Key -> value with its type.
+        tensors: The tensors in the order of the file.
+        size: Bytes of the header, up to the first tensor.
+    """
+
+    fields: dict[str, GgufField]
+    tensors: list[ListedTensor]
+    size: int
 
 
 class _Cursor:
@@ -58,17 +110,17 @@ class _Cursor:
         """One little-endian number; `code` is its letter in the module struct."""
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
 
-    def string(self) -> str:
-        """A string: its length as 8 bytes, then UTF-8. Other bytes become replacement marks."""
-        return self.take(self.scalar("Q")).decode("utf-8", errors="replace")
+    def text(self) -> str:
+        """A text: its length as 8 bytes, then UTF-8."""
+        return self.take(self.scalar("Q")).decode()
 
-    def value(self, kind: int, depth: int = 0) -> Any:
-        """A value of GGUF's type `kind`. The content of an array is checked and dropped."""
+    def value(self, kind: int, depth: int = 0) -> GgufField:
+        """A value of GGUF's type `kind`."""
         if kind in _SCALARS:
-            return self.scalar(_SCALARS[kind])
-        if kind == _STRING:
-            return self.string()
-        if kind != _ARRAY or depth >= _MAX_DEPTH:
+            return GgufField(self.scalar(_SCALARS[kind]), kind)
+        if kind == _TEXT:
+            return GgufField(self.text(), kind)
+        if kind != _LIST or depth >= _MAX_DEPTH:
             raise ValueError(f"a value of type {kind} at {self.position:,}")
         inner, count = self.scalar("I"), self.scalar("Q")
         self.entries += count
@@ -78,78 +130,108 @@ class _Cursor:
                 f"{_MAX_ENTRIES:,} are read"
             )
         if inner in _SCALARS:
-            self.take(count * struct.calcsize("<" + _SCALARS[inner]))
-            return None
-        for _ in range(count):
-            self.value(inner, depth + 1)
-        return None
+            form = f"<{count}{_SCALARS[inner]}"
+            return GgufField([*struct.unpack(form, self.take(struct.calcsize(form)))], kind, inner)
+        return GgufField([self.value(inner, depth + 1).value for _ in range(count)], kind, inner)
 
 
-def open_gguf(path: Path) -> GgufFile:
-    """Open a GGUF file of a stranger: its header is checked before the package reads it.
+def read_header(file: BufferedReader) -> Header:
+    """Read the header of an open file.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no regular file, truncated or damaged, or its lengths do not fit the
-            shapes of its tensors.
+        ValueError: A number in it cannot be true, or it names two things alike.
     """
-    with open_regular(path) as file:
-        cursor = _Cursor(file)
-        try:
-            fields, tensors = _walk(cursor)
-            _check_lengths(fields, str(fields.get("general.architecture", "unknown")), tensors)
-            return GgufFile.open(path)
-        except FileNotFoundError:
-            raise
-        except Exception as fault:  # the reader trusts its input and raises errors of many kinds
-            raise ValueError(
-                f"{path}: the GGUF file is truncated or damaged ({fault}); fetch it again"
-            ) from fault
-
-
-def _check_lengths(
-    fields: dict[str, Any], architecture: str, tensors: dict[str, tuple[int, ...]]
-) -> None:
-    """Compare the lengths in the fields, which size the model, with the shapes of the tensors."""
-    blocks = {match[1] for name in tensors if (match := re.match(r"blk\.(\d+)\.", name))}
-    said = fields.get(f"{architecture}.block_count", 0)
-    if not isinstance(said, int) or said != len(blocks) or not blocks:
-        raise ValueError(
-            f"{architecture}.block_count is {said!r}, and there are tensors of {len(blocks)} blocks"
-        )
-    if any(int(number[:9]) >= len(blocks) for number in blocks):
-        raise ValueError(f"its blocks are not numbered from 0 to {len(blocks) - 1}")
-    longest = max((side for shape in tensors.values() for side in shape), default=0)
-    for name, value in fields.items():
-        length = name.removeprefix(f"{architecture}.")
-        if length == name or not isinstance(value, int) or isinstance(value, bool):
-            continue
-        positions = re.search(r"context_length|sliding_window", length)
-        if value > (limit := _MAX_POSITIONS if positions else max(longest, _SMALL)):
-            raise ValueError(f"{name} is {value:,}, and at most {limit:,} fits its tensors")
-
-
-def _walk(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    """The fields of a header, and the shape of every tensor."""
-    cursor.take(4)  # the magic number
+    cursor = _Cursor(file)
+    if (magic := cursor.take(4)) != b"GGUF":
+        raise ValueError(f"not a GGUF file; it starts with {magic!r}, not b'GGUF'")
     if (version := cursor.scalar("I")) not in (2, 3):
         raise ValueError(f"version {version} of the format; versions 2 and 3 can be read")
     tensors, count = cursor.scalar("Q"), cursor.scalar("Q")
-    if max(tensors, count) > _SMALL:
-        raise ValueError(f"{tensors:,} tensors and {count:,} fields; at most {_SMALL:,} are read")
-    fields = {}
-    for _ in range(count):
-        name = cursor.string()
-        fields[name] = cursor.value(cursor.scalar("I"))
-    shapes = {}
-    for _ in range(tensors):
-        name = cursor.string()
-        dimensions = cursor.scalar("I")
-        if dimensions > _MAX_DIMENSIONS:
-            raise ValueError(f"a tensor of {dimensions:,} dimensions")
-        shapes[name] = tuple(cursor.scalar("Q") for _ in range(dimensions))
-        # Even at one bit per weight, a tensor has no more numbers than its file has bits.
-        if math.prod(shapes[name]) > 8 * cursor.size:
-            raise ValueError(f"{name} has shape {shapes[name]} in {cursor.size:,} bytes")
-        cursor.take(4 + 8)  # its type and offset
-    return fields, shapes
+    if max(tensors, count) > _MAX_COUNT:
+        raise ValueError(
+            f"{tensors:,} tensors and {count:,} fields; at most {_MAX_COUNT:,} are read"
+        )
+    fields = {cursor.text(): cursor.value(cursor.scalar("I")) for _ in range(count)}
+    listed = [_listed(cursor) for _ in range(tensors)]
+    if len(fields) < count or len({x.name for x in listed}) < tensors:
+        raise ValueError("two fields or two tensors have the same name")
+    alignment = fields.get("general.alignment", GgufField(32, 4)).value
+    if not isinstance(alignment, int) or alignment.bit_count() != 1:
+        raise ValueError(f"an alignment of {alignment!r}")
+    return Header(fields, listed, padded(cursor.position, alignment))
+
+
+def _listed(cursor: _Cursor) -> ListedTensor:
+    """The next entry of the list of tensors."""
+    name, dimensions = cursor.text(), cursor.scalar("I")
+    if dimensions > _MAX_DIMENSIONS:
+        raise ValueError(f"a tensor of {dimensions:,} dimensions")
+    sides = tuple(cursor.scalar("Q") for _ in range(dimensions))
+    # Even at one bit per weight, a tensor has no more numbers than its file has bits.
+    if math.prod(sides) > 8 * cursor.size:
+        raise ValueError(f"{name} has shape {sides} in {cursor.size:,} bytes")
+    return ListedTensor(name, sides, cursor.scalar("I"), cursor.scalar("Q"))
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor to write.
+
+    Attributes:
+        name: llama.cpp's name of the tensor.
+        shape: Its shape in the order of torch, rows first.
+        type_id: llama.cpp's number of its type.
+        nbytes: Bytes of its content in that type.
+        read: Returns the content, `nbytes` bytes. It is called when the tensor is written.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type_id: int
+    nbytes: int
+    read: Callable[[], torch.Tensor]
+
+
+def padded(nbytes: int, alignment: int = 32) -> int:
+    """The bytes that a tensor takes in a file, up to the beginning of the next one.
+
+    Tensors begin at multiples of `alignment` bytes; 32 holds where a file states none.
+
+    >>> padded(32), padded(33)
+    (32, 64)
+    """
+    return -(-nbytes // alignment) * alignment
+
+
+def header_of(fields: Mapping[str, GgufField], tensors: Sequence[StoredTensor]) -> bytes:
+    """Everything in a file before its tensors, and zeros up to them."""
+    parts, begin = [struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(fields))], 0
+    for key, field in fields.items():
+        parts += [_packed(key, _TEXT), struct.pack("<I", field.type), _packed(*field)]
+    for x in tensors:
+        form, sides = f"<I{len(x.shape)}QIQ", reversed(x.shape)
+        parts += [
+            _packed(x.name, _TEXT),
+            struct.pack(form, len(x.shape), *sides, x.type_id, begin),
+        ]
+        begin += padded(x.nbytes)
+    header = b"".join(parts)
+    return header.ljust(padded(len(header)), b"\0")
+
+
+def _packed(value: Any, kind: int, of: int | None = None) -> bytes:
+    """A value of a header without its type.
+
+    A list begins with the type `of` its entries (4 bytes) and their number (8).
+
+    >>> _packed("ab", _TEXT)
+    b'\\x02\\x00\\x00\\x00\\x00\\x00\\x00\\x00ab'
+    """
+    if kind in _SCALARS:
+        return struct.pack("<" + _SCALARS[kind], value)
+    if kind == _TEXT:
+        text = value.encode() if isinstance(value, str) else value
+        return struct.pack("<Q", len(text)) + text
+    kind_of = package().GGUFValueType.get_type
+    of = of if of is not None else 0 if isinstance(value, bytes) else int(kind_of(value[0]))
+    return struct.pack("<IQ", of, len(value)) + b"".join(_packed(entry, of) for entry in value)

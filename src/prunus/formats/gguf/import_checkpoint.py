@@ -19,8 +19,7 @@ import torch
 import transformers
 
 from prunus.formats.gguf.card import imported_card
-from prunus.formats.gguf.file import GgufFile, check_extra
-from prunus.formats.gguf.header import open_gguf
+from prunus.formats.gguf.file import GgufFile, check_extra, open_gguf
 from prunus.formats.gguf.import_config import restore_constants
 from prunus.formats.gguf.layout import ARCHITECTURES, GgufTensor, tensors_of
 from prunus.formats.gguf.types import FULL_TYPES, PLAIN
@@ -91,7 +90,8 @@ def import_gguf(
     say = progress or (lambda line: None)
     say(f"reading {path.name}")
     file = open_gguf(path)
-    dtype = dtype or _dtype_for(file)
+    # float32 holds the values of a file in full precision; others are not worth it.
+    dtype = dtype or ("float32" if file.types.keys() <= FULL_TYPES - {"BF16"} else "bfloat16")
     with locked(dest):
         check_destination(dest, overwrite=overwrite)
         staging = in_held(dest / f"import{TEMPORARY_SUFFIX}")
@@ -100,7 +100,7 @@ def import_gguf(
         try:
             say(f"unpacking {len(file.tensors)} tensors to {dtype}")
             # transformers and gguf show progress bars; the caller shows its own.
-            with no_stderr(), file.read_once():
+            with no_stderr(), file.read_by_transformers():
                 summary = _convert(path, file, staging, DTYPES[dtype])
             drop_added_tokens(file, staging)
             restore_split(file, staging)
@@ -120,11 +120,6 @@ def import_gguf(
     }
 
 
-def _dtype_for(file: GgufFile) -> str:
-    """float32 for a file in full precision, whose values it holds; others are not worth it."""
-    return "float32" if file.types.keys() <= FULL_TYPES - {"BF16"} else "bfloat16"
-
-
 def _check_arguments(path: Path, dest: Path, *, overwrite: bool, dtype: str | None) -> None:
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(
@@ -133,8 +128,10 @@ def _check_arguments(path: Path, dest: Path, *, overwrite: bool, dtype: str | No
         )
     check_destination(dest, overwrite=overwrite)
     if not path.is_file():
-        state = "not a file" if path.exists() else "no such file"
-        raise FileNotFoundError(f"{path}: {state}; give a file of llama.cpp, NAME.gguf")
+        raise FileNotFoundError(
+            f"{path}: {'not a file' if path.exists() else 'no such file'}; give a file of "
+            "llama.cpp, NAME.gguf"
+        )
     with path.open("rb") as file:
         if (magic := file.read(4)) != b"GGUF":
             raise ValueError(
@@ -157,7 +154,7 @@ def _convert(path: Path, file: GgufFile, folder: Path, dtype: torch.dtype) -> di
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
         described = complete_config(transformers.AutoConfig.from_pretrained(**source), file)
-        _check_size(described, sum(int(tensor.n_elements) for tensor in file.tensors.values()))
+        _check_size(described, sum(tensor.n_elements for tensor in file.tensors.values()))
         says_bos = {"add_bos_token": True} if adds_bos(file) else {}
         card = imported_card(file, path.name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**source, **says_bos)
@@ -239,8 +236,7 @@ def _save_known(described: Any, file: GgufFile, folder: Path, dtype: torch.dtype
         name: TensorInfo("", tuple(x.shape), dtype, 0)
         for name, x in skeleton.model.named_parameters()
     }
-    options = described.get_text_config().to_dict()
-    tensors = tensors_of(file.architecture, options, infos)
+    tensors = tensors_of(file.architecture, described.get_text_config().to_dict(), infos)
     # The tables of rotary embeddings follow from the configuration.
     known = {tensor.name for tensor in tensors} | {_HEAD}
     _refuse("unexpected tensors", {x for x in file.tensors.keys() - known if "rope_" not in x})
@@ -300,18 +296,16 @@ def _unpacked(
 def _check_size(config: Any, weights: int) -> None:
     """Refuse a model that is larger than the weights of its file, before it takes memory."""
     model = build_on_meta(CAUSAL, config, torch.float32, False)
-    count = sum(parameter.numel() for parameter in model.parameters())
     # Tied weights are counted once here, and the file may store them once or twice.
-    if count > 2 * weights:
+    if (count := sum(parameter.numel() for parameter in model.parameters())) > 2 * weights:
         raise ValueError(f"its fields describe {count:,} weights, and its tensors hold {weights:,}")
 
 
 def _tidy(folder: Path) -> None:
     """Remove traces of the GGUF file from config.json; give all files the same permissions."""
     config = read_json(folder / "config.json")
-    for leftover in ("_model_name_or_path", "_name_or_path", "quantization_config"):
-        config.pop(leftover, None)
-    write_json(folder / "config.json", config)
+    traces = ("_model_name_or_path", "_name_or_path", "quantization_config")
+    write_json(folder / "config.json", {key: x for key, x in config.items() if key not in traces})
     mode = (folder / "config.json").stat().st_mode
     for file in folder.iterdir():
         file.chmod(mode)  # the safetensors library makes its files readable by their owner alone
@@ -363,6 +357,9 @@ def complete_config(config: Any, file: GgufFile) -> Any:
         "transformers_version",
     }
     options = {name: value for name, value in vars(config).items() if name in option_names}
-    options |= {"num_local_experts": count, "architectures": ["MixtralForCausalLM"]}
-    options["num_experts_per_tok"] = file.get("llama.expert_used_count")
+    options |= {
+        "num_local_experts": count,
+        "num_experts_per_tok": file.get("llama.expert_used_count"),
+        "architectures": ["MixtralForCausalLM"],
+    }
     return transformers.MixtralConfig(**options)

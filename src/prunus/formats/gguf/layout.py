@@ -24,8 +24,8 @@ import torch
 
 from prunus.formats.fixed import LLAMA_CPP, check_fixed, check_known
 from prunus.formats.gguf.card import metadata_of
-from prunus.formats.gguf.file import GgufFile, fields_of, new_fields, tensor_names
-from prunus.formats.gguf.header import open_gguf
+from prunus.formats.gguf.file import GgufFile, fields_of, new_fields, open_gguf, tensor_names
+from prunus.formats.gguf.header import GgufField
 from prunus.formats.gguf.package import package
 from prunus.formats.gguf.types import TYPES
 from prunus.formats.gguf.vocabulary import NORMAL, add_vocabulary
@@ -60,15 +60,6 @@ _EXPERT = re.compile(r"(.+\.experts\.)(\d+)\.(\w+)(\.weight)")
 _LEAVES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 # Kinds that have experts in every block; so has Mixtral, which is a Llama to llama.cpp.
 _OF_EXPERTS = ("olmoe", "qwen2moe", "qwen3moe")
-
-# Fields that every kind of model has -> option of transformers.
-_SIZES = {
-    "block_count": "num_hidden_layers",
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "head_count": "num_attention_heads",
-}
 
 
 @dataclass(frozen=True)
@@ -128,7 +119,7 @@ class GgufLayout:
             `CompressionRecord`.
     """
 
-    fields: dict[str, Any]
+    fields: dict[str, GgufField]
     tensors: tuple[GgufTensor, ...]
     unmatched: dict[str, list[str]] = field(default_factory=dict)
 
@@ -394,8 +385,7 @@ def _add_metadata(writer: Any, folder: Path, tensors: list[GgufTensor]) -> None:
     """Name, origin and size of the model, by the rules of the package."""
     gguf = package()
     for tensor in tensors:
-        info = gguf.gguf_writer.TensorInfo(tensor.shape, gguf.GGMLQuantizationType.F32, 0)
-        writer.tensors[0][tensor.name] = info
+        writer.add_tensor_info(tensor.name, tensor.shape, None, 0, gguf.GGMLQuantizationType.F32)
     total, *parts = writer.get_total_parameter_count()
     metadata = metadata_of(folder, total)
     metadata.size_label = metadata.size_label or gguf.size_label(total, *parts)
@@ -405,60 +395,87 @@ def _add_metadata(writer: Any, folder: Path, tensors: list[GgufTensor]) -> None:
 
 
 def _add_parameters(writer: Any, architecture: str, options: Mapping[str, Any]) -> None:
-    """The shape of the model and the constants that it computes with."""
-    heads, width = options["num_attention_heads"], options["hidden_size"]
-    rope = _rope(options)
-    for size, option in _SIZES.items():
-        getattr(writer, f"add_{size}")(options[option])
-    writer.add_head_count_kv(options.get("num_key_value_heads") or heads)
-    if architecture == "phi2":
-        writer.add_layer_norm_eps(options["layer_norm_eps"])
-    else:
-        writer.add_layer_norm_rms_eps(options["rms_norm_eps"])
-        writer.add_rope_freq_base(rope["rope_theta"])
-        local = options["rope_parameters"].get("sliding_attention", {}).get("rope_theta")
-        if local is not None:
-            writer.add_rope_freq_base_swa(local)
-        if rope.get("rope_type") == "longrope":
-            writer.add_rope_scaling_type(package().RopeScalingType.LONGROPE)
-    if experts := options.get("num_local_experts") or options.get("num_experts"):
-        writer.add_expert_count(experts)
-        writer.add_expert_used_count(options["num_experts_per_tok"])
-    if architecture in ("qwen2moe", "qwen3moe"):
-        writer.add_expert_feed_forward_length(options["moe_intermediate_size"])
-    if architecture == "qwen2moe":
-        writer.add_expert_shared_feed_forward_length(options["shared_expert_intermediate_size"])
-    if options.get("head_dim") is not None and not architecture.startswith("phi"):
-        writer.add_key_length(options["head_dim"])
-        writer.add_value_length(options["head_dim"])
-    if architecture == "llama":
-        writer.add_vocab_size(options["vocab_size"])
-        writer.add_rope_dimension_count(options.get("head_dim") or width // heads)
-    if architecture.startswith("phi"):
-        share = rope.get("partial_rotary_factor", options.get("partial_rotary_factor", 1.0))
-        writer.add_rope_dimension_count(int(share * width) // heads)
-    if architecture == "phi3":
-        writer.add_rope_scaling_orig_ctx_len(_original_positions(options))
-        writer.add_sliding_window(options.get("sliding_window") or 0)
-    if architecture == "gemma3":
-        writer.add_sliding_window(options["sliding_window"])
-        sliding = [kind == "sliding_attention" for kind in options["layer_types"]]
-        # llama.cpp takes every sixth block for one of full attention if the file does not say it.
-        if sliding != [index % 6 < 5 for index in range(len(sliding))]:
-            writer.add_sliding_window_pattern(sliding)
-        if options.get("final_logit_softcapping"):
-            writer.add_final_logit_softcapping(options["final_logit_softcapping"])
+    """The shape of the model and the constants that it computes with; see `_PARAMETERS`."""
+    for name, families, value in _PARAMETERS:
+        if architecture in families:
+            number = options[value] if isinstance(value, str) else value(options)
+            if number is not None:
+                getattr(writer, f"add_{name}")(number)
 
 
 def _rope(options: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of the rotary embedding; those of full attention if there are two."""
-    rope = options["rope_parameters"]
-    return dict(rope.get("full_attention", rope))
+    return dict(options["rope_parameters"].get("full_attention", options["rope_parameters"]))
 
 
 def _original_positions(options: Mapping[str, Any]) -> int:
     name = "original_max_position_embeddings"
     return int(_rope(options).get(name) or options.get(name) or options["max_position_embeddings"])
+
+
+def _head_width(options: Mapping[str, Any]) -> int:
+    return int(options.get("head_dim") or options["hidden_size"] // options["num_attention_heads"])
+
+
+def _rotated_width(options: Mapping[str, Any]) -> int:
+    """The columns of a head that are rotated, of families that rotate a share of them."""
+    width = {**options, **_rope(options)}.get("partial_rotary_factor", 1.0) * options["hidden_size"]
+    return int(width) // int(options["num_attention_heads"])
+
+
+def _experts(options: Mapping[str, Any]) -> int | None:
+    """How many experts a block has; None for none."""
+    return options.get("num_local_experts") or options.get("num_experts") or None
+
+
+def _sliding_blocks(options: Mapping[str, Any]) -> list[bool] | None:
+    """Whether each block has a window; None if every sixth has none, as llama.cpp takes it."""
+    sliding = [kind == "sliding_attention" for kind in options["layer_types"]]
+    return None if sliding == [index % 6 < 5 for index in range(len(sliding))] else sliding
+
+
+_ALL = frozenset(ARCHITECTURES.values())
+_PHI = frozenset({"phi2", "phi3"})
+# The parameters of known families in the order of the file: the field, by the name of the package's
+# method that adds it; the families that have it; and the option of transformers with its value, or
+# how it follows from the options. A field whose value is None is left out.
+_PARAMETERS: tuple[tuple[str, Collection[str], str | Callable[[Mapping[str, Any]], Any]], ...] = (
+    ("block_count", _ALL, "num_hidden_layers"),
+    ("context_length", _ALL, "max_position_embeddings"),
+    ("embedding_length", _ALL, "hidden_size"),
+    ("feed_forward_length", _ALL, "intermediate_size"),
+    ("head_count", _ALL, "num_attention_heads"),
+    ("head_count_kv", _ALL, lambda x: x.get("num_key_value_heads") or x["num_attention_heads"]),
+    ("layer_norm_eps", {"phi2"}, "layer_norm_eps"),
+    ("layer_norm_rms_eps", _ALL - {"phi2"}, "rms_norm_eps"),
+    ("rope_freq_base", _ALL - {"phi2"}, lambda x: _rope(x)["rope_theta"]),
+    (
+        "rope_freq_base_swa",
+        _ALL - {"phi2"},
+        lambda x: x["rope_parameters"].get("sliding_attention", {}).get("rope_theta"),
+    ),
+    (
+        "rope_scaling_type",
+        _ALL - {"phi2"},
+        lambda x: (
+            package().RopeScalingType.LONGROPE if _rope(x).get("rope_type") == "longrope" else None
+        ),
+    ),
+    ("expert_count", _ALL, _experts),
+    ("expert_used_count", _ALL, lambda x: _experts(x) and x["num_experts_per_tok"]),
+    ("expert_feed_forward_length", {"qwen2moe", "qwen3moe"}, "moe_intermediate_size"),
+    ("expert_shared_feed_forward_length", {"qwen2moe"}, "shared_expert_intermediate_size"),
+    ("key_length", _ALL - _PHI, lambda x: x.get("head_dim")),
+    ("value_length", _ALL - _PHI, lambda x: x.get("head_dim")),
+    ("vocab_size", {"llama"}, "vocab_size"),
+    ("rope_dimension_count", {"llama"}, _head_width),
+    ("rope_dimension_count", _PHI, _rotated_width),
+    ("rope_scaling_orig_ctx_len", {"phi3"}, _original_positions),
+    ("sliding_window", {"phi3"}, lambda x: x.get("sliding_window") or 0),
+    ("sliding_window", {"gemma3"}, "sliding_window"),
+    ("sliding_window_pattern", {"gemma3"}, _sliding_blocks),
+    ("final_logit_softcapping", {"gemma3"}, lambda x: x.get("final_logit_softcapping") or None),
+)
 
 
 def _rope_factors(writer: Any, options: Mapping[str, Any]) -> list[GgufTensor]:
@@ -488,7 +505,7 @@ def llama3_factors(rope: Mapping[str, Any], options: Mapping[str, Any]) -> list[
     The same as transformers' `rope_type` "llama3": the ramp is linear in the number of wave lengths
     that fit in the positions of the first training, from `low_freq_factor` to `high_freq_factor`.
     """
-    width = options.get("head_dim") or options["hidden_size"] // options["num_attention_heads"]
+    width = _head_width(options)
     steps = torch.arange(0, width, 2, dtype=torch.float32)
     waves = 2 * math.pi * rope["rope_theta"] ** (steps / width)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]

@@ -10,19 +10,9 @@ import torch
 
 @functools.cache
 def package() -> Any:
-    """The package, whose numbers of types include that of Q2_0.
-
-    Versions up to 0.19 do not know the type, and their readers refuse a file that has it.
-    """
+    """The package."""
     import gguf
 
-    numbers = gguf.GGMLQuantizationType
-    if "Q2_0" not in numbers.__members__:
-        member = int.__new__(numbers, 42)
-        member._name_, member._value_ = "Q2_0", 42
-        # An enumeration asks this for the member of a number that it does not have.
-        numbers._missing_ = lambda number: member if number == 42 else None
-        gguf.GGML_QUANT_SIZES[member] = 64, 18
     return gguf
 
 

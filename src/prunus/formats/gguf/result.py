@@ -28,8 +28,7 @@ from prunus.engine.options import RunOptions
 from prunus.engine.result import Result
 from prunus.formats.cards import quantized_card
 from prunus.formats.gguf.contents import content
-from prunus.formats.gguf.file import RECORD_FIELD, check_extra, write_gguf
-from prunus.formats.gguf.header import open_gguf
+from prunus.formats.gguf.file import RECORD_FIELD, check_extra, open_gguf, write_gguf
 from prunus.formats.gguf.modelfile import modelfile
 from prunus.formats.gguf.types import FULL_TYPES
 from prunus.formats.records import CompressionRecord
@@ -197,7 +196,7 @@ class GgufResult(Result[CompressionRecord]):
             self.path.open("rb") as source,
             replacing(self.path, self.path.stat().st_size) as copy,
         ):
-            header = source.read(file.reader.data_offset)
+            header = source.read(file.header.size)
             copy.write(header.replace(before, text) if len(text) == len(before) else header)
             shutil.copyfileobj(source, copy, 2**20)
 
