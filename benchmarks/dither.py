@@ -35,11 +35,7 @@ from gguf import (
 )
 
 from prunus.formats.gguf.file import open_gguf
-from prunus.formats.gguf.import_checkpoint import (
-    check_destination,
-    head_is_embedding,
-    import_gguf,
-)
+from prunus.formats.gguf.import_checkpoint import check_destination, head_is_embedding, import_gguf
 
 __all__ = ["KINDS", "dither", "quantisation_steps", "write_dithered_gguf"]
 
@@ -134,9 +130,8 @@ def write_dithered_gguf(source: Path, target: Path, seed: int) -> dict[str, int]
     # An embedding that is the head as well gets the head's values and noise, and stays its copy.
     twice = "output.weight" in places and head_is_embedding(open_gguf(source))
     for name in places:
-        position, tensor = places[
-            "output.weight" if twice and name == "token_embd.weight" else name
-        ]
+        same = "output.weight" if twice and name == "token_embd.weight" else name
+        position, tensor = places[same]
         values = quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         noisy[name] = 0
         if tensor.tensor_type in KINDS:
