@@ -88,24 +88,22 @@ def _gemma3_layers(options: Mapping[str, Any]) -> Container[Any]:
 
 _SILU, _TANH_GELU = ("silu", "swish"), ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 _BY_LAYER = partial(_windows, by_layer=True)
-# What holds for a family that says nothing else.
-_PLAIN: dict[str, Values] = {
+# What holds for a family of which a field says how much of a head is rotated ...
+_PARTLY_ROTATED: dict[str, Values] = {
     "hidden_act": _SILU,
     "is_causal": [True],
     "use_bidirectional_attention": [False],
     "rope_type": ["default"],
-    "partial_rotary_factor": [1.0],
 }
-_NO_BIAS: dict[str, Values] = _PLAIN | {"attention_bias": [False], "mlp_bias": [False]}
+# ... and for one that says nothing else.
+_PLAIN: dict[str, Values] = _PARTLY_ROTATED | {"partial_rotary_factor": [1.0]}
+_BIASES: dict[str, Values] = {"attention_bias": [False], "mlp_bias": [False]}
+_NO_BIAS: dict[str, Values] = _PLAIN | _BIASES
 _EXPERTS: dict[str, Values] = _NO_BIAS | {
     "decoder_sparse_step": [1],
     "mlp_only_layers": [[]],
 }
-# A field says how much of a head is rotated.
-_PHI: dict[str, Values] = {
-    **{option: values for option, values in _NO_BIAS.items() if option[:7] != "partial"},
-    "head_dim": _head_width,
-}
+_PHI: dict[str, Values] = _PARTLY_ROTATED | _BIASES | {"head_dim": _head_width}
 
 #: llama.cpp's name of a kind of model -> option -> values.
 LLAMA_CPP: Table = {
@@ -146,11 +144,8 @@ LLAMA_CPP: Table = {
     "phi3": {**_PHI, "rope_type": ["default", "longrope"], "sliding_window": _windows},
 }
 
-# Families of mlx-lm that read the scaling of the rotary embedding, and those that do not.
+# Families of mlx-lm that read the scaling of the rotary embedding. Others read the rotated part.
 _SCALED: dict[str, Values] = _PLAIN | {"rope_type": ["default", "linear", "llama3", "yarn"]}
-_UNSCALED: dict[str, Values] = {
-    option: values for option, values in _PLAIN.items() if option[:7] != "partial"
-}
 #: Type of a model in transformers -> option -> values of mlx-lm.
 MLX: Table = {
     **dict.fromkeys(["granite", "ministral3", "olmo2", "olmo3", "seed_oss", "smollm3"], _SCALED),
@@ -169,25 +164,25 @@ MLX: Table = {
         "hidden_activation": _TANH_GELU,
         "layer_types": _gemma3_layers,
     },
-    **dict.fromkeys(["cohere", "glm", "mamba2", "stablelm"], _UNSCALED),
+    **dict.fromkeys(["cohere", "glm", "mamba2", "stablelm"], _PARTLY_ROTATED),
     # Its exact GELU differs from the approximation of these families by less than 0.0005.
-    "gemma": {**_UNSCALED, "attention_bias": [False], "hidden_act": ("gelu", *_TANH_GELU)},
+    "gemma": {**_PARTLY_ROTATED, "attention_bias": [False], "hidden_act": ("gelu", *_TANH_GELU)},
     "starcoder2": {
-        **_UNSCALED,
+        **_PARTLY_ROTATED,
         "hidden_act": ("gelu", *_TANH_GELU),
         "sliding_window": _windows,
         "use_bias": [True],
     },
     "gemma2": {
-        **_UNSCALED,
+        **_PARTLY_ROTATED,
         "attention_bias": [False],
         "hidden_activation": _TANH_GELU,
         "sliding_window": _BY_LAYER,
     },
-    "phi": {**_UNSCALED, "hidden_act": _TANH_GELU, "qk_layernorm": [False]},
-    "nemotron": {**_UNSCALED, "hidden_act": ["relu2"], "rope_type": ["default", "linear"]},
+    "phi": {**_PARTLY_ROTATED, "hidden_act": _TANH_GELU, "qk_layernorm": [False]},
+    "nemotron": {**_PARTLY_ROTATED, "hidden_act": ["relu2"], "rope_type": ["default", "linear"]},
     "phi3": {
-        **_UNSCALED,
+        **_PARTLY_ROTATED,
         "head_dim": _head_width,
         "rope_type": ["default", "linear", "longrope"],
         "sliding_window": _windows,
@@ -302,14 +297,12 @@ def check_template(
     check_fixed("llama.cpp", "a GGUF file", config, LLAMA_CPP.get(kind, {}))
     options = list(_named(config.to_dict()))
     for name, names in _STATED.items():
-        stated, said = (
-            field(f"{kind}.{name}"),
-            {
-                option: value
-                for option, value in options
-                if option.rpartition(".")[2] in names and isinstance(value, int | float)
-            },
-        )
+        stated = field(f"{kind}.{name}")
+        said = {
+            option: value
+            for option, value in options
+            if option.rpartition(".")[2] in names and isinstance(value, int | float)
+        }
         if not isinstance(stated, int | float) or not said:
             continue
         if not any(math.isclose(stated, value, rel_tol=1e-5) for value in said.values()):

@@ -196,12 +196,13 @@ class _Table:
                 types_for(columns, with_reserve) if kind is None else [type_for(kind, columns)]
             )
             types = [replace(x, columns=order) for x in types] if order else types
+            uses = self.uses(name)
             weights[name] = TypedWeight(
                 self.stacks[name],
                 (rows, columns),
                 types,
                 [padded(x.nbytes_of(rows * columns)) for x in types],
-                [self.times[x.name] * self.uses(name) for x in types],
+                [self.times[x.name] * uses for x in types],
             )
         return weights
 
