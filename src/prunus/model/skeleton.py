@@ -60,7 +60,11 @@ class Skeleton:
         self.dtype = dtype
         self.model: Any = build_on_meta(self.kind, config, dtype, trust_remote_code)
         self.model.eval().requires_grad_(False)
-        images = inspect.signature(self.model.forward).parameters.get("pixel_values")
+        takes = inspect.signature(self.model.forward).parameters
+        # Some configurations ask for the logits of routers, of which the stubs of blocks know none.
+        without_routers = {"output_router_logits": False} if "output_router_logits" in takes else {}
+        self._arguments = {"use_cache": False} | without_routers
+        images = takes.get("pixel_values")
         if self.kind is IMAGE_TEXT and images and images.default is inspect.Parameter.empty:
             raise NotImplementedError(
                 f"{type(self.model).__name__} reads no text without an image, so its language "
@@ -260,7 +264,7 @@ class Skeleton:
             torch.no_grad(),
             contextlib.suppress(_HeadReached),
         ):
-            self._run_head(input_ids)
+            self.model(input_ids=input_ids, **self._arguments)
         return seen[0]
 
     def logits(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -277,17 +281,8 @@ class Skeleton:
             (windows, tokens, vocabulary).
         """
         with self._stubs.returning(hidden), torch.set_grad_enabled(hidden.requires_grad):
-            logits: torch.Tensor = self._run_head(input_ids).logits
+            logits: torch.Tensor = self.model(input_ids=input_ids, **self._arguments).logits
         return logits
-
-    def _run_head(self, input_ids: torch.Tensor) -> Any:
-        """Run the model with the stubs in place of its blocks.
-
-        They say nothing of what routers chose, for which some configurations ask in training.
-        """
-        takes = inspect.signature(self.model.forward).parameters
-        routers = {"output_router_logits": False} if "output_router_logits" in takes else {}
-        return self.model(input_ids=input_ids, use_cache=False, **routers)
 
     def head(self, may_be_tied: bool = False) -> Linear:
         """The output head as a linear, by its full name.
