@@ -61,7 +61,7 @@ class LinearOptions(UpdateOptions, WindowOptions):
     only: Annotated[
         tuple[str, ...],
         Option(
-            "Prune only linears whose names match; may be repeated.",
+            "Change only linears whose names match; may be repeated.",
             metavar="GLOB",
             panel=SELECTION,
             is_condition=True,
