@@ -36,7 +36,7 @@ import json, resource, sys
 import torch
 torch.set_num_threads(int(sys.argv[2]))
 import transformers.models.auto.modeling_auto
-import prunus.evaluation, prunus.pruning.run, prunus.recovery
+import prunus.evaluation, prunus.pruning.prune, prunus.recovery
 from prunus.cli import app
 from transformers import AutoConfig, AutoModelForCausalLM
 AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(sys.argv[3]))]

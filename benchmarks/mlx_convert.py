@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 import prunus
-from prunus.evaluation.options import TextOptions
+from prunus.evaluation.eval_options import TextOptions
 from prunus.evaluation.perplexity import scoring_windows
 from prunus.formats.mlx import rope_keys
 

@@ -71,11 +71,11 @@ def command_section(name: str, command: Any) -> str:
 
 def option_tables() -> str:
     """A table per model of options: what each one does, its default, and whether it is a flag."""
-    from prunus.evaluation.options import TaskOptions, TextOptions
-    from prunus.formats.recipe import CompressionRecipe
+    from prunus.evaluation.eval_options import TaskOptions, TextOptions
+    from prunus.formats.compression_recipe import CompressionRecipe
     from prunus.pruning.recipe import Recipe
-    from prunus.recovery.options import RecoveryOptions
-    from prunus.structure.records import StructureRecipe
+    from prunus.recovery.recovery_options import RecoveryOptions
+    from prunus.structure.structure_record import StructureRecipe
 
     models = (Recipe, CompressionRecipe, StructureRecipe, RecoveryOptions, TextOptions, TaskOptions)
     return "\n\n".join(option_table(model) for model in models)

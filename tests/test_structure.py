@@ -53,18 +53,18 @@ OPTIONAL = [
 #: What must be read without torch: the recipe of each verb, its record, and reports of results.
 WITHOUT_TORCH = [
     "prunus.pruning.recipe", "prunus.pruning.manifest",
-    "prunus.formats.recipe", "prunus.formats.records",
-    "prunus.structure.records", "prunus.engine.record", "prunus.sweeping.results",
-    "prunus.evaluation.options", "prunus.evaluation.records",
+    "prunus.formats.compression_recipe", "prunus.formats.compression_record",
+    "prunus.structure.structure_record", "prunus.engine.run_record", "prunus.sweeping.results",
+    "prunus.evaluation.eval_options", "prunus.evaluation.eval_records",
     "prunus.reporting.write",
 ]  # fmt: skip
 
 #: Public verbs: the only functions with more than eight parameters.
 VERBS = {
     "calibration.training_text.training_text",
-    "planning.run.plan",
+    "planning.plan.plan",
     "recovery.max_preset.prune_and_recover",
-    "recovery.run.recover",
+    "recovery.recover.recover",
 }
 
 
@@ -153,7 +153,7 @@ def test_a_format_is_eight_methods_and_no_class_has_more_than_thirty():
 
 def test_a_folder_of_mlx_is_planned_without_gguf():
     code = (
-        "import sys, prunus.compression.run; from prunus.model.formats import format_named; "
+        "import sys, prunus.compression.compress; from prunus.model.formats import format_named; "
         "format_named('mlx').load(); sys.exit('prunus.formats.gguf' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -20,25 +20,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunus.compression.run import compress
+    from prunus.compression.compress import compress
+    from prunus.evaluation.eval_records import PerplexityResult, TaskResults, compare
     from prunus.evaluation.inspection import Inspection, inspect
     from prunus.evaluation.perplexity import perplexities, perplexity
-    from prunus.evaluation.records import PerplexityResult, TaskResults, compare
     from prunus.evaluation.task_runner import evaluate
-    from prunus.formats.recipe import CompressionRecipe
-    from prunus.formats.records import CompressionRecord
+    from prunus.formats.compression_recipe import CompressionRecipe
+    from prunus.formats.compression_record import CompressionRecord
     from prunus.model.loading import LoadedModel, load
-    from prunus.planning.run import plan
+    from prunus.planning.plan import plan
     from prunus.pruning.manifest import Manifest
+    from prunus.pruning.prune import prune
     from prunus.pruning.recipe import Recipe
-    from prunus.pruning.run import prune
     from prunus.recovery.max_preset import prune_and_recover
-    from prunus.recovery.record import RecoveryRecord
-    from prunus.recovery.run import recover
+    from prunus.recovery.recover import recover
+    from prunus.recovery.recovery_record import RecoveryRecord
     from prunus.reporting.write import report
-    from prunus.structure.records import StructureRecipe, StructureRecord
-    from prunus.structure.run import shrink
-    from prunus.sweeping.run import sweep
+    from prunus.structure.shrink import shrink
+    from prunus.structure.structure_record import StructureRecipe, StructureRecord
+    from prunus.sweeping.sweep import sweep
 
     __version__: str
 
@@ -75,31 +75,31 @@ __all__ = [
 # import, and `prunus --help` needs neither. No module of the package may have a public name's own
 # name, because importing it would hide that name: hence the rooms `sweeping` and `reporting`.
 _HOMES = {
-    "CompressionRecipe": "prunus.formats.recipe",
-    "CompressionRecord": "prunus.formats.records",
+    "CompressionRecipe": "prunus.formats.compression_recipe",
+    "CompressionRecord": "prunus.formats.compression_record",
     "Inspection": "prunus.evaluation.inspection",
     "LoadedModel": "prunus.model.loading",
     "Manifest": "prunus.pruning.manifest",
-    "PerplexityResult": "prunus.evaluation.records",
+    "PerplexityResult": "prunus.evaluation.eval_records",
     "Recipe": "prunus.pruning.recipe",
-    "RecoveryRecord": "prunus.recovery.record",
-    "StructureRecipe": "prunus.structure.records",
-    "StructureRecord": "prunus.structure.records",
-    "TaskResults": "prunus.evaluation.records",
-    "compare": "prunus.evaluation.records",
-    "compress": "prunus.compression.run",
+    "RecoveryRecord": "prunus.recovery.recovery_record",
+    "StructureRecipe": "prunus.structure.structure_record",
+    "StructureRecord": "prunus.structure.structure_record",
+    "TaskResults": "prunus.evaluation.eval_records",
+    "compare": "prunus.evaluation.eval_records",
+    "compress": "prunus.compression.compress",
     "evaluate": "prunus.evaluation.task_runner",
     "inspect": "prunus.evaluation.inspection",
     "load": "prunus.model.loading",
     "perplexities": "prunus.evaluation.perplexity",
     "perplexity": "prunus.evaluation.perplexity",
-    "plan": "prunus.planning.run",
-    "prune": "prunus.pruning.run",
+    "plan": "prunus.planning.plan",
+    "prune": "prunus.pruning.prune",
     "prune_and_recover": "prunus.recovery.max_preset",
-    "recover": "prunus.recovery.run",
+    "recover": "prunus.recovery.recover",
     "report": "prunus.reporting.write",
-    "shrink": "prunus.structure.run",
-    "sweep": "prunus.sweeping.run",
+    "shrink": "prunus.structure.shrink",
+    "sweep": "prunus.sweeping.sweep",
 }
 
 

@@ -24,7 +24,7 @@ from prunus.calibration.files import read_documents
 from prunus.calibration.sources import find_source
 from prunus.calibration.training_text import training_text
 from prunus.calibration.windows import WindowRequest, Windows, bos_token
-from prunus.evaluation.options import TextOptions
+from prunus.evaluation.eval_options import TextOptions
 from prunus.evaluation.perplexity import scoring_windows
 from tiny_tokenizer import BOS, byte_tokenizer
 

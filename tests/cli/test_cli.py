@@ -24,11 +24,11 @@ from command_line import PROGRAM, call
 from processors import processor_threads
 from prunus.cli import app, terminal
 from prunus.cli.terminal import command, log, print_result
-from prunus.engine import job, linear_job, plan
+from prunus.engine import linear_plan, open_model, run_plan
 from prunus.engine.document import Column, Document, Facts, Section, Table
-from prunus.engine.linear_job import plan_run
-from prunus.engine.options import RunOptions
+from prunus.engine.linear_plan import plan_run
 from prunus.engine.progress import PREPARATION, Progress
+from prunus.engine.run_options import RunOptions
 from prunus.evaluation import generation
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.pruning.manifest import Manifest
@@ -158,7 +158,7 @@ def test_plan_shows_what_prune_would_do_and_writes_nothing(dense, text, tmp_path
 
 
 def test_plan_tells_what_a_run_needs_from_what_it_may_use(dense, monkeypatch):
-    for module in (plan, linear_job, job):
+    for module in (open_model, linear_plan, run_plan):
         monkeypatch.setattr(module, "process_memory", lambda: 0)
     recipe = Recipe(samples=6, seqlen=64, batch=1)
 

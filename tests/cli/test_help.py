@@ -16,11 +16,11 @@ from pydantic_core import PydanticUndefined
 
 import prunus
 from command_line import PROGRAM, call
-from prunus.engine.options import RunOptions
-from prunus.formats.recipe import CompressionRecipe
+from prunus.engine.run_options import RunOptions
+from prunus.formats.compression_recipe import CompressionRecipe
 from prunus.pruning.recipe import Recipe
-from prunus.recovery.options import Mode, RecoveryOptions
-from prunus.structure.records import StructureRecipe
+from prunus.recovery.recovery_options import Mode, RecoveryOptions
+from prunus.structure.structure_record import StructureRecipe
 
 VERBS = [
     "prune", "compress", "shrink", "recover", "plan", "eval", "inspect", "sweep", "report",

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import prunus
 from changes import edit_json, edit_tensors
 from command_line import call
-from prunus.engine.record import shard_name
+from prunus.engine.run_record import shard_name
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.pruning.manifest import Manifest
 from tiny import shards, tiny_checkpoint, tiny_model, token_ids, tree

@@ -15,19 +15,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 import prunus
 from command_line import call
 from pictures import pictures, save_classifier
-from prunus.compression.run import Compression
+from prunus.compression.compress import Compression
 from prunus.engine.loss_sensitivity import measuring_memory
-from prunus.engine.memory import BlockMemory, Memory
-from prunus.engine.options import RunOptions
+from prunus.engine.memory_plan import BlockMemory, Memory
 from prunus.engine.result import MEASUREMENT
-from prunus.formats.recipe import CompressionRecipe
-from prunus.formats.records import CompressionRecord
+from prunus.engine.run_options import RunOptions
+from prunus.formats.compression_recipe import CompressionRecipe
+from prunus.formats.compression_record import CompressionRecord
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.loading import load_model
 from prunus.pruning.manifest import Manifest
+from prunus.pruning.prune import Pruning
 from prunus.pruning.recipe import Recipe
-from prunus.pruning.run import Pruning
 from prunus.reporting.run_sections import run_section
 from prunus.reporting.tables import plan_facts
 from scripts import run_script
@@ -84,23 +84,25 @@ def test_plan_counts_the_measurement(dense):
     options = {"samples": 6, "seqlen": 16, "batch": 2}
     small = CompressionRecipe(bits=4.0, format="mlx", **options)
     pruned = Recipe(method="sparsegpt", dense_weight=0.25, **options)
-    jobs = [
+    plans = [
         command(dense, None, recipe, RunOptions(calibration_data=token_ids())).plan()
         for recipe, command in ((small, Compression), (pruned, Pruning))
     ]
-    facts = [dict(plan_facts(job.describe()).items) for job in jobs]
+    facts = [dict(plan_facts(plan.describe()).items) for plan in plans]
     assert "removed" not in facts[0]["weights"] and "are removed" in facts[1]["weights"]
     assert "sparsity" not in facts[0] and facts[1]["sparsity"] == "the same everywhere"
-    memory = measuring_memory(jobs[0], quantizes=True)
+    memory = measuring_memory(plans[0], quantizes=True)
     # Two blocks, six windows of 16 tokens, 64 numbers of the dtype of the computation.
-    assert memory.hidden == 2 * 6 * 16 * 64 * jobs[0].dtype.itemsize
-    assert jobs[0].describe()["peak_memory_bytes"] > memory.total(hidden=True, paused=False)
+    assert memory.hidden == 2 * 6 * 16 * 64 * plans[0].dtype.itemsize
+    assert plans[0].describe()["peak_memory_bytes"] > memory.total(hidden=True, paused=False)
 
 
 def test_a_budget_below_the_measurement_is_refused(dense, monkeypatch):
     recipe = CompressionRecipe(bits=4.0, samples=6, seqlen=16, batch=2, format="mlx")
     needed = BlockMemory(0, 0, 10**14, 0, 10**9)
-    monkeypatch.setattr("prunus.engine.linear_job.measuring_memory", lambda job, quantizes: needed)
+    monkeypatch.setattr(
+        "prunus.engine.linear_plan.measuring_memory", lambda plan, quantizes: needed
+    )
     command = Compression(dense, None, recipe, RunOptions(calibration_data=token_ids()))
     with pytest.raises(ValueError, match="measuring how the loss depends on each linear needs"):
         command.plan()

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 
 import prunus
 from command_line import call
-from prunus.compression.run import Compression
-from prunus.engine.options import RunOptions
-from prunus.engine.windows import given_windows
+from prunus.compression.compress import Compression
+from prunus.engine.run_options import RunOptions
+from prunus.engine.run_windows import given_windows
 from prunus.formats.block_bytes import scaled
 from prunus.formats.compressed_tensors import TensorsCodec, integer_type, stored_parts
-from prunus.formats.recipe import CompressionRecipe
-from prunus.formats.records import CompressionRecord
+from prunus.formats.compression_recipe import CompressionRecipe
+from prunus.formats.compression_record import CompressionRecord
 from prunus.methods.group_fits import round_in_groups
 from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.formats import reader_of

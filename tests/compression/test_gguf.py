@@ -27,9 +27,9 @@ from prunus.compression.rounding import type_losses
 from prunus.engine.block import prune_block
 from prunus.engine.loss_sensitivity import LinearSensitivity
 from prunus.engine.progress import Progress, pruning_step
+from prunus.evaluation.eval_records import ModelSize
 from prunus.evaluation.generation import generate
 from prunus.evaluation.inspection import stored_size
-from prunus.evaluation.records import ModelSize
 from prunus.formats.gguf import file as gguf_file
 from prunus.formats.gguf.file import GgufFile
 from prunus.formats.gguf.import_checkpoint import import_gguf

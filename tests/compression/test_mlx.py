@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import prunus
-from prunus.compression.run import Compression
-from prunus.engine.options import RunOptions
-from prunus.engine.windows import given_windows
+from prunus.compression.compress import Compression
+from prunus.engine.run_options import RunOptions
+from prunus.engine.run_windows import given_windows
 from prunus.evaluation.inspection import stored_size
+from prunus.formats.compression_recipe import CompressionRecipe
+from prunus.formats.compression_record import CompressionRecord
 from prunus.formats.mlx import FAMILIES, affine_type, dense_weight
-from prunus.formats.recipe import CompressionRecipe
-from prunus.formats.records import CompressionRecord
 from prunus.methods.group_fits import round_in_groups
 from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.loading import load_model
@@ -117,8 +117,8 @@ def test_the_folder_holds_weights_close_to_those_of_the_source(tied, tmp_path):
     before, out = stored(dense), tmp_path / "out"
     data, described = given_windows(token_ids())
     recipe = CompressionRecipe(bits=5, format="mlx", **described)
-    job = Compression(dense, None, recipe, RunOptions(**data)).plan()
-    planned = job.storage.file_bytes()
+    plan = Compression(dense, None, recipe, RunOptions(**data)).plan()
+    planned = plan.storage.file_bytes()
     record = compress(dense, out)
     written = sum(map(len, shards(out).values()))
     assert 0.97 * planned < written <= planned

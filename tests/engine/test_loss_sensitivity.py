@@ -10,10 +10,10 @@ import torch
 
 from method_cases import gather
 from prunus.engine import loss_sensitivity
-from prunus.engine.linear_job import LinearPlan, plan_run
+from prunus.engine.linear_plan import LinearPlan, plan_run
 from prunus.engine.loss_sensitivity import LinearSensitivity, LossMeasurement, loss_sensitivities
-from prunus.engine.options import RunOptions
-from prunus.formats.recipe import CompressionRecipe
+from prunus.engine.run_options import RunOptions
+from prunus.formats.compression_recipe import CompressionRecipe
 from prunus.methods.group_sweep import relative_steps
 from prunus.model.skeleton import Skeleton
 from prunus.model.stream import Stream
@@ -29,13 +29,13 @@ def planned(folder, dtype: str = "float32", **options) -> LinearPlan:
 
 
 def streamed(
-    job: LinearPlan, seed: int = 0, quantizes: bool = True, outside: bool = False
+    plan: LinearPlan, seed: int = 0, quantizes: bool = True, outside: bool = False
 ) -> dict[str, LinearSensitivity]:
-    stream = Stream(job.skeleton, job.source, job.device)
+    stream = Stream(plan.skeleton, plan.source, plan.device)
     with torch.no_grad(), contextlib.closing(stream):
         stream.embed([IDS], None)
-        damping = job.work.options.damping
-        measurement = LossMeasurement(job.selected, damping, seed, quantizes, outside)
+        damping = plan.work.options.damping
+        measurement = LossMeasurement(plan.selected, damping, seed, quantizes, outside)
         return loss_sensitivities(stream, IDS, measurement)
 
 
@@ -51,12 +51,12 @@ def check_equal(found: LinearSensitivity, expected, options) -> None:
 
 def test_it_is_what_autograd_through_the_whole_llama_finds(tmp_path):
     folder = tiny_checkpoint(tmp_path / "dense", "llama")
-    job, expected = planned(folder), whole_model(folder)
-    found = streamed(job)
+    plan, expected = planned(folder), whole_model(folder)
+    found = streamed(plan)
     assert found.keys() == {name for name in expected if ".layers." in name}
     assert len(found) == 14
     for name, each in found.items():
-        check_equal(each, expected[name], job.work.options)
+        check_equal(each, expected[name], plan.work.options)
 
 
 @pytest.mark.parametrize(("family", "tied"), [("llama", False), ("gemma3_text", True)])
@@ -102,12 +102,12 @@ def test_the_curve_is_the_loss_of_what_wanda_removes(tmp_path):
 def test_gradients_go_back_through_experts(tmp_path):
     """In memory experts are fused, so the linears around them are compared."""
     folder = tiny_checkpoint(tmp_path / "dense", "qwen3_moe", moe_intermediate_size=32)
-    job, expected = planned(folder), whole_model(folder)
-    found = streamed(job)
+    plan, expected = planned(folder), whole_model(folder)
+    found = streamed(plan)
     attention = [name for name in found if "self_attn" in name]
     assert len(attention) == 8
     for name in attention:
-        check_equal(found[name], expected[name], job.work.options)
+        check_equal(found[name], expected[name], plan.work.options)
     experts = [each for name, each in found.items() if ".experts." in name]
     assert len(experts) == 2 * 8 * 3
     assert all((each.loss_O > 0).all() and each.loss_O.isfinite().all() for each in experts)
@@ -115,8 +115,8 @@ def test_gradients_go_back_through_experts(tmp_path):
 
 def test_only_chosen_linears_are_measured_and_the_seed_counts(tmp_path):
     folder = tiny_checkpoint(tmp_path / "dense", "llama")
-    job = planned(folder, only=("*.0.mlp.*",))
-    one, again, other = streamed(job), streamed(job), streamed(job, seed=1)
+    plan = planned(folder, only=("*.0.mlp.*",))
+    one, again, other = streamed(plan), streamed(plan), streamed(plan, seed=1)
     assert {name.rpartition(".")[2] for name in one} == {"gate_proj", "up_proj", "down_proj"}
     assert len(one) == 3
     for name, each in one.items():
@@ -125,7 +125,7 @@ def test_only_chosen_linears_are_measured_and_the_seed_counts(tmp_path):
 
 
 def test_one_block_is_in_memory_at_a_time(tmp_path, monkeypatch):
-    job = planned(tiny_checkpoint(tmp_path / "dense", "llama", num_hidden_layers=3))
+    plan = planned(tiny_checkpoint(tmp_path / "dense", "llama", num_hidden_layers=3))
     filled, original = [], Skeleton.fill
 
     def fill(skeleton, index, values, device):
@@ -136,9 +136,9 @@ def test_one_block_is_in_memory_at_a_time(tmp_path, monkeypatch):
         return block
 
     monkeypatch.setattr(Skeleton, "fill", fill)
-    streamed(job)
+    streamed(plan)
     assert filled == [0, 1, 2, 2, 1, 0]
-    assert all(p.is_meta for block in job.skeleton.blocks for p in block.parameters())
+    assert all(p.is_meta for block in plan.skeleton.blocks for p in block.parameters())
 
 
 def test_float16_gradients_do_not_vanish(tmp_path):
@@ -161,7 +161,7 @@ def test_gradients_beyond_the_range_of_float16_are_measured_with_a_smaller_facto
 
 
 def test_gradients_that_are_not_finite_name_the_linear(tmp_path, monkeypatch):
-    job = planned(tiny_checkpoint(tmp_path / "dense", "llama"))
+    plan = planned(tiny_checkpoint(tmp_path / "dense", "llama"))
     original = loss_sensitivity._gradient_of_loss
 
     def endless(*arguments):
@@ -170,4 +170,4 @@ def test_gradients_that_are_not_finite_name_the_linear(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loss_sensitivity, "_gradient_of_loss", endless)
     with pytest.raises(ValueError, match=r"gradients of model\.layers\.1\..* are not finite"):
-        streamed(job)
+        streamed(plan)

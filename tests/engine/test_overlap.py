@@ -7,7 +7,7 @@ import torch
 
 import prunus
 from prunus.engine.loop import background_writes, read_ahead
-from prunus.engine.memory import Memory
+from prunus.engine.memory_plan import Memory
 from tiny import shards, tiny_checkpoint, token_ids
 
 
@@ -90,7 +90,7 @@ def test_an_error_of_writing_ends_the_run(last):
 def test_the_bytes_are_those_of_a_run_without_overlap(tmp_path, monkeypatch):
     dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16, num_hidden_layers=4)
     for name, overlaps in (("with", True), ("without", False)):
-        monkeypatch.setattr(Memory, "overlaps", property(lambda _job, value=overlaps: value))
+        monkeypatch.setattr(Memory, "overlaps", property(lambda _plan, value=overlaps: value))
         prunus.prune(dense, tmp_path / name, calibration=token_ids())
     assert len(shards(tmp_path / "with")) > 1
     assert shards(tmp_path / "with") == shards(tmp_path / "without")

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import prunus
 from changes import edit_tensors
 from command_line import call
+from prunus.evaluation.eval_records import PAPER7, Metric, TaskResults, TaskScore
 from prunus.evaluation.model_input import ComputeOptions
-from prunus.evaluation.records import PAPER7, Metric, TaskResults, TaskScore
 from tiny import token_ids
 from tiny_tokenizer import dense_checkpoint
 from zeroshot_rows import write_local_datasets

@@ -18,9 +18,9 @@ from changes import swap_two_tokens
 from command_line import call
 from prunus.evaluation import metrics, window_scores
 from prunus.evaluation import streamed_model as streamed
+from prunus.evaluation.eval_records import compare_on_texts
 from prunus.evaluation.model_input import ComputeOptions
 from prunus.evaluation.perplexity import first_scored_row
-from prunus.evaluation.records import compare_on_texts
 from prunus.evaluation.streamed_model import StreamedModel
 from prunus.methods.divergence import kl_divergence
 from prunus.model.loading import load_model

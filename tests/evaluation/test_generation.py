@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from command_line import call
+from prunus.evaluation.eval_options import WritingOptions
 from prunus.evaluation.generation import chosen_settings, generate
-from prunus.evaluation.options import WritingOptions
 from prunus.reporting.console import printable
 from tiny import tiny_checkpoint
 from tiny_tokenizer import VOCABULARY, byte_tokenizer, dense_checkpoint

@@ -11,7 +11,7 @@ import torch
 import prunus
 from prunus.calibration.files import read_text
 from prunus.evaluation import tasks
-from prunus.evaluation.records import PAPER7
+from prunus.evaluation.eval_records import PAPER7
 from prunus.evaluation.tasks import load_tasks
 from tiny import tiny_model
 from tiny_tokenizer import BOS, EOS, VOCABULARY, byte_tokenizer

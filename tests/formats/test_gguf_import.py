@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prunus
 from gguf_cases import FAMILIES, compress, gguf_checkpoint
 from places import REPOSITORY
+from prunus.evaluation.eval_records import ModelSize
 from prunus.evaluation.inspection import stored_size
-from prunus.evaluation.records import ModelSize
 from prunus.formats.gguf.file import open_gguf
 from prunus.formats.gguf.import_checkpoint import import_gguf
 from prunus.model.tokenizer import token_ids as token_ids_of

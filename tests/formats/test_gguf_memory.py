@@ -10,7 +10,7 @@ pytest.importorskip("accelerate")
 
 from command_line import call
 from gguf_cases import gguf_checkpoint, known_tensors
-from prunus.formats.gguf.memory import buffer_bytes, cache_bytes
+from prunus.formats.gguf.context_memory import buffer_bytes, cache_bytes
 from prunus.hardware.sizes import in_bytes
 
 SMOLLM2 = {

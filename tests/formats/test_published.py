@@ -10,10 +10,10 @@ pytest.importorskip("gguf")
 
 import prunus
 from gguf_cases import gguf_checkpoint, known_layout, known_tensors, write_container
-from prunus.formats.recipe import CompressionRecipe
+from prunus.formats.compression_recipe import CompressionRecipe
 from prunus.pruning.recipe import Recipe
-from prunus.recovery.options import RecoveryOptions
-from prunus.structure.records import StructureRecipe
+from prunus.recovery.recovery_options import RecoveryOptions
+from prunus.structure.structure_record import StructureRecipe
 
 FOLDER = '/home/some one/secret "place"'
 RECIPES = [

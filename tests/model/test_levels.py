@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import prunus
-from prunus.compression.run import Compression
-from prunus.engine.options import RunOptions
+from prunus.compression.compress import Compression
+from prunus.engine.run_options import RunOptions
+from prunus.formats.compression_recipe import CompressionRecipe
 from prunus.formats.gguf.types import TYPES
-from prunus.formats.recipe import CompressionRecipe
 from prunus.methods.group_fits import round_in_groups
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.levels import grid_bits

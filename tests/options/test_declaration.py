@@ -8,7 +8,7 @@ import pytest
 
 import prunus
 from prunus.options import Option, Options, at_least, between, one_of, takes
-from prunus.recovery.options import RecoveryOptions
+from prunus.recovery.recovery_options import RecoveryOptions
 
 
 class Speed(Options):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import prunus
 from command_line import call
-from prunus.engine.memory import Memory
+from prunus.engine.memory_plan import Memory
 from prunus.model.experts import Experts, find_routers
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource

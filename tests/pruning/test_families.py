@@ -26,8 +26,8 @@ import prunus
 from command_line import call
 from image_text import IMAGE_TEXT_MODELS, VISION, image_text_checkpoint, loaded_with_images
 from places import REPOSITORY
-from prunus.engine.linear_job import plan_run
-from prunus.engine.options import RunOptions
+from prunus.engine.linear_plan import plan_run
+from prunus.engine.run_options import RunOptions
 from prunus.model.calls import BlockStubs
 from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.kinds import CAUSAL, kind_of

@@ -8,12 +8,12 @@ import torch
 import prunus
 import reference
 from prunus.engine import loss_sensitivity
-from prunus.engine.allocation import allocate
+from prunus.engine.allocate_sparsity import allocate
 from prunus.engine.block import dense_stream
-from prunus.engine.linear_job import plan_run
-from prunus.engine.memory import Memory
-from prunus.engine.options import RunOptions
+from prunus.engine.linear_plan import plan_run
+from prunus.engine.memory_plan import Memory
 from prunus.engine.reconstruction import reconstruct_block
+from prunus.engine.run_options import RunOptions
 from prunus.engine.session import SILENT
 from prunus.methods.patterns import Pattern
 from prunus.pruning.manifest import Manifest
@@ -93,7 +93,7 @@ def test_balanced_reconstructs_the_last_block_alone_on_the_windows_of_the_dense_
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_runs_with_16_bits_train_on_processors_without_bfloat16(dtype, tmp_path, monkeypatch):
     """A LayerNorm returns the dtype of its input, which float32 weights would refuse."""
-    monkeypatch.setattr("prunus.engine.linear_job.native_bfloat16", lambda: False)
+    monkeypatch.setattr("prunus.engine.linear_plan.native_bfloat16", lambda: False)
     options = {"calibration": token_ids(), "dtype": dtype, "reconstruct": "all", "batch": 1}
     dense = tiny_checkpoint(tmp_path / "dense", "gpt_neo", torch.float16)
     for block in prunus.prune(dense, tmp_path / "out", **options).blocks:
@@ -131,7 +131,8 @@ def test_a_resumed_run_keeps_the_same_sparsities(tmp_path, monkeypatch):
     interrupt(prunus.prune, dense, tmp_path / "out", **options)
     kept = Manifest.load(tmp_path / "out").allocation
     monkeypatch.setattr(
-        "prunus.engine.allocation.measure_loss", lambda *a, **o: pytest.fail("measured twice")
+        "prunus.engine.allocate_sparsity.measure_loss",
+        lambda *a, **o: pytest.fail("measured twice"),
     )
     report = prunus.prune(dense, tmp_path / "out", **options)
     assert report.allocation == kept
@@ -154,18 +155,18 @@ def losses_of(folder, allocation: dict[str, float]) -> float:
 
 def test_linears_whose_errors_cost_less_lose_more_weights(dense, tmp_path, monkeypatch):
     monkeypatch.setattr(loss_sensitivity, "multiplies_bfloat16", lambda device: False)
-    monkeypatch.setattr("prunus.engine.allocation._PART", 1)
+    monkeypatch.setattr("prunus.engine.allocate_sparsity._PART", 1)
     recipe = Recipe(
         calibration="token ids", samples=4, seqlen=16, dtype="float32", allocation="fisher"
     )
-    job = plan_run(dense, recipe, RunOptions(calibration_data=IDS))
-    found = allocate(job, SILENT, IDS, {})
+    plan = plan_run(dense, recipe, RunOptions(calibration_data=IDS))
+    found = allocate(plan, SILENT, IDS, {})
     assert all(0.25 <= value <= 0.75 for value in found.values())
     # No exchange of sparsity between two linears of equal shape lowers the loss by much.
     least, exchanges = losses_of(dense, found), 0
     assert least < losses_of(dense, dict.fromkeys(found, 0.5))
     for more, less in itertools.permutations(found, 2):
-        alike = job.selected_linears()[more].shape == job.selected_linears()[less].shape
+        alike = plan.selected_linears()[more].shape == plan.selected_linears()[less].shape
         if alike and found[more] <= 0.7 and found[less] >= 0.3:
             exchanges += 1
             moved = found | {more: found[more] + 1 / 32, less: found[less] - 1 / 32}

@@ -15,8 +15,8 @@ from prunus import Manifest, StructureRecord
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.model.loading import load_model
 from prunus.recovery import training
-from prunus.recovery.job import default_mode
-from prunus.recovery.record import RecoveryRecord
+from prunus.recovery.recovery_plan import default_mode
+from prunus.recovery.recovery_record import RecoveryRecord
 from prunus.recovery.trainable import check_zeros
 from recovery_cases import dense_checkpoint, recover, shards
 from tiny import tiny_checkpoint, weights

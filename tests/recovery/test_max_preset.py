@@ -11,12 +11,12 @@ import torch
 import prunus
 from changes import edit_tensors
 from command_line import call
-from prunus.engine.options import RunOptions
+from prunus.engine.run_options import RunOptions
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.model.loading import load_model
 from prunus.pruning.manifest import Manifest
 from prunus.recovery.max_preset import PRUNED, max_run, training_options
-from prunus.recovery.record import RecoveryRecord
+from prunus.recovery.recovery_record import RecoveryRecord
 from recovery_cases import StopError, shards, stop_at
 from scripts import run_script
 from stopping import interrupt, stop_after

@@ -30,11 +30,11 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.pruning.manifest import Manifest
 from prunus.recovery import training
-from prunus.recovery.record import RecoveryRecord
+from prunus.recovery.recovery_record import RecoveryRecord
 from prunus.recovery.training import Step
 from prunus.reporting.console import show_recovery
-from prunus.structure.records import StructureRecord
-from prunus.structure.run import shrink
+from prunus.structure.shrink import shrink
+from prunus.structure.structure_record import StructureRecord
 from recovery_cases import SHORT, dense_checkpoint, pruned_checkpoint, recover, shards, stop_at
 from stopping import assert_resumes
 from tiny import EXPERT_FAMILIES, stored, tiny_model, token_ids, weights

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from changes import edit_json, edit_tensors
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.recovery.checkpoints import Checkpoints, TrainingState
-from prunus.recovery.record import Evaluation
+from prunus.recovery.recovery_record import Evaluation
 from recovery_cases import StopError, recover, shards, stop_at
 from scripts import run_script
 
@@ -74,7 +74,7 @@ def test_a_state_without_its_best_weights_is_not_resumed(pruned, text, tmp_path)
 def test_a_finished_recovery_is_not_done_again(pruned, text, tmp_path, monkeypatch):
     first = recover(pruned, tmp_path / "out", "lora", text)
     before = shards(tmp_path / "out")
-    monkeypatch.setattr("prunus.recovery.run.Training", None)
+    monkeypatch.setattr("prunus.recovery.recover.Training", None)
     assert recover(pruned, tmp_path / "out", "lora", text) == first
     assert shards(tmp_path / "out") == before
 

@@ -22,7 +22,7 @@ from rich.console import Console
 import prunus
 from command_line import call
 from prunus.engine.document import Document, Lines, Measured, Table, text_of
-from prunus.evaluation.records import (
+from prunus.evaluation.eval_records import (
     Divergence,
     Metric,
     ModelSize,
@@ -37,7 +37,7 @@ from prunus.reporting.page import document_json, figure_json, to_html, to_markdo
 from prunus.reporting.run_sections import structure_section
 from prunus.reporting.sweep_section import sweep_section
 from prunus.reporting.write import report
-from prunus.structure.records import StructureRecord
+from prunus.structure.structure_record import StructureRecord
 from prunus.sweeping.results import CellResult
 from report_samples import (
     DIVERGENCE,

@@ -11,7 +11,7 @@ import prunus
 from image_text import IMAGE_TEXT_MODELS, image_text_checkpoint, loaded_with_images
 from prunus.model.linears import find_block_list
 from prunus.structure import search
-from prunus.structure.records import StructureRecord
+from prunus.structure.structure_record import StructureRecord
 from structure_cases import (
     assert_same_logits,
     bytes_of,

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from prunus.structure import run
-from prunus.structure.run import shrink
+from prunus.structure.shrink import shrink
 from structure_cases import bytes_of, divergence, loaded, shrunk_with_a_kill, stored
 from tiny import tiny_checkpoint, token_ids
 
@@ -57,7 +56,7 @@ def test_blocks_are_trained_from_the_first_change_on_and_towards_the_state_behin
     tmp_path, monkeypatch
 ):
     dense, ids = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=5), token_ids(8, 16)
-    monkeypatch.setattr(run, "choose_blocks", lambda *_: [0, 1, 4])
+    monkeypatch.setattr("prunus.structure.shrink.choose_blocks", lambda *_: [0, 1, 4])
     common: dict[str, Any] = {"blocks": 3, "calibration": ids, "dtype": "float32"}
     record = shrink(dense, tmp_path / "small", **common)
     assert [block.repair is not None for block in record.blocks] == [False, True, True]
@@ -71,7 +70,7 @@ def test_blocks_are_trained_from_the_first_change_on_and_towards_the_state_behin
 
 def test_a_gap_at_the_end_is_repaired_towards_the_next_tokens(tmp_path, monkeypatch):
     dense, ids = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=4), token_ids(8, 16)
-    monkeypatch.setattr(run, "choose_blocks", lambda *_: [0, 1])
+    monkeypatch.setattr("prunus.structure.shrink.choose_blocks", lambda *_: [0, 1])
     record = shrink(dense, tmp_path / "small", blocks=2, calibration=ids, dtype="float32")
     assert [block.repair is not None for block in record.blocks] == [False, True]
     expected = divergence(loaded(dense), loaded(dense), ids[-1:], [2, 3])
@@ -81,7 +80,7 @@ def test_a_gap_at_the_end_is_repaired_towards_the_next_tokens(tmp_path, monkeypa
 def test_a_killed_repair_trains_what_follows_a_change_that_was_finished(tmp_path, monkeypatch):
     """Block 3 lost nothing and is at no gap: it is trained because block 1 before it is."""
     dense = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=6)
-    monkeypatch.setattr(run, "choose_blocks", lambda *_: [0, 2, 3, 4, 5])
+    monkeypatch.setattr("prunus.structure.shrink.choose_blocks", lambda *_: [0, 2, 3, 4, 5])
     common: dict[str, Any] = {"blocks": 5, "calibration": token_ids(8, 16), "repair": True}
     whole = shrink(dense, tmp_path / "whole", **common)
     assert all(block.repair is not None for block in whole.blocks)

@@ -9,7 +9,7 @@ import prunus
 from command_line import call
 from devices import PRETEND, assert_same_weights
 from prunus.model.checkpoint.atomic_files import verify_shards
-from prunus.structure.records import StructureRecipe, StructureRecord, what_was_removed
+from prunus.structure.structure_record import StructureRecipe, StructureRecord, what_was_removed
 from structure_cases import bytes_of, loaded, shrunk_with_a_kill
 from structure_cases import shrink_without_repair as shrink
 from tiny import ids_file, tiny_checkpoint, token_ids

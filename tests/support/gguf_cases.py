@@ -10,11 +10,11 @@ import torch
 from tokenizers import models
 
 import prunus
+from prunus.formats.compression_record import CompressionRecord
 from prunus.formats.gguf.file import GgufFile, fields_of, new_fields, write_gguf
 from prunus.formats.gguf.header import StoredTensor
 from prunus.formats.gguf.layout import GgufLayout, layout_of
 from prunus.formats.gguf.types import PLAIN
-from prunus.formats.records import CompressionRecord
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from tiny import tiny_checkpoint, token_ids

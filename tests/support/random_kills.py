@@ -41,7 +41,7 @@ from prunus.formats.gguf.import_checkpoint import import_gguf  # noqa: E402
 from prunus.model.checkpoint.atomic_files import RECORD_FILES, TEMPORARY_SUFFIX  # noqa: E402
 from prunus.model.checkpoint.reader import INDEX_NAME  # noqa: E402
 from prunus.sweeping.grid import Sweep  # noqa: E402
-from prunus.sweeping.run import sweep as run_sweep  # noqa: E402
+from prunus.sweeping.sweep import sweep as run_sweep  # noqa: E402
 from recovery_cases import recover  # noqa: E402
 
 MAX_SECONDS = 60

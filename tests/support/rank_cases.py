@@ -22,14 +22,14 @@ import torch
 torch.set_num_threads(1)
 
 import prunus  # noqa: E402, I001
-from prunus.engine.memory import Memory  # noqa: E402
-from prunus.formats.records import CompressionRecord  # noqa: E402
+from prunus.engine.memory_plan import Memory  # noqa: E402
+from prunus.formats.compression_record import CompressionRecord  # noqa: E402
 from prunus.distributed import SINGLE_PROCESS, process_group  # noqa: E402
 from prunus.engine.block import dense_stream  # noqa: E402
 from prunus.engine.reconstruction import output_loss  # noqa: E402
 from prunus.pruning.manifest import Manifest  # noqa: E402
 from prunus.engine.reconstruction.reconstruct_block import ReconstructionBatches  # noqa: E402
-from prunus.structure.records import StructureRecord  # noqa: E402
+from prunus.structure.structure_record import StructureRecord  # noqa: E402
 from ranks import answers, forked, in_ranks  # noqa: E402
 from stopping import StopError, stop_after  # noqa: E402
 from tiny import block_shards, ids_file, shards, stored, tiny_checkpoint, token_ids  # noqa: E402

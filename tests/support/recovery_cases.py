@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import prunus
-from prunus.recovery.record import RecoveryRecord
+from prunus.recovery.recovery_record import RecoveryRecord
 from prunus.recovery.training import Step
 from stopping import StopError
 from tiny import shards, token_ids  # noqa: F401

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 from prunus.engine.document import Document, Section, Table
-from prunus.evaluation.records import Metric, PerplexityResult, TaskResults, TaskScore, compare
+from prunus.evaluation.eval_records import Metric, PerplexityResult, TaskResults, TaskScore, compare
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
 from prunus.reporting.write import report

@@ -22,7 +22,7 @@ gc.disable()  # while libraries are imported, because nothing of them is garbage
 import transformers.models.llama.modeling_llama  # noqa: E402, F401
 
 import prunus  # noqa: E402
-import prunus.sweeping.run  # noqa: E402
+import prunus.sweeping.sweep  # noqa: E402
 
 # Scripts die by signals, not by power cuts, so they do not wait for the disk either; see conftest.
 os.fsync = lambda _handle: None

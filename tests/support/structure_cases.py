@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from prunus.model.linears import find_block_list
-from prunus.structure.records import StructureRecord
-from prunus.structure.run import shrink
+from prunus.structure.shrink import shrink
+from prunus.structure.structure_record import StructureRecord
 from stopping import interrupt
 from tiny import stored  # noqa: F401
 

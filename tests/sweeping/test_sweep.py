@@ -18,17 +18,17 @@ from places import REPOSITORY
 from prunus.calibration.sources import find_source
 from prunus.calibration.windows import WindowRequest
 from prunus.engine.document import Measured
-from prunus.engine.options import RunOptions
+from prunus.engine.run_options import RunOptions
+from prunus.evaluation.eval_options import TaskOptions
+from prunus.evaluation.eval_records import Metric, PerplexityResult, TaskResults, TaskScore
 from prunus.evaluation.inspection import stored_size
-from prunus.evaluation.options import TaskOptions
-from prunus.evaluation.records import Metric, PerplexityResult, TaskResults, TaskScore
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
 from prunus.reporting.sweep_section import sweep_section
 from prunus.sweeping import cells as sweep_cells
 from prunus.sweeping.grid import Scoring, Sweep
 from prunus.sweeping.results import CellResult, DenseResult, SweepResults, residual_gaps
-from prunus.sweeping.run import check_sweep
+from prunus.sweeping.sweep import check_sweep
 from tiny import weights
 from tiny_tokenizer import byte_tokenizer, dense_checkpoint
 
@@ -469,7 +469,7 @@ def test_tasks_are_checked_scored_and_stored_with_their_errors(dense, tmp_path, 
         return TaskResults(str(model), (score,), {})
 
     monkeypatch.setattr(
-        "prunus.sweeping.run.prepare_tasks",
+        "prunus.sweeping.sweep.prepare_tasks",
         lambda models, tasks, **_: checked.append((models, tasks)),
     )
     monkeypatch.setattr(sweep_cells, "evaluate", evaluate)

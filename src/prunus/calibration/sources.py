@@ -138,7 +138,7 @@ def _kind(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-class Source(ABC):
+class WindowSource(ABC):
     """Where the windows of a run come from.
 
     Attributes:
@@ -188,7 +188,7 @@ class Source(ABC):
         """
 
 
-class TextSource(Source):
+class TextSource(WindowSource):
     """Text, out of which windows are cut at random."""
 
     cuts = True
@@ -332,7 +332,7 @@ class _Texts(TextSource):
         return [Text(documents, "\n\n", source, by_document=True, joins_short=True)]
 
 
-class IdsFile(Source):
+class IdsFile(WindowSource):
     """A .safetensors file of token ids. Its first windows are taken, cut to `seqlen`."""
 
     def check(self, request: WindowRequest, images: bool = False) -> None:
@@ -362,7 +362,7 @@ class IdsFile(Source):
         return Windows(ids, Path(self.name).name, hash_ids(ids))
 
 
-class _ImageFolder(Source):
+class _ImageFolder(WindowSource):
     """A folder of images, of which some are drawn at random."""
 
     images = True
@@ -378,7 +378,7 @@ class _ImageFolder(Source):
         return Windows(pixels, described, hash_ids(pixels))
 
 
-class _Tensor(Source):
+class _Tensor(WindowSource):
     """Token ids or pixel values that a program gives, taken as they are."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
@@ -391,7 +391,7 @@ class _Tensor(Source):
         return Windows(ids, f"{self.name} given by the caller", hash_ids(ids))
 
 
-def find_source(choice: Any) -> Source:
+def find_source(choice: Any) -> WindowSource:
     """The source that a user or a program chooses. Reads nothing.
 
     Args:

@@ -123,7 +123,7 @@ def training_text(source: str, request: WindowRequest, held_out: int) -> Trainin
     Raises:
         ValueError: The text is too short or damaged, or its tokens do not fit the vocabulary. The
             last is raised when a window is read.
-        OSError, ModuleNotFoundError: As `Source.check` and `Source.draw`.
+        OSError, ModuleNotFoundError: As `WindowSource.check` and `WindowSource.draw`.
     """
     text_source = find_source(source)
     seqlen, seed = request.seqlen, request.seed

@@ -8,9 +8,9 @@ import typer
 
 from prunus.cli.flags import Model, opt, with_flags
 from prunus.cli.terminal import is_quiet, note, print_result
-from prunus.engine.options import RunOptions
-from prunus.evaluation.options import TaskOptions, TextOptions
-from prunus.evaluation.records import PerplexityResult, side_by_side
+from prunus.engine.run_options import RunOptions
+from prunus.evaluation.eval_options import TaskOptions, TextOptions
+from prunus.evaluation.eval_records import PerplexityResult, side_by_side
 
 
 @with_flags(RunOptions, only=("rank_timeout",))

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from prunus.cli.flags import Model, opt, with_flags
 from prunus.cli.terminal import note, print_text, write_json
-from prunus.evaluation.options import WritingOptions
+from prunus.evaluation.eval_options import WritingOptions
 
 
 @with_flags(WritingOptions)

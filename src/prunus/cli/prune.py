@@ -11,14 +11,14 @@ import typer
 
 from prunus.cli.flags import Model, Output, RecipeFile, opt, with_flags
 from prunus.cli.terminal import is_quiet, print_result, print_text, progress_console, shown_steps
-from prunus.engine.options import RunOptions
-from prunus.formats.recipe import CompressionRecipe
+from prunus.engine.run_options import RunOptions
+from prunus.formats.compression_recipe import CompressionRecipe
 from prunus.pruning.recipe import Recipe
-from prunus.recovery.options import RecoveryOptions
+from prunus.recovery.recovery_options import RecoveryOptions
 from prunus.reporting.console import show_pruning, show_recovery
 from prunus.reporting.run_sections import structure_table
 from prunus.reporting.tables import plan_facts, recovery_table
-from prunus.structure.records import StructureRecipe
+from prunus.structure.structure_record import StructureRecipe
 
 _MAX: dict[str, Any] = {"rich_help_panel": "Preset max"}
 
@@ -57,7 +57,7 @@ def prune(
         budget = {"minutes": minutes, "tokens": tokens}
         _prune_and_recover(model, output, chosen, RunOptions.read(None, work), budget)
         return
-    from prunus.pruning.run import run
+    from prunus.pruning.prune import run
 
     _carry_out(run, f"{chosen.method} {output}", (model, output, chosen), work)
 
@@ -82,7 +82,7 @@ def compress(
     A folder is for vLLM, SGLang and transformers, or for MLX. A killed run continues with the same
     command.
     """
-    from prunus.compression.run import run
+    from prunus.compression.compress import run
     from prunus.distributed import is_rank_0
     from prunus.evaluation.check import prepared_check
     from prunus.formats.cards import commands
@@ -106,7 +106,7 @@ def shrink(model: Model, output: Output, *, recipe: RecipeFile = None, **options
     OUT is an ordinary checkpoint with a smaller configuration, so it loads wherever the family
     loads. A killed run continues with the same command.
     """
-    from prunus.structure.run import run
+    from prunus.structure.shrink import run
 
     work, recipe_options = RunOptions.pick(options)
     chosen = StructureRecipe.read(recipe, recipe_options)
@@ -202,7 +202,7 @@ def plan(
 
     With --bits, --size, --type or --fits it plans compress, with --blocks or --experts shrink.
     """
-    from prunus.planning.run import plan as plan_command
+    from prunus.planning.plan import plan as plan_command
 
     options |= {"tensor_types": tensor_types, "imatrix": imatrix, "progress": not is_quiet()}
     described = plan_command(model, output, recipe=recipe, fits=fits, context=context, **options)
@@ -225,7 +225,7 @@ def recover(
     In mode lora, OUT is an adapter. A killed run continues with the same command. Under torchrun,
     processes split the windows of a step.
     """
-    from prunus.recovery.run import recover as train
+    from prunus.recovery.recover import recover as train
 
     title = f"{options.get('mode', 'recover')} {output}"
     with shown_steps(show_recovery(title, progress_console()), output) as callbacks:

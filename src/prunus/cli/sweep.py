@@ -9,7 +9,7 @@ import typer
 
 from prunus.cli.flags import opt, with_flags
 from prunus.cli.terminal import log, note, print_result, write_json
-from prunus.engine.options import RunOptions
+from prunus.engine.run_options import RunOptions
 
 
 @with_flags(RunOptions, without=("overwrite", "resume"))
@@ -38,8 +38,8 @@ def sweep(
     """
     from prunus.reporting.sweep_section import check_section, sweep_section
     from prunus.sweeping.grid import Sweep
-    from prunus.sweeping.run import check_sweep
-    from prunus.sweeping.run import sweep as run_sweep
+    from prunus.sweeping.sweep import check_sweep
+    from prunus.sweeping.sweep import sweep as run_sweep
 
     if check:
         chosen = Sweep.read(file, {"models": models})

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from prunus.compression.compress import Compression
 from prunus.compression.rounding import plan_of
-from prunus.compression.run import Compression
-from prunus.engine.linear_job import LinearPlan
-from prunus.engine.options import RunOptions
+from prunus.engine.linear_plan import LinearPlan
 from prunus.engine.run import planned
+from prunus.engine.run_options import RunOptions
 from prunus.formats.codec import codec_for
+from prunus.formats.compression_recipe import CompressionRecipe
 from prunus.formats.gguf.codec import GgufCodec, GgufPlan
-from prunus.formats.gguf.memory import buffer_bytes, cache_bytes
-from prunus.formats.recipe import CompressionRecipe
+from prunus.formats.gguf.context_memory import buffer_bytes, cache_bytes
 from prunus.hardware.sizes import in_bytes
 from prunus.options import at_least
 
@@ -55,8 +55,8 @@ def plan_to_fit(
     def planned_file(recipe: CompressionRecipe) -> LinearPlan:
         return planned(Compression(model, output, recipe, options, GgufCodec))
 
-    job = planned_file(chosen)
-    shape = job.checkpoint.config.get_text_config().to_dict()
+    plan = planned_file(chosen)
+    shape = plan.checkpoint.config.get_text_config().to_dict()
     context = context or shape["max_position_embeddings"]
     needs = {"cache": cache_bytes(shape, context), "buffers": buffer_bytes(shape, context)}
     left = memory - sum(needs.values())
@@ -66,13 +66,13 @@ def plan_to_fit(
     )
     if left <= 0:
         raise ValueError(too_small)
-    plan = plan_of(job)
-    assert isinstance(plan, GgufPlan)
-    needs |= {"room": left, "dense": plan.contents.file_bytes({})}
-    if plan.file_bytes() > left:
+    size_plan = plan_of(plan)
+    assert isinstance(size_plan, GgufPlan)
+    needs |= {"room": left, "dense": size_plan.contents.file_bytes({})}
+    if size_plan.file_bytes() > left:
         chosen = CompressionRecipe.read(file, given | {"size": left})
         try:
-            job = planned_file(chosen)
+            plan = planned_file(chosen)
         except ValueError as fault:
             raise ValueError(f"{too_small}. For the rest, {fault}") from fault
-    return job, needs | {"weights": job.storage.file_bytes(), "context": context}
+    return plan, needs | {"weights": plan.storage.file_bytes(), "context": context}

@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prunus.engine.linear_job import LinearPlan
+from prunus.engine.linear_plan import LinearPlan
 from prunus.engine.loss_sensitivity import LinearSensitivity, LossMeasurement, measure_loss
 from prunus.engine.output import CheckpointFolder, Rounding
 from prunus.engine.run import Run
+from prunus.engine.run_windows import calibration_windows
 from prunus.engine.session import Session, shown_session
-from prunus.engine.windows import calibration_windows
 from prunus.formats.codec import Codec
-from prunus.formats.records import CompressionRecord
+from prunus.formats.compression_record import CompressionRecord
 from prunus.formats.size_plan import SizePlan
 from prunus.formats.type_choice import Measurement, TypeChoice
 from prunus.hardware.errors import naming
@@ -58,26 +58,26 @@ def type_rounding(
         folder: The folder of the result, which keeps the measurement for a resumed run.
         codec: The format of the result.
     """
-    job, session, record = run.job, run.session, run.record
-    ranks, plan, source = session.ranks, plan_of(job), job.checkpoint
+    plan, session, record = run.plan, run.session, run.record
+    ranks, size_plan, source = session.ranks, plan_of(plan), plan.checkpoint
     tensors = ranks.tensors_from_rank_0(
-        lambda: folder.measured(lambda: measured(job, session, run.ids, record.measured).tensors())
+        lambda: folder.measured(lambda: measured(plan, session, run.ids, record.measured).tensors())
     )
-    if not plan.lasting.tensors().keys() <= tensors.keys():
+    if not size_plan.lasting.tensors().keys() <= tensors.keys():
         raise FileExistsError(
-            f"{plan.given.recipe.template} is not the file that this run began with: put it back "
-            "as it was, or choose `overwrite` to start again"
+            f"{size_plan.given.recipe.template} is not the file that this run began with: put it "
+            "back as it was, or choose `overwrite` to start again"
         )
-    choice = plan.choose(Measurement.of(tensors))
+    choice = size_plan.choose(Measurement.of(tensors))
     if record.types not in ({}, choice.types):
         raise FileExistsError(
-            f"{plan.given.recipe.type or plan.given.recipe.fast_on} has other types than the "
-            "finished blocks: the file was changed since. Put it back as it was, or choose "
+            f"{size_plan.given.recipe.type or size_plan.given.recipe.fast_on} has other types than "
+            "the finished blocks: the file was changed since. Put it back as it was, or choose "
             "`overwrite` to start again"
         )
     record.types = choice.types
-    ranks.on_rank_0(lambda: _check_outside(plan, choice))
-    if said := plan.said(choice):
+    ranks.on_rank_0(lambda: _check_outside(size_plan, choice))
+    if said := size_plan.said(choice):
         session.tell(said)
 
     def round_as(name: str) -> GroupQuantizer | NearestRounding:
@@ -93,45 +93,45 @@ def type_rounding(
 
     def outside(dense: dict[str, Writable], head: InputStatistics | None) -> dict[str, Writable]:
         """The tensors outside the blocks, with embedding and head in their types."""
-        if head is not None and plan.head is not None:
-            head.add_uncorrelated(choice.importances[plan.head] * head.tokens)
-        for name, keys in plan.outside.items():
+        if head is not None and size_plan.head is not None:
+            head.add_uncorrelated(choice.importances[size_plan.head] * head.tokens)
+        for name, keys in size_plan.outside.items():
             for key in keys:
                 del dense[key]
-            of_head = head if name == plan.head else None
-            dense |= encode(name, _rounded(job, name, choice, of_head))
+            of_head = head if name == size_plan.head else None
+            dense |= encode(name, _rounded(plan, name, choice, of_head))
         return dense
 
     # Errors of the head are corrected by its later columns, if they are measured: an embedding that
     # is tied to it has errors of its own, which must be known too.
-    corrects = job.recipe.rounds == "feedback" and plan.head in choice.importances
-    return Rounding(round_as, encode, decode, outside if plan.outside else None, corrects)
+    corrects = plan.recipe.rounds == "feedback" and size_plan.head in choice.importances
+    return Rounding(round_as, encode, decode, outside if size_plan.outside else None, corrects)
 
 
-def plan_of(job: LinearPlan) -> SizePlan:
+def plan_of(plan: LinearPlan) -> SizePlan:
     """The plan of the result of a run of compress."""
-    assert isinstance(job.storage, SizePlan), "the run rounds no weights"
-    return job.storage
+    assert isinstance(plan.storage, SizePlan), "the run rounds no weights"
+    return plan.storage
 
 
-def _check_outside(plan: SizePlan, choice: TypeChoice) -> None:
+def _check_outside(size_plan: SizePlan, choice: TypeChoice) -> None:
     """Check before the first block that the types of embedding and head reach their weights.
 
     Raises:
         ValueError: They do not; the message names the weight.
     """
-    for name, [key, *_] in plan.outside.items():
+    for name, [key, *_] in size_plan.outside.items():
         with naming(key):
-            check_range(plan.given.source.checkpoint.whole(key), choice.quantizers[name])
+            check_range(size_plan.given.source.checkpoint.whole(key), choice.quantizers[name])
 
 
 def _rounded(
-    job: LinearPlan, name: str, choice: TypeChoice, head: InputStatistics | None
+    plan: LinearPlan, name: str, choice: TypeChoice, head: InputStatistics | None
 ) -> GroupedWeight:
     """The weight of an embedding or a head in its type.
 
     Args:
-        job: The run.
+        plan: The run.
         name: Name of the module.
         choice: The type of each weight.
         head: For the output head its inputs, and what its errors cost as an embedding. None rounds
@@ -140,15 +140,15 @@ def _rounded(
     Raises:
         ValueError: Weights are beyond the values of the type; the message names the weight.
     """
-    key, quantizer = job.checkpoint.weight_key(name), choice.quantizers[name]
-    weight_OI = job.checkpoint.checkpoint.whole(key)
+    key, quantizer = plan.checkpoint.weight_key(name), choice.quantizers[name]
+    weight_OI = plan.checkpoint.checkpoint.whole(key)
     with naming(key):
         if head is None:
             return round_in_groups(weight_OI, quantizer, choice.importances.get(name))
-        work = replace(job.work, quantization=quantizer)
+        work = replace(plan.work, quantization=quantizer)
         parts = []
         for rows_OI in weight_OI.split(_HEAD_ROWS):
-            rows_OI = rows_OI.to(job.device, torch.float32)
+            rows_OI = rows_OI.to(plan.device, torch.float32)
             grouped = quantize_in_groups(rows_OI, head, work).quantized
             assert isinstance(grouped, GroupedWeight)
             parts.append(grouped.data_OB.cpu())
@@ -156,12 +156,12 @@ def _rounded(
 
 
 def write_lists(
-    job: LinearPlan, types_file: Path | None, importances_file: Path | None, progress: bool
+    plan: LinearPlan, types_file: Path | None, importances_file: Path | None, progress: bool
 ) -> TypeChoice:
     """Choose the types of a planned GGUF file, and write them for llama-quantize of llama.cpp.
 
     Args:
-        job: The plan.
+        plan: The plan.
         types_file: Where the list of types is written; None for nowhere.
         importances_file: Where the importance matrix is written; None for nowhere.
         progress: Whether to show a bar where a person looks.
@@ -172,16 +172,16 @@ def write_lists(
     Raises:
         ValueError, FileExistsError: As `SizePlan.write_lists`.
     """
-    plan = plan_of(job)
-    plan.write_lists(None, types_file, importances_file)
+    size_plan = plan_of(plan)
+    size_plan.write_lists(None, types_file, importances_file)
     with shown_session("plan", progress, None) as session:
-        choice = plan.choose(measured(job, session, calibration_windows(job).ids, {}))
-    plan.write_lists(choice, types_file, importances_file)
+        choice = size_plan.choose(measured(plan, session, calibration_windows(plan).ids, {}))
+    size_plan.write_lists(choice, types_file, importances_file)
     return choice
 
 
 def measured(
-    job: LinearPlan,
+    plan: LinearPlan,
     session: Session,
     ids: Tensor,
     digests: dict[str, str],
@@ -192,26 +192,26 @@ def measured(
     input of the head. Where each weight is rounded by itself, what errors cost as the head is
     added, and all linears have theirs, E[x_j²].
     """
-    plan = plan_of(job)
-    if not plan.measures_loss:
-        return plan.lasting
+    size_plan = plan_of(plan)
+    if not size_plan.measures_loss:
+        return size_plan.lasting
     losses: dict[str, Tensor] = {}
     importances: dict[str, Tensor] = {}
-    corrects = job.recipe.rounds == "feedback"
+    corrects = plan.recipe.rounds == "feedback"
     sensitivities = measure_loss(
-        job,
+        plan,
         session,
         ids,
         digests,
         LossMeasurement(
-            job.selected,
-            job.work.options.damping,
-            job.recipe.seed,
+            plan.selected,
+            plan.work.options.damping,
+            plan.recipe.seed,
             quantizes=corrects,
             outside=True,
         ),
     )
-    model, linears = job.skeleton.model, job.selected_linears()
+    model, linears = plan.skeleton.model, plan.selected_linears()
     modules, output_head = dict(model.named_modules()), model.get_output_embeddings()
     head = next(x for name, x in sensitivities.items() if modules[name] is output_head)
     uses: dict[int, list[LinearSensitivity]] = {}
@@ -219,11 +219,11 @@ def measured(
         # A tied head has another name than the embedding, and the same weight.
         uses.setdefault(id(modules[name].weight), []).append(sensitivity)
     what = "rounding some rows of each weight to every type"
-    count = session.preparing(what, len(plan.weights), job.device)
-    for first, weight in plan.weights.items():
+    count = session.preparing(what, len(size_plan.weights), plan.device)
+    for first, weight in size_plan.weights.items():
         names, quantizers, parts = weight.modules, weight.quantizers, []
         for name in names:
-            weight_OI = job.checkpoint.weight(f"{name}.weight")
+            weight_OI = plan.checkpoint.weight(f"{name}.weight")
             with naming(name):
                 parts.append(
                     type_losses(weight_OI, uses[id(modules[name].weight)], quantizers, len(names))
@@ -240,7 +240,7 @@ def measured(
                 importance_I += use.importance_I * (use.loss_O.mean() / head.loss_O.mean())
             importances[first] = importance_I
         count(1)
-    return replace(plan.lasting, losses=losses, importances=importances)
+    return replace(size_plan.lasting, losses=losses, importances=importances)
 
 
 def type_losses(

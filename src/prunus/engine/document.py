@@ -132,7 +132,7 @@ class Lines:
 
 
 #: What a section consists of.
-Part = Facts | Table | Lines
+DocumentPart = Facts | Table | Lines
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,8 @@ class Section:
 
     title: str
     lead: str = ""
-    parts: tuple[Part, ...] = ()
-    details: tuple[Part, ...] = ()
+    parts: tuple[DocumentPart, ...] = ()
+    details: tuple[DocumentPart, ...] = ()
 
 
 @dataclass(frozen=True)

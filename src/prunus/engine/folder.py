@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 import torch
 
 from prunus.distributed import SINGLE_PROCESS, Ranks
-from prunus.engine.job import RunJob, check_known
 from prunus.engine.loop import FinishedBlock
-from prunus.engine.options import RunOptions
-from prunus.engine.record import BlockwiseRecord, RunInputs, RunRecord
+from prunus.engine.run_options import RunOptions
+from prunus.engine.run_plan import RunPlan, check_known
+from prunus.engine.run_record import BlockwiseRecord, RunInputs, RunRecord
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.checkpoint.atomic_files import (
     RECORD_FILES,
@@ -328,7 +328,7 @@ class BlockFolder(ResultFolder):
     Args:
         folder: The folder of the result.
         record: The record of the run.
-        job: The run.
+        plan: The run.
         ranks: The processes of the run.
 
         made_from: For each block of the result, the index of the block of the source that it is
@@ -341,13 +341,13 @@ class BlockFolder(ResultFolder):
         self,
         folder: Path,
         record: BlockwiseRecord,
-        job: RunJob,
+        plan: RunPlan,
         ranks: Ranks,
         made_from: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(folder, record, job.checkpoint.checkpoint, ranks)
-        self.job = job
-        self.made_from = range(len(job.skeleton)) if made_from is None else made_from
+        super().__init__(folder, record, plan.checkpoint.checkpoint, ranks)
+        self.plan = plan
+        self.made_from = range(len(plan.skeleton)) if made_from is None else made_from
 
     @property
     def finished(self) -> int:
@@ -373,8 +373,8 @@ class BlockFolder(ResultFolder):
 
     def _read_block(self, position: int) -> dict[str, torch.Tensor]:
         index = self.made_from[position]
-        name = self.job.skeleton.block_name(index)
-        digest = tensors_digest(self.job.source.block(index))
+        name = self.plan.skeleton.block_name(index)
+        digest = tensors_digest(self.plan.source.block(index))
         check_known({name: self.record.blocks[position].input_sha256}, name, digest)
         return self.restored(position)
 

@@ -1,7 +1,7 @@
 """The options that prune and compress share, and those of prune: which weights are removed.
 
 Options that only decide how the work is done, such as the memory budget or the device, are
-`prunus.engine.options.RunOptions`. They may change between a run and its resumption. Imports no
+`prunus.engine.run_options.RunOptions`. They may change between a run and its resumption. Imports no
 torch.
 """
 
@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from prunus.engine.options import WindowOptions
-from prunus.methods.options import METHOD, MethodOptions, UpdateOptions
+from prunus.engine.run_options import WindowOptions
+from prunus.methods.method_options import METHOD, MethodOptions, UpdateOptions
 from prunus.methods.table import METHODS, check_method_name, check_owners
 from prunus.options import Option, at_least, between
 from prunus.options.declaration import percent
@@ -99,7 +99,7 @@ class LinearOptions(UpdateOptions, WindowOptions):
         """
 
     @property
-    def plan(self) -> TrainingPlan:
+    def training(self) -> TrainingPlan:
         """What only prune does; its recipe has options for it."""
         return TrainingPlan()
 

@@ -14,13 +14,13 @@ from pydantic import Field
 
 from prunus.engine.document import Table, table_of
 from prunus.engine.linear_options import LinearOptions
-from prunus.engine.record import BlockwiseRecord, Part, Walk, bos_words
+from prunus.engine.run_record import BlockwiseRecord, RecordPart, Walk, bos_words
 
 #: The number of an expert in a linear's name. All experts count as one kind of linear.
 _EXPERT_NUMBER = re.compile(r"\.\d+\.")
 
 
-class LinearRecord(Part):
+class LinearRecord(RecordPart):
     """What happened to one linear.
 
     Attributes:
@@ -62,7 +62,7 @@ def mean_error(totals: Mapping[str, Any]) -> tuple[str, float | None]:
     """The name of the error that a run measured, and its mean over all linears.
 
     Args:
-        totals: What `PruningRecord.summary` returns.
+        totals: What `LinearsRecord.summary` returns.
 
     Returns:
         The name, and the mean; None where the run measured no error.
@@ -82,7 +82,7 @@ def mean_bits(linears: Iterable[Any]) -> float | None:
     return sum(bits * n for bits, n in sized) / sum(n for _, n in sized) if sized else None
 
 
-class ReconstructionRecord(Part):
+class ReconstructionRecord(RecordPart):
     """What block reconstruction did to a block.
 
     Attributes:
@@ -105,7 +105,7 @@ class ReconstructionRecord(Part):
     seconds: float
 
 
-class BlockRecord(Part):
+class BlockRecord(RecordPart):
     """One finished block.
 
     Attributes:
@@ -129,7 +129,7 @@ class BlockRecord(Part):
     reconstruction: ReconstructionRecord | None = None
 
 
-class PruningRecord(BlockwiseRecord):
+class LinearsRecord(BlockwiseRecord):
     """The record of a run that changes linears; prune and compress have classes of their own.
 
     Attributes:
@@ -278,6 +278,6 @@ def _experts(linears: Sequence[LinearRecord]) -> dict[str, int]:
     }
 
 
-def calibration_words(record: PruningRecord) -> str:
+def calibration_words(record: LinearsRecord) -> str:
     """Where the calibration windows were taken from."""
     return f"{record.inputs.calibration}, {bos_words(record.inputs.bos)}"

@@ -17,13 +17,13 @@ from typing import Any, TypeVar
 import torch
 
 from prunus.calibration.corpora import LOCAL_SOURCES, data_folder
-from prunus.engine.allocation import allocate
+from prunus.engine.allocate_sparsity import allocate
 from prunus.engine.block.prune_block import BlockPruner
-from prunus.engine.linear_job import LinearPlan, LinearSelection, Storage, plan_run
-from prunus.engine.linear_record import PruningRecord
+from prunus.engine.linear_plan import LinearPlan, LinearSelection, Storage, plan_run
+from prunus.engine.linear_record import LinearsRecord
 from prunus.engine.loop import run_blocks
+from prunus.engine.open_model import OpenModel
 from prunus.engine.output import CheckpointFolder, InPlaceOutput, PruningOutput, Rounding
-from prunus.engine.plan import OpenModel
 from prunus.engine.run import Command, Run
 from prunus.engine.session import SILENT, Session
 from prunus.hardware.sizes import counted
@@ -32,7 +32,7 @@ from prunus.model.source import ModuleSource
 
 # Held by the run that computes on one processor thread.
 _ONE_THREAD = RLock()
-_Record = TypeVar("_Record", bound=PruningRecord)
+_Record = TypeVar("_Record", bound=LinearsRecord)
 
 
 @dataclass(frozen=True)
@@ -54,21 +54,21 @@ class LinearCommand(Command[LinearPlan, _Record]):
 
     def plan(self, session: Session = SILENT, decided_dtype: str | None = None) -> LinearPlan:
         """See `plan_run`."""
-        job = plan_run(self.model, self.recipe, self.options, self.storage, session, decided_dtype)
-        if job.device.type == "cpu" and job.needs == "gram" and (words := missing_words()):
+        plan = plan_run(self.model, self.recipe, self.options, self.storage, session, decided_dtype)
+        if plan.device.type == "cpu" and plan.needs == "gram" and (words := missing_words()):
             session.tell(words)
-        return job
+        return plan
 
-    def fields(self, job: LinearPlan) -> dict[str, Any]:
+    def fields(self, plan: LinearPlan) -> dict[str, Any]:
         """What a record of linears has beside its recipe and its inputs."""
         # The folder of local datasets that the calibration text was read from, if any.
-        is_local = job.needs_inputs and job.recipe.calibration in LOCAL_SOURCES
+        is_local = plan.needs_inputs and plan.recipe.calibration in LOCAL_SOURCES
         data = data_folder(self.options.data) if is_local else None
         return {
             "data_dir": None if data is None else str(data.absolute()),
-            "left_dense": job.left_dense,
-            "grid_bits": job.grid_bits,
-            "shard_count": 0 if isinstance(job.source, ModuleSource) else job.source.shard_count,
+            "left_dense": plan.left_dense,
+            "grid_bits": plan.grid_bits,
+            "shard_count": 0 if isinstance(plan.source, ModuleSource) else plan.source.shard_count,
         }
 
     def prepare(self, run: Run[LinearPlan, _Record]) -> None:
@@ -76,33 +76,33 @@ class LinearCommand(Command[LinearPlan, _Record]):
         record, ranks = run.record, run.session.ranks
         if not record.allocation:
             with ranks.fail_together():
-                record.allocation = allocate(run.job, run.session, run.ids, record.measured)
+                record.allocation = allocate(run.plan, run.session, run.ids, record.measured)
             record.allocation = ranks.on_rank_0(lambda: record.allocation)
 
     def change(self, run: Run[LinearPlan, _Record]) -> None:
         """Change all linears block by block, and complete the result."""
-        job, session, record, recipe = run.job, run.session, run.record, run.job.recipe
+        plan, session, record, recipe = run.plan, run.session, run.record, run.plan.recipe
         ranks = session.ranks
         rounding, output = None, self._output(run)
         if isinstance(output, CheckpointFolder):
             rounding = self.rounding(run, output)
-            output = CheckpointFolder(record, job, ranks, output.result, rounding)
+            output = CheckpointFolder(record, plan, ranks, output.result, rounding)
             output.write_known()
         round_as = None if rounding is None else rounding.of
-        pruner = BlockPruner(job, session, run.walks, record.allocation, round_as)
-        in_order = job.work.reference_order
+        pruner = BlockPruner(plan, session, run.walks, record.allocation, round_as)
+        in_order = plan.work.reference_order
         threads = _one_processor_thread() if in_order else contextlib.nullcontext()
         with torch.no_grad(), contextlib.closing(pruner), threads:
             # Everything before the first block: windows become hidden states.
-            batches = run.ids.split(job.batch) if job.walks_windows else ()
+            batches = run.ids.split(plan.batch) if plan.walks_windows else ()
             embedding = f"embedding {counted(len(run.ids), 'window')} and " if batches else ""
             session.tell(f"{embedding}reading block 0")
             pruner.embed(batches, output.folder)
             # In the reference order the next block depends on weights before they were rounded for
             # storage, so a finished block is pruned once more.
-            run_blocks(job, session, pruner, output, record.measured, again=in_order)
+            run_blocks(plan, session, pruner, output, record.measured, again=in_order)
             pruned_head: dict[str, torch.Tensor] = {}
-            if recipe.plan.head:
+            if recipe.training.head:
                 pruned_head, record.head = pruner.prune_head(batches)
             needs_head = rounding is not None and rounding.needs_head
             head = pruner.head_statistics(batches) if needs_head else None
@@ -111,11 +111,11 @@ class LinearCommand(Command[LinearPlan, _Record]):
 
     def _output(self, run: Run[LinearPlan, _Record]) -> PruningOutput:
         """What the blocks are written to."""
-        job = run.job
+        plan = run.plan
         if self.result is not None:
-            return CheckpointFolder(run.record, job, run.session.ranks, self.result)
-        assert isinstance(job.source, ModuleSource), "a checkpoint is pruned into a folder"
-        return InPlaceOutput(job.source, run.record, job.storage)
+            return CheckpointFolder(run.record, plan, run.session.ranks, self.result)
+        assert isinstance(plan.source, ModuleSource), "a checkpoint is pruned into a folder"
+        return InPlaceOutput(plan.source, run.record, plan.storage)
 
 
 @contextlib.contextmanager

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 
 from prunus.distributed import RankError, Ranks
-from prunus.engine.job import RunJob, check_known
 from prunus.engine.progress import Progress
+from prunus.engine.run_plan import RunPlan, check_known
 from prunus.engine.session import Session
 from prunus.hardware.memory import peak_memory, return_freed_memory
 from prunus.hardware.numerics import check_finite
@@ -90,7 +90,7 @@ class BlockOutput(Protocol):
 
 
 def run_blocks(
-    job: RunJob,
+    plan: RunPlan,
     session: Session,
     step: BlockStep,
     output: BlockOutput,
@@ -103,7 +103,7 @@ def run_blocks(
     """Change the blocks of a model, from the first one that is not finished to the last.
 
     Args:
-        job: The run.
+        plan: The run.
         session: Its processes, and who hears of each block.
         step: What is done to each block.
         output: Where finished blocks are kept.
@@ -120,8 +120,8 @@ def run_blocks(
         FileExistsError: A block of the source is not the one that a measurement has read.
     """
     started = time.perf_counter()
-    source_blocks = made_from if made_from is not None else range(len(job.skeleton))
-    name_of = names or job.skeleton.block_name
+    source_blocks = made_from if made_from is not None else range(len(plan.skeleton))
+    name_of = names or plan.skeleton.block_name
 
     def report(position: int, message: str) -> None:
         session.step(
@@ -130,15 +130,17 @@ def run_blocks(
                 total=len(source_blocks),
                 message=f"{name_of(position)} {message}",
                 seconds=time.perf_counter() - started,
-                peak_memory=peak_memory(job.device),
+                peak_memory=peak_memory(plan.device),
             )
         )
 
     def read(position: int) -> StoredBlock:
         """Read every byte of a block of the source, and check it."""
         index = source_blocks[position]
-        name = job.skeleton.block_name(index)
-        tensors = job.source.block(index, pinned=job.memory.overlaps and job.device.type == "cuda")
+        name = plan.skeleton.block_name(index)
+        tensors = plan.source.block(
+            index, pinned=plan.memory.overlaps and plan.device.type == "cuda"
+        )
         check_finite(tensors, f"{name}.")
         digest = tensors_digest(tensors)
         check_known(measured, name, digest)
@@ -150,8 +152,8 @@ def run_blocks(
         step.take(position, output.read_block(position))
         report(position, "taken from the earlier run")
     left = range(taken, len(source_blocks))
-    with background_writes(job.memory.overlaps) as submit:
-        blocks = read_ahead(left, read, job.memory.overlaps)
+    with background_writes(plan.memory.overlaps) as submit:
+        blocks = read_ahead(left, read, plan.memory.overlaps)
         for position, stored in zip(left, blocks, strict=True):
             block = step.make(position, stored)
             if position >= finished:

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from prunus.engine.block.hooks import output_hooks, tokens_of
-from prunus.engine.job import HashedSource, RunJob
-from prunus.engine.memory import BlockMemory
+from prunus.engine.memory_plan import BlockMemory
 from prunus.engine.reconstruction.reconstruct_block import activation_bytes
+from prunus.engine.run_plan import HashedSource, RunPlan
 from prunus.engine.session import Session
 from prunus.hardware.errors import naming
 from prunus.hardware.numerics import all_finite, multiplies_bfloat16
@@ -109,7 +109,7 @@ class LossMeasurement:
 
 
 def measure_loss(
-    job: RunJob,
+    plan: RunPlan,
     session: Session,
     ids: Tensor,
     digests: dict[str, str],
@@ -118,7 +118,7 @@ def measure_loss(
     """`loss_sensitivities` of the dense model of a run, on the first of its windows or images.
 
     Args:
-        job: The run.
+        plan: The run.
         session: Who hears of the steps of the measurement.
         ids: Token ids (windows, tokens), or pixel values (images, channels, height, width).
         digests: Name of a block -> SHA-256 of the weights that a measurement has read. Missing
@@ -131,10 +131,10 @@ def measure_loss(
     """
     windows = ids[:PROBE_WINDOWS]
     windows = windows if windows.is_floating_point() else windows[:, :PROBE_TOKENS]
-    source = HashedSource(job.source, job.skeleton, digests)
-    stream = Stream(job.skeleton, source, job.device)
-    steps = (1 + _BACKWARD) * len(job.skeleton)
-    count = session.preparing("measuring what errors of each linear cost", steps, job.device)
+    source = HashedSource(plan.source, plan.skeleton, digests)
+    stream = Stream(plan.skeleton, source, plan.device)
+    steps = (1 + _BACKWARD) * len(plan.skeleton)
+    count = session.preparing("measuring what errors of each linear cost", steps, plan.device)
     with torch.no_grad(), contextlib.closing(stream):
         stream.embed([windows], None)
         return loss_sensitivities(stream, windows, measurement, count)
@@ -210,25 +210,25 @@ def _shared(mean_O: Tensor) -> Tensor:
     return (mean_O + _SHARED * mean_O.mean()).clamp_min_(1e-12)
 
 
-def measuring_memory(job: RunJob, quantizes: bool) -> BlockMemory:
+def measuring_memory(plan: RunPlan, quantizes: bool) -> BlockMemory:
     """Memory of the measurement; `hidden` is that of the inputs of all blocks, on the host.
 
     Args:
-        job: The run.
+        plan: The run.
         quantizes: Whether the linears will be quantised, which needs Gram matrices of their inputs.
     """
-    skeleton, itemsize = job.skeleton, job.dtype.itemsize
+    skeleton, itemsize = plan.skeleton, plan.dtype.itemsize
     blocks = range(len(skeleton))
-    length, hidden = skeleton.window_shape(0, job.recipe.seqlen)
+    length, hidden = skeleton.window_shape(0, plan.recipe.seqlen)
     if skeleton.kind is not IMAGES:
         length = min(PROBE_TOKENS, length)
-    tokens = min(PROBE_WINDOWS, job.recipe.samples) * length
+    tokens = min(PROBE_WINDOWS, plan.recipe.samples) * length
     linears = [skeleton.linears(index) for index in blocks]
     widest = max(max(linear.shape) for block in linears for linear in block)
     parameters = max(
         sum(p.numel() for p in skeleton.blocks[index].parameters()) for index in blocks
     )
-    heads = int(getattr(job.source.config.get_text_config(), "num_attention_heads", 1) or 1)
+    heads = int(getattr(plan.source.config.get_text_config(), "num_attention_heads", 1) or 1)
     transient = activation_bytes(tokens, length, hidden, widest, heads, itemsize)
     if skeleton.kind is CAUSAL:
         # The head sees one window: its logits, their logarithms, and the gradients of both.
@@ -236,7 +236,7 @@ def measuring_memory(job: RunJob, quantizes: bool) -> BlockMemory:
     # A curve sorts some rows of a linear.
     curve = 3 * 4 * _CURVE_ROWS * widest
     return BlockMemory(
-        weights=max(map(job.source.block_nbytes, blocks)) + parameters * itemsize,
+        weights=max(map(plan.source.block_nbytes, blocks)) + parameters * itemsize,
         working=max(map(_gram_bytes, linears)) if quantizes else curve,
         hidden=len(blocks) * tokens * hidden * itemsize,
         paused=0,

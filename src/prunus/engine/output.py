@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from prunus.distributed import Ranks
 from prunus.engine.block.linear import LinearRounding
 from prunus.engine.folder import BlockFolder
-from prunus.engine.linear_job import LinearPlan, Storage
-from prunus.engine.linear_record import PruningRecord
+from prunus.engine.linear_plan import LinearPlan, Storage
+from prunus.engine.linear_record import LinearsRecord
 from prunus.engine.loop import FinishedBlock
 from prunus.engine.result import MEASUREMENT, Result
 from prunus.methods.statistics import InputStatistics
@@ -56,7 +56,7 @@ class InPlaceOutput:
         finished: 0, because no earlier run has finished a block.
     """
 
-    def __init__(self, source: ModuleSource, record: PruningRecord, storage: Storage) -> None:
+    def __init__(self, source: ModuleSource, record: LinearsRecord, storage: Storage) -> None:
         self.folder = Path(tempfile.gettempdir())
         self.finished = 0
         self._source, self._record, self._storage = source, record, storage
@@ -90,25 +90,25 @@ class CheckpointFolder(BlockFolder):
 
     Args:
         record: The record of the run.
-        job: The run.
+        plan: The run.
         ranks: The processes of the run.
         result: What the folder becomes in the end.
         rounding: How weights are rounded and stored; None for plain tensors, and before that is
             decided.
     """
 
-    record: PruningRecord
-    job: LinearPlan
+    record: LinearsRecord
+    plan: LinearPlan
 
     def __init__(
         self,
-        record: PruningRecord,
-        job: LinearPlan,
+        record: LinearsRecord,
+        plan: LinearPlan,
         ranks: Ranks,
         result: Result[Any],
         rounding: Rounding | None = None,
     ) -> None:
-        super().__init__(result.folder, record, job, ranks)
+        super().__init__(result.folder, record, plan, ranks)
         self.result, self.rounding = result, rounding
 
     def measured(self, measure: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -133,7 +133,7 @@ class CheckpointFolder(BlockFolder):
 
         def finish() -> None:
             self.write_outside(changed, head)
-            self.result.finish(self, self.job)
+            self.result.finish(self, self.plan)
             remove(self.folder / MEASUREMENT)
 
         self.ranks.on_rank_0(finish)
@@ -141,7 +141,7 @@ class CheckpointFolder(BlockFolder):
     def stored(self, position: int, block: FinishedBlock) -> dict[str, torch.Tensor]:
         """The tensors of a block's shard, with quantised linears as the format stores them."""
         rounded = {f"{name}.weight" for name in block.rounded}
-        tensors = self.job.checkpoint.as_stored(position, block.tensors, rounded)
+        tensors = self.plan.checkpoint.as_stored(position, block.tensors, rounded)
         for name, weight in block.rounded.items():
             assert self.rounding is not None
             tensors |= self.rounding.encode(f"{block.record.name}.{name}", weight)
@@ -154,16 +154,16 @@ class CheckpointFolder(BlockFolder):
         for linear in block.linears if self.rounding is not None else ():
             assert self.rounding is not None
             name = f"{block.name}.{linear}"
-            weight = self.rounding.decode(name, tensors).to(self.job.checkpoint.weight_dtype(name))
-            tensors[self.job.checkpoint.weight_key(name)] = weight
-        return self.job.checkpoint.from_stored(position, tensors.items())
+            weight = self.rounding.decode(name, tensors).to(self.plan.checkpoint.weight_dtype(name))
+            tensors[self.plan.checkpoint.weight_key(name)] = weight
+        return self.plan.checkpoint.from_stored(position, tensors.items())
 
     def write_known(self) -> None:
         """Write what lies outside the blocks, if it is known before the first block."""
         # The hashes of what lies outside the blocks were taken just now, and embedding reads it
         # next. Copied now, it is read from the disk only once. A pruned head is not known yet.
         is_plain = self.rounding is None or self.rounding.outside is None
-        if is_plain and not self.job.recipe.plan.head:
+        if is_plain and not self.plan.recipe.training.head:
             self.ranks.on_rank_0(lambda: self.write_outside({}))
 
     def write_outside(
@@ -175,13 +175,13 @@ class CheckpointFolder(BlockFolder):
             changed: Tensors that replace those of the source, by their names in the model.
             head: The inputs of the output head, if the rounding needs them.
         """
-        source = self.job.checkpoint
+        source = self.plan.checkpoint
         keys = source.outside_keys()
         if keys and (changed or not self.has(self.record.outside_shard)):
             replaced = {source.stored[name]: tensor for name, tensor in changed.items()}
             # With little memory, cached pages of the written file would push out the pages that
             # were read for it and are needed again at once.
-            uncached = 4 * source.checkpoint.nbytes(keys) > self.job.memory.host_budget
+            uncached = 4 * source.checkpoint.nbytes(keys) > self.plan.memory.host_budget
             dense: dict[str, Writable] = {**source.checkpoint.stored(keys), **replaced}
             if self.rounding is not None and self.rounding.outside is not None:
                 dense = self.rounding.outside(dense, head)

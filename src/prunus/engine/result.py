@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from prunus.engine.folder import ResultFolder, find_earlier
-from prunus.engine.linear_job import LinearPlan
-from prunus.engine.options import RunOptions
-from prunus.engine.record import BlockwiseRecord
+from prunus.engine.linear_plan import LinearPlan
+from prunus.engine.run_options import RunOptions
+from prunus.engine.run_record import BlockwiseRecord
 from prunus.model.checkpoint.atomic_files import remove
 from prunus.model.checkpoint.output_folder import check_whole
 from prunus.model.checkpoint.reader import Checkpoint
@@ -73,19 +73,19 @@ class Result(Generic[_Record]):
         """Whether the result of an earlier run stands, and the folder holds nothing of it."""
         return False
 
-    def finish(self, folder: ResultFolder, job: LinearPlan) -> None:
+    def finish(self, folder: ResultFolder, plan: LinearPlan) -> None:
         """Complete the result from its shards, on rank 0, and note in the record that it is."""
         record: Any = folder.record
-        storage = job.storage
+        storage = plan.storage
         storage.note_size(record, Checkpoint(folder.folder, only=list(record.sha256)))
         folder.finish(
             [record.shard(index) for index in range(record.shard_count)],
             card=storage.card(record),
             config=storage.config(record),
-            code=job.options.trust_remote_code,
+            code=plan.options.trust_remote_code,
         )
 
-    def check_finished(self, folder: ResultFolder, job: Any) -> None:
+    def check_finished(self, folder: ResultFolder, plan: Any) -> None:
         """Check on rank 0 that the finished result of an earlier run is whole."""
         check_whole(folder.folder)
         remove(folder.folder / MEASUREMENT)  # A run that was killed at its very end left it.

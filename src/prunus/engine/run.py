@@ -3,9 +3,9 @@
     hold ► earlier run? ► plan ► room ► windows ► record ► begin ► BLOCKS ► finish ► close
 
 `carry_out` tells this story from top to bottom. A `Command` says what its plan is and what happens
-to the blocks: `linear_run.py` has that of prune and compress, `structure/run.py` that of shrink. If
-torchrun started several processes, each runs its share of the windows through the whole model, all
-change every block equally, and rank 0 writes.
+to the blocks: `linear_run.py` has that of prune and compress, `structure/shrink.py` that of shrink.
+If torchrun started several processes, each runs its share of the windows through the whole model,
+all change every block equally, and rank 0 writes.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 
 from prunus.engine.folder import ResultFolder, held, resumed_or_new
-from prunus.engine.job import RunJob
-from prunus.engine.options import RunOptions
-from prunus.engine.plan import check_room, check_same_on_all_ranks
-from prunus.engine.record import BlockwiseRecord, Walk
+from prunus.engine.open_model import check_room, check_same_on_all_ranks
 from prunus.engine.result import Result
+from prunus.engine.run_options import RunOptions
+from prunus.engine.run_plan import RunPlan
+from prunus.engine.run_record import BlockwiseRecord, Walk
+from prunus.engine.run_windows import calibration_windows, run_inputs
 from prunus.engine.session import SILENT, Session
-from prunus.engine.windows import calibration_windows, run_inputs
 from prunus.hardware.memory import peak_memory
 
 _Record = TypeVar("_Record", bound=BlockwiseRecord)
-_Job = TypeVar("_Job", bound=RunJob)
+_Plan = TypeVar("_Plan", bound=RunPlan)
 
 
 @dataclass(frozen=True)
-class Run(Generic[_Job, _Record]):
+class Run(Generic[_Plan, _Record]):
     """A run after all checks, while no other run can use the result.
 
     Attributes:
-        job: Its plan.
+        plan: Its plan.
         session: Its processes, and who hears of the steps.
         ids: The calibration windows (windows, tokens), or images.
         walks: Per block of the source, how the windows go through it.
@@ -46,7 +46,7 @@ class Run(Generic[_Job, _Record]):
         started: When it began, on the clock of `time.perf_counter`.
     """
 
-    job: _Job
+    plan: _Plan
     session: Session
     ids: torch.Tensor
     walks: list[Walk]
@@ -59,13 +59,13 @@ class Run(Generic[_Job, _Record]):
             "seconds": round(time.perf_counter() - self.started, 2),
             "peak_memory_bytes": peak_memory(),
         }
-        if self.job.device.type == "cuda":
-            totals["peak_device_memory_bytes"] = peak_memory(self.job.device)
+        if self.plan.device.type == "cuda":
+            totals["peak_device_memory_bytes"] = peak_memory(self.plan.device)
         return totals
 
 
 @dataclass(frozen=True)
-class Command(ABC, Generic[_Job, _Record]):
+class Command(ABC, Generic[_Plan, _Record]):
     """What a command says to `carry_out`.
 
     Attributes:
@@ -90,7 +90,7 @@ class Command(ABC, Generic[_Job, _Record]):
         return None if self.output is None else Result(self.output, self.KIND)
 
     @abstractmethod
-    def plan(self, session: Session = SILENT, decided_dtype: str | None = None) -> _Job:
+    def plan(self, session: Session = SILENT, decided_dtype: str | None = None) -> _Plan:
         """Check all that needs neither weights nor text, and decide what the recipe leaves open.
 
         Args:
@@ -99,19 +99,19 @@ class Command(ABC, Generic[_Job, _Record]):
         """
 
     @abstractmethod
-    def fields(self, job: _Job) -> dict[str, Any]:
+    def fields(self, plan: _Plan) -> dict[str, Any]:
         """The fields of a new record beside its recipe and its inputs."""
 
-    def prepare(self, run: Run[_Job, _Record]) -> None:
+    def prepare(self, run: Run[_Plan, _Record]) -> None:
         """Measure what can fail before anything is written."""
 
     @abstractmethod
-    def change(self, run: Run[_Job, _Record]) -> None:
+    def change(self, run: Run[_Plan, _Record]) -> None:
         """Change all blocks, and complete the result."""
 
 
 def carry_out(
-    command: Command[_Job, _Record],
+    command: Command[_Plan, _Record],
     session: Session,
     after: Callable[[_Record, Session], None] | None = None,
 ) -> _Record:
@@ -157,31 +157,31 @@ def carry_out(
 
 
 def _carry_out_held(
-    command: Command[_Job, _Record], session: Session, earlier: _Record | None
+    command: Command[_Plan, _Record], session: Session, earlier: _Record | None
 ) -> _Record:
     """Carry out a command whose result this run holds, and go on with an `earlier` run."""
     started, ranks, result = time.perf_counter(), session.ranks, command.result
     with ranks.fail_together():
         # A resumed run keeps its dtype: the trial behind "auto" need not be repeated.
         decided_dtype = earlier.inputs.dtype if earlier is not None else None
-        job = command.plan(session, decided_dtype)
+        plan = command.plan(session, decided_dtype)
     if result is not None:
-        ranks.on_rank_0(lambda: check_room(job.disk_bytes(), result.folder))
-    fields = {"source": job.model_name, **command.fields(job)}
-    if job.needs_inputs:
-        session.tell(f"drawing calibration windows from {job.recipe.calibration}")
+        ranks.on_rank_0(lambda: check_room(plan.disk_bytes(), result.folder))
+    fields = {"source": plan.model_name, **command.fields(plan)}
+    if plan.needs_inputs:
+        session.tell(f"drawing calibration windows from {plan.recipe.calibration}")
     with ranks.fail_together():
-        windows = calibration_windows(job)
-        inputs = run_inputs(job, ranks, windows)
+        windows = calibration_windows(plan)
+        inputs = run_inputs(plan, ranks, windows)
         record: _Record = resumed_or_new(
-            command.KIND, earlier, job.recipe, inputs, job.device, **fields
+            command.KIND, earlier, plan.recipe, inputs, plan.device, **fields
         )
-    walks = check_same_on_all_ranks(command.recipe, record, ranks, job.walks)
-    run = Run(job, session, windows.ids, walks, record, started)
+    walks = check_same_on_all_ranks(command.recipe, record, ranks, plan.walks)
+    run = Run(plan, session, windows.ids, walks, record, started)
     if result is not None:
-        folder = ResultFolder(result.folder, record, job.checkpoint.checkpoint, ranks)
+        folder = ResultFolder(result.folder, record, plan.checkpoint.checkpoint, ranks)
         if record.state == "finished":
-            ranks.on_rank_0(lambda: result.check_finished(folder, job))
+            ranks.on_rank_0(lambda: result.check_finished(folder, plan))
             return record
     command.prepare(run)
     if result is not None:
@@ -195,7 +195,7 @@ def _carry_out_held(
     return record
 
 
-def planned(command: Command[_Job, _Record]) -> _Job:
+def planned(command: Command[_Plan, _Record]) -> _Plan:
     """The plan that `carry_out` would carry out; nothing is written.
 
     Without a result, the checks of it are left out. The errors are those of `carry_out`.
@@ -205,6 +205,6 @@ def planned(command: Command[_Job, _Record]) -> _Job:
         return command.plan()
     result.check(command.model)
     result.earlier(command.model, command.recipe, command.options)
-    job = command.plan()
-    check_room(job.disk_bytes(), result.folder)
-    return job
+    plan = command.plan()
+    check_room(plan.disk_bytes(), result.folder)
+    return plan

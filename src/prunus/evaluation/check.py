@@ -7,14 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prunus.engine.options import RunOptions
-from prunus.engine.record import extended_card
 from prunus.engine.result import Result
+from prunus.engine.run_options import RunOptions
+from prunus.engine.run_record import extended_card
 from prunus.engine.session import Session
 from prunus.evaluation.perplexity import load_scoring_text, perplexities
 from prunus.formats.codec import codec_for
-from prunus.formats.recipe import CompressionRecipe
-from prunus.formats.records import CHECKED, CompressionRecord
+from prunus.formats.compression_recipe import CompressionRecipe
+from prunus.formats.compression_record import CHECKED, CompressionRecord
 from prunus.model.checkpoint.atomic_files import write_text
 from prunus.model.checkpoint.regular_files import read_card
 

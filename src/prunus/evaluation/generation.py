@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from prunus.calibration.windows import check_ids
+from prunus.evaluation.eval_options import WritingOptions
 from prunus.evaluation.model_input import find_folder
-from prunus.evaluation.options import WritingOptions
 from prunus.model.loading import load_model
 from prunus.model.tokenizer import apply_chat_template, load_tokenizer
 

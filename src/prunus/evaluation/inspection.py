@@ -20,8 +20,8 @@ from torch import nn
 
 from prunus.engine.document import Table, table_of
 from prunus.engine.linear_record import mean_bits
+from prunus.evaluation.eval_records import ModelSize
 from prunus.evaluation.model_input import find_folder
-from prunus.evaluation.records import ModelSize
 from prunus.hardware.numerics import check_finite
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint.atomic_files import verify_shards

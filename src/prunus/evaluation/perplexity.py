@@ -43,6 +43,8 @@ from prunus.calibration.sources import AsChats, Documents
 from prunus.calibration.windows import UsedBos, bos_token, put_bos_first, refuse_bos, used_bos
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.engine.progress import shows_progress, window_step
+from prunus.evaluation.eval_options import PROTOCOLS, Protocol, TextOptions
+from prunus.evaluation.eval_records import ALL_TEXTS, PerplexityResult, WorstToken
 from prunus.evaluation.metrics import exponential
 from prunus.evaluation.model_input import (
     ComputeOptions,
@@ -52,8 +54,6 @@ from prunus.evaluation.model_input import (
     find_model,
     unchanged,
 )
-from prunus.evaluation.options import PROTOCOLS, Protocol, TextOptions
-from prunus.evaluation.records import ALL_TEXTS, PerplexityResult, WorstToken
 from prunus.evaluation.streamed_model import StreamedModel, choose_streamed
 from prunus.evaluation.window_scores import (
     LogitsSource,

@@ -17,6 +17,8 @@ from torch import nn
 from prunus.calibration.corpora import data_folder
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.engine.progress import Shown, shows_progress
+from prunus.evaluation.eval_options import TaskOptions
+from prunus.evaluation.eval_records import TaskResults, TaskScore
 from prunus.evaluation.model_input import (
     ComputeOptions,
     ModelInput,
@@ -24,8 +26,6 @@ from prunus.evaluation.model_input import (
     find_model,
     unchanged,
 )
-from prunus.evaluation.options import TaskOptions
-from prunus.evaluation.records import TaskResults, TaskScore
 from prunus.evaluation.tasks import LoadedTask, load_tasks, run_task, wrap_model
 from prunus.hardware.errors import require_library
 from prunus.model.device import choose_device

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from prunus.distributed import SINGLE_PROCESS, Ranks
+from prunus.evaluation.eval_records import PAPER7, Metric, TaskScore
 from prunus.evaluation.local_tasks import FOLDER, load_splits, local_files
-from prunus.evaluation.records import PAPER7, Metric, TaskScore
 from prunus.hardware.errors import did_you_mean, reason
 from prunus.hardware.process_state import no_warnings, replaced
 

@@ -24,8 +24,8 @@ from torch.nn import functional
 from prunus.calibration.windows import check_ids
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.engine.document import Measured
+from prunus.evaluation.eval_records import Divergence
 from prunus.evaluation.metrics import METRICS, TokenMeasure, exponential, mean
-from prunus.evaluation.records import Divergence
 from prunus.hardware.numerics import fast_linears
 from prunus.methods.divergence import kl_divergence
 

@@ -7,7 +7,8 @@ model read this table. The page "Add a format" follows one step by step.
     codec.py               what a format is: it plans, encodes, decodes, opens
     size_plan.py           which weights have types, and how large the result becomes
     type_choice.py         the type of each weight, by its loss, bytes and time
-    recipe.py, records.py  the options and the record of compress
+    compression_recipe.py  the options of compress
+    compression_record.py  its record
     cards.py               model cards
     block_bytes.py         the bytes of quantised columns, as fields of bits
     gguf/                  files for llama.cpp, Ollama and LM Studio

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from prunus.engine.linear_record import calibration_words
-from prunus.engine.record import result_card, source_name
-from prunus.formats.records import CompressionRecord, unmatched_sentences
+from prunus.engine.run_record import result_card, source_name
+from prunus.formats.compression_record import CompressionRecord, unmatched_sentences
 from prunus.model.formats import format_of
 
 

@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 import torch
 from safetensors.torch import load_file
 
-from prunus.engine.linear_job import LinearSelection
-from prunus.engine.plan import OpenModel
+from prunus.engine.linear_plan import LinearSelection
+from prunus.engine.open_model import OpenModel
 from prunus.engine.result import MEASUREMENT, Result
-from prunus.formats.recipe import CompressionRecipe
-from prunus.formats.records import CompressionRecord
+from prunus.formats.compression_recipe import CompressionRecipe
+from prunus.formats.compression_record import CompressionRecord
 from prunus.formats.size_plan import Given, SizePlan, compressible
 from prunus.formats.type_choice import Measurement
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.engine.linear_job import LinearSelection, Storage
+from prunus.engine.linear_plan import LinearSelection, Storage
 from prunus.formats.cards import CardWords, quantized_card
-from prunus.formats.recipe import CompressionRecipe
-from prunus.formats.records import CompressionRecord, FileSize
+from prunus.formats.compression_recipe import CompressionRecipe
+from prunus.formats.compression_record import CompressionRecord, FileSize
 from prunus.formats.type_choice import Choice, Measurement, TypeChoice, choose_types
 from prunus.hardware.sizes import in_bytes
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer

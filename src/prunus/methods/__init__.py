@@ -1,7 +1,7 @@
 """Pruning methods: pure tensor functions, one file each.
 
     table.py          methods by their names, also a user's own: what each needs and supports
-    options.py        the options of methods
+    method_options.py the options of methods
     work.py           what is asked of a method, how its rows are split, and what it returns
     patterns.py       which weights compete, and from scores to a mask
     statistics.py     what a method knows of a linear's inputs
@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prunus.methods.composition import compose
-    from prunus.methods.options import MethodOptions
+    from prunus.methods.method_options import MethodOptions
     from prunus.methods.patterns import Pattern, keep_mask
     from prunus.methods.statistics import InputStatistics
     from prunus.methods.table import METHODS, Method, check_options, get_method
@@ -59,7 +59,7 @@ __all__ = [
 # Module -> the public names that it defines. `__getattr__` imports the module at the first use.
 _HOMES = {
     "composition": ("compose",),
-    "options": ("MethodOptions",),
+    "method_options": ("MethodOptions",),
     "patterns": ("Pattern", "keep_mask"),
     "statistics": ("InputStatistics",),
     "table": ("METHODS", "Method", "check_options", "get_method"),

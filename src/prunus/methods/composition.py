@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prunus.methods.dense_targets import dense_target, has_drift
 from prunus.methods.group_sweep import quantize_in_groups
-from prunus.methods.options import MethodOptions
+from prunus.methods.method_options import MethodOptions
 from prunus.methods.solvers.least_squares import fit_least_squares
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.table import Method

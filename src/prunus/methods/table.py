@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunus.hardware.errors import did_you_mean
-from prunus.methods.options import MethodOptions
+from prunus.methods.method_options import MethodOptions
 from prunus.model.checkpoint.regular_files import read_limited
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
-from prunus.methods.options import MethodOptions
+from prunus.methods.method_options import MethodOptions
 from prunus.methods.patterns import Pattern
 from prunus.methods.statistics import InputStatistics
 

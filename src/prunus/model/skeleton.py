@@ -26,7 +26,7 @@ from prunus.model.kinds import IMAGE_TEXT, IMAGES, image_tokens, kind_of, trial_
 from prunus.model.linears import Linear, find_block_list, find_linears, is_tied, left_dense
 from prunus.model.meta_model import build_on_meta, limited_modules, move_buffers, place, release
 
-#: From the model's names to the stored tensors; see `Source.read_outside`.
+#: From the model's names to the stored tensors; see `WeightSource.read_outside`.
 ReadTensors = Callable[[list[str]], dict[str, torch.Tensor]]
 
 
@@ -178,7 +178,7 @@ class Skeleton:
         """Give the modules outside the blocks their weights for the length of a `with` block.
 
         Args:
-            read: From the model's names to the stored tensors; see `Source.read_outside`.
+            read: From the model's names to the stored tensors; see `WeightSource.read_outside`.
             device: Where the weights go.
             with_head: Give the head its weights too, to run what follows the blocks. An untied
                 embedding is then left out and returns zeros. Without the flag, an untied head is

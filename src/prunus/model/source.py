@@ -4,7 +4,7 @@ Code that prunes a block does not know which of the two it uses. Every tensor ha
 the stored name in the checkpoint, the name in the transformers model, and for tensors of a block
 the name relative to the block. `bind` matches them once.
 
-Outline: `Source` is the interface, `CheckpointSource` reads a folder block by block, and
+Outline: `WeightSource` is the interface, `CheckpointSource` reads a folder block by block, and
 `ModuleSource` prunes a loaded model in place.
 """
 
@@ -30,7 +30,7 @@ from prunus.model.experts import Fused
 from prunus.model.skeleton import Skeleton, names_in_model
 
 
-class Source(Protocol):
+class WeightSource(Protocol):
     """Stored weights of a model, addressed by the names of the model's own parameters.
 
     Attributes:
@@ -136,7 +136,7 @@ class CheckpointSource:
         return self.checkpoint.tensors[self.pieces[key].key if key in self.pieces else key].dtype
 
     def bind(self, skeleton: Skeleton) -> None:
-        """Match the stored names with those of the model, and check all shapes; see `Source`."""
+        """Match the stored names with the model's, and check all shapes; see `WeightSource`."""
         self.stored, converted, unknown = names_in_model(skeleton, self.checkpoint.tensors)
         stored = self.stored
         self._refuse_unknown(skeleton, unknown)
@@ -246,7 +246,7 @@ class CheckpointSource:
             )
 
     def read_outside(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Stored tensors outside the blocks, by the model's names; see `Source`."""
+        """Stored tensors outside the blocks, by the model's names; see `WeightSource`."""
         keys = {self.stored[name]: name for name in names if name in self.stored}
         return {keys[key]: tensor for key, tensor in self.checkpoint.read(keys)}
 
@@ -260,7 +260,7 @@ class CheckpointSource:
         return dict(self._blocks[index]), fused
 
     def block(self, index: int, pinned: bool = False) -> dict[str, torch.Tensor]:
-        """Stored tensors of one block, by relative name; see `Source`."""
+        """Stored tensors of one block, by relative name; see `WeightSource`."""
         return self.from_stored(index, self.checkpoint.read(self.block_keys(index), pinned))
 
     def from_stored(

@@ -20,7 +20,7 @@ from prunus.model.calls import BlockCall, hidden_of, same_arguments
 from prunus.model.checkpoint.writer import flat_bytes
 from prunus.model.linears import refuse_not_finite
 from prunus.model.skeleton import Skeleton
-from prunus.model.source import Source
+from prunus.model.source import WeightSource
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Stream:
         states: The hidden states before the next block.
     """
 
-    def __init__(self, skeleton: Skeleton, source: Source, device: torch.device) -> None:
+    def __init__(self, skeleton: Skeleton, source: WeightSource, device: torch.device) -> None:
         self.skeleton = skeleton
         self.source = source
         self.device = device

@@ -8,15 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from prunus.engine.linear_record import PruningRecord, calibration_words
-from prunus.engine.record import result_card, source_name
+from prunus.engine.linear_record import LinearsRecord, calibration_words
+from prunus.engine.run_record import result_card, source_name
 from prunus.pruning.recipe import Recipe
 
 # A sparsity that differs less than this from the one that was asked for is the same for people.
 _SAME_SPARSITY = 0.0005
 
 
-class Manifest(PruningRecord):
+class Manifest(LinearsRecord):
     """The record of prune, which is also the file `prunus.json`.
 
     Attributes:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from prunus.engine.linear_options import SELECTION, PruningOptions, TrainingPlan
 from prunus.hardware.errors import did_you_mean
-from prunus.methods.options import METHOD
+from prunus.methods.method_options import METHOD
 from prunus.options import Option, at_least
 
 # Heading of these options in --help.
@@ -132,7 +132,7 @@ class Recipe(PruningOptions):
             )
 
     @property
-    def plan(self) -> TrainingPlan:
+    def training(self) -> TrainingPlan:
         """The options `reconstruct`, `reconstruct_epochs`, `propagate` and `head`."""
         two_passes = self.propagate == "block"
         return TrainingPlan(self.reconstruct, self.reconstruct_epochs, two_passes, self.head)

@@ -17,11 +17,11 @@ from pydantic import ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from prunus.engine.record import Part
+from prunus.engine.run_record import RecordPart
 from prunus.hardware.errors import reason
 from prunus.model.checkpoint.atomic_files import remove
 from prunus.model.checkpoint.writer import save_safetensors
-from prunus.recovery.record import Evaluation
+from prunus.recovery.recovery_record import Evaluation
 
 _STATE_NAME = "training.safetensors"
 # Key in the metadata of that file under which `TrainingState` is stored as JSON.
@@ -30,7 +30,7 @@ _KEY = "state"
 _KINDS = ("weight", "step", "exp_avg", "exp_avg_sq")
 
 
-class TrainingState(Part):
+class TrainingState(RecordPart):
     """How far a training is, over all attempts."""
 
     # Versions before 0.4.0 had the field `diverged`.

@@ -22,9 +22,9 @@ from typing import Any
 from prunus.calibration.sources import find_source
 from prunus.calibration.windows import WindowRequest
 from prunus.engine.folder import ResultFolder, find_earlier, held, remove_result
-from prunus.engine.job import check_known
-from prunus.engine.options import RunOptions
 from prunus.engine.progress import Progress
+from prunus.engine.run_options import RunOptions
+from prunus.engine.run_plan import check_known
 from prunus.engine.session import SILENT
 from prunus.model.checkpoint.output_folder import (
     check_apart,
@@ -37,12 +37,17 @@ from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.model.source import CheckpointSource, tensors_digest
 from prunus.options import takes
 from prunus.pruning.manifest import Manifest
+from prunus.pruning.prune import run
 from prunus.pruning.recipe import Recipe
-from prunus.pruning.run import run
-from prunus.recovery.job import check_ranks, draw_training_text, full_fingerprint, open_teacher
-from prunus.recovery.options import RecoveryOptions
-from prunus.recovery.record import RecoveryRecord
-from prunus.recovery.run import carry_out
+from prunus.recovery.recover import carry_out
+from prunus.recovery.recovery_options import RecoveryOptions
+from prunus.recovery.recovery_plan import (
+    check_ranks,
+    draw_training_text,
+    full_fingerprint,
+    open_teacher,
+)
+from prunus.recovery.recovery_record import RecoveryRecord
 from prunus.recovery.training import Step
 
 #: Name of the folder inside the result that holds the pruned checkpoint during the work.

@@ -18,8 +18,8 @@ from prunus.model.experts import split_loaded_experts
 from prunus.model.linears import Linear
 from prunus.model.loading import load_model
 from prunus.pruning.manifest import Manifest
-from prunus.recovery.job import RecoveryJob
-from prunus.recovery.options import RecoveryOptions
+from prunus.recovery.recovery_options import RecoveryOptions
+from prunus.recovery.recovery_plan import RecoveryPlan
 from prunus.recovery.trainable import (
     MIN_ZERO_FRACTION,
     Trainable,
@@ -33,7 +33,7 @@ from prunus.recovery.trainable import (
 _MAX_EAGER_TOKENS = 512
 
 
-def load_student(job: RecoveryJob) -> tuple[Trainable, int]:
+def load_student(plan: RecoveryPlan) -> tuple[Trainable, int]:
     """Load the checkpoint into memory, and make it trainable by the mode.
 
     Returns:
@@ -43,15 +43,15 @@ def load_student(job: RecoveryJob) -> tuple[Trainable, int]:
         ValueError: The model does not fit the mode: pruned linears in mode full, none in mode
             masked, or bad target modules or rank in mode lora.
     """
-    recipe, folder = job.recipe, job.source.checkpoint.folder
-    if job.device.type == "cpu":
+    recipe, folder = plan.recipe, plan.source.checkpoint.folder
+    if plan.device.type == "cpu":
         # Each step frees and allocates the logits. glibc would give them back to the system.
         keep_freed_memory()
     # In mode lora no stored weight is updated, so they need not be float32.
-    model = _load(job, folder, job.dtype if recipe.mode == "lora" else torch.float32)
+    model = _load(plan, folder, plan.dtype if recipe.mode == "lora" else torch.float32)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if recipe.mode == "lora":
-        return lora(model, block_linears(model), recipe, base_name(job.model)), parameters
+        return lora(model, block_linears(model), recipe, base_name(plan.model)), parameters
     # Results are written expert by expert, and zeros are kept in every one of them.
     split_loaded_experts(model)
     linears, pruned = block_linears(model), pruned_linears(model, folder)
@@ -70,11 +70,11 @@ def load_student(job: RecoveryJob) -> tuple[Trainable, int]:
     return whole_model(model, pruned, pruned), parameters
 
 
-def load_teacher(job: RecoveryJob) -> Any:
-    """The dense model in memory, without gradients; None if the job has no teacher."""
-    if job.teacher is None:
+def load_teacher(plan: RecoveryPlan) -> Any:
+    """The dense model in memory, without gradients; None if the plan has no teacher."""
+    if plan.teacher is None:
         return None
-    teacher = _load(job, job.teacher.checkpoint.folder, job.dtype)
+    teacher = _load(plan, plan.teacher.checkpoint.folder, plan.dtype)
     teacher.requires_grad_(False)
     return teacher
 
@@ -84,11 +84,11 @@ def base_name(model: str | Path) -> str:
     return str(resolve_folder(model).resolve()) if Path(model).is_dir() else str(model)
 
 
-def _load(job: RecoveryJob, folder: Path, dtype: torch.dtype) -> Any:
-    """A model in memory on the device of the job, with the attention that is fastest there."""
-    short = job.recipe.seqlen <= _MAX_EAGER_TOKENS
-    attention = "eager" if job.device.type == "cpu" and short else None
-    return load_model(folder, dtype, attention=attention).to(job.device)
+def _load(plan: RecoveryPlan, folder: Path, dtype: torch.dtype) -> Any:
+    """A model in memory on the device of the plan, with the attention that is fastest there."""
+    short = plan.recipe.seqlen <= _MAX_EAGER_TOKENS
+    attention = "eager" if plan.device.type == "cpu" and short else None
+    return load_model(folder, dtype, attention=attention).to(plan.device)
 
 
 # The targets of the LoRA paper, which the Wanda paper also uses.

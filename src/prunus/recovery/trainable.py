@@ -19,7 +19,7 @@ from torch import nn
 
 from prunus.model.linears import Linear, find_block_list, find_linears
 from prunus.pruning.manifest import Manifest
-from prunus.recovery.record import LinearMask, RecoveryRecord
+from prunus.recovery.recovery_record import LinearMask, RecoveryRecord
 
 #: Fraction of zeros from which a linear counts as pruned if no record names the pruned linears.
 MIN_ZERO_FRACTION = 0.05

@@ -25,8 +25,8 @@ from prunus.hardware.numerics import native_bfloat16
 from prunus.methods.divergence import kl_sum, log_probabilities
 from prunus.model.linears import refuse_not_finite
 from prunus.recovery.checkpoints import Checkpoints, TrainingState
-from prunus.recovery.options import RecoveryOptions
-from prunus.recovery.record import Evaluation
+from prunus.recovery.recovery_options import RecoveryOptions
+from prunus.recovery.recovery_record import Evaluation
 from prunus.recovery.trainable import Trainable, block_linears
 
 # A step of more tokens is split into several forward passes, whose gradients add up. The logits

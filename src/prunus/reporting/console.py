@@ -19,7 +19,7 @@ from rich.segment import Segment
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from prunus.engine.document import Document, Facts, Part, Section, Table, text_of
+from prunus.engine.document import Document, DocumentPart, Facts, Section, Table, text_of
 from prunus.engine.progress import PREPARATION, LineInterval, Progress, Shown, eta, terminal_bar
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def progress_console(quiet: bool = False) -> Console:
     return TerminalConsole(file=_ForgivingStream(sys.stderr), quiet=quiet)
 
 
-def to_terminal(*shown: Document | Section | Part) -> Group:
+def to_terminal(*shown: Document | Section | DocumentPart) -> Group:
     """What rich can print of documents, sections or parts of them, in their order.
 
     Charts are left out: they are on the page alone. The text is escaped already.

@@ -1,6 +1,6 @@
 """What `prunus eval --json` writes, as a section.
 
-A row of figures maps the title of a column to a value; see `prunus.evaluation.records.FORMS`.
+A row of figures maps the title of a column to a value; see `prunus.evaluation.eval_records.FORMS`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from prunus.engine.document import (
     table_of,
     text_of,
 )
-from prunus.evaluation.records import FORMS, UNITS, ModelSize, PerplexityResult, finite
+from prunus.evaluation.eval_records import FORMS, UNITS, ModelSize, PerplexityResult, finite
 
 #: Metrics of lm-eval that are shares of the rows.
 _SHARES = ("acc", "exact_match", "f1", "em")

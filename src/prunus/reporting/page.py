@@ -26,9 +26,9 @@ from typing import Any
 
 from prunus.engine.document import (
     Document,
+    DocumentPart,
     Facts,
     Lines,
-    Part,
     Section,
     Table,
     part_html,
@@ -114,7 +114,7 @@ def _section(section: Section, number: int, alone: bool) -> str:
     )
 
 
-def _part(part: Part, name: str) -> str:
+def _part(part: DocumentPart, name: str) -> str:
     if isinstance(part, Facts | Table):
         return part_html(part)
     # Only "<" could end the script element that holds the JSON. JSON can write it as an escape.

@@ -16,12 +16,12 @@ from prunus.engine.document import (
     table_of,
     text_of,
 )
-from prunus.engine.linear_record import PruningRecord, mean_error
-from prunus.engine.record import BlockwiseRecord, bos_words, source_name
-from prunus.formats.records import CompressionRecord
+from prunus.engine.linear_record import LinearsRecord, mean_error
+from prunus.engine.run_record import BlockwiseRecord, bos_words, source_name
+from prunus.formats.compression_record import CompressionRecord
 from prunus.hardware.sizes import counted, in_bytes
 from prunus.pruning.manifest import Manifest
-from prunus.structure.records import StructureRecord, what_was_removed
+from prunus.structure.structure_record import StructureRecord, what_was_removed
 
 #: Name of an error -> its definition.
 _DEFINITIONS = {
@@ -34,7 +34,7 @@ _DEFINITIONS = {
 }
 
 
-def run_section(manifest: PruningRecord) -> Section:
+def run_section(manifest: LinearsRecord) -> Section:
     """The section of one run of `prune` or `compress`, finished or not, from its record."""
     totals = manifest.all_totals()
     error, mean = mean_error(totals)
@@ -122,7 +122,7 @@ def headline(
     return Facts("Headline", tuple(items), headline=True)
 
 
-def _sizes(manifest: PruningRecord, totals: dict[str, Any]) -> list[tuple[str, str]]:
+def _sizes(manifest: LinearsRecord, totals: dict[str, Any]) -> list[tuple[str, str]]:
     """How sparse the result is, and how small."""
     counts = f"{totals['zeros']:,} of {totals['weights']:,}"
     if not isinstance(manifest, CompressionRecord):
@@ -144,7 +144,7 @@ def _sizes(manifest: PruningRecord, totals: dict[str, Any]) -> list[tuple[str, s
     ]
 
 
-def _by_linear(manifest: PruningRecord, error: str) -> Table:
+def _by_linear(manifest: LinearsRecord, error: str) -> Table:
     rows = [
         {
             "block": number,

@@ -11,16 +11,16 @@ from typing import Any
 
 from prunus.engine.document import (
     Column,
+    DocumentPart,
     Facts,
     Lines,
-    Part,
     Section,
     Table,
     items_of,
     short_names,
     table_of,
 )
-from prunus.evaluation.records import FORMS
+from prunus.evaluation.eval_records import FORMS
 from prunus.pruning.recipe import Recipe
 from prunus.reporting.evaluation_sections import (
     Point,
@@ -169,7 +169,7 @@ def _calibrations(results: SweepResults) -> dict[str, str]:
 
 def _quality_parts(
     where: str, cells: Mapping[str, tuple[CellResult, Mapping[str, Any]]], dense: Mapping[str, Any]
-) -> tuple[list[Part], list[Part]]:
+) -> tuple[list[DocumentPart], list[DocumentPart]]:
     """What the report shows of a model and a text at once, and what it folds away.
 
     Args:
@@ -215,7 +215,7 @@ def _quality_parts(
         at = {_axis_title(axis): _number(top)}
         points.append(Point(name, f"{name}, {_title(axis, top)}", mean_figures | at))
     level = dense.get("perplexity")
-    shown: list[Part] = [table("perplexity"), *(table(x) for x in other_figures[:1])]
+    shown: list[DocumentPart] = [table("perplexity"), *(table(x) for x in other_figures[:1])]
     shown += quality_charts(where, points, level)
     shown += _axis_chart(where, axis, [_number(top) for top in tops], points, level)
     return shown, [table(figure) for figure in other_figures[1:]]

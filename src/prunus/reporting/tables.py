@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 from prunus.engine.document import Facts, Table, items_of, table_of
-from prunus.engine.record import bos_words
+from prunus.engine.run_record import bos_words
 from prunus.hardware.sizes import counted, in_bytes
-from prunus.recovery.record import RecoveryRecord
+from prunus.recovery.recovery_record import RecoveryRecord
 
 # Value of the option `bos` -> what a plan says of it, before a tokenizer is loaded.
 _BOS_OF_PLAN = {
@@ -47,7 +47,7 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
         **({"written": ", ".join(plan["written"])} if plan.get("written") else {}),
     }
     if (file := plan.get("file")) is not None:
-        from prunus.formats.records import FileSize, unmatched_sentences
+        from prunus.formats.compression_record import FileSize, unmatched_sentences
 
         rows["result"], rows["parts of it"] = FileSize(**file).sentences(plan.get("bits"))
         if plan.get("unmatched"):

@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from prunus.engine.document import Document, Section
-from prunus.engine.record import BlockwiseRecord
-from prunus.formats.records import CompressionRecord
+from prunus.engine.run_record import BlockwiseRecord
+from prunus.formats.compression_record import CompressionRecord
 from prunus.model.checkpoint.atomic_files import check_place, read_json, write_text
 from prunus.model.formats import reader_of
 from prunus.pruning.manifest import Manifest
@@ -18,7 +18,7 @@ from prunus.reporting.evaluation_sections import evaluation_section
 from prunus.reporting.page import document_json, to_html, to_markdown
 from prunus.reporting.run_sections import run_section, structure_section
 from prunus.reporting.sweep_section import sweep_section
-from prunus.structure.records import StructureRecord
+from prunus.structure.structure_record import StructureRecord
 from prunus.sweeping.results import RESULTS_NAME, SweepResults
 
 

@@ -19,12 +19,12 @@ from typing import Any
 
 from torch import Tensor
 
-from prunus.engine.job import HashedSource
+from prunus.engine.run_plan import HashedSource
 from prunus.engine.session import Session
 from prunus.methods.divergence import kl_sum, log_probabilities
 from prunus.model.stream import Stream
-from prunus.structure.plan import StructureJob
-from prunus.structure.records import SearchStep, StructureRecord
+from prunus.structure.removal_plan import StructurePlan
+from prunus.structure.structure_record import SearchStep, StructureRecord
 
 # The search reads this many windows, cut to this many tokens, as one batch.
 _PROBE_WINDOWS, _PROBE_TOKENS = 8, 128
@@ -34,7 +34,7 @@ _FULL_STEPS = 4
 
 
 def choose_blocks(
-    job: StructureJob,
+    plan: StructurePlan,
     session: Session,
     ids: Tensor,
     record: StructureRecord,
@@ -43,7 +43,7 @@ def choose_blocks(
     """Search greedily for the blocks to remove. All ranks call it.
 
     Args:
-        job: The checked run.
+        plan: The checked run.
         session: Its processes, and who hears of the search.
         ids: Calibration windows, (windows, tokens).
         record: The record of the run, with the steps that an earlier run has taken; new ones are
@@ -57,28 +57,28 @@ def choose_blocks(
         NotImplementedError: The family cannot do without any further block.
         ValueError: The hidden states of the candidates do not fit in the memory budget.
     """
-    count, steps = len(job.skeleton), record.search
-    if len(steps) >= count - job.keep_blocks:
+    count, steps = len(plan.skeleton), record.search
+    if len(steps) >= count - plan.keep_blocks:
         return _blocks_left(steps, count)
     probes = ids[:_PROBE_WINDOWS, :_PROBE_TOKENS]
-    width = job.skeleton.window_shape(0, probes.shape[1])[1]
+    width = plan.skeleton.window_shape(0, probes.shape[1])[1]
     # Memory holds the hidden states of all at once: of a candidate per block, of the dense model,
     # of the base model, and one output.
-    needed = (count + 3) * probes.numel() * width * job.dtype.itemsize
-    if needed > job.memory.budget:
+    needed = (count + 3) * probes.numel() * width * plan.dtype.itemsize
+    if needed > plan.memory.budget:
         raise ValueError(
             f"the candidates of the search for blocks hold {needed / 1e9:.1f} GB of hidden states, "
-            f"the memory budget is {job.memory.budget / 1e9:.1f} GB: raise `memory`"
+            f"the memory budget is {plan.memory.budget / 1e9:.1f} GB: raise `memory`"
         )
 
     def search() -> list[dict[str, Any]]:
-        source = HashedSource(job.source, job.skeleton, record.measured)
-        stream = Stream(job.skeleton, source, job.device)
+        source = HashedSource(plan.source, plan.skeleton, record.measured)
+        stream = Stream(plan.skeleton, source, plan.device)
         with contextlib.closing(stream):
             stream.embed([probes], None)
             first = stream.states.get(0)
             dense, _ = _candidate_states(stream, first, range(count), ())
-            while len(left := _blocks_left(steps, count)) > job.keep_blocks:
+            while len(left := _blocks_left(steps, count)) > plan.keep_blocks:
                 measured = _promising(steps, left)
                 session.tell(
                     f"searching for block {len(steps) + 1} to remove: {len(measured)} candidates"
@@ -87,7 +87,7 @@ def choose_blocks(
                 values = divergences(stream, probes, dense, candidates)
                 order = sorted(values, key=lambda index: (values[index], index))
                 # The family may not be able to do without the block of the lowest value.
-                block = job.smaller_by_one(left, order)
+                block = plan.smaller_by_one(left, order)
                 by_block = [values.get(index) for index in range(count)]
                 steps.append(SearchStep(block=block, value=values[block], candidates=by_block))
                 save()

@@ -21,7 +21,7 @@ from pathlib import Path
 from torch import Tensor
 
 from prunus.distributed import Ranks, own_part, split_range
-from prunus.engine.linear_job import training_dtype
+from prunus.engine.linear_plan import training_dtype
 from prunus.engine.linear_record import ReconstructionRecord
 from prunus.engine.loop import FinishedBlock, StoredBlock, check_same
 from prunus.engine.reconstruction.reconstruct_block import (
@@ -30,19 +30,19 @@ from prunus.engine.reconstruction.reconstruct_block import (
     step_parts,
     step_ranks,
 )
-from prunus.engine.record import Walk
+from prunus.engine.run_record import Walk
 from prunus.methods.structured import ExpertSums, kept_experts
 from prunus.model.stream import Stream
-from prunus.structure.layout import experts_in, shapes_of, with_experts
-from prunus.structure.plan import ExpertPlan, SmallerModel, StructureJob
-from prunus.structure.records import BlockChange, ExpertChange
+from prunus.structure.removal_plan import ExpertPlan, SmallerModel, StructurePlan
+from prunus.structure.structure_record import BlockChange, ExpertChange
+from prunus.structure.tensor_layout import experts_in, shapes_of, with_experts
 
 
 class ShrinkStep:
     """Makes one block after the other: a `BlockStep`. Call `take` or `make` for each in order.
 
     Args:
-        job: The checked run.
+        plan: The checked run.
         smaller: The model that is made.
         ids: Calibration windows of all ranks, (windows, tokens).
         walks: For each old block, how the ranks take their batches through it.
@@ -52,36 +52,36 @@ class ShrinkStep:
 
     def __init__(
         self,
-        job: StructureJob,
+        plan: StructurePlan,
         smaller: SmallerModel,
         ids: Tensor,
         walks: Sequence[Walk],
         spill_to: Path,
         ranks: Ranks,
     ) -> None:
-        self._job = job
+        self._plan = plan
         self._smaller = smaller
         self._ranks = ranks
-        self._stream = Stream(smaller.skeleton, job.source, job.device)
+        self._stream = Stream(smaller.skeleton, plan.source, plan.device)
         self._repair: Repair | None = None
         self._open = contextlib.ExitStack()
         self._open.callback(self._stream.close)
         # Without repair, a removed block changes no other. Only experts need windows.
-        needs_windows = job.recipe.repair or job.experts is not None
-        batches = ids.split(job.batch) if needs_windows else ()
+        needs_windows = plan.recipe.repair or plan.experts is not None
+        batches = ids.split(plan.batch) if needs_windows else ()
         batches_of_rank = own_part(ranks, batches)
-        on_device = job.memory.hidden_states_stay
-        spill_folder = spill_to if job.memory.spills else None
-        if not job.recipe.repair:
+        on_device = plan.memory.hidden_states_stay
+        spill_folder = spill_to if plan.memory.spills else None
+        if not plan.recipe.repair:
             self._stream.embed(batches_of_rank, spill_folder, on_device)
             return
-        split = step_ranks(ranks, max(map(len, batches)), job.device)
+        split = step_ranks(ranks, max(map(len, batches)), plan.device)
         self._stream.embed(batches_of_rank, spill_folder, on_device, step_parts(batches, split))
-        dense = Stream(job.skeleton, job.source, job.device)
+        dense = Stream(plan.skeleton, plan.source, plan.device)
         self._open.callback(dense.close)
         dense.embed(batches_of_rank, spill_folder, on_device)
         reconstructor = BlockReconstructor(
-            settings=ReconstructionSettings(None, training_dtype(job.device, job.dtype)),
+            settings=ReconstructionSettings(None, training_dtype(plan.device, plan.dtype)),
             stream=self._stream,
             dense=dense,
             numbers=range(len(dense)),
@@ -89,7 +89,7 @@ class ShrinkStep:
             ranks=ranks,
             split=split,
         )
-        self._repair = Repair(job, smaller, reconstructor, walks)
+        self._repair = Repair(plan, smaller, reconstructor, walks)
 
     def take(self, new_index: int, tensors: Mapping[str, Tensor]) -> None:
         """Run the windows through a block that an earlier run has finished.
@@ -130,43 +130,43 @@ class ShrinkStep:
 
     def _cut(self, new_index: int, stored: StoredBlock) -> tuple[dict[str, Tensor], BlockChange]:
         """A block without what is removed from it: its tensors, and what happened to it."""
-        job = self._job
+        plan = self._plan
         started = time.perf_counter()
         old_index = self._smaller.made_from[new_index]
         name = self._smaller.skeleton.block_name(new_index)
         change = BlockChange(name=name, made_from=old_index, input_sha256=stored.digest)
         tensors = dict(stored.tensors)
-        block = job.skeleton.blocks[old_index]
-        if job.experts is not None and experts_in(block):
-            change.experts = self._choose_experts(new_index, old_index, tensors, job.experts)
+        block = plan.skeleton.blocks[old_index]
+        if plan.experts is not None and experts_in(block):
+            change.experts = self._choose_experts(new_index, old_index, tensors, plan.experts)
             shapes = shapes_of(self._smaller.skeleton.blocks[new_index])
             tensors = with_experts(block, tensors, shapes, change.experts.kept)
         change.seconds = round(time.perf_counter() - started, 3)
         return tensors, change
 
     def _choose_experts(
-        self, new_index: int, old_index: int, stored: Mapping[str, Tensor], plan: ExpertPlan
+        self, new_index: int, old_index: int, stored: Mapping[str, Tensor], counts: ExpertPlan
     ) -> ExpertChange:
         """Choose the experts of a block that stay, on all windows.
 
         The stream stays before the block, because the block that it runs through is smaller.
         """
-        job, stream = self._job, self._stream
-        sums = ExpertSums(plan.count)
-        forward = stream.forward(new_index, job.skeleton.fill(old_index, stored, stream.device))
+        plan, stream = self._plan, self._stream
+        sums = ExpertSums(counts.count)
+        forward = stream.forward(new_index, plan.skeleton.fill(old_index, stored, stream.device))
         # `plan_structure` refuses blocks with several mixtures.
-        (experts,) = experts_in(job.skeleton.blocks[old_index])
+        (experts,) = experts_in(plan.skeleton.blocks[old_index])
         experts.on_output = sums.add
         try:
             for batch in range(len(stream)):
                 forward(batch)
         finally:
             experts.on_output = None
-        job.skeleton.release(old_index)
+        plan.skeleton.release(old_index)
         sums.complete(self._ranks)
-        saliency_E = sums.reap_E if job.recipe.saliency == "reap" else sums.contribution_E
+        saliency_E = sums.reap_E if plan.recipe.saliency == "reap" else sums.contribution_E
         return ExpertChange(
-            kept=kept_experts(saliency_E, plan.keep, plan.groups),
+            kept=kept_experts(saliency_E, counts.keep, counts.groups),
             saliency=saliency_E.tolist(),
             tokens=sums.tokens_E.tolist(),
         )
@@ -187,7 +187,7 @@ class Repair:
     Call `advance` for each block in order.
 
     Args:
-        job: The checked run.
+        plan: The checked run.
         smaller: The model that is made.
         reconstructor: Trains blocks on the windows of the smaller model and of the old one.
         walks: For each old block, how the ranks take their batches through it.
@@ -195,12 +195,12 @@ class Repair:
 
     def __init__(
         self,
-        job: StructureJob,
+        plan: StructurePlan,
         smaller: SmallerModel,
         reconstructor: BlockReconstructor,
         walks: Sequence[Walk],
     ) -> None:
-        self._job = job
+        self._plan = plan
         self._smaller = smaller
         self._reconstructor = reconstructor
         self._stream = reconstructor.stream
@@ -208,10 +208,10 @@ class Repair:
         self._depth = 0  # old blocks that the dense windows have run through
         # The first block to train. Those before it see and compute what they did in the old model:
         # they lost no experts, and were not next to a removed block.
-        ends = [-1, *smaller.made_from, len(job.skeleton)]
+        ends = [-1, *smaller.made_from, len(plan.skeleton)]
         self._first = 0
         for before, index, after in zip(ends, ends[1:], ends[2:], strict=False):
-            lost_experts = job.experts is not None and experts_in(job.skeleton.blocks[index])
+            lost_experts = plan.experts is not None and experts_in(plan.skeleton.blocks[index])
             if lost_experts or (before, after) != (index - 1, index + 1):
                 break
             self._first += 1
@@ -221,9 +221,9 @@ class Repair:
 
         This is the input of the old block that the next new block is made from.
         """
-        end = [*self._smaller.made_from, len(self._job.skeleton)][new_index + 1]
+        end = [*self._smaller.made_from, len(self._plan.skeleton)][new_index + 1]
         for index in range(self._depth, end):
-            self._reconstructor.dense.propagate(index, self._job.source.block(index))
+            self._reconstructor.dense.propagate(index, self._plan.source.block(index))
         self._depth = end
 
     def train(
@@ -259,7 +259,7 @@ class Repair:
 
     def _routers(self, new_index: int) -> list[str]:
         """Relative names of the modules whose weights have a row per remaining expert."""
-        before = shapes_of(self._job.skeleton.blocks[self._smaller.made_from[new_index]])
+        before = shapes_of(self._plan.skeleton.blocks[self._smaller.made_from[new_index]])
         return [
             name.removesuffix(".weight")
             for name, parameter in self._smaller.skeleton.blocks[new_index].named_parameters()

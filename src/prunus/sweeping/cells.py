@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prunus.engine.linear_record import calibration_words
-from prunus.engine.options import RunOptions
 from prunus.engine.progress import LineInterval, Progress
+from prunus.engine.run_options import RunOptions
 from prunus.engine.session import Session
+from prunus.evaluation.eval_options import TaskOptions, TextOptions
 from prunus.evaluation.inspection import stored_size
-from prunus.evaluation.options import TaskOptions, TextOptions
 from prunus.evaluation.perplexity import perplexity
 from prunus.evaluation.task_runner import evaluate
 from prunus.hardware.errors import reason
@@ -31,9 +31,9 @@ from prunus.model.checkpoint.atomic_files import (
     remove_temporaries,
 )
 from prunus.pruning.manifest import Manifest
-from prunus.pruning.run import run
-from prunus.recovery.record import RecoveryRecord
-from prunus.recovery.run import recover
+from prunus.pruning.prune import run
+from prunus.recovery.recover import recover
+from prunus.recovery.recovery_record import RecoveryRecord
 from prunus.sweeping.grid import Sweep
 from prunus.sweeping.results import CellResult, SweepResults, SweptModel
 

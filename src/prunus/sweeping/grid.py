@@ -25,8 +25,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from prunus.engine.options import RunOptions
-from prunus.evaluation.options import TaskOptions, TextOptions
+from prunus.engine.run_options import RunOptions
+from prunus.evaluation.eval_options import TaskOptions, TextOptions
 from prunus.options import Option, Options
 from prunus.pruning.recipe import Recipe
 from prunus.sweeping.results import CellResult

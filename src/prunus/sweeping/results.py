@@ -14,8 +14,8 @@ from pydantic import Field
 
 from prunus.engine.document import Measured, Table, table_of
 from prunus.engine.linear_record import mean_error
-from prunus.engine.record import Part, read_record
-from prunus.evaluation.records import FORMS, ModelSize, PerplexityResult
+from prunus.engine.run_record import RecordPart, read_record
+from prunus.evaluation.eval_records import FORMS, ModelSize, PerplexityResult
 from prunus.model.checkpoint.atomic_files import write_json
 from prunus.pruning.recipe import Recipe
 
@@ -32,7 +32,7 @@ _CONDITIONS = Recipe.names_of(lambda option: option.is_condition)
 State = Literal["waiting", "running", "done", "failed"]
 
 
-class SweptModel(Part):
+class SweptModel(RecordPart):
     """A model of a sweep, dense or a cell, and what was measured of it.
 
     Attributes:
@@ -123,7 +123,7 @@ class DenseResult(SweptModel):
     state: State = "done"
 
 
-class SweepResults(Part):
+class SweepResults(RecordPart):
     """Everything that a sweep has measured so far.
 
     Attributes:

@@ -8,11 +8,10 @@ import torch
 from torch import nn
 
 import prunus
-from prunus.engine import plan
 from prunus.engine.block.walks import BlockWalk, lockstep, replay, two_pass
-from prunus.engine.linear_job import LinearPlan, plan_run
-from prunus.engine.memory import Memory
-from prunus.engine.options import RunOptions
+from prunus.engine.linear_plan import LinearPlan, plan_run
+from prunus.engine.memory_plan import Memory
+from prunus.engine.run_options import RunOptions
 from prunus.hardware.memory import available_memory
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear, find_linears
@@ -193,14 +192,14 @@ def test_the_memory_budget_decides_between_lockstep_replay_and_a_file(dense, tmp
     ids = token_ids(64, 64)
     recipe = Recipe(calibration="token ids", samples=64, seqlen=64, batch=1)
 
-    def job(memory: int | None) -> LinearPlan:
+    def plan(memory: int | None) -> LinearPlan:
         return plan_run(dense, recipe, RunOptions(memory=memory, calibration_data=ids))
 
     free = available_memory()
     # Free and resident memory change during the test, so they are fixed here.
-    monkeypatch.setattr("prunus.engine.plan.available_memory", lambda: free)
-    monkeypatch.setattr("prunus.engine.plan.process_memory", lambda: 2**28)
-    roomy = job(None)
+    monkeypatch.setattr("prunus.engine.open_model.available_memory", lambda: free)
+    monkeypatch.setattr("prunus.engine.open_model.process_memory", lambda: 2**28)
+    roomy = plan(None)
     assert roomy.memory.budget == free - max(free // 10, 10**9)  # the rest is for others
     assert (roomy.walks[0], roomy.memory.spills) == ("lockstep", False)
     memory, resident = roomy.memory.blocks[0], 0
@@ -215,13 +214,13 @@ def test_the_memory_budget_decides_between_lockstep_replay_and_a_file(dense, tmp
         roomy = replace(roomy, memory=replace(roomy.memory, budget=budget + resident))
         assert (roomy.walks[0], roomy.memory.spills) == (walk, spills)
     with pytest.raises(ValueError, match=r"memory budget is .* Raise `memory`, or lower `batch`"):
-        job(1000)
+        plan(1000)
 
 
 def test_the_memory_budget_limits_a_device_as_it_limits_the_host(dense, tmp_path, monkeypatch):
     ids = token_ids(8, 16)
     recipe = Recipe(calibration="token ids", samples=8, seqlen=16, dtype="float32")
-    monkeypatch.setattr(plan, "choose_device", lambda *_: torch.device("cuda"))
+    monkeypatch.setattr("prunus.engine.open_model.choose_device", lambda *_: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**40, 2**40))
     free = int(0.9 * 2**40)
     for memory, budget in ((None, free), (2**31, 2**31), (2**41, free)):

@@ -22,7 +22,7 @@ from command_line import call
 from prunus.model.checkpoint import lock
 from prunus.model.checkpoint.lock import LOCK_NAME, locked
 from prunus.sweeping.grid import Sweep
-from prunus.sweeping.run import sweep as run_sweep
+from prunus.sweeping.sweep import sweep as run_sweep
 from random_kills import verbs as verbs_of_kills
 from recovery_cases import recover
 from tiny import token_ids, tree

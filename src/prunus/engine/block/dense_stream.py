@@ -26,7 +26,7 @@ from prunus.methods.dense_targets import MAX_DRIFT_STRIDE
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear, find_linears
 from prunus.model.skeleton import Skeleton
-from prunus.model.source import Source
+from prunus.model.source import WeightSource
 from prunus.model.stream import Stream
 
 # Tokens per input feature that are enough to measure a linear's drift; see `drift_stride_for`.
@@ -53,7 +53,7 @@ class DenseStream:
     """
 
     def __init__(
-        self, skeleton: Skeleton, source: Source, device: torch.device, stride: int = 1
+        self, skeleton: Skeleton, source: WeightSource, device: torch.device, stride: int = 1
     ) -> None:
         self.stream = Stream(skeleton, source, device)
         self._stride = stride

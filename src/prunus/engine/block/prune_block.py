@@ -39,7 +39,7 @@ from prunus.engine.block.walks import (
     replay,
     two_pass,
 )
-from prunus.engine.linear_job import LinearPlan
+from prunus.engine.linear_plan import LinearPlan
 from prunus.engine.linear_record import BlockRecord, LinearRecord, ReconstructionRecord
 from prunus.engine.loop import FinishedBlock, StoredBlock, check_same
 from prunus.engine.reconstruction.reconstruct_block import (
@@ -49,7 +49,7 @@ from prunus.engine.reconstruction.reconstruct_block import (
     step_parts,
     step_ranks,
 )
-from prunus.engine.record import Walk
+from prunus.engine.run_record import Walk
 from prunus.engine.session import Session
 from prunus.hardware.numerics import count_zeros
 from prunus.methods.group_quantizer import GroupedWeight
@@ -72,7 +72,7 @@ class BlockPruner:
     may follow the last block. All ranks call each of them at once.
 
     Args:
-        job: The decisions of the run: model, method, options and device.
+        plan: The decisions of the run: model, method, options and device.
         session: The processes that have windows of the run, and who hears of it.
         walks: Per block, how the windows go through it; see `walks.py`.
         sparsities: The sparsity of single linears, by full name; the others get that of the run.
@@ -85,23 +85,23 @@ class BlockPruner:
 
     def __init__(
         self,
-        job: LinearPlan,
+        plan: LinearPlan,
         session: Session,
         walks: Sequence[Walk],
         sparsities: Mapping[str, float],
         round_as: LinearRounding | None = None,
     ) -> None:
-        self.job = job
+        self.plan = plan
         self.session = session
         self.walks = walks
         self.sparsities = sparsities
         self.round_as = round_as
         self.ranks = session.ranks
-        self.skeleton = job.skeleton
-        self.stream = Stream(job.skeleton, job.source, job.device)
+        self.skeleton = plan.skeleton
+        self.stream = Stream(plan.skeleton, plan.source, plan.device)
         self.dense: DenseStream | None = None
-        if job.runs_dense_stream:
-            self.dense = DenseStream(job.skeleton, job.source, job.device, job.drift_stride)
+        if plan.runs_dense_stream:
+            self.dense = DenseStream(plan.skeleton, plan.source, plan.device, plan.drift_stride)
         # Per rank, its number of batches. Empty before `embed`.
         self._counts: list[int] = []
         # Trains blocks after they are pruned; None before `embed`, or if the run trains none.
@@ -114,12 +114,12 @@ class BlockPruner:
             batches: Token ids (windows, tokens), or images, of all batches of all ranks.
             spill_folder: Folder for a file of hidden states, if they do not fit in memory.
         """
-        reconstruction, memory = self.job.reconstruction, self.job.memory
+        reconstruction, memory = self.plan.reconstruction, self.plan.memory
         self._counts = [len(part) for part in split_range(len(batches), self.ranks.size)]
         split: Ranks = SINGLE_PROCESS
         partial: list[torch.Tensor] = []
         if reconstruction is not None:
-            split = step_ranks(self.ranks, max(map(len, batches)), self.job.device)
+            split = step_ranks(self.ranks, max(map(len, batches)), self.plan.device)
             partial = step_parts(batches, split)
         share = own_part(self.ranks, batches)
         spill_to = spill_folder if memory.spills else None
@@ -194,19 +194,19 @@ class BlockPruner:
 
     def _load(self, index: int, stored: StoredBlock) -> BlockState:
         """Put the weights into the block, and prepare all that its walk needs."""
-        job, name = self.job, self.skeleton.block_name(index)
-        selected, walk = job.selected[index], self.walks[index]
-        method = job.method
+        plan, name = self.plan, self.skeleton.block_name(index)
+        selected, walk = plan.selected[index], self.walks[index]
+        method = plan.method
         self.ranks.set_location(name)
-        module = self.skeleton.fill(index, stored.tensors, job.device)
+        module = self.skeleton.fill(index, stored.tensors, plan.device)
         linears = [linear for linear in self.skeleton.linears(index) if linear.name in selected]
         names = [linear.name for linear in linears]
-        least = job.recipe.min_expert_tokens
+        least = plan.recipe.min_expert_tokens
         counters = find_expert_counters(module, names, method.needs, least)
         # Copied before anything changes in the block: neither weights nor wrapped forwards follow.
         dense_inputs = None
         if self.dense is not None:
-            aimed = [x.name for x in linears if job.uses_dense_target(x.shape[1])]
+            aimed = [x.name for x in linears if plan.uses_dense_target(x.shape[1])]
             dense_inputs = self.dense.copy_block(
                 index, stored.tensors, aimed, cache=walk == "lockstep"
             )
@@ -277,10 +277,10 @@ class BlockPruner:
         key = f"{linear.name}.weight"
         full_name = f"{state.name}.{linear.name}"
         self.ranks.set_location(full_name)
-        work = self.job.work
+        work = self.plan.work
         sparsity = self.sparsities.get(full_name, work.sparsity)
         finished = prune_linear(
-            self.job.method,
+            self.plan.method,
             replace(work, sparsity=sparsity),
             linear,
             full_name,
@@ -312,23 +312,23 @@ class BlockPruner:
             record.zeros = count_zeros(weight)
             record.sparsity = record.zeros / weight.numel()
         if len(self.stream):
-            module = self.skeleton.fill(state.index, state.finished, self.job.device)
+            module = self.skeleton.fill(state.index, state.finished, self.plan.device)
             # The cached inputs of the suffix save running the attention again.
             self.stream.advance(reconstruction.suffix or self.stream.forward(state.index, module))
 
     def _new_statistics(self, linear: Linear) -> InputStatistics:
         """Empty statistics of the inputs of a linear, with all that the method needs."""
-        job, in_features = self.job, linear.shape[1]
-        method = job.method
-        drift: Drift = "some" if job.drift_stride > 1 else "all"
+        plan, in_features = self.plan, linear.shape[1]
+        method = plan.method
+        drift: Drift = "some" if plan.drift_stride > 1 else "all"
         spec = StatisticsSpec(
             needs=method.needs,
-            drift=drift if job.uses_dense_target(in_features) else "none",
-            reference_order=job.work.reference_order,
+            drift=drift if plan.uses_dense_target(in_features) else "none",
+            reference_order=plan.work.reference_order,
             rounded=self.round_as is not None,  # masks would show it, and integers do not
             distributed=self.ranks.size > 1,
         )
-        return InputStatistics(in_features, spec, job.device)
+        return InputStatistics(in_features, spec, plan.device)
 
     def prune_head(
         self, batches: Sequence[torch.Tensor]
@@ -342,12 +342,12 @@ class BlockPruner:
             The pruned weight by its name in the model, in its stored dtype, and its record.
         """
         head = self.skeleton.head()
-        key, device = f"{head.name}.weight", self.job.device
-        with self.skeleton.outside_blocks(self.job.source.read_outside, device, with_head=True):
+        key, device = f"{head.name}.weight", self.plan.device
+        with self.skeleton.outside_blocks(self.plan.source.read_outside, device, with_head=True):
             statistics = self._head_statistics(head, batches)
-            stored = self.job.source.read_outside([key])[key]
+            stored = self.plan.source.read_outside([key])[key]
             finished = prune_linear(
-                self.job.method, self.job.work, head, head.name, stored, statistics, self.ranks
+                self.plan.method, self.plan.work, head, head.name, stored, statistics, self.ranks
             )
         check_same(self.ranks, head.name, {key: finished.weight})
         return {key: finished.weight}, finished.record
@@ -358,7 +358,7 @@ class BlockPruner:
         Args:
             batches: Token ids of all batches of all ranks, as in `embed`.
         """
-        read, device = self.job.source.read_outside, self.job.device
+        read, device = self.plan.source.read_outside, self.plan.device
         with self.skeleton.outside_blocks(read, device, with_head=True):
             return self._head_statistics(self.skeleton.head(may_be_tied=True), batches)
 
@@ -367,7 +367,7 @@ class BlockPruner:
         self.ranks.set_location(head.name)
         statistics = self._new_statistics(head)
         for batch, ids in enumerate(own_part(self.ranks, batches)):
-            x = self.skeleton.head_input(ids.to(self.job.device), self.stream.states.get(batch))
+            x = self.skeleton.head_input(ids.to(self.plan.device), self.stream.states.get(batch))
             statistics.add(x.reshape(-1, x.shape[-1]))
         statistics.complete(self.ranks)
         return statistics

@@ -33,7 +33,7 @@ from prunus.engine.reconstruction.output_loss import (
     relative_error,
 )
 from prunus.engine.reconstruction.train import BlockBatches, TrainOptions, train_block
-from prunus.engine.record import Walk
+from prunus.engine.run_record import Walk
 from prunus.model.skeleton import Skeleton
 from prunus.model.stream import HiddenStates, Stream
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from prunus.formats.compression_record import FileSize
 from prunus.formats.gguf.file import RECORD_FIELD, fields_of, new_fields
 from prunus.formats.gguf.header import StoredTensor, header_of, padded
 from prunus.formats.gguf.layout import GgufLayout, GgufTensor
 from prunus.formats.gguf.types import FILE_TYPES, PLAIN, TYPES
-from prunus.formats.records import FileSize
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.source import CheckpointSource
 

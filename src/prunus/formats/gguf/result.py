@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from prunus.engine.folder import ResultFolder, remove_result
-from prunus.engine.linear_job import LinearPlan
-from prunus.engine.options import RunOptions
+from prunus.engine.linear_plan import LinearPlan
 from prunus.engine.result import Result
+from prunus.engine.run_options import RunOptions
 from prunus.formats.cards import quantized_card
+from prunus.formats.compression_record import CompressionRecord
 from prunus.formats.gguf.contents import content
 from prunus.formats.gguf.file import RECORD_FIELD, check_extra, open_gguf, write_gguf
 from prunus.formats.gguf.modelfile import modelfile
 from prunus.formats.gguf.types import FULL_TYPES
-from prunus.formats.records import CompressionRecord
 from prunus.model.checkpoint.atomic_files import (
     check_file_place,
     check_place,
@@ -158,19 +158,19 @@ class GgufResult(Result[CompressionRecord]):
         # A record in a finished file names no shards.
         return earlier.state == "finished" and not earlier.sha256
 
-    def finish(self, folder: ResultFolder, job: LinearPlan) -> None:
+    def finish(self, folder: ResultFolder, plan: LinearPlan) -> None:
         """Write the file, say in the record that it is finished, and give it its name."""
-        self._write_file(folder, job.storage)
+        self._write_file(folder, plan.storage)
         folder.record.state = "finished"
         folder.save()
-        self.check_finished(folder, job)
+        self.check_finished(folder, plan)
 
-    def check_finished(self, folder: ResultFolder, job: LinearPlan) -> None:
+    def check_finished(self, folder: ResultFolder, plan: LinearPlan) -> None:
         """Give the file its name, unless something else has it by now."""
         file, recipe = folder.folder / FILE, folder.record.recipe
         if not file.exists():  # The user has moved the file away since.
-            self._write_file(folder, job.storage)
-        replaces = job.options.overwrite or finished_file(self.path, recipe) is not None
+            self._write_file(folder, plan.storage)
+        replaces = plan.options.overwrite or finished_file(self.path, recipe) is not None
         move_file(file, self.path, replaces)
         self._move_beside()
 

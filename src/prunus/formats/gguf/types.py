@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from prunus.formats.block_bytes import ONE, BlockType, Field, integers
-from prunus.formats.gguf.codebooks import CodebookBlock
+from prunus.formats.gguf.iq_codebooks import CodebookBlock
 from prunus.hardware.errors import did_you_mean
 from prunus.methods.group_quantizer import GroupQuantizer
 

@@ -17,12 +17,12 @@ from torch import nn
 
 from prunus.calibration.windows import check_context
 from prunus.distributed import Ranks
-from prunus.engine.job import RunJob
-from prunus.engine.memory import Memory
-from prunus.engine.options import RunOptions, WindowOptions
-from prunus.engine.record import RunRecord, Walk
+from prunus.engine.memory_plan import Memory
+from prunus.engine.run_options import RunOptions, WindowOptions
+from prunus.engine.run_plan import RunPlan
+from prunus.engine.run_record import RunRecord, Walk
+from prunus.engine.run_windows import check_inputs
 from prunus.engine.session import Session
-from prunus.engine.windows import check_inputs
 from prunus.hardware.memory import available_memory, memory_budget, process_memory
 from prunus.hardware.numerics import native_bfloat16
 from prunus.methods.statistics import Needs
@@ -32,7 +32,7 @@ from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.device import DTYPES, choose_device
 from prunus.model.kinds import IMAGES
 from prunus.model.skeleton import Skeleton
-from prunus.model.source import CheckpointSource, ModuleSource, Source
+from prunus.model.source import CheckpointSource, ModuleSource, WeightSource
 
 # Memory that a run leaves to other programs, where the user gives no budget: this share of what is
 # free, and at least this many bytes.
@@ -93,7 +93,7 @@ def run_facts(
     adds_ridge: bool = False,
     decided_dtype: str | None = None,
 ) -> dict[str, Any]:
-    """Decide what the recipe leaves open: the fields of a `RunJob`, but for `batch`.
+    """Decide what the recipe leaves open: the fields of a `RunPlan`, but for `batch`.
 
     It reads no text, and of the weights only those of a dtype trial; see `decide_dtype`.
 
@@ -153,19 +153,19 @@ def run_facts(
     }
 
 
-def check_memory(job: RunJob) -> None:
+def check_memory(plan: RunPlan) -> None:
     """Check that every block fits with its hidden states elsewhere and one batch in flight.
 
     Raises:
         ValueError: A block does not fit; says what it needs and what the budget is.
     """
-    needed = max(block.minimum for block in job.memory.blocks)
-    if job.memory.budget < needed:
+    needed = max(block.minimum for block in plan.memory.blocks)
+    if plan.memory.budget < needed:
         held = process_memory()
         raise ValueError(
             f"a block needs {(needed + held) / 1e9:.2f} GB with one batch of windows "
-            f"in flight ({job.batch} × {job.recipe.seqlen} tokens); the memory budget is "
-            f"{(job.memory.budget + held) / 1e9:.2f} GB. Raise `memory`, or lower `batch` or "
+            f"in flight ({plan.batch} × {plan.recipe.seqlen} tokens); the memory budget is "
+            f"{(plan.memory.budget + held) / 1e9:.2f} GB. Raise `memory`, or lower `batch` or "
             "`seqlen`"
         )
 
@@ -229,7 +229,7 @@ _TRIAL_TOKENS = 256
 
 def decide_dtype(
     requested: str,
-    source: Source,
+    source: WeightSource,
     skeleton: Skeleton,
     device: torch.device,
     needs: Needs,
@@ -278,7 +278,7 @@ def decide_dtype(
 
 
 @torch.no_grad()
-def _trial(source: Source, stored: Skeleton, trust_remote_code: bool) -> float:
+def _trial(source: WeightSource, stored: Skeleton, trust_remote_code: bool) -> float:
     """How much bfloat16 changes what the first block adds to hidden states; may be infinite.
 
     It is ‖bfloat16 − float32‖ / ‖float32‖ on token ids spread over the vocabulary.

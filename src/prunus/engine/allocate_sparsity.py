@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from prunus.engine.linear_job import LinearPlan
+from prunus.engine.linear_plan import LinearPlan
 from prunus.engine.loss_sensitivity import CURVE_STEP, LossMeasurement, measure_loss
 from prunus.engine.session import Session
 from prunus.methods.allocation import allocate_by_error, round_to_whole_weights
@@ -21,7 +21,7 @@ _PART = 0.75
 
 
 def allocate(
-    job: LinearPlan, session: Session, ids: torch.Tensor, digests: dict[str, str]
+    plan: LinearPlan, session: Session, ids: torch.Tensor, digests: dict[str, str]
 ) -> dict[str, float]:
     """The sparsity of every linear that is pruned: full name -> sparsity; empty for "uniform".
 
@@ -29,25 +29,25 @@ def allocate(
     row, so the mean may fall short by less than one column of one linear.
 
     Args:
-        job: The run.
+        plan: The run.
         session: Who hears of the measurement.
         ids: Its calibration windows (windows, tokens), of which the first few are used.
         digests: Name of a block -> SHA-256 of the weights that a measurement has read. Missing
             hashes are added.
     """
-    sparsity = job.work.sparsity
-    if not job.recipe.allocates:
+    sparsity = plan.work.sparsity
+    if not plan.recipe.allocates:
         return {}
-    shapes = {name: linear.shape for name, linear in job.selected_linears().items()}
+    shapes = {name: linear.shape for name, linear in plan.selected_linears().items()}
     sparsities = [sparsity] * len(shapes)
     if sparsity > 0:
         measured = measure_loss(
-            job,
+            plan,
             session,
             ids,
             digests,
             LossMeasurement(
-                job.selected, job.work.options.damping, job.recipe.seed, quantizes=False
+                plan.selected, plan.work.options.damping, plan.recipe.seed, quantizes=False
             ),
         )
         # From the least to the most that a linear may lose, a curve has (sparsity, loss).

@@ -6,11 +6,11 @@ import math
 
 from pydantic import ConfigDict, Field
 
-from prunus.engine.record import Part, RunInputs, RunRecord, UsedBos
-from prunus.recovery.options import RecoveryOptions
+from prunus.engine.run_record import RecordPart, RunInputs, RunRecord, UsedBos
+from prunus.recovery.recovery_options import RecoveryOptions
 
 
-class Evaluation(Part):
+class Evaluation(RecordPart):
     """One evaluation of the held-out windows."""
 
     #: Steps of the optimizer before it.
@@ -37,7 +37,7 @@ class Evaluation(Part):
         return math.exp(self.held_out_loss) if self.held_out_loss < 700 else math.inf
 
 
-class LinearMask(Part):
+class LinearMask(RecordPart):
     """The zeros of one pruned linear. Every weight that was zero before is zero afterwards."""
 
     #: (outputs, inputs)

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 
 from prunus.compression.rounding import type_rounding
-from prunus.engine.linear_job import LinearPlan, LinearSelection
+from prunus.engine.linear_plan import LinearPlan, LinearSelection
 from prunus.engine.linear_run import LinearCommand
-from prunus.engine.options import RunOptions
+from prunus.engine.open_model import OpenModel
 from prunus.engine.output import CheckpointFolder, Rounding
-from prunus.engine.plan import OpenModel
 from prunus.engine.result import Result
 from prunus.engine.run import Run, carry_out
+from prunus.engine.run_options import RunOptions
+from prunus.engine.run_windows import given_windows
 from prunus.engine.session import SILENT, Session, shown_session
-from prunus.engine.windows import given_windows
 from prunus.formats.codec import Codec, codec_for, size_plan
-from prunus.formats.recipe import CompressionRecipe
-from prunus.formats.records import CompressionRecord
+from prunus.formats.compression_recipe import CompressionRecipe
+from prunus.formats.compression_record import CompressionRecord
 from prunus.formats.size_plan import SizePlan
 from prunus.options import takes
 

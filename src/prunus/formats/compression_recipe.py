@@ -9,7 +9,7 @@ from pydantic import SerializerFunctionWrapHandler, field_validator, model_seria
 
 from prunus.engine.linear_options import LinearOptions
 from prunus.hardware.sizes import in_bytes, parse_bytes
-from prunus.methods.options import DenseWeight
+from prunus.methods.method_options import DenseWeight
 from prunus.model.formats import FORMATS, folder_formats
 from prunus.options import Option, Range, at_least, one_of
 

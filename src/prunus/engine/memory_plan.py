@@ -1,8 +1,8 @@
 """What fits in memory, and so where the data of a run live and how they move.
 
-`measured_memory` (job.py) finds a `BlockMemory` for each block, from shapes alone. `Memory` decides
-by it whether hidden states stay, whether the windows run through a block in lockstep, and whether
-reading and writing overlap with computing. It holds numbers, and neither a model nor options.
+`measured_memory` (open_model.py) finds a `BlockMemory` for each block by shapes. `Memory`
+decides by it whether hidden states stay, whether the windows run through a block in lockstep, and
+whether reading and writing overlap with computing. It holds numbers, no model and no options.
 """
 
 from __future__ import annotations

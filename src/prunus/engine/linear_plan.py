@@ -7,7 +7,7 @@ the other.
     LinearPlan       the decisions of one run, and what follows from them
     Storage          how the result is stored
     select_linears   `only` and `ignore` applied to the linears of a model
-    plan_run         checks, and makes the job
+    plan_run         checks, and makes the plan
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import torch
 from torch import nn
 
 from prunus.engine.block.dense_stream import drift_stride_for
-from prunus.engine.job import RunJob, measured_memory, windows_per_batch
 from prunus.engine.linear_options import LinearOptions, PruningOptions
 from prunus.engine.loss_sensitivity import measuring_memory
-from prunus.engine.memory import Memory
-from prunus.engine.options import RunOptions
-from prunus.engine.plan import OpenModel, check_memory, open_model, run_facts
+from prunus.engine.memory_plan import Memory
+from prunus.engine.open_model import OpenModel, check_memory, open_model, run_facts
 from prunus.engine.reconstruction.reconstruct_block import ReconstructionSettings
-from prunus.engine.record import Walk
+from prunus.engine.run_options import RunOptions
+from prunus.engine.run_plan import RunPlan, measured_memory, windows_per_batch
+from prunus.engine.run_record import Walk
 from prunus.engine.session import SILENT, Session
 from prunus.hardware.memory import process_memory
 from prunus.hardware.numerics import native_bfloat16
@@ -121,7 +121,7 @@ class Storage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearPlan(RunJob):
+class LinearPlan(RunPlan):
     """The decisions of one run of prune or compress.
 
     Attributes:
@@ -147,7 +147,7 @@ class LinearPlan(RunJob):
         return self.storage.selection.left_dense
 
     def describe(self, choice: Any = None) -> dict[str, Any]:
-        """The plan as JSON values; see `RunJob.describe`. These values need a word:
+        """The plan as JSON values; see `RunPlan.describe`. These values need a word:
 
         - `to_remove`: weights that become zero, a number;
         - `left_dense`: name of a weight that stays as it is -> its shape;
@@ -184,7 +184,7 @@ class LinearPlan(RunJob):
     def walks(self) -> list[Walk]:
         """How the windows run through each block; the published procedure passes twice."""
         walks = super().walks
-        return ["two_pass"] * len(walks) if self.recipe.plan.two_passes else walks
+        return ["two_pass"] * len(walks) if self.recipe.training.two_passes else walks
 
     @property
     def measures_loss(self) -> bool:
@@ -241,7 +241,7 @@ class LinearPlan(RunJob):
         the widest linear.
         """
         method = self.method
-        trained = self.recipe.plan.blocks
+        trained = self.recipe.training.blocks
         if trained == "all" or not method.needs_drift:
             return 1
         blocks = map(self.skeleton.linears, range(len(self.skeleton)))
@@ -257,18 +257,18 @@ class LinearPlan(RunJob):
     @property
     def reconstruction(self) -> ReconstructionSettings | None:
         """How blocks are trained after they are pruned; None where none is."""
-        plan = self.recipe.plan
-        if plan.blocks == "none":
+        training = self.recipe.training
+        if training.blocks == "none":
             return None
         dtype = training_dtype(self.device, self.dtype)
-        return ReconstructionSettings(plan.epochs, dtype, last_only=plan.blocks == "last")
+        return ReconstructionSettings(training.epochs, dtype, last_only=training.blocks == "last")
 
     def extra_bytes(self, index: int) -> int:
         """Bytes of what two passes and dense targets need while block `index` is pruned."""
         inputs = [linear.shape[1] for linear in self.skeleton.linears(index)]
         # A dense target adds five float32 matrices like the Gram.
         extra = 5 * 4 * max(filter(self.uses_dense_target, inputs), default=0) ** 2
-        if self.needs == "gram" and self.recipe.plan.two_passes:
+        if self.needs == "gram" and self.recipe.training.two_passes:
             # The statistics of all linears of the block exist at the same time.
             extra += sum(statistics_bytes(width, self.needs) for width in inputs)
         return extra
@@ -336,12 +336,12 @@ def plan_run(
     """
     method, work = _method_and_work(recipe, options.own_method)
     opened = open_model(model, options, session)
-    if recipe.plan.head:
+    if recipe.training.head:
         head = opened.skeleton.head()
         check_shape(work.pattern, head.shape, head.name)
     linears = select_linears(opened.skeleton, recipe, work.pattern)
     storage = (storage_of or plain_storage)(opened, linears)
-    trains = "" if recipe.plan.blocks == "none" else "reconstruction"
+    trains = "" if recipe.training.blocks == "none" else "reconstruction"
     walks = method.needs != "none" or trains != ""
     window_tokens = opened.skeleton.window_shape(0, recipe.seqlen)[0]
     batch = 1 if work.reference_order else None  # the reference order sums window by window
@@ -355,7 +355,7 @@ def plan_run(
         adds_ridge=method.adds_ridge,
         decided_dtype=decided_dtype,
     )
-    job = LinearPlan(
+    plan = LinearPlan(
         **facts,
         walks_windows=walks,
         batch=windows_per_batch(recipe.samples, window_tokens, recipe.batch or batch, trains),
@@ -363,23 +363,23 @@ def plan_run(
         method=method,
         work=work,
     )
-    if job.processes > 1 and recipe.plan.two_passes and method.has_reference_order:
+    if plan.processes > 1 and recipe.training.two_passes and method.has_reference_order:
         raise ValueError(
             f"`propagate` block keeps the original's order of operations for {method.name}, "
-            f"window after window: {job.processes} ranks cannot share that. Leave it out, or run "
+            f"window after window: {plan.processes} ranks cannot share that. Leave it out, or run "
             "one process"
         )
-    job = replace(job, memory=_measured(job))
-    check_memory(job)
-    measured, held = job.measuring_bytes(), process_memory()
-    if job.memory.budget < measured:
+    plan = replace(plan, memory=_measured(plan))
+    check_memory(plan)
+    measured, held = plan.measuring_bytes(), process_memory()
+    if plan.memory.budget < measured:
         raise ValueError(
             "measuring how the loss depends on each linear needs "
             f"{(measured + held) / 1e9:.2f} GB; the memory budget is "
-            f"{(job.memory.budget + held) / 1e9:.2f} GB. Raise `memory`"
+            f"{(plan.memory.budget + held) / 1e9:.2f} GB. Raise `memory`"
             + (", or choose allocation uniform" if recipe.rounds == "none" else "")
         )
-    return job
+    return plan
 
 
 def plain_storage(opened: OpenModel, selection: LinearSelection) -> Storage:
@@ -400,16 +400,16 @@ def _method_and_work(recipe: LinearOptions, own_method: Method | None) -> tuple[
     pattern = Pattern.parse(recipe.pattern, group)
     check_options(published, pattern, recipe.sparsity, recipe)
     # Two passes are the published procedure. There the published solvers also sum in its order.
-    in_order = recipe.plan.two_passes and method is published and method.has_reference_order
+    in_order = recipe.training.two_passes and method is published and method.has_reference_order
     return method, Work(pattern, recipe.sparsity, recipe, reference_order=in_order)
 
 
-def _measured(job: LinearPlan) -> Memory:
+def _measured(plan: LinearPlan) -> Memory:
     """The budgets with what the blocks need, and how each is walked."""
-    blocks = range(len(job.skeleton))
-    settings = job.reconstruction
+    blocks = range(len(plan.skeleton))
+    settings = plan.reconstruction
     trained = [
-        index for index in blocks if settings and settings.applies_to(index, len(job.skeleton))
+        index for index in blocks if settings and settings.applies_to(index, len(plan.skeleton))
     ]
-    extra = [job.extra_bytes(index) for index in blocks]
-    return measured_memory(job, dense=job.runs_dense_stream, trained=trained, extra=extra)
+    extra = [plan.extra_bytes(index) for index in blocks]
+    return measured_memory(plan, dense=plan.runs_dense_stream, trained=trained, extra=extra)

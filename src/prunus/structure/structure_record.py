@@ -14,8 +14,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from prunus.engine.linear_record import ReconstructionRecord
-from prunus.engine.options import WindowOptions
-from prunus.engine.record import BlockwiseRecord, Part, RunInputs
+from prunus.engine.run_options import WindowOptions
+from prunus.engine.run_record import BlockwiseRecord, RecordPart, RunInputs
 from prunus.hardware.sizes import counted
 from prunus.options import Option, Options
 from prunus.options.declaration import percent
@@ -102,7 +102,7 @@ class StructureRecipe(WindowOptions):
         )
 
 
-class ExpertChange(Part):
+class ExpertChange(RecordPart):
     """Which experts of one block stay, and what decided it."""
 
     #: Old numbers of the experts that stay, rising. The new number is the position in this list.
@@ -113,7 +113,7 @@ class ExpertChange(Part):
     tokens: list[int]
 
 
-class SearchStep(Part):
+class SearchStep(RecordPart):
     """One step of the search for blocks, which removes one block."""
 
     # Earlier versions had two measures, and named theirs in the field `measure`.
@@ -129,7 +129,7 @@ class SearchStep(Part):
     candidates: list[float | None]
 
 
-class BlockChange(Part):
+class BlockChange(RecordPart):
     """What happened to one block of the result."""
 
     # Versions before 0.4.0 could make a block narrower, and said so in the field `width`.

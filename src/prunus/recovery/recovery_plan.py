@@ -16,7 +16,7 @@ from prunus.calibration.training_text import TrainingText, training_text
 from prunus.calibration.windows import WindowRequest, check_context
 from prunus.distributed import Ranks
 from prunus.engine.folder import resumed_or_new
-from prunus.engine.options import RunOptions
+from prunus.engine.run_options import RunOptions
 from prunus.hardware.errors import require_library
 from prunus.model.adapter import CONFIG_NAME, is_adapter
 from prunus.model.checkpoint.atomic_files import file_digest
@@ -31,14 +31,14 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.model.tokenizer import Vocabulary, check_same_vocabulary, load_tokenizer
 from prunus.pruning.manifest import Manifest
-from prunus.recovery.options import Mode, RecoveryOptions
-from prunus.recovery.record import RecoveryInputs, RecoveryRecord
+from prunus.recovery.recovery_options import Mode, RecoveryOptions
+from prunus.recovery.recovery_record import RecoveryInputs, RecoveryRecord
 from prunus.recovery.training import training_dtype
-from prunus.structure.records import StructureRecord
+from prunus.structure.structure_record import StructureRecord
 
 
 @dataclass(frozen=True)
-class RecoveryJob:
+class RecoveryPlan:
     """A checked recovery."""
 
     #: The model as the caller named it.
@@ -99,7 +99,7 @@ def plan_recovery(
     teacher: str | Path | None,
     earlier: RecoveryRecord | None,
     name: str | None = None,
-) -> RecoveryJob:
+) -> RecoveryPlan:
     """Check all that can be checked, and decide what is left open. Nothing is written.
 
     Args:
@@ -153,7 +153,7 @@ def plan_recovery(
     )
     names = {"source": name or str(model), "teacher": str(teacher) if teacher is not None else None}
     record = resumed_or_new(RecoveryRecord, earlier, recipe, inputs, device, **names)
-    return RecoveryJob(model, source, skeleton, dense, text, device, dtype, record, card)
+    return RecoveryPlan(model, source, skeleton, dense, text, device, dtype, record, card)
 
 
 def check_ranks(recipe: RecoveryOptions, ranks: Ranks) -> None:

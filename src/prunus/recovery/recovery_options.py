@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from prunus.engine.options import BATCH, BOS, BosName
+from prunus.engine.run_options import BATCH, BOS, BosName
 from prunus.options import Option, Options, at_least, between
 
 Mode = Literal["lora", "masked", "full"]

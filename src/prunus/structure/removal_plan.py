@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from prunus.engine.job import RunJob, measured_memory, windows_per_batch
-from prunus.engine.options import RunOptions
-from prunus.engine.plan import OpenModel, check_memory, open_model, run_facts
+from prunus.engine.open_model import OpenModel, check_memory, open_model, run_facts
+from prunus.engine.run_options import RunOptions
+from prunus.engine.run_plan import RunPlan, measured_memory, windows_per_batch
 from prunus.engine.session import SILENT, Session
 from prunus.model.config import (
     blocks_that_take_images,
@@ -27,8 +27,8 @@ from prunus.model.config import (
 )
 from prunus.model.kinds import require_causal
 from prunus.model.skeleton import Skeleton
-from prunus.structure.layout import check_same_blocks, experts_in
-from prunus.structure.records import Amount, StructureRecipe
+from prunus.structure.structure_record import Amount, StructureRecipe
+from prunus.structure.tensor_layout import check_same_blocks, experts_in
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class SmallerModel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StructureJob(RunJob):
+class StructurePlan(RunPlan):
     """The decisions of one run of shrink."""
 
     #: What the run was asked to remove.
@@ -99,9 +99,11 @@ class StructureJob(RunJob):
             )
         changes: dict[str, Any] = {}
         sizes: set[tuple[int, int]] = set()
-        if (plan := self.experts) is not None:
-            changes = {plan.field: plan.keep}
-            sizes = {(plan.count // parts, plan.keep // parts) for parts in (1, plan.groups)}
+        if (experts := self.experts) is not None:
+            changes = {experts.field: experts.keep}
+            sizes = {
+                (experts.count // parts, experts.keep // parts) for parts in (1, experts.groups)
+            }
         changes |= without_blocks(config.get_text_config(), made_from, len(self.skeleton))
         raw = rewritten(self.raw, config, changes)
         try:
@@ -145,7 +147,7 @@ def plan_structure(
     options: RunOptions,
     session: Session = SILENT,
     decided_dtype: str | None = None,
-) -> StructureJob:
+) -> StructurePlan:
     """Check all that needs neither weights nor text, and decide how much of each part stays.
 
     Args:
@@ -184,26 +186,26 @@ def plan_structure(
     if recipe.blocks is not None:
         of = f"blocks of {opened.name}"
         keep_blocks = _checked_count("blocks", recipe.blocks, keep_blocks, every[1:], of)
-    job = StructureJob(
+    plan = StructurePlan(
         **facts,
         batch=windows_per_batch(recipe.samples, window_tokens, recipe.batch, trains),
         experts=_plan_experts(opened, recipe.experts) if recipe.experts is not None else None,
         keep_blocks=keep_blocks,
     )
     # Both build models without weights, so that a family which cannot do it is refused now.
-    job.smaller(every)
-    if job.keep_blocks < len(every):
-        job.smaller_by_one(every, every)
+    plan.smaller(every)
+    if plan.keep_blocks < len(every):
+        plan.smaller_by_one(every, every)
     # The windows also run through the old model, whose outputs repair learns.
     memory = measured_memory(
-        job,
+        plan,
         dense=recipe.repair,
         trained=every if recipe.repair else (),
         extra=[0] * len(every),
     )
-    job = replace(job, memory=memory)
-    check_memory(job)
-    return job
+    plan = replace(plan, memory=memory)
+    check_memory(plan)
+    return plan
 
 
 def _checked_count(name: str, asked: Amount, count: int, possible: Sequence[int], of: str) -> int:

@@ -17,9 +17,9 @@ from typing import Any
 from prunus.distributed import SINGLE_PROCESS
 from prunus.distributed.group import started_by_torchrun
 from prunus.engine.folder import locked_output
-from prunus.engine.linear_job import plan_run
-from prunus.engine.options import RunOptions
-from prunus.evaluation.options import TaskOptions
+from prunus.engine.linear_plan import plan_run
+from prunus.engine.run_options import RunOptions
+from prunus.evaluation.eval_options import TaskOptions
 from prunus.evaluation.perplexity import check_text
 from prunus.evaluation.task_runner import prepare_tasks
 from prunus.hardware.memory import describe_hardware, versions
@@ -29,7 +29,7 @@ from prunus.model.device import choose_device
 from prunus.model.kinds import require_causal
 from prunus.model.source import CheckpointSource
 from prunus.options import takes
-from prunus.recovery.options import RecoveryOptions
+from prunus.recovery.recovery_options import RecoveryOptions
 from prunus.sweeping.cells import Runner
 from prunus.sweeping.grid import Sweep
 from prunus.sweeping.results import RESULTS_NAME, DenseResult, SweepResults

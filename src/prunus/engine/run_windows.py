@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from prunus.calibration.sources import Source, TextSource, are_texts, find_source
+from prunus.calibration.sources import TextSource, WindowSource, are_texts, find_source
 from prunus.calibration.windows import WindowRequest, Windows, check_ids, hash_ids
 from prunus.distributed import Ranks
-from prunus.engine.job import RunJob
-from prunus.engine.options import RunOptions, WindowOptions
-from prunus.engine.record import WindowInputs
+from prunus.engine.run_options import RunOptions, WindowOptions
+from prunus.engine.run_plan import RunPlan
+from prunus.engine.run_record import WindowInputs
 from prunus.model.kinds import IMAGES, kind_of
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.model.tokenizer import (
@@ -81,33 +81,33 @@ def check_inputs(
         check_tokenizer(source.checkpoint.folder)
 
 
-def calibration_windows(job: RunJob) -> Windows:
+def calibration_windows(plan: RunPlan) -> Windows:
     """The calibration windows of a run; none if nothing in the run looks at inputs.
 
     Raises:
         ValueError: There are too few windows, or the model does not know some token ids, or takes
             images of other channels.
     """
-    recipe = job.recipe
-    if not job.needs_inputs:
+    recipe = plan.recipe
+    if not plan.needs_inputs:
         nothing = torch.zeros((0, recipe.seqlen), dtype=torch.int64)
         return Windows(nothing, "none: the method looks at weights only", hash_ids(nothing))
-    wanted = dataclasses.replace(_wanted(recipe, job.options), tokenizer=lambda: _tokenizer(job))
-    windows = _source(recipe, job.options).draw(wanted)
-    if job.skeleton.kind is IMAGES:
-        channels = job.skeleton.model.config.num_channels
+    wanted = dataclasses.replace(_wanted(recipe, plan.options), tokenizer=lambda: _tokenizer(plan))
+    windows = _source(recipe, plan.options).draw(wanted)
+    if plan.skeleton.kind is IMAGES:
+        channels = plan.skeleton.model.config.num_channels
         if windows.ids.dim() != 4 or windows.ids.shape[1] != channels:
             raise ValueError(
                 f"the model takes images of {channels} channels, got pixel values "
                 f"{tuple(windows.ids.shape)}; the image processor belongs to another model"
             )
         return windows
-    rows = job.skeleton.model.get_input_embeddings().weight.shape[0]
+    rows = plan.skeleton.model.get_input_embeddings().weight.shape[0]
     check_ids(windows.ids, rows, "the calibration token ids")
     return windows
 
 
-def _source(recipe: WindowOptions, options: RunOptions) -> Source:
+def _source(recipe: WindowOptions, options: RunOptions) -> WindowSource:
     """Where the windows come from: what the caller gives, or what the recipe names."""
     data = options.calibration_data
     return find_source(recipe.calibration if data is None else data)
@@ -123,12 +123,12 @@ def _wanted(recipe: WindowOptions, options: RunOptions) -> WindowRequest:
     )
 
 
-def run_inputs(job: RunJob, ranks: Ranks, windows: Windows) -> WindowInputs:
+def run_inputs(plan: RunPlan, ranks: Ranks, windows: Windows) -> WindowInputs:
     """What the result of a run depends on besides its recipe, for its record.
 
     All ranks must call it. Rank 0 reads every byte outside the blocks to hash it.
     """
-    source = job.source
+    source = plan.source
     outside: dict[str, str] = {}
     if isinstance(source, CheckpointSource):
         outside = ranks.on_rank_0(source.outside_digests)
@@ -137,30 +137,30 @@ def run_inputs(job: RunJob, ranks: Ranks, windows: Windows) -> WindowInputs:
         outside=outside,
         calibration=windows.source,
         calibration_sha256=windows.sha256,
-        dtype=str(job.dtype).removeprefix("torch."),
-        dtype_reason=job.dtype_reason,
-        device=job.device.type,
-        batch=job.batch,
-        method_sha256=job.method_sha256,
+        dtype=str(plan.dtype).removeprefix("torch."),
+        dtype_reason=plan.dtype_reason,
+        device=plan.device.type,
+        batch=plan.batch,
+        method_sha256=plan.method_sha256,
         bos=windows.bos,
     )
 
 
-def _tokenizer(job: RunJob) -> Any:
+def _tokenizer(plan: RunPlan) -> Any:
     """The model's tokenizer or image processor; a loaded model has it where it was loaded from."""
-    options = job.options
+    options = plan.options
     if options.tokenizer is not None:
         return options.tokenizer
-    read = load_image_processor if job.skeleton.kind is IMAGES else load_tokenizer
-    if not isinstance(job.source, ModuleSource):
-        return read(job.source.checkpoint.folder, options.trust_remote_code)
-    if job.skeleton.kind is IMAGES:
+    read = load_image_processor if plan.skeleton.kind is IMAGES else load_tokenizer
+    if not isinstance(plan.source, ModuleSource):
+        return read(plan.source.checkpoint.folder, options.trust_remote_code)
+    if plan.skeleton.kind is IMAGES:
         raise ValueError(
             "pruning a loaded image classifier needs its image processor: pass tokenizer=, or "
             "pixel values as calibration="
         )
     try:
-        return tokenizer_of_loaded(job.source.model, options.trust_remote_code)
+        return tokenizer_of_loaded(plan.source.model, options.trust_remote_code)
     except (ValueError, FileNotFoundError) as fault:
         raise ValueError(
             "pruning a loaded model needs its tokenizer: pass tokenizer=, or token ids as "

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.engine.linear_job import LinearSelection, Storage
+from prunus.engine.linear_plan import LinearSelection, Storage
 from prunus.engine.linear_run import LinearCommand
-from prunus.engine.options import RunOptions
-from prunus.engine.plan import OpenModel
+from prunus.engine.open_model import OpenModel
 from prunus.engine.run import carry_out
+from prunus.engine.run_options import RunOptions
+from prunus.engine.run_windows import given_windows
 from prunus.engine.session import SILENT, Session, shown_session
-from prunus.engine.windows import given_windows
 from prunus.methods.table import GIVEN, Method
 from prunus.model.kinds import kind_of
 from prunus.model.source import ModuleSource

@@ -66,7 +66,7 @@ def read_record(path: Path, kind: type[_Record]) -> _Record:
         ) from fault
 
 
-class Part(BaseModel):
+class RecordPart(BaseModel):
     """A part of a record, in which an unknown field is an error.
 
     Attributes:
@@ -84,7 +84,7 @@ class Part(BaseModel):
         return {name: value for name, value in values.items() if name not in cls.FORMER}
 
 
-class RunInputs(Part):
+class RunInputs(RecordPart):
     """What the bytes of the result depend on, next to the options.
 
     Attributes:
@@ -138,7 +138,7 @@ class WindowInputs(RunInputs):
     bos: UsedBos = Field(description="whether every calibration window begins with BOS")
 
 
-class RunRecord(Part):
+class RunRecord(RecordPart):
     """The record of one run, which a JSON file next to the result holds.
 
     Attributes:

@@ -1,7 +1,7 @@
 """A checked run of blocks: the facts that are decided before any work, and what its blocks need.
 
-Every command that takes calibration windows through a model block by block has such a job. It is
-frozen, and each command adds its own facts. `prunus.engine.plan` decides what is the same for all.
+Every command that takes calibration windows through a model block by block has such a plan. It is
+frozen, and each command adds its own facts. `prunus.engine.open_model` decides what all share.
 `Memory` has the budgets and how each block is walked; `Session` has the processes and who hears of
 the progress. Both are values of their own.
 """
@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 
-from prunus.engine.memory import BlockMemory, Memory, paused_bytes, transient_bytes
-from prunus.engine.options import RunOptions, WindowOptions
+from prunus.engine.memory_plan import BlockMemory, Memory, paused_bytes, transient_bytes
 from prunus.engine.reconstruction.output_loss import CHUNK_TOKENS
 from prunus.engine.reconstruction.reconstruct_block import activation_bytes, in_front_of_head
-from prunus.engine.record import Walk
+from prunus.engine.run_options import RunOptions, WindowOptions
+from prunus.engine.run_record import Walk
 from prunus.hardware.memory import process_memory
 from prunus.hardware.numerics import LARGEST, check_finite
 from prunus.methods.statistics import Needs, statistics_bytes
 from prunus.model.skeleton import Skeleton
-from prunus.model.source import CheckpointSource, ModuleSource, Source, tensors_digest
+from prunus.model.source import CheckpointSource, ModuleSource, WeightSource, tensors_digest
 
 #: Temporaries per weight of a linear while it is pruned: the float32 weight and score, the sorted
 #: copy of the score, and the result in the checkpoint's 2-byte dtype.
@@ -31,7 +31,7 @@ BYTES_PER_PRUNED_WEIGHT = 14
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunJob:
+class RunPlan:
     """The decisions of one run, as far as they concern its model and its windows.
 
     Attributes:
@@ -153,61 +153,61 @@ class RunJob:
 
 
 def measured_memory(
-    job: RunJob, *, dense: bool, trained: Collection[int], extra: Sequence[int]
+    plan: RunPlan, *, dense: bool, trained: Collection[int], extra: Sequence[int]
 ) -> Memory:
     """The budgets of a run with what its blocks need, from shapes alone.
 
     Args:
-        job: The run.
+        plan: The run.
         dense: Whether batches also run through the dense model.
         trained: The blocks that are trained after they are changed.
         extra: Per block, bytes of temporaries beyond those that every run has.
     """
-    blocks, source = range(len(job.skeleton)), job.source
+    blocks, source = range(len(plan.skeleton)), plan.source
     outside = 0
     if not isinstance(source, ModuleSource):
         outside = source.checkpoint.nbytes(source.outside_keys())
     return replace(
-        job.memory,
+        plan.memory,
         blocks=tuple(
-            _block_memory(job, index, dense, index in trained, extra[index]) for index in blocks
+            _block_memory(plan, index, dense, index in trained, extra[index]) for index in blocks
         ),
         stored=tuple(map(source.block_nbytes, blocks)),
         outside=outside,
     )
 
 
-def _block_memory(job: RunJob, index: int, dense: bool, trained: bool, extra: int) -> BlockMemory:
-    linears, itemsize = job.skeleton.linears(index), job.dtype.itemsize
-    window_tokens, hidden = job.skeleton.window_shape(index, job.recipe.seqlen)
-    tokens = job.windows * window_tokens
-    batch_tokens = min(job.batch * window_tokens, tokens)
+def _block_memory(plan: RunPlan, index: int, dense: bool, trained: bool, extra: int) -> BlockMemory:
+    linears, itemsize = plan.skeleton.linears(index), plan.dtype.itemsize
+    window_tokens, hidden = plan.skeleton.window_shape(index, plan.recipe.seqlen)
+    tokens = plan.windows * window_tokens
+    batch_tokens = min(plan.batch * window_tokens, tokens)
     widest = max(max(linear.shape) for linear in linears)
-    parameters = sum(p.numel() for p in job.skeleton.blocks[index].parameters())
+    parameters = sum(p.numel() for p in plan.skeleton.blocks[index].parameters())
     # The hidden states of the dense model are kept next to those of the changed one.
     models = 2 if dense else 1
-    streams = job.walks_windows * models
+    streams = plan.walks_windows * models
     # The temporaries while a linear changes, and its statistics.
     largest = max(linear.shape[0] * linear.shape[1] for linear in linears)
     inputs = max(linear.shape[1] for linear in linears)
-    working = BYTES_PER_PRUNED_WEIGHT * largest + statistics_bytes(inputs, job.needs) + extra
-    if job.needs == "gram":
+    working = BYTES_PER_PRUNED_WEIGHT * largest + statistics_bytes(inputs, plan.needs) + extra
+    if plan.needs == "gram":
         # Solvers hold six float32 matrices like the weight, and six like the Gram matrix, or three
         # of the latter in float64.
         working += 6 * 4 * largest + 6 * 4 * inputs**2
-    transient = job.walks_windows * transient_bytes(batch_tokens, hidden, widest, itemsize)
+    transient = plan.walks_windows * transient_bytes(batch_tokens, hidden, widest, itemsize)
     if trained:
         # Seven float32 tensors per parameter: the weight, its mask, its gradient, Adam's two
         # moments, a copy of the start and a copy of the best so far.
         working += 7 * 4 * parameters
-        heads = int(getattr(job.source.config.get_text_config(), "num_attention_heads", 1) or 1)
+        heads = int(getattr(plan.source.config.get_text_config(), "num_attention_heads", 1) or 1)
         transient += activation_bytes(batch_tokens, window_tokens, hidden, widest, heads, 4)
-        if in_front_of_head(job.skeleton, index):
+        if in_front_of_head(plan.skeleton, index):
             # The head, and for some tokens the logits of both models; see `divergence_loss`.
-            per_token = hidden * itemsize + 24 * CHUNK_TOKENS * job.batch
-            transient += job.skeleton.vocabulary * per_token
+            per_token = hidden * itemsize + 24 * CHUNK_TOKENS * plan.batch
+            transient += plan.skeleton.vocabulary * per_token
     return BlockMemory(
-        weights=2 * job.source.block_nbytes(index) + models * parameters * itemsize,
+        weights=2 * plan.source.block_nbytes(index) + models * parameters * itemsize,
         working=working,
         hidden=streams * tokens * hidden * itemsize,
         paused=streams * paused_bytes(tokens, hidden, widest, itemsize),
@@ -285,7 +285,7 @@ class HashedSource:
         digests: Name of a block -> SHA-256. Missing hashes are added.
     """
 
-    def __init__(self, source: Source, skeleton: Skeleton, digests: dict[str, str]) -> None:
+    def __init__(self, source: WeightSource, skeleton: Skeleton, digests: dict[str, str]) -> None:
         self._source, self._skeleton, self._digests = source, skeleton, digests
         self._seen: set[int] = set()
 

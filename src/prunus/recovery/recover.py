@@ -21,9 +21,9 @@ from typing import Any
 from torch import Tensor
 
 from prunus.engine.folder import ResultFolder, find_earlier, held
-from prunus.engine.options import RunOptions
 from prunus.engine.progress import Shown, shows_progress
-from prunus.engine.record import (
+from prunus.engine.run_options import RunOptions
+from prunus.engine.run_record import (
     bos_words,
     extended_card,
     result_card,
@@ -40,13 +40,13 @@ from prunus.model.source import CheckpointSource
 from prunus.options import takes
 from prunus.pruning.manifest import Manifest
 from prunus.recovery.checkpoints import Checkpoints
-from prunus.recovery.job import RecoveryJob, check_ranks, default_mode, plan_recovery
-from prunus.recovery.options import Mode, RecoveryOptions
-from prunus.recovery.record import RecoveryRecord
+from prunus.recovery.recovery_options import Mode, RecoveryOptions
+from prunus.recovery.recovery_plan import RecoveryPlan, check_ranks, default_mode, plan_recovery
+from prunus.recovery.recovery_record import RecoveryRecord
 from prunus.recovery.student import base_name, load_student, load_teacher
 from prunus.recovery.trainable import Trainable, check_zeros
 from prunus.recovery.training import Step, Training
-from prunus.structure.records import StructureRecord
+from prunus.structure.structure_record import StructureRecord
 
 # Options of other runs. A whole model is trained, as transformers defines it.
 _NOT_TAKEN = ("memory", "tokenizer", "trust_remote_code")
@@ -142,25 +142,25 @@ def carry_out(
     started = time.perf_counter()
     ranks = session.ranks
     with ranks.fail_together():
-        job = plan_recovery(model, recipe, options, ranks, teacher, earlier, name)
-    folder = ResultFolder(output, job.record, job.source.checkpoint, ranks)
+        plan = plan_recovery(model, recipe, options, ranks, teacher, earlier, name)
+    folder = ResultFolder(output, plan.record, plan.source.checkpoint, ranks)
     checkpoints = Checkpoints(output, writes=ranks.rank == 0)
-    if job.record.state == "finished":
+    if plan.record.state == "finished":
         if recipe.mode != "lora":
             folder.check_finished()
         checkpoints.clear()  # A kill right after the end leaves them.
-        return job.record
+        return plan.record
     with ranks.fail_together():
-        student, size = load_student(job)
-        dense = load_teacher(job)
-        job.check_unchanged()
+        student, size = load_student(plan)
+        dense = load_teacher(plan)
+        plan.check_unchanged()
     # Nothing is written until both models are loaded: most mistakes show before that.
-    ranks.on_rank_0(lambda: _claim(job, folder, student, options.overwrite))
+    ranks.on_rank_0(lambda: _claim(plan, folder, student, options.overwrite))
     training = Training(
-        student, job.text, recipe, job.dtype, dense, checkpoints, session.step, ranks
+        student, plan.text, recipe, plan.dtype, dense, checkpoints, session.step, ranks
     )
     state = training.run()
-    record, best = job.record, state.evaluations[state.best]
+    record, best = plan.record, state.evaluations[state.best]
     record.evaluations, record.best, record.stopped = state.evaluations, state.best, state.stopped
     added = student.trained if recipe.mode == "lora" else 0
     record.totals = {
@@ -182,14 +182,14 @@ def carry_out(
 
     # All ranks hold the same weights, so one of them writes.
     def write() -> str:
-        job.check_unchanged()
-        job.record.totals |= {
+        plan.check_unchanged()
+        plan.record.totals |= {
             "seconds_this_time": round(time.perf_counter() - started, 2),
             "peak_memory_bytes": peak_memory(),
         }
-        write_result(job, folder, student)
+        write_result(plan, folder, student)
         checkpoints.clear()
-        return job.record.model_dump_json()
+        return plan.record.model_dump_json()
 
     record = RecoveryRecord.model_validate_json(ranks.on_rank_0(write))
     if record.stopped is not None:
@@ -200,11 +200,11 @@ def carry_out(
     return record
 
 
-def _claim(job: RecoveryJob, folder: ResultFolder, student: Trainable, overwrite: bool) -> None:
+def _claim(plan: RecoveryPlan, folder: ResultFolder, student: Trainable, overwrite: bool) -> None:
     """Make the folder that of this run, with room for the training and the result."""
     trained = sum(p.numel() for p in student.parameters.values())
-    checkpoint = job.source.checkpoint
-    result = 0 if job.recipe.mode == "lora" else checkpoint.nbytes(checkpoint.tensors)
+    checkpoint = plan.source.checkpoint
+    result = 0 if plan.recipe.mode == "lora" else checkpoint.nbytes(checkpoint.tensors)
     # float32: weights and two moments of the training, and the best weights in a file of their own.
     check_disk(folder.folder, 16 * trained + result)
     folder.begin(overwrite)
@@ -220,22 +220,22 @@ _Replaced = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 _LASTING_RECORDS = (Manifest.FILE, StructureRecord.FILE)
 
 
-def write_result(job: RecoveryJob, folder: ResultFolder, trainable: Trainable) -> None:
+def write_result(plan: RecoveryPlan, folder: ResultFolder, trainable: Trainable) -> None:
     """Write the adapter, or the checkpoint with its zeros checked, and complete the record.
 
     Args:
-        job: The recovery, whose record is completed.
+        plan: The recovery, whose record is completed.
         folder: The folder of the result.
         trainable: The trained model, with the best weights.
 
     Raises:
         RuntimeError: A pruned weight would not be zero. Its shard is not written, and no index.
     """
-    record, source = job.record, job.source
-    if job.recipe.mode == "lora":
+    record, source = plan.record, plan.source
+    if plan.recipe.mode == "lora":
         record.sha256 |= save_adapter(trainable.model, folder.folder)
         # The fields that the cards of peft have.
-        fields = {"base_model": base_name(job.model), "library_name": "peft"}
+        fields = {"base_model": base_name(plan.model), "library_name": "peft"}
         card = result_card(
             record,
             "adapter",
@@ -264,14 +264,14 @@ def write_result(job: RecoveryJob, folder: ResultFolder, trainable: Trainable) -
                 record.linears[name] = check_zeros(name, linear.shape, tensors[key], written[key])
         return written
 
-    _write_blocks(source, job.skeleton, folder, replaced)
+    _write_blocks(source, plan.skeleton, folder, replaced)
     weights = sum(linear.shape[0] * linear.shape[1] for linear in record.linears.values())
     zeros = sum(linear.zeros_after for linear in record.linears.values())
     sparsity = zeros / weights if weights else 0.0
     record.totals |= {"weights": weights, "zeros": zeros, "sparsity": sparsity}
     section = f"{_section(record)} Figures are in `{record.FILE}`."
     name = f"{source_name(record)}, recovered"
-    card = extended_card(job.card, "Recovery", section, name=name)
+    card = extended_card(plan.card, "Recovery", section, name=name)
     folder.finish(record.sha256, card=card, keep_records=_LASTING_RECORDS)
 
 

@@ -8,14 +8,14 @@ from typing import Any, ClassVar, TypeGuard
 
 from pydantic import Field, field_validator, model_validator
 
-from prunus.engine.linear_record import PruningRecord
-from prunus.engine.record import Part
-from prunus.formats.recipe import CompressionRecipe
+from prunus.engine.linear_record import LinearsRecord
+from prunus.engine.run_record import RecordPart
+from prunus.formats.compression_recipe import CompressionRecipe
 from prunus.hardware.sizes import in_bytes
 from prunus.model.formats import of_packed
 
 
-class FileSize(Part):
+class FileSize(RecordPart):
     """Bytes of the files with the weights, of the source and of the result, and what takes them.
 
     Attributes:
@@ -79,7 +79,7 @@ def unmatched_sentences(unmatched: Mapping[str, Iterable[str]]) -> list[str]:
     return [f"Only {which} has {', '.join(names)}." for which, names in unmatched.items()]
 
 
-class CompressionRecord(PruningRecord):
+class CompressionRecord(LinearsRecord):
     """The record of compress.
 
     Attributes:

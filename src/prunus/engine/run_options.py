@@ -49,7 +49,7 @@ BATCH = Option(
 
 
 #: A number of bytes, or text such as "8GB".
-Memory = Annotated[
+MemorySize = Annotated[
     int | None, BeforeValidator(lambda x: parse_bytes(x) if isinstance(x, str) else x)
 ]
 
@@ -131,7 +131,7 @@ class RunOptions(Options):
 
     device: Annotated[str, Option("Run on cpu, cuda, cuda:0, ….", metavar="DEVICE")] = "auto"
     memory: Annotated[
-        Memory,
+        MemorySize,
         Option(
             "Use at most SIZE of memory, such as 8GB. This limits host and device.",
             metavar="SIZE",

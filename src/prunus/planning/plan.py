@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from prunus.compression.compress import Compression
 from prunus.compression.rounding import write_lists
-from prunus.compression.run import Compression
-from prunus.engine.options import RunOptions
 from prunus.engine.run import planned
-from prunus.formats.recipe import CompressionRecipe
+from prunus.engine.run_options import RunOptions
+from prunus.formats.compression_recipe import CompressionRecipe
 from prunus.hardware.sizes import parse_bytes
 from prunus.options import takes
+from prunus.pruning.prune import Pruning
 from prunus.pruning.recipe import Recipe
-from prunus.pruning.run import Pruning
-from prunus.structure.records import StructureRecipe
-from prunus.structure.run import Shrinking
+from prunus.structure.shrink import Shrinking
+from prunus.structure.structure_record import StructureRecipe
 
 #: Name of a command -> the class of its recipe, and the command as the engine knows it.
 _COMMANDS: dict[str, tuple[Any, Any]] = {
@@ -59,7 +59,7 @@ def plan(
         **options: Options of the command's recipe and of the run.
 
     Returns:
-        The plan as JSON values; see `RunJob.describe`. `needs` has the parts of `fits`, `written`
+        The plan as JSON values; see `RunPlan.describe`. `needs` has the parts of `fits`, `written`
         the files, and `training` what preset max trains.
 
     Raises:
@@ -75,23 +75,23 @@ def plan(
     if written:
         # llama-quantize rounds each weight by itself.
         given = {"rounding": "nearest"} | given
-    job: Any
+    plan: Any
     needs: dict[str, Any] = {}
     if fits is not None:
         from prunus.compression.fit import plan_to_fit
 
         memory = parse_bytes(fits, 1000) if isinstance(fits, str) else fits
-        job, needs = plan_to_fit(str(model), output, (recipe, given), how, memory, context)
+        plan, needs = plan_to_fit(str(model), output, (recipe, given), how, memory, context)
     else:
         kind, build = _COMMANDS[command or _command_of(given, bool(written))]
         chosen = kind.read(recipe, given)
-        job = planned(build(model, output, chosen, how))
-    choice = write_lists(job, lists[0], lists[1], progress) if written else None
-    described = job.describe(choice) | {"written": written, "needs": needs}
+        plan = planned(build(model, output, chosen, how))
+    choice = write_lists(plan, lists[0], lists[1], progress) if written else None
+    described = plan.describe(choice) | {"written": written, "needs": needs}
     if trains:
         from prunus.recovery.max_preset import plan_training
 
-        described["training"] = plan_training(model, output, job.recipe, how)
+        described["training"] = plan_training(model, output, plan.recipe, how)
     return described
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import field_validator, model_validator
 
-from prunus.engine.options import BATCH, BOS, DTYPE, BosName, DtypeName, Memory, RunOptions
+from prunus.engine.run_options import BATCH, BOS, DTYPE, BosName, DtypeName, MemorySize, RunOptions
 from prunus.options import Option, Options, Range, at_least, between
 from prunus.options.declaration import ADVANCED
 
@@ -110,7 +110,7 @@ class TextOptions(_EvaluationOptions):
             default="stream what does not fit in memory, the reference included",
         ),
     ] = None
-    memory: Annotated[Memory, _option("memory")] = None
+    memory: Annotated[MemorySize, _option("memory")] = None
 
 
 class TaskOptions(_EvaluationOptions):

@@ -23,19 +23,19 @@ from torch import Tensor
 from prunus.distributed import Ranks
 from prunus.engine.folder import BlockFolder, ResultFolder
 from prunus.engine.loop import FinishedBlock, run_blocks
-from prunus.engine.options import RunOptions
-from prunus.engine.record import bos_words, result_card, source_name
 from prunus.engine.run import Command, Run, carry_out
+from prunus.engine.run_options import RunOptions
+from prunus.engine.run_record import bos_words, result_card, source_name
+from prunus.engine.run_windows import given_windows
 from prunus.engine.session import SILENT, Session, shown_session
-from prunus.engine.windows import given_windows
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.experts import Fused
 from prunus.model.skeleton import names_in_model
 from prunus.options import takes
-from prunus.structure.plan import SmallerModel, StructureJob, plan_structure
-from prunus.structure.records import StructureRecipe, StructureRecord, what_was_removed
+from prunus.structure.removal_plan import SmallerModel, StructurePlan, plan_structure
 from prunus.structure.search import choose_blocks
 from prunus.structure.step import ShrinkStep
+from prunus.structure.structure_record import StructureRecipe, StructureRecord, what_was_removed
 
 
 @takes(StructureRecipe, RunOptions)
@@ -85,35 +85,35 @@ def run(
     return carry_out(Shrinking(model, output, recipe, options), session)
 
 
-class Shrinking(Command[StructureJob, StructureRecord]):
+class Shrinking(Command[StructurePlan, StructureRecord]):
     """The command shrink, as the engine knows it."""
 
     KIND = StructureRecord
 
-    def plan(self, session: Session = SILENT, decided_dtype: str | None = None) -> StructureJob:
+    def plan(self, session: Session = SILENT, decided_dtype: str | None = None) -> StructurePlan:
         """See `plan_structure`."""
         return plan_structure(self.model, self.recipe, self.options, session, decided_dtype)
 
-    def fields(self, job: StructureJob) -> dict[str, Any]:
+    def fields(self, plan: StructurePlan) -> dict[str, Any]:
         """The number of shards: one for each block that stays, and one for all else."""
-        return {"shard_count": job.keep_blocks + 1}
+        return {"shard_count": plan.keep_blocks + 1}
 
-    def change(self, run: Run[StructureJob, StructureRecord]) -> None:
+    def change(self, run: Run[StructurePlan, StructureRecord]) -> None:
         """Search for blocks, make those that stay, and complete the result."""
-        job, session, record, ranks = run.job, run.session, run.record, run.session.ranks
+        plan, session, record, ranks = run.plan, run.session, run.record, run.session.ranks
         assert self.output is not None, "a loaded model is not made smaller"
-        output, source = self.output, job.checkpoint.checkpoint
+        output, source = self.output, plan.checkpoint.checkpoint
         with torch.no_grad():
             save = ResultFolder(output, record, source, ranks).save
-            blocks_left = choose_blocks(job, session, run.ids, record, save)
-            smaller = job.smaller(blocks_left)
-            folder = SmallerFolder(output, record, job, ranks, smaller)
-            record.config = _changes(job.raw, smaller.config)
-            step = ShrinkStep(job, smaller, run.ids, run.walks, output, ranks)
+            blocks_left = choose_blocks(plan, session, run.ids, record, save)
+            smaller = plan.smaller(blocks_left)
+            folder = SmallerFolder(output, record, plan, ranks, smaller)
+            record.config = _changes(plan.raw, smaller.config)
+            step = ShrinkStep(plan, smaller, run.ids, run.walks, output, ranks)
             with contextlib.closing(step):
                 names = smaller.skeleton.block_name
                 run_blocks(
-                    job, session, step, folder, record.measured, made_from=blocks_left, names=names
+                    plan, session, step, folder, record.measured, made_from=blocks_left, names=names
                 )
         record.totals = run.totals()
         folder.complete()
@@ -157,17 +157,17 @@ class SmallerFolder(BlockFolder):
     """
 
     record: StructureRecord
-    job: StructureJob
+    plan: StructurePlan
 
     def __init__(
         self,
         folder: Path,
         record: StructureRecord,
-        job: StructureJob,
+        plan: StructurePlan,
         ranks: Ranks,
         smaller: SmallerModel,
     ) -> None:
-        super().__init__(folder, record, job, ranks, smaller.made_from)
+        super().__init__(folder, record, plan, ranks, smaller.made_from)
         self.smaller = smaller
 
     def stored(self, new_index: int, block: FinishedBlock) -> dict[str, Tensor]:
@@ -192,7 +192,7 @@ class SmallerFolder(BlockFolder):
         old_index = self.made_from[new_index]
         names, joined = (
             {name: renumbered(key, old_index, new_index) for name, key in old_keys.items()}
-            for old_keys in self.job.checkpoint.block_names(old_index)
+            for old_keys in self.plan.checkpoint.block_names(old_index)
         )
         fused = {joined[x.name]: x for x in skeleton.fused(new_index) if x.name in joined}
         members = {member for whole in fused.values() for member in whole.members}
@@ -205,9 +205,9 @@ class SmallerFolder(BlockFolder):
         self.record.state = "finished"
 
     def _complete(self) -> dict[str, object]:
-        source = self.job.checkpoint
+        source = self.plan.checkpoint
         record = self.record
-        old = self.job.skeleton
+        old = self.plan.skeleton
         # Tensors below the path of the blocks that no block reads, such as those of blocks for
         # further tokens, do not fit the smaller model. All other unknown ones are copied.
         unknown = names_in_model(old, source.checkpoint.tensors)[2]
@@ -236,7 +236,7 @@ class SmallerFolder(BlockFolder):
                 nbytes=written.file_bytes(),
             ),
             config=self.smaller.config,
-            code=self.job.options.trust_remote_code,
+            code=self.plan.options.trust_remote_code,
         )
         return record.totals
 
