@@ -1,6 +1,7 @@
 """Each method against a slow reference, its guarantees, and the table that declares all methods."""
 
 import hashlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ from tiny import tiny_checkpoint, token_ids, weights
 def test_magnitude_and_wanda_equal_the_reference(pattern):
     weight_OI, X_TI = example(7, 12)
     pruned = prune("magnitude", weight_OI, X_TI, pattern)
-    assert torch.equal(pruned.keep_OI, reference.block_keep(weight_OI.abs(), pattern, 0.5))
+    assert torch.equal(pruned.keep_OI, reference.magnitude_keep(weight_OI.abs(), pattern, 0.5))
     pruned = prune("wanda", weight_OI, X_TI, pattern)
     assert torch.equal(
         pruned.keep_OI, reference.keep_mask(reference.wanda_score(weight_OI, X_TI), pattern, 0.5)
@@ -65,15 +66,30 @@ def test_sparsegpt_equals_the_reference(pattern, block):
     torch.testing.assert_close(pruned.weight_OI.double(), weight, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+def test_the_score_of_sparsegpt_alone_equals_the_reference(pattern):
+    weight_OI, X_TI = example(7, 12)
+    X_TI[:, 3] = 0
+    gram_II = X_TI.double().T @ X_TI.double()
+    mean = gram_II.diagonal().mean()
+    dead_I = gram_II.diagonal() == 0
+    inverse_II = torch.linalg.inv(gram_II + torch.diag(0.01 * mean + mean * dead_I))
+    score_OI = weight_OI.double() ** 2 / inverse_II.diagonal()
+    score_OI[:, dead_I] = 0
+    pruned = prune("sparsegpt-score", weight_OI, X_TI, pattern)
+    assert torch.equal(pruned.keep_OI, reference.keep_mask(score_OI, pattern, 0.5))
+
+
 @pytest.mark.parametrize("pattern", BY_BLOCKS, ids=repr)
 @pytest.mark.parametrize("mask_from", ["wanda", "magnitude"])
 @pytest.mark.parametrize("mask_order", ["before", "blockwise"])
 def test_the_ablations_equal_the_reference(pattern, mask_from, mask_order):
     weight_OI, X_TI = example(6, 60)
+    pattern = replace(pattern, block_size=20)
     norms_I = (
         X_TI.double().norm(dim=0) if mask_from == "wanda" else torch.ones(60, dtype=torch.float64)
     )
-    draw = reference.block_keep if mask_from == "magnitude" else reference.keep_mask
+    draw = reference.magnitude_keep if mask_from == "magnitude" else reference.keep_mask
     fixed_OI = draw(weight_OI.abs() * norms_I, pattern, 0.5)
 
     def choose(weight_OB: Tensor, cost_B: Tensor, start: int) -> Tensor:
@@ -82,9 +98,7 @@ def test_the_ablations_equal_the_reference(pattern, mask_from, mask_order):
             return fixed_OI[:, columns]
         return reference.block_keep(weight_OB.abs() * norms_I[columns], pattern, 0.5)
 
-    pruned = prune(
-        "obs", weight_OI, X_TI, pattern, mask_from=mask_from, mask_order=mask_order, block=20
-    )
+    pruned = prune("obs", weight_OI, X_TI, pattern, mask_from=mask_from, mask_order=mask_order)
     weight, keep = reference.obs_sweep(
         weight_OI, gather(X_TI).gram_II, 0.01, pattern.m or 20, choose
     )
@@ -171,10 +185,10 @@ def test_float64_is_tried_before_more_damping():
 
 def test_the_scale_of_the_inputs_does_not_matter():
     weight_OI, X_TI = example(6, 40)
-    expected = prune("sparsegpt", weight_OI, X_TI, Pattern(group="layer"))
+    expected = prune("sparsegpt", weight_OI, X_TI, Pattern(group="block"))
     for factor in (2.0**-30, 2.0**20):
         assert torch.equal(
-            prune("sparsegpt", weight_OI, X_TI * factor, Pattern(group="layer")).weight_OI,
+            prune("sparsegpt", weight_OI, X_TI * factor, Pattern(group="block")).weight_OI,
             expected.weight_OI,
         )
 
@@ -404,12 +418,13 @@ def test_default_groups_are_those_of_the_paper():
         "wanda": "row",
         "wanda-variant": "row",
         "ria": "layer",
-        "sparsegpt": "layer",
+        "sparsegpt": "block",
+        "sparsegpt-score": "block",
         "obs": "row",
         "alps": "row",
     }
-    for options in ({"mask_from": "magnitude"}, BLOCKWISE):
-        assert METHODS["obs"].with_options(MethodOptions(**options)).default_group == "layer"
+    for options, group in (({"mask_from": "magnitude"}, "layer"), (BLOCKWISE, "block")):
+        assert METHODS["obs"].with_options(MethodOptions(**options)).default_group == group
 
 
 def test_every_declared_option_exists_and_defaults_fit_every_method():
@@ -426,9 +441,9 @@ def test_every_declared_option_exists_and_defaults_fit_every_method():
         ("wanda", Pattern(), float("nan"), {}, "sparsity is nan"),
         ("wanda-variant", Pattern(2, 4), 0.5, {}, "no 2:4 form: each row.*Use another method"),
         ("wanda-variant", Pattern(group="layer"), 0.5, {}, "the group layer.*Use group row"),
-        ("sparsegpt", Pattern(group="column"), 0.5, {}, "the group column.*row or layer"),
-        ("sparsegpt", Pattern(group=4), 0.5, {}, "the group 4.*row or layer"),
-        ("obs", Pattern(group="column"), 0.5, BLOCKWISE, "the group column.*row or layer"),
+        ("sparsegpt", Pattern(group="column"), 0.5, {}, "the group column.*block or block-row"),
+        ("sparsegpt", Pattern(group=4), 0.5, {}, "the group 4.*block or block-row"),
+        ("obs", Pattern(group="column"), 0.5, BLOCKWISE, "the group column.*block or block-row"),
         ("wanda", Pattern(), 0.5, {"dense_weight": 0.5}, "wanda keeps its weights as they are"),
         ("alps", Pattern(), 0.5, {"ria_power": 1.0}, "belongs to method ria, not to alps: drop"),
         ("wanda", Pattern(), 0.5, {"iterations": 7}, "belongs to method alps, not to wanda"),

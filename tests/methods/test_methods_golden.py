@@ -31,15 +31,15 @@ from prunus.methods.solvers.obs import prune_by_obs
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import RowShard
 
-LAYER = Pattern(group="layer")
+BLOCK = Pattern(group="block")
 MAGNITUDE = {"mask_from": "magnitude"}
 BLOCKWISE = {"mask_order": "blockwise"}
 
 CASES = [
-    ("sparsegpt_unstructured", "sparsegpt", LAYER, {}, FED_BACK_LINEAR),
+    ("sparsegpt_unstructured", "sparsegpt", BLOCK, {}, FED_BACK_LINEAR),
     ("sparsegpt_2of4", "sparsegpt", Pattern(2, 4), {}, FED_BACK_LINEAR),
     ("ablate_mag_iter_2of4", "obs", Pattern(2, 4), MAGNITUDE | BLOCKWISE, FED_BACK_LINEAR),
-    ("ablate_wanda_iter_unstructured", "obs", LAYER, BLOCKWISE, FED_BACK_LINEAR),
+    ("ablate_wanda_iter_unstructured", "obs", BLOCK, BLOCKWISE, FED_BACK_LINEAR),
 ]
 
 

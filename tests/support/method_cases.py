@@ -7,14 +7,12 @@ import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from prunus.methods import METHODS, MethodOptions, Pruned
 from prunus.methods.patterns import Pattern
-from prunus.methods.solvers import obs
 from prunus.methods.statistics import InputStatistics
 
 PATTERNS = [
@@ -22,10 +20,12 @@ PATTERNS = [
     Pattern(group="layer"),
     Pattern(group="column"),
     Pattern(group=3),
+    Pattern(group="block", block_size=5),
+    Pattern(group="block-row", block_size=5),
     Pattern(2, 4),
     Pattern(1, 3),
 ]
-BY_BLOCKS = [Pattern(), Pattern(group="layer"), Pattern(2, 4), Pattern(1, 3)]
+BY_BLOCKS = [Pattern(group="block-row"), Pattern(group="block"), Pattern(2, 4), Pattern(1, 3)]
 #: Kind of degenerate example -> what makes it of an ordinary one (weight, inputs).
 WEIRD: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "rank one": lambda weight_OI, X_TI: (weight_OI, X_TI[:, :1] * X_TI[:1]),
@@ -73,18 +73,19 @@ def prune(
     X_TI: Tensor,
     pattern: Pattern,
     sparsity: float = 0.5,
-    block: int = 128,
+    block: int | None = None,
     **options,
 ) -> Pruned:
     """Prune, and check what holds for every method; no argument may change.
 
-    Options may also be out of range. `block` is the width of a block of the OBS sweep.
+    Options may also be out of range. `block` is the width of a block; None for the pattern's.
     """
     statistics, before = gather(X_TI), gather(X_TI)
     given_OI = weight_OI.clone()
     chosen = MethodOptions.model_construct(**options)
-    with mock.patch.object(obs, "BLOCK", block):
-        pruned = METHODS[name].prune(weight_OI, statistics, pattern, sparsity, chosen)
+    if block is not None:
+        pattern = replace(pattern, block_size=block)
+    pruned = METHODS[name].prune(weight_OI, statistics, pattern, sparsity, chosen)
     assert torch.equal(weight_OI, given_OI)
     assert torch.equal(statistics.gram_II, before.gram_II)
     assert torch.equal(statistics.sum_squares_I, before.sum_squares_I)

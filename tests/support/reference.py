@@ -31,9 +31,13 @@ def competitors(shape: tuple[int, int], pattern: Pattern) -> list[list[tuple[int
         return [[(i, j) for j in range(start, start + pattern.m)] for i in rows for start in starts]
     if pattern.group == "column":
         return [[(i, j) for i in rows] for j in columns]
-    size = {"row": 1, "layer": shape[0]}.get(pattern.group) or int(pattern.group)
+    sizes = {"row": 1, "layer": shape[0], "block": shape[0], "block-row": 1}
+    size = sizes.get(pattern.group) or int(pattern.group)
+    width = pattern.block_size if "block" in str(pattern.group) else shape[1]
     return [
-        [(i, j) for i in rows[at : at + size] for j in columns] for at in range(0, shape[0], size)
+        [(i, j) for i in rows[at : at + size] for j in columns[start : start + width]]
+        for at in range(0, shape[0], size)
+        for start in range(0, shape[1], width)
     ]
 
 
@@ -60,9 +64,16 @@ def keep_above_threshold(score_OI: Tensor, sparsity: float) -> Tensor:
     return keep_OI
 
 
+def magnitude_keep(score_OI: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
+    """The mask by magnitude: one threshold for the whole matrix, as in the original code."""
+    if pattern == Pattern(group="layer"):
+        return keep_above_threshold(score_OI, sparsity)
+    return keep_mask(score_OI, pattern, sparsity)
+
+
 def block_keep(score_OB: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
     """The mask of a block of columns, as SparseGPT chooses it."""
-    if pattern == Pattern(group="layer"):
+    if pattern.n is None and pattern.group == "block":
         return keep_above_threshold(score_OB, sparsity)
     return keep_mask(score_OB, pattern, sparsity)
 

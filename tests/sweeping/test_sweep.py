@@ -206,9 +206,10 @@ def test_the_examples_are_sweeps_that_pass_all_checks(dense, tmp_path):
         "table2": 9,
         "sparsity-curve": 24,
         "calibration-size": 8,
-        "comparison-group": 8,
-        "weight-update": 6,
-        "lora": 6,
+        "comparison-group": 15,
+        "weight-update": 18,
+        "lora": 8,
+        "few-shot": 6,
         "llama-2-7b": 9,
     }
     for name, cells in examples.items():

@@ -151,8 +151,9 @@ class PruningOptions(MethodOptions, LinearOptions):
             the other weights.
         sparsity: The share of each linear's weights to remove, in [0, 1).
         pattern: "unstructured", or N:M.
-        group: Which weights compete: "row", "layer", "column", or a number of rows per group; None
-            for those that compete in the method's paper.
+        group: Which weights compete: "row", "layer", "column", "block" (all rows of `block_size`
+            columns), "block-row" (each row of them), or a number of rows per group; None for those
+            that compete in the method's paper.
         allocation: How the sparsity is distributed over linears, with the same mean.
 
     Raises:
@@ -190,8 +191,9 @@ class PruningOptions(MethodOptions, LinearOptions):
     group: Annotated[
         str | int | None,
         Option(
-            "Remove the lowest scores among these weights: row, layer, column, or a number of rows "
-            "per group.",
+            "Remove the lowest scores among these weights: row (one output), layer (the whole "
+            "matrix), column (one input), block (all rows of 128 columns), block-row (one row of "
+            "them), or a number of rows per group.",
             metavar="GROUP",
             panel=METHOD,
             default="as published for the method; row for alps, whose own code compares the layer",
@@ -255,12 +257,13 @@ class PruningOptions(MethodOptions, LinearOptions):
     def _known_group(cls, value: str | int | None) -> str | int | None:
         if isinstance(value, str) and value.isdigit():
             value = int(value)
-        if value is None or value in ("row", "layer", "column"):
+        if value is None or value in ("row", "layer", "column", "block", "block-row"):
             return value
         if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
             return value
         raise ValueError(
-            f"group must be row, layer, column or a number of rows (1 or more); got {value!r}"
+            "group must be row, layer, column, block, block-row or a number of rows (1 or more); "
+            f"got {value!r}"
         )
 
     @field_validator("pattern")

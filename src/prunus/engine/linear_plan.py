@@ -397,7 +397,7 @@ def _method_and_work(recipe: LinearOptions, own_method: Method | None) -> tuple[
     group = recipe.group
     if group is None:
         group = published.with_options(recipe).default_group
-    pattern = Pattern.parse(recipe.pattern, group)
+    pattern = Pattern.parse(recipe.pattern, group, recipe.block_size)
     check_options(published, pattern, recipe.sparsity, recipe)
     # Two passes are the published procedure. There the published solvers also sum in its order.
     in_order = recipe.training.two_passes and method is published and method.has_reference_order

@@ -14,6 +14,7 @@
     wanda_variant.py  the same score; every row gives up the same share of its total
     ria.py            a weight's share of its row and its column, times a power of ‖X‖
     sparsegpt.py      mask and weight update by the OBS sweep
+    sparsegpt_score.py  its score alone
     obs_ablations.py  a mask from magnitude or Wanda, and the update of the OBS sweep
     alps.py           mask and weights together by ADMM
 

@@ -129,7 +129,7 @@ def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
     scaled = scaled_gram_of(statistics, work.options.damping)
     # Where all rows compete, every iteration would need the scores of all processes. One process
     # solves all rows instead.
-    rows_compete = pattern.is_unstructured and pattern.group in ("layer", "column")
+    rows_compete = pattern.is_unstructured and pattern.group in ("layer", "column", "block")
     sharding = UNSHARDED if rows_compete else work.rows
     rows_per_group = 1
     if pattern.is_unstructured and isinstance(pattern.group, int):

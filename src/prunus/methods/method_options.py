@@ -64,6 +64,8 @@ class MethodOptions(UpdateOptions):
             `solvers/least_squares.py`.
         ria_power: The power of the input norms in RIA's score, in [0, 2].
         mask_from: The score of the mask of method obs.
+        block_size: The columns of a block: of the groups "block" and "block-row", and of the mask
+            and the update of SparseGPT.
         mask_order: Whether method obs chooses its mask before the update or in the course of it.
 
     Raises:
@@ -92,18 +94,30 @@ class MethodOptions(UpdateOptions):
         float,
         Option(
             "Raise the input norms in the score of method ria to this power.",
-            flag=False,
+            metavar="POWER",
+            panel=METHOD,
             within=between("[0, 2]"),
         ),
     ] = 0.5
     mask_from: Annotated[
         Literal["wanda", "magnitude"],
-        Option("Choose the mask of method obs by this score.", flag=False),
+        Option("Choose the mask of method obs by this score.", metavar="SCORE", panel=METHOD),
     ] = "wanda"
     mask_order: Annotated[
         Literal["before", "blockwise"],
         Option(
             "Choose the mask of method obs before the update, or blockwise in it.",
-            flag=False,
+            metavar="ORDER",
+            panel=METHOD,
         ),
     ] = "before"
+    block_size: Annotated[
+        int,
+        Option(
+            "Take this number of columns as a block of sparsegpt and obs, and of the groups block "
+            "and block-row.",
+            metavar="N",
+            panel=METHOD,
+            within=at_least(1),
+        ),
+    ] = 128

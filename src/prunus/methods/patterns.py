@@ -1,6 +1,8 @@
 """Which weights compete with each other, and from a score per weight to a mask.
 
-In every group of competing weights the lowest scores are removed.
+In every group of competing weights the lowest scores are removed. The Wanda paper calls the group
+by (outputs, inputs): "row" is (1, all), "layer" is (all, all), "column" is (all, 1), the number 128
+is (128, all), and "block" is (all, 128).
 
 Shape suffixes: O outputs (rows), I inputs (columns); G groups of weights that compete, C
 competitors in a group, D dropped weights of a group, K positions of tied scores.
@@ -10,14 +12,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 #: The groups of unstructured sparsity that have names; see `Pattern`.
-GROUPS = ("row", "layer", "column")
+GROUPS = ("row", "layer", "column", "block", "block-row")
+
+#: The columns of a block, as published for SparseGPT.
+BLOCK_SIZE = 128
 
 # Groups are ranked about this many scores at a time. On a CPU temporaries are then small and stay
 # in its cache.
@@ -48,11 +53,17 @@ class Pattern:
     - "column": the weights of one input; `int(out * sparsity)` of each column are removed
     - an integer k: k consecutive rows; `int(k * in * sparsity)` are removed. The last group may be
       smaller.
+    - "block": all rows of `block_size` consecutive columns; the last block may be smaller
+    - "block-row": each row of `block_size` consecutive columns
+
+    SparseGPT chooses its mask block after block, from weights that are corrected already. So it
+    knows "block" and "block-row" alone.
 
     Attributes:
         n: How many of every `m` weights N:M keeps; None for unstructured sparsity.
         m: How many consecutive inputs compete in N:M; None for unstructured sparsity.
         group: Which weights compete in unstructured sparsity; N:M ignores it.
+        block_size: The columns of a block.
 
     Raises:
         ValueError: One of `n` and `m` is missing, `n` is not in 0..m, or the group is unknown.
@@ -64,6 +75,7 @@ class Pattern:
     n: int | None = None
     m: int | None = None
     group: str | int = "row"
+    block_size: int = BLOCK_SIZE
 
     def __post_init__(self) -> None:
         if (self.n is None) != (self.m is None):
@@ -79,29 +91,29 @@ class Pattern:
         if not is_count and self.group not in GROUPS:
             raise ValueError(
                 f"the group {self.group!r} is unknown: "
-                "give row, layer, column, or how many rows compete together"
+                f"give {', '.join(GROUPS)}, or how many rows compete together"
             )
 
     @classmethod
-    def parse(cls, text: str, group: str | int = "row") -> Pattern:
+    def parse(cls, text: str, group: str | int = "row", block_size: int = BLOCK_SIZE) -> Pattern:
         """Read "2:4" (any N:M) or "unstructured"; `group` may be a number written as text.
 
         Raises:
             ValueError: The text is neither, or the numbers or the group are impossible.
 
         >>> Pattern.parse("unstructured", "16")
-        Pattern(n=None, m=None, group=16)
+        Pattern(n=None, m=None, group=16, block_size=128)
         """
         if isinstance(group, str) and group.isascii() and group.isdigit():
             group = int(group)
         if text == "unstructured":
-            return cls(group=group)
+            return cls(group=group, block_size=block_size)
         match = re.fullmatch(r"([0-9]+):([0-9]+)", text)
         if match is None:
             raise ValueError(
                 f"the pattern {text!r} is unknown: give N:M, such as 2:4, or unstructured"
             )
-        return cls(int(match[1]), int(match[2]), group)
+        return cls(int(match[1]), int(match[2]), group, block_size)
 
     @property
     def is_unstructured(self) -> bool:
@@ -202,6 +214,10 @@ def keep_mask(score_OI: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
         return _keep_highest(score_OI, int(columns * sparsity))
     if pattern.group == "column":
         return _keep_highest(score_OI.T, int(rows * sparsity)).T.contiguous()
+    if pattern.group in ("block", "block-row"):
+        alone = replace(pattern, group="layer" if pattern.group == "block" else "row")
+        blocks = score_OI.split(pattern.block_size, dim=1)
+        return torch.cat([keep_mask(block, alone, sparsity) for block in blocks], dim=1)
     rows_per_group = rows if pattern.group == "layer" else min(int(pattern.group), rows)
     # The rows of whole groups are one part, and the smaller last group is the other one.
     whole = rows - rows % rows_per_group

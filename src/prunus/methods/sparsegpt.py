@@ -3,8 +3,8 @@
 The score is (w_ij / U_jj)², with U as in `solvers/obs.py`. It is computed in blocks of 128 columns
 from left to right, from weights that earlier blocks have already corrected (Frantar and Alistarh
 2023, arXiv 2301.00774). For unstructured sparsity all rows of a block compete together (group
-"layer"), or each row competes within the block for itself (group "row"). N:M chooses its mask when
-each group of M begins.
+"block"), or each row competes within the block for itself (group "block-row"). N:M chooses its mask
+when each group of M begins.
 """
 
 from __future__ import annotations

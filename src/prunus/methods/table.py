@@ -133,14 +133,16 @@ class Method:
 def _obs_under(options: MethodOptions) -> dict[str, Any]:
     """Masks by magnitude, and masks that are chosen in blocks of columns, compare all rows."""
     if options.mask_order == "blockwise":
-        return {"default_group": "layer", "groups": ("row", "layer"), "why": _BY_BLOCKS}
+        return {"default_group": "block", "groups": _BLOCKS, "why": _BY_BLOCKS}
     return {"default_group": "layer"} if options.mask_from == "magnitude" else {}
 
 
-# The end of a sentence that says why a method does not support some groups.
+# The groups of methods that choose a mask block after block, and the end of a sentence that says
+# why they support no others.
+_BLOCKS = ("block", "block-row")
 _BY_BLOCKS = (
-    "it chooses its mask in blocks of columns, where all rows compete (layer) or each on its own "
-    "(row)"
+    "it chooses its mask in blocks of columns, in which all rows compete (block) or each on its "
+    "own (block-row)"
 )
 
 _ALL = (
@@ -179,11 +181,18 @@ _ALL = (
         summary="remove by error, and update the kept weights to correct it",
         function="prunus.methods.sparsegpt:prune",
         needs="gram",
-        default_group="layer",
+        default_group="block",
         updates_weights=True,
-        groups=("row", "layer"),
+        groups=_BLOCKS,
         why=_BY_BLOCKS,
         has_reference_order=True,
+    ),
+    Method(
+        name="sparsegpt-score",
+        summary="remove by sparsegpt's score, without its weight update",
+        function="prunus.methods.sparsegpt_score:prune",
+        needs="gram",
+        default_group="block",
     ),
     Method(
         name="obs",
@@ -293,7 +302,7 @@ def check_method_name(method: str) -> None:
     >>> check_method_name("wandb")
     Traceback (most recent call last):
     ValueError: the method 'wandb' is unknown: choose one of magnitude, wanda, wanda-variant, ria, \
-sparsegpt, obs, alps, or name your own as FILE.py:NAME; did you mean wanda?
+sparsegpt, sparsegpt-score, obs, alps, or name your own as FILE.py:NAME; did you mean wanda?
     """
     if method in METHODS or method.startswith(GIVEN):
         return

@@ -40,9 +40,6 @@ from prunus.methods.work import EVERY_ROW, Pruned, RowShard, Work
 
 #: λ as published, a fraction of the mean diagonal of the Gram matrix.
 DAMPING = 0.01
-#: Columns whose corrections of all later columns are one matrix product, as published. A mask that
-#: is chosen in blocks of columns is chosen for this number of columns at a time.
-BLOCK = 128
 #: Columns that are corrected one at a time. Later columns wait for one matrix product.
 TILE = 16
 # A Cholesky pivot smaller than its own diagonal entry times this many rounding errors is noise.
@@ -71,7 +68,7 @@ def prune_by_obs(
         statistics: With a Gram matrix.
         work: Its `damping` is λ, a share of the mean diagonal; None means `DAMPING`.
         choose: Chooses the mask of the next columns, once all columns to their left are pruned: M
-            columns for N:M, else `BLOCK`.
+            columns for N:M, else the `block_size` of the pattern.
 
     Returns:
         Mask and weights. The notes have what `inverse_factor` says of the damping.
@@ -243,7 +240,7 @@ def _sweep_in_reference_order(
 def block_mask(score_OB: Tensor, work: Work, shard: RowShard) -> Tensor:
     """The mask (O, B) of a block of columns.
 
-    With group "layer" all rows of the block share one threshold. Otherwise rows, or the groups of
+    With group "block" all rows of the block share one threshold. Otherwise rows, or the groups of
     N:M, compete for themselves.
 
     Args:
@@ -251,7 +248,7 @@ def block_mask(score_OB: Tensor, work: Work, shard: RowShard) -> Tensor:
         work: Its pattern and its sparsity decide.
         shard: Which rows of the linear these are; it brings all rows together.
     """
-    if work.pattern.is_unstructured and work.pattern.group == "layer":
+    if work.pattern.is_unstructured and work.pattern.group == "block":
         choose = functools.partial(keep_above_threshold, sparsity=work.sparsity)
         return shard.joint_mask(score_OB, choose)
     return keep_mask(score_OB, work.pattern, work.sparsity)
@@ -400,7 +397,11 @@ def _invert_triangle(lower_II: Tensor, inverse_II: Tensor) -> None:
 
 
 def _span_and_block(pattern: Pattern) -> tuple[int, int]:
-    """The columns that get a mask at once, and those of a block: a multiple, which splits no M."""
+    """The columns that get a mask at once, and those of a block: a multiple, which splits no M.
+
+    The corrections that a block makes to all later columns are one matrix product.
+    """
+    size = pattern.block_size
     if pattern.m is None:
-        return BLOCK, BLOCK
-    return pattern.m, max(1, BLOCK // pattern.m) * pattern.m
+        return size, size
+    return pattern.m, max(1, size // pattern.m) * pattern.m
