@@ -14,8 +14,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 from prunus.hardware.errors import reason
 from prunus.hardware.memory import process_memory
 from prunus.hardware.process_state import no_warnings
-from prunus.model.adapter import base_folder, is_adapter
-from prunus.model.checkpoint.resolve import resolve_folder
+from prunus.model.checkpoint.resolve import base_folder, is_adapter, resolve_folder
 from prunus.model.config import check_config, check_processor_files
 
 #: The files that show that an adapter has a tokenizer of its own.
