@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import resource
 from collections.abc import Sequence
@@ -261,7 +260,7 @@ def _run_child(
 
 def _limit_process(chats: int) -> None:
     """Limit the processor time of this process, and the memory beyond what its parent had."""
-    seconds = chats * math.ceil(_SECONDS) + 1
+    seconds = chats * _SECONDS + 1
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     if taken := process_memory("VmSize"):
         resource.setrlimit(resource.RLIMIT_AS, (taken + _MEMORY, taken + _MEMORY))

@@ -194,8 +194,7 @@ class Checkpoint:
                     info = self.tensors[name]
                     _prefetch(plain.fileno(), info)
                     content = torch.empty(info.nbytes, dtype=torch.uint8, pin_memory=pinned)
-                    if not _fill(plain, info.begin, content):
-                        raise ValueError(self._changed(file))
+                    self._fill(content, plain, file, info.begin)
                     yield name, content.view(info.dtype).reshape(info.shape)
 
     def whole(self, name: str) -> torch.Tensor:
@@ -233,8 +232,7 @@ class Checkpoint:
             for start in range(0, info.nbytes, most):
                 size = min(most, info.nbytes - start)
                 content = torch.empty(size, dtype=torch.uint8)
-                if not _fill(plain, info.begin + start, content):
-                    raise ValueError(self._changed(file))
+                self._fill(content, plain, file, info.begin + start)
                 yield content.view(info.dtype)
         self.check_unchanged([file])
 
@@ -261,6 +259,16 @@ class Checkpoint:
                 now = _state(self.folder / file)
             if now != self._opened[file]:
                 raise ValueError(self._changed(file))
+
+    def _fill(self, content: torch.Tensor, opened: FileIO, file: str, begin: int) -> None:
+        """Fill a uint8 tensor from offset `begin` of a shard on, which may end too early by now."""
+        opened.seek(begin)
+        left = memoryview(content.numpy().data)
+        while left:
+            count = opened.readinto(left)
+            if not count:
+                raise ValueError(self._changed(file))
+            left = left[count:]
 
     def _open(self, file: str) -> FileIO:
         """Open a shard, which may be gone since `check_unchanged` has looked."""
@@ -290,18 +298,6 @@ class Checkpoint:
     def nbytes(self, names: Iterable[str]) -> int:
         """Bytes of the named tensors as stored."""
         return sum(self.tensors[name].nbytes for name in names)
-
-
-def _fill(file: FileIO, begin: int, content: torch.Tensor) -> bool:
-    """Read bytes from offset `begin` on into a uint8 tensor; False if the file ends too early."""
-    file.seek(begin)
-    left = memoryview(content.numpy().data)
-    while left:
-        count = file.readinto(left)
-        if not count:
-            return False
-        left = left[count:]
-    return True
 
 
 def _prefetch(file: int, info: TensorInfo) -> None:
