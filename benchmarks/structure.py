@@ -24,7 +24,7 @@ import torch
 
 import prunus
 from prunus.hardware.memory import describe_hardware, versions
-from prunus.model.checkpoint.atomic_files import read_json, write_json
+from prunus.model.checkpoint.files import read_json, write_json
 
 
 def smaller(given: argparse.Namespace, way: str, size: float, folder: Path) -> None:

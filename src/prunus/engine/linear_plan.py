@@ -39,7 +39,7 @@ from prunus.methods.dense_targets import drift_is_worthwhile
 from prunus.methods.patterns import Pattern, check_shape
 from prunus.methods.statistics import statistics_bytes
 from prunus.methods.table import method_sha256
-from prunus.model.checkpoint.reader import Checkpoint
+from prunus.model.checkpoint.tensor_files import Checkpoint
 from prunus.model.levels import grid_bits
 from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton

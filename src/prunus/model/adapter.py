@@ -21,10 +21,9 @@ import torch
 from prunus.hardware.errors import naming, reason, require_library
 from prunus.hardware.numerics import check_finite
 from prunus.hardware.process_state import no_warnings
-from prunus.model.checkpoint.atomic_files import write_json
-from prunus.model.checkpoint.reader import Checkpoint, TensorInfo
+from prunus.model.checkpoint.files import write_json
 from prunus.model.checkpoint.resolve import CONFIG_NAME, base_folder
-from prunus.model.checkpoint.writer import save_safetensors
+from prunus.model.checkpoint.tensor_files import Checkpoint, TensorInfo, save_safetensors
 from prunus.model.config import load_config, read_config
 from prunus.model.kinds import CAUSAL
 from prunus.model.meta_model import build_on_meta

@@ -25,8 +25,8 @@ import transformers
 from transformers import AutoConfig
 
 from prunus.hardware.errors import reason
-from prunus.model.checkpoint.atomic_files import read_json, write_json
-from prunus.model.checkpoint.reader import Checkpoint
+from prunus.model.checkpoint.files import read_json, write_json
+from prunus.model.checkpoint.tensor_files import Checkpoint
 from prunus.model.formats import refuse_packed
 
 _MAX_DEPTH = 32  # of lists and objects in each other

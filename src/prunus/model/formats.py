@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prunus.model.checkpoint.atomic_files import read_json
+from prunus.model.checkpoint.files import read_json
 
 
 class FormatEntry(NamedTuple):

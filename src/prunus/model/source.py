@@ -22,9 +22,8 @@ import torch
 from torch import nn
 
 from prunus.hardware.numerics import check_finite
-from prunus.model.checkpoint.reader import Checkpoint, TensorInfo
-from prunus.model.checkpoint.regular_files import read_limited
-from prunus.model.checkpoint.writer import flat_bytes
+from prunus.model.checkpoint.files import read_limited
+from prunus.model.checkpoint.tensor_files import Checkpoint, TensorInfo, flat_bytes
 from prunus.model.config import load_config, require_config
 from prunus.model.experts import Fused
 from prunus.model.skeleton import Skeleton, names_in_model

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast, get_origin
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from prunus.hardware.errors import did_you_mean, reason
-from prunus.model.checkpoint.regular_files import read_limited
+from prunus.model.checkpoint.files import read_limited
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass

@@ -33,7 +33,7 @@ from prunus.engine.run_record import (
 from prunus.engine.session import Session
 from prunus.hardware.memory import peak_memory
 from prunus.model.adapter import save_adapter
-from prunus.model.checkpoint.atomic_files import remove, write_text
+from prunus.model.checkpoint.files import remove, write_text
 from prunus.model.checkpoint.output_folder import check_disk
 from prunus.model.checkpoint.resolve import CONFIG_NAME
 from prunus.model.skeleton import Skeleton

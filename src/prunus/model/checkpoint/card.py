@@ -17,8 +17,7 @@ from typing import Any
 
 import yaml
 
-from prunus.model.checkpoint.atomic_files import read_json, write_text
-from prunus.model.checkpoint.regular_files import read_card
+from prunus.model.checkpoint.files import read_card, read_json, write_text
 
 #: The files that go with a model when it is saved again: its card, and one of these records.
 _CARD, _MANIFESTS = "README.md", ("prunus.json", "prunus-compress.json")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prunus.hardware.errors import did_you_mean
-from prunus.model.checkpoint.regular_files import check_folder
+from prunus.model.checkpoint.files import check_folder
 from prunus.model.config import read_config
 from prunus.model.formats import SUFFIXES, format_of, reader_of
 
