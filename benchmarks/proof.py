@@ -50,7 +50,7 @@ from prunus.calibration.corpora import load_corpus
 from prunus.calibration.draw import encode
 from prunus.calibration.sources import find_source
 from prunus.calibration.windows import WindowRequest
-from prunus.hardware.memory import describe_hardware, versions
+from prunus.hardware.machine import describe_hardware, versions
 from prunus.model.checkpoint.files import file_digest
 from prunus.model.checkpoint.tensor_files import Checkpoint
 

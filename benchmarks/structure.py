@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import prunus
-from prunus.hardware.memory import describe_hardware, versions
+from prunus.hardware.machine import describe_hardware, versions
 from prunus.model.checkpoint.files import read_json, write_json
 
 

@@ -23,7 +23,7 @@ from prunus.engine.loop import FinishedBlock
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_plan import RunPlan, check_known
 from prunus.engine.run_record import BlockwiseRecord, RunInputs, RunRecord
-from prunus.hardware.memory import describe_hardware, versions
+from prunus.hardware.machine import describe_hardware, versions
 from prunus.model.checkpoint.files import (
     RECORD_FILES,
     TEMPORARY_SUFFIX,

@@ -31,7 +31,7 @@ from prunus.engine.run_options import RunOptions
 from prunus.engine.run_plan import RunPlan, measured_memory, windows_per_batch
 from prunus.engine.run_record import Walk
 from prunus.engine.session import SILENT, Session
-from prunus.hardware.memory import process_memory
+from prunus.hardware.machine import process_memory
 from prunus.hardware.numerics import native_bfloat16
 from prunus.methods import Method, MethodOptions, Work, check_options, compose, get_method
 from prunus.methods.composition import rounding_method

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from prunus.distributed import SINGLE_PROCESS, Ranks
-from prunus.hardware.memory import describe_hardware, versions
+from prunus.hardware.machine import describe_hardware, versions
 from prunus.hardware.numerics import check_finite
 from prunus.model.adapter import check_adapter
 from prunus.model.checkpoint.resolve import base_folder, is_adapter, resolve_folder

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from prunus.hardware.errors import reason
-from prunus.hardware.memory import process_memory
+from prunus.hardware.machine import process_memory
 from prunus.hardware.process_state import no_warnings
 from prunus.model.checkpoint.resolve import base_folder, is_adapter, resolve_folder
 from prunus.model.config import check_config, check_processor_files

@@ -31,7 +31,7 @@ from prunus.engine.run_record import (
     source_name,
 )
 from prunus.engine.session import Session
-from prunus.hardware.memory import peak_memory
+from prunus.hardware.machine import peak_memory
 from prunus.model.adapter import save_adapter
 from prunus.model.checkpoint.files import remove, write_text
 from prunus.model.checkpoint.output_folder import check_disk
