@@ -260,7 +260,7 @@ def _run_child(
 
 def _limit_process(chats: int) -> None:
     """Limit the processor time of this process, and the memory beyond what its parent had."""
-    seconds = chats * _SECONDS + 1
+    seconds = int(chats * _SECONDS) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     if taken := process_memory("VmSize"):
         resource.setrlimit(resource.RLIMIT_AS, (taken + _MEMORY, taken + _MEMORY))
