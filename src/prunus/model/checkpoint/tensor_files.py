@@ -246,17 +246,9 @@ class Checkpoint:
         """
         infos = {name: self.tensors[name] for name in names}
         return {
-            name: FileTensor(
-                info.dtype, info.shape, info.nbytes, partial(self._finite_pieces, name)
-            )
+            name: FileTensor(info.dtype, info.shape, info.nbytes, partial(self.finite_pieces, name))
             for name, info in infos.items()
         }
-
-    def _finite_pieces(self, name: str) -> Iterator[torch.Tensor]:
-        """`pieces`, or a ValueError that names the tensor where it is not finite."""
-        for piece in self.pieces(name):
-            check_finite({name: piece})
-            yield piece
 
     def pieces(self, name: str, most: int = _VALUES) -> Iterator[torch.Tensor]:
         """Yield the values of a tensor in order, as flat tensors of at most `most` bytes.
@@ -273,6 +265,12 @@ class Checkpoint:
                 self._fill(content, plain, file, info.begin + start)
                 yield content.view(info.dtype)
         self.check_unchanged([file])
+
+    def finite_pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """`pieces`, or a ValueError that names the tensor where it is not finite."""
+        for piece in self.pieces(name):
+            check_finite({name: piece})
+            yield piece
 
     def _by_file(self, names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
         """Yield each shard with those of its tensors that are to be read, after checking it."""
