@@ -107,8 +107,8 @@ def replaced_forward(module: nn.Module, function: Callable[..., Any]) -> Iterato
             module.forward = before
 
 
-class _LastBlockReached(BaseException):
-    """Ends a recording run early: the final norm and the head are not needed."""
+class StopForward(BaseException):
+    """Ends the forward of a model early: nothing is needed of what follows."""
 
 
 class BlockStubs:
@@ -172,10 +172,10 @@ class BlockStubs:
             if index == 0 or not last:
                 self._try_block(self._blocks[index], call, hidden)
             if last:
-                raise _LastBlockReached
+                raise StopForward
             return hidden
 
-        with self._in_place(called), torch.no_grad(), contextlib.suppress(_LastBlockReached):
+        with self._in_place(called), torch.no_grad(), contextlib.suppress(StopForward):
             run()
         if len(calls) != len(self._blocks):
             raise NotImplementedError(
