@@ -39,7 +39,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prunus
 from prunus.formats.gguf.container import layout_by, open_container, placements_in
 from prunus.formats.gguf.file import GgufFile
-from prunus.model.checkpoint.atomic_files import write_text
+from prunus.model.checkpoint.files import write_text
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 

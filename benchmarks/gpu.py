@@ -31,7 +31,7 @@ from torch.sparse import to_sparse_semi_structured
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import prunus
-from prunus.hardware.memory import describe_hardware, peak_memory, versions
+from prunus.hardware.machine import describe_hardware, peak_memory, versions
 
 BLOCKS = 2
 # Name -> width, width inside the MLP, heads of keys and values.

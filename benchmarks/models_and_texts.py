@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import prunus
-from prunus.hardware.memory import describe_hardware, versions
+from prunus.hardware.machine import describe_hardware, versions
 
 CALIBRATION: dict[str, Any] = {"calibration": "mix", "samples": 64, "seqlen": 256}
 SCORING: dict[str, Any] = {"samples": 8, "seqlen": 512}

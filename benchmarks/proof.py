@@ -50,9 +50,9 @@ from prunus.calibration.corpora import load_corpus
 from prunus.calibration.draw import encode
 from prunus.calibration.sources import find_source
 from prunus.calibration.windows import WindowRequest
-from prunus.hardware.memory import describe_hardware, versions
-from prunus.model.checkpoint.atomic_files import file_digest
-from prunus.model.checkpoint.reader import Checkpoint
+from prunus.hardware.machine import describe_hardware, versions
+from prunus.model.checkpoint.files import file_digest
+from prunus.model.checkpoint.tensor_files import Checkpoint
 
 PRESETS = "Q2_K,Q3_K_M,IQ4_XS,Q4_K_M,Q5_K_M"
 ROWS = "preset,its types,prunus types,prunus"

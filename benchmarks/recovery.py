@@ -23,7 +23,7 @@ from typing import Any
 from fetch_model import fetch_model
 
 from prunus.calibration.corpora import load_corpus
-from prunus.model.checkpoint.atomic_files import write_text
+from prunus.model.checkpoint.files import write_text
 
 CALIBRATION_DOCUMENTS, TRAINING_DOCUMENTS = 300, 20_000
 PATTERNS = {"50 %": ["--sparsity", "0.5"], "2:4": ["--pattern", "2:4"]}

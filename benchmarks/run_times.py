@@ -18,7 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from prunus.hardware.memory import describe_hardware, versions
+from prunus.hardware.machine import describe_hardware, versions
 
 TIMES = Path(__file__).resolve().parent.parent / "docs" / "results" / "times.json"
 #: Series of the plots -> the options that choose it.

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from prunus.hardware.memory import describe_hardware, versions
+from prunus.hardware.machine import describe_hardware, versions
 from prunus.methods import METHODS, MethodOptions, compose
 from prunus.methods.patterns import Pattern
 from prunus.methods.statistics import InputStatistics

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 import prunus
-from prunus.hardware.memory import describe_hardware, versions
-from prunus.model.checkpoint.atomic_files import read_json, write_json
+from prunus.hardware.machine import describe_hardware, versions
+from prunus.model.checkpoint.files import read_json, write_json
 
 
 def smaller(given: argparse.Namespace, way: str, size: float, folder: Path) -> None:

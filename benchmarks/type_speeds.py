@@ -29,7 +29,7 @@ import torch
 from prunus.formats.gguf.file import GgufFile, write_gguf
 from prunus.formats.gguf.header import StoredTensor
 from prunus.formats.gguf.types import TYPES, GgufType
-from prunus.hardware.memory import describe_hardware
+from prunus.hardware.machine import describe_hardware
 from prunus.methods.group_fits import round_in_groups
 
 ROWS = 16

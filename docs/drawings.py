@@ -173,7 +173,7 @@ def resume() -> Drawing:
         420,
         "A shard is written under a temporary name, made durable, renamed and then recorded. A "
         "second run continues at the first block that is not recorded.",
-        "src/prunus/engine/folder.py, src/prunus/model/checkpoint/atomic_files.py",
+        "src/prunus/engine/folder.py, src/prunus/model/checkpoint/files.py",
     )
     draw.text(20, 34, "Each block, in this order", "bold", "start")
     steps = [

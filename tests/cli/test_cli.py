@@ -30,7 +30,7 @@ from prunus.engine.linear_plan import plan_run
 from prunus.engine.progress import PREPARATION, Progress
 from prunus.engine.run_options import RunOptions
 from prunus.evaluation import generation
-from prunus.model.checkpoint.reader import INDEX_NAME
+from prunus.model.checkpoint.tensor_files import INDEX_NAME
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
 from prunus.recovery.training import Step

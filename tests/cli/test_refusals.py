@@ -21,7 +21,7 @@ import prunus
 from changes import edit_json, edit_tensors
 from command_line import call
 from prunus.engine.run_record import shard_name
-from prunus.model.checkpoint.reader import INDEX_NAME
+from prunus.model.checkpoint.tensor_files import INDEX_NAME
 from prunus.pruning.manifest import Manifest
 from tiny import shards, tiny_checkpoint, tiny_model, token_ids, tree
 from tiny_tokenizer import VOCABULARY, byte_tokenizer

@@ -22,8 +22,8 @@ from prunus.engine.result import MEASUREMENT
 from prunus.engine.run_options import RunOptions
 from prunus.formats.compression_recipe import CompressionRecipe
 from prunus.formats.compression_record import CompressionRecord
-from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.checkpoint.resolve import resolve_folder
+from prunus.model.checkpoint.tensor_files import Checkpoint
 from prunus.model.loading import load_model
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.prune import Pruning

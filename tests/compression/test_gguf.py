@@ -38,7 +38,7 @@ from prunus.formats.gguf.types import TYPES
 from prunus.formats.type_choice import Choice, choose_types
 from prunus.methods.group_fits import round_in_groups
 from prunus.model.checkpoint import lock
-from prunus.model.checkpoint.atomic_files import move_file
+from prunus.model.checkpoint.files import move_file
 from scripts import run_script
 from sensitivity_cases import IDS, whole_model
 from stopping import StopError, stop_after

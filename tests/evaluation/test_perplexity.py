@@ -18,7 +18,7 @@ from prunus.evaluation import streamed_model as streamed
 from prunus.evaluation.model_input import ComputeOptions
 from prunus.evaluation.perplexity import check_text, load_scoring_text, perplexity
 from prunus.evaluation.window_scores import WholeModel, score_windows
-from prunus.model.checkpoint.reader import Checkpoint
+from prunus.model.checkpoint.tensor_files import Checkpoint
 from tiny import ids_file, tiny_checkpoint, tiny_model, token_ids
 from tiny_tokenizer import BOS, EOS, VOCABULARY, byte_tokenizer
 

@@ -10,7 +10,7 @@ import torch
 
 from command_line import call
 from prunus.hardware import machine
-from prunus.hardware.memory import peak_memory, process_memory
+from prunus.hardware.machine import peak_memory, process_memory
 from prunus.hardware.sizes import parse_bytes
 from prunus.kernels import library
 
@@ -76,7 +76,7 @@ subprocess.run([sys.executable, "-c", sys.argv[1]], check=True)
 #: Prints its peak. Then it frees every second of many pieces. The pieces in between keep the heap
 #: from shrinking itself.
 FRAGMENT = """
-from prunus.hardware.memory import peak_memory, process_memory, return_freed_memory
+from prunus.hardware.machine import peak_memory, process_memory, return_freed_memory
 print(peak_memory(), flush=True)
 before = process_memory()
 pieces = [bytearray(b"x") * 50_000 for _ in range(3 * before // 50_000)]

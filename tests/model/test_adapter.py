@@ -11,7 +11,8 @@ import prunus
 from changes import edit_json, edit_tensors
 from prunus.evaluation.generation import generate
 from prunus.evaluation.inspection import stored_size
-from prunus.model.adapter import CONFIG_NAME, WEIGHTS_NAME, base_folder, check_adapter, is_adapter
+from prunus.model.adapter import WEIGHTS_NAME, check_adapter
+from prunus.model.checkpoint.resolve import CONFIG_NAME, base_folder, is_adapter
 from prunus.model.loading import load_model
 from prunus.model.tokenizer import load_tokenizer
 from tiny import tiny_checkpoint, token_ids

@@ -10,7 +10,7 @@ from transformers.models.auto import modeling_auto
 
 from prunus.model import meta_model
 from prunus.model.adapter import check_adapter_config
-from prunus.model.checkpoint.reader import Checkpoint
+from prunus.model.checkpoint.tensor_files import Checkpoint
 from prunus.model.config import StoredSizes, check_config, check_processor_files, load_config
 from prunus.model.kinds import CAUSAL
 from prunus.model.loading import load_model

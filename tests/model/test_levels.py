@@ -13,7 +13,7 @@ from prunus.engine.run_options import RunOptions
 from prunus.formats.compression_recipe import CompressionRecipe
 from prunus.formats.gguf.types import TYPES
 from prunus.methods.group_fits import round_in_groups
-from prunus.model.checkpoint.reader import Checkpoint
+from prunus.model.checkpoint.tensor_files import Checkpoint
 from prunus.model.levels import grid_bits
 from prunus.pruning.manifest import Manifest
 from prunus.reporting.tables import plan_facts

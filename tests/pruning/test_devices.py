@@ -168,7 +168,7 @@ def test_a_loaded_model_is_pruned_on_its_device(dense, tmp_path):
 
 @pytest.mark.skipif(not PRETEND, reason="needs a second device")
 def test_the_device_with_the_given_number_is_used(dense, tmp_path):
-    from prunus.hardware.memory import memory_budget
+    from prunus.hardware.machine import memory_budget
 
     for device in ("cpu", "cuda:1"):
         prune(dense, tmp_path / device, device, method="alps", pattern="2:4")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import prunus
-from prunus.model.checkpoint.reader import Checkpoint
+from prunus.model.checkpoint.tensor_files import Checkpoint
 from recovery_cases import dense_checkpoint
 from tiny import token_ids
 

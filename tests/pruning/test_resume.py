@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import prunus
 from changes import edit_json, edit_tensors
-from prunus.model.checkpoint.reader import INDEX_NAME
+from prunus.model.checkpoint.tensor_files import INDEX_NAME
 from scripts import run_script
 from stopping import assert_resumes, interrupt, stop_after
 from tiny import shards, tiny_checkpoint, token_ids

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import prunus
 from changes import edit_json, swap_two_tokens
 from prunus import Manifest, StructureRecord
-from prunus.model.checkpoint.reader import INDEX_NAME
+from prunus.model.checkpoint.tensor_files import INDEX_NAME
 from prunus.model.loading import load_model
 from prunus.recovery import training
 from prunus.recovery.recovery_plan import default_mode

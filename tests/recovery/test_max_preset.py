@@ -12,7 +12,7 @@ import prunus
 from changes import edit_tensors
 from command_line import call
 from prunus.engine.run_options import RunOptions
-from prunus.model.checkpoint.reader import INDEX_NAME
+from prunus.model.checkpoint.tensor_files import INDEX_NAME
 from prunus.model.loading import load_model
 from prunus.pruning.manifest import Manifest
 from prunus.recovery.max_preset import PRUNED, max_run, training_options

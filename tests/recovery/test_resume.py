@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from changes import edit_json, edit_tensors
-from prunus.model.checkpoint.reader import INDEX_NAME
+from prunus.model.checkpoint.tensor_files import INDEX_NAME
 from prunus.recovery.checkpoints import Checkpoints, TrainingState
 from prunus.recovery.recovery_record import Evaluation
 from recovery_cases import StopError, recover, shards, stop_at

@@ -8,7 +8,7 @@ import pytest
 import prunus
 from command_line import call
 from devices import PRETEND, assert_same_weights
-from prunus.model.checkpoint.atomic_files import verify_shards
+from prunus.model.checkpoint.files import verify_shards
 from prunus.structure.structure_record import StructureRecipe, StructureRecord, what_was_removed
 from structure_cases import bytes_of, loaded, shrunk_with_a_kill
 from structure_cases import shrink_without_repair as shrink

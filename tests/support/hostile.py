@@ -31,7 +31,7 @@ import prunus  # noqa: E402
 from hostile_damage import damage_header, damage_json, mutate_bytes  # noqa: E402
 from hostile_inputs import more_kinds  # noqa: E402
 from prunus.formats.gguf.import_checkpoint import import_gguf  # noqa: E402
-from prunus.model.checkpoint import reader  # noqa: E402
+from prunus.model.checkpoint import tensor_files  # noqa: E402
 from prunus.model.formats import reader_of  # noqa: E402
 from tiny import tiny_checkpoint, tiny_model, token_ids  # noqa: E402
 
@@ -117,13 +117,13 @@ def watch_opened_files(scratch: Path, case: Path) -> list[str]:
 
     sys.addaudithook(lambda event, arguments: note(arguments[0]) if event == "open" else None)
     # The library opens files outside Python, where the audit hook does not see it.
-    safe_open = reader.safe_open
+    safe_open = tensor_files.safe_open
 
     def noting(path: Any, *arguments: Any, **options: Any) -> Any:
         note(path)
         return safe_open(path, *arguments, **options)
 
-    reader.safe_open = noting
+    tensor_files.safe_open = noting
     return seen
 
 

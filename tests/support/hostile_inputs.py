@@ -19,7 +19,8 @@ from hostile_damage import damage_header, mutate_bytes, mutate_json
 from prunus.calibration.files import file_kind, read_documents, read_ids
 from prunus.evaluation.generation import generate
 from prunus.model import tokenizer
-from prunus.model.adapter import CONFIG_NAME, WEIGHTS_NAME, check_adapter
+from prunus.model.adapter import WEIGHTS_NAME, check_adapter
+from prunus.model.checkpoint.resolve import CONFIG_NAME
 from prunus.model.tokenizer import load_tokenizer
 from prunus.reporting.page import document_json, to_markdown
 from prunus.reporting.write import report

@@ -38,8 +38,8 @@ from safetensors import safe_open  # noqa: E402
 import prunus  # noqa: E402
 from kill_points import fork, kill_everywhere  # noqa: E402
 from prunus.formats.gguf.import_checkpoint import import_gguf  # noqa: E402
-from prunus.model.checkpoint.atomic_files import RECORD_FILES, TEMPORARY_SUFFIX  # noqa: E402
-from prunus.model.checkpoint.reader import INDEX_NAME  # noqa: E402
+from prunus.model.checkpoint.files import RECORD_FILES, TEMPORARY_SUFFIX  # noqa: E402
+from prunus.model.checkpoint.tensor_files import INDEX_NAME  # noqa: E402
 from prunus.sweeping.grid import Sweep  # noqa: E402
 from prunus.sweeping.sweep import sweep as run_sweep  # noqa: E402
 from recovery_cases import recover  # noqa: E402

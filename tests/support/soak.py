@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 torch.set_num_threads(1)
 
 import prunus  # noqa: E402
-from prunus.hardware.memory import process_memory  # noqa: E402
+from prunus.hardware.machine import process_memory  # noqa: E402
 from recovery_cases import dense_checkpoint, recover, training_text  # noqa: E402
 from tiny import tiny_model, token_ids  # noqa: E402
 

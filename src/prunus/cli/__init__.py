@@ -1,10 +1,8 @@
-"""The command line: one file per group of commands. What a command does is in the rooms below.
+"""The command line: a file for each group of commands. What a command does is in the rooms below.
 
 prune.py           prune, compress, shrink, plan, recover
-evaluate.py        eval, inspect
-generate.py        generate
-convert.py         import
-sweep.py           sweep, report
+evaluate.py        eval, inspect, sweep, report
+use.py             generate, import
 flags.py           flags from the declarations of options, and flags that commands share
 terminal.py        results, log lines, errors and JSON
 
@@ -24,13 +22,11 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from prunus.cli.convert import import_
-from prunus.cli.evaluate import evaluate, inspect
+from prunus.cli.evaluate import evaluate, inspect, report, sweep
 from prunus.cli.flags import FLAGS, JSON, QUIET
-from prunus.cli.generate import generate
 from prunus.cli.prune import compress, plan, prune, recover, shrink
-from prunus.cli.sweep import report, sweep
 from prunus.cli.terminal import command, log
+from prunus.cli.use import generate, import_
 from prunus.hardware.errors import did_you_mean
 
 __all__ = ["app", "main"]

@@ -17,8 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 from pydantic_core import PydanticUndefined
 
-from prunus.options import Option, Options
-from prunus.options.declaration import ADVANCED
+from prunus.options import ADVANCED, Option, Options
 
 #: Names of all options that are flags, for messages.
 FLAGS: set[str] = set()

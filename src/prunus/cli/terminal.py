@@ -25,7 +25,7 @@ from rich.console import Console
 
 from prunus.cli.flags import add_parameters, as_flags
 from prunus.hardware.errors import reason
-from prunus.model.checkpoint import atomic_files
+from prunus.model.checkpoint import files
 from prunus.reporting.console import TerminalConsole, printable, to_terminal
 from prunus.reporting.console import progress_console as new_progress_console
 
@@ -154,7 +154,7 @@ def _check_json_file() -> None:
     json_file = _JSON.get()
     if json_file is None or json_file == STDOUT:
         return
-    atomic_files.check_place(json_file)
+    files.check_place(json_file)
     if json_file.is_dir():
         raise ValueError(f"--json {json_file} is a folder; give the name of a file")
 
@@ -268,7 +268,7 @@ def write_json(content: Any) -> None:
             stream.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
         return
     json_file.parent.mkdir(parents=True, exist_ok=True)
-    atomic_files.write_json(json_file, content)
+    files.write_json(json_file, content)
 
 
 @contextlib.contextmanager

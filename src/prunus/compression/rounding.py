@@ -33,7 +33,7 @@ from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer, check_
 from prunus.methods.group_sweep import quantize_in_groups
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import NearestRounding
-from prunus.model.checkpoint.writer import Writable
+from prunus.model.checkpoint.tensor_files import Writable
 
 # Rows of the output head that are rounded together: a part of it in float32, not all.
 _HEAD_ROWS = 2**14

@@ -23,8 +23,8 @@ from prunus.engine.loop import FinishedBlock
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_plan import RunPlan, check_known
 from prunus.engine.run_record import BlockwiseRecord, RunInputs, RunRecord
-from prunus.hardware.memory import describe_hardware, versions
-from prunus.model.checkpoint.atomic_files import (
+from prunus.hardware.machine import describe_hardware, versions
+from prunus.model.checkpoint.files import (
     RECORD_FILES,
     TEMPORARY_SUFFIX,
     check_shard,
@@ -45,8 +45,7 @@ from prunus.model.checkpoint.output_folder import (
     copy_companion,
     is_vacant,
 )
-from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint
-from prunus.model.checkpoint.writer import Writable, save_safetensors
+from prunus.model.checkpoint.tensor_files import INDEX_NAME, Checkpoint, Writable, save_safetensors
 from prunus.model.source import tensors_digest
 from prunus.options import Options
 

@@ -19,8 +19,7 @@ from pydantic import field_validator, model_validator
 from prunus.engine.run_options import WindowOptions
 from prunus.methods.method_options import METHOD, MethodOptions, UpdateOptions
 from prunus.methods.table import METHODS, check_method_name, check_owners
-from prunus.options import Option, at_least, between
-from prunus.options.declaration import percent
+from prunus.options import Option, at_least, between, percent
 
 #: Heading of these options in --help.
 SELECTION = "Allocation and selection"

@@ -31,7 +31,7 @@ from prunus.engine.run_options import RunOptions
 from prunus.engine.run_plan import RunPlan, measured_memory, windows_per_batch
 from prunus.engine.run_record import Walk
 from prunus.engine.session import SILENT, Session
-from prunus.hardware.memory import process_memory
+from prunus.hardware.machine import process_memory
 from prunus.hardware.numerics import native_bfloat16
 from prunus.methods import Method, MethodOptions, Work, check_options, compose, get_method
 from prunus.methods.composition import rounding_method
@@ -39,7 +39,7 @@ from prunus.methods.dense_targets import drift_is_worthwhile
 from prunus.methods.patterns import Pattern, check_shape
 from prunus.methods.statistics import statistics_bytes
 from prunus.methods.table import method_sha256
-from prunus.model.checkpoint.reader import Checkpoint
+from prunus.model.checkpoint.tensor_files import Checkpoint
 from prunus.model.levels import grid_bits
 from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton

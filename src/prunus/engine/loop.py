@@ -24,7 +24,7 @@ from prunus.distributed import RankError, Ranks
 from prunus.engine.progress import Progress
 from prunus.engine.run_plan import RunPlan, check_known
 from prunus.engine.session import Session
-from prunus.hardware.memory import peak_memory, return_freed_memory
+from prunus.hardware.machine import peak_memory, return_freed_memory
 from prunus.hardware.numerics import check_finite
 from prunus.model.source import tensors_digest
 

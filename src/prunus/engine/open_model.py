@@ -23,7 +23,7 @@ from prunus.engine.run_plan import RunPlan
 from prunus.engine.run_record import RunRecord, Walk
 from prunus.engine.run_windows import check_inputs
 from prunus.engine.session import Session
-from prunus.hardware.memory import available_memory, memory_budget, process_memory
+from prunus.hardware.machine import available_memory, memory_budget, process_memory
 from prunus.hardware.numerics import native_bfloat16
 from prunus.methods.statistics import Needs
 from prunus.model.calls import hidden_of

@@ -19,10 +19,9 @@ from prunus.engine.linear_record import LinearsRecord
 from prunus.engine.loop import FinishedBlock
 from prunus.engine.result import MEASUREMENT, Result
 from prunus.methods.statistics import InputStatistics
-from prunus.model.checkpoint.atomic_files import remove
-from prunus.model.checkpoint.reader import Checkpoint
-from prunus.model.checkpoint.writer import Writable, save_safetensors
-from prunus.model.loading import keep_records, manifest_text
+from prunus.model.checkpoint.card import keep_records, manifest_text
+from prunus.model.checkpoint.files import remove
+from prunus.model.checkpoint.tensor_files import Checkpoint, Writable, save_safetensors
 from prunus.model.source import ModuleSource
 
 

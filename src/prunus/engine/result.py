@@ -16,9 +16,9 @@ from prunus.engine.folder import ResultFolder, find_earlier
 from prunus.engine.linear_plan import LinearPlan
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_record import BlockwiseRecord
-from prunus.model.checkpoint.atomic_files import remove
+from prunus.model.checkpoint.files import remove
 from prunus.model.checkpoint.output_folder import check_whole
-from prunus.model.checkpoint.reader import Checkpoint
+from prunus.model.checkpoint.tensor_files import Checkpoint
 from prunus.options import Options
 
 _Record = TypeVar("_Record", bound=BlockwiseRecord)

@@ -27,7 +27,7 @@ from prunus.engine.run_plan import RunPlan
 from prunus.engine.run_record import BlockwiseRecord, Walk
 from prunus.engine.run_windows import calibration_windows, run_inputs
 from prunus.engine.session import SILENT, Session
-from prunus.hardware.memory import peak_memory
+from prunus.hardware.machine import peak_memory
 
 _Record = TypeVar("_Record", bound=BlockwiseRecord)
 _Plan = TypeVar("_Plan", bound=RunPlan)

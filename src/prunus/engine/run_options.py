@@ -12,8 +12,7 @@ from pydantic import BeforeValidator
 
 from prunus.calibration.catalogue import CHOICES
 from prunus.hardware.sizes import parse_bytes
-from prunus.options import Option, Options, at_least
-from prunus.options.declaration import ADVANCED
+from prunus.options import ADVANCED, Option, Options, at_least
 
 #: Heading of the options on calibration in --help.
 CALIBRATION = "Calibration"

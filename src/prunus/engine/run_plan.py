@@ -19,7 +19,7 @@ from prunus.engine.reconstruction.output_loss import CHUNK_TOKENS
 from prunus.engine.reconstruction.reconstruct_block import activation_bytes, in_front_of_head
 from prunus.engine.run_options import RunOptions, WindowOptions
 from prunus.engine.run_record import Walk
-from prunus.hardware.memory import process_memory
+from prunus.hardware.machine import process_memory
 from prunus.hardware.numerics import LARGEST, check_finite
 from prunus.methods.statistics import Needs, statistics_bytes
 from prunus.model.skeleton import Skeleton

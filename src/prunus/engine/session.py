@@ -12,7 +12,7 @@ import torch
 
 from prunus.distributed import SINGLE_PROCESS, Ranks, process_group
 from prunus.engine.progress import PREPARATION, Progress, pruning_step, reporter
-from prunus.hardware.memory import peak_memory
+from prunus.hardware.machine import peak_memory
 
 
 @dataclass(frozen=True)

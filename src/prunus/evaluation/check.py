@@ -15,8 +15,7 @@ from prunus.evaluation.perplexity import load_scoring_text, perplexities
 from prunus.formats.codec import codec_for
 from prunus.formats.compression_recipe import CompressionRecipe
 from prunus.formats.compression_record import CHECKED, CompressionRecord
-from prunus.model.checkpoint.atomic_files import write_text
-from prunus.model.checkpoint.regular_files import read_card
+from prunus.model.checkpoint.files import read_card, write_text
 
 #: What is scored: prose and code. No calibration reads these parts of both texts.
 TEXTS = ("wikitext2", "python-code")

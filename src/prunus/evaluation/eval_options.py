@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import field_validator, model_validator
 
 from prunus.engine.run_options import BATCH, BOS, DTYPE, BosName, DtypeName, MemorySize, RunOptions
-from prunus.options import Option, Options, Range, at_least, between
-from prunus.options.declaration import ADVANCED
+from prunus.options import ADVANCED, Option, Options, Range, at_least, between
 
 #: Which tokens of a window are scored. `papers`: all but the first. `llama.cpp`: those of the
 #: second half, as its perplexity tool does.

@@ -23,9 +23,8 @@ from prunus.engine.linear_record import mean_bits
 from prunus.evaluation.eval_records import ModelSize
 from prunus.evaluation.model_input import find_folder
 from prunus.hardware.numerics import check_finite
-from prunus.model.adapter import base_folder, is_adapter
-from prunus.model.checkpoint.atomic_files import verify_shards
-from prunus.model.checkpoint.resolve import resolve_folder
+from prunus.model.checkpoint.files import verify_shards
+from prunus.model.checkpoint.resolve import base_folder, is_adapter, resolve_folder
 from prunus.model.formats import reader_of
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource

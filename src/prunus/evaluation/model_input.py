@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from prunus.distributed import SINGLE_PROCESS, Ranks
-from prunus.hardware.memory import describe_hardware, versions
+from prunus.hardware.machine import describe_hardware, versions
 from prunus.hardware.numerics import check_finite
-from prunus.model.adapter import base_folder, check_adapter, is_adapter
-from prunus.model.checkpoint.reader import INDEX_NAME
-from prunus.model.checkpoint.resolve import resolve_folder
+from prunus.model.adapter import check_adapter
+from prunus.model.checkpoint.resolve import base_folder, is_adapter, resolve_folder
+from prunus.model.checkpoint.tensor_files import INDEX_NAME
 from prunus.model.config import load_config, require_config
 from prunus.model.device import DTYPES
 from prunus.model.kinds import require_causal

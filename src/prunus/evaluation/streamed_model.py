@@ -20,10 +20,10 @@ import torch
 
 from prunus.evaluation.model_input import ComputeOptions
 from prunus.evaluation.window_scores import ROWS, Rows, WindowProgress, check_windows
-from prunus.hardware.memory import available_memory, memory_budget, process_memory
-from prunus.model.adapter import base_folder, is_adapter
-from prunus.model.checkpoint.atomic_files import read_json
-from prunus.model.checkpoint.reader import Checkpoint
+from prunus.hardware.machine import available_memory, memory_budget, process_memory
+from prunus.model.checkpoint.files import read_json
+from prunus.model.checkpoint.resolve import base_folder, is_adapter
+from prunus.model.checkpoint.tensor_files import Checkpoint
 from prunus.model.config import load_config
 from prunus.model.device import DTYPES
 from prunus.model.linears import is_tied

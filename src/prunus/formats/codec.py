@@ -23,10 +23,9 @@ from prunus.formats.compression_record import CompressionRecord
 from prunus.formats.size_plan import Given, SizePlan, compressible
 from prunus.formats.type_choice import Measurement
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
-from prunus.model.checkpoint.atomic_files import make_folder, read_json, write_json
+from prunus.model.checkpoint.files import make_folder, read_json, write_json
 from prunus.model.checkpoint.output_folder import auxiliary_files, copy_companion
-from prunus.model.checkpoint.reader import SINGLE_NAME, Checkpoint
-from prunus.model.checkpoint.writer import save_safetensors
+from prunus.model.checkpoint.tensor_files import SINGLE_NAME, Checkpoint, save_safetensors
 from prunus.model.formats import format_named, format_of
 from prunus.model.kinds import require_causal
 from prunus.model.source import ModuleSource

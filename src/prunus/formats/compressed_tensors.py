@@ -25,7 +25,7 @@ from prunus.formats.codec import Codec
 from prunus.formats.size_plan import Given, SizePlan, folder_plan
 from prunus.hardware.sizes import in_bytes
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
-from prunus.model.checkpoint.atomic_files import read_json
+from prunus.model.checkpoint.files import read_json
 from prunus.model.linears import is_tied
 
 # The kernels of vLLM know groups of these sizes. Fewer scales take fewer bits.

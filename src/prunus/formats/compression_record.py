@@ -12,7 +12,7 @@ from prunus.engine.linear_record import LinearsRecord
 from prunus.engine.run_record import RecordPart
 from prunus.formats.compression_recipe import CompressionRecipe
 from prunus.hardware.sizes import in_bytes
-from prunus.model.formats import of_packed
+from prunus.model.formats import PACKED
 
 
 class FileSize(RecordPart):
@@ -112,7 +112,7 @@ class CompressionRecord(LinearsRecord):
         if _is_earlier(recipe) and "format" not in recipe:
             blocks, types = values.get("blocks"), values.get("types")
             if values.get("packed_outside") or (blocks and not types):
-                raise ValueError(of_packed(values))
+                raise ValueError(PACKED)
         return values
 
     @field_validator("recipe", mode="before")

@@ -29,7 +29,7 @@ from prunus.formats.codec import Codec
 from prunus.formats.fixed import MLX, check_fixed
 from prunus.formats.size_plan import Given, SizePlan, folder_plan
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
-from prunus.model.checkpoint.atomic_files import read_json
+from prunus.model.checkpoint.files import read_json
 from prunus.model.linears import is_tied
 
 #: Model types whose weights mlx-lm 0.32 takes under the names that transformers gives them, and as

@@ -28,10 +28,8 @@ from prunus.formats.compression_record import CompressionRecord, FileSize
 from prunus.formats.type_choice import Choice, Measurement, TypeChoice, choose_types
 from prunus.hardware.sizes import in_bytes
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
-from prunus.model.checkpoint.reader import Checkpoint
-from prunus.model.checkpoint.writer import file_nbytes
-from prunus.model.embeddings import is_plain
-from prunus.model.linears import Linear, is_tied, tied_embedding
+from prunus.model.checkpoint.tensor_files import Checkpoint, file_nbytes
+from prunus.model.linears import Linear, is_plain, is_tied, tied_embedding
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 

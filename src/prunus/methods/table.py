@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunus.hardware.errors import did_you_mean
 from prunus.methods.method_options import MethodOptions
-from prunus.model.checkpoint.regular_files import read_limited
+from prunus.model.checkpoint.files import read_limited
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,15 +21,13 @@ import torch
 from prunus.hardware.errors import naming, reason, require_library
 from prunus.hardware.numerics import check_finite
 from prunus.hardware.process_state import no_warnings
-from prunus.model.checkpoint.atomic_files import write_json
-from prunus.model.checkpoint.reader import Checkpoint, TensorInfo
-from prunus.model.checkpoint.resolve import resolve_folder
-from prunus.model.checkpoint.writer import save_safetensors
+from prunus.model.checkpoint.files import write_json
+from prunus.model.checkpoint.resolve import CONFIG_NAME, base_folder
+from prunus.model.checkpoint.tensor_files import Checkpoint, TensorInfo, save_safetensors
 from prunus.model.config import load_config, read_config
 from prunus.model.kinds import CAUSAL
 from prunus.model.meta_model import build_on_meta
 
-CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _NAME = "default"  # the name that peft gives to the only adapter of a model
 # What a name in a configuration may be; a regular expression that peft would run is not.
@@ -47,39 +45,6 @@ _UNUSED = (
     "layer_replication", "megatron_config", "eva_config", "corda_config", "arrow_config",
     "use_qalora",
 )  # fmt: skip
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter rather than a whole model."""
-    return (folder / CONFIG_NAME).is_file()
-
-
-def base_folder(folder: Path) -> Path:
-    """The folder of the model that an adapter changes, downloaded if it is a hub id.
-
-    Raises:
-        ValueError: The configuration names no base, or one that is an adapter itself.
-        FileNotFoundError: The base is not there.
-    """
-    name = read_config(folder / CONFIG_NAME).get("base_model_name_or_path")
-    if not isinstance(name, str) or not name:
-        raise ValueError(
-            f"{folder / CONFIG_NAME} names no base_model_name_or_path: which model is it for?"
-        )
-    try:
-        # A relative path counts from the working directory, as in peft, then from the adapter.
-        base = next((path for path in (Path(name), folder / name) if path.is_dir()), None)
-        base = base or resolve_folder(name)
-    except FileNotFoundError as fault:
-        raise FileNotFoundError(
-            f"the adapter {folder} is for {name!r}, which is not there ({fault}); put it in place, "
-            f"or correct base_model_name_or_path in its {CONFIG_NAME}"
-        ) from fault
-    if is_adapter(base):
-        raise ValueError(
-            f"the adapter {folder} is for {base}, which is an adapter itself; merge that one first"
-        )
-    return base
 
 
 def check_adapter(folder: Path, trust_remote_code: bool = False) -> None:

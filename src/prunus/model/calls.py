@@ -107,8 +107,8 @@ def replaced_forward(module: nn.Module, function: Callable[..., Any]) -> Iterato
             module.forward = before
 
 
-class _LastBlockReached(BaseException):
-    """Ends a recording run early: the final norm and the head are not needed."""
+class StopForward(BaseException):
+    """Ends the forward of a model early: nothing is needed of what follows."""
 
 
 class BlockStubs:
@@ -144,44 +144,38 @@ class BlockStubs:
         calls: list[BlockCall] = []
         first: list[torch.Tensor] = []
 
-        def stub(index: int) -> Callable[..., Any]:
-            block = self._blocks[index]
-
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden, args, kwargs = split_hidden(args, kwargs)
-                if index != len(calls):
+        def called(index: int, hidden: torch.Tensor, call: BlockCall) -> torch.Tensor:
+            if index != len(calls):
+                raise NotImplementedError(
+                    f"{self._model_name} calls block {index} where block {len(calls)} was "
+                    f"expected; {_ONCE}"
+                )
+            # A stub returns the tensor that it received. If the next stub receives another one, the
+            # model has computed something in between.
+            if index > 0 and hidden is not first[0]:
+                raise NotImplementedError(
+                    f"{self._model_name} changes the hidden states between blocks {index - 1} "
+                    f"and {index}; such models cannot be pruned block by block yet"
+                )
+            if index == 0:
+                if hidden.dim() != 3 and not self._images:
                     raise NotImplementedError(
-                        f"{self._model_name} calls block {index} where block {len(calls)} was "
-                        f"expected; {_ONCE}"
+                        f"{self._model_name} passes hidden states of shape "
+                        f"{tuple(hidden.shape)} to its blocks, and prunus takes (windows, "
+                        "tokens, hidden); such models cannot be pruned yet"
                     )
-                # A stub returns the tensor that it received. If the next stub receives another
-                # one, the model has computed something in between.
-                if index > 0 and hidden is not first[0]:
-                    raise NotImplementedError(
-                        f"{self._model_name} changes the hidden states between blocks {index - 1} "
-                        f"and {index}; such models cannot be pruned block by block yet"
-                    )
-                if index == 0:
-                    if hidden.dim() != 3 and not self._images:
-                        raise NotImplementedError(
-                            f"{self._model_name} passes hidden states of shape "
-                            f"{tuple(hidden.shape)} to its blocks, and prunus takes (windows, "
-                            "tokens, hidden); such models cannot be pruned yet"
-                        )
-                    first.append(hidden)
-                calls.append(BlockCall(args, kwargs))
-                last = index == len(self._blocks) - 1
-                # The last block is tried only if it is the only one. `returning` then uses what
-                # another block of its class returns, or the tensor alone.
-                if index == 0 or not last:
-                    self._try_block(block, calls[-1], hidden)
-                if last:
-                    raise _LastBlockReached
-                return self._as_returned(block, hidden)
+                first.append(hidden)
+            calls.append(call)
+            last = index == len(self._blocks) - 1
+            # The last block is tried only if it is the only one. `returning` then uses what another
+            # block of its class returns, or the tensor alone.
+            if index == 0 or not last:
+                self._try_block(self._blocks[index], call, hidden)
+            if last:
+                raise StopForward
+            return hidden
 
-            return forward
-
-        with self._in_place(stub), torch.no_grad(), contextlib.suppress(_LastBlockReached):
+        with self._in_place(called), torch.no_grad(), contextlib.suppress(StopForward):
             run()
         if len(calls) != len(self._blocks):
             raise NotImplementedError(
@@ -191,31 +185,34 @@ class BlockStubs:
 
     def returning(self, hidden: torch.Tensor) -> contextlib.AbstractContextManager[None]:
         """While active, the last block returns `hidden`, and the others return their input."""
+        last = len(self._blocks) - 1
+        return self._in_place(lambda index, received, _: hidden if index == last else received)
 
-        def stub(index: int) -> Callable[..., Any]:
-            block = self._blocks[index]
+    @contextlib.contextmanager
+    def _in_place(
+        self, run: Callable[[int, torch.Tensor, BlockCall], torch.Tensor]
+    ) -> Iterator[None]:
+        """While active, stubs stand in for the blocks.
 
+        Args:
+            run: From the number of a block, the hidden states that it receives and its other
+                arguments to the hidden states that it returns, in the form in which it returns
+                them.
+        """
+
+        def stub(index: int, block: nn.Module) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                last = index == len(self._blocks) - 1
-                output = hidden if last else split_hidden(args, kwargs)[0]
-                return self._as_returned(block, output)
+                hidden, args, kwargs = split_hidden(args, kwargs)
+                output = run(index, hidden, BlockCall(args, kwargs))
+                others = self._other_outputs.get(type(block))
+                return output if others is None else (output, *others)
 
             return forward
 
-        return self._in_place(stub)
-
-    @contextlib.contextmanager
-    def _in_place(self, stub: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
-        """While active, block i runs `stub(i)` in place of its forward."""
         with contextlib.ExitStack() as stack:
             for index, block in enumerate(self._blocks):
-                stack.enter_context(replaced_forward(block, stub(index)))
+                stack.enter_context(replaced_forward(block, stub(index, block)))
             yield
-
-    def _as_returned(self, block: nn.Module, hidden: torch.Tensor) -> Any:
-        """Hidden states in the form in which a block returns them."""
-        others = self._other_outputs.get(type(block))
-        return hidden if others is None else (hidden, *others)
 
     def _try_block(self, block: nn.Module, call: BlockCall, hidden: torch.Tensor) -> None:
         """Find out what blocks of this class return, by running a copy with zero weights.

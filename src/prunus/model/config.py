@@ -25,8 +25,8 @@ import transformers
 from transformers import AutoConfig
 
 from prunus.hardware.errors import reason
-from prunus.model.checkpoint.atomic_files import read_json, write_json
-from prunus.model.checkpoint.reader import Checkpoint
+from prunus.model.checkpoint.files import read_json, write_json
+from prunus.model.checkpoint.tensor_files import Checkpoint
 from prunus.model.formats import refuse_packed
 
 _MAX_DEPTH = 32  # of lists and objects in each other
@@ -225,13 +225,8 @@ def check_config(folder: Path, checkpoint: Checkpoint | None = None) -> None:
     path = folder / "config.json"
     if not path.exists():
         return
-    content = read_config(path)
-    stored: StoredSizes | None = None
+    content, stored = read_config(path), _sizes(folder, checkpoint)
     for name, value in _numbers(path, content):
-        # No limit is smaller, so most files need no look at the weights.
-        if value <= _SMALL_EXPERTS:
-            continue
-        stored = stored or _sizes(folder, checkpoint)
         _check(path, name, value, stored)
 
 

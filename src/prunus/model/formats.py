@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prunus.model.checkpoint.atomic_files import RECORD_FILES, read_json
+from prunus.model.checkpoint.files import read_json
 
 
 class FormatEntry(NamedTuple):
@@ -46,6 +46,11 @@ FORMATS = (
     ),
     FormatEntry("mlx", "prunus.formats.mlx:MlxCodec", key="quantization"),
     FormatEntry("gguf", "prunus.formats.gguf.codec:GgufCodec", ".gguf"),
+)
+#: What to do with a packed model: the end of a sentence.
+PACKED = (
+    "prunus before 0.4 made it, and this version does not read it. `prunus unpack` of version 0.3 "
+    "turns it back into a plain checkpoint"
 )
 #: The suffixes of all formats that have one.
 SUFFIXES = [entry.suffix for entry in FORMATS if entry.suffix]
@@ -94,26 +99,11 @@ def refuse_packed(folder: Path) -> None:
     """Refuse a folder in the packed format, which versions before 0.4 wrote and ran.
 
     Raises:
-        ValueError: It is one; says which version made it, and how to get a plain checkpoint.
+        ValueError: It is one; says how to get a plain checkpoint.
     """
     described = _config_of(folder).get("quantization_config")
     if isinstance(described, dict) and described.get("quant_method") == "prunus":
-        file = next((folder / x for x in RECORD_FILES if (folder / x).is_file()), None)
-        raise ValueError(f"{folder} is a packed model: {of_packed(file and read_json(file))}")
-
-
-def of_packed(record: Any) -> str:
-    """What to do with a packed model: the end of a sentence.
-
-    Args:
-        record: The content of its record, or anything else.
-    """
-    versions = record.get("versions") if isinstance(record, dict) else None
-    version = versions.get("prunus") if isinstance(versions, dict) else None
-    return (
-        f"prunus {str(version)[:20] if version else 'before 0.4'} made it, and this version does "
-        "not read it. `prunus unpack` of version 0.3 turns it back into a plain checkpoint"
-    )
+        raise ValueError(f"{folder} is a packed model: {PACKED}")
 
 
 def _config_of(folder: Path) -> dict[str, Any]:

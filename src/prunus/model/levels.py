@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 import torch
 
-from prunus.model.checkpoint.reader import Checkpoint
+from prunus.model.checkpoint.tensor_files import Checkpoint
 
 #: Consecutive weights of a row that have one scale in nearly all formats.
 _BLOCK = 32

@@ -3,8 +3,8 @@
 A linear is any module that multiplies the last axis of its input by one matrix: `nn.Linear` of
 torch, and the transposed `Conv1D` of GPT-2. All other code sees its weight as (out, in).
 
-Outline: `find_block_list`; `Linear` and the functions that find linears; `refuse_not_finite`, which
-explains a result that is not finite.
+Outline: `find_block_list`; `Linear` and the functions that find linears; embeddings, which can be
+tied to the output head; `refuse_not_finite`, which explains a result that is not finite.
 
 Shape suffixes: O outputs, I inputs.
 """
@@ -20,7 +20,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from prunus.hardware.numerics import all_finite, check_finite
-from prunus.model.embeddings import is_table
 from prunus.model.experts import find_routers
 
 #: model_type -> path of the module list, where the declaration of transformers is not enough.
@@ -166,6 +165,21 @@ def left_dense(block: nn.Module, linears: list[Linear]) -> dict[str, tuple[int, 
                 )
             dense[full_name] = tuple(parameter.shape)
     return dense
+
+
+def is_table(module: nn.Module) -> bool:
+    """Whether a module returns rows of its weight, times its `embed_scale` if it has one.
+
+    Classes of transformers that scale rows have a name that ends like this, and one body. Other
+    subclasses of `nn.Embedding` may compute anything with their weight.
+    """
+    scaled = type(module).__name__.endswith("ScaledWordEmbedding")
+    return type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and scaled)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module does no more with its weight than multiply by it, or look up its rows."""
+    return type(module) is nn.Linear or is_table(module)
 
 
 def is_tied(model: Any) -> bool:

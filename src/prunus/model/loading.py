@@ -1,14 +1,11 @@
 """A whole model in memory, with its tokenizer; saved again, it keeps its card and its record.
 
 Outline: `load` is the public call, `load_model` the part that reads weights. `_ReadFile` makes
-transformers read files rather than map them. The functions at the end concern saving.
+transformers read files rather than map them. `card.py` has what is saved with it.
 """
 
 from __future__ import annotations
 
-import functools
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,17 +15,14 @@ from safetensors import safe_open
 from prunus.hardware.errors import reason
 from prunus.hardware.numerics import check_finite
 from prunus.hardware.process_state import replaced
-from prunus.model.adapter import attach, base_folder, check_adapter, is_adapter
-from prunus.model.checkpoint.atomic_files import read_json, write_text
-from prunus.model.checkpoint.regular_files import read_card
-from prunus.model.checkpoint.resolve import resolve_folder
+from prunus.model.adapter import attach, check_adapter
+from prunus.model.checkpoint.card import keep_records, records_of
+from prunus.model.checkpoint.resolve import base_folder, is_adapter, resolve_folder
 from prunus.model.config import load_config
 from prunus.model.device import choose_device
 from prunus.model.kinds import IMAGES, Kind, kind_of
 from prunus.model.meta_model import build_on_meta
 from prunus.model.tokenizer import load_image_processor, load_tokenizer
-
-_CARD, _MANIFESTS = "README.md", ("prunus.json", "prunus-compress.json")
 
 
 class LoadedModel(NamedTuple):
@@ -184,53 +178,3 @@ class _ReadFile:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
-
-
-# --- saving ---
-
-# transformers saves weights and configuration alone. So models that prunus loads or prunes get a
-# `save_pretrained` of their own.
-
-
-def records_of(folder: Path) -> dict[str, str]:
-    """Name -> text of the card and the record that lie in a folder; empty if prunus wrote none."""
-    name = next((file for file in _MANIFESTS if (folder / file).is_file()), None)
-    if name is None:
-        return {}
-    card = read_card(folder / _CARD)
-    return {name: manifest_text(read_json(folder / name))} | ({} if card is None else {_CARD: card})
-
-
-def manifest_text(content: Any) -> str:
-    """A record as the text of a file, without the SHA-256 of shards.
-
-    The record goes next to other shards than those whose bytes it names.
-    """
-    named = content | {"sha256": {}} if isinstance(content, dict) else content
-    return json.dumps(named, indent=2) + "\n"
-
-
-def keep_records(model: Any, records: Mapping[str, str]) -> None:
-    """Let a transformers model write records next to its weights, wherever it is saved.
-
-    Args:
-        model: The model, which gets a `save_pretrained` of its own.
-        records: Name of a file -> its text. Without any, the model stays as it is.
-    """
-    if records:
-        # A partial function, because it is copied and pickled with the model.
-        model.save_pretrained = functools.partial(_save_pretrained, model, dict(records))
-
-
-def _save_pretrained(
-    model: Any,
-    records: Mapping[str, str],
-    save_directory: str | Path,
-    is_main_process: bool = True,
-    **options: Any,
-) -> None:
-    """As `save_pretrained` of transformers, with the card and the record next to the weights."""
-    type(model).save_pretrained(model, save_directory, is_main_process, **options)
-    if is_main_process:
-        for name, text in records.items():
-            write_text(Path(save_directory) / name, text)

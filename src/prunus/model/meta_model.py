@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from threading import get_ident
 from typing import Any
 
@@ -122,7 +122,8 @@ def place(
         device: Where they go.
         as_stored: The `id` of each parameter that is neither converted nor copied on the CPU.
     """
-    replaced: dict[int, nn.Parameter] = {}
+    # The `id` of a parameter -> its values.
+    placed: dict[int, torch.Tensor] = {}
     for name, value in values.items():
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
@@ -131,33 +132,36 @@ def place(
             setattr(owner, leaf, value.to(device=device, dtype=old.dtype, copy=True))
             continue
         if id(old) in as_stored and device.type == value.device.type == "cpu":
-            new = value.detach()
+            placed[id(old)] = value.detach()
         else:
             # The tensor is copied as it is stored. The device converts it, which is faster.
             # From pinned memory it is copied while the host continues.
-            new = value.to(device, copy=True, non_blocking=value.is_pinned()).to(old.dtype)
-        replaced[id(old)] = nn.Parameter(new, requires_grad=False)
+            copied = value.to(device, copy=True, non_blocking=value.is_pinned())
+            placed[id(old)] = copied.to(old.dtype)
     # In a second pass over all owners, because a tied parameter has several.
+    _replace(module, lambda old: placed.get(id(old)))
+
+
+def _replace(module: nn.Module, values: Callable[[nn.Parameter], torch.Tensor | None]) -> None:
+    """Give every parameter the values that a function returns for it; tied ones stay tied.
+
+    Args:
+        module: The module whose parameters are replaced, also those of its children.
+        values: From a parameter to its new values; None keeps the parameter.
+    """
+    # The `id` of a parameter -> its successor.
+    successors: dict[int, nn.Parameter] = {}
     for owner in module.modules():
-        for leaf, old in _own_parameters(owner):
-            if id(old) in replaced:
-                setattr(owner, leaf, replaced[id(old)])
-
-
-def _own_parameters(owner: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Name -> parameter of a module without its children; a list, because they are replaced."""
-    return list(owner.named_parameters(recurse=False, remove_duplicate=False))
+        for leaf, old in list(owner.named_parameters(recurse=False, remove_duplicate=False)):
+            if id(old) not in successors and (new := values(old)) is not None:
+                successors[id(old)] = nn.Parameter(new, requires_grad=False)
+            if id(old) in successors:
+                setattr(owner, leaf, successors[id(old)])
 
 
 def release(module: nn.Module) -> None:
     """Send every parameter back to the meta device; tied parameters stay tied."""
-    # The `id` of a parameter -> its empty twin.
-    empty: dict[int, nn.Parameter] = {}
-    for owner in module.modules():
-        for leaf, old in _own_parameters(owner):
-            if old.device.type != "meta":
-                new = empty.setdefault(id(old), nn.Parameter(old.to("meta"), requires_grad=False))
-                setattr(owner, leaf, new)
+    _replace(module, lambda old: None if old.device.type == "meta" else old.to("meta"))
 
 
 def fill_with_zeros(module: nn.Module, device: torch.device) -> None:
@@ -166,15 +170,11 @@ def fill_with_zeros(module: nn.Module, device: torch.device) -> None:
     A module with such weights runs, but its weights cannot be written to.
     """
     move_buffers(module.modules(), device)
-    for owner in module.modules():
-        for leaf, old in _own_parameters(owner):
-            zeros = torch.zeros((), dtype=old.dtype, device=device).expand(old.shape)
-            setattr(owner, leaf, nn.Parameter(zeros, requires_grad=False))
+    _replace(module, lambda old: torch.zeros((), dtype=old.dtype, device=device).expand(old.shape))
 
 
 def move_buffers(modules: Iterable[nn.Module], device: torch.device) -> None:
     """Send the buffers of some modules, without their children, to `device`."""
     for module in modules:
         for name, buffer in list(module.named_buffers(recurse=False)):
-            if buffer.device != device:
-                setattr(module, name, buffer.to(device))
+            setattr(module, name, buffer.to(device))

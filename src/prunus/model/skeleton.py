@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.model.calls import BlockCall, BlockStubs, replaced_forward
+from prunus.model.calls import BlockCall, BlockStubs, StopForward, replaced_forward
 from prunus.model.experts import Fused, find_fused_experts, fusing_rules, unfuse_experts
 from prunus.model.kinds import IMAGE_TEXT, IMAGES, image_tokens, kind_of, trial_image_size
 from prunus.model.linears import Linear, find_block_list, find_linears, is_tied, left_dense
@@ -28,10 +28,6 @@ from prunus.model.meta_model import build_on_meta, limited_modules, move_buffers
 
 #: From the model's names to the stored tensors; see `WeightSource.read_outside`.
 ReadTensors = Callable[[list[str]], dict[str, torch.Tensor]]
-
-
-class _HeadReached(BaseException):
-    """Ends a run early: only the input of the head is needed."""
 
 
 class Skeleton:
@@ -256,13 +252,13 @@ class Skeleton:
 
         def stop(x: torch.Tensor) -> torch.Tensor:
             seen.append(x)
-            raise _HeadReached
+            raise StopForward
 
         with (
             replaced_forward(self.head(may_be_tied=True).module, stop),
             self._stubs.returning(hidden),
             torch.no_grad(),
-            contextlib.suppress(_HeadReached),
+            contextlib.suppress(StopForward),
         ):
             self.model(input_ids=input_ids, **self._arguments)
         return seen[0]

@@ -21,10 +21,8 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 import torch
 from torch import nn
 
-from prunus.hardware.numerics import check_finite
-from prunus.model.checkpoint.reader import Checkpoint, TensorInfo
-from prunus.model.checkpoint.regular_files import read_limited
-from prunus.model.checkpoint.writer import flat_bytes
+from prunus.model.checkpoint.files import read_limited
+from prunus.model.checkpoint.tensor_files import Checkpoint, TensorInfo, flat_bytes
 from prunus.model.config import load_config, require_config
 from prunus.model.experts import Fused
 from prunus.model.skeleton import Skeleton, names_in_model
@@ -343,8 +341,7 @@ class CheckpointSource:
         digests = {}
         for key in self.outside_keys():
             digest = hashlib.sha256(key.encode())
-            for piece in self.checkpoint.pieces(key):
-                check_finite({key: piece})
+            for piece in self.checkpoint.finite_pieces(key):
                 digest.update(flat_bytes(piece).numpy().data)
             digests[key] = digest.hexdigest()
         return digests

@@ -17,7 +17,7 @@ from torch import nn
 
 from prunus.hardware.numerics import all_finite
 from prunus.model.calls import BlockCall, hidden_of, same_arguments
-from prunus.model.checkpoint.writer import flat_bytes
+from prunus.model.checkpoint.tensor_files import flat_bytes
 from prunus.model.linears import refuse_not_finite
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import WeightSource

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import resource
 from collections.abc import Sequence
@@ -12,10 +11,9 @@ from typing import Any, NamedTuple
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from prunus.hardware.errors import reason
-from prunus.hardware.memory import process_memory
+from prunus.hardware.machine import process_memory
 from prunus.hardware.process_state import no_warnings
-from prunus.model.adapter import base_folder, is_adapter
-from prunus.model.checkpoint.resolve import resolve_folder
+from prunus.model.checkpoint.resolve import base_folder, is_adapter, resolve_folder
 from prunus.model.config import check_config, check_processor_files
 
 #: The files that show that an adapter has a tokenizer of its own.
@@ -262,7 +260,7 @@ def _run_child(
 
 def _limit_process(chats: int) -> None:
     """Limit the processor time of this process, and the memory beyond what its parent had."""
-    seconds = chats * math.ceil(_SECONDS) + 1
+    seconds = int(chats * _SECONDS) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     if taken := process_memory("VmSize"):
         resource.setrlimit(resource.RLIMIT_AS, (taken + _MEMORY, taken + _MEMORY))

@@ -19,8 +19,8 @@ from torch import nn
 
 from prunus.engine.run_record import RecordPart
 from prunus.hardware.errors import reason
-from prunus.model.checkpoint.atomic_files import remove
-from prunus.model.checkpoint.writer import save_safetensors
+from prunus.model.checkpoint.files import remove
+from prunus.model.checkpoint.tensor_files import save_safetensors
 from prunus.recovery.recovery_record import Evaluation
 
 _STATE_NAME = "training.safetensors"

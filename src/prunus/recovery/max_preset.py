@@ -33,7 +33,7 @@ from prunus.model.checkpoint.output_folder import (
     check_resume,
     is_vacant,
 )
-from prunus.model.checkpoint.reader import INDEX_NAME
+from prunus.model.checkpoint.tensor_files import INDEX_NAME
 from prunus.model.source import CheckpointSource, tensors_digest
 from prunus.options import takes
 from prunus.pruning.manifest import Manifest

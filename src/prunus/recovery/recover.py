@@ -31,10 +31,11 @@ from prunus.engine.run_record import (
     source_name,
 )
 from prunus.engine.session import Session
-from prunus.hardware.memory import peak_memory
-from prunus.model.adapter import CONFIG_NAME, save_adapter
-from prunus.model.checkpoint.atomic_files import remove, write_text
+from prunus.hardware.machine import peak_memory
+from prunus.model.adapter import save_adapter
+from prunus.model.checkpoint.files import remove, write_text
 from prunus.model.checkpoint.output_folder import check_disk
+from prunus.model.checkpoint.resolve import CONFIG_NAME
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.options import takes

@@ -18,11 +18,9 @@ from prunus.distributed import Ranks
 from prunus.engine.folder import resumed_or_new
 from prunus.engine.run_options import RunOptions
 from prunus.hardware.errors import require_library
-from prunus.model.adapter import CONFIG_NAME, is_adapter
-from prunus.model.checkpoint.atomic_files import file_digest
+from prunus.model.checkpoint.files import file_digest, read_card
 from prunus.model.checkpoint.output_folder import check_companions
-from prunus.model.checkpoint.regular_files import read_card
-from prunus.model.checkpoint.resolve import resolve_folder
+from prunus.model.checkpoint.resolve import CONFIG_NAME, is_adapter, resolve_folder
 from prunus.model.config import read_config
 from prunus.model.device import choose_device
 from prunus.model.formats import reader_of

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from prunus.hardware.memory import keep_freed_memory
+from prunus.hardware.machine import keep_freed_memory
 from prunus.model.adapter import add_lora
 from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.experts import split_loaded_experts

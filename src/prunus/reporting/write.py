@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from prunus.engine.document import Document, Section
 from prunus.engine.run_record import BlockwiseRecord
 from prunus.formats.compression_record import CompressionRecord
-from prunus.model.checkpoint.atomic_files import check_place, read_json, write_text
+from prunus.model.checkpoint.files import check_place, read_json, write_text
 from prunus.model.formats import reader_of
 from prunus.pruning.manifest import Manifest
 from prunus.reporting.evaluation_sections import evaluation_section

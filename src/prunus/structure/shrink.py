@@ -28,7 +28,7 @@ from prunus.engine.run_options import RunOptions
 from prunus.engine.run_record import bos_words, result_card, source_name
 from prunus.engine.run_windows import given_windows
 from prunus.engine.session import SILENT, Session, shown_session
-from prunus.model.checkpoint.reader import Checkpoint
+from prunus.model.checkpoint.tensor_files import Checkpoint
 from prunus.model.experts import Fused
 from prunus.model.skeleton import names_in_model
 from prunus.options import takes

@@ -23,7 +23,7 @@ from prunus.evaluation.perplexity import perplexity
 from prunus.evaluation.task_runner import evaluate
 from prunus.hardware.errors import reason
 from prunus.methods import get_method
-from prunus.model.checkpoint.atomic_files import (
+from prunus.model.checkpoint.files import (
     TEMPORARY_SUFFIX,
     copy_file,
     in_held,

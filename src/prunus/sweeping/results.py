@@ -16,7 +16,7 @@ from prunus.engine.document import Measured, Table, table_of
 from prunus.engine.linear_record import mean_error
 from prunus.engine.run_record import RecordPart, read_record
 from prunus.evaluation.eval_records import FORMS, ModelSize, PerplexityResult
-from prunus.model.checkpoint.atomic_files import write_json
+from prunus.model.checkpoint.files import write_json
 from prunus.pruning.recipe import Recipe
 
 #: The file of the records in the folder of a sweep.

@@ -22,7 +22,7 @@ from prunus.engine.run_options import RunOptions
 from prunus.evaluation.eval_options import TaskOptions
 from prunus.evaluation.perplexity import check_text
 from prunus.evaluation.task_runner import prepare_tasks
-from prunus.hardware.memory import describe_hardware, versions
+from prunus.hardware.machine import describe_hardware, versions
 from prunus.model.checkpoint.output_folder import check_apart, is_vacant
 from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.device import choose_device

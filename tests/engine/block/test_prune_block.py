@@ -12,7 +12,7 @@ from prunus.engine.block.walks import BlockWalk, lockstep, replay, two_pass
 from prunus.engine.linear_plan import LinearPlan, plan_run
 from prunus.engine.memory_plan import Memory
 from prunus.engine.run_options import RunOptions
-from prunus.hardware.memory import available_memory
+from prunus.hardware.machine import available_memory
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear, find_linears
 from prunus.pruning.recipe import Recipe

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 import prunus
-from prunus.model.checkpoint import regular_files
-from prunus.model.checkpoint.atomic_files import read_json, replacing, write_text
-from prunus.model.checkpoint.reader import INDEX_NAME
+from prunus.model.checkpoint import files
+from prunus.model.checkpoint.files import read_json, replacing, write_text
+from prunus.model.checkpoint.tensor_files import INDEX_NAME
 from prunus.pruning.recipe import Recipe
 from recovery_cases import recover
 from tiny import token_ids
@@ -163,7 +163,7 @@ def test_special_files_in_the_output_folder_and_for_records(material, tmp_path):
 
 
 def test_a_file_that_is_too_large_is_refused_before_it_is_read(monkeypatch, tmp_path):
-    monkeypatch.setitem(regular_files._MAX_BYTES, ".json", 5)
+    monkeypatch.setitem(files._MAX_BYTES, ".json", 5)
     (tmp_path / "a.json").write_text("[1,2]")
     assert read_json(tmp_path / "a.json") == [1, 2]
     (tmp_path / "a.json").write_text("[1,23]")

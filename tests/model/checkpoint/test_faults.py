@@ -20,11 +20,15 @@ from safetensors.torch import save, save_file
 
 import prunus
 from command_line import call
-from prunus.model.checkpoint import atomic_files as files
-from prunus.model.checkpoint.atomic_files import recorded_digests, verify_shards
+from prunus.model.checkpoint import files
+from prunus.model.checkpoint.files import recorded_digests, verify_shards
 from prunus.model.checkpoint.lock import LOCK_NAME
-from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint
-from prunus.model.checkpoint.writer import TENSOR_DTYPES, save_safetensors
+from prunus.model.checkpoint.tensor_files import (
+    INDEX_NAME,
+    TENSOR_DTYPES,
+    Checkpoint,
+    save_safetensors,
+)
 from random_kills import audit, outcome, verbs
 from recovery_cases import dense_checkpoint, pruned_checkpoint, recover
 from scripts import run_script

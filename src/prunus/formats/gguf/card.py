@@ -14,9 +14,8 @@ import yaml
 
 from prunus.formats.gguf.file import GgufFile
 from prunus.formats.gguf.package import package
-from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.card import base_model, values_of
-from prunus.model.checkpoint.regular_files import read_card
+from prunus.model.checkpoint.files import read_card, read_json
 
 #: Field of a card -> field `general.…` of a GGUF file.
 _FIELDS = {

@@ -39,8 +39,8 @@ from prunus.formats.size_plan import (
 from prunus.formats.type_choice import Measurement, TypeChoice
 from prunus.hardware.sizes import in_bytes
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
-from prunus.model.checkpoint.atomic_files import check_file_place, make_folder, write_text
-from prunus.model.checkpoint.reader import Checkpoint
+from prunus.model.checkpoint.files import check_file_place, make_folder, write_text
+from prunus.model.checkpoint.tensor_files import Checkpoint
 
 # Bits of embeddings and head -> their type.
 _HEAD_TYPES: dict[int | str, str] = {4: "Q4_K", 6: "Q6_K", 8: "Q8_0"}

@@ -47,7 +47,7 @@ from prunus.formats.gguf.placements import (
 )
 from prunus.formats.gguf.types import TYPES
 from prunus.formats.type_choice import Measurement
-from prunus.model.checkpoint.writer import flat_bytes
+from prunus.model.checkpoint.tensor_files import flat_bytes
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 

@@ -18,7 +18,7 @@ from prunus.formats.gguf.file import RECORD_FIELD, fields_of, new_fields
 from prunus.formats.gguf.header import StoredTensor, header_of, padded
 from prunus.formats.gguf.layout import GgufLayout, GgufTensor
 from prunus.formats.gguf.types import FILE_TYPES, PLAIN, TYPES
-from prunus.model.checkpoint.reader import Checkpoint
+from prunus.model.checkpoint.tensor_files import Checkpoint
 from prunus.model.source import CheckpointSource
 
 # The record in the file is filled up with spaces, so that the size of the file is known before the

@@ -36,8 +36,7 @@ from prunus.formats.gguf.types import TYPES, GgufType
 from prunus.hardware.errors import require_library
 from prunus.hardware.process_state import replaced
 from prunus.methods.group_quantizer import GroupedWeight
-from prunus.model.checkpoint.atomic_files import replacing
-from prunus.model.checkpoint.regular_files import open_regular
+from prunus.model.checkpoint.files import open_regular, replacing
 
 # Types that the package cannot decode, by their numbers; versions up to 0.19 do not know them.
 _OWN = {TYPES["Q2_0"].number: TYPES["Q2_0"]}

@@ -26,7 +26,7 @@ from prunus.formats.gguf.types import FULL_TYPES, PLAIN
 from prunus.formats.gguf.vocabulary import adds_bos, drop_added_tokens, restore_split
 from prunus.hardware.errors import did_you_mean, reason
 from prunus.hardware.process_state import no_stderr
-from prunus.model.checkpoint.atomic_files import (
+from prunus.model.checkpoint.files import (
     TEMPORARY_SUFFIX,
     fsync_folder,
     in_held,
@@ -38,8 +38,7 @@ from prunus.model.checkpoint.atomic_files import (
 )
 from prunus.model.checkpoint.lock import LOCK_NAME, locked
 from prunus.model.checkpoint.output_folder import is_vacant
-from prunus.model.checkpoint.reader import TensorInfo
-from prunus.model.checkpoint.writer import FileTensor, Writable, save_safetensors
+from prunus.model.checkpoint.tensor_files import FileTensor, TensorInfo, Writable, save_safetensors
 from prunus.model.device import DTYPES
 from prunus.model.kinds import CAUSAL
 from prunus.model.meta_model import build_on_meta

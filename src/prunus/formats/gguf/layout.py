@@ -30,9 +30,8 @@ from prunus.formats.gguf.package import package
 from prunus.formats.gguf.types import TYPES
 from prunus.formats.gguf.vocabulary import NORMAL, add_vocabulary
 from prunus.hardware.process_state import no_stderr
-from prunus.model.checkpoint.atomic_files import read_json
-from prunus.model.checkpoint.reader import TensorInfo
-from prunus.model.checkpoint.regular_files import read_limited
+from prunus.model.checkpoint.files import read_json, read_limited
+from prunus.model.checkpoint.tensor_files import TensorInfo
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 

@@ -32,7 +32,7 @@ from prunus.formats.gguf.contents import content
 from prunus.formats.gguf.file import RECORD_FIELD, check_extra, open_gguf, write_gguf
 from prunus.formats.gguf.modelfile import modelfile
 from prunus.formats.gguf.types import FULL_TYPES
-from prunus.model.checkpoint.atomic_files import (
+from prunus.model.checkpoint.files import (
     check_file_place,
     check_place,
     move_file,
@@ -40,7 +40,7 @@ from prunus.model.checkpoint.atomic_files import (
     write_text,
 )
 from prunus.model.checkpoint.output_folder import check_apart
-from prunus.model.checkpoint.reader import Checkpoint
+from prunus.model.checkpoint.tensor_files import Checkpoint
 from prunus.model.formats import reader_of
 from prunus.options import Options
 

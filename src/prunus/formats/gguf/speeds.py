@@ -17,7 +17,7 @@ import numpy as np
 
 from prunus.formats.gguf.types import TYPES, type_for
 from prunus.hardware.errors import did_you_mean
-from prunus.model.checkpoint.atomic_files import read_json
+from prunus.model.checkpoint.files import read_json
 
 #: Name of a processor's instructions -> type -> nanoseconds per weight.
 SPEEDS: dict[str, dict[str, float]] = {

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prunus.formats.gguf.file import GgufFile
-from prunus.model.checkpoint.atomic_files import read_json, write_json
+from prunus.model.checkpoint.files import read_json, write_json
 
 #: Kinds of tokens: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)

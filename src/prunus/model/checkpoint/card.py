@@ -2,10 +2,14 @@
 
 Those lines, the front matter, are YAML between two lines of three dashes. Here a field is kept as
 the text that the card has for it, so that fields which prunus does not know stay as they are.
+
+The functions at the end save the card and the record of a loaded model with it.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +17,10 @@ from typing import Any
 
 import yaml
 
-from prunus.model.checkpoint.regular_files import read_card
+from prunus.model.checkpoint.files import read_card, read_json, write_text
 
+#: The files that go with a model when it is saved again: its card, and one of these records.
+_CARD, _MANIFESTS = "README.md", ("prunus.json", "prunus-compress.json")
 _FENCE = "---"
 _FIELD = re.compile(r"^([A-Za-z_][A-Za-z0-9_-]*):(.*)$")
 #: A model on the hub: owner and name.
@@ -98,7 +104,7 @@ def inherited_fields(folder: Path | None) -> dict[str, str]:
     """
     if folder is None:
         return {}
-    fields = read_fields(read_card(folder / "README.md"))[0]
+    fields = read_fields(read_card(folder / _CARD))[0]
     return {name: fields[name] for name in _INHERITED if name in fields}
 
 
@@ -122,3 +128,53 @@ def base_model(source: str, folder: Path | None = None) -> str | None:
         if part.startswith("models--") and _HUB_ID.fullmatch(hub_id):
             return hub_id
     return None
+
+
+# --- the card and the record of a loaded model ---
+
+# transformers saves weights and configuration alone. So models that prunus loads or prunes get a
+# `save_pretrained` of their own.
+
+
+def records_of(folder: Path) -> dict[str, str]:
+    """Name -> text of the card and the record that lie in a folder; empty if prunus wrote none."""
+    name = next((file for file in _MANIFESTS if (folder / file).is_file()), None)
+    if name is None:
+        return {}
+    card = read_card(folder / _CARD)
+    return {name: manifest_text(read_json(folder / name))} | ({} if card is None else {_CARD: card})
+
+
+def manifest_text(content: Any) -> str:
+    """A record as the text of a file, without the SHA-256 of shards.
+
+    The record goes next to other shards than those whose bytes it names.
+    """
+    named = content | {"sha256": {}} if isinstance(content, dict) else content
+    return json.dumps(named, indent=2) + "\n"
+
+
+def keep_records(model: Any, records: Mapping[str, str]) -> None:
+    """Let a transformers model write records next to its weights, wherever it is saved.
+
+    Args:
+        model: The model, which gets a `save_pretrained` of its own.
+        records: Name of a file -> its text. Without any, the model stays as it is.
+    """
+    if records:
+        # A partial function, because it is copied and pickled with the model.
+        model.save_pretrained = functools.partial(_save_pretrained, model, dict(records))
+
+
+def _save_pretrained(
+    model: Any,
+    records: Mapping[str, str],
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    **options: Any,
+) -> None:
+    """As `save_pretrained` of transformers, with the card and the record next to the weights."""
+    type(model).save_pretrained(model, save_directory, is_main_process, **options)
+    if is_main_process:
+        for name, text in records.items():
+            write_text(Path(save_directory) / name, text)

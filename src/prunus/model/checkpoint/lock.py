@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prunus.model.checkpoint.atomic_files import holding, make_folder
+from prunus.model.checkpoint.files import holding, make_folder
 
 LOCK_NAME = ".prunus.lock"
 # Errors of file systems without flock, such as some network file systems. There the process id in

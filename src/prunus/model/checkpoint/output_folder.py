@@ -5,10 +5,15 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from prunus.model.checkpoint.atomic_files import TEMPORARY_SUFFIX, check_place, copy_file
+from prunus.model.checkpoint.files import (
+    TEMPORARY_SUFFIX,
+    check_place,
+    check_regular,
+    copy_file,
+    open_regular,
+)
 from prunus.model.checkpoint.lock import LOCK_NAME
-from prunus.model.checkpoint.reader import INDEX_NAME, PICKLE_SUFFIXES, Checkpoint
-from prunus.model.checkpoint.regular_files import check_regular, open_regular
+from prunus.model.checkpoint.tensor_files import INDEX_NAME, PICKLE_SUFFIXES, Checkpoint
 from prunus.model.formats import SUFFIXES, format_of
 
 #: Most bytes of a file that is copied next to the weights: 1 GiB, far more than any tokenizer has.

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and the digests by which later changes are noticed.
+"""Files read with limits, and files that are either whole or not there, with digests of them.
 
 This file writes everything that prunus writes, in four steps: write to a temporary name in
 the same folder, fsync the file, rename it, fsync the folder. After a kill or a power cut, a final
@@ -16,7 +16,12 @@ Temporary names are random, and their files are created with O_EXCL and O_NOFOLL
 somebody placed in the folder is never followed, and two processes never write one temporary file. A
 killed process leaves its temporary file; `remove_temporaries` clears a folder that is locked.
 
-Imports no torch, so that a report can be read without it. `writer.py` has the tensors.
+Strangers make the files that are read. Opening a FIFO waits for ever, and `/dev/zero` never ends. A
+checkpoint may hold either, or a link to it. So a file is opened without waiting, and its type and
+size are checked before it is read.
+
+Outline: files that are read; the folder that is held; files that are written; JSON; the SHA-256 of
+shards. Imports no torch, so that a report can be read without it. `tensor_files.py` has tensors.
 """
 
 from __future__ import annotations
@@ -28,13 +33,31 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from prunus.hardware.errors import reason
-from prunus.model.checkpoint.regular_files import open_regular, read_limited
 
+_MIB = 2**20
+#: End of a file's name -> its most bytes. Weights and other files have no limit here.
+_MAX_BYTES = {
+    "config.json": 16 * _MIB,
+    ".json": 256 * _MIB,
+    ".jinja": 4 * _MIB,
+    ".md": 4 * _MIB,
+    ".model": 256 * _MIB,
+    ".txt": 256 * _MIB,
+}
+_KINDS = {
+    stat.S_ISFIFO: "a FIFO",
+    stat.S_ISCHR: "a character device",
+    stat.S_ISBLK: "a block device",
+    stat.S_ISSOCK: "a socket",
+    stat.S_ISDIR: "a folder",
+}
 #: End of the name of every file that is not finished yet.
 TEMPORARY_SUFFIX = ".partial"
 # Linux allows names of 255 bytes. A temporary name takes over the first 200, and has room for a
@@ -53,6 +76,87 @@ RECORD_FILES = (
 )
 #: Absolute path of a folder that this process holds -> the open handle of that folder.
 _held: dict[Path, int] = {}
+
+
+# --- files that are read: regular ones only, with a limit for each kind ---
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Open a file for reading, in binary mode.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no regular file, or larger than its kind may be (`_MAX_BYTES`).
+    """
+    # Without O_NONBLOCK, opening a FIFO would wait for a writer. It changes nothing for others.
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        _check_state(path, os.fstat(handle))
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def read_limited(path: Path) -> bytes:
+    """The content of a file; the errors are those of `open_regular`."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        # A file that grows meanwhile is not followed.
+        return file.read(size)
+
+
+def read_card(path: Path) -> str | None:
+    """The text of a model card; None if there is none.
+
+    Cards are for people, and old ones are not all UTF-8. So bytes that cannot be decoded become
+    replacement characters.
+
+    Raises:
+        ValueError: It is no regular file, or too large for a card.
+    """
+    try:
+        return read_limited(path).decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+
+
+def check_regular(path: Path) -> None:
+    """Check the type and the size of a file, without opening it; errors as of `open_regular`."""
+    _check_state(path, path.stat())
+
+
+def check_folder(folder: Path) -> None:
+    """Check all files of a checkpoint folder with `check_regular`, before transformers reads them.
+
+    transformers opens configuration, tokenizer and chat templates on its own, without such checks.
+    Of the folders in it, transformers looks into the one with chat templates alone.
+
+    Raises:
+        ValueError: A file is no regular file, or larger than its kind may be; names it.
+    """
+    for path in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
+        # A link to nothing is reported by whoever needs the file.
+        if path.exists() and not path.is_dir():
+            check_regular(path)
+
+
+def _check_state(path: Path, state: os.stat_result) -> None:
+    if not stat.S_ISREG(state.st_mode):
+        kind = next((name for test, name in _KINDS.items() if test(state.st_mode)), "special")
+        link = f", through the link to {os.readlink(path)}" if path.is_symlink() else ""
+        raise ValueError(
+            f"{path} is {kind}{link}; expected a regular file: remove it, or put the file there"
+        )
+    largest = next((size for end, size in _MAX_BYTES.items() if path.name.endswith(end)), None)
+    if largest is not None and state.st_size > largest:
+        raise ValueError(
+            f"{path} has {state.st_size:,} bytes, and a file of this kind may have {largest:,}; it "
+            "is damaged or no part of a checkpoint: remove it, or download it again"
+        )
+
+
+# --- files that are written ---
 
 
 @contextlib.contextmanager

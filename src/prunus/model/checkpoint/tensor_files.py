@@ -1,4 +1,4 @@
-"""A checkpoint on disk as named tensors that are read one at a time.
+"""Safetensors: a checkpoint whose tensors are read one at a time, and files written atomically.
 
 Only safetensors are read, never pickles, which can run code, and no path is followed that an index
 file names out of the checkpoint's folder.
@@ -6,6 +6,8 @@ file names out of the checkpoint's folder.
 Nothing is mapped: a mapped file that is cut short ends the process that touches it.
 `Checkpoint.read` copies tensors into memory, so whatever happens to a file later changes nothing.
 `Checkpoint.pieces` is for embeddings, which may be larger than a block.
+
+Outline: `Checkpoint`; `save_safetensors`.
 """
 
 from __future__ import annotations
@@ -15,20 +17,29 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from prunus.hardware.numerics import check_finite
-from prunus.model.checkpoint.atomic_files import read_json
-from prunus.model.checkpoint.regular_files import check_regular
-from prunus.model.checkpoint.writer import TENSOR_DTYPES, FileTensor
+from prunus.model.checkpoint.files import check_regular, read_json, replacing
 
+#: Names that safetensors gives to dtypes, in the order in which a file holds them.
+TENSOR_DTYPES = {
+    "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "U32": torch.uint32,
+    "I32": torch.int32, "BF16": torch.bfloat16, "F16": torch.float16, "I16": torch.int16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_CODES = {dtype: code for code, dtype in TENSOR_DTYPES.items()}
+_PIECE = 2**27  # bytes to write between two calls of fsync
 #: The file that maps stored names to shards.
 INDEX_NAME = "model.safetensors.index.json"
 #: The only shard of a checkpoint without an index.
@@ -37,6 +48,33 @@ SINGLE_NAME = "model.safetensors"
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _MAX_PREFETCH = 2**28  # bytes; see `_prefetch`
 _VALUES = 2**27  # bytes of a tensor to read at a time
+
+
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor as a flat uint8 tensor on the CPU."""
+    return tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor that stays in its file until it is written to another one.
+
+    Attributes:
+        dtype: Dtype of the values.
+        shape: Shape of the tensor.
+        nbytes: Bytes of all values.
+        pieces: Returns the values in order, as flat tensors that together have `nbytes` bytes. It
+            reads the file anew at each call.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+    pieces: Callable[[], Iterable[torch.Tensor]]
+
+
+#: What can be written: a tensor in memory, on any device, or one that lies in another file.
+Writable = torch.Tensor | FileTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +232,7 @@ class Checkpoint:
                     info = self.tensors[name]
                     _prefetch(plain.fileno(), info)
                     content = torch.empty(info.nbytes, dtype=torch.uint8, pin_memory=pinned)
-                    if not _fill(plain, info.begin, content):
-                        raise ValueError(self._changed(file))
+                    self._fill(content, plain, file, info.begin)
                     yield name, content.view(info.dtype).reshape(info.shape)
 
     def whole(self, name: str) -> torch.Tensor:
@@ -209,17 +246,9 @@ class Checkpoint:
         """
         infos = {name: self.tensors[name] for name in names}
         return {
-            name: FileTensor(
-                info.dtype, info.shape, info.nbytes, partial(self._finite_pieces, name)
-            )
+            name: FileTensor(info.dtype, info.shape, info.nbytes, partial(self.finite_pieces, name))
             for name, info in infos.items()
         }
-
-    def _finite_pieces(self, name: str) -> Iterator[torch.Tensor]:
-        """`pieces`, or a ValueError that names the tensor where it is not finite."""
-        for piece in self.pieces(name):
-            check_finite({name: piece})
-            yield piece
 
     def pieces(self, name: str, most: int = _VALUES) -> Iterator[torch.Tensor]:
         """Yield the values of a tensor in order, as flat tensors of at most `most` bytes.
@@ -233,10 +262,15 @@ class Checkpoint:
             for start in range(0, info.nbytes, most):
                 size = min(most, info.nbytes - start)
                 content = torch.empty(size, dtype=torch.uint8)
-                if not _fill(plain, info.begin + start, content):
-                    raise ValueError(self._changed(file))
+                self._fill(content, plain, file, info.begin + start)
                 yield content.view(info.dtype)
         self.check_unchanged([file])
+
+    def finite_pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """`pieces`, or a ValueError that names the tensor where it is not finite."""
+        for piece in self.pieces(name):
+            check_finite({name: piece})
+            yield piece
 
     def _by_file(self, names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
         """Yield each shard with those of its tensors that are to be read, after checking it."""
@@ -261,6 +295,16 @@ class Checkpoint:
                 now = _state(self.folder / file)
             if now != self._opened[file]:
                 raise ValueError(self._changed(file))
+
+    def _fill(self, content: torch.Tensor, opened: FileIO, file: str, begin: int) -> None:
+        """Fill a uint8 tensor from offset `begin` of a shard on, which may end too early by now."""
+        opened.seek(begin)
+        left = memoryview(content.numpy().data)
+        while left:
+            count = opened.readinto(left)
+            if not count:
+                raise ValueError(self._changed(file))
+            left = left[count:]
 
     def _open(self, file: str) -> FileIO:
         """Open a shard, which may be gone since `check_unchanged` has looked."""
@@ -292,18 +336,6 @@ class Checkpoint:
         return sum(self.tensors[name].nbytes for name in names)
 
 
-def _fill(file: FileIO, begin: int, content: torch.Tensor) -> bool:
-    """Read bytes from offset `begin` on into a uint8 tensor; False if the file ends too early."""
-    file.seek(begin)
-    left = memoryview(content.numpy().data)
-    while left:
-        count = file.readinto(left)
-        if not count:
-            return False
-        left = left[count:]
-    return True
-
-
 def _prefetch(file: int, info: TensorInfo) -> None:
     """Bring a tensor into the page cache, without what lies around it in the file.
 
@@ -319,3 +351,93 @@ def _state(path: Path) -> tuple[int, int, int]:
     """Inode, length and time of the last change: equal as long as a file is the same."""
     state = path.stat()
     return state.st_ino, state.st_size, state.st_mtime_ns
+
+
+# --- written files ---
+
+
+def save_safetensors(
+    path: Path,
+    tensors: Mapping[str, Writable],
+    metadata: Mapping[str, str] | None = None,
+    uncached: bool = False,
+) -> str:
+    """Write tensors as one safetensors file, atomically, and return its SHA-256 (hex).
+
+    Equal tensors and metadata give equal bytes. `save_file` of the safetensors library puts the
+    metadata in another order each time, and when killed it leaves a half-written file.
+
+    Format (https://github.com/huggingface/safetensors): the length of the header as 8 bytes, the
+    header as JSON, then the bytes of the tensors without gaps.
+
+    Args:
+        path: The file.
+        tensors: Name -> tensor, of any dtype of `TENSOR_DTYPES`.
+        metadata: Text for the header; None for nothing but the format's name.
+        uncached: Drop written pages from the page cache at once. For runs that have little memory.
+
+    Raises:
+        OSError: The file cannot be written, for example because the disk is full; see `replacing`.
+    """
+    head, names, end = _head(tensors, metadata)
+    with (
+        replacing(path, len(head) + end) as file,
+        ThreadPoolExecutor(1, thread_name_prefix="hash") as hashing,
+    ):
+        file.write(head)
+        digest = hashlib.sha256(head)
+        unwritten = 0
+        for name in names:
+            # One at a time: the copy of a tensor that is on another device, or not contiguous, is
+            # released before the next one is made.
+            for piece in _pieces(tensors[name]):
+                # Hashing and writing both run without the interpreter's lock, at the same time.
+                hashed = hashing.submit(digest.update, piece.numpy().data)
+                file.write(piece.numpy().data)
+                hashed.result()
+                unwritten += len(piece)
+                if unwritten >= _PIECE:
+                    # Pages that wait to be written count against the memory limit of a container.
+                    file.flush()
+                    os.fsync(file.fileno())
+                    if uncached and hasattr(os, "posix_fadvise"):
+                        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                    unwritten = 0
+    return digest.hexdigest()
+
+
+def file_nbytes(tensors: Mapping[str, Any]) -> int:
+    """Bytes of the file that `save_safetensors` makes of tensors with these shapes and dtypes.
+
+    >>> file_nbytes({"a": torch.empty(2, 3)})
+    120
+    """
+    head, _, end = _head(tensors, None)
+    return len(head) + end
+
+
+def _head(
+    tensors: Mapping[str, Any], metadata: Mapping[str, str] | None
+) -> tuple[bytes, list[str], int]:
+    """The header of a file with its length, the names of the tensors in order, and their bytes."""
+    # As in the library: wide dtypes first, which keeps all tensors aligned, then by name.
+    rank = {dtype: position for position, dtype in enumerate(_CODES)}
+    names = sorted(tensors, key=lambda name: (rank[tensors[name].dtype], name))
+    header: dict[str, Any] = {
+        "__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))
+    }
+    end = 0
+    for name in names:
+        dtype, shape = tensors[name].dtype, list(tensors[name].shape)
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    return len(text).to_bytes(8, "little") + text, names, end
+
+
+def _pieces(tensor: Writable) -> Iterable[torch.Tensor]:
+    """The bytes of a tensor in order, as flat uint8 tensors on the CPU."""
+    if isinstance(tensor, FileTensor):
+        return map(flat_bytes, tensor.pieces())
+    return flat_bytes(tensor).split(_PIECE)
