@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,23 +130,22 @@ def training_text(source: str, request: WindowRequest, held_out: int) -> Trainin
     seqlen, seed = request.seqlen, request.seed
     text_source.check(request)
 
-    def checked(rows: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """The rows, each of which is checked when it is read."""
-        for row in rows:
-            if request.vocabulary is not None:
-                check_ids(row, request.vocabulary, "the training token ids")
-            yield row
+    def checked(row: torch.Tensor) -> torch.Tensor:
+        """A window, which is checked when it is read."""
+        if request.vocabulary is not None:
+            check_ids(row, request.vocabulary, "the training token ids")
+        return row
 
     if isinstance(text_source, IdsFile):
         rows = _shuffled(cut_rows(read_ids(Path(source)), seqlen), seed)
-        return TrainingText(checked(rows), source, held_out, seed)
+        return TrainingText(map(checked, rows), source, held_out, seed)
     assert isinstance(text_source, TextSource), "`check` refuses images"
     tokenizer = text_source.tokenizer(request)
     token = bos_token(tokenizer, request.bos)
     texts = text_source.read(request)
     rows_with_bos = (put_bos_first(row, token) for row in _windows(texts, tokenizer, seqlen, seed))
     sources = "; ".join(text.source for text in texts)
-    return TrainingText(checked(rows_with_bos), sources, held_out, seed, used_bos(token))
+    return TrainingText(map(checked, rows_with_bos), sources, held_out, seed, used_bos(token))
 
 
 def _windows(texts: list[Text], tokenizer: Any, seqlen: int, seed: int) -> Iterator[torch.Tensor]:

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from prunus.calibration.catalogue import CORPORA
 from prunus.calibration.corpora import check_corpus, load_corpus
@@ -170,37 +169,36 @@ def perplexities(
     first_scored_row(chosen.protocol, _seqlen(chosen))
     for model in models:
         check_as_loaded(model, chosen.dtype, chosen.device)
-        find_model(model, chosen.trust_remote_code)
+    inputs = [find_model(model, chosen.trust_remote_code) for model in models]
+    compared = None if reference is None else find_model(reference, chosen.trust_remote_code)
     for text in texts:
         check_text(text, chosen.data)
     if chosen.protocol == "llama.cpp" and chosen.dtype == "auto":
         # As llama.cpp adds. Rounding to bfloat16 is of the size of the errors of eight-bit types.
         chosen = chosen.model_copy(update={"dtype": "float32"})
     report = progress if callable(progress) else None
-    groups = [[model] for model in models] if reference is None else [models]
+    groups = [[model] for model in inputs] if compared is None else [inputs]
     return [
         results
         for group in groups
-        for results in _side_by_side(group, texts, reference, report, ranks, chosen)
+        for results in _side_by_side(group, texts, compared, report, ranks, chosen)
     ]
 
 
 def _side_by_side(
-    models: Sequence[Any],
+    inputs: Sequence[ModelInput],
     texts: Sequence[str],
-    reference: Any,
+    compared: ModelInput | None,
     progress: WindowProgress | None,
     ranks: Ranks,
     chosen: TextOptions,
 ) -> list[list[PerplexityResult]]:
-    """Score models that share the tokens of the texts; see `perplexities`."""
+    """Score models that share the tokens of the texts, beside a reference; see `perplexities`."""
     seqlen = _seqlen(chosen)
     batch = 1 if chosen.batch == "auto" else chosen.batch
-    loaded = (model for model in models if isinstance(model, nn.Module))
-    device = choose_device(chosen.device, next(loaded, None), ranks.local_size)
+    loaded = next((model.loaded for model in inputs if model.folder is None), None)
+    device = choose_device(chosen.device, loaded, ranks.local_size)
     compute = ComputeOptions(chosen.dtype, device, chosen.memory, chosen.trust_remote_code)
-    inputs = [find_model(model, chosen.trust_remote_code) for model in models]
-    compared = None if reference is None else find_model(reference, chosen.trust_remote_code)
     if compared is not None:
         for model in inputs:
             check_reference(model, compared)
