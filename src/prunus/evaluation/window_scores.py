@@ -320,4 +320,4 @@ def _compare(
     for measure, values_T in values.items():
         parts = (each.split(_PIECE) for each in (values_T, reference_TV, model_TV))
         for piece_T, *logits in zip(*parts, strict=True):
-            piece_T.copy_(measure(*logits))
+            piece_T.copy_(measure(*logits).cpu())
