@@ -125,6 +125,7 @@ class StreamedModel:
     Attributes:
         source: The weights.
         skeleton: The model without weights.
+        model: Its transformers model.
         dtype: The dtype in which it computes.
         device: Where it computes.
         memory: Budget in bytes for the whole process; None takes what is free.
