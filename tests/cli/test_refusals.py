@@ -172,7 +172,7 @@ OTHERS = [
     ("report pruned -o /proc/none/a.md", "/proc/none/a.md cannot be created: "),
     ("inspect pruned --json /proc/none/a.json", "/proc/none/a.json cannot be created: "),
     ("import model.gguf out --dtype int8", "'int8' is not one of 'bfloat16', 'float16'"),
-    ("eval dense --perplexity text.txt --seqlen 65", "model's 64 positions"),
+    ("eval dense --perplexity text.txt --seqlen 65", "the model has 64 positions"),
     ("recover pruned out --mode lora --target-modules ,", "target_modules names no linear"),
     ("recover pruned out --mode masked --teacher ./gone", "neither a folder nor a hub id"),
     # What other programs call otherwise.

@@ -15,7 +15,7 @@ import prunus
 from changes import edit_tensors
 from command_line import call
 from prunus.evaluation.eval_records import PAPER7, Metric, TaskResults, TaskScore
-from prunus.evaluation.model_input import ComputeOptions
+from prunus.evaluation.model_input import ModelInput
 from tiny import token_ids
 from tiny_tokenizer import dense_checkpoint
 from zeroshot_rows import write_local_datasets
@@ -83,7 +83,7 @@ def test_eval_puts_models_side_by_side(models, local_datasets, tmp_path):
     ],
 )
 def test_eval_refuses_before_any_work(arguments, complaint, models, local_datasets, monkeypatch):
-    monkeypatch.setattr(ComputeOptions, "load", None)
+    monkeypatch.setattr(ModelInput, "load", None)
     filled = [argument.format(first=models["first"]) for argument in arguments]
     result = call("eval", *filled, "--data", local_datasets, status=2)
     assert complaint in result.stderr

@@ -255,14 +255,12 @@ def python_docs(part: Part) -> list[str]:
     """
     from pydoc_data.topics import topics
 
-    paragraphs = []
-    seen = set()
+    # The words of a paragraph -> the first paragraph with these words.
+    by_words: dict[str, str] = {}
     for topic in sorted(topics):
         for paragraph in topics[topic].split("\n\n"):
-            bare = " ".join(paragraph.split())
-            if bare and bare not in seen:
-                seen.add(bare)
-                paragraphs.append(paragraph)
+            by_words.setdefault(" ".join(paragraph.split()), paragraph)
+    paragraphs = [paragraph for words, paragraph in by_words.items() if words]
     # The number of characters up to the end of each paragraph.
     ends = list(accumulate(map(len, paragraphs)))
     cut = bisect_left(ends, ends[-1] / 2) + 1

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from prunus.hardware.errors import naming
 from prunus.hardware.sizes import counted
 
 # Documents to tokenise per call. Fast tokenizers work on them in parallel, and few are wasted when
@@ -118,10 +119,9 @@ def _draw_windows(text: Text, tokenizer: Any, **sizes: Any) -> tuple[torch.Tenso
 
     `sizes` are `samples`, `seqlen` and `rng` of `windows_from_stream`.
     """
-    try:
+    with naming(text.source):
         if not text.by_document:
-            tokens = encode(tokenizer, text.whole())
-            return windows_from_stream(tokens, **sizes), text.source
+            return windows_from_stream(encode(tokenizer, text.whole()), **sizes), text.source
         try:
             ids, used = windows_from_documents(
                 text.documents, tokenizer, from_start=text.from_start, **sizes
@@ -132,8 +132,6 @@ def _draw_windows(text: Text, tokenizer: Any, **sizes: Any) -> tuple[torch.Tenso
                 raise
         whole = text.joiner.join(document for document in text.documents if document.strip())
         ids = windows_from_stream(encode(tokenizer, whole), **sizes)
-    except ValueError as error:
-        raise ValueError(f"{text.source}: {error}") from error
     joined = counted(len(text.documents), "document")
     return ids, f"{text.source}; {joined} joined, none is longer than a window"
 

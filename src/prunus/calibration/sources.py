@@ -175,6 +175,10 @@ class WindowSource(ABC):
             raise ValueError(f"this model takes text or token ids, and {self.name} gives images")
         if not self.cuts:
             refuse_bos(self.name, request.bos)
+        self.check_data(request)
+
+    def check_data(self, request: WindowRequest) -> None:  # noqa: B027 (not all need it)
+        """The part of `check` that only this source knows: what it reads is there."""
 
     @abstractmethod
     def draw(self, request: WindowRequest) -> Windows:
@@ -233,8 +237,7 @@ class _Corpus(TextSource):
     def read(self, request: WindowRequest) -> list[Text]:
         return [load_corpus(self.name, "calibration", request.data)]
 
-    def check(self, request: WindowRequest, images: bool = False) -> None:
-        super().check(request, images)
+    def check_data(self, request: WindowRequest) -> None:
         check_corpus(self.name, "calibration", request.data)
 
 
@@ -290,8 +293,7 @@ class _Mix(TextSource):
             for kind, share in shares.items()
         ]
 
-    def check(self, request: WindowRequest, images: bool = False) -> None:
-        super().check(request, images)
+    def check_data(self, request: WindowRequest) -> None:
         data_folder(request.data)
         check_corpus("python-code", "calibration", None)
 
@@ -305,8 +307,7 @@ class _TextFile(TextSource):
         name = Path(self.name).name  # cards and files that are published say it
         return [Text(documents, "\n\n", name, by_document=several, joins_short=True)]
 
-    def check(self, request: WindowRequest, images: bool = False) -> None:
-        super().check(request, images)
+    def check_data(self, request: WindowRequest) -> None:
         try:
             check_file(Path(self.name))
         except ValueError as error:
@@ -335,9 +336,8 @@ class _Texts(TextSource):
 class IdsFile(WindowSource):
     """A .safetensors file of token ids. Its first windows are taken, cut to `seqlen`."""
 
-    def check(self, request: WindowRequest, images: bool = False) -> None:
-        """Check that the file exists and suits the model; `draw` compares the sizes of windows."""
-        super().check(request, images)
+    def check_data(self, request: WindowRequest) -> None:
+        """Check that the file exists; `draw` compares the sizes of windows."""
         check_file(Path(self.name))
 
     def draw(self, request: WindowRequest) -> Windows:
@@ -367,8 +367,7 @@ class _ImageFolder(WindowSource):
 
     images = True
 
-    def check(self, request: WindowRequest, images: bool = False) -> None:
-        super().check(request, images)
+    def check_data(self, request: WindowRequest) -> None:
         draw_images(Path(self.name), request.samples, request.seed)
 
     def draw(self, request: WindowRequest) -> Windows:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from prunus.calibration.windows import (
     WindowRequest,
     bos_token,
     check_ids,
+    cut_rows,
     hash_ids,
     put_bos_first,
     used_bos,
@@ -129,23 +130,22 @@ def training_text(source: str, request: WindowRequest, held_out: int) -> Trainin
     seqlen, seed = request.seqlen, request.seed
     text_source.check(request)
 
-    def checked(rows: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """The rows, each of which is checked when it is read."""
-        for row in rows:
-            if request.vocabulary is not None:
-                check_ids(row, request.vocabulary, "the training token ids")
-            yield row
+    def checked(row: torch.Tensor) -> torch.Tensor:
+        """A window, which is checked when it is read."""
+        if request.vocabulary is not None:
+            check_ids(row, request.vocabulary, "the training token ids")
+        return row
 
     if isinstance(text_source, IdsFile):
-        rows = _shuffled(list(_cut(iter(read_ids(Path(source))), seqlen, across=False)), seed)
-        return TrainingText(checked(rows), source, held_out, seed)
+        rows = _shuffled(cut_rows(read_ids(Path(source)), seqlen), seed)
+        return TrainingText(map(checked, rows), source, held_out, seed)
     assert isinstance(text_source, TextSource), "`check` refuses images"
     tokenizer = text_source.tokenizer(request)
     token = bos_token(tokenizer, request.bos)
     texts = text_source.read(request)
     rows_with_bos = (put_bos_first(row, token) for row in _windows(texts, tokenizer, seqlen, seed))
     sources = "; ".join(text.source for text in texts)
-    return TrainingText(checked(rows_with_bos), sources, held_out, seed, used_bos(token))
+    return TrainingText(map(checked, rows_with_bos), sources, held_out, seed, used_bos(token))
 
 
 def _windows(texts: list[Text], tokenizer: Any, seqlen: int, seed: int) -> Iterator[torch.Tensor]:
@@ -156,8 +156,8 @@ def _windows(texts: list[Text], tokenizer: Any, seqlen: int, seed: int) -> Itera
             rows.append(_cut(_in_random_order(text.documents, tokenizer, seed), seqlen))
         else:
             # One text has no order of documents to draw, so its windows are shuffled instead.
-            whole = iter([encode(tokenizer, text.whole())])
-            rows.append(iter(_shuffled(list(_cut(whole, seqlen)), seed)))
+            windows = cut_rows(encode(tokenizer, text.whole())[None], seqlen)
+            rows.append(iter(_shuffled(windows, seed)))
     for number in in_turn(texts):
         if (row := next(rows[number], None)) is None:
             return
@@ -172,21 +172,16 @@ def _in_random_order(documents: Sequence[str], tokenizer: Any, seed: int) -> Ite
         yield torch.cat([ids, ids.new_tensor(end)])
 
 
-def _cut(
-    pieces: Iterator[torch.Tensor], seqlen: int, across: bool = True
-) -> Iterator[torch.Tensor]:
-    """Cut pieces of token ids into windows (S,).
-
-    Windows run on from one piece into the next if `across`; else the rest of a piece is dropped.
-    """
+def _cut(pieces: Iterator[torch.Tensor], seqlen: int) -> Iterator[torch.Tensor]:
+    """Cut pieces of token ids into windows (S,), which run on from one piece into the next."""
     rest = torch.zeros(0, dtype=torch.int64)
     for piece in pieces:
-        rest = torch.cat([rest, piece]) if across else piece
-        whole = len(rest) // seqlen
-        yield from rest[: whole * seqlen].view(whole, seqlen)
-        rest = rest[whole * seqlen :]
+        rest = torch.cat([rest, piece])
+        windows = cut_rows(rest[None], seqlen)
+        yield from windows
+        rest = rest[windows.numel() :]
 
 
-def _shuffled(rows: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
-    """The rows in a random order, which the seed decides."""
-    return random.Random(seed).sample(rows, len(rows))
+def _shuffled(windows_NS: torch.Tensor, seed: int) -> list[torch.Tensor]:
+    """The windows in a random order, which the seed decides."""
+    return random.Random(seed).sample(list(windows_NS), len(windows_NS))

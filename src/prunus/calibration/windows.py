@@ -6,7 +6,7 @@ never saw: the perplexity of Gemma 3 270M nearly triples. The papers' protocol i
 without BOS nevertheless, so it stays a choice. BOS takes the place of a window's first token. The
 windows then hold the same text with and without it, and the same tokens are scored.
 
-Shape suffixes: N samples (windows), S tokens per window (seqlen).
+Shape suffixes: N samples (windows), S tokens per window (seqlen), T tokens of a row.
 """
 
 from __future__ import annotations
@@ -85,6 +85,21 @@ def refuse_bos(source: str, bos: Bos) -> None:
             f"`bos` is yes, and windows of {source} stay as they are given: put the BOS token into "
             "them, or use auto"
         )
+
+
+def cut_rows(ids_NT: torch.Tensor, seqlen: int) -> torch.Tensor:
+    """The windows (M, S) of rows of token ids, one row after the other, without overlap.
+
+    The rest of each row is dropped; rows that are shorter than a window give none.
+
+    >>> cut_rows(torch.arange(10).view(2, 5), 2)
+    tensor([[0, 1],
+            [2, 3],
+            [5, 6],
+            [7, 8]])
+    """
+    per_row = ids_NT.shape[1] // seqlen
+    return ids_NT[:, : per_row * seqlen].reshape(-1, seqlen)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,18 +186,19 @@ or the file of ids belongs to another model
         )
 
 
-def check_context(positions: int | None, seqlen: int) -> None:
+def check_context(positions: int | None, seqlen: int, name: str = "the model") -> None:
     """Check that a window is no longer than the model's context.
 
     Args:
         positions: The number of positions of the model; None for no limit.
         seqlen: The tokens per window.
+        name: What messages call the model.
 
     Raises:
         ValueError: The window is longer.
     """
     if positions is not None and seqlen > positions:
         raise ValueError(
-            f"windows of {seqlen} tokens do not fit: the model has {positions} positions. "
+            f"windows of {seqlen} tokens do not fit: {name} has {positions} positions. "
             f"Use `seqlen` {positions} or less"
         )

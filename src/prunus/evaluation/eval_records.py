@@ -132,7 +132,11 @@ class Divergence(EvaluationRecord):
     kl_max: float | None = None
     kl_max_at: WorstToken | None = None
 
-    def figure(self, metric: TextMetric) -> Measured | float | None:
+    def figures(self, of_tokens: bool) -> dict[str, Measured | float | None]:
+        """Title of a metric -> its figure: those of single tokens, or the others."""
+        return {x.title: self._figure(x) for x in METRICS if x.of_tokens == of_tokens}
+
+    def _figure(self, metric: TextMetric) -> Measured | float | None:
         """The figure of a metric, with its standard error if it has one; None if it is infinite."""
         value = finite(getattr(self, metric.name))
         error = f"{metric.name}_stderr"
@@ -180,7 +184,7 @@ class PerplexityResult(EvaluationRecord):
         """The figures of a row of a table, without infinite ones; `FORMS` has their formats."""
         figures: dict[str, Any] = {"perplexity": finite(self.perplexity)}
         if self.divergence is not None:
-            figures |= self._metrics(of_tokens=False)
+            figures |= self.divergence.figures(of_tokens=False)
         return figures
 
     def token_figures(self) -> dict[str, Any]:
@@ -188,12 +192,8 @@ class PerplexityResult(EvaluationRecord):
         if self.divergence is None:
             return {}
         place = self.divergence.kl_max_at
-        return self._metrics(of_tokens=True) | {"at": None if place is None else str(place)}
-
-    def _metrics(self, of_tokens: bool) -> dict[str, Any]:
-        assert self.divergence is not None
-        metrics = [metric for metric in METRICS if metric.of_tokens == of_tokens]
-        return {metric.title: self.divergence.figure(metric) for metric in metrics}
+        at = {"at": None if place is None else str(place)}
+        return self.divergence.figures(of_tokens=True) | at
 
     def _repr_html_(self) -> str:
         """The figures as a table in a notebook."""

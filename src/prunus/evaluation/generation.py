@@ -21,17 +21,20 @@ from prunus.model.tokenizer import apply_chat_template, load_tokenizer
 
 #: Settings of a checkpoint that draw the next token.
 _DRAWING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p")
-#: Settings of a checkpoint that choose the next token or end the text.
-_SETTINGS = (
-    *_DRAWING,
-    "repetition_penalty",
-    "no_repeat_ngram_size",
-    "suppress_tokens",
-    "begin_suppress_tokens",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
+# The types of a setting. True is an int to Python, and no number here.
+_FLAG, _NUMBER, _TOKENS = (bool,), (int, float), (int,)
+#: Settings of a checkpoint that choose the next token or end the text, with their types.
+_SETTINGS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(_DRAWING, _NUMBER),
+    "do_sample": _FLAG,
+    "repetition_penalty": _NUMBER,
+    "no_repeat_ngram_size": _NUMBER,
+    "suppress_tokens": _TOKENS,
+    "begin_suppress_tokens": _TOKENS,
+    "bos_token_id": _TOKENS,
+    "eos_token_id": _TOKENS,
+    "pad_token_id": _TOKENS,
+}
 #: Below it the likeliest token is taken: logits that are divided by less can overflow.
 _LOWEST_TEMPERATURE = 1e-5
 
@@ -144,18 +147,14 @@ def chosen_settings(settings: Any, options: WritingOptions) -> Any:
 def _token_settings(settings: Any) -> dict[str, Any]:
     """The settings that are named in `_SETTINGS`, each of the type that it must have."""
     checked = {}
-    for name in _SETTINGS:
+    for name, kinds in _SETTINGS.items():
         if (value := getattr(settings, name, None)) is None:
             continue
-        is_token = "token" in name
-        is_flag = name == "do_sample"
-        kinds = (bool,) if is_flag else (int,) if is_token else (int, float)
-        # True is an int to Python, and no number here.
-        listed = value if isinstance(value, list) and is_token else [value]
+        listed = value if isinstance(value, list) and kinds is _TOKENS else [value]
         if not all(type(x) in kinds and abs(x) < 2**31 for x in listed):
             raise ValueError(
                 f"generation_config.json sets {name} to {str(value)[:80]!r}, which is no "
-                f"{'flag' if is_flag else 'number or token id'}; correct it or delete it"
+                f"{'flag' if kinds is _FLAG else 'number or token id'}; correct it or delete it"
             )
         checked[name] = value
     return checked

@@ -165,9 +165,7 @@ def inspect(
         model = resolve_folder(model)
     source, skeleton = _opened(model, trust_remote_code)
     linears = tuple(_linears(source, skeleton, types))
-    dense: dict[str, tuple[int, ...]] = {}
-    for index in range(len(skeleton)):
-        dense |= skeleton.left_dense(index)
+    dense = dict(each for x in range(len(skeleton)) for each in skeleton.left_dense(x).items())
     return Inspection(name, len(skeleton), linears, dense, verified)
 
 

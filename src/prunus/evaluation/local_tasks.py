@@ -7,14 +7,13 @@ OpenBookQA and LAMBADA may also have a short form, whose rows get their upstream
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
 from prunus.calibration.corpora import dataset_of
-from prunus.calibration.files import read_text
+from prunus.calibration.files import read_json_rows
 from prunus.hardware.errors import reason
 
 #: The folder inside the data folder that holds the files.
@@ -92,10 +91,9 @@ def _read_rows(task: str, file: Path) -> Any:
     Raises:
         ValueError: A line is no JSON object, a row lacks a column, or there are no rows.
     """
+    lines = read_json_rows(file).values()
     try:
-        # Not splitlines: JSON strings may hold U+2028, which it treats as the end of a line.
-        lines = [line for line in read_text(file).split("\n") if line.strip()]
-        rows = [_upstream(task, json.loads(line)) for line in lines]
+        rows = [_upstream(task, row) for row in lines]
         for column in dict.fromkeys(key for row in rows for key in row):
             for number, row in enumerate(rows):
                 # A prompt would show "None" without a word.
@@ -104,11 +102,11 @@ def _read_rows(task: str, file: Path) -> Any:
         if not rows:
             raise ValueError("there are none")
         return dataset_of(rows)
-    except (ValueError, TypeError, KeyError, RecursionError) as fault:
+    except (ValueError, TypeError, KeyError) as fault:
         raise ValueError(f"{file}: the rows could not be read ({reason(fault)})") from fault
 
 
-def _upstream(task: str, row: Any) -> dict[str, Any]:
+def _upstream(task: str, row: dict[str, Any]) -> dict[str, Any]:
     """A row with the columns that it has on the hub, also if it has the short form.
 
     Short rows have the choices as a list and the index of the right one, or LAMBADA's last word
@@ -117,8 +115,6 @@ def _upstream(task: str, row: Any) -> dict[str, Any]:
     >>> _upstream("arc_easy", {"question": "1 + 2?", "choices": ["3", "4"], "gold": 1})
     {'question': '1 + 2?', 'choices': {'text': ['3', '4'], 'label': ['A', 'B']}, 'answerKey': 'B'}
     """
-    if not isinstance(row, dict):
-        raise ValueError(f"{str(row)[:80]!r} is not a JSON object")
     if "continuation" in row:
         return {"text": " ".join([row["context"], row["continuation"]])}
     if "gold" not in row:

@@ -49,11 +49,6 @@ class ComputeOptions:
     #: Whether code that comes with a checkpoint may run.
     trust_remote_code: bool = False
 
-    def load(self, folder: Path) -> Any:
-        """The whole model of a folder, on the device."""
-        dtype = DTYPES.get(self.dtype, "auto")
-        return load_model(folder, dtype, self.trust_remote_code).to(self.device)
-
     def protocol(self, batch: int | str, loaded: Any = None) -> dict[str, Any]:
         """How a model is evaluated: hardware, versions, dtype and batch, as values for JSON.
 
@@ -101,6 +96,13 @@ class ModelInput:
         config = _config(self.folder, self.trust_remote_code).get_text_config()
         size = getattr(config, "vocab_size", None)
         return size if isinstance(size, int) else None
+
+    def load(self, compute: ComputeOptions) -> Any:
+        """The whole model: a loaded one as it is, that of a folder on the device of `compute`."""
+        if self.folder is None:
+            return self.loaded
+        dtype = DTYPES.get(compute.dtype, "auto")
+        return load_model(self.folder, dtype, compute.trust_remote_code).to(compute.device)
 
     def tokenizer(self, chosen: Any = None) -> Any:
         """The tokenizer: the one that the caller chose, or that of the model's folder.

@@ -20,14 +20,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from prunus.calibration.catalogue import CORPORA
 from prunus.calibration.corpora import check_corpus, load_corpus
@@ -40,7 +40,14 @@ from prunus.calibration.files import (
     read_json_rows,
 )
 from prunus.calibration.sources import AsChats, Documents
-from prunus.calibration.windows import UsedBos, bos_token, put_bos_first, refuse_bos, used_bos
+from prunus.calibration.windows import (
+    UsedBos,
+    bos_token,
+    cut_rows,
+    put_bos_first,
+    refuse_bos,
+    used_bos,
+)
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.engine.progress import shows_progress, window_step
 from prunus.evaluation.eval_options import PROTOCOLS, Protocol, TextOptions
@@ -60,6 +67,7 @@ from prunus.evaluation.window_scores import (
     WholeModel,
     WindowProgress,
     WindowScores,
+    check_windows,
     score_windows,
 )
 from prunus.hardware.errors import did_you_mean
@@ -73,18 +81,16 @@ WIKITEXT2_TEST_SHA256 = "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13
 TEXTS = (*CORPORA, "chats")
 # Chats of the text `chats`.
 _CHATS = 256
-# GPTQ and Wanda score the first 1100 documents of C4's validation shard, and at most 256 windows
-# of them.
-_C4_DOCUMENTS, _C4_WINDOWS = 1100, 256
 #: The tokens of the text before the worst token that a result shows.
 _TOKENS_BEFORE = 12
-#: Corpus -> how its documents are joined.
-_JOINED = {
-    "c4": f"the first {{count}} documents joined with spaces, at most {_C4_WINDOWS} windows",
-    "wikitext2": "raw test lines joined with two newlines",
-    "ptb": "test sentences joined with spaces",
-    "python-docs": "paragraphs joined with blank lines",
-    "python-code": "modules joined with blank lines",
+#: Corpus -> how its documents are joined; the most documents and windows, None for all. GPTQ and
+#: Wanda score the first 1100 documents of C4's validation shard, and at most 256 windows of them.
+_JOINED: dict[str, tuple[str, int | None, int | None]] = {
+    "c4": ("the first {count} documents joined with spaces, at most 256 windows", 1100, 256),
+    "wikitext2": ("raw test lines joined with two newlines", None, None),
+    "ptb": ("test sentences joined with spaces", None, None),
+    "python-docs": ("paragraphs joined with blank lines", None, None),
+    "python-code": ("modules joined with blank lines", None, None),
 }
 
 
@@ -163,49 +169,36 @@ def perplexities(
     first_scored_row(chosen.protocol, _seqlen(chosen))
     for model in models:
         check_as_loaded(model, chosen.dtype, chosen.device)
-        find_model(model, chosen.trust_remote_code)
+    inputs = [find_model(model, chosen.trust_remote_code) for model in models]
+    compared = None if reference is None else find_model(reference, chosen.trust_remote_code)
     for text in texts:
         check_text(text, chosen.data)
     if chosen.protocol == "llama.cpp" and chosen.dtype == "auto":
         # As llama.cpp adds. Rounding to bfloat16 is of the size of the errors of eight-bit types.
         chosen = chosen.model_copy(update={"dtype": "float32"})
     report = progress if callable(progress) else None
-    groups = [[model] for model in models] if reference is None else [models]
+    groups = [[model] for model in inputs] if compared is None else [inputs]
     return [
         results
         for group in groups
-        for results in _side_by_side(group, texts, reference, report, ranks, chosen)
+        for results in _side_by_side(group, texts, compared, report, ranks, chosen)
     ]
 
 
-@dataclass(frozen=True, eq=False)
-class _OpenModel:
-    """A model that takes part in a comparison, open to be scored."""
-
-    #: Whether it is read block by block.
-    streamed: bool
-    #: Its logits.
-    source: LogitsSource
-    #: Its scores on each text, as they come; none of a reference.
-    scores: list[WindowScores] = field(default_factory=list)
-
-
 def _side_by_side(
-    models: Sequence[Any],
+    inputs: Sequence[ModelInput],
     texts: Sequence[str],
-    reference: Any,
+    compared: ModelInput | None,
     progress: WindowProgress | None,
     ranks: Ranks,
     chosen: TextOptions,
 ) -> list[list[PerplexityResult]]:
-    """Score models that share the tokens of the texts; see `perplexities`."""
+    """Score models that share the tokens of the texts, beside a reference; see `perplexities`."""
     seqlen = _seqlen(chosen)
     batch = 1 if chosen.batch == "auto" else chosen.batch
-    loaded = (model for model in models if isinstance(model, nn.Module))
-    device = choose_device(chosen.device, next(loaded, None), ranks.local_size)
+    loaded = next((model.loaded for model in inputs if model.folder is None), None)
+    device = choose_device(chosen.device, loaded, ranks.local_size)
     compute = ComputeOptions(chosen.dtype, device, chosen.memory, chosen.trust_remote_code)
-    inputs = [find_model(model, chosen.trust_remote_code) for model in models]
-    compared = None if reference is None else find_model(reference, chosen.trust_remote_code)
     if compared is not None:
         for model in inputs:
             check_reference(model, compared)
@@ -216,38 +209,38 @@ def _side_by_side(
     everyone = inputs if compared is None else [*inputs, compared]
     folders = [model.folder for model in everyone]
     streamed = choose_streamed(folders, chosen.stream, batch * seqlen, compute)
-    start, seconds = first_scored_row(chosen.protocol, seqlen), list[float]()
+    start = first_scored_row(chosen.protocol, seqlen)
+    by_text, seconds = list[list[WindowScores]](), list[float]()
     with unchanged(*folders, ranks=ranks):
         opened = [_opened(*each, compute) for each in zip(everyone, streamed, strict=True)]
         scored = opened[: len(inputs)]
         for each in opened:
             for of_text in windows:
-                each.source.check(of_text.ids, "the model" if each in scored else "the reference")
+                called = "the model" if each in scored else "the reference"
+                check_windows(each.model, of_text.ids, called)
         for of_text in windows:
             started = time.perf_counter()
             scores = score_windows(
-                [each.source for each in scored],
+                scored,
                 of_text.ids,
-                reference=None if compared is None else opened[-1].source,
+                reference=None if compared is None else opened[-1],
                 batch=batch,
                 start=start,
                 progress=progress,
                 ranks=ranks,
             )
-            for each, of_model in zip(scored, scores, strict=True):
-                each.scores.append(of_model)
+            by_text.append(scores)
             seconds.append(time.perf_counter() - started)
     if len(windows) > 1:
         windows.append(ScoringWindows.joined(windows))
         seconds.append(sum(seconds))
-        for each in scored:
-            each.scores.append(WindowScores.joined(each.scores))
+        by_text.append([WindowScores.joined(of_model) for of_model in zip(*by_text, strict=True)])
     return [
         [
-            _result(of_text, of_model, start, compared, each, took)
-            for of_text, of_model, took in zip(windows, each.scores, seconds, strict=True)
+            _result(of_text, scores[position], start, compared, each, took)
+            for of_text, scores, took in zip(windows, by_text, seconds, strict=True)
         ]
-        for each in scored
+        for position, each in enumerate(scored)
     ]
 
 
@@ -260,7 +253,7 @@ def _result(
     scores: WindowScores,
     start: int,
     reference: ModelInput | None,
-    model: _OpenModel,
+    model: LogitsSource,
     seconds: float,
 ) -> PerplexityResult:
     """The figures of one model on one text, compared with the reference if there is one."""
@@ -279,9 +272,9 @@ def _result(
         seqlen=seqlen,
         protocol=f"{windows.protocol}; {counted(count, 'window')} of {seqlen} tokens without "
         f"overlap ({tokens} tokens){first}, mean loss over windows, "
-        f"{str(model.source.dtype).removeprefix('torch.')}",
+        f"{str(model.dtype).removeprefix('torch.')}",
         seconds=seconds,
-        streamed=model.streamed,
+        streamed=isinstance(model, StreamedModel),
         bos=windows.bos,
         divergence=divergence,
         by_window=scores.means_by_window(),
@@ -304,12 +297,11 @@ def _worst_token(windows: ScoringWindows, window: int, row: int, start: int) -> 
     return WorstToken(windows.source, window, token, before, text)
 
 
-def _opened(model: ModelInput, streamed: bool, compute: ComputeOptions) -> _OpenModel:
+def _opened(model: ModelInput, streamed: bool, compute: ComputeOptions) -> LogitsSource:
     """Open a model to score it, block by block if `streamed`."""
     if streamed and model.folder is not None:
-        return _OpenModel(True, StreamedModel(model.folder, compute))
-    loaded = model.loaded if model.folder is None else compute.load(model.folder)
-    return _OpenModel(False, WholeModel(loaded))
+        return StreamedModel(model.folder, compute)
+    return WholeModel(model.load(compute))
 
 
 # --- the text ---
@@ -379,21 +371,16 @@ def load_scoring_text(name: str, data: Path | None = None, tokenizer: Any = None
         how = several if len(documents) > 1 else "the whole text"
         return ScoringText("\n\n".join(documents), how, name)
     corpus = load_corpus(name, "scoring", data)
-    how = _JOINED[name]
-    max_windows = None
-    if name == "c4":
-        count, max_windows = min(len(corpus.documents), _C4_DOCUMENTS), _C4_WINDOWS
-        how = how.format(count=count)
-        text = corpus.joiner.join(corpus.documents[index] for index in range(count))
-    else:
-        text = corpus.whole()
-    if name == "wikitext2":
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        if digest != WIKITEXT2_TEST_SHA256:
-            how += (
-                f" (WARNING: not the text that papers score: sha256 {digest}, "
-                f"{len(text.encode()):,} bytes)"
-            )
+    how, most, max_windows = _JOINED[name]
+    documents = list(itertools.islice(corpus.documents, most))
+    how = how.format(count=len(documents))
+    text = corpus.joiner.join(documents)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    if name == "wikitext2" and digest != WIKITEXT2_TEST_SHA256:
+        how += (
+            f" (WARNING: not the text that papers score: sha256 {digest}, "
+            f"{len(text.encode()):,} bytes)"
+        )
     return ScoringText(text, how, corpus.source, max_windows)
 
 
@@ -457,27 +444,25 @@ def scoring_windows(
     if name not in TEXTS and file_kind(Path(name)) == "safetensors":
         refuse_bos(name, options.bos)
         ids = read_ids(Path(name))
-        per_row = ids.shape[1] // seqlen
-        if per_row == 0:
-            raise ValueError(
-                f"{name}: its rows have {ids.shape[1]} tokens, less than a window of {seqlen}; "
-                "use a smaller `seqlen`"
-            )
-        windows = ids[:, : per_row * seqlen].reshape(-1, seqlen)
+        windows = _cut(ids, seqlen, f"{name}: its rows have")[: options.samples]
         how = f"{tuple(ids.shape)} token ids, cut into windows row by row"
-        return ScoringWindows(windows[: options.samples].contiguous(), name, how, "given")
+        return ScoringWindows(windows.contiguous(), name, how, "given")
     loaded_tokenizer = tokenizer()
     token = bos_token(loaded_tokenizer, options.bos)
     text = load_scoring_text(name, options.data, loaded_tokenizer)
     tokens = encode(loaded_tokenizer, text.text)
-    count = len(tokens) // seqlen
-    if count == 0:
-        raise ValueError(
-            f"{text.source}: the text has {len(tokens)} tokens, less than a window of {seqlen}; "
-            "use a smaller `seqlen`"
-        )
-    count = min(count, options.samples or count, text.max_windows or count)
-    windows = put_bos_first(tokens[: count * seqlen].view(count, seqlen), token)
+    windows = _cut(tokens[None], seqlen, f"{text.source}: the text has")
+    windows = put_bos_first(windows[: text.max_windows][: options.samples], token)
     how = "no BOS added to windows" if token is None else "BOS first in every window"
     protocol = f"{text.protocol}, {how}"
     return ScoringWindows(windows, text.source, protocol, used_bos(token), loaded_tokenizer)
+
+
+def _cut(ids: torch.Tensor, seqlen: int, what: str) -> torch.Tensor:
+    """The windows of rows of token ids; at least one. `what` begins the error if there is none."""
+    windows = cut_rows(ids, seqlen)
+    if not len(windows):
+        raise ValueError(
+            f"{what} {ids.shape[1]} tokens, less than a window of {seqlen}; use a smaller `seqlen`"
+        )
+    return windows

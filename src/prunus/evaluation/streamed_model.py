@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
+from prunus.engine.memory_plan import transient_bytes
 from prunus.evaluation.model_input import ComputeOptions
-from prunus.evaluation.window_scores import ROWS, Rows, WindowProgress, check_windows
+from prunus.evaluation.window_scores import ROWS, Rows, WindowProgress
 from prunus.hardware.machine import available_memory, memory_budget, process_memory
 from prunus.model.checkpoint.files import read_json
 from prunus.model.checkpoint.resolve import base_folder, is_adapter
@@ -124,6 +125,7 @@ class StreamedModel:
     Attributes:
         source: The weights.
         skeleton: The model without weights.
+        model: Its transformers model.
         dtype: The dtype in which it computes.
         device: Where it computes.
         memory: Budget in bytes for the whole process; None takes what is free.
@@ -140,12 +142,9 @@ class StreamedModel:
         self.dtype = DTYPES.get(options.dtype, default)
         self.skeleton = Skeleton(self.source.config, self.dtype, options.trust_remote_code)
         self.source.bind(self.skeleton)
+        self.model = self.skeleton.model
         self.device = options.device
         self.memory = options.memory
-
-    def check(self, ids: torch.Tensor, name: str) -> None:
-        """Check token ids; see `LogitsSource`."""
-        check_windows(self.skeleton.model, ids, name)
 
     def windows(
         self, ids: torch.Tensor, batch: int, progress: WindowProgress, models: int
@@ -238,9 +237,7 @@ class StreamedModel:
         # A block takes memory as it is stored, and in the dtype of the computation.
         block = max(b + self.source.block_nbytes(i) for i, b in enumerate(blocks))
         widest = max(max(linear.shape) for linear in skeleton.linears(0))
-        # Activations, roughly: six tensors as wide as the hidden states, three as the widest
-        # linear.
-        transient = batch * seqlen * (6 * hidden + 3 * widest) * size
+        transient = transient_bytes(batch * seqlen, hidden, widest, size)
         outer = self.source.checkpoint.nbytes(self.source.outside_keys())
         head = skeleton.model.get_output_embeddings()
         embedding = skeleton.model.get_input_embeddings().weight

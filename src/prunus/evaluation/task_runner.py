@@ -101,8 +101,7 @@ class TaskRun:
             ranks.set_location(f"loading {model.name}")
             with unchanged(model.folder, ranks=ranks):
                 with ranks.fail_together():
-                    folder = model.folder
-                    loaded = model.loaded if folder is None else self.options.load(folder)
+                    loaded = model.load(self.options)
                     wrapped = wrap_model(loaded, tokenizer, self.batch, ranks)
                 for task in self.tasks:
                     ranks.set_location(f"{task.name} of {model.name}")

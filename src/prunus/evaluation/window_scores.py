@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional
 
-from prunus.calibration.windows import check_ids
+from prunus.calibration.windows import check_context, check_ids
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.engine.document import Measured
 from prunus.evaluation.eval_records import Divergence
@@ -43,18 +43,12 @@ WindowProgress = Callable[[int, int], None]
 
 
 class LogitsSource(Protocol):
-    """A model that gives the logits of windows, and checks token ids by `check_windows`."""
+    """A model that gives the logits of windows."""
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype in which the model computes."""
-
-    def check(self, ids: torch.Tensor, name: str) -> None:
-        """Check token ids (W, S), int64; `name` is that of the model in messages.
-
-        Raises:
-            ValueError: An id is outside the vocabulary, or windows are longer than the context.
-        """
+    #: The dtype in which the model computes.
+    dtype: torch.dtype
+    #: The transformers model, which may be without weights, for `check_windows`.
+    model: Any
 
     def windows(
         self, ids: torch.Tensor, batch: int, progress: WindowProgress, models: int
@@ -73,21 +67,17 @@ class WholeModel:
     """
 
     def __init__(self, model: Any) -> None:
-        self._model = model
+        self.model = model
         embedding = model.get_input_embeddings()
         self._device: torch.device = embedding.weight.device
         self.dtype: torch.dtype = embedding.weight.dtype
-
-    def check(self, ids: torch.Tensor, name: str) -> None:
-        """Check token ids; see `LogitsSource`."""
-        check_windows(self._model, ids, name)
 
     def windows(
         self, ids: torch.Tensor, batch: int, progress: WindowProgress, models: int
     ) -> Generator[Rows, None, None]:
         """The logits of every window; see `LogitsSource`. The model is in memory as it is."""
-        was_training = self._model.training
-        self._model.eval()
+        was_training = self.model.training
+        self.model.eval()
         done = 0
         try:
             for ids_BS in ids.split(batch) if len(ids) else ():
@@ -95,13 +85,13 @@ class WholeModel:
                 done += len(ids_BS)
                 progress(done, len(ids))
         finally:
-            self._model.train(was_training)
+            self.model.train(was_training)
 
     # The mode ends before a window is handed out, so it never holds for the caller.
     @torch.inference_mode()
     def _logits(self, ids_BS: torch.Tensor) -> torch.Tensor:
         ids_BS = ids_BS.to(self._device)
-        logits: torch.Tensor = self._model(input_ids=ids_BS, use_cache=False).logits
+        logits: torch.Tensor = self.model(input_ids=ids_BS, use_cache=False).logits
         return logits
 
 
@@ -120,11 +110,7 @@ def check_windows(model: Any, ids: torch.Tensor, name: str) -> None:
     """
     check_ids(ids, model.get_input_embeddings().num_embeddings, f"the token ids for {name}")
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and ids.shape[1] > positions:
-        raise ValueError(
-            f"windows of {ids.shape[1]} tokens are longer than {name}'s {positions} positions; "
-            f"use a `seqlen` of {positions} or less"
-        )
+    check_context(positions, ids.shape[1], name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,7 +218,7 @@ def score_windows(
     sources = [*([] if reference is None else [reference]), *models]
     # What the metrics measure at every token, each once, in a fixed order.
     every = dict.fromkeys(x.measure for x in METRICS if x.measure is not None)
-    measures = [] if reference is None else list(every)
+    measures = {} if reference is None else every
     scored = ids.shape[1] - 1 - start
     count = len(ids_of_rank)
     losses_WM = torch.empty(count, len(sources), dtype=torch.float64)
@@ -260,11 +246,9 @@ def score_windows(
             for position, source in enumerate(sources)
         ]
         for window, (*rows, ids_S) in enumerate(zip(*windows, ids_of_rank, strict=True)):
-            losses, window_values = _score_window(rows, ids_S, window, start, measures)
+            of_window = [{x: of_model[x][window] for x in measures} for of_model in values]
+            losses = _score_window(rows, ids_S, window, start, of_window)
             losses_WM[window] = torch.tensor(losses, dtype=torch.float64)
-            for of_model, values_of_window in zip(values, window_values, strict=True):
-                for measure, values_T in values_of_window.items():
-                    of_model[measure][window] = values_T
     losses_WM = ranks.all_gather(losses_WM)
     return [
         WindowScores(
@@ -280,25 +264,19 @@ def _score_window(
     ids_S: torch.Tensor,
     window: int,
     start: int,
-    measures: Sequence[TokenMeasure],
-) -> tuple[list[float], list[dict[TokenMeasure, torch.Tensor]]]:
-    """Mean losses of all models, and what is measured at every token (T,), of one window.
+    values: Sequence[Mapping[TokenMeasure, torch.Tensor]],
+) -> list[float]:
+    """Mean losses of all models on one window; what is measured at every token enters `values`.
 
     Args:
         rows: The logits by the reference, if there is one, and by the models.
         ids_S: The tokens of the window.
         window: Number of the window, for messages.
         start: The first row that is scored.
-        measures: What is measured of each model but the first; empty without a reference.
-
-    Returns:
-        The losses of all models, and of each that is compared what was measured.
+        values: For each model but the reference: what is measured -> its values for every scored
+            token (T,), which are overwritten; empty without a reference.
     """
     totals = [0.0] * len(rows)
-    compared = len(rows) - bool(measures)
-    pieces: list[dict[TokenMeasure, list[torch.Tensor]]] = [
-        {measure: [] for measure in measures} for _ in range(compared)
-    ]
     # Row t predicts token t + 1, so the last row of a window predicts nothing and is left out.
     last = len(ids_S) - 1
     for first in range(start, last, ROWS):
@@ -310,8 +288,9 @@ def _score_window(
             loss = functional.cross_entropy(logits_TV.float(), targets_T, reduction="sum")
             totals[model] += loss.item()
             if reference_TV is not None:
-                _compare(reference_TV.to(logits_TV.device), logits_TV, pieces[model - 1])
-            elif measures:
+                part = {x: of[first - start : stop - start] for x, of in values[model - 1].items()}
+                _compare(reference_TV.to(logits_TV.device), logits_TV, part)
+            elif len(rows) > len(values):
                 reference_TV = logits_TV
     for total in totals:
         if not math.isfinite(total):
@@ -319,29 +298,26 @@ def _score_window(
                 f"the loss of window {window} is {total}: the model's outputs are not finite. "
                 "Damaged weights, or a dtype too small for this model; try `dtype` float32"
             )
-    values = [
-        {measure: torch.cat(of_measure) for measure, of_measure in of_model.items()}
-        for of_model in pieces
-    ]
     if not all(values_T.isfinite().all() for of_model in values for values_T in of_model.values()):
         raise ValueError(
             f"the KL divergence of window {window} is not finite: the model gives probability 0 to "
             "a token that the reference can predict"
         )
-    return [total / (last - start) for total in totals], values
+    return [total / (last - start) for total in totals]
 
 
 def _compare(
     reference_TV: torch.Tensor,
     model_TV: torch.Tensor,
-    pieces: dict[TokenMeasure, list[torch.Tensor]],
+    values: Mapping[TokenMeasure, torch.Tensor],
 ) -> None:
-    """Append what is measured of rows of logits to `pieces`, a few rows at a time."""
+    """Overwrite `values` (T,) with what is measured of rows of logits, a few rows at a time."""
     if reference_TV.shape != model_TV.shape:
         raise ValueError(
             f"the reference gives logits for {reference_TV.shape[1]} tokens, the model for "
             f"{model_TV.shape[1]}: give a reference with the same vocabulary"
         )
-    for logits in zip(reference_TV.split(_PIECE), model_TV.split(_PIECE), strict=True):
-        for measure, of_measure in pieces.items():
-            of_measure.append(measure(*logits).cpu())
+    for measure, values_T in values.items():
+        parts = (each.split(_PIECE) for each in (values_T, reference_TV, model_TV))
+        for piece_T, *logits in zip(*parts, strict=True):
+            piece_T.copy_(measure(*logits).cpu())

@@ -13,7 +13,7 @@ _CLEAR = (OSError, ValueError, NotImplementedError, ImportError, MemoryError)
 
 @contextlib.contextmanager
 def naming(name: str) -> Iterator[None]:
-    """A `with` block whose ValueErrors say which tensor or linear they are about."""
+    """A `with` block whose ValueErrors say which tensor, linear or text they are about."""
     try:
         yield
     except ValueError as fault:

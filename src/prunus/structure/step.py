@@ -209,12 +209,12 @@ class Repair:
         # The first block to train. Those before it see and compute what they did in the old model:
         # they lost no experts, and were not next to a removed block.
         ends = [-1, *smaller.made_from, len(plan.skeleton)]
-        self._first = 0
-        for before, index, after in zip(ends, ends[1:], ends[2:], strict=False):
-            lost_experts = plan.experts is not None and experts_in(plan.skeleton.blocks[index])
-            if lost_experts or (before, after) != (index - 1, index + 1):
-                break
-            self._first += 1
+        changed = [
+            (before, after) != (index - 1, index + 1)
+            or (plan.experts is not None and experts_in(plan.skeleton.blocks[index]) != [])
+            for before, index, after in zip(ends, ends[1:], ends[2:], strict=False)
+        ]
+        self._first = [*changed, True].index(True)
 
     def advance(self, new_index: int) -> None:
         """Run the windows through the dense model, up to the output that the block learns.
