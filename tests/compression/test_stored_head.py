@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 def with_head(folder: Path, made: Callable[[torch.Tensor], torch.Tensor]) -> Path:
     """A checkpoint that says it is tied, and stores a head that is made of the embedding."""
-    gguf_checkpoint(folder, tie_word_embeddings=True)
+    gguf_checkpoint(folder, tie_word_embeddings=True, num_hidden_layers=1)
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     edit_tensors(folder, lambda x: x.update({head: made(x[embedding]).contiguous()}))
     return folder
