@@ -26,6 +26,7 @@ from prunus.calibration.training_text import training_text
 from prunus.calibration.windows import WindowRequest, Windows, bos_token
 from prunus.evaluation.eval_options import TextOptions
 from prunus.evaluation.perplexity import scoring_windows
+from refusals import assert_refused
 from tiny_tokenizer import BOS, byte_tokenizer
 
 C4_FILE = "c4_en_train_shard0_first1000.jsonl.gz"
@@ -90,12 +91,10 @@ def test_document_windows_are_different_pieces_of_long_documents(lengths, seqlen
 
     starts = sum(max(length - seqlen, 0) for length in lengths)
     if starts == 0:
-        with pytest.raises(TextTooShort, match=f"the longest has {max(lengths)}"):
-            draw()
+        assert_refused(TextTooShort, f"the longest has {max(lengths)}", draw)
         return
     if starts < samples:
-        with pytest.raises(ValueError, match=f"only {starts} different windows of {seqlen} tokens"):
-            draw()
+        assert_refused(ValueError, f"only {starts} different windows of {seqlen} tokens", draw)
         return
     ids, used = draw()
     assert ids.shape == (samples, seqlen)
@@ -140,11 +139,9 @@ def test_stream_windows_are_different_pieces_of_the_text(length, seqlen, samples
         return windows_from_stream(torch.arange(length), **sizes)
 
     if length <= seqlen:
-        with pytest.raises(ValueError, match=f"the whole text has {length} tokens"):
-            draw()
+        assert_refused(ValueError, f"the whole text has {length} tokens", draw)
     elif length - seqlen < samples:
-        with pytest.raises(ValueError, match=f"only {length - seqlen} different windows"):
-            draw()
+        assert_refused(ValueError, f"only {length - seqlen} different windows", draw)
     else:
         ids = draw()
         assert torch.equal(ids, ids[:, :1] + torch.arange(seqlen))
@@ -181,8 +178,9 @@ def test_c4_documents_are_counted_in_tokens(tmp_path):
     windows = load("c4", byte_tokenizer(bos=True), samples=1, seqlen=8, data=tmp_path)
     assert windows.ids[0, 0] == BOS
     message = r"none of the 2 documents is longer than 8 tokens; the longest has 8\. Use a smaller"
-    with pytest.raises(ValueError, match=message):
-        load("c4", byte_tokenizer(), samples=1, seqlen=8, data=tmp_path)
+    assert_refused(
+        ValueError, message, load, "c4", byte_tokenizer(), samples=1, seqlen=8, data=tmp_path
+    )
 
 
 def test_wikitext2_calibration_prefers_the_raw_text_and_says_what_it_used(tmp_path):
@@ -230,8 +228,7 @@ def test_without_a_data_folder_corpora_come_from_the_hub(monkeypatch, source):
 def test_data_folders(tmp_path, monkeypatch):
     for file in (f"c4/{C4_FILE}", "wikitext2/wiki.train.raw", "ptb/ptb.train.txt"):
         source = file.partition("/")[0]
-        with pytest.raises(FileNotFoundError, match=file):
-            check_source(source, tmp_path)
+        assert_refused(FileNotFoundError, file, check_source, source, tmp_path)
         (tmp_path / file).parent.mkdir()
         (tmp_path / file).write_text(" one sentence \n another one \n")
         check_source(source, tmp_path)
@@ -240,14 +237,16 @@ def test_data_folders(tmp_path, monkeypatch):
         with pytest.raises(FileNotFoundError, match="nowhere: the data folder does not exist"):
             check_source(source, tmp_path / "nowhere")
     monkeypatch.setenv("PRUNUS_DATA", str(tmp_path / "lost"))
-    with pytest.raises(FileNotFoundError, match="lost: the data folder in PRUNUS_DATA"):
-        check_source("wikitext2", None)
+    assert_refused(
+        FileNotFoundError, "lost: the data folder in PRUNUS_DATA", check_source, "wikitext2", None
+    )
 
 
 def test_missing_extra_is_named_before_any_work(uninstalled):
     uninstalled("datasets")
-    with pytest.raises(ModuleNotFoundError, match=r"needs datasets: pip install '\.\[data\]'"):
-        check_source("c4", None)
+    assert_refused(
+        ModuleNotFoundError, r"needs datasets: pip install '\.\[data\]'", check_source, "c4", None
+    )
 
 
 # --- python-docs ---
@@ -373,8 +372,7 @@ def test_plain_text_keeps_every_byte(tmp_path, name):
 def test_bad_files(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        load(path, byte_tokenizer())
+    assert_refused(ValueError, message, load, path, byte_tokenizer())
 
 
 def test_files_without_text_or_ids(tmp_path):
@@ -387,8 +385,7 @@ def test_files_without_text_or_ids(tmp_path):
         ({"input_ids": ids.view(2, 2) - 100}, "negative id -100"),
     ):
         save_file(tensors, tmp_path / "bad.safetensors")
-        with pytest.raises(ValueError, match=message):
-            load(tmp_path / "bad.safetensors")
+        assert_refused(ValueError, message, load, tmp_path / "bad.safetensors")
     with pytest.raises(FileNotFoundError, match=r"gone\.jsonl: no such file"):
         check_source(str(tmp_path / "gone.jsonl"), None)
 
@@ -400,8 +397,9 @@ def test_token_ids_need_no_tokenizer(tmp_path):
     windows = load(path, samples=4, seqlen=12)
     assert torch.equal(windows.ids, ids[:4, :12].long())
     assert windows.source == path.name
-    with pytest.raises(ValueError, match="it has 6 windows, fewer than `samples` 7"):
-        load(path, samples=7, seqlen=12)
+    assert_refused(
+        ValueError, "it has 6 windows, fewer than `samples` 7", load, path, samples=7, seqlen=12
+    )
     with pytest.raises(ValueError, match="its windows have 20 tokens, fewer than `seqlen` 21"):
         load(path, samples=2, seqlen=21)
 
@@ -419,8 +417,7 @@ def test_token_ids_need_no_tokenizer(tmp_path):
 )
 def test_bad_arguments(change, message):
     arguments = {"source": "python-docs", "tokenizer": byte_tokenizer(), **change}
-    with pytest.raises(ValueError, match=message):
-        load(**arguments)
+    assert_refused(ValueError, message, load, **arguments)
 
 
 def test_hash_is_of_shape_and_little_endian_values():
@@ -472,8 +469,7 @@ def test_a_hub_that_cannot_be_reached_is_not_asked_again(proxies, connect, offli
     monkeypatch.setattr("socket.create_connection", connect)
     monkeypatch.delenv("PRUNUS_DATA", raising=False)
     message = r"c4 could not be loaded .*no route .* need no network: python-docs, .*PRUNUS_DATA"
-    with pytest.raises(OSError, match=message):
-        load_corpus("c4", "calibration", None)
+    assert_refused(OSError, message, load_corpus, "c4", "calibration", None)
     assert seen == [offline]
     assert datasets.config.HF_HUB_OFFLINE is False, "as it was"
 
@@ -550,8 +546,9 @@ def test_bad_choices(texts, tmp_path):
     class Without:
         bos_token_id = None
 
-    with pytest.raises(ValueError, match="`bos` is yes, and this tokenizer has no BOS token"):
-        bos_token(Without(), "yes")
+    assert_refused(
+        ValueError, "`bos` is yes, and this tokenizer has no BOS token", bos_token, Without(), "yes"
+    )
     ids = tmp_path / "ids.safetensors"
     save_file({"input_ids": torch.arange(64).view(4, 16)}, ids)
     with pytest.raises(ValueError, match=r"ids\.safetensors stay as they are given"):

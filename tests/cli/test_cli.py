@@ -44,6 +44,7 @@ from prunus.reporting.console import (
 )
 from prunus.reporting.page import to_markdown
 from prunus.reporting.tables import plan_facts
+from recovery_cases import training_text
 from tiny import shards, tiny_checkpoint, token_ids, tree
 from tiny_tokenizer import dense_checkpoint
 
@@ -58,9 +59,7 @@ def dense(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def text(tmp_path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text("The quick brown fox jumps over the lazy dog. " * 12)
-    return path
+    return training_text(tmp_path)
 
 
 # --- success ---
@@ -289,7 +288,6 @@ def test_a_run_continues_after_ctrl_c_to_the_same_bytes(tmp_path, interruptible)
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     ) as interrupted:
-        assert interrupted.stderr is not None
         lines = iter(interrupted.stderr.readline, "")
         assert any(f"[1/{blocks}] model.layers.0 pruned" in line for line in lines)
         interrupted.send_signal(signal.SIGINT)
@@ -329,10 +327,8 @@ def oddly_named(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def oddly_named_text(tmp_path) -> Path:
-    path = tmp_path / "text[" / "].txt"
-    path.parent.mkdir()
-    path.write_text("The quick brown fox jumps over the lazy dog. " * 12)
-    return path
+    (tmp_path / "text[").mkdir()
+    return training_text(tmp_path).rename(tmp_path / "text[" / "].txt")
 
 
 def call_unread(monkeypatch, *arguments: object) -> object:

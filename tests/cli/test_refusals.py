@@ -23,6 +23,7 @@ from command_line import call
 from prunus.engine.run_record import shard_name
 from prunus.model.checkpoint.tensor_files import INDEX_NAME
 from prunus.pruning.manifest import Manifest
+from refusals import assert_refused
 from tiny import shards, tiny_checkpoint, tiny_model, token_ids, tree
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
@@ -69,6 +70,7 @@ OTHERS = [
     ("plan dense --sparsity 50%", r"\(got '50%'\); did you mean 0\.5\?"),
     ("shrink dense out --blocks 25%", r"got '25%'; did you mean 0\.25\?"),
     ("prune dense out --recipe fifty.toml", r"fifty\.toml: sparsity .* did you mean 0\.5\?"),
+    ("sweep sweep25.toml out", "^prunus: error: cell dense-magnitude-2of5: "),
     ("sweep sweep50.toml out", r"grid 1: sparsity .* did you mean 0\.5\?"),
     ("prune dense out --samples x", r"samples must be a whole number \(got 'x'\)"),
     ("prune dense out --seqlen 1000", "--seqlen 64 or less"),
@@ -81,8 +83,13 @@ OTHERS = [
     ("prune dense out --data gone", "the data folder does not exist"),
     ("prune dense out --recipe gone.toml", r"there is no recipe file gone\.toml"),
     ("prune dense out --resume", "no unfinished run in out to resume"),
+    ("prune dense out --minutes 3", "--preset max"),
     ("prune dense out --json empty", "--json empty is a folder"),
     ("prune dense out --json text.txt/x.json", "is not a folder that you may write to"),
+    ("plan dense out --fits 8GB", "a name that ends in .gguf"),
+    (f"prune dense {'n' * 300}", "a name has at most 255 bytes, and n* has 300"),
+    (f"compress dense {'n' * 300} --bits 4", "a name has at most 255 bytes, and n* has 300"),
+    (f"inspect dense --json {'n' * 300}", "at most 255 bytes"),
     ("prune dense out --nonsense", "No such option: --nonsense"),
     ("prune dense", "Missing argument 'OUT'"),
     ("prune dense pruned --calibration text.txt", "a run with another calibration"),
@@ -221,6 +228,7 @@ FILES = {
     "misspelt.toml": "sparsty = 0.5\n",
     "bits.toml": "bits = 3.0\n",
     "sweep.toml": _SWEEP.format(0.5),
+    "sweep25.toml": _SWEEP.format("'2:5'"),
     "sweep50.toml": _SWEEP.format(50),
     "damaged/config.json": "{",
     "listed/config.json": "[]",
@@ -607,8 +615,7 @@ def test_verbs_that_read_a_whole_model_name_what_is_not_finite(name, dense):
     byte_tokenizer().save_pretrained(dense)
     spoil(dense, name, torch.nan)
     for read in (prunus.load, prunus.inspect)[: 1 if name in OUTSIDE else 2]:
-        with pytest.raises(ValueError, match=f"{name} holds weights that are not finite"):
-            read(dense)
+        assert_refused(ValueError, f"{name} holds weights that are not finite", read, dense)
 
 
 def test_a_loaded_model_names_what_is_not_finite():
@@ -620,5 +627,4 @@ def test_a_loaded_model_names_what_is_not_finite():
         (embeddings, "the embeddings give hidden states that are not finite"),
         (weight, r"model\.layers\.1\.self_attn\.o_proj\.weight .* not finite"),
     ):
-        with pytest.raises(ValueError, match=message):
-            prunus.prune(model, calibration=token_ids())
+        assert_refused(ValueError, message, prunus.prune, model, calibration=token_ids())

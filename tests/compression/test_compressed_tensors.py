@@ -23,6 +23,7 @@ from prunus.methods.group_fits import round_in_groups
 from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.formats import reader_of
 from prunus.model.loading import load_model
+from refusals import assert_refused
 from tiny import shards, stored, tiny_checkpoint, token_ids
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
@@ -159,9 +160,7 @@ def test_what_cannot_be_stored_is_refused_before_any_work(dense, tmp_path):
         (dense, 4, {"head_bits": 4}, "`head_bits`"),
         (narrow, 4, {}, "q_proj has 48 inputs, .* 32 divides: .* `ignore`"),
     ):
-        with pytest.raises(ValueError, match=message):
-            compress(model, tmp_path / "out", bits, **options)
-        assert not (tmp_path / "out").exists()
+        assert_refused(ValueError, message, compress, model, tmp_path / "out", bits, **options)
 
 
 def test_a_folder_has_this_format_and_a_size_gets_the_most_bits_that_fit(dense, tmp_path):
@@ -229,5 +228,6 @@ def test_weights_that_are_not_whole_are_named(dense, tmp_path):
         save_file(tensors | {name: change(tensors[name]).contiguous()}, tmp_path / "x.safetensors")
         folder = shutil.copytree(tmp_path / "out", tmp_path / "damaged", dirs_exist_ok=True)
         shutil.copy(tmp_path / "x.safetensors", folder / shard.name)
-        with pytest.raises(ValueError, match=rf"{key} is not stored as integers of 4 or 8 bits"):
-            prunus.inspect(folder)
+        assert_refused(
+            ValueError, rf"{key} is not stored as integers of 4 or 8 bits", prunus.inspect, folder
+        )

@@ -20,7 +20,6 @@ from prunus.formats.mlx import FAMILIES, affine_type, dense_weight
 from prunus.methods.group_fits import round_in_groups
 from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.loading import load_model
-from stopping import interrupt
 from tiny import ids_file, shards, stored, tiny_checkpoint, token_ids
 
 NO_MLX = "not installed: pip install mlx mlx-lm, on Linux 'mlx[cpu]' mlx-lm"
@@ -174,13 +173,6 @@ def test_head_bits_hold_for_embedding_and_head(dense, tmp_path):
     assert torch.equal(stored(tmp_path / "none")["lm_head.weight"], stored(dense)["lm_head.weight"])
 
 
-def test_a_killed_run_continues_to_the_same_bytes(dense, compressed, tmp_path):
-    interrupt(compress, dense, tmp_path / "out")
-    compress(dense, tmp_path / "out")
-    assert shards(tmp_path / "out") == shards(compressed)
-    assert quantization(tmp_path / "out") == quantization(compressed)
-
-
 def test_what_cannot_be_stored_is_refused_before_any_work(dense, tmp_path):
     narrow = tiny_checkpoint(tmp_path / "narrow", "llama", hidden_size=48)
     other = tiny_checkpoint(tmp_path / "other", "gpt_neox", tie_word_embeddings=False)
@@ -211,7 +203,9 @@ def test_other_verbs_read_the_result(dense, compressed, tmp_path):
     linears = {linear.name: linear for linear in prunus.inspect(compressed, verify=True).linears}
     for name, linear in linears.items():
         assert linear.dtype == record.types[name]
-        assert linear.bits == affine_type(*numbers(linear.dtype), torch.bfloat16).bits
+        # The name of a type says its bits, and the size of its groups.
+        bits, group = map(int, linear.dtype.split("bit-g"))
+        assert linear.bits == affine_type(bits, group, torch.bfloat16).bits
     ids_file(tmp_path / "ids.safetensors")
     scored = prunus.perplexity(
         compressed, str(tmp_path / "ids.safetensors"), seqlen=16, reference=dense, progress=False
@@ -219,12 +213,6 @@ def test_other_verbs_read_the_result(dense, compressed, tmp_path):
     assert 0 < scored.divergence.kl < 0.1
     files = sum(file.stat().st_size for file in compressed.glob("*.safetensors"))
     assert stored_size(compressed).file_bytes == files
-
-
-def numbers(kind: str) -> tuple[int, int]:
-    """Bits and size of groups of a type, by its name."""
-    bits, group = kind.split("bit-g")
-    return int(bits), int(group)
 
 
 @pytest.mark.parametrize("part", ["scales", "biases", "weight", "bits", "mode"])

@@ -1,17 +1,19 @@
 """A head that the configuration calls the embedding, and that is stored with other numbers."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
 
 import prunus
+from changes import edit_tensors
 from gguf_cases import compress, gguf_checkpoint
 from prunus.formats.gguf.import_checkpoint import import_gguf
 from prunus.formats.mlx import MlxCodec
@@ -22,14 +24,18 @@ from tiny import stored, token_ids
 CPU = torch.device("cpu")
 
 
+def with_head(folder: Path, made: Callable[[torch.Tensor], torch.Tensor]) -> Path:
+    """A checkpoint that says it is tied, and stores a head that is made of the embedding."""
+    gguf_checkpoint(folder, tie_word_embeddings=True, num_hidden_layers=1)
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    edit_tensors(folder, lambda x: x.update({head: made(x[embedding]).contiguous()}))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def two_matrices(tmp_path_factory) -> Path:
     """A checkpoint that says it is tied, and stores a head of other numbers."""
-    folder = gguf_checkpoint(tmp_path_factory.mktemp("two") / "dense", tie_word_embeddings=True)
-    weights = load_file(folder / "model.safetensors")
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0).contiguous()
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    return folder
+    return with_head(tmp_path_factory.mktemp("two") / "dense", lambda weight: weight.flip(0))
 
 
 @torch.no_grad()
@@ -78,10 +84,7 @@ def test_a_model_is_computed_with_the_head_that_it_stores(two_matrices):
 
 
 def test_a_head_that_is_stored_twice_with_equal_numbers_stays_the_embedding(two_matrices, tmp_path):
-    folder = gguf_checkpoint(tmp_path / "dense", tie_word_embeddings=True)
-    weights = load_file(folder / "model.safetensors")
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    folder = with_head(tmp_path / "dense", torch.clone)
     record = compress(folder, tmp_path / "x.gguf", type="Q8_0")
     assert "lm_head" not in record.types and "model.embed_tokens" in record.types
     assert {"lm_head", "model.embed_tokens"} <= compress(

@@ -35,13 +35,15 @@ def test_two_ranks_prune_on_two_devices_as_on_the_processor(found, scratch):
 
 def test_device_tensors_arrive_on_the_device_of_each_rank(found):
     for rank, received in enumerate(found["messages"]):
-        assert received["sum"] == [[3.0] * 3] * 2
-        assert received["sent"] == [1.0] * 3
-        assert received["rows"] == [0, 0, 1]
-        assert received["host"] == [2.0] * 2
-        assert received["devices"] == [f"cuda:{rank}"]
-        assert received["texts"] == ["", "x" * 300]
-        assert received["floats"] == [1.0]
+        assert received == {
+            "sum": [[3.0] * 3] * 2,
+            "sent": [1.0] * 3,
+            "rows": [0, 0, 1],
+            "host": [2.0] * 2,
+            "devices": [f"cuda:{rank}"],
+            "texts": ["", "x" * 300],
+            "floats": [1.0],
+        }
 
 
 def test_ranks_that_would_share_a_device_are_refused_before_any_work(found):

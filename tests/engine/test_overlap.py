@@ -26,19 +26,6 @@ def test_the_next_is_read_while_one_is_used():
     assert list(blocks) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("overlaps", [True, False])
-def test_an_error_of_reading_comes_when_the_block_is_asked_for(overlaps):
-    def read(index):
-        if index == 1:
-            raise ValueError("damaged")
-        return index
-
-    blocks = read_ahead(range(3), read, overlaps)
-    assert next(blocks) == 0
-    with pytest.raises(ValueError, match="damaged"):
-        next(blocks)
-
-
 def test_writes_keep_their_order_and_never_run_together():
     order, running = [], threading.Lock()
 

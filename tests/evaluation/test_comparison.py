@@ -16,6 +16,7 @@ from changes import edit_tensors
 from command_line import call
 from prunus.evaluation.eval_records import PAPER7, Metric, TaskResults, TaskScore
 from prunus.evaluation.model_input import ModelInput
+from recovery_cases import training_text
 from tiny import token_ids
 from tiny_tokenizer import dense_checkpoint
 from zeroshot_rows import write_local_datasets
@@ -55,8 +56,7 @@ def test_compressed_models_are_evaluated(models, local_datasets, tmp_path):
 
 @needs_lm_eval
 def test_eval_puts_models_side_by_side(models, local_datasets, tmp_path):
-    text, report = tmp_path / "text.txt", tmp_path / "report.json"
-    text.write_text("The quick brown fox jumps over the lazy dog. " * 12)
+    text, report = training_text(tmp_path), tmp_path / "report.json"
     first, second = map(str, models.values())
     scores = ("--tasks", "paper7", "--perplexity", text, "--seqlen", 32)
     options = ("--data", local_datasets, "--limit", 4, "--samples", 4, "--json", report)

@@ -26,6 +26,7 @@ from prunus.methods.divergence import kl_divergence
 from prunus.model.loading import load_model
 from prunus.model.skeleton import Skeleton
 from prunus.reporting.write import report
+from refusals import assert_refused
 from tiny import ids_file, pruned_checkpoint, tiny_checkpoint, token_ids
 from tiny_tokenizer import BOS, VOCABULARY, byte_tokenizer, dense_checkpoint
 from zeroshot_rows import write_local_datasets
@@ -92,19 +93,6 @@ def figures(result):
 # --- the figures ---
 
 
-def test_every_figure_equals_the_slow_one(folders):
-    models = [load_model(folders / name, torch.float32) for name in ("dense", "pruned")]
-    expected = slow_figures(*models, token_ids(5, 24))
-    found = score(folders)
-    assert figures(found) == pytest.approx(expected, rel=1e-5)
-    assert expected["kl"] > 0.05
-    assert 0 < expected["same_top"] < 1
-    assert found.perplexity == pytest.approx(
-        expected["reference_perplexity"] * expected["perplexity_ratio"], rel=1e-5
-    )
-    assert found.divergence.reference == str(folders / "dense")
-
-
 def test_the_perplexity_is_that_without_a_reference(folders):
     for stream in (False, True):
         alone = prunus.perplexity(
@@ -163,16 +151,6 @@ def test_progress_counts_both_models(folders):
 
 
 # --- kinds of models ---
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "gpt2"])
-def test_streaming_gives_the_figures_of_whole_models(family, tmp_path):
-    tiny_checkpoint(tmp_path / "dense", family)
-    pruned_checkpoint(tmp_path / "pruned", family, torch.float32)
-    ids_file(tmp_path / "ids.safetensors", 5, 24)
-    whole, parts = (score(tmp_path, batch=2, stream=stream) for stream in (False, True))
-    assert (whole.streamed, parts.streamed) == (False, True)
-    assert figures(parts) == pytest.approx(figures(whole), rel=1e-6, abs=1e-7)
 
 
 def test_two_models_are_streamed_where_one_would_fit(folders, monkeypatch):
@@ -281,8 +259,7 @@ def test_llama_cpp_puts_bos_first_where_the_tokenizer_does(bos, tmp_path):
 
 def test_protocols_and_windows_that_do_not_fit():
     assert first_scored_row("llama.cpp", 3) == 1
-    with pytest.raises(ValueError, match="seqlen must be at least 3"):
-        first_scored_row("llama.cpp", 2)
+    assert_refused(ValueError, "seqlen must be at least 3", first_scored_row, "llama.cpp", 2)
     with pytest.raises(ValueError, match="protocol: input should be"):
         prunus.perplexity("nowhere", "wikitext2", protocol="gptq")
 
@@ -301,8 +278,9 @@ def test_references_that_do_not_fit(folders, tmp_path):
         (tmp_path, FileNotFoundError, r"no config\.json"),
     ):
         ids = str(folders / "ids.safetensors")
-        with pytest.raises(kind, match=words):
-            prunus.perplexity(folders / "pruned", ids, seqlen=24, reference=reference)
+        assert_refused(
+            kind, words, prunus.perplexity, folders / "pruned", ids, seqlen=24, reference=reference
+        )
 
 
 def test_models_with_other_tokenizers(tmp_path):
@@ -311,8 +289,9 @@ def test_models_with_other_tokenizers(tmp_path):
     ids_file(tmp_path / "ids.safetensors", 5, 24)
     assert score(tmp_path).divergence.kl == 0
     swap_two_tokens(tmp_path / "dense")
-    with pytest.raises(ValueError, match=r"the tokenizers of the reference .* differ, at 'a'"):
-        score(tmp_path)
+    assert_refused(
+        ValueError, r"the tokenizers of the reference .* differ, at 'a'", score, tmp_path
+    )
 
 
 # --- several models and texts at once ---
@@ -324,20 +303,14 @@ TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor 
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """A dense model, two that were pruned, and two texts; no test writes to them."""
-    root = tmp_path_factory.mktemp("models")
-    tiny_checkpoint(root / "dense", initializer_range=0.3)
-    for name, sparsity in (("half", 0.5), ("most", 0.8)):
-        pruned_checkpoint(
-            root / name, dtype=torch.float32, sparsity=sparsity, initializer_range=0.3
-        )
-    for name, ids in TEXTS.items():
-        save_file({"input_ids": ids}, root / f"{name}.safetensors")
-    return root
+def root(folders):
+    """The same with a model that lost more, and with a second text."""
+    pruned_checkpoint(folders / "most", sparsity=0.8, **LARGE)
+    save_file({"input_ids": TEXTS["other"]}, folders / "other.safetensors")
+    return folders
 
 
-MODELS = ("half", "most")
+MODELS = ("pruned", "most")
 
 
 def scored(root, texts=("ids", "other"), **options):
@@ -356,21 +329,16 @@ def slow_kl(root, name, ids):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_figures_are_those_of_whole_models_per_text_and_over_all_texts(stream, root):
-    for name, results in zip(MODELS, scored(root, stream=stream), strict=True):
-        by_text = [slow_kl(root, name, ids) for ids in TEXTS.values()]
-        for result, kl in zip(results, [*by_text, np.concatenate(by_text)], strict=True):
-            found = result.divergence
-            assert result.windows == len(kl)
-            assert found.kl == pytest.approx(kl.mean(), rel=1e-5)
-            error = kl.mean(axis=1).std(ddof=1) / len(kl) ** 0.5
-            assert found.kl_stderr == pytest.approx(error, rel=1e-4)
-            for share, figure in (
-                (0.5, found.kl_median),
-                (0.99, found.kl_q99),
-                (0.999, found.kl_q999),
-                (1, found.kl_max),
-            ):
-                assert figure == pytest.approx(np.quantile(kl, share), rel=1e-4)
+    texts = [*TEXTS.values()]
+    dense, *models = (load_model(root / name, torch.float32) for name in ("dense", *MODELS))
+    for model, results in zip(models, scored(root, stream=stream), strict=True):
+        for result, ids in zip(results, (*texts, torch.cat(texts)), strict=True):
+            expected = slow_figures(dense, model, ids)
+            assert (result.windows, result.divergence.reference) == (len(ids), str(root / "dense"))
+            assert figures(result) == pytest.approx(expected, rel=1e-4)
+            perplexity = expected["reference_perplexity"] * expected["perplexity_ratio"]
+            assert result.perplexity == pytest.approx(perplexity, rel=1e-5)
+            assert expected["kl"] > 0.05 and 0 < expected["same_top"] < 1
         assert results[-1].source == "all texts"
 
 
@@ -391,8 +359,7 @@ def test_the_place_of_the_largest_divergence_is_named(root):
 def test_the_text_around_the_largest_divergence_is_shown(tmp_path):
     for name in ("dense", "other"):
         options = {} if name == "dense" else {"initializer_range": 0.3}
-        tiny_checkpoint(tmp_path / name, vocab_size=VOCABULARY, **options)
-        byte_tokenizer().save_pretrained(tmp_path / name)
+        dense_checkpoint(tmp_path / name, **options)
     text = "the quick brown fox jumps over the lazy dog and sleeps all day long"
     (tmp_path / "text.txt").write_text(text)
     found = prunus.perplexity(
@@ -514,7 +481,7 @@ def test_eval_shows_and_writes_figures_single_tokens_and_differences(root, tmp_p
     shown = call("eval", *models, *given, *options).stdout
     written = json.loads(json_file.read_text())
     first = written["models"][0]["perplexity"][0]
-    expected = score(root, "half").as_dict() | {"seconds": first["seconds"]}
+    expected = score(root).as_dict() | {"seconds": first["seconds"]}
     assert first == json.loads(json.dumps(expected))
     assert "Compared with dense: KL divergence" in " ".join(shown.split())
     for model in written["models"]:

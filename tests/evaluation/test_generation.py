@@ -12,6 +12,7 @@ from command_line import call
 from prunus.evaluation.eval_options import WritingOptions
 from prunus.evaluation.generation import chosen_settings, generate
 from prunus.reporting.console import printable
+from refusals import assert_refused
 from tiny import tiny_checkpoint
 from tiny_tokenizer import VOCABULARY, byte_tokenizer, dense_checkpoint
 
@@ -64,8 +65,7 @@ def test_a_model_that_computes_no_numbers_ends_with_an_error(talker, tmp_path):
         tensors["model.norm.weight"].fill_(value)
         tensors["lm_head.weight"].mul_(1e5)
         save_file(tensors, file, metadata={"format": "pt"})
-        with pytest.raises(ValueError, match=message):
-            write(tmp_path / "model")
+        assert_refused(ValueError, message, write, tmp_path / "model")
 
 
 def test_choices_take_the_place_of_the_checkpoints_and_the_rest_stays():
@@ -94,8 +94,7 @@ def test_choices_take_the_place_of_the_checkpoints_and_the_rest_stays():
     ],
 )
 def test_choices_out_of_range_are_refused(values, said):
-    with pytest.raises(ValueError, match=said):
-        WritingOptions.read(None, values)
+    assert_refused(ValueError, said, WritingOptions.read, None, values)
 
 
 def test_a_chat_answers_the_prompt_as_a_message(talker, tmp_path):

@@ -13,6 +13,7 @@ from prunus.calibration.files import read_text
 from prunus.evaluation import tasks
 from prunus.evaluation.eval_records import PAPER7
 from prunus.evaluation.tasks import load_tasks
+from refusals import assert_refused
 from tiny import tiny_model
 from tiny_tokenizer import BOS, EOS, VOCABULARY, byte_tokenizer
 from zeroshot_rows import SPLIT, TASKS, reduced, upstream, write_local_datasets, write_split
@@ -147,11 +148,9 @@ def test_damaged_rows_are_named(tmp_path):
             load_tasks(["arc_easy"], folder=tmp_path)
     for nothing in ("", "\n"):
         path.write_text(nothing)
-        with pytest.raises(ValueError, match=re.escape(str(path))):
-            load_tasks(["arc_easy"], folder=tmp_path)
+        assert_refused(ValueError, re.escape(str(path)), load_tasks, ["arc_easy"], folder=tmp_path)
     write_split(tmp_path, "rte", "validation", [{"sentence1": "a", "label": 0}] * 2)
-    with pytest.raises(ValueError, match="sentence2"):
-        load_tasks(["rte"], folder=tmp_path)
+    assert_refused(ValueError, "sentence2", load_tasks, ["rte"], folder=tmp_path)
 
 
 def test_short_catalogue_holds_the_definitions_of_the_long_one():
@@ -176,8 +175,7 @@ def test_names_of_tasks(model, local_datasets, monkeypatch):
     options = {"tokenizer": byte_tokenizer(), "data": local_datasets, "limit": 1}
     assert [score.task for score in prunus.evaluate(model, " rte, ", **options).scores] == ["rte"]
     for nothing in (",", []):
-        with pytest.raises(ValueError, match="no tasks are named"):
-            prunus.evaluate(model, nothing, **options)
+        assert_refused(ValueError, "no tasks are named", prunus.evaluate, model, nothing, **options)
     # The whole catalogue takes many seconds to read.
     catalogue = tasks._catalogue(["rte"])
     monkeypatch.setattr(tasks, "_catalogue", lambda names: catalogue)
@@ -193,8 +191,9 @@ def test_a_task_with_a_fixed_number_of_examples_keeps_it():
         config = Config()
 
     tasks._set_shots(Task(), None)
-    with pytest.raises(ValueError, match="fixed fixes its number of examples at 0"):
-        tasks._set_shots(Task(), 5)
+    assert_refused(
+        ValueError, "fixed fixes its number of examples at 0", tasks._set_shots, Task(), 5
+    )
 
 
 def test_the_definition_changes_with_whatever_changes_the_prompts(local_datasets, tmp_path):
@@ -386,5 +385,6 @@ def test_without_network_the_error_offers_local_datasets(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(OSError, match=r"rows of rte could not be loaded .*no route.*PRUNUS_DATA"):
-        load_tasks(["rte"])
+    assert_refused(
+        OSError, r"rows of rte could not be loaded .*no route.*PRUNUS_DATA", load_tasks, ["rte"]
+    )

@@ -1,6 +1,5 @@
 """What llama.cpp and mlx-lm compute whatever a configuration says: every entry of the tables."""
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,10 +8,12 @@ from transformers import AutoConfig
 
 pytest.importorskip("gguf")
 
+from changes import edit_json
 from gguf_cases import FAMILIES as GGUF_FAMILIES
 from gguf_cases import compress, gguf_checkpoint, known_layout, known_tensors, write_container
 from prunus.formats.fixed import LLAMA_CPP, MLX, Table, check_fixed, check_known
 from prunus.formats.mlx import FAMILIES as MLX_FAMILIES
+from refusals import assert_refused
 from tiny import COMMON, FAMILIES
 
 #: Family of transformers -> its entry in a table. The tables have one for each family.
@@ -111,10 +112,8 @@ def test_a_checkpoint_that_llama_cpp_computes_in_another_way_is_refused(family, 
     options, message = HOSTILE[family]
     folder = gguf_checkpoint(tmp_path / "dense", family, **GGUF_FAMILIES[family])
     known_layout(folder)
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | options))
-    with pytest.raises(NotImplementedError, match=message):
-        known_layout(folder)
+    edit_json(folder / "config.json", **options)
+    assert_refused(NotImplementedError, message, known_layout, folder)
 
 
 #: Option of a config.json that its template does not have -> what the message says.
@@ -134,8 +133,7 @@ def test_a_template_says_nothing_else_than_the_configuration(option, tmp_path):
     template = write_container(tmp_path / "full.gguf", known_tensors(dense), fields)
     value, message = UNLIKE[option]
     for given in ({}, {option: value}):
-        path = dense / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | given))
+        edit_json(dense / "config.json", **given)
         options = {"type": "Q8_0", "rounding": "nearest", "template": template}
         if given:
             with pytest.raises((ValueError, NotImplementedError), match=message):
@@ -147,8 +145,7 @@ def test_a_template_says_nothing_else_than_the_configuration(option, tmp_path):
 
 def test_the_class_of_the_model_counts_and_not_the_one_that_the_configuration_names(tmp_path):
     folder = gguf_checkpoint(tmp_path / "dense", "granite", embedding_multiplier=12.0)
-    path = folder / "config.json"
-    config = json.loads(path.read_text()) | {"architectures": ["LlamaForCausalLM"]}
-    path.write_text(json.dumps(config))
-    with pytest.raises(NotImplementedError, match="GraniteForCausalLM has no known layout"):
-        known_layout(folder)
+    edit_json(folder / "config.json", architectures=["LlamaForCausalLM"])
+    assert_refused(
+        NotImplementedError, "GraniteForCausalLM has no known layout", known_layout, folder
+    )

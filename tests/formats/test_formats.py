@@ -7,8 +7,7 @@ from types import ModuleType, SimpleNamespace
 import prunus
 from prunus.formats.codec import Codec
 from prunus.model import formats
-from tiny import tiny_checkpoint
-from tiny_tokenizer import VOCABULARY, byte_tokenizer
+from tiny_tokenizer import dense_checkpoint
 
 
 class ZipFormat(Codec):
@@ -25,8 +24,7 @@ class ZipFormat(Codec):
 
 
 def test_one_entry_lets_load_and_inspect_open_a_file_of_a_new_format(tmp_path, monkeypatch):
-    dense = tiny_checkpoint(tmp_path / "dense", vocab_size=VOCABULARY)
-    byte_tokenizer().save_pretrained(dense)
+    dense = dense_checkpoint(tmp_path / "dense")
     file = shutil.make_archive(str(tmp_path / "model"), "zip", dense)
     home = ModuleType("zip_format")
     home.ZipFormat = ZipFormat
@@ -37,6 +35,5 @@ def test_one_entry_lets_load_and_inspect_open_a_file_of_a_new_format(tmp_path, m
     opened = prunus.load(file).model.state_dict()
     assert all(opened[name].equal(tensor) for name, tensor in expected.items())
     linears = {linear.name: linear for linear in prunus.inspect(file).linears}
-    assert linears["model.layers.0.self_attn.q_proj"].dtype == "Z"
-    assert linears["model.layers.0.self_attn.q_proj"].bits == 3.0
-    assert linears["model.layers.0.self_attn.k_proj"].bits is None
+    q, k = (linears[f"model.layers.0.self_attn.{name}_proj"] for name in "qk")
+    assert (q.dtype, q.bits, k.bits) == ("Z", 3.0, None)

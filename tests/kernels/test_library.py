@@ -12,6 +12,8 @@ import torch
 from command_line import call
 from processors import processor_threads
 from prunus.kernels import library
+from recovery_cases import training_text
+from refusals import assert_refused
 from tiny_tokenizer import dense_checkpoint
 
 
@@ -32,18 +34,13 @@ def best():
     return opened
 
 
-def test_unknown_instruction_set(monkeypatch):
-    with pytest.raises(ValueError, match=", ".join(library.ISAS)):
-        library.load("sse9")
-    monkeypatch.setenv("PRUNUS_ISA", "off")
-    assert library.load() is None
-    assert library.why_not() == "switched off by PRUNUS_ISA=off"
+def test_unknown_instruction_set():
+    assert_refused(ValueError, ", ".join(library.ISAS), library.load, "sse9")
 
 
 def test_an_instruction_set_that_the_machine_lacks_is_refused(best, monkeypatch):
     monkeypatch.setattr(library, "ISAS", (*library.ISAS, "next"))
-    with pytest.raises(ValueError, match="this machine has no next"):
-        library.load("next")
+    assert_refused(ValueError, "this machine has no next", library.load, "next")
 
 
 def test_the_reason_is_said_where_the_library_is_missing_broken_or_old(best, folder, monkeypatch):
@@ -87,9 +84,7 @@ def test_wrong_arguments_are_refused(best):
 
 
 def test_a_run_that_would_use_the_kernels_says_once_that_there_are_none(folder, monkeypatch):
-    text = folder / "text.txt"
-    text.write_text("The quick brown fox jumps over the lazy dog. " * 12)
-    dense = dense_checkpoint(folder / "dense")
+    text, dense = training_text(folder), dense_checkpoint(folder / "dense")
 
     def words(out: str, method: str) -> int:
         options = ["--method", method, "--calibration", text, "--samples", 4, "--seqlen", 16]

@@ -18,6 +18,7 @@ from prunus.methods.group_fits import fit_scales, round_in_groups, span_fit
 from prunus.methods.group_sweep import quantize_in_groups
 from prunus.methods.solvers.obs import inverse_factor
 from prunus.methods.work import NearestRounding
+from refusals import assert_refused
 
 pytest.importorskip("gguf", reason="the package gguf is the reference, and has the codebooks")
 
@@ -117,10 +118,8 @@ def test_no_other_power_of_two_has_a_smaller_error(power):
 def test_widths_that_256_does_not_divide_get_the_types_of_llama_cpp():
     assert type_for("Q4_K", 512) is TYPES["Q4_K"]
     assert type_for("Q4_K", 576) is TYPES["Q5_0"]
-    with pytest.raises(ValueError, match="give a width that 32 divides"):
-        type_for("Q8_0", 100)
-    with pytest.raises(ValueError, match="not a type that prunus writes"):
-        type_for("Q9_K", 512)
+    assert_refused(ValueError, "give a width that 32 divides", type_for, "Q8_0", 100)
+    assert_refused(ValueError, "not a type that prunus writes", type_for, "Q9_K", 512)
 
 
 @every_quantizer

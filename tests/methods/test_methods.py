@@ -25,6 +25,7 @@ from prunus.methods.solvers.least_squares import (
 )
 from prunus.methods.solvers.obs import inverse_factor
 from prunus.methods.statistics import InputStatistics
+from refusals import assert_refused
 from tiny import tiny_checkpoint, token_ids, weights
 
 # --- against the references ---
@@ -163,8 +164,9 @@ def test_damping_is_raised_until_the_gram_can_be_inverted():
     indefinite_II = torch.tensor([[1.0, 1.05], [1.05, 1.0]])  # eigenvalues 2.05 and -0.05
     factor_II, notes = inverse_factor(indefinite_II, 0.01)
     assert notes == {"damping": 0.1}
-    with pytest.raises(ValueError, match="cannot be inverted"):
-        inverse_factor(torch.full((3, 3), float("nan")), 0.01)
+    assert_refused(
+        ValueError, "cannot be inverted", inverse_factor, torch.full((3, 3), float("nan")), 0.01
+    )
     torch.testing.assert_close(
         factor_II.T @ factor_II, torch.linalg.inv(indefinite_II + 0.1 * torch.eye(2))
     )
@@ -490,8 +492,7 @@ def test_what_goes_together_passes(name, pattern, options):
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        MethodOptions(**options)
+    assert_refused(ValueError, message, MethodOptions, **options)
     assert MethodOptions(dense_weight="0.25").dense_weight == 0.25
 
 
@@ -536,16 +537,16 @@ def test_a_method_of_ones_own_is_read_from_its_file(tmp_path):
 def test_a_name_without_a_method_is_refused(name, message, tmp_path):
     own = tmp_path / "own.py"
     own.write_text(OWN)
-    with pytest.raises(ValueError, match=message):
-        get_method(name.format(own=own))
+    assert_refused(ValueError, message, get_method, name.format(own=own))
 
 
 def test_a_method_is_given_as_an_object():
     method = Method(
         name="mine", summary="", function="prunus.methods.wanda:prune", needs="norms", groups=(3,)
     )
-    with pytest.raises(ValueError, match="does not support the group row"):
-        check_options(method, Pattern(), 0.5)
+    assert_refused(
+        ValueError, "does not support the group row", check_options, method, Pattern(), 0.5
+    )
     weight_OI, X_TI = example(6, 12)
     pruned = method.prune(weight_OI, gather(X_TI), Pattern(group=3), 0.5)
     assert int(pruned.keep_OI.sum()) == 36

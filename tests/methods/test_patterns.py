@@ -11,6 +11,7 @@ from processors import processor_threads
 from prunus.hardware.numerics import count_zeros
 from prunus.methods import patterns
 from prunus.methods.patterns import Pattern, check_shape, keep_above_threshold, keep_mask
+from refusals import assert_refused
 
 GROUPS = st.sampled_from(["row", "layer", "column", 1, 2, 3, 100])
 SPARSITIES = st.one_of(st.just(0.0), st.floats(0, 0.999))
@@ -112,8 +113,7 @@ def test_a_threshold_on_coarse_scores_counts_exactly():
 @given(st.integers(0, 64), st.integers(1, 64))
 def test_patterns_are_read_back_as_written(n, m):
     if n > m:
-        with pytest.raises(ValueError, match="impossible"):
-            Pattern(n, m)
+        assert_refused(ValueError, "impossible", Pattern, n, m)
         return
     pattern = Pattern.parse(f"{n}:{m}")
     assert pattern == Pattern(n, m) == Pattern.parse(str(pattern))
@@ -133,13 +133,10 @@ def test_unstructured_patterns():
 
 def test_what_is_no_pattern_or_group_is_refused():
     for text in ("", "2", "2:", "2:4:8", "-2:4", "2.0:4", "half", " 2:4", "2:4\n", "5:4", "0:0"):
-        with pytest.raises(ValueError, match="pattern"):
-            Pattern.parse(text)
+        assert_refused(ValueError, "pattern", Pattern.parse, text)
     for group in ("rows", "", "0", "-1", 0, -3, True, 2.5):
-        with pytest.raises(ValueError, match=r"group .* is unknown"):
-            Pattern.parse("unstructured", group)
-    with pytest.raises(ValueError, match="both numbers"):
-        Pattern(n=2)
+        assert_refused(ValueError, r"group .* is unknown", Pattern.parse, "unstructured", group)
+    assert_refused(ValueError, "both numbers", Pattern, n=2)
 
 
 def test_a_pattern_that_does_not_fit_is_named_before_any_work():
@@ -149,13 +146,10 @@ def test_a_pattern_that_does_not_fit_is_named_before_any_work():
         check_shape(Pattern(2, 4), (3, 10), "q_proj")
     with pytest.raises(ValueError, match="conv has the shape"):
         check_shape(Pattern(), (3, 10, 3), "conv")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="multiple of 4"):
-        keep_mask(torch.ones(3, 10), Pattern(2, 4), 0.5)
+    assert_refused(ValueError, "multiple of 4", keep_mask, torch.ones(3, 10), Pattern(2, 4), 0.5)
 
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 50, float("nan")])
 def test_a_sparsity_out_of_range_is_refused(sparsity):
-    with pytest.raises(ValueError, match="sparsity"):
-        keep_mask(torch.ones(3, 10), Pattern(), sparsity)
-    with pytest.raises(ValueError, match="sparsity"):
-        keep_above_threshold(torch.ones(3, 10), sparsity)
+    assert_refused(ValueError, "sparsity", keep_mask, torch.ones(3, 10), Pattern(), sparsity)
+    assert_refused(ValueError, "sparsity", keep_above_threshold, torch.ones(3, 10), sparsity)

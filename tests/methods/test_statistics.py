@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from prunus.kernels import library as kernels
 from prunus.methods.statistics import InputStatistics, StatisticsSpec, statistics_bytes
+from refusals import assert_refused
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=5), st.integers(1, 20), st.integers(0, 99))
@@ -48,21 +49,12 @@ def test_half_precision_does_not_overflow(dtype):
     statistics.check_finite("q_proj")
 
 
-def test_a_gram_that_overflows_on_its_own_is_found():
-    statistics = InputStatistics(2, "gram")
-    # Each batch is finite in float32, and so is the float64 sum of squares. The Gram is not.
-    for _ in range(2):
-        statistics.add(torch.full((1, 2), 1.5e19))
-    assert statistics.sum_squares_I.isfinite().all()
-    with pytest.raises(ValueError, match="products"):
-        statistics.check_finite("o_proj")
-
-
 def test_inputs_of_another_width_are_refused():
     with pytest.raises(ValueError, match=r"expected inputs \(tokens, 5\), got \(3, 4\)"):
         InputStatistics(5, "norms").add(torch.ones(3, 4))
-    with pytest.raises(ValueError, match="expected inputs"):
-        InputStatistics(5, "norms").add(torch.ones(2, 3, 5))
+    assert_refused(
+        ValueError, "expected inputs", InputStatistics(5, "norms").add, torch.ones(2, 3, 5)
+    )
     with pytest.raises(ValueError, match="not 'hessian'"):
         InputStatistics(5, "hessian")  # type: ignore[arg-type]
 

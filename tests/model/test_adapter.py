@@ -15,6 +15,8 @@ from prunus.model.adapter import WEIGHTS_NAME, check_adapter
 from prunus.model.checkpoint.resolve import CONFIG_NAME, base_folder, is_adapter
 from prunus.model.loading import load_model
 from prunus.model.tokenizer import load_tokenizer
+from recovery_cases import training_text
+from refusals import assert_refused
 from tiny import tiny_checkpoint, token_ids
 from tiny_tokenizer import VOCABULARY, dense_checkpoint
 
@@ -64,8 +66,7 @@ def test_an_adapter_computes_base_plus_update(base, adapter):
 def test_an_adapter_that_is_not_finite_is_refused_by_name(adapter):
     name = max(load_file(adapter / WEIGHTS_NAME))
     edit_tensors(adapter / WEIGHTS_NAME, lambda tensors: tensors[name].fill_(torch.inf))
-    with pytest.raises(ValueError, match=f"{name} holds weights that are not finite"):
-        prunus.load(adapter)
+    assert_refused(ValueError, f"{name} holds weights that are not finite", prunus.load, adapter)
 
 
 def test_everything_that_loads_models_takes_adapters(base, adapter, tmp_path):
@@ -73,8 +74,7 @@ def test_everything_that_loads_models_takes_adapters(base, adapter, tmp_path):
     assert not is_adapter(base)
     assert base_folder(adapter) == base
     assert load_tokenizer(adapter).get_vocab() == load_tokenizer(base).get_vocab()
-    text = tmp_path / "text.txt"
-    text.write_text("The quick brown fox jumps over the lazy dog. " * 4)
+    text = training_text(tmp_path)
     found, plain = (
         prunus.perplexity(folder, str(text), seqlen=32).perplexity for folder in (adapter, base)
     )
@@ -104,8 +104,9 @@ def test_an_adapter_of_another_base_is_refused_without_reading_it(adapter, tmp_p
     tiny_checkpoint(tmp_path / "other", vocab_size=VOCABULARY, **options)
     (tmp_path / "other" / "model.safetensors").unlink()
     edit_json(adapter / CONFIG_NAME, base_model_name_or_path=str(tmp_path / "other"))
-    with pytest.raises(ValueError, match=r"does not fit its base .*was it trained on another"):
-        check_adapter(adapter)
+    assert_refused(
+        ValueError, r"does not fit its base .*was it trained on another", check_adapter, adapter
+    )
 
 
 def test_an_adapter_of_another_family_or_with_other_tensors_is_refused(base, adapter, tmp_path):
@@ -113,22 +114,19 @@ def test_an_adapter_of_another_family_or_with_other_tensors_is_refused(base, ada
     name = next(iter(tensors))
     more = tensors | {name.replace("layers.0", "layers.7"): tensors[name].clone()}
     save_file(more, adapter / WEIGHTS_NAME)
-    with pytest.raises(ValueError, match=r"it has no place for .*layers\.7"):
-        check_adapter(adapter)
+    assert_refused(ValueError, r"it has no place for .*layers\.7", check_adapter, adapter)
     save_file(tensors, adapter / WEIGHTS_NAME)
     other = tiny_checkpoint(tmp_path / "gpt2", "gpt2")
     deeper = tiny_checkpoint(tmp_path / "deeper", num_hidden_layers=3)
     for folder, message in ((other, "does not fit"), (deeper, r"the adapter lacks .*layers\.2")):
         edit_json(adapter / CONFIG_NAME, base_model_name_or_path=str(folder))
-        with pytest.raises(ValueError, match=message):
-            load_model(adapter)
+        assert_refused(ValueError, message, load_model, adapter)
 
 
 def test_damaged_adapters_are_refused(base, adapter, tmp_path):
     with (adapter / WEIGHTS_NAME).open("r+b") as file:
         file.truncate(100)
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
-        check_adapter(adapter)
+    assert_refused(ValueError, "not a whole safetensors file", check_adapter, adapter)
     (adapter / WEIGHTS_NAME).rename(adapter / "adapter_model.bin")
     for name, message in (
         (str(base), "from safetensors only, never from pickles"),
@@ -137,14 +135,11 @@ def test_damaged_adapters_are_refused(base, adapter, tmp_path):
         (str(adapter), "is an adapter itself"),
     ):
         edit_json(adapter / CONFIG_NAME, base_model_name_or_path=name)
-        with pytest.raises((ValueError, FileNotFoundError), match=message):
-            load_model(adapter)
+        assert_refused((ValueError, FileNotFoundError), message, load_model, adapter)
     (adapter / CONFIG_NAME).write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
-        load_model(adapter)
+    assert_refused(ValueError, "not valid JSON", load_model, adapter)
 
 
 def test_without_peft_the_extra_is_named(adapter, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[adapters\]'"):
-        load_model(adapter)
+    assert_refused(ModuleNotFoundError, r"pip install '\.\[adapters\]'", load_model, adapter)

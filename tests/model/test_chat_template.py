@@ -4,6 +4,7 @@ import pytest
 
 from prunus.model import tokenizer
 from prunus.model.tokenizer import apply_chat_template
+from refusals import assert_refused
 from tiny_tokenizer import byte_tokenizer
 
 CHATS = [[{"role": "user", "content": text}] for text in ("Grüß dich", "x")]
@@ -36,11 +37,11 @@ def test_a_template_gives_its_text():
     ],
 )
 def test_a_template_that_asks_for_too_much_is_refused(template, message):
-    with pytest.raises(ValueError, match=message):
-        applied(template)
+    assert_refused(ValueError, message, applied, template)
 
 
 def test_a_template_that_does_not_end_is_stopped(monkeypatch):
     monkeypatch.setattr(tokenizer, "_SECONDS", 0.2)
-    with pytest.raises(ValueError, match=r"did not end within 0\.2 s"):
-        applied(LOOP * 6 + "x" + "{% endfor %}" * 6)
+    assert_refused(
+        ValueError, r"did not end within 0\.2 s", applied, LOOP * 6 + "x" + "{% endfor %}" * 6
+    )

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 pytest.importorskip("gguf")
 
 import prunus
+from changes import edit_tensors
 from gguf_cases import gguf_checkpoint
 from tiny import token_ids
 
@@ -35,8 +35,7 @@ def dense(tmp_path_factory) -> Path:
 
 def with_weight(dense: Path, folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:
     shutil.copytree(dense, folder)
-    tensors = load_file(folder / "model.safetensors")
-    save_file(tensors | {KEY: change(tensors[KEY])}, folder / "model.safetensors", {"format": "pt"})
+    edit_tensors(folder, lambda tensors: tensors.update({KEY: change(tensors[KEY])}))
     return folder
 
 

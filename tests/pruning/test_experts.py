@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import prunus
 from command_line import call
-from prunus.engine.memory_plan import Memory
 from prunus.model.experts import Experts, find_routers
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
@@ -200,27 +199,6 @@ def test_experts_are_pruned_as_by_a_naive_reference(family, views, few, rule, tm
     differ = sum(int((x != expected[n]).sum()) for n, x in weights(tmp_path / "pruned").items())
     # Two orders of products round differently: a mask may change where two scores are almost equal.
     assert differ <= 1e-3 * sum(x.numel() for x in expected.values())
-
-
-def prune_with(monkeypatch: Any, lockstep: bool, *args: Any, **options: Any) -> Any:
-    monkeypatch.setattr(Memory, "fits_lockstep", lambda self, index: lockstep)
-    return prunus.prune(*args, calibration=token_ids(), batch=3, min_expert_tokens=48, **options)
-
-
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_lockstep_and_replay_agree_to_the_bit(method, tmp_path, monkeypatch):
-    dense = tiny_checkpoint(tmp_path / "dense", "mixtral")
-    one = prune_with(monkeypatch, True, dense, tmp_path / "lockstep", method=method)
-    two = prune_with(monkeypatch, False, dense, tmp_path / "replay", method=method)
-    assert (one.blocks[0].walk, two.blocks[0].walk) == ("lockstep", "replay")
-    assert one.totals["expert_linears_measured_on_all"] > 0
-    left, right = stored(tmp_path / "lockstep"), stored(tmp_path / "replay")
-    assert all(torch.equal(x, right[key]) for key, x in left.items())
-    records = [
-        [{**x.model_dump(), "seconds": 0} for b in run.blocks for x in b.linears.values()]
-        for run in (one, two)
-    ]
-    assert records[0] == records[1]
 
 
 def test_two_passes_count_the_unpruned_block_and_see_no_token_twice(tmp_path):

@@ -19,7 +19,6 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     Gemma3nTextConfig,
-    RwkvConfig,
 )
 
 import prunus
@@ -34,6 +33,7 @@ from prunus.model.kinds import CAUSAL, kind_of
 from prunus.pruning.recipe import Recipe
 from recovery_cases import SHORT, shards, training_text
 from reference import assert_three_ways_agree, prune_as_called, prune_rows, wanda_by_whole_runs
+from refusals import assert_refused
 from tiny import COMMON, FAMILIES, SIZES, tiny_checkpoint, tiny_model, token_ids, weights
 
 
@@ -68,15 +68,6 @@ def test_the_result_generates_and_keeps_its_settings(tmp_path):
     config = (tmp_path / "pruned" / "config.json").read_text()
     assert "sparsity_config" not in config
     assert config == (tmp_path / "dense" / "config.json").read_text()
-
-
-def test_experts_in_an_unknown_form_are_refused_by_name(tmp_path):
-    # Llama 4 gives every token to every expert, scaled by the router. No tokens are routed.
-    options = {"num_local_experts": 2, "intermediate_size_mlp": 64, "head_dim": 8}
-    tiny_model("llama4_text", **options).save_pretrained(tmp_path / "dense")
-    with pytest.raises(NotImplementedError, match=r"experts.*form that prunus does not know"):
-        prunus.prune(tmp_path / "dense", tmp_path / "pruned", calibration=token_ids())
-    assert not (tmp_path / "pruned").exists()
 
 
 def test_weights_that_stay_dense_in_a_block_are_named(tmp_path):
@@ -123,13 +114,6 @@ def test_the_head_is_pruned_on_the_inputs_that_the_pruned_blocks_give_it(family,
 
     prunus.prune(model, calibration=ids, batch=2, head=True)
     assert torch.equal(model.state_dict()[key], headed[key])
-
-
-def test_a_tied_head_is_refused_before_any_work(tmp_path):
-    tiny_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "dense")
-    with pytest.raises(NotImplementedError, match="tied to the input embedding"):
-        prunus.prune(tmp_path / "dense", tmp_path / "out", calibration=token_ids(), head=True)
-    assert not (tmp_path / "out").exists()
 
 
 # --- the table of hybrids and encoder-decoders in the documentation ---
@@ -242,7 +226,8 @@ def test_compression(tmp_path):
     assert sum(map(len, shards(tmp_path / "out").values())) < sum(map(len, shards(dense).values()))
 
 
-def test_a_model_that_reads_no_text_without_an_image_is_refused(tmp_path):
+def without_text() -> Any:
+    """A model that reads no text without an image."""
     opt = {"model_type": "opt", "ffn_dim": 64, "vocab_size": 128, "word_embed_proj_dim": 32}
     config = transformers.Blip2Config(
         text_config=SIZES | opt,
@@ -250,11 +235,27 @@ def test_a_model_that_reads_no_text_without_an_image_is_refused(tmp_path):
         qformer_config=SIZES | {"encoder_hidden_size": 32},
         num_query_tokens=2,
     )
-    dense = tmp_path / "dense"
-    transformers.Blip2ForConditionalGeneration(config).save_pretrained(dense)
-    with pytest.raises(NotImplementedError, match="reads no text without an image"):
-        prunus.prune(dense, tmp_path / "out", calibration=token_ids())
-    assert not (tmp_path / "out").exists()
+    return transformers.Blip2ForConditionalGeneration(config)
+
+
+#: Llama 4 gives every token to every expert, scaled by the router. No tokens are routed.
+LLAMA_4 = {"num_local_experts": 2, "intermediate_size_mlp": 64, "head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "words"),
+    [
+        (lambda: tiny_model("llama4_text", **LLAMA_4), {}, "experts.*form that prunus does not"),
+        (lambda: tiny_model(tie_word_embeddings=True), {"head": True}, "tied to the input embedd"),
+        (without_text, {}, "reads no text without an image"),
+    ],
+    ids=["experts", "tied head", "no text"],
+)
+def test_models_that_cannot_be_pruned_are_refused_before_any_work(make, options, words, tmp_path):
+    make().save_pretrained(tmp_path / "dense")
+    given = {"calibration": token_ids(), **options}
+    kind, folders = NotImplementedError, (tmp_path / "dense", tmp_path / "out")
+    assert_refused(kind, words, prunus.prune, *folders, **given)
 
 
 # --- encoders and classifiers of text ---
@@ -270,12 +271,6 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "roformer": {},
     "modernbert": {"global_attn_every_n_layers": 2, "local_attention": 8},
 }
-
-
-def tiny_encoder(family: str) -> Any:
-    config = AutoConfig.for_model(family, **{**_FOR_TEXT, **ENCODERS[family]})
-    torch.manual_seed(2)
-    return AutoModelForMaskedLM.from_config(config).eval()
 
 
 HEADS = ["SequenceClassification", "TokenClassification"]
@@ -328,16 +323,25 @@ def test_heads_that_are_not_known_are_refused_by_name(tmp_path):
     )
 
 
+def test_decoders_that_are_no_row_of_blocks_are_refused_by_name():
+    words = "type 'gemma3n_text' passes several streams of hidden states"
+    assert_refused(NotImplementedError, words, kind_of, Gemma3nTextConfig())
+
+
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("family", "architectures"),
     [
-        (RwkvConfig(), "type 'rwkv' rescales hidden states between its blocks"),
-        (Gemma3nTextConfig(), "type 'gemma3n_text' passes several streams of hidden states"),
+        *(("llama", each) for each in (None, "LlamaForCausalLM", [3.5], [["x"]], {})),
+        ("bart", ["BartForCausalLM"]),
     ],
+    ids=str,
 )
-def test_decoders_that_are_no_row_of_blocks_are_refused_by_name(config, message):
-    with pytest.raises(NotImplementedError, match=message):
-        kind_of(config)
+def test_damaged_architectures_and_the_decoder_of_an_encoder_decoder_are_causal(
+    family, architectures
+):
+    config = AutoConfig.for_model(family, is_encoder_decoder=False)
+    config.architectures = architectures
+    assert kind_of(config) is CAUSAL
 
 
 def test_hidden_states_of_another_shape_are_refused():
@@ -348,7 +352,8 @@ def test_hidden_states_of_another_shape_are_refused():
 
 
 def test_positions_start_after_the_padding(tmp_path):
-    tiny_encoder("roberta").save_pretrained(tmp_path / "dense")
+    config = AutoConfig.for_model("roberta", **_FOR_TEXT)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match="windows of 64 tokens do not fit: the model has 62"):
         prunus.prune(tmp_path / "dense", tmp_path / "pruned", calibration=token_ids(2, 64))
     prunus.prune(tmp_path / "dense", tmp_path / "pruned", calibration=token_ids(2, 62))
@@ -397,16 +402,3 @@ def test_encoder_decoders_are_refused_before_any_work(family, options, verb, tmp
         in text
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
-
-
-@pytest.mark.parametrize("architectures", [None, "LlamaForCausalLM", [3.5], [["x"]], {}])
-def test_damaged_architectures_count_as_causal(architectures):
-    config = AutoConfig.for_model("llama")
-    config.architectures = architectures
-    assert kind_of(config) is CAUSAL
-
-
-def test_the_decoder_of_an_encoder_decoder_is_causal():
-    config = AutoConfig.for_model("bart", is_encoder_decoder=False)
-    config.architectures = ["BartForCausalLM"]
-    assert kind_of(config) is CAUSAL

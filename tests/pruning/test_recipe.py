@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from prunus.hardware.sizes import parse_bytes
 from prunus.pruning.recipe import PRESETS, Recipe
+from refusals import assert_refused
 
 # Any text that UTF-8 can hold: names of files and of linears may be anything.
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
@@ -86,8 +87,7 @@ def test_a_pattern_fixes_the_sparsity():
 def test_a_number_of_rows_may_be_written_as_text():
     assert Recipe(group="8").group == 8
     for wrong in ("0", "-1", "1.5", "rows", True, 0):
-        with pytest.raises(ValueError, match="group must be row, layer, column"):
-            Recipe(group=wrong)
+        assert_refused(ValueError, "group must be row, layer, column", Recipe, group=wrong)
 
 
 @pytest.mark.parametrize(
@@ -106,17 +106,17 @@ def test_a_number_of_rows_may_be_written_as_text():
 def test_bad_recipe_files(content, message, tmp_path):
     path = tmp_path / "recipe.toml"
     path.write_text(content)
-    with pytest.raises(ValueError, match=message):
-        Recipe.read(path, {})
-    assert path.read_text() == content
+    assert_refused(ValueError, message, Recipe.read, path, {})
 
 
 def test_a_recipe_file_that_is_missing_or_not_text(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no recipe file .*gone\.toml"):
-        Recipe.read(tmp_path / "gone.toml", {})
+    assert_refused(
+        FileNotFoundError, r"no recipe file .*gone\.toml", Recipe.read, tmp_path / "gone.toml", {}
+    )
     (tmp_path / "latin.toml").write_bytes(b'calibration = "\xe9"')
-    with pytest.raises(ValueError, match=r"latin\.toml is not valid TOML"):
-        Recipe.read(tmp_path / "latin.toml", {})
+    assert_refused(
+        ValueError, r"latin\.toml is not valid TOML", Recipe.read, tmp_path / "latin.toml", {}
+    )
 
 
 NAMES = [
@@ -157,8 +157,7 @@ def test_only_and_ignore_select_by_full_name(only, ignore, count):
     ],
 )
 def test_patterns_that_select_nothing_are_refused(only, ignore, message):
-    with pytest.raises(ValueError, match=message):
-        Recipe(only=only, ignore=ignore).check_names(NAMES)
+    assert_refused(ValueError, message, Recipe(only=only, ignore=ignore).check_names, NAMES)
 
 
 def test_sizes():
@@ -174,8 +173,9 @@ def test_sizes():
         assert parse_bytes(text) == size
     wrong = ["", "GB", "-1GB", "8PB", "1e9", "8 GB free", "8,5GB", "0", "0.0GB", "nan", "inf"]
     for text in (*wrong, "8\0", "8" + "B" * 1000):
-        with pytest.raises(ValueError, match=r"a memory size (looks like|must be larger than)"):
-            parse_bytes(text)
+        assert_refused(
+            ValueError, r"a memory size (looks like|must be larger than)", parse_bytes, text
+        )
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -213,5 +213,6 @@ def test_explicit_options_override_a_preset(tmp_path):
     )
     (tmp_path / "recipe.toml").write_text(chosen.to_toml(), encoding="utf-8")
     assert Recipe.read(tmp_path / "recipe.toml", {}) == chosen
-    with pytest.raises(ValueError, match="choose one of fast, balanced, best"):
-        Recipe.read(None, {"preset": "fastest"})
+    assert_refused(
+        ValueError, "choose one of fast, balanced, best", Recipe.read, None, {"preset": "fastest"}
+    )

@@ -19,6 +19,7 @@ from prunus.calibration.images import draw_images, list_images, read_images
 from prunus.engine.memory_plan import Memory
 from prunus.model.skeleton import Skeleton
 from reference import assert_three_ways_agree, prune_as_called, prune_rows
+from refusals import assert_refused
 from stopping import assert_resumes, stop_after
 from tiny import shards
 
@@ -158,9 +159,7 @@ def test_unusable_calibration_images_are_refused(tmp_path):
     folder = pictures(tmp_path / "pictures")
 
     def refused(error: type[Exception], message: str, **options: Any) -> None:
-        with pytest.raises(error, match=message):
-            prunus.prune(dense, tmp_path / "out", **options)
-        assert not (tmp_path / "out").exists()
+        assert_refused(error, message, prunus.prune, dense, tmp_path / "out", **options)
 
     refused(ValueError, "calibrated on images, not on mix: give a folder of images", samples=4)
     refused(
@@ -206,8 +205,7 @@ def test_verbs_of_language_models_refuse_a_classifier(tmp_path):
 @pytest.mark.parametrize("size", [0, -4, "large", [16], [16, 0], None])
 def test_a_damaged_image_size_is_refused(size, tmp_path):
     dense = save_classifier(tmp_path / "dense", "convnext")
-    config = json.loads((dense / "config.json").read_text()) | {"image_size": size}
-    (dense / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"image_size|describes no model"):
-        prunus.prune(dense, tmp_path / "out", calibration=torch.randn(4, 3, 16, 16))
-    assert not (tmp_path / "out").exists()
+    content = json.loads((dense / "config.json").read_text()) | {"image_size": size}
+    (dense / "config.json").write_text(json.dumps(content))
+    given, words = {"calibration": torch.randn(4, 3, 16, 16)}, "image_size|describes no model"
+    assert_refused(ValueError, words, prunus.prune, dense, tmp_path / "out", **given)

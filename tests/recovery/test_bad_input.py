@@ -19,15 +19,14 @@ from prunus.recovery.recovery_plan import default_mode
 from prunus.recovery.recovery_record import RecoveryRecord
 from prunus.recovery.trainable import check_zeros
 from recovery_cases import dense_checkpoint, recover, shards
+from refusals import assert_refused
 from tiny import tiny_checkpoint, weights
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
 
 def refused(fault, words, model, output, mode, text, **options):
     """Check that the call raises with these words and writes nothing."""
-    with pytest.raises(fault, match=words):
-        recover(model, output, mode, text, **options)
-    assert not output.exists()
+    assert_refused(fault, words, recover, model, output, mode, text, **options)
 
 
 @pytest.mark.parametrize(
@@ -195,5 +194,4 @@ def test_the_record_of_an_earlier_version_is_read(pruned, text, tmp_path):
 @pytest.mark.parametrize("options", [7, None, [], {"mode": "masked", "seqlen": "many"}])
 def test_a_record_with_damaged_options_is_refused(options, tmp_path):
     (tmp_path / RecoveryRecord.FILE).write_text(json.dumps({"recipe": options}))
-    with pytest.raises(ValueError, match=RecoveryRecord.FILE):
-        RecoveryRecord.load(tmp_path)
+    assert_refused(ValueError, RecoveryRecord.FILE, RecoveryRecord.load, tmp_path)

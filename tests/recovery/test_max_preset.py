@@ -18,8 +18,9 @@ from prunus.pruning.manifest import Manifest
 from prunus.recovery.max_preset import PRUNED, max_run, training_options
 from prunus.recovery.recovery_record import RecoveryRecord
 from recovery_cases import StopError, shards, stop_at
+from refusals import assert_refused
 from scripts import run_script
-from stopping import interrupt, stop_after
+from stopping import assert_all_resumed, interrupt, stop_after
 
 
 def options(text, **changes):
@@ -100,10 +101,7 @@ def test_a_run_killed_in_either_phase_resumes_to_the_same_bytes(dense, text, tmp
     assert any("training.safetensors" in names for names in found), "some in the training"
     in_pruning = [names for names in found if RecoveryRecord.FILE not in names]
     assert any(".prunus-pruned" in names for names in in_pruning), "and some in the pruning"
-    for result in results:
-        assert result["status"] == 0, result
-        assert result["equal"], result
-        assert not result["left_behind"], result
+    assert_all_resumed(results)
 
 
 @pytest.mark.parametrize(
@@ -163,8 +161,7 @@ def test_an_unfinished_run_is_no_model_and_belongs_to_this_preset(dense, text, t
     with pytest.raises(StopError):
         prunus.prune_and_recover(dense, out, **chosen, pruning_progress=stop)
     assert [path.name for path in out.iterdir()] == [PRUNED]
-    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
-        load_model(out)
+    assert_refused(FileNotFoundError, r"no config\.json", load_model, out)
     windows = {name: x for name, x in chosen.items() if name != "tokens"}
     with pytest.raises(FileExistsError, match="holds no result of prunus prune"):
         prunus.prune(dense, out, **windows, overwrite=True)
@@ -175,8 +172,9 @@ def test_an_unfinished_run_is_no_model_and_belongs_to_this_preset(dense, text, t
     _, record = prunus.prune_and_recover(dense, out, **chosen, resume=True)
     assert record.state == "finished" and not (out / PRUNED).exists()
     # Another run with `overwrite` begins with the pruning, inside the same folder.
-    with pytest.raises(FileExistsError, match="another seed"):
-        prunus.prune_and_recover(dense, out, **chosen, seed=1)
+    assert_refused(
+        FileExistsError, "another seed", prunus.prune_and_recover, dense, out, **chosen, seed=1
+    )
     manifest, _ = prunus.prune_and_recover(dense, out, **chosen, seed=1, overwrite=True)
     assert manifest.recipe.seed == 1 and not (out / PRUNED).exists()
 
@@ -207,10 +205,7 @@ def test_a_model_that_changed_since_is_refused(phase, name, message, dense, text
     with contextlib.suppress(StopError):
         max_run(model, out, read, RunOptions(), shown, {"tokens": 8192})
     edit_tensors(model, lambda tensors: tensors[name].mul_(1.5))
-    before = shards(out), shards(out / PRUNED)
-    with pytest.raises(FileExistsError, match=message):
-        prunus.prune_and_recover(model, out, **chosen)
-    assert (shards(out), shards(out / PRUNED)) == before
+    assert_refused(FileExistsError, message, prunus.prune_and_recover, model, out, **chosen)
 
 
 def test_the_training_follows_the_recipe():
@@ -236,8 +231,3 @@ def test_the_command_line_shows_both_phases(dense, text, tmp_path):
     assert written["recovery"] == json.loads((out / RecoveryRecord.FILE).read_text())
     assert (out / INDEX_NAME).exists()
     assert "nothing was done now" in call(*arguments).stderr
-
-
-def test_a_budget_without_the_preset_is_refused(dense, tmp_path):
-    result = call("prune", dense, tmp_path / "out", "--minutes", 3, status=2)
-    assert "--preset max" in result.stderr

@@ -16,8 +16,10 @@ from changes import edit_json, edit_tensors
 from prunus.model.checkpoint.tensor_files import INDEX_NAME
 from prunus.recovery.checkpoints import Checkpoints, TrainingState
 from prunus.recovery.recovery_record import Evaluation
-from recovery_cases import StopError, recover, shards, stop_at
+from recovery_cases import recover, shards, stop_at
+from refusals import assert_refused
 from scripts import run_script
+from stopping import assert_all_resumed, interrupt
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
@@ -30,25 +32,22 @@ def test_a_recovery_killed_at_any_rename_resumes_to_the_same_bytes(pruned, text,
     assert "training.safetensors" in found["recover-masked"] & found["recover-lora"]
     assert len({name for name in found["recover-masked"] if name.startswith("best-")}) >= 2
     assert "model-00001-of-00003.safetensors" in found["recover-masked"]
-    for mode, killed in results.items():
+    for killed in results.values():
         assert len(killed) >= 4
-        for result in killed:
-            assert result["status"] == 0, (mode, result)
-            assert result["equal"], (mode, result)
-            assert not result["left_behind"], (mode, result)
+        assert_all_resumed(killed)
 
 
 def test_training_resumes_from_its_last_checkpoint(pruned, text, tmp_path):
     out, whole = tmp_path / "out", tmp_path / "whole"
     expected = recover(pruned, whole, "masked", text)
-    with pytest.raises(FileNotFoundError, match="no unfinished run"):
-        recover(pruned, out, "masked", text, resume=True)
-    assert not out.exists()
-    with pytest.raises(StopError):
-        recover(pruned, out, "masked", text, progress=stop_at(0.6))
+    assert_refused(
+        FileNotFoundError, "no unfinished run", recover, pruned, out, "masked", text, resume=True
+    )
+    interrupt(recover, pruned, out, "masked", text, progress=stop_at(0.6))
     assert not (out / INDEX_NAME).exists(), "a half-finished folder is no model"
-    with pytest.raises(FileExistsError, match="unfinished run"):
-        recover(pruned, out, "masked", text, resume=False)
+    assert_refused(
+        FileExistsError, "unfinished run", recover, pruned, out, "masked", text, resume=False
+    )
     seen = []
     record = recover(pruned, out, "masked", text, resume=True, progress=seen.append)
     assert seen[0].message == "resumed at step 10"
@@ -60,8 +59,7 @@ def test_training_resumes_from_its_last_checkpoint(pruned, text, tmp_path):
 
 
 def test_a_state_without_its_best_weights_is_not_resumed(pruned, text, tmp_path):
-    with pytest.raises(StopError):
-        recover(pruned, tmp_path / "out", "masked", text, progress=stop_at(0.6))
+    interrupt(recover, pruned, tmp_path / "out", "masked", text, progress=stop_at(0.6))
     for path in (tmp_path / "out").glob("best-*"):
         path.unlink()
     assert (tmp_path / "out" / "training.safetensors").exists()
@@ -227,13 +225,9 @@ def test_a_model_that_changed_since_is_not_trained_further(
 ):
     folders = models(dense, pruned, tmp_path)
     text = Path(shutil.copy(text, tmp_path))
-    with pytest.raises(StopError):
-        train(folders, tmp_path / "out", text, progress=stop_at(0.6))
-    before = shards(tmp_path / "out")
+    interrupt(train, folders, tmp_path / "out", text, progress=stop_at(0.6))
     if which == "text":
         text.write_text(text.read_text() + "No window that is hashed has this sentence.")
     else:
         with_another_norm(folders[which])
-    with pytest.raises(FileExistsError, match=f"another {named}"):
-        train(folders, tmp_path / "out", text)
-    assert shards(tmp_path / "out") == before
+    assert_refused(FileExistsError, f"another {named}", train, folders, tmp_path / "out", text)

@@ -39,6 +39,7 @@ from prunus.reporting.sweep_section import sweep_section
 from prunus.reporting.write import report
 from prunus.structure.structure_record import StructureRecord
 from prunus.sweeping.results import CellResult
+from refusals import assert_refused
 from report_samples import (
     DIVERGENCE,
     HOSTILE,
@@ -334,14 +335,12 @@ def test_figures_that_are_none_are_refused_by_the_name_of_the_file(place, value,
         node = node[key]
     node[place[-1]] = value
     path = write(tmp_path / "eval.json", content)
-    with pytest.raises(ValueError, match=r"eval\.json"):
-        report([path])
+    assert_refused(ValueError, r"eval\.json", report, [path])
 
 
 def test_a_record_whose_recipe_is_none_is_refused_by_name(tmp_path):
     write(tmp_path / "prunus.json", {"recipe": 3})
-    with pytest.raises(ValueError, match=r"prunus\.json is damaged or of another version"):
-        report([tmp_path])
+    assert_refused(ValueError, r"prunus\.json is damaged or of another version", report, [tmp_path])
 
 
 # --- quality against size ---

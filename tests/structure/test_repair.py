@@ -86,9 +86,3 @@ def test_a_killed_repair_trains_what_follows_a_change_that_was_finished(tmp_path
     assert all(block.repair is not None for block in whole.blocks)
     shrunk_with_a_kill(dense, tmp_path / "killed", 3, **common)
     assert bytes_of(tmp_path / "whole") == bytes_of(tmp_path / "killed")
-
-
-def test_repair_needs_a_window_to_validate_on(dense, tmp_path):
-    with pytest.raises(ValueError, match="give more, or a smaller `batch`"):
-        shrink(dense, tmp_path / "small", blocks=1, calibration=token_ids(1))
-    assert not (tmp_path / "small").exists()

@@ -66,7 +66,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"blocks": 3, "width": 0.5}, f"width {GONE}"),
     ("llama", {"heads": 2}, f"heads {GONE}"),
     ("llama", {"kv_heads": 1}, f"kv_heads {GONE}"),
-    ("llama", {"blocks": 3, "batch": 6, "repair": True}, "`samples` 6 make one batch"),
+    ("llama", {"blocks": 3, "batch": 6, "repair": True}, "6 make one batch .* give more, or a sma"),
 ]
 
 

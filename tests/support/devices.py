@@ -7,8 +7,6 @@ from safetensors.torch import load_file
 
 from pretend_cuda import INSTALLED
 
-__all__ = ["PRETEND", "assert_same_weights"]
-
 #: Whether CUDA devices are pretend ones; see `pretend_cuda_plugin.py`.
 PRETEND = INSTALLED in os.environ
 

@@ -1,6 +1,5 @@
 """Tiny checkpoints that can be written as GGUF files."""
 
-import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from tokenizers import models
 
 import prunus
+from changes import edit_json
 from prunus.formats.compression_record import CompressionRecord
 from prunus.formats.gguf.file import GgufFile, fields_of, new_fields, write_gguf
 from prunus.formats.gguf.header import StoredTensor
@@ -52,8 +52,7 @@ def gguf_checkpoint(
     named = {"unk_token": "</s>", "pad_token": "</s>"}
     if family == "phi3":  # llama.cpp's converter asks which of the two tokenizers of Phi it is
         named["tokenizer_class"] = "GPT2Tokenizer"
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | named))
+    edit_json(folder / "tokenizer_config.json", **named)
     return folder
 
 

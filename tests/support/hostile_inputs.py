@@ -60,10 +60,6 @@ TEMPLATES = (
 )
 
 
-def _damage_text(path: Path, dice: random.Random) -> None:
-    path.write_bytes(mutate_bytes(path.read_bytes(), dice, 10**9))
-
-
 def _architecture(folder: Path) -> tuple[Any, Any, Any]:
     for family in ARCHITECTURES:
         tiny_checkpoint(folder / family, family)
@@ -218,7 +214,8 @@ def _text(folder: Path) -> tuple[Any, Any, Any]:
         if dice.random() < 0.05 and chosen.endswith(".gz"):
             (model / chosen).write_bytes(bomb)
         else:
-            _damage_text(model / chosen, dice)
+            content = (model / chosen).read_bytes()
+            (model / chosen).write_bytes(mutate_bytes(content, dice, 10**9))
 
     def work(case: Path) -> None:
         [path] = (case / "model").iterdir()

@@ -27,18 +27,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "DEVICES",
-    "INSTALLED",
-    "Traffic",
-    "install",
-    "library",
-    "load",
-    "operators_without_cuda",
-    "traffic",
-    "why_not",
-]
-
 _SOURCE = Path(__file__).with_name("pretend_cuda.cpp")
 #: The environment variable that is set in a process with pretend devices.
 INSTALLED = "PRUNUS_PRETEND_CUDA"
@@ -52,7 +40,8 @@ def why_not() -> str | None:
     """Why there can be no pretend device here, or None if there can be one."""
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed"
-    if _version_of_cuda():
+    # torch itself is not imported.
+    if (_torch_folder() / "lib" / "libtorch_cuda.so").exists():
         return "this torch is built with CUDA, and a pretend device needs one that is not"
     if sys.platform != "linux":
         return "the pretend device is built on Linux only"
@@ -63,14 +52,8 @@ def why_not() -> str | None:
     return None
 
 
-def _version_of_cuda() -> bool:
-    """Whether the installed torch is built with CUDA; torch itself is not imported."""
-    return (_torch_folder() / "lib" / "libtorch_cuda.so").exists()
-
-
 def _torch_folder() -> Path:
     found = importlib.util.find_spec("torch")
-    assert found is not None and found.origin is not None
     return Path(found.origin).parent
 
 

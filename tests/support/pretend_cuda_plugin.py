@@ -22,8 +22,6 @@ import pytest
 import pretend_cuda
 from places import SUPPORT
 
-__all__ = ["pytest_runtest_protocol", "pytest_unconfigure"]
-
 
 @cache
 def _why_not() -> str | None:
@@ -33,7 +31,8 @@ def _why_not() -> str | None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     """Let the server run a marked test, and report what it says."""
-    if item.get_closest_marker("gpu") and (_pretends() or not _has_cuda()):
+    pretends = pretend_cuda.INSTALLED in os.environ
+    if item.get_closest_marker("gpu") and (pretends or not _has_cuda()):
         item.add_marker(pytest.mark.skip(reason="needs a real CUDA device"))
     if not _goes_to_server(item):
         return None
@@ -52,10 +51,6 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 def pytest_unconfigure(config: pytest.Config) -> None:
     if _server.cache_info().currsize:
         _server().close()
-
-
-def _pretends() -> bool:
-    return pretend_cuda.INSTALLED in os.environ
 
 
 def _has_cuda() -> bool:
@@ -96,7 +91,6 @@ class _Server:
     def reports_of(self, item: pytest.Item) -> list[Any]:
         if item.nodeid not in self._asked:
             self._ask(item)
-        assert self._process.stdout is not None
         while not self._is_done(item.nodeid):
             line = self._process.stdout.readline()
             if not line:
@@ -113,7 +107,6 @@ class _Server:
             if other.path == item.path and _goes_to_server(other)
         ]
         self._asked.update(same_file)
-        assert self._process.stdin is not None
         request = {"root": str(item.config.rootpath), "tests": same_file}
         # If the process has ended, reading its reports ends too, and says so.
         with contextlib.suppress(BrokenPipeError):
@@ -136,7 +129,6 @@ class _Server:
         )
 
     def close(self) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         self._process.stdout.close()

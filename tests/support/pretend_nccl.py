@@ -14,8 +14,6 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import AllgatherOptions, _create_work_from_future
 from torch.futures import Future
 
-__all__ = ["NAME"]
-
 #: The name of the backend, in place of "nccl".
 NAME = "pretend"
 

@@ -43,10 +43,10 @@ from prunus.model.checkpoint.tensor_files import INDEX_NAME  # noqa: E402
 from prunus.sweeping.grid import Sweep  # noqa: E402
 from prunus.sweeping.sweep import sweep as run_sweep  # noqa: E402
 from recovery_cases import recover  # noqa: E402
+from stopping import timeless  # noqa: E402
 
 MAX_SECONDS = 60
 GGUF_NAME = "tiny.gguf"
-_TIMES = ("seconds", "peak_memory_bytes")
 
 
 def verbs(folder: Path) -> dict[str, Callable[[Path], object]]:
@@ -140,14 +140,6 @@ def audit(out: Path) -> list[str]:
 
 def outcome(out: Path) -> dict[str, object]:
     """The content of a finished folder, without times."""
-
-    def timeless(value: object) -> object:
-        if isinstance(value, dict):
-            return {
-                k: timeless(x) for k, x in value.items() if not any(word in k for word in _TIMES)
-            }
-        return [timeless(x) for x in value] if isinstance(value, list) else value
-
     found: dict[str, object] = {}
     for path in sorted(out.rglob("*")):
         name = str(path.relative_to(out))

@@ -15,8 +15,6 @@ from typing import Any
 
 from places import SUPPORT
 
-__all__ = ["fork_script", "run_fresh_script", "run_script"]
-
 
 def run_script(name: str, *arguments: object, timeout: float | None = None) -> Any:
     """Run `tests/support/NAME` on one thread, and return the JSON of its last line of output.
@@ -80,7 +78,6 @@ class _Server:
         )
 
     def run(self, command: list[str], timeout: float | None) -> subprocess.CompletedProcess[str]:
-        assert self._process.stdin is not None and self._process.stdout is not None
         with tempfile.TemporaryDirectory() as folder:
             out, errors = Path(folder, "out"), Path(folder, "errors")
             out.touch()
@@ -99,13 +96,11 @@ class _Server:
                 os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait()
                 _server.cache_clear()
-                assert timeout is not None
                 raise subprocess.TimeoutExpired(command, timeout)
             status = int(self._process.stdout.readline())
             return subprocess.CompletedProcess(command, status, out.read_text(), errors.read_text())
 
     def close(self) -> None:
-        assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         self._process.wait(timeout=60)

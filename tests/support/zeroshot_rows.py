@@ -2,59 +2,13 @@
 
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
 
 _WORDS = ("amber", "birch", "cedar", "dune", "ember", "fjord", "grove", "heath")
-
-
-def _boolq(n: int) -> Row:
-    return {
-        "question": f"is {_WORDS[n % 8]} older than stone",
-        "passage": f"Stone -- {_WORDS[n % 8].capitalize()} is {n} ages old.\u2028It lasts.",
-        "idx": n,
-        "label": n % 2,
-    }
-
-
-def _rte(n: int) -> Row:
-    return {
-        "sentence1": f"The {_WORDS[n % 8]} fell {n} days ago.",
-        "sentence2": f"The {_WORDS[n % 8]} stands.",
-        "label": (n + 1) % 2,
-        "idx": n,
-    }
-
-
-def _hellaswag(n: int) -> Row:
-    return {
-        "ind": n,
-        "activity_label": "Wrapping gifts",
-        "ctx_a": f"A man has {n} boxes [title] How to wrap them [step]",
-        "ctx_b": "he takes  paper",
-        "ctx": "not used by the prompt",
-        "endings": [
-            f"and {verb} the {_WORDS[n % 8]}."
-            for verb in ("folds", "eats", "[substeps] burns", "is")
-        ],
-        "source_id": f"made~{n}",
-        "split": "val",
-        "split_type": "indomain",
-        "label": str(n % 4),
-    }
-
-
-def _winogrande(n: int) -> Row:
-    return {
-        "sentence": (
-            f"The {_WORDS[n % 8]} did not fit in the chest because the _ was too big for {n} men."
-        ),
-        "option1": _WORDS[n % 8],
-        "option2": "chest",
-        "answer": str(1 + n % 2),
-    }
 
 
 def _choices(n: int, numbered: bool) -> Row:
@@ -74,27 +28,53 @@ def _arc(n: int) -> Row:
     }
 
 
-def _openbookqa(n: int) -> Row:
-    return {
+#: Task -> its row with a number, as on the hub.
+_MAKERS: dict[str, Callable[[int], Row]] = {
+    "boolq": lambda n: {
+        "question": f"is {_WORDS[n % 8]} older than stone",
+        "passage": f"Stone -- {_WORDS[n % 8].capitalize()} is {n} ages old.\u2028It lasts.",
+        "idx": n,
+        "label": n % 2,
+    },
+    "rte": lambda n: {
+        "sentence1": f"The {_WORDS[n % 8]} fell {n} days ago.",
+        "sentence2": f"The {_WORDS[n % 8]} stands.",
+        "label": (n + 1) % 2,
+        "idx": n,
+    },
+    "hellaswag": lambda n: {
+        "ind": n,
+        "activity_label": "Wrapping gifts",
+        "ctx_a": f"A man has {n} boxes [title] How to wrap them [step]",
+        "ctx_b": "he takes  paper",
+        "ctx": "not used by the prompt",
+        "endings": [
+            f"and {verb} the {_WORDS[n % 8]}."
+            for verb in ("folds", "eats", "[substeps] burns", "is")
+        ],
+        "source_id": f"made~{n}",
+        "split": "val",
+        "split_type": "indomain",
+        "label": str(n % 4),
+    },
+    "winogrande": lambda n: {
+        "sentence": (
+            f"The {_WORDS[n % 8]} did not fit in the chest because the _ was too big for {n} men."
+        ),
+        "option1": _WORDS[n % 8],
+        "option2": "chest",
+        "answer": str(1 + n % 2),
+    },
+    "arc_easy": _arc,
+    "arc_challenge": _arc,
+    "openbookqa": lambda n: {
         "id": f"O{n}",
         "question_stem": f"After {n} rains there is",
         **_choices(n, numbered=False),
-    }
-
-
-def _lambada(n: int) -> Row:
-    return {"text": f"She looked {n} times, and again, for her lost {_WORDS[n % 8]}"}
-
-
-_MAKERS = {
-    "boolq": _boolq,
-    "rte": _rte,
-    "hellaswag": _hellaswag,
-    "winogrande": _winogrande,
-    "arc_easy": _arc,
-    "arc_challenge": _arc,
-    "openbookqa": _openbookqa,
-    "lambada_openai": _lambada,
+    },
+    "lambada_openai": lambda n: {
+        "text": f"She looked {n} times, and again, for her lost {_WORDS[n % 8]}"
+    },
 }
 TASKS = tuple(_MAKERS)
 #: The split that each task scores, by its name on the hub.

@@ -163,19 +163,27 @@ def test_an_error_in_one_batch_ends_all_coroutines_and_removes_the_hooks():
     gc.collect()
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_streamed_in_memory_spilled_and_replayed_runs_are_equal_to_the_byte(
-    method, tmp_path, monkeypatch
+    method, family, tmp_path, monkeypatch
 ):
-    dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16)
-    ids = token_ids(8, 16)
-    options = {"method": method, "calibration": ids, "batch": 3}
+    dense = tiny_checkpoint(tmp_path / "dense", family, torch.bfloat16)
+    options = {"method": method, "calibration": token_ids(8, 16), "batch": 3}
+    options["min_expert_tokens"] = 64
     plain = prunus.prune(dense, tmp_path / "plain", **options)
     assert {block.walk for block in plain.blocks} == {"lockstep"}
 
     monkeypatch.setattr(Memory, "fits_lockstep", lambda self, index: False)
     replayed = prunus.prune(dense, tmp_path / "replayed", **options)
     assert {block.walk for block in replayed.blocks} == {"replay"}
+    records = [
+        [{**x.model_dump(), "seconds": 0} for b in run.blocks for x in b.linears.values()]
+        for run in (plain, replayed)
+    ]
+    assert records[0] == records[1]
+    measured = plain.totals.get("expert_linears_measured_on_all", 0)
+    assert (measured > 0) == (family == "mixtral")
     monkeypatch.setattr(Memory, "spills", property(lambda self: True))
     monkeypatch.setattr(Memory, "hidden_states_stay", property(lambda self: False))
     prunus.prune(dense, tmp_path / "spilled_replayed", **options)

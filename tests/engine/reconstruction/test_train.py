@@ -18,6 +18,7 @@ from prunus.engine.reconstruction.train import (
     TrainOptions,
     train_block,
 )
+from refusals import assert_refused
 
 
 class TwoLinears(nn.Module):
@@ -187,11 +188,11 @@ def test_a_rate_that_is_too_high_changes_nothing(task):
 
 def test_an_empty_training_is_refused(task):
     block, inputs, targets, masks = task
-    with pytest.raises(ValueError, match="got 0 weights, 1 training batches"):
-        train(block, None, [], {}, [0], [1])
+    assert_refused(
+        ValueError, "got 0 weights, 1 training batches", train, block, None, [], {}, [0], [1]
+    )
     targets[0] = targets[0] / 0
-    with pytest.raises(ValueError, match="not finite"):
-        trained((block, inputs, targets, masks))
+    assert_refused(ValueError, "not finite", trained, (block, inputs, targets, masks))
 
 
 @pytest.mark.parametrize("tokens", [5, 300])

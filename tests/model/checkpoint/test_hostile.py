@@ -12,7 +12,6 @@ import pytest
 
 import prunus
 from changes import edit_json
-from prunus.formats.gguf.file import open_gguf
 from scripts import fork_script
 from tiny import ids_file, token_ids
 
@@ -99,32 +98,6 @@ def test_code_of_a_checkpoint_runs_with_the_flag_only(dense, tmp_path):
     with pytest.raises(ValueError):
         prunus.prune(dense, tmp_path / "out", calibration=token_ids(), trust_remote_code=True)
     assert (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize(
-    ("head", "message"),
-    [
-        (b"", "damaged"),
-        (b"GGUF", "are left"),
-        (b"GGUF" + (9).to_bytes(4, "little") + bytes(16), "version 9"),
-        (
-            b"GGUF" + (3).to_bytes(4, "little") + bytes(8) + (2**60).to_bytes(8, "little"),
-            "fields; at most",
-        ),
-        (
-            b"GGUF" + (3).to_bytes(4, "little") + bytes(8) + (1).to_bytes(8, "little")
-            + (1).to_bytes(8, "little") + b"a" + 2 * (9).to_bytes(4, "little")
-            + (2**60).to_bytes(8, "little"),
-            "its lists have",
-        ),
-    ],
-)  # fmt: skip
-def test_numbers_in_a_gguf_header_are_not_believed(head, message, tmp_path):
-    (tmp_path / "x.gguf").write_bytes(head)
-    with pytest.raises(
-        ValueError, match=f"truncated or damaged .*{message}" if head else "damaged"
-    ):
-        open_gguf(tmp_path / "x.gguf")
 
 
 def test_weights_that_are_not_there_are_not_made_up(dense, tmp_path):

@@ -25,6 +25,7 @@ from prunus.sweeping.grid import Sweep
 from prunus.sweeping.sweep import sweep as run_sweep
 from random_kills import verbs as verbs_of_kills
 from recovery_cases import recover
+from refusals import assert_refused
 from tiny import token_ids, tree
 
 _HOLD = "import sys; from pathlib import Path; from prunus.model.checkpoint.lock import locked\n"
@@ -39,7 +40,6 @@ def held(tmp_path):
         stdout=subprocess.PIPE,
         text=True,
     ) as other:
-        assert other.stdout is not None and other.stdin is not None
         assert other.stdout.readline() == "held\n"
         yield tmp_path / "out", other
         other.stdin.close()
@@ -53,8 +53,7 @@ def test_every_verb_that_writes_is_refused_with_host_and_process(held, material)
     writing = verbs_of_kills(material)
     assert writing.keys() >= {"prune", "compress", "shrink", "recover-masked", "max", "sweep"}
     for verb in writing.keys() - {"import"}:
-        with pytest.raises(FileExistsError, match=who):
-            writing[verb](out)
+        assert_refused(FileExistsError, who, writing[verb], out)
     options = ["--calibration", material / "ids.safetensors", "--samples", 6, "--seqlen", 16]
     shown = call("prune", material / "dense", out, *options, status=2).output
     assert who in " ".join(shown.split())
