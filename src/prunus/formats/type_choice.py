@@ -95,15 +95,13 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class TypeChoice:
-    """The type of each weight, and what it costs.
+    """How each weight is rounded.
 
     Attributes:
-        chosen: First module of each weight -> its type, with bytes, loss and time.
         quantizers: Every module that has a type -> how its weight is rounded.
         importances: See `Measurement`.
     """
 
-    chosen: Mapping[str, Choice]
     quantizers: Mapping[str, GroupQuantizer]
     importances: Mapping[str, Tensor]
 

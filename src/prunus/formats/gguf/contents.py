@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from prunus.formats.compression_record import FileSize
 from prunus.formats.gguf.file import RECORD_FIELD, fields_of, new_fields
 from prunus.formats.gguf.header import StoredTensor, header_of, padded
 from prunus.formats.gguf.layout import GgufLayout, GgufTensor
@@ -98,11 +97,6 @@ class FileContents:
         text = record if size <= self._record_bytes else ""
         writer.add_string(RECORD_FIELD, text + " " * (self._record_bytes - len(text.encode())))
         return self.layout.fields | fields_of(writer)
-
-    def size(self, before: int, after: int, parts: Counter[str]) -> FileSize:
-        """The size for people, from the bytes of the source, of the file and of its parts."""
-        count = sum(math.prod(x.shape) for x in self.layout.tensors if x.name[:5] != "rope_")
-        return FileSize.of(before, after, count, parts)
 
     def file_bytes(self, types: Mapping[str, str]) -> int:
         """The size of the file in bytes."""
