@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from prunus.formats.gguf.file import RECORD_FIELD, fields_of, new_fields
+from prunus.formats.gguf.file import RECORD_FIELD, new_fields
 from prunus.formats.gguf.header import StoredTensor, header_of, padded
 from prunus.formats.gguf.layout import GgufLayout, GgufTensor
 from prunus.formats.gguf.types import FILE_TYPES, PLAIN, TYPES
@@ -96,7 +96,7 @@ class FileContents:
         size = len(record.encode())
         text = record if size <= self._record_bytes else ""
         writer.add_string(RECORD_FIELD, text + " " * (self._record_bytes - len(text.encode())))
-        return self.layout.fields | fields_of(writer)
+        return {**self.layout.fields, **writer.fields}
 
     def file_bytes(self, types: Mapping[str, str]) -> int:
         """The size of the file in bytes."""

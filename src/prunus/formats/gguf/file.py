@@ -148,24 +148,8 @@ class TensorInFile:
         return self.contents.read(start, count * self.row_bytes).reshape(count, self.row_bytes)
 
 
-def tensor_names(architecture: str, blocks: int) -> Any:
-    """The package's table of the names of tensors in a kind of model.
-
-    Args:
-        architecture: llama.cpp's name of the kind, such as `llama`.
-        blocks: Number of blocks, for which the table holds names.
-
-    Raises:
-        ValueError: The package does not know the kind.
-    """
-    kinds = {name: kind for kind, name in package().MODEL_ARCH_NAMES.items()}
-    if architecture not in kinds:
-        raise ValueError(f"the package gguf knows no kind of model {architecture!r}; update it")
-    return package().get_tensor_name_map(kinds[architecture], blocks)
-
-
 def new_fields(architecture: str) -> Any:
-    """A writer of the package without a file, to which fields are added; see `fields_of`."""
+    """A writer of the package without a file; `fields` is what was added, key -> `GgufField`."""
 
     def add_key_value(
         self: Any, key: str, val: Any, vtype: int, sub_type: int | None = None
@@ -175,11 +159,6 @@ def new_fields(architecture: str) -> Any:
     # All methods of the package that add a field call this one, the first before `__init__` ends.
     kind = type("FieldsOnly", (package().GGUFWriter,), {"add_key_value": add_key_value})
     return kind(None, architecture)
-
-
-def fields_of(writer: Any) -> dict[str, GgufField]:
-    """The fields of a writer of `new_fields`: key -> value with its type."""
-    return dict(writer.fields)
 
 
 def _as_package_has(field: GgufField) -> Any:
@@ -261,11 +240,9 @@ class GgufFile:
 
         Fields that describe the storage (`_OF_STORAGE`) are left out: they differ in the next file.
         """
-        return fields_of(new_fields(self.architecture)) | {
-            key: field
-            for key, field in self.header.fields.items()
-            if not key.startswith(_OF_STORAGE)
-        }
+        stored = self.header.fields.items()
+        described = {key: field for key, field in stored if not key.startswith(_OF_STORAGE)}
+        return {**new_fields(self.architecture).fields, **described}
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor, unpacked to float32, with rows first.
@@ -379,7 +356,7 @@ def write_gguf(
 
     Args:
         path: The file.
-        fields: Key -> value with its type, as `fields_of` returns them.
+        fields: Key -> value with its type.
         tensors: The tensors in the order of the file.
 
     Raises:
@@ -426,4 +403,4 @@ def write_importances(
             ("counts", torch.full((len(mean_EI), 1), tokens)),
         )
     ]
-    write_gguf(path, fields_of(writer), stored)
+    write_gguf(path, writer.fields, stored)
