@@ -34,7 +34,7 @@ class Measurement:
             head cost as the head. Where each weight is rounded by itself, also name of a linear ->
             the mean square of each of its inputs.
         placements: Name -> where the rows of a template are in the checkpoint; see
-            `gguf/container.py`.
+            `gguf/template.py`.
         copied: The hash of what is copied from a template -> an empty value.
     """
 

@@ -19,7 +19,6 @@ from prunus.engine.loss_sensitivity import PROBE_TOKENS, PROBE_WINDOWS
 from prunus.formats.cards import CardWords
 from prunus.formats.codec import Codec
 from prunus.formats.compression_record import CompressionRecord
-from prunus.formats.gguf.container import layout_in
 from prunus.formats.gguf.contents import FileContents
 from prunus.formats.gguf.file import OWN_LISTS, open_gguf, write_importances
 from prunus.formats.gguf.header import padded
@@ -27,6 +26,7 @@ from prunus.formats.gguf.import_checkpoint import import_gguf
 from prunus.formats.gguf.layout import layout_of, types_in
 from prunus.formats.gguf.result import GgufResult, read_record
 from prunus.formats.gguf.speeds import Q4_K_M_BITS, preset_time, speeds_of
+from prunus.formats.gguf.template import layout_in
 from prunus.formats.gguf.types import TYPES, GgufType, type_for, type_named, types_for
 from prunus.formats.size_plan import (
     Given,

@@ -109,7 +109,7 @@ class FileContents:
         return len(header_of(self.fields({}), self.stored({}, lambda _: torch.zeros(0))))
 
 
-def content(
+def bytes_of(
     source: CheckpointSource, shards: Checkpoint, types: Mapping[str, str], tensor: GgufTensor
 ) -> torch.Tensor:
     """The bytes of a tensor of the file, from the shards or from the file that has it.

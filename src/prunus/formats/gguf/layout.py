@@ -1,7 +1,7 @@
 """What a GGUF file of a checkpoint holds: its fields, and which tensors under which names.
 
 A layout has two makers. `layout_of` knows the families that are listed here; for them the file is
-what llama.cpp's own converter writes. `container.layout_in` takes the layout from a file of any
+what llama.cpp's own converter writes. `template.layout_in` takes the layout from a file of any
 family.
 
 llama.cpp stores the weights of a model as they are, with three exceptions. Llama's queries and keys
@@ -261,8 +261,12 @@ def types_in(
             the tensor.
     """
     if path.suffix == ".gguf":
-        stored = open_same_model(path, folder, tensors).tensors
-        types = {name: tensor.tensor_type.name for name, tensor in stored.items()}
+        file = open_gguf(path)
+        ours = {tensor.name: tensor.shape for tensor in tensors}
+        # A head that is tied to the embedding is not stored again.
+        names = file.tensors.keys() - ({"output.weight"} - ours.keys())
+        check_same(path, folder, file, ours, {name: file.shape(name) for name in names})
+        types = {name: tensor.tensor_type.name for name, tensor in file.tensors.items()}
     else:
         entries = [x.rpartition("=") for x in read_limited(path).decode(errors="replace").split()]
         types = {x.strip("^$").replace("\\.", "."): kind.upper() for x, _, kind in entries[::-1]}
@@ -295,29 +299,6 @@ def _check_experts(
             f"a GGUF file of {kind} needs experts in every block, and a checkpoint that stores "
             f"them one by one: this one has {stacks // 3} such blocks of {blocks}"
         )
-
-
-def open_same_model(path: Path, folder: Path, tensors: Sequence[GgufTensor]) -> GgufFile:
-    """Open a GGUF file of the same model: names, shapes and tokens are compared.
-
-    Args:
-        path: The file.
-        folder: The checkpoint, with its tokenizer.
-        tensors: The tensors of the checkpoint's GGUF file.
-
-    Raises:
-        ValueError: The file is damaged or of another model; names the first thing that differs.
-    """
-    file = open_gguf(path)
-    ours: dict[str, object] = {tensor.name: tensor.shape for tensor in tensors}
-    # A head that is tied to the embedding is not stored again.
-    theirs: dict[str, object] = {
-        name: tuple(int(side) for side in reversed(tensor.shape))
-        for name, tensor in file.tensors.items()
-        if name in ours or name != "output.weight"
-    }
-    check_same(path, folder, file, ours, theirs)
-    return file
 
 
 def vocabulary_of(folder: Path) -> tuple[dict[int, str], int]:

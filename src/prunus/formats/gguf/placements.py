@@ -26,7 +26,7 @@ from torch import Tensor
 
 from prunus.formats.gguf.file import GgufFile
 from prunus.formats.gguf.layout import tensor_names, vocabulary_of, weights_stored_once
-from prunus.formats.gguf.types import PLAIN
+from prunus.formats.gguf.types import PLAIN_DTYPES
 from prunus.model.kinds import IMAGE_TEXT
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
@@ -35,8 +35,6 @@ from prunus.model.source import CheckpointSource
 ROWS, COLUMNS, TRANSPOSED = "rows/", "columns/", "transposed/"
 #: Kinds of what has no counterpart: a tensor of the file, a weight of the checkpoint.
 FOREIGN, ABSENT = "foreign/", "absent/"
-#: Name of a type in full precision -> its dtype.
-DTYPES = {name: dtype for dtype, (name, _, _) in PLAIN.items()}
 # The least share of the weights of a file's matrices that must be in the checkpoint.
 _LEAST_SHARE = 0.95
 # Shorter rows are often equal by chance.
@@ -59,12 +57,6 @@ def matrices_of(file: GgufFile) -> list[str]:
     )
 
 
-def content(file: GgufFile, name: str) -> Tensor:
-    """A tensor as a file in full precision stores it, with rows first."""
-    dtype = DTYPES[file.tensors[name].tensor_type.name]
-    return file.raw(name).view(dtype).reshape(file.shape(name))
-
-
 def weight_shapes(source: CheckpointSource, skeleton: Skeleton) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every weight of a checkpoint; what the model lacks has its stored name."""
     shapes = {name: tuple(x.shape) for name, x in skeleton.model.state_dict().items()}
@@ -78,7 +70,7 @@ def placements_in(
     """Where the tensors of a file are in a checkpoint, and what has no counterpart.
 
     Args:
-        file: What `open_container` returned for `path`.
+        file: What `open_template` returned for `path`.
         path: Its name, for messages.
         source: The checkpoint.
         skeleton: Its model.
@@ -100,13 +92,13 @@ def placements_in(
     placements = dict[str, Tensor]()
     near = functools.cache(weights.near)
     for name in matrices:
-        if (placed := by_row.places(content(file, name), near(_block(name)))) is not None:
+        if (placed := by_row.places(file.exact(name), near(_block(name)))) is not None:
             placements[ROWS + name] = placed
     if left := [name for name in matrices if ROWS + name not in placements]:
         unused = (x for x in weights.matrices() if x[0] not in by_row.uses)
         by_column = _Lookup(((number, weight.flatten(0, -2).T) for number, weight in unused), dtype)
         for name in left:
-            weight = content(file, name)
+            weight = file.exact(name)
             for kind, rows in ((TRANSPOSED, weight), (COLUMNS, weight.flatten(0, -2).T)):
                 if (placed := by_column.places(rows, near(_block(name)))) is not None:
                     placements[kind + name] = placed
@@ -116,7 +108,9 @@ def placements_in(
 
 def compared_dtype(file: GgufFile) -> torch.dtype:
     """The dtype in which weights are compared: that of the file, where not all are float32."""
-    return next((DTYPES[name] for name in ("BF16", "F16") if name in file.types), torch.float32)
+    return next(
+        (PLAIN_DTYPES[name] for name in ("BF16", "F16") if name in file.types), torch.float32
+    )
 
 
 def _block(name: str) -> int:
@@ -330,7 +324,7 @@ class _Comparison:
         counts = (math.prod(self.file.shape(name)) for name in tensors)
         if sum(counts) != sum(self.missing[name] for name in weights):
             return False
-        ours = torch.cat([content(self.file, name).flatten() for name in tensors])
+        ours = torch.cat([self.file.exact(name).flatten() for name in tensors])
         theirs = torch.cat([self._rest(name) for name in weights])
         if not theirs.is_floating_point():
             return False
