@@ -23,7 +23,7 @@ from prunus.formats.gguf.contents import FileContents
 from prunus.formats.gguf.file import OWN_LISTS, open_gguf, write_importances
 from prunus.formats.gguf.header import padded
 from prunus.formats.gguf.import_checkpoint import import_gguf
-from prunus.formats.gguf.layout import layout_of, types_in
+from prunus.formats.gguf.layout import GgufLayout, layout_of, types_in
 from prunus.formats.gguf.result import GgufResult, read_record
 from prunus.formats.gguf.speeds import Q4_K_M_BITS, preset_time, speeds_of
 from prunus.formats.gguf.template import layout_in
@@ -100,15 +100,17 @@ class GgufCodec(Codec):
                     f"a GGUF file has one type for {names[0]} and all other experts of its block, "
                     "and `ignore` matches some of them: let it match all or none"
                 )
-        table = _Table(given, contents)
-        of_file: Mapping[str, str] = {}
+        # Without a choice by losses, the head has the type of llama.cpp's own files.
+        of_head = recipe.type and ("Q8_0" if recipe.type == "Q8_0" else "Q6_K")
+        if recipe.head_bits is not None:
+            of_head = _HEAD_TYPES.get(recipe.head_bits)
+        kinds = dict.fromkeys(linears, recipe.type) | dict.fromkeys(given.outside, of_head)
         if names_file:
             # `head_bits` decides about the others.
-            free = set() if recipe.head_bits is None else given.outside.keys()
+            needed = kinds.keys() if recipe.head_bits is None else linears.keys()
             source = given.source.checkpoint.folder
-            needed = table.rows.keys() - free
-            of_file = types_in(Path(recipe.type or ""), source, layout.tensors, needed)
-        weights = table.weights(of_file, with_reserve=False)
+            kinds |= types_in(Path(recipe.type or ""), source, layout.tensors, needed)
+        weights = _weights(given, layout, kinds, with_reserve=False)
         # Those of any types will do.
         others = contents.file_bytes(dict.fromkeys(weights, "Q8_0")) - sum(
             padded(TYPES["Q8_0"].nbytes_of(math.prod(x.shape))) for x in weights.values()
@@ -117,7 +119,7 @@ class GgufCodec(Codec):
         if recipe.fast_on is None and budget_of(recipe, weights, others) < sum(
             min(weight.nbytes) for weight in weights.values()
         ):
-            weights = table.weights(of_file, with_reserve=True)
+            weights = _weights(given, layout, kinds, with_reserve=True)
         budget = budget_of(recipe, weights, others)
         words = CardWords(
             "as a GGUF file for llama.cpp, Ollama and LM Studio, with {bits} bits per weight in "
@@ -161,69 +163,40 @@ class GgufCodec(Codec):
         return GroupedWeight(quantizer, tensors.pop(key)).dense()
 
 
-class _Table:
-    """The matrices of a file, and the types that each can have.
+def _weights(
+    given: Given, layout: GgufLayout, kinds: Mapping[str, str | None], with_reserve: bool
+) -> dict[str, TypedWeight]:
+    """First module of each weight that has a type -> its types: all that fit, or a given one.
 
     Args:
         given: What is planned for.
-        contents: The file.
+        layout: The tensors of the file.
+        kinds: Name of each module that has a type -> the type; None if its loss chooses it.
+        with_reserve: Whether types count that are kept in reserve.
     """
-
-    def __init__(self, given: Given, contents: FileContents) -> None:
-        self.given = given
-        names = given.linears.keys() | given.outside.keys()
-        # First module of a weight -> the last tensor that has the weight, or a part of it.
-        self.tensors = {x.module: x for x in contents.layout.tensors if x.module in names}
-        # Tensors that are parts of one weight count together; so do the rows of a 3D one.
-        self.rows = Counter[str]()
-        for tensor in contents.layout.tensors:
-            if tensor.module in names:
-                self.rows[tensor.module] += math.prod(tensor.shape[:-1])
-        head, config = given.head_among(self.rows), given.source.config.get_text_config()
-        # First module of a weight -> how many of its numbers are multiplied for each token.
-        self.uses = dict[str, float]()
-        for name, rows in self.rows.items():
-            shape = self.tensors[name].shape
-            used = getattr(config, "num_experts_per_tok", None) if len(shape) > 2 else None
-            share = used / shape[0] if used else 1.0
-            # An embedding looks up one row.
-            is_product = name == head or name not in given.outside
-            self.uses[name] = rows * shape[-1] * share if is_product else 0.0
-
-    def weights(self, of_file: Mapping[str, str], with_reserve: bool) -> dict[str, TypedWeight]:
-        """First module of each tensor with a type -> its types: all that fit, or a given one.
-
-        Args:
-            of_file: Name of a module -> its type in the file that the recipe names.
-            with_reserve: Whether types count that are kept in reserve.
-        """
-        weights = {}
-        for name, rows in self.rows.items():
-            tensor, given = self.tensors[name], self.given
-            columns, order = tensor.shape[-1], tensor.columns
-            kind = self._head_type if name in given.outside else given.recipe.type
-            kind = of_file.get(name, kind)
-            types: Sequence[GgufType] = (
-                types_for(columns, with_reserve) if kind is None else [type_for(kind, columns)]
-            )
-            types = [replace(x, columns=order) for x in types] if order else types
-            weights[name] = TypedWeight(
-                tensor.modules,
-                (rows, columns),
-                types,
-                [padded(x.nbytes_of(rows * columns)) for x in types],
-                self.uses[name],
-            )
-        return weights
-
-    @property
-    def _head_type(self) -> str | None:
-        """The type of embedding and head; None where their losses choose it."""
-        recipe = self.given.recipe
-        if recipe.head_bits is not None:
-            return _HEAD_TYPES.get(recipe.head_bits)
-        # Where types are not chosen by their losses, it is that of llama.cpp's own files.
-        return recipe.type and ("Q8_0" if recipe.type == "Q8_0" else "Q6_K")
+    # The last tensor that has the weight, or a part of it.
+    tensors = {x.module: x for x in layout.tensors if x.module in kinds}
+    # Tensors that are parts of one weight count together; so do the rows of a 3D one.
+    rows = Counter[str]()
+    for tensor in layout.tensors:
+        rows[tensor.module] += math.prod(tensor.shape[:-1])
+    head, config = given.head_among(tensors), given.source.config.get_text_config()
+    weights = {}
+    for name, tensor in tensors.items():
+        columns, order, kind = tensor.shape[-1], tensor.columns, kinds[name]
+        types: Sequence[GgufType] = (
+            types_for(columns, with_reserve) if kind is None else [type_for(kind, columns)]
+        )
+        types = [replace(x, columns=order) for x in types] if order else types
+        used = getattr(config, "num_experts_per_tok", None) if len(tensor.shape) > 2 else None
+        share = used / tensor.shape[0] if used else 1.0
+        if name in given.outside and name != head:
+            share = 0.0  # an embedding looks up one row
+        count = rows[name] * columns
+        sizes = [padded(x.nbytes_of(count)) for x in types]
+        shape = rows[name], columns
+        weights[name] = TypedWeight(tensor.modules, shape, types, sizes, count * share)
+    return weights
 
 
 @dataclass(frozen=True, kw_only=True)
