@@ -37,8 +37,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunus
-from prunus.formats.gguf.container import layout_by, open_container, placements_in
 from prunus.formats.gguf.file import GgufFile
+from prunus.formats.gguf.template import layout_by, open_template, placements_in
 from prunus.model.checkpoint.files import write_text
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
@@ -93,7 +93,7 @@ def restored(folder: Path, template: Path, written: Path, out: Path) -> None:
     source = CheckpointSource(folder)
     skeleton = Skeleton(source.config, torch.float32)
     source.bind(skeleton)
-    full, file = open_container(template, folder), GgufFile.open(written)
+    full, file = open_template(template, folder), GgufFile.open(written)
     placements = placements_in(full, template, source, skeleton)
     weights: dict[str, torch.Tensor] = {}
     for tensor in layout_by(full, placements, source, skeleton).tensors:

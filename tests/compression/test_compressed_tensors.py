@@ -16,7 +16,7 @@ from prunus.compression.compress import Compression
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_windows import given_windows
 from prunus.formats.block_bytes import scaled
-from prunus.formats.compressed_tensors import TensorsCodec, integer_type, stored_parts
+from prunus.formats.compressed_tensors import TensorsCodec, integer_type
 from prunus.formats.compression_recipe import CompressionRecipe
 from prunus.formats.compression_record import CompressionRecord
 from prunus.methods.group_fits import round_in_groups
@@ -111,7 +111,7 @@ def test_transformers_loads_the_same_weights(bits, dtype, tmp_path):
 def test_the_package_reads_the_numbers_that_were_stored(bits):
     quantizer = integer_type(bits, 32, torch.bfloat16)
     weight = round_in_groups(torch.randn(3, 64), quantizer)
-    parts = stored_parts("x.weight", weight, torch.bfloat16)
+    parts = TensorsCodec.encode("x.weight", weight, torch.bfloat16)
     packed, scale_OS, shape = parts.values()
     lowest_OS = scale_OS.float() * -(2 ** (bits - 1))
     read_OI = scaled(packed.view(torch.uint8), bits, scale_OS, lowest_OS)
@@ -130,7 +130,7 @@ def test_the_bytes_are_those_that_the_package_wrote():
         quantizer = integer_type(bits, 256, torch.bfloat16)
         values_OI = torch.arange(256)[None] % 2**bits - 2 ** (bits - 1)
         weight = round_in_groups(values_OI.float(), quantizer)
-        packed = stored_parts("x", weight, torch.bfloat16)["x_packed"]
+        packed = TensorsCodec.encode("x", weight, torch.bfloat16)["x_packed"]
         assert torch.equal(weight.dense(), values_OI.float())
         assert hashlib.sha256(packed.numpy().tobytes()).hexdigest()[:16] == digest
 

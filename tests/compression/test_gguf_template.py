@@ -22,7 +22,7 @@ from gguf_cases import (
     known_tensors,
     write_container,
 )
-from prunus.formats.gguf import container as gguf_container
+from prunus.formats.gguf import template as gguf_template
 from prunus.formats.gguf.file import GgufFile
 from prunus.formats.gguf.result import read_record
 from refusals import assert_refused
@@ -226,7 +226,7 @@ def test_a_killed_run_with_a_template_continues_without_matching(
     compress(dense, tmp_path / "whole.gguf", **options)
     interrupt(compress, dense, tmp_path / "x.gguf", **options)
     with monkeypatch.context() as changed:
-        changed.delattr(gguf_container, "placements_in")
+        changed.delattr(gguf_template, "placements_in")
         compress(dense, tmp_path / "x.gguf", **options)
     assert (tmp_path / "x.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 

@@ -3,7 +3,7 @@
 import gguf
 import numpy as np
 
-from prunus.formats.gguf.file import fields_of, new_fields
+from prunus.formats.gguf.file import new_fields
 from prunus.formats.gguf.header import ListedTensor, StoredTensor, header_of, read_header
 
 
@@ -32,7 +32,7 @@ def test_a_header_has_the_bytes_that_the_package_writes_and_is_read_back(tmp_pat
     theirs.write_tensors_to_file()
     theirs.close()
     stored = [StoredTensor("a.weight", (2, 3), 0, 24, None), StoredTensor("b", (5,), 0, 20, None)]
-    header = header_of(fields_of(ours), stored)
+    header = header_of(ours.fields, stored)
     assert path.read_bytes() == header + bytes(64)
     with path.open("rb") as file:
         found = read_header(file)
@@ -41,5 +41,5 @@ def test_a_header_has_the_bytes_that_the_package_writes_and_is_read_back(tmp_pat
     # Floats are rounded to float32, and bytes are read as numbers.
     assert header_of(found.fields, stored) == header
     assert {key: field.type for key, field in found.fields.items()} == {
-        key: field.type for key, field in fields_of(ours).items()
+        key: field.type for key, field in ours.fields.items()
     }

@@ -11,7 +11,7 @@ from tokenizers import models
 import prunus
 from changes import edit_json
 from prunus.formats.compression_record import CompressionRecord
-from prunus.formats.gguf.file import GgufFile, fields_of, new_fields, write_gguf
+from prunus.formats.gguf.file import GgufFile, new_fields, write_gguf
 from prunus.formats.gguf.header import StoredTensor
 from prunus.formats.gguf.layout import GgufLayout, layout_of
 from prunus.formats.gguf.types import PLAIN
@@ -97,7 +97,7 @@ def write_container(
     if fields is None:
         writer = new_fields("unheard-of")
         writer.add_uint32("unheard-of.block_count", 2)
-        fields = fields_of(writer)
+        fields = writer.fields
     stored = []
     for name, content in contents.items():
         is_vector = content.dim() < 2 or "gate_inp" in name

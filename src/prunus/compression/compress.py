@@ -19,7 +19,7 @@ from prunus.engine.run import Run, carry_out
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_windows import given_windows
 from prunus.engine.session import SILENT, Session, shown_session
-from prunus.formats.codec import Codec, codec_for, size_plan
+from prunus.formats.codec import Codec, codec_for, size_plan_for
 from prunus.formats.compression_recipe import CompressionRecipe
 from prunus.formats.compression_record import CompressionRecord
 from prunus.formats.size_plan import SizePlan
@@ -107,7 +107,7 @@ class Compression(LinearCommand[CompressionRecord]):
         """Which weights have types, and what all may take."""
         result = None if self.options.overwrite else self.result
         folder = None if result is None else result.folder
-        return size_plan(self.codec, self.recipe, folder, opened, selection)
+        return size_plan_for(self.codec, self.recipe, folder, opened, selection)
 
     def rounding(
         self, run: Run[LinearPlan, CompressionRecord], folder: CheckpointFolder

@@ -170,10 +170,10 @@ def write_lists(
         The type of each weight.
 
     Raises:
-        ValueError, FileExistsError: As `SizePlan.write_lists`.
+        ValueError, FileExistsError: As `SizePlan.check_lists`.
     """
     size_plan = plan_of(plan)
-    size_plan.write_lists(None, types_file, importances_file)
+    size_plan.check_lists([path for path in (types_file, importances_file) if path is not None])
     with shown_session("plan", progress, None) as session:
         choice = size_plan.choose(measured(plan, session, calibration_windows(plan).ids, {}))
     size_plan.write_lists(choice, types_file, importances_file)

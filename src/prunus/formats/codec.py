@@ -170,7 +170,7 @@ def codec_for(output: Path | None, recipe: CompressionRecipe) -> type[Codec]:
     return codec
 
 
-def size_plan(
+def size_plan_for(
     codec: type[Codec],
     recipe: CompressionRecipe,
     folder: Path | None,

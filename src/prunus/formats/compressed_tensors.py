@@ -60,27 +60,8 @@ def integer_type(bits: int, group: int, dtype: torch.dtype) -> IntegerType:
     return IntegerType(f"W{bits}A16", group, group, integers(bits), ONE, layout, dtype=dtype)
 
 
-def stored_parts(key: str, weight: GroupedWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The tensors of a weight by name, see the top of this file.
-
-    Args:
-        key: The name under which the source stores the weight.
-        weight: The weight, quantised by an `IntegerType`.
-        dtype: The dtype of the weight in the source, which its scales get.
-    """
-    quantizer = weight.quantizer
-    assert isinstance(quantizer, IntegerType)
-    scale_OS, values_OB = quantizer.separate(weight.data_OB)
-    rows, spans = scale_OS.shape
-    return {
-        f"{key}_packed": values_OB.view(torch.int32),
-        f"{key}_scale": scale_OS.to(dtype),
-        f"{key}_shape": torch.tensor([rows, spans * quantizer.span]),
-    }
-
-
 def dense_weight(key: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """A weight that `stored_parts` has made, float32 (O, I); its parts leave `tensors`.
+    """A weight that `TensorsCodec.encode` has stored, float32 (O, I); its parts leave `tensors`.
 
     Args:
         key: The name of the weight.
@@ -176,8 +157,16 @@ class TensorsCodec(Codec):
 
     @staticmethod
     def encode(key: str, weight: GroupedWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """The three tensors of a linear; see `Codec.encode`."""
-        return stored_parts(key, weight, dtype)
+        """The three tensors of a linear, see the top of this file; scales have its dtype."""
+        quantizer = weight.quantizer
+        assert isinstance(quantizer, IntegerType)
+        scale_OS, values_OB = quantizer.separate(weight.data_OB)
+        rows, spans = scale_OS.shape
+        return {
+            f"{key}_packed": values_OB.view(torch.int32),
+            f"{key}_scale": scale_OS.to(dtype),
+            f"{key}_shape": torch.tensor([rows, spans * quantizer.span]),
+        }
 
     @staticmethod
     def decode(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, TypeGuard
 
@@ -31,17 +30,6 @@ class FileSize(RecordPart):
     parameters: int
     bits_per_parameter: float
     parts: dict[str, int]
-
-    @classmethod
-    def of(cls, before: int, after: int, parameters: int, parts: Counter[str]) -> FileSize:
-        """A size whose largest part is first; see the attributes for the arguments."""
-        return cls(
-            before=before,
-            after=after,
-            parameters=parameters,
-            bits_per_parameter=8 * after / parameters,
-            parts=dict(parts.most_common()),
-        )
 
     def sentences(self, linear_bits: float | None = None) -> list[str]:
         """The sizes for people.

@@ -111,7 +111,7 @@ class MlxCodec(Codec):
             )
         check_fixed("mlx-lm", "an MLX checkpoint", config, MLX[config.model_type])
         given.refuse_gguf_options()
-        names = [*given.linears, *sorted(given.modules_outside)]
+        names = [*given.linears, *sorted(given.outside)]
         given.check_widths(names, _GROUPS[-1])
         weights = [given.typed(name, _types(given, name)) for name in names]
         words = CardWords(
@@ -165,7 +165,7 @@ class MlxCodec(Codec):
 def _types(given: Given, name: str) -> list[BlockType]:
     """The types whose groups fill the width, smallest first; `head_bits` may name the bits."""
     recipe = given.recipe
-    fixed = recipe.head_bits is not None and name in given.modules_outside
+    fixed = recipe.head_bits is not None and name in given.outside
     bits = [recipe.head_bits] if fixed else _BITS
     columns = given.source.checkpoint.tensors[given.source.weight_key(name)].shape[1]
     groups = [group for group in _GROUPS if columns % group == 0]

@@ -59,16 +59,25 @@ class Given:
 
     @functools.cached_property
     def outside(self) -> dict[str, list[str]]:
-        """Stored name of embedding and head -> those of copies; empty if `head_bits` is none."""
+        """Embedding and head, as far as they can have types -> stored names of the weight.
+
+        If they are tied, it is the embedding alone. A checkpoint may store a tied weight twice,
+        which are two names, or as the head alone, which stays as it is. Empty if `head_bits` is
+        none.
+        """
         if self.recipe.head_bits == "none":
             return {}
-        return embedding_and_head(self.skeleton.model, self.source.stored)
-
-    @functools.cached_property
-    def modules_outside(self) -> set[str]:
-        """The embedding and the head, as far as they can have a type."""
-        stored = self.source.stored.items()
-        return {name.removesuffix(".weight") for name, key in stored if key in self.outside}
+        model, keys = self.skeleton.model, dict[str, str]()
+        names = {id(module): name for name, module in model.named_modules()}
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            name = names.get(id(module), "")
+            if f"{name}.weight" in self.source.stored and is_plain(module):
+                keys[name] = self.source.stored[f"{name}.weight"]
+        if not is_tied(model):
+            return {name: [key] for name, key in keys.items() if key.endswith(".weight")}
+        embedding = tied_embedding(model)
+        name = embedding.name if embedding is not None else ""
+        return {name: [*keys.values()]} if keys.get(name, "").endswith(".weight") else {}
 
     def head_among(self, names: Collection[str]) -> str | None:
         """The one of these modules that has the weight of the output head; None for none.
@@ -128,7 +137,7 @@ class Given:
         """The weight of a module that has a type of its own, one of `quantizers`."""
         shape = self.source.checkpoint.tensors[self.source.weight_key(name)].shape
         sizes = [quantizer.nbytes_of(math.prod(shape)) for quantizer in quantizers]
-        return TypedWeight([name], tuple(shape), quantizers, sizes, [0.0] * len(sizes))
+        return TypedWeight([name], tuple(shape), quantizers, sizes)
 
     def shards(self, weights: Mapping[str, TypedWeight], encode: Encode) -> list[dict[str, Any]]:
         """Each shard of a folder: name -> something with a shape and a dtype.
@@ -143,7 +152,7 @@ class Given:
         """
         source = self.source
         modules = {source.weight_key(name): name for name in weights}
-        copies = {x for key, keys in self.outside.items() if key in modules for x in keys}
+        copies = {x for name, keys in self.outside.items() if name in weights for x in keys[1:]}
         outside = [key for key in source.outside_keys() if key not in copies]
         blocks = map(source.block_keys, range(len(self.skeleton)))
         shards: list[dict[str, Any]] = []
@@ -175,22 +184,14 @@ class TypedWeight:
         shape: Rows of all modules together, and columns last.
         quantizers: The types.
         nbytes: The bytes of the weight in each of them.
-        times: The nanoseconds that it takes for each token in each of them; 0 if that does not
-            matter.
+        uses: How many of its numbers are multiplied for each token; 0 if that does not matter.
     """
 
     modules: Sequence[str]
     shape: tuple[int, ...]
     quantizers: Sequence[GroupQuantizer]
     nbytes: Sequence[int]
-    times: Sequence[float]
-
-    def choices(self, losses: torch.Tensor | None) -> list[Choice]:
-        """The types with the loss that each adds; None for no loss."""
-        of_types = [0.0] * len(self.quantizers) if losses is None else losses.tolist()
-        names = [quantizer.name for quantizer in self.quantizers]
-        columns = zip(names, self.nbytes, of_types, self.times, strict=True)
-        return [Choice(*values) for values in columns]
+    uses: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +205,7 @@ class SizePlan(Storage):
         budget: The most bytes of all weights that have a type.
         words: What the model card says of the format.
         configure: From the plan and the record to the content of config.json; None for none.
+        speeds: Type -> nanoseconds per weight; empty if time does not matter.
         most_time: The most nanoseconds that all weights may take for each token.
         lasting: What is known of the measurement before the run, which lasts with it.
         tensors: Stored name -> something with a shape and a dtype, of all tensors of the result;
@@ -216,15 +218,10 @@ class SizePlan(Storage):
     budget: int
     words: CardWords
     configure: Callable[[SizePlan, Mapping[str, GroupQuantizer]], Mapping[str, object]] | None
+    speeds: Mapping[str, float] = field(default_factory=dict)
     most_time: float = math.inf
     lasting: Measurement = field(default_factory=Measurement)
     tensors: Mapping[str, Any] | None = None
-
-    @functools.cached_property
-    def reach(self) -> tuple[int, int]:
-        """The bytes of all weights with a type, each with its smallest and its largest one."""
-        sizes = [weight.nbytes for weight in self.weights.values()]
-        return sum(map(min, sizes)), sum(map(max, sizes))
 
     def check_reach(self, result: str) -> None:
         """Check that the types reach the bits or the size that the recipe asks for.
@@ -235,10 +232,12 @@ class SizePlan(Storage):
         Raises:
             ValueError: They do not; says what is possible.
         """
-        if not self.reach[0] <= self.budget <= self.reach[1]:
+        of_types = [weight.nbytes for weight in self.weights.values()]
+        least, most = sum(map(min, of_types)), sum(map(max, of_types))
+        if not least <= self.budget <= most:
             count = weights_in(self.weights)
-            bits = " to ".join(f"{8 * nbytes / count:.2f}" for nbytes in self.reach)
-            sizes = " to ".join(in_bytes(nbytes + self.others) for nbytes in self.reach)
+            bits = " to ".join(f"{8 * nbytes / count:.2f}" for nbytes in (least, most))
+            sizes = " to ".join(in_bytes(nbytes + self.others) for nbytes in (least, most))
             raise ValueError(
                 f"{self.given.recipe.target} is not possible in {result} of this model: its types "
                 f"take {bits} bits per weight, with embeddings and head, and such files {sizes}"
@@ -246,15 +245,19 @@ class SizePlan(Storage):
 
     def choose(self, measurement: Measurement) -> TypeChoice:
         """The types of least loss by a measurement."""
-        choices = {
-            first: weight.choices(measurement.losses.get(first))
-            for first, weight in self.weights.items()
-        }
+        choices = {}
+        for first, weight in self.weights.items():
+            losses = measurement.losses.get(first, torch.zeros(len(weight.quantizers)))
+            options = zip(weight.quantizers, weight.nbytes, losses.tolist(), strict=True)
+            choices[first] = [
+                Choice(kind.name, nbytes, loss, self.speeds.get(kind.name, 0.0) * weight.uses)
+                for kind, nbytes, loss in options
+            ]
         chosen = choose_types(choices, self.budget, self.most_time)
         types = {
             name: x.kind for first, x in chosen.items() for name in self.weights[first].modules
         }
-        return TypeChoice(chosen, self.quantizers(types), measurement.importances)
+        return TypeChoice(self.quantizers(types), measurement.importances)
 
     def quantizers(self, types: Mapping[str, str]) -> dict[str, GroupQuantizer]:
         """Module -> how its weight is rounded, from the names of the types."""
@@ -272,22 +275,35 @@ class SizePlan(Storage):
     @functools.cached_property
     def outside(self) -> dict[str, list[str]]:
         """Embedding and head, as far as they have a type -> stored names of the dense weight."""
-        keys = {name: self.given.source.weight_key(name) for name in self.weights}
         outside = self.given.outside
-        return {name: [key, *outside[key]] for name, key in keys.items() if key in outside}
+        return {name: outside[name] for name in self.weights if name in outside}
 
     def file_bytes(self, choice: TypeChoice | None = None) -> int:
         """Bytes of the files with weights, as planned."""
         return self.others + self.budget
 
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model has."""
+        infos = self.given.source.checkpoint.tensors.values()
+        return sum(math.prod(info.shape) for info in infos)
+
+    def size(self, after: int, parts: Counter[str]) -> FileSize:
+        """The size of a result of `after` bytes for people, who read what takes them."""
+        return FileSize(
+            before=self.given.source.checkpoint.file_bytes(),
+            after=after,
+            parameters=self.parameters,
+            bits_per_parameter=8 * after / self.parameters,
+            parts=dict(parts.most_common()),
+        )
+
     def describe(self, choice: TypeChoice | None = None) -> dict[str, object]:
         """The size of the files and what takes it, and the bits if there is one number of them."""
-        given = self.given
         if self.tensors is None:
-            size = size_of(given.source.checkpoint, self.file_bytes(), self.planned_parts())
-            return {"file": size.model_dump()}
-        model, [weight, *_] = given.skeleton.model, self.weights.values()
-        size = file_size(given.source, model, self.tensors, self.file_bytes())
+            return {"file": self.size(self.file_bytes(), self.planned_parts()).model_dump()}
+        weight, *_ = self.weights.values()
+        size = self.size(self.file_bytes(), parts_of(self.given, self.tensors))
         return {"bits": weight.quantizers[0].bits, "file": size.model_dump()}
 
     def planned_parts(self) -> Counter[str]:
@@ -301,10 +317,8 @@ class SizePlan(Storage):
         """What to tell people once the types are chosen; empty for nothing."""
         return ""
 
-    def write_lists(
-        self, choice: TypeChoice | None, types_file: Path | None, importances_file: Path | None
-    ) -> None:
-        """Write the types and the importances for llama-quantize; without a choice, check only.
+    def check_lists(self, paths: Sequence[Path]) -> None:
+        """Check that lists for llama-quantize can be written to these files.
 
         Raises:
             ValueError: The plan is not for a GGUF file whose weights are rounded to nearest.
@@ -314,6 +328,11 @@ class SizePlan(Storage):
             "`tensor_types` and `imatrix` are for llama-quantize, which rounds to nearest: plan a "
             "file whose name OUT ends in .gguf, and leave `rounding` feedback out"
         )
+
+    def write_lists(
+        self, choice: TypeChoice, types_file: Path | None, importances_file: Path | None
+    ) -> None:
+        """Write the types and the importances of a choice, for which `check_lists` had no error."""
 
     def card(self, record: CompressionRecord) -> str:
         """The model card of the result."""
@@ -326,18 +345,7 @@ class SizePlan(Storage):
 
     def note_size(self, record: CompressionRecord, written: Checkpoint) -> None:
         """Enter the size of the files as written into the record."""
-        model = self.given.skeleton.model
-        record.size = file_size(self.given.source, model, written.tensors, written.file_bytes())
-
-
-def planned(given: Given, **fields: Any) -> dict[str, Any]:
-    """The fields of `SizePlan` that follow from what is given, with others."""
-    return {
-        "source": given.source,
-        "selection": given.selection,
-        "given": given,
-        **fields,
-    }
+        record.size = self.size(written.file_bytes(), parts_of(self.given, written.tensors))
 
 
 def folder_plan(
@@ -364,7 +372,8 @@ def folder_plan(
     # Headers are as long as those of the largest types.
     shards = given.shards(by_name, encode)
     others = sum(map(file_nbytes, shards)) - sum(weight.nbytes[-1] for weight in weights)
-    fields = planned(given, weights=by_name, others=others, **fields)
+    fields |= {"source": given.source, "selection": given.selection, "given": given}
+    fields |= {"weights": by_name, "others": others}
     if result is None:
         tensors = {key: info for shard in shards for key, info in shard.items()}
         budget = sum(weight.nbytes[0] for weight in weights)
@@ -422,17 +431,14 @@ def compressible(given: Given, takes_pieces: bool) -> Given:
     return replace(given, selection=selection)
 
 
-def file_size(
-    source: CheckpointSource, model: Any, tensors: Mapping[str, Any], after: int
-) -> FileSize:
-    """The size of a result and what takes its bytes.
+def parts_of(given: Given, tensors: Mapping[str, Any]) -> Counter[str]:
+    """What takes the bytes of a folder, for people -> how many.
 
     Args:
-        source: The source.
-        model: The skeleton of the source.
-        tensors: Stored name -> something with a shape and a dtype, of all tensors of the result.
-        after: Bytes of the files of the result.
+        given: What the folder is made of.
+        tensors: Stored name -> something with a shape and a dtype, of all tensors of the folder.
     """
+    source, model = given.source, given.skeleton.model
     # The embedding comes last, so that a tied head counts as embedding.
     modules = {id(model.get_output_embeddings()): "output head"}
     modules[id(model.get_input_embeddings())] = "embeddings"
@@ -450,33 +456,4 @@ def file_size(
         kind = kinds.get(linear, "linears" if rounded else kind)
         what = f"rounded {kind}" if rounded else f"{kind} in {str(info.dtype).partition('.')[2]}"
         parts[what] += math.prod(info.shape) * info.dtype.itemsize
-    return size_of(source.checkpoint, after, parts)
-
-
-def size_of(source: Checkpoint, after: int, parts: Counter[str]) -> FileSize:
-    """The size of a result that has `after` bytes in these parts."""
-    parameters = sum(math.prod(info.shape) for info in source.tensors.values())
-    return FileSize.of(source.file_bytes(), after, parameters, parts)
-
-
-def embedding_and_head(model: Any, stored: Mapping[str, str]) -> dict[str, list[str]]:
-    """The embedding and the head that can have types; only the first if they are tied.
-
-    Args:
-        model: The skeleton of the source.
-        stored: Name in the model -> stored name, as in `CheckpointSource`.
-
-    Returns:
-        Stored name of the weight -> stored names of copies of it: a tied head may be stored too.
-    """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
-    keys = [
-        stored.get(names.get(id(module), ""), "") if module is not None and is_plain(module) else ""
-        for module in (embedding, head)
-    ]
-    if not is_tied(model):
-        return {key: [] for key in keys if key.endswith(".weight")}
-    # A checkpoint may store a tied weight twice, or as the head alone, which stays as it is.
-    holds = tied_embedding(model) is not None and keys[0].endswith(".weight")
-    return {keys[0]: [key for key in keys[1:] if key]} if holds else {}
+    return parts

@@ -34,7 +34,7 @@ class Measurement:
             head cost as the head. Where each weight is rounded by itself, also name of a linear ->
             the mean square of each of its inputs.
         placements: Name -> where the rows of a template are in the checkpoint; see
-            `gguf/container.py`.
+            `gguf/template.py`.
         copied: The hash of what is copied from a template -> an empty value.
     """
 
@@ -95,15 +95,13 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class TypeChoice:
-    """The type of each weight, and what it costs.
+    """How each weight is rounded.
 
     Attributes:
-        chosen: First module of each weight -> its type, with bytes, loss and time.
         quantizers: Every module that has a type -> how its weight is rounded.
         importances: See `Measurement`.
     """
 
-    chosen: Mapping[str, Choice]
     quantizers: Mapping[str, GroupQuantizer]
     importances: Mapping[str, Tensor]
 

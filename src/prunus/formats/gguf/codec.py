@@ -19,21 +19,20 @@ from prunus.engine.loss_sensitivity import PROBE_TOKENS, PROBE_WINDOWS
 from prunus.formats.cards import CardWords
 from prunus.formats.codec import Codec
 from prunus.formats.compression_record import CompressionRecord
-from prunus.formats.gguf.container import layout_in
 from prunus.formats.gguf.contents import FileContents
 from prunus.formats.gguf.file import OWN_LISTS, open_gguf, write_importances
 from prunus.formats.gguf.header import padded
 from prunus.formats.gguf.import_checkpoint import import_gguf
-from prunus.formats.gguf.layout import layout_of, types_in
+from prunus.formats.gguf.layout import GgufLayout, layout_of, types_in
 from prunus.formats.gguf.result import GgufResult, read_record
 from prunus.formats.gguf.speeds import Q4_K_M_BITS, preset_time, speeds_of
+from prunus.formats.gguf.template import layout_in
 from prunus.formats.gguf.types import TYPES, GgufType, type_for, type_named, types_for
 from prunus.formats.size_plan import (
     Given,
     SizePlan,
     TypedWeight,
     budget_of,
-    planned,
     weights_in,
 )
 from prunus.formats.type_choice import Measurement, TypeChoice
@@ -101,15 +100,17 @@ class GgufCodec(Codec):
                     f"a GGUF file has one type for {names[0]} and all other experts of its block, "
                     "and `ignore` matches some of them: let it match all or none"
                 )
-        table = _Table(given, contents, times)
-        of_file: Mapping[str, str] = {}
+        # Without a choice by losses, the head has the type of llama.cpp's own files.
+        of_head = recipe.type and ("Q8_0" if recipe.type == "Q8_0" else "Q6_K")
+        if recipe.head_bits is not None:
+            of_head = _HEAD_TYPES.get(recipe.head_bits)
+        kinds = dict.fromkeys(linears, recipe.type) | dict.fromkeys(given.outside, of_head)
         if names_file:
             # `head_bits` decides about the others.
-            free = set() if recipe.head_bits is None else given.modules_outside
+            needed = kinds.keys() if recipe.head_bits is None else linears.keys()
             source = given.source.checkpoint.folder
-            needed = table.rows.keys() - free
-            of_file = types_in(Path(recipe.type or ""), source, layout.tensors, needed)
-        weights = table.weights(of_file, with_reserve=False)
+            kinds |= types_in(Path(recipe.type or ""), source, layout.tensors, needed)
+        weights = _weights(given, layout, kinds, with_reserve=False)
         # Those of any types will do.
         others = contents.file_bytes(dict.fromkeys(weights, "Q8_0")) - sum(
             padded(TYPES["Q8_0"].nbytes_of(math.prod(x.shape))) for x in weights.values()
@@ -118,7 +119,7 @@ class GgufCodec(Codec):
         if recipe.fast_on is None and budget_of(recipe, weights, others) < sum(
             min(weight.nbytes) for weight in weights.values()
         ):
-            weights = table.weights(of_file, with_reserve=True)
+            weights = _weights(given, layout, kinds, with_reserve=True)
         budget = budget_of(recipe, weights, others)
         words = CardWords(
             "as a GGUF file for llama.cpp, Ollama and LM Studio, with {bits} bits per weight in "
@@ -128,7 +129,12 @@ class GgufCodec(Codec):
             fields={"library_name": "gguf", "pipeline_tag": "text-generation"},
         )
         plan = GgufPlan(
-            **planned(given, weights=weights, others=others, budget=budget),
+            source=given.source,
+            selection=given.selection,
+            given=given,
+            weights=weights,
+            others=others,
+            budget=budget,
             # The types of a file may be those of an earlier choice, and then this file gets the
             # same bytes. A type that is given needs no measurement, unless scales do.
             measures_loss=recipe.rounding == "nearest" or recipe.type is None or names_file,
@@ -138,7 +144,6 @@ class GgufCodec(Codec):
             lasting=lasting,
             contents=contents,
             speeds=times,
-            uses={name: table.uses(name) for name in weights},
         )
         if recipe.fast_on is not None:
             plan = replace(plan, most_time=plan.preset_time_of_budget())
@@ -158,71 +163,40 @@ class GgufCodec(Codec):
         return GroupedWeight(quantizer, tensors.pop(key)).dense()
 
 
-class _Table:
-    """The matrices of a file, and the types that each can have.
+def _weights(
+    given: Given, layout: GgufLayout, kinds: Mapping[str, str | None], with_reserve: bool
+) -> dict[str, TypedWeight]:
+    """First module of each weight that has a type -> its types: all that fit, or a given one.
 
     Args:
         given: What is planned for.
-        contents: The file.
-        times: Type -> nanoseconds per weight on a processor.
+        layout: The tensors of the file.
+        kinds: Name of each module that has a type -> the type; None if its loss chooses it.
+        with_reserve: Whether types count that are kept in reserve.
     """
-
-    def __init__(self, given: Given, contents: FileContents, times: Mapping[str, float]) -> None:
-        self.given, self.times = given, times
-        # Name of a module -> a tensor that has its weight, or a part of that.
-        self.tensors = {name: x for x in contents.layout.tensors for name in x.modules}
-        names = given.linears.keys() | given.modules_outside
-        # Tensors that are parts of one weight count together; so do the rows of a 3D one.
-        self.rows = Counter[str]()
-        for tensor in contents.layout.tensors:
-            if tensor.module in names:
-                self.rows[tensor.module] += math.prod(tensor.shape[:-1])
-        self.stacks = {tensor.module: tensor.modules for tensor in contents.layout.tensors}
-
-    def weights(self, of_file: Mapping[str, str], with_reserve: bool) -> dict[str, TypedWeight]:
-        """First module of each tensor with a type -> its types: all that fit, or a given one.
-
-        Args:
-            of_file: Name of a module -> its type in the file that the recipe names.
-            with_reserve: Whether types count that are kept in reserve.
-        """
-        weights = {}
-        for name, rows in self.rows.items():
-            tensor, given = self.tensors[name], self.given
-            columns, order = tensor.shape[-1], tensor.columns
-            kind = self._head_type if name in given.modules_outside else given.recipe.type
-            kind = of_file.get(name, kind)
-            types: Sequence[GgufType] = (
-                types_for(columns, with_reserve) if kind is None else [type_for(kind, columns)]
-            )
-            types = [replace(x, columns=order) for x in types] if order else types
-            uses = self.uses(name)
-            weights[name] = TypedWeight(
-                self.stacks[name],
-                (rows, columns),
-                types,
-                [padded(x.nbytes_of(rows * columns)) for x in types],
-                [self.times[x.name] * uses for x in types],
-            )
-        return weights
-
-    @property
-    def _head_type(self) -> str | None:
-        """The type of embedding and head; None where their losses choose it."""
-        recipe = self.given.recipe
-        if recipe.head_bits is not None:
-            return _HEAD_TYPES.get(recipe.head_bits)
-        # Where types are not chosen by their losses, it is that of llama.cpp's own files.
-        return recipe.type and ("Q8_0" if recipe.type == "Q8_0" else "Q6_K")
-
-    def uses(self, name: str) -> float:
-        """How many weights of a tensor are multiplied for each token; `name` is its module."""
-        given, shape = self.given, self.tensors[name].shape
-        if name in given.modules_outside and name != given.head_among(self.rows):
-            return 0.0  # an embedding looks up one row
-        config = given.source.config.get_text_config()
-        used = getattr(config, "num_experts_per_tok", None) if len(shape) > 2 else None
-        return self.rows[name] * shape[-1] * (used / shape[0] if used else 1.0)
+    # The last tensor that has the weight, or a part of it.
+    tensors = {x.module: x for x in layout.tensors if x.module in kinds}
+    # Tensors that are parts of one weight count together; so do the rows of a 3D one.
+    rows = Counter[str]()
+    for tensor in layout.tensors:
+        rows[tensor.module] += math.prod(tensor.shape[:-1])
+    head, config = given.head_among(tensors), given.source.config.get_text_config()
+    weights = {}
+    for name, tensor in tensors.items():
+        columns, order, kind = tensor.shape[-1], tensor.columns, kinds[name]
+        types: Sequence[GgufType] = (
+            types_for(columns, with_reserve) if kind is None else [type_for(kind, columns)]
+        )
+        types = [replace(x, columns=order) for x in types] if order else types
+        used = getattr(config, "num_experts_per_tok", None) if len(tensor.shape) > 2 else None
+        share = used / tensor.shape[0] if used else 1.0
+        if name in given.outside and name != head:
+            share = 0.0  # an embedding looks up one row
+        count = rows[name] * columns
+        sizes = [padded(x.nbytes_of(count)) for x in types]
+        shape = rows[name], columns
+        weights[name] = TypedWeight(tensor.modules, shape, types, sizes, count * share)
+    return weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,13 +205,9 @@ class GgufPlan(SizePlan):
 
     Attributes:
         contents: The fields and tensors of the file.
-        speeds: Type -> nanoseconds per weight.
-        uses: First module of a weight -> how many of its numbers are multiplied for each token.
     """
 
     contents: FileContents
-    speeds: Mapping[str, float]
-    uses: Mapping[str, float]
 
     def preset_time_of_budget(self) -> float:
         """What llama.cpp's presets of this size take for each token, in nanoseconds."""
@@ -251,7 +221,7 @@ class GgufPlan(SizePlan):
         """Nanoseconds that a preset takes for each token, with this many bits in its linears."""
         head = TYPES["Q6_K"].bits
         return sum(
-            self.uses[name]
+            weight.uses
             * preset_time(self.speeds, head if name == self.head else bits, weight.shape[-1])
             for name, weight in self.weights.items()
         )
@@ -263,7 +233,7 @@ class GgufPlan(SizePlan):
             types: Name of a module -> its type. Without any, the speed is what a choice keeps.
         """
         took = (
-            sum(self.speeds[types[x]] * self.uses[x] for x in self.weights)
+            sum(self.speeds[types[name]] * x.uses for name, x in self.weights.items())
             if types
             else self.most_time
         )
@@ -279,8 +249,7 @@ class GgufPlan(SizePlan):
             choice = self.choose(Measurement())
         types = choice.types if choice else {}
         parts = self.contents.bytes_by_type(types) if types else self.planned_parts()
-        before = self.given.source.checkpoint.file_bytes()
-        size = self.contents.size(before, self.file_bytes(choice), parts).model_dump()
+        size = self.size(self.file_bytes(choice), parts).model_dump()
         unmatched = self.contents.layout.unmatched
         return {"file": size, "decoding": self._speed(types), "unmatched": unmatched}
 
@@ -293,18 +262,18 @@ class GgufPlan(SizePlan):
             + ("" if self.given.recipe.fast_on else "; with `fast_on` time counts too")
         )
 
+    def check_lists(self, paths: Sequence[Path]) -> None:
+        """Check that the lists can be written, and make their folders; see `SizePlan`."""
+        if self.given.recipe.rounding == "feedback":
+            super().check_lists(paths)
+        for path in paths:
+            check_file_place(path, OWN_LISTS.fullmatch)
+            make_folder(path.parent)
+
     def write_lists(
-        self, choice: TypeChoice | None, types_file: Path | None, importances_file: Path | None
+        self, choice: TypeChoice, types_file: Path | None, importances_file: Path | None
     ) -> None:
-        """Write the types and the importances for llama-quantize; without a choice, check only."""
-        recipe = self.given.recipe
-        if recipe.rounding == "feedback":
-            super().write_lists(choice, types_file, importances_file)
-        if choice is None:
-            for path in (x for x in (types_file, importances_file) if x is not None):
-                check_file_place(path, OWN_LISTS.fullmatch)
-                make_folder(path.parent)
-            return
+        """Write a list of types and an importance matrix, as llama-quantize reads them."""
         if types_file is not None:
             write_text(types_file, self.contents.type_list(choice.types))
         if importances_file is not None:
@@ -313,13 +282,19 @@ class GgufPlan(SizePlan):
                 for tensor in self.contents.layout.tensors
                 if tensor.module in choice.importances
             }
+            recipe = self.given.recipe
             chunks = min(PROBE_WINDOWS, recipe.samples), min(PROBE_TOKENS, recipe.seqlen)
             text = Path(recipe.calibration).name
             write_importances(importances_file, by_tensor, chunks, text)
 
+    @property
+    def parameters(self) -> int:
+        """How many numbers the file has, but for tables of the rotary embedding."""
+        tensors = self.contents.layout.tensors
+        return sum(math.prod(x.shape) for x in tensors if not x.name.startswith("rope_"))
+
     def note_size(self, record: CompressionRecord, written: Checkpoint) -> None:
         """Enter the size of the file, and what a template and the checkpoint do not share."""
-        contents, before = self.contents, self.given.source.checkpoint.file_bytes()
-        parts = contents.bytes_by_type(record.types)
-        record.size = contents.size(before, contents.file_bytes(record.types), parts)
-        record.unmatched = contents.layout.unmatched
+        parts = self.contents.bytes_by_type(record.types)
+        record.size = self.size(self.contents.file_bytes(record.types), parts)
+        record.unmatched = self.contents.layout.unmatched

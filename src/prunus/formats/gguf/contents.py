@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from prunus.formats.compression_record import FileSize
-from prunus.formats.gguf.file import RECORD_FIELD, fields_of, new_fields
+from prunus.formats.gguf.file import RECORD_FIELD, new_fields
 from prunus.formats.gguf.header import StoredTensor, header_of, padded
 from prunus.formats.gguf.layout import GgufLayout, GgufTensor
 from prunus.formats.gguf.types import FILE_TYPES, PLAIN, TYPES
@@ -97,12 +96,7 @@ class FileContents:
         size = len(record.encode())
         text = record if size <= self._record_bytes else ""
         writer.add_string(RECORD_FIELD, text + " " * (self._record_bytes - len(text.encode())))
-        return self.layout.fields | fields_of(writer)
-
-    def size(self, before: int, after: int, parts: Counter[str]) -> FileSize:
-        """The size for people, from the bytes of the source, of the file and of its parts."""
-        count = sum(math.prod(x.shape) for x in self.layout.tensors if x.name[:5] != "rope_")
-        return FileSize.of(before, after, count, parts)
+        return {**self.layout.fields, **writer.fields}
 
     def file_bytes(self, types: Mapping[str, str]) -> int:
         """The size of the file in bytes."""
@@ -115,7 +109,7 @@ class FileContents:
         return len(header_of(self.fields({}), self.stored({}, lambda _: torch.zeros(0))))
 
 
-def content(
+def bytes_of(
     source: CheckpointSource, shards: Checkpoint, types: Mapping[str, str], tensor: GgufTensor
 ) -> torch.Tensor:
     """The bytes of a tensor of the file, from the shards or from the file that has it.

@@ -32,7 +32,7 @@ from prunus.formats.gguf.header import (
     read_header,
 )
 from prunus.formats.gguf.package import package
-from prunus.formats.gguf.types import TYPES, GgufType
+from prunus.formats.gguf.types import PLAIN_DTYPES, TYPES, GgufType
 from prunus.hardware.errors import require_library
 from prunus.hardware.process_state import replaced
 from prunus.methods.group_quantizer import GroupedWeight
@@ -63,7 +63,7 @@ def check_extra() -> None:
         require_library(module, "a GGUF file", "gguf")
 
 
-class _Contents:
+class _FileBytes:
     """The bytes of an open file, which is closed with this object.
 
     They are read and not mapped, so that a file that is cut short kills no process.
@@ -97,7 +97,7 @@ class TensorInFile:
     """A tensor of an open file, whose content is read when it is used.
 
     Attributes:
-        contents: The bytes of the file.
+        data: The bytes of the file.
         name: llama.cpp's name of the tensor.
         shape: Its shape in the order of the file, columns first.
         tensor_type: Its type in the package, or that of prunus if the package cannot decode it.
@@ -105,7 +105,7 @@ class TensorInFile:
         row_bytes: Bytes of a row.
     """
 
-    contents: _Contents
+    data: _FileBytes
     name: str
     shape: tuple[int, ...]
     tensor_type: Any
@@ -113,7 +113,7 @@ class TensorInFile:
     row_bytes: int
 
     @classmethod
-    def of(cls, contents: _Contents, header: Header, listed: ListedTensor) -> TensorInFile:
+    def of(cls, data: _FileBytes, header: Header, listed: ListedTensor) -> TensorInFile:
         """A tensor that the header of a file lists.
 
         Raises:
@@ -123,11 +123,11 @@ class TensorInFile:
         kind = _OWN.get(listed.type_id) or gguf.GGMLQuantizationType(listed.type_id)
         width, nbytes = gguf.GGML_QUANT_SIZES.get(kind) or (kind.span, kind.nbytes)
         columns = math.prod(listed.sides[:1])
-        found = cls(contents, listed.name, listed.sides, kind, start, columns // width * nbytes)
-        if columns % width or start + found.n_bytes > contents.size:
+        found = cls(data, listed.name, listed.sides, kind, start, columns // width * nbytes)
+        if columns % width or start + found.n_bytes > data.size:
             raise ValueError(
                 f"{found.name} of shape {found.shape} in {kind.name} ends beyond the "
-                f"{contents.size:,} bytes of the file, or within a group of {width} columns"
+                f"{data.size:,} bytes of the file, or within a group of {width} columns"
             )
         return found
 
@@ -144,27 +144,11 @@ class TensorInFile:
     def rows(self, first: int, count: int) -> Any:
         """The bytes of some rows of the content, an array of uint8 (count, bytes of a row)."""
         start = self.data_offset + first * self.row_bytes
-        return self.contents.read(start, count * self.row_bytes).reshape(count, self.row_bytes)
-
-
-def tensor_names(architecture: str, blocks: int) -> Any:
-    """The package's table of the names of tensors in a kind of model.
-
-    Args:
-        architecture: llama.cpp's name of the kind, such as `llama`.
-        blocks: Number of blocks, for which the table holds names.
-
-    Raises:
-        ValueError: The package does not know the kind.
-    """
-    kinds = {name: kind for kind, name in package().MODEL_ARCH_NAMES.items()}
-    if architecture not in kinds:
-        raise ValueError(f"the package gguf knows no kind of model {architecture!r}; update it")
-    return package().get_tensor_name_map(kinds[architecture], blocks)
+        return self.data.read(start, count * self.row_bytes).reshape(count, self.row_bytes)
 
 
 def new_fields(architecture: str) -> Any:
-    """A writer of the package without a file, to which fields are added; see `fields_of`."""
+    """A writer of the package without a file; `fields` is what was added, key -> `GgufField`."""
 
     def add_key_value(
         self: Any, key: str, val: Any, vtype: int, sub_type: int | None = None
@@ -174,11 +158,6 @@ def new_fields(architecture: str) -> Any:
     # All methods of the package that add a field call this one, the first before `__init__` ends.
     kind = type("FieldsOnly", (package().GGUFWriter,), {"add_key_value": add_key_value})
     return kind(None, architecture)
-
-
-def fields_of(writer: Any) -> dict[str, GgufField]:
-    """The fields of a writer of `new_fields`: key -> value with its type."""
-    return dict(writer.fields)
 
 
 def _as_package_has(field: GgufField) -> Any:
@@ -211,12 +190,12 @@ class GgufFile:
     Attributes:
         header: What its header says.
         tensors: Name -> tensor, whose data are read when they are used.
-        contents: The bytes of the file.
+        data: The bytes of the file.
     """
 
     header: Header
     tensors: dict[str, TensorInFile]
-    contents: _Contents
+    data: _FileBytes
 
     @classmethod
     def open(cls, path: Path) -> GgufFile:
@@ -226,13 +205,13 @@ class GgufFile:
             FileNotFoundError: There is no such file.
             ValueError: It is no regular file, its header is damaged, or it ends before a tensor.
         """
-        contents = _Contents(path)
+        data = _FileBytes(path)
         with open_regular(path) as file:
             header = read_header(file)
         return cls(
             header,
-            {listed.name: TensorInFile.of(contents, header, listed) for listed in header.tensors},
-            contents,
+            {listed.name: TensorInFile.of(data, header, listed) for listed in header.tensors},
+            data,
         )
 
     def read_by_transformers(self) -> contextlib.AbstractContextManager[None]:
@@ -260,11 +239,9 @@ class GgufFile:
 
         Fields that describe the storage (`_OF_STORAGE`) are left out: they differ in the next file.
         """
-        return fields_of(new_fields(self.architecture)) | {
-            key: field
-            for key, field in self.header.fields.items()
-            if not key.startswith(_OF_STORAGE)
-        }
+        stored = self.header.fields.items()
+        described = {key: field for key, field in stored if not key.startswith(_OF_STORAGE)}
+        return {**new_fields(self.architecture).fields, **described}
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor, unpacked to float32, with rows first.
@@ -309,6 +286,11 @@ class GgufFile:
         """The bytes of a tensor as they are stored, uint8."""
         rows = math.prod(self.shape(name)[:-1])
         return torch.from_numpy(self.tensors[name].rows(0, rows).reshape(-1))
+
+    def exact(self, name: str) -> torch.Tensor:
+        """A tensor in F32, F16 or BF16 as it is stored, rows first."""
+        dtype = PLAIN_DTYPES[self.tensors[name].tensor_type.name]
+        return self.raw(name).view(dtype).reshape(self.shape(name))
 
     @property
     def block_bits(self) -> float | None:
@@ -378,7 +360,7 @@ def write_gguf(
 
     Args:
         path: The file.
-        fields: Key -> value with its type, as `fields_of` returns them.
+        fields: Key -> value with its type.
         tensors: The tensors in the order of the file.
 
     Raises:
@@ -425,4 +407,4 @@ def write_importances(
             ("counts", torch.full((len(mean_EI), 1), tokens)),
         )
     ]
-    write_gguf(path, fields_of(writer), stored)
+    write_gguf(path, writer.fields, stored)

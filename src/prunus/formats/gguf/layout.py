@@ -1,7 +1,7 @@
 """What a GGUF file of a checkpoint holds: its fields, and which tensors under which names.
 
 A layout has two makers. `layout_of` knows the families that are listed here; for them the file is
-what llama.cpp's own converter writes. `container.layout_in` takes the layout from a file of any
+what llama.cpp's own converter writes. `template.layout_in` takes the layout from a file of any
 family.
 
 llama.cpp stores the weights of a model as they are, with three exceptions. Llama's queries and keys
@@ -24,7 +24,7 @@ import torch
 
 from prunus.formats.fixed import LLAMA_CPP, check_fixed, check_known
 from prunus.formats.gguf.card import metadata_of
-from prunus.formats.gguf.file import GgufFile, fields_of, new_fields, open_gguf, tensor_names
+from prunus.formats.gguf.file import GgufFile, new_fields, open_gguf
 from prunus.formats.gguf.header import GgufField
 from prunus.formats.gguf.package import package
 from prunus.formats.gguf.types import TYPES
@@ -112,7 +112,7 @@ class GgufLayout:
     """The fields and tensors of the GGUF file of a model.
 
     Attributes:
-        fields: Key -> value with its type, as `fields_of` returns them.
+        fields: Key -> value with its type, as the header of a file has them.
         tensors: The tensors in the order of the file.
         unmatched: What a template and its checkpoint do not have in common; see
             `CompressionRecord`.
@@ -166,13 +166,15 @@ def layout_of(source: CheckpointSource, skeleton: Skeleton) -> GgufLayout:
     _add_metadata(writer, folder, tensors)
     _add_parameters(writer, architecture, options)
     _add_tokenizer(writer, folder, architecture, options)
-    return GgufLayout(fields_of(writer), tuple(tensors))
+    return GgufLayout(writer.fields, tuple(tensors))
 
 
 def tensors_of(
     architecture: str, options: Mapping[str, Any], infos: Mapping[str, TensorInfo]
 ) -> list[GgufTensor]:
     """All weights of a model of a known family as its GGUF file has them, in the order of `infos`.
+
+    The experts of a block are one tensor each for gate, up and down; expert 0 comes first.
 
     Args:
         architecture: llama.cpp's name of the kind of model, one of `ARCHITECTURES`.
@@ -186,16 +188,56 @@ def tensors_of(
         "attn_q": options["num_attention_heads"],
         "attn_k": options.get("num_key_value_heads") or options["num_attention_heads"],
     }
-    tensors = named(architecture, options["num_hidden_layers"], infos)
-    for index, tensor in enumerate(tensors):
-        if architecture == "llama" and (count := heads.get(tensor.name.split(".")[-2])):
+    name_of, tensors = tensor_names(architecture, options["num_hidden_layers"]), []
+    sources: dict[str, list[tuple[int, str]]] = {}
+    for source in infos:
+        expert, name = _EXPERT.fullmatch(source), name_of(source)
+        if name is None:
+            raise NotImplementedError(
+                f"{source} has no place in a GGUF file of kind {architecture}, so this model "
+                "cannot be written as one"
+            )
+        sources.setdefault(name, []).append((int(expert[2]) if expert else 0, source))
+    for name, numbered in sources.items():
+        several = tuple(source for _, source in sorted(numbered))
+        shape = infos[several[0]].shape
+        if "_exps." in name:
+            shape = (len(several), *shape)
+        tensor = GgufTensor(name, shape, infos[several[0]].dtype, several)
+        if not tensor.is_matrix:
+            tensor = replace(tensor, dtype=torch.float32)
+        if architecture == "llama" and (count := heads.get(name.split(".")[-2])):
             # transformers stores the rows of a head as two halves, which it rotates against each
             # other. llama.cpp rotates neighbours, so the rows of the two halves alternate.
             halves = torch.arange(tensor.shape[0]).reshape(count, 2, -1)
-            tensors[index] = replace(tensor, rows=halves.transpose(1, 2).reshape(-1))
-        elif architecture == "gemma3" and tensor.name.endswith("norm.weight"):
-            tensors[index] = replace(tensor, shift=1.0)
+            tensor = replace(tensor, rows=halves.transpose(1, 2).reshape(-1))
+        elif architecture == "gemma3" and name.endswith("norm.weight"):
+            tensor = replace(tensor, shift=1.0)
+        tensors.append(tensor)
     return tensors
+
+
+def tensor_names(architecture: str, blocks: int) -> Callable[[str], str | None]:
+    """Which name llama.cpp has for a weight, by its name in the checkpoint or in the model.
+
+    That of an expert is that of all experts. It is None for a weight without one, and of a kind of
+    model that the package does not know for all.
+
+    Args:
+        architecture: llama.cpp's name of the kind, such as `llama`.
+        blocks: Number of blocks, for which there are names.
+    """
+    gguf = package()
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    kind = kinds.get(architecture)
+    names = None if kind is None else gguf.get_tensor_name_map(kind, blocks)
+
+    def name_of(source: str) -> str | None:
+        if expert := _EXPERT.fullmatch(source):
+            source = f"{expert[1]}{_LEAVES.get(expert[3], expert[3])}{expert[4]}"
+        return names and names.get_name(source, try_suffixes=(".weight", ".bias"))
+
+    return name_of
 
 
 def types_in(
@@ -218,8 +260,12 @@ def types_in(
             the tensor.
     """
     if path.suffix == ".gguf":
-        stored = open_same_model(path, folder, tensors).tensors
-        types = {name: tensor.tensor_type.name for name, tensor in stored.items()}
+        file = open_gguf(path)
+        ours = {tensor.name: tensor.shape for tensor in tensors}
+        # A head that is tied to the embedding is not stored again.
+        names = file.tensors.keys() - ({"output.weight"} - ours.keys())
+        check_same(path, folder, file, ours, {name: file.shape(name) for name in names})
+        types = {name: tensor.tensor_type.name for name, tensor in file.tensors.items()}
     else:
         entries = [x.rpartition("=") for x in read_limited(path).decode(errors="replace").split()]
         types = {x.strip("^$").replace("\\.", "."): kind.upper() for x, _, kind in entries[::-1]}
@@ -239,52 +285,6 @@ def types_in(
     return {module: types[tensor.name] for tensor in chosen for module in tensor.modules}
 
 
-def named(architecture: str, blocks: int, infos: Mapping[str, TensorInfo]) -> list[GgufTensor]:
-    """All weights of a model by llama.cpp's names, in the order of `infos`.
-
-    The experts of a block become one tensor each for gate, up and down; expert 0 comes first.
-
-    Args:
-        architecture: llama.cpp's name of the kind of model.
-        blocks: Number of its blocks.
-        infos: Name in the model -> shape and dtype of the weight.
-
-    Raises:
-        NotImplementedError: llama.cpp has no name for a weight.
-    """
-    names, tensors = tensor_names(architecture, blocks), []
-    sources: dict[str, list[tuple[int, str]]] = {}
-    for source in infos:
-        expert, name = _EXPERT.fullmatch(source), known_name(names, source)
-        if name is None:
-            raise NotImplementedError(
-                f"{source} has no place in a GGUF file of kind {architecture}, so this model "
-                "cannot be written as one"
-            )
-        sources.setdefault(name, []).append((int(expert[2]) if expert else 0, source))
-    for name, numbered in sources.items():
-        several = tuple(source for _, source in sorted(numbered))
-        shape = infos[several[0]].shape
-        if "_exps." in name:
-            shape = (len(several), *shape)
-        tensor = GgufTensor(name, shape, infos[several[0]].dtype, several)
-        tensors.append(tensor if tensor.is_matrix else replace(tensor, dtype=torch.float32))
-    return tensors
-
-
-def known_name(names: Any, source: str) -> str | None:
-    """llama.cpp's name of a weight; None if it has none. That of an expert is that of all experts.
-
-    Args:
-        names: What `tensor_names` returned.
-        source: The name of the weight in the checkpoint or in the model.
-    """
-    expert = _EXPERT.fullmatch(source)
-    stack = f"{expert[1]}{_LEAVES.get(expert[3], expert[3])}{expert[4]}" if expert else source
-    name: str | None = names.get_name(stack, try_suffixes=(".weight", ".bias"))
-    return name
-
-
 def _check_experts(
     kind: str, architecture: str, options: Mapping[str, Any], tensors: list[GgufTensor]
 ) -> None:
@@ -298,29 +298,6 @@ def _check_experts(
             f"a GGUF file of {kind} needs experts in every block, and a checkpoint that stores "
             f"them one by one: this one has {stacks // 3} such blocks of {blocks}"
         )
-
-
-def open_same_model(path: Path, folder: Path, tensors: Sequence[GgufTensor]) -> GgufFile:
-    """Open a GGUF file of the same model: names, shapes and tokens are compared.
-
-    Args:
-        path: The file.
-        folder: The checkpoint, with its tokenizer.
-        tensors: The tensors of the checkpoint's GGUF file.
-
-    Raises:
-        ValueError: The file is damaged or of another model; names the first thing that differs.
-    """
-    file = open_gguf(path)
-    ours: dict[str, object] = {tensor.name: tensor.shape for tensor in tensors}
-    # A head that is tied to the embedding is not stored again.
-    theirs: dict[str, object] = {
-        name: tuple(int(side) for side in reversed(tensor.shape))
-        for name, tensor in file.tensors.items()
-        if name in ours or name != "output.weight"
-    }
-    check_same(path, folder, file, ours, theirs)
-    return file
 
 
 def vocabulary_of(folder: Path) -> tuple[dict[int, str], int]:

@@ -20,14 +20,13 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from prunus.formats.gguf.file import GgufFile, tensor_names
-from prunus.formats.gguf.layout import known_name, vocabulary_of, weights_stored_once
-from prunus.formats.gguf.types import PLAIN
+from prunus.formats.gguf.file import GgufFile
+from prunus.formats.gguf.layout import tensor_names, vocabulary_of, weights_stored_once
+from prunus.formats.gguf.types import PLAIN_DTYPES
 from prunus.model.kinds import IMAGE_TEXT
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
@@ -36,8 +35,6 @@ from prunus.model.source import CheckpointSource
 ROWS, COLUMNS, TRANSPOSED = "rows/", "columns/", "transposed/"
 #: Kinds of what has no counterpart: a tensor of the file, a weight of the checkpoint.
 FOREIGN, ABSENT = "foreign/", "absent/"
-#: Name of a type in full precision -> its dtype.
-DTYPES = {name: dtype for dtype, (name, _, _) in PLAIN.items()}
 # The least share of the weights of a file's matrices that must be in the checkpoint.
 _LEAST_SHARE = 0.95
 # Shorter rows are often equal by chance.
@@ -60,12 +57,6 @@ def matrices_of(file: GgufFile) -> list[str]:
     )
 
 
-def content(file: GgufFile, name: str) -> Tensor:
-    """A tensor as a file in full precision stores it, with rows first."""
-    dtype = DTYPES[file.tensors[name].tensor_type.name]
-    return file.raw(name).view(dtype).reshape(file.shape(name))
-
-
 def weight_shapes(source: CheckpointSource, skeleton: Skeleton) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every weight of a checkpoint; what the model lacks has its stored name."""
     shapes = {name: tuple(x.shape) for name, x in skeleton.model.state_dict().items()}
@@ -79,7 +70,7 @@ def placements_in(
     """Where the tensors of a file are in a checkpoint, and what has no counterpart.
 
     Args:
-        file: What `open_container` returned for `path`.
+        file: What `open_template` returned for `path`.
         path: Its name, for messages.
         source: The checkpoint.
         skeleton: Its model.
@@ -99,17 +90,17 @@ def placements_in(
     dtype = compared_dtype(file)
     by_row = _Lookup(weights.matrices(), dtype)
     placements = dict[str, Tensor]()
+    near = functools.cache(weights.near)
     for name in matrices:
-        near = weights.near(_block(name))
-        if (placed := by_row.places(content(file, name), near)) is not None:
+        if (placed := by_row.places(file.exact(name), near(_block(name)))) is not None:
             placements[ROWS + name] = placed
     if left := [name for name in matrices if ROWS + name not in placements]:
         unused = (x for x in weights.matrices() if x[0] not in by_row.uses)
         by_column = _Lookup(((number, weight.flatten(0, -2).T) for number, weight in unused), dtype)
         for name in left:
-            weight, near = content(file, name), weights.near(_block(name))
+            weight = file.exact(name)
             for kind, rows in ((TRANSPOSED, weight), (COLUMNS, weight.flatten(0, -2).T)):
-                if (placed := by_column.places(rows, near)) is not None:
+                if (placed := by_column.places(rows, near(_block(name)))) is not None:
                     placements[kind + name] = placed
     _check_share(file, path, source, matrices, {x.partition("/")[2] for x in placements})
     return placements | _Comparison(file, path, weights, placements).unmatched()
@@ -117,7 +108,9 @@ def placements_in(
 
 def compared_dtype(file: GgufFile) -> torch.dtype:
     """The dtype in which weights are compared: that of the file, where not all are float32."""
-    return next((DTYPES[name] for name in ("BF16", "F16") if name in file.types), torch.float32)
+    return next(
+        (PLAIN_DTYPES[name] for name in ("BF16", "F16") if name in file.types), torch.float32
+    )
 
 
 def _block(name: str) -> int:
@@ -147,58 +140,57 @@ _REMEDY = "Give what llama.cpp's converter makes of the checkpoint, in F32, F16 
 
 
 class _Weights:
-    """The weights of a checkpoint by number, as `weight_shapes` counts them.
+    """The weights of a checkpoint.
 
     Attributes:
         source: The checkpoint.
         skeleton: Its model.
-        names: The names. Of tied weights only the first is compared.
-        compared: The numbers of the weights that are stored, each once.
+        shapes: Name -> shape; see `weight_shapes`.
         unknown: Stored names that the model has no place for.
-        blocks: For each name its block, -1 outside the blocks, and None if that is not known.
+        numbers: Name of each weight that is stored, of tied ones the first -> its number in
+            `shapes`.
     """
 
     def __init__(self, source: CheckpointSource, skeleton: Skeleton) -> None:
         self.source, self.skeleton = source, skeleton
         self.shapes = weight_shapes(source, skeleton)
-        self.names = list(self.shapes)
         self.unknown = source.checkpoint.tensors.keys() - set(source.stored.values())
         stored = {*weights_stored_once(source, skeleton), *source.pieces, *self.unknown}
-        self.compared = [number for number, name in enumerate(self.names) if name in stored]
-        inside = re.compile(re.escape(skeleton.path) + r"\.(\d+)\.")
-        # The numbers of all weights that are near a block of the file.
-        self.near = functools.cache(self._near)
-        found = [inside.match(name) for name in self.names]
-        self.blocks = [
-            int(match[1]) if match else None if name in self.unknown else -1
-            for name, match in zip(self.names, found, strict=True)
-        ]
+        self.numbers = {name: x for x, name in enumerate(self.shapes) if name in stored}
+        self._inside = re.compile(re.escape(skeleton.path) + r"\.(\d+)\.").match
 
     def matrices(self) -> Iterator[tuple[int, Tensor]]:
         """Every weight with rows, one after the other, after its number."""
-        for number in self.compared:
-            if len(self.shapes[self.names[number]]) > 1:
-                yield number, self.source.weight(self.names[number])
+        for name, number in self.numbers.items():
+            if len(self.shapes[name]) > 1:
+                yield number, self.source.weight(name)
 
-    def is_near(self, number: int, block: int) -> bool:
+    def block(self, name: str) -> int | None:
+        """The block of a weight: -1 outside the blocks, and None if that is not known."""
+        if match := self._inside(name):
+            return int(match[1])
+        return None if name in self.unknown else -1
+
+    def is_near(self, name: str, block: int) -> bool:
         """Whether a block of the file may have a weight; -1 is what is outside the blocks."""
         # transformers does not load the blocks after those of the model.
-        return block >= len(self.skeleton) or self.blocks[number] in (block, None)
+        return block >= len(self.skeleton) or self.block(name) in (block, None)
 
-    def _near(self, block: int) -> set[int]:
-        return {number for number in self.compared if self.is_near(number, block)}
+    def near(self, block: int) -> set[int]:
+        """The numbers of all weights that are near a block of the file."""
+        return {number for name, number in self.numbers.items() if self.is_near(name, block)}
 
-    def may_be_absent(self, number: int) -> bool:
+    def may_be_absent(self, name: str) -> bool:
         """Whether a file of the text model need not have a weight."""
-        name, skeleton = self.names[number], self.skeleton
         if name in self.unknown or math.prod(self.shapes[name]) < 2:
             return True  # it is not loaded, or is a field of the file
-        if skeleton.kind is not IMAGE_TEXT:
+        if self.skeleton.kind is not IMAGE_TEXT:
             return False
-        state, model = skeleton.model.state_dict(keep_vars=True), skeleton.model
-        heads = (model.get_decoder(), model.get_output_embeddings())
+        model = self.skeleton.model
+        state = model.state_dict(keep_vars=True)
+        parts = (model.get_decoder(), model.get_output_embeddings())
         of_text = {
-            id(x) for part in heads if part for x in part.state_dict(keep_vars=True).values()
+            id(x) for part in parts if part for x in part.state_dict(keep_vars=True).values()
         }
         return name in state and id(state[name]) not in of_text
 
@@ -217,68 +209,67 @@ class _Comparison:
         self, file: GgufFile, path: Path, weights: _Weights, placements: Mapping[str, Tensor]
     ) -> None:
         self.file, self.path, self.weights = file, path, weights
-        # Number of a weight -> the tensors of the file that have numbers of it.
-        self.found = defaultdict[int, set[str]](set)
-        # Number of a weight -> which of its rows, or of its columns, the file has.
-        self.used = dict[int, tuple[bool, Tensor]]()
+        self.name_of = tensor_names(file.architecture, len(weights.skeleton))
+        # Name of a weight -> the tensors of the file that have numbers of it.
+        self.found = defaultdict[str, set[str]](set)
+        # Name of a weight -> which of its rows (O, 1), or of its columns (1, I), the file lacks.
+        self.lacking = {name: torch.ones(1, 1, dtype=torch.bool) for name in weights.numbers}
+        names, left = list(weights.shapes), dict.fromkeys(file.tensors)
         for key, placed in placements.items():
-            number_O, place_O = placed[placed[:, 0].argsort(stable=True)].long().T
-            numbers, counts = number_O.unique_consecutive(return_counts=True)
-            parts = place_O.split(counts.tolist())
-            for number, part_O in zip(numbers.tolist(), parts, strict=True):
-                self.found[number].add(key.partition("/")[2])
-                shape, by_row = weights.shapes[weights.names[number]], key.startswith(ROWS)
-                length = math.prod(shape[:-1]) if by_row else shape[-1]
-                new = by_row, torch.zeros(length, dtype=torch.bool)
-                self.used.setdefault(number, new)[1][part_O] = True
-        found = {key.partition("/")[2] for key in placements}
-        # Tensors of the file that were not found, and number of a weight -> what the file lacks.
-        self.left = dict.fromkeys(name for name in file.tensors if name not in found)
-        # What must be in the file comes first: a tower may have a norm of the same numbers.
-        lacking = [number for number in weights.compared if self._size(number)]
-        lacking = sorted(lacking, key=weights.may_be_absent)
-        self.missing = {number: self._size(number) for number in lacking}
+            tensor = key.partition("/")[2]
+            left.pop(tensor, None)
+            number_O, place_O = placed.long().T
+            for number in number_O.unique().tolist():
+                name, is_row = names[number], key.startswith(ROWS)
+                *rows, columns = weights.shapes[name]
+                if name not in self.found:
+                    sides = (math.prod(rows), 1) if is_row else (1, columns)
+                    self.lacking[name] = torch.ones(sides, dtype=torch.bool)
+                self.lacking[name].view(-1)[place_O[number_O == number]] = False
+                self.found[name].add(tensor)
+        # Tensors of the file that were not found, and name of a weight -> how many of its numbers
+        # the file lacks. What must be in the file comes first: a tower may have a norm of the same
+        # numbers.
+        counts = {name: count for name in self.lacking if (count := self._count(name))}
+        self.left = left
+        self.missing = {x: counts[x] for x in sorted(counts, key=weights.may_be_absent)}
 
     def unmatched(self) -> dict[str, Tensor]:
         """The tensors of the file and the weights that have no counterpart; see `placements_in`."""
         for block in sorted({_block(name) for name in self.left}):
             self._compare_block(block)
         self._check_places()
-        absent = [x for x in self.missing if self._may_be_absent(x)]
-        names = self.weights.names
-        if lacking := [names[x] for x in self.missing if x not in absent]:
+        absent = [name for name in self.missing if self._may_be_absent(name)]
+        if lacking := [name for name in self.missing if name not in absent]:
             raise ValueError(
                 f"{self.path} is not a file of this model: it lacks the numbers of "
                 f"{few_of(lacking)} in {self.weights.source.checkpoint.folder}. {_REMEDY}"
             )
-        keys = [FOREIGN + name for name in self.left] + [ABSENT + names[x] for x in absent]
+        keys = [FOREIGN + name for name in self.left] + [ABSENT + name for name in absent]
         return {key: torch.zeros(1, dtype=torch.int32) for key in keys}
 
-    def _size(self, number: int) -> int:
-        """How many numbers of a weight the file still lacks."""
-        shape = self.weights.shapes[self.weights.names[number]]
-        if number not in self.used:
-            return math.prod(shape)
-        is_used = self.used[number][1]
-        return int((~is_used).sum()) * (math.prod(shape) // max(1, len(is_used)))
+    def _count(self, name: str) -> int:
+        """How many numbers of a weight the file lacks before it is compared."""
+        lacks = self.lacking[name]
+        return int(lacks.sum()) * (math.prod(self.weights.shapes[name]) // max(1, lacks.numel()))
 
-    def _may_be_absent(self, number: int) -> bool:
-        if self.weights.may_be_absent(number):
+    def _may_be_absent(self, name: str) -> bool:
+        if self.weights.may_be_absent(name):
             return True
         # The converter may cut rows off that no token has.
-        by_row, is_used = self.used.get(number, (False, torch.zeros(0)))
-        kept = int(is_used.sum())
+        is_lacking = self.lacking[name]
+        kept = int((~is_lacking).sum())
         folder = self.weights.source.checkpoint.folder
-        is_start = by_row and self.weights.blocks[number] == -1 and bool(is_used[:kept].all())
+        is_start = self.weights.block(name) == -1 and not bool(is_lacking[:kept].any())
         return is_start and 0 < vocabulary_of(folder)[1] <= kept
 
     def _check_places(self) -> None:
         """Check that the tensors of the file are in the blocks and under the names of the model."""
-        for number, names in self.found.items():
-            weight, block = self.weights.names[number], self.weights.blocks[number]
-            own, home = self.own_name(number), "no block" if block == -1 else f"block {block}"
+        for weight, names in self.found.items():
+            block, own = self.weights.block(weight), self.own_name(weight)
+            home = "no block" if block == -1 else f"block {block}"
             for name in names:
-                is_near = self.weights.is_near(number, _block(name))
+                is_near = self.weights.is_near(weight, _block(name))
                 is_named = own in names or own not in self.file.tensors
                 # Which of two equal tensors has which name does not matter.
                 if not (is_near and (is_named or torch.equal(*map(self.file.raw, (name, own))))):
@@ -287,18 +278,10 @@ class _Comparison:
                         f"{weight}, which belong to {own or home}. {_REMEDY}"
                     )
 
-    @functools.cached_property
-    def _table(self) -> Any:
-        try:
-            return tensor_names(self.file.architecture, len(self.weights.skeleton))
-        except ValueError:  # a kind of model that the package does not know
-            return None
-
-    def own_name(self, number: int) -> str:
+    def own_name(self, name: str) -> str:
         """The name that the file has for a weight by llama.cpp's table; empty if not known."""
-        name = self.weights.names[number]
         key = self.weights.source.stored.get(name, name).replace("language_model.", "")
-        return str((self._table and known_name(self._table, key)) or "")
+        return self.name_of(key) or ""
 
     def _compare_block(self, block: int) -> None:
         """Find the tensors of a block of the file among the weights, by their numbers alone.
@@ -307,67 +290,67 @@ class _Comparison:
         three that are joined; then two or three tensors with each weight.
         """
 
-        def names() -> list[str]:
+        def tensors() -> list[str]:
             return [name for name in self.left if _block(name) == block]
 
-        def units() -> list[tuple[int, ...]]:
-            near, stacks = self.weights.near(block), defaultdict[str, list[int]](list)
-            for number in self.missing:
-                if number in near:
-                    stacks[re.sub(r"\.\d+\.", ".N.", self.weights.names[number])].append(number)
-            singles = [(number,) for numbers in stacks.values() for number in numbers]
+        def units() -> list[tuple[str, ...]]:
+            stacks = defaultdict[str, list[str]](list)
+            for name in self.missing:
+                if self.weights.is_near(name, block):
+                    stacks[re.sub(r"\.\d+\.", ".N.", name)].append(name)
+            singles = [(name,) for names in stacks.values() for name in names]
             return singles + [tuple(x) for x in stacks.values() if len(x) > 1]
 
-        own = {self.own_name(number): number for number in self.missing}
-        self._match(((name,), (own[name],)) for name in names() if name in own)
+        own = {self.own_name(name): name for name in self.missing}
+        self._match(((name,), (own[name],)) for name in tensors() if name in own)
         for few, many in ((1, (1,)), (1, (2, 3)), (2, (1,)), (3, (1,))):
-            tensors = list(itertools.combinations(names()[: None if few == 1 else _JOINED], few))
-            numbers = [x for n in many for x in _joined(units(), n)]
-            self._match(itertools.product(tensors, numbers))
+            joined = list(itertools.combinations(tensors()[: None if few == 1 else _JOINED], few))
+            weights = [x for count in many for x in _joined(units(), count)]
+            self._match(itertools.product(joined, weights))
 
-    def _match(self, pairs: Iterable[tuple[tuple[str, ...], tuple[int, ...]]]) -> None:
-        """Take what has equal numbers from `left` and `missing`."""
-        for names, numbers in pairs:
-            free = self.left.keys() >= set(names) and self.missing.keys() >= set(numbers)
-            if free and self._have_same(names, numbers):
-                for name in names:
-                    del self.left[name]
-                for number in numbers:
-                    del self.missing[number]
-                    self.found[number].update(names)
+    def _match(self, pairs: Iterable[tuple[tuple[str, ...], tuple[str, ...]]]) -> None:
+        """Take tensors of the file and weights with equal numbers from `left` and `missing`."""
+        for tensors, weights in pairs:
+            free = self.left.keys() >= set(tensors) and self.missing.keys() >= set(weights)
+            if free and self._have_same(tensors, weights):
+                for tensor in tensors:
+                    del self.left[tensor]
+                for weight in weights:
+                    del self.missing[weight]
+                    self.found[weight].update(tensors)
 
-    def _have_same(self, names: tuple[str, ...], numbers: tuple[int, ...]) -> bool:
+    def _have_same(self, tensors: tuple[str, ...], weights: tuple[str, ...]) -> bool:
         """Whether tensors of the file have the numbers of weights, in any order but in norms."""
-        counts = (math.prod(self.file.shape(name)) for name in names)
-        if sum(counts) != sum(self.missing[number] for number in numbers):
+        counts = (math.prod(self.file.shape(name)) for name in tensors)
+        if sum(counts) != sum(self.missing[name] for name in weights):
             return False
-        ours = torch.cat([content(self.file, name).flatten() for name in names])
-        weights = torch.cat([self._rest(number) for number in numbers])
-        if not weights.is_floating_point():
+        ours = torch.cat([self.file.exact(name).flatten() for name in tensors])
+        theirs = torch.cat([self._rest(name) for name in weights])
+        if not theirs.is_floating_point():
             return False
         # Half precision is added to as it is.
-        slack = 1e-3 if weights.dtype == torch.float16 else 1e-6
-        in_order = all(name.endswith("norm.weight") for name in names)
-        ours = ours.float() if in_order else ours.float().sort().values
-        for index, change in enumerate(_CHANGES):
-            theirs = change(weights.float())
-            theirs = theirs.to(content(self.file, names[0]).dtype).float()
-            theirs = theirs if in_order else theirs.sort().values
-            if torch.allclose(ours, theirs, rtol=slack if index else 0, atol=0):
-                return True
-        return False
+        slack = 1e-3 if theirs.dtype == torch.float16 else 1e-6
+        in_order = all(name.endswith("norm.weight") for name in tensors)
 
-    def _rest(self, number: int) -> Tensor:
+        def arranged(numbers: Tensor) -> Tensor:
+            return numbers if in_order else numbers.sort().values
+
+        dtype, ours, theirs = ours.dtype, arranged(ours.float()), theirs.float()
+        return any(
+            torch.allclose(
+                ours, arranged(change(theirs).to(dtype).float()), rtol=slack if index else 0, atol=0
+            )
+            for index, change in enumerate(_CHANGES)
+        )
+
+    def _rest(self, name: str) -> Tensor:
         """The numbers of a weight that the file still lacks, flat."""
-        weight = self.weights.source.weight(self.weights.names[number])
-        if number not in self.used:
-            return weight.flatten()
-        by_row, is_used = self.used[number]
-        rows = weight.flatten(0, -2)
-        return (rows[~is_used] if by_row else rows[:, ~is_used]).flatten()
+        weight = self.weights.source.weight(name)
+        rows = weight.reshape(-1, (1, *weight.shape)[-1])
+        return rows[self.lacking[name].expand_as(rows)]
 
 
-def _joined(units: list[tuple[int, ...]], count: int) -> list[tuple[int, ...]]:
+def _joined(units: list[tuple[str, ...]], count: int) -> list[tuple[str, ...]]:
     """All ways to join `count` units, of not too many."""
     few = units if count == 1 else units[:_JOINED]
     return [sum(several, ()) for several in itertools.combinations(few, count)]

@@ -28,7 +28,7 @@ from prunus.engine.result import Result
 from prunus.engine.run_options import RunOptions
 from prunus.formats.cards import quantized_card
 from prunus.formats.compression_record import CompressionRecord
-from prunus.formats.gguf.contents import content
+from prunus.formats.gguf.contents import bytes_of
 from prunus.formats.gguf.file import RECORD_FIELD, check_extra, open_gguf, write_gguf
 from prunus.formats.gguf.modelfile import modelfile
 from prunus.formats.gguf.types import FULL_TYPES
@@ -206,7 +206,7 @@ class GgufResult(Result[CompressionRecord]):
         source, contents = plan.given.source, plan.contents
         shards = Checkpoint(folder.folder, only=list(record.sha256))
         plan.note_size(record, shards)
-        tensors = contents.stored(record.types, partial(content, source, shards, record.types))
+        tensors = contents.stored(record.types, partial(bytes_of, source, shards, record.types))
         fields = contents.fields(record.types, reproducible(record))
         text = modelfile(self.path.name, source.checkpoint.folder, fields)
         write_text(folder.folder / "Modelfile", text)

@@ -157,6 +157,8 @@ PLAIN = {
     torch.float16: ("F16", 1, 1),
     torch.bfloat16: ("BF16", 30, 32),
 }
+#: Name of such a type -> its dtype.
+PLAIN_DTYPES = {name: dtype for dtype, (name, _, _) in PLAIN.items()}
 # Whether a name is one of llama-quantize's mixes, such as Q4_K_M, unless it is a type.
 _PRESET = re.compile(r"(UD-)?I?Q[2-8]_(K_)?(XS|S|M|L|XL)", re.IGNORECASE).fullmatch
 #: Types of weights that are those of the model, or nearly so.

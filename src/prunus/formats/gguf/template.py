@@ -36,16 +36,14 @@ from prunus.formats.gguf.layout import GgufLayout, GgufTensor, check_same
 from prunus.formats.gguf.placements import (
     ABSENT,
     COLUMNS,
-    DTYPES,
     FOREIGN,
     ROWS,
     compared_dtype,
-    content,
     few_of,
     placements_in,
     weight_shapes,
 )
-from prunus.formats.gguf.types import TYPES
+from prunus.formats.gguf.types import PLAIN_DTYPES, TYPES
 from prunus.formats.type_choice import Measurement
 from prunus.model.checkpoint.tensor_files import flat_bytes
 from prunus.model.skeleton import Skeleton
@@ -55,7 +53,7 @@ from prunus.model.source import CheckpointSource
 _NARROWEST = min(kind.span for kind in TYPES.values())
 
 
-def open_container(path: Path, folder: Path) -> GgufFile:
+def open_template(path: Path, folder: Path) -> GgufFile:
     """Open a GGUF file in full precision that has the tokens of the checkpoint in `folder`.
 
     Raises:
@@ -68,7 +66,7 @@ def open_container(path: Path, folder: Path) -> GgufFile:
             "converter makes of the checkpoint"
         )
     file = open_gguf(path)
-    if few := file.types.keys() - DTYPES.keys():
+    if few := file.types.keys() - PLAIN_DTYPES.keys():
         raise ValueError(
             f"{path} has weights in {', '.join(sorted(few))}, and a template is in F32, F16 or "
             "BF16: give the file that llama.cpp's converter makes of the checkpoint"
@@ -89,11 +87,11 @@ def layout_in(
         earlier: What an unfinished run has stored; empty for a new one.
 
     Raises:
-        FileNotFoundError, ValueError: As `open_container` and `placements_in`.
+        FileNotFoundError, ValueError: As `open_template` and `placements_in`.
     """
-    file = open_container(path, source.checkpoint.folder)
+    file = open_template(path, source.checkpoint.folder)
     check_template(path, file.architecture, file.get, source.config.get_text_config())
-    header = file.contents.read(0, file.header.size).tobytes()
+    header = file.data.read(0, file.header.size).tobytes()
     fingerprint = hashlib.sha256(source.fingerprint.encode() + header).hexdigest()
     kind = f"{fingerprint}/"
     placements = _of_kind(earlier.placements, kind) or placements_in(file, path, source, skeleton)
@@ -120,7 +118,7 @@ def _with_copies(layout: GgufLayout, file: GgufFile, path: Path) -> tuple[GgufLa
     tensors, all_copies = [], hashlib.sha256()
     for tensor in layout.tensors:
         if not tensor.sources:
-            digest = _digest(content(file, tensor.name))
+            digest = _digest(file.exact(tensor.name))
             all_copies.update(tensor.name.encode() + digest)
             tensor = replace(tensor, values=partial(_unchanged, file, path, tensor.name, digest))
         tensors.append(tensor)
@@ -133,7 +131,7 @@ def _digest(values: Tensor) -> bytes:
 
 def _unchanged(file: GgufFile, path: Path, name: str, digest: bytes) -> Tensor:
     """The content of a tensor whose hash was `digest` before the run."""
-    values = content(file, name)
+    values = file.exact(name)
     if _digest(values) != digest:
         raise ValueError(
             f"{path} was changed since the run began: {name} has other numbers. Put it back as it "
@@ -154,7 +152,7 @@ def layout_by(
     whole or in parts. Two such tensors have all their sources in common, or none.
 
     Args:
-        file: What `open_container` returned.
+        file: What `open_template` returned.
         placements: What `placements_in` returned.
         source: The checkpoint.
         skeleton: Its model.
@@ -162,7 +160,7 @@ def layout_by(
     shapes = weight_shapes(source, skeleton)
     tensors, uses = [], defaultdict[str, set[object]](set)
     for name, stored in file.tensors.items():
-        dtype = DTYPES[stored.tensor_type.name]
+        dtype = PLAIN_DTYPES[stored.tensor_type.name]
         tensor = GgufTensor(name, file.shape(name), dtype)
         may_have_type = tensor.is_matrix and name.endswith(".weight")
         if may_have_type and dtype == compared_dtype(file) and tensor.shape[-1] % _NARROWEST == 0:
