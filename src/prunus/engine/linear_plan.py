@@ -349,7 +349,6 @@ def plan_run(
         opened,
         recipe,
         options,
-        session,
         needs=method.needs,
         needs_inputs=walks or recipe.allocates or storage.measures_loss,
         adds_ridge=method.adds_ridge,
@@ -366,8 +365,8 @@ def plan_run(
     if plan.processes > 1 and recipe.training.two_passes and method.has_reference_order:
         raise ValueError(
             f"`propagate` block keeps the original's order of operations for {method.name}, "
-            f"window after window: {plan.processes} ranks cannot share that. Leave it out, or run "
-            "one process"
+            f"window after window: {plan.processes} processes cannot share that. Leave it out, or "
+            "run one process"
         )
     plan = replace(plan, memory=_measured(plan))
     check_memory(plan)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from prunus.calibration.corpora import LOCAL_SOURCES, data_folder
+from prunus.distributed import fail_together, on_rank_0
 from prunus.engine.allocate_sparsity import allocate
 from prunus.engine.block.prune_block import BlockPruner
 from prunus.engine.linear_plan import LinearPlan, LinearSelection, Storage, plan_run
@@ -73,20 +74,19 @@ class LinearCommand(Command[LinearPlan, _Record]):
 
     def prepare(self, run: Run[LinearPlan, _Record]) -> None:
         """Decide the sparsity of every linear. A resumed run takes it from its record."""
-        record, ranks = run.record, run.session.ranks
+        record = run.record
         if not record.allocation:
-            with ranks.fail_together():
+            with fail_together():
                 record.allocation = allocate(run.plan, run.session, run.ids, record.measured)
-            record.allocation = ranks.on_rank_0(lambda: record.allocation)
+            record.allocation = on_rank_0(lambda: record.allocation)
 
     def change(self, run: Run[LinearPlan, _Record]) -> None:
         """Change all linears block by block, and complete the result."""
         plan, session, record, recipe = run.plan, run.session, run.record, run.plan.recipe
-        ranks = session.ranks
         rounding, output = None, self._output(run)
         if isinstance(output, CheckpointFolder):
             rounding = self.rounding(run, output)
-            output = CheckpointFolder(record, plan, ranks, output.result, rounding)
+            output = CheckpointFolder(record, plan, output.result, rounding)
             output.write_known()
         round_as = None if rounding is None else rounding.of
         pruner = BlockPruner(plan, session, run.walks, record.allocation, round_as)
@@ -113,7 +113,7 @@ class LinearCommand(Command[LinearPlan, _Record]):
         """What the blocks are written to."""
         plan = run.plan
         if self.result is not None:
-            return CheckpointFolder(run.record, plan, run.session.ranks, self.result)
+            return CheckpointFolder(run.record, plan, self.result)
         assert isinstance(plan.source, ModuleSource), "a checkpoint is pruned into a folder"
         return InPlaceOutput(plan.source, run.record, plan.storage)
 

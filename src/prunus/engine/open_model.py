@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from prunus.calibration.windows import check_context
-from prunus.distributed import Ranks
+from prunus.distributed import fail_together, ranks, set_location
 from prunus.engine.memory_plan import Memory
 from prunus.engine.run_options import RunOptions, WindowOptions
 from prunus.engine.run_plan import RunPlan
@@ -62,7 +62,7 @@ def open_model(model: str | Path | nn.Module, options: RunOptions, session: Sess
     Args:
         model: A checkpoint folder, a hub id, or a loaded model.
         options: The options that only decide how the work is done.
-        session: Who works on the run; hears of a download.
+        session: Who hears of a download.
 
     Raises:
         ValueError, FileNotFoundError, NotImplementedError, OSError: The model cannot be read, or
@@ -70,7 +70,7 @@ def open_model(model: str | Path | nn.Module, options: RunOptions, session: Sess
     """
     trust = options.trust_remote_code
     loaded = model if isinstance(model, nn.Module) else None
-    device = choose_device(options.device, loaded, session.ranks.local_size)
+    device = choose_device(options.device, loaded)
     source: CheckpointSource | ModuleSource
     if isinstance(model, nn.Module):
         source, name = ModuleSource(model), type(model).__name__
@@ -86,7 +86,6 @@ def run_facts(
     opened: OpenModel,
     recipe: WindowOptions,
     options: RunOptions,
-    session: Session,
     *,
     needs: Needs,
     needs_inputs: bool,
@@ -101,7 +100,6 @@ def run_facts(
         opened: The model.
         recipe: The options that decide the bytes of the result.
         options: The options that only decide how the work is done.
-        session: The processes that work on the run.
         needs: The statistics of each linear's inputs that the run collects.
         needs_inputs: Whether the run reads calibration windows at all.
         adds_ridge: Whether the method adds a ridge to Gram matrices that grows with features per
@@ -130,7 +128,7 @@ def run_facts(
     else:
         free = available_memory()
         reserve = max(int(_SHARE_FOR_OTHERS * free), _BYTES_FOR_OTHERS)
-        host_budget = max(0, free - reserve) // session.ranks.local_size
+        host_budget = max(0, free - reserve) // ranks().local_size
     on_device = memory_budget(device, options.memory) if device.type == "cuda" else host_budget
     return {
         "recipe": recipe,
@@ -141,7 +139,7 @@ def run_facts(
         "device": device,
         "dtype": dtype,
         "dtype_reason": reason,
-        "processes": session.ranks.size,
+        "processes": ranks().size,
         "memory": Memory(
             budget=on_device,
             host_budget=host_budget,
@@ -182,14 +180,15 @@ _WALKS: tuple[Walk, ...] = ("lockstep", "replay", "two_pass")
 
 
 def check_same_on_all_ranks(
-    recipe: WindowOptions, record: RunRecord, ranks: Ranks, walks: Sequence[Walk]
+    recipe: WindowOptions, record: RunRecord, walks: Sequence[Walk]
 ) -> list[Walk]:
     """Check that all ranks do the same run, and agree on how windows run through each block.
+
+    All ranks call it.
 
     Args:
         recipe: The options that decide the bytes of the result.
         record: The record of the run.
-        ranks: The processes of the run, all of which call this.
         walks: The walk of each block that this rank would take.
 
     Returns:
@@ -199,15 +198,15 @@ def check_same_on_all_ranks(
         ValueError: A rank has other options, inputs or versions than rank 0; names the first that
             differs. All ranks raise it.
     """
-    ranks.set_location("the start")
+    set_location("the start")
     this_run = {
         "recipe": recipe.model_dump(mode="json"),
         **record.inputs.model_dump(mode="json", exclude={"dtype_reason", "calibration"}),
         **{key: value for key, value in record.versions.items() if key != "python"},
         "state": record.state,
     }
-    gathered = [json.loads(text) for text in ranks.gather_text(json.dumps(this_run))]
-    with ranks.fail_together():
+    gathered = [json.loads(text) for text in ranks().gather_text(json.dumps(this_run))]
+    with fail_together():
         for rank, values in enumerate(gathered):
             for key, value in gathered[0].items():
                 if values[key] != value:
@@ -217,7 +216,7 @@ def check_same_on_all_ranks(
                         "versions, and processors of one kind. `dtype` and `batch` settle what "
                         "each would decide for itself"
                     )
-    by_rank = ranks.gather_ints([_WALKS.index(walk) for walk in walks])
+    by_rank = ranks().gather_ints([_WALKS.index(walk) for walk in walks])
     return [_WALKS[max(block)] for block in zip(*by_rank, strict=True)]
 
 

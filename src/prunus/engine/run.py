@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 
+from prunus.distributed import fail_together, on_rank_0, process_group
 from prunus.engine.folder import ResultFolder, held, resumed_or_new
 from prunus.engine.open_model import check_room, check_same_on_all_ranks
 from prunus.engine.result import Result
@@ -39,7 +40,7 @@ class Run(Generic[_Plan, _Record]):
 
     Attributes:
         plan: Its plan.
-        session: Its processes, and who hears of the steps.
+        session: Who hears of the steps.
         ids: The calibration windows (windows, tokens), or images.
         walks: Per block of the source, how the windows go through it.
         record: Its record, with the blocks that an earlier run has finished.
@@ -94,7 +95,7 @@ class Command(ABC, Generic[_Plan, _Record]):
         """Check all that needs neither weights nor text, and decide what the recipe leaves open.
 
         Args:
-            session: The processes that work on the run.
+            session: Who hears of the checks.
             decided_dtype: What `dtype` auto meant in the run that is resumed; None for a new run.
         """
 
@@ -129,10 +130,9 @@ def carry_out(
         RankError: Under torchrun, another process was lost or failed; names it.
     """
     options, result = command.options, command.result
-    with session.joined(options.rank_timeout) as joint:
-        ranks = joint.ranks
+    with process_group(options.rank_timeout):
         if result is None:
-            return _carry_out_held(command, joint, None)
+            return _carry_out_held(command, session, None)
         model = str(command.model)
         result.check(model)
 
@@ -140,19 +140,19 @@ def carry_out(
             return result.earlier(model, command.recipe, options)
 
         # What the folder holds decides what is done: from here on no other run may change it.
-        with held(command.KIND, result.folder, ranks, find) as earlier:
+        with held(command.KIND, result.folder, find) as earlier:
             if earlier is not None and result.is_complete(earlier):
                 record = earlier
             else:
-                record = _carry_out_held(command, joint, earlier)
+                record = _carry_out_held(command, session, earlier)
             if after is not None:
-                after(record, joint)
+                after(record, session)
 
             def close() -> dict[str, Any]:
                 result.close()
                 return record.model_dump(mode="json")
 
-            done: _Record = command.KIND.model_validate(ranks.on_rank_0(close))
+            done: _Record = command.KIND.model_validate(on_rank_0(close))
             return done
 
 
@@ -160,28 +160,28 @@ def _carry_out_held(
     command: Command[_Plan, _Record], session: Session, earlier: _Record | None
 ) -> _Record:
     """Carry out a command whose result this run holds, and go on with an `earlier` run."""
-    started, ranks, result = time.perf_counter(), session.ranks, command.result
-    with ranks.fail_together():
+    started, result = time.perf_counter(), command.result
+    with fail_together():
         # A resumed run keeps its dtype: the trial behind "auto" need not be repeated.
         decided_dtype = earlier.inputs.dtype if earlier is not None else None
         plan = command.plan(session, decided_dtype)
     if result is not None:
-        ranks.on_rank_0(lambda: check_room(plan.disk_bytes(), result.folder))
+        on_rank_0(lambda: check_room(plan.disk_bytes(), result.folder))
     fields = {"source": plan.model_name, **command.fields(plan)}
     if plan.needs_inputs:
         session.tell(f"drawing calibration windows from {plan.recipe.calibration}")
-    with ranks.fail_together():
+    with fail_together():
         windows = calibration_windows(plan)
-        inputs = run_inputs(plan, ranks, windows)
+        inputs = run_inputs(plan, windows)
         record: _Record = resumed_or_new(
             command.KIND, earlier, plan.recipe, inputs, plan.device, **fields
         )
-    walks = check_same_on_all_ranks(command.recipe, record, ranks, plan.walks)
+    walks = check_same_on_all_ranks(command.recipe, record, plan.walks)
     run = Run(plan, session, windows.ids, walks, record, started)
     if result is not None:
-        folder = ResultFolder(result.folder, record, plan.checkpoint.checkpoint, ranks)
+        folder = ResultFolder(result.folder, record, plan.checkpoint.checkpoint)
         if record.state == "finished":
-            ranks.on_rank_0(lambda: result.check_finished(folder, plan))
+            on_rank_0(lambda: result.check_finished(folder, plan))
             return record
     command.prepare(run)
     if result is not None:
@@ -190,7 +190,7 @@ def _carry_out_held(
             folder.begin(command.options.overwrite)
             return len(record.blocks)
 
-        del record.blocks[ranks.on_rank_0(begin) :]
+        del record.blocks[on_rank_0(begin) :]
     command.change(run)
     return record
 

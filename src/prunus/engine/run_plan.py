@@ -132,7 +132,7 @@ class RunPlan:
 
     @property
     def batches(self) -> int:
-        """Batches of calibration windows, over all ranks."""
+        """Batches of calibration windows, over all processes."""
         return -(-self.recipe.samples // self.batch)
 
     @property

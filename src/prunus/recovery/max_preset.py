@@ -15,17 +15,17 @@ import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from prunus.calibration.sources import find_source
 from prunus.calibration.windows import WindowRequest
+from prunus.distributed import fail_together, on_rank_0, process_group, ranks
 from prunus.engine.folder import ResultFolder, find_earlier, held, remove_result
 from prunus.engine.progress import Progress
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_plan import check_known
-from prunus.engine.session import SILENT
+from prunus.engine.session import Session
 from prunus.model.checkpoint.output_folder import (
     check_apart,
     check_disk,
@@ -132,41 +132,40 @@ def max_run(
             `prune_and_recover`.
     """
     pruned = output / PRUNED
-    with SILENT.joined(options.rank_timeout) as joint:
-        ranks = joint.ranks
-        training = training_options(recipe, ranks=ranks.size, **budget)
-        check_ranks(training, ranks)
-        with ranks.fail_together():
+    with process_group(options.rank_timeout):
+        training = training_options(recipe, processes=ranks().size, **budget)
+        check_ranks(training)
+        with fail_together():
             source = _check_training(model, output, training, options)
 
         find = functools.partial(
             _find_earlier, output, recipe, training, options, source.checkpoint.folder
         )
-        with held(RecoveryRecord, output, ranks, find) as earlier:
+        with held(RecoveryRecord, output, find) as earlier:
             finished = earlier if earlier is not None and earlier.state == "finished" else None
             if finished is None:
                 # What a run finished in the folder `pruned` is taken over.
                 was_pruned = not options.overwrite and (pruned / INDEX_NAME).exists()
                 either = options.model_copy(update={"resume": None})
                 with shown[0] as callbacks:
-                    manifest = run(model, pruned, recipe, either, replace(joint, **callbacks))
+                    manifest = run(model, pruned, recipe, either, Session(**callbacks))
                 # The student must not learn from another model than it was pruned from.
-                with ranks.fail_together():
+                with fail_together():
                     for index, block in enumerate(manifest.blocks if was_pruned else ()):
                         digest = tensors_digest(source.block(index))
                         check_known({block.name: block.input_sha256}, block.name, digest)
             else:
-                with ranks.fail_together():
+                with fail_together():
                     same = {"teacher": full_fingerprint(source)}
                     finished.check_same_run(training, finished.inputs.model_copy(update=same))
-                ResultFolder(output, finished, ranks=ranks).check_finished()
+                ResultFolder(output, finished).check_finished()
                 manifest = Manifest.load(output)
             with shown[1] as callbacks:
-                session = replace(joint, **callbacks)
+                session = Session(**callbacks)
                 record = finished or carry_out(
                     pruned, output, training, options, session, model, earlier, str(model)
                 )
-            ranks.on_rank_0(lambda: remove_result(pruned, Manifest.FILE))
+            on_rank_0(lambda: remove_result(pruned, Manifest.FILE))
             return manifest, record
 
 
@@ -203,7 +202,7 @@ def plan_training(
 
 
 def training_options(
-    recipe: Recipe, *, minutes: float | None = None, tokens: int | None = None, ranks: int = 1
+    recipe: Recipe, *, minutes: float | None = None, tokens: int | None = None, processes: int = 1
 ) -> RecoveryOptions:
     """How the pruned model is trained: on the text that it is calibrated on.
 
@@ -211,7 +210,7 @@ def training_options(
         recipe: How the model is pruned. It gives text, seqlen, seed, BOS and dtype.
         minutes: Budget in minutes; 20 if neither budget is given.
         tokens: Budget in tokens, instead of minutes.
-        ranks: Number of processes. Each needs a window of every step.
+        processes: Their number. Each needs a window of every step.
 
     Raises:
         ValueError: A budget is out of range, or both are given.
@@ -236,7 +235,7 @@ def training_options(
             "dtype": recipe.dtype if recipe.dtype != "float16" else "auto",
         },
     )
-    return training.model_copy(update={"batch": max(training.batch, ranks)})
+    return training.model_copy(update={"batch": max(training.batch, processes)})
 
 
 def _find_earlier(

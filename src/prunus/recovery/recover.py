@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
+from prunus.distributed import fail_together, on_rank_0, process_group
 from prunus.engine.folder import ResultFolder, find_earlier, held
 from prunus.engine.progress import Shown, shows_progress
 from prunus.engine.run_options import RunOptions
@@ -102,16 +103,16 @@ def recover(
         if work.get(name):
             raise ValueError(f"prunus recover has no option `{name}`; leave it out")
     how = RunOptions.read(None, work)
-    with session.joined(how.rank_timeout) as joint:
-        with joint.ranks.fail_together():
+    with process_group(how.rank_timeout):
+        with fail_together():
             recipe = RecoveryOptions.read(
                 None, recipe_options | {"mode": mode or default_mode(model)}
             )
-        check_ranks(recipe, joint.ranks)
+        check_ranks(recipe)
         sources = [Path(source) for source in (model, teacher) if source is not None]
         find = functools.partial(find_earlier, RecoveryRecord, out, recipe, how, *sources)
-        with held(RecoveryRecord, out, joint.ranks, find) as earlier:
-            return carry_out(model, out, recipe, how, joint, teacher, earlier)
+        with held(RecoveryRecord, out, find) as earlier:
+            return carry_out(model, out, recipe, how, session, teacher, earlier)
 
 
 def carry_out(
@@ -124,14 +125,14 @@ def carry_out(
     earlier: RecoveryRecord | None,
     name: str | None = None,
 ) -> RecoveryRecord:
-    """Recover a model into a folder that this run holds. All ranks call it.
+    """Recover a model into a folder that this run holds. All processes call it.
 
     Args:
         model: Folder or hub id of the checkpoint to train.
         output: Folder of the result, which is locked.
         recipe: How the model is trained.
         options: How the work is done.
-        session: The processes of the run, and who hears of its steps.
+        session: Who hears of its steps.
         teacher: Folder or hub id of the dense model, or None.
         earlier: The record of the run that is resumed or finished; None for a new run.
         name: What the record calls the model; None for `model`.
@@ -140,25 +141,22 @@ def carry_out(
         ValueError, RuntimeError: As `recover`, and all errors of `plan_recovery`.
     """
     started = time.perf_counter()
-    ranks = session.ranks
-    with ranks.fail_together():
-        plan = plan_recovery(model, recipe, options, ranks, teacher, earlier, name)
-    folder = ResultFolder(output, plan.record, plan.source.checkpoint, ranks)
-    checkpoints = Checkpoints(output, writes=ranks.rank == 0)
+    with fail_together():
+        plan = plan_recovery(model, recipe, options, teacher, earlier, name)
+    folder = ResultFolder(output, plan.record, plan.source.checkpoint)
+    checkpoints = Checkpoints(output)
     if plan.record.state == "finished":
         if recipe.mode != "lora":
             folder.check_finished()
         checkpoints.clear()  # A kill right after the end leaves them.
         return plan.record
-    with ranks.fail_together():
+    with fail_together():
         student, size = load_student(plan)
         dense = load_teacher(plan)
         plan.check_unchanged()
     # Nothing is written until both models are loaded: most mistakes show before that.
-    ranks.on_rank_0(lambda: _claim(plan, folder, student, options.overwrite))
-    training = Training(
-        student, plan.text, recipe, plan.dtype, dense, checkpoints, session.step, ranks
-    )
+    on_rank_0(lambda: _claim(plan, folder, student, options.overwrite))
+    training = Training(student, plan.text, recipe, plan.dtype, dense, checkpoints, session.step)
     state = training.run()
     record, best = plan.record, state.evaluations[state.best]
     record.evaluations, record.best, record.stopped = state.evaluations, state.best, state.stopped
@@ -180,7 +178,7 @@ def carry_out(
             f"the start. {output} holds no result; lower `learning_rate` and `overwrite` it"
         )
 
-    # All ranks hold the same weights, so one of them writes.
+    # All processes hold the same weights, so one of them writes.
     def write() -> str:
         plan.check_unchanged()
         plan.record.totals |= {
@@ -191,7 +189,7 @@ def carry_out(
         checkpoints.clear()
         return plan.record.model_dump_json()
 
-    record = RecoveryRecord.model_validate_json(ranks.on_rank_0(write))
+    record = RecoveryRecord.model_validate_json(on_rank_0(write))
     if record.stopped is not None:
         raise ValueError(
             f"training stopped: {record.stopped}. {output} holds the weights of step "

@@ -14,7 +14,7 @@ import torch
 from prunus.calibration.sources import find_source
 from prunus.calibration.training_text import TrainingText, training_text
 from prunus.calibration.windows import WindowRequest, check_context
-from prunus.distributed import Ranks
+from prunus.distributed import ranks
 from prunus.engine.folder import resumed_or_new
 from prunus.engine.run_options import RunOptions
 from prunus.hardware.errors import require_library
@@ -95,7 +95,6 @@ def plan_recovery(
     model: str | Path,
     recipe: RecoveryOptions,
     options: RunOptions,
-    ranks: Ranks,
     teacher: str | Path | None,
     earlier: RecoveryRecord | None,
     name: str | None = None,
@@ -106,7 +105,6 @@ def plan_recovery(
         model: Folder or hub id of the checkpoint to train.
         recipe: How it is trained.
         options: How the work is done.
-        ranks: The processes of the run.
         teacher: Folder or hub id of the dense model, or None.
         earlier: The record of the run that is resumed or finished; None for a new run.
         name: What the record calls the model; None for `model`.
@@ -124,7 +122,7 @@ def plan_recovery(
     if recipe.mode != "lora":  # an adapter copies nothing
         check_companions(folder)
     card = read_card(folder / "README.md")
-    device = choose_device(options.device, processes=ranks.local_size)
+    device = choose_device(options.device)
     source, skeleton = _open(folder)
     dense = None
     if teacher is not None:
@@ -156,22 +154,22 @@ def plan_recovery(
     return RecoveryPlan(model, source, skeleton, dense, text, device, dtype, record, card)
 
 
-def check_ranks(recipe: RecoveryOptions, ranks: Ranks) -> None:
+def check_ranks(recipe: RecoveryOptions) -> None:
     """Check that several processes can split this training.
 
     Raises:
         ValueError: A step has fewer windows than there are processes, or the budget is in minutes.
     """
-    if ranks.size == 1:
+    size = ranks().size
+    if size == 1:
         return
-    if recipe.batch < ranks.size:
+    if recipe.batch < size:
         raise ValueError(
-            f"`batch` {recipe.batch} cannot be split over {ranks.size} ranks: raise it to "
-            f"{ranks.size} or more"
+            f"`batch` {recipe.batch} cannot be split over {size} ranks: raise it to {size} or more"
         )
     if recipe.minutes is not None:
         raise ValueError(
-            f"{recipe.minutes:g} minutes would end at a different step on each of {ranks.size} "
+            f"{recipe.minutes:g} minutes would end at a different step on each of {size} "
             "ranks, because their clocks differ: give the budget in `tokens`"
         )
 

@@ -173,7 +173,6 @@ def plan_structure(
         opened,
         recipe,
         options,
-        session,
         needs="norms",
         needs_inputs=True,
         adds_ridge=True,

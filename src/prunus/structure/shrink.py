@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.distributed import Ranks
+from prunus.distributed import on_rank_0
 from prunus.engine.folder import BlockFolder, ResultFolder
 from prunus.engine.loop import FinishedBlock, run_blocks
 from prunus.engine.run import Command, Run, carry_out
@@ -100,16 +100,16 @@ class Shrinking(Command[StructurePlan, StructureRecord]):
 
     def change(self, run: Run[StructurePlan, StructureRecord]) -> None:
         """Search for blocks, make those that stay, and complete the result."""
-        plan, session, record, ranks = run.plan, run.session, run.record, run.session.ranks
+        plan, session, record = run.plan, run.session, run.record
         assert self.output is not None, "a loaded model is not made smaller"
         output, source = self.output, plan.checkpoint.checkpoint
         with torch.no_grad():
-            save = ResultFolder(output, record, source, ranks).save
+            save = ResultFolder(output, record, source).save
             blocks_left = choose_blocks(plan, session, run.ids, record, save)
             smaller = plan.smaller(blocks_left)
-            folder = SmallerFolder(output, record, plan, ranks, smaller)
+            folder = SmallerFolder(output, record, plan, smaller)
             record.config = _changes(plan.raw, smaller.config)
-            step = ShrinkStep(plan, smaller, run.ids, run.walks, output, ranks)
+            step = ShrinkStep(plan, smaller, run.ids, run.walks, output)
             with contextlib.closing(step):
                 names = smaller.skeleton.block_name
                 run_blocks(
@@ -164,10 +164,9 @@ class SmallerFolder(BlockFolder):
         folder: Path,
         record: StructureRecord,
         plan: StructurePlan,
-        ranks: Ranks,
         smaller: SmallerModel,
     ) -> None:
-        super().__init__(folder, record, plan, ranks, smaller.made_from)
+        super().__init__(folder, record, plan, smaller.made_from)
         self.smaller = smaller
 
     def stored(self, new_index: int, block: FinishedBlock) -> dict[str, Tensor]:
@@ -200,8 +199,8 @@ class SmallerFolder(BlockFolder):
         return {name: key for name, key in names.items() if name in separate}, fused
 
     def complete(self) -> None:
-        """Write all that is outside the blocks, and complete the result. All ranks call it."""
-        self.record.totals = self.ranks.on_rank_0(self._complete)
+        """Write all that is outside the blocks, and complete the result. All processes call it."""
+        self.record.totals = on_rank_0(self._complete)
         self.record.state = "finished"
 
     def _complete(self) -> dict[str, object]:
