@@ -62,7 +62,9 @@ def type_rounding(
     plan, session, record = run.plan, run.session, run.record
     size_plan, source = plan_of(plan), plan.checkpoint
     tensors = tensors_from_rank_0(
-        lambda: folder.measured(lambda: measured(plan, session, run.ids, record.measured).tensors())
+        lambda: folder.measured(
+            lambda: measured(plan, session, run.windows, record.measured).tensors()
+        )
     )
     if not size_plan.lasting.tensors().keys() <= tensors.keys():
         raise FileExistsError(

@@ -41,7 +41,6 @@ from prunus.model.checkpoint.output_folder import (
     check_apart,
     check_folder_name,
     check_resume,
-    check_whole,
     copy_companion,
     is_vacant,
 )
@@ -218,12 +217,15 @@ class ResultFolder:
         if is_rank_0():
             self.record.save(self.folder)
 
-    def begin(self, overwrite: bool) -> None:
+    def begin(self, overwrite: bool) -> list[str]:
         """Create the folder, or clean up what a killed run left in it.
 
         Args:
             overwrite: Whether to remove shards that the record does not name, and the records of
                 other commands.
+
+        Returns:
+            The shards that were deleted since, which the record has forgotten.
 
         Raises:
             ValueError: The bytes of a shard are not those that the record has the SHA-256 of.
@@ -245,8 +247,10 @@ class ResultFolder:
             for path in (*others, *(folder / name for name in RECORD_FILES if name != record.FILE)):
                 remove(path)
         remove_temporaries(folder)
-        if record.forget_missing({name for name in record.sha256 if not self.has(name)}):
+        missing = [name for name in record.sha256 if not self.has(name)]
+        if record.forget_missing({*missing}):
             record.save(folder)
+        return missing
 
     def has(self, shard: str) -> bool:
         """Whether a shard is there, and the record names it."""
@@ -306,10 +310,6 @@ class ResultFolder:
         )
         self.record.state = "finished"
         self.record.save(folder)
-
-    def check_finished(self) -> None:
-        """Check that the finished result of an earlier run still has all its shards."""
-        on_rank_0(lambda: check_whole(self.folder))
 
 
 class BlockFolder(ResultFolder):

@@ -25,10 +25,16 @@ from prunus.engine.block.dense_stream import drift_stride_for
 from prunus.engine.linear_options import LinearOptions, PruningOptions
 from prunus.engine.loss_sensitivity import measuring_memory
 from prunus.engine.memory_plan import Memory
-from prunus.engine.open_model import OpenModel, check_memory, open_model, run_facts
+from prunus.engine.open_model import open_model, run_facts
 from prunus.engine.reconstruction.reconstruct_block import ReconstructionSettings
 from prunus.engine.run_options import RunOptions
-from prunus.engine.run_plan import RunPlan, measured_memory, windows_per_batch
+from prunus.engine.run_plan import (
+    OpenModel,
+    RunPlan,
+    check_memory,
+    measured_memory,
+    windows_per_batch,
+)
 from prunus.engine.run_record import Walk
 from prunus.engine.session import SILENT, Session
 from prunus.hardware.memory import process_memory

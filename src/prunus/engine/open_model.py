@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from prunus.calibration.windows import check_context
 from prunus.distributed import fail_together, ranks, set_location
 from prunus.engine.memory_plan import Memory
 from prunus.engine.run_options import RunOptions, WindowOptions
-from prunus.engine.run_plan import RunPlan
+from prunus.engine.run_plan import OpenModel
 from prunus.engine.run_record import RunRecord, Walk
 from prunus.engine.run_windows import check_inputs
 from prunus.engine.session import Session
@@ -37,23 +36,6 @@ from prunus.model.source import CheckpointSource, ModuleSource, WeightSource
 # Memory that a run leaves to other programs, where the user gives no budget: this share of what is
 # free, and at least this many bytes.
 _SHARE_FOR_OTHERS, _BYTES_FOR_OTHERS = 0.1, 10**9
-
-
-@dataclass(frozen=True)
-class OpenModel:
-    """A model that can be read, before a run decides anything about it.
-
-    Attributes:
-        name: The model as the user named it; the class name of a loaded model.
-        source: The dense weights.
-        skeleton: The model without weights, in its stored dtype.
-        device: Where blocks run.
-    """
-
-    name: str
-    source: CheckpointSource | ModuleSource
-    skeleton: Skeleton
-    device: torch.device
 
 
 def open_model(model: str | Path | nn.Module, options: RunOptions, session: Session) -> OpenModel:
@@ -79,7 +61,7 @@ def open_model(model: str | Path | nn.Module, options: RunOptions, session: Sess
         check_companions(source.checkpoint.folder, trust)
     skeleton = Skeleton(source.config, source.stored_dtype, trust)
     source.bind(skeleton)
-    return OpenModel(name, source, skeleton, device)
+    return OpenModel(name=name, source=source, skeleton=skeleton, device=device)
 
 
 def run_facts(
@@ -130,42 +112,23 @@ def run_facts(
         reserve = max(int(_SHARE_FOR_OTHERS * free), _BYTES_FOR_OTHERS)
         host_budget = max(0, free - reserve) // ranks().local_size
     on_device = memory_budget(device, options.memory) if device.type == "cuda" else host_budget
-    return {
+    memory = Memory(
+        budget=on_device,
+        host_budget=host_budget,
+        on_host=device.type == "cpu",
+        reads_files=isinstance(source, CheckpointSource),
+    )
+    return vars(opened) | {
+        "skeleton": skeleton,
         "recipe": recipe,
         "options": options,
-        "model_name": opened.name,
-        "source": source,
-        "skeleton": skeleton,
-        "device": device,
         "dtype": dtype,
         "dtype_reason": reason,
         "processes": ranks().size,
-        "memory": Memory(
-            budget=on_device,
-            host_budget=host_budget,
-            on_host=device.type == "cpu",
-            reads_files=isinstance(source, CheckpointSource),
-        ),
+        "memory": memory,
         "needs": needs,
         "needs_inputs": needs_inputs,
     }
-
-
-def check_memory(plan: RunPlan) -> None:
-    """Check that every block fits with its hidden states elsewhere and one batch in flight.
-
-    Raises:
-        ValueError: A block does not fit; says what it needs and what the budget is.
-    """
-    needed = max(block.minimum for block in plan.memory.blocks)
-    if plan.memory.budget < needed:
-        held = process_memory()
-        raise ValueError(
-            f"a block needs {(needed + held) / 1e9:.2f} GB with one batch of windows "
-            f"in flight ({plan.batch} × {plan.recipe.seqlen} tokens); the memory budget is "
-            f"{(plan.memory.budget + held) / 1e9:.2f} GB. Raise `memory`, or lower `batch` or "
-            "`seqlen`"
-        )
 
 
 def check_room(nbytes: int, output: Path) -> None:
@@ -179,20 +142,8 @@ def check_room(nbytes: int, output: Path) -> None:
 _WALKS: tuple[Walk, ...] = ("lockstep", "replay", "two_pass")
 
 
-def check_same_on_all_ranks(
-    recipe: WindowOptions, record: RunRecord, walks: Sequence[Walk]
-) -> list[Walk]:
-    """Check that all ranks do the same run, and agree on how windows run through each block.
-
-    All ranks call it.
-
-    Args:
-        recipe: The options that decide the bytes of the result.
-        record: The record of the run.
-        walks: The walk of each block that this rank would take.
-
-    Returns:
-        The walk of each block: of those that the ranks would take, the one that needs least memory.
+def check_same_on_all_ranks(record: RunRecord) -> None:
+    """Check that all ranks do the same run, as its record has it. All ranks call it.
 
     Raises:
         ValueError: A rank has other options, inputs or versions than rank 0; names the first that
@@ -200,7 +151,7 @@ def check_same_on_all_ranks(
     """
     set_location("the start")
     this_run = {
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": record.recipe.model_dump(mode="json"),
         **record.inputs.model_dump(mode="json", exclude={"dtype_reason", "calibration"}),
         **{key: value for key, value in record.versions.items() if key != "python"},
         "state": record.state,
@@ -216,6 +167,17 @@ def check_same_on_all_ranks(
                         "versions, and processors of one kind. `dtype` and `batch` settle what "
                         "each would decide for itself"
                     )
+
+
+def agreed_walks(walks: Sequence[Walk]) -> list[Walk]:
+    """How windows run through each block, on which all ranks agree. All ranks call it.
+
+    Args:
+        walks: The walk of each block that this rank would take.
+
+    Returns:
+        The walk of each block: of those that the ranks would take, the one that needs least memory.
+    """
     by_rank = ranks().gather_ints([_WALKS.index(walk) for walk in walks])
     return [_WALKS[max(block)] for block in zip(*by_rank, strict=True)]
 

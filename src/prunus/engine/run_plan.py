@@ -31,16 +31,48 @@ BYTES_PER_PRUNED_WEIGHT = 14
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunPlan:
-    """The decisions of one run, as far as they concern its model and its windows.
+class OpenModel:
+    """A model that can be read, before a run decides anything about it.
+
+    Attributes:
+        name: The model as the user named it; the class name of a loaded model.
+        source: The dense weights.
+        skeleton: The model without weights: in its stored dtype, or in that of the computation if
+            a plan has chosen one.
+        device: Where blocks run.
+    """
+
+    name: str
+    source: CheckpointSource | ModuleSource
+    skeleton: Skeleton
+    device: torch.device
+
+    @property
+    def checkpoint(self) -> CheckpointSource:
+        """The source of a run that reads a checkpoint.
+
+        Raises:
+            TypeError: The run changes a loaded model.
+        """
+        if isinstance(self.source, ModuleSource):
+            raise TypeError(f"{self.name} is a loaded model, which has no checkpoint")
+        return self.source
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the weights of the source in its files; 0 for a loaded model, which has none."""
+        if isinstance(self.source, ModuleSource):
+            return 0
+        return self.source.checkpoint.nbytes(self.source.checkpoint.tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan(OpenModel):
+    """An open model with the decisions of one run that concern it and its windows.
 
     Attributes:
         recipe: The options that decide the bytes of the result.
         options: The options that only decide how the work is done.
-        model_name: The model as the user named it; the class name of a loaded model.
-        source: The dense weights.
-        skeleton: The model without weights, in the dtype of the computation.
-        device: Where blocks run.
         dtype: The dtype of the forward passes.
         dtype_reason: Why it is that dtype, in words.
         batch: Calibration windows per forward pass.
@@ -53,10 +85,6 @@ class RunPlan:
 
     recipe: WindowOptions
     options: RunOptions
-    model_name: str
-    source: CheckpointSource | ModuleSource
-    skeleton: Skeleton
-    device: torch.device
     dtype: torch.dtype
     dtype_reason: str
     batch: int
@@ -65,24 +93,6 @@ class RunPlan:
     needs: Needs
     needs_inputs: bool
     walks_windows: bool = True
-
-    @property
-    def checkpoint(self) -> CheckpointSource:
-        """The source of a run that reads a checkpoint.
-
-        Raises:
-            TypeError: The run changes a loaded model.
-        """
-        if isinstance(self.source, ModuleSource):
-            raise TypeError(f"{self.model_name} is a loaded model, which has no checkpoint")
-        return self.source
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of the weights of the source in its files; 0 for a loaded model, which has none."""
-        if isinstance(self.source, ModuleSource):
-            return 0
-        return self.source.checkpoint.nbytes(self.source.checkpoint.tensors)
 
     @property
     def method_sha256(self) -> str | None:
@@ -150,6 +160,23 @@ class RunPlan:
         """How the windows run through each block; lockstep and replay give the same bits."""
         blocks = range(len(self.skeleton))
         return ["lockstep" if self.memory.fits_lockstep(index) else "replay" for index in blocks]
+
+
+def check_memory(plan: RunPlan) -> None:
+    """Check that every block fits with its hidden states elsewhere and one batch in flight.
+
+    Raises:
+        ValueError: A block does not fit; says what it needs and what the budget is.
+    """
+    needed = max(block.minimum for block in plan.memory.blocks)
+    if plan.memory.budget < needed:
+        held = process_memory()
+        raise ValueError(
+            f"a block needs {(needed + held) / 1e9:.2f} GB with one batch of windows "
+            f"in flight ({plan.batch} × {plan.recipe.seqlen} tokens); the memory budget is "
+            f"{(plan.memory.budget + held) / 1e9:.2f} GB. Raise `memory`, or lower `batch` or "
+            "`seqlen`"
+        )
 
 
 def measured_memory(

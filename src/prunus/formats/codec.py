@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from prunus.engine.linear_plan import LinearSelection
-from prunus.engine.open_model import OpenModel
 from prunus.engine.result import MEASUREMENT, Result
+from prunus.engine.run_plan import OpenModel
 from prunus.formats.compression_recipe import CompressionRecipe
 from prunus.formats.compression_record import CompressionRecord
 from prunus.formats.size_plan import Given, SizePlan, compressible

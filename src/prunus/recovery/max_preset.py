@@ -18,11 +18,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from prunus.calibration.sources import find_source
-from prunus.calibration.windows import WindowRequest
 from prunus.distributed import fail_together, on_rank_0, process_group, ranks
-from prunus.engine.folder import ResultFolder, find_earlier, held, remove_result
+from prunus.engine.folder import find_earlier, held, remove_result
 from prunus.engine.progress import Progress
+from prunus.engine.run import carry_out, carry_out_held
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_plan import check_known
 from prunus.engine.session import Session
@@ -31,21 +30,23 @@ from prunus.model.checkpoint.output_folder import (
     check_disk,
     check_folder_name,
     check_resume,
+    check_whole,
     is_vacant,
 )
 from prunus.model.checkpoint.reader import INDEX_NAME
-from prunus.model.source import CheckpointSource, tensors_digest
+from prunus.model.checkpoint.resolve import resolve_folder
+from prunus.model.source import tensors_digest
 from prunus.options import takes
 from prunus.pruning.manifest import Manifest
-from prunus.pruning.prune import run
+from prunus.pruning.prune import Pruning
 from prunus.pruning.recipe import Recipe
-from prunus.recovery.recover import carry_out
+from prunus.recovery.recover import Recovering
 from prunus.recovery.recovery_options import RecoveryOptions
 from prunus.recovery.recovery_plan import (
-    check_ranks,
+    RecoveryPlan,
     draw_training_text,
     full_fingerprint,
-    open_teacher,
+    plan_recovery,
 )
 from prunus.recovery.recovery_record import RecoveryRecord
 from prunus.recovery.training import Step
@@ -56,8 +57,6 @@ PRUNED = ".prunus-pruned"
 _DEFAULT_MINUTES = 20.0
 # Windows of up to this many tokens take the faster attention of `recover`.
 _SEQLEN = 512
-# Bytes per parameter of the training: float32 weights, their gradients and Adam's two moments.
-_STATE_BYTES = 16
 
 
 @takes(Recipe, RunOptions)
@@ -134,9 +133,8 @@ def max_run(
     pruned = output / PRUNED
     with process_group(options.rank_timeout):
         training = training_options(recipe, processes=ranks().size, **budget)
-        check_ranks(training)
         with fail_together():
-            source = _check_training(model, output, training, options)
+            source = _check_training(model, output, training, options).source
 
         find = functools.partial(
             _find_earlier, output, recipe, training, options, source.checkpoint.folder
@@ -148,7 +146,8 @@ def max_run(
                 was_pruned = not options.overwrite and (pruned / INDEX_NAME).exists()
                 either = options.model_copy(update={"resume": None})
                 with shown[0] as callbacks:
-                    manifest = run(model, pruned, recipe, either, Session(**callbacks))
+                    command = Pruning(model, pruned, recipe, either)
+                    manifest = carry_out(command, Session(**callbacks))
                 # The student must not learn from another model than it was pruned from.
                 with fail_together():
                     for index, block in enumerate(manifest.blocks if was_pruned else ()):
@@ -158,13 +157,12 @@ def max_run(
                 with fail_together():
                     same = {"teacher": full_fingerprint(source)}
                     finished.check_same_run(training, finished.inputs.model_copy(update=same))
-                ResultFolder(output, finished).check_finished()
+                on_rank_0(lambda: check_whole(output))
                 manifest = Manifest.load(output)
             with shown[1] as callbacks:
+                training_run = Recovering(pruned, output, training, options, model, str(model))
                 session = Session(**callbacks)
-                record = finished or carry_out(
-                    pruned, output, training, options, session, model, earlier, str(model)
-                )
+                record = finished or carry_out_held(training_run, session, earlier)
             on_rank_0(lambda: remove_result(pruned, Manifest.FILE))
             return manifest, record
 
@@ -188,17 +186,9 @@ def plan_training(
         ValueError, FileNotFoundError, NotImplementedError, ModuleNotFoundError, OSError: The
             training could not begin.
     """
-    training = training_options(recipe)
-    source = _check_training(model, output, training, options)
-    stored = source.checkpoint.nbytes(source.checkpoint.tensors)
-    state = _STATE_BYTES * stored // source.stored_dtype.itemsize
-    return {
-        "minutes": training.minutes,
-        "text": training.text,
-        "seqlen": training.seqlen,
-        "batch": training.batch,
-        "memory_bytes": state + stored,
-    }
+    described = _check_training(model, output, training_options(recipe), options).describe()
+    shown = ("minutes", "text", "seqlen", "batch", "memory_bytes")
+    return {name: described[name] for name in shown}
 
 
 def training_options(
@@ -264,9 +254,12 @@ def _find_earlier(
 
 
 def _check_training(
-    model: str | Path, output: Path | None, training: RecoveryOptions, options: RunOptions
-) -> CheckpointSource:
-    """Check what the training needs before anything is pruned, and return the dense model.
+    model: str | Path,
+    output: Path | None,
+    training: RecoveryOptions,
+    options: RunOptions,
+) -> RecoveryPlan:
+    """The plan of the training, before anything is pruned: the dense model stands for the pruned.
 
     Raises:
         ValueError, FileNotFoundError, NotImplementedError, ModuleNotFoundError, OSError: The
@@ -277,15 +270,11 @@ def _check_training(
             "preset max trains the model as transformers defines it, without code from the "
             "checkpoint: drop `trust_remote_code`, or prune with preset best"
         )
-    find_source(training.text).check(
-        WindowRequest(samples=1, seqlen=training.seqlen, bos=training.bos, data=options.data)
-    )
-    source = open_teacher(model)
+    plan = plan_recovery(resolve_folder(model), training, options, model)
     if output is not None:
         check_folder_name(output)
-        check_apart(output, source.checkpoint.folder)
-        # The pruned checkpoint, the result, and the state of the training.
-        stored = source.checkpoint.nbytes(source.checkpoint.tensors)
-        check_disk(output, (2 + _STATE_BYTES // source.stored_dtype.itemsize) * stored)
-    draw_training_text(training, source, options.data)
-    return source
+        check_apart(output, plan.source.checkpoint.folder)
+        # The pruned checkpoint beside the result and the state of the training.
+        check_disk(output, plan.stored_bytes + plan.disk_bytes())
+    draw_training_text(plan)
+    return plan

@@ -11,9 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from prunus.engine.open_model import OpenModel, check_memory, open_model, run_facts
+from prunus.engine.open_model import open_model, run_facts
 from prunus.engine.run_options import RunOptions
-from prunus.engine.run_plan import RunPlan, measured_memory, windows_per_batch
+from prunus.engine.run_plan import (
+    OpenModel,
+    RunPlan,
+    check_memory,
+    measured_memory,
+    windows_per_batch,
+)
 from prunus.engine.session import SILENT, Session
 from prunus.model.config import (
     blocks_that_take_images,
@@ -94,7 +100,7 @@ class StructurePlan(RunPlan):
         moved = next((i for i in range(fixed) if list(made_from[: i + 1]) != [*range(i + 1)]), None)
         if moved is not None:
             raise NotImplementedError(
-                f"block {moved} of {self.model_name} cannot be removed: features of images are "
+                f"block {moved} of {self.name} cannot be removed: features of images are "
                 f"added after each of the first {fixed} blocks, so these keep their positions"
             )
         changes: dict[str, Any] = {}

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from prunus.distributed import on_rank_0
-from prunus.engine.folder import BlockFolder, ResultFolder
+from prunus.engine.folder import BlockFolder
 from prunus.engine.loop import FinishedBlock, run_blocks
-from prunus.engine.run import Command, Run, carry_out
+from prunus.engine.open_model import agreed_walks
+from prunus.engine.run import Run, WindowsCommand, called
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_record import bos_words, result_card, source_name
-from prunus.engine.run_windows import given_windows
-from prunus.engine.session import SILENT, Session, shown_session
+from prunus.engine.session import SILENT, Session
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.experts import Fused
 from prunus.model.skeleton import names_in_model
@@ -67,28 +67,16 @@ def shrink(
     Raises:
         ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: As `prune`.
     """
-    how, recipe_options = RunOptions.pick(options)
-    data, described = given_windows(calibration)
-    chosen = StructureRecipe.read(recipe, recipe_options | described)
-    with shown_session("shrink", progress, announce) as session:
-        return run(model, Path(output), chosen, RunOptions(**how, **data), session)
+    record: StructureRecord = called(
+        Shrinking, model, output, recipe, options, calibration, progress, announce
+    )
+    return record
 
 
-def run(
-    model: str | Path,
-    output: Path,
-    recipe: StructureRecipe,
-    options: RunOptions,
-    session: Session = SILENT,
-) -> StructureRecord:
-    """Carry out a recipe. The other arguments and errors are those of `shrink`."""
-    return carry_out(Shrinking(model, output, recipe, options), session)
-
-
-class Shrinking(Command[StructurePlan, StructureRecord]):
+class Shrinking(WindowsCommand[StructurePlan, StructureRecord]):
     """The command shrink, as the engine knows it."""
 
-    KIND = StructureRecord
+    RECIPE, KIND = StructureRecipe, StructureRecord
 
     def plan(self, session: Session = SILENT, decided_dtype: str | None = None) -> StructurePlan:
         """See `plan_structure`."""
@@ -98,18 +86,17 @@ class Shrinking(Command[StructurePlan, StructureRecord]):
         """The number of shards: one for each block that stays, and one for all else."""
         return {"shard_count": plan.keep_blocks + 1}
 
-    def change(self, run: Run[StructurePlan, StructureRecord]) -> None:
+    def change(self, run: Run[StructurePlan, StructureRecord], prepared: Any) -> None:
         """Search for blocks, make those that stay, and complete the result."""
         plan, session, record = run.plan, run.session, run.record
-        assert self.output is not None, "a loaded model is not made smaller"
-        output, source = self.output, plan.checkpoint.checkpoint
+        assert self.output is not None and run.folder is not None, "a model on disk is made smaller"
+        output, walks = self.output, agreed_walks(plan.walks)
         with torch.no_grad():
-            save = ResultFolder(output, record, source).save
-            blocks_left = choose_blocks(plan, session, run.ids, record, save)
+            blocks_left = choose_blocks(plan, session, run.windows, record, run.folder.save)
             smaller = plan.smaller(blocks_left)
             folder = SmallerFolder(output, record, plan, smaller)
             record.config = _changes(plan.raw, smaller.config)
-            step = ShrinkStep(plan, smaller, run.ids, run.walks, output)
+            step = ShrinkStep(plan, smaller, run.windows, walks, output)
             with contextlib.closing(step):
                 names = smaller.skeleton.block_name
                 run_blocks(
