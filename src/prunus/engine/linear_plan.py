@@ -333,7 +333,7 @@ def plan_run(
         recipe: The options that decide the bytes of the result.
         options: The options that only decide how the work is done.
         storage_of: Plans how the result stores the linears; None for plain tensors.
-        session: The processes that work on the run.
+        session: Who hears of a download.
         decided_dtype: What `dtype` auto meant in the run that is resumed; None for a new run.
 
     Raises:

@@ -160,7 +160,7 @@ def plan_structure(
         model: A checkpoint folder or a hub id.
         recipe: What is removed.
         options: How the work is done.
-        session: The processes that work on the run.
+        session: Who hears of a download.
         decided_dtype: What dtype "auto" meant in the run that is resumed; None for a new run.
 
     Raises:

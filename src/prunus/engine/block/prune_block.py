@@ -101,8 +101,6 @@ class BlockPruner:
         self.dense: DenseStream | None = None
         if plan.runs_dense_stream:
             self.dense = DenseStream(plan.skeleton, plan.source, plan.device, plan.drift_stride)
-        # Whether any process has windows of the run.
-        self._has_windows = False
         # Trains blocks after they are pruned; None before `embed`, or if the run trains none.
         self._reconstructor: BlockReconstructor | None = None
 
@@ -114,7 +112,6 @@ class BlockPruner:
             spill_folder: Folder for a file of hidden states, if they do not fit in memory.
         """
         reconstruction, memory = self.plan.reconstruction, self.plan.memory
-        self._has_windows = len(batches) > 0
         splits = splits_windows(batches, self.plan.device)
         partial = step_parts(batches, splits) if reconstruction is not None else ()
         share = own_part(batches)
@@ -122,9 +119,8 @@ class BlockPruner:
         self.stream.embed(share, spill_to, memory.hidden_states_stay, partial)
         if self.dense is None:
             return
-        # The number of this rank's first batch among those of all ranks.
-        first_batch = ranks().own_range(len(batches)).start
-        self.dense.embed(share, spill_to, memory.hidden_states_stay, first_batch)
+        own = ranks().own_range(len(batches))
+        self.dense.embed(share, spill_to, memory.hidden_states_stay, own.start)
         if reconstruction is not None:
             self._reconstructor = BlockReconstructor(
                 settings=reconstruction,
@@ -235,7 +231,7 @@ class BlockPruner:
         """Take all batches through the block and prune its linears on the way."""
         prune = functools.partial(self._prune_linear, state)
         unreached = state.linears
-        if self._has_windows:
+        if self.plan.walks_windows:
             forward = self.stream.forward(state.index, state.module)
             # A block that is trained gets its outputs later, in `_reconstruct`.
             is_final = state.reconstruction is None
