@@ -12,6 +12,7 @@ from prunus.cli.flags import Model, Output, RecipeFile, opt, with_flags
 from prunus.cli.terminal import is_quiet, print_result, print_text, progress_console, shown_steps
 from prunus.engine.run_options import RunOptions
 from prunus.formats.compression_recipe import CompressionRecipe
+from prunus.options.declaration import ADVANCED
 from prunus.pruning.recipe import Recipe
 from prunus.recovery.recovery_options import RecoveryOptions
 from prunus.reporting.console import show_pruning, show_recovery
@@ -22,6 +23,8 @@ from prunus.structure.structure_record import StructureRecipe
 if TYPE_CHECKING:
     from prunus.engine.run import Command
 
+# Options of `plan` that only recover has, in the first panel of its own help.
+_OF_RECOVER = ("mode", "text", "tokens", "minutes")
 _MAX: dict[str, Any] = {"rich_help_panel": "Preset max"}
 
 
@@ -164,9 +167,9 @@ def _prune_and_recover(
 
 
 @with_flags(
-    *(Recipe, CompressionRecipe, StructureRecipe, RunOptions),
+    *(Recipe, CompressionRecipe, StructureRecipe, RecoveryOptions, RunOptions),
     without=("overwrite", "resume", "rank_timeout"),
-    rare=("pattern", "format", "head_bits", "data", "experts", "blocks"),
+    rare=("pattern", "format", "head_bits", "data", "experts", "blocks", *_OF_RECOVER),
 )
 def plan(
     model: Model,
@@ -175,6 +178,18 @@ def plan(
         typer.Argument(metavar="OUT", help="Folder or file for the result; only checked."),
     ] = None,
     *,
+    command: Annotated[
+        str | None,
+        opt(
+            "Plan prune, compress, shrink, recover or import. Default: the one whose options are "
+            "given.",
+            "COMMAND",
+            rich_help_panel=ADVANCED,
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None, opt("With recover: learn from this model.", "DENSE", rich_help_panel=ADVANCED)
+    ] = None,
     tensor_types: Annotated[
         Path | None,
         opt(
@@ -203,11 +218,18 @@ def plan(
 ) -> None:
     """Show what a run would do and cost; write no model.
 
-    With --bits, --size, --type or --fits it plans compress, with --blocks or --experts shrink.
+    With --bits, --size, --type or --fits it plans compress, with --blocks or --experts shrink, with
+    --mode, --text or --teacher recover.
     """
     from prunus.planning.plan import plan as plan_command
 
-    options |= {"tensor_types": tensor_types, "imatrix": imatrix, "progress": not is_quiet()}
+    options |= {
+        "command": command,
+        "teacher": teacher,
+        "tensor_types": tensor_types,
+        "imatrix": imatrix,
+        "progress": not is_quiet(),
+    }
     described = plan_command(model, output, recipe=recipe, fits=fits, context=context, **options)
     print_result(described, plan_facts(described))
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,16 +24,14 @@ from torch import nn
 from prunus.engine.block.dense_stream import drift_stride_for
 from prunus.engine.linear_options import LinearOptions, PruningOptions
 from prunus.engine.loss_sensitivity import measuring_memory
-from prunus.engine.memory_plan import Memory
 from prunus.engine.open_model import open_model, run_facts
 from prunus.engine.reconstruction.reconstruct_block import ReconstructionSettings
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_plan import (
     OpenModel,
     RunPlan,
-    check_memory,
-    measured_memory,
     windows_per_batch,
+    with_memory,
 )
 from prunus.engine.run_record import Walk
 from prunus.engine.session import SILENT, Session
@@ -346,7 +344,9 @@ def plan_run(
         head = opened.skeleton.head()
         check_shape(work.pattern, head.shape, head.name)
     linears = select_linears(opened.skeleton, recipe, work.pattern)
-    storage = (storage_of or plain_storage)(opened, linears)
+    storage = Storage(source=opened.source, selection=linears)
+    if storage_of is not None:
+        storage = storage_of(opened, linears)
     trains = "" if recipe.training.blocks == "none" else "reconstruction"
     walks = method.needs != "none" or trains != ""
     window_tokens = opened.skeleton.window_shape(0, recipe.seqlen)[0]
@@ -374,8 +374,7 @@ def plan_run(
             f"window after window: {plan.processes} processes cannot share that. Leave it out, or "
             "run one process"
         )
-    plan = replace(plan, memory=_measured(plan))
-    check_memory(plan)
+    plan = _with_memory(plan)
     measured, held = plan.measuring_bytes(), process_memory()
     if plan.memory.budget < measured:
         raise ValueError(
@@ -385,11 +384,6 @@ def plan_run(
             + (", or choose allocation uniform" if recipe.rounds == "none" else "")
         )
     return plan
-
-
-def plain_storage(opened: OpenModel, selection: LinearSelection) -> Storage:
-    """The storage as plain tensors."""
-    return Storage(source=opened.source, selection=selection)
 
 
 def _method_and_work(recipe: LinearOptions, own_method: Method | None) -> tuple[Method, Work]:
@@ -409,12 +403,12 @@ def _method_and_work(recipe: LinearOptions, own_method: Method | None) -> tuple[
     return method, Work(pattern, recipe.sparsity, recipe, reference_order=in_order)
 
 
-def _measured(plan: LinearPlan) -> Memory:
-    """The budgets with what the blocks need, and how each is walked."""
+def _with_memory(plan: LinearPlan) -> LinearPlan:
+    """The plan with what its blocks need, and how each is walked; see `with_memory`."""
     blocks = range(len(plan.skeleton))
     settings = plan.reconstruction
     trained = [
         index for index in blocks if settings and settings.applies_to(index, len(plan.skeleton))
     ]
     extra = [plan.extra_bytes(index) for index in blocks]
-    return measured_memory(plan, dense=plan.runs_dense_stream, trained=trained, extra=extra)
+    return with_memory(plan, dense=plan.runs_dense_stream, trained=trained, extra=extra)

@@ -19,9 +19,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
-from pydantic import BaseModel
 from torch import Tensor
 
 from prunus.distributed import fail_together, on_rank_0, process_group
@@ -29,30 +28,14 @@ from prunus.engine.folder import ResultFolder, held, resumed_or_new
 from prunus.engine.open_model import check_room, check_same_on_all_ranks
 from prunus.engine.result import Result
 from prunus.engine.run_options import RunOptions
-from prunus.engine.run_plan import RunPlan
-from prunus.engine.run_record import BlockwiseRecord, RunInputs, RunRecord
+from prunus.engine.run_record import RunInputs
 from prunus.engine.run_windows import calibration_windows, given_windows, run_inputs
 from prunus.engine.session import SILENT, Session, shown_session
 from prunus.hardware.memory import peak_memory
 from prunus.options import Options
 
-
-class Plan(Protocol):
-    """What a command decides before any work; nothing is written to make it."""
-
-    def disk_bytes(self) -> int:
-        """Bytes that the run needs on the disk."""
-
-    def describe(self) -> dict[str, Any]:
-        """The plan as JSON values, for `prunus plan`."""
-
-
-_Plan = TypeVar("_Plan", bound=Plan)
-_Record = TypeVar("_Record", bound=BaseModel)
-_OpenPlan = TypeVar("_OpenPlan", bound=Any)
-_RunRecord = TypeVar("_RunRecord", bound=RunRecord)
-_WindowsPlan = TypeVar("_WindowsPlan", bound=RunPlan)
-_BlockwiseRecord = TypeVar("_BlockwiseRecord", bound=BlockwiseRecord)
+_Plan = TypeVar("_Plan", bound=Any)
+_Record = TypeVar("_Record", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -62,6 +45,7 @@ class Command(ABC, Generic[_Plan, _Record]):
     Attributes:
         RECIPE: The class of its recipe.
         KIND: The class of its record.
+        RESULT: The class of its result.
         model: A checkpoint folder, a hub id, or a loaded model.
         output: The result as the user names it; None changes a loaded model in place, and leaves
             the checks of the output out of a plan.
@@ -71,6 +55,7 @@ class Command(ABC, Generic[_Plan, _Record]):
 
     RECIPE: ClassVar[type[Options]]
     KIND: ClassVar[type[Any]]
+    RESULT: ClassVar[type[Result[Any]]] = Result
 
     model: Any
     output: Path | None
@@ -85,11 +70,14 @@ class Command(ABC, Generic[_Plan, _Record]):
     @property
     def result(self) -> Result[Any] | None:
         """Where the result is written; None for nowhere."""
-        return None if self.output is None else Result(self.output, self.KIND)
+        return None if self.output is None else self.RESULT(self.output, self.KIND)
 
     @abstractmethod
     def plan(self, session: Session = SILENT, decided_dtype: str | None = None) -> _Plan:
         """Check all that needs neither weights nor text, and decide what the recipe leaves open.
+
+        The plan has `disk_bytes()`, the bytes that the run needs on the disk, and `describe()`, the
+        plan as JSON values.
 
         Args:
             session: Who hears of the checks.
@@ -134,9 +122,8 @@ def carry_out(
             return carry_out_held(command, session)
         result.check(command.model)
 
-        def find() -> _Record | None:
-            earlier: _Record | None = result.earlier(command.model, command.recipe, options)
-            return earlier
+        def find() -> Any:
+            return result.earlier(command.model, command.recipe, options)
 
         # What the folder holds decides what is done: from here on no other run may change it.
         with held(command.KIND, result.folder, find) as earlier:
@@ -162,12 +149,11 @@ def carry_out_held(
     if result is not None:
         on_rank_0(lambda: check_room(plan.disk_bytes(), result.folder))
     record = command.work(plan, session, earlier, started)
-
+    if result is None:
+        return record
     # Rank 0 has written, so the others take its record.
-    done: _Record = record
-    if result is not None:
-        dumped = on_rank_0(lambda: record.model_dump(mode="json"))
-        done = command.KIND.model_validate(dumped)
+    dumped = on_rank_0(lambda: record.model_dump(mode="json"))
+    done: _Record = command.KIND.model_validate(dumped)
     return done
 
 
@@ -217,7 +203,7 @@ def called(
 
 
 @dataclass(frozen=True)
-class Run(Generic[_OpenPlan, _RunRecord]):
+class Run(Generic[_Plan, _Record]):
     """A run after all checks, while no other run can use the result.
 
     Attributes:
@@ -230,10 +216,10 @@ class Run(Generic[_OpenPlan, _RunRecord]):
         folder: The folder of the result; None for a loaded model.
     """
 
-    plan: _OpenPlan
+    plan: _Plan
     session: Session
     windows: Any
-    record: _RunRecord
+    record: _Record
     started: float
     folder: ResultFolder | None
 
@@ -248,36 +234,36 @@ class Run(Generic[_OpenPlan, _RunRecord]):
         return totals
 
 
-class RecordedCommand(Command[_OpenPlan, _RunRecord]):
+class RecordedCommand(Command[_Plan, _Record]):
     """A command that keeps a record beside its result, from which a killed run continues.
 
-    Its plan is an `OpenModel` with decisions.
+    Its plan is an `OpenModel` with decisions, and its record a `RunRecord`.
     """
 
     @abstractmethod
-    def inputs(self, plan: _OpenPlan, session: Session) -> tuple[RunInputs, Any]:
+    def inputs(self, plan: _Plan, session: Session) -> tuple[RunInputs, Any]:
         """Read the text of a run: what decides the result beside the recipe, and `Run.windows`."""
 
     @abstractmethod
-    def fields(self, plan: _OpenPlan) -> dict[str, Any]:
+    def fields(self, plan: _Plan) -> dict[str, Any]:
         """The fields of a new record beside its source, its recipe and its inputs."""
 
-    def prepare(self, run: Run[_OpenPlan, _RunRecord]) -> Any:
+    def prepare(self, run: Run[_Plan, _Record]) -> Any:
         """Do what can fail before anything is written, and return what `change` needs of it."""
 
     @abstractmethod
-    def change(self, run: Run[_OpenPlan, _RunRecord], prepared: Any) -> None:
+    def change(self, run: Run[_Plan, _Record], prepared: Any) -> None:
         """Change the model, and complete the result."""
 
     def work(
-        self, plan: _OpenPlan, session: Session, earlier: _RunRecord | None, started: float
-    ) -> _RunRecord:
+        self, plan: _Plan, session: Session, earlier: _Record | None, started: float
+    ) -> _Record:
         """Go on with the earlier run, or start one; see `Command.work`."""
         result, options = self.result, self.options
         fields = {"source": plan.name, **self.fields(plan)}
         with fail_together():
             inputs, windows = self.inputs(plan, session)
-            record: _RunRecord = resumed_or_new(
+            record: _Record = resumed_or_new(
                 self.KIND, earlier, self.recipe, inputs, plan.device, **fields
             )
         check_same_on_all_ranks(record)
@@ -295,10 +281,13 @@ class RecordedCommand(Command[_OpenPlan, _RunRecord]):
         return record
 
 
-class WindowsCommand(RecordedCommand[_WindowsPlan, _BlockwiseRecord]):
-    """A command that takes calibration windows through a model block by block."""
+class WindowsCommand(RecordedCommand[_Plan, _Record]):
+    """A command that takes calibration windows through a model block by block.
 
-    def inputs(self, plan: _WindowsPlan, session: Session) -> tuple[RunInputs, Tensor]:
+    Its plan is a `RunPlan`, and its record a `BlockwiseRecord`.
+    """
+
+    def inputs(self, plan: _Plan, session: Session) -> tuple[RunInputs, Tensor]:
         """Draw the calibration windows; see `RecordedCommand.inputs`."""
         if plan.needs_inputs:
             session.tell(f"drawing calibration windows from {plan.recipe.calibration}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -179,22 +179,28 @@ def check_memory(plan: RunPlan) -> None:
         )
 
 
-def measured_memory(
-    plan: RunPlan, *, dense: bool, trained: Collection[int], extra: Sequence[int]
-) -> Memory:
-    """The budgets of a run with what its blocks need, from shapes alone.
+_Plan = TypeVar("_Plan", bound=RunPlan)
+
+
+def with_memory(
+    plan: _Plan, *, dense: bool, trained: Collection[int], extra: Sequence[int]
+) -> _Plan:
+    """The plan with what its blocks need, from shapes alone, which fits its budgets.
 
     Args:
         plan: The run.
         dense: Whether batches also run through the dense model.
         trained: The blocks that are trained after they are changed.
         extra: Per block, bytes of temporaries beyond those that every run has.
+
+    Raises:
+        ValueError: A block does not fit; see `check_memory`.
     """
     blocks, source = range(len(plan.skeleton)), plan.source
     outside = 0
     if not isinstance(source, ModuleSource):
         outside = source.checkpoint.nbytes(source.outside_keys())
-    return replace(
+    memory = replace(
         plan.memory,
         blocks=tuple(
             _block_memory(plan, index, dense, index in trained, extra[index]) for index in blocks
@@ -202,6 +208,9 @@ def measured_memory(
         stored=tuple(map(source.block_nbytes, blocks)),
         outside=outside,
     )
+    plan = replace(plan, memory=memory)
+    check_memory(plan)
+    return plan
 
 
 def _block_memory(plan: RunPlan, index: int, dense: bool, trained: bool, extra: int) -> BlockMemory:

@@ -108,7 +108,6 @@ class Codec(ABC):
         path: Path,
         dest: Path,
         *,
-        overwrite: bool = False,
         dtype: str | None = "bfloat16",
         progress: Callable[[str], None] | None = None,
     ) -> dict[str, Any]:
@@ -119,8 +118,7 @@ class Codec(ABC):
 
         Args:
             path: The result.
-            dest: A folder that does not exist or is empty.
-            overwrite: Whether to replace what `dest` holds.
+            dest: A folder that does not exist.
             dtype: Dtype of the weights in the checkpoint; None leaves it to the format.
             progress: Called with a line of text before each step; None for silence.
 

@@ -37,8 +37,8 @@ from prunus.recovery.recovery_record import RecoveryInputs
 from prunus.recovery.training import training_dtype
 from prunus.structure.structure_record import StructureRecord
 
-# Bytes per trained parameter. In memory: the float32 weight, its gradient and Adam's two moments;
-# on the disk: the weight, the moments and the best weight.
+# Bytes per trained parameter in memory: the float32 weight, its gradient and Adam's two moments. On
+# the disk are the weight, the moments and the best weight.
 _STATE_BYTES = 16
 
 

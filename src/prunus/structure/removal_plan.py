@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,8 @@ from prunus.engine.run_options import RunOptions
 from prunus.engine.run_plan import (
     OpenModel,
     RunPlan,
-    check_memory,
-    measured_memory,
     windows_per_batch,
+    with_memory,
 )
 from prunus.engine.session import SILENT, Session
 from prunus.model.config import (
@@ -202,15 +201,12 @@ def plan_structure(
     if plan.keep_blocks < len(every):
         plan.smaller_by_one(every, every)
     # The windows also run through the old model, whose outputs repair learns.
-    memory = measured_memory(
+    return with_memory(
         plan,
         dense=recipe.repair,
         trained=every if recipe.repair else (),
         extra=[0] * len(every),
     )
-    plan = replace(plan, memory=memory)
-    check_memory(plan)
-    return plan
 
 
 def _checked_count(name: str, asked: Amount, count: int, possible: Sequence[int], of: str) -> int:
